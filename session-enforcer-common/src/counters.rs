@@ -1,0 +1,84 @@
+//! What the kernel programs count, each in a per-CPU map that the daemon sums when it is scraped.
+
+/// Sessions of one rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RuleCounters {
+    /// Sessions that were established under the rule.
+    pub opened: u64,
+    /// Sessions of the rule that the kernel saw end.
+    pub closed: u64,
+}
+
+// SAFETY: integers only, no padding, any bit pattern is valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for RuleCounters {}
+
+/// What can go wrong in the kernel programs. The number is the index in the error map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum ErrorKind {
+    /// The session map is full; the session is not tracked.
+    MapFull = 0,
+    /// The kernel had no memory for the session; it is not tracked.
+    NoMemory = 1,
+    /// The session map was busy (its lock was held on this CPU); the session is not tracked.
+    Busy = 2,
+    /// The session map refused the session with another error; it is not tracked.
+    InsertFailed = 3,
+    /// The ring buffer was full; the event was not delivered.
+    EventLost = 4,
+    /// A packet's headers could not be read; activity was taken from the socket's counters.
+    HeaderUnreadable = 5,
+    /// A tracked packet had no TCP socket to compare with.
+    NoTcpSocket = 6,
+    /// The close callback could not be asked for; the end of the session will not be seen.
+    CallbackRefused = 7,
+    /// A map of the programs themselves could not be read.
+    TableUnreadable = 8,
+}
+
+impl ErrorKind {
+    /// Every kind, in the order of its number.
+    pub const ALL: [Self; 9] = [
+        Self::MapFull,
+        Self::NoMemory,
+        Self::Busy,
+        Self::InsertFailed,
+        Self::EventLost,
+        Self::HeaderUnreadable,
+        Self::NoTcpSocket,
+        Self::CallbackRefused,
+        Self::TableUnreadable,
+    ];
+
+    /// Number of kinds, the size of the error map.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// The name in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MapFull => "map_full",
+            Self::NoMemory => "no_memory",
+            Self::Busy => "busy",
+            Self::InsertFailed => "insert_failed",
+            Self::EventLost => "event_lost",
+            Self::HeaderUnreadable => "header_unreadable",
+            Self::NoTcpSocket => "no_tcp_socket",
+            Self::CallbackRefused => "callback_refused",
+            Self::TableUnreadable => "table_unreadable",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_errors_is_in_the_order_of_their_numbers() {
+        for (index, kind) in ErrorKind::ALL.iter().enumerate() {
+            assert_eq!(*kind as usize, index);
+        }
+    }
+}

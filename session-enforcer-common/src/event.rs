@@ -1,0 +1,120 @@
+//! What the kernel programs tell the daemon through the ring buffer.
+
+/// What happened to a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum EventKind {
+    /// Established, matched and now in the session map.
+    Opened = 1,
+    /// Closed, and no longer in the session map.
+    Closed = 2,
+    /// An adopted session passed a FIN or RST and may end soon. The kernel does not report the
+    /// end of such sockets (see [`flags::ADOPTED`](crate::flags::ADOPTED)): the daemon must look.
+    MayEnd = 3,
+}
+
+/// One record of the ring buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Event {
+    /// The socket's cookie, the key of the session map.
+    pub cookie: u64,
+    /// The cookie of its network namespace.
+    pub netns_cookie: u64,
+    /// When it was established, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub established_ns: u64,
+    /// [`EventKind`] as a number.
+    pub kind: u32,
+    /// Index of its rule.
+    pub rule: u16,
+    /// Always zero.
+    pub reserved: u16,
+}
+
+const _: () = assert!(size_of::<Event>() == 32 && align_of::<Event>() == 8);
+
+/// Why a record of the ring buffer was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventError {
+    /// The record is not as long as an [`Event`].
+    Length(usize),
+    /// The record's kind is none of [`EventKind`].
+    Kind(u32),
+}
+
+impl core::fmt::Display for EventError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Length(n) => write!(f, "a record of {n} bytes instead of {}", size_of::<Event>()),
+            Self::Kind(k) => write!(f, "a record of unknown kind {k}"),
+        }
+    }
+}
+
+impl core::error::Error for EventError {}
+
+impl Event {
+    /// Reads a record as it lies in the ring buffer.
+    ///
+    /// # Errors
+    ///
+    /// Where the length or the kind is not one that the programs of this version write.
+    pub fn parse(record: &[u8]) -> Result<(EventKind, Self), EventError> {
+        let whole: &[u8; size_of::<Self>()] = record
+            .try_into()
+            .map_err(|_| EventError::Length(record.len()))?;
+        let eight = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&whole[at..at + 8]);
+            u64::from_ne_bytes(bytes)
+        };
+        let event = Self {
+            cookie: eight(0),
+            netns_cookie: eight(8),
+            established_ns: eight(16),
+            kind: u32::from_ne_bytes([whole[24], whole[25], whole[26], whole[27]]),
+            rule: u16::from_ne_bytes([whole[28], whole[29]]),
+            reserved: u16::from_ne_bytes([whole[30], whole[31]]),
+        };
+        let kind = match event.kind {
+            1 => EventKind::Opened,
+            2 => EventKind::Closed,
+            3 => EventKind::MayEnd,
+            other => return Err(EventError::Kind(other)),
+        };
+        Ok((kind, event))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(kind: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend(7u64.to_ne_bytes());
+        bytes.extend(8u64.to_ne_bytes());
+        bytes.extend(9u64.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(3u16.to_ne_bytes());
+        bytes.extend(0u16.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_whole_record_is_read_field_by_field() {
+        let (kind, event) = Event::parse(&record(2)).unwrap();
+        assert_eq!(kind, EventKind::Closed);
+        assert_eq!((event.cookie, event.netns_cookie), (7, 8));
+        assert_eq!((event.established_ns, event.rule), (9, 3));
+    }
+
+    #[test]
+    fn a_cut_long_or_unknown_record_is_refused() {
+        let whole = record(1);
+        assert_eq!(Event::parse(&whole[..31]), Err(EventError::Length(31)));
+        assert_eq!(Event::parse(&[0; 33]), Err(EventError::Length(33)));
+        assert_eq!(Event::parse(&record(0)), Err(EventError::Kind(0)));
+        assert_eq!(Event::parse(&record(4)), Err(EventError::Kind(4)));
+    }
+}

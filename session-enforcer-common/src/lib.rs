@@ -1,0 +1,27 @@
+//! What the kernel programs and the daemon share: the records that lie in BPF maps, and the two
+//! pure decisions, [`matches`] (does a rule's entry apply to a connection?) and [`verdict`] (has a
+//! session outlived its limits?).
+//!
+//! Both sides compile the same functions, so they cannot disagree. There is no I/O and no clock
+//! here: time is an argument, in nanoseconds of `CLOCK_MONOTONIC`, so that every decision can be
+//! tested without waiting.
+#![cfg_attr(not(test), no_std)]
+
+mod counters;
+mod event;
+mod matching;
+mod policy;
+mod session;
+
+pub use counters::{ErrorKind, RuleCounters};
+pub use event::{Event, EventError, EventKind};
+pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
+pub use policy::{Policy, Reason, Verdict, verdict};
+pub use session::{Address, Direction, Session, flags};
+
+/// Entries that one match table holds: the rules of a configuration after every combination of
+/// their prefixes and port ranges is written out.
+pub const MAX_MATCH_ENTRIES: u32 = 4096;
+
+/// Rules that one configuration may have.
+pub const MAX_RULES: u32 = 1024;

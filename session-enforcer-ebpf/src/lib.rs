@@ -1,0 +1,2 @@
+//! Empty: cargo rebuilds the daemon when this library changes, see `aya-build`.
+#![no_std]

@@ -1,0 +1,7 @@
+#![no_std]
+#![no_main]
+//! eBPF
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -1,0 +1,1 @@
+//! The daemon's parts; see ARCHITECTURE.md for the map.

@@ -1,0 +1,2 @@
+//! The `session-enforcer` program.
+fn main() {}
