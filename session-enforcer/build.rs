@@ -1,5 +1,10 @@
 //! Builds the eBPF programs into `OUT_DIR`, from where `bpf` includes them.
 
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
 use anyhow::{Context as _, Result};
 
 fn main() -> Result<()> {
@@ -9,12 +14,14 @@ fn main() -> Result<()> {
         "/../session-enforcer-common/src"
     );
     println!("cargo:rerun-if-changed={common}");
-    println!("cargo:rerun-if-env-changed=PATH");
     // The toolchain that builds the daemon also builds the programs; `-Z build-std` is asked of a
     // stable compiler (see ARCHITECTURE.md, "The eBPF build").
-    let toolchain = std::env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
+    let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     // SAFETY: a build script's main thread, before any other thread exists.
-    unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
+    unsafe {
+        env::set_var("RUSTC_BOOTSTRAP", "1");
+        env::set_var("PATH", search_path()?);
+    }
     aya_build::build_ebpf(
         [aya_build::Package {
             name: "session-enforcer-ebpf",
@@ -23,5 +30,25 @@ fn main() -> Result<()> {
         }],
         aya_build::Toolchain::Custom(&toolchain),
     )
-    .context("the eBPF programs cannot be built; `cargo xtask build` sets up what they need")
+    .context("the eBPF programs cannot be built; `cargo xtask setup` prepares what they need")
+}
+
+/// `PATH` with the linker that `cargo xtask setup` put into the target directory, if it did.
+fn search_path() -> Result<std::ffi::OsString> {
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?);
+    let set_up = out_dir
+        .ancestors()
+        .map(|ancestor| ancestor.join("ebpf-toolchain/bin"))
+        .find(|bin| bin.join("bpf-linker").exists());
+    let path = env::var_os("PATH").unwrap_or_default();
+    let before: Vec<PathBuf> = set_up.into_iter().collect();
+    if let Some(bin) = before.first() {
+        println!(
+            "cargo:rerun-if-changed={}",
+            Path::new(bin).join("bpf-linker").display()
+        );
+    }
+    Ok(env::join_paths(
+        before.into_iter().chain(env::split_paths(&path)),
+    )?)
 }

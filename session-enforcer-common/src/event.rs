@@ -8,8 +8,9 @@ pub enum EventKind {
     Opened = 1,
     /// Closed, and no longer in the session map.
     Closed = 2,
-    /// An adopted session passed a FIN or RST and may end soon. The kernel does not report the
-    /// end of such sockets (see [`flags::ADOPTED`](crate::flags::ADOPTED)): the daemon must look.
+    /// A session whose end the kernel does not report (see
+    /// [`flags::END_UNREPORTED`](crate::flags::END_UNREPORTED)) passed a FIN or RST: it may end soon, and the
+    /// daemon must look.
     MayEnd = 3,
 }
 

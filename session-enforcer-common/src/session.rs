@@ -64,9 +64,10 @@ impl Direction {
 
 /// Bits of [`Session::flags`].
 pub mod flags {
-    /// The daemon found the connection when it started. The kernel does not report the end of
-    /// such a socket through `sock_ops`, because the callback flag can only be set from a callback.
-    pub const ADOPTED: u8 = 1;
+    /// The kernel does not report the end of this session through `sock_ops`. So it is with
+    /// connections that are older than the daemon: the callback flag can only be set from within a
+    /// callback, and an established socket has none to come.
+    pub const END_UNREPORTED: u8 = 1;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
@@ -121,9 +122,9 @@ impl Session {
         }
     }
 
-    /// Whether the daemon adopted this session at its start.
-    pub const fn is_adopted(&self) -> bool {
-        self.flags & flags::ADOPTED != 0
+    /// Whether the kernel will not report the end of this session; see [`flags`].
+    pub const fn end_is_unreported(&self) -> bool {
+        self.flags & flags::END_UNREPORTED != 0
     }
 }
 

@@ -1,7 +1,56 @@
+//! The kernel side of session-enforcer.
+//!
+//! Three programs, attached to a cgroup:
+//!
+//! * `track_lifecycle` (`sock_ops`) matches a connection when it is established, puts it into the
+//!   session map, and takes it out when it closes;
+//! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
+//!   carries new payload.
+//!
+//! The programs fail open: whatever goes wrong is counted in `ERRORS` and the packet passes. An
+//! enforcer that breaks the network is worse than one that reports what it could not track.
 #![no_std]
 #![no_main]
-//! eBPF
+
+mod activity;
+mod counters;
+mod lifecycle;
+mod maps;
+mod packet;
+
+use aya_ebpf::{
+    macros::{cgroup_skb, sock_ops},
+    programs::{SkBuffContext, SockOpsContext},
+};
+
+/// The reply that lets a packet pass, and that leaves the replies of other `sock_ops` programs on
+/// the same cgroup visible.
+const PASS: i32 = 1;
+
+#[sock_ops]
+fn track_lifecycle(ctx: SockOpsContext) -> u32 {
+    lifecycle::track(&ctx);
+    PASS as u32
+}
+
+#[cgroup_skb(ingress)]
+fn track_ingress(ctx: SkBuffContext) -> i32 {
+    activity::track(&ctx, activity::Way::Ingress);
+    PASS
+}
+
+#[cgroup_skb(egress)]
+fn track_egress(ctx: SkBuffContext) -> i32 {
+    activity::track(&ctx, activity::Way::Egress);
+    PASS
+}
+
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
+
+/// Some helpers are reserved by the kernel for programs under a GPL-compatible licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,152 @@
+//! Stamps a session when new payload passes (`cgroup_skb`).
+//!
+//! This runs for every packet of every socket below the cgroup: a packet of no session costs a
+//! cookie and a map miss, nothing else.
+
+use aya_ebpf::{
+    bindings::bpf_tcp_sock,
+    helpers::{
+        bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_tcp_sock as bpf_tcp_sock_helper,
+    },
+    programs::SkBuffContext,
+};
+use session_enforcer_common::{Direction, ErrorKind, EventKind, Session, flags};
+
+use crate::{
+    counters, lifecycle,
+    maps::SESSIONS,
+    packet::{self, Segment},
+};
+
+/// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
+/// not in the window: the stack will drop it, and it is no activity.
+const MAX_WINDOW: u32 = 1 << 30;
+
+/// Which hook sees the packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Ingress,
+    Egress,
+}
+
+#[inline(always)]
+pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
+    // SAFETY: the context of a program of this type.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
+    let Some(session) = SESSIONS.get_ptr_mut(&cookie) else {
+        return;
+    };
+    // SAFETY: a pointer that the map gave, valid while the program runs. A concurrent close may
+    // free the element, and a new session may take it before the lines below write: the new
+    // session then has a stamp of this very moment, which it would have anyway.
+    let session = unsafe { &mut *session };
+    // The session comes first: `bpf_tcp_sock` only looks at the protocol number, and would take a
+    // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
+    let Some(tcp) = tcp_sock(ctx) else {
+        counters::error(ErrorKind::NoTcpSocket);
+        return;
+    };
+    match packet::parse(ctx) {
+        Some(segment) => {
+            match way {
+                Way::Ingress => receive(session, tcp, &segment),
+                Way::Egress => send(session, tcp, &segment),
+            }
+            if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
+                lifecycle::notify(EventKind::MayEnd, cookie, session);
+            }
+        }
+        None => {
+            counters::error(ErrorKind::HeaderUnreadable);
+            compare_counters(session, tcp);
+        }
+    }
+}
+
+#[inline(always)]
+fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
+    // SAFETY: the context of a program of this type; the helper is only given a socket that is
+    // there, and its answer is checked.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return None;
+        }
+        bpf_tcp_sock_helper(sk).as_ref()
+    }
+}
+
+/// Payload is new where it ends after what the socket has received so far. That leaves out
+/// retransmissions, duplicates, and keepalives that carry one old byte.
+#[inline(always)]
+fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
+    if segment.payload == 0 {
+        return;
+    }
+    let ahead = segment.end().wrapping_sub(tcp.rcv_nxt);
+    if ahead == 0 || ahead > MAX_WINDOW {
+        return;
+    }
+    session.last_received_ns = now_ns();
+    let new = ahead.min(segment.payload);
+    grow(
+        &mut session.bytes_received,
+        tcp.bytes_received + u64::from(new),
+    );
+}
+
+/// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`
+/// after the packet has passed this hook.
+#[inline(always)]
+fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
+    if segment.payload == 0 {
+        return;
+    }
+    let ahead = segment.end().wrapping_sub(tcp.snd_nxt);
+    if ahead == 0 || ahead > MAX_WINDOW {
+        return;
+    }
+    session.last_sent_ns = now_ns();
+    let total = sent_until(session, tcp, segment.end());
+    grow(&mut session.bytes_sent, total);
+}
+
+/// For a packet that could not be read: what passed before it, as the socket's own counters tell.
+#[inline(always)]
+fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock) {
+    if tcp.bytes_received > session.bytes_received {
+        session.last_received_ns = now_ns();
+        session.bytes_received = tcp.bytes_received;
+    }
+    let sent = sent_until(session, tcp, tcp.snd_nxt);
+    if sent > session.bytes_sent {
+        session.last_sent_ns = now_ns();
+        session.bytes_sent = sent;
+    }
+}
+
+/// Payload bytes sent before the sequence number `end`. The socket's counter of acknowledged bytes
+/// begins with the SYN on the side that dialled.
+#[inline(always)]
+fn sent_until(session: &Session, tcp: &bpf_tcp_sock, end: u32) -> u64 {
+    let syn = u64::from(session.direction == Direction::Outbound as u8);
+    let unacknowledged = u64::from(end.wrapping_sub(tcp.snd_una));
+    (tcp.bytes_acked + unacknowledged).saturating_sub(syn)
+}
+
+/// The totals come from the socket, so that a packet that was not seen is made up for by the next.
+/// They never go back: a segment that fills a hole ends before one that was already counted.
+#[inline(always)]
+fn grow(count: &mut u64, total: u64) {
+    if total > *count {
+        *count = total;
+    }
+}
+
+/// The coarse clock: a third of the cost of the precise one, at most one tick behind it. The
+/// daemon allows for the tick.
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: no argument, no precondition.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}

@@ -1,0 +1,249 @@
+//! Establishment and close (`sock_ops`).
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
+    },
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_loop},
+    programs::SockOpsContext,
+};
+use aya_log_ebpf::{debug, warn};
+use session_enforcer_common::{
+    Address, Direction, ErrorKind, Event, EventKind, Facts, MAX_MATCH_ENTRIES, RULE_EXEMPT,
+    Session, flags, matches,
+};
+
+use crate::{
+    activity::now_ns,
+    counters,
+    maps::{EVENTS, MATCH_ENTRIES, MATCH_TABLE, ONLY_NETNS, SESSIONS},
+};
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const E2BIG: i32 = -7;
+const ENOMEM: i32 = -12;
+const EBUSY: i32 = -16;
+
+#[inline(always)]
+pub(crate) fn track(ctx: &SockOpsContext) {
+    match ctx.op() {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(ctx, Direction::Inbound),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ctx, Direction::Outbound),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(ctx),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn established(ctx: &SockOpsContext, direction: Direction) {
+    // SAFETY: the context of a program of this type.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    let only = ONLY_NETNS.load();
+    if only != 0 && only != netns_cookie {
+        return;
+    }
+    let Some(facts) = facts(ctx, direction) else {
+        return;
+    };
+    let Some((rule, generation)) = decide(&facts) else {
+        return;
+    };
+    // The close is asked for first: a session in the map whose end nobody reports would be stale.
+    let reported = ctx
+        .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
+        .is_ok();
+    if !reported {
+        counters::error(ErrorKind::CallbackRefused);
+        warn!(
+            ctx,
+            "the close callback was refused; the end of a session will not be seen"
+        );
+    }
+    let now = now_ns();
+    let session = Session {
+        last_received_ns: now,
+        last_sent_ns: now,
+        bytes_received: 0,
+        bytes_sent: 0,
+        established_ns: now,
+        netns_cookie,
+        local: facts.local,
+        remote: facts.remote,
+        local_port: facts.local_port,
+        remote_port: facts.remote_port,
+        ifindex: bound_interface(ctx),
+        generation,
+        rule,
+        direction: direction as u8,
+        flags: if reported { 0 } else { flags::END_UNREPORTED },
+    };
+    insert(ctx, &session);
+}
+
+#[inline(always)]
+fn insert(ctx: &SockOpsContext, session: &Session) {
+    let cookie = cookie(ctx);
+    // BPF_ANY: a socket that was disconnected with AF_UNSPEC and connected again keeps its cookie.
+    match SESSIONS.insert(&cookie, session, u64::from(BPF_ANY)) {
+        Ok(()) => {
+            counters::rule(session.rule, |c| c.opened += 1);
+            notify(EventKind::Opened, cookie, session);
+        }
+        Err(code) => {
+            counters::error(match code {
+                E2BIG => ErrorKind::MapFull,
+                ENOMEM => ErrorKind::NoMemory,
+                EBUSY => ErrorKind::Busy,
+                _ => ErrorKind::InsertFailed,
+            });
+            debug!(ctx, "a session could not be inserted: error {}", code);
+        }
+    }
+}
+
+/// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
+#[inline(always)]
+fn closed(ctx: &SockOpsContext) {
+    let cookie = cookie(ctx);
+    let Some(session) = SESSIONS.get_ptr(&cookie) else {
+        return;
+    };
+    // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
+    let session = unsafe { *session };
+    if SESSIONS.remove(&cookie).is_ok() {
+        counters::rule(session.rule, |c| c.closed += 1);
+        notify(EventKind::Closed, cookie, &session);
+    }
+}
+
+/// Tells the daemon. The ring buffer wakes it only where it has read everything before.
+#[inline(always)]
+pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
+    let event = Event {
+        cookie,
+        netns_cookie: session.netns_cookie,
+        established_ns: session.established_ns,
+        kind: kind as u32,
+        rule: session.rule,
+        reserved: 0,
+    };
+    if EVENTS.output(&event, 0).is_err() {
+        counters::error(ErrorKind::EventLost);
+    }
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the context of a program of this type.
+    unsafe { bpf_get_socket_cookie(ctx.ops.cast()) }
+}
+
+#[inline(always)]
+fn facts(ctx: &SockOpsContext, direction: Direction) -> Option<Facts> {
+    let (local, remote) = match ctx.family() {
+        AF_INET => (
+            Address::from_ipv4(ctx.local_ip4()),
+            Address::from_ipv4(ctx.remote_ip4()),
+        ),
+        AF_INET6 => {
+            let ops: *const bpf_sock_ops = ctx.ops;
+            // SAFETY: the context is valid. Each word is read alone and volatile: the verifier
+            // refuses a wider access to this context, which the compiler would make of four.
+            unsafe {
+                (
+                    Address(read_words(ptr::addr_of!((*ops).local_ip6))),
+                    Address(read_words(ptr::addr_of!((*ops).remote_ip6))),
+                )
+            }
+        }
+        _ => return None,
+    };
+    Some(Facts {
+        direction,
+        local,
+        remote,
+        local_port: ctx.local_port() as u16,
+        // In network byte order, in the upper half of the word on a little-endian machine.
+        remote_port: u32::from_be(ctx.remote_port()) as u16,
+    })
+}
+
+/// # Safety
+///
+/// `words` must point to four readable words of the context.
+#[inline(always)]
+unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
+    let word = words.cast::<u32>();
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            ptr::read_volatile(word),
+            ptr::read_volatile(word.add(1)),
+            ptr::read_volatile(word.add(2)),
+            ptr::read_volatile(word.add(3)),
+        ]
+    }
+}
+
+#[inline(always)]
+fn bound_interface(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: the context is valid; the socket is checked before it is read.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() { 0 } else { (*sk).bound_dev_if }
+    }
+}
+
+/// What the loop over the match entries works on.
+struct Search {
+    facts: Facts,
+    /// Rule of the first entry that applies.
+    found: Option<u16>,
+}
+
+/// The rule that decides about the connection and the generation of the table that said so, or
+/// nothing where no rule applies or an exempting one does.
+#[inline(always)]
+fn decide(facts: &Facts) -> Option<(u16, u32)> {
+    let Some(table) = MATCH_TABLE.get(0) else {
+        counters::error(ErrorKind::TableUnreadable);
+        return None;
+    };
+    let (generation, entries) = (table.generation, table.entries);
+    let mut search = Search {
+        facts: *facts,
+        found: None,
+    };
+    // SAFETY: the callback has the signature that the helper asks for, and the search outlives it.
+    unsafe {
+        bpf_loop(
+            entries.min(MAX_MATCH_ENTRIES),
+            apply_entry as *mut c_void,
+            ptr::from_mut(&mut search).cast(),
+            0,
+        )
+    };
+    search
+        .found
+        .filter(|rule| *rule != RULE_EXEMPT)
+        .map(|rule| (rule, generation))
+}
+
+/// Returns 1 to end the loop, 0 to go on.
+extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
+    // SAFETY: the pointer that `decide` gave.
+    let search = unsafe { &mut *search.cast::<Search>() };
+    let Some(entry) = MATCH_ENTRIES.get(index) else {
+        counters::error(ErrorKind::TableUnreadable);
+        return 1;
+    };
+    if !matches(&search.facts, entry) {
+        return 0;
+    }
+    search.found = Some(entry.rule);
+    1
+}

@@ -1,0 +1,408 @@
+//! The programs in the kernel and their maps: load, attach, read. The only user of aya.
+
+use std::io;
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, SockOps},
+};
+use aya_log::EbpfLogger;
+use session_enforcer_common::{
+    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MatchEntry, RuleCounters, Session,
+    Table,
+};
+use thiserror::Error;
+use tokio::io::unix::AsyncFd;
+
+use crate::cgroup::Cgroup;
+
+/// The object that `build.rs` makes of `session-enforcer-ebpf`.
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/session-enforcer-ebpf"));
+
+const BPF_NOEXIST: u64 = 1;
+
+/// What can go wrong with the programs and their maps.
+#[derive(Debug, Error)]
+pub enum BpfError {
+    /// The object or its maps could not be loaded.
+    #[error("loading the eBPF maps: {}", chain(.0))]
+    Load(#[from] EbpfError),
+    /// The kernel refused a program.
+    #[error("loading the eBPF program {name}: {}", chain(.source))]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// What the kernel or the verifier said.
+        source: ProgramError,
+    },
+    /// The kernel refused an attachment.
+    #[error("attaching the eBPF program {name}: {}", chain(.source))]
+    Attach {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+    /// A map could not be used.
+    #[error("the eBPF map {name}: {}", chain(.source))]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// The object lacks a map or program: it was built from another version.
+    #[error("the eBPF object has no {0}; build the daemon again")]
+    Missing(&'static str),
+    /// The log or event channel could not be watched.
+    #[error("watching a ring buffer: {0}")]
+    Watch(io::Error),
+    /// More match entries than the table holds.
+    #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
+    TooManyEntries(usize),
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    // The verifier's log has many lines; its last one says why.
+    text.lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect::<Vec<_>>()
+        .join(" | ")
+}
+
+/// What the programs are loaded with.
+#[derive(Debug)]
+pub struct Options<'a> {
+    /// Capacity of the session map.
+    pub max_sessions: u32,
+    /// Number of rules, at least one.
+    pub rules: u32,
+    /// The match table.
+    pub entries: &'a [MatchEntry],
+    /// The only network namespace to track; `None` for every one.
+    pub only_netns: Option<u64>,
+    /// Whether the programs report what they do, besides what goes wrong.
+    pub verbose: bool,
+}
+
+/// What became of a session that the daemon offered to the session map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adoption {
+    /// It is in the map now.
+    Inserted,
+    /// The kernel had it already.
+    Known,
+    /// The map is full.
+    Full,
+}
+
+/// The loaded programs and the maps that the daemon reads.
+pub struct Kernel {
+    ebpf: Ebpf,
+    sessions: HashMap<MapData, u64, Session>,
+    rule_counters: PerCpuArray<MapData, RuleCounters>,
+    errors: PerCpuArray<MapData, u64>,
+    rules: u32,
+}
+
+impl Kernel {
+    /// Loads maps and programs; nothing is attached yet.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses a map or a program.
+    pub fn load(options: &Options<'_>) -> Result<Self, BpfError> {
+        let log_level = if options.verbose {
+            aya_log::Level::Debug
+        } else {
+            aya_log::Level::Warn
+        };
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("SESSIONS", options.max_sessions)
+            .map_max_entries("RULE_COUNTERS", options.rules)
+            .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
+            .override_global(aya_log::LEVEL, &(log_level as u8), true)
+            .load(OBJECT)?;
+        fill_match_table(&mut ebpf, options.entries)?;
+        load_program::<SockOps>(&mut ebpf, "track_lifecycle", SockOps::load)?;
+        load_program::<CgroupSkb>(&mut ebpf, "track_ingress", CgroupSkb::load)?;
+        load_program::<CgroupSkb>(&mut ebpf, "track_egress", CgroupSkb::load)?;
+        Ok(Self {
+            sessions: take_map(&mut ebpf, "SESSIONS")?,
+            rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
+            errors: take_map(&mut ebpf, "ERRORS")?,
+            rules: options.rules,
+            ebpf,
+        })
+    }
+
+    /// Attaches the programs to the cgroup. From then on each new connection below it is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. What was attached before that is detached on drop.
+    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
+        // Packets first: no session is in the map before the programs that stamp it run.
+        for (name, way) in [
+            ("track_ingress", CgroupSkbAttachType::Ingress),
+            ("track_egress", CgroupSkbAttachType::Egress),
+        ] {
+            // `Single` is the mode that works with links, and allows other programs beside.
+            program::<CgroupSkb>(&mut self.ebpf, name)?
+                .attach(cgroup.file(), way, CgroupAttachMode::Single)
+                .map_err(|source| BpfError::Attach { name, source })?;
+        }
+        let name = "track_lifecycle";
+        program::<SockOps>(&mut self.ebpf, name)?
+            .attach(cgroup.file(), CgroupAttachMode::Single)
+            .map_err(|source| BpfError::Attach { name, source })?;
+        Ok(())
+    }
+
+    /// The channel of events; can be taken once.
+    ///
+    /// # Errors
+    ///
+    /// Where it was taken or cannot be watched.
+    pub fn take_events(&mut self) -> Result<Events, BpfError> {
+        let ring: RingBuf<MapData> = take_map(&mut self.ebpf, "EVENTS")?;
+        // SAFETY: the ring buffer owns its descriptor and gives the same one until it is dropped.
+        let ring = unsafe { AsyncFd::register(ring) }.map_err(|e| BpfError::Watch(e.into()))?;
+        Ok(Events { ring })
+    }
+
+    /// The channel of the programs' log; can be taken once.
+    ///
+    /// # Errors
+    ///
+    /// Where it was taken or cannot be watched.
+    pub fn take_log(&mut self) -> Result<KernelLog, BpfError> {
+        let logger =
+            EbpfLogger::init(&mut self.ebpf).map_err(|_| BpfError::Missing("map AYA_LOGS"))?;
+        // SAFETY: the logger's ring buffer owns its descriptor, as above.
+        let logger = unsafe { AsyncFd::register(logger) }.map_err(|e| BpfError::Watch(e.into()))?;
+        Ok(KernelLog { logger })
+    }
+
+    /// The session as the kernel has it now.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
+        match self.sessions.get(&cookie, 0) {
+            Ok(session) => Ok(Some(session)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(source) => Err(sessions_error(source)),
+        }
+    }
+
+    /// Every cookie in the session map.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn cookies(&self) -> Result<Vec<u64>, BpfError> {
+        self.sessions
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(sessions_error)
+    }
+
+    /// Inserts a session that the kernel does not have. What the kernel has is left alone: an
+    /// update could lose the stamp of a packet that passes meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Where the map refuses for another reason than being full.
+    pub fn adopt(&mut self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
+        match self.sessions.insert(cookie, session, BPF_NOEXIST) {
+            Ok(()) => Ok(Adoption::Inserted),
+            Err(source) => match os_error(&source) {
+                Some(libc::EEXIST) => Ok(Adoption::Known),
+                Some(libc::E2BIG) => Ok(Adoption::Full),
+                _ => Err(sessions_error(source)),
+            },
+        }
+    }
+
+    /// Removes a session; returns whether it was there.
+    ///
+    /// # Errors
+    ///
+    /// Where the map refuses.
+    pub fn remove(&mut self, cookie: u64) -> Result<bool, BpfError> {
+        match self.sessions.remove(&cookie) {
+            Ok(()) => Ok(true),
+            Err(source) if os_error(&source) == Some(libc::ENOENT) => Ok(false),
+            Err(source) => Err(sessions_error(source)),
+        }
+    }
+
+    /// Sessions opened and closed, by rule.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn rule_counters(&self) -> Result<Vec<RuleCounters>, BpfError> {
+        let sum = |rule| {
+            let per_cpu = self
+                .rule_counters
+                .get(&rule, 0)
+                .map_err(map_error("RULE_COUNTERS"))?;
+            Ok(per_cpu
+                .iter()
+                .fold(RuleCounters::default(), |sum, c| RuleCounters {
+                    opened: sum.opened + c.opened,
+                    closed: sum.closed + c.closed,
+                }))
+        };
+        (0..self.rules).map(sum).collect()
+    }
+
+    /// Errors of the programs, by [`ErrorKind`].
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn errors(&self) -> Result<[u64; ErrorKind::COUNT as usize], BpfError> {
+        let mut counts = [0; ErrorKind::COUNT as usize];
+        for kind in ErrorKind::ALL {
+            counts[kind as usize] = self.error_count(kind)?;
+        }
+        Ok(counts)
+    }
+
+    /// Errors of one kind.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn error_count(&self, kind: ErrorKind) -> Result<u64, BpfError> {
+        let per_cpu = self
+            .errors
+            .get(&(kind as u32), 0)
+            .map_err(map_error("ERRORS"))?;
+        Ok(per_cpu.iter().sum())
+    }
+}
+
+/// Events of the kernel, in the order in which they happened.
+pub struct Events {
+    ring: AsyncFd<RingBuf<MapData>>,
+}
+
+impl Events {
+    /// Waits until the kernel has added to a channel that was read to its end.
+    ///
+    /// # Errors
+    ///
+    /// Where the channel cannot be watched any more.
+    pub async fn wait(&mut self) -> io::Result<()> {
+        let mut guard = self.ring.readable_mut().await?;
+        guard.clear_ready();
+        Ok(())
+    }
+
+    /// The next event, or `None` at the end. A record that is none is an error; the next call goes
+    /// on behind it.
+    pub fn next(&mut self) -> Option<Result<(EventKind, Event), EventError>> {
+        let item = self.ring.get_mut().next()?;
+        Some(Event::parse(&item))
+    }
+}
+
+/// The programs' log, which goes to `tracing`.
+pub struct KernelLog {
+    logger: AsyncFd<EbpfLogger<&'static dyn log::Log>>,
+}
+
+impl KernelLog {
+    /// Waits for log records and writes them out.
+    ///
+    /// # Errors
+    ///
+    /// Where the channel cannot be watched any more.
+    pub async fn forward(&mut self) -> io::Result<()> {
+        let mut guard = self.logger.readable_mut().await?;
+        guard.get_inner_mut().flush();
+        guard.clear_ready();
+        Ok(())
+    }
+}
+
+fn fill_match_table(ebpf: &mut Ebpf, entries: &[MatchEntry]) -> Result<(), BpfError> {
+    let count = u32::try_from(entries.len())
+        .ok()
+        .filter(|count| *count <= MAX_MATCH_ENTRIES)
+        .ok_or(BpfError::TooManyEntries(entries.len()))?;
+    let mut map: Array<MapData, MatchEntry> = take_map(ebpf, "MATCH_ENTRIES")?;
+    for (index, entry) in (0..count).zip(entries) {
+        map.set(index, entry, 0)
+            .map_err(map_error("MATCH_ENTRIES"))?;
+    }
+    let mut table: Array<MapData, Table> = take_map(ebpf, "MATCH_TABLE")?;
+    let header = Table {
+        generation: 1,
+        entries: count,
+    };
+    table.set(0, header, 0).map_err(map_error("MATCH_TABLE"))
+}
+
+fn take_map<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf.take_map(name).ok_or(BpfError::Missing(name))?;
+    M::try_from(map).map_err(map_error(name))
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, BpfError>
+where
+    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or(BpfError::Missing(name))?
+        .try_into()
+        .map_err(|source| BpfError::Program { name, source })
+}
+
+fn load_program<P>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    load: impl FnOnce(&mut P) -> Result<(), ProgramError>,
+) -> Result<(), BpfError>
+where
+    for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    load(program::<P>(ebpf, name)?).map_err(|source| BpfError::Program { name, source })
+}
+
+fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {
+    move |source| BpfError::Map { name, source }
+}
+
+fn sessions_error(source: MapError) -> BpfError {
+    map_error("SESSIONS")(source)
+}
+
+/// The error number that the kernel gave, where it gave one.
+fn os_error(error: &MapError) -> Option<i32> {
+    match error {
+        MapError::SyscallError(call) => call.io_error.raw_os_error(),
+        MapError::IoError(error) => error.raw_os_error(),
+        _ => None,
+    }
+}

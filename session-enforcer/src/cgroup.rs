@@ -1,0 +1,202 @@
+//! Finds the cgroup-v2 mount, and tells which cgroups lie below one.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+
+/// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
+const CGROUP2_MAGIC: libc::__fsword_t = 0x6367_7270;
+
+/// What can be wrong with a cgroup.
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    /// No mount of cgroup v2.
+    #[error("no cgroup2 file system is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup")]
+    NotMounted,
+    /// A file could not be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The directory is not on cgroup v2.
+    #[error("{0} is not a cgroup-v2 directory; name one, or leave daemon.cgroup out")]
+    NotCgroup2(PathBuf),
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
+    move |source| CgroupError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// The first mount of cgroup v2 that shows its root. On a hybrid system this is not
+/// `/sys/fs/cgroup`.
+///
+/// # Errors
+///
+/// Where there is none.
+pub fn mount_point() -> Result<PathBuf, CgroupError> {
+    let path = Path::new("/proc/self/mountinfo");
+    let mounts = fs::read_to_string(path).map_err(io_error(path))?;
+    parse_mount_point(&mounts).ok_or(CgroupError::NotMounted)
+}
+
+/// Format: proc(5), `/proc/pid/mountinfo`.
+fn parse_mount_point(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mount_point = before.split(' ').nth(4)?;
+        (after.split(' ').next()? == "cgroup2").then(|| unescape(mount_point).into())
+    })
+}
+
+/// Space, tab, newline and backslash are written as three octal digits in mountinfo.
+pub(crate) fn unescape(field: &str) -> String {
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(field.to_owned(), |text, (code, plain)| {
+        text.replace(code, plain)
+    })
+}
+
+/// A cgroup-v2 directory that was opened.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    file: fs::File,
+}
+
+impl Cgroup {
+    /// Opens a directory on cgroup v2.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not there, or is not one.
+    pub fn open(path: &Path) -> Result<Self, CgroupError> {
+        let file = fs::File::open(path).map_err(io_error(path))?;
+        let kind = nix::sys::statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
+        if kind.filesystem_type().0 != CGROUP2_MAGIC {
+            return Err(CgroupError::NotCgroup2(path.to_owned()));
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    /// The open directory, to attach to.
+    pub fn file(&self) -> &fs::File {
+        &self.file
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cgroups that an attachment here covers, to tell whose sockets were there before it.
+    ///
+    /// # Errors
+    ///
+    /// Where the tree cannot be read.
+    pub fn scope(&self) -> Result<Scope, CgroupError> {
+        // The root has no cgroup.events: it contains every socket, those of removed cgroups too.
+        if !self.path.join("cgroup.events").exists() {
+            return Ok(Scope::All);
+        }
+        let mut ids = HashSet::new();
+        collect_ids(&self.path, &mut ids).map_err(io_error(&self.path))?;
+        Ok(Scope::Only(ids))
+    }
+}
+
+/// The identity of a cgroup is the inode number of its directory.
+fn collect_ids(directory: &Path, ids: &mut HashSet<u64>) -> io::Result<()> {
+    ids.insert(fs::metadata(directory)?.ino());
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            match collect_ids(&entry.path(), ids) {
+                // Removed while this looked.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The cgroups below one.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Every cgroup.
+    All,
+    /// Those with these identities.
+    Only(HashSet<u64>),
+}
+
+impl Scope {
+    /// Whether a socket of the cgroup is in scope; of one whose cgroup is not known only `All` can
+    /// say so.
+    pub fn contains(&self, cgroup_id: Option<u64>) -> bool {
+        match (self, cgroup_id) {
+            (Self::All, _) => true,
+            (Self::Only(ids), Some(id)) => ids.contains(&id),
+            (Self::Only(_), None) => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_is_found_in_a_hybrid_hierarchy() {
+        let mountinfo = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu
+41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw,relatime shared:9 master:1 - cgroup2 cgroup2 rw
+";
+        assert_eq!(
+            parse_mount_point(mountinfo),
+            Some("/sys/fs/cgroup/uni fied".into())
+        );
+        assert_eq!(
+            parse_mount_point("31 23 0:28 / / rw - ext4 /dev/sda rw\n"),
+            None
+        );
+    }
+
+    #[test]
+    fn a_directory_elsewhere_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Cgroup::open(dir.path()).unwrap_err();
+        assert!(
+            error.to_string().contains("is not a cgroup-v2 directory"),
+            "{error}"
+        );
+        assert!(Cgroup::open(&dir.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn a_socket_of_unknown_cgroup_is_only_in_the_scope_of_all() {
+        let only = Scope::Only(HashSet::from([5]));
+        assert!(only.contains(Some(5)) && !only.contains(Some(6)) && !only.contains(None));
+        assert!(Scope::All.contains(None));
+    }
+}

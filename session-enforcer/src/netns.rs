@@ -1,0 +1,307 @@
+//! Finds the network namespaces of the host, and opens the socket table of each.
+//!
+//! A namespace is entered on a thread of its own, which ends at once: the daemon's own thread
+//! never leaves its namespace.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    thread,
+};
+
+use nix::sched::{CloneFlags, setns};
+use thiserror::Error;
+
+use crate::{
+    cgroup::unescape,
+    sock_diag::{DiagSocket, SockDiagError},
+};
+
+/// Why a namespace could not be entered.
+#[derive(Debug, Error)]
+pub enum NetnsError {
+    /// The file that stands for it could not be opened.
+    #[error("opening network namespace {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("entering network namespace {path}: {source} (CAP_SYS_ADMIN is needed)")]
+    Enter {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: nix::Error,
+    },
+    /// The thread could not be made.
+    #[error("starting a thread to enter a network namespace: {0}")]
+    Thread(io::Error),
+    /// Its socket table could not be opened.
+    #[error("network namespace {path}: {source}")]
+    Diag {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: SockDiagError,
+    },
+    /// No file on the host stands for it.
+    #[error("network namespace {0} is not found in /proc or among the mounts")]
+    NotFound(u64),
+}
+
+/// The socket tables of the namespaces that the daemon has sessions in.
+///
+/// A table that is open keeps its namespace alive, so it is closed with [`close`](Self::close)
+/// when the last session of the namespace has gone.
+#[derive(Debug)]
+pub struct Namespaces {
+    own: u64,
+    open: HashMap<u64, DiagSocket>,
+    /// Where each namespace was last seen: a hint, checked at each use.
+    seen_at: HashMap<u64, PathBuf>,
+}
+
+impl Namespaces {
+    /// Opens the socket table of the daemon's own namespace.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel gives no `sock_diag` socket or knows no namespace cookies.
+    pub fn new() -> Result<Self, SockDiagError> {
+        let diag = DiagSocket::open()?;
+        let own = diag.netns_cookie()?;
+        Ok(Self {
+            own,
+            open: HashMap::from([(own, diag)]),
+            seen_at: HashMap::new(),
+        })
+    }
+
+    /// Cookie of the daemon's own namespace.
+    pub fn own(&self) -> u64 {
+        self.own
+    }
+
+    /// The socket table of the namespace with this cookie.
+    ///
+    /// # Errors
+    ///
+    /// Where the namespace is not found or cannot be entered.
+    pub fn get(&mut self, cookie: u64) -> Result<&mut DiagSocket, NetnsError> {
+        if !self.open.contains_key(&cookie) {
+            let diag = self.find(cookie)?;
+            self.open.insert(cookie, diag);
+        }
+        self.open
+            .get_mut(&cookie)
+            .ok_or(NetnsError::NotFound(cookie))
+    }
+
+    /// Closes the socket table of a namespace without sessions; the own one stays open.
+    pub fn close(&mut self, cookie: u64) {
+        if cookie != self.own {
+            self.open.remove(&cookie);
+        }
+    }
+
+    /// Opens the socket table of a namespace again, after an exchange broke off.
+    pub fn reopen(&mut self, cookie: u64) {
+        if cookie != self.own {
+            self.open.remove(&cookie);
+        } else if let Ok(diag) = DiagSocket::open() {
+            self.open.insert(cookie, diag);
+        }
+    }
+
+    /// Opens the socket table of every namespace that can be found. What cannot be entered is
+    /// returned beside.
+    pub fn open_all(&mut self) -> (Vec<u64>, Vec<NetnsError>) {
+        let mut errors = Vec::new();
+        for path in candidates(false) {
+            match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
+                Ok((cookie, diag)) => {
+                    self.seen_at.insert(cookie, path);
+                    self.open.entry(cookie).or_insert(diag);
+                }
+                // The process may have ended since it was listed.
+                Err(NetnsError::Open { source, .. }) if is_gone(&source) => {}
+                Err(error) => errors.push(error),
+            }
+        }
+        (self.open.keys().copied().collect(), errors)
+    }
+
+    fn find(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
+        if let Some(path) = self.seen_at.get(&cookie)
+            && let Ok((found, diag)) = enter(path).and_then(|diag| cookie_of(diag, path))
+            && found == cookie
+        {
+            return Ok(diag);
+        }
+        self.seen_at.clear();
+        // Open files last: there are many, and few namespaces are held by nothing else.
+        for with_open_files in [false, true] {
+            if let Some(diag) = self.search(cookie, with_open_files) {
+                return Ok(diag);
+            }
+        }
+        Err(NetnsError::NotFound(cookie))
+    }
+
+    fn search(&mut self, cookie: u64, with_open_files: bool) -> Option<DiagSocket> {
+        for path in candidates(with_open_files) {
+            let Ok((found, diag)) = enter(&path).and_then(|diag| cookie_of(diag, &path)) else {
+                continue;
+            };
+            self.seen_at.insert(found, path);
+            if found == cookie {
+                return Some(diag);
+            }
+        }
+        None
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+fn cookie_of(diag: DiagSocket, path: &Path) -> Result<(u64, DiagSocket), NetnsError> {
+    let cookie = diag.netns_cookie().map_err(|source| NetnsError::Diag {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((cookie, diag))
+}
+
+/// Opens the socket table of the namespace that a file stands for.
+fn enter(path: &Path) -> Result<DiagSocket, NetnsError> {
+    let file = fs::File::open(path).map_err(|source| NetnsError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let inside = move || -> Result<DiagSocket, EnterError> {
+        setns(&file, CloneFlags::CLONE_NEWNET).map_err(EnterError::Setns)?;
+        DiagSocket::open().map_err(EnterError::Diag)
+    };
+    let result = thread::Builder::new()
+        .name("enter-netns".to_owned())
+        .spawn(inside)
+        .map_err(NetnsError::Thread)?
+        .join()
+        .map_err(|_| NetnsError::Thread(io::Error::other("the thread panicked")))?;
+    result.map_err(|error| match error {
+        EnterError::Setns(source) => NetnsError::Enter {
+            path: path.to_owned(),
+            source,
+        },
+        EnterError::Diag(source) => NetnsError::Diag {
+            path: path.to_owned(),
+            source,
+        },
+    })
+}
+
+enum EnterError {
+    Setns(nix::Error),
+    Diag(SockDiagError),
+}
+
+/// One file for each network namespace that a process is in or that is mounted somewhere, and
+/// also, where asked for, that a process holds open.
+fn candidates(with_open_files: bool) -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    let mut add = |path: PathBuf| {
+        // The inode number tells namespaces apart while they exist.
+        if let Ok(metadata) = fs::metadata(&path)
+            && seen.insert((metadata.dev(), metadata.ino()))
+        {
+            found.push(path);
+        }
+    };
+    for process in processes() {
+        add(process.join("ns/net"));
+        if with_open_files {
+            open_namespaces(&process).into_iter().for_each(&mut add);
+        }
+    }
+    mounted_namespaces().into_iter().for_each(&mut add);
+    found
+}
+
+fn processes() -> Vec<PathBuf> {
+    let is_pid = |name: &str| name.bytes().all(|b| b.is_ascii_digit());
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_pid))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn open_namespaces(process: &Path) -> Vec<PathBuf> {
+    let is_netns = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("net:["))
+    };
+    let entries = fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries.map(|entry| entry.path()).filter(is_netns).collect()
+}
+
+/// Namespaces bound to a file (`ip netns add` does so), as the daemon's mount namespace sees them.
+fn mounted_namespaces() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    parse_mounted(&mounts)
+}
+
+fn parse_mounted(mountinfo: &str) -> Vec<PathBuf> {
+    let parse = |line: &str| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut fields = before.split(' ').skip(3);
+        let (root, mount_point) = (fields.next()?, fields.next()?);
+        let is_netns = after.starts_with("nsfs ") && root.starts_with("net:[");
+        is_netns.then(|| unescape(mount_point).into())
+    };
+    mountinfo.lines().filter_map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounted_network_namespaces_are_told_from_other_mounts() {
+        let mountinfo = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+90 23 0:4 net:[4026532300] /run/netns/blue rw shared:5 - nsfs nsfs rw
+91 23 0:4 mnt:[4026532301] /run/mnt rw - nsfs nsfs rw
+";
+        assert_eq!(parse_mounted(mountinfo), [PathBuf::from("/run/netns/blue")]);
+    }
+
+    #[test]
+    fn the_own_namespace_is_found_by_its_cookie() {
+        let mut namespaces = Namespaces::new().unwrap();
+        let own = namespaces.own();
+        assert_eq!(namespaces.get(own).unwrap().netns_cookie().unwrap(), own);
+        namespaces.close(own);
+        namespaces.reopen(own);
+        assert!(namespaces.get(own).is_ok());
+    }
+
+    #[test]
+    fn a_namespace_that_is_not_there_is_not_found() {
+        let mut namespaces = Namespaces::new().unwrap();
+        assert!(matches!(
+            namespaces.get(u64::MAX),
+            Err(NetnsError::NotFound(u64::MAX))
+        ));
+    }
+}

@@ -1,0 +1,215 @@
+//! When to look at which session: cookies by the time that they are due. Pure: no clock, no I/O.
+//!
+//! A session's entry is at the earliest moment at which the session can have expired. Activity
+//! moves the true deadline and not the entry: when the entry is due, the engine reads the session
+//! and re-arms it. So a busy session costs one look per timeout, and a packet costs nothing here.
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
+};
+
+/// Sessions by due time.
+///
+/// A removed or re-armed session leaves its old entry in the heap, where it is recognised by its
+/// time and skipped. The heap is rebuilt when such entries outnumber the live ones.
+#[derive(Debug, Default)]
+pub struct Schedule {
+    heap: BinaryHeap<Reverse<(u64, u64)>>,
+    live: HashMap<u64, Entry>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    due_ns: u64,
+    netns_cookie: u64,
+}
+
+impl Schedule {
+    /// An empty schedule.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Number of sessions.
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Whether there is no session.
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// Whether the session is scheduled.
+    pub fn contains(&self, cookie: u64) -> bool {
+        self.live.contains_key(&cookie)
+    }
+
+    /// Schedules a session, in place of what was scheduled for the same cookie. Returns whether
+    /// the cookie is new.
+    pub fn insert(&mut self, cookie: u64, netns_cookie: u64, due_ns: u64) -> bool {
+        let entry = Entry {
+            due_ns,
+            netns_cookie,
+        };
+        let before = self.live.insert(cookie, entry);
+        if before.is_none_or(|e| e.due_ns != due_ns) {
+            self.heap.push(Reverse((due_ns, cookie)));
+            self.compact();
+        }
+        before.is_none()
+    }
+
+    /// Moves a session to another time; a session that is not scheduled stays so.
+    pub fn rearm(&mut self, cookie: u64, due_ns: u64) {
+        let Some(entry) = self.live.get_mut(&cookie) else {
+            return;
+        };
+        // The entry that was taken as due has left the heap, so the new one is always pushed.
+        entry.due_ns = due_ns;
+        self.heap.push(Reverse((due_ns, cookie)));
+        self.compact();
+    }
+
+    /// Forgets a session, and returns the cookie of its network namespace.
+    pub fn remove(&mut self, cookie: u64) -> Option<u64> {
+        let entry = self.live.remove(&cookie)?;
+        self.compact();
+        Some(entry.netns_cookie)
+    }
+
+    /// When the next session is due.
+    pub fn next_due_ns(&mut self) -> Option<u64> {
+        while let Some(&Reverse((due_ns, cookie))) = self.heap.peek() {
+            if self.is_current(cookie, due_ns) {
+                return Some(due_ns);
+            }
+            self.heap.pop();
+        }
+        None
+    }
+
+    /// Takes one session that is due at `now_ns`. It stays scheduled, without a time, until it is
+    /// re-armed or removed: the caller must do one of both.
+    pub fn take_due(&mut self, now_ns: u64) -> Option<u64> {
+        if self.next_due_ns()? > now_ns {
+            return None;
+        }
+        let Reverse((_, cookie)) = self.heap.pop()?;
+        if let Some(entry) = self.live.get_mut(&cookie) {
+            entry.due_ns = u64::MAX;
+        }
+        Some(cookie)
+    }
+
+    fn is_current(&self, cookie: u64, due_ns: u64) -> bool {
+        self.live.get(&cookie).is_some_and(|e| e.due_ns == due_ns)
+    }
+
+    fn compact(&mut self) {
+        const SLACK: usize = 1024;
+        if self.heap.len() > 2 * self.live.len() + SLACK {
+            let live = &self.live;
+            self.heap.retain(|Reverse((due_ns, cookie))| {
+                live.get(cookie).is_some_and(|e| e.due_ns == *due_ns)
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn all_due(schedule: &mut Schedule, now_ns: u64) -> Vec<u64> {
+        std::iter::from_fn(|| schedule.take_due(now_ns)).collect()
+    }
+
+    #[test]
+    fn sessions_come_in_the_order_of_their_time_and_not_before_it() {
+        let mut s = Schedule::new();
+        for (cookie, due) in [(1, 30), (2, 10), (3, 20)] {
+            assert!(s.insert(cookie, 1, due));
+        }
+        assert_eq!(s.next_due_ns(), Some(10));
+        assert_eq!(all_due(&mut s, 9), []);
+        assert_eq!(all_due(&mut s, 20), [2, 3]);
+        assert_eq!(s.next_due_ns(), Some(30));
+    }
+
+    #[test]
+    fn a_session_that_was_moved_or_removed_is_not_due_at_its_old_time() {
+        let mut s = Schedule::new();
+        s.insert(1, 7, 10);
+        s.insert(2, 8, 10);
+        s.rearm(1, 50);
+        assert_eq!(s.remove(2), Some(8));
+        assert_eq!(s.remove(2), None);
+        assert_eq!(all_due(&mut s, 49), []);
+        assert_eq!(all_due(&mut s, 50), [1]);
+    }
+
+    #[test]
+    fn a_cookie_that_comes_again_has_the_new_time_only() {
+        let mut s = Schedule::new();
+        s.insert(1, 7, 10);
+        assert!(!s.insert(1, 7, 20));
+        assert!(!s.insert(1, 7, 20));
+        assert_eq!(all_due(&mut s, 100), [1]);
+        assert_eq!(s.len(), 1);
+    }
+
+    #[test]
+    fn many_short_sessions_leave_no_heap_behind() {
+        let mut s = Schedule::new();
+        for cookie in 0..1_000_000 {
+            s.insert(cookie, 1, 1_000 + cookie);
+            s.remove(cookie);
+        }
+        assert!(s.is_empty());
+        assert!(s.heap.len() <= 1024);
+    }
+
+    proptest! {
+        #[test]
+        fn behaves_as_a_plain_map_does(
+            operations in prop::collection::vec((0u8..4, 0u64..20, 0u64..100), 1..200),
+        ) {
+            let mut schedule = Schedule::new();
+            let mut model = BTreeMap::new();
+            for (operation, cookie, time) in operations {
+                match operation {
+                    0 => {
+                        schedule.insert(cookie, 1, time);
+                        model.insert(cookie, time);
+                    }
+                    1 => {
+                        schedule.rearm(cookie, time);
+                        model.entry(cookie).and_modify(|t| *t = time);
+                    }
+                    2 => {
+                        prop_assert_eq!(schedule.remove(cookie).is_some(), model.remove(&cookie).is_some());
+                    }
+                    _ => {
+                        let mut due = all_due(&mut schedule, time);
+                        due.sort_unstable();
+                        let expected: Vec<u64> =
+                            model.iter().filter(|(_, t)| **t <= time).map(|(c, _)| *c).collect();
+                        prop_assert_eq!(&due, &expected);
+                        for cookie in due {
+                            schedule.remove(cookie);
+                            model.remove(&cookie);
+                        }
+                    }
+                }
+                prop_assert_eq!(schedule.next_due_ns(), model.values().min().copied());
+                prop_assert_eq!(schedule.len(), model.len());
+            }
+        }
+    }
+}

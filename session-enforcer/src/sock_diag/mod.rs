@@ -1,0 +1,8 @@
+//! The kernel's socket table over netlink: list, look at, and destroy TCP sockets. The only user
+//! of netlink in the project.
+
+mod connection;
+pub mod wire;
+
+pub use connection::{DiagSocket, SockDiagError};
+pub use wire::{Family, Info, Socket, Target, state};

@@ -1,0 +1,400 @@
+//! The wire format of `sock_diag` and `inet_diag`: pure functions from and to bytes.
+//!
+//! Layouts: `linux/netlink.h`, `linux/inet_diag.h` and `struct tcp_info` of `linux/tcp.h`. They are
+//! kernel interfaces and only ever grow at their ends. Everything that the kernel sends is checked
+//! for length; what does not fit is an error, never a guess.
+
+use bytes::{Buf as _, BufMut, BytesMut};
+use session_enforcer_common::{Address, Session};
+use thiserror::Error;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP: u16 = 0x300;
+/// The kernel's tables changed during a dump; entries may be missing.
+const NLM_F_DUMP_INTR: u16 = 0x10;
+
+const HEADER: usize = 16;
+const REQUEST: usize = 56;
+const MESSAGE: usize = 72;
+const ATTRIBUTE_HEADER: usize = 4;
+const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_CGROUP_ID: u16 = 21;
+/// `idiag_timer` of a mini-socket in `TIME_WAIT` or in an orphaned `FIN_WAIT2`.
+const TIMER_TIME_WAIT: u8 = 3;
+
+/// TCP states as the kernel numbers them (`net/tcp_states.h`).
+pub mod state {
+    /// Open in both directions.
+    pub const ESTABLISHED: u8 = 1;
+    /// Closed here, the peer has not acknowledged it.
+    pub const FIN_WAIT1: u8 = 4;
+    /// Closed here and acknowledged; the peer may still send.
+    pub const FIN_WAIT2: u8 = 5;
+    /// Over; only the tuple is kept.
+    pub const TIME_WAIT: u8 = 6;
+    /// Closed by the peer; this host may still send.
+    pub const CLOSE_WAIT: u8 = 8;
+    /// Closed by both, this host's FIN not acknowledged.
+    pub const LAST_ACK: u8 = 9;
+    /// Accepts connections.
+    pub const LISTEN: u8 = 10;
+    /// Both closed at once.
+    pub const CLOSING: u8 = 11;
+
+    /// The states in which a socket is a session: from establishment to close.
+    pub const SESSIONS: u32 = bit(ESTABLISHED)
+        | bit(FIN_WAIT1)
+        | bit(FIN_WAIT2)
+        | bit(CLOSE_WAIT)
+        | bit(LAST_ACK)
+        | bit(CLOSING);
+
+    /// The state's bit in a request's set of states.
+    pub const fn bit(state: u8) -> u32 {
+        1 << state
+    }
+}
+
+/// Which sockets a dump asks for; the kernel dumps one family at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4 sockets.
+    Ipv4,
+    /// IPv6 sockets, those with IPv4-mapped addresses among them.
+    Ipv6,
+}
+
+impl Family {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Ipv4 => libc::AF_INET as u8,
+            Self::Ipv6 => libc::AF_INET6 as u8,
+        }
+    }
+}
+
+/// Names one socket exactly: by tuple and by cookie. The kernel finds it by the tuple and refuses
+/// it where the cookie differs, so that a later connection with the same tuple is safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// This host's address.
+    pub local: Address,
+    /// The peer's address.
+    pub remote: Address,
+    /// This host's port.
+    pub local_port: u16,
+    /// The peer's port.
+    pub remote_port: u16,
+    /// Interface the socket is bound to, or 0.
+    pub ifindex: u32,
+    /// The socket's cookie.
+    pub cookie: u64,
+}
+
+impl Target {
+    /// The socket of a session.
+    pub const fn of(cookie: u64, session: &Session) -> Self {
+        Self {
+            local: session.local,
+            remote: session.remote,
+            local_port: session.local_port,
+            remote_port: session.remote_port,
+            ifindex: session.ifindex,
+            cookie,
+        }
+    }
+}
+
+/// One socket of a dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// See [`state`].
+    pub state: u8,
+    /// Whether it is a mini-socket: what is left of a session that is over.
+    pub is_mini: bool,
+    /// The socket's name, the cookie included.
+    pub target: Target,
+    /// Identity of its cgroup, where the kernel told it.
+    pub cgroup_id: Option<u64>,
+    /// What `tcp_info` says, where the kernel told it.
+    pub info: Option<Info>,
+}
+
+/// The part of `tcp_info` that an adoption needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Milliseconds since data was last sent, retransmissions included.
+    pub last_data_sent_ms: u32,
+    /// Milliseconds since data was last received.
+    pub last_data_received_ms: u32,
+    /// Payload bytes received, each once.
+    pub bytes_received: u64,
+    /// Payload bytes sent, each once.
+    pub bytes_sent: u64,
+}
+
+/// An answer of the kernel that is not what the protocol promises.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum WireError {
+    /// The data ends within a message.
+    #[error("a message of {claimed} bytes in {present} bytes of data")]
+    Cut {
+        /// Length that the message claims, or that its kind has at least.
+        claimed: usize,
+        /// Bytes that are there.
+        present: usize,
+    },
+    /// The sequence number is none of a request that was sent.
+    #[error("an answer to request {got}, which was not sent or was answered before")]
+    Sequence {
+        /// The number in the answer.
+        got: u32,
+    },
+    /// A kind of message that does not belong here.
+    #[error("a message of kind {0}, which does not belong here")]
+    Kind(u16),
+    /// An address family that was not asked for.
+    #[error("a socket of address family {0}")]
+    Family(u8),
+}
+
+/// One message of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Number of the request that it answers.
+    pub sequence: u32,
+    /// Whether the kernel says that a dump may have missed sockets.
+    pub interrupted: bool,
+    /// What it says.
+    pub body: Body,
+}
+
+/// What a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// The request was done (0), or refused with this error number.
+    Answer(i32),
+    /// A dump is complete, or was broken off with this error number.
+    Done(i32),
+    /// A socket.
+    Socket(Socket),
+}
+
+/// Appends a request to destroy the socket; the kernel will answer it.
+pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target) {
+    put_header(out, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, sequence);
+    put_exact(out, target, 0);
+}
+
+/// Appends a request for what the kernel knows of one socket.
+pub fn put_look(out: &mut BytesMut, sequence: u32, target: &Target) {
+    put_header(out, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
+    put_exact(out, target, 1 << (INET_DIAG_INFO - 1));
+}
+
+/// Appends a request for every TCP socket of the family in one of the `states`.
+pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32) {
+    put_header(
+        out,
+        SOCK_DIAG_BY_FAMILY,
+        NLM_F_REQUEST | NLM_F_DUMP,
+        sequence,
+    );
+    put_request_start(out, family, 1 << (INET_DIAG_INFO - 1), states);
+    out.put_bytes(0, REQUEST - 8);
+}
+
+fn put_header(out: &mut BytesMut, kind: u16, flags: u16, sequence: u32) {
+    out.put_u32_ne((HEADER + REQUEST) as u32);
+    out.put_u16_ne(kind);
+    out.put_u16_ne(flags);
+    out.put_u32_ne(sequence);
+    out.put_u32_ne(0);
+}
+
+fn put_request_start(out: &mut impl BufMut, family: Family, extensions: u8, states: u32) {
+    out.put_u8(family.number());
+    out.put_u8(libc::IPPROTO_TCP as u8);
+    out.put_u8(extensions);
+    out.put_u8(0);
+    out.put_u32_ne(states);
+}
+
+fn put_exact(out: &mut BytesMut, target: &Target, extensions: u8) {
+    // The kernel finds an IPv6 socket with IPv4-mapped addresses by its IPv4 addresses too.
+    let ipv4 = target.local.is_ipv4() && target.remote.is_ipv4();
+    let family = if ipv4 { Family::Ipv4 } else { Family::Ipv6 };
+    put_request_start(out, family, extensions, u32::MAX);
+    out.put_u16(target.local_port);
+    out.put_u16(target.remote_port);
+    for address in [target.local, target.remote] {
+        if ipv4 {
+            out.put_u32_ne(address.0[3]);
+            out.put_bytes(0, 12);
+        } else {
+            out.put_slice(&address.octets());
+        }
+    }
+    out.put_u32_ne(target.ifindex);
+    out.put_u32_ne(target.cookie as u32);
+    out.put_u32_ne((target.cookie >> 32) as u32);
+}
+
+/// Takes the next message off the front of a datagram; `None` at its end.
+///
+/// # Errors
+///
+/// Where the data is cut or of another kind than these requests are answered with.
+pub fn next_message(data: &mut &[u8]) -> Result<Option<Message>, WireError> {
+    if data.is_empty() {
+        return Ok(None);
+    }
+    let whole = *data;
+    need(whole, HEADER)?;
+    let mut header = &whole[..HEADER];
+    let length = header.get_u32_ne() as usize;
+    let kind = header.get_u16_ne();
+    let flags = header.get_u16_ne();
+    let sequence = header.get_u32_ne();
+    if length < HEADER {
+        return Err(WireError::Cut {
+            claimed: HEADER,
+            present: length,
+        });
+    }
+    need(whole, length)?;
+    let body = parse_body(kind, &whole[HEADER..length])?;
+    *data = &whole[align(length).min(whole.len())..];
+    Ok(Some(Message {
+        sequence,
+        interrupted: flags & NLM_F_DUMP_INTR != 0,
+        body,
+    }))
+}
+
+fn parse_body(kind: u16, mut body: &[u8]) -> Result<Body, WireError> {
+    match kind {
+        NLMSG_ERROR => {
+            need(body, 4)?;
+            Ok(Body::Answer(body.get_i32_ne().saturating_neg()))
+        }
+        NLMSG_DONE => {
+            need(body, 4)?;
+            Ok(Body::Done(body.get_i32_ne().saturating_neg()))
+        }
+        SOCK_DIAG_BY_FAMILY => parse_socket(body).map(Body::Socket),
+        other => Err(WireError::Kind(other)),
+    }
+}
+
+fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
+    need(body, MESSAGE)?;
+    let (mut fixed, attributes) = body.split_at(MESSAGE);
+    let family = fixed.get_u8();
+    let state = fixed.get_u8();
+    let timer = fixed.get_u8();
+    fixed.advance(1);
+    let local_port = fixed.get_u16();
+    let remote_port = fixed.get_u16();
+    let local = take_address(&mut fixed, family)?;
+    let remote = take_address(&mut fixed, family)?;
+    let ifindex = fixed.get_u32_ne();
+    let cookie = u64::from(fixed.get_u32_ne()) | u64::from(fixed.get_u32_ne()) << 32;
+    let mut socket = Socket {
+        state,
+        is_mini: timer == TIMER_TIME_WAIT || state == state::TIME_WAIT,
+        target: Target {
+            local,
+            remote,
+            local_port,
+            remote_port,
+            ifindex,
+            cookie,
+        },
+        cgroup_id: None,
+        info: None,
+    };
+    read_attributes(attributes, &mut socket)?;
+    Ok(socket)
+}
+
+fn take_address(fixed: &mut &[u8], family: u8) -> Result<Address, WireError> {
+    let mut octets = [0; 16];
+    fixed.copy_to_slice(&mut octets);
+    match i32::from(family) {
+        libc::AF_INET => {
+            let first = [octets[0], octets[1], octets[2], octets[3]];
+            Ok(Address::from_ipv4(u32::from_ne_bytes(first)))
+        }
+        libc::AF_INET6 => Ok(Address::from_octets(octets)),
+        _ => Err(WireError::Family(family)),
+    }
+}
+
+fn read_attributes(mut rest: &[u8], socket: &mut Socket) -> Result<(), WireError> {
+    while !rest.is_empty() {
+        need(rest, ATTRIBUTE_HEADER)?;
+        let mut header = &rest[..ATTRIBUTE_HEADER];
+        let length = usize::from(header.get_u16_ne());
+        let kind = header.get_u16_ne();
+        if length < ATTRIBUTE_HEADER {
+            return Err(WireError::Cut {
+                claimed: ATTRIBUTE_HEADER,
+                present: length,
+            });
+        }
+        need(rest, length)?;
+        let mut value = &rest[ATTRIBUTE_HEADER..length];
+        match kind {
+            INET_DIAG_INFO => socket.info = Some(parse_info(value)?),
+            INET_DIAG_CGROUP_ID => {
+                need(value, 8)?;
+                socket.cgroup_id = Some(value.get_u64_ne());
+            }
+            _ => {}
+        }
+        rest = &rest[align(length).min(rest.len())..];
+    }
+    Ok(())
+}
+
+/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with.
+fn parse_info(info: &[u8]) -> Result<Info, WireError> {
+    const LAST_DATA_SENT: usize = 44;
+    const LAST_DATA_RECEIVED: usize = 52;
+    const BYTES_RECEIVED: usize = 128;
+    const BYTES_SENT: usize = 200;
+    const BYTES_RETRANSMITTED: usize = 208;
+    need(info, BYTES_RETRANSMITTED + 8)?;
+    let four = |at: usize| (&info[at..at + 4]).get_u32_ne();
+    let eight = |at: usize| (&info[at..at + 8]).get_u64_ne();
+    Ok(Info {
+        last_data_sent_ms: four(LAST_DATA_SENT),
+        last_data_received_ms: four(LAST_DATA_RECEIVED),
+        bytes_received: eight(BYTES_RECEIVED),
+        bytes_sent: eight(BYTES_SENT).saturating_sub(eight(BYTES_RETRANSMITTED)),
+    })
+}
+
+fn need(data: &[u8], bytes: usize) -> Result<(), WireError> {
+    if data.len() < bytes {
+        return Err(WireError::Cut {
+            claimed: bytes,
+            present: data.len(),
+        });
+    }
+    Ok(())
+}
+
+/// Messages and attributes begin at multiples of four.
+const fn align(length: usize) -> usize {
+    (length + 3) & !3
+}
+
+#[cfg(test)]
+mod tests;
