@@ -1,2 +1,74 @@
 //! The project's own commands: `cargo xtask --help`.
-fn main() {}
+//!
+//! One file a command; what several of them need is in `workspace` (where things are), `process`
+//! (running programs) and `rustc` (what compiler this is).
+
+mod apt;
+mod build;
+mod core_sources;
+mod demo;
+mod linker;
+mod lint;
+mod packages;
+mod process;
+mod run;
+mod rustc;
+mod setup;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// Builds, runs, shows and tests session-enforcer.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Makes ready what the eBPF programs are built with (core's sources, bpf-linker).
+    ///
+    /// Everything is kept in the target directory, and nothing that is ready is made again. The
+    /// other commands do this first, by themselves.
+    Setup,
+    /// Builds the daemon, eBPF programs included, and prints the path of its binary.
+    Build(build::Args),
+    /// Builds the daemon and runs it as root, through sudo where that is needed.
+    Run(run::Args),
+    /// Shows session-enforcer at work on this machine.
+    Demo,
+    /// Runs every test: first those that need no privilege, then the others as root.
+    Test(test::Args),
+    /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
+    Lint,
+}
+
+fn main() -> ExitCode {
+    match perform(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Setup => setup::setup(&workspace),
+        Task::Build(args) => build::build(&workspace, &args),
+        Task::Run(args) => run::run(&workspace, &args),
+        Task::Demo => demo::run(&workspace),
+        Task::Test(args) => test::test(&workspace, &args),
+        Task::Lint => lint::lint(&workspace),
+    }
+}

@@ -1,0 +1,273 @@
+//! Fetches one Debian package of one exact version, without touching the system's apt.
+//!
+//! The machine's own sources are left as they are: this apt has its lists, its cache and its sources
+//! in a folder of the project. From the machine it takes where the mirror is and how to reach it
+//! (proxies, certificates), and the archive's keys.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{find_program, output_of, say};
+
+/// Suites that carry recent compilers, the likeliest and smallest first. Debian's own names for
+/// "the current one", which hold true after the next release too.
+const SUITES: [&str; 5] = [
+    "stable-backports",
+    "unstable",
+    "testing",
+    "stable",
+    "oldstable-backports",
+];
+
+/// The keys of Debian's archive, as the package debian-archive-keyring installs them.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// An apt with a state of its own.
+pub(crate) struct PrivateApt {
+    folder: PathBuf,
+    mirrors: Vec<String>,
+}
+
+impl PrivateApt {
+    pub(crate) fn new(folder: PathBuf) -> Result<Self> {
+        for program in ["apt-get", "apt-cache", "apt-config", "dpkg-deb", "tar"] {
+            if find_program(program, &[]).is_none() {
+                bail!("this is no Debian-like system: there is no {program}");
+            }
+        }
+        // Prints what an update would fetch; works for any user and without any list.
+        let listing = output_of(Command::new("apt-get").args([
+            "--print-uris",
+            "-o",
+            "Debug::NoLocking=1",
+            "update",
+        ]))?;
+        let mirrors = mirrors(&listing);
+        if mirrors.is_empty() {
+            bail!("apt has no sources: /etc/apt/sources.list and sources.list.d name no mirror");
+        }
+        for part in ["lists/partial", "cache/archives/partial", "sources"] {
+            let path = folder.join(part);
+            fs::create_dir_all(&path)
+                .with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        let apt = Self { folder, mirrors };
+        apt.write("status", "")?;
+        apt.write("apt.conf", &apt.configuration()?)?;
+        Ok(apt)
+    }
+
+    /// Downloads `package` of the upstream version `release` from the first suite that has it.
+    pub(crate) fn download(&self, package: &str, release: &str) -> Result<PathBuf> {
+        for mirror in &self.mirrors {
+            for suite in SUITES {
+                self.write("sources/one.sources", &source(mirror, suite))?;
+                // A mirror without that suite is no failure: most have no more than some.
+                if output_of(self.tool("apt-get").arg("update")).is_err() {
+                    continue;
+                }
+                let offered = output_of(self.tool("apt-cache").args(["madison", package]))?;
+                if let Some(version) = version_of(&offered, release) {
+                    say!("found {package} {version} in {suite}");
+                    return self.fetch(package, version);
+                }
+            }
+        }
+        bail!(
+            "no suite of {} has {package} {release} (looked in {})",
+            self.mirrors.join(", "),
+            SUITES.join(", ")
+        )
+    }
+
+    /// Removes lists, cache and package once they have served.
+    pub(crate) fn remove(&self) {
+        if let Err(error) = fs::remove_dir_all(&self.folder) {
+            say!(
+                "{} is of no more use but cannot be removed: {error}",
+                self.folder.display()
+            );
+        }
+    }
+
+    fn fetch(&self, package: &str, version: &str) -> Result<PathBuf> {
+        let exact = format!("{package}={version}");
+        output_of(
+            self.tool("apt-get")
+                .arg("download")
+                .arg(exact)
+                .current_dir(&self.folder),
+        )?;
+        let entries = fs::read_dir(&self.folder)
+            .with_context(|| format!("cannot list {}", self.folder.display()))?;
+        entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .with_context(|| format!("apt-get left no package in {}", self.folder.display()))
+    }
+
+    fn tool(&self, name: &str) -> Command {
+        let mut tool = Command::new(name);
+        tool.env("APT_CONFIG", self.folder.join("apt.conf"));
+        tool
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.folder.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn configuration(&self) -> Result<String> {
+        let machine = output_of(Command::new("apt-config").arg("dump"))?;
+        let folder = &self.folder;
+        let at = |part: &str| folder.join(part).display().to_string();
+        let own = [
+            ("Dir::State", at("")),
+            ("Dir::State::lists", at("lists")),
+            ("Dir::State::status", at("status")),
+            ("Dir::Cache", at("cache")),
+            ("Dir::Etc::sourcelist", "/dev/null".to_owned()),
+            ("Dir::Etc::sourceparts", at("sources")),
+            // The machine's files are not read a second time: their hooks run as root on its state.
+            ("Dir::Etc::main", "/dev/null".to_owned()),
+            ("Dir::Etc::parts", "/dev/null".to_owned()),
+            ("Dir::Etc::preferences", "/dev/null".to_owned()),
+            ("Dir::Etc::preferencesparts", "/dev/null".to_owned()),
+            // The folder may be unreadable to apt's own user; signatures are checked all the same.
+            ("APT::Sandbox::User", "root".to_owned()),
+        ];
+        let mut text = transport(&machine);
+        for (key, value) in own {
+            text.push_str(&format!("{key} \"{value}\";\n"));
+        }
+        Ok(text)
+    }
+}
+
+/// The mirrors in what `apt-get --print-uris update` prints, in the machine's order.
+fn mirrors(listing: &str) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for line in listing.lines() {
+        let Some(uri) = line
+            .strip_prefix('\'')
+            .and_then(|rest| rest.split('\'').next())
+        else {
+            continue;
+        };
+        let Some((mirror, _)) = uri.split_once("/dists/") else {
+            continue;
+        };
+        // The archive of security updates has no suites of the kind that is looked for.
+        if !mirror.ends_with("-security") && !found.iter().any(|known| known == mirror) {
+            found.push(mirror.to_owned());
+        }
+    }
+    found
+}
+
+/// What `apt-config dump` says on how to reach a mirror, less the list of what to fetch from it.
+fn transport(dump: &str) -> String {
+    dump.lines()
+        .filter(|line| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets"))
+        .flat_map(|line| [line, "\n"])
+        .collect()
+}
+
+/// One entry of apt's sources.
+fn source(mirror: &str, suite: &str) -> String {
+    let mut entry = format!("Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\n");
+    // Without that file, the keys that apt trusts for all sources decide.
+    if Path::new(KEYRING).is_file() {
+        entry.push_str(&format!("Signed-By: {KEYRING}\n"));
+    }
+    entry
+}
+
+/// The package version, among those that `apt-cache madison` lists, of an upstream release.
+fn version_of<'a>(offered: &'a str, release: &str) -> Option<&'a str> {
+    offered
+        .lines()
+        .filter_map(|line| line.split('|').nth(1))
+        .map(str::trim)
+        .find(|version| {
+            // 1.95.0+dfsg1-2 and 1.95.0-1 are 1.95.0; 1.95.0~beta.3 and 1.95.01 are not.
+            let rest = version.strip_prefix(release);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', '-']))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrors_come_in_order_once_each_and_without_security() {
+        let listing = "\
+'http://mirror.test/debian/dists/bookworm/InRelease' mirror.test_debian_dists_bookworm_InRelease 0 
+'http://mirror.test/debian/dists/bookworm-updates/InRelease' mirror.test_x 0 
+'http://mirror.test/debian-security/dists/bookworm-security/InRelease' mirror.test_y 0 
+'mirror+file:/etc/apt/mirrors.list/dists/bookworm/main/binary-amd64/Packages.xz' z 0 
+'http://flat.test/repo/./InRelease' flat.test 0 
+Reading package lists...
+";
+        assert_eq!(
+            mirrors(listing),
+            [
+                "http://mirror.test/debian",
+                "mirror+file:/etc/apt/mirrors.list"
+            ]
+        );
+    }
+
+    #[test]
+    fn no_sources_give_no_mirrors() {
+        assert!(mirrors("").is_empty());
+    }
+
+    #[test]
+    fn the_way_to_the_mirror_is_kept_and_hooks_are_not() {
+        let dump = "\
+APT::Update::Post-Invoke:: \"rm -f /var/cache/apt/*.bin\";
+Dir::Etc::parts \"apt.conf.d\";
+Acquire::http::Proxy \"http://proxy.test:3128\";
+Acquire::IndexTargets::deb::DEP-11::MetaKey \"x\";
+Acquire::Languages:: \"none\";
+";
+        assert_eq!(
+            transport(dump),
+            "Acquire::http::Proxy \"http://proxy.test:3128\";\nAcquire::Languages:: \"none\";\n"
+        );
+    }
+
+    #[test]
+    fn only_the_exact_release_is_taken() {
+        let offered = "\
+  rust-src | 1.96.1+dfsg1-2~bpo13+1 | http://mirror.test/debian stable-backports/main amd64 Packages
+  rust-src | 1.95.0~beta.3+dfsg1-1 | http://mirror.test/debian stable-backports/main amd64 Packages
+  rust-src | 1.95.0+dfsg1-2~bpo13+1 | http://mirror.test/debian stable-backports/main amd64 Packages
+";
+        assert_eq!(
+            version_of(offered, "1.95.0"),
+            Some("1.95.0+dfsg1-2~bpo13+1")
+        );
+        assert_eq!(
+            version_of(offered, "1.96.1"),
+            Some("1.96.1+dfsg1-2~bpo13+1")
+        );
+        assert_eq!(version_of(offered, "1.96"), None);
+        assert_eq!(version_of(offered, "1.97.0"), None);
+        assert_eq!(version_of("", "1.95.0"), None);
+    }
+
+    #[test]
+    fn a_source_names_mirror_and_suite() {
+        let entry = source("http://mirror.test/debian", "unstable");
+        assert!(
+            entry.contains("URIs: http://mirror.test/debian\nSuites: unstable\n"),
+            "{entry}"
+        );
+    }
+}

@@ -1,0 +1,54 @@
+//! `cargo xtask build`: the daemon, with the eBPF programs in it.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::process::run;
+use crate::setup::setup;
+use crate::workspace::Workspace;
+
+/// What `build` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Optimised, as it is installed (the default).
+    #[arg(long, conflicts_with = "debug")]
+    release: bool,
+    /// Not optimised, with debug assertions. The eBPF programs are optimised in any case.
+    #[arg(long)]
+    debug: bool,
+}
+
+/// How the daemon is compiled.
+#[derive(Clone, Copy)]
+pub(crate) enum Profile {
+    Release,
+    Debug,
+}
+
+/// Builds the daemon and prints where it is.
+pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
+    setup(workspace)?;
+    let profile = if args.debug {
+        Profile::Debug
+    } else {
+        Profile::Release
+    };
+    println!("{}", daemon(workspace, profile)?.display());
+    Ok(())
+}
+
+/// Builds the daemon, with an eBPF toolchain that is ready, and says where it is.
+pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--package", "session-enforcer"]);
+    let folder = match profile {
+        Profile::Release => {
+            cargo.arg("--release");
+            "release"
+        }
+        Profile::Debug => "debug",
+    };
+    run(&mut cargo)?;
+    Ok(workspace.target().join(folder).join("session-enforcer"))
+}

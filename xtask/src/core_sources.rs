@@ -1,0 +1,173 @@
+//! The sources of `core`, of exactly the compiler's version.
+//!
+//! There is no built `core` for the bpf target, so that cargo builds it (`-Z build-std=core`) and
+//! looks for its sources in the toolchain, where rustup's component `rust-src` puts them.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::PrivateApt;
+use crate::process::{find_program, output_of, say};
+use crate::rustc::Rustc;
+use crate::workspace::Workspace;
+
+/// The sources that are still missing, and where they belong.
+struct Missing<'a> {
+    rustc: &'a Rustc,
+    place: PathBuf,
+}
+
+/// Makes sure that the toolchain has the sources of `core`.
+pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
+    let missing = Missing {
+        rustc,
+        place: rustc.sysroot.join("lib/rustlib/src/rust"),
+    };
+    if missing.arrived() {
+        return Ok(());
+    }
+    missing.clear_dead_link()?;
+    let Err(by_rustup) = missing.ask_rustup() else {
+        return Ok(());
+    };
+    say!("rustup cannot provide them ({by_rustup:#})");
+    missing.ask_distribution(workspace).with_context(|| {
+        format!(
+            "the eBPF programs need the sources of Rust's `core`, and neither rustup nor the \
+             distribution provides those of rustc {}; remedy: `rustup component add rust-src` with \
+             a connection to the internet, or put a copy of the folder `library` of exactly that \
+             version at {}/library",
+            rustc.release,
+            missing.place.display()
+        )
+    })
+}
+
+impl Missing<'_> {
+    fn arrived(&self) -> bool {
+        // cargo resolves the standard library by its own lock file and refuses to go on without it.
+        has_core(&self.place.join("library")) && self.place.join("library/Cargo.lock").is_file()
+    }
+
+    /// Removes the link of an earlier set-up whose target directory has been deleted.
+    fn clear_dead_link(&self) -> Result<()> {
+        if self.place.is_symlink() && !self.place.exists() {
+            fs::remove_file(&self.place)
+                .with_context(|| format!("cannot remove the dead link {}", self.place.display()))?;
+        }
+        Ok(())
+    }
+
+    fn ask_rustup(&self) -> Result<()> {
+        if find_program("rustup", &[]).is_none() {
+            bail!("it is not installed");
+        }
+        say!(
+            "adding rustup's component rust-src: the eBPF programs need `core` built for BPF, from \
+             the sources of rustc {}",
+            self.rustc.release
+        );
+        output_of(Command::new("rustup").args(["component", "add", "rust-src"]))?;
+        if !self.arrived() {
+            bail!(
+                "the component is there, but not in {}",
+                self.place.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes them from the distribution's package `rust-src`, unpacked and not installed.
+    fn ask_distribution(&self, workspace: &Workspace) -> Result<()> {
+        let release = &self.rustc.release;
+        let kept = workspace.toolchain().join(format!("rust-src-{release}"));
+        if !has_core(&kept.join("library")) {
+            say!(
+                "fetching the distribution's package rust-src {release}, to unpack it into {}",
+                kept.display()
+            );
+            let apt = PrivateApt::new(workspace.toolchain().join("apt"))?;
+            let package = apt.download("rust-src", release)?;
+            unpack(&package, &kept)?;
+            apt.remove();
+        }
+        say!("linking {} to {}", self.place.display(), kept.display());
+        self.link(&kept)?;
+        if !self.arrived() {
+            bail!("the package rust-src {release} has no library/Cargo.lock");
+        }
+        Ok(())
+    }
+
+    fn link(&self, kept: &Path) -> Result<()> {
+        let make = || -> io::Result<()> {
+            if let Some(parent) = self.place.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            symlink(kept, &self.place)
+        };
+        make().with_context(|| {
+            format!(
+                "cannot make the link {place} (where cargo looks for the sources); remedy: as \
+                 somebody who may write there, `ln -s {kept} {place}`",
+                place = self.place.display(),
+                kept = kept.display()
+            )
+        })
+    }
+}
+
+fn has_core(library: &Path) -> bool {
+    library.join("core/src/lib.rs").is_file()
+}
+
+/// Unpacks the folder `library` of a rust-src package (a sixth of it) to `kept/library`.
+fn unpack(package: &Path, kept: &Path) -> Result<()> {
+    let half = kept.with_extension("partial");
+    remove(&half)?;
+    remove(kept)?;
+    fs::create_dir_all(&half).with_context(|| format!("cannot create {}", half.display()))?;
+    let mut reader = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start dpkg-deb")?;
+    let archive = reader.stdout.take().context("dpkg-deb has no output")?;
+    // ./usr/src/rustc-1.95.0/library/core/...: the first four are of no use here.
+    let unpacked = Command::new("tar")
+        .args([
+            "--extract",
+            "--wildcards",
+            "--strip-components=4",
+            "--directory",
+        ])
+        .arg(&half)
+        .arg("./usr/src/*/library")
+        .stdin(archive)
+        .status()
+        .context("cannot start tar")?;
+    let read = reader.wait().context("cannot wait for dpkg-deb")?;
+    if !unpacked.success() || !read.success() {
+        bail!(
+            "cannot unpack {}: dpkg-deb {read}, tar {unpacked}",
+            package.display()
+        );
+    }
+    // Only what is whole gets the name that the next set-up looks for.
+    fs::rename(&half, kept).with_context(|| format!("cannot rename to {}", kept.display()))
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}

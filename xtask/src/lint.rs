@@ -1,0 +1,92 @@
+//! `cargo xtask lint`: formatting and clippy, the same as CI.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{output_of, run, say};
+use crate::setup::setup;
+use crate::workspace::Workspace;
+
+/// Checks the whole workspace; every check runs, whatever the one before it found.
+pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
+    for component in ["rustfmt", "clippy"] {
+        ensure_component(workspace, component)?;
+    }
+    setup(workspace)?;
+    let checks = [
+        ("formatting", formatting(workspace)),
+        ("clippy", clippy(workspace)),
+        ("clippy on the eBPF programs", clippy_ebpf(workspace)),
+    ];
+    let mut failed = Vec::new();
+    for (name, mut check) in checks {
+        say!("{name}");
+        if let Err(error) = run(&mut check) {
+            say!("{error:#}");
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("these checks failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn formatting(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["fmt", "--all", "--check"]);
+    cargo
+}
+
+fn clippy(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args([
+        "clippy",
+        "--workspace",
+        "--exclude",
+        "session-enforcer-ebpf",
+        "--all-targets",
+    ]);
+    cargo.args(["--", "--deny", "warnings"]);
+    cargo
+}
+
+/// The programs have no operating system under them and compile for the bpf target only.
+fn clippy_ebpf(workspace: &Workspace) -> Command {
+    let target = if cfg!(target_endian = "big") {
+        "bpfeb-unknown-none"
+    } else {
+        "bpfel-unknown-none"
+    };
+    let mut cargo = workspace.cargo();
+    cargo.args([
+        "clippy",
+        "--package",
+        "session-enforcer-ebpf",
+        "--target",
+        target,
+    ]);
+    cargo.args(["-Z", "build-std=core", "--", "--deny", "warnings"]);
+    cargo.env("RUSTC_BOOTSTRAP", "1");
+    // A folder of its own: crates that look at RUSTC_BOOTSTRAP would be built again and again.
+    cargo.env("CARGO_TARGET_DIR", workspace.target().join("ebpf-lint"));
+    cargo
+}
+
+/// Adds a component of rustup's that cargo lacks.
+fn ensure_component(workspace: &Workspace, component: &str) -> Result<()> {
+    let subcommand = if component == "rustfmt" {
+        "fmt"
+    } else {
+        "clippy"
+    };
+    if output_of(workspace.cargo().args([subcommand, "--version"])).is_ok() {
+        return Ok(());
+    }
+    say!("adding rustup's component {component}: `cargo {subcommand}` is not here");
+    output_of(Command::new("rustup").args(["component", "add", component])).with_context(|| {
+        format!("`cargo {subcommand}` is not here; remedy: install {component} for this toolchain")
+    })?;
+    Ok(())
+}

@@ -1,0 +1,220 @@
+//! The programs that the privileged tests and the demo run: real servers and clients.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{as_root, find_program, run, say};
+
+/// A program, the Debian package that has it, and what it is needed for.
+#[derive(Clone, Copy)]
+struct Need {
+    program: &'static str,
+    package: &'static str,
+    why: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str, why: &'static str) -> Need {
+    Need {
+        program,
+        package,
+        why,
+    }
+}
+
+/// Looked for by program and not by package, so that another distribution's, or one's own, serves.
+const NEEDS: [Need; 13] = [
+    need("ip", "iproute2", "network namespaces and addresses"),
+    need(
+        "ss",
+        "iproute2",
+        "a second opinion on what the kernel's sockets are",
+    ),
+    need(
+        "initdb",
+        "postgresql",
+        "a PostgreSQL cluster of the test's own",
+    ),
+    need("postgres", "postgresql", "sessions of a real database"),
+    need("psql", "postgresql", "sessions of a real database"),
+    need("pgbench", "postgresql", "load on a real database"),
+    need("sshd", "openssh-server", "sessions of a real OpenSSH"),
+    need("ssh", "openssh-client", "sessions of a real OpenSSH"),
+    need(
+        "ssh-keygen",
+        "openssh-client",
+        "host and user keys of the test's own",
+    ),
+    need(
+        "redis-server",
+        "redis-server",
+        "long-lived, often idle connections",
+    ),
+    need(
+        "redis-cli",
+        "redis-tools",
+        "long-lived, often idle connections",
+    ),
+    need(
+        "prometheus",
+        "prometheus",
+        "scraping the daemon's metrics as in production",
+    ),
+    need(
+        "promtool",
+        "prometheus",
+        "checking the format of the daemon's metrics",
+    ),
+];
+
+/// Installs packages without leaving a service behind that runs.
+const INSTALLER: &str = include_str!("install.sh");
+
+/// What to do about a program that is missing.
+#[derive(Clone, Copy)]
+pub(crate) enum Missing {
+    /// Install it with the system's package manager.
+    Install,
+    /// Fail, and name it.
+    Refuse,
+}
+
+/// Makes sure that every program is there.
+pub(crate) fn ensure(policy: Missing) -> Result<()> {
+    let missing = missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if matches!(policy, Missing::Refuse) {
+        bail!("{}", complaint(&missing));
+    }
+    if find_program("apt-get", &[]).is_none() {
+        bail!(
+            "{}\nThis system has no apt-get: install them with its own package manager (the \
+             packages are named as in Debian)",
+            complaint(&missing)
+        );
+    }
+    install(&missing)?;
+    let still = self::missing();
+    if !still.is_empty() {
+        bail!("the installation succeeded, and yet {}", complaint(&still));
+    }
+    Ok(())
+}
+
+fn missing() -> Vec<Need> {
+    let postgresql = postgresql_folders();
+    NEEDS
+        .into_iter()
+        .filter(|need| find_program(need.program, &postgresql).is_none())
+        .collect()
+}
+
+/// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
+fn postgresql_folders() -> Vec<PathBuf> {
+    let Ok(versions) = fs::read_dir("/usr/lib/postgresql") else {
+        return Vec::new();
+    };
+    versions
+        .filter_map(|version| Some(version.ok()?.path().join("bin")))
+        .collect()
+}
+
+fn complaint(missing: &[Need]) -> String {
+    let mut text = String::from("these programs are missing:");
+    for need in missing {
+        text.push_str(&format!(
+            "\n  {} (package {}): {}",
+            need.program, need.package, need.why
+        ));
+    }
+    text
+}
+
+fn install(missing: &[Need]) -> Result<()> {
+    let packages = packages_of(missing);
+    say!("{}", complaint(missing));
+    say!(
+        "installing {}; no service of theirs is started or enabled",
+        packages.join(", ")
+    );
+    run(as_root("sh")?
+        .args(["-c", INSTALLER, "install.sh"])
+        .args(&packages))
+    .with_context(|| {
+        format!(
+            "cannot install; remedy: `apt-get install {}`",
+            packages.join(" ")
+        )
+    })
+}
+
+/// Each package once, in the order of the table.
+fn packages_of(needs: &[Need]) -> Vec<&'static str> {
+    let mut packages = Vec::new();
+    for need in needs {
+        if !packages.contains(&need.package) {
+            packages.push(need.package);
+        }
+    }
+    packages
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn the_table_names_each_program_once_and_in_full() {
+        let programs: HashSet<_> = NEEDS.iter().map(|need| need.program).collect();
+        assert_eq!(programs.len(), NEEDS.len());
+        for need in NEEDS {
+            assert!(
+                !need.program.contains(['/', ' ']),
+                "{}: a bare name",
+                need.program
+            );
+            assert!(
+                !need.package.is_empty() && !need.why.is_empty(),
+                "{}",
+                need.program
+            );
+        }
+    }
+
+    #[test]
+    fn a_package_is_installed_once_however_many_of_its_programs_are_missing() {
+        assert_eq!(
+            packages_of(&NEEDS),
+            [
+                "iproute2",
+                "postgresql",
+                "openssh-server",
+                "openssh-client",
+                "redis-server",
+                "redis-tools",
+                "prometheus"
+            ]
+        );
+        assert!(packages_of(&[]).is_empty());
+    }
+
+    #[test]
+    fn the_complaint_says_program_package_and_reason() {
+        let text = complaint(&[need("sshd", "openssh-server", "sessions of a real OpenSSH")]);
+        assert_eq!(
+            text,
+            "these programs are missing:\n  sshd (package openssh-server): sessions of a real OpenSSH"
+        );
+    }
+
+    #[test]
+    fn the_installer_is_a_sound_shell_script() {
+        let mut shell = std::process::Command::new("sh");
+        assert!(run(shell.args(["-n", "-c", INSTALLER])).is_ok());
+    }
+}

@@ -1,0 +1,135 @@
+//! `cargo xtask test`: every test there is.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+use crate::build::{Profile, daemon};
+use crate::packages::{self, Missing};
+use crate::process::{is_root, run, say};
+use crate::rustc::Rustc;
+use crate::setup::setup;
+use crate::workspace::Workspace;
+
+/// Tells the privileged tests which daemon to test.
+const BINARY: &str = "SESSION_ENFORCER_BIN";
+
+/// How the names of those variables begin that sudo would drop and that the tests, or somebody who
+/// looks for the reason of a failure, need.
+const PASSED_ON: [&str; 3] = ["PATH", "RUST_", "SESSION_ENFORCER_"];
+
+/// What `test` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Never install anything: fail and name what is missing.
+    #[arg(long)]
+    no_install: bool,
+    /// Arguments of the test programs, such as a part of the names of the tests to run.
+    #[arg(last = true, value_name = "FILTER")]
+    filter: Vec<OsString>,
+}
+
+/// Runs the tests that need no privilege, then the others as root; all of them, then fails if any
+/// failed.
+pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
+    setup(workspace)?;
+    let missing = if args.no_install {
+        Missing::Refuse
+    } else {
+        Missing::Install
+    };
+    packages::ensure(missing)?;
+    let mut failed = Vec::new();
+    let mut record = |name: &'static str, result: Result<()>| {
+        if let Err(error) = result {
+            say!("{error:#}");
+            failed.push(name);
+        }
+    };
+    say!("the tests that need no privilege");
+    record("the unprivileged tests", unprivileged(workspace, args));
+    say!("the daemon that the privileged tests run");
+    match daemon(workspace, Profile::Release) {
+        Ok(binary) => {
+            say!("the tests that need root");
+            record("the privileged tests", privileged(workspace, args, &binary));
+        }
+        Err(error) => record(
+            "the daemon's build, and so the privileged tests",
+            Err(error),
+        ),
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join("; "));
+    }
+    Ok(())
+}
+
+fn unprivileged(workspace: &Workspace, args: &Args) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo
+        .args(["test", "--no-fail-fast", "--"])
+        .args(&args.filter);
+    run(&mut cargo)
+}
+
+fn privileged(workspace: &Workspace, args: &Args, binary: &Path) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args([
+        "test",
+        "--no-fail-fast",
+        "--package",
+        "session-enforcer-tests",
+    ]);
+    cargo.env(BINARY, binary);
+    if !is_root()? {
+        let passed_on = env::vars().filter(|(name, _)| is_passed_on(name));
+        let own = (BINARY.to_owned(), binary.display().to_string());
+        let host = Rustc::find()?.host;
+        cargo
+            .arg("--config")
+            .arg(sudo_runner(&host, passed_on.chain([own])));
+    }
+    cargo.arg("--").args(&args.filter);
+    run(&mut cargo)
+}
+
+fn is_passed_on(name: &str) -> bool {
+    PASSED_ON
+        .iter()
+        .any(|beginning| name.starts_with(beginning))
+}
+
+/// cargo's setting that has it start test programs through sudo, with these variables.
+fn sudo_runner(host: &str, variables: impl Iterator<Item = (String, String)>) -> String {
+    let words = ["sudo", "--", "env"].map(str::to_owned).into_iter();
+    let words = words.chain(variables.map(|(name, value)| format!("{name}={value}")));
+    // The escapes of Rust's strings are those of TOML's where paths and settings use any.
+    let quoted: Vec<_> = words.map(|word| format!("{word:?}")).collect();
+    format!("target.{host}.runner = [{}]", quoted.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runner_passes_each_variable_as_one_word() {
+        let variables = [("RUST_BACKTRACE", "1"), ("PATH", "/usr/bin:/a \"b\"")];
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(
+            sudo_runner("x86_64-unknown-linux-gnu", variables.into_iter()),
+            r#"target.x86_64-unknown-linux-gnu.runner = ["sudo", "--", "env", "RUST_BACKTRACE=1", "PATH=/usr/bin:/a \"b\""]"#
+        );
+    }
+
+    #[test]
+    fn secrets_of_the_caller_stay_with_the_caller() {
+        assert!(is_passed_on("SESSION_ENFORCER_BIN"));
+        assert!(is_passed_on("RUST_TEST_THREADS"));
+        assert!(!is_passed_on("SSH_AUTH_SOCK"));
+        assert!(!is_passed_on("LD_PRELOAD"));
+    }
+}

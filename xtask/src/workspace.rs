@@ -1,0 +1,73 @@
+//! Where the project's things are, and how cargo is called on them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+/// The checkout and its target directory.
+pub(crate) struct Workspace {
+    root: PathBuf,
+    target: PathBuf,
+}
+
+impl Workspace {
+    pub(crate) fn find() -> Result<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .context("xtask lies in a folder of the workspace")?
+            .to_owned();
+        let asked =
+            env::var_os("CARGO_TARGET_DIR").or_else(|| env::var_os("CARGO_BUILD_TARGET_DIR"));
+        let target = match asked {
+            Some(dir) if !dir.is_empty() => std::path::absolute(&dir)
+                .with_context(|| format!("CARGO_TARGET_DIR={} is no path", dir.display()))?,
+            _ => root.join("target"),
+        };
+        Ok(Self { root, target })
+    }
+
+    /// The checkout's own folder.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where cargo puts what it builds.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Where `cargo xtask setup` keeps what it makes.
+    pub(crate) fn toolchain(&self) -> PathBuf {
+        self.target.join("ebpf-toolchain")
+    }
+
+    /// The linker of the eBPF programs.
+    pub(crate) fn linker(&self) -> PathBuf {
+        self.toolchain().join("bin").join("bpf-linker")
+    }
+
+    /// `cargo`, of the toolchain that built xtask, in the checkout.
+    ///
+    /// The linker is named by its own variable and not by way of `PATH`: many build scripts,
+    /// `session-enforcer`'s among them, run again when `PATH` changes, and then `cargo xtask build`
+    /// and a plain `cargo build` would each undo the other's work.
+    pub(crate) fn cargo(&self) -> Command {
+        let mut cargo = cargo();
+        cargo
+            .current_dir(&self.root)
+            .env("CARGO_TARGET_DIR", &self.target)
+            .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", self.linker())
+            .env("CARGO_TARGET_BPFEB_UNKNOWN_NONE_LINKER", self.linker())
+            // The daemon is for this machine, and its binary where `build` says it is.
+            .env_remove("CARGO_BUILD_TARGET");
+        cargo
+    }
+}
+
+/// `cargo`, of the toolchain that built xtask.
+pub(crate) fn cargo() -> Command {
+    let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    Command::new(program)
+}
