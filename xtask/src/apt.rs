@@ -62,25 +62,40 @@ impl PrivateApt {
 
     /// Downloads `package` of the upstream version `release` from the first suite that has it.
     pub(crate) fn download(&self, package: &str, release: &str) -> Result<PathBuf> {
+        let mut tried = Vec::new();
         for mirror in &self.mirrors {
             for suite in SUITES {
-                self.write("sources/one.sources", &source(mirror, suite))?;
-                // A mirror without that suite is no failure: most have no more than some.
-                if output_of(self.tool("apt-get").arg("update")).is_err() {
-                    continue;
-                }
-                let offered = output_of(self.tool("apt-cache").args(["madison", package]))?;
-                if let Some(version) = version_of(&offered, release) {
-                    say!("found {package} {version} in {suite}");
-                    return self.fetch(package, version);
+                match self.version_in(mirror, suite, package, release) {
+                    Ok(Some(version)) => {
+                        say!("found {package} {version} in {suite}");
+                        return self.fetch(package, &version);
+                    }
+                    Ok(None) => tried.push(format!("{suite} of {mirror} has another version")),
+                    // No reason to stop: most mirrors lack some of the suites.
+                    Err(error) => tried.push(format!("{suite} of {mirror}: {error:#}")),
                 }
             }
         }
         bail!(
-            "no suite of {} has {package} {release} (looked in {})",
-            self.mirrors.join(", "),
-            SUITES.join(", ")
+            "{package} {release} is not to be found:\n  {}",
+            tried.join("\n  ")
         )
+    }
+
+    /// Looks into one suite; its lists are the ones that `fetch` then uses.
+    fn version_in(
+        &self,
+        mirror: &str,
+        suite: &str,
+        package: &str,
+        release: &str,
+    ) -> Result<Option<String>> {
+        self.write("sources/one.sources", &source(mirror, suite))?;
+        // Left alone, apt takes a mirror that cannot be reached for a success.
+        let strict = ["-o", "APT::Update::Error-Mode=any"];
+        output_of(self.tool("apt-get").args(strict).arg("update"))?;
+        let offered = output_of(self.tool("apt-cache").args(["madison", package]))?;
+        Ok(version_of(&offered, release).map(str::to_owned))
     }
 
     /// Removes lists, cache and package once they have served.

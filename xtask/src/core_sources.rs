@@ -13,8 +13,11 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::apt::PrivateApt;
 use crate::process::{find_program, output_of, say};
-use crate::rustc::Rustc;
+use crate::rustc::{Rustc, add_component};
 use crate::workspace::Workspace;
+
+/// How the names of folders of unpacked sources begin.
+const KEPT: &str = "rust-src-";
 
 /// The sources that are still missing, and where they belong.
 struct Missing<'a> {
@@ -28,10 +31,10 @@ pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
         rustc,
         place: rustc.sysroot.join("lib/rustlib/src/rust"),
     };
+    missing.remove_stale_link()?;
     if missing.arrived() {
         return Ok(());
     }
-    missing.clear_dead_link()?;
     let Err(by_rustup) = missing.ask_rustup() else {
         return Ok(());
     };
@@ -54,13 +57,17 @@ impl Missing<'_> {
         has_core(&self.place.join("library")) && self.place.join("library/Cargo.lock").is_file()
     }
 
-    /// Removes the link of an earlier set-up whose target directory has been deleted.
-    fn clear_dead_link(&self) -> Result<()> {
-        if self.place.is_symlink() && !self.place.exists() {
-            fs::remove_file(&self.place)
-                .with_context(|| format!("cannot remove the dead link {}", self.place.display()))?;
+    /// Removes the link of an earlier set-up whose target directory has been deleted, or whose
+    /// toolchain has been updated since.
+    fn remove_stale_link(&self) -> Result<()> {
+        let Ok(target) = fs::read_link(&self.place) else {
+            return Ok(());
+        };
+        if self.place.exists() && !is_of_another_release(&target, &self.rustc.release) {
+            return Ok(());
         }
-        Ok(())
+        fs::remove_file(&self.place)
+            .with_context(|| format!("cannot remove the stale link {}", self.place.display()))
     }
 
     fn ask_rustup(&self) -> Result<()> {
@@ -72,7 +79,7 @@ impl Missing<'_> {
              the sources of rustc {}",
             self.rustc.release
         );
-        output_of(Command::new("rustup").args(["component", "add", "rust-src"]))?;
+        output_of(&mut add_component("rust-src"))?;
         if !self.arrived() {
             bail!(
                 "the component is there, but not in {}",
@@ -85,7 +92,7 @@ impl Missing<'_> {
     /// Takes them from the distribution's package `rust-src`, unpacked and not installed.
     fn ask_distribution(&self, workspace: &Workspace) -> Result<()> {
         let release = &self.rustc.release;
-        let kept = workspace.toolchain().join(format!("rust-src-{release}"));
+        let kept = workspace.toolchain().join(kept_name(release));
         if !has_core(&kept.join("library")) {
             say!(
                 "fetching the distribution's package rust-src {release}, to unpack it into {}",
@@ -96,7 +103,11 @@ impl Missing<'_> {
             unpack(&package, &kept)?;
             apt.remove();
         }
-        say!("linking {} to {}", self.place.display(), kept.display());
+        say!(
+            "linking {} to {} (remove the link before you add rustup's own component)",
+            self.place.display(),
+            kept.display()
+        );
         self.link(&kept)?;
         if !self.arrived() {
             bail!("the package rust-src {release} has no library/Cargo.lock");
@@ -120,6 +131,17 @@ impl Missing<'_> {
             )
         })
     }
+}
+
+/// The name of the folder of unpacked sources.
+fn kept_name(release: &str) -> String {
+    format!("{KEPT}{release}")
+}
+
+/// Whether a link leads to sources that a set-up unpacked for another compiler.
+fn is_of_another_release(target: &Path, release: &str) -> bool {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with(KEPT) && name != kept_name(release)
 }
 
 fn has_core(library: &Path) -> bool {
@@ -169,5 +191,21 @@ fn remove(folder: &Path) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", folder.display()))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_link_of_ours_to_another_release_is_stale() {
+        let stale = |target| is_of_another_release(Path::new(target), "1.95.0");
+        assert!(stale("/checkout/target/ebpf-toolchain/rust-src-1.94.1"));
+        assert!(!stale("/checkout/target/ebpf-toolchain/rust-src-1.95.0"));
+        assert!(
+            !stale("../../../src/rustc-1.94.1"),
+            "the distribution's own link"
+        );
     }
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::process::{output_of, run, say};
+use crate::rustc::add_component;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
@@ -85,7 +86,7 @@ fn ensure_component(workspace: &Workspace, component: &str) -> Result<()> {
         return Ok(());
     }
     say!("adding rustup's component {component}: `cargo {subcommand}` is not here");
-    output_of(Command::new("rustup").args(["component", "add", component])).with_context(|| {
+    output_of(&mut add_component(component)).with_context(|| {
         format!("`cargo {subcommand}` is not here; remedy: install {component} for this toolchain")
     })?;
     Ok(())

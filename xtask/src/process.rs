@@ -37,11 +37,21 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
             "{} failed ({}): {}",
             shown(command),
             output.status,
-            stderr.trim()
+            gist(&stderr)
         );
     }
     String::from_utf8(output.stdout)
         .with_context(|| format!("{} printed bytes that are no text", shown(command)))
+}
+
+/// What a program calls an error, in cargo's, rustup's and apt's way; all of it if it does not.
+fn gist(stderr: &str) -> String {
+    let is_error = |line: &&str| line.starts_with("error") || line.starts_with("E: ");
+    let errors: Vec<_> = stderr.lines().filter(is_error).collect();
+    if errors.is_empty() {
+        return stderr.trim().to_owned();
+    }
+    errors.join("; ")
 }
 
 /// A command that runs as root, through sudo where this process is not root.
@@ -107,6 +117,18 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("(exit status: 3): no space left"), "{text}");
+    }
+
+    #[test]
+    fn the_gist_is_what_the_program_calls_an_error() {
+        let rustup = "info: downloading component\nerror: component download failed\n";
+        assert_eq!(gist(rustup), "error: component download failed");
+        let apt = "E: Failed to fetch x\nE: Some index files failed\n";
+        assert_eq!(
+            gist(apt),
+            "E: Failed to fetch x; E: Some index files failed"
+        );
+        assert_eq!(gist(" no space left\n"), "no space left");
     }
 
     #[test]

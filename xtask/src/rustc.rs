@@ -53,6 +53,16 @@ impl Rustc {
     }
 }
 
+/// `rustup component add`, for the toolchain in use.
+pub(crate) fn add_component(component: &str) -> Command {
+    let mut rustup = Command::new("rustup");
+    // Its reason is one line; a trace of its own code would bury it.
+    rustup
+        .args(["component", "add", component])
+        .env("RUST_BACKTRACE", "0");
+    rustup
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

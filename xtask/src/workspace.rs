@@ -50,16 +50,13 @@ impl Workspace {
 
     /// `cargo`, of the toolchain that built xtask, in the checkout.
     ///
-    /// The linker is named by its own variable and not by way of `PATH`: many build scripts,
-    /// `session-enforcer`'s among them, run again when `PATH` changes, and then `cargo xtask build`
-    /// and a plain `cargo build` would each undo the other's work.
+    /// It needs no word on where the linker is: `session-enforcer`'s build script finds the one in
+    /// the target directory, for a plain `cargo build` too.
     pub(crate) fn cargo(&self) -> Command {
         let mut cargo = cargo();
         cargo
             .current_dir(&self.root)
             .env("CARGO_TARGET_DIR", &self.target)
-            .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", self.linker())
-            .env("CARGO_TARGET_BPFEB_UNKNOWN_NONE_LINKER", self.linker())
             // The daemon is for this machine, and its binary where `build` says it is.
             .env_remove("CARGO_BUILD_TARGET");
         cargo
