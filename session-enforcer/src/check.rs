@@ -1,0 +1,260 @@
+//! `session-enforcer check`: the configuration as the daemon understands it, in plain words.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use session_enforcer_common::{Direction, MAX_MATCH_ENTRIES, PortRange};
+
+use crate::config::{Action, AuditTarget, Config, Mode, NetworkNamespaces, Rule, format_duration};
+
+/// Validates a file and prints what it says.
+///
+/// # Errors
+///
+/// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), or `out`
+/// does not take the text.
+pub fn check(path: &Path, out: &mut impl Write) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    writeln!(out, "{} is valid.\n", path.display())
+        .and_then(|()| describe(&config, out))
+        .context("the description of the configuration cannot be written")
+}
+
+/// Prints a configuration: the daemon's settings, each rule in order, the warnings.
+///
+/// # Errors
+///
+/// Where `out` does not take the text.
+pub fn describe(config: &Config, out: &mut impl Write) -> io::Result<()> {
+    describe_daemon(config, out)?;
+    writeln!(out, "\nRules, the first that matches a connection decides:")?;
+    for (index, rule) in config.rules.iter().enumerate() {
+        describe_rule(config, rule, index + 1, out)?;
+    }
+    writeln!(out, "\nA connection that no rule matches is not tracked.")?;
+    let (rules, entries) = (config.rules.len(), config.match_entries().len());
+    writeln!(
+        out,
+        "{rules} rule{}, {entries} of {MAX_MATCH_ENTRIES} match entries.",
+        if rules == 1 { "" } else { "s" }
+    )?;
+    for warning in &config.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    Ok(())
+}
+
+fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
+    let cgroup = match &config.cgroup {
+        Some(path) => path.display().to_string(),
+        None => "the mount of cgroup2".to_owned(),
+    };
+    let mode = match config.mode {
+        Mode::Enforce => "enforce",
+        Mode::Observe => "observe: nothing is reset, whatever a rule says",
+    };
+    let namespaces = match config.network_namespaces {
+        NetworkNamespaces::All => "all of this host",
+        NetworkNamespaces::Own => "the daemon's own",
+    };
+    let metrics = match config.metrics_listen {
+        Some(address) => format!("http://{address}/metrics"),
+        None => "not served".to_owned(),
+    };
+    let audit = match &config.audit {
+        AuditTarget::Stdout => "standard output".to_owned(),
+        AuditTarget::File(path) => path.display().to_string(),
+    };
+    writeln!(out, "Daemon:")?;
+    writeln!(out, "  control group       {cgroup}")?;
+    writeln!(out, "  mode                {mode}")?;
+    writeln!(out, "  sessions, at most   {}", config.max_sessions)?;
+    writeln!(out, "  network namespaces  {namespaces}")?;
+    writeln!(out, "  metrics             {metrics}")?;
+    writeln!(out, "  audit               {audit}")
+}
+
+fn describe_rule(
+    config: &Config,
+    rule: &Rule,
+    number: usize,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let direction = match rule.direction {
+        None => "connections accepted here or dialled from here",
+        Some(Direction::Inbound) => "connections accepted here",
+        Some(Direction::Outbound) => "connections dialled from here",
+    };
+    writeln!(out, "  {number}. {}: {direction}", rule.name)?;
+    let conditions = [
+        ("with local port", port_list(&rule.local_ports)),
+        ("with remote port", port_list(&rule.remote_ports)),
+        ("with local address in", prefix_list(&rule.local)),
+        ("with remote address in", prefix_list(&rule.remote)),
+    ];
+    for (what, values) in conditions {
+        if let Some(values) = values {
+            writeln!(out, "       {what} {values}")?;
+        }
+    }
+    describe_action(config, rule, out)
+}
+
+fn describe_action(config: &Config, rule: &Rule, out: &mut impl Write) -> io::Result<()> {
+    let happens = match config.effective_action(rule) {
+        Action::Enforce => "are reset",
+        Action::Observe => "are recorded, not reset,",
+        Action::Exempt => return writeln!(out, "       are exempt: not tracked, never reset"),
+    };
+    let idle = rule.idle_timeout.map(format_duration);
+    let idle = idle.map(|time| format!("{time} after their last new payload"));
+    let lifetime = rule.max_lifetime.map(format_duration);
+    let lifetime = lifetime.map(|time| format!("{time} after they were established"));
+    let limits: Vec<String> = idle.into_iter().chain(lifetime).collect();
+    writeln!(
+        out,
+        "       {happens} {}",
+        limits.join(", and at the latest ")
+    )
+}
+
+fn port_list(ranges: &[PortRange]) -> Option<String> {
+    let text = |range: &PortRange| match (range.first, range.last) {
+        (first, last) if first == last => first.to_string(),
+        (first, last) => format!("{first}-{last}"),
+    };
+    or_list(&ranges.iter().map(text).collect::<Vec<_>>())
+}
+
+fn prefix_list(nets: &[IpNet]) -> Option<String> {
+    let text = |net: &IpNet| {
+        if net.prefix_len() == net.max_prefix_len() {
+            net.addr().to_string()
+        } else {
+            net.to_string()
+        }
+    };
+    or_list(&nets.iter().map(text).collect::<Vec<_>>())
+}
+
+/// `a, b or c`; nothing for no value.
+fn or_list(texts: &[String]) -> Option<String> {
+    let (last, others) = texts.split_last()?;
+    if others.is_empty() {
+        return Some(last.clone());
+    }
+    Some(format!("{} or {last}", others.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(text: &str) -> String {
+        let config = Config::parse("x.toml", text).unwrap();
+        let mut out = Vec::new();
+        describe(&config, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn every_setting_and_rule_is_said_in_plain_words() {
+        let text = r#"
+[daemon]
+cgroup = "/sys/fs/cgroup/web"
+max_sessions = 1000
+network_namespaces = "own"
+[metrics]
+listen = ""
+[audit]
+path = "/var/log/sessions.json"
+[[rule]]
+name = "pubsub"
+remote = ["10.1.0.0/16", "10.2.0.1"]
+action = "exempt"
+[[rule]]
+name = "redis"
+direction = "inbound"
+local_ports = [6379, "7000-7005", 8000]
+local = ["10.0.0.0/8", "fd00::/8"]
+idle_timeout = "90m"
+max_lifetime = "12h"
+[[rule]]
+name = "web"
+direction = "outbound"
+remote_ports = [443]
+action = "observe"
+max_lifetime = "1d"
+"#;
+        let expected = "\
+Daemon:
+  control group       /sys/fs/cgroup/web
+  mode                enforce
+  sessions, at most   1000
+  network namespaces  the daemon's own
+  metrics             not served
+  audit               /var/log/sessions.json
+
+Rules, the first that matches a connection decides:
+  1. pubsub: connections accepted here or dialled from here
+       with remote address in 10.1.0.0/16 or 10.2.0.1
+       are exempt: not tracked, never reset
+  2. redis: connections accepted here
+       with local port 6379, 7000-7005 or 8000
+       with local address in 10.0.0.0/8 or fd00::/8
+       are reset 1h30m after their last new payload, and at the latest 12h after they were \
+established
+  3. web: connections dialled from here
+       with remote port 443
+       are recorded, not reset, 1d after they were established
+
+A connection that no rule matches is not tracked.
+3 rules, 9 of 4096 match entries.
+";
+        assert_eq!(described(text), expected);
+    }
+
+    #[test]
+    fn defaults_observe_mode_and_warnings_are_said() {
+        let text = r#"
+[daemon]
+mode = "observe"
+[[rule]]
+name = "all"
+idle_timeout = "15m"
+[[rule]]
+name = "late"
+local_ports = [22]
+idle_timeout = "5m"
+"#;
+        let printed = described(text);
+        for part in [
+            "  control group       the mount of cgroup2\n",
+            "  mode                observe: nothing is reset, whatever a rule says\n",
+            "  sessions, at most   262144\n",
+            "  network namespaces  all of this host\n",
+            "  metrics             http://127.0.0.1:9847/metrics\n",
+            "  audit               standard output\n",
+            "       are recorded, not reset, 15m after their last new payload\n",
+            "\n2 rules, 2 of 4096 match entries.\n",
+            "warning: x.toml:7:1: rule \"late\": never decides, because the earlier rule \"all\" \
+             matches every connection that it would; move it up or remove it\n",
+        ] {
+            assert!(printed.contains(part), "{part:?} is not in:\n{printed}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_file_prints_nothing_and_is_an_error_of_the_configuration() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("wrong.toml");
+        std::fs::write(&path, "[[rule]]\n").unwrap();
+        let mut out = Vec::new();
+        let error = check(&path, &mut out).unwrap_err();
+        assert!(out.is_empty());
+        let status = crate::exit::ExitStatus::of(&error);
+        assert_eq!(status, crate::exit::ExitStatus::Configuration);
+    }
+}

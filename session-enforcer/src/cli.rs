@@ -1,0 +1,294 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, Parser, Subcommand};
+use session_enforcer_common::PortRange;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{
+    AuditTarget, Config, Mode, Problem, parse_audit, parse_limit, parse_listen, parse_ports,
+};
+use crate::exit::{ExitStatus, Failure, OrExit as _};
+
+/// Where the configuration is where the command line does not say.
+pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
+
+/// What is logged where neither `--log-level` nor `RUST_LOG` says.
+const DEFAULT_LOG_LEVEL: &str = "info";
+
+const LOG_LEVEL_HELP: &str = "\
+What is logged: error, warn, info, debug, trace, off, or a filter such as
+info,session_enforcer::engine=debug [default: RUST_LOG, else info]";
+
+const EXIT_STATUS_HELP: &str = "\
+Exit status:
+  0   done
+  1   anything else went wrong
+  2   wrong usage
+  69  this kernel lacks something that is needed
+  77  privileges are missing
+  78  the configuration is wrong";
+
+const EXAMPLES: &str = "\
+Examples:
+  Reset connections to PostgreSQL that are idle for 15 minutes or older than 12 hours:
+    session-enforcer run --port 5432 --idle-timeout 15m --max-lifetime 12h
+
+  The same from a file, first validated, then without resetting anything:
+    session-enforcer check --config config.toml
+    session-enforcer run --config config.toml --observe";
+
+const RUN_EXAMPLES: &str = "\
+A file of one rule:
+  [[rule]]
+  name = \"postgres\"
+  direction = \"inbound\"
+  local_ports = [5432]
+  idle_timeout = \"15m\"
+  max_lifetime = \"12h\"
+
+The same without a file:
+  session-enforcer run --port 5432 --idle-timeout 15m --max-lifetime 12h
+
+Times are written as 90s, 15m, 12h, 7d or 1h30m, from 1s on.";
+
+/// Gives every TCP connection of this host a deadline, and resets it when the deadline passes.
+#[derive(Clone, Debug, PartialEq, Eq, Parser)]
+#[command(name = "session-enforcer", version)]
+#[command(after_help = format!("{EXAMPLES}\n\n{EXIT_STATUS_HELP}"))]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    // The help is not the doc comment: `doc_markdown` wants backticks in that.
+    #[arg(long, global = true, value_name = "LEVEL", help = LOG_LEVEL_HELP)]
+    #[arg(display_order = 900)]
+    log_level: Option<LogLevel>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Run the daemon in the foreground; logs go to stderr
+    Run(RunArgs),
+    /// Validate a configuration and print its rules as they are understood
+    Check(CheckArgs),
+    /// Say what this kernel and these privileges allow, each with what to do about it
+    Doctor(DoctorArgs),
+}
+
+/// Arguments of `run`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+#[command(after_help = format!("{RUN_EXAMPLES}\n\n{EXIT_STATUS_HELP}"))]
+#[command(group = ArgGroup::new("limits").multiple(true).requires("port"))]
+pub struct RunArgs {
+    /// The configuration, in TOML [default: /etc/session-enforcer/config.toml]
+    #[arg(long, value_name = "FILE", conflicts_with = "port")]
+    config: Option<PathBuf>,
+
+    /// Directory of the cgroup2 control group whose sockets are looked at [default: the whole host]
+    #[arg(long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
+    cgroup: Option<String>,
+
+    /// Reset nothing; record what would be reset
+    #[arg(long)]
+    observe: bool,
+
+    /// In place of a file: one rule, named cli, for connections accepted on these ports
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_ports)]
+    #[arg(requires = "limits")]
+    port: Vec<PortRange>,
+
+    /// Longest time without new payload, with --port
+    #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
+    idle_timeout: Option<Duration>,
+
+    /// Longest time since the connection was established, with --port
+    #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
+    max_lifetime: Option<Duration>,
+
+    /// Where the metrics are served, "" for nowhere [default: 127.0.0.1:9847]
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics_listen: Option<Listen>,
+
+    /// Where the audit records go: a file, or - for standard output [default: -]
+    #[arg(long, value_name = "PATH", value_parser = audit)]
+    audit: Option<AuditTarget>,
+}
+
+/// Arguments of `check`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(after_help = EXIT_STATUS_HELP)]
+pub struct CheckArgs {
+    /// The configuration, in TOML
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
+    pub config: PathBuf,
+}
+
+/// Arguments of `doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(after_help = EXIT_STATUS_HELP)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A filter of log events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct LogLevel(String);
+
+impl FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // `EnvFilter` takes any word for the name of a module, and with it a misspelt level.
+        let plain = tracing_subscriber::filter::LevelFilter::from_str(text).is_ok();
+        let filter = text.contains('=') && EnvFilter::try_new(text).is_ok();
+        if text.is_empty() || !(plain || filter) {
+            return Err(
+                "allowed: error, warn, info, debug, trace, off, or a filter such as \
+                 info,session_enforcer::engine=debug"
+                    .to_owned(),
+            );
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Where the metrics are served, if at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listen(Option<SocketAddr>);
+
+impl FromStr for Listen {
+    type Err = Problem;
+
+    fn from_str(text: &str) -> Result<Self, Problem> {
+        parse_listen(text).map(Self)
+    }
+}
+
+/// As in the file, but a path may be relative to where the command was typed.
+fn audit(text: &str) -> Result<AuditTarget, Problem> {
+    match parse_audit(text) {
+        Err(Problem::NotAllowed { .. }) if !text.is_empty() => {
+            let absolute = std::path::absolute(text).map_err(Problem::Unreadable)?;
+            Ok(AuditTarget::File(absolute))
+        }
+        parsed => parsed,
+    }
+}
+
+impl Cli {
+    /// Reads the command line. Where that ends the program (`--help`, `--version`, wrong usage), it
+    /// has printed what there is to say, and returns the exit code.
+    ///
+    /// # Errors
+    ///
+    /// The exit code, 0 or 2.
+    pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Self, ExitCode> {
+        Self::try_parse_from(args).map_err(|error| {
+            if is_help(&error) {
+                // Nobody is left to tell that the help cannot be printed.
+                let _ = error.print();
+            } else {
+                eprintln!("session-enforcer: {}", usage_line(&error));
+            }
+            u8::try_from(error.exit_code()).map_or(ExitStatus::Usage.into(), ExitCode::from)
+        })
+    }
+
+    /// What to log: as `--log-level` says, else as `RUST_LOG` says, else `info`.
+    ///
+    /// # Errors
+    ///
+    /// Where `RUST_LOG` is not a filter.
+    pub fn log_filter(&self) -> Result<EnvFilter, Failure> {
+        self.log_filter_or(std::env::var(EnvFilter::DEFAULT_ENV).ok())
+    }
+
+    fn log_filter_or(&self, environment: Option<String>) -> Result<EnvFilter, Failure> {
+        let flag = self.log_level.as_ref().map(|level| level.0.clone());
+        let text = flag.or(environment).filter(|text| !text.is_empty());
+        let text = text.as_deref().unwrap_or(DEFAULT_LOG_LEVEL);
+        // The flag was tried when it was read: what fails here is the variable.
+        EnvFilter::try_new(text).map_err(|error| {
+            let message = format!("RUST_LOG={text:?} is not a filter: {error}; try RUST_LOG=info");
+            Failure::new(ExitStatus::Usage, message)
+        })
+    }
+}
+
+impl RunArgs {
+    /// The file that the configuration comes from; none for the quick form.
+    pub fn config_path(&self) -> Option<&Path> {
+        if !self.port.is_empty() {
+            return None;
+        }
+        let default = Path::new(DEFAULT_CONFIG);
+        Some(self.config.as_deref().unwrap_or(default))
+    }
+
+    /// The configuration that these arguments ask for: a flag stands above the same key of the file.
+    ///
+    /// # Errors
+    ///
+    /// Where the file is wrong, or the ports are too many.
+    pub fn to_config(&self) -> anyhow::Result<Config> {
+        let mut config = match self.config_path() {
+            Some(path) => Config::load(path)?,
+            None => Config::from_quick(self.port.clone(), self.idle_timeout, self.max_lifetime)
+                .or_exit(ExitStatus::Usage)?,
+        };
+        if let Some(cgroup) = &self.cgroup {
+            config.cgroup = Some(cgroup.into());
+        }
+        if self.observe {
+            config.mode = Mode::Observe;
+        }
+        if let Some(Listen(address)) = self.metrics_listen {
+            config.metrics_listen = address;
+        }
+        if let Some(audit) = &self.audit {
+            config.audit = audit.clone();
+        }
+        Ok(config)
+    }
+}
+
+/// Whether what clap has to say is what the user asked for, rather than an error.
+fn is_help(error: &clap::Error) -> bool {
+    use ErrorKind::{
+        DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand as NothingAsked, DisplayVersion,
+    };
+    matches!(error.kind(), DisplayHelp | DisplayVersion | NothingAsked)
+}
+
+/// clap's message and tips in one line, without the usage that it adds.
+fn usage_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let one_line = |paragraph: &str| {
+        let words: Vec<&str> = paragraph.split_whitespace().collect();
+        words.join(" ")
+    };
+    let added = |paragraph: &&str| {
+        paragraph.starts_with("Usage:") || paragraph.starts_with("For more information")
+    };
+    let paragraphs = text.split("\n\n").take_while(|paragraph| !added(paragraph));
+    let mut parts: Vec<String> = paragraphs.map(one_line).collect();
+    parts.push("see session-enforcer --help".to_owned());
+    parts.join("; ")
+}
+
+#[cfg(test)]
+mod tests;

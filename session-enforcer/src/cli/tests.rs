@@ -1,0 +1,241 @@
+use clap::CommandFactory as _;
+
+use super::*;
+use crate::config::{Action, MAX_LIMIT, MIN_LIMIT, QUICK_RULE};
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    // An empty argument is written as ''.
+    let unquote = |word: &str| word.replace("''", "");
+    Cli::try_parse_from(line.split(' ').map(unquote))
+}
+
+fn run_args(line: &str) -> RunArgs {
+    match parse(line).unwrap().command {
+        Command::Run(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(line: &str) -> String {
+    let error = parse(line).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+    let line = usage_line(&error);
+    assert!(!line.contains('\n'), "{line:?}");
+    let end = "; see session-enforcer --help";
+    assert!(line.ends_with(end), "{line:?}");
+    line.replace(end, "")
+}
+
+#[test]
+fn the_definition_is_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn the_quick_form_is_one_inbound_rule() {
+    let args = run_args(
+        "session-enforcer run --port 5432,6000-6010 --idle-timeout 15m --max-lifetime 12h",
+    );
+    assert_eq!(args.config_path(), None);
+    let config = args.to_config().unwrap();
+    let expected = Config::parse(
+        "x.toml",
+        "[[rule]]\nname = 'cli'\ndirection = 'inbound'\nlocal_ports = [5432, '6000-6010']\n\
+         idle_timeout = '15m'\nmax_lifetime = '12h'\n",
+    );
+    assert_eq!(config, expected.unwrap());
+    assert_eq!(config.rules[0].name, QUICK_RULE);
+    assert_eq!(config.effective_action(&config.rules[0]), Action::Enforce);
+}
+
+#[test]
+fn a_flag_stands_above_the_key_of_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.toml");
+    let text = "[daemon]\ncgroup = '/a'\n[metrics]\nlisten = '127.0.0.1:1'\n\
+                [[rule]]\nname = 'a'\nidle_timeout = '1s'\n";
+    std::fs::write(&path, text).unwrap();
+    let line = format!("session-enforcer run --config {}", path.display());
+    let file = run_args(&line).to_config().unwrap();
+    assert_eq!(file, Config::parse(&path, text).unwrap());
+    let line = format!("{line} --cgroup /b --observe --metrics-listen [::1]:2 --audit /c");
+    let config = run_args(&line).to_config().unwrap();
+    assert_eq!(config.cgroup.as_deref(), Some(Path::new("/b")));
+    assert_eq!(config.mode, Mode::Observe);
+    assert_eq!(config.metrics_listen, Some("[::1]:2".parse().unwrap()));
+    assert_eq!(config.audit, AuditTarget::File("/c".into()));
+    assert_eq!(config.rules, file.rules);
+    assert_eq!(config.effective_action(&config.rules[0]), Action::Observe);
+}
+
+#[test]
+fn metrics_and_audit_can_be_turned_elsewhere_in_the_quick_form() {
+    let line = "session-enforcer run --port 22 --max-lifetime 1d --metrics-listen '' --audit -";
+    let config = run_args(line).to_config().unwrap();
+    assert_eq!(config.metrics_listen, None);
+    assert_eq!(config.audit, AuditTarget::Stdout);
+    let line = "session-enforcer run --port 22 --max-lifetime 1d --audit a.json";
+    let config = run_args(line).to_config().unwrap();
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(config.audit, AuditTarget::File(here.join("a.json")));
+}
+
+#[test]
+fn without_a_file_and_ports_the_default_file_is_read() {
+    let args = run_args("session-enforcer run --observe");
+    assert_eq!(args.config_path(), Some(Path::new(DEFAULT_CONFIG)));
+    let Command::Check(check) = parse("session-enforcer check").unwrap().command else {
+        panic!("must be check");
+    };
+    assert_eq!(check.config, Path::new(DEFAULT_CONFIG));
+}
+
+#[test]
+fn wrong_usage_is_one_line() {
+    let cases = [
+        (
+            "run --port 22",
+            "the following required arguments were not provided: \
+             <--idle-timeout <DUR>|--max-lifetime <DUR>>",
+        ),
+        (
+            "run --idle-timeout 15m",
+            "the following required arguments were not provided: --port <LIST>",
+        ),
+        (
+            "run --config a --port 22 --idle-timeout 15m",
+            "the argument '--config <FILE>' cannot be used with '--port <LIST>'",
+        ),
+        (
+            "run --port 0 --idle-timeout 15m",
+            "invalid value '0' for '--port <LIST>': found \"0\"; allowed: a port from 1 to 65535, \
+             or a range of ports such as \"6000-6010\"",
+        ),
+        (
+            "run --port 22,9-1 --idle-timeout 15m",
+            "invalid value '9-1' for '--port <LIST>': the range \"9-1\" runs backwards; \
+             write \"1-9\"",
+        ),
+        (
+            "run --port 22 --idle-timeout 900",
+            "invalid value '900' for '--idle-timeout <DUR>': 900 has no unit; write \"900s\" for \
+             seconds, or m, h or d after it",
+        ),
+        (
+            "run --port 22 --max-lifetime 10ms",
+            "invalid value '10ms' for '--max-lifetime <DUR>': \"10ms\" is shorter than 1s, the \
+             shortest limit; for no limit, leave it out",
+        ),
+        (
+            "run --metrics-listen 127.0.0.1",
+            "invalid value '127.0.0.1' for '--metrics-listen <ADDR:PORT>': \"127.0.0.1\" has no \
+             port; write \"127.0.0.1:9847\"",
+        ),
+        (
+            "run --audit journald",
+            "invalid value 'journald' for '--audit <PATH>': \"journald\" is not supported yet by \
+             this version; allowed: \"-\" for standard output, or a file's absolute path such as \
+             \"/var/log/sessions.json\"",
+        ),
+        (
+            "run --cgroup ''",
+            "a value is required for '--cgroup <DIR>' but none was supplied",
+        ),
+        (
+            "check --confg a",
+            "unexpected argument '--confg' found; tip: a similar argument exists: '--config'",
+        ),
+        (
+            "chekc",
+            "unrecognized subcommand 'chekc'; tip: a similar subcommand exists: 'check'",
+        ),
+        (
+            "doctor --log-level inof",
+            "invalid value 'inof' for '--log-level <LEVEL>': allowed: error, warn, info, debug, \
+             trace, off, or a filter such as info,session_enforcer::engine=debug",
+        ),
+    ];
+    for (arguments, message) in cases {
+        assert_eq!(refused(&format!("session-enforcer {arguments}")), message);
+    }
+}
+
+#[test]
+fn the_level_of_the_log_is_a_word_or_a_filter() {
+    for (level, printed) in [
+        ("debug", "debug"),
+        ("WARN", "warn"),
+        ("off", "off"),
+        (
+            "info,session_enforcer::engine=trace",
+            "session_enforcer::engine=trace,info",
+        ),
+    ] {
+        let cli = parse(&format!("session-enforcer doctor --log-level {level}")).unwrap();
+        assert_eq!(cli.log_filter().unwrap().to_string(), printed);
+    }
+    let cli = parse("session-enforcer doctor").unwrap();
+    let filter = |variable: Option<&str>| cli.log_filter_or(variable.map(str::to_owned));
+    assert_eq!(filter(None).unwrap().to_string(), "info");
+    assert_eq!(filter(Some("")).unwrap().to_string(), "info");
+    assert_eq!(filter(Some("trace")).unwrap().to_string(), "trace");
+    let failure = filter(Some("a=b=c")).unwrap_err();
+    assert_eq!(failure.status, ExitStatus::Usage);
+    let start = "RUST_LOG=\"a=b=c\" is not a filter: ";
+    assert!(failure.message.starts_with(start), "{failure}");
+    assert!(
+        failure.message.ends_with("; try RUST_LOG=info"),
+        "{failure}"
+    );
+}
+
+#[test]
+fn help_and_version_are_not_errors() {
+    for line in ["--help", "--version", "run --help", "check -h"] {
+        let error = parse(&format!("session-enforcer {line}")).unwrap_err();
+        assert_eq!(error.exit_code(), 0);
+        assert!(is_help(&error));
+    }
+}
+
+#[test]
+fn help_names_every_exit_status_and_default() {
+    for status in ExitStatus::ALL {
+        let (code, meaning) = (status.code(), status.meaning());
+        let line = format!("  {code:<2}  {meaning}");
+        assert!(EXIT_STATUS_HELP.contains(&line), "{line}");
+    }
+    let run = Cli::command().find_subcommand("run").cloned().unwrap();
+    let help = run.clone().render_help().to_string();
+    let listen = crate::config::DEFAULT_METRICS_LISTEN.to_string();
+    for part in [DEFAULT_CONFIG, &listen, EXIT_STATUS_HELP, RUN_EXAMPLES] {
+        assert!(help.contains(part), "{part} is not in:\n{help}");
+    }
+}
+
+#[test]
+fn the_examples_of_the_help_are_accepted() {
+    let lines = EXAMPLES.lines().chain(RUN_EXAMPLES.lines()).map(str::trim);
+    let examples: Vec<_> = lines
+        .filter(|line| line.starts_with("session-enforcer "))
+        .collect();
+    assert_eq!(examples.len(), 4);
+    for example in examples {
+        parse(example).unwrap();
+    }
+    let toml: String = RUN_EXAMPLES
+        .lines()
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    Config::parse("x.toml", &toml).unwrap();
+}
+
+#[test]
+fn the_shortest_and_the_longest_limit_are_accepted() {
+    let line = "session-enforcer run --port 22 --idle-timeout 1s --max-lifetime 36500d";
+    let args = run_args(line);
+    assert_eq!(args.idle_timeout, Some(MIN_LIMIT));
+    assert_eq!(args.max_lifetime, Some(MAX_LIMIT));
+}

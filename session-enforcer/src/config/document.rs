@@ -1,0 +1,298 @@
+//! A walk over the text's tables that knows, for each value, its place and its key, so that every
+//! error points at both.
+
+use std::path::Path;
+
+use session_enforcer_common::MAX_MATCH_ENTRIES;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::error::{Location, Position, quoted};
+use super::{ConfigError, Problem};
+
+/// The text of a configuration and the name of its file.
+pub(super) struct Document<'a> {
+    pub(super) file: &'a Path,
+    pub(super) text: &'a str,
+}
+
+impl<'a> Document<'a> {
+    /// The tables of the text.
+    pub(super) fn tables(&self) -> Result<DeTable<'a>, ConfigError> {
+        let parsed = DeTable::parse(self.text).map_err(|error| self.syntax(&error))?;
+        Ok(parsed.into_inner())
+    }
+
+    fn syntax(&self, error: &toml::de::Error) -> ConfigError {
+        let span = error.span().unwrap_or_default();
+        let text = self.text.get(span.clone()).unwrap_or_default();
+        // The parser's message is one of these two words or a sentence; nothing but the wording
+        // depends on it.
+        if error.message() == "duplicate key" {
+            let problem = match text {
+                "rule" => Problem::SingleRule,
+                _ => Problem::DuplicateKey,
+            };
+            return self.error(Some(span.start), Some(text.to_owned()), problem);
+        }
+        let rest = self.text.get(span.start..).unwrap_or_default();
+        let line = rest.lines().next().unwrap_or_default().trim();
+        let found = match (text.is_empty(), line.is_empty()) {
+            (false, _) => quoted(text),
+            (true, false) => quoted(line),
+            (true, true) => "the end of the line".to_owned(),
+        };
+        let message = error.message().to_owned();
+        self.error(Some(span.start), None, Problem::Syntax { message, found })
+    }
+
+    /// An error at this byte of the text.
+    pub(super) fn error(
+        &self,
+        offset: Option<usize>,
+        key: Option<String>,
+        problem: Problem,
+    ) -> ConfigError {
+        let location = self.location(offset, key);
+        ConfigError { location, problem }
+    }
+
+    /// The place of this byte of the text.
+    pub(super) fn location(&self, offset: Option<usize>, key: Option<String>) -> Location {
+        Location {
+            file: self.file.to_owned(),
+            position: offset.map(|offset| position(self.text.as_bytes(), offset)),
+            key,
+        }
+    }
+}
+
+/// Line and column of a byte of the text, which is valid UTF-8 up to there.
+pub(super) fn position(text: &[u8], offset: usize) -> Position {
+    let before = &text[..offset.min(text.len())];
+    let newlines = before.iter().filter(|b| **b == b'\n').count();
+    let line_start = before
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .map_or(0, |n| n + 1);
+    let line = String::from_utf8_lossy(&before[line_start..]);
+    let from_one = |count: usize| u32::try_from(count + 1).unwrap_or(u32::MAX);
+    Position {
+        line: from_one(newlines),
+        column: from_one(line.chars().count()),
+    }
+}
+
+/// The keys of one table.
+pub(super) struct Keys {
+    /// The table's header.
+    pub(super) header: &'static str,
+    /// The keys that this version knows.
+    pub(super) known: &'static [&'static str],
+    /// The keys of the contract that come later.
+    pub(super) later: &'static [&'static str],
+}
+
+impl Keys {
+    /// What is wrong with a key of this table, if anything. `others` are the other tables.
+    fn problem(&self, key: &str, others: &'static [Self]) -> Option<Problem> {
+        if self.known.contains(&key) {
+            return None;
+        }
+        if self.later.contains(&key) {
+            return Some(Problem::KeyNotSupportedYet);
+        }
+        let elsewhere = others.iter().find(|other| other.known.contains(&key));
+        Some(match elsewhere {
+            Some(other) => Problem::MisplacedKey {
+                under: other.header,
+            },
+            None => Problem::UnknownKey {
+                nearest: nearest(key, self.known),
+                known: self.known,
+            },
+        })
+    }
+}
+
+/// The known key that a slip of the finger turns into this one.
+fn nearest(key: &str, known: &[&'static str]) -> Option<&'static str> {
+    let distances = known.iter().map(|name| (distance(key, name), *name));
+    let (edits, name) = distances.min_by_key(|(edits, _)| *edits)?;
+    (edits <= 2 && edits <= name.len() / 2).then_some(name)
+}
+
+/// Characters to insert, remove or replace to turn one text into the other (Levenshtein).
+fn distance(from: &str, to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (i, a) in from.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, b) in to.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[to.len()]
+}
+
+/// One table of the document.
+pub(super) struct Section<'a> {
+    pub(super) document: &'a Document<'a>,
+    /// What stands before the name of a key in messages: nothing, or such as
+    /// `daemon.` and `rule "x": `.
+    pub(super) label: String,
+    pub(super) table: &'a DeTable<'a>,
+    /// Where the table begins.
+    pub(super) offset: usize,
+}
+
+impl<'a> Section<'a> {
+    /// Refuses the first key, in the order of the file, that has no place in this table.
+    pub(super) fn check_keys(
+        &self,
+        keys: &Keys,
+        others: &'static [Keys],
+    ) -> Result<(), ConfigError> {
+        let mut found: Vec<_> = self.table.keys().collect();
+        found.sort_by_key(|key| key.span().start);
+        let wrong = found.into_iter().find_map(|key| {
+            let problem = keys.problem(key.get_ref(), others)?;
+            Some((key, problem))
+        });
+        let Some((key, problem)) = wrong else {
+            return Ok(());
+        };
+        let name = Some(format!("{}{}", self.label, key.get_ref()));
+        let start = Some(key.span().start);
+        Err(self.document.error(start, name, problem))
+    }
+
+    /// The value of a key, if it is there.
+    pub(super) fn field(&self, name: &str) -> Option<Field<'a>> {
+        let value = self.table.get(name)?;
+        let key = format!("{}{name}", self.label);
+        Some(Field::new(self.document, key, value))
+    }
+
+    /// An error about the table as a whole.
+    pub(super) fn error(&self, problem: Problem) -> ConfigError {
+        let label = self.label.trim_end_matches([':', '.', ' ']).to_owned();
+        self.document.error(Some(self.offset), Some(label), problem)
+    }
+}
+
+/// One value of the document, and the key that it belongs to.
+pub(super) struct Field<'a> {
+    document: &'a Document<'a>,
+    pub(super) key: String,
+    pub(super) offset: usize,
+    value: &'a DeValue<'a>,
+}
+
+impl<'a> Field<'a> {
+    fn new(document: &'a Document<'a>, key: String, value: &'a Spanned<DeValue<'a>>) -> Self {
+        Self {
+            document,
+            key,
+            offset: value.span().start,
+            value: value.get_ref(),
+        }
+    }
+
+    /// An error about this value.
+    pub(super) fn error(&self, problem: Problem) -> ConfigError {
+        let key = Some(self.key.clone());
+        self.document.error(Some(self.offset), key, problem)
+    }
+
+    /// The error that the value is not one of those allowed.
+    pub(super) fn not_allowed(&self, allowed: &'static str) -> ConfigError {
+        let found = describe(self.value);
+        self.error(Problem::NotAllowed { found, allowed })
+    }
+
+    /// The line that the value is in.
+    pub(super) fn line(&self) -> u32 {
+        position(self.document.text.as_bytes(), self.offset).line
+    }
+
+    /// The value, which must be text.
+    pub(super) fn text(&self, allowed: &'static str) -> Result<&'a str, ConfigError> {
+        self.value.as_str().ok_or_else(|| self.not_allowed(allowed))
+    }
+
+    /// The value as an integer, if it is one; `i128::MAX` where it is beyond all use.
+    pub(super) fn integer(&self) -> Option<i128> {
+        let integer = self.value.as_integer()?;
+        Some(i128::from_str_radix(integer.as_str(), integer.radix()).unwrap_or(i128::MAX))
+    }
+
+    /// The value, which must be text that `parse` accepts.
+    pub(super) fn parse<T>(
+        &self,
+        allowed: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Problem>,
+    ) -> Result<T, ConfigError> {
+        parse(self.text(allowed)?).map_err(|problem| self.error(problem))
+    }
+
+    /// The value, which must be one of these texts.
+    pub(super) fn choice<T: Copy>(
+        &self,
+        allowed: &'static str,
+        choices: &[(&str, T)],
+    ) -> Result<T, ConfigError> {
+        let text = self.text(allowed)?;
+        let choice = choices.iter().find(|(name, _)| *name == text);
+        choice
+            .map(|(_, value)| *value)
+            .ok_or_else(|| self.not_allowed(allowed))
+    }
+
+    /// The elements of the value, which must be a list; all have its key.
+    pub(super) fn elements(&self, allowed: &'static str) -> Result<Vec<Self>, ConfigError> {
+        let array = self
+            .value
+            .as_array()
+            .ok_or_else(|| self.not_allowed(allowed))?;
+        let found = array.len();
+        if found > MAX_MATCH_ENTRIES as usize {
+            return Err(self.error(Problem::LongList { found }));
+        }
+        let element = |value| Self::new(self.document, self.key.clone(), value);
+        Ok(array.iter().map(element).collect())
+    }
+
+    /// The value, which must be a table. Its keys get the label.
+    pub(super) fn section(
+        &self,
+        label: String,
+        allowed: &'static str,
+    ) -> Result<Section<'a>, ConfigError> {
+        let table = self
+            .value
+            .as_table()
+            .ok_or_else(|| self.not_allowed(allowed))?;
+        Ok(Section {
+            document: self.document,
+            label,
+            table,
+            offset: self.offset,
+        })
+    }
+}
+
+fn describe(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => quoted(text),
+        DeValue::Integer(number) => format!("the number {number}"),
+        DeValue::Float(number) => format!("the number {number}"),
+        DeValue::Boolean(truth) => truth.to_string(),
+        DeValue::Datetime(date) => format!("the date {date}"),
+        DeValue::Array(_) => "a list".to_owned(),
+        DeValue::Table(_) => "a table".to_owned(),
+    }
+}

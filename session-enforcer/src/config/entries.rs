@@ -1,0 +1,175 @@
+//! From rules to the flat match table that the kernel walks: every combination of a rule's
+//! prefixes and port ranges is one entry.
+
+use ipnet::{IpNet, Ipv6Net};
+use session_enforcer_common::{
+    Address, MAX_MATCH_ENTRIES, MatchEntry, PortRange, Prefix, RULE_EXEMPT,
+};
+
+use super::error::EntryCount;
+use super::{Action, Problem, Rule};
+
+/// The bits of `::ffff:0:0/96`, the prefix of every IPv4-mapped address.
+pub(super) const MAPPED: u128 = 0xffff << 32;
+
+/// One prefix of one end of a connection.
+///
+/// In the match table an IPv4 address is its IPv4-mapped form, so that the bits of `::/0` cover it.
+/// In a rule `::/0` means the IPv6 addresses, as everywhere else; "any" is a side of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Every address of both families.
+    Any,
+    /// IPv4 addresses.
+    V4(ipnet::Ipv4Net),
+    /// IPv6 addresses that are not IPv4-mapped.
+    V6(Ipv6Net),
+}
+
+impl Side {
+    fn prefix(self) -> Prefix {
+        match self {
+            Self::Any => Prefix::ANY,
+            Self::V4(net) => {
+                let address = net.addr().to_ipv6_mapped().octets();
+                Prefix::new(Address::from_octets(address), 96 + net.prefix_len())
+            }
+            Self::V6(net) => {
+                let address = Address::from_octets(net.addr().octets());
+                Prefix::new(address, net.prefix_len())
+            }
+        }
+    }
+
+    /// The IPv6 prefix, where its bits cover the IPv4-mapped addresses, which it does not mean.
+    pub(super) fn too_wide(self) -> Option<Ipv6Net> {
+        match self {
+            Self::V6(net) if net.contains(&std::net::Ipv6Addr::from(MAPPED)) => Some(net),
+            _ => None,
+        }
+    }
+}
+
+/// The prefixes without those that others contain, and with adjacent ones joined.
+pub(super) fn sides(nets: &[IpNet]) -> Vec<Side> {
+    let merged = IpNet::aggregate(&nets.to_vec());
+    let everything = merged.len() == 2 && merged.iter().all(|net| net.prefix_len() == 0);
+    if merged.is_empty() || everything {
+        return vec![Side::Any];
+    }
+    let side = |net| match net {
+        IpNet::V4(net) => Side::V4(net),
+        IpNet::V6(net) => Side::V6(net),
+    };
+    merged.into_iter().map(side).collect()
+}
+
+/// The pairs of prefixes that match where both sides do. There are none where one side is IPv4 and
+/// the other IPv6, since both ends of a connection are of one family.
+///
+/// For the same reason it is enough that one of two prefixes leaves the IPv4-mapped addresses out.
+fn pairs(local: Side, remote: Side) -> Vec<(Prefix, Prefix)> {
+    let (l, r) = (local.prefix(), remote.prefix());
+    match (local, remote) {
+        (Side::V4(_), Side::V6(_)) | (Side::V6(_), Side::V4(_)) => return Vec::new(),
+        (Side::V6(_), _) if local.too_wide().is_none() => return vec![(l, r)],
+        (_, Side::V6(_)) if remote.too_wide().is_none() => return vec![(l, r)],
+        _ => {}
+    }
+    // The longer prefix falls into fewer pieces.
+    let pieces = |net| pieces_without_mapped(net).into_iter();
+    match (local.too_wide(), remote.too_wide()) {
+        (None, None) => vec![(l, r)],
+        (Some(net), None) => pieces(net).map(|piece| (piece, r)).collect(),
+        (Some(a), Some(b)) if a.prefix_len() >= b.prefix_len() => {
+            pieces(a).map(|piece| (piece, r)).collect()
+        }
+        (_, Some(net)) => pieces(net).map(|piece| (l, piece)).collect(),
+    }
+}
+
+/// The prefixes that make up this one without `::ffff:0:0/96`, which it contains: for each length
+/// in between, the sibling of the prefix of that length that leads there. 96 for `::/0`.
+fn pieces_without_mapped(net: Ipv6Net) -> Vec<Prefix> {
+    let sibling = |length: u8| {
+        let bits = MAPPED ^ (1 << (128 - u32::from(length)));
+        Prefix::new(Address::from_octets(bits.to_be_bytes()), length)
+    };
+    (net.prefix_len() + 1..=96).map(sibling).collect()
+}
+
+/// The ranges in order, overlapping and adjacent ones joined.
+pub(super) fn ports(ranges: &[PortRange]) -> Vec<PortRange> {
+    if ranges.is_empty() {
+        return vec![PortRange::ANY];
+    }
+    let mut sorted = ranges.to_vec();
+    sorted.sort_by_key(|range| range.first);
+    let mut joined: Vec<PortRange> = Vec::new();
+    for range in sorted {
+        match joined.last_mut() {
+            Some(last) if range.first <= last.last.saturating_add(1) => {
+                last.last = last.last.max(range.last);
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// The entries of one rule, made as they are asked for: a rule may come to far more than the table
+/// can hold.
+pub(super) fn of_rule(rule: &Rule, index: u16) -> impl Iterator<Item = MatchEntry> {
+    let exempt = rule.action == Action::Exempt;
+    let number = if exempt { RULE_EXEMPT } else { index };
+    let both = MatchEntry::BOTH_DIRECTIONS;
+    let directions = rule.direction.map_or(both, |direction| direction as u8);
+    let (local, remote) = (sides(&rule.local), sides(&rule.remote));
+    let (local_ports, remote_ports) = (ports(&rule.local_ports), ports(&rule.remote_ports));
+    let ranges = product(local_ports, remote_ports);
+    product(local, remote)
+        .flat_map(|(local, remote)| pairs(local, remote))
+        .flat_map(move |pair| ranges.clone().map(move |ports| (pair, ports)))
+        .map(move |(pair, ports)| MatchEntry {
+            local: pair.0,
+            remote: pair.1,
+            local_ports: ports.0,
+            remote_ports: ports.1,
+            rule: number,
+            directions,
+            reserved: 0,
+        })
+}
+
+/// Each of the first with each of the second.
+pub(super) fn product<A: Copy, B: Copy>(
+    first: Vec<A>,
+    second: Vec<B>,
+) -> impl Iterator<Item = (A, B)> + Clone {
+    let each = move |a| second.clone().into_iter().map(move |b| (a, b));
+    first.into_iter().flat_map(each)
+}
+
+/// Refuses a rule whose two ends are of different families.
+pub(super) fn check_families(rule: &Rule) -> Result<(), Problem> {
+    match of_rule(rule, 0).next() {
+        Some(_) => Ok(()),
+        None => Err(Problem::MixedFamilies),
+    }
+}
+
+/// Refuses rules that come to more entries than the table holds, with the index of the rule at
+/// which they do.
+pub(super) fn check_count(rules: &[Rule]) -> Result<(), (usize, Problem)> {
+    let most = MAX_MATCH_ENTRIES as usize;
+    let mut before = 0;
+    for (index, rule) in rules.iter().enumerate() {
+        let count = of_rule(rule, 0).take(most + 1).count();
+        if before + count > most {
+            let rule = EntryCount(count);
+            return Err((index, Problem::ManyEntries { before, rule }));
+        }
+        before += count;
+    }
+    Ok(())
+}

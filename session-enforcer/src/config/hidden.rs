@@ -1,0 +1,171 @@
+//! Finds rules that never decide because earlier ones match all of their connections.
+//!
+//! A connection is a point in a space of five dimensions: direction, two addresses, two ports. A
+//! rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a rule is
+//! what the rule decides. This is exact: a rule is named only where nothing is left.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use super::Rule;
+use super::entries::{MAPPED, Side, ports, product, sides};
+
+/// First and last of an interval.
+type Interval = (u128, u128);
+
+/// Direction, local address, remote address, local port, remote port.
+type Box5 = [Interval; 5];
+
+/// Last of the IPv4-mapped addresses.
+const MAPPED_LAST: u128 = MAPPED | 0xffff_ffff;
+
+/// The search stops after so many comparisons of boxes, a fraction of a second. Only thousands of
+/// entries that cut each other in pieces come to that, and then no warning is given.
+const MAX_COMPARISONS: usize = 10_000_000;
+
+/// The indices of the hidden rules, each with those of the earlier rules that hide it.
+pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
+    rules_within(rules, MAX_COMPARISONS)
+}
+
+/// As many of them as are found with so many comparisons.
+pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize, Vec<usize>)> {
+    let mut earlier: Vec<(usize, Box5)> = Vec::new();
+    let mut hidden = Vec::new();
+    for (index, rule) in rules.iter().enumerate() {
+        let boxes = boxes(rule);
+        if let Some(by) = hiders(&boxes, &earlier, &mut comparisons) {
+            hidden.push((index, by));
+        }
+        earlier.extend(boxes.into_iter().map(|b| (index, b)));
+    }
+    hidden
+}
+
+/// The rules whose boxes leave nothing of these. One that does so alone is named alone.
+fn hiders(
+    boxes: &[Box5],
+    earlier: &[(usize, Box5)],
+    comparisons: &mut usize,
+) -> Option<Vec<usize>> {
+    let together = cover(boxes, earlier, comparisons)?;
+    for index in &together {
+        let alone: Vec<_> = earlier
+            .iter()
+            .copied()
+            .filter(|(i, _)| i == index)
+            .collect();
+        if cover(boxes, &alone, comparisons).is_some() {
+            return Some(vec![*index]);
+        }
+    }
+    Some(together.into_iter().collect())
+}
+
+/// The rules that took a part, where all of the boxes is taken.
+fn cover(
+    boxes: &[Box5],
+    earlier: &[(usize, Box5)],
+    comparisons: &mut usize,
+) -> Option<BTreeSet<usize>> {
+    let mut left = boxes.to_vec();
+    let mut used = BTreeSet::new();
+    for (index, hole) in earlier {
+        *comparisons = comparisons.checked_sub(left.len())?;
+        if !left.iter().any(|piece| overlap(piece, hole)) {
+            continue;
+        }
+        used.insert(*index);
+        left = left
+            .iter()
+            .flat_map(|piece| subtract(piece, hole))
+            .collect();
+        if left.is_empty() {
+            return Some(used);
+        }
+    }
+    None
+}
+
+fn overlap(a: &Box5, b: &Box5) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.0 <= b.1 && b.0 <= a.1)
+}
+
+/// What the hole leaves of the box: along each dimension the part below and the part above it.
+fn subtract(whole: &Box5, hole: &Box5) -> Vec<Box5> {
+    if !overlap(whole, hole) {
+        return vec![*whole];
+    }
+    let mut rest = *whole;
+    let mut left = Vec::new();
+    for dimension in 0..rest.len() {
+        let (first, last) = hole[dimension];
+        if rest[dimension].0 < first {
+            let mut below = rest;
+            below[dimension].1 = first - 1;
+            left.push(below);
+            rest[dimension].0 = first;
+        }
+        if rest[dimension].1 > last {
+            let mut above = rest;
+            above[dimension].0 = last + 1;
+            left.push(above);
+            rest[dimension].1 = last;
+        }
+    }
+    left
+}
+
+fn boxes(rule: &Rule) -> Vec<Box5> {
+    let direction = match rule.direction {
+        Some(direction) => (direction as u128, direction as u128),
+        None => (1, 2),
+    };
+    let interval = |range: session_enforcer_common::PortRange| {
+        (u128::from(range.first), u128::from(range.last))
+    };
+    let intervals = |ranges| -> Vec<Interval> { ports(ranges).into_iter().map(interval).collect() };
+    let ranges = product(intervals(&rule.local_ports), intervals(&rule.remote_ports));
+    let (local, remote) = (addresses(&rule.local), addresses(&rule.remote));
+    // The two ends of a connection are of one family.
+    let pairs = product(local, remote).filter(|((a, _), (b, _))| a == b);
+    pairs
+        .flat_map(|((_, local), (_, remote))| {
+            let whole = move |(l, r)| [direction, local, remote, l, r];
+            ranges.clone().map(whole)
+        })
+        .collect()
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+/// The intervals of the addresses, none with addresses of both families.
+fn addresses(nets: &[IpNet]) -> Vec<(Family, Interval)> {
+    sides(nets).into_iter().flat_map(side_intervals).collect()
+}
+
+fn side_intervals(side: Side) -> Vec<(Family, Interval)> {
+    let v4 = (Family::V4, (MAPPED, MAPPED_LAST));
+    let v6 = |first, last| (Family::V6, (first, last));
+    match side {
+        Side::Any => vec![v4, v6(0, MAPPED - 1), v6(MAPPED_LAST + 1, u128::MAX)],
+        Side::V4(net) => {
+            let mapped = |address: std::net::Ipv4Addr| MAPPED | u128::from(address.to_bits());
+            vec![(Family::V4, (mapped(net.network()), mapped(net.broadcast())))]
+        }
+        Side::V6(net) => {
+            let (first, last) = (net.network().to_bits(), net.broadcast().to_bits());
+            if side.too_wide().is_none() {
+                return vec![v6(first, last)];
+            }
+            let parts = [(first, MAPPED - 1), (MAPPED_LAST + 1, last)];
+            let real = parts.into_iter().filter(|(first, last)| first <= last);
+            real.map(|(first, last)| v6(first, last)).collect()
+        }
+    }
+}

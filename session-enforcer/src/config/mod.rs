@@ -1,0 +1,289 @@
+//! The configuration: from TOML, or from the quick form of the command line, to values that are
+//! valid by the time anything else sees them.
+//!
+//! A file is validated whole before any of it is used. What is wrong is said in one line with the
+//! file, the line, the key, what was found and what is allowed. No syscall but the reading of the
+//! file happens here.
+
+mod document;
+mod entries;
+mod error;
+mod hidden;
+mod read;
+mod rule;
+#[cfg(test)]
+mod tests;
+mod value;
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use session_enforcer_common::{Direction, MatchEntry, Policy, PortRange};
+
+pub use error::{ConfigError, Doubt, EntryCount, Location, Position, Problem, Warning};
+pub use value::{
+    MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
+    parse_ports, parse_prefix,
+};
+
+use document::Document;
+
+/// Capacity of the session map where the file does not say.
+pub const DEFAULT_MAX_SESSIONS: u32 = 262_144;
+
+/// Largest capacity of the session map: at 200 bytes a session, more than 3 GB of kernel memory.
+pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
+
+/// Where the metrics are served where the file does not say.
+pub const DEFAULT_METRICS_LISTEN: SocketAddr =
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9847));
+
+/// Name of the rule of the quick form.
+pub const QUICK_RULE: &str = "cli";
+
+/// Largest file that is read: a thousand rules with all their prefixes are a tenth of it. It keeps
+/// a wrong path, such as that of a device, from filling the memory.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+
+/// A valid configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Directory of the control group to attach to; none: the mount of cgroup2.
+    pub cgroup: Option<PathBuf>,
+    /// What the daemon does to an expired session.
+    pub mode: Mode,
+    /// Capacity of the session map.
+    pub max_sessions: u32,
+    /// Whose connections are looked at.
+    pub network_namespaces: NetworkNamespaces,
+    /// Where the metrics are served, if at all.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Where the audit records go.
+    pub audit: AuditTarget,
+    /// In order: the first that matches a connection decides. A rule's index is its number in the
+    /// match table and in the sessions.
+    pub rules: Vec<Rule>,
+    /// What is doubtful, in the order of the file.
+    pub warnings: Vec<Warning>,
+}
+
+/// What the daemon does to an expired session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// It resets it.
+    #[default]
+    Enforce,
+    /// It records it, and leaves it alone.
+    Observe,
+}
+
+/// Whose connections are looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NetworkNamespaces {
+    /// Those of every network namespace of the host.
+    #[default]
+    All,
+    /// Those of the daemon's own network namespace.
+    Own,
+}
+
+/// Where the audit records go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AuditTarget {
+    /// Standard output.
+    #[default]
+    Stdout,
+    /// A file, to whose end they are added.
+    File(PathBuf),
+}
+
+/// Which connections, and what happens to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique in the configuration.
+    pub name: String,
+    /// Who opened the connection; none: either.
+    pub direction: Option<Direction>,
+    /// Ports on this host; none: every port.
+    pub local_ports: Vec<PortRange>,
+    /// Ports of the peer; none: every port.
+    pub remote_ports: Vec<PortRange>,
+    /// Addresses of this host; none: every address.
+    pub local: Vec<IpNet>,
+    /// Addresses of the peer; none: every address.
+    pub remote: Vec<IpNet>,
+    /// What happens to a connection that is past a limit.
+    pub action: Action,
+    /// Longest time without new payload.
+    pub idle_timeout: Option<Duration>,
+    /// Longest time since establishment.
+    pub max_lifetime: Option<Duration>,
+}
+
+/// What happens to the connections of a rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Action {
+    /// Past a limit they are reset.
+    #[default]
+    Enforce,
+    /// Past a limit they are recorded, and left alone.
+    Observe,
+    /// They are not tracked at all.
+    Exempt,
+}
+
+impl Config {
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read or anything in it is wrong: the first such thing.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let path = path.as_ref();
+        let whole = |problem| file_error(path, None, problem);
+        let bytes = read_file(path).map_err(|error| match error.kind() {
+            io::ErrorKind::IsADirectory => whole(Problem::Directory),
+            _ => whole(Problem::Unreadable(error)),
+        })?;
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            return Err(whole(Problem::TooLarge(MAX_FILE_BYTES)));
+        }
+        let text = std::str::from_utf8(&bytes).map_err(|error| {
+            let position = document::position(&bytes, error.valid_up_to());
+            file_error(path, Some(position), Problem::NotUtf8)
+        })?;
+        Self::parse(path, text)
+    }
+
+    /// Validates a text. The name of its file is for the messages.
+    ///
+    /// # Errors
+    ///
+    /// Where anything in it is wrong: the first such thing.
+    pub fn parse(file: impl AsRef<Path>, text: &str) -> Result<Self, ConfigError> {
+        read::config(&Document {
+            file: file.as_ref(),
+            text,
+        })
+    }
+
+    /// The configuration of the quick form: one rule, [`QUICK_RULE`], for the connections that are
+    /// accepted on these ports.
+    ///
+    /// # Errors
+    ///
+    /// Where there is neither limit, or there are more ports than the match table can hold.
+    pub fn from_quick(
+        ports: Vec<PortRange>,
+        idle_timeout: Option<Duration>,
+        max_lifetime: Option<Duration>,
+    ) -> Result<Self, Problem> {
+        let rule = Rule {
+            direction: Some(Direction::Inbound),
+            local_ports: ports,
+            idle_timeout,
+            max_lifetime,
+            ..Rule::named(QUICK_RULE)
+        };
+        rule.check_limits()?;
+        let rules = vec![rule];
+        match entries::check_count(&rules) {
+            Err((_, problem)) => Err(problem),
+            Ok(()) => Ok(Self::with_rules(rules)),
+        }
+    }
+
+    fn with_rules(rules: Vec<Rule>) -> Self {
+        Self {
+            cgroup: None,
+            mode: Mode::default(),
+            max_sessions: DEFAULT_MAX_SESSIONS,
+            network_namespaces: NetworkNamespaces::default(),
+            metrics_listen: Some(DEFAULT_METRICS_LISTEN),
+            audit: AuditTarget::default(),
+            rules,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// The match table: the entries of every rule, in the order of the rules. The first that
+    /// matches a connection is of the rule that decides.
+    pub fn match_entries(&self) -> Vec<MatchEntry> {
+        let numbered = (0u16..).zip(&self.rules);
+        numbered
+            .flat_map(|(index, rule)| entries::of_rule(rule, index))
+            .collect()
+    }
+
+    /// What happens to the connections of a rule of this configuration, its mode considered.
+    pub fn effective_action(&self, rule: &Rule) -> Action {
+        match (self.mode, rule.action) {
+            (Mode::Observe, Action::Enforce) => Action::Observe,
+            (_, action) => action,
+        }
+    }
+}
+
+impl Rule {
+    /// A rule without any condition or limit.
+    fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            direction: None,
+            local_ports: Vec::new(),
+            remote_ports: Vec::new(),
+            local: Vec::new(),
+            remote: Vec::new(),
+            action: Action::default(),
+            idle_timeout: None,
+            max_lifetime: None,
+        }
+    }
+
+    /// The limits as the kernel and the daemon compare them; `tick_ns` is the length of a tick of
+    /// the coarse clock. No limits for an exempt rule.
+    pub fn policy(&self, tick_ns: u64) -> Policy {
+        Policy {
+            idle_timeout_ns: nanoseconds(self.idle_timeout),
+            max_lifetime_ns: nanoseconds(self.max_lifetime),
+            tick_ns,
+        }
+    }
+
+    /// Refuses a rule that would track connections for nothing.
+    fn check_limits(&self) -> Result<(), Problem> {
+        let limits = [self.idle_timeout, self.max_lifetime];
+        if self.action != Action::Exempt && limits == [None, None] {
+            return Err(Problem::NoLimit);
+        }
+        Ok(())
+    }
+}
+
+/// A limit as the kernel knows it: 0 is none.
+fn nanoseconds(limit: Option<Duration>) -> u64 {
+    limit.map_or(0, |limit| {
+        u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)
+    })
+}
+
+/// The bytes of the file, and one more than is allowed where there are more.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path)?;
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn file_error(file: &Path, position: Option<Position>, problem: Problem) -> ConfigError {
+    let location = Location {
+        file: file.to_owned(),
+        position,
+        key: None,
+    };
+    ConfigError { location, problem }
+}

@@ -1,0 +1,168 @@
+//! One rule, from its table in the document.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use session_enforcer_common::{Direction, MAX_RULES, PortRange};
+
+use super::document::{Field, Keys, Section};
+use super::error::ALLOWED_RULES;
+use super::value::{
+    ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
+};
+use super::{Action, ConfigError, Problem, Rule, entries};
+
+const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
+const ALLOWED_DIRECTION: &str = "\"inbound\", \"outbound\" or \"any\"";
+const ALLOWED_PORTS: &str = "a list such as [5432, \"6000-6010\"]";
+const ALLOWED_PREFIXES: &str = "a list such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
+const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
+
+/// Longest name of a rule. It is a label of every metric and stands in every audit record.
+const MAX_NAME_CHARS: usize = 64;
+
+/// The tables of the rules, under their names, without unknown keys and of different names.
+pub(super) fn sources<'a>(
+    list: &Field<'a>,
+    keys: &Keys,
+    others: &'static [Keys],
+) -> Result<Vec<Section<'a>>, ConfigError> {
+    let elements = list.elements(ALLOWED_RULES)?;
+    let found = elements.len();
+    if let Some(first_too_many) = elements.get(MAX_RULES as usize) {
+        return Err(first_too_many.error(Problem::ManyRules { found }));
+    }
+    let mut lines = HashMap::new();
+    let numbered = elements.iter().enumerate();
+    numbered
+        .map(|(index, element)| source(element, index + 1, &mut lines, keys, others))
+        .collect()
+}
+
+/// The table of the rule of this number. `lines` has the names so far and where they stand.
+fn source<'a>(
+    element: &Field<'a>,
+    number: usize,
+    lines: &mut HashMap<&'a str, u32>,
+    keys: &Keys,
+    others: &'static [Keys],
+) -> Result<Section<'a>, ConfigError> {
+    let numbered = element.section(format!("rule {number}: "), ALLOWED_RULES)?;
+    // A misspelt key may be the very name: it is looked at first.
+    let name = numbered.field("name");
+    let label = match name.as_ref().map(checked_name) {
+        Some(Ok(name)) => format!("rule \"{name}\": "),
+        _ => numbered.label,
+    };
+    let section = element.section(label, ALLOWED_RULES)?;
+    section.check_keys(keys, others)?;
+    let field = name.ok_or_else(|| {
+        let key = Some(format!("{}name", section.label));
+        let start = Some(section.offset);
+        section.document.error(start, key, Problem::NoName)
+    })?;
+    let name = checked_name(&field)?;
+    if let Some(line) = lines.insert(name, field.line()) {
+        let name = name.to_owned();
+        return Err(field.error(Problem::DuplicateName { name, line }));
+    }
+    Ok(section)
+}
+
+fn checked_name<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
+    let name = field.text(ALLOWED_NAME)?;
+    let allowed = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+    if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.bytes().all(allowed) {
+        return Err(field.not_allowed(ALLOWED_NAME));
+    }
+    Ok(name)
+}
+
+/// The rule that a table describes.
+pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
+    let name = section.field("name").map(|field| checked_name(&field));
+    let mut rule = Rule::named(name.transpose()?.unwrap_or_default());
+    rule.direction = match section.field("direction") {
+        Some(field) => read_direction(&field)?,
+        None => None,
+    };
+    rule.local_ports = list(section, "local_ports", ALLOWED_PORTS, read_ports)?;
+    rule.remote_ports = list(section, "remote_ports", ALLOWED_PORTS, read_ports)?;
+    rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix)?;
+    rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix)?;
+    if let Some(field) = section.field("action") {
+        rule.action = read_action(&field)?;
+    }
+    rule.idle_timeout = read_limit(section, "idle_timeout", rule.action)?;
+    rule.max_lifetime = read_limit(section, "max_lifetime", rule.action)?;
+    let at_rule = |problem| section.error(problem);
+    rule.check_limits().map_err(at_rule)?;
+    entries::check_families(&rule).map_err(at_rule)?;
+    Ok(rule)
+}
+
+fn read_direction(field: &Field<'_>) -> Result<Option<Direction>, ConfigError> {
+    let choices = [
+        ("inbound", Some(Direction::Inbound)),
+        ("outbound", Some(Direction::Outbound)),
+        ("any", None),
+    ];
+    field.choice(ALLOWED_DIRECTION, &choices)
+}
+
+fn read_action(field: &Field<'_>) -> Result<Action, ConfigError> {
+    let choices = [
+        ("enforce", Action::Enforce),
+        ("observe", Action::Observe),
+        ("exempt", Action::Exempt),
+    ];
+    field.choice(ALLOWED_ACTION, &choices)
+}
+
+/// The elements of a list, each through `read`; an absent list is an empty one.
+fn list<T>(
+    section: &Section<'_>,
+    key: &str,
+    allowed: &'static str,
+    read: impl Fn(&Field<'_>) -> Result<T, ConfigError>,
+) -> Result<Vec<T>, ConfigError> {
+    let Some(field) = section.field(key) else {
+        return Ok(Vec::new());
+    };
+    field.elements(allowed)?.iter().map(read).collect()
+}
+
+fn read_ports(field: &Field<'_>) -> Result<PortRange, ConfigError> {
+    let Some(number) = field.integer() else {
+        return field.parse(ALLOWED_PORT, parse_ports);
+    };
+    let port = u16::try_from(number).ok().filter(|port| *port > 0);
+    let port = port.ok_or_else(|| field.not_allowed(ALLOWED_PORT))?;
+    Ok(PortRange {
+        first: port,
+        last: port,
+    })
+}
+
+fn read_prefix(field: &Field<'_>) -> Result<IpNet, ConfigError> {
+    field.parse(ALLOWED_PREFIX, parse_prefix)
+}
+
+fn read_limit(
+    section: &Section<'_>,
+    key: &str,
+    action: Action,
+) -> Result<Option<Duration>, ConfigError> {
+    let Some(field) = section.field(key) else {
+        return Ok(None);
+    };
+    if action == Action::Exempt {
+        return Err(field.error(Problem::LimitOnExempt));
+    }
+    if let Some(number) = field.integer().filter(|number| *number >= 0) {
+        let number = number.to_string();
+        return Err(field.error(Problem::NoUnit { number }));
+    }
+    field.parse(ALLOWED_TIME, parse_limit).map(Some)
+}

@@ -1,0 +1,31 @@
+mod files;
+mod hidden;
+mod keys;
+mod matching;
+mod rules;
+mod values;
+
+use super::*;
+
+/// The error of a text, which is one line.
+fn refused(text: &str) -> String {
+    let message = Config::parse("x.toml", text).unwrap_err().to_string();
+    assert!(!message.contains('\n'), "{message:?}");
+    message
+}
+
+/// Each text with the error that it gives.
+fn all_refused(cases: &[(&str, &str)]) {
+    for (text, message) in cases {
+        assert_eq!(refused(text), *message, "in:\n{text}");
+    }
+}
+
+/// The rule of a text of conditions and limits.
+fn rule(text: &str) -> Rule {
+    let text = format!("[[rule]]\nname = 'a'\n{text}\n");
+    match Config::parse("x.toml", &text) {
+        Ok(config) => config.rules[0].clone(),
+        Err(error) => panic!("{error} in:\n{text}"),
+    }
+}

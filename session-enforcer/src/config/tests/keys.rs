@@ -1,0 +1,332 @@
+//! Unknown keys, keys that come later, and values of the wrong kind.
+
+use super::*;
+
+#[test]
+fn every_key_of_the_contract_that_this_version_knows_is_read() {
+    let text = r#"
+[daemon]
+cgroup = "/sys/fs/cgroup"
+mode = "observe"
+max_sessions = 1_000
+network_namespaces = "own"
+
+[metrics]
+listen = "[::1]:80"
+
+[audit]
+path = "/var/log/audit.json"
+
+[[rule]]
+name = "postgres"
+direction = "inbound"
+local_ports = [5432, "6000-6010"]
+remote_ports = []
+local = ["10.0.0.0/8"]
+remote = ["0.0.0.0/0", "::/0"]
+action = "observe"
+idle_timeout = "15m"
+max_lifetime = "12h"
+"#;
+    let config = Config::parse("x.toml", text).unwrap();
+    let range = |first, last| PortRange { first, last };
+    let expected = Config {
+        cgroup: Some("/sys/fs/cgroup".into()),
+        mode: Mode::Observe,
+        max_sessions: 1000,
+        network_namespaces: NetworkNamespaces::Own,
+        metrics_listen: Some("[::1]:80".parse().unwrap()),
+        audit: AuditTarget::File("/var/log/audit.json".into()),
+        rules: vec![Rule {
+            name: "postgres".into(),
+            direction: Some(Direction::Inbound),
+            local_ports: vec![range(5432, 5432), range(6000, 6010)],
+            remote_ports: vec![],
+            local: vec!["10.0.0.0/8".parse().unwrap()],
+            remote: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
+            action: Action::Observe,
+            idle_timeout: Some(Duration::from_secs(900)),
+            max_lifetime: Some(Duration::from_secs(43_200)),
+        }],
+        warnings: vec![],
+    };
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn what_is_not_said_has_its_default() {
+    let config = Config::parse("x.toml", "[[rule]]\nname = 'a'\nidle_timeout = '1s'\n").unwrap();
+    let rule = Rule {
+        idle_timeout: Some(Duration::from_secs(1)),
+        ..Rule::named("a")
+    };
+    let expected = Config {
+        cgroup: None,
+        mode: Mode::Enforce,
+        max_sessions: 262_144,
+        network_namespaces: NetworkNamespaces::All,
+        metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
+        audit: AuditTarget::Stdout,
+        rules: vec![rule],
+        warnings: vec![],
+    };
+    assert_eq!(config, expected);
+    assert_eq!(config.rules[0].action, Action::Enforce);
+}
+
+#[test]
+fn an_unknown_key_gets_a_suggestion() {
+    all_refused(&[
+        (
+            "[deamon]\n",
+            "x.toml:1:2: deamon: is not a known key; did you mean \"daemon\"?",
+        ),
+        (
+            "[[rules]]\n",
+            "x.toml:1:3: rules: is not a known key; did you mean \"rule\"?",
+        ),
+        (
+            "[limits]\n",
+            "x.toml:1:2: limits: is not a known key; allowed here: \"daemon\", \"metrics\", \
+             \"audit\", \"rule\"",
+        ),
+        (
+            "[daemon]\nmod = 'observe'\n",
+            "x.toml:2:1: daemon.mod: is not a known key; did you mean \"mode\"?",
+        ),
+        (
+            "[metrics]\nport = 1\n",
+            "x.toml:2:1: metrics.port: is not a known key; allowed here: \"listen\"",
+        ),
+        (
+            "[audit]\nfile = ''\n",
+            "x.toml:2:1: audit.file: is not a known key; allowed here: \"path\"",
+        ),
+        (
+            "[[rule]]\nname = 'a'\nidle-timeout = '1s'\n",
+            "x.toml:3:1: rule \"a\": idle-timeout: is not a known key; \
+             did you mean \"idle_timeout\"?",
+        ),
+        (
+            "[[rule]]\nnmae = 'a'\n",
+            "x.toml:2:1: rule 1: nmae: is not a known key; did you mean \"name\"?",
+        ),
+        (
+            "[[rule]]\nname = 'a'\nidle_timeout = '1s'\nports = [22]\n",
+            "x.toml:4:1: rule \"a\": ports: is not a known key; allowed here: \"name\", \
+             \"direction\", \"local_ports\", \"remote_ports\", \"local\", \"remote\", \"action\", \
+             \"idle_timeout\", \"max_lifetime\"",
+        ),
+        (
+            "\"a\\nb\" = 1\n",
+            "x.toml:1:1: a\\nb: is not a known key; allowed here: \"daemon\", \"metrics\", \
+             \"audit\", \"rule\"",
+        ),
+    ]);
+}
+
+#[test]
+fn a_key_under_the_wrong_header_is_sent_to_the_right_one() {
+    all_refused(&[
+        (
+            "mode = 'observe'\n",
+            "x.toml:1:1: mode: is not a known key here; it belongs under [daemon]",
+        ),
+        (
+            "[daemon]\nlisten = ''\n",
+            "x.toml:2:1: daemon.listen: is not a known key here; it belongs under [metrics]",
+        ),
+        (
+            "[daemon]\nidle_timeout = '1s'\n",
+            "x.toml:2:1: daemon.idle_timeout: is not a known key here; it belongs under [[rule]]",
+        ),
+        (
+            "[[rule]]\nname = 'a'\nmode = 'observe'\n",
+            "x.toml:3:1: rule \"a\": mode: is not a known key here; it belongs under [daemon]",
+        ),
+        (
+            "[daemon.metrics]\n",
+            "x.toml:1:9: daemon.metrics: is not a known key here; it belongs under no header, at \
+             the top of the file",
+        ),
+    ]);
+}
+
+#[test]
+fn the_first_wrong_key_of_the_file_is_the_one_that_is_named() {
+    let error = refused("[zebra]\n[apple]\n");
+    assert!(error.starts_with("x.toml:1:2: zebra: "), "{error}");
+}
+
+#[test]
+fn a_key_that_comes_later_is_refused() {
+    for (line, column, text, key) in [
+        (2, 1, "[daemon]\npin_dir = ''\n", "daemon.pin_dir"),
+        (
+            2,
+            1,
+            "[control]\nsocket = '/run/control.sock'\n",
+            "control.socket",
+        ),
+        (1, 2, "[control]\n", "control"),
+        (1, 1, "control.socket = ''\n", "control.socket"),
+    ] {
+        let expected = format!(
+            "x.toml:{line}:{column}: {key}: is not supported yet by this version; remove it"
+        );
+        // The place of a dotted key is its own, behind its table's.
+        let expected = match text.starts_with("control.") {
+            true => expected.replace("1:1", "1:9"),
+            false => expected,
+        };
+        assert_eq!(refused(text), expected);
+    }
+    for key in [
+        "cgroups = ['/system.slice']",
+        "users = ['postgres', 1000]",
+        "activity = 'any'",
+        "response_timeout = '1h'",
+        "min_payload = 1",
+        "lifetime_jitter = '10%'",
+    ] {
+        let name = key.split(' ').next().unwrap();
+        let text = format!("[[rule]]\nname = 'a'\nidle_timeout = '1s'\n{key}\n");
+        let expected = format!(
+            "x.toml:4:1: rule \"a\": {name}: is not supported yet by this version; remove it"
+        );
+        assert_eq!(refused(&text), expected);
+    }
+    all_refused(&[(
+        "[audit]\npath = 'journald'\n",
+        "x.toml:2:8: audit.path: \"journald\" is not supported yet by this version; allowed: \
+         \"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"",
+    )]);
+}
+
+#[test]
+fn a_table_is_not_a_list_nor_a_value() {
+    let table = "allowed: one table, under its header in single brackets";
+    let rules = "allowed: each rule under a header of its own, [[rule]]";
+    for (text, message) in [
+        (
+            "[[daemon]]\n",
+            format!("x.toml:1:1: daemon: found a list; {table}"),
+        ),
+        (
+            "metrics = ''\n",
+            format!("x.toml:1:11: metrics: found \"\"; {table}"),
+        ),
+        (
+            "audit = true\n",
+            format!("x.toml:1:9: audit: found true; {table}"),
+        ),
+        (
+            "control = 1\n",
+            format!("x.toml:1:11: control: found the number 1; {table}"),
+        ),
+        (
+            "[rule]\nname = 'a'\n",
+            format!("x.toml:1:1: rule: found a table; {rules}"),
+        ),
+        (
+            "rule = ['a']\n",
+            format!("x.toml:1:9: rule: found \"a\"; {rules}"),
+        ),
+        (
+            "rule = 1979-05-27\n",
+            format!("x.toml:1:8: rule: found the date 1979-05-27; {rules}"),
+        ),
+    ] {
+        assert_eq!(refused(text), message);
+    }
+}
+
+#[test]
+fn a_wrong_setting_of_the_daemon_is_pointed_at() {
+    let cgroup = "allowed: the absolute path of a directory such as \"/sys/fs/cgroup\"";
+    let mode = "allowed: \"enforce\" or \"observe\"";
+    let number = "allowed: a number from 1 to 16777216";
+    let namespaces = "allowed: \"all\" or \"own\"";
+    for (setting, key, found, allowed) in [
+        ("cgroup = 5", "cgroup", "the number 5", cgroup),
+        ("cgroup = ''", "cgroup", "\"\"", cgroup),
+        ("cgroup = 'web'", "cgroup", "\"web\"", cgroup),
+        ("cgroup = \"/a\\u0000b\"", "cgroup", "\"/a\\0b\"", cgroup),
+        ("mode = 'enforced'", "mode", "\"enforced\"", mode),
+        ("mode = true", "mode", "true", mode),
+        ("max_sessions = 0", "max_sessions", "the number 0", number),
+        ("max_sessions = -1", "max_sessions", "the number -1", number),
+        (
+            "max_sessions = 16777217",
+            "max_sessions",
+            "the number 16777217",
+            number,
+        ),
+        (
+            "max_sessions = 1e3",
+            "max_sessions",
+            "the number 1e3",
+            number,
+        ),
+        ("max_sessions = '5'", "max_sessions", "\"5\"", number),
+        (
+            "max_sessions = 99999999999999999999999999999999999999999",
+            "max_sessions",
+            "the number 99999999999999999999999999999999999999999",
+            number,
+        ),
+        (
+            "network_namespaces = 'Own'",
+            "network_namespaces",
+            "\"Own\"",
+            namespaces,
+        ),
+        (
+            "network_namespaces = []",
+            "network_namespaces",
+            "a list",
+            namespaces,
+        ),
+    ] {
+        let column = key.len() + 4;
+        let expected = format!("x.toml:2:{column}: daemon.{key}: found {found}; {allowed}");
+        assert_eq!(refused(&format!("[daemon]\n{setting}\n")), expected);
+    }
+}
+
+#[test]
+fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
+    let listen = "allowed: an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
+    let path = "allowed: \"-\" for standard output, or a file's absolute path such as \
+                \"/var/log/sessions.json\"";
+    for (text, message) in [
+        (
+            "[metrics]\nlisten = 9847",
+            format!("metrics.listen: found the number 9847; {listen}"),
+        ),
+        (
+            "[metrics]\nlisten = 'localhost:9847'",
+            format!("metrics.listen: found \"localhost:9847\"; {listen}"),
+        ),
+        (
+            "[metrics]\nlisten = '[::1]'",
+            "metrics.listen: \"::1\" has no port; write \"[::1]:9847\"".to_owned(),
+        ),
+        (
+            "[audit]\npath = ''",
+            format!("audit.path: found \"\"; {path}"),
+        ),
+        (
+            "[audit]\npath = 'a.json'",
+            format!("audit.path: found \"a.json\"; {path}"),
+        ),
+        (
+            "[audit]\npath = [1]",
+            format!("audit.path: found a list; {path}"),
+        ),
+    ] {
+        let error = refused(text);
+        assert!(error.starts_with("x.toml:2:"), "{error}");
+        assert!(error.ends_with(&message), "{error}\n{message}");
+    }
+}

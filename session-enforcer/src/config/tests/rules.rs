@@ -1,0 +1,377 @@
+//! What can be wrong with a rule, and with the rules together.
+
+use std::fmt::Write as _;
+
+use session_enforcer_common::{MAX_MATCH_ENTRIES, MAX_RULES};
+
+use super::*;
+
+#[test]
+fn a_file_without_a_rule_enforces_nothing() {
+    let none = "there is none, so nothing would be enforced; add a rule, headed by [[rule]]";
+    for (text, place) in [
+        ("", "x.toml: rule: "),
+        ("[daemon]\nmode = 'observe'\n", "x.toml: rule: "),
+        ("rule = []\n", "x.toml:1:8: rule: "),
+    ] {
+        assert_eq!(refused(text), format!("{place}{none}"));
+    }
+}
+
+#[test]
+fn a_rule_has_a_name_of_its_own() {
+    let long = "a".repeat(65);
+    let cut = "a".repeat(60);
+    let allowed = "allowed: 1 to 64 characters of a-z, 0-9, _ and -";
+    for (text, message) in [
+        (
+            "[[rule]]\nidle_timeout = '1s'\n",
+            "x.toml:1:1: rule 1: name: is missing; every rule has a name of its own".to_owned(),
+        ),
+        (
+            "[[rule]]\nname = 'a'\nidle_timeout = '1s'\n[[rule]]\n",
+            "x.toml:4:1: rule 2: name: is missing; every rule has a name of its own".to_owned(),
+        ),
+        (
+            "[[rule]]\nname = 'a'\nidle_timeout = '1s'\n[[rule]]\nname = 'a'\n",
+            "x.toml:5:8: rule 2: name: \"a\" is the name of the rule in line 2; every rule has a \
+             name of its own"
+                .to_owned(),
+        ),
+        (
+            "[[rule]]\nname = 'Web'\n",
+            format!("x.toml:2:8: rule 1: name: found \"Web\"; {allowed}"),
+        ),
+        (
+            "[[rule]]\nname = ''\n",
+            format!("x.toml:2:8: rule 1: name: found \"\"; {allowed}"),
+        ),
+        (
+            "[[rule]]\nname = 1\n",
+            format!("x.toml:2:8: rule 1: name: found the number 1; {allowed}"),
+        ),
+        (
+            &format!("[[rule]]\nname = '{long}'\n"),
+            format!("x.toml:2:8: rule 1: name: found \"{cut}\"...; {allowed}"),
+        ),
+    ] {
+        assert_eq!(refused(text), message);
+    }
+    let longest = format!(
+        "[[rule]]\nname = '{}'\nidle_timeout = '1s'\n",
+        "a".repeat(64)
+    );
+    Config::parse("x.toml", &longest).unwrap();
+}
+
+#[test]
+fn a_wrong_condition_is_pointed_at() {
+    let port = "allowed: a port from 1 to 65535, or a range of ports such as \"6000-6010\"";
+    let prefix = "allowed: an address or a prefix such as \"10.0.0.0/8\" or \"2001:db8::/32\"";
+    let ports = "allowed: a list such as [5432, \"6000-6010\"]";
+    let prefixes = "allowed: a list such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
+    for (condition, column, problem) in [
+        (
+            "direction = 'in'",
+            13,
+            "found \"in\"; allowed: \"inbound\", \"outbound\" or \"any\"",
+        ),
+        (
+            "direction = 1",
+            13,
+            "found the number 1; allowed: \"inbound\", \"outbound\" or \"any\"",
+        ),
+        (
+            "action = 'kill'",
+            10,
+            "found \"kill\"; allowed: \"enforce\", \"observe\" or \"exempt\"",
+        ),
+        (
+            "local_ports = 22",
+            15,
+            &format!("found the number 22; {ports}"),
+        ),
+        ("remote_ports = '22'", 16, &format!("found \"22\"; {ports}")),
+        (
+            "local_ports = [22, 0]",
+            20,
+            &format!("found the number 0; {port}"),
+        ),
+        (
+            "local_ports = [65536]",
+            16,
+            &format!("found the number 65536; {port}"),
+        ),
+        (
+            "local_ports = [-1]",
+            16,
+            &format!("found the number -1; {port}"),
+        ),
+        (
+            "local_ports = [22.5]",
+            16,
+            &format!("found the number 22.5; {port}"),
+        ),
+        (
+            "local_ports = ['ssh']",
+            16,
+            &format!("found \"ssh\"; {port}"),
+        ),
+        (
+            "local_ports = ['0-5']",
+            16,
+            &format!("found \"0-5\"; {port}"),
+        ),
+        (
+            "local_ports = ['1-65536']",
+            16,
+            &format!("found \"1-65536\"; {port}"),
+        ),
+        (
+            "local_ports = ['1-2-3']",
+            16,
+            &format!("found \"1-2-3\"; {port}"),
+        ),
+        (
+            "local_ports = ['1 - 2']",
+            16,
+            &format!("found \"1 - 2\"; {port}"),
+        ),
+        ("local_ports = ['-5']", 16, &format!("found \"-5\"; {port}")),
+        ("local_ports = ['+5']", 16, &format!("found \"+5\"; {port}")),
+        ("local_ports = [[22]]", 16, &format!("found a list; {port}")),
+        (
+            "remote_ports = ['10-5']",
+            17,
+            "the range \"10-5\" runs backwards; write \"5-10\"",
+        ),
+        (
+            "local = '10.0.0.0/8'",
+            9,
+            &format!("found \"10.0.0.0/8\"; {prefixes}"),
+        ),
+        (
+            "local = ['10.0.0.0/33']",
+            10,
+            &format!("found \"10.0.0.0/33\"; {prefix}"),
+        ),
+        ("local = ['10/8']", 10, &format!("found \"10/8\"; {prefix}")),
+        (
+            "local = ['db.example.org']",
+            10,
+            &format!("found \"db.example.org\"; {prefix}"),
+        ),
+        (
+            "remote = ['fe80::1%eth0']",
+            11,
+            &format!("found \"fe80::1%eth0\"; {prefix}"),
+        ),
+        ("remote = ['']", 11, &format!("found \"\"; {prefix}")),
+        (
+            "remote = [10]",
+            11,
+            &format!("found the number 10; {prefix}"),
+        ),
+        (
+            "remote = ['10.0.0.1/8']",
+            11,
+            "\"10.0.0.1/8\" has bits set after its prefix; write \"10.0.0.0/8\", or \"10.0.0.1\" \
+             alone",
+        ),
+        (
+            "remote = ['::ffff:10.0.0.1/104']",
+            11,
+            "\"::ffff:10.0.0.1/104\" has bits set after its prefix; write \
+             \"::ffff:10.0.0.0/104\", or \"::ffff:10.0.0.1\" alone",
+        ),
+    ] {
+        let key = condition.split(' ').next().unwrap();
+        let text = format!("[[rule]]\nname = 'a'\nidle_timeout = '1s'\n{condition}\n");
+        let expected = format!("x.toml:4:{column}: rule \"a\": {key}: {problem}");
+        assert_eq!(refused(&text), expected);
+    }
+}
+
+#[test]
+fn a_wrong_limit_is_pointed_at() {
+    let time = "allowed: a time such as \"90s\", \"15m\", \"12h\" or \"1h30m\"";
+    let no_unit = |n| format!("{n} has no unit; write \"{n}s\" for seconds, or m, h or d after it");
+    let short = "is shorter than 1s, the shortest limit; for no limit, leave it out";
+    let long = "is longer than 36500d, the longest limit; for no limit, leave it out";
+    for (value, problem) in [
+        ("900", no_unit(900)),
+        ("0", no_unit(0)),
+        ("'900'", no_unit(900)),
+        ("-5", format!("found the number -5; {time}")),
+        ("1.5", format!("found the number 1.5; {time}")),
+        ("07:32:00", format!("found the date 07:32:00; {time}")),
+        ("''", format!("found \"\"; {time}")),
+        ("'soon'", format!("found \"soon\"; {time}")),
+        ("'m'", format!("found \"m\"; {time}")),
+        ("'15M'", format!("found \"15M\"; {time}")),
+        ("'15 m'", format!("found \"15 m\"; {time}")),
+        ("' 15m'", format!("found \" 15m\"; {time}")),
+        ("'-15m'", format!("found \"-15m\"; {time}")),
+        ("'1.5h'", format!("found \"1.5h\"; {time}")),
+        ("'30m1h'", format!("found \"30m1h\"; {time}")),
+        ("'1h1h'", format!("found \"1h1h\"; {time}")),
+        ("'1h30'", format!("found \"1h30\"; {time}")),
+        ("'0s'", format!("\"0s\" {short}")),
+        ("'999ms'", format!("\"999ms\" {short}")),
+        ("'36500d1ms'", format!("\"36500d1ms\" {long}")),
+        (
+            "'99999999999999999999d'",
+            format!("\"99999999999999999999d\" {long}"),
+        ),
+        (
+            "'18446744073709551615d'",
+            format!("\"18446744073709551615d\" {long}"),
+        ),
+    ] {
+        for (key, column) in [("idle_timeout", 16), ("max_lifetime", 16)] {
+            let text = format!("[[rule]]\nname = 'a'\n{key} = {value}\n");
+            let expected = format!("x.toml:3:{column}: rule \"a\": {key}: {problem}");
+            assert_eq!(refused(&text), expected);
+        }
+    }
+}
+
+#[test]
+fn a_rule_has_limits_or_is_exempt() {
+    let none = "x.toml:1:1: rule \"a\": has no limit; add idle_timeout or max_lifetime or both, or \
+                action = \"exempt\"";
+    let both = "is a limit, and an exempt rule has none; remove it, or action = \"exempt\"";
+    all_refused(&[
+        ("[[rule]]\nname = 'a'\n", none),
+        ("[[rule]]\nname = 'a'\naction = 'enforce'\n", none),
+        ("[[rule]]\nname = 'a'\naction = 'observe'\n", none),
+        (
+            "[[rule]]\nname = 'a'\nidle_timeout = '1s'\naction = 'exempt'\n",
+            &format!("x.toml:3:16: rule \"a\": idle_timeout: {both}"),
+        ),
+        (
+            "[[rule]]\nname = 'a'\naction = 'exempt'\nmax_lifetime = '1s'\n",
+            &format!("x.toml:4:16: rule \"a\": max_lifetime: {both}"),
+        ),
+    ]);
+    assert_eq!(
+        rule("action = 'exempt'").policy(4),
+        Policy {
+            tick_ns: 4,
+            ..Policy::default()
+        }
+    );
+}
+
+#[test]
+fn ends_of_different_families_never_meet() {
+    let expected = "x.toml:1:1: rule \"a\": can never match: a connection has IPv4 addresses at \
+                    both ends or IPv6 addresses at both, and local and remote here have none of \
+                    the same kind; make them agree";
+    for conditions in [
+        "local = ['10.0.0.0/8']\nremote = ['::/0']",
+        "local = ['fe80::/10', '::1']\nremote = ['0.0.0.0/0', '::ffff:10.0.0.0/104']",
+    ] {
+        let text = format!("[[rule]]\nname = 'a'\naction = 'exempt'\n{conditions}\n");
+        assert_eq!(refused(&text), expected);
+    }
+}
+
+/// So many rules, each with a port of its own.
+fn many_rules(count: u32) -> String {
+    let mut text = String::new();
+    for n in 1..=count {
+        writeln!(
+            text,
+            "[[rule]]\nname = 'r{n}'\nlocal_ports = [{n}]\nidle_timeout = '1s'"
+        )
+        .unwrap();
+    }
+    text
+}
+
+#[test]
+fn the_number_of_rules_is_bounded() {
+    let config = Config::parse("x.toml", &many_rules(MAX_RULES)).unwrap();
+    assert_eq!(config.rules.len(), 1024);
+    assert_eq!(config.warnings, []);
+    assert_eq!(
+        refused(&many_rules(MAX_RULES + 1)),
+        "x.toml:4097:1: rule: there are 1025; at most 1024 are allowed"
+    );
+}
+
+/// A rule with so many local and remote ports, none adjacent to another.
+fn with_ports(name: &str, local: u16, remote: u16) -> String {
+    let list = |count| {
+        let ports: Vec<String> = (1..=count).map(|n: u16| (2 * n).to_string()).collect();
+        ports.join(", ")
+    };
+    format!(
+        "[[rule]]\nname = '{name}'\nlocal_ports = [{}]\nremote_ports = [{}]\nidle_timeout = '1s'\n",
+        list(local),
+        list(remote)
+    )
+}
+
+#[test]
+fn the_number_of_match_entries_is_bounded() {
+    let full = with_ports("a", 64, 64);
+    let config = Config::parse("x.toml", &full).unwrap();
+    assert_eq!(config.match_entries().len(), MAX_MATCH_ENTRIES as usize);
+    let error = refused(&format!("{full}{}", with_ports("b", 1, 1)));
+    assert_eq!(
+        error,
+        "x.toml:6:1: rule \"b\": the rules up to this one come to more than 4096 combinations of \
+         prefixes and port ranges, the most allowed (this one: 1, those before it: 4096); use \
+         wider prefixes and ranges"
+    );
+    let error = refused(&with_ports("a", 4000, 4000));
+    assert!(
+        error.contains("(this one: more than 4096, those before it: 0)"),
+        "{error}"
+    );
+    assert_eq!(
+        refused(&with_ports("a", 4097, 1)),
+        "x.toml:3:15: rule \"a\": local_ports: has 4097 elements; at most 4096 are allowed"
+    );
+}
+
+#[test]
+fn the_quick_form_is_checked_too() {
+    let port = |n| PortRange { first: n, last: n };
+    let second = Some(Duration::from_secs(1));
+    let problem = Config::from_quick(vec![port(1)], None, None).unwrap_err();
+    assert!(matches!(problem, Problem::NoLimit));
+    let many = (1..=4097).map(|n| port(2 * n)).collect();
+    let problem = Config::from_quick(many, second, None).unwrap_err();
+    assert!(matches!(problem, Problem::ManyEntries { .. }));
+    let config = Config::from_quick(vec![port(1)], None, second).unwrap();
+    assert_eq!(config.rules[0].policy(0).max_lifetime_ns, 1_000_000_000);
+}
+
+#[test]
+fn limits_reach_the_kernel_in_nanoseconds() {
+    let policy = rule("idle_timeout = '1500ms'\nmax_lifetime = '36500d'").policy(4_000_000);
+    let expected = Policy {
+        idle_timeout_ns: 1_500_000_000,
+        max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
+        tick_ns: 4_000_000,
+    };
+    assert_eq!(policy, expected);
+}
+
+#[test]
+fn observe_mode_changes_only_what_would_be_enforced() {
+    let text = "[daemon]\nmode = 'observe'\n\
+                [[rule]]\nname = 'a'\nlocal_ports = [1]\nidle_timeout = '1s'\n\
+                [[rule]]\nname = 'b'\nlocal_ports = [2]\nidle_timeout = '1s'\naction = 'observe'\n\
+                [[rule]]\nname = 'c'\naction = 'exempt'\n";
+    let config = Config::parse("x.toml", text).unwrap();
+    let actions: Vec<_> = config
+        .rules
+        .iter()
+        .map(|rule| config.effective_action(rule))
+        .collect();
+    assert_eq!(actions, [Action::Observe, Action::Observe, Action::Exempt]);
+}

@@ -1,0 +1,213 @@
+//! The values that are written as text, in the file and on the command line: ports, prefixes,
+//! times, addresses, and where the audit goes.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use session_enforcer_common::PortRange;
+
+use super::error::quoted;
+use super::{AuditTarget, Problem};
+
+pub(super) const ALLOWED_PORT: &str =
+    "a port from 1 to 65535, or a range of ports such as \"6000-6010\"";
+pub(super) const ALLOWED_PREFIX: &str =
+    "an address or a prefix such as \"10.0.0.0/8\" or \"2001:db8::/32\"";
+pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" or \"1h30m\"";
+pub(super) const ALLOWED_LISTEN: &str =
+    "an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
+pub(super) const ALLOWED_AUDIT: &str =
+    "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
+
+/// Shortest limit of a rule: below it, the resolution of the kernel's coarse clock would show.
+pub const MIN_LIMIT: Duration = Duration::from_secs(1);
+
+/// Longest limit of a rule, 36500d: a hundred years in nanoseconds still fit in 63 bits, so that
+/// no sum of a limit and a time stamp overflows.
+pub const MAX_LIMIT: Duration = Duration::from_secs(36_500 * 86_400);
+
+/// Units of time and their milliseconds, longest first. There is no month and no year: `M` beside
+/// `m` is a trap, and neither has a fixed length.
+const UNITS: [(&str, u64); 5] = [
+    ("d", 86_400_000),
+    ("h", 3_600_000),
+    ("m", 60_000),
+    ("s", 1_000),
+    ("ms", 1),
+];
+
+fn not_allowed(text: &str, allowed: &'static str) -> Problem {
+    let found = quoted(text);
+    Problem::NotAllowed { found, allowed }
+}
+
+/// A port, or a range of ports, as in `5432` and `6000-6010`.
+///
+/// # Errors
+///
+/// Where the text is neither, a port is 0 or above 65535, or the range runs backwards.
+pub fn parse_ports(text: &str) -> Result<PortRange, Problem> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (Some(first), Some(last)) = (port(first), port(last)) else {
+        return Err(not_allowed(text, ALLOWED_PORT));
+    };
+    if first > last {
+        return Err(Problem::BackwardRange { first, last });
+    }
+    Ok(PortRange { first, last })
+}
+
+fn port(text: &str) -> Option<u16> {
+    // `u16::from_str` would take a sign too.
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    let number = text.parse().ok()?;
+    (digits && number > 0).then_some(number)
+}
+
+/// A prefix as in `10.0.0.0/8`, or an address as the prefix of that address alone. A prefix of
+/// IPv4-mapped addresses is the IPv4 prefix that it stands for.
+///
+/// # Errors
+///
+/// Where the text is neither, or a bit after the prefix is set.
+pub fn parse_prefix(text: &str) -> Result<IpNet, Problem> {
+    let net = match (text.parse::<IpNet>(), text.parse::<IpAddr>()) {
+        (Ok(net), _) => net,
+        (_, Ok(address)) => IpNet::from(address),
+        _ => return Err(not_allowed(text, ALLOWED_PREFIX)),
+    };
+    if net != net.trunc() {
+        return Err(Problem::HostBits(net));
+    }
+    Ok(unmapped(net))
+}
+
+fn unmapped(net: IpNet) -> IpNet {
+    let IpNet::V6(v6) = net else { return net };
+    ipv4_of(v6).map_or(net, IpNet::V4)
+}
+
+fn ipv4_of(net: Ipv6Net) -> Option<Ipv4Net> {
+    let length = net.prefix_len().checked_sub(96)?;
+    Ipv4Net::new(net.addr().to_ipv4_mapped()?, length).ok()
+}
+
+/// A time as in `90s`, `15m`, `12h` or `1h30m`: whole numbers, each with a unit of `d`, `h`, `m`,
+/// `s` or `ms`, the longer unit first.
+///
+/// # Errors
+///
+/// Where the text is not such a time, has no unit, or is longer than [`MAX_LIMIT`].
+pub fn parse_duration(text: &str) -> Result<Duration, Problem> {
+    if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
+        let number = text.to_owned();
+        return Err(Problem::NoUnit { number });
+    }
+    let parts = time_parts(text).ok_or_else(|| not_allowed(text, ALLOWED_TIME))?;
+    let too_long = || Problem::LongLimit {
+        found: quoted(text),
+    };
+    let add = |sum: u64, (number, unit_ms): (&str, u64)| {
+        sum.checked_add(number.parse::<u64>().ok()?.checked_mul(unit_ms)?)
+    };
+    let sum = parts.into_iter().try_fold(0, add).ok_or_else(too_long)?;
+    let duration = Duration::from_millis(sum);
+    if duration > MAX_LIMIT {
+        return Err(too_long());
+    }
+    Ok(duration)
+}
+
+/// The numbers of a time with the milliseconds of their units, or nothing where it is not a time.
+fn time_parts(text: &str) -> Option<Vec<(&str, u64)>> {
+    let mut units = UNITS.iter();
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() || parts.is_empty() {
+        let (number, after) = split_at_first(rest, |c| !c.is_ascii_digit())?;
+        let (unit, after) = split_at_first(after, |c| !c.is_ascii_alphabetic())?;
+        // The iterator goes on where it stopped: each unit once, and the longer one first.
+        let (_, unit_ms) = units.find(|(name, _)| *name == unit)?;
+        parts.push((number, *unit_ms));
+        rest = after.strip_prefix(' ').unwrap_or(after);
+    }
+    Some(parts)
+}
+
+/// The text before the first such character and the rest; nothing where the former is empty.
+fn split_at_first(text: &str, stop: impl Fn(char) -> bool) -> Option<(&str, &str)> {
+    let at = text.find(stop).unwrap_or(text.len());
+    (at > 0).then(|| text.split_at(at))
+}
+
+/// A time that may be the limit of a rule: [`MIN_LIMIT`] to [`MAX_LIMIT`].
+///
+/// # Errors
+///
+/// As [`parse_duration`], and where it is shorter than [`MIN_LIMIT`].
+pub fn parse_limit(text: &str) -> Result<Duration, Problem> {
+    let duration = parse_duration(text)?;
+    if duration < MIN_LIMIT {
+        let found = quoted(text);
+        return Err(Problem::ShortLimit { found });
+    }
+    Ok(duration)
+}
+
+/// The time as [`parse_duration`] reads it, in whole milliseconds.
+pub fn format_duration(duration: Duration) -> String {
+    let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let mut text = String::new();
+    for (unit, unit_ms) in UNITS {
+        if rest >= unit_ms {
+            text += &format!("{}{unit}", rest / unit_ms);
+            rest %= unit_ms;
+        }
+    }
+    if text.is_empty() {
+        return "0s".to_owned();
+    }
+    text
+}
+
+/// Where the metrics are served: an address with a port, or nothing for the empty text.
+///
+/// # Errors
+///
+/// Where the text is neither.
+pub fn parse_listen(text: &str) -> Result<Option<SocketAddr>, Problem> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let bare = text.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(address) = bare.parse::<IpAddr>() {
+        return Err(Problem::NoPort(address));
+    }
+    let parsed = text.parse().map(Some);
+    parsed.map_err(|_| not_allowed(text, ALLOWED_LISTEN))
+}
+
+/// Where the audit goes: `-` is standard output, anything else an absolute path.
+///
+/// # Errors
+///
+/// Where the path is relative, and for `journald`, which comes later.
+pub fn parse_audit(text: &str) -> Result<AuditTarget, Problem> {
+    match text {
+        "-" => Ok(AuditTarget::Stdout),
+        "journald" => Err(Problem::ValueNotSupportedYet {
+            found: quoted(text),
+            allowed: ALLOWED_AUDIT,
+        }),
+        path if is_absolute(path) => Ok(AuditTarget::File(PathBuf::from(path))),
+        other => Err(not_allowed(other, ALLOWED_AUDIT)),
+    }
+}
+
+/// Whether the text is a path that means the same wherever the daemon was started.
+pub(super) fn is_absolute(text: &str) -> bool {
+    // The kernel ends a path at the first zero byte.
+    Path::new(text).is_absolute() && !text.contains('\0')
+}

@@ -1,0 +1,159 @@
+//! How the program ends: the exit statuses that scripts and service managers rely on, and the one
+//! line on stderr that says what is wrong, where, and what to do.
+
+use std::process::ExitCode;
+
+use crate::config::ConfigError;
+
+/// Why the program did not do its work. The number is the exit status; the names of 69, 77 and 78
+/// are those of `sysexits.h`, which systemd prints too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExitStatus {
+    /// Something that has no status of its own.
+    Other = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// This kernel lacks something that is needed (`EX_UNAVAILABLE`).
+    Unavailable = 69,
+    /// Privileges are missing (`EX_NOPERM`).
+    NoPermission = 77,
+    /// The configuration is wrong (`EX_CONFIG`).
+    Configuration = 78,
+}
+
+impl ExitStatus {
+    /// Every status but success.
+    pub const ALL: [Self; 5] = [
+        Self::Other,
+        Self::Usage,
+        Self::Unavailable,
+        Self::NoPermission,
+        Self::Configuration,
+    ];
+
+    /// The number that the parent process sees.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// What `--help` says about it.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Other => "anything else went wrong",
+            Self::Usage => "wrong usage",
+            Self::Unavailable => "this kernel lacks something that is needed",
+            Self::NoPermission => "privileges are missing",
+            Self::Configuration => "the configuration is wrong",
+        }
+    }
+
+    /// The status that an error carries: that of the outermost [`Failure`] or [`ConfigError`] in
+    /// it, else [`ExitStatus::Other`].
+    pub fn of(error: &anyhow::Error) -> Self {
+        // The first look finds one that was attached with `context`, the others any of its sources.
+        if let Some(failure) = error.downcast_ref::<Failure>() {
+            return failure.status;
+        }
+        error
+            .chain()
+            .find_map(|cause| {
+                let failure = cause.downcast_ref::<Failure>().map(|f| f.status);
+                failure.or_else(|| cause.is::<ConfigError>().then_some(Self::Configuration))
+            })
+            .unwrap_or(Self::Other)
+    }
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status.code())
+    }
+}
+
+/// An error with the exit status that it asks for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// The exit status.
+    pub status: ExitStatus,
+    /// What is wrong, where, and what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with this status and this line.
+    pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { status, message }
+    }
+}
+
+/// Gives an exit status to the error of a result.
+pub trait OrExit<T> {
+    /// The same result, whose error ends the program with `status`.
+    ///
+    /// # Errors
+    ///
+    /// The same as before, with its causes in one line.
+    fn or_exit(self, status: ExitStatus) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<anyhow::Error>> OrExit<T> for Result<T, E> {
+    fn or_exit(self, status: ExitStatus) -> Result<T, Failure> {
+        self.map_err(|error| Failure::new(status, format!("{:#}", error.into())))
+    }
+}
+
+/// The error, with its causes, in the one line that goes to stderr.
+pub fn line(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    // A cause that came from elsewhere may have several lines; a log reader expects one.
+    let parts: Vec<&str> = text.lines().map(str::trim).collect();
+    format!("session-enforcer: {}", parts.join(" ").trim_end())
+}
+
+/// Prints the error as one line on stderr; the exit code that goes with it.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("{}", line(error));
+    ExitStatus::of(error).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context as _, anyhow};
+
+    use super::*;
+
+    #[test]
+    fn the_numbers_are_those_of_the_contract() {
+        let codes = ExitStatus::ALL.map(ExitStatus::code);
+        assert_eq!(codes, [1, 2, 69, 77, 78]);
+    }
+
+    #[test]
+    fn a_status_is_found_under_and_over_context() {
+        let failure = || Failure::new(ExitStatus::NoPermission, "CAP_BPF is missing");
+        let under = anyhow::Error::from(failure()).context("attaching");
+        assert_eq!(ExitStatus::of(&under), ExitStatus::NoPermission);
+        let over = anyhow!("EPERM").context(failure()).context("attaching");
+        assert_eq!(ExitStatus::of(&over), ExitStatus::NoPermission);
+        assert_eq!(ExitStatus::of(&anyhow!("something")), ExitStatus::Other);
+    }
+
+    #[test]
+    fn a_wrong_configuration_needs_no_status_of_its_own() {
+        let wrong = crate::config::Config::parse("x.toml", "a").unwrap_err();
+        let error = anyhow::Error::from(wrong).context("loading");
+        assert_eq!(ExitStatus::of(&error), ExitStatus::Configuration);
+    }
+
+    #[test]
+    fn a_failure_is_one_line_with_its_causes() {
+        let result: anyhow::Result<()> = Err(anyhow!("first\n  second\n")).context("verifying");
+        let failure = result.or_exit(ExitStatus::Unavailable).unwrap_err();
+        assert_eq!(failure.status, ExitStatus::Unavailable);
+        let printed = line(&failure.into());
+        assert_eq!(printed, "session-enforcer: verifying: first second");
+    }
+}
