@@ -1,1 +1,38 @@
-//! Harness of the privileged tests.
+//! Harness of the privileged tests, and of the demo.
+//!
+//! A test makes a [`Lab`]: a child cgroup, and an [`Agent`] in it that makes sockets which belong
+//! to that cgroup. It starts the real daemon on the cgroup ([`Daemon`]), opens connections
+//! ([`Pair`]), and compares what the sockets see and what the audit says with its own clock
+//! ([`Moment`]). Everything that it makes goes away with it, also where it panics.
+//!
+//! What keeps these tests from hurting the machine: the daemon is always attached to a cgroup that
+//! the test made, and the traffic is on loopback or between network namespaces that it made.
+
+mod agent;
+mod audit;
+mod cgroup;
+mod clock;
+mod daemon;
+mod lab;
+mod metrics;
+mod names;
+mod netns;
+mod options;
+mod process;
+mod raw;
+mod tcp;
+
+pub use agent::{Agent, Place, enter, serve};
+pub use audit::Record;
+pub use cgroup::Cgroup;
+pub use clock::{Moment, Time, eventually};
+pub use daemon::{Daemon, daemon_command};
+pub use lab::Lab;
+pub use metrics::Metrics;
+pub use netns::{Netns, Veth};
+pub use options::{
+    bind_to_device, keep_alive, last_error, option, reset_on_close, set_bytes_option, set_option,
+};
+pub use process::{Finished, die_with_parent, run_to_end};
+pub use raw::{Packet, RawTcp, Sequence, Sniffer};
+pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};

@@ -1,0 +1,145 @@
+//! A child cgroup of the test's own: the only thing that a test's daemon is attached to.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::Once,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{clock::eventually, names, process::require_root};
+
+/// How long the processes of a cgroup take to die, at most, before it is left behind.
+const DYING: Duration = Duration::from_secs(10);
+
+/// A new child of the cgroup-v2 root. On drop its processes are killed and it is removed.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes one.
+    ///
+    /// # Errors
+    ///
+    /// Without root's rights, or where no cgroup v2 is mounted.
+    pub fn new() -> Result<Self> {
+        static SWEEP: Once = Once::new();
+        require_root()?;
+        let mount = mount_point()?;
+        SWEEP.call_once(|| sweep(&mount));
+        let path = mount.join(names::unique());
+        fs::create_dir(&path).with_context(|| format!("making the cgroup {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many eBPF programs of the kinds that the daemon uses are attached to it.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell.
+    pub fn attached_programs(&self) -> Result<u32> {
+        let directory = File::open(&self.path)?;
+        // BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS and BPF_CGROUP_SOCK_OPS.
+        [0, 1, 3]
+            .into_iter()
+            .map(|kind| attached(&directory, kind))
+            .sum()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.path) {
+            eprintln!(
+                "the cgroup {} is left behind: {error:#}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+/// Kills what runs in the cgroup, and removes it. A killed process leaves it only when it has been
+/// taken down, which takes a moment.
+fn remove(path: &Path) -> Result<()> {
+    fs::write(path.join("cgroup.kill"), "1")?;
+    eventually("the cgroup is empty", DYING, || {
+        match fs::remove_dir(path) {
+            Ok(()) => Ok(Some(())),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+fn sweep(mount: &Path) {
+    for name in names::left_behind(mount) {
+        // Another run may sweep too: who comes second finds nothing.
+        let _ = remove(&mount.join(name));
+    }
+}
+
+/// The mount of cgroup v2; on a hybrid hierarchy it is not `/sys/fs/cgroup`. Format: proc(5).
+fn mount_point() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let is_cgroup2 = |line: &&str| line.contains(" - cgroup2 ");
+    let line = mounts
+        .lines()
+        .find(is_cgroup2)
+        .context("no cgroup2 file system is mounted")?;
+    let path = line
+        .split(' ')
+        .nth(4)
+        .context("a line of mountinfo has too few fields")?;
+    Ok(path.into())
+}
+
+/// The start of `union bpf_attr` for `BPF_PROG_QUERY` (`linux/bpf.h`).
+#[repr(C)]
+#[derive(Default)]
+struct ProgQuery {
+    target_fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_cnt: u32,
+    reserved: u32,
+    prog_attach_flags: u64,
+}
+
+fn attached(directory: &File, attach_type: u32) -> Result<u32> {
+    const BPF_PROG_QUERY: libc::c_long = 16;
+    let target_fd = u32::try_from(directory.as_raw_fd())?;
+    let mut query = ProgQuery {
+        target_fd,
+        attach_type,
+        ..ProgQuery::default()
+    };
+    // SAFETY: the kernel reads and writes at most the given length of a value of that size.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_QUERY,
+            &raw mut query,
+            size_of::<ProgQuery>(),
+        )
+    };
+    if status != 0 {
+        bail!(
+            "asking for the cgroup's programs: {}",
+            io::Error::last_os_error()
+        );
+    }
+    Ok(query.prog_cnt)
+}

@@ -1,0 +1,340 @@
+//! The real daemon, attached to a cgroup of the test's own.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::{
+    audit::Record, cgroup::Cgroup, clock::eventually, metrics::Metrics, process::die_with_parent,
+    tcp::PATIENCE,
+};
+
+/// Names the daemon's binary; `cargo xtask test` sets it.
+const BINARY: &str = "SESSION_ENFORCER_BIN";
+
+/// A command that runs the real daemon, without arguments yet.
+///
+/// # Errors
+///
+/// Where it has not been built.
+pub fn daemon_command() -> Result<Command> {
+    let mut command = Command::new(binary()?);
+    // The log is read here: no colours, and what the caller's environment asks for is not for it.
+    command.env("NO_COLOR", "1").env_remove("RUST_LOG");
+    Ok(command)
+}
+
+fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os(BINARY) {
+        return Ok(path.into());
+    }
+    // A test program is target/PROFILE/deps/NAME; the newer of the builds is the one meant.
+    let own = env::current_exe()?;
+    let target = own
+        .ancestors()
+        .nth(3)
+        .context("the test program is not in a target directory")?;
+    let built = ["release", "debug"].map(|profile| target.join(profile).join("session-enforcer"));
+    let age = |path: &PathBuf| fs::metadata(path).and_then(|found| found.modified()).ok();
+    let newest = built
+        .into_iter()
+        .filter(|path| age(path).is_some())
+        .max_by_key(age);
+    newest.with_context(|| {
+        format!("the daemon is not built: run `cargo xtask test`, or set {BINARY} to its path")
+    })
+}
+
+/// A running daemon. On drop it is killed, and its log and audit go to the test's output, which
+/// is shown where the test fails.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    directory: TempDir,
+    metrics: SocketAddr,
+    quiet: bool,
+}
+
+impl Daemon {
+    /// Starts the daemon on a cgroup, and waits until it is ready. The configuration is TOML.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or is not ready in time, with its log.
+    pub fn start(cgroup: &Cgroup, config: &str) -> Result<Self> {
+        Self::start_with(cgroup, config, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or is not ready in time, with its log.
+    pub fn start_with(cgroup: &Cgroup, config: &str, args: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let config_path = directory.path().join("config.toml");
+        fs::write(&config_path, config)?;
+        let mut command = daemon_command()?;
+        command.arg("run").arg("--config").arg(config_path);
+        command.arg("--cgroup").arg(cgroup.path());
+        command
+            .arg("--audit")
+            .arg(directory.path().join("audit.json"));
+        command.args(["--metrics-listen", "127.0.0.1:0"]).args(args);
+        let output = |name: &str| File::create(directory.path().join(name));
+        command.stdout(output("stdout")?).stderr(output("log")?);
+        let child = die_with_parent(&mut command)
+            .spawn()
+            .context("starting the daemon")?;
+        let metrics = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut daemon = Self {
+            child,
+            directory,
+            metrics,
+            quiet: false,
+        };
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        daemon.when_running("the daemon is ready", |d| {
+            let (status, _) = d.get("/readyz")?;
+            Ok((status == 200).then_some(()))
+        })?;
+        Ok(daemon)
+    }
+
+    /// Leaves the log and the audit out of the output on drop.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
+    fn when_running<T>(
+        &mut self,
+        what: &str,
+        look: impl Fn(&Self) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let found = eventually(what, PATIENCE, || {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the daemon has ended: {status}");
+            }
+            look(self)
+        });
+        found.with_context(|| format!("the daemon's log:\n{}", self.log()))
+    }
+
+    /// Where the metrics are, from the log.
+    fn served_at(&self) -> Result<Option<SocketAddr>> {
+        let log = self.log();
+        let after = log.split_once("metrics at http://").map(|(_, after)| after);
+        let address = after.and_then(|after| after.split_once("/metrics"));
+        Ok(address.map(|(address, _)| address.parse()).transpose()?)
+    }
+
+    /// The address of the metrics server.
+    pub fn metrics_address(&self) -> SocketAddr {
+        self.metrics
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// What it has written to standard output so far.
+    pub fn stdout(&self) -> String {
+        fs::read_to_string(self.directory.path().join("stdout")).unwrap_or_default()
+    }
+
+    /// The audit file.
+    pub fn audit_path(&self) -> PathBuf {
+        self.directory.path().join("audit.json")
+    }
+
+    /// Every audit record so far.
+    ///
+    /// # Errors
+    ///
+    /// Where a line is not JSON.
+    pub fn audit(&self) -> Result<Vec<Record>> {
+        records(&self.audit_path())
+    }
+
+    /// The records of terminations so far, those that failed or were only observed included.
+    ///
+    /// # Errors
+    ///
+    /// Where a line is not JSON.
+    pub fn terminations(&self) -> Result<Vec<Record>> {
+        let mut records = self.audit()?;
+        records.retain(Record::is_termination);
+        Ok(records)
+    }
+
+    /// Waits until there are at least this many records of terminations.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not come.
+    pub fn wait_for_terminations(&self, count: usize) -> Result<Vec<Record>> {
+        eventually("terminations in the audit", PATIENCE, || {
+            let records = self.terminations()?;
+            Ok((records.len() >= count).then_some(records))
+        })
+        .with_context(|| format!("{count} records, the daemon's log:\n{}", self.log()))
+    }
+
+    /// Waits for the record of the one termination that there must be.
+    ///
+    /// # Errors
+    ///
+    /// Where there are none or several.
+    pub fn wait_for_termination(&self) -> Result<Record> {
+        let mut records = self.wait_for_terminations(1)?;
+        ensure!(
+            records.len() == 1,
+            "one termination was expected: {records:#?}"
+        );
+        records.pop().context("one record")
+    }
+
+    /// Scrapes the metrics.
+    ///
+    /// # Errors
+    ///
+    /// Where the daemon does not serve them.
+    pub fn metrics(&self) -> Result<Metrics> {
+        let (status, body) = self.get("/metrics")?;
+        ensure!(status == 200, "/metrics: {status} {body}");
+        Ok(Metrics::new(body))
+    }
+
+    /// The sum of the samples of a metric, now.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such metric.
+    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        self.metrics()?.get(name, labels)
+    }
+
+    /// Waits until a metric has a value.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not come to it.
+    pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
+        let mut last = f64::NAN;
+        eventually("the value of a metric", PATIENCE, || {
+            last = self.metric(name, labels)?;
+            Ok((last == value).then_some(()))
+        })
+        .with_context(|| format!("{name} {labels:?}: {last} and not {value}"))
+    }
+
+    /// Asks the HTTP server; the status and the body.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not answer.
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
+        let mut stream = TcpStream::connect(self.metrics).context("connecting to the daemon")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream
+            .read_to_string(&mut answer)
+            .with_context(|| format!("GET {path}"))?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .context("an answer without a body")?;
+        let status = head
+            .split(' ')
+            .nth(1)
+            .context("an answer without a status")?;
+        Ok((status.parse()?, body.to_owned()))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    ///
+    /// Where the daemon has gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(
+            Pid::from_raw(i32::try_from(self.child.id())?),
+            signal,
+        )?)
+    }
+
+    /// Waits until the daemon has ended.
+    ///
+    /// # Errors
+    ///
+    /// Where it runs on.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        eventually("the daemon ends", PATIENCE, || Ok(self.child.try_wait()?))
+    }
+
+    /// Stops it with SIGTERM, and makes sure that it ends with status 0. The audit and the log
+    /// can still be read.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends otherwise.
+    pub fn stop(&mut self) -> Result<()> {
+        self.signal(Signal::SIGTERM)?;
+        let status = self.wait()?;
+        let ended = (status.code(), status.signal());
+        ensure!(
+            ended == (Some(0), None),
+            "the daemon ended with {status}:\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if !self.quiet {
+            let audit = fs::read_to_string(self.audit_path()).unwrap_or_default();
+            let last: Vec<_> = audit.lines().rev().take(10).collect();
+            println!("the daemon's log:\n{}", self.log());
+            println!(
+                "the last lines of its audit, from the end:\n{}",
+                last.join("\n")
+            );
+        }
+    }
+}
+
+/// The records of an audit file. Its last line may be half written.
+pub(crate) fn records(path: &Path) -> Result<Vec<Record>> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(Record::parse).collect()
+}

@@ -1,0 +1,150 @@
+//! Network namespaces of the test's own, and cables between them.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
+    path::{Path, PathBuf},
+    sync::Once,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    names,
+    process::{output_of, require_root},
+};
+
+const MOUNTS: &str = "/run/netns";
+
+/// A new network namespace whose loopback interface is up. On drop its name is deleted; it ends
+/// when its last process and socket have gone.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+}
+
+impl Netns {
+    /// Makes one.
+    ///
+    /// # Errors
+    ///
+    /// Without root's rights or without iproute2.
+    pub fn new() -> Result<Self> {
+        static SWEEP: Once = Once::new();
+        require_root()?;
+        SWEEP.call_once(sweep);
+        let name = names::unique();
+        ip(&["netns", "add", &name])?;
+        let netns = Self { name };
+        netns.ip("link set lo up")?;
+        Ok(netns)
+    }
+
+    /// Its name, as iproute2 knows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file that stands for it.
+    pub fn path(&self) -> PathBuf {
+        Path::new(MOUNTS).join(&self.name)
+    }
+
+    /// Runs `ip` in it, with these words.
+    ///
+    /// # Errors
+    ///
+    /// Where `ip` refuses.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        let mut args = vec!["-n", &self.name];
+        args.extend(words.split_whitespace());
+        ip(&args)
+    }
+
+    /// Deletes the name now.
+    ///
+    /// # Errors
+    ///
+    /// Where `ip` refuses.
+    pub fn delete(self) -> Result<()> {
+        let name = self.name.clone();
+        std::mem::forget(self);
+        ip(&["netns", "delete", &name]).map(drop)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        if let Err(error) = ip(&["netns", "delete", &self.name]) {
+            eprintln!(
+                "the network namespace {} is left behind: {error:#}",
+                self.name
+            );
+        }
+    }
+}
+
+fn ip(args: &[&str]) -> Result<String> {
+    output_of("ip", "iproute2", args)
+}
+
+fn sweep() {
+    for name in names::left_behind(Path::new(MOUNTS)) {
+        // Another run may sweep too: who comes second finds nothing.
+        let _ = ip(&["netns", "delete", &name]);
+    }
+}
+
+/// A cable between two namespaces: the interface `veth0` in each, with addresses of both families.
+/// It ends with either namespace.
+#[derive(Clone, Copy, Debug)]
+pub struct Veth {
+    /// Index of the interface at the left end, the scope of link-local addresses there.
+    left_index: u32,
+}
+
+impl Veth {
+    /// The interface's name at both ends.
+    pub const INTERFACE: &str = "veth0";
+    /// IPv4 address of the left end.
+    pub const LEFT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
+    /// IPv4 address of the right end.
+    pub const RIGHT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
+    /// IPv6 address of the left end.
+    pub const LEFT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
+    /// IPv6 address of the right end.
+    pub const RIGHT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
+
+    /// Lays one.
+    ///
+    /// # Errors
+    ///
+    /// Where `ip` refuses.
+    pub fn between(left: &Netns, right: &Netns) -> Result<Self> {
+        let interface = Self::INTERFACE;
+        left.ip(&format!(
+            "link add {interface} type veth peer name {interface} netns {}",
+            right.name
+        ))?;
+        for (end, number) in [(left, 1), (right, 2)] {
+            // Addresses of the test's own choice only, usable at once.
+            end.ip(&format!("link set {interface} addrgenmode none up"))?;
+            end.ip(&format!("addr add 10.77.0.{number}/24 dev {interface}"))?;
+            end.ip(&format!("addr add fd77::{number}/64 dev {interface} nodad"))?;
+            end.ip(&format!("addr add fe80::{number}/64 dev {interface} nodad"))?;
+        }
+        let shown = left.ip(&format!("-o link show {interface}"))?;
+        let index = shown
+            .split(':')
+            .next()
+            .context("`ip link show` names no index")?;
+        Ok(Self {
+            left_index: index.parse()?,
+        })
+    }
+
+    /// The link-local address of the right end, as the left end dials it.
+    pub fn right_link_local(&self, port: u16) -> SocketAddr {
+        let address = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
+        SocketAddrV6::new(address, port, 0, self.left_index).into()
+    }
+}

@@ -1,0 +1,113 @@
+//! Socket options, as setsockopt(2) has them.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _},
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use libc::c_int;
+use nix::errno::Errno;
+
+/// Sets an option whose value is a number.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn set_option(socket: &impl AsFd, level: c_int, name: c_int, value: c_int) -> Result<()> {
+    set_bytes_option(socket, level, name, &value.to_ne_bytes())
+}
+
+/// Sets an option whose value is a structure or a text.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn set_bytes_option(socket: &impl AsFd, level: c_int, name: c_int, value: &[u8]) -> Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads at most `value.len()` bytes at that place.
+    let status = unsafe {
+        libc::setsockopt(
+            fd,
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    if status != 0 {
+        bail!(
+            "setting option {name} of level {level}: {}",
+            io::Error::last_os_error()
+        );
+    }
+    Ok(())
+}
+
+/// The value of an option that is a number.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
+    let (mut value, mut length) = (0 as c_int, size_of::<c_int>() as libc::socklen_t);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    let status =
+        unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut length) };
+    if status != 0 {
+        bail!(
+            "reading option {name} of level {level}: {}",
+            io::Error::last_os_error()
+        );
+    }
+    Ok(value)
+}
+
+/// Takes the error that the kernel keeps for a socket, if there is one.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn last_error(socket: &impl AsFd) -> Result<Option<Errno>> {
+    let code = option(socket, libc::SOL_SOCKET, libc::SO_ERROR)?;
+    Ok((code != 0).then(|| Errno::from_raw(code)))
+}
+
+/// Has the kernel send keepalive probes, the first after `interval` without traffic.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn keep_alive(socket: &impl AsFd, interval: Duration) -> Result<()> {
+    let seconds = c_int::try_from(interval.as_secs())?;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, seconds)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, seconds)
+}
+
+/// Has close(2) reset the connection, which leaves nothing behind, not even the tuple.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn reset_on_close(socket: &impl AsFd) -> Result<()> {
+    // struct linger: on, for no time.
+    let linger = [1 as c_int, 0].map(c_int::to_ne_bytes).concat();
+    set_bytes_option(socket, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
+}
+
+/// Ties a socket to one interface.
+///
+/// # Errors
+///
+/// Where there is no such interface in its namespace.
+pub fn bind_to_device(socket: &impl AsFd, interface: &str) -> Result<()> {
+    set_bytes_option(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_BINDTODEVICE,
+        interface.as_bytes(),
+    )
+}

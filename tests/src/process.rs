@@ -1,0 +1,96 @@
+//! Running other programs, none of which outlives the test.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{self, Read as _, Seek as _},
+    os::unix::process::CommandExt as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{sys::prctl, sys::signal::Signal, unistd::Uid};
+
+use crate::clock::eventually;
+
+/// Fails where the privileged tests cannot run. They never skip.
+pub(crate) fn require_root() -> Result<()> {
+    let remedy = "run `cargo xtask test`, which asks for root's rights where it needs them";
+    ensure!(
+        Uid::effective().is_root(),
+        "the privileged tests need root: {remedy}"
+    );
+    Ok(())
+}
+
+/// Has the kernel kill the command's process when the thread that starts it ends.
+pub fn die_with_parent(command: &mut Command) -> &mut Command {
+    let set = || prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
+    // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
+    unsafe { command.pre_exec(set) }
+}
+
+/// Runs a tool of the system, for what it prints.
+pub(crate) fn output_of<S: AsRef<OsStr>>(
+    program: &str,
+    package: &str,
+    args: &[S],
+) -> Result<String> {
+    let mut command = Command::new(program);
+    let output = command.args(args).stdin(Stdio::null()).output();
+    let output = output.with_context(|| {
+        format!("running `{program}` (package {package}; `cargo xtask test` installs it)")
+    })?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if !output.status.success() {
+        bail!("{command:?}: {}: {}", output.status, text(&output.stderr));
+    }
+    Ok(text(&output.stdout))
+}
+
+/// What a program that has ended left behind.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit status; -1 where a signal ended it.
+    pub code: i32,
+    /// What it wrote to standard output.
+    pub stdout: String,
+    /// What it wrote to standard error.
+    pub stderr: String,
+}
+
+/// Runs a program to its end.
+///
+/// # Errors
+///
+/// Where it cannot be started or has not ended after `bound`; it is killed then.
+pub fn run_to_end(mut command: Command, bound: Duration) -> Result<Finished> {
+    // Files, not pipes: nobody has to read while the program runs.
+    let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    command
+        .stdin(Stdio::null())
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?);
+    let mut child = die_with_parent(&mut command)
+        .spawn()
+        .with_context(|| format!("starting {command:?}"))?;
+    let waited = eventually("the program ends", bound, || Ok(child.try_wait()?));
+    if waited.is_err() {
+        child.kill().and_then(|()| child.wait())?;
+    }
+    let (stdout, stderr) = (text_of(&mut stdout)?, text_of(&mut stderr)?);
+    let status = waited.with_context(|| format!("{command:?}\n{stdout}\n{stderr}"))?;
+    Ok(Finished {
+        code: status.code().unwrap_or(-1),
+        stdout,
+        stderr,
+    })
+}
+
+fn text_of(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}

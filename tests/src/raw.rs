@@ -1,0 +1,173 @@
+//! Packets that no TCP socket would send now, and a look at those that pass.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
+    os::fd::{AsRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, SockaddrIn, sendto},
+};
+
+use crate::{
+    agent::Agent,
+    options::{option, set_option},
+};
+
+/// Where a connection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// Sequence number of the next byte that this end sends.
+    pub to_send: u32,
+    /// Sequence number of the next byte that it expects.
+    pub to_receive: u32,
+}
+
+impl Sequence {
+    /// Asks the kernel, through the interface for moving sockets between machines.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_ADMIN`.
+    pub fn of(stream: &TcpStream) -> Result<Self> {
+        // linux/tcp.h; off without a window probe, so that nothing is sent.
+        const OFF_NO_PROBE: i32 = -1;
+        const RECEIVE_QUEUE: i32 = 1;
+        const SEND_QUEUE: i32 = 2;
+        let set = |name, value| set_option(stream, libc::IPPROTO_TCP, name, value);
+        set(libc::TCP_REPAIR, 1)?;
+        let of_queue = |queue| {
+            set(libc::TCP_REPAIR_QUEUE, queue)?;
+            option(stream, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ)
+        };
+        let numbers = (of_queue(SEND_QUEUE), of_queue(RECEIVE_QUEUE));
+        set(libc::TCP_REPAIR, OFF_NO_PROBE)?;
+        Ok(Self {
+            to_send: numbers.0?.cast_unsigned(),
+            to_receive: numbers.1?.cast_unsigned(),
+        })
+    }
+}
+
+/// Sends TCP segments of the test's own making, over IPv4.
+#[derive(Debug)]
+pub struct RawTcp {
+    socket: OwnedFd,
+}
+
+impl RawTcp {
+    /// Sends from the agent's place.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_RAW`.
+    pub fn new(agent: &Agent) -> Result<Self> {
+        let socket = agent.socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_TCP)?;
+        Ok(Self { socket })
+    }
+
+    /// Sends a segment with the ACK flag that seems to come from `from`, to its peer.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says, and where the connection is not IPv4.
+    pub fn send(&self, from: &TcpStream, at: Sequence, payload: &[u8]) -> Result<()> {
+        let (source, target) = (ipv4(from.local_addr()?)?, ipv4(from.peer_addr()?)?);
+        let mut segment = Vec::new();
+        segment.extend(source.port().to_be_bytes());
+        segment.extend(target.port().to_be_bytes());
+        segment.extend(at.to_send.to_be_bytes());
+        segment.extend(at.to_receive.to_be_bytes());
+        // Five words of header, the ACK flag, a window, no checksum yet, no urgent data.
+        segment.extend([0x50, 0x10, 0x20, 0x00, 0, 0, 0, 0]);
+        segment.extend(payload);
+        let sum = checksum(*source.ip(), *target.ip(), &segment);
+        segment[16..18].copy_from_slice(&sum.to_be_bytes());
+        let to = SockaddrIn::from(SocketAddrV4::new(*target.ip(), 0));
+        sendto(self.socket.as_raw_fd(), &segment, &to, MsgFlags::empty())?;
+        Ok(())
+    }
+}
+
+fn ipv4(address: SocketAddr) -> Result<SocketAddrV4> {
+    match address {
+        SocketAddr::V4(v4) => Ok(v4),
+        SocketAddr::V6(_) => bail!("{address} is not IPv4"),
+    }
+}
+
+/// RFC 9293 section 3.1.
+fn checksum(source: Ipv4Addr, target: Ipv4Addr, segment: &[u8]) -> u16 {
+    let mut bytes = [source.octets(), target.octets()].concat();
+    bytes.extend([0, 6]);
+    bytes.extend((segment.len() as u16).to_be_bytes());
+    bytes.extend(segment);
+    bytes.resize(bytes.len().next_multiple_of(2), 0);
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+/// Sees the packets of a network namespace. For one of the test's own: it sees them all.
+#[derive(Debug)]
+pub struct Sniffer {
+    socket: OwnedFd,
+}
+
+/// The beginning of a packet, and how long it was.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    /// The network header and some of what follows.
+    pub start: Vec<u8>,
+    /// Length from the network header on.
+    pub length: usize,
+}
+
+impl Sniffer {
+    /// Sees the packets of the agent's namespace from now on.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_RAW`.
+    pub fn new(agent: &Agent) -> Result<Self> {
+        let all = i32::from((libc::ETH_P_ALL as u16).to_be());
+        let socket = agent.socket(libc::AF_PACKET, libc::SOCK_DGRAM, all)?;
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 32 << 20)?;
+        Ok(Self { socket })
+    }
+
+    /// The packets since the last call, as many as the buffer held.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn packets(&self) -> Result<Vec<Packet>> {
+        let mut packets = Vec::new();
+        let mut buffer = [0; 96];
+        loop {
+            // MSG_TRUNC: the whole length is returned, whatever fits.
+            let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+            let fd = self.socket.as_raw_fd();
+            // SAFETY: the kernel writes at most as many bytes as the buffer has.
+            let length = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
+            if length < 0 {
+                match Errno::last() {
+                    Errno::EAGAIN => return Ok(packets),
+                    error => return Err(error).context("reading packets"),
+                }
+            }
+            let length = length.cast_unsigned();
+            packets.push(Packet {
+                start: buffer[..length.min(buffer.len())].to_vec(),
+                length,
+            });
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Connections whose both ends the test holds.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{Backlog, SockaddrStorage, bind, connect, listen},
+};
+
+use crate::{
+    agent::Agent,
+    clock::{Moment, Time},
+    options::{last_error, set_option},
+};
+
+/// How long a test waits for what must come: long enough for a busy machine, and an end for a
+/// test that would hang.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+impl Agent {
+    /// A TCP socket of this family at the agent's place, neither bound nor connected.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn tcp(&self, like: SocketAddr) -> Result<OwnedFd> {
+        let family = if like.is_ipv4() {
+            libc::AF_INET
+        } else {
+            libc::AF_INET6
+        };
+        self.socket(family, libc::SOCK_STREAM, 0)
+    }
+
+    /// Listens at the agent's place.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn listen(&self, address: impl Into<SocketAddr>) -> Result<Listener> {
+        let address = address.into();
+        Listener::on(self.tcp(address)?, address)
+    }
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Listener {
+    /// Has a socket listen. Port 0 is one of the kernel's choice.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn on(socket: OwnedFd, address: SocketAddr) -> Result<Self> {
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
+            .with_context(|| format!("binding to {address}"))?;
+        listen(&socket, Backlog::MAXALLOWABLE)?;
+        let listener = TcpListener::from(socket);
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    ///
+    /// Where none comes.
+    pub fn accept(&self) -> Result<TcpStream> {
+        let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE)?;
+        ensure!(
+            poll(&mut fds, timeout)? == 1,
+            "no connection came to {}",
+            self.address
+        );
+        let (stream, _) = self.listener.accept()?;
+        bounded(stream)
+    }
+}
+
+/// Dials. The socket may have been bound and given options before.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn dial(socket: OwnedFd, to: SocketAddr) -> Result<TcpStream> {
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(to))
+        .with_context(|| format!("connecting to {to}"))?;
+    bounded(TcpStream::from(socket))
+}
+
+/// A read or a write that would never end fails instead.
+fn bounded(stream: TcpStream) -> Result<TcpStream> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Both ends of one connection.
+#[derive(Debug)]
+pub struct Pair {
+    /// The end that dialled.
+    pub client: TcpStream,
+    /// The end that accepted.
+    pub server: TcpStream,
+    /// When it was established, at both ends.
+    pub opened: Moment,
+}
+
+impl Pair {
+    /// A connection from the agent's place to the listener.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn open(client: &Agent, listener: &Listener) -> Result<Self> {
+        Self::dial(client.tcp(listener.address)?, listener, listener.address)
+    }
+
+    /// A connection of a prepared socket to the listener, by this address.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn dial(socket: OwnedFd, listener: &Listener, to: SocketAddr) -> Result<Self> {
+        let ends = || Ok((dial(socket, to)?, listener.accept()?));
+        let (opened, (client, server)) = Moment::of(ends)?;
+        let (dialled, accepted) = (client.local_addr()?, server.peer_addr()?);
+        ensure!(
+            dialled.port() == accepted.port(),
+            "{accepted} was accepted for {dialled}"
+        );
+        Ok(Self {
+            client,
+            server,
+            opened,
+        })
+    }
+
+    /// Sends payload to the server and has it read there; when that was.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection has ended.
+    pub fn to_server(&self, payload: &[u8]) -> Result<Moment> {
+        pass(&self.client, &self.server, payload)
+    }
+
+    /// Sends payload to the client and has it read there; when that was.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection has ended.
+    pub fn to_client(&self, payload: &[u8]) -> Result<Moment> {
+        pass(&self.server, &self.client, payload)
+    }
+
+    /// A round trip; when it was.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection has ended.
+    pub fn round_trip(&self) -> Result<Moment> {
+        Ok(self.to_server(b"ping")?.until(self.to_client(b"pong")?))
+    }
+
+    /// Round trips, much more often than the shortest limit, until this much time has passed.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection has ended.
+    pub fn keep_busy(&self, duration: Duration) -> Result<Moment> {
+        let start = Instant::now();
+        loop {
+            let last = self.round_trip()?;
+            if start.elapsed() >= duration {
+                return Ok(last);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits for the end of both ends: the client's, then the server's.
+    ///
+    /// # Errors
+    ///
+    /// Where one of them lives for as long as [`PATIENCE`].
+    pub fn ends(&self) -> Result<[End; 2]> {
+        let ends = ends_of(&[&self.client, &self.server])?;
+        <[End; 2]>::try_from(ends)
+            .ok()
+            .context("two sockets have two ends")
+    }
+}
+
+fn pass(mut from: &TcpStream, mut to: &TcpStream, payload: &[u8]) -> Result<Moment> {
+    let mut received = vec![0; payload.len()];
+    let (moment, ()) = Moment::of(|| {
+        from.write_all(payload).context("sending payload")?;
+        to.read_exact(&mut received).context("receiving payload")
+    })?;
+    ensure!(received == payload, "the payload arrived damaged");
+    Ok(moment)
+}
+
+/// The end of a connection, as one socket sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    /// What the socket says; nothing where it was closed in the orderly way.
+    pub error: Option<Errno>,
+    /// When the test saw it.
+    pub seen: Time,
+}
+
+impl End {
+    /// Asserts that this is a reset, seen with this error, and not before the limit had passed
+    /// since the moment: the last activity, or the establishment.
+    #[track_caller]
+    pub fn assert_reset(&self, error: Errno, since: &Moment, limit: Duration) {
+        assert_eq!(self.error, Some(error));
+        self.assert_not_early(since, limit);
+    }
+
+    /// Asserts that the end came not before the limit had passed since the moment.
+    #[track_caller]
+    pub fn assert_not_early(&self, since: &Moment, limit: Duration) {
+        let after = self.seen.at - since.earliest.at;
+        assert!(
+            after >= limit,
+            "ended after {after:?}, {:?} early",
+            limit - after
+        );
+    }
+}
+
+/// Waits until each of the sockets has ended.
+///
+/// # Errors
+///
+/// Where one of them lives for as long as [`PATIENCE`].
+pub fn ends_of(sockets: &[&TcpStream]) -> Result<Vec<End>> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut ends = vec![None; sockets.len()];
+    while ends.iter().any(Option::is_none) {
+        let open: Vec<usize> = (0..ends.len()).filter(|n| ends[*n].is_none()).collect();
+        // Without events asked for, only errors and the end of both directions are reported.
+        let poll_fd = |n: &usize| PollFd::new(sockets[*n].as_fd(), PollFlags::empty());
+        let mut fds: Vec<PollFd<'_>> = open.iter().map(poll_fd).collect();
+        let left = deadline.saturating_duration_since(Instant::now());
+        if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
+            bail!(
+                "{} of {} connections live after {PATIENCE:?}",
+                open.len(),
+                ends.len()
+            );
+        }
+        let seen = Time::now();
+        let ended = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        for (n, _) in open.iter().zip(&fds).filter(|(_, fd)| ended(fd)) {
+            ends[*n] = Some(End {
+                error: last_error(sockets[*n])?,
+                seen,
+            });
+        }
+    }
+    Ok(ends.into_iter().flatten().collect())
+}
