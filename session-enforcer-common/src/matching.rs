@@ -108,13 +108,33 @@ pub struct MatchEntry {
     pub rule: u16,
     /// [`Direction`]s that match, as the sum of their numbers.
     pub directions: u8,
-    /// Always zero.
-    pub reserved: u8,
+    /// Address families that match: [`IPV4`](Self::IPV4), [`IPV6`](Self::IPV6) or their sum. The
+    /// prefixes alone do not tell: the bits of `::/0` cover every IPv4-mapped address too.
+    pub families: u8,
 }
 
 impl MatchEntry {
     /// The value of `directions` that matches both.
     pub const BOTH_DIRECTIONS: u8 = Direction::Inbound as u8 | Direction::Outbound as u8;
+    /// The value of `families` that matches IPv4 addresses, in their IPv4-mapped form.
+    pub const IPV4: u8 = 1;
+    /// The value of `families` that matches every other address.
+    pub const IPV6: u8 = 2;
+    /// The value of `families` that matches both.
+    pub const BOTH_FAMILIES: u8 = Self::IPV4 | Self::IPV6;
+
+    /// Applies to every connection, for the rule.
+    pub const fn any(rule: u16) -> Self {
+        Self {
+            local: Prefix::ANY,
+            remote: Prefix::ANY,
+            local_ports: PortRange::ANY,
+            remote_ports: PortRange::ANY,
+            rule,
+            directions: Self::BOTH_DIRECTIONS,
+            families: Self::BOTH_FAMILIES,
+        }
+    }
 }
 
 /// Describes the match table in force; lies beside the entries.
@@ -145,10 +165,21 @@ unsafe impl aya::Pod for Table {}
 #[inline(always)]
 pub fn matches(facts: &Facts, entry: &MatchEntry) -> bool {
     entry.directions & facts.direction as u8 != 0
+        && entry.families & family(facts) != 0
         && entry.local_ports.contains(facts.local_port)
         && entry.remote_ports.contains(facts.remote_port)
         && entry.local.contains(&facts.local)
         && entry.remote.contains(&facts.remote)
+}
+
+/// The family of a connection. Both ends are of the same one.
+#[inline(always)]
+fn family(facts: &Facts) -> u8 {
+    if facts.remote.is_ipv4() {
+        MatchEntry::IPV4
+    } else {
+        MatchEntry::IPV6
+    }
 }
 
 #[cfg(test)]
@@ -179,15 +210,7 @@ mod tests {
     }
 
     fn entry() -> MatchEntry {
-        MatchEntry {
-            local: Prefix::ANY,
-            remote: Prefix::ANY,
-            local_ports: PortRange::ANY,
-            remote_ports: PortRange::ANY,
-            rule: 0,
-            directions: MatchEntry::BOTH_DIRECTIONS,
-            reserved: 0,
-        }
+        MatchEntry::any(0)
     }
 
     #[test]
@@ -245,6 +268,20 @@ mod tests {
         ];
         assert!(hits.iter().all(|e| matches(&f, e)));
         assert!(!misses.iter().any(|e| matches(&f, e)));
+    }
+
+    #[test]
+    fn a_family_is_told_apart_also_where_the_prefix_covers_both() {
+        let ipv6 = Facts {
+            local: v6("2001:db8::1"),
+            remote: v6("2001:db8::2"),
+            ..facts()
+        };
+        let only = |families| MatchEntry { families, ..entry() };
+        assert!(matches(&facts(), &only(MatchEntry::IPV4)));
+        assert!(!matches(&facts(), &only(MatchEntry::IPV6)));
+        assert!(!matches(&ipv6, &only(MatchEntry::IPV4)));
+        assert!(matches(&ipv6, &only(MatchEntry::IPV6)));
     }
 
     #[test]

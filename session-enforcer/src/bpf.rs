@@ -21,6 +21,9 @@ use crate::cgroup::Cgroup;
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/session-enforcer-ebpf"));
 
+/// Generation of the match table that is loaded at the start.
+pub const FIRST_GENERATION: u32 = 1;
+
 const BPF_NOEXIST: u64 = 1;
 
 /// What can go wrong with the programs and their maps.
@@ -348,17 +351,26 @@ fn fill_match_table(ebpf: &mut Ebpf, entries: &[MatchEntry]) -> Result<(), BpfEr
         .ok()
         .filter(|count| *count <= MAX_MATCH_ENTRIES)
         .ok_or(BpfError::TooManyEntries(entries.len()))?;
-    let mut map: Array<MapData, MatchEntry> = take_map(ebpf, "MATCH_ENTRIES")?;
+    let mut map: Array<&mut MapData, MatchEntry> = array_mut(ebpf, "MATCH_ENTRIES")?;
     for (index, entry) in (0..count).zip(entries) {
         map.set(index, entry, 0)
             .map_err(map_error("MATCH_ENTRIES"))?;
     }
-    let mut table: Array<MapData, Table> = take_map(ebpf, "MATCH_TABLE")?;
+    let mut table: Array<&mut MapData, Table> = array_mut(ebpf, "MATCH_TABLE")?;
     let header = Table {
-        generation: 1,
+        generation: FIRST_GENERATION,
         entries: count,
     };
     table.set(0, header, 0).map_err(map_error("MATCH_TABLE"))
+}
+
+/// A map that stays with the programs: a map that is taken before they are loaded is missing then.
+fn array_mut<'a, V: aya::Pod>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<Array<&'a mut MapData, V>, BpfError> {
+    let map = ebpf.map_mut(name).ok_or(BpfError::Missing(name))?;
+    Array::try_from(map).map_err(map_error(name))
 }
 
 fn take_map<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>

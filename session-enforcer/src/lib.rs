@@ -1,6 +1,21 @@
 //! The daemon's parts; see ARCHITECTURE.md for the map.
+
+pub mod adopt;
+pub mod audit;
 pub mod bpf;
 pub mod cgroup;
+pub mod check;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod daemon;
+pub mod doctor;
+pub mod engine;
+pub mod exit;
+pub mod http;
+pub mod metrics;
 pub mod netns;
+pub mod probe;
 pub mod schedule;
 pub mod sock_diag;
+pub mod timer;

@@ -1,2 +1,35 @@
-//! The `session-enforcer` program.
-fn main() {}
+//! The `session-enforcer` program: reads the command line, calls the command, ends with its status.
+
+use std::{io, process::ExitCode};
+
+use anyhow::Result;
+use session_enforcer::{
+    check, cli::{Cli, Command}, daemon, doctor, exit,
+};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = match Cli::from_args(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    run(&cli).unwrap_or_else(|error| exit::report(&error))
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    start_log(cli.log_filter()?);
+    match &cli.command {
+        Command::Run(args) => daemon::run(&args.to_config()?)?,
+        Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
+        Command::Doctor(args) => {
+            let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;
+            return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Logs to stderr: stdout is the audit's.
+fn start_log(filter: EnvFilter) {
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+}

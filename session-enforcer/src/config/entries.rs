@@ -9,9 +9,6 @@ use session_enforcer_common::{
 use super::error::EntryCount;
 use super::{Action, Problem, Rule};
 
-/// The bits of `::ffff:0:0/96`, the prefix of every IPv4-mapped address.
-pub(super) const MAPPED: u128 = 0xffff << 32;
-
 /// One prefix of one end of a connection.
 ///
 /// In the match table an IPv4 address is its IPv4-mapped form, so that the bits of `::/0` cover it.
@@ -41,11 +38,11 @@ impl Side {
         }
     }
 
-    /// The IPv6 prefix, where its bits cover the IPv4-mapped addresses, which it does not mean.
-    pub(super) fn too_wide(self) -> Option<Ipv6Net> {
+    fn families(self) -> u8 {
         match self {
-            Self::V6(net) if net.contains(&std::net::Ipv6Addr::from(MAPPED)) => Some(net),
-            _ => None,
+            Self::Any => MatchEntry::BOTH_FAMILIES,
+            Self::V4(_) => MatchEntry::IPV4,
+            Self::V6(_) => MatchEntry::IPV6,
         }
     }
 }
@@ -62,40 +59,6 @@ pub(super) fn sides(nets: &[IpNet]) -> Vec<Side> {
         IpNet::V6(net) => Side::V6(net),
     };
     merged.into_iter().map(side).collect()
-}
-
-/// The pairs of prefixes that match where both sides do. There are none where one side is IPv4 and
-/// the other IPv6, since both ends of a connection are of one family.
-///
-/// For the same reason it is enough that one of two prefixes leaves the IPv4-mapped addresses out.
-fn pairs(local: Side, remote: Side) -> Vec<(Prefix, Prefix)> {
-    let (l, r) = (local.prefix(), remote.prefix());
-    match (local, remote) {
-        (Side::V4(_), Side::V6(_)) | (Side::V6(_), Side::V4(_)) => return Vec::new(),
-        (Side::V6(_), _) if local.too_wide().is_none() => return vec![(l, r)],
-        (_, Side::V6(_)) if remote.too_wide().is_none() => return vec![(l, r)],
-        _ => {}
-    }
-    // The longer prefix falls into fewer pieces.
-    let pieces = |net| pieces_without_mapped(net).into_iter();
-    match (local.too_wide(), remote.too_wide()) {
-        (None, None) => vec![(l, r)],
-        (Some(net), None) => pieces(net).map(|piece| (piece, r)).collect(),
-        (Some(a), Some(b)) if a.prefix_len() >= b.prefix_len() => {
-            pieces(a).map(|piece| (piece, r)).collect()
-        }
-        (_, Some(net)) => pieces(net).map(|piece| (l, piece)).collect(),
-    }
-}
-
-/// The prefixes that make up this one without `::ffff:0:0/96`, which it contains: for each length
-/// in between, the sibling of the prefix of that length that leads there. 96 for `::/0`.
-fn pieces_without_mapped(net: Ipv6Net) -> Vec<Prefix> {
-    let sibling = |length: u8| {
-        let bits = MAPPED ^ (1 << (128 - u32::from(length)));
-        Prefix::new(Address::from_octets(bits.to_be_bytes()), length)
-    };
-    (net.prefix_len() + 1..=96).map(sibling).collect()
 }
 
 /// The ranges in order, overlapping and adjacent ones joined.
@@ -127,17 +90,19 @@ pub(super) fn of_rule(rule: &Rule, index: u16) -> impl Iterator<Item = MatchEntr
     let (local, remote) = (sides(&rule.local), sides(&rule.remote));
     let (local_ports, remote_ports) = (ports(&rule.local_ports), ports(&rule.remote_ports));
     let ranges = product(local_ports, remote_ports);
+    // Both ends of a connection are of one family: an IPv4 and an IPv6 prefix never match together.
     product(local, remote)
-        .flat_map(|(local, remote)| pairs(local, remote))
-        .flat_map(move |pair| ranges.clone().map(move |ports| (pair, ports)))
-        .map(move |(pair, ports)| MatchEntry {
-            local: pair.0,
-            remote: pair.1,
+        .map(|(local, remote)| (local, remote, local.families() & remote.families()))
+        .filter(|(_, _, families)| *families != 0)
+        .flat_map(move |sides| ranges.clone().map(move |ports| (sides, ports)))
+        .map(move |((local, remote, families), ports)| MatchEntry {
+            local: local.prefix(),
+            remote: remote.prefix(),
             local_ports: ports.0,
             remote_ports: ports.1,
             rule: number,
             directions,
-            reserved: 0,
+            families,
         })
 }
 

@@ -1,24 +1,21 @@
 //! Finds rules that never decide because earlier ones match all of their connections.
 //!
-//! A connection is a point in a space of five dimensions: direction, two addresses, two ports. A
-//! rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a rule is
-//! what the rule decides. This is exact: a rule is named only where nothing is left.
+//! A connection is a point in a space of six dimensions: direction, family, two addresses, two
+//! ports. A rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a
+//! rule is what the rule decides: a rule is named only where nothing is left.
 
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
 use super::Rule;
-use super::entries::{MAPPED, Side, ports, product, sides};
+use super::entries::{Side, ports, product, sides};
 
 /// First and last of an interval.
 type Interval = (u128, u128);
 
-/// Direction, local address, remote address, local port, remote port.
-type Box5 = [Interval; 5];
-
-/// Last of the IPv4-mapped addresses.
-const MAPPED_LAST: u128 = MAPPED | 0xffff_ffff;
+/// Direction, family, local address, remote address, local port, remote port.
+type Box6 = [Interval; 6];
 
 /// The search stops after so many comparisons of boxes, a fraction of a second. Only thousands of
 /// entries that cut each other in pieces come to that, and then no warning is given.
@@ -31,7 +28,7 @@ pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
 
 /// As many of them as are found with so many comparisons.
 pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize, Vec<usize>)> {
-    let mut earlier: Vec<(usize, Box5)> = Vec::new();
+    let mut earlier: Vec<(usize, Box6)> = Vec::new();
     let mut hidden = Vec::new();
     for (index, rule) in rules.iter().enumerate() {
         let boxes = boxes(rule);
@@ -45,8 +42,8 @@ pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize
 
 /// The rules whose boxes leave nothing of these. One that does so alone is named alone.
 fn hiders(
-    boxes: &[Box5],
-    earlier: &[(usize, Box5)],
+    boxes: &[Box6],
+    earlier: &[(usize, Box6)],
     comparisons: &mut usize,
 ) -> Option<Vec<usize>> {
     let together = cover(boxes, earlier, comparisons)?;
@@ -65,8 +62,8 @@ fn hiders(
 
 /// The rules that took a part, where all of the boxes is taken.
 fn cover(
-    boxes: &[Box5],
-    earlier: &[(usize, Box5)],
+    boxes: &[Box6],
+    earlier: &[(usize, Box6)],
     comparisons: &mut usize,
 ) -> Option<BTreeSet<usize>> {
     let mut left = boxes.to_vec();
@@ -88,12 +85,12 @@ fn cover(
     None
 }
 
-fn overlap(a: &Box5, b: &Box5) -> bool {
+fn overlap(a: &Box6, b: &Box6) -> bool {
     a.iter().zip(b).all(|(a, b)| a.0 <= b.1 && b.0 <= a.1)
 }
 
 /// What the hole leaves of the box: along each dimension the part below and the part above it.
-fn subtract(whole: &Box5, hole: &Box5) -> Vec<Box5> {
+fn subtract(whole: &Box6, hole: &Box6) -> Vec<Box6> {
     if !overlap(whole, hole) {
         return vec![*whole];
     }
@@ -117,7 +114,7 @@ fn subtract(whole: &Box5, hole: &Box5) -> Vec<Box5> {
     left
 }
 
-fn boxes(rule: &Rule) -> Vec<Box5> {
+fn boxes(rule: &Rule) -> Vec<Box6> {
     let direction = match rule.direction {
         Some(direction) => (direction as u128, direction as u128),
         None => (1, 2),
@@ -131,8 +128,9 @@ fn boxes(rule: &Rule) -> Vec<Box5> {
     // The two ends of a connection are of one family.
     let pairs = product(local, remote).filter(|((a, _), (b, _))| a == b);
     pairs
-        .flat_map(|((_, local), (_, remote))| {
-            let whole = move |(l, r)| [direction, local, remote, l, r];
+        .flat_map(|((family, local), (_, remote))| {
+            let family = (family as u128, family as u128);
+            let whole = move |(l, r)| [direction, family, local, remote, l, r];
             ranges.clone().map(whole)
         })
         .collect()
@@ -150,22 +148,18 @@ fn addresses(nets: &[IpNet]) -> Vec<(Family, Interval)> {
 }
 
 fn side_intervals(side: Side) -> Vec<(Family, Interval)> {
-    let v4 = (Family::V4, (MAPPED, MAPPED_LAST));
-    let v6 = |first, last| (Family::V6, (first, last));
     match side {
-        Side::Any => vec![v4, v6(0, MAPPED - 1), v6(MAPPED_LAST + 1, u128::MAX)],
+        Side::Any => vec![
+            (Family::V4, (0, u128::from(u32::MAX))),
+            (Family::V6, (0, u128::MAX)),
+        ],
         Side::V4(net) => {
-            let mapped = |address: std::net::Ipv4Addr| MAPPED | u128::from(address.to_bits());
-            vec![(Family::V4, (mapped(net.network()), mapped(net.broadcast())))]
+            let bits = |address: std::net::Ipv4Addr| u128::from(address.to_bits());
+            vec![(Family::V4, (bits(net.network()), bits(net.broadcast())))]
         }
         Side::V6(net) => {
-            let (first, last) = (net.network().to_bits(), net.broadcast().to_bits());
-            if side.too_wide().is_none() {
-                return vec![v6(first, last)];
-            }
-            let parts = [(first, MAPPED - 1), (MAPPED_LAST + 1, last)];
-            let real = parts.into_iter().filter(|(first, last)| first <= last);
-            real.map(|(first, last)| v6(first, last)).collect()
+            let interval = (net.network().to_bits(), net.broadcast().to_bits());
+            vec![(Family::V6, interval)]
         }
     }
 }

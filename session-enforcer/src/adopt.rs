@@ -1,0 +1,247 @@
+//! Adoption: which of the connections that exist when the daemon starts become sessions, and with
+//! which times. Pure: from what `sock_diag` lists to session records.
+
+use std::collections::HashMap;
+
+use session_enforcer_common::{
+    Address, Direction, Facts, MatchEntry, RULE_EXEMPT, Session, flags, matches,
+};
+
+use crate::{
+    cgroup::Scope,
+    sock_diag::{Info, Socket, state},
+};
+
+/// The states that an adoption lists: sessions, and the listeners that tell their direction.
+pub const STATES: u32 = state::SESSIONS | state::bit(state::LISTEN);
+
+/// Chooses the sockets to adopt.
+#[derive(Debug)]
+pub struct Adopter<'a> {
+    /// The match table, in force in the kernel too.
+    pub entries: &'a [MatchEntry],
+    /// Its generation.
+    pub generation: u32,
+    /// The cgroups that the attachment covers.
+    pub scope: &'a Scope,
+}
+
+impl Adopter<'_> {
+    /// The sessions among the sockets of one network namespace, with their cookies. `now_ns` is
+    /// the time just after the list was made.
+    pub fn sessions(
+        &self,
+        sockets: &[Socket],
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Vec<(u64, Session)> {
+        let listeners = Listeners::among(sockets);
+        let session = |socket: &Socket| {
+            let session = self.session(socket, &listeners, netns_cookie, now_ns)?;
+            Some((socket.target.cookie, session))
+        };
+        sockets.iter().filter_map(session).collect()
+    }
+
+    fn session(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Option<Session> {
+        let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
+        if !is_session || !self.scope.contains(socket.cgroup_id) {
+            return None;
+        }
+        let info = socket.info?;
+        let facts = facts(socket, listeners);
+        let entry = self.entries.iter().find(|entry| matches(&facts, entry))?;
+        if entry.rule == RULE_EXEMPT {
+            return None;
+        }
+        let (received, sent) = activity(&info, now_ns);
+        Some(Session {
+            last_received_ns: received,
+            last_sent_ns: sent,
+            bytes_received: info.bytes_received,
+            bytes_sent: info.bytes_sent,
+            // The kernel does not keep the time of establishment. Both ages begin with it, so the
+            // older one is the least age that the connection has.
+            established_ns: received.min(sent),
+            netns_cookie,
+            local: facts.local,
+            remote: facts.remote,
+            local_port: facts.local_port,
+            remote_port: facts.remote_port,
+            ifindex: socket.target.ifindex,
+            generation: self.generation,
+            rule: entry.rule,
+            direction: facts.direction as u8,
+            flags: flags::END_UNREPORTED,
+        })
+    }
+}
+
+fn facts(socket: &Socket, listeners: &Listeners) -> Facts {
+    let target = &socket.target;
+    Facts {
+        direction: if listeners.accept(target.local, target.local_port) {
+            Direction::Inbound
+        } else {
+            Direction::Outbound
+        },
+        local: target.local,
+        remote: target.remote,
+        local_port: target.local_port,
+        remote_port: target.remote_port,
+    }
+}
+
+/// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
+/// of the packet path are: a tick short at most, which every deadline allows for.
+fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
+    let before = |age_ms: u32| now_ns.saturating_sub(u64::from(age_ms) * 1_000_000);
+    (before(info.last_data_received_ms), before(info.last_data_sent_ms))
+}
+
+/// Whether payload passed between two lists that both show the session: nothing stamped the packets
+/// between the first list and the insertion into the session map.
+pub fn was_active_between(first: &Session, second: &Session, tick_ns: u64) -> bool {
+    // The two lists round the same event differently, by a millisecond and by a tick.
+    let slack_ns = 2 * tick_ns + 2_000_000;
+    second.last_activity_ns() > first.last_activity_ns() + slack_ns
+}
+
+/// The addresses and ports on which a namespace accepts connections. A connection from a port with
+/// a listener was accepted there: the kernel does not keep who dialled.
+#[derive(Debug, Default)]
+struct Listeners {
+    by_port: HashMap<u16, Vec<Address>>,
+}
+
+impl Listeners {
+    fn among(sockets: &[Socket]) -> Self {
+        let mut by_port: HashMap<u16, Vec<Address>> = HashMap::new();
+        for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
+            by_port.entry(socket.target.local_port).or_default().push(socket.target.local);
+        }
+        Self { by_port }
+    }
+
+    fn accept(&self, address: Address, port: u16) -> bool {
+        let is_wildcard = |a: &Address| *a == Address([0; 4]) || *a == Address::from_ipv4(0);
+        self.by_port
+            .get(&port)
+            .is_some_and(|listening| listening.iter().any(|a| is_wildcard(a) || *a == address))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use session_enforcer_common::PortRange;
+
+    use super::*;
+    use crate::sock_diag::Target;
+
+    const MS: u64 = 1_000_000;
+
+    fn v4(octets: [u8; 4]) -> Address {
+        Address::from_ipv4(u32::from_ne_bytes(octets))
+    }
+
+    fn socket(state: u8, local_port: u16, remote_port: u16) -> Socket {
+        Socket {
+            state,
+            is_mini: false,
+            target: Target {
+                local: if state == state::LISTEN { v4([0; 4]) } else { v4([10, 0, 0, 5]) },
+                remote: v4([10, 0, 0, 7]),
+                local_port,
+                remote_port,
+                ifindex: 0,
+                cookie: 42,
+            },
+            cgroup_id: Some(7),
+            info: Some(Info {
+                last_data_sent_ms: 3_000,
+                last_data_received_ms: 5_000,
+                bytes_received: 10,
+                bytes_sent: 20,
+            }),
+        }
+    }
+
+    fn entry(rule: u16, port: u16, directions: u8) -> MatchEntry {
+        MatchEntry {
+            local_ports: PortRange { first: port, last: port },
+            directions,
+            ..MatchEntry::any(rule)
+        }
+    }
+
+    fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
+        Adopter { entries, generation: 1, scope }.sessions(sockets, 3, 10_000 * MS)
+    }
+
+    #[test]
+    fn a_connection_keeps_its_true_age() {
+        let sockets = [socket(state::LISTEN, 5432, 0), socket(state::ESTABLISHED, 5432, 50_000)];
+        let adopted = adopt(&[entry(2, 5432, 1)], &Scope::All, &sockets);
+        let (cookie, session) = adopted[0];
+        assert_eq!((adopted.len(), cookie, session.rule), (1, 42, 2));
+        assert_eq!(session.last_received_ns, 5_000 * MS);
+        assert_eq!(session.last_sent_ns, 7_000 * MS);
+        assert_eq!(session.established_ns, 5_000 * MS);
+        assert_eq!((session.bytes_received, session.bytes_sent), (10, 20));
+        assert_eq!(session.direction, Direction::Inbound as u8);
+        assert!(session.end_is_unreported());
+    }
+
+    #[test]
+    fn without_a_listener_it_was_dialled_from_here() {
+        let sockets = [socket(state::LISTEN, 80, 0), socket(state::ESTABLISHED, 5432, 50_000)];
+        assert_eq!(adopt(&[entry(0, 5432, 1)], &Scope::All, &sockets), []);
+        assert_eq!(adopt(&[entry(0, 5432, 2)], &Scope::All, &sockets).len(), 1);
+    }
+
+    #[test]
+    fn what_is_no_session_or_not_in_scope_is_left_alone() {
+        let entries = [entry(0, 5432, 3)];
+        let mini = Socket { is_mini: true, ..socket(state::FIN_WAIT2, 5432, 1) };
+        let untold = Socket { info: None, ..socket(state::ESTABLISHED, 5432, 1) };
+        let over = socket(state::TIME_WAIT, 5432, 1);
+        let listener = socket(state::LISTEN, 5432, 0);
+        assert_eq!(adopt(&entries, &Scope::All, &[mini, untold, over, listener]), []);
+        let elsewhere = Scope::Only(HashSet::from([8]));
+        assert_eq!(adopt(&entries, &elsewhere, &[socket(state::ESTABLISHED, 5432, 1)]), []);
+    }
+
+    #[test]
+    fn the_first_entry_decides_also_where_it_exempts() {
+        let sockets = [socket(state::CLOSE_WAIT, 5432, 1)];
+        let exempt = [entry(RULE_EXEMPT, 5432, 3), entry(0, 5432, 3)];
+        assert_eq!(adopt(&exempt, &Scope::All, &sockets), []);
+        let two = [entry(4, 5432, 3), entry(0, 5432, 3)];
+        assert_eq!(adopt(&two, &Scope::All, &sockets)[0].1.rule, 4);
+    }
+
+    #[test]
+    fn only_activity_beyond_rounding_counts_as_activity_between() {
+        let first = socket(state::ESTABLISHED, 5432, 1);
+        let list = |sent_ms, now_ns| {
+            let info = Info { last_data_sent_ms: sent_ms, ..first.info.unwrap() };
+            let sockets = [Socket { info: Some(info), ..first }];
+            let entries = [entry(0, 5432, 3)];
+            Adopter { entries: &entries, generation: 1, scope: &Scope::All }
+                .sessions(&sockets, 3, now_ns)[0]
+                .1
+        };
+        let before = list(3_000, 10_000 * MS);
+        // The same event, seen 100 ms later.
+        assert!(!was_active_between(&before, &list(3_101, 10_100 * MS), 4 * MS));
+        assert!(was_active_between(&before, &list(40, 10_100 * MS), 4 * MS));
+    }
+}

@@ -1,0 +1,142 @@
+//! `run`: opens everything in an order in which a failure leaves nothing behind, and starts the
+//! engine.
+
+use std::{io, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use tokio::{runtime, sync::mpsc};
+
+use crate::{
+    adopt::Adopter,
+    audit::Audit,
+    bpf::{BpfError, FIRST_GENERATION, Kernel, Options},
+    cgroup::{self, Cgroup},
+    clock,
+    config::{Config, Mode, NetworkNamespaces},
+    engine::{Enforcer, Engine, Parts, Signals},
+    exit::{ExitStatus, Failure, OrExit as _},
+    http,
+    metrics::Metrics,
+    netns::Namespaces,
+    probe,
+};
+
+/// Requests of the HTTP server that may wait for the engine.
+const WAITING_REQUESTS: usize = 64;
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+///
+/// Where something that it needs is missing or taken. Nothing is attached then.
+pub fn run(config: &Config) -> Result<()> {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
+    probe::require(all_namespaces)?;
+    let cgroup = open_cgroup(config)?;
+    let listener = config.metrics_listen.map(http::bind).transpose()?;
+    let audit = Audit::open(&config.audit).context("audit.path")?;
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    runtime.block_on(serve(config, &cgroup, listener, audit))
+}
+
+async fn serve(
+    config: &Config,
+    cgroup: &Cgroup,
+    listener: Option<std::net::TcpListener>,
+    audit: Audit,
+) -> Result<()> {
+    let signals = Signals::new().context("taking over signals")?;
+    let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
+    let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
+    let entries = config.match_entries();
+    let mut kernel = Kernel::load(&Options {
+        max_sessions: config.max_sessions,
+        rules: u32::try_from(config.rules.len()).context("too many rules")?,
+        entries: &entries,
+        only_netns: (!all_namespaces).then(|| namespaces.own()),
+        verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
+    })
+    .map_err(kernel_failure)?;
+    let events = kernel.take_events()?;
+    let log = kernel.take_log()?;
+    kernel.attach(cgroup).map_err(kernel_failure)?;
+    let parts = Parts {
+        kernel,
+        namespaces,
+        audit,
+        metrics: metrics(config)?,
+        tick_ns: clock::coarse_tick_ns(),
+    };
+    let mut enforcer = Enforcer::new(config, parts);
+    let scope = cgroup.scope()?;
+    let adopter = Adopter { entries: &entries, generation: FIRST_GENERATION, scope: &scope };
+    let adopted = enforcer.adopt(&adopter, all_namespaces)?;
+    enforcer.started();
+    let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
+    announce(config, cgroup, adopted);
+    if let Some(listener) = listener {
+        spawn_http(listener, requests_in)?;
+    }
+    Engine::new(enforcer, events, log, requests, signals)?.run().await
+}
+
+fn announce(config: &Config, cgroup: &Cgroup, adopted: usize) {
+    let mode = match config.mode {
+        Mode::Enforce => "enforcing",
+        Mode::Observe => "observing",
+    };
+    tracing::info!(
+        "{mode} {} rule(s) on {}, {adopted} existing connection(s) adopted",
+        config.rules.len(),
+        cgroup.path().display(),
+    );
+}
+
+fn spawn_http(
+    listener: std::net::TcpListener,
+    requests: mpsc::Sender<http::Request>,
+) -> Result<()> {
+    let address = listener.local_addr().context("metrics.listen")?;
+    let listener = tokio::net::TcpListener::from_std(listener).context("metrics.listen")?;
+    tracing::info!("metrics at http://{address}/metrics");
+    tokio::spawn(http::serve(listener, requests));
+    Ok(())
+}
+
+fn metrics(config: &Config) -> Result<Metrics> {
+    let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
+    let version = env!("CARGO_PKG_VERSION");
+    Metrics::new(&names, config.max_sessions, version, &probe::kernel_release())
+        .context("preparing the metrics")
+}
+
+fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
+    let (path, status): (PathBuf, _) = match &config.cgroup {
+        Some(path) => (path.clone(), ExitStatus::Configuration),
+        None => (cgroup::mount_point().or_exit(ExitStatus::Unavailable)?, ExitStatus::Unavailable),
+    };
+    Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
+}
+
+/// The kernel refuses programs for want of privileges or for want of a feature.
+fn kernel_failure(error: BpfError) -> Failure {
+    if is_permission(&error) {
+        let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
+        return Failure::new(ExitStatus::NoPermission, message);
+    }
+    let message = format!("{error}; Linux 6.1 or newer is needed, `session-enforcer doctor` says more");
+    Failure::new(ExitStatus::Unavailable, message)
+}
+
+fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|cause| {
+        let io = cause.downcast_ref::<io::Error>();
+        io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+    })
+}

@@ -1,0 +1,135 @@
+//! The adoption of the connections that are older than the daemon.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use session_enforcer_common::Session;
+
+use super::enforcer::{Enforcer, first_deadline};
+use crate::{
+    adopt::{self, Adopter},
+    bpf::Adoption,
+    clock::monotonic_ns,
+};
+
+impl Enforcer {
+    /// Adopts the connections that were there before the programs were attached; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
+    /// instead: the others are enforced.
+    pub fn adopt(&mut self, adopter: &Adopter<'_>, all_namespaces: bool) -> Result<usize> {
+        let namespaces = self.namespaces_to_adopt(all_namespaces);
+        let mut adopted = HashMap::new();
+        for netns_cookie in &namespaces {
+            self.insert_sessions(adopter, *netns_cookie, &mut adopted)?;
+        }
+        for netns_cookie in &namespaces {
+            self.confirm_sessions(adopter, *netns_cookie, &mut adopted)?;
+        }
+        for (cookie, session) in &adopted {
+            let policy = self.rules[usize::from(session.rule)].policy;
+            let due_ns = first_deadline(&policy, session.established_ns);
+            self.add(*cookie, session.netns_cookie, due_ns);
+            self.metrics.adopted(usize::from(session.rule));
+        }
+        for netns_cookie in namespaces {
+            self.close_if_unused(netns_cookie);
+        }
+        self.ready = Ok(());
+        Ok(adopted.len())
+    }
+
+    fn namespaces_to_adopt(&mut self, all: bool) -> Vec<u64> {
+        if !all {
+            return vec![self.namespaces.own()];
+        }
+        let (found, errors) = self.namespaces.open_all();
+        for error in errors {
+            self.metrics.untracked_namespace();
+            tracing::warn!("connections of a network namespace are not adopted: {error}");
+        }
+        found
+    }
+
+    /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
+    /// cannot be listed.
+    fn list(&mut self, adopter: &Adopter<'_>, netns_cookie: u64) -> Option<Vec<(u64, Session)>> {
+        let listed = self
+            .namespaces
+            .get(netns_cookie)
+            .map_err(anyhow::Error::from)
+            .and_then(|diag| Ok(diag.dump(adopt::STATES)?));
+        match listed {
+            Ok(sockets) => Some(adopter.sessions(&sockets, netns_cookie, monotonic_ns())),
+            Err(error) => {
+                self.metrics.untracked_namespace();
+                tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
+                None
+            }
+        }
+    }
+
+    fn insert_sessions(
+        &mut self,
+        adopter: &Adopter<'_>,
+        netns_cookie: u64,
+        adopted: &mut HashMap<u64, Session>,
+    ) -> Result<()> {
+        let mut refused = 0;
+        for (cookie, session) in self.list(adopter, netns_cookie).unwrap_or_default() {
+            match self.kernel.adopt(cookie, &session)? {
+                Adoption::Inserted => drop(adopted.insert(cookie, session)),
+                Adoption::Known => {}
+                Adoption::Full => {
+                    refused += 1;
+                    self.metrics.untracked_map_full();
+                }
+            }
+        }
+        if refused > 0 {
+            tracing::error!(
+                "{refused} connections are not tracked, the session map is full: raise \
+                 daemon.max_sessions"
+            );
+        }
+        Ok(())
+    }
+
+    /// Lists once more. A packet between the first list and the insertion was stamped by nobody,
+    /// and a socket that closed between them would stay in the map.
+    fn confirm_sessions(
+        &mut self,
+        adopter: &Adopter<'_>,
+        netns_cookie: u64,
+        adopted: &mut HashMap<u64, Session>,
+    ) -> Result<()> {
+        let Some(sessions) = self.list(adopter, netns_cookie) else {
+            return Ok(());
+        };
+        let now: HashMap<u64, Session> = sessions.into_iter().collect();
+        let mut gone = Vec::new();
+        for (cookie, session) in adopted.iter_mut() {
+            if session.netns_cookie != netns_cookie {
+                continue;
+            }
+            match now.get(cookie) {
+                Some(now) if adopt::was_active_between(session, now, self.tick_ns) => {
+                    // Counted as active at this moment: later than that packet, so never early.
+                    let now_ns = monotonic_ns();
+                    *session = Session { last_received_ns: now_ns, last_sent_ns: now_ns, ..*now };
+                    self.kernel.remove(*cookie)?;
+                    self.kernel.adopt(*cookie, session)?;
+                }
+                Some(_) => {}
+                None => gone.push(*cookie),
+            }
+        }
+        for cookie in gone {
+            adopted.remove(&cookie);
+            self.kernel.remove(cookie)?;
+        }
+        Ok(())
+    }
+}

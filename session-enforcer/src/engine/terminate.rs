@@ -1,0 +1,204 @@
+//! What is done about an expired session: destroy and record, or, where the rule only observes,
+//! record.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_common::{Policy, Reason, Session};
+
+use super::enforcer::{Enforcer, RETRY_NS};
+use crate::{
+    audit::{Outcome, Termination},
+    clock::monotonic_ns,
+    config::Mode,
+    sock_diag::{MAX_BATCH, SockDiagError, Target},
+};
+
+/// When a session whose fate is unknown is looked at again.
+const DOUBT_NS: u64 = 10_000_000;
+
+/// A session that is past its limit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Expired {
+    pub(super) cookie: u64,
+    pub(super) session: Session,
+    pub(super) reason: Reason,
+    pub(super) deadline_ns: u64,
+}
+
+impl Enforcer {
+    /// Acts on expired sessions, those of one network namespace together.
+    pub(super) fn terminate_all(&mut self, expired: Vec<Expired>) -> Result<()> {
+        let mut by_namespace: BTreeMap<u64, Vec<Expired>> = BTreeMap::new();
+        for expired in expired {
+            match self.rules[usize::from(expired.session.rule)].mode {
+                Mode::Observe => self.observe(&expired),
+                Mode::Enforce => {
+                    by_namespace.entry(expired.session.netns_cookie).or_default().push(expired);
+                }
+            }
+        }
+        for (netns_cookie, expired) in by_namespace {
+            for batch in expired.chunks(MAX_BATCH) {
+                self.destroy(netns_cookie, batch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records a session that would be terminated, once for each deadline that it reaches.
+    fn observe(&mut self, expired: &Expired) {
+        let cookie = expired.cookie;
+        if self.observed.insert(cookie, expired.deadline_ns) != Some(expired.deadline_ns) {
+            self.record(expired, monotonic_ns(), Outcome::Expired, None);
+        }
+        let policy = self.rules[usize::from(expired.session.rule)].policy;
+        let next_ns = next_observation(&expired.session, &policy, monotonic_ns());
+        self.schedule.rearm(cookie, next_ns);
+    }
+
+    fn destroy(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
+        let targets: Vec<Target> =
+            batch.iter().map(|e| Target::of(e.cookie, &e.session)).collect();
+        let diag = match self.namespaces.get(netns_cookie) {
+            Ok(diag) => diag,
+            Err(error) => {
+                let error = error.to_string();
+                return self.namespace_unreachable(batch, &error);
+            }
+        };
+        let (codes, result) = diag.destroy(&targets);
+        let answered_ns = monotonic_ns();
+        for (expired, code) in batch.iter().zip(codes) {
+            self.settle(expired, code, answered_ns)?;
+        }
+        if let Err(error) = result {
+            self.exchange_broke_off(netns_cookie, &error);
+        }
+        Ok(())
+    }
+
+    /// Takes in the kernel's answer about one session.
+    fn settle(&mut self, expired: &Expired, code: Option<i32>, answered_ns: u64) -> Result<()> {
+        let cookie = expired.cookie;
+        match code {
+            Some(0) => {
+                self.in_doubt.remove(&cookie);
+                self.record(expired, answered_ns, Outcome::Reset, None);
+                self.end(expired)
+            }
+            Some(libc::ENOENT) => self.not_found(expired, answered_ns),
+            Some(code) => {
+                let error = Errno::from_raw(code);
+                let text = format!("SOCK_DESTROY: {}", error.desc());
+                self.record(expired, answered_ns, Outcome::Failed, Some(&text));
+                self.schedule.rearm(cookie, answered_ns + RETRY_NS);
+                Ok(())
+            }
+            None => {
+                self.in_doubt.insert(cookie, *expired);
+                self.schedule.rearm(cookie, answered_ns + DOUBT_NS);
+                Ok(())
+            }
+        }
+    }
+
+    /// The kernel knows no such socket.
+    fn not_found(&mut self, expired: &Expired, answered_ns: u64) -> Result<()> {
+        let cookie = expired.cookie;
+        if expired.session.end_is_unreported() {
+            // It may have ended long ago: nothing was terminated now.
+            return self.drop_stale(cookie, &expired.session);
+        }
+        if self.kernel.session(cookie)?.is_none() {
+            // It closed by itself between the decision and the request.
+            self.in_doubt.insert(cookie, *expired);
+            self.forget(cookie);
+            return Ok(());
+        }
+        let text = "SOCK_DESTROY: the kernel does not find the socket of an open session";
+        self.record(expired, answered_ns, Outcome::Failed, Some(text));
+        self.schedule.rearm(cookie, answered_ns + RETRY_NS);
+        Ok(())
+    }
+
+    /// A session was reset. The kernel has taken it out of the map, or leaves that to the daemon.
+    fn end(&mut self, expired: &Expired) -> Result<()> {
+        if expired.session.end_is_unreported() {
+            return self.drop_stale(expired.cookie, &expired.session);
+        }
+        self.forget(expired.cookie);
+        Ok(())
+    }
+
+    /// Records a session that was gone when it was to be destroyed.
+    pub(super) fn record_gone(&mut self, expired: &Expired) {
+        self.record(expired, monotonic_ns(), Outcome::Gone, None);
+    }
+
+    fn namespace_unreachable(&mut self, batch: &[Expired], error: &str) -> Result<()> {
+        let now_ns = monotonic_ns();
+        for expired in batch {
+            // The sockets of a namespace that vanished close with it.
+            if self.kernel.session(expired.cookie)?.is_none() {
+                self.forget(expired.cookie);
+                continue;
+            }
+            self.metrics.untracked_namespace();
+            self.record(expired, now_ns, Outcome::Failed, Some(error));
+            self.schedule.rearm(expired.cookie, now_ns + RETRY_NS);
+        }
+        Ok(())
+    }
+
+    fn exchange_broke_off(&mut self, netns_cookie: u64, error: &SockDiagError) {
+        tracing::warn!(
+            "the kernel's answers broke off, the sessions are looked at again: {error}"
+        );
+        self.namespaces.reopen(netns_cookie);
+    }
+
+    /// Writes the audit record and counts: the one place where either is done.
+    fn record(&mut self, expired: &Expired, at_ns: u64, outcome: Outcome, error: Option<&str>) {
+        let session = &expired.session;
+        let rule = &self.rules[usize::from(session.rule)];
+        let since = |then_ns: u64| Duration::from_nanos(at_ns.saturating_sub(then_ns));
+        self.audit.termination(&Termination {
+            cookie: expired.cookie,
+            session,
+            rule: &rule.name,
+            reason: expired.reason,
+            mode: rule.mode,
+            outcome,
+            limit: rule.limit(expired.reason),
+            deadline_ns: expired.deadline_ns,
+            answered_ns: at_ns,
+            error,
+        });
+        self.metrics.termination(
+            usize::from(session.rule),
+            expired.reason,
+            rule.mode,
+            outcome,
+            since(expired.deadline_ns),
+            since(session.established_ns),
+            since(session.last_activity_ns()),
+        );
+    }
+}
+
+/// When an observed session that was recorded is looked at again: activity from now on makes a new
+/// idle deadline, at least one idle timeout away; the lifetime ends when it ends.
+fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
+    let next = |limit_ns: u64, since_ns: u64| match limit_ns {
+        0 => u64::MAX,
+        limit => since_ns.saturating_add(limit).saturating_add(policy.tick_ns),
+    };
+    let lifetime_ns = next(policy.max_lifetime_ns, session.established_ns);
+    if lifetime_ns <= now_ns {
+        // A session does not become younger: there is nothing more to record.
+        return u64::MAX;
+    }
+    lifetime_ns.min(next(policy.idle_timeout_ns, now_ns))
+}

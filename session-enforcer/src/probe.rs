@@ -1,0 +1,292 @@
+//! What this kernel and these privileges allow, found by trying and not by version numbers.
+//!
+//! `run` asks before it starts and `doctor` prints the answers. Every trial is on sockets and maps
+//! of the daemon's own.
+
+use std::{
+    fs,
+    io::{ErrorKind as IoErrorKind, Read as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
+    time::Duration,
+};
+
+use session_enforcer_common::{Address, MatchEntry, RULE_EXEMPT};
+
+use crate::{
+    bpf::{Kernel, Options},
+    cgroup, clock,
+    exit::{ExitStatus, Failure},
+    sock_diag::{DiagSocket, Target},
+};
+
+/// A capability and what it is needed for (`linux/capability.h`).
+struct Capability {
+    bit: u32,
+    name: &'static str,
+    needed_for: &'static str,
+    /// Whether only `network_namespaces = "all"` needs it.
+    only_for_all_namespaces: bool,
+}
+
+impl Capability {
+    const fn new(bit: u32, name: &'static str, needed_for: &'static str) -> Self {
+        Self { bit, name, needed_for, only_for_all_namespaces: false }
+    }
+
+    const fn for_all_namespaces(mut self) -> Self {
+        self.only_for_all_namespaces = true;
+        self
+    }
+}
+
+/// In the order in which they are asked for.
+const CAPABILITIES: [Capability; 5] = [
+    Capability::new(39, "CAP_BPF", "loading the eBPF programs and maps"),
+    Capability::new(12, "CAP_NET_ADMIN", "attaching to a cgroup and resetting sockets"),
+    Capability::new(38, "CAP_PERFMON", "eBPF programs that read packets"),
+    Capability::new(21, "CAP_SYS_ADMIN", "entering other network namespaces").for_all_namespaces(),
+    Capability::new(19, "CAP_SYS_PTRACE", "finding the namespaces of other users' processes")
+        .for_all_namespaces(),
+];
+
+/// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON` (capabilities(7)).
+const SYS_ADMIN_BIT: u32 = 21;
+const IN_SYS_ADMIN: [u32; 2] = [38, 39];
+
+/// The answer to one question.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// What was asked, in a few words.
+    pub name: String,
+    /// What was found.
+    pub found: String,
+    /// What is wrong and what to do, and the exit status that `run` has then; `None`: all is well.
+    pub problem: Option<Failure>,
+}
+
+impl Check {
+    fn good(name: &str, found: impl Into<String>) -> Self {
+        Self { name: name.to_owned(), found: found.into(), problem: None }
+    }
+
+    fn bad(name: &str, status: ExitStatus, found: impl Into<String>, remedy: &str) -> Self {
+        let found = found.into();
+        let problem = Failure::new(status, format!("{name}: {found}; {remedy}"));
+        Self { name: name.to_owned(), found, problem: Some(problem) }
+    }
+}
+
+/// Asks everything.
+pub fn all() -> Vec<Check> {
+    let mut checks = vec![Check::good("kernel", kernel_release())];
+    checks.extend(capabilities(true));
+    checks.extend([cgroup2(), clock_tick(), netns_cookie(), sock_destroy(), programs()]);
+    checks
+}
+
+/// The first thing that keeps the daemon from its work. The programs are left out: the daemon loads
+/// its own at once.
+///
+/// # Errors
+///
+/// The failure to end with.
+pub fn require(all_namespaces: bool) -> Result<(), Failure> {
+    let first = capabilities(all_namespaces)
+        .into_iter()
+        .chain([netns_cookie as fn() -> Check, sock_destroy].into_iter().map(|probe| probe()))
+        .find_map(|check| check.problem);
+    first.map_or(Ok(()), Err)
+}
+
+/// The kernel's release, as `uname -r` prints it.
+pub fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|names| names.release().to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "unknown".to_owned())
+}
+
+fn capabilities(all_namespaces: bool) -> Vec<Check> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = parse_effective(&status).unwrap_or(0);
+    let needed = |c: &&Capability| all_namespaces || !c.only_for_all_namespaces;
+    CAPABILITIES.iter().filter(needed).map(|c| check_capability(c, effective)).collect()
+}
+
+fn check_capability(capability: &Capability, effective: u64) -> Check {
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let included = IN_SYS_ADMIN.contains(&capability.bit) && has(SYS_ADMIN_BIT);
+    if has(capability.bit) || included {
+        return Check::good(capability.name, "present");
+    }
+    Check::bad(
+        capability.name,
+        ExitStatus::NoPermission,
+        format!("missing, needed for {}", capability.needed_for),
+        "run as root, or give the service this capability",
+    )
+}
+
+/// Format: proc(5), `/proc/pid/status`.
+fn parse_effective(status: &str) -> Option<u64> {
+    let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}
+
+fn cgroup2() -> Check {
+    match cgroup::mount_point() {
+        Ok(path) => Check::good("cgroup v2", path.display().to_string()),
+        Err(error) => Check::bad(
+            "cgroup v2",
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "the programs are attached to a cgroup",
+        ),
+    }
+}
+
+fn clock_tick() -> Check {
+    let tick = Duration::from_nanos(clock::coarse_tick_ns());
+    Check::good("clock tick", format!("{tick:?}: a reset is at most this much late by design"))
+}
+
+fn netns_cookie() -> Check {
+    const NAME: &str = "network namespace cookies";
+    match DiagSocket::open().and_then(|diag| diag.netns_cookie()) {
+        Ok(cookie) => Check::good(NAME, format!("present, the own one is {cookie}")),
+        Err(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "Linux 5.15 or newer with sock_diag is needed",
+        ),
+    }
+}
+
+/// Destroys a loopback connection of its own and looks whether that is so.
+fn sock_destroy() -> Check {
+    const NAME: &str = "SOCK_DESTROY";
+    match try_destroy() {
+        Ok(0) => Check::good(NAME, "resets a connection"),
+        Ok(libc::EPERM) => Check::bad(
+            NAME,
+            ExitStatus::NoPermission,
+            "refused",
+            "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace",
+        ),
+        Ok(libc::EOPNOTSUPP) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            "not supported",
+            "the kernel must be built with CONFIG_INET_DIAG_DESTROY",
+        ),
+        Ok(code) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            nix::Error::from_raw(code).desc(),
+            "the kernel must be able to destroy sockets",
+        ),
+        Err(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "a connection over the loopback interface is needed to try it; is it up?",
+        ),
+    }
+}
+
+/// The kernel's answer to the destruction of a connection that this function makes.
+fn try_destroy() -> anyhow::Result<i32> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut client = TcpStream::connect(listener.local_addr()?)?;
+    let target = target_of(&client)?;
+    let (codes, result) = DiagSocket::open()?.destroy(&[target]);
+    result?;
+    let code = codes.first().copied().flatten().unwrap_or(libc::EIO);
+    if code == 0 {
+        client.set_read_timeout(Some(Duration::from_secs(1)))?;
+        match client.read(&mut [0]) {
+            Err(error) if error.kind() == IoErrorKind::ConnectionAborted => {}
+            other => anyhow::bail!("the kernel claims success and the socket lives: {other:?}"),
+        }
+    }
+    Ok(code)
+}
+
+fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    let status = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    anyhow::ensure!(status == 0, "SO_COOKIE: {}", std::io::Error::last_os_error());
+    let address = |address: SocketAddr| match address {
+        SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
+        SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
+    };
+    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+    Ok(Target {
+        local: address(local),
+        remote: address(remote),
+        local_port: local.port(),
+        remote_port: remote.port(),
+        ifindex: 0,
+        cookie,
+    })
+}
+
+/// Loads the programs, small, and attaches them to nothing.
+fn programs() -> Check {
+    const NAME: &str = "eBPF programs";
+    let exempt_all = MatchEntry::any(RULE_EXEMPT);
+    let options = Options {
+        max_sessions: 1,
+        rules: 1,
+        entries: &[exempt_all],
+        only_netns: None,
+        verbose: false,
+    };
+    match Kernel::load(&options) {
+        Ok(_) => Check::good(NAME, "accepted by the verifier"),
+        Err(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "Linux 6.1 or newer and CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effective_capabilities_are_read() {
+        let status = "Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n";
+        assert_eq!(parse_effective(status), Some(0x1ff_ffff_ffff));
+        assert_eq!(parse_effective("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_missing_capability_is_named_with_its_purpose() {
+        let check = check_capability(&CAPABILITIES[1], !(1 << 12));
+        let failure = check.problem.unwrap();
+        assert_eq!(failure.status, ExitStatus::NoPermission);
+        assert!(failure.message.starts_with("CAP_NET_ADMIN: missing, needed for"), "{failure}");
+    }
+
+    #[test]
+    fn sys_admin_stands_for_the_capabilities_that_came_out_of_it() {
+        let only_sys_admin = 1 << SYS_ADMIN_BIT;
+        assert!(check_capability(&CAPABILITIES[0], only_sys_admin).problem.is_none());
+        assert!(check_capability(&CAPABILITIES[1], only_sys_admin).problem.is_some());
+    }
+}
