@@ -39,7 +39,7 @@ pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
         return Ok(());
     };
     say!("rustup cannot provide them ({by_rustup:#})");
-    missing.ask_distribution(workspace).with_context(|| {
+    let kept = missing.ask_distribution(workspace).with_context(|| {
         format!(
             "the eBPF programs need the sources of Rust's `core`, and neither rustup nor the \
              distribution provides those of rustc {}; remedy: `rustup component add rust-src` with \
@@ -48,7 +48,12 @@ pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
             rustc.release,
             missing.place.display()
         )
-    })
+    })?;
+    missing.link(&kept)?;
+    if !missing.arrived() {
+        bail!("{} lacks core or library/Cargo.lock", kept.display());
+    }
+    Ok(())
 }
 
 impl Missing<'_> {
@@ -89,8 +94,8 @@ impl Missing<'_> {
         Ok(())
     }
 
-    /// Takes them from the distribution's package `rust-src`, unpacked and not installed.
-    fn ask_distribution(&self, workspace: &Workspace) -> Result<()> {
+    /// Takes the distribution's package `rust-src`, unpacked and not installed; says where it is.
+    fn ask_distribution(&self, workspace: &Workspace) -> Result<PathBuf> {
         let release = &self.rustc.release;
         let kept = workspace.toolchain().join(kept_name(release));
         if !has_core(&kept.join("library")) {
@@ -103,33 +108,27 @@ impl Missing<'_> {
             unpack(&package, &kept)?;
             apt.remove();
         }
+        Ok(kept)
+    }
+
+    fn link(&self, kept: &Path) -> Result<()> {
         say!(
             "linking {} to {} (remove the link before you add rustup's own component)",
             self.place.display(),
             kept.display()
         );
-        self.link(&kept)?;
-        if !self.arrived() {
-            bail!("the package rust-src {release} has no library/Cargo.lock");
-        }
-        Ok(())
-    }
-
-    fn link(&self, kept: &Path) -> Result<()> {
-        let make = || -> io::Result<()> {
-            if let Some(parent) = self.place.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            symlink(kept, &self.place)
-        };
-        make().with_context(|| {
-            format!(
-                "cannot make the link {place} (where cargo looks for the sources); remedy: as \
-                 somebody who may write there, `ln -s {kept} {place}`",
-                place = self.place.display(),
-                kept = kept.display()
-            )
-        })
+        let parent = self.place.parent().unwrap_or(&self.place);
+        fs::create_dir_all(parent)
+            .and_then(|()| symlink(kept, &self.place))
+            .with_context(|| {
+                format!(
+                    "cannot make the link {place}, where cargo looks for the sources; remedy: as \
+                     somebody who may write there, `mkdir -p {parent} && ln -s {kept} {place}`",
+                    place = self.place.display(),
+                    parent = parent.display(),
+                    kept = kept.display()
+                )
+            })
     }
 }
 

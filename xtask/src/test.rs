@@ -34,13 +34,13 @@ pub(crate) struct Args {
 /// Runs the tests that need no privilege, then the others as root; all of them, then fails if any
 /// failed.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
-    setup(workspace)?;
     let missing = if args.no_install {
         Missing::Refuse
     } else {
         Missing::Install
     };
     packages::ensure(missing)?;
+    setup(workspace)?;
     let mut failed = Vec::new();
     let mut record = |name: &'static str, result: Result<()>| {
         if let Err(error) = result {
