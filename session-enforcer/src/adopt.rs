@@ -102,7 +102,10 @@ fn facts(socket: &Socket, listeners: &Listeners) -> Facts {
 /// of the packet path are: a tick short at most, which every deadline allows for.
 fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
     let before = |age_ms: u32| now_ns.saturating_sub(u64::from(age_ms) * 1_000_000);
-    (before(info.last_data_received_ms), before(info.last_data_sent_ms))
+    (
+        before(info.last_data_received_ms),
+        before(info.last_data_sent_ms),
+    )
 }
 
 /// Whether payload passed between two lists that both show the session: nothing stamped the packets
@@ -124,7 +127,10 @@ impl Listeners {
     fn among(sockets: &[Socket]) -> Self {
         let mut by_port: HashMap<u16, Vec<Address>> = HashMap::new();
         for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
-            by_port.entry(socket.target.local_port).or_default().push(socket.target.local);
+            by_port
+                .entry(socket.target.local_port)
+                .or_default()
+                .push(socket.target.local);
         }
         Self { by_port }
     }
@@ -157,7 +163,11 @@ mod tests {
             state,
             is_mini: false,
             target: Target {
-                local: if state == state::LISTEN { v4([0; 4]) } else { v4([10, 0, 0, 5]) },
+                local: if state == state::LISTEN {
+                    v4([0; 4])
+                } else {
+                    v4([10, 0, 0, 5])
+                },
                 remote: v4([10, 0, 0, 7]),
                 local_port,
                 remote_port,
@@ -176,19 +186,30 @@ mod tests {
 
     fn entry(rule: u16, port: u16, directions: u8) -> MatchEntry {
         MatchEntry {
-            local_ports: PortRange { first: port, last: port },
+            local_ports: PortRange {
+                first: port,
+                last: port,
+            },
             directions,
             ..MatchEntry::any(rule)
         }
     }
 
     fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
-        Adopter { entries, generation: 1, scope }.sessions(sockets, 3, 10_000 * MS)
+        Adopter {
+            entries,
+            generation: 1,
+            scope,
+        }
+        .sessions(sockets, 3, 10_000 * MS)
     }
 
     #[test]
     fn a_connection_keeps_its_true_age() {
-        let sockets = [socket(state::LISTEN, 5432, 0), socket(state::ESTABLISHED, 5432, 50_000)];
+        let sockets = [
+            socket(state::LISTEN, 5432, 0),
+            socket(state::ESTABLISHED, 5432, 50_000),
+        ];
         let adopted = adopt(&[entry(2, 5432, 1)], &Scope::All, &sockets);
         let (cookie, session) = adopted[0];
         assert_eq!((adopted.len(), cookie, session.rule), (1, 42, 2));
@@ -202,7 +223,10 @@ mod tests {
 
     #[test]
     fn without_a_listener_it_was_dialled_from_here() {
-        let sockets = [socket(state::LISTEN, 80, 0), socket(state::ESTABLISHED, 5432, 50_000)];
+        let sockets = [
+            socket(state::LISTEN, 80, 0),
+            socket(state::ESTABLISHED, 5432, 50_000),
+        ];
         assert_eq!(adopt(&[entry(0, 5432, 1)], &Scope::All, &sockets), []);
         assert_eq!(adopt(&[entry(0, 5432, 2)], &Scope::All, &sockets).len(), 1);
     }
@@ -210,13 +234,25 @@ mod tests {
     #[test]
     fn what_is_no_session_or_not_in_scope_is_left_alone() {
         let entries = [entry(0, 5432, 3)];
-        let mini = Socket { is_mini: true, ..socket(state::FIN_WAIT2, 5432, 1) };
-        let untold = Socket { info: None, ..socket(state::ESTABLISHED, 5432, 1) };
+        let mini = Socket {
+            is_mini: true,
+            ..socket(state::FIN_WAIT2, 5432, 1)
+        };
+        let untold = Socket {
+            info: None,
+            ..socket(state::ESTABLISHED, 5432, 1)
+        };
         let over = socket(state::TIME_WAIT, 5432, 1);
         let listener = socket(state::LISTEN, 5432, 0);
-        assert_eq!(adopt(&entries, &Scope::All, &[mini, untold, over, listener]), []);
+        assert_eq!(
+            adopt(&entries, &Scope::All, &[mini, untold, over, listener]),
+            []
+        );
         let elsewhere = Scope::Only(HashSet::from([8]));
-        assert_eq!(adopt(&entries, &elsewhere, &[socket(state::ESTABLISHED, 5432, 1)]), []);
+        assert_eq!(
+            adopt(&entries, &elsewhere, &[socket(state::ESTABLISHED, 5432, 1)]),
+            []
+        );
     }
 
     #[test]
@@ -232,16 +268,30 @@ mod tests {
     fn only_activity_beyond_rounding_counts_as_activity_between() {
         let first = socket(state::ESTABLISHED, 5432, 1);
         let list = |sent_ms, now_ns| {
-            let info = Info { last_data_sent_ms: sent_ms, ..first.info.unwrap() };
-            let sockets = [Socket { info: Some(info), ..first }];
+            let info = Info {
+                last_data_sent_ms: sent_ms,
+                ..first.info.unwrap()
+            };
+            let sockets = [Socket {
+                info: Some(info),
+                ..first
+            }];
             let entries = [entry(0, 5432, 3)];
-            Adopter { entries: &entries, generation: 1, scope: &Scope::All }
-                .sessions(&sockets, 3, now_ns)[0]
+            Adopter {
+                entries: &entries,
+                generation: 1,
+                scope: &Scope::All,
+            }
+            .sessions(&sockets, 3, now_ns)[0]
                 .1
         };
         let before = list(3_000, 10_000 * MS);
         // The same event, seen 100 ms later.
-        assert!(!was_active_between(&before, &list(3_101, 10_100 * MS), 4 * MS));
+        assert!(!was_active_between(
+            &before,
+            &list(3_101, 10_100 * MS),
+            4 * MS
+        ));
         assert!(was_active_between(&before, &list(40, 10_100 * MS), 4 * MS));
     }
 }

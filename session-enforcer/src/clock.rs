@@ -1,6 +1,93 @@
-//! The clocks. STUB
-use nix::time::{ClockId, clock_getres, clock_gettime};
-/// Nanoseconds of `CLOCK_MONOTONIC`.
-pub fn monotonic_ns() -> u64 { let t = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("clock"); t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64 }
-/// tick
-pub fn coarse_tick_ns() -> u64 { let t = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).expect("clock"); t.tv_nsec() as u64 }
+//! The clocks: `CLOCK_MONOTONIC` for every decision, the wall clock for what people read.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use nix::{
+    sys::time::TimeSpec,
+    time::{ClockId, clock_getres, clock_gettime},
+};
+
+/// The tick where the kernel does not tell it: that of the slowest configuration, `HZ=100`.
+const LONGEST_TICK_NS: u64 = 10_000_000;
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, the clock of the kernel's time stamps.
+pub fn monotonic_ns() -> u64 {
+    // The clock exists on every Linux, so the call cannot fail.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
+}
+
+/// Length of a tick of the coarse clock, by which a time stamp may lag behind the event.
+pub fn coarse_tick_ns() -> u64 {
+    clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_or(LONGEST_TICK_NS, nanoseconds)
+}
+
+fn nanoseconds(time: TimeSpec) -> u64 {
+    u64::try_from(Duration::from(time).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The wall clock and the monotonic clock at one moment, to turn the one into the other. The wall
+/// clock may be set at any time, so a pair is only good for the records of that moment.
+#[derive(Clone, Copy, Debug)]
+pub struct WallClock {
+    realtime_ns: i128,
+    monotonic_ns: u64,
+}
+
+impl WallClock {
+    /// Both clocks now.
+    pub fn now() -> Self {
+        let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, nanoseconds);
+        Self {
+            realtime_ns: i128::from(realtime),
+            monotonic_ns: monotonic_ns(),
+        }
+    }
+
+    /// The moment of the monotonic clock as RFC 3339 in UTC, with nanoseconds.
+    pub fn format(&self, monotonic_ns: u64) -> String {
+        let distance = i128::from(monotonic_ns) - i128::from(self.monotonic_ns);
+        let time = Timestamp::from_nanosecond(self.realtime_ns + distance)
+            .unwrap_or(Timestamp::UNIX_EPOCH);
+        time.strftime("%Y-%m-%dT%H:%M:%S.%9fZ").to_string()
+    }
+}
+
+#[cfg(test)]
+impl WallClock {
+    pub(crate) fn at(realtime_ns: i128, monotonic_ns: u64) -> Self {
+        Self {
+            realtime_ns,
+            monotonic_ns,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_before_and_after_the_pair_are_told() {
+        let clock = WallClock::at(1_767_268_800_000_000_000, 5_000_000_000);
+        assert_eq!(
+            clock.format(5_000_000_000),
+            "2026-01-01T12:00:00.000000000Z"
+        );
+        assert_eq!(
+            clock.format(5_000_000_001),
+            "2026-01-01T12:00:00.000000001Z"
+        );
+        assert_eq!(
+            clock.format(3_999_000_000),
+            "2026-01-01T11:59:58.999000000Z"
+        );
+    }
+
+    #[test]
+    fn the_clocks_go_on_and_the_tick_is_a_tick() {
+        let before = monotonic_ns();
+        assert!(before > 0 && monotonic_ns() >= before);
+        assert!((100_000..=LONGEST_TICK_NS).contains(&coarse_tick_ns()));
+    }
+}

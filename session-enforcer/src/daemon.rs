@@ -37,7 +37,7 @@ pub fn run(config: &Config) -> Result<()> {
     probe::require(all_namespaces)?;
     let cgroup = open_cgroup(config)?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
-    let audit = Audit::open(&config.audit).context("audit.path")?;
+    let audit = Audit::open(&config.audit)?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -75,7 +75,11 @@ async fn serve(
     };
     let mut enforcer = Enforcer::new(config, parts);
     let scope = cgroup.scope()?;
-    let adopter = Adopter { entries: &entries, generation: FIRST_GENERATION, scope: &scope };
+    let adopter = Adopter {
+        entries: &entries,
+        generation: FIRST_GENERATION,
+        scope: &scope,
+    };
     let adopted = enforcer.adopt(&adopter, all_namespaces)?;
     enforcer.started();
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
@@ -83,7 +87,9 @@ async fn serve(
     if let Some(listener) = listener {
         spawn_http(listener, requests_in)?;
     }
-    Engine::new(enforcer, events, log, requests, signals)?.run().await
+    Engine::new(enforcer, events, log, requests, signals)?
+        .run()
+        .await
 }
 
 fn announce(config: &Config, cgroup: &Cgroup, adopted: usize) {
@@ -112,14 +118,22 @@ fn spawn_http(
 fn metrics(config: &Config) -> Result<Metrics> {
     let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
     let version = env!("CARGO_PKG_VERSION");
-    Metrics::new(&names, config.max_sessions, version, &probe::kernel_release())
-        .context("preparing the metrics")
+    Metrics::new(
+        &names,
+        config.max_sessions,
+        version,
+        &probe::kernel_release(),
+    )
+    .context("preparing the metrics")
 }
 
 fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     let (path, status): (PathBuf, _) = match &config.cgroup {
         Some(path) => (path.clone(), ExitStatus::Configuration),
-        None => (cgroup::mount_point().or_exit(ExitStatus::Unavailable)?, ExitStatus::Unavailable),
+        None => (
+            cgroup::mount_point().or_exit(ExitStatus::Unavailable)?,
+            ExitStatus::Unavailable,
+        ),
     };
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
 }
@@ -130,7 +144,8 @@ fn kernel_failure(error: BpfError) -> Failure {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);
     }
-    let message = format!("{error}; Linux 6.1 or newer is needed, `session-enforcer doctor` says more");
+    let message =
+        format!("{error}; Linux 6.1 or newer is needed, `session-enforcer doctor` says more");
     Failure::new(ExitStatus::Unavailable, message)
 }
 

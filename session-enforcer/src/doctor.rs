@@ -21,7 +21,10 @@ pub fn doctor(as_json: bool, out: &mut impl Write) -> io::Result<Option<ExitStat
     } else {
         print_text(&checks, out)?;
     }
-    Ok(checks.iter().find_map(|check| check.problem.as_ref()).map(|problem| problem.status))
+    Ok(checks
+        .iter()
+        .find_map(|check| check.problem.as_ref())
+        .map(|problem| problem.status))
 }
 
 fn print_text(checks: &[Check], out: &mut impl Write) -> io::Result<()> {

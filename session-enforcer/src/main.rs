@@ -4,7 +4,9 @@ use std::{io, process::ExitCode};
 
 use anyhow::Result;
 use session_enforcer::{
-    check, cli::{Cli, Command}, daemon, doctor, exit,
+    check,
+    cli::{Cli, Command},
+    daemon, doctor, exit,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -31,5 +33,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 
 /// Logs to stderr: stdout is the audit's.
 fn start_log(filter: EnvFilter) {
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
 }

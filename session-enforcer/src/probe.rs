@@ -31,7 +31,12 @@ struct Capability {
 
 impl Capability {
     const fn new(bit: u32, name: &'static str, needed_for: &'static str) -> Self {
-        Self { bit, name, needed_for, only_for_all_namespaces: false }
+        Self {
+            bit,
+            name,
+            needed_for,
+            only_for_all_namespaces: false,
+        }
     }
 
     const fn for_all_namespaces(mut self) -> Self {
@@ -43,11 +48,19 @@ impl Capability {
 /// In the order in which they are asked for.
 const CAPABILITIES: [Capability; 5] = [
     Capability::new(39, "CAP_BPF", "loading the eBPF programs and maps"),
-    Capability::new(12, "CAP_NET_ADMIN", "attaching to a cgroup and resetting sockets"),
+    Capability::new(
+        12,
+        "CAP_NET_ADMIN",
+        "attaching to a cgroup and resetting sockets",
+    ),
     Capability::new(38, "CAP_PERFMON", "eBPF programs that read packets"),
     Capability::new(21, "CAP_SYS_ADMIN", "entering other network namespaces").for_all_namespaces(),
-    Capability::new(19, "CAP_SYS_PTRACE", "finding the namespaces of other users' processes")
-        .for_all_namespaces(),
+    Capability::new(
+        19,
+        "CAP_SYS_PTRACE",
+        "finding the namespaces of other users' processes",
+    )
+    .for_all_namespaces(),
 ];
 
 /// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON` (capabilities(7)).
@@ -67,13 +80,21 @@ pub struct Check {
 
 impl Check {
     fn good(name: &str, found: impl Into<String>) -> Self {
-        Self { name: name.to_owned(), found: found.into(), problem: None }
+        Self {
+            name: name.to_owned(),
+            found: found.into(),
+            problem: None,
+        }
     }
 
     fn bad(name: &str, status: ExitStatus, found: impl Into<String>, remedy: &str) -> Self {
         let found = found.into();
         let problem = Failure::new(status, format!("{name}: {found}; {remedy}"));
-        Self { name: name.to_owned(), found, problem: Some(problem) }
+        Self {
+            name: name.to_owned(),
+            found,
+            problem: Some(problem),
+        }
     }
 }
 
@@ -81,7 +102,13 @@ impl Check {
 pub fn all() -> Vec<Check> {
     let mut checks = vec![Check::good("kernel", kernel_release())];
     checks.extend(capabilities(true));
-    checks.extend([cgroup2(), clock_tick(), netns_cookie(), sock_destroy(), programs()]);
+    checks.extend([
+        cgroup2(),
+        clock_tick(),
+        netns_cookie(),
+        sock_destroy(),
+        programs(),
+    ]);
     checks
 }
 
@@ -94,7 +121,11 @@ pub fn all() -> Vec<Check> {
 pub fn require(all_namespaces: bool) -> Result<(), Failure> {
     let first = capabilities(all_namespaces)
         .into_iter()
-        .chain([netns_cookie as fn() -> Check, sock_destroy].into_iter().map(|probe| probe()))
+        .chain(
+            [netns_cookie as fn() -> Check, sock_destroy]
+                .into_iter()
+                .map(|probe| probe()),
+        )
         .find_map(|check| check.problem);
     first.map_or(Ok(()), Err)
 }
@@ -110,7 +141,11 @@ fn capabilities(all_namespaces: bool) -> Vec<Check> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = parse_effective(&status).unwrap_or(0);
     let needed = |c: &&Capability| all_namespaces || !c.only_for_all_namespaces;
-    CAPABILITIES.iter().filter(needed).map(|c| check_capability(c, effective)).collect()
+    CAPABILITIES
+        .iter()
+        .filter(needed)
+        .map(|c| check_capability(c, effective))
+        .collect()
 }
 
 fn check_capability(capability: &Capability, effective: u64) -> Check {
@@ -129,7 +164,9 @@ fn check_capability(capability: &Capability, effective: u64) -> Check {
 
 /// Format: proc(5), `/proc/pid/status`.
 fn parse_effective(status: &str) -> Option<u64> {
-    let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let hex = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(hex.trim(), 16).ok()
 }
 
@@ -147,7 +184,10 @@ fn cgroup2() -> Check {
 
 fn clock_tick() -> Check {
     let tick = Duration::from_nanos(clock::coarse_tick_ns());
-    Check::good("clock tick", format!("{tick:?}: a reset is at most this much late by design"))
+    Check::good(
+        "clock tick",
+        format!("{tick:?}: a reset is at most this much late by design"),
+    )
 }
 
 fn netns_cookie() -> Check {
@@ -226,7 +266,11 @@ fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
             &raw mut length,
         )
     };
-    anyhow::ensure!(status == 0, "SO_COOKIE: {}", std::io::Error::last_os_error());
+    anyhow::ensure!(
+        status == 0,
+        "SO_COOKIE: {}",
+        std::io::Error::last_os_error()
+    );
     let address = |address: SocketAddr| match address {
         SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
         SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
@@ -280,13 +324,26 @@ mod tests {
         let check = check_capability(&CAPABILITIES[1], !(1 << 12));
         let failure = check.problem.unwrap();
         assert_eq!(failure.status, ExitStatus::NoPermission);
-        assert!(failure.message.starts_with("CAP_NET_ADMIN: missing, needed for"), "{failure}");
+        assert!(
+            failure
+                .message
+                .starts_with("CAP_NET_ADMIN: missing, needed for"),
+            "{failure}"
+        );
     }
 
     #[test]
     fn sys_admin_stands_for_the_capabilities_that_came_out_of_it() {
         let only_sys_admin = 1 << SYS_ADMIN_BIT;
-        assert!(check_capability(&CAPABILITIES[0], only_sys_admin).problem.is_none());
-        assert!(check_capability(&CAPABILITIES[1], only_sys_admin).problem.is_some());
+        assert!(
+            check_capability(&CAPABILITIES[0], only_sys_admin)
+                .problem
+                .is_none()
+        );
+        assert!(
+            check_capability(&CAPABILITIES[1], only_sys_admin)
+                .problem
+                .is_some()
+        );
     }
 }

@@ -74,7 +74,11 @@ impl Schedule {
 
     /// Moves a session to an earlier time; one that is due before that stays as it is.
     pub fn hasten(&mut self, cookie: u64, due_ns: u64) {
-        if self.live.get(&cookie).is_some_and(|entry| due_ns < entry.due_ns) {
+        if self
+            .live
+            .get(&cookie)
+            .is_some_and(|entry| due_ns < entry.due_ns)
+        {
             self.rearm(cookie, due_ns);
         }
     }

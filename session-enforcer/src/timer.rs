@@ -39,7 +39,10 @@ impl Timer {
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
         // SAFETY: the timer owns its descriptor and gives the same one until it is dropped.
         let fd = unsafe { AsyncFd::register(Descriptor(timer)) }?;
-        Ok(Self { fd, set_to_ns: None })
+        Ok(Self {
+            fd,
+            set_to_ns: None,
+        })
     }
 
     /// Sets the timer to a moment; one in the past expires at once.
@@ -72,7 +75,8 @@ impl Timer {
         loop {
             let mut guard = self.fd.readable().await?;
             let mut count = [0; 8];
-            let read = guard.try_io(|fd| Ok(nix::unistd::read(fd.get_ref().0.as_fd(), &mut count)?));
+            let read =
+                guard.try_io(|fd| Ok(nix::unistd::read(fd.get_ref().0.as_fd(), &mut count)?));
             match read {
                 Ok(result) => {
                     result?;

@@ -118,7 +118,11 @@ impl Enforcer {
                 Some(now) if adopt::was_active_between(session, now, self.tick_ns) => {
                     // Counted as active at this moment: later than that packet, so never early.
                     let now_ns = monotonic_ns();
-                    *session = Session { last_received_ns: now_ns, last_sent_ns: now_ns, ..*now };
+                    *session = Session {
+                        last_received_ns: now_ns,
+                        last_sent_ns: now_ns,
+                        ..*now
+                    };
                     self.kernel.remove(*cookie)?;
                     self.kernel.adopt(*cookie, session)?;
                 }

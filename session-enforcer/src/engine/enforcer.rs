@@ -56,6 +56,7 @@ pub struct Enforcer {
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
     pub(super) tick_ns: u64,
+    mode: Mode,
     pub(super) rules: Vec<ActiveRule>,
     pub(super) schedule: Schedule,
     /// Scheduled sessions by network namespace.
@@ -112,14 +113,24 @@ enum Look {
 impl Enforcer {
     /// An enforcer of the configuration's rules, without sessions yet.
     pub fn new(config: &Config, parts: Parts) -> Self {
-        let Parts { kernel, namespaces, audit, metrics, tick_ns } = parts;
-        let rules = config.rules.iter().map(|rule| ActiveRule::new(config, rule, tick_ns));
+        let Parts {
+            kernel,
+            namespaces,
+            audit,
+            metrics,
+            tick_ns,
+        } = parts;
+        let rules = config
+            .rules
+            .iter()
+            .map(|rule| ActiveRule::new(config, rule, tick_ns));
         Self {
             kernel,
             namespaces,
             audit,
             metrics,
             tick_ns,
+            mode: config.mode,
             rules: rules.collect(),
             schedule: Schedule::new(),
             sessions_in: HashMap::new(),
@@ -133,7 +144,9 @@ impl Enforcer {
     /// When the next session is due.
     pub fn next_due_ns(&mut self) -> Option<u64> {
         // The end of time stands for "never".
-        self.schedule.next_due_ns().filter(|due_ns| *due_ns != u64::MAX)
+        self.schedule
+            .next_due_ns()
+            .filter(|due_ns| *due_ns != u64::MAX)
     }
 
     /// Takes in what the kernel reports.
@@ -175,7 +188,11 @@ impl Enforcer {
 
     /// An open socket table keeps its namespace alive: one without sessions is closed.
     pub(super) fn close_if_unused(&mut self, netns_cookie: u64) {
-        if self.sessions_in.get(&netns_cookie).is_none_or(|count| *count == 0) {
+        if self
+            .sessions_in
+            .get(&netns_cookie)
+            .is_none_or(|count| *count == 0)
+        {
             self.sessions_in.remove(&netns_cookie);
             self.namespaces.close(netns_cookie);
         }
@@ -242,9 +259,15 @@ impl Enforcer {
                 self.schedule.rearm(cookie, deadline_ns.min(look_again_ns));
                 Ok(None)
             }
-            Verdict::Expired { reason, deadline_ns } => {
-                Ok(Some(Expired { cookie, session, reason, deadline_ns }))
-            }
+            Verdict::Expired {
+                reason,
+                deadline_ns,
+            } => Ok(Some(Expired {
+                cookie,
+                session,
+                reason,
+                deadline_ns,
+            })),
         }
     }
 
@@ -293,7 +316,10 @@ impl Enforcer {
         if lost == self.repaired_losses {
             return Ok(());
         }
-        tracing::warn!("{} events were lost, the ring buffer was full", lost - self.repaired_losses);
+        tracing::warn!(
+            "{} events were lost, the ring buffer was full",
+            lost - self.repaired_losses
+        );
         self.repaired_losses = lost;
         for cookie in self.kernel.cookies()? {
             if self.schedule.contains(cookie) {
@@ -320,17 +346,23 @@ impl Enforcer {
 
     fn render_metrics(&self) -> Result<String, String> {
         let snapshot = self.snapshot().map_err(|error| format!("{error:#}"))?;
-        self.metrics.render(&snapshot).map_err(|error| format!("{error:#}"))
+        self.metrics
+            .render(&snapshot)
+            .map_err(|error| format!("{error:#}"))
     }
 
     fn snapshot(&self) -> Result<KernelSnapshot> {
         let rules: Vec<RuleCounters> = self.kernel.rule_counters().context("reading counters")?;
-        Ok(KernelSnapshot { rules, errors: self.kernel.errors()? })
+        Ok(KernelSnapshot {
+            rules,
+            errors: self.kernel.errors()?,
+        })
     }
 
     /// Records that the enforcement begins.
     pub fn started(&mut self) {
-        self.audit.started(&[]);
+        let rules: Vec<String> = self.rules.iter().map(|rule| rule.name.clone()).collect();
+        self.audit.started(self.mode, &rules);
         self.audit.flush();
     }
 
@@ -339,7 +371,7 @@ impl Enforcer {
         drop(self.kernel);
         tracing::info!("the programs are detached");
         self.audit.stopped();
-        self.audit.flush();
+        self.audit.close();
     }
 
     /// Opens the audit file again, after it was renamed.

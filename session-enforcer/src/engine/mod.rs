@@ -53,7 +53,10 @@ impl Engine {
     ) -> Result<Self> {
         Ok(Self {
             enforcer,
-            events: EventReader { events, paused_until: None },
+            events: EventReader {
+                events,
+                paused_until: None,
+            },
             log,
             timer: Timer::new().context("making a timer")?,
             requests,
@@ -75,7 +78,9 @@ impl Engine {
 
     async fn serve(&mut self) -> Result<()> {
         loop {
-            self.timer.set(self.enforcer.next_due_ns()).context("setting the timer")?;
+            self.timer
+                .set(self.enforcer.next_due_ns())
+                .context("setting the timer")?;
             tokio::select! {
                 biased;
                 received = self.signals.next() => match received {

@@ -35,7 +35,10 @@ impl Enforcer {
             match self.rules[usize::from(expired.session.rule)].mode {
                 Mode::Observe => self.observe(&expired),
                 Mode::Enforce => {
-                    by_namespace.entry(expired.session.netns_cookie).or_default().push(expired);
+                    by_namespace
+                        .entry(expired.session.netns_cookie)
+                        .or_default()
+                        .push(expired);
                 }
             }
         }
@@ -51,7 +54,7 @@ impl Enforcer {
     fn observe(&mut self, expired: &Expired) {
         let cookie = expired.cookie;
         if self.observed.insert(cookie, expired.deadline_ns) != Some(expired.deadline_ns) {
-            self.record(expired, monotonic_ns(), Outcome::Expired, None);
+            self.record(expired, monotonic_ns(), Outcome::Observed, None);
         }
         let policy = self.rules[usize::from(expired.session.rule)].policy;
         let next_ns = next_observation(&expired.session, &policy, monotonic_ns());
@@ -59,8 +62,10 @@ impl Enforcer {
     }
 
     fn destroy(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
-        let targets: Vec<Target> =
-            batch.iter().map(|e| Target::of(e.cookie, &e.session)).collect();
+        let targets: Vec<Target> = batch
+            .iter()
+            .map(|e| Target::of(e.cookie, &e.session))
+            .collect();
         let diag = match self.namespaces.get(netns_cookie) {
             Ok(diag) => diag,
             Err(error) => {
@@ -153,9 +158,7 @@ impl Enforcer {
     }
 
     fn exchange_broke_off(&mut self, netns_cookie: u64, error: &SockDiagError) {
-        tracing::warn!(
-            "the kernel's answers broke off, the sessions are looked at again: {error}"
-        );
+        tracing::warn!("the kernel's answers broke off, the sessions are looked at again: {error}");
         self.namespaces.reopen(netns_cookie);
     }
 
@@ -193,7 +196,9 @@ impl Enforcer {
 fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
     let next = |limit_ns: u64, since_ns: u64| match limit_ns {
         0 => u64::MAX,
-        limit => since_ns.saturating_add(limit).saturating_add(policy.tick_ns),
+        limit => since_ns
+            .saturating_add(limit)
+            .saturating_add(policy.tick_ns),
     };
     let lifetime_ns = next(policy.max_lifetime_ns, session.established_ns);
     if lifetime_ns <= now_ns {

@@ -1,0 +1,177 @@
+//! The audit: one JSON object a line with ECS field names, one for every termination and for every
+//! one that a rule only observes.
+//!
+//! Records are made here and written by a [thread](writer) of their own: a log pipe that nobody
+//! reads or a slow disk must not hold up the enforcement.
+
+mod record;
+mod writer;
+
+use std::time::Duration;
+
+use session_enforcer_common::{Reason, Session};
+
+use crate::{
+    clock::{WallClock, monotonic_ns},
+    config::{AuditTarget, Mode},
+};
+pub use writer::AuditError;
+use writer::Writer;
+
+/// What became of an expired session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The kernel reset it.
+    Reset,
+    /// It had ended by itself when the kernel looked for it.
+    Gone,
+    /// The kernel refused, or could not be asked.
+    Failed,
+    /// The rule only observes: nothing was done.
+    Observed,
+}
+
+impl Outcome {
+    /// The name in metrics and in the audit.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Gone => "gone",
+            Self::Failed => "failed",
+            Self::Observed => "none",
+        }
+    }
+}
+
+/// The reason's name in metrics and in the audit.
+pub const fn reason_name(reason: Reason) -> &'static str {
+    match reason {
+        Reason::IdleTimeout => "idle_timeout",
+        Reason::MaxLifetime => "max_lifetime",
+    }
+}
+
+/// The mode's name in metrics and in the audit.
+pub const fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Enforce => "enforce",
+        Mode::Observe => "observe",
+    }
+}
+
+/// The end of a session, or what would have been its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Termination<'a> {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The session as it was when it was decided about.
+    pub session: &'a Session,
+    /// Name of its rule.
+    pub rule: &'a str,
+    /// Which limit it reached.
+    pub reason: Reason,
+    /// Whether the rule enforces or observes.
+    pub mode: Mode,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// The limit.
+    pub limit: Duration,
+    /// When it reached it, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub deadline_ns: u64,
+    /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub answered_ns: u64,
+    /// What went wrong, where the outcome is a failure.
+    pub error: Option<&'a str>,
+}
+
+/// The audit's writer.
+#[derive(Debug)]
+pub struct Audit {
+    writer: Writer,
+    pending: Pending,
+}
+
+/// Records that the writer does not have yet.
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    records: u64,
+}
+
+impl Audit {
+    /// Opens the audit.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be opened for appending.
+    pub fn open(target: &AuditTarget) -> Result<Self, AuditError> {
+        Ok(Self {
+            writer: Writer::open(target)?,
+            pending: Pending::default(),
+        })
+    }
+
+    /// Records the end of a session.
+    pub fn termination(&mut self, termination: &Termination<'_>) {
+        let line = record::termination(termination, &WallClock::now());
+        self.add(&line);
+    }
+
+    /// Records that the enforcement begins, and with which rules.
+    pub fn started(&mut self, mode: Mode, rules: &[String]) {
+        let clock = WallClock::now();
+        let now_ns = monotonic_ns();
+        self.add(&record::lifecycle(
+            "enforcer-started",
+            "start",
+            &clock,
+            now_ns,
+        ));
+        self.add(&record::policy(mode, rules, &clock, now_ns));
+    }
+
+    /// Records that the enforcement ends.
+    pub fn stopped(&mut self) {
+        let now_ns = monotonic_ns();
+        self.add(&record::lifecycle(
+            "enforcer-stopped",
+            "end",
+            &WallClock::now(),
+            now_ns,
+        ));
+    }
+
+    fn add(&mut self, line: &str) {
+        self.pending.bytes.extend_from_slice(line.as_bytes());
+        self.pending.bytes.push(b'\n');
+        self.pending.records += 1;
+    }
+
+    /// Hands what was recorded to the writer.
+    pub fn flush(&mut self) {
+        let Pending { bytes, records } = std::mem::take(&mut self.pending);
+        if records > 0 {
+            self.writer.write(bytes, records);
+        }
+    }
+
+    /// Opens the file again, after it was renamed.
+    pub fn reopen(&mut self) {
+        self.flush();
+        self.writer.reopen();
+    }
+
+    /// Waits until everything is written, a few seconds at most.
+    pub fn close(mut self) {
+        self.flush();
+        self.writer.close();
+    }
+
+    /// Records that could not be written.
+    pub fn lost(&self) -> u64 {
+        self.writer.lost()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,259 @@
+//! The records, as they are written. Pure.
+
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
+
+use serde::Serialize;
+use session_enforcer_common::{Address, Direction, Session};
+
+use super::{Outcome, Termination, mode_name, reason_name};
+use crate::{clock::WallClock, config::Mode};
+
+#[derive(Serialize)]
+struct Record<'a> {
+    #[serde(rename = "@timestamp")]
+    timestamp: String,
+    event: EventFields,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<RuleFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<NetworkFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<EndFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<EndFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorFields<'a>>,
+    session_enforcer: Own<'a>,
+}
+
+#[derive(Serialize)]
+struct EventFields {
+    kind: &'static str,
+    category: [&'static str; 1],
+    r#type: [&'static str; 1],
+    action: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outcome: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+    /// Nanoseconds from establishment to this record.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct RuleFields<'a> {
+    name: &'a str,
+}
+
+#[derive(Serialize)]
+struct NetworkFields {
+    transport: &'static str,
+    r#type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    direction: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct EndFields {
+    ip: String,
+    port: u16,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct ErrorFields<'a> {
+    message: &'a str,
+}
+
+/// The fields that ECS has no name for.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Own<'a> {
+    Termination(TerminationFields),
+    Lifecycle {
+        version: &'static str,
+    },
+    Policy {
+        version: &'static str,
+        mode: &'static str,
+        rules: &'a [String],
+    },
+}
+
+#[derive(Serialize)]
+struct TerminationFields {
+    id: u64,
+    mode: &'static str,
+    result: &'static str,
+    netns: u64,
+    established: String,
+    last_activity: String,
+    deadline: String,
+    limit_seconds: f64,
+    idle_seconds: f64,
+    lateness_seconds: f64,
+}
+
+/// The end of a session.
+pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
+    let session = t.session;
+    let (action, outcome, kind) = match t.outcome {
+        Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
+        Outcome::Failed => ("session-termination-failed", Some("failure"), "error"),
+        // Nothing was tried, so nothing has an outcome.
+        Outcome::Observed => ("session-would-terminate", None, "info"),
+    };
+    let (source, destination) = ends(session);
+    to_line(&Record {
+        timestamp: clock.format(t.answered_ns),
+        event: EventFields {
+            kind: "event",
+            category: ["network"],
+            r#type: [kind],
+            action,
+            outcome,
+            reason: Some(reason_name(t.reason)),
+            duration: Some(t.answered_ns.saturating_sub(session.established_ns)),
+        },
+        rule: Some(RuleFields { name: t.rule }),
+        network: Some(network(session)),
+        source: Some(source),
+        destination: Some(destination),
+        error: t.error.map(|message| ErrorFields { message }),
+        session_enforcer: Own::Termination(termination_fields(t, clock)),
+    })
+}
+
+fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFields {
+    let session = t.session;
+    TerminationFields {
+        id: t.cookie,
+        mode: mode_name(t.mode),
+        result: t.outcome.name(),
+        netns: session.netns_cookie,
+        established: clock.format(session.established_ns),
+        last_activity: clock.format(session.last_activity_ns()),
+        deadline: clock.format(t.deadline_ns),
+        limit_seconds: t.limit.as_secs_f64(),
+        idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
+        lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
+    }
+}
+
+fn seconds_between(from_ns: u64, to_ns: u64) -> f64 {
+    Duration::from_nanos(to_ns.saturating_sub(from_ns)).as_secs_f64()
+}
+
+fn network(session: &Session) -> NetworkFields {
+    NetworkFields {
+        transport: "tcp",
+        r#type: if session.remote.is_ipv4() {
+            "ipv4"
+        } else {
+            "ipv6"
+        },
+        direction: match Direction::from_number(session.direction) {
+            Some(Direction::Inbound) => Some("inbound"),
+            Some(Direction::Outbound) => Some("outbound"),
+            None => None,
+        },
+    }
+}
+
+/// The end that dialled, and the end that accepted.
+fn ends(session: &Session) -> (EndFields, EndFields) {
+    let here = EndFields {
+        ip: text(session.local),
+        port: session.local_port,
+        bytes: session.bytes_sent,
+    };
+    let there = EndFields {
+        ip: text(session.remote),
+        port: session.remote_port,
+        bytes: session.bytes_received,
+    };
+    if session.direction == Direction::Outbound as u8 {
+        (here, there)
+    } else {
+        (there, here)
+    }
+}
+
+fn text(address: Address) -> String {
+    IpAddr::V6(Ipv6Addr::from(address.octets()))
+        .to_canonical()
+        .to_string()
+}
+
+/// The daemon's own beginning or end.
+pub(super) fn lifecycle(
+    action: &'static str,
+    kind: &'static str,
+    clock: &WallClock,
+    now_ns: u64,
+) -> String {
+    let own = Own::Lifecycle {
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    to_line(&own_record(
+        "process",
+        action,
+        kind,
+        clock.format(now_ns),
+        own,
+    ))
+}
+
+/// The policy that is in force from now on.
+pub(super) fn policy(mode: Mode, rules: &[String], clock: &WallClock, now_ns: u64) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    let own = Own::Policy {
+        version,
+        mode: mode_name(mode),
+        rules,
+    };
+    to_line(&own_record(
+        "configuration",
+        "policy-loaded",
+        "change",
+        clock.format(now_ns),
+        own,
+    ))
+}
+
+fn own_record<'a>(
+    category: &'static str,
+    action: &'static str,
+    kind: &'static str,
+    timestamp: String,
+    own: Own<'a>,
+) -> Record<'a> {
+    Record {
+        timestamp,
+        event: EventFields {
+            kind: "event",
+            category: [category],
+            r#type: [kind],
+            action,
+            outcome: Some("success"),
+            reason: None,
+            duration: None,
+        },
+        rule: None,
+        network: None,
+        source: None,
+        destination: None,
+        error: None,
+        session_enforcer: own,
+    }
+}
+
+fn to_line(record: &Record<'_>) -> String {
+    // Strings, numbers and lists of them: there is nothing here that JSON cannot say. A number that
+    // is not finite becomes null.
+    serde_json::to_string(record).unwrap_or_default()
+}

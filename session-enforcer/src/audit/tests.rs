@@ -1,0 +1,244 @@
+use std::{
+    io::{self, Write},
+    sync::{Arc, Mutex},
+};
+
+use session_enforcer_common::{Address, Direction};
+
+use super::{writer::Output, *};
+
+fn v4(octets: [u8; 4]) -> Address {
+    Address::from_ipv4(u32::from_ne_bytes(octets))
+}
+
+fn session() -> Session {
+    Session {
+        last_received_ns: 1_003_000_000,
+        last_sent_ns: 1_000_000_000,
+        bytes_received: 120,
+        bytes_sent: 4096,
+        established_ns: 1_000_000_000,
+        netns_cookie: 3,
+        local: v4([10, 0, 0, 5]),
+        remote: v4([10, 0, 0, 7]),
+        local_port: 5432,
+        remote_port: 51234,
+        ifindex: 0,
+        generation: 1,
+        rule: 0,
+        direction: Direction::Inbound as u8,
+        flags: 0,
+    }
+}
+
+fn termination(session: &Session) -> Termination<'_> {
+    Termination {
+        cookie: 4711,
+        session,
+        rule: "postgres",
+        reason: Reason::IdleTimeout,
+        mode: Mode::Enforce,
+        outcome: Outcome::Reset,
+        limit: Duration::from_secs(900),
+        deadline_ns: 901_003_000_000,
+        answered_ns: 901_004_000_000,
+        error: None,
+    }
+}
+
+/// The wall clock is noon at the moment of the answer.
+fn line(termination: &Termination<'_>) -> String {
+    let clock = WallClock::at(1_767_268_800_000_000_000, 901_004_000_000);
+    record::termination(termination, &clock)
+}
+
+#[test]
+fn an_inbound_ipv4_session_is_this_line() {
+    assert_eq!(
+        line(&termination(&session())),
+        concat!(
+            r#"{"@timestamp":"2026-01-01T12:00:00.000000000Z","event":{"kind":"event","#,
+            r#""category":["network"],"type":["end"],"action":"session-terminated","#,
+            r#""outcome":"success","reason":"idle_timeout","duration":900004000000},"#,
+            r#""rule":{"name":"postgres"},"#,
+            r#""network":{"transport":"tcp","type":"ipv4","direction":"inbound"},"#,
+            r#""source":{"ip":"10.0.0.7","port":51234,"bytes":120},"#,
+            r#""destination":{"ip":"10.0.0.5","port":5432,"bytes":4096},"#,
+            r#""session_enforcer":{"id":4711,"mode":"enforce","result":"reset","netns":3,"#,
+            r#""established":"2026-01-01T11:44:59.996000000Z","#,
+            r#""last_activity":"2026-01-01T11:44:59.999000000Z","#,
+            r#""deadline":"2026-01-01T11:59:59.999000000Z","limit_seconds":900.0,"#,
+            r#""idle_seconds":900.001,"lateness_seconds":0.001}}"#
+        )
+    );
+}
+
+#[test]
+fn the_source_is_who_dialled_and_the_family_is_told() {
+    let octets = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let session = Session {
+        direction: Direction::Outbound as u8,
+        local: Address::from_octets(octets),
+        remote: Address::from_octets([0; 16]),
+        ..session()
+    };
+    let line = line(&termination(&session));
+    let expected = concat!(
+        r#""network":{"transport":"tcp","type":"ipv6","direction":"outbound"},"#,
+        r#""source":{"ip":"2001:db8::1","port":5432,"bytes":4096},"#,
+        r#""destination":{"ip":"::","port":51234,"bytes":120}"#
+    );
+    assert!(line.contains(expected), "{line}");
+}
+
+#[test]
+fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
+    let session = session();
+    let failed = Termination {
+        outcome: Outcome::Failed,
+        error: Some("SOCK_DESTROY: Operation not permitted"),
+        ..termination(&session)
+    };
+    let failed = line(&failed);
+    assert!(failed.contains(r#""action":"session-termination-failed","outcome":"failure""#));
+    assert!(failed.contains(r#""error":{"message":"SOCK_DESTROY: Operation not permitted"}"#));
+    let observed = Termination {
+        outcome: Outcome::Observed,
+        mode: Mode::Observe,
+        ..termination(&session)
+    };
+    let observed = line(&observed);
+    assert!(observed.contains(r#""action":"session-would-terminate","reason":"idle_timeout""#));
+    assert!(observed.contains(r#""mode":"observe","result":"none""#));
+}
+
+#[test]
+fn the_daemon_s_own_records_name_version_and_rules() {
+    let clock = WallClock::at(1_767_268_800_000_000_000, 0);
+    let started = record::lifecycle("enforcer-started", "start", &clock, 0);
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(started.ends_with(&format!(
+        r#""session_enforcer":{{"version":"{version}"}}}}"#
+    )));
+    let rules = ["a".to_owned(), "b".to_owned()];
+    let policy = record::policy(Mode::Observe, &rules, &clock, 0);
+    assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
+    assert!(
+        policy.contains(r#""mode":"observe","rules":["a","b"]"#),
+        "{policy}"
+    );
+}
+
+/// Takes so many bytes, then fails until it is mended.
+#[derive(Clone, Default)]
+struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
+
+impl Write for Disk {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let (written, room) = &mut *self.0.lock().unwrap();
+        if *room == 0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let taken = bytes.len().min(*room);
+        written.extend(&bytes[..taken]);
+        *room -= taken;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Disk {
+    fn with_room(room: usize) -> Self {
+        Self(Arc::new(Mutex::new((Vec::new(), room))))
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().0.clone()).unwrap()
+    }
+}
+
+/// Writes the lines, each in a batch of its own; what is on the disk, and how many were lost.
+fn write_lines(room: usize, lines: &[&str]) -> (String, u64) {
+    let disk = Disk::with_room(room);
+    let mut output = Output::new(disk.clone(), None);
+    for line in lines {
+        output.write(format!("{line}\n").as_bytes(), 1);
+    }
+    (disk.text(), output.lost())
+}
+
+#[test]
+fn what_fits_is_written_and_what_does_not_is_counted() {
+    assert_eq!(
+        write_lines(100, &["one", "two"]),
+        ("one\ntwo\n".to_owned(), 0)
+    );
+    assert_eq!(write_lines(4, &["one", "two"]), ("one\n".to_owned(), 1));
+    assert_eq!(write_lines(0, &["one", "two"]), (String::new(), 2));
+}
+
+#[test]
+fn of_a_batch_that_was_cut_only_the_rest_is_lost() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    output.write(b"one\ntwo\nthree\n", 3);
+    assert_eq!((disk.text().as_str(), output.lost()), ("one\ntw", 2));
+}
+
+#[test]
+fn a_record_that_was_cut_does_not_swallow_the_next() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    output.write(b"one\n", 1);
+    output.write(b"two\n", 1);
+    disk.0.lock().unwrap().1 = 100;
+    output.write(b"three\n", 1);
+    assert_eq!(
+        (disk.text().as_str(), output.lost()),
+        ("one\ntw\nthree\n", 1)
+    );
+}
+
+#[test]
+fn the_end_waits_for_the_last_record() {
+    let disk = Disk::with_room(1000);
+    let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
+    let mut audit = Audit {
+        writer,
+        pending: Pending::default(),
+    };
+    audit.started(Mode::Enforce, &[]);
+    audit.stopped();
+    audit.close();
+    assert_eq!(disk.text().lines().count(), 3);
+}
+
+#[test]
+fn a_file_is_appended_to_and_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.json");
+    std::fs::write(&path, "before\n").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
+    audit.add("one");
+    audit.flush();
+    let moved = dir.path().join("audit.json.1");
+    std::fs::rename(&path, &moved).unwrap();
+    audit.reopen();
+    audit.add("two");
+    audit.close();
+    assert_eq!(std::fs::read_to_string(moved).unwrap(), "before\none\n");
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "two\n");
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_is_named() {
+    let target = AuditTarget::File("/nowhere/audit.json".into());
+    let error = Audit::open(&target).unwrap_err().to_string();
+    assert!(
+        error.starts_with("audit.path: /nowhere/audit.json: "),
+        "{error}"
+    );
+}
