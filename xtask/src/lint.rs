@@ -49,7 +49,7 @@ fn clippy(workspace: &Workspace) -> Command {
         "session-enforcer-ebpf",
         "--all-targets",
     ]);
-    cargo.args(["--", "--deny", "warnings"]);
+    cargo.args(["--keep-going", "--", "--deny", "warnings"]);
     cargo
 }
 
