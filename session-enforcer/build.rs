@@ -20,6 +20,8 @@ fn main() -> Result<()> {
     // SAFETY: a build script's main thread, before any other thread exists.
     unsafe {
         env::set_var("RUSTC_BOOTSTRAP", "1");
+        // `aya-build` repeats each line of the inner cargo as a warning.
+        env::set_var("CARGO_TERM_QUIET", "true");
         env::set_var("PATH", search_path()?);
     }
     aya_build::build_ebpf(

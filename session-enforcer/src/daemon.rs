@@ -12,7 +12,7 @@ use crate::{
     bpf::{BpfError, FIRST_GENERATION, Kernel, Options},
     cgroup::{self, Cgroup},
     clock,
-    config::{Config, Mode, NetworkNamespaces},
+    config::{Config, Mode, NetworkNamespaces, Rule},
     engine::{Enforcer, Engine, Parts, Signals},
     exit::{ExitStatus, Failure, OrExit as _},
     http,
@@ -116,10 +116,11 @@ fn spawn_http(
 }
 
 fn metrics(config: &Config) -> Result<Metrics> {
-    let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
+    let rule = |rule: &Rule| (rule.name.clone(), config.mode_of(rule));
+    let rules: Vec<_> = config.rules.iter().map(rule).collect();
     let version = env!("CARGO_PKG_VERSION");
     Metrics::new(
-        &names,
+        &rules,
         config.max_sessions,
         version,
         &probe::kernel_release(),

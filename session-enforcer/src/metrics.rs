@@ -1,41 +1,576 @@
-//! STUB
-use crate::{audit::Outcome, config::Mode};
-use session_enforcer_common::*;
-use std::time::Duration;
-#[allow(missing_docs)]
-pub struct KernelSnapshot {
-    pub rules: Vec<RuleCounters>,
-    pub errors: [u64; ErrorKind::COUNT as usize],
-}
-#[allow(missing_docs)]
+//! Every metric of the daemon, in one struct. Nobody else registers any.
+//!
+//! Labels are rule names and the finite names of enums: no address, user or process id.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prometheus::{
+    Encoder as _, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+    process_collector::ProcessCollector,
+};
+use session_enforcer_common::{ErrorKind, Reason, RuleCounters};
+
+use crate::{
+    audit::{Outcome, mode_name, reason_name},
+    config::Mode,
+};
+
+/// From a tenth of a millisecond, below what the timer can do, to a minute.
+const LATENESS_BUCKETS: &[f64] = &[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
+    15.0, 60.0,
+];
+
+/// From the shortest limit to a week, with the limits that controls ask for.
+const AGE_BUCKETS: &[f64] = &[
+    1.0, 5.0, 15.0, 60.0, 300.0, 600.0, 900.0, 1_800.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0,
+    604_800.0,
+];
+
+/// What a repair mended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
+    /// A session whose opening was not reported: it was in the map and had no deadline.
     Unscheduled,
+    /// A session that had ended without a report: it was in the map and had no socket.
+    Stale,
 }
-#[allow(missing_docs)]
-pub struct Metrics;
-#[allow(missing_docs)]
-#[allow(clippy::all)]
+
+impl Repair {
+    const ALL: [Self; 2] = [Self::Unscheduled, Self::Stale];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unscheduled => "unscheduled",
+            Self::Stale => "stale",
+        }
+    }
+}
+
+/// Why a session is not tracked, as far as the daemon finds out. What the kernel finds out is in
+/// its own counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untracked {
+    /// The session map is full.
+    MapFull,
+    /// Its network namespace cannot be entered.
+    Namespace,
+}
+
+impl Untracked {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::MapFull => ErrorKind::MapFull.name(),
+            Self::Namespace => "namespace",
+        }
+    }
+}
+
+/// What the kernel has counted since the programs were loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelSnapshot {
+    /// By rule.
+    pub rules: Vec<RuleCounters>,
+    /// By [`ErrorKind`].
+    pub errors: [u64; ErrorKind::COUNT as usize],
+    /// Audit records that could not be written.
+    pub audit_lost: u64,
+}
+
+/// The end of a session, for the counters and histograms.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Index of its rule.
+    pub rule: usize,
+    /// Which limit it reached.
+    pub reason: Reason,
+    /// Whether the rule enforces or observes.
+    pub mode: Mode,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// From the deadline to the kernel's answer.
+    pub lateness: Duration,
+    /// From establishment to the kernel's answer.
+    pub age: Duration,
+    /// From the last activity to the kernel's answer.
+    pub idle: Duration,
+}
+
+/// Every metric.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    rules: Vec<String>,
+    sessions: IntGaugeVec,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+    adopted: IntCounter,
+    terminations: IntCounterVec,
+    lateness: Histogram,
+    age: HistogramVec,
+    idle: HistogramVec,
+    untracked: IntCounterVec,
+    events_lost: IntCounter,
+    map_entries: IntGauge,
+    repaired: IntCounterVec,
+    kernel_errors: IntCounterVec,
+    audit_lost: IntCounter,
+    daemon: Vec<DaemonCounts>,
+    untracked_by_daemon: u64,
+}
+
+/// What the daemon itself did to the sessions of a rule.
+#[derive(Clone, Copy, Debug, Default)]
+struct DaemonCounts {
+    adopted: u64,
+    removed: u64,
+}
+
 impl Metrics {
-    pub fn new(_: &[String], _: u32, _: &str, _: &str) -> anyhow::Result<Self> {
-        Ok(Self)
+    /// The metrics of a daemon with these rules, each with its mode, all at zero.
+    ///
+    /// # Errors
+    ///
+    /// Where two metrics have the same name, which a test rules out.
+    pub fn new(
+        rules: &[(String, Mode)],
+        map_capacity: u32,
+        version: &str,
+        kernel: &str,
+    ) -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let r = &registry;
+        let metrics = Self {
+            rules: rules.iter().map(|(name, _)| name.clone()).collect(),
+            sessions: add(
+                r,
+                IntGaugeVec::new(
+                    opts("sessions", "Sessions that are tracked now."),
+                    &["rule"],
+                ),
+            )?,
+            opened: counters(
+                r,
+                "sessions_opened_total",
+                "Sessions that were established while tracked.",
+                &["rule"],
+            )?,
+            closed: counters(
+                r,
+                "sessions_closed_total",
+                "Tracked sessions that ended, for whatever reason.",
+                &["rule"],
+            )?,
+            adopted: counter(
+                r,
+                "sessions_adopted_total",
+                "Sessions that are older than the daemon and were adopted by it.",
+            )?,
+            terminations: counters(
+                r,
+                "terminations_total",
+                "Sessions that reached a limit. result: reset, gone (it ended by itself meanwhile), failed, none (mode observe).",
+                &["rule", "reason", "mode", "result"],
+            )?,
+            lateness: add(
+                r,
+                Histogram::with_opts(histogram(
+                    "termination_lateness_seconds",
+                    "From a session's deadline to the kernel's answer that it is reset.",
+                    LATENESS_BUCKETS,
+                )),
+            )?,
+            age: histograms(
+                r,
+                "terminated_session_age_seconds",
+                "Age of the sessions that were reset, since establishment.",
+            )?,
+            idle: histograms(
+                r,
+                "terminated_session_idle_seconds",
+                "Time without activity of the sessions that were reset.",
+            )?,
+            untracked: counters(
+                r,
+                "sessions_untracked_total",
+                "Sessions that a rule matches and that could not be tracked.",
+                &["cause"],
+            )?,
+            events_lost: counter(
+                r,
+                "events_lost_total",
+                "Events that the kernel could not deliver to the daemon; the daemon makes up for them.",
+            )?,
+            map_entries: add(
+                r,
+                IntGauge::with_opts(opts("map_entries", "Sessions in the kernel's session map.")),
+            )?,
+            repaired: counters(
+                r,
+                "reconcile_repaired_total",
+                "Differences between session map, schedule and sockets that were mended.",
+                &["kind"],
+            )?,
+            kernel_errors: counters(
+                r,
+                "kernel_errors_total",
+                "Other errors of the eBPF programs.",
+                &["kind"],
+            )?,
+            audit_lost: counter(
+                r,
+                "audit_records_lost_total",
+                "Audit records that could not be written.",
+            )?,
+            daemon: vec![DaemonCounts::default(); rules.len()],
+            untracked_by_daemon: 0,
+            registry,
+        };
+        metrics.register_constants(map_capacity, version, kernel)?;
+        metrics.begin_series(rules);
+        Ok(metrics)
     }
-    pub fn termination(
+
+    fn register_constants(
         &self,
-        _: usize,
-        _: Reason,
-        _: Mode,
-        _: Outcome,
-        _: Duration,
-        _: Duration,
-        _: Duration,
-    ) {
+        capacity: u32,
+        version: &str,
+        kernel: &str,
+    ) -> prometheus::Result<()> {
+        let r = &self.registry;
+        let map_capacity = opts(
+            "map_capacity",
+            "Sessions that the kernel's session map can hold.",
+        );
+        add(r, IntGauge::with_opts(map_capacity))?.set(i64::from(capacity));
+        let loaded = opts(
+            "config_last_reload_successful",
+            "Whether the last configuration that was read is in force.",
+        );
+        add(r, IntGauge::with_opts(loaded))?.set(1);
+        let when = opts(
+            "config_last_reload_success_timestamp_seconds",
+            "When the configuration in force was read.",
+        );
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        add(r, GaugeVec::new(when, &[]))?
+            .with_label_values::<&str>(&[])
+            .set(now.as_secs_f64());
+        let build = opts(
+            "build_info",
+            "Version of the daemon and of the kernel; always 1.",
+        );
+        let labels = ["version", "kernel"];
+        add(r, IntGaugeVec::new(build, &labels))?
+            .with_label_values(&[version, kernel])
+            .set(1);
+        r.register(Box::new(ProcessCollector::for_self()))
     }
-    pub fn adopted(&self, _: usize) {}
-    pub fn closed_by_daemon(&self, _: usize) {}
-    pub fn untracked_namespace(&self) {}
-    pub fn untracked_map_full(&self) {}
-    pub fn repaired(&self, _: Repair) {}
-    pub fn render(&self, s: &KernelSnapshot) -> anyhow::Result<String> {
-        Ok(format!("{:?} {:?}", s.rules, s.errors))
+
+    /// Every series that can be known exists from the start, at zero: a rate needs a point before
+    /// the first event.
+    fn begin_series(&self, rules: &[(String, Mode)]) {
+        for (name, mode) in rules {
+            for vec in [&self.opened, &self.closed] {
+                vec.with_label_values(&[name]);
+            }
+            self.sessions.with_label_values(&[name]);
+            self.age.with_label_values(&[name]);
+            self.idle.with_label_values(&[name]);
+            self.begin_terminations(name, *mode);
+        }
+        for cause in [
+            ErrorKind::MapFull,
+            ErrorKind::NoMemory,
+            ErrorKind::Busy,
+            ErrorKind::InsertFailed,
+        ] {
+            self.untracked.with_label_values(&[cause.name()]);
+        }
+        self.untracked
+            .with_label_values(&[Untracked::Namespace.name()]);
+        for repair in Repair::ALL {
+            self.repaired.with_label_values(&[repair.name()]);
+        }
+    }
+
+    fn begin_terminations(&self, rule: &str, mode: Mode) {
+        let outcomes: &[Outcome] = match mode {
+            Mode::Enforce => &[Outcome::Reset, Outcome::Gone, Outcome::Failed],
+            Mode::Observe => &[Outcome::Observed],
+        };
+        for reason in [Reason::IdleTimeout, Reason::MaxLifetime] {
+            for outcome in outcomes {
+                let labels = [rule, reason_name(reason), mode_name(mode), outcome.name()];
+                self.terminations.with_label_values(&labels);
+            }
+        }
+    }
+
+    /// Counts the end of a session, or what would have been its end.
+    pub fn ended(&self, ended: &Ended) {
+        let Some(rule) = self.rules.get(ended.rule) else {
+            return;
+        };
+        let (reason, mode) = (reason_name(ended.reason), mode_name(ended.mode));
+        self.terminations
+            .with_label_values(&[rule, reason, mode, ended.outcome.name()])
+            .inc();
+        if ended.outcome == Outcome::Reset {
+            self.lateness.observe(ended.lateness.as_secs_f64());
+            self.age
+                .with_label_values(&[rule])
+                .observe(ended.age.as_secs_f64());
+            self.idle
+                .with_label_values(&[rule])
+                .observe(ended.idle.as_secs_f64());
+        }
+    }
+
+    /// Counts a session that the daemon adopted.
+    pub fn adopted(&mut self, rule: usize) {
+        if let Some(counts) = self.daemon.get_mut(rule) {
+            counts.adopted += 1;
+            self.adopted.inc();
+        }
+    }
+
+    /// Counts a session that the daemon took out of the map, because the kernel does not.
+    pub fn removed(&mut self, rule: usize) {
+        if let Some(counts) = self.daemon.get_mut(rule) {
+            counts.removed += 1;
+        }
+    }
+
+    /// Counts sessions that the daemon could not track.
+    pub fn untracked(&mut self, cause: Untracked) {
+        match cause {
+            // The same series takes the kernel's count: `render` adds them.
+            Untracked::MapFull => self.untracked_by_daemon += 1,
+            Untracked::Namespace => self.untracked.with_label_values(&[cause.name()]).inc(),
+        }
+    }
+
+    /// Counts something that was mended.
+    pub fn repaired(&self, repair: Repair) {
+        self.repaired.with_label_values(&[repair.name()]).inc();
+    }
+
+    /// The metrics in Prometheus' text format.
+    ///
+    /// # Errors
+    ///
+    /// Where the encoder refuses a metric, which a test rules out.
+    pub fn render(&self, snapshot: &KernelSnapshot) -> prometheus::Result<String> {
+        self.take_in(snapshot);
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn take_in(&self, snapshot: &KernelSnapshot) {
+        let mut tracked = 0;
+        for ((name, kernel), daemon) in self.rules.iter().zip(&snapshot.rules).zip(&self.daemon) {
+            let closed = kernel.closed + daemon.removed;
+            // The counters of the CPUs are read one after the other, so a session may already
+            // count as closed and not yet as opened.
+            let now = (kernel.opened + daemon.adopted).saturating_sub(closed);
+            raise(&self.opened.with_label_values(&[name]), kernel.opened);
+            raise(&self.closed.with_label_values(&[name]), closed);
+            self.sessions.with_label_values(&[name]).set(clamp(now));
+            tracked += now;
+        }
+        self.map_entries.set(clamp(tracked));
+        raise(&self.audit_lost, snapshot.audit_lost);
+        for kind in ErrorKind::ALL {
+            self.take_in_error(kind, snapshot.errors[kind as usize]);
+        }
+    }
+
+    fn take_in_error(&self, kind: ErrorKind, count: u64) {
+        match kind {
+            ErrorKind::MapFull => {
+                let all = count + self.untracked_by_daemon;
+                raise(&self.untracked.with_label_values(&[kind.name()]), all);
+            }
+            ErrorKind::NoMemory | ErrorKind::Busy | ErrorKind::InsertFailed => {
+                raise(&self.untracked.with_label_values(&[kind.name()]), count);
+            }
+            ErrorKind::EventLost => raise(&self.events_lost, count),
+            ErrorKind::HeaderUnreadable
+            | ErrorKind::NoTcpSocket
+            | ErrorKind::CallbackRefused
+            | ErrorKind::TableUnreadable => {
+                raise(&self.kernel_errors.with_label_values(&[kind.name()]), count);
+            }
+        }
+    }
+}
+
+/// Brings a counter to a total that was counted elsewhere. It never goes back.
+fn raise(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+fn clamp(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(name, help).namespace("session_enforcer")
+}
+
+fn histogram(name: &str, help: &str, buckets: &[f64]) -> HistogramOpts {
+    HistogramOpts {
+        common_opts: opts(name, help),
+        buckets: buckets.to_vec(),
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: prometheus::Result<C>,
+) -> prometheus::Result<C> {
+    let collector = collector?;
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+    add(registry, IntCounter::with_opts(opts(name, help)))
+}
+
+fn counters(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> prometheus::Result<IntCounterVec> {
+    add(registry, IntCounterVec::new(opts(name, help), labels))
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str) -> prometheus::Result<HistogramVec> {
+    add(
+        registry,
+        HistogramVec::new(histogram(name, help, AGE_BUCKETS), &["rule"]),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metrics() -> Metrics {
+        let rules = [
+            ("pg".to_owned(), Mode::Enforce),
+            ("ssh".to_owned(), Mode::Observe),
+        ];
+        Metrics::new(&rules, 1000, "1.2.3", "6.1.0").unwrap()
+    }
+
+    fn snapshot(opened: u64, closed: u64, map_full: u64) -> KernelSnapshot {
+        let mut errors = [0; ErrorKind::COUNT as usize];
+        errors[ErrorKind::MapFull as usize] = map_full;
+        let rules = vec![RuleCounters { opened, closed }, RuleCounters::default()];
+        KernelSnapshot {
+            rules,
+            errors,
+            audit_lost: 0,
+        }
+    }
+
+    fn has(text: &str, line: &str) -> bool {
+        text.lines().any(|l| l == line)
+    }
+
+    #[test]
+    fn every_series_of_a_rule_is_there_from_the_start() {
+        let text = metrics().render(&snapshot(0, 0, 0)).unwrap();
+        for line in [
+            "session_enforcer_sessions{rule=\"pg\"} 0",
+            "session_enforcer_sessions_opened_total{rule=\"ssh\"} 0",
+            "session_enforcer_terminations_total{mode=\"enforce\",reason=\"idle_timeout\",result=\"reset\",rule=\"pg\"} 0",
+            "session_enforcer_terminations_total{mode=\"observe\",reason=\"max_lifetime\",result=\"none\",rule=\"ssh\"} 0",
+            "session_enforcer_sessions_untracked_total{cause=\"namespace\"} 0",
+            "session_enforcer_map_capacity 1000",
+            "session_enforcer_build_info{kernel=\"6.1.0\",version=\"1.2.3\"} 1",
+            "session_enforcer_config_last_reload_successful 1",
+        ] {
+            assert!(has(&text, line), "{line} is missing in\n{text}");
+        }
+        assert!(text.contains("process_resident_memory_bytes"));
+        assert!(!text.contains("result=\"reset\",rule=\"ssh\""));
+    }
+
+    #[test]
+    fn sessions_are_what_was_opened_and_adopted_and_has_not_ended() {
+        let mut metrics = metrics();
+        for _ in 0..3 {
+            metrics.adopted(0);
+        }
+        metrics.removed(0);
+        let text = metrics.render(&snapshot(10, 4, 0)).unwrap();
+        assert!(has(&text, "session_enforcer_sessions{rule=\"pg\"} 8"));
+        assert!(has(
+            &text,
+            "session_enforcer_sessions_closed_total{rule=\"pg\"} 5"
+        ));
+        assert!(has(&text, "session_enforcer_sessions_adopted_total 3"));
+        assert!(has(&text, "session_enforcer_map_entries 8"));
+    }
+
+    #[test]
+    fn counters_of_kernel_and_daemon_add_up_and_never_go_back() {
+        let mut metrics = metrics();
+        metrics.untracked(Untracked::MapFull);
+        metrics.render(&snapshot(7, 0, 5)).unwrap();
+        metrics.untracked(Untracked::MapFull);
+        let text = metrics.render(&snapshot(6, 0, 5)).unwrap();
+        let line = "session_enforcer_sessions_untracked_total{cause=\"map_full\"} 7";
+        assert!(has(&text, line), "{text}");
+        assert!(has(
+            &text,
+            "session_enforcer_sessions_opened_total{rule=\"pg\"} 7"
+        ));
+    }
+
+    #[test]
+    fn only_a_reset_has_a_lateness() {
+        let metrics = metrics();
+        let ended = |outcome| Ended {
+            rule: 0,
+            reason: Reason::IdleTimeout,
+            mode: Mode::Enforce,
+            outcome,
+            lateness: Duration::from_micros(700),
+            age: Duration::from_secs(1000),
+            idle: Duration::from_secs(900),
+        };
+        metrics.ended(&ended(Outcome::Reset));
+        metrics.ended(&ended(Outcome::Failed));
+        let text = metrics.render(&snapshot(0, 0, 0)).unwrap();
+        assert!(has(
+            &text,
+            "session_enforcer_termination_lateness_seconds_count 1"
+        ));
+        assert!(has(
+            &text,
+            "session_enforcer_termination_lateness_seconds_bucket{le=\"0.0005\"} 0"
+        ));
+        assert!(has(
+            &text,
+            "session_enforcer_termination_lateness_seconds_bucket{le=\"0.001\"} 1"
+        ));
+        for result in ["reset", "failed"] {
+            let labels =
+                format!("mode=\"enforce\",reason=\"idle_timeout\",result=\"{result}\",rule=\"pg\"");
+            assert!(has(
+                &text,
+                &format!("session_enforcer_terminations_total{{{labels}}} 1")
+            ));
+        }
     }
 }

@@ -219,6 +219,15 @@ impl Config {
             .collect()
     }
 
+    /// Whether the connections of a rule are reset or only recorded, its action and the daemon's
+    /// mode considered. Those of an exempt rule are neither.
+    pub fn mode_of(&self, rule: &Rule) -> Mode {
+        match self.effective_action(rule) {
+            Action::Enforce => Mode::Enforce,
+            Action::Observe | Action::Exempt => Mode::Observe,
+        }
+    }
+
     /// What happens to the connections of a rule of this configuration, its mode considered.
     pub fn effective_action(&self, rule: &Rule) -> Action {
         match (self.mode, rule.action) {

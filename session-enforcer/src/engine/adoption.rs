@@ -10,6 +10,7 @@ use crate::{
     adopt::{self, Adopter},
     bpf::Adoption,
     clock::monotonic_ns,
+    metrics::Untracked,
 };
 
 impl Enforcer {
@@ -47,7 +48,7 @@ impl Enforcer {
         }
         let (found, errors) = self.namespaces.open_all();
         for error in errors {
-            self.metrics.untracked_namespace();
+            self.metrics.untracked(Untracked::Namespace);
             tracing::warn!("connections of a network namespace are not adopted: {error}");
         }
         found
@@ -64,7 +65,7 @@ impl Enforcer {
         match listed {
             Ok(sockets) => Some(adopter.sessions(&sockets, netns_cookie, monotonic_ns())),
             Err(error) => {
-                self.metrics.untracked_namespace();
+                self.metrics.untracked(Untracked::Namespace);
                 tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
                 None
             }
@@ -84,7 +85,7 @@ impl Enforcer {
                 Adoption::Known => {}
                 Adoption::Full => {
                     refused += 1;
-                    self.metrics.untracked_map_full();
+                    self.metrics.untracked(Untracked::MapFull);
                 }
             }
         }

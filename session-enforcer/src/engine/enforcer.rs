@@ -13,7 +13,7 @@ use crate::{
     audit::Audit,
     bpf::Kernel,
     clock::monotonic_ns,
-    config::{Action, Config, Mode, Rule},
+    config::{Config, Mode, Rule},
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
@@ -83,11 +83,7 @@ impl ActiveRule {
     fn new(config: &Config, rule: &Rule, tick_ns: u64) -> Self {
         Self {
             name: rule.name.clone(),
-            mode: match config.effective_action(rule) {
-                Action::Enforce => Mode::Enforce,
-                // Sessions of exempt rules are never tracked.
-                Action::Observe | Action::Exempt => Mode::Observe,
-            },
+            mode: config.mode_of(rule),
             policy: rule.policy(tick_ns),
             idle_timeout: rule.idle_timeout.unwrap_or_default(),
             max_lifetime: rule.max_lifetime.unwrap_or_default(),
@@ -299,7 +295,7 @@ impl Enforcer {
     /// Removes a session that ended without the kernel's report.
     pub(super) fn drop_stale(&mut self, cookie: u64, session: &Session) -> Result<()> {
         if self.kernel.remove(cookie)? {
-            self.metrics.closed_by_daemon(usize::from(session.rule));
+            self.metrics.removed(usize::from(session.rule));
         }
         self.forget(cookie);
         Ok(())
@@ -356,6 +352,7 @@ impl Enforcer {
         Ok(KernelSnapshot {
             rules,
             errors: self.kernel.errors()?,
+            audit_lost: self.audit.lost(),
         })
     }
 

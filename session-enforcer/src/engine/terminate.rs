@@ -12,6 +12,7 @@ use crate::{
     audit::{Outcome, Termination},
     clock::monotonic_ns,
     config::Mode,
+    metrics::{Ended, Untracked},
     sock_diag::{MAX_BATCH, SockDiagError, Target},
 };
 
@@ -150,7 +151,7 @@ impl Enforcer {
                 self.forget(expired.cookie);
                 continue;
             }
-            self.metrics.untracked_namespace();
+            self.metrics.untracked(Untracked::Namespace);
             self.record(expired, now_ns, Outcome::Failed, Some(error));
             self.schedule.rearm(expired.cookie, now_ns + RETRY_NS);
         }
@@ -179,15 +180,15 @@ impl Enforcer {
             answered_ns: at_ns,
             error,
         });
-        self.metrics.termination(
-            usize::from(session.rule),
-            expired.reason,
-            rule.mode,
+        self.metrics.ended(&Ended {
+            rule: usize::from(session.rule),
+            reason: expired.reason,
+            mode: rule.mode,
             outcome,
-            since(expired.deadline_ns),
-            since(session.established_ns),
-            since(session.last_activity_ns()),
-        );
+            lateness: since(expired.deadline_ns),
+            age: since(session.established_ns),
+            idle: since(session.last_activity_ns()),
+        });
     }
 }
 
