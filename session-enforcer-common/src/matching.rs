@@ -277,7 +277,10 @@ mod tests {
             remote: v6("2001:db8::2"),
             ..facts()
         };
-        let only = |families| MatchEntry { families, ..entry() };
+        let only = |families| MatchEntry {
+            families,
+            ..entry()
+        };
         assert!(matches(&facts(), &only(MatchEntry::IPV4)));
         assert!(!matches(&facts(), &only(MatchEntry::IPV6)));
         assert!(!matches(&ipv6, &only(MatchEntry::IPV4)));

@@ -33,7 +33,7 @@ pub(crate) enum Way {
 pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
-    let Some(session) = SESSIONS.get_ptr_mut(&cookie) else {
+    let Some(session) = SESSIONS.get_ptr_mut(cookie) else {
         return;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. A concurrent close may

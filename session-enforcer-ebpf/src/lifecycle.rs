@@ -88,7 +88,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
 fn insert(ctx: &SockOpsContext, session: &Session) {
     let cookie = cookie(ctx);
     // BPF_ANY: a socket that was disconnected with AF_UNSPEC and connected again keeps its cookie.
-    match SESSIONS.insert(&cookie, session, u64::from(BPF_ANY)) {
+    match SESSIONS.insert(cookie, session, u64::from(BPF_ANY)) {
         Ok(()) => {
             counters::rule(session.rule, |c| c.opened += 1);
             notify(EventKind::Opened, cookie, session);
@@ -109,12 +109,12 @@ fn insert(ctx: &SockOpsContext, session: &Session) {
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
     let cookie = cookie(ctx);
-    let Some(session) = SESSIONS.get_ptr(&cookie) else {
+    let Some(session) = SESSIONS.get_ptr(cookie) else {
         return;
     };
     // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
     let session = unsafe { *session };
-    if SESSIONS.remove(&cookie).is_ok() {
+    if SESSIONS.remove(cookie).is_ok() {
         counters::rule(session.rule, |c| c.closed += 1);
         notify(EventKind::Closed, cookie, &session);
     }
@@ -131,7 +131,7 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
         rule: session.rule,
         reserved: 0,
     };
-    if EVENTS.output(&event, 0).is_err() {
+    if EVENTS.output(event, 0).is_err() {
         counters::error(ErrorKind::EventLost);
     }
 }

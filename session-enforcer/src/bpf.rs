@@ -321,7 +321,7 @@ impl Events {
 
     /// The next event, or `None` at the end. A record that is none is an error; the next call goes
     /// on behind it.
-    pub fn next(&mut self) -> Option<Result<(EventKind, Event), EventError>> {
+    pub fn read(&mut self) -> Option<Result<(EventKind, Event), EventError>> {
         let item = self.ring.get_mut().next()?;
         Some(Event::parse(&item))
     }

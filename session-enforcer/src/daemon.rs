@@ -62,10 +62,12 @@ async fn serve(
         only_netns: (!all_namespaces).then(|| namespaces.own()),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
     })
-    .map_err(kernel_failure)?;
+    .map_err(|error| kernel_failure(&error))?;
     let events = kernel.take_events()?;
     let log = kernel.take_log()?;
-    kernel.attach(cgroup).map_err(kernel_failure)?;
+    kernel
+        .attach(cgroup)
+        .map_err(|error| kernel_failure(&error))?;
     let parts = Parts {
         kernel,
         namespaces,
@@ -140,8 +142,8 @@ fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
 }
 
 /// The kernel refuses programs for want of privileges or for want of a feature.
-fn kernel_failure(error: BpfError) -> Failure {
-    if is_permission(&error) {
+fn kernel_failure(error: &BpfError) -> Failure {
+    if is_permission(error) {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);
     }

@@ -128,7 +128,7 @@ impl EventReader {
 
     fn read_all(&mut self, enforcer: &mut Enforcer) -> Result<()> {
         let mut any = false;
-        while let Some(event) = self.events.next() {
+        while let Some(event) = self.events.read() {
             any = true;
             match event {
                 Ok((kind, event)) => enforcer.handle(kind, &event),
