@@ -11,7 +11,10 @@
 //! enforcer that breaks the network is worse than one that reports what it could not track.
 #![no_std]
 #![no_main]
-#![expect(clippy::needless_pass_by_value, reason = "aya's macros hand over the context by value")]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "aya's macros hand over the context by value"
+)]
 
 mod activity;
 mod counters;

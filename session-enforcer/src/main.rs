@@ -1,6 +1,9 @@
 //! The `session-enforcer` program: reads the command line, calls the command, ends with its status.
 
-use std::{io, process::ExitCode};
+use std::{
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+};
 
 use anyhow::Result;
 use session_enforcer::{
@@ -36,5 +39,6 @@ fn start_log(filter: EnvFilter) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .init();
 }
