@@ -35,6 +35,7 @@ pub fn run(config: &Config) -> Result<()> {
     }
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     probe::require(all_namespaces)?;
+    raise_file_limit();
     let cgroup = open_cgroup(config)?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
     let audit = Audit::open(&config.audit)?;
@@ -128,6 +129,17 @@ fn metrics(config: &Config) -> Result<Metrics> {
         &probe::kernel_release(),
     )
     .context("preparing the metrics")
+}
+
+/// Each network namespace with sessions takes a descriptor: the usual soft limit of 1,024 is too few
+/// for a large container host. What cannot be raised is met later, and named, where it is met.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("raising the limit of open files to {hard}: {error}");
+    }
 }
 
 fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
