@@ -16,7 +16,7 @@ mod session;
 pub use counters::{ErrorKind, RuleCounters};
 pub use event::{Event, EventError, EventKind};
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
-pub use policy::{Policy, Reason, Verdict, verdict};
+pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use session::{Address, Direction, Session, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of

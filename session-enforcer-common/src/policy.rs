@@ -2,37 +2,70 @@
 
 use crate::Session;
 
+/// Whose new payload resets the idle clock, as seen from this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Activity {
+    /// Payload in either direction.
+    #[default]
+    Any = 0,
+    /// Payload that this host receives.
+    Received = 1,
+    /// Payload that this host sends.
+    Sent = 2,
+}
+
 /// The limits that one rule sets. A limit of 0 is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Policy {
-    /// Longest time without new payload, in nanoseconds.
+    /// Longest time without activity, in nanoseconds.
     pub idle_timeout_ns: u64,
     /// Longest time since establishment, in nanoseconds.
     pub max_lifetime_ns: u64,
+    /// A session's lifetime is up to this much shorter, in nanoseconds; less than the lifetime.
+    pub lifetime_jitter_ns: u64,
+    /// Longest time that this host may owe an answer, in nanoseconds. With it, the idle clock
+    /// stands still as long as the answer is owed.
+    pub response_timeout_ns: u64,
     /// How far a time stamp may lag behind the event, in nanoseconds: one tick of the coarse
     /// clock. Each deadline is later by this much, so that no session ends early.
     pub tick_ns: u64,
+    /// Bytes of new payload that a packet must have to count: as activity, as a request, as an
+    /// answer. Less is not seen by any clock.
+    pub min_payload: u32,
+    /// [`Activity`] as a number. Any other number is [`Activity::Any`], the one with which a
+    /// session lives longest.
+    pub activity: u8,
+    /// Always zero.
+    pub reserved: [u8; 3],
 }
 
-const _: () = assert!(size_of::<Policy>() == 24);
+const _: () = assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
+
+// SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Policy {}
 
 /// Why a session is terminated. The names are those of the metrics and the audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// No new payload for the rule's `idle_timeout`.
+    /// No activity for the rule's `idle_timeout`.
     IdleTimeout,
     /// Open for the rule's `max_lifetime`.
     MaxLifetime,
+    /// No answer from this host for the rule's `response_timeout`.
+    ResponseTimeout,
 }
 
 /// The answer of [`verdict`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The session lives. Without activity it does not expire before `deadline_ns`.
+    /// The session lives.
     Alive {
-        /// The earliest possible deadline; `u64::MAX` where there is no limit.
-        deadline_ns: u64,
+        /// Whatever happens to the session, it does not expire before this; `u64::MAX` where there
+        /// is no limit.
+        look_again_ns: u64,
     },
     /// The session is past its limit.
     Expired {
@@ -43,40 +76,100 @@ pub enum Verdict {
     },
 }
 
-/// Whether the session is past its limits at `now_ns`: binary, without grace.
-#[inline]
-pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
-    let idle = deadline(
-        session.last_activity_ns(),
-        policy.idle_timeout_ns,
-        policy.tick_ns,
-    );
-    let lifetime = deadline(
-        session.established_ns,
-        policy.max_lifetime_ns,
-        policy.tick_ns,
-    );
-    let (deadline_ns, reason) = if lifetime < idle {
-        (lifetime, Reason::MaxLifetime)
-    } else {
-        (idle, Reason::IdleTimeout)
-    };
-    if now_ns < deadline_ns || deadline_ns == u64::MAX {
-        Verdict::Alive { deadline_ns }
-    } else {
-        Verdict::Expired {
-            reason,
-            deadline_ns,
+impl Policy {
+    /// The longest life of this session: the maximum less its share of the jitter. 0 is no limit.
+    #[inline]
+    pub const fn lifetime_ns(&self, session: &Session) -> u64 {
+        // Sixteen bits of the seed are a step of a 65,536th of the jitter, and the product of what
+        // is left of both fits into 64 bits.
+        let share = (self.lifetime_jitter_ns >> 16) * (session.jitter_seed >> 16) as u64;
+        self.max_lifetime_ns.saturating_sub(share)
+    }
+
+    /// The earliest deadline that a session of this age can have, whatever passes in it.
+    pub const fn first_deadline_ns(&self, established_ns: u64) -> u64 {
+        let lifetime = self.max_lifetime_ns.saturating_sub(self.lifetime_jitter_ns);
+        earlier(
+            self.deadline(established_ns, lifetime),
+            self.next_activity_deadline_ns(established_ns),
+        )
+    }
+
+    /// The earliest deadline that anything that passes from now on can set.
+    pub const fn next_activity_deadline_ns(&self, now_ns: u64) -> u64 {
+        earlier(
+            self.deadline(now_ns, self.idle_timeout_ns),
+            self.deadline(now_ns, self.response_timeout_ns),
+        )
+    }
+
+    #[inline]
+    const fn deadline(&self, since_ns: u64, limit_ns: u64) -> u64 {
+        if limit_ns == 0 {
+            return u64::MAX;
         }
+        since_ns
+            .saturating_add(limit_ns)
+            .saturating_add(self.tick_ns)
+    }
+
+    /// Since when the idle clock runs, while it does.
+    #[inline]
+    const fn idle_since(&self, session: &Session) -> u64 {
+        let activity = if self.activity == Activity::Received as u8 {
+            session.last_received_ns
+        } else if self.activity == Activity::Sent as u8 {
+            session.last_sent_ns
+        } else {
+            session.last_activity_ns()
+        };
+        // The clock stood still until the answer, and starts anew with it.
+        if self.response_timeout_ns != 0 && session.answered_ns > activity {
+            return session.answered_ns;
+        }
+        activity
     }
 }
 
+const fn earlier(a: u64, b: u64) -> u64 {
+    if a < b { a } else { b }
+}
+
+/// Whether the session is past its limits at `now_ns`: binary, without grace.
 #[inline]
-fn deadline(since_ns: u64, limit_ns: u64, tick_ns: u64) -> u64 {
-    if limit_ns == 0 {
-        return u64::MAX;
+pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
+    let waiting = policy.response_timeout_ns != 0 && session.owes_answer();
+    let (clock, clock_reason) = if waiting {
+        (
+            policy.deadline(session.last_received_ns, policy.response_timeout_ns),
+            Reason::ResponseTimeout,
+        )
+    } else {
+        (
+            policy.deadline(policy.idle_since(session), policy.idle_timeout_ns),
+            Reason::IdleTimeout,
+        )
+    };
+    let lifetime = policy.deadline(session.established_ns, policy.lifetime_ns(session));
+    let (deadline_ns, reason) = if lifetime < clock {
+        (lifetime, Reason::MaxLifetime)
+    } else {
+        (clock, clock_reason)
+    };
+    if deadline_ns != u64::MAX && now_ns >= deadline_ns {
+        return Verdict::Expired {
+            reason,
+            deadline_ns,
+        };
     }
-    since_ns.saturating_add(limit_ns).saturating_add(tick_ns)
+    // With a response timeout the clocks change places: an answer starts the idle clock, a request
+    // the other, and either may end before the one that runs now.
+    let look_again_ns = if policy.response_timeout_ns == 0 {
+        deadline_ns
+    } else {
+        earlier(deadline_ns, policy.next_activity_deadline_ns(now_ns))
+    };
+    Verdict::Alive { look_again_ns }
 }
 
 #[cfg(test)]
@@ -93,6 +186,7 @@ mod tests {
             idle_timeout_ns: idle * SECOND,
             max_lifetime_ns: lifetime * SECOND,
             tick_ns: 4_000_000,
+            ..Policy::default()
         }
     }
 
@@ -101,7 +195,10 @@ mod tests {
         let s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         let p = policy(5, 0);
         let at = 17 * SECOND + 4_000_000;
-        assert_eq!(verdict(&s, &p, at - 1), Verdict::Alive { deadline_ns: at });
+        assert_eq!(
+            verdict(&s, &p, at - 1),
+            Verdict::Alive { look_again_ns: at }
+        );
         assert_eq!(
             verdict(&s, &p, at),
             Verdict::Expired {
@@ -128,7 +225,7 @@ mod tests {
     fn no_limit_never_expires() {
         let s = session(0, 0, 0);
         let alive = Verdict::Alive {
-            deadline_ns: u64::MAX,
+            look_again_ns: u64::MAX,
         };
         assert_eq!(verdict(&s, &policy(0, 0), u64::MAX), alive);
     }
@@ -145,7 +242,12 @@ mod tests {
             now: u64,
         ) {
             let s = session(established, received, sent);
-            let p = Policy { idle_timeout_ns: idle, max_lifetime_ns: lifetime, tick_ns: tick };
+            let p = Policy {
+                idle_timeout_ns: idle,
+                max_lifetime_ns: lifetime,
+                tick_ns: tick,
+                ..Policy::default()
+            };
             let idle_over = idle > 0 && now >= received.max(sent) + idle + tick;
             let lifetime_over = lifetime > 0 && now >= established + lifetime + tick;
             let expired = matches!(verdict(&s, &p, now), Verdict::Expired { .. });
@@ -161,13 +263,144 @@ mod tests {
             now in 0..1u64 << 60,
         ) {
             let s = session(established, received, established);
-            let p = Policy { idle_timeout_ns: idle, max_lifetime_ns: lifetime, tick_ns: 0 };
-            if let Verdict::Alive { deadline_ns } = verdict(&s, &p, now) {
-                prop_assert!(deadline_ns > now);
-                let before = verdict(&s, &p, deadline_ns - 1);
-                let expired = matches!(verdict(&s, &p, deadline_ns), Verdict::Expired { .. });
-                prop_assert_eq!(before, Verdict::Alive { deadline_ns });
+            let p = Policy {
+                idle_timeout_ns: idle,
+                max_lifetime_ns: lifetime,
+                ..Policy::default()
+            };
+            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
+                prop_assert!(look_again_ns > now);
+                let before = verdict(&s, &p, look_again_ns - 1);
+                let expired = matches!(verdict(&s, &p, look_again_ns), Verdict::Expired { .. });
+                prop_assert_eq!(before, Verdict::Alive { look_again_ns });
                 prop_assert!(expired);
+            }
+        }
+    }
+
+    fn with_response(idle: u64, response: u64, activity: Activity) -> Policy {
+        Policy {
+            response_timeout_ns: response * SECOND,
+            activity: activity as u8,
+            ..policy(idle, 0)
+        }
+    }
+
+    fn expires(session: &Session, policy: &Policy, at: u64) -> Option<Reason> {
+        let deadline = at * SECOND + policy.tick_ns;
+        assert!(matches!(
+            verdict(session, policy, deadline - 1),
+            Verdict::Alive { .. }
+        ));
+        match verdict(session, policy, deadline) {
+            Verdict::Expired {
+                reason,
+                deadline_ns,
+            } if deadline_ns == deadline => Some(reason),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn only_the_chosen_direction_resets_the_idle_clock() {
+        let s = session(10 * SECOND, 12 * SECOND, 14 * SECOND);
+        for (activity, at) in [
+            (Activity::Received, 17),
+            (Activity::Sent, 19),
+            (Activity::Any, 19),
+        ] {
+            let p = with_response(5, 0, activity);
+            assert_eq!(expires(&s, &p, at), Some(Reason::IdleTimeout));
+        }
+    }
+
+    #[test]
+    fn while_the_answer_is_owed_the_idle_clock_stands_still_and_the_other_runs() {
+        let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
+        s.owes_answer = 1;
+        let p = with_response(5, 60, Activity::Any);
+        assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
+        // Without the limit the state means nothing.
+        let p = with_response(5, 0, Activity::Any);
+        assert_eq!(expires(&s, &p, 17), Some(Reason::IdleTimeout));
+    }
+
+    #[test]
+    fn the_answer_starts_the_idle_clock_also_where_sending_is_no_activity() {
+        let mut s = session(10 * SECOND, 12 * SECOND, 35 * SECOND);
+        s.answered_ns = 32 * SECOND;
+        let p = with_response(5, 60, Activity::Received);
+        assert_eq!(expires(&s, &p, 37), Some(Reason::IdleTimeout));
+    }
+
+    #[test]
+    fn a_session_that_waits_is_looked_at_before_its_answer_can_have_gone_stale() {
+        let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
+        s.owes_answer = 1;
+        let p = with_response(5, 60, Activity::Any);
+        let Verdict::Alive { look_again_ns } = verdict(&s, &p, 13 * SECOND) else {
+            panic!("must be alive")
+        };
+        assert_eq!(look_again_ns, 18 * SECOND + p.tick_ns);
+    }
+
+    #[test]
+    fn the_jitter_shortens_a_life_by_at_most_itself_and_always_the_same() {
+        let p = Policy {
+            lifetime_jitter_ns: 20 * SECOND,
+            ..policy(0, 100)
+        };
+        let with_seed = |jitter_seed| {
+            p.lifetime_ns(&Session {
+                jitter_seed,
+                ..session(0, 0, 0)
+            })
+        };
+        assert_eq!(with_seed(0), 100 * SECOND);
+        let shortest = with_seed(u32::MAX);
+        assert!(shortest >= 80 * SECOND && shortest < 81 * SECOND);
+        let middle = with_seed(u32::MAX / 2).abs_diff(90 * SECOND);
+        assert!(middle < SECOND / 100, "{middle}");
+    }
+
+    proptest! {
+        /// The schedule relies on this: whatever passes after the look, no deadline comes before
+        /// the time for the next look.
+        #[test]
+        fn no_event_after_a_look_makes_a_deadline_before_the_next_look(
+            received in 0..1_000u64,
+            sent in 0..1_000u64,
+            owes: bool,
+            limits in (0..500u64, 0..500u64, 0..500u64),
+            activity in 0..3u8,
+            now in 1_000..2_000u64,
+            later in 0..2_000u64,
+            then_receives: bool,
+        ) {
+            let mut s = session(0, received, sent);
+            s.owes_answer = u8::from(owes && received > sent);
+            let p = Policy {
+                idle_timeout_ns: limits.0,
+                response_timeout_ns: limits.1,
+                max_lifetime_ns: limits.2 * 10,
+                activity,
+                ..Policy::default()
+            };
+            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
+                let at = now + later;
+                if then_receives {
+                    s.last_received_ns = at;
+                    s.owes_answer = 1;
+                } else {
+                    s.last_sent_ns = at;
+                    if s.owes_answer() {
+                        s.answered_ns = at;
+                        s.owes_answer = 0;
+                    }
+                }
+                if let Verdict::Expired { deadline_ns, .. } = verdict(&s, &p, u64::MAX - 1) {
+                    prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
+                }
             }
         }
     }

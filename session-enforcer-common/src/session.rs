@@ -78,10 +78,14 @@ pub mod flags {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Session {
-    /// When new payload last arrived; the time of establishment where none has.
+    /// When new payload that counts (see [`Policy::min_payload`](crate::Policy::min_payload)) last
+    /// arrived; the time of establishment where none has.
     pub last_received_ns: u64,
-    /// When new payload was last sent; the time of establishment where none has been.
+    /// When new payload that counts was last sent; the time of establishment where none has been.
     pub last_sent_ns: u64,
+    /// When this host last answered: sent payload after it had received some. The time of
+    /// establishment where it never has.
+    pub answered_ns: u64,
     /// Payload bytes received since establishment, each counted once.
     pub bytes_received: u64,
     /// Payload bytes sent since establishment, each counted once.
@@ -109,10 +113,18 @@ pub struct Session {
     pub direction: u8,
     /// See [`flags`].
     pub flags: u8,
+    /// Random for each session and the same for its life: places its lifetime within the jitter.
+    pub jitter_seed: u32,
+    /// 1 while the last payload was received and not sent, on an inbound session: this host owes
+    /// the answer. 0 otherwise. A field of its own, because time stamps of one tick do not tell
+    /// which packet was first.
+    pub owes_answer: u8,
+    /// Always zero.
+    pub reserved: [u8; 3],
 }
 
 impl Session {
-    /// When new payload last passed in either direction.
+    /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {
         if self.last_received_ns > self.last_sent_ns {
@@ -122,6 +134,12 @@ impl Session {
         }
     }
 
+    /// Whether this host owes the answer to what it received.
+    #[inline]
+    pub const fn owes_answer(&self) -> bool {
+        self.owes_answer != 0
+    }
+
     /// Whether the kernel will not report the end of this session; see [`flags`].
     pub const fn end_is_unreported(&self) -> bool {
         self.flags & flags::END_UNREPORTED != 0
@@ -129,11 +147,12 @@ impl Session {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 96 && align_of::<Session>() == 8);
-    assert!(core::mem::offset_of!(Session, bytes_sent) == 24);
-    assert!(core::mem::offset_of!(Session, local) == 48);
-    assert!(core::mem::offset_of!(Session, ifindex) == 84);
-    assert!(core::mem::offset_of!(Session, flags) == 95);
+    assert!(size_of::<Session>() == 112 && align_of::<Session>() == 8);
+    assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
+    assert!(core::mem::offset_of!(Session, local) == 56);
+    assert!(core::mem::offset_of!(Session, ifindex) == 92);
+    assert!(core::mem::offset_of!(Session, flags) == 103);
+    assert!(core::mem::offset_of!(Session, owes_answer) == 108);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -174,6 +193,7 @@ pub(crate) mod tests_support {
         Session {
             last_received_ns: received_ns,
             last_sent_ns: sent_ns,
+            answered_ns: established_ns,
             bytes_received: 0,
             bytes_sent: 0,
             established_ns,
@@ -187,6 +207,9 @@ pub(crate) mod tests_support {
             rule: 0,
             direction: Direction::Inbound as u8,
             flags: 0,
+            jitter_seed: 0,
+            owes_answer: 0,
+            reserved: [0; 3],
         }
     }
 }

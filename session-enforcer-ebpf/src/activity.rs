@@ -14,7 +14,7 @@ use session_enforcer_common::{Direction, ErrorKind, EventKind, Session, flags};
 
 use crate::{
     counters, lifecycle,
-    maps::SESSIONS,
+    maps::{POLICIES, SESSIONS},
     packet::{self, Segment},
 };
 
@@ -87,8 +87,11 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
-    session.last_received_ns = now_ns();
     let new = ahead.min(segment.payload);
+    if counts(session, new) {
+        session.last_received_ns = now_ns();
+        session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
+    }
     grow(
         &mut session.bytes_received,
         tcp.bytes_received + u64::from(new),
@@ -106,7 +109,9 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
-    session.last_sent_ns = now_ns();
+    if counts(session, ahead.min(segment.payload)) {
+        sent(session);
+    }
     let total = sent_until(session, tcp, segment.end());
     grow(&mut session.bytes_sent, total);
 }
@@ -116,12 +121,37 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
 fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock) {
     if tcp.bytes_received > session.bytes_received {
         session.last_received_ns = now_ns();
+        session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
         session.bytes_received = tcp.bytes_received;
     }
-    let sent = sent_until(session, tcp, tcp.snd_nxt);
-    if sent > session.bytes_sent {
-        session.last_sent_ns = now_ns();
-        session.bytes_sent = sent;
+    let total = sent_until(session, tcp, tcp.snd_nxt);
+    if total > session.bytes_sent {
+        sent(session);
+        session.bytes_sent = total;
+    }
+}
+
+/// Whether so much new payload counts for the session's rule. Where the policy cannot be read, all
+/// does: errors are on the side of life.
+#[inline(always)]
+fn counts(session: &Session, new: u32) -> bool {
+    match POLICIES.get(u32::from(session.rule)) {
+        Some(policy) => new >= policy.min_payload,
+        None => {
+            counters::error(ErrorKind::TableUnreadable);
+            true
+        }
+    }
+}
+
+/// Stamps payload that was sent, which answers what was received before.
+#[inline(always)]
+fn sent(session: &mut Session) {
+    let now = now_ns();
+    session.last_sent_ns = now;
+    if session.owes_answer() {
+        session.owes_answer = 0;
+        session.answered_ns = now;
     }
 }
 

@@ -7,7 +7,7 @@ use aya_ebpf::{
         BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_loop},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_loop},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
@@ -67,6 +67,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
     let session = Session {
         last_received_ns: now,
         last_sent_ns: now,
+        answered_ns: now,
         bytes_received: 0,
         bytes_sent: 0,
         established_ns: now,
@@ -80,6 +81,10 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         rule,
         direction: direction as u8,
         flags: if reported { 0 } else { flags::END_UNREPORTED },
+        // SAFETY: no argument, no precondition.
+        jitter_seed: unsafe { bpf_get_prandom_u32() },
+        owes_answer: 0,
+        reserved: [0; 3],
     };
     insert(ctx, &session);
 }

@@ -6,7 +6,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use session_enforcer_common::{
-    ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, RuleCounters, Session, Table,
+    ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RuleCounters, Session,
+    Table,
 };
 
 /// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
@@ -22,6 +23,11 @@ pub(crate) static MATCH_ENTRIES: Array<MatchEntry, { MAX_MATCH_ENTRIES as usize 
 /// Describes [`MATCH_ENTRIES`]; one element.
 #[btf_map]
 pub(crate) static MATCH_TABLE: Array<Table, 1> = Array::new();
+
+/// The limits of each rule, for the packet path. The daemon sets the size at load, to the number of
+/// rules.
+#[btf_map]
+pub(crate) static POLICIES: Array<Policy, { MAX_RULES as usize }> = Array::new();
 
 /// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation. The
 /// daemon sets the size at load, to the number of rules.

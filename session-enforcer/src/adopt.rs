@@ -64,6 +64,7 @@ impl Adopter<'_> {
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
+            answered_ns: sent,
             bytes_received: info.bytes_received,
             bytes_sent: info.bytes_sent,
             // The kernel does not keep the time of establishment. Both ages begin with it, so the
@@ -79,6 +80,9 @@ impl Adopter<'_> {
             rule: entry.rule,
             direction: facts.direction as u8,
             flags: flags::END_UNREPORTED,
+            jitter_seed: seed(socket.target.cookie),
+            owes_answer: u8::from(owes_answer(facts.direction, &info)),
+            reserved: [0; 3],
         })
     }
 }
@@ -96,6 +100,23 @@ fn facts(socket: &Socket, listeners: &Listeners) -> Facts {
         local_port: target.local_port,
         remote_port: target.remote_port,
     }
+}
+
+/// Whether this host owes the answer to what it received. Where both ages are the same, the kernel
+/// does not tell which was last: owed, so that work in progress is not taken for idleness.
+fn owes_answer(direction: Direction, info: &Info) -> bool {
+    direction == Direction::Inbound
+        && info.bytes_received > 0
+        && info.last_data_received_ms <= info.last_data_sent_ms
+}
+
+/// A number that looks random and is the same at each adoption of the socket: the mixing function
+/// of `SplitMix64` on its cookie.
+fn seed(cookie: u64) -> u32 {
+    let mut z = cookie.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z >> 32) as u32
 }
 
 /// When payload was last received and sent. The ages are those of the coarse clock, as the stamps

@@ -9,8 +9,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MatchEntry, RuleCounters, Session,
-    Table,
+    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MatchEntry, Policy, RuleCounters,
+    Session, Table,
 };
 use thiserror::Error;
 use tokio::io::unix::AsyncFd;
@@ -62,6 +62,9 @@ pub enum BpfError {
     /// The log or event channel could not be watched.
     #[error("watching a ring buffer: {0}")]
     Watch(io::Error),
+    /// More rules than a map can have.
+    #[error("{0} rules are too many")]
+    TooManyRules(usize),
     /// More match entries than the table holds.
     #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
     TooManyEntries(usize),
@@ -90,8 +93,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 pub struct Options<'a> {
     /// Capacity of the session map.
     pub max_sessions: u32,
-    /// Number of rules, at least one.
-    pub rules: u32,
+    /// The limits of each rule, in the order of the rules; at least one.
+    pub policies: &'a [Policy],
     /// The match table.
     pub entries: &'a [MatchEntry],
     /// The only network namespace to track; `None` for every one.
@@ -132,13 +135,17 @@ impl Kernel {
         } else {
             aya_log::Level::Warn
         };
+        let rules = u32::try_from(options.policies.len())
+            .map_err(|_| BpfError::TooManyRules(options.policies.len()))?;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("SESSIONS", options.max_sessions)
-            .map_max_entries("RULE_COUNTERS", options.rules)
+            .map_max_entries("RULE_COUNTERS", rules)
+            .map_max_entries("POLICIES", rules)
             .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
             .override_global(aya_log::LEVEL, &(log_level as u8), true)
             .load(OBJECT)?;
         fill_match_table(&mut ebpf, options.entries)?;
+        fill_policies(&mut ebpf, options.policies)?;
         load_program::<SockOps>(&mut ebpf, "track_lifecycle", SockOps::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_ingress", CgroupSkb::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_egress", CgroupSkb::load)?;
@@ -146,7 +153,7 @@ impl Kernel {
             sessions: take_map(&mut ebpf, "SESSIONS")?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
-            rules: options.rules,
+            rules,
             ebpf,
         })
     }
@@ -362,6 +369,14 @@ fn fill_match_table(ebpf: &mut Ebpf, entries: &[MatchEntry]) -> Result<(), BpfEr
         entries: count,
     };
     table.set(0, header, 0).map_err(map_error("MATCH_TABLE"))
+}
+
+fn fill_policies(ebpf: &mut Ebpf, policies: &[Policy]) -> Result<(), BpfError> {
+    let mut map: Array<&mut MapData, Policy> = array_mut(ebpf, "POLICIES")?;
+    for (index, policy) in (0..).zip(policies) {
+        map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
+    }
+    Ok(())
 }
 
 /// A map that stays with the programs: a map that is taken before they are loaded is missing then.

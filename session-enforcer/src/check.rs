@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use session_enforcer_common::{Direction, MAX_MATCH_ENTRIES, PortRange};
+use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange};
 
 use crate::config::{Action, AuditTarget, Config, Mode, NetworkNamespaces, Rule, format_duration};
 
@@ -108,16 +108,45 @@ fn describe_action(config: &Config, rule: &Rule, out: &mut impl Write) -> io::Re
         Action::Observe => "are recorded, not reset,",
         Action::Exempt => return writeln!(out, "       are exempt: not tracked, never reset"),
     };
-    let idle = rule.idle_timeout.map(format_duration);
-    let idle = idle.map(|time| format!("{time} after their last new payload"));
-    let lifetime = rule.max_lifetime.map(format_duration);
-    let lifetime = lifetime.map(|time| format!("{time} after they were established"));
-    let limits: Vec<String> = idle.into_iter().chain(lifetime).collect();
+    let limits: Vec<String> = [idle_words(rule), response_words(rule), lifetime_words(rule)]
+        .into_iter()
+        .flatten()
+        .collect();
     writeln!(
         out,
         "       {happens} {}",
         limits.join(", and at the latest ")
     )
+}
+
+fn idle_words(rule: &Rule) -> Option<String> {
+    let time = format_duration(rule.idle_timeout?);
+    let way = match rule.activity {
+        Activity::Any => "",
+        Activity::Received => " received here",
+        Activity::Sent => " sent from here",
+    };
+    let least = match rule.min_payload {
+        1 => String::new(),
+        bytes => format!(" of {bytes} bytes or more"),
+    };
+    Some(format!("{time} after their last new payload{least}{way}"))
+}
+
+fn response_words(rule: &Rule) -> Option<String> {
+    let time = format_duration(rule.response_timeout?);
+    Some(format!(
+        "{time} after a request that this host has not answered, before which they are not idle"
+    ))
+}
+
+fn lifetime_words(rule: &Rule) -> Option<String> {
+    let time = format_duration(rule.max_lifetime?);
+    let jitter = match rule.lifetime_jitter_percent {
+        0 => String::new(),
+        percent => format!(", or up to {percent}% sooner,"),
+    };
+    Some(format!("{time}{jitter} after they were established"))
 }
 
 fn port_list(ranges: &[PortRange]) -> Option<String> {

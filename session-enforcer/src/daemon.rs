@@ -56,9 +56,15 @@ async fn serve(
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
     let entries = config.match_entries();
+    let tick_ns = clock::coarse_tick_ns();
+    let policies: Vec<_> = config
+        .rules
+        .iter()
+        .map(|rule| rule.policy(tick_ns))
+        .collect();
     let mut kernel = Kernel::load(&Options {
         max_sessions: config.max_sessions,
-        rules: u32::try_from(config.rules.len()).context("too many rules")?,
+        policies: &policies,
         entries: &entries,
         only_netns: (!all_namespaces).then(|| namespaces.own()),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
@@ -74,7 +80,7 @@ async fn serve(
         namespaces,
         audit,
         metrics: metrics(config)?,
-        tick_ns: clock::coarse_tick_ns(),
+        tick_ns,
     };
     let mut enforcer = Enforcer::new(config, parts);
     let scope = cgroup.scope()?;

@@ -302,7 +302,11 @@ impl Metrics {
             Mode::Enforce => &[Outcome::Reset, Outcome::Gone, Outcome::Failed],
             Mode::Observe => &[Outcome::Observed],
         };
-        for reason in [Reason::IdleTimeout, Reason::MaxLifetime] {
+        for reason in [
+            Reason::IdleTimeout,
+            Reason::MaxLifetime,
+            Reason::ResponseTimeout,
+        ] {
             for outcome in outcomes {
                 let labels = [rule, reason_name(reason), mode_name(mode), outcome.name()];
                 self.terminations.with_label_values(&labels);

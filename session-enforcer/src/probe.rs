@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use session_enforcer_common::{Address, MatchEntry, RULE_EXEMPT};
+use session_enforcer_common::{Address, MatchEntry, Policy, RULE_EXEMPT};
 
 use crate::{
     bpf::{Kernel, Options},
@@ -292,7 +292,7 @@ fn programs() -> Check {
     let exempt_all = MatchEntry::any(RULE_EXEMPT);
     let options = Options {
         max_sessions: 1,
-        rules: 1,
+        policies: &[Policy::default()],
         entries: &[exempt_all],
         only_netns: None,
         verbose: false,

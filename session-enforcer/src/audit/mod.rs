@@ -48,6 +48,7 @@ pub const fn reason_name(reason: Reason) -> &'static str {
     match reason {
         Reason::IdleTimeout => "idle_timeout",
         Reason::MaxLifetime => "max_lifetime",
+        Reason::ResponseTimeout => "response_timeout",
     }
 }
 

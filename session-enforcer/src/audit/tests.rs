@@ -15,6 +15,7 @@ fn session() -> Session {
     Session {
         last_received_ns: 1_003_000_000,
         last_sent_ns: 1_000_000_000,
+        answered_ns: 1_000_000_000,
         bytes_received: 120,
         bytes_sent: 4096,
         established_ns: 1_000_000_000,
@@ -28,6 +29,9 @@ fn session() -> Session {
         rule: 0,
         direction: Direction::Inbound as u8,
         flags: 0,
+        jitter_seed: 0,
+        owes_answer: 1,
+        reserved: [0; 3],
     }
 }
 

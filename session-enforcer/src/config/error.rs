@@ -223,11 +223,28 @@ pub enum Problem {
         line: u32,
     },
     /// A rule that would enforce nothing.
-    #[error("has no limit; add idle_timeout or max_lifetime or both, or action = \"exempt\"")]
+    #[error(
+        "has no limit; add idle_timeout, max_lifetime or response_timeout, or action = \"exempt\""
+    )]
     NoLimit,
     /// A limit that would not be enforced.
     #[error("is a limit, and an exempt rule has none; remove it, or action = \"exempt\"")]
     LimitOnExempt,
+    /// A key that says how a limit is meant that is not there.
+    #[error("has no effect without {limit}; add it, or remove this")]
+    WithoutLimit {
+        /// The keys of which one must be there.
+        limit: &'static str,
+    },
+    /// A response timeout where this host never owes an answer.
+    #[error(
+        "is for inbound connections, where this host owes the answer; remove it, or \
+         direction = \"outbound\""
+    )]
+    ResponseOutbound,
+    /// A jitter that could leave less than the shortest limit.
+    #[error("could shorten max_lifetime to less than 1s, the shortest limit; use a smaller share")]
+    JitterTooLarge,
     /// Addresses that no connection has at once.
     #[error(
         "can never match: a connection has IPv4 addresses at both ends or IPv6 addresses at both, \

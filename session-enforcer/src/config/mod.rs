@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use session_enforcer_common::{Direction, MatchEntry, Policy, PortRange};
+use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange};
 
 pub use error::{ConfigError, Doubt, EntryCount, Location, Position, Problem, Warning};
 pub use value::{
@@ -41,6 +41,15 @@ pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
 /// Where the metrics are served where the file does not say.
 pub const DEFAULT_METRICS_LISTEN: SocketAddr =
     SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9847));
+
+/// Bytes of new payload that count where the file does not say: any.
+pub const DEFAULT_MIN_PAYLOAD: u32 = 1;
+
+/// Largest `min_payload`: more than a packet on the wire ever carries would make every session idle.
+pub const MAX_MIN_PAYLOAD: u32 = 1_400;
+
+/// Largest `lifetime_jitter`, in percent: what is left of the lifetime is still a lifetime.
+pub const MAX_LIFETIME_JITTER_PERCENT: u8 = 90;
 
 /// Name of the rule of the quick form.
 pub const QUICK_RULE: &str = "cli";
@@ -122,6 +131,14 @@ pub struct Rule {
     pub idle_timeout: Option<Duration>,
     /// Longest time since establishment.
     pub max_lifetime: Option<Duration>,
+    /// Each session's lifetime is up to this share of it shorter, in percent.
+    pub lifetime_jitter_percent: u8,
+    /// Whose new payload is activity.
+    pub activity: Activity,
+    /// Longest time that this host owes an answer; meanwhile `idle_timeout` does not run.
+    pub response_timeout: Option<Duration>,
+    /// Bytes of new payload that a packet must have to count.
+    pub min_payload: u32,
 }
 
 /// What happens to the connections of a rule.
@@ -250,23 +267,33 @@ impl Rule {
             action: Action::default(),
             idle_timeout: None,
             max_lifetime: None,
+            lifetime_jitter_percent: 0,
+            activity: Activity::default(),
+            response_timeout: None,
+            min_payload: DEFAULT_MIN_PAYLOAD,
         }
     }
 
     /// The limits as the kernel and the daemon compare them; `tick_ns` is the length of a tick of
     /// the coarse clock. No limits for an exempt rule.
     pub fn policy(&self, tick_ns: u64) -> Policy {
+        let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Policy {
             idle_timeout_ns: nanoseconds(self.idle_timeout),
-            max_lifetime_ns: nanoseconds(self.max_lifetime),
+            max_lifetime_ns,
+            lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),
+            response_timeout_ns: nanoseconds(self.response_timeout),
             tick_ns,
+            min_payload: self.min_payload,
+            activity: self.activity as u8,
+            reserved: [0; 3],
         }
     }
 
     /// Refuses a rule that would track connections for nothing.
     fn check_limits(&self) -> Result<(), Problem> {
-        let limits = [self.idle_timeout, self.max_lifetime];
-        if self.action != Action::Exempt && limits == [None, None] {
+        let limits = [self.idle_timeout, self.max_lifetime, self.response_timeout];
+        if self.action != Action::Exempt && limits == [None; 3] {
             return Err(Problem::NoLimit);
         }
         Ok(())

@@ -49,15 +49,12 @@ static TABLES: [Keys; 5] = [
             "action",
             "idle_timeout",
             "max_lifetime",
-        ],
-        later: &[
-            "cgroups",
-            "users",
+            "lifetime_jitter",
             "activity",
             "response_timeout",
             "min_payload",
-            "lifetime_jitter",
         ],
+        later: &["cgroups", "users"],
     },
 ];
 const ROOT: usize = 0;

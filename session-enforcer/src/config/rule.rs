@@ -4,19 +4,25 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use session_enforcer_common::{Direction, MAX_RULES, PortRange};
+use session_enforcer_common::{Activity, Direction, MAX_RULES, PortRange};
 
 use super::document::{Field, Keys, Section};
 use super::error::ALLOWED_RULES;
 use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
-use super::{Action, ConfigError, Problem, Rule, entries};
+use super::{
+    Action, ConfigError, MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule,
+    entries,
+};
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
 const ALLOWED_DIRECTION: &str = "\"inbound\", \"outbound\" or \"any\"";
 const ALLOWED_PORTS: &str = "a list such as [5432, \"6000-6010\"]";
 const ALLOWED_PREFIXES: &str = "a list such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
+const ALLOWED_ACTIVITY: &str = "\"any\", \"received\" or \"sent\"";
+const ALLOWED_MIN_PAYLOAD: &str = "a number of bytes from 1 to 1400";
+const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
 const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
 
 /// Longest name of a rule. It is a label of every metric and stands in every audit record.
@@ -94,8 +100,7 @@ pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
     if let Some(field) = section.field("action") {
         rule.action = read_action(&field)?;
     }
-    rule.idle_timeout = read_limit(section, "idle_timeout", rule.action)?;
-    rule.max_lifetime = read_limit(section, "max_lifetime", rule.action)?;
+    read_limits(section, &mut rule)?;
     let at_rule = |problem| section.error(problem);
     rule.check_limits().map_err(at_rule)?;
     entries::check_families(&rule).map_err(at_rule)?;
@@ -147,6 +152,77 @@ fn read_ports(field: &Field<'_>) -> Result<PortRange, ConfigError> {
 
 fn read_prefix(field: &Field<'_>) -> Result<IpNet, ConfigError> {
     field.parse(ALLOWED_PREFIX, parse_prefix)
+}
+
+/// The limits, and the keys that say how they are meant.
+fn read_limits(section: &Section<'_>, rule: &mut Rule) -> Result<(), ConfigError> {
+    rule.idle_timeout = read_limit(section, "idle_timeout", rule.action)?;
+    rule.max_lifetime = read_limit(section, "max_lifetime", rule.action)?;
+    rule.response_timeout = read_limit(section, "response_timeout", rule.action)?;
+    if let Some(field) = section.field("response_timeout")
+        && rule.direction == Some(Direction::Outbound)
+    {
+        return Err(field.error(Problem::ResponseOutbound));
+    }
+    if let Some(field) = section.field("lifetime_jitter") {
+        rule.lifetime_jitter_percent = read_jitter(&field, rule)?;
+    }
+    let clocks = rule.idle_timeout.or(rule.response_timeout);
+    if let Some(field) = section.field("activity") {
+        require_limit(&field, rule.idle_timeout, "idle_timeout")?;
+        rule.activity = read_activity(&field)?;
+    }
+    if let Some(field) = section.field("min_payload") {
+        require_limit(&field, clocks, "idle_timeout or response_timeout")?;
+        rule.min_payload = read_min_payload(&field)?;
+    }
+    Ok(())
+}
+
+fn require_limit(
+    field: &Field<'_>,
+    limit: Option<Duration>,
+    name: &'static str,
+) -> Result<(), ConfigError> {
+    match limit {
+        Some(_) => Ok(()),
+        None => Err(field.error(Problem::WithoutLimit { limit: name })),
+    }
+}
+
+fn read_activity(field: &Field<'_>) -> Result<Activity, ConfigError> {
+    let choices = [
+        ("any", Activity::Any),
+        ("received", Activity::Received),
+        ("sent", Activity::Sent),
+    ];
+    field.choice(ALLOWED_ACTIVITY, &choices)
+}
+
+fn read_min_payload(field: &Field<'_>) -> Result<u32, ConfigError> {
+    let number = field
+        .integer()
+        .and_then(|number| u32::try_from(number).ok());
+    number
+        .filter(|bytes| (1..=MAX_MIN_PAYLOAD).contains(bytes))
+        .ok_or_else(|| field.not_allowed(ALLOWED_MIN_PAYLOAD))
+}
+
+/// Reads `"10%"`. What it leaves of the lifetime is a limit like any other.
+fn read_jitter(field: &Field<'_>, rule: &Rule) -> Result<u8, ConfigError> {
+    require_limit(field, rule.max_lifetime, "max_lifetime")?;
+    let percent = field
+        .text(ALLOWED_JITTER)?
+        .strip_suffix('%')
+        .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
+        .and_then(|digits| digits.parse().ok())
+        .filter(|percent| *percent <= MAX_LIFETIME_JITTER_PERCENT)
+        .ok_or_else(|| field.not_allowed(ALLOWED_JITTER))?;
+    let lifetime = rule.max_lifetime.unwrap_or_default();
+    if lifetime - lifetime / 100 * u32::from(percent) < MIN_LIMIT {
+        return Err(field.error(Problem::JitterTooLarge));
+    }
+    Ok(percent)
 }
 
 fn read_limit(

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::Result;
 use session_enforcer_common::Session;
 
-use super::enforcer::{Enforcer, first_deadline};
+use super::enforcer::Enforcer;
 use crate::{
     adopt::{self, Adopter},
     bpf::Adoption,
@@ -31,7 +31,7 @@ impl Enforcer {
         }
         for (cookie, session) in &adopted {
             let policy = self.rules[usize::from(session.rule)].policy;
-            let due_ns = first_deadline(&policy, session.established_ns);
+            let due_ns = policy.first_deadline_ns(session.established_ns);
             self.add(*cookie, session.netns_cookie, due_ns);
             self.metrics.adopted(usize::from(session.rule));
         }

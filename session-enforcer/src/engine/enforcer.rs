@@ -75,8 +75,6 @@ pub(super) struct ActiveRule {
     pub(super) name: String,
     pub(super) mode: Mode,
     pub(super) policy: Policy,
-    idle_timeout: Duration,
-    max_lifetime: Duration,
 }
 
 impl ActiveRule {
@@ -85,17 +83,16 @@ impl ActiveRule {
             name: rule.name.clone(),
             mode: config.mode_of(rule),
             policy: rule.policy(tick_ns),
-            idle_timeout: rule.idle_timeout.unwrap_or_default(),
-            max_lifetime: rule.max_lifetime.unwrap_or_default(),
         }
     }
 
-    /// The limit that the reason speaks of.
-    pub(super) fn limit(&self, reason: Reason) -> Duration {
-        match reason {
-            Reason::IdleTimeout => self.idle_timeout,
-            Reason::MaxLifetime => self.max_lifetime,
-        }
+    /// The limit of this session that the reason speaks of.
+    pub(super) fn limit(&self, reason: Reason, session: &Session) -> Duration {
+        Duration::from_nanos(match reason {
+            Reason::IdleTimeout => self.policy.idle_timeout_ns,
+            Reason::MaxLifetime => self.policy.lifetime_ns(session),
+            Reason::ResponseTimeout => self.policy.response_timeout_ns,
+        })
     }
 }
 
@@ -150,7 +147,7 @@ impl Enforcer {
         match kind {
             EventKind::Opened => match self.rules.get(usize::from(event.rule)) {
                 Some(rule) => {
-                    let due_ns = first_deadline(&rule.policy, event.established_ns);
+                    let due_ns = rule.policy.first_deadline_ns(event.established_ns);
                     self.add(event.cookie, event.netns_cookie, due_ns);
                 }
                 None => tracing::error!("the kernel reports a session of rule {}", event.rule),
@@ -251,8 +248,10 @@ impl Enforcer {
             }
         }
         match decision {
-            Verdict::Alive { deadline_ns } => {
-                self.schedule.rearm(cookie, deadline_ns.min(look_again_ns));
+            Verdict::Alive {
+                look_again_ns: alive_ns,
+            } => {
+                self.schedule.rearm(cookie, alive_ns.min(look_again_ns));
                 Ok(None)
             }
             Verdict::Expired {
@@ -376,11 +375,4 @@ impl Enforcer {
         tracing::info!("SIGHUP: opening the audit file again");
         self.audit.reopen();
     }
-}
-
-/// The earliest deadline that a session can have.
-pub(super) fn first_deadline(policy: &Policy, established_ns: u64) -> u64 {
-    let limits = [policy.idle_timeout_ns, policy.max_lifetime_ns];
-    let shortest = limits.into_iter().filter(|limit| *limit > 0).min();
-    shortest.map_or(u64::MAX, |limit| established_ns + limit + policy.tick_ns)
 }

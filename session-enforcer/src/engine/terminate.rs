@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_common::{Policy, Reason, Session};
+use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
 
 use super::enforcer::{Enforcer, RETRY_NS};
 use crate::{
@@ -175,7 +175,7 @@ impl Enforcer {
             reason: expired.reason,
             mode: rule.mode,
             outcome,
-            limit: rule.limit(expired.reason),
+            limit: rule.limit(expired.reason, session),
             deadline_ns: expired.deadline_ns,
             answered_ns: at_ns,
             error,
@@ -192,19 +192,19 @@ impl Enforcer {
     }
 }
 
-/// When an observed session that was recorded is looked at again: activity from now on makes a new
-/// idle deadline, at least one idle timeout away; the lifetime ends when it ends.
+/// When an observed session that was recorded is looked at again: what passes from now on makes a
+/// new deadline no sooner than this; the lifetime ends when it ends.
 fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
-    let next = |limit_ns: u64, since_ns: u64| match limit_ns {
-        0 => u64::MAX,
-        limit => since_ns
-            .saturating_add(limit)
-            .saturating_add(policy.tick_ns),
+    let only_lifetime = Policy {
+        idle_timeout_ns: 0,
+        response_timeout_ns: 0,
+        ..*policy
     };
-    let lifetime_ns = next(policy.max_lifetime_ns, session.established_ns);
-    if lifetime_ns <= now_ns {
+    match verdict(session, &only_lifetime, now_ns) {
         // A session does not become younger: there is nothing more to record.
-        return u64::MAX;
+        Verdict::Expired { .. } => u64::MAX,
+        Verdict::Alive { look_again_ns } => {
+            look_again_ns.min(policy.next_activity_deadline_ns(now_ns))
+        }
     }
-    lifetime_ns.min(next(policy.idle_timeout_ns, now_ns))
 }
