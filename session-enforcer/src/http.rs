@@ -20,14 +20,22 @@ use tokio::{
     time::timeout,
 };
 
-/// Connections at once. A scraper needs one; a client that keeps more open waits.
-const MAX_CONNECTIONS: usize = 64;
-
 /// How long a client may take to send its request's headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection may last. Prometheus opens a new one when it ends.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
+/// What clients may take up, so that one that misbehaves keeps no health check out for long.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// Connections at once. A scraper needs one; who comes when they are used up waits.
+    connections: usize,
+    /// How long one may last: the headers, the engine's answer, and some time to take it.
+    lifetime: Duration,
+}
+
+const BOUNDS: Bounds = Bounds {
+    connections: 64,
+    lifetime: Duration::from_secs(15),
+};
 
 /// How long the engine may take to answer before it counts as stuck.
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,7 +56,9 @@ pub enum Request {
 
 /// Why the address could not be listened on.
 #[derive(Debug, Error)]
-#[error("metrics.listen: {address}: {source}; choose another address, or \"\" for none")]
+#[error(
+    "metrics.listen: {address}: {source}; choose another address, stop the program that has it, or \"\" for none"
+)]
 pub struct BindError {
     address: SocketAddr,
     source: io::Error,
@@ -70,7 +80,11 @@ pub fn bind(address: SocketAddr) -> Result<std::net::TcpListener, BindError> {
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, requests: mpsc::Sender<Request>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    serve_within(BOUNDS, listener, requests).await;
+}
+
+async fn serve_within(bounds: Bounds, listener: TcpListener, requests: mpsc::Sender<Request>) {
+    let slots = Arc::new(Semaphore::new(bounds.connections));
     loop {
         // The semaphore is never closed.
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
@@ -80,7 +94,8 @@ pub async fn serve(listener: TcpListener, requests: mpsc::Sender<Request>) {
             Ok((stream, _)) => {
                 let requests = requests.clone();
                 tokio::spawn(async move {
-                    connection(stream, requests).await;
+                    // Dropping the connection closes it.
+                    let _ = timeout(bounds.lifetime, connection(stream, requests)).await;
                     drop(slot);
                 });
             }
@@ -99,12 +114,14 @@ async fn connection(stream: TcpStream, requests: mpsc::Sender<Request>) {
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
+        // One request a connection: a scrape every few seconds gains nothing from more, and the
+        // longest time of a connection never cuts a second request short.
+        .keep_alive(false)
         .header_read_timeout(HEADER_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
-    match timeout(CONNECTION_TIMEOUT, served).await {
-        Ok(Ok(())) | Err(_) => {}
+    if let Err(error) = served.await {
         // Whatever a client does wrong is its own affair.
-        Ok(Err(error)) => tracing::debug!("an HTTP connection: {error}"),
+        tracing::debug!("an HTTP connection: {error}");
     }
 }
 
@@ -191,18 +208,24 @@ mod tests {
     async fn start(ready: Result<(), String>) -> SocketAddr {
         let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
-        let (sender, mut requests) = mpsc::channel(1);
+        let (sender, requests) = mpsc::channel(1);
         tokio::spawn(serve(TcpListener::from_std(listener).unwrap(), sender));
-        tokio::spawn(async move {
-            while let Some(request) = requests.recv().await {
-                match request {
-                    Request::Metrics(reply) => drop(reply.send(Ok("a 1\n".to_owned()))),
-                    Request::Ready(reply) => drop(reply.send(ready.clone())),
-                    Request::Live(reply) => drop(reply.send(())),
-                }
-            }
-        });
+        tokio::spawn(engine(requests, "a 1\n".to_owned(), ready));
         address
+    }
+
+    async fn engine(
+        mut requests: mpsc::Receiver<Request>,
+        metrics: String,
+        ready: Result<(), String>,
+    ) {
+        while let Some(request) = requests.recv().await {
+            match request {
+                Request::Metrics(reply) => drop(reply.send(Ok(metrics.clone()))),
+                Request::Ready(reply) => drop(reply.send(ready.clone())),
+                Request::Live(reply) => drop(reply.send(())),
+            }
+        }
     }
 
     async fn exchange(address: SocketAddr, request: &str) -> String {
@@ -253,6 +276,68 @@ mod tests {
                 .starts_with("HTTP/1.1 400")
         );
         assert!(get(address, "/healthz").await.ends_with("ok\n"));
+    }
+
+    #[tokio::test]
+    async fn head_has_the_headers_only() {
+        let address = start(Ok(())).await;
+        let head = exchange(address, "HEAD /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("content-length: 4\r\n"));
+        assert!(head.ends_with("\r\n\r\n"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_ends_with_its_answer() {
+        let address = start(Ok(())).await;
+        let twice = "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2);
+        let answer = exchange(address, &twice).await;
+        assert_eq!(answer.matches("ok\n").count(), 1, "{answer}");
+        assert!(answer.contains("connection: close"));
+    }
+
+    /// Each client holds a connection, and more of them than there are wait before the last one.
+    async fn standing_still(request: &str) {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let listener = TcpListener::from_std(listener).unwrap();
+        let (sender, requests) = mpsc::channel(1);
+        let bounds = Bounds {
+            connections: 2,
+            lifetime: Duration::from_millis(300),
+        };
+        tokio::spawn(serve_within(bounds, listener, sender));
+        // More than the socket buffers of both ends hold.
+        tokio::spawn(engine(requests, "a 1\n".repeat(4 << 20), Ok(())));
+        let mut clients = Vec::new();
+        for _ in 0..2 * bounds.connections {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(request.as_bytes()).await.unwrap();
+            clients.push(client);
+        }
+        // Sooner than the time for the headers would help.
+        let other = timeout(Duration::from_secs(3), get(address, "/healthz"));
+        assert!(other.await.unwrap().ends_with("ok\n"));
+    }
+
+    #[tokio::test]
+    async fn clients_that_do_not_take_their_answer_do_not_keep_others_out() {
+        standing_still("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    }
+
+    #[tokio::test]
+    async fn clients_that_do_not_finish_their_request_do_not_keep_others_out() {
+        standing_still("GET /metr").await;
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_is_stuck_is_told() {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (sender, requests) = mpsc::channel(1);
+        tokio::spawn(serve(TcpListener::from_std(listener).unwrap(), sender));
+        let answer = get(address, "/metrics").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        drop(requests);
     }
 
     #[tokio::test]

@@ -4,10 +4,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::time::{ClockId, clock_gettime};
 use prometheus::{
     Encoder as _, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
-    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    core::{Collector, Desc},
     process_collector::ProcessCollector,
+    proto::MetricFamily,
 };
 use session_enforcer_common::{ErrorKind, Reason, RuleCounters};
 
@@ -267,7 +270,7 @@ impl Metrics {
         add(r, IntGaugeVec::new(build, &labels))?
             .with_label_values(&[version, kernel])
             .set(1);
-        r.register(Box::new(ProcessCollector::for_self()))
+        r.register(Box::new(Process(ProcessCollector::for_self())))
     }
 
     /// Every series that can be known exists from the start, at zero: a rate needs a point before
@@ -414,6 +417,36 @@ impl Metrics {
     }
 }
 
+/// The library's metrics of the process, with the processor time to the nanosecond. The library
+/// gives whole seconds, and a daemon that uses a thousandth of a core needs a quarter of an hour
+/// for one.
+struct Process(ProcessCollector);
+
+impl Collector for Process {
+    fn desc(&self) -> Vec<&Desc> {
+        self.0.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let mut families = self.0.collect();
+        // Without a reading the library's whole seconds stand.
+        let Ok(used) = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from) else {
+            return families;
+        };
+        let is_cpu = |family: &&mut MetricFamily| family.name() == "process_cpu_seconds_total";
+        let samples = families
+            .iter_mut()
+            .filter(is_cpu)
+            .flat_map(MetricFamily::mut_metric);
+        for sample in samples {
+            let mut counter = prometheus::proto::Counter::default();
+            counter.set_value(used.as_secs_f64());
+            sample.set_counter(counter);
+        }
+        families
+    }
+}
+
 /// Brings a counter to a total that was counted elsewhere. It never goes back.
 fn raise(counter: &IntCounter, total: u64) {
     counter.inc_by(total.saturating_sub(counter.get()));
@@ -507,6 +540,18 @@ mod tests {
         }
         assert!(text.contains("process_resident_memory_bytes"));
         assert!(!text.contains("result=\"reset\",rule=\"ssh\""));
+    }
+
+    #[test]
+    fn processor_time_is_told_in_fractions_of_a_second() {
+        let text = metrics().render(&snapshot(0, 0, 0)).unwrap();
+        let name = "process_cpu_seconds_total ";
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        let seconds: f64 = value.parse().unwrap();
+        assert!(seconds > 0.0 && seconds.fract() != 0.0, "{value}");
     }
 
     #[test]

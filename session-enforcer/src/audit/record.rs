@@ -90,7 +90,8 @@ struct TerminationFields {
     mode: &'static str,
     result: &'static str,
     netns: u64,
-    established: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    established: Option<String>,
     last_activity: String,
     deadline: String,
     limit_seconds: f64,
@@ -117,7 +118,7 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
             action,
             outcome,
             reason: Some(reason_name(t.reason)),
-            duration: Some(t.answered_ns.saturating_sub(session.established_ns)),
+            duration: established_ns(session).map(|then| t.answered_ns.saturating_sub(then)),
         },
         rule: Some(RuleFields { name: t.rule }),
         network: Some(network(session)),
@@ -135,7 +136,7 @@ fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFiel
         mode: mode_name(t.mode),
         result: t.outcome.name(),
         netns: session.netns_cookie,
-        established: clock.format(session.established_ns),
+        established: established_ns(session).map(|then| clock.format(then)),
         last_activity: clock.format(session.last_activity_ns()),
         deadline: clock.format(t.deadline_ns),
         limit_seconds: t.limit.as_secs_f64(),
@@ -144,8 +145,16 @@ fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFiel
     }
 }
 
+/// When the session was established, where that is known. For a connection that is older than the
+/// daemon there is only the least age that it has, in the field of the same name.
+fn established_ns(session: &Session) -> Option<u64> {
+    (!session.end_is_unreported()).then_some(session.established_ns)
+}
+
+/// Negative where `to_ns` is the earlier one: a reset before its deadline must not look punctual.
 fn seconds_between(from_ns: u64, to_ns: u64) -> f64 {
-    Duration::from_nanos(to_ns.saturating_sub(from_ns)).as_secs_f64()
+    let seconds = Duration::from_nanos(from_ns.abs_diff(to_ns)).as_secs_f64();
+    if to_ns < from_ns { -seconds } else { seconds }
 }
 
 fn network(session: &Session) -> NetworkFields {

@@ -3,6 +3,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use proptest::prelude::*;
 use session_enforcer_common::{Address, Direction};
 
 use super::{writer::Output, *};
@@ -117,6 +118,60 @@ fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
 }
 
 #[test]
+fn a_reset_before_its_deadline_would_show() {
+    let session = session();
+    let early = Termination {
+        answered_ns: 901_002_000_000,
+        ..termination(&session)
+    };
+    assert!(line(&early).ends_with(r#""lateness_seconds":-0.001}}"#));
+}
+
+#[test]
+fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
+    let session = Session {
+        flags: session_enforcer_common::flags::END_UNREPORTED,
+        ..session()
+    };
+    let line = line(&termination(&session));
+    assert!(
+        !line.contains("established") && !line.contains("duration"),
+        "{line}"
+    );
+    assert!(line.contains(r#""last_activity":"2026-01-01T11:44:59.999000000Z""#));
+}
+
+proptest! {
+    #[test]
+    fn any_text_gives_one_line_of_json_that_says_it(
+        rule in any::<String>(),
+        error in any::<String>(),
+        direction: u8,
+        octets: [u8; 16],
+        times: [u64; 4],
+    ) {
+        let session = Session {
+            direction,
+            local: Address::from_octets(octets),
+            established_ns: times[0],
+            last_received_ns: times[1],
+            ..session()
+        };
+        let record = line(&Termination {
+            rule: &rule,
+            error: Some(&error),
+            deadline_ns: times[2],
+            answered_ns: times[3],
+            ..termination(&session)
+        });
+        prop_assert!(!record.contains(['\n', '\r']));
+        let json: serde_json::Value = serde_json::from_str(&record).unwrap();
+        prop_assert_eq!(json["rule"]["name"].as_str(), Some(rule.as_str()));
+        prop_assert_eq!(json["error"]["message"].as_str(), Some(error.as_str()));
+    }
+}
+
+#[test]
 fn the_daemon_s_own_records_name_version_and_rules() {
     let clock = WallClock::at(1_767_268_800_000_000_000, 0);
     let started = record::lifecycle("enforcer-started", "start", &clock, 0);
@@ -207,6 +262,63 @@ fn a_record_that_was_cut_does_not_swallow_the_next() {
 }
 
 #[test]
+fn a_record_that_was_cut_is_ended_once() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    for (line, room) in [("one\n", 6), ("two\n", 2), ("three\n", 1), ("four\n", 100)] {
+        disk.0.lock().unwrap().1 = room;
+        output.write(line.as_bytes(), 1);
+    }
+    assert_eq!(
+        (disk.text().as_str(), output.lost()),
+        ("one\ntw\nfour\n", 2)
+    );
+}
+
+/// A disk that stands still before it takes anything.
+struct Slow(Disk, Option<Duration>);
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(delay) = self.1.take() {
+            std::thread::sleep(delay);
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_that_stands_still_for_a_moment_loses_nothing() {
+    let disk = Disk::with_room(usize::MAX);
+    let slow = Slow(disk.clone(), Some(Duration::from_millis(100)));
+    let mut writer = Writer::start(Output::new(slow, None)).unwrap();
+    for _ in 0..10_000 {
+        writer.write(b"one\n".to_vec(), 1);
+    }
+    assert_eq!(writer.lost(), 0);
+    writer.close();
+    assert_eq!(disk.text().lines().count(), 10_000);
+}
+
+#[test]
+fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
+    let disk = Disk::with_room(usize::MAX);
+    let slow = Slow(disk.clone(), Some(Duration::from_secs(1)));
+    let mut writer = Writer::start(Output::new(slow, None)).unwrap();
+    let megabyte = [vec![b'x'; (1 << 20) - 1], vec![b'\n']].concat();
+    for _ in 0..40 {
+        writer.write(megabyte.clone(), 1);
+    }
+    assert_eq!(writer.lost(), 8);
+    writer.close();
+    assert_eq!(disk.text().lines().count(), 32);
+}
+
+#[test]
 fn the_end_waits_for_the_last_record() {
     let disk = Disk::with_room(1000);
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
@@ -235,6 +347,20 @@ fn a_file_is_appended_to_and_opened_again() {
     audit.close();
     assert_eq!(std::fs::read_to_string(moved).unwrap(), "before\none\n");
     assert_eq!(std::fs::read_to_string(path).unwrap(), "two\n");
+}
+
+#[test]
+fn a_line_that_an_earlier_run_or_the_same_one_left_open_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.json");
+    std::fs::write(&path, "cut").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
+    audit.add("one");
+    audit.flush();
+    audit.reopen();
+    audit.add("two");
+    audit.close();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "cut\none\ntwo\n");
 }
 
 #[test]

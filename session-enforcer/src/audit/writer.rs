@@ -3,12 +3,15 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt as _,
+    os::{
+        fd::AsFd as _,
+        unix::fs::{FileExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
     },
     thread,
     time::Duration,
@@ -18,9 +21,10 @@ use thiserror::Error;
 
 use crate::config::AuditTarget;
 
-/// Batches that may wait for the thread. The engine hands over one a pass, of a thousand records at
-/// most: a reader that stands still costs some 50 MB before records are lost and counted.
-const QUEUE: usize = 64;
+/// Bytes that may wait for the thread before records are lost and counted: some 50,000 records. In
+/// bytes and not in batches, because a batch may be one record, and a disk that stands still for a
+/// moment must not lose the few hundred that come meanwhile.
+const MAX_WAITING_BYTES: usize = 32 << 20;
 
 /// How long the end of the daemon waits for the thread.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,35 +53,55 @@ enum Task {
     Reopen,
 }
 
+impl Task {
+    fn len(&self) -> usize {
+        match self {
+            Self::Write { bytes, .. } => bytes.len(),
+            Self::Reopen => 0,
+        }
+    }
+}
+
 /// The engine's side of the thread.
 #[derive(Debug)]
 pub(super) struct Writer {
-    tasks: Option<SyncSender<Task>>,
+    tasks: Option<Sender<Task>>,
     done: Receiver<()>,
     lost: Arc<AtomicU64>,
+    waiting_bytes: Arc<AtomicUsize>,
+    /// Whether the last records were lost, which was logged then.
+    overflowing: bool,
 }
 
 impl Writer {
     pub(super) fn open(target: &AuditTarget) -> Result<Self, AuditError> {
         match target {
-            AuditTarget::Stdout => Self::start(Output::new(io::stdout(), None)),
-            AuditTarget::File(path) => {
-                let file = open(path).map_err(|source| AuditError::Open {
-                    path: path.clone(),
+            AuditTarget::Stdout => {
+                let file = unbuffered_stdout().map_err(|source| AuditError::Open {
+                    path: PathBuf::from("-"),
                     source,
                 })?;
-                Self::start(Output::new(file, Some(path.clone())))
+                Self::start(Output::new(file, None))
+            }
+            AuditTarget::File(path) => {
+                Self::start(Output::open(path).map_err(|source| AuditError::Open {
+                    path: path.clone(),
+                    source,
+                })?)
             }
         }
     }
 
     pub(super) fn start(mut output: Output) -> Result<Self, AuditError> {
-        let (tasks, queue) = sync_channel(QUEUE);
+        let (tasks, queue) = channel();
         let (finished, done) = channel();
         let lost = Arc::clone(&output.lost);
+        let waiting_bytes = Arc::new(AtomicUsize::new(0));
+        let waiting = Arc::clone(&waiting_bytes);
         let work = move || {
             for task in queue {
                 output.perform(&task);
+                waiting.fetch_sub(task.len(), Ordering::Relaxed);
             }
             // Nobody listens where the daemon did not wait so long.
             let _ = finished.send(());
@@ -90,32 +114,35 @@ impl Writer {
             tasks: Some(tasks),
             done,
             lost,
+            waiting_bytes,
+            overflowing: false,
         })
     }
 
-    pub(super) fn write(&self, bytes: Vec<u8>, records: u64) {
-        let Some(tasks) = &self.tasks else {
-            return;
-        };
-        match tasks.try_send(Task::Write { bytes, records }) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                self.lost.fetch_add(records, Ordering::Relaxed);
-                tracing::error!(
-                    "{records} audit records are lost: the audit is not written fast enough"
-                );
+    /// Hands records over, or counts them as lost where too many wait already.
+    pub(super) fn write(&mut self, bytes: Vec<u8>, records: u64) {
+        let is_full = self.waiting_bytes.load(Ordering::Relaxed) + bytes.len() > MAX_WAITING_BYTES;
+        if is_full || !self.send(Task::Write { bytes, records }) {
+            self.lost.fetch_add(records, Ordering::Relaxed);
+            if !std::mem::replace(&mut self.overflowing, true) {
+                tracing::error!("audit records are lost: nobody takes them, or not fast enough");
             }
+        } else if std::mem::take(&mut self.overflowing) {
+            tracing::info!("audit records are taken again");
         }
     }
 
     pub(super) fn reopen(&self) {
-        let sent = self
-            .tasks
-            .as_ref()
-            .map(|tasks| tasks.try_send(Task::Reopen));
-        if !matches!(sent, Some(Ok(()))) {
-            tracing::error!("the audit file is not opened again: its writer does not keep up");
+        if !self.send(Task::Reopen) {
+            tracing::error!("the audit file is not opened again: its writer has ended");
         }
+    }
+
+    fn send(&self, task: Task) -> bool {
+        // Before the thread can take it off again.
+        self.waiting_bytes.fetch_add(task.len(), Ordering::Relaxed);
+        let sent = self.tasks.as_ref().map(|tasks| tasks.send(task));
+        matches!(sent, Some(Ok(())))
     }
 
     /// Ends the thread when it has written everything.
@@ -139,6 +166,23 @@ fn open(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
+/// Standard output without the buffer of the standard library, which would call records written
+/// that are not.
+fn unbuffered_stdout() -> io::Result<File> {
+    Ok(io::stdout().as_fd().try_clone_to_owned()?.into())
+}
+
+/// Whether the file ends within a line: the machine or the disk failed while it was written.
+fn ends_mid_line(file: &File, path: &Path) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() == 0 {
+        return Ok(false);
+    }
+    let mut last = [0];
+    File::open(path)?.read_exact_at(&mut last, metadata.len() - 1)?;
+    Ok(last != *b"\n")
+}
+
 /// Where the records go, and what became of them.
 pub(super) struct Output {
     sink: Box<dyn Write + Send>,
@@ -151,6 +195,17 @@ pub(super) struct Output {
 }
 
 impl Output {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = open(path)?;
+        // A file that may be written and not read is taken as whole.
+        let mid_line = ends_mid_line(&file, path).unwrap_or(false);
+        Ok(Self {
+            mid_line,
+            ..Self::new(file, Some(path.to_owned()))
+        })
+    }
+
+    /// `sink` keeps no buffer: what it took is written.
     pub(super) fn new(sink: impl Write + Send + 'static, path: Option<PathBuf>) -> Self {
         Self {
             sink: Box::new(sink),
@@ -179,13 +234,15 @@ impl Output {
         let separator: &[u8] = if self.mid_line { b"\n" } else { b"" };
         let (_, separated) = write_some(&mut self.sink, separator);
         let (written, result) = match separated {
-            Ok(()) => write_some(&mut self.sink, bytes),
+            Ok(()) => {
+                self.mid_line = false;
+                write_some(&mut self.sink, bytes)
+            }
             Err(error) => (0, Err(error)),
         };
         if let Some(last) = bytes[..written].last() {
             self.mid_line = *last != b'\n';
         }
-        let result = result.and_then(|()| self.sink.flush());
         self.note(result, &bytes[written..], records);
     }
 
@@ -212,10 +269,11 @@ impl Output {
         let Some(path) = &self.path else {
             return;
         };
-        match open(path) {
-            Ok(file) => {
-                self.sink = Box::new(file);
-                self.mid_line = false;
+        match Self::open(path) {
+            Ok(output) => {
+                self.sink = output.sink;
+                // It may be the file that was open, which may end with a record that was cut.
+                self.mid_line = output.mid_line;
             }
             Err(error) => {
                 tracing::error!(
