@@ -238,8 +238,8 @@ fn a_wrong_limit_is_pointed_at() {
 
 #[test]
 fn a_rule_has_limits_or_is_exempt() {
-    let none = "x.toml:1:1: rule \"a\": has no limit; add idle_timeout or max_lifetime or both, or \
-                action = \"exempt\"";
+    let none = "x.toml:1:1: rule \"a\": has no limit; add idle_timeout, max_lifetime or \
+                response_timeout, or action = \"exempt\"";
     let both = "is a limit, and an exempt rule has none; remove it, or action = \"exempt\"";
     all_refused(&[
         ("[[rule]]\nname = 'a'\n", none),
@@ -258,6 +258,7 @@ fn a_rule_has_limits_or_is_exempt() {
         rule("action = 'exempt'").policy(4),
         Policy {
             tick_ns: 4,
+            min_payload: 1,
             ..Policy::default()
         }
     );
@@ -352,13 +353,100 @@ fn the_quick_form_is_checked_too() {
 
 #[test]
 fn limits_reach_the_kernel_in_nanoseconds() {
-    let policy = rule("idle_timeout = '1500ms'\nmax_lifetime = '36500d'").policy(4_000_000);
+    let policy = rule(
+        "idle_timeout = '1500ms'\nmax_lifetime = '36500d'\nlifetime_jitter = '25%'\n\
+         response_timeout = '2s'\nactivity = 'sent'\nmin_payload = 1400",
+    )
+    .policy(4_000_000);
     let expected = Policy {
         idle_timeout_ns: 1_500_000_000,
         max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
+        lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
+        response_timeout_ns: 2_000_000_000,
         tick_ns: 4_000_000,
+        min_payload: 1400,
+        activity: 2,
+        reserved: [0; 3],
     };
     assert_eq!(policy, expected);
+}
+
+#[test]
+fn a_key_that_would_have_no_effect_or_too_much_is_pointed_at() {
+    let jitter = "allowed: a share such as \"10%\", from \"0%\" to \"90%\"";
+    let bytes = "allowed: a number of bytes from 1 to 1400";
+    let idle = "idle_timeout = '5s'";
+    let lifetime = "max_lifetime = '5s'";
+    for (limit, key, problem) in [
+        (
+            lifetime,
+            "activity = 'any'",
+            "has no effect without idle_timeout; add it, or remove this".to_owned(),
+        ),
+        (
+            lifetime,
+            "min_payload = 2",
+            "has no effect without idle_timeout or response_timeout; add it, or remove this"
+                .to_owned(),
+        ),
+        (
+            idle,
+            "lifetime_jitter = '10%'",
+            "has no effect without max_lifetime; add it, or remove this".to_owned(),
+        ),
+        (
+            idle,
+            "activity = 'both'",
+            "found \"both\"; allowed: \"any\", \"received\" or \"sent\"".to_owned(),
+        ),
+        (
+            idle,
+            "min_payload = 0",
+            format!("found the number 0; {bytes}"),
+        ),
+        (
+            idle,
+            "min_payload = 1401",
+            format!("found the number 1401; {bytes}"),
+        ),
+        (
+            lifetime,
+            "lifetime_jitter = '10'",
+            format!("found \"10\"; {jitter}"),
+        ),
+        (
+            lifetime,
+            "lifetime_jitter = '91%'",
+            format!("found \"91%\"; {jitter}"),
+        ),
+        (
+            lifetime,
+            "lifetime_jitter = '+5%'",
+            format!("found \"+5%\"; {jitter}"),
+        ),
+        (
+            lifetime,
+            "lifetime_jitter = 10",
+            format!("found the number 10; {jitter}"),
+        ),
+        (
+            lifetime,
+            "lifetime_jitter = '81%'",
+            "could shorten max_lifetime to less than 1s, the shortest limit; use a smaller share"
+                .to_owned(),
+        ),
+    ] {
+        let name = key.split(' ').next().unwrap();
+        let text = format!("[[rule]]\nname = 'a'\n{limit}\n{key}\n");
+        let error = refused(&text);
+        assert!(error.starts_with("x.toml:4:"), "{error}");
+        assert!(
+            error.ends_with(&format!("rule \"a\": {name}: {problem}")),
+            "{error}"
+        );
+    }
+    let outbound = "[[rule]]\nname = 'a'\ndirection = 'outbound'\nresponse_timeout = '5s'\n";
+    assert!(refused(outbound).contains("response_timeout: is for inbound connections"));
 }
 
 #[test]
