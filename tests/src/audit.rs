@@ -65,9 +65,10 @@ impl Record {
         ["source.bytes", "destination.bytes"].map(|path| self.at(path).as_u64().unwrap_or(0))
     }
 
-    /// The port of the end that dialled.
-    pub fn source_port(&self) -> u64 {
-        self.at("source.port").as_u64().unwrap_or(0)
+    /// The ports of the end that dialled and of the other.
+    pub fn ports(&self) -> [u16; 2] {
+        let port = |path| self.at(path).as_u64().and_then(|port| port.try_into().ok());
+        ["source.port", "destination.port"].map(|path| port(path).unwrap_or(0))
     }
 
     /// Asserts that this session was reset for this reason, not before its deadline, and that its

@@ -58,6 +58,19 @@ impl Moment {
         ))
     }
 
+    /// This long ago, give or take `error`.
+    pub fn before_now(age: Duration, error: Duration) -> Self {
+        let now = Time::now();
+        let ago = |age| Time {
+            at: now.at - age,
+            wall: now.wall.saturating_sub(age),
+        };
+        Self {
+            earliest: ago(age + error),
+            latest: ago(age.saturating_sub(error)),
+        }
+    }
+
     /// From the beginning of this one to the end of the other.
     #[must_use]
     pub fn until(self, other: Self) -> Self {

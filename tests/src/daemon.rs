@@ -7,7 +7,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus},
+    process::{Child, Command, ExitStatus, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,8 +18,11 @@ use nix::{
 use tempfile::TempDir;
 
 use crate::{
-    audit::Record, cgroup::Cgroup, clock::eventually, metrics::Metrics, process::die_with_parent,
-    tcp::PATIENCE,
+    audit::Record,
+    clock::eventually,
+    metrics::Metrics,
+    process::{Finished, die_with_parent, keep_capabilities, run_to_end},
+    tcp::{PATIENCE, Pair},
 };
 
 /// Names the daemon's binary; `cargo xtask test` sets it.
@@ -58,6 +61,117 @@ fn binary() -> Result<PathBuf> {
     })
 }
 
+/// What a daemon is started with.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    cgroup: &'a Path,
+    config: Option<&'a str>,
+    args: &'a [&'a str],
+    capabilities: Option<&'a [u8]>,
+}
+
+impl<'a> Launch<'a> {
+    /// A daemon that watches this cgroup.
+    pub fn on(cgroup: &'a Path) -> Self {
+        Self {
+            cgroup,
+            config: None,
+            args: &[],
+            capabilities: None,
+        }
+    }
+
+    /// With a file of this configuration, in TOML.
+    #[must_use]
+    pub fn config(self, text: &'a str) -> Self {
+        Self {
+            config: Some(text),
+            ..self
+        }
+    }
+
+    /// With these arguments more.
+    #[must_use]
+    pub fn args(self, args: &'a [&'a str]) -> Self {
+        Self { args, ..self }
+    }
+
+    /// With these capabilities alone, by their numbers in `linux/capability.h`.
+    #[must_use]
+    pub fn capabilities(self, bits: &'a [u8]) -> Self {
+        Self {
+            capabilities: Some(bits),
+            ..self
+        }
+    }
+
+    fn command(&self, directory: &Path) -> Result<Command> {
+        let mut command = daemon_command()?;
+        command.arg("run").arg("--cgroup").arg(self.cgroup);
+        if let Some(text) = self.config {
+            let path = directory.join("config.toml");
+            fs::write(&path, text)?;
+            command.arg("--config").arg(path);
+        }
+        let audit = directory.join("audit.json");
+        let defaults = [
+            ("--audit", audit.as_path()),
+            ("--metrics-listen", Path::new("127.0.0.1:0")),
+        ];
+        for (flag, value) in defaults {
+            if !self.args.contains(&flag) {
+                command.arg(flag).arg(value);
+            }
+        }
+        command.args(self.args);
+        if let Some(bits) = self.capabilities {
+            keep_capabilities(&mut command, bits);
+        }
+        Ok(command)
+    }
+
+    /// Starts the daemon and waits until it is ready.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or is not ready in time, with its log.
+    pub fn start(&self) -> Result<Daemon> {
+        let directory = tempfile::tempdir()?;
+        let mut command = self.command(directory.path())?;
+        let output = |name: &str| File::create(directory.path().join(name));
+        command
+            .stdin(Stdio::null())
+            .stdout(output("stdout")?)
+            .stderr(output("log")?);
+        let child = die_with_parent(&mut command)
+            .spawn()
+            .context("starting the daemon")?;
+        let metrics = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut daemon = Daemon {
+            child,
+            directory,
+            metrics,
+            quiet: false,
+        };
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        daemon.when_running("the daemon is ready", |daemon| {
+            let (status, _) = daemon.get("/readyz")?;
+            Ok((status == 200).then_some(()))
+        })?;
+        Ok(daemon)
+    }
+
+    /// Starts a daemon that must refuse to run, and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// Where it runs.
+    pub fn refused(&self) -> Result<Finished> {
+        let directory = tempfile::tempdir()?;
+        run_to_end(self.command(directory.path())?, PATIENCE)
+    }
+}
+
 /// A running daemon. On drop it is killed, and its log and audit go to the test's output, which
 /// is shown where the test fails.
 #[derive(Debug)]
@@ -69,51 +183,6 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon on a cgroup, and waits until it is ready. The configuration is TOML.
-    ///
-    /// # Errors
-    ///
-    /// Where it ends or is not ready in time, with its log.
-    pub fn start(cgroup: &Cgroup, config: &str) -> Result<Self> {
-        Self::start_with(cgroup, config, &[])
-    }
-
-    /// The same with more arguments.
-    ///
-    /// # Errors
-    ///
-    /// Where it ends or is not ready in time, with its log.
-    pub fn start_with(cgroup: &Cgroup, config: &str, args: &[&str]) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let config_path = directory.path().join("config.toml");
-        fs::write(&config_path, config)?;
-        let mut command = daemon_command()?;
-        command.arg("run").arg("--config").arg(config_path);
-        command.arg("--cgroup").arg(cgroup.path());
-        command
-            .arg("--audit")
-            .arg(directory.path().join("audit.json"));
-        command.args(["--metrics-listen", "127.0.0.1:0"]).args(args);
-        let output = |name: &str| File::create(directory.path().join(name));
-        command.stdout(output("stdout")?).stderr(output("log")?);
-        let child = die_with_parent(&mut command)
-            .spawn()
-            .context("starting the daemon")?;
-        let metrics = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut daemon = Self {
-            child,
-            directory,
-            metrics,
-            quiet: false,
-        };
-        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
-        daemon.when_running("the daemon is ready", |d| {
-            let (status, _) = d.get("/readyz")?;
-            Ok((status == 200).then_some(()))
-        })?;
-        Ok(daemon)
-    }
-
     /// Leaves the log and the audit out of the output on drop.
     #[must_use]
     pub fn quiet(mut self) -> Self {
@@ -201,11 +270,11 @@ impl Daemon {
         .with_context(|| format!("{count} records, the daemon's log:\n{}", self.log()))
     }
 
-    /// Waits for the record of the one termination that there must be.
+    /// Waits for the record of the only termination that there must be.
     ///
     /// # Errors
     ///
-    /// Where there are none or several.
+    /// Where there is none or are several.
     pub fn wait_for_termination(&self) -> Result<Record> {
         let mut records = self.wait_for_terminations(1)?;
         ensure!(
@@ -213,6 +282,35 @@ impl Daemon {
             "one termination was expected: {records:#?}"
         );
         records.pop().context("one record")
+    }
+
+    /// Waits for the record of this connection's only termination.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none or are several.
+    pub fn wait_for_termination_of(&self, pair: &Pair) -> Result<Record> {
+        let mut records = eventually("a termination in the audit", PATIENCE, || {
+            let records = self.terminations_of(pair)?;
+            Ok((!records.is_empty()).then_some(records))
+        })?;
+        ensure!(
+            records.len() == 1,
+            "one termination was expected: {records:#?}"
+        );
+        records.pop().context("one record")
+    }
+
+    /// The records of this connection's terminations so far.
+    ///
+    /// # Errors
+    ///
+    /// Where a line is not JSON.
+    pub fn terminations_of(&self, pair: &Pair) -> Result<Vec<Record>> {
+        let ports = [pair.client_address.port(), pair.server_address.port()];
+        let mut records = self.terminations()?;
+        records.retain(|record| record.ports() == ports);
+        Ok(records)
     }
 
     /// Scrapes the metrics.

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::{
     agent::{Agent, Place},
     cgroup::Cgroup,
-    daemon::Daemon,
+    daemon::{Daemon, Launch},
     netns::Netns,
 };
 
@@ -72,12 +72,17 @@ impl Lab {
         Agent::start(&self.agent, &Place::here().in_netns(netns))
     }
 
-    /// Starts the daemon on the cgroup.
+    /// A daemon to be started on the cgroup.
+    pub fn launch(&self) -> Launch<'_> {
+        Launch::on(self.cgroup.path())
+    }
+
+    /// Starts the daemon on the cgroup, with this configuration.
     ///
     /// # Errors
     ///
     /// Where it is not ready in time.
     pub fn daemon(&self, config: &str) -> Result<Daemon> {
-        Daemon::start(&self.cgroup, config)
+        Launch::on(self.cgroup.path()).config(config).start()
     }
 }

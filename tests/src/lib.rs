@@ -10,6 +10,7 @@
 
 mod agent;
 mod audit;
+mod big_tcp;
 mod cgroup;
 mod clock;
 mod daemon;
@@ -24,15 +25,17 @@ mod tcp;
 
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
+pub use big_tcp::allow_big_tcp;
 pub use cgroup::Cgroup;
 pub use clock::{Moment, Time, eventually};
-pub use daemon::{Daemon, daemon_command};
+pub use daemon::{Daemon, Launch, daemon_command};
 pub use lab::Lab;
 pub use metrics::Metrics;
 pub use netns::{Netns, Veth};
 pub use options::{
     bind_to_device, keep_alive, last_error, option, reset_on_close, set_bytes_option, set_option,
+    tcp_info,
 };
-pub use process::{Finished, die_with_parent, run_to_end};
+pub use process::{Finished, die_with_parent, keep_capabilities, run_to_end};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};

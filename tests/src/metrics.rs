@@ -18,10 +18,15 @@ impl Metrics {
     ///
     /// Where there is no metric of the name: a misspelt one is not 0.
     pub fn get(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        // The parts of a histogram are under its name.
+        let family = ["_count", "_sum"]
+            .into_iter()
+            .find_map(|part| name.strip_suffix(part));
         let type_line = |line: &str| {
-            line.strip_prefix("# TYPE ")
-                .and_then(|rest| rest.split(' ').next())
-                == Some(name)
+            let described = line
+                .strip_prefix("# TYPE ")
+                .and_then(|rest| rest.split(' ').next());
+            described.is_some_and(|found| found == name || Some(found) == family)
         };
         ensure!(
             self.0.lines().any(type_line),
@@ -83,6 +88,8 @@ a_total_more 7
 
     #[test]
     fn a_metric_that_is_not_there_is_an_error() {
-        assert!(Metrics::new(TEXT.to_owned()).get("b_total", &[]).is_err());
+        let metrics = Metrics::new(TEXT.to_owned());
+        assert!(metrics.get("b_total", &[]).is_err());
+        assert!(metrics.get("a_total_more_sum", &[]).is_ok());
     }
 }

@@ -1,7 +1,7 @@
 //! Socket options, as setsockopt(2) has them.
 
 use std::{
-    io,
+    io, mem,
     os::fd::{AsFd, AsRawFd as _},
     time::Duration,
 };
@@ -110,4 +110,31 @@ pub fn bind_to_device(socket: &impl AsFd, interface: &str) -> Result<()> {
         libc::SO_BINDTODEVICE,
         interface.as_bytes(),
     )
+}
+
+/// What the kernel says about a connection.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn tcp_info(socket: &impl AsFd) -> Result<libc::tcp_info> {
+    // SAFETY: a structure of integers, for which zeroes are a value.
+    let mut info: libc::tcp_info = unsafe { mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    let status = unsafe {
+        let value = (&raw mut info).cast();
+        libc::getsockopt(
+            fd,
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            value,
+            &raw mut length,
+        )
+    };
+    if status != 0 {
+        bail!("reading TCP_INFO: {}", io::Error::last_os_error());
+    }
+    Ok(info)
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::{sys::prctl, sys::signal::Signal, unistd::Uid};
+use nix::{errno::Errno, sys::prctl, sys::signal::Signal, unistd::Uid};
 
 use crate::clock::eventually;
 
@@ -29,6 +29,26 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     let set = || prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
     // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
     unsafe { command.pre_exec(set) }
+}
+
+/// Leaves the command's process no capabilities but these, by their numbers.
+///
+/// The others leave the bounding set, which is all that the program gets, although it is root's.
+pub fn keep_capabilities<'a>(command: &'a mut Command, bits: &[u8]) -> &'a mut Command {
+    let others: Vec<u8> = (0..64).filter(|bit| !bits.contains(bit)).collect();
+    let drop_others = move || {
+        for bit in &others {
+            // SAFETY: a system call without pointers.
+            let status = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(*bit)) };
+            // The kernel knows fewer than 64.
+            if status != 0 && Errno::last() != Errno::EINVAL {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(drop_others) }
 }
 
 /// Runs a tool of the system, for what it prints.

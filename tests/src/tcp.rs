@@ -1,9 +1,10 @@
 //! Connections whose both ends the test holds.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -123,6 +124,10 @@ pub struct Pair {
     pub client: TcpStream,
     /// The end that accepted.
     pub server: TcpStream,
+    /// Address of the end that dialled, which the kernel forgets when the connection ends.
+    pub client_address: SocketAddr,
+    /// Address of the end that accepted.
+    pub server_address: SocketAddr,
     /// When it was established, at both ends.
     pub opened: Moment,
 }
@@ -145,14 +150,17 @@ impl Pair {
     pub fn dial(socket: OwnedFd, listener: &Listener, to: SocketAddr) -> Result<Self> {
         let ends = || Ok((dial(socket, to)?, listener.accept()?));
         let (opened, (client, server)) = Moment::of(ends)?;
-        let (dialled, accepted) = (client.local_addr()?, server.peer_addr()?);
+        let (client_address, server_address) = (client.local_addr()?, server.local_addr()?);
+        let accepted = server.peer_addr()?;
         ensure!(
-            dialled.port() == accepted.port(),
-            "{accepted} was accepted for {dialled}"
+            accepted.port() == client_address.port(),
+            "{accepted} was accepted for {client_address}"
         );
         Ok(Self {
             client,
             server,
+            client_address,
+            server_address,
             opened,
         })
     }
@@ -196,8 +204,32 @@ impl Pair {
             if start.elapsed() >= duration {
                 return Ok(last);
             }
-            std::thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Round trips until the connection ends: the end, as the end that dialled or the one that
+    /// accepted sees it first.
+    ///
+    /// # Errors
+    ///
+    /// Where it lives for as long as [`PATIENCE`].
+    pub fn keep_busy_until_end(&self) -> Result<End> {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
+            if let Err(error) = self.round_trip() {
+                let seen = Time::now();
+                let io = error
+                    .downcast_ref::<io::Error>()
+                    .and_then(io::Error::raw_os_error);
+                return Ok(End {
+                    error: io.map(Errno::from_raw),
+                    seen,
+                });
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        bail!("the busy connection lives after {PATIENCE:?}")
     }
 
     /// Waits for the end of both ends: the client's, then the server's.

@@ -1,33 +1,21 @@
 //! The idle timeout: a session without new payload is reset at its deadline, never before, and one
 //! with payload lives.
 
-use std::time::Duration;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Pair};
+use session_enforcer_tests::{Lab, Pair};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
 
-/// The audit of the one session that was reset.
-fn assert_recorded(
-    daemon: &Daemon,
-    pair: &Pair,
-    since: &session_enforcer_tests::Moment,
-) -> Result<()> {
-    let record = daemon.wait_for_termination()?;
-    record.assert_reset("idle_timeout", since, LIMIT);
-    assert_eq!(
-        record.source_port(),
-        u64::from(pair.client.local_addr()?.port())
-    );
-    Ok(())
-}
-
 #[test]
-fn an_idle_client_is_reset_at_the_deadline_where_the_server_is_tracked() -> Result<()> {
+fn an_idle_session_is_reset_at_the_deadline_where_the_server_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(RULE)?;
@@ -36,11 +24,14 @@ fn an_idle_client_is_reset_at_the_deadline_where_the_server_is_tracked() -> Resu
     let [client, server] = pair.ends()?;
     client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
     server.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
-    assert_recorded(&daemon, &pair, &last)
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.text("network.direction"), "inbound");
+    Ok(())
 }
 
 #[test]
-fn an_idle_client_is_reset_at_the_deadline_where_it_is_tracked_itself() -> Result<()> {
+fn an_idle_session_is_reset_at_the_deadline_where_the_client_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.outside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(RULE)?;
@@ -49,5 +40,79 @@ fn an_idle_client_is_reset_at_the_deadline_where_it_is_tracked_itself() -> Resul
     let [client, server] = pair.ends()?;
     client.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
     server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
-    assert_recorded(&daemon, &pair, &last)
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.text("network.direction"), "outbound");
+    Ok(())
+}
+
+#[test]
+fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.inside, &listener)?;
+    let last = pair.round_trip()?;
+    let ends = pair.ends()?;
+    // Both are due at the same time. The first to be destroyed resets the other, whose own end
+    // comes before its destruction or after it.
+    assert!(
+        ends.iter()
+            .any(|end| end.error == Some(Errno::ECONNABORTED)),
+        "{ends:?}"
+    );
+    for end in ends {
+        end.assert_not_early(&last, LIMIT);
+        let error = end.error;
+        assert!(
+            matches!(error, Some(Errno::ECONNABORTED | Errno::ECONNRESET)),
+            "{error:?}"
+        );
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    for record in daemon.wait_for_terminations(1)? {
+        record.assert_due("idle_timeout", &last, LIMIT);
+        assert_ne!(record.text("session_enforcer.result"), "failed");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_clock_of_a_session_that_never_carried_payload_starts_when_it_is_established() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let [client, _] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert_eq!(record.bytes(), [0, 0]);
+    Ok(())
+}
+
+#[test]
+fn payload_in_either_direction_keeps_a_session_alive_for_one_timeout_more() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let pairs = [open()?, open()?, open()?];
+    let start = Instant::now();
+    let mut last = pairs.each_ref().map(|pair| pair.opened);
+    while start.elapsed() < 2 * LIMIT {
+        last = [
+            pairs[0].round_trip()?,
+            pairs[1].to_server(b"x")?,
+            pairs[2].to_client(b"x")?,
+        ];
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(daemon.terminations()?.len(), 0);
+    for (pair, last) in pairs.iter().zip(last) {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+    }
+    Ok(())
 }

@@ -1,0 +1,188 @@
+//! Connections that are older than the daemon are enforced with their true age.
+
+use std::{net::Ipv4Addr, net::Shutdown, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Daemon, Lab, Moment, Netns, Pair, Veth, reset_on_close};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(3);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+fn adopted(daemon: &Daemon) -> Result<f64> {
+    daemon.metric("session_enforcer_sessions_adopted_total", &[])
+}
+
+fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
+    for end in pair.ends()? {
+        end.assert_not_early(last, LIMIT);
+    }
+    daemon
+        .wait_for_termination_of(pair)?
+        .assert_reset("idle_timeout", last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn an_adopted_session_is_reset_when_its_idleness_from_before_and_after_the_start_is_enough()
+-> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let far = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let inbound = Pair::open(&lab.outside, &listener)?;
+    let outbound = Pair::open(&lab.inside, &far)?;
+    let last = [inbound.to_server(b"in")?, outbound.to_server(b"out")?];
+    last[1].wait(Duration::from_secs(2));
+    let daemon = lab.daemon(RULE)?;
+    assert_eq!(adopted(&daemon)?, 2.0);
+    for (pair, last, direction, bytes) in [
+        (&inbound, last[0], "inbound", [2, 0]),
+        (&outbound, last[1], "outbound", [3, 0]),
+    ] {
+        assert_reset_for(&daemon, pair, &last)?;
+        let record = daemon.wait_for_termination_of(pair)?;
+        assert_eq!(record.text("network.direction"), direction);
+        assert_eq!(record.bytes(), bytes);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adopted_session_that_is_idle_for_too_long_already_is_reset_at_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(LIMIT + Duration::from_millis(500));
+    let daemon = lab.daemon(RULE)?;
+    assert_reset_for(&daemon, &pair, &pair.opened)
+}
+
+#[test]
+fn an_adopted_session_lives_while_it_is_busy_and_one_timeout_more() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(Duration::from_secs(1));
+    let daemon = lab.daemon(RULE)?;
+    let last = pair.keep_busy(LIMIT + Duration::from_secs(1))?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+#[test]
+fn sessions_of_other_namespaces_are_adopted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let clients = [lab.inside_in(&left)?, lab.outside_in(&left)?];
+    let servers = [lab.outside_in(&right)?, lab.inside_in(&right)?];
+    // A port with a listener is how the daemon knows who dialled.
+    let (mut pairs, mut listeners) = (Vec::new(), Vec::new());
+    for address in [Veth::RIGHT, Veth::RIGHT_V6] {
+        for (client, server) in clients.iter().zip(&servers) {
+            let listener = server.listen((address, 0))?;
+            pairs.push(Pair::open(client, &listener)?);
+            listeners.push(listener);
+        }
+    }
+    pairs[3].opened.wait(Duration::from_secs(1));
+    let daemon = lab.daemon(RULE)?;
+    assert_eq!(adopted(&daemon)?, 4.0);
+    let last = pairs[3].round_trip()?;
+    for pair in &pairs[..3] {
+        assert_reset_for(&daemon, pair, &pair.opened)?;
+    }
+    assert_reset_for(&daemon, &pairs[3], &last)
+}
+
+#[test]
+fn an_adopted_session_that_ends_by_itself_is_forgotten_without_a_record() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let [closed, reset, reset_here] = [open()?, open()?, open()?];
+    let daemon = lab.daemon(RULE)?;
+    assert_eq!(adopted(&daemon)?, 3.0);
+    reset_on_close(&reset.client)?;
+    reset_on_close(&reset_here.server)?;
+    let (reset_by_server, other_end) = (reset_here.server, reset_here.client);
+    drop((closed, reset, reset_by_server, other_end));
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    // Their deadlines pass.
+    let pair = open()?;
+    assert_reset_for(&daemon, &pair, &pair.opened)?;
+    assert_eq!(daemon.terminations()?.len(), 1);
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_closed_total", &[])?,
+        4.0
+    );
+    Ok(())
+}
+
+#[test]
+fn a_half_closed_session_is_adopted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pairs = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    pairs[0].client.shutdown(Shutdown::Write)?;
+    pairs[1].server.shutdown(Shutdown::Write)?;
+    let daemon = lab.daemon(RULE)?;
+    assert_eq!(adopted(&daemon)?, 2.0);
+    for pair in &pairs {
+        assert_reset_for(&daemon, pair, &pair.opened)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adopted_session_is_half_closed_without_being_forgotten() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let daemon = lab.daemon(RULE)?;
+    pair.client.shutdown(Shutdown::Write)?;
+    assert_reset_for(&daemon, &pair, &pair.opened)
+}
+
+#[test]
+fn connections_of_no_rule_of_an_exempt_rule_and_outside_of_the_cgroup_are_not_adopted() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
+    let [exempt, none, enforced] = [listen()?, listen()?, listen()?];
+    let outside = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let open = |listener| Pair::open(&lab.outside, listener);
+    let untouched = [open(&exempt)?, open(&none)?, open(&outside)?];
+    let reset = open(&enforced)?;
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"exempt\"\nlocal_ports = [{}]\naction = \"exempt\"\n\
+         [[rule]]\nname = \"enforced\"\nlocal_ports = [{}]\nidle_timeout = \"3s\"\n",
+        exempt.port(),
+        enforced.port(),
+    ))?;
+    assert_eq!(adopted(&daemon)?, 1.0);
+    assert_reset_for(&daemon, &reset, &reset.opened)?;
+    reset.opened.wait(LIMIT + Duration::from_secs(1));
+    for pair in &untouched {
+        pair.round_trip()?;
+    }
+    assert_eq!(daemon.terminations()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn an_adopted_session_is_reset_on_both_ends() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let daemon = lab.daemon(RULE)?;
+    let [client, server] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    server.assert_reset(Errno::ECONNABORTED, &pair.opened, LIMIT);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    Ok(())
+}

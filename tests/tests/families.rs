@@ -1,0 +1,209 @@
+//! IPv4 and IPv6 in every form in which a socket and a packet can have them. Payload counts in each
+//! of them, and the reset finds the socket.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
+    time::Duration,
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{
+    Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, set_bytes_option,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// Payload a second after the establishment moves each deadline, and each session is reset then.
+fn assert_enforced(daemon: &Daemon, pairs: &[Pair], kind: &str) -> Result<()> {
+    for pair in pairs {
+        pair.opened.wait(Duration::from_secs(1));
+    }
+    let last: Result<Vec<_>> = pairs.iter().map(Pair::round_trip).collect();
+    for (pair, last) in pairs.iter().zip(last?) {
+        let ends = pair.ends()?;
+        let mut errors = ends.map(|end| end.error);
+        errors.sort_by_key(|error| error.map(|error| error as i32));
+        assert_eq!(errors, [Some(Errno::ECONNABORTED), Some(Errno::ECONNRESET)]);
+        ends[0].assert_not_early(&last, LIMIT);
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+        assert_eq!(record.text("network.type"), kind);
+        assert_eq!(record.bytes(), [4, 4]);
+        let addresses = [pair.client_address, pair.server_address];
+        let plain = addresses.map(|address| address.ip().to_canonical().to_string());
+        assert_eq!(
+            ["source.ip", "destination.ip"].map(|ip| record.text(ip)),
+            plain
+        );
+    }
+    Ok(())
+}
+
+/// Either end of a connection by this address is tracked.
+fn either_end(lab: &Lab, address: SocketAddr) -> Result<[Pair; 2]> {
+    let [outside, inside] = [lab.outside.listen(address)?, lab.inside.listen(address)?];
+    Ok([
+        Pair::open(&lab.inside, &outside)?,
+        Pair::open(&lab.outside, &inside)?,
+    ])
+}
+
+#[test]
+fn ipv4_sessions_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(RULE)?;
+    let pairs = either_end(&lab, (Ipv4Addr::LOCALHOST, 0).into())?;
+    assert_enforced(&daemon, &pairs, "ipv4")
+}
+
+#[test]
+fn ipv6_sessions_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(RULE)?;
+    let pairs = either_end(&lab, (Ipv6Addr::LOCALHOST, 0).into())?;
+    assert_enforced(&daemon, &pairs, "ipv6")
+}
+
+#[test]
+fn ipv4_sessions_of_ipv6_sockets_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let plain = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let mapped = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0));
+    let daemon = lab.daemon(RULE)?;
+    let mut pairs = Vec::from(either_end(&lab, mapped)?);
+    // An IPv6 socket with an IPv4 one, the IPv6 one tracked.
+    let listener = lab.outside.listen(plain)?;
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), listener.port()));
+    pairs.push(Pair::dial(lab.inside.tcp(to)?, &listener, to)?);
+    let listener = lab.inside.listen(mapped)?;
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, listener.port()));
+    pairs.push(Pair::dial(lab.outside.tcp(to)?, &listener, to)?);
+    assert_enforced(&daemon, &pairs, "ipv4")
+}
+
+#[test]
+fn a_rule_for_an_ipv4_prefix_applies_to_ipv6_sockets_with_such_an_address() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let rule = format!("{RULE}local = [\"127.0.0.0/8\"]\n");
+    let daemon = lab.daemon(&rule)?;
+    let mapped = (Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0).into();
+    let untouched = either_end(&lab, (Ipv6Addr::LOCALHOST, 0).into())?;
+    assert_enforced(&daemon, &either_end(&lab, mapped)?, "ipv4")?;
+    for pair in untouched {
+        pair.round_trip()?;
+        assert_eq!(daemon.terminations_of(&pair)?.len(), 0);
+    }
+    Ok(())
+}
+
+/// Two ends of a cable; one end of each connection over it is tracked.
+struct Cabled {
+    lab: Lab,
+    left: Netns,
+    right: Netns,
+    veth: Veth,
+}
+
+impl Cabled {
+    fn new() -> Result<Self> {
+        let lab = Lab::new(AGENT)?;
+        let [left, right] = [Netns::new()?, Netns::new()?];
+        let veth = Veth::between(&left, &right)?;
+        Ok(Self {
+            lab,
+            left,
+            right,
+            veth,
+        })
+    }
+
+    /// For each of the two ends, the agents where that one is tracked.
+    fn agents(&self) -> Result<[[Agent; 2]; 2]> {
+        let (lab, left, right) = (&self.lab, &self.left, &self.right);
+        Ok([
+            [lab.inside_in(left)?, lab.outside_in(right)?],
+            [lab.outside_in(left)?, lab.inside_in(right)?],
+        ])
+    }
+}
+
+/// An extension header of the two kinds that hold options, filled with padding (RFC 8200
+/// section 4.2). The kernel fills in what follows it.
+const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
+const HOP_BY_HOP: u8 = 0;
+const DESTINATION: u8 = 60;
+
+#[test]
+fn payload_behind_ipv6_extension_headers_is_activity() -> Result<()> {
+    let cabled = Cabled::new()?;
+    let daemon = cabled.lab.daemon(RULE)?;
+    let mut pairs = Vec::new();
+    let sniffer = Sniffer::new(&cabled.lab.outside_in(&cabled.right)?)?;
+    for [left, right] in cabled.agents()? {
+        for options in [
+            &[libc::IPV6_DSTOPTS][..],
+            &[libc::IPV6_HOPOPTS, libc::IPV6_DSTOPTS],
+        ] {
+            let listener = right.listen((Veth::RIGHT_V6, 0))?;
+            let socket = left.tcp(listener.address)?;
+            for option in options {
+                set_bytes_option(&socket, libc::IPPROTO_IPV6, *option, &PADDING)?;
+            }
+            pairs.push(Pair::dial(socket, &listener, listener.address)?);
+        }
+    }
+    assert_enforced(&daemon, &pairs, "ipv6")?;
+    let seen: Vec<u8> = sniffer
+        .packets()?
+        .iter()
+        .map(|packet| packet.start[6])
+        .collect();
+    assert!(
+        seen.contains(&HOP_BY_HOP) && seen.contains(&DESTINATION),
+        "{seen:?}"
+    );
+    assert_eq!(
+        daemon.metric("session_enforcer_kernel_errors_total", &[])?,
+        0.0
+    );
+    Ok(())
+}
+
+#[test]
+fn sessions_of_link_local_addresses_are_enforced() -> Result<()> {
+    let cabled = Cabled::new()?;
+    let daemon = cabled.lab.daemon(RULE)?;
+    let mut pairs = Vec::new();
+    for [left, right] in cabled.agents()? {
+        let listener = right.listen((Ipv6Addr::UNSPECIFIED, 0))?;
+        let to = cabled.veth.right_link_local(listener.port());
+        pairs.push(Pair::dial(left.tcp(to)?, &listener, to)?);
+    }
+    assert_enforced(&daemon, &pairs, "ipv6")
+}
+
+fn bound(socket: OwnedFd) -> Result<OwnedFd> {
+    bind_to_device(&socket, Veth::INTERFACE)?;
+    Ok(socket)
+}
+
+#[test]
+fn sessions_of_sockets_bound_to_a_device_are_enforced() -> Result<()> {
+    for (address, kind) in [(Veth::RIGHT, "ipv4"), (Veth::RIGHT_V6, "ipv6")] {
+        let cabled = Cabled::new()?;
+        let daemon = cabled.lab.daemon(RULE)?;
+        let mut pairs = Vec::new();
+        for [left, right] in cabled.agents()? {
+            let address = SocketAddr::from((address, 0));
+            let listener = Listener::on(bound(right.tcp(address)?)?, address)?;
+            let socket = bound(left.tcp(address)?)?;
+            pairs.push(Pair::dial(socket, &listener, listener.address)?);
+        }
+        assert_enforced(&daemon, &pairs, kind)?;
+    }
+    Ok(())
+}

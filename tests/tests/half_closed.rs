@@ -1,0 +1,86 @@
+//! Sessions that one end has closed for writing are sessions still.
+
+use std::{net::Shutdown, thread, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Lab, Pair, ends_of};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+#[test]
+fn a_session_that_the_client_half_closed_is_reset_when_idle() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    // The FIN is no activity.
+    last.wait(Duration::from_millis(500));
+    pair.client.shutdown(Shutdown::Write)?;
+    let [client, server] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    server.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    daemon
+        .wait_for_termination_of(&pair)?
+        .assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_the_server_half_closed_is_reset_when_idle() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    last.wait(Duration::from_millis(500));
+    pair.server.shutdown(Shutdown::Write)?;
+    let [client, server] = pair.ends()?;
+    // What a reset is called where the peer had already closed its direction.
+    client.assert_reset(Errno::EPIPE, &last, LIMIT);
+    server.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    daemon
+        .wait_for_termination_of(&pair)?
+        .assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_half_closed_session_lives_while_the_other_direction_is_busy() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.client.shutdown(Shutdown::Write)?;
+    let mut last = pair.opened;
+    while pair.opened.elapsed() < 2 * LIMIT {
+        last = pair.to_client(b"x")?;
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(daemon.terminations()?.len(), 0);
+    pair.ends()?[1].assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    daemon
+        .wait_for_termination_of(&pair)?
+        .assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_only_the_client_closed_is_reset_when_idle() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    let Pair { client, server, .. } = pair;
+    drop(client);
+    let end = ends_of(&[&server])?[0];
+    end.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! Many sessions at once.
+
+use std::{
+    io::{self, Write as _},
+    net::Ipv4Addr,
+    time::Duration,
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Lab, Moment, Pair, ends_of};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(3);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+const SESSIONS: usize = 2_000;
+
+/// How late a hundredth of the sessions may be on a machine that does other things, too.
+const P99_BOUND: f64 = 1.0;
+
+#[test]
+fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let (opening, pairs) =
+        Moment::of(|| (0..SESSIONS).map(|_| open()).collect::<Result<Vec<_>>>())?;
+    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
+        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    }
+    let records = daemon.wait_for_terminations(SESSIONS)?;
+    assert_eq!(records.len(), SESSIONS);
+    for record in &records {
+        record.assert_reset("idle_timeout", &opening, LIMIT);
+    }
+    let late = |record: &session_enforcer_tests::Record| {
+        record.number("session_enforcer.lateness_seconds")
+    };
+    let mut lateness: Vec<f64> = records.iter().map(late).collect();
+    lateness.sort_by(f64::total_cmp);
+    print_distribution(&lateness)?;
+    assert!(lateness[0] >= 0.0, "{} s early", -lateness[0]);
+    assert!(at(&lateness, 99) < P99_BOUND);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
+}
+
+/// The lateness that so many of a hundred sessions do not exceed.
+fn at(lateness: &[f64], percent: usize) -> f64 {
+    lateness[(lateness.len() * percent).div_ceil(100) - 1]
+}
+
+/// Around the capture of the test's output: the numbers are of interest where the test passes.
+fn print_distribution(lateness: &[f64]) -> Result<()> {
+    let ms = |percent| at(lateness, percent) * 1_000.0;
+    writeln!(
+        io::stderr(),
+        "lateness of {} sessions in ms: p50 {:.3}, p90 {:.3}, p99 {:.3}, max {:.3}",
+        lateness.len(),
+        ms(50),
+        ms(90),
+        ms(99),
+        ms(100),
+    )?;
+    Ok(())
+}

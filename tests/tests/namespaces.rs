@@ -1,0 +1,156 @@
+//! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
+//! keeps none alive.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Agent, Lab, Netns, PATIENCE, Pair, Veth, eventually, reset_on_close};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+#[test]
+fn clients_and_servers_in_other_namespaces_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let daemon = lab.daemon(RULE)?;
+    let clients = [lab.inside_in(&left)?, lab.outside_in(&left)?];
+    let servers = [lab.outside_in(&right)?, lab.inside_in(&right)?];
+    let mut sessions = Vec::new();
+    for address in [Veth::RIGHT, Veth::RIGHT_V6] {
+        for (client, server) in clients.iter().zip(&servers) {
+            let pair = Pair::open(client, &server.listen((address, 0))?)?;
+            sessions.push((pair.round_trip()?, pair));
+        }
+    }
+    for (last, pair) in &sessions {
+        for end in pair.ends()? {
+            end.assert_not_early(last, LIMIT);
+        }
+        daemon
+            .wait_for_termination_of(pair)?
+            .assert_reset("idle_timeout", last, LIMIT);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_busy_client_in_another_namespace_lives() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let daemon = lab.daemon(RULE)?;
+    let listener = lab.inside_in(&right)?.listen((Veth::RIGHT, 0))?;
+    let pair = Pair::open(&lab.outside_in(&left)?, &listener)?;
+    let last = pair.keep_busy(2 * LIMIT)?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn only_the_own_namespace_is_enforced_where_the_configuration_says_so() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let there = lab.inside_in(&netns)?;
+    let listen = |agent: &Agent| agent.listen((Ipv4Addr::LOCALHOST, 0));
+    // One that is older than the daemon and a new one.
+    let older = Pair::open(&there, &listen(&there)?)?;
+    let daemon = lab.daemon(&format!("[daemon]\nnetwork_namespaces = \"own\"\n{RULE}"))?;
+    let newer = Pair::open(&there, &listen(&there)?)?;
+    let own = Pair::open(&lab.outside, &listen(&lab.inside)?)?;
+    own.ends()?[0].assert_reset(Errno::ECONNRESET, &own.opened, LIMIT);
+    newer.opened.wait(2 * LIMIT);
+    older.round_trip()?;
+    newer.round_trip()?;
+    daemon.wait_for_termination()?;
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_opened_total", &[])?,
+        1.0
+    );
+    Ok(())
+}
+
+#[test]
+fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(RULE)?;
+    let netns = Netns::new()?;
+    let agent = lab.inside_in(&netns)?;
+    let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let opened: Result<Vec<_>> = (0..5).map(|_| Pair::open(&agent, &listener)).collect();
+    daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 10.0)?;
+    for (number, pair) in opened?.into_iter().enumerate() {
+        if number % 2 == 0 {
+            reset_on_close(&pair.client)?;
+        }
+    }
+    drop((agent, listener));
+    netns.delete()?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    // The deadlines of those sessions pass, and a new session is enforced after them.
+    let pair = Pair::open(&lab.outside, &lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    assert_eq!(
+        daemon
+            .wait_for_termination()?
+            .text("session_enforcer.result"),
+        "reset"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_session_whose_peer_vanished_with_its_namespace_is_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let daemon = lab.daemon(RULE)?;
+    let agent = lab.outside_in(&right)?;
+    let listener = agent.listen((Veth::RIGHT, 0))?;
+    let pair = Pair::open(&lab.inside_in(&left)?, &listener)?;
+    let last = pair.round_trip()?;
+    right.ip(&format!("link set {} down", Veth::INTERFACE))?;
+    let Pair { client, server, .. } = pair;
+    drop((server, agent, listener));
+    right.delete()?;
+    let end = session_enforcer_tests::ends_of(&[&client])?[0];
+    end.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let agent = lab.inside_in(&right)?;
+    let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
+    // Adopted, and closed by itself; new, and reset by the daemon.
+    let older = Pair::open(&lab.outside_in(&right)?, &listener)?;
+    let daemon = lab.daemon(RULE)?;
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
+        1.0
+    );
+    let newer = Pair::open(&lab.outside_in(&right)?, &listener)?;
+    drop(older);
+    newer.ends()?;
+    drop((newer, agent, listener));
+    right.delete()?;
+    // A cable goes with the namespace of either end.
+    let cable = format!("link show {}", Veth::INTERFACE);
+    eventually("the namespace ends", PATIENCE, || match left.ip(&cable) {
+        Ok(_) => Ok(None),
+        Err(error) if error.to_string().contains("does not exist") => Ok(Some(())),
+        Err(error) => Err(error),
+    })?;
+    daemon.wait_for_termination()?;
+    Ok(())
+}

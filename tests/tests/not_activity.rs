@@ -1,0 +1,242 @@
+//! Only new payload is activity. Everything else that TCP sends leaves the idle clock alone.
+
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::TcpStream,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Result;
+use session_enforcer_tests::{
+    Agent, Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, RawTcp, Sequence, Veth,
+    eventually, keep_alive, set_option, tcp_info,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(3);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+/// Segments of all kinds that a socket has sent, and those of them with payload.
+fn segments_sent(stream: &TcpStream) -> Result<(u32, u32)> {
+    let info = tcp_info(stream)?;
+    Ok((info.tcpi_segs_out, info.tcpi_data_segs_out))
+}
+
+fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
+    for end in pair.ends()? {
+        end.assert_not_early(last, LIMIT);
+    }
+    daemon
+        .wait_for_termination_of(pair)?
+        .assert_reset("idle_timeout", last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn keepalives_of_either_end_do_not_save_an_idle_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pairs = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    keep_alive(&pairs[0].client, Duration::from_secs(1))?;
+    keep_alive(&pairs[1].server, Duration::from_secs(1))?;
+    let last = [pairs[0].round_trip()?, pairs[1].round_trip()?];
+    let probers = [&pairs[0].client, &pairs[1].server];
+    let before = [segments_sent(probers[0])?, segments_sent(probers[1])?];
+    last[0].wait(Duration::from_millis(1500));
+    for (prober, before) in probers.into_iter().zip(before) {
+        let (all, with_payload) = segments_sent(prober)?;
+        assert!(
+            all > before.0 && with_payload == before.1,
+            "no keepalive was sent"
+        );
+    }
+    assert_reset_for(&daemon, &pairs[0], &last[0])?;
+    assert_reset_for(&daemon, &pairs[1], &last[1])
+}
+
+/// Sends to the tracked end what a peer could send, `forge` times of its making, for most of the
+/// limit.
+fn forge(lab: &Lab, pair: &Pair, forged: impl Fn(Sequence) -> (Sequence, Vec<u8>)) -> Result<()> {
+    let raw = RawTcp::new(&lab.outside)?;
+    let at = Sequence::of(&pair.client)?;
+    for _ in 0..8 {
+        thread::sleep(Duration::from_millis(250));
+        let (at, payload) = forged(at);
+        raw.send(&pair.client, at, &payload)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    // The probes of BSD (RFC 9293 section 3.8.4).
+    let probe = |at: Sequence| {
+        (
+            Sequence {
+                to_send: at.to_send.wrapping_sub(1),
+                ..at
+            },
+            vec![0],
+        )
+    };
+    forge(&lab, &pair, probe)?;
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+#[test]
+fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.to_server(b"ping")?;
+    let duplicate = |at: Sequence| {
+        (
+            Sequence {
+                to_send: at.to_send.wrapping_sub(4),
+                ..at
+            },
+            b"ping".to_vec(),
+        )
+    };
+    forge(&lab, &pair, duplicate)?;
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+#[test]
+fn a_forged_segment_with_new_payload_is_activity() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let mut pair = Pair::open(&lab.outside, &listener)?;
+    pair.round_trip()?.wait(Duration::from_secs(1));
+    // What the two tests above send arrives, then, and is understood.
+    let at = Sequence::of(&pair.client)?;
+    let forge = || RawTcp::new(&lab.outside)?.send(&pair.client, at, b"new");
+    let (last, ()) = Moment::of(forge)?;
+    let mut received = [0; 3];
+    pair.server.read_exact(&mut received)?;
+    assert_eq!(&received, b"new");
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+/// Fills the receiver's window. Returns when the sender has to wait.
+fn fill_window(pair: &mut Pair) -> Result<()> {
+    pair.client.set_nonblocking(true)?;
+    loop {
+        match pair.client.write(&[0; 4096]) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Waits until the socket has sent segments, none of which carries payload. The timer that sends
+/// probes first sends what little fits into the window.
+fn wait_for_probes(stream: &TcpStream) -> Result<()> {
+    let mut since = segments_sent(stream)?;
+    eventually("window probes", PATIENCE, || {
+        let now = segments_sent(stream)?;
+        if now.1 > since.1 {
+            since = now;
+        }
+        Ok((now.0 >= since.0 + 3).then_some(()))
+    })
+}
+
+#[test]
+fn window_probes_do_not_save_a_session_whose_receiver_does_not_read() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let address = ([127, 0, 0, 1], 0).into();
+    let socket = lab.inside.tcp(address)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, 8192)?;
+    let listener = Listener::on(socket, address)?;
+    let daemon = lab.daemon(RULE)?;
+    let mut pair = Pair::open(&lab.outside, &listener)?;
+    fill_window(&mut pair)?;
+    wait_for_probes(&pair.client)?;
+    let info = tcp_info(&pair.client)?;
+    let tick = Duration::from_millis(10);
+    let age = Duration::from_millis(info.tcpi_last_data_sent.into());
+    let last = Moment::before_now(age, tick);
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+#[test]
+fn reading_late_does_not_save_an_idle_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let mut pair = Pair::open(&lab.outside, &listener)?;
+    let mut payload = vec![7; 100_000];
+    pair.server.set_nonblocking(true)?;
+    let (last, ()) = Moment::of(|| {
+        pair.client.write_all(&payload)?;
+        eventually("all is acknowledged", PATIENCE, || {
+            let info = tcp_info(&pair.client)?;
+            Ok((info.tcpi_bytes_acked > 100_000).then_some(()))
+        })
+    })?;
+    let before = segments_sent(&pair.server)?;
+    last.wait(Duration::from_secs(1));
+    pair.server.read_exact(&mut payload)?;
+    let after = segments_sent(&pair.server)?;
+    assert!(
+        after.0 > before.0 && after.1 == before.1,
+        "no window update was sent"
+    );
+    assert_reset_for(&daemon, &pair, &last)
+}
+
+/// A client sends into a namespace that cannot answer, and so sends again and again.
+fn retransmit(client: &Agent, server: &Agent, right: &Netns, daemon: &Daemon) -> Result<()> {
+    let listener = server.listen((Veth::RIGHT, 0))?;
+    let pair = Pair::open(client, &listener)?;
+    right.ip(&format!("route add blackhole {}/32", Veth::LEFT))?;
+    let last = pair.to_server(b"x")?;
+    eventually("retransmissions", PATIENCE, || {
+        Ok((tcp_info(&pair.client)?.tcpi_total_retrans >= 3).then_some(()))
+    })?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn retransmissions_do_not_save_the_session_that_sends_them() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let daemon = lab.daemon(RULE)?;
+    retransmit(
+        &lab.inside_in(&left)?,
+        &lab.outside_in(&right)?,
+        &right,
+        &daemon,
+    )
+}
+
+#[test]
+fn retransmissions_do_not_save_the_session_that_receives_them() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let daemon = lab.daemon(RULE)?;
+    retransmit(
+        &lab.outside_in(&left)?,
+        &lab.inside_in(&right)?,
+        &right,
+        &daemon,
+    )
+}

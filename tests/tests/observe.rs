@@ -1,0 +1,107 @@
+//! Where it only observes, the daemon resets nothing and records everything, once a deadline.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Daemon, Lab, Moment, Pair};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(1);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+/// Two deadlines are reached, one after the establishment and one after payload, and the
+/// connection lives on.
+fn assert_observed(daemon: &Daemon, pair: &Pair) -> Result<()> {
+    pair.opened.wait(3 * LIMIT);
+    let again = pair.round_trip()?;
+    again.wait(3 * LIMIT);
+    pair.round_trip()?;
+    let records = daemon.terminations_of(pair)?;
+    assert_eq!(records.len(), 2, "{records:#?}");
+    for (record, since) in records.iter().zip([&pair.opened, &again]) {
+        assert_would_end(record, "idle_timeout", since, LIMIT);
+    }
+    Ok(())
+}
+
+fn assert_would_end(
+    record: &session_enforcer_tests::Record,
+    reason: &str,
+    since: &Moment,
+    limit: Duration,
+) {
+    assert_eq!(record.text("event.action"), "session-would-terminate");
+    assert_eq!(record.text("session_enforcer.mode"), "observe");
+    record.assert_due(reason, since, limit);
+}
+
+#[test]
+fn a_daemon_that_observes_resets_nothing_and_records_each_deadline_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{RULE}"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    assert_observed(&daemon, &pair)?;
+    let labels = [
+        ("mode", "observe"),
+        ("rule", "idle"),
+        ("reason", "idle_timeout"),
+    ];
+    assert_eq!(
+        daemon.metric("session_enforcer_terminations_total", &labels)?,
+        2.0
+    );
+    assert_eq!(
+        daemon.metric("session_enforcer_terminations_total", &[])?,
+        2.0
+    );
+    assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 1.0);
+    Ok(())
+}
+
+#[test]
+fn the_flag_makes_a_daemon_observe() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let older = Pair::open(&lab.outside, &listener)?;
+    let daemon = lab.launch().config(RULE).args(&["--observe"]).start()?;
+    assert_observed(&daemon, &older)
+}
+
+#[test]
+fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
+    let [observed, enforced] = [listen()?, listen()?];
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"observed\"\nlocal_ports = [{}]\naction = \"observe\"\n\
+         idle_timeout = \"1s\"\n{RULE}",
+        observed.port(),
+    ))?;
+    let pairs = [
+        Pair::open(&lab.outside, &observed)?,
+        Pair::open(&lab.outside, &enforced)?,
+    ];
+    pairs[1].ends()?[0].assert_reset(Errno::ECONNRESET, &pairs[1].opened, LIMIT);
+    daemon.wait_for_termination_of(&pairs[1])?.assert_reset(
+        "idle_timeout",
+        &pairs[1].opened,
+        LIMIT,
+    );
+    assert_observed(&daemon, &pairs[0])
+}
+
+#[test]
+fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(
+        "[daemon]\nmode = \"observe\"\n[[rule]]\nname = \"old\"\nmax_lifetime = \"1s\"\n",
+    )?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.keep_busy(3 * LIMIT)?;
+    let record = daemon.wait_for_termination()?;
+    assert_would_end(&record, "max_lifetime", &pair.opened, LIMIT);
+    Ok(())
+}

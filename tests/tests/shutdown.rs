@@ -1,0 +1,135 @@
+//! How the daemon ends, and what signals make it do.
+
+use std::{fs, net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::{errno::Errno, sys::signal::Signal};
+use session_enforcer_tests::{Lab, PATIENCE, Pair, eventually};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(1);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+#[test]
+fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut daemon = lab.daemon(RULE)?;
+    assert_eq!(lab.cgroup.attached_programs()?, 3);
+    let reset = Pair::open(&lab.outside, &listener)?;
+    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
+    daemon.wait_for_termination()?;
+    let tracked = Pair::open(&lab.outside, &listener)?;
+    daemon.stop()?;
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
+    let untracked = Pair::open(&lab.outside, &listener)?;
+    untracked.opened.wait(2 * LIMIT);
+    tracked.round_trip()?;
+    untracked.round_trip()?;
+    let actions: Vec<_> = daemon
+        .audit()?
+        .iter()
+        .map(|r| r.text("event.action").to_owned())
+        .collect();
+    assert_eq!(
+        actions.first().map(String::as_str),
+        Some("enforcer-started"),
+        "{actions:?}"
+    );
+    assert_eq!(
+        actions.last().map(String::as_str),
+        Some("enforcer-stopped"),
+        "{actions:?}"
+    );
+    assert_eq!(daemon.terminations()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn an_interrupt_from_the_terminal_stops_the_daemon() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let mut daemon = lab.daemon(RULE)?;
+    daemon.signal(Signal::SIGINT)?;
+    assert_eq!(daemon.wait()?.code(), Some(0));
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.signal(Signal::SIGKILL)?;
+    daemon.wait()?;
+    eventually("the programs are gone", PATIENCE, || {
+        Ok((lab.cgroup.attached_programs()? == 0).then_some(()))
+    })?;
+    pair.opened.wait(2 * LIMIT);
+    pair.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let rule = RULE.replace("1s", "3s");
+    let mut first = lab.daemon(&rule)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    first.stop()?;
+    let second = lab.daemon(&rule)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, 3 * LIMIT);
+    second
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &last, 3 * LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let before = Pair::open(&lab.outside, &listener)?;
+    before.ends()?;
+    daemon.wait_for_termination_of(&before)?;
+    let renamed = daemon.audit_path().with_extension("1");
+    fs::rename(daemon.audit_path(), &renamed)?;
+    let kept = fs::read(&renamed)?;
+    daemon.signal(Signal::SIGHUP)?;
+    eventually("a new audit file", PATIENCE, || {
+        Ok(daemon.audit_path().exists().then_some(()))
+    })?;
+    let after = Pair::open(&lab.outside, &listener)?;
+    after.ends()?;
+    daemon.wait_for_termination_of(&after)?;
+    assert_eq!(daemon.terminations_of(&before)?.len(), 0);
+    assert_eq!(fs::read(&renamed)?, kept);
+    Ok(())
+}
+
+#[test]
+fn the_audit_goes_to_standard_output_where_it_is_asked_for() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut daemon = lab.launch().config(RULE).args(&["--audit", "-"]).start()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.ends()?;
+    daemon.stop()?;
+    let lines: Vec<String> = daemon.stdout().lines().map(str::to_owned).collect();
+    let actions = [
+        "enforcer-started",
+        "policy-loaded",
+        "session-terminated",
+        "enforcer-stopped",
+    ];
+    assert_eq!(lines.len(), actions.len(), "{lines:#?}");
+    for (line, action) in lines.iter().zip(actions) {
+        let value: serde_json::Value = serde_json::from_str(line)?;
+        assert_eq!(value["event"]["action"], action);
+    }
+    Ok(())
+}

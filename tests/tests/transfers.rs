@@ -1,0 +1,195 @@
+//! Payload in aggregates of every size and in unusual places: each byte is counted once.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, TcpStream},
+    os::fd::AsRawFd as _,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
+use session_enforcer_tests::{
+    Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, Place, Sniffer, Veth, allow_big_tcp,
+    dial, run_to_end, set_option,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// Not a multiple of anything that the network knows.
+const TO_SERVER: usize = 9_000_001;
+const TO_CLIENT: usize = 7_000_003;
+
+fn send(mut stream: &TcpStream, mut count: usize) -> Result<()> {
+    let chunk = vec![7; 1 << 20];
+    while count > 0 {
+        let now = count.min(chunk.len());
+        stream.write_all(&chunk[..now])?;
+        count -= now;
+    }
+    Ok(())
+}
+
+fn receive(mut stream: &TcpStream, mut count: usize) -> Result<()> {
+    let mut chunk = vec![0; 1 << 20];
+    while count > 0 {
+        let room = count.min(chunk.len());
+        let now = stream.read(&mut chunk[..room])?;
+        ensure!(now > 0, "{count} bytes are missing");
+        count -= now;
+    }
+    Ok(())
+}
+
+/// Several megabytes both ways at the same time.
+fn transfer(pair: &Pair) -> Result<Moment> {
+    let (client, server) = (&pair.client, &pair.server);
+    let (moment, ()) = Moment::of(|| {
+        thread::scope(|scope| {
+            let threads = [
+                scope.spawn(|| send(client, TO_SERVER)),
+                scope.spawn(|| receive(server, TO_SERVER)),
+                scope.spawn(|| send(server, TO_CLIENT)),
+                scope.spawn(|| receive(client, TO_CLIENT)),
+            ];
+            threads
+                .into_iter()
+                .try_for_each(|t| t.join().ok().context("a thread panicked")?)
+        })
+    })?;
+    Ok(moment)
+}
+
+/// A transfer over each connection, and both counts in the audit are exact.
+fn assert_exact(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
+    for pair in pairs {
+        let last = transfer(pair)?;
+        pair.ends()?;
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+        assert_eq!(record.bytes(), [TO_SERVER as u64, TO_CLIENT as u64]);
+    }
+    assert_eq!(
+        daemon.metric("session_enforcer_kernel_errors_total", &[])?,
+        0.0
+    );
+    Ok(())
+}
+
+#[test]
+fn every_byte_of_a_big_transfer_over_loopback_is_counted_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [inside, outside] = [
+        lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?,
+        lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?,
+    ];
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &inside)?;
+    assert_exact(&daemon, &[pair])?;
+    let pair = Pair::open(&lab.inside, &outside)?;
+    assert_exact(&daemon, &[pair])
+}
+
+/// Transfers over a cable that carries packets of more than 64 KiB, whose headers do not tell
+/// their length.
+fn big_tcp(address: IpAddr) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    for (netns, agent) in [
+        (&left, lab.outside_in(&left)?),
+        (&right, lab.outside_in(&right)?),
+    ] {
+        allow_big_tcp(netns, &agent)?;
+    }
+    let sniffer = Sniffer::new(&lab.outside_in(&right)?)?;
+    let daemon = lab.daemon(RULE)?;
+    let listener = lab.inside_in(&right)?.listen((address, 0))?;
+    assert_exact(&daemon, &[Pair::open(&lab.outside_in(&left)?, &listener)?])?;
+    let listener = lab.outside_in(&right)?.listen((address, 0))?;
+    assert_exact(&daemon, &[Pair::open(&lab.inside_in(&left)?, &listener)?])?;
+    let longest = sniffer.packets()?.iter().map(|packet| packet.length).max();
+    assert!(
+        longest > Some(66_000),
+        "the longest packet had {longest:?} bytes"
+    );
+    Ok(())
+}
+
+#[test]
+fn every_byte_of_ipv6_packets_of_more_than_64_kib_is_counted_once() -> Result<()> {
+    big_tcp(Veth::RIGHT_V6)
+}
+
+#[test]
+fn every_byte_of_ipv4_packets_of_more_than_64_kib_is_counted_once() -> Result<()> {
+    big_tcp(Veth::RIGHT)
+}
+
+#[test]
+fn payload_that_completes_a_deferred_accept_is_counted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let address = (Ipv4Addr::LOCALHOST, 0).into();
+    let socket = lab.inside.tcp(address)?;
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 5)?;
+    let listener = Listener::on(socket, address)?;
+    let daemon = lab.daemon(RULE)?;
+    let mut client = dial(lab.outside.tcp(address)?, listener.address)?;
+    // The server's socket comes into being with the first payload.
+    thread::sleep(Duration::from_millis(500));
+    let (last, mut server) = Moment::of(|| {
+        client.write_all(b"hello")?;
+        listener.accept()
+    })?;
+    server.read_exact(&mut [0; 5])?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.bytes(), [5, 0]);
+    Ok(())
+}
+
+#[test]
+fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let mut allow = Place::here()
+        .in_netns(&netns)
+        .command(lab.agent_binary(), "sh");
+    allow.args(["-c", "echo 3 > /proc/sys/net/ipv4/tcp_fastopen"]);
+    assert_eq!(run_to_end(allow, PATIENCE)?.code, 0);
+    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let address = (Ipv4Addr::LOCALHOST, 0).into();
+    let socket = inside.tcp(address)?;
+    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
+    let listener = Listener::on(socket, address)?;
+    let daemon = lab.daemon(RULE)?;
+    // The first connection gets the cookie that lets the second one carry payload at once.
+    for payload in [&b"first"[..], b"second"] {
+        let client = outside.tcp(address)?;
+        let to = SockaddrStorage::from(listener.address);
+        let (last, server) = Moment::of(|| {
+            sendto(
+                client.as_raw_fd(),
+                payload,
+                &to,
+                MsgFlags::from_bits_retain(libc::MSG_FASTOPEN),
+            )?;
+            let mut server = listener.accept()?;
+            server.read_exact(&mut vec![0; payload.len()])?;
+            Ok(server)
+        })?;
+        let port = server.peer_addr()?.port();
+        session_enforcer_tests::ends_of(&[&server])?;
+        let records = daemon.wait_for_terminations(1)?;
+        let record = records
+            .iter()
+            .find(|r| r.ports()[0] == port)
+            .context("no record")?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+        assert_eq!(record.bytes(), [payload.len() as u64, 0]);
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! A connection between the addresses and ports of one that has gone is another session: what was
+//! due for the old one never hits it.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::fd::{AsRawFd as _, OwnedFd},
+    time::Duration,
+};
+
+use anyhow::Result;
+use nix::sys::socket::{SockaddrStorage, bind};
+use session_enforcer_tests::{
+    Agent, Daemon, Lab, Listener, Moment, Pair, reset_on_close, set_option,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// A connection from this port; 0 is one of the kernel's choice.
+fn open_from(port: u16, agent: &Agent, listener: &Listener) -> Result<Pair> {
+    let from = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let socket = agent.tcp(from)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+    Pair::dial(socket, listener, listener.address)
+}
+
+/// Ends a connection so that its tuple is free at once.
+fn end(pair: Pair) -> Result<()> {
+    reset_on_close(&pair.client)?;
+    drop(pair);
+    Ok(())
+}
+
+/// The new connection has its own clock, and the old one left no record.
+fn assert_own_clock(daemon: &Daemon, old: &Moment, new: &Pair) -> Result<()> {
+    assert!(new.opened.earliest.at - old.earliest.at > Duration::from_secs(1));
+    for end in new.ends()? {
+        end.assert_not_early(&new.opened, LIMIT);
+    }
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &new.opened, LIMIT);
+    Ok(())
+}
+
+fn reuse(lab: &Lab, client: &Agent, server: &Agent) -> Result<()> {
+    let listener = server.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let old = open_from(0, client, &listener)?;
+    let (opened, port) = (old.opened, old.client_address.port());
+    opened.wait(Duration::from_millis(1200));
+    end(old)?;
+    let new = open_from(port, client, &listener)?;
+    assert_own_clock(&daemon, &opened, &new)
+}
+
+#[test]
+fn a_new_connection_to_a_tracked_server_is_not_the_old_one() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    reuse(&lab, &lab.outside, &lab.inside)
+}
+
+#[test]
+fn a_new_connection_of_a_tracked_client_is_not_the_old_one() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    reuse(&lab, &lab.inside, &lab.outside)
+}
+
+#[test]
+fn a_new_connection_is_not_the_adopted_one_of_the_same_tuple() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let old = open_from(0, &lab.outside, &listener)?;
+    let (opened, port) = (old.opened, old.client_address.port());
+    let daemon = lab.daemon(RULE)?;
+    opened.wait(Duration::from_millis(1200));
+    end(old)?;
+    let new = open_from(port, &lab.outside, &listener)?;
+    assert_own_clock(&daemon, &opened, &new)
+}
+
+/// connect(2) with the family `AF_UNSPEC`: the connection is reset, and the socket stays.
+fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
+    // SAFETY: a structure of integers, for which zeroes are a value.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of a value of that size.
+    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
+    anyhow::ensure!(status == 0, "disconnecting: {}", io::Error::last_os_error());
+    Ok(stream.into())
+}
+
+#[test]
+fn a_socket_that_connects_again_begins_another_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let old = Pair::open(&lab.inside, &listener)?;
+    let opened = old.opened;
+    opened.wait(Duration::from_millis(1200));
+    // The socket is the same and keeps its cookie.
+    let new = Pair::dial(disconnect(old.client)?, &listener, listener.address)?;
+    assert_own_clock(&daemon, &opened, &new)?;
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_opened_total", &[])?,
+        2.0
+    );
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_closed_total", &[])?,
+        2.0
+    );
+    Ok(())
+}
