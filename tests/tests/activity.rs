@@ -1,0 +1,220 @@
+//! Whose payload counts, how much of it, and the time in which this host owes an answer.
+
+use std::{
+    net::Shutdown,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const IDLE: Duration = Duration::from_secs(1);
+
+/// A daemon with one rule on the listener's port.
+fn daemon_for(lab: &Lab, listener: &Listener, limits: &str) -> Result<Daemon> {
+    let port = listener.port();
+    lab.daemon(&format!(
+        "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n{limits}\n"
+    ))
+}
+
+/// Calls `pass` several times a timeout until it fails or the time is over; the last success.
+fn repeat(
+    duration: Duration,
+    mut pass: impl FnMut() -> Result<Moment>,
+) -> (Option<Moment>, Result<()>) {
+    let start = Instant::now();
+    let mut last = None;
+    while start.elapsed() < duration {
+        match pass() {
+            Ok(moment) => last = Some(moment),
+            Err(error) => return (last, Err(error)),
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    (last, Ok(()))
+}
+
+/// Asserts that a session on which only `pass` happens is cut one timeout after it was opened.
+fn assert_cut(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
+    let (_, result) = repeat(5 * IDLE, pass);
+    assert!(result.is_err(), "it lives on");
+    let record = daemon.wait_for_termination_of(pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, IDLE);
+    Ok(())
+}
+
+/// Asserts that a session on which only `pass` happens lives for several timeouts, and is cut one
+/// timeout after the last.
+fn assert_lives(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
+    let (last, result) = repeat(3 * IDLE, pass);
+    result?;
+    let last = last.unwrap_or(pair.opened);
+    let record = daemon.wait_for_termination_of(pair)?;
+    record.assert_reset("idle_timeout", &last, IDLE);
+    Ok(())
+}
+
+fn push(pair: &Pair) -> Result<Moment> {
+    pair.to_client(b"news")
+}
+
+fn ping(pair: &Pair) -> Result<Moment> {
+    pair.to_server(b"ping")
+}
+
+#[test]
+fn what_is_sent_does_not_count_where_only_what_is_received_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let limits = "idle_timeout = \"1s\"\nactivity = \"received\"";
+    let daemon = daemon_for(&lab, &listener, limits)?;
+    let pushed = Pair::open(&lab.outside, &listener)?;
+    assert_cut(&daemon, &pushed, || push(&pushed))?;
+    let pinged = Pair::open(&lab.outside, &listener)?;
+    assert_lives(&daemon, &pinged, || ping(&pinged))
+}
+
+#[test]
+fn what_is_received_does_not_count_where_only_what_is_sent_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let limits = "idle_timeout = \"1s\"\nactivity = \"sent\"";
+    let daemon = daemon_for(&lab, &listener, limits)?;
+    let pinged = Pair::open(&lab.outside, &listener)?;
+    assert_cut(&daemon, &pinged, || ping(&pinged))?;
+    let pushed = Pair::open(&lab.outside, &listener)?;
+    assert_lives(&daemon, &pushed, || push(&pushed))
+}
+
+#[test]
+fn either_counts_where_any_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let limits = "idle_timeout = \"1s\"\nactivity = \"any\"";
+    let daemon = daemon_for(&lab, &listener, limits)?;
+    let pushed = Pair::open(&lab.outside, &listener)?;
+    assert_lives(&daemon, &pushed, || push(&pushed))?;
+    let pinged = Pair::open(&lab.outside, &listener)?;
+    assert_lives(&daemon, &pinged, || ping(&pinged))
+}
+
+#[test]
+fn payload_below_the_minimum_does_not_count_and_its_bytes_are_told() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = daemon_for(&lab, &listener, "idle_timeout = \"1s\"\nmin_payload = 16")?;
+    let small = Pair::open(&lab.outside, &listener)?;
+    assert_cut(&daemon, &small, || small.to_server(&[b'x'; 15]))?;
+    let record = daemon.wait_for_termination_of(&small)?;
+    let [received, _] = record.bytes();
+    assert!(received >= 15 && received % 15 == 0, "{received}");
+    let enough = Pair::open(&lab.outside, &listener)?;
+    assert_lives(&daemon, &enough, || enough.to_server(&[b'x'; 16]))
+}
+
+const RESPONSE: &str = "idle_timeout = \"1s\"\nresponse_timeout = \"4s\"";
+
+#[test]
+fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    // Answered at once, and asked again within the same tick: the later question counts.
+    pair.round_trip()?;
+    let asked = ping(&pair)?;
+    asked.wait(2 * IDLE + IDLE / 2);
+    let answered = push(&pair)?;
+    let [client, server] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &answered, IDLE);
+    server.assert_reset(Errno::ECONNABORTED, &answered, IDLE);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &answered, IDLE);
+    Ok(())
+}
+
+#[test]
+fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let asked = ping(&pair)?;
+    let limit = Duration::from_secs(4);
+    let [client, _] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &asked, limit);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("response_timeout", &asked, limit);
+    let labels = [("reason", "response_timeout"), ("result", "reset")];
+    daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 1.0)
+}
+
+#[test]
+fn the_answer_starts_the_idle_clock_also_where_only_what_is_received_counts() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let limits = format!("{RESPONSE}\nactivity = \"received\"");
+    let daemon = daemon_for(&lab, &listener, &limits)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    ping(&pair)?.wait(2 * IDLE);
+    let answered = push(&pair)?;
+    // What is pushed after the answer is no activity.
+    let (_, result) = repeat(5 * IDLE, || push(&pair));
+    assert!(result.is_err(), "it lives on");
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &answered, IDLE);
+    Ok(())
+}
+
+#[test]
+fn a_session_nobody_asked_anything_on_is_idle_whatever_the_response_timeout() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let silent = Pair::open(&lab.outside, &listener)?;
+    let half_closed = Pair::open(&lab.outside, &listener)?;
+    half_closed.client.shutdown(Shutdown::Write)?;
+    for pair in [&silent, &half_closed] {
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, IDLE);
+    }
+    Ok(())
+}
+
+#[test]
+fn lifetimes_are_spread_within_the_jitter_and_none_is_longer() -> Result<()> {
+    const SESSIONS: usize = 60;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let limits = "max_lifetime = \"4s\"\nlifetime_jitter = \"50%\"";
+    let daemon = daemon_for(&lab, &listener, limits)?;
+    let pairs: Vec<Pair> = (0..SESSIONS)
+        .map(|_| Pair::open(&lab.outside, &listener))
+        .collect::<Result<_>>()?;
+    daemon.wait_for_terminations(SESSIONS)?;
+    let mut limits = Vec::new();
+    for pair in &pairs {
+        let record = daemon.wait_for_termination_of(pair)?;
+        let limit = record.number("session_enforcer.limit_seconds");
+        record.assert_reset("max_lifetime", &pair.opened, Duration::from_secs_f64(limit));
+        limits.push(limit);
+    }
+    assert!(
+        limits.iter().all(|limit| (2.0..=4.0).contains(limit)),
+        "{limits:?}"
+    );
+    // Of sixty evenly spread lives, the chance that one quarter of the range has none is 10^-7.
+    for quarter in 0..4 {
+        let start = 2.0 + 0.5 * f64::from(quarter);
+        let range = start..start + 0.5;
+        assert!(
+            limits.iter().any(|limit| range.contains(limit)),
+            "{range:?}: {limits:?}"
+        );
+    }
+    Ok(())
+}
