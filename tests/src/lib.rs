@@ -21,6 +21,7 @@ mod netns;
 mod options;
 mod process;
 mod raw;
+pub mod services;
 mod tcp;
 
 pub use agent::{Agent, Place, enter, serve};

@@ -1,0 +1,78 @@
+//! Real servers and clients, from the system's packages, for the tests that show the daemon at
+//! work on them.
+//!
+//! Each server keeps everything in a temporary directory of its own, never in the system's, and
+//! runs in the test's cgroup: what it forks is killed with that, also where the test panics.
+
+mod openssh;
+mod postgresql;
+mod program;
+mod prometheus;
+mod redis;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::{AsRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::socket::{SockaddrStorage, bind, getsockname};
+
+use crate::{agent::Agent, options::set_option, process::output_of};
+
+pub use openssh::{Login, OpenSsh};
+pub use postgresql::Postgres;
+pub use program::Program;
+pub use prometheus::{Prometheus, promtool_check};
+pub use redis::Redis;
+
+/// A port of 127.0.0.1 that nobody else on the machine is given by the kernel.
+///
+/// A server that is told its port sets `SO_REUSEADDR`, and so may bind what is bound here and does
+/// not listen; to all who ask for any free port, or dial, this one is in use.
+#[derive(Debug)]
+struct ReservedPort {
+    number: u16,
+    _socket: OwnedFd,
+}
+
+impl ReservedPort {
+    /// Takes one.
+    fn take(agent: &Agent) -> Result<Self> {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let socket = agent.tcp(any)?;
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(any)).context("binding to a free port")?;
+        let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;
+        let address = address.as_sockaddr_in().context("an IPv4 address")?;
+        Ok(Self {
+            number: address.port(),
+            _socket: socket,
+        })
+    }
+}
+
+/// Payload bytes that the local socket with these ports has sent and received, as `ss` says: a
+/// second opinion on what the daemon counts.
+///
+/// # Errors
+///
+/// Where there is no such connection.
+pub fn payload_bytes(port: u16, peer_port: u16) -> Result<[u64; 2]> {
+    let (port, peer_port) = (format!(":{port}"), format!(":{peer_port}"));
+    let filter = ["sport", "=", &port, "and", "dport", "=", &peer_port];
+    let line = output_of("ss", "iproute2", &[&["-tinHO"][..], &filter].concat())?;
+    let field = |name: &str| {
+        let value = line
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix(name));
+        // What is zero is left out.
+        value.map_or(Ok(0), str::parse::<u64>).context(line.clone())
+    };
+    ensure!(
+        !line.is_empty(),
+        "no connection between the ports {port} and {peer_port}"
+    );
+    let sent = field("bytes_sent:")? - field("bytes_retrans:")?;
+    Ok([sent, field("bytes_received:")?])
+}

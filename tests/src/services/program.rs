@@ -1,0 +1,203 @@
+//! Programs of the system, found and run.
+
+use std::{
+    env,
+    fs::File,
+    io::Write as _,
+    os::unix::fs::FileExt as _,
+    path::PathBuf,
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    clock::eventually,
+    process::{Finished, die_with_parent, run_to_end},
+    tcp::PATIENCE,
+};
+
+/// How long a server may take to start, or a command to do its work, on a busy machine.
+const STARTING: Duration = Duration::from_secs(120);
+
+/// Finds a program in one of the folders, in PATH, or where administrators' programs are.
+///
+/// # Errors
+///
+/// Where it is not installed: the test fails, it does not skip.
+pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let administration = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    let mut places = folders
+        .iter()
+        .cloned()
+        .chain(env::split_paths(&path))
+        .chain(administration);
+    let found = places.find_map(|folder| Some(folder.join(program)).filter(|path| path.is_file()));
+    found.with_context(|| {
+        format!(
+            "the program `{program}` is missing (package {package}): `cargo xtask test` installs \
+             it"
+        )
+    })
+}
+
+/// Runs a command that must succeed, for what it prints.
+///
+/// # Errors
+///
+/// Where it fails, with what it says.
+pub(super) fn succeed(command: Command) -> Result<String> {
+    let shown = format!("{command:?}");
+    let finished = run_to_end(command, STARTING)?;
+    let Finished {
+        code,
+        stdout,
+        stderr,
+    } = finished;
+    ensure!(code == 0, "{shown}: status {code}\n{stdout}\n{stderr}");
+    Ok(stdout)
+}
+
+/// A program that runs: a server, or a client that is typed to. On drop it is killed, and what it
+/// wrote goes to the test's output, which is shown where the test fails.
+#[derive(Debug)]
+pub struct Program {
+    name: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    output: File,
+}
+
+impl Program {
+    /// Starts a client, whose standard input stays open until it is told or dropped.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub(super) fn client(name: &str, mut command: Command) -> Result<Self> {
+        // A file, not a pipe: nobody has to read while the program runs.
+        let output = tempfile::tempfile()?;
+        command
+            .stdout(output.try_clone()?)
+            .stderr(output.try_clone()?);
+        let spawned = die_with_parent(command.stdin(Stdio::piped())).spawn();
+        let mut child = spawned.with_context(|| format!("starting {command:?}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            stdin: child.stdin.take(),
+            child,
+            output,
+        })
+    }
+
+    /// Starts a server, and waits until its log has this text.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started, ends, or does not come to that, with its log.
+    pub(super) fn server(name: &str, command: Command, ready: &str) -> Result<Self> {
+        let mut server = Self::client(name, command)?;
+        server.stdin = None;
+        server.wait_until(STARTING, ready, |output| {
+            output.contains(ready).then_some(())
+        })?;
+        Ok(server)
+    }
+
+    /// What it has written so far, to standard output and standard error.
+    pub fn output(&self) -> String {
+        let mut bytes = vec![0; self.output.metadata().map_or(0, |file| file.len()) as usize];
+        // Reading from the start must not move the offset, which is the program's too.
+        let length = self.output.read_at(&mut bytes, 0).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..length]).into_owned()
+    }
+
+    /// Types a line.
+    ///
+    /// # Errors
+    ///
+    /// Where it has ended or was told that nothing more comes.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("its input has ended")?;
+        writeln!(stdin, "{line}").with_context(|| format!("typing {line:?} to {}", self.name))
+    }
+
+    /// Waits until it has written this text.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not, or ends before.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        self.wait_until(PATIENCE, text, |output| output.contains(text).then_some(()))
+    }
+
+    /// Waits until it has written a line with this prefix and numbers right after it. A terminal
+    /// shows what is typed, too: the prefix in that is followed by something else.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not, or ends before.
+    pub fn numbers_after<const N: usize>(&mut self, prefix: &str) -> Result<[u64; N]> {
+        self.wait_until(PATIENCE, prefix, |output| {
+            // A line without its end may be half of one.
+            let (whole, _) = output.rsplit_once('\n')?;
+            let rests = whole
+                .lines()
+                .filter_map(|line| Some(line.split_once(prefix)?.1));
+            let mut numbers = rests.filter_map(|rest| {
+                let words = rest.split_whitespace().take(N);
+                let numbers: Vec<u64> = words.filter_map(|word| word.parse().ok()).collect();
+                numbers.try_into().ok()
+            });
+            numbers.next()
+        })
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        bound: Duration,
+        what: &str,
+        look: impl Fn(&str) -> Option<T>,
+    ) -> Result<T> {
+        let found = eventually(what, bound, || {
+            // In this order, what it wrote last before its end is seen.
+            let ended = self.child.try_wait()?;
+            let found = look(&self.output());
+            if let (None, Some(status)) = (&found, ended) {
+                bail!("it has ended: {status}");
+            }
+            Ok(found)
+        });
+        found.with_context(|| format!("{} wrote:\n{}", self.name, self.output()))
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// Where it has not ended after `bound`.
+    pub fn finish(&mut self, bound: Duration) -> Result<ExitStatus> {
+        let ended = eventually("its end", bound, || Ok(self.child.try_wait()?));
+        ended.with_context(|| format!("{} wrote:\n{}", self.name, self.output()))
+    }
+
+    /// Whether it runs.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        println!("{} wrote:\n{}", self.name, self.output());
+    }
+}

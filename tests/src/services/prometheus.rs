@@ -1,0 +1,138 @@
+//! A Prometheus of the test's own.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    ReservedPort,
+    program::{self, Program},
+};
+use crate::{agent::Place, lab::Lab, tcp::PATIENCE};
+
+const PACKAGE: &str = "prometheus";
+const READY: &str = "Server is ready to receive web requests";
+
+/// A running Prometheus, on 127.0.0.1, that scrapes one target every second.
+#[derive(Debug)]
+pub struct Prometheus {
+    _server: Program,
+    port: ReservedPort,
+    _directory: TempDir,
+}
+
+impl Prometheus {
+    /// Starts one in the cgroup of the test.
+    ///
+    /// # Errors
+    ///
+    /// Where Prometheus is not installed or does not start, with its log.
+    pub fn start(lab: &Lab, target: SocketAddr) -> Result<Self> {
+        let port = ReservedPort::take(&lab.outside)?;
+        let directory = tempfile::tempdir()?;
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("prometheus.yml"), configuration(target))?;
+        let place = Place::here().in_cgroup(&lab.cgroup);
+        let prometheus = program::find("prometheus", PACKAGE, &[])?;
+        let mut command = place.command(lab.agent_binary(), prometheus);
+        command.arg(format!("--web.listen-address=127.0.0.1:{}", port.number));
+        command.arg("--config.file").arg(path("prometheus.yml"));
+        command.arg("--storage.tsdb.path").arg(path("data"));
+        let server = Program::server("prometheus", command, READY)?;
+        Ok(Self {
+            _server: server,
+            port,
+            _directory: directory,
+        })
+    }
+
+    /// The value that an expression has now; nothing where no series matches.
+    ///
+    /// # Errors
+    ///
+    /// Where the answer is not one number.
+    pub fn query(&self, expression: &str) -> Result<Option<f64>> {
+        let body = self.get(&format!("/api/v1/query?query={}", encode(expression)))?;
+        let answer: Value = serde_json::from_str(&body).with_context(|| body.clone())?;
+        ensure!(answer["status"] == "success", "{expression}: {body}");
+        let series = answer["data"]["result"].as_array().context(body.clone())?;
+        ensure!(
+            series.len() <= 1,
+            "{expression} is more than one number: {body}"
+        );
+        // Time and value.
+        let value = series
+            .first()
+            .map(|series| series["value"][1].as_str().unwrap_or_default());
+        Ok(value.map(str::parse).transpose()?)
+    }
+
+    /// What it says about its targets.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not answer.
+    pub fn targets(&self) -> Result<String> {
+        self.get("/api/v1/targets")
+    }
+
+    fn get(&self, path: &str) -> Result<String> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port.number))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        // Of this version, the answer ends with the connection and is in one piece.
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        let mut answer = String::new();
+        stream
+            .read_to_string(&mut answer)
+            .with_context(|| format!("GET {path}"))?;
+        let (_, body) = answer
+            .split_once("\r\n\r\n")
+            .context("an answer without a body")?;
+        Ok(body.to_owned())
+    }
+}
+
+fn configuration(target: SocketAddr) -> String {
+    format!(
+        "global:\n  scrape_interval: 1s\n  scrape_timeout: 1s\nscrape_configs:\n\
+         - job_name: session-enforcer\n  static_configs:\n  - targets: ['{target}']\n"
+    )
+}
+
+/// Percent-encodes all that could mean something in a URL.
+fn encode(text: &str) -> String {
+    let encode = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' => char::from(byte).to_string(),
+        _ => format!("%{byte:02X}"),
+    };
+    text.bytes().map(encode).collect()
+}
+
+/// What `promtool check metrics` finds in an exposition: its exit status and all that it prints.
+///
+/// # Errors
+///
+/// Where it is not installed.
+pub fn promtool_check(exposition: &str) -> Result<(Option<i32>, String)> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("metrics");
+    fs::write(&path, exposition)?;
+    let mut promtool = Command::new(program::find("promtool", PACKAGE, &[])?);
+    promtool.args(["check", "metrics"]);
+    let checked = promtool
+        .stdin(fs::File::open(&path)?)
+        .stderr(Stdio::piped())
+        .output()?;
+    let printed = [checked.stdout, checked.stderr].concat();
+    Ok((
+        checked.status.code(),
+        String::from_utf8_lossy(&printed).into_owned(),
+    ))
+}

@@ -1,0 +1,100 @@
+//! A Redis of the test's own.
+
+use std::{net::IpAddr, path::Path};
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use super::program::{self, Program};
+use crate::{
+    agent::Place,
+    lab::Lab,
+    netns::{Netns, Veth},
+};
+
+const READY: &str = "Ready to accept connections";
+
+/// A running Redis in a network namespace of its own, with a cable to a second one for clients
+/// from another host. It has the kernel send keepalive probes every second.
+#[derive(Debug)]
+pub struct Redis {
+    _server: Program,
+    /// The cgroup that it is in.
+    pub lab: Lab,
+    near: Netns,
+    far: Netns,
+    _directory: TempDir,
+}
+
+impl Redis {
+    /// Its port.
+    pub const PORT: u16 = 6379;
+    /// Its address.
+    pub const ADDRESS: IpAddr = Veth::LEFT;
+    /// The address of the clients from the other host.
+    pub const FAR: IpAddr = Veth::RIGHT;
+
+    /// Starts a server in a new cgroup. `agent` as for [`Lab::new`].
+    ///
+    /// # Errors
+    ///
+    /// Where Redis is not installed or does not start, with its log.
+    pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
+        let lab = Lab::new(agent)?;
+        let (near, far) = (Netns::new()?, Netns::new()?);
+        Veth::between(&near, &far)?;
+        let directory = tempfile::tempdir()?;
+        let place = Place::here().in_cgroup(&lab.cgroup).in_netns(&near);
+        let redis = program::find("redis-server", "redis-server", &[])?;
+        let mut command = place.command(lab.agent_binary(), redis);
+        command.args([
+            "--bind",
+            &Self::ADDRESS.to_string(),
+            "--port",
+            &Self::PORT.to_string(),
+        ]);
+        command.args(["--save", "", "--appendonly", "no", "--protected-mode", "no"]);
+        command.args(["--timeout", "0", "--tcp-keepalive", "1", "--dir"]);
+        command.arg(directory.path());
+        let server = Program::server("redis-server", command, READY)?;
+        Ok(Self {
+            _server: server,
+            lab,
+            near,
+            far,
+            _directory: directory,
+        })
+    }
+
+    /// A client from the same host, not in the cgroup, that is typed to.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not installed.
+    pub fn near_client(&self, name: &str) -> Result<Program> {
+        self.client(name, &self.near, &[])
+    }
+
+    /// A client from the other host that does this.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not installed.
+    pub fn far_client(&self, name: &str, args: &[&str]) -> Result<Program> {
+        self.client(name, &self.far, args)
+    }
+
+    fn client(&self, name: &str, netns: &Netns, args: &[&str]) -> Result<Program> {
+        let redis_cli = program::find("redis-cli", "redis-tools", &[])?;
+        let place = Place::here().in_netns(netns);
+        let mut command = place.command(self.lab.agent_binary(), redis_cli);
+        command.args([
+            "-h",
+            &Self::ADDRESS.to_string(),
+            "-p",
+            &Self::PORT.to_string(),
+        ]);
+        command.args(args);
+        Program::client(name, command)
+    }
+}

@@ -1,0 +1,78 @@
+//! OpenSSH under the daemon: an idle login is cut on both sides, one that types lives.
+
+use std::{collections::BTreeSet, fs, thread, time::Duration};
+
+use anyhow::Result;
+use session_enforcer_tests::{Daemon, Moment, PATIENCE, eventually, services::OpenSsh};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(4);
+const TYPING: Duration = Duration::from_millis(500);
+
+fn daemon(openssh: &OpenSsh) -> Result<Daemon> {
+    openssh.lab.daemon(&format!(
+        "[[rule]]\nname = \"ssh\"\nlocal_ports = [{}]\nidle_timeout = \"4s\"\n",
+        OpenSsh::PORT
+    ))
+}
+
+/// The processes in the cgroup. Those that have ended are not there, even before their parent has
+/// asked after them.
+fn processes(openssh: &OpenSsh) -> Result<BTreeSet<u64>> {
+    let processes = fs::read_to_string(openssh.lab.cgroup.path().join("cgroup.procs"))?;
+    Ok(processes
+        .lines()
+        .map(str::parse)
+        .collect::<Result<_, _>>()?)
+}
+
+#[test]
+fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()> {
+    let openssh = OpenSsh::start(AGENT)?;
+    let daemon = daemon(&openssh)?;
+    let mut typing = openssh.login("the ssh that types", &[])?;
+    let without_idle = processes(&openssh)?;
+    let mut idle = openssh.login("the idle ssh", &[])?;
+    assert!(processes(&openssh)?.contains(&idle.shell) && !without_idle.contains(&idle.shell));
+    let (last, ()) = Moment::of(|| idle.round_trip())?;
+    while last.elapsed() < 2 * LIMIT + Duration::from_secs(1) {
+        typing.round_trip()?;
+        thread::sleep(TYPING);
+    }
+
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.ports(), [idle.port, OpenSsh::PORT]);
+    // What the kernel sends to see whether the other side is there did not save it.
+    assert!(openssh.keepalive_probes()? > 0);
+    let status = idle.client.finish(PATIENCE)?;
+    assert_eq!(status.code(), Some(255));
+    // Which of the two depends on whether it reads or writes first.
+    let output = idle.client.output();
+    let says = |text| output.contains(text);
+    assert!(
+        says("Connection reset by peer") || says("Broken pipe"),
+        "{output}"
+    );
+    eventually("the end of the idle login's processes", PATIENCE, || {
+        Ok((processes(&openssh)? == without_idle).then_some(()))
+    })?;
+
+    typing.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 1);
+    Ok(())
+}
+
+/// They are encrypted payload, like all the rest: nobody between the two ends can tell them from
+/// typing. Who wants idle logins to end turns them off, at the client and at the server.
+#[test]
+fn the_keepalives_of_ssh_itself_are_payload_and_keep_a_login_alive() -> Result<()> {
+    let openssh = OpenSsh::start(AGENT)?;
+    let daemon = daemon(&openssh)?;
+    let (opened, mut login) =
+        Moment::of(|| openssh.login("the ssh with keepalives", &["ServerAliveInterval=1"]))?;
+    opened.wait(2 * LIMIT);
+    login.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}

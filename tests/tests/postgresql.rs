@@ -1,0 +1,172 @@
+//! PostgreSQL under the daemon: what idles or is too old is cut, its transaction is rolled back,
+//! and who works beside it notices nothing.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use session_enforcer_tests::{
+    Moment, PATIENCE, Record, eventually,
+    services::{Postgres, Program, payload_bytes},
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(6);
+
+/// A psql in a transaction that has written and is not committed.
+struct OpenTransaction {
+    psql: Program,
+    backend: u64,
+    client_port: u16,
+    last: Moment,
+}
+
+impl OpenTransaction {
+    fn begin(database: &Postgres) -> Result<Self> {
+        let mut psql = database.psql()?;
+        let (last, [backend, client_port]) = Moment::of(|| {
+            psql.say(
+                "BEGIN; INSERT INTO account VALUES (42); \
+                 SELECT 'who: ' || pg_backend_pid() || ' ' || inet_client_port();",
+            )?;
+            psql.numbers_after("who: ")
+        })?;
+        let client_port = client_port.try_into()?;
+        Ok(Self {
+            psql,
+            backend,
+            client_port,
+            last,
+        })
+    }
+
+    /// What the server says about it: its state, its locks, and the rows that others see.
+    fn seen_by_others(&self, database: &Postgres) -> Result<String> {
+        let backend = self.backend;
+        database.query(&format!(
+            "SELECT coalesce((SELECT state FROM pg_stat_activity WHERE pid = {backend}), 'gone'), \
+             EXISTS (SELECT FROM pg_locks WHERE pid = {backend}), \
+             (SELECT count(*) FROM account)"
+        ))
+    }
+}
+
+fn assert_record(record: &Record, client_port: u16, database: &Postgres) {
+    assert_eq!(record.ports(), [client_port, database.port()]);
+    for (path, text) in [
+        ("rule.name", "postgres"),
+        ("network.direction", "inbound"),
+        ("network.type", "ipv4"),
+        ("source.ip", "127.0.0.1"),
+        ("destination.ip", "127.0.0.1"),
+        ("session_enforcer.mode", "enforce"),
+    ] {
+        assert_eq!(record.text(path), text, "{path}");
+    }
+}
+
+fn rule(database: &Postgres, limit: &str) -> String {
+    let port = database.port();
+    format!(
+        "[[rule]]\nname = \"postgres\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n{limit}\n"
+    )
+}
+
+/// The end of a pgbench whose every transaction succeeded.
+fn assert_no_error(pgbench: &mut Program, running: Duration) -> Result<()> {
+    let status = pgbench.finish(running + PATIENCE)?;
+    let output = pgbench.output();
+    assert_eq!(status.code(), Some(0), "{output}");
+    // Versions before 15 do not say that none failed.
+    let output = output.replace("number of failed transactions: 0 (0.000%)", "");
+    for bad in ["failed", "aborted", "error"] {
+        assert!(!output.to_lowercase().contains(bad), "{output}");
+    }
+    let processed = output.split_once("transactions actually processed: ");
+    assert!(
+        processed.is_some_and(|(_, count)| !count.starts_with('0')),
+        "{output}"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -> Result<()> {
+    let database = Postgres::start(AGENT)?;
+    database.prepare_pgbench()?;
+    database.query("CREATE TABLE account (id integer PRIMARY KEY)")?;
+    let daemon = database
+        .lab
+        .daemon(&rule(&database, "idle_timeout = \"6s\""))?;
+    // Longer than two timeouts.
+    let mut pgbench = database.pgbench(&["-c", "4", "-j", "2", "-T", "14", "--rate=200"])?;
+
+    let mut idle = OpenTransaction::begin(&database)?;
+    let payload = payload_bytes(idle.client_port, database.port())?;
+    assert_eq!(idle.seen_by_others(&database)?, "idle in transaction|t|0");
+
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &idle.last, LIMIT);
+    assert_record(&record, idle.client_port, &database);
+    assert_eq!(record.bytes(), payload);
+    eventually("the transaction has ended", PATIENCE, || {
+        Ok((idle.seen_by_others(&database)? == "gone|f|0").then_some(()))
+    })?;
+    // Were the row or its lock still there, this would fail or wait.
+    database.query("SET lock_timeout = '1s'; INSERT INTO account VALUES (42)")?;
+    assert_lost(&mut idle.psql)?;
+
+    assert_no_error(&mut pgbench, Duration::from_secs(14))?;
+    assert_eq!(daemon.terminations()?.len(), 1);
+    assert_eq!(
+        daemon.metric("session_enforcer_terminations_total", &[])?,
+        1.0
+    );
+    Ok(())
+}
+
+/// A psql whose connection has ended says so at its next command, and ends.
+fn assert_lost(psql: &mut Program) -> Result<()> {
+    psql.say("COMMIT;")?;
+    let status = psql.finish(PATIENCE)?;
+    assert!(
+        psql.output().contains("connection to server was lost"),
+        "{}",
+        psql.output()
+    );
+    // As psql(1) has it: the connection went bad and the session was not interactive.
+    assert_eq!(status.code(), Some(2));
+    Ok(())
+}
+
+#[test]
+fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> Result<()> {
+    const LIFETIME: Duration = Duration::from_secs(3);
+    let database = Postgres::start(AGENT)?;
+    database.prepare_pgbench()?;
+    let daemon = database
+        .lab
+        .daemon(&rule(&database, "max_lifetime = \"3s\""))?;
+    // Nothing ends the first but the daemon; the second dials again for each transaction.
+    let (opened, mut old) = Moment::of(|| {
+        let old = database.pgbench(&["-c", "2", "-j", "2", "-T", "600", "--rate=50"])?;
+        // It looks at the database on a connection of its own before the clients dial.
+        daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 3.0)?;
+        Ok(old)
+    })?;
+    let mut young = database.pgbench(&["-c", "1", "-T", "8", "--rate=20", "--connect"])?;
+
+    let records = daemon.wait_for_terminations(2)?;
+    for record in &records {
+        record.assert_reset("max_lifetime", &opened, LIFETIME);
+        assert_eq!(record.text("rule.name"), "postgres");
+        assert!(record.number("session_enforcer.idle_seconds") < LIFETIME.as_secs_f64());
+    }
+    let status = old.finish(PATIENCE)?;
+    assert_eq!(status.code(), Some(2), "{}", old.output());
+    let aborted = old.output().matches("aborted in command").count();
+    assert_eq!(aborted, 2, "{}", old.output());
+
+    assert_no_error(&mut young, Duration::from_secs(8))?;
+    assert_eq!(daemon.terminations()?.len(), 2);
+    Ok(())
+}
