@@ -358,7 +358,7 @@ mod tests {
         };
         assert_eq!(with_seed(0), 100 * SECOND);
         let shortest = with_seed(u32::MAX);
-        assert!(shortest >= 80 * SECOND && shortest < 81 * SECOND);
+        assert!((80 * SECOND..81 * SECOND).contains(&shortest));
         let middle = with_seed(u32::MAX / 2).abs_diff(90 * SECOND);
         assert!(middle < SECOND / 100, "{middle}");
     }
