@@ -28,8 +28,8 @@ pub struct Event {
     pub kind: u32,
     /// Index of its rule.
     pub rule: u16,
-    /// Always zero.
-    pub reserved: u16,
+    /// The lower half of the generation of the match table that chose the rule.
+    pub generation: u16,
 }
 
 const _: () = assert!(size_of::<Event>() == 32 && align_of::<Event>() == 8);
@@ -75,7 +75,7 @@ impl Event {
             established_ns: eight(16),
             kind: u32::from_ne_bytes([whole[24], whole[25], whole[26], whole[27]]),
             rule: u16::from_ne_bytes([whole[28], whole[29]]),
-            reserved: u16::from_ne_bytes([whole[30], whole[31]]),
+            generation: u16::from_ne_bytes([whole[30], whole[31]]),
         };
         let kind = match event.kind {
             1 => EventKind::Opened,
@@ -98,7 +98,7 @@ mod tests {
         bytes.extend(9u64.to_ne_bytes());
         bytes.extend(kind.to_ne_bytes());
         bytes.extend(3u16.to_ne_bytes());
-        bytes.extend(0u16.to_ne_bytes());
+        bytes.extend(5u16.to_ne_bytes());
         bytes
     }
 
@@ -108,6 +108,7 @@ mod tests {
         assert_eq!(kind, EventKind::Closed);
         assert_eq!((event.cookie, event.netns_cookie), (7, 8));
         assert_eq!((event.established_ns, event.rule), (9, 3));
+        assert_eq!(event.generation, 5);
     }
 
     #[test]

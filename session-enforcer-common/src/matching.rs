@@ -1,10 +1,28 @@
 //! Which rule decides about a connection: the facts, the entries of the match table, and the
 //! function that compares them.
 
-use crate::{Address, Direction};
+use crate::{Address, Direction, Session};
 
 /// Rule number of an entry that takes its connections out of all enforcement: not tracked.
 pub const RULE_EXEMPT: u16 = u16::MAX;
+
+impl Facts {
+    /// The facts of a session that is tracked. A damaged direction counts as inbound, so that it
+    /// cannot hide a session from the rules of a server.
+    #[inline(always)]
+    pub const fn of(session: &Session) -> Self {
+        Self {
+            direction: match Direction::from_number(session.direction) {
+                Some(direction) => direction,
+                None => Direction::Inbound,
+            },
+            local: session.local,
+            remote: session.remote,
+            local_port: session.local_port,
+            remote_port: session.remote_port,
+        }
+    }
+}
 
 /// What is known of a connection when it is established.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,14 +155,19 @@ impl MatchEntry {
     }
 }
 
-/// Describes the match table in force; lies beside the entries.
+/// Describes one of the two match tables. One is in force, the other takes the next policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Table {
-    /// Counts the changes of the table.
+    /// Counts the policies since the programs were loaded.
     pub generation: u32,
     /// Number of valid entries.
     pub entries: u32,
+}
+
+impl Table {
+    /// Number of tables.
+    pub const COUNT: u32 = 2;
 }
 
 const _: () = {

@@ -31,14 +31,17 @@ pub struct Policy {
     /// How far a time stamp may lag behind the event, in nanoseconds: one tick of the coarse
     /// clock. Each deadline is later by this much, so that no session ends early.
     pub tick_ns: u64,
+    /// Generation of the match table with which this came into force. A session of another one has
+    /// to be matched again.
+    pub generation: u32,
     /// Bytes of new payload that a packet must have to count: as activity, as a request, as an
     /// answer. Less is not seen by any clock.
-    pub min_payload: u32,
+    pub min_payload: u16,
     /// [`Activity`] as a number. Any other number is [`Activity::Any`], the one with which a
     /// session lives longest.
     pub activity: u8,
     /// Always zero.
-    pub reserved: [u8; 3],
+    pub reserved: u8,
 }
 
 const _: () = assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
@@ -56,6 +59,9 @@ pub enum Reason {
     MaxLifetime,
     /// No answer from this host for the rule's `response_timeout`.
     ResponseTimeout,
+    /// A new policy came into force, and the session was past its limits already. Never a
+    /// [`verdict`]: the daemon says so when it loads a policy.
+    Policy,
 }
 
 /// The answer of [`verdict`].

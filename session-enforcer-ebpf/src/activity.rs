@@ -10,12 +10,13 @@ use aya_ebpf::{
     },
     programs::SkBuffContext,
 };
-use session_enforcer_common::{Direction, ErrorKind, EventKind, Session, flags};
+use session_enforcer_common::{Direction, ErrorKind, EventKind, Facts, Session, flags};
 
 use crate::{
     counters, lifecycle,
     maps::{POLICIES, SESSIONS},
     packet::{self, Segment},
+    policy::decide,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
@@ -134,14 +135,31 @@ fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock) {
 /// Whether so much new payload counts for the session's rule. Where the policy cannot be read, all
 /// does: errors are on the side of life.
 #[inline(always)]
-fn counts(session: &Session, new: u32) -> bool {
-    match POLICIES.get(u32::from(session.rule)) {
-        Some(policy) => new >= policy.min_payload,
-        None => {
-            counters::error(ErrorKind::TableUnreadable);
-            true
-        }
+fn counts(session: &mut Session, new: u32) -> bool {
+    let Some(policy) = POLICIES.get(u32::from(session.rule)) else {
+        counters::error(ErrorKind::TableUnreadable);
+        return true;
+    };
+    if policy.generation == session.generation {
+        return new >= u32::from(policy.min_payload);
     }
+    counts_anew(session, new)
+}
+
+/// The same for a session that was matched under an earlier policy: it is matched again first. One
+/// that no rule matches now is the daemon's to release.
+#[inline(never)]
+fn counts_anew(session: &mut Session, new: u32) -> bool {
+    let Some(decision) = decide(&Facts::of(session)) else {
+        return true;
+    };
+    let Some(policy) = POLICIES.get(u32::from(decision.rule)) else {
+        // An exempting rule, which has no policy.
+        return true;
+    };
+    session.rule = decision.rule;
+    session.generation = decision.generation;
+    new >= u32::from(policy.min_payload)
 }
 
 /// Stamps payload that was sent, which answers what was received before.

@@ -1,25 +1,25 @@
 //! Establishment and close (`sock_ops`).
 
-use core::{ffi::c_void, ptr};
+use core::ptr;
 
 use aya_ebpf::{
     bindings::{
         BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_loop},
+    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, Facts, MAX_MATCH_ENTRIES, RULE_EXEMPT,
-    Session, flags, matches,
+    Address, Direction, ErrorKind, Event, EventKind, Facts, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, MATCH_ENTRIES, MATCH_TABLE, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, ONLY_NETNS, SESSIONS},
+    policy::{Decision, decide},
 };
 
 const AF_INET: u32 = 2;
@@ -49,9 +49,12 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
     let Some(facts) = facts(ctx, direction) else {
         return;
     };
-    let Some((rule, generation)) = decide(&facts) else {
+    let Some(Decision { rule, generation }) = decide(&facts) else {
         return;
     };
+    if rule == RULE_EXEMPT {
+        return;
+    }
     // The close is asked for first: a session in the map whose end nobody reports would be stale.
     let reported = ctx
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
@@ -134,7 +137,7 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
         established_ns: session.established_ns,
         kind: kind as u32,
         rule: session.rule,
-        reserved: 0,
+        generation: session.generation as u16,
     };
     if EVENTS.output(event, 0).is_err() {
         counters::error(ErrorKind::EventLost);
@@ -201,54 +204,4 @@ fn bound_interface(ctx: &SockOpsContext) -> u32 {
         let sk = (*ctx.ops).__bindgen_anon_2.sk;
         if sk.is_null() { 0 } else { (*sk).bound_dev_if }
     }
-}
-
-/// What the loop over the match entries works on.
-struct Search {
-    facts: Facts,
-    /// Rule of the first entry that applies.
-    found: Option<u16>,
-}
-
-/// The rule that decides about the connection and the generation of the table that said so, or
-/// nothing where no rule applies or an exempting one does.
-#[inline(always)]
-fn decide(facts: &Facts) -> Option<(u16, u32)> {
-    let Some(table) = MATCH_TABLE.get(0) else {
-        counters::error(ErrorKind::TableUnreadable);
-        return None;
-    };
-    let (generation, entries) = (table.generation, table.entries);
-    let mut search = Search {
-        facts: *facts,
-        found: None,
-    };
-    // SAFETY: the callback has the signature that the helper asks for, and the search outlives it.
-    unsafe {
-        bpf_loop(
-            entries.min(MAX_MATCH_ENTRIES),
-            apply_entry as *mut c_void,
-            ptr::from_mut(&mut search).cast(),
-            0,
-        )
-    };
-    search
-        .found
-        .filter(|rule| *rule != RULE_EXEMPT)
-        .map(|rule| (rule, generation))
-}
-
-/// Returns 1 to end the loop, 0 to go on.
-extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
-    // SAFETY: the pointer that `decide` gave.
-    let search = unsafe { &mut *search.cast::<Search>() };
-    let Some(entry) = MATCH_ENTRIES.get(index) else {
-        counters::error(ErrorKind::TableUnreadable);
-        return 1;
-    };
-    if !matches(&search.facts, entry) {
-        return 0;
-    }
-    search.found = Some(entry.rule);
-    1
 }

@@ -21,6 +21,7 @@ mod counters;
 mod lifecycle;
 mod maps;
 mod packet;
+mod policy;
 
 use aya_ebpf::{
     macros::{cgroup_skb, sock_ops},

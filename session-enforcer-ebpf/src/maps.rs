@@ -16,21 +16,28 @@ use session_enforcer_common::{
 #[btf_map]
 pub(crate) static SESSIONS: HashMap<u64, Session, 262_144> = HashMap::new();
 
-/// The match entries, in the order of the rules; the first that applies decides.
+/// The entries of both match tables, one behind the other, each in the order of the rules: the
+/// first that applies decides.
 #[btf_map]
-pub(crate) static MATCH_ENTRIES: Array<MatchEntry, { MAX_MATCH_ENTRIES as usize }> = Array::new();
+pub(crate) static MATCH_ENTRIES: Array<
+    MatchEntry,
+    { (Table::COUNT * MAX_MATCH_ENTRIES) as usize },
+> = Array::new();
 
-/// Describes [`MATCH_ENTRIES`]; one element.
+/// Describes the tables of [`MATCH_ENTRIES`].
 #[btf_map]
-pub(crate) static MATCH_TABLE: Array<Table, 1> = Array::new();
+pub(crate) static MATCH_TABLES: Array<Table, { Table::COUNT as usize }> = Array::new();
 
-/// The limits of each rule, for the packet path. The daemon sets the size at load, to the number of
-/// rules.
+/// Index of the table in force; one element. The daemon fills the other table and then changes this
+/// one number, so that no connection ever meets half a policy.
+#[btf_map]
+pub(crate) static ACTIVE_TABLE: Array<u32, 1> = Array::new();
+
+/// The limits of each rule, for the packet path.
 #[btf_map]
 pub(crate) static POLICIES: Array<Policy, { MAX_RULES as usize }> = Array::new();
 
-/// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation. The
-/// daemon sets the size at load, to the number of rules.
+/// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation.
 #[btf_map]
 pub(crate) static RULE_COUNTERS: PerCpuArray<RuleCounters, { MAX_RULES as usize }> =
     PerCpuArray::new();
