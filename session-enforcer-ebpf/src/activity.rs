@@ -51,7 +51,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
         Some(segment) => {
             match way {
                 Way::Ingress => receive(session, tcp, &segment),
-                Way::Egress => send(session, tcp, &segment),
+                Way::Egress => {
+                    send(session, tcp, &segment);
+                    confirm_received(session, tcp);
+                }
             }
             if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
                 lifecycle::notify(EventKind::MayEnd, cookie, session);
@@ -97,6 +100,14 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
         &mut session.bytes_received,
         tcp.bytes_received + u64::from(new),
     );
+}
+
+/// Takes the count of received bytes from the socket when it answers, at the latest with the ACK:
+/// what arrived while a process held the socket waits in its backlog, uncounted, and what came with
+/// the packet that completed the handshake passed the hook under the listener's cookie.
+#[inline(always)]
+fn confirm_received(session: &mut Session, tcp: &bpf_tcp_sock) {
+    grow(&mut session.bytes_received, tcp.bytes_received);
 }
 
 /// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`

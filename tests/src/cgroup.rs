@@ -33,7 +33,20 @@ impl Cgroup {
         require_root()?;
         let mount = mount_point()?;
         SWEEP.call_once(|| sweep(&mount));
-        let path = mount.join(names::unique());
+        Self::make(&mount)
+    }
+
+    /// Makes one below this one, which must outlive it.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn child(&self) -> Result<Self> {
+        Self::make(&self.path)
+    }
+
+    fn make(parent: &Path) -> Result<Self> {
+        let path = parent.join(names::unique());
         fs::create_dir(&path).with_context(|| format!("making the cgroup {}", path.display()))?;
         Ok(Self { path })
     }

@@ -51,6 +51,15 @@ impl Lab {
         &self.agent
     }
 
+    /// Makes sockets at another place.
+    ///
+    /// # Errors
+    ///
+    /// Where the agent cannot be started.
+    pub fn at(&self, place: &Place) -> Result<Agent> {
+        Agent::start(&self.agent, place)
+    }
+
     /// Makes sockets in the cgroup and in a network namespace.
     ///
     /// # Errors
@@ -69,7 +78,7 @@ impl Lab {
     ///
     /// Where the agent cannot be started.
     pub fn outside_in(&self, netns: &Netns) -> Result<Agent> {
-        Agent::start(&self.agent, &Place::here().in_netns(netns))
+        self.at(&Place::here().in_netns(netns))
     }
 
     /// A daemon to be started on the cgroup.

@@ -60,6 +60,16 @@ impl Netns {
         ip(&args)
     }
 
+    /// Sets one of its `/proc/sys/net` parameters.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn set_parameter(&self, name: &str, value: &str) -> Result<()> {
+        let write = format!("echo {value} > /proc/sys/net/{name}");
+        ip(&["netns", "exec", &self.name, "sh", "-c", &write]).map(drop)
+    }
+
     /// Deletes the name now.
     ///
     /// # Errors

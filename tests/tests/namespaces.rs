@@ -154,3 +154,27 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
     daemon.wait_for_termination()?;
     Ok(())
 }
+
+#[test]
+fn a_session_in_a_namespace_that_nothing_names_is_said_to_be_out_of_reach() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&outside, &listener)?;
+    // Its sockets keep it alive, and no file leads to it any more.
+    drop((inside, outside));
+    netns.delete()?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("event.action"), "session-termination-failed");
+    assert_eq!(record.text("session_enforcer.result"), "failed");
+    record.assert_due("idle_timeout", &pair.opened, LIMIT);
+    let cause = [("cause", "namespace")];
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,
+        1.0
+    );
+    pair.round_trip()?;
+    Ok(())
+}

@@ -1,19 +1,14 @@
-//! Payload in aggregates of every size and in unusual places: each byte is counted once.
+//! Payload in aggregates of every size: each byte is counted once.
 
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, TcpStream},
-    os::fd::AsRawFd as _,
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::sys::socket::{MsgFlags, SockaddrStorage, sendto};
-use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, Place, Sniffer, Veth, allow_big_tcp,
-    dial, run_to_end, set_option,
-};
+use session_enforcer_tests::{Daemon, Lab, Moment, Netns, Pair, Sniffer, Veth, allow_big_tcp};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -127,69 +122,4 @@ fn every_byte_of_ipv6_packets_of_more_than_64_kib_is_counted_once() -> Result<()
 #[test]
 fn every_byte_of_ipv4_packets_of_more_than_64_kib_is_counted_once() -> Result<()> {
     big_tcp(Veth::RIGHT)
-}
-
-#[test]
-fn payload_that_completes_a_deferred_accept_is_counted() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let address = (Ipv4Addr::LOCALHOST, 0).into();
-    let socket = lab.inside.tcp(address)?;
-    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 5)?;
-    let listener = Listener::on(socket, address)?;
-    let daemon = lab.daemon(RULE)?;
-    let mut client = dial(lab.outside.tcp(address)?, listener.address)?;
-    // The server's socket comes into being with the first payload.
-    thread::sleep(Duration::from_millis(500));
-    let (last, mut server) = Moment::of(|| {
-        client.write_all(b"hello")?;
-        listener.accept()
-    })?;
-    server.read_exact(&mut [0; 5])?;
-    let record = daemon.wait_for_termination()?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
-    assert_eq!(record.bytes(), [5, 0]);
-    Ok(())
-}
-
-#[test]
-fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
-    let mut allow = Place::here()
-        .in_netns(&netns)
-        .command(lab.agent_binary(), "sh");
-    allow.args(["-c", "echo 3 > /proc/sys/net/ipv4/tcp_fastopen"]);
-    assert_eq!(run_to_end(allow, PATIENCE)?.code, 0);
-    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
-    let address = (Ipv4Addr::LOCALHOST, 0).into();
-    let socket = inside.tcp(address)?;
-    set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 16)?;
-    let listener = Listener::on(socket, address)?;
-    let daemon = lab.daemon(RULE)?;
-    // The first connection gets the cookie that lets the second one carry payload at once.
-    for payload in [&b"first"[..], b"second"] {
-        let client = outside.tcp(address)?;
-        let to = SockaddrStorage::from(listener.address);
-        let (last, server) = Moment::of(|| {
-            sendto(
-                client.as_raw_fd(),
-                payload,
-                &to,
-                MsgFlags::from_bits_retain(libc::MSG_FASTOPEN),
-            )?;
-            let mut server = listener.accept()?;
-            server.read_exact(&mut vec![0; payload.len()])?;
-            Ok(server)
-        })?;
-        let port = server.peer_addr()?.port();
-        session_enforcer_tests::ends_of(&[&server])?;
-        let records = daemon.wait_for_terminations(1)?;
-        let record = records
-            .iter()
-            .find(|r| r.ports()[0] == port)
-            .context("no record")?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
-        assert_eq!(record.bytes(), [payload.len() as u64, 0]);
-    }
-    Ok(())
 }

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::Result;
-use nix::sys::socket::{SockaddrStorage, bind};
+use nix::sys::{
+    signal::Signal,
+    socket::{SockaddrStorage, bind},
+};
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Moment, Pair, reset_on_close, set_option,
 };
@@ -79,6 +82,22 @@ fn a_new_connection_is_not_the_adopted_one_of_the_same_tuple() -> Result<()> {
     opened.wait(Duration::from_millis(1200));
     end(old)?;
     let new = open_from(port, &lab.outside, &listener)?;
+    assert_own_clock(&daemon, &opened, &new)
+}
+
+#[test]
+fn a_new_connection_is_not_the_old_one_for_a_daemon_that_stalled_past_its_deadline() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let old = open_from(0, &lab.outside, &listener)?;
+    let (opened, port) = (old.opened, old.client_address.port());
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    opened.wait(LIMIT + Duration::from_millis(200));
+    end(old)?;
+    let new = open_from(port, &lab.outside, &listener)?;
+    daemon.signal(Signal::SIGCONT)?;
     assert_own_clock(&daemon, &opened, &new)
 }
 

@@ -1,14 +1,117 @@
-//! `cargo xtask demo`. STUB: the lead replaces this file.
+//! `cargo xtask demo`: the real daemon at work on real connections, in under half a minute.
+//!
+//! Everything is built as the user. For the show xtask runs itself again, as root: it needs
+//! network namespaces, a cgroup and eBPF. The daemon is attached to that cgroup only, and all
+//! traffic is between those namespaces.
 
-use anyhow::{Result, bail};
+mod cast;
+mod client;
+mod screen;
+mod show;
+mod stage;
+mod stop;
 
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::build::{Profile, daemon};
+use crate::process::{as_root, find_program, is_root, run as run_program, say};
+use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// Shows session-enforcer at work.
-///
-/// At hand for it: `setup::setup`, `packages::ensure(Missing::Install)` for the servers and
-/// clients, `build::daemon(workspace, Profile::Release)` for the binary, `process::as_root`.
-pub(crate) fn run(workspace: &Workspace) -> Result<()> {
-    let file = workspace.root().join("xtask/src/demo.rs");
-    bail!("the demo is not written yet ({})", file.display());
+/// The harness's program that makes sockets in the show's namespaces and cgroup.
+const AGENT: &str = "session-enforcer-test-agent";
+
+/// Tells the harness which daemon to run.
+const BINARY: &str = "SESSION_ENFORCER_BIN";
+
+/// Installs packages; the one of `packages.rs`, which says more about it.
+const INSTALLER: &str = include_str!("install.sh");
+
+/// What `demo` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The show alone: root's part, with this agent and the daemon that the environment names.
+    #[arg(long, hide = true, value_name = "AGENT")]
+    show: Option<PathBuf>,
+}
+
+/// Builds what is needed, then becomes the show.
+pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
+    if let Some(agent) = &args.show {
+        return show::show(agent);
+    }
+    let ip = ip()?;
+    setup(workspace)?;
+    let daemon = daemon(workspace, Profile::Release)?;
+    let agent = agent(workspace)?;
+    if !is_root()? {
+        say!("from here on as root, through sudo: namespaces, a cgroup and eBPF need it");
+    }
+    let mut command = as_root("env")?;
+    command.args(environment(&daemon, &ip));
+    let own = env::current_exe().context("cannot tell where xtask's own program is")?;
+    command.arg(&own).args(["demo", "--show"]).arg(agent);
+    Err(command.exec()).with_context(|| format!("cannot start {}", own.display()))
+}
+
+/// iproute2's `ip`, installed where it is missing.
+fn ip() -> Result<PathBuf> {
+    let find = || find_program("ip", &[]);
+    if let Some(path) = find() {
+        return Ok(path);
+    }
+    let why = "`ip` is missing (package iproute2); the demo makes its network namespaces with it";
+    if find_program("apt-get", &[]).is_none() {
+        bail!("{why}. There is no apt-get here: install it with this system's package manager");
+    }
+    say!("{why}: installing it");
+    run_program(as_root("sh")?.args(["-c", INSTALLER, "install.sh", "iproute2"]))
+        .context("cannot install; remedy: `apt-get install iproute2`")?;
+    find().context("iproute2 is installed, and yet there is no `ip`")
+}
+
+fn agent(workspace: &Workspace) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo();
+    cargo.args([
+        "build",
+        "--package",
+        "session-enforcer-tests",
+        "--bin",
+        AGENT,
+    ]);
+    run_program(&mut cargo)?;
+    Ok(workspace.target().join("debug").join(AGENT))
+}
+
+/// What the show needs of the environment, which sudo would drop, as arguments of env(1).
+fn environment(daemon: &Path, ip: &Path) -> Vec<OsString> {
+    let variable = |name: &str, value: &Path| {
+        let mut word = OsString::from(format!("{name}="));
+        word.push(value);
+        word
+    };
+    // `ip` is the only program that the show looks up.
+    let folder = ip.parent().unwrap_or(Path::new("/usr/sbin"));
+    let mut words = vec![variable(BINARY, daemon), variable("PATH", folder)];
+    if let Some(value) = env::var_os("NO_COLOR") {
+        words.push(variable("NO_COLOR", Path::new(&value)));
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_show_finds_ip_where_it_was_found() {
+        let words = environment(Path::new("/t/release/daemon"), Path::new("/usr/sbin/ip"));
+        assert_eq!(words[0], "SESSION_ENFORCER_BIN=/t/release/daemon");
+        assert_eq!(words[1], "PATH=/usr/sbin");
+    }
 }

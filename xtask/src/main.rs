@@ -43,8 +43,11 @@ enum Task {
     Build(build::Args),
     /// Builds the daemon and runs it as root, through sudo where that is needed.
     Run(run::Args),
-    /// Shows session-enforcer at work on this machine.
-    Demo,
+    /// Shows session-enforcer at work, in namespaces and a cgroup of its own.
+    ///
+    /// Real connections and the real daemon, with limits of a few seconds: who is reset, when, and
+    /// who is not. Ends by itself in under 30 seconds once built, and leaves nothing behind.
+    Demo(demo::Args),
     /// Runs every test: first those that need no privilege, then the others as root.
     Test(test::Args),
     /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
@@ -67,7 +70,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Setup => setup::setup(&workspace),
         Task::Build(args) => build::build(&workspace, &args),
         Task::Run(args) => run::run(&workspace, &args),
-        Task::Demo => demo::run(&workspace),
+        Task::Demo(args) => demo::run(&workspace, &args),
         Task::Test(args) => test::test(&workspace, &args),
         Task::Lint => lint::lint(&workspace),
     }

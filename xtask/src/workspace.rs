@@ -28,11 +28,6 @@ impl Workspace {
         Ok(Self { root, target })
     }
 
-    /// The checkout's own folder.
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
-    }
-
     /// Where cargo puts what it builds.
     pub(crate) fn target(&self) -> &Path {
         &self.target

@@ -1,0 +1,73 @@
+//! The daemon watches a cgroup and all that is below it, whatever becomes of the processes.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Lab, Pair, Place};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+#[test]
+fn sessions_of_cgroups_below_the_watched_one_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let child = lab.cgroup.child()?;
+    let grandchild = child.child()?;
+    let agent = lab.at(&Place::here().in_cgroup(&grandchild))?;
+    let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let older = Pair::open(&lab.outside, &listener)?;
+    let daemon = lab.daemon(RULE)?;
+    let newer = Pair::open(&lab.outside, &listener)?;
+    for pair in [&older, &newer] {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    }
+    Ok(())
+}
+
+#[test]
+fn sessions_of_cgroups_beside_and_above_the_watched_one_are_untouched() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [watched, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
+    let agent = lab.at(&Place::here().in_cgroup(&beside))?;
+    let open_to = |agent: &session_enforcer_tests::Agent| {
+        Pair::open(&lab.outside, &agent.listen((Ipv4Addr::LOCALHOST, 0))?)
+    };
+    let older = [open_to(&agent)?, open_to(&lab.inside)?];
+    let daemon = session_enforcer_tests::Launch::on(watched.path())
+        .config(RULE)
+        .start()?;
+    let newer = [open_to(&agent)?, open_to(&lab.inside)?];
+    newer[1].opened.wait(2 * LIMIT);
+    for pair in older.iter().chain(&newer) {
+        pair.round_trip()?;
+    }
+    assert_eq!(daemon.terminations()?.len(), 0);
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_opened_total", &[])?,
+        0.0
+    );
+    Ok(())
+}
+
+#[test]
+fn a_second_daemon_on_the_same_cgroup_takes_nothing_from_the_first() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let enforcing = lab.daemon(RULE)?;
+    let observing = lab.launch().config(RULE).args(&["--observe"]).start()?;
+    assert_eq!(lab.cgroup.attached_programs()?, 6);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    enforcing
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &pair.opened, LIMIT);
+    for daemon in [&enforcing, &observing] {
+        daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;
+        assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
+    }
+    Ok(())
+}

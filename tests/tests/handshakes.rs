@@ -1,0 +1,115 @@
+//! Connections that come into being in unusual ways are sessions like the others.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd as _,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, SockaddrStorage, sendto},
+};
+use session_enforcer_tests::{
+    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, set_option,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn listen_with(agent: &Agent, option: i32, value: i32) -> Result<Listener> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let socket = agent.tcp(address)?;
+    set_option(&socket, libc::IPPROTO_TCP, option, value)?;
+    Listener::on(socket, address)
+}
+
+#[test]
+fn payload_that_completes_a_deferred_accept_is_counted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen_with(&lab.inside, libc::TCP_DEFER_ACCEPT, 5)?;
+    let daemon = lab.daemon(RULE)?;
+    let mut client = dial(lab.outside.tcp(listener.address)?, listener.address)?;
+    // The server's socket comes into being with the first payload.
+    thread::sleep(Duration::from_millis(500));
+    let (last, mut server) = Moment::of(|| {
+        client.write_all(b"hello")?;
+        listener.accept()
+    })?;
+    server.read_exact(&mut [0; 5])?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.bytes(), [5, 0]);
+    Ok(())
+}
+
+#[test]
+fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    netns.set_parameter("ipv4/tcp_fastopen", "3")?;
+    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
+    let daemon = lab.daemon(RULE)?;
+    // The first connection gets the cookie that lets the second one carry payload at once.
+    for payload in [&b"first"[..], b"second"] {
+        let client = outside.tcp(listener.address)?;
+        let to = SockaddrStorage::from(listener.address);
+        let flags = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN);
+        let (last, server) = Moment::of(|| {
+            sendto(client.as_raw_fd(), payload, &to, flags)?;
+            let mut server = listener.accept()?;
+            server.read_exact(&mut vec![0; payload.len()])?;
+            Ok(server)
+        })?;
+        let port = server.peer_addr()?.port();
+        ends_of(&[&server])?;
+        let records = daemon.wait_for_terminations(1)?;
+        let record = records
+            .iter()
+            .find(|r| r.ports()[0] == port)
+            .context("no record")?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+        assert_eq!(record.bytes(), [payload.len() as u64, 0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn sessions_that_a_syn_cookie_made_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    // For every connection, and not only for those of a flood.
+    netns.set_parameter("ipv4/tcp_syncookies", "2")?;
+    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&outside, &listener)?;
+    let last = pair.round_trip()?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.bytes(), [4, 4]);
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_nobody_accepts_is_reset_when_idle() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let (opened, client) =
+        Moment::of(|| dial(lab.outside.tcp(listener.address)?, listener.address))?;
+    ends_of(&[&client])?[0].assert_reset(Errno::ECONNRESET, &opened, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &opened, LIMIT);
+    // The listener lives, and hands out what is left of the connection first.
+    drop(listener.accept()?);
+    Pair::open(&lab.outside, &listener)?.round_trip()?;
+    Ok(())
+}

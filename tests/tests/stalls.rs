@@ -1,0 +1,64 @@
+//! A daemon that could not run for a while makes up for it, and harms nobody.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::{errno::Errno, sys::signal::Signal};
+use session_enforcer_tests::{Lab, Pair, reset_on_close};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// Openings and closings of so many connections are more than the kernel can keep for the daemon.
+const TOO_MANY: usize = 14_000;
+
+#[test]
+fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let [busy, idle] = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 2.0)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    let newer = Pair::open(&lab.outside, &listener)?;
+    let last = busy.keep_busy(LIMIT + Duration::from_millis(500))?;
+    daemon.signal(Signal::SIGCONT)?;
+    for (pair, since) in [(&idle, idle.opened), (&newer, newer.opened), (&busy, last)] {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &since, LIMIT);
+        daemon
+            .wait_for_termination_of(pair)?
+            .assert_reset("idle_timeout", &since, LIMIT);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let before = Pair::open(&lab.outside, &listener)?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    for _ in 0..TOO_MANY {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        reset_on_close(&pair.client)?;
+    }
+    // Nothing tells the daemon that the one opened and that the other closed.
+    let lost = Pair::open(&lab.outside, &listener)?;
+    reset_on_close(&before.client)?;
+    drop(before);
+    daemon.signal(Signal::SIGCONT)?;
+    lost.ends()?[0].assert_reset(Errno::ECONNRESET, &lost.opened, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &lost.opened, LIMIT);
+    assert!(daemon.metric("session_enforcer_events_lost_total", &[])? > 0.0);
+    let repaired = [("kind", "unscheduled")];
+    assert!(daemon.metric("session_enforcer_reconcile_repaired_total", &repaired)? > 0.0);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
+}
