@@ -1,6 +1,6 @@
 //! The programs in the kernel and their maps: load, attach, read. The only user of aya.
 
-use std::io;
+use std::{io, ops::Range};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -9,8 +9,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MatchEntry, Policy, RuleCounters,
-    Session, Table,
+    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy,
+    RuleCounters, Session, Table,
 };
 use thiserror::Error;
 use tokio::io::unix::AsyncFd;
@@ -20,9 +20,6 @@ use crate::cgroup::Cgroup;
 /// The object that `build.rs` makes of `session-enforcer-ebpf`.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/session-enforcer-ebpf"));
-
-/// Generation of the match table that is loaded at the start.
-pub const FIRST_GENERATION: u32 = 1;
 
 const BPF_NOEXIST: u64 = 1;
 
@@ -90,13 +87,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// What the programs are loaded with.
 #[derive(Debug)]
-pub struct Options<'a> {
+pub struct Options {
     /// Capacity of the session map.
     pub max_sessions: u32,
-    /// The limits of each rule, in the order of the rules; at least one.
-    pub policies: &'a [Policy],
-    /// The match table.
-    pub entries: &'a [MatchEntry],
     /// The only network namespace to track; `None` for every one.
     pub only_netns: Option<u64>,
     /// Whether the programs report what they do, besides what goes wrong.
@@ -120,7 +113,14 @@ pub struct Kernel {
     sessions: HashMap<MapData, u64, Session>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
-    rules: u32,
+    match_entries: Array<MapData, MatchEntry>,
+    match_tables: Array<MapData, Table>,
+    active_table: Array<MapData, u32>,
+    policies: Array<MapData, Policy>,
+    /// Index of the match table in force.
+    active: u32,
+    /// Number of places of rules that are in use.
+    places: u32,
 }
 
 impl Kernel {
@@ -129,23 +129,17 @@ impl Kernel {
     /// # Errors
     ///
     /// Where the kernel refuses a map or a program.
-    pub fn load(options: &Options<'_>) -> Result<Self, BpfError> {
+    pub fn load(options: &Options) -> Result<Self, BpfError> {
         let log_level = if options.verbose {
             aya_log::Level::Debug
         } else {
             aya_log::Level::Warn
         };
-        let rules = u32::try_from(options.policies.len())
-            .map_err(|_| BpfError::TooManyRules(options.policies.len()))?;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("SESSIONS", options.max_sessions)
-            .map_max_entries("RULE_COUNTERS", rules)
-            .map_max_entries("POLICIES", rules)
             .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
             .override_global(aya_log::LEVEL, &(log_level as u8), true)
             .load(OBJECT)?;
-        fill_match_table(&mut ebpf, options.entries)?;
-        fill_policies(&mut ebpf, options.policies)?;
         load_program::<SockOps>(&mut ebpf, "track_lifecycle", SockOps::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_ingress", CgroupSkb::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_egress", CgroupSkb::load)?;
@@ -153,9 +147,69 @@ impl Kernel {
             sessions: take_map(&mut ebpf, "SESSIONS")?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
-            rules,
+            match_entries: take_map(&mut ebpf, "MATCH_ENTRIES")?,
+            match_tables: take_map(&mut ebpf, "MATCH_TABLES")?,
+            active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
+            policies: take_map(&mut ebpf, "POLICIES")?,
+            active: 0,
+            places: 0,
             ebpf,
         })
+    }
+
+    /// Puts a policy into force: the match table of this generation, and the limits by place of the
+    /// rule. At no moment does a connection meet a part of it, or a rule without limits.
+    ///
+    /// # Errors
+    ///
+    /// Where it is too large, or the kernel refuses; the policy before stays in force then, except
+    /// that limits of rules that stay may be the new ones already.
+    pub fn put_policy(
+        &mut self,
+        generation: u32,
+        entries: &[MatchEntry],
+        policies: &[Policy],
+    ) -> Result<(), BpfError> {
+        let count = u32::try_from(entries.len())
+            .ok()
+            .filter(|count| *count <= MAX_MATCH_ENTRIES)
+            .ok_or(BpfError::TooManyEntries(entries.len()))?;
+        let places = u32::try_from(policies.len())
+            .ok()
+            .filter(|places| *places <= MAX_RULES)
+            .ok_or(BpfError::TooManyRules(policies.len()))?;
+        let next = (self.active + 1) % Table::COUNT;
+        for (index, entry) in (next * MAX_MATCH_ENTRIES..).zip(entries) {
+            let entries = &mut self.match_entries;
+            entries
+                .set(index, entry, 0)
+                .map_err(map_error("MATCH_ENTRIES"))?;
+        }
+        let table = Table {
+            generation,
+            entries: count,
+        };
+        let tables = &mut self.match_tables;
+        tables
+            .set(next, table, 0)
+            .map_err(map_error("MATCH_TABLES"))?;
+        // New rules have their limits before a session can have them.
+        self.put_limits(policies, self.places..places)?;
+        let active = &mut self.active_table;
+        active.set(0, next, 0).map_err(map_error("ACTIVE_TABLE"))?;
+        self.put_limits(policies, 0..self.places)?;
+        (self.active, self.places) = (next, places);
+        Ok(())
+    }
+
+    fn put_limits(&mut self, policies: &[Policy], places: Range<u32>) -> Result<(), BpfError> {
+        for place in places {
+            if let Some(policy) = policies.get(place as usize) {
+                let map = &mut self.policies;
+                map.set(place, policy, 0).map_err(map_error("POLICIES"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Attaches the programs to the cgroup. From then on each new connection below it is tracked.
@@ -279,7 +333,7 @@ impl Kernel {
                     closed: sum.closed + c.closed,
                 }))
         };
-        (0..self.rules).map(sum).collect()
+        (0..self.places).map(sum).collect()
     }
 
     /// Errors of the programs, by [`ErrorKind`].
@@ -351,41 +405,6 @@ impl KernelLog {
         guard.clear_ready();
         Ok(())
     }
-}
-
-fn fill_match_table(ebpf: &mut Ebpf, entries: &[MatchEntry]) -> Result<(), BpfError> {
-    let count = u32::try_from(entries.len())
-        .ok()
-        .filter(|count| *count <= MAX_MATCH_ENTRIES)
-        .ok_or(BpfError::TooManyEntries(entries.len()))?;
-    let mut map: Array<&mut MapData, MatchEntry> = array_mut(ebpf, "MATCH_ENTRIES")?;
-    for (index, entry) in (0..count).zip(entries) {
-        map.set(index, entry, 0)
-            .map_err(map_error("MATCH_ENTRIES"))?;
-    }
-    let mut table: Array<&mut MapData, Table> = array_mut(ebpf, "MATCH_TABLE")?;
-    let header = Table {
-        generation: FIRST_GENERATION,
-        entries: count,
-    };
-    table.set(0, header, 0).map_err(map_error("MATCH_TABLE"))
-}
-
-fn fill_policies(ebpf: &mut Ebpf, policies: &[Policy]) -> Result<(), BpfError> {
-    let mut map: Array<&mut MapData, Policy> = array_mut(ebpf, "POLICIES")?;
-    for (index, policy) in (0..).zip(policies) {
-        map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
-    }
-    Ok(())
-}
-
-/// A map that stays with the programs: a map that is taken before they are loaded is missing then.
-fn array_mut<'a, V: aya::Pod>(
-    ebpf: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<Array<&'a mut MapData, V>, BpfError> {
-    let map = ebpf.map_mut(name).ok_or(BpfError::Missing(name))?;
-    Array::try_from(map).map_err(map_error(name))
 }
 
 fn take_map<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>

@@ -7,13 +7,12 @@ use anyhow::{Context as _, Result};
 use tokio::{runtime, sync::mpsc};
 
 use crate::{
-    adopt::Adopter,
     audit::Audit,
-    bpf::{BpfError, FIRST_GENERATION, Kernel, Options},
+    bpf::{BpfError, Kernel, Options},
     cgroup::{self, Cgroup},
     clock,
     config::{Config, Mode, NetworkNamespaces, Rule},
-    engine::{Enforcer, Engine, Parts, Signals},
+    engine::{Enforcer, Engine, Parts, Reloading, Signals, Source},
     exit::{ExitStatus, Failure, OrExit as _},
     http,
     metrics::Metrics,
@@ -24,12 +23,12 @@ use crate::{
 /// Requests of the HTTP server that may wait for the engine.
 const WAITING_REQUESTS: usize = 64;
 
-/// Runs the daemon until it is told to stop.
+/// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP.
 ///
 /// # Errors
 ///
 /// Where something that it needs is missing or taken. Nothing is attached then.
-pub fn run(config: &Config) -> Result<()> {
+pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -43,60 +42,51 @@ pub fn run(config: &Config) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    runtime.block_on(serve(config, &cgroup, listener, audit))
+    runtime.block_on(serve(config, source, cgroup, listener, audit))
 }
 
 async fn serve(
     config: &Config,
-    cgroup: &Cgroup,
+    source: Option<Source>,
+    cgroup: Cgroup,
     listener: Option<std::net::TcpListener>,
     audit: Audit,
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
-    let entries = config.match_entries();
-    let tick_ns = clock::coarse_tick_ns();
-    let policies: Vec<_> = config
-        .rules
-        .iter()
-        .map(|rule| rule.policy(tick_ns))
-        .collect();
     let mut kernel = Kernel::load(&Options {
         max_sessions: config.max_sessions,
-        policies: &policies,
-        entries: &entries,
         only_netns: (!all_namespaces).then(|| namespaces.own()),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
     })
     .map_err(|error| kernel_failure(&error))?;
     let events = kernel.take_events()?;
     let log = kernel.take_log()?;
-    kernel
-        .attach(cgroup)
-        .map_err(|error| kernel_failure(&error))?;
     let parts = Parts {
         kernel,
         namespaces,
         audit,
         metrics: metrics(config)?,
-        tick_ns,
+        tick_ns: clock::coarse_tick_ns(),
     };
-    let mut enforcer = Enforcer::new(config, parts);
-    let scope = cgroup.scope()?;
-    let adopter = Adopter {
-        entries: &entries,
-        generation: FIRST_GENERATION,
-        scope: &scope,
-    };
-    let adopted = enforcer.adopt(&adopter, all_namespaces)?;
+    let mut enforcer = Enforcer::new(parts);
+    enforcer.load_policy(config)?;
+    let attached = enforcer.attach(&cgroup);
+    attached.map_err(|error| kernel_failure(&error))?;
+    let adopted = enforcer.adopt(&cgroup, all_namespaces)?;
     enforcer.started();
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
-    announce(config, cgroup, adopted);
+    announce(config, &cgroup, adopted);
     if let Some(listener) = listener {
         spawn_http(listener, requests_in)?;
     }
-    Engine::new(enforcer, events, log, requests, signals)?
+    let reloading = Reloading {
+        source,
+        config: config.clone(),
+        cgroup,
+    };
+    Engine::new(enforcer, events, log, requests, signals, reloading)?
         .run()
         .await
 }

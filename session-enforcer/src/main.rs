@@ -9,7 +9,9 @@ use anyhow::Result;
 use session_enforcer::{
     check,
     cli::{Cli, Command},
-    daemon, doctor, exit,
+    daemon, doctor,
+    engine::Source,
+    exit,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -24,7 +26,14 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<ExitCode> {
     start_log(cli.log_filter()?);
     match &cli.command {
-        Command::Run(args) => daemon::run(&args.to_config()?)?,
+        Command::Run(args) => {
+            let config = args.to_config()?;
+            let source = args.config_path().map(|_| {
+                let args = args.clone();
+                Box::new(move || args.to_config()) as Source
+            });
+            daemon::run(&config, source)?;
+        }
         Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
         Command::Doctor(args) => {
             let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 use prometheus::{
-    Encoder as _, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    Encoder as _, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::{Collector, Desc},
     process_collector::ProcessCollector,
@@ -73,8 +73,10 @@ impl Untracked {
 /// What the kernel has counted since the programs were loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelSnapshot {
-    /// By rule.
+    /// By place of the rule.
     pub rules: Vec<RuleCounters>,
+    /// Sessions of each rule by its place, as the daemon has them scheduled.
+    pub sessions: Vec<u64>,
     /// By [`ErrorKind`].
     pub errors: [u64; ErrorKind::COUNT as usize],
     /// Audit records that could not be written.
@@ -119,6 +121,8 @@ pub struct Metrics {
     repaired: IntCounterVec,
     kernel_errors: IntCounterVec,
     audit_lost: IntCounter,
+    loaded: IntGauge,
+    loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
     untracked_by_daemon: u64,
 }
@@ -144,8 +148,8 @@ impl Metrics {
     ) -> prometheus::Result<Self> {
         let registry = Registry::new();
         let r = &registry;
-        let metrics = Self {
-            rules: rules.iter().map(|(name, _)| name.clone()).collect(),
+        let mut metrics = Self {
+            rules: Vec::new(),
             sessions: add(
                 r,
                 IntGaugeVec::new(
@@ -162,7 +166,7 @@ impl Metrics {
             closed: counters(
                 r,
                 "sessions_closed_total",
-                "Tracked sessions that ended, for whatever reason.",
+                "Tracked sessions that ended, or that no rule matches any more.",
                 &["rule"],
             )?,
             adopted: counter(
@@ -226,13 +230,58 @@ impl Metrics {
                 "audit_records_lost_total",
                 "Audit records that could not be written.",
             )?,
-            daemon: vec![DaemonCounts::default(); rules.len()],
+            loaded: add(
+                r,
+                IntGauge::with_opts(opts(
+                    "config_last_reload_successful",
+                    "Whether the last configuration that was read is in force.",
+                )),
+            )?,
+            loaded_at: add(
+                r,
+                Gauge::with_opts(opts(
+                    "config_last_reload_success_timestamp_seconds",
+                    "When the configuration in force was read.",
+                )),
+            )?,
+            daemon: Vec::new(),
             untracked_by_daemon: 0,
             registry,
         };
         metrics.register_constants(map_capacity, version, kernel)?;
-        metrics.begin_series(rules);
+        metrics.begin_series();
+        metrics.set_rules(rules);
+        metrics.config_loaded();
         Ok(metrics)
+    }
+
+    /// Sets the rules by their places. Those that are no more keep their series.
+    pub fn set_rules(&mut self, rules: &[(String, Mode)]) {
+        self.rules = rules.iter().map(|(name, _)| name.clone()).collect();
+        self.daemon.resize_with(rules.len(), DaemonCounts::default);
+        for (name, mode) in rules {
+            for vec in [&self.opened, &self.closed] {
+                vec.with_label_values(&[name]);
+            }
+            self.sessions.with_label_values(&[name]);
+            self.age.with_label_values(&[name]);
+            self.idle.with_label_values(&[name]);
+            self.begin_terminations(name, *mode);
+        }
+    }
+
+    /// Notes that the configuration that was read last came into force, now.
+    pub fn config_loaded(&self) {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        self.loaded.set(1);
+        self.loaded_at.set(now.as_secs_f64());
+    }
+
+    /// Notes that the configuration that was read last did not come into force.
+    pub fn config_refused(&self) {
+        self.loaded.set(0);
     }
 
     fn register_constants(
@@ -247,21 +296,6 @@ impl Metrics {
             "Sessions that the kernel's session map can hold.",
         );
         add(r, IntGauge::with_opts(map_capacity))?.set(i64::from(capacity));
-        let loaded = opts(
-            "config_last_reload_successful",
-            "Whether the last configuration that was read is in force.",
-        );
-        add(r, IntGauge::with_opts(loaded))?.set(1);
-        let when = opts(
-            "config_last_reload_success_timestamp_seconds",
-            "When the configuration in force was read.",
-        );
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        add(r, GaugeVec::new(when, &[]))?
-            .with_label_values::<&str>(&[])
-            .set(now.as_secs_f64());
         let build = opts(
             "build_info",
             "Version of the daemon and of the kernel; always 1.",
@@ -275,16 +309,7 @@ impl Metrics {
 
     /// Every series that can be known exists from the start, at zero: a rate needs a point before
     /// the first event.
-    fn begin_series(&self, rules: &[(String, Mode)]) {
-        for (name, mode) in rules {
-            for vec in [&self.opened, &self.closed] {
-                vec.with_label_values(&[name]);
-            }
-            self.sessions.with_label_values(&[name]);
-            self.age.with_label_values(&[name]);
-            self.idle.with_label_values(&[name]);
-            self.begin_terminations(name, *mode);
-        }
+    fn begin_series(&self) {
         for cause in [
             ErrorKind::MapFull,
             ErrorKind::NoMemory,
@@ -309,6 +334,7 @@ impl Metrics {
             Reason::IdleTimeout,
             Reason::MaxLifetime,
             Reason::ResponseTimeout,
+            Reason::Policy,
         ] {
             for outcome in outcomes {
                 let labels = [rule, reason_name(reason), mode_name(mode), outcome.name()];
@@ -379,18 +405,25 @@ impl Metrics {
     }
 
     fn take_in(&self, snapshot: &KernelSnapshot) {
-        let mut tracked = 0;
+        // A session may move from one rule to another between its beginning and its end, so only
+        // the sums over the rules belong together.
+        let (mut begun, mut ended) = (0, 0);
         for ((name, kernel), daemon) in self.rules.iter().zip(&snapshot.rules).zip(&self.daemon) {
             let closed = kernel.closed + daemon.removed;
-            // The counters of the CPUs are read one after the other, so a session may already
-            // count as closed and not yet as opened.
-            let now = (kernel.opened + daemon.adopted).saturating_sub(closed);
             raise(&self.opened.with_label_values(&[name]), kernel.opened);
             raise(&self.closed.with_label_values(&[name]), closed);
-            self.sessions.with_label_values(&[name]).set(clamp(now));
-            tracked += now;
+            begun += kernel.opened + daemon.adopted;
+            ended += closed;
         }
-        self.map_entries.set(clamp(tracked));
+        for (place, name) in self.rules.iter().enumerate() {
+            let sessions = snapshot.sessions.get(place).copied().unwrap_or(0);
+            self.sessions
+                .with_label_values(&[name])
+                .set(clamp(sessions));
+        }
+        // The counters of the CPUs are read one after the other, so a session may already count as
+        // ended and not yet as begun.
+        self.map_entries.set(clamp(begun.saturating_sub(ended)));
         raise(&self.audit_lost, snapshot.audit_lost);
         for kind in ErrorKind::ALL {
             self.take_in_error(kind, snapshot.errors[kind as usize]);
@@ -514,6 +547,7 @@ mod tests {
         let rules = vec![RuleCounters { opened, closed }, RuleCounters::default()];
         KernelSnapshot {
             rules,
+            sessions: vec![opened, 0],
             errors,
             audit_lost: 0,
         }
@@ -555,20 +589,38 @@ mod tests {
     }
 
     #[test]
-    fn sessions_are_what_was_opened_and_adopted_and_has_not_ended() {
+    fn the_map_holds_what_was_opened_and_adopted_and_has_not_ended() {
         let mut metrics = metrics();
         for _ in 0..3 {
             metrics.adopted(0);
         }
         metrics.removed(0);
         let text = metrics.render(&snapshot(10, 4, 0)).unwrap();
-        assert!(has(&text, "session_enforcer_sessions{rule=\"pg\"} 8"));
+        assert!(has(&text, "session_enforcer_sessions{rule=\"pg\"} 10"));
         assert!(has(
             &text,
             "session_enforcer_sessions_closed_total{rule=\"pg\"} 5"
         ));
         assert!(has(&text, "session_enforcer_sessions_adopted_total 3"));
         assert!(has(&text, "session_enforcer_map_entries 8"));
+    }
+
+    #[test]
+    fn a_rule_that_comes_later_has_its_series_and_one_that_goes_keeps_them() {
+        let mut metrics = metrics();
+        let rules = ["pg", "ssh", "web"].map(|name| (name.to_owned(), Mode::Enforce));
+        metrics.set_rules(&rules);
+        metrics.adopted(2);
+        metrics.config_refused();
+        let text = metrics.render(&snapshot(0, 0, 0)).unwrap();
+        for line in [
+            "session_enforcer_sessions{rule=\"ssh\"} 0",
+            "session_enforcer_sessions{rule=\"web\"} 0",
+            "session_enforcer_sessions_adopted_total 1",
+            "session_enforcer_config_last_reload_successful 0",
+        ] {
+            assert!(has(&text, line), "{line} is missing in\n{text}");
+        }
     }
 
     #[test]

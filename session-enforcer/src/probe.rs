@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use session_enforcer_common::{Address, MatchEntry, Policy, RULE_EXEMPT};
+use session_enforcer_common::Address;
 
 use crate::{
     bpf::{Kernel, Options},
@@ -289,11 +289,8 @@ fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
 /// Loads the programs, small, and attaches them to nothing.
 fn programs() -> Check {
     const NAME: &str = "eBPF programs";
-    let exempt_all = MatchEntry::any(RULE_EXEMPT);
     let options = Options {
         max_sessions: 1,
-        policies: &[Policy::default()],
-        entries: &[exempt_all],
         only_netns: None,
         verbose: false,
     };

@@ -19,10 +19,19 @@ pub struct Schedule {
     live: HashMap<u64, Entry>,
 }
 
+/// What a session belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Cookie of its network namespace.
+    pub netns_cookie: u64,
+    /// Place of its rule.
+    pub rule: u16,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     due_ns: u64,
-    netns_cookie: u64,
+    group: Group,
 }
 
 impl Schedule {
@@ -46,19 +55,15 @@ impl Schedule {
         self.live.contains_key(&cookie)
     }
 
-    /// Schedules a session, in place of what was scheduled for the same cookie. Returns whether
-    /// the cookie is new.
-    pub fn insert(&mut self, cookie: u64, netns_cookie: u64, due_ns: u64) -> bool {
-        let entry = Entry {
-            due_ns,
-            netns_cookie,
-        };
-        let before = self.live.insert(cookie, entry);
-        if before.is_none_or(|e| e.due_ns != due_ns) {
+    /// Schedules a session, in place of what was scheduled for the same cookie; what that belonged
+    /// to.
+    pub fn insert(&mut self, cookie: u64, group: Group, due_ns: u64) -> Option<Group> {
+        let before = self.live.insert(cookie, Entry { due_ns, group });
+        if before.is_none_or(|entry| entry.due_ns != due_ns) {
             self.heap.push(Reverse((due_ns, cookie)));
             self.compact();
         }
-        before.is_none()
+        before.map(|entry| entry.group)
     }
 
     /// Moves a session to another time; a session that is not scheduled stays so.
@@ -83,11 +88,11 @@ impl Schedule {
         }
     }
 
-    /// Forgets a session, and returns the cookie of its network namespace.
-    pub fn remove(&mut self, cookie: u64) -> Option<u64> {
+    /// Forgets a session, and returns what it belonged to.
+    pub fn remove(&mut self, cookie: u64) -> Option<Group> {
         let entry = self.live.remove(&cookie)?;
         self.compact();
-        Some(entry.netns_cookie)
+        Some(entry.group)
     }
 
     /// When the next session is due.
@@ -137,6 +142,13 @@ mod tests {
 
     use super::*;
 
+    fn group(netns_cookie: u64) -> Group {
+        Group {
+            netns_cookie,
+            rule: 0,
+        }
+    }
+
     fn all_due(schedule: &mut Schedule, now_ns: u64) -> Vec<u64> {
         std::iter::from_fn(|| schedule.take_due(now_ns)).collect()
     }
@@ -145,7 +157,7 @@ mod tests {
     fn sessions_come_in_the_order_of_their_time_and_not_before_it() {
         let mut s = Schedule::new();
         for (cookie, due) in [(1, 30), (2, 10), (3, 20)] {
-            assert!(s.insert(cookie, 1, due));
+            assert_eq!(s.insert(cookie, group(1), due), None);
         }
         assert_eq!(s.next_due_ns(), Some(10));
         assert!(all_due(&mut s, 9).is_empty());
@@ -156,10 +168,10 @@ mod tests {
     #[test]
     fn a_session_that_was_moved_or_removed_is_not_due_at_its_old_time() {
         let mut s = Schedule::new();
-        s.insert(1, 7, 10);
-        s.insert(2, 8, 10);
+        s.insert(1, group(7), 10);
+        s.insert(2, group(8), 10);
         s.rearm(1, 50);
-        assert_eq!(s.remove(2), Some(8));
+        assert_eq!(s.remove(2), Some(group(8)));
         assert_eq!(s.remove(2), None);
         assert!(all_due(&mut s, 49).is_empty());
         assert_eq!(all_due(&mut s, 50), [1]);
@@ -168,7 +180,7 @@ mod tests {
     #[test]
     fn a_session_is_hastened_and_never_delayed() {
         let mut s = Schedule::new();
-        s.insert(1, 7, 10);
+        s.insert(1, group(7), 10);
         s.hasten(1, 20);
         s.hasten(2, 5);
         assert_eq!(s.next_due_ns(), Some(10));
@@ -179,9 +191,9 @@ mod tests {
     #[test]
     fn a_cookie_that_comes_again_has_the_new_time_only() {
         let mut s = Schedule::new();
-        s.insert(1, 7, 10);
-        assert!(!s.insert(1, 7, 20));
-        assert!(!s.insert(1, 7, 20));
+        s.insert(1, group(7), 10);
+        assert_eq!(s.insert(1, group(8), 20), Some(group(7)));
+        assert_eq!(s.insert(1, group(8), 20), Some(group(8)));
         assert_eq!(all_due(&mut s, 100), [1]);
         assert_eq!(s.len(), 1);
     }
@@ -190,7 +202,7 @@ mod tests {
     fn many_short_sessions_leave_no_heap_behind() {
         let mut s = Schedule::new();
         for cookie in 0..1_000_000 {
-            s.insert(cookie, 1, 1_000 + cookie);
+            s.insert(cookie, group(1), 1_000 + cookie);
             s.remove(cookie);
         }
         assert!(s.is_empty());
@@ -207,7 +219,7 @@ mod tests {
             for (operation, cookie, time) in operations {
                 match operation {
                     0 => {
-                        schedule.insert(cookie, 1, time);
+                        schedule.insert(cookie, group(1), time);
                         model.insert(cookie, time);
                     }
                     1 => {

@@ -212,6 +212,23 @@ impl Daemon {
         Ok(address.map(|(address, _)| address.parse()).transpose()?)
     }
 
+    /// Gives the daemon another configuration, and waits until it has put it into force or refused
+    /// it, which it says in its log; the new part of the log.
+    ///
+    /// # Errors
+    ///
+    /// Where it says neither in time.
+    pub fn reload(&self, config: &str) -> Result<String> {
+        fs::write(self.directory.path().join("config.toml"), config)?;
+        let before = self.log().len();
+        self.signal(Signal::SIGHUP)?;
+        eventually("the daemon has read its configuration", PATIENCE, || {
+            let log = self.log().split_off(before);
+            let done = log.contains("rule(s) in force") || log.contains("in force stays");
+            Ok(done.then_some(log))
+        })
+    }
+
     /// The address of the metrics server.
     pub fn metrics_address(&self) -> SocketAddr {
         self.metrics

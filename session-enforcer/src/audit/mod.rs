@@ -49,6 +49,7 @@ pub const fn reason_name(reason: Reason) -> &'static str {
         Reason::IdleTimeout => "idle_timeout",
         Reason::MaxLifetime => "max_lifetime",
         Reason::ResponseTimeout => "response_timeout",
+        Reason::Policy => "policy",
     }
 }
 
@@ -75,8 +76,8 @@ pub struct Termination<'a> {
     pub mode: Mode,
     /// What became of it.
     pub outcome: Outcome,
-    /// The limit.
-    pub limit: Duration,
+    /// The limit; none where a change of the policy ended it.
+    pub limit: Option<Duration>,
     /// When it reached it, in nanoseconds of `CLOCK_MONOTONIC`.
     pub deadline_ns: u64,
     /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -118,17 +119,26 @@ impl Audit {
         self.add(&line);
     }
 
-    /// Records that the enforcement begins, and with which rules.
-    pub fn started(&mut self, mode: Mode, rules: &[String]) {
-        let clock = WallClock::now();
+    /// Records that the enforcement begins.
+    pub fn started(&mut self) {
         let now_ns = monotonic_ns();
+        let clock = WallClock::now();
         self.add(&record::lifecycle(
             "enforcer-started",
             "start",
             &clock,
             now_ns,
         ));
-        self.add(&record::policy(mode, rules, &clock, now_ns));
+    }
+
+    /// Records that a policy is in force from now on.
+    pub fn policy_loaded(&mut self, mode: Mode, rules: &[String]) {
+        self.add(&record::policy(
+            mode,
+            rules,
+            &WallClock::now(),
+            monotonic_ns(),
+        ));
     }
 
     /// Records that the enforcement ends.

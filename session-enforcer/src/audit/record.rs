@@ -94,7 +94,8 @@ struct TerminationFields {
     established: Option<String>,
     last_activity: String,
     deadline: String,
-    limit_seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit_seconds: Option<f64>,
     idle_seconds: f64,
     lateness_seconds: f64,
 }
@@ -139,7 +140,7 @@ fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFiel
         established: established_ns(session).map(|then| clock.format(then)),
         last_activity: clock.format(session.last_activity_ns()),
         deadline: clock.format(t.deadline_ns),
-        limit_seconds: t.limit.as_secs_f64(),
+        limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
         idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
     }

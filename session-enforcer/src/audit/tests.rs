@@ -44,7 +44,7 @@ fn termination(session: &Session) -> Termination<'_> {
         reason: Reason::IdleTimeout,
         mode: Mode::Enforce,
         outcome: Outcome::Reset,
-        limit: Duration::from_secs(900),
+        limit: Some(Duration::from_secs(900)),
         deadline_ns: 901_003_000_000,
         answered_ns: 901_004_000_000,
         error: None,
@@ -326,7 +326,8 @@ fn the_end_waits_for_the_last_record() {
         writer,
         pending: Pending::default(),
     };
-    audit.started(Mode::Enforce, &[]);
+    audit.started();
+    audit.policy_loaded(Mode::Enforce, &[]);
     audit.stopped();
     audit.close();
     assert_eq!(disk.text().lines().count(), 3);

@@ -43,10 +43,10 @@ pub const DEFAULT_METRICS_LISTEN: SocketAddr =
     SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9847));
 
 /// Bytes of new payload that count where the file does not say: any.
-pub const DEFAULT_MIN_PAYLOAD: u32 = 1;
+pub const DEFAULT_MIN_PAYLOAD: u16 = 1;
 
 /// Largest `min_payload`: more than a packet on the wire ever carries would make every session idle.
-pub const MAX_MIN_PAYLOAD: u32 = 1_400;
+pub const MAX_MIN_PAYLOAD: u16 = 1_400;
 
 /// Largest `lifetime_jitter`, in percent: what is left of the lifetime is still a lifetime.
 pub const MAX_LIFETIME_JITTER_PERCENT: u8 = 90;
@@ -138,7 +138,7 @@ pub struct Rule {
     /// Longest time that this host owes an answer; meanwhile `idle_timeout` does not run.
     pub response_timeout: Option<Duration>,
     /// Bytes of new payload that a packet must have to count.
-    pub min_payload: u32,
+    pub min_payload: u16,
 }
 
 /// What happens to the connections of a rule.
@@ -274,7 +274,7 @@ impl Rule {
         }
     }
 
-    /// The limits as the kernel and the daemon compare them; `tick_ns` is the length of a tick of
+    /// The limits as the kernel and the daemon compare them, of no generation yet; `tick_ns` is the length of a tick of
     /// the coarse clock. No limits for an exempt rule.
     pub fn policy(&self, tick_ns: u64) -> Policy {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
@@ -284,9 +284,10 @@ impl Rule {
             lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),
             response_timeout_ns: nanoseconds(self.response_timeout),
             tick_ns,
+            generation: 0,
             min_payload: self.min_payload,
             activity: self.activity as u8,
-            reserved: [0; 3],
+            reserved: 0,
         }
     }
 

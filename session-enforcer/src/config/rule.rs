@@ -199,10 +199,10 @@ fn read_activity(field: &Field<'_>) -> Result<Activity, ConfigError> {
     field.choice(ALLOWED_ACTIVITY, &choices)
 }
 
-fn read_min_payload(field: &Field<'_>) -> Result<u32, ConfigError> {
+fn read_min_payload(field: &Field<'_>) -> Result<u16, ConfigError> {
     let number = field
         .integer()
-        .and_then(|number| u32::try_from(number).ok());
+        .and_then(|number| u16::try_from(number).ok());
     number
         .filter(|bytes| (1..=MAX_MIN_PAYLOAD).contains(bytes))
         .ok_or_else(|| field.not_allowed(ALLOWED_MIN_PAYLOAD))

@@ -5,34 +5,43 @@ use std::collections::HashMap;
 use anyhow::Result;
 use session_enforcer_common::Session;
 
-use super::enforcer::Enforcer;
+use super::enforcer::{Enforcer, group_of};
 use crate::{
     adopt::{self, Adopter},
     bpf::Adoption,
+    cgroup::Cgroup,
     clock::monotonic_ns,
     metrics::Untracked,
 };
 
 impl Enforcer {
-    /// Adopts the connections that were there before the programs were attached; returns how many.
+    /// Adopts the connections below the cgroup that are not tracked and that a rule matches: those
+    /// that are older than the programs' attachment, and after a change of the policy those that
+    /// no rule matched before. Returns how many.
     ///
     /// # Errors
     ///
     /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
     /// instead: the others are enforced.
-    pub fn adopt(&mut self, adopter: &Adopter<'_>, all_namespaces: bool) -> Result<usize> {
+    pub fn adopt(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
+        let (scope, entries) = (cgroup.scope()?, self.book.entries.clone());
+        let adopter = Adopter {
+            entries: &entries,
+            generation: self.book.generation,
+            scope: &scope,
+        };
         let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
         for netns_cookie in &namespaces {
-            self.insert_sessions(adopter, *netns_cookie, &mut adopted)?;
+            self.insert_sessions(&adopter, *netns_cookie, &mut adopted)?;
         }
         for netns_cookie in &namespaces {
-            self.confirm_sessions(adopter, *netns_cookie, &mut adopted)?;
+            self.confirm_sessions(&adopter, *netns_cookie, &mut adopted)?;
         }
         for (cookie, session) in &adopted {
-            let policy = self.rules[usize::from(session.rule)].policy;
+            let policy = self.book.rules[usize::from(session.rule)].policy;
             let due_ns = policy.first_deadline_ns(session.established_ns);
-            self.add(*cookie, session.netns_cookie, due_ns);
+            self.add(*cookie, group_of(session), due_ns);
             self.metrics.adopted(usize::from(session.rule));
         }
         for netns_cookie in namespaces {

@@ -1,23 +1,24 @@
 //! Which sessions there are and when to look at them: events, adoption, schedule.
 //! What is done about an expired one is in [`terminate`](super::terminate).
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{
-    ErrorKind, Event, EventKind, Policy, Reason, RuleCounters, Session, Verdict, verdict,
+    ErrorKind, Event, EventKind, Reason, RuleCounters, Session, Verdict, verdict,
 };
 
-use super::terminate::Expired;
+use super::{book::RuleBook, terminate::Expired};
 use crate::{
     audit::Audit,
-    bpf::Kernel,
+    bpf::{BpfError, Kernel},
+    cgroup::Cgroup,
     clock::monotonic_ns,
-    config::{Config, Mode, Rule},
+    config::Mode,
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
-    schedule::Schedule,
+    schedule::{Group, Schedule},
     sock_diag::{MAX_BATCH, Target, state},
 };
 
@@ -56,11 +57,13 @@ pub struct Enforcer {
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
     pub(super) tick_ns: u64,
-    mode: Mode,
-    pub(super) rules: Vec<ActiveRule>,
+    pub(super) mode: Mode,
+    pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
     /// Scheduled sessions by network namespace.
     sessions_in: HashMap<u64, usize>,
+    /// Scheduled sessions by the place of their rule.
+    sessions_of: Vec<u64>,
     /// Observed sessions that were recorded, with the deadline that was.
     pub(super) observed: HashMap<u64, u64>,
     /// Sessions that the kernel was asked to destroy, and whose answer was lost.
@@ -68,32 +71,6 @@ pub struct Enforcer {
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     pub(super) ready: Result<(), String>,
-}
-
-/// A rule with what is worked out from it once.
-pub(super) struct ActiveRule {
-    pub(super) name: String,
-    pub(super) mode: Mode,
-    pub(super) policy: Policy,
-}
-
-impl ActiveRule {
-    fn new(config: &Config, rule: &Rule, tick_ns: u64) -> Self {
-        Self {
-            name: rule.name.clone(),
-            mode: config.mode_of(rule),
-            policy: rule.policy(tick_ns),
-        }
-    }
-
-    /// The limit of this session that the reason speaks of.
-    pub(super) fn limit(&self, reason: Reason, session: &Session) -> Duration {
-        Duration::from_nanos(match reason {
-            Reason::IdleTimeout => self.policy.idle_timeout_ns,
-            Reason::MaxLifetime => self.policy.lifetime_ns(session),
-            Reason::ResponseTimeout => self.policy.response_timeout_ns,
-        })
-    }
 }
 
 /// What the kernel's socket table says of a session whose end is not reported.
@@ -104,8 +81,8 @@ enum Look {
 }
 
 impl Enforcer {
-    /// An enforcer of the configuration's rules, without sessions yet.
-    pub fn new(config: &Config, parts: Parts) -> Self {
+    /// An enforcer without rules and sessions yet.
+    pub fn new(parts: Parts) -> Self {
         let Parts {
             kernel,
             namespaces,
@@ -113,25 +90,31 @@ impl Enforcer {
             metrics,
             tick_ns,
         } = parts;
-        let rules = config
-            .rules
-            .iter()
-            .map(|rule| ActiveRule::new(config, rule, tick_ns));
         Self {
             kernel,
             namespaces,
             audit,
             metrics,
             tick_ns,
-            mode: config.mode,
-            rules: rules.collect(),
+            mode: Mode::default(),
+            book: RuleBook::default(),
             schedule: Schedule::new(),
             sessions_in: HashMap::new(),
+            sessions_of: Vec::new(),
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
             repaired_losses: 0,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
         }
+    }
+
+    /// Attaches the programs: from then on each new connection below the cgroup is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
+        self.kernel.attach(cgroup)
     }
 
     /// When the next session is due.
@@ -145,23 +128,49 @@ impl Enforcer {
     /// Takes in what the kernel reports.
     pub fn handle(&mut self, kind: EventKind, event: &Event) {
         match kind {
-            EventKind::Opened => match self.rules.get(usize::from(event.rule)) {
-                Some(rule) => {
-                    let due_ns = rule.policy.first_deadline_ns(event.established_ns);
-                    self.add(event.cookie, event.netns_cookie, due_ns);
-                }
-                None => tracing::error!("the kernel reports a session of rule {}", event.rule),
-            },
+            EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),
             EventKind::MayEnd => self.schedule.hasten(event.cookie, monotonic_ns() + LOOK_NS),
         }
     }
 
+    fn opened(&mut self, event: &Event) {
+        let Some(rule) = self.book.rule(event.rule) else {
+            tracing::error!("the kernel reports a session of rule {}", event.rule);
+            return;
+        };
+        let due_ns = if event.generation == self.book.generation as u16 {
+            rule.policy.first_deadline_ns(event.established_ns)
+        } else {
+            // Of an earlier policy: the look at it decides anew.
+            0
+        };
+        let group = Group {
+            netns_cookie: event.netns_cookie,
+            rule: event.rule,
+        };
+        self.add(event.cookie, group, due_ns);
+    }
+
     /// Schedules a session.
-    pub(super) fn add(&mut self, cookie: u64, netns_cookie: u64, due_ns: u64) {
-        if self.schedule.insert(cookie, netns_cookie, due_ns) {
-            *self.sessions_in.entry(netns_cookie).or_default() += 1;
+    pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
+        *self.sessions_in.entry(group.netns_cookie).or_default() += 1;
+        let place = usize::from(group.rule);
+        if self.sessions_of.len() <= place {
+            self.sessions_of.resize(place + 1, 0);
         }
+        self.sessions_of[place] += 1;
+        if let Some(before) = self.schedule.insert(cookie, group, due_ns) {
+            self.leave(before);
+        }
+    }
+
+    fn leave(&mut self, group: Group) {
+        self.sessions_of[usize::from(group.rule)] -= 1;
+        if let Some(count) = self.sessions_in.get_mut(&group.netns_cookie) {
+            *count -= 1;
+        }
+        self.close_if_unused(group.netns_cookie);
     }
 
     /// Forgets a session that has ended.
@@ -170,13 +179,9 @@ impl Enforcer {
             self.record_gone(&expired);
         }
         self.observed.remove(&cookie);
-        let Some(netns_cookie) = self.schedule.remove(cookie) else {
-            return;
-        };
-        if let Some(count) = self.sessions_in.get_mut(&netns_cookie) {
-            *count -= 1;
+        if let Some(group) = self.schedule.remove(cookie) {
+            self.leave(group);
         }
-        self.close_if_unused(netns_cookie);
     }
 
     /// An open socket table keeps its namespace alive: one without sessions is closed.
@@ -219,35 +224,36 @@ impl Enforcer {
             let Some(cookie) = self.schedule.take_due(now_ns) else {
                 return Ok(taken);
             };
-            expired.extend(self.judge(cookie, now_ns)?);
+            expired.extend(self.judge(cookie, now_ns, None)?);
         }
         Ok(count)
     }
 
-    /// Decides about a session that was taken as due. One that lives is re-armed here.
-    fn judge(&mut self, cookie: u64, now_ns: u64) -> Result<Option<Expired>> {
-        let Some(session) = self.kernel.session(cookie)? else {
+    /// Decides about a session that is scheduled without a time. One that lives is re-armed here.
+    /// `before` is the policy that another has just taken the place of.
+    pub(super) fn judge(
+        &mut self,
+        cookie: u64,
+        now_ns: u64,
+        before: Option<&RuleBook>,
+    ) -> Result<Option<Expired>> {
+        let Some(mut session) = self.kernel.session(cookie)? else {
             // It has closed; its event is still to be read, or was lost.
             self.forget(cookie);
             return Ok(None);
         };
-        let Some(rule) = self.rules.get(usize::from(session.rule)) else {
-            anyhow::bail!("the session map names rule {}, which is none", session.rule);
+        let Some(rule) = self.book.rule_of(&session) else {
+            self.release(cookie, &session)?;
+            return Ok(None);
         };
-        let decision = verdict(&session, &rule.policy, now_ns);
-        let mut look_again_ns = u64::MAX;
-        if session.end_is_unreported() {
-            match self.look(cookie, &session) {
-                Some(Look::Open) => {}
-                Some(Look::Closing) => look_again_ns = now_ns + CLOSING_NS,
-                Some(Look::Gone) => {
-                    self.drop_stale(cookie, &session)?;
-                    return Ok(None);
-                }
-                None => look_again_ns = now_ns + RETRY_NS,
-            }
-        }
-        match decision {
+        let Some(policy) = self.book.rule(rule).map(|rule| rule.policy) else {
+            anyhow::bail!("the session map names rule {rule}, which is none");
+        };
+        let look_again_ns = match self.look_again(cookie, &session, now_ns)? {
+            Some(look_again_ns) => look_again_ns,
+            None => return Ok(None),
+        };
+        match verdict(&session, &policy, now_ns) {
             Verdict::Alive {
                 look_again_ns: alive_ns,
             } => {
@@ -257,13 +263,47 @@ impl Enforcer {
             Verdict::Expired {
                 reason,
                 deadline_ns,
-            } => Ok(Some(Expired {
-                cookie,
-                session,
-                reason,
-                deadline_ns,
-            })),
+            } => {
+                let (reason, deadline_ns) = match before {
+                    // By the policy before it would live: the new one ends it, now.
+                    Some(before) if before.lets_live(&session, now_ns) => (Reason::Policy, now_ns),
+                    _ => (reason, deadline_ns),
+                };
+                session.rule = rule;
+                Ok(Some(Expired {
+                    cookie,
+                    session,
+                    reason,
+                    deadline_ns,
+                }))
+            }
         }
+    }
+
+    /// When a session whose end the kernel does not report has to be looked for again; `None`, after
+    /// it was removed, where it has gone.
+    fn look_again(&mut self, cookie: u64, session: &Session, now_ns: u64) -> Result<Option<u64>> {
+        if !session.end_is_unreported() {
+            return Ok(Some(u64::MAX));
+        }
+        Ok(match self.look(cookie, session) {
+            Some(Look::Open) => Some(u64::MAX),
+            Some(Look::Closing) => Some(now_ns + CLOSING_NS),
+            Some(Look::Gone) => {
+                self.drop_stale(cookie, session)?;
+                None
+            }
+            None => Some(now_ns + RETRY_NS),
+        })
+    }
+
+    /// Lets go of a session that no rule matches any more.
+    fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        if self.kernel.remove(cookie)? {
+            self.metrics.removed(usize::from(session.rule));
+        }
+        self.forget(cookie);
+        Ok(())
     }
 
     /// What the socket table says of a session whose end the kernel does not report; `None` where
@@ -322,7 +362,7 @@ impl Enforcer {
             }
             if let Some(session) = self.kernel.session(cookie)? {
                 // Due at once: the pass that follows works out its deadline.
-                self.add(cookie, session.netns_cookie, 0);
+                self.add(cookie, group_of(&session), 0);
                 self.metrics.repaired(Repair::Unscheduled);
             }
         }
@@ -350,6 +390,7 @@ impl Enforcer {
         let rules: Vec<RuleCounters> = self.kernel.rule_counters().context("reading counters")?;
         Ok(KernelSnapshot {
             rules,
+            sessions: self.sessions_of.clone(),
             errors: self.kernel.errors()?,
             audit_lost: self.audit.lost(),
         })
@@ -357,8 +398,7 @@ impl Enforcer {
 
     /// Records that the enforcement begins.
     pub fn started(&mut self) {
-        let rules: Vec<String> = self.rules.iter().map(|rule| rule.name.clone()).collect();
-        self.audit.started(self.mode, &rules);
+        self.audit.started();
         self.audit.flush();
     }
 
@@ -372,7 +412,24 @@ impl Enforcer {
 
     /// Opens the audit file again, after it was renamed.
     pub fn reopen_audit(&mut self) {
-        tracing::info!("SIGHUP: opening the audit file again");
         self.audit.reopen();
+    }
+
+    /// Notes that the configuration that was read last is in force.
+    pub fn reload_succeeded(&mut self) {
+        self.metrics.config_loaded();
+    }
+
+    /// Notes that the configuration that was read last is not in force.
+    pub fn reload_failed(&mut self) {
+        self.metrics.config_refused();
+    }
+}
+
+/// What a session belongs to, as the kernel has it.
+pub(super) fn group_of(session: &Session) -> Group {
+    Group {
+        netns_cookie: session.netns_cookie,
+        rule: session.rule,
     }
 }

@@ -3,7 +3,9 @@
 //! [`Enforcer`] decides and acts, one call at a time; this module waits, and calls it.
 
 mod adoption;
+mod book;
 mod enforcer;
+mod reload;
 mod terminate;
 
 use std::{io, time::Duration};
@@ -15,10 +17,14 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+pub use book::{RuleBook, TooManyRules};
 pub use enforcer::{Enforcer, Parts};
+pub use reload::Redecided;
 
 use crate::{
     bpf::{Events, KernelLog},
+    cgroup::Cgroup,
+    config::{Config, NetworkNamespaces},
     http::Request,
     timer::Timer,
 };
@@ -28,9 +34,23 @@ use crate::{
 /// then. The shortest limit is ten times as long, so no deadline is missed by it.
 const READ_PAUSE: Duration = Duration::from_millis(100);
 
+/// Reads the configuration once more.
+pub type Source = Box<dyn Fn() -> Result<Config>>;
+
+/// What a reload needs.
+pub struct Reloading {
+    /// Reads the configuration; none where it came from the command line.
+    pub source: Option<Source>,
+    /// What is in force.
+    pub config: Config,
+    /// What the programs are attached to.
+    pub cgroup: Cgroup,
+}
+
 /// The loop and what it waits for.
 pub struct Engine {
     enforcer: Enforcer,
+    reloading: Reloading,
     events: EventReader,
     log: KernelLog,
     timer: Timer,
@@ -50,9 +70,11 @@ impl Engine {
         log: KernelLog,
         requests: mpsc::Receiver<Request>,
         signals: Signals,
+        reloading: Reloading,
     ) -> Result<Self> {
         Ok(Self {
             enforcer,
+            reloading,
             events: EventReader {
                 events,
                 paused_until: None,
@@ -88,7 +110,7 @@ impl Engine {
                         tracing::info!("{name}: stopping");
                         return Ok(());
                     }
-                    Received::Hangup => self.enforcer.reopen_audit(),
+                    Received::Hangup => self.reload()?,
                 },
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
@@ -106,6 +128,93 @@ impl Engine {
                 }
             }
         }
+    }
+}
+
+/// SIGHUP.
+impl Engine {
+    /// Opens the audit file again, and puts the configuration into force if it is good. A wrong one
+    /// changes nothing.
+    fn reload(&mut self) -> Result<()> {
+        self.enforcer.reopen_audit();
+        let Some(source) = &self.reloading.source else {
+            tracing::info!("SIGHUP: the configuration came from the command line and stays");
+            return Ok(());
+        };
+        match source().and_then(|config| self.reloading.accept(config)) {
+            Ok(config) => self.put_into_force(config),
+            Err(error) => {
+                tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
+                self.enforcer.reload_failed();
+                Ok(())
+            }
+        }
+    }
+
+    fn put_into_force(&mut self, config: Config) -> Result<()> {
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
+        // What was opened under the policy before is known when it is decided about.
+        self.events.read_all(&mut self.enforcer)?;
+        let redecided = match self.enforcer.load_policy(&config) {
+            Ok(redecided) => redecided,
+            Err(error) if error.is::<TooManyRules>() => {
+                tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
+                self.enforcer.reload_failed();
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
+        let adopted = self
+            .enforcer
+            .adopt(&self.reloading.cgroup, all_namespaces)?;
+        self.enforcer.reload_succeeded();
+        tracing::info!(
+            "SIGHUP: {} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
+             {adopted} adopted",
+            config.rules.len(),
+            redecided.kept,
+            redecided.released,
+            redecided.expired,
+        );
+        self.reloading.config = config;
+        Ok(())
+    }
+}
+
+impl Reloading {
+    /// Refuses a configuration that only a restart can put into force: it would be so by half.
+    fn accept(&self, config: Config) -> Result<Config> {
+        let now = &self.config;
+        let changed = [
+            ("daemon.cgroup", now.cgroup != config.cgroup),
+            (
+                "daemon.max_sessions",
+                now.max_sessions != config.max_sessions,
+            ),
+            (
+                "daemon.network_namespaces",
+                now.network_namespaces != config.network_namespaces,
+            ),
+            (
+                "metrics.listen",
+                now.metrics_listen != config.metrics_listen,
+            ),
+            ("audit.path", now.audit != config.audit),
+        ];
+        let changed: Vec<&str> = changed
+            .iter()
+            .filter(|(_, c)| *c)
+            .map(|(k, _)| *k)
+            .collect();
+        anyhow::ensure!(
+            changed.is_empty(),
+            "{} cannot change while the daemon runs; restart it",
+            changed.join(" and ")
+        );
+        Ok(config)
     }
 }
 

@@ -23,6 +23,7 @@ const DOUBT_NS: u64 = 10_000_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Expired {
     pub(super) cookie: u64,
+    /// As the kernel has it, but with the rule that the policy in force says.
     pub(super) session: Session,
     pub(super) reason: Reason,
     pub(super) deadline_ns: u64,
@@ -33,7 +34,7 @@ impl Enforcer {
     pub(super) fn terminate_all(&mut self, expired: Vec<Expired>) -> Result<()> {
         let mut by_namespace: BTreeMap<u64, Vec<Expired>> = BTreeMap::new();
         for expired in expired {
-            match self.rules[usize::from(expired.session.rule)].mode {
+            match self.book.rules[usize::from(expired.session.rule)].mode {
                 Mode::Observe => self.observe(&expired),
                 Mode::Enforce => {
                     by_namespace
@@ -57,7 +58,7 @@ impl Enforcer {
         if self.observed.insert(cookie, expired.deadline_ns) != Some(expired.deadline_ns) {
             self.record(expired, monotonic_ns(), Outcome::Observed, None);
         }
-        let policy = self.rules[usize::from(expired.session.rule)].policy;
+        let policy = self.book.rules[usize::from(expired.session.rule)].policy;
         let next_ns = next_observation(&expired.session, &policy, monotonic_ns());
         self.schedule.rearm(cookie, next_ns);
     }
@@ -166,7 +167,7 @@ impl Enforcer {
     /// Writes the audit record and counts: the one place where either is done.
     fn record(&mut self, expired: &Expired, at_ns: u64, outcome: Outcome, error: Option<&str>) {
         let session = &expired.session;
-        let rule = &self.rules[usize::from(session.rule)];
+        let rule = &self.book.rules[usize::from(session.rule)];
         let since = |then_ns: u64| Duration::from_nanos(at_ns.saturating_sub(then_ns));
         self.audit.termination(&Termination {
             cookie: expired.cookie,

@@ -364,9 +364,10 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
         response_timeout_ns: 2_000_000_000,
         tick_ns: 4_000_000,
+        generation: 0,
         min_payload: 1400,
         activity: 2,
-        reserved: [0; 3],
+        reserved: 0,
     };
     assert_eq!(policy, expected);
 }

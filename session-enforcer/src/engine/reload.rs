@@ -1,0 +1,78 @@
+//! A policy comes into force: the first one, and those that follow.
+
+use anyhow::Result;
+use session_enforcer_common::Session;
+
+use super::{
+    book::RuleBook,
+    enforcer::{Enforcer, group_of},
+};
+use crate::{clock::monotonic_ns, config::Config, sock_diag::MAX_BATCH};
+
+/// What a change of the policy did to the sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Redecided {
+    /// Sessions that are tracked on.
+    pub kept: usize,
+    /// Sessions that were tracked and that no rule matches any more.
+    pub released: usize,
+    /// Sessions that were past a limit.
+    pub expired: usize,
+}
+
+impl Enforcer {
+    /// Puts the rules of a configuration into force, whole or not at all, and decides anew about
+    /// every session that is tracked.
+    ///
+    /// # Errors
+    ///
+    /// Where there are too many rules or the kernel refuses.
+    pub fn load_policy(&mut self, config: &Config) -> Result<Redecided> {
+        let next = self.book.next(config, self.tick_ns)?;
+        self.kernel
+            .put_policy(next.generation, &next.entries, &next.policies())?;
+        let before = std::mem::replace(&mut self.book, next);
+        self.mode = config.mode;
+        self.metrics.set_rules(&self.book.names());
+        let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
+        self.audit.policy_loaded(config.mode, &names);
+        let redecided = self.redecide(&before)?;
+        self.audit.flush();
+        Ok(redecided)
+    }
+
+    fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
+        let mut redecided = Redecided::default();
+        let mut expired = Vec::new();
+        for cookie in self.kernel.cookies()? {
+            let Some(session) = self.kernel.session(cookie)? else {
+                continue;
+            };
+            self.reschedule(cookie, &session);
+            expired.extend(self.judge(cookie, monotonic_ns(), Some(before))?);
+            if self.schedule.contains(cookie) {
+                redecided.kept += 1;
+            } else {
+                redecided.released += 1;
+            }
+            if expired.len() == MAX_BATCH {
+                redecided.expired += expired.len();
+                self.terminate_all(std::mem::take(&mut expired))?;
+            }
+        }
+        redecided.expired += expired.len();
+        redecided.kept -= redecided.expired;
+        self.terminate_all(expired)?;
+        Ok(redecided)
+    }
+
+    /// Moves a session to the rule that is now its own, without a time.
+    fn reschedule(&mut self, cookie: u64, session: &Session) {
+        let rule = self.book.rule_of(session).unwrap_or(session.rule);
+        let group = crate::schedule::Group {
+            rule,
+            ..group_of(session)
+        };
+        self.add(cookie, group, u64::MAX);
+    }
+}

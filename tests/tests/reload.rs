@@ -1,0 +1,219 @@
+//! SIGHUP: another policy comes into force for connections that live, whole or not at all.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Daemon, Lab, Pair};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A configuration of one rule.
+fn rule(name: &str, port: u16, rest: &str) -> String {
+    format!(
+        "[[rule]]\nname = \"{name}\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n{rest}\n"
+    )
+}
+
+fn idle(name: &str, port: u16, timeout: &str) -> String {
+    rule(name, port, &format!("idle_timeout = \"{timeout}\""))
+}
+
+fn in_force(daemon: &Daemon) -> Result<f64> {
+    daemon.metric("session_enforcer_config_last_reload_successful", &[])
+}
+
+#[test]
+fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), "1h"))?;
+    let silent = Pair::open(&lab.outside, &listener)?;
+    let active = Pair::open(&lab.outside, &listener)?;
+    active.keep_busy(2 * SECOND)?;
+    daemon.reload(&idle("r", listener.port(), "1s"))?;
+    let [client, server] = silent.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &silent.opened, 2 * SECOND);
+    server.assert_reset(Errno::ECONNABORTED, &silent.opened, 2 * SECOND);
+    let record = daemon.wait_for_termination_of(&silent)?;
+    assert_eq!(record.text("event.reason"), "policy");
+    let labels = [("rule", "r"), ("reason", "policy"), ("result", "reset")];
+    daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 1.0)?;
+    // The active one has the new limit too, from its last activity on.
+    let last = active.round_trip()?;
+    let record = daemon.wait_for_termination_of(&active)?;
+    record.assert_reset("idle_timeout", &last, SECOND);
+    Ok(())
+}
+
+#[test]
+fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), "3s"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.reload(&idle("r", listener.port(), "5s"))?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, 5 * SECOND);
+    Ok(())
+}
+
+#[test]
+fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let good = idle("r", listener.port(), "2s");
+    let daemon = lab.daemon(&good)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let wrong = good.replace("2s", "2 fortnights");
+    let log = daemon.reload(&wrong)?;
+    assert!(
+        log.contains("idle_timeout") && log.contains("config.toml:5"),
+        "{log}"
+    );
+    assert!(in_force(&daemon)? < 0.5);
+    for (from, to, key) in [
+        (
+            "[[rule]]",
+            "[daemon]\nmax_sessions = 5\n[[rule]]",
+            "daemon.max_sessions",
+        ),
+        (
+            "[[rule]]",
+            "[daemon]\nnetwork_namespaces = \"own\"\n[[rule]]",
+            "daemon.network_namespaces",
+        ),
+    ] {
+        let log = daemon.reload(&good.replace(from, to))?;
+        assert!(
+            log.contains(&format!("{key} cannot change while the daemon runs")),
+            "{log}"
+        );
+    }
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+    daemon.reload(&good)?;
+    assert!(in_force(&daemon)? > 0.5);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_no_rule_matches_any_more_is_released() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let other = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), "2s"))?;
+    let unmatched = Pair::open(&lab.outside, &listener)?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "r")], 1.0)?;
+    daemon.reload(&idle("other", other.port(), "1s"))?;
+    for rule in ["r", "other"] {
+        daemon.wait_for_metric("session_enforcer_sessions", &[("rule", rule)], 0.0)?;
+    }
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    unmatched.opened.wait(4 * SECOND);
+    unmatched.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let port = listener.port();
+    let exempt = rule("r", port, "action = \"exempt\"");
+    let daemon = lab.daemon(&exempt)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.keep_busy(SECOND)?;
+    last.wait(2 * SECOND);
+    assert_eq!(daemon.terminations()?.len(), 0);
+    daemon.reload(&idle("r", port, "4s"))?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, 4 * SECOND);
+    Ok(())
+}
+
+#[test]
+fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let port = listener.port();
+    let daemon = lab.daemon(&idle("first", port, "2s"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let limits = "idle_timeout = \"2s\"\nmin_payload = 100";
+    daemon.reload(&rule("second", port, limits))?;
+    let large = pair.to_server(&[b'x'; 100])?;
+    let start = Instant::now();
+    while start.elapsed() < 4 * SECOND && pair.to_server(&[b'x'; 99]).is_ok() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("rule.name"), "second");
+    record.assert_reset("idle_timeout", &large, 2 * SECOND);
+    Ok(())
+}
+
+#[test]
+fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let config = idle("r", listener.port(), "2s");
+    let daemon = lab.daemon(&config)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.reload(&format!("[daemon]\nmode = \"observe\"\n{config}"))?;
+    pair.opened.wait(4 * SECOND);
+    pair.round_trip()?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("event.action"), "session-would-terminate");
+    record.assert_due("idle_timeout", &pair.opened, 2 * SECOND);
+    Ok(())
+}
+
+#[test]
+fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
+    const SESSIONS: usize = 5_000;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let port = listener.port();
+    let daemon = lab.daemon(&idle("r", port, "1h"))?.quiet();
+    let pairs: Vec<Pair> = (0..SESSIONS)
+        .map(|_| Pair::open(&lab.outside, &listener))
+        .collect::<Result<_>>()?;
+    let entries = SESSIONS as f64;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], entries)?;
+    let start = Instant::now();
+    let log = daemon.reload(&idle("renamed", port, "2h"))?;
+    println!("reload of {SESSIONS} sessions: {:?}", start.elapsed());
+    assert!(
+        log.contains("5000 kept, 0 released, 0 expired, 0 adopted"),
+        "{log}"
+    );
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "renamed")], entries)?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "r")], 0.0)?;
+    // Some are active afterwards, and only the others are past the limit that comes then.
+    thread::sleep(3 * SECOND);
+    let active = &pairs[..100];
+    for pair in active {
+        pair.round_trip()?;
+    }
+    let start = Instant::now();
+    daemon.reload(&idle("renamed", port, "3s"))?;
+    daemon.wait_for_terminations(SESSIONS - active.len())?;
+    println!(
+        "reset of {} of them: {:?}",
+        SESSIONS - active.len(),
+        start.elapsed()
+    );
+    let reset = daemon.wait_for_terminations(SESSIONS)?;
+    let by_policy = reset
+        .iter()
+        .filter(|r| r.text("event.reason") == "policy")
+        .count();
+    assert_eq!(by_policy, SESSIONS - active.len());
+    assert_eq!(reset.len(), SESSIONS);
+    Ok(())
+}
