@@ -9,7 +9,7 @@ use anyhow::Result;
 use session_enforcer::{
     check,
     cli::{Cli, Command},
-    daemon, doctor, exit,
+    daemon, doctor, exit, explain,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -26,6 +26,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::Run(args) => daemon::run(&args.to_config()?)?,
         Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
+        Command::Explain(args) => {
+            let ends = args.ends()?;
+            explain::explain(
+                &args.config,
+                &ends,
+                args.direction,
+                &mut io::stdout().lock(),
+            )?;
+        }
         Command::Doctor(args) => {
             let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;
             return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));
