@@ -82,41 +82,46 @@ fn describe_rule(
     number: usize,
     out: &mut impl Write,
 ) -> io::Result<()> {
-    let direction = match rule.direction {
+    writeln!(out, "  {number}. {}: {}", rule.name, direction_words(rule))?;
+    for condition in condition_words(rule, usize::MAX) {
+        writeln!(out, "       {condition}")?;
+    }
+    writeln!(out, "       {}", action_words(config, rule))
+}
+
+/// Which connections a rule is for, as far as its direction says.
+pub(crate) fn direction_words(rule: &Rule) -> &'static str {
+    match rule.direction {
         None => "connections accepted here or dialled from here",
         Some(Direction::Inbound) => "connections accepted here",
         Some(Direction::Outbound) => "connections dialled from here",
-    };
-    writeln!(out, "  {number}. {}: {direction}", rule.name)?;
-    let conditions = [
-        ("with local port", port_list(&rule.local_ports)),
-        ("with remote port", port_list(&rule.remote_ports)),
-        ("with local address in", prefix_list(&rule.local)),
-        ("with remote address in", prefix_list(&rule.remote)),
-    ];
-    for (what, values) in conditions {
-        if let Some(values) = values {
-            writeln!(out, "       {what} {values}")?;
-        }
     }
-    describe_action(config, rule, out)
 }
 
-fn describe_action(config: &Config, rule: &Rule, out: &mut impl Write) -> io::Result<()> {
+/// The conditions that a rule has besides its direction, each with at most so many values.
+pub(crate) fn condition_words(rule: &Rule, most: usize) -> Vec<String> {
+    let conditions = [
+        ("with local port", port_list(&rule.local_ports, most)),
+        ("with remote port", port_list(&rule.remote_ports, most)),
+        ("with local address in", prefix_list(&rule.local, most)),
+        ("with remote address in", prefix_list(&rule.remote, most)),
+    ];
+    let words = |(what, values): (&str, Option<String>)| Some(format!("{what} {}", values?));
+    conditions.into_iter().filter_map(words).collect()
+}
+
+/// What happens to the connections of a rule, and when.
+pub(crate) fn action_words(config: &Config, rule: &Rule) -> String {
     let happens = match config.effective_action(rule) {
         Action::Enforce => "are reset",
         Action::Observe => "are recorded, not reset,",
-        Action::Exempt => return writeln!(out, "       are exempt: not tracked, never reset"),
+        Action::Exempt => return "are exempt: not tracked, never reset".to_owned(),
     };
     let limits: Vec<String> = [idle_words(rule), response_words(rule), lifetime_words(rule)]
         .into_iter()
         .flatten()
         .collect();
-    writeln!(
-        out,
-        "       {happens} {}",
-        limits.join(", and at the latest ")
-    )
+    format!("{happens} {}", limits.join(", and at the latest "))
 }
 
 fn idle_words(rule: &Rule) -> Option<String> {
@@ -149,15 +154,17 @@ fn lifetime_words(rule: &Rule) -> Option<String> {
     Some(format!("{time}{jitter} after they were established"))
 }
 
-fn port_list(ranges: &[PortRange]) -> Option<String> {
+/// The ports and ranges of a condition, at most so many; nothing where there is no condition.
+pub(crate) fn port_list(ranges: &[PortRange], most: usize) -> Option<String> {
     let text = |range: &PortRange| match (range.first, range.last) {
         (first, last) if first == last => first.to_string(),
         (first, last) => format!("{first}-{last}"),
     };
-    or_list(&ranges.iter().map(text).collect::<Vec<_>>())
+    or_list(ranges.iter().map(text).collect(), most)
 }
 
-fn prefix_list(nets: &[IpNet]) -> Option<String> {
+/// The prefixes of a condition, at most so many; nothing where there is no condition.
+pub(crate) fn prefix_list(nets: &[IpNet], most: usize) -> Option<String> {
     let text = |net: &IpNet| {
         if net.prefix_len() == net.max_prefix_len() {
             net.addr().to_string()
@@ -165,11 +172,19 @@ fn prefix_list(nets: &[IpNet]) -> Option<String> {
             net.to_string()
         }
     };
-    or_list(&nets.iter().map(text).collect::<Vec<_>>())
+    or_list(nets.iter().map(text).collect(), most)
 }
 
-/// `a, b or c`; nothing for no value.
-fn or_list(texts: &[String]) -> Option<String> {
+/// `a, b or c`, or `a, b or 7 others`; nothing for no value.
+fn or_list(mut texts: Vec<String>, most: usize) -> Option<String> {
+    if texts.len() > most {
+        let others = texts.len() - most;
+        texts.truncate(most);
+        texts.push(format!(
+            "{others} other{}",
+            if others == 1 { "" } else { "s" }
+        ));
+    }
     let (last, others) = texts.split_last()?;
     if others.is_empty() {
         return Some(last.clone());

@@ -7,16 +7,17 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::NonEmptyStringValueParser;
+use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser, TypedValueParser as _};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, Parser, Subcommand};
-use session_enforcer_common::PortRange;
+use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
     AuditTarget, Config, Mode, Problem, parse_audit, parse_limit, parse_listen, parse_ports,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
+use crate::explain::Ends;
 
 /// Where the configuration is where the command line does not say.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
@@ -60,6 +61,10 @@ The same without a file:
 
 Times are written as 90s, 15m, 12h, 7d or 1h30m, from 1s on.";
 
+const EXPLAIN_EXAMPLE: &str = "\
+Example: a client at 10.0.0.9 that has connected to the PostgreSQL of this host, 10.0.0.5:
+  session-enforcer explain 10.0.0.5:5432 10.0.0.9:50000 --direction inbound";
+
 /// Gives every TCP connection of this host a deadline, and resets it when the deadline passes.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
 #[command(name = "session-enforcer", version)]
@@ -82,6 +87,8 @@ pub enum Command {
     Run(RunArgs),
     /// Validate a configuration and print its rules as they are understood
     Check(CheckArgs),
+    /// Say which rule decides about a connection, and why the earlier ones do not
+    Explain(ExplainArgs),
     /// Say what this kernel and these privileges allow, each with what to do about it
     Doctor(DoctorArgs),
 }
@@ -134,6 +141,38 @@ pub struct CheckArgs {
     pub config: PathBuf,
 }
 
+/// Arguments of `explain`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(after_help = format!("{EXPLAIN_EXAMPLE}\n\n{EXIT_STATUS_HELP}"))]
+pub struct ExplainArgs {
+    /// This host's end of the connection, as in 10.0.0.5:5432; an IPv6 address in brackets
+    #[arg(value_name = "LOCAL", value_parser = end)]
+    local: SocketAddr,
+
+    /// The peer's end
+    #[arg(value_name = "REMOTE", value_parser = end)]
+    remote: SocketAddr,
+
+    /// Accepted here (inbound) or dialled from here (outbound) [default: both are explained]
+    #[arg(long, value_parser = direction())]
+    pub direction: Option<Direction>,
+
+    /// The configuration, in TOML
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
+    pub config: PathBuf,
+}
+
+impl ExplainArgs {
+    /// The two ends.
+    ///
+    /// # Errors
+    ///
+    /// Where one is IPv4 and the other IPv6: wrong usage.
+    pub fn ends(&self) -> Result<Ends, Failure> {
+        Ends::new(self.local, self.remote)
+    }
+}
+
 /// Arguments of `doctor`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = EXIT_STATUS_HELP)]
@@ -175,6 +214,19 @@ impl FromStr for Listen {
     fn from_str(text: &str) -> Result<Self, Problem> {
         parse_listen(text).map(Self)
     }
+}
+
+/// One end of a connection. No connection has port 0.
+fn end(text: &str) -> Result<SocketAddr, &'static str> {
+    let parsed = text.parse().ok().filter(|end: &SocketAddr| end.port() > 0);
+    parsed.ok_or("allowed: an address and a port, such as 10.0.0.5:5432 or [2001:db8::5]:5432")
+}
+
+fn direction() -> impl clap::builder::TypedValueParser<Value = Direction> {
+    PossibleValuesParser::new(["inbound", "outbound"]).map(|name| match name.as_str() {
+        "inbound" => Direction::Inbound,
+        _ => Direction::Outbound,
+    })
 }
 
 /// As in the file, but a path may be relative to where the command was typed.

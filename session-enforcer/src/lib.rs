@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod engine;
 pub mod exit;
+pub mod explain;
 pub mod http;
 pub mod metrics;
 pub mod netns;

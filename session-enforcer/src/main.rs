@@ -11,7 +11,7 @@ use session_enforcer::{
     cli::{Cli, Command},
     daemon, doctor,
     engine::Source,
-    exit,
+    exit, explain,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -35,6 +35,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             daemon::run(&config, source)?;
         }
         Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
+        Command::Explain(args) => {
+            let ends = args.ends()?;
+            explain::explain(
+                &args.config,
+                &ends,
+                args.direction,
+                &mut io::stdout().lock(),
+            )?;
+        }
         Command::Doctor(args) => {
             let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;
             return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));

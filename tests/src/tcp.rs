@@ -150,6 +150,15 @@ impl Pair {
     pub fn dial(socket: OwnedFd, listener: &Listener, to: SocketAddr) -> Result<Self> {
         let ends = || Ok((dial(socket, to)?, listener.accept()?));
         let (opened, (client, server)) = Moment::of(ends)?;
+        Self::of(client, server, opened)
+    }
+
+    /// The two ends of a connection that was made otherwise.
+    ///
+    /// # Errors
+    ///
+    /// Where they are not of one connection.
+    pub fn of(client: TcpStream, server: TcpStream, opened: Moment) -> Result<Self> {
         let (client_address, server_address) = (client.local_addr()?, server.local_addr()?);
         let accepted = server.peer_addr()?;
         ensure!(

@@ -8,18 +8,21 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, SockaddrStorage, sendto},
 };
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, set_option,
+    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// `TCPI_OPT_SYN_DATA` of `linux/tcp.h`.
+const SYN_DATA: u8 = 32;
 
 fn listen_with(agent: &Agent, option: i32, value: i32) -> Result<Listener> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -56,27 +59,34 @@ fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
     let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
     let daemon = lab.daemon(RULE)?;
     // The first connection gets the cookie that lets the second one carry payload at once.
-    for payload in [&b"first"[..], b"second"] {
-        let client = outside.tcp(listener.address)?;
-        let to = SockaddrStorage::from(listener.address);
-        let flags = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN);
-        let (last, server) = Moment::of(|| {
-            sendto(client.as_raw_fd(), payload, &to, flags)?;
-            let mut server = listener.accept()?;
-            server.read_exact(&mut vec![0; payload.len()])?;
-            Ok(server)
-        })?;
-        let port = server.peer_addr()?.port();
-        ends_of(&[&server])?;
-        let records = daemon.wait_for_terminations(1)?;
-        let record = records
-            .iter()
-            .find(|r| r.ports()[0] == port)
-            .context("no record")?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
-        assert_eq!(record.bytes(), [payload.len() as u64, 0]);
+    let first = dial_with(&outside, &listener, b"first")?;
+    let second = dial_with(&outside, &listener, b"second")?;
+    assert_ne!(
+        tcp_info(&second.server)?.tcpi_options & SYN_DATA,
+        0,
+        "the SYN had no payload"
+    );
+    for (pair, bytes) in [(&first, 5), (&second, 6)] {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+        assert_eq!(record.bytes(), [bytes, 0]);
     }
     Ok(())
+}
+
+/// Connects and sends in one call (TCP Fast Open); payload and establishment are one moment.
+fn dial_with(client: &Agent, listener: &Listener, payload: &[u8]) -> Result<Pair> {
+    let socket = client.tcp(listener.address)?;
+    let to = SockaddrStorage::from(listener.address);
+    let flags = MsgFlags::from_bits_retain(libc::MSG_FASTOPEN);
+    let (opened, server) = Moment::of(|| {
+        sendto(socket.as_raw_fd(), payload, &to, flags)?;
+        let mut server = listener.accept()?;
+        server.read_exact(&mut vec![0; payload.len()])?;
+        Ok(server)
+    })?;
+    Pair::of(socket.into(), server, opened)
 }
 
 #[test]

@@ -90,6 +90,40 @@ fn without_a_file_and_ports_the_default_file_is_read() {
     assert_eq!(check.config, Path::new(DEFAULT_CONFIG));
 }
 
+fn explain_args(arguments: &str) -> ExplainArgs {
+    match parse(&format!("session-enforcer explain {arguments}"))
+        .unwrap()
+        .command
+    {
+        Command::Explain(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn explain_takes_two_ends_of_one_family() {
+    let args = explain_args("10.0.0.5:5432 10.0.0.9:50000");
+    assert_eq!(args.config, Path::new(DEFAULT_CONFIG));
+    assert_eq!(args.direction, None);
+    let ends = args.ends().unwrap();
+    let mapped = explain_args("[::ffff:10.0.0.5]:5432 10.0.0.9:50000 --direction outbound");
+    assert_eq!(mapped.ends().unwrap(), ends);
+    assert_eq!(mapped.direction, Some(Direction::Outbound));
+    let inbound = explain_args("[2001:db8::5]:22 [2001:db8::9]:50000 --direction inbound");
+    inbound.ends().unwrap();
+    assert_eq!(inbound.direction, Some(Direction::Inbound));
+}
+
+#[test]
+fn ends_of_two_families_are_wrong_usage() {
+    let args = explain_args("10.0.0.5:5432 [2001:db8::9]:50000");
+    let failure = args.ends().unwrap_err();
+    assert_eq!(failure.status, ExitStatus::Usage);
+    let message = "10.0.0.5 is an IPv4 address and 2001:db8::9 is an IPv6 address; both ends of a \
+                   connection are of one family";
+    assert_eq!(failure.message, message);
+}
+
 #[test]
 fn wrong_usage_is_one_line() {
     let cases = [
@@ -142,6 +176,26 @@ fn wrong_usage_is_one_line() {
             "a value is required for '--cgroup <DIR>' but none was supplied",
         ),
         (
+            "explain 10.0.0.5 10.0.0.9:1",
+            "invalid value '10.0.0.5' for '<LOCAL>': allowed: an address and a port, such as \
+             10.0.0.5:5432 or [2001:db8::5]:5432",
+        ),
+        (
+            "explain 10.0.0.5:1 2001:db8::9:0",
+            "invalid value '2001:db8::9:0' for '<REMOTE>': allowed: an address and a port, such \
+             as 10.0.0.5:5432 or [2001:db8::5]:5432",
+        ),
+        (
+            "explain 10.0.0.5:1 10.0.0.9:0",
+            "invalid value '10.0.0.9:0' for '<REMOTE>': allowed: an address and a port, such as \
+             10.0.0.5:5432 or [2001:db8::5]:5432",
+        ),
+        (
+            "explain 10.0.0.5:1 10.0.0.9:1 --direction any",
+            "invalid value 'any' for '--direction <DIRECTION>' [possible values: inbound, \
+             outbound]",
+        ),
+        (
             "check --confg a",
             "unexpected argument '--confg' found; tip: a similar argument exists: '--config'",
         ),
@@ -191,7 +245,13 @@ fn the_level_of_the_log_is_a_word_or_a_filter() {
 
 #[test]
 fn help_and_version_are_not_errors() {
-    for line in ["--help", "--version", "run --help", "check -h"] {
+    for line in [
+        "--help",
+        "--version",
+        "run --help",
+        "check -h",
+        "explain -h",
+    ] {
         let error = parse(&format!("session-enforcer {line}")).unwrap_err();
         assert_eq!(error.exit_code(), 0);
         assert!(is_help(&error));
@@ -215,11 +275,12 @@ fn help_names_every_exit_status_and_default() {
 
 #[test]
 fn the_examples_of_the_help_are_accepted() {
-    let lines = EXAMPLES.lines().chain(RUN_EXAMPLES.lines()).map(str::trim);
+    let texts = [EXAMPLES, RUN_EXAMPLES, EXPLAIN_EXAMPLE];
+    let lines = texts.into_iter().flat_map(str::lines).map(str::trim);
     let examples: Vec<_> = lines
         .filter(|line| line.starts_with("session-enforcer "))
         .collect();
-    assert_eq!(examples.len(), 4);
+    assert_eq!(examples.len(), 5);
     for example in examples {
         parse(example).unwrap();
     }

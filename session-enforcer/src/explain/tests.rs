@@ -1,0 +1,307 @@
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::*;
+
+const RULES: &str = r#"
+[[rule]]
+name = "replicas"
+remote = ["10.0.0.6", "10.0.0.7"]
+action = "exempt"
+[[rule]]
+name = "postgres"
+direction = "inbound"
+local_ports = [5432, "6000-6010"]
+idle_timeout = "15m"
+max_lifetime = "12h"
+[[rule]]
+name = "ssh"
+direction = "inbound"
+local_ports = [22]
+remote = ["10.0.0.0/8"]
+action = "observe"
+idle_timeout = "15m"
+"#;
+
+fn ends(local: &str, remote: &str) -> Ends {
+    Ends::new(local.parse().unwrap(), remote.parse().unwrap()).unwrap()
+}
+
+fn described(text: &str, ends: &Ends, direction: Option<Direction>) -> String {
+    let config = Config::parse("x.toml", text).unwrap();
+    let mut out = Vec::new();
+    describe(&config, ends, direction, &mut out).unwrap();
+    String::from_utf8(out).unwrap()
+}
+
+#[test]
+fn the_deciding_rule_and_the_reasons_of_the_earlier_ones_are_said() {
+    let ends = ends("10.0.0.5:5432", "[::ffff:10.0.0.9]:50000");
+    let expected = "\
+10.0.0.5:5432 with 10.0.0.9:50000, accepted here:
+  rule \"replicas\": no: remote address 10.0.0.9 is not in 10.0.0.6 or 10.0.0.7
+  rule \"postgres\": yes: connections accepted here, with local port 5432 or 6000-6010; they are \
+reset 15m after their last new payload, and at the latest 12h after they were established
+  1 later rule is not looked at
+  decided: enforced by rule \"postgres\"
+";
+    assert_eq!(described(RULES, &ends, Some(Direction::Inbound)), expected);
+}
+
+#[test]
+fn directions_that_differ_are_explained_one_by_one() {
+    let expected = "\
+[2001:db8::5]:5432 with [2001:db8::9]:50000, accepted here:
+  rule \"replicas\": no: remote address 2001:db8::9 is not in 10.0.0.6 or 10.0.0.7
+  rule \"postgres\": yes: connections accepted here, with local port 5432 or 6000-6010; they are \
+reset 15m after their last new payload, and at the latest 12h after they were established
+  1 later rule is not looked at
+  decided: enforced by rule \"postgres\"
+
+[2001:db8::5]:5432 with [2001:db8::9]:50000, dialled from here:
+  rule \"replicas\": no: remote address 2001:db8::9 is not in 10.0.0.6 or 10.0.0.7
+  rule \"postgres\": no: dialled from here, not accepted here
+  rule \"ssh\": no: dialled from here, not accepted here; local port 5432 is not 22; remote \
+address 2001:db8::9 is not in 10.0.0.0/8
+  decided: not tracked, as no rule matches
+";
+    let ends = ends("[2001:db8::5]:5432", "[2001:db8::9]:50000");
+    assert_eq!(described(RULES, &ends, None), expected);
+}
+
+#[test]
+fn directions_that_do_not_differ_are_explained_together() {
+    let expected = "\
+10.0.0.5:40000 with 192.0.2.1:443, accepted here or dialled from here:
+  rule \"replicas\": no: remote address 192.0.2.1 is not in 10.0.0.6 or 10.0.0.7
+  rule \"postgres\": no: local port 40000 is not 5432 or 6000-6010
+  rule \"ssh\": no: local port 40000 is not 22; remote address 192.0.2.1 is not in 10.0.0.0/8
+  decided: not tracked, as no rule matches
+";
+    let nobody = ends("10.0.0.5:40000", "192.0.2.1:443");
+    assert_eq!(described(RULES, &nobody, None), expected);
+    let expected = "\
+10.0.0.5:5432 with 10.0.0.7:50000, accepted here or dialled from here:
+  rule \"replicas\": yes: connections accepted here or dialled from here, with remote address in \
+10.0.0.6 or 10.0.0.7; they are exempt: not tracked, never reset
+  2 later rules are not looked at
+  decided: exempt by rule \"replicas\": not tracked, never reset
+";
+    let replica = ends("10.0.0.5:5432", "10.0.0.7:50000");
+    assert_eq!(described(RULES, &replica, None), expected);
+}
+
+#[test]
+fn what_observes_and_what_limits_the_scope_is_said() {
+    let ends = ends("10.0.0.5:22", "10.0.0.9:50000");
+    let inbound = Some(Direction::Inbound);
+    let text = described(RULES, &ends, inbound);
+    let end = "\n  decided: observed by rule \"ssh\": recorded, not reset\n";
+    assert!(text.ends_with(end), "{text}");
+    let daemon = "[daemon]\nmode = 'observe'\ncgroup = '/c'\nnetwork_namespaces = 'own'\n";
+    let all = "[[rule]]\nname = 'all'\nidle_timeout = '1h'\n";
+    let expected = "\
+10.0.0.5:22 with 10.0.0.9:50000, accepted here:
+  rule \"all\": yes: connections accepted here or dialled from here; they are recorded, not reset, \
+1h after their last new payload
+  decided: observed by rule \"all\": recorded, not reset, as the daemon's mode is \"observe\"
+
+Only sockets of the control group /c and those below it are tracked.
+
+Only sockets of the daemon's own network namespace are tracked.
+";
+    assert_eq!(
+        described(&format!("{daemon}{all}"), &ends, inbound),
+        expected
+    );
+}
+
+#[test]
+fn a_long_list_is_cut() {
+    let ports: Vec<String> = (1..=20).map(|n| (2 * n).to_string()).collect();
+    let list = ports.join(", ");
+    let text = format!("[[rule]]\nname = 'a'\nlocal_ports = [{list}]\nidle_timeout = '1h'\n");
+    let printed = described(&text, &ends("10.0.0.5:3", "10.0.0.9:50000"), None);
+    let line = "rule \"a\": no: local port 3 is not 2, 4, 6, 8, 10, 12, 14, 16 or 12 others\n";
+    assert!(printed.contains(line), "{printed}");
+}
+
+#[test]
+fn a_wrong_file_prints_nothing_and_is_an_error_of_the_configuration() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("wrong.toml");
+    std::fs::write(&path, "[[rule]]\n").unwrap();
+    let ends = ends("10.0.0.5:22", "10.0.0.9:50000");
+    let mut out = Vec::new();
+    let error = explain(&path, &ends, None, &mut out).unwrap_err();
+    assert!(out.is_empty());
+    assert_eq!(ExitStatus::of(&error), ExitStatus::Configuration);
+}
+
+/// Prefixes and addresses of both families that often contain each other.
+const PREFIXES: [&str; 10] = [
+    "10.0.0.0/8",
+    "10.0.0.1",
+    "10.0.0.0/31",
+    "128.0.0.0/1",
+    "0.0.0.0/0",
+    "::/0",
+    "::/80",
+    "::ffff:10.0.0.0/104",
+    "2001:db8::/32",
+    "2001:db8::1",
+];
+const ADDRESSES_V4: [&str; 5] = ["10.0.0.0", "10.0.0.1", "10.255.0.1", "192.0.2.1", "0.0.0.0"];
+const ADDRESSES_V6: [&str; 5] = ["::", "::1", "2001:db8::", "2001:db8::1", "fd00::1"];
+
+/// The conditions of a rule, as lines of a file.
+fn conditions() -> impl Strategy<Value = String> {
+    let direction = option::of(select(vec!["'inbound'", "'outbound'", "'any'"]));
+    let ports = || vec(select(vec!["1", "2", "'2-4'", "'3-65535'", "65535"]), 0..3);
+    let prefixes = || vec(select(PREFIXES.to_vec()), 0..3);
+    let action = select(vec!["enforce", "observe", "exempt"]);
+    (direction, ports(), ports(), prefixes(), prefixes(), action).prop_map(
+        |(direction, local_ports, remote_ports, local, remote, action)| {
+            let direction = direction.unwrap_or("'any'");
+            let limit = match action {
+                "exempt" => "",
+                _ => "idle_timeout = '15m'",
+            };
+            let (local_ports, remote_ports) = (local_ports.join(","), remote_ports.join(","));
+            format!(
+                "direction = {direction}\nlocal_ports = [{local_ports}]\n\
+                 remote_ports = [{remote_ports}]\nlocal = {local:?}\nremote = {remote:?}\n\
+                 action = '{action}'\n{limit}\n"
+            )
+        },
+    )
+}
+
+fn config(rules: &[String]) -> Result<Config, crate::config::ConfigError> {
+    let numbered = rules.iter().enumerate();
+    let text: String = numbered
+        .map(|(n, rule)| format!("[[rule]]\nname = 'r{n}'\n{rule}"))
+        .collect();
+    Config::parse("x.toml", &text)
+}
+
+/// Rules without those that are refused because their ends are of two families.
+fn configs() -> impl Strategy<Value = Config> {
+    vec(conditions(), 1..6).prop_filter_map("no rule is left", |mut rules| {
+        rules.retain(|rule| config(std::slice::from_ref(rule)).is_ok());
+        config(&rules).ok()
+    })
+}
+
+fn connections() -> impl Strategy<Value = Ends> {
+    let pair =
+        |addresses: [&'static str; 5]| (select(addresses.to_vec()), select(addresses.to_vec()));
+    let port = || select(vec![1u16, 2, 3, 4, 5, 65535]);
+    let addresses = prop_oneof![pair(ADDRESSES_V4), pair(ADDRESSES_V6)];
+    (addresses, port(), port()).prop_map(|((local, remote), local_port, remote_port)| {
+        let local = SocketAddr::new(local.parse().unwrap(), local_port);
+        let remote = SocketAddr::new(remote.parse().unwrap(), remote_port);
+        Ends::new(local, remote).unwrap()
+    })
+}
+
+/// Whether an entry of the rule matches, as the kernel decides.
+fn kernel_matches(config: &Config, rule: Rule, facts: &Facts) -> bool {
+    let mut alone = config.clone();
+    alone.rules = vec![rule];
+    alone
+        .match_entries()
+        .iter()
+        .any(|entry| matches(facts, entry))
+}
+
+/// The rule without its conditions of these places in [`refusals`].
+fn without(rule: &Rule, gone: impl Fn(usize) -> bool) -> Rule {
+    let mut rule = rule.clone();
+    if gone(0) {
+        rule.direction = None;
+    }
+    if gone(1) {
+        rule.local_ports.clear();
+    }
+    if gone(2) {
+        rule.remote_ports.clear();
+    }
+    if gone(3) {
+        rule.local.clear();
+    }
+    if gone(4) {
+        rule.remote.clear();
+    }
+    rule
+}
+
+/// The names of the rules that are said not to match, and the name of the one that is.
+fn said(text: &str) -> (Vec<&str>, Option<&str>) {
+    let name = |line: &'_ str, word: &str| line.find(word).map(|end| 8..end);
+    let lines = || text.lines().filter(|line| line.starts_with("  rule \""));
+    let of = |word: &'static str| lines().filter_map(move |line| line.get(name(line, word)?));
+    (of("\": no: ").collect(), of("\": yes: ").next())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn each_reason_is_true_and_without_the_reasons_the_rule_matches(
+        config in configs(),
+        connections in vec(connections(), 20),
+    ) {
+        for (ends, direction) in connections.iter().flat_map(|ends| {
+            [Direction::Inbound, Direction::Outbound].map(|direction| (ends, direction))
+        }) {
+            let facts = ends.facts(direction);
+            for rule in &config.rules {
+                let refusals = refusals(rule, ends, Some(direction));
+                let refused = |n: usize| refusals[n].is_some();
+                let any = refusals.iter().any(Option::is_some);
+                prop_assert_eq!(kernel_matches(&config, rule.clone(), &facts), !any, "{:?}", rule);
+                prop_assert!(kernel_matches(&config, without(rule, refused), &facts));
+                for n in (0..5).filter(|n| refused(*n)) {
+                    let alone = without(rule, |other| other != n);
+                    prop_assert!(!kernel_matches(&config, alone, &facts), "{n} of {rule:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_words_say_what_the_table_decides(
+        config in configs(),
+        connections in vec(connections(), 20),
+        direction in option::of(select(vec![Direction::Inbound, Direction::Outbound])),
+    ) {
+        for ends in &connections {
+            let mut out = Vec::new();
+            describe(&config, ends, direction, &mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            prop_assert!(!text.contains("no: \n"), "{text}");
+            let both = vec![Direction::Inbound, Direction::Outbound];
+            let directions = direction.map_or(both, |direction| vec![direction]);
+            // One part for each direction, or one for both.
+            let parts = text.split("\n\n").collect::<Vec<_>>().into_iter().cycle();
+            for (direction, part) in directions.into_iter().zip(parts) {
+                let facts = ends.facts(direction);
+                let first = config
+                    .rules
+                    .iter()
+                    .position(|rule| kernel_matches(&config, rule.clone(), &facts));
+                let entries = config.match_entries();
+                let number = entries.iter().find(|e| matches(&facts, e)).map(|e| e.rule);
+                let exempt = number == Some(session_enforcer_common::RULE_EXEMPT);
+                prop_assert_eq!(part.contains("decided: exempt by "), exempt, "{}", part);
+                prop_assert_eq!(part.contains("decided: not tracked"), number.is_none());
+                let names: Vec<&str> = config.rules.iter().map(|r| r.name.as_str()).collect();
+                let earlier = names[..first.unwrap_or(names.len())].to_vec();
+                prop_assert_eq!(said(part), (earlier, first.map(|n| names[n])), "{}", part);
+            }
+        }
+    }
+}
