@@ -35,6 +35,7 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     probe::require(all_namespaces)?;
     raise_file_limit();
+    unblock_signals();
     let cgroup = open_cgroup(config)?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
     let audit = Audit::open(&config.audit)?;
@@ -135,6 +136,13 @@ fn raise_file_limit() {
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
         tracing::warn!("raising the limit of open files to {hard}: {error}");
+    }
+}
+
+/// A parent may have blocked the signals that stop the daemon, and a mask is inherited.
+fn unblock_signals() {
+    if let Err(error) = nix::sys::signal::SigSet::empty().thread_set_mask() {
+        tracing::warn!("unblocking signals: {error}");
     }
 }
 
