@@ -1,3 +1,4 @@
+mod documents;
 mod files;
 mod hidden;
 mod keys;

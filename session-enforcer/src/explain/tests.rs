@@ -128,6 +128,124 @@ fn a_long_list_is_cut() {
     assert!(printed.contains(line), "{printed}");
 }
 
+/// File, direction, local and remote end; and the decision with the rule.
+#[test]
+fn the_examples_decide_as_the_cookbook_says() {
+    let cases = [
+        (
+            "ssh-bastion in 10.20.0.1:22 10.20.0.10:1",
+            "observed automation",
+        ),
+        (
+            "ssh-bastion in 10.20.0.1:22 10.20.0.11:1",
+            "observed logins",
+        ),
+        (
+            "ssh-bastion out 10.20.0.1:1 10.30.0.1:22",
+            "observed onward",
+        ),
+        (
+            "postgresql-pooler in 10.0.0.5:5432 10.0.0.6:1",
+            "exempt replicas",
+        ),
+        (
+            "postgresql-pooler out 10.0.0.5:1 10.0.0.7:5432",
+            "exempt replicas",
+        ),
+        (
+            "postgresql-pooler in 10.0.0.5:5432 10.0.0.20:1",
+            "observed pooler",
+        ),
+        (
+            "postgresql-pooler in 10.0.0.5:5432 10.0.0.21:1",
+            "observed direct",
+        ),
+        (
+            "redis-pubsub in 10.0.0.30:6379 10.0.8.9:1",
+            "exempt subscribers",
+        ),
+        ("redis-pubsub in 10.0.0.30:6380 10.0.9.9:1", "exempt pubsub"),
+        (
+            "redis-pubsub in 10.0.0.30:6379 10.0.9.9:1",
+            "observed clients",
+        ),
+        ("redis-pubsub in 10.0.0.30:16379 10.0.9.9:1", "not tracked"),
+        (
+            "kubernetes-node in 10.0.0.3:10250 10.0.0.2:1",
+            "exempt control-plane-in",
+        ),
+        (
+            "kubernetes-node out 10.244.1.2:1 10.96.0.1:6443",
+            "exempt control-plane-out",
+        ),
+        (
+            "kubernetes-node in 10.244.1.2:5432 10.244.2.2:1",
+            "observed pod-databases",
+        ),
+        (
+            "kubernetes-node out 10.244.1.2:1 10.96.7.7:5432",
+            "exempt cluster-internal",
+        ),
+        (
+            "kubernetes-node out 10.244.1.2:1 192.0.2.1:443",
+            "observed pod-egress",
+        ),
+        ("kubernetes-node in 10.0.0.3:22 192.0.2.1:1", "not tracked"),
+        ("everything-inbound in [::1]:22 [::1]:1", "exempt loopback"),
+        (
+            "everything-inbound in 10.0.0.5:179 192.0.2.1:1",
+            "exempt quiet-services",
+        ),
+        (
+            "everything-inbound in 10.0.0.5:80 192.0.2.1:1",
+            "observed inbound",
+        ),
+        (
+            "everything-inbound out 10.0.0.5:1 192.0.2.1:80",
+            "not tracked",
+        ),
+        (
+            "pci-dss in 10.10.0.5:5432 10.10.1.9:1",
+            "observed application",
+        ),
+        (
+            "pci-dss in 10.10.0.5:5432 10.10.2.9:1",
+            "observed databases",
+        ),
+        (
+            "fedramp in 10.0.0.5:22 192.0.2.1:1",
+            "observed privileged-ports",
+        ),
+        (
+            "fedramp in 10.0.0.5:5432 10.9.0.1:1",
+            "observed privileged-networks",
+        ),
+        ("fedramp in 10.0.0.5:5432 10.8.0.1:1", "observed users"),
+        ("nist-800-63b in 10.0.0.5:22 192.0.2.1:1", "observed aal3"),
+        ("nist-800-63b in 10.0.0.5:5432 192.0.2.1:1", "observed aal2"),
+    ];
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    for (case, expected) in cases {
+        let words: Vec<&str> = case.split(' ').collect();
+        let direction = match words[1] {
+            "in" => Direction::Inbound,
+            _ => Direction::Outbound,
+        };
+        let mut out = Vec::new();
+        let path = examples.join(words[0]).with_extension("toml");
+        explain(&path, &ends(words[2], words[3]), Some(direction), &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let decision = match expected.split_once(' ').unwrap() {
+            ("not", _) => "not tracked, as".to_owned(),
+            (word, rule) => format!("{word} by rule \"{rule}\""),
+        };
+        assert!(
+            text.contains(&format!("\n  decided: {decision}")),
+            "{case}: {text}"
+        );
+    }
+}
+
 #[test]
 fn a_wrong_file_prints_nothing_and_is_an_error_of_the_configuration() {
     let directory = tempfile::tempdir().unwrap();
