@@ -28,9 +28,9 @@ pub struct Policy {
     /// Longest time that this host may owe an answer, in nanoseconds. With it, the idle clock
     /// stands still as long as the answer is owed.
     pub response_timeout_ns: u64,
-    /// How far a time stamp may lag behind the event, in nanoseconds: one tick of the coarse
-    /// clock. Each deadline is later by this much, so that no session ends early.
-    pub tick_ns: u64,
+    /// How far a time stamp may lag behind the event, in nanoseconds: two ticks of the coarse clock
+    /// as far as measured. Each deadline is later by this much, so that no session ends early.
+    pub lag_ns: u64,
     /// Generation of the match table with which this came into force. A session of another one has
     /// to be matched again.
     pub generation: u32,
@@ -116,7 +116,7 @@ impl Policy {
         }
         since_ns
             .saturating_add(limit_ns)
-            .saturating_add(self.tick_ns)
+            .saturating_add(self.lag_ns)
     }
 
     /// Since when the idle clock runs, while it does.
@@ -191,7 +191,7 @@ mod tests {
         Policy {
             idle_timeout_ns: idle * SECOND,
             max_lifetime_ns: lifetime * SECOND,
-            tick_ns: 4_000_000,
+            lag_ns: 4_000_000,
             ..Policy::default()
         }
     }
@@ -251,7 +251,7 @@ mod tests {
             let p = Policy {
                 idle_timeout_ns: idle,
                 max_lifetime_ns: lifetime,
-                tick_ns: tick,
+                lag_ns: tick,
                 ..Policy::default()
             };
             let idle_over = idle > 0 && now >= received.max(sent) + idle + tick;
@@ -293,7 +293,7 @@ mod tests {
     }
 
     fn expires(session: &Session, policy: &Policy, at: u64) -> Option<Reason> {
-        let deadline = at * SECOND + policy.tick_ns;
+        let deadline = at * SECOND + policy.lag_ns;
         assert!(matches!(
             verdict(session, policy, deadline - 1),
             Verdict::Alive { .. }
@@ -347,7 +347,7 @@ mod tests {
         let Verdict::Alive { look_again_ns } = verdict(&s, &p, 13 * SECOND) else {
             panic!("must be alive")
         };
-        assert_eq!(look_again_ns, 18 * SECOND + p.tick_ns);
+        assert_eq!(look_again_ns, 18 * SECOND + p.lag_ns);
     }
 
     #[test]

@@ -202,8 +202,8 @@ fn grow(count: &mut u64, total: u64) {
     }
 }
 
-/// The coarse clock: a third of the cost of the precise one, at most one tick behind it. The
-/// daemon allows for the tick.
+/// The coarse clock: a third of the cost of the precise one, up to two ticks behind
+/// it. Every deadline allows for that.
 #[inline(always)]
 pub(crate) fn now_ns() -> u64 {
     // SAFETY: no argument, no precondition.

@@ -120,7 +120,7 @@ fn seed(cookie: u64) -> u32 {
 }
 
 /// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
-/// of the packet path are: a tick short at most, which every deadline allows for.
+/// of the packet path are: every deadline allows for its lag.
 fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
     let before = |age_ms: u32| now_ns.saturating_sub(u64::from(age_ms) * 1_000_000);
     (
@@ -130,11 +130,10 @@ fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
 }
 
 /// Whether payload passed between two lists that both show the session: nothing stamped the packets
-/// between the first list and the insertion into the session map.
-pub fn was_active_between(first: &Session, second: &Session, tick_ns: u64) -> bool {
-    // The two lists round the same event differently, by a millisecond and by a tick.
-    let slack_ns = 2 * tick_ns + 2_000_000;
-    second.last_activity_ns() > first.last_activity_ns() + slack_ns
+/// between the first list and the insertion into the session map. The byte counts tell exactly; the
+/// ages of two lists are rounded differently.
+pub fn was_active_between(first: &Session, second: &Session) -> bool {
+    (first.bytes_received, first.bytes_sent) != (second.bytes_received, second.bytes_sent)
 }
 
 /// The addresses and ports on which a namespace accepts connections. A connection from a port with
@@ -286,33 +285,31 @@ mod tests {
     }
 
     #[test]
-    fn only_activity_beyond_rounding_counts_as_activity_between() {
-        let first = socket(state::ESTABLISHED, 5432, 1);
-        let list = |sent_ms, now_ns| {
-            let info = Info {
-                last_data_sent_ms: sent_ms,
-                ..first.info.unwrap()
-            };
+    fn bytes_and_not_ages_tell_activity_between_two_lists() {
+        let session = |info: Info| {
             let sockets = [Socket {
                 info: Some(info),
-                ..first
+                ..socket(state::ESTABLISHED, 5432, 1)
             }];
-            let entries = [entry(0, 5432, 3)];
-            Adopter {
-                entries: &entries,
-                generation: 1,
-                scope: &Scope::All,
-            }
-            .sessions(&sockets, 3, now_ns)[0]
-                .1
+            adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets)[0].1
         };
-        let before = list(3_000, 10_000 * MS);
-        // The same event, seen 100 ms later.
-        assert!(!was_active_between(
-            &before,
-            &list(3_101, 10_100 * MS),
-            4 * MS
-        ));
-        assert!(was_active_between(&before, &list(40, 10_100 * MS), 4 * MS));
+        let info = socket(state::ESTABLISHED, 5432, 1).info.unwrap();
+        let aged = Info {
+            last_data_sent_ms: info.last_data_sent_ms + 4,
+            ..info
+        };
+        assert!(!was_active_between(&session(info), &session(aged)));
+        for more in [
+            Info {
+                bytes_received: info.bytes_received + 1,
+                ..info
+            },
+            Info {
+                bytes_sent: info.bytes_sent + 1,
+                ..info
+            },
+        ] {
+            assert!(was_active_between(&session(info), &session(more)));
+        }
     }
 }

@@ -69,7 +69,7 @@ async fn serve(
         namespaces,
         audit,
         metrics: metrics(config)?,
-        tick_ns: clock::coarse_tick_ns(),
+        lag_ns: clock::coarse_lag_ns(),
     };
     let mut enforcer = Enforcer::new(parts);
     enforcer.load_policy(config)?;

@@ -104,7 +104,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(capabilities(true));
     checks.extend([
         cgroup2(),
-        clock_tick(),
+        clock_lag(),
         netns_cookie(),
         sock_destroy(),
         programs(),
@@ -182,11 +182,11 @@ fn cgroup2() -> Check {
     }
 }
 
-fn clock_tick() -> Check {
-    let tick = Duration::from_nanos(clock::coarse_tick_ns());
+fn clock_lag() -> Check {
+    let lag = Duration::from_nanos(clock::coarse_lag_ns());
     Check::good(
-        "clock tick",
-        format!("{tick:?}: a reset is at most this much late by design"),
+        "time stamps",
+        format!("lag by up to {lag:?}; each deadline allows for it, so that none is early"),
     )
 }
 

@@ -274,16 +274,16 @@ impl Rule {
         }
     }
 
-    /// The limits as the kernel and the daemon compare them, of no generation yet; `tick_ns` is the length of a tick of
-    /// the coarse clock. No limits for an exempt rule.
-    pub fn policy(&self, tick_ns: u64) -> Policy {
+    /// The limits as the kernel and the daemon compare them, of no generation yet; `lag_ns` is how
+    /// far the kernel's time stamps may lag. No limits for an exempt rule.
+    pub fn policy(&self, lag_ns: u64) -> Policy {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Policy {
             idle_timeout_ns: nanoseconds(self.idle_timeout),
             max_lifetime_ns,
             lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),
             response_timeout_ns: nanoseconds(self.response_timeout),
-            tick_ns,
+            lag_ns,
             generation: 0,
             min_payload: self.min_payload,
             activity: self.activity as u8,

@@ -125,7 +125,7 @@ impl Enforcer {
                 continue;
             }
             match now.get(cookie) {
-                Some(now) if adopt::was_active_between(session, now, self.tick_ns) => {
+                Some(now) if adopt::was_active_between(session, now) => {
                     // Counted as active at this moment: later than that packet, so never early.
                     let now_ns = monotonic_ns();
                     *session = Session {

@@ -26,13 +26,13 @@ pub(super) struct ActiveRule {
 }
 
 impl ActiveRule {
-    fn new(config: &Config, rule: &Rule, tick_ns: u64, generation: u32) -> Self {
+    fn new(config: &Config, rule: &Rule, lag_ns: u64, generation: u32) -> Self {
         Self {
             name: rule.name.clone(),
             mode: config.mode_of(rule),
             policy: Policy {
                 generation,
-                ..rule.policy(tick_ns)
+                ..rule.policy(lag_ns)
             },
         }
     }
@@ -67,7 +67,7 @@ impl RuleBook {
     /// # Errors
     ///
     /// Where there are more rules, with those that are no more, than places.
-    pub(super) fn next(&self, config: &Config, tick_ns: u64) -> Result<Self, TooManyRules> {
+    pub(super) fn next(&self, config: &Config, lag_ns: u64) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
         for rule in &mut rules {
@@ -75,7 +75,7 @@ impl RuleBook {
         }
         let mut places = Vec::new();
         for rule in &config.rules {
-            let active = ActiveRule::new(config, rule, tick_ns, generation);
+            let active = ActiveRule::new(config, rule, lag_ns, generation);
             let place = rules.iter().position(|known| known.name == rule.name);
             let place = place.unwrap_or(rules.len());
             match rules.get_mut(place) {

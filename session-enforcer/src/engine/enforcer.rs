@@ -46,8 +46,8 @@ pub struct Parts {
     pub audit: Audit,
     /// Every metric.
     pub metrics: Metrics,
-    /// Length of a tick of the coarse clock.
-    pub tick_ns: u64,
+    /// How far the kernel's time stamps may lag behind the events.
+    pub lag_ns: u64,
 }
 
 /// The sessions and what is done about them.
@@ -56,7 +56,7 @@ pub struct Enforcer {
     pub(super) namespaces: Namespaces,
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
-    pub(super) tick_ns: u64,
+    pub(super) lag_ns: u64,
     pub(super) mode: Mode,
     pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
@@ -88,14 +88,14 @@ impl Enforcer {
             namespaces,
             audit,
             metrics,
-            tick_ns,
+            lag_ns,
         } = parts;
         Self {
             kernel,
             namespaces,
             audit,
             metrics,
-            tick_ns,
+            lag_ns,
             mode: Mode::default(),
             book: RuleBook::default(),
             schedule: Schedule::new(),

@@ -28,7 +28,7 @@ impl Enforcer {
     ///
     /// Where there are too many rules or the kernel refuses.
     pub fn load_policy(&mut self, config: &Config) -> Result<Redecided> {
-        let next = self.book.next(config, self.tick_ns)?;
+        let next = self.book.next(config, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         let before = std::mem::replace(&mut self.book, next);

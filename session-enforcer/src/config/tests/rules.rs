@@ -257,7 +257,7 @@ fn a_rule_has_limits_or_is_exempt() {
     assert_eq!(
         rule("action = 'exempt'").policy(4),
         Policy {
-            tick_ns: 4,
+            lag_ns: 4,
             min_payload: 1,
             ..Policy::default()
         }
@@ -363,7 +363,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
         lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
         response_timeout_ns: 2_000_000_000,
-        tick_ns: 4_000_000,
+        lag_ns: 4_000_000,
         generation: 0,
         min_payload: 1400,
         activity: 2,
