@@ -82,10 +82,16 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills what runs in the cgroup, and removes it. A killed process leaves it only when it has been
-/// taken down, which takes a moment.
+/// Kills what runs in the cgroup, and removes it with all below it. A killed process leaves it only
+/// when it has been taken down, which takes a moment.
 fn remove(path: &Path) -> Result<()> {
     fs::write(path.join("cgroup.kill"), "1")?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove(&entry.path())?;
+        }
+    }
     eventually("the cgroup is empty", DYING, || {
         match fs::remove_dir(path) {
             Ok(()) => Ok(Some(())),
