@@ -140,8 +140,14 @@ fn idle_words(rule: &Rule) -> Option<String> {
 
 fn response_words(rule: &Rule) -> Option<String> {
     let time = format_duration(rule.response_timeout?);
+    // On a connection that was dialled from here, this host never owes the answer.
+    let which = match rule.direction {
+        None => ", if they are inbound,",
+        Some(_) => "",
+    };
     Some(format!(
-        "{time} after a request that this host has not answered, before which they are not idle"
+        "{time}{which} after a request that this host has not answered, before which they are not \
+         idle"
     ))
 }
 
@@ -201,6 +207,19 @@ mod tests {
         let mut out = Vec::new();
         describe(&config, &mut out).unwrap();
         String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn each_clock_is_said_in_plain_words() {
+        let text = "[[rule]]\nname = 'a'\nidle_timeout = '5s'\nactivity = 'received'\n\
+                    min_payload = 16\nresponse_timeout = '1m'\nmax_lifetime = '12h'\n\
+                    lifetime_jitter = '10%'\n";
+        let words = "are reset 5s after their last new payload of 16 bytes or more received here, \
+                     and at the latest 1m, if they are inbound, after a request that this host has \
+                     not answered, before which they are not idle, and at the latest 12h, or up to \
+                     10% sooner, after they were established";
+        let text = described(text);
+        assert!(text.contains(words), "{text}");
     }
 
     #[test]

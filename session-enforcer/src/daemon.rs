@@ -72,11 +72,11 @@ async fn serve(
         lag_ns: clock::coarse_lag_ns(),
     };
     let mut enforcer = Enforcer::new(parts);
-    enforcer.load_policy(config)?;
+    enforcer.put_policy(config)?;
     let attached = enforcer.attach(&cgroup);
     attached.map_err(|error| kernel_failure(&error))?;
     let adopted = enforcer.adopt(&cgroup, all_namespaces)?;
-    enforcer.started();
+    enforcer.started(config);
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
     announce(config, &cgroup, adopted);
     if let Some(listener) = listener {

@@ -21,7 +21,7 @@ use crate::{
     audit::Record,
     clock::eventually,
     metrics::Metrics,
-    process::{Finished, die_with_parent, keep_capabilities, run_to_end},
+    process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
     tcp::{PATIENCE, Pair},
 };
 
@@ -68,6 +68,7 @@ pub struct Launch<'a> {
     config: Option<&'a str>,
     args: &'a [&'a str],
     capabilities: Option<&'a [u8]>,
+    blocked: &'a [Signal],
 }
 
 impl<'a> Launch<'a> {
@@ -78,6 +79,7 @@ impl<'a> Launch<'a> {
             config: None,
             args: &[],
             capabilities: None,
+            blocked: &[],
         }
     }
 
@@ -105,6 +107,15 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// By a parent that has blocked these signals, a mask that the daemon inherits.
+    #[must_use]
+    pub fn blocked(self, signals: &'a [Signal]) -> Self {
+        Self {
+            blocked: signals,
+            ..self
+        }
+    }
+
     fn command(&self, directory: &Path) -> Result<Command> {
         let mut command = daemon_command()?;
         command.arg("run").arg("--cgroup").arg(self.cgroup);
@@ -127,6 +138,7 @@ impl<'a> Launch<'a> {
         if let Some(bits) = self.capabilities {
             keep_capabilities(&mut command, bits);
         }
+        block_signals(&mut command, self.blocked);
         Ok(command)
     }
 

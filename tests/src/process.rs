@@ -10,7 +10,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::{errno::Errno, sys::prctl, sys::signal::Signal, unistd::Uid};
+use nix::{
+    errno::Errno,
+    sys::{
+        prctl,
+        signal::{SigSet, Signal},
+    },
+    unistd::Uid,
+};
 
 use crate::clock::eventually;
 
@@ -29,6 +36,16 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     let set = || prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
     // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
     unsafe { command.pre_exec(set) }
+}
+
+/// Blocks these signals in the command's process.
+pub fn block_signals(command: &mut Command, signals: &[Signal]) {
+    let mut mask = SigSet::empty();
+    for signal in signals {
+        mask.add(*signal);
+    }
+    // SAFETY: between fork and exec only a system call is made.
+    unsafe { command.pre_exec(move || Ok(mask.thread_block()?)) };
 }
 
 /// Leaves the command's process no capabilities but these, by their numbers.

@@ -56,6 +56,14 @@ fn an_interrupt_from_the_terminal_stops_the_daemon() -> Result<()> {
 }
 
 #[test]
+fn a_parent_that_blocks_signals_does_not_keep_the_daemon_from_stopping() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let mut daemon = lab.launch().config(RULE).blocked(&blocked).start()?;
+    daemon.stop()
+}
+
+#[test]
 fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;

@@ -92,7 +92,8 @@ fn privileged(workspace: &Workspace, args: &Args, binary: &Path) -> Result<()> {
             .arg("--config")
             .arg(sudo_runner(&host, passed_on.chain([own])));
     }
-    cargo.arg("--").args(&args.filter);
+    // They wait for deadlines most of the time: more at once than there are processors.
+    cargo.args(["--", "--test-threads=4"]).args(&args.filter);
     run(&mut cargo)
 }
 

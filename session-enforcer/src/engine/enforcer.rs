@@ -14,7 +14,6 @@ use crate::{
     bpf::{BpfError, Kernel},
     cgroup::Cgroup,
     clock::monotonic_ns,
-    config::Mode,
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
@@ -57,7 +56,6 @@ pub struct Enforcer {
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
     pub(super) lag_ns: u64,
-    pub(super) mode: Mode,
     pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
     /// Scheduled sessions by network namespace.
@@ -96,7 +94,6 @@ impl Enforcer {
             audit,
             metrics,
             lag_ns,
-            mode: Mode::default(),
             book: RuleBook::default(),
             schedule: Schedule::new(),
             sessions_in: HashMap::new(),
@@ -394,12 +391,6 @@ impl Enforcer {
             errors: self.kernel.errors()?,
             audit_lost: self.audit.lost(),
         })
-    }
-
-    /// Records that the enforcement begins.
-    pub fn started(&mut self) {
-        self.audit.started();
-        self.audit.flush();
     }
 
     /// Takes the programs out of the kernel and records that the enforcement ends.

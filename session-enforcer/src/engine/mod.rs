@@ -157,7 +157,7 @@ impl Engine {
         }
         // What was opened under the policy before is known when it is decided about.
         self.events.read_all(&mut self.enforcer)?;
-        let redecided = match self.enforcer.load_policy(&config) {
+        let redecided = match self.enforcer.change_policy(&config) {
             Ok(redecided) => redecided,
             Err(error) if error.is::<TooManyRules>() => {
                 tracing::error!("SIGHUP: the configuration in force stays: {error:#}");

@@ -21,24 +21,42 @@ pub struct Redecided {
 }
 
 impl Enforcer {
-    /// Puts the rules of a configuration into force, whole or not at all, and decides anew about
-    /// every session that is tracked.
+    /// Puts the rules of a configuration into force, whole or not at all; the policy before.
     ///
     /// # Errors
     ///
     /// Where there are too many rules or the kernel refuses.
-    pub fn load_policy(&mut self, config: &Config) -> Result<Redecided> {
+    pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
         let next = self.book.next(config, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
-        let before = std::mem::replace(&mut self.book, next);
-        self.mode = config.mode;
-        self.metrics.set_rules(&self.book.names());
-        let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
-        self.audit.policy_loaded(config.mode, &names);
+        self.metrics.set_rules(&next.names());
+        Ok(std::mem::replace(&mut self.book, next))
+    }
+
+    /// Puts another policy into force, and decides anew about every session that is tracked.
+    ///
+    /// # Errors
+    ///
+    /// As above, and where the session map cannot be read.
+    pub fn change_policy(&mut self, config: &Config) -> Result<Redecided> {
+        let before = self.put_policy(config)?;
+        self.record_policy(config);
         let redecided = self.redecide(&before)?;
         self.audit.flush();
         Ok(redecided)
+    }
+
+    /// Records that the enforcement begins, under this policy.
+    pub fn started(&mut self, config: &Config) {
+        self.audit.started();
+        self.record_policy(config);
+        self.audit.flush();
+    }
+
+    fn record_policy(&mut self, config: &Config) {
+        let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
+        self.audit.policy_loaded(config.mode, &names);
     }
 
     fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
