@@ -122,7 +122,11 @@ impl Engine {
                     ready.context("waiting for the kernel's events")?;
                     self.events.read_all(&mut self.enforcer)?;
                 }
-                Some(request) = self.requests.recv() => self.enforcer.answer(request),
+                Some(request) = self.requests.recv() => {
+                    // An answer is about now, and not about the last time that events were read.
+                    self.events.read_all(&mut self.enforcer)?;
+                    self.enforcer.answer(request);
+                }
                 forwarded = self.log.forward() => {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
