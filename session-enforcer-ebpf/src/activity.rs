@@ -4,7 +4,7 @@
 //! cookie and a map miss, nothing else.
 
 use aya_ebpf::{
-    bindings::bpf_tcp_sock,
+    bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
     helpers::{
         bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_tcp_sock as bpf_tcp_sock_helper,
     },
@@ -37,9 +37,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
     let Some(session) = SESSIONS.get_ptr_mut(cookie) else {
         return;
     };
-    // SAFETY: a pointer that the map gave, valid while the program runs. A concurrent close may
-    // free the element, and a new session may take it before the lines below write: the new
-    // session then has a stamp of this very moment, which it would have anyway.
+    // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
+    // free the element, and a new session may take it before the lines below write. The new session
+    // then has a stamp of this very moment, which it would have anyway, and may have byte counts or,
+    // just after a change of the policy, a rule that are not its own.
     let session = unsafe { &mut *session };
     // The session comes first: `bpf_tcp_sock` only looks at the protocol number, and would take a
     // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
@@ -53,7 +54,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
                 Way::Ingress => receive(session, tcp, &segment),
                 Way::Egress => {
                     send(session, tcp, &segment);
-                    confirm_received(session, tcp);
+                    confirm_received(session, tcp, fin_received(ctx));
                 }
             }
             if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
@@ -106,8 +107,27 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
 /// what arrived while a process held the socket waits in its backlog, uncounted, and what came with
 /// the packet that completed the handshake passed the hook under the listener's cookie.
 #[inline(always)]
-fn confirm_received(session: &mut Session, tcp: &bpf_tcp_sock) {
-    grow(&mut session.bytes_received, tcp.bytes_received);
+fn confirm_received(session: &mut Session, tcp: &bpf_tcp_sock, fin_received: bool) {
+    // The socket counts the peer's FIN as a byte, since it takes a sequence number.
+    let payload = tcp.bytes_received.saturating_sub(u64::from(fin_received));
+    grow(&mut session.bytes_received, payload);
+}
+
+/// Whether the peer's FIN has been received: the socket's state tells.
+#[inline(always)]
+fn fin_received(ctx: &SkBuffContext) -> bool {
+    // SAFETY: the context of a program of this type; the socket is checked before it is read.
+    let state = unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return false;
+        }
+        (*sk).state
+    };
+    matches!(
+        state,
+        BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING
+    )
 }
 
 /// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`

@@ -1,10 +1,10 @@
 //! Adoption: which of the connections that exist when the daemon starts become sessions, and with
 //! which times. Pure: from what `sock_diag` lists to session records.
 
-use std::collections::HashMap;
+use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
-    Address, Direction, Facts, MatchEntry, RULE_EXEMPT, Session, flags, matches,
+    Address, Direction, Facts, MatchEntry, Policy, RULE_EXEMPT, Session, flags, matches,
 };
 
 use crate::{
@@ -20,7 +20,9 @@ pub const STATES: u32 = state::SESSIONS | state::bit(state::LISTEN);
 pub struct Adopter<'a> {
     /// The match table, in force in the kernel too.
     pub entries: &'a [MatchEntry],
-    /// Its generation.
+    /// The limits of each rule by its place.
+    pub policies: &'a [Policy],
+    /// Generation of both.
     pub generation: u32,
     /// The cgroups that the attachment covers.
     pub scope: &'a Scope,
@@ -60,12 +62,13 @@ impl Adopter<'_> {
         if entry.rule == RULE_EXEMPT {
             return None;
         }
+        let policy = self.policies.get(usize::from(entry.rule));
         let (received, sent) = activity(&info, now_ns);
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
             answered_ns: sent,
-            bytes_received: info.bytes_received,
+            bytes_received: payload_received(socket, &info),
             bytes_sent: info.bytes_sent,
             // The kernel does not keep the time of establishment. Both ages begin with it, so the
             // older one is the least age that the connection has.
@@ -81,7 +84,7 @@ impl Adopter<'_> {
             direction: facts.direction as u8,
             flags: flags::END_UNREPORTED,
             jitter_seed: seed(socket.target.cookie),
-            owes_answer: u8::from(owes_answer(facts.direction, &info)),
+            owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
             reserved: [0; 3],
         })
     }
@@ -103,11 +106,27 @@ fn facts(socket: &Socket, listeners: &Listeners) -> Facts {
 }
 
 /// Whether this host owes the answer to what it received. Where both ages are the same, the kernel
-/// does not tell which was last: owed, so that work in progress is not taken for idleness.
-fn owes_answer(direction: Direction, info: &Info) -> bool {
-    direction == Direction::Inbound
-        && info.bytes_received > 0
-        && info.last_data_received_ms <= info.last_data_sent_ms
+/// does not tell which was last: then whatever lets the session live longer.
+fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bool {
+    if direction != Direction::Inbound || info.bytes_received == 0 {
+        return false;
+    }
+    match info.last_data_received_ms.cmp(&info.last_data_sent_ms) {
+        Ordering::Less => true,
+        Ordering::Greater => false,
+        Ordering::Equal => policy.is_some_and(|policy| {
+            policy.idle_timeout_ns != 0 && policy.response_timeout_ns >= policy.idle_timeout_ns
+        }),
+    }
+}
+
+/// Payload bytes received. The kernel counts the peer's FIN as one.
+fn payload_received(socket: &Socket, info: &Info) -> u64 {
+    let ended = matches!(
+        socket.state,
+        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
+    );
+    info.bytes_received.saturating_sub(u64::from(ended))
 }
 
 /// A number that looks random and is the same at each adoption of the socket: the mixing function
@@ -218,6 +237,7 @@ mod tests {
     fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
         Adopter {
             entries,
+            policies: &[],
             generation: 1,
             scope,
         }
@@ -282,6 +302,32 @@ mod tests {
         assert_eq!(adopt(&exempt, &Scope::All, &sockets), []);
         let two = [entry(4, 5432, 3), entry(0, 5432, 3)];
         assert_eq!(adopt(&two, &Scope::All, &sockets)[0].1.rule, 4);
+    }
+
+    #[test]
+    fn where_the_kernel_does_not_tell_who_owes_the_session_lives_longer() {
+        let info = |received_ms, sent_ms| Info {
+            last_data_received_ms: received_ms,
+            last_data_sent_ms: sent_ms,
+            ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
+        };
+        let policy = |idle_timeout_ns, response_timeout_ns| Policy {
+            idle_timeout_ns,
+            response_timeout_ns,
+            ..Policy::default()
+        };
+        let owes =
+            |info: Info, policy: Policy| owes_answer(Direction::Inbound, &info, Some(&policy));
+        assert!(owes(info(5, 6), policy(9, 1)) && !owes(info(6, 5), policy(1, 9)));
+        assert!(owes(info(5, 5), policy(1, 9)) && !owes(info(5, 5), policy(9, 1)));
+        assert!(!owes(info(5, 5), policy(0, 9)));
+    }
+
+    #[test]
+    fn the_peer_s_fin_is_no_payload() {
+        let sockets = [socket(state::CLOSE_WAIT, 5432, 1)];
+        let adopted = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets);
+        assert_eq!(adopted[0].1.bytes_received, 9);
     }
 
     #[test]

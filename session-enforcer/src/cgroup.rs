@@ -26,6 +26,12 @@ pub enum CgroupError {
         /// What went wrong.
         source: io::Error,
     },
+    /// The cgroup that was opened is no more.
+    #[error(
+        "cgroup {0} was removed, and what may be under its name now is another one that nothing is \
+         attached to; restart the daemon"
+    )]
+    Gone(PathBuf),
     /// The directory is not on cgroup v2.
     #[error("{0} is not a cgroup-v2 directory; name one, or leave daemon.cgroup out")]
     NotCgroup2(PathBuf),
@@ -78,6 +84,8 @@ pub(crate) fn unescape(field: &str) -> String {
 pub struct Cgroup {
     path: PathBuf,
     file: fs::File,
+    /// Whether it contains every socket, those of removed cgroups too.
+    is_root: bool,
 }
 
 impl Cgroup {
@@ -95,6 +103,9 @@ impl Cgroup {
         Ok(Self {
             path: path.to_owned(),
             file,
+            // Every cgroup but the root has this file. Asked once, while the path is certainly that
+            // of the opened directory: the path of a removed cgroup has no such file either.
+            is_root: !path.join("cgroup.events").exists(),
         })
     }
 
@@ -112,11 +123,16 @@ impl Cgroup {
     ///
     /// # Errors
     ///
-    /// Where the tree cannot be read.
+    /// Where the tree cannot be read, or another cgroup has come to stand under the path: the
+    /// attachment does not cover that one.
     pub fn scope(&self) -> Result<Scope, CgroupError> {
-        // The root has no cgroup.events: it contains every socket, those of removed cgroups too.
-        if !self.path.join("cgroup.events").exists() {
+        if self.is_root {
             return Ok(Scope::All);
+        }
+        let opened = self.file.metadata().map_err(io_error(&self.path))?;
+        let there = fs::metadata(&self.path).map(|there| there.ino());
+        if there.ok() != Some(opened.ino()) {
+            return Err(CgroupError::Gone(self.path.clone()));
         }
         let mut ids = HashSet::new();
         collect_ids(&self.path, &mut ids).map_err(io_error(&self.path))?;

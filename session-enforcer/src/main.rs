@@ -13,6 +13,7 @@ use session_enforcer::{
     engine::Source,
     exit, explain,
 };
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
-    start_log(cli.log_filter()?);
+    let _log = start_log(cli.log_filter()?);
     match &cli.command {
         Command::Run(args) => {
             let config = args.to_config()?;
@@ -52,11 +53,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Logs to stderr: stdout is the audit's.
-fn start_log(filter: EnvFilter) {
+/// Logs to stderr: stdout is the audit's. A thread writes, and loses lines rather than wait: a
+/// reader of the log that stands still must not hold up the enforcement. What is returned has the
+/// last lines written when it is dropped.
+fn start_log(filter: EnvFilter) -> WorkerGuard {
+    let (writer, guard) = tracing_appender::non_blocking(io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .init();
+    guard
 }

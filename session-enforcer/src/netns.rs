@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     thread,
 };
@@ -18,6 +18,9 @@ use crate::{
     cgroup::unescape,
     sock_diag::{DiagSocket, SockDiagError},
 };
+
+/// `NSFS_MAGIC` of `linux/magic.h`.
+const NSFS_MAGIC: libc::__fsword_t = 0x6e73_6673;
 
 /// Why a namespace could not be entered.
 #[derive(Debug, Error)]
@@ -122,7 +125,7 @@ impl Namespaces {
     /// returned beside.
     pub fn open_all(&mut self) -> (Vec<u64>, Vec<NetnsError>) {
         let mut errors = Vec::new();
-        for path in candidates(false) {
+        for path in candidates(true) {
             match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
                 Ok((cookie, diag)) => {
                     self.seen_at.insert(cookie, path);
@@ -144,17 +147,17 @@ impl Namespaces {
             return Ok(diag);
         }
         self.seen_at.clear();
-        // Open files last: there are many, and few namespaces are held by nothing else.
-        for with_open_files in [false, true] {
-            if let Some(diag) = self.search(cookie, with_open_files) {
+        // Threads and open files last: there are many, and few namespaces are held by nothing else.
+        for thorough in [false, true] {
+            if let Some(diag) = self.search(cookie, thorough) {
                 return Ok(diag);
             }
         }
         Err(NetnsError::NotFound(cookie))
     }
 
-    fn search(&mut self, cookie: u64, with_open_files: bool) -> Option<DiagSocket> {
-        for path in candidates(with_open_files) {
+    fn search(&mut self, cookie: u64, thorough: bool) -> Option<DiagSocket> {
+        for path in candidates(thorough) {
             let Ok((found, diag)) = enter(&path).and_then(|diag| cookie_of(diag, &path)) else {
                 continue;
             };
@@ -181,7 +184,7 @@ fn cookie_of(diag: DiagSocket, path: &Path) -> Result<(u64, DiagSocket), NetnsEr
 
 /// Opens the socket table of the namespace that a file stands for.
 fn enter(path: &Path) -> Result<DiagSocket, NetnsError> {
-    let file = fs::File::open(path).map_err(|source| NetnsError::Open {
+    let file = open(path).map_err(|source| NetnsError::Open {
         path: path.to_owned(),
         source,
     })?;
@@ -207,14 +210,29 @@ fn enter(path: &Path) -> Result<DiagSocket, NetnsError> {
     })
 }
 
+/// Opens a file of a namespace, and nothing else. Who owns a process may change what its
+/// descriptors stand for at any time: the opening of a FIFO would wait for its other end.
+fn open(path: &Path) -> io::Result<fs::File> {
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)?;
+    let kind = nix::sys::statfs::fstatfs(&file)?.filesystem_type().0;
+    if kind != NSFS_MAGIC {
+        return Err(io::Error::other("is not a namespace"));
+    }
+    Ok(file)
+}
+
 enum EnterError {
     Setns(nix::Error),
     Diag(SockDiagError),
 }
 
 /// One file for each network namespace that a process is in or that is mounted somewhere, and
-/// also, where asked for, that a process holds open.
-fn candidates(with_open_files: bool) -> Vec<PathBuf> {
+/// also, where it is to be thorough, that a single
+/// thread is in or that a process holds open.
+fn candidates(thorough: bool) -> Vec<PathBuf> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
     let mut add = |path: PathBuf| {
@@ -227,7 +245,10 @@ fn candidates(with_open_files: bool) -> Vec<PathBuf> {
     };
     for process in processes() {
         add(process.join("ns/net"));
-        if with_open_files {
+        if thorough {
+            namespaces_of_threads(&process)
+                .into_iter()
+                .for_each(&mut add);
             open_namespaces(&process).into_iter().for_each(&mut add);
         }
     }
@@ -242,6 +263,12 @@ fn processes() -> Vec<PathBuf> {
         .filter(|entry| entry.file_name().to_str().is_some_and(is_pid))
         .map(|entry| entry.path())
         .collect()
+}
+
+fn namespaces_of_threads(process: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(process.join("task"));
+    let entries = entries.into_iter().flatten().flatten();
+    entries.map(|entry| entry.path().join("ns/net")).collect()
 }
 
 fn open_namespaces(process: &Path) -> Vec<PathBuf> {
@@ -284,6 +311,23 @@ mod tests {
 91 23 0:4 mnt:[4026532301] /run/mnt rw - nsfs nsfs rw
 ";
         assert_eq!(parse_mounted(mountinfo), [PathBuf::from("/run/netns/blue")]);
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(open(&fifo).unwrap_err().to_string(), "is not a namespace");
+        assert!(open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+
+    #[test]
+    fn a_namespace_that_only_a_thread_is_in_is_found_where_it_is_looked_for_thoroughly() {
+        let found = candidates(true);
+        assert!(found.len() >= candidates(false).len());
+        let own = namespaces_of_threads(Path::new("/proc/self"));
+        assert!(!own.is_empty() && own.iter().all(|path| path.exists()));
     }
 
     #[test]

@@ -24,9 +24,11 @@ impl Enforcer {
     /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
     /// instead: the others are enforced.
     pub fn adopt(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
-        let (scope, entries) = (cgroup.scope()?, self.book.entries.clone());
+        let scope = cgroup.scope()?;
+        let (entries, policies) = (self.book.entries.clone(), self.book.policies());
         let adopter = Adopter {
             entries: &entries,
+            policies: &policies,
             generation: self.book.generation,
             scope: &scope,
         };
@@ -134,7 +136,11 @@ impl Enforcer {
                         ..*now
                     };
                     self.kernel.remove(*cookie)?;
-                    self.kernel.adopt(*cookie, session)?;
+                    if self.kernel.adopt(*cookie, session)? == Adoption::Full {
+                        // Another session took its place in the map.
+                        self.metrics.untracked(Untracked::MapFull);
+                        gone.push(*cookie);
+                    }
                 }
                 Some(_) => {}
                 None => gone.push(*cookie),

@@ -35,6 +35,10 @@ const LOOK_NS: u64 = 200_000_000;
 /// When it looks again at such a session that is closing but not closed.
 const CLOSING_NS: u64 = 1_000_000_000;
 
+/// Copies of a busy session's record that are made in search of two that agree. One that changes so
+/// often is not idle, and none of its copies says so.
+const MAX_COPIES: usize = 8;
+
 /// What an [`Enforcer`] is made of.
 pub struct Parts {
     /// The programs, loaded and attached.
@@ -72,7 +76,7 @@ pub struct Enforcer {
 }
 
 /// What the kernel's socket table says of a session whose end is not reported.
-enum Look {
+pub(super) enum Look {
     Open,
     Closing,
     Gone,
@@ -142,6 +146,11 @@ impl Enforcer {
             // Of an earlier policy: the look at it decides anew.
             0
         };
+        if due_ns == 0 && self.schedule.contains(event.cookie) {
+            // It was decided about when the policy changed.
+            self.schedule.hasten(event.cookie, due_ns);
+            return;
+        }
         let group = Group {
             netns_cookie: event.netns_cookie,
             rule: event.rule,
@@ -234,12 +243,13 @@ impl Enforcer {
         now_ns: u64,
         before: Option<&RuleBook>,
     ) -> Result<Option<Expired>> {
-        let Some(mut session) = self.kernel.session(cookie)? else {
+        let Some(mut session) = self.whole_session(cookie)? else {
             // It has closed; its event is still to be read, or was lost.
             self.forget(cookie);
             return Ok(None);
         };
         let Some(rule) = self.book.rule_of(&session) else {
+            self.in_doubt.remove(&cookie);
             self.release(cookie, &session)?;
             return Ok(None);
         };
@@ -254,6 +264,8 @@ impl Enforcer {
             Verdict::Alive {
                 look_again_ns: alive_ns,
             } => {
+                // Whatever was asked of the kernel, it was not done.
+                self.in_doubt.remove(&cookie);
                 self.schedule.rearm(cookie, alive_ns.min(look_again_ns));
                 Ok(None)
             }
@@ -261,6 +273,7 @@ impl Enforcer {
                 reason,
                 deadline_ns,
             } => {
+                let reached_ns = deadline_ns;
                 let (reason, deadline_ns) = match before {
                     // By the policy before it would live: the new one ends it, now.
                     Some(before) if before.lets_live(&session, now_ns) => (Reason::Policy, now_ns),
@@ -272,9 +285,25 @@ impl Enforcer {
                     session,
                     reason,
                     deadline_ns,
+                    reached_ns,
                 }))
             }
         }
+    }
+
+    /// The session as it was at one moment. The kernel copies a record while packets change it: an
+    /// answer that passes meanwhile could show the stamps from before and the debt as paid. Two
+    /// copies that agree were made when nothing passed.
+    fn whole_session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
+        let mut first = self.kernel.session(cookie)?;
+        for _ in 0..MAX_COPIES {
+            let second = self.kernel.session(cookie)?;
+            if first == second {
+                break;
+            }
+            first = second;
+        }
+        Ok(first)
     }
 
     /// When a session whose end the kernel does not report has to be looked for again; `None`, after
@@ -294,8 +323,8 @@ impl Enforcer {
         })
     }
 
-    /// Lets go of a session that no rule matches any more.
-    fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
+    /// Lets go of a session: takes it out of the session map, where the kernel does not.
+    pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
         if self.kernel.remove(cookie)? {
             self.metrics.removed(usize::from(session.rule));
         }
@@ -305,7 +334,7 @@ impl Enforcer {
 
     /// What the socket table says of a session whose end the kernel does not report; `None` where
     /// it cannot be asked.
-    fn look(&mut self, cookie: u64, session: &Session) -> Option<Look> {
+    pub(super) fn look(&mut self, cookie: u64, session: &Session) -> Option<Look> {
         let target = Target::of(cookie, session);
         let diag = match self.namespaces.get(session.netns_cookie) {
             Ok(diag) => diag,
@@ -330,11 +359,8 @@ impl Enforcer {
 
     /// Removes a session that ended without the kernel's report.
     pub(super) fn drop_stale(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        if self.kernel.remove(cookie)? {
-            self.metrics.removed(usize::from(session.rule));
-        }
-        self.forget(cookie);
-        Ok(())
+        self.metrics.repaired(Repair::Stale);
+        self.release(cookie, session)
     }
 
     /// Makes up for events that the kernel could not deliver: schedules what is in the session map
@@ -399,6 +425,11 @@ impl Enforcer {
         tracing::info!("the programs are detached");
         self.audit.stopped();
         self.audit.close();
+    }
+
+    /// Hands the records of this turn to the audit's writer.
+    pub fn flush_audit(&mut self) {
+        self.audit.flush();
     }
 
     /// Opens the audit file again, after it was renamed.

@@ -218,6 +218,8 @@ impl Reloading {
             "{} cannot change while the daemon runs; restart it",
             changed.join(" and ")
         );
+        // Its connections would be looked for, and others be found.
+        self.cgroup.scope()?;
         Ok(config)
     }
 }
@@ -248,6 +250,7 @@ impl EventReader {
                 Err(error) => tracing::error!("an event of the kernel is not understood: {error}"),
             }
         }
+        enforcer.flush_audit();
         self.paused_until = any.then(|| Instant::now() + READ_PAUSE);
         enforcer.repair_lost_events()
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
 
-use super::enforcer::{Enforcer, RETRY_NS};
+use super::enforcer::{Enforcer, Look, RETRY_NS};
 use crate::{
     audit::{Outcome, Termination},
     clock::monotonic_ns,
@@ -19,6 +19,10 @@ use crate::{
 /// When a session whose fate is unknown is looked at again.
 const DOUBT_NS: u64 = 10_000_000;
 
+/// When an observed session with nothing more to record is looked at, in case that its end was not
+/// reported.
+const SLOW_LOOK_NS: u64 = 60_000_000_000;
+
 /// A session that is past its limit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Expired {
@@ -26,7 +30,10 @@ pub(super) struct Expired {
     /// As the kernel has it, but with the rule that the policy in force says.
     pub(super) session: Session,
     pub(super) reason: Reason,
+    /// When it had to end: when it reached its limit, or when a change of the policy made it late.
     pub(super) deadline_ns: u64,
+    /// When it reached its limit.
+    pub(super) reached_ns: u64,
 }
 
 impl Enforcer {
@@ -55,7 +62,7 @@ impl Enforcer {
     /// Records a session that would be terminated, once for each deadline that it reaches.
     fn observe(&mut self, expired: &Expired) {
         let cookie = expired.cookie;
-        if self.observed.insert(cookie, expired.deadline_ns) != Some(expired.deadline_ns) {
+        if self.observed.insert(cookie, expired.reached_ns) != Some(expired.reached_ns) {
             self.record(expired, monotonic_ns(), Outcome::Observed, None);
         }
         let policy = self.book.rules[usize::from(expired.session.rule)].policy;
@@ -97,6 +104,7 @@ impl Enforcer {
             }
             Some(libc::ENOENT) => self.not_found(expired, answered_ns),
             Some(code) => {
+                self.in_doubt.remove(&cookie);
                 let error = Errno::from_raw(code);
                 let text = format!("SOCK_DESTROY: {}", error.desc());
                 self.record(expired, answered_ns, Outcome::Failed, Some(&text));
@@ -124,6 +132,11 @@ impl Enforcer {
             self.forget(cookie);
             return Ok(());
         }
+        self.in_doubt.remove(&cookie);
+        // Another sock_ops program may have overwritten the flag by which the kernel reports the end.
+        if matches!(self.look(cookie, &expired.session), Some(Look::Gone)) {
+            return self.drop_stale(cookie, &expired.session);
+        }
         let text = "SOCK_DESTROY: the kernel does not find the socket of an open session";
         self.record(expired, answered_ns, Outcome::Failed, Some(text));
         self.schedule.rearm(cookie, answered_ns + RETRY_NS);
@@ -133,7 +146,7 @@ impl Enforcer {
     /// A session was reset. The kernel has taken it out of the map, or leaves that to the daemon.
     fn end(&mut self, expired: &Expired) -> Result<()> {
         if expired.session.end_is_unreported() {
-            return self.drop_stale(expired.cookie, &expired.session);
+            return self.release(expired.cookie, &expired.session);
         }
         self.forget(expired.cookie);
         Ok(())
@@ -202,8 +215,8 @@ fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
         ..*policy
     };
     match verdict(session, &only_lifetime, now_ns) {
-        // A session does not become younger: there is nothing more to record.
-        Verdict::Expired { .. } => u64::MAX,
+        // A session does not become younger: there is nothing more to record, only its end to see.
+        Verdict::Expired { .. } => now_ns + SLOW_LOOK_NS,
         Verdict::Alive { look_again_ns } => {
             look_again_ns.min(policy.next_activity_deadline_ns(now_ns))
         }

@@ -13,8 +13,8 @@ use nix::{
     errno::Errno,
     sys::{
         socket::{
-            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recvmsg, send, setsockopt,
-            socket, sockopt,
+            AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect,
+            recvmsg, send, setsockopt, socket, sockopt,
         },
         time::TimeVal,
     },
@@ -91,6 +91,9 @@ impl DiagSocket {
             SockProtocol::NetlinkSockDiag,
         )
         .map_err(SockDiagError::Open)?;
+        // Connected to the kernel: anybody in the namespace could send to this socket otherwise, and
+        // forge its answers.
+        connect(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(SockDiagError::Open)?;
         let timeout = TimeVal::new(ANSWER_TIMEOUT_S, 0);
         setsockopt(&fd, sockopt::ReceiveTimeout, &timeout).map_err(SockDiagError::Open)?;
         // Past the system's limit where the capability allows it, up to the limit elsewhere.
@@ -253,20 +256,19 @@ impl DiagSocket {
     }
 
     /// An exchange that broke off may have left answers behind, which would be taken for answers
-    /// out of order.
+    /// out of order. There are no more of them than one exchange has.
     fn discard_late_answers(&mut self) {
-        let flags = libc::MSG_DONTWAIT;
-        loop {
+        for _ in 0..=MAX_BATCH {
             // SAFETY: the buffer is valid for its length.
             let n = unsafe {
                 libc::recv(
                     self.fd.as_raw_fd(),
                     self.input.as_mut_ptr().cast(),
                     self.input.len(),
-                    flags,
+                    libc::MSG_DONTWAIT,
                 )
             };
-            if n <= 0 && Errno::last() != Errno::ENOBUFS && Errno::last() != Errno::EINTR {
+            if n < 0 && !matches!(Errno::last(), Errno::ENOBUFS | Errno::EINTR) {
                 return;
             }
         }
@@ -384,6 +386,22 @@ mod tests {
             );
         }
         assert_eq!(answers.into_codes(), [Some(0), None]);
+    }
+
+    #[test]
+    fn only_the_kernel_can_send_to_the_socket() {
+        use nix::sys::socket::{getsockname, sendto};
+        let diag = DiagSocket::open().unwrap();
+        let address: NetlinkAddr = getsockname(diag.fd.as_raw_fd()).unwrap();
+        let stranger = DiagSocket::open().unwrap();
+        let forged = [0; 16];
+        let sent = sendto(
+            stranger.fd.as_raw_fd(),
+            &forged,
+            &address,
+            MsgFlags::empty(),
+        );
+        assert_eq!(sent, Err(Errno::ECONNREFUSED));
     }
 
     #[test]
