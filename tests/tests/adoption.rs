@@ -186,3 +186,19 @@ fn an_adopted_session_is_reset_on_both_ends() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     Ok(())
 }
+
+#[test]
+fn an_adopted_session_of_which_nobody_knows_who_was_last_has_the_longer_limit() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let answered = Pair::open(&lab.outside, &listener)?;
+    // Within the same millisecond, as every server that answers at once does.
+    let last = answered.round_trip()?;
+    let limits = "idle_timeout = \"1h\"\nresponse_timeout = \"2s\"";
+    let daemon = lab.daemon(&format!("[[rule]]\nname = \"r\"\n{limits}\n"))?;
+    daemon.wait_for_metric("session_enforcer_sessions_adopted_total", &[], 1.0)?;
+    last.wait(Duration::from_secs(4));
+    answered.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}

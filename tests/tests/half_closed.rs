@@ -84,3 +84,16 @@ fn a_session_that_only_the_client_closed_is_reset_when_idle() -> Result<()> {
         .assert_reset("idle_timeout", &last, LIMIT);
     Ok(())
 }
+
+#[test]
+fn the_bytes_of_a_half_closed_session_are_those_of_its_payload() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.to_server(b"hello")?;
+    pair.client.shutdown(Shutdown::Write)?;
+    pair.to_client(b"bye")?;
+    assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes(), [5, 3]);
+    Ok(())
+}

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Pair};
+use session_enforcer_tests::{Daemon, Lab, Launch, Pair};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SECOND: Duration = Duration::from_secs(1);
@@ -215,5 +215,52 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
         .count();
     assert_eq!(by_policy, SESSIONS - active.len());
     assert_eq!(reset.len(), SESSIONS);
+    Ok(())
+}
+
+#[test]
+fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_below_it() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let watched = lab.cgroup.child()?;
+    let config = idle("r", listener.port(), "1s");
+    let daemon = Launch::on(watched.path()).config(&config).start()?;
+    let path = watched.path().to_owned();
+    std::fs::remove_dir(&path)?;
+    let beside = Pair::open(&lab.outside, &listener)?;
+    for recreated in [false, true] {
+        if recreated {
+            std::fs::create_dir(&path)?;
+        }
+        let log = daemon.reload(&config)?;
+        assert!(log.contains("was removed"), "{log}");
+    }
+    beside.keep_busy(3 * SECOND)?;
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
+        0.0
+    );
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let config = |timeout| {
+        let rule = idle("r", listener.port(), timeout);
+        format!("[daemon]\nmode = \"observe\"\n{rule}")
+    };
+    let daemon = lab.daemon(&config("1h"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(2 * SECOND);
+    daemon.reload(&config("1s"))?;
+    daemon.wait_for_terminations(1)?;
+    thread::sleep(3 * SECOND);
+    let records = daemon.terminations_of(&pair)?;
+    assert_eq!(records.len(), 1, "{records:#?}");
+    assert_eq!(records[0].text("event.reason"), "policy");
     Ok(())
 }

@@ -1,10 +1,21 @@
 //! A daemon that could not run for a while makes up for it, and harms nobody.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::Ipv4Addr,
+    process::{Child, Stdio},
+    thread,
+    time::Duration,
+};
 
 use anyhow::Result;
-use nix::{errno::Errno, sys::signal::Signal};
-use session_enforcer_tests::{Lab, Pair, reset_on_close};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use session_enforcer_tests::{
+    Lab, PATIENCE, Pair, daemon_command, die_with_parent, eventually, reset_on_close,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -61,4 +72,47 @@ fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
     let repaired = [("kind", "unscheduled")];
     assert!(daemon.metric("session_enforcer_reconcile_repaired_total", &repaired)? > 0.0);
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
+}
+
+#[test]
+fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("config.toml");
+    std::fs::write(&config, format!("[metrics]\nlisten = \"\"\n{RULE}"))?;
+    let mut command = daemon_command()?;
+    command.arg("run").arg("--cgroup").arg(lab.cgroup.path());
+    command.arg("--config").arg(&config).stdout(Stdio::null());
+    // The reader's end stays open and is never read.
+    let (reader, writer) = std::io::pipe()?;
+    let mut daemon = Killed(die_with_parent(command.stderr(writer)).spawn()?);
+    drop(command);
+    eventually("the programs are attached", PATIENCE, || {
+        Ok((lab.cgroup.attached_programs()? == 3).then_some(()))
+    })?;
+    // More lines than a pipe holds.
+    let pid = Pid::from_raw(daemon.0.id().try_into()?);
+    for _ in 0..2_000 {
+        kill(pid, Signal::SIGHUP)?;
+        thread::sleep(Duration::from_millis(1));
+    }
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    kill(pid, Signal::SIGTERM)?;
+    let status = eventually("the daemon ends", PATIENCE, || Ok(daemon.0.try_wait()?))?;
+    assert_eq!(status.code(), Some(0));
+    drop(reader);
+    Ok(())
+}
+
+/// A process that is killed when the test is over.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
