@@ -1,10 +1,10 @@
 //! What the daemon refuses: it says what is wrong, where, and what to do, in one line and with the
 //! exit status of the contract, and attaches nothing.
 
-use std::{net::TcpListener, path::Path};
+use std::{net::TcpListener, path::Path, process::Command};
 
 use anyhow::Result;
-use session_enforcer_tests::{Finished, Lab, Launch};
+use session_enforcer_tests::{Finished, Lab, Launch, PATIENCE, daemon_command, run_to_end};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
@@ -223,5 +223,49 @@ fn an_audit_file_that_cannot_be_opened_is_an_error_before_anything_is_attached()
     let said = complaint(&lab, &refused, refused.code);
     assert_ne!(refused.code, 0);
     assert!(said.contains("/nonexistent/audit.json"), "{said}");
+    Ok(())
+}
+
+/// The quick form's arguments, on the lab's cgroup.
+fn quick_form(lab: &Lab) -> Vec<String> {
+    let cgroup = lab.cgroup.path().display().to_string();
+    [
+        "run",
+        "--cgroup",
+        &cgroup,
+        "--port",
+        "1",
+        "--idle-timeout",
+        "1h",
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+#[test]
+fn where_destroying_a_socket_cannot_be_tried_the_kernel_lacks_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    // A network namespace of its own, without a loopback interface that is up.
+    let mut command = Command::new("unshare");
+    command.arg("--net").arg(daemon_command()?.get_program());
+    command.args(quick_form(&lab));
+    let said = complaint(&lab, &run_to_end(command, PATIENCE)?, 69);
+    assert!(said.contains("SOCK_DESTROY: "), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_system_without_cgroup_v2_is_told_to_mount_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    // In a mount namespace of its own. Without a cgroup on the command line the daemon would take
+    // the root, so it is only started where it certainly finds none.
+    let script = "umount --lazy \"$1\" && ! grep -q ' - cgroup2 ' /proc/self/mountinfo \
+                  && exec \"$2\" run --observe --port 1 --idle-timeout 1h";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script, "sh"]);
+    command.arg(lab.cgroup.path().parent().unwrap_or(Path::new("/")));
+    command.arg(daemon_command()?.get_program());
+    let said = complaint(&lab, &run_to_end(command, PATIENCE)?, 69);
+    assert!(said.contains("no cgroup2 file system is mounted"), "{said}");
     Ok(())
 }
