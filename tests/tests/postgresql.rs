@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Moment, PATIENCE, Record, eventually,
+    Daemon, Moment, PATIENCE, Record, Time, eventually,
     services::{Postgres, Program, payload_bytes},
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(6);
+/// Four times the limit of the tests with a long query.
+const QUERY: Duration = Duration::from_secs(20);
+const QUERY_LIMIT: Duration = Duration::from_secs(5);
 
 /// A psql in a transaction that has written and is not committed.
 struct OpenTransaction {
@@ -168,5 +171,84 @@ fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> 
 
     assert_no_error(&mut young, Duration::from_secs(8))?;
     assert_eq!(daemon.terminations()?.len(), 2);
+    Ok(())
+}
+
+/// A psql that waits for the answer to a query of 20 s.
+struct LongQuery {
+    psql: Program,
+    client_port: u16,
+    /// When the server was asked.
+    asked: Moment,
+}
+
+impl LongQuery {
+    fn ask(database: &Postgres) -> Result<Self> {
+        let mut psql = database.psql()?;
+        psql.say("SELECT 'who: ' || pg_backend_pid() || ' ' || inet_client_port();")?;
+        let [backend, client_port] = psql.numbers_after("who: ")?;
+        let asleep = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE pid = {backend} AND wait_event = 'PgSleep'"
+        );
+        let (asked, ()) = Moment::of(|| {
+            let seconds = QUERY.as_secs();
+            psql.say(&format!(
+                "SELECT 'answer: ' || 42 FROM pg_sleep({seconds});"
+            ))?;
+            eventually("the query runs", PATIENCE, || {
+                Ok((database.query(&asleep)? == "1").then_some(()))
+            })
+        })?;
+        Ok(Self {
+            psql,
+            client_port: client_port.try_into()?,
+            asked,
+        })
+    }
+
+    fn assert_cut(&self, daemon: &Daemon, database: &Postgres, since: &Moment) -> Result<()> {
+        let record = daemon.wait_for_termination()?;
+        record.assert_reset("idle_timeout", since, QUERY_LIMIT);
+        assert_record(&record, self.client_port, database);
+        let labels = [("rule", "postgres"), ("reason", "idle_timeout")];
+        daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 1.0)?;
+        assert_eq!(daemon.terminations()?.len(), 1);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_long_query_finishes_under_a_response_timeout_and_its_session_is_cut_when_idle() -> Result<()> {
+    let database = Postgres::start(AGENT)?;
+    let limits = "idle_timeout = \"5s\"\nresponse_timeout = \"60s\"";
+    let daemon = database.lab.daemon(&rule(&database, limits))?;
+    let mut query = LongQuery::ask(&database)?;
+    query.asked.wait(QUERY - Duration::from_secs(1));
+    assert_eq!(daemon.terminations()?.len(), 0);
+    let (mut answered, [answer]) = Moment::of(|| query.psql.numbers_after("answer: "))?;
+    assert_eq!(answer, 42);
+    // pg_sleep() is never early.
+    let asked = query.asked.earliest;
+    answered.earliest = Time {
+        at: asked.at + QUERY,
+        wall: asked.wall + QUERY,
+    };
+    query.assert_cut(&daemon, &database, &answered)?;
+    assert_lost(&mut query.psql)
+}
+
+#[test]
+fn a_long_query_is_cut_where_there_is_no_response_timeout() -> Result<()> {
+    let database = Postgres::start(AGENT)?;
+    let daemon = database
+        .lab
+        .daemon(&rule(&database, "idle_timeout = \"5s\""))?;
+    let mut query = LongQuery::ask(&database)?;
+    query.assert_cut(&daemon, &database, &query.asked)?;
+    // It waits for the answer, and learns of the end without another command.
+    assert_eq!(query.psql.finish(PATIENCE)?.code(), Some(2));
+    let output = query.psql.output();
+    assert!(output.contains("connection to server was lost"), "{output}");
+    assert!(!output.contains("answer: "), "{output}");
     Ok(())
 }
