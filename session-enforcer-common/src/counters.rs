@@ -36,11 +36,13 @@ pub enum ErrorKind {
     CallbackRefused = 7,
     /// A map of the programs themselves could not be read.
     TableUnreadable = 8,
+    /// The owner of a socket could not be kept; the daemon has to find it out.
+    OwnerNotKept = 9,
 }
 
 impl ErrorKind {
     /// Every kind, in the order of its number.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::MapFull,
         Self::NoMemory,
         Self::Busy,
@@ -50,6 +52,7 @@ impl ErrorKind {
         Self::NoTcpSocket,
         Self::CallbackRefused,
         Self::TableUnreadable,
+        Self::OwnerNotKept,
     ];
 
     /// Number of kinds, the size of the error map.
@@ -67,6 +70,7 @@ impl ErrorKind {
             Self::NoTcpSocket => "no_tcp_socket",
             Self::CallbackRefused => "callback_refused",
             Self::TableUnreadable => "table_unreadable",
+            Self::OwnerNotKept => "owner_not_kept",
         }
     }
 }

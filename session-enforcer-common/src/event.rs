@@ -24,6 +24,8 @@ pub struct Event {
     pub netns_cookie: u64,
     /// When it was established, in nanoseconds of `CLOCK_MONOTONIC`.
     pub established_ns: u64,
+    /// Identity of its owner's cgroup; 0 where that is not known.
+    pub cgroup_id: u64,
     /// [`EventKind`] as a number.
     pub kind: u32,
     /// Index of its rule.
@@ -32,7 +34,7 @@ pub struct Event {
     pub generation: u16,
 }
 
-const _: () = assert!(size_of::<Event>() == 32 && align_of::<Event>() == 8);
+const _: () = assert!(size_of::<Event>() == 40 && align_of::<Event>() == 8);
 
 /// Why a record of the ring buffer was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +75,10 @@ impl Event {
             cookie: eight(0),
             netns_cookie: eight(8),
             established_ns: eight(16),
-            kind: u32::from_ne_bytes([whole[24], whole[25], whole[26], whole[27]]),
-            rule: u16::from_ne_bytes([whole[28], whole[29]]),
-            generation: u16::from_ne_bytes([whole[30], whole[31]]),
+            cgroup_id: eight(24),
+            kind: u32::from_ne_bytes([whole[32], whole[33], whole[34], whole[35]]),
+            rule: u16::from_ne_bytes([whole[36], whole[37]]),
+            generation: u16::from_ne_bytes([whole[38], whole[39]]),
         };
         let kind = match event.kind {
             1 => EventKind::Opened,
@@ -96,6 +99,7 @@ mod tests {
         bytes.extend(7u64.to_ne_bytes());
         bytes.extend(8u64.to_ne_bytes());
         bytes.extend(9u64.to_ne_bytes());
+        bytes.extend(6u64.to_ne_bytes());
         bytes.extend(kind.to_ne_bytes());
         bytes.extend(3u16.to_ne_bytes());
         bytes.extend(5u16.to_ne_bytes());
@@ -108,14 +112,14 @@ mod tests {
         assert_eq!(kind, EventKind::Closed);
         assert_eq!((event.cookie, event.netns_cookie), (7, 8));
         assert_eq!((event.established_ns, event.rule), (9, 3));
-        assert_eq!(event.generation, 5);
+        assert_eq!((event.generation, event.cgroup_id), (5, 6));
     }
 
     #[test]
     fn a_cut_long_or_unknown_record_is_refused() {
         let whole = record(1);
-        assert_eq!(Event::parse(&whole[..31]), Err(EventError::Length(31)));
-        assert_eq!(Event::parse(&[0; 33]), Err(EventError::Length(33)));
+        assert_eq!(Event::parse(&whole[..39]), Err(EventError::Length(39)));
+        assert_eq!(Event::parse(&[0; 41]), Err(EventError::Length(41)));
         assert_eq!(Event::parse(&record(0)), Err(EventError::Kind(0)));
         assert_eq!(Event::parse(&record(4)), Err(EventError::Kind(4)));
     }

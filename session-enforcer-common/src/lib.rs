@@ -10,12 +10,14 @@
 mod counters;
 mod event;
 mod matching;
+mod owner;
 mod policy;
 mod session;
 
 pub use counters::{ErrorKind, RuleCounters};
 pub use event::{Event, EventError, EventKind};
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
+pub use owner::{Ancestors, MAX_CGROUP_LEVELS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use session::{Address, Direction, Session, flags};
 

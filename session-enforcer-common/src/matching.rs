@@ -1,30 +1,13 @@
 //! Which rule decides about a connection: the facts, the entries of the match table, and the
 //! function that compares them.
 
-use crate::{Address, Direction, Session};
+use crate::{Address, Ancestors, Direction, Session};
 
 /// Rule number of an entry that takes its connections out of all enforcement: not tracked.
 pub const RULE_EXEMPT: u16 = u16::MAX;
 
-impl Facts {
-    /// The facts of a session that is tracked. A damaged direction counts as inbound, so that it
-    /// cannot hide a session from the rules of a server.
-    #[inline(always)]
-    pub const fn of(session: &Session) -> Self {
-        Self {
-            direction: match Direction::from_number(session.direction) {
-                Some(direction) => direction,
-                None => Direction::Inbound,
-            },
-            local: session.local,
-            remote: session.remote,
-            local_port: session.local_port,
-            remote_port: session.remote_port,
-        }
-    }
-}
-
-/// What is known of a connection when it is established.
+/// What is known of a connection when it is established, besides the cgroups above its owner's,
+/// which are its [`Ancestors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// Accepted here or dialled from here.
@@ -37,6 +20,40 @@ pub struct Facts {
     pub local_port: u16,
     /// The peer's port, in host byte order.
     pub remote_port: u16,
+    /// The user that the socket belongs to, where [`known`](Self::known) says so.
+    pub uid: u32,
+    /// What is known of the owner: [`UID`](Self::UID), [`CGROUP`](Self::CGROUP) or their sum.
+    pub known: u8,
+}
+
+impl Facts {
+    /// In [`known`](Self::known): the user.
+    pub const UID: u8 = 1;
+    /// In [`known`](Self::known): the cgroup and those above it.
+    pub const CGROUP: u8 = 2;
+
+    /// The facts of a session that is tracked; what is known of its cgroup is for the caller to
+    /// add. A damaged direction counts as inbound, so that it cannot hide a session from the rules
+    /// of a server.
+    #[inline(always)]
+    pub const fn of(session: &Session) -> Self {
+        Self {
+            direction: match Direction::from_number(session.direction) {
+                Some(direction) => direction,
+                None => Direction::Inbound,
+            },
+            local: session.local,
+            remote: session.remote,
+            local_port: session.local_port,
+            remote_port: session.remote_port,
+            uid: session.owner.uid,
+            known: if session.owner.is_known() {
+                Self::UID
+            } else {
+                0
+            },
+        }
+    }
 }
 
 /// A CIDR prefix: an address with the bits of the mask that count. An IPv4 prefix of length n is
@@ -110,7 +127,8 @@ impl PortRange {
     }
 }
 
-/// One entry of the match table: one combination of a rule's directions, prefixes and port ranges.
+/// One entry of the match table: one combination of a rule's directions, prefixes, port ranges and
+/// owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct MatchEntry {
@@ -118,10 +136,14 @@ pub struct MatchEntry {
     pub local: Prefix,
     /// Prefix of the peer's address.
     pub remote: Prefix,
+    /// Identity of the cgroup that the socket's is or lies below; 0 where it does not matter.
+    pub cgroup_id: u64,
     /// Ports on this host.
     pub local_ports: PortRange,
     /// Ports of the peer.
     pub remote_ports: PortRange,
+    /// The user that the socket belongs to, where [`asks_user`](Self::asks_user) is not 0.
+    pub uid: u32,
     /// Index of the rule, or [`RULE_EXEMPT`].
     pub rule: u16,
     /// [`Direction`]s that match, as the sum of their numbers.
@@ -129,6 +151,10 @@ pub struct MatchEntry {
     /// Address families that match: [`IPV4`](Self::IPV4), [`IPV6`](Self::IPV6) or their sum. The
     /// prefixes alone do not tell: the bits of `::/0` cover every IPv4-mapped address too.
     pub families: u8,
+    /// Whether the user matters: 0 or 1.
+    pub asks_user: u8,
+    /// Always zero.
+    pub reserved: [u8; 7],
 }
 
 impl MatchEntry {
@@ -146,12 +172,24 @@ impl MatchEntry {
         Self {
             local: Prefix::ANY,
             remote: Prefix::ANY,
+            cgroup_id: 0,
             local_ports: PortRange::ANY,
             remote_ports: PortRange::ANY,
+            uid: 0,
             rule,
             directions: Self::BOTH_DIRECTIONS,
             families: Self::BOTH_FAMILIES,
+            asks_user: 0,
+            reserved: [0; 7],
         }
+    }
+
+    /// Whether the entry asks for something about the owner that the facts do not tell, so that it
+    /// is open whether it applies.
+    #[inline(always)]
+    pub const fn is_open(&self, facts: &Facts) -> bool {
+        self.asks_user != 0 && facts.known & Facts::UID == 0
+            || self.cgroup_id != 0 && facts.known & Facts::CGROUP == 0
     }
 }
 
@@ -172,8 +210,8 @@ impl Table {
 
 const _: () = {
     assert!(size_of::<Prefix>() == 32);
-    assert!(size_of::<MatchEntry>() == 76 && align_of::<MatchEntry>() == 4);
-    assert!(core::mem::offset_of!(MatchEntry, rule) == 72);
+    assert!(size_of::<MatchEntry>() == 96 && align_of::<MatchEntry>() == 8);
+    assert!(core::mem::offset_of!(MatchEntry, rule) == 84);
     assert!(size_of::<Table>() == 8);
 };
 
@@ -185,14 +223,21 @@ unsafe impl aya::Pod for MatchEntry {}
 unsafe impl aya::Pod for Table {}
 
 /// Whether the entry applies to the connection. The first entry of a table that applies decides.
+///
+/// Where the facts do not tell what the entry asks for (it [is open](MatchEntry::is_open)), it
+/// counts as applying: a connection must not slip past a rule because its owner is not known yet.
 #[inline(always)]
-pub fn matches(facts: &Facts, entry: &MatchEntry) -> bool {
+pub fn matches(facts: &Facts, ancestors: &Ancestors, entry: &MatchEntry) -> bool {
     entry.directions & facts.direction as u8 != 0
         && entry.families & family(facts) != 0
         && entry.local_ports.contains(facts.local_port)
         && entry.remote_ports.contains(facts.remote_port)
         && entry.local.contains(&facts.local)
         && entry.remote.contains(&facts.remote)
+        && (entry.asks_user == 0 || facts.known & Facts::UID == 0 || facts.uid == entry.uid)
+        && (entry.cgroup_id == 0
+            || facts.known & Facts::CGROUP == 0
+            || ancestors.contains(entry.cgroup_id))
 }
 
 /// The family of a connection. Both ends are of the same one.
@@ -229,7 +274,13 @@ mod tests {
             remote: v4("192.0.2.7"),
             local_port: 5432,
             remote_port: 50000,
+            uid: 1000,
+            known: Facts::UID | Facts::CGROUP,
         }
+    }
+
+    fn matches(facts: &Facts, entry: &MatchEntry) -> bool {
+        super::matches(facts, &Ancestors::of(&[3, 5, 7]), entry)
     }
 
     fn entry() -> MatchEntry {
@@ -262,8 +313,13 @@ mod tests {
                 remote: Prefix::new(v4("192.0.2.7"), 128),
                 ..entry()
             },
+            of_user(1000),
+            of_cgroup(3),
+            of_cgroup(7),
         ];
         let misses = [
+            of_user(0),
+            of_cgroup(4),
             MatchEntry {
                 directions: 2,
                 ..entry()
@@ -291,6 +347,38 @@ mod tests {
         ];
         assert!(hits.iter().all(|e| matches(&f, e)));
         assert!(!misses.iter().any(|e| matches(&f, e)));
+    }
+
+    fn of_user(uid: u32) -> MatchEntry {
+        MatchEntry {
+            uid,
+            asks_user: 1,
+            ..entry()
+        }
+    }
+
+    fn of_cgroup(cgroup_id: u64) -> MatchEntry {
+        MatchEntry {
+            cgroup_id,
+            ..entry()
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_of_the_owner_leaves_an_entry_open_and_does_not_exclude_it() {
+        for (known, user_open, cgroup_open) in [
+            (0, true, true),
+            (Facts::UID, false, true),
+            (Facts::CGROUP, true, false),
+            (Facts::UID | Facts::CGROUP, false, false),
+        ] {
+            let f = Facts { known, ..facts() };
+            assert!(!entry().is_open(&f) && matches(&f, &entry()));
+            assert_eq!(of_user(5).is_open(&f), user_open);
+            assert_eq!(matches(&f, &of_user(5)), user_open);
+            assert_eq!(of_cgroup(4).is_open(&f), cgroup_open);
+            assert_eq!(matches(&f, &of_cgroup(4)), cgroup_open);
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The session record, the value of the session map.
 
+use crate::Owner;
+
 /// An IPv6 address as four words in network byte order, as the kernel keeps it. An IPv4 address
 /// is written as its IPv4-mapped form, so that one comparison serves both families.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -122,6 +124,8 @@ pub struct Session {
     pub owes_answer: u8,
     /// Always zero.
     pub reserved: [u8; 3],
+    /// Whose it is.
+    pub owner: Owner,
 }
 
 impl Session {
@@ -148,12 +152,13 @@ impl Session {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 112 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 144 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, local) == 56);
     assert!(core::mem::offset_of!(Session, ifindex) == 92);
     assert!(core::mem::offset_of!(Session, flags) == 103);
     assert!(core::mem::offset_of!(Session, owes_answer) == 108);
+    assert!(core::mem::offset_of!(Session, owner) == 112);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -188,6 +193,7 @@ mod tests {
 #[cfg(test)]
 pub(crate) mod tests_support {
     use super::*;
+    use crate::Owner;
 
     /// A session with these times, and nothing else of interest.
     pub(crate) fn session(established_ns: u64, received_ns: u64, sent_ns: u64) -> Session {
@@ -211,6 +217,7 @@ pub(crate) mod tests_support {
             jitter_seed: 0,
             owes_answer: 0,
             reserved: [0; 3],
+            owner: Owner::UNKNOWN,
         }
     }
 }

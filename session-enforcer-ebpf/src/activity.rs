@@ -181,9 +181,13 @@ fn counts(session: &mut Session, new: u32) -> bool {
 /// that no rule matches now is the daemon's to release.
 #[inline(never)]
 fn counts_anew(session: &mut Session, new: u32) -> bool {
-    let Some(decision) = decide(&Facts::of(session)) else {
+    let owner = session.owner;
+    let Some(decision) = decide(Facts::of(session), &owner) else {
         return true;
     };
+    if decision.is_open {
+        return true;
+    }
     let Some(policy) = POLICIES.get(u32::from(decision.rule)) else {
         // An exempting rule, which has no policy.
         return true;

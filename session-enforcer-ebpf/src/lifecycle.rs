@@ -12,13 +12,14 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, Facts, RULE_EXEMPT, Session, flags,
+    Address, Direction, ErrorKind, Event, EventKind, Facts, Owner, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
     activity::now_ns,
     counters,
     maps::{EVENTS, ONLY_NETNS, SESSIONS},
+    owner,
     policy::{Decision, decide},
 };
 
@@ -46,15 +47,23 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
     if only != 0 && only != netns_cookie {
         return;
     }
-    let Some(facts) = facts(ctx, direction) else {
+    let owner = owner::take(ctx);
+    let Some(facts) = facts(ctx, direction, &owner) else {
         return;
     };
-    let Some(Decision { rule, generation }) = decide(&facts) else {
+    let Some(decision) = decide(facts, &owner) else {
         return;
     };
-    if rule == RULE_EXEMPT {
-        return;
-    }
+    let (rule, generation) = match decision {
+        // No policy has this generation: the daemon decides as soon as it reads of the session.
+        Decision { is_open: true, .. } => (0, 0),
+        Decision {
+            rule: RULE_EXEMPT, ..
+        } => return,
+        Decision {
+            rule, generation, ..
+        } => (rule, generation),
+    };
     // The close is asked for first: a session in the map whose end nobody reports would be stale.
     let reported = ctx
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
@@ -88,6 +97,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         jitter_seed: unsafe { bpf_get_prandom_u32() },
         owes_answer: 0,
         reserved: [0; 3],
+        owner,
     };
     insert(ctx, &session);
 }
@@ -98,7 +108,10 @@ fn insert(ctx: &SockOpsContext, session: &Session) {
     // BPF_ANY: a socket that was disconnected with AF_UNSPEC and connected again keeps its cookie.
     match SESSIONS.insert(cookie, session, u64::from(BPF_ANY)) {
         Ok(()) => {
-            counters::rule(session.rule, |c| c.opened += 1);
+            // One that is not decided about has no rule to be counted for.
+            if session.generation != 0 {
+                counters::rule(session.rule, |c| c.opened += 1);
+            }
             notify(EventKind::Opened, cookie, session);
         }
         Err(code) => {
@@ -123,7 +136,9 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
     let session = unsafe { *session };
     if SESSIONS.remove(cookie).is_ok() {
-        counters::rule(session.rule, |c| c.closed += 1);
+        if session.generation != 0 {
+            counters::rule(session.rule, |c| c.closed += 1);
+        }
         notify(EventKind::Closed, cookie, &session);
     }
 }
@@ -135,6 +150,7 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
         cookie,
         netns_cookie: session.netns_cookie,
         established_ns: session.established_ns,
+        cgroup_id: session.owner.cgroup_id,
         kind: kind as u32,
         rule: session.rule,
         generation: session.generation as u16,
@@ -151,7 +167,7 @@ fn cookie(ctx: &SockOpsContext) -> u64 {
 }
 
 #[inline(always)]
-fn facts(ctx: &SockOpsContext, direction: Direction) -> Option<Facts> {
+fn facts(ctx: &SockOpsContext, direction: Direction, owner: &Owner) -> Option<Facts> {
     let (local, remote) = match ctx.family() {
         AF_INET => (
             Address::from_ipv4(ctx.local_ip4()),
@@ -177,6 +193,8 @@ fn facts(ctx: &SockOpsContext, direction: Direction) -> Option<Facts> {
         local_port: ctx.local_port() as u16,
         // In network byte order, in the upper half of the word on a little-endian machine.
         remote_port: u32::from_be(ctx.remote_port()) as u16,
+        uid: owner.uid,
+        known: if owner.is_known() { Facts::UID } else { 0 },
     })
 }
 

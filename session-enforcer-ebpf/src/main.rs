@@ -1,7 +1,8 @@
 //! The kernel side of session-enforcer.
 //!
-//! Three programs, attached to a cgroup:
+//! Four programs, attached to a cgroup:
 //!
+//! * `note_owner` (cgroup `sock_create`) notes who makes a socket;
 //! * `track_lifecycle` (`sock_ops`) matches a connection when it is established, puts it into the
 //!   session map, and takes it out when it closes;
 //! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
@@ -20,17 +21,24 @@ mod activity;
 mod counters;
 mod lifecycle;
 mod maps;
+mod owner;
 mod packet;
 mod policy;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, sock_ops},
-    programs::{SkBuffContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock, sock_ops},
+    programs::{SkBuffContext, SockContext, SockOpsContext},
 };
 
-/// The reply that lets a packet pass, and that leaves the replies of other `sock_ops` programs on
+/// The reply that lets a packet pass and a socket be made, and that leaves the replies of other `sock_ops` programs on
 /// the same cgroup visible.
 const PASS: i32 = 1;
+
+#[cgroup_sock(sock_create)]
+fn note_owner(ctx: SockContext) -> i32 {
+    owner::note(&ctx);
+    PASS
+}
 
 #[sock_ops]
 fn track_lifecycle(ctx: SockOpsContext) -> u32 {

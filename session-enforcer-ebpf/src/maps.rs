@@ -1,13 +1,16 @@
 //! Every map, its capacity and why.
 
+use core::{ffi::c_void, ptr};
+
 use aya_ebpf::{
     Global,
-    btf_maps::{Array, HashMap, PerCpuArray, RingBuf},
+    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use session_enforcer_common::{
-    ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RuleCounters, Session,
-    Table,
+    Ancestors, ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy,
+    RuleCounters, Session, Table,
 };
 
 /// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
@@ -52,6 +55,49 @@ pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerC
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 
+/// Who made each TCP socket that is not established yet.
+#[btf_map]
+pub(crate) static OWNERS: ClonedSkStorage<Owner> = ClonedSkStorage::new();
+
+/// By the identity of a cgroup, those above it: an owner tells only its own. LRU, unlike the
+/// sessions: what is lost is noted again with the next socket, and the daemon finds it elsewhere.
+/// 8,192 cgroups with sockets at once are beyond a large host.
+#[btf_map]
+pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, 8_192> = LruHashMap::new();
+
 /// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
+
+/// Socket storage that accepted sockets inherit. `SkStorage` of aya-ebpf has other flags, and they
+/// cannot be changed; the layout is that of its map definitions, from which the loader reads the
+/// types.
+#[repr(C)]
+pub(crate) struct ClonedSkStorage<T> {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: never read or written; the kernel's helpers take its address and do their own locking.
+unsafe impl<T> Sync for ClonedSkStorage<T> {}
+
+impl<T> ClonedSkStorage<T> {
+    const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+
+    /// What the kernel's helpers take for the map.
+    #[inline(always)]
+    pub(crate) fn as_ptr(&self) -> *mut c_void {
+        ptr::from_ref(self).cast_mut().cast()
+    }
+}

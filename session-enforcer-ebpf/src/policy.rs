@@ -3,11 +3,13 @@
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
-use session_enforcer_common::{ErrorKind, Facts, MAX_MATCH_ENTRIES, Table, matches};
+use session_enforcer_common::{
+    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, Owner, Table, matches,
+};
 
 use crate::{
     counters,
-    maps::{ACTIVE_TABLE, MATCH_ENTRIES, MATCH_TABLES},
+    maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES},
 };
 
 /// What a table says about a connection.
@@ -16,20 +18,32 @@ pub(crate) struct Decision {
     pub rule: u16,
     /// Generation of the table.
     pub generation: u32,
+    /// Whether the entry asks for what is not known of the owner. Then it is for the daemon to find
+    /// out, and to decide.
+    pub is_open: bool,
 }
 
 /// What the loop over the match entries works on.
 struct Search {
     facts: Facts,
+    ancestors: Option<*const Ancestors>,
     /// Index of the table's first entry.
     base: u32,
-    /// Rule of the first entry that applies.
-    found: Option<u16>,
+    /// Rule of the first entry that applies, and whether that is open.
+    found: Option<(u16, bool)>,
 }
 
 /// What the table in force says about the connection; nothing where no entry applies.
 #[inline(always)]
-pub(crate) fn decide(facts: &Facts) -> Option<Decision> {
+pub(crate) fn decide(mut facts: Facts, owner: &Owner) -> Option<Decision> {
+    let ancestors = if owner.is_known() {
+        ANCESTORS.get_ptr(owner.cgroup_id)
+    } else {
+        None
+    };
+    if ancestors.is_some() {
+        facts.known |= Facts::CGROUP;
+    }
     let active = ACTIVE_TABLE
         .get(0)
         .map_or(0, |active| active % Table::COUNT);
@@ -39,7 +53,8 @@ pub(crate) fn decide(facts: &Facts) -> Option<Decision> {
     };
     let (generation, entries) = (table.generation, table.entries);
     let mut search = Search {
-        facts: *facts,
+        facts,
+        ancestors,
         base: active * MAX_MATCH_ENTRIES,
         found: None,
     };
@@ -52,8 +67,12 @@ pub(crate) fn decide(facts: &Facts) -> Option<Decision> {
             0,
         )
     };
-    let rule = search.found?;
-    Some(Decision { rule, generation })
+    let (rule, is_open) = search.found?;
+    Some(Decision {
+        rule,
+        generation,
+        is_open,
+    })
 }
 
 /// Returns 1 to end the loop, 0 to go on.
@@ -64,9 +83,16 @@ extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
         counters::error(ErrorKind::TableUnreadable);
         return 1;
     };
-    if !matches(&search.facts, entry) {
+    // SAFETY: a pointer that the map gave, valid while the program runs. Should the element be freed
+    // and be another cgroup's meanwhile, the daemon's own decision corrects this one.
+    let ancestors = search.ancestors.map(|ancestors| unsafe { &*ancestors });
+    if !matches(
+        &search.facts,
+        ancestors.unwrap_or(&Ancestors::UNKNOWN),
+        entry,
+    ) {
         return 0;
     }
-    search.found = Some(entry.rule);
+    search.found = Some((entry.rule, entry.is_open(&search.facts)));
     1
 }

@@ -4,7 +4,8 @@
 use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
-    Address, Direction, Facts, MatchEntry, Policy, RULE_EXEMPT, Session, flags, matches,
+    Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session, flags,
+    matches,
 };
 
 use crate::{
@@ -26,23 +27,35 @@ pub struct Adopter<'a> {
     pub generation: u32,
     /// The cgroups that the attachment covers.
     pub scope: &'a Scope,
+    /// Of each cgroup that a socket of the lists may have, those above it.
+    pub ancestors: &'a HashMap<u64, Ancestors>,
+}
+
+/// A connection to adopt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adoptee {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// What goes into the session map.
+    pub session: Session,
+    /// Inode number of the socket, 0 where no process has it.
+    pub inode: u32,
 }
 
 impl Adopter<'_> {
-    /// The sessions among the sockets of one network namespace, with their cookies. `now_ns` is
-    /// the time just after the list was made.
-    pub fn sessions(
-        &self,
-        sockets: &[Socket],
-        netns_cookie: u64,
-        now_ns: u64,
-    ) -> Vec<(u64, Session)> {
+    /// The sessions among the sockets of one network namespace. `now_ns` is the time just after the
+    /// list was made. Their processes are for the caller to find.
+    pub fn sessions(&self, sockets: &[Socket], netns_cookie: u64, now_ns: u64) -> Vec<Adoptee> {
         let listeners = Listeners::among(sockets);
-        let session = |socket: &Socket| {
+        let adoptee = |socket: &Socket| {
             let session = self.session(socket, &listeners, netns_cookie, now_ns)?;
-            Some((socket.target.cookie, session))
+            Some(Adoptee {
+                cookie: socket.target.cookie,
+                session,
+                inode: socket.inode,
+            })
         };
-        sockets.iter().filter_map(session).collect()
+        sockets.iter().filter_map(adoptee).collect()
     }
 
     fn session(
@@ -57,8 +70,13 @@ impl Adopter<'_> {
             return None;
         }
         let info = socket.info?;
-        let facts = facts(socket, listeners);
-        let entry = self.entries.iter().find(|entry| matches(&facts, entry))?;
+        let owner = owner(socket, listeners);
+        let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
+        let ancestors = ancestors.get(&owner.cgroup_id);
+        facts.known |= ancestors.map_or(0, |_| Facts::CGROUP);
+        let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
+        let mut entries = self.entries.iter();
+        let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
         if entry.rule == RULE_EXEMPT {
             return None;
         }
@@ -86,22 +104,41 @@ impl Adopter<'_> {
             jitter_seed: seed(socket.target.cookie),
             owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
             reserved: [0; 3],
+            owner,
         })
     }
 }
 
-fn facts(socket: &Socket, listeners: &Listeners) -> Facts {
+/// The owner of a socket, as the programs would have noted it: of an accepted socket, that of the
+/// socket that listens. The process is not known.
+pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
     let target = &socket.target;
+    let maker = listeners.accepting(target.local, target.local_port);
+    let maker = maker.unwrap_or(socket);
+    match maker.cgroup_id {
+        Some(cgroup_id) => Owner {
+            cgroup_id,
+            uid: maker.uid,
+            ..Owner::UNKNOWN
+        },
+        None => Owner::UNKNOWN,
+    }
+}
+
+fn facts(socket: &Socket, listeners: &Listeners, owner: &Owner) -> Facts {
+    let target = &socket.target;
+    let accepting = listeners.accepting(target.local, target.local_port);
     Facts {
-        direction: if listeners.accept(target.local, target.local_port) {
-            Direction::Inbound
-        } else {
-            Direction::Outbound
+        direction: match accepting {
+            Some(_) => Direction::Inbound,
+            None => Direction::Outbound,
         },
         local: target.local,
         remote: target.remote,
         local_port: target.local_port,
         remote_port: target.remote_port,
+        uid: owner.uid,
+        known: if owner.is_known() { Facts::UID } else { 0 },
     }
 }
 
@@ -155,30 +192,34 @@ pub fn was_active_between(first: &Session, second: &Session) -> bool {
     (first.bytes_received, first.bytes_sent) != (second.bytes_received, second.bytes_sent)
 }
 
-/// The addresses and ports on which a namespace accepts connections. A connection from a port with
-/// a listener was accepted there: the kernel does not keep who dialled.
+/// The sockets on which a namespace accepts connections. A connection from a port with a listener
+/// was accepted there: the kernel does not keep who dialled.
 #[derive(Debug, Default)]
-struct Listeners {
-    by_port: HashMap<u16, Vec<Address>>,
+pub struct Listeners {
+    by_port: HashMap<u16, Vec<Socket>>,
 }
 
 impl Listeners {
-    fn among(sockets: &[Socket]) -> Self {
-        let mut by_port: HashMap<u16, Vec<Address>> = HashMap::new();
+    /// The listeners among the sockets of a namespace.
+    pub fn among(sockets: &[Socket]) -> Self {
+        let mut by_port: HashMap<u16, Vec<Socket>> = HashMap::new();
         for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
             by_port
                 .entry(socket.target.local_port)
                 .or_default()
-                .push(socket.target.local);
+                .push(*socket);
         }
         Self { by_port }
     }
 
-    fn accept(&self, address: Address, port: u16) -> bool {
-        let is_wildcard = |a: &Address| *a == Address([0; 4]) || *a == Address::from_ipv4(0);
-        self.by_port
-            .get(&port)
-            .is_some_and(|listening| listening.iter().any(|a| is_wildcard(a) || *a == address))
+    /// The listener that accepts connections to an address: one of that very address before one of
+    /// all addresses, as in the kernel.
+    fn accepting(&self, address: Address, port: u16) -> Option<&Socket> {
+        let is_wildcard = |a: Address| a == Address([0; 4]) || a == Address::from_ipv4(0);
+        let listening = self.by_port.get(&port)?;
+        let at =
+            |wanted: &dyn Fn(Address) -> bool| listening.iter().find(|s| wanted(s.target.local));
+        at(&|a| a == address).or_else(|| at(&is_wildcard))
     }
 }
 
@@ -213,6 +254,8 @@ mod tests {
                 ifindex: 0,
                 cookie: 42,
             },
+            uid: 113,
+            inode: 99,
             cgroup_id: Some(7),
             info: Some(Info {
                 last_data_sent_ms: 3_000,
@@ -235,13 +278,53 @@ mod tests {
     }
 
     fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
-        Adopter {
+        let adopted = Adopter {
             entries,
             policies: &[],
             generation: 1,
             scope,
+            ancestors: &HashMap::from([(7, Ancestors::of(&[2, 7]))]),
         }
-        .sessions(sockets, 3, 10_000 * MS)
+        .sessions(sockets, 3, 10_000 * MS);
+        adopted.iter().map(|a| (a.cookie, a.session)).collect()
+    }
+
+    #[test]
+    fn an_accepted_connection_is_its_listener_s_and_another_its_own() {
+        let mut listener = socket(state::LISTEN, 5432, 0);
+        (listener.uid, listener.cgroup_id) = (0, Some(8));
+        let sockets = [
+            listener,
+            socket(state::ESTABLISHED, 5432, 1),
+            socket(state::ESTABLISHED, 50_000, 5432),
+        ];
+        let any = [MatchEntry::any(0)];
+        let owners: Vec<(u64, u32)> = adopt(&any, &Scope::All, &sockets)
+            .iter()
+            .map(|(_, session)| (session.owner.cgroup_id, session.owner.uid))
+            .collect();
+        assert_eq!(owners, [(8, 0), (7, 113)]);
+    }
+
+    #[test]
+    fn a_rule_of_a_cgroup_or_a_user_takes_only_their_connections() {
+        let sockets = [socket(state::ESTABLISHED, 50_000, 5432)];
+        let any = MatchEntry::any(0);
+        let of_cgroup = |cgroup_id| MatchEntry { cgroup_id, ..any };
+        let of_user = |uid| MatchEntry {
+            uid,
+            asks_user: 1,
+            ..any
+        };
+        for (entry, matched) in [
+            (of_cgroup(7), 1),
+            (of_cgroup(2), 1),
+            (of_cgroup(8), 0),
+            (of_user(113), 1),
+            (of_user(0), 0),
+        ] {
+            assert_eq!(adopt(&[entry], &Scope::All, &sockets).len(), matched);
+        }
     }
 
     #[test]

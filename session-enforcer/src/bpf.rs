@@ -1,16 +1,19 @@
 //! The programs in the kernel and their maps: load, attach, read. The only user of aya.
 
-use std::{io, ops::Range};
+use std::{io, ops::Range, os::fd::AsRawFd};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, SockOps},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage},
+    programs::{
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, Program, ProgramError,
+        SockOps,
+    },
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy,
-    RuleCounters, Session, Table,
+    Ancestors, ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry,
+    Owner, Policy, RuleCounters, Session, Table,
 };
 use thiserror::Error;
 use tokio::io::unix::AsyncFd;
@@ -117,6 +120,8 @@ pub struct Kernel {
     match_tables: Array<MapData, Table>,
     active_table: Array<MapData, u32>,
     policies: Array<MapData, Policy>,
+    owners: SkStorage<MapData, Owner>,
+    ancestors: HashMap<MapData, u64, Ancestors>,
     /// Index of the match table in force.
     active: u32,
     /// Number of places of rules that are in use.
@@ -140,6 +145,7 @@ impl Kernel {
             .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
             .override_global(aya_log::LEVEL, &(log_level as u8), true)
             .load(OBJECT)?;
+        load_program::<CgroupSock>(&mut ebpf, "note_owner", CgroupSock::load)?;
         load_program::<SockOps>(&mut ebpf, "track_lifecycle", SockOps::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_ingress", CgroupSkb::load)?;
         load_program::<CgroupSkb>(&mut ebpf, "track_egress", CgroupSkb::load)?;
@@ -151,6 +157,8 @@ impl Kernel {
             match_tables: take_map(&mut ebpf, "MATCH_TABLES")?,
             active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
             policies: take_map(&mut ebpf, "POLICIES")?,
+            owners: take_map(&mut ebpf, "OWNERS")?,
+            ancestors: take_map(&mut ebpf, "ANCESTORS")?,
             active: 0,
             places: 0,
             ebpf,
@@ -218,7 +226,12 @@ impl Kernel {
     ///
     /// Where the kernel refuses. What was attached before that is detached on drop.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
-        // Packets first: no session is in the map before the programs that stamp it run.
+        // Owners first: no connection is decided about whose owner could not be noted.
+        let name = "note_owner";
+        program::<CgroupSock>(&mut self.ebpf, name)?
+            .attach(cgroup.file(), CgroupAttachMode::Single)
+            .map_err(|source| BpfError::Attach { name, source })?;
+        // Packets next: no session is in the map before the programs that stamp it run.
         for (name, way) in [
             ("track_ingress", CgroupSkbAttachType::Ingress),
             ("track_egress", CgroupSkbAttachType::Egress),
@@ -313,6 +326,49 @@ impl Kernel {
             Err(source) if os_error(&source) == Some(libc::ENOENT) => Ok(false),
             Err(source) => Err(sessions_error(source)),
         }
+    }
+
+    /// Notes the owner of a socket that is older than the programs. What the kernel has noted is
+    /// left alone.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn note_owner(&mut self, socket: &impl AsRawFd, owner: &Owner) -> Result<(), BpfError> {
+        match self.owners.insert(socket, owner, BPF_NOEXIST) {
+            Err(source) if os_error(&source) != Some(libc::EEXIST) => {
+                Err(map_error("OWNERS")(source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The cgroups above one, as far as the kernel has noted them.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn ancestors(&self, cgroup_id: u64) -> Result<Option<Ancestors>, BpfError> {
+        match self.ancestors.get(&cgroup_id, 0) {
+            Ok(ancestors) => Ok(Some(ancestors)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(source) => Err(map_error("ANCESTORS")(source)),
+        }
+    }
+
+    /// Notes the cgroups above one, for sessions that are older than the programs.
+    ///
+    /// # Errors
+    ///
+    /// Where the map refuses.
+    pub fn note_ancestors(
+        &mut self,
+        cgroup_id: u64,
+        ancestors: &Ancestors,
+    ) -> Result<(), BpfError> {
+        let map = &mut self.ancestors;
+        map.insert(cgroup_id, ancestors, 0)
+            .map_err(map_error("ANCESTORS"))
     }
 
     /// Sessions opened and closed, by rule.

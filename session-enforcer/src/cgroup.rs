@@ -3,10 +3,14 @@
 use std::{
     collections::HashSet,
     fs, io,
-    os::unix::fs::MetadataExt as _,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
 };
 
+use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS};
 use thiserror::Error;
 
 /// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
@@ -154,6 +158,91 @@ fn collect_ids(directory: &Path, ids: &mut HashSet<u64>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The whole hierarchy, to find cgroups by their paths from its root and by their identities.
+#[derive(Debug)]
+pub struct Tree {
+    mount: PathBuf,
+    root: fs::File,
+}
+
+/// `struct file_handle` of a cgroup: its identity (`linux/fcntl.h`, `linux/exportfs.h`).
+#[repr(C)]
+struct CgroupHandle {
+    bytes: u32,
+    kind: i32,
+    id: u64,
+}
+
+/// `FILEID_KERNFS`.
+const HANDLE_OF_KERNFS: i32 = 0xfe;
+
+/// What the kernel adds to the name of a directory that was removed.
+const REMOVED: &str = " (deleted)";
+
+impl Tree {
+    /// Opens the mount of cgroup v2.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none.
+    pub fn open() -> Result<Self, CgroupError> {
+        Self::at(mount_point()?)
+    }
+
+    fn at(mount: PathBuf) -> Result<Self, CgroupError> {
+        let root = fs::File::open(&mount).map_err(io_error(&mount))?;
+        Ok(Self { mount, root })
+    }
+
+    /// The directory of a cgroup that is named by its path from the root.
+    pub fn directory(&self, path: &str) -> PathBuf {
+        self.mount.join(path.trim_start_matches('/'))
+    }
+
+    /// The identity of the cgroup that is there now under a path from the root.
+    pub fn id(&self, path: &str) -> Option<u64> {
+        let metadata = fs::metadata(self.directory(path)).ok()?;
+        metadata.is_dir().then(|| metadata.ino())
+    }
+
+    /// The path from the root of the cgroup with this identity; none where it is no more, or where
+    /// the capability to open by handle (`CAP_DAC_READ_SEARCH`) is missing.
+    pub fn path(&self, id: u64) -> Option<String> {
+        let handle = CgroupHandle {
+            bytes: size_of::<u64>() as u32,
+            kind: HANDLE_OF_KERNFS,
+            id,
+        };
+        // SAFETY: a handle with as many bytes as it says, and an open descriptor.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_open_by_handle_at,
+                self.root.as_raw_fd(),
+                &raw const handle,
+                libc::O_PATH | libc::O_CLOEXEC,
+            )
+        };
+        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: the system call has just opened it for this process.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+        let path = link.strip_prefix(&self.mount).ok()?.to_str()?;
+        (!path.ends_with(REMOVED)).then(|| format!("/{path}"))
+    }
+
+    /// The identities of the cgroup and of those above it. Of one that is no more, its own.
+    pub fn ancestors(&self, id: u64) -> Ancestors {
+        let Some(path) = self.path(id) else {
+            return Ancestors::of(&[id]);
+        };
+        // As in the kernel, the levels next to the root are kept of a cgroup that lies deeper.
+        let slashes = path.match_indices('/').skip(1).map(|(at, _)| at);
+        let ends = slashes.chain([path.len()]).take(MAX_CGROUP_LEVELS);
+        let ids: Vec<u64> = ends.filter_map(|end| self.id(&path[..end])).collect();
+        Ancestors::of(&ids)
+    }
 }
 
 /// The cgroups below one.

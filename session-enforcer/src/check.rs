@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange};
 
-use crate::config::{Action, AuditTarget, Config, Mode, NetworkNamespaces, Rule, format_duration};
+use crate::config::{
+    Action, AuditTarget, Config, Mode, NetworkNamespaces, Owners, Rule, format_duration,
+};
 
 /// Validates a file and prints what it says.
 ///
@@ -34,7 +36,10 @@ pub fn describe(config: &Config, out: &mut impl Write) -> io::Result<()> {
         describe_rule(config, rule, index + 1, out)?;
     }
     writeln!(out, "\nA connection that no rule matches is not tracked.")?;
-    let (rules, entries) = (config.rules.len(), config.match_entries().len());
+    let (rules, entries) = (
+        config.rules.len(),
+        config.match_entries(&Owners::numbered(&config.rules)).len(),
+    );
     writeln!(
         out,
         "{rules} rule{}, {entries} of {MAX_MATCH_ENTRIES} match entries.",
@@ -105,6 +110,8 @@ pub(crate) fn condition_words(rule: &Rule, most: usize) -> Vec<String> {
         ("with remote port", port_list(&rule.remote_ports, most)),
         ("with local address in", prefix_list(&rule.local, most)),
         ("with remote address in", prefix_list(&rule.remote, most)),
+        ("of user", word_list(&rule.users, most)),
+        ("of control group", word_list(&rule.cgroups, most)),
     ];
     let words = |(what, values): (&str, Option<String>)| Some(format!("{what} {}", values?));
     conditions.into_iter().filter_map(words).collect()
@@ -179,6 +186,11 @@ pub(crate) fn prefix_list(nets: &[IpNet], most: usize) -> Option<String> {
         }
     };
     or_list(nets.iter().map(text).collect(), most)
+}
+
+/// The users or cgroups of a condition, at most so many; nothing where there is no condition.
+pub(crate) fn word_list(words: &[impl ToString], most: usize) -> Option<String> {
+    or_list(words.iter().map(ToString::to_string).collect(), most)
 }
 
 /// `a, b or c`, or `a, b or 7 others`; nothing for no value.

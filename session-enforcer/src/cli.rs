@@ -14,10 +14,11 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, Mode, Problem, parse_audit, parse_limit, parse_listen, parse_ports,
+    AuditTarget, Config, Mode, Problem, User, parse_audit, parse_cgroup, parse_limit, parse_listen,
+    parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
-use crate::explain::Ends;
+use crate::explain::{Circumstances, Ends};
 
 /// Where the configuration is where the command line does not say.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
@@ -63,7 +64,7 @@ Times are written as 90s, 15m, 12h, 7d or 1h30m, from 1s on.";
 
 const EXPLAIN_EXAMPLE: &str = "\
 Example: a client at 10.0.0.9 that has connected to the PostgreSQL of this host, 10.0.0.5:
-  session-enforcer explain 10.0.0.5:5432 10.0.0.9:50000 --direction inbound";
+  session-enforcer explain 10.0.0.5:5432 10.0.0.9:50000 --direction inbound --user postgres";
 
 /// Gives every TCP connection of this host a deadline, and resets it when the deadline passes.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
@@ -155,7 +156,15 @@ pub struct ExplainArgs {
 
     /// Accepted here (inbound) or dialled from here (outbound) [default: both are explained]
     #[arg(long, value_parser = direction())]
-    pub direction: Option<Direction>,
+    direction: Option<Direction>,
+
+    /// User that the socket belongs to, by name or uid [default: open]
+    #[arg(long, value_name = "USER", value_parser = parse_user)]
+    user: Option<User>,
+
+    /// The socket's control group, as in /system.slice/postgresql.service [default: open]
+    #[arg(long, value_name = "PATH", value_parser = parse_cgroup)]
+    cgroup: Option<String>,
 
     /// The configuration, in TOML
     #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
@@ -170,6 +179,15 @@ impl ExplainArgs {
     /// Where one is IPv4 and the other IPv6: wrong usage.
     pub fn ends(&self) -> Result<Ends, Failure> {
         Ends::new(self.local, self.remote)
+    }
+
+    /// What is asked about besides them.
+    pub fn circumstances(&self) -> Circumstances {
+        Circumstances {
+            direction: self.direction,
+            user: self.user.clone(),
+            cgroup: self.cgroup.clone(),
+        }
     }
 }
 

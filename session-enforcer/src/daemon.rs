@@ -17,6 +17,7 @@ use crate::{
     http,
     metrics::Metrics,
     netns::Namespaces,
+    owners::{Directory, UserError},
     probe,
 };
 
@@ -64,15 +65,17 @@ async fn serve(
     .map_err(|error| kernel_failure(&error))?;
     let events = kernel.take_events()?;
     let log = kernel.take_log()?;
+    let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
         kernel,
+        directory,
         namespaces,
         audit,
         metrics: metrics(config)?,
         lag_ns: clock::coarse_lag_ns(),
     };
     let mut enforcer = Enforcer::new(parts);
-    enforcer.put_policy(config)?;
+    enforcer.put_policy(config).map_err(policy_failure)?;
     let attached = enforcer.attach(&cgroup);
     attached.map_err(|error| kernel_failure(&error))?;
     let adopted = enforcer.adopt(&cgroup, all_namespaces)?;
@@ -155,6 +158,14 @@ fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
         ),
     };
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
+}
+
+/// A user whom the configuration names and the host does not have is an error of the configuration.
+fn policy_failure(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<UserError>() {
+        Ok(error) => Failure::new(ExitStatus::Configuration, error.to_string()).into(),
+        Err(error) => error,
+    }
 }
 
 /// The kernel refuses programs for want of privileges or for want of a feature.

@@ -38,10 +38,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
         Command::Explain(args) => {
             let ends = args.ends()?;
+            let circumstances = args.circumstances();
             explain::explain(
                 &args.config,
                 &ends,
-                args.direction,
+                &circumstances,
                 &mut io::stdout().lock(),
             )?;
         }

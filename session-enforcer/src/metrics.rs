@@ -130,6 +130,7 @@ pub struct Metrics {
 /// What the daemon itself did to the sessions of a rule.
 #[derive(Clone, Copy, Debug, Default)]
 struct DaemonCounts {
+    opened: u64,
     adopted: u64,
     removed: u64,
 }
@@ -363,6 +364,13 @@ impl Metrics {
         }
     }
 
+    /// Counts a session whose rule it took the daemon to find.
+    pub fn opened(&mut self, rule: usize) {
+        if let Some(counts) = self.daemon.get_mut(rule) {
+            counts.opened += 1;
+        }
+    }
+
     /// Counts a session that the daemon adopted.
     pub fn adopted(&mut self, rule: usize) {
         if let Some(counts) = self.daemon.get_mut(rule) {
@@ -410,9 +418,10 @@ impl Metrics {
         let (mut begun, mut ended) = (0, 0);
         for ((name, kernel), daemon) in self.rules.iter().zip(&snapshot.rules).zip(&self.daemon) {
             let closed = kernel.closed + daemon.removed;
-            raise(&self.opened.with_label_values(&[name]), kernel.opened);
+            let opened = kernel.opened + daemon.opened;
+            raise(&self.opened.with_label_values(&[name]), opened);
             raise(&self.closed.with_label_values(&[name]), closed);
-            begun += kernel.opened + daemon.adopted;
+            begun += opened + daemon.adopted;
             ended += closed;
         }
         for (place, name) in self.rules.iter().enumerate() {
@@ -443,7 +452,8 @@ impl Metrics {
             ErrorKind::HeaderUnreadable
             | ErrorKind::NoTcpSocket
             | ErrorKind::CallbackRefused
-            | ErrorKind::TableUnreadable => {
+            | ErrorKind::TableUnreadable
+            | ErrorKind::OwnerNotKept => {
                 raise(&self.kernel_errors.with_label_values(&[kind.name()]), count);
             }
         }

@@ -21,7 +21,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns},
-    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::Signal,
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+    },
+    unistd::{Uid, setresuid},
 };
 
 use crate::{cgroup::Cgroup, netns::Netns, process::die_with_parent};
@@ -37,6 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Place {
     cgroup: Option<PathBuf>,
     netns: Option<PathBuf>,
+    uid: Option<u32>,
 }
 
 impl Place {
@@ -59,6 +65,13 @@ impl Place {
         self
     }
 
+    /// The same place as this user, who has no capabilities then.
+    #[must_use]
+    pub fn as_user(mut self, uid: u32) -> Self {
+        self.uid = Some(uid);
+        self
+    }
+
     /// A command that runs `program` there, for real servers and clients. `agent` is the path of
     /// the agent's binary. The program dies with the thread that starts it.
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
@@ -75,17 +88,20 @@ impl Place {
                 command.arg(flag).arg(path);
             }
         }
+        if let Some(uid) = self.uid {
+            command.arg("--uid").arg(uid.to_string());
+        }
         die_with_parent(&mut command);
         command
     }
 }
 
-/// Moves the calling process to a cgroup and a network namespace.
+/// Moves the calling process to a cgroup and a network namespace, and makes it another user's.
 ///
 /// # Errors
 ///
 /// Where one of them is not there, or root's rights are missing.
-pub fn enter(cgroup: Option<&Path>, netns: Option<&Path>) -> Result<()> {
+pub fn enter(cgroup: Option<&Path>, netns: Option<&Path>, uid: Option<u32>) -> Result<()> {
     if let Some(path) = netns {
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         setns(file, CloneFlags::CLONE_NEWNET)
@@ -95,6 +111,11 @@ pub fn enter(cgroup: Option<&Path>, netns: Option<&Path>) -> Result<()> {
         // 0 is the process that writes.
         fs::write(path.join("cgroup.procs"), "0")
             .with_context(|| format!("entering the cgroup {}", path.display()))?;
+    }
+    if let Some(uid) = uid.map(Uid::from_raw) {
+        setresuid(uid, uid, uid).context("becoming another user")?;
+        // The change of the user has cleared this.
+        set_pdeathsig(Signal::SIGKILL)?;
     }
     Ok(())
 }

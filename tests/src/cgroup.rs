@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Once,
     time::Duration,
@@ -51,6 +51,25 @@ impl Cgroup {
         Ok(Self { path })
     }
 
+    /// Its path from the root of the hierarchy, as the configuration names it.
+    ///
+    /// # Errors
+    ///
+    /// Where no cgroup v2 is mounted.
+    pub fn name(&self) -> Result<String> {
+        let below = self.path.strip_prefix(mount_point()?)?;
+        Ok(format!("/{}", below.display()))
+    }
+
+    /// The identity that the kernel knows it by.
+    ///
+    /// # Errors
+    ///
+    /// Where it is no more.
+    pub fn id(&self) -> Result<u64> {
+        Ok(fs::metadata(&self.path)?.ino())
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -63,8 +82,9 @@ impl Cgroup {
     /// Where the kernel does not tell.
     pub fn attached_programs(&self) -> Result<u32> {
         let directory = File::open(&self.path)?;
-        // BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS and BPF_CGROUP_SOCK_OPS.
-        [0, 1, 3]
+        // BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_SOCK_CREATE and
+        // BPF_CGROUP_SOCK_OPS.
+        [0, 1, 2, 3]
             .into_iter()
             .map(|kind| attached(&directory, kind))
             .sum()

@@ -22,11 +22,12 @@ use session_enforcer::{
     cgroup::Cgroup,
 };
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Facts, MatchEntry, Policy, PortRange, Prefix, RULE_EXEMPT,
-    Session, matches,
+    Address, Ancestors, Direction, ErrorKind, Facts, MatchEntry, Policy, PortRange, Prefix,
+    RULE_EXEMPT, Session, matches,
 };
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Netns, PATIENCE, Pair, eventually, reset_on_close, set_option, tcp_info,
+    Agent, Cgroup as CgroupOfTest, Lab, Listener, Netns, PATIENCE, Pair, Place, eventually,
+    reset_on_close, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -54,7 +55,14 @@ const IPV6: [Ipv6Addr; 5] = [
 /// and at the ends of the range, too.
 const IPV4_PORTS: [u16; 2] = [1, 5432];
 const DUAL_PORTS: [u16; 2] = [5433, u16::MAX];
+/// Those whose listeners are older than the programs: nothing is known of the owner of what they
+/// accept.
+const UNKNOWN_PORTS: [u16; 2] = [5432, u16::MAX];
 const CLIENT_PORTS: [u16; 2] = [6000, 60_000];
+
+/// The users that make the sockets.
+const CLIENT_UID: u32 = 4_000_000_000;
+const SERVER_UID: u32 = 12_345;
 
 /// `splitmix64`: enough for a test, and the same everywhere.
 struct Random(u64);
@@ -141,7 +149,7 @@ impl Ends {
     }
 
     /// What is known at each end: the one that dials, and the one that accepts.
-    fn facts(&self) -> [Facts; 2] {
+    fn facts(&self, above: &[Ancestors; 2]) -> [Known; 2] {
         let (client, server) = (address_of(self.client.ip()), address_of(self.server.ip()));
         let outbound = Facts {
             direction: Direction::Outbound,
@@ -149,16 +157,35 @@ impl Ends {
             remote: server,
             local_port: self.client.port(),
             remote_port: self.server.port(),
+            uid: CLIENT_UID,
+            known: Facts::UID | Facts::CGROUP,
         };
+        let is_known = !UNKNOWN_PORTS.contains(&self.server.port());
         let inbound = Facts {
             direction: Direction::Inbound,
             local: server,
             remote: client,
             local_port: self.server.port(),
             remote_port: self.client.port(),
+            uid: if is_known { SERVER_UID } else { 0 },
+            known: if is_known {
+                Facts::UID | Facts::CGROUP
+            } else {
+                0
+            },
         };
-        [outbound, inbound]
+        let [client, server] = *above;
+        let ancestors = [client, if is_known { server } else { Ancestors::UNKNOWN }];
+        [(outbound, ancestors[0]), (inbound, ancestors[1])]
+            .map(|(facts, ancestors)| Known { facts, ancestors })
     }
+}
+
+/// What is known at one end.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    facts: Facts,
+    ancestors: Ancestors,
 }
 
 /// Of 127.0.0.0/8, often with few bits that are not zero.
@@ -182,12 +209,12 @@ struct Book {
 impl Book {
     /// A policy about connections like these. What it asks of them is near the truth and on both
     /// sides of it.
-    fn random(random: &mut Random, facts: &[Facts; 2], generation: u32) -> Self {
+    fn random(random: &mut Random, known: &[Known; 2], generation: u32) -> Self {
         // How often a condition is wrong: the first entry decides, or a later one, or none.
         let strictness = random.one_of(&[2, 8, 32]);
         let length = if random.once_in(100) { 400 } else { 12 };
         let count = random.below(length + 1);
-        let entry = |_| random_entry(random, facts, strictness);
+        let entry = |_| random_entry(random, known, strictness);
         let entries = (0..count).map(entry).collect();
         let limits = |_| Policy {
             generation,
@@ -207,15 +234,33 @@ impl Book {
     }
 
     /// The rule of the first entry that applies, exempting ones among them.
-    fn decision(&self, facts: &Facts) -> Option<u16> {
-        let entry = self.entries.iter().find(|entry| matches(facts, entry))?;
-        Some(entry.rule)
+    fn decision(&self, known: &Known) -> Option<Decision> {
+        let Known { facts, ancestors } = known;
+        let mut entries = self.entries.iter();
+        let entry = entries.find(|entry| matches(facts, ancestors, entry))?;
+        Some(match (entry.is_open(facts), entry.rule) {
+            (true, _) => Decision::Open,
+            (_, RULE_EXEMPT) => Decision::Exempt,
+            (_, rule) => Decision::Rule(rule),
+        })
     }
 }
 
+/// What a policy says about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Decision {
+    /// This rule decides.
+    Rule(u16),
+    /// It is not tracked.
+    Exempt,
+    /// The daemon has to find its owner.
+    Open,
+}
+
 /// An entry about one of the two ends.
-fn random_entry(random: &mut Random, ends: &[Facts; 2], strictness: u64) -> MatchEntry {
-    let facts = random.one_of(ends);
+fn random_entry(random: &mut Random, ends: &[Known; 2], strictness: u64) -> MatchEntry {
+    let Known { facts, .. } = random.one_of(ends);
+    let (asks_user, uid) = random_user(random, &facts, strictness);
     // Every value of both, those that match nothing among them; all of them match most often.
     let bits = |random: &mut Random| {
         if random.once_in(3) {
@@ -227,6 +272,10 @@ fn random_entry(random: &mut Random, ends: &[Facts; 2], strictness: u64) -> Matc
     MatchEntry {
         local: random_prefix(random, facts.local, strictness),
         remote: random_prefix(random, facts.remote, strictness),
+        cgroup_id: random_cgroup(random, ends, strictness),
+        uid,
+        asks_user,
+        reserved: [0; 7],
         local_ports: random_ports(random, facts.local_port, strictness),
         remote_ports: random_ports(random, facts.remote_port, strictness),
         rule: if random.once_in(5) {
@@ -237,6 +286,28 @@ fn random_entry(random: &mut Random, ends: &[Facts; 2], strictness: u64) -> Matc
         directions: bits(random),
         families: bits(random),
     }
+}
+
+/// Mostly none; else the user of the end, or another.
+fn random_user(random: &mut Random, facts: &Facts, strictness: u64) -> (u8, u32) {
+    match (random.once_in(4), random.once_in(strictness)) {
+        (false, _) => (0, random.next() as u32),
+        (true, false) => (1, facts.uid),
+        (true, true) => (1, facts.uid ^ (1 << random.below(32))),
+    }
+}
+
+/// Mostly none; else one that is above an end, or another.
+fn random_cgroup(random: &mut Random, ends: &[Known; 2], strictness: u64) -> u64 {
+    if !random.once_in(4) {
+        return 0;
+    }
+    let above = random.one_of(ends).ancestors.0;
+    let levels = above.iter().filter(|id| **id != 0).count() as u64;
+    if levels == 0 || random.once_in(strictness) {
+        return random.next().max(1);
+    }
+    above[random.below(levels) as usize]
 }
 
 /// A prefix of the address, or one that differs from it in one bit, mostly near its end.
@@ -289,7 +360,10 @@ struct Bench {
     kernel: Kernel,
     listeners: Vec<Listener>,
     agent: Agent,
+    /// The cgroups above the sockets that dial, and above those that listen.
+    above: [Ancestors; 2],
     _netns: Netns,
+    _cgroups: [CgroupOfTest; 3],
     _lab: Lab,
 }
 
@@ -300,23 +374,44 @@ impl Bench {
         for address in &IPV6[1..] {
             netns.ip(&format!("addr add {address}/128 dev lo nodad"))?;
         }
-        let agent = lab.inside_in(&netns)?;
+        let clients = lab.cgroup.child()?;
+        let outer = lab.cgroup.child()?;
+        let servers = outer.child()?;
+        let above = [
+            Ancestors::of(&[lab.cgroup.id()?, clients.id()?]),
+            Ancestors::of(&[lab.cgroup.id()?, outer.id()?, servers.id()?]),
+        ];
+        let place = |cgroup, uid| {
+            Place::here()
+                .in_netns(&netns)
+                .in_cgroup(cgroup)
+                .as_user(uid)
+        };
+        let agent = lab.at(&place(&clients, CLIENT_UID))?;
+        let server = lab.at(&place(&servers, SERVER_UID))?;
         let ipv4 = IPV4_PORTS.map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
         let dual = DUAL_PORTS.map(|port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
         let addresses = ipv4.into_iter().chain(dual);
-        let listeners = addresses.map(|address| agent.listen(address));
-        let listeners = listeners.collect::<Result<_>>()?;
+        let (older, newer): (Vec<_>, Vec<_>) =
+            addresses.partition(|address| UNKNOWN_PORTS.contains(&address.port()));
+        let listen = |address| server.listen(address);
+        let mut listeners: Vec<Listener> = older.into_iter().map(listen).collect::<Result<_>>()?;
         let mut kernel = Kernel::load(&Options {
             max_sessions: 1024,
             only_netns: None,
             verbose: false,
         })?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
+        for address in newer {
+            listeners.push(server.listen(address)?);
+        }
         Ok(Self {
             kernel,
             listeners,
             agent,
+            above,
             _netns: netns,
+            _cgroups: [clients, servers, outer],
             _lab: lab,
         })
     }
@@ -393,22 +488,30 @@ struct Outcomes {
     by_kind: HashMap<(Direction, bool), [u32; 2]>,
     /// Not tracked for an exempting entry.
     exempt: u32,
+    /// Left to the daemon.
+    open: u32,
+    /// Decided by an entry that asks for a user or a cgroup.
+    by_owner: u32,
     /// Decided by another entry than the first.
     later: u32,
 }
 
 impl Outcomes {
-    fn count(&mut self, facts: &Facts, book: &Book) {
-        let rule = book.decision(facts);
-        let tracked = rule.is_some_and(|rule| rule != RULE_EXEMPT);
+    fn count(&mut self, known: &Known, book: &Book) {
+        let Known { facts, ancestors } = known;
+        let decision = book.decision(known);
+        let tracked = decision.is_some_and(|decision| decision != Decision::Exempt);
         let kind = (facts.direction, facts.remote.is_ipv4());
         self.by_kind.entry(kind).or_default()[usize::from(tracked)] += 1;
-        self.exempt += u32::from(rule == Some(RULE_EXEMPT));
-        let first = book
-            .entries
-            .first()
-            .is_some_and(|entry| matches(facts, entry));
-        self.later += u32::from(rule.is_some() && !first);
+        self.exempt += u32::from(decision == Some(Decision::Exempt));
+        self.open += u32::from(decision == Some(Decision::Open));
+        let applies = |entry: &&MatchEntry| matches(facts, ancestors, entry);
+        let asks = |entry: &MatchEntry| entry.asks_user != 0 || entry.cgroup_id != 0;
+        let decider = book.entries.iter().find(applies);
+        let closed = decision != Some(Decision::Open);
+        self.by_owner += u32::from(closed && decider.is_some_and(asks));
+        let first = book.entries.first().is_some_and(|entry| applies(&entry));
+        self.later += u32::from(decision.is_some() && !first);
     }
 
     fn assert_mixed(&self) {
@@ -420,6 +523,7 @@ impl Outcomes {
         }
         let all: u32 = self.by_kind.values().flatten().sum();
         assert!(self.exempt > all / 20 && self.later > all / 10, "{self:?}");
+        assert!(self.open > all / 20 && self.by_owner > all / 20, "{self:?}");
     }
 }
 
@@ -431,19 +535,27 @@ fn both_find_the_same_rule_for_every_connection() -> Result<()> {
     for case in 0..CONNECTIONS {
         let mut random = Random::of(seed, case);
         let ends = Ends::random(&mut random);
-        let facts = ends.facts();
-        let book = Book::random(&mut random, &facts, case as u32 + 1);
+        let known = ends.facts(&bench.above);
+        let book = Book::random(&mut random, &known, case as u32 + 1);
         book.put_into(&mut bench.kernel)?;
         let connection = bench
             .connect(&ends)
             .with_context(|| format!("{case}: {ends:?}"))?;
-        for (facts, session) in facts.iter().zip(bench.sessions(&connection)?) {
-            outcomes.count(facts, &book);
-            let of_host = book.decision(facts).filter(|rule| *rule != RULE_EXEMPT);
+        for (known, session) in known.iter().zip(bench.sessions(&connection)?) {
+            outcomes.count(known, &book);
+            let facts = Facts {
+                known: known.facts.known & Facts::UID,
+                ..known.facts
+            };
+            let of_host = match book.decision(known) {
+                Some(Decision::Rule(rule)) => Some((facts, rule, book.generation)),
+                Some(Decision::Open) => Some((facts, 0, 0)),
+                Some(Decision::Exempt) | None => None,
+            };
             let told = |session: Session| (Facts::of(&session), session.rule, session.generation);
             assert_eq!(
                 session.map(told),
-                of_host.map(|rule| (*facts, rule, book.generation)),
+                of_host,
                 "kernel and host differ: {SEED}={seed}, case {case}, {ends:?}, {:#?}",
                 book.entries
             );
@@ -456,6 +568,7 @@ fn both_find_the_same_rule_for_every_connection() -> Result<()> {
 /// What the host expects of a session.
 struct Expected {
     session: Session,
+    known: Known,
     /// How many payloads counted, and how many did not.
     counted: [u32; 2],
     /// How often the session got another rule.
@@ -484,10 +597,10 @@ impl Expected {
     fn minimum(&mut self, book: &Book) -> u64 {
         let session = &mut self.session;
         if session.generation != book.generation {
-            match book.decision(&Facts::of(session)) {
-                // The daemon releases it; until then all counts.
-                None | Some(RULE_EXEMPT) => return 0,
-                Some(rule) => {
+            match book.decision(&self.known) {
+                // The daemon releases it, or finds its owner; until then all counts.
+                None | Some(Decision::Exempt | Decision::Open) => return 0,
+                Some(Decision::Rule(rule)) => {
                     self.matched_again += u32::from(rule != session.rule);
                     (session.rule, session.generation) = (rule, book.generation);
                 }
@@ -545,7 +658,7 @@ fn next_tick() -> Result<u64> {
 /// One connection with its two sessions, as far as they are tracked.
 struct Talk {
     connection: Connection,
-    facts: [Facts; 2],
+    known: [Known; 2],
     expected: [Option<Expected>; 2],
     book: Book,
 }
@@ -553,21 +666,23 @@ struct Talk {
 impl Talk {
     fn begin(bench: &mut Bench, random: &mut Random, generation: u32) -> Result<Self> {
         let ends = Ends::random(random);
-        let facts = ends.facts();
-        let book = Book::random(random, &facts, generation).and_the_rest(random);
+        let known = ends.facts(&bench.above);
+        let book = Book::random(random, &known, generation).and_the_rest(random);
         book.put_into(&mut bench.kernel)?;
         let connection = bench.connect(&ends)?;
-        let expect = |session: Option<Session>| {
+        let expect = |(session, known): (Option<Session>, Known)| {
             session.map(|session| Expected {
                 session,
+                known,
                 counted: [0; 2],
                 matched_again: 0,
             })
         };
-        let expected = bench.sessions(&connection)?.map(expect);
+        let [client, server] = bench.sessions(&connection)?;
+        let expected = [(client, known[0]), (server, known[1])].map(expect);
         Ok(Self {
             connection,
-            facts,
+            known,
             expected,
             book,
         })
@@ -576,8 +691,11 @@ impl Talk {
     /// A length beside the minimum of one end, or anywhere.
     fn length(&mut self, random: &mut Random) -> u64 {
         let place = random.below(u64::from(PLACES)) as usize;
-        let rules = self.facts.map(|facts| self.book.decision(&facts));
-        let rule = random.one_of(&rules).map_or(place, usize::from);
+        let rules = self.known.map(|known| match self.book.decision(&known) {
+            Some(Decision::Rule(rule)) => usize::from(rule),
+            _ => place,
+        });
+        let rule = random.one_of(&rules);
         let policy = self.book.policies.get(rule);
         let minimum = policy.map_or(1, |policy| u64::from(policy.min_payload));
         match random.below(4) {
@@ -640,11 +758,11 @@ fn both_agree_what_payload_counts_and_whose_rule_it_is_after_a_change() -> Resul
         for _ in 0..PAYLOADS {
             if random.once_in(3) {
                 generation += 1;
-                let book = Book::random(&mut random, &talk.facts, generation);
+                let book = Book::random(&mut random, &talk.known, generation);
                 talk.book = book.and_the_rest(&mut random);
                 talk.book.put_into(&mut bench.kernel)?;
             }
-            println!("case {case}, {:?}", talk.facts);
+            println!("case {case}, {:?}", talk.known);
             talk.pass(&bench, &mut random)?;
         }
         for expected in talk.expected.iter().flatten() {

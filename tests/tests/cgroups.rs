@@ -59,7 +59,7 @@ fn a_second_daemon_on_the_same_cgroup_takes_nothing_from_the_first() -> Result<(
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let enforcing = lab.daemon(RULE)?;
     let observing = lab.launch().config(RULE).args(&["--observe"]).start()?;
-    assert_eq!(lab.cgroup.attached_programs()?, 6);
+    assert_eq!(lab.cgroup.attached_programs()?, 8);
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
     enforcing

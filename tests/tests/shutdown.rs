@@ -15,7 +15,7 @@ fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Resul
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut daemon = lab.daemon(RULE)?;
-    assert_eq!(lab.cgroup.attached_programs()?, 3);
+    assert_eq!(lab.cgroup.attached_programs()?, 4);
     let reset = Pair::open(&lab.outside, &listener)?;
     reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
     daemon.wait_for_termination()?;

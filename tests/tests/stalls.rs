@@ -89,7 +89,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let mut daemon = Killed(die_with_parent(command.stderr(writer)).spawn()?);
     drop(command);
     eventually("the programs are attached", PATIENCE, || {
-        Ok((lab.cgroup.attached_programs()? == 3).then_some(()))
+        Ok((lab.cgroup.attached_programs()? == 4).then_some(()))
     })?;
     // More lines than a pipe holds.
     let pid = Pid::from_raw(daemon.0.id().try_into()?);

@@ -82,6 +82,10 @@ pub struct Termination<'a> {
     pub deadline_ns: u64,
     /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
     pub answered_ns: u64,
+    /// Path of the owner's cgroup, where it is known.
+    pub cgroup: Option<&'a str>,
+    /// Name of the owner's user, where it has one.
+    pub user: Option<&'a str>,
     /// What went wrong, where the outcome is a failure.
     pub error: Option<&'a str>,
 }

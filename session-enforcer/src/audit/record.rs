@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde::Serialize;
-use session_enforcer_common::{Address, Direction, Session};
+use session_enforcer_common::{Address, Direction, Owner, Session};
 
 use super::{Outcome, Termination, mode_name, reason_name};
 use crate::{clock::WallClock, config::Mode};
@@ -24,6 +24,10 @@ struct Record<'a> {
     source: Option<EndFields>,
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<EndFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    process: Option<ProcessFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<UserFields<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<ErrorFields<'a>>,
     session_enforcer: Own<'a>,
@@ -65,6 +69,20 @@ struct EndFields {
 }
 
 #[derive(Serialize)]
+struct ProcessFields {
+    pid: u32,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    name: String,
+}
+
+#[derive(Serialize)]
+struct UserFields<'a> {
+    id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+}
+
+#[derive(Serialize)]
 struct ErrorFields<'a> {
     message: &'a str,
 }
@@ -73,7 +91,7 @@ struct ErrorFields<'a> {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Own<'a> {
-    Termination(TerminationFields),
+    Termination(TerminationFields<'a>),
     Lifecycle {
         version: &'static str,
     },
@@ -85,11 +103,13 @@ enum Own<'a> {
 }
 
 #[derive(Serialize)]
-struct TerminationFields {
+struct TerminationFields<'a> {
     id: u64,
     mode: &'static str,
     result: &'static str,
     netns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     established: Option<String>,
     last_activity: String,
@@ -125,18 +145,24 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
         network: Some(network(session)),
         source: Some(source),
         destination: Some(destination),
+        process: process(&session.owner),
+        user: session.owner.is_known().then(|| UserFields {
+            id: session.owner.uid.to_string(),
+            name: t.user,
+        }),
         error: t.error.map(|message| ErrorFields { message }),
         session_enforcer: Own::Termination(termination_fields(t, clock)),
     })
 }
 
-fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFields {
+fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {
     let session = t.session;
     TerminationFields {
         id: t.cookie,
         mode: mode_name(t.mode),
         result: t.outcome.name(),
         netns: session.netns_cookie,
+        cgroup: t.cgroup,
         established: established_ns(session).map(|then| clock.format(then)),
         last_activity: clock.format(session.last_activity_ns()),
         deadline: clock.format(t.deadline_ns),
@@ -144,6 +170,15 @@ fn termination_fields(t: &Termination<'_>, clock: &WallClock) -> TerminationFiel
         idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
     }
+}
+
+/// The process that made the socket, where that is known.
+fn process(owner: &Owner) -> Option<ProcessFields> {
+    let name: Vec<u8> = owner.comm.iter().copied().take_while(|b| *b != 0).collect();
+    (owner.pid != 0).then(|| ProcessFields {
+        pid: owner.pid,
+        name: String::from_utf8_lossy(&name).into_owned(),
+    })
 }
 
 /// When the session was established, where that is known. For a connection that is older than the
@@ -257,6 +292,8 @@ fn own_record<'a>(
         network: None,
         source: None,
         destination: None,
+        process: None,
+        user: None,
         error: None,
         session_enforcer: own,
     }

@@ -4,7 +4,7 @@ use std::{
 };
 
 use proptest::prelude::*;
-use session_enforcer_common::{Address, Direction};
+use session_enforcer_common::{Address, Direction, Owner};
 
 use super::{writer::Output, *};
 
@@ -33,6 +33,12 @@ fn session() -> Session {
         jitter_seed: 0,
         owes_answer: 1,
         reserved: [0; 3],
+        owner: Owner {
+            cgroup_id: 77,
+            uid: 113,
+            pid: 812,
+            comm: *b"postgres\0\0\0\0\0\0\0\0",
+        },
     }
 }
 
@@ -47,6 +53,8 @@ fn termination(session: &Session) -> Termination<'_> {
         limit: Some(Duration::from_secs(900)),
         deadline_ns: 901_003_000_000,
         answered_ns: 901_004_000_000,
+        cgroup: Some("/system.slice/postgresql.service"),
+        user: Some("postgres"),
         error: None,
     }
 }
@@ -69,7 +77,9 @@ fn an_inbound_ipv4_session_is_this_line() {
             r#""network":{"transport":"tcp","type":"ipv4","direction":"inbound"},"#,
             r#""source":{"ip":"10.0.0.7","port":51234,"bytes":120},"#,
             r#""destination":{"ip":"10.0.0.5","port":5432,"bytes":4096},"#,
+            r#""process":{"pid":812,"name":"postgres"},"user":{"id":"113","name":"postgres"},"#,
             r#""session_enforcer":{"id":4711,"mode":"enforce","result":"reset","netns":3,"#,
+            r#""cgroup":"/system.slice/postgresql.service","#,
             r#""established":"2026-01-01T11:44:59.996000000Z","#,
             r#""last_activity":"2026-01-01T11:44:59.999000000Z","#,
             r#""deadline":"2026-01-01T11:59:59.999000000Z","limit_seconds":900.0,"#,
@@ -115,6 +125,35 @@ fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
     let observed = line(&observed);
     assert!(observed.contains(r#""action":"session-would-terminate","reason":"idle_timeout""#));
     assert!(observed.contains(r#""mode":"observe","result":"none""#));
+}
+
+#[test]
+fn what_is_not_known_of_the_owner_is_left_out() {
+    let unknown = Session {
+        owner: Owner::UNKNOWN,
+        ..session()
+    };
+    let nobody = line(&Termination {
+        cgroup: None,
+        user: None,
+        ..termination(&unknown)
+    });
+    for name in ["process", "user", "cgroup"] {
+        assert!(!nobody.contains(&format!("\"{name}\":")), "{nobody}");
+    }
+    let nameless = Session {
+        owner: Owner {
+            pid: 0,
+            ..session().owner
+        },
+        ..session()
+    };
+    let nameless = line(&Termination {
+        user: None,
+        ..termination(&nameless)
+    });
+    assert!(nameless.contains(r#""user":{"id":"113"},"#), "{nameless}");
+    assert!(!nameless.contains("process"), "{nameless}");
 }
 
 #[test]

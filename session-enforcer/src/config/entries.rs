@@ -1,5 +1,5 @@
 //! From rules to the flat match table that the kernel walks: every combination of a rule's
-//! prefixes and port ranges is one entry.
+//! prefixes, port ranges and owners is one entry.
 
 use ipnet::{IpNet, Ipv6Net};
 use session_enforcer_common::{
@@ -7,7 +7,8 @@ use session_enforcer_common::{
 };
 
 use super::error::EntryCount;
-use super::{Action, Problem, Rule};
+use super::owners::{cgroup_ids, uids};
+use super::{Action, Owners, Problem, Rule};
 
 /// One prefix of one end of a connection.
 ///
@@ -82,7 +83,11 @@ pub(super) fn ports(ranges: &[PortRange]) -> Vec<PortRange> {
 
 /// The entries of one rule, made as they are asked for: a rule may come to far more than the table
 /// can hold.
-pub(super) fn of_rule(rule: &Rule, index: u16) -> impl Iterator<Item = MatchEntry> {
+pub(super) fn of_rule(
+    rule: &Rule,
+    index: u16,
+    owners: &Owners,
+) -> impl Iterator<Item = MatchEntry> + use<> {
     let exempt = rule.action == Action::Exempt;
     let number = if exempt { RULE_EXEMPT } else { index };
     let both = MatchEntry::BOTH_DIRECTIONS;
@@ -90,20 +95,28 @@ pub(super) fn of_rule(rule: &Rule, index: u16) -> impl Iterator<Item = MatchEntr
     let (local, remote) = (sides(&rule.local), sides(&rule.remote));
     let (local_ports, remote_ports) = (ports(&rule.local_ports), ports(&rule.remote_ports));
     let ranges = product(local_ports, remote_ports);
+    let owners = product(uids(rule, owners), cgroup_ids(rule, owners));
     // Both ends of a connection are of one family: an IPv4 and an IPv6 prefix never match together.
     product(local, remote)
         .map(|(local, remote)| (local, remote, local.families() & remote.families()))
         .filter(|(_, _, families)| *families != 0)
         .flat_map(move |sides| ranges.clone().map(move |ports| (sides, ports)))
-        .map(move |((local, remote, families), ports)| MatchEntry {
-            local: local.prefix(),
-            remote: remote.prefix(),
-            local_ports: ports.0,
-            remote_ports: ports.1,
-            rule: number,
-            directions,
-            families,
-        })
+        .flat_map(move |rest| owners.clone().map(move |owner| (rest, owner)))
+        .map(
+            move |(((local, remote, families), ports), (uid, cgroup_id))| MatchEntry {
+                local: local.prefix(),
+                remote: remote.prefix(),
+                cgroup_id,
+                local_ports: ports.0,
+                remote_ports: ports.1,
+                uid: uid.unwrap_or_default(),
+                rule: number,
+                directions,
+                families,
+                asks_user: u8::from(uid.is_some()),
+                reserved: [0; 7],
+            },
+        )
 }
 
 /// Each of the first with each of the second.
@@ -117,7 +130,9 @@ pub(super) fn product<A: Copy, B: Copy>(
 
 /// Refuses a rule whose two ends are of different families.
 pub(super) fn check_families(rule: &Rule) -> Result<(), Problem> {
-    match of_rule(rule, 0).next() {
+    let pairs = product(sides(&rule.local), sides(&rule.remote));
+    let mut agreeing = pairs.filter(|(local, remote)| local.families() & remote.families() != 0);
+    match agreeing.next() {
         Some(_) => Ok(()),
         None => Err(Problem::MixedFamilies),
     }
@@ -127,9 +142,10 @@ pub(super) fn check_families(rule: &Rule) -> Result<(), Problem> {
 /// which they do.
 pub(super) fn check_count(rules: &[Rule]) -> Result<(), (usize, Problem)> {
     let most = MAX_MATCH_ENTRIES as usize;
+    let owners = Owners::numbered(rules);
     let mut before = 0;
     for (index, rule) in rules.iter().enumerate() {
-        let count = of_rule(rule, 0).take(most + 1).count();
+        let count = of_rule(rule, 0, &owners).take(most + 1).count();
         if before + count > most {
             let rule = EntryCount(count);
             return Err((index, Problem::ManyEntries { before, rule }));

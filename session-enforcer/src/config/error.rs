@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use session_enforcer_common::{MAX_MATCH_ENTRIES, MAX_RULES};
+use session_enforcer_common::{MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES, MAX_RULES};
 
 use super::DEFAULT_METRICS_LISTEN;
 
@@ -183,6 +183,12 @@ pub enum Problem {
         example = SocketAddr::new(*.0, DEFAULT_METRICS_LISTEN.port())
     )]
     NoPort(IpAddr),
+    /// A cgroup further down the tree than the kernel programs look.
+    #[error("has {levels} levels; at most {MAX_CGROUP_LEVELS} are looked at, name one above it")]
+    DeepCgroup {
+        /// Levels of the path.
+        levels: usize,
+    },
     /// A number where a time must be.
     #[error("{number} has no unit; write \"{number}s\" for seconds, or m, h or d after it")]
     NoUnit {
@@ -253,9 +259,9 @@ pub enum Problem {
     MixedFamilies,
     /// The table that the kernel walks would be too long.
     #[error(
-        "the rules up to this one come to more than {MAX_MATCH_ENTRIES} combinations of prefixes \
-         and port ranges, the most allowed (this one: {rule}, those before it: {before}); use \
-         wider prefixes and ranges"
+        "the rules up to this one come to more than {MAX_MATCH_ENTRIES} combinations of \
+         prefixes, port ranges and owners, the most allowed (this one: {rule}, those before it: \
+         {before}); use wider prefixes and ranges"
     )]
     ManyEntries {
         /// Entries of the rules before.

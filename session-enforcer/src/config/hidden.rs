@@ -1,21 +1,22 @@
 //! Finds rules that never decide because earlier ones match all of their connections.
 //!
-//! A connection is a point in a space of six dimensions: direction, family, two addresses, two
-//! ports. A rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a
+//! A connection is a point in a space of eight dimensions: direction, family, two addresses, two
+//! ports, user, cgroup. A rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a
 //! rule is what the rule decides: a rule is named only where nothing is left.
 
 use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::Rule;
 use super::entries::{Side, ports, product, sides};
+use super::owners::{is_below, outermost, uids};
+use super::{Owners, Rule};
 
 /// First and last of an interval.
 type Interval = (u128, u128);
 
-/// Direction, family, local address, remote address, local port, remote port.
-type Box6 = [Interval; 6];
+/// Direction, family, local address, remote address, local port, remote port, user, cgroup.
+type Box8 = [Interval; 8];
 
 /// The search stops after so many comparisons of boxes, a fraction of a second. Only thousands of
 /// entries that cut each other in pieces come to that, and then no warning is given.
@@ -28,10 +29,11 @@ pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
 
 /// As many of them as are found with so many comparisons.
 pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize, Vec<usize>)> {
-    let mut earlier: Vec<(usize, Box6)> = Vec::new();
+    let mut earlier: Vec<(usize, Box8)> = Vec::new();
     let mut hidden = Vec::new();
+    let named = Named::in_rules(rules);
     for (index, rule) in rules.iter().enumerate() {
-        let boxes = boxes(rule);
+        let boxes = boxes(rule, &named);
         if let Some(by) = hiders(&boxes, &earlier, &mut comparisons) {
             hidden.push((index, by));
         }
@@ -42,8 +44,8 @@ pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize
 
 /// The rules whose boxes leave nothing of these. One that does so alone is named alone.
 fn hiders(
-    boxes: &[Box6],
-    earlier: &[(usize, Box6)],
+    boxes: &[Box8],
+    earlier: &[(usize, Box8)],
     comparisons: &mut usize,
 ) -> Option<Vec<usize>> {
     let together = cover(boxes, earlier, comparisons)?;
@@ -62,8 +64,8 @@ fn hiders(
 
 /// The rules that took a part, where all of the boxes is taken.
 fn cover(
-    boxes: &[Box6],
-    earlier: &[(usize, Box6)],
+    boxes: &[Box8],
+    earlier: &[(usize, Box8)],
     comparisons: &mut usize,
 ) -> Option<BTreeSet<usize>> {
     let mut left = boxes.to_vec();
@@ -85,12 +87,12 @@ fn cover(
     None
 }
 
-fn overlap(a: &Box6, b: &Box6) -> bool {
+fn overlap(a: &Box8, b: &Box8) -> bool {
     a.iter().zip(b).all(|(a, b)| a.0 <= b.1 && b.0 <= a.1)
 }
 
 /// What the hole leaves of the box: along each dimension the part below and the part above it.
-fn subtract(whole: &Box6, hole: &Box6) -> Vec<Box6> {
+fn subtract(whole: &Box8, hole: &Box8) -> Vec<Box8> {
     if !overlap(whole, hole) {
         return vec![*whole];
     }
@@ -114,7 +116,51 @@ fn subtract(whole: &Box6, hole: &Box6) -> Vec<Box6> {
     left
 }
 
-fn boxes(rule: &Rule) -> Vec<Box6> {
+/// The owners that the rules name. Two names may be those of one user, and no more is known of
+/// them here: they count as different, which leaves a warning out and never makes one up.
+struct Named {
+    owners: Owners,
+    /// In the order of a walk down the tree: those below one follow it.
+    cgroups: Vec<String>,
+}
+
+impl Named {
+    fn in_rules(rules: &[Rule]) -> Self {
+        let owners = Owners::numbered(rules);
+        let mut cgroups: Vec<String> = owners.cgroups.keys().cloned().collect();
+        // By their levels: a path comes right before those below it.
+        cgroups.sort_by(|a, b| a.split('/').cmp(b.split('/')));
+        Self { owners, cgroups }
+    }
+
+    fn uids(&self, rule: &Rule) -> Vec<Interval> {
+        let interval = |uid: Option<u32>| match uid {
+            Some(uid) => (u128::from(uid), u128::from(uid)),
+            None => (0, u128::from(u32::MAX)),
+        };
+        uids(rule, &self.owners).into_iter().map(interval).collect()
+    }
+
+    /// The places of the named cgroups that are or lie below those of the rule. The place of a
+    /// cgroup stands for it and for all below it that nobody names; 0 for all others.
+    fn cgroups(&self, rule: &Rule) -> Vec<Interval> {
+        let Some(paths) = outermost(&rule.cgroups) else {
+            return vec![(0, u128::MAX)];
+        };
+        let interval = |path: &str| {
+            let below = |other: &String| is_below(other, path);
+            let first = self.cgroups.iter().position(below).unwrap_or_default();
+            let count = self.cgroups[first..]
+                .iter()
+                .take_while(|o| below(o))
+                .count();
+            ((first + 1) as u128, (first + count) as u128)
+        };
+        paths.into_iter().map(interval).collect()
+    }
+}
+
+fn boxes(rule: &Rule, named: &Named) -> Vec<Box8> {
     let direction = match rule.direction {
         Some(direction) => (direction as u128, direction as u128),
         None => (1, 2),
@@ -124,13 +170,17 @@ fn boxes(rule: &Rule) -> Vec<Box6> {
     };
     let intervals = |ranges| -> Vec<Interval> { ports(ranges).into_iter().map(interval).collect() };
     let ranges = product(intervals(&rule.local_ports), intervals(&rule.remote_ports));
+    let owners = product(named.uids(rule), named.cgroups(rule));
+    let ranges = product(ranges.collect(), owners.collect());
     let (local, remote) = (addresses(&rule.local), addresses(&rule.remote));
     // The two ends of a connection are of one family.
     let pairs = product(local, remote).filter(|((a, _), (b, _))| a == b);
     pairs
         .flat_map(|((family, local), (_, remote))| {
             let family = (family as u128, family as u128);
-            let whole = move |(l, r)| [direction, family, local, remote, l, r];
+            let whole = move |((l, r), (user, cgroup))| {
+                [direction, family, local, remote, l, r, user, cgroup]
+            };
             ranges.clone().map(whole)
         })
         .collect()

@@ -9,6 +9,7 @@ mod document;
 mod entries;
 mod error;
 mod hidden;
+mod owners;
 mod read;
 mod rule;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange};
 
 pub use error::{ConfigError, Doubt, EntryCount, Location, Position, Problem, Warning};
+pub use owners::{Owners, User, is_below, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
     parse_ports, parse_prefix,
@@ -125,6 +127,10 @@ pub struct Rule {
     pub local: Vec<IpNet>,
     /// Addresses of the peer; none: every address.
     pub remote: Vec<IpNet>,
+    /// Cgroups that the socket's is or lies below, as paths from the root; none: every cgroup.
+    pub cgroups: Vec<String>,
+    /// Users that the socket may belong to; none: every user.
+    pub users: Vec<User>,
     /// What happens to a connection that is past a limit.
     pub action: Action,
     /// Longest time without new payload.
@@ -228,12 +234,19 @@ impl Config {
     }
 
     /// The match table: the entries of every rule, in the order of the rules. The first that
-    /// matches a connection is of the rule that decides.
-    pub fn match_entries(&self) -> Vec<MatchEntry> {
+    /// matches a connection is of the rule that decides. A rule of an owner who is not there has no
+    /// entry.
+    pub fn match_entries(&self, owners: &Owners) -> Vec<MatchEntry> {
         let numbered = (0u16..).zip(&self.rules);
         numbered
-            .flat_map(|(index, rule)| entries::of_rule(rule, index))
+            .flat_map(|(index, rule)| entries::of_rule(rule, index, owners))
             .collect()
+    }
+
+    /// Whether a rule asks for an owner.
+    pub fn asks_owner(&self) -> bool {
+        let asks = |rule: &Rule| !rule.cgroups.is_empty() || !rule.users.is_empty();
+        self.rules.iter().any(asks)
     }
 
     /// Whether the connections of a rule are reset or only recorded, its action and the daemon's
@@ -264,6 +277,8 @@ impl Rule {
             remote_ports: Vec::new(),
             local: Vec::new(),
             remote: Vec::new(),
+            cgroups: Vec::new(),
+            users: Vec::new(),
             action: Action::default(),
             idle_timeout: None,
             max_lifetime: None,

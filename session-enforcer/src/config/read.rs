@@ -46,6 +46,8 @@ static TABLES: [Keys; 5] = [
             "remote_ports",
             "local",
             "remote",
+            "cgroups",
+            "users",
             "action",
             "idle_timeout",
             "max_lifetime",
@@ -54,7 +56,7 @@ static TABLES: [Keys; 5] = [
             "response_timeout",
             "min_payload",
         ],
-        later: &["cgroups", "users"],
+        later: &[],
     },
 ];
 const ROOT: usize = 0;

@@ -8,18 +8,21 @@ use session_enforcer_common::{Activity, Direction, MAX_RULES, PortRange};
 
 use super::document::{Field, Keys, Section};
 use super::error::ALLOWED_RULES;
+use super::owners::{ALLOWED_CGROUP_PATH, ALLOWED_USER, parse_cgroup, parse_user, uid};
 use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
 use super::{
     Action, ConfigError, MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule,
-    entries,
+    User, entries,
 };
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
 const ALLOWED_DIRECTION: &str = "\"inbound\", \"outbound\" or \"any\"";
 const ALLOWED_PORTS: &str = "a list such as [5432, \"6000-6010\"]";
 const ALLOWED_PREFIXES: &str = "a list such as [\"10.0.0.0/8\", \"2001:db8::/32\"]";
+const ALLOWED_CGROUPS: &str = "a list such as [\"/system.slice/postgresql.service\"]";
+const ALLOWED_USERS: &str = "a list such as [\"postgres\", 1000]";
 const ALLOWED_ACTIVITY: &str = "\"any\", \"received\" or \"sent\"";
 const ALLOWED_MIN_PAYLOAD: &str = "a number of bytes from 1 to 1400";
 const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
@@ -97,6 +100,10 @@ pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
     rule.remote_ports = list(section, "remote_ports", ALLOWED_PORTS, read_ports)?;
     rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix)?;
     rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix)?;
+    rule.cgroups = list(section, "cgroups", ALLOWED_CGROUPS, |field| {
+        field.parse(ALLOWED_CGROUP_PATH, parse_cgroup)
+    })?;
+    rule.users = list(section, "users", ALLOWED_USERS, read_user)?;
     if let Some(field) = section.field("action") {
         rule.action = read_action(&field)?;
     }
@@ -152,6 +159,13 @@ fn read_ports(field: &Field<'_>) -> Result<PortRange, ConfigError> {
 
 fn read_prefix(field: &Field<'_>) -> Result<IpNet, ConfigError> {
     field.parse(ALLOWED_PREFIX, parse_prefix)
+}
+
+fn read_user(field: &Field<'_>) -> Result<User, ConfigError> {
+    let Some(number) = field.integer() else {
+        return field.parse(ALLOWED_USER, parse_user);
+    };
+    uid(number).ok_or_else(|| field.not_allowed(ALLOWED_USER))
 }
 
 /// The limits, and the keys that say how they are meant.

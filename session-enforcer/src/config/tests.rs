@@ -3,6 +3,7 @@ mod files;
 mod hidden;
 mod keys;
 mod matching;
+mod owners;
 mod rules;
 mod values;
 

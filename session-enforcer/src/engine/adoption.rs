@@ -3,16 +3,36 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
-use session_enforcer_common::Session;
+use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
 
 use super::enforcer::{Enforcer, group_of};
 use crate::{
-    adopt::{self, Adopter},
+    adopt::{self, Adoptee, Adopter},
     bpf::Adoption,
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Scope},
     clock::monotonic_ns,
     metrics::Untracked,
+    processes::Sockets,
+    sock_diag::Socket,
 };
+
+/// What the adoption in all namespaces has in common.
+struct Adopting {
+    scope: Scope,
+    entries: Vec<MatchEntry>,
+    policies: Vec<Policy>,
+    generation: u32,
+    /// By cgroup, those above it.
+    ancestors: HashMap<u64, Ancestors>,
+    /// Made when the first socket asks for its process: it is a look at every one.
+    processes: Option<Sockets>,
+}
+
+impl Adopting {
+    fn processes(&mut self) -> &Sockets {
+        self.processes.get_or_insert_with(Sockets::of_all_processes)
+    }
+}
 
 impl Enforcer {
     /// Adopts the connections below the cgroup that are not tracked and that a rule matches: those
@@ -24,21 +44,21 @@ impl Enforcer {
     /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
     /// instead: the others are enforced.
     pub fn adopt(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
-        let scope = cgroup.scope()?;
-        let (entries, policies) = (self.book.entries.clone(), self.book.policies());
-        let adopter = Adopter {
-            entries: &entries,
-            policies: &policies,
+        let mut adopting = Adopting {
+            scope: cgroup.scope()?,
+            entries: self.book.entries.clone(),
+            policies: self.book.policies(),
             generation: self.book.generation,
-            scope: &scope,
+            ancestors: HashMap::new(),
+            processes: None,
         };
         let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
         for netns_cookie in &namespaces {
-            self.insert_sessions(&adopter, *netns_cookie, &mut adopted)?;
+            self.insert_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
         }
         for netns_cookie in &namespaces {
-            self.confirm_sessions(&adopter, *netns_cookie, &mut adopted)?;
+            self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
         }
         for (cookie, session) in &adopted {
             let policy = self.book.rules[usize::from(session.rule)].policy;
@@ -49,6 +69,7 @@ impl Enforcer {
         for netns_cookie in namespaces {
             self.close_if_unused(netns_cookie);
         }
+        self.listeners_noted = true;
         self.ready = Ok(());
         Ok(adopted.len())
     }
@@ -67,30 +88,62 @@ impl Enforcer {
 
     /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
     /// cannot be listed.
-    fn list(&mut self, adopter: &Adopter<'_>, netns_cookie: u64) -> Option<Vec<(u64, Session)>> {
+    fn list(&mut self, adopting: &mut Adopting, netns_cookie: u64) -> Result<Option<Vec<Adoptee>>> {
         let listed = self
             .namespaces
             .get(netns_cookie)
             .map_err(anyhow::Error::from)
             .and_then(|diag| Ok(diag.dump(adopt::STATES)?));
-        match listed {
-            Ok(sockets) => Some(adopter.sessions(&sockets, netns_cookie, monotonic_ns())),
+        let now_ns = monotonic_ns();
+        let sockets = match listed {
+            Ok(sockets) => sockets,
             Err(error) => {
                 self.metrics.untracked(Untracked::Namespace);
                 tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
-                None
+                return Ok(None);
+            }
+        };
+        self.note_cgroups(adopting, &sockets)?;
+        if !self.listeners_noted {
+            let in_scope = |s: &&Socket| adopting.scope.contains(s.cgroup_id);
+            let sockets: Vec<Socket> = sockets.iter().filter(in_scope).copied().collect();
+            self.note_listeners(&sockets, adopting.processes())?;
+        }
+        let adopter = Adopter {
+            entries: &adopting.entries,
+            policies: &adopting.policies,
+            generation: adopting.generation,
+            scope: &adopting.scope,
+            ancestors: &adopting.ancestors,
+        };
+        Ok(Some(adopter.sessions(&sockets, netns_cookie, now_ns)))
+    }
+
+    fn note_cgroups(&mut self, adopting: &mut Adopting, sockets: &[Socket]) -> Result<()> {
+        for id in sockets.iter().filter_map(|socket| socket.cgroup_id) {
+            if !adopting.ancestors.contains_key(&id) && adopting.scope.contains(Some(id)) {
+                self.note_cgroup(id)?;
+                adopting.ancestors.insert(id, self.ancestors_of(id));
             }
         }
+        Ok(())
     }
 
     fn insert_sessions(
         &mut self,
-        adopter: &Adopter<'_>,
+        adopting: &mut Adopting,
         netns_cookie: u64,
         adopted: &mut HashMap<u64, Session>,
     ) -> Result<()> {
         let mut refused = 0;
-        for (cookie, session) in self.list(adopter, netns_cookie).unwrap_or_default() {
+        for adoptee in self.list(adopting, netns_cookie)?.unwrap_or_default() {
+            let (cookie, mut session) = (adoptee.cookie, adoptee.session);
+            if self.schedule.contains(cookie) {
+                continue;
+            }
+            if let Some(holder) = adopting.processes().holder(adoptee.inode) {
+                (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm());
+            }
             match self.kernel.adopt(cookie, &session)? {
                 Adoption::Inserted => drop(adopted.insert(cookie, session)),
                 Adoption::Known => {}
@@ -113,14 +166,15 @@ impl Enforcer {
     /// and a socket that closed between them would stay in the map.
     fn confirm_sessions(
         &mut self,
-        adopter: &Adopter<'_>,
+        adopting: &mut Adopting,
         netns_cookie: u64,
         adopted: &mut HashMap<u64, Session>,
     ) -> Result<()> {
-        let Some(sessions) = self.list(adopter, netns_cookie) else {
+        let Some(adoptees) = self.list(adopting, netns_cookie)? else {
             return Ok(());
         };
-        let now: HashMap<u64, Session> = sessions.into_iter().collect();
+        let now = adoptees.iter().map(|a| (a.cookie, a.session));
+        let now: HashMap<u64, Session> = now.collect();
         let mut gone = Vec::new();
         for (cookie, session) in adopted.iter_mut() {
             if session.netns_cookie != netns_cookie {
@@ -133,6 +187,7 @@ impl Enforcer {
                     *session = Session {
                         last_received_ns: now_ns,
                         last_sent_ns: now_ns,
+                        owner: session.owner,
                         ..*now
                     };
                     self.kernel.remove(*cookie)?;

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use session_enforcer_common::{
-    Facts, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason, Session, Verdict, matches, verdict,
+    Ancestors, Facts, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason, Session, Verdict,
+    matches, verdict,
 };
 use thiserror::Error;
 
-use crate::config::{Config, Mode, Rule};
+use crate::config::{Config, Mode, Owners, Rule};
 
 /// More names of rules than there are places for them.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -57,6 +58,10 @@ pub struct RuleBook {
     pub(super) rules: Vec<ActiveRule>,
     /// The match table.
     pub(super) entries: Vec<MatchEntry>,
+    /// Whether the rules ask for owners, those who are not there too.
+    pub(super) asks_owner: bool,
+    /// The places of the rules, in the order of the configuration.
+    places: Vec<u16>,
     /// Counts the policies.
     pub(super) generation: u32,
 }
@@ -67,7 +72,12 @@ impl RuleBook {
     /// # Errors
     ///
     /// Where there are more rules, with those that are no more, than places.
-    pub(super) fn next(&self, config: &Config, lag_ns: u64) -> Result<Self, TooManyRules> {
+    pub(super) fn next(
+        &self,
+        config: &Config,
+        owners: &Owners,
+        lag_ns: u64,
+    ) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
         for rule in &mut rules {
@@ -87,33 +97,66 @@ impl RuleBook {
         if rules.len() > MAX_RULES as usize {
             return Err(TooManyRules);
         }
+        let mut next = Self {
+            rules,
+            entries: Vec::new(),
+            asks_owner: config.asks_owner(),
+            places,
+            generation,
+        };
+        next.set_owners(config, owners);
+        Ok(next)
+    }
+
+    /// Fills the match table anew, where the rules are the same and the owners are found elsewhere.
+    pub(super) fn set_owners(&mut self, config: &Config, owners: &Owners) {
         let in_place = |entry: MatchEntry| MatchEntry {
-            rule: places
+            rule: self
+                .places
                 .get(usize::from(entry.rule))
                 .copied()
                 .unwrap_or(RULE_EXEMPT),
             ..entry
         };
-        Ok(Self {
-            rules,
-            entries: config.match_entries().into_iter().map(in_place).collect(),
-            generation,
-        })
+        let entries = config.match_entries(owners).into_iter();
+        self.entries = entries.map(in_place).collect();
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.
-    pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
+    /// `ancestors` tells the cgroups above one.
+    pub(super) fn rule_of(
+        &self,
+        session: &Session,
+        ancestors: impl Fn(u64) -> Ancestors,
+    ) -> Option<u16> {
         if session.generation == self.generation {
             return Some(session.rule);
         }
-        let facts = Facts::of(session);
-        let entry = self.entries.iter().find(|entry| matches(&facts, entry))?;
+        let mut facts = Facts::of(session);
+        let mut above = Ancestors::UNKNOWN;
+        if self.asks_owner && session.owner.is_known() {
+            facts.known |= Facts::CGROUP;
+            above = ancestors(session.owner.cgroup_id);
+        }
+        let mut entries = self.entries.iter();
+        let entry = entries.find(|entry| matches(&facts, &above, entry))?;
         (entry.rule != RULE_EXEMPT).then_some(entry.rule)
     }
 
+    /// Whether it takes more than is known of the session to find its rule.
+    pub(super) fn needs_owner_of(&self, session: &Session) -> bool {
+        self.asks_owner && !session.owner.is_known() && session.generation != self.generation
+    }
+
     /// Whether the session is within its limits under this policy.
-    pub(super) fn lets_live(&self, session: &Session, now_ns: u64) -> bool {
-        let rule = self.rule_of(session).and_then(|rule| self.rule(rule));
+    pub(super) fn lets_live(
+        &self,
+        session: &Session,
+        now_ns: u64,
+        ancestors: impl Fn(u64) -> Ancestors,
+    ) -> bool {
+        let rule = self.rule_of(session, ancestors);
+        let rule = rule.and_then(|rule| self.rule(rule));
         rule.is_none_or(|rule| {
             matches!(
                 verdict(session, &rule.policy, now_ns),
@@ -141,7 +184,7 @@ impl RuleBook {
 
 #[cfg(test)]
 mod tests {
-    use session_enforcer_common::{Address, Direction};
+    use session_enforcer_common::{Address, Direction, Owner};
 
     use super::*;
 
@@ -174,7 +217,16 @@ mod tests {
             jitter_seed: 0,
             owes_answer: 0,
             reserved: [0; 3],
+            owner: Owner::UNKNOWN,
         }
+    }
+
+    fn no_ancestors(_: u64) -> Ancestors {
+        Ancestors::UNKNOWN
+    }
+
+    fn next(book: &RuleBook, config: &Config) -> Result<RuleBook, TooManyRules> {
+        book.next(config, &Owners::numbered(&config.rules), 4)
     }
 
     const IDLE: &str = "idle_timeout = '5s'";
@@ -182,9 +234,9 @@ mod tests {
     #[test]
     fn a_rule_keeps_its_place_under_its_name() {
         let first = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let first = RuleBook::default().next(&first, 4).unwrap();
+        let first = next(&RuleBook::default(), &first).unwrap();
         let second = config(&[("c", 3, IDLE), ("b", 2, "idle_timeout = '7s'")]);
-        let second = first.next(&second, 4).unwrap();
+        let second = next(&first, &second).unwrap();
         let names: Vec<String> = second.names().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["a", "b", "c"]);
         let places: Vec<u16> = second.entries.iter().map(|entry| entry.rule).collect();
@@ -204,29 +256,27 @@ mod tests {
     #[test]
     fn a_session_of_an_earlier_policy_is_matched_again() {
         let first = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let first = RuleBook::default().next(&first, 4).unwrap();
+        let first = next(&RuleBook::default(), &first).unwrap();
         let second = config(&[("all", 1, IDLE), ("b", 2, "action = 'exempt'")]);
-        let second = first.next(&second, 4).unwrap();
-        assert_eq!(first.rule_of(&session(1, 0, 1)), Some(0));
-        assert_eq!(second.rule_of(&session(1, 0, 1)), Some(2));
-        assert_eq!(second.rule_of(&session(2, 1, 1)), None);
-        assert_eq!(second.rule_of(&session(3, 0, 1)), None);
+        let second = next(&first, &second).unwrap();
+        assert_eq!(first.rule_of(&session(1, 0, 1), no_ancestors), Some(0));
+        assert_eq!(second.rule_of(&session(1, 0, 1), no_ancestors), Some(2));
+        assert_eq!(second.rule_of(&session(2, 1, 1), no_ancestors), None);
+        assert_eq!(second.rule_of(&session(3, 0, 1), no_ancestors), None);
         // Of the policy in force the kernel's word stands.
-        assert_eq!(second.rule_of(&session(1, 1, 2)), Some(1));
+        assert_eq!(second.rule_of(&session(1, 1, 2), no_ancestors), Some(1));
     }
 
     #[test]
     fn names_that_are_no_more_take_places_until_there_are_none() {
         let mut book = RuleBook::default();
         for n in 0..MAX_RULES {
-            book = book
-                .next(&config(&[(&format!("r{n}"), 1, IDLE)]), 4)
-                .unwrap();
+            book = next(&book, &config(&[(&format!("r{n}"), 1, IDLE)])).unwrap();
         }
         assert_eq!(
-            book.next(&config(&[("more", 1, IDLE)]), 4),
+            next(&book, &config(&[("more", 1, IDLE)])),
             Err(TooManyRules)
         );
-        assert!(book.next(&config(&[("r7", 1, IDLE)]), 4).is_ok());
+        assert!(next(&book, &config(&[("r7", 1, IDLE)])).is_ok());
     }
 }

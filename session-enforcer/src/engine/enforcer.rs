@@ -17,6 +17,7 @@ use crate::{
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
+    owners::Directory,
     schedule::{Group, Schedule},
     sock_diag::{MAX_BATCH, Target, state},
 };
@@ -49,6 +50,8 @@ pub struct Parts {
     pub audit: Audit,
     /// Every metric.
     pub metrics: Metrics,
+    /// Whose sessions are.
+    pub directory: Directory,
     /// How far the kernel's time stamps may lag behind the events.
     pub lag_ns: u64,
 }
@@ -59,6 +62,7 @@ pub struct Enforcer {
     pub(super) namespaces: Namespaces,
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
+    pub(super) directory: Directory,
     pub(super) lag_ns: u64,
     pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
@@ -73,6 +77,8 @@ pub struct Enforcer {
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     pub(super) ready: Result<(), String>,
+    /// Whether the owners of the sockets that listened at the start were noted.
+    pub(super) listeners_noted: bool,
 }
 
 /// What the kernel's socket table says of a session whose end is not reported.
@@ -90,6 +96,7 @@ impl Enforcer {
             namespaces,
             audit,
             metrics,
+            directory,
             lag_ns,
         } = parts;
         Self {
@@ -97,6 +104,7 @@ impl Enforcer {
             namespaces,
             audit,
             metrics,
+            directory,
             lag_ns,
             book: RuleBook::default(),
             schedule: Schedule::new(),
@@ -106,6 +114,7 @@ impl Enforcer {
             in_doubt: HashMap::new(),
             repaired_losses: 0,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
+            listeners_noted: false,
         }
     }
 
@@ -136,6 +145,7 @@ impl Enforcer {
     }
 
     fn opened(&mut self, event: &Event) {
+        self.directory.remember(event.cgroup_id);
         let Some(rule) = self.book.rule(event.rule) else {
             tracing::error!("the kernel reports a session of rule {}", event.rule);
             return;
@@ -248,7 +258,13 @@ impl Enforcer {
             self.forget(cookie);
             return Ok(None);
         };
-        let Some(rule) = self.book.rule_of(&session) else {
+        if self.book.needs_owner_of(&session) {
+            match self.settle_owner(cookie, &session)? {
+                Some(settled) => session = settled,
+                None => return Ok(None),
+            }
+        }
+        let Some(rule) = self.rule_of(&session) else {
             self.in_doubt.remove(&cookie);
             self.release(cookie, &session)?;
             return Ok(None);
@@ -276,7 +292,11 @@ impl Enforcer {
                 let reached_ns = deadline_ns;
                 let (reason, deadline_ns) = match before {
                     // By the policy before it would live: the new one ends it, now.
-                    Some(before) if before.lets_live(&session, now_ns) => (Reason::Policy, now_ns),
+                    Some(before)
+                        if before.lets_live(&session, now_ns, |id| self.ancestors_of(id)) =>
+                    {
+                        (Reason::Policy, now_ns)
+                    }
                     _ => (reason, deadline_ns),
                 };
                 session.rule = rule;

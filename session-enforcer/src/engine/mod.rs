@@ -5,6 +5,7 @@
 mod adoption;
 mod book;
 mod enforcer;
+mod owners;
 mod reload;
 mod terminate;
 
@@ -26,7 +27,9 @@ use crate::{
     cgroup::Cgroup,
     config::{Config, NetworkNamespaces},
     http::Request,
+    owners::UserError,
     timer::Timer,
+    watch::Watch,
 };
 
 /// How long the daemon leaves events in the ring buffer after it has read some. It bounds the
@@ -47,6 +50,12 @@ pub struct Reloading {
     pub cgroup: Cgroup,
 }
 
+impl Reloading {
+    fn all_namespaces(&self) -> bool {
+        self.config.network_namespaces == NetworkNamespaces::All
+    }
+}
+
 /// The loop and what it waits for.
 pub struct Engine {
     enforcer: Enforcer,
@@ -56,6 +65,7 @@ pub struct Engine {
     timer: Timer,
     requests: mpsc::Receiver<Request>,
     signals: Signals,
+    watch: Watch,
 }
 
 impl Engine {
@@ -83,6 +93,7 @@ impl Engine {
             timer: Timer::new().context("making a timer")?,
             requests,
             signals,
+            watch: Watch::new().context("making an inotify watch")?,
         })
     }
 
@@ -99,6 +110,7 @@ impl Engine {
     }
 
     async fn serve(&mut self) -> Result<()> {
+        self.follow_cgroups()?;
         loop {
             self.timer
                 .set(self.enforcer.next_due_ns())
@@ -127,11 +139,33 @@ impl Engine {
                     self.events.read_all(&mut self.enforcer)?;
                     self.enforcer.answer(request);
                 }
+                changed = self.watch.changed() => {
+                    changed.context("watching the cgroups of the rules")?;
+                    self.follow_cgroups()?;
+                }
                 forwarded = self.log.forward() => {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
             }
         }
+    }
+}
+
+/// The cgroups that the rules name.
+impl Engine {
+    /// Looks at them, and watches for them to come and go.
+    fn follow_cgroups(&mut self) -> Result<()> {
+        // Watched first: one that comes between is found by the look.
+        let directories = self.enforcer.cgroup_directories();
+        self.watch
+            .set(&directories)
+            .context("watching the cgroups of the rules")?;
+        // What was opened before is known when connections are adopted.
+        self.events.read_all(&mut self.enforcer)?;
+        let Reloading { config, cgroup, .. } = &self.reloading;
+        let all_namespaces = self.reloading.all_namespaces();
+        self.enforcer
+            .cgroups_changed(config, cgroup, all_namespaces)
     }
 }
 
@@ -163,7 +197,7 @@ impl Engine {
         self.events.read_all(&mut self.enforcer)?;
         let redecided = match self.enforcer.change_policy(&config) {
             Ok(redecided) => redecided,
-            Err(error) if error.is::<TooManyRules>() => {
+            Err(error) if error.is::<TooManyRules>() || error.is::<UserError>() => {
                 tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
                 self.enforcer.reload_failed();
                 return Ok(());
@@ -184,7 +218,7 @@ impl Engine {
             redecided.expired,
         );
         self.reloading.config = config;
-        Ok(())
+        self.follow_cgroups()
     }
 }
 

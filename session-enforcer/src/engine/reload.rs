@@ -25,9 +25,10 @@ impl Enforcer {
     ///
     /// # Errors
     ///
-    /// Where there are too many rules or the kernel refuses.
+    /// Where there are too many rules, a user is not there, or the kernel refuses.
     pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
-        let next = self.book.next(config, self.lag_ns)?;
+        let owners = self.directory.look_up(config)?;
+        let next = self.book.next(config, owners, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.metrics.set_rules(&next.names());
@@ -86,7 +87,7 @@ impl Enforcer {
 
     /// Moves a session to the rule that is now its own, without a time.
     fn reschedule(&mut self, cookie: u64, session: &Session) {
-        let rule = self.book.rule_of(session).unwrap_or(session.rule);
+        let rule = self.rule_of(session).unwrap_or(session.rule);
         let group = crate::schedule::Group {
             rule,
             ..group_of(session)

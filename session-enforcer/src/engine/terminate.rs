@@ -192,6 +192,8 @@ impl Enforcer {
             limit: rule.limit(expired.reason, session),
             deadline_ns: expired.deadline_ns,
             answered_ns: at_ns,
+            cgroup: self.directory.path(session.owner.cgroup_id),
+            user: self.directory.user_name(session.owner.uid),
             error,
         });
         self.metrics.ended(&Ended {

@@ -119,6 +119,11 @@ pub struct Socket {
     pub is_mini: bool,
     /// The socket's name, the cookie included.
     pub target: Target,
+    /// The user that it belongs to; 0 too where no process has accepted it yet.
+    pub uid: u32,
+    /// Inode number of the socket, which the descriptors of its processes show; 0 where no process
+    /// has it.
+    pub inode: u32,
     /// Identity of its cgroup, where the kernel told it.
     pub cgroup_id: Option<u64>,
     /// What `tcp_info` says, where the kernel told it.
@@ -305,6 +310,10 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
     let remote = take_address(&mut fixed, family)?;
     let ifindex = fixed.get_u32_ne();
     let cookie = u64::from(fixed.get_u32_ne()) | u64::from(fixed.get_u32_ne()) << 32;
+    // When its timer expires, and the lengths of both queues.
+    fixed.advance(12);
+    let uid = fixed.get_u32_ne();
+    let inode = fixed.get_u32_ne();
     let mut socket = Socket {
         state,
         is_mini: timer == TIMER_TIME_WAIT || state == state::TIME_WAIT,
@@ -316,6 +325,8 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
             ifindex,
             cookie,
         },
+        uid,
+        inode,
         cgroup_id: None,
         info: None,
     };

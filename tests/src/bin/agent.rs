@@ -17,21 +17,25 @@ use anyhow::{Context as _, Result, bail};
 use session_enforcer_tests::{enter, serve};
 
 const USAGE: &str = "usage: session-enforcer-test-agent serve|exec [--cgroup DIR] \
-                     [--netns NAME|PATH] [-- COMMAND...]";
+                     [--netns NAME|PATH] [--uid NUMBER] [-- COMMAND...]";
 
 fn main() -> Result<()> {
     let mut args = env::args_os().skip(1);
     let what = args.next().context(USAGE)?;
-    let (mut cgroup, mut netns) = (None, None);
+    let (mut cgroup, mut netns, mut uid) = (None, None, None);
     while let Some(arg) = args.next() {
         match arg.to_str() {
             Some("--cgroup") => cgroup = Some(PathBuf::from(args.next().context(USAGE)?)),
             Some("--netns") => netns = Some(netns_path(&args.next().context(USAGE)?)),
+            Some("--uid") => {
+                let text = args.next().context(USAGE)?;
+                uid = Some(text.to_str().context(USAGE)?.parse().context(USAGE)?);
+            }
             Some("--") => break,
             _ => bail!(USAGE),
         }
     }
-    enter(cgroup.as_deref(), netns.as_deref())?;
+    enter(cgroup.as_deref(), netns.as_deref(), uid)?;
     match what.to_str() {
         Some("serve") => serve(&control()?),
         Some("exec") => {

@@ -84,6 +84,12 @@ fn rules_can_hide_another_together_in_every_dimension() {
             "local = ['8000::/1']",
             "local = ['::/0']",
         ],
+        ["users = [1]", "users = ['x']", "users = ['x', 1]"],
+        [
+            "cgroups = ['/a/b']",
+            "cgroups = ['/c']",
+            "cgroups = ['/c', '/a/b/d']",
+        ],
     ] {
         assert_eq!(hidden_by(&conditions), [["a", "b"]], "{conditions:?}");
     }
@@ -128,6 +134,14 @@ fn a_rule_with_anything_left_is_not_hidden() {
             "remote_ports = [1]",
             "local_ports = ['1-2']\nremote_ports = [1, 2]",
         ],
+        ["users = [1]", "users = ['x']", ""],
+        // What lies in the cgroup itself, and in others below it.
+        [
+            "cgroups = ['/a/b']",
+            "cgroups = ['/a/c']",
+            "cgroups = ['/a']",
+        ],
+        ["cgroups = ['/a']", "users = [1]", "cgroups = ['/ab']"],
     ] {
         assert_eq!(hidden_by(&conditions), [[""; 0]; 0], "{conditions:?}");
     }

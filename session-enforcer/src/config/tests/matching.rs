@@ -6,7 +6,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
-use session_enforcer_common::{Address, Facts, RULE_EXEMPT, matches};
+use session_enforcer_common::{Address, Ancestors, Facts, RULE_EXEMPT, matches};
 
 use super::*;
 
@@ -16,6 +16,32 @@ pub(super) struct Connection {
     pub(super) direction: Direction,
     pub(super) local: (IpAddr, u16),
     pub(super) remote: (IpAddr, u16),
+    pub(super) user: &'static str,
+    pub(super) cgroup: &'static str,
+}
+
+/// Users of this world by name, the first without a name.
+const USERS: [(&str, u32); 4] = [("1000", 1000), ("root", 0), ("a", 113), ("b", 114)];
+
+/// Its cgroups.
+const CGROUPS: [&str; 6] = ["/", "/s", "/s/a", "/s/a/x", "/s/ab", "/t"];
+
+pub(super) fn owners() -> Owners {
+    let users = USERS[1..].iter();
+    let ids = |cgroup: &&str| (!cgroup.is_empty()).then(|| vec![id(cgroup)]);
+    Owners {
+        cgroups: CGROUPS
+            .iter()
+            .filter_map(|path| Some(((*path).to_owned(), ids(path)?)))
+            .collect(),
+        users: users
+            .map(|(name, uid)| ((*name).to_owned(), *uid))
+            .collect(),
+    }
+}
+
+fn id(cgroup: &str) -> u64 {
+    100 + CGROUPS.iter().position(|path| *path == cgroup).unwrap() as u64
 }
 
 impl Connection {
@@ -26,7 +52,16 @@ impl Connection {
             remote: address(self.remote.0),
             local_port: self.local.1,
             remote_port: self.remote.1,
+            uid: USERS.iter().find(|user| user.0 == self.user).unwrap().1,
+            known: Facts::UID | Facts::CGROUP,
         }
+    }
+
+    fn ancestors(&self) -> Ancestors {
+        let above = CGROUPS[1..]
+            .iter()
+            .filter(|above| is_below(self.cgroup, above));
+        Ancestors::of(&above.map(|above| id(above)).collect::<Vec<_>>())
     }
 }
 
@@ -54,6 +89,12 @@ pub(super) fn rule_matches(rule: &Rule, connection: &Connection) -> bool {
         && port(&rule.remote_ports, connection.remote.1)
         && prefix(&rule.local, connection.local.0)
         && prefix(&rule.remote, connection.remote.0)
+        && (rule.users.is_empty() || rule.users.iter().any(|u| u.to_string() == connection.user))
+        && (rule.cgroups.is_empty()
+            || rule
+                .cgroups
+                .iter()
+                .any(|above| is_below(connection.cgroup, above)))
 }
 
 /// The number of the first rule that matches.
@@ -68,10 +109,10 @@ fn decided_by_rules(config: &Config, connection: &Connection) -> Option<u16> {
 
 /// The number of the first entry that matches, as the kernel finds it.
 fn decided_by_entries(entries: &[MatchEntry], connection: &Connection) -> Option<u16> {
-    let facts = connection.facts();
+    let (facts, ancestors) = (connection.facts(), connection.ancestors());
     entries
         .iter()
-        .find(|entry| matches(&facts, entry))
+        .find(|entry| matches(&facts, &ancestors, entry))
         .map(|entry| entry.rule)
 }
 
@@ -127,13 +168,21 @@ pub(super) fn any_rule() -> impl Strategy<Value = Rule> {
     let ports = || vec(range(), 0..3);
     let nets = || vec(net(), 0..3);
     let action = select(vec![Action::Enforce, Action::Observe, Action::Exempt]);
-    (direction, ports(), ports(), nets(), nets(), action).prop_map(
-        |(direction, local_ports, remote_ports, local, remote, action)| Rule {
+    let users = vec(select(USERS.to_vec()), 0..3).prop_map(|users| {
+        let users = users.iter().map(|user| parse_user(user.0).unwrap());
+        users.collect()
+    });
+    let cgroups = vec(select(CGROUPS.to_vec()).prop_map(str::to_owned), 0..3);
+    let ends = (ports(), ports(), nets(), nets());
+    (direction, ends, users, cgroups, action).prop_map(
+        |(direction, (local_ports, remote_ports, local, remote), users, cgroups, action)| Rule {
             direction,
             local_ports,
             remote_ports,
             local,
             remote,
+            cgroups,
+            users,
             action,
             ..Rule::named("r")
         },
@@ -147,11 +196,14 @@ pub(super) fn connection() -> impl Strategy<Value = Connection> {
     let v6 = (bits_v6(), bits_v6())
         .prop_map(|(a, b)| (Ipv6Addr::from(a).into(), Ipv6Addr::from(b).into()));
     let ports = || prop_oneof![1..=22u16, Just(65534u16), Just(65535u16)];
-    (direction, prop_oneof![v4, v6], ports(), ports()).prop_map(
-        |(direction, (local, remote), local_port, remote_port)| Connection {
+    let owner = (select(USERS.to_vec()), select(CGROUPS.to_vec()));
+    (direction, prop_oneof![v4, v6], ports(), ports(), owner).prop_map(
+        |(direction, (local, remote), local_port, remote_port, (user, cgroup))| Connection {
             direction,
             local: (local, local_port),
             remote: (remote, remote_port),
+            user: user.0,
+            cgroup,
         },
     )
 }
@@ -165,7 +217,7 @@ proptest! {
         connections in vec(connection(), 50),
     ) {
         let config = Config::with_rules(rules);
-        let entries = config.match_entries();
+        let entries = config.match_entries(&owners());
         for connection in &connections {
             let expected = decided_by_rules(&config, connection);
             prop_assert_eq!(decided_by_entries(&entries, connection), expected, "{:?}", connection);
@@ -177,13 +229,47 @@ proptest! {
 fn a_rule_without_conditions_is_one_entry_for_everything() {
     let config = Config::with_rules(vec![Rule::named("a")]);
     let entry = MatchEntry::any(0);
-    assert_eq!(config.match_entries(), [entry]);
+    assert_eq!(config.match_entries(&Owners::default()), [entry]);
+}
+
+#[test]
+fn an_owner_who_is_not_there_matches_nothing_and_others_of_the_rule_do() {
+    let rule = Rule {
+        users: vec![User::Name("gone".to_owned()), User::Uid(7)],
+        ..Rule::named("a")
+    };
+    let entries = Config::with_rules(vec![rule]).match_entries(&Owners::default());
+    let uids: Vec<(u8, u32)> = entries.iter().map(|e| (e.asks_user, e.uid)).collect();
+    assert_eq!(uids, [(1, 7)]);
+    let rule = Rule {
+        cgroups: vec!["/gone".to_owned()],
+        ..Rule::named("a")
+    };
+    let entries = Config::with_rules(vec![rule]).match_entries(&Owners::default());
+    assert_eq!(entries, []);
+}
+
+#[test]
+fn a_cgroup_that_was_made_again_has_an_entry_for_each_time() {
+    let rule = Rule {
+        cgroups: vec!["/a".to_owned(), "/a/b".to_owned()],
+        ..Rule::named("a")
+    };
+    let ids = [("/a", vec![5, 9]), ("/a/b", vec![6])];
+    let owners = Owners {
+        cgroups: ids.map(|(path, ids)| (path.to_owned(), ids)).into(),
+        ..Owners::default()
+    };
+    let entries = Config::with_rules(vec![rule]).match_entries(&owners);
+    let ids: Vec<u64> = entries.iter().map(|entry| entry.cgroup_id).collect();
+    assert_eq!(ids, [5, 9]);
 }
 
 /// Entries of a rule of these conditions.
 fn count(conditions: &str) -> usize {
     let rule = rule(&format!("{conditions}\nidle_timeout = '1s'"));
-    Config::with_rules(vec![rule]).match_entries().len()
+    let config = Config::with_rules(vec![rule]);
+    config.match_entries(&Owners::numbered(&config.rules)).len()
 }
 
 #[test]
@@ -199,6 +285,9 @@ fn what_can_be_joined_costs_no_entry() {
     );
     assert_eq!(count("local_ports = [1, 2, '3-5', '4-9']"), 1);
     assert_eq!(count("local_ports = ['1-65535', 7]"), 1);
+    assert_eq!(count("cgroups = ['/a', '/a/b', '/a/c/d']"), 1);
+    assert_eq!(count("cgroups = ['/a', '/']\nusers = [7, 7]"), 1);
+    assert_eq!(count("cgroups = ['/a', '/ab']\nusers = [7, 'x']"), 4);
     assert_eq!(count("local_ports = [1, 3]\nremote_ports = [1, 3, 5]"), 6);
     assert_eq!(
         count("local = ['10.0.0.1', 'fd00::1']\nremote = ['10.0.0.0/8', 'fd00::/8']"),
@@ -217,7 +306,7 @@ fn all_of_ipv6_is_one_entry() {
 fn exempt_rules_have_their_number_and_the_others_their_place() {
     let mut rules: Vec<Rule> = ["a", "b", "c"].map(Rule::named).into();
     rules[1].action = Action::Exempt;
-    let entries = Config::with_rules(rules).match_entries();
+    let entries = Config::with_rules(rules).match_entries(&Owners::default());
     let numbers: Vec<u16> = entries.iter().map(|entry| entry.rule).collect();
     assert_eq!(numbers, [0, RULE_EXEMPT, 2]);
 }

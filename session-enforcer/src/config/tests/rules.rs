@@ -319,13 +319,16 @@ fn with_ports(name: &str, local: u16, remote: u16) -> String {
 fn the_number_of_match_entries_is_bounded() {
     let full = with_ports("a", 64, 64);
     let config = Config::parse("x.toml", &full).unwrap();
-    assert_eq!(config.match_entries().len(), MAX_MATCH_ENTRIES as usize);
+    assert_eq!(
+        config.match_entries(&Owners::default()).len(),
+        MAX_MATCH_ENTRIES as usize
+    );
     let error = refused(&format!("{full}{}", with_ports("b", 1, 1)));
     assert_eq!(
         error,
         "x.toml:6:1: rule \"b\": the rules up to this one come to more than 4096 combinations of \
-         prefixes and port ranges, the most allowed (this one: 1, those before it: 4096); use \
-         wider prefixes and ranges"
+         prefixes, port ranges and owners, the most allowed (this one: 1, those before it: 4096); \
+         use wider prefixes and ranges"
     );
     let error = refused(&with_ports("a", 4000, 4000));
     assert!(

@@ -1,0 +1,103 @@
+//! Whose a connection is: the process that made the socket, its user and its cgroup. Of an accepted
+//! connection it is the process that made the listening socket.
+
+/// The owner of a socket, as it was when the socket was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Owner {
+    /// Identity of the cgroup: the inode number of its directory. 0 where the owner is not known.
+    pub cgroup_id: u64,
+    /// Number of the user, in the initial user namespace.
+    pub uid: u32,
+    /// Number of the process, in the initial process namespace; 0 where it is not known.
+    pub pid: u32,
+    /// Name of the process, ended by a zero; empty where it is not known.
+    pub comm: [u8; 16],
+}
+
+impl Owner {
+    /// An owner of whom nothing is known.
+    pub const UNKNOWN: Self = Self {
+        cgroup_id: 0,
+        uid: 0,
+        pid: 0,
+        comm: [0; 16],
+    };
+
+    /// Whether the cgroup and the user are known.
+    #[inline(always)]
+    pub const fn is_known(&self) -> bool {
+        self.cgroup_id != 0
+    }
+}
+
+/// Levels of cgroups below the root that rules can name.
+pub const MAX_CGROUP_LEVELS: usize = 16;
+
+/// The identities of a cgroup and of those above it, without the root; zeroes where there are no
+/// more. In no order: the identity of a cgroup is unique.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Ancestors(pub [u64; MAX_CGROUP_LEVELS]);
+
+impl Ancestors {
+    /// Those of a socket whose cgroup is not known.
+    pub const UNKNOWN: Self = Self([0; MAX_CGROUP_LEVELS]);
+
+    /// The first so many of these identities.
+    pub fn of(ids: &[u64]) -> Self {
+        let mut ancestors = Self::UNKNOWN;
+        for (place, id) in ancestors.0.iter_mut().zip(ids) {
+            *place = *id;
+        }
+        ancestors
+    }
+
+    /// Whether the cgroup of this identity, which is not 0, is among them.
+    #[inline(always)]
+    pub const fn contains(&self, cgroup_id: u64) -> bool {
+        let mut found = false;
+        let mut level = 0;
+        // All are compared: no branch for the verifier to follow.
+        while level < MAX_CGROUP_LEVELS {
+            found |= self.0[level] == cgroup_id;
+            level += 1;
+        }
+        found
+    }
+}
+
+const _: () = {
+    assert!(size_of::<Owner>() == 32 && align_of::<Owner>() == 8);
+    assert!(size_of::<Ancestors>() == 128 && align_of::<Ancestors>() == 8);
+};
+
+// SAFETY: integers only, no padding (the sizes are asserted above), any bit pattern is valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Owner {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Ancestors {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_is_found_and_nothing_else() {
+        let ids: Vec<u64> = (1..=MAX_CGROUP_LEVELS as u64).collect();
+        let ancestors = Ancestors::of(&ids);
+        assert!(ids.iter().all(|id| ancestors.contains(*id)));
+        assert!(!ancestors.contains(MAX_CGROUP_LEVELS as u64 + 1));
+        assert!(!Ancestors::of(&[4]).contains(5));
+    }
+
+    #[test]
+    fn more_levels_than_are_kept_are_cut() {
+        let ids: Vec<u64> = (1..=MAX_CGROUP_LEVELS as u64 + 3).collect();
+        assert_eq!(
+            Ancestors::of(&ids),
+            Ancestors::of(&ids[..MAX_CGROUP_LEVELS])
+        );
+    }
+}

@@ -1,0 +1,231 @@
+//! Whose the sessions are, where the kernel does not know: sockets older than the programs, and
+//! cgroups that come while the daemon runs.
+
+use anyhow::Result;
+use session_enforcer_common::{Ancestors, Owner, Session};
+
+use super::enforcer::{Enforcer, RETRY_NS};
+use crate::{
+    adopt::{self, Listeners},
+    bpf::{Adoption, BpfError},
+    cgroup::Cgroup,
+    clock::monotonic_ns,
+    config::Config,
+    metrics::Untracked,
+    processes::Sockets,
+    schedule::Group,
+    sock_diag::{Info, Socket, Target, state},
+};
+
+/// What the kernel's socket table says of a session's owner.
+enum Found {
+    /// The owner, and what passed so far.
+    Owner(Owner, Option<Info>),
+    /// There is no such socket any more.
+    Gone,
+    /// The table cannot be asked.
+    Unreachable,
+}
+
+impl Enforcer {
+    /// The cgroups above one, the kernel's word first: it remembers those that are no more.
+    pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Ancestors {
+        match self.kernel.ancestors(cgroup_id) {
+            Ok(Some(ancestors)) => ancestors,
+            _ => self.directory.ancestors(cgroup_id),
+        }
+    }
+
+    /// The rule of a session; none where no rule matches it any more, or an exempting one does.
+    pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
+        self.book.rule_of(session, |id| self.ancestors_of(id))
+    }
+
+    /// Notes where a cgroup is while it is there, for the audit, and what is above it, for the
+    /// kernel.
+    pub(super) fn note_cgroup(&mut self, cgroup_id: u64) -> Result<(), BpfError> {
+        self.directory.remember(cgroup_id);
+        if self.kernel.ancestors(cgroup_id)?.is_none() {
+            let ancestors = self.directory.ancestors(cgroup_id);
+            self.kernel.note_ancestors(cgroup_id, &ancestors)?;
+        }
+        Ok(())
+    }
+
+    /// Notes the owners of the sockets that listen, for those that they will accept.
+    pub(super) fn note_listeners(&mut self, sockets: &[Socket], processes: &Sockets) -> Result<()> {
+        let alone = Listeners::default();
+        for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
+            let Some(holder) = processes.holder(socket.inode) else {
+                continue;
+            };
+            let owner = Owner {
+                pid: holder.pid,
+                comm: holder.comm(),
+                ..adopt::owner(socket, &alone)
+            };
+            match holder.duplicate() {
+                Ok(fd) if owner.is_known() => {
+                    self.note_cgroup(owner.cgroup_id)?;
+                    self.kernel.note_owner(&fd, &owner)?;
+                }
+                Ok(_) => {}
+                // What it accepts is asked about one by one.
+                Err(error) => tracing::debug!(
+                    "the owner of the listener on port {} is not noted: {error}",
+                    socket.target.local_port
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the owner of a session and the rule that is then its own, and puts both into the
+    /// session map. None, after it was dealt with, where the session is not to be judged now.
+    pub(super) fn settle_owner(
+        &mut self,
+        cookie: u64,
+        session: &Session,
+    ) -> Result<Option<Session>> {
+        let (owner, passed) = match self.find_owner(cookie, session) {
+            Found::Owner(owner, passed) => (owner, passed),
+            Found::Gone => {
+                self.drop_undecided(cookie, session)?;
+                return Ok(None);
+            }
+            Found::Unreachable => {
+                self.schedule.rearm(cookie, monotonic_ns() + RETRY_NS);
+                return Ok(None);
+            }
+        };
+        self.note_cgroup(owner.cgroup_id)?;
+        let mut settled = Session { owner, ..*session };
+        let Some(rule) = self.rule_of(&settled) else {
+            self.drop_undecided(cookie, session)?;
+            return Ok(None);
+        };
+        (settled.rule, settled.generation) = (rule, self.book.generation);
+        if !self.replace(cookie, &mut settled, passed)? {
+            return Ok(None);
+        }
+        if session.generation == 0 {
+            self.metrics.opened(usize::from(rule));
+        }
+        let group = Group {
+            netns_cookie: settled.netns_cookie,
+            rule,
+        };
+        self.add(cookie, group, u64::MAX);
+        Ok(Some(settled))
+    }
+
+    fn find_owner(&mut self, cookie: u64, session: &Session) -> Found {
+        match self.ask_owner(cookie, session) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!("looking for the owner of session {cookie}: {error:#}");
+                self.namespaces.reopen(session.netns_cookie);
+                Found::Unreachable
+            }
+        }
+    }
+
+    fn ask_owner(&mut self, cookie: u64, session: &Session) -> Result<Found> {
+        let diag = self.namespaces.get(session.netns_cookie)?;
+        let Some(socket) = diag.look(&Target::of(cookie, session))? else {
+            return Ok(Found::Gone);
+        };
+        let listeners = Listeners::among(&diag.dump(state::bit(state::LISTEN))?);
+        let owner = adopt::owner(&socket, &listeners);
+        anyhow::ensure!(owner.is_known(), "the kernel does not tell its cgroup");
+        Ok(Found::Owner(owner, socket.info))
+    }
+
+    /// Puts a session into the place of itself. Whether it is there then.
+    ///
+    /// A record cannot be changed where it is: that could undo the stamp of a packet. It is taken
+    /// out and put in again, and what passed between is told by the byte counts.
+    fn replace(
+        &mut self,
+        cookie: u64,
+        session: &mut Session,
+        passed: Option<Info>,
+    ) -> Result<bool> {
+        if !self.put_anew(cookie, session)? {
+            return Ok(false);
+        }
+        let bytes = |info: Info| (info.bytes_received, info.bytes_sent);
+        match self.find_owner(cookie, session) {
+            Found::Owner(_, now) if now.map(bytes) == passed.map(bytes) => Ok(true),
+            // Something passed. Counted as active at this moment: later than that, so never early.
+            Found::Owner(..) | Found::Unreachable => {
+                let now_ns = monotonic_ns();
+                (session.last_received_ns, session.last_sent_ns) = (now_ns, now_ns);
+                self.put_anew(cookie, session)
+            }
+            Found::Gone => {
+                // It closed when it was not in the map.
+                self.kernel.remove(cookie)?;
+                self.forget(cookie);
+                Ok(false)
+            }
+        }
+    }
+
+    fn put_anew(&mut self, cookie: u64, session: &Session) -> Result<bool> {
+        if !self.kernel.remove(cookie)? {
+            self.forget(cookie);
+            return Ok(false);
+        }
+        if self.kernel.adopt(cookie, session)? == Adoption::Full {
+            // Another session took its place in the map.
+            self.metrics.untracked(Untracked::MapFull);
+            self.forget(cookie);
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// Takes a session out of the map that is not any rule's, or is gone. One that was never
+    /// decided about was not counted as opened, and is not as closed.
+    fn drop_undecided(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        if session.generation != 0 {
+            return self.release(cookie, session);
+        }
+        self.kernel.remove(cookie)?;
+        self.forget(cookie);
+        Ok(())
+    }
+
+    /// Looks whether cgroups that the rules name have come. The sockets of one that has are matched
+    /// from now on, and those that it has already are adopted.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel's maps refuse.
+    pub fn cgroups_changed(
+        &mut self,
+        config: &Config,
+        cgroup: &Cgroup,
+        all_namespaces: bool,
+    ) -> Result<()> {
+        if !self.directory.look_again() {
+            return Ok(());
+        }
+        // The same policy, of the same generation: what was decided about sessions stands.
+        self.book.set_owners(config, self.directory.owners());
+        self.kernel.put_policy(
+            self.book.generation,
+            &self.book.entries,
+            &self.book.policies(),
+        )?;
+        let adopted = self.adopt(cgroup, all_namespaces)?;
+        tracing::info!("a cgroup of the rules has come; {adopted} connections adopted");
+        Ok(())
+    }
+
+    /// The directories of the cgroups that the rules name.
+    pub fn cgroup_directories(&self) -> Vec<std::path::PathBuf> {
+        self.directory.directories()
+    }
+}
