@@ -12,9 +12,10 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A watch on the parents of directories.
+/// A watch on the parents of directories. Without any directory it takes nothing from the system.
+#[derive(Default)]
 pub struct Watch {
-    inotify: AsyncFd<Instance>,
+    inotify: Option<AsyncFd<Instance>>,
     watched: Vec<WatchDescriptor>,
 }
 
@@ -28,33 +29,27 @@ impl AsRawFd for Instance {
 }
 
 impl Watch {
-    /// A watch of nothing yet.
-    ///
-    /// # Errors
-    ///
-    /// Where the system gives no more of them (`fs.inotify.max_user_instances`).
-    pub fn new() -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-        // SAFETY: the instance owns its descriptor and gives the same one until it is dropped.
-        let inotify =
-            unsafe { AsyncFd::register_with_interest(Instance(inotify), Interest::READABLE) };
-        Ok(Self {
-            inotify: inotify?,
-            watched: Vec::new(),
-        })
-    }
-
     /// Watches for these directories to come and go, and for nothing else any more. A directory
     /// whose parent is not there either is waited for from further up.
     ///
     /// # Errors
     ///
-    /// Where the system refuses a watch (`fs.inotify.max_user_watches`).
+    /// Where the system gives no more watches (`fs.inotify.max_user_instances` and
+    /// `fs.inotify.max_user_watches`). The watch is as it was then, or a part of what was asked for.
     pub fn set(&mut self, directories: &[PathBuf]) -> io::Result<()> {
-        let mut watched = self.nearest(directories)?;
+        if directories.is_empty() {
+            *self = Self::default();
+            return Ok(());
+        }
+        let inotify = match self.inotify.take() {
+            Some(inotify) => inotify,
+            None => open()?,
+        };
+        let Instance(instance) = self.inotify.insert(inotify).get_ref();
+        let mut watched = nearest(instance, directories)?;
         // A parent may have come while this looked.
         loop {
-            let again = self.nearest(directories)?;
+            let again = nearest(instance, directories)?;
             if again == watched {
                 break;
             }
@@ -64,29 +59,10 @@ impl Watch {
         for old in std::mem::replace(&mut self.watched, watched) {
             if !self.watched.contains(&old) {
                 // Of a directory that has gone, the watch has too.
-                let _ = self.inotify.get_ref().0.rm_watch(old);
+                let _ = instance.rm_watch(old);
             }
         }
         Ok(())
-    }
-
-    fn nearest(&self, directories: &[PathBuf]) -> nix::Result<Vec<WatchDescriptor>> {
-        let nearest = |directory: &PathBuf| {
-            let mut parents = directory.ancestors().skip(1);
-            parents.find_map(|parent| match self.add(parent) {
-                Err(Errno::ENOENT) => None,
-                other => Some(other),
-            })
-        };
-        directories.iter().filter_map(nearest).collect()
-    }
-
-    fn add(&self, directory: &Path) -> nix::Result<WatchDescriptor> {
-        let flags = AddWatchFlags::IN_CREATE
-            | AddWatchFlags::IN_DELETE
-            | AddWatchFlags::IN_DELETE_SELF
-            | AddWatchFlags::IN_ONLYDIR;
-        self.inotify.get_ref().0.add_watch(directory, flags)
     }
 
     /// Waits until something has come or gone beside one of the directories.
@@ -95,8 +71,11 @@ impl Watch {
     ///
     /// Where the watch cannot be read any more.
     pub async fn changed(&mut self) -> io::Result<()> {
+        let Some(inotify) = &mut self.inotify else {
+            return std::future::pending().await;
+        };
         loop {
-            let mut guard = self.inotify.readable_mut().await?;
+            let mut guard = inotify.readable_mut().await?;
             // What it was does not matter: the directories are looked at.
             let read = guard.try_io(|inotify| Ok(inotify.get_ref().0.read_events()?));
             match read {
@@ -104,5 +83,75 @@ impl Watch {
                 Err(_would_block) => {}
             }
         }
+    }
+}
+
+fn open() -> io::Result<AsyncFd<Instance>> {
+    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+    // SAFETY: the instance owns its descriptor and gives the same one until it is dropped.
+    let registered =
+        unsafe { AsyncFd::register_with_interest(Instance(inotify), Interest::READABLE) };
+    Ok(registered?)
+}
+
+/// Watches, for each directory, the one next above it that is there.
+fn nearest(inotify: &Inotify, directories: &[PathBuf]) -> nix::Result<Vec<WatchDescriptor>> {
+    let nearest = |directory: &PathBuf| {
+        let mut parents = directory.ancestors().skip(1);
+        parents.find_map(|parent| match add(inotify, parent) {
+            Err(Errno::ENOENT) => None,
+            other => Some(other),
+        })
+    };
+    directories.iter().filter_map(nearest).collect()
+}
+
+fn add(inotify: &Inotify, directory: &Path) -> nix::Result<WatchDescriptor> {
+    let flags = AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_DELETE
+        | AddWatchFlags::IN_DELETE_SELF
+        | AddWatchFlags::IN_ONLYDIR;
+    inotify.add_watch(directory, flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+    const NEVER: Duration = Duration::from_millis(50);
+
+    async fn has_changed(watch: &mut Watch, within: Duration) -> bool {
+        timeout(within, watch.changed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn directories_are_waited_for_from_wherever_their_path_ends() {
+        let top = tempfile::tempdir().unwrap();
+        let wanted = [top.path().join("a/b/c")];
+        let mut watch = Watch::default();
+        watch.set(&wanted).unwrap();
+        assert!(!has_changed(&mut watch, NEVER).await);
+        for part in ["a", "a/b", "a/b/c"] {
+            fs::create_dir(top.path().join(part)).unwrap();
+            assert!(has_changed(&mut watch, SOON).await, "{part}");
+            watch.set(&wanted).unwrap();
+        }
+        fs::remove_dir(top.path().join("a/b/c")).unwrap();
+        assert!(has_changed(&mut watch, SOON).await);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_asked_for_any_more_is_not_watched() {
+        let top = tempfile::tempdir().unwrap();
+        let mut watch = Watch::default();
+        watch.set(&[top.path().join("a")]).unwrap();
+        watch.set(&[]).unwrap();
+        fs::create_dir(top.path().join("a")).unwrap();
+        assert!(!has_changed(&mut watch, NEVER).await);
     }
 }

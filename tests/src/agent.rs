@@ -58,6 +58,13 @@ impl Place {
         self
     }
 
+    /// The same place in the cgroup of this directory.
+    #[must_use]
+    pub fn in_directory(mut self, cgroup: &Path) -> Self {
+        self.cgroup = Some(cgroup.to_owned());
+        self
+    }
+
     /// The same place in this network namespace.
     #[must_use]
     pub fn in_netns(mut self, netns: &Netns) -> Self {
@@ -145,6 +152,11 @@ impl Agent {
         // Its first answer shows that it is where it should be.
         agent.socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
         Ok(agent)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// A socket that belongs to the agent's place, made with the arguments of socket(2).

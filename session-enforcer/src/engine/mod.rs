@@ -93,7 +93,7 @@ impl Engine {
             timer: Timer::new().context("making a timer")?,
             requests,
             signals,
-            watch: Watch::new().context("making an inotify watch")?,
+            watch: Watch::default(),
         })
     }
 
@@ -157,9 +157,12 @@ impl Engine {
     fn follow_cgroups(&mut self) -> Result<()> {
         // Watched first: one that comes between is found by the look.
         let directories = self.enforcer.cgroup_directories();
-        self.watch
-            .set(&directories)
-            .context("watching the cgroups of the rules")?;
+        if let Err(error) = self.watch.set(&directories) {
+            tracing::error!(
+                "a cgroup of the rules that comes later is not seen before the next SIGHUP, no \
+                 inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
+            );
+        }
         // What was opened before is known when connections are adopted.
         self.events.read_all(&mut self.enforcer)?;
         let Reloading { config, cgroup, .. } = &self.reloading;

@@ -1,0 +1,311 @@
+//! Rules of an owner: the user and the cgroup of the process that made the socket, or, of an
+//! accepted connection, of the one that made the socket which listens.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+use session_enforcer_tests::{
+    Agent, Cgroup, Daemon, Lab, Listener, PATIENCE, Pair, Place, Record, eventually,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const SHORT: &str = "idle_timeout = \"2s\"";
+/// Users without a name, one of them beyond 31 bits.
+const UID: u32 = 3_999_999_999;
+const OTHER_UID: u32 = 12_345;
+
+/// `CAP_NET_ADMIN`, `CAP_PERFMON` and `CAP_BPF` (linux/capability.h), with which the daemon runs in
+/// its own network namespace.
+const FEWEST: [u8; 3] = [12, 38, 39];
+const OWN_NAMESPACE: &str = "[daemon]\nnetwork_namespaces = \"own\"\n";
+
+fn rule(name: &str, conditions: &str, limit: &str) -> String {
+    format!("[[rule]]\nname = \"{name}\"\n{conditions}\n{limit}\n")
+}
+
+fn of_cgroup(cgroup: &Cgroup) -> Result<String> {
+    let conditions = format!("cgroups = [\"{}\"]", cgroup.name()?);
+    Ok(rule("owned", &conditions, SHORT))
+}
+
+fn of_users(users: &str) -> String {
+    rule("owned", &format!("users = [{users}]"), SHORT)
+}
+
+fn listen(agent: &Agent) -> Result<Listener> {
+    agent.listen((Ipv4Addr::LOCALHOST, 0))
+}
+
+fn assert_reset(daemon: &Daemon, pair: &Pair) -> Result<Record> {
+    let record = daemon.wait_for_termination_of(pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert_eq!(record.text("rule.name"), "owned");
+    Ok(record)
+}
+
+fn opened(daemon: &Daemon) -> Result<f64> {
+    daemon.metric("session_enforcer_sessions_opened_total", &[])
+}
+
+#[test]
+fn a_rule_of_a_cgroup_takes_the_connections_of_it_and_of_those_below() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
+    let below = named.child()?;
+    let daemon = lab.daemon(&of_cgroup(&named)?)?;
+    let at = |cgroup: &Cgroup| lab.at(&Place::here().in_cgroup(cgroup));
+    let [own, inner, other] = [at(&named)?, at(&below)?, at(&beside)?];
+    let accepted = Pair::open(&lab.outside, &listen(&own)?)?;
+    let accepted_below = Pair::open(&lab.outside, &listen(&inner)?)?;
+    let dialled = Pair::open(&inner, &listen(&lab.outside)?)?;
+    let elsewhere = Pair::open(&lab.outside, &listen(&other)?)?;
+    let above = Pair::open(&lab.outside, &listen(&lab.inside)?)?;
+    for pair in [&accepted, &accepted_below, &dialled] {
+        assert_reset(&daemon, pair)?;
+    }
+    above.opened.wait(2 * LIMIT);
+    elsewhere.round_trip()?;
+    above.round_trip()?;
+    assert_eq!(opened(&daemon)?, 3.0);
+    Ok(())
+}
+
+#[test]
+fn a_rule_of_a_user_takes_the_connections_of_that_user_in_both_directions() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&of_users(&format!("\"nobody\", {UID}")))?;
+    let of_user = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
+    let nobody = nix::unistd::User::from_name("nobody")?.context("a user nobody")?;
+    let [by_number, by_name, other] = [
+        of_user(UID)?,
+        of_user(nobody.uid.as_raw())?,
+        of_user(OTHER_UID)?,
+    ];
+    let accepted = Pair::open(&lab.outside, &by_number.listen((Ipv6Addr::LOCALHOST, 0))?)?;
+    let dialled = Pair::open(&by_name, &listen(&lab.outside)?)?;
+    let others = [
+        Pair::open(&other, &listen(&lab.inside)?)?,
+        Pair::open(&lab.outside, &listen(&other)?)?,
+    ];
+    assert_reset(&daemon, &accepted)?;
+    let record = assert_reset(&daemon, &dialled)?;
+    assert_eq!(record.text("user.name"), "nobody");
+    others[1].opened.wait(2 * LIMIT);
+    for pair in &others {
+        pair.round_trip()?;
+    }
+    assert_eq!(opened(&daemon)?, 2.0);
+    Ok(())
+}
+
+#[test]
+fn both_conditions_must_hold_and_the_first_rule_decides() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let named = lab.cgroup.child()?;
+    let path = named.name()?;
+    let both = format!("cgroups = [\"{path}\"]\nusers = [{UID}]");
+    let config = rule("exempt", &both, "action = \"exempt\"") + &of_cgroup(&named)?;
+    let daemon = lab.daemon(&config)?;
+    let exempt = lab.at(&Place::here().in_cgroup(&named).as_user(UID))?;
+    let other = lab.at(&Place::here().in_cgroup(&named))?;
+    let lives = Pair::open(&lab.outside, &listen(&exempt)?)?;
+    let dies = Pair::open(&lab.outside, &listen(&other)?)?;
+    assert_reset(&daemon, &dies)?;
+    lives.opened.wait(2 * LIMIT);
+    lives.round_trip()?;
+    Ok(())
+}
+
+/// Of sockets that are older than the daemon: a connection, and one that listens, with what it
+/// accepts later.
+fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let named = lab.cgroup.child()?;
+    let (owner, other) = (
+        lab.at(&Place::here().in_cgroup(&named).as_user(UID))?,
+        lab.at(&Place::here().in_cgroup(&named).as_user(OTHER_UID))?,
+    );
+    let [mine, theirs] = [listen(&owner)?, listen(&other)?];
+    let older = Pair::open(&lab.outside, &mine)?;
+    let older_of_other = Pair::open(&lab.outside, &theirs)?;
+    let path = named.name()?;
+    let conditions = format!("cgroups = [\"{path}\"]\nusers = [{UID}]");
+    let config = OWN_NAMESPACE.to_owned() + &rule("owned", &conditions, SHORT);
+    let launch = lab.launch().config(&config);
+    let launch = match capabilities {
+        Some(bits) => launch.capabilities(bits),
+        None => launch,
+    };
+    let daemon = launch.start()?;
+    let newer = Pair::open(&lab.outside, &mine)?;
+    let newer_of_other = Pair::open(&lab.outside, &theirs)?;
+    let busy = Pair::open(&lab.outside, &mine)?;
+    let last = busy.keep_busy(LIMIT)?;
+    for pair in [&older, &newer] {
+        let record = assert_reset(&daemon, pair)?;
+        assert_eq!(record.text("user.id"), UID.to_string());
+        // Without the capability to look for it, the path is not known, and left out.
+        let known = capabilities.map_or(path.as_str(), |_| "");
+        assert_eq!(record.text("session_enforcer.cgroup"), known);
+    }
+    let record = daemon.wait_for_termination_of(&busy)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    newer_of_other.opened.wait(2 * LIMIT);
+    older_of_other.round_trip()?;
+    newer_of_other.round_trip()?;
+    assert_eq!(opened(&daemon)?, 2.0);
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
+        1.0
+    );
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn what_older_listeners_accept_is_owned_as_what_newer_ones_do() -> Result<()> {
+    assert_older_sockets_are_owned(None)
+}
+
+/// Without `CAP_SYS_PTRACE` the daemon cannot note the owners of older listeners at its start, and
+/// without `CAP_DAC_READ_SEARCH` not find the path of a cgroup.
+#[test]
+fn where_an_older_listener_cannot_be_noted_its_connections_are_asked_about() -> Result<()> {
+    assert_older_sockets_are_owned(Some(&FEWEST))
+}
+
+#[test]
+fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let daemon = lab
+        .launch()
+        .config(&format!("{OWN_NAMESPACE}{}", of_users("0")))
+        .capabilities(&FEWEST)
+        .start()?;
+    for _ in 0..50 {
+        drop(Pair::open(&lab.outside, &listener)?);
+    }
+    let last = Pair::open(&lab.outside, &listener)?;
+    assert_reset(&daemon, &last)?;
+    assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    Ok(())
+}
+
+#[test]
+fn the_audit_knows_the_owner_also_when_process_and_cgroup_have_gone() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let unit = lab.cgroup.child()?;
+    let name = unit.name()?;
+    let daemon = lab.daemon(&rule("owned", "", SHORT))?;
+    let agent = lab.at(&Place::here().in_cgroup(&unit).as_user(UID))?;
+    let pid = agent.pid();
+    let listener = listen(&agent)?;
+    let accepted = Pair::open(&lab.outside, &listener)?;
+    let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
+    // The daemon has read of them before all is gone.
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+    drop(agent);
+    drop(unit);
+    for pair in [&accepted, &dialled] {
+        let record = assert_reset(&daemon, pair)?;
+        assert_eq!(record.at("process.pid").as_u64(), Some(u64::from(pid)));
+        // As the kernel keeps it: the first 15 characters.
+        assert_eq!(record.text("process.name"), "session-enforce");
+        assert_eq!(record.text("user.id"), UID.to_string());
+        assert!(record.at("user.name").is_null());
+        assert_eq!(record.text("session_enforcer.cgroup"), name);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let slice = lab.cgroup.child()?;
+    let path = slice.path().join("unit/inner");
+    let conditions = format!("cgroups = [\"{}/unit/inner\"]", slice.name()?);
+    let limit = Duration::from_secs(5);
+    let daemon = lab.daemon(&rule("owned", &conditions, "idle_timeout = \"5s\""))?;
+    let (mut listeners, mut pairs) = (Vec::new(), Vec::new());
+    for is_late in [false, true, false] {
+        if is_late {
+            // The connection is there before the daemon knows of the cgroup: it is adopted.
+            daemon.signal(Signal::SIGSTOP)?;
+        }
+        std::fs::create_dir_all(&path)?;
+        let agent = lab.at(&Place::here().in_directory(&path))?;
+        let listener = listen(&agent)?;
+        pairs.push(Pair::open(&lab.outside, &listener)?);
+        listeners.push(listener);
+        daemon.signal(Signal::SIGCONT)?;
+        daemon.wait_for_metric("session_enforcer_sessions", &[], pairs.len() as f64)?;
+        drop(agent);
+        remove(&path)?;
+        std::fs::remove_dir(path.parent().context("a parent")?)?;
+    }
+    // Those of the former ones stay theirs.
+    for pair in &pairs {
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, limit);
+        assert!(conditions.contains(record.text("session_enforcer.cgroup")));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_reload_decides_anew_about_owners() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let gone = lab.cgroup.child()?;
+    let older = listen(&lab.at(&Place::here().in_cgroup(&gone).as_user(UID))?)?;
+    let daemon = lab.daemon(&rule("all", "", "idle_timeout = \"1h\""))?;
+    let newer = listen(&lab.at(&Place::here().in_cgroup(&gone).as_user(OTHER_UID))?)?;
+    let pairs = [&older, &newer].map(|listener| Pair::open(&lab.outside, listener));
+    let [mine, theirs] = pairs;
+    let (mine, theirs) = (mine?, theirs?);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+    let conditions = format!("cgroups = [\"{}\"]\nusers = [{UID}]", gone.name()?);
+    let log = daemon.reload(&rule("owned", &conditions, "idle_timeout = \"1s\""))?;
+    assert!(log.contains("in force"), "{log}");
+    let record = daemon.wait_for_termination_of(&mine)?;
+    assert_eq!(record.text("rule.name"), "owned");
+    theirs.round_trip()?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    // Back: the other is tracked again.
+    daemon.reload(&of_users(&OTHER_UID.to_string()))?;
+    let last = theirs.round_trip()?;
+    let record = daemon.wait_for_termination_of(&theirs)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let wrong = of_users("\"no-such-user\"");
+    let refused = lab.launch().config(&wrong).refused()?;
+    assert_eq!(refused.code, 78, "{}", refused.stderr);
+    let said = "rule \"owned\": users: there is no user \"no-such-user\" on this host; create it, \
+                or give the uid";
+    assert!(refused.stderr.contains(said), "{}", refused.stderr);
+    let daemon = lab.daemon(&of_users("0"))?;
+    let pair = Pair::open(&lab.outside, &listen(&lab.inside)?)?;
+    let log = daemon.reload(&wrong)?;
+    assert!(log.contains(said), "{log}");
+    assert_reset(&daemon, &pair)?;
+    Ok(())
+}
+
+/// Removes a cgroup as soon as its processes have left it.
+fn remove(path: &std::path::Path) -> Result<()> {
+    eventually("the cgroup is removed", PATIENCE, || {
+        Ok(std::fs::remove_dir(path).is_ok().then_some(()))
+    })
+}
