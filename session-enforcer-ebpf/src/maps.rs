@@ -49,8 +49,8 @@ pub(crate) static RULE_COUNTERS: PerCpuArray<RuleCounters, { MAX_RULES as usize 
 #[btf_map]
 pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerCpuArray::new();
 
-/// Openings and closings of tracked sessions, for the daemon's schedule. 1 MiB holds 26,000 events
-/// (32 bytes and a header of 8): a quarter of a second at 100,000 events a second, while the
+/// Openings and closings of tracked sessions, for the daemon's schedule. 1 MiB holds 21,800 events
+/// (40 bytes and a header of 8): a fifth of a second at 100,000 events a second, while the
 /// daemon reads every 100 ms at the latest.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();

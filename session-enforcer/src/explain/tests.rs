@@ -279,6 +279,10 @@ fn the_examples_decide_as_the_cookbook_says() {
             "observed pod-egress",
         ),
         ("kubernetes-node in 10.0.0.3:22 192.0.2.1:1", "not tracked"),
+        (
+            "kubernetes-node out 10.0.0.3:1 192.0.2.1:443 /system.slice/kubelet.service",
+            "exempt node-services",
+        ),
         ("everything-inbound in [::1]:22 [::1]:1", "exempt loopback"),
         (
             "everything-inbound in 10.0.0.5:179 192.0.2.1:1",
@@ -321,9 +325,10 @@ fn the_examples_decide_as_the_cookbook_says() {
         };
         let mut out = Vec::new();
         let path = examples.join(words[0]).with_extension("toml");
+        let cgroup = words.get(4).unwrap_or(&"/kubepods.slice/pod1/c");
         let circumstances = Circumstances {
             direction: Some(direction),
-            ..Circumstances::default()
+            ..of(None, Some(cgroup))
         };
         explain(&path, &ends(words[2], words[3]), &circumstances, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
