@@ -12,6 +12,8 @@ pub enum EventKind {
     /// [`flags::END_UNREPORTED`](crate::flags::END_UNREPORTED)) passed a FIN or RST: it may end soon, and the
     /// daemon must look.
     MayEnd = 3,
+    /// The gate refused payload of a session past its deadline.
+    Expired = 4,
 }
 
 /// One record of the ring buffer.
@@ -81,6 +83,7 @@ impl Event {
             1 => EventKind::Opened,
             2 => EventKind::Closed,
             3 => EventKind::MayEnd,
+            4 => EventKind::Expired,
             other => return Err(EventError::Kind(other)),
         };
         Ok((kind, event))
@@ -117,6 +120,6 @@ mod tests {
         assert_eq!(Event::parse(&whole[..31]), Err(EventError::Length(31)));
         assert_eq!(Event::parse(&[0; 33]), Err(EventError::Length(33)));
         assert_eq!(Event::parse(&record(0)), Err(EventError::Kind(0)));
-        assert_eq!(Event::parse(&record(4)), Err(EventError::Kind(4)));
+        assert_eq!(Event::parse(&record(5)), Err(EventError::Kind(5)));
     }
 }

@@ -13,7 +13,7 @@ mod matching;
 mod policy;
 mod session;
 
-pub use counters::{ErrorKind, RuleCounters};
+pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};

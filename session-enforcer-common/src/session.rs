@@ -68,6 +68,10 @@ pub mod flags {
     /// connections that are older than the daemon: the callback flag can only be set from within a
     /// callback, and an established socket has none to come.
     pub const END_UNREPORTED: u8 = 1;
+    /// The gate has refused payload of this session and the daemon has been told
+    /// ([`EventKind::Expired`](crate::EventKind::Expired)), so that a flood of late packets is no
+    /// flood of events. Gone with the next payload that passes.
+    pub const EXPIRY_REPORTED: u8 = 2;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the

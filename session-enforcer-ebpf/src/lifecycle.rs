@@ -128,9 +128,10 @@ fn closed(ctx: &SockOpsContext) {
     }
 }
 
-/// Tells the daemon. The ring buffer wakes it only where it has read everything before.
+/// Tells the daemon; whether it will hear. The ring buffer wakes it only where it has read
+/// everything before.
 #[inline(always)]
-pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
+pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
     let event = Event {
         cookie,
         netns_cookie: session.netns_cookie,
@@ -139,9 +140,11 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
         rule: session.rule,
         generation: session.generation as u16,
     };
-    if EVENTS.output(event, 0).is_err() {
+    let taken = EVENTS.output(event, 0).is_ok();
+    if !taken {
         counters::error(ErrorKind::EventLost);
     }
+    taken
 }
 
 #[inline(always)]

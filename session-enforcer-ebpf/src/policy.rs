@@ -1,13 +1,15 @@
-//! Which rule decides about a connection, by the match table in force.
+//! Which rule decides about a connection, by the match table in force, and its limits.
 
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
-use session_enforcer_common::{ErrorKind, Facts, MAX_MATCH_ENTRIES, Table, matches};
+use session_enforcer_common::{
+    ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Policy, Session, Table, matches,
+};
 
 use crate::{
     counters,
-    maps::{ACTIVE_TABLE, MATCH_ENTRIES, MATCH_TABLES},
+    maps::{ACTIVE_TABLE, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
 };
 
 /// What a table says about a connection.
@@ -16,6 +18,50 @@ pub(crate) struct Decision {
     pub rule: u16,
     /// Generation of the table.
     pub generation: u32,
+}
+
+/// Index of the table in force.
+#[inline(always)]
+fn active_table() -> u32 {
+    ACTIVE_TABLE
+        .get(0)
+        .map_or(0, |active| active % Table::COUNT)
+}
+
+/// The limits in force of a session, after it was matched again where another policy came into
+/// force since its last payload. `None` where nothing is known to limit it: no rule matches it any
+/// more, or an exempting one does, and it is the daemon's to release; or a map cannot be read, and
+/// errors are on the side of life.
+#[inline(always)]
+pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
+    let Some(policy) = limits(session.rule) else {
+        counters::error(ErrorKind::TableUnreadable);
+        return None;
+    };
+    if policy.generation == session.generation {
+        return Some(policy);
+    }
+    of_rule_anew(session)
+}
+
+/// The limits of a rule; none for an exempting one.
+#[inline(always)]
+fn limits(rule: u16) -> Option<&'static Policy> {
+    let rule = u32::from(rule);
+    if rule >= MAX_RULES {
+        return None;
+    }
+    POLICIES.get(active_table() * MAX_RULES + rule)
+}
+
+#[inline(never)]
+fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
+    let decision = decide(&Facts::of(session))?;
+    let policy = limits(decision.rule)?;
+    session.rule = decision.rule;
+    session.generation = decision.generation;
+    // The policy may have changed again between the two look-ups.
+    (policy.generation == decision.generation).then_some(policy)
 }
 
 /// What the loop over the match entries works on.
@@ -30,9 +76,7 @@ struct Search {
 /// What the table in force says about the connection; nothing where no entry applies.
 #[inline(always)]
 pub(crate) fn decide(facts: &Facts) -> Option<Decision> {
-    let active = ACTIVE_TABLE
-        .get(0)
-        .map_or(0, |active| active % Table::COUNT);
+    let active = active_table();
     let Some(table) = MATCH_TABLES.get(active) else {
         counters::error(ErrorKind::TableUnreadable);
         return None;
