@@ -124,15 +124,20 @@ impl Policy {
             .saturating_add(self.lag_ns)
     }
 
-    /// Whether the gate may have to refuse payload that passes when the coarse clock shows this:
-    /// only then is the precise clock, which costs three times as much, worth reading.
+    /// Until when on the coarse clock, which shows `coarse_ns` now, the gate is open whatever passes
+    /// until then. Where that is not after `coarse_ns`, only the precise clock can tell.
     ///
-    /// The coarse clock is behind by [`lag_ns`](Self::lag_ns) at most, and no session that a
-    /// [`verdict`] lets live was past its limit before: one that lives at the latest time that it
-    /// may be lives now.
+    /// What passes from now on is stamped `coarse_ns` or later, so a [`verdict`] of this time says when
+    /// to look again; and the precise clock is ahead by [`lag_ns`](Self::lag_ns) at most.
     #[inline]
-    pub fn may_refuse(&self, session: &Session, coarse_ns: u64) -> bool {
-        self.gate == 1 && expired(session, self, coarse_ns.saturating_add(self.lag_ns))
+    pub fn open_until_ns(&self, session: &Session, coarse_ns: u64) -> u64 {
+        if self.gate != 1 {
+            return u64::MAX;
+        }
+        match verdict(session, self, coarse_ns) {
+            Verdict::Alive { look_again_ns } => look_again_ns.saturating_sub(self.lag_ns),
+            Verdict::Expired { .. } => 0,
+        }
     }
 
     /// Whether the gate refuses payload of the session at this time of the precise clock.
@@ -433,7 +438,7 @@ mod tests {
                 let coarse = now.saturating_sub(behind.min(lag_ns));
                 let is_past = matches!(verdict(&s, &p, now), Verdict::Expired { .. });
                 prop_assert_eq!(p.refuses(&s, now), gate == 1 && is_past);
-                let by_two_steps = p.may_refuse(&s, coarse) && p.refuses(&s, now);
+                let by_two_steps = p.open_until_ns(&s, coarse) <= coarse && p.refuses(&s, now);
                 prop_assert_eq!(by_two_steps, p.refuses(&s, now));
             }
         }
@@ -443,12 +448,66 @@ mod tests {
         fn the_precise_clock_is_not_asked_for_before_the_lag_reaches_the_deadline(
             received in 0..1_000u64,
             idle in 1..500u64,
+            response in 1..500u64,
             lag_ns in 0..20u64,
             coarse in 0..2_000u64,
         ) {
             let s = session(0, received, 0);
-            let p = Policy { idle_timeout_ns: idle, lag_ns, gate: 1, ..Policy::default() };
-            prop_assert_eq!(p.may_refuse(&s, coarse), coarse >= received + idle);
+            for response_timeout_ns in [0, response] {
+                let p = Policy {
+                    idle_timeout_ns: idle,
+                    response_timeout_ns,
+                    lag_ns,
+                    gate: 1,
+                    ..Policy::default()
+                };
+                let asks = p.open_until_ns(&s, coarse) <= coarse;
+                prop_assert_eq!(asks, coarse >= received + idle);
+            }
+        }
+
+        /// The kernel remembers until when the gate is open, and does not look before.
+        #[test]
+        fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
+            times in (0..1_000u64, 0..1_000u64),
+            owes: bool,
+            limits in (0..500u64, 0..500u64, 0..500u64),
+            activity in 0..3u8,
+            lag_ns in 0..20u64,
+            coarse in 1_000..2_000u64,
+            passes in prop::collection::vec((any::<bool>(), 0..300u64), 0..6),
+            rest in 0..300u64,
+        ) {
+            let mut s = session(0, times.0, times.1);
+            s.owes_answer = u8::from(owes && times.0 > times.1);
+            let p = Policy {
+                idle_timeout_ns: limits.0,
+                response_timeout_ns: limits.1,
+                max_lifetime_ns: limits.2 * 10,
+                activity,
+                lag_ns,
+                gate: 1,
+                ..Policy::default()
+            };
+            let until = p.open_until_ns(&s, coarse);
+            let mut at = coarse;
+            for (receives, later) in passes {
+                at += later;
+                if receives {
+                    s.last_received_ns = at;
+                    s.owes_answer = 1;
+                } else {
+                    s.last_sent_ns = at;
+                    if s.owes_answer() {
+                        s.answered_ns = at;
+                        s.owes_answer = 0;
+                    }
+                }
+            }
+            at += rest;
+            if at < until {
+                prop_assert!(!p.refuses(&s, at + lag_ns));
+            }
         }
     }
 

@@ -18,17 +18,29 @@ pub(crate) enum Fate {
     Drop,
 }
 
+/// The gate looks at a session at least this often, in nanoseconds: the shortest limit. It bounds
+/// what a look can do that was for another session, whose map element this one has taken over while
+/// the packet was on its way.
+const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
+
 /// Whether payload that passes now comes too late. `now_ns` is of the coarse clock. This comes before
 /// the packet's stamp, so that what is late cannot revive its session.
 #[inline(always)]
 pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
-    if policy.may_refuse(session, now_ns) && refuses(session, policy) {
+    now_ns >= session.open_until_ns && look(session, policy, now_ns)
+}
+
+/// Looks at the session: a few times a timeout, and not once a packet.
+#[inline(never)]
+fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+    let until_ns = policy.open_until_ns(session, now_ns);
+    if until_ns > now_ns {
+        session.open_until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
+    } else if refuses(session, policy) {
         return true;
     }
-    if session.flags & flags::EXPIRY_REPORTED != 0 {
-        // A new policy gave it more time.
-        session.flags &= !flags::EXPIRY_REPORTED;
-    }
+    // It may have been shut under the policy before.
+    session.flags &= !flags::EXPIRY_REPORTED;
     false
 }
 

@@ -73,6 +73,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         answered_ns: now,
         bytes_received: 0,
         bytes_sent: 0,
+        open_until_ns: 0,
         established_ns: now,
         netns_cookie,
         local: facts.local,

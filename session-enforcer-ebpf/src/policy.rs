@@ -60,6 +60,7 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
     let policy = limits(decision.rule)?;
     session.rule = decision.rule;
     session.generation = decision.generation;
+    session.open_until_ns = 0;
     // The policy may have changed again between the two look-ups.
     (policy.generation == decision.generation).then_some(policy)
 }

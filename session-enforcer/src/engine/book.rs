@@ -162,6 +162,7 @@ mod tests {
             answered_ns: 0,
             bytes_received: 0,
             bytes_sent: 0,
+            open_until_ns: 0,
             established_ns: 0,
             netns_cookie: 1,
             local: Address::from_ipv4(0),
