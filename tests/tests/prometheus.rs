@@ -257,7 +257,16 @@ fn no_address_user_or_process_is_a_label() -> Result<()> {
         }
     }
     let finite = [
-        "cause", "kernel", "kind", "le", "mode", "reason", "result", "rule", "version",
+        "cause",
+        "direction",
+        "kernel",
+        "kind",
+        "le",
+        "mode",
+        "reason",
+        "result",
+        "rule",
+        "version",
     ];
     assert!(keys.iter().all(|key| finite.contains(key)), "{keys:?}");
     Ok(())
