@@ -14,6 +14,34 @@ pub struct RuleCounters {
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for RuleCounters {}
 
+/// Which hook sees a packet. The number is the index in the map of the packets that the gate dropped.
+///
+/// Not a [`Direction`](crate::Direction), which says who dialled: packets of a session pass both ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Way {
+    /// To a socket of this host.
+    Ingress = 0,
+    /// From a socket of this host.
+    Egress = 1,
+}
+
+impl Way {
+    /// Both, in the order of their numbers.
+    pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    /// Number of ways, the size of the map.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// The name in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
 /// What can go wrong in the kernel programs. The number is the index in the error map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -80,9 +108,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_list_of_errors_is_in_the_order_of_their_numbers() {
+    fn the_lists_are_in_the_order_of_their_numbers() {
         for (index, kind) in ErrorKind::ALL.iter().enumerate() {
             assert_eq!(*kind as usize, index);
+        }
+        for (index, way) in Way::ALL.iter().enumerate() {
+            assert_eq!(*way as usize, index);
         }
     }
 }

@@ -12,6 +12,8 @@ pub enum EventKind {
     /// [`flags::END_UNREPORTED`](crate::flags::END_UNREPORTED)) passed a FIN or RST: it may end soon, and the
     /// daemon must look.
     MayEnd = 3,
+    /// The gate refused payload of a session past its deadline.
+    Expired = 4,
 }
 
 /// One record of the ring buffer.
@@ -84,6 +86,7 @@ impl Event {
             1 => EventKind::Opened,
             2 => EventKind::Closed,
             3 => EventKind::MayEnd,
+            4 => EventKind::Expired,
             other => return Err(EventError::Kind(other)),
         };
         Ok((kind, event))
@@ -121,6 +124,6 @@ mod tests {
         assert_eq!(Event::parse(&whole[..39]), Err(EventError::Length(39)));
         assert_eq!(Event::parse(&[0; 41]), Err(EventError::Length(41)));
         assert_eq!(Event::parse(&record(0)), Err(EventError::Kind(0)));
-        assert_eq!(Event::parse(&record(4)), Err(EventError::Kind(4)));
+        assert_eq!(Event::parse(&record(5)), Err(EventError::Kind(5)));
     }
 }

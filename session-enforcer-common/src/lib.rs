@@ -14,7 +14,7 @@ mod owner;
 mod policy;
 mod session;
 
-pub use counters::{ErrorKind, RuleCounters};
+pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, Owner};

@@ -40,11 +40,16 @@ pub struct Policy {
     /// [`Activity`] as a number. Any other number is [`Activity::Any`], the one with which a
     /// session lives longest.
     pub activity: u8,
-    /// Always zero.
-    pub reserved: u8,
+    /// 1 where the gate stands: the rule enforces, and payload past the deadline is refused. Any
+    /// other number is no gate.
+    pub gate: u8,
 }
 
-const _: () = assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
+const _: () = {
+    assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
+    assert!(core::mem::offset_of!(Policy, generation) == 40);
+    assert!(core::mem::offset_of!(Policy, gate) == 47);
+};
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
 #[cfg(feature = "user")]
@@ -119,6 +124,28 @@ impl Policy {
             .saturating_add(self.lag_ns)
     }
 
+    /// Until when on the coarse clock, which shows `coarse_ns` now, the gate is open whatever passes
+    /// until then. Where that is not after `coarse_ns`, only the precise clock can tell.
+    ///
+    /// What passes from now on is stamped `coarse_ns` or later, so a [`verdict`] of this time says when
+    /// to look again; and the precise clock is ahead by [`lag_ns`](Self::lag_ns) at most.
+    #[inline]
+    pub fn open_until_ns(&self, session: &Session, coarse_ns: u64) -> u64 {
+        if self.gate != 1 {
+            return u64::MAX;
+        }
+        match verdict(session, self, coarse_ns) {
+            Verdict::Alive { look_again_ns } => look_again_ns.saturating_sub(self.lag_ns),
+            Verdict::Expired { .. } => 0,
+        }
+    }
+
+    /// Whether the gate refuses payload of the session at this time of the precise clock.
+    #[inline]
+    pub fn refuses(&self, session: &Session, now_ns: u64) -> bool {
+        self.gate == 1 && expired(session, self, now_ns)
+    }
+
     /// Since when the idle clock runs, while it does.
     #[inline]
     const fn idle_since(&self, session: &Session) -> u64 {
@@ -139,6 +166,11 @@ impl Policy {
 
 const fn earlier(a: u64, b: u64) -> u64 {
     if a < b { a } else { b }
+}
+
+#[inline]
+fn expired(session: &Session, policy: &Policy, now_ns: u64) -> bool {
+    matches!(verdict(session, policy, now_ns), Verdict::Expired { .. })
 }
 
 /// Whether the session is past its limits at `now_ns`: binary, without grace.
@@ -367,6 +399,116 @@ mod tests {
         assert!((80 * SECOND..81 * SECOND).contains(&shortest));
         let middle = with_seed(u32::MAX / 2).abs_diff(90 * SECOND);
         assert!(middle < SECOND / 100, "{middle}");
+    }
+
+    proptest! {
+        /// The gate is the verdict, and the look at the coarse clock, wherever it stands within its
+        /// lag, changes nothing.
+        #[test]
+        fn the_gate_refuses_exactly_what_has_expired(
+            times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
+            owes: bool,
+            jitter_seed: u32,
+            limits in (0..500u64, 0..500u64, 0..500u64),
+            jitter in 0..90u64,
+            activity in 0..4u8,
+            lag_ns in 0..20u64,
+            behind in 0..=20u64,
+            gate in 0..3u8,
+            now in 0..2_000u64,
+        ) {
+            let s = Session {
+                answered_ns: times.3,
+                owes_answer: u8::from(owes),
+                jitter_seed,
+                ..session(times.0, times.1, times.2)
+            };
+            let p = Policy {
+                // Jitter is in steps of a 65,536th, so lifetimes are long.
+                max_lifetime_ns: limits.2 << 16,
+                lifetime_jitter_ns: (limits.2 << 16) / 100 * jitter,
+                idle_timeout_ns: limits.0,
+                response_timeout_ns: limits.1,
+                lag_ns,
+                activity,
+                gate,
+                ..Policy::default()
+            };
+            for now in [now, now << 16] {
+                let coarse = now.saturating_sub(behind.min(lag_ns));
+                let is_past = matches!(verdict(&s, &p, now), Verdict::Expired { .. });
+                prop_assert_eq!(p.refuses(&s, now), gate == 1 && is_past);
+                let by_two_steps = p.open_until_ns(&s, coarse) <= coarse && p.refuses(&s, now);
+                prop_assert_eq!(by_two_steps, p.refuses(&s, now));
+            }
+        }
+
+        /// Or else the precise clock would be read for every packet.
+        #[test]
+        fn the_precise_clock_is_not_asked_for_before_the_lag_reaches_the_deadline(
+            received in 0..1_000u64,
+            idle in 1..500u64,
+            response in 1..500u64,
+            lag_ns in 0..20u64,
+            coarse in 0..2_000u64,
+        ) {
+            let s = session(0, received, 0);
+            for response_timeout_ns in [0, response] {
+                let p = Policy {
+                    idle_timeout_ns: idle,
+                    response_timeout_ns,
+                    lag_ns,
+                    gate: 1,
+                    ..Policy::default()
+                };
+                let asks = p.open_until_ns(&s, coarse) <= coarse;
+                prop_assert_eq!(asks, coarse >= received + idle);
+            }
+        }
+
+        /// The kernel remembers until when the gate is open, and does not look before.
+        #[test]
+        fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
+            times in (0..1_000u64, 0..1_000u64),
+            owes: bool,
+            limits in (0..500u64, 0..500u64, 0..500u64),
+            activity in 0..3u8,
+            lag_ns in 0..20u64,
+            coarse in 1_000..2_000u64,
+            passes in prop::collection::vec((any::<bool>(), 0..300u64), 0..6),
+            rest in 0..300u64,
+        ) {
+            let mut s = session(0, times.0, times.1);
+            s.owes_answer = u8::from(owes && times.0 > times.1);
+            let p = Policy {
+                idle_timeout_ns: limits.0,
+                response_timeout_ns: limits.1,
+                max_lifetime_ns: limits.2 * 10,
+                activity,
+                lag_ns,
+                gate: 1,
+                ..Policy::default()
+            };
+            let until = p.open_until_ns(&s, coarse);
+            let mut at = coarse;
+            for (receives, later) in passes {
+                at += later;
+                if receives {
+                    s.last_received_ns = at;
+                    s.owes_answer = 1;
+                } else {
+                    s.last_sent_ns = at;
+                    if s.owes_answer() {
+                        s.answered_ns = at;
+                        s.owes_answer = 0;
+                    }
+                }
+            }
+            at += rest;
+            if at < until {
+                prop_assert!(!p.refuses(&s, at + lag_ns));
+            }
+        }
     }
 
     proptest! {

@@ -70,6 +70,10 @@ pub mod flags {
     /// connections that are older than the daemon: the callback flag can only be set from within a
     /// callback, and an established socket has none to come.
     pub const END_UNREPORTED: u8 = 1;
+    /// The gate has refused payload of this session and the daemon has been told
+    /// ([`EventKind::Expired`](crate::EventKind::Expired)), so that a flood of late packets is no
+    /// flood of events. Gone with the next payload that passes.
+    pub const EXPIRY_REPORTED: u8 = 2;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
@@ -93,6 +97,10 @@ pub struct Session {
     pub bytes_received: u64,
     /// Payload bytes sent since establishment, each counted once.
     pub bytes_sent: u64,
+    /// Until when the gate need not look at the session; see
+    /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
+    /// policy of this generation.
+    pub open_until_ns: u64,
     /// When the connection was established.
     pub established_ns: u64,
     /// The kernel's cookie of the network namespace (`SO_NETNS_COOKIE`).
@@ -152,13 +160,13 @@ impl Session {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 144 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 152 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
-    assert!(core::mem::offset_of!(Session, local) == 56);
-    assert!(core::mem::offset_of!(Session, ifindex) == 92);
-    assert!(core::mem::offset_of!(Session, flags) == 103);
-    assert!(core::mem::offset_of!(Session, owes_answer) == 108);
-    assert!(core::mem::offset_of!(Session, owner) == 112);
+    assert!(core::mem::offset_of!(Session, local) == 64);
+    assert!(core::mem::offset_of!(Session, ifindex) == 100);
+    assert!(core::mem::offset_of!(Session, flags) == 111);
+    assert!(core::mem::offset_of!(Session, owes_answer) == 116);
+    assert!(core::mem::offset_of!(Session, owner) == 120);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -203,6 +211,7 @@ pub(crate) mod tests_support {
             answered_ns: established_ns,
             bytes_received: 0,
             bytes_sent: 0,
+            open_until_ns: 0,
             established_ns,
             netns_cookie: 1,
             local: Address::default(),

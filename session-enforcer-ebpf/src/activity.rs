@@ -1,4 +1,4 @@
-//! Stamps a session when new payload passes (`cgroup_skb`).
+//! Stamps a session when new payload passes, unless it comes too late (`cgroup_skb`).
 //!
 //! This runs for every packet of every socket below the cgroup: a packet of no session costs a
 //! cookie and a map miss, nothing else.
@@ -10,32 +10,61 @@ use aya_ebpf::{
     },
     programs::SkBuffContext,
 };
-use session_enforcer_common::{Direction, ErrorKind, EventKind, Facts, Session, flags};
+use session_enforcer_common::{Direction, ErrorKind, EventKind, Policy, Session, Way, flags};
 
 use crate::{
-    counters, lifecycle,
-    maps::{POLICIES, SESSIONS},
+    counters,
+    gate::{self, Fate},
+    lifecycle,
+    maps::SESSIONS,
     packet::{self, Segment},
-    policy::decide,
+    policy,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
 /// not in the window: the stack will drop it, and it is no activity.
 const MAX_WINDOW: u32 = 1 << 30;
 
-/// Which hook sees the packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
-    Ingress,
-    Egress,
+/// By what payload is judged.
+#[derive(Clone, Copy)]
+struct Measure {
+    /// The limits of its session; none where nothing is known to limit it.
+    policy: Option<&'static Policy>,
+    /// The coarse clock.
+    now_ns: u64,
+}
+
+impl Measure {
+    #[inline(always)]
+    fn of(session: &mut Session) -> Self {
+        Self {
+            policy: policy::of(session),
+            now_ns: now_ns(),
+        }
+    }
+
+    #[inline(always)]
+    fn comes_too_late(&self, session: &mut Session) -> bool {
+        match self.policy {
+            Some(policy) => gate::is_shut(session, policy, self.now_ns),
+            None => false,
+        }
+    }
+
+    /// Whether so much new payload counts for the session's rule.
+    #[inline(always)]
+    fn counts(&self, new: u32) -> bool {
+        self.policy
+            .is_none_or(|policy| new >= u32::from(policy.min_payload))
+    }
 }
 
 #[inline(always)]
-pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
+pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
     let Some(session) = SESSIONS.get_ptr_mut(cookie) else {
-        return;
+        return Fate::Pass;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
     // free the element, and a new session may take it before the lines below write. The new session
@@ -46,25 +75,47 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) {
     // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
     let Some(tcp) = tcp_sock(ctx) else {
         counters::error(ErrorKind::NoTcpSocket);
-        return;
+        return Fate::Pass;
     };
-    match packet::parse(ctx) {
-        Some(segment) => {
-            match way {
-                Way::Ingress => receive(session, tcp, &segment),
-                Way::Egress => {
-                    send(session, tcp, &segment);
-                    confirm_received(session, tcp, fin_received(ctx));
-                }
-            }
-            if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
-                lifecycle::notify(EventKind::MayEnd, cookie, session);
-            }
+    let Some(segment) = packet::parse(ctx) else {
+        counters::error(ErrorKind::HeaderUnreadable);
+        return unreadable(session, cookie, tcp, way);
+    };
+    if segment.payload > 0 {
+        let measure = Measure::of(session);
+        if measure.comes_too_late(session) {
+            return gate::drop_packet(session, cookie, way);
         }
-        None => {
-            counters::error(ErrorKind::HeaderUnreadable);
-            compare_counters(session, tcp);
+        match way {
+            Way::Ingress => receive(session, tcp, &segment, &measure),
+            Way::Egress => send(session, tcp, &segment, &measure),
         }
+    }
+    if way == Way::Egress {
+        confirm_received(session, tcp, fin_received(ctx));
+    }
+    if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
+        lifecycle::notify(EventKind::MayEnd, cookie, session);
+    }
+    Fate::Pass
+}
+
+/// A packet whose headers could not be read may carry payload or none.
+///
+/// Past the deadline it is dropped on ingress, where the peer writes the headers and could hide
+/// payload behind more of them than are walked. On egress it passes: this host's stack writes no such
+/// headers, but `IPsec` encrypts before the hook, and the packet may be the very RST that ends the
+/// session. Neither is a stamp then.
+#[inline(always)]
+fn unreadable(session: &mut Session, cookie: u64, tcp: &bpf_tcp_sock, way: Way) -> Fate {
+    let measure = Measure::of(session);
+    if !measure.comes_too_late(session) {
+        compare_counters(session, tcp, measure.now_ns);
+        return Fate::Pass;
+    }
+    match way {
+        Way::Ingress => gate::drop_packet(session, cookie, way),
+        Way::Egress => Fate::Pass,
     }
 }
 
@@ -84,17 +135,14 @@ fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
 /// Payload is new where it ends after what the socket has received so far. That leaves out
 /// retransmissions, duplicates, and keepalives that carry one old byte.
 #[inline(always)]
-fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
-    if segment.payload == 0 {
-        return;
-    }
+fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.rcv_nxt);
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
     let new = ahead.min(segment.payload);
-    if counts(session, new) {
-        session.last_received_ns = now_ns();
+    if measure.counts(new) {
+        session.last_received_ns = measure.now_ns;
         session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
     }
     grow(
@@ -133,16 +181,13 @@ fn fin_received(ctx: &SkBuffContext) -> bool {
 /// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`
 /// after the packet has passed this hook.
 #[inline(always)]
-fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
-    if segment.payload == 0 {
-        return;
-    }
+fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.snd_nxt);
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
-    if counts(session, ahead.min(segment.payload)) {
-        sent(session);
+    if measure.counts(ahead.min(segment.payload)) {
+        sent(session, measure.now_ns);
     }
     let total = sent_until(session, tcp, segment.end());
     grow(&mut session.bytes_sent, total);
@@ -150,61 +195,26 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment) {
 
 /// For a packet that could not be read: what passed before it, as the socket's own counters tell.
 #[inline(always)]
-fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock) {
+fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock, now_ns: u64) {
     if tcp.bytes_received > session.bytes_received {
-        session.last_received_ns = now_ns();
+        session.last_received_ns = now_ns;
         session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
         session.bytes_received = tcp.bytes_received;
     }
     let total = sent_until(session, tcp, tcp.snd_nxt);
     if total > session.bytes_sent {
-        sent(session);
+        sent(session, now_ns);
         session.bytes_sent = total;
     }
 }
 
-/// Whether so much new payload counts for the session's rule. Where the policy cannot be read, all
-/// does: errors are on the side of life.
-#[inline(always)]
-fn counts(session: &mut Session, new: u32) -> bool {
-    let Some(policy) = POLICIES.get(u32::from(session.rule)) else {
-        counters::error(ErrorKind::TableUnreadable);
-        return true;
-    };
-    if policy.generation == session.generation {
-        return new >= u32::from(policy.min_payload);
-    }
-    counts_anew(session, new)
-}
-
-/// The same for a session that was matched under an earlier policy: it is matched again first. One
-/// that no rule matches now is the daemon's to release.
-#[inline(never)]
-fn counts_anew(session: &mut Session, new: u32) -> bool {
-    let owner = session.owner;
-    let Some(decision) = decide(Facts::of(session), &owner) else {
-        return true;
-    };
-    if decision.is_open {
-        return true;
-    }
-    let Some(policy) = POLICIES.get(u32::from(decision.rule)) else {
-        // An exempting rule, which has no policy.
-        return true;
-    };
-    session.rule = decision.rule;
-    session.generation = decision.generation;
-    new >= u32::from(policy.min_payload)
-}
-
 /// Stamps payload that was sent, which answers what was received before.
 #[inline(always)]
-fn sent(session: &mut Session) {
-    let now = now_ns();
-    session.last_sent_ns = now;
+fn sent(session: &mut Session, now_ns: u64) {
+    session.last_sent_ns = now_ns;
     if session.owes_answer() {
         session.owes_answer = 0;
-        session.answered_ns = now;
+        session.answered_ns = now_ns;
     }
 }
 

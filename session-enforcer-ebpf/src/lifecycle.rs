@@ -82,6 +82,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         answered_ns: now,
         bytes_received: 0,
         bytes_sent: 0,
+        open_until_ns: 0,
         established_ns: now,
         netns_cookie,
         local: facts.local,
@@ -143,9 +144,10 @@ fn closed(ctx: &SockOpsContext) {
     }
 }
 
-/// Tells the daemon. The ring buffer wakes it only where it has read everything before.
+/// Tells the daemon; whether it will hear. The ring buffer wakes it only where it has read
+/// everything before.
 #[inline(always)]
-pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
+pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
     let event = Event {
         cookie,
         netns_cookie: session.netns_cookie,
@@ -155,9 +157,11 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) {
         rule: session.rule,
         generation: session.generation as u16,
     };
-    if EVENTS.output(event, 0).is_err() {
+    let taken = EVENTS.output(event, 0).is_ok();
+    if !taken {
         counters::error(ErrorKind::EventLost);
     }
+    taken
 }
 
 #[inline(always)]

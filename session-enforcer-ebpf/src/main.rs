@@ -6,10 +6,11 @@
 //! * `track_lifecycle` (`sock_ops`) matches a connection when it is established, puts it into the
 //!   session map, and takes it out when it closes;
 //! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
-//!   carries new payload.
+//!   carries new payload, and drop payload of a session that is past its deadline.
 //!
 //! The programs fail open: whatever goes wrong is counted in `ERRORS` and the packet passes. An
-//! enforcer that breaks the network is worse than one that reports what it could not track.
+//! enforcer that breaks the network is worse than one that reports what it could not track. The gate
+//! drops where it knows the deadline to be past, and nowhere else.
 #![no_std]
 #![no_main]
 #![expect(
@@ -19,6 +20,7 @@
 
 mod activity;
 mod counters;
+mod gate;
 mod lifecycle;
 mod maps;
 mod owner;
@@ -29,10 +31,17 @@ use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock, sock_ops},
     programs::{SkBuffContext, SockContext, SockOpsContext},
 };
+use session_enforcer_common::Way;
 
-/// The reply that lets a packet pass and a socket be made, and that leaves the replies of other `sock_ops` programs on
-/// the same cgroup visible.
+use crate::gate::Fate;
+
+/// The reply that lets a packet pass and a socket be made, and that leaves the replies of other
+/// `sock_ops` programs on the same cgroup visible.
 const PASS: i32 = 1;
+
+/// The reply that drops a packet. On egress the stack takes it for a send that failed, and does not
+/// move `snd_nxt`.
+const DROP: i32 = 0;
 
 #[cgroup_sock(sock_create)]
 fn note_owner(ctx: SockContext) -> i32 {
@@ -48,14 +57,20 @@ fn track_lifecycle(ctx: SockOpsContext) -> u32 {
 
 #[cgroup_skb(ingress)]
 fn track_ingress(ctx: SkBuffContext) -> i32 {
-    activity::track(&ctx, activity::Way::Ingress);
-    PASS
+    reply(activity::track(&ctx, Way::Ingress))
 }
 
 #[cgroup_skb(egress)]
 fn track_egress(ctx: SkBuffContext) -> i32 {
-    activity::track(&ctx, activity::Way::Egress);
-    PASS
+    reply(activity::track(&ctx, Way::Egress))
+}
+
+#[inline(always)]
+fn reply(fate: Fate) -> i32 {
+    match fate {
+        Fate::Pass => PASS,
+        Fate::Drop => DROP,
+    }
 }
 
 #[panic_handler]

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy,
-    RuleCounters, Session, Table,
+    RuleCounters, Session, Table, Way,
 };
 
 /// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
@@ -31,14 +31,16 @@ pub(crate) static MATCH_ENTRIES: Array<
 #[btf_map]
 pub(crate) static MATCH_TABLES: Array<Table, { Table::COUNT as usize }> = Array::new();
 
-/// Index of the table in force; one element. The daemon fills the other table and then changes this
-/// one number, so that no connection ever meets half a policy.
+/// Index of the table in force, of [`MATCH_ENTRIES`] and of [`POLICIES`]; one element. The daemon
+/// fills the other table and then changes this one number, so that no connection and no packet ever
+/// meets half a policy.
 #[btf_map]
 pub(crate) static ACTIVE_TABLE: Array<u32, 1> = Array::new();
 
-/// The limits of each rule, for the packet path.
+/// The limits of each rule, for the packet path, in two tables as above: the kernel does not copy an
+/// element in one piece, and the gate must not judge by the half of one.
 #[btf_map]
-pub(crate) static POLICIES: Array<Policy, { MAX_RULES as usize }> = Array::new();
+pub(crate) static POLICIES: Array<Policy, { (Table::COUNT * MAX_RULES) as usize }> = Array::new();
 
 /// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation.
 #[btf_map]
@@ -49,7 +51,11 @@ pub(crate) static RULE_COUNTERS: PerCpuArray<RuleCounters, { MAX_RULES as usize 
 #[btf_map]
 pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerCpuArray::new();
 
-/// Openings and closings of tracked sessions, for the daemon's schedule. 1 MiB holds 21,800 events
+/// Packets that the gate dropped, by [`Way`].
+#[btf_map]
+pub(crate) static GATE_DROPS: PerCpuArray<u64, { Way::COUNT as usize }> = PerCpuArray::new();
+
+/// What happens to tracked sessions, for the daemon's schedule. 1 MiB holds 21,800 events
 /// (40 bytes and a header of 8): a fifth of a second at 100,000 events a second, while the
 /// daemon reads every 100 ms at the latest.
 #[btf_map]

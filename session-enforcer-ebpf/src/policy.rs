@@ -1,15 +1,16 @@
-//! Which rule decides about a connection, by the match table in force.
+//! Which rule decides about a connection, by the match table in force, and its limits.
 
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, Owner, Table, matches,
+    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Owner, Policy, Session, Table,
+    matches,
 };
 
 use crate::{
     counters,
-    maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES},
+    maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
 };
 
 /// What a table says about a connection.
@@ -21,6 +22,55 @@ pub(crate) struct Decision {
     /// Whether the entry asks for what is not known of the owner. Then it is for the daemon to find
     /// out, and to decide.
     pub is_open: bool,
+}
+
+/// Index of the table in force.
+#[inline(always)]
+fn active_table() -> u32 {
+    ACTIVE_TABLE
+        .get(0)
+        .map_or(0, |active| active % Table::COUNT)
+}
+
+/// The limits in force of a session, after it was matched again where another policy came into
+/// force since its last payload. `None` where nothing is known to limit it: no rule matches it any
+/// more, or an exempting one does, and it is the daemon's to release; or its owner is not known, and is
+/// the daemon's to find; or a map cannot be read, and errors are on the side of life.
+#[inline(always)]
+pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
+    let Some(policy) = limits(session.rule) else {
+        counters::error(ErrorKind::TableUnreadable);
+        return None;
+    };
+    if policy.generation == session.generation {
+        return Some(policy);
+    }
+    of_rule_anew(session)
+}
+
+/// The limits of a rule; none for an exempting one.
+#[inline(always)]
+fn limits(rule: u16) -> Option<&'static Policy> {
+    let rule = u32::from(rule);
+    if rule >= MAX_RULES {
+        return None;
+    }
+    POLICIES.get(active_table() * MAX_RULES + rule)
+}
+
+#[inline(never)]
+fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
+    let owner = session.owner;
+    let decision = decide(Facts::of(session), &owner)?;
+    if decision.is_open {
+        return None;
+    }
+    let policy = limits(decision.rule)?;
+    session.rule = decision.rule;
+    session.generation = decision.generation;
+    session.open_until_ns = 0;
+    // The policy may have changed again between the two look-ups.
+    (policy.generation == decision.generation).then_some(policy)
 }
 
 /// What the loop over the match entries works on.
@@ -44,9 +94,7 @@ pub(crate) fn decide(mut facts: Facts, owner: &Owner) -> Option<Decision> {
     if ancestors.is_some() {
         facts.known |= Facts::CGROUP;
     }
-    let active = ACTIVE_TABLE
-        .get(0)
-        .map_or(0, |active| active % Table::COUNT);
+    let active = active_table();
     let Some(table) = MATCH_TABLES.get(active) else {
         counters::error(ErrorKind::TableUnreadable);
         return None;

@@ -88,6 +88,7 @@ impl Adopter<'_> {
             answered_ns: sent,
             bytes_received: payload_received(socket, &info),
             bytes_sent: info.bytes_sent,
+            open_until_ns: 0,
             // The kernel does not keep the time of establishment. Both ages begin with it, so the
             // older one is the least age that the connection has.
             established_ns: received.min(sent),

@@ -1,6 +1,6 @@
 //! The programs in the kernel and their maps: load, attach, read. The only user of aya.
 
-use std::{io, ops::Range, os::fd::AsRawFd};
+use std::{io, os::fd::AsRawFd};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -13,7 +13,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry,
-    Owner, Policy, RuleCounters, Session, Table,
+    Owner, Policy, RuleCounters, Session, Table, Way,
 };
 use thiserror::Error;
 use tokio::io::unix::AsyncFd;
@@ -116,6 +116,7 @@ pub struct Kernel {
     sessions: HashMap<MapData, u64, Session>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
+    gate_drops: PerCpuArray<MapData, u64>,
     match_entries: Array<MapData, MatchEntry>,
     match_tables: Array<MapData, Table>,
     active_table: Array<MapData, u32>,
@@ -153,6 +154,7 @@ impl Kernel {
             sessions: take_map(&mut ebpf, "SESSIONS")?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
+            gate_drops: take_map(&mut ebpf, "GATE_DROPS")?,
             match_entries: take_map(&mut ebpf, "MATCH_ENTRIES")?,
             match_tables: take_map(&mut ebpf, "MATCH_TABLES")?,
             active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
@@ -166,12 +168,11 @@ impl Kernel {
     }
 
     /// Puts a policy into force: the match table of this generation, and the limits by place of the
-    /// rule. At no moment does a connection meet a part of it, or a rule without limits.
+    /// rule. At no moment does a connection or a packet meet a part of it, or a rule without limits.
     ///
     /// # Errors
     ///
-    /// Where it is too large, or the kernel refuses; the policy before stays in force then, except
-    /// that limits of rules that stay may be the new ones already.
+    /// Where it is too large, or the kernel refuses; the policy before stays in force then.
     pub fn put_policy(
         &mut self,
         generation: u32,
@@ -201,22 +202,13 @@ impl Kernel {
         tables
             .set(next, table, 0)
             .map_err(map_error("MATCH_TABLES"))?;
-        // New rules have their limits before a session can have them.
-        self.put_limits(policies, self.places..places)?;
+        for (index, policy) in (next * MAX_RULES..).zip(policies) {
+            let map = &mut self.policies;
+            map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
+        }
         let active = &mut self.active_table;
         active.set(0, next, 0).map_err(map_error("ACTIVE_TABLE"))?;
-        self.put_limits(policies, 0..self.places)?;
         (self.active, self.places) = (next, places);
-        Ok(())
-    }
-
-    fn put_limits(&mut self, policies: &[Policy], places: Range<u32>) -> Result<(), BpfError> {
-        for place in places {
-            if let Some(policy) = policies.get(place as usize) {
-                let map = &mut self.policies;
-                map.set(place, policy, 0).map_err(map_error("POLICIES"))?;
-            }
-        }
         Ok(())
     }
 
@@ -401,6 +393,23 @@ impl Kernel {
         let mut counts = [0; ErrorKind::COUNT as usize];
         for kind in ErrorKind::ALL {
             counts[kind as usize] = self.error_count(kind)?;
+        }
+        Ok(counts)
+    }
+
+    /// Packets that the gate dropped, by [`Way`].
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn gate_drops(&self) -> Result<[u64; Way::COUNT as usize], BpfError> {
+        let mut counts = [0; Way::COUNT as usize];
+        for way in Way::ALL {
+            let per_cpu = self
+                .gate_drops
+                .get(&(way as u32), 0)
+                .map_err(map_error("GATE_DROPS"))?;
+            counts[way as usize] = per_cpu.iter().sum();
         }
         Ok(counts)
     }

@@ -12,7 +12,7 @@ use prometheus::{
     process_collector::ProcessCollector,
     proto::MetricFamily,
 };
-use session_enforcer_common::{ErrorKind, Reason, RuleCounters};
+use session_enforcer_common::{ErrorKind, Reason, RuleCounters, Way};
 
 use crate::{
     audit::{Outcome, mode_name, reason_name},
@@ -79,6 +79,8 @@ pub struct KernelSnapshot {
     pub sessions: Vec<u64>,
     /// By [`ErrorKind`].
     pub errors: [u64; ErrorKind::COUNT as usize],
+    /// Packets that the gate dropped, by [`Way`].
+    pub gate_drops: [u64; Way::COUNT as usize],
     /// Audit records that could not be written.
     pub audit_lost: u64,
 }
@@ -115,6 +117,7 @@ pub struct Metrics {
     lateness: Histogram,
     age: HistogramVec,
     idle: HistogramVec,
+    gate_dropped: IntCounterVec,
     untracked: IntCounterVec,
     events_lost: IntCounter,
     map_entries: IntGauge,
@@ -198,6 +201,12 @@ impl Metrics {
                 r,
                 "terminated_session_idle_seconds",
                 "Time without activity of the sessions that were reset.",
+            )?,
+            gate_dropped: counters(
+                r,
+                "gate_dropped_packets_total",
+                "Packets with payload of sessions past their deadline that the gate dropped. direction: ingress (received by this host), egress (sent by it).",
+                &["direction"],
             )?,
             untracked: counters(
                 r,
@@ -321,6 +330,9 @@ impl Metrics {
         }
         self.untracked
             .with_label_values(&[Untracked::Namespace.name()]);
+        for way in Way::ALL {
+            self.gate_dropped.with_label_values(&[way.name()]);
+        }
         for repair in Repair::ALL {
             self.repaired.with_label_values(&[repair.name()]);
         }
@@ -434,6 +446,10 @@ impl Metrics {
         // ended and not yet as begun.
         self.map_entries.set(clamp(begun.saturating_sub(ended)));
         raise(&self.audit_lost, snapshot.audit_lost);
+        for way in Way::ALL {
+            let dropped = snapshot.gate_drops[way as usize];
+            raise(&self.gate_dropped.with_label_values(&[way.name()]), dropped);
+        }
         for kind in ErrorKind::ALL {
             self.take_in_error(kind, snapshot.errors[kind as usize]);
         }
@@ -559,6 +575,7 @@ mod tests {
             rules,
             sessions: vec![opened, 0],
             errors,
+            gate_drops: [0; Way::COUNT as usize],
             audit_lost: 0,
         }
     }
@@ -576,6 +593,8 @@ mod tests {
             "session_enforcer_terminations_total{mode=\"enforce\",reason=\"idle_timeout\",result=\"reset\",rule=\"pg\"} 0",
             "session_enforcer_terminations_total{mode=\"observe\",reason=\"max_lifetime\",result=\"none\",rule=\"ssh\"} 0",
             "session_enforcer_sessions_untracked_total{cause=\"namespace\"} 0",
+            "session_enforcer_gate_dropped_packets_total{direction=\"ingress\"} 0",
+            "session_enforcer_gate_dropped_packets_total{direction=\"egress\"} 0",
             "session_enforcer_map_capacity 1000",
             "session_enforcer_build_info{kernel=\"6.1.0\",version=\"1.2.3\"} 1",
             "session_enforcer_config_last_reload_successful 1",
@@ -646,6 +665,20 @@ mod tests {
             &text,
             "session_enforcer_sessions_opened_total{rule=\"pg\"} 7"
         ));
+    }
+
+    #[test]
+    fn what_the_gate_dropped_is_told_by_direction() {
+        let dropped = KernelSnapshot {
+            gate_drops: [3, 5],
+            ..snapshot(0, 0, 0)
+        };
+        let text = metrics().render(&dropped).unwrap();
+        let name = "session_enforcer_gate_dropped_packets_total";
+        for (direction, count) in [("ingress", 3), ("egress", 5)] {
+            let line = format!("{name}{{direction=\"{direction}\"}} {count}");
+            assert!(has(&text, &line), "{line} is missing in\n{text}");
+        }
     }
 
     #[test]

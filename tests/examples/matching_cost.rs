@@ -49,8 +49,8 @@ impl Drop for Stats {
 }
 
 /// Entries of which none applies but the last, which exempts: what costs is the decision alone.
-fn table(count: usize, other: impl Fn() -> MatchEntry) -> Vec<MatchEntry> {
-    let mut entries: Vec<MatchEntry> = (1..count).map(|_| other()).collect();
+fn table(count: usize, other: MatchEntry) -> Vec<MatchEntry> {
+    let mut entries = vec![other; count.saturating_sub(1)];
     if count > 0 {
         entries.push(MatchEntry::any(RULE_EXEMPT));
     }
@@ -136,10 +136,10 @@ fn main() -> Result<()> {
     let owner = own_program("note_owner", &before)?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let kinds: [(&str, fn() -> MatchEntry); 3] = [
-        ("port", other_port),
-        ("address", other_prefix),
-        ("cgroup", other_cgroup),
+    let kinds = [
+        ("port", other_port()),
+        ("address", other_prefix()),
+        ("cgroup", other_cgroup()),
     ];
     let mut generation = 0;
     let mut costs = vec![vec![Vec::new(); COUNTS.len()]; kinds.len()];
@@ -149,7 +149,7 @@ fn main() -> Result<()> {
             let mut nothing = 0.0;
             for (count, costs) in COUNTS.iter().zip(costs) {
                 generation += 1;
-                kernel.put_policy(generation, &table(*count, other), &[])?;
+                kernel.put_policy(generation, &table(*count, *other), &[])?;
                 let (start, notes_start) = (spent(&lifecycle)?, spent(&owner)?);
                 for _ in 0..CONNECTIONS {
                     let pair = Pair::open(&agent, &listener)?;

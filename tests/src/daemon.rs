@@ -414,6 +414,32 @@ impl Daemon {
         )?)
     }
 
+    /// Stops the daemon with SIGSTOP, and waits until it stands still.
+    ///
+    /// # Errors
+    ///
+    /// Where it has gone.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        eventually("the daemon stands still", PATIENCE, || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+            // Behind the name, which may have any character.
+            let state = stat
+                .rsplit_once(") ")
+                .map(|(_, rest)| rest.starts_with('T'));
+            Ok((state == Some(true)).then_some(()))
+        })
+    }
+
+    /// Lets a daemon that was frozen go on.
+    ///
+    /// # Errors
+    ///
+    /// Where it has gone.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
     /// Waits until the daemon has ended.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ mod names;
 mod netns;
 mod options;
 mod process;
+mod random;
 mod raw;
 pub mod services;
 mod tcp;
@@ -34,9 +35,10 @@ pub use lab::Lab;
 pub use metrics::Metrics;
 pub use netns::{Netns, Veth};
 pub use options::{
-    bind_to_device, keep_alive, last_error, option, reset_on_close, set_bytes_option, set_option,
-    tcp_info,
+    bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
+    set_option, tcp_info,
 };
 pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
+pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};

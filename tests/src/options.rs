@@ -65,6 +65,31 @@ pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
     Ok(value)
 }
 
+/// The kernel's name of a socket.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn cookie(socket: &impl AsFd) -> Result<u64> {
+    let (mut value, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    let status = unsafe {
+        let value = (&raw mut value).cast();
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            value,
+            &raw mut length,
+        )
+    };
+    if status != 0 {
+        bail!("reading SO_COOKIE: {}", io::Error::last_os_error());
+    }
+    Ok(value)
+}
+
 /// Takes the error that the kernel keeps for a socket, if there is one.
 ///
 /// # Errors

@@ -20,7 +20,7 @@ const RULES: &str = "\
 [[rule]]\nname = \"other\"\naction = \"observe\"\nlocal_ports = [1]\nmax_lifetime = \"12h\"\n";
 
 /// Name, type and labels of every metric that users rely on.
-const METRICS: [(&str, &str, &[&str]); 22] = [
+const METRICS: [(&str, &str, &[&str]); 23] = [
     ("session_enforcer_sessions", "gauge", &["rule"]),
     (
         "session_enforcer_sessions_opened_total",
@@ -52,6 +52,11 @@ const METRICS: [(&str, &str, &[&str]); 22] = [
         "session_enforcer_terminated_session_idle_seconds",
         "histogram",
         &["rule"],
+    ),
+    (
+        "session_enforcer_gate_dropped_packets_total",
+        "counter",
+        &["direction"],
     ),
     (
         "session_enforcer_sessions_untracked_total",
@@ -252,7 +257,16 @@ fn no_address_user_or_process_is_a_label() -> Result<()> {
         }
     }
     let finite = [
-        "cause", "kernel", "kind", "le", "mode", "reason", "result", "rule", "version",
+        "cause",
+        "direction",
+        "kernel",
+        "kind",
+        "le",
+        "mode",
+        "reason",
+        "result",
+        "rule",
+        "version",
     ];
     assert!(keys.iter().all(|key| finite.contains(key)), "{keys:?}");
     Ok(())

@@ -19,6 +19,7 @@ fn session() -> Session {
         answered_ns: 1_000_000_000,
         bytes_received: 120,
         bytes_sent: 4096,
+        open_until_ns: 0,
         established_ns: 1_000_000_000,
         netns_cookie: 3,
         local: v4([10, 0, 0, 5]),

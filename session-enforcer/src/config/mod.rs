@@ -289,8 +289,9 @@ impl Rule {
         }
     }
 
-    /// The limits as the kernel and the daemon compare them, of no generation yet; `lag_ns` is how
-    /// far the kernel's time stamps may lag. No limits for an exempt rule.
+    /// The limits as the kernel and the daemon compare them, of no generation yet and without the
+    /// gate, which takes the daemon's mode too; `lag_ns` is how far the kernel's time stamps may
+    /// lag. No limits for an exempt rule.
     pub fn policy(&self, lag_ns: u64) -> Policy {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Policy {
@@ -302,7 +303,7 @@ impl Rule {
             generation: 0,
             min_payload: self.min_payload,
             activity: self.activity as u8,
-            reserved: 0,
+            gate: 0,
         }
     }
 

@@ -28,11 +28,13 @@ pub(super) struct ActiveRule {
 
 impl ActiveRule {
     fn new(config: &Config, rule: &Rule, lag_ns: u64, generation: u32) -> Self {
+        let mode = config.mode_of(rule);
         Self {
             name: rule.name.clone(),
-            mode: config.mode_of(rule),
+            mode,
             policy: Policy {
                 generation,
+                gate: u8::from(mode == Mode::Enforce),
                 ..rule.policy(lag_ns)
             },
         }
@@ -203,6 +205,7 @@ mod tests {
             answered_ns: 0,
             bytes_received: 0,
             bytes_sent: 0,
+            open_until_ns: 0,
             established_ns: 0,
             netns_cookie: 1,
             local: Address::from_ipv4(0),
@@ -265,6 +268,28 @@ mod tests {
         assert_eq!(second.rule_of(&session(3, 0, 1), no_ancestors), None);
         // Of the policy in force the kernel's word stands.
         assert_eq!(second.rule_of(&session(1, 1, 2), no_ancestors), Some(1));
+    }
+
+    #[test]
+    fn the_gate_stands_where_a_rule_enforces_and_falls_with_the_mode() {
+        let gates = |text: &str| {
+            let book = next(
+                &RuleBook::default(),
+                &Config::parse("x.toml", text).unwrap(),
+            );
+            let policies = book.unwrap().policies();
+            policies
+                .iter()
+                .map(|policy| policy.gate)
+                .collect::<Vec<_>>()
+        };
+        let rules = "[[rule]]\nname = 'a'\nlocal_ports = [1]\nidle_timeout = '5s'\n\
+                     [[rule]]\nname = 'b'\nidle_timeout = '5s'\naction = 'observe'\n";
+        assert_eq!(gates(rules), [1, 0]);
+        assert_eq!(
+            gates(&format!("[daemon]\nmode = 'observe'\n{rules}")),
+            [0, 0]
+        );
     }
 
     #[test]

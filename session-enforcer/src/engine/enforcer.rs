@@ -74,6 +74,9 @@ pub struct Enforcer {
     pub(super) observed: HashMap<u64, u64>,
     /// Sessions that the kernel was asked to destroy, and whose answer was lost.
     pub(super) in_doubt: HashMap<u64, Expired>,
+    /// Sessions that the kernel refused to destroy and that will be tried again, as they were
+    /// recorded.
+    pub(super) refused: HashMap<u64, Expired>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     pub(super) ready: Result<(), String>,
@@ -112,6 +115,7 @@ impl Enforcer {
             sessions_of: Vec::new(),
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
+            refused: HashMap::new(),
             repaired_losses: 0,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
             listeners_noted: false,
@@ -141,7 +145,26 @@ impl Enforcer {
             EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),
             EventKind::MayEnd => self.schedule.hasten(event.cookie, monotonic_ns() + LOOK_NS),
+            EventKind::Expired => self.gate_refused(event),
         }
+    }
+
+    /// The gate refused payload of a session: it is due, whatever the schedule says.
+    fn gate_refused(&mut self, event: &Event) {
+        // The session that is tried again stands behind the gate until then.
+        if self.refused.contains_key(&event.cookie) {
+            return;
+        }
+        if self.schedule.contains(event.cookie) {
+            self.schedule.hasten(event.cookie, 0);
+            return;
+        }
+        // Its opening was lost, or it has ended since: the look at it tells.
+        let group = Group {
+            netns_cookie: event.netns_cookie,
+            rule: event.rule,
+        };
+        self.add(event.cookie, group, 0);
     }
 
     fn opened(&mut self, event: &Event) {
@@ -194,6 +217,7 @@ impl Enforcer {
         if let Some(expired) = self.in_doubt.remove(&cookie) {
             self.record_gone(&expired);
         }
+        self.refused.remove(&cookie);
         self.observed.remove(&cookie);
         if let Some(group) = self.schedule.remove(cookie) {
             self.leave(group);
@@ -282,6 +306,7 @@ impl Enforcer {
             } => {
                 // Whatever was asked of the kernel, it was not done.
                 self.in_doubt.remove(&cookie);
+                self.refused.remove(&cookie);
                 self.schedule.rearm(cookie, alive_ns.min(look_again_ns));
                 Ok(None)
             }
@@ -290,9 +315,11 @@ impl Enforcer {
                 deadline_ns,
             } => {
                 let reached_ns = deadline_ns;
-                let (reason, deadline_ns) = match before {
+                let (reason, deadline_ns) = match (self.tried(cookie, reached_ns), before) {
+                    // What was found the first time is still true.
+                    (Some(tried), _) => (tried.reason, tried.deadline_ns),
                     // By the policy before it would live: the new one ends it, now.
-                    Some(before)
+                    (None, Some(before))
                         if before.lets_live(&session, now_ns, |id| self.ancestors_of(id)) =>
                     {
                         (Reason::Policy, now_ns)
@@ -309,6 +336,12 @@ impl Enforcer {
                 }))
             }
         }
+    }
+
+    /// The earlier attempt to end a session for the same limit, if it was refused or is in doubt.
+    fn tried(&self, cookie: u64, reached_ns: u64) -> Option<&Expired> {
+        let tried = self.in_doubt.get(&cookie).or(self.refused.get(&cookie));
+        tried.filter(|tried| tried.reached_ns == reached_ns)
     }
 
     /// The session as it was at one moment. The kernel copies a record while packets change it: an
@@ -435,6 +468,7 @@ impl Enforcer {
             rules,
             sessions: self.sessions_of.clone(),
             errors: self.kernel.errors()?,
+            gate_drops: self.kernel.gate_drops()?,
             audit_lost: self.audit.lost(),
         })
     }

@@ -99,7 +99,12 @@ impl Enforcer {
             }
         };
         self.note_cgroup(owner.cgroup_id)?;
-        let mut settled = Session { owner, ..*session };
+        let mut settled = Session {
+            owner,
+            // The gate has not looked at it under the rule to be found.
+            open_until_ns: 0,
+            ..*session
+        };
         let Some(rule) = self.rule_of(&settled) else {
             self.drop_undecided(cookie, session)?;
             return Ok(None);

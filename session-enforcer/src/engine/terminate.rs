@@ -104,11 +104,9 @@ impl Enforcer {
             }
             Some(libc::ENOENT) => self.not_found(expired, answered_ns),
             Some(code) => {
-                self.in_doubt.remove(&cookie);
                 let error = Errno::from_raw(code);
                 let text = format!("SOCK_DESTROY: {}", error.desc());
-                self.record(expired, answered_ns, Outcome::Failed, Some(&text));
-                self.schedule.rearm(cookie, answered_ns + RETRY_NS);
+                self.fail(expired, answered_ns, &text);
                 Ok(())
             }
             None => {
@@ -132,15 +130,22 @@ impl Enforcer {
             self.forget(cookie);
             return Ok(());
         }
-        self.in_doubt.remove(&cookie);
         // Another sock_ops program may have overwritten the flag by which the kernel reports the end.
         if matches!(self.look(cookie, &expired.session), Some(Look::Gone)) {
+            self.in_doubt.remove(&cookie);
             return self.drop_stale(cookie, &expired.session);
         }
         let text = "SOCK_DESTROY: the kernel does not find the socket of an open session";
-        self.record(expired, answered_ns, Outcome::Failed, Some(text));
-        self.schedule.rearm(cookie, answered_ns + RETRY_NS);
+        self.fail(expired, answered_ns, text);
         Ok(())
+    }
+
+    /// A session could not be reset. It stands behind the gate until it is tried again.
+    fn fail(&mut self, expired: &Expired, at_ns: u64, error: &str) {
+        self.in_doubt.remove(&expired.cookie);
+        self.record(expired, at_ns, Outcome::Failed, Some(error));
+        self.refused.insert(expired.cookie, *expired);
+        self.schedule.rearm(expired.cookie, at_ns + RETRY_NS);
     }
 
     /// A session was reset. The kernel has taken it out of the map, or leaves that to the daemon.
@@ -166,8 +171,7 @@ impl Enforcer {
                 continue;
             }
             self.metrics.untracked(Untracked::Namespace);
-            self.record(expired, now_ns, Outcome::Failed, Some(error));
-            self.schedule.rearm(expired.cookie, now_ns + RETRY_NS);
+            self.fail(expired, now_ns, error);
         }
         Ok(())
     }

@@ -370,7 +370,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         generation: 0,
         min_payload: 1400,
         activity: 2,
-        reserved: 0,
+        gate: 0,
     };
     assert_eq!(policy, expected);
 }

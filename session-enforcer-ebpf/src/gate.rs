@@ -1,0 +1,70 @@
+//! The gate: payload of a session past its deadline does not pass, whatever the daemon is doing.
+//!
+//! What carries no payload passes: the RST with which the kernel ends the session goes through the
+//! egress hook before the session leaves the map, and a FIN that were dropped would be sent again
+//! and again.
+
+use core::ptr;
+
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
+
+use crate::{counters, lifecycle};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Pass,
+    Drop,
+}
+
+/// The gate looks at a session at least this often, in nanoseconds: the shortest limit. It bounds
+/// what a look can do that was for another session, whose map element this one has taken over while
+/// the packet was on its way.
+const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
+
+/// Whether payload that passes now comes too late. `now_ns` is of the coarse clock. This comes before
+/// the packet's stamp, so that what is late cannot revive its session.
+#[inline(always)]
+pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+    now_ns >= session.open_until_ns && look(session, policy, now_ns)
+}
+
+/// Looks at the session: a few times a timeout, and not once a packet.
+#[inline(never)]
+fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+    let until_ns = policy.open_until_ns(session, now_ns);
+    if until_ns > now_ns {
+        session.open_until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
+    } else if refuses(session, policy) {
+        return true;
+    }
+    // It may have been shut under the policy before.
+    session.flags &= !flags::EXPIRY_REPORTED;
+    false
+}
+
+/// Decides by the precise clock.
+///
+/// The session is read again: a packet of the other direction on another CPU may have been half way
+/// through its stamps at the first reading, and seemed to be late.
+#[inline(never)]
+fn refuses(session: *const Session, policy: &Policy) -> bool {
+    // SAFETY: no argument, no precondition.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: the caller has it from a reference. Volatile, so that it is read after the clock.
+    let session = unsafe { ptr::read_volatile(session) };
+    policy.refuses(&session, now_ns)
+}
+
+/// Drops a packet of a session that is past its deadline, and tells the daemon the first time.
+#[inline(always)]
+pub(crate) fn drop_packet(session: &mut Session, cookie: u64, way: Way) -> Fate {
+    counters::gate_drop(way);
+    if session.flags & flags::EXPIRY_REPORTED == 0
+        && lifecycle::notify(EventKind::Expired, cookie, session)
+    {
+        session.flags |= flags::EXPIRY_REPORTED;
+    }
+    Fate::Drop
+}

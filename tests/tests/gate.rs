@@ -1,0 +1,348 @@
+//! The gate: no byte of payload passes after a deadline, whatever the daemon is doing.
+//!
+//! The daemon is frozen before a connection is opened: what happens to it is the kernel's doing alone.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
+    os::fd::AsFd as _,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+use session_enforcer_tests::{
+    Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, ends_of, reset_on_close, tcp_info,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(1);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+/// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
+const LAG: Duration = Duration::from_millis(20);
+
+/// How long a test waits for what must not come.
+const WHILE: Duration = Duration::from_secs(1);
+
+const DROPPED: &str = "session_enforcer_gate_dropped_packets_total";
+
+fn dropped(daemon: &Daemon) -> Result<[f64; 2]> {
+    let metrics = daemon.metrics()?;
+    let of = |way| metrics.get(DROPPED, &[("direction", way)]);
+    Ok([of("ingress")?, of("egress")?])
+}
+
+/// Bytes and segments with payload that the stack has let in at both ends.
+fn received(pair: &Pair) -> Result<[(u64, u32); 2]> {
+    let of = |stream| {
+        let info = tcp_info(stream)?;
+        anyhow::Ok((info.tcpi_bytes_received, info.tcpi_data_segs_in))
+    };
+    Ok([of(&pair.client)?, of(&pair.server)?])
+}
+
+/// Whether something comes to one of the sockets: payload, the end, an error.
+fn comes(sockets: &[&TcpStream], within: Duration) -> Result<bool> {
+    let mut fds: Vec<_> = sockets
+        .iter()
+        .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN))
+        .collect();
+    Ok(poll(&mut fds, PollTimeout::try_from(within)?)? > 0)
+}
+
+/// Both ends send, and not a byte arrives at either.
+fn assert_shut(pair: &Pair) -> Result<()> {
+    let before = received(pair)?;
+    (&pair.client).write_all(b"late")?;
+    (&pair.server).write_all(b"late")?;
+    assert!(!comes(&[&pair.client, &pair.server], WHILE)?);
+    assert_eq!(received(pair)?, before);
+    Ok(())
+}
+
+/// The daemon goes on, resets both ends, and its record has the true deadline and lateness.
+fn assert_reset_when_thawed(
+    daemon: &Daemon,
+    pair: &Pair,
+    (reason, since, limit): (&str, &Moment, Duration),
+) -> Result<()> {
+    let late = since.elapsed().saturating_sub(limit + LAG);
+    daemon.thaw()?;
+    let mut errors = pair.ends()?.map(|end| end.error);
+    errors.sort_by_key(|error| error.map(|error| error as i32));
+    assert_eq!(errors, [Some(Errno::ECONNABORTED), Some(Errno::ECONNRESET)]);
+    let record = daemon.wait_for_termination_of(pair)?;
+    record.assert_reset(reason, since, limit);
+    let told = record.number("session_enforcer.lateness_seconds");
+    assert!(told >= late.as_secs_f64(), "{told} is less than {late:?}");
+    Ok(())
+}
+
+/// Opens a connection while the daemon is frozen, and lets its deadline pass.
+fn open_and_pass_deadline(lab: &Lab, listener: &Listener, daemon: &Daemon) -> Result<Pair> {
+    daemon.freeze()?;
+    let pair = Pair::open(&lab.outside, listener)?;
+    pair.opened.wait(LIMIT + LAG);
+    Ok(pair)
+}
+
+/// Of two connections by this address, one with the tracked end accepting and one with it dialling,
+/// nothing passes, and both packets of each are counted.
+fn assert_gated(address: impl Into<SocketAddr>) -> Result<()> {
+    let address = address.into();
+    let lab = Lab::new(AGENT)?;
+    let (inside, outside) = (lab.inside.listen(address)?, lab.outside.listen(address)?);
+    let daemon = lab.daemon(RULE)?;
+    for (client, listener) in [(&lab.outside, &inside), (&lab.inside, &outside)] {
+        let before = dropped(&daemon)?;
+        daemon.freeze()?;
+        let pair = Pair::open(client, listener)?;
+        pair.opened.wait(LIMIT + LAG);
+        assert_shut(&pair)?;
+        assert_reset_when_thawed(&daemon, &pair, ("idle_timeout", &pair.opened, LIMIT))?;
+        let after = dropped(&daemon)?;
+        assert!(after[0] > before[0] && after[1] > before[1], "{after:?}");
+    }
+    assert_eq!(daemon.terminations()?.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn nothing_passes_an_idle_ipv4_session_while_the_daemon_is_frozen() -> Result<()> {
+    assert_gated((Ipv4Addr::LOCALHOST, 0))
+}
+
+#[test]
+fn nothing_passes_an_idle_ipv6_session_while_the_daemon_is_frozen() -> Result<()> {
+    assert_gated((Ipv6Addr::LOCALHOST, 0))
+}
+
+#[test]
+fn nothing_passes_an_idle_ipv4_session_of_ipv6_sockets_while_the_daemon_is_frozen() -> Result<()> {
+    assert_gated((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0))
+}
+
+/// Sends byte by byte until one does not arrive; when the last that arrived was about to be sent.
+fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
+    let mut last = None;
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        let about_to_send = Instant::now();
+        let (mut from, mut to) = (from, to);
+        from.write_all(b"x")?;
+        if !comes(&[to], WHILE)? {
+            return last.context("no byte arrived");
+        }
+        to.read_exact(&mut [0])?;
+        last = Some(about_to_send);
+        thread::sleep(Duration::from_millis(1));
+    }
+    anyhow::bail!("the gate is open after {PATIENCE:?}")
+}
+
+#[test]
+fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon("[[rule]]\nname = \"old\"\nmax_lifetime = \"2s\"\n")?;
+    let limit = Duration::from_secs(2);
+    for to_server in [true, false] {
+        daemon.freeze()?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        let (from, to) = match to_server {
+            true => (&pair.client, &pair.server),
+            false => (&pair.server, &pair.client),
+        };
+        let last = send_until_shut(from, to)?;
+        assert!(last < pair.opened.latest.at + limit + LAG);
+        assert!(Instant::now() >= pair.opened.earliest.at + limit);
+        assert_shut(&pair)?;
+        assert_reset_when_thawed(&daemon, &pair, ("max_lifetime", &pair.opened, limit))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_answer_passes_while_it_is_owed_and_not_after_its_limit() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(
+        "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nidle_timeout = \"1s\"\n\
+         response_timeout = \"5s\"\n",
+    )?;
+    let limit = Duration::from_secs(5);
+    daemon.freeze()?;
+    let (timely, late) = (
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    );
+    let asked = [timely.to_server(b"query")?, late.to_server(b"query")?];
+    asked[0].wait(Duration::from_millis(1500));
+    let answered = timely.to_client(b"answer")?;
+    asked[1].wait(limit + LAG);
+    assert_shut(&timely)?;
+    assert_shut(&late)?;
+    assert_reset_when_thawed(&daemon, &late, ("response_timeout", &asked[1], limit))?;
+    daemon
+        .wait_for_termination_of(&timely)?
+        .assert_reset("idle_timeout", &answered, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn an_observed_session_has_no_gate() -> Result<()> {
+    for config in [
+        format!("[daemon]\nmode = \"observe\"\n{RULE}"),
+        format!("{RULE}action = \"observe\"\n"),
+    ] {
+        let lab = Lab::new(AGENT)?;
+        let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+        let daemon = lab.daemon(&config)?;
+        let pair = open_and_pass_deadline(&lab, &listener, &daemon)?;
+        pair.round_trip()?;
+        daemon.thaw()?;
+        assert_eq!(dropped(&daemon)?, [0.0, 0.0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_active_session_has_no_gate_while_the_daemon_is_frozen() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    // So long that the busiest machine keeps it active.
+    let daemon = lab.daemon(&RULE.replace("1s", "4s"))?;
+    daemon.freeze()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.keep_busy(Duration::from_secs(6))?;
+    daemon.thaw()?;
+    assert_eq!(dropped(&daemon)?, [0.0, 0.0]);
+    assert_eq!(daemon.terminations()?.len(), 0);
+    pair.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn a_session_past_its_deadline_can_still_close_in_the_orderly_way() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let mut pair = open_and_pass_deadline(&lab, &listener, &daemon)?;
+    pair.client.shutdown(Shutdown::Write)?;
+    assert_eq!(pair.server.read(&mut [0])?, 0);
+    pair.server.shutdown(Shutdown::Write)?;
+    assert_eq!(pair.client.read(&mut [0])?, 0);
+    drop(pair);
+    daemon.thaw()?;
+    daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;
+    assert_eq!(dropped(&daemon)?, [0.0, 0.0]);
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn either_end_can_abort_a_session_past_its_deadline() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pairs = [
+        open_and_pass_deadline(&lab, &listener, &daemon)?,
+        open_and_pass_deadline(&lab, &listener, &daemon)?,
+    ];
+    let [first, second] = pairs;
+    assert_shut(&first)?;
+    let aborted = [(first.client, first.server), (second.server, second.client)];
+    for (from, to) in aborted {
+        reset_on_close(&from)?;
+        drop(from);
+        assert_eq!(ends_of(&[&to])?[0].error, Some(Errno::ECONNRESET));
+    }
+    daemon.thaw()?;
+    daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 2.0)?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn payload_with_a_fin_waits_behind_the_gate() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = open_and_pass_deadline(&lab, &listener, &daemon)?;
+    assert_shut(&pair)?;
+    // The stack puts the FIN on the last segment that has not been taken.
+    pair.client.shutdown(Shutdown::Write)?;
+    pair.server.shutdown(Shutdown::Write)?;
+    assert!(!comes(&[&pair.client, &pair.server], WHILE)?);
+    daemon.thaw()?;
+    daemon
+        .wait_for_termination_of(&pair)?
+        .assert_reset("idle_timeout", &pair.opened, LIMIT);
+    Ok(())
+}
+
+/// Sends a byte that does not count as activity, again and again, until the connection ends or the
+/// time is over.
+fn chatter(mut stream: &TcpStream, duration: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < duration && stream.write_all(b"x").is_ok() {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn quiet_rule(timeout: &str) -> String {
+    format!("[[rule]]\nname = \"r\"\nidle_timeout = \"{timeout}\"\nmin_payload = 100\n")
+}
+
+#[test]
+fn a_session_that_a_new_policy_ends_has_that_reason_whoever_refuses_it_first() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&quiet_rule("1h"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(2 * LIMIT);
+    thread::scope(|scope| {
+        scope.spawn(|| chatter(&pair.client, PATIENCE));
+        scope.spawn(|| chatter(&pair.server, PATIENCE));
+        daemon.reload(&quiet_rule("1s"))?;
+        let record = daemon.wait_for_termination_of(&pair)?;
+        assert_eq!(record.text("event.reason"), "policy");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_session_that_cannot_be_reset_stands_behind_the_gate_and_is_tried_again_as_it_was() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&quiet_rule("1h"))?;
+    let pair = Pair::open(&outside, &listener)?;
+    // Its sockets keep the namespace alive, and no file leads to it any more.
+    drop((inside, outside));
+    netns.delete()?;
+    pair.opened.wait(2 * LIMIT);
+    daemon.reload(&quiet_rule("1s"))?;
+    let first = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(first.text("event.action"), "session-termination-failed");
+    assert_eq!(first.text("event.reason"), "policy");
+    assert_shut(&pair)?;
+    // What the gate reports does not hasten the next attempt.
+    assert_eq!(daemon.terminations_of(&pair)?.len(), 1);
+    let records = daemon.wait_for_terminations(2)?;
+    assert_eq!(records[1].text("event.reason"), "policy");
+    // Each record pairs the clocks anew.
+    let deadlines = [&first, &records[1]].map(|record| record.time("session_enforcer.deadline"));
+    assert!(deadlines[0].abs_diff(deadlines[1]) < Duration::from_millis(50));
+    let apart = records[1].time("@timestamp") - first.time("@timestamp");
+    assert!(apart >= Duration::from_secs(9), "{apart:?}");
+    ensure!(dropped(&daemon)?.iter().all(|count| *count > 0.0));
+    Ok(())
+}

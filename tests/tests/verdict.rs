@@ -1,0 +1,403 @@
+//! Kernel and daemon agree when a session has expired: what the gate in the kernel does to payload on
+//! real sockets is what `verdict` says on the host, for random sessions, limits and times. And what
+//! the packet path does around that: events, policies, headers.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
+    os::fd::AsRawFd as _,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::socket::{MsgFlags, SockaddrIn6, sendto};
+use session_enforcer::{
+    bpf::{Adoption, Kernel, Options},
+    cgroup::Cgroup,
+    clock::{coarse_lag_ns, monotonic_ns},
+};
+use session_enforcer_common::{
+    ErrorKind, EventKind, MatchEntry, Policy, PortRange, Session, Verdict, Way, flags, verdict,
+};
+use session_enforcer_tests::{
+    Lab, Listener, PATIENCE, Pair, Random, RawTcp, SEED, Sequence, cookie, eventually,
+    reset_on_close, seed, tcp_info,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+
+/// Payloads whose fate is compared.
+const CASES: u64 = 20_000;
+
+const MS: u64 = 1_000_000;
+const HOUR: u64 = 3_600_000 * MS;
+
+/// The programs, attached to a cgroup of the test's own without a daemon, and a listener in it.
+///
+/// In this order: the programs are detached before the cgroup goes.
+struct Bench {
+    kernel: Kernel,
+    listener: Listener,
+    lab: Lab,
+}
+
+impl Bench {
+    fn new(address: impl Into<SocketAddr>) -> Result<Self> {
+        let lab = Lab::new(AGENT)?;
+        let listener = lab.inside.listen(address)?;
+        let mut kernel = Kernel::load(&Options {
+            max_sessions: 1024,
+            only_netns: None,
+            verbose: false,
+        })?;
+        kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
+        Ok(Self {
+            kernel,
+            listener,
+            lab,
+        })
+    }
+
+    /// A connection whose accepted end is tracked.
+    fn open(&self) -> Result<Pair> {
+        let pair = Pair::open(&self.lab.outside, &self.listener)?;
+        for end in [&pair.client, &pair.server] {
+            reset_on_close(end)?;
+        }
+        Ok(pair)
+    }
+
+    /// Puts one rule for everything into force.
+    fn put(&mut self, generation: u32, policy: Policy) -> Result<()> {
+        let policy = Policy {
+            generation,
+            ..policy
+        };
+        let entries = [MatchEntry::any(0)];
+        Ok(self.kernel.put_policy(generation, &entries, &[policy])?)
+    }
+
+    fn session(&self, of: &TcpStream) -> Result<Session> {
+        let session = self.kernel.session(cookie(of)?)?;
+        session.context("the connection is not tracked")
+    }
+
+    /// Gives a session of this test other times than it has.
+    fn replace(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        self.kernel.remove(cookie)?;
+        let adopted = self.kernel.adopt(cookie, session)?;
+        ensure!(adopted == Adoption::Inserted, "{adopted:?}");
+        Ok(())
+    }
+
+    fn dropped(&self, way: Way) -> Result<u64> {
+        Ok(self.kernel.gate_drops()?[way as usize])
+    }
+}
+
+/// A limit that ends near `now` for a time stamp of `since`, on either side, or anywhere, or none.
+fn random_limit(random: &mut Random, age: u64) -> u64 {
+    match random.below(8) {
+        0 | 1 => 0,
+        2 => 1 + random.below(HOUR),
+        // Within the lag on either side of now, where the precise clock decides.
+        3 | 4 => age.saturating_sub(10 * MS).max(1) + random.below(20 * MS),
+        5 => age.saturating_sub(random.below(HOUR)).max(1),
+        _ => age + random.below(HOUR),
+    }
+}
+
+/// Limits and times of a session, such that about half are past the deadline, and some just at it.
+fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Policy) {
+    let ago = |random: &mut Random| now.saturating_sub(random.below(HOUR));
+    let mut times = [0; 4].map(|_| ago(random));
+    times.sort_unstable();
+    let [established, a, b, answered] = times;
+    let (received, sent) = if random.once_in(2) { (a, b) } else { (b, a) };
+    let session = Session {
+        established_ns: established,
+        last_received_ns: received,
+        last_sent_ns: sent,
+        answered_ns: if random.once_in(2) {
+            answered
+        } else {
+            established
+        },
+        owes_answer: u8::from(random.once_in(2)),
+        jitter_seed: random.next() as u32,
+        ..session
+    };
+    let limit = |random: &mut Random, since: u64| random_limit(random, now - since);
+    let max_lifetime_ns = limit(random, established);
+    let policy = Policy {
+        idle_timeout_ns: limit(random, received.max(sent)),
+        max_lifetime_ns,
+        lifetime_jitter_ns: max_lifetime_ns / 100 * random.one_of(&[0, 0, 10, 90]),
+        response_timeout_ns: limit(random, received),
+        lag_ns: coarse_lag_ns(),
+        generation: 0,
+        min_payload: random.below(20) as u16,
+        activity: random.below(4) as u8,
+        gate: u8::from(!random.once_in(5)),
+    };
+    (session, policy)
+}
+
+/// Sends a payload; whether it arrived or the gate dropped it, one of which happens at once.
+fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: Way) -> Result<bool> {
+    let before = bench.dropped(way)?;
+    let (mut from, mut to) = (from, to);
+    from.write_all(b"payload")?;
+    to.set_nonblocking(true)?;
+    let start = Instant::now();
+    loop {
+        if to.read(&mut [0; 16]).is_ok_and(|read| read > 0) {
+            return Ok(true);
+        }
+        if bench.dropped(way)? > before {
+            return Ok(false);
+        }
+        ensure!(start.elapsed() < PATIENCE, "neither arrived nor dropped");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
+    let seed = seed()?;
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    bench.put(1, Policy::default())?;
+    let mut outcomes = BTreeMap::<_, u32>::new();
+    for case in 0..CASES {
+        let mut random = Random::of(seed, case);
+        let generation = case as u32 + 2;
+        let pair = bench.open()?;
+        let cookie = cookie(&pair.server)?;
+        let own = bench.session(&pair.server)?;
+        let (session, policy) = random_case(&mut random, own, monotonic_ns());
+        // Of the policy in force, or matched again by the packet that the gate sees.
+        let session = Session {
+            generation: if random.once_in(2) {
+                generation
+            } else {
+                own.generation
+            },
+            ..session
+        };
+        bench.put(generation, policy)?;
+        bench.replace(cookie, &session)?;
+        let (from, to, way) = if random.once_in(2) {
+            (&pair.client, &pair.server, Way::Ingress)
+        } else {
+            (&pair.server, &pair.client, Way::Egress)
+        };
+        let shut = |now| {
+            policy.gate == 1 && matches!(verdict(&session, &policy, now), Verdict::Expired { .. })
+        };
+        let before = shut(monotonic_ns());
+        let passed = passes(&bench, from, to, way)?;
+        let after = shut(monotonic_ns());
+        let told = || format!("{SEED}={seed}, case {case}, {way:?}, {session:#?}, {policy:#?}");
+        // Where the deadline passed meanwhile, both are right.
+        ensure!(
+            before != after || passed != before,
+            "kernel and host differ: {}",
+            told()
+        );
+        let left = bench.session(&pair.server)?;
+        if !passed {
+            let stamps = |s: &Session| {
+                let bytes = (s.bytes_received, s.bytes_sent, s.owes_answer);
+                (s.last_received_ns, s.last_sent_ns, s.answered_ns, bytes)
+            };
+            ensure!(stamps(&left) == stamps(&session), "revived: {}", told());
+        }
+        let kind = if policy.gate == 0 {
+            "no gate"
+        } else if before != after {
+            "meanwhile"
+        } else {
+            ""
+        };
+        *outcomes.entry((way.name(), kind, passed)).or_default() += 1;
+    }
+    println!("{outcomes:?}");
+    for way in Way::ALL {
+        for passed in [true, false] {
+            let count = outcomes.get(&(way.name(), "", passed)).copied();
+            assert!(count.unwrap_or(0) > CASES as u32 / 20, "{outcomes:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Limits after which a session is idle at once, and those of one that is not.
+fn idle_for(limit: Duration) -> Policy {
+    Policy {
+        idle_timeout_ns: limit.as_nanos() as u64,
+        lag_ns: coarse_lag_ns(),
+        min_payload: 1,
+        gate: 1,
+        ..Policy::default()
+    }
+}
+
+const SHORT: Duration = Duration::from_millis(50);
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Waits until the session is idle for certain under the short limit.
+fn wait_for_deadline() {
+    thread::sleep(SHORT + Duration::from_millis(30));
+}
+
+#[test]
+fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires() -> Result<()> {
+    const STORM: u64 = 2_000;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let _entered = runtime.enter();
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    let mut events = bench.kernel.take_events()?;
+    let mut expired = |of: u64| -> Result<usize> {
+        let mut count = 0;
+        while let Some(event) = events.read() {
+            let (kind, event) = event?;
+            count += usize::from(kind == EventKind::Expired && event.cookie == of);
+        }
+        Ok(count)
+    };
+    bench.put(1, idle_for(SHORT))?;
+    let pair = bench.open()?;
+    let cookie = cookie(&pair.server)?;
+    let raw = RawTcp::new(&bench.lab.outside)?;
+    for round in 0..2 {
+        wait_for_deadline();
+        // New payload, old payload, and the old byte of a keepalive of BSD: none of them passes.
+        let at = Sequence::of(&pair.client)?;
+        let before = bench.dropped(Way::Ingress)?;
+        for number in 0..STORM {
+            let back = [0, 3, 1][number as usize % 3];
+            let payload = [b'x'; 3];
+            let length = if back == 1 { 1 } else { 3 };
+            let at = Sequence {
+                to_send: at.to_send.wrapping_sub(back),
+                ..at
+            };
+            raw.send(&pair.client, at, &payload[..length])?;
+        }
+        eventually("all were dropped", PATIENCE, || {
+            let dropped = bench.dropped(Way::Ingress)? - before;
+            Ok((dropped == STORM).then_some(()))
+        })?;
+        assert_eq!(expired(cookie)?, 1);
+        assert_ne!(
+            bench.session(&pair.server)?.flags & flags::EXPIRY_REPORTED,
+            0
+        );
+        // A policy that gives it more time opens the gate, and the next expiry is told again.
+        bench.put(2 + 2 * round, idle_for(LONG))?;
+        pair.round_trip()?;
+        assert_eq!(bench.session(&pair.server)?.flags, 0);
+        bench.put(3 + 2 * round, idle_for(SHORT))?;
+    }
+    assert_eq!(expired(cookie)?, 0);
+    assert_eq!(bench.kernel.error_count(ErrorKind::EventLost)?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    bench.put(1, idle_for(SHORT))?;
+    let pair = bench.open()?;
+    wait_for_deadline();
+    let nothing = MatchEntry {
+        local_ports: PortRange { first: 1, last: 0 },
+        ..MatchEntry::any(0)
+    };
+    let policy = Policy {
+        generation: 2,
+        ..idle_for(SHORT)
+    };
+    bench.kernel.put_policy(2, &[nothing], &[policy])?;
+    pair.round_trip()?;
+    assert_eq!(bench.kernel.gate_drops()?, [0, 0]);
+    Ok(())
+}
+
+/// A TCP segment over IPv6 behind more extension headers than the packet path walks.
+fn send_behind_headers(bench: &Bench, pair: &Pair, payload: &[u8]) -> Result<()> {
+    const HEADERS: usize = 9;
+    const DESTINATION: u8 = 60;
+    let at = Sequence::of(&pair.client)?;
+    let address = Ipv6Addr::LOCALHOST.octets();
+    let mut segment = Vec::new();
+    segment.extend(pair.client_address.port().to_be_bytes());
+    segment.extend(pair.server_address.port().to_be_bytes());
+    segment.extend(at.to_send.to_be_bytes());
+    segment.extend(at.to_receive.to_be_bytes());
+    segment.extend([0x50, 0x10, 0x20, 0x00, 0, 0, 0, 0]);
+    segment.extend(payload);
+    let length = segment.len() as u32;
+    let pseudo = [
+        &address[..],
+        &address,
+        &length.to_be_bytes(),
+        &[0, 0, 0, 6],
+        &segment,
+    ]
+    .concat();
+    let words = pseudo
+        .chunks(2)
+        .map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0)));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    segment[16..18].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(((HEADERS * 8 + segment.len()) as u16).to_be_bytes());
+    packet.extend([DESTINATION, 64]);
+    packet.extend(address);
+    packet.extend(address);
+    for number in 1..=HEADERS {
+        let next = if number == HEADERS { 6 } else { DESTINATION };
+        packet.extend([next, 0, 1, 4, 0, 0, 0, 0]);
+    }
+    packet.extend(segment);
+    let raw = bench
+        .lab
+        .outside
+        .socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+    let to = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::LOCALHOST, 0, 0, 0));
+    sendto(raw.as_raw_fd(), &packet, &to, MsgFlags::empty())?;
+    Ok(())
+}
+
+#[test]
+fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
+    let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
+    bench.put(1, idle_for(LONG))?;
+    let mut pair = bench.open()?;
+    let unreadable = |bench: &Bench| bench.kernel.error_count(ErrorKind::HeaderUnreadable);
+    // Within the deadline it passes.
+    send_behind_headers(&bench, &pair, b"new")?;
+    let mut received = [0; 3];
+    pair.server.read_exact(&mut received)?;
+    assert_eq!(&received, b"new");
+    assert_eq!(unreadable(&bench)?, 1);
+    // What the client's own stack does not know it sent is answered, and otherwise does no harm.
+    bench.put(2, idle_for(SHORT))?;
+    wait_for_deadline();
+    let before = tcp_info(&pair.server)?.tcpi_bytes_received;
+    send_behind_headers(&bench, &pair, b"newlate")?;
+    eventually("it was dropped", PATIENCE, || {
+        Ok((bench.dropped(Way::Ingress)? == 1).then_some(()))
+    })?;
+    assert_eq!(unreadable(&bench)?, 2);
+    assert_eq!(tcp_info(&pair.server)?.tcpi_bytes_received, before);
+    Ok(())
+}
