@@ -67,7 +67,7 @@ impl RuleBook {
     /// # Errors
     ///
     /// Where there are more rules, with those that are no more, than places.
-    pub(super) fn next(&self, config: &Config, lag_ns: u64) -> Result<Self, TooManyRules> {
+    pub fn next(&self, config: &Config, lag_ns: u64) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
         for rule in &mut rules {
@@ -102,8 +102,9 @@ impl RuleBook {
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.
-    pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
-        if session.generation == self.generation {
+    pub fn rule_of(&self, session: &Session) -> Option<u16> {
+        // A damaged record may name a rule that there is none of: then it is matched again.
+        if session.generation == self.generation && self.rule(session.rule).is_some() {
             return Some(session.rule);
         }
         let facts = Facts::of(session);
@@ -112,7 +113,7 @@ impl RuleBook {
     }
 
     /// Whether the session is within its limits under this policy.
-    pub(super) fn lets_live(&self, session: &Session, now_ns: u64) -> bool {
+    pub fn lets_live(&self, session: &Session, now_ns: u64) -> bool {
         let rule = self.rule_of(session).and_then(|rule| self.rule(rule));
         rule.is_none_or(|rule| {
             matches!(
@@ -178,6 +179,17 @@ mod tests {
     }
 
     const IDLE: &str = "idle_timeout = '5s'";
+
+    #[test]
+    fn a_record_with_a_rule_that_there_is_none_of_is_matched_again() {
+        let limits = "idle_timeout = '5s'";
+        let book = RuleBook::default()
+            .next(&config(&[("a", 22, limits), ("b", 23, limits)]), 0)
+            .unwrap();
+        assert_eq!(book.rule_of(&session(23, 1, book.generation)), Some(1));
+        assert_eq!(book.rule_of(&session(23, 2, book.generation)), Some(1));
+        assert_eq!(book.rule_of(&session(24, 2, book.generation)), None);
+    }
 
     #[test]
     fn a_rule_keeps_its_place_under_its_name() {
