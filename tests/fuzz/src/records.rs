@@ -1,0 +1,143 @@
+//! Records of the ring buffer and the maps with any bits in them: nothing overflows, nothing panics,
+//! and the decisions hold together.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use session_enforcer::{
+    audit::{Outcome, Termination},
+    clock::WallClock,
+    config::{Config, Mode},
+    engine::RuleBook,
+    sock_diag::{Target, wire},
+};
+use session_enforcer_common::{
+    Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
+};
+
+use super::bytes::Bytes;
+
+/// Reads the input as a record of the ring buffer, and as values of the maps.
+///
+/// # Panics
+///
+/// Where a decision contradicts itself or an audit record is no line of JSON.
+pub fn run(data: &[u8]) {
+    event(data);
+    let mut bytes = Bytes(data);
+    let session: Session = bytes.value();
+    let policy: Policy = bytes.value();
+    let entry: MatchEntry = bytes.value();
+    let now_ns: u64 = bytes.value();
+    decide(&session, &policy, now_ns);
+    let facts = Facts::of(&session);
+    if matches(&facts, &entry) {
+        assert!(entry.local_ports.contains(session.local_port));
+    }
+    assert!(
+        matches(&facts, &MatchEntry::any(0)),
+        "every session is some connection"
+    );
+    find_rule(&session, now_ns);
+    audit(&session, &mut bytes, now_ns);
+    destroy(&session, now_ns);
+}
+
+fn event(data: &[u8]) {
+    match Event::parse(data) {
+        Ok((kind, event)) => {
+            assert_eq!(data.len(), size_of::<Event>());
+            assert_eq!(kind as u32, event.kind);
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+fn decide(session: &Session, policy: &Policy, now_ns: u64) {
+    match verdict(session, policy, now_ns) {
+        Verdict::Alive { look_again_ns } => {
+            if let Some(before) = look_again_ns.checked_sub(1).filter(|at| *at > now_ns) {
+                let still = verdict(session, policy, before);
+                assert!(
+                    matches!(still, Verdict::Alive { .. }),
+                    "{session:?} {policy:?}"
+                );
+            }
+        }
+        Verdict::Expired { deadline_ns, .. } => {
+            assert!(deadline_ns <= now_ns);
+            let later = verdict(session, policy, u64::MAX);
+            assert_eq!(
+                later,
+                verdict(session, policy, now_ns),
+                "a session does not rise again"
+            );
+        }
+    }
+    assert!(policy.lifetime_ns(session) <= policy.max_lifetime_ns);
+    let first = policy.first_deadline_ns(now_ns);
+    assert!(first >= now_ns);
+    assert!(policy.next_activity_deadline_ns(now_ns) >= now_ns);
+}
+
+/// Whatever rule the record names, the one that decides is one that there is.
+fn find_rule(session: &Session, now_ns: u64) {
+    let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
+                [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
+    let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
+    let book = RuleBook::default()
+        .next(&config, 0)
+        .expect("two rules have places");
+    let rule = book
+        .rule_of(session)
+        .expect("the last rule matches everything");
+    assert!(usize::from(rule) < config.rules.len(), "rule {rule}");
+    book.lets_live(session, now_ns);
+}
+
+fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
+    let name = String::from_utf8_lossy(bytes.0).into_owned();
+    let termination = Termination {
+        cookie: bytes.value(),
+        session,
+        rule: &name,
+        reason: bytes.choice([
+            Reason::IdleTimeout,
+            Reason::MaxLifetime,
+            Reason::ResponseTimeout,
+            Reason::Policy,
+        ]),
+        mode: bytes.choice([Mode::Enforce, Mode::Observe]),
+        outcome: bytes.choice([
+            Outcome::Reset,
+            Outcome::Gone,
+            Outcome::Failed,
+            Outcome::Observed,
+        ]),
+        limit: bytes.choice([None, Some(Duration::MAX), Some(Duration::ZERO)]),
+        deadline_ns: bytes.value(),
+        answered_ns,
+        error: bytes.choice([None, Some(name.as_str())]),
+    };
+    let line = termination.to_json(&WallClock::now());
+    assert!(!line.contains('\n'), "{line:?}");
+    let record: Value = serde_json::from_str(&line).expect("a record is JSON");
+    assert_eq!(record["session_enforcer"]["id"], termination.cookie);
+    assert_eq!(record["rule"]["name"], name);
+    for end in ["source", "destination"] {
+        assert!(
+            record[end]["ip"].is_string() && record[end]["bytes"].is_u64(),
+            "{line}"
+        );
+    }
+}
+
+fn destroy(session: &Session, cookie: u64) {
+    let mut request = Default::default();
+    wire::put_destroy(&mut request, 1, &Target::of(cookie, session));
+    let length = (request.len() as u32).to_ne_bytes();
+    assert!(
+        request.starts_with(&length),
+        "a request says how long it is"
+    );
+}
