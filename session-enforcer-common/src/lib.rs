@@ -1,6 +1,7 @@
 //! What the kernel programs and the daemon share: the records that lie in BPF maps, and the two
 //! pure decisions, [`matches`] (does a rule's entry apply to a connection?) and [`verdict`] (has a
-//! session outlived its limits?).
+//! session outlived its limits?). The kernel programs' reading of [`packet`]s is here too, where it
+//! can be tested.
 //!
 //! Both sides compile the same functions, so they cannot disagree. There is no I/O and no clock
 //! here: time is an argument, in nanoseconds of `CLOCK_MONOTONIC`, so that every decision can be
@@ -11,6 +12,7 @@ mod counters;
 mod event;
 mod matching;
 mod owner;
+pub mod packet;
 mod policy;
 mod session;
 

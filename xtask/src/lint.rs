@@ -19,6 +19,8 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
         ("formatting", formatting(workspace)),
         ("clippy", clippy(workspace)),
         ("clippy on the eBPF programs", clippy_ebpf(workspace)),
+        ("formatting of the fuzz targets", formatting_fuzz(workspace)),
+        ("clippy on the fuzz targets", clippy_fuzz(workspace)),
     ];
     let mut failed = Vec::new();
     for (name, mut check) in checks {
@@ -72,6 +74,23 @@ fn clippy_ebpf(workspace: &Workspace) -> Command {
     cargo.env("RUSTC_BOOTSTRAP", "1");
     // A folder of its own: crates that look at RUSTC_BOOTSTRAP would be built again and again.
     cargo.env("CARGO_TARGET_DIR", workspace.target().join("ebpf-lint"));
+    cargo
+}
+
+fn formatting_fuzz(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["fmt", "--check", "--manifest-path"]);
+    cargo.arg(workspace.fuzz_crate().join("Cargo.toml"));
+    cargo
+}
+
+/// Without libFuzzer, so that no C++ compiler is needed, and in the folder of the other crates'
+/// check, which has built most of it already.
+fn clippy_fuzz(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["clippy", "--no-default-features", "--manifest-path"]);
+    cargo.arg(workspace.fuzz_crate().join("Cargo.toml"));
+    cargo.args(["--", "--deny", "warnings"]);
     cargo
 }
 

@@ -7,6 +7,7 @@ mod apt;
 mod build;
 mod core_sources;
 mod demo;
+mod fuzz;
 mod linker;
 mod lint;
 mod packages;
@@ -50,6 +51,11 @@ enum Task {
     Demo(demo::Args),
     /// Runs every test: first those that need no privilege, then the others as root.
     Test(test::Args),
+    /// Runs the fuzz targets, each from its seeds for some time; fails if one finds something.
+    ///
+    /// Needs a C++ compiler besides; cargo-fuzz is made ready in the target directory, where
+    /// everything that is found goes too. Takes no privilege.
+    Fuzz(fuzz::Args),
     /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
     Lint,
 }
@@ -72,6 +78,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Run(args) => run::run(&workspace, &args),
         Task::Demo(args) => demo::run(&workspace, &args),
         Task::Test(args) => test::test(&workspace, &args),
+        Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
         Task::Lint => lint::lint(&workspace),
     }
 }

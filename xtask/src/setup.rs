@@ -21,7 +21,7 @@ pub(crate) fn setup(workspace: &Workspace) -> Result<()> {
 }
 
 /// Keeps a second xtask (a test run beside a build) from making the same files at the same time.
-fn lock(workspace: &Workspace) -> Result<File> {
+pub(crate) fn lock(workspace: &Workspace) -> Result<File> {
     let folder = workspace.toolchain();
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let path = folder.join(".lock");

@@ -43,6 +43,11 @@ impl Workspace {
         self.toolchain().join("bin").join("bpf-linker")
     }
 
+    /// The crate of the fuzz targets, a workspace of its own.
+    pub(crate) fn fuzz_crate(&self) -> PathBuf {
+        self.root.join("tests").join("fuzz")
+    }
+
     /// `cargo`, of the toolchain that built xtask, in the checkout.
     ///
     /// It needs no word on where the linker is: `session-enforcer`'s build script finds the one in

@@ -90,6 +90,13 @@ pub struct Termination<'a> {
     pub error: Option<&'a str>,
 }
 
+impl Termination<'_> {
+    /// The record, one line of JSON without its end.
+    pub fn to_json(&self, clock: &WallClock) -> String {
+        record::termination(self, clock)
+    }
+}
+
 /// The audit's writer.
 #[derive(Debug)]
 pub struct Audit {
@@ -119,7 +126,7 @@ impl Audit {
 
     /// Records the end of a session.
     pub fn termination(&mut self, termination: &Termination<'_>) {
-        let line = record::termination(termination, &WallClock::now());
+        let line = termination.to_json(&WallClock::now());
         self.add(&line);
     }
 

@@ -143,6 +143,19 @@ impl Owners {
         }
     }
 
+    /// The same with the last identity of each cgroup alone.
+    #[must_use]
+    pub fn without_former(&self) -> Self {
+        let last = |(path, ids): (&String, &Vec<u64>)| {
+            let id = ids.last().copied().into_iter().collect();
+            (path.clone(), id)
+        };
+        Self {
+            cgroups: self.cgroups.iter().map(last).collect(),
+            users: self.users.clone(),
+        }
+    }
+
     /// The number of a user; none where the name is not known.
     pub fn uid(&self, user: &User) -> Option<u32> {
         match user {

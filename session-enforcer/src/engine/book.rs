@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use session_enforcer_common::{
-    Ancestors, Facts, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason, Session, Verdict,
-    matches, verdict,
+    Ancestors, Facts, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason,
+    Session, Verdict, matches, verdict,
 };
 use thiserror::Error;
 
@@ -74,7 +74,7 @@ impl RuleBook {
     /// # Errors
     ///
     /// Where there are more rules, with those that are no more, than places.
-    pub(super) fn next(
+    pub fn next(
         &self,
         config: &Config,
         owners: &Owners,
@@ -120,18 +120,19 @@ impl RuleBook {
                 .unwrap_or(RULE_EXEMPT),
             ..entry
         };
-        let entries = config.match_entries(owners).into_iter();
-        self.entries = entries.map(in_place).collect();
+        let mut entries = config.match_entries(owners);
+        if entries.len() > MAX_MATCH_ENTRIES as usize {
+            // What the configuration was admitted with always fits.
+            entries = config.match_entries(&owners.without_former());
+        }
+        self.entries = entries.into_iter().map(in_place).collect();
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.
     /// `ancestors` tells the cgroups above one.
-    pub(super) fn rule_of(
-        &self,
-        session: &Session,
-        ancestors: impl Fn(u64) -> Ancestors,
-    ) -> Option<u16> {
-        if session.generation == self.generation {
+    pub fn rule_of(&self, session: &Session, ancestors: impl Fn(u64) -> Ancestors) -> Option<u16> {
+        // A damaged record may name a rule that there is none of: then it is matched again.
+        if session.generation == self.generation && self.rule(session.rule).is_some() {
             return Some(session.rule);
         }
         let mut facts = Facts::of(session);
@@ -151,7 +152,7 @@ impl RuleBook {
     }
 
     /// Whether the session is within its limits under this policy.
-    pub(super) fn lets_live(
+    pub fn lets_live(
         &self,
         session: &Session,
         now_ns: u64,
@@ -235,6 +236,17 @@ mod tests {
     const IDLE: &str = "idle_timeout = '5s'";
 
     #[test]
+    fn a_record_with_a_rule_that_there_is_none_of_is_matched_again() {
+        let limits = "idle_timeout = '5s'";
+        let rules = config(&[("a", 22, limits), ("b", 23, limits)]);
+        let book = next(&RuleBook::default(), &rules).unwrap();
+        let rule_of = |session| book.rule_of(&session, no_ancestors);
+        assert_eq!(rule_of(session(23, 1, book.generation)), Some(1));
+        assert_eq!(rule_of(session(23, 2, book.generation)), Some(1));
+        assert_eq!(rule_of(session(24, 2, book.generation)), None);
+    }
+
+    #[test]
     fn a_rule_keeps_its_place_under_its_name() {
         let first = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
         let first = next(&RuleBook::default(), &first).unwrap();
@@ -290,6 +302,27 @@ mod tests {
             gates(&format!("[daemon]\nmode = 'observe'\n{rules}")),
             [0, 0]
         );
+    }
+
+    #[test]
+    fn former_cgroups_have_no_room_where_the_table_is_full_without_them() {
+        let ports: Vec<String> = (1..=3_000).map(|n| (2 * n).to_string()).collect();
+        let text = format!(
+            "[[rule]]\nname = 'a'\ncgroups = ['/a']\nlocal_ports = [{}]\n{IDLE}\n",
+            ports.join(",")
+        );
+        let config = Config::parse("x.toml", &text).unwrap();
+        let count = |ids: Vec<u64>| {
+            let owners = Owners {
+                cgroups: [("/a".to_owned(), ids)].into(),
+                ..Owners::default()
+            };
+            let book = RuleBook::default().next(&config, &owners, 4).unwrap();
+            let last = book.entries.last().unwrap().cgroup_id;
+            (book.entries.len(), last)
+        };
+        assert_eq!(count(vec![5]), (3_000, 5));
+        assert_eq!(count(vec![5, 6]), (3_000, 6));
     }
 
     #[test]

@@ -54,9 +54,10 @@ pub mod state {
         | bit(LAST_ACK)
         | bit(CLOSING);
 
-    /// The state's bit in a request's set of states.
+    /// The state's bit in a request's set of states; none for a number that no set has room for,
+    /// which is in no set then.
     pub const fn bit(state: u8) -> u32 {
-        1 << state
+        1_u32.unbounded_shl(state as u32)
     }
 }
 

@@ -134,6 +134,14 @@ fn answers_are_told_from_refusals() {
 }
 
 #[test]
+fn a_state_that_no_request_can_name_has_no_bit() {
+    assert_eq!(state::bit(31), 1 << 31);
+    for state in [32, 33, u8::MAX] {
+        assert_eq!(state::bit(state), 0);
+    }
+}
+
+#[test]
 fn a_message_of_another_kind_is_refused() {
     assert_eq!(parse_all(&message(1, 1, &[])), Err(WireError::Kind(1)));
 }

@@ -1,0 +1,150 @@
+//! Records of the ring buffer and the maps with any bits in them: nothing overflows, nothing panics,
+//! and the decisions hold together.
+
+use std::{sync::LazyLock, time::Duration};
+
+use serde_json::Value;
+use session_enforcer::{
+    audit::{Outcome, Termination},
+    clock::WallClock,
+    config::{Config, Mode, Owners},
+    engine::RuleBook,
+    sock_diag::{Target, wire},
+};
+use session_enforcer_common::{
+    Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
+};
+
+use super::bytes::Bytes;
+
+/// Reads the input as a record of the ring buffer, and as values of the maps.
+///
+/// # Panics
+///
+/// Where a decision contradicts itself or an audit record is no line of JSON.
+pub fn run(data: &[u8]) {
+    event(data);
+    let mut bytes = Bytes(data);
+    let session: Session = bytes.value();
+    let policy: Policy = bytes.value();
+    let entry: MatchEntry = bytes.value();
+    let now_ns: u64 = bytes.value();
+    decide(&session, &policy, now_ns);
+    let facts = Facts::of(&session);
+    let ancestors: Ancestors = bytes.value();
+    if matches(&facts, &ancestors, &entry) {
+        assert!(entry.local_ports.contains(session.local_port));
+        let asks = entry.asks_user != 0 || entry.cgroup_id != 0;
+        assert!(asks || !entry.is_open(&facts));
+    }
+    assert!(
+        matches(&facts, &ancestors, &MatchEntry::any(0)),
+        "every session is some connection"
+    );
+    find_rule(&session, now_ns);
+    audit(&session, &mut bytes, now_ns);
+    destroy(&session, now_ns);
+}
+
+fn event(data: &[u8]) {
+    match Event::parse(data) {
+        Ok((kind, event)) => {
+            assert_eq!(data.len(), size_of::<Event>());
+            assert_eq!(kind as u32, event.kind);
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+fn decide(session: &Session, policy: &Policy, now_ns: u64) {
+    match verdict(session, policy, now_ns) {
+        Verdict::Alive { look_again_ns } => {
+            if let Some(before) = look_again_ns.checked_sub(1).filter(|at| *at > now_ns) {
+                let still = verdict(session, policy, before);
+                assert!(
+                    matches!(still, Verdict::Alive { .. }),
+                    "{session:?} {policy:?}"
+                );
+            }
+        }
+        Verdict::Expired { deadline_ns, .. } => {
+            assert!(deadline_ns <= now_ns);
+            let later = verdict(session, policy, u64::MAX);
+            assert_eq!(
+                later,
+                verdict(session, policy, now_ns),
+                "a session does not rise again"
+            );
+        }
+    }
+    assert!(policy.lifetime_ns(session) <= policy.max_lifetime_ns);
+    let first = policy.first_deadline_ns(now_ns);
+    assert!(first >= now_ns);
+    assert!(policy.next_activity_deadline_ns(now_ns) >= now_ns);
+}
+
+/// Two rules. Made once, since that takes longer than all the rest.
+static BOOK: LazyLock<RuleBook> = LazyLock::new(|| {
+    let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
+                [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
+    let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
+    let book = RuleBook::default().next(&config, &Owners::default(), 0);
+    book.expect("two rules have places")
+});
+
+/// Whatever rule the record names, the one that decides is one that there is.
+fn find_rule(session: &Session, now_ns: u64) {
+    let ancestors = |_| Ancestors::UNKNOWN;
+    let rule = BOOK.rule_of(session, ancestors);
+    assert!(rule.expect("the last rule matches everything") < 2);
+    BOOK.lets_live(session, now_ns, ancestors);
+}
+
+fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
+    let name = String::from_utf8_lossy(bytes.0).into_owned();
+    let termination = Termination {
+        cookie: bytes.value(),
+        session,
+        rule: &name,
+        reason: bytes.choice([
+            Reason::IdleTimeout,
+            Reason::MaxLifetime,
+            Reason::ResponseTimeout,
+            Reason::Policy,
+        ]),
+        mode: bytes.choice([Mode::Enforce, Mode::Observe]),
+        outcome: bytes.choice([
+            Outcome::Reset,
+            Outcome::Gone,
+            Outcome::Failed,
+            Outcome::Observed,
+        ]),
+        limit: bytes.choice([None, Some(Duration::MAX), Some(Duration::ZERO)]),
+        deadline_ns: bytes.value(),
+        answered_ns,
+        cgroup: bytes.choice([None, Some(name.as_str())]),
+        user: bytes.choice([None, Some(name.as_str())]),
+        error: bytes.choice([None, Some(name.as_str())]),
+    };
+    let line = termination.to_json(&WallClock::now());
+    assert!(!line.contains('\n'), "{line:?}");
+    let record: Value = serde_json::from_str(&line).expect("a record is JSON");
+    assert_eq!(record["session_enforcer"]["id"], termination.cookie);
+    assert_eq!(record["rule"]["name"], name);
+    for end in ["source", "destination"] {
+        assert!(
+            record[end]["ip"].is_string() && record[end]["bytes"].is_u64(),
+            "{line}"
+        );
+    }
+}
+
+fn destroy(session: &Session, cookie: u64) {
+    let mut request = Default::default();
+    wire::put_destroy(&mut request, 1, &Target::of(cookie, session));
+    let length = (request.len() as u32).to_ne_bytes();
+    assert!(
+        request.starts_with(&length),
+        "a request says how long it is"
+    );
+}
