@@ -9,12 +9,14 @@
 
 mod counters;
 mod event;
+mod layout;
 mod matching;
 mod policy;
 mod session;
 
 pub use counters::{ErrorKind, RuleCounters};
 pub use event::{Event, EventError, EventKind};
+pub use layout::LAYOUT;
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use session::{Address, Direction, Session, flags};

@@ -18,7 +18,7 @@ use session_enforcer_common::{
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, FIRST_GENERATION, ONLY_NETNS, SESSIONS},
     policy::{Decision, decide},
 };
 
@@ -123,9 +123,20 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
     let session = unsafe { *session };
     if SESSIONS.remove(cookie).is_ok() {
-        counters::rule(session.rule, |c| c.closed += 1);
+        let rule = if session.generation < FIRST_GENERATION.load() {
+            rule_anew(&session)
+        } else {
+            session.rule
+        };
+        counters::rule(rule, |c| c.closed += 1);
         notify(EventKind::Closed, cookie, &session);
     }
+}
+
+/// The rule of a session that another daemon's programs matched, as this daemon counts it.
+#[inline(never)]
+fn rule_anew(session: &Session) -> u16 {
+    decide(&Facts::of(session)).map_or(RULE_EXEMPT, |decision| decision.rule)
 }
 
 /// Tells the daemon. The ring buffer wakes it only where it has read everything before.

@@ -55,3 +55,8 @@ pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 /// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
+
+/// Generation of this daemon's first policy. A session of an earlier one was written under another
+/// daemon, and the place of its rule means nothing here. Set by the daemon at load.
+#[unsafe(no_mangle)]
+pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);

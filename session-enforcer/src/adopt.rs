@@ -148,6 +148,46 @@ fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
     )
 }
 
+/// A session brought up to date with its socket, after a time in which packets were not stamped. The
+/// byte counts tell whether any payload passed, the ages when. Of how much came with each packet
+/// nothing is known: all of it counts.
+pub fn caught_up(
+    session: &Session,
+    socket: &Socket,
+    policy: Option<&Policy>,
+    now_ns: u64,
+) -> Session {
+    let Some(info) = socket.info else {
+        return *session;
+    };
+    let mut now = *session;
+    let (received_ns, sent_ns) = activity(&info, now_ns);
+    let received = payload_received(socket, &info);
+    let [has_received, has_sent] = [
+        received > session.bytes_received,
+        info.bytes_sent > session.bytes_sent,
+    ];
+    if has_received {
+        now.bytes_received = received;
+        now.last_received_ns = received_ns.max(session.last_received_ns);
+    }
+    if has_sent {
+        now.bytes_sent = info.bytes_sent;
+        now.last_sent_ns = sent_ns.max(session.last_sent_ns);
+    }
+    if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
+        let owes = match (has_received, has_sent) {
+            (true, true) => owes_answer(Direction::Inbound, &info, policy),
+            (has_received, _) => has_received,
+        };
+        now.owes_answer = u8::from(owes);
+        if has_sent {
+            now.answered_ns = now.last_sent_ns;
+        }
+    }
+    now
+}
+
 /// Whether payload passed between two lists that both show the session: nothing stamped the packets
 /// between the first list and the insertion into the session map. The byte counts tell exactly; the
 /// ages of two lists are rounded differently.

@@ -38,15 +38,21 @@ pub enum Repair {
     Unscheduled,
     /// A session that had ended without a report: it was in the map and had no socket.
     Stale,
+    /// A session that had passed payload while no program was attached.
+    Behind,
+    /// A session that was not in the map when the programs of an earlier daemon were taken over.
+    Missed,
 }
 
 impl Repair {
-    const ALL: [Self; 2] = [Self::Unscheduled, Self::Stale];
+    const ALL: [Self; 4] = [Self::Unscheduled, Self::Stale, Self::Behind, Self::Missed];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Unscheduled => "unscheduled",
             Self::Stale => "stale",
+            Self::Behind => "behind",
+            Self::Missed => "missed",
         }
     }
 }
@@ -111,6 +117,7 @@ pub struct Metrics {
     opened: IntCounterVec,
     closed: IntCounterVec,
     adopted: IntCounter,
+    taken_over: IntCounter,
     terminations: IntCounterVec,
     lateness: Histogram,
     age: HistogramVec,
@@ -125,6 +132,9 @@ pub struct Metrics {
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
     untracked_by_daemon: u64,
+    /// Sessions in the map less those that the counters of this daemon's programs know, when it
+    /// took over.
+    inherited: i64,
 }
 
 /// What the daemon itself did to the sessions of a rule.
@@ -173,6 +183,11 @@ impl Metrics {
                 r,
                 "sessions_adopted_total",
                 "Sessions that are older than the daemon and were adopted by it.",
+            )?,
+            taken_over: counter(
+                r,
+                "sessions_taken_over_total",
+                "Sessions that the daemon took over from an earlier one, with their true ages.",
             )?,
             terminations: counters(
                 r,
@@ -246,6 +261,7 @@ impl Metrics {
             )?,
             daemon: Vec::new(),
             untracked_by_daemon: 0,
+            inherited: 0,
             registry,
         };
         metrics.register_constants(map_capacity, version, kernel)?;
@@ -371,6 +387,17 @@ impl Metrics {
         }
     }
 
+    /// Counts the sessions that an earlier daemon left. Some of them are in the counters of this
+    /// daemon's programs, which were attached before they were looked through.
+    pub fn taken_over(&mut self, sessions: usize, kernel: &[RuleCounters]) {
+        let counted: i64 = kernel
+            .iter()
+            .map(|rule| clamp(rule.opened) - clamp(rule.closed))
+            .sum();
+        self.taken_over.inc_by(sessions as u64);
+        self.inherited = clamp(sessions as u64) - counted;
+    }
+
     /// Counts a session that the daemon took out of the map, because the kernel does not.
     pub fn removed(&mut self, rule: usize) {
         if let Some(counts) = self.daemon.get_mut(rule) {
@@ -423,7 +450,8 @@ impl Metrics {
         }
         // The counters of the CPUs are read one after the other, so a session may already count as
         // ended and not yet as begun.
-        self.map_entries.set(clamp(begun.saturating_sub(ended)));
+        let entries = self.inherited + clamp(begun) - clamp(ended);
+        self.map_entries.set(entries.max(0));
         raise(&self.audit_lost, snapshot.audit_lost);
         for kind in ErrorKind::ALL {
             self.take_in_error(kind, snapshot.errors[kind as usize]);

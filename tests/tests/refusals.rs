@@ -99,11 +99,7 @@ fn a_wrong_configuration_is_refused_with_file_line_and_key() -> Result<()> {
 #[test]
 fn a_key_of_a_later_version_is_refused_and_not_ignored() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    for key in [
-        "cgroups = [\"/a\"]",
-        "users = [1000]",
-        "[daemon]\npin_dir = \"\"",
-    ] {
+    for key in ["cgroups = [\"/a\"]", "users = [1000]"] {
         let text = format!("{RULE}{key}\n");
         let said = complaint(&lab, &lab.launch().config(&text).refused()?, 78);
         let line = 3 + key.lines().count();

@@ -12,6 +12,7 @@ use crate::{
     cgroup::Cgroup,
     clock::monotonic_ns,
     metrics::Untracked,
+    sock_diag::Socket,
 };
 
 impl Enforcer {
@@ -68,13 +69,20 @@ impl Enforcer {
     /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
     /// cannot be listed.
     fn list(&mut self, adopter: &Adopter<'_>, netns_cookie: u64) -> Option<Vec<(u64, Session)>> {
+        let sockets = self.dump(netns_cookie, adopt::STATES)?;
+        Some(adopter.sessions(&sockets, netns_cookie, monotonic_ns()))
+    }
+
+    /// The sockets of a namespace that are in one of these states; `None`, after it was counted and
+    /// logged, where it cannot be listed.
+    pub(super) fn dump(&mut self, netns_cookie: u64, states: u32) -> Option<Vec<Socket>> {
         let listed = self
             .namespaces
             .get(netns_cookie)
             .map_err(anyhow::Error::from)
-            .and_then(|diag| Ok(diag.dump(adopt::STATES)?));
+            .and_then(|diag| Ok(diag.dump(states)?));
         match listed {
-            Ok(sockets) => Some(adopter.sessions(&sockets, netns_cookie, monotonic_ns())),
+            Ok(sockets) => Some(sockets),
             Err(error) => {
                 self.metrics.untracked(Untracked::Namespace);
                 tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");

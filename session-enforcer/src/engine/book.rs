@@ -62,6 +62,14 @@ pub struct RuleBook {
 }
 
 impl RuleBook {
+    /// No policy yet; the first one follows this generation.
+    pub(super) fn after(generation: u32) -> Self {
+        Self {
+            generation,
+            ..Self::default()
+        }
+    }
+
     /// The policy that follows this one.
     ///
     /// # Errors

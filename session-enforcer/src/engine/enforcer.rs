@@ -12,7 +12,6 @@ use super::{book::RuleBook, terminate::Expired};
 use crate::{
     audit::Audit,
     bpf::{BpfError, Kernel},
-    cgroup::Cgroup,
     clock::monotonic_ns,
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
@@ -92,13 +91,15 @@ impl Enforcer {
             metrics,
             lag_ns,
         } = parts;
+        // The generations go on: a session of an earlier daemon must not seem to be of this one.
+        let book = RuleBook::after(kernel.inherited_generation());
         Self {
             kernel,
             namespaces,
             audit,
             metrics,
             lag_ns,
-            book: RuleBook::default(),
+            book,
             schedule: Schedule::new(),
             sessions_in: HashMap::new(),
             sessions_of: Vec::new(),
@@ -107,15 +108,6 @@ impl Enforcer {
             repaired_losses: 0,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
         }
-    }
-
-    /// Attaches the programs: from then on each new connection below the cgroup is tracked.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
-        self.kernel.attach(cgroup)
     }
 
     /// When the next session is due.
@@ -325,8 +317,11 @@ impl Enforcer {
 
     /// Lets go of a session: takes it out of the session map, where the kernel does not.
     pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        // The place in the record may be one of an earlier daemon's rules.
+        let group = self.schedule.group(cookie);
+        let place = group.map_or(session.rule, |group| group.rule);
         if self.kernel.remove(cookie)? {
-            self.metrics.removed(usize::from(session.rule));
+            self.metrics.removed(usize::from(place));
         }
         self.forget(cookie);
         Ok(())
@@ -420,11 +415,18 @@ impl Enforcer {
     }
 
     /// Takes the programs out of the kernel and records that the enforcement ends.
-    pub fn stop(mut self) {
-        drop(self.kernel);
-        tracing::info!("the programs are detached");
-        self.audit.stopped();
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn stop(mut self) -> Result<()> {
+        let detached = self.kernel.detach().context("detaching the programs");
+        if detached.is_ok() {
+            tracing::info!("the programs are detached");
+            self.audit.stopped();
+        }
         self.audit.close();
+        detached
     }
 
     /// Hands the records of this turn to the audit's writer.

@@ -6,6 +6,7 @@ mod adoption;
 mod book;
 mod enforcer;
 mod reload;
+mod takeover;
 mod terminate;
 
 use std::{io, time::Duration};
@@ -20,6 +21,7 @@ use tokio::{
 pub use book::{RuleBook, TooManyRules};
 pub use enforcer::{Enforcer, Parts};
 pub use reload::Redecided;
+pub use takeover::Begun;
 
 use crate::{
     bpf::{Events, KernelLog},
@@ -94,8 +96,7 @@ impl Engine {
     /// read: without them nothing can be enforced.
     pub async fn run(mut self) -> Result<()> {
         let result = self.serve().await;
-        self.enforcer.stop();
-        result
+        result.and(self.enforcer.stop())
     }
 
     async fn serve(&mut self) -> Result<()> {
@@ -207,6 +208,7 @@ impl Reloading {
                 now.metrics_listen != config.metrics_listen,
             ),
             ("audit.path", now.audit != config.audit),
+            ("daemon.pin_dir", now.pin_dir != config.pin_dir),
         ];
         let changed: Vec<&str> = changed
             .iter()
