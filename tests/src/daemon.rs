@@ -21,6 +21,7 @@ use crate::{
     audit::Record,
     clock::eventually,
     metrics::Metrics,
+    pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
     tcp::{PATIENCE, Pair},
 };
@@ -65,6 +66,7 @@ fn binary() -> Result<PathBuf> {
 #[derive(Debug)]
 pub struct Launch<'a> {
     cgroup: &'a Path,
+    pins: Option<&'a Path>,
     config: Option<&'a str>,
     args: &'a [&'a str],
     capabilities: Option<&'a [u8]>,
@@ -76,6 +78,7 @@ impl<'a> Launch<'a> {
     pub fn on(cgroup: &'a Path) -> Self {
         Self {
             cgroup,
+            pins: None,
             config: None,
             args: &[],
             capabilities: None,
@@ -88,6 +91,15 @@ impl<'a> Launch<'a> {
     pub fn config(self, text: &'a str) -> Self {
         Self {
             config: Some(text),
+            ..self
+        }
+    }
+
+    /// With pins in this directory. Without, nothing outlives the daemon.
+    #[must_use]
+    pub fn pinned(self, pins: &'a Pins) -> Self {
+        Self {
+            pins: Some(pins.path()),
             ..self
         }
     }
@@ -128,6 +140,7 @@ impl<'a> Launch<'a> {
         let defaults = [
             ("--audit", audit.as_path()),
             ("--metrics-listen", Path::new("127.0.0.1:0")),
+            ("--pin-dir", self.pins.unwrap_or(Path::new(""))),
         ];
         for (flag, value) in defaults {
             if !self.args.contains(&flag) {
@@ -421,6 +434,17 @@ impl Daemon {
     /// Where it runs on.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         eventually("the daemon ends", PATIENCE, || Ok(self.child.try_wait()?))
+    }
+
+    /// Kills it, as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not die.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.wait()?;
+        Ok(())
     }
 
     /// Stops it with SIGTERM, and makes sure that it ends with status 0. The audit and the log
