@@ -71,6 +71,7 @@ pub struct Launch<'a> {
     args: &'a [&'a str],
     capabilities: Option<&'a [u8]>,
     blocked: &'a [Signal],
+    prepare: Option<fn(&mut Command)>,
 }
 
 impl<'a> Launch<'a> {
@@ -83,6 +84,7 @@ impl<'a> Launch<'a> {
             args: &[],
             capabilities: None,
             blocked: &[],
+            prepare: None,
         }
     }
 
@@ -128,6 +130,15 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// With something done to the command at last.
+    #[must_use]
+    pub fn prepared(self, prepare: fn(&mut Command)) -> Self {
+        Self {
+            prepare: Some(prepare),
+            ..self
+        }
+    }
+
     fn command(&self, directory: &Path) -> Result<Command> {
         let mut command = daemon_command()?;
         command.arg("run").arg("--cgroup").arg(self.cgroup);
@@ -152,6 +163,9 @@ impl<'a> Launch<'a> {
             keep_capabilities(&mut command, bits);
         }
         block_signals(&mut command, self.blocked);
+        if let Some(prepare) = self.prepare {
+            prepare(&mut command);
+        }
         Ok(command)
     }
 

@@ -38,7 +38,7 @@ pub use options::{
     bind_to_device, keep_alive, last_error, option, reset_on_close, set_bytes_option, set_option,
     tcp_info,
 };
-pub use pins::Pins;
+pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};

@@ -83,23 +83,11 @@ fn mount_bpffs() -> Result<(), PinError> {
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RELATIME;
     mount(Some("bpf"), place, Some("bpf"), flags, Some("mode=0700")).map_err(PinError::Mount)?;
-    tracing::info!("bpffs is mounted at {MOUNT_POINT}");
-    if in_other_mount_namespace() {
-        tracing::warn!(
-            "this process has a mount namespace of its own, and bpffs in it goes with it: after a \
-             crash nothing is left to take over. Mount bpffs at {MOUNT_POINT} for the whole host"
-        );
-    }
+    tracing::info!(
+        "bpffs is mounted at {MOUNT_POINT}; where this process has a mount namespace of its own, \
+         the mount and all pins go with it, so mount it for the whole host then"
+    );
     Ok(())
-}
-
-/// Whether what is mounted here is not seen by the host's first process.
-fn in_other_mount_namespace() -> bool {
-    let of = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/mnt")).map(|found| found.ino());
-    match (of("self"), of("1")) {
-        (Ok(own), Ok(first)) => own != first,
-        _ => false,
-    }
 }
 
 /// Whether bpffs is where the daemon wants it.
