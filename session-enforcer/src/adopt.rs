@@ -370,6 +370,79 @@ mod tests {
         assert_eq!(adopted[0].1.bytes_received, 9);
     }
 
+    /// A session that was adopted, and what its socket says later.
+    fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
+        let sockets = [
+            socket(state::LISTEN, 5432, 0),
+            socket(state::ESTABLISHED, 5432, 1),
+        ];
+        let before = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets)[0].1;
+        let mut later = sockets[1];
+        let mut info = later.info.unwrap();
+        (info.last_data_received_ms, info.last_data_sent_ms) = (500, 400);
+        change(&mut info);
+        later.info = Some(info);
+        let policy = Policy {
+            idle_timeout_ns: 9,
+            response_timeout_ns: 1,
+            ..Policy::default()
+        };
+        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS);
+        (before, now)
+    }
+
+    #[test]
+    fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
+        // A retransmission moves the age of what was sent.
+        let (before, now) = later(|_| {});
+        assert_eq!(now, before);
+    }
+
+    #[test]
+    fn what_was_received_meanwhile_is_received_and_owed() {
+        let (before, now) = later(|info| info.bytes_received += 1);
+        let expected = Session {
+            last_received_ns: 19_500 * MS,
+            bytes_received: before.bytes_received + 1,
+            owes_answer: 1,
+            ..before
+        };
+        assert_eq!(now, expected);
+    }
+
+    #[test]
+    fn what_was_sent_meanwhile_is_sent_and_the_answer() {
+        let (before, now) = later(|info| info.bytes_sent += 1);
+        let expected = Session {
+            last_sent_ns: 19_600 * MS,
+            answered_ns: 19_600 * MS,
+            bytes_sent: before.bytes_sent + 1,
+            owes_answer: 0,
+            ..before
+        };
+        assert_eq!(now, expected);
+        // Of both the ages tell who was last.
+        let both = |info: &mut Info| {
+            info.bytes_sent += 1;
+            info.bytes_received += 1;
+        };
+        assert!(!later(both).1.owes_answer());
+        let (_, now) = later(|info| {
+            both(info);
+            info.last_data_received_ms = 300;
+        });
+        assert!(now.owes_answer());
+    }
+
+    #[test]
+    fn a_stamp_never_goes_back() {
+        let (before, now) = later(|info| {
+            info.bytes_sent += 1;
+            info.last_data_sent_ms = 19_000;
+        });
+        assert_eq!(now.last_sent_ns, before.last_sent_ns);
+    }
+
     #[test]
     fn bytes_and_not_ages_tell_activity_between_two_lists() {
         let session = |info: Info| {

@@ -28,7 +28,8 @@ const WAITING_REQUESTS: usize = 64;
 ///
 /// # Errors
 ///
-/// Where something that it needs is missing or taken. Nothing is attached then.
+/// Where something that it needs is missing or taken. Nothing is attached then, but what an earlier
+/// daemon that was killed had attached.
 pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
@@ -79,9 +80,11 @@ async fn serve(
     };
     let mut enforcer = Enforcer::new(parts);
     enforcer.put_policy(config)?;
-    let attached = enforcer.attach(&cgroup, all_namespaces);
-    attached.map_err(|error| kernel_failure(&error))?;
-    let begun = enforcer.take_over(&cgroup, all_namespaces)?;
+    let begun = enforcer.begin(&cgroup, all_namespaces);
+    let begun = begun.map_err(|error| match error.downcast_ref() {
+        Some(error) => kernel_failure(error).into(),
+        None => error,
+    })?;
     enforcer.started(config);
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
     announce(config, &cgroup, begun);

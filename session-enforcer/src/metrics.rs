@@ -387,15 +387,15 @@ impl Metrics {
         }
     }
 
-    /// Counts the sessions that an earlier daemon left. Some of them are in the counters of this
-    /// daemon's programs, which were attached before they were looked through.
-    pub fn taken_over(&mut self, sessions: usize, kernel: &[RuleCounters]) {
+    /// Counts the sessions that an earlier daemon left. `entries` is how many the map had in the
+    /// moment of these counters of this daemon's programs, which know only what they themselves saw.
+    pub fn taken_over(&mut self, sessions: usize, entries: usize, kernel: &[RuleCounters]) {
         let counted: i64 = kernel
             .iter()
             .map(|rule| clamp(rule.opened) - clamp(rule.closed))
             .sum();
         self.taken_over.inc_by(sessions as u64);
-        self.inherited = clamp(sessions as u64) - counted;
+        self.inherited = clamp(entries as u64) - counted;
     }
 
     /// Counts a session that the daemon took out of the map, because the kernel does not.
@@ -579,6 +579,19 @@ mod tests {
             errors,
             audit_lost: 0,
         }
+    }
+
+    #[test]
+    fn what_was_taken_over_is_among_the_entries() {
+        let mut metrics = metrics();
+        // Five are in the map: of the three that this daemon's programs saw open, one closed.
+        let counted = snapshot(3, 1, 0);
+        metrics.taken_over(4, 5, &counted.rules);
+        let text = metrics.render(&counted).unwrap();
+        assert!(has(&text, "session_enforcer_sessions_taken_over_total 4"));
+        assert!(has(&text, "session_enforcer_map_entries 5"));
+        let text = metrics.render(&snapshot(3, 6, 0)).unwrap();
+        assert!(has(&text, "session_enforcer_map_entries 0"));
     }
 
     fn has(text: &str, line: &str) -> bool {

@@ -8,6 +8,8 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -198,6 +200,32 @@ impl<'a> Launch<'a> {
             Ok((status == 200).then_some(()))
         })?;
         Ok(daemon)
+    }
+
+    /// Starts the daemon, kills it after this time, wherever it is then, and returns its records of
+    /// terminations.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn cut_short(&self, after: Duration) -> Result<Vec<Record>> {
+        let directory = tempfile::tempdir()?;
+        let mut command = self.command(directory.path())?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = die_with_parent(&mut command).spawn()?;
+        thread::sleep(after);
+        child.kill().and_then(|()| child.wait())?;
+        let audit = directory.path().join("audit.json");
+        let mut found = if audit.exists() {
+            records(&audit)?
+        } else {
+            Vec::new()
+        };
+        found.retain(Record::is_termination);
+        Ok(found)
     }
 
     /// Starts a daemon that must refuse to run, and waits for its end.

@@ -306,11 +306,14 @@ impl Bench {
         let addresses = ipv4.into_iter().chain(dual);
         let listeners = addresses.map(|address| agent.listen(address));
         let listeners = listeners.collect::<Result<_>>()?;
-        let mut kernel = Kernel::load(&Options {
-            max_sessions: 1024,
-            only_netns: None,
-            verbose: false,
-        })?;
+        let mut kernel = Kernel::load(
+            Options {
+                max_sessions: 1024,
+                only_netns: None,
+                verbose: false,
+            },
+            None,
+        )?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
         Ok(Self {
             kernel,

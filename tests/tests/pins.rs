@@ -52,8 +52,14 @@ fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
     let refused = launch.refused()?;
     let said = refused.stderr.trim();
     assert_eq!(refused.code, 1, "{said}");
-    assert!(said.contains(&format!("process {}:", first.pid())), "{said}");
-    assert!(said.contains(&lab.pins.path().display().to_string()), "{said}");
+    assert!(
+        said.contains(&format!("process {}:", first.pid())),
+        "{said}"
+    );
+    assert!(
+        said.contains(&lab.pins.path().display().to_string()),
+        "{said}"
+    );
     assert_eq!(said.lines().count(), 1, "{said}");
     assert_eq!(lab.cgroup.attached_programs()?, 3);
     first.signal(Signal::SIGCONT)?;
@@ -91,7 +97,11 @@ fn detach_removes_everything_and_may_be_repeated() -> Result<()> {
     assert!(!lab.pins.path().exists());
     let again = detach(lab.pins.path())?;
     assert_eq!(again.code, 0, "{}", again.stderr);
-    assert!(again.stdout.contains("nothing is pinned"), "{}", again.stdout);
+    assert!(
+        again.stdout.contains("nothing is pinned"),
+        "{}",
+        again.stdout
+    );
     Pair::open(&lab.outside, &listener)?.round_trip()?;
     Ok(())
 }
@@ -144,7 +154,11 @@ fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
     fs::write(&file, "")?;
     let refused = detach(directory.path())?;
     assert_eq!(refused.code, 78, "{}", refused.stderr);
-    assert!(refused.stderr.contains("bpffs") && file.exists(), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("bpffs") && file.exists(),
+        "{}",
+        refused.stderr
+    );
     Ok(())
 }
 
@@ -159,13 +173,19 @@ fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) 
     damage(&set(&lab)?)?;
     let second = lab.pinned_daemon(IDLE)?;
     let log = second.log();
-    assert!(said.iter().all(|part| log.contains(part)), "{said:?} in {log}");
+    assert!(
+        said.iter().all(|part| log.contains(part)),
+        "{said:?} in {log}"
+    );
     // Those of the first have gone, and so have their pins.
     assert_eq!(lab.cgroup.attached_programs()?, 3);
     let current = set(&lab)?;
     assert_ne!(current.file_name(), Some("layout-00000000".as_ref()));
     assert_eq!(lab.pins.names()?.len(), 5);
-    assert_eq!(second.metric("session_enforcer_sessions_adopted_total", &[])?, 1.0);
+    assert_eq!(
+        second.metric("session_enforcer_sessions_adopted_total", &[])?,
+        1.0
+    );
     assert_reset_for(&second, &pair, &pair.opened)?;
     let new = Pair::open(&lab.outside, &listener)?;
     assert_reset_for(&second, &new, &new.opened)
@@ -191,13 +211,21 @@ fn a_missing_map_or_one_that_is_none_is_not_used() -> Result<()> {
         &["SESSIONS is missing", "adopted anew"],
     )?;
     assert_adopted_anew(
-        |set| Ok(fs::rename(set.join("track_egress"), set.join("MATCH_TABLES"))?),
+        |set| {
+            Ok(fs::rename(
+                set.join("track_egress"),
+                set.join("MATCH_TABLES"),
+            )?)
+        },
         &["MATCH_TABLES is a Link", "adopted anew"],
     )?;
     assert_adopted_anew(
         |set| {
             fs::rename(set.join("track_egress"), set.join("SESSIONS"))?;
-            Ok(fs::rename(set.join("track_ingress"), set.join("track_egress"))?)
+            Ok(fs::rename(
+                set.join("track_ingress"),
+                set.join("track_egress"),
+            )?)
         },
         &["SESSIONS is a Link", "adopted anew"],
     )
@@ -232,7 +260,10 @@ fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
     let mut staged = set.clone().into_os_string();
     staged.push("-next");
     fs::create_dir(&staged)?;
-    fs::rename(set.join("track_ingress"), Path::new(&staged).join("track_ingress"))?;
+    fs::rename(
+        set.join("track_ingress"),
+        Path::new(&staged).join("track_ingress"),
+    )?;
     let second = lab.pinned_daemon(IDLE)?;
     assert_eq!(lab.pins.sets()?.len(), 1);
     assert_eq!(lab.cgroup.attached_programs()?, 3);

@@ -49,8 +49,12 @@ fn the_age_of_a_busy_session_is_kept_from_stop_to_start() -> Result<()> {
     first.stop()?;
     pair.round_trip()?;
     let second = lab.pinned_daemon(LIFETIME)?;
-    assert_eq!(second.metric("session_enforcer_sessions_adopted_total", &[])?, 0.0);
-    pair.keep_busy_until_end()?.assert_not_early(&pair.opened, LIMIT);
+    assert_eq!(
+        second.metric("session_enforcer_sessions_adopted_total", &[])?,
+        0.0
+    );
+    pair.keep_busy_until_end()?
+        .assert_not_early(&pair.opened, LIMIT);
     let record = second.wait_for_termination_of(&pair)?;
     record.assert_reset("max_lifetime", &pair.opened, LIMIT);
     Ok(())
@@ -176,10 +180,14 @@ fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Res
         3.0
     );
     let full = [("cause", "map_full")];
-    assert_eq!(second.metric("session_enforcer_sessions_untracked_total", &full)?, 1.0);
+    assert_eq!(
+        second.metric("session_enforcer_sessions_untracked_total", &full)?,
+        1.0
+    );
     for record in second.wait_for_terminations(3)? {
         let of = |pair: &&Result<Pair>| {
-            pair.as_ref().is_ok_and(|p| p.client_address.port() == record.ports()[0])
+            pair.as_ref()
+                .is_ok_and(|p| p.client_address.port() == record.ports()[0])
         };
         let Some(Ok(pair)) = pairs.iter().find(of) else {
             panic!("a record of no session: {record:?}");

@@ -3,9 +3,7 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{
-    Cgroup, Daemon, Lab, Launch, Moment, Pair, Place, reset_on_close,
-};
+use session_enforcer_tests::{Cgroup, Daemon, Lab, Launch, Moment, Pair, Place, reset_on_close};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(3);
@@ -171,7 +169,12 @@ fn sessions_follow_the_rules_of_the_daemon_that_takes_over() -> Result<()> {
     first.kill()?;
     let rules = rule("tightened", tightened.port(), "3s") + &rule("long", long.port(), "1h");
     let second = lab.pinned_daemon(&rules)?;
-    assert_reset_for(&second, &tightened_pair, "idle_timeout", &tightened_pair.opened)?;
+    assert_reset_for(
+        &second,
+        &tightened_pair,
+        "idle_timeout",
+        &tightened_pair.opened,
+    )?;
     tightened_pair.opened.wait(LIMIT + Duration::from_secs(1));
     long_pair.round_trip()?;
     released_pair.round_trip()?;

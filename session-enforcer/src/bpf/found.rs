@@ -162,7 +162,8 @@ impl Found {
             if map.name == SESSIONS {
                 found.capacity = info.capacity;
             } else if !map.is_shared {
-                found.generation = last_generation(object).map_err(PinError::io("reading", &path))?;
+                found.generation =
+                    last_generation(object).map_err(PinError::io("reading", &path))?;
             }
         }
         for program in &PROGRAMS {
@@ -229,8 +230,14 @@ fn last_generation(tables: OwnedFd) -> io::Result<u32> {
         .map_err(io::Error::other)?;
     let tables: Array<MapData, Table> = Array::try_from(map).map_err(io::Error::other)?;
     let generation = |index| tables.get(&index, 0).map(|table| table.generation);
-    let of_all = (0..Table::COUNT).map(generation).collect::<Result<Vec<_>, _>>();
-    Ok(of_all.map_err(io::Error::other)?.into_iter().max().unwrap_or(0))
+    let of_all = (0..Table::COUNT)
+        .map(generation)
+        .collect::<Result<Vec<_>, _>>();
+    Ok(of_all
+        .map_err(io::Error::other)?
+        .into_iter()
+        .max()
+        .unwrap_or(0))
 }
 
 /// Pins a map of the new daemon.

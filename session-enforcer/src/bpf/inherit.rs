@@ -1,11 +1,6 @@
 //! What a daemon takes over from an earlier one, and leaves to the next.
 
-use std::{
-    collections::HashSet,
-    fs,
-    os::fd::AsFd,
-    path::PathBuf,
-};
+use std::{collections::HashSet, fs, os::fd::AsFd, path::PathBuf};
 
 use aya::{
     Ebpf,
@@ -128,7 +123,10 @@ impl Pins {
         };
         let is_same = found.capacity == max_sessions
             && !found.links.is_empty()
-            && found.links.iter().all(|link| link.info.cgroup_id == cgroup_id);
+            && found
+                .links
+                .iter()
+                .all(|link| link.info.cgroup_id == cgroup_id);
         if !is_same {
             return Ok(false);
         }
@@ -208,7 +206,9 @@ impl Kernel {
             found.capacity
         );
         let map = MapData::from_pin(found.set.join(SESSIONS)).and_then(Map::from_map_data);
-        let sessions = map.and_then(HashMap::try_from).map_err(map_error(SESSIONS))?;
+        let sessions = map
+            .and_then(HashMap::try_from)
+            .map_err(map_error(SESSIONS))?;
         let mut witness = Witness {
             sessions,
             copied: HashSet::new(),

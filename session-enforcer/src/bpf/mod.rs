@@ -105,7 +105,10 @@ impl Kernel {
             .override_global("ONLY_NETNS", &only_netns, true)
             .override_global("FIRST_GENERATION", &first_generation, true)
             .override_global(aya_log::LEVEL, &log_level, true);
-        for (name, path) in pins.iter().flat_map(|pins| pins.shared(options.max_sessions)) {
+        for (name, path) in pins
+            .iter()
+            .flat_map(|pins| pins.shared(options.max_sessions))
+        {
             loader.map_pin_path(name, path);
         }
         let mut ebpf = loader.load(OBJECT)?;

@@ -18,8 +18,7 @@ pub(super) const ALLOWED_PREFIX: &str =
 pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" or \"1h30m\"";
 pub(super) const ALLOWED_LISTEN: &str =
     "an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
-pub(super) const ALLOWED_PIN_DIR: &str =
-    "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
+pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str =
     "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
 

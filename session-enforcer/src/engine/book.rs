@@ -224,6 +224,17 @@ mod tests {
     }
 
     #[test]
+    fn the_places_of_an_earlier_daemon_s_rules_mean_nothing() {
+        let rules = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
+        let book = RuleBook::after(7).next(&rules, 4).unwrap();
+        assert_eq!(book.generation, 8);
+        for (place, generation) in [(0, 7), (999, 7), (0, 3)] {
+            assert_eq!(book.rule_of(&session(2, place, generation)), Some(1));
+        }
+        assert_eq!(book.rule_of(&session(2, 0, 8)), Some(0));
+    }
+
+    #[test]
     fn names_that_are_no_more_take_places_until_there_are_none() {
         let mut book = RuleBook::default();
         for n in 0..MAX_RULES {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::Result;
-use session_enforcer_common::Session;
+use session_enforcer_common::{RuleCounters, Session};
 
 use super::enforcer::{Enforcer, Look};
 use crate::{
@@ -20,6 +20,10 @@ use crate::{
 /// How often sessions are compared with their sockets while packets pass. Each time fewer differ:
 /// those that had a packet in the moment of the comparison.
 const MAX_COMPARISONS: usize = 8;
+
+/// How long the entries of the session map are counted again, in search of a moment in which none
+/// comes or goes.
+const COUNTING_NS: u64 = 50_000_000;
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,51 +44,52 @@ enum Sockets {
     Unknown,
 }
 
-impl Enforcer {
-    /// Attaches the programs: from then on each new connection below the cgroup is tracked. Where
-    /// nothing was attached since the earlier daemon ended, its sessions are brought up to date
-    /// before, so that no packet meets one with the stamps of that time.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<(), BpfError> {
-        let stopped = self.kernel.inherited() == Inherited::Stopped;
-        if stopped {
-            self.catch_up(all_namespaces)?;
-        }
-        self.kernel.attach(cgroup)?;
-        self.kernel.compare_sessions()?;
-        if stopped {
-            // What passed between the list of the sockets and the attachment, and whatever was
-            // stamped while a record was written.
-            for _ in 0..MAX_COMPARISONS {
-                if self.catch_up(all_namespaces)? == 0 {
-                    break;
-                }
-            }
-        }
-        Ok(())
+/// Which namespaces there are.
+struct Known {
+    /// All of them, if each could be entered: others are no more.
+    every: Option<HashSet<u64>>,
+    /// The only one that matters.
+    only: Option<u64>,
+}
+
+impl Known {
+    fn is_wanted(&self, netns_cookie: u64) -> bool {
+        self.only.is_none_or(|only| only == netns_cookie)
     }
 
-    /// Takes over the sessions of the earlier daemon, and adopts those connections that have none.
+    fn is_gone(&self, netns_cookie: u64) -> bool {
+        let every = self.every.as_ref();
+        every.is_some_and(|every| !every.contains(&netns_cookie))
+    }
+}
+
+impl Enforcer {
+    /// Attaches the programs, takes over the sessions of an earlier daemon, and adopts those
+    /// connections that have none. From the attachment on each new connection below the cgroup is
+    /// tracked.
     ///
     /// # Errors
     ///
-    /// Where the session map cannot be read or refuses.
-    pub fn take_over(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<Begun> {
+    /// Where the kernel refuses a program, a map or a pin.
+    pub fn begin(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<Begun> {
         let inherited = self.kernel.inherited();
-        let taken_over = match inherited {
-            Inherited::Nothing => 0,
-            Inherited::Running | Inherited::Stopped => self.schedule_inherited(all_namespaces)?,
-        };
+        if inherited == Inherited::Nothing {
+            self.kernel.attach(cgroup)?;
+            let adopted = self.adopt(cgroup, all_namespaces)?;
+            self.kernel.commit()?;
+            return Ok(Begun {
+                taken_over: 0,
+                adopted,
+            });
+        }
+        let known = self.known_namespaces(all_namespaces);
+        self.attach(cgroup, &known)?;
+        let taken_over = self.schedule_inherited(&known)?;
         let adopted = self.adopt(cgroup, all_namespaces)?;
         if inherited == Inherited::Running {
             (0..adopted).for_each(|_| self.metrics.repaired(Repair::Missed));
         }
-        if inherited != Inherited::Nothing {
-            self.compare_with_sockets(cgroup, all_namespaces)?;
-        }
+        self.compare_with_sockets(cgroup, &known)?;
         self.kernel.commit()?;
         Ok(Begun {
             taken_over,
@@ -92,16 +97,37 @@ impl Enforcer {
         })
     }
 
+    /// Attaches the programs. Where nothing was attached since the earlier daemon ended, its
+    /// sessions are brought up to date before, so that no packet meets one with the stamps of that
+    /// time.
+    fn attach(&mut self, cgroup: &Cgroup, known: &Known) -> Result<()> {
+        let stopped = self.kernel.inherited() == Inherited::Stopped;
+        if stopped {
+            self.catch_up(known)?;
+        }
+        self.kernel.attach(cgroup)?;
+        self.kernel.compare_sessions()?;
+        if stopped {
+            // What passed between the list of the sockets and the attachment, and whatever was
+            // stamped while a record was written.
+            for _ in 0..MAX_COMPARISONS {
+                if self.catch_up(known)? == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Brings the sessions up to date with what the sockets tell of a time in which nobody stamped
     /// them, and removes those that have ended; how many it changed.
-    fn catch_up(&mut self, all_namespaces: bool) -> Result<usize, BpfError> {
-        let known = self.known_namespaces(all_namespaces);
+    fn catch_up(&mut self, known: &Known) -> Result<usize, BpfError> {
         let mut changed = 0;
         for (netns_cookie, sessions) in self.sessions_by_namespace()? {
-            if !all_namespaces && netns_cookie != self.namespaces.own() {
+            if !known.is_wanted(netns_cookie) {
                 continue;
             }
-            let sockets = self.sockets_of(netns_cookie, known.as_ref());
+            let sockets = self.sockets_of(netns_cookie, known);
             let now_ns = monotonic_ns();
             for (cookie, session) in sessions {
                 if self.has_ended(cookie, &session, &sockets) {
@@ -123,40 +149,53 @@ impl Enforcer {
                     self.metrics.repaired(Repair::Behind);
                 }
             }
-            self.close_if_unused(netns_cookie);
         }
         Ok(changed)
     }
 
     /// Schedules every session in the map; what no rule matches any more is let go.
-    fn schedule_inherited(&mut self, all_namespaces: bool) -> Result<usize> {
+    fn schedule_inherited(&mut self, known: &Known) -> Result<usize> {
         let mut taken_over = 0;
         for cookie in self.kernel.cookies()? {
             let Some(session) = self.kernel.session(cookie)? else {
                 continue;
             };
             let netns_cookie = session.netns_cookie;
-            let in_scope = all_namespaces || netns_cookie == self.namespaces.own();
-            let rule = self.book.rule_of(&session).filter(|_| in_scope);
-            let Some(rule) = rule else {
+            let rule = self.book.rule_of(&session);
+            let Some(rule) = rule.filter(|_| known.is_wanted(netns_cookie)) else {
                 self.kernel.remove(cookie)?;
                 continue;
             };
+            // The walk begins anew where the key that it was at has gone meanwhile.
+            taken_over += usize::from(!self.schedule.contains(cookie));
             // Due at once: the first look works out the deadline, and ends what came due meanwhile.
             self.add(cookie, Group { netns_cookie, rule }, 0);
-            taken_over += 1;
         }
-        let counted = self.kernel.rule_counters()?;
-        self.metrics.taken_over(taken_over, &counted);
+        let (entries, counted) = self.count_entries()?;
+        self.metrics.taken_over(taken_over, entries, &counted);
         Ok(taken_over)
     }
 
+    /// How many sessions the map has, and what the programs have counted at that moment. Where
+    /// connections come and go all the time, as near to it as can be had.
+    fn count_entries(&self) -> Result<(usize, Vec<RuleCounters>), BpfError> {
+        let until_ns = monotonic_ns() + COUNTING_NS;
+        let mut before = self.kernel.rule_counters()?;
+        loop {
+            let entries = self.kernel.cookies()?.len();
+            let after = self.kernel.rule_counters()?;
+            if after == before || monotonic_ns() > until_ns {
+                return Ok((entries, after));
+            }
+            before = after;
+        }
+    }
+
     /// Drops the sessions that have no socket, or one that is not below the cgroup.
-    fn compare_with_sockets(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<()> {
+    fn compare_with_sockets(&mut self, cgroup: &Cgroup, known: &Known) -> Result<()> {
         let scope = cgroup.scope()?;
-        let known = self.known_namespaces(all_namespaces);
         for (netns_cookie, sessions) in self.sessions_by_namespace()? {
-            let sockets = self.sockets_of(netns_cookie, known.as_ref());
+            let sockets = self.sockets_of(netns_cookie, known);
             for (cookie, session) in sessions {
                 if self.has_ended(cookie, &session, &sockets) {
                     // The kernel's report may have come first.
@@ -202,18 +241,20 @@ impl Enforcer {
         Ok(sessions)
     }
 
-    /// The namespaces that there are, if all of them could be entered: others are no more.
-    fn known_namespaces(&mut self, all_namespaces: bool) -> Option<HashSet<u64>> {
-        if !all_namespaces {
-            return None;
+    fn known_namespaces(&mut self, all: bool) -> Known {
+        if !all {
+            return Known {
+                every: None,
+                only: Some(self.namespaces.own()),
+            };
         }
         let (found, errors) = self.namespaces.open_all();
-        errors.is_empty().then(|| found.into_iter().collect())
+        let every = errors.is_empty().then(|| found.into_iter().collect());
+        Known { every, only: None }
     }
 
-    fn sockets_of(&mut self, netns_cookie: u64, known: Option<&HashSet<u64>>) -> Sockets {
-        let is_gone = |known: &HashSet<u64>| !known.contains(&netns_cookie);
-        if known.is_some_and(is_gone) {
+    fn sockets_of(&mut self, netns_cookie: u64, known: &Known) -> Sockets {
+        if known.is_gone(netns_cookie) {
             return Sockets::Gone;
         }
         let Some(sockets) = self.dump(netns_cookie, state::SESSIONS) else {
