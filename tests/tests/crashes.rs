@@ -79,6 +79,7 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
         old.port(),
     );
     let elsewhere = lab.at(&Place::here())?;
+    lab.pinned_daemon(&config)?.quiet().kill()?;
     let busy_pair = Pair::open(&lab.outside, &busy)?;
     let (stop, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mut watched = Vec::new();
@@ -99,6 +100,9 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
                 let launch = lab.launch().pinned(&lab.pins).config(&config);
                 records.extend(launch.cut_short(start)?);
                 let mut daemon = lab.pinned_daemon(&config)?.quiet();
+                // Each connection was seen when it began, by the programs before or by these.
+                let adopted = "session_enforcer_sessions_adopted_total";
+                assert_eq!(daemon.metric(adopted, &[])?, 0.0, "{}", daemon.log());
                 let idle_pair = Pair::open(&lab.outside, &idle)?;
                 let old_pair = Pair::open(&lab.outside, &old)?;
                 // At another moment of the daemon's life each time.

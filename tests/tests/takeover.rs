@@ -1,6 +1,11 @@
 //! A daemon that is killed leaves its programs and sessions to the next one.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::Ipv4Addr,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::Result;
 use session_enforcer_tests::{Cgroup, Daemon, Lab, Launch, Moment, Pair, Place, reset_on_close};
@@ -127,18 +132,19 @@ fn a_session_that_was_taken_over_and_closes_is_counted_to_its_rule() -> Result<(
     let first_rules = rule("a", a.port()) + &rule("b", b.port());
     let mut first = lab.pinned_daemon(&first_rules)?;
     let pairs = [Pair::open(&lab.outside, &a)?, Pair::open(&lab.outside, &b)?];
-    let quiet = Pair::open(&lab.outside, &b)?;
+    // No packet has it matched again before it closes.
+    let quiet = Pair::open(&lab.outside, &a)?;
     first.kill()?;
     // The places of the rules are others now.
     let second_rules = rule("new", 1) + &rule("b", b.port()) + &rule("a", a.port());
     let second = lab.pinned_daemon(&second_rules)?;
     let of = |name: &str, rule: &str| second.metric(name, &[("rule", rule)]);
-    assert_eq!(of("session_enforcer_sessions", "a")?, 1.0);
-    assert_eq!(of("session_enforcer_sessions", "b")?, 2.0);
+    assert_eq!(of("session_enforcer_sessions", "a")?, 2.0);
+    assert_eq!(of("session_enforcer_sessions", "b")?, 1.0);
     pairs[0].round_trip()?;
     pairs[1].round_trip()?;
     drop((pairs, quiet));
-    for (rule, closed) in [("new", 0.0), ("a", 1.0), ("b", 2.0)] {
+    for (rule, closed) in [("new", 0.0), ("a", 2.0), ("b", 1.0)] {
         let labels = [("rule", rule)];
         second.wait_for_metric("session_enforcer_sessions_closed_total", &labels, closed)?;
         second.wait_for_metric("session_enforcer_sessions", &labels, 0.0)?;
@@ -263,4 +269,30 @@ fn attachments_to_a_cgroup_that_has_gone_are_replaced() -> Result<()> {
     assert_eq!(lab.cgroup.attached_programs()?, 3);
     let pair = Pair::open(&lab.outside, &listener)?;
     assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)
+}
+
+#[test]
+fn the_attachment_has_no_gap_while_it_is_taken_over() -> Result<()> {
+    for (size, most) in [(64, 3), (32, 6)] {
+        let lab = Lab::new(AGENT)?;
+        let config = |size| format!("[daemon]\nmax_sessions = {size}\n{IDLE}");
+        lab.pinned_daemon(&config(64))?.kill()?;
+        let stop = AtomicBool::new(false);
+        let counts = thread::scope(|scope| {
+            let looking = scope.spawn(|| -> Result<Vec<u32>> {
+                let mut counts = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    counts.push(lab.cgroup.attached_programs()?);
+                }
+                Ok(counts)
+            });
+            let daemon = lab.pinned_daemon(&config(size));
+            stop.store(true, Ordering::Relaxed);
+            let counts = looking.join().expect("the look at the cgroup");
+            daemon.and(counts)
+        })?;
+        let within = |count: &u32| (3..=most).contains(count);
+        assert!(counts.len() > 1 && counts.iter().all(within), "{counts:?}");
+    }
+    Ok(())
 }
