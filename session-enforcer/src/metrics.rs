@@ -132,8 +132,8 @@ pub struct Metrics {
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
     untracked_by_daemon: u64,
-    /// Sessions in the map less those that the counters of this daemon's programs know, when it
-    /// took over.
+    /// Sessions in the map that the counters of this daemon's programs do not know: they were there
+    /// before.
     inherited: i64,
 }
 
@@ -387,15 +387,18 @@ impl Metrics {
         }
     }
 
-    /// Counts the sessions that an earlier daemon left. `entries` is how many the map had in the
-    /// moment of these counters of this daemon's programs, which know only what they themselves saw.
-    pub fn taken_over(&mut self, sessions: usize, entries: usize, kernel: &[RuleCounters]) {
-        let counted: i64 = kernel
-            .iter()
-            .map(|rule| clamp(rule.opened) - clamp(rule.closed))
-            .sum();
+    /// Counts the sessions that an earlier daemon left.
+    pub fn taken_over(&self, sessions: usize) {
         self.taken_over.inc_by(sessions as u64);
-        self.inherited = clamp(entries as u64) - counted;
+    }
+
+    /// Works out the entries of the map that were there before the counters of this daemon's
+    /// programs began, when `sessions` are known to the daemon. `reported` are the openings less the
+    /// closings that the kernel has reported to it.
+    pub fn count_inherited(&mut self, sessions: usize, reported: i64) {
+        let by_daemon = |counts: &DaemonCounts| clamp(counts.adopted) - clamp(counts.removed);
+        let own: i64 = self.daemon.iter().map(by_daemon).sum();
+        self.inherited = clamp(sessions as u64) - reported - own;
     }
 
     /// Counts a session that the daemon took out of the map, because the kernel does not.
@@ -584,13 +587,14 @@ mod tests {
     #[test]
     fn what_was_taken_over_is_among_the_entries() {
         let mut metrics = metrics();
-        // Five are in the map: of the three that this daemon's programs saw open, one closed.
-        let counted = snapshot(3, 1, 0);
-        metrics.taken_over(4, 5, &counted.rules);
-        let text = metrics.render(&counted).unwrap();
+        metrics.taken_over(4);
+        metrics.adopted(0);
+        // Of the three that this daemon's programs saw open, two had been reported.
+        metrics.count_inherited(6, 2);
+        let text = metrics.render(&snapshot(3, 0, 0)).unwrap();
         assert!(has(&text, "session_enforcer_sessions_taken_over_total 4"));
-        assert!(has(&text, "session_enforcer_map_entries 5"));
-        let text = metrics.render(&snapshot(3, 6, 0)).unwrap();
+        assert!(has(&text, "session_enforcer_map_entries 7"));
+        let text = metrics.render(&snapshot(3, 9, 0)).unwrap();
         assert!(has(&text, "session_enforcer_map_entries 0"));
     }
 

@@ -229,6 +229,8 @@ fn quick_form(lab: &Lab) -> Vec<String> {
         "run",
         "--cgroup",
         &cgroup,
+        "--pin-dir",
+        "",
         "--port",
         "1",
         "--idle-timeout",
@@ -256,7 +258,7 @@ fn a_system_without_cgroup_v2_is_told_to_mount_it() -> Result<()> {
     // In a mount namespace of its own. Without a cgroup on the command line the daemon would take
     // the root, so it is only started where it certainly finds none.
     let script = "umount --lazy \"$1\" && ! grep -q ' - cgroup2 ' /proc/self/mountinfo \
-                  && exec \"$2\" run --observe --port 1 --idle-timeout 1h";
+                  && exec \"$2\" run --observe --pin-dir '' --port 1 --idle-timeout 1h";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script, "sh"]);
     command.arg(lab.cgroup.path().parent().unwrap_or(Path::new("/")));

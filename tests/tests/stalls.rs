@@ -80,7 +80,8 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.toml");
-    std::fs::write(&config, format!("[metrics]\nlisten = \"\"\n{RULE}"))?;
+    let daemon = "[daemon]\npin_dir = \"\"\n[metrics]\nlisten = \"\"\n";
+    std::fs::write(&config, format!("{daemon}{RULE}"))?;
     let mut command = daemon_command()?;
     command.arg("run").arg("--cgroup").arg(lab.cgroup.path());
     command.arg("--config").arg(&config).stdout(Stdio::null());

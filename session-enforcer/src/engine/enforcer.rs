@@ -71,6 +71,8 @@ pub struct Enforcer {
     pub(super) in_doubt: HashMap<u64, Expired>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
+    /// After a take-over, until all events were read once: openings less closings among them.
+    pub(super) unsettled: Option<i64>,
     pub(super) ready: Result<(), String>,
 }
 
@@ -106,6 +108,7 @@ impl Enforcer {
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
             repaired_losses: 0,
+            unsettled: None,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
         }
     }
@@ -120,6 +123,13 @@ impl Enforcer {
 
     /// Takes in what the kernel reports.
     pub fn handle(&mut self, kind: EventKind, event: &Event) {
+        if let Some(reported) = &mut self.unsettled {
+            match kind {
+                EventKind::Opened => *reported += 1,
+                EventKind::Closed => *reported -= 1,
+                EventKind::MayEnd => {}
+            }
+        }
         match kind {
             EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::Result;
-use session_enforcer_common::{RuleCounters, Session};
+use session_enforcer_common::Session;
 
 use super::enforcer::{Enforcer, Look};
 use crate::{
@@ -20,10 +20,6 @@ use crate::{
 /// How often sessions are compared with their sockets while packets pass. Each time fewer differ:
 /// those that had a packet in the moment of the comparison.
 const MAX_COMPARISONS: usize = 8;
-
-/// How long the entries of the session map are counted again, in search of a moment in which none
-/// comes or goes.
-const COUNTING_NS: u64 = 50_000_000;
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,23 +167,16 @@ impl Enforcer {
             // Due at once: the first look works out the deadline, and ends what came due meanwhile.
             self.add(cookie, Group { netns_cookie, rule }, 0);
         }
-        let (entries, counted) = self.count_entries()?;
-        self.metrics.taken_over(taken_over, entries, &counted);
+        self.metrics.taken_over(taken_over);
+        self.unsettled = Some(0);
         Ok(taken_over)
     }
 
-    /// How many sessions the map has, and what the programs have counted at that moment. Where
-    /// connections come and go all the time, as near to it as can be had.
-    fn count_entries(&self) -> Result<(usize, Vec<RuleCounters>), BpfError> {
-        let until_ns = monotonic_ns() + COUNTING_NS;
-        let mut before = self.kernel.rule_counters()?;
-        loop {
-            let entries = self.kernel.cookies()?.len();
-            let after = self.kernel.rule_counters()?;
-            if after == before || monotonic_ns() > until_ns {
-                return Ok((entries, after));
-            }
-            before = after;
+    /// After all events were read: works out, once, what the counters of this daemon's programs do
+    /// not know of the session map. They began at zero in the midst of what came and went.
+    pub fn count_inherited(&mut self) {
+        if let Some(reported) = self.unsettled.take() {
+            self.metrics.count_inherited(self.schedule.len(), reported);
         }
     }
 
