@@ -145,8 +145,12 @@ fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
     lab.pinned_daemon(IDLE)?.kill()?;
     let foreign = lab.pins.path().join("someone-else");
     fs::create_dir(&foreign)?;
+    plant_map(&foreign.join("map"), 2, 4, 4, 1)?;
+    let link = lab.pins.path().join("layout-ffffffff");
+    symlink(&foreign, &link)?;
     assert_eq!(detach(lab.pins.path())?.code, 0);
-    assert_eq!(lab.pins.sets()?, [foreign]);
+    assert_eq!(lab.pins.sets()?, [link, foreign.clone()]);
+    assert!(foreign.join("map").exists());
     // Not on bpffs at all.
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("layout-00000000/SESSIONS");
@@ -276,9 +280,11 @@ fn a_directory_that_others_may_write_to_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(IDLE)?.stop()?;
     fs::set_permissions(lab.pins.path(), fs::Permissions::from_mode(0o777))?;
-    let refused = lab.launch().pinned(&lab.pins).config(IDLE).refused()?;
-    assert_eq!(refused.code, 78, "{}", refused.stderr);
-    assert!(refused.stderr.contains("0700"), "{}", refused.stderr);
+    let launch = lab.launch().pinned(&lab.pins).config(IDLE);
+    for refused in [launch.refused()?, detach(lab.pins.path())?] {
+        assert_eq!(refused.code, 78, "{}", refused.stderr);
+        assert!(refused.stderr.contains("0700"), "{}", refused.stderr);
+    }
     Ok(())
 }
 

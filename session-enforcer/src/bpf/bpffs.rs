@@ -46,13 +46,12 @@ pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
             // The kernel reserves names with dots on bpffs (`bpf_lookup`, EPERM).
             true => PinError::Dot(path.to_owned()),
             false => PinError::io("making", path)(source),
-        })?;
-    check_owner(path)
+        })
 }
 
 /// Whoever may write to the directory may put maps there for the daemon to believe in. Where bpffs
 /// was mounted for everybody, somebody may have been here first.
-fn check_owner(path: &Path) -> Result<(), PinError> {
+pub(super) fn check_owner(path: &Path) -> Result<(), PinError> {
     let found = fs::symlink_metadata(path).map_err(PinError::io("looking at", path))?;
     let is_own = found.uid() == geteuid().as_raw();
     if !found.is_dir() || !is_own || found.mode() & 0o022 != 0 {

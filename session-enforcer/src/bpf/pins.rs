@@ -57,7 +57,7 @@ impl PinDir {
     ///
     /// # Errors
     ///
-    /// As above, and where it is not on bpffs.
+    /// As above, where it is not on bpffs, and where others may write to it.
     pub fn hold_existing(path: &Path) -> Result<Option<Self>, PinError> {
         let directory = OpenOptions::new()
             .read(true)
@@ -70,6 +70,7 @@ impl PinDir {
         if !bpffs::is_bpffs(path).map_err(PinError::io("looking at", path))? {
             return Err(PinError::NotOnBpffs(path.to_owned()));
         }
+        bpffs::check_owner(path)?;
         let opened = identity(&directory).map_err(PinError::io("looking at", path))?;
         let lock = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Err((_, Errno::EWOULDBLOCK)) => {
@@ -133,7 +134,9 @@ impl PinDir {
         let mut sets = Vec::new();
         for entry in entries {
             let entry = entry.map_err(PinError::io("listing", &self.path))?;
-            if entry.file_name().to_str().is_some_and(is_set) {
+            // A link could lead to what others have pinned.
+            let is_directory = entry.file_type().is_ok_and(|found| found.is_dir());
+            if is_directory && entry.file_name().to_str().is_some_and(is_set) {
                 sets.push(entry.path());
             }
         }
