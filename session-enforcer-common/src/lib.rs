@@ -10,6 +10,7 @@
 
 mod counters;
 mod event;
+mod layout;
 mod matching;
 mod owner;
 pub mod packet;
@@ -18,8 +19,9 @@ mod session;
 
 pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};
+pub use layout::LAYOUT;
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
-pub use owner::{Ancestors, MAX_CGROUP_LEVELS, Owner};
+pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use session::{Address, Direction, Session, flags};
 

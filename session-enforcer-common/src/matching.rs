@@ -197,7 +197,7 @@ impl MatchEntry {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Table {
-    /// Counts the policies since the programs were loaded.
+    /// Counts the policies, on from those of the daemon before where its sessions were taken over.
     pub generation: u32,
     /// Number of valid entries.
     pub entries: u32,

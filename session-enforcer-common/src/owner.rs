@@ -34,6 +34,10 @@ impl Owner {
 /// Levels of cgroups below the root that rules can name.
 pub const MAX_CGROUP_LEVELS: usize = 16;
 
+/// Cgroups whose [`Ancestors`] the kernel remembers. More cgroups with sockets at once are beyond a
+/// large host.
+pub const MAX_CGROUPS: u32 = 8_192;
+
 /// The identities of a cgroup and of those above it, without the root; zeroes where there are no
 /// more. In no order: the identity of a cgroup is unique.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

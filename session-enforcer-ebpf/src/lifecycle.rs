@@ -18,7 +18,7 @@ use session_enforcer_common::{
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, FIRST_GENERATION, ONLY_NETNS, SESSIONS},
     owner,
     policy::{Decision, decide},
 };
@@ -137,10 +137,30 @@ fn closed(ctx: &SockOpsContext) {
     // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
     let session = unsafe { *session };
     if SESSIONS.remove(cookie).is_ok() {
+        let rule = if session.generation < FIRST_GENERATION.load() {
+            rule_anew(&session)
+        } else {
+            session.rule
+        };
+        // One that was never decided about was not counted as opened.
         if session.generation != 0 {
-            counters::rule(session.rule, |c| c.closed += 1);
+            counters::rule(rule, |c| c.closed += 1);
         }
         notify(EventKind::Closed, cookie, &session);
+    }
+}
+
+/// The rule of a session that another daemon's programs matched, as this daemon counts it.
+#[inline(never)]
+fn rule_anew(session: &Session) -> u16 {
+    let owner = session.owner;
+    match decide(Facts::of(session), &owner) {
+        Some(Decision {
+            rule,
+            is_open: false,
+            ..
+        }) => rule,
+        _ => RULE_EXEMPT,
     }
 }
 

@@ -9,8 +9,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Event, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy,
-    RuleCounters, Session, Table, Way,
+    Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
+    Policy, RuleCounters, Session, Table, Way,
 };
 
 /// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
@@ -67,13 +67,18 @@ pub(crate) static OWNERS: ClonedSkStorage<Owner> = ClonedSkStorage::new();
 
 /// By the identity of a cgroup, those above it: an owner tells only its own. LRU, unlike the
 /// sessions: what is lost is noted again with the next socket, and the daemon finds it elsewhere.
-/// 8,192 cgroups with sockets at once are beyond a large host.
 #[btf_map]
-pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, 8_192> = LruHashMap::new();
+pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, { MAX_CGROUPS as usize }> =
+    LruHashMap::new();
 
 /// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
+
+/// Generation of this daemon's first policy. A session of an earlier one was written under another
+/// daemon, and the place of its rule means nothing here. Set by the daemon at load.
+#[unsafe(no_mangle)]
+pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 
 /// Socket storage that accepted sockets inherit. `SkStorage` of aya-ebpf has other flags, and they
 /// cannot be changed; the layout is that of its map definitions, from which the loader reads the

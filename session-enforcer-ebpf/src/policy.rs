@@ -76,7 +76,9 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
 /// What the loop over the match entries works on.
 struct Search {
     facts: Facts,
-    ancestors: Option<*const Ancestors>,
+    /// Null where they are not known. Not an `Option`, whose other half the compiler may leave
+    /// unwritten, which the verifier refuses.
+    ancestors: *const Ancestors,
     /// Index of the table's first entry.
     base: u32,
     /// Rule of the first entry that applies, and whether that is open.
@@ -86,12 +88,11 @@ struct Search {
 /// What the table in force says about the connection; nothing where no entry applies.
 #[inline(always)]
 pub(crate) fn decide(mut facts: Facts, owner: &Owner) -> Option<Decision> {
-    let ancestors = if owner.is_known() {
-        ANCESTORS.get_ptr(owner.cgroup_id)
-    } else {
-        None
-    };
-    if ancestors.is_some() {
+    let mut ancestors: *const Ancestors = ptr::null();
+    if owner.is_known()
+        && let Some(known) = ANCESTORS.get_ptr(owner.cgroup_id)
+    {
+        ancestors = known;
         facts.known |= Facts::CGROUP;
     }
     let active = active_table();
@@ -133,7 +134,7 @@ extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. Should the element be freed
     // and be another cgroup's meanwhile, the daemon's own decision corrects this one.
-    let ancestors = search.ancestors.map(|ancestors| unsafe { &*ancestors });
+    let ancestors = unsafe { search.ancestors.as_ref() };
     if !matches(
         &search.facts,
         ancestors.unwrap_or(&Ancestors::UNKNOWN),

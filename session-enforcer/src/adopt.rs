@@ -186,6 +186,46 @@ fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
     )
 }
 
+/// A session brought up to date with its socket, after a time in which packets were not stamped. The
+/// byte counts tell whether any payload passed, the ages when. Of how much came with each packet
+/// nothing is known: all of it counts.
+pub fn caught_up(
+    session: &Session,
+    socket: &Socket,
+    policy: Option<&Policy>,
+    now_ns: u64,
+) -> Session {
+    let Some(info) = socket.info else {
+        return *session;
+    };
+    let mut now = *session;
+    let (received_ns, sent_ns) = activity(&info, now_ns);
+    let received = payload_received(socket, &info);
+    let [has_received, has_sent] = [
+        received > session.bytes_received,
+        info.bytes_sent > session.bytes_sent,
+    ];
+    if has_received {
+        now.bytes_received = received;
+        now.last_received_ns = received_ns.max(session.last_received_ns);
+    }
+    if has_sent {
+        now.bytes_sent = info.bytes_sent;
+        now.last_sent_ns = sent_ns.max(session.last_sent_ns);
+    }
+    if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
+        let owes = match (has_received, has_sent) {
+            (true, true) => owes_answer(Direction::Inbound, &info, policy),
+            (has_received, _) => has_received,
+        };
+        now.owes_answer = u8::from(owes);
+        if has_sent {
+            now.answered_ns = now.last_sent_ns;
+        }
+    }
+    now
+}
+
 /// Whether payload passed between two lists that both show the session: nothing stamped the packets
 /// between the first list and the insertion into the session map. The byte counts tell exactly; the
 /// ages of two lists are rounded differently.
@@ -412,6 +452,79 @@ mod tests {
         let sockets = [socket(state::CLOSE_WAIT, 5432, 1)];
         let adopted = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets);
         assert_eq!(adopted[0].1.bytes_received, 9);
+    }
+
+    /// A session that was adopted, and what its socket says later.
+    fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
+        let sockets = [
+            socket(state::LISTEN, 5432, 0),
+            socket(state::ESTABLISHED, 5432, 1),
+        ];
+        let before = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets)[0].1;
+        let mut later = sockets[1];
+        let mut info = later.info.unwrap();
+        (info.last_data_received_ms, info.last_data_sent_ms) = (500, 400);
+        change(&mut info);
+        later.info = Some(info);
+        let policy = Policy {
+            idle_timeout_ns: 9,
+            response_timeout_ns: 1,
+            ..Policy::default()
+        };
+        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS);
+        (before, now)
+    }
+
+    #[test]
+    fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
+        // A retransmission moves the age of what was sent.
+        let (before, now) = later(|_| {});
+        assert_eq!(now, before);
+    }
+
+    #[test]
+    fn what_was_received_meanwhile_is_received_and_owed() {
+        let (before, now) = later(|info| info.bytes_received += 1);
+        let expected = Session {
+            last_received_ns: 19_500 * MS,
+            bytes_received: before.bytes_received + 1,
+            owes_answer: 1,
+            ..before
+        };
+        assert_eq!(now, expected);
+    }
+
+    #[test]
+    fn what_was_sent_meanwhile_is_sent_and_the_answer() {
+        let (before, now) = later(|info| info.bytes_sent += 1);
+        let expected = Session {
+            last_sent_ns: 19_600 * MS,
+            answered_ns: 19_600 * MS,
+            bytes_sent: before.bytes_sent + 1,
+            owes_answer: 0,
+            ..before
+        };
+        assert_eq!(now, expected);
+        // Of both the ages tell who was last.
+        let both = |info: &mut Info| {
+            info.bytes_sent += 1;
+            info.bytes_received += 1;
+        };
+        assert!(!later(both).1.owes_answer());
+        let (_, now) = later(|info| {
+            both(info);
+            info.last_data_received_ms = 300;
+        });
+        assert!(now.owes_answer());
+    }
+
+    #[test]
+    fn a_stamp_never_goes_back() {
+        let (before, now) = later(|info| {
+            info.bytes_sent += 1;
+            info.last_data_sent_ms = 19_000;
+        });
+        assert_eq!(now.last_sent_ns, before.last_sent_ns);
     }
 
     #[test]

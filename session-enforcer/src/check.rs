@@ -72,10 +72,15 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
         AuditTarget::Stdout => "standard output".to_owned(),
         AuditTarget::File(path) => path.display().to_string(),
     };
+    let pins = match &config.pin_dir {
+        Some(path) => path.display().to_string(),
+        None => "none: sessions are adopted anew at each start".to_owned(),
+    };
     writeln!(out, "Daemon:")?;
     writeln!(out, "  control group       {cgroup}")?;
     writeln!(out, "  mode                {mode}")?;
     writeln!(out, "  sessions, at most   {}", config.max_sessions)?;
+    writeln!(out, "  pins                {pins}")?;
     writeln!(out, "  network namespaces  {namespaces}")?;
     writeln!(out, "  metrics             {metrics}")?;
     writeln!(out, "  audit               {audit}")
@@ -240,6 +245,7 @@ mod tests {
 [daemon]
 cgroup = "/sys/fs/cgroup/web"
 max_sessions = 1000
+pin_dir = ""
 network_namespaces = "own"
 [metrics]
 listen = ""
@@ -268,6 +274,7 @@ Daemon:
   control group       /sys/fs/cgroup/web
   mode                enforce
   sessions, at most   1000
+  pins                none: sessions are adopted anew at each start
   network namespaces  the daemon's own
   metrics             not served
   audit               /var/log/sessions.json
@@ -309,6 +316,7 @@ idle_timeout = "5m"
             "  control group       the mount of cgroup2\n",
             "  mode                observe: nothing is reset, whatever a rule says\n",
             "  sessions, at most   262144\n",
+            "  pins                /sys/fs/bpf/session-enforcer\n",
             "  network namespaces  all of this host\n",
             "  metrics             http://127.0.0.1:9847/metrics\n",
             "  audit               standard output\n",

@@ -14,8 +14,8 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, Mode, Problem, User, parse_audit, parse_cgroup, parse_limit, parse_listen,
-    parse_ports, parse_user,
+    AuditTarget, Config, DEFAULT_PIN_DIR, Mode, Problem, User, parse_audit, parse_cgroup,
+    parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::explain::{Circumstances, Ends};
@@ -62,6 +62,11 @@ The same without a file:
 
 Times are written as 90s, 15m, 12h, 7d or 1h30m, from 1s on.";
 
+const DETACH_HELP: &str = "\
+A daemon that was killed leaves its programs attached, one that was stopped its
+sessions, for the next start. This removes both, of every version of the daemon.
+While a daemon runs it is refused.";
+
 const EXPLAIN_EXAMPLE: &str = "\
 Example: a client at 10.0.0.9 that has connected to the PostgreSQL of this host, 10.0.0.5:
   session-enforcer explain 10.0.0.5:5432 10.0.0.9:50000 --direction inbound --user postgres";
@@ -90,6 +95,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Say which rule decides about a connection, and why the earlier ones do not
     Explain(ExplainArgs),
+    /// Take out of the kernel what a daemon that was killed or stopped left there
+    Detach(DetachArgs),
     /// Say what this kernel and these privileges allow, each with what to do about it
     Doctor(DoctorArgs),
 }
@@ -131,6 +138,11 @@ pub struct RunArgs {
     /// Where the audit records go: a file, or - for standard output [default: -]
     #[arg(long, value_name = "PATH", value_parser = audit)]
     audit: Option<AuditTarget>,
+
+    /// Where sessions and programs outlive the daemon, a directory on bpffs, "" for nowhere
+    /// [default: /sys/fs/bpf/session-enforcer]
+    #[arg(long, value_name = "DIR")]
+    pin_dir: Option<PinDir>,
 }
 
 /// Arguments of `check`.
@@ -191,6 +203,38 @@ impl ExplainArgs {
     }
 }
 
+/// Arguments of `detach`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(after_help = format!("{DETACH_HELP}\n\n{EXIT_STATUS_HELP}"))]
+pub struct DetachArgs {
+    /// The configuration that names the directory [default: /etc/session-enforcer/config.toml]
+    #[arg(long, value_name = "FILE", conflicts_with = "pin_dir")]
+    config: Option<PathBuf>,
+
+    /// The directory [default: that of the configuration]
+    #[arg(long, value_name = "DIR")]
+    pin_dir: Option<PinDir>,
+}
+
+impl DetachArgs {
+    /// The directory; none where the configuration has none.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration is wrong, or one that was named is not there.
+    pub fn pin_dir(&self) -> anyhow::Result<Option<PathBuf>> {
+        if let Some(PinDir(path)) = &self.pin_dir {
+            return Ok(path.clone());
+        }
+        let default = Path::new(DEFAULT_CONFIG);
+        match &self.config {
+            Some(path) => Ok(Config::load(path)?.pin_dir),
+            None if default.exists() => Ok(Config::load(default)?.pin_dir),
+            None => Ok(Some(DEFAULT_PIN_DIR.into())),
+        }
+    }
+}
+
 /// Arguments of `doctor`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = EXIT_STATUS_HELP)]
@@ -231,6 +275,18 @@ impl FromStr for Listen {
 
     fn from_str(text: &str) -> Result<Self, Problem> {
         parse_listen(text).map(Self)
+    }
+}
+
+/// Where pins are, if anywhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PinDir(Option<PathBuf>);
+
+impl FromStr for PinDir {
+    type Err = Problem;
+
+    fn from_str(text: &str) -> Result<Self, Problem> {
+        parse_pin_dir(text).map(Self)
     }
 }
 
@@ -330,6 +386,9 @@ impl RunArgs {
         }
         if let Some(audit) = &self.audit {
             config.audit = audit.clone();
+        }
+        if let Some(PinDir(path)) = &self.pin_dir {
+            config.pin_dir.clone_from(path);
         }
         Ok(config)
     }

@@ -8,11 +8,12 @@ use tokio::{runtime, sync::mpsc};
 
 use crate::{
     audit::Audit,
-    bpf::{BpfError, Kernel, Options},
+    bpf::{BpfError, Kernel, Options, PinDir},
     cgroup::{self, Cgroup},
     clock,
     config::{Config, Mode, NetworkNamespaces, Rule},
-    engine::{Enforcer, Engine, Parts, Reloading, Signals, Source},
+    detach,
+    engine::{Begun, Enforcer, Engine, Parts, Reloading, Signals, Source},
     exit::{ExitStatus, Failure, OrExit as _},
     http,
     metrics::Metrics,
@@ -28,7 +29,8 @@ const WAITING_REQUESTS: usize = 64;
 ///
 /// # Errors
 ///
-/// Where something that it needs is missing or taken. Nothing is attached then.
+/// Where something that it needs is missing or taken. Nothing is attached then, but what an earlier
+/// daemon that was killed had attached.
 pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
@@ -38,31 +40,36 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     raise_file_limit();
     unblock_signals();
     let cgroup = open_cgroup(config)?;
+    // Before anything that another daemon may have: who it is says more than what it has.
+    let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
+    let pins = pins.map_err(|error| detach::failure(&error))?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
     let audit = Audit::open(&config.audit)?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    runtime.block_on(serve(config, source, cgroup, listener, audit))
+    runtime.block_on(serve(config, source, cgroup, pins, listener, audit))
 }
 
 async fn serve(
     config: &Config,
     source: Option<Source>,
     cgroup: Cgroup,
+    pins: Option<PinDir>,
     listener: Option<std::net::TcpListener>,
     audit: Audit,
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
-    let mut kernel = Kernel::load(&Options {
+    let options = Options {
         max_sessions: config.max_sessions,
         only_netns: (!all_namespaces).then(|| namespaces.own()),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
-    })
-    .map_err(|error| kernel_failure(&error))?;
+    };
+    let kernel = Kernel::load(options, pins);
+    let mut kernel = kernel.map_err(|error| kernel_failure(&error))?;
     let events = kernel.take_events()?;
     let log = kernel.take_log()?;
     let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
@@ -76,12 +83,14 @@ async fn serve(
     };
     let mut enforcer = Enforcer::new(parts);
     enforcer.put_policy(config).map_err(policy_failure)?;
-    let attached = enforcer.attach(&cgroup);
-    attached.map_err(|error| kernel_failure(&error))?;
-    let adopted = enforcer.adopt(&cgroup, all_namespaces)?;
+    let begun = enforcer.begin(&cgroup, all_namespaces);
+    let begun = begun.map_err(|error| match error.downcast_ref() {
+        Some(error) => kernel_failure(error).into(),
+        None => error,
+    })?;
     enforcer.started(config);
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
-    announce(config, &cgroup, adopted);
+    announce(config, &cgroup, begun);
     if let Some(listener) = listener {
         spawn_http(listener, requests_in)?;
     }
@@ -95,15 +104,17 @@ async fn serve(
         .await
 }
 
-fn announce(config: &Config, cgroup: &Cgroup, adopted: usize) {
+fn announce(config: &Config, cgroup: &Cgroup, begun: Begun) {
     let mode = match config.mode {
         Mode::Enforce => "enforcing",
         Mode::Observe => "observing",
     };
     tracing::info!(
-        "{mode} {} rule(s) on {}, {adopted} existing connection(s) adopted",
+        "{mode} {} rule(s) on {}, {} session(s) taken over, {} existing connection(s) adopted",
         config.rules.len(),
         cgroup.path().display(),
+        begun.taken_over,
+        begun.adopted,
     );
 }
 
@@ -170,6 +181,9 @@ fn policy_failure(error: anyhow::Error) -> anyhow::Error {
 
 /// The kernel refuses programs for want of privileges or for want of a feature.
 fn kernel_failure(error: &BpfError) -> Failure {
+    if let BpfError::Pins(error) = error {
+        return detach::failure(error);
+    }
     if is_permission(error) {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);

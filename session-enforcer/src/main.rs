@@ -9,7 +9,7 @@ use anyhow::Result;
 use session_enforcer::{
     check,
     cli::{Cli, Command},
-    daemon, doctor,
+    daemon, detach, doctor,
     engine::Source,
     exit, explain,
 };
@@ -45,6 +45,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 &circumstances,
                 &mut io::stdout().lock(),
             )?;
+        }
+        Command::Detach(args) => {
+            detach::detach(args.pin_dir()?.as_deref(), &mut io::stdout().lock())?;
         }
         Command::Doctor(args) => {
             let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;

@@ -38,15 +38,21 @@ pub enum Repair {
     Unscheduled,
     /// A session that had ended without a report: it was in the map and had no socket.
     Stale,
+    /// A session that had passed payload while no program was attached.
+    Behind,
+    /// A session that was not in the map when the programs of an earlier daemon were taken over.
+    Missed,
 }
 
 impl Repair {
-    const ALL: [Self; 2] = [Self::Unscheduled, Self::Stale];
+    const ALL: [Self; 4] = [Self::Unscheduled, Self::Stale, Self::Behind, Self::Missed];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Unscheduled => "unscheduled",
             Self::Stale => "stale",
+            Self::Behind => "behind",
+            Self::Missed => "missed",
         }
     }
 }
@@ -113,6 +119,7 @@ pub struct Metrics {
     opened: IntCounterVec,
     closed: IntCounterVec,
     adopted: IntCounter,
+    taken_over: IntCounter,
     terminations: IntCounterVec,
     lateness: Histogram,
     age: HistogramVec,
@@ -128,6 +135,9 @@ pub struct Metrics {
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
     untracked_by_daemon: u64,
+    /// Sessions in the map that the counters of this daemon's programs do not know: they were there
+    /// before.
+    inherited: i64,
 }
 
 /// What the daemon itself did to the sessions of a rule.
@@ -177,6 +187,11 @@ impl Metrics {
                 r,
                 "sessions_adopted_total",
                 "Sessions that are older than the daemon and were adopted by it.",
+            )?,
+            taken_over: counter(
+                r,
+                "sessions_taken_over_total",
+                "Sessions that the daemon took over from an earlier one, with their true ages.",
             )?,
             terminations: counters(
                 r,
@@ -256,6 +271,7 @@ impl Metrics {
             )?,
             daemon: Vec::new(),
             untracked_by_daemon: 0,
+            inherited: 0,
             registry,
         };
         metrics.register_constants(map_capacity, version, kernel)?;
@@ -391,6 +407,20 @@ impl Metrics {
         }
     }
 
+    /// Counts the sessions that an earlier daemon left.
+    pub fn taken_over(&self, sessions: usize) {
+        self.taken_over.inc_by(sessions as u64);
+    }
+
+    /// Works out the entries of the map that were there before the counters of this daemon's
+    /// programs began, when `sessions` are known to the daemon. `reported` are the openings less the
+    /// closings that the kernel has reported to it.
+    pub fn count_inherited(&mut self, sessions: usize, reported: i64) {
+        let by_daemon = |counts: &DaemonCounts| clamp(counts.adopted) - clamp(counts.removed);
+        let own: i64 = self.daemon.iter().map(by_daemon).sum();
+        self.inherited = clamp(sessions as u64) - reported - own;
+    }
+
     /// Counts a session that the daemon took out of the map, because the kernel does not.
     pub fn removed(&mut self, rule: usize) {
         if let Some(counts) = self.daemon.get_mut(rule) {
@@ -444,7 +474,8 @@ impl Metrics {
         }
         // The counters of the CPUs are read one after the other, so a session may already count as
         // ended and not yet as begun.
-        self.map_entries.set(clamp(begun.saturating_sub(ended)));
+        let entries = self.inherited + clamp(begun) - clamp(ended);
+        self.map_entries.set(entries.max(0));
         raise(&self.audit_lost, snapshot.audit_lost);
         for way in Way::ALL {
             let dropped = snapshot.gate_drops[way as usize];
@@ -578,6 +609,20 @@ mod tests {
             gate_drops: [0; Way::COUNT as usize],
             audit_lost: 0,
         }
+    }
+
+    #[test]
+    fn what_was_taken_over_is_among_the_entries() {
+        let mut metrics = metrics();
+        metrics.taken_over(4);
+        metrics.adopted(0);
+        // Of the three that this daemon's programs saw open, two had been reported.
+        metrics.count_inherited(6, 2);
+        let text = metrics.render(&snapshot(3, 0, 0)).unwrap();
+        assert!(has(&text, "session_enforcer_sessions_taken_over_total 4"));
+        assert!(has(&text, "session_enforcer_map_entries 7"));
+        let text = metrics.render(&snapshot(3, 9, 0)).unwrap();
+        assert!(has(&text, "session_enforcer_map_entries 0"));
     }
 
     fn has(text: &str, line: &str) -> bool {

@@ -11,10 +11,11 @@ use std::{
     time::Duration,
 };
 
+use nix::errno::Errno;
 use session_enforcer_common::Address;
 
 use crate::{
-    bpf::{Kernel, Options},
+    bpf::{self, Bpffs, Kernel, Options},
     cgroup, clock,
     exit::{ExitStatus, Failure},
     sock_diag::{DiagSocket, Target},
@@ -104,6 +105,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(capabilities(true));
     checks.extend([
         cgroup2(),
+        bpffs(),
         clock_lag(),
         netns_cookie(),
         sock_destroy(),
@@ -178,6 +180,27 @@ fn cgroup2() -> Check {
             ExitStatus::Unavailable,
             error.to_string(),
             "the programs are attached to a cgroup",
+        ),
+    }
+}
+
+fn bpffs() -> Check {
+    const NAME: &str = "bpffs";
+    match bpf::find_bpffs() {
+        Bpffs::Mounted(path) => Check::good(NAME, format!("mounted at {}", path.display())),
+        Bpffs::Mountable(path) => {
+            let path = path.display();
+            Check::good(NAME, format!("not mounted; `run` mounts it at {path}"))
+        }
+        Bpffs::Refused(error) => Check::bad(
+            NAME,
+            match error {
+                Errno::EPERM => ExitStatus::NoPermission,
+                _ => ExitStatus::Unavailable,
+            },
+            format!("not mounted, and cannot be: {}", error.desc()),
+            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\" and sessions \
+             are adopted anew at each start",
         ),
     }
 }
@@ -294,7 +317,7 @@ fn programs() -> Check {
         only_netns: None,
         verbose: false,
     };
-    match Kernel::load(&options) {
+    match Kernel::load(options, None) {
         Ok(_) => Check::good(NAME, "accepted by the verifier"),
         Err(error) => Check::bad(
             NAME,

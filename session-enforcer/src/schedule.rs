@@ -55,6 +55,11 @@ impl Schedule {
         self.live.contains_key(&cookie)
     }
 
+    /// What a scheduled session belongs to.
+    pub fn group(&self, cookie: u64) -> Option<Group> {
+        self.live.get(&cookie).map(|entry| entry.group)
+    }
+
     /// Schedules a session, in place of what was scheduled for the same cookie; what that belonged
     /// to.
     pub fn insert(&mut self, cookie: u64, group: Group, due_ns: u64) -> Option<Group> {

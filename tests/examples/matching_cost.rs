@@ -127,11 +127,14 @@ fn main() -> Result<()> {
     let place = Place::here().in_netns(&netns).in_cgroup(&lab.cgroup);
     let agent = lab.at(&place)?;
     let before = program_ids()?;
-    let mut kernel = Kernel::load(&Options {
-        max_sessions: 1024,
-        only_netns: None,
-        verbose: false,
-    })?;
+    let mut kernel = Kernel::load(
+        Options {
+            max_sessions: 1024,
+            only_netns: None,
+            verbose: false,
+        },
+        None,
+    )?;
     let lifecycle = own_program("track_lifecycle", &before)?;
     let owner = own_program("note_owner", &before)?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;

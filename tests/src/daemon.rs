@@ -8,6 +8,8 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -21,6 +23,7 @@ use crate::{
     audit::Record,
     clock::eventually,
     metrics::Metrics,
+    pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
     tcp::{PATIENCE, Pair},
 };
@@ -65,10 +68,12 @@ fn binary() -> Result<PathBuf> {
 #[derive(Debug)]
 pub struct Launch<'a> {
     cgroup: &'a Path,
+    pins: Option<&'a Path>,
     config: Option<&'a str>,
     args: &'a [&'a str],
     capabilities: Option<&'a [u8]>,
     blocked: &'a [Signal],
+    prepare: Option<fn(&mut Command)>,
 }
 
 impl<'a> Launch<'a> {
@@ -76,10 +81,12 @@ impl<'a> Launch<'a> {
     pub fn on(cgroup: &'a Path) -> Self {
         Self {
             cgroup,
+            pins: None,
             config: None,
             args: &[],
             capabilities: None,
             blocked: &[],
+            prepare: None,
         }
     }
 
@@ -88,6 +95,15 @@ impl<'a> Launch<'a> {
     pub fn config(self, text: &'a str) -> Self {
         Self {
             config: Some(text),
+            ..self
+        }
+    }
+
+    /// With pins in this directory. Without, nothing outlives the daemon.
+    #[must_use]
+    pub fn pinned(self, pins: &'a Pins) -> Self {
+        Self {
+            pins: Some(pins.path()),
             ..self
         }
     }
@@ -116,6 +132,15 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// With something done to the command at last.
+    #[must_use]
+    pub fn prepared(self, prepare: fn(&mut Command)) -> Self {
+        Self {
+            prepare: Some(prepare),
+            ..self
+        }
+    }
+
     fn command(&self, directory: &Path) -> Result<Command> {
         let mut command = daemon_command()?;
         command.arg("run").arg("--cgroup").arg(self.cgroup);
@@ -128,6 +153,7 @@ impl<'a> Launch<'a> {
         let defaults = [
             ("--audit", audit.as_path()),
             ("--metrics-listen", Path::new("127.0.0.1:0")),
+            ("--pin-dir", self.pins.unwrap_or(Path::new(""))),
         ];
         for (flag, value) in defaults {
             if !self.args.contains(&flag) {
@@ -139,6 +165,9 @@ impl<'a> Launch<'a> {
             keep_capabilities(&mut command, bits);
         }
         block_signals(&mut command, self.blocked);
+        if let Some(prepare) = self.prepare {
+            prepare(&mut command);
+        }
         Ok(command)
     }
 
@@ -171,6 +200,32 @@ impl<'a> Launch<'a> {
             Ok((status == 200).then_some(()))
         })?;
         Ok(daemon)
+    }
+
+    /// Starts the daemon, kills it after this time, wherever it is then, and returns its records of
+    /// terminations.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn cut_short(&self, after: Duration) -> Result<Vec<Record>> {
+        let directory = tempfile::tempdir()?;
+        let mut command = self.command(directory.path())?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = die_with_parent(&mut command).spawn()?;
+        thread::sleep(after);
+        child.kill().and_then(|()| child.wait())?;
+        let audit = directory.path().join("audit.json");
+        let mut found = if audit.exists() {
+            records(&audit)?
+        } else {
+            Vec::new()
+        };
+        found.retain(Record::is_termination);
+        Ok(found)
     }
 
     /// Starts a daemon that must refuse to run, and waits for its end.
@@ -447,6 +502,17 @@ impl Daemon {
     /// Where it runs on.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         eventually("the daemon ends", PATIENCE, || Ok(self.child.try_wait()?))
+    }
+
+    /// Kills it, as a crash would.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not die.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.wait()?;
+        Ok(())
     }
 
     /// Stops it with SIGTERM, and makes sure that it ends with status 0. The audit and the log

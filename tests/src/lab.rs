@@ -9,6 +9,7 @@ use crate::{
     cgroup::Cgroup,
     daemon::{Daemon, Launch},
     netns::Netns,
+    pins::Pins,
 };
 
 /// A cgroup for the daemon to watch, and sockets in it and beside it.
@@ -23,6 +24,8 @@ pub struct Lab {
     pub outside: Agent,
     /// The cgroup.
     pub cgroup: Cgroup,
+    /// For a daemon that is to leave something to the next.
+    pub pins: Pins,
     agent: PathBuf,
 }
 
@@ -42,6 +45,7 @@ impl Lab {
             inside,
             outside,
             cgroup,
+            pins: Pins::new(),
             agent,
         })
     }
@@ -84,6 +88,15 @@ impl Lab {
     /// A daemon to be started on the cgroup.
     pub fn launch(&self) -> Launch<'_> {
         Launch::on(self.cgroup.path())
+    }
+
+    /// Starts the daemon on the cgroup, with this configuration and with pins.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not ready in time.
+    pub fn pinned_daemon(&self, config: &str) -> Result<Daemon> {
+        self.launch().pinned(&self.pins).config(config).start()
     }
 
     /// Starts the daemon on the cgroup, with this configuration.

@@ -19,6 +19,7 @@ mod metrics;
 mod names;
 mod netns;
 mod options;
+mod pins;
 mod process;
 mod random;
 mod raw;
@@ -28,7 +29,7 @@ mod tcp;
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
 pub use big_tcp::allow_big_tcp;
-pub use cgroup::Cgroup;
+pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
 pub use daemon::{Daemon, Launch, daemon_command};
 pub use lab::Lab;
@@ -38,6 +39,7 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
+pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};

@@ -347,11 +347,14 @@ impl Bench {
             addresses.partition(|address| UNKNOWN_PORTS.contains(&address.port()));
         let listen = |address| server.listen(address);
         let mut listeners: Vec<Listener> = older.into_iter().map(listen).collect::<Result<_>>()?;
-        let mut kernel = Kernel::load(&Options {
-            max_sessions: 1024,
-            only_netns: None,
-            verbose: false,
-        })?;
+        let mut kernel = Kernel::load(
+            Options {
+                max_sessions: 1024,
+                only_netns: None,
+                verbose: false,
+            },
+            None,
+        )?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
         for address in newer {
             listeners.push(server.listen(address)?);

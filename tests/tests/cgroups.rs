@@ -4,7 +4,7 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair, Place};
+use session_enforcer_tests::{Lab, PROGRAMS, Pair, Place};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -59,7 +59,7 @@ fn a_second_daemon_on_the_same_cgroup_takes_nothing_from_the_first() -> Result<(
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let enforcing = lab.daemon(RULE)?;
     let observing = lab.launch().config(RULE).args(&["--observe"]).start()?;
-    assert_eq!(lab.cgroup.attached_programs()?, 8);
+    assert_eq!(lab.cgroup.attached_programs()?, 2 * PROGRAMS);
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
     enforcing

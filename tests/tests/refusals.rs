@@ -99,7 +99,7 @@ fn a_wrong_configuration_is_refused_with_file_line_and_key() -> Result<()> {
 #[test]
 fn a_key_of_a_later_version_is_refused_and_not_ignored() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let text = format!("{RULE}[daemon]\npin_dir = \"\"\n");
+    let text = format!("{RULE}[control]\nsocket = \"/run/x\"\n");
     let said = complaint(&lab, &lab.launch().config(&text).refused()?, 78);
     assert!(
         said.contains("config.toml:5:") && said.contains("not supported yet"),
@@ -226,6 +226,8 @@ fn quick_form(lab: &Lab) -> Vec<String> {
         "run",
         "--cgroup",
         &cgroup,
+        "--pin-dir",
+        "",
         "--port",
         "1",
         "--idle-timeout",
@@ -253,7 +255,7 @@ fn a_system_without_cgroup_v2_is_told_to_mount_it() -> Result<()> {
     // In a mount namespace of its own. Without a cgroup on the command line the daemon would take
     // the root, so it is only started where it certainly finds none.
     let script = "umount --lazy \"$1\" && ! grep -q ' - cgroup2 ' /proc/self/mountinfo \
-                  && exec \"$2\" run --observe --port 1 --idle-timeout 1h";
+                  && exec \"$2\" run --observe --pin-dir '' --port 1 --idle-timeout 1h";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script, "sh"]);
     command.arg(lab.cgroup.path().parent().unwrap_or(Path::new("/")));

@@ -4,7 +4,7 @@ use std::{fs, net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use nix::{errno::Errno, sys::signal::Signal};
-use session_enforcer_tests::{Lab, PATIENCE, Pair, eventually};
+use session_enforcer_tests::{Lab, PATIENCE, PROGRAMS, Pair, eventually};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -15,7 +15,7 @@ fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Resul
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut daemon = lab.daemon(RULE)?;
-    assert_eq!(lab.cgroup.attached_programs()?, 4);
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     let reset = Pair::open(&lab.outside, &listener)?;
     reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
     daemon.wait_for_termination()?;

@@ -14,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Lab, PATIENCE, Pair, daemon_command, die_with_parent, eventually, reset_on_close,
+    Lab, PATIENCE, PROGRAMS, Pair, daemon_command, die_with_parent, eventually, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -80,7 +80,8 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.toml");
-    std::fs::write(&config, format!("[metrics]\nlisten = \"\"\n{RULE}"))?;
+    let daemon = "[daemon]\npin_dir = \"\"\n[metrics]\nlisten = \"\"\n";
+    std::fs::write(&config, format!("{daemon}{RULE}"))?;
     let mut command = daemon_command()?;
     command.arg("run").arg("--cgroup").arg(lab.cgroup.path());
     command.arg("--config").arg(&config).stdout(Stdio::null());
@@ -89,7 +90,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let mut daemon = Killed(die_with_parent(command.stderr(writer)).spawn()?);
     drop(command);
     eventually("the programs are attached", PATIENCE, || {
-        Ok((lab.cgroup.attached_programs()? == 4).then_some(()))
+        Ok((lab.cgroup.attached_programs()? == PROGRAMS).then_some(()))
     })?;
     // More lines than a pipe holds.
     let pid = Pid::from_raw(daemon.0.id().try_into()?);

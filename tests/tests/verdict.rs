@@ -47,11 +47,14 @@ impl Bench {
     fn new(address: impl Into<SocketAddr>) -> Result<Self> {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen(address)?;
-        let mut kernel = Kernel::load(&Options {
-            max_sessions: 1024,
-            only_netns: None,
-            verbose: false,
-        })?;
+        let mut kernel = Kernel::load(
+            Options {
+                max_sessions: 1024,
+                only_netns: None,
+                verbose: false,
+            },
+            None,
+        )?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
         Ok(Self {
             kernel,

@@ -69,6 +69,32 @@ fn a_flag_stands_above_the_key_of_the_file() {
 }
 
 #[test]
+fn the_pin_directory_is_that_of_the_flag_of_the_file_or_the_usual_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.toml");
+    let text = "[daemon]\npin_dir = '/a'\n[[rule]]\nname = 'a'\nidle_timeout = '1s'\n";
+    std::fs::write(&path, text).unwrap();
+    let file = format!("--config {}", path.display());
+    let run = |args: &str| run_args(&format!("session-enforcer run {args}")).to_config();
+    assert_eq!(run(&file).unwrap().pin_dir, Some("/a".into()));
+    let none = run(&format!("{file} --pin-dir ''")).unwrap();
+    assert_eq!(none.pin_dir, None);
+    let detach = |args: &str| match parse(&format!("session-enforcer detach {args}"))
+        .unwrap()
+        .command
+    {
+        Command::Detach(args) => args.pin_dir().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(detach(&file), Some("/a".into()));
+    assert_eq!(detach("--pin-dir /b"), Some("/b".into()));
+    assert_eq!(detach("--pin-dir ''"), None);
+    assert!(refused("session-enforcer detach --pin-dir b").contains("absolute path"));
+    let both = format!("session-enforcer detach --pin-dir /b {file}");
+    assert!(refused(&both).contains("--config"));
+}
+
+#[test]
 fn metrics_and_audit_can_be_turned_elsewhere_in_the_quick_form() {
     let line = "session-enforcer run --port 22 --max-lifetime 1d --metrics-listen '' --audit -";
     let config = run_args(line).to_config().unwrap();

@@ -29,7 +29,7 @@ pub use error::{ConfigError, Doubt, EntryCount, Location, Position, Problem, War
 pub use owners::{Owners, User, is_below, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
-    parse_ports, parse_prefix,
+    parse_pin_dir, parse_ports, parse_prefix,
 };
 
 use document::Document;
@@ -39,6 +39,9 @@ pub const DEFAULT_MAX_SESSIONS: u32 = 262_144;
 
 /// Largest capacity of the session map: at 200 bytes a session, more than 3 GB of kernel memory.
 pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
+
+/// Where sessions and programs outlive the daemon where the file does not say.
+pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/session-enforcer";
 
 /// Where the metrics are served where the file does not say.
 pub const DEFAULT_METRICS_LISTEN: SocketAddr =
@@ -69,6 +72,8 @@ pub struct Config {
     pub mode: Mode,
     /// Capacity of the session map.
     pub max_sessions: u32,
+    /// Directory on bpffs where sessions and programs outlive the daemon, if they do.
+    pub pin_dir: Option<PathBuf>,
     /// Whose connections are looked at.
     pub network_namespaces: NetworkNamespaces,
     /// Where the metrics are served, if at all.
@@ -225,6 +230,7 @@ impl Config {
             cgroup: None,
             mode: Mode::default(),
             max_sessions: DEFAULT_MAX_SESSIONS,
+            pin_dir: Some(DEFAULT_PIN_DIR.into()),
             network_namespaces: NetworkNamespaces::default(),
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),

@@ -1,7 +1,10 @@
 //! From the document to the configuration: the tables of the daemon, and the list of rules.
 
 use super::document::{Document, Field, Keys, Section};
-use super::value::{ALLOWED_AUDIT, ALLOWED_LISTEN, is_absolute, parse_audit, parse_listen};
+use super::value::{
+    ALLOWED_AUDIT, ALLOWED_LISTEN, ALLOWED_PIN_DIR, is_absolute, parse_audit, parse_listen,
+    parse_pin_dir,
+};
 use super::{
     Config, ConfigError, Doubt, MAX_MAX_SESSIONS, Mode, NetworkNamespaces, Problem, Warning,
 };
@@ -24,8 +27,14 @@ static TABLES: [Keys; 5] = [
     },
     Keys {
         header: "[daemon]",
-        known: &["cgroup", "mode", "max_sessions", "network_namespaces"],
-        later: &["pin_dir"],
+        known: &[
+            "cgroup",
+            "mode",
+            "max_sessions",
+            "pin_dir",
+            "network_namespaces",
+        ],
+        later: &[],
     },
     Keys {
         header: "[metrics]",
@@ -147,6 +156,9 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) -> Result<(), ConfigEr
             .and_then(|number| u32::try_from(number).ok())
             .filter(|number| (1..=MAX_MAX_SESSIONS).contains(number))
             .ok_or_else(|| max_sessions.not_allowed(ALLOWED_MAX_SESSIONS))?;
+    }
+    if let Some(pin_dir) = daemon.field("pin_dir") {
+        config.pin_dir = pin_dir.parse(ALLOWED_PIN_DIR, parse_pin_dir)?;
     }
     if let Some(namespaces) = daemon.field("network_namespaces") {
         let choices = [

@@ -18,6 +18,7 @@ pub(super) const ALLOWED_PREFIX: &str =
 pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" or \"1h30m\"";
 pub(super) const ALLOWED_LISTEN: &str =
     "an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
+pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str =
     "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
 
@@ -203,6 +204,19 @@ pub fn parse_audit(text: &str) -> Result<AuditTarget, Problem> {
         }),
         path if is_absolute(path) => Ok(AuditTarget::File(PathBuf::from(path))),
         other => Err(not_allowed(other, ALLOWED_AUDIT)),
+    }
+}
+
+/// Where pins are: an absolute path, or "" for nowhere.
+///
+/// # Errors
+///
+/// Where the path is relative.
+pub fn parse_pin_dir(text: &str) -> Result<Option<PathBuf>, Problem> {
+    match text {
+        "" => Ok(None),
+        path if is_absolute(path) => Ok(Some(PathBuf::from(path))),
+        other => Err(not_allowed(other, ALLOWED_PIN_DIR)),
     }
 }
 

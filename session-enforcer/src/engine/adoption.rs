@@ -89,20 +89,10 @@ impl Enforcer {
     /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
     /// cannot be listed.
     fn list(&mut self, adopting: &mut Adopting, netns_cookie: u64) -> Result<Option<Vec<Adoptee>>> {
-        let listed = self
-            .namespaces
-            .get(netns_cookie)
-            .map_err(anyhow::Error::from)
-            .and_then(|diag| Ok(diag.dump(adopt::STATES)?));
-        let now_ns = monotonic_ns();
-        let sockets = match listed {
-            Ok(sockets) => sockets,
-            Err(error) => {
-                self.metrics.untracked(Untracked::Namespace);
-                tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
-                return Ok(None);
-            }
+        let Some(sockets) = self.dump(netns_cookie, adopt::STATES) else {
+            return Ok(None);
         };
+        let now_ns = monotonic_ns();
         self.note_cgroups(adopting, &sockets)?;
         if !self.listeners_noted {
             let in_scope = |s: &&Socket| adopting.scope.contains(s.cgroup_id);
@@ -117,6 +107,24 @@ impl Enforcer {
             ancestors: &adopting.ancestors,
         };
         Ok(Some(adopter.sessions(&sockets, netns_cookie, now_ns)))
+    }
+
+    /// The sockets of a namespace that are in one of these states; `None`, after it was counted and
+    /// logged, where it cannot be listed.
+    pub(super) fn dump(&mut self, netns_cookie: u64, states: u32) -> Option<Vec<Socket>> {
+        let listed = self
+            .namespaces
+            .get(netns_cookie)
+            .map_err(anyhow::Error::from)
+            .and_then(|diag| Ok(diag.dump(states)?));
+        match listed {
+            Ok(sockets) => Some(sockets),
+            Err(error) => {
+                self.metrics.untracked(Untracked::Namespace);
+                tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
+                None
+            }
+        }
     }
 
     fn note_cgroups(&mut self, adopting: &mut Adopting, sockets: &[Socket]) -> Result<()> {

@@ -69,6 +69,14 @@ pub struct RuleBook {
 }
 
 impl RuleBook {
+    /// No policy yet; the first one follows this generation.
+    pub(super) fn after(generation: u32) -> Self {
+        Self {
+            generation,
+            ..Self::default()
+        }
+    }
+
     /// The policy that follows this one.
     ///
     /// # Errors
@@ -323,6 +331,20 @@ mod tests {
         };
         assert_eq!(count(vec![5]), (3_000, 5));
         assert_eq!(count(vec![5, 6]), (3_000, 6));
+    }
+
+    #[test]
+    fn the_places_of_an_earlier_daemon_s_rules_mean_nothing() {
+        let rules = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
+        let book = next(&RuleBook::after(7), &rules).unwrap();
+        assert_eq!(book.generation, 8);
+        for (place, generation) in [(0, 7), (999, 7), (0, 3)] {
+            assert_eq!(
+                book.rule_of(&session(2, place, generation), no_ancestors),
+                Some(1)
+            );
+        }
+        assert_eq!(book.rule_of(&session(2, 0, 8), no_ancestors), Some(0));
     }
 
     #[test]

@@ -12,7 +12,6 @@ use super::{book::RuleBook, terminate::Expired};
 use crate::{
     audit::Audit,
     bpf::{BpfError, Kernel},
-    cgroup::Cgroup,
     clock::monotonic_ns,
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
@@ -79,6 +78,8 @@ pub struct Enforcer {
     pub(super) refused: HashMap<u64, Expired>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
+    /// After a take-over, until all events were read once: openings less closings among them.
+    pub(super) unsettled: Option<i64>,
     pub(super) ready: Result<(), String>,
     /// Whether the owners of the sockets that listened at the start were noted.
     pub(super) listeners_noted: bool,
@@ -102,6 +103,8 @@ impl Enforcer {
             directory,
             lag_ns,
         } = parts;
+        // The generations go on: a session of an earlier daemon must not seem to be of this one.
+        let book = RuleBook::after(kernel.inherited_generation());
         Self {
             kernel,
             namespaces,
@@ -109,7 +112,7 @@ impl Enforcer {
             metrics,
             directory,
             lag_ns,
-            book: RuleBook::default(),
+            book,
             schedule: Schedule::new(),
             sessions_in: HashMap::new(),
             sessions_of: Vec::new(),
@@ -117,18 +120,10 @@ impl Enforcer {
             in_doubt: HashMap::new(),
             refused: HashMap::new(),
             repaired_losses: 0,
+            unsettled: None,
             ready: Err("the connections that are older than the daemon are not adopted yet".into()),
             listeners_noted: false,
         }
-    }
-
-    /// Attaches the programs: from then on each new connection below the cgroup is tracked.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
-        self.kernel.attach(cgroup)
     }
 
     /// When the next session is due.
@@ -141,6 +136,13 @@ impl Enforcer {
 
     /// Takes in what the kernel reports.
     pub fn handle(&mut self, kind: EventKind, event: &Event) {
+        if let Some(reported) = &mut self.unsettled {
+            match kind {
+                EventKind::Opened => *reported += 1,
+                EventKind::Closed => *reported -= 1,
+                EventKind::MayEnd | EventKind::Expired => {}
+            }
+        }
         match kind {
             EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),
@@ -378,8 +380,11 @@ impl Enforcer {
 
     /// Lets go of a session: takes it out of the session map, where the kernel does not.
     pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        // The place in the record may be one of an earlier daemon's rules.
+        let group = self.schedule.group(cookie);
+        let place = group.map_or(session.rule, |group| group.rule);
         if self.kernel.remove(cookie)? {
-            self.metrics.removed(usize::from(session.rule));
+            self.metrics.removed(usize::from(place));
         }
         self.forget(cookie);
         Ok(())
@@ -474,11 +479,18 @@ impl Enforcer {
     }
 
     /// Takes the programs out of the kernel and records that the enforcement ends.
-    pub fn stop(mut self) {
-        drop(self.kernel);
-        tracing::info!("the programs are detached");
-        self.audit.stopped();
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn stop(mut self) -> Result<()> {
+        let detached = self.kernel.detach().context("detaching the programs");
+        if detached.is_ok() {
+            tracing::info!("the programs are detached");
+            self.audit.stopped();
+        }
         self.audit.close();
+        detached
     }
 
     /// Hands the records of this turn to the audit's writer.

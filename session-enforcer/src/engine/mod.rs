@@ -7,6 +7,7 @@ mod book;
 mod enforcer;
 mod owners;
 mod reload;
+mod takeover;
 mod terminate;
 
 use std::{io, time::Duration};
@@ -21,6 +22,7 @@ use tokio::{
 pub use book::{RuleBook, TooManyRules};
 pub use enforcer::{Enforcer, Parts};
 pub use reload::Redecided;
+pub use takeover::Begun;
 
 use crate::{
     bpf::{Events, KernelLog},
@@ -105,8 +107,7 @@ impl Engine {
     /// read: without them nothing can be enforced.
     pub async fn run(mut self) -> Result<()> {
         let result = self.serve().await;
-        self.enforcer.stop();
-        result
+        result.and(self.enforcer.stop())
     }
 
     async fn serve(&mut self) -> Result<()> {
@@ -244,6 +245,7 @@ impl Reloading {
                 now.metrics_listen != config.metrics_listen,
             ),
             ("audit.path", now.audit != config.audit),
+            ("daemon.pin_dir", now.pin_dir != config.pin_dir),
         ];
         let changed: Vec<&str> = changed
             .iter()
@@ -287,6 +289,7 @@ impl EventReader {
                 Err(error) => tracing::error!("an event of the kernel is not understood: {error}"),
             }
         }
+        enforcer.count_inherited();
         enforcer.flush_audit();
         self.paused_until = any.then(|| Instant::now() + READ_PAUSE);
         enforcer.repair_lost_events()

@@ -7,11 +7,10 @@ use session_enforcer_common::{Ancestors, Owner, Session};
 use super::enforcer::{Enforcer, RETRY_NS};
 use crate::{
     adopt::{self, Listeners},
-    bpf::{Adoption, BpfError},
+    bpf::BpfError,
     cgroup::Cgroup,
     clock::monotonic_ns,
     config::Config,
-    metrics::Untracked,
     processes::Sockets,
     schedule::Group,
     sock_diag::{Info, Socket, Target, state},
@@ -39,6 +38,15 @@ impl Enforcer {
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.
     pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
         self.book.rule_of(session, |id| self.ancestors_of(id))
+    }
+
+    /// The same as far as it is known now: of a session whose owner is still to be found, a rule
+    /// that there is.
+    pub(super) fn provisional_rule(&self, session: &Session) -> Option<u16> {
+        if self.book.needs_owner_of(session) {
+            return Some(0);
+        }
+        self.rule_of(session)
     }
 
     /// Notes where a cgroup is while it is there, for the audit, and what is above it, for the
@@ -148,15 +156,15 @@ impl Enforcer {
 
     /// Puts a session into the place of itself. Whether it is there then.
     ///
-    /// A record cannot be changed where it is: that could undo the stamp of a packet. It is taken
-    /// out and put in again, and what passed between is told by the byte counts.
+    /// To write a record can undo the stamp of a packet that passes at this moment: the byte counts
+    /// tell whether one has.
     fn replace(
         &mut self,
         cookie: u64,
         session: &mut Session,
         passed: Option<Info>,
     ) -> Result<bool> {
-        if !self.put_anew(cookie, session)? {
+        if !self.amend(cookie, session)? {
             return Ok(false);
         }
         let bytes = |info: Info| (info.bytes_received, info.bytes_sent);
@@ -166,29 +174,21 @@ impl Enforcer {
             Found::Owner(..) | Found::Unreachable => {
                 let now_ns = monotonic_ns();
                 (session.last_received_ns, session.last_sent_ns) = (now_ns, now_ns);
-                self.put_anew(cookie, session)
+                self.amend(cookie, session)
             }
             Found::Gone => {
-                // It closed when it was not in the map.
-                self.kernel.remove(cookie)?;
-                self.forget(cookie);
+                self.drop_undecided(cookie, session)?;
                 Ok(false)
             }
         }
     }
 
-    fn put_anew(&mut self, cookie: u64, session: &Session) -> Result<bool> {
-        if !self.kernel.remove(cookie)? {
+    fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool> {
+        let is_there = self.kernel.amend(cookie, session)?;
+        if !is_there {
             self.forget(cookie);
-            return Ok(false);
         }
-        if self.kernel.adopt(cookie, session)? == Adoption::Full {
-            // Another session took its place in the map.
-            self.metrics.untracked(Untracked::MapFull);
-            self.forget(cookie);
-            return Ok(false);
-        }
-        Ok(true)
+        Ok(is_there)
     }
 
     /// Takes a session out of the map that is not any rule's, or is gone. One that was never

@@ -87,7 +87,9 @@ impl Enforcer {
 
     /// Moves a session to the rule that is now its own, without a time.
     fn reschedule(&mut self, cookie: u64, session: &Session) {
-        let rule = self.rule_of(session).unwrap_or(session.rule);
+        let before = self.schedule.group(cookie).map(|group| group.rule);
+        let rule = self.provisional_rule(session).or(before);
+        let rule = rule.unwrap_or(session.rule);
         let group = crate::schedule::Group {
             rule,
             ..group_of(session)

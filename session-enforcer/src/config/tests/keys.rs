@@ -11,6 +11,7 @@ fn every_key_of_the_contract_that_this_version_knows_is_read() {
 cgroup = "/sys/fs/cgroup"
 mode = "observe"
 max_sessions = 1_000
+pin_dir = '/sys/fs/bpf/web'
 network_namespaces = "own"
 
 [metrics]
@@ -42,6 +43,7 @@ min_payload = 16
         cgroup: Some("/sys/fs/cgroup".into()),
         mode: Mode::Observe,
         max_sessions: 1000,
+        pin_dir: Some("/sys/fs/bpf/web".into()),
         network_namespaces: NetworkNamespaces::Own,
         metrics_listen: Some("[::1]:80".parse().unwrap()),
         audit: AuditTarget::File("/var/log/audit.json".into()),
@@ -78,6 +80,7 @@ fn what_is_not_said_has_its_default() {
         cgroup: None,
         mode: Mode::Enforce,
         max_sessions: 262_144,
+        pin_dir: Some("/sys/fs/bpf/session-enforcer".into()),
         network_namespaces: NetworkNamespaces::All,
         metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
         audit: AuditTarget::Stdout,
@@ -176,7 +179,6 @@ fn the_first_wrong_key_of_the_file_is_the_one_that_is_named() {
 #[test]
 fn a_key_that_comes_later_is_refused() {
     for (line, column, text, key) in [
-        (2, 1, "[daemon]\npin_dir = ''\n", "daemon.pin_dir"),
         (
             2,
             1,
@@ -247,6 +249,8 @@ fn a_wrong_setting_of_the_daemon_is_pointed_at() {
     let mode = "allowed: \"enforce\" or \"observe\"";
     let number = "allowed: a number from 1 to 16777216";
     let namespaces = "allowed: \"all\" or \"own\"";
+    let pin_dir = "allowed: the absolute path of a directory on bpffs such as \
+                   \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
     for (setting, key, found, allowed) in [
         ("cgroup = 5", "cgroup", "the number 5", cgroup),
         ("cgroup = ''", "cgroup", "\"\"", cgroup),
@@ -275,6 +279,8 @@ fn a_wrong_setting_of_the_daemon_is_pointed_at() {
             "the number 99999999999999999999999999999999999999999",
             number,
         ),
+        ("pin_dir = 'bpf'", "pin_dir", "\"bpf\"", pin_dir),
+        ("pin_dir = 5", "pin_dir", "the number 5", pin_dir),
         (
             "network_namespaces = 'Own'",
             "network_namespaces",

@@ -1,92 +1,46 @@
-//! The programs in the kernel and their maps: load, attach, read. The only user of aya.
+//! The programs in the kernel and their maps: load, attach, pin, take over, read. The only user of
+//! aya.
 
-use std::{io, os::fd::AsRawFd};
+mod attach;
+mod bpffs;
+mod error;
+mod events;
+mod found;
+mod inherit;
+mod pin_error;
+mod pins;
+mod sys;
+
+use std::os::fd::AsRawFd;
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage},
-    programs::{
-        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, Program, ProgramError,
-        SockOps,
-    },
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Event, EventError, EventKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry,
-    Owner, Policy, RuleCounters, Session, Table, Way,
+    Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RuleCounters,
+    Session, Table, Way,
 };
-use thiserror::Error;
 use tokio::io::unix::AsyncFd;
 
-use crate::cgroup::Cgroup;
+pub use bpffs::{Bpffs, find as find_bpffs};
+pub use error::BpfError;
+pub use events::{Events, KernelLog};
+pub use inherit::Inherited;
+pub use pin_error::PinError;
+pub use pins::PinDir;
+
+use attach::Attached;
+use inherit::Pins;
 
 /// The object that `build.rs` makes of `session-enforcer-ebpf`.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/session-enforcer-ebpf"));
 
+// Of `linux/bpf.h`.
 const BPF_NOEXIST: u64 = 1;
-
-/// What can go wrong with the programs and their maps.
-#[derive(Debug, Error)]
-pub enum BpfError {
-    /// The object or its maps could not be loaded.
-    #[error("loading the eBPF maps: {}", chain(.0))]
-    Load(#[from] EbpfError),
-    /// The kernel refused a program.
-    #[error("loading the eBPF program {name}: {}", chain(.source))]
-    Program {
-        /// The program.
-        name: &'static str,
-        /// What the kernel or the verifier said.
-        source: ProgramError,
-    },
-    /// The kernel refused an attachment.
-    #[error("attaching the eBPF program {name}: {}", chain(.source))]
-    Attach {
-        /// The program.
-        name: &'static str,
-        /// What the kernel said.
-        source: ProgramError,
-    },
-    /// A map could not be used.
-    #[error("the eBPF map {name}: {}", chain(.source))]
-    Map {
-        /// The map.
-        name: &'static str,
-        /// What the kernel said.
-        source: MapError,
-    },
-    /// The object lacks a map or program: it was built from another version.
-    #[error("the eBPF object has no {0}; build the daemon again")]
-    Missing(&'static str),
-    /// The log or event channel could not be watched.
-    #[error("watching a ring buffer: {0}")]
-    Watch(io::Error),
-    /// More rules than a map can have.
-    #[error("{0} rules are too many")]
-    TooManyRules(usize),
-    /// More match entries than the table holds.
-    #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
-    TooManyEntries(usize),
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    // The verifier's log has many lines; its last one says why.
-    text.lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect::<Vec<_>>()
-        .join(" | ")
-}
+const BPF_EXIST: u64 = 2;
 
 /// What the programs are loaded with.
 #[derive(Debug)]
@@ -113,6 +67,10 @@ pub enum Adoption {
 /// The loaded programs and the maps that the daemon reads.
 pub struct Kernel {
     ebpf: Ebpf,
+    options: Options,
+    attached: Vec<Attached>,
+    /// None where nothing is to outlive the daemon.
+    pins: Option<Pins>,
     sessions: HashMap<MapData, u64, Session>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
@@ -130,28 +88,40 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Loads maps and programs; nothing is attached yet.
+    /// Loads maps and programs; nothing is attached yet. With a pin directory, the programs work on
+    /// the sessions that an earlier daemon left there.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses a map or a program.
-    pub fn load(options: &Options) -> Result<Self, BpfError> {
+    /// Where the kernel refuses a map, a program or a pin.
+    pub fn load(options: Options, directory: Option<PinDir>) -> Result<Self, BpfError> {
+        let pins = directory.map(Pins::look).transpose()?;
         let log_level = if options.verbose {
             aya_log::Level::Debug
         } else {
             aya_log::Level::Warn
         };
-        let mut ebpf = EbpfLoader::new()
-            .map_max_entries("SESSIONS", options.max_sessions)
-            .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
-            .override_global(aya_log::LEVEL, &(log_level as u8), true)
-            .load(OBJECT)?;
-        load_program::<CgroupSock>(&mut ebpf, "note_owner", CgroupSock::load)?;
-        load_program::<SockOps>(&mut ebpf, "track_lifecycle", SockOps::load)?;
-        load_program::<CgroupSkb>(&mut ebpf, "track_ingress", CgroupSkb::load)?;
-        load_program::<CgroupSkb>(&mut ebpf, "track_egress", CgroupSkb::load)?;
-        Ok(Self {
-            sessions: take_map(&mut ebpf, "SESSIONS")?,
+        let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
+        let (only_netns, log_level) = (options.only_netns.unwrap_or(0), log_level as u8);
+        let mut loader = EbpfLoader::new();
+        loader
+            .map_max_entries(found::SESSIONS, options.max_sessions)
+            .override_global("ONLY_NETNS", &only_netns, true)
+            .override_global("FIRST_GENERATION", &first_generation, true)
+            .override_global(aya_log::LEVEL, &log_level, true);
+        for (name, path) in pins
+            .iter()
+            .flat_map(|pins| pins.shared(options.max_sessions))
+        {
+            loader.map_pin_path(name, path);
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        attach::load(&mut ebpf)?;
+        if let Some(pins) = &pins {
+            pins.pin_maps(&ebpf)?;
+        }
+        let mut kernel = Self {
+            sessions: take_map(&mut ebpf, found::SESSIONS)?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
             gate_drops: take_map(&mut ebpf, "GATE_DROPS")?,
@@ -164,7 +134,12 @@ impl Kernel {
             active: 0,
             places: 0,
             ebpf,
-        })
+            options,
+            attached: Vec::new(),
+            pins,
+        };
+        kernel.copy_sessions()?;
+        Ok(kernel)
     }
 
     /// Puts a policy into force: the match table of this generation, and the limits by place of the
@@ -212,34 +187,6 @@ impl Kernel {
         Ok(())
     }
 
-    /// Attaches the programs to the cgroup. From then on each new connection below it is tracked.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses. What was attached before that is detached on drop.
-    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
-        // Owners first: no connection is decided about whose owner could not be noted.
-        let name = "note_owner";
-        program::<CgroupSock>(&mut self.ebpf, name)?
-            .attach(cgroup.file(), CgroupAttachMode::Single)
-            .map_err(|source| BpfError::Attach { name, source })?;
-        // Packets next: no session is in the map before the programs that stamp it run.
-        for (name, way) in [
-            ("track_ingress", CgroupSkbAttachType::Ingress),
-            ("track_egress", CgroupSkbAttachType::Egress),
-        ] {
-            // `Single` is the mode that works with links, and allows other programs beside.
-            program::<CgroupSkb>(&mut self.ebpf, name)?
-                .attach(cgroup.file(), way, CgroupAttachMode::Single)
-                .map_err(|source| BpfError::Attach { name, source })?;
-        }
-        let name = "track_lifecycle";
-        program::<SockOps>(&mut self.ebpf, name)?
-            .attach(cgroup.file(), CgroupAttachMode::Single)
-            .map_err(|source| BpfError::Attach { name, source })?;
-        Ok(())
-    }
-
     /// The channel of events; can be taken once.
     ///
     /// # Errors
@@ -271,11 +218,7 @@ impl Kernel {
     ///
     /// Where the map cannot be read.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        match self.sessions.get(&cookie, 0) {
-            Ok(session) => Ok(Some(session)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(source) => Err(sessions_error(source)),
-        }
+        read_session(&self.sessions, cookie)
     }
 
     /// Every cookie in the session map.
@@ -284,10 +227,7 @@ impl Kernel {
     ///
     /// Where the map cannot be read.
     pub fn cookies(&self) -> Result<Vec<u64>, BpfError> {
-        self.sessions
-            .keys()
-            .collect::<Result<_, _>>()
-            .map_err(sessions_error)
+        read_cookies(&self.sessions)
     }
 
     /// Inserts a session that the kernel does not have. What the kernel has is left alone: an
@@ -304,6 +244,20 @@ impl Kernel {
                 Some(libc::E2BIG) => Ok(Adoption::Full),
                 _ => Err(sessions_error(source)),
             },
+        }
+    }
+
+    /// Writes a session that the kernel has; returns whether it still had it. A stamp of a packet
+    /// that passes at this moment may be lost: the caller compares with the socket afterwards.
+    ///
+    /// # Errors
+    ///
+    /// Where the map refuses.
+    pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
+        match self.sessions.insert(cookie, session, BPF_EXIST) {
+            Ok(()) => Ok(true),
+            Err(source) if os_error(&source) == Some(libc::ENOENT) => Ok(false),
+            Err(source) => Err(sessions_error(source)),
         }
     }
 
@@ -428,50 +382,6 @@ impl Kernel {
     }
 }
 
-/// Events of the kernel, in the order in which they happened.
-pub struct Events {
-    ring: AsyncFd<RingBuf<MapData>>,
-}
-
-impl Events {
-    /// Waits until the kernel has added to a channel that was read to its end.
-    ///
-    /// # Errors
-    ///
-    /// Where the channel cannot be watched any more.
-    pub async fn wait(&mut self) -> io::Result<()> {
-        let mut guard = self.ring.readable_mut().await?;
-        guard.clear_ready();
-        Ok(())
-    }
-
-    /// The next event, or `None` at the end. A record that is none is an error; the next call goes
-    /// on behind it.
-    pub fn read(&mut self) -> Option<Result<(EventKind, Event), EventError>> {
-        let item = self.ring.get_mut().next()?;
-        Some(Event::parse(&item))
-    }
-}
-
-/// The programs' log, which goes to `tracing`.
-pub struct KernelLog {
-    logger: AsyncFd<EbpfLogger<&'static dyn log::Log>>,
-}
-
-impl KernelLog {
-    /// Waits for log records and writes them out.
-    ///
-    /// # Errors
-    ///
-    /// Where the channel cannot be watched any more.
-    pub async fn forward(&mut self) -> io::Result<()> {
-        let mut guard = self.logger.readable_mut().await?;
-        guard.get_inner_mut().flush();
-        guard.clear_ready();
-        Ok(())
-    }
-}
-
 fn take_map<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
 where
     M: TryFrom<Map, Error = MapError>,
@@ -480,25 +390,19 @@ where
     M::try_from(map).map_err(map_error(name))
 }
 
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, BpfError>
-where
-    &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    ebpf.program_mut(name)
-        .ok_or(BpfError::Missing(name))?
-        .try_into()
-        .map_err(|source| BpfError::Program { name, source })
+fn read_session(
+    map: &HashMap<MapData, u64, Session>,
+    cookie: u64,
+) -> Result<Option<Session>, BpfError> {
+    match map.get(&cookie, 0) {
+        Ok(session) => Ok(Some(session)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(sessions_error(source)),
+    }
 }
 
-fn load_program<P>(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    load: impl FnOnce(&mut P) -> Result<(), ProgramError>,
-) -> Result<(), BpfError>
-where
-    for<'a> &'a mut P: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    load(program::<P>(ebpf, name)?).map_err(|source| BpfError::Program { name, source })
+fn read_cookies(map: &HashMap<MapData, u64, Session>) -> Result<Vec<u64>, BpfError> {
+    map.keys().collect::<Result<_, _>>().map_err(sessions_error)
 }
 
 fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {

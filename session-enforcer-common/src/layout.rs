@@ -1,0 +1,102 @@
+//! The version of the records in the maps that outlive a daemon.
+
+use core::mem::offset_of;
+
+use crate::{Ancestors, Owner, Session, Table};
+
+/// To be raised where a field of a record below changes its meaning and keeps its name and place.
+const MEANING: u32 = 1;
+
+/// Goes on with a hash over a record. A field that is left out does not compile.
+macro_rules! layout {
+    ($hash:expr, $record:ident { $($field:ident),* $(,)? }) => {{
+        const _: fn(&$record) = |record| { let $record { $($field: _),* } = record; };
+        let hash = text($hash, stringify!($record));
+        $(let hash = number(text(hash, stringify!($field)), offset_of!($record, $field));)*
+        number(hash, size_of::<$record>())
+    }};
+}
+
+/// Names the layout of the records in pinned maps: it differs where a field is added, moved, resized
+/// or renamed. A daemon only reads records of its own layout.
+pub const LAYOUT: u32 = {
+    let hash = number(0x811c_9dc5, MEANING as usize);
+    let hash = layout!(
+        hash,
+        Session {
+            last_received_ns,
+            last_sent_ns,
+            answered_ns,
+            bytes_received,
+            bytes_sent,
+            open_until_ns,
+            established_ns,
+            netns_cookie,
+            local,
+            remote,
+            local_port,
+            remote_port,
+            ifindex,
+            generation,
+            rule,
+            direction,
+            flags,
+            jitter_seed,
+            owes_answer,
+            reserved,
+            owner,
+        }
+    );
+    let hash = layout!(
+        hash,
+        Owner {
+            cgroup_id,
+            uid,
+            pid,
+            comm
+        }
+    );
+    let hash = number(hash, size_of::<Ancestors>());
+    layout!(
+        hash,
+        Table {
+            generation,
+            entries
+        }
+    )
+};
+
+/// FNV-1a, byte by byte.
+const fn byte(hash: u32, byte: u8) -> u32 {
+    (hash ^ byte as u32).wrapping_mul(0x0100_0193)
+}
+
+const fn text(mut hash: u32, text: &str) -> u32 {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while at < bytes.len() {
+        hash = byte(hash, bytes[at]);
+        at += 1;
+    }
+    // The end of a name, so that no two lists of names are the same text.
+    byte(hash, 0)
+}
+
+const fn number(hash: u32, number: usize) -> u32 {
+    // No record is larger than 64 KiB.
+    let [low, high, ..] = (number as u32).to_le_bytes();
+    byte(byte(hash, low), high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_places_make_the_hash() {
+        let of = |name, offset| number(text(7, name), offset);
+        assert_ne!(of("a", 0), of("b", 0));
+        assert_ne!(of("a", 0), of("a", 8));
+        assert_ne!(text(text(7, "ab"), "c"), text(text(7, "a"), "bc"));
+    }
+}

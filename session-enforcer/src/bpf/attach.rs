@@ -1,0 +1,144 @@
+//! The programs' attachments: made, taken over from an earlier daemon's programs, detached.
+
+use std::os::{fd::OwnedFd, unix::fs::MetadataExt as _};
+
+use aya::{
+    Ebpf,
+    programs::{Program, ProgramError, ProgramFd},
+};
+
+use super::{BpfError, Kernel, Options, found::FoundLink, sys};
+use crate::cgroup::Cgroup;
+
+/// A program and where it is attached.
+pub(super) struct Attachable {
+    /// Its name in the object, and that of its link's pin.
+    pub(super) name: &'static str,
+    /// `enum bpf_attach_type` of `linux/bpf.h`.
+    pub(super) attach_type: u32,
+    /// Whether no daemon does without it.
+    pub(super) is_always_wanted: bool,
+    /// Whether a daemon that does not always need it does with these options.
+    is_wanted: fn(&Options) -> bool,
+}
+
+impl Attachable {
+    const fn always(name: &'static str, attach_type: u32) -> Self {
+        Self {
+            name,
+            attach_type,
+            is_always_wanted: true,
+            is_wanted: |_| true,
+        }
+    }
+}
+
+/// Every program, in the order in which they are attached. Owners first: no connection is decided
+/// about whose owner could not be noted. Then packets: no session is in the map before the programs
+/// that stamp it run.
+pub(super) const PROGRAMS: [Attachable; 4] = [
+    Attachable::always("note_owner", 2),
+    Attachable::always("track_ingress", 0),
+    Attachable::always("track_egress", 1),
+    Attachable::always("track_lifecycle", 3),
+];
+
+/// An attachment of this daemon. Where it is not pinned, it goes with the descriptor.
+pub(super) struct Attached {
+    name: &'static str,
+    link: OwnedFd,
+}
+
+/// Loads the programs into the kernel.
+pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    for Attachable { name, .. } in PROGRAMS {
+        let program = ebpf.program_mut(name).ok_or(BpfError::Missing(name))?;
+        let loaded = match program {
+            Program::SockOps(program) => program.load(),
+            Program::CgroupSkb(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            _ => Err(ProgramError::UnexpectedProgramType),
+        };
+        loaded.map_err(|source| BpfError::Program { name, source })?;
+    }
+    Ok(())
+}
+
+impl Kernel {
+    /// Attaches the programs to the cgroup: from then on each new connection below it is tracked.
+    /// Where an earlier daemon's programs are attached there, these take their place, one by one,
+    /// and no packet passes between the one and the other.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. What was attached before that is detached on drop, except in the
+    /// place of an earlier daemon's programs.
+    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
+        let metadata = cgroup.file().metadata().map_err(BpfError::Cgroup)?;
+        let in_place = match &mut self.pins {
+            Some(pins) => pins.decide(metadata.ino(), self.options.max_sessions)?,
+            None => false,
+        };
+        for program in &PROGRAMS {
+            let name = program.name;
+            if !(program.is_wanted)(&self.options) {
+                self.pins.iter().try_for_each(|pins| pins.unpin(name))?;
+                continue;
+            }
+            let loaded = program_fd(&self.ebpf, name)?;
+            let found = self.pins.as_mut().and_then(|pins| pins.take_link(name));
+            let link = match found {
+                Some(found) if in_place => {
+                    sys::update_link(&found.link, loaded)
+                        .map_err(|source| BpfError::Attach { name, source })?;
+                    found.link
+                }
+                found => self.attach_anew(program, cgroup, found)?,
+            };
+            self.attached.push(Attached { name, link });
+        }
+        Ok(())
+    }
+
+    fn attach_anew(
+        &self,
+        program: &Attachable,
+        cgroup: &Cgroup,
+        before: Option<FoundLink>,
+    ) -> Result<OwnedFd, BpfError> {
+        let name = program.name;
+        let loaded = program_fd(&self.ebpf, name)?;
+        let link = sys::create_link(loaded, &cgroup.file(), program.attach_type)
+            .map_err(|source| BpfError::Attach { name, source })?;
+        if let Some(pins) = &self.pins {
+            pins.pin_link(&link, name)?;
+            // Of another cgroup. Two programs on one map would count the end of a session twice or
+            // not at all; with a map of its own the earlier one goes on until all is taken over.
+            if let Some(before) = before.filter(|_| !pins.has_witness()) {
+                sys::detach_link(&before.link)
+                    .map_err(|source| BpfError::Attach { name, source })?;
+            }
+        }
+        Ok(link)
+    }
+
+    /// Takes the programs out of the kernel. The sessions stay pinned, for the next daemon.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn detach(mut self) -> Result<(), BpfError> {
+        for Attached { name, link } in std::mem::take(&mut self.attached) {
+            sys::detach_link(&link).map_err(|source| BpfError::Attach { name, source })?;
+            self.pins.iter().try_for_each(|pins| pins.unpin(name))?;
+        }
+        Ok(())
+    }
+}
+
+fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a ProgramFd, BpfError> {
+    ebpf.program(name)
+        .ok_or(BpfError::Missing(name))?
+        .fd()
+        .map_err(|source| BpfError::Program { name, source })
+}

@@ -1,0 +1,124 @@
+//! The file system of pins: where it is, and its mount where it is missing.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs,
+    unistd::geteuid,
+};
+
+use super::pin_error::PinError;
+
+/// Where the kernel has a directory for it.
+const MOUNT_POINT: &str = "/sys/fs/bpf";
+
+/// `BPF_FS_MAGIC` of `linux/magic.h`.
+const BPF_FS_MAGIC: libc::__fsword_t = 0xcafe_4a11;
+
+/// Whether a directory is on bpffs.
+pub(super) fn is_bpffs(path: &Path) -> io::Result<bool> {
+    let found = statfs::statfs(path)?;
+    Ok(found.filesystem_type().0 == BPF_FS_MAGIC)
+}
+
+/// Makes the directory on bpffs with all above it, and mounts bpffs at its usual place where that
+/// is missing.
+pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
+    if !on_bpffs(path)? {
+        if !path.starts_with(MOUNT_POINT) || path == Path::new(MOUNT_POINT) {
+            return Err(PinError::NotOnBpffs(path.to_owned()));
+        }
+        mount_bpffs()?;
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| match path.to_string_lossy().contains('.') {
+            // The kernel reserves names with dots on bpffs (`bpf_lookup`, EPERM).
+            true => PinError::Dot(path.to_owned()),
+            false => PinError::io("making", path)(source),
+        })
+}
+
+/// Whoever may write to the directory may put maps there for the daemon to believe in. Where bpffs
+/// was mounted for everybody, somebody may have been here first.
+pub(super) fn check_owner(path: &Path) -> Result<(), PinError> {
+    let found = fs::symlink_metadata(path).map_err(PinError::io("looking at", path))?;
+    let is_own = found.uid() == geteuid().as_raw();
+    if !found.is_dir() || !is_own || found.mode() & 0o022 != 0 {
+        return Err(PinError::NotOwn(path.to_owned()));
+    }
+    Ok(())
+}
+
+/// Whether the path, or the nearest directory above it that is there, is on bpffs.
+fn on_bpffs(path: &Path) -> Result<bool, PinError> {
+    for ancestor in path.ancestors() {
+        match is_bpffs(ancestor) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => return found.map_err(PinError::io("looking at", ancestor)),
+        }
+    }
+    Ok(false)
+}
+
+fn mount_bpffs() -> Result<(), PinError> {
+    let place = Path::new(MOUNT_POINT);
+    // Of two daemons that start at once one mounts: a second mount would hide the pins of the first.
+    let below = File::open(place).map_err(|_| PinError::Unsupported)?;
+    let _one = Flock::lock(below, FlockArg::LockExclusive)
+        .map_err(|(_, error)| PinError::io("locking", place)(error.into()))?;
+    if is_bpffs(place).map_err(PinError::io("looking at", place))? {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RELATIME;
+    mount(Some("bpf"), place, Some("bpf"), flags, Some("mode=0700")).map_err(PinError::Mount)?;
+    tracing::info!(
+        "bpffs is mounted at {MOUNT_POINT}; where this process has a mount namespace of its own, \
+         the mount and all pins go with it, so mount it for the whole host then"
+    );
+    Ok(())
+}
+
+/// Whether bpffs is where the daemon wants it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Bpffs {
+    /// It is mounted there.
+    Mounted(PathBuf),
+    /// It is not mounted, and can be.
+    Mountable(PathBuf),
+    /// It cannot be mounted.
+    Refused(Errno),
+}
+
+/// Finds out, and mounts nothing.
+pub fn find() -> Bpffs {
+    let place = PathBuf::from(MOUNT_POINT);
+    match is_bpffs(&place) {
+        Ok(true) => Bpffs::Mounted(place),
+        Ok(false) => match try_mount() {
+            Ok(()) => Bpffs::Mountable(place),
+            Err(error) => Bpffs::Refused(error),
+        },
+        Err(error) => Bpffs::Refused(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+    }
+}
+
+/// Opens the file system as a mount would, and lets go of it again.
+fn try_mount() -> Result<(), Errno> {
+    // SAFETY: the name is a C string, and there are no other pointers.
+    let opened = unsafe { libc::syscall(libc::SYS_fsopen, c"bpf".as_ptr(), 1) };
+    let opened = i32::try_from(Errno::result(opened)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just made this descriptor for this process, which nothing else knows.
+    unsafe { libc::close(opened) };
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! What can go wrong with the programs and their maps.
+
+use std::io;
+
+use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use session_enforcer_common::MAX_MATCH_ENTRIES;
+use thiserror::Error;
+
+use super::PinError;
+
+/// What can go wrong with the programs and their maps.
+#[derive(Debug, Error)]
+pub enum BpfError {
+    /// The object or its maps could not be loaded.
+    #[error("loading the eBPF maps: {}", chain(.0))]
+    Load(#[from] EbpfError),
+    /// The kernel refused a program.
+    #[error("loading the eBPF program {name}: {}", chain(.source))]
+    Program {
+        /// The program.
+        name: &'static str,
+        /// What the kernel or the verifier said.
+        source: ProgramError,
+    },
+    /// The kernel refused an attachment.
+    #[error("attaching the eBPF program {name}: {source}")]
+    Attach {
+        /// The program.
+        name: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The cgroup cannot be looked at.
+    #[error("looking at the cgroup: {0}")]
+    Cgroup(io::Error),
+    /// Pins could not be made, read or removed.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// A map could not be used.
+    #[error("the eBPF map {name}: {}", chain(.source))]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// The object lacks a map or program: it was built from another version.
+    #[error("the eBPF object has no {0}; build the daemon again")]
+    Missing(&'static str),
+    /// The log or event channel could not be watched.
+    #[error("watching a ring buffer: {0}")]
+    Watch(io::Error),
+    /// More rules than a map can have.
+    #[error("{0} rules are too many")]
+    TooManyRules(usize),
+    /// More match entries than the table holds.
+    #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
+    TooManyEntries(usize),
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    // The verifier's log has many lines; its last one says why.
+    text.lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect::<Vec<_>>()
+        .join(" | ")
+}

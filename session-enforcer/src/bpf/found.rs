@@ -1,0 +1,271 @@
+//! What an earlier daemon left pinned, looked at before it is used: aya takes a pinned map over
+//! without a look.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData};
+use session_enforcer_common::{Ancestors, MAX_CGROUPS, Owner, Session, Table};
+
+use super::{
+    attach::PROGRAMS,
+    pin_error::PinError,
+    sys::{self, Kind, LinkInfo, MapInfo},
+};
+
+/// A map that outlives the daemon.
+pub(super) struct PinnedMap {
+    pub(super) name: &'static str,
+    /// `enum bpf_map_type` of `linux/bpf.h`.
+    map_type: u32,
+    key_bytes: usize,
+    value_bytes: usize,
+    /// `BPF_F_*` of its making. Without `BPF_F_NO_PREALLOC` a hash has its memory from the start.
+    flags: u32,
+    /// Number of its elements; none: as the configuration says.
+    capacity: Option<u32>,
+    /// Whether the next daemon's programs work on it too. Of the others it only reads what it needs
+    /// to know, and has its own.
+    pub(super) is_shared: bool,
+}
+
+/// The map of sessions.
+pub(super) const SESSIONS: &str = "SESSIONS";
+
+const HASH: u32 = 1;
+const ARRAY: u32 = 2;
+const LRU_HASH: u32 = 9;
+const SK_STORAGE: u32 = 24;
+
+/// `BPF_F_NO_PREALLOC` and `BPF_F_CLONE`.
+const OWNERS_FLAGS: u32 = 0x201;
+
+/// Every map that is pinned. What an earlier daemon's rules are is not among them: the new daemon's
+/// programs have tables of their own from the moment on at which they take the place of the others,
+/// so that no rule is ever looked up in the tables of another policy.
+pub(super) const MAPS: [PinnedMap; 4] = [
+    PinnedMap {
+        name: SESSIONS,
+        map_type: HASH,
+        key_bytes: size_of::<u64>(),
+        value_bytes: size_of::<Session>(),
+        flags: 0,
+        capacity: None,
+        is_shared: true,
+    },
+    // The owners of sockets that will be established, those that listen among them.
+    PinnedMap {
+        name: "OWNERS",
+        map_type: SK_STORAGE,
+        key_bytes: size_of::<i32>(),
+        value_bytes: size_of::<Owner>(),
+        flags: OWNERS_FLAGS,
+        capacity: Some(0),
+        is_shared: true,
+    },
+    PinnedMap {
+        name: "ANCESTORS",
+        map_type: LRU_HASH,
+        key_bytes: size_of::<u64>(),
+        value_bytes: size_of::<Ancestors>(),
+        flags: 0,
+        capacity: Some(MAX_CGROUPS),
+        is_shared: true,
+    },
+    // Its generations: the next daemon's have to be others.
+    PinnedMap {
+        name: "MATCH_TABLES",
+        map_type: ARRAY,
+        key_bytes: size_of::<u32>(),
+        value_bytes: size_of::<Table>(),
+        flags: 0,
+        capacity: Some(Table::COUNT),
+        is_shared: false,
+    },
+];
+
+impl PinnedMap {
+    /// What is wrong with a map that is pinned under this name, if anything.
+    fn check(&self, found: &MapInfo) -> Result<(), String> {
+        let expected = MapInfo {
+            map_type: self.map_type,
+            key_bytes: self.key_bytes as u32,
+            value_bytes: self.value_bytes as u32,
+            capacity: self.capacity.unwrap_or(found.capacity),
+            flags: self.flags,
+            ..*found
+        };
+        if *found == expected {
+            return Ok(());
+        }
+        let words = |map: &MapInfo| {
+            format!(
+                "type {}, keys of {} and values of {} bytes, {} elements, flags {:#x}",
+                map.map_type, map.key_bytes, map.value_bytes, map.capacity, map.flags
+            )
+        };
+        Err(format!(
+            "the map {} has {} instead of {}",
+            self.name,
+            words(found),
+            words(&expected)
+        ))
+    }
+}
+
+/// A link that an earlier daemon left.
+pub(super) struct FoundLink {
+    pub(super) name: &'static str,
+    pub(super) link: OwnedFd,
+    pub(super) info: LinkInfo,
+}
+
+/// A set of pins that this version can use.
+pub(super) struct Found {
+    pub(super) set: PathBuf,
+    /// Capacity of its session map.
+    pub(super) capacity: u32,
+    /// Generation of its last policy.
+    pub(super) generation: u32,
+    /// Of the programs that this version knows.
+    pub(super) links: Vec<FoundLink>,
+    /// Pins that this version does not know.
+    pub(super) unknown: Vec<PathBuf>,
+}
+
+/// Looks at the set; nothing where there is none, or, after a warning, where it cannot be used.
+pub(super) fn examine(set: &Path) -> Result<Option<Found>, PinError> {
+    if !set.exists() {
+        return Ok(None);
+    }
+    match Found::in_set(set) {
+        Ok(found) => Ok(Some(found)),
+        Err(Refusal::Unusable(why)) => {
+            tracing::warn!(
+                "what is pinned in {} cannot be taken over: {why}; connections are adopted anew",
+                set.display()
+            );
+            Ok(None)
+        }
+        Err(Refusal::Failed(error)) => Err(error),
+    }
+}
+
+/// Why a set is not used.
+enum Refusal {
+    /// It is not what a daemon of this version left.
+    Unusable(String),
+    /// It could not be looked at.
+    Failed(PinError),
+}
+
+impl From<PinError> for Refusal {
+    fn from(error: PinError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl Found {
+    fn in_set(set: &Path) -> Result<Self, Refusal> {
+        let mut found = Self {
+            set: set.to_owned(),
+            capacity: 0,
+            generation: 0,
+            links: Vec::new(),
+            unknown: unknown(set)?,
+        };
+        for map in &MAPS {
+            let object = open(set, map.name, Kind::Map)?
+                .ok_or_else(|| Refusal::Unusable(format!("the map {} is missing", map.name)))?;
+            let path = set.join(map.name);
+            let info = sys::map_info(&object).map_err(PinError::io("looking at", &path))?;
+            map.check(&info).map_err(Refusal::Unusable)?;
+            if map.name == SESSIONS {
+                found.capacity = info.capacity;
+            } else if !map.is_shared {
+                found.generation =
+                    last_generation(object).map_err(PinError::io("reading", &path))?;
+            }
+        }
+        for program in &PROGRAMS {
+            if let Some(link) = open(set, program.name, Kind::Link)? {
+                let path = set.join(program.name);
+                let info = sys::link_info(&link).map_err(PinError::io("looking at", &path))?;
+                let name = program.name;
+                if info.attach_type != program.attach_type {
+                    let why = format!("{name} is attached to something else");
+                    return Err(Refusal::Unusable(why));
+                }
+                found.links.push(FoundLink { name, link, info });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The link of a program.
+    pub(super) fn link(&self, name: &str) -> Option<&FoundLink> {
+        self.links.iter().find(|link| link.name == name)
+    }
+
+    /// Whether its programs have tracked every packet and every connection until now.
+    pub(super) fn is_running(&self) -> bool {
+        PROGRAMS.iter().filter(|p| p.is_always_wanted).all(|p| {
+            self.link(p.name)
+                .is_some_and(|link| link.info.cgroup_id != 0)
+        })
+    }
+}
+
+fn open(set: &Path, name: &str, expected: Kind) -> Result<Option<OwnedFd>, Refusal> {
+    let path = set.join(name);
+    let object = match sys::open_pin(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(PinError::io("opening", &path))?,
+    };
+    let kind = sys::kind(&object).map_err(PinError::io("looking at", &path))?;
+    if kind != expected {
+        return Err(Refusal::Unusable(format!(
+            "{name} is a {kind:?} and not a {expected:?}"
+        )));
+    }
+    Ok(Some(object))
+}
+
+fn unknown(set: &Path) -> Result<Vec<PathBuf>, PinError> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(set).map_err(PinError::io("listing", set))? {
+        let entry = entry.map_err(PinError::io("listing", set))?;
+        let is = |name: &str| entry.file_name() == *name;
+        let known = MAPS.iter().any(|m| is(m.name)) || PROGRAMS.iter().any(|p| is(p.name));
+        if !known {
+            paths.push(entry.path());
+        }
+    }
+    Ok(paths)
+}
+
+/// The last generation that a daemon's match tables had.
+fn last_generation(tables: OwnedFd) -> io::Result<u32> {
+    let map = MapData::from_fd(tables)
+        .and_then(Map::from_map_data)
+        .map_err(io::Error::other)?;
+    let tables: Array<MapData, Table> = Array::try_from(map).map_err(io::Error::other)?;
+    let generation = |index| tables.get(&index, 0).map(|table| table.generation);
+    let of_all = (0..Table::COUNT)
+        .map(generation)
+        .collect::<Result<Vec<_>, _>>();
+    Ok(of_all
+        .map_err(io::Error::other)?
+        .into_iter()
+        .max()
+        .unwrap_or(0))
+}
+
+/// Pins a map of the new daemon.
+pub(super) fn pin_map(map: &Map, path: &Path) -> Result<(), PinError> {
+    map.pin(path)
+        .map_err(|error| PinError::io("pinning", path)(io::Error::other(error)))
+}

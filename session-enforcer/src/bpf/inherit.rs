@@ -1,0 +1,314 @@
+//! What a daemon takes over from an earlier one, and leaves to the next.
+
+use std::{collections::HashSet, fs, os::fd::AsFd, path::PathBuf};
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, Map, MapData},
+};
+use session_enforcer_common::Session;
+
+use super::{
+    Adoption, BpfError, Kernel, PinDir, PinError,
+    found::{self, Found, FoundLink, MAPS, SESSIONS},
+    map_error, pins, read_cookies, read_session, sys,
+};
+
+/// How often two maps are compared that both change. Each time fewer sessions differ: those that
+/// had a packet in the moment of the comparison.
+const MAX_COMPARISONS: usize = 8;
+
+/// In which state an earlier daemon's sessions were found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inherited {
+    /// There are none.
+    Nothing,
+    /// The programs have gone on without the daemon: the sessions are as they should be.
+    Running,
+    /// Nothing was attached: packets passed, and sessions ended and began, that nobody saw.
+    Stopped,
+}
+
+/// The pins of a daemon: those that it found, and those that it makes.
+pub(super) struct Pins {
+    directory: PinDir,
+    found: Option<Found>,
+    state: Inherited,
+    /// Where the pins of this daemon are.
+    set: PathBuf,
+    /// Whether that set has yet to take its place.
+    is_staged: bool,
+    /// The earlier daemon's sessions, where the map of this one is another.
+    witness: Option<Witness>,
+}
+
+/// A session map that another one takes the place of.
+struct Witness {
+    sessions: HashMap<MapData, u64, Session>,
+    /// What was copied from it.
+    copied: HashSet<u64>,
+}
+
+impl Pins {
+    /// Looks at what is in the directory, and makes a set beside it.
+    pub(super) fn look(directory: PinDir) -> Result<Self, PinError> {
+        let set = directory.stage()?;
+        let mut pins = Self {
+            found: None,
+            state: Inherited::Nothing,
+            set,
+            is_staged: true,
+            witness: None,
+            directory,
+        };
+        pins.found = found::examine(&pins.directory.current())?;
+        pins.state = match &mut pins.found {
+            None => Inherited::Nothing,
+            Some(found) if found.is_running() => Inherited::Running,
+            Some(found) => {
+                // What is left of an attachment in parts tracks nothing whole.
+                for link in std::mem::take(&mut found.links) {
+                    pins::remove_pin(&found.set.join(link.name))?;
+                }
+                Inherited::Stopped
+            }
+        };
+        pins.tell_of_others()?;
+        Ok(pins)
+    }
+
+    fn tell_of_others(&self) -> Result<(), PinError> {
+        for set in self.directory.others()? {
+            if set != self.set {
+                tracing::warn!(
+                    "{} is of another version, whose records this one does not read: its sessions \
+                     are adopted anew",
+                    set.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Generation of the last policy of the earlier daemon; 0 where there was none.
+    pub(super) fn generation(&self) -> u32 {
+        self.found.as_ref().map_or(0, |found| found.generation)
+    }
+
+    /// The pins of the maps that this daemon's programs work on, too.
+    pub(super) fn shared(&self, max_sessions: u32) -> Vec<(&'static str, PathBuf)> {
+        let Some(found) = &self.found else {
+            return Vec::new();
+        };
+        let fits = |name| name != SESSIONS || found.capacity == max_sessions;
+        MAPS.iter()
+            .filter(|map| map.is_shared && fits(map.name))
+            .map(|map| (map.name, found.set.join(map.name)))
+            .collect()
+    }
+
+    pub(super) fn pin_maps(&self, ebpf: &Ebpf) -> Result<(), BpfError> {
+        for map in &MAPS {
+            let loaded = ebpf.map(map.name).ok_or(BpfError::Missing(map.name))?;
+            found::pin_map(loaded, &self.set.join(map.name))?;
+        }
+        Ok(())
+    }
+
+    /// Whether this daemon's programs can take the place of those that are attached, one by one.
+    /// The set in use becomes this daemon's then.
+    pub(super) fn decide(&mut self, cgroup_id: u64, max_sessions: u32) -> Result<bool, PinError> {
+        let Some(found) = &self.found else {
+            return Ok(false);
+        };
+        let is_same = found.capacity == max_sessions
+            && !found.links.is_empty()
+            && found
+                .links
+                .iter()
+                .all(|link| link.info.cgroup_id == cgroup_id);
+        if !is_same {
+            return Ok(false);
+        }
+        for map in MAPS.iter().filter(|map| !map.is_shared) {
+            let (from, to) = (self.set.join(map.name), found.set.join(map.name));
+            fs::rename(&from, &to).map_err(PinError::io("putting into place", &to))?;
+        }
+        for unknown in &found.unknown {
+            pins::remove_pin(unknown)?;
+        }
+        pins::remove_set(&self.set)?;
+        self.set.clone_from(&found.set);
+        self.is_staged = false;
+        Ok(true)
+    }
+
+    /// The link of an earlier daemon's program.
+    pub(super) fn take_link(&mut self, name: &str) -> Option<FoundLink> {
+        let links = &mut self.found.as_mut()?.links;
+        let index = links.iter().position(|link| link.name == name)?;
+        Some(links.swap_remove(index))
+    }
+
+    pub(super) fn pin_link(&self, link: &impl AsFd, name: &str) -> Result<(), PinError> {
+        let path = self.set.join(name);
+        sys::pin(link, &path).map_err(PinError::io("pinning", &path))
+    }
+
+    /// Removes the pin of a link, if there is one.
+    pub(super) fn unpin(&self, name: &str) -> Result<(), PinError> {
+        let path = self.set.join(name);
+        if path.exists() {
+            pins::remove_pin(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the earlier daemon's programs have a map of their own.
+    pub(super) fn has_witness(&self) -> bool {
+        self.witness.is_some()
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if self.is_staged
+            && let Err(error) = pins::remove_set(&self.set)
+        {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+impl Kernel {
+    /// In which state an earlier daemon's sessions were found.
+    pub fn inherited(&self) -> Inherited {
+        let pins = self.pins.as_ref();
+        pins.map_or(Inherited::Nothing, |pins| pins.state)
+    }
+
+    /// Generation of the last policy of the earlier daemon; 0 where there was none.
+    pub fn inherited_generation(&self) -> u32 {
+        self.pins.as_ref().map_or(0, Pins::generation)
+    }
+
+    /// Fills the session map from that of an earlier daemon, where it is another.
+    pub(super) fn copy_sessions(&mut self) -> Result<(), BpfError> {
+        let running = self.inherited() == Inherited::Running;
+        let pins = self.pins.as_ref();
+        let found = pins.and_then(|pins| pins.found.as_ref());
+        let Some(found) = found.filter(|found| found.capacity != self.options.max_sessions) else {
+            return Ok(());
+        };
+        tracing::info!(
+            "the session map has {} places and had {}: the sessions are copied",
+            self.options.max_sessions,
+            found.capacity
+        );
+        let map = MapData::from_pin(found.set.join(SESSIONS)).and_then(Map::from_map_data);
+        let sessions = map
+            .and_then(HashMap::try_from)
+            .map_err(map_error(SESSIONS))?;
+        let mut witness = Witness {
+            sessions,
+            copied: HashSet::new(),
+        };
+        for cookie in read_cookies(&witness.sessions)? {
+            if let Some(session) = read_session(&witness.sessions, cookie)?
+                && self.adopt(cookie, &session)? == Adoption::Inserted
+            {
+                witness.copied.insert(cookie);
+            }
+        }
+        if let Some(pins) = self.pins.as_mut().filter(|_| running) {
+            pins.witness = Some(witness);
+        }
+        Ok(())
+    }
+
+    /// Makes up for what passed between the copying of the sessions and the attachment of this
+    /// daemon's programs: the earlier ones have seen it, and still do.
+    ///
+    /// # Errors
+    ///
+    /// Where a map cannot be read or written.
+    pub fn compare_sessions(&mut self) -> Result<(), BpfError> {
+        let Some(witness) = self.pins.as_mut().and_then(|pins| pins.witness.take()) else {
+            return Ok(());
+        };
+        for _ in 0..MAX_COMPARISONS {
+            if self.compare_once(&witness)? == 0 {
+                break;
+            }
+        }
+        for cookie in &witness.copied {
+            if read_session(&witness.sessions, *cookie)?.is_none() {
+                self.remove(*cookie)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns how many sessions differed.
+    fn compare_once(&mut self, witness: &Witness) -> Result<usize, BpfError> {
+        let mut differed = 0;
+        for cookie in read_cookies(&witness.sessions)? {
+            let Some(before) = read_session(&witness.sessions, cookie)? else {
+                continue;
+            };
+            match self.session(cookie)? {
+                Some(now) => {
+                    let newest = newest(&now, &before);
+                    if newest != now && self.amend(cookie, &newest)? {
+                        differed += 1;
+                    }
+                }
+                None if !witness.copied.contains(&cookie) => {
+                    let adopted = self.adopt(cookie, &before)?;
+                    differed += usize::from(adopted == Adoption::Inserted);
+                }
+                // It has ended since.
+                None => {}
+            }
+        }
+        Ok(differed)
+    }
+
+    /// Ends the take-over: the pins of this daemon take their place, and what other daemons
+    /// attached and pinned is removed.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn commit(&mut self) -> Result<(), BpfError> {
+        let Some(pins) = &mut self.pins else {
+            return Ok(());
+        };
+        if pins.is_staged {
+            pins.directory.commit(&pins.set)?;
+            pins.set = pins.directory.current();
+            pins.is_staged = false;
+        }
+        pins.found = None;
+        pins.directory.remove_others()?;
+        Ok(())
+    }
+}
+
+/// A session of which two maps have a record, each with the stamps of what it was there for.
+fn newest(now: &Session, before: &Session) -> Session {
+    let owes_answer = if before.last_activity_ns() > now.last_activity_ns() {
+        before.owes_answer
+    } else {
+        now.owes_answer
+    };
+    Session {
+        last_received_ns: now.last_received_ns.max(before.last_received_ns),
+        last_sent_ns: now.last_sent_ns.max(before.last_sent_ns),
+        answered_ns: now.answered_ns.max(before.answered_ns),
+        bytes_received: now.bytes_received.max(before.bytes_received),
+        bytes_sent: now.bytes_sent.max(before.bytes_sent),
+        owes_answer,
+        ..*now
+    }
+}

@@ -1,0 +1,90 @@
+//! What can go wrong with the pin directory.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use nix::errno::Errno;
+use thiserror::Error;
+
+use crate::exit::ExitStatus;
+
+/// What can go wrong with the pin directory.
+#[derive(Debug, Error)]
+pub enum PinError {
+    /// It lies on another file system, elsewhere than where the daemon may mount one.
+    #[error(
+        "{0} is not on bpffs; name a directory below /sys/fs/bpf, mount bpffs there (mount -t bpf \
+         bpf DIR), or set daemon.pin_dir to \"\", and sessions are adopted anew at each start"
+    )]
+    NotOnBpffs(PathBuf),
+    /// A name that bpffs does not take.
+    #[error("{0} cannot be made: bpffs takes no names with dots; choose another daemon.pin_dir")]
+    Dot(PathBuf),
+    /// Others could have put into it what the daemon would believe.
+    #[error(
+        "{0} must be a directory of this user that nobody else may write to (mode 0700); remove it \
+         or choose another daemon.pin_dir"
+    )]
+    NotOwn(PathBuf),
+    /// The kernel has no bpffs.
+    #[error("this kernel has no /sys/fs/bpf; set daemon.pin_dir to \"\" to do without pins")]
+    Unsupported,
+    /// The kernel refused the mount.
+    #[error(
+        "bpffs is not mounted at /sys/fs/bpf, and mounting it: {0}; mount it (mount -t bpf bpf \
+         /sys/fs/bpf), or set daemon.pin_dir to \"\" to do without pins"
+    )]
+    Mount(Errno),
+    /// Another process works with it.
+    #[error("{path} is held by {}: one daemon at a time; stop it, or choose another daemon.pin_dir", holder(*.pid))]
+    Held {
+        /// The directory.
+        path: PathBuf,
+        /// The process that holds it, where the kernel tells.
+        pid: Option<u32>,
+    },
+    /// A file could not be dealt with.
+    #[error("{doing} {path}: {source}")]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn holder(pid: Option<u32>) -> String {
+    pid.map_or_else(
+        || "a process that is not seen from here".to_owned(),
+        |pid| format!("process {pid}"),
+    )
+}
+
+impl PinError {
+    pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            doing,
+            path,
+            source,
+        }
+    }
+
+    /// The exit status that goes with it.
+    pub fn status(&self) -> ExitStatus {
+        match self {
+            Self::NotOnBpffs(_) | Self::Dot(_) | Self::NotOwn(_) => ExitStatus::Configuration,
+            Self::Mount(Errno::EPERM | Errno::EACCES) => ExitStatus::NoPermission,
+            Self::Unsupported | Self::Mount(_) => ExitStatus::Unavailable,
+            Self::Held { .. } => ExitStatus::Other,
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                ExitStatus::NoPermission
+            }
+            Self::Io { .. } => ExitStatus::Other,
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! The pin directory: who holds it, what is not believed, how it is emptied, where it lies.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use session_enforcer_tests::{
+    Daemon, Finished, Lab, Moment, PATIENCE, PROGRAMS, Pair, daemon_command, plant_map, run_to_end,
+    without_bpffs,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(3);
+const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+fn assert_reset_for(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> {
+    for end in pair.ends()? {
+        end.assert_not_early(since, LIMIT);
+    }
+    daemon
+        .wait_for_termination_of(pair)?
+        .assert_reset("idle_timeout", since, LIMIT);
+    Ok(())
+}
+
+fn detach(directory: &Path) -> Result<Finished> {
+    let mut command = daemon_command()?;
+    command.args(["detach", "--pin-dir"]).arg(directory);
+    run_to_end(command, PATIENCE)
+}
+
+/// The only set of pins.
+fn set(lab: &Lab) -> Result<std::path::PathBuf> {
+    let sets = lab.pins.sets()?;
+    ensure!(sets.len() == 1, "one set was expected: {sets:?}");
+    sets.into_iter().next().context("one set")
+}
+
+#[test]
+fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let mut first = lab.pinned_daemon(IDLE)?;
+    let launch = lab.launch().pinned(&lab.pins).config(IDLE);
+    // One that stands still holds it, too.
+    first.signal(Signal::SIGSTOP)?;
+    let refused = launch.refused()?;
+    let said = refused.stderr.trim();
+    assert_eq!(refused.code, 1, "{said}");
+    assert!(
+        said.contains(&format!("process {}:", first.pid())),
+        "{said}"
+    );
+    assert!(
+        said.contains(&lab.pins.path().display().to_string()),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    first.signal(Signal::SIGCONT)?;
+    first.kill()?;
+    launch.start()?.stop()
+}
+
+#[test]
+fn daemons_with_pin_directories_of_their_own_do_not_meet() -> Result<()> {
+    let labs = [Lab::new(AGENT)?, Lab::new(AGENT)?];
+    let daemons = [labs[0].pinned_daemon(IDLE)?, labs[1].pinned_daemon(IDLE)?];
+    for (lab, daemon) in labs.iter().zip(&daemons) {
+        let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        assert_reset_for(daemon, &pair, &pair.opened)?;
+        assert_eq!(daemon.terminations()?.len(), 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn detach_removes_everything_and_may_be_repeated() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    lab.pinned_daemon(IDLE)?.kill()?;
+    // One of another version, and what a start left that was cut short.
+    let other = lab.pins.path().join("layout-00000000");
+    fs::rename(set(&lab)?, &other)?;
+    fs::create_dir(lab.pins.path().join("layout-00000000-next"))?;
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    let detached = detach(lab.pins.path())?;
+    assert_eq!((detached.code, detached.stderr.as_str()), (0, ""));
+    assert!(detached.stdout.contains("removed"), "{}", detached.stdout);
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
+    assert!(!lab.pins.path().exists());
+    let again = detach(lab.pins.path())?;
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert!(
+        again.stdout.contains("nothing is pinned"),
+        "{}",
+        again.stdout
+    );
+    Pair::open(&lab.outside, &listener)?.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn detach_takes_the_directory_from_the_configuration() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(IDLE)?.kill()?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("config.toml");
+    let detach = |pin_dir: &str| {
+        fs::write(&path, format!("[daemon]\npin_dir = \"{pin_dir}\"\n{IDLE}"))?;
+        let mut command = daemon_command()?;
+        command.args(["detach", "--config"]).arg(&path);
+        run_to_end(command, PATIENCE)
+    };
+    let none = detach("")?;
+    assert_eq!(none.code, 0, "{}", none.stderr);
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    let detached = detach(&lab.pins.path().display().to_string())?;
+    assert_eq!(detached.code, 0, "{}", detached.stderr);
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
+    Ok(())
+}
+
+#[test]
+fn detach_is_refused_while_a_daemon_runs() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.pinned_daemon(IDLE)?;
+    let refused = detach(lab.pins.path())?;
+    assert_eq!(refused.code, 1, "{}", refused.stderr);
+    let pid = format!("process {}:", daemon.pid());
+    assert!(refused.stderr.contains(&pid), "{}", refused.stderr);
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    Ok(())
+}
+
+#[test]
+fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(IDLE)?.kill()?;
+    let foreign = lab.pins.path().join("someone-else");
+    fs::create_dir(&foreign)?;
+    plant_map(&foreign.join("map"), 2, 4, 4, 1)?;
+    let link = lab.pins.path().join("layout-ffffffff");
+    symlink(&foreign, &link)?;
+    assert_eq!(detach(lab.pins.path())?.code, 0);
+    assert_eq!(lab.pins.sets()?, [link, foreign.clone()]);
+    assert!(foreign.join("map").exists());
+    // Not on bpffs at all.
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("layout-00000000/SESSIONS");
+    fs::create_dir(file.parent().context("a file has a parent")?)?;
+    fs::write(&file, "")?;
+    let refused = detach(directory.path())?;
+    assert_eq!(refused.code, 78, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("bpffs") && file.exists(),
+        "{}",
+        refused.stderr
+    );
+    Ok(())
+}
+
+/// Starts a daemon on pins that something has happened to, and looks whether it says this and
+/// enforces, its connections adopted.
+fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut first = lab.pinned_daemon(IDLE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    first.kill()?;
+    damage(&set(&lab)?)?;
+    let second = lab.pinned_daemon(IDLE)?;
+    let log = second.log();
+    assert!(
+        said.iter().all(|part| log.contains(part)),
+        "{said:?} in {log}"
+    );
+    // Those of the first have gone, and so have their pins.
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    let current = set(&lab)?;
+    assert_ne!(current.file_name(), Some("layout-00000000".as_ref()));
+    assert_eq!(lab.pins.names()?.len(), 5);
+    assert_eq!(
+        second.metric("session_enforcer_sessions_adopted_total", &[])?,
+        1.0
+    );
+    assert_reset_for(&second, &pair, &pair.opened)?;
+    let new = Pair::open(&lab.outside, &listener)?;
+    assert_reset_for(&second, &new, &new.opened)
+}
+
+#[test]
+fn a_pinned_map_of_another_kind_is_not_used() -> Result<()> {
+    for (map_type, key, value, entries) in [(1, 8, 8, 262_144), (2, 4, 112, 8), (9, 8, 112, 8)] {
+        let replace = |set: &Path| {
+            let path = set.join("SESSIONS");
+            fs::remove_file(&path)?;
+            plant_map(&path, map_type, key, value, entries)
+        };
+        assert_adopted_anew(replace, &["SESSIONS", "instead of", "adopted anew"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_missing_map_or_one_that_is_none_is_not_used() -> Result<()> {
+    assert_adopted_anew(
+        |set| Ok(fs::remove_file(set.join("SESSIONS"))?),
+        &["SESSIONS is missing", "adopted anew"],
+    )?;
+    assert_adopted_anew(
+        |set| {
+            Ok(fs::rename(
+                set.join("track_egress"),
+                set.join("MATCH_TABLES"),
+            )?)
+        },
+        &["MATCH_TABLES is a Link", "adopted anew"],
+    )?;
+    assert_adopted_anew(
+        |set| {
+            fs::rename(set.join("track_egress"), set.join("SESSIONS"))?;
+            Ok(fs::rename(
+                set.join("track_ingress"),
+                set.join("track_egress"),
+            )?)
+        },
+        &["SESSIONS is a Link", "adopted anew"],
+    )
+}
+
+#[test]
+fn what_another_version_pinned_is_adopted_anew_and_removed() -> Result<()> {
+    assert_adopted_anew(
+        |set| Ok(fs::rename(set, set.with_file_name("layout-00000000"))?),
+        &["layout-00000000 is of another version", "adopted anew"],
+    )
+}
+
+#[test]
+fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(IDLE)?.kill()?;
+    // A program of a later version, with the same records.
+    let set = set(&lab)?;
+    plant_map(&set.join("LATER"), 2, 4, 4, 1)?;
+    let _second = lab.pinned_daemon(IDLE)?;
+    assert!(!set.join("LATER").exists());
+    assert_eq!(lab.pins.names()?.len(), 5);
+    Ok(())
+}
+
+#[test]
+fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(IDLE)?.kill()?;
+    let set = set(&lab)?;
+    let mut staged = set.clone().into_os_string();
+    staged.push("-next");
+    fs::create_dir(&staged)?;
+    fs::rename(
+        set.join("track_ingress"),
+        Path::new(&staged).join("track_ingress"),
+    )?;
+    let second = lab.pinned_daemon(IDLE)?;
+    assert_eq!(lab.pins.sets()?.len(), 1);
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    drop(second);
+    Ok(())
+}
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(IDLE)?.stop()?;
+    fs::set_permissions(lab.pins.path(), fs::Permissions::from_mode(0o777))?;
+    let launch = lab.launch().pinned(&lab.pins).config(IDLE);
+    for refused in [launch.refused()?, detach(lab.pins.path())?] {
+        assert_eq!(refused.code, 78, "{}", refused.stderr);
+        assert!(refused.stderr.contains("0700"), "{}", refused.stderr);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_directory_where_no_pins_can_be_is_refused() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let directory = tempfile::tempdir()?;
+    let link = directory.path().join("link");
+    symlink(directory.path(), &link)?;
+    let dotted = lab.pins.path().join("a.b");
+    for (path, why) in [
+        (directory.path(), "not on bpffs"),
+        (&directory.path().join("below"), "not on bpffs"),
+        (&link, "not on bpffs"),
+        (&dotted, "dots"),
+    ] {
+        let args = ["--pin-dir", &path.display().to_string()];
+        let refused = lab.launch().config(IDLE).args(&args).refused()?;
+        assert_eq!(refused.code, 78, "{}", refused.stderr);
+        assert!(refused.stderr.contains(why), "{}", refused.stderr);
+        assert_eq!(lab.cgroup.attached_programs()?, 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn bpffs_is_mounted_where_it_is_missing() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let mut daemon = lab
+        .launch()
+        .pinned(&lab.pins)
+        .config(IDLE)
+        .prepared(without_bpffs)
+        .start()?;
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", daemon.pid()))?;
+    assert!(mounts.contains(" /sys/fs/bpf "), "{mounts}");
+    let log = daemon.log();
+    assert!(log.contains("bpffs is mounted at /sys/fs/bpf"), "{log}");
+    daemon.stop()
+}
+
+#[test]
+fn where_bpffs_cannot_be_mounted_it_is_said() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    // Of all that the daemon needs, CAP_SYS_ADMIN alone is missing.
+    let launch = lab
+        .launch()
+        .pinned(&lab.pins)
+        .config("[daemon]\nnetwork_namespaces = \"own\"\n[[rule]]\nname = \"a\"\nidle_timeout = \"3s\"\n")
+        .capabilities(&[1, 2, 12, 38, 39])
+        .prepared(without_bpffs);
+    let refused = launch.refused()?;
+    assert_eq!(refused.code, 77, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("mount -t bpf") && refused.stderr.contains("pin_dir"),
+        "{}",
+        refused.stderr
+    );
+    Ok(())
+}

@@ -1,0 +1,219 @@
+//! A daemon that is stopped enforces nothing, and the next one goes on with the true ages.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use session_enforcer_tests::{Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, reset_on_close};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(3);
+const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+const LIFETIME: &str = "[[rule]]\nname = \"old\"\nmax_lifetime = \"3s\"\n";
+
+fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {
+    for end in pair.ends()? {
+        end.assert_not_early(since, LIMIT);
+    }
+    daemon
+        .wait_for_termination_of(pair)?
+        .assert_reset(reason, since, LIMIT);
+    Ok(())
+}
+
+fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
+    let name = "session_enforcer_reconcile_repaired_total";
+    daemon.metric(name, &[("kind", kind)])
+}
+
+#[test]
+fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut daemon = lab.pinned_daemon(IDLE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.stop()?;
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
+    assert_eq!(
+        lab.pins.names()?,
+        ["ANCESTORS", "MATCH_TABLES", "OWNERS", "SESSIONS"]
+    );
+    pair.opened.wait(LIMIT + Duration::from_secs(1));
+    pair.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn the_age_of_a_busy_session_is_kept_from_stop_to_start() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut first = lab.pinned_daemon(LIFETIME)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.keep_busy(Duration::from_secs(1))?;
+    first.stop()?;
+    pair.round_trip()?;
+    let second = lab.pinned_daemon(LIFETIME)?;
+    assert_eq!(
+        second.metric("session_enforcer_sessions_adopted_total", &[])?,
+        0.0
+    );
+    pair.keep_busy_until_end()?
+        .assert_not_early(&pair.opened, LIMIT);
+    let record = second.wait_for_termination_of(&pair)?;
+    record.assert_reset("max_lifetime", &pair.opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let mut first = lab.pinned_daemon(IDLE)?;
+    let [quiet, received, sent] = [open()?, open()?, open()?];
+    first.stop()?;
+    sent.opened.wait(Duration::from_secs(2));
+    let last = [received.to_server(b"to")?, sent.to_client(b"from")?];
+    let second = lab.pinned_daemon(IDLE)?;
+    assert_eq!(repaired(&second, "behind")?, 2.0);
+    assert_reset_for(&second, &quiet, "idle_timeout", &quiet.opened)?;
+    assert_reset_for(&second, &received, "idle_timeout", &last[0])?;
+    assert_reset_for(&second, &sent, "idle_timeout", &last[1])?;
+    let bytes = |pair| Ok::<_, anyhow::Error>(second.wait_for_termination_of(pair)?.bytes());
+    assert_eq!(bytes(&received)?, [2, 0]);
+    assert_eq!(bytes(&sent)?, [0, 4]);
+    Ok(())
+}
+
+#[test]
+fn only_the_direction_that_was_active_meanwhile_is_active() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = format!("{IDLE}activity = \"sent\"\n");
+    let mut first = lab.pinned_daemon(&config)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    first.stop()?;
+    pair.opened.wait(Duration::from_secs(2));
+    pair.to_server(b"received")?;
+    let second = lab.pinned_daemon(&config)?;
+    assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)
+}
+
+#[test]
+fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = format!("{IDLE}response_timeout = \"1h\"\n");
+    let mut first = lab.pinned_daemon(&config)?;
+    let [asked, answered] = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    answered.to_server(b"before")?;
+    first.stop()?;
+    asked.to_server(b"query")?;
+    let last = answered.to_client(b"answer")?;
+    let second = lab.pinned_daemon(&config)?;
+    assert_reset_for(&second, &answered, "idle_timeout", &last)?;
+    last.wait(LIMIT + Duration::from_secs(1));
+    asked.to_client(b"answer")?;
+    assert_eq!(second.terminations()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let mut first = lab.pinned_daemon(IDLE)?;
+    let [closed, aborted, kept, closed_later] = [open()?, open()?, open()?, open()?];
+    first.stop()?;
+    reset_on_close(&aborted.server)?;
+    drop((closed, aborted));
+    let opened = open()?;
+    let second = lab.pinned_daemon(IDLE)?;
+    let metric = |name: &str| second.metric(&format!("session_enforcer_{name}"), &[]);
+    assert_eq!(repaired(&second, "stale")?, 2.0);
+    assert_eq!(metric("sessions_taken_over_total")?, 2.0);
+    assert_eq!(metric("sessions_adopted_total")?, 1.0);
+    assert_eq!(metric("map_entries")?, 3.0);
+    // The kernel still reports the end of what it began to watch for the first daemon.
+    drop(closed_later);
+    second.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;
+    second.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+    assert_reset_for(&second, &kept, "idle_timeout", &kept.opened)?;
+    assert_reset_for(&second, &opened, "idle_timeout", &opened.opened)?;
+    second.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    assert_eq!(second.terminations()?.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let mut first = lab.pinned_daemon(IDLE)?;
+    {
+        let listener = lab.inside_in(&right)?.listen((Veth::RIGHT, 0))?;
+        let client = lab.outside_in(&left)?;
+        let pair = Pair::open(&client, &listener)?;
+        pair.round_trip()?;
+        first.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
+        first.stop()?;
+    }
+    drop((left, right));
+    let second = lab.pinned_daemon(IDLE)?;
+    assert_eq!(repaired(&second, "stale")?, 1.0);
+    assert_eq!(second.metric("session_enforcer_sessions", &[])?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{LIFETIME}");
+    let mut first = lab.pinned_daemon(&config(8))?;
+    let pairs = [0; 4].map(|_| Pair::open(&lab.outside, &listener));
+    first.stop()?;
+    let second = lab.pinned_daemon(&config(3))?;
+    assert_eq!(
+        second.metric("session_enforcer_sessions_taken_over_total", &[])?,
+        3.0
+    );
+    let full = [("cause", "map_full")];
+    assert_eq!(
+        second.metric("session_enforcer_sessions_untracked_total", &full)?,
+        1.0
+    );
+    for record in second.wait_for_terminations(3)? {
+        let of = |pair: &&Result<Pair>| {
+            pair.as_ref()
+                .is_ok_and(|p| p.client_address.port() == record.ports()[0])
+        };
+        let Some(Ok(pair)) = pairs.iter().find(of) else {
+            panic!("a record of no session: {record:?}");
+        };
+        record.assert_reset("max_lifetime", &pair.opened, LIMIT);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_attachment_of_which_a_part_is_missing_is_made_whole() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut first = lab.pinned_daemon(LIFETIME)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    first.kill()?;
+    // As where a daemon was killed while it stopped.
+    for set in lab.pins.sets()? {
+        std::fs::remove_file(set.join("track_egress"))?;
+    }
+    let last = pair.round_trip()?;
+    let second = lab.pinned_daemon(LIFETIME)?;
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    assert!(last.latest.at > pair.opened.latest.at);
+    assert_reset_for(&second, &pair, "max_lifetime", &pair.opened)
+}
