@@ -15,6 +15,9 @@ use session_enforcer_tests::{
     without_bpffs,
 };
 
+/// Those of a running daemon: each of its programs, and the maps that outlive it.
+const PINS: usize = PROGRAMS as usize + 4;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(3);
 const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
@@ -185,7 +188,7 @@ fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) 
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     let current = set(&lab)?;
     assert_ne!(current.file_name(), Some("layout-00000000".as_ref()));
-    assert_eq!(lab.pins.names()?.len(), 5);
+    assert_eq!(lab.pins.names()?.len(), PINS);
     assert_eq!(
         second.metric("session_enforcer_sessions_adopted_total", &[])?,
         1.0
@@ -252,7 +255,7 @@ fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result
     plant_map(&set.join("LATER"), 2, 4, 4, 1)?;
     let _second = lab.pinned_daemon(IDLE)?;
     assert!(!set.join("LATER").exists());
-    assert_eq!(lab.pins.names()?.len(), 5);
+    assert_eq!(lab.pins.names()?.len(), PINS);
     Ok(())
 }
 
