@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, Facts, Owner, RULE_EXEMPT, Session, flags,
+    Address, Direction, ErrorKind, Event, EventKind, Facts, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
@@ -47,36 +47,48 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
     if only != 0 && only != netns_cookie {
         return;
     }
-    let owner = owner::take(ctx);
-    let Some(facts) = facts(ctx, direction, &owner) else {
+    // Built in place, and the facts made of it: the stack of all programs' frames together is small.
+    let Some(mut session) = unmatched(ctx, direction, netns_cookie) else {
         return;
     };
-    let Some(decision) = decide(facts, &owner) else {
+    let Some(decision) = decide(&Facts::of(&session), session.owner.cgroup_id) else {
         return;
     };
-    let (rule, generation) = match decision {
-        // No policy has this generation: the daemon decides as soon as it reads of the session.
-        Decision { is_open: true, .. } => (0, 0),
+    match decision {
+        // No policy has generation 0: the daemon decides as soon as it reads of the session.
+        Decision { is_open: true, .. } => {}
         Decision {
             rule: RULE_EXEMPT, ..
         } => return,
         Decision {
             rule, generation, ..
-        } => (rule, generation),
-    };
+        } => (session.rule, session.generation) = (rule, generation),
+    }
     // The close is asked for first: a session in the map whose end nobody reports would be stale.
     let reported = ctx
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
         .is_ok();
     if !reported {
+        session.flags = flags::END_UNREPORTED;
         counters::error(ErrorKind::CallbackRefused);
         warn!(
             ctx,
             "the close callback was refused; the end of a session will not be seen"
         );
     }
+    session.ifindex = bound_interface(ctx);
+    // SAFETY: no argument, no precondition.
+    session.jitter_seed = unsafe { bpf_get_prandom_u32() };
+    insert(ctx, &session);
+}
+
+/// The session of a connection that is being established, before a rule is found for it. `None` for
+/// other families than those of TCP.
+#[inline(always)]
+fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> Option<Session> {
+    let (local, remote) = addresses(ctx)?;
     let now = now_ns();
-    let session = Session {
+    Some(Session {
         last_received_ns: now,
         last_sent_ns: now,
         answered_ns: now,
@@ -85,22 +97,21 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         open_until_ns: 0,
         established_ns: now,
         netns_cookie,
-        local: facts.local,
-        remote: facts.remote,
-        local_port: facts.local_port,
-        remote_port: facts.remote_port,
-        ifindex: bound_interface(ctx),
-        generation,
-        rule,
+        local,
+        remote,
+        local_port: ctx.local_port() as u16,
+        // In network byte order, in the upper half of the word on a little-endian machine.
+        remote_port: u32::from_be(ctx.remote_port()) as u16,
+        ifindex: 0,
+        generation: 0,
+        rule: 0,
         direction: direction as u8,
-        flags: if reported { 0 } else { flags::END_UNREPORTED },
-        // SAFETY: no argument, no precondition.
-        jitter_seed: unsafe { bpf_get_prandom_u32() },
+        flags: 0,
+        jitter_seed: 0,
         owes_answer: 0,
         reserved: [0; 3],
-        owner,
-    };
-    insert(ctx, &session);
+        owner: owner::take(ctx),
+    })
 }
 
 #[inline(always)]
@@ -134,27 +145,29 @@ fn closed(ctx: &SockOpsContext) {
     let Some(session) = SESSIONS.get_ptr(cookie) else {
         return;
     };
-    // SAFETY: a pointer that the map gave. The copy is made before the element is freed.
-    let session = unsafe { *session };
+    // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
+    // before the element is freed.
+    let session = unsafe { &*session };
+    let event = event(EventKind::Closed, cookie, session);
+    let generation = session.generation;
+    let rule = if generation < FIRST_GENERATION.load() {
+        rule_anew(session)
+    } else {
+        session.rule
+    };
     if SESSIONS.remove(cookie).is_ok() {
-        let rule = if session.generation < FIRST_GENERATION.load() {
-            rule_anew(&session)
-        } else {
-            session.rule
-        };
         // One that was never decided about was not counted as opened.
-        if session.generation != 0 {
+        if generation != 0 {
             counters::rule(rule, |c| c.closed += 1);
         }
-        notify(EventKind::Closed, cookie, &session);
+        send(event);
     }
 }
 
 /// The rule of a session that another daemon's programs matched, as this daemon counts it.
 #[inline(never)]
 fn rule_anew(session: &Session) -> u16 {
-    let owner = session.owner;
-    match decide(Facts::of(session), &owner) {
+    match decide(&Facts::of(session), session.owner.cgroup_id) {
         Some(Decision {
             rule,
             is_open: false,
@@ -164,11 +177,15 @@ fn rule_anew(session: &Session) -> u16 {
     }
 }
 
-/// Tells the daemon; whether it will hear. The ring buffer wakes it only where it has read
-/// everything before.
+/// Tells the daemon of a session; whether it will hear.
 #[inline(always)]
 pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
-    let event = Event {
+    send(event(kind, cookie, session))
+}
+
+#[inline(always)]
+fn event(kind: EventKind, cookie: u64, session: &Session) -> Event {
+    Event {
         cookie,
         netns_cookie: session.netns_cookie,
         established_ns: session.established_ns,
@@ -176,12 +193,17 @@ pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
         kind: kind as u32,
         rule: session.rule,
         generation: session.generation as u16,
-    };
-    let taken = EVENTS.output(event, 0).is_ok();
-    if !taken {
+    }
+}
+
+/// The ring buffer wakes the daemon only where it has read everything before.
+#[inline(always)]
+fn send(event: Event) -> bool {
+    let told = EVENTS.output(event, 0).is_ok();
+    if !told {
         counters::error(ErrorKind::EventLost);
     }
-    taken
+    told
 }
 
 #[inline(always)]
@@ -190,9 +212,10 @@ fn cookie(ctx: &SockOpsContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.ops.cast()) }
 }
 
+/// This host's address and the peer's.
 #[inline(always)]
-fn facts(ctx: &SockOpsContext, direction: Direction, owner: &Owner) -> Option<Facts> {
-    let (local, remote) = match ctx.family() {
+fn addresses(ctx: &SockOpsContext) -> Option<(Address, Address)> {
+    Some(match ctx.family() {
         AF_INET => (
             Address::from_ipv4(ctx.local_ip4()),
             Address::from_ipv4(ctx.remote_ip4()),
@@ -209,16 +232,6 @@ fn facts(ctx: &SockOpsContext, direction: Direction, owner: &Owner) -> Option<Fa
             }
         }
         _ => return None,
-    };
-    Some(Facts {
-        direction,
-        local,
-        remote,
-        local_port: ctx.local_port() as u16,
-        // In network byte order, in the upper half of the word on a little-endian machine.
-        remote_port: u32::from_be(ctx.remote_port()) as u16,
-        uid: owner.uid,
-        known: if owner.is_known() { Facts::UID } else { 0 },
     })
 }
 

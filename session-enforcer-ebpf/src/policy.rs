@@ -4,8 +4,7 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Owner, Policy, Session, Table,
-    matches,
+    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Policy, Session, Table, matches,
 };
 
 use crate::{
@@ -60,8 +59,7 @@ fn limits(rule: u16) -> Option<&'static Policy> {
 
 #[inline(never)]
 fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
-    let owner = session.owner;
-    let decision = decide(Facts::of(session), &owner)?;
+    let decision = decide(&Facts::of(session), session.owner.cgroup_id)?;
     if decision.is_open {
         return None;
     }
@@ -85,16 +83,10 @@ struct Search {
     found: Option<(u16, bool)>,
 }
 
-/// What the table in force says about the connection; nothing where no entry applies.
+/// What the table in force says about the connection of an owner in this cgroup, 0 where that is not
+/// known; nothing where no entry applies.
 #[inline(always)]
-pub(crate) fn decide(mut facts: Facts, owner: &Owner) -> Option<Decision> {
-    let mut ancestors: *const Ancestors = ptr::null();
-    if owner.is_known()
-        && let Some(known) = ANCESTORS.get_ptr(owner.cgroup_id)
-    {
-        ancestors = known;
-        facts.known |= Facts::CGROUP;
-    }
+pub(crate) fn decide(facts: &Facts, cgroup_id: u64) -> Option<Decision> {
     let active = active_table();
     let Some(table) = MATCH_TABLES.get(active) else {
         counters::error(ErrorKind::TableUnreadable);
@@ -102,11 +94,17 @@ pub(crate) fn decide(mut facts: Facts, owner: &Owner) -> Option<Decision> {
     };
     let (generation, entries) = (table.generation, table.entries);
     let mut search = Search {
-        facts,
-        ancestors,
+        facts: *facts,
+        ancestors: ptr::null(),
         base: active * MAX_MATCH_ENTRIES,
         found: None,
     };
+    if cgroup_id != 0
+        && let Some(ancestors) = ANCESTORS.get_ptr(cgroup_id)
+    {
+        search.ancestors = ancestors;
+        search.facts.known |= Facts::CGROUP;
+    }
     // SAFETY: the callback has the signature that the helper asks for, and the search outlives it.
     unsafe {
         bpf_loop(

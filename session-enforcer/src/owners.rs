@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::{
     cgroup::{CgroupError, Tree},
-    config::{Config, Owners, User},
+    config::{Config, Location, Owners, User},
     users::{self, Names},
 };
 
@@ -23,21 +23,18 @@ const MAX_PATHS: usize = 16_384;
 #[derive(Debug, Error)]
 pub enum UserError {
     /// Nobody has the name.
-    #[error(
-        "rule \"{rule}\": users: there is no user \"{user}\" on this host; create it, or give \
-         the uid"
-    )]
+    #[error("{at}: there is no user \"{user}\" on this host; create it, or give the uid")]
     Unknown {
-        /// The rule.
-        rule: String,
+        /// File, line and key.
+        at: Location,
         /// The name.
         user: String,
     },
     /// The user database could not be asked.
-    #[error("rule \"{rule}\": users: looking for \"{user}\": {source}; give the uid")]
+    #[error("{at}: looking for the user \"{user}\": {source}; give the uid")]
     Database {
-        /// The rule.
-        rule: String,
+        /// File, line and key.
+        at: Location,
         /// The name.
         user: String,
         /// What went wrong.
@@ -78,13 +75,17 @@ impl Directory {
     pub fn look_up(&mut self, config: &Config) -> Result<&Owners, UserError> {
         let mut names = Names::read();
         let mut found = Owners::default();
-        for rule in &config.rules {
+        for (rule, at) in config.rules.iter().zip(&config.users_at) {
             for user in &rule.users {
-                let User::Name(name) = user else { continue };
-                let uid = uid_of(&rule.name, name)?;
+                let (User::Name(name), Some(at)) = (user, at) else {
+                    continue;
+                };
+                let uid = uid_of(name, at)?;
                 names.add(uid, name);
                 found.users.insert(name.clone(), uid);
             }
+        }
+        for rule in &config.rules {
             for path in &rule.cgroups {
                 let before = self.owners.cgroups.get(path).cloned();
                 found
@@ -154,11 +155,11 @@ impl Directory {
     }
 }
 
-fn uid_of(rule: &str, name: &str) -> Result<u32, UserError> {
-    let (rule, user) = (rule.to_owned(), name.to_owned());
+fn uid_of(name: &str, at: &Location) -> Result<u32, UserError> {
+    let (at, user) = (at.clone(), name.to_owned());
     match users::uid_of(name) {
         Ok(Some(uid)) => Ok(uid),
-        Ok(None) => Err(UserError::Unknown { rule, user }),
-        Err(source) => Err(UserError::Database { rule, user, source }),
+        Ok(None) => Err(UserError::Unknown { at, user }),
+        Err(source) => Err(UserError::Database { at, user, source }),
     }
 }

@@ -292,7 +292,7 @@ fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() ->
     let wrong = of_users("\"no-such-user\"");
     let refused = lab.launch().config(&wrong).refused()?;
     assert_eq!(refused.code, 78, "{}", refused.stderr);
-    let said = "rule \"owned\": users: there is no user \"no-such-user\" on this host; create it, \
+    let said = "config.toml:3:9: rule \"owned\": users: there is no user \"no-such-user\" on this host; create it, \
                 or give the uid";
     assert!(refused.stderr.contains(said), "{}", refused.stderr);
     let daemon = lab.daemon(&of_users("0"))?;

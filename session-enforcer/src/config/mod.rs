@@ -83,6 +83,9 @@ pub struct Config {
     /// In order: the first that matches a connection decides. A rule's index is its number in the
     /// match table and in the sessions.
     pub rules: Vec<Rule>,
+    /// Where each rule names its users, if it does, for a message about one whom the host does not
+    /// know.
+    pub users_at: Vec<Option<Location>>,
     /// What is doubtful, in the order of the file.
     pub warnings: Vec<Warning>,
 }
@@ -235,6 +238,7 @@ impl Config {
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),
             rules,
+            users_at: Vec::new(),
             warnings: Vec::new(),
         }
     }

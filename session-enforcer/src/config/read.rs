@@ -182,6 +182,7 @@ fn read_rules(root: &Section<'_>, config: &mut Config) -> Result<(), ConfigError
         .iter()
         .map(rule::read)
         .collect::<Result<_, ConfigError>>()?;
+    config.users_at = sources.iter().map(rule::users_at).collect();
     entries::check_count(&config.rules)
         .map_err(|(index, problem)| sources[index].error(problem))?;
     let warning = |(index, by): (usize, Vec<usize>)| {

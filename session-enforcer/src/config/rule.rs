@@ -13,8 +13,8 @@ use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
 use super::{
-    Action, ConfigError, MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule,
-    User, entries,
+    Action, ConfigError, Location, MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_PAYLOAD, MIN_LIMIT,
+    Problem, Rule, User, entries,
 };
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
@@ -112,6 +112,15 @@ pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
     rule.check_limits().map_err(at_rule)?;
     entries::check_families(&rule).map_err(at_rule)?;
     Ok(rule)
+}
+
+/// Where a table names the users of its rule.
+pub(super) fn users_at(section: &Section<'_>) -> Option<Location> {
+    let field = section.field("users")?;
+    let location = section
+        .document
+        .location(Some(field.offset), Some(field.key));
+    Some(location)
 }
 
 fn read_direction(field: &Field<'_>) -> Result<Option<Direction>, ConfigError> {

@@ -39,6 +39,11 @@ min_payload = 16
 "#;
     let config = Config::parse("x.toml", text).unwrap();
     let range = |first, last| PortRange { first, last };
+    let users_line = text
+        .lines()
+        .position(|line| line.starts_with("users"))
+        .unwrap() as u32
+        + 1;
     let expected = Config {
         cgroup: Some("/sys/fs/cgroup".into()),
         mode: Mode::Observe,
@@ -64,6 +69,14 @@ min_payload = 16
             response_timeout: Some(Duration::from_secs(3_600)),
             min_payload: 16,
         }],
+        users_at: vec![Some(Location {
+            file: "x.toml".into(),
+            position: Some(Position {
+                line: users_line,
+                column: 9,
+            }),
+            key: Some("rule \"postgres\": users".into()),
+        })],
         warnings: vec![],
     };
     assert_eq!(config, expected);
@@ -85,6 +98,7 @@ fn what_is_not_said_has_its_default() {
         metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
         audit: AuditTarget::Stdout,
         rules: vec![rule],
+        users_at: vec![None],
         warnings: vec![],
     };
     assert_eq!(config, expected);
