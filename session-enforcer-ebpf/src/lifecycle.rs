@@ -7,7 +7,9 @@ use aya_ebpf::{
         BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
+    helpers::{
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock,
+    },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
@@ -18,7 +20,7 @@ use session_enforcer_common::{
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, HAS_MPTCP, ONLY_NETNS, SESSIONS},
     owner,
     policy::{Decision, decide},
 };
@@ -93,7 +95,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         generation,
         rule,
         direction: direction as u8,
-        flags: if reported { 0 } else { flags::END_UNREPORTED },
+        flags: if reported { 0 } else { flags::END_UNREPORTED } | mptcp_flag(ctx),
         // SAFETY: no argument, no precondition.
         jitter_seed: unsafe { bpf_get_prandom_u32() },
         owes_answer: 0,
@@ -217,6 +219,26 @@ unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
             ptr::read_volatile(word.add(3)),
         ]
     }
+}
+
+/// A socket is a subflow from its first packet on, if it ever is one: where the peer does not speak
+/// MPTCP, an accepted socket is plain TCP by now, and a dialled one stays a subflow that has fallen
+/// back.
+#[inline(always)]
+fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
+    // A kernel without MPTCP has the helper and lacks its type: the verifier refuses the call where
+    // it can be reached ("invalid return type").
+    if HAS_MPTCP.load() == 0 {
+        return 0;
+    }
+    // SAFETY: the context is valid; the helper is only given a socket that is there.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() || bpf_skc_to_mptcp_sock(sk.cast()).is_null() {
+            return 0;
+        }
+    }
+    flags::MPTCP_SUBFLOW
 }
 
 #[inline(always)]

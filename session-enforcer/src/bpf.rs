@@ -1,6 +1,6 @@
 //! The programs in the kernel and their maps: load, attach, read. The only user of aya.
 
-use std::{io, os::fd::AsRawFd};
+use std::{io, os::fd::AsRawFd, path::Path};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
@@ -99,6 +99,11 @@ pub struct Options {
     pub verbose: bool,
 }
 
+/// Each network namespace has this directory where the kernel is built with MPTCP.
+fn has_mptcp() -> bool {
+    Path::new("/proc/sys/net/mptcp").exists()
+}
+
 /// What became of a session that the daemon offered to the session map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adoption {
@@ -144,6 +149,7 @@ impl Kernel {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("SESSIONS", options.max_sessions)
             .override_global("ONLY_NETNS", &options.only_netns.unwrap_or(0), true)
+            .override_global("HAS_MPTCP", &u8::from(has_mptcp()), true)
             .override_global(aya_log::LEVEL, &(log_level as u8), true)
             .load(OBJECT)?;
         load_program::<CgroupSock>(&mut ebpf, "note_owner", CgroupSock::load)?;
