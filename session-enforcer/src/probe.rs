@@ -7,15 +7,15 @@ use std::{
     fs,
     io::{ErrorKind as IoErrorKind, Read as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::AsRawFd as _,
     time::Duration,
 };
 
+use anyhow::Context as _;
 use session_enforcer_common::Address;
 
 use crate::{
     bpf::{Kernel, Options},
-    cgroup, clock,
+    cgroup, clock, disconnect,
     exit::{ExitStatus, Failure},
     sock_diag::{DiagSocket, Target},
 };
@@ -254,23 +254,6 @@ fn try_destroy() -> anyhow::Result<i32> {
 }
 
 fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
-    let status = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    anyhow::ensure!(
-        status == 0,
-        "SO_COOKIE: {}",
-        std::io::Error::last_os_error()
-    );
     let address = |address: SocketAddr| match address {
         SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
         SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
@@ -282,7 +265,7 @@ fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
         local_port: local.port(),
         remote_port: remote.port(),
         ifindex: 0,
-        cookie,
+        cookie: disconnect::cookie(stream).context("SO_COOKIE")?,
     })
 }
 
