@@ -74,6 +74,9 @@ pub mod flags {
     /// ([`EventKind::Expired`](crate::EventKind::Expired)), so that a flood of late packets is no
     /// flood of events. Gone with the next payload that passes.
     pub const EXPIRY_REPORTED: u8 = 2;
+    /// The session is a subflow of an MPTCP connection: a TCP connection that no application holds.
+    /// What the application holds is the MPTCP socket, which outlives its subflows.
+    pub const MPTCP_SUBFLOW: u8 = 4;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
@@ -156,6 +159,11 @@ impl Session {
     /// Whether the kernel will not report the end of this session; see [`flags`].
     pub const fn end_is_unreported(&self) -> bool {
         self.flags & flags::END_UNREPORTED != 0
+    }
+
+    /// Whether this is a subflow of an MPTCP connection; see [`flags`].
+    pub const fn is_mptcp_subflow(&self) -> bool {
+        self.flags & flags::MPTCP_SUBFLOW != 0
     }
 }
 

@@ -7,7 +7,9 @@ use aya_ebpf::{
         BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie},
+    helpers::{
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock,
+    },
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
@@ -18,7 +20,7 @@ use session_enforcer_common::{
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, FIRST_GENERATION, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS, SESSIONS},
     owner,
     policy::{Decision, decide},
 };
@@ -69,7 +71,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
         .is_ok();
     if !reported {
-        session.flags = flags::END_UNREPORTED;
+        session.flags |= flags::END_UNREPORTED;
         counters::error(ErrorKind::CallbackRefused);
         warn!(
             ctx,
@@ -106,7 +108,7 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
         generation: 0,
         rule: 0,
         direction: direction as u8,
-        flags: 0,
+        flags: mptcp_flag(ctx),
         jitter_seed: 0,
         owes_answer: 0,
         reserved: [0; 3],
@@ -250,6 +252,26 @@ unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
             ptr::read_volatile(word.add(3)),
         ]
     }
+}
+
+/// A socket is a subflow from its first packet on, if it ever is one: where the peer does not speak
+/// MPTCP, an accepted socket is plain TCP by now, and a dialled one stays a subflow that has fallen
+/// back.
+#[inline(always)]
+fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
+    // A kernel without MPTCP has the helper and lacks its type: the verifier refuses the call where
+    // it can be reached ("invalid return type").
+    if HAS_MPTCP.load() == 0 {
+        return 0;
+    }
+    // SAFETY: the context is valid; the helper is only given a socket that is there.
+    unsafe {
+        let sk = (*ctx.ops).__bindgen_anon_2.sk;
+        if sk.is_null() || bpf_skc_to_mptcp_sock(sk.cast()).is_null() {
+            return 0;
+        }
+    }
+    flags::MPTCP_SUBFLOW
 }
 
 #[inline(always)]

@@ -80,6 +80,10 @@ pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 
+/// Whether the kernel has MPTCP; 0 or 1. Set by the daemon at load.
+#[unsafe(no_mangle)]
+pub(crate) static HAS_MPTCP: Global<u8> = Global::new(0);
+
 /// Socket storage that accepted sockets inherit. `SkStorage` of aya-ebpf has other flags, and they
 /// cannot be changed; the layout is that of its map definitions, from which the loader reads the
 /// types.

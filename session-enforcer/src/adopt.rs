@@ -101,7 +101,10 @@ impl Adopter<'_> {
             generation: self.generation,
             rule: entry.rule,
             direction: facts.direction as u8,
-            flags: flags::END_UNREPORTED,
+            flags: match socket.mptcp_token {
+                Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
+                None => flags::END_UNREPORTED,
+            },
             jitter_seed: seed(socket.target.cookie),
             owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
             reserved: [0; 3],
@@ -304,6 +307,7 @@ mod tests {
                 bytes_received: 10,
                 bytes_sent: 20,
             }),
+            mptcp_token: None,
         }
     }
 

@@ -29,9 +29,10 @@ pub fn doctor(as_json: bool, out: &mut impl Write) -> io::Result<Option<ExitStat
 
 fn print_text(checks: &[Check], out: &mut impl Write) -> io::Result<()> {
     for check in checks {
-        match &check.problem {
-            None => writeln!(out, "ok       {}: {}", check.name, check.found)?,
-            Some(problem) => writeln!(out, "MISSING  {problem}")?,
+        match (&check.problem, &check.warning) {
+            (Some(problem), _) => writeln!(out, "MISSING  {problem}")?,
+            (None, Some(warning)) => writeln!(out, "limited  {warning}")?,
+            (None, None) => writeln!(out, "ok       {}: {}", check.name, check.found)?,
         }
     }
     Ok(())
@@ -43,6 +44,7 @@ fn print_json(checks: &[Check], out: &mut impl Write) -> io::Result<()> {
             "name": check.name,
             "ok": check.problem.is_none(),
             "found": check.found,
+            "warning": check.warning,
             "problem": check.problem.as_ref().map(|problem| &problem.message),
         })
     };

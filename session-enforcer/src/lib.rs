@@ -10,6 +10,7 @@ pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod detach;
+pub mod disconnect;
 pub mod doctor;
 pub mod engine;
 pub mod exit;

@@ -7,17 +7,19 @@ use std::{
     fs,
     io::{ErrorKind as IoErrorKind, Read as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::AsRawFd as _,
     time::Duration,
 };
 
+use anyhow::Context as _;
 use nix::errno::Errno;
 use session_enforcer_common::Address;
 
 use crate::{
     bpf::{self, Bpffs, Kernel, Options},
     cgroup, clock,
+    disconnect::{self, Answer},
     exit::{ExitStatus, Failure},
+    processes::Sockets,
     sock_diag::{DiagSocket, Target},
 };
 
@@ -75,8 +77,10 @@ pub struct Check {
     pub name: String,
     /// What was found.
     pub found: String,
-    /// What is wrong and what to do, and the exit status that `run` has then; `None`: all is well.
+    /// What is wrong and what to do, and the exit status that `run` has then; `None`: it runs.
     pub problem: Option<Failure>,
+    /// What is less than it could be, and what to do; `run` runs and says so.
+    pub warning: Option<String>,
 }
 
 impl Check {
@@ -85,6 +89,7 @@ impl Check {
             name: name.to_owned(),
             found: found.into(),
             problem: None,
+            warning: None,
         }
     }
 
@@ -95,6 +100,7 @@ impl Check {
             name: name.to_owned(),
             found,
             problem: Some(problem),
+            warning: None,
         }
     }
 }
@@ -114,22 +120,24 @@ pub fn all() -> Vec<Check> {
     checks
 }
 
-/// The first thing that keeps the daemon from its work. The programs are left out: the daemon loads
-/// its own at once.
+/// The first thing that keeps the daemon from its work; what only hinders it is logged. The programs
+/// are left out: the daemon loads its own at once.
 ///
 /// # Errors
 ///
 /// The failure to end with.
 pub fn require(all_namespaces: bool) -> Result<(), Failure> {
-    let first = capabilities(all_namespaces)
-        .into_iter()
-        .chain(
-            [netns_cookie as fn() -> Check, sock_destroy]
-                .into_iter()
-                .map(|probe| probe()),
-        )
-        .find_map(|check| check.problem);
-    first.map_or(Ok(()), Err)
+    let probes = [netns_cookie as fn() -> Check, sock_destroy];
+    let checks = capabilities(all_namespaces).into_iter();
+    for check in checks.chain(probes.into_iter().map(|probe| probe())) {
+        if let Some(problem) = check.problem {
+            return Err(problem);
+        }
+        if let Some(warning) = check.warning {
+            tracing::warn!("{warning}");
+        }
+    }
+    Ok(())
 }
 
 /// The kernel's release, as `uname -r` prints it.
@@ -237,12 +245,7 @@ fn sock_destroy() -> Check {
             "refused",
             "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace",
         ),
-        Ok(libc::EOPNOTSUPP) => Check::bad(
-            NAME,
-            ExitStatus::Unavailable,
-            "not supported",
-            "the kernel must be built with CONFIG_INET_DIAG_DESTROY",
-        ),
+        Ok(libc::EOPNOTSUPP) => without_destroy(NAME, try_disconnect()),
         Ok(code) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
@@ -256,6 +259,39 @@ fn sock_destroy() -> Check {
             "a connection over the loopback interface is needed to try it; is it up?",
         ),
     }
+}
+
+/// What a kernel without it is good for, by whether a connection was reset through its process.
+fn without_destroy(name: &str, tried: anyhow::Result<()>) -> Check {
+    const REMEDY: &str = "a kernel built with CONFIG_INET_DIAG_DESTROY has it";
+    let found = "not supported";
+    match tried {
+        Ok(()) => Check {
+            warning: Some(format!(
+                "{name}: {found}; connections are reset through the processes that hold them \
+                 (pidfd_getfd, which needs CAP_SYS_PTRACE), and one that no process has accepted, or \
+                 that its process has closed, is only kept from passing payload; {REMEDY}"
+            )),
+            ..Check::good(name, found)
+        },
+        Err(error) => Check::bad(
+            name,
+            ExitStatus::Unavailable,
+            format!("{found}, and connections are not reset through their processes: {error:#}"),
+            REMEDY,
+        ),
+    }
+}
+
+/// Resets a connection that this function makes, in the way of kernels without `SOCK_DESTROY`.
+fn try_disconnect() -> anyhow::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let target = target_of(&client)?;
+    let processes = Sockets::of_all_processes();
+    let answer = disconnect::reset_tcp(&mut DiagSocket::open()?, &target, &processes)?;
+    anyhow::ensure!(answer == Answer::Reset, "the connection is not found");
+    Ok(())
 }
 
 /// The kernel's answer to the destruction of a connection that this function makes.
@@ -277,23 +313,6 @@ fn try_destroy() -> anyhow::Result<i32> {
 }
 
 fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
-    let status = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    anyhow::ensure!(
-        status == 0,
-        "SO_COOKIE: {}",
-        std::io::Error::last_os_error()
-    );
     let address = |address: SocketAddr| match address {
         SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
         SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
@@ -305,7 +324,7 @@ fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
         local_port: local.port(),
         remote_port: remote.port(),
         ifindex: 0,
-        cookie,
+        cookie: disconnect::cookie(stream).context("SO_COOKIE")?,
     })
 }
 
@@ -364,6 +383,21 @@ mod tests {
             check_capability(&CAPABILITIES[1], only_sys_admin)
                 .problem
                 .is_some()
+        );
+    }
+
+    #[test]
+    fn without_sock_destroy_the_daemon_runs_where_processes_give_their_sockets() {
+        let check = without_destroy("SOCK_DESTROY", try_disconnect());
+        assert!(check.problem.is_none());
+        let warning = check.warning.unwrap();
+        assert!(warning.contains("CONFIG_INET_DIAG_DESTROY"), "{warning}");
+        let check = without_destroy("SOCK_DESTROY", Err(anyhow::anyhow!("EPERM")));
+        let failure = check.problem.unwrap();
+        assert_eq!(failure.status, ExitStatus::Unavailable);
+        assert!(
+            failure.message.contains("EPERM; a kernel built"),
+            "{failure}"
         );
     }
 }

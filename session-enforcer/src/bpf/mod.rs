@@ -11,7 +11,7 @@ mod pin_error;
 mod pins;
 mod sys;
 
-use std::os::fd::AsRawFd;
+use std::{os::fd::AsRawFd, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -51,6 +51,11 @@ pub struct Options {
     pub only_netns: Option<u64>,
     /// Whether the programs report what they do, besides what goes wrong.
     pub verbose: bool,
+}
+
+/// Each network namespace has this directory where the kernel is built with MPTCP.
+fn has_mptcp() -> bool {
+    Path::new("/proc/sys/net/mptcp").exists()
 }
 
 /// What became of a session that the daemon offered to the session map.
@@ -103,10 +108,12 @@ impl Kernel {
         };
         let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
         let (only_netns, log_level) = (options.only_netns.unwrap_or(0), log_level as u8);
+        let has_mptcp = u8::from(has_mptcp());
         let mut loader = EbpfLoader::new();
         loader
             .map_max_entries(found::SESSIONS, options.max_sessions)
             .override_global("ONLY_NETNS", &only_netns, true)
+            .override_global("HAS_MPTCP", &has_mptcp, true)
             .override_global("FIRST_GENERATION", &first_generation, true)
             .override_global(aya_log::LEVEL, &log_level, true);
         for (name, path) in pins

@@ -12,7 +12,9 @@ use crate::{
     audit::{Outcome, Termination},
     clock::monotonic_ns,
     config::Mode,
+    disconnect::{self, Answer, Extent},
     metrics::{Ended, Untracked},
+    processes::Sockets,
     sock_diag::{MAX_BATCH, SockDiagError, Target},
 };
 
@@ -53,7 +55,7 @@ impl Enforcer {
         }
         for (netns_cookie, expired) in by_namespace {
             for batch in expired.chunks(MAX_BATCH) {
-                self.destroy(netns_cookie, batch)?;
+                self.end_batch(netns_cookie, batch)?;
             }
         }
         Ok(())
@@ -70,7 +72,22 @@ impl Enforcer {
         self.schedule.rearm(cookie, next_ns);
     }
 
-    fn destroy(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
+    /// Ends the sessions of a batch, each in the way that serves it.
+    fn end_batch(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
+        let (subflows, plain): (Vec<Expired>, Vec<Expired>) =
+            batch.iter().partition(|e| e.session.is_mptcp_subflow());
+        let mut others = subflows;
+        if !plain.is_empty() {
+            others.extend(self.destroy(netns_cookie, &plain)?);
+        }
+        if others.is_empty() {
+            return Ok(());
+        }
+        self.disconnect(netns_cookie, &others)
+    }
+
+    /// Returns the sessions that the kernel cannot destroy.
+    fn destroy(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<Vec<Expired>> {
         let targets: Vec<Target> = batch
             .iter()
             .map(|e| Target::of(e.cookie, &e.session))
@@ -79,18 +96,74 @@ impl Enforcer {
             Ok(diag) => diag,
             Err(error) => {
                 let error = error.to_string();
-                return self.namespace_unreachable(batch, &error);
+                self.namespace_unreachable(batch, &error)?;
+                return Ok(Vec::new());
             }
         };
         let (codes, result) = diag.destroy(&targets);
         let answered_ns = monotonic_ns();
+        let mut unsupported = Vec::new();
         for (expired, code) in batch.iter().zip(codes) {
-            self.settle(expired, code, answered_ns)?;
+            match code {
+                Some(libc::EOPNOTSUPP) => unsupported.push(*expired),
+                code => self.settle(expired, code, answered_ns)?,
+            }
         }
         if let Err(error) = result {
             self.exchange_broke_off(netns_cookie, &error);
         }
+        Ok(unsupported)
+    }
+
+    /// Resets sessions through the processes that hold them.
+    fn disconnect(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
+        // A look at every process, so once for all of them.
+        let processes = Sockets::of_all_processes();
+        let (mut failed, mut reason) = (0, String::new());
+        for expired in batch {
+            let target = Target::of(expired.cookie, &expired.session);
+            let extent = self.extent(expired);
+            let diag = match self.namespaces.get(netns_cookie) {
+                Ok(diag) => diag,
+                Err(error) => {
+                    let error = error.to_string();
+                    self.namespace_unreachable(std::slice::from_ref(expired), &error)?;
+                    continue;
+                }
+            };
+            let result = if expired.session.is_mptcp_subflow() {
+                disconnect::reset_mptcp(diag, &target, &processes, extent)
+            } else {
+                disconnect::reset_tcp(diag, &target, &processes)
+            };
+            let answered_ns = monotonic_ns();
+            match result {
+                Ok(answer) => self.settle(expired, code_of(answer), answered_ns)?,
+                Err(error) => {
+                    failed += 1;
+                    reason = error.to_string();
+                    self.fail(expired, answered_ns, &reason);
+                }
+            }
+        }
+        if failed > 0 {
+            tracing::error!(
+                "{failed} of {} expired sessions are not reset, they stay behind the gate and are \
+                 tried again: {reason}",
+                batch.len()
+            );
+        }
         Ok(())
+    }
+
+    /// A subflow can be idle in a busy connection, which has others. But a connection is at least as
+    /// old as any of its subflows.
+    fn extent(&self, expired: &Expired) -> Extent {
+        let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+        match verdict(&expired.session, &only_lifetime(policy), monotonic_ns()) {
+            Verdict::Expired { .. } => Extent::Connection,
+            Verdict::Alive { .. } => Extent::Subflow,
+        }
     }
 
     /// Takes in the kernel's answer about one session.
@@ -215,16 +288,29 @@ impl Enforcer {
 /// When an observed session that was recorded is looked at again: what passes from now on makes a
 /// new deadline no sooner than this; the lifetime ends when it ends.
 fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
-    let only_lifetime = Policy {
-        idle_timeout_ns: 0,
-        response_timeout_ns: 0,
-        ..*policy
-    };
-    match verdict(session, &only_lifetime, now_ns) {
+    match verdict(session, &only_lifetime(policy), now_ns) {
         // A session does not become younger: there is nothing more to record, only its end to see.
         Verdict::Expired { .. } => now_ns + SLOW_LOOK_NS,
         Verdict::Alive { look_again_ns } => {
             look_again_ns.min(policy.next_activity_deadline_ns(now_ns))
         }
+    }
+}
+
+/// What a policy says about lifetimes.
+fn only_lifetime(policy: &Policy) -> Policy {
+    Policy {
+        idle_timeout_ns: 0,
+        response_timeout_ns: 0,
+        ..*policy
+    }
+}
+
+/// The code by which `SOCK_DESTROY` says the same.
+fn code_of(answer: Answer) -> Option<i32> {
+    match answer {
+        Answer::Reset => Some(0),
+        Answer::Gone => Some(libc::ENOENT),
+        Answer::Unknown => None,
     }
 }

@@ -169,6 +169,24 @@ impl DiagSocket {
     pub fn look(&mut self, target: &Target) -> Result<Option<Socket>, SockDiagError> {
         let sequence = self.begin(1);
         wire::put_look(&mut self.out, sequence, target);
+        let found = self.only_socket(sequence)?;
+        Ok(found.filter(|found| found.target.cookie == target.cookie))
+    }
+
+    /// What the kernel knows of the MPTCP socket with this token, or `None` where it is gone.
+    ///
+    /// # Errors
+    ///
+    /// Where the exchange fails, or the kernel cannot list MPTCP sockets
+    /// (`CONFIG_INET_MPTCP_DIAG`).
+    pub fn look_mptcp(&mut self, token: u32) -> Result<Option<Socket>, SockDiagError> {
+        let sequence = self.begin(1);
+        wire::put_look_mptcp(&mut self.out, sequence, token);
+        self.only_socket(sequence)
+    }
+
+    /// The answer to a request for one socket.
+    fn only_socket(&mut self, sequence: u32) -> Result<Option<Socket>, SockDiagError> {
         self.send()?;
         let length = self.receive()?;
         let mut data = &self.input[..length];
@@ -181,8 +199,8 @@ impl DiagSocket {
         };
         check_sequence(&message, sequence)?;
         match message.body {
-            Body::Socket(found) if found.target.cookie == target.cookie => Ok(Some(found)),
-            Body::Socket(_) | Body::Answer(libc::ENOENT) => Ok(None),
+            Body::Socket(found) => Ok(Some(found)),
+            Body::Answer(libc::ENOENT) => Ok(None),
             Body::Answer(code) | Body::Done(code) => {
                 Err(SockDiagError::Refused(Errno::from_raw(code)))
             }

@@ -20,10 +20,21 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 
 const HEADER: usize = 16;
 const REQUEST: usize = 56;
+/// A request without attributes.
+const PLAIN: u32 = (HEADER + REQUEST) as u32;
 const MESSAGE: usize = 72;
 const ATTRIBUTE_HEADER: usize = 4;
 const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_CGROUP_ID: u16 = 21;
+/// Within the ULP's attribute: that of MPTCP, and within it the token of the connection on this host
+/// (`linux/mptcp.h`).
+const INET_ULP_INFO_MPTCP: u16 = 3;
+const MPTCP_SUBFLOW_ATTR_TOKEN_LOC: u16 = 2;
+/// Attribute of a request whose protocol does not fit into the byte for it.
+const INET_DIAG_REQ_PROTOCOL: u16 = 3;
+/// The upper two bits of an attribute's kind are flags (`NLA_TYPE_MASK`).
+const ATTRIBUTE_KIND: u16 = 0x3fff;
 /// `idiag_timer` of a mini-socket in `TIME_WAIT` or in an orphaned `FIN_WAIT2`.
 const TIMER_TIME_WAIT: u8 = 3;
 
@@ -129,6 +140,8 @@ pub struct Socket {
     pub cgroup_id: Option<u64>,
     /// What `tcp_info` says, where the kernel told it.
     pub info: Option<Info>,
+    /// Of a subflow, the token by which the kernel knows its MPTCP connection in the namespace.
+    pub mptcp_token: Option<u32>,
 }
 
 /// The part of `tcp_info` that an adoption needs.
@@ -193,30 +206,43 @@ pub enum Body {
 
 /// Appends a request to destroy the socket; the kernel will answer it.
 pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target) {
-    put_header(out, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, sequence);
+    let flags = NLM_F_REQUEST | NLM_F_ACK;
+    put_header(out, PLAIN, SOCK_DESTROY, flags, sequence);
     put_exact(out, target, 0);
 }
 
 /// Appends a request for what the kernel knows of one socket.
 pub fn put_look(out: &mut BytesMut, sequence: u32, target: &Target) {
-    put_header(out, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
+    put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
     put_exact(out, target, 1 << (INET_DIAG_INFO - 1));
+}
+
+/// Appends a request for the MPTCP socket with this token (`mptcp_diag_dump_one()`).
+pub fn put_look_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
+    const ATTRIBUTE: usize = ATTRIBUTE_HEADER + 4;
+    let length = (HEADER + REQUEST + ATTRIBUTE) as u32;
+    put_header(out, length, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
+    // The family and the protocol are not looked at, here and where the attribute is.
+    put_request_start(out, Family::Ipv4, 0, u32::MAX);
+    out.put_bytes(0, REQUEST - 8 - 8);
+    // The token stands where the cookie does, which then says nothing.
+    out.put_u32_ne(token);
+    out.put_u32_ne(0);
+    out.put_u16_ne(ATTRIBUTE as u16);
+    out.put_u16_ne(INET_DIAG_REQ_PROTOCOL);
+    out.put_u32_ne(libc::IPPROTO_MPTCP as u32);
 }
 
 /// Appends a request for every TCP socket of the family in one of the `states`.
 pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32) {
-    put_header(
-        out,
-        SOCK_DIAG_BY_FAMILY,
-        NLM_F_REQUEST | NLM_F_DUMP,
-        sequence,
-    );
+    let flags = NLM_F_REQUEST | NLM_F_DUMP;
+    put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, flags, sequence);
     put_request_start(out, family, 1 << (INET_DIAG_INFO - 1), states);
     out.put_bytes(0, REQUEST - 8);
 }
 
-fn put_header(out: &mut BytesMut, kind: u16, flags: u16, sequence: u32) {
-    out.put_u32_ne((HEADER + REQUEST) as u32);
+fn put_header(out: &mut BytesMut, length: u32, kind: u16, flags: u16, sequence: u32) {
+    out.put_u32_ne(length);
     out.put_u16_ne(kind);
     out.put_u16_ne(flags);
     out.put_u32_ne(sequence);
@@ -330,6 +356,7 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
         inode,
         cgroup_id: None,
         info: None,
+        mptcp_token: None,
     };
     read_attributes(attributes, &mut socket)?;
     Ok(socket)
@@ -349,30 +376,60 @@ fn take_address(fixed: &mut &[u8], family: u8) -> Result<Address, WireError> {
 }
 
 fn read_attributes(mut rest: &[u8], socket: &mut Socket) -> Result<(), WireError> {
-    while !rest.is_empty() {
-        need(rest, ATTRIBUTE_HEADER)?;
-        let mut header = &rest[..ATTRIBUTE_HEADER];
-        let length = usize::from(header.get_u16_ne());
-        let kind = header.get_u16_ne();
-        if length < ATTRIBUTE_HEADER {
-            return Err(WireError::Cut {
-                claimed: ATTRIBUTE_HEADER,
-                present: length,
-            });
-        }
-        need(rest, length)?;
-        let mut value = &rest[ATTRIBUTE_HEADER..length];
+    while let Some((kind, mut value)) = next_attribute(&mut rest)? {
         match kind {
             INET_DIAG_INFO => socket.info = Some(parse_info(value)?),
+            INET_DIAG_ULP_INFO => socket.mptcp_token = parse_mptcp_token(value)?,
             INET_DIAG_CGROUP_ID => {
                 need(value, 8)?;
                 socket.cgroup_id = Some(value.get_u64_ne());
             }
             _ => {}
         }
-        rest = &rest[align(length).min(rest.len())..];
     }
     Ok(())
+}
+
+/// A listener of MPTCP has the ULP and no token.
+fn parse_mptcp_token(ulp: &[u8]) -> Result<Option<u32>, WireError> {
+    let Some(subflow) = find_attribute(ulp, INET_ULP_INFO_MPTCP)? else {
+        return Ok(None);
+    };
+    let Some(mut token) = find_attribute(subflow, MPTCP_SUBFLOW_ATTR_TOKEN_LOC)? else {
+        return Ok(None);
+    };
+    need(token, 4)?;
+    Ok(Some(token.get_u32_ne()))
+}
+
+fn find_attribute(mut rest: &[u8], wanted: u16) -> Result<Option<&[u8]>, WireError> {
+    while let Some((kind, value)) = next_attribute(&mut rest)? {
+        if kind == wanted {
+            return Ok(Some(value));
+        }
+    }
+    Ok(None)
+}
+
+/// Takes the next attribute off the front: its kind and its value.
+fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, WireError> {
+    if rest.is_empty() {
+        return Ok(None);
+    }
+    need(rest, ATTRIBUTE_HEADER)?;
+    let mut header = &rest[..ATTRIBUTE_HEADER];
+    let length = usize::from(header.get_u16_ne());
+    let kind = header.get_u16_ne() & ATTRIBUTE_KIND;
+    if length < ATTRIBUTE_HEADER {
+        return Err(WireError::Cut {
+            claimed: ATTRIBUTE_HEADER,
+            present: length,
+        });
+    }
+    need(rest, length)?;
+    let value = &rest[ATTRIBUTE_HEADER..length];
+    *rest = &rest[align(length).min(rest.len())..];
+    Ok(Some((kind, value)))
 }
 
 /// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with.

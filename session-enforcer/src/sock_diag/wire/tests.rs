@@ -196,3 +196,44 @@ proptest! {
         let _ = parse_all(&data);
     }
 }
+
+#[test]
+fn an_mptcp_socket_is_asked_for_by_its_token() {
+    let mut out = BytesMut::new();
+    put_look_mptcp(&mut out, 7, 0x1122_3344);
+    assert_eq!(out.len(), 80);
+    assert_eq!(out[..4], 80u32.to_ne_bytes());
+    assert_eq!(out[HEADER + 48..HEADER + 52], 0x1122_3344u32.to_ne_bytes());
+    let protocol = attribute(INET_DIAG_REQ_PROTOCOL, &262u32.to_ne_bytes());
+    assert_eq!(out[HEADER + REQUEST..], protocol);
+}
+
+#[test]
+fn a_subflow_is_read_with_the_token_of_its_connection() {
+    let token_of = |ulp: &[u8]| {
+        let message = socket_message(4, &attribute(INET_DIAG_ULP_INFO, ulp));
+        match parse_all(&message)?[0].body {
+            Body::Socket(socket) => Ok(socket.mptcp_token),
+            other => panic!("must be a socket, not {other:?}"),
+        }
+    };
+    let name = attribute(1, b"mptcp\0");
+    let remote = attribute(1, &0u32.to_ne_bytes());
+    let local = attribute(MPTCP_SUBFLOW_ATTR_TOKEN_LOC, &4711u32.to_ne_bytes());
+    // With the flag of a nested attribute or without it.
+    for kind in [INET_ULP_INFO_MPTCP, INET_ULP_INFO_MPTCP | 0x8000] {
+        let subflow = [
+            name.clone(),
+            attribute(kind, &[remote.clone(), local.clone()].concat()),
+        ];
+        assert_eq!(token_of(&subflow.concat()), Ok(Some(4711)));
+    }
+    // A listener, and a socket of another upper layer, whose attribute has another kind.
+    assert_eq!(token_of(&name), Ok(None));
+    assert_eq!(token_of(&attribute(2, &local)), Ok(None));
+    let cut = attribute(
+        INET_ULP_INFO_MPTCP,
+        &attribute(MPTCP_SUBFLOW_ATTR_TOKEN_LOC, &[1]),
+    );
+    assert!(matches!(token_of(&cut), Err(WireError::Cut { .. })));
+}

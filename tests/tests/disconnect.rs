@@ -1,0 +1,166 @@
+//! The way of kernels without `SOCK_DESTROY`: plain TCP is reset through a descriptor of the
+//! process that holds it. This kernel has `SOCK_DESTROY`, so the daemon does not go it here, and
+//! the test does.
+
+use std::{
+    io::Read as _,
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
+    os::fd::AsRawFd as _,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
+use session_enforcer::{
+    disconnect::{Answer, DisconnectError, reset_tcp},
+    processes::Sockets,
+    sock_diag::{DiagSocket, Target},
+};
+use session_enforcer_common::Address;
+use session_enforcer_tests::{Lab, Pair, cookie, dial};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
+
+fn open(lab: &Lab, address: impl Into<SocketAddr>) -> Result<Pair> {
+    Pair::open(&lab.outside, &lab.inside.listen(address)?)
+}
+
+fn target(stream: &TcpStream) -> Result<Target> {
+    let address = |address: SocketAddr| match address {
+        SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
+        SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
+    };
+    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+    Ok(Target {
+        local: address(local),
+        remote: address(remote),
+        local_port: local.port(),
+        remote_port: remote.port(),
+        ifindex: 0,
+        cookie: cookie(stream)?,
+    })
+}
+
+fn reset(target: &Target) -> Result<Answer, DisconnectError> {
+    reset_tcp(
+        &mut DiagSocket::open()?,
+        target,
+        &Sockets::of_all_processes(),
+    )
+}
+
+#[test]
+fn both_ends_see_the_reset_and_no_other_connection_of_the_process_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    for address in [
+        SocketAddr::from(LOOPBACK),
+        SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+    ] {
+        let [pair, other] = [open(&lab, address)?, open(&lab, address)?];
+        let target = target(&pair.server)?;
+        assert_eq!(reset(&target)?, Answer::Reset);
+        let [client, server] = pair.ends()?;
+        assert_eq!(client.error, Some(Errno::ECONNRESET));
+        assert_eq!(server.error, Some(Errno::ECONNRESET));
+        other.round_trip()?;
+        assert_eq!(reset(&target)?, Answer::Gone);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_thread_that_waits_for_payload_returns() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let pair = open(&lab, LOOPBACK)?;
+    let target = target(&pair.server)?;
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| (&pair.server).read(&mut [0]));
+        thread::sleep(Duration::from_millis(200));
+        assert_eq!(reset(&target)?, Answer::Reset);
+        let read = reader.join().expect("the thread that reads");
+        let error = read.expect_err("an error and no payload");
+        // With `WouldBlock` the reader's patience would have ended, and not its connection.
+        assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock);
+        Ok(())
+    })
+}
+
+#[test]
+fn half_closed_connections_are_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    // A reset is EPIPE to who has read the end of the payload (`tcp_reset()`).
+    for (client_closes, error) in [(true, Errno::ECONNRESET), (false, Errno::EPIPE)] {
+        let pair = open(&lab, LOOPBACK)?;
+        let target = target(&pair.server)?;
+        let closer = if client_closes {
+            &pair.client
+        } else {
+            &pair.server
+        };
+        closer.shutdown(Shutdown::Write)?;
+        assert_eq!(reset(&target)?, Answer::Reset);
+        assert_eq!(pair.ends()?[0].error, Some(error));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_connection_of_another_name_is_never_touched() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
+    // The tuple of one with the cookie of the other.
+    let mixed = Target {
+        cookie: cookie(&other.server)?,
+        ..target(&pair.server)?
+    };
+    assert_eq!(reset(&mixed)?, Answer::Gone);
+    pair.round_trip()?;
+    other.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
+    let target = target(&pair.server)?;
+    let before = Sockets::of_all_processes();
+    // After that the process closes its descriptor, and another socket gets the number.
+    let kept = pair.server.try_clone()?;
+    // SAFETY: both are open, and stay so: the second stands for another socket from then on.
+    let status = unsafe { libc::dup2(other.server.as_raw_fd(), pair.server.as_raw_fd()) };
+    ensure!(status >= 0, "dup2: {}", Errno::last());
+    let result = reset_tcp(&mut DiagSocket::open()?, &target, &before);
+    assert!(
+        matches!(result, Err(DisconnectError::Another { pid }) if pid == std::process::id()),
+        "{result:?}"
+    );
+    other.round_trip()?;
+    assert_eq!(reset(&target)?, Answer::Reset);
+    drop(kept);
+    Ok(())
+}
+
+#[test]
+fn what_nobody_has_accepted_is_nobody_s_to_give() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(LOOPBACK)?;
+    let client = dial(lab.outside.tcp(listener.address)?, listener.address)?;
+    let table = DiagSocket::open()?.dump(session_enforcer::sock_diag::state::SESSIONS)?;
+    let port = client.local_addr()?.port();
+    let waiting = table
+        .iter()
+        .find(|socket| socket.target.remote_port == port && socket.inode == 0)
+        .context("the connection that waits")?;
+    let result = reset(&waiting.target);
+    assert!(
+        matches!(result, Err(DisconnectError::NotAccepted)),
+        "{result:?}"
+    );
+    let accepted = listener.accept()?;
+    assert_eq!(reset(&waiting.target)?, Answer::Reset);
+    drop(accepted);
+    Ok(())
+}

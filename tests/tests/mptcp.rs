@@ -1,0 +1,293 @@
+//! MPTCP: applications hold the connection, and each of its subflows is a session.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
+use session_enforcer_tests::{
+    Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Veth, dial, ends_of, option,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+const TERMINATIONS: &str = "session_enforcer_terminations_total";
+const LOCALHOST: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
+
+/// An MPTCP socket of the agent, which fails where the kernel has none.
+fn mptcp(agent: &Agent) -> Result<OwnedFd> {
+    agent
+        .socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)
+        .context("an MPTCP socket (CONFIG_MPTCP, net.mptcp.enabled)")
+}
+
+fn listen(agent: &Agent, address: impl Into<SocketAddr>) -> Result<Listener> {
+    Listener::on(mptcp(agent)?, address.into())
+}
+
+/// A connection that speaks MPTCP at both ends.
+fn open(client: &Agent, listener: &Listener) -> Result<Pair> {
+    let pair = Pair::dial(mptcp(client)?, listener, listener.address)?;
+    for end in [&pair.client, &pair.server] {
+        let protocol = option(end, libc::SOL_SOCKET, libc::SO_PROTOCOL)?;
+        ensure!(protocol == libc::IPPROTO_MPTCP, "fell back to TCP");
+    }
+    Ok(pair)
+}
+
+/// The end of the connection on the host that ends it is no error there, and nobody can use it.
+fn assert_ended_here(end: &End, stream: &TcpStream, last: &Moment) {
+    end.assert_not_early(last, LIMIT);
+    assert_eq!(end.error, None);
+    let written = (&*stream).write(b"late");
+    assert!(written.is_err(), "{written:?}");
+}
+
+#[test]
+fn both_applications_see_the_reset_at_once_where_the_server_is_tracked() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    let [client, server] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    assert_ended_here(&server, &pair.server, &last);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.text("network.direction"), "inbound");
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    daemon.wait_for_metric(TERMINATIONS, &[("result", "reset")], 1.0)?;
+    daemon.wait_for_metric(TERMINATIONS, &[("result", "failed")], 0.0)
+}
+
+#[test]
+fn both_applications_see_the_reset_at_once_where_the_client_is_tracked() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.outside, LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = open(&lab.inside, &listener)?;
+    let last = pair.round_trip()?;
+    let [client, server] = pair.ends()?;
+    assert_ended_here(&client, &pair.client, &last);
+    server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    assert_eq!(record.text("network.direction"), "outbound");
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_is_older_than_the_daemon_is_reset_too() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let pair = open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    let daemon = lab.daemon(RULE)?;
+    let [client, server] = pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    assert_ended_here(&server, &pair.server, &last);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn of_two_connections_of_one_process_only_the_expired_one_is_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let plain = lab.inside.listen(LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    let [busy, idle] = [
+        open(&lab.outside, &listener)?,
+        open(&lab.outside, &listener)?,
+    ];
+    let tcp = Pair::open(&lab.outside, &plain)?;
+    thread::scope(|scope| -> Result<()> {
+        let ends = scope.spawn(|| idle.ends());
+        busy.keep_busy(2 * LIMIT)?;
+        let [client, _] = ends.join().expect("the thread that waits")?;
+        client.assert_reset(Errno::ECONNRESET, &idle.opened, LIMIT);
+        Ok(())
+    })?;
+    let last = busy.round_trip()?;
+    let record = daemon.wait_for_termination_of(&idle)?;
+    record.assert_reset("idle_timeout", &idle.opened, LIMIT);
+    // Plain TCP in the same batch goes the way that it always does.
+    let [client, server] = tcp.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &tcp.opened, LIMIT);
+    server.assert_reset(Errno::ECONNABORTED, &tcp.opened, LIMIT);
+    // The listener lives.
+    let later = open(&lab.outside, &listener)?;
+    later.round_trip()?;
+    assert_eq!(daemon.terminations_of(&busy)?.len(), 0);
+    busy.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let plain_server = lab.outside.listen(LOCALHOST)?;
+    let server = listen(&lab.inside, LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    // An MPTCP socket of which the peer knows no MPTCP, and the socket that an MPTCP listener has
+    // for a peer without it.
+    let dialled = mptcp(&lab.inside)?;
+    let dialled = Pair::dial(dialled, &plain_server, plain_server.address)?;
+    let accepted = Pair::open(&lab.outside, &server)?;
+    let last = [dialled.round_trip()?, accepted.round_trip()?];
+    for (pair, last) in [&dialled, &accepted].into_iter().zip(last) {
+        for end in pair.ends()? {
+            end.assert_not_early(&last, LIMIT);
+        }
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &last, LIMIT);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    let (opened, client) = Moment::of(|| dial(mptcp(&lab.outside)?, listener.address))?;
+    let failed = daemon.wait_for_termination()?;
+    failed.assert_due("idle_timeout", &opened, LIMIT);
+    assert_eq!(failed.text("session_enforcer.result"), "failed");
+    let said = failed.text("error.message");
+    assert!(said.contains("no process has accepted"), "{said}");
+    assert!(daemon.log().contains(said), "{}", daemon.log());
+    (&client).write_all(b"late")?;
+    let server = listener.accept()?;
+    // The next attempt.
+    let ends = ends_of(&[&client, &server])?;
+    assert_eq!(ends[0].error, Some(Errno::ECONNRESET));
+    let mut late = [0];
+    let read = (&server).read(&mut late);
+    assert!(
+        !matches!(read, Ok(1..)),
+        "payload passed after the deadline"
+    );
+    let records = daemon.wait_for_terminations(2)?;
+    records[1].assert_reset("idle_timeout", &opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_its_process_has_closed_is_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let daemon = lab.daemon(RULE)?;
+    let Pair { client, server, .. } = open(&lab.outside, &listener)?;
+    // The client has its end of the connection still, and nobody resets that within the test.
+    drop(server);
+    let record = daemon.wait_for_termination()?;
+    assert_eq!(record.text("session_enforcer.result"), "reset");
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    drop(client);
+    Ok(())
+}
+
+#[test]
+fn without_the_right_to_look_into_processes_the_termination_fails_and_says_so() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let config = format!("[daemon]\nnetwork_namespaces = \"own\"\n{RULE}");
+    // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF.
+    let daemon = lab
+        .launch()
+        .config(&config)
+        .capabilities(&[12, 38, 39])
+        .start()?;
+    let pair = open(&lab.outside, &listener)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("event.action"), "session-termination-failed");
+    assert_eq!(record.text("session_enforcer.result"), "failed");
+    let said = record.text("error.message");
+    assert!(said.contains("CAP_SYS_PTRACE"), "{said}");
+    assert!(daemon.log().contains(said), "{}", daemon.log());
+    daemon.wait_for_metric(TERMINATIONS, &[("result", "failed")], 1.0)
+}
+
+/// Two namespaces between which each connection gets a second subflow, which carries nothing while
+/// the first can.
+struct Backup {
+    listener: Listener,
+    inside: Agent,
+    _outside: Agent,
+    _namespaces: [Netns; 2],
+}
+
+impl Backup {
+    fn new(lab: &Lab) -> Result<Self> {
+        let [left, right] = [Netns::new()?, Netns::new()?];
+        Veth::between(&left, &right)?;
+        left.ip("addr add 10.77.0.3/24 dev veth0")?;
+        left.ip("mptcp limits set subflow 2 add_addr_accepted 2")?;
+        right.ip("mptcp limits set subflow 2 add_addr_accepted 2")?;
+        left.ip("mptcp endpoint add 10.77.0.3 dev veth0 subflow backup")?;
+        let inside = lab.inside_in(&left)?;
+        let outside = lab.outside_in(&right)?;
+        Ok(Self {
+            listener: listen(&outside, (Veth::RIGHT, 0))?,
+            inside,
+            _outside: outside,
+            _namespaces: [left, right],
+        })
+    }
+
+    /// A connection of two sessions.
+    fn open(&self, daemon: &Daemon) -> Result<Pair> {
+        let pair = open(&self.inside, &self.listener)?;
+        // The second one comes when the first is fully established.
+        pair.round_trip()?;
+        daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+        Ok(pair)
+    }
+}
+
+#[test]
+fn an_idle_subflow_of_a_busy_connection_is_reset_alone_and_the_last_one_with_the_connection()
+-> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let backup = Backup::new(&lab)?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = backup.open(&daemon)?;
+    pair.keep_busy(2 * LIMIT)?;
+    let records = daemon.wait_for_terminations(1)?;
+    let [source, _] = records[0].ports();
+    assert_ne!(source, pair.client_address.port(), "the busy subflow");
+    records[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    let last = pair.round_trip()?;
+    let [client, server] = pair.ends()?;
+    assert_ended_here(&client, &pair.client, &last);
+    server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
+}
+
+#[test]
+fn a_connection_ends_with_the_lifetime_of_any_of_its_subflows() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let backup = Backup::new(&lab)?;
+    let daemon = lab.daemon("[[rule]]\nname = \"life\"\nmax_lifetime = \"3s\"\n")?;
+    let pair = backup.open(&daemon)?;
+    let end = pair.keep_busy_until_end()?;
+    end.assert_not_early(&pair.opened, Duration::from_secs(3));
+    pair.ends()?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    for record in daemon.wait_for_terminations(1)? {
+        assert_eq!(record.text("event.reason"), "max_lifetime");
+        assert_ne!(record.text("session_enforcer.result"), "failed");
+    }
+    Ok(())
+}
