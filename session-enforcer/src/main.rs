@@ -13,7 +13,7 @@ use session_enforcer::{
     engine::Source,
     exit, explain,
 };
-use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -57,11 +57,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Lines of the log that wait for their reader before more are lost. Each takes memory from the
+/// start, which is why they are not the 128,000 of the library.
+const WAITING_LINES: usize = 4_096;
+
 /// Logs to stderr: stdout is the audit's. A thread writes, and loses lines rather than wait: a
 /// reader of the log that stands still must not hold up the enforcement. What is returned has the
 /// last lines written when it is dropped.
 fn start_log(filter: EnvFilter) -> WorkerGuard {
-    let (writer, guard) = tracing_appender::non_blocking(io::stderr());
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(WAITING_LINES)
+        .finish(io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
