@@ -65,8 +65,6 @@ pub struct Enforcer {
     pub(super) lag_ns: u64,
     pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
-    /// Scheduled sessions by network namespace.
-    sessions_in: HashMap<u64, usize>,
     /// Scheduled sessions by the place of their rule.
     sessions_of: Vec<u64>,
     /// Observed sessions that were recorded, with the deadline that was.
@@ -114,7 +112,6 @@ impl Enforcer {
             lag_ns,
             book,
             schedule: Schedule::new(),
-            sessions_in: HashMap::new(),
             sessions_of: Vec::new(),
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
@@ -195,7 +192,6 @@ impl Enforcer {
 
     /// Schedules a session.
     pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
-        *self.sessions_in.entry(group.netns_cookie).or_default() += 1;
         let place = usize::from(group.rule);
         if self.sessions_of.len() <= place {
             self.sessions_of.resize(place + 1, 0);
@@ -208,9 +204,6 @@ impl Enforcer {
 
     fn leave(&mut self, group: Group) {
         self.sessions_of[usize::from(group.rule)] -= 1;
-        if let Some(count) = self.sessions_in.get_mut(&group.netns_cookie) {
-            *count -= 1;
-        }
         self.close_if_unused(group.netns_cookie);
     }
 
@@ -228,12 +221,7 @@ impl Enforcer {
 
     /// An open socket table keeps its namespace alive: one without sessions is closed.
     pub(super) fn close_if_unused(&mut self, netns_cookie: u64) {
-        if self
-            .sessions_in
-            .get(&netns_cookie)
-            .is_none_or(|count| *count == 0)
-        {
-            self.sessions_in.remove(&netns_cookie);
+        if !self.schedule.has_sessions_in(netns_cookie) {
             self.namespaces.close(netns_cookie);
         }
     }
