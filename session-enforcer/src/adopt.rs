@@ -58,18 +58,17 @@ impl Adopter<'_> {
         sockets.iter().filter_map(adoptee).collect()
     }
 
-    fn session(
-        &self,
-        socket: &Socket,
-        listeners: &Listeners,
-        netns_cookie: u64,
-        now_ns: u64,
-    ) -> Option<Session> {
+    /// Whether a socket is a session of some rule. What passed in it need not be known.
+    pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
+        self.chosen(socket, listeners).is_some()
+    }
+
+    /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
+    fn chosen(&self, socket: &Socket, listeners: &Listeners) -> Option<(Facts, Owner, u16)> {
         let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
         if !is_session || !self.scope.contains(socket.cgroup_id) {
             return None;
         }
-        let info = socket.info?;
         let owner = owner(socket, listeners);
         let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
         let ancestors = ancestors.get(&owner.cgroup_id);
@@ -77,10 +76,20 @@ impl Adopter<'_> {
         let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
         let mut entries = self.entries.iter();
         let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
-        if entry.rule == RULE_EXEMPT {
-            return None;
-        }
-        let policy = self.policies.get(usize::from(entry.rule));
+        (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
+    }
+
+    /// The session of a socket, seen at `now_ns`; none where no rule tracks it.
+    pub fn session(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Option<Session> {
+        let (facts, owner, rule) = self.chosen(socket, listeners)?;
+        let info = socket.info?;
+        let policy = self.policies.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns);
         Some(Session {
             last_received_ns: received,
@@ -99,7 +108,7 @@ impl Adopter<'_> {
             remote_port: facts.remote_port,
             ifindex: socket.target.ifindex,
             generation: self.generation,
-            rule: entry.rule,
+            rule,
             direction: facts.direction as u8,
             flags: match socket.mptcp_token {
                 Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,

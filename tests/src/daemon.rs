@@ -177,6 +177,20 @@ impl<'a> Launch<'a> {
     ///
     /// Where it ends or is not ready in time, with its log.
     pub fn start(&self) -> Result<Daemon> {
+        let mut daemon = self.start_unready()?;
+        daemon.when_running("the daemon is ready", |daemon| {
+            let (status, _) = daemon.get("/readyz")?;
+            Ok((status == 200).then_some(()))
+        })?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon and waits until everything is attached and adopted, as far as that can be.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or does not come so far in time, with its log.
+    pub fn start_unready(&self) -> Result<Daemon> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
         let output = |name: &str| File::create(directory.path().join(name));
@@ -195,10 +209,6 @@ impl<'a> Launch<'a> {
             quiet: false,
         };
         daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
-        daemon.when_running("the daemon is ready", |daemon| {
-            let (status, _) = daemon.get("/readyz")?;
-            Ok((status == 200).then_some(()))
-        })?;
         Ok(daemon)
     }
 
@@ -429,6 +439,36 @@ impl Daemon {
             Ok((last == value).then_some(()))
         })
         .with_context(|| format!("{name} {labels:?}: {last} and not {value}"))
+    }
+
+    /// Whether the daemon says that it is in this trouble, by the metric and by `/readyz`.
+    ///
+    /// # Errors
+    ///
+    /// Where the two do not agree.
+    pub fn is_degraded(&self, cause: &str) -> Result<bool> {
+        let name = "session_enforcer_degraded";
+        let all = self.metric(name, &[])?;
+        let degraded = self.metric(name, &[("cause", cause)])?;
+        let (status, body) = self.get("/readyz")?;
+        let after = self.metric(name, &[])?;
+        ensure!(
+            all != after || (status == 200) == (all == 0.0),
+            "{all} troubles, and {status} {body}"
+        );
+        Ok(degraded == 1.0)
+    }
+
+    /// Waits until the daemon is in this trouble, or is not.
+    ///
+    /// # Errors
+    ///
+    /// Where that does not come.
+    pub fn wait_for_trouble(&self, cause: &str, wanted: bool) -> Result<()> {
+        eventually("a trouble to begin or end", PATIENCE, || {
+            Ok((self.is_degraded(cause)? == wanted).then_some(()))
+        })
+        .with_context(|| format!("{cause}: not {wanted}"))
     }
 
     /// Asks the HTTP server; the status and the body.

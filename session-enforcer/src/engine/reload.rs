@@ -33,6 +33,7 @@ impl Enforcer {
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.metrics.set_rules(&next.names());
+        self.pace.set_interval(config.reconcile_interval);
         Ok(std::mem::replace(&mut self.book, next))
     }
 
