@@ -5,10 +5,14 @@
 //! whether a budget is met, the exit status only whether everything ran.
 
 mod bpf;
+mod crowd;
+mod exact;
+mod idle;
 mod party;
 mod per_packet;
 mod process;
 mod report;
+mod start;
 mod statistics;
 mod traffic;
 mod worker;
@@ -36,7 +40,7 @@ const fn benchmark(
     Benchmark { name, about, run }
 }
 
-const ALL: [Benchmark; 4] = [
+const ALL: [Benchmark; 9] = [
     benchmark(
         "per-packet",
         "one run of a program, in ns more than that of a null program on the same hook",
@@ -56,6 +60,31 @@ const ALL: [Benchmark; 4] = [
         "bulk",
         "data in one direction over one connection, everything on one processor",
         traffic::bulk,
+    ),
+    benchmark(
+        "lateness",
+        "sessions whose deadlines are spread evenly over some seconds",
+        exact::lateness,
+    ),
+    benchmark(
+        "instant",
+        "20,000 sessions that are due in one instant",
+        exact::instant,
+    ),
+    benchmark(
+        "idle",
+        "what sessions cost on which nothing happens",
+        idle::run,
+    ),
+    benchmark(
+        "start",
+        "from the start of the daemon until all is attached and adopted",
+        start::start,
+    ),
+    benchmark(
+        "reload",
+        "from SIGHUP until another policy is in force for all sessions",
+        start::reload,
     ),
 ];
 

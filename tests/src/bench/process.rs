@@ -3,7 +3,14 @@
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result};
-use nix::{sched::sched_getaffinity, unistd::Pid};
+use nix::{
+    sched::sched_getaffinity,
+    sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeVal,
+    },
+    unistd::Pid,
+};
 
 /// The processor on which everything runs whose latency is compared: the last that is allowed, which
 /// has the fewest interrupts on most machines.
@@ -25,6 +32,16 @@ pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
         }
     }
     Ok(Duration::from_nanos(total))
+}
+
+/// Time that the children of this process that have ended have run, with theirs.
+pub(crate) fn children_time() -> Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let duration = |time: TimeVal| -> Result<Duration> {
+        let seconds = u64::try_from(time.tv_sec())?;
+        Ok(Duration::from_secs(seconds) + Duration::from_micros(u64::try_from(time.tv_usec())?))
+    };
+    Ok(duration(usage.user_time())? + duration(usage.system_time())?)
 }
 
 /// Bytes of the process that are in memory.

@@ -11,6 +11,8 @@ use crate::statistics::Summary;
 pub(crate) enum Budget {
     /// The measured value, at most.
     AtMost(f64),
+    /// The measured value, at least.
+    AtLeast(f64),
     /// The ratio to what stands beside it, at most.
     RatioAtMost(f64),
     /// The ratio to what stands beside it, at least.
@@ -72,6 +74,7 @@ impl Row {
         let ratio = self.beside.as_ref().map(|(_, ratio)| ratio.median);
         match self.budget? {
             Budget::AtMost(limit) => Some(value <= limit),
+            Budget::AtLeast(limit) => Some(value >= limit),
             Budget::RatioAtMost(limit) => ratio.map(|ratio| ratio <= limit),
             Budget::RatioAtLeast(limit) => ratio.map(|ratio| ratio >= limit),
         }
@@ -95,6 +98,7 @@ impl Row {
         };
         let limit = match budget {
             Budget::AtMost(limit) => format!("<= {} {}", figure(limit), self.unit),
+            Budget::AtLeast(limit) => format!(">= {} {}", figure(limit), self.unit),
             Budget::RatioAtMost(limit) => format!("<= x{}", figure(limit)),
             Budget::RatioAtLeast(limit) => format!(">= x{}", figure(limit)),
         };
