@@ -358,6 +358,25 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
     assert_eq!(disk.text().lines().count(), 32);
 }
 
+/// Else the records of a hundred thousand sessions, late by one change of the policy, would be one
+/// batch that is larger than the queue, and lost whole.
+#[test]
+fn what_waits_to_be_handed_over_is_bounded() {
+    let disk = Disk::with_room(usize::MAX);
+    let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
+    let mut audit = Audit {
+        writer,
+        pending: Pending::default(),
+    };
+    let session = session();
+    for _ in 0..2_000 {
+        audit.termination(&termination(&session));
+        assert!(audit.pending.bytes.len() < MAX_PENDING_BYTES);
+    }
+    audit.close();
+    assert_eq!(disk.text().lines().count(), 2_000);
+}
+
 #[test]
 fn the_end_waits_for_the_last_record() {
     let disk = Disk::with_room(1000);

@@ -237,8 +237,9 @@ impl Config {
             network_namespaces: NetworkNamespaces::default(),
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),
+            // As long as the rules, with which it is read side by side.
+            users_at: vec![None; rules.len()],
             rules,
-            users_at: Vec::new(),
             warnings: Vec::new(),
         }
     }

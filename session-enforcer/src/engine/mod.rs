@@ -127,9 +127,7 @@ impl Engine {
                 },
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
-                    self.enforcer.enforce_due()?;
-                    // Each reset has put an event into the ring buffer: keep it from filling.
-                    self.events.read_all(&mut self.enforcer)?;
+                    self.enforce_due()?;
                 }
                 ready = self.events.wait() => {
                     ready.context("waiting for the kernel's events")?;
@@ -149,6 +147,23 @@ impl Engine {
                 }
             }
         }
+    }
+}
+
+/// Sessions that are due.
+impl Engine {
+    fn enforce_due(&mut self) -> Result<()> {
+        self.enforcer.enforce_due()?;
+        // Each reset has put an event into the ring buffer: keep it from filling.
+        self.events.read_all(&mut self.enforcer)
+    }
+
+    /// Ends what a change of the policy made late, before a look at all sockets takes its time.
+    fn enforce_all_due(&mut self) -> Result<()> {
+        while self.enforcer.is_due() {
+            self.enforce_due()?;
+        }
+        Ok(())
     }
 }
 
@@ -208,6 +223,7 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
+        self.enforce_all_due()?;
         let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
         let adopted = self
             .enforcer
