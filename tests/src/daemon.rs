@@ -296,10 +296,19 @@ impl Daemon {
     ///
     /// Where it says neither in time.
     pub fn reload(&self, config: &str) -> Result<String> {
+        self.reload_within(config, PATIENCE)
+    }
+
+    /// The same with another bound, for very many sessions.
+    ///
+    /// # Errors
+    ///
+    /// Where it says neither in time.
+    pub fn reload_within(&self, config: &str, bound: Duration) -> Result<String> {
         fs::write(self.directory.path().join("config.toml"), config)?;
         let before = self.log().len();
         self.signal(Signal::SIGHUP)?;
-        eventually("the daemon has read its configuration", PATIENCE, || {
+        eventually("the daemon has read its configuration", bound, || {
             let log = self.log().split_off(before);
             let done = log.contains("rule(s) in force") || log.contains("in force stays");
             Ok(done.then_some(log))

@@ -24,6 +24,7 @@ mod process;
 mod random;
 mod raw;
 pub mod services;
+mod stop;
 mod tcp;
 
 pub use agent::{Agent, Place, enter, serve};
@@ -40,7 +41,10 @@ pub use options::{
     set_option, tcp_info,
 };
 pub use pins::{Pins, plant_map, without_bpffs};
-pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
+pub use process::{
+    Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,
+};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
+pub use stop::{Interrupted, Stop};
 pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};

@@ -4,6 +4,7 @@
 //! (running programs) and `rustc` (what compiler this is).
 
 mod apt;
+mod bench;
 mod build;
 mod core_sources;
 mod demo;
@@ -51,6 +52,11 @@ enum Task {
     Demo(demo::Args),
     /// Runs every test: first those that need no privilege, then the others as root.
     Test(test::Args),
+    /// Measures what session-enforcer costs and how exact it is, beside its peers, as root.
+    ///
+    /// A table on the terminal, and a JSON file in the target directory. Nothing fails because it is
+    /// slow: the table says whether each budget is met. In a cgroup and namespaces of its own.
+    Bench(bench::Args),
     /// Runs the fuzz targets, each from its seeds for some time; fails if one finds something.
     ///
     /// Needs a C++ compiler besides; cargo-fuzz is made ready in the target directory, where
@@ -78,6 +84,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Run(args) => run::run(&workspace, &args),
         Task::Demo(args) => demo::run(&workspace, &args),
         Task::Test(args) => test::test(&workspace, &args),
+        Task::Bench(args) => bench::bench(&workspace, &args),
         Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
         Task::Lint => lint::lint(&workspace),
     }

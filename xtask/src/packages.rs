@@ -1,4 +1,4 @@
-//! The programs that the privileged tests and the demo run: real servers and clients.
+//! The programs that the privileged tests and the benchmarks run: real servers and clients.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::process::{as_root, find_program, run, say};
 
 /// A program, the Debian package that has it, and what it is needed for.
 #[derive(Clone, Copy)]
-struct Need {
+pub(crate) struct Need {
     program: &'static str,
     package: &'static str,
     why: &'static str,
@@ -23,8 +23,9 @@ const fn need(program: &'static str, package: &'static str, why: &'static str) -
     }
 }
 
-/// Looked for by program and not by package, so that another distribution's, or one's own, serves.
-const NEEDS: [Need; 13] = [
+/// What the privileged tests run. Looked for by program and not by package, so that another
+/// distribution's, or one's own, serves.
+pub(crate) const TESTS: [Need; 13] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -68,6 +69,27 @@ const NEEDS: [Need; 13] = [
     ),
 ];
 
+/// What no benchmark does without.
+pub(crate) const BENCH: [Need; 2] = [
+    need("ip", "iproute2", "network namespaces and addresses"),
+    need(
+        "ss",
+        "iproute2",
+        "what kills connections by hand, to compare",
+    ),
+];
+
+/// What the benchmarks compare with.
+pub(crate) const PEERS: [Need; 3] = [
+    need("haproxy", "haproxy", "a proxy with timeouts, to compare"),
+    need(
+        "nginx",
+        "libnginx-mod-stream",
+        "a proxy with timeouts, to compare",
+    ),
+    need("nft", "nftables", "connection tracking, to compare"),
+];
+
 /// Installs packages without leaving a service behind that runs.
 const INSTALLER: &str = include_str!("install.sh");
 
@@ -80,9 +102,9 @@ pub(crate) enum Missing {
     Refuse,
 }
 
-/// Makes sure that every program is there.
-pub(crate) fn ensure(policy: Missing) -> Result<()> {
-    let missing = missing();
+/// Makes sure that each of these programs is there.
+pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
+    let missing = missing(needs);
     if missing.is_empty() {
         return Ok(());
     }
@@ -97,17 +119,18 @@ pub(crate) fn ensure(policy: Missing) -> Result<()> {
         );
     }
     install(&missing)?;
-    let still = self::missing();
+    let still = self::missing(needs);
     if !still.is_empty() {
         bail!("the installation succeeded, and yet {}", complaint(&still));
     }
     Ok(())
 }
 
-fn missing() -> Vec<Need> {
+fn missing(needs: &[Need]) -> Vec<Need> {
     let postgresql = postgresql_folders();
-    NEEDS
-        .into_iter()
+    needs
+        .iter()
+        .copied()
         .filter(|need| find_program(need.program, &postgresql).is_none())
         .collect()
 }
@@ -169,10 +192,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_names_each_program_once_and_in_full() {
-        let programs: HashSet<_> = NEEDS.iter().map(|need| need.program).collect();
-        assert_eq!(programs.len(), NEEDS.len());
-        for need in NEEDS {
+    fn the_tables_name_each_program_once_and_in_full() {
+        for needs in [&TESTS[..], &BENCH, &PEERS] {
+            let programs: HashSet<_> = needs.iter().map(|need| need.program).collect();
+            assert_eq!(programs.len(), needs.len());
+        }
+        for need in TESTS.into_iter().chain(BENCH).chain(PEERS) {
             assert!(
                 !need.program.contains(['/', ' ']),
                 "{}: a bare name",
@@ -189,7 +214,7 @@ mod tests {
     #[test]
     fn a_package_is_installed_once_however_many_of_its_programs_are_missing() {
         assert_eq!(
-            packages_of(&NEEDS),
+            packages_of(&TESTS),
             [
                 "iproute2",
                 "postgresql",

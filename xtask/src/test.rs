@@ -39,7 +39,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     } else {
         Missing::Install
     };
-    packages::ensure(missing)?;
+    packages::ensure(&packages::TESTS, missing)?;
     setup(workspace)?;
     let mut failed = Vec::new();
     let mut record = |name: &'static str, result: Result<()>| {
