@@ -59,7 +59,8 @@ struct Counts {
     observed: usize,
     gone: usize,
     by_policy: usize,
-    latest_seconds: f64,
+    /// How late a daemon that ran reset a session.
+    latest: Duration,
 }
 
 impl fmt::Display for Report {
@@ -68,14 +69,14 @@ impl fmt::Display for Report {
         write!(
             f,
             "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} by a \
-             new policy; at most {:.3} s late), {} reset by the test, {} ended, {} open; {} sessions \
+             new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
              adopted, {} observed, {} gone; {} payloads refused",
             c.connections,
             c.payloads,
             c.reset,
             c.unrecorded,
             c.by_policy,
-            c.latest_seconds,
+            c.latest,
             c.reset_by_test,
             c.ended,
             c.open,
@@ -402,10 +403,7 @@ impl Case<'_> {
     fn was_reset(&self, record: &Termination) -> bool {
         match self.connection.fate(record.end) {
             Fate::Broken(..) => true,
-            // What waits behind the gate keeps a closed socket alive.
-            Fate::Closed(when) => {
-                self.connection.has_pending(record.end) || record.recorded().from <= when.to
-            }
+            Fate::Closed(when) => self.connection.is_held_up() || record.recorded().from <= when.to,
             Fate::Open | Fate::Ended(_) => false,
         }
     }
@@ -512,7 +510,10 @@ impl Case<'_> {
             counts.gone += usize::from(record.result == "gone");
             counts.by_policy += usize::from(record.reason == "policy");
             if record.result == "reset" {
-                counts.latest_seconds = counts.latest_seconds.max(record.lateness_seconds);
+                // What came due while no daemon ran, or under another policy, waits for one.
+                let steady = self.seen.timeline.steady_since(record.at);
+                let late = record.at.saturating_sub(record.deadline.max(steady));
+                counts.latest = counts.latest.max(late);
             }
         }
     }

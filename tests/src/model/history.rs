@@ -98,8 +98,7 @@ impl Connection {
     pub(super) fn lived_until(&self, end: End) -> Duration {
         match self.fate(end) {
             Fate::Open => Duration::MAX,
-            // What waits to be delivered keeps it alive.
-            Fate::Closed(_) if self.has_pending(end) => Duration::MAX,
+            Fate::Closed(_) if self.is_held_up() => self.broken().map_or(Duration::MAX, |b| b.to),
             Fate::Closed(when) | Fate::Ended(when) | Fate::Broken(_, when) => when.to,
         }
     }
@@ -113,6 +112,12 @@ impl Connection {
     pub(super) fn has_pending(&self, end: End) -> bool {
         self.payloads()
             .any(|payload| payload.from == end && payload.arrived.is_none())
+    }
+
+    /// Whether an end that was closed may live on, until payload of its own is delivered, or until the
+    /// other end acknowledges its FIN: with payload that is refused, the acknowledgement is, too.
+    pub(super) fn is_held_up(&self) -> bool {
+        End::BOTH.into_iter().any(|end| self.has_pending(end))
     }
 
     /// When the first end to be reset was reset.

@@ -50,7 +50,7 @@ use crate::{
 };
 
 /// How many operations on connections there are for one on the daemon.
-const TO_ONE_BLOW: usize = 150;
+const TO_ONE_BLOW: usize = 250;
 
 /// How many of the things that are wrong a failure shows.
 const SHOWN: usize = 5;

@@ -22,7 +22,7 @@ use super::{
     plan::{Act, Opening, Operation, SLOTS},
     timeline::Span,
 };
-use crate::options::{last_error, reset_on_close};
+use crate::options::{last_error, reset_on_close, tcp_info};
 
 /// How much may wait unread at an end, so that its window never shuts.
 const MOST_UNREAD: u64 = 16 << 10;
@@ -31,11 +31,17 @@ const MOST_UNREAD: u64 = 16 << 10;
 /// what arrives has done so long before the last.
 const LOOKS: u32 = 6;
 
+/// The state of a socket that has ended (`linux/tcp_states.h`).
+const TCP_CLOSE: u8 = 7;
+
 /// A connection and its sockets.
 struct Live {
     history: Connection,
     /// None where it was closed, or has ended.
     sockets: [Option<TcpStream>; 2],
+    /// Whether both directions are shut here, and a FIN is still on its way: poll(2) says so all the
+    /// time.
+    shut: [bool; 2],
     /// Bytes that the test gave this end to send, and bytes that it read here.
     written: [u64; 2],
     read: [u64; 2],
@@ -99,6 +105,7 @@ impl Traffic {
                 fates: [Fate::Open; 2],
             },
             sockets: [Some(pair.client), Some(pair.server)],
+            shut: [false; 2],
             written: [0; 2],
             read: [0; 2],
         });
@@ -121,23 +128,26 @@ impl Traffic {
     pub(super) fn look(&mut self, within: Duration) -> Result<()> {
         let before = self.start.elapsed();
         let lives = self.slots.iter().flatten().chain(&self.ending);
-        let sockets = lives.flat_map(|live| live.sockets.iter().flatten());
+        let any_shut = lives.clone().any(|live| live.shut.contains(&true));
+        let sockets = lives.flat_map(Live::sockets_to_poll);
         // Without events asked for, only errors and the end of both directions are reported.
         let mut fds: Vec<_> = sockets
             .map(|socket| PollFd::new(socket.as_fd(), PollFlags::empty()))
             .collect();
         let found = poll(&mut fds, PollTimeout::try_from(within)?)?;
         drop(fds);
-        if found > 0 {
-            self.take_ends()?;
+        if found > 0 || any_shut {
+            self.take_ends(found > 0)?;
         }
         self.looked = before;
         Ok(())
     }
 
-    fn take_ends(&mut self) -> Result<()> {
+    /// Of all of them, or of those that poll(2) does not tell of.
+    fn take_ends(&mut self, of_all: bool) -> Result<()> {
         for slot in 0..self.slots.len() {
-            if let Some(mut live) = self.slots[slot].take() {
+            let is_due = |live: &mut Live| of_all || live.shut.contains(&true);
+            if let Some(mut live) = self.slots[slot].take_if(is_due) {
                 live.take_ends(self.start, self.looked)?;
                 self.put(slot, live);
             }
@@ -358,6 +368,7 @@ impl Live {
     fn drop_socket(&mut self, end: End, start: Instant) -> Span {
         let from = start.elapsed();
         self.sockets[end as usize] = None;
+        self.shut[end as usize] = false;
         let to = start.elapsed();
         self.history.fates[end as usize] = Fate::Closed(Span { from, to });
         Span { from, to }
@@ -369,13 +380,20 @@ impl Live {
             let Some(socket) = &self.sockets[end as usize] else {
                 continue;
             };
-            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-            if poll(&mut fds, PollTimeout::ZERO)? > 0 {
+            if tcp_info(socket)?.tcpi_state == TCP_CLOSE {
                 let error = last_error(socket)?;
                 self.end(end, error, start, looked)?;
+            } else {
+                let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+                self.shut[end as usize] = poll(&mut fds, PollTimeout::ZERO)? > 0;
             }
         }
         Ok(())
+    }
+
+    fn sockets_to_poll(&self) -> impl Iterator<Item = &TcpStream> {
+        let sockets = self.sockets.iter().zip(&self.shut);
+        sockets.filter_map(|(socket, shut)| socket.as_ref().filter(|_| !shut))
     }
 
     /// An end has ended, by an error or in the orderly way.
@@ -389,6 +407,7 @@ impl Live {
         let to = start.elapsed();
         self.look_for_arrivals(start)?;
         self.sockets[end as usize] = None;
+        self.shut[end as usize] = false;
         self.history.fates[end as usize] = match error {
             Some(error) => Fate::Broken(error, Span { from: looked, to }),
             None => Fate::Ended(Span { from: looked, to }),
