@@ -16,6 +16,7 @@ mod clock;
 mod daemon;
 mod lab;
 mod metrics;
+pub mod model;
 mod names;
 mod netns;
 mod options;

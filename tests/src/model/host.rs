@@ -1,0 +1,175 @@
+//! The daemon of a run: does to it what the plan says, and writes down when.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    book::Book,
+    field::port_numbers,
+    plan::Blow,
+    timeline::{Change, Span, Timeline},
+};
+use crate::{audit::Record, daemon::Daemon, lab::Lab, metrics::Metrics, random::Random};
+
+/// One daemon, from its start to its end.
+pub(super) struct Life {
+    /// Its records of terminations.
+    pub(super) records: Vec<Record>,
+    /// Its records and its metrics shortly before it was killed, where it could be asked then; of
+    /// the last one at the end.
+    pub(super) asked: Option<(Vec<Record>, Metrics)>,
+    /// None where it was not killed.
+    pub(super) killed: Option<Span>,
+}
+
+/// The running daemon, and those before it.
+pub(super) struct Host<'a> {
+    lab: &'a Lab,
+    start: Instant,
+    random: Random,
+    book: Book,
+    daemon: Daemon,
+    pub(super) timeline: Timeline,
+    pub(super) lives: Vec<Life>,
+    pub(super) blows: usize,
+}
+
+impl<'a> Host<'a> {
+    pub(super) fn new(lab: &'a Lab, start: Instant, mut random: Random) -> Result<Self> {
+        let book = Book::random(&mut random);
+        let daemon = launch(lab, &book)?;
+        let mut timeline = Timeline::default();
+        timeline.changes.push(Change {
+            when: Span::at(start.elapsed()),
+            book: book.clone(),
+        });
+        Ok(Self {
+            lab,
+            start,
+            random,
+            book,
+            daemon,
+            timeline,
+            lives: Vec::new(),
+            blows: 0,
+        })
+    }
+
+    /// Does the next thing to the daemon, after a while. It runs afterwards.
+    pub(super) fn strike(&mut self) -> Result<()> {
+        let (pause, blow) = Blow::random(&mut self.random, &self.book);
+        thread::sleep(pause);
+        self.blows += 1;
+        match blow {
+            Blow::Freeze(time) => self.freeze(time),
+            Blow::Kill { frozen, down, next } => self.kill(frozen, down, next),
+            Blow::Reload(book) => self.reload(book),
+            Blow::WrongReload => self.reload_wrong(),
+        }
+    }
+
+    fn freeze(&mut self, time: Duration) -> Result<()> {
+        let from = self.start.elapsed();
+        self.daemon.freeze()?;
+        thread::sleep(time);
+        self.daemon.thaw()?;
+        let to = self.start.elapsed();
+        self.timeline.outages.push(Span { from, to });
+        Ok(())
+    }
+
+    fn kill(&mut self, frozen: bool, down: Duration, next: Option<Book>) -> Result<()> {
+        let asked = if frozen {
+            None
+        } else {
+            // The records first, which the daemon has counted by then.
+            let records = self.daemon.terminations()?;
+            Some((records, self.daemon.metrics()?))
+        };
+        let from = self.start.elapsed();
+        if frozen {
+            self.daemon.freeze()?;
+            thread::sleep(down);
+        }
+        let killing = self.start.elapsed();
+        self.daemon.kill()?;
+        let killed = Span {
+            from: killing,
+            to: self.start.elapsed(),
+        };
+        self.timeline.kills.push(killed);
+        self.lives.push(Life {
+            records: self.daemon.terminations()?,
+            asked,
+            killed: Some(killed),
+        });
+        thread::sleep(down);
+        self.start_next(from, next)
+    }
+
+    fn start_next(&mut self, down_from: Duration, next: Option<Book>) -> Result<()> {
+        let book = next.unwrap_or_else(|| self.book.clone());
+        let from = self.start.elapsed();
+        self.daemon = launch(self.lab, &book)?;
+        let to = self.start.elapsed();
+        self.timeline.outages.push(Span {
+            from: down_from,
+            to,
+        });
+        self.change(Span { from, to }, book);
+        Ok(())
+    }
+
+    fn reload(&mut self, book: Book) -> Result<()> {
+        let from = self.start.elapsed();
+        let log = self.daemon.reload(&book.toml(port_numbers))?;
+        let to = self.start.elapsed();
+        anyhow::ensure!(log.contains("in force;"), "the policy was refused: {log}");
+        self.change(Span { from, to }, book);
+        Ok(())
+    }
+
+    fn reload_wrong(&self) -> Result<()> {
+        let wrong = format!("{}idle_timeout = \"soon\"\n", self.book.toml(port_numbers));
+        let log = self.daemon.reload(&wrong)?;
+        anyhow::ensure!(log.contains("in force stays"), "it was taken: {log}");
+        Ok(())
+    }
+
+    fn change(&mut self, when: Span, book: Book) {
+        self.book = book.clone();
+        self.timeline.changes.push(Change { when, book });
+    }
+
+    /// The daemon that runs.
+    pub(super) const fn daemon(&self) -> &Daemon {
+        &self.daemon
+    }
+
+    /// The last daemon's records and metrics, once they are the same number.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        let terminations = "session_enforcer_terminations_total";
+        let (records, metrics) =
+            crate::clock::eventually("the audit is written", crate::tcp::PATIENCE, || {
+                let metrics = self.daemon.metrics()?;
+                let records = self.daemon.terminations()?;
+                let counted = metrics.get(terminations, &[])?;
+                Ok((counted == records.len() as f64).then_some((records, metrics)))
+            })
+            .context("audit and counters differ")?;
+        self.lives.push(Life {
+            records: records.clone(),
+            asked: Some((records, metrics)),
+            killed: None,
+        });
+        Ok(())
+    }
+}
+
+fn launch(lab: &Lab, book: &Book) -> Result<Daemon> {
+    Ok(lab.pinned_daemon(&book.toml(port_numbers))?.quiet())
+}
