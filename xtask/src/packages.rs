@@ -9,7 +9,7 @@ use crate::process::{as_root, find_program, run, say};
 
 /// A program, the Debian package that has it, and what it is needed for.
 #[derive(Clone, Copy)]
-struct Need {
+pub(crate) struct Need {
     program: &'static str,
     package: &'static str,
     why: &'static str,
@@ -68,6 +68,22 @@ const NEEDS: [Need; 13] = [
     ),
 ];
 
+/// What `cargo xtask vm` needs besides.
+pub(crate) const VIRTUAL_MACHINES: [Need; 5] = [
+    need(
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "the virtual machines",
+    ),
+    need("virtiofsd", "virtiofsd", "sharing this machine's files"),
+    need("busybox", "busybox-static", "starting in an initramfs"),
+    need("modprobe", "kmod", "the modules of a kernel"),
+    need("xz", "xz-utils", "unpacking the modules of a kernel"),
+];
+
+/// Where virtiofsd is: in a package of its own, and in QEMU's before there was one.
+pub(crate) const VIRTIOFSD: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];
+
 /// Installs packages without leaving a service behind that runs.
 const INSTALLER: &str = include_str!("install.sh");
 
@@ -80,9 +96,25 @@ pub(crate) enum Missing {
     Refuse,
 }
 
-/// Makes sure that every program is there.
+impl Missing {
+    /// The policy for the flag `--no-install`.
+    pub(crate) fn unless(no_install: bool) -> Self {
+        if no_install {
+            Self::Refuse
+        } else {
+            Self::Install
+        }
+    }
+}
+
+/// Makes sure that every program of the tests and the demo is there.
 pub(crate) fn ensure(policy: Missing) -> Result<()> {
-    let missing = missing();
+    ensure_of(&NEEDS, policy)
+}
+
+/// Makes sure that these programs are there.
+pub(crate) fn ensure_of(needs: &[Need], policy: Missing) -> Result<()> {
+    let missing = missing(needs);
     if missing.is_empty() {
         return Ok(());
     }
@@ -97,19 +129,18 @@ pub(crate) fn ensure(policy: Missing) -> Result<()> {
         );
     }
     install(&missing)?;
-    let still = self::missing();
+    let still = self::missing(needs);
     if !still.is_empty() {
         bail!("the installation succeeded, and yet {}", complaint(&still));
     }
     Ok(())
 }
 
-fn missing() -> Vec<Need> {
-    let postgresql = postgresql_folders();
-    NEEDS
-        .into_iter()
-        .filter(|need| find_program(need.program, &postgresql).is_none())
-        .collect()
+fn missing(needs: &[Need]) -> Vec<Need> {
+    let mut outside_path = postgresql_folders();
+    outside_path.extend(VIRTIOFSD.map(PathBuf::from));
+    let is_missing = |need: &&Need| find_program(need.program, &outside_path).is_none();
+    needs.iter().filter(is_missing).copied().collect()
 }
 
 /// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
