@@ -8,9 +8,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{
-        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock,
-    },
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
@@ -81,8 +79,6 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         );
     }
     session.ifindex = bound_interface(ctx);
-    // SAFETY: no argument, no precondition.
-    session.jitter_seed = unsafe { bpf_get_prandom_u32() };
     insert(ctx, &session);
 }
 
@@ -111,9 +107,6 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
         rule: 0,
         direction: direction as u8,
         flags: mptcp_flag(ctx),
-        jitter_seed: 0,
-        owes_answer: 0,
-        reserved: [0; 3],
         owner: owner::take(ctx),
     })
 }

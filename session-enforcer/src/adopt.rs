@@ -94,7 +94,7 @@ impl Adopter<'_> {
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: sent,
+            answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
             bytes_received: payload_received(socket, &info),
             bytes_sent: info.bytes_sent,
             open_until_ns: 0,
@@ -114,9 +114,6 @@ impl Adopter<'_> {
                 Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
                 None => flags::END_UNREPORTED,
             },
-            jitter_seed: seed(socket.target.cookie),
-            owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
-            reserved: [0; 3],
             owner,
         })
     }
@@ -170,6 +167,11 @@ fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bo
     }
 }
 
+/// When this host answered, as a [`Session`] has it.
+fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
+    if owes_answer { 0 } else { sent_ns.max(1) }
+}
+
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = matches!(
@@ -177,15 +179,6 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
         state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
     );
     info.bytes_received.saturating_sub(u64::from(ended))
-}
-
-/// A number that looks random and is the same at each adoption of the socket: the mixing function
-/// of `SplitMix64` on its cookie.
-fn seed(cookie: u64) -> u32 {
-    let mut z = cookie.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (z >> 32) as u32
 }
 
 /// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
@@ -230,10 +223,11 @@ pub fn caught_up(
             (true, true) => owes_answer(Direction::Inbound, &info, policy),
             (has_received, _) => has_received,
         };
-        now.owes_answer = u8::from(owes);
-        if has_sent {
-            now.answered_ns = now.last_sent_ns;
-        }
+        now.answered_ns = match (owes, has_sent) {
+            (true, _) => 0,
+            (false, true) => answered_ns(false, now.last_sent_ns),
+            (false, false) => now.answered_ns,
+        };
     }
     now
 }
@@ -501,7 +495,7 @@ mod tests {
         let expected = Session {
             last_received_ns: 19_500 * MS,
             bytes_received: before.bytes_received + 1,
-            owes_answer: 1,
+            answered_ns: 0,
             ..before
         };
         assert_eq!(now, expected);
@@ -514,7 +508,6 @@ mod tests {
             last_sent_ns: 19_600 * MS,
             answered_ns: 19_600 * MS,
             bytes_sent: before.bytes_sent + 1,
-            owes_answer: 0,
             ..before
         };
         assert_eq!(now, expected);

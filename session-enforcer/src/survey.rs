@@ -185,8 +185,12 @@ mod tests {
     fn a_socket_of_the_own_namespace_is_found_after_its_listener() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        // Accepted one by one: more than a listener's backlog would wait for a minute.
         let clients: Vec<_> = (0..2 * BIT)
-            .map(|_| TcpStream::connect(address).unwrap())
+            .map(|_| {
+                let client = TcpStream::connect(address).unwrap();
+                (client, listener.accept().unwrap())
+            })
             .collect();
         let port = address.port();
         let found = survey(false);

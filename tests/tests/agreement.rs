@@ -552,12 +552,13 @@ impl Expected {
         let inbound = session.direction == Direction::Inbound as u8;
         if counts && received {
             session.last_received_ns = at.of(found.last_received_ns);
-            session.owes_answer = u8::from(inbound);
+            if inbound {
+                session.answered_ns = 0;
+            }
         } else if counts {
             session.last_sent_ns = at.of(found.last_sent_ns);
             if session.owes_answer() {
                 session.answered_ns = at.of(found.answered_ns);
-                session.owes_answer = 0;
             }
         }
         // When the gate looks again is the kernel's own business.

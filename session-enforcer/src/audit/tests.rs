@@ -16,7 +16,7 @@ fn session() -> Session {
     Session {
         last_received_ns: 1_003_000_000,
         last_sent_ns: 1_000_000_000,
-        answered_ns: 1_000_000_000,
+        answered_ns: 0,
         bytes_received: 120,
         bytes_sent: 4096,
         open_until_ns: 0,
@@ -31,9 +31,6 @@ fn session() -> Session {
         rule: 0,
         direction: Direction::Inbound as u8,
         flags: 0,
-        jitter_seed: 0,
-        owes_answer: 1,
-        reserved: [0; 3],
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
