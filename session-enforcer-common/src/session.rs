@@ -174,16 +174,13 @@ impl Session {
     /// evenly spread over the connections of a storm, which differ in a port at least.
     #[inline]
     pub const fn jitter_share(&self) -> u16 {
-        let Address([a, b, c, d]) = self.remote;
-        let Address([e, f, g, h]) = self.local;
-        let ports = (self.remote_port as u32) << 16 | self.local_port as u32;
-        let mut hash = self.netns_cookie;
-        let words = [pair(a, b), pair(c, d), pair(e, f), pair(g, h), ports as u64];
-        let mut at = 0;
-        while at < words.len() {
-            hash = mix(hash ^ words[at]);
-            at += 1;
-        }
+        // Word by word, without an array of them: the stack of the kernel programs is small.
+        let hash =
+            mix(self.netns_cookie ^ (self.remote_port as u64) << 16 ^ self.local_port as u64);
+        let hash = mix(hash ^ pair(self.remote.0[0], self.remote.0[1]));
+        let hash = mix(hash ^ pair(self.remote.0[2], self.remote.0[3]));
+        let hash = mix(hash ^ pair(self.local.0[0], self.local.0[1]));
+        let hash = mix(hash ^ pair(self.local.0[2], self.local.0[3]));
         (hash >> 48) as u16
     }
 
