@@ -164,9 +164,9 @@ impl Seen<'_> {
                     |all: &[Record]| all.iter().filter(|r| r.labels() == labels).count() as f64;
                 let least = of(before);
                 // What was counted and not yet written went with it where it was killed.
-                let agrees = counted.as_ref().is_ok_and(|counted| match life.killed {
-                    None => *counted == least,
-                    Some(_) => *counted >= least,
+                let agrees = counted.as_ref().is_ok_and(|counted| match life.is_last {
+                    true => *counted == least,
+                    false => *counted >= least,
                 });
                 if !agrees {
                     let wrong = format!("{least} records and {counted:?} counted of {labels:?}");

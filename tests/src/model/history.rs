@@ -21,16 +21,6 @@ pub(super) struct Payload {
     pub(super) arrived: Option<Duration>,
 }
 
-impl Payload {
-    /// When it passed both ends, if it did.
-    pub(super) fn passed(&self) -> Span {
-        Span {
-            from: self.written.from,
-            to: self.arrived.unwrap_or(Duration::MAX),
-        }
-    }
-}
-
 /// What the test did.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
@@ -100,6 +90,15 @@ impl Connection {
             Fate::Open => Duration::MAX,
             Fate::Closed(_) if self.is_held_up() => self.broken().map_or(Duration::MAX, |b| b.to),
             Fate::Closed(when) | Fate::Ended(when) | Fate::Broken(_, when) => when.to,
+        }
+    }
+
+    /// When payload passed both ends, if it did.
+    pub(super) fn passing(&self, payload: &Payload) -> Span {
+        let lived = End::BOTH.map(|end| self.lived_until(end));
+        Span {
+            from: payload.written.from,
+            to: payload.arrived.unwrap_or(lived[0].max(lived[1])),
         }
     }
 

@@ -20,6 +20,7 @@ mod timeline;
 mod traffic;
 
 use std::{
+    iter,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -64,9 +65,11 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     let lab = Lab::new(agent)?;
     let field = Field::new(&lab)?;
     let start = Time::now();
-    let mut host = Host::new(&lab, start.at, Random::of(seed, 1))?;
+    let alarm = AtomicBool::new(false);
+    let mut host = Host::new(&lab, &alarm, start.at, Random::of(seed, 0))?;
     let mut traffic = Traffic::new(field, start.at);
-    operate(&mut host, &mut traffic, Random::of(seed, 0), operations)?;
+    let talk = |struck: &AtomicBool| talk((&mut traffic, &alarm), struck, seed, operations);
+    operate(&mut host, operations.div_ceil(TO_ONE_BLOW), talk)?;
     let done = traffic.operations + host.blows;
     let is_doomed = |connection: &&Connection| is_doomed(connection, &host.timeline);
     traffic.look_until(PATIENCE, |open| !open.iter().any(is_doomed))?;
@@ -96,28 +99,41 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     Ok((done, report.to_string()))
 }
 
-/// The operations on the connections, while this thread, which a daemon does not outlive, strikes it.
+/// The operations on the connections. All of them are tried whenever the alarm is set, until `struck`.
+fn talk(
+    (traffic, alarm): (&mut Traffic, &AtomicBool),
+    struck: &AtomicBool,
+    seed: u64,
+    operations: usize,
+) -> Result<()> {
+    let (mut random, mut random_of_all) = (Random::of(seed, 1), Random::of(seed, 2));
+    for left in (0..=operations).rev().chain(iter::repeat(0)) {
+        if alarm.load(Ordering::Relaxed) {
+            traffic.try_all(&mut random_of_all)?;
+            alarm.store(false, Ordering::Relaxed);
+        }
+        match left {
+            0 if struck.load(Ordering::Relaxed) => break,
+            0 => traffic.look(Duration::from_millis(20))?,
+            _ => traffic.perform(&Operation::random(&mut random))?,
+        }
+    }
+    Ok(())
+}
+
+/// Strikes the daemon, which does not outlive this thread, while another one talks.
 fn operate(
     host: &mut Host<'_>,
-    traffic: &mut Traffic,
-    mut random: Random,
-    operations: usize,
+    blows: usize,
+    talk: impl FnOnce(&AtomicBool) -> Result<()> + Send,
 ) -> Result<()> {
     let struck = AtomicBool::new(false);
     thread::scope(|scope| {
-        let talk = scope.spawn(|| -> Result<()> {
-            for _ in 0..operations {
-                traffic.perform(&Operation::random(&mut random))?;
-            }
-            while !struck.load(Ordering::Relaxed) {
-                traffic.look(Duration::from_millis(20))?;
-            }
-            Ok(())
-        });
-        let blows = (0..operations.div_ceil(TO_ONE_BLOW)).try_for_each(|_| host.strike());
+        let talk = scope.spawn(|| talk(&struck));
+        let blows = (0..blows).try_for_each(|_| host.strike());
         struck.store(true, Ordering::Relaxed);
         let talked = talk.join().ok().context("the traffic panicked")?;
-        blows.context("striking the daemon").and(talked)
+        talked.and(blows.context("striking the daemon"))
     })
 }
 
