@@ -16,6 +16,8 @@ mod host;
 mod plan;
 mod replay;
 mod termination;
+#[cfg(test)]
+mod tests;
 mod timeline;
 mod traffic;
 
