@@ -128,6 +128,16 @@ impl Connection {
         spans.min_by_key(|span| span.to)
     }
 
+    /// Whether nothing tells an end when the other one is destroyed: both have shut their direction, and
+    /// payload of the other is on its way. From the state `LAST_ACK` the kernel sends no RST.
+    pub(super) fn may_stay_open(&self, end: End) -> bool {
+        let is_finished = |by: End| {
+            let finished = |event: &Event| matches!(event, Event::Finished(end) if *end == by);
+            self.events.iter().any(finished) || matches!(self.fate(by), Fate::Closed(_))
+        };
+        End::BOTH.into_iter().all(is_finished) && self.has_pending(end.peer())
+    }
+
     /// Whether what the test did may have reset it: an abort, or payload for an end that was closed.
     pub(super) fn may_have_reset_itself(&self) -> bool {
         self.events.iter().any(|event| match event {

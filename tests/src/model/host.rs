@@ -106,19 +106,23 @@ impl<'a> Host<'a> {
 
     fn kill(&mut self, frozen: bool, down: Duration, next: Option<Book>) -> Result<()> {
         let asked = if frozen { None } else { Some(self.ask()?) };
-        let down_from = self.start.elapsed();
+        let from = self.start.elapsed();
         if frozen {
             self.daemon.freeze()?;
-            thread::sleep(down);
+        } else {
+            self.daemon.kill()?;
         }
-        let from = self.start.elapsed();
-        self.daemon.kill()?;
+        // What it did last was within this.
         let to = self.start.elapsed();
         self.timeline.kills.push(Span { from, to });
+        if frozen {
+            thread::sleep(down);
+            self.daemon.kill()?;
+        }
         self.end_life(asked)?;
         thread::sleep(down);
         self.try_all()?;
-        self.start_next(down_from, next, false)
+        self.start_next(from, next, false)
     }
 
     fn stop(&mut self, down: Duration, next: Option<Book>) -> Result<()> {

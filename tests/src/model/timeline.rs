@@ -67,7 +67,7 @@ pub(super) struct Timeline {
     pub(super) changes: Vec<Change>,
     /// When the daemon may not have run, frozen or dead.
     pub(super) outages: Vec<Span>,
-    /// When it was killed.
+    /// When it did its last before it was killed.
     pub(super) kills: Vec<Span>,
 }
 
