@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{
     book::Book,
@@ -18,6 +18,9 @@ use crate::{
     audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, random::Random,
     tcp::PATIENCE,
 };
+
+/// The counter of the sessions that reached a limit.
+pub(super) const TERMINATIONS: &str = "session_enforcer_terminations_total";
 
 /// One daemon, from its start to its end.
 pub(super) struct Life {
@@ -199,16 +202,18 @@ impl<'a> Host<'a> {
         &self.daemon
     }
 
-    /// The last daemon's records and metrics, once they are the same number.
+    /// The last daemon's records and metrics, once they are the same number, or will not be.
     pub(super) fn finish(&mut self) -> Result<()> {
-        let terminations = "session_enforcer_terminations_total";
-        let same = eventually("the audit is written", PATIENCE, || {
-            let metrics = self.daemon.metrics()?;
-            let records = self.daemon.terminations()?;
-            let counted = metrics.get(terminations, &[])?;
-            Ok((counted == records.len() as f64).then_some((records, metrics)))
-        });
-        let (records, metrics) = same.context("audit and counters differ")?;
+        let agree = || {
+            let (records, metrics) = self.ask()?;
+            let counted = metrics.get(TERMINATIONS, &[])?;
+            Ok((counted == records.len() as f64).then_some(()))
+        };
+        if let Err(error) = eventually("audit and counters agree", PATIENCE, agree) {
+            // The check finds out which do not.
+            println!("{error:#}");
+        }
+        let (records, metrics) = self.ask()?;
         self.lives.push(Life {
             records: records.clone(),
             asked: Some((records, metrics)),

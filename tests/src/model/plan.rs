@@ -47,7 +47,7 @@ impl Operation {
             slot: slot(random),
             opening: Opening::random(random),
             action: Act::random(random),
-            pause: Duration::from_millis(random.below(9)),
+            pause: Duration::from_millis(random.below(11)),
         }
     }
 }

@@ -167,6 +167,7 @@ fn a_session_that_is_missed_is_found() {
     let missed = |run: &mut Run| {
         run.connection.fates = [Fate::Open; 2];
         run.records.clear();
+        run.counted = 0;
     };
     Run::with(missed).assert_wrong("the Server's session was missed");
     // Not where nothing limits it, or no daemon runs.
