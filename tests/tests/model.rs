@@ -19,7 +19,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const OPERATIONS: &str = "SESSION_ENFORCER_MODEL_OPERATIONS";
 
 /// How many it has where that does not say.
-const DEFAULT_OPERATIONS: usize = 3_000;
+const DEFAULT_OPERATIONS: usize = 2_000;
 
 fn run(seed: u64) -> Result<()> {
     let operations = match env::var(OPERATIONS) {

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use super::{
     book::{Action, Activity, Book, End, Rule},
     history::{Connection, Fate, Payload},
-    host::Life,
+    host::{Life, TERMINATIONS},
     replay::{Clocks, Deadline, Replay, Truth},
     termination::{SLACK, Termination, around},
     timeline::{Span, Timeline},
@@ -145,33 +145,30 @@ impl Seen<'_> {
         records
     }
 
-    /// Each counter is the number of the records with its labels.
+    /// Each counter is the number of the records with its labels, and there are no others.
     fn check_counters(&self, report: &mut Report) {
         for life in self.lives {
-            let Some((before, metrics)) = &life.asked else {
+            let Some((recorded, metrics)) = &life.asked else {
                 continue;
             };
-            for labels in labels_of(&life.records) {
-                let [rule, reason, mode, result] = labels;
-                let pairs = [
-                    ("rule", rule),
-                    ("reason", reason),
-                    ("mode", mode),
-                    ("result", result),
-                ];
-                let counted = metrics.get("session_enforcer_terminations_total", &pairs);
-                let of =
-                    |all: &[Record]| all.iter().filter(|r| r.labels() == labels).count() as f64;
-                let least = of(before);
+            let mut check = |labels: &[(&str, &str)], recorded: usize| {
+                let counted = metrics.get(TERMINATIONS, labels);
                 // What was counted and not yet written went with it where it was killed.
-                let agrees = counted.as_ref().is_ok_and(|counted| match life.killed {
-                    None => *counted == least,
-                    Some(_) => *counted >= least,
+                let agrees = counted.as_ref().is_ok_and(|counted| match life.is_last {
+                    true => *counted == recorded as f64,
+                    false => *counted >= recorded as f64,
                 });
                 if !agrees {
-                    let wrong = format!("{least} records and {counted:?} counted of {labels:?}");
+                    let wrong = format!("{recorded} records and {counted:?} counted of {labels:?}");
                     report.wrong.push(wrong);
                 }
+            };
+            check(&[], recorded.len());
+            for labels in labels_of(recorded) {
+                let of = recorded.iter().filter(|record| record.labels() == labels);
+                let names = ["rule", "reason", "mode", "result"];
+                let pairs: Vec<_> = names.into_iter().zip(labels).collect();
+                check(&pairs, of.count());
             }
         }
     }
@@ -259,10 +256,11 @@ impl Case<'_> {
         let Some(broken) = self.connection.broken() else {
             return;
         };
-        if self.connection.fates.contains(&Fate::Open) {
-            self.fail("one end was reset and the other is open");
-        }
         for end in End::BOTH {
+            let is_open = self.connection.fate(end) == Fate::Open;
+            if is_open && !self.connection.may_stay_open(end) {
+                self.fail("one end was reset and the other is open");
+            }
             let inside = self.connection.inside[end as usize];
             if let Fate::Broken(Errno::ECONNABORTED, _) = self.connection.fate(end)
                 && !inside

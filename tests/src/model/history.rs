@@ -21,16 +21,6 @@ pub(super) struct Payload {
     pub(super) arrived: Option<Duration>,
 }
 
-impl Payload {
-    /// When it passed both ends, if it did.
-    pub(super) fn passed(&self) -> Span {
-        Span {
-            from: self.written.from,
-            to: self.arrived.unwrap_or(Duration::MAX),
-        }
-    }
-}
-
 /// What the test did.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
@@ -103,6 +93,15 @@ impl Connection {
         }
     }
 
+    /// When payload passed both ends, if it did.
+    pub(super) fn passing(&self, payload: &Payload) -> Span {
+        let lived = End::BOTH.map(|end| self.lived_until(end));
+        Span {
+            from: payload.written.from,
+            to: payload.arrived.unwrap_or(lived[0].max(lived[1])),
+        }
+    }
+
     /// Whether an end is still open.
     pub(super) fn is_open(&self) -> bool {
         self.fates.contains(&Fate::Open)
@@ -127,6 +126,16 @@ impl Connection {
             _ => None,
         });
         spans.min_by_key(|span| span.to)
+    }
+
+    /// Whether nothing tells an end when the other one is destroyed: both have shut their direction, and
+    /// payload of the other is on its way. From the state `LAST_ACK` the kernel sends no RST.
+    pub(super) fn may_stay_open(&self, end: End) -> bool {
+        let is_finished = |by: End| {
+            let finished = |event: &Event| matches!(event, Event::Finished(end) if *end == by);
+            self.events.iter().any(finished) || matches!(self.fate(by), Fate::Closed(_))
+        };
+        End::BOTH.into_iter().all(is_finished) && self.has_pending(end.peer())
     }
 
     /// Whether what the test did may have reset it: an abort, or payload for an end that was closed.

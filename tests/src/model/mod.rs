@@ -16,6 +16,8 @@ mod host;
 mod plan;
 mod replay;
 mod termination;
+#[cfg(test)]
+mod tests;
 mod timeline;
 mod traffic;
 
@@ -50,7 +52,7 @@ use crate::{
 };
 
 /// How many operations on connections there are for one on the daemon.
-const TO_ONE_BLOW: usize = 250;
+const TO_ONE_BLOW: usize = 450;
 
 /// How many of the things that are wrong a failure shows.
 const SHOWN: usize = 5;
@@ -64,20 +66,22 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     let lab = Lab::new(agent)?;
     let field = Field::new(&lab)?;
     let start = Time::now();
-    let mut host = Host::new(&lab, start.at, Random::of(seed, 1))?;
+    let alarm = AtomicBool::new(false);
+    let mut host = Host::new(&lab, &alarm, start.at, Random::of(seed, 0))?;
     let mut traffic = Traffic::new(field, start.at);
-    operate(&mut host, &mut traffic, Random::of(seed, 0), operations)?;
+    let talk = |struck: &AtomicBool| talk((&mut traffic, &alarm), struck, seed, operations);
+    operate(&mut host, operations.div_ceil(TO_ONE_BLOW), talk)?;
     let done = traffic.operations + host.blows;
     let is_doomed = |connection: &&Connection| is_doomed(connection, &host.timeline);
     traffic.look_until(PATIENCE, |open| !open.iter().any(is_doomed))?;
     // What is only observed reaches its limits, too.
     traffic.look_until(LONGEST_LIMIT + Duration::from_secs(1), |_| false)?;
-    check_survivors(&host, &traffic, start.at.elapsed())?;
+    let survivors = check_survivors(&host, &traffic, start.at.elapsed());
     traffic.pass_a_byte()?;
     host.finish()?;
     let finished = start.at.elapsed();
     let connections = traffic.finish()?;
-    let report = Seen {
+    let mut report = Seen {
         start,
         finished,
         connections: &connections,
@@ -85,6 +89,9 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
         lives: &host.lives,
     }
     .check();
+    report
+        .wrong
+        .extend(survivors.err().map(|error| format!("{error:#}")));
     let shown: Vec<_> = report.wrong.iter().take(SHOWN).cloned().collect();
     ensure!(
         shown.is_empty(),
@@ -96,28 +103,45 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     Ok((done, report.to_string()))
 }
 
-/// The operations on the connections, while this thread, which a daemon does not outlive, strikes it.
+/// The operations on the connections. All of them are tried whenever the alarm is set, until the daemon
+/// was `struck` for the last time. A third of the operations is left for then: whom a daemon has missed,
+/// the next one finds, and a new policy does.
+fn talk(
+    (traffic, alarm): (&mut Traffic, &AtomicBool),
+    struck: &AtomicBool,
+    seed: u64,
+    operations: usize,
+) -> Result<()> {
+    let (mut random, mut random_of_all) = (Random::of(seed, 1), Random::of(seed, 2));
+    let mut left = operations;
+    while left > 0 {
+        if alarm.load(Ordering::Relaxed) {
+            traffic.try_all(&mut random_of_all)?;
+            alarm.store(false, Ordering::Relaxed);
+        }
+        if left > operations / 3 || struck.load(Ordering::Relaxed) {
+            traffic.perform(&Operation::random(&mut random))?;
+            left -= 1;
+        } else {
+            traffic.look(Duration::from_millis(20))?;
+        }
+    }
+    Ok(())
+}
+
+/// Strikes the daemon, which does not outlive this thread, while another one talks.
 fn operate(
     host: &mut Host<'_>,
-    traffic: &mut Traffic,
-    mut random: Random,
-    operations: usize,
+    blows: usize,
+    talk: impl FnOnce(&AtomicBool) -> Result<()> + Send,
 ) -> Result<()> {
     let struck = AtomicBool::new(false);
     thread::scope(|scope| {
-        let talk = scope.spawn(|| -> Result<()> {
-            for _ in 0..operations {
-                traffic.perform(&Operation::random(&mut random))?;
-            }
-            while !struck.load(Ordering::Relaxed) {
-                traffic.look(Duration::from_millis(20))?;
-            }
-            Ok(())
-        });
-        let blows = (0..operations.div_ceil(TO_ONE_BLOW)).try_for_each(|_| host.strike());
+        let talk = scope.spawn(|| talk(&struck));
+        let blows = (0..blows).try_for_each(|_| host.strike());
         struck.store(true, Ordering::Relaxed);
         let talked = talk.join().ok().context("the traffic panicked")?;
-        blows.context("striking the daemon").and(talked)
+        talked.and(blows.context("striking the daemon"))
     })
 }
 

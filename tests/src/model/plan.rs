@@ -47,7 +47,7 @@ impl Operation {
             slot: slot(random),
             opening: Opening::random(random),
             action: Act::random(random),
-            pause: Duration::from_millis(random.below(9)),
+            pause: Duration::from_millis(random.below(11)),
         }
     }
 }
@@ -101,6 +101,8 @@ pub(super) enum Blow {
         down: Duration,
         next: Option<Book>,
     },
+    /// It is stopped in the orderly way, and the next comes so much later.
+    Stop { down: Duration, next: Option<Book> },
     /// Another policy.
     Reload(Book),
     /// A file that is wrong.
@@ -111,15 +113,17 @@ impl Blow {
     /// The next, and how long it is until then.
     pub(super) fn random(random: &mut Random, book: &Book) -> (Duration, Self) {
         let mut ms = |from: u64, below: u64| Duration::from_millis(from + random.below(below));
-        let (pause, long, short) = (ms(300, 1_200), ms(300, 2_200), ms(0, 1_500));
-        let blow = match random.below(10) {
-            0..3 => Self::Freeze(long),
-            3..6 => Self::Kill {
+        let (pause, long, down) = (ms(300, 1_200), ms(500, 2_500), ms(0, 2_000));
+        let next = random.once_in(3).then(|| book.changed(random));
+        let blow = match random.below(20) {
+            0..6 => Self::Freeze(long),
+            6..11 => Self::Kill {
                 frozen: random.once_in(3),
-                down: short,
-                next: random.once_in(3).then(|| book.changed(random)),
+                down,
+                next,
             },
-            6..9 => Self::Reload(book.changed(random)),
+            11..13 => Self::Stop { down, next },
+            13..18 => Self::Reload(book.changed(random)),
             _ => Self::WrongReload,
         };
         (pause, blow)

@@ -175,6 +175,17 @@ impl Clocks {
         self.owes = if is_paid { Truth::No } else { Truth::Perhaps };
     }
 
+    /// It was taken over in this time from a daemon that had been stopped, or adopted, where that did
+    /// not know it. What passed meanwhile is made up for from the socket table.
+    fn resume(&mut self, window: Span) {
+        let before = *self;
+        self.adopt(window);
+        self.adopted = Truth::Perhaps;
+        self.received = before.received.perhaps_later(self.received);
+        self.sent = before.sent.perhaps_later(self.sent);
+        self.answered = before.answered.perhaps_later(self.answered);
+    }
+
     /// It was adopted in this time, with what the kernel's socket table says of it: the ages to the
     /// millisecond, reckoned back from the end of the listing; all payload counts; the age since the
     /// oldest activity for the time of establishment.
@@ -230,7 +241,15 @@ impl Deadline {
 /// A step in the life of a connection.
 enum Step<'a> {
     Payload(&'a Payload),
-    Adoption(End, Span),
+    Adoption(&'a Adoption),
+}
+
+/// When a session may have been adopted or taken over.
+#[derive(Clone, Copy)]
+struct Adoption {
+    end: End,
+    window: Span,
+    resumes: bool,
 }
 
 /// A connection with the clocks of its sessions.
@@ -238,7 +257,7 @@ pub(super) struct Replay<'a> {
     connection: &'a Connection,
     timeline: &'a Timeline,
     /// When sessions of the connection may have been adopted.
-    adoptions: Vec<(End, Span)>,
+    adoptions: Vec<Adoption>,
     /// By end, one after the other.
     states: [Vec<Clocks>; 2],
     /// Payload that passed a session that had expired.
@@ -262,17 +281,19 @@ impl<'a> Replay<'a> {
             .payloads()
             .map(|p| (p.written.from, Step::Payload(p)));
         let adoptions = replay.adoptions.clone();
-        let adoptions = adoptions
-            .into_iter()
-            .map(|(end, window)| (window.from, Step::Adoption(end, window)));
+        let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
         let mut steps: Vec<_> = payloads.chain(adoptions).collect();
         steps.sort_by_key(|(from, _)| *from);
         for (_, step) in steps {
             match step {
                 Step::Payload(payload) => replay.pass(payload),
-                Step::Adoption(end, window) => {
-                    replay.change(end, |clocks| clocks.adopt(window));
-                }
+                Step::Adoption(adoption) => replay.change(adoption.end, |clocks| {
+                    if adoption.resumes {
+                        clocks.resume(adoption.window);
+                    } else {
+                        clocks.adopt(adoption.window);
+                    }
+                }),
             }
         }
         replay
@@ -313,12 +334,10 @@ impl<'a> Replay<'a> {
                 (false, false) => Truth::Perhaps,
             };
             let counted = self.counts(end, payload);
-            let span = payload.passed();
-            let during = self.adoptions.iter().copied();
-            let during: Vec<Span> = during
-                .filter(|(adopted, window)| *adopted == end && window.meets(&span))
-                .map(|(_, window)| window)
-                .collect();
+            let span = self.connection.passing(payload);
+            let adoptions = self.adoptions.iter().filter(|a| a.end == end);
+            let windows = adoptions.map(|adoption| adoption.window);
+            let during: Vec<Span> = windows.filter(|window| window.meets(&span)).collect();
             self.change(end, |clocks| {
                 clocks.pass(payload.from, span, passed, counted);
                 for window in during {
@@ -333,12 +352,14 @@ impl<'a> Replay<'a> {
     fn has_expired(&self, end: End, payload: &Payload) -> bool {
         let clocks = self.clocks(end);
         let port = self.connection.port;
-        self.timeline.books(payload.passed()).all(|book| {
-            let rule = book.rule(port, end);
-            rule.is_some_and(|rule| {
-                rule.action == Action::Enforce && clocks.due(rule).to <= payload.written.from
+        self.timeline
+            .books(self.connection.passing(payload))
+            .all(|book| {
+                let rule = book.rule(port, end);
+                rule.is_some_and(|rule| {
+                    rule.action == Action::Enforce && clocks.due(rule).to <= payload.written.from
+                })
             })
-        })
     }
 
     fn counts(&self, end: End, payload: &Payload) -> Truth {
@@ -350,14 +371,14 @@ impl<'a> Replay<'a> {
             Some(_) => Truth::Perhaps,
             None => Truth::Yes,
         };
-        let books = self.timeline.books(payload.passed());
+        let books = self.timeline.books(self.connection.passing(payload));
         Truth::of_all(books.map(|book| counts(book.rule(port, end))))
     }
 }
 
 /// When sessions of a connection were adopted: a policy came into force that tracks them, and the
 /// one before it did not.
-fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<(End, Span)> {
+fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {
         for pair in timeline.changes.windows(2) {
@@ -369,7 +390,11 @@ fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<(End, Span)> {
                 to: connection.lived_until(end),
             };
             if begins && after.when.meets(&lived) {
-                found.push((end, after.when));
+                found.push(Adoption {
+                    end,
+                    window: after.when,
+                    resumes: after.resumes,
+                });
             }
         }
     }

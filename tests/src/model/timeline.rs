@@ -51,11 +51,13 @@ impl Span {
     }
 }
 
-/// A policy came into force.
+/// A policy came into force; the empty one where a daemon was stopped.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) when: Span,
     pub(super) book: Book,
+    /// Whether it came with a daemon that took over what a stopped one had left.
+    pub(super) resumes: bool,
 }
 
 /// What happened to the daemon.
@@ -65,7 +67,7 @@ pub(super) struct Timeline {
     pub(super) changes: Vec<Change>,
     /// When the daemon may not have run, frozen or dead.
     pub(super) outages: Vec<Span>,
-    /// When it was killed.
+    /// When it did its last before it was killed.
     pub(super) kills: Vec<Span>,
 }
 

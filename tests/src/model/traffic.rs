@@ -22,7 +22,10 @@ use super::{
     plan::{Act, Opening, Operation, SLOTS},
     timeline::Span,
 };
-use crate::options::{last_error, reset_on_close, tcp_info};
+use crate::{
+    options::{last_error, reset_on_close, tcp_info},
+    random::Random,
+};
 
 /// How much may wait unread at an end, so that its window never shuts.
 const MOST_UNREAD: u64 = 16 << 10;
@@ -84,6 +87,21 @@ impl Traffic {
             }
         }
         self.look(operation.pause)
+    }
+
+    /// Sends something on half of the connections, in one direction or the other.
+    pub(super) fn try_all(&mut self, random: &mut Random) -> Result<()> {
+        for slot in 0..self.slots.len() {
+            let end = random.one_of(&End::BOTH);
+            if random.once_in(2)
+                && let Some(mut live) = self.slots[slot].take()
+            {
+                self.operations += 1;
+                live.act(Act::Send(end, 100), self.start, self.looked)?;
+                self.put(slot, live);
+            }
+        }
+        self.look(Duration::ZERO)
     }
 
     fn open(&mut self, slot: usize, opening: &Opening) -> Result<()> {
