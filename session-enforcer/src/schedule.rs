@@ -208,11 +208,19 @@ impl Schedule {
     fn compact(&mut self) {
         const SLACK: usize = 1024;
         if self.heap.len() > 2 * self.live.len() + SLACK {
-            let live = &self.live;
-            self.heap.retain(|Reverse((due_ns, cookie))| {
-                live.get(cookie).is_some_and(|e| e.due_ns == *due_ns)
-            });
+            self.rebuild();
         }
+    }
+
+    /// Leaves one entry for each session. Sorting out what is not current would not do: a session
+    /// that was moved and moved back, as by a reload, has current entries twice, and the next
+    /// removal would find the heap as full again.
+    fn rebuild(&mut self) {
+        let mut entries = std::mem::take(&mut self.heap).into_vec();
+        entries.clear();
+        let live = self.live.iter();
+        entries.extend(live.map(|(cookie, entry)| Reverse((entry.due_ns, *cookie))));
+        self.heap = entries.into();
     }
 }
 
@@ -309,6 +317,20 @@ mod tests {
         }
         assert!(s.is_empty());
         assert!(s.heap.len() <= 1024);
+    }
+
+    #[test]
+    fn a_session_that_is_moved_away_and_back_has_one_entry_after_the_rebuilding() {
+        let mut s = Schedule::new();
+        for cookie in 0..100 {
+            s.insert(cookie, group(1), 1_000 + cookie);
+            s.insert(cookie, group(1), u64::MAX);
+            s.rearm(cookie, 1_000 + cookie);
+        }
+        s.rebuild();
+        assert_eq!(s.heap.len(), 100);
+        assert_eq!(s.take_due(1_000), Some(0));
+        assert_eq!(s.take_due(1_000), None);
     }
 
     proptest! {

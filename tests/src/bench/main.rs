@@ -8,6 +8,7 @@ mod bpf;
 mod crowd;
 mod exact;
 mod idle;
+mod machine;
 mod party;
 mod per_packet;
 mod process;
@@ -23,7 +24,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 use session_enforcer_tests::{Interrupted, Stop};
 
-use crate::report::{Row, Section};
+use crate::{
+    machine::Machine,
+    report::{Row, Section},
+};
 
 /// A benchmark: name, what it measures, how.
 struct Benchmark {
@@ -177,13 +181,15 @@ fn perform(args: &Args) -> Result<()> {
         cpu: process::pinned_cpu()?,
         stop: Stop::listen()?,
     };
+    let machine = Machine::find()?;
+    println!("{}\n", machine.sentence());
     let mut sections = Vec::new();
     for benchmark in chosen {
         let section = measure(benchmark, &bench)?;
         println!("{}", section.table());
         sections.push(section);
     }
-    write_json(args, &sections)?;
+    write_json(args, &machine, &sections)?;
     let failed = sections.iter().filter(|section| section.rows.is_err());
     let failed: Vec<_> = failed.map(|section| section.name).collect();
     if !failed.is_empty() {
@@ -209,13 +215,14 @@ fn measure(benchmark: &'static Benchmark, bench: &Bench) -> Result<Section> {
     })
 }
 
-fn write_json(args: &Args, sections: &[Section]) -> Result<()> {
+fn write_json(args: &Args, machine: &Machine, sections: &[Section]) -> Result<()> {
     let Some(path) = &args.json else {
         return Ok(());
     };
     let sections: Vec<_> = sections.iter().map(Section::json).collect();
     let text = serde_json::to_string_pretty(&json!({
         "quick": args.quick,
+        "machine": machine.json(),
         "benchmarks": sections,
     }))?;
     fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;

@@ -9,6 +9,7 @@ use nix::{
         resource::{UsageWho, getrusage},
         time::TimeVal,
     },
+    time::{clock_getcpuclockid, clock_gettime},
     unistd::Pid,
 };
 
@@ -21,17 +22,10 @@ pub(crate) fn pinned_cpu() -> Result<usize> {
     cpus.find(is_allowed).context("a processor that is allowed")
 }
 
-/// Time that the process's threads have run, to the nanosecond; those that have ended do not count.
+/// Time that the process has run, with threads that have ended, to the nanosecond.
 pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
-    let mut total = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end meanwhile.
-        if let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) {
-            let first = text.split(' ').next().context("time in schedstat")?;
-            total += first.parse::<u64>()?;
-        }
-    }
-    Ok(Duration::from_nanos(total))
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))?;
+    Ok(clock_gettime(clock)?.into())
 }
 
 /// Time that the children of this process that have ended have run, with theirs.

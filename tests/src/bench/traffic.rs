@@ -52,7 +52,7 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
 pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
     let mebibytes = bench.pick(256, 1_024);
     let compared = Compared {
-        rounds: bench.pick(7, 21),
+        rounds: bench.pick(5, 15),
         unit: "GB/s",
         budget: None,
         prepare: open_one,
