@@ -5,8 +5,10 @@ use std::{
     io,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
+use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::{
@@ -42,7 +44,10 @@ pub enum Found {
     /// A namespace could not be listed, or not to its end: this went wrong.
     Unlisted(String),
     /// There is no more.
-    End,
+    End {
+        /// How long the thread has used a processor.
+        used: Duration,
+    },
 }
 
 /// A survey that is under way.
@@ -91,7 +96,10 @@ impl Surveyor {
         } else {
             self.list_own();
         }
-        self.tell(Found::End);
+        // Without a reading it is as if it had cost nothing.
+        let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+        let used = used.map_or(Duration::ZERO, Duration::from);
+        self.tell(Found::End { used });
     }
 
     fn tell(&self, found: Found) {
@@ -152,10 +160,7 @@ impl Surveyor {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        net::{TcpListener, TcpStream},
-        time::Duration,
-    };
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
     use crate::cgroup;
@@ -173,7 +178,7 @@ mod tests {
                 tokio::time::timeout(Duration::from_secs(60), survey.next()).await
             });
             let found = next.unwrap().unwrap();
-            let is_end = matches!(found, Found::End);
+            let is_end = matches!(found, Found::End { .. });
             all.push(found);
             if is_end {
                 return all;

@@ -353,6 +353,7 @@ impl Enforcer {
                     reason,
                     deadline_ns,
                     reached_ns,
+                    doubts: 0,
                 }))
             }
         }
