@@ -243,8 +243,8 @@ impl Config {
             reconcile_interval: DEFAULT_RECONCILE_INTERVAL,
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),
+            users_at: vec![None; rules.len()],
             rules,
-            users_at: Vec::new(),
             warnings: Vec::new(),
         }
     }
