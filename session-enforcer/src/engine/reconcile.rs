@@ -421,8 +421,10 @@ mod tests {
 
     #[test]
     fn lost_events_are_made_up_for_soon_and_a_namespace_is_tried_again() {
-        let mut missed = Missed::default();
-        missed.events = true;
+        let mut missed = Missed {
+            events: true,
+            ..Missed::default()
+        };
         assert_eq!(missed.need(false), Need::Mend);
         let refused = missed.begin();
         missed.unreached = 1;
