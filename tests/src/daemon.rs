@@ -22,6 +22,7 @@ use tempfile::TempDir;
 use crate::{
     audit::Record,
     clock::eventually,
+    interpose::{Interposer, ask_about_calls},
     metrics::Metrics,
     pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
@@ -191,6 +192,25 @@ impl<'a> Launch<'a> {
     ///
     /// Where it ends or does not come so far in time, with its log.
     pub fn start_unready(&self) -> Result<Daemon> {
+        let mut daemon = self.spawn()?;
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon with something that decides about some of its system calls.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn start_interposed(self) -> Result<(Daemon, Interposer)> {
+        let mut daemon = self.prepared(ask_about_calls).spawn()?;
+        let interposer = Interposer::of(daemon.pid())?;
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        daemon.wait_for_trouble("not_adopted", false)?;
+        Ok((daemon, interposer))
+    }
+
+    fn spawn(&self) -> Result<Daemon> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
         let output = |name: &str| File::create(directory.path().join(name));
@@ -202,14 +222,12 @@ impl<'a> Launch<'a> {
             .spawn()
             .context("starting the daemon")?;
         let metrics = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut daemon = Daemon {
+        Ok(Daemon {
             child,
             directory,
             metrics,
             quiet: false,
-        };
-        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
-        Ok(daemon)
+        })
     }
 
     /// Starts the daemon, kills it after this time, wherever it is then, and returns its records of

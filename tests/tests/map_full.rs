@@ -4,7 +4,7 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Lab, Moment, Pair};
+use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -16,11 +16,13 @@ fn config(capacity: u32) -> String {
     )
 }
 
-fn open_many(lab: &Lab, count: usize) -> Result<Vec<Pair>> {
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    (0..count)
-        .map(|_| Pair::open(&lab.outside, &listener))
-        .collect()
+fn listen(lab: &Lab) -> Result<Listener> {
+    lab.inside.listen((Ipv4Addr::LOCALHOST, 0))
+}
+
+fn open_many(lab: &Lab, listener: &Listener, count: usize) -> Result<Vec<Pair>> {
+    let open = |_| Pair::open(&lab.outside, listener);
+    (0..count).map(open).collect()
 }
 
 /// Of twenty sessions twelve do not fit, which is said. The others are reset, which makes room, and
@@ -59,7 +61,8 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 fn sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&config(8))?;
-    let pairs = open_many(&lab, 20)?;
+    let listener = listen(&lab)?;
+    let pairs = open_many(&lab, &listener, 20)?;
     assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 8.0);
     assert_eq!(daemon.metric("session_enforcer_map_capacity", &[])?, 8.0);
     assert_all_twenty_are_reset(&daemon, &pairs)
@@ -68,14 +71,15 @@ fn sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -
 #[test]
 fn older_sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let pairs = open_many(&lab, 20)?;
+    let listener = listen(&lab)?;
+    let pairs = open_many(&lab, &listener, 20)?;
     let daemon = lab.launch().config(&config(8)).start_unready()?;
     assert_all_twenty_are_reset(&daemon, &pairs)
 }
 
 /// How a session goes on that was picked up: by what passed while nobody stamped its packets.
-fn picked_up_while_busy(lab: &Lab, daemon: &Daemon) -> Result<(Pair, Moment)> {
-    let mut pairs = open_many(lab, 2)?.into_iter();
+fn picked_up_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result<(Pair, Moment)> {
+    let mut pairs = open_many(lab, listener, 2)?.into_iter();
     let [Some(tracked), Some(refused)] = [pairs.next(), pairs.next()] else {
         anyhow::bail!("two connections were opened");
     };
@@ -90,7 +94,8 @@ fn picked_up_while_busy(lab: &Lab, daemon: &Daemon) -> Result<(Pair, Moment)> {
 fn a_session_that_is_picked_up_while_it_is_busy_is_not_cut_early() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&config(1))?;
-    let (pair, last) = picked_up_while_busy(&lab, &daemon)?;
+    let listener = listen(&lab)?;
+    let (pair, last) = picked_up_while_busy(&lab, &daemon, &listener)?;
     daemon.wait_for_trouble("untracked", false)?;
     for end in pair.ends()? {
         end.assert_not_early(&last, LIMIT);

@@ -1,9 +1,14 @@
 //! How the daemon ends, and what signals make it do.
 
-use std::{fs, net::Ipv4Addr, time::Duration};
+use std::{
+    fs, net::Ipv4Addr, os::unix::process::CommandExt as _, process::Command, time::Duration,
+};
 
 use anyhow::Result;
-use nix::{errno::Errno, sys::signal::Signal};
+use nix::{
+    errno::Errno,
+    sys::signal::{SigSet, Signal, raise},
+};
 use session_enforcer_tests::{Lab, PATIENCE, PROGRAMS, Pair, eventually};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -60,6 +65,29 @@ fn a_parent_that_blocks_signals_does_not_keep_the_daemon_from_stopping() -> Resu
     let lab = Lab::new(AGENT)?;
     let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     let mut daemon = lab.launch().config(RULE).blocked(&blocked).start()?;
+    daemon.stop()
+}
+
+/// Has a hangup wait for the command's process, which it would end.
+fn hung_up(command: &mut Command) {
+    let hang_up = || {
+        let mut hangup = SigSet::empty();
+        hangup.add(Signal::SIGHUP);
+        hangup.thread_block()?;
+        raise(Signal::SIGHUP)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(hang_up) };
+}
+
+#[test]
+fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let mut daemon = lab.launch().config(RULE).prepared(hung_up).start()?;
+    eventually("the reload", PATIENCE, || {
+        Ok(daemon.log().contains("rule(s) in force").then_some(()))
+    })?;
     daemon.stop()
 }
 

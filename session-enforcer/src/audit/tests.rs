@@ -155,6 +155,30 @@ fn what_is_not_known_of_the_owner_is_left_out() {
 }
 
 #[test]
+fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
+    const YEAR: i128 = 365 * 86_400 * 1_000_000_000;
+    let (session, noon) = (session(), 1_767_268_800_000_000_000);
+    let record = |realtime_ns| -> serde_json::Value {
+        let clock = WallClock::at(realtime_ns, 901_004_000_000);
+        serde_json::from_str(&record::termination(&termination(&session), &clock)).unwrap()
+    };
+    let [before, after] = [record(noon), record(noon - YEAR)];
+    let own = |record: &serde_json::Value, key: &str| record["session_enforcer"][key].clone();
+    assert_eq!(before["event"], after["event"]);
+    for key in ["limit_seconds", "idle_seconds", "lateness_seconds"] {
+        assert_eq!(own(&before, key), own(&after, key));
+    }
+    let year_before = |time: serde_json::Value| time.as_str().unwrap().replace("2026-", "2025-");
+    for key in ["established", "last_activity", "deadline"] {
+        assert_eq!(year_before(own(&before, key)), own(&after, key));
+    }
+    assert_eq!(
+        year_before(before["@timestamp"].clone()),
+        after["@timestamp"]
+    );
+}
+
+#[test]
 fn a_reset_before_its_deadline_would_show() {
     let session = session();
     let early = Termination {

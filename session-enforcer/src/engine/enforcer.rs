@@ -352,6 +352,7 @@ impl Enforcer {
                     reason,
                     deadline_ns,
                     reached_ns,
+                    doubts: 0,
                 }))
             }
         }

@@ -5,8 +5,9 @@ use std::time::Duration;
 /// The least time between two comparisons, in nanoseconds.
 const MIN_PAUSE_NS: u64 = 1_000_000_000;
 
-/// How many times as long as a comparison takes there is none after it.
-const REST: u64 = 20;
+/// How many times as long as a comparison uses a processor there is none after it, however much is to
+/// be mended: so it is a twentieth of one at most.
+const REST: u32 = 20;
 
 /// Why there is to be a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +43,14 @@ impl Pace {
 
     /// Sets the time after which there is a comparison where nothing is known to be wrong.
     pub(super) fn set_interval(&mut self, interval: Duration) {
-        self.interval_ns = u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX);
+        self.interval_ns = nanoseconds(interval);
     }
 
-    /// Notes the end of a comparison, and whether it has mended everything.
-    pub(super) fn ended(&mut self, begun_ns: u64, now_ns: u64, all_mended: bool) {
+    /// Notes the end of a comparison, how long it has used a processor, and whether it has mended
+    /// everything.
+    pub(super) fn ended(&mut self, now_ns: u64, used: Duration, all_mended: bool) {
         self.ended_ns = now_ns;
-        self.pause_ns = (now_ns.saturating_sub(begun_ns) * REST).max(MIN_PAUSE_NS);
+        self.pause_ns = nanoseconds(used * REST).max(MIN_PAUSE_NS);
         self.in_vain = if all_mended {
             0
         } else {
@@ -72,6 +74,10 @@ impl Pace {
     }
 }
 
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,7 +94,7 @@ mod tests {
     fn where_nothing_is_wrong_the_interval_passes() {
         let mut pace = pace();
         assert_eq!(pace.next_ns(Need::Routine), 700 * S);
-        pace.ended(700 * S, 701 * S, true);
+        pace.ended(701 * S, Duration::from_millis(5), true);
         assert_eq!(pace.next_ns(Need::Routine), 1_301 * S);
     }
 
@@ -96,9 +102,9 @@ mod tests {
     fn what_is_wrong_is_mended_soon_and_a_long_comparison_is_followed_by_a_long_rest() {
         let mut pace = pace();
         assert_eq!(pace.next_ns(Need::Mend), 101 * S);
-        pace.ended(101 * S, 101 * S + 1, true);
-        assert_eq!(pace.next_ns(Need::Mend), 102 * S + 1);
-        pace.ended(103 * S, 105 * S, true);
+        pace.ended(101 * S, Duration::from_millis(50), true);
+        assert_eq!(pace.next_ns(Need::Mend), 102 * S);
+        pace.ended(105 * S, Duration::from_secs(2), true);
         assert_eq!(pace.next_ns(Need::Mend), 145 * S);
     }
 
@@ -108,7 +114,7 @@ mod tests {
         let mut waits = Vec::new();
         let mut now_ns = 100 * S;
         for _ in 0..100 {
-            pace.ended(now_ns, now_ns, false);
+            pace.ended(now_ns, Duration::ZERO, false);
             let next_ns = pace.next_ns(Need::TryAgain);
             waits.push((next_ns - now_ns) / S);
             now_ns = next_ns;
@@ -117,7 +123,7 @@ mod tests {
         assert_eq!(waits[99], 600);
         // Once there is room, it is mended at once.
         assert_eq!(pace.next_ns(Need::Mend), pace.ended_ns + S);
-        pace.ended(now_ns, now_ns, true);
+        pace.ended(now_ns, Duration::ZERO, true);
         assert_eq!(pace.next_ns(Need::TryAgain), now_ns + S);
     }
 
@@ -125,7 +131,7 @@ mod tests {
     fn a_short_interval_does_not_shorten_the_rest() {
         let mut pace = pace();
         pace.set_interval(Duration::from_secs(1));
-        pace.ended(0, S, false);
+        pace.ended(S, Duration::from_secs(1), false);
         assert_eq!(pace.next_ns(Need::TryAgain), 21 * S);
     }
 }

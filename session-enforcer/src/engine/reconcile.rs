@@ -5,7 +5,10 @@
 //! A [`survey`](crate::survey) lists the sockets on a thread of its own. What it found is taken in
 //! here bit by bit, so that no session waits for its deadline meanwhile.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use anyhow::Result;
 use session_enforcer_common::{ErrorKind, Session};
@@ -36,7 +39,6 @@ const REFUSALS: [ErrorKind; 4] = [
 
 /// A comparison that is under way.
 pub(super) struct Comparison {
-    begun_ns: u64,
     /// Sessions that the kernel programs had refused when it began.
     refused: u64,
     adopting: Adopting,
@@ -49,7 +51,6 @@ pub(super) struct Comparison {
     /// Sessions whose sockets a whole list does not have.
     missing: Vec<u64>,
     is_full: bool,
-    has_ended: bool,
 }
 
 /// What the daemon knows to have missed, and what became of it.
@@ -84,6 +85,17 @@ impl Missed {
         self.dealt_with = refused;
     }
 
+    /// Why there is to be a comparison, where the session map has room for another session or not.
+    fn need(&self, has_room: bool) -> Need {
+        if self.events || self.sessions() && has_room {
+            Need::Mend
+        } else if self.sessions() || self.unreached > 0 {
+            Need::TryAgain
+        } else {
+            Need::Routine
+        }
+    }
+
     fn is_nothing_left(&self) -> bool {
         self.left_out == 0 && self.unreached == 0
     }
@@ -95,19 +107,12 @@ impl Enforcer {
     pub fn next_comparison_ns(&self) -> Option<u64> {
         match self.comparison {
             Some(_) => None,
-            None => Some(self.pace.next_ns(self.need())),
+            None => Some(self.pace.next_ns(self.missed.need(self.has_room()))),
         }
     }
 
-    fn need(&self) -> Need {
-        let has_room = self.schedule.len() < self.capacity;
-        if self.missed.events || self.missed.sessions() && has_room {
-            Need::Mend
-        } else if self.missed.sessions() || self.missed.unreached > 0 {
-            Need::TryAgain
-        } else {
-            Need::Routine
-        }
+    fn has_room(&self) -> bool {
+        self.schedule.len() < self.capacity
     }
 
     /// Notes what the kernel programs could not track.
@@ -127,7 +132,7 @@ impl Enforcer {
 
     pub(super) fn note_missed(&mut self) {
         let is_settled = self.comparison.is_none();
-        let untracked = match (self.missed.sessions(), self.schedule.len() < self.capacity) {
+        let untracked = match (self.missed.sessions(), self.has_room()) {
             (false, _) => None,
             (true, true) => Some(
                 "sessions that a rule matches were refused by the session map and are not tracked; \
@@ -179,7 +184,6 @@ impl Enforcer {
             unseen.entry(group.netns_cookie).or_default().insert(cookie);
         }
         self.comparison = Some(Comparison {
-            begun_ns: monotonic_ns(),
             refused: self.missed.begin(),
             adopting: self.adopting(Scope::Only(HashSet::new())),
             unseen,
@@ -187,7 +191,6 @@ impl Enforcer {
             listeners: Listeners::default(),
             missing: Vec::new(),
             is_full: false,
-            has_ended: false,
         });
     }
 
@@ -233,13 +236,12 @@ impl Enforcer {
                 self.close_if_unused(comparison.netns_cookie);
             }
             Found::Unlisted(error) => self.unlisted(&error),
-            Found::End => comparison.has_ended = true,
+            Found::End { used } => {
+                self.end_comparison(&comparison, used);
+                return Ok(());
+            }
         }
-        if comparison.has_ended {
-            self.end_comparison(&comparison);
-        } else {
-            self.comparison = Some(comparison);
-        }
+        self.comparison = Some(comparison);
         Ok(())
     }
 
@@ -247,8 +249,8 @@ impl Enforcer {
     pub fn break_off_comparison(&mut self, error: &str) {
         self.unlisted(error);
         match self.comparison.take() {
-            Some(comparison) => self.end_comparison(&comparison),
-            None => self.pace.ended(0, monotonic_ns(), false),
+            Some(comparison) => self.end_comparison(&comparison, Duration::ZERO),
+            None => self.pace.ended(monotonic_ns(), Duration::ZERO, false),
         }
     }
 
@@ -257,11 +259,10 @@ impl Enforcer {
         tracing::warn!("sockets cannot be compared with the sessions: {error}");
     }
 
-    fn end_comparison(&mut self, comparison: &Comparison) {
+    fn end_comparison(&mut self, comparison: &Comparison, used: Duration) {
         self.missed.end(comparison.refused);
         let all_mended = self.missed.is_nothing_left();
-        let now_ns = monotonic_ns();
-        self.pace.ended(comparison.begun_ns, now_ns, all_mended);
+        self.pace.ended(monotonic_ns(), used, all_mended);
         self.note_missed();
     }
 
@@ -375,5 +376,60 @@ impl Enforcer {
         let due_ns = policy.first_deadline_ns(session.established_ns);
         self.add(cookie, group_of(session), due_ns);
         self.metrics.adopted(usize::from(session.rule));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever the kernel says, it counts as one of these.
+    #[test]
+    fn each_cause_for_which_a_session_is_not_tracked_is_a_refusal() {
+        let named = REFUSALS.map(ErrorKind::name);
+        assert_eq!(named, ["map_full", "no_memory", "busy", "insert_failed"]);
+    }
+
+    #[test]
+    fn a_session_that_was_refused_with_room_in_the_map_is_looked_for_soon() {
+        let mut missed = Missed::default();
+        assert_eq!(missed.need(true), Need::Routine);
+        // EBUSY or ENOMEM: there is room.
+        missed.refused = 1;
+        assert_eq!(missed.need(true), Need::Mend);
+        assert_eq!(missed.need(false), Need::TryAgain);
+        let refused = missed.begin();
+        // Another one, while the comparison is under way, may have come too late for it.
+        missed.refused = 2;
+        missed.end(refused);
+        assert_eq!(missed.need(true), Need::Mend);
+        let refused = missed.begin();
+        missed.end(refused);
+        assert_eq!(missed.need(true), Need::Routine);
+    }
+
+    #[test]
+    fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
+        let mut missed = Missed::default();
+        let refused = missed.begin();
+        missed.left_out = 3;
+        missed.end(refused);
+        assert!(!missed.is_nothing_left());
+        assert_eq!(missed.need(false), Need::TryAgain);
+        assert_eq!(missed.need(true), Need::Mend);
+    }
+
+    #[test]
+    fn lost_events_are_made_up_for_soon_and_a_namespace_is_tried_again() {
+        let mut missed = Missed {
+            events: true,
+            ..Missed::default()
+        };
+        assert_eq!(missed.need(false), Need::Mend);
+        let refused = missed.begin();
+        missed.unreached = 1;
+        missed.end(refused);
+        assert!(!missed.is_nothing_left());
+        assert_eq!(missed.need(true), Need::TryAgain);
     }
 }
