@@ -14,7 +14,6 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -29,13 +28,10 @@ use nix::{
     unistd::{Uid, setresuid},
 };
 
-use crate::{cgroup::Cgroup, netns::Netns, process::die_with_parent};
+use crate::{cgroup::Cgroup, netns::Netns, pace::patience, process::die_with_parent};
 
 /// A request is the three arguments of socket(2); an answer is an error number or 0 with a socket.
 const REQUEST: usize = 12;
-
-/// How long an agent may take to answer on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where sockets are made. The default is where the test itself is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -142,7 +138,7 @@ impl Agent {
     /// Where it cannot be started. What it says later is on the test's standard error.
     pub fn start(binary: &Path, place: &Place) -> Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
-        control.set_read_timeout(Some(PATIENCE))?;
+        control.set_read_timeout(Some(patience()))?;
         let child = place
             .agent_command(binary, "serve")
             .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -19,6 +19,7 @@ mod metrics;
 mod names;
 mod netns;
 mod options;
+mod pace;
 mod pins;
 mod process;
 mod random;
@@ -39,8 +40,9 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
+pub use pace::{late_ticks, patience, scaled};
 pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
-pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};
+pub use tcp::{End, Listener, Pair, dial, ends_of};

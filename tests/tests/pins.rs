@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Daemon, Finished, Lab, Moment, PATIENCE, PROGRAMS, Pair, daemon_command, plant_map, run_to_end,
+    Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, patience, plant_map, run_to_end,
     without_bpffs,
 };
 
@@ -35,7 +35,7 @@ fn assert_reset_for(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> 
 fn detach(directory: &Path) -> Result<Finished> {
     let mut command = daemon_command()?;
     command.args(["detach", "--pin-dir"]).arg(directory);
-    run_to_end(command, PATIENCE)
+    run_to_end(command, patience())
 }
 
 /// The only set of pins.
@@ -119,7 +119,7 @@ fn detach_takes_the_directory_from_the_configuration() -> Result<()> {
         fs::write(&path, format!("[daemon]\npin_dir = \"{pin_dir}\"\n{IDLE}"))?;
         let mut command = daemon_command()?;
         command.args(["detach", "--config"]).arg(&path);
-        run_to_end(command, PATIENCE)
+        run_to_end(command, patience())
     };
     let none = detach("")?;
     assert_eq!(none.code, 0, "{}", none.stderr);
