@@ -80,6 +80,7 @@ impl Place {
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.agent_command(agent, "exec");
         command.arg("--").arg(program);
+        die_with_parent(&mut command);
         command
     }
 
@@ -94,7 +95,6 @@ impl Place {
         if let Some(uid) = self.uid {
             command.arg("--uid").arg(uid.to_string());
         }
-        die_with_parent(&mut command);
         command
     }
 }
@@ -137,13 +137,21 @@ impl Agent {
     ///
     /// Where it cannot be started. What it says later is on the test's standard error.
     pub fn start(binary: &Path, place: &Place) -> Result<Self> {
+        Self::start_with(place.agent_command(binary, "serve"))
+    }
+
+    /// Starts the agent by a command that leads to its binary, with the argument `serve`.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn start_with(mut command: Command) -> Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
         control.set_read_timeout(Some(patience()))?;
-        let child = place
-            .agent_command(binary, "serve")
+        let child = die_with_parent(&mut command)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .with_context(|| format!("starting {}", binary.display()))?;
+            .with_context(|| format!("starting {command:?}"))?;
         let agent = Self { child, control };
         // Its first answer shows that it is where it should be.
         agent.socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;

@@ -4,6 +4,7 @@
 //! every service and every test program is there at once. What it writes comes back through a
 //! folder of its own.
 
+mod debugger;
 mod guest;
 mod initramfs;
 mod kernels;
@@ -22,7 +23,7 @@ use anyhow::{Context as _, Result, bail};
 
 use self::kernels::{Kernel, MATRIX};
 use self::machine::{Accelerator, Machine};
-use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, outcomes};
+use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes};
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
 use crate::build::{Profile, daemon};
@@ -222,28 +223,77 @@ impl Job<'_> {
             ("SESSION_ENFORCER_SLOWER", SLOWER),
         ];
         let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
-        let programs = |of_host: bool| {
-            let of = self
-                .chosen
-                .iter()
-                .filter(move |(built, _)| (built.name == HOST) == of_host);
-            of.map(|(built, words)| built.program(words, false))
-                .collect()
-        };
-        let boots = [(false, true), (true, false)].map(|(of_host, bpffs)| Boot {
-            hierarchy: Hierarchy::Unified,
-            bpffs,
-            at_once: AT_ONCE,
-            programs: programs(of_host),
-        });
         Ok(Plan {
             modules: kernel.modules(),
             environment: variables.into_iter().map(own).collect(),
-            boots: boots
-                .into_iter()
-                .filter(|boot| !boot.programs.is_empty())
-                .collect(),
+            boots: self.boots(),
         })
+    }
+
+    /// The suite on a system as systemd leaves it, then the tests of whole hosts.
+    fn boots(&self) -> Vec<Boot> {
+        let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
+        let suite = suite.map(|(built, words)| built.program(words)).collect();
+        let mut boots = vec![Boot {
+            hierarchy: Hierarchy::Unified,
+            bpffs: true,
+            sock_destroy: true,
+            at_once: AT_ONCE,
+            programs: suite,
+        }];
+        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
+            let boot = |stage: &Stage| Boot {
+                hierarchy: stage.hierarchy,
+                bpffs: false,
+                sock_destroy: stage.sock_destroy,
+                at_once: 1,
+                programs: stage.programs(host, words),
+            };
+            boots.extend(STAGES.iter().map(boot));
+        }
+        boots.retain(|boot| !boot.programs.is_empty());
+        boots
+    }
+}
+
+/// A start of the machine for tests of whole hosts, and those of their modules that it is for.
+struct Stage {
+    modules: &'static [&'static str],
+    hierarchy: Hierarchy,
+    sock_destroy: bool,
+}
+
+/// In this order. On none of them is bpffs mounted: the daemon's doing is part of the test.
+const STAGES: [Stage; 4] = [
+    Stage {
+        modules: &["hybrid"],
+        hierarchy: Hierarchy::Hybrid,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["unified", "before_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["after_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["without_destroy"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: false,
+    },
+];
+
+impl Stage {
+    /// Its modules' tests; of those, where words name modules, the named ones.
+    fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
+        let is_asked_for =
+            |module: &&&str| words.is_empty() || words.iter().any(|word| word == **module);
+        let modules = self.modules.iter().filter(is_asked_for);
+        modules.map(|module| host.part(module)).collect()
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use session_enforcer_tests::die_with_parent;
 
+use super::debugger;
 use super::kernels::Kernel;
 use super::plan::MARK;
 use crate::packages::VIRTIOFSD;
@@ -108,6 +109,7 @@ impl Machine<'_> {
                 bail!("not finished after {limit:?}; {}", self.last_words());
             }
             watch();
+            debugger::serve(self.shared, &self.socket("debugger"));
             thread::sleep(LOOK);
         };
         watch();
@@ -151,6 +153,11 @@ impl Machine<'_> {
             .arg(self.initramfs)
             .arg("-append")
             .arg(format!("console=ttyS0 quiet panic=10 {MARK}"))
+            .arg("-gdb")
+            .arg(format!(
+                "unix:{},server=on,wait=off",
+                self.socket("debugger").display()
+            ))
             .arg("-serial")
             .arg(format!("file:{}", self.console().display()));
         for name in ["root", "own"] {
