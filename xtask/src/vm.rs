@@ -35,12 +35,12 @@ use crate::workspace::Workspace;
 
 pub(crate) use self::guest::guest;
 
-/// How much slower a machine without KVM is, and what the harness of the tests multiplies its
-/// patience with.
-const SLOWER: &str = "10";
-
-/// Runs at the same time within a machine: they wait for deadlines most of the time.
-const AT_ONCE: usize = 2;
+/// What `--ci` runs, and on which kernels: the oldest and the newest, each way in which the daemon
+/// meets the kernel once, and whole hosts.
+const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
+const CI_TESTS: [&str; 7] = [
+    "verifier", "idle", "gate", "families", "mptcp", "restart", HOST,
+];
 
 /// What `vm` is asked for.
 #[derive(clap::Args)]
@@ -52,6 +52,9 @@ pub(crate) struct Args {
     /// Names the kernels of the matrix.
     #[arg(long)]
     list: bool,
+    /// A choice of the tests on the oldest and the newest kernel, both at the same time.
+    #[arg(long, conflicts_with_all = ["kernel", "tests", "machines"])]
+    ci: bool,
     /// Fetches the newest kernels, also where there are some.
     #[arg(long)]
     update: bool,
@@ -67,9 +70,25 @@ pub(crate) struct Args {
     /// Never install anything: fail and name what is missing.
     #[arg(long)]
     no_install: bool,
-    /// Test programs, or PROGRAM::PART for the tests whose names contain the part. Without any, all.
+    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part. Without any, all.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
+}
+
+impl Args {
+    /// The kernels, the tests, and how many machines run at the same time.
+    fn choice(&self) -> (Vec<String>, Vec<String>, usize) {
+        let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        if self.ci {
+            return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
+        }
+        let kernels = if self.kernel.is_empty() {
+            owned(&MATRIX.map(|wanted| wanted.name))
+        } else {
+            self.kernel.clone()
+        };
+        (kernels, self.tests.clone(), self.machines.into())
+    }
 }
 
 /// Runs the tests on each kernel, then fails if one failed on a kernel that is supported.
@@ -85,11 +104,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     packages::ensure(missing)?;
     packages::ensure_of(&VIRTUAL_MACHINES, missing)?;
     setup(workspace)?;
-    let names = if args.kernel.is_empty() {
-        MATRIX.iter().map(|wanted| wanted.name.to_owned()).collect()
-    } else {
-        args.kernel.clone()
-    };
+    let (names, tests, machines) = args.choice();
     let kernels = names
         .iter()
         .map(|name| kernels::kernel(workspace, name, args.update))
@@ -100,8 +115,9 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let job = Job {
         accelerator,
         daemon: daemon(workspace, Profile::Release)?,
-        chosen: programs::chosen(&programs::build(workspace)?, &args.tests)?,
+        chosen: programs::chosen(&programs::build(workspace)?, &tests)?,
         folder: workspace.target().join("vm"),
+        machines,
         args,
     };
     let all = job.run_all(&kernels)?;
@@ -129,6 +145,7 @@ struct Job<'a> {
     accelerator: Accelerator,
     daemon: PathBuf,
     chosen: Vec<(Built, Vec<String>)>,
+    machines: usize,
     folder: PathBuf,
     args: &'a Args,
 }
@@ -137,7 +154,7 @@ impl Job<'_> {
     /// All kernels, some at a time, in the order given.
     fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
         let mut all = Vec::new();
-        for some in kernels.chunks(self.args.machines.into()) {
+        for some in kernels.chunks(self.machines) {
             thread::scope(|scope| -> Result<()> {
                 let threads: Vec<_> = some
                     .iter()
@@ -220,12 +237,13 @@ impl Job<'_> {
             ("HOME", "/root"),
             ("LANG", "C.UTF-8"),
             ("RUST_BACKTRACE", "1"),
-            ("SESSION_ENFORCER_SLOWER", SLOWER),
         ];
+        let slower = self.accelerator.slower();
+        let slower = slower.map(|factor| ("SESSION_ENFORCER_SLOWER", factor));
         let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
         Ok(Plan {
             modules: kernel.modules(),
-            environment: variables.into_iter().map(own).collect(),
+            environment: variables.into_iter().chain(slower).map(own).collect(),
             boots: self.boots(),
         })
     }
@@ -238,7 +256,7 @@ impl Job<'_> {
             hierarchy: Hierarchy::Unified,
             bpffs: true,
             sock_destroy: true,
-            at_once: AT_ONCE,
+            at_once: self.accelerator.programs_at_once(),
             programs: suite,
         }];
         if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {

@@ -59,6 +59,23 @@ impl Accelerator {
         Ok(Self::Emulation)
     }
 
+    /// How many times slower its machines are, for the patience of the tests.
+    pub(super) fn slower(self) -> Option<&'static str> {
+        match self {
+            Self::Kvm => None,
+            Self::Emulation => Some("10"),
+        }
+    }
+
+    /// How many test programs run at the same time: they wait for deadlines most of the time, but
+    /// under emulation the start of each daemon keeps a processor busy for seconds.
+    pub(super) fn programs_at_once(self) -> usize {
+        match self {
+            Self::Kvm => 2,
+            Self::Emulation => 1,
+        }
+    }
+
     /// QEMU, without any device.
     fn command(self) -> Result<Command> {
         let program = find_program("qemu-system-x86_64", &[]).context("there is no QEMU")?;
