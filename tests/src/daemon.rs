@@ -24,9 +24,10 @@ use crate::{
     clock::eventually,
     interpose::{Interposer, ask_about_calls},
     metrics::Metrics,
+    pace::patience,
     pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
-    tcp::{PATIENCE, Pair},
+    tcp::Pair,
 };
 
 /// Names the daemon's binary; `cargo xtask test` sets it.
@@ -263,7 +264,7 @@ impl<'a> Launch<'a> {
     /// Where it runs.
     pub fn refused(&self) -> Result<Finished> {
         let directory = tempfile::tempdir()?;
-        run_to_end(self.command(directory.path())?, PATIENCE)
+        run_to_end(self.command(directory.path())?, patience())
     }
 }
 
@@ -290,7 +291,7 @@ impl Daemon {
         what: &str,
         look: impl Fn(&Self) -> Result<Option<T>>,
     ) -> Result<T> {
-        let found = eventually(what, PATIENCE, || {
+        let found = eventually(what, patience(), || {
             if let Some(status) = self.child.try_wait()? {
                 bail!("the daemon has ended: {status}");
             }
@@ -314,7 +315,7 @@ impl Daemon {
     ///
     /// Where it says neither in time.
     pub fn reload(&self, config: &str) -> Result<String> {
-        self.reload_within(config, PATIENCE)
+        self.reload_within(config, patience())
     }
 
     /// The same with another bound, for very many sessions.
@@ -384,7 +385,7 @@ impl Daemon {
     ///
     /// Where they do not come.
     pub fn wait_for_terminations(&self, count: usize) -> Result<Vec<Record>> {
-        eventually("terminations in the audit", PATIENCE, || {
+        eventually("terminations in the audit", patience(), || {
             let records = self.terminations()?;
             Ok((records.len() >= count).then_some(records))
         })
@@ -411,7 +412,7 @@ impl Daemon {
     ///
     /// Where there is none or are several.
     pub fn wait_for_termination_of(&self, pair: &Pair) -> Result<Record> {
-        let mut records = eventually("a termination in the audit", PATIENCE, || {
+        let mut records = eventually("a termination in the audit", patience(), || {
             let records = self.terminations_of(pair)?;
             Ok((!records.is_empty()).then_some(records))
         })?;
@@ -461,7 +462,7 @@ impl Daemon {
     /// Where it does not come to it.
     pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
         let mut last = f64::NAN;
-        eventually("the value of a metric", PATIENCE, || {
+        eventually("the value of a metric", patience(), || {
             last = self.metric(name, labels)?;
             Ok((last == value).then_some(()))
         })
@@ -492,7 +493,7 @@ impl Daemon {
     ///
     /// Where that does not come.
     pub fn wait_for_trouble(&self, cause: &str, wanted: bool) -> Result<()> {
-        eventually("a trouble to begin or end", PATIENCE, || {
+        eventually("a trouble to begin or end", patience(), || {
             Ok((self.is_degraded(cause)? == wanted).then_some(()))
         })
         .with_context(|| format!("{cause}: not {wanted}"))
@@ -505,7 +506,7 @@ impl Daemon {
     /// Where it does not answer.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = TcpStream::connect(self.metrics).context("connecting to the daemon")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience()))?;
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -543,7 +544,7 @@ impl Daemon {
     /// Where it has gone.
     pub fn freeze(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
-        eventually("the daemon stands still", PATIENCE, || {
+        eventually("the daemon stands still", patience(), || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
             // Behind the name, which may have any character.
             let state = stat
@@ -568,7 +569,9 @@ impl Daemon {
     ///
     /// Where it runs on.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        eventually("the daemon ends", PATIENCE, || Ok(self.child.try_wait()?))
+        eventually("the daemon ends", patience(), || {
+            Ok(self.child.try_wait()?)
+        })
     }
 
     /// Kills it, as a crash would.

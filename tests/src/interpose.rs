@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, bail};
 use libc::{c_int, seccomp_notif, seccomp_notif_resp, sock_filter};
 use nix::errno::Errno;
 
-use crate::{clock::eventually, tcp::PATIENCE};
+use crate::{clock::eventually, pace::patience};
 
 /// The descriptor of the questions in the daemon, out of the way of its own.
 const QUESTIONS: RawFd = 900;
@@ -192,7 +192,7 @@ impl Interposer {
     ///
     /// Where none comes.
     pub fn wait_for(&self, call: Call, count: u32) -> Result<()> {
-        eventually("a system call of the daemon", PATIENCE, || {
+        eventually("a system call of the daemon", patience(), || {
             let met = self.shared.lock().met[call as usize];
             Ok((met >= count).then_some(()))
         })

@@ -21,6 +21,7 @@ pub mod model;
 mod names;
 mod netns;
 mod options;
+mod pace;
 mod pins;
 mod process;
 mod programs;
@@ -44,6 +45,7 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
+pub use pace::{late_ticks, patience, scaled};
 pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{
     Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,
@@ -52,4 +54,4 @@ pub use programs::{OtherProgram, detach_by_force, overwrite_callback_flags};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use stop::{Interrupted, Stop};
-pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};
+pub use tcp::{End, Listener, Pair, dial, ends_of};

@@ -9,7 +9,7 @@ use nix::{
     errno::Errno,
     sys::signal::{SigSet, Signal, raise},
 };
-use session_enforcer_tests::{Lab, PATIENCE, PROGRAMS, Pair, eventually};
+use session_enforcer_tests::{Lab, PROGRAMS, Pair, eventually, patience};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -85,7 +85,7 @@ fn hung_up(command: &mut Command) {
 fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let mut daemon = lab.launch().config(RULE).prepared(hung_up).start()?;
-    eventually("the reload", PATIENCE, || {
+    eventually("the reload", patience(), || {
         Ok(daemon.log().contains("rule(s) in force").then_some(()))
     })?;
     daemon.stop()
@@ -99,7 +99,7 @@ fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
-    eventually("the programs are gone", PATIENCE, || {
+    eventually("the programs are gone", patience(), || {
         Ok((lab.cgroup.attached_programs()? == 0).then_some(()))
     })?;
     pair.opened.wait(2 * LIMIT);
@@ -136,7 +136,7 @@ fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
     fs::rename(daemon.audit_path(), &renamed)?;
     let kept = fs::read(&renamed)?;
     daemon.signal(Signal::SIGHUP)?;
-    eventually("a new audit file", PATIENCE, || {
+    eventually("a new audit file", patience(), || {
         Ok(daemon.audit_path().exists().then_some(()))
     })?;
     let after = Pair::open(&lab.outside, &listener)?;

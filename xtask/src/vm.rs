@@ -4,6 +4,7 @@
 //! every service and every test program is there at once. What it writes comes back through a
 //! folder of its own.
 
+mod debugger;
 mod guest;
 mod initramfs;
 mod kernels;
@@ -22,7 +23,7 @@ use anyhow::{Context as _, Result, bail};
 
 use self::kernels::{Kernel, MATRIX};
 use self::machine::{Accelerator, Machine};
-use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, outcomes};
+use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes};
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
 use crate::build::{Profile, daemon};
@@ -34,12 +35,12 @@ use crate::workspace::Workspace;
 
 pub(crate) use self::guest::guest;
 
-/// How much slower a machine without KVM is, and what the harness of the tests multiplies its
-/// patience with.
-const SLOWER: &str = "10";
-
-/// Runs at the same time within a machine: they wait for deadlines most of the time.
-const AT_ONCE: usize = 2;
+/// What `--ci` runs, and on which kernels: the oldest and the newest, each way in which the daemon
+/// meets the kernel once, and whole hosts.
+const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
+const CI_TESTS: [&str; 7] = [
+    "verifier", "idle", "gate", "families", "mptcp", "restart", HOST,
+];
 
 /// What `vm` is asked for.
 #[derive(clap::Args)]
@@ -51,6 +52,9 @@ pub(crate) struct Args {
     /// Names the kernels of the matrix.
     #[arg(long)]
     list: bool,
+    /// A choice of the tests on the oldest and the newest kernel, both at the same time.
+    #[arg(long, conflicts_with_all = ["kernel", "tests", "machines"])]
+    ci: bool,
     /// Fetches the newest kernels, also where there are some.
     #[arg(long)]
     update: bool,
@@ -66,9 +70,25 @@ pub(crate) struct Args {
     /// Never install anything: fail and name what is missing.
     #[arg(long)]
     no_install: bool,
-    /// Test programs, or PROGRAM::PART for the tests whose names contain the part. Without any, all.
+    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part. Without any, all.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
+}
+
+impl Args {
+    /// The kernels, the tests, and how many machines run at the same time.
+    fn choice(&self) -> (Vec<String>, Vec<String>, usize) {
+        let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        if self.ci {
+            return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
+        }
+        let kernels = if self.kernel.is_empty() {
+            owned(&MATRIX.map(|wanted| wanted.name))
+        } else {
+            self.kernel.clone()
+        };
+        (kernels, self.tests.clone(), self.machines.into())
+    }
 }
 
 /// Runs the tests on each kernel, then fails if one failed on a kernel that is supported.
@@ -84,11 +104,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     packages::ensure(&packages::TESTS, missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
     setup(workspace)?;
-    let names = if args.kernel.is_empty() {
-        MATRIX.iter().map(|wanted| wanted.name.to_owned()).collect()
-    } else {
-        args.kernel.clone()
-    };
+    let (names, tests, machines) = args.choice();
     let kernels = names
         .iter()
         .map(|name| kernels::kernel(workspace, name, args.update))
@@ -99,8 +115,9 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let job = Job {
         accelerator,
         daemon: daemon(workspace, Profile::Release)?,
-        chosen: programs::chosen(&programs::build(workspace)?, &args.tests)?,
+        chosen: programs::chosen(&programs::build(workspace)?, &tests)?,
         folder: workspace.target().join("vm"),
+        machines,
         args,
     };
     let all = job.run_all(&kernels)?;
@@ -128,6 +145,7 @@ struct Job<'a> {
     accelerator: Accelerator,
     daemon: PathBuf,
     chosen: Vec<(Built, Vec<String>)>,
+    machines: usize,
     folder: PathBuf,
     args: &'a Args,
 }
@@ -136,7 +154,7 @@ impl Job<'_> {
     /// All kernels, some at a time, in the order given.
     fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
         let mut all = Vec::new();
-        for some in kernels.chunks(self.args.machines.into()) {
+        for some in kernels.chunks(self.machines) {
             thread::scope(|scope| -> Result<()> {
                 let threads: Vec<_> = some
                     .iter()
@@ -219,31 +237,81 @@ impl Job<'_> {
             ("HOME", "/root"),
             ("LANG", "C.UTF-8"),
             ("RUST_BACKTRACE", "1"),
-            ("SESSION_ENFORCER_SLOWER", SLOWER),
         ];
+        let slower = self.accelerator.slower();
+        let slower = slower.map(|factor| ("SESSION_ENFORCER_SLOWER", factor));
         let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
-        let programs = |of_host: bool| {
-            let of = self
-                .chosen
-                .iter()
-                .filter(move |(built, _)| (built.name == HOST) == of_host);
-            of.map(|(built, words)| built.program(words, false))
-                .collect()
-        };
-        let boots = [(false, true), (true, false)].map(|(of_host, bpffs)| Boot {
-            hierarchy: Hierarchy::Unified,
-            bpffs,
-            at_once: AT_ONCE,
-            programs: programs(of_host),
-        });
         Ok(Plan {
             modules: kernel.modules(),
-            environment: variables.into_iter().map(own).collect(),
-            boots: boots
-                .into_iter()
-                .filter(|boot| !boot.programs.is_empty())
-                .collect(),
+            environment: variables.into_iter().chain(slower).map(own).collect(),
+            boots: self.boots(),
         })
+    }
+
+    /// The suite on a system as systemd leaves it, then the tests of whole hosts.
+    fn boots(&self) -> Vec<Boot> {
+        let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
+        let suite = suite.map(|(built, words)| built.program(words)).collect();
+        let mut boots = vec![Boot {
+            hierarchy: Hierarchy::Unified,
+            bpffs: true,
+            sock_destroy: true,
+            at_once: self.accelerator.programs_at_once(),
+            programs: suite,
+        }];
+        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
+            let boot = |stage: &Stage| Boot {
+                hierarchy: stage.hierarchy,
+                bpffs: false,
+                sock_destroy: stage.sock_destroy,
+                at_once: 1,
+                programs: stage.programs(host, words),
+            };
+            boots.extend(STAGES.iter().map(boot));
+        }
+        boots.retain(|boot| !boot.programs.is_empty());
+        boots
+    }
+}
+
+/// A start of the machine for tests of whole hosts, and those of their modules that it is for.
+struct Stage {
+    modules: &'static [&'static str],
+    hierarchy: Hierarchy,
+    sock_destroy: bool,
+}
+
+/// In this order. On none of them is bpffs mounted: the daemon's doing is part of the test.
+const STAGES: [Stage; 4] = [
+    Stage {
+        modules: &["hybrid"],
+        hierarchy: Hierarchy::Hybrid,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["unified", "before_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["after_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["without_destroy"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: false,
+    },
+];
+
+impl Stage {
+    /// Its modules' tests; of those, where words name modules, the named ones.
+    fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
+        let is_asked_for =
+            |module: &&&str| words.is_empty() || words.iter().any(|word| word == **module);
+        let modules = self.modules.iter().filter(is_asked_for);
+        modules.map(|module| host.part(module)).collect()
     }
 }
 

@@ -15,8 +15,8 @@ use super::{
     timeline::{Change, Span, Timeline},
 };
 use crate::{
-    audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, random::Random,
-    tcp::PATIENCE,
+    audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, pace::patience,
+    random::Random,
 };
 
 /// The counter of the sessions that reached a limit.
@@ -102,7 +102,7 @@ impl<'a> Host<'a> {
     /// Has all connections tried, while nobody resets what has expired.
     fn try_all(&self) -> Result<()> {
         self.alarm.store(true, Ordering::Relaxed);
-        eventually("all connections were tried", PATIENCE, || {
+        eventually("all connections were tried", patience(), || {
             Ok((!self.alarm.load(Ordering::Relaxed)).then_some(()))
         })
     }
@@ -209,7 +209,7 @@ impl<'a> Host<'a> {
             let counted = metrics.get(TERMINATIONS, &[])?;
             Ok((counted == records.len() as f64).then_some(()))
         };
-        if let Err(error) = eventually("audit and counters agree", PATIENCE, agree) {
+        if let Err(error) = eventually("audit and counters agree", patience(), agree) {
             // The check finds out which do not.
             println!("{error:#}");
         }

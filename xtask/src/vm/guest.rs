@@ -18,7 +18,10 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use super::debugger::{ANSWERED, ASKED};
 use super::plan::{BOOTS, Boot, End, Hierarchy, MARK, OUTCOMES, Outcome, PLAN, Plan, Program};
+
+use crate::process::find_program;
 
 /// Where the folder is that is shared with the machine outside.
 const SHARED: &str = "/run/session-enforcer-vm";
@@ -103,14 +106,55 @@ fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
     if boot.bpffs {
         file_system("bpf", "bpf", "/sys/fs/bpf", "")?;
     }
+    if !boot.sock_destroy {
+        forget_destroy(Path::new(SHARED))?;
+    }
     nix::unistd::sethostname("session-enforcer-vm")?;
-    let status = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status();
+    let status = system("ip")?.args(["link", "set", "lo", "up"]).status();
     if !status.context("cannot start ip")?.success() {
         bail!("the loopback interface does not come up");
     }
     Ok(())
+}
+
+/// A program of the system, which the kernel has given no whole `PATH`.
+fn system(name: &str) -> Result<Command> {
+    let path = find_program(name, &[]).with_context(|| format!("there is no {name}"))?;
+    Ok(Command::new(path))
+}
+
+/// Has the machine outside take the way to destroy sockets from `tcp_diag`.
+fn forget_destroy(shared: &Path) -> Result<()> {
+    let loaded = system("modprobe")?.arg("tcp_diag").status();
+    if !loaded.context("cannot start modprobe")?.success() {
+        bail!("tcp_diag cannot be loaded");
+    }
+    let symbols = fs::read_to_string("/proc/kallsyms").context("cannot read /proc/kallsyms")?;
+    let address = |name: &str| {
+        let of_name = |line: &&str| line.split_whitespace().nth(2) == Some(name);
+        let line = symbols.lines().find(of_name);
+        let address = line.and_then(|line| line.split_whitespace().next());
+        address.with_context(|| format!("the kernel has no symbol {name}"))
+    };
+    let asked = format!(
+        "{} {}",
+        address("tcp_diag_handler")?,
+        address("tcp_diag_destroy")?
+    );
+    // Renamed when it is whole: the other side looks for the name.
+    fs::write(shared.join("asked"), asked)?;
+    fs::rename(shared.join("asked"), shared.join(ASKED))?;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(120) {
+        if let Ok(said) = fs::read_to_string(shared.join(ANSWERED)) {
+            if said.is_empty() {
+                return Ok(());
+            }
+            bail!("tcp_diag keeps its way to destroy sockets: {said}");
+        }
+        thread::sleep(LOOK);
+    }
+    bail!("nobody took the way to destroy sockets from tcp_diag")
 }
 
 /// cgroup v1 as far as the kernel has it, and cgroup v2 beside it.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use session_enforcer_tests::die_with_parent;
 
+use super::debugger;
 use super::kernels::Kernel;
 use super::plan::MARK;
 use crate::packages::VIRTIOFSD;
@@ -56,6 +57,23 @@ impl Accelerator {
             thread::sleep(Duration::from_millis(20));
         }
         Ok(Self::Emulation)
+    }
+
+    /// How many times slower its machines are, for the patience of the tests.
+    pub(super) fn slower(self) -> Option<&'static str> {
+        match self {
+            Self::Kvm => None,
+            Self::Emulation => Some("10"),
+        }
+    }
+
+    /// How many test programs run at the same time: they wait for deadlines most of the time, but
+    /// under emulation the start of each daemon keeps a processor busy for seconds.
+    pub(super) fn programs_at_once(self) -> usize {
+        match self {
+            Self::Kvm => 2,
+            Self::Emulation => 1,
+        }
     }
 
     /// QEMU, without any device.
@@ -108,6 +126,7 @@ impl Machine<'_> {
                 bail!("not finished after {limit:?}; {}", self.last_words());
             }
             watch();
+            debugger::serve(self.shared, &self.socket("debugger"));
             thread::sleep(LOOK);
         };
         watch();
@@ -151,6 +170,11 @@ impl Machine<'_> {
             .arg(self.initramfs)
             .arg("-append")
             .arg(format!("console=ttyS0 quiet panic=10 {MARK}"))
+            .arg("-gdb")
+            .arg(format!(
+                "unix:{},server=on,wait=off",
+                self.socket("debugger").display()
+            ))
             .arg("-serial")
             .arg(format!("file:{}", self.console().display()));
         for name in ["root", "own"] {

@@ -32,6 +32,8 @@ pub(super) struct Boot {
     pub(super) hierarchy: Hierarchy,
     /// Whether bpffs is mounted.
     pub(super) bpffs: bool,
+    /// Whether `tcp_diag` can destroy sockets.
+    pub(super) sock_destroy: bool,
     /// How many programs run at the same time.
     pub(super) at_once: usize,
     /// The test programs.

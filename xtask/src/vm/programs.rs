@@ -12,6 +12,9 @@ use crate::workspace::Workspace;
 /// The tests that need a machine for themselves.
 pub(super) const HOST: &str = "host";
 
+/// How many tests of a program run at the same time: they wait for deadlines most of the time.
+const THREADS: usize = 4;
+
 /// After this a program is killed, in seconds. Under emulation the longest takes a tenth of it.
 const LIMIT_SECONDS: u64 = 1200;
 
@@ -24,14 +27,21 @@ pub(super) struct Built {
 
 impl Built {
     /// To be run as a whole, or those of its tests whose names contain one of these words.
-    pub(super) fn program(&self, words: &[String], exact: bool) -> Program {
-        let mut arguments = vec!["--test-threads=4".to_owned()];
-        if exact {
-            arguments.push("--exact".to_owned());
-        }
+    pub(super) fn program(&self, words: &[String]) -> Program {
+        self.named(&self.name, THREADS, words)
+    }
+
+    /// To be run for the tests of one of its modules, one by one, under that name.
+    pub(super) fn part(&self, module: &str) -> Program {
+        let words = [format!("{module}::")];
+        self.named(&format!("{}-{module}", self.name), 1, &words)
+    }
+
+    fn named(&self, name: &str, threads: usize, words: &[String]) -> Program {
+        let mut arguments = vec![format!("--test-threads={threads}")];
         arguments.extend_from_slice(words);
         Program {
-            name: self.name.clone(),
+            name: name.to_owned(),
             path: self.path.clone(),
             arguments,
             limit_seconds: LIMIT_SECONDS,
@@ -41,10 +51,18 @@ impl Built {
 
 /// Builds every privileged test program, those of whole hosts too.
 pub(super) fn build(workspace: &Workspace) -> Result<Vec<Built>> {
+    // `--tests` leaves out what is not for `cargo test`.
+    let mut built = build_some(workspace, &["--tests"])?;
+    built.extend(build_some(workspace, &["--test", HOST])?);
+    built.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(built)
+}
+
+fn build_some(workspace: &Workspace, which: &[&str]) -> Result<Vec<Built>> {
     let mut cargo = workspace.cargo();
     cargo
         .args(["test", "--no-run", "--package", "session-enforcer-tests"])
-        .args(["--tests", "--test", HOST])
+        .args(which)
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
     let output = cargo.output().context("cannot start cargo")?;
@@ -52,12 +70,9 @@ pub(super) fn build(workspace: &Workspace) -> Result<Vec<Built>> {
         bail!("the tests do not build ({})", output.status);
     }
     let text = String::from_utf8(output.stdout).context("cargo's messages are no text")?;
-    let mut built = text
-        .lines()
+    text.lines()
         .filter_map(|line| artifact(line).transpose())
-        .collect::<Result<Vec<_>>>()?;
-    built.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(built)
+        .collect()
 }
 
 /// The test program that one of cargo's messages announces.
