@@ -7,14 +7,13 @@ use aya_ebpf::{
         BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{
-        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock,
-    },
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
     Address, Direction, ErrorKind, Event, EventKind, Facts, RULE_EXEMPT, Session, flags,
+    jitter_seed,
 };
 
 use crate::{
@@ -79,9 +78,9 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         );
     }
     session.ifindex = bound_interface(ctx);
-    // SAFETY: no argument, no precondition.
-    session.jitter_seed = unsafe { bpf_get_prandom_u32() };
-    insert(ctx, &session);
+    let cookie = cookie(ctx);
+    session.jitter_seed = jitter_seed(cookie);
+    insert(ctx, cookie, &session);
 }
 
 /// The session of a connection that is being established, before a rule is found for it. `None` for
@@ -117,8 +116,7 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
 }
 
 #[inline(always)]
-fn insert(ctx: &SockOpsContext, session: &Session) {
-    let cookie = cookie(ctx);
+fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) {
     // BPF_ANY: a socket that was disconnected with AF_UNSPEC and connected again keeps its cookie.
     match SESSIONS.insert(cookie, session, u64::from(BPF_ANY)) {
         Ok(()) => {

@@ -5,7 +5,7 @@ use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
     Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session, flags,
-    matches,
+    jitter_seed, matches,
 };
 
 use crate::{
@@ -105,7 +105,7 @@ impl Adopter<'_> {
                 Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
                 None => flags::END_UNREPORTED,
             },
-            jitter_seed: seed(socket.target.cookie),
+            jitter_seed: jitter_seed(socket.target.cookie),
             owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
             reserved: [0; 3],
             owner,
@@ -168,15 +168,6 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
         state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
     );
     info.bytes_received.saturating_sub(u64::from(ended))
-}
-
-/// A number that looks random and is the same at each adoption of the socket: the mixing function
-/// of `SplitMix64` on its cookie.
-fn seed(cookie: u64) -> u32 {
-    let mut z = cookie.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (z >> 32) as u32
 }
 
 /// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
