@@ -328,3 +328,17 @@ fn a_user_in_a_user_namespace_is_known_by_the_number_on_the_host() -> Result<()>
     }
     Ok(())
 }
+
+/// The user of a process is the one that started it, also where the program has another's rights
+/// (set-user-ID, seteuid(2)). Of sockets older than the programs the kernel only keeps the latter.
+#[test]
+fn a_program_with_another_user_s_rights_is_still_the_user_s_who_started_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let place = Place::here().in_cgroup(&lab.cgroup).with_rights_of(UID);
+    let agent = lab.at(&place)?;
+    let older = Pair::open(&agent, &listen(&lab.outside)?)?;
+    let daemon = lab.daemon(&of_user(UID))?;
+    let newer = Pair::open(&agent, &listen(&lab.outside)?)?;
+    assert_owned(&daemon, &older)?;
+    assert_live(&[&newer])
+}
