@@ -122,8 +122,9 @@ impl Adopter<'_> {
 /// The owner of a socket, as the programs would have noted it: of an accepted socket, that of the
 /// socket that listens. The process is not known.
 pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
-    let target = &socket.target;
-    let maker = listeners.accepting(target.local, target.local_port);
+    let maker = listeners.accepting(socket);
+    // The listener that has accepted it may be no more, and another one be in its place.
+    let maker = maker.filter(|maker| maker.cgroup_id == socket.cgroup_id);
     let maker = maker.unwrap_or(socket);
     match maker.cgroup_id {
         Some(cgroup_id) => Owner {
@@ -137,9 +138,8 @@ pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
 
 fn facts(socket: &Socket, listeners: &Listeners, owner: &Owner) -> Facts {
     let target = &socket.target;
-    let accepting = listeners.accepting(target.local, target.local_port);
     Facts {
-        direction: match accepting {
+        direction: match listeners.accepting(socket) {
             Some(_) => Direction::Inbound,
             None => Direction::Outbound,
         },
@@ -259,14 +259,21 @@ impl Listeners {
         Self { by_port }
     }
 
-    /// The listener that accepts connections to an address: one of that very address before one of
-    /// all addresses, as in the kernel.
-    fn accepting(&self, address: Address, port: u16) -> Option<&Socket> {
-        let is_wildcard = |a: Address| a == Address([0; 4]) || a == Address::from_ipv4(0);
-        let listening = self.by_port.get(&port)?;
-        let at =
-            |wanted: &dyn Fn(Address) -> bool| listening.iter().find(|s| wanted(s.target.local));
-        at(&|a| a == address).or_else(|| at(&is_wildcard))
+    /// The listener that accepted a connection. An accepted socket has the cgroup of its listener, so
+    /// one of that cgroup goes first; then one of the very address before one of all IPv4 addresses
+    /// and one of both families, as in the kernel.
+    fn accepting(&self, socket: &Socket) -> Option<&Socket> {
+        let address = socket.target.local;
+        let all_ipv4 = address.is_ipv4().then_some(Address::from_ipv4(0));
+        let wanted = [Some(address), all_ipv4, Some(Address([0; 4]))];
+        let listening = self.by_port.get(&socket.target.local_port)?;
+        let ranked = listening.iter().filter_map(|listener| {
+            let bound = Some(listener.target.local);
+            let rank = wanted.iter().position(|wanted| *wanted == bound)?;
+            Some((listener.cgroup_id != socket.cgroup_id, rank, listener))
+        });
+        let first = ranked.min_by_key(|(elsewhere, rank, _)| (*elsewhere, *rank))?;
+        Some(first.2)
     }
 }
 
@@ -341,17 +348,50 @@ mod tests {
     fn an_accepted_connection_is_its_listener_s_and_another_its_own() {
         let mut listener = socket(state::LISTEN, 5432, 0);
         (listener.uid, listener.cgroup_id) = (0, Some(8));
-        let sockets = [
-            listener,
-            socket(state::ESTABLISHED, 5432, 1),
-            socket(state::ESTABLISHED, 50_000, 5432),
-        ];
+        let mut accepted = socket(state::ESTABLISHED, 5432, 1);
+        accepted.cgroup_id = Some(8);
+        let sockets = [listener, accepted, socket(state::ESTABLISHED, 50_000, 5432)];
         let any = [MatchEntry::any(0)];
         let owners: Vec<(u64, u32)> = adopt(&any, &Scope::All, &sockets)
             .iter()
             .map(|(_, session)| (session.owner.cgroup_id, session.owner.uid))
             .collect();
         assert_eq!(owners, [(8, 0), (7, 113)]);
+    }
+
+    #[test]
+    fn of_listeners_that_share_a_port_the_one_of_the_socket_s_cgroup_and_family_is_its_maker() {
+        let listener = |cgroup_id, local, uid| {
+            let mut listener = socket(state::LISTEN, 5432, 0);
+            listener.target.local = local;
+            Socket {
+                cgroup_id: Some(cgroup_id),
+                uid,
+                ..listener
+            }
+        };
+        let (both_families, all_ipv4) = (Address([0; 4]), v4([0; 4]));
+        let accepted = socket(state::ESTABLISHED, 5432, 1);
+        let mut ipv6 = accepted;
+        ipv6.target.local = Address([1; 4]);
+        let uid_of =
+            |socket: &Socket, listeners: &[Socket]| owner(socket, &Listeners::among(listeners)).uid;
+        let families = [listener(7, both_families, 6), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &families), 4);
+        assert_eq!(uid_of(&ipv6, &families), 6);
+        assert_eq!(uid_of(&accepted, &families[..1]), 6);
+        // No listener of all IPv4 addresses accepts IPv6.
+        assert_eq!(uid_of(&ipv6, &families[1..]), 113);
+        let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &cgroups), 4);
+        // The one that accepted it is no more: its own user is the best that is known.
+        let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
+        assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
+        let listeners = Listeners::among(&cgroups[..1]);
+        assert_eq!(
+            facts(&accepted, &listeners, &stranger).direction,
+            Direction::Inbound
+        );
     }
 
     #[test]

@@ -324,14 +324,29 @@ impl Daemon {
     ///
     /// Where it says neither in time.
     pub fn reload_within(&self, config: &str, bound: Duration) -> Result<String> {
-        fs::write(self.directory.path().join("config.toml"), config)?;
         let before = self.log().len();
-        self.signal(Signal::SIGHUP)?;
+        self.reload_soon(config)?;
         eventually("the daemon has read its configuration", bound, || {
             let log = self.log().split_off(before);
             let done = log.contains("rule(s) in force") || log.contains("in force stays");
             Ok(done.then_some(log))
         })
+    }
+
+    /// Gives the daemon another configuration, and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// Where it has ended.
+    pub fn reload_soon(&self, config: &str) -> Result<()> {
+        // Whole or not at all, as an operator should write it: the daemon may read at any time.
+        let (path, next) = (
+            self.directory.path().join("config.toml"),
+            self.directory.path().join("config.toml.next"),
+        );
+        fs::write(&next, config)?;
+        fs::rename(next, path)?;
+        self.signal(Signal::SIGHUP)
     }
 
     /// The address of the metrics server.

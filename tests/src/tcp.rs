@@ -93,6 +93,22 @@ impl Listener {
         let (stream, _) = self.listener.accept()?;
         bounded(stream)
     }
+
+    /// The connections that wait, as many as there are.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn accept_waiting(&self) -> Result<Vec<TcpStream>> {
+        let mut waiting = Vec::new();
+        loop {
+            let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+                return Ok(waiting);
+            }
+            waiting.push(self.accept()?);
+        }
+    }
 }
 
 /// Dials. The socket may have been bound and given options before.
