@@ -178,9 +178,24 @@ pub(super) struct Book {
 impl Book {
     pub(super) fn random(random: &mut Random) -> Self {
         let both = |port| End::BOTH.map(|end| Rule::random(random, port, end));
-        Self {
+        let book = Self {
             rules: (0..PORTS).map(both).collect(),
+        };
+        book.with_constant_rules()
+    }
+
+    /// With two rules that every policy has, so that each run shows what they do.
+    fn with_constant_rules(mut self) -> Self {
+        let idle = Some(Duration::from_secs(1));
+        let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
+        for (rules, (name, action)) in self.rules.iter_mut().zip(constant) {
+            rules[End::Server as usize] = Some(Rule {
+                action,
+                idle,
+                ..Rule::named(name)
+            });
         }
+        self
     }
 
     /// The same with about a third of the rules made anew.
@@ -193,7 +208,7 @@ impl Book {
                 }
             }
         }
-        book
+        book.with_constant_rules()
     }
 
     /// The rule by which the sessions of a port's connections are tracked at this end; none where
