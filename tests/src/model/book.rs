@@ -7,8 +7,11 @@ use crate::random::Random;
 /// How many ports the rules tell apart. Each is a pair of listeners, one in the cgroup, one not.
 pub(super) const PORTS: usize = 12;
 
-/// No rule has a longer limit.
+/// The longest limit that a run reaches.
 pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
+
+/// A limit that no run reaches: whom it lets live, another policy may end.
+pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
 /// One end of a connection. Below the cgroup it is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +107,11 @@ impl Rule {
         }
         let limited = self.lifetime.or(self.response).is_some();
         if !limited || !random.once_in(4) {
-            self.idle = random.one_of(&[ms(1_000), ms(1_000), ms(1_500), ms(2_000), ms(3_000)]);
+            let longer = [ms(1_500), ms(2_000), ms(3_000), Some(ENDLESS)];
+            self.idle = match random.once_in(3) {
+                true => ms(1_000),
+                false => random.one_of(&longer),
+            };
             let kinds = [Activity::Any, Activity::Received, Activity::Sent];
             self.activity = match random.once_in(2) {
                 true => Activity::Any,
