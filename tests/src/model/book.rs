@@ -7,8 +7,11 @@ use crate::random::Random;
 /// How many ports the rules tell apart. Each is a pair of listeners, one in the cgroup, one not.
 pub(super) const PORTS: usize = 12;
 
-/// No rule has a longer limit.
+/// The longest limit that a run reaches.
 pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
+
+/// A limit that no run reaches: whom it lets live, another policy may end.
+pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
 /// One end of a connection. Below the cgroup it is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +107,11 @@ impl Rule {
         }
         let limited = self.lifetime.or(self.response).is_some();
         if !limited || !random.once_in(4) {
-            self.idle = random.one_of(&[ms(1_000), ms(1_000), ms(1_500), ms(2_000), ms(3_000)]);
+            let longer = [ms(1_500), ms(2_000), ms(3_000), Some(ENDLESS)];
+            self.idle = match random.once_in(3) {
+                true => ms(1_000),
+                false => random.one_of(&longer),
+            };
             let kinds = [Activity::Any, Activity::Received, Activity::Sent];
             self.activity = match random.once_in(2) {
                 true => Activity::Any,
@@ -178,9 +185,24 @@ pub(super) struct Book {
 impl Book {
     pub(super) fn random(random: &mut Random) -> Self {
         let both = |port| End::BOTH.map(|end| Rule::random(random, port, end));
-        Self {
+        let book = Self {
             rules: (0..PORTS).map(both).collect(),
+        };
+        book.with_constant_rules()
+    }
+
+    /// With two rules that every policy has, so that each run shows what they do.
+    fn with_constant_rules(mut self) -> Self {
+        let idle = Some(Duration::from_secs(1));
+        let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
+        for (rules, (name, action)) in self.rules.iter_mut().zip(constant) {
+            rules[End::Server as usize] = Some(Rule {
+                action,
+                idle,
+                ..Rule::named(name)
+            });
         }
+        self
     }
 
     /// The same with about a third of the rules made anew.
@@ -193,7 +215,7 @@ impl Book {
                 }
             }
         }
-        book
+        book.with_constant_rules()
     }
 
     /// The rule by which the sessions of a port's connections are tracked at this end; none where

@@ -76,7 +76,7 @@ impl<'a> Host<'a> {
 
     /// Does the next thing to the daemon, after a while. It runs afterwards.
     pub(super) fn strike(&mut self) -> Result<()> {
-        let (pause, blow) = Blow::random(&mut self.random, &self.book);
+        let (pause, blow) = Blow::random(&mut self.random, self.blows, &self.book);
         thread::sleep(pause);
         self.blows += 1;
         match blow {
@@ -204,16 +204,14 @@ impl<'a> Host<'a> {
 
     /// The last daemon's records and metrics, once they are the same number, or will not be.
     pub(super) fn finish(&mut self) -> Result<()> {
-        let agree = || {
+        // Whatever is still observed may be recorded between the two answers.
+        let agreeing = eventually("audit and counters agree", patience(), || {
             let (records, metrics) = self.ask()?;
             let counted = metrics.get(TERMINATIONS, &[])?;
-            Ok((counted == records.len() as f64).then_some(()))
-        };
-        if let Err(error) = eventually("audit and counters agree", patience(), agree) {
-            // The check finds out which do not.
-            println!("{error:#}");
-        }
-        let (records, metrics) = self.ask()?;
+            Ok((counted == records.len() as f64).then_some((records, metrics)))
+        });
+        // Where they do not, the check finds out which.
+        let (records, metrics) = agreeing.or_else(|_| self.ask())?;
         self.lives.push(Life {
             records: records.clone(),
             asked: Some((records, metrics)),

@@ -31,7 +31,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use self::{
-    book::{Action, End, LONGEST_LIMIT},
+    book::{Action, ENDLESS, End, LONGEST_LIMIT},
     check::Seen,
     field::Field,
     history::Connection,
@@ -52,7 +52,7 @@ use crate::{
 };
 
 /// How many operations on connections there are for one on the daemon.
-const TO_ONE_BLOW: usize = 450;
+const TO_ONE_BLOW: usize = 350;
 
 /// How many of the things that are wrong a failure shows.
 const SHOWN: usize = 5;
@@ -146,7 +146,7 @@ fn operate(
 }
 
 /// The sessions of a connection that are open and tracked with this action, each with the time from
-/// which it is past a limit, `Duration::MAX` where it is not known to reach one.
+/// which it is past a limit; the end of time where it is not known to reach one.
 fn due_sessions(
     connection: &Connection,
     timeline: &Timeline,
@@ -164,7 +164,7 @@ fn due_sessions(
 /// Whether a session of the connection must be reset, now or later.
 fn is_doomed(connection: &Connection, timeline: &Timeline) -> bool {
     let enforced = due_sessions(connection, timeline, Action::Enforce);
-    enforced.iter().any(|(_, due)| *due < Duration::MAX)
+    enforced.iter().any(|(_, due)| *due < ENDLESS)
 }
 
 /// What lives when everything has come due: the daemon knows these sessions and no others, those that

@@ -110,12 +110,17 @@ pub(super) enum Blow {
 }
 
 impl Blow {
-    /// The next, and how long it is until then.
-    pub(super) fn random(random: &mut Random, book: &Book) -> (Duration, Self) {
+    /// The one of this number, and how long it is until then. What every run is about comes first.
+    pub(super) fn random(random: &mut Random, number: usize, book: &Book) -> (Duration, Self) {
         let mut ms = |from: u64, below: u64| Duration::from_millis(from + random.below(below));
-        let (pause, long, down) = (ms(300, 1_200), ms(500, 2_500), ms(0, 2_000));
+        let (pause, long, down) = (ms(300, 1_200), ms(1_000, 2_000), ms(0, 2_000));
         let next = random.once_in(3).then(|| book.changed(random));
-        let blow = match random.below(20) {
+        let kind = match number {
+            0 => 0,
+            1 => 6,
+            _ => random.below(20),
+        };
+        let blow = match kind {
             0..6 => Self::Freeze(long),
             6..11 => Self::Kill {
                 frozen: random.once_in(3),
