@@ -104,6 +104,13 @@ impl Schedule {
         self.live.contains_key(&cookie)
     }
 
+    /// Every session with what it belongs to.
+    pub fn sessions(&self) -> impl Iterator<Item = (u64, Group)> {
+        self.live
+            .iter()
+            .map(|(cookie, entry)| (*cookie, self.group_of(entry)))
+    }
+
     /// What a scheduled session belongs to.
     pub fn group(&self, cookie: u64) -> Option<Group> {
         self.live.get(&cookie).map(|entry| self.group_of(entry))

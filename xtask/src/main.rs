@@ -17,6 +17,7 @@ mod run;
 mod rustc;
 mod setup;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -62,6 +63,14 @@ enum Task {
     /// Needs a C++ compiler besides; cargo-fuzz is made ready in the target directory, where
     /// everything that is found goes too. Takes no privilege.
     Fuzz(fuzz::Args),
+    /// Runs the privileged tests on other kernels, in virtual machines.
+    ///
+    /// Debian's kernels for clouds are fetched into the target directory, which is where everything
+    /// that comes of it is, too. QEMU emulates where there is no KVM, and then this takes its time.
+    Vm(vm::Args),
+    /// What `vm` starts inside of the virtual machine.
+    #[command(hide = true)]
+    VmGuest,
     /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
     Lint,
 }
@@ -86,6 +95,8 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(args) => test::test(&workspace, &args),
         Task::Bench(args) => bench::bench(&workspace, &args),
         Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
+        Task::Vm(args) => vm::vm(&workspace, &args),
+        Task::VmGuest => vm::guest(),
         Task::Lint => lint::lint(&workspace),
     }
 }

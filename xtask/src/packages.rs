@@ -1,4 +1,4 @@
-//! The programs that the privileged tests and the benchmarks run: real servers and clients.
+//! The programs that tests, benchmarks and virtual machines run: real servers and clients.
 
 use std::fs;
 use std::path::PathBuf;
@@ -90,6 +90,22 @@ pub(crate) const PEERS: [Need; 3] = [
     need("nft", "nftables", "connection tracking, to compare"),
 ];
 
+/// What `cargo xtask vm` needs besides.
+pub(crate) const VIRTUAL_MACHINES: [Need; 5] = [
+    need(
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "the virtual machines",
+    ),
+    need("virtiofsd", "virtiofsd", "sharing this machine's files"),
+    need("busybox", "busybox-static", "starting in an initramfs"),
+    need("modprobe", "kmod", "the modules of a kernel"),
+    need("xz", "xz-utils", "unpacking the modules of a kernel"),
+];
+
+/// Where virtiofsd is: in a package of its own, and in QEMU's before there was one.
+pub(crate) const VIRTIOFSD: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];
+
 /// Installs packages without leaving a service behind that runs.
 const INSTALLER: &str = include_str!("install.sh");
 
@@ -100,6 +116,17 @@ pub(crate) enum Missing {
     Install,
     /// Fail, and name it.
     Refuse,
+}
+
+impl Missing {
+    /// The policy for the flag `--no-install`.
+    pub(crate) fn unless(no_install: bool) -> Self {
+        if no_install {
+            Self::Refuse
+        } else {
+            Self::Install
+        }
+    }
 }
 
 /// Makes sure that each of these programs is there.
@@ -127,12 +154,10 @@ pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
 }
 
 fn missing(needs: &[Need]) -> Vec<Need> {
-    let postgresql = postgresql_folders();
-    needs
-        .iter()
-        .copied()
-        .filter(|need| find_program(need.program, &postgresql).is_none())
-        .collect()
+    let mut outside_path = postgresql_folders();
+    outside_path.extend(VIRTIOFSD.map(PathBuf::from));
+    let is_missing = |need: &&Need| find_program(need.program, &outside_path).is_none();
+    needs.iter().filter(is_missing).copied().collect()
 }
 
 /// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
@@ -193,11 +218,12 @@ mod tests {
 
     #[test]
     fn the_tables_name_each_program_once_and_in_full() {
-        for needs in [&TESTS[..], &BENCH, &PEERS] {
+        for needs in [&TESTS[..], &BENCH, &PEERS, &VIRTUAL_MACHINES] {
             let programs: HashSet<_> = needs.iter().map(|need| need.program).collect();
             assert_eq!(programs.len(), needs.len());
         }
-        for need in TESTS.into_iter().chain(BENCH).chain(PEERS) {
+        let all = TESTS.into_iter().chain(BENCH).chain(PEERS);
+        for need in all.chain(VIRTUAL_MACHINES) {
             assert!(
                 !need.program.contains(['/', ' ']),
                 "{}: a bare name",

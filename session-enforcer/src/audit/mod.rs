@@ -196,6 +196,11 @@ impl Audit {
         self.writer.close();
     }
 
+    /// Whether the last records were lost.
+    pub fn is_failing(&self) -> bool {
+        self.writer.is_failing()
+    }
+
     /// Records that could not be written.
     pub fn lost(&self) -> u64 {
         self.writer.lost()

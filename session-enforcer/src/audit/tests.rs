@@ -16,7 +16,7 @@ fn session() -> Session {
     Session {
         last_received_ns: 1_003_000_000,
         last_sent_ns: 1_000_000_000,
-        answered_ns: 1_000_000_000,
+        answered_ns: 0,
         bytes_received: 120,
         bytes_sent: 4096,
         open_until_ns: 0,
@@ -31,9 +31,6 @@ fn session() -> Session {
         rule: 0,
         direction: Direction::Inbound as u8,
         flags: 0,
-        jitter_seed: 0,
-        owes_answer: 1,
-        reserved: [0; 3],
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
@@ -155,6 +152,30 @@ fn what_is_not_known_of_the_owner_is_left_out() {
     });
     assert!(nameless.contains(r#""user":{"id":"113"},"#), "{nameless}");
     assert!(!nameless.contains("process"), "{nameless}");
+}
+
+#[test]
+fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
+    const YEAR: i128 = 365 * 86_400 * 1_000_000_000;
+    let (session, noon) = (session(), 1_767_268_800_000_000_000);
+    let record = |realtime_ns| -> serde_json::Value {
+        let clock = WallClock::at(realtime_ns, 901_004_000_000);
+        serde_json::from_str(&record::termination(&termination(&session), &clock)).unwrap()
+    };
+    let [before, after] = [record(noon), record(noon - YEAR)];
+    let own = |record: &serde_json::Value, key: &str| record["session_enforcer"][key].clone();
+    assert_eq!(before["event"], after["event"]);
+    for key in ["limit_seconds", "idle_seconds", "lateness_seconds"] {
+        assert_eq!(own(&before, key), own(&after, key));
+    }
+    let year_before = |time: serde_json::Value| time.as_str().unwrap().replace("2026-", "2025-");
+    for key in ["established", "last_activity", "deadline"] {
+        assert_eq!(year_before(own(&before, key)), own(&after, key));
+    }
+    assert_eq!(
+        year_before(before["@timestamp"].clone()),
+        after["@timestamp"]
+    );
 }
 
 #[test]

@@ -8,11 +8,17 @@ use session_enforcer_common::{
     ErrorKind, Event, EventKind, Reason, RuleCounters, Session, Verdict, verdict,
 };
 
-use super::{book::RuleBook, terminate::Expired};
+use super::{
+    book::RuleBook,
+    pace::Pace,
+    reconcile::{Comparison, Missed},
+    terminate::Expired,
+};
 use crate::{
     audit::Audit,
     bpf::{BpfError, Kernel},
     clock::monotonic_ns,
+    health::{Health, Trouble},
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
@@ -80,7 +86,14 @@ pub struct Enforcer {
     repaired_losses: u64,
     /// After a take-over, until all events were read once: openings less closings among them.
     pub(super) unsettled: Option<i64>,
-    pub(super) ready: Result<(), String>,
+    /// What is not as it should be.
+    pub(super) health: Health,
+    /// Sessions that the map can hold.
+    pub(super) capacity: usize,
+    pub(super) missed: Missed,
+    pub(super) pace: Pace,
+    /// The comparison of sessions and sockets that is under way.
+    pub(super) comparison: Option<Comparison>,
     /// Whether the owners of the sockets that listened at the start were noted.
     pub(super) listeners_noted: bool,
 }
@@ -112,6 +125,7 @@ impl Enforcer {
         } = parts;
         // The generations go on: a session of an earlier daemon must not seem to be of this one.
         let book = RuleBook::after(kernel.inherited_generation());
+        let capacity = kernel.capacity();
         Self {
             kernel,
             namespaces,
@@ -128,7 +142,11 @@ impl Enforcer {
             late_by_policy: HashMap::new(),
             repaired_losses: 0,
             unsettled: None,
-            ready: Err("the connections that are older than the daemon are not adopted yet".into()),
+            health: Health::of_a_start(),
+            capacity,
+            missed: Missed::default(),
+            pace: Pace::from(monotonic_ns()),
+            comparison: None,
             listeners_noted: false,
         }
     }
@@ -334,6 +352,7 @@ impl Enforcer {
                     reason,
                     deadline_ns,
                     reached_ns,
+                    doubts: 0,
                 }))
             }
         }
@@ -441,13 +460,19 @@ impl Enforcer {
         self.release(cookie, session)
     }
 
-    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
-    /// and not in the schedule. What has closed is found when it is due.
+    /// Looks at what the kernel programs could not do, and makes up for it.
     ///
     /// # Errors
     ///
     /// Where the maps cannot be read.
-    pub fn repair_lost_events(&mut self) -> Result<()> {
+    pub fn repair(&mut self) -> Result<()> {
+        self.note_refusals()?;
+        self.repair_lost_events()
+    }
+
+    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
+    /// and not in the schedule. What has closed is found by the comparison that follows.
+    fn repair_lost_events(&mut self) -> Result<()> {
         let lost = self.kernel.error_count(ErrorKind::EventLost)?;
         if lost == self.repaired_losses {
             return Ok(());
@@ -457,6 +482,7 @@ impl Enforcer {
             lost - self.repaired_losses
         );
         self.repaired_losses = lost;
+        self.missed.events = true;
         for cookie in self.kernel.cookies()? {
             if self.schedule.contains(cookie) {
                 continue;
@@ -472,12 +498,21 @@ impl Enforcer {
 
     /// Answers a request of the HTTP server.
     pub fn answer(&mut self, request: Request) {
+        self.note_audit();
         // A client that has gone needs no answer.
         match request {
             Request::Metrics(reply) => drop(reply.send(self.render_metrics())),
-            Request::Ready(reply) => drop(reply.send(self.ready.clone())),
+            Request::Ready(reply) => drop(reply.send(self.health.ready())),
             Request::Live(reply) => drop(reply.send(())),
         }
+    }
+
+    fn note_audit(&mut self) {
+        let what = self.audit.is_failing().then_some(
+            "audit records are lost, they cannot be written; the log says why, and that they are \
+             written again",
+        );
+        self.health.set(Trouble::Audit, what);
     }
 
     fn render_metrics(&self) -> Result<String, String> {
@@ -495,6 +530,7 @@ impl Enforcer {
             errors: self.kernel.errors()?,
             gate_drops: self.kernel.gate_drops()?,
             audit_lost: self.audit.lost(),
+            troubles: self.health.troubles(),
         })
     }
 

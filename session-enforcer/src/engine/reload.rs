@@ -28,11 +28,13 @@ impl Enforcer {
     ///
     /// Where there are too many rules, a user is not there, or the kernel refuses.
     pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
-        let owners = self.directory.look_up(config)?;
-        let next = self.book.next(config, owners, self.lag_ns)?;
+        let found = self.directory.look_up(config)?;
+        let next = self.book.next(config, &found.owners, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
+        self.directory.keep(found);
         self.metrics.set_rules(&next.names());
+        self.pace.set_interval(config.reconcile_interval);
         Ok(std::mem::replace(&mut self.book, next))
     }
 

@@ -14,8 +14,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     clock::eventually,
+    pace::{patience, scaled},
     process::{Finished, die_with_parent, run_to_end},
-    tcp::PATIENCE,
 };
 
 /// How long a server may take to start, or a command to do its work, on a busy machine.
@@ -50,7 +50,7 @@ pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<
 /// Where it fails, with what it says.
 pub(super) fn succeed(command: Command) -> Result<String> {
     let shown = format!("{command:?}");
-    let finished = run_to_end(command, STARTING)?;
+    let finished = run_to_end(command, scaled(STARTING))?;
     let Finished {
         code,
         stdout,
@@ -102,7 +102,7 @@ impl Program {
     pub(super) fn server(name: &str, command: Command, ready: &str) -> Result<Self> {
         let mut server = Self::client(name, command)?;
         server.stdin = None;
-        server.wait_until(STARTING, ready, |output| {
+        server.wait_until(scaled(STARTING), ready, |output| {
             output.contains(ready).then_some(())
         })?;
         Ok(server)
@@ -165,7 +165,9 @@ impl Program {
     ///
     /// Where it does not, or ends before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
-        self.wait_until(PATIENCE, text, |output| output.contains(text).then_some(()))
+        self.wait_until(patience(), text, |output| {
+            output.contains(text).then_some(())
+        })
     }
 
     /// Waits until it has written a line with this prefix and numbers right after it. A terminal
@@ -175,7 +177,7 @@ impl Program {
     ///
     /// Where it does not, or ends before.
     pub fn numbers_after<const N: usize>(&mut self, prefix: &str) -> Result<[u64; N]> {
-        self.wait_until(PATIENCE, prefix, |output| {
+        self.wait_until(patience(), prefix, |output| {
             // A line without its end may be half of one.
             let (whole, _) = output.rsplit_once('\n')?;
             let rests = whole
