@@ -1,4 +1,4 @@
-//! What the benchmarks ask of bpf(2): programs that do nothing, the kernel's statistics about
+//! What the benchmarks ask of bpf(2): programs that do next to nothing, the kernel's statistics about
 //! programs, and entries in the daemon's maps.
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 // `enum bpf_cmd` of `linux/bpf.h`.
+const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_GET_NEXT_KEY: libc::c_long = 4;
@@ -108,29 +109,82 @@ impl Statistics {
     }
 }
 
-/// Programs on every hook of a cgroup that let everything pass and do nothing else: what any program
-/// there costs. Detached on drop.
-#[derive(Debug)]
-pub(crate) struct NullPrograms(#[expect(dead_code, reason = "detached on drop")] Vec<OwnedFd>);
+/// What a program for comparison does with each packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Nothing.
+    Nothing,
+    /// It asks for the socket's cookie.
+    Cookie,
+    /// It asks for the cookie and looks that up in a map of the daemon's size, in vain.
+    LookUp,
+}
 
-impl NullPrograms {
+/// Programs on every hook of a cgroup that let everything pass, and do nothing else or only what no
+/// program that looks sessions up can do without. Detached on drop.
+#[derive(Debug)]
+pub(crate) struct PlainPrograms(#[expect(dead_code, reason = "detached on drop")] Vec<OwnedFd>);
+
+impl PlainPrograms {
     /// Loads and attaches them.
-    pub(crate) fn attach(cgroup: &Path) -> Result<Self> {
+    pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
         let directory = File::open(cgroup)?;
+        let map = empty_map()?;
         let attach = |hook: Hook| -> Result<OwnedFd> {
-            let program = load_null(hook).with_context(|| format!("a null program: {hook:?}"))?;
+            let of_packet = matches!(hook, Hook::Ingress | Hook::Egress);
+            let body = if of_packet { body } else { Body::Nothing };
+            let program = load(hook, &instructions(body, &map));
+            let program = program.with_context(|| format!("a program for the hook {hook:?}"))?;
             let mut attributes = [
                 number(&program),
                 number(&directory),
                 hook.attach_type(),
                 0_u32,
             ];
-            descriptor(bpf(LINK_CREATE, &mut attributes).context("attaching a null program")?)
+            descriptor(bpf(LINK_CREATE, &mut attributes).context("attaching a program")?)
         };
         Ok(Self(
             Hook::ALL.into_iter().map(attach).collect::<Result<_>>()?,
         ))
     }
+}
+
+/// A map as that of the sessions, for a program to find nothing in.
+fn empty_map() -> Result<OwnedFd> {
+    const HASH: u32 = 1;
+    // Type, bytes of a key and of a value, capacity, flags.
+    let mut attributes = [HASH, 8, 152, 1 << 18, 0];
+    descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
+}
+
+/// As `struct bpf_insn` has it.
+type Instruction = [u8; 8];
+
+fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
+    // r0 = bpf_get_socket_cookie(r1), the context being in r1 at the beginning.
+    const COOKIE: Instruction = [0x85, 0, 0, 0, 46, 0, 0, 0];
+    // *(u64 *)(r10 - 8) = r0; r2 = r10; r2 += -8
+    const KEY: [Instruction; 3] = [
+        [0x7b, 0x0a, 0xf8, 0xff, 0, 0, 0, 0],
+        [0xbf, 0xa2, 0, 0, 0, 0, 0, 0],
+        [0x07, 0x02, 0, 0, 0xf8, 0xff, 0xff, 0xff],
+    ];
+    // r0 = bpf_map_lookup_elem(r1, r2)
+    const LOOK_UP: Instruction = [0x85, 0, 0, 0, 1, 0, 0, 0];
+    // r0 = 1, which lets everything pass at each of these hooks; exit
+    const PASS: [Instruction; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut code = Vec::new();
+    if body != Body::Nothing {
+        code.push(COOKIE);
+    }
+    if body == Body::LookUp {
+        code.extend(KEY);
+        // r1 = the map, in two halves.
+        let [a, b, c, d] = number(map).to_le_bytes();
+        code.extend([[0x18, 0x11, 0, 0, a, b, c, d], [0; 8], LOOK_UP]);
+    }
+    code.extend(PASS);
+    code
 }
 
 /// `union bpf_attr` for `BPF_PROG_LOAD`, up to what is needed.
@@ -150,20 +204,18 @@ struct ProgramLoad {
     attach_type: u32,
 }
 
-fn load_null(hook: Hook) -> Result<OwnedFd> {
-    // `r0 = 1; exit`, as `struct bpf_insn` has it: 1 lets everything pass at each of these hooks.
-    const INSTRUCTIONS: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+fn load(hook: Hook, instructions: &[Instruction]) -> Result<OwnedFd> {
     let mut attributes = ProgramLoad {
         program_type: hook.program_type(),
-        instruction_count: INSTRUCTIONS.len() as u32,
-        instructions: INSTRUCTIONS.as_ptr() as u64,
+        instruction_count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
         license: c"Dual MIT/GPL".as_ptr() as u64,
         log_level: 0,
         log_bytes: 0,
         log: 0,
         kernel_version: 0,
         flags: 0,
-        name: *b"bench_null\0\0\0\0\0\0",
+        name: *b"bench_plain\0\0\0\0\0",
         ifindex: 0,
         attach_type: hook.attach_type(),
     };

@@ -17,7 +17,6 @@ pub(crate) const LAST_PORT: u16 = 9999;
 /// Connections in a cgroup and a network namespace of their own.
 pub(crate) struct Crowd {
     workers: Vec<Worker>,
-    pairs: Vec<usize>,
     /// The cgroup of both ends.
     pub(crate) cgroup: Cgroup,
     /// The namespace.
@@ -29,51 +28,46 @@ impl Crowd {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             workers: Vec::new(),
-            pairs: Vec::new(),
             cgroup: Cgroup::new()?,
             netns: party::namespace()?,
         })
     }
 
-    /// Starts workers that have room for so many connections more, and divides these among them.
-    pub(crate) fn make_room(&mut self, pairs: usize, bench: &Bench) -> Result<()> {
-        let more = pairs.div_ceil(MAX_PAIRS);
-        for n in 0..more {
-            let place = Place::here().in_cgroup(&self.cgroup).in_netns(&self.netns);
-            let mut worker = Worker::start(&bench.agent, &place, None)?;
-            let port = FIRST_PORT + u16::try_from(self.workers.len())?;
-            worker.ask(&bench.stop, format_args!("listen {port}"))?;
-            self.workers.push(worker);
-            self.pairs.push(pairs * (n + 1) / more - pairs * n / more);
-        }
-        Ok(())
-    }
-
-    /// Has each worker that has none yet open its share of the connections, all at the same time.
+    /// Opens so many connections more, by workers of their own, which all do so at the same time.
     pub(crate) fn open(&mut self, pairs: usize, bench: &Bench) -> Result<()> {
-        let before = self.workers.len();
-        self.make_room(pairs, bench)?;
-        let shares = self.pairs[before..].to_vec();
-        let workers = &mut self.workers[before..];
-        for (worker, share) in workers.iter_mut().zip(shares) {
-            worker.begin(format_args!("open {share}"))?;
-        }
-        for worker in workers {
-            worker.answer(&bench.stop).context("opening connections")?;
-        }
-        Ok(())
+        self.open_by(pairs, bench, |share| format!("open {share}"))
     }
 
     /// The same, evenly over this many milliseconds.
     pub(crate) fn spread(&mut self, pairs: usize, milliseconds: u64, bench: &Bench) -> Result<()> {
-        self.make_room(pairs, bench)?;
-        for (worker, share) in self.workers.iter_mut().zip(&self.pairs) {
-            worker.begin(format_args!("spread {share} {milliseconds}"))?;
+        let request = |share| format!("spread {share} {milliseconds}");
+        self.open_by(pairs, bench, request)
+    }
+
+    fn open_by(
+        &mut self,
+        pairs: usize,
+        bench: &Bench,
+        request: impl Fn(usize) -> String,
+    ) -> Result<()> {
+        let (before, more) = (self.workers.len(), pairs.div_ceil(MAX_PAIRS));
+        for n in 0..more {
+            let mut worker = self.hire(bench)?;
+            worker.begin(request(pairs * (n + 1) / more - pairs * n / more))?;
+            self.workers.push(worker);
         }
-        for worker in &mut self.workers {
+        for worker in &mut self.workers[before..] {
             worker.answer(&bench.stop).context("opening connections")?;
         }
         Ok(())
+    }
+
+    fn hire(&self, bench: &Bench) -> Result<Worker> {
+        let place = Place::here().in_cgroup(&self.cgroup).in_netns(&self.netns);
+        let mut worker = Worker::start(&bench.agent, &place, None)?;
+        let port = FIRST_PORT + u16::try_from(self.workers.len())?;
+        worker.ask(&bench.stop, format_args!("listen {port}"))?;
+        Ok(worker)
     }
 
     /// Has every worker watch for the end of its connections.

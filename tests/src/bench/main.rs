@@ -120,9 +120,8 @@ struct Args {
 }
 
 impl Args {
-    fn parse(words: impl Iterator<Item = String>) -> Result<Self> {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self> {
         let mut args = Self::default();
-        let mut words = words.peekable();
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--quick" => args.quick = true,
@@ -228,4 +227,33 @@ fn write_json(args: &Args, machine: &Machine, sections: &[Section]) -> Result<()
     fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
     println!("{}", path.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &str) -> Result<Args> {
+        Args::parse(words.split_whitespace().map(str::to_owned))
+    }
+
+    fn names(args: &Args) -> Vec<&str> {
+        let chosen = args.chosen();
+        chosen.iter().map(|benchmark| benchmark.name).collect()
+    }
+
+    #[test]
+    fn benchmarks_are_chosen_by_parts_of_their_names() {
+        assert_eq!(names(&parse("--quick").unwrap()).len(), ALL.len());
+        let args = parse("packet --json f late").unwrap();
+        assert_eq!(names(&args), ["per-packet", "lateness"]);
+        assert_eq!(args.json, Some(PathBuf::from("f")));
+        assert!(names(&parse("nothing").unwrap()).is_empty());
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        assert!(parse("--fast").is_err());
+        assert!(parse("--json").is_err());
+    }
 }

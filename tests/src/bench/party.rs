@@ -13,7 +13,10 @@ use session_enforcer_tests::{
 };
 use tempfile::TempDir;
 
-use crate::{bpf::NullPrograms, worker::Worker};
+use crate::{
+    bpf::{Body, PlainPrograms},
+    worker::Worker,
+};
 
 /// Where the worker of a party listens.
 const BACKEND: u16 = 7000;
@@ -33,8 +36,8 @@ const NOTHING: &str = "[[rule]]\nname = \"other\"\nlocal_ports = [1]\ndirection 
 pub(crate) enum Kind {
     /// Nobody.
     Bare,
-    /// Programs on the same hooks that do nothing.
-    Null,
+    /// Programs on the same hooks that do nothing, or next to nothing.
+    Plain(Body),
     /// The daemon, which tracks both ends.
     Tracked,
     /// The daemon, which tracks other connections.
@@ -48,10 +51,13 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Every one; what they are compared with comes first.
+    /// Programs that do nothing.
+    pub(crate) const NULL: Self = Self::Plain(Body::Nothing);
+
+    /// Every one that is compared by time; what they are compared with comes first.
     pub(crate) const ALL: [Self; 7] = [
         Self::Bare,
-        Self::Null,
+        Self::NULL,
         Self::Tracked,
         Self::Untracked,
         Self::Conntrack,
@@ -68,7 +74,9 @@ impl Kind {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare",
-            Self::Null => "null program",
+            Self::Plain(Body::Nothing) => "null program",
+            Self::Plain(Body::Cookie) => "cookie alone",
+            Self::Plain(Body::LookUp) => "cookie and look-up alone",
             Self::Tracked => "session-enforcer, both ends tracked",
             Self::Untracked => "session-enforcer, not tracked",
             Self::Conntrack => "conntrack",
@@ -82,7 +90,7 @@ impl Kind {
 #[derive(Debug)]
 enum Watcher {
     Nobody,
-    Null(#[expect(dead_code, reason = "detached on drop")] NullPrograms),
+    Plain(#[expect(dead_code, reason = "detached on drop")] PlainPrograms),
     Daemon(Daemon),
     Proxy((Program, TempDir)),
 }
@@ -110,7 +118,7 @@ impl Party {
         let ports = [PROXY, BACKEND];
         let watcher = match kind {
             Kind::Bare => Watcher::Nobody,
-            Kind::Null => Watcher::Null(NullPrograms::attach(cgroup.path())?),
+            Kind::Plain(body) => Watcher::Plain(PlainPrograms::attach(cgroup.path(), body)?),
             Kind::Tracked => Watcher::Daemon(pinned_daemon(&cgroup, EVERYTHING, cpu, stop)?),
             Kind::Untracked => Watcher::Daemon(pinned_daemon(&cgroup, NOTHING, cpu, stop)?),
             Kind::Conntrack => {
@@ -137,7 +145,7 @@ impl Party {
     /// Every process whose work is for its connections.
     pub(crate) fn processes(&self) -> impl Iterator<Item = u32> + use<> {
         let watcher = match &self.watcher {
-            Watcher::Nobody | Watcher::Null(_) => None,
+            Watcher::Nobody | Watcher::Plain(_) => None,
             Watcher::Daemon(daemon) => Some(daemon.pid()),
             Watcher::Proxy((program, _)) => Some(program.pid()),
         };

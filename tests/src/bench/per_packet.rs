@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     Bench,
-    bpf::{Hook, Programs, Spent, Statistics},
+    bpf::{Body, Hook, Programs, Spent, Statistics},
     party::{Kind, Party},
     report::{Budget, Row},
     statistics::{differences, turns},
@@ -41,7 +41,13 @@ const WAYS: [(Hook, &str); 2] = [(Hook::Ingress, "ingress"), (Hook::Egress, "egr
 
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let _statistics = Statistics::on()?;
-    let kinds = [Kind::Null, Kind::Tracked, Kind::Untracked];
+    let kinds = [
+        Kind::NULL,
+        Kind::Tracked,
+        Kind::Untracked,
+        Kind::Plain(Body::Cookie),
+        Kind::Plain(Body::LookUp),
+    ];
     let mut subjects = Vec::new();
     for kind in kinds {
         let party = Party::set_up(kind, &bench.agent, bench.cpu, &bench.stop)?;
@@ -109,15 +115,25 @@ fn packets(
         }
     }
     let mut rows = Vec::new();
-    for (subject, cost) in subjects.iter().zip(&costs).skip(1) {
+    let shown = |subject: &Subject| sessions != SOME || subject.party.daemon().is_some();
+    let compared = subjects.iter().zip(&costs).skip(1);
+    for (subject, cost) in compared.filter(|(subject, _)| shown(subject)) {
         for (way, (_, name)) in WAYS.iter().enumerate() {
-            let (kind, budget) = match subject.party.kind {
-                Kind::Tracked => ("tracked", TRACKED_NS),
-                _ => ("untracked", UNTRACKED_NS),
-            };
             let more = differences(&cost.of(way), &costs[0].of(way));
-            let what = format!("{name}, {kind}, {sessions} in the map, {warmth}");
-            rows.push(Row::new(what, "ns", &more).budget(Budget::AtMost(budget)));
+            let (kind, budget) = match subject.party.kind {
+                Kind::Tracked => ("tracked", Some(TRACKED_NS)),
+                Kind::Untracked => ("untracked", Some(UNTRACKED_NS)),
+                kind => (kind.name(), None),
+            };
+            // Those that only show what cannot be done without know no sessions.
+            let row = match budget {
+                Some(budget) => {
+                    let what = format!("{name}, {kind}, {sessions} in the map, {warmth}");
+                    Row::new(what, "ns", &more).budget(Budget::AtMost(budget))
+                }
+                None => Row::new(format!("{name}, {kind}, {warmth}"), "ns", &more),
+            };
+            rows.push(row);
         }
     }
     Ok(rows)
@@ -147,7 +163,8 @@ fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
         }
     }
     let mut rows = Vec::new();
-    for (subject, costs_of) in subjects.iter().zip(&costs).skip(1) {
+    let compared = subjects.iter().zip(&costs);
+    for (subject, costs_of) in compared.filter(|(subject, _)| subject.party.daemon().is_some()) {
         let names = ["establishment and end", "new sockets"];
         for (n, name) in names.into_iter().enumerate() {
             let more = differences(&costs_of[n], &costs[0][n]);

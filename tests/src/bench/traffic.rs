@@ -27,7 +27,7 @@ pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
         rounds: bench.pick(15, 41),
         unit: "us",
         budget: Some(Budget::RatioAtMost(1.025)),
-        prepare: open_one,
+        prepare: &["close", "open 1", "ping 500 1"],
         request: format!("ping {count} 1"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
     };
@@ -41,7 +41,7 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
         rounds: bench.pick(9, 21),
         unit: "us",
         budget: Some(Budget::RatioAtMost(1.05)),
-        prepare: |_, _| Ok(()),
+        prepare: &[],
         request: format!("connect {count}"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
     };
@@ -55,15 +55,11 @@ pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
         rounds: bench.pick(5, 15),
         unit: "GB/s",
         budget: None,
-        prepare: open_one,
+        prepare: &["close", "open 1", "transfer 32"],
         request: format!("transfer {mebibytes}"),
         figure: |nanoseconds| f64::from(mebibytes << 10) * 1_024.0 / nanoseconds,
     };
     compared.rows(bench)
-}
-
-fn open_one(party: &mut Party, bench: &Bench) -> Result<()> {
-    party.worker.ask(&bench.stop, "open 1").map(drop)
 }
 
 /// A comparison of all parties.
@@ -71,9 +67,10 @@ struct Compared<Figure> {
     rounds: usize,
     unit: &'static str,
     budget: Option<Budget>,
-    /// Done once by each.
-    prepare: fn(&mut Party, &Bench) -> Result<()>,
-    /// What a worker is asked for; it answers with nanoseconds.
+    /// What a worker is asked for before each round. A connection of its own for each: how fast one
+    /// is depends on where it lies in memory and how its windows have grown.
+    prepare: &'static [&'static str],
+    /// What it is asked for then; it answers with nanoseconds.
     request: String,
     /// What nanoseconds mean.
     figure: Figure,
@@ -90,11 +87,8 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
     /// Measures them in turns.
     fn rows(&self, bench: &Bench) -> Result<Vec<Row>> {
         let (mut parties, mut missing) = set_up(bench)?;
-        for party in &mut parties {
-            (self.prepare)(party, bench)?;
-        }
         let mut times = vec![Vec::new(); parties.len()];
-        // The first round finds caches and windows as they are at the beginning.
+        // The first round finds caches and memory as they are at the beginning.
         for round in 0..=self.rounds {
             for turn in turns(parties.len(), round) {
                 let measured = self.measure(&mut parties[turn], bench)?;
@@ -112,6 +106,9 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
     }
 
     fn measure(&self, party: &mut Party, bench: &Bench) -> Result<Times> {
+        for request in self.prepare {
+            party.worker.ask(&bench.stop, request)?;
+        }
         let before = processor_time(party)?;
         let elapsed = party.worker.number(&bench.stop, &self.request)?;
         let late = what_the_daemon_does_after(party, bench)?;

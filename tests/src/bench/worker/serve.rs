@@ -63,7 +63,7 @@ impl Serving {
         let what = words.next().unwrap_or_default();
         let numbers = words.map(str::parse).collect::<Result<Vec<usize>, _>>()?;
         let nanoseconds = |time: Duration| vec![time.as_nanos() as f64];
-        match (what, numbers[..].as_ref()) {
+        match (what, numbers.as_slice()) {
             ("listen", &[port]) => self.listen(port as u16).map(|()| vec![0.0]),
             ("dial", &[port]) => {
                 self.port = port as u16;
