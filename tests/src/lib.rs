@@ -33,7 +33,7 @@ mod tcp;
 
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
-pub use big_tcp::allow_big_tcp;
+pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
 pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
 pub use daemon::{Daemon, Launch, daemon_command};
