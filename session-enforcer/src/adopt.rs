@@ -5,7 +5,7 @@ use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
     Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session, flags,
-    jitter_seed, matches,
+    matches,
 };
 
 use crate::{
@@ -58,18 +58,17 @@ impl Adopter<'_> {
         sockets.iter().filter_map(adoptee).collect()
     }
 
-    fn session(
-        &self,
-        socket: &Socket,
-        listeners: &Listeners,
-        netns_cookie: u64,
-        now_ns: u64,
-    ) -> Option<Session> {
+    /// Whether a socket is a session of some rule. What passed in it need not be known.
+    pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
+        self.chosen(socket, listeners).is_some()
+    }
+
+    /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
+    fn chosen(&self, socket: &Socket, listeners: &Listeners) -> Option<(Facts, Owner, u16)> {
         let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
         if !is_session || !self.scope.contains(socket.cgroup_id) {
             return None;
         }
-        let info = socket.info?;
         let owner = owner(socket, listeners);
         let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
         let ancestors = ancestors.get(&owner.cgroup_id);
@@ -77,15 +76,25 @@ impl Adopter<'_> {
         let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
         let mut entries = self.entries.iter();
         let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
-        if entry.rule == RULE_EXEMPT {
-            return None;
-        }
-        let policy = self.policies.get(usize::from(entry.rule));
+        (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
+    }
+
+    /// The session of a socket, seen at `now_ns`; none where no rule tracks it.
+    pub fn session(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Option<Session> {
+        let (facts, owner, rule) = self.chosen(socket, listeners)?;
+        let info = socket.info?;
+        let policy = self.policies.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns);
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: sent,
+            answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
             bytes_received: payload_received(socket, &info),
             bytes_sent: info.bytes_sent,
             open_until_ns: 0,
@@ -99,15 +108,12 @@ impl Adopter<'_> {
             remote_port: facts.remote_port,
             ifindex: socket.target.ifindex,
             generation: self.generation,
-            rule: entry.rule,
+            rule,
             direction: facts.direction as u8,
             flags: match socket.mptcp_token {
                 Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
                 None => flags::END_UNREPORTED,
             },
-            jitter_seed: jitter_seed(socket.target.cookie),
-            owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
-            reserved: [0; 3],
             owner,
         })
     }
@@ -161,6 +167,11 @@ fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bo
     }
 }
 
+/// When this host answered, as a [`Session`] has it.
+fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
+    if owes_answer { 0 } else { sent_ns.max(1) }
+}
+
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = matches!(
@@ -212,10 +223,11 @@ pub fn caught_up(
             (true, true) => owes_answer(Direction::Inbound, &info, policy),
             (has_received, _) => has_received,
         };
-        now.owes_answer = u8::from(owes);
-        if has_sent {
-            now.answered_ns = now.last_sent_ns;
-        }
+        now.answered_ns = match (owes, has_sent) {
+            (true, _) => 0,
+            (false, true) => answered_ns(false, now.last_sent_ns),
+            (false, false) => now.answered_ns,
+        };
     }
     now
 }
@@ -523,7 +535,7 @@ mod tests {
         let expected = Session {
             last_received_ns: 19_500 * MS,
             bytes_received: before.bytes_received + 1,
-            owes_answer: 1,
+            answered_ns: 0,
             ..before
         };
         assert_eq!(now, expected);
@@ -536,7 +548,6 @@ mod tests {
             last_sent_ns: 19_600 * MS,
             answered_ns: 19_600 * MS,
             bytes_sent: before.bytes_sent + 1,
-            owes_answer: 0,
             ..before
         };
         assert_eq!(now, expected);

@@ -14,7 +14,6 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -29,13 +28,10 @@ use nix::{
     unistd::{Uid, seteuid, setresuid},
 };
 
-use crate::{cgroup::Cgroup, netns::Netns, process::die_with_parent};
+use crate::{cgroup::Cgroup, netns::Netns, pace::patience, process::die_with_parent};
 
 /// A request is the three arguments of socket(2); an answer is an error number or 0 with a socket.
 const REQUEST: usize = 12;
-
-/// How long an agent may take to answer on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where sockets are made. The default is where the test itself is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -107,6 +103,7 @@ impl Place {
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.agent_command(agent, "exec");
         command.arg("--").arg(program);
+        die_with_parent(&mut command);
         command
     }
 
@@ -126,7 +123,6 @@ impl Place {
         if self.own_user_namespace {
             command.arg("--own-user-namespace");
         }
-        die_with_parent(&mut command);
         command
     }
 }
@@ -175,13 +171,21 @@ impl Agent {
     ///
     /// Where it cannot be started. What it says later is on the test's standard error.
     pub fn start(binary: &Path, place: &Place) -> Result<Self> {
+        Self::start_with(place.agent_command(binary, "serve"))
+    }
+
+    /// Starts the agent by a command that leads to its binary, with the argument `serve`.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn start_with(mut command: Command) -> Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
-        control.set_read_timeout(Some(PATIENCE))?;
-        let child = place
-            .agent_command(binary, "serve")
+        control.set_read_timeout(Some(patience()))?;
+        let child = die_with_parent(&mut command)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .with_context(|| format!("starting {}", binary.display()))?;
+            .with_context(|| format!("starting {command:?}"))?;
         let agent = Self { child, control };
         // Its first answer shows that it is where it should be.
         agent.socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;

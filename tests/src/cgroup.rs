@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{clock::eventually, names, process::require_root};
+use crate::{clock::eventually, names, pace::scaled, process::require_root};
 
 /// How long the processes of a cgroup take to die, at most, before it is left behind.
 const DYING: Duration = Duration::from_secs(10);
@@ -125,13 +125,15 @@ fn remove(path: &Path) -> Result<()> {
             remove(&entry.path())?;
         }
     }
-    eventually("the cgroup is empty", DYING, || {
-        match fs::remove_dir(path) {
+    eventually(
+        "the cgroup is empty",
+        scaled(DYING),
+        || match fs::remove_dir(path) {
             Ok(()) => Ok(Some(())),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
             Err(error) => Err(error.into()),
-        }
-    })
+        },
+    )
 }
 
 fn sweep(mount: &Path) {

@@ -25,8 +25,8 @@ use session_enforcer_common::{
     PortRange, Prefix, RULE_EXEMPT, Session, matches,
 };
 use session_enforcer_tests::{
-    Agent, Cgroup as CgroupOfTest, Lab, Listener, Netns, PATIENCE, Pair, Place, Random, SEED,
-    cookie, eventually, reset_on_close, seed, set_option, tcp_info,
+    Agent, Cgroup as CgroupOfTest, Lab, Listener, Netns, Pair, Place, Random, SEED, cookie,
+    eventually, patience, reset_on_close, seed, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -398,7 +398,7 @@ impl Bench {
             reset_on_close(end)?;
         }
         // It can be accepted a little before; the callback is before the change of the state.
-        eventually("it is established", PATIENCE, || {
+        eventually("it is established", patience(), || {
             let state = tcp_info(&pair.server)?.tcpi_state;
             Ok((state == TCP_ESTABLISHED).then_some(()))
         })?;
@@ -418,7 +418,7 @@ impl Bench {
                 assert_eq!(self.kernel.error_count(kind)?, 0, "{kind:?}");
             }
         }
-        eventually("all sessions have ended", PATIENCE, || {
+        eventually("all sessions have ended", patience(), || {
             Ok(self.kernel.cookies()?.is_empty().then_some(()))
         })
     }
@@ -570,12 +570,13 @@ impl Expected {
         let inbound = session.direction == Direction::Inbound as u8;
         if counts && received {
             session.last_received_ns = at.of(found.last_received_ns);
-            session.owes_answer = u8::from(inbound);
+            if inbound {
+                session.answered_ns = 0;
+            }
         } else if counts {
             session.last_sent_ns = at.of(found.last_sent_ns);
             if session.owes_answer() {
                 session.answered_ns = at.of(found.answered_ns);
-                session.owes_answer = 0;
             }
         }
         // When the gate looks again is the kernel's own business.
@@ -605,7 +606,7 @@ fn coarse_clock_ns() -> Result<u64> {
 /// Waits until a stamp is certainly another than all before.
 fn next_tick() -> Result<u64> {
     let start = coarse_clock_ns()?;
-    eventually("the clock goes on", PATIENCE, || {
+    eventually("the clock goes on", patience(), || {
         let now = coarse_clock_ns()?;
         Ok((now > start).then_some(now))
     })

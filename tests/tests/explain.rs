@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use session_enforcer_tests::{
-    Agent, Lab, Listener, PATIENCE, Pair, Place, Random, daemon_command, run_to_end, seed,
+    Agent, Lab, Listener, Pair, Place, Random, daemon_command, patience, run_to_end, seed,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -121,7 +121,7 @@ impl Question<'_> {
             .args(["--direction", self.direction, "--user", user])
             .args(["--cgroup", &self.owner.cgroup, "--config"])
             .arg(config);
-        let finished = run_to_end(command, PATIENCE)?;
+        let finished = run_to_end(command, patience())?;
         assert_eq!(finished.code, 0, "{}", finished.stderr);
         let said = finished.stdout;
         let decided = said

@@ -13,7 +13,7 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, PATIENCE, Pair, Place, Record, daemon_command,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, patience,
     run_to_end, set_option,
 };
 
@@ -282,7 +282,7 @@ fn explain(config: &str, pair: &Pair, more: &[&str]) -> Result<String> {
         .args(more)
         .arg("--config")
         .arg(path);
-    let finished = run_to_end(command, PATIENCE)?;
+    let finished = run_to_end(command, patience())?;
     assert_eq!(finished.code, 0, "{}", finished.stderr);
     Ok(finished.stdout)
 }

@@ -211,7 +211,7 @@ mod tests {
         Session {
             last_received_ns: 0,
             last_sent_ns: 0,
-            answered_ns: 0,
+            answered_ns: 1,
             bytes_received: 0,
             bytes_sent: 0,
             open_until_ns: 0,
@@ -226,9 +226,6 @@ mod tests {
             rule,
             direction: Direction::Inbound as u8,
             flags: 0,
-            jitter_seed: 0,
-            owes_answer: 0,
-            reserved: [0; 3],
             owner: Owner::UNKNOWN,
         }
     }

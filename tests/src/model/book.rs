@@ -1,0 +1,224 @@
+//! The rules of a run: which there are is random, and what they say is known. Pure.
+
+use std::{fmt::Write as _, time::Duration};
+
+use crate::random::Random;
+
+/// How many ports the rules tell apart. Each is a pair of listeners, one in the cgroup, one not.
+pub(super) const PORTS: usize = 12;
+
+/// No rule has a longer limit.
+pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
+
+/// One end of a connection. Below the cgroup it is a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The one that dialled.
+    Client,
+    /// The one that accepted.
+    Server,
+}
+
+impl End {
+    pub(super) const BOTH: [Self; 2] = [Self::Client, Self::Server];
+
+    pub(super) const fn peer(self) -> Self {
+        match self {
+            Self::Client => Self::Server,
+            Self::Server => Self::Client,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    Enforce,
+    Observe,
+    Exempt,
+}
+
+/// Whose payload the idle clock heeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Activity {
+    Any,
+    Received,
+    Sent,
+}
+
+/// What a rule says, as the documentation has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) name: String,
+    pub(super) action: Action,
+    pub(super) idle: Option<Duration>,
+    pub(super) lifetime: Option<Duration>,
+    /// A lifetime is up to so many hundredths shorter.
+    pub(super) jitter_percent: u32,
+    pub(super) response: Option<Duration>,
+    pub(super) activity: Activity,
+    pub(super) min_payload: u64,
+}
+
+impl Rule {
+    /// A rule without limits.
+    pub(super) fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            action: Action::Enforce,
+            idle: None,
+            lifetime: None,
+            jitter_percent: 0,
+            response: None,
+            activity: Activity::Any,
+            min_payload: 1,
+        }
+    }
+
+    /// The rule of a port for one end; none where no rule matches it.
+    fn random(random: &mut Random, port: usize, end: End) -> Option<Self> {
+        if random.once_in(10) {
+            return None;
+        }
+        // Two names for each, so that a session gets another rule now and then.
+        let letter = random.one_of(&["a", "b"]);
+        let mut rule = Self::named(&format!("p{port}-{}-{letter}", end.direction()));
+        if random.once_in(12) {
+            rule.action = Action::Exempt;
+            return Some(rule);
+        }
+        if random.once_in(7) {
+            rule.action = Action::Observe;
+        }
+        rule.set_limits(random, end);
+        Some(rule)
+    }
+
+    fn set_limits(&mut self, random: &mut Random, end: End) {
+        let ms = |ms: u64| Some(Duration::from_millis(ms));
+        if random.once_in(3) {
+            self.lifetime = random.one_of(&[ms(2_000), ms(3_000), ms(4_000)]);
+            self.jitter_percent = random.one_of(&[0, 20]);
+        }
+        if end == End::Server && random.once_in(4) {
+            self.response = random.one_of(&[ms(1_000), ms(2_000), ms(3_000)]);
+        }
+        let limited = self.lifetime.or(self.response).is_some();
+        if !limited || !random.once_in(4) {
+            self.idle = random.one_of(&[ms(1_000), ms(1_000), ms(1_500), ms(2_000), ms(3_000)]);
+            let kinds = [Activity::Any, Activity::Received, Activity::Sent];
+            self.activity = match random.once_in(2) {
+                true => Activity::Any,
+                false => random.one_of(&kinds),
+            };
+        }
+        if self.idle.or(self.response).is_some() && random.once_in(4) {
+            self.min_payload = 100;
+        }
+    }
+
+    /// Whether so much payload in one packet counts.
+    pub(super) const fn counts(&self, bytes: u64) -> bool {
+        bytes >= self.min_payload
+    }
+
+    fn write(&self, text: &mut String) -> std::fmt::Result {
+        let limits = [
+            ("idle_timeout", self.idle),
+            ("max_lifetime", self.lifetime),
+            ("response_timeout", self.response),
+        ];
+        for (key, limit) in limits {
+            if let Some(limit) = limit {
+                writeln!(text, "{key} = \"{}ms\"", limit.as_millis())?;
+            }
+        }
+        if self.jitter_percent > 0 {
+            writeln!(text, "lifetime_jitter = \"{}%\"", self.jitter_percent)?;
+        }
+        match self.action {
+            Action::Enforce => {}
+            Action::Observe => writeln!(text, "action = \"observe\"")?,
+            Action::Exempt => writeln!(text, "action = \"exempt\"")?,
+        }
+        match self.activity {
+            Activity::Any => {}
+            Activity::Received => writeln!(text, "activity = \"received\"")?,
+            Activity::Sent => writeln!(text, "activity = \"sent\"")?,
+        }
+        if self.min_payload > 1 {
+            writeln!(text, "min_payload = {}", self.min_payload)?;
+        }
+        Ok(())
+    }
+}
+
+impl End {
+    const fn direction(self) -> &'static str {
+        match self {
+            Self::Client => "outbound",
+            Self::Server => "inbound",
+        }
+    }
+
+    /// Whose number the port is, as seen from this end.
+    const fn ports_key(self) -> &'static str {
+        match self {
+            Self::Client => "remote_ports",
+            Self::Server => "local_ports",
+        }
+    }
+}
+
+/// One policy: a rule, or none, for each end of the connections to each port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Book {
+    pub(super) rules: Vec<[Option<Rule>; 2]>,
+}
+
+impl Book {
+    pub(super) fn random(random: &mut Random) -> Self {
+        let both = |port| End::BOTH.map(|end| Rule::random(random, port, end));
+        Self {
+            rules: (0..PORTS).map(both).collect(),
+        }
+    }
+
+    /// The same with about a third of the rules made anew.
+    pub(super) fn changed(&self, random: &mut Random) -> Self {
+        let mut book = self.clone();
+        for (port, rules) in book.rules.iter_mut().enumerate() {
+            for (rule, end) in rules.iter_mut().zip(End::BOTH) {
+                if random.once_in(3) {
+                    *rule = Rule::random(random, port, end);
+                }
+            }
+        }
+        book
+    }
+
+    /// The rule by which the sessions of a port's connections are tracked at this end; none where
+    /// they are not.
+    pub(super) fn rule(&self, port: usize, end: End) -> Option<&Rule> {
+        let rule = self.rules.get(port)?[end as usize].as_ref();
+        rule.filter(|rule| rule.action != Action::Exempt)
+    }
+
+    /// The configuration; `numbers` has the port numbers of a port.
+    pub(super) fn toml(&self, numbers: impl Fn(usize) -> [u16; 2]) -> String {
+        let mut text = String::new();
+        for (port, rules) in self.rules.iter().enumerate() {
+            for (rule, end) in rules.iter().zip(End::BOTH) {
+                let Some(rule) = rule else { continue };
+                let (name, direction, key) = (&rule.name, end.direction(), end.ports_key());
+                let numbers = numbers(port);
+                // To write to a text never fails.
+                let _ = writeln!(
+                    text,
+                    "[[rule]]\nname = \"{name}\"\ndirection = \"{direction}\"\n{key} = {numbers:?}"
+                );
+                let _ = rule.write(&mut text);
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,96 @@
+//! Where the connections of a run are: namespaces, processes in the cgroup and beside it, listeners.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd as _,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::socket::{SockaddrStorage, bind};
+
+use super::{
+    book::{End, PORTS},
+    plan::Opening,
+};
+use crate::{
+    agent::Agent,
+    lab::Lab,
+    netns::{Netns, Veth},
+    tcp::{Listener, Pair},
+};
+
+/// The listeners' ports, below the cgroup and not; the ports from which is dialled are lower.
+const FIRST_PORTS: [u16; 2] = [61_000, 62_000];
+
+/// The ports from which is dialled, each once: a port tells the connection.
+const DIALLING: std::ops::Range<u16> = 1_024..60_000;
+
+/// The numbers of a port of the rules, one of each listener.
+pub(super) fn port_numbers(port: usize) -> [u16; 2] {
+    FIRST_PORTS.map(|first| first + port as u16)
+}
+
+/// Everything that makes connections.
+pub(super) struct Field {
+    /// By port, not below the cgroup and below it.
+    listeners: Vec<[Listener; 2]>,
+    /// In the listeners' namespace and in the other, not below the cgroup and below it.
+    dialers: [[Agent; 2]; 2],
+    next_port: u16,
+    _servers: [Agent; 2],
+    _netns: [Netns; 2],
+}
+
+impl Field {
+    pub(super) fn new(lab: &Lab) -> Result<Self> {
+        let netns = [Netns::new()?, Netns::new()?];
+        Veth::between(&netns[0], &netns[1])?;
+        let both = |netns: &Netns| -> Result<[Agent; 2]> {
+            Ok([lab.outside_in(netns)?, lab.inside_in(netns)?])
+        };
+        let servers = both(&netns[0])?;
+        let listen = |port| -> Result<[Listener; 2]> {
+            let [outside, inside] = port_numbers(port);
+            let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+            Ok([
+                servers[0].listen(any(outside))?,
+                servers[1].listen(any(inside))?,
+            ])
+        };
+        Ok(Self {
+            listeners: (0..PORTS).map(listen).collect::<Result<_>>()?,
+            dialers: [both(&netns[0])?, both(&netns[1])?],
+            next_port: DIALLING.start,
+            _servers: servers,
+            _netns: netns,
+        })
+    }
+
+    /// Opens a connection from a port that none had before.
+    pub(super) fn open(&mut self, opening: &Opening) -> Result<Pair> {
+        let inside = |end| usize::from(opening.inside[end as usize]);
+        let listener = &self.listeners[opening.port][inside(End::Server)];
+        let to = SocketAddr::new(server_address(opening), listener.port());
+        let dialer = &self.dialers[usize::from(opening.far)][inside(End::Client)];
+        let socket = dialer.tcp(to)?;
+        let port = self.next_port;
+        anyhow::ensure!(DIALLING.contains(&port), "no port is left to dial from");
+        self.next_port += 1;
+        let from = match to {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
+        };
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(from))
+            .with_context(|| format!("binding to {from}"))?;
+        Pair::dial(socket, listener, to)
+    }
+}
+
+fn server_address(opening: &Opening) -> IpAddr {
+    match (opening.far, opening.is_ipv4) {
+        (false, true) => Ipv4Addr::LOCALHOST.into(),
+        (false, false) => Ipv6Addr::LOCALHOST.into(),
+        (true, true) => Veth::LEFT,
+        (true, false) => Veth::LEFT_V6,
+    }
+}

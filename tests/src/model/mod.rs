@@ -1,0 +1,212 @@
+//! A run of random operations on real sockets, and a model that says what must become of each session.
+//!
+//! The plan is made from a seed alone ([`plan`]): connections are opened, talk, are half closed,
+//! closed and aborted, while the daemon is frozen, killed and started anew, and given other policies,
+//! good and bad. What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
+//! model works out what the clocks of every session showed ([`replay`]), and each connection, record
+//! and counter is held to it ([`check`]).
+//!
+//! The system's clock is not set here, as that would be the whole machine's.
+
+mod book;
+mod check;
+mod field;
+mod history;
+mod host;
+mod plan;
+mod replay;
+mod termination;
+#[cfg(test)]
+mod tests;
+mod timeline;
+mod traffic;
+
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use self::{
+    book::{Action, End, LONGEST_LIMIT},
+    check::Seen,
+    field::Field,
+    history::Connection,
+    host::Host,
+    plan::Operation,
+    replay::Replay,
+    termination::Termination,
+    timeline::Timeline,
+    traffic::Traffic,
+};
+use crate::{
+    audit::Record,
+    clock::{Time, eventually},
+    daemon::Daemon,
+    lab::Lab,
+    pace::patience,
+    random::Random,
+};
+
+/// How many operations on connections there are for one on the daemon.
+const TO_ONE_BLOW: usize = 450;
+
+/// How many of the things that are wrong a failure shows.
+const SHOWN: usize = 5;
+
+/// Runs so many operations of a seed; how many there were, and in words what they showed.
+///
+/// # Errors
+///
+/// Where anything is not as the model says, or the run cannot go on.
+pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)> {
+    let lab = Lab::new(agent)?;
+    let field = Field::new(&lab)?;
+    let start = Time::now();
+    let alarm = AtomicBool::new(false);
+    let mut host = Host::new(&lab, &alarm, start.at, Random::of(seed, 0))?;
+    let mut traffic = Traffic::new(field, start.at);
+    let talk = |struck: &AtomicBool| talk((&mut traffic, &alarm), struck, seed, operations);
+    operate(&mut host, operations.div_ceil(TO_ONE_BLOW), talk)?;
+    let done = traffic.operations + host.blows;
+    let is_doomed = |connection: &&Connection| is_doomed(connection, &host.timeline);
+    traffic.look_until(patience(), |open| !open.iter().any(is_doomed))?;
+    // What is only observed reaches its limits, too.
+    traffic.look_until(LONGEST_LIMIT + Duration::from_secs(1), |_| false)?;
+    let survivors = check_survivors(&host, &traffic, start.at.elapsed());
+    traffic.pass_a_byte()?;
+    host.finish()?;
+    let finished = start.at.elapsed();
+    let connections = traffic.finish()?;
+    let mut report = Seen {
+        start,
+        finished,
+        connections: &connections,
+        timeline: &host.timeline,
+        lives: &host.lives,
+    }
+    .check();
+    report
+        .wrong
+        .extend(survivors.err().map(|error| format!("{error:#}")));
+    let shown: Vec<_> = report.wrong.iter().take(SHOWN).cloned().collect();
+    ensure!(
+        shown.is_empty(),
+        "{} things are wrong:\n{}\n{report}",
+        report.wrong.len(),
+        shown.join("\n")
+    );
+    ensure!(report.is_mixed(), "too little happened: {report}");
+    Ok((done, report.to_string()))
+}
+
+/// The operations on the connections. All of them are tried whenever the alarm is set, until the daemon
+/// was `struck` for the last time. A third of the operations is left for then: whom a daemon has missed,
+/// the next one finds, and a new policy does.
+fn talk(
+    (traffic, alarm): (&mut Traffic, &AtomicBool),
+    struck: &AtomicBool,
+    seed: u64,
+    operations: usize,
+) -> Result<()> {
+    let (mut random, mut random_of_all) = (Random::of(seed, 1), Random::of(seed, 2));
+    let mut left = operations;
+    while left > 0 {
+        if alarm.load(Ordering::Relaxed) {
+            traffic.try_all(&mut random_of_all)?;
+            alarm.store(false, Ordering::Relaxed);
+        }
+        if left > operations / 3 || struck.load(Ordering::Relaxed) {
+            traffic.perform(&Operation::random(&mut random))?;
+            left -= 1;
+        } else {
+            traffic.look(Duration::from_millis(20))?;
+        }
+    }
+    Ok(())
+}
+
+/// Strikes the daemon, which does not outlive this thread, while another one talks.
+fn operate(
+    host: &mut Host<'_>,
+    blows: usize,
+    talk: impl FnOnce(&AtomicBool) -> Result<()> + Send,
+) -> Result<()> {
+    let struck = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let talk = scope.spawn(|| talk(&struck));
+        let blows = (0..blows).try_for_each(|_| host.strike());
+        struck.store(true, Ordering::Relaxed);
+        let talked = talk.join().ok().context("the traffic panicked")?;
+        talked.and(blows.context("striking the daemon"))
+    })
+}
+
+/// The sessions of a connection that are open and tracked with this action, each with the time from
+/// which it is past a limit, `Duration::MAX` where it is not known to reach one.
+fn due_sessions(
+    connection: &Connection,
+    timeline: &Timeline,
+    action: Action,
+) -> Vec<(End, Duration)> {
+    let replay = Replay::of(connection, timeline);
+    let open = connection.open_sessions();
+    let due = open.filter_map(|end| {
+        let rule = timeline.last()?.rule(connection.port, end)?;
+        (rule.action == action).then(|| (end, replay.clocks(end).due(rule).to))
+    });
+    due.collect()
+}
+
+/// Whether a session of the connection must be reset, now or later.
+fn is_doomed(connection: &Connection, timeline: &Timeline) -> bool {
+    let enforced = due_sessions(connection, timeline, Action::Enforce);
+    enforced.iter().any(|(_, due)| *due < Duration::MAX)
+}
+
+/// What lives when everything has come due: the daemon knows these sessions and no others, those that
+/// are only observed were recorded, and nothing was lost.
+fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<()> {
+    let daemon = host.daemon();
+    let book = host.timeline.last().context("a policy")?;
+    let open = traffic.open_connections();
+    let tracked = |connection: &&Connection| {
+        let ends = connection.open_sessions();
+        ends.filter(|end| book.rule(connection.port, *end).is_some())
+            .count()
+    };
+    let tracked: usize = open.iter().map(tracked).sum();
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], tracked as f64)?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], tracked as f64)?;
+    for connection in open {
+        for (end, due) in due_sessions(connection, &host.timeline, Action::Observe) {
+            if due < now {
+                wait_for_observation(daemon, connection, end)?;
+            }
+        }
+    }
+    for counter in [
+        "events_lost",
+        "sessions_untracked",
+        "audit_records_lost",
+        "kernel_errors",
+    ] {
+        let name = format!("session_enforcer_{counter}_total");
+        let count = daemon.metric(&name, &[])?;
+        ensure!(count == 0.0, "{name} {count}");
+    }
+    Ok(())
+}
+
+/// A daemon records what it observes anew after a restart: each has a record of the last one.
+fn wait_for_observation(daemon: &Daemon, connection: &Connection, end: End) -> Result<()> {
+    let is_of_it =
+        |record: &Record| record.ports() == connection.ports && Termination::end_of(record) == end;
+    let recorded = eventually("what is observed is recorded", patience(), || {
+        Ok(daemon.terminations()?.iter().any(is_of_it).then_some(()))
+    });
+    recorded.with_context(|| format!("the {end:?}'s session of {connection}"))
+}

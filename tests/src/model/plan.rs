@@ -1,0 +1,131 @@
+//! What a run does, by its seed: the same seed does the same, in the same order. Pure.
+
+use std::time::Duration;
+
+use super::book::{Book, End, PORTS};
+use crate::random::Random;
+
+/// How many connections there are at a time.
+pub(super) const SLOTS: usize = 120;
+
+/// One operation on one of the connections.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operation {
+    /// On which.
+    pub(super) slot: usize,
+    /// What is opened where there is none.
+    pub(super) opening: Opening,
+    /// What is done where there is one.
+    pub(super) action: Act,
+    /// Time until the next.
+    pub(super) pause: Duration,
+}
+
+/// A connection to be opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opening {
+    pub(super) port: usize,
+    pub(super) inside: [bool; 2],
+    /// Between two network namespaces and not on loopback.
+    pub(super) far: bool,
+    pub(super) is_ipv4: bool,
+}
+
+/// What is done to a connection at one of its ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Act {
+    Send(End, usize),
+    Read(End),
+    Finish(End),
+    Close(End),
+    Abort(End),
+}
+
+impl Operation {
+    pub(super) fn random(random: &mut Random) -> Self {
+        Self {
+            slot: slot(random),
+            opening: Opening::random(random),
+            action: Act::random(random),
+            pause: Duration::from_millis(random.below(11)),
+        }
+    }
+}
+
+/// Half of the operations are on a few: these live, and most of the others do not.
+fn slot(random: &mut Random) -> usize {
+    let among = if random.once_in(2) { SLOTS / 6 } else { SLOTS };
+    random.below(among as u64) as usize
+}
+
+impl Opening {
+    fn random(random: &mut Random) -> Self {
+        let inside = match random.below(20) {
+            0 => [false, false],
+            1..=8 => [false, true],
+            9..=13 => [true, false],
+            _ => [true, true],
+        };
+        Self {
+            port: random.below(PORTS as u64) as usize,
+            inside,
+            far: random.once_in(3),
+            is_ipv4: !random.once_in(3),
+        }
+    }
+}
+
+impl Act {
+    fn random(random: &mut Random) -> Self {
+        let end = random.one_of(&End::BOTH);
+        match random.below(100) {
+            0..4 => Self::Finish(end),
+            4..7 => Self::Close(end),
+            7..9 => Self::Abort(end),
+            9..24 => Self::Read(end),
+            24..60 => Self::Send(end, 1 + random.below(99) as usize),
+            _ => Self::Send(end, 100 + random.below(1_400) as usize),
+        }
+    }
+}
+
+/// What happens to the daemon.
+#[derive(Clone, Debug)]
+pub(super) enum Blow {
+    /// It stands still for so long.
+    Freeze(Duration),
+    /// It is killed, while it runs or stands still, and the next comes so much later, perhaps with
+    /// another policy.
+    Kill {
+        frozen: bool,
+        down: Duration,
+        next: Option<Book>,
+    },
+    /// It is stopped in the orderly way, and the next comes so much later.
+    Stop { down: Duration, next: Option<Book> },
+    /// Another policy.
+    Reload(Book),
+    /// A file that is wrong.
+    WrongReload,
+}
+
+impl Blow {
+    /// The next, and how long it is until then.
+    pub(super) fn random(random: &mut Random, book: &Book) -> (Duration, Self) {
+        let mut ms = |from: u64, below: u64| Duration::from_millis(from + random.below(below));
+        let (pause, long, down) = (ms(300, 1_200), ms(500, 2_500), ms(0, 2_000));
+        let next = random.once_in(3).then(|| book.changed(random));
+        let blow = match random.below(20) {
+            0..6 => Self::Freeze(long),
+            6..11 => Self::Kill {
+                frozen: random.once_in(3),
+                down,
+                next,
+            },
+            11..13 => Self::Stop { down, next },
+            13..18 => Self::Reload(book.changed(random)),
+            _ => Self::WrongReload,
+        };
+        (pause, blow)
+    }
+}

@@ -1,0 +1,402 @@
+//! The model: what the clocks of a connection's sessions showed, from what the test did. Pure.
+//!
+//! The test knows when something happened only as a span of time, and so the model knows each clock
+//! as one. What follows from the early end of a deadline's span is what must not happen before; what
+//! follows from the late end is what must have happened. Where the test cannot know whether something
+//! happened at all, a span is as wide as both answers together.
+
+use std::time::Duration;
+
+use super::{
+    book::{Action, Activity, Book, End, Rule},
+    history::{Connection, Payload},
+    timeline::{Span, Timeline},
+};
+
+/// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
+const LAG: Duration = Duration::from_millis(20);
+
+/// What is known of something that is either so or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Truth {
+    No,
+    Perhaps,
+    Yes,
+}
+
+impl Truth {
+    /// What holds for all of them, or for none, or neither.
+    fn of_all(all: impl Iterator<Item = Self>) -> Self {
+        let all: Vec<Self> = all.collect();
+        match all.first() {
+            Some(first) if all.iter().all(|truth| truth == first) => *first,
+            _ => Self::Perhaps,
+        }
+    }
+}
+
+/// A limit that a session may reach next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Deadline {
+    /// As the audit names it.
+    pub(super) reason: &'static str,
+    pub(super) at: Span,
+    /// The limit, and the shortest that jitter makes of it.
+    pub(super) limit: [Duration; 2],
+}
+
+/// The clocks of one session.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clocks {
+    end: End,
+    pub(super) established: Span,
+    /// What counted.
+    pub(super) received: Span,
+    pub(super) sent: Span,
+    answered: Span,
+    owes: Truth,
+    /// Whether it is older than its tracking.
+    pub(super) adopted: Truth,
+    /// What passed, whether it counted or not.
+    passed: [Span; 2],
+}
+
+impl Clocks {
+    const fn new(end: End, opened: Span) -> Self {
+        Self {
+            end,
+            established: opened,
+            received: opened,
+            sent: opened,
+            answered: opened,
+            owes: Truth::No,
+            adopted: Truth::No,
+            passed: [opened, opened],
+        }
+    }
+
+    /// The limits that may be the next to be reached under a rule.
+    pub(super) fn deadlines(&self, rule: &Rule) -> Vec<Deadline> {
+        let lifetime = self.lifetime(rule);
+        let [response, idle] = [self.response(rule), self.idle(rule)];
+        lifetime.into_iter().chain(response).chain(idle).collect()
+    }
+
+    fn lifetime(&self, rule: &Rule) -> Option<Deadline> {
+        let longest = rule.lifetime?;
+        let shortest = longest - longest / 100 * rule.jitter_percent;
+        Some(Deadline {
+            reason: "max_lifetime",
+            at: Span {
+                from: self.established.from + shortest,
+                to: self.established.to.saturating_add(longest + LAG),
+            },
+            limit: [shortest, longest],
+        })
+    }
+
+    fn response(&self, rule: &Rule) -> Option<Deadline> {
+        let limit = rule.response.filter(|_| self.owes != Truth::No)?;
+        Some(Deadline::since(self.received, "response_timeout", limit))
+    }
+
+    fn idle(&self, rule: &Rule) -> Option<Deadline> {
+        let stands_still = rule.response.is_some() && self.owes == Truth::Yes;
+        let limit = rule.idle.filter(|_| !stands_still)?;
+        let activity = match rule.activity {
+            Activity::Any => self.received.later(self.sent),
+            Activity::Received => self.received,
+            Activity::Sent => self.sent,
+        };
+        let since = match rule.response {
+            Some(_) => activity.later(self.answered),
+            None => activity,
+        };
+        Some(Deadline::since(since, "idle_timeout", limit))
+    }
+
+    /// Before when the session has not reached a limit of the rule, and from when it has.
+    pub(super) fn due(&self, rule: &Rule) -> Span {
+        let all = self.deadlines(rule);
+        let from = all.iter().map(|deadline| deadline.at.from).min();
+        let to_of = |found: Option<Deadline>| found.map_or(Duration::MAX, |found| found.at.to);
+        let [response, idle] = [to_of(self.response(rule)), to_of(self.idle(rule))];
+        // Where it is not known which of the two clocks runs, the later one may.
+        let clock = match (rule.response, self.owes) {
+            (Some(_), Truth::Yes) => response,
+            (Some(_), Truth::Perhaps) => response.max(idle),
+            _ => idle,
+        };
+        Span {
+            from: from.unwrap_or(Duration::MAX),
+            to: to_of(self.lifetime(rule)).min(clock),
+        }
+    }
+
+    /// Payload passed this end in the span, if it did, and counted, if it did.
+    fn pass(&mut self, by: End, span: Span, passed: Truth, counted: Truth) {
+        let later = |stamp: Span, truth| match truth {
+            Truth::Yes => stamp.later(span),
+            Truth::Perhaps => stamp.perhaps_later(span),
+            Truth::No => stamp,
+        };
+        let way = usize::from(by == self.end);
+        self.passed[way] = later(self.passed[way], passed);
+        let counted = counted.min(passed);
+        if by == self.end {
+            self.answer(span, counted);
+            self.sent = later(self.sent, counted);
+        } else {
+            self.ask(span, counted);
+            self.received = later(self.received, counted);
+        }
+    }
+
+    /// Payload was received: the server's end owes an answer.
+    fn ask(&mut self, span: Span, counted: Truth) {
+        let in_order = self.sent.to < span.from;
+        if self.end == End::Server && counted != Truth::No && self.owes != Truth::Yes {
+            self.owes = if in_order { counted } else { Truth::Perhaps };
+        }
+    }
+
+    /// Payload was sent, which pays the debt.
+    fn answer(&mut self, span: Span, counted: Truth) {
+        if self.owes == Truth::No || counted == Truth::No {
+            return;
+        }
+        let in_order = self.received.to < span.from;
+        if in_order && counted == Truth::Yes && self.owes == Truth::Yes {
+            self.answered = self.answered.later(span);
+        } else {
+            self.answered = self.answered.perhaps_later(span);
+        }
+        let is_paid = in_order && counted == Truth::Yes;
+        self.owes = if is_paid { Truth::No } else { Truth::Perhaps };
+    }
+
+    /// It was taken over in this time from a daemon that had been stopped, or adopted, where that did
+    /// not know it. What passed meanwhile is made up for from the socket table.
+    fn resume(&mut self, window: Span) {
+        let before = *self;
+        self.adopt(window);
+        self.adopted = Truth::Perhaps;
+        self.received = before.received.perhaps_later(self.received);
+        self.sent = before.sent.perhaps_later(self.sent);
+        self.answered = before.answered.perhaps_later(self.answered);
+    }
+
+    /// It was adopted in this time, with what the kernel's socket table says of it: the ages to the
+    /// millisecond, reckoned back from the end of the listing; all payload counts; the age since the
+    /// oldest activity for the time of establishment.
+    fn adopt(&mut self, window: Span) {
+        let rounded = |stamp: Span| Span {
+            to: stamp.to.saturating_add(window.to - window.from),
+            ..stamp
+        };
+        let was_open = self.established.to < window.from;
+        self.adopted = if was_open { Truth::Yes } else { Truth::Perhaps };
+        self.established.to = window.to;
+        let [received, sent] = self.passed.map(rounded);
+        if was_open {
+            (self.received, self.sent, self.answered) = (received, sent, sent);
+        } else {
+            self.received = self.received.perhaps_later(received);
+            self.sent = self.sent.perhaps_later(sent);
+        }
+        self.answered.to = self.answered.to.max(sent.to);
+        if self.end == End::Server {
+            self.owes = Truth::Perhaps;
+        }
+        if self.passed.iter().any(|passed| passed.to >= window.from) {
+            self.pass_during_adoption(window);
+        }
+    }
+
+    /// Something passed while it was adopted: both directions may count as active at its end.
+    fn pass_during_adoption(&mut self, window: Span) {
+        for stamp in [&mut self.received, &mut self.sent, &mut self.answered] {
+            stamp.to = stamp.to.max(window.to);
+        }
+        if self.end == End::Server {
+            self.owes = Truth::Perhaps;
+        }
+    }
+}
+
+impl Deadline {
+    fn since(stamp: Span, reason: &'static str, limit: Duration) -> Self {
+        let at = stamp.after(limit);
+        Self {
+            reason,
+            at: Span {
+                to: at.to.saturating_add(LAG),
+                ..at
+            },
+            limit: [limit, limit],
+        }
+    }
+}
+
+/// A step in the life of a connection.
+enum Step<'a> {
+    Payload(&'a Payload),
+    Adoption(&'a Adoption),
+}
+
+/// When a session may have been adopted or taken over.
+#[derive(Clone, Copy)]
+struct Adoption {
+    end: End,
+    window: Span,
+    resumes: bool,
+}
+
+/// A connection with the clocks of its sessions.
+pub(super) struct Replay<'a> {
+    connection: &'a Connection,
+    timeline: &'a Timeline,
+    /// When sessions of the connection may have been adopted.
+    adoptions: Vec<Adoption>,
+    /// By end, one after the other.
+    states: [Vec<Clocks>; 2],
+    /// Payload that passed a session that had expired.
+    pub(super) passed_late: Vec<Payload>,
+    /// How many payloads were refused, since a session had expired.
+    pub(super) refused: usize,
+}
+
+impl<'a> Replay<'a> {
+    pub(super) fn of(connection: &'a Connection, timeline: &'a Timeline) -> Self {
+        let start = |end| vec![Clocks::new(end, connection.opened)];
+        let mut replay = Self {
+            connection,
+            timeline,
+            adoptions: adoptions(connection, timeline),
+            states: End::BOTH.map(start),
+            passed_late: Vec::new(),
+            refused: 0,
+        };
+        let payloads = connection
+            .payloads()
+            .map(|p| (p.written.from, Step::Payload(p)));
+        let adoptions = replay.adoptions.clone();
+        let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
+        let mut steps: Vec<_> = payloads.chain(adoptions).collect();
+        steps.sort_by_key(|(from, _)| *from);
+        for (_, step) in steps {
+            match step {
+                Step::Payload(payload) => replay.pass(payload),
+                Step::Adoption(adoption) => replay.change(adoption.end, |clocks| {
+                    if adoption.resumes {
+                        clocks.resume(adoption.window);
+                    } else {
+                        clocks.adopt(adoption.window);
+                    }
+                }),
+            }
+        }
+        replay
+    }
+
+    /// The clocks of an end, at last.
+    pub(super) fn clocks(&self, end: End) -> Clocks {
+        let states = &self.states[end as usize];
+        states[states.len() - 1]
+    }
+
+    /// The clocks of an end as they were at any time, and what they were before that.
+    pub(super) fn all_clocks(&self, end: End) -> impl Iterator<Item = &Clocks> {
+        self.states[end as usize].iter()
+    }
+
+    fn change(&mut self, end: End, change: impl FnOnce(&mut Clocks)) {
+        let mut clocks = self.clocks(end);
+        change(&mut clocks);
+        self.states[end as usize].push(clocks);
+    }
+
+    fn pass(&mut self, payload: &Payload) {
+        let [by_sender, by_receiver] = [payload.from, payload.from.peer()]
+            .map(|end| self.connection.inside[end as usize] && self.has_expired(end, payload));
+        if by_sender || by_receiver {
+            match payload.arrived {
+                Some(_) => self.passed_late.push(*payload),
+                None => self.refused += 1,
+            }
+        }
+        let arrived = payload.arrived.is_some();
+        for end in End::BOTH {
+            let stopped = by_sender || (by_receiver && end != payload.from);
+            let passed = match (arrived, stopped) {
+                (true, _) => Truth::Yes,
+                (false, true) => Truth::No,
+                (false, false) => Truth::Perhaps,
+            };
+            let counted = self.counts(end, payload);
+            let span = self.connection.passing(payload);
+            let adoptions = self.adoptions.iter().filter(|a| a.end == end);
+            let windows = adoptions.map(|adoption| adoption.window);
+            let during: Vec<Span> = windows.filter(|window| window.meets(&span)).collect();
+            self.change(end, |clocks| {
+                clocks.pass(payload.from, span, passed, counted);
+                for window in during {
+                    clocks.pass_during_adoption(window);
+                }
+            });
+        }
+    }
+
+    /// Whether a session had expired when payload was given to its connection, under every policy
+    /// that may have been in force until it passed.
+    fn has_expired(&self, end: End, payload: &Payload) -> bool {
+        let clocks = self.clocks(end);
+        let port = self.connection.port;
+        self.timeline
+            .books(self.connection.passing(payload))
+            .all(|book| {
+                let rule = book.rule(port, end);
+                rule.is_some_and(|rule| {
+                    rule.action == Action::Enforce && clocks.due(rule).to <= payload.written.from
+                })
+            })
+    }
+
+    fn counts(&self, end: End, payload: &Payload) -> Truth {
+        let port = self.connection.port;
+        let counts = |rule: Option<&Rule>| match rule {
+            Some(rule) if rule.counts(payload.bytes) => Truth::Yes,
+            Some(_) if payload.alone => Truth::No,
+            // It may share a packet with what was sent before.
+            Some(_) => Truth::Perhaps,
+            None => Truth::Yes,
+        };
+        let books = self.timeline.books(self.connection.passing(payload));
+        Truth::of_all(books.map(|book| counts(book.rule(port, end))))
+    }
+}
+
+/// When sessions of a connection were adopted: a policy came into force that tracks them, and the
+/// one before it did not.
+fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
+    let mut found = Vec::new();
+    for end in connection.sessions() {
+        for pair in timeline.changes.windows(2) {
+            let [before, after] = [&pair[0], &pair[1]];
+            let tracks = |book: &Book| book.rule(connection.port, end).is_some();
+            let begins = !tracks(&before.book) && tracks(&after.book);
+            let lived = Span {
+                from: connection.opened.from,
+                to: connection.lived_until(end),
+            };
+            if begins && after.when.meets(&lived) {
+                found.push(Adoption {
+                    end,
+                    window: after.when,
+                    resumes: after.resumes,
+                });
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,83 @@
+//! A record of the audit, in the terms of the model. Pure.
+
+use std::time::Duration;
+
+use super::{book::End, timeline::Span};
+use crate::{audit::Record, clock::Time};
+
+/// How far times of the audit may be off, which go through the wall clock: the test and the daemon
+/// each read two clocks one after the other, and the rate of one of them may be being adjusted.
+pub(super) const SLACK: Duration = Duration::from_millis(100);
+
+/// The termination of one session, done or observed.
+#[derive(Clone, Debug)]
+pub(super) struct Termination {
+    /// The session's end of its connection.
+    pub(super) end: End,
+    pub(super) rule: String,
+    pub(super) reason: String,
+    pub(super) mode: String,
+    pub(super) result: String,
+    /// When it was recorded.
+    pub(super) at: Duration,
+    pub(super) deadline: Duration,
+    pub(super) last_activity: Duration,
+    /// None where it is not known.
+    pub(super) established: Option<Duration>,
+    /// In seconds; none where a change of the policy is the reason.
+    pub(super) limit: Option<f64>,
+    pub(super) idle_seconds: f64,
+    pub(super) lateness_seconds: f64,
+    /// Bytes from the client and from the server.
+    pub(super) bytes: [u64; 2],
+}
+
+impl Termination {
+    /// `start` is the beginning of the run.
+    pub(super) fn of(record: &Record, start: &Time) -> Self {
+        let time = |path: &str| record.time(path).saturating_sub(start.wall);
+        let is_there = |path: &str| !record.at(path).is_null();
+        let established = "session_enforcer.established";
+        let [rule, reason, mode, result] = record.labels().map(str::to_owned);
+        Self {
+            end: Self::end_of(record),
+            rule,
+            reason,
+            mode,
+            result,
+            at: time("@timestamp"),
+            deadline: time("session_enforcer.deadline"),
+            last_activity: time("session_enforcer.last_activity"),
+            established: is_there(established).then(|| time(established)),
+            limit: record.at("session_enforcer.limit_seconds").as_f64(),
+            idle_seconds: record.number("session_enforcer.idle_seconds"),
+            lateness_seconds: record.number("session_enforcer.lateness_seconds"),
+            bytes: record.bytes(),
+        }
+    }
+
+    /// The end of the session that a record is of.
+    pub(super) fn end_of(record: &Record) -> End {
+        match record.text("network.direction") {
+            "outbound" => End::Client,
+            _ => End::Server,
+        }
+    }
+
+    /// When it was recorded, give or take the slack.
+    pub(super) fn recorded(&self) -> Span {
+        around(self.at)
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.mode == "observe"
+    }
+}
+
+/// A time of the audit, give or take the slack.
+pub(super) fn around(at: Duration) -> Span {
+    Span {
+        from: at.saturating_sub(SLACK),
+        to: at + SLACK,
+    }
+}

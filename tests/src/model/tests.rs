@@ -1,0 +1,275 @@
+//! What the check must find, on histories made by hand.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+use serde_json::json;
+
+use super::{
+    book::{Action, Book, End, Rule},
+    check::Seen,
+    history::{Connection, Event, Fate, Payload},
+    host::Life,
+    timeline::{Change, Span, Timeline},
+};
+use crate::{audit::Record, clock::Time, metrics::Metrics};
+
+const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// A connection to a server below the cgroup, with an idle timeout of a second, that was opened at
+/// 0.5 s, talked at 1 s and was reset at 2.01 s; a run that ended 20 s later.
+struct Run {
+    connection: Connection,
+    timeline: Timeline,
+    records: Vec<String>,
+    counted: usize,
+}
+
+impl Run {
+    fn good() -> Self {
+        let broken = Span {
+            from: ms(2_000),
+            to: ms(2_012),
+        };
+        Self {
+            connection: Connection {
+                port: 0,
+                inside: [false, true],
+                ports: [2_000, 61_000],
+                opened: Span::at(ms(500)),
+                events: vec![payload(1_000, Some(1_000))],
+                fates: [
+                    Fate::Broken(Errno::ECONNRESET, broken),
+                    Fate::Broken(Errno::ECONNABORTED, broken),
+                ],
+            },
+            timeline: Timeline {
+                changes: vec![change(0, Some(rule("r")))],
+                ..Timeline::default()
+            },
+            records: vec![record("r", "idle_timeout", 2_008)],
+            counted: 1,
+        }
+    }
+
+    fn with(change: impl FnOnce(&mut Self)) -> Self {
+        let mut run = Self::good();
+        change(&mut run);
+        run
+    }
+
+    /// What the check finds.
+    fn wrong(&self) -> Vec<String> {
+        let records: Vec<Record> = self
+            .records
+            .iter()
+            .map(|line| Record::parse(line).unwrap())
+            .collect();
+        let labels = "rule=\"r\",reason=\"idle_timeout\",mode=\"enforce\",result=\"reset\"";
+        let name = "session_enforcer_terminations_total";
+        let text = format!(
+            "# TYPE {name} counter\n{name}{{{labels}}} {}\n",
+            self.counted
+        );
+        let life = Life {
+            records: records.clone(),
+            asked: Some((records, Metrics::new(text))),
+            is_last: true,
+        };
+        let mut start = Time::now();
+        start.wall = Duration::from_secs(1_767_268_800);
+        let seen = Seen {
+            start,
+            finished: ms(22_000),
+            connections: std::slice::from_ref(&self.connection),
+            timeline: &self.timeline,
+            lives: &[life],
+        };
+        seen.check().wrong
+    }
+
+    #[track_caller]
+    fn assert_wrong(&self, what: &str) {
+        let wrong = self.wrong();
+        let found = wrong.iter().any(|wrong| wrong.contains(what));
+        assert!(found, "{what:?} is not among {wrong:#?}");
+    }
+
+    #[track_caller]
+    fn assert_right(&self) {
+        assert_eq!(self.wrong(), Vec::<String>::new());
+    }
+}
+
+fn rule(name: &str) -> Rule {
+    Rule {
+        idle: Some(ms(1_000)),
+        ..Rule::named(name)
+    }
+}
+
+fn change(at: u64, rule: Option<Rule>) -> Change {
+    Change {
+        when: Span::at(ms(at)),
+        book: Book {
+            rules: vec![[None, rule]],
+        },
+        resumes: false,
+    }
+}
+
+fn payload(written: u64, arrived: Option<u64>) -> Event {
+    Event::Payload(Payload {
+        from: End::Client,
+        bytes: 10,
+        through: 10,
+        alone: true,
+        written: Span::at(ms(written)),
+        arrived: arrived.map(ms),
+    })
+}
+
+/// A record of the good run's end, with this rule, reason and deadline.
+fn record(rule: &str, reason: &str, deadline: u64) -> String {
+    let time = |ms: u64| format!("2026-01-01T12:00:{:02}.{:03}Z", ms / 1_000, ms % 1_000);
+    json!({
+        "@timestamp": time(deadline + 1),
+        "event": {"action": "session-terminated", "reason": reason},
+        "rule": {"name": rule},
+        "network": {"direction": "inbound"},
+        "source": {"port": 2_000, "bytes": 10},
+        "destination": {"port": 61_000, "bytes": 0},
+        "session_enforcer": {
+            "mode": "enforce", "result": "reset", "established": time(500),
+            "last_activity": time(1_000), "deadline": time(deadline), "limit_seconds": 1.0,
+            "idle_seconds": 1.009, "lateness_seconds": 0.001,
+        },
+    })
+    .to_string()
+}
+
+#[test]
+fn a_session_that_ends_when_it_must_is_right() {
+    Run::good().assert_right();
+}
+
+#[test]
+fn an_early_end_is_found() {
+    let run = Run::with(|run| run.connection.events.push(payload(1_500, Some(1_500))));
+    run.assert_wrong("no session of it had expired");
+    run.assert_wrong("deadline that is not the session's");
+}
+
+#[test]
+fn a_session_that_is_missed_is_found() {
+    let missed = |run: &mut Run| {
+        run.connection.fates = [Fate::Open; 2];
+        run.records.clear();
+        run.counted = 0;
+    };
+    Run::with(missed).assert_wrong("the Server's session was missed");
+    // Not where nothing limits it, or no daemon runs.
+    Run::with(|run| {
+        missed(run);
+        run.timeline.changes[0] = change(0, None);
+    })
+    .assert_right();
+    Run::with(|run| {
+        missed(run);
+        run.timeline.outages.push(Span {
+            from: ms(1_500),
+            to: ms(21_000),
+        });
+    })
+    .assert_right();
+}
+
+#[test]
+fn payload_that_passes_after_the_deadline_is_found() {
+    let late = |run: &mut Run| run.connection.events.push(payload(2_030, Some(2_031)));
+    Run::with(late).assert_wrong("payload passed after the deadline");
+    Run::with(|run| run.connection.events.push(payload(2_030, None))).assert_right();
+}
+
+#[test]
+fn payload_that_is_lost_is_found() {
+    let lost = Run::with(|run| {
+        run.timeline.changes[0] = change(0, None);
+        run.connection.fates = [Fate::Open; 2];
+        run.connection.events.push(payload(1_500, None));
+        run.records.clear();
+    });
+    lost.assert_wrong("payload was lost");
+}
+
+#[test]
+fn a_reset_of_what_is_not_enforced_is_found() {
+    let observed = Rule {
+        action: Action::Observe,
+        ..rule("r")
+    };
+    for rule in [None, Some(observed)] {
+        let run = Run::with(|run| run.timeline.changes[0] = change(0, rule));
+        run.assert_wrong("no session of it had expired");
+    }
+    let run = Run::with(|run| run.connection.inside = [true, false]);
+    run.assert_wrong("an end was reset that is not below the cgroup");
+}
+
+#[test]
+fn a_reset_without_a_record_is_only_right_where_a_daemon_was_killed() {
+    let unrecorded = |run: &mut Run| {
+        run.records.clear();
+        run.counted = 0;
+    };
+    Run::with(unrecorded).assert_wrong("no record says so");
+    Run::with(|run| {
+        unrecorded(run);
+        run.timeline.kills.push(Span::at(ms(2_010)));
+    })
+    .assert_right();
+}
+
+#[test]
+fn a_record_of_another_rule_reason_or_time_is_found() {
+    for (rule, reason, deadline) in [
+        ("s", "idle_timeout", 2_008),
+        ("r", "max_lifetime", 2_008),
+        ("r", "idle_timeout", 2_208),
+        ("r", "policy", 2_008),
+    ] {
+        let run = Run::with(|run| run.records = vec![record(rule, reason, deadline)]);
+        run.assert_wrong("deadline that is not the session's");
+    }
+}
+
+#[test]
+fn two_records_of_one_end_and_one_of_none_are_found() {
+    let twice = Run::with(|run| run.records.push(run.records[0].clone()));
+    twice.assert_wrong("ended twice");
+    twice.assert_wrong("counted");
+    Run::with(|run| run.connection.ports = [3_000, 61_000]).assert_wrong("whose is");
+}
+
+#[test]
+fn an_end_that_reads_another_error_and_one_that_stays_open_are_found() {
+    Run::with(|run| run.connection.fates.swap(0, 1)).assert_wrong("end read ECONNRESET");
+    Run::with(|run| run.connection.fates[0] = Fate::Open).assert_wrong("the other is open");
+}
+
+#[test]
+fn a_counter_that_is_not_the_number_of_the_records_is_found() {
+    Run::with(|run| run.counted = 2).assert_wrong("1 records and Ok(2.0) counted");
+}
+
+#[test]
+fn a_longer_limit_that_came_in_time_holds() {
+    let longer = Rule {
+        idle: Some(ms(3_000)),
+        ..rule("r")
+    };
+    let run = Run::with(|run| run.timeline.changes.push(change(1_500, Some(longer))));
+    run.assert_wrong("no session of it had expired");
+}

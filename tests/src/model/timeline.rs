@@ -1,0 +1,97 @@
+//! When which policy was in force, and when the daemon did not run. Pure.
+//!
+//! Times are those of `CLOCK_MONOTONIC` since the run began.
+
+use std::time::Duration;
+
+use super::book::Book;
+
+/// When something happened: not before the one, not after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) from: Duration,
+    pub(super) to: Duration,
+}
+
+impl Span {
+    pub(super) const fn at(at: Duration) -> Self {
+        Self { from: at, to: at }
+    }
+
+    /// Whether both may be of the same moment.
+    pub(super) fn meets(&self, other: &Self) -> bool {
+        self.from <= other.to && other.from <= self.to
+    }
+
+    /// When the later of two things happened.
+    #[must_use]
+    pub(super) fn later(self, other: Self) -> Self {
+        Self {
+            from: self.from.max(other.from),
+            to: self.to.max(other.to),
+        }
+    }
+
+    /// When the last of two things happened, of which the second may not have happened at all.
+    #[must_use]
+    pub(super) fn perhaps_later(self, other: Self) -> Self {
+        Self {
+            from: self.from,
+            to: self.to.max(other.to),
+        }
+    }
+
+    /// So much later.
+    #[must_use]
+    pub(super) fn after(self, delay: Duration) -> Self {
+        Self {
+            from: self.from.saturating_add(delay),
+            to: self.to.saturating_add(delay),
+        }
+    }
+}
+
+/// A policy came into force; the empty one where a daemon was stopped.
+#[derive(Clone, Debug)]
+pub(super) struct Change {
+    pub(super) when: Span,
+    pub(super) book: Book,
+    /// Whether it came with a daemon that took over what a stopped one had left.
+    pub(super) resumes: bool,
+}
+
+/// What happened to the daemon.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Timeline {
+    /// In the order of time; the first is of before the first connection.
+    pub(super) changes: Vec<Change>,
+    /// When the daemon may not have run, frozen or dead.
+    pub(super) outages: Vec<Span>,
+    /// When it did its last before it was killed.
+    pub(super) kills: Vec<Span>,
+}
+
+impl Timeline {
+    /// The policies that may have been in force at some moment of the span.
+    pub(super) fn books(&self, span: Span) -> impl Iterator<Item = &Book> {
+        let ends = self.changes.iter().skip(1).map(|change| change.when.to);
+        let ends = ends.chain([Duration::MAX]);
+        let in_force = self.changes.iter().zip(ends);
+        in_force
+            .filter(move |(change, end)| change.when.from <= span.to && *end >= span.from)
+            .map(|(change, _)| &change.book)
+    }
+
+    /// The policy that was in force last.
+    pub(super) fn last(&self) -> Option<&Book> {
+        self.changes.last().map(|change| &change.book)
+    }
+
+    /// Since when, until `at`, the daemon has run and the policy has been the same.
+    pub(super) fn steady_since(&self, at: Duration) -> Duration {
+        let changes = self.changes.iter().map(|change| change.when);
+        let disturbances = changes.chain(self.outages.iter().copied());
+        let ends = disturbances.filter(|span| span.from <= at);
+        ends.map(|span| span.to.min(at)).max().unwrap_or_default()
+    }
+}

@@ -1,0 +1,449 @@
+//! The connections: does what the plan says, and writes down what is seen.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    mem,
+    net::{Shutdown, TcpStream},
+    os::fd::{AsFd as _, AsRawFd as _},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::{
+    book::End,
+    field::Field,
+    history::{Connection, Event, Fate, Payload},
+    plan::{Act, Opening, Operation, SLOTS},
+    timeline::Span,
+};
+use crate::{
+    options::{last_error, reset_on_close, tcp_info},
+    random::Random,
+};
+
+/// How much may wait unread at an end, so that its window never shuts.
+const MOST_UNREAD: u64 = 16 << 10;
+
+/// How often the arrival of payload is looked for after it was sent, with longer and longer pauses:
+/// what arrives has done so long before the last.
+const LOOKS: u32 = 6;
+
+/// The state of a socket that has ended (`linux/tcp_states.h`).
+const TCP_CLOSE: u8 = 7;
+
+/// A connection and its sockets.
+struct Live {
+    history: Connection,
+    /// None where it was closed, or has ended.
+    sockets: [Option<TcpStream>; 2],
+    /// Whether both directions are shut here, and a FIN is still on its way: poll(2) says so all the
+    /// time.
+    shut: [bool; 2],
+    /// Bytes that the test gave this end to send, and bytes that it read here.
+    written: [u64; 2],
+    read: [u64; 2],
+}
+
+/// All connections of a run.
+pub(super) struct Traffic {
+    field: Field,
+    start: Instant,
+    slots: Vec<Option<Live>>,
+    /// Those of which one end has ended and the other is open.
+    ending: Vec<Live>,
+    ended: Vec<Connection>,
+    /// When all that had not ended was looked at last.
+    looked: Duration,
+    pub(super) operations: usize,
+}
+
+impl Traffic {
+    pub(super) fn new(field: Field, start: Instant) -> Self {
+        Self {
+            field,
+            start,
+            slots: (0..SLOTS).map(|_| None).collect(),
+            ending: Vec::new(),
+            ended: Vec::new(),
+            looked: start.elapsed(),
+            operations: 0,
+        }
+    }
+
+    /// Does one operation, and looks at all connections until the next.
+    pub(super) fn perform(&mut self, operation: &Operation) -> Result<()> {
+        self.operations += 1;
+        match self.slots[operation.slot].take() {
+            None => self.open(operation.slot, &operation.opening)?,
+            Some(mut live) => {
+                live.act(operation.action, self.start, self.looked)?;
+                self.put(operation.slot, live);
+            }
+        }
+        self.look(operation.pause)
+    }
+
+    /// Sends something on half of the connections, in one direction or the other.
+    pub(super) fn try_all(&mut self, random: &mut Random) -> Result<()> {
+        for slot in 0..self.slots.len() {
+            let end = random.one_of(&End::BOTH);
+            if random.once_in(2)
+                && let Some(mut live) = self.slots[slot].take()
+            {
+                self.operations += 1;
+                live.act(Act::Send(end, 100), self.start, self.looked)?;
+                self.put(slot, live);
+            }
+        }
+        self.look(Duration::ZERO)
+    }
+
+    fn open(&mut self, slot: usize, opening: &Opening) -> Result<()> {
+        let from = self.start.elapsed();
+        let pair = self.field.open(opening)?;
+        let opened = Span {
+            from,
+            to: self.start.elapsed(),
+        };
+        pair.client.set_nonblocking(true)?;
+        pair.server.set_nonblocking(true)?;
+        self.slots[slot] = Some(Live {
+            history: Connection {
+                port: opening.port,
+                inside: opening.inside,
+                ports: [pair.client_address.port(), pair.server_address.port()],
+                opened,
+                events: Vec::new(),
+                fates: [Fate::Open; 2],
+            },
+            sockets: [Some(pair.client), Some(pair.server)],
+            shut: [false; 2],
+            written: [0; 2],
+            read: [0; 2],
+        });
+        Ok(())
+    }
+
+    /// Keeps a connection where it belongs now.
+    fn put(&mut self, slot: usize, live: Live) {
+        let broken = |fate: &Fate| matches!(fate, Fate::Ended(_) | Fate::Broken(..));
+        if !live.history.is_open() {
+            self.ended.push(live.history);
+        } else if live.history.fates.iter().any(broken) {
+            self.ending.push(live);
+        } else {
+            self.slots[slot] = Some(live);
+        }
+    }
+
+    /// Looks for connections that end, for so long or until one does.
+    pub(super) fn look(&mut self, within: Duration) -> Result<()> {
+        let before = self.start.elapsed();
+        let lives = self.slots.iter().flatten().chain(&self.ending);
+        let any_shut = lives.clone().any(|live| live.shut.contains(&true));
+        let sockets = lives.flat_map(Live::sockets_to_poll);
+        // Without events asked for, only errors and the end of both directions are reported.
+        let mut fds: Vec<_> = sockets
+            .map(|socket| PollFd::new(socket.as_fd(), PollFlags::empty()))
+            .collect();
+        let found = poll(&mut fds, PollTimeout::try_from(within)?)?;
+        drop(fds);
+        if found > 0 || any_shut {
+            self.take_ends(found > 0)?;
+        }
+        self.looked = before;
+        Ok(())
+    }
+
+    /// Of all of them, or of those that poll(2) does not tell of.
+    fn take_ends(&mut self, of_all: bool) -> Result<()> {
+        for slot in 0..self.slots.len() {
+            let is_due = |live: &mut Live| of_all || live.shut.contains(&true);
+            if let Some(mut live) = self.slots[slot].take_if(is_due) {
+                live.take_ends(self.start, self.looked)?;
+                self.put(slot, live);
+            }
+        }
+        for mut live in mem::take(&mut self.ending) {
+            live.take_ends(self.start, self.looked)?;
+            if live.history.is_open() {
+                self.ending.push(live);
+            } else {
+                self.ended.push(live.history);
+            }
+        }
+        Ok(())
+    }
+
+    /// Those that have not ended.
+    pub(super) fn open_connections(&self) -> Vec<&Connection> {
+        let open = self.slots.iter().flatten().chain(&self.ending);
+        open.map(|live| &live.history).collect()
+    }
+
+    /// Looks at all of them until `done` says so of those that are open, or the time is over.
+    pub(super) fn look_until(
+        &mut self,
+        bound: Duration,
+        done: impl Fn(&[&Connection]) -> bool,
+    ) -> Result<()> {
+        let end = Instant::now() + bound;
+        while Instant::now() < end {
+            self.look(Duration::from_millis(20))?;
+            if done(&self.open_connections()) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes a byte in each direction of the connections that are open.
+    pub(super) fn pass_a_byte(&mut self) -> Result<()> {
+        for slot in 0..self.slots.len() {
+            for end in End::BOTH {
+                if let Some(mut live) = self.slots[slot].take() {
+                    live.act(Act::Send(end, 1), self.start, self.looked)?;
+                    self.put(slot, live);
+                }
+            }
+        }
+        self.look(Duration::from_millis(100))
+    }
+
+    /// All connections, with what is known of them now.
+    pub(super) fn finish(mut self) -> Result<Vec<Connection>> {
+        for live in self.slots.iter_mut().flatten().chain(&mut self.ending) {
+            live.look_for_arrivals(self.start)?;
+        }
+        let open = self.slots.into_iter().flatten().chain(self.ending);
+        self.ended.extend(open.map(|live| live.history));
+        Ok(self.ended)
+    }
+}
+
+impl Live {
+    fn act(&mut self, act: Act, start: Instant, looked: Duration) -> Result<()> {
+        self.look_for_arrivals(start)?;
+        match act {
+            Act::Send(end, bytes) => self.send(end, bytes, start, looked),
+            Act::Read(end) => self.read_all(end),
+            Act::Finish(end) => self.shut(end),
+            Act::Close(end) => self.close(end, start),
+            Act::Abort(end) => self.abort(end, start),
+        }
+    }
+
+    fn is_finished(&self, end: End) -> bool {
+        let finished = |event: &Event| matches!(event, Event::Finished(by) if *by == end);
+        self.history.events.iter().any(finished)
+    }
+
+    fn send(&mut self, end: End, bytes: usize, start: Instant, looked: Duration) -> Result<()> {
+        let way = end as usize;
+        if self.is_finished(end) {
+            return Ok(());
+        }
+        let Some(mut socket) = self.sockets[way].as_ref() else {
+            return Ok(());
+        };
+        let data: Vec<u8> = (0..bytes as u64)
+            .map(|n| self.byte(end, self.written[way] + n))
+            .collect();
+        let from = start.elapsed();
+        let sent = socket.write(&data);
+        let written = Span {
+            from,
+            to: start.elapsed(),
+        };
+        match sent {
+            Ok(bytes) => {
+                let alone = !self.history.has_pending(end);
+                self.written[way] += bytes as u64;
+                self.history.events.push(Event::Payload(Payload {
+                    from: end,
+                    bytes: bytes as u64,
+                    through: self.written[way],
+                    alone,
+                    written,
+                    arrived: None,
+                }));
+                self.wait_for_arrival(end, start)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => self.end(end, errno(&error)?, start, looked),
+        }
+    }
+
+    /// What is sent at a place of a direction, so that what arrives tells whether it is that.
+    const fn byte(&self, from: End, place: u64) -> u8 {
+        let [client, _] = self.history.ports;
+        (place.wrapping_mul(31) as u8) ^ (client as u8) ^ (from as u8)
+    }
+
+    fn wait_for_arrival(&mut self, from: End, start: Instant) -> Result<()> {
+        for look in 0..LOOKS {
+            self.look_for_arrivals(start)?;
+            if !self.history.has_pending(from) || self.sockets[from.peer() as usize].is_none() {
+                break;
+            }
+            thread::sleep(Duration::from_micros(100 << look));
+        }
+        Ok(())
+    }
+
+    /// Writes down which payload has arrived.
+    fn look_for_arrivals(&mut self, start: Instant) -> Result<()> {
+        for to in End::BOTH {
+            let Some(socket) = &self.sockets[to as usize] else {
+                continue;
+            };
+            let unread = unread(socket)?;
+            let arrived = self.read[to as usize] + unread;
+            let now = start.elapsed();
+            for event in &mut self.history.events {
+                if let Event::Payload(payload) = event
+                    && payload.from == to.peer()
+                    && payload.arrived.is_none()
+                    && payload.through <= arrived
+                {
+                    payload.arrived = Some(now);
+                }
+            }
+            if unread > MOST_UNREAD {
+                self.read_all(to)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_all(&mut self, end: End) -> Result<()> {
+        let Some(mut socket) = self.sockets[end as usize].as_ref() else {
+            return Ok(());
+        };
+        let mut data = [0; 4096];
+        loop {
+            // The look for ends finds out about errors.
+            let waiting = unread(socket)?.min(data.len() as u64) as usize;
+            if waiting == 0 {
+                return Ok(());
+            }
+            let bytes = socket.read(&mut data[..waiting]).context("reading")?;
+            for byte in &data[..bytes] {
+                let place = self.read[end as usize];
+                ensure!(
+                    *byte == self.byte(end.peer(), place),
+                    "a wrong byte arrived at place {place}: {}",
+                    self.history
+                );
+                self.read[end as usize] += 1;
+            }
+        }
+    }
+
+    fn shut(&mut self, end: End) -> Result<()> {
+        let Some(socket) = self.sockets[end as usize].as_ref() else {
+            return Ok(());
+        };
+        match socket.shutdown(Shutdown::Write) {
+            Ok(()) => {}
+            // It has just been reset: the next look finds that.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(()),
+            Err(error) => return Err(error).context("shutting one direction"),
+        }
+        self.history.events.push(Event::Finished(end));
+        Ok(())
+    }
+
+    fn close(&mut self, end: End, start: Instant) -> Result<()> {
+        let Some(socket) = &self.sockets[end as usize] else {
+            return Ok(());
+        };
+        // To close what has something unread resets it.
+        if unread(socket)? > 0 {
+            return self.abort(end, start);
+        }
+        let when = self.drop_socket(end, start);
+        self.history.events.push(Event::Closed(end, when));
+        Ok(())
+    }
+
+    fn abort(&mut self, end: End, start: Instant) -> Result<()> {
+        let Some(socket) = &self.sockets[end as usize] else {
+            return Ok(());
+        };
+        reset_on_close(socket)?;
+        self.drop_socket(end, start);
+        self.history.events.push(Event::Aborted);
+        Ok(())
+    }
+
+    fn drop_socket(&mut self, end: End, start: Instant) -> Span {
+        let from = start.elapsed();
+        self.sockets[end as usize] = None;
+        self.shut[end as usize] = false;
+        let to = start.elapsed();
+        self.history.fates[end as usize] = Fate::Closed(Span { from, to });
+        Span { from, to }
+    }
+
+    /// Writes down which ends have ended.
+    fn take_ends(&mut self, start: Instant, looked: Duration) -> Result<()> {
+        for end in End::BOTH {
+            let Some(socket) = &self.sockets[end as usize] else {
+                continue;
+            };
+            if tcp_info(socket)?.tcpi_state == TCP_CLOSE {
+                let error = last_error(socket)?;
+                self.end(end, error, start, looked)?;
+            } else {
+                let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+                self.shut[end as usize] = poll(&mut fds, PollTimeout::ZERO)? > 0;
+            }
+        }
+        Ok(())
+    }
+
+    fn sockets_to_poll(&self) -> impl Iterator<Item = &TcpStream> {
+        let sockets = self.sockets.iter().zip(&self.shut);
+        sockets.filter_map(|(socket, shut)| socket.as_ref().filter(|_| !shut))
+    }
+
+    /// An end has ended, by an error or in the orderly way.
+    fn end(
+        &mut self,
+        end: End,
+        error: Option<Errno>,
+        start: Instant,
+        looked: Duration,
+    ) -> Result<()> {
+        let to = start.elapsed();
+        self.look_for_arrivals(start)?;
+        self.sockets[end as usize] = None;
+        self.shut[end as usize] = false;
+        self.history.fates[end as usize] = match error {
+            Some(error) => Fate::Broken(error, Span { from: looked, to }),
+            None => Fate::Ended(Span { from: looked, to }),
+        };
+        Ok(())
+    }
+}
+
+fn errno(error: &io::Error) -> Result<Option<Errno>> {
+    let code = error.raw_os_error().context("an error without a number")?;
+    Ok(Some(Errno::from_raw(code)))
+}
+
+/// Bytes that have arrived and were not read.
+fn unread(socket: &TcpStream) -> Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes a number to a place of that size.
+    let status = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    Errno::result(status).context("asking for what is unread")?;
+    Ok(u64::try_from(bytes)?)
+}

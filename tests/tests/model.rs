@@ -1,0 +1,56 @@
+//! Random operations on real sockets, and a model that says for each session when it must die and when
+//! it must not: see [`session_enforcer_tests::model`].
+//!
+//! `SESSION_ENFORCER_MODEL_OPERATIONS` says how many operations a seed has; `SESSION_ENFORCER_SEED` is
+//! the seed of the last of these tests, which takes another one each time otherwise.
+
+use std::{
+    env,
+    io::{self, Write as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use session_enforcer_tests::{SEED, model, seed};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+
+/// Names how many operations a seed has.
+const OPERATIONS: &str = "SESSION_ENFORCER_MODEL_OPERATIONS";
+
+/// How many it has where that does not say.
+const DEFAULT_OPERATIONS: usize = 2_000;
+
+fn run(seed: u64) -> Result<()> {
+    let operations = match env::var(OPERATIONS) {
+        Ok(text) => text.parse().context(OPERATIONS)?,
+        Err(_) => DEFAULT_OPERATIONS,
+    };
+    let repeat =
+        format!("{SEED}={seed} {OPERATIONS}={operations} cargo xtask test -- any_other_seed");
+    let (done, showed) = model::run(Path::new(AGENT), seed, operations)
+        .with_context(|| format!("to do the same again: {repeat}"))?;
+    // Around the capture of the test's output: it is of interest where the test passes.
+    writeln!(io::stderr(), "seed {seed}, {done} operations: {showed}")?;
+    Ok(())
+}
+
+#[test]
+fn every_session_ends_as_the_model_says_with_seed_1() -> Result<()> {
+    run(1)
+}
+
+#[test]
+fn every_session_ends_as_the_model_says_with_seed_2() -> Result<()> {
+    run(2)
+}
+
+#[test]
+fn every_session_ends_as_the_model_says_with_seed_3() -> Result<()> {
+    run(3)
+}
+
+#[test]
+fn every_session_ends_as_the_model_says_with_any_other_seed() -> Result<()> {
+    run(seed()?)
+}
