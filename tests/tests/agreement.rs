@@ -21,8 +21,8 @@ use session_enforcer::{
     cgroup::Cgroup,
 };
 use session_enforcer_common::{
-    Address, Ancestors, Direction, ErrorKind, Facts, MatchEntry, Policy, PortRange, Prefix,
-    RULE_EXEMPT, Session, matches,
+    Address, Ancestors, Direction, ErrorKind, Facts, MAX_MATCH_ENTRIES, MatchEntry, Policy,
+    PortRange, Prefix, RULE_EXEMPT, Session, matches,
 };
 use session_enforcer_tests::{
     Agent, Cgroup as CgroupOfTest, Lab, Listener, Netns, Pair, Place, Random, SEED, cookie,
@@ -180,6 +180,13 @@ impl Book {
         }
     }
 
+    /// The same with the table full to its last place: these are the last entries.
+    fn filled(mut self) -> Self {
+        let before = MAX_MATCH_ENTRIES as usize - self.entries.len();
+        self.entries.splice(0..0, vec![nothing(); before]);
+        self
+    }
+
     fn put_into(&self, kernel: &mut Kernel) -> Result<()> {
         Ok(kernel.put_policy(self.generation, &self.entries, &self.policies)?)
     }
@@ -236,6 +243,14 @@ fn random_entry(random: &mut Random, ends: &[Known; 2], strictness: u64) -> Matc
         },
         directions: bits(random),
         families: bits(random),
+    }
+}
+
+/// An entry that applies to no connection.
+fn nothing() -> MatchEntry {
+    MatchEntry {
+        remote_ports: PortRange { first: 1, last: 0 },
+        ..MatchEntry::any(0)
     }
 }
 
@@ -472,7 +487,10 @@ fn both_find_the_same_rule_for_every_connection() -> Result<()> {
         let mut random = Random::of(seed, case);
         let ends = Ends::random(&mut random);
         let known = ends.facts(&bench.above);
-        let book = Book::random(&mut random, &known, case as u32 + 1);
+        let mut book = Book::random(&mut random, &known, case as u32 + 1);
+        if random.once_in(200) {
+            book = book.filled();
+        }
         book.put_into(&mut bench.kernel)?;
         let connection = bench
             .connect(&ends)

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place};
+use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place, Time};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SECOND: Duration = Duration::from_secs(1);
@@ -337,4 +337,45 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
     assert_eq!(daemon.terminations()?.len(), IDLE + 1);
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)
+}
+
+/// The way in which an operator introduces a policy. What was let live is ended by the change, now, and
+/// not hours after a deadline.
+#[test]
+fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let config = idle("r", listener.port(), "1s");
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{config}"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.wait_for_terminations(1)?;
+    pair.opened.wait(3 * SECOND);
+    assert_ended_by_change(&daemon, &pair, &config)
+}
+
+#[test]
+fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let port = listener.port();
+    let daemon = lab.daemon(&rule("r", port, "action = \"exempt\""))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(3 * SECOND);
+    assert_ended_by_change(&daemon, &pair, &idle("r", port, "1s"))
+}
+
+/// The deadline of a session that a change of the policy ends is that change.
+fn assert_ended_by_change(daemon: &Daemon, pair: &Pair, config: &str) -> Result<()> {
+    let before = daemon.terminations()?.len();
+    let change = Time::now();
+    daemon.reload(config)?;
+    let record = daemon.wait_for_terminations(before + 1)?.remove(before);
+    assert_eq!(record.text("event.action"), "session-terminated");
+    assert_eq!(record.text("event.reason"), "policy");
+    assert!(
+        record.time("session_enforcer.deadline") >= change.wall,
+        "{record:?}"
+    );
+    pair.ends()?;
+    Ok(())
 }

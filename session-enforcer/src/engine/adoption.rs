@@ -47,14 +47,23 @@ impl Adopting {
 
 impl Enforcer {
     /// Adopts the connections below the cgroup that are not tracked and that a rule matches: those
-    /// that are older than the programs' attachment, and after a change of the policy those that
-    /// no rule matched before. Returns how many.
+    /// that are older than the programs' attachment, and those whose cgroup has come to be one of the
+    /// rules. Returns how many.
     ///
     /// # Errors
     ///
     /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
     /// instead: the others are enforced.
     pub fn adopt(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
+        Ok(self.adopt_all(cgroup, all_namespaces)?.len())
+    }
+
+    /// The same, with the sessions that are new.
+    pub(super) fn adopt_all(
+        &mut self,
+        cgroup: &Cgroup,
+        all_namespaces: bool,
+    ) -> Result<HashMap<u64, Session>> {
         let mut adopting = self.adopting(cgroup.scope()?);
         // What a comparison would find by the policy before is found by this one now.
         self.comparison = None;
@@ -77,7 +86,7 @@ impl Enforcer {
         self.health.set(Trouble::NotAdopted, None);
         self.missed.end(refused);
         self.note_missed();
-        Ok(adopted.len())
+        Ok(adopted)
     }
 
     pub(super) fn adopting(&self, scope: Scope) -> Adopting {

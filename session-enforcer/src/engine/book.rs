@@ -176,6 +176,17 @@ impl RuleBook {
         })
     }
 
+    /// Whether this policy lets the session live whatever its limits.
+    pub(super) fn only_observes(
+        &self,
+        session: &Session,
+        ancestors: impl Fn(u64) -> Ancestors,
+    ) -> bool {
+        let rule = self.rule_of(session, ancestors);
+        rule.and_then(|rule| self.rule(rule))
+            .is_some_and(|rule| rule.mode == Mode::Observe)
+    }
+
     /// The rule in a place.
     pub(super) fn rule(&self, place: u16) -> Option<&ActiveRule> {
         self.rules.get(usize::from(place))

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{
-    ErrorKind, Event, EventKind, Reason, RuleCounters, Session, Verdict, verdict,
+    ErrorKind, Event, EventKind, Policy, Reason, RuleCounters, Session, Verdict, verdict,
 };
 
 use super::{
@@ -343,7 +343,7 @@ impl Enforcer {
                 let reached_ns = deadline_ns;
                 let (reason, deadline_ns) = self
                     .known_cause(cookie, reached_ns)
-                    .or_else(|| self.change_as_cause(cookie, &session, now_ns, before?))
+                    .or_else(|| self.change_as_cause(cookie, &session, now_ns, before?, &policy))
                     .unwrap_or((reason, deadline_ns));
                 session.rule = rule;
                 Ok(Some(Expired {
@@ -369,19 +369,22 @@ impl Enforcer {
         (late.reached_ns == reached_ns).then_some((Reason::Policy, late.changed_ns))
     }
 
-    /// The change of the policy as the cause: by the one before, the session would live, or was made
-    /// late by its coming and not looked at since.
+    /// The change of the policy as the cause: by the one before, the session would live, within its
+    /// limits or only observed, or was made late by its coming and not looked at since.
     fn change_as_cause(
         &self,
         cookie: u64,
         session: &Session,
         now_ns: u64,
         before: &RuleBook,
+        policy: &Policy,
     ) -> Option<(Reason, u64)> {
         if let Some(late) = self.late_by_policy.get(&cookie) {
             return Some((Reason::Policy, late.changed_ns));
         }
-        let lived = before.lets_live(session, now_ns, |id| self.ancestors_of(id));
+        let ancestors = |id| self.ancestors_of(id);
+        let lived = before.lets_live(session, now_ns, ancestors)
+            || policy.gate == 1 && before.only_observes(session, ancestors);
         lived.then_some((Reason::Policy, now_ns))
     }
 

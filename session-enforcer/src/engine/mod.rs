@@ -288,7 +288,7 @@ impl Engine {
         let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
         let adopted = self
             .enforcer
-            .adopt(&self.reloading.cgroup, all_namespaces)?;
+            .adopt_by_change(&self.reloading.cgroup, all_namespaces)?;
         self.enforcer.reload_succeeded();
         tracing::info!(
             "SIGHUP: {} rule(s) in force; of the sessions {} kept, {} released, {} expired, \

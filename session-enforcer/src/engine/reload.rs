@@ -1,14 +1,14 @@
 //! A policy comes into force: the first one, and those that follow.
 
 use anyhow::Result;
-use session_enforcer_common::{Reason, Session};
+use session_enforcer_common::{Reason, Session, Verdict, verdict};
 
 use super::{
     book::RuleBook,
     enforcer::{Enforcer, LateByPolicy, group_of},
     terminate::Expired,
 };
-use crate::{clock::monotonic_ns, config::Config};
+use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config};
 
 /// What a change of the policy did to the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,28 @@ impl Enforcer {
         let redecided = self.redecide(&before)?;
         self.audit.flush();
         Ok(redecided)
+    }
+
+    /// Adopts the connections that no rule matched before the policy changed. Those that are past a
+    /// limit are so by the change.
+    ///
+    /// # Errors
+    ///
+    /// As [`adopt`](Self::adopt).
+    pub fn adopt_by_change(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
+        let adopted = self.adopt_all(cgroup, all_namespaces)?;
+        let changed_ns = monotonic_ns();
+        for (cookie, session) in &adopted {
+            let policy = self.book.rules[usize::from(session.rule)].policy;
+            if let Verdict::Expired { deadline_ns, .. } = verdict(session, &policy, changed_ns) {
+                let late = LateByPolicy {
+                    changed_ns,
+                    reached_ns: deadline_ns,
+                };
+                self.late_by_policy.insert(*cookie, late);
+            }
+        }
+        Ok(adopted.len())
     }
 
     /// Records that the enforcement begins, under this policy.
