@@ -180,7 +180,7 @@ impl Enforcer {
                 continue;
             }
             if let Some(holder) = adopting.processes().holder(adoptee.inode) {
-                (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm());
+                (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
             match self.kernel.adopt(cookie, &session)? {
                 Adoption::Inserted => drop(adopted.insert(cookie, session)),
