@@ -41,9 +41,6 @@ pub const LAYOUT: u32 = {
             rule,
             direction,
             flags,
-            jitter_seed,
-            owes_answer,
-            reserved,
             owner,
         }
     );

@@ -91,9 +91,11 @@ impl Policy {
     /// The longest life of this session: the maximum less its share of the jitter. 0 is no limit.
     #[inline]
     pub const fn lifetime_ns(&self, session: &Session) -> u64 {
-        // Sixteen bits of the seed are a step of a 65,536th of the jitter, and the product of what
-        // is left of both fits into 64 bits.
-        let share = (self.lifetime_jitter_ns >> 16) * (session.jitter_seed >> 16) as u64;
+        if self.lifetime_jitter_ns == 0 {
+            return self.max_lifetime_ns;
+        }
+        // The share is in 65,536ths, and the product fits into 64 bits.
+        let share = (self.lifetime_jitter_ns >> 16) * session.jitter_share() as u64;
         self.max_lifetime_ns.saturating_sub(share)
     }
 
@@ -355,7 +357,7 @@ mod tests {
     #[test]
     fn while_the_answer_is_owed_the_idle_clock_stands_still_and_the_other_runs() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
-        s.owes_answer = 1;
+        s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
         assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
         // Without the limit the state means nothing.
@@ -374,7 +376,7 @@ mod tests {
     #[test]
     fn a_session_that_waits_is_looked_at_before_its_answer_can_have_gone_stale() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
-        s.owes_answer = 1;
+        s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
         let Verdict::Alive { look_again_ns } = verdict(&s, &p, 13 * SECOND) else {
             panic!("must be alive")
@@ -388,17 +390,20 @@ mod tests {
             lifetime_jitter_ns: 20 * SECOND,
             ..policy(0, 100)
         };
-        let with_seed = |jitter_seed| {
-            p.lifetime_ns(&Session {
-                jitter_seed,
+        let of_port = |remote_port| {
+            let s = Session {
+                remote_port,
                 ..session(0, 0, 0)
-            })
+            };
+            let share = u64::from(s.jitter_share());
+            let lifetime = p.lifetime_ns(&s);
+            assert_eq!(lifetime, 100 * SECOND - (20 * SECOND >> 16) * share);
+            lifetime
         };
-        assert_eq!(with_seed(0), 100 * SECOND);
-        let shortest = with_seed(u32::MAX);
-        assert!((80 * SECOND..81 * SECOND).contains(&shortest));
-        let middle = with_seed(u32::MAX / 2).abs_diff(90 * SECOND);
-        assert!(middle < SECOND / 100, "{middle}");
+        let lifetimes: Vec<u64> = (0..=u16::MAX).map(of_port).collect();
+        let (shortest, longest) = (lifetimes.iter().min(), lifetimes.iter().max());
+        assert!((80 * SECOND..81 * SECOND).contains(shortest.unwrap()));
+        assert!((99 * SECOND..=100 * SECOND).contains(longest.unwrap()));
     }
 
     proptest! {
@@ -408,7 +413,7 @@ mod tests {
         fn the_gate_refuses_exactly_what_has_expired(
             times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
             owes: bool,
-            jitter_seed: u32,
+            remote_port: u16,
             limits in (0..500u64, 0..500u64, 0..500u64),
             jitter in 0..90u64,
             activity in 0..4u8,
@@ -418,9 +423,8 @@ mod tests {
             now in 0..2_000u64,
         ) {
             let s = Session {
-                answered_ns: times.3,
-                owes_answer: u8::from(owes),
-                jitter_seed,
+                answered_ns: if owes { 0 } else { times.3 + 1 },
+                remote_port,
                 ..session(times.0, times.1, times.2)
             };
             let p = Policy {
@@ -479,7 +483,9 @@ mod tests {
             rest in 0..300u64,
         ) {
             let mut s = session(0, times.0, times.1);
-            s.owes_answer = u8::from(owes && times.0 > times.1);
+            if owes && times.0 > times.1 {
+                s.answered_ns = 0;
+            }
             let p = Policy {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
@@ -494,14 +500,9 @@ mod tests {
             for (receives, later) in passes {
                 at += later;
                 if receives {
-                    s.last_received_ns = at;
-                    s.owes_answer = 1;
+                    s.stamp_received(at);
                 } else {
-                    s.last_sent_ns = at;
-                    if s.owes_answer() {
-                        s.answered_ns = at;
-                        s.owes_answer = 0;
-                    }
+                    s.stamp_sent(at);
                 }
             }
             at += rest;
@@ -526,7 +527,9 @@ mod tests {
             then_receives: bool,
         ) {
             let mut s = session(0, received, sent);
-            s.owes_answer = u8::from(owes && received > sent);
+            if owes && received > sent {
+                s.answered_ns = 0;
+            }
             let p = Policy {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
@@ -537,14 +540,9 @@ mod tests {
             if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
                 let at = now + later;
                 if then_receives {
-                    s.last_received_ns = at;
-                    s.owes_answer = 1;
+                    s.stamp_received(at);
                 } else {
-                    s.last_sent_ns = at;
-                    if s.owes_answer() {
-                        s.answered_ns = at;
-                        s.owes_answer = 0;
-                    }
+                    s.stamp_sent(at);
                 }
                 if let Verdict::Expired { deadline_ns, .. } = verdict(&s, &p, u64::MAX - 1) {
                     prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");

@@ -94,7 +94,9 @@ pub struct Session {
     /// When new payload that counts was last sent; the time of establishment where none has been.
     pub last_sent_ns: u64,
     /// When this host last answered: sent payload after it had received some. The time of
-    /// establishment where it never has.
+    /// establishment where it has received none. 0 while it owes the answer: the last payload was
+    /// received and not sent, on an inbound session. Time stamps of one tick would not tell which
+    /// packet was first.
     pub answered_ns: u64,
     /// Payload bytes received since establishment, each counted once.
     pub bytes_received: u64,
@@ -127,14 +129,6 @@ pub struct Session {
     pub direction: u8,
     /// See [`flags`].
     pub flags: u8,
-    /// Random for each session and the same for its life: places its lifetime within the jitter.
-    pub jitter_seed: u32,
-    /// 1 while the last payload was received and not sent, on an inbound session: this host owes
-    /// the answer. 0 otherwise. A field of its own, because time stamps of one tick do not tell
-    /// which packet was first.
-    pub owes_answer: u8,
-    /// Always zero.
-    pub reserved: [u8; 3],
     /// Whose it is.
     pub owner: Owner,
 }
@@ -153,7 +147,41 @@ impl Session {
     /// Whether this host owes the answer to what it received.
     #[inline]
     pub const fn owes_answer(&self) -> bool {
-        self.owes_answer != 0
+        self.answered_ns == 0
+    }
+
+    /// Stamps payload that counts and was received at `now_ns`, which is not 0.
+    #[inline(always)]
+    pub const fn stamp_received(&mut self, now_ns: u64) {
+        self.last_received_ns = now_ns;
+        if self.direction == Direction::Inbound as u8 {
+            self.answered_ns = 0;
+        }
+    }
+
+    /// Stamps payload that counts and was sent at `now_ns`, which is not 0: the answer to what was
+    /// received before.
+    #[inline(always)]
+    pub const fn stamp_sent(&mut self, now_ns: u64) {
+        self.last_sent_ns = now_ns;
+        if self.owes_answer() {
+            self.answered_ns = now_ns;
+        }
+    }
+
+    /// The session's share of its rule's jitter, in 65,536ths. It is made of both ends of the
+    /// connection, so that it is the same for the session's life, whoever reads its record, and
+    /// evenly spread over the connections of a storm, which differ in a port at least.
+    #[inline]
+    pub const fn jitter_share(&self) -> u16 {
+        // Word by word, without an array of them: the stack of the kernel programs is small.
+        let hash =
+            mix(self.netns_cookie ^ (self.remote_port as u64) << 16 ^ self.local_port as u64);
+        let hash = mix(hash ^ pair(self.remote.0[0], self.remote.0[1]));
+        let hash = mix(hash ^ pair(self.remote.0[2], self.remote.0[3]));
+        let hash = mix(hash ^ pair(self.local.0[0], self.local.0[1]));
+        let hash = mix(hash ^ pair(self.local.0[2], self.local.0[3]));
+        (hash >> 48) as u16
     }
 
     /// Whether the kernel will not report the end of this session; see [`flags`].
@@ -167,14 +195,24 @@ impl Session {
     }
 }
 
+const fn pair(high: u32, low: u32) -> u64 {
+    (high as u64) << 32 | low as u64
+}
+
+/// A round of `SplitMix64`.
+const fn mix(word: u64) -> u64 {
+    let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
 const _: () = {
-    assert!(size_of::<Session>() == 152 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 144 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, local) == 64);
     assert!(core::mem::offset_of!(Session, ifindex) == 100);
     assert!(core::mem::offset_of!(Session, flags) == 111);
-    assert!(core::mem::offset_of!(Session, owes_answer) == 116);
-    assert!(core::mem::offset_of!(Session, owner) == 120);
+    assert!(core::mem::offset_of!(Session, owner) == 112);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -198,6 +236,48 @@ mod tests {
     }
 
     #[test]
+    fn the_shares_of_a_storm_are_evenly_spread() {
+        let mut session = tests_support::session(0, 0, 0);
+        let mut counts = [0u32; 16];
+        for port in 0..=u16::MAX {
+            session.remote_port = port;
+            counts[usize::from(session.jitter_share() >> 12)] += 1;
+        }
+        assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
+        // As well by address, from one port.
+        let mut counts = [0u32; 16];
+        for host in 0..=u16::MAX {
+            session.remote = Address::from_ipv4((0x0a00_0000 | u32::from(host)).to_be());
+            counts[usize::from(session.jitter_share() >> 12)] += 1;
+        }
+        assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
+    }
+
+    #[test]
+    fn what_passes_does_not_move_the_share() {
+        let mut session = tests_support::session(1, 1, 1);
+        let share = session.jitter_share();
+        session.stamp_received(5);
+        session.stamp_sent(6);
+        assert_eq!(session.jitter_share(), share);
+    }
+
+    #[test]
+    fn only_an_inbound_session_owes_and_the_first_payload_after_it_is_the_answer() {
+        let mut session = tests_support::session(1, 1, 1);
+        session.stamp_sent(2);
+        assert_eq!(session.answered_ns, 1);
+        session.stamp_received(3);
+        assert!(session.owes_answer());
+        session.stamp_sent(4);
+        session.stamp_sent(5);
+        assert_eq!((session.answered_ns, session.last_sent_ns), (4, 5));
+        session.direction = Direction::Outbound as u8;
+        session.stamp_received(6);
+        assert!(!session.owes_answer());
+    }
+
+    #[test]
     fn a_damaged_direction_is_not_a_direction() {
         assert_eq!(Direction::from_number(1), Some(Direction::Inbound));
         assert_eq!(Direction::from_number(2), Some(Direction::Outbound));
@@ -216,7 +296,7 @@ pub(crate) mod tests_support {
         Session {
             last_received_ns: received_ns,
             last_sent_ns: sent_ns,
-            answered_ns: established_ns,
+            answered_ns: established_ns.max(1),
             bytes_received: 0,
             bytes_sent: 0,
             open_until_ns: 0,
@@ -231,9 +311,6 @@ pub(crate) mod tests_support {
             rule: 0,
             direction: Direction::Inbound as u8,
             flags: 0,
-            jitter_seed: 0,
-            owes_answer: 0,
-            reserved: [0; 3],
             owner: Owner::UNKNOWN,
         }
     }

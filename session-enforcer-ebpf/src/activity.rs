@@ -142,8 +142,7 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure
     }
     let new = ahead.min(segment.payload);
     if measure.counts(new) {
-        session.last_received_ns = measure.now_ns;
-        session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
+        session.stamp_received(measure.now_ns);
     }
     grow(
         &mut session.bytes_received,
@@ -187,7 +186,7 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &
         return;
     }
     if measure.counts(ahead.min(segment.payload)) {
-        sent(session, measure.now_ns);
+        session.stamp_sent(measure.now_ns);
     }
     let total = sent_until(session, tcp, segment.end());
     grow(&mut session.bytes_sent, total);
@@ -197,24 +196,13 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &
 #[inline(always)]
 fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock, now_ns: u64) {
     if tcp.bytes_received > session.bytes_received {
-        session.last_received_ns = now_ns;
-        session.owes_answer = u8::from(session.direction == Direction::Inbound as u8);
+        session.stamp_received(now_ns);
         session.bytes_received = tcp.bytes_received;
     }
     let total = sent_until(session, tcp, tcp.snd_nxt);
     if total > session.bytes_sent {
-        sent(session, now_ns);
+        session.stamp_sent(now_ns);
         session.bytes_sent = total;
-    }
-}
-
-/// Stamps payload that was sent, which answers what was received before.
-#[inline(always)]
-fn sent(session: &mut Session, now_ns: u64) {
-    session.last_sent_ns = now_ns;
-    if session.owes_answer() {
-        session.owes_answer = 0;
-        session.answered_ns = now_ns;
     }
 }
 

@@ -4,8 +4,6 @@
 //! egress hook before the session leaves the map, and a FIN that were dropped would be sent again
 //! and again.
 
-use core::ptr;
-
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
 
@@ -52,9 +50,10 @@ fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
 fn refuses(session: *const Session, policy: &Policy) -> bool {
     // SAFETY: no argument, no precondition.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: the caller has it from a reference. Volatile, so that it is read after the clock.
-    let session = unsafe { ptr::read_volatile(session) };
-    policy.refuses(&session, now_ns)
+    // SAFETY: the caller has it from a reference. It becomes one after the call of the helper, which
+    // the compiler knows nothing of, so it is read after the clock. In place: a copy would not leave
+    // enough of the stack.
+    policy.refuses(unsafe { &*session }, now_ns)
 }
 
 /// Drops a packet of a session that is past its deadline, and tells the daemon the first time.

@@ -4,12 +4,11 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
+        BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_TCP_CLOSE, bpf_sock_ops,
     },
-    helpers::{
-        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock,
-    },
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
 };
 use aya_log_ebpf::{debug, warn};
@@ -30,6 +29,7 @@ const AF_INET6: u32 = 10;
 const E2BIG: i32 = -7;
 const ENOMEM: i32 = -12;
 const EBUSY: i32 = -16;
+const EEXIST: i32 = -17;
 
 #[inline(always)]
 pub(crate) fn track(ctx: &SockOpsContext) {
@@ -79,8 +79,6 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         );
     }
     session.ifindex = bound_interface(ctx);
-    // SAFETY: no argument, no precondition.
-    session.jitter_seed = unsafe { bpf_get_prandom_u32() };
     insert(ctx, &session);
 }
 
@@ -109,9 +107,6 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
         rule: 0,
         direction: direction as u8,
         flags: mptcp_flag(ctx),
-        jitter_seed: 0,
-        owes_answer: 0,
-        reserved: [0; 3],
         owner: owner::take(ctx),
     })
 }
@@ -119,8 +114,14 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
 #[inline(always)]
 fn insert(ctx: &SockOpsContext, session: &Session) {
     let cookie = cookie(ctx);
-    // BPF_ANY: a socket that was disconnected with AF_UNSPEC and connected again keeps its cookie.
-    match SESSIONS.insert(cookie, session, u64::from(BPF_ANY)) {
+    let mut inserted = SESSIONS.insert(cookie, session, u64::from(BPF_NOEXIST));
+    if inserted == Err(EEXIST) {
+        // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie. Where
+        // the end of the connection before was not reported, it is counted now.
+        closed(ctx);
+        inserted = SESSIONS.insert(cookie, session, u64::from(BPF_ANY));
+    }
+    match inserted {
         Ok(()) => {
             // One that is not decided about has no rule to be counted for.
             if session.generation != 0 {

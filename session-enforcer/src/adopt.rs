@@ -58,18 +58,17 @@ impl Adopter<'_> {
         sockets.iter().filter_map(adoptee).collect()
     }
 
-    fn session(
-        &self,
-        socket: &Socket,
-        listeners: &Listeners,
-        netns_cookie: u64,
-        now_ns: u64,
-    ) -> Option<Session> {
+    /// Whether a socket is a session of some rule. What passed in it need not be known.
+    pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
+        self.chosen(socket, listeners).is_some()
+    }
+
+    /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
+    fn chosen(&self, socket: &Socket, listeners: &Listeners) -> Option<(Facts, Owner, u16)> {
         let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
         if !is_session || !self.scope.contains(socket.cgroup_id) {
             return None;
         }
-        let info = socket.info?;
         let owner = owner(socket, listeners);
         let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
         let ancestors = ancestors.get(&owner.cgroup_id);
@@ -77,15 +76,25 @@ impl Adopter<'_> {
         let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
         let mut entries = self.entries.iter();
         let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
-        if entry.rule == RULE_EXEMPT {
-            return None;
-        }
-        let policy = self.policies.get(usize::from(entry.rule));
+        (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
+    }
+
+    /// The session of a socket, seen at `now_ns`; none where no rule tracks it.
+    pub fn session(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Option<Session> {
+        let (facts, owner, rule) = self.chosen(socket, listeners)?;
+        let info = socket.info?;
+        let policy = self.policies.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns);
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: sent,
+            answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
             bytes_received: payload_received(socket, &info),
             bytes_sent: info.bytes_sent,
             open_until_ns: 0,
@@ -99,15 +108,12 @@ impl Adopter<'_> {
             remote_port: facts.remote_port,
             ifindex: socket.target.ifindex,
             generation: self.generation,
-            rule: entry.rule,
+            rule,
             direction: facts.direction as u8,
             flags: match socket.mptcp_token {
                 Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
                 None => flags::END_UNREPORTED,
             },
-            jitter_seed: seed(socket.target.cookie),
-            owes_answer: u8::from(owes_answer(facts.direction, &info, policy)),
-            reserved: [0; 3],
             owner,
         })
     }
@@ -116,8 +122,9 @@ impl Adopter<'_> {
 /// The owner of a socket, as the programs would have noted it: of an accepted socket, that of the
 /// socket that listens. The process is not known.
 pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
-    let target = &socket.target;
-    let maker = listeners.accepting(target.local, target.local_port);
+    let maker = listeners.accepting(socket);
+    // The listener that has accepted it may be no more, and another one be in its place.
+    let maker = maker.filter(|maker| maker.cgroup_id == socket.cgroup_id);
     let maker = maker.unwrap_or(socket);
     match maker.cgroup_id {
         Some(cgroup_id) => Owner {
@@ -131,9 +138,8 @@ pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
 
 fn facts(socket: &Socket, listeners: &Listeners, owner: &Owner) -> Facts {
     let target = &socket.target;
-    let accepting = listeners.accepting(target.local, target.local_port);
     Facts {
-        direction: match accepting {
+        direction: match listeners.accepting(socket) {
             Some(_) => Direction::Inbound,
             None => Direction::Outbound,
         },
@@ -161,6 +167,11 @@ fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bo
     }
 }
 
+/// When this host answered, as a [`Session`] has it.
+fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
+    if owes_answer { 0 } else { sent_ns.max(1) }
+}
+
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = matches!(
@@ -168,15 +179,6 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
         state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
     );
     info.bytes_received.saturating_sub(u64::from(ended))
-}
-
-/// A number that looks random and is the same at each adoption of the socket: the mixing function
-/// of `SplitMix64` on its cookie.
-fn seed(cookie: u64) -> u32 {
-    let mut z = cookie.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (z >> 32) as u32
 }
 
 /// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
@@ -221,10 +223,11 @@ pub fn caught_up(
             (true, true) => owes_answer(Direction::Inbound, &info, policy),
             (has_received, _) => has_received,
         };
-        now.owes_answer = u8::from(owes);
-        if has_sent {
-            now.answered_ns = now.last_sent_ns;
-        }
+        now.answered_ns = match (owes, has_sent) {
+            (true, _) => 0,
+            (false, true) => answered_ns(false, now.last_sent_ns),
+            (false, false) => now.answered_ns,
+        };
     }
     now
 }
@@ -256,14 +259,21 @@ impl Listeners {
         Self { by_port }
     }
 
-    /// The listener that accepts connections to an address: one of that very address before one of
-    /// all addresses, as in the kernel.
-    fn accepting(&self, address: Address, port: u16) -> Option<&Socket> {
-        let is_wildcard = |a: Address| a == Address([0; 4]) || a == Address::from_ipv4(0);
-        let listening = self.by_port.get(&port)?;
-        let at =
-            |wanted: &dyn Fn(Address) -> bool| listening.iter().find(|s| wanted(s.target.local));
-        at(&|a| a == address).or_else(|| at(&is_wildcard))
+    /// The listener that accepted a connection. An accepted socket has the cgroup of its listener, so
+    /// one of that cgroup goes first; then one of the very address before one of all IPv4 addresses
+    /// and one of both families, as in the kernel.
+    fn accepting(&self, socket: &Socket) -> Option<&Socket> {
+        let address = socket.target.local;
+        let all_ipv4 = address.is_ipv4().then_some(Address::from_ipv4(0));
+        let wanted = [Some(address), all_ipv4, Some(Address([0; 4]))];
+        let listening = self.by_port.get(&socket.target.local_port)?;
+        let ranked = listening.iter().filter_map(|listener| {
+            let bound = Some(listener.target.local);
+            let rank = wanted.iter().position(|wanted| *wanted == bound)?;
+            Some((listener.cgroup_id != socket.cgroup_id, rank, listener))
+        });
+        let first = ranked.min_by_key(|(elsewhere, rank, _)| (*elsewhere, *rank))?;
+        Some(first.2)
     }
 }
 
@@ -338,17 +348,50 @@ mod tests {
     fn an_accepted_connection_is_its_listener_s_and_another_its_own() {
         let mut listener = socket(state::LISTEN, 5432, 0);
         (listener.uid, listener.cgroup_id) = (0, Some(8));
-        let sockets = [
-            listener,
-            socket(state::ESTABLISHED, 5432, 1),
-            socket(state::ESTABLISHED, 50_000, 5432),
-        ];
+        let mut accepted = socket(state::ESTABLISHED, 5432, 1);
+        accepted.cgroup_id = Some(8);
+        let sockets = [listener, accepted, socket(state::ESTABLISHED, 50_000, 5432)];
         let any = [MatchEntry::any(0)];
         let owners: Vec<(u64, u32)> = adopt(&any, &Scope::All, &sockets)
             .iter()
             .map(|(_, session)| (session.owner.cgroup_id, session.owner.uid))
             .collect();
         assert_eq!(owners, [(8, 0), (7, 113)]);
+    }
+
+    #[test]
+    fn of_listeners_that_share_a_port_the_one_of_the_socket_s_cgroup_and_family_is_its_maker() {
+        let listener = |cgroup_id, local, uid| {
+            let mut listener = socket(state::LISTEN, 5432, 0);
+            listener.target.local = local;
+            Socket {
+                cgroup_id: Some(cgroup_id),
+                uid,
+                ..listener
+            }
+        };
+        let (both_families, all_ipv4) = (Address([0; 4]), v4([0; 4]));
+        let accepted = socket(state::ESTABLISHED, 5432, 1);
+        let mut ipv6 = accepted;
+        ipv6.target.local = Address([1; 4]);
+        let uid_of =
+            |socket: &Socket, listeners: &[Socket]| owner(socket, &Listeners::among(listeners)).uid;
+        let families = [listener(7, both_families, 6), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &families), 4);
+        assert_eq!(uid_of(&ipv6, &families), 6);
+        assert_eq!(uid_of(&accepted, &families[..1]), 6);
+        // No listener of all IPv4 addresses accepts IPv6.
+        assert_eq!(uid_of(&ipv6, &families[1..]), 113);
+        let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &cgroups), 4);
+        // The one that accepted it is no more: its own user is the best that is known.
+        let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
+        assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
+        let listeners = Listeners::among(&cgroups[..1]);
+        assert_eq!(
+            facts(&accepted, &listeners, &stranger).direction,
+            Direction::Inbound
+        );
     }
 
     #[test]
@@ -492,7 +535,7 @@ mod tests {
         let expected = Session {
             last_received_ns: 19_500 * MS,
             bytes_received: before.bytes_received + 1,
-            owes_answer: 1,
+            answered_ns: 0,
             ..before
         };
         assert_eq!(now, expected);
@@ -505,7 +548,6 @@ mod tests {
             last_sent_ns: 19_600 * MS,
             answered_ns: 19_600 * MS,
             bytes_sent: before.bytes_sent + 1,
-            owes_answer: 0,
             ..before
         };
         assert_eq!(now, expected);

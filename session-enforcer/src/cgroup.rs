@@ -123,6 +123,26 @@ impl Cgroup {
         &self.path
     }
 
+    /// The same cgroup, for another thread.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            path: self.path.clone(),
+            file: self.file.try_clone()?,
+            is_root: self.is_root,
+        })
+    }
+
+    /// Whether it is no longer what its path names: it was removed.
+    pub fn is_gone(&self) -> bool {
+        let opened = self.file.metadata().map(|opened| opened.ino());
+        let there = fs::metadata(&self.path).map(|there| there.ino());
+        !self.is_root && (opened.is_err() || there.ok() != opened.ok())
+    }
+
     /// The cgroups that an attachment here covers, to tell whose sockets were there before it.
     ///
     /// # Errors
@@ -133,9 +153,7 @@ impl Cgroup {
         if self.is_root {
             return Ok(Scope::All);
         }
-        let opened = self.file.metadata().map_err(io_error(&self.path))?;
-        let there = fs::metadata(&self.path).map(|there| there.ino());
-        if there.ok() != Some(opened.ino()) {
+        if self.is_gone() {
             return Err(CgroupError::Gone(self.path.clone()));
         }
         let mut ids = HashSet::new();

@@ -82,6 +82,8 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "  sessions, at most   {}", config.max_sessions)?;
     writeln!(out, "  pins                {pins}")?;
     writeln!(out, "  network namespaces  {namespaces}")?;
+    let interval = format_duration(config.reconcile_interval);
+    writeln!(out, "  reconciled every    {interval}")?;
     writeln!(out, "  metrics             {metrics}")?;
     writeln!(out, "  audit               {audit}")
 }
@@ -276,6 +278,7 @@ Daemon:
   sessions, at most   1000
   pins                none: sessions are adopted anew at each start
   network namespaces  the daemon's own
+  reconciled every    10m
   metrics             not served
   audit               /var/log/sessions.json
 

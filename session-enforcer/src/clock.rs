@@ -67,6 +67,11 @@ impl WallClock {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
+
     use super::*;
 
     #[test]
@@ -84,6 +89,51 @@ mod tests {
             clock.format(3_999_000_000),
             "2026-01-01T11:59:58.999000000Z"
         );
+    }
+
+    /// The files of a directory and of those below it.
+    fn files(directory: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory).unwrap();
+        let below = entries.map(|entry| entry.unwrap().path());
+        below
+            .flat_map(|path| {
+                if path.is_dir() {
+                    files(&path)
+                } else {
+                    vec![path]
+                }
+            })
+            .collect()
+    }
+
+    /// The system's clock may be set back and forth: it is for what people read, in the records of
+    /// the audit and in the time of the last reload.
+    #[test]
+    fn nothing_is_decided_by_a_clock_that_can_be_set() {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let all = [
+            "src",
+            "../session-enforcer-common/src",
+            "../session-enforcer-ebpf/src",
+        ];
+        let sources = all
+            .into_iter()
+            .flat_map(|source| files(&package.join(source)));
+        let settable = [
+            "REALTIME",
+            "SystemTime",
+            "Timestamp::now",
+            "Zoned::now",
+            "get_tai",
+        ];
+        let reads = |path: &PathBuf| {
+            let text = fs::read_to_string(path).unwrap();
+            settable.iter().any(|clock| text.contains(clock))
+        };
+        let mut found: Vec<PathBuf> = sources.filter(reads).collect();
+        found.sort();
+        let known = ["src/clock.rs", "src/metrics.rs"].map(|path| package.join(path));
+        assert_eq!(found, known);
     }
 
     #[test]

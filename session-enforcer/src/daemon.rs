@@ -4,6 +4,7 @@
 use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::{SigSet, Signal};
 use tokio::{runtime, sync::mpsc};
 
 use crate::{
@@ -38,7 +39,6 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     probe::require(all_namespaces)?;
     raise_file_limit();
-    unblock_signals();
     let cgroup = open_cgroup(config)?;
     // Before anything that another daemon may have: who it is says more than what it has.
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
@@ -61,6 +61,7 @@ async fn serve(
     audit: Audit,
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
+    unblock_signals();
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
     let options = Options {
@@ -153,9 +154,22 @@ fn raise_file_limit() {
     }
 }
 
-/// A parent may have blocked the signals that stop the daemon, and a mask is inherited.
+/// Has a hangup wait until there is a handler for it: it would end the process before. Threads that
+/// begin from here on leave it to this one.
+///
+/// # Errors
+///
+/// Where the system refuses.
+pub fn hold_hangups() -> Result<()> {
+    let mut hangup = SigSet::empty();
+    hangup.add(Signal::SIGHUP);
+    hangup.thread_block().context("blocking SIGHUP")
+}
+
+/// Lets in what waited for the handlers. A parent, too, may have blocked the signals that stop the
+/// daemon, and a mask is inherited.
 fn unblock_signals() {
-    if let Err(error) = nix::sys::signal::SigSet::empty().thread_set_mask() {
+    if let Err(error) = SigSet::empty().thread_set_mask() {
         tracing::warn!("unblocking signals: {error}");
     }
 }

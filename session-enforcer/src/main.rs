@@ -25,6 +25,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
+    if matches!(cli.command, Command::Run(_)) {
+        daemon::hold_hangups()?;
+    }
     let _log = start_log(cli.log_filter()?);
     match &cli.command {
         Command::Run(args) => {

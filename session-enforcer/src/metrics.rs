@@ -17,6 +17,7 @@ use session_enforcer_common::{ErrorKind, Reason, RuleCounters, Way};
 use crate::{
     audit::{Outcome, mode_name, reason_name},
     config::Mode,
+    health::Trouble,
 };
 
 /// From a tenth of a millisecond, below what the timer can do, to a minute.
@@ -40,12 +41,21 @@ pub enum Repair {
     Stale,
     /// A session that had passed payload while no program was attached.
     Behind,
-    /// A session that was not in the map when the programs of an earlier daemon were taken over.
+    /// A session that was not in the map: it could not be tracked when it opened, or nothing was
+    /// attached then.
     Missed,
+    /// A session that had ended, and was in the schedule still: the event was lost.
+    Unreported,
 }
 
 impl Repair {
-    const ALL: [Self; 4] = [Self::Unscheduled, Self::Stale, Self::Behind, Self::Missed];
+    const ALL: [Self; 5] = [
+        Self::Unscheduled,
+        Self::Stale,
+        Self::Behind,
+        Self::Missed,
+        Self::Unreported,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
@@ -53,6 +63,7 @@ impl Repair {
             Self::Stale => "stale",
             Self::Behind => "behind",
             Self::Missed => "missed",
+            Self::Unreported => "unreported",
         }
     }
 }
@@ -89,6 +100,8 @@ pub struct KernelSnapshot {
     pub gate_drops: [u64; Way::COUNT as usize],
     /// Audit records that could not be written.
     pub audit_lost: u64,
+    /// By [`Trouble`].
+    pub troubles: [bool; Trouble::COUNT],
 }
 
 /// The end of a session, for the counters and histograms.
@@ -131,6 +144,7 @@ pub struct Metrics {
     repaired: IntCounterVec,
     kernel_errors: IntCounterVec,
     audit_lost: IntCounter,
+    degraded: IntGaugeVec,
     loaded: IntGauge,
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
@@ -186,7 +200,7 @@ impl Metrics {
             adopted: counter(
                 r,
                 "sessions_adopted_total",
-                "Sessions that are older than the daemon and were adopted by it.",
+                "Sessions that were adopted: older than the daemon, matched by a rule since, or missed when they opened.",
             )?,
             taken_over: counter(
                 r,
@@ -254,6 +268,16 @@ impl Metrics {
                 r,
                 "audit_records_lost_total",
                 "Audit records that could not be written.",
+            )?,
+            degraded: add(
+                r,
+                IntGaugeVec::new(
+                    opts(
+                        "degraded",
+                        "1 while not everything is enforced or recorded that should be, by cause; /readyz says more.",
+                    ),
+                    &["cause"],
+                ),
             )?,
             loaded: add(
                 r,
@@ -346,6 +370,9 @@ impl Metrics {
         }
         self.untracked
             .with_label_values(&[Untracked::Namespace.name()]);
+        for trouble in Trouble::ALL {
+            self.degraded.with_label_values(&[trouble.name()]);
+        }
         for way in Way::ALL {
             self.gate_dropped.with_label_values(&[way.name()]);
         }
@@ -477,6 +504,10 @@ impl Metrics {
         let entries = self.inherited + clamp(begun) - clamp(ended);
         self.map_entries.set(entries.max(0));
         raise(&self.audit_lost, snapshot.audit_lost);
+        for (trouble, is_there) in Trouble::ALL.into_iter().zip(snapshot.troubles) {
+            let gauge = self.degraded.with_label_values(&[trouble.name()]);
+            gauge.set(i64::from(is_there));
+        }
         for way in Way::ALL {
             let dropped = snapshot.gate_drops[way as usize];
             raise(&self.gate_dropped.with_label_values(&[way.name()]), dropped);
@@ -608,6 +639,7 @@ mod tests {
             errors,
             gate_drops: [0; Way::COUNT as usize],
             audit_lost: 0,
+            troubles: [false; Trouble::COUNT],
         }
     }
 

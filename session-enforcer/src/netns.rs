@@ -124,19 +124,16 @@ impl Namespaces {
     /// Opens the socket table of every namespace that can be found. What cannot be entered is
     /// returned beside.
     pub fn open_all(&mut self) -> (Vec<u64>, Vec<NetnsError>) {
-        let mut errors = Vec::new();
-        for path in candidates(true) {
-            match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
-                Ok((cookie, diag)) => {
-                    self.seen_at.insert(cookie, path);
-                    self.open.entry(cookie).or_insert(diag);
-                }
-                // The process may have ended since it was listed.
-                Err(NetnsError::Open { source, .. }) if is_gone(&source) => {}
-                Err(error) => errors.push(error),
-            }
-        }
+        let errors = visit_all(|cookie, path, diag| {
+            self.seen_at.insert(cookie, path.to_owned());
+            self.open.entry(cookie).or_insert(diag);
+        });
         (self.open.keys().copied().collect(), errors)
+    }
+
+    /// Notes where a namespace was seen.
+    pub fn note(&mut self, cookie: u64, path: PathBuf) {
+        self.seen_at.insert(cookie, path);
     }
 
     fn find(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
@@ -168,6 +165,21 @@ impl Namespaces {
         }
         None
     }
+}
+
+/// Opens the socket tables of the namespaces that can be found, one after the other, and hands over
+/// each with its cookie and where it was found. What cannot be entered is returned.
+pub fn visit_all(mut visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
+    let mut errors = Vec::new();
+    for path in candidates(true) {
+        match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
+            Ok((cookie, diag)) => visit(cookie, &path, diag),
+            // The process may have ended since it was listed.
+            Err(NetnsError::Open { source, .. }) if is_gone(&source) => {}
+            Err(error) => errors.push(error),
+        }
+    }
+    errors
 }
 
 fn is_gone(error: &io::Error) -> bool {

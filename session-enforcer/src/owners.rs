@@ -67,14 +67,15 @@ impl Directory {
         })
     }
 
-    /// Looks for the owners that the rules name, and for the names of all users.
+    /// Looks for the owners that the rules name, and for the names of all users. Nothing changes
+    /// before they are [kept](Self::keep).
     ///
     /// # Errors
     ///
     /// Where a user is not there. A cgroup need not be: services come and go.
-    pub fn look_up(&mut self, config: &Config) -> Result<&Owners, UserError> {
+    pub fn look_up(&self, config: &Config) -> Result<Found, UserError> {
         let mut names = Names::read();
-        let mut found = Owners::default();
+        let mut owners = Owners::default();
         for (rule, at) in config.rules.iter().zip(&config.users_at) {
             for user in &rule.users {
                 let (User::Name(name), Some(at)) = (user, at) else {
@@ -82,36 +83,26 @@ impl Directory {
                 };
                 let uid = uid_of(name, at)?;
                 names.add(uid, name);
-                found.users.insert(name.clone(), uid);
+                owners.users.insert(name.clone(), uid);
             }
         }
-        for rule in &config.rules {
-            for path in &rule.cgroups {
-                let before = self.owners.cgroups.get(path).cloned();
-                found
-                    .cgroups
-                    .insert(path.clone(), before.unwrap_or_default());
-            }
+        for path in config.rules.iter().flat_map(|rule| &rule.cgroups) {
+            let before = self.owners.cgroups.get(path).cloned();
+            let ids = before.unwrap_or_default();
+            owners.cgroups.insert(path.clone(), ids);
         }
-        (self.names, self.owners) = (names, found);
-        self.look_again();
-        Ok(&self.owners)
+        look_for_cgroups(&self.tree, &mut owners);
+        Ok(Found { names, owners })
     }
 
-    /// Looks again for the cgroups that the rules name; whether one has come.
-    pub fn look_again(&mut self) -> bool {
-        let mut any = false;
-        for (path, ids) in &mut self.owners.cgroups {
-            let Some(id) = self.tree.id(path).filter(|id| ids.last() != Some(id)) else {
-                continue;
-            };
-            ids.retain(|former| *former != id);
-            ids.push(id);
-            let too_many = ids.len().saturating_sub(MAX_FORMER + 1);
-            ids.drain(..too_many);
-            any = true;
-        }
-        any
+    /// Keeps what was found for a configuration that is in force now.
+    pub fn keep(&mut self, found: Found) {
+        (self.names, self.owners) = (found.names, found.owners);
+    }
+
+    /// Looks again for the cgroups that the rules name; the identities of those that have come.
+    pub fn look_again(&mut self) -> Vec<u64> {
+        look_for_cgroups(&self.tree, &mut self.owners)
     }
 
     /// The owners as they were found last.
@@ -153,6 +144,30 @@ impl Directory {
     pub fn user_name(&self, uid: u32) -> Option<&str> {
         self.names.name(uid)
     }
+}
+
+/// What the host has of the owners that a configuration names.
+#[derive(Debug)]
+pub struct Found {
+    names: Names,
+    /// Their numbers.
+    pub owners: Owners,
+}
+
+/// Adds the identities of the cgroups that are there and were not before; which.
+fn look_for_cgroups(tree: &Tree, owners: &mut Owners) -> Vec<u64> {
+    let mut come = Vec::new();
+    for (path, ids) in &mut owners.cgroups {
+        let Some(id) = tree.id(path).filter(|id| ids.last() != Some(id)) else {
+            continue;
+        };
+        ids.retain(|former| *former != id);
+        ids.push(id);
+        let too_many = ids.len().saturating_sub(MAX_FORMER + 1);
+        ids.drain(..too_many);
+        come.push(id);
+    }
+    come
 }
 
 fn uid_of(name: &str, at: &Location) -> Result<u32, UserError> {

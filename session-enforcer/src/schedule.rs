@@ -17,6 +17,7 @@ use std::{
 pub struct Schedule {
     heap: BinaryHeap<Reverse<(u64, u64)>>,
     live: HashMap<u64, Entry>,
+    namespaces: Namespaces,
 }
 
 /// What a session belongs to.
@@ -28,10 +29,58 @@ pub struct Group {
     pub rule: u16,
 }
 
+/// There is one for each session of the host, so it is small: a namespace is known by its slot.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     due_ns: u64,
-    group: Group,
+    slot: u32,
+    rule: u16,
+}
+
+const _: () = assert!(size_of::<Entry>() == 16);
+
+/// The namespaces that have sessions, each in a slot that is used again when it has none.
+#[derive(Debug, Default)]
+struct Namespaces {
+    /// Cookie of the namespace, and how many sessions it has.
+    slots: Vec<(u64, u32)>,
+    free: Vec<u32>,
+    by_cookie: HashMap<u64, u32>,
+}
+
+impl Namespaces {
+    /// Counts a session in; the slot of its namespace.
+    fn enter(&mut self, netns_cookie: u64) -> u32 {
+        let Self {
+            slots,
+            free,
+            by_cookie,
+        } = self;
+        let slot = *by_cookie.entry(netns_cookie).or_insert_with(|| {
+            free.pop().unwrap_or_else(|| {
+                slots.push((0, 0));
+                slots.len() as u32 - 1
+            })
+        });
+        let (cookie, sessions) = &mut slots[slot as usize];
+        *cookie = netns_cookie;
+        *sessions += 1;
+        slot
+    }
+
+    /// Counts a session out.
+    fn leave(&mut self, slot: u32) {
+        let (cookie, sessions) = &mut self.slots[slot as usize];
+        *sessions -= 1;
+        if *sessions == 0 {
+            self.by_cookie.remove(cookie);
+            self.free.push(slot);
+        }
+    }
+
+    fn cookie(&self, slot: u32) -> u64 {
+        self.slots[slot as usize].0
+    }
 }
 
 impl Schedule {
@@ -55,20 +104,48 @@ impl Schedule {
         self.live.contains_key(&cookie)
     }
 
+    /// Every session with what it belongs to.
+    pub fn sessions(&self) -> impl Iterator<Item = (u64, Group)> {
+        self.live
+            .iter()
+            .map(|(cookie, entry)| (*cookie, self.group_of(entry)))
+    }
+
     /// What a scheduled session belongs to.
     pub fn group(&self, cookie: u64) -> Option<Group> {
-        self.live.get(&cookie).map(|entry| entry.group)
+        self.live.get(&cookie).map(|entry| self.group_of(entry))
+    }
+
+    fn group_of(&self, entry: &Entry) -> Group {
+        Group {
+            netns_cookie: self.namespaces.cookie(entry.slot),
+            rule: entry.rule,
+        }
+    }
+
+    /// Whether a session of this network namespace is scheduled.
+    pub fn has_sessions_in(&self, netns_cookie: u64) -> bool {
+        self.namespaces.by_cookie.contains_key(&netns_cookie)
     }
 
     /// Schedules a session, in place of what was scheduled for the same cookie; what that belonged
     /// to.
     pub fn insert(&mut self, cookie: u64, group: Group, due_ns: u64) -> Option<Group> {
-        let before = self.live.insert(cookie, Entry { due_ns, group });
+        let slot = self.namespaces.enter(group.netns_cookie);
+        let rule = group.rule;
+        let before = self.live.insert(cookie, Entry { due_ns, slot, rule });
         if before.is_none_or(|entry| entry.due_ns != due_ns) {
             self.heap.push(Reverse((due_ns, cookie)));
             self.compact();
         }
-        before.map(|entry| entry.group)
+        before.map(|entry| self.leave(&entry))
+    }
+
+    /// Takes the entry out of its namespace; what it belonged to.
+    fn leave(&mut self, entry: &Entry) -> Group {
+        let group = self.group_of(entry);
+        self.namespaces.leave(entry.slot);
+        group
     }
 
     /// Moves a session to another time; a session that is not scheduled stays so.
@@ -97,7 +174,7 @@ impl Schedule {
     pub fn remove(&mut self, cookie: u64) -> Option<Group> {
         let entry = self.live.remove(&cookie)?;
         self.compact();
-        Some(entry.group)
+        Some(self.leave(&entry))
     }
 
     /// When the next session is due.
@@ -131,11 +208,19 @@ impl Schedule {
     fn compact(&mut self) {
         const SLACK: usize = 1024;
         if self.heap.len() > 2 * self.live.len() + SLACK {
-            let live = &self.live;
-            self.heap.retain(|Reverse((due_ns, cookie))| {
-                live.get(cookie).is_some_and(|e| e.due_ns == *due_ns)
-            });
+            self.rebuild();
         }
+    }
+
+    /// Leaves one entry for each session. Sorting out what is not current would not do: a session
+    /// that was moved and moved back, as by a reload, has current entries twice, and the next
+    /// removal would find the heap as full again.
+    fn rebuild(&mut self) {
+        let mut entries = std::mem::take(&mut self.heap).into_vec();
+        entries.clear();
+        let live = self.live.iter();
+        entries.extend(live.map(|(cookie, entry)| Reverse((entry.due_ns, *cookie))));
+        self.heap = entries.into();
     }
 }
 
@@ -204,6 +289,26 @@ mod tests {
     }
 
     #[test]
+    fn a_namespace_is_known_while_it_has_sessions_and_its_slot_is_used_again() {
+        let mut s = Schedule::new();
+        for netns in 1..=3 {
+            s.insert(netns, group(netns), 10);
+            s.insert(netns + 10, group(netns), 10);
+        }
+        s.remove(2);
+        assert!(s.has_sessions_in(2));
+        s.remove(12);
+        assert!(!s.has_sessions_in(2));
+        s.insert(4, group(4), 10);
+        assert_eq!(s.namespaces.slots.len(), 3);
+        // A session that comes again in another namespace has left the first.
+        s.insert(4, group(1), 10);
+        assert!(!s.has_sessions_in(4));
+        assert_eq!(s.group(4), Some(group(1)));
+        assert_eq!(s.group(13), Some(group(3)));
+    }
+
+    #[test]
     fn many_short_sessions_leave_no_heap_behind() {
         let mut s = Schedule::new();
         for cookie in 0..1_000_000 {
@@ -212,6 +317,20 @@ mod tests {
         }
         assert!(s.is_empty());
         assert!(s.heap.len() <= 1024);
+    }
+
+    #[test]
+    fn a_session_that_is_moved_away_and_back_has_one_entry_after_the_rebuilding() {
+        let mut s = Schedule::new();
+        for cookie in 0..100 {
+            s.insert(cookie, group(1), 1_000 + cookie);
+            s.insert(cookie, group(1), u64::MAX);
+            s.rearm(cookie, 1_000 + cookie);
+        }
+        s.rebuild();
+        assert_eq!(s.heap.len(), 100);
+        assert_eq!(s.take_due(1_000), Some(0));
+        assert_eq!(s.take_due(1_000), None);
     }
 
     proptest! {

@@ -1,52 +1,34 @@
 //! What a decision about a connection costs in the kernel, by the number of match entries.
 //!
-//! `cargo build --release -p session-enforcer-tests --example matching_cost`, then run it as root,
-//! alone. Everything runs on one CPU; the tables take turns, and each figure is the median over the
-//! rounds with the spread. The kernel itself measures (`kernel.bpf_stats_enabled`), so every run of
-//! a program has the cost of two looks at the clock in it; the differences do not.
+//! `cargo build --release -p session-enforcer-tests --example matching_cost --bin
+//! session-enforcer-test-agent`, then run `target/release/examples/matching_cost` as root. It measures
+//! the programs that it attaches to a cgroup of its own, whatever is attached elsewhere; what else
+//! runs shows in the spread. Everything runs on one CPU; the tables take turns, and each figure is
+//! the median over the rounds with the spread. The kernel itself measures (`BPF_ENABLE_STATS`), so
+//! every run of a program has the cost of two looks at the clock in it; the differences do not.
 
 use std::{
-    collections::BTreeSet,
     fs,
     net::Ipv4Addr,
     os::fd::{AsFd as _, AsRawFd as _},
 };
 
-use anyhow::{Context as _, Result, ensure};
-use aya::programs::{ProgramInfo, loaded_programs};
+use anyhow::{Context as _, Result, bail};
+use aya::{
+    programs::{ProgramInfo, loaded_programs},
+    sys::{Stats, enable_stats},
+};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use session_enforcer::{
-    bpf::{Kernel, Options},
-    cgroup::Cgroup,
-};
+use session_enforcer::bpf::{Kernel, Options};
 use session_enforcer_common::{Address, MatchEntry, PortRange, Prefix, RULE_EXEMPT};
-use session_enforcer_tests::{Lab, Netns, Pair, Place, reset_on_close};
+use session_enforcer_tests::{Cgroup, Lab, Netns, Pair, Place, reset_on_close};
 
 const ROUNDS: usize = 15;
 const CONNECTIONS: u64 = 1_000;
 const COUNTS: [usize; 4] = [0, 1, 16, 256];
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
-
-/// Turns the kernel's statistics on, and off again where they were.
-struct Stats(String);
-
-impl Stats {
-    fn on() -> Result<Self> {
-        let before = fs::read_to_string(STATS)?;
-        fs::write(STATS, "1")?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for Stats {
-    fn drop(&mut self) {
-        // Nobody is left to tell.
-        let _ = fs::write(STATS, self.0.trim());
-    }
-}
 
 /// Entries of which none applies but the last, which exempts: what costs is the decision alone.
 fn table(count: usize, other: MatchEntry) -> Vec<MatchEntry> {
@@ -94,18 +76,16 @@ fn spent(program: &ProgramInfo) -> Result<[u64; 2]> {
     Ok([field("run_time_ns")?, field("run_cnt")?])
 }
 
-fn program_ids() -> Result<BTreeSet<u32>> {
-    loaded_programs().map(|info| Ok(info?.id())).collect()
-}
-
-fn own_program(name: &str, before: &BTreeSet<u32>) -> Result<ProgramInfo> {
-    let all: Vec<ProgramInfo> = loaded_programs().collect::<Result<_, _>>()?;
-    let mut own: Vec<ProgramInfo> = all
-        .into_iter()
-        .filter(|info| !before.contains(&info.id()) && info.name_as_str() == Some(name))
-        .collect();
-    ensure!(own.len() == 1, "another daemon was started; run this alone");
-    own.pop().context("one program")
+/// The program of this name that is attached to the cgroup, which is the measurement's own.
+fn program(cgroup: &Cgroup, name: &str) -> Result<ProgramInfo> {
+    let attached = cgroup.program_ids()?;
+    for info in loaded_programs() {
+        let info = info?;
+        if attached.contains(&info.id()) && info.name_as_str() == Some(name) {
+            return Ok(info);
+        }
+    }
+    bail!("{name} is not attached to {}", cgroup.path().display())
 }
 
 /// The median, and the middle half of the values around it.
@@ -119,14 +99,14 @@ fn main() -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(0)?;
     sched_setaffinity(Pid::from_raw(0), &cpus)?;
-    let _stats = Stats::on()?;
+    // Until the end of this process, however it comes.
+    let _stats = enable_stats(Stats::RunTime)?;
     let agent = std::env::current_exe()?;
     let target = agent.ancestors().nth(2).context("a target directory")?;
     let lab = Lab::new(target.join("session-enforcer-test-agent"))?;
     let netns = Netns::new()?;
     let place = Place::here().in_netns(&netns).in_cgroup(&lab.cgroup);
     let agent = lab.at(&place)?;
-    let before = program_ids()?;
     let mut kernel = Kernel::load(
         Options {
             max_sessions: 1024,
@@ -135,9 +115,9 @@ fn main() -> Result<()> {
         },
         None,
     )?;
-    let lifecycle = own_program("track_lifecycle", &before)?;
-    let owner = own_program("note_owner", &before)?;
-    kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
+    kernel.attach(&session_enforcer::cgroup::Cgroup::open(lab.cgroup.path())?)?;
+    let lifecycle = program(&lab.cgroup, "track_lifecycle")?;
+    let owner = program(&lab.cgroup, "note_owner")?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
     let kinds = [
         ("port", other_port()),

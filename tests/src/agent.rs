@@ -14,28 +14,24 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     errno::Errno,
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     sys::{
         prctl::set_pdeathsig,
         signal::Signal,
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
     },
-    unistd::{Uid, setresuid},
+    unistd::{Uid, seteuid, setresuid},
 };
 
-use crate::{cgroup::Cgroup, netns::Netns, process::die_with_parent};
+use crate::{cgroup::Cgroup, netns::Netns, pace::patience, process::die_with_parent};
 
 /// A request is the three arguments of socket(2); an answer is an error number or 0 with a socket.
 const REQUEST: usize = 12;
-
-/// How long an agent may take to answer on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where sockets are made. The default is where the test itself is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +39,8 @@ pub struct Place {
     cgroup: Option<PathBuf>,
     netns: Option<PathBuf>,
     uid: Option<u32>,
+    effective_uid: Option<u32>,
+    own_user_namespace: bool,
 }
 
 impl Place {
@@ -67,8 +65,14 @@ impl Place {
 
     /// The same place in this network namespace.
     #[must_use]
-    pub fn in_netns(mut self, netns: &Netns) -> Self {
-        self.netns = Some(netns.path());
+    pub fn in_netns(self, netns: &Netns) -> Self {
+        self.in_netns_at(netns.path())
+    }
+
+    /// The same place in the network namespace of this file.
+    #[must_use]
+    pub fn in_netns_at(mut self, path: PathBuf) -> Self {
+        self.netns = Some(path);
         self
     }
 
@@ -79,11 +83,27 @@ impl Place {
         self
     }
 
+    /// The same place with the rights of this user, as a program has them that is set to the user's
+    /// id: the process stays the user's who started it.
+    #[must_use]
+    pub fn with_rights_of(mut self, uid: u32) -> Self {
+        self.effective_uid = Some(uid);
+        self
+    }
+
+    /// The same place in a user namespace of its own, in which no user has a number.
+    #[must_use]
+    pub fn in_own_user_namespace(mut self) -> Self {
+        self.own_user_namespace = true;
+        self
+    }
+
     /// A command that runs `program` there, for real servers and clients. `agent` is the path of
     /// the agent's binary. The program dies with the thread that starts it.
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.agent_command(agent, "exec");
         command.arg("--").arg(program);
+        die_with_parent(&mut command);
         command
     }
 
@@ -95,35 +115,45 @@ impl Place {
                 command.arg(flag).arg(path);
             }
         }
-        if let Some(uid) = self.uid {
-            command.arg("--uid").arg(uid.to_string());
+        for (flag, uid) in [("--uid", self.uid), ("--rights-of", self.effective_uid)] {
+            if let Some(uid) = uid {
+                command.arg(flag).arg(uid.to_string());
+            }
         }
-        die_with_parent(&mut command);
+        if self.own_user_namespace {
+            command.arg("--own-user-namespace");
+        }
         command
     }
 }
 
-/// Moves the calling process to a cgroup and a network namespace, and makes it another user's.
+/// Moves the calling process to this place.
 ///
 /// # Errors
 ///
-/// Where one of them is not there, or root's rights are missing.
-pub fn enter(cgroup: Option<&Path>, netns: Option<&Path>, uid: Option<u32>) -> Result<()> {
-    if let Some(path) = netns {
+/// Where a part of it is not there, or root's rights are missing.
+pub fn enter(place: &Place) -> Result<()> {
+    if let Some(path) = &place.netns {
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         setns(file, CloneFlags::CLONE_NEWNET)
             .with_context(|| format!("entering {}", path.display()))?;
     }
-    if let Some(path) = cgroup {
+    if let Some(path) = &place.cgroup {
         // 0 is the process that writes.
         fs::write(path.join("cgroup.procs"), "0")
             .with_context(|| format!("entering the cgroup {}", path.display()))?;
     }
-    if let Some(uid) = uid.map(Uid::from_raw) {
+    if let Some(uid) = place.uid.map(Uid::from_raw) {
         setresuid(uid, uid, uid).context("becoming another user")?;
-        // The change of the user has cleared this.
-        set_pdeathsig(Signal::SIGKILL)?;
     }
+    if let Some(uid) = place.effective_uid {
+        seteuid(Uid::from_raw(uid)).context("taking the rights of another user")?;
+    }
+    if place.own_user_namespace {
+        unshare(CloneFlags::CLONE_NEWUSER).context("making a user namespace")?;
+    }
+    // The change of the user has cleared this.
+    set_pdeathsig(Signal::SIGKILL)?;
     Ok(())
 }
 
@@ -141,13 +171,21 @@ impl Agent {
     ///
     /// Where it cannot be started. What it says later is on the test's standard error.
     pub fn start(binary: &Path, place: &Place) -> Result<Self> {
+        Self::start_with(place.agent_command(binary, "serve"))
+    }
+
+    /// Starts the agent by a command that leads to its binary, with the argument `serve`.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn start_with(mut command: Command) -> Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
-        control.set_read_timeout(Some(PATIENCE))?;
-        let child = place
-            .agent_command(binary, "serve")
+        control.set_read_timeout(Some(patience()))?;
+        let child = die_with_parent(&mut command)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
-            .with_context(|| format!("starting {}", binary.display()))?;
+            .with_context(|| format!("starting {command:?}"))?;
         let agent = Self { child, control };
         // Its first answer shows that it is where it should be.
         agent.socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::clock::Moment;
+use crate::{clock::Moment, pace::late_ticks};
 
 /// How much a time of the audit may be off: the daemon works it out from two clocks, and allows
 /// for a tick of the coarse one.
@@ -100,10 +100,11 @@ impl Record {
         let deadline = self.time("session_enforcer.deadline");
         let (earliest, latest) = (
             since.earliest.wall + limit,
-            since.latest.wall + limit + SLACK,
+            since.latest.wall + limit + SLACK + late_ticks(),
         );
         assert!(
-            earliest.saturating_sub(Duration::from_millis(1)) <= deadline && deadline <= latest,
+            earliest.saturating_sub(Duration::from_millis(1) + late_ticks()) <= deadline
+                && deadline <= latest,
             "the deadline {deadline:?} is not within {earliest:?} and {latest:?}: {}",
             self.0
         );

@@ -16,35 +16,69 @@ use crate::{
 /// The most that is allowed then, payload and headers.
 const SIZE: u32 = 180_000;
 
-/// Allows them on the namespace's end of the cable. The agent is one of that namespace.
+// iproute2 has had words for these since 6.3 only.
+const GSO_IPV4_MAX_SIZE: u16 = 63;
+const GRO_IPV4_MAX_SIZE: u16 = 64;
+
+/// Allows them on the namespace's end of the cable, for both families where the kernel knows them for
+/// both. The agent is one of that namespace.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses; for IPv4 it needs Linux 6.3.
+/// Where the kernel refuses.
 pub fn allow_big_tcp(netns: &Netns, agent: &Agent) -> Result<()> {
     let interface = Veth::INTERFACE;
     netns.ip(&format!(
         "link set {interface} gso_max_size {SIZE} gro_max_size {SIZE}"
     ))?;
-    let shown = netns.ip(&format!("-o link show {interface}"))?;
-    let index = shown
-        .split(':')
-        .next()
-        .context("`ip link show` names no index")?
-        .parse()?;
-    // iproute2 has had words for these since 6.3 only.
-    const GSO_IPV4_MAX_SIZE: u16 = 63;
-    const GRO_IPV4_MAX_SIZE: u16 = 64;
     set_link(
         agent,
-        index,
+        index(netns)?,
         &[(GSO_IPV4_MAX_SIZE, SIZE), (GRO_IPV4_MAX_SIZE, SIZE)],
     )
-    .context("allowing packets of more than 64 KiB for IPv4, which needs Linux 6.3")
+    .context("allowing packets of more than 64 KiB for IPv4")
+}
+
+/// Whether the kernel knows such packets for IPv4, as it has since Linux 6.3: the attributes of a
+/// network device tell. An older one takes what [`allow_big_tcp`] sets, and ignores it.
+///
+/// # Errors
+///
+/// Where the kernel does not tell.
+pub fn has_ipv4_big_tcp(netns: &Netns, agent: &Agent) -> Result<bool> {
+    let link = request(agent, libc::RTM_GETLINK, index(netns)?, &[])?;
+    // The header of the message, and that of a link.
+    let mut rest = link.get(32..).context("a short answer")?;
+    while let [low, high, kind_low, kind_high, ..] = *rest {
+        let length = usize::from(u16::from_ne_bytes([low, high]));
+        if u16::from_ne_bytes([kind_low, kind_high]) == GSO_IPV4_MAX_SIZE {
+            return Ok(true);
+        }
+        ensure!(length >= 4, "an attribute of {length} bytes");
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+/// The number of the namespace's end of the cable.
+fn index(netns: &Netns) -> Result<i32> {
+    let shown = netns.ip(&format!("-o link show {}", Veth::INTERFACE))?;
+    let index = shown.split(':').next();
+    Ok(index.context("`ip link show` names no index")?.parse()?)
 }
 
 /// Sets attributes of a network device, whose values are numbers (rtnetlink(7)).
 fn set_link(agent: &Agent, index: i32, attributes: &[(u16, u32)]) -> Result<()> {
+    let answer = request(agent, libc::RTM_NEWLINK, index, attributes)?;
+    ensure!(answer.len() >= 20, "an answer of {} bytes", answer.len());
+    // The header, and then a negative error number or 0.
+    let code = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
+    ensure!(code == 0, "{}", Errno::from_raw(-code));
+    Ok(())
+}
+
+/// Sends a message about a network device; the first one that answers.
+fn request(agent: &Agent, kind: u16, index: i32, attributes: &[(u16, u32)]) -> Result<Vec<u8>> {
     const NLM_F_REQUEST_AND_ACK: u16 = 5;
     let mut body = vec![0; 4];
     body.extend(index.to_ne_bytes());
@@ -55,17 +89,14 @@ fn set_link(agent: &Agent, index: i32, attributes: &[(u16, u32)]) -> Result<()> 
         body.extend(value.to_ne_bytes());
     }
     let mut message = (16 + body.len() as u32).to_ne_bytes().to_vec();
-    message.extend(libc::RTM_NEWLINK.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
     message.extend(NLM_F_REQUEST_AND_ACK.to_ne_bytes());
     message.extend([0; 8]);
     message.extend(body);
     let socket = agent.socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
     send(socket.as_raw_fd(), &message, MsgFlags::empty())?;
-    let mut answer = [0; 1024];
+    let mut answer = vec![0; 16 * 1024];
     let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    ensure!(length >= 20, "an answer of {length} bytes");
-    // The header, and then a negative error number or 0.
-    let code = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
-    ensure!(code == 0, "{}", Errno::from_raw(-code));
-    Ok(())
+    answer.truncate(length);
+    Ok(answer)
 }

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{clock::eventually, names, process::require_root};
+use crate::{clock::eventually, names, pace::scaled, process::require_root};
 
 /// How long the processes of a cgroup take to die, at most, before it is left behind.
 const DYING: Duration = Duration::from_secs(10);
@@ -84,13 +84,23 @@ impl Cgroup {
     ///
     /// Where the kernel does not tell.
     pub fn attached_programs(&self) -> Result<u32> {
+        Ok(u32::try_from(self.program_ids()?.len())?)
+    }
+
+    /// The identities of these programs.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell.
+    pub fn program_ids(&self) -> Result<Vec<u32>> {
         let directory = File::open(&self.path)?;
+        let mut ids = Vec::new();
         // BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_SOCK_CREATE and
         // BPF_CGROUP_SOCK_OPS.
-        [0, 1, 2, 3]
-            .into_iter()
-            .map(|kind| attached(&directory, kind))
-            .sum()
+        for kind in [0, 1, 2, 3] {
+            ids.extend(attached(&directory, kind)?);
+        }
+        Ok(ids)
     }
 }
 
@@ -115,13 +125,15 @@ fn remove(path: &Path) -> Result<()> {
             remove(&entry.path())?;
         }
     }
-    eventually("the cgroup is empty", DYING, || {
-        match fs::remove_dir(path) {
+    eventually(
+        "the cgroup is empty",
+        scaled(DYING),
+        || match fs::remove_dir(path) {
             Ok(()) => Ok(Some(())),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
             Err(error) => Err(error.into()),
-        }
-    })
+        },
+    )
 }
 
 fn sweep(mount: &Path) {
@@ -160,15 +172,22 @@ struct ProgQuery {
     prog_attach_flags: u64,
 }
 
-fn attached(directory: &File, attach_type: u32) -> Result<u32> {
+/// The programs of one kind that are attached to a cgroup: not more than the kernel lets be.
+fn attached(directory: &File, attach_type: u32) -> Result<Vec<u32>> {
     const BPF_PROG_QUERY: libc::c_long = 16;
+    /// `BPF_CGROUP_MAX_PROGS` of `kernel/bpf/cgroup.c`.
+    const MAX_PROGRAMS: usize = 64;
+    let mut ids = [0; MAX_PROGRAMS];
     let target_fd = u32::try_from(directory.as_raw_fd())?;
     let mut query = ProgQuery {
         target_fd,
         attach_type,
+        prog_ids: ids.as_mut_ptr().expose_provenance() as u64,
+        prog_cnt: MAX_PROGRAMS as u32,
         ..ProgQuery::default()
     };
-    // SAFETY: the kernel reads and writes at most the given length of a value of that size.
+    // SAFETY: the kernel reads and writes at most the given length of a value of that size, and at
+    // most as many identities as the place for them, which outlives the call, is said to have.
     let status = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -183,5 +202,5 @@ fn attached(directory: &File, attach_type: u32) -> Result<u32> {
             io::Error::last_os_error()
         );
     }
-    Ok(query.prog_cnt)
+    Ok(ids[..query.prog_cnt as usize].to_vec())
 }

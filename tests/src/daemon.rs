@@ -22,10 +22,12 @@ use tempfile::TempDir;
 use crate::{
     audit::Record,
     clock::eventually,
+    interpose::{Interposer, ask_about_calls},
     metrics::Metrics,
+    pace::patience,
     pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
-    tcp::{PATIENCE, Pair},
+    tcp::Pair,
 };
 
 /// Names the daemon's binary; `cargo xtask test` sets it.
@@ -177,6 +179,39 @@ impl<'a> Launch<'a> {
     ///
     /// Where it ends or is not ready in time, with its log.
     pub fn start(&self) -> Result<Daemon> {
+        let mut daemon = self.start_unready()?;
+        daemon.when_running("the daemon is ready", |daemon| {
+            let (status, _) = daemon.get("/readyz")?;
+            Ok((status == 200).then_some(()))
+        })?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon and waits until everything is attached and adopted, as far as that can be.
+    ///
+    /// # Errors
+    ///
+    /// Where it ends or does not come so far in time, with its log.
+    pub fn start_unready(&self) -> Result<Daemon> {
+        let mut daemon = self.spawn()?;
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon with something that decides about some of its system calls.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn start_interposed(self) -> Result<(Daemon, Interposer)> {
+        let mut daemon = self.prepared(ask_about_calls).spawn()?;
+        let interposer = Interposer::of(daemon.pid())?;
+        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
+        daemon.wait_for_trouble("not_adopted", false)?;
+        Ok((daemon, interposer))
+    }
+
+    fn spawn(&self) -> Result<Daemon> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
         let output = |name: &str| File::create(directory.path().join(name));
@@ -188,18 +223,12 @@ impl<'a> Launch<'a> {
             .spawn()
             .context("starting the daemon")?;
         let metrics = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut daemon = Daemon {
+        Ok(Daemon {
             child,
             directory,
             metrics,
             quiet: false,
-        };
-        daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
-        daemon.when_running("the daemon is ready", |daemon| {
-            let (status, _) = daemon.get("/readyz")?;
-            Ok((status == 200).then_some(()))
-        })?;
-        Ok(daemon)
+        })
     }
 
     /// Starts the daemon, kills it after this time, wherever it is then, and returns its records of
@@ -235,7 +264,7 @@ impl<'a> Launch<'a> {
     /// Where it runs.
     pub fn refused(&self) -> Result<Finished> {
         let directory = tempfile::tempdir()?;
-        run_to_end(self.command(directory.path())?, PATIENCE)
+        run_to_end(self.command(directory.path())?, patience())
     }
 }
 
@@ -262,7 +291,7 @@ impl Daemon {
         what: &str,
         look: impl Fn(&Self) -> Result<Option<T>>,
     ) -> Result<T> {
-        let found = eventually(what, PATIENCE, || {
+        let found = eventually(what, patience(), || {
             if let Some(status) = self.child.try_wait()? {
                 bail!("the daemon has ended: {status}");
             }
@@ -286,14 +315,38 @@ impl Daemon {
     ///
     /// Where it says neither in time.
     pub fn reload(&self, config: &str) -> Result<String> {
-        fs::write(self.directory.path().join("config.toml"), config)?;
+        self.reload_within(config, patience())
+    }
+
+    /// The same with another bound, for very many sessions.
+    ///
+    /// # Errors
+    ///
+    /// Where it says neither in time.
+    pub fn reload_within(&self, config: &str, bound: Duration) -> Result<String> {
         let before = self.log().len();
-        self.signal(Signal::SIGHUP)?;
-        eventually("the daemon has read its configuration", PATIENCE, || {
+        self.reload_soon(config)?;
+        eventually("the daemon has read its configuration", bound, || {
             let log = self.log().split_off(before);
             let done = log.contains("rule(s) in force") || log.contains("in force stays");
             Ok(done.then_some(log))
         })
+    }
+
+    /// Gives the daemon another configuration, and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// Where it has ended.
+    pub fn reload_soon(&self, config: &str) -> Result<()> {
+        // Whole or not at all, as an operator should write it: the daemon may read at any time.
+        let (path, next) = (
+            self.directory.path().join("config.toml"),
+            self.directory.path().join("config.toml.next"),
+        );
+        fs::write(&next, config)?;
+        fs::rename(next, path)?;
+        self.signal(Signal::SIGHUP)
     }
 
     /// The address of the metrics server.
@@ -347,7 +400,7 @@ impl Daemon {
     ///
     /// Where they do not come.
     pub fn wait_for_terminations(&self, count: usize) -> Result<Vec<Record>> {
-        eventually("terminations in the audit", PATIENCE, || {
+        eventually("terminations in the audit", patience(), || {
             let records = self.terminations()?;
             Ok((records.len() >= count).then_some(records))
         })
@@ -374,7 +427,7 @@ impl Daemon {
     ///
     /// Where there is none or are several.
     pub fn wait_for_termination_of(&self, pair: &Pair) -> Result<Record> {
-        let mut records = eventually("a termination in the audit", PATIENCE, || {
+        let mut records = eventually("a termination in the audit", patience(), || {
             let records = self.terminations_of(pair)?;
             Ok((!records.is_empty()).then_some(records))
         })?;
@@ -424,11 +477,41 @@ impl Daemon {
     /// Where it does not come to it.
     pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
         let mut last = f64::NAN;
-        eventually("the value of a metric", PATIENCE, || {
+        eventually("the value of a metric", patience(), || {
             last = self.metric(name, labels)?;
             Ok((last == value).then_some(()))
         })
         .with_context(|| format!("{name} {labels:?}: {last} and not {value}"))
+    }
+
+    /// Whether the daemon says that it is in this trouble, by the metric and by `/readyz`.
+    ///
+    /// # Errors
+    ///
+    /// Where the two do not agree.
+    pub fn is_degraded(&self, cause: &str) -> Result<bool> {
+        let name = "session_enforcer_degraded";
+        let all = self.metric(name, &[])?;
+        let degraded = self.metric(name, &[("cause", cause)])?;
+        let (status, body) = self.get("/readyz")?;
+        let after = self.metric(name, &[])?;
+        ensure!(
+            all != after || (status == 200) == (all == 0.0),
+            "{all} troubles, and {status} {body}"
+        );
+        Ok(degraded == 1.0)
+    }
+
+    /// Waits until the daemon is in this trouble, or is not.
+    ///
+    /// # Errors
+    ///
+    /// Where that does not come.
+    pub fn wait_for_trouble(&self, cause: &str, wanted: bool) -> Result<()> {
+        eventually("a trouble to begin or end", patience(), || {
+            Ok((self.is_degraded(cause)? == wanted).then_some(()))
+        })
+        .with_context(|| format!("{cause}: not {wanted}"))
     }
 
     /// Asks the HTTP server; the status and the body.
@@ -438,7 +521,7 @@ impl Daemon {
     /// Where it does not answer.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = TcpStream::connect(self.metrics).context("connecting to the daemon")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience()))?;
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -476,7 +559,7 @@ impl Daemon {
     /// Where it has gone.
     pub fn freeze(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
-        eventually("the daemon stands still", PATIENCE, || {
+        eventually("the daemon stands still", patience(), || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
             // Behind the name, which may have any character.
             let state = stat
@@ -501,7 +584,9 @@ impl Daemon {
     ///
     /// Where it runs on.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        eventually("the daemon ends", PATIENCE, || Ok(self.child.try_wait()?))
+        eventually("the daemon ends", patience(), || {
+            Ok(self.child.try_wait()?)
+        })
     }
 
     /// Kills it, as a crash would.

@@ -14,25 +14,30 @@ mod big_tcp;
 mod cgroup;
 mod clock;
 mod daemon;
+mod interpose;
 mod lab;
 mod metrics;
 pub mod model;
 mod names;
 mod netns;
 mod options;
+mod pace;
 mod pins;
 mod process;
+mod programs;
 mod random;
 mod raw;
 pub mod services;
+mod stop;
 mod tcp;
 
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
-pub use big_tcp::allow_big_tcp;
+pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
 pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
 pub use daemon::{Daemon, Launch, daemon_command};
+pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;
 pub use metrics::Metrics;
 pub use netns::{Netns, Veth};
@@ -40,8 +45,13 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
+pub use pace::{late_ticks, patience, scaled};
 pub use pins::{Pins, plant_map, without_bpffs};
-pub use process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end};
+pub use process::{
+    Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,
+};
+pub use programs::{OtherProgram, detach_by_force, overwrite_callback_flags};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
-pub use tcp::{End, Listener, PATIENCE, Pair, dial, ends_of};
+pub use stop::{Interrupted, Stop};
+pub use tcp::{End, Listener, Pair, dial, ends_of};

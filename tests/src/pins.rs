@@ -175,7 +175,8 @@ pub fn plant_map(path: &Path, map_type: u32, key: u32, value: u32, entries: u32)
     Ok(())
 }
 
-fn bpf<T>(command: libc::c_long, attributes: &mut T) -> Result<libc::c_long, Errno> {
+/// A call of bpf(2).
+pub(crate) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> Result<libc::c_long, Errno> {
     let attributes = std::ptr::from_mut(attributes);
     // SAFETY: the kernel reads and writes at most the given length of a value of that size.
     Errno::result(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })

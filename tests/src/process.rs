@@ -12,11 +12,12 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     errno::Errno,
+    sched::{CpuSet, sched_setaffinity},
     sys::{
         prctl,
         signal::{SigSet, Signal},
     },
-    unistd::Uid,
+    unistd::{Pid, Uid},
 };
 
 use crate::clock::eventually;
@@ -46,6 +47,19 @@ pub fn block_signals(command: &mut Command, signals: &[Signal]) {
     }
     // SAFETY: between fork and exec only a system call is made.
     unsafe { command.pre_exec(move || Ok(mask.thread_block()?)) };
+}
+
+/// Has the command's process, and what it starts, run on this processor only.
+///
+/// # Errors
+///
+/// Where the kernel cannot have so many processors.
+pub fn pin_to_cpu(command: &mut Command, cpu: usize) -> Result<&mut Command> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    let pin = move || Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?);
+    // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
+    Ok(unsafe { command.pre_exec(pin) })
 }
 
 /// Leaves the command's process no capabilities but these, by their numbers.

@@ -46,6 +46,13 @@ impl Random {
         self.below(1 << 16) as u16
     }
 
+    /// Puts the elements into any order.
+    pub fn shuffle<T>(&mut self, all: &mut [T]) {
+        for n in (1..all.len()).rev() {
+            all.swap(n, self.below(n as u64 + 1) as usize);
+        }
+    }
+
     /// One of the elements.
     pub fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
         all[self.below(all.len() as u64) as usize]

@@ -19,11 +19,8 @@ use crate::{
     agent::Agent,
     clock::{Moment, Time},
     options::{last_error, set_option},
+    pace::{late_ticks, patience},
 };
-
-/// How long a test waits for what must come: long enough for a busy machine, and an end for a
-/// test that would hang.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Agent {
     /// A TCP socket of this family at the agent's place, neither bound nor connected.
@@ -87,7 +84,7 @@ impl Listener {
     /// Where none comes.
     pub fn accept(&self) -> Result<TcpStream> {
         let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(PATIENCE)?;
+        let timeout = PollTimeout::try_from(patience())?;
         ensure!(
             poll(&mut fds, timeout)? == 1,
             "no connection came to {}",
@@ -95,6 +92,22 @@ impl Listener {
         );
         let (stream, _) = self.listener.accept()?;
         bounded(stream)
+    }
+
+    /// The connections that wait, as many as there are.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn accept_waiting(&self) -> Result<Vec<TcpStream>> {
+        let mut waiting = Vec::new();
+        loop {
+            let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+                return Ok(waiting);
+            }
+            waiting.push(self.accept()?);
+        }
     }
 }
 
@@ -111,8 +124,8 @@ pub fn dial(socket: OwnedFd, to: SocketAddr) -> Result<TcpStream> {
 
 /// A read or a write that would never end fails instead.
 fn bounded(stream: TcpStream) -> Result<TcpStream> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience()))?;
+    stream.set_write_timeout(Some(patience()))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -222,10 +235,10 @@ impl Pair {
     ///
     /// # Errors
     ///
-    /// Where it lives for as long as [`PATIENCE`].
+    /// Where it lives for as long as [`patience()`].
     pub fn keep_busy_until_end(&self) -> Result<End> {
         let start = Instant::now();
-        while start.elapsed() < PATIENCE {
+        while start.elapsed() < patience() {
             if let Err(error) = self.round_trip() {
                 let seen = Time::now();
                 let io = error
@@ -238,14 +251,14 @@ impl Pair {
             }
             thread::sleep(Duration::from_millis(50));
         }
-        bail!("the busy connection lives after {PATIENCE:?}")
+        bail!("the busy connection lives after {:?}", patience())
     }
 
     /// Waits for the end of both ends: the client's, then the server's.
     ///
     /// # Errors
     ///
-    /// Where one of them lives for as long as [`PATIENCE`].
+    /// Where one of them lives for as long as [`patience()`].
     pub fn ends(&self) -> Result<[End; 2]> {
         let ends = ends_of(&[&self.client, &self.server])?;
         <[End; 2]>::try_from(ends)
@@ -287,7 +300,7 @@ impl End {
     pub fn assert_not_early(&self, since: &Moment, limit: Duration) {
         let after = self.seen.at - since.earliest.at;
         assert!(
-            after >= limit,
+            after + late_ticks() >= limit,
             "ended after {after:?}, {:?} early",
             limit - after
         );
@@ -298,9 +311,9 @@ impl End {
 ///
 /// # Errors
 ///
-/// Where one of them lives for as long as [`PATIENCE`].
+/// Where one of them lives for as long as [`patience()`].
 pub fn ends_of(sockets: &[&TcpStream]) -> Result<Vec<End>> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     let mut ends = vec![None; sockets.len()];
     while ends.iter().any(Option::is_none) {
         let open: Vec<usize> = (0..ends.len()).filter(|n| ends[*n].is_none()).collect();
@@ -310,9 +323,10 @@ pub fn ends_of(sockets: &[&TcpStream]) -> Result<Vec<End>> {
         let left = deadline.saturating_duration_since(Instant::now());
         if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
             bail!(
-                "{} of {} connections live after {PATIENCE:?}",
+                "{} of {} connections live after {:?}",
                 open.len(),
-                ends.len()
+                ends.len(),
+                patience()
             );
         }
         let seen = Time::now();

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
 
@@ -216,5 +216,48 @@ fn lifetimes_are_spread_within_the_jitter_and_none_is_longer() -> Result<()> {
             "{range:?}: {limits:?}"
         );
     }
+    Ok(())
+}
+
+/// The place of a session within the jitter is its own for as long as it lives.
+#[test]
+fn the_share_of_the_jitter_is_the_same_after_a_reload_and_a_restart() -> Result<()> {
+    const SESSIONS: usize = 8;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let config = |name: &str, lifetime: &str| {
+        format!(
+            "[daemon]\nmode = \"observe\"\n[[rule]]\nname = \"{name}\"\n\
+             direction = \"inbound\"\nmax_lifetime = \"{lifetime}\"\nlifetime_jitter = \"50%\"\n"
+        )
+    };
+    let mut daemon = lab.daemon(&config("first", "2s"))?;
+    let pairs: Vec<Pair> = (0..SESSIONS)
+        .map(|_| Pair::open(&lab.outside, &listener))
+        .collect::<Result<_>>()?;
+    let shares = |daemon: &Daemon, lifetime: f64| -> Result<Vec<f64>> {
+        let share = |pair: &Pair| {
+            let records = daemon.terminations_of(pair)?;
+            let last = records.last().context("a record")?;
+            Ok(last.number("session_enforcer.limit_seconds") / lifetime)
+        };
+        pairs.iter().map(share).collect()
+    };
+    // The step of a share is a 65,536th.
+    let assert_same = |now: Vec<f64>, before: &[f64]| {
+        for (now, before) in now.iter().zip(before) {
+            assert!((now - before).abs() < 1e-4, "{now} is not {before}");
+        }
+    };
+    daemon.wait_for_terminations(SESSIONS)?;
+    let first = shares(&daemon, 2.0)?;
+    daemon.reload(&config("second", "3s"))?;
+    daemon.wait_for_terminations(2 * SESSIONS)?;
+    assert_same(shares(&daemon, 3.0)?, &first);
+    // Without pins, the next one knows nothing of the first.
+    daemon.stop()?;
+    let daemon = lab.daemon(&config("third", "2s"))?;
+    daemon.wait_for_terminations(SESSIONS)?;
+    assert_same(shares(&daemon, 2.0)?, &first);
     Ok(())
 }

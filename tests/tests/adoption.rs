@@ -4,11 +4,21 @@ use std::{net::Ipv4Addr, net::Shutdown, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Moment, Netns, Pair, Veth, reset_on_close};
+use session_enforcer_tests::{Daemon, Lab, Moment, Netns, Pair, Veth, reset_on_close, scaled};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
+fn rule() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 fn adopted(daemon: &Daemon) -> Result<f64> {
     daemon.metric("session_enforcer_sessions_adopted_total", &[])
@@ -16,11 +26,11 @@ fn adopted(daemon: &Daemon) -> Result<f64> {
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
     for end in pair.ends()? {
-        end.assert_not_early(last, LIMIT);
+        end.assert_not_early(last, limit());
     }
     daemon
         .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", last, LIMIT);
+        .assert_reset("idle_timeout", last, limit());
     Ok(())
 }
 
@@ -34,7 +44,7 @@ fn an_adopted_session_is_reset_when_its_idleness_from_before_and_after_the_start
     let outbound = Pair::open(&lab.inside, &far)?;
     let last = [inbound.to_server(b"in")?, outbound.to_server(b"out")?];
     last[1].wait(Duration::from_secs(2));
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     assert_eq!(adopted(&daemon)?, 2.0);
     for (pair, last, direction, bytes) in [
         (&inbound, last[0], "inbound", [2, 0]),
@@ -53,8 +63,8 @@ fn an_adopted_session_that_is_idle_for_too_long_already_is_reset_at_once() -> Re
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.opened.wait(LIMIT + Duration::from_millis(500));
-    let daemon = lab.daemon(RULE)?;
+    pair.opened.wait(limit() + Duration::from_millis(500));
+    let daemon = lab.daemon(&rule())?;
     assert_reset_for(&daemon, &pair, &pair.opened)
 }
 
@@ -64,8 +74,8 @@ fn an_adopted_session_lives_while_it_is_busy_and_one_timeout_more() -> Result<()
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.opened.wait(Duration::from_secs(1));
-    let daemon = lab.daemon(RULE)?;
-    let last = pair.keep_busy(LIMIT + Duration::from_secs(1))?;
+    let daemon = lab.daemon(&rule())?;
+    let last = pair.keep_busy(limit() + Duration::from_secs(1))?;
     assert_eq!(daemon.terminations()?.len(), 0);
     assert_reset_for(&daemon, &pair, &last)
 }
@@ -87,7 +97,7 @@ fn sessions_of_other_namespaces_are_adopted() -> Result<()> {
         }
     }
     pairs[3].opened.wait(Duration::from_secs(1));
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     assert_eq!(adopted(&daemon)?, 4.0);
     let last = pairs[3].round_trip()?;
     for pair in &pairs[..3] {
@@ -102,7 +112,7 @@ fn an_adopted_session_that_ends_by_itself_is_forgotten_without_a_record() -> Res
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
     let [closed, reset, reset_here] = [open()?, open()?, open()?];
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     assert_eq!(adopted(&daemon)?, 3.0);
     reset_on_close(&reset.client)?;
     reset_on_close(&reset_here.server)?;
@@ -130,7 +140,7 @@ fn a_half_closed_session_is_adopted() -> Result<()> {
     ];
     pairs[0].client.shutdown(Shutdown::Write)?;
     pairs[1].server.shutdown(Shutdown::Write)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     assert_eq!(adopted(&daemon)?, 2.0);
     for pair in &pairs {
         assert_reset_for(&daemon, pair, &pair.opened)?;
@@ -143,7 +153,7 @@ fn an_adopted_session_is_half_closed_without_being_forgotten() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     pair.client.shutdown(Shutdown::Write)?;
     assert_reset_for(&daemon, &pair, &pair.opened)
 }
@@ -160,13 +170,14 @@ fn connections_of_no_rule_of_an_exempt_rule_and_outside_of_the_cgroup_are_not_ad
     let reset = open(&enforced)?;
     let daemon = lab.daemon(&format!(
         "[[rule]]\nname = \"exempt\"\nlocal_ports = [{}]\naction = \"exempt\"\n\
-         [[rule]]\nname = \"enforced\"\nlocal_ports = [{}]\nidle_timeout = \"3s\"\n",
+         [[rule]]\nname = \"enforced\"\nlocal_ports = [{}]\nidle_timeout = \"{}s\"\n",
         exempt.port(),
         enforced.port(),
+        limit().as_secs(),
     ))?;
     assert_eq!(adopted(&daemon)?, 1.0);
     assert_reset_for(&daemon, &reset, &reset.opened)?;
-    reset.opened.wait(LIMIT + Duration::from_secs(1));
+    reset.opened.wait(limit() + Duration::from_secs(1));
     for pair in &untouched {
         pair.round_trip()?;
     }
@@ -179,10 +190,10 @@ fn an_adopted_session_is_reset_on_both_ends() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
-    server.assert_reset(Errno::ECONNABORTED, &pair.opened, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+    server.assert_reset(Errno::ECONNABORTED, &pair.opened, limit());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Result;
 use serde_json::Value;
 use session_enforcer_tests::{
-    Finished, Lab, PATIENCE, daemon_command, keep_capabilities, run_to_end,
+    Finished, Lab, daemon_command, keep_capabilities, patience, run_to_end,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -13,7 +13,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 fn run(args: &[&str]) -> Result<Finished> {
     let mut command = daemon_command()?;
     command.args(args);
-    run_to_end(command, PATIENCE)
+    run_to_end(command, patience())
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn doctor_names_what_is_missing_and_what_to_do() -> Result<()> {
     for args in [&["doctor", "--json"][..], &["doctor"]] {
         let mut command = daemon_command()?;
         keep_capabilities(command.args(args), &[]);
-        let found = run_to_end(command, PATIENCE)?;
+        let found = run_to_end(command, patience())?;
         assert_eq!(found.code, 77, "{}", found.stderr);
         assert!(found.stdout.contains("CAP_NET_ADMIN"), "{}", found.stdout);
         if let Ok(report) = serde_json::from_str::<Value>(&found.stdout) {

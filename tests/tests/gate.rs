@@ -16,7 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, ends_of, reset_on_close, tcp_info,
+    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, late_ticks, patience, reset_on_close,
+    tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -24,7 +25,9 @@ const LIMIT: Duration = Duration::from_secs(1);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
 
 /// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
-const LAG: Duration = Duration::from_millis(20);
+fn lag() -> Duration {
+    Duration::from_millis(20) + late_ticks()
+}
 
 /// How long a test waits for what must not come.
 const WHILE: Duration = Duration::from_secs(1);
@@ -71,7 +74,7 @@ fn assert_reset_when_thawed(
     pair: &Pair,
     (reason, since, limit): (&str, &Moment, Duration),
 ) -> Result<()> {
-    let late = since.elapsed().saturating_sub(limit + LAG);
+    let late = since.elapsed().saturating_sub(limit + lag());
     daemon.thaw()?;
     let mut errors = pair.ends()?.map(|end| end.error);
     errors.sort_by_key(|error| error.map(|error| error as i32));
@@ -87,7 +90,7 @@ fn assert_reset_when_thawed(
 fn open_and_pass_deadline(lab: &Lab, listener: &Listener, daemon: &Daemon) -> Result<Pair> {
     daemon.freeze()?;
     let pair = Pair::open(&lab.outside, listener)?;
-    pair.opened.wait(LIMIT + LAG);
+    pair.opened.wait(LIMIT + lag());
     Ok(pair)
 }
 
@@ -102,7 +105,7 @@ fn assert_gated(address: impl Into<SocketAddr>) -> Result<()> {
         let before = dropped(&daemon)?;
         daemon.freeze()?;
         let pair = Pair::open(client, listener)?;
-        pair.opened.wait(LIMIT + LAG);
+        pair.opened.wait(LIMIT + lag());
         assert_shut(&pair)?;
         assert_reset_when_thawed(&daemon, &pair, ("idle_timeout", &pair.opened, LIMIT))?;
         let after = dropped(&daemon)?;
@@ -131,7 +134,7 @@ fn nothing_passes_an_idle_ipv4_session_of_ipv6_sockets_while_the_daemon_is_froze
 fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
     let mut last = None;
     let start = Instant::now();
-    while start.elapsed() < PATIENCE {
+    while start.elapsed() < patience() {
         let about_to_send = Instant::now();
         let (mut from, mut to) = (from, to);
         from.write_all(b"x")?;
@@ -142,7 +145,7 @@ fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
         last = Some(about_to_send);
         thread::sleep(Duration::from_millis(1));
     }
-    anyhow::bail!("the gate is open after {PATIENCE:?}")
+    anyhow::bail!("the gate is open after {:?}", patience())
 }
 
 #[test]
@@ -159,7 +162,7 @@ fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Resu
             false => (&pair.server, &pair.client),
         };
         let last = send_until_shut(from, to)?;
-        assert!(last < pair.opened.latest.at + limit + LAG);
+        assert!(last < pair.opened.latest.at + limit + lag());
         assert!(Instant::now() >= pair.opened.earliest.at + limit);
         assert_shut(&pair)?;
         assert_reset_when_thawed(&daemon, &pair, ("max_lifetime", &pair.opened, limit))?;
@@ -184,7 +187,7 @@ fn an_answer_passes_while_it_is_owed_and_not_after_its_limit() -> Result<()> {
     let asked = [timely.to_server(b"query")?, late.to_server(b"query")?];
     asked[0].wait(Duration::from_millis(1500));
     let answered = timely.to_client(b"answer")?;
-    asked[1].wait(limit + LAG);
+    asked[1].wait(limit + lag());
     assert_shut(&timely)?;
     assert_shut(&late)?;
     assert_reset_when_thawed(&daemon, &late, ("response_timeout", &asked[1], limit))?;
@@ -307,8 +310,8 @@ fn a_session_that_a_new_policy_ends_has_that_reason_whoever_refuses_it_first() -
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.opened.wait(2 * LIMIT);
     thread::scope(|scope| {
-        scope.spawn(|| chatter(&pair.client, PATIENCE));
-        scope.spawn(|| chatter(&pair.server, PATIENCE));
+        scope.spawn(|| chatter(&pair.client, patience()));
+        scope.spawn(|| chatter(&pair.server, patience()));
         daemon.reload(&quiet_rule("1s"))?;
         let record = daemon.wait_for_termination_of(&pair)?;
         assert_eq!(record.text("event.reason"), "policy");

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Netns, PATIENCE, Pair, Place, Veth, run_to_end};
+use session_enforcer_tests::{Lab, Netns, Pair, Place, Veth, patience, run_to_end};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -52,7 +52,7 @@ fn a_program_runs_in_its_cgroup_and_namespace() -> Result<()> {
     let place = Place::here().in_cgroup(&lab.cgroup).in_netns(&netns);
     let mut command = place.command(lab.agent_binary(), "sh");
     command.args(["-c", "cat /proc/self/cgroup; readlink /proc/self/ns/net"]);
-    let printed = run_to_end(command, PATIENCE)?.stdout;
+    let printed = run_to_end(command, patience())?.stdout;
     let cgroup = lab
         .cgroup
         .path()

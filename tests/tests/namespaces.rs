@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Agent, Lab, Netns, PATIENCE, Pair, Veth, eventually, reset_on_close};
+use session_enforcer_tests::{Agent, Lab, Netns, Pair, Veth, eventually, patience, reset_on_close};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -146,7 +146,7 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
     right.delete()?;
     // A cable goes with the namespace of either end.
     let cable = format!("link show {}", Veth::INTERFACE);
-    eventually("the namespace ends", PATIENCE, || match left.ip(&cable) {
+    eventually("the namespace ends", patience(), || match left.ip(&cable) {
         Ok(_) => Ok(None),
         Err(error) if error.to_string().contains("does not exist") => Ok(Some(())),
         Err(error) => Err(error),

@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Netns, PATIENCE, Pair, RawTcp, Sequence, Veth,
-    eventually, keep_alive, set_option, tcp_info,
+    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, eventually,
+    keep_alive, patience, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -146,7 +146,7 @@ fn fill_window(pair: &mut Pair) -> Result<()> {
 /// probes first sends what little fits into the window.
 fn wait_for_probes(stream: &TcpStream) -> Result<()> {
     let mut since = segments_sent(stream)?;
-    eventually("window probes", PATIENCE, || {
+    eventually("window probes", patience(), || {
         let now = segments_sent(stream)?;
         if now.1 > since.1 {
             since = now;
@@ -183,7 +183,7 @@ fn reading_late_does_not_save_an_idle_session() -> Result<()> {
     pair.server.set_nonblocking(true)?;
     let (last, ()) = Moment::of(|| {
         pair.client.write_all(&payload)?;
-        eventually("all is acknowledged", PATIENCE, || {
+        eventually("all is acknowledged", patience(), || {
             let info = tcp_info(&pair.client)?;
             Ok((info.tcpi_bytes_acked > 100_000).then_some(()))
         })
@@ -205,7 +205,7 @@ fn retransmit(client: &Agent, server: &Agent, right: &Netns, daemon: &Daemon) ->
     let pair = Pair::open(client, &listener)?;
     right.ip(&format!("route add blackhole {}/32", Veth::LEFT))?;
     let last = pair.to_server(b"x")?;
-    eventually("retransmissions", PATIENCE, || {
+    eventually("retransmissions", patience(), || {
         Ok((tcp_info(&pair.client)?.tcpi_total_retrans >= 3).then_some(()))
     })?;
     let record = daemon.wait_for_termination_of(&pair)?;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fs, thread, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Moment, PATIENCE, eventually, services::OpenSsh};
+use session_enforcer_tests::{Daemon, Moment, eventually, patience, services::OpenSsh};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(4);
@@ -45,7 +45,7 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
     assert_eq!(record.ports(), [idle.port, OpenSsh::PORT]);
     // What the kernel sends to see whether the other side is there did not save it.
     assert!(openssh.keepalive_probes()? > 0);
-    let status = idle.client.finish(PATIENCE)?;
+    let status = idle.client.finish(patience())?;
     assert_eq!(status.code(), Some(255));
     // Which of the two depends on whether it reads or writes first.
     let output = idle.client.output();
@@ -54,7 +54,7 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
         says("Connection reset by peer") || says("Broken pipe"),
         "{output}"
     );
-    eventually("the end of the idle login's processes", PATIENCE, || {
+    eventually("the end of the idle login's processes", patience(), || {
         Ok((processes(&openssh)? == without_idle).then_some(()))
     })?;
 

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, PATIENCE, Pair, Place, Record, eventually,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, eventually, patience,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -305,7 +305,7 @@ fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() ->
 
 /// Removes a cgroup as soon as its processes have left it.
 fn remove(path: &std::path::Path) -> Result<()> {
-    eventually("the cgroup is removed", PATIENCE, || {
+    eventually("the cgroup is removed", patience(), || {
         Ok(std::fs::remove_dir(path).is_ok().then_some(()))
     })
 }

@@ -11,31 +11,41 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Daemon, Finished, Lab, Moment, PATIENCE, PROGRAMS, Pair, daemon_command, plant_map, run_to_end,
-    without_bpffs,
+    Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, patience, plant_map, run_to_end,
+    scaled, without_bpffs,
 };
 
 /// Those of a running daemon: each of its programs, and the maps that outlive it.
 const PINS: usize = PROGRAMS as usize + 4;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
-const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
+fn idle() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> {
     for end in pair.ends()? {
-        end.assert_not_early(since, LIMIT);
+        end.assert_not_early(since, limit());
     }
     daemon
         .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", since, LIMIT);
+        .assert_reset("idle_timeout", since, limit());
     Ok(())
 }
 
 fn detach(directory: &Path) -> Result<Finished> {
     let mut command = daemon_command()?;
     command.args(["detach", "--pin-dir"]).arg(directory);
-    run_to_end(command, PATIENCE)
+    run_to_end(command, patience())
 }
 
 /// The only set of pins.
@@ -48,8 +58,9 @@ fn set(lab: &Lab) -> Result<std::path::PathBuf> {
 #[test]
 fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let mut first = lab.pinned_daemon(IDLE)?;
-    let launch = lab.launch().pinned(&lab.pins).config(IDLE);
+    let mut first = lab.pinned_daemon(&idle())?;
+    let config = idle();
+    let launch = lab.launch().pinned(&lab.pins).config(&config);
     // One that stands still holds it, too.
     first.signal(Signal::SIGSTOP)?;
     let refused = launch.refused()?;
@@ -73,7 +84,10 @@ fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
 #[test]
 fn daemons_with_pin_directories_of_their_own_do_not_meet() -> Result<()> {
     let labs = [Lab::new(AGENT)?, Lab::new(AGENT)?];
-    let daemons = [labs[0].pinned_daemon(IDLE)?, labs[1].pinned_daemon(IDLE)?];
+    let daemons = [
+        labs[0].pinned_daemon(&idle())?,
+        labs[1].pinned_daemon(&idle())?,
+    ];
     for (lab, daemon) in labs.iter().zip(&daemons) {
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
         let pair = Pair::open(&lab.outside, &listener)?;
@@ -87,7 +101,7 @@ fn daemons_with_pin_directories_of_their_own_do_not_meet() -> Result<()> {
 fn detach_removes_everything_and_may_be_repeated() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    lab.pinned_daemon(IDLE)?.kill()?;
+    lab.pinned_daemon(&idle())?.kill()?;
     // One of another version, and what a start left that was cut short.
     let other = lab.pins.path().join("layout-00000000");
     fs::rename(set(&lab)?, &other)?;
@@ -112,14 +126,17 @@ fn detach_removes_everything_and_may_be_repeated() -> Result<()> {
 #[test]
 fn detach_takes_the_directory_from_the_configuration() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    lab.pinned_daemon(IDLE)?.kill()?;
+    lab.pinned_daemon(&idle())?.kill()?;
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("config.toml");
     let detach = |pin_dir: &str| {
-        fs::write(&path, format!("[daemon]\npin_dir = \"{pin_dir}\"\n{IDLE}"))?;
+        fs::write(
+            &path,
+            format!("[daemon]\npin_dir = \"{pin_dir}\"\n{}", idle()),
+        )?;
         let mut command = daemon_command()?;
         command.args(["detach", "--config"]).arg(&path);
-        run_to_end(command, PATIENCE)
+        run_to_end(command, patience())
     };
     let none = detach("")?;
     assert_eq!(none.code, 0, "{}", none.stderr);
@@ -133,7 +150,7 @@ fn detach_takes_the_directory_from_the_configuration() -> Result<()> {
 #[test]
 fn detach_is_refused_while_a_daemon_runs() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.pinned_daemon(IDLE)?;
+    let daemon = lab.pinned_daemon(&idle())?;
     let refused = detach(lab.pins.path())?;
     assert_eq!(refused.code, 1, "{}", refused.stderr);
     let pid = format!("process {}:", daemon.pid());
@@ -145,7 +162,7 @@ fn detach_is_refused_while_a_daemon_runs() -> Result<()> {
 #[test]
 fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    lab.pinned_daemon(IDLE)?.kill()?;
+    lab.pinned_daemon(&idle())?.kill()?;
     let foreign = lab.pins.path().join("someone-else");
     fs::create_dir(&foreign)?;
     plant_map(&foreign.join("map"), 2, 4, 4, 1)?;
@@ -174,11 +191,11 @@ fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
 fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
     damage(&set(&lab)?)?;
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     let log = second.log();
     assert!(
         said.iter().all(|part| log.contains(part)),
@@ -249,11 +266,11 @@ fn what_another_version_pinned_is_adopted_anew_and_removed() -> Result<()> {
 #[test]
 fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    lab.pinned_daemon(IDLE)?.kill()?;
+    lab.pinned_daemon(&idle())?.kill()?;
     // A program of a later version, with the same records.
     let set = set(&lab)?;
     plant_map(&set.join("LATER"), 2, 4, 4, 1)?;
-    let _second = lab.pinned_daemon(IDLE)?;
+    let _second = lab.pinned_daemon(&idle())?;
     assert!(!set.join("LATER").exists());
     assert_eq!(lab.pins.names()?.len(), PINS);
     Ok(())
@@ -262,7 +279,7 @@ fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result
 #[test]
 fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    lab.pinned_daemon(IDLE)?.kill()?;
+    lab.pinned_daemon(&idle())?.kill()?;
     let set = set(&lab)?;
     let mut staged = set.clone().into_os_string();
     staged.push("-next");
@@ -271,7 +288,7 @@ fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
         set.join("track_ingress"),
         Path::new(&staged).join("track_ingress"),
     )?;
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_eq!(lab.pins.sets()?.len(), 1);
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     drop(second);
@@ -281,9 +298,10 @@ fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
 #[test]
 fn a_directory_that_others_may_write_to_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    lab.pinned_daemon(IDLE)?.stop()?;
+    lab.pinned_daemon(&idle())?.stop()?;
     fs::set_permissions(lab.pins.path(), fs::Permissions::from_mode(0o777))?;
-    let launch = lab.launch().pinned(&lab.pins).config(IDLE);
+    let config = idle();
+    let launch = lab.launch().pinned(&lab.pins).config(&config);
     for refused in [launch.refused()?, detach(lab.pins.path())?] {
         assert_eq!(refused.code, 78, "{}", refused.stderr);
         assert!(refused.stderr.contains("0700"), "{}", refused.stderr);
@@ -305,7 +323,7 @@ fn a_directory_where_no_pins_can_be_is_refused() -> Result<()> {
         (&dotted, "dots"),
     ] {
         let args = ["--pin-dir", &path.display().to_string()];
-        let refused = lab.launch().config(IDLE).args(&args).refused()?;
+        let refused = lab.launch().config(&idle()).args(&args).refused()?;
         assert_eq!(refused.code, 78, "{}", refused.stderr);
         assert!(refused.stderr.contains(why), "{}", refused.stderr);
         assert_eq!(lab.cgroup.attached_programs()?, 0);
@@ -319,7 +337,7 @@ fn bpffs_is_mounted_where_it_is_missing() -> Result<()> {
     let mut daemon = lab
         .launch()
         .pinned(&lab.pins)
-        .config(IDLE)
+        .config(&idle())
         .prepared(without_bpffs)
         .start()?;
     let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", daemon.pid()))?;

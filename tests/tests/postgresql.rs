@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Daemon, Moment, PATIENCE, Record, Time, eventually,
+    Daemon, Moment, Record, Time, eventually, patience,
     services::{Postgres, Program, payload_bytes},
 };
 
@@ -76,7 +76,7 @@ fn rule(database: &Postgres, limit: &str) -> String {
 
 /// The end of a pgbench whose every transaction succeeded.
 fn assert_no_error(pgbench: &mut Program, running: Duration) -> Result<()> {
-    let status = pgbench.finish(running + PATIENCE)?;
+    let status = pgbench.finish(running + patience())?;
     let output = pgbench.output();
     assert_eq!(status.code(), Some(0), "{output}");
     // Versions before 15 do not say that none failed.
@@ -111,7 +111,7 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
     record.assert_reset("idle_timeout", &idle.last, LIMIT);
     assert_record(&record, idle.client_port, &database);
     assert_eq!(record.bytes(), payload);
-    eventually("the transaction has ended", PATIENCE, || {
+    eventually("the transaction has ended", patience(), || {
         Ok((idle.seen_by_others(&database)? == "gone|f|0").then_some(()))
     })?;
     // Were the row or its lock still there, this would fail or wait.
@@ -130,7 +130,7 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
 /// A psql whose connection has ended says so at its next command, and ends.
 fn assert_lost(psql: &mut Program) -> Result<()> {
     psql.say("COMMIT;")?;
-    let status = psql.finish(PATIENCE)?;
+    let status = psql.finish(patience())?;
     assert!(
         psql.output().contains("connection to server was lost"),
         "{}",
@@ -164,7 +164,7 @@ fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> 
         assert_eq!(record.text("rule.name"), "postgres");
         assert!(record.number("session_enforcer.idle_seconds") < LIFETIME.as_secs_f64());
     }
-    let status = old.finish(PATIENCE)?;
+    let status = old.finish(patience())?;
     assert_eq!(status.code(), Some(2), "{}", old.output());
     let aborted = old.output().matches("aborted in command").count();
     assert_eq!(aborted, 2, "{}", old.output());
@@ -195,7 +195,7 @@ impl LongQuery {
             psql.say(&format!(
                 "SELECT 'answer: ' || 42 FROM pg_sleep({seconds});"
             ))?;
-            eventually("the query runs", PATIENCE, || {
+            eventually("the query runs", patience(), || {
                 Ok((database.query(&asleep)? == "1").then_some(()))
             })
         })?;
@@ -246,7 +246,7 @@ fn a_long_query_is_cut_where_there_is_no_response_timeout() -> Result<()> {
     let mut query = LongQuery::ask(&database)?;
     query.assert_cut(&daemon, &database, &query.asked)?;
     // It waits for the answer, and learns of the end without another command.
-    assert_eq!(query.psql.finish(PATIENCE)?.code(), Some(2));
+    assert_eq!(query.psql.finish(patience())?.code(), Some(2));
     let output = query.psql.output();
     assert!(output.contains("connection to server was lost"), "{output}");
     assert!(!output.contains("answer: "), "{output}");

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Pair, eventually,
+    Daemon, Lab, Listener, Pair, eventually, scaled,
     services::{Prometheus, promtool_check},
 };
 
@@ -170,12 +170,12 @@ impl<'a> Sample<'a> {
 fn prometheus_scrapes_the_daemon_and_answers_with_the_number_of_the_audit() -> Result<()> {
     let scene = Scene::set()?;
     let prometheus = Prometheus::start(&scene.lab, scene.daemon.metrics_address())?;
-    eventually("a scrape", SCRAPED, || {
+    eventually("a scrape", scaled(SCRAPED), || {
         Ok((prometheus.query("up{job=\"session-enforcer\"}")? == Some(1.0)).then_some(()))
     })
     .with_context(|| prometheus.targets().unwrap_or_default())?;
     let scraped = |count| {
-        eventually("the number of the audit", SCRAPED, || {
+        eventually("the number of the audit", scaled(SCRAPED), || {
             let sum = prometheus.query("sum(session_enforcer_terminations_total)")?;
             Ok((sum == Some(count)).then_some(()))
         })

@@ -4,7 +4,7 @@
 use std::{net::TcpListener, path::Path, process::Command};
 
 use anyhow::Result;
-use session_enforcer_tests::{Finished, Lab, Launch, PATIENCE, daemon_command, run_to_end};
+use session_enforcer_tests::{Finished, Lab, Launch, daemon_command, patience, run_to_end};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
@@ -244,7 +244,7 @@ fn where_destroying_a_socket_cannot_be_tried_the_kernel_lacks_it() -> Result<()>
     let mut command = Command::new("unshare");
     command.arg("--net").arg(daemon_command()?.get_program());
     command.args(quick_form(&lab));
-    let said = complaint(&lab, &run_to_end(command, PATIENCE)?, 69);
+    let said = complaint(&lab, &run_to_end(command, patience())?, 69);
     assert!(said.contains("SOCK_DESTROY: "), "{said}");
     Ok(())
 }
@@ -260,7 +260,7 @@ fn a_system_without_cgroup_v2_is_told_to_mount_it() -> Result<()> {
     command.args(["--mount", "sh", "-c", script, "sh"]);
     command.arg(lab.cgroup.path().parent().unwrap_or(Path::new("/")));
     command.arg(daemon_command()?.get_program());
-    let said = complaint(&lab, &run_to_end(command, PATIENCE)?, 69);
+    let said = complaint(&lab, &run_to_end(command, patience())?, 69);
     assert!(said.contains("no cgroup2 file system is mounted"), "{said}");
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Launch, Pair};
+use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place, Time};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SECOND: Duration = Duration::from_secs(1);
@@ -262,5 +262,120 @@ fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
     let records = daemon.terminations_of(&pair)?;
     assert_eq!(records.len(), 1, "{records:#?}");
     assert_eq!(records[0].text("event.reason"), "policy");
+    Ok(())
+}
+
+/// A reload that is refused leaves the owners as they were too: of its own rules, and not of those
+/// of the refused file.
+#[test]
+fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let slice = lab.cgroup.child()?;
+    let unit = slice.path().join("unit");
+    let owned = format!(
+        "[[rule]]\nname = \"owned\"\ncgroups = [\"{}/unit\"]\nusers = [\"nobody\", 0]\n\
+         idle_timeout = \"2s\"\n",
+        slice.name()?
+    );
+    let daemon = lab.daemon(&owned)?;
+    // With the one in force, there are more names of rules than places.
+    let other = |n| format!("[[rule]]\nname = \"r{n}\"\nremote_ports = [1]\naction = \"exempt\"\n");
+    let log = daemon.reload(&(0..1024).map(other).collect::<String>())?;
+    assert!(log.contains("more than 1024 names of rules"), "{log}");
+    std::fs::create_dir(&unit)?;
+    let agent = lab.at(&Place::here().in_directory(&unit))?;
+    let pair = Pair::open(&lab.outside, &agent.listen(([127, 0, 0, 1], 0))?)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+    Ok(())
+}
+
+/// Many reloads, of which the last comes into force, while sessions reach their deadlines and others
+/// are busy: each of the former ends once and none early, and of the latter none does.
+#[test]
+fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
+    const IDLE: usize = 60;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let (port, cgroup) = (listener.port(), lab.cgroup.name()?);
+    // The same limits by rules of other names, at other places, of other conditions.
+    let limits = "idle_timeout = \"2s\"";
+    let configs = [
+        idle("a", port, "2s") + &idle("b", 1, "1h"),
+        idle("b", 1, "1h") + &idle("c", port, "2s"),
+        format!("[[rule]]\nname = \"d\"\ncgroups = [\"{cgroup}\"]\nusers = [0]\n{limits}\n"),
+        "[[rule]]\n".to_owned() + "name = wrong",
+        rule("a", port, &format!("{limits}\nactivity = \"received\"")),
+    ];
+    let daemon = lab.daemon(&configs[0])?;
+    let busy = Pair::open(&lab.outside, &listener)?;
+    let mut idle_ones = Vec::new();
+    let start = Instant::now();
+    let mut reloads = 0;
+    while start.elapsed() < 5 * SECOND {
+        if idle_ones.len() < IDLE {
+            idle_ones.push(Pair::open(&lab.outside, &listener)?);
+        }
+        daemon.reload_soon(&configs[reloads % configs.len()])?;
+        busy.round_trip()?;
+        reloads += 1;
+        thread::sleep(Duration::from_millis(20));
+    }
+    let log = daemon.reload(&configs[0])?;
+    assert!(log.contains("2 rule(s) in force"), "{log}");
+    busy.round_trip()?;
+    println!("{reloads} reloads");
+    assert_eq!(idle_ones.len(), IDLE);
+    daemon.wait_for_terminations(IDLE)?;
+    for pair in &idle_ones {
+        let records = daemon.terminations_of(pair)?;
+        assert_eq!(records.len(), 1, "{records:#?}");
+        records[0].assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+    }
+    let record = daemon.wait_for_termination_of(&busy)?;
+    assert_eq!(record.text("rule.name"), "a");
+    assert_eq!(daemon.terminations()?.len(), IDLE + 1);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)
+}
+
+/// The way in which an operator introduces a policy. What was let live is ended by the change, now, and
+/// not hours after a deadline.
+#[test]
+fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let config = idle("r", listener.port(), "1s");
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{config}"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    daemon.wait_for_terminations(1)?;
+    pair.opened.wait(3 * SECOND);
+    assert_ended_by_change(&daemon, &pair, &config)
+}
+
+#[test]
+fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let port = listener.port();
+    let daemon = lab.daemon(&rule("r", port, "action = \"exempt\""))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(3 * SECOND);
+    assert_ended_by_change(&daemon, &pair, &idle("r", port, "1s"))
+}
+
+/// The deadline of a session that a change of the policy ends is that change.
+fn assert_ended_by_change(daemon: &Daemon, pair: &Pair, config: &str) -> Result<()> {
+    let before = daemon.terminations()?.len();
+    let change = Time::now();
+    daemon.reload(config)?;
+    let record = daemon.wait_for_terminations(before + 1)?.remove(before);
+    assert_eq!(record.text("event.action"), "session-terminated");
+    assert_eq!(record.text("event.reason"), "policy");
+    assert!(
+        record.time("session_enforcer.deadline") >= change.wall,
+        "{record:?}"
+    );
+    pair.ends()?;
     Ok(())
 }

@@ -3,20 +3,38 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, reset_on_close};
+use session_enforcer_tests::{
+    Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, reset_on_close, scaled,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
-const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
-const LIFETIME: &str = "[[rule]]\nname = \"old\"\nmax_lifetime = \"3s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
+fn idle() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
+
+fn lifetime() -> String {
+    format!(
+        "[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {
     for end in pair.ends()? {
-        end.assert_not_early(since, LIMIT);
+        end.assert_not_early(since, limit());
     }
     daemon
         .wait_for_termination_of(pair)?
-        .assert_reset(reason, since, LIMIT);
+        .assert_reset(reason, since, limit());
     Ok(())
 }
 
@@ -29,7 +47,7 @@ fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
 fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut daemon = lab.pinned_daemon(IDLE)?;
+    let mut daemon = lab.pinned_daemon(&idle())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.stop()?;
     assert_eq!(lab.cgroup.attached_programs()?, 0);
@@ -37,7 +55,7 @@ fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
         lab.pins.names()?,
         ["ANCESTORS", "MATCH_TABLES", "OWNERS", "SESSIONS"]
     );
-    pair.opened.wait(LIMIT + Duration::from_secs(1));
+    pair.opened.wait(limit() + Duration::from_secs(1));
     pair.round_trip()?;
     Ok(())
 }
@@ -46,20 +64,20 @@ fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
 fn the_age_of_a_busy_session_is_kept_from_stop_to_start() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(LIFETIME)?;
+    let mut first = lab.pinned_daemon(&lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.keep_busy(Duration::from_secs(1))?;
     first.stop()?;
     pair.round_trip()?;
-    let second = lab.pinned_daemon(LIFETIME)?;
+    let second = lab.pinned_daemon(&lifetime())?;
     assert_eq!(
         second.metric("session_enforcer_sessions_adopted_total", &[])?,
         0.0
     );
     pair.keep_busy_until_end()?
-        .assert_not_early(&pair.opened, LIMIT);
+        .assert_not_early(&pair.opened, limit());
     let record = second.wait_for_termination_of(&pair)?;
-    record.assert_reset("max_lifetime", &pair.opened, LIMIT);
+    record.assert_reset("max_lifetime", &pair.opened, limit());
     Ok(())
 }
 
@@ -68,12 +86,12 @@ fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Re
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let [quiet, received, sent] = [open()?, open()?, open()?];
     first.stop()?;
     sent.opened.wait(Duration::from_secs(2));
     let last = [received.to_server(b"to")?, sent.to_client(b"from")?];
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_eq!(repaired(&second, "behind")?, 2.0);
     assert_reset_for(&second, &quiet, "idle_timeout", &quiet.opened)?;
     assert_reset_for(&second, &received, "idle_timeout", &last[0])?;
@@ -88,7 +106,7 @@ fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Re
 fn only_the_direction_that_was_active_meanwhile_is_active() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let config = format!("{IDLE}activity = \"sent\"\n");
+    let config = idle() + "activity = \"sent\"\n";
     let mut first = lab.pinned_daemon(&config)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.stop()?;
@@ -102,7 +120,7 @@ fn only_the_direction_that_was_active_meanwhile_is_active() -> Result<()> {
 fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let config = format!("{IDLE}response_timeout = \"1h\"\n");
+    let config = idle() + "response_timeout = \"1h\"\n";
     let mut first = lab.pinned_daemon(&config)?;
     let [asked, answered] = [
         Pair::open(&lab.outside, &listener)?,
@@ -114,7 +132,7 @@ fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<
     let last = answered.to_client(b"answer")?;
     let second = lab.pinned_daemon(&config)?;
     assert_reset_for(&second, &answered, "idle_timeout", &last)?;
-    last.wait(LIMIT + Duration::from_secs(1));
+    last.wait(limit() + Duration::from_secs(1));
     asked.to_client(b"answer")?;
     assert_eq!(second.terminations()?.len(), 1);
     Ok(())
@@ -125,13 +143,13 @@ fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let [closed, aborted, kept, closed_later] = [open()?, open()?, open()?, open()?];
     first.stop()?;
     reset_on_close(&aborted.server)?;
     drop((closed, aborted));
     let opened = open()?;
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     let metric = |name: &str| second.metric(&format!("session_enforcer_{name}"), &[]);
     assert_eq!(repaired(&second, "stale")?, 2.0);
     assert_eq!(metric("sessions_taken_over_total")?, 2.0);
@@ -153,7 +171,7 @@ fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<(
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     {
         let listener = lab.inside_in(&right)?.listen((Veth::RIGHT, 0))?;
         let client = lab.outside_in(&left)?;
@@ -163,7 +181,7 @@ fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<(
         first.stop()?;
     }
     drop((left, right));
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_eq!(repaired(&second, "stale")?, 1.0);
     assert_eq!(second.metric("session_enforcer_sessions", &[])?, 0.0);
     Ok(())
@@ -173,7 +191,7 @@ fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<(
 fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{LIFETIME}");
+    let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{}", lifetime());
     let mut first = lab.pinned_daemon(&config(8))?;
     let pairs = [0; 4].map(|_| Pair::open(&lab.outside, &listener));
     first.stop()?;
@@ -195,7 +213,7 @@ fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Res
         let Some(Ok(pair)) = pairs.iter().find(of) else {
             panic!("a record of no session: {record:?}");
         };
-        record.assert_reset("max_lifetime", &pair.opened, LIMIT);
+        record.assert_reset("max_lifetime", &pair.opened, limit());
     }
     Ok(())
 }
@@ -204,7 +222,7 @@ fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Res
 fn an_attachment_of_which_a_part_is_missing_is_made_whole() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(LIFETIME)?;
+    let mut first = lab.pinned_daemon(&lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
     // As where a daemon was killed while it stopped.
@@ -212,7 +230,7 @@ fn an_attachment_of_which_a_part_is_missing_is_made_whole() -> Result<()> {
         std::fs::remove_file(set.join("track_egress"))?;
     }
     let last = pair.round_trip()?;
-    let second = lab.pinned_daemon(LIFETIME)?;
+    let second = lab.pinned_daemon(&lifetime())?;
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     assert!(last.latest.at > pair.opened.latest.at);
     assert_reset_for(&second, &pair, "max_lifetime", &pair.opened)

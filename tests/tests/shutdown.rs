@@ -1,10 +1,15 @@
 //! How the daemon ends, and what signals make it do.
 
-use std::{fs, net::Ipv4Addr, time::Duration};
+use std::{
+    fs, net::Ipv4Addr, os::unix::process::CommandExt as _, process::Command, time::Duration,
+};
 
 use anyhow::Result;
-use nix::{errno::Errno, sys::signal::Signal};
-use session_enforcer_tests::{Lab, PATIENCE, PROGRAMS, Pair, eventually};
+use nix::{
+    errno::Errno,
+    sys::signal::{SigSet, Signal, raise},
+};
+use session_enforcer_tests::{Lab, PROGRAMS, Pair, eventually, patience};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -63,6 +68,29 @@ fn a_parent_that_blocks_signals_does_not_keep_the_daemon_from_stopping() -> Resu
     daemon.stop()
 }
 
+/// Has a hangup wait for the command's process, which it would end.
+fn hung_up(command: &mut Command) {
+    let hang_up = || {
+        let mut hangup = SigSet::empty();
+        hangup.add(Signal::SIGHUP);
+        hangup.thread_block()?;
+        raise(Signal::SIGHUP)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(hang_up) };
+}
+
+#[test]
+fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let mut daemon = lab.launch().config(RULE).prepared(hung_up).start()?;
+    eventually("the reload", patience(), || {
+        Ok(daemon.log().contains("rule(s) in force").then_some(()))
+    })?;
+    daemon.stop()
+}
+
 #[test]
 fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -71,7 +99,7 @@ fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
-    eventually("the programs are gone", PATIENCE, || {
+    eventually("the programs are gone", patience(), || {
         Ok((lab.cgroup.attached_programs()? == 0).then_some(()))
     })?;
     pair.opened.wait(2 * LIMIT);
@@ -108,7 +136,7 @@ fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
     fs::rename(daemon.audit_path(), &renamed)?;
     let kept = fs::read(&renamed)?;
     daemon.signal(Signal::SIGHUP)?;
-    eventually("a new audit file", PATIENCE, || {
+    eventually("a new audit file", patience(), || {
         Ok(daemon.audit_path().exists().then_some(()))
     })?;
     let after = Pair::open(&lab.outside, &listener)?;

@@ -14,7 +14,7 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Lab, PATIENCE, PROGRAMS, Pair, daemon_command, die_with_parent, eventually, reset_on_close,
+    Lab, PROGRAMS, Pair, daemon_command, die_with_parent, eventually, patience, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -89,7 +89,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let (reader, writer) = std::io::pipe()?;
     let mut daemon = Killed(die_with_parent(command.stderr(writer)).spawn()?);
     drop(command);
-    eventually("the programs are attached", PATIENCE, || {
+    eventually("the programs are attached", patience(), || {
         Ok((lab.cgroup.attached_programs()? == PROGRAMS).then_some(()))
     })?;
     // More lines than a pipe holds.
@@ -101,7 +101,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
     kill(pid, Signal::SIGTERM)?;
-    let status = eventually("the daemon ends", PATIENCE, || Ok(daemon.0.try_wait()?))?;
+    let status = eventually("the daemon ends", patience(), || Ok(daemon.0.try_wait()?))?;
     assert_eq!(status.code(), Some(0));
     drop(reader);
     Ok(())

@@ -9,20 +9,30 @@ use std::{
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Cgroup, Daemon, Lab, Launch, Moment, PROGRAMS, Pair, Place, reset_on_close,
+    Cgroup, Daemon, Lab, Launch, Moment, PROGRAMS, Pair, Place, reset_on_close, scaled,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
-const IDLE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
+fn idle() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {
     for end in pair.ends()? {
-        end.assert_not_early(since, LIMIT);
+        end.assert_not_early(since, limit());
     }
     daemon
         .wait_for_termination_of(pair)?
-        .assert_reset(reason, since, LIMIT);
+        .assert_reset(reason, since, limit());
     Ok(())
 }
 
@@ -40,8 +50,10 @@ fn no_clock_restarts_when_the_daemon_is_killed_and_started_again() -> Result<()>
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = format!(
-        "[[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"3s\"\n{IDLE}",
-        listener.port()
+        "[[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"{}s\"\n{}",
+        listener.port(),
+        limit().as_secs(),
+        idle()
     );
     let mut first = lab.pinned_daemon(&config)?;
     let old = Pair::open(&lab.outside, &listener)?;
@@ -63,12 +75,12 @@ fn no_clock_restarts_when_the_daemon_is_killed_and_started_again() -> Result<()>
 fn packets_that_pass_while_no_daemon_runs_are_stamped() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
     pair.opened.wait(Duration::from_secs(2));
     let last = pair.round_trip()?;
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_reset_for(&second, &pair, "idle_timeout", &last)?;
     let record = second.wait_for_termination_of(&pair)?;
     assert_eq!(record.bytes(), [4, 4]);
@@ -80,12 +92,12 @@ fn a_session_that_came_due_while_no_daemon_ran_is_reset_at_once_with_its_true_la
 -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
-    pair.opened.wait(LIMIT + Duration::from_secs(1));
+    pair.opened.wait(limit() + Duration::from_secs(1));
     assert_eq!(first.terminations()?.len(), 0);
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)?;
     let record = second.wait_for_termination_of(&pair)?;
     assert!(record.number("session_enforcer.lateness_seconds") > 0.9);
@@ -99,7 +111,7 @@ fn what_opened_and_closed_while_no_daemon_ran_is_known_to_the_next() -> Result<(
     let open = || Pair::open(&lab.outside, &listener);
     // Its end is not reported by the kernel: it is older than the first daemon.
     let older = [open()?, open()?];
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let [closed, kept] = [open()?, open()?];
     first.kill()?;
     let opened = open()?;
@@ -107,7 +119,7 @@ fn what_opened_and_closed_while_no_daemon_ran_is_known_to_the_next() -> Result<(
     for pair in [closed, older_closed] {
         reset_on_close(&pair.server)?;
     }
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_eq!(taken_over(&second)?, 4.0);
     assert_eq!(repaired(&second, "stale")?, 1.0);
     assert_eq!(repaired(&second, "missed")?, 0.0);
@@ -160,13 +172,14 @@ fn sessions_follow_the_rules_of_the_daemon_that_takes_over() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [long, released, tightened] = [listen()?, listen()?, listen()?];
+    let limit_text = format!("{}s", limit().as_secs());
     let rule = |name: &str, port: u16, limit: &str| {
         format!("[[rule]]\nname = \"{name}\"\nlocal_ports = [{port}]\nidle_timeout = \"{limit}\"\n")
     };
     let mut first = lab.pinned_daemon(
         &[
-            rule("long", long.port(), "3s"),
-            rule("released", released.port(), "3s"),
+            rule("long", long.port(), &limit_text),
+            rule("released", released.port(), &limit_text),
             rule("tightened", tightened.port(), "1h"),
         ]
         .concat(),
@@ -175,7 +188,7 @@ fn sessions_follow_the_rules_of_the_daemon_that_takes_over() -> Result<()> {
     let [long_pair, released_pair, tightened_pair] =
         [open(&long)?, open(&released)?, open(&tightened)?];
     first.kill()?;
-    let rules = rule("tightened", tightened.port(), "3s") + &rule("long", long.port(), "1h");
+    let rules = rule("tightened", tightened.port(), &limit_text) + &rule("long", long.port(), "1h");
     let second = lab.pinned_daemon(&rules)?;
     assert_reset_for(
         &second,
@@ -183,7 +196,7 @@ fn sessions_follow_the_rules_of_the_daemon_that_takes_over() -> Result<()> {
         "idle_timeout",
         &tightened_pair.opened,
     )?;
-    tightened_pair.opened.wait(LIMIT + Duration::from_secs(1));
+    tightened_pair.opened.wait(limit() + Duration::from_secs(1));
     long_pair.round_trip()?;
     released_pair.round_trip()?;
     assert_eq!(second.terminations()?.len(), 1);
@@ -196,14 +209,14 @@ fn a_reload_is_no_hindrance_to_the_next_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let other = "[[rule]]\nname = \"other\"\nremote_ports = [1]\nidle_timeout = \"1h\"\n";
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     for _ in 0..3 {
-        first.reload(&format!("{other}{IDLE}"))?;
+        first.reload(&format!("{other}{}", idle()))?;
     }
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
     // The place of its rule has become that of another one.
-    let second = lab.pinned_daemon(&format!("{IDLE}{other}"))?;
+    let second = lab.pinned_daemon(&(idle() + other))?;
     assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)?;
     assert_eq!(second.wait_for_termination()?.text("rule.name"), "idle");
     Ok(())
@@ -214,7 +227,7 @@ fn a_session_map_of_another_size_takes_the_sessions_of_the_running_one() -> Resu
     for (before, after) in [(64, 32), (32, 64)] {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-        let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{IDLE}");
+        let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{}", idle());
         let mut first = lab.pinned_daemon(&config(before))?;
         let open = || Pair::open(&lab.outside, &listener);
         let [quiet, active] = [open()?, open()?];
@@ -243,16 +256,17 @@ fn a_daemon_of_another_cgroup_takes_over_what_is_in_that_one() -> Result<()> {
         lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?,
         inner.listen((Ipv4Addr::LOCALHOST, 0))?,
     ];
-    let mut first = lab.pinned_daemon(IDLE)?;
+    let mut first = lab.pinned_daemon(&idle())?;
     let outer_pair = Pair::open(&lab.outside, &listener)?;
     let inner_pair = Pair::open(&lab.outside, &inner_listener)?;
     first.kill()?;
-    let launch = Launch::on(child.path()).pinned(&lab.pins).config(IDLE);
+    let config = idle();
+    let launch = Launch::on(child.path()).pinned(&lab.pins).config(&config);
     let second = launch.start()?;
     assert_eq!(lab.cgroup.attached_programs()?, 0);
     assert_eq!(child.attached_programs()?, PROGRAMS);
     assert_reset_for(&second, &inner_pair, "idle_timeout", &inner_pair.opened)?;
-    outer_pair.opened.wait(LIMIT + Duration::from_secs(1));
+    outer_pair.opened.wait(limit() + Duration::from_secs(1));
     outer_pair.round_trip()?;
     assert_eq!(second.terminations()?.len(), 1);
     assert_eq!(second.metric("session_enforcer_map_entries", &[])?, 0.0);
@@ -263,11 +277,12 @@ fn a_daemon_of_another_cgroup_takes_over_what_is_in_that_one() -> Result<()> {
 fn attachments_to_a_cgroup_that_has_gone_are_replaced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let gone = Cgroup::new()?;
-    let launch = Launch::on(gone.path()).pinned(&lab.pins).config(IDLE);
+    let config = idle();
+    let launch = Launch::on(gone.path()).pinned(&lab.pins).config(&config);
     launch.start()?.kill()?;
     drop(gone);
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let second = lab.pinned_daemon(IDLE)?;
+    let second = lab.pinned_daemon(&idle())?;
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     let pair = Pair::open(&lab.outside, &listener)?;
     assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)
@@ -277,7 +292,7 @@ fn attachments_to_a_cgroup_that_has_gone_are_replaced() -> Result<()> {
 fn the_attachment_has_no_gap_while_it_is_taken_over() -> Result<()> {
     for (size, most) in [(64, PROGRAMS), (32, 2 * PROGRAMS)] {
         let lab = Lab::new(AGENT)?;
-        let config = |size| format!("[daemon]\nmax_sessions = {size}\n{IDLE}");
+        let config = |size| format!("[daemon]\nmax_sessions = {size}\n{}", idle());
         lab.pinned_daemon(&config(64))?.kill()?;
         let stop = AtomicBool::new(false);
         let counts = thread::scope(|scope| {

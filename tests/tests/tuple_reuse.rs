@@ -134,3 +134,23 @@ fn a_socket_that_connects_again_begins_another_session() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn an_adopted_socket_that_connects_again_leaves_one_session_in_the_map() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let old = Pair::open(&lab.inside, &listener)?;
+    let daemon = lab.daemon("[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n")?;
+    // Nothing reports the end of the connection before.
+    let new = Pair::dial(disconnect(old.client)?, &listener, listener.address)?;
+    daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 1.0)?;
+    for name in ["sessions_adopted_total", "map_entries", "sessions"] {
+        let name = format!("session_enforcer_{name}");
+        assert_eq!(daemon.metric(&name, &[])?, 1.0, "{name}");
+    }
+    new.round_trip()?;
+    end(new)?;
+    daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 2.0)?;
+    assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 0.0);
+    Ok(())
+}

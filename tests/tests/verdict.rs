@@ -22,7 +22,7 @@ use session_enforcer_common::{
     ErrorKind, EventKind, MatchEntry, Policy, PortRange, Session, Verdict, Way, flags, verdict,
 };
 use session_enforcer_tests::{
-    Lab, Listener, PATIENCE, Pair, Random, RawTcp, SEED, Sequence, cookie, eventually,
+    Lab, Listener, Pair, Random, RawTcp, SEED, Sequence, cookie, eventually, patience,
     reset_on_close, seed, tcp_info,
 };
 
@@ -123,13 +123,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         established_ns: established,
         last_received_ns: received,
         last_sent_ns: sent,
-        answered_ns: if random.once_in(2) {
-            answered
-        } else {
-            established
-        },
-        owes_answer: u8::from(random.once_in(2)),
-        jitter_seed: random.next() as u32,
+        answered_ns: random.one_of(&[0, 0, answered, established]),
         ..session
     };
     let limit = |random: &mut Random, since: u64| random_limit(random, now - since);
@@ -162,7 +156,7 @@ fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: Way) -> Result<b
         if bench.dropped(way)? > before {
             return Ok(false);
         }
-        ensure!(start.elapsed() < PATIENCE, "neither arrived nor dropped");
+        ensure!(start.elapsed() < patience(), "neither arrived nor dropped");
         thread::yield_now();
     }
 }
@@ -212,7 +206,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
         let left = bench.session(&pair.server)?;
         if !passed {
             let stamps = |s: &Session| {
-                let bytes = (s.bytes_received, s.bytes_sent, s.owes_answer);
+                let bytes = (s.bytes_received, s.bytes_sent);
                 (s.last_received_ns, s.last_sent_ns, s.answered_ns, bytes)
             };
             ensure!(stamps(&left) == stamps(&session), "revived: {}", told());
@@ -291,7 +285,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
             };
             raw.send(&pair.client, at, &payload[..length])?;
         }
-        eventually("all were dropped", PATIENCE, || {
+        eventually("all were dropped", patience(), || {
             let dropped = bench.dropped(Way::Ingress)? - before;
             Ok((dropped == STORM).then_some(()))
         })?;
@@ -397,7 +391,7 @@ fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
     wait_for_deadline();
     let before = tcp_info(&pair.server)?.tcpi_bytes_received;
     send_behind_headers(&bench, &pair, b"newlate")?;
-    eventually("it was dropped", PATIENCE, || {
+    eventually("it was dropped", patience(), || {
         Ok((bench.dropped(Way::Ingress)? == 1).then_some(()))
     })?;
     assert_eq!(unreadable(&bench)?, 2);

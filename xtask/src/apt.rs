@@ -1,4 +1,4 @@
-//! Fetches one Debian package of one exact version, without touching the system's apt.
+//! Fetches single Debian packages, without touching the system's apt.
 //!
 //! The machine's own sources are left as they are: this apt has its lists, its cache and its sources
 //! in a folder of the project. From the machine it takes where the mirror is and how to reach it
@@ -68,7 +68,7 @@ impl PrivateApt {
                 match self.version_in(mirror, suite, package, release) {
                     Ok(Some(version)) => {
                         say!("found {package} {version} in {suite}");
-                        return self.fetch(package, &version);
+                        return self.fetch(&format!("{package}={version}"));
                     }
                     Ok(None) => tried.push(format!("{suite} of {mirror} has another version")),
                     // No reason to stop: most mirrors lack some of the suites.
@@ -90,12 +90,36 @@ impl PrivateApt {
         package: &str,
         release: &str,
     ) -> Result<Option<String>> {
+        self.open_at(mirror, suite)?;
+        let offered = output_of(self.tool("apt-cache").args(["madison", package]))?;
+        Ok(version_of(&offered, release).map(str::to_owned))
+    }
+
+    /// Reads a suite's list from the first mirror that has it; `names` and `fetch` use it then.
+    pub(crate) fn open(&self, suite: &str) -> Result<()> {
+        let mut tried = Vec::new();
+        for mirror in &self.mirrors {
+            match self.open_at(mirror, suite) {
+                Ok(()) => return Ok(()),
+                Err(error) => tried.push(format!("{mirror}: {error:#}")),
+            }
+        }
+        bail!("{}", tried.join("; "))
+    }
+
+    fn open_at(&self, mirror: &str, suite: &str) -> Result<()> {
         self.write("sources/one.sources", &source(mirror, suite))?;
         // Left alone, apt takes a mirror that cannot be reached for a success.
         let strict = ["-o", "APT::Update::Error-Mode=any"];
-        output_of(self.tool("apt-get").args(strict).arg("update"))?;
-        let offered = output_of(self.tool("apt-cache").args(["madison", package]))?;
-        Ok(version_of(&offered, release).map(str::to_owned))
+        output_of(self.tool("apt-get").args(strict).arg("update")).map(drop)
+    }
+
+    /// The names, in the suite that is open, of the packages that match a regular expression.
+    pub(crate) fn names(&self, expression: &str) -> Result<Vec<String>> {
+        let mut search = self.tool("apt-cache");
+        let found = output_of(search.args(["search", "--names-only", expression]))?;
+        let names = found.lines().filter_map(|line| line.split(' ').next());
+        Ok(names.map(str::to_owned).collect())
     }
 
     /// Removes lists, cache and package once they have served.
@@ -108,20 +132,20 @@ impl PrivateApt {
         }
     }
 
-    fn fetch(&self, package: &str, version: &str) -> Result<PathBuf> {
-        let exact = format!("{package}={version}");
-        output_of(
-            self.tool("apt-get")
-                .arg("download")
-                .arg(exact)
-                .current_dir(&self.folder),
-        )?;
-        let entries = fs::read_dir(&self.folder)
-            .with_context(|| format!("cannot list {}", self.folder.display()))?;
+    /// Downloads a package, `NAME` or `NAME=VERSION`, from the suite that is open.
+    pub(crate) fn fetch(&self, package: &str) -> Result<PathBuf> {
+        let place = self.folder.join("packages").join(package);
+        // What a download that was cut short left there would be taken for the package.
+        let _ = fs::remove_dir_all(&place);
+        fs::create_dir_all(&place).with_context(|| format!("cannot create {}", place.display()))?;
+        let mut download = self.tool("apt-get");
+        output_of(download.arg("download").arg(package).current_dir(&place))?;
+        let entries =
+            fs::read_dir(&place).with_context(|| format!("cannot list {}", place.display()))?;
         entries
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-            .with_context(|| format!("apt-get left no package in {}", self.folder.display()))
+            .with_context(|| format!("apt-get left no package in {}", place.display()))
     }
 
     fn tool(&self, name: &str) -> Command {

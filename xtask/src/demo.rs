@@ -9,7 +9,6 @@ mod client;
 mod screen;
 mod show;
 mod stage;
-mod stop;
 
 use std::env;
 use std::ffi::OsString;

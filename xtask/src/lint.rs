@@ -18,6 +18,7 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
     let checks = [
         ("formatting", formatting(workspace)),
         ("clippy", clippy(workspace)),
+        ("clippy on the tests of whole hosts", clippy_host(workspace)),
         ("clippy on the eBPF programs", clippy_ebpf(workspace)),
         ("formatting of the fuzz targets", formatting_fuzz(workspace)),
         ("clippy on the fuzz targets", clippy_fuzz(workspace)),
@@ -52,6 +53,14 @@ fn clippy(workspace: &Workspace) -> Command {
         "--all-targets",
     ]);
     cargo.args(["--keep-going", "--", "--deny", "warnings"]);
+    cargo
+}
+
+/// Not a test for `cargo test`, and so none of all targets.
+fn clippy_host(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["clippy", "--package", "session-enforcer-tests"]);
+    cargo.args(["--test", "host", "--", "--deny", "warnings"]);
     cargo
 }
 

@@ -4,6 +4,7 @@
 //! (running programs) and `rustc` (what compiler this is).
 
 mod apt;
+mod bench;
 mod build;
 mod core_sources;
 mod demo;
@@ -16,6 +17,7 @@ mod run;
 mod rustc;
 mod setup;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -51,11 +53,24 @@ enum Task {
     Demo(demo::Args),
     /// Runs every test: first those that need no privilege, then the others as root.
     Test(test::Args),
+    /// Measures what session-enforcer costs and how exact it is, beside its peers, as root.
+    ///
+    /// A table on the terminal, and a JSON file in the target directory. Nothing fails because it is
+    /// slow: the table says whether each budget is met. In a cgroup and namespaces of its own.
+    Bench(bench::Args),
     /// Runs the fuzz targets, each from its seeds for some time; fails if one finds something.
     ///
     /// Needs a C++ compiler besides; cargo-fuzz is made ready in the target directory, where
     /// everything that is found goes too. Takes no privilege.
     Fuzz(fuzz::Args),
+    /// Runs the privileged tests on other kernels, in virtual machines.
+    ///
+    /// Debian's kernels for clouds are fetched into the target directory, which is where everything
+    /// that comes of it is, too. QEMU emulates where there is no KVM, and then this takes its time.
+    Vm(vm::Args),
+    /// What `vm` starts inside of the virtual machine.
+    #[command(hide = true)]
+    VmGuest,
     /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
     Lint,
 }
@@ -78,7 +93,10 @@ fn perform(task: Task) -> Result<()> {
         Task::Run(args) => run::run(&workspace, &args),
         Task::Demo(args) => demo::run(&workspace, &args),
         Task::Test(args) => test::test(&workspace, &args),
+        Task::Bench(args) => bench::bench(&workspace, &args),
         Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
+        Task::Vm(args) => vm::vm(&workspace, &args),
+        Task::VmGuest => vm::guest(),
         Task::Lint => lint::lint(&workspace),
     }
 }

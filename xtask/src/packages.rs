@@ -1,4 +1,4 @@
-//! The programs that the privileged tests and the demo run: real servers and clients.
+//! The programs that tests, benchmarks and virtual machines run: real servers and clients.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::process::{as_root, find_program, run, say};
 
 /// A program, the Debian package that has it, and what it is needed for.
 #[derive(Clone, Copy)]
-struct Need {
+pub(crate) struct Need {
     program: &'static str,
     package: &'static str,
     why: &'static str,
@@ -23,8 +23,9 @@ const fn need(program: &'static str, package: &'static str, why: &'static str) -
     }
 }
 
-/// Looked for by program and not by package, so that another distribution's, or one's own, serves.
-const NEEDS: [Need; 13] = [
+/// What the privileged tests run. Looked for by program and not by package, so that another
+/// distribution's, or one's own, serves.
+pub(crate) const TESTS: [Need; 13] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -68,6 +69,43 @@ const NEEDS: [Need; 13] = [
     ),
 ];
 
+/// What no benchmark does without.
+pub(crate) const BENCH: [Need; 2] = [
+    need("ip", "iproute2", "network namespaces and addresses"),
+    need(
+        "ss",
+        "iproute2",
+        "what kills connections by hand, to compare",
+    ),
+];
+
+/// What the benchmarks compare with.
+pub(crate) const PEERS: [Need; 3] = [
+    need("haproxy", "haproxy", "a proxy with timeouts, to compare"),
+    need(
+        "nginx",
+        "libnginx-mod-stream",
+        "a proxy with timeouts, to compare",
+    ),
+    need("nft", "nftables", "connection tracking, to compare"),
+];
+
+/// What `cargo xtask vm` needs besides.
+pub(crate) const VIRTUAL_MACHINES: [Need; 5] = [
+    need(
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "the virtual machines",
+    ),
+    need("virtiofsd", "virtiofsd", "sharing this machine's files"),
+    need("busybox", "busybox-static", "starting in an initramfs"),
+    need("modprobe", "kmod", "the modules of a kernel"),
+    need("xz", "xz-utils", "unpacking the modules of a kernel"),
+];
+
+/// Where virtiofsd is: in a package of its own, and in QEMU's before there was one.
+pub(crate) const VIRTIOFSD: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];
+
 /// Installs packages without leaving a service behind that runs.
 const INSTALLER: &str = include_str!("install.sh");
 
@@ -80,9 +118,20 @@ pub(crate) enum Missing {
     Refuse,
 }
 
-/// Makes sure that every program is there.
-pub(crate) fn ensure(policy: Missing) -> Result<()> {
-    let missing = missing();
+impl Missing {
+    /// The policy for the flag `--no-install`.
+    pub(crate) fn unless(no_install: bool) -> Self {
+        if no_install {
+            Self::Refuse
+        } else {
+            Self::Install
+        }
+    }
+}
+
+/// Makes sure that each of these programs is there.
+pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
+    let missing = missing(needs);
     if missing.is_empty() {
         return Ok(());
     }
@@ -97,19 +146,18 @@ pub(crate) fn ensure(policy: Missing) -> Result<()> {
         );
     }
     install(&missing)?;
-    let still = self::missing();
+    let still = self::missing(needs);
     if !still.is_empty() {
         bail!("the installation succeeded, and yet {}", complaint(&still));
     }
     Ok(())
 }
 
-fn missing() -> Vec<Need> {
-    let postgresql = postgresql_folders();
-    NEEDS
-        .into_iter()
-        .filter(|need| find_program(need.program, &postgresql).is_none())
-        .collect()
+fn missing(needs: &[Need]) -> Vec<Need> {
+    let mut outside_path = postgresql_folders();
+    outside_path.extend(VIRTIOFSD.map(PathBuf::from));
+    let is_missing = |need: &&Need| find_program(need.program, &outside_path).is_none();
+    needs.iter().filter(is_missing).copied().collect()
 }
 
 /// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
@@ -169,10 +217,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_names_each_program_once_and_in_full() {
-        let programs: HashSet<_> = NEEDS.iter().map(|need| need.program).collect();
-        assert_eq!(programs.len(), NEEDS.len());
-        for need in NEEDS {
+    fn the_tables_name_each_program_once_and_in_full() {
+        for needs in [&TESTS[..], &BENCH, &PEERS, &VIRTUAL_MACHINES] {
+            let programs: HashSet<_> = needs.iter().map(|need| need.program).collect();
+            assert_eq!(programs.len(), needs.len());
+        }
+        let all = TESTS.into_iter().chain(BENCH).chain(PEERS);
+        for need in all.chain(VIRTUAL_MACHINES) {
             assert!(
                 !need.program.contains(['/', ' ']),
                 "{}: a bare name",
@@ -189,7 +240,7 @@ mod tests {
     #[test]
     fn a_package_is_installed_once_however_many_of_its_programs_are_missing() {
         assert_eq!(
-            packages_of(&NEEDS),
+            packages_of(&TESTS),
             [
                 "iproute2",
                 "postgresql",

@@ -14,7 +14,7 @@ use crate::setup::setup;
 use crate::workspace::Workspace;
 
 /// Tells the privileged tests which daemon to test.
-const BINARY: &str = "SESSION_ENFORCER_BIN";
+pub(crate) const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// How the names of those variables begin that sudo would drop and that the tests, or somebody who
 /// looks for the reason of a failure, need.
@@ -34,12 +34,7 @@ pub(crate) struct Args {
 /// Runs the tests that need no privilege, then the others as root; all of them, then fails if any
 /// failed.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
-    let missing = if args.no_install {
-        Missing::Refuse
-    } else {
-        Missing::Install
-    };
-    packages::ensure(missing)?;
+    packages::ensure(&packages::TESTS, Missing::unless(args.no_install))?;
     setup(workspace)?;
     let mut failed = Vec::new();
     let mut record = |name: &'static str, result: Result<()>| {

@@ -18,6 +18,10 @@ use crate::{
 pub use writer::AuditError;
 use writer::Writer;
 
+/// How much is handed to the writer at once: it begins to write while the rest is made, and what does
+/// not fit into its queue is lost a little at a time.
+const MAX_PENDING_BYTES: usize = 256 << 10;
+
 /// What became of an expired session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -167,6 +171,9 @@ impl Audit {
         self.pending.bytes.extend_from_slice(line.as_bytes());
         self.pending.bytes.push(b'\n');
         self.pending.records += 1;
+        if self.pending.bytes.len() >= MAX_PENDING_BYTES {
+            self.flush();
+        }
     }
 
     /// Hands what was recorded to the writer.
@@ -187,6 +194,11 @@ impl Audit {
     pub fn close(mut self) {
         self.flush();
         self.writer.close();
+    }
+
+    /// Whether the last records were lost.
+    pub fn is_failing(&self) -> bool {
+        self.writer.is_failing()
     }
 
     /// Records that could not be written.

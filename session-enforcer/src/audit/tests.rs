@@ -16,7 +16,7 @@ fn session() -> Session {
     Session {
         last_received_ns: 1_003_000_000,
         last_sent_ns: 1_000_000_000,
-        answered_ns: 1_000_000_000,
+        answered_ns: 0,
         bytes_received: 120,
         bytes_sent: 4096,
         open_until_ns: 0,
@@ -31,9 +31,6 @@ fn session() -> Session {
         rule: 0,
         direction: Direction::Inbound as u8,
         flags: 0,
-        jitter_seed: 0,
-        owes_answer: 1,
-        reserved: [0; 3],
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
@@ -155,6 +152,30 @@ fn what_is_not_known_of_the_owner_is_left_out() {
     });
     assert!(nameless.contains(r#""user":{"id":"113"},"#), "{nameless}");
     assert!(!nameless.contains("process"), "{nameless}");
+}
+
+#[test]
+fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
+    const YEAR: i128 = 365 * 86_400 * 1_000_000_000;
+    let (session, noon) = (session(), 1_767_268_800_000_000_000);
+    let record = |realtime_ns| -> serde_json::Value {
+        let clock = WallClock::at(realtime_ns, 901_004_000_000);
+        serde_json::from_str(&record::termination(&termination(&session), &clock)).unwrap()
+    };
+    let [before, after] = [record(noon), record(noon - YEAR)];
+    let own = |record: &serde_json::Value, key: &str| record["session_enforcer"][key].clone();
+    assert_eq!(before["event"], after["event"]);
+    for key in ["limit_seconds", "idle_seconds", "lateness_seconds"] {
+        assert_eq!(own(&before, key), own(&after, key));
+    }
+    let year_before = |time: serde_json::Value| time.as_str().unwrap().replace("2026-", "2025-");
+    for key in ["established", "last_activity", "deadline"] {
+        assert_eq!(year_before(own(&before, key)), own(&after, key));
+    }
+    assert_eq!(
+        year_before(before["@timestamp"].clone()),
+        after["@timestamp"]
+    );
 }
 
 #[test]
@@ -356,6 +377,25 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
     assert_eq!(writer.lost(), 8);
     writer.close();
     assert_eq!(disk.text().lines().count(), 32);
+}
+
+/// Else the records of a hundred thousand sessions, late by one change of the policy, would be one
+/// batch that is larger than the queue, and lost whole.
+#[test]
+fn what_waits_to_be_handed_over_is_bounded() {
+    let disk = Disk::with_room(usize::MAX);
+    let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
+    let mut audit = Audit {
+        writer,
+        pending: Pending::default(),
+    };
+    let session = session();
+    for _ in 0..2_000 {
+        audit.termination(&termination(&session));
+        assert!(audit.pending.bytes.len() < MAX_PENDING_BYTES);
+    }
+    audit.close();
+    assert_eq!(disk.text().lines().count(), 2_000);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
     thread,
@@ -68,6 +68,8 @@ pub(super) struct Writer {
     tasks: Option<Sender<Task>>,
     done: Receiver<()>,
     lost: Arc<AtomicU64>,
+    /// Whether the thread could not write the last records.
+    failing: Arc<AtomicBool>,
     waiting_bytes: Arc<AtomicUsize>,
     /// Whether the last records were lost, which was logged then.
     overflowing: bool,
@@ -96,6 +98,7 @@ impl Writer {
         let (tasks, queue) = channel();
         let (finished, done) = channel();
         let lost = Arc::clone(&output.lost);
+        let failing = Arc::clone(&output.failing);
         let waiting_bytes = Arc::new(AtomicUsize::new(0));
         let waiting = Arc::clone(&waiting_bytes);
         let work = move || {
@@ -114,6 +117,7 @@ impl Writer {
             tasks: Some(tasks),
             done,
             lost,
+            failing,
             waiting_bytes,
             overflowing: false,
         })
@@ -156,6 +160,10 @@ impl Writer {
     pub(super) fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
+
+    pub(super) fn is_failing(&self) -> bool {
+        self.overflowing || self.failing.load(Ordering::Relaxed)
+    }
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -191,7 +199,7 @@ pub(super) struct Output {
     /// Whether a record was cut in the middle.
     mid_line: bool,
     /// Whether the last write failed, which was logged then.
-    failing: bool,
+    failing: Arc<AtomicBool>,
 }
 
 impl Output {
@@ -212,7 +220,7 @@ impl Output {
             path,
             lost: Arc::default(),
             mid_line: false,
-            failing: false,
+            failing: Arc::default(),
         }
     }
 
@@ -250,7 +258,7 @@ impl Output {
     fn note(&mut self, result: io::Result<()>, unwritten: &[u8], records: u64) {
         match result {
             Ok(()) => {
-                if std::mem::take(&mut self.failing) {
+                if self.failing.swap(false, Ordering::Relaxed) {
                     tracing::info!("the audit is written again");
                 }
             }
@@ -258,7 +266,7 @@ impl Output {
                 let lines = unwritten.iter().filter(|byte| **byte == b'\n').count() as u64;
                 let lost = lines.clamp(1, records.max(1));
                 self.lost.fetch_add(lost, Ordering::Relaxed);
-                if !std::mem::replace(&mut self.failing, true) {
+                if !self.failing.swap(true, Ordering::Relaxed) {
                     tracing::error!("audit records are lost, the audit cannot be written: {error}");
                 }
             }

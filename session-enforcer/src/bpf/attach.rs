@@ -122,6 +122,16 @@ impl Kernel {
         Ok(link)
     }
 
+    /// Whether every program is attached still. An administrator may detach them, and they go with
+    /// their cgroup.
+    pub fn is_attached(&self) -> bool {
+        let is_attached = |attached: &Attached| {
+            // Who cannot tell does not claim the contrary.
+            sys::link_info(&attached.link).map_or(true, |info| info.cgroup_id != 0)
+        };
+        self.attached.iter().all(is_attached)
+    }
+
     /// Takes the programs out of the kernel. The sessions stay pinned, for the next daemon.
     ///
     /// # Errors

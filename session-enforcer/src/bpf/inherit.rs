@@ -297,18 +297,19 @@ impl Kernel {
 
 /// A session of which two maps have a record, each with the stamps of what it was there for.
 fn newest(now: &Session, before: &Session) -> Session {
-    let owes_answer = if before.last_activity_ns() > now.last_activity_ns() {
-        before.owes_answer
+    let later_is_before = before.last_activity_ns() > now.last_activity_ns();
+    let later = if later_is_before { before } else { now };
+    let answered_ns = if later.owes_answer() {
+        0
     } else {
-        now.owes_answer
+        now.answered_ns.max(before.answered_ns)
     };
     Session {
         last_received_ns: now.last_received_ns.max(before.last_received_ns),
         last_sent_ns: now.last_sent_ns.max(before.last_sent_ns),
-        answered_ns: now.answered_ns.max(before.answered_ns),
+        answered_ns,
         bytes_received: now.bytes_received.max(before.bytes_received),
         bytes_sent: now.bytes_sent.max(before.bytes_sent),
-        owes_answer,
         ..*now
     }
 }

@@ -219,6 +219,11 @@ impl Kernel {
         Ok(KernelLog { logger })
     }
 
+    /// Sessions that the session map can hold.
+    pub fn capacity(&self) -> usize {
+        self.options.max_sessions as usize
+    }
+
     /// The session as the kernel has it now.
     ///
     /// # Errors

@@ -43,6 +43,9 @@ pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
 /// Where sessions and programs outlive the daemon where the file does not say.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/session-enforcer";
 
+/// How often sessions and sockets are compared where the file does not say.
+pub const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(600);
+
 /// Where the metrics are served where the file does not say.
 pub const DEFAULT_METRICS_LISTEN: SocketAddr =
     SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9847));
@@ -76,6 +79,8 @@ pub struct Config {
     pub pin_dir: Option<PathBuf>,
     /// Whose connections are looked at.
     pub network_namespaces: NetworkNamespaces,
+    /// How often sessions and sockets are compared where nothing is known to be wrong.
+    pub reconcile_interval: Duration,
     /// Where the metrics are served, if at all.
     pub metrics_listen: Option<SocketAddr>,
     /// Where the audit records go.
@@ -235,10 +240,12 @@ impl Config {
             max_sessions: DEFAULT_MAX_SESSIONS,
             pin_dir: Some(DEFAULT_PIN_DIR.into()),
             network_namespaces: NetworkNamespaces::default(),
+            reconcile_interval: DEFAULT_RECONCILE_INTERVAL,
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),
+            // As long as the rules, with which it is read side by side.
+            users_at: vec![None; rules.len()],
             rules,
-            users_at: Vec::new(),
             warnings: Vec::new(),
         }
     }

@@ -73,7 +73,7 @@ pub(super) fn uid(number: i128) -> Option<User> {
 ///
 /// # Errors
 ///
-/// Where the text is no such path, or has more levels than the kernel programs look at.
+/// Where the text is no such path.
 pub fn parse_cgroup(text: &str) -> Result<String, Problem> {
     let not_allowed = || Problem::NotAllowed {
         found: quoted(text),
@@ -93,6 +93,13 @@ pub fn parse_cgroup(text: &str) -> Result<String, Problem> {
     if is_below(&path, USUAL_MOUNT) {
         return Err(not_allowed());
     }
+    Ok(path)
+}
+
+/// The path of a cgroup that a rule may name. Sockets may lie deeper: those above them decide.
+pub(super) fn parse_rule_cgroup(text: &str) -> Result<String, Problem> {
+    let path = parse_cgroup(text)?;
+    let levels = path.split('/').skip(1).count();
     if levels > MAX_CGROUP_LEVELS {
         return Err(Problem::DeepCgroup { levels });
     }

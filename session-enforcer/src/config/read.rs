@@ -2,8 +2,8 @@
 
 use super::document::{Document, Field, Keys, Section};
 use super::value::{
-    ALLOWED_AUDIT, ALLOWED_LISTEN, ALLOWED_PIN_DIR, is_absolute, parse_audit, parse_listen,
-    parse_pin_dir,
+    ALLOWED_AUDIT, ALLOWED_LISTEN, ALLOWED_PIN_DIR, ALLOWED_TIME, is_absolute, parse_audit,
+    parse_limit, parse_listen, parse_pin_dir,
 };
 use super::{
     Config, ConfigError, Doubt, MAX_MAX_SESSIONS, Mode, NetworkNamespaces, Problem, Warning,
@@ -33,6 +33,7 @@ static TABLES: [Keys; 5] = [
             "max_sessions",
             "pin_dir",
             "network_namespaces",
+            "reconcile_interval",
         ],
         later: &[],
     },
@@ -166,6 +167,9 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) -> Result<(), ConfigEr
             ("own", NetworkNamespaces::Own),
         ];
         config.network_namespaces = namespaces.choice(ALLOWED_NAMESPACES, &choices)?;
+    }
+    if let Some(interval) = daemon.field("reconcile_interval") {
+        config.reconcile_interval = interval.parse(ALLOWED_TIME, parse_limit)?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use session_enforcer_common::{Activity, Direction, MAX_RULES, PortRange};
 
 use super::document::{Field, Keys, Section};
 use super::error::ALLOWED_RULES;
-use super::owners::{ALLOWED_CGROUP_PATH, ALLOWED_USER, parse_cgroup, parse_user, uid};
+use super::owners::{ALLOWED_CGROUP_PATH, ALLOWED_USER, parse_rule_cgroup, parse_user, uid};
 use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
@@ -101,7 +101,7 @@ pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
     rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix)?;
     rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix)?;
     rule.cgroups = list(section, "cgroups", ALLOWED_CGROUPS, |field| {
-        field.parse(ALLOWED_CGROUP_PATH, parse_cgroup)
+        field.parse(ALLOWED_CGROUP_PATH, parse_rule_cgroup)
     })?;
     rule.users = list(section, "users", ALLOWED_USERS, read_user)?;
     if let Some(field) = section.field("action") {

@@ -5,20 +5,21 @@ use std::collections::HashMap;
 use anyhow::Result;
 use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
 
-use super::enforcer::{Enforcer, group_of};
+use super::enforcer::Enforcer;
 use crate::{
     adopt::{self, Adoptee, Adopter},
     bpf::Adoption,
     cgroup::{Cgroup, Scope},
     clock::monotonic_ns,
+    health::Trouble,
     metrics::Untracked,
     processes::Sockets,
     sock_diag::Socket,
 };
 
 /// What the adoption in all namespaces has in common.
-struct Adopting {
-    scope: Scope,
+pub(super) struct Adopting {
+    pub(super) scope: Scope,
     entries: Vec<MatchEntry>,
     policies: Vec<Policy>,
     generation: u32,
@@ -32,26 +33,41 @@ impl Adopting {
     fn processes(&mut self) -> &Sockets {
         self.processes.get_or_insert_with(Sockets::of_all_processes)
     }
+
+    pub(super) fn adopter(&self) -> Adopter<'_> {
+        Adopter {
+            entries: &self.entries,
+            policies: &self.policies,
+            generation: self.generation,
+            scope: &self.scope,
+            ancestors: &self.ancestors,
+        }
+    }
 }
 
 impl Enforcer {
     /// Adopts the connections below the cgroup that are not tracked and that a rule matches: those
-    /// that are older than the programs' attachment, and after a change of the policy those that
-    /// no rule matched before. Returns how many.
+    /// that are older than the programs' attachment, and those whose cgroup has come to be one of the
+    /// rules. Returns how many.
     ///
     /// # Errors
     ///
     /// Where the session map refuses. Namespaces that cannot be entered are counted and reported
     /// instead: the others are enforced.
     pub fn adopt(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
-        let mut adopting = Adopting {
-            scope: cgroup.scope()?,
-            entries: self.book.entries.clone(),
-            policies: self.book.policies(),
-            generation: self.book.generation,
-            ancestors: HashMap::new(),
-            processes: None,
-        };
+        Ok(self.adopt_all(cgroup, all_namespaces)?.len())
+    }
+
+    /// The same, with the sessions that are new.
+    pub(super) fn adopt_all(
+        &mut self,
+        cgroup: &Cgroup,
+        all_namespaces: bool,
+    ) -> Result<HashMap<u64, Session>> {
+        let mut adopting = self.adopting(cgroup.scope()?);
+        // What a comparison would find by the policy before is found by this one now.
+        self.comparison = None;
+        let refused = self.missed.begin();
         let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
         for netns_cookie in &namespaces {
@@ -61,17 +77,27 @@ impl Enforcer {
             self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
         }
         for (cookie, session) in &adopted {
-            let policy = self.book.rules[usize::from(session.rule)].policy;
-            let due_ns = policy.first_deadline_ns(session.established_ns);
-            self.add(*cookie, group_of(session), due_ns);
-            self.metrics.adopted(usize::from(session.rule));
+            self.add_adopted(*cookie, session);
         }
         for netns_cookie in namespaces {
             self.close_if_unused(netns_cookie);
         }
         self.listeners_noted = true;
-        self.ready = Ok(());
-        Ok(adopted.len())
+        self.health.set(Trouble::NotAdopted, None);
+        self.missed.end(refused);
+        self.note_missed();
+        Ok(adopted)
+    }
+
+    pub(super) fn adopting(&self, scope: Scope) -> Adopting {
+        Adopting {
+            scope,
+            entries: self.book.entries.clone(),
+            policies: self.book.policies(),
+            generation: self.book.generation,
+            ancestors: HashMap::new(),
+            processes: None,
+        }
     }
 
     fn namespaces_to_adopt(&mut self, all: bool) -> Vec<u64> {
@@ -80,7 +106,7 @@ impl Enforcer {
         }
         let (found, errors) = self.namespaces.open_all();
         for error in errors {
-            self.metrics.untracked(Untracked::Namespace);
+            self.unreached();
             tracing::warn!("connections of a network namespace are not adopted: {error}");
         }
         found
@@ -99,13 +125,7 @@ impl Enforcer {
             let sockets: Vec<Socket> = sockets.iter().filter(in_scope).copied().collect();
             self.note_listeners(&sockets, adopting.processes())?;
         }
-        let adopter = Adopter {
-            entries: &adopting.entries,
-            policies: &adopting.policies,
-            generation: adopting.generation,
-            scope: &adopting.scope,
-            ancestors: &adopting.ancestors,
-        };
+        let adopter = adopting.adopter();
         Ok(Some(adopter.sessions(&sockets, netns_cookie, now_ns)))
     }
 
@@ -120,14 +140,24 @@ impl Enforcer {
         match listed {
             Ok(sockets) => Some(sockets),
             Err(error) => {
-                self.metrics.untracked(Untracked::Namespace);
+                self.unreached();
                 tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
                 None
             }
         }
     }
 
-    fn note_cgroups(&mut self, adopting: &mut Adopting, sockets: &[Socket]) -> Result<()> {
+    /// Counts a namespace, or sockets of one, that cannot be asked about.
+    pub(super) fn unreached(&mut self) {
+        self.missed.unreached += 1;
+        self.metrics.untracked(Untracked::Namespace);
+    }
+
+    pub(super) fn note_cgroups(
+        &mut self,
+        adopting: &mut Adopting,
+        sockets: &[Socket],
+    ) -> Result<()> {
         for id in sockets.iter().filter_map(|socket| socket.cgroup_id) {
             if !adopting.ancestors.contains_key(&id) && adopting.scope.contains(Some(id)) {
                 self.note_cgroup(id)?;
@@ -166,6 +196,7 @@ impl Enforcer {
                 "{refused} connections are not tracked, the session map is full: raise \
                  daemon.max_sessions"
             );
+            self.missed.left_out += refused;
         }
         Ok(())
     }
@@ -188,31 +219,46 @@ impl Enforcer {
             if session.netns_cookie != netns_cookie {
                 continue;
             }
-            match now.get(cookie) {
-                Some(now) if adopt::was_active_between(session, now) => {
-                    // Counted as active at this moment: later than that packet, so never early.
-                    let now_ns = monotonic_ns();
-                    *session = Session {
-                        last_received_ns: now_ns,
-                        last_sent_ns: now_ns,
-                        owner: session.owner,
-                        ..*now
-                    };
-                    self.kernel.remove(*cookie)?;
-                    if self.kernel.adopt(*cookie, session)? == Adoption::Full {
-                        // Another session took its place in the map.
-                        self.metrics.untracked(Untracked::MapFull);
-                        gone.push(*cookie);
-                    }
-                }
-                Some(_) => {}
-                None => gone.push(*cookie),
+            if !self.confirm(*cookie, session, now.get(cookie))? {
+                gone.push(*cookie);
             }
         }
         for cookie in gone {
             adopted.remove(&cookie);
-            self.kernel.remove(cookie)?;
         }
         Ok(())
+    }
+
+    /// Compares a session that was adopted with what the socket tells `now`, if it is there still.
+    /// Whether the session is in the map then.
+    pub(super) fn confirm(
+        &mut self,
+        cookie: u64,
+        session: &mut Session,
+        now: Option<&Session>,
+    ) -> Result<bool> {
+        let Some(now) = now else {
+            self.kernel.remove(cookie)?;
+            return Ok(false);
+        };
+        if !adopt::was_active_between(session, now) {
+            return Ok(true);
+        }
+        // Counted as active at this moment: later than that packet, so never early.
+        let now_ns = monotonic_ns();
+        *session = Session {
+            last_received_ns: now_ns,
+            last_sent_ns: now_ns,
+            owner: session.owner,
+            ..*now
+        };
+        self.kernel.remove(cookie)?;
+        if self.kernel.adopt(cookie, session)? == Adoption::Full {
+            // Another session took its place in the map.
+            self.metrics.untracked(Untracked::MapFull);
+            self.missed.left_out += 1;
+            return Ok(false);
+        }
+        Ok(true)
     }
 }

@@ -176,6 +176,17 @@ impl RuleBook {
         })
     }
 
+    /// Whether this policy lets the session live whatever its limits.
+    pub(super) fn only_observes(
+        &self,
+        session: &Session,
+        ancestors: impl Fn(u64) -> Ancestors,
+    ) -> bool {
+        let rule = self.rule_of(session, ancestors);
+        rule.and_then(|rule| self.rule(rule))
+            .is_some_and(|rule| rule.mode == Mode::Observe)
+    }
+
     /// The rule in a place.
     pub(super) fn rule(&self, place: u16) -> Option<&ActiveRule> {
         self.rules.get(usize::from(place))
@@ -211,7 +222,7 @@ mod tests {
         Session {
             last_received_ns: 0,
             last_sent_ns: 0,
-            answered_ns: 0,
+            answered_ns: 1,
             bytes_received: 0,
             bytes_sent: 0,
             open_until_ns: 0,
@@ -226,9 +237,6 @@ mod tests {
             rule,
             direction: Direction::Inbound as u8,
             flags: 0,
-            jitter_seed: 0,
-            owes_answer: 0,
-            reserved: [0; 3],
             owner: Owner::UNKNOWN,
         }
     }

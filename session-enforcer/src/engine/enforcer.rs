@@ -5,14 +5,20 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{
-    ErrorKind, Event, EventKind, Reason, RuleCounters, Session, Verdict, verdict,
+    ErrorKind, Event, EventKind, Policy, Reason, RuleCounters, Session, Verdict, verdict,
 };
 
-use super::{book::RuleBook, terminate::Expired};
+use super::{
+    book::RuleBook,
+    pace::Pace,
+    reconcile::{Comparison, Missed},
+    terminate::Expired,
+};
 use crate::{
     audit::Audit,
     bpf::{BpfError, Kernel},
     clock::monotonic_ns,
+    health::{Health, Trouble},
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     netns::Namespaces,
@@ -65,8 +71,6 @@ pub struct Enforcer {
     pub(super) lag_ns: u64,
     pub(super) book: RuleBook,
     pub(super) schedule: Schedule,
-    /// Scheduled sessions by network namespace.
-    sessions_in: HashMap<u64, usize>,
     /// Scheduled sessions by the place of their rule.
     sessions_of: Vec<u64>,
     /// Observed sessions that were recorded, with the deadline that was.
@@ -76,13 +80,29 @@ pub struct Enforcer {
     /// Sessions that the kernel refused to destroy and that will be tried again, as they were
     /// recorded.
     pub(super) refused: HashMap<u64, Expired>,
+    /// Sessions that a change of the policy made late, until they are looked at again.
+    pub(super) late_by_policy: HashMap<u64, LateByPolicy>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     /// After a take-over, until all events were read once: openings less closings among them.
     pub(super) unsettled: Option<i64>,
-    pub(super) ready: Result<(), String>,
+    /// What is not as it should be.
+    pub(super) health: Health,
+    /// Sessions that the map can hold.
+    pub(super) capacity: usize,
+    pub(super) missed: Missed,
+    pub(super) pace: Pace,
+    /// The comparison of sessions and sockets that is under way.
+    pub(super) comparison: Option<Comparison>,
     /// Whether the owners of the sockets that listened at the start were noted.
     pub(super) listeners_noted: bool,
+}
+
+/// When a change of the policy made a session late, and since when it was past the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LateByPolicy {
+    pub(super) changed_ns: u64,
+    pub(super) reached_ns: u64,
 }
 
 /// What the kernel's socket table says of a session whose end is not reported.
@@ -105,6 +125,7 @@ impl Enforcer {
         } = parts;
         // The generations go on: a session of an earlier daemon must not seem to be of this one.
         let book = RuleBook::after(kernel.inherited_generation());
+        let capacity = kernel.capacity();
         Self {
             kernel,
             namespaces,
@@ -114,14 +135,18 @@ impl Enforcer {
             lag_ns,
             book,
             schedule: Schedule::new(),
-            sessions_in: HashMap::new(),
             sessions_of: Vec::new(),
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
             refused: HashMap::new(),
+            late_by_policy: HashMap::new(),
             repaired_losses: 0,
             unsettled: None,
-            ready: Err("the connections that are older than the daemon are not adopted yet".into()),
+            health: Health::of_a_start(),
+            capacity,
+            missed: Missed::default(),
+            pace: Pace::from(monotonic_ns()),
+            comparison: None,
             listeners_noted: false,
         }
     }
@@ -195,7 +220,6 @@ impl Enforcer {
 
     /// Schedules a session.
     pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
-        *self.sessions_in.entry(group.netns_cookie).or_default() += 1;
         let place = usize::from(group.rule);
         if self.sessions_of.len() <= place {
             self.sessions_of.resize(place + 1, 0);
@@ -208,9 +232,6 @@ impl Enforcer {
 
     fn leave(&mut self, group: Group) {
         self.sessions_of[usize::from(group.rule)] -= 1;
-        if let Some(count) = self.sessions_in.get_mut(&group.netns_cookie) {
-            *count -= 1;
-        }
         self.close_if_unused(group.netns_cookie);
     }
 
@@ -220,6 +241,7 @@ impl Enforcer {
             self.record_gone(&expired);
         }
         self.refused.remove(&cookie);
+        self.late_by_policy.remove(&cookie);
         self.observed.remove(&cookie);
         if let Some(group) = self.schedule.remove(cookie) {
             self.leave(group);
@@ -228,14 +250,15 @@ impl Enforcer {
 
     /// An open socket table keeps its namespace alive: one without sessions is closed.
     pub(super) fn close_if_unused(&mut self, netns_cookie: u64) {
-        if self
-            .sessions_in
-            .get(&netns_cookie)
-            .is_none_or(|count| *count == 0)
-        {
-            self.sessions_in.remove(&netns_cookie);
+        if !self.schedule.has_sessions_in(netns_cookie) {
             self.namespaces.close(netns_cookie);
         }
+    }
+
+    /// Whether a session is due now.
+    pub fn is_due(&mut self) -> bool {
+        self.next_due_ns()
+            .is_some_and(|due_ns| due_ns <= monotonic_ns())
     }
 
     /// Looks at the sessions that are due, as many as one pass may, and acts on them.
@@ -309,6 +332,7 @@ impl Enforcer {
                 // Whatever was asked of the kernel, it was not done.
                 self.in_doubt.remove(&cookie);
                 self.refused.remove(&cookie);
+                self.late_by_policy.remove(&cookie);
                 self.schedule.rearm(cookie, alive_ns.min(look_again_ns));
                 Ok(None)
             }
@@ -317,17 +341,10 @@ impl Enforcer {
                 deadline_ns,
             } => {
                 let reached_ns = deadline_ns;
-                let (reason, deadline_ns) = match (self.tried(cookie, reached_ns), before) {
-                    // What was found the first time is still true.
-                    (Some(tried), _) => (tried.reason, tried.deadline_ns),
-                    // By the policy before it would live: the new one ends it, now.
-                    (None, Some(before))
-                        if before.lets_live(&session, now_ns, |id| self.ancestors_of(id)) =>
-                    {
-                        (Reason::Policy, now_ns)
-                    }
-                    _ => (reason, deadline_ns),
-                };
+                let (reason, deadline_ns) = self
+                    .known_cause(cookie, reached_ns)
+                    .or_else(|| self.change_as_cause(cookie, &session, now_ns, before?, &policy))
+                    .unwrap_or((reason, deadline_ns));
                 session.rule = rule;
                 Ok(Some(Expired {
                     cookie,
@@ -335,15 +352,40 @@ impl Enforcer {
                     reason,
                     deadline_ns,
                     reached_ns,
+                    doubts: 0,
                 }))
             }
         }
     }
 
-    /// The earlier attempt to end a session for the same limit, if it was refused or is in doubt.
-    fn tried(&self, cookie: u64, reached_ns: u64) -> Option<&Expired> {
+    /// Why and since when a session is late, where that was found before for the same limit: at an
+    /// attempt that was refused or is in doubt, or when the policy changed.
+    fn known_cause(&self, cookie: u64, reached_ns: u64) -> Option<(Reason, u64)> {
         let tried = self.in_doubt.get(&cookie).or(self.refused.get(&cookie));
-        tried.filter(|tried| tried.reached_ns == reached_ns)
+        if let Some(tried) = tried.filter(|tried| tried.reached_ns == reached_ns) {
+            return Some((tried.reason, tried.deadline_ns));
+        }
+        let late = self.late_by_policy.get(&cookie)?;
+        (late.reached_ns == reached_ns).then_some((Reason::Policy, late.changed_ns))
+    }
+
+    /// The change of the policy as the cause: by the one before, the session would live, within its
+    /// limits or only observed, or was made late by its coming and not looked at since.
+    fn change_as_cause(
+        &self,
+        cookie: u64,
+        session: &Session,
+        now_ns: u64,
+        before: &RuleBook,
+        policy: &Policy,
+    ) -> Option<(Reason, u64)> {
+        if let Some(late) = self.late_by_policy.get(&cookie) {
+            return Some((Reason::Policy, late.changed_ns));
+        }
+        let ancestors = |id| self.ancestors_of(id);
+        let lived = before.lets_live(session, now_ns, ancestors)
+            || policy.gate == 1 && before.only_observes(session, ancestors);
+        lived.then_some((Reason::Policy, now_ns))
     }
 
     /// The session as it was at one moment. The kernel copies a record while packets change it: an
@@ -421,13 +463,19 @@ impl Enforcer {
         self.release(cookie, session)
     }
 
-    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
-    /// and not in the schedule. What has closed is found when it is due.
+    /// Looks at what the kernel programs could not do, and makes up for it.
     ///
     /// # Errors
     ///
     /// Where the maps cannot be read.
-    pub fn repair_lost_events(&mut self) -> Result<()> {
+    pub fn repair(&mut self) -> Result<()> {
+        self.note_refusals()?;
+        self.repair_lost_events()
+    }
+
+    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
+    /// and not in the schedule. What has closed is found by the comparison that follows.
+    fn repair_lost_events(&mut self) -> Result<()> {
         let lost = self.kernel.error_count(ErrorKind::EventLost)?;
         if lost == self.repaired_losses {
             return Ok(());
@@ -437,6 +485,7 @@ impl Enforcer {
             lost - self.repaired_losses
         );
         self.repaired_losses = lost;
+        self.missed.events = true;
         for cookie in self.kernel.cookies()? {
             if self.schedule.contains(cookie) {
                 continue;
@@ -452,12 +501,21 @@ impl Enforcer {
 
     /// Answers a request of the HTTP server.
     pub fn answer(&mut self, request: Request) {
+        self.note_audit();
         // A client that has gone needs no answer.
         match request {
             Request::Metrics(reply) => drop(reply.send(self.render_metrics())),
-            Request::Ready(reply) => drop(reply.send(self.ready.clone())),
+            Request::Ready(reply) => drop(reply.send(self.health.ready())),
             Request::Live(reply) => drop(reply.send(())),
         }
+    }
+
+    fn note_audit(&mut self) {
+        let what = self.audit.is_failing().then_some(
+            "audit records are lost, they cannot be written; the log says why, and that they are \
+             written again",
+        );
+        self.health.set(Trouble::Audit, what);
     }
 
     fn render_metrics(&self) -> Result<String, String> {
@@ -475,6 +533,7 @@ impl Enforcer {
             errors: self.kernel.errors()?,
             gate_drops: self.kernel.gate_drops()?,
             audit_lost: self.audit.lost(),
+            troubles: self.health.troubles(),
         })
     }
 

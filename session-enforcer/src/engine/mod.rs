@@ -6,6 +6,8 @@ mod adoption;
 mod book;
 mod enforcer;
 mod owners;
+mod pace;
+mod reconcile;
 mod reload;
 mod takeover;
 mod terminate;
@@ -16,6 +18,7 @@ use anyhow::{Context as _, Result};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    task::yield_now,
     time::{Instant, sleep_until},
 };
 
@@ -27,9 +30,11 @@ pub use takeover::Begun;
 use crate::{
     bpf::{Events, KernelLog},
     cgroup::Cgroup,
+    clock::monotonic_ns,
     config::{Config, NetworkNamespaces},
     http::Request,
     owners::UserError,
+    survey::{Found, Survey},
     timer::Timer,
     watch::Watch,
 };
@@ -68,6 +73,8 @@ pub struct Engine {
     requests: mpsc::Receiver<Request>,
     signals: Signals,
     watch: Watch,
+    /// Lists the sockets, while sessions are compared with them.
+    survey: Option<Survey>,
 }
 
 impl Engine {
@@ -96,6 +103,7 @@ impl Engine {
             requests,
             signals,
             watch: Watch::default(),
+            survey: None,
         })
     }
 
@@ -113,9 +121,9 @@ impl Engine {
     async fn serve(&mut self) -> Result<()> {
         self.follow_cgroups()?;
         loop {
-            self.timer
-                .set(self.enforcer.next_due_ns())
-                .context("setting the timer")?;
+            let due_ns = self.enforcer.next_due_ns();
+            let next_ns = due_ns.into_iter().chain(self.enforcer.next_comparison_ns());
+            self.timer.set(next_ns.min()).context("setting the timer")?;
             tokio::select! {
                 biased;
                 received = self.signals.next() => match received {
@@ -127,9 +135,8 @@ impl Engine {
                 },
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
-                    self.enforcer.enforce_due()?;
-                    // Each reset has put an event into the ring buffer: keep it from filling.
-                    self.events.read_all(&mut self.enforcer)?;
+                    self.enforce_due()?;
+                    self.compare_if_due();
                 }
                 ready = self.events.wait() => {
                     ready.context("waiting for the kernel's events")?;
@@ -138,6 +145,7 @@ impl Engine {
                 Some(request) = self.requests.recv() => {
                     // An answer is about now, and not about the last time that events were read.
                     self.events.read_all(&mut self.enforcer)?;
+                    self.enforcer.note_attachment(&self.reloading.cgroup);
                     self.enforcer.answer(request);
                 }
                 changed = self.watch.changed() => {
@@ -147,8 +155,76 @@ impl Engine {
                 forwarded = self.log.forward() => {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
+                () = yield_now(), if self.enforcer.has_missing() => {
+                    self.events.read_all(&mut self.enforcer)?;
+                    self.enforcer.look_at_missing()?;
+                }
+                found = next_of(&mut self.survey), if !self.enforcer.has_missing() => {
+                    self.compare(found)?;
+                }
             }
         }
+    }
+}
+
+/// Sessions that are due.
+impl Engine {
+    fn enforce_due(&mut self) -> Result<()> {
+        self.enforcer.enforce_due()?;
+        // Each reset has put an event into the ring buffer: keep it from filling.
+        self.events.read_all(&mut self.enforcer)
+    }
+
+    /// Ends what a change of the policy made late, before a look at all sockets takes its time.
+    fn enforce_all_due(&mut self) -> Result<()> {
+        while self.enforcer.is_due() {
+            self.enforce_due()?;
+        }
+        Ok(())
+    }
+}
+
+/// The comparison of sessions and sockets.
+impl Engine {
+    fn compare_if_due(&mut self) {
+        let next_ns = self.enforcer.next_comparison_ns();
+        if next_ns.is_none_or(|next_ns| monotonic_ns() < next_ns) {
+            return;
+        }
+        self.enforcer.note_attachment(&self.reloading.cgroup);
+        let all_namespaces = self.reloading.all_namespaces();
+        match Survey::start(&self.reloading.cgroup, all_namespaces) {
+            Ok(survey) => {
+                self.survey = Some(survey);
+                self.enforcer.begin_comparison();
+            }
+            Err(error) => self
+                .enforcer
+                .break_off_comparison(&format!("a thread cannot be had: {error}")),
+        }
+    }
+
+    fn compare(&mut self, found: Option<Found>) -> Result<()> {
+        match found {
+            Some(found) => {
+                // What opened and closed by now is known.
+                self.events.read_all(&mut self.enforcer)?;
+                self.enforcer.compare(found)?;
+            }
+            None => self.enforcer.break_off_comparison("their list broke off"),
+        }
+        if !self.enforcer.is_comparing() {
+            self.survey = None;
+        }
+        Ok(())
+    }
+}
+
+/// What the survey finds next, if there is one.
+async fn next_of(survey: &mut Option<Survey>) -> Option<Found> {
+    match survey {
+        Some(survey) => survey.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -208,10 +284,11 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
+        self.enforce_all_due()?;
         let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
         let adopted = self
             .enforcer
-            .adopt(&self.reloading.cgroup, all_namespaces)?;
+            .adopt_by_change(&self.reloading.cgroup, all_namespaces)?;
         self.enforcer.reload_succeeded();
         tracing::info!(
             "SIGHUP: {} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
@@ -292,7 +369,7 @@ impl EventReader {
         enforcer.count_inherited();
         enforcer.flush_audit();
         self.paused_until = any.then(|| Instant::now() + READ_PAUSE);
-        enforcer.repair_lost_events()
+        enforcer.repair()
     }
 }
 

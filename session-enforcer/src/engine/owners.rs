@@ -11,7 +11,8 @@ use crate::{
     cgroup::Cgroup,
     clock::monotonic_ns,
     config::Config,
-    processes::Sockets,
+    disconnect,
+    processes::{Holder, Sockets},
     schedule::Group,
     sock_diag::{Info, Socket, Target, state},
 };
@@ -72,30 +73,45 @@ impl Enforcer {
                 comm: holder.comm(),
                 ..adopt::owner(socket, &alone)
             };
-            match holder.duplicate() {
-                Ok(fd) if owner.is_known() => {
-                    self.note_cgroup(owner.cgroup_id)?;
-                    self.kernel.note_owner(&fd, &owner)?;
-                }
-                Ok(_) => {}
+            if !owner.is_known() {
+                continue;
+            }
+            self.note_cgroup(owner.cgroup_id)?;
+            if let Err(error) = self.note_listener(socket, holder, &owner) {
                 // What it accepts is asked about one by one.
-                Err(error) => tracing::debug!(
-                    "the owner of the listener on port {} is not noted: {error}",
+                tracing::debug!(
+                    "the owner of the listener on port {} is not noted: {error:#}",
                     socket.target.local_port
-                ),
+                );
             }
         }
         Ok(())
     }
 
-    /// Finds the owner of a session and the rule that is then its own, and puts both into the
-    /// session map. None, after it was dealt with, where the session is not to be judged now.
+    /// By the time that it is looked at, the process may have closed the listener, and the number of
+    /// its descriptor stand for another file. Of an MPTCP listener it stands for the MPTCP socket, from
+    /// which no connection inherits anything.
+    fn note_listener(&mut self, socket: &Socket, holder: Holder, owner: &Owner) -> Result<()> {
+        let fd = holder.duplicate()?;
+        let cookie = disconnect::cookie(&fd)?;
+        anyhow::ensure!(
+            cookie == socket.target.cookie,
+            "its descriptor is another's"
+        );
+        Ok(self.kernel.note_owner(&fd, owner)?)
+    }
+
+    /// Finds the owner of a session, if that is not known, and the rule that is then its own, and puts
+    /// both into the session map. None, after it was dealt with, where the session is not to be judged
+    /// now.
     pub(super) fn settle_owner(
         &mut self,
         cookie: u64,
         session: &Session,
     ) -> Result<Option<Session>> {
         let (owner, passed) = match self.find_owner(cookie, session) {
+            // The kernel's word tells the process too.
+            Found::Owner(_, passed) if session.owner.is_known() => (session.owner, passed),
             Found::Owner(owner, passed) => (owner, passed),
             Found::Gone => {
                 self.drop_undecided(cookie, session)?;
@@ -109,8 +125,9 @@ impl Enforcer {
         self.note_cgroup(owner.cgroup_id)?;
         let mut settled = Session {
             owner,
-            // The gate has not looked at it under the rule to be found.
+            // The gate has not looked at it under the rule to be found, which is not that of before.
             open_until_ns: 0,
+            generation: 0,
             ..*session
         };
         let Some(rule) = self.rule_of(&settled) else {
@@ -203,7 +220,8 @@ impl Enforcer {
     }
 
     /// Looks whether cgroups that the rules name have come. The sockets of one that has are matched
-    /// from now on, and those that it has already are adopted.
+    /// from now on, those that it has already are adopted, and those that a rule further down has
+    /// taken meanwhile are decided about anew.
     ///
     /// # Errors
     ///
@@ -214,19 +232,43 @@ impl Enforcer {
         cgroup: &Cgroup,
         all_namespaces: bool,
     ) -> Result<()> {
-        if !self.directory.look_again() {
+        let come = self.directory.look_again();
+        if come.is_empty() {
             return Ok(());
         }
-        // The same policy, of the same generation: what was decided about sessions stands.
+        // The same policy, of the same generation: what was decided about other sessions stands.
         self.book.set_owners(config, self.directory.owners());
         self.kernel.put_policy(
             self.book.generation,
             &self.book.entries,
             &self.book.policies(),
         )?;
+        let redecided = self.redecide_below(&come)?;
         let adopted = self.adopt(cgroup, all_namespaces)?;
-        tracing::info!("a cgroup of the rules has come; {adopted} connections adopted");
+        tracing::info!(
+            "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
+             adopted"
+        );
         Ok(())
+    }
+
+    /// Decides anew about the sessions of these cgroups and of those below; how many.
+    fn redecide_below(&mut self, cgroups: &[u64]) -> Result<usize> {
+        let mut count = 0;
+        for cookie in self.kernel.cookies()? {
+            let Some(session) = self.kernel.session(cookie)? else {
+                continue;
+            };
+            let above = self.ancestors_of(session.owner.cgroup_id);
+            if !cgroups.iter().any(|id| above.contains(*id)) {
+                continue;
+            }
+            count += 1;
+            if self.settle_owner(cookie, &session)?.is_some() {
+                self.schedule.rearm(cookie, 0);
+            }
+        }
+        Ok(count)
     }
 
     /// The directories of the cgroups that the rules name.

@@ -1,13 +1,14 @@
 //! A policy comes into force: the first one, and those that follow.
 
 use anyhow::Result;
-use session_enforcer_common::Session;
+use session_enforcer_common::{Reason, Session, Verdict, verdict};
 
 use super::{
     book::RuleBook,
-    enforcer::{Enforcer, group_of},
+    enforcer::{Enforcer, LateByPolicy, group_of},
+    terminate::Expired,
 };
-use crate::{clock::monotonic_ns, config::Config, sock_diag::MAX_BATCH};
+use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config};
 
 /// What a change of the policy did to the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,11 +28,13 @@ impl Enforcer {
     ///
     /// Where there are too many rules, a user is not there, or the kernel refuses.
     pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
-        let owners = self.directory.look_up(config)?;
-        let next = self.book.next(config, owners, self.lag_ns)?;
+        let found = self.directory.look_up(config)?;
+        let next = self.book.next(config, &found.owners, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
+        self.directory.keep(found);
         self.metrics.set_rules(&next.names());
+        self.pace.set_interval(config.reconcile_interval);
         Ok(std::mem::replace(&mut self.book, next))
     }
 
@@ -48,6 +51,28 @@ impl Enforcer {
         Ok(redecided)
     }
 
+    /// Adopts the connections that no rule matched before the policy changed. Those that are past a
+    /// limit are so by the change.
+    ///
+    /// # Errors
+    ///
+    /// As [`adopt`](Self::adopt).
+    pub fn adopt_by_change(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
+        let adopted = self.adopt_all(cgroup, all_namespaces)?;
+        let changed_ns = monotonic_ns();
+        for (cookie, session) in &adopted {
+            let policy = self.book.rules[usize::from(session.rule)].policy;
+            if let Verdict::Expired { deadline_ns, .. } = verdict(session, &policy, changed_ns) {
+                let late = LateByPolicy {
+                    changed_ns,
+                    reached_ns: deadline_ns,
+                };
+                self.late_by_policy.insert(*cookie, late);
+            }
+        }
+        Ok(adopted.len())
+    }
+
     /// Records that the enforcement begins, under this policy.
     pub fn started(&mut self, config: &Config) {
         self.audit.started();
@@ -60,29 +85,36 @@ impl Enforcer {
         self.audit.policy_loaded(config.mode, &names);
     }
 
+    /// Those that are late now are made due, and ended by the passes that follow: between these the
+    /// ring buffer is read, which the closings of a hundred thousand would fill.
     fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
         let mut redecided = Redecided::default();
-        let mut expired = Vec::new();
         for cookie in self.kernel.cookies()? {
             let Some(session) = self.kernel.session(cookie)? else {
                 continue;
             };
             self.reschedule(cookie, &session);
-            expired.extend(self.judge(cookie, monotonic_ns(), Some(before))?);
-            if self.schedule.contains(cookie) {
-                redecided.kept += 1;
-            } else {
-                redecided.released += 1;
-            }
-            if expired.len() == MAX_BATCH {
-                redecided.expired += expired.len();
-                self.terminate_all(std::mem::take(&mut expired))?;
+            match self.judge(cookie, monotonic_ns(), Some(before))? {
+                Some(expired) => {
+                    redecided.expired += 1;
+                    self.make_due(&expired);
+                }
+                None if self.schedule.contains(cookie) => redecided.kept += 1,
+                None => redecided.released += 1,
             }
         }
-        redecided.expired += expired.len();
-        redecided.kept -= redecided.expired;
-        self.terminate_all(expired)?;
         Ok(redecided)
+    }
+
+    fn make_due(&mut self, expired: &Expired) {
+        if expired.reason == Reason::Policy {
+            let late = LateByPolicy {
+                changed_ns: expired.deadline_ns,
+                reached_ns: expired.reached_ns,
+            };
+            self.late_by_policy.insert(expired.cookie, late);
+        }
+        self.schedule.rearm(expired.cookie, 0);
     }
 
     /// Moves a session to the rule that is now its own, without a time.

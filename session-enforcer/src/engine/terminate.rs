@@ -18,8 +18,12 @@ use crate::{
     sock_diag::{MAX_BATCH, SockDiagError, Target},
 };
 
-/// When a session whose fate is unknown is looked at again.
+/// When a session whose fate is unknown is looked at again, the first time. Each time takes twice as
+/// long.
 const DOUBT_NS: u64 = 10_000_000;
+
+/// After so many requests without an answer the session could not be reset.
+const MAX_DOUBTS: u32 = 5;
 
 /// When an observed session with nothing more to record is looked at, in case that its end was not
 /// reported.
@@ -36,6 +40,8 @@ pub(super) struct Expired {
     pub(super) deadline_ns: u64,
     /// When it reached its limit.
     pub(super) reached_ns: u64,
+    /// Requests to destroy it, one after the other, that were not answered.
+    pub(super) doubts: u32,
 }
 
 impl Enforcer {
@@ -183,11 +189,24 @@ impl Enforcer {
                 Ok(())
             }
             None => {
-                self.in_doubt.insert(cookie, *expired);
-                self.schedule.rearm(cookie, answered_ns + DOUBT_NS);
+                self.doubt(expired, answered_ns);
                 Ok(())
             }
         }
+    }
+
+    /// The kernel did not answer, or its answer was lost.
+    fn doubt(&mut self, expired: &Expired, now_ns: u64) {
+        let cookie = expired.cookie;
+        let before = self.in_doubt.get(&cookie).map_or(0, |before| before.doubts);
+        if before == MAX_DOUBTS {
+            let text = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
+            self.fail(expired, now_ns, text);
+            return;
+        }
+        let doubts = before + 1;
+        self.in_doubt.insert(cookie, Expired { doubts, ..*expired });
+        self.schedule.rearm(cookie, now_ns + (DOUBT_NS << before));
     }
 
     /// The kernel knows no such socket.
@@ -221,12 +240,18 @@ impl Enforcer {
         self.schedule.rearm(expired.cookie, at_ns + RETRY_NS);
     }
 
-    /// A session was reset. The kernel has taken it out of the map, or leaves that to the daemon.
+    /// A session was reset. The kernel has taken it out of the map by now, except where it does not
+    /// report the end, or another program has undone that it does.
     fn end(&mut self, expired: &Expired) -> Result<()> {
-        if expired.session.end_is_unreported() {
-            return self.release(expired.cookie, &expired.session);
+        let Expired {
+            cookie, session, ..
+        } = expired;
+        // The socket may have been connected again, under the same cookie.
+        let is_same = |now: Session| now.established_ns == session.established_ns;
+        if self.kernel.session(*cookie)?.is_some_and(is_same) {
+            return self.release(*cookie, session);
         }
-        self.forget(expired.cookie);
+        self.forget(*cookie);
         Ok(())
     }
 

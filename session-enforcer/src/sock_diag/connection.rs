@@ -21,7 +21,7 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{self, Body, Family, Message, Socket, Target, WireError};
+use super::wire::{self, Body, Detail, Family, Message, Socket, Target, WireError};
 
 /// Requests in one send. Each is answered with a message of its own into the receive buffer; 200
 /// answers fit into the default one, 300 were lost in it (Linux 6.18).
@@ -215,21 +215,41 @@ impl DiagSocket {
     pub fn dump(&mut self, states: u32) -> Result<Vec<Socket>, SockDiagError> {
         let mut sockets = Vec::new();
         for family in [Family::Ipv4, Family::Ipv6] {
-            self.dump_family(family, states, &mut sockets)?;
+            let start = sockets.len();
+            let attempt = |diag: &mut Self| {
+                sockets.truncate(start);
+                diag.dump_once(family, states, Detail::Activity, &mut |socket| {
+                    sockets.push(socket);
+                })
+            };
+            self.until_whole(attempt)?;
         }
         Ok(sockets)
     }
 
-    fn dump_family(
+    /// Hands over the same sockets one by one, without what passed in them. Where the table changed
+    /// meanwhile they are listed again, and come again.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn name_each(
         &mut self,
-        family: Family,
         states: u32,
-        sockets: &mut Vec<Socket>,
+        take: &mut dyn FnMut(Socket),
     ) -> Result<(), SockDiagError> {
-        let start = sockets.len();
+        for family in [Family::Ipv4, Family::Ipv6] {
+            self.until_whole(|diag| diag.dump_once(family, states, Detail::Names, take))?;
+        }
+        Ok(())
+    }
+
+    fn until_whole(
+        &mut self,
+        mut attempt: impl FnMut(&mut Self) -> Result<bool, SockDiagError>,
+    ) -> Result<(), SockDiagError> {
         for _ in 0..DUMP_ATTEMPTS {
-            sockets.truncate(start);
-            if self.dump_once(family, states, sockets)? {
+            if attempt(self)? {
                 return Ok(());
             }
         }
@@ -241,10 +261,11 @@ impl DiagSocket {
         &mut self,
         family: Family,
         states: u32,
-        sockets: &mut Vec<Socket>,
+        detail: Detail,
+        take: &mut dyn FnMut(Socket),
     ) -> Result<bool, SockDiagError> {
         let sequence = self.begin(1);
-        wire::put_dump(&mut self.out, sequence, family, states);
+        wire::put_dump(&mut self.out, sequence, family, states, detail);
         self.send()?;
         let mut whole = true;
         loop {
@@ -254,7 +275,7 @@ impl DiagSocket {
                 check_sequence(&message, sequence)?;
                 whole &= !message.interrupted;
                 match message.body {
-                    Body::Socket(found) => sockets.push(found),
+                    Body::Socket(found) => take(found),
                     Body::Done(0) => return Ok(whole),
                     Body::Done(code) | Body::Answer(code) => {
                         return Err(SockDiagError::Refused(Errno::from_raw(code)));
@@ -435,6 +456,20 @@ mod tests {
             cookie: 1,
         };
         assert_eq!(diag.look(&nobody).unwrap(), None);
+    }
+
+    #[test]
+    fn the_sockets_are_named_one_by_one_without_what_passed() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut found = Vec::new();
+        let mut diag = DiagSocket::open().unwrap();
+        let listening = wire::state::bit(wire::state::LISTEN);
+        diag.name_each(listening, &mut |socket| found.push(socket))
+            .unwrap();
+        let own = found.iter().find(|s| s.target.local_port == port).unwrap();
+        assert_eq!(own.info, None);
+        assert_ne!(own.target.cookie, 0);
     }
 
     #[test]

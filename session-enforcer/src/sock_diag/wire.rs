@@ -233,11 +233,24 @@ pub fn put_look_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
     out.put_u32_ne(libc::IPPROTO_MPTCP as u32);
 }
 
+/// What a dump tells of each socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// Who it is: tuple, cookie, state, owner.
+    Names,
+    /// Also what passed: [`Info`].
+    Activity,
+}
+
 /// Appends a request for every TCP socket of the family in one of the `states`.
-pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32) {
+pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32, detail: Detail) {
     let flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let extensions = match detail {
+        Detail::Names => 0,
+        Detail::Activity => 1 << (INET_DIAG_INFO - 1),
+    };
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, flags, sequence);
-    put_request_start(out, family, 1 << (INET_DIAG_INFO - 1), states);
+    put_request_start(out, family, extensions, states);
     out.put_bytes(0, REQUEST - 8);
 }
 

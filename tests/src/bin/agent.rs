@@ -14,28 +14,29 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use session_enforcer_tests::{enter, serve};
+use session_enforcer_tests::{Place, enter, serve};
 
 const USAGE: &str = "usage: session-enforcer-test-agent serve|exec [--cgroup DIR] \
-                     [--netns NAME|PATH] [--uid NUMBER] [-- COMMAND...]";
+                     [--netns NAME|PATH] [--uid NUMBER] [--rights-of NUMBER] [--own-user-namespace] \
+                     [-- COMMAND...]";
 
 fn main() -> Result<()> {
     let mut args = env::args_os().skip(1);
     let what = args.next().context(USAGE)?;
-    let (mut cgroup, mut netns, mut uid) = (None, None, None);
+    let mut place = Place::here();
     while let Some(arg) = args.next() {
-        match arg.to_str() {
-            Some("--cgroup") => cgroup = Some(PathBuf::from(args.next().context(USAGE)?)),
-            Some("--netns") => netns = Some(netns_path(&args.next().context(USAGE)?)),
-            Some("--uid") => {
-                let text = args.next().context(USAGE)?;
-                uid = Some(text.to_str().context(USAGE)?.parse().context(USAGE)?);
-            }
+        let mut value = || args.next().context(USAGE);
+        place = match arg.to_str() {
+            Some("--cgroup") => place.in_directory(Path::new(&value()?)),
+            Some("--netns") => place.in_netns_at(netns_path(&value()?)),
+            Some("--uid") => place.as_user(number(&value()?)?),
+            Some("--rights-of") => place.with_rights_of(number(&value()?)?),
+            Some("--own-user-namespace") => place.in_own_user_namespace(),
             Some("--") => break,
             _ => bail!(USAGE),
         }
     }
-    enter(cgroup.as_deref(), netns.as_deref(), uid)?;
+    enter(&place)?;
     match what.to_str() {
         Some("serve") => serve(&control()?),
         Some("exec") => {
@@ -45,6 +46,10 @@ fn main() -> Result<()> {
         }
         _ => bail!(USAGE),
     }
+}
+
+fn number(text: &OsString) -> Result<u32> {
+    text.to_str().context(USAGE)?.parse().context(USAGE)
 }
 
 /// A name is one of iproute2's.

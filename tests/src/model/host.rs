@@ -15,8 +15,8 @@ use super::{
     timeline::{Change, Span, Timeline},
 };
 use crate::{
-    audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, random::Random,
-    tcp::PATIENCE,
+    audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, pace::patience,
+    random::Random,
 };
 
 /// The counter of the sessions that reached a limit.
@@ -110,7 +110,7 @@ impl<'a> Host<'a> {
     /// Has all connections tried, while nobody resets what has expired.
     fn try_all(&self) -> Result<()> {
         self.alarm.store(true, Ordering::Relaxed);
-        eventually("all connections were tried", PATIENCE, || {
+        eventually("all connections were tried", patience(), || {
             Ok((!self.alarm.load(Ordering::Relaxed)).then_some(()))
         })
     }
@@ -213,7 +213,7 @@ impl<'a> Host<'a> {
     /// The last daemon's records and metrics, once they are the same number, or will not be.
     pub(super) fn finish(&mut self) -> Result<()> {
         // Whatever is still observed may be recorded between the two answers.
-        let agreeing = eventually("audit and counters agree", PATIENCE, || {
+        let agreeing = eventually("audit and counters agree", patience(), || {
             let (records, metrics) = self.ask()?;
             let counted = metrics.get(TERMINATIONS, &[])?;
             Ok((counted == records.len() as f64).then_some((records, metrics)))

@@ -49,8 +49,8 @@ use crate::{
     clock::{Time, eventually},
     daemon::Daemon,
     lab::Lab,
+    pace::patience,
     random::Random,
-    tcp::PATIENCE,
 };
 
 /// How many operations on connections there are for one on the daemon.
@@ -75,7 +75,7 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     operate(&mut host, operations.div_ceil(TO_ONE_BLOW), talk)?;
     let done = traffic.operations + host.blows;
     let is_doomed = |connection: &&Connection| is_doomed(connection, &host.timeline);
-    traffic.look_until(PATIENCE, |open| !open.iter().any(is_doomed))?;
+    traffic.look_until(patience(), |open| !open.iter().any(is_doomed))?;
     // What is only observed reaches its limits, too.
     traffic.look_until(LONGEST_LIMIT + Duration::from_secs(1), |_| false)?;
     let survivors = check_survivors(&host, &traffic, start.at.elapsed());
@@ -207,7 +207,7 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
 fn wait_for_observation(daemon: &Daemon, connection: &Connection, end: End) -> Result<()> {
     let is_of_it =
         |record: &Record| record.ports() == connection.ports && Termination::end_of(record) == end;
-    let recorded = eventually("what is observed is recorded", PATIENCE, || {
+    let recorded = eventually("what is observed is recorded", patience(), || {
         Ok(daemon.terminations()?.iter().any(is_of_it).then_some(()))
     });
     recorded.with_context(|| format!("the {end:?}'s session of {connection}"))

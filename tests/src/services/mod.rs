@@ -4,6 +4,9 @@
 //! Each server keeps everything in a temporary directory of its own, never in the system's, and
 //! runs in the test's cgroup: what it forks is killed with that, also where the test panics.
 
+mod conntrack;
+mod haproxy;
+mod nginx;
 mod openssh;
 mod postgresql;
 mod program;
@@ -20,6 +23,9 @@ use nix::sys::socket::{SockaddrStorage, bind, getsockname};
 
 use crate::{agent::Agent, options::set_option, process::output_of};
 
+pub use conntrack::track_connections;
+pub use haproxy::haproxy;
+pub use nginx::nginx;
 pub use openssh::{Login, OpenSsh};
 pub use postgresql::Postgres;
 pub use program::Program;

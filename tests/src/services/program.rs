@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    fs::File,
+    fs::{self, File},
     io::Write as _,
     os::unix::fs::FileExt as _,
     path::PathBuf,
@@ -14,8 +14,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     clock::eventually,
+    pace::{patience, scaled},
     process::{Finished, die_with_parent, run_to_end},
-    tcp::PATIENCE,
 };
 
 /// How long a server may take to start, or a command to do its work, on a busy machine.
@@ -37,8 +37,8 @@ pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<
     let found = places.find_map(|folder| Some(folder.join(program)).filter(|path| path.is_file()));
     found.with_context(|| {
         format!(
-            "the program `{program}` is missing (package {package}): `cargo xtask test` installs \
-             it"
+            "the program `{program}` is missing (package {package}): `cargo xtask test` or `bench` \
+             installs it"
         )
     })
 }
@@ -50,7 +50,7 @@ pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<
 /// Where it fails, with what it says.
 pub(super) fn succeed(command: Command) -> Result<String> {
     let shown = format!("{command:?}");
-    let finished = run_to_end(command, STARTING)?;
+    let finished = run_to_end(command, scaled(STARTING))?;
     let Finished {
         code,
         stdout,
@@ -68,6 +68,7 @@ pub struct Program {
     child: Child,
     stdin: Option<ChildStdin>,
     output: File,
+    quiet: bool,
 }
 
 impl Program {
@@ -89,6 +90,7 @@ impl Program {
             stdin: child.stdin.take(),
             child,
             output,
+            quiet: false,
         })
     }
 
@@ -100,10 +102,43 @@ impl Program {
     pub(super) fn server(name: &str, command: Command, ready: &str) -> Result<Self> {
         let mut server = Self::client(name, command)?;
         server.stdin = None;
-        server.wait_until(STARTING, ready, |output| {
+        server.wait_until(scaled(STARTING), ready, |output| {
             output.contains(ready).then_some(())
         })?;
         Ok(server)
+    }
+
+    /// Starts a server that says nothing, and waits until somebody listens on this port of 127.0.0.1
+    /// in its network namespace.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub(super) fn listening(name: &str, command: Command, port: u16) -> Result<Self> {
+        let mut server = Self::client(name, command)?;
+        server.stdin = None;
+        let sockets = PathBuf::from(format!("/proc/{}/net/tcp", server.child.id()));
+        let found = eventually("it listens", STARTING, || {
+            if let Some(status) = server.child.try_wait()? {
+                bail!("it has ended: {status}");
+            }
+            let table = fs::read_to_string(&sockets)?;
+            Ok(listens(&table, port).then_some(()))
+        });
+        found.with_context(|| format!("{name} wrote:\n{}", server.output()))?;
+        Ok(server)
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Leaves what it wrote out of the output on drop.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
     }
 
     /// What it has written so far, to standard output and standard error.
@@ -130,7 +165,9 @@ impl Program {
     ///
     /// Where it does not, or ends before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
-        self.wait_until(PATIENCE, text, |output| output.contains(text).then_some(()))
+        self.wait_until(patience(), text, |output| {
+            output.contains(text).then_some(())
+        })
     }
 
     /// Waits until it has written a line with this prefix and numbers right after it. A terminal
@@ -140,7 +177,7 @@ impl Program {
     ///
     /// Where it does not, or ends before.
     pub fn numbers_after<const N: usize>(&mut self, prefix: &str) -> Result<[u64; N]> {
-        self.wait_until(PATIENCE, prefix, |output| {
+        self.wait_until(patience(), prefix, |output| {
             // A line without its end may be half of one.
             let (whole, _) = output.rsplit_once('\n')?;
             let rests = whole
@@ -193,11 +230,38 @@ impl Program {
     }
 }
 
+/// Whether a table of sockets (proc(5), `/proc/net/tcp`) has one that listens on a port of 127.0.0.1.
+fn listens(table: &str, port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let local = format!("0100007F:{port:04X}");
+    let fields = table.lines().map(|line| line.split_whitespace());
+    fields
+        .map(|mut fields| (fields.nth(1), fields.nth(1)))
+        .any(|(address, state)| address == Some(local.as_str()) && state == Some(LISTEN))
+}
+
 impl Drop for Program {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        println!("{} wrote:\n{}", self.name, self.output());
+        if !self.quiet {
+            println!("{} wrote:\n{}", self.name, self.output());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_is_told_from_a_connection() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue\n\
+             0: 0100007F:1B59 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0\n\
+             1: 0100007F:1B5A 0100007F:1B59 01 00000000:00000000 00:00000000 00000000 0\n";
+        assert!(listens(table, 0x1b59));
+        assert!(!listens(table, 0x1b5a));
+        assert!(!listens("", 0x1b59));
     }
 }

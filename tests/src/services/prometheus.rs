@@ -15,7 +15,7 @@ use super::{
     ReservedPort,
     program::{self, Program},
 };
-use crate::{agent::Place, lab::Lab, tcp::PATIENCE};
+use crate::{agent::Place, lab::Lab, pace::patience};
 
 const PACKAGE: &str = "prometheus";
 const READY: &str = "Server is ready to receive web requests";
@@ -85,7 +85,7 @@ impl Prometheus {
 
     fn get(&self, path: &str) -> Result<String> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port.number))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience()))?;
         // Of this version, the answer ends with the connection and is in one piece.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
         let mut answer = String::new();

@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
-use session_enforcer_tests::{Daemon, Launch, Record, Time};
+use session_enforcer_tests::{Daemon, Interrupted, Launch, Record, Stop, Time};
 
 use super::cast::{self, Fate, NEWER, OLDER, Role};
 use super::client::{Client, Said};
 use super::screen::{Kind, Screen};
 use super::stage::{Stage, ensure_gone};
-use super::stop::{Interrupted, Stop};
 use crate::process::say;
 
 /// How often the clock moves.

@@ -1,10 +1,11 @@
-//! The configurations that the documentation shows.
+//! The configurations that the documentation shows, and the tests that it names.
 
 use std::collections::BTreeMap;
 
 use super::*;
 
 const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
+const FAULTS: &str = include_str!("../../../docs/faults.md");
 const README: &str = include_str!("../../../../README.md");
 
 /// The example that the README's first configuration goes with, and no page shows.
@@ -76,5 +77,40 @@ fn each_recipe_has_its_parts_and_a_place_in_the_list() {
             assert!(recipe.contains(part), "{title}: {part}");
         }
         assert!(COOKBOOK.contains(&format!("\n- [{title}](#")), "{title}");
+    }
+}
+
+/// Words of a page that name a test, as file and name.
+fn named_tests(page: &str) -> Vec<(&str, &str)> {
+    let words = page.split('`').skip(1).step_by(2);
+    let tests = words.filter_map(|word| word.split_once("::"));
+    tests.filter(|named| *named != ("file", "name")).collect()
+}
+
+#[test]
+fn each_test_that_the_page_of_faults_names_is_there() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let tests = named_tests(FAULTS);
+    assert!(tests.len() > 40, "{}", tests.len());
+    for (file, name) in tests {
+        let places = ["../tests/tests", "src"].map(|place| package.join(place));
+        let mut sources = places
+            .iter()
+            .filter_map(|place| std::fs::read_to_string(place.join(format!("{file}.rs"))).ok());
+        let test = format!("#[test]\nfn {name}(");
+        let indented = format!("#[test]\n    fn {name}(");
+        assert!(
+            sources.any(|source| source.contains(&test) || source.contains(&indented)),
+            "{file}::{name}"
+        );
+    }
+}
+
+#[test]
+fn each_fault_has_a_test() {
+    let rows = FAULTS.lines().filter(|line| line.starts_with("| "));
+    for row in rows.filter(|row| !row.starts_with("| fault |")) {
+        assert_eq!(row.matches(" |").count(), 4, "{row}");
+        assert!(row.contains("::"), "{row}");
     }
 }

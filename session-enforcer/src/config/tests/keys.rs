@@ -13,6 +13,7 @@ mode = "observe"
 max_sessions = 1_000
 pin_dir = '/sys/fs/bpf/web'
 network_namespaces = "own"
+reconcile_interval = "5m"
 
 [metrics]
 listen = "[::1]:80"
@@ -50,6 +51,7 @@ min_payload = 16
         max_sessions: 1000,
         pin_dir: Some("/sys/fs/bpf/web".into()),
         network_namespaces: NetworkNamespaces::Own,
+        reconcile_interval: Duration::from_secs(300),
         metrics_listen: Some("[::1]:80".parse().unwrap()),
         audit: AuditTarget::File("/var/log/audit.json".into()),
         rules: vec![Rule {
@@ -95,6 +97,7 @@ fn what_is_not_said_has_its_default() {
         max_sessions: 262_144,
         pin_dir: Some("/sys/fs/bpf/session-enforcer".into()),
         network_namespaces: NetworkNamespaces::All,
+        reconcile_interval: Duration::from_secs(600),
         metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
         audit: AuditTarget::Stdout,
         rules: vec![rule],

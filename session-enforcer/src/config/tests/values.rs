@@ -95,7 +95,7 @@ proptest! {
     /// The same with something that the parser of TOML lets through.
     #[test]
     fn no_value_is_a_panic_or_two_lines(
-        key in "(cgroup|mode|max_sessions|pin_dir|network_namespaces|listen|path|name|direction|local_ports\
+        key in "(cgroup|mode|max_sessions|pin_dir|network_namespaces|reconcile_interval|listen|path|name|direction|local_ports\
                 |remote_ports|local|remote|action|idle_timeout|max_lifetime|users|cgroups|control|x)",
         table in r"(|\[daemon\]|\[metrics\]|\[audit\]|\[\[rule\]\]|\[\[rule\]\]\nname = 'a')",
         value in "(-?[0-9]{1,30}|true|[0-9]{1,3}\\.5|\"[^\"\\\\\\x00-\\x1f\\x7f]{0,80}\"\

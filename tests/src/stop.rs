@@ -1,15 +1,22 @@
-//! Ctrl-C and its like: noticed between two steps of the show, so that it always cleans up.
+//! Ctrl-C and its like: noticed between two steps of the demo or of a benchmark, so that it always
+//! cleans up.
 
-use std::fmt;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::time::Duration;
+use std::{
+    fmt,
+    sync::atomic::{AtomicI32, Ordering},
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
-use nix::errno::Errno;
-use nix::libc::c_int;
-use nix::poll::{PollFd, ppoll};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use nix::sys::time::TimeSpec;
+use libc::c_int;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, ppoll},
+    sys::{
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+        time::TimeSpec,
+    },
+};
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -20,9 +27,9 @@ extern "C" fn catch(signal: c_int) {
     CAUGHT.store(signal, Ordering::Relaxed);
 }
 
-/// Somebody wants the show to end.
+/// Somebody wants it to end.
 #[derive(Debug)]
-pub(super) struct Interrupted(Signal);
+pub struct Interrupted(Signal);
 
 impl fmt::Display for Interrupted {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -32,15 +39,20 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// The signals that end the show early.
+/// The signals that end it early.
 ///
 /// They are blocked but for the moments of waiting. A terminal sends Ctrl-C to the children, too:
 /// those inherit the block, and none dies halfway through making or removing a namespace.
-pub(super) struct Stop(SigSet);
+#[derive(Debug)]
+pub struct Stop(SigSet);
 
 impl Stop {
     /// From here on those signals no longer end the process by themselves.
-    pub(super) fn listen() -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn listen() -> Result<Self> {
         let set: SigSet = SIGNALS.into_iter().collect();
         let action = SigAction::new(SigHandler::Handler(catch), SaFlags::SA_RESTART, set);
         for signal in SIGNALS {
@@ -52,7 +64,11 @@ impl Stop {
     }
 
     /// Starts a program that has to receive those signals itself.
-    pub(super) fn unblocked<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
+    ///
+    /// # Errors
+    ///
+    /// Those of the start, and [`Interrupted`].
+    pub fn unblocked<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
         self.0.thread_unblock()?;
         let started = start();
         self.0.thread_block()?;
@@ -61,7 +77,11 @@ impl Stop {
     }
 
     /// Waits for something to happen to one of these; fails where such a signal comes.
-    pub(super) fn wait(&self, fds: &mut [PollFd<'_>], timeout: Duration) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// [`Interrupted`], or where the kernel refuses.
+    pub fn wait(&self, fds: &mut [PollFd<'_>], timeout: Duration) -> Result<()> {
         let nothing_blocked = Some(SigSet::empty());
         match ppoll(fds, Some(TimeSpec::from_duration(timeout)), nothing_blocked) {
             Ok(_) | Err(Errno::EINTR) => self.check(),
@@ -69,8 +89,25 @@ impl Stop {
         }
     }
 
+    /// Lets this much time pass; fails where such a signal comes.
+    ///
+    /// # Errors
+    ///
+    /// [`Interrupted`], or where the kernel refuses.
+    pub fn pause(&self, duration: Duration) -> Result<()> {
+        let end = Instant::now() + duration;
+        while Instant::now() < end {
+            self.wait(&mut [], end.saturating_duration_since(Instant::now()))?;
+        }
+        self.check()
+    }
+
     /// Fails with [`Interrupted`] where such a signal has come.
-    pub(super) fn check(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// [`Interrupted`].
+    pub fn check(&self) -> Result<()> {
         match CAUGHT.load(Ordering::Relaxed) {
             0 => Ok(()),
             number => Err(Interrupted(Signal::try_from(number)?).into()),

@@ -1,0 +1,137 @@
+//! When sessions and sockets are compared. Pure.
+
+use std::time::Duration;
+
+/// The least time between two comparisons, in nanoseconds.
+const MIN_PAUSE_NS: u64 = 1_000_000_000;
+
+/// How many times as long as a comparison uses a processor there is none after it, however much is to
+/// be mended: so it is a twentieth of one at most.
+const REST: u32 = 20;
+
+/// Why there is to be a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Nothing is known to be wrong.
+    Routine,
+    /// Something is, which a comparison mends.
+    Mend,
+    /// Something is, which the last comparison did not mend and the next one may not either.
+    TryAgain,
+}
+
+/// How often there may be a comparison, and how often there must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pace {
+    interval_ns: u64,
+    ended_ns: u64,
+    pause_ns: u64,
+    /// Comparisons, one after the other, that did not mend everything.
+    in_vain: u32,
+}
+
+impl Pace {
+    /// As if there had been a comparison now.
+    pub(super) fn from(now_ns: u64) -> Self {
+        Self {
+            interval_ns: u64::MAX,
+            ended_ns: now_ns,
+            pause_ns: MIN_PAUSE_NS,
+            in_vain: 0,
+        }
+    }
+
+    /// Sets the time after which there is a comparison where nothing is known to be wrong.
+    pub(super) fn set_interval(&mut self, interval: Duration) {
+        self.interval_ns = nanoseconds(interval);
+    }
+
+    /// Notes the end of a comparison, how long it has used a processor, and whether it has mended
+    /// everything.
+    pub(super) fn ended(&mut self, now_ns: u64, used: Duration, all_mended: bool) {
+        self.ended_ns = now_ns;
+        self.pause_ns = nanoseconds(used * REST).max(MIN_PAUSE_NS);
+        self.in_vain = if all_mended {
+            0
+        } else {
+            self.in_vain.saturating_add(1)
+        };
+    }
+
+    /// When the next comparison begins.
+    pub(super) fn next_ns(&self, need: Need) -> u64 {
+        let after_ns = match need {
+            Need::Routine => self.interval_ns,
+            Need::Mend => self.pause_ns,
+            Need::TryAgain => {
+                let pause_ns = self
+                    .pause_ns
+                    .saturating_mul(1 << self.in_vain.min(u64::BITS - 2));
+                pause_ns.min(self.interval_ns).max(self.pause_ns)
+            }
+        };
+        self.ended_ns.saturating_add(after_ns)
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    fn pace() -> Pace {
+        let mut pace = Pace::from(100 * S);
+        pace.set_interval(Duration::from_secs(600));
+        pace
+    }
+
+    #[test]
+    fn where_nothing_is_wrong_the_interval_passes() {
+        let mut pace = pace();
+        assert_eq!(pace.next_ns(Need::Routine), 700 * S);
+        pace.ended(701 * S, Duration::from_millis(5), true);
+        assert_eq!(pace.next_ns(Need::Routine), 1_301 * S);
+    }
+
+    #[test]
+    fn what_is_wrong_is_mended_soon_and_a_long_comparison_is_followed_by_a_long_rest() {
+        let mut pace = pace();
+        assert_eq!(pace.next_ns(Need::Mend), 101 * S);
+        pace.ended(101 * S, Duration::from_millis(50), true);
+        assert_eq!(pace.next_ns(Need::Mend), 102 * S);
+        pace.ended(105 * S, Duration::from_secs(2), true);
+        assert_eq!(pace.next_ns(Need::Mend), 145 * S);
+    }
+
+    #[test]
+    fn what_cannot_be_mended_is_tried_ever_less_often_up_to_the_interval() {
+        let mut pace = pace();
+        let mut waits = Vec::new();
+        let mut now_ns = 100 * S;
+        for _ in 0..100 {
+            pace.ended(now_ns, Duration::ZERO, false);
+            let next_ns = pace.next_ns(Need::TryAgain);
+            waits.push((next_ns - now_ns) / S);
+            now_ns = next_ns;
+        }
+        assert_eq!(waits[..4], [2, 4, 8, 16]);
+        assert_eq!(waits[99], 600);
+        // Once there is room, it is mended at once.
+        assert_eq!(pace.next_ns(Need::Mend), pace.ended_ns + S);
+        pace.ended(now_ns, Duration::ZERO, true);
+        assert_eq!(pace.next_ns(Need::TryAgain), now_ns + S);
+    }
+
+    #[test]
+    fn a_short_interval_does_not_shorten_the_rest() {
+        let mut pace = pace();
+        pace.set_interval(Duration::from_secs(1));
+        pace.ended(S, Duration::from_secs(1), false);
+        assert_eq!(pace.next_ns(Need::TryAgain), 21 * S);
+    }
+}

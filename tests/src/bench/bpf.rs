@@ -1,0 +1,489 @@
+//! What the benchmarks ask of bpf(2): programs that do next to nothing, the kernel's statistics about
+//! programs, and entries in the daemon's maps.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+// `enum bpf_cmd` of `linux/bpf.h`.
+const MAP_CREATE: libc::c_long = 0;
+const MAP_LOOKUP_ELEM: libc::c_long = 1;
+const MAP_UPDATE_ELEM: libc::c_long = 2;
+const MAP_GET_NEXT_KEY: libc::c_long = 4;
+const PROG_LOAD: libc::c_long = 5;
+const PROG_GET_FD_BY_ID: libc::c_long = 13;
+const MAP_GET_FD_BY_ID: libc::c_long = 14;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const PROG_QUERY: libc::c_long = 16;
+const LINK_CREATE: libc::c_long = 28;
+const ENABLE_STATS: libc::c_long = 32;
+
+/// A hook that the daemon uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// Each packet to a socket.
+    Ingress,
+    /// Each packet from a socket.
+    Egress,
+    /// Each new socket.
+    SocketMade,
+    /// Establishment and end of each connection.
+    Lifecycle,
+}
+
+impl Hook {
+    /// Every one.
+    pub(crate) const ALL: [Self; 4] = [
+        Self::Ingress,
+        Self::Egress,
+        Self::SocketMade,
+        Self::Lifecycle,
+    ];
+
+    /// `enum bpf_attach_type`.
+    const fn attach_type(self) -> u32 {
+        match self {
+            Self::Ingress => 0,
+            Self::Egress => 1,
+            Self::SocketMade => 2,
+            Self::Lifecycle => 3,
+        }
+    }
+
+    /// `enum bpf_prog_type`.
+    const fn program_type(self) -> u32 {
+        const CGROUP_SKB: u32 = 8;
+        const CGROUP_SOCK: u32 = 9;
+        const SOCK_OPS: u32 = 13;
+        match self {
+            Self::Ingress | Self::Egress => CGROUP_SKB,
+            Self::SocketMade => CGROUP_SOCK,
+            Self::Lifecycle => SOCK_OPS,
+        }
+    }
+}
+
+/// `call` with attributes of the shape that the command takes.
+fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the kernel reads and writes at most the given length of a value of that size, and
+    // what that points to, which the callers below keep alive.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>(),
+        )
+    };
+    if status < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(status)
+}
+
+fn descriptor(number: libc::c_long) -> Result<OwnedFd> {
+    let number = i32::try_from(number)?;
+    // SAFETY: the kernel has just made this descriptor for this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+fn number(fd: &impl AsFd) -> u32 {
+    // A descriptor that is open is not negative.
+    fd.as_fd().as_raw_fd().cast_unsigned()
+}
+
+/// The kernel measures every run of a program, as long as this lives.
+pub(crate) struct Statistics(#[expect(dead_code, reason = "ends on drop")] OwnedFd);
+
+impl Statistics {
+    /// Turns them on.
+    pub(crate) fn on() -> Result<Self> {
+        const RUN_TIME: u32 = 0;
+        let fd = bpf(ENABLE_STATS, &mut { RUN_TIME }).context("the kernel's statistics")?;
+        Ok(Self(descriptor(fd)?))
+    }
+}
+
+/// What a program for comparison does with each packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    /// Nothing.
+    Nothing,
+    /// It asks for the socket's cookie.
+    Cookie,
+    /// It asks for the cookie and looks that up in a map of the daemon's size, in vain.
+    LookUp,
+}
+
+/// Programs on every hook of a cgroup that let everything pass, and do nothing else or only what no
+/// program that looks sessions up can do without. Detached on drop.
+#[derive(Debug)]
+pub(crate) struct PlainPrograms(#[expect(dead_code, reason = "detached on drop")] Vec<OwnedFd>);
+
+impl PlainPrograms {
+    /// Loads and attaches them.
+    pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
+        let directory = File::open(cgroup)?;
+        let map = empty_map()?;
+        let attach = |hook: Hook| -> Result<OwnedFd> {
+            let of_packet = matches!(hook, Hook::Ingress | Hook::Egress);
+            let body = if of_packet { body } else { Body::Nothing };
+            let program = load(hook, &instructions(body, &map));
+            let program = program.with_context(|| format!("a program for the hook {hook:?}"))?;
+            let mut attributes = [
+                number(&program),
+                number(&directory),
+                hook.attach_type(),
+                0_u32,
+            ];
+            descriptor(bpf(LINK_CREATE, &mut attributes).context("attaching a program")?)
+        };
+        Ok(Self(
+            Hook::ALL.into_iter().map(attach).collect::<Result<_>>()?,
+        ))
+    }
+}
+
+/// A map as that of the sessions, for a program to find nothing in.
+fn empty_map() -> Result<OwnedFd> {
+    const HASH: u32 = 1;
+    // Type, bytes of a key and of a value, capacity, flags.
+    let mut attributes = [HASH, 8, 152, 1 << 18, 0];
+    descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
+}
+
+/// As `struct bpf_insn` has it.
+type Instruction = [u8; 8];
+
+fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
+    // r0 = bpf_get_socket_cookie(r1), the context being in r1 at the beginning.
+    const COOKIE: Instruction = [0x85, 0, 0, 0, 46, 0, 0, 0];
+    // *(u64 *)(r10 - 8) = r0; r2 = r10; r2 += -8
+    const KEY: [Instruction; 3] = [
+        [0x7b, 0x0a, 0xf8, 0xff, 0, 0, 0, 0],
+        [0xbf, 0xa2, 0, 0, 0, 0, 0, 0],
+        [0x07, 0x02, 0, 0, 0xf8, 0xff, 0xff, 0xff],
+    ];
+    // r0 = bpf_map_lookup_elem(r1, r2)
+    const LOOK_UP: Instruction = [0x85, 0, 0, 0, 1, 0, 0, 0];
+    // r0 = 1, which lets everything pass at each of these hooks; exit
+    const PASS: [Instruction; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut code = Vec::new();
+    if body != Body::Nothing {
+        code.push(COOKIE);
+    }
+    if body == Body::LookUp {
+        code.extend(KEY);
+        // r1 = the map, in two halves.
+        let [a, b, c, d] = number(map).to_le_bytes();
+        code.extend([[0x18, 0x11, 0, 0, a, b, c, d], [0; 8], LOOK_UP]);
+    }
+    code.extend(PASS);
+    code
+}
+
+/// `union bpf_attr` for `BPF_PROG_LOAD`, up to what is needed.
+#[repr(C)]
+struct ProgramLoad {
+    program_type: u32,
+    instruction_count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_bytes: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    ifindex: u32,
+    attach_type: u32,
+}
+
+fn load(hook: Hook, instructions: &[Instruction]) -> Result<OwnedFd> {
+    let mut attributes = ProgramLoad {
+        program_type: hook.program_type(),
+        instruction_count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log_level: 0,
+        log_bytes: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: *b"bench_plain\0\0\0\0\0",
+        ifindex: 0,
+        attach_type: hook.attach_type(),
+    };
+    descriptor(bpf(PROG_LOAD, &mut attributes)?)
+}
+
+/// What the programs of a kind have cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spent {
+    /// Time in them.
+    pub(crate) nanoseconds: u64,
+    /// How often they ran.
+    pub(crate) runs: u64,
+}
+
+impl Spent {
+    /// What came after `before`.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds - before.nanoseconds,
+            runs: self.runs - before.runs,
+        }
+    }
+
+    /// Nanoseconds of one run; of none where there was none.
+    pub(crate) fn per_run(self) -> f64 {
+        self.nanoseconds as f64 / self.runs.max(1) as f64
+    }
+}
+
+/// `struct bpf_prog_info`, up to what is needed.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    head: [u32; 13],
+    map_count: u32,
+    map_ids: u64,
+    name: [u8; 16],
+    middle: [u64; 14],
+    run_nanoseconds: u64,
+    run_count: u64,
+}
+
+/// The start of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_bytes: u32,
+    value_bytes: u32,
+    capacity: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+fn info<T>(object: &OwnedFd, found: &mut T) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        fd: u32,
+        info_bytes: u32,
+        info: u64,
+    }
+    let mut attributes = Attributes {
+        fd: number(object),
+        info_bytes: size_of::<T>() as u32,
+        info: std::ptr::from_mut(found) as u64,
+    };
+    bpf(OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(())
+}
+
+/// Programs in the kernel that are attached to a cgroup.
+#[derive(Debug)]
+pub(crate) struct Programs(Vec<(Hook, OwnedFd)>);
+
+impl Programs {
+    /// Those of the cgroup, one on each hook.
+    pub(crate) fn of(cgroup: &Path) -> Result<Self> {
+        let directory = File::open(cgroup)?;
+        let find = |hook: Hook| Ok((hook, attached(&directory, hook)?));
+        Ok(Self(
+            Hook::ALL.into_iter().map(find).collect::<Result<_>>()?,
+        ))
+    }
+
+    /// What the program on this hook has cost so far, while the statistics were on.
+    pub(crate) fn spent(&self, hook: Hook) -> Result<Spent> {
+        let mut found = ProgramInfo::default();
+        info(self.program(hook)?, &mut found).context("a program's statistics")?;
+        Ok(Spent {
+            nanoseconds: found.run_nanoseconds,
+            runs: found.run_count,
+        })
+    }
+
+    /// Every map that these programs use.
+    pub(crate) fn maps(&self) -> Result<Vec<Map>> {
+        let mut ids = Vec::new();
+        for (_, program) in &self.0 {
+            let mut used = [0_u32; 64];
+            let mut found = ProgramInfo {
+                map_count: used.len() as u32,
+                map_ids: used.as_mut_ptr() as u64,
+                ..ProgramInfo::default()
+            };
+            info(program, &mut found).context("a program's maps")?;
+            ids.extend_from_slice(&used[..found.map_count as usize]);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        ids.into_iter().map(Map::open).collect()
+    }
+
+    /// The map of the sessions.
+    pub(crate) fn sessions(&self) -> Result<Map> {
+        let maps = self.maps()?;
+        let found = maps.into_iter().find(|map| map.name == "SESSIONS");
+        found.context("the programs have no map named SESSIONS")
+    }
+
+    fn program(&self, hook: Hook) -> Result<&OwnedFd> {
+        let found = self.0.iter().find(|(own, _)| *own == hook);
+        Ok(&found.context("a program on each hook")?.1)
+    }
+}
+
+/// The only program of a hook.
+fn attached(cgroup: &File, hook: Hook) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Query {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        program_ids: u64,
+        program_count: u32,
+        reserved: u32,
+    }
+    let mut ids = [0_u32; 8];
+    let mut query = Query {
+        target: number(cgroup),
+        attach_type: hook.attach_type(),
+        query_flags: 0,
+        attach_flags: 0,
+        program_ids: ids.as_mut_ptr() as u64,
+        program_count: ids.len() as u32,
+        reserved: 0,
+    };
+    bpf(PROG_QUERY, &mut query).context("asking for the cgroup's programs")?;
+    ensure!(
+        query.program_count == 1,
+        "{} programs on the hook {hook:?}",
+        query.program_count
+    );
+    by_id(PROG_GET_FD_BY_ID, ids[0])
+}
+
+fn by_id(command: libc::c_long, id: u32) -> Result<OwnedFd> {
+    // The id, where a walk would go on, flags.
+    descriptor(bpf(command, &mut [id, 0_u32, 0])?)
+}
+
+/// A map in the kernel.
+#[derive(Debug)]
+pub(crate) struct Map {
+    fd: OwnedFd,
+    /// Its name.
+    pub(crate) name: String,
+    /// How many entries it can have.
+    pub(crate) capacity: u32,
+    key_bytes: usize,
+    value_bytes: usize,
+}
+
+/// `union bpf_attr` for the commands on an element.
+#[repr(C)]
+struct Element {
+    map: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl Map {
+    fn open(id: u32) -> Result<Self> {
+        let fd = by_id(MAP_GET_FD_BY_ID, id).context("opening a map")?;
+        let mut found = MapInfo::default();
+        info(&fd, &mut found).context("a map's sizes")?;
+        let name = found.name.split(|byte| *byte == 0).next();
+        Ok(Self {
+            fd,
+            name: String::from_utf8_lossy(name.unwrap_or_default()).into_owned(),
+            capacity: found.capacity,
+            key_bytes: found.key_bytes as usize,
+            value_bytes: found.value_bytes as usize,
+        })
+    }
+
+    /// Bytes of the kernel's memory that it takes, as the kernel reckons them.
+    pub(crate) fn memory(&self) -> Result<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
+        let text = fs::read_to_string(path)?;
+        let line = text.lines().find_map(|line| line.strip_prefix("memlock:"));
+        Ok(line.context("memlock in fdinfo")?.trim().parse()?)
+    }
+
+    /// The value of some entry.
+    pub(crate) fn some_value(&self) -> Result<Vec<u8>> {
+        let mut key = vec![0; self.key_bytes];
+        let mut value = vec![0; self.value_bytes];
+        // The first key is what comes after none, and goes where an element's value does.
+        let mut attributes = self.element(&[], &mut key);
+        bpf(MAP_GET_NEXT_KEY, &mut attributes).context("the map is empty")?;
+        let mut attributes = self.element(&key, &mut value);
+        bpf(MAP_LOOKUP_ELEM, &mut attributes).context("reading an entry")?;
+        Ok(value)
+    }
+
+    /// Adds so many entries of this value, under keys that no socket ever has.
+    pub(crate) fn invent(&self, count: u64, value: &[u8]) -> Result<()> {
+        // The kernel counts cookies up from 1.
+        const FIRST: u64 = 1 << 62;
+        ensure!(self.key_bytes == size_of::<u64>() && self.value_bytes == value.len());
+        let mut value = value.to_vec();
+        for key in FIRST..FIRST + count {
+            let mut attributes = self.element(&key.to_ne_bytes(), &mut value);
+            bpf(MAP_UPDATE_ELEM, &mut attributes).context("adding an entry")?;
+        }
+        Ok(())
+    }
+
+    fn element(&self, key: &[u8], value: &mut [u8]) -> Element {
+        let key = if key.is_empty() {
+            0
+        } else {
+            key.as_ptr() as u64
+        };
+        Element {
+            map: number(&self.fd),
+            padding: 0,
+            key,
+            value: value.as_mut_ptr() as u64,
+            flags: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_layouts_are_those_of_the_kernel() {
+        // As `pahole` shows `struct bpf_prog_info` and `struct bpf_map_info`.
+        assert_eq!(std::mem::offset_of!(ProgramInfo, map_ids), 56);
+        assert_eq!(std::mem::offset_of!(ProgramInfo, run_nanoseconds), 192);
+        assert_eq!(std::mem::offset_of!(MapInfo, name), 24);
+        assert_eq!(std::mem::offset_of!(ProgramLoad, attach_type), 68);
+    }
+
+    #[test]
+    fn what_was_spent_is_told_by_run() {
+        let spent = |nanoseconds, runs| Spent { nanoseconds, runs };
+        let since = spent(1_000, 30).since(spent(400, 10));
+        assert_eq!(since, spent(600, 20));
+        assert_eq!(since.per_run(), 30.0);
+        assert_eq!(spent(0, 0).per_run(), 0.0);
+    }
+}

@@ -1,0 +1,88 @@
+//! Many connections at once, held by as many workers as it takes.
+
+use anyhow::{Context as _, Result};
+use session_enforcer_tests::{Cgroup, Netns, Place};
+
+use crate::{
+    Bench, party,
+    worker::{MAX_PAIRS, Worker},
+};
+
+/// Where the first worker listens; the others behind it.
+pub(crate) const FIRST_PORT: u16 = 7000;
+
+/// Where the last may listen: from here on are the clients' ports.
+pub(crate) const LAST_PORT: u16 = 9999;
+
+/// Connections in a cgroup and a network namespace of their own.
+pub(crate) struct Crowd {
+    workers: Vec<Worker>,
+    /// The cgroup of both ends.
+    pub(crate) cgroup: Cgroup,
+    /// The namespace.
+    pub(crate) netns: Netns,
+}
+
+impl Crowd {
+    /// Without any connection yet.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            workers: Vec::new(),
+            cgroup: Cgroup::new()?,
+            netns: party::namespace()?,
+        })
+    }
+
+    /// Opens so many connections more, by workers of their own, which all do so at the same time.
+    pub(crate) fn open(&mut self, pairs: usize, bench: &Bench) -> Result<()> {
+        self.open_by(pairs, bench, |share| format!("open {share}"))
+    }
+
+    /// The same, evenly over this many milliseconds.
+    pub(crate) fn spread(&mut self, pairs: usize, milliseconds: u64, bench: &Bench) -> Result<()> {
+        let request = |share| format!("spread {share} {milliseconds}");
+        self.open_by(pairs, bench, request)
+    }
+
+    fn open_by(
+        &mut self,
+        pairs: usize,
+        bench: &Bench,
+        request: impl Fn(usize) -> String,
+    ) -> Result<()> {
+        let (before, more) = (self.workers.len(), pairs.div_ceil(MAX_PAIRS));
+        for n in 0..more {
+            let mut worker = self.hire(bench)?;
+            worker.begin(request(pairs * (n + 1) / more - pairs * n / more))?;
+            self.workers.push(worker);
+        }
+        for worker in &mut self.workers[before..] {
+            worker.answer(&bench.stop).context("opening connections")?;
+        }
+        Ok(())
+    }
+
+    fn hire(&self, bench: &Bench) -> Result<Worker> {
+        let place = Place::here().in_cgroup(&self.cgroup).in_netns(&self.netns);
+        let mut worker = Worker::start(&bench.agent, &place, None)?;
+        let port = FIRST_PORT + u16::try_from(self.workers.len())?;
+        worker.ask(&bench.stop, format_args!("listen {port}"))?;
+        Ok(worker)
+    }
+
+    /// Has every worker watch for the end of its connections.
+    pub(crate) fn watch(&mut self) -> Result<()> {
+        self.workers
+            .iter_mut()
+            .try_for_each(|worker| worker.begin("ends"))
+    }
+
+    /// Waits until all connections have ended; how long each has lived, in nanoseconds.
+    pub(crate) fn ends(&mut self, bench: &Bench) -> Result<Vec<f64>> {
+        let mut lives = Vec::new();
+        for worker in &mut self.workers {
+            lives.extend(worker.answer(&bench.stop).context("waiting for ends")?);
+        }
+        Ok(lives)
+    }
+}

@@ -1,0 +1,165 @@
+//! How exact the end of a session is, and how fast many end.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use session_enforcer_tests::{Daemon, Place, Record, Time, run_to_end};
+
+use crate::{
+    Bench,
+    crowd::{Crowd, FIRST_PORT, LAST_PORT},
+    party::daemon,
+    process::{children_time, cpu_time},
+    report::{Budget, Row},
+    statistics::{quantile, ratios, sorted},
+};
+
+const MILLISECOND: f64 = 1e6;
+
+/// How many times as fast as `ss -K` many sessions are to end.
+const FASTER: f64 = 2.5;
+
+/// Of every connection the accepted end, so that no end goes with the other.
+fn accepted(limit: Duration) -> String {
+    format!(
+        "[[rule]]\nname = \"accepted\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n",
+        limit.as_secs()
+    )
+}
+
+/// Sessions whose deadlines are spread evenly over some time.
+pub(crate) fn lateness(bench: &Bench) -> Result<Vec<Row>> {
+    let sessions = bench.pick(5_000, 10_000);
+    let spread = Duration::from_secs(bench.pick(5, 10));
+    // None is due before the last is open and all are watched.
+    let limit = spread + Duration::from_secs(2);
+    let mut crowd = Crowd::new()?;
+    let daemon = daemon(&crowd.cgroup, &accepted(limit), &bench.stop)?;
+    crowd.spread(sessions, spread.as_millis() as u64, bench)?;
+    crowd.watch()?;
+    let lives = crowd.ends(bench)?;
+    let records = reset(&daemon, sessions)?;
+    let recorded = |record: &Record| record.number("session_enforcer.lateness_seconds") * 1e3;
+    let recorded = sorted(&records.iter().map(recorded).collect::<Vec<_>>());
+    let late = |life: &f64| (life - limit.as_nanos() as f64) / MILLISECOND;
+    let seen = sorted(&lives.iter().map(late).collect::<Vec<_>>());
+    let mut rows = distribution("after the deadline, in the audit", &recorded);
+    rows.extend(distribution(
+        "after the limit, as the client sees it",
+        &seen,
+    ));
+    rows[1] = rows[1].clone().budget(Budget::AtMost(1.0));
+    rows[2] = rows[2].clone().budget(Budget::AtMost(5.0));
+    Ok(rows)
+}
+
+fn distribution(what: &str, sorted: &[f64]) -> Vec<Row> {
+    let row = |name: &str, share: f64| {
+        let value: Vec<f64> = quantile(sorted, share).into_iter().collect();
+        Row::new(format!("{name}, ms {what}"), "ms", &value)
+    };
+    vec![
+        row("earliest", 0.0).budget(Budget::AtLeast(0.0)),
+        row("p50", 0.5),
+        row("p99", 0.99),
+        row("latest", 1.0),
+    ]
+}
+
+/// The records of as many resets, and of nothing else.
+fn reset(daemon: &Daemon, count: usize) -> Result<Vec<Record>> {
+    let records = daemon.wait_for_terminations(count)?;
+    let is_reset = |record: &&Record| record.text("session_enforcer.result") == "reset";
+    let reset = records.iter().filter(is_reset).count();
+    ensure!(
+        reset == count && records.len() == count,
+        "{reset} of {} records are resets, {count} were expected",
+        records.len()
+    );
+    Ok(records)
+}
+
+/// What it took to end many sessions.
+#[derive(Clone, Copy)]
+struct Effort {
+    /// Sessions per second.
+    rate: f64,
+    /// Microseconds of processor time for one.
+    processor: f64,
+}
+
+impl Effort {
+    fn of(sessions: usize, elapsed: Duration, processor: Duration) -> Self {
+        Self {
+            rate: sessions as f64 / elapsed.as_secs_f64(),
+            processor: processor.as_secs_f64() * 1e6 / sessions as f64,
+        }
+    }
+}
+
+/// Sessions that are all due when the daemon gets to look, beside `ss -K` on as many.
+pub(crate) fn instant(bench: &Bench) -> Result<Vec<Row>> {
+    const SESSIONS: usize = 20_000;
+    let mut efforts = [Vec::new(), Vec::new()];
+    for _ in 0..bench.pick(2, 5) {
+        efforts[0].push(by_the_daemon(SESSIONS, bench)?);
+        efforts[1].push(by_ss(SESSIONS, bench)?);
+    }
+    let figures =
+        |of: &[Effort], which: fn(&Effort) -> f64| -> Vec<f64> { of.iter().map(which).collect() };
+    let [rates, peers] = [0, 1].map(|n| figures(&efforts[n], |effort| effort.rate));
+    let [times, peers_times] = [0, 1].map(|n| figures(&efforts[n], |effort| effort.processor));
+    Ok(vec![
+        Row::new("ss -K", "sessions/s", &peers),
+        Row::new("session-enforcer", "sessions/s", &rates)
+            .beside("ss -K", &ratios(&rates, &peers))
+            .budget(Budget::RatioAtLeast(FASTER)),
+        Row::new("ss -K, processor time of one", "us", &peers_times),
+        Row::new("session-enforcer, processor time of one", "us", &times)
+            .beside("ss -K", &ratios(&times, &peers_times)),
+    ])
+}
+
+fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
+    let limit = Duration::from_secs(8);
+    let mut crowd = Crowd::new()?;
+    let daemon = daemon(&crowd.cgroup, &accepted(limit), &bench.stop)?;
+    crowd.open(sessions, bench)?;
+    crowd.watch()?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], sessions as f64)?;
+    // All of them become due while it stands still.
+    daemon.freeze()?;
+    let early = daemon.terminations()?.len();
+    ensure!(early == 0, "{early} sessions ended before all were open");
+    bench.stop.pause(limit + Duration::from_secs(1))?;
+    let (before, start) = (cpu_time(daemon.pid())?, Time::now());
+    daemon.thaw()?;
+    crowd.ends(bench)?;
+    let records = reset(&daemon, sessions)?;
+    let last = records.iter().map(|record| record.time("@timestamp")).max();
+    let elapsed = last.context("a record")?.saturating_sub(start.wall);
+    Ok(Effort::of(
+        sessions,
+        elapsed,
+        cpu_time(daemon.pid())? - before,
+    ))
+}
+
+fn by_ss(sessions: usize, bench: &Bench) -> Result<Effort> {
+    let mut crowd = Crowd::new()?;
+    crowd.open(sessions, bench)?;
+    crowd.watch()?;
+    let filter =
+        format!("ss -KHtn state established 'sport >= :{FIRST_PORT} and sport <= :{LAST_PORT}'");
+    let mut command = Place::here()
+        .in_netns(&crowd.netns)
+        .command(&bench.agent, "sh");
+    command.args(["-c", &format!("{filter} >/dev/null")]);
+    let (before, start) = (children_time()?, Time::now());
+    let finished = run_to_end(command, Duration::from_secs(60))?;
+    let elapsed = start.at.elapsed();
+    ensure!(finished.code == 0, "ss -K: {}", finished.stderr);
+    let processor = children_time()? - before;
+    crowd.ends(bench)?;
+    Ok(Effort::of(sessions, elapsed, processor))
+}

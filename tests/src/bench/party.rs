@@ -1,0 +1,188 @@
+//! Who is compared: the same traffic with nobody watching, with session-enforcer, with its peers.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+use session_enforcer_tests::{
+    Cgroup, Daemon, Launch, Netns, Place, Stop,
+    services::{Program, haproxy, nginx, track_connections},
+};
+use tempfile::TempDir;
+
+use crate::{
+    bpf::{Body, PlainPrograms},
+    worker::Worker,
+};
+
+/// Where the worker of a party listens.
+const BACKEND: u16 = 7000;
+
+/// Where a proxy listens.
+const PROXY: u16 = 7001;
+
+/// Every connection at both ends, none of which ends while the benchmark runs.
+pub(crate) const EVERYTHING: &str = "[[rule]]\nname = \"all\"\nidle_timeout = \"1h\"\n";
+
+/// None of the benchmark's connections.
+const NOTHING: &str = "[[rule]]\nname = \"other\"\nlocal_ports = [1]\ndirection = \"inbound\"\n\
+                       idle_timeout = \"1h\"\n";
+
+/// What watches the connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Nobody.
+    Bare,
+    /// Programs on the same hooks that do nothing, or next to nothing.
+    Plain(Body),
+    /// The daemon, which tracks both ends.
+    Tracked,
+    /// The daemon, which tracks other connections.
+    Untracked,
+    /// The kernel's connection tracking.
+    Conntrack,
+    /// HAProxy between the ends.
+    Haproxy,
+    /// nginx between the ends.
+    Nginx,
+}
+
+impl Kind {
+    /// Programs that do nothing.
+    pub(crate) const NULL: Self = Self::Plain(Body::Nothing);
+
+    /// Every one that is compared by time; what they are compared with comes first.
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Bare,
+        Self::NULL,
+        Self::Tracked,
+        Self::Untracked,
+        Self::Conntrack,
+        Self::Haproxy,
+        Self::Nginx,
+    ];
+
+    /// Whether it is another program, which need not be here.
+    pub(crate) const fn is_a_peer(self) -> bool {
+        matches!(self, Self::Conntrack | Self::Haproxy | Self::Nginx)
+    }
+
+    /// Its name in the table.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Bare => "bare",
+            Self::Plain(Body::Nothing) => "null program",
+            Self::Plain(Body::Cookie) => "cookie alone",
+            Self::Plain(Body::LookUp) => "cookie and look-up alone",
+            Self::Tracked => "session-enforcer, both ends tracked",
+            Self::Untracked => "session-enforcer, not tracked",
+            Self::Conntrack => "conntrack",
+            Self::Haproxy => "HAProxy",
+            Self::Nginx => "nginx stream",
+        }
+    }
+}
+
+/// Held for its end.
+#[derive(Debug)]
+enum Watcher {
+    Nobody,
+    Plain(#[expect(dead_code, reason = "detached on drop")] PlainPrograms),
+    Daemon(Daemon),
+    Proxy((Program, TempDir)),
+}
+
+/// A worker in a cgroup and a network namespace of its own, and what watches there. All of it runs on
+/// one processor, so that whatever is done for a connection is in the time that it takes.
+#[derive(Debug)]
+pub(crate) struct Party {
+    /// Which it is.
+    pub(crate) kind: Kind,
+    /// Makes the connections.
+    pub(crate) worker: Worker,
+    watcher: Watcher,
+    /// The cgroup of the worker and of a proxy.
+    pub(crate) cgroup: Cgroup,
+    _netns: Netns,
+}
+
+impl Party {
+    /// Sets one up on this processor. `agent` is the path of the agent's binary.
+    pub(crate) fn set_up(kind: Kind, agent: &Path, cpu: usize, stop: &Stop) -> Result<Self> {
+        stop.check()?;
+        let (cgroup, netns) = (Cgroup::new()?, namespace()?);
+        let place = Place::here().in_cgroup(&cgroup).in_netns(&netns);
+        let ports = [PROXY, BACKEND];
+        let watcher = match kind {
+            Kind::Bare => Watcher::Nobody,
+            Kind::Plain(body) => Watcher::Plain(PlainPrograms::attach(cgroup.path(), body)?),
+            Kind::Tracked => Watcher::Daemon(pinned_daemon(&cgroup, EVERYTHING, cpu, stop)?),
+            Kind::Untracked => Watcher::Daemon(pinned_daemon(&cgroup, NOTHING, cpu, stop)?),
+            Kind::Conntrack => {
+                track_connections(agent, &netns)?;
+                Watcher::Nobody
+            }
+            Kind::Haproxy => Watcher::Proxy(haproxy(agent, &place, cpu, ports)?),
+            Kind::Nginx => Watcher::Proxy(nginx(agent, &place, cpu, ports)?),
+        };
+        let mut worker = Worker::start(agent, &place, Some(cpu))?;
+        worker.ask(stop, format_args!("listen {BACKEND}"))?;
+        if let Watcher::Proxy(_) = watcher {
+            worker.ask(stop, format_args!("dial {PROXY}"))?;
+        }
+        Ok(Self {
+            kind,
+            worker,
+            watcher,
+            cgroup,
+            _netns: netns,
+        })
+    }
+
+    /// Every process whose work is for its connections.
+    pub(crate) fn processes(&self) -> impl Iterator<Item = u32> + use<> {
+        let watcher = match &self.watcher {
+            Watcher::Nobody | Watcher::Plain(_) => None,
+            Watcher::Daemon(daemon) => Some(daemon.pid()),
+            Watcher::Proxy((program, _)) => Some(program.pid()),
+        };
+        [self.worker.pid()].into_iter().chain(watcher)
+    }
+
+    /// The daemon, where it has one.
+    pub(crate) fn daemon(&self) -> Option<&Daemon> {
+        match &self.watcher {
+            Watcher::Daemon(daemon) => Some(daemon),
+            _ => None,
+        }
+    }
+}
+
+/// A network namespace in which many connections can be made one after the other.
+pub(crate) fn namespace() -> Result<Netns> {
+    let netns = Netns::new()?;
+    netns.set_parameter("ipv4/ip_local_port_range", "'10000 65535'")?;
+    netns.set_parameter("ipv4/tcp_tw_reuse", "1")?;
+    Ok(netns)
+}
+
+/// A daemon that watches the cgroup, and answers signals.
+pub(crate) fn daemon(cgroup: &Cgroup, config: &str, stop: &Stop) -> Result<Daemon> {
+    let launch = Launch::on(cgroup.path()).config(config);
+    Ok(stop.unblocked(|| launch.start())?.quiet())
+}
+
+fn pinned_daemon(cgroup: &Cgroup, config: &str, cpu: usize, stop: &Stop) -> Result<Daemon> {
+    let daemon = daemon(cgroup, config, stop)?;
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    for task in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let name = task?.file_name();
+        let id = name.to_str().context("the name of a thread")?.parse()?;
+        sched_setaffinity(Pid::from_raw(id), &cpus).context("pinning the daemon")?;
+    }
+    Ok(daemon)
+}

@@ -1,0 +1,176 @@
+//! What the programs cost, run by run, as the kernel measures it.
+//!
+//! The kernel looks at the clock before and after each run, which is in the figures of every
+//! program, the null program's too: the difference is what ours does.
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    Bench,
+    bpf::{Body, Hook, Programs, Spent, Statistics},
+    party::{Kind, Party},
+    report::{Budget, Row},
+    statistics::{differences, turns},
+};
+
+/// How many sessions there are in the map at least.
+const FEW: u64 = 1;
+const SOME: u64 = 10_000;
+const MANY: u64 = 250_000;
+
+const TRACKED_NS: f64 = 12.0;
+const UNTRACKED_NS: f64 = 6.0;
+
+/// A party and its programs.
+struct Subject {
+    party: Party,
+    programs: Programs,
+}
+
+/// Nanoseconds per run, for each round.
+#[derive(Default)]
+struct Costs(Vec<[f64; 2]>);
+
+impl Costs {
+    fn of(&self, way: usize) -> Vec<f64> {
+        self.0.iter().map(|costs| costs[way]).collect()
+    }
+}
+
+const WAYS: [(Hook, &str); 2] = [(Hook::Ingress, "ingress"), (Hook::Egress, "egress")];
+
+pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
+    let _statistics = Statistics::on()?;
+    let kinds = [
+        Kind::NULL,
+        Kind::Tracked,
+        Kind::Untracked,
+        Kind::Plain(Body::Cookie),
+        Kind::Plain(Body::LookUp),
+    ];
+    let mut subjects = Vec::new();
+    for kind in kinds {
+        let party = Party::set_up(kind, &bench.agent, bench.cpu, &bench.stop)?;
+        let programs = Programs::of(party.cgroup.path())?;
+        subjects.push(Subject { party, programs });
+    }
+    let mut rows = Vec::new();
+    let pairs = bench.pick(1_000, SOME as usize / 2);
+    open(&mut subjects, 1, bench)?;
+    rows.extend(packets(&mut subjects, "warm", FEW, 1, bench)?);
+    open(&mut subjects, pairs - 1, bench)?;
+    for sessions in [SOME, MANY] {
+        fill(&subjects, sessions)?;
+        rows.extend(packets(&mut subjects, "warm", sessions, 1, bench)?);
+        rows.extend(packets(&mut subjects, "cold", sessions, pairs, bench)?);
+    }
+    rows.extend(connections(&mut subjects, bench)?);
+    Ok(rows)
+}
+
+fn open(subjects: &mut [Subject], count: usize, bench: &Bench) -> Result<()> {
+    for Subject { party, .. } in subjects {
+        party.worker.ask(&bench.stop, format!("open {count}"))?;
+    }
+    Ok(())
+}
+
+/// Fills the maps of both daemons up with sessions that nobody has.
+fn fill(subjects: &[Subject], sessions: u64) -> Result<()> {
+    let is_tracked = |subject: &&Subject| subject.party.kind == Kind::Tracked;
+    let tracked = subjects.iter().find(is_tracked).context("a session")?;
+    let value = tracked.programs.sessions()?.some_value()?;
+    for subject in subjects {
+        if let Some(daemon) = subject.party.daemon() {
+            let real = daemon.metric("session_enforcer_sessions", &[])? as u64;
+            let map = subject.programs.sessions()?;
+            map.invent(sessions.saturating_sub(real), &value)?;
+        }
+    }
+    Ok(())
+}
+
+/// The cost of packets that go over so many connections in turn: over one, what it touches stays in
+/// the processor's nearest caches.
+fn packets(
+    subjects: &mut [Subject],
+    warmth: &str,
+    sessions: u64,
+    pairs: usize,
+    bench: &Bench,
+) -> Result<Vec<Row>> {
+    let trips = bench.pick(4_000, 10_000);
+    let rounds = bench.pick(7, 15);
+    let mut costs: Vec<Costs> = subjects.iter().map(|_| Costs::default()).collect();
+    for round in 0..rounds {
+        for turn in turns(subjects.len(), round) {
+            let subject = &mut subjects[turn];
+            let before = spent(subject)?;
+            let request = format!("ping {trips} {pairs}");
+            subject.party.worker.ask(&bench.stop, request)?;
+            let after = spent(subject)?;
+            costs[turn]
+                .0
+                .push([0, 1].map(|way| after[way].since(before[way]).per_run()));
+        }
+    }
+    let mut rows = Vec::new();
+    let shown = |subject: &Subject| sessions != SOME || subject.party.daemon().is_some();
+    let compared = subjects.iter().zip(&costs).skip(1);
+    for (subject, cost) in compared.filter(|(subject, _)| shown(subject)) {
+        for (way, (_, name)) in WAYS.iter().enumerate() {
+            let more = differences(&cost.of(way), &costs[0].of(way));
+            let (kind, budget) = match subject.party.kind {
+                Kind::Tracked => ("tracked", Some(TRACKED_NS)),
+                Kind::Untracked => ("untracked", Some(UNTRACKED_NS)),
+                kind => (kind.name(), None),
+            };
+            // Those that only show what cannot be done without know no sessions.
+            let row = match budget {
+                Some(budget) => {
+                    let what = format!("{name}, {kind}, {sessions} in the map, {warmth}");
+                    Row::new(what, "ns", &more).budget(Budget::AtMost(budget))
+                }
+                None => Row::new(format!("{name}, {kind}, {warmth}"), "ns", &more),
+            };
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
+
+fn spent(subject: &Subject) -> Result<[Spent; 2]> {
+    let [ingress, egress] = WAYS.map(|(hook, _)| subject.programs.spent(hook));
+    Ok([ingress?, egress?])
+}
+
+/// The cost of the programs that run for each connection and for each socket, by connection with
+/// both its ends.
+fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
+    let count = bench.pick(300, 1_000);
+    let rounds = bench.pick(5, 11);
+    let hooks = [Hook::Lifecycle, Hook::SocketMade];
+    let mut costs = vec![[Vec::new(), Vec::new()]; subjects.len()];
+    for round in 0..rounds {
+        for turn in turns(subjects.len(), round) {
+            let Subject { party, programs } = &mut subjects[turn];
+            let before = hooks.map(|hook| programs.spent(hook));
+            party.worker.ask(&bench.stop, format!("connect {count}"))?;
+            for ((hook, before), costs) in hooks.iter().zip(before).zip(&mut costs[turn]) {
+                let spent = programs.spent(*hook)?.since(before?);
+                costs.push(spent.nanoseconds as f64 / f64::from(count));
+            }
+        }
+    }
+    let mut rows = Vec::new();
+    let compared = subjects.iter().zip(&costs);
+    for (subject, costs_of) in compared.filter(|(subject, _)| subject.party.daemon().is_some()) {
+        let names = ["establishment and end", "new sockets"];
+        for (n, name) in names.into_iter().enumerate() {
+            let more = differences(&costs_of[n], &costs[0][n]);
+            let what = format!("{name}, a connection, {}", subject.party.kind.name());
+            rows.push(Row::new(what, "ns", &more));
+        }
+    }
+    Ok(rows)
+}

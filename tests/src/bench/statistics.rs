@@ -1,0 +1,103 @@
+//! Medians and their spread. Pure.
+
+/// What many measurements say.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Summary {
+    /// Half of the values are below it.
+    pub(crate) median: f64,
+    /// A quarter of the values is below it.
+    pub(crate) low: f64,
+    /// A quarter of the values is above it.
+    pub(crate) high: f64,
+    /// How many values there are.
+    pub(crate) count: usize,
+}
+
+impl Summary {
+    /// Of these values; none where there are none.
+    pub(crate) fn of(values: &[f64]) -> Option<Self> {
+        let sorted = sorted(values);
+        Some(Self {
+            median: quantile(&sorted, 0.5)?,
+            low: quantile(&sorted, 0.25)?,
+            high: quantile(&sorted, 0.75)?,
+            count: values.len(),
+        })
+    }
+}
+
+/// The values in order.
+pub(crate) fn sorted(values: &[f64]) -> Vec<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted
+}
+
+/// The value that this share of the sorted values does not exceed, interpolated.
+pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+    let last = sorted.len().checked_sub(1)?;
+    let place = last as f64 * share.clamp(0.0, 1.0);
+    let below = place as usize;
+    let above = (below + 1).min(last);
+    Some(sorted[below] + (sorted[above] - sorted[below]) * (place - below as f64))
+}
+
+/// How each value compares with its counterpart of the same round. What slows a whole round down
+/// is in both.
+pub(crate) fn ratios(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
+    let pairs = values.iter().zip(counterparts);
+    pairs
+        .map(|(value, counterpart)| value / counterpart)
+        .collect()
+}
+
+/// What each value has more than its counterpart of the same round.
+pub(crate) fn differences(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
+    let pairs = values.iter().zip(counterparts);
+    pairs
+        .map(|(value, counterpart)| value - counterpart)
+        .collect()
+}
+
+/// In which order so many take their turns in a round: each is first as often as the others.
+pub(crate) fn turns(count: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |turn| (turn + round) % count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_is_median_and_quartiles() {
+        let summary = Summary::of(&[5.0, 1.0, 2.0, 4.0, 3.0]).unwrap();
+        assert_eq!((summary.low, summary.median, summary.high), (2.0, 3.0, 4.0));
+        assert_eq!(summary.count, 5);
+        let even = Summary::of(&[1.0, 2.0]).unwrap();
+        assert_eq!((even.low, even.median, even.high), (1.25, 1.5, 1.75));
+        assert_eq!(Summary::of(&[7.0]).unwrap().high, 7.0);
+        assert_eq!(Summary::of(&[]), None);
+    }
+
+    #[test]
+    fn quantiles_reach_from_the_least_to_the_greatest() {
+        let values = sorted(&[30.0, 10.0, 20.0]);
+        assert_eq!(quantile(&values, 0.0), Some(10.0));
+        assert_eq!(quantile(&values, 1.0), Some(30.0));
+        assert_eq!(quantile(&[], 0.5), None);
+    }
+
+    #[test]
+    fn rounds_are_compared_one_by_one() {
+        assert_eq!(ratios(&[3.0, 30.0], &[2.0, 20.0]), [1.5, 1.5]);
+        assert_eq!(differences(&[3.0, 30.0], &[2.0, 20.0]), [1.0, 10.0]);
+    }
+
+    #[test]
+    fn everybody_is_first_in_turn() {
+        let order = |round| turns(3, round).collect::<Vec<_>>();
+        assert_eq!(order(0), [0, 1, 2]);
+        assert_eq!(order(1), [1, 2, 0]);
+        assert_eq!(order(5), [2, 0, 1]);
+    }
+}

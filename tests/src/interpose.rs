@@ -1,0 +1,281 @@
+//! Faults in the daemon's system calls: `seccomp` asks the test about some of them, and the test lets
+//! them go on, holds them, or has them fail.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::{fs::FileExt as _, process::CommandExt as _},
+    },
+    process::Command,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use libc::{c_int, seccomp_notif, seccomp_notif_resp, sock_filter};
+use nix::errno::Errno;
+
+use crate::{clock::eventually, pace::patience};
+
+/// The descriptor of the questions in the daemon, out of the way of its own.
+const QUESTIONS: RawFd = 900;
+
+/// `SOCK_DESTROY` of `linux/sock_diag.h`, the kind of a netlink message.
+const SOCK_DESTROY: u16 = 21;
+
+/// Where the kind is in a netlink message.
+const KIND_AT: u64 = 4;
+
+/// Where system call number and fourth argument are in `struct seccomp_data`.
+const NUMBER_AT: u32 = 0;
+const FLAGS_AT: u32 = 40;
+
+// `BPF_LD | BPF_W | BPF_ABS`, `BPF_JMP | BPF_JEQ | BPF_K`, `BPF_RET | BPF_K`.
+const LOAD: u16 = 0x20;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const RETURN: u16 = 0x06;
+
+/// A system call of the daemon that can be interfered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// The request to destroy sockets is sent.
+    Destroy,
+    /// Answers of the kernel's socket table are received.
+    Answer,
+    /// A network namespace is entered.
+    EnterNamespace,
+}
+
+/// What becomes of the calls of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// They go on.
+    Pass,
+    /// They wait until they have another fate.
+    Wait,
+    /// They fail.
+    Fail(Errno),
+}
+
+#[derive(Debug)]
+struct State {
+    fates: [Fate; 3],
+    /// Calls that were made wait, or fail.
+    met: [u32; 3],
+}
+
+/// Decides about the daemon's calls. The test holds it as long as the daemon.
+#[derive(Debug)]
+pub struct Interposer {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What becomes of a call, after it has waited as long as it must.
+    fn decide(&self, call: Call) -> Option<Errno> {
+        let number = call as usize;
+        let mut state = self.lock();
+        if state.fates[number] != Fate::Pass {
+            state.met[number] += 1;
+        }
+        loop {
+            match state.fates[number] {
+                Fate::Pass => return None,
+                Fate::Fail(error) => return Some(error),
+                Fate::Wait => {
+                    let waited = self.changed.wait(state);
+                    state = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+}
+
+const fn instruction(code: u16, k: u32, jump_true: u8, jump_false: u8) -> sock_filter {
+    sock_filter {
+        code,
+        jt: jump_true,
+        jf: jump_false,
+        k,
+    }
+}
+
+/// Asks about setns(2), recvmsg(2), and sendto(2) without flags, with which only the requests to the
+/// socket table are sent.
+const FILTER: [sock_filter; 8] = [
+    instruction(LOAD, NUMBER_AT, 0, 0),
+    instruction(JUMP_IF_EQUAL, libc::SYS_setns as u32, 5, 0),
+    instruction(JUMP_IF_EQUAL, libc::SYS_recvmsg as u32, 4, 0),
+    instruction(JUMP_IF_EQUAL, libc::SYS_sendto as u32, 0, 2),
+    instruction(LOAD, FLAGS_AT, 0, 0),
+    instruction(JUMP_IF_EQUAL, 0, 1, 0),
+    instruction(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
+    instruction(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
+];
+
+/// Has the command's process ask about its calls; for [`Launch::prepared`](crate::Launch::prepared).
+/// It stands still at the first until there is an [`Interposer`].
+pub fn ask_about_calls(command: &mut Command) {
+    let install = || {
+        let filter = FILTER;
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_ptr().cast_mut(),
+        };
+        // SAFETY: the kernel reads a program of that length, which lives until it has returned.
+        let questions = unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+                &raw const program,
+            )
+        };
+        if questions < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a system call without pointers. The copy stays open in the program to come.
+        let copied = unsafe { libc::dup2(questions as c_int, QUESTIONS) };
+        if copied < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(install) };
+}
+
+impl Interposer {
+    /// Decides about the calls of a process that was told to ask, from now on: it has just been
+    /// started. All pass at first.
+    ///
+    /// # Errors
+    ///
+    /// Where the process does not ask.
+    pub fn of(pid: u32) -> Result<Self> {
+        let questions = take_descriptor(pid)?;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                fates: [Fate::Pass; 3],
+                met: [0; 3],
+            }),
+            changed: Condvar::new(),
+        });
+        let deciding = Arc::clone(&shared);
+        // Ends when the process has.
+        thread::spawn(move || while answer_one(&questions, &deciding).is_ok() {});
+        Ok(Self { shared })
+    }
+
+    /// Decides about the calls of a kind, those that wait too.
+    pub fn set(&self, call: Call, fate: Fate) {
+        self.shared.lock().fates[call as usize] = fate;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until a call of this kind was made wait, or fail, `count` times in all.
+    ///
+    /// # Errors
+    ///
+    /// Where none comes.
+    pub fn wait_for(&self, call: Call, count: u32) -> Result<()> {
+        eventually("a system call of the daemon", patience(), || {
+            let met = self.shared.lock().met[call as usize];
+            Ok((met >= count).then_some(()))
+        })
+        .with_context(|| format!("{call:?}"))
+    }
+}
+
+impl Drop for Interposer {
+    fn drop(&mut self) {
+        // Whatever waits goes on, so that the daemon can end.
+        for call in [Call::Destroy, Call::Answer, Call::EnterNamespace] {
+            self.set(call, Fate::Pass);
+        }
+    }
+}
+
+/// The descriptor through which the process asks, as soon as it has it.
+fn take_descriptor(pid: u32) -> Result<OwnedFd> {
+    // SAFETY: system calls without pointers.
+    let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just made this descriptor for this process.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as RawFd) };
+    eventually("the process asks", Duration::from_secs(20), || {
+        let fd = pidfd.as_raw_fd();
+        // SAFETY: as above.
+        let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, fd, QUESTIONS, 0) };
+        match Errno::result(taken) {
+            // SAFETY: as above.
+            Ok(taken) => Ok(Some(unsafe { OwnedFd::from_raw_fd(taken as RawFd) })),
+            Err(Errno::EBADF) => Ok(None),
+            Err(error) => bail!("taking the descriptor: {error}"),
+        }
+    })
+}
+
+/// Answers a question of the process.
+fn answer_one(questions: &OwnedFd, shared: &Shared) -> Result<()> {
+    // SAFETY: structures of integers, for which zeroes are a value.
+    let (mut question, mut answer): (seccomp_notif, seccomp_notif_resp) =
+        unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+    let fd = questions.as_raw_fd();
+    // SAFETY: the kernel writes a question to a place of that type.
+    let received = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut question) };
+    match Errno::result(received) {
+        Ok(_) => {}
+        // The thread that asked was killed meanwhile.
+        Err(Errno::EINTR | Errno::ENOENT) if is_alive(questions)? => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    answer.id = question.id;
+    match call(&question).and_then(|call| shared.decide(call)) {
+        Some(error) => answer.error = -(error as i32),
+        None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+    }
+    // SAFETY: the kernel reads an answer from a place of that type.
+    let sent = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+    match Errno::result(sent) {
+        Ok(_) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether anybody can still ask.
+fn is_alive(questions: &OwnedFd) -> Result<bool> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    let mut fds = [PollFd::new(questions.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    let ended = fds[0].revents().unwrap_or(PollFlags::empty());
+    Ok(!ended.contains(PollFlags::POLLHUP))
+}
+
+fn call(question: &seccomp_notif) -> Option<Call> {
+    match libc::c_long::from(question.data.nr) {
+        libc::SYS_setns => Some(Call::EnterNamespace),
+        libc::SYS_recvmsg => Some(Call::Answer),
+        libc::SYS_sendto => {
+            let mut kind = [0; 2];
+            let memory = File::open(format!("/proc/{}/mem", question.pid)).ok()?;
+            let at = question.data.args[1] + KIND_AT;
+            memory.read_exact_at(&mut kind, at).ok()?;
+            (u16::from_ne_bytes(kind) == SOCK_DESTROY).then_some(Call::Destroy)
+        }
+        _ => None,
+    }
+}

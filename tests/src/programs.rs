@@ -1,0 +1,112 @@
+//! Programs of others on the same cgroup, as other tools attach them.
+
+use std::{
+    fs::File,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+
+use crate::{cgroup::Cgroup, pins::bpf};
+
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_DETACH: libc::c_long = 34;
+const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
+const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
+const BPF_CGROUP_SOCK_OPS: u32 = 3;
+
+/// `struct bpf_insn` as a number: operation, registers, offset, constant.
+const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> u64 {
+    code as u64
+        | (registers as u64) << 8
+        | (offset as u16 as u64) << 16
+        | (constant as u32 as u64) << 32
+}
+
+/// When a connection is established: `bpf_sock_ops_cb_flags_set(ctx, 0)`, helper 59.
+const OVERWRITE_FLAGS: [u64; 10] = [
+    // r6 = ctx; r1 = ctx->op
+    instruction(0xbf, 0x16, 0, 0),
+    instruction(0x61, 0x61, 0, 0),
+    // BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
+    instruction(0x15, 0x01, 2, 4),
+    instruction(0x15, 0x01, 1, 5),
+    instruction(0x05, 0, 3, 0),
+    instruction(0xbf, 0x61, 0, 0),
+    instruction(0xb7, 0x02, 0, 0),
+    instruction(0x85, 0, 0, 59),
+    // return 1
+    instruction(0xb7, 0x00, 0, 1),
+    instruction(0x95, 0, 0, 0),
+];
+
+/// The start of `union bpf_attr` for `BPF_PROG_LOAD` (`linux/bpf.h`).
+#[repr(C)]
+#[derive(Default)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// A program that is attached as long as this lives.
+#[derive(Debug)]
+pub struct OtherProgram {
+    _link: OwnedFd,
+}
+
+/// Attaches a `sock_ops` program behind those that are there, which asks for no callbacks of the
+/// connections that are established: whatever was asked for before is undone.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
+    let mut load = ProgLoad {
+        prog_type: BPF_PROG_TYPE_SOCK_OPS,
+        insn_cnt: OVERWRITE_FLAGS.len() as u32,
+        insns: OVERWRITE_FLAGS.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type: BPF_CGROUP_SOCK_OPS,
+        ..ProgLoad::default()
+    };
+    let program = descriptor(bpf(BPF_PROG_LOAD, &mut load)).context("loading a program")?;
+    let directory = File::open(cgroup.path())?;
+    let [program_fd, target_fd] =
+        [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
+    let mut create = [program_fd, target_fd, BPF_CGROUP_SOCK_OPS, 0];
+    let link = descriptor(bpf(BPF_LINK_CREATE, &mut create)).context("attaching a program")?;
+    Ok(OtherProgram { _link: link })
+}
+
+/// Detaches the links of these numbers by force, as an administrator can.
+///
+/// # Errors
+///
+/// Where there are none, or the kernel refuses.
+pub fn detach_by_force(ids: &[u32]) -> Result<()> {
+    for id in ids {
+        let mut by_id = [*id, 0, 0, 0];
+        let link = descriptor(bpf(BPF_LINK_GET_FD_BY_ID, &mut by_id)).context("finding a link")?;
+        let mut number = link.as_raw_fd().cast_unsigned();
+        bpf(BPF_LINK_DETACH, &mut number).context("detaching a link")?;
+    }
+    Ok(())
+}
+
+fn descriptor(made: Result<libc::c_long, Errno>) -> Result<OwnedFd> {
+    let number = i32::try_from(made?)?;
+    // SAFETY: the kernel has just made this descriptor for this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

@@ -1,0 +1,31 @@
+//! Connection tracking by the kernel's packet filter, as a firewall has it.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+
+use super::program::{self, succeed};
+use crate::{agent::Place, netns::Netns};
+
+const RULES: &str = "\
+table inet tracked {
+    chain input { type filter hook input priority filter; ct state established,related accept; }
+    chain output { type filter hook output priority filter; ct state established,related accept; }
+}
+";
+
+/// Has the namespace track connections and let through what belongs to one.
+///
+/// # Errors
+///
+/// Where nftables is not installed, or the kernel has no connection tracking.
+pub fn track_connections(agent: &Path, netns: &Netns) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("rules.nft");
+    fs::write(&file, RULES)?;
+    let nft = program::find("nft", "nftables", &[])?;
+    let mut command = Place::here().in_netns(netns).command(agent, nft);
+    command.arg("-f").arg(&file);
+    succeed(command).context("a `ct state` rule")?;
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! Faults of the kernel's interfaces, and what others do to the programs: no session is cut early, none
+//! is counted twice, and each fault is said.
+
+use std::{
+    fs,
+    io::{ErrorKind, Read as _, Write as _},
+    net::Ipv4Addr,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::errno::Errno;
+use session_enforcer_tests::{
+    Call, Daemon, Fate, Interposer, Lab, Launch, Netns, PROGRAMS, Pair, Place, detach_by_force,
+    reset_on_close,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn results(daemon: &Daemon) -> Result<[f64; 3]> {
+    let metrics = daemon.metrics()?;
+    let name = "session_enforcer_terminations_total";
+    let count = |result| metrics.get(name, &[("result", result)]);
+    Ok([count("reset")?, count("gone")?, count("failed")?])
+}
+
+/// A session of which the daemon has decided that it is due, and whose reset waits to be sent.
+fn decided_about(lab: &Lab) -> Result<(Daemon, Interposer, Pair)> {
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
+    interposer.set(Call::Destroy, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Destroy, 1)?;
+    Ok((daemon, interposer, pair))
+}
+
+#[test]
+fn a_session_that_closes_between_decision_and_reset_is_recorded_once_as_gone() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (daemon, interposer, pair) = decided_about(&lab)?;
+    reset_on_close(&pair.client)?;
+    let Pair {
+        client,
+        server,
+        opened,
+        ..
+    } = pair;
+    drop((client, server));
+    interposer.set(Call::Destroy, Fate::Pass);
+    let record = daemon.wait_for_termination()?;
+    assert_eq!(record.text("session_enforcer.result"), "gone");
+    record.assert_due("idle_timeout", &opened, LIMIT);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    assert_eq!(results(&daemon)?, [0.0, 1.0, 0.0]);
+    daemon.wait_for_termination()?;
+    Ok(())
+}
+
+#[test]
+fn payload_between_decision_and_reset_does_not_pass_and_saves_nobody() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (daemon, interposer, pair) = decided_about(&lab)?;
+    (&pair.client).write_all(b"late")?;
+    (&pair.server).write_all(b"late")?;
+    thread::sleep(Duration::from_millis(300));
+    for mut end in [&pair.client, &pair.server] {
+        end.set_nonblocking(true)?;
+        let read = end.read(&mut [0; 8]).map_err(|error| error.kind());
+        assert_eq!(read, Err(ErrorKind::WouldBlock));
+    }
+    interposer.set(Call::Destroy, Fate::Pass);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert!(daemon.metric("session_enforcer_gate_dropped_packets_total", &[])? >= 2.0);
+    assert_eq!(results(&daemon)?, [1.0, 0.0, 0.0]);
+    Ok(())
+}
+
+#[test]
+fn a_reset_whose_answer_is_lost_is_recorded_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (daemon, interposer, pair) = decided_about(&lab)?;
+    interposer.set(Call::Answer, Fate::Fail(Errno::ENOBUFS));
+    interposer.set(Call::Destroy, Fate::Pass);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    interposer.wait_for(Call::Answer, 1)?;
+    interposer.set(Call::Answer, Fate::Pass);
+    let record = daemon.wait_for_termination()?;
+    record.assert_due("idle_timeout", &pair.opened, LIMIT);
+    // Whether the daemon has reset it cannot be known any more.
+    assert_eq!(record.text("session_enforcer.result"), "gone");
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    assert_eq!(results(&daemon)?, [0.0, 1.0, 0.0]);
+    assert!(
+        daemon.log().contains("No buffer space available"),
+        "ENOBUFS is not in the log"
+    );
+    Ok(())
+}
+
+/// While the kernel cannot be asked to reset a session, that is a failure that is recorded and tried
+/// again, and no flood of attempts.
+fn refused_then_reset(error: Errno) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (daemon, interposer, pair) = decided_about(&lab)?;
+    interposer.set(Call::Destroy, Fate::Fail(error));
+    let failed = daemon.wait_for_termination()?;
+    assert_eq!(failed.text("event.action"), "session-termination-failed");
+    failed.assert_due("idle_timeout", &pair.opened, LIMIT);
+    let attempts = daemon.log().matches("broke off").count();
+    assert!((1..=10).contains(&attempts), "{attempts} attempts");
+    // The gate keeps shut what could not be reset.
+    (&pair.client).write_all(b"late")?;
+    interposer.set(Call::Destroy, Fate::Pass);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    let records = daemon.wait_for_terminations(2)?;
+    records[1].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert_eq!(results(&daemon)?, [1.0, 0.0, 1.0]);
+    Ok(())
+}
+
+#[test]
+fn a_request_that_is_not_permitted_is_a_failure_and_is_tried_again() -> Result<()> {
+    refused_then_reset(Errno::EPERM)
+}
+
+#[test]
+fn a_request_for_which_there_is_no_buffer_is_a_failure_and_is_tried_again() -> Result<()> {
+    refused_then_reset(Errno::ENOBUFS)
+}
+
+#[test]
+fn a_namespace_that_cannot_be_entered_is_said_and_enforced_when_it_can_be() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let config = format!("{EVERY_SECOND}{RULE}");
+    let (daemon, interposer) = lab.launch().config(&config).start_interposed()?;
+    interposer.set(Call::EnterNamespace, Fate::Fail(Errno::EPERM));
+    let netns = Netns::new()?;
+    let listener = lab.inside_in(&netns)?.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside_in(&netns)?, &listener)?;
+    daemon.wait_for_trouble("namespace", true)?;
+    let cause = [("cause", "namespace")];
+    assert!(daemon.metric("session_enforcer_sessions_untracked_total", &cause)? >= 1.0);
+    let failed = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(failed.text("session_enforcer.result"), "failed");
+    interposer.set(Call::EnterNamespace, Fate::Pass);
+    daemon.wait_for_trouble("namespace", false)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    let records = daemon.wait_for_terminations(2)?;
+    records[1].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enforced() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let watched = lab.cgroup.child()?;
+    let agent = lab.at(&Place::here().in_cgroup(&watched))?;
+    let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = format!("{EVERY_SECOND}{RULE}");
+    let daemon = Launch::on(watched.path()).config(&config).start()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    // Its sockets are the test's, and outlive it.
+    drop((agent, watched));
+    daemon.wait_for_trouble("detached", true)?;
+    let (status, body) = daemon.get("/readyz")?;
+    assert_eq!(status, 503);
+    assert!(body.contains("restart the daemon"), "{body}");
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &pair.opened, LIMIT);
+    // Comparisons go on, and the daemon with them.
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(daemon.get("/healthz")?.0, 200);
+    Ok(())
+}
+
+/// The numbers of the links that the daemon holds.
+fn links_of(daemon: &Daemon) -> Result<Vec<u32>> {
+    let mut links = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid()))? {
+        let text = fs::read_to_string(entry?.path())?;
+        let id = text.lines().find_map(|line| line.strip_prefix("link_id:"));
+        links.extend(id.map(|id| id.trim().parse::<u32>()).transpose()?);
+    }
+    Ok(links)
+}
+
+#[test]
+fn programs_that_someone_else_detaches_are_missed() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(RULE)?;
+    assert!(!daemon.is_degraded("detached")?);
+    let links = links_of(&daemon)?;
+    assert_eq!(links.len(), PROGRAMS as usize);
+    detach_by_force(links.last().map(std::slice::from_ref).context("a link")?)?;
+    assert!(daemon.is_degraded("detached")?);
+    let (_, body) = daemon.get("/readyz")?;
+    assert!(body.contains("detached by someone else"), "{body}");
+    Ok(())
+}

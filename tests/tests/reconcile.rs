@@ -1,0 +1,169 @@
+//! Session map, schedule and sockets are compared while the daemon runs, and what differs is mended.
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use session_enforcer_tests::{Daemon, Lab, Netns, Pair, overwrite_callback_flags, reset_on_close};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(2);
+const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+/// No deadline comes that would find what is wrong.
+const LONG_RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n";
+
+/// Openings and closings of so many connections are more than the kernel can keep for the daemon.
+const TOO_MANY: usize = 14_000;
+
+fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
+    daemon.metric(
+        "session_enforcer_reconcile_repaired_total",
+        &[("kind", kind)],
+    )
+}
+
+fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
+    let name = "session_enforcer_reconcile_repaired_total";
+    daemon.wait_for_metric(name, &[("kind", kind)], count)
+}
+
+#[test]
+fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!("{EVERY_SECOND}{LONG_RULE}"))?;
+    let _other = overwrite_callback_flags(&lab.cgroup)?;
+    let [closed, kept] = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 2.0)?;
+    reset_on_close(&closed.client)?;
+    drop(closed);
+    wait_until_repaired(&daemon, "stale", 1.0)?;
+    for name in ["map_entries", "sessions", "sessions_closed_total"] {
+        assert_eq!(
+            daemon.metric(&format!("session_enforcer_{name}"), &[])?,
+            1.0,
+            "{name}"
+        );
+    }
+    kept.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let _other = overwrite_callback_flags(&lab.cgroup)?;
+    let [closed, open] = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 2.0)?;
+    reset_on_close(&closed.client)?;
+    drop(closed);
+    open.ends()?[0].assert_reset(Errno::ECONNRESET, &open.opened, LIMIT);
+    daemon
+        .wait_for_termination()?
+        .assert_reset("idle_timeout", &open.opened, LIMIT);
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    assert!(repaired(&daemon, "stale")? >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(LONG_RULE)?;
+    let [ended, kept] = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+    daemon.freeze()?;
+    for _ in 0..TOO_MANY {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        reset_on_close(&pair.client)?;
+    }
+    reset_on_close(&ended.client)?;
+    drop(ended);
+    daemon.thaw()?;
+    // The last events were lost: those openings are known whose closing was lost.
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
+    assert!(daemon.metric("session_enforcer_events_lost_total", &[])? > 0.0);
+    assert!(repaired(&daemon, "unreported")? >= 1.0);
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 1.0)?;
+    kept.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let there = lab.inside_in(&netns)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let listener_there = there.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!("[daemon]\nmax_sessions = 1\n{RULE}"))?;
+    let tracked = Pair::open(&lab.outside, &listener)?;
+    let refused = Pair::open(&lab.outside_in(&netns)?, &listener_there)?;
+    daemon.wait_for_trouble("untracked", true)?;
+    for pair in [&tracked, &refused] {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    }
+    daemon.wait_for_trouble("untracked", false)?;
+    assert_eq!(repaired(&daemon, "missed")?, 1.0);
+    Ok(())
+}
+
+#[test]
+fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let there = lab.inside_in(&netns)?;
+    let own = "network_namespaces = \"own\"\n";
+    let daemon = lab.daemon(&format!("{EVERY_SECOND}{own}{LONG_RULE}"))?;
+    let elsewhere = Pair::open(&there, &there.listen((Ipv4Addr::LOCALHOST, 0))?)?;
+    // A comparison that mends something has certainly taken place after that.
+    let _other = overwrite_callback_flags(&lab.cgroup)?;
+    let closed = Pair::open(&lab.outside, &lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 1.0)?;
+    reset_on_close(&closed.client)?;
+    drop(closed);
+    wait_until_repaired(&daemon, "stale", 1.0)?;
+    assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
+    assert_eq!(repaired(&daemon, "missed")?, 0.0);
+    elsewhere.round_trip()?;
+    Ok(())
+}
+
+#[test]
+fn comparisons_while_connections_come_and_go_find_nothing() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!("{EVERY_SECOND}{LONG_RULE}"))?;
+    let kept = Pair::open(&lab.outside, &listener)?;
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < Duration::from_secs(5) {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        reset_on_close(&pair.client)?;
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
+    assert_eq!(
+        daemon.metric("session_enforcer_reconcile_repaired_total", &[])?,
+        0.0
+    );
+    assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 1.0);
+    kept.round_trip()?;
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! What the kernel's verifier has to do for each program, beside what it had to do before.
+//!
+//! `verifier.txt` is the table: a line for each kernel and program. This test writes the lines of
+//! the kernel that it runs on to standard error, also where it passes.
+
+use std::{
+    ffi::c_long,
+    fmt::Write as _,
+    fs,
+    io::{self, Write as _},
+    mem::transmute,
+    sync::Mutex,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use session_enforcer::bpf::{Kernel, Options};
+
+/// The table, compiled in: the test may run where there is no checkout.
+const TABLE: &str = include_str!("../verifier.txt");
+
+/// Compilers differ by this much, in percent, and nothing is wrong.
+const TOLERANCE: u64 = 20;
+
+/// Most instructions that the verifier follows for one program (`kernel/bpf/verifier.c`).
+const MOST_INSTRUCTIONS: u64 = 1_000_000;
+
+/// What the verifier has said of each program: its name and the text.
+static SAID: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+type Syscall = extern "C" fn(c_long, c_long, c_long, c_long, c_long, c_long, c_long) -> c_long;
+
+/// libc's `syscall`, through which aya calls bpf(2): asks for the verifier's figures with each program
+/// that is loaded, which aya itself only does where one is refused.
+#[unsafe(no_mangle)]
+pub extern "C" fn syscall(
+    number: c_long,
+    first: c_long,
+    second: c_long,
+    third: c_long,
+    fourth: c_long,
+    fifth: c_long,
+    sixth: c_long,
+) -> c_long {
+    let real = real_syscall();
+    if let Some(mut load) = ProgramLoad::of(number, first, second, third) {
+        let attributes = load.attributes.as_mut_ptr() as c_long;
+        let result = real(number, first, attributes, third, fourth, fifth, sixth);
+        if result >= 0 {
+            load.remember();
+        }
+        return result;
+    }
+    real(number, first, second, third, fourth, fifth, sixth)
+}
+
+fn real_syscall() -> Syscall {
+    // SAFETY: the name is a C string.
+    let found = unsafe { libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr()) };
+    assert!(!found.is_null(), "the C library has a `syscall`");
+    // SAFETY: it takes up to seven integers and reads those that the system call has.
+    unsafe { transmute::<*mut libc::c_void, Syscall>(found) }
+}
+
+/// A call of bpf(2) that loads a program, with a log of its own.
+struct ProgramLoad {
+    attributes: Vec<u8>,
+    log: Vec<u8>,
+}
+
+impl ProgramLoad {
+    const BPF_PROG_LOAD: c_long = 5;
+    /// Only the figures.
+    const BPF_LOG_STATS: u32 = 4;
+    /// Where `union bpf_attr` has the level, size and place of the log, and the program's name.
+    const LOG: usize = 24;
+    const NAME: usize = 48;
+
+    fn of(number: c_long, command: c_long, attributes: c_long, size: c_long) -> Option<Self> {
+        if number != libc::SYS_bpf || command != Self::BPF_PROG_LOAD {
+            return None;
+        }
+        let size = usize::try_from(size).ok()?;
+        // SAFETY: the caller gives bpf(2) a value of this size.
+        let given = unsafe { std::slice::from_raw_parts(attributes as *const u8, size) };
+        let mut load = Self {
+            attributes: given.to_vec(),
+            log: vec![0; 1 << 16],
+        };
+        let place = load.log.as_mut_ptr() as u64;
+        let fields = load.attributes.get_mut(Self::LOG..Self::LOG + 16)?;
+        fields[..4].copy_from_slice(&Self::BPF_LOG_STATS.to_ne_bytes());
+        fields[4..8].copy_from_slice(&(1u32 << 16).to_ne_bytes());
+        fields[8..].copy_from_slice(&place.to_ne_bytes());
+        Some(load)
+    }
+
+    fn remember(&self) {
+        let name = self.attributes.get(Self::NAME..Self::NAME + 16);
+        let texts = [name.unwrap_or_default(), &self.log].map(|bytes| {
+            let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(text).into_owned()
+        });
+        let [name, text] = texts;
+        SAID.lock()
+            .expect("no test panics with it")
+            .push((name, text));
+    }
+}
+
+/// The verifier's figures of one program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Figures {
+    program: String,
+    /// Instructions followed, on all paths.
+    instructions: u64,
+    /// States of registers and stack that were kept to compare with.
+    states: u64,
+    /// Bytes of stack: of the program, and of each function that it calls; or of the longest chain
+    /// of calls alone.
+    stack: Vec<u64>,
+}
+
+impl Figures {
+    fn read(program: &str, text: &str) -> Result<Self> {
+        let number_after = |words: &str| -> Result<u64> {
+            let rest = text.split_once(words).context("no such figure")?.1;
+            let digits = rest.split(|letter: char| !letter.is_ascii_digit()).next();
+            Ok(digits.unwrap_or_default().parse()?)
+        };
+        let after = text.split_once("stack depth ").context("no stack depth")?.1;
+        // Linux 7.3 says `max` and the longest chain; those before, the program and its functions.
+        let mut words = after.split_whitespace().skip_while(|word| *word == "max");
+        let stack = words.next().unwrap_or_default();
+        Ok(Self {
+            program: program.to_owned(),
+            instructions: number_after("processed ")?,
+            states: number_after("total_states ")?,
+            stack: stack.split('+').map(str::parse).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The stack of all: no less than the longest chain of calls has, for which the verifier allows
+    /// 512.
+    fn whole_stack(&self) -> u64 {
+        self.stack.iter().sum()
+    }
+
+    fn line(&self, kernel: &str) -> String {
+        let stack: Vec<_> = self.stack.iter().map(u64::to_string).collect();
+        format!(
+            "verifier {kernel:<5} {:<15} {:>7} {:>5}  {}",
+            self.program,
+            self.instructions,
+            self.states,
+            stack.join("+")
+        )
+    }
+
+    fn of_line(line: &str) -> Result<(&str, Self)> {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let ["verifier", kernel, program, instructions, states, stack] = words[..] else {
+            anyhow::bail!("a line of the table has six words: {line}");
+        };
+        let figures = Self {
+            program: program.to_owned(),
+            instructions: instructions.parse()?,
+            states: states.parse()?,
+            stack: stack.split('+').map(str::parse).collect::<Result<_, _>>()?,
+        };
+        Ok((kernel, figures))
+    }
+
+    /// What is too much, beside the table's line.
+    fn complaints(&self, before: Option<&Self>) -> String {
+        let mut text = String::new();
+        let mut compare = |what: &str, now: u64, most: Option<u64>, before: Option<u64>| {
+            let program = &self.program;
+            if let Some(most) = most.filter(|most| now > most / 2) {
+                let _ = writeln!(text, "{program}: {now} {what}, more than half of {most}");
+            }
+            let allowed = |before: u64| before + before * TOLERANCE / 100;
+            if let Some(before) = before.filter(|before| now > allowed(*before)) {
+                let _ = writeln!(text, "{program}: {now} {what}, the table has {before}");
+            }
+        };
+        compare(
+            "instructions",
+            self.instructions,
+            Some(MOST_INSTRUCTIONS),
+            before.map(|figures| figures.instructions),
+        );
+        compare(
+            "states",
+            self.states,
+            None,
+            before.map(|figures| figures.states),
+        );
+        compare(
+            "bytes of stack",
+            self.whole_stack(),
+            None,
+            before.map(Self::whole_stack),
+        );
+        text
+    }
+}
+
+/// `6.12` of `6.12.107+deb13-cloud-amd64`.
+fn kernel_series() -> Result<String> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(['.', '-', '+']);
+    let series = [numbers.next(), numbers.next()].map(Option::unwrap_or_default);
+    Ok(series.join("."))
+}
+
+/// The figures of every program of the daemon.
+fn figures() -> Result<Vec<Figures>> {
+    let options = Options {
+        max_sessions: 1024,
+        only_netns: None,
+        verbose: false,
+    };
+    // The ring buffer belongs to an event loop.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    runtime.block_on(async { Kernel::load(options, None).map(drop) })?;
+    let said = SAID.lock().expect("no test panics with it");
+    // aya's own trials of what the kernel knows have no name, or one of aya's.
+    let of_aya = |name: &str| name.is_empty() || name.starts_with("aya_");
+    said.iter()
+        .filter(|(name, _)| !of_aya(name))
+        .map(|(name, text)| Figures::read(name, text).with_context(|| format!("{name}: {text:?}")))
+        .collect()
+}
+
+#[test]
+fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
+    let series = kernel_series()?;
+    let table = TABLE
+        .lines()
+        .filter(|line| line.starts_with("verifier "))
+        .map(Figures::of_line)
+        .collect::<Result<Vec<_>>>()?;
+    let mut complaints = String::new();
+    let mut lines = String::new();
+    for now in figures()? {
+        let is_same = |(kernel, before): &&(&str, Figures)| {
+            *kernel == series && before.program == now.program
+        };
+        let before = table.iter().find(is_same).map(|(_, before)| before);
+        complaints += &now.complaints(before);
+        writeln!(lines, "{}", now.line(&series))?;
+    }
+    // Around the capture of the test's output: these lines are for the table.
+    write!(io::stderr(), "{lines}")?;
+    ensure!(
+        complaints.is_empty(),
+        "{complaints}Where that is meant, these lines belong into tests/verifier.txt:\n{lines}"
+    );
+    Ok(())
+}

@@ -1,0 +1,336 @@
+//! `cargo xtask vm`: the privileged tests on other kernels, in virtual machines.
+//!
+//! The machine inside has this one's files as its root, read-only below a layer in memory, so that
+//! every service and every test program is there at once. What it writes comes back through a
+//! folder of its own.
+
+mod debugger;
+mod guest;
+mod initramfs;
+mod kernels;
+mod machine;
+mod plan;
+mod programs;
+mod report;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use self::kernels::{Kernel, MATRIX};
+use self::machine::{Accelerator, Machine};
+use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes};
+use self::programs::{Built, HOST};
+use self::report::{Ran, Results};
+use crate::build::{Profile, daemon};
+use crate::packages::{self, Missing};
+use crate::process::say;
+use crate::setup::setup;
+use crate::test::BINARY;
+use crate::workspace::Workspace;
+
+pub(crate) use self::guest::guest;
+
+/// What `--ci` runs, and on which kernels: the oldest and the newest, each way in which the daemon
+/// meets the kernel once, and whole hosts.
+const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
+const CI_TESTS: [&str; 7] = [
+    "verifier", "idle", "gate", "families", "mptcp", "restart", HOST,
+];
+
+/// What `vm` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A kernel of `--list`, or a series such as 6.16; several times for several. Without it, the
+    /// whole matrix.
+    #[arg(long, value_name = "VERSION")]
+    kernel: Vec<String>,
+    /// Names the kernels of the matrix.
+    #[arg(long)]
+    list: bool,
+    /// A choice of the tests on the oldest and the newest kernel, both at the same time.
+    #[arg(long, conflicts_with_all = ["kernel", "tests", "machines"])]
+    ci: bool,
+    /// Fetches the newest kernels, also where there are some.
+    #[arg(long)]
+    update: bool,
+    /// Machines that run at the same time.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    machines: u8,
+    /// Processors of a machine.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    processors: u32,
+    /// Minutes after which a machine has hung.
+    #[arg(long, value_name = "N", default_value_t = 90)]
+    minutes: u64,
+    /// Never install anything: fail and name what is missing.
+    #[arg(long)]
+    no_install: bool,
+    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part. Without any, all.
+    #[arg(last = true, value_name = "TEST")]
+    tests: Vec<String>,
+}
+
+impl Args {
+    /// The kernels, the tests, and how many machines run at the same time.
+    fn choice(&self) -> (Vec<String>, Vec<String>, usize) {
+        let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        if self.ci {
+            return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
+        }
+        let kernels = if self.kernel.is_empty() {
+            owned(&MATRIX.map(|wanted| wanted.name))
+        } else {
+            self.kernel.clone()
+        };
+        (kernels, self.tests.clone(), self.machines.into())
+    }
+}
+
+/// Runs the tests on each kernel, then fails if one failed on a kernel that is supported.
+pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
+    if args.list {
+        kernels::list(workspace);
+        return Ok(());
+    }
+    if !cfg!(target_arch = "x86_64") {
+        bail!("the kernels are those of x86-64, and this machine is none");
+    }
+    let missing = Missing::unless(args.no_install);
+    packages::ensure(&packages::TESTS, missing)?;
+    packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
+    setup(workspace)?;
+    let (names, tests, machines) = args.choice();
+    let kernels = names
+        .iter()
+        .map(|name| kernels::kernel(workspace, name, args.update))
+        .collect::<Result<Vec<_>>>()?;
+    let first = kernels.first().context("no kernel was named")?;
+    let accelerator = Accelerator::find(first)?;
+    say!("the machines run with {accelerator:?}");
+    let job = Job {
+        accelerator,
+        daemon: daemon(workspace, Profile::Release)?,
+        chosen: programs::chosen(&programs::build(workspace)?, &tests)?,
+        folder: workspace.target().join("vm"),
+        machines,
+        args,
+    };
+    let all = job.run_all(&kernels)?;
+    report(&job.folder, &all)
+}
+
+fn report(folder: &Path, all: &[Results]) -> Result<()> {
+    let path = folder.join("results.json");
+    fs::write(&path, serde_json::to_string_pretty(all)?)
+        .with_context(|| format!("writing {}", path.display()))?;
+    print!("{}", report::table(all));
+    say!("also in {}, and all output beside it", path.display());
+    let bad = all
+        .iter()
+        .filter(|results| results.supported && !results.is_green());
+    let bad: Vec<_> = bad.map(|results| results.release.as_str()).collect();
+    if !bad.is_empty() {
+        bail!("not everything passed on {}", bad.join(", "));
+    }
+    Ok(())
+}
+
+/// What is done on each kernel.
+struct Job<'a> {
+    accelerator: Accelerator,
+    daemon: PathBuf,
+    chosen: Vec<(Built, Vec<String>)>,
+    machines: usize,
+    folder: PathBuf,
+    args: &'a Args,
+}
+
+impl Job<'_> {
+    /// All kernels, some at a time, in the order given.
+    fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
+        let mut all = Vec::new();
+        for some in kernels.chunks(self.machines) {
+            thread::scope(|scope| -> Result<()> {
+                let threads: Vec<_> = some
+                    .iter()
+                    .map(|kernel| scope.spawn(|| self.run(kernel)))
+                    .collect();
+                for thread in threads {
+                    let results = thread.join().ok().context("a machine's thread panicked")?;
+                    all.push(results?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(all)
+    }
+
+    /// One kernel. What happens in the machine is a result; an error is that it was not tried.
+    fn run(&self, kernel: &Kernel) -> Result<Results> {
+        let shared = self.folder.join("runs").join(&kernel.name);
+        let initramfs = self.prepare(kernel, &shared)?;
+        let plan = self.plan(kernel)?;
+        fs::write(shared.join(PLAN), serde_json::to_string_pretty(&plan)?)?;
+        let machine = Machine {
+            kernel,
+            accelerator: self.accelerator,
+            initramfs: &initramfs,
+            shared: &shared,
+            processors: self.args.processors,
+            memory_mib: 3072,
+        };
+        let limit = Duration::from_secs(self.args.minutes * 60);
+        let start = Instant::now();
+        let mut told = 0;
+        let ended = machine.run(limit, || told = tell(kernel, &shared, told));
+        let seconds = start.elapsed().as_secs_f64();
+        let done = ended_programs(&shared);
+        let expected: usize = plan.boots.iter().map(|boot| boot.programs.len()).sum();
+        let error = match ended {
+            Err(error) => Some(format!("{error:#}")),
+            Ok(()) if done.len() < expected => Some(format!(
+                "{} of {expected} programs ended; {}",
+                done.len(),
+                machine.last_words()
+            )),
+            Ok(()) => None,
+        };
+        Ok(Results {
+            kernel: kernel.name.clone(),
+            release: kernel.release.clone(),
+            supported: kernel.supported,
+            error,
+            seconds,
+            programs: done.iter().map(|outcome| ran(&shared, outcome)).collect(),
+        })
+    }
+
+    /// An empty folder for the run, and the archive that the kernel starts from.
+    fn prepare(&self, kernel: &Kernel, shared: &Path) -> Result<PathBuf> {
+        if shared.exists() {
+            fs::remove_dir_all(shared)
+                .with_context(|| format!("cannot remove {}", shared.display()))?;
+        }
+        fs::create_dir_all(shared)
+            .with_context(|| format!("cannot create {}", shared.display()))?;
+        fs::write(shared.join(BOOTS), "0")?;
+        let initramfs = shared.join("initramfs");
+        let guest = env::current_exe().context("where is this program?")?;
+        initramfs::write(kernel, &guest, &initramfs)?;
+        Ok(initramfs)
+    }
+
+    fn plan(&self, kernel: &Kernel) -> Result<Plan> {
+        let daemon = self
+            .daemon
+            .to_str()
+            .context("the daemon's path is no text")?;
+        let path = env::var("PATH").context("there is no PATH")?;
+        let variables = [
+            (BINARY, daemon),
+            ("PATH", path.as_str()),
+            ("HOME", "/root"),
+            ("LANG", "C.UTF-8"),
+            ("RUST_BACKTRACE", "1"),
+        ];
+        let slower = self.accelerator.slower();
+        let slower = slower.map(|factor| ("SESSION_ENFORCER_SLOWER", factor));
+        let own = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        Ok(Plan {
+            modules: kernel.modules(),
+            environment: variables.into_iter().chain(slower).map(own).collect(),
+            boots: self.boots(),
+        })
+    }
+
+    /// The suite on a system as systemd leaves it, then the tests of whole hosts.
+    fn boots(&self) -> Vec<Boot> {
+        let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
+        let suite = suite.map(|(built, words)| built.program(words)).collect();
+        let mut boots = vec![Boot {
+            hierarchy: Hierarchy::Unified,
+            bpffs: true,
+            sock_destroy: true,
+            at_once: self.accelerator.programs_at_once(),
+            programs: suite,
+        }];
+        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
+            let boot = |stage: &Stage| Boot {
+                hierarchy: stage.hierarchy,
+                bpffs: false,
+                sock_destroy: stage.sock_destroy,
+                at_once: 1,
+                programs: stage.programs(host, words),
+            };
+            boots.extend(STAGES.iter().map(boot));
+        }
+        boots.retain(|boot| !boot.programs.is_empty());
+        boots
+    }
+}
+
+/// A start of the machine for tests of whole hosts, and those of their modules that it is for.
+struct Stage {
+    modules: &'static [&'static str],
+    hierarchy: Hierarchy,
+    sock_destroy: bool,
+}
+
+/// In this order. On none of them is bpffs mounted: the daemon's doing is part of the test.
+const STAGES: [Stage; 4] = [
+    Stage {
+        modules: &["hybrid"],
+        hierarchy: Hierarchy::Hybrid,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["unified", "before_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["after_restart"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: true,
+    },
+    Stage {
+        modules: &["without_destroy"],
+        hierarchy: Hierarchy::Unified,
+        sock_destroy: false,
+    },
+];
+
+impl Stage {
+    /// Its modules' tests; of those, where words name modules, the named ones.
+    fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
+        let is_asked_for =
+            |module: &&&str| words.is_empty() || words.iter().any(|word| word == **module);
+        let modules = self.modules.iter().filter(is_asked_for);
+        modules.map(|module| host.part(module)).collect()
+    }
+}
+
+fn ran(shared: &Path, outcome: &Outcome) -> Ran {
+    let log = fs::read(shared.join(format!("{}.log", outcome.name))).unwrap_or_default();
+    Ran::new(outcome, &String::from_utf8_lossy(&log))
+}
+
+fn ended_programs(shared: &Path) -> Vec<Outcome> {
+    let text = fs::read_to_string(shared.join(OUTCOMES)).unwrap_or_default();
+    outcomes(&text).unwrap_or_default()
+}
+
+/// Says which programs have ended since; how many it has been told of then.
+fn tell(kernel: &Kernel, shared: &Path, told: usize) -> usize {
+    let ended = ended_programs(shared);
+    for outcome in ended.iter().skip(told) {
+        let ran = ran(shared, outcome);
+        say!("{}: {}", kernel.release, report::line(&ran));
+    }
+    ended.len()
+}

@@ -1,0 +1,126 @@
+//! Changes a running kernel from the outside, by the protocol that QEMU speaks with a debugger.
+//!
+//! Debian builds every kernel with `CONFIG_INET_DIAG_DESTROY`. One without has no `destroy` in the
+//! handler that `tcp_diag` registers, and that is all: clearing the pointer makes it such a one. The
+//! handler lies in memory that the kernel itself may not write.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+/// The handler and the function it points to, in hexadecimal: the machine inside asks with it.
+pub(super) const ASKED: &str = "clear-destroy";
+/// The answer: what went wrong, or nothing.
+pub(super) const ANSWERED: &str = "clear-destroy.done";
+
+/// More than the size of `struct inet_diag_handler`, in bytes.
+const HANDLER: usize = 96;
+
+/// Does what the machine inside asks for, once.
+pub(super) fn serve(shared: &Path, socket: &Path) {
+    let (asked, answered) = (shared.join(ASKED), shared.join(ANSWERED));
+    if answered.exists() || !asked.exists() {
+        return;
+    }
+    let result = fs::read_to_string(&asked)
+        .context("cannot read what is asked for")
+        .and_then(|text| clear(socket, &text));
+    let said = result
+        .err()
+        .map_or_else(String::new, |error| format!("{error:#}"));
+    // Where it cannot be written, the machine inside waits in vain and says so.
+    let _ = fs::write(answered, said);
+}
+
+fn clear(socket: &Path, asked: &str) -> Result<()> {
+    let mut words = asked
+        .split_whitespace()
+        .map(|word| u64::from_str_radix(word, 16));
+    let (Some(Ok(handler)), Some(Ok(destroy))) = (words.next(), words.next()) else {
+        bail!("no two addresses: {asked:?}");
+    };
+    // The machine stands still from here to the end of the connection.
+    let mut debugger = Debugger::connect(socket)?;
+    let bytes = debugger.read(handler, HANDLER)?;
+    let place = bytes
+        .chunks(8)
+        .position(|word| word == destroy.to_le_bytes());
+    let place = place.context("the handler does not point to the function")? as u64;
+    debugger.ask(
+        &format!("M{:x},8:0000000000000000", handler + 8 * place),
+        "OK",
+    )?;
+    debugger.ask("D", "OK")
+}
+
+/// A connection by GDB's remote serial protocol.
+struct Debugger(UnixStream);
+
+impl Debugger {
+    fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("connecting to {}", socket.display()))?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        Ok(Self(stream))
+    }
+
+    fn read(&mut self, address: u64, size: usize) -> Result<Vec<u8>> {
+        let answer = self.exchange(&format!("m{address:x},{size:x}"))?;
+        let digits = answer.as_bytes().chunks(2);
+        let bytes: Option<Vec<u8>> = digits
+            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+            .collect();
+        bytes
+            .filter(|bytes| bytes.len() == size)
+            .with_context(|| format!("reading {address:#x}: {answer}"))
+    }
+
+    fn ask(&mut self, what: &str, expected: &str) -> Result<()> {
+        let answer = self.exchange(what)?;
+        if answer != expected {
+            bail!("{what}: {answer}");
+        }
+        Ok(())
+    }
+
+    /// Sends a packet; the contents of the one that answers.
+    fn exchange(&mut self, what: &str) -> Result<String> {
+        self.0.write_all(packet(what).as_bytes())?;
+        let mut answer = String::new();
+        let mut byte = [0];
+        let mut begun = false;
+        loop {
+            self.0.read_exact(&mut byte).context("no answer")?;
+            match byte[0] {
+                b'$' => begun = true,
+                b'#' if begun => break,
+                other if begun => answer.push(char::from(other)),
+                // The acknowledgement of what was sent.
+                _ => {}
+            }
+        }
+        self.0.read_exact(&mut [0; 2])?;
+        self.0.write_all(b"+")?;
+        Ok(answer)
+    }
+}
+
+fn packet(what: &str) -> String {
+    let sum = what.bytes().fold(0u8, u8::wrapping_add);
+    format!("${what}#{sum:02x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_ends_with_the_sum_of_its_bytes() {
+        assert_eq!(packet("OK"), "$OK#9a");
+        assert_eq!(packet("D"), "$D#44");
+    }
+}

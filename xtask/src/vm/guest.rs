@@ -1,0 +1,303 @@
+//! The inside of the virtual machine: its first process, once `init.sh` has put the root together.
+//!
+//! It mounts what a system has, runs the programs of the plan for this boot, and restarts the
+//! machine, or switches it off after the last.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+
+use super::debugger::{ANSWERED, ASKED};
+use super::plan::{BOOTS, Boot, End, Hierarchy, MARK, OUTCOMES, Outcome, PLAN, Plan, Program};
+
+use crate::process::find_program;
+
+/// Where the folder is that is shared with the machine outside.
+const SHARED: &str = "/run/session-enforcer-vm";
+
+/// The controllers of a hybrid hierarchy, as systemd mounts them.
+const CONTROLLERS: [&str; 4] = ["cpu,cpuacct", "memory", "net_cls,net_prio", "pids"];
+
+/// How often the programs are looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What the first process does. Returns only where it is not the first process of such a machine.
+pub(crate) fn guest() -> Result<()> {
+    if process::id() != 1 {
+        bail!("this is what `cargo xtask vm` runs inside of its virtual machines, and nobody else");
+    }
+    let mode = match boot() {
+        Ok(mode) => mode,
+        Err(error) => {
+            eprintln!("vm-guest: {error:#}");
+            RebootMode::RB_POWER_OFF
+        }
+    };
+    match reboot(mode)? {}
+}
+
+/// One boot, from its mounts to what comes after it.
+fn boot() -> Result<RebootMode> {
+    file_system("proc", "proc", "/proc", "")?;
+    let words = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
+    if !words.split_whitespace().any(|word| word == MARK) {
+        bail!("this machine was not started by `cargo xtask vm`");
+    }
+    for (kind, place) in [
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("tmpfs", "/run"),
+        ("tmpfs", "/tmp"),
+    ] {
+        file_system(kind, kind, place, "")?;
+    }
+    for (kind, place) in [("devpts", "/dev/pts"), ("tmpfs", "/dev/shm")] {
+        fs::create_dir_all(place)?;
+        file_system(kind, kind, place, "")?;
+    }
+    fs::create_dir_all(SHARED)?;
+    file_system("virtiofs", "own", SHARED, "")?;
+    let shared = Path::new(SHARED);
+    let text = fs::read_to_string(shared.join(PLAN)).context("cannot read the plan")?;
+    let plan: Plan = serde_json::from_str(&text).context("the plan is wrong")?;
+    let number = count_boot(&shared.join(BOOTS))?;
+    let now = plan
+        .boots
+        .get(number)
+        .context("there is no plan for this boot")?;
+    prepare(&plan, now)?;
+    run_all(&plan, now, shared)?;
+    Ok(if number + 1 < plan.boots.len() {
+        RebootMode::RB_AUTOBOOT
+    } else {
+        RebootMode::RB_POWER_OFF
+    })
+}
+
+/// How many boots came before this one.
+fn count_boot(path: &Path) -> Result<usize> {
+    let before = match fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().context("the number of boots")?,
+        Err(_) => 0,
+    };
+    fs::write(path, (before + 1).to_string()).context("cannot count the boot")?;
+    Ok(before)
+}
+
+/// What a system's init does before its services.
+fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
+    fs::create_dir_all("/lib/modules")?;
+    bind(&plan.modules, Path::new("/lib/modules"))?;
+    match boot.hierarchy {
+        Hierarchy::Unified => file_system("cgroup2", "cgroup2", "/sys/fs/cgroup", "")?,
+        Hierarchy::Hybrid => hybrid()?,
+    }
+    if boot.bpffs {
+        file_system("bpf", "bpf", "/sys/fs/bpf", "")?;
+    }
+    if !boot.sock_destroy {
+        forget_destroy(Path::new(SHARED))?;
+    }
+    nix::unistd::sethostname("session-enforcer-vm")?;
+    let status = system("ip")?.args(["link", "set", "lo", "up"]).status();
+    if !status.context("cannot start ip")?.success() {
+        bail!("the loopback interface does not come up");
+    }
+    Ok(())
+}
+
+/// A program of the system, which the kernel has given no whole `PATH`.
+fn system(name: &str) -> Result<Command> {
+    let path = find_program(name, &[]).with_context(|| format!("there is no {name}"))?;
+    Ok(Command::new(path))
+}
+
+/// Has the machine outside take the way to destroy sockets from `tcp_diag`.
+fn forget_destroy(shared: &Path) -> Result<()> {
+    let loaded = system("modprobe")?.arg("tcp_diag").status();
+    if !loaded.context("cannot start modprobe")?.success() {
+        bail!("tcp_diag cannot be loaded");
+    }
+    let symbols = fs::read_to_string("/proc/kallsyms").context("cannot read /proc/kallsyms")?;
+    let address = |name: &str| {
+        let of_name = |line: &&str| line.split_whitespace().nth(2) == Some(name);
+        let line = symbols.lines().find(of_name);
+        let address = line.and_then(|line| line.split_whitespace().next());
+        address.with_context(|| format!("the kernel has no symbol {name}"))
+    };
+    let asked = format!(
+        "{} {}",
+        address("tcp_diag_handler")?,
+        address("tcp_diag_destroy")?
+    );
+    // Renamed when it is whole: the other side looks for the name.
+    fs::write(shared.join("asked"), asked)?;
+    fs::rename(shared.join("asked"), shared.join(ASKED))?;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(120) {
+        if let Ok(said) = fs::read_to_string(shared.join(ANSWERED)) {
+            if said.is_empty() {
+                return Ok(());
+            }
+            bail!("tcp_diag keeps its way to destroy sockets: {said}");
+        }
+        thread::sleep(LOOK);
+    }
+    bail!("nobody took the way to destroy sockets from tcp_diag")
+}
+
+/// cgroup v1 as far as the kernel has it, and cgroup v2 beside it.
+fn hybrid() -> Result<()> {
+    file_system("tmpfs", "cgroup", "/sys/fs/cgroup", "")?;
+    for controllers in CONTROLLERS {
+        let place = format!("/sys/fs/cgroup/{controllers}");
+        fs::create_dir(&place)?;
+        if let Err(error) = file_system("cgroup", "cgroup", &place, controllers) {
+            println!("vm-guest: {error:#}");
+        }
+    }
+    let unified = "/sys/fs/cgroup/unified";
+    fs::create_dir(unified)?;
+    file_system("cgroup2", "cgroup2", unified, "")
+}
+
+fn file_system(kind: &str, source: &str, place: &str, options: &str) -> Result<()> {
+    mount(
+        Some(source),
+        place,
+        Some(kind),
+        MsFlags::empty(),
+        Some(options),
+    )
+    .with_context(|| format!("cannot mount {kind} at {place} ({options})"))
+}
+
+fn bind(source: &Path, place: &Path) -> Result<()> {
+    mount(
+        Some(source),
+        place,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .with_context(|| format!("cannot bind {}", source.display()))
+}
+
+/// A program that runs.
+struct Running<'a> {
+    program: &'a Program,
+    child: Child,
+    start: Instant,
+    killed: bool,
+}
+
+/// Runs the programs of a boot, some at a time, and writes down how each ended.
+fn run_all(plan: &Plan, boot: &Boot, shared: &Path) -> Result<()> {
+    let mut waiting: VecDeque<_> = boot.programs.iter().collect();
+    let mut running: Vec<Running<'_>> = Vec::new();
+    while !waiting.is_empty() || !running.is_empty() {
+        while running.len() < boot.at_once {
+            let Some(program) = waiting.pop_front() else {
+                break;
+            };
+            running.push(start(plan, program, shared)?);
+        }
+        thread::sleep(LOOK);
+        bury_orphans(&running);
+        let mut still = Vec::new();
+        for mut one in running {
+            match one.look()? {
+                Some(outcome) => write_down(&outcome, shared)?,
+                None => still.push(one),
+            }
+        }
+        running = still;
+    }
+    Ok(())
+}
+
+fn start<'a>(plan: &Plan, program: &'a Program, shared: &Path) -> Result<Running<'a>> {
+    let log = File::create(program.log(shared)).context("cannot create a log")?;
+    let mut command = Command::new(&program.path);
+    command
+        .args(&program.arguments)
+        .env_clear()
+        .envs(plan.environment.iter().cloned())
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.path.display()))?;
+    Ok(Running {
+        program,
+        child,
+        start: Instant::now(),
+        killed: false,
+    })
+}
+
+impl Running<'_> {
+    fn look(&mut self) -> Result<Option<Outcome>> {
+        if let Some(status) = self.child.try_wait()? {
+            return Ok(Some(self.outcome(status)));
+        }
+        if !self.killed && self.start.elapsed() > Duration::from_secs(self.program.limit_seconds) {
+            self.killed = true;
+            let group = Pid::from_raw(i32::try_from(self.child.id())?);
+            nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL)?;
+        }
+        Ok(None)
+    }
+
+    fn outcome(&self, status: ExitStatus) -> Outcome {
+        let end = match (self.killed, status.code(), status.signal()) {
+            (true, ..) => End::TimeLimit,
+            (false, Some(code), _) => End::Exit(code),
+            (false, None, signal) => End::Signal(signal.unwrap_or_default()),
+        };
+        Outcome {
+            name: self.program.name.clone(),
+            end,
+            seconds: self.start.elapsed().as_secs_f64(),
+        }
+    }
+}
+
+fn write_down(outcome: &Outcome, shared: &Path) -> Result<()> {
+    let line = serde_json::to_string(outcome)? + "\n";
+    let mut file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(shared.join(OUTCOMES))
+        .context("cannot open the list of outcomes")?;
+    file.write_all(line.as_bytes())
+        .context("cannot write down an outcome")
+}
+
+/// Takes note of the end of processes whose parents have ended before: nobody else does.
+fn bury_orphans(running: &[Running<'_>]) {
+    let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    // Whoever is found first stays first: one of `running` is left to its `Child`, until then no
+    // other is buried.
+    while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) = waitid(Id::All, peek)
+    {
+        let is_ours = |one: &Running<'_>| i32::try_from(one.child.id()) == Ok(pid.as_raw());
+        if running.iter().any(is_ours) || waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
+            return;
+        }
+    }
+}

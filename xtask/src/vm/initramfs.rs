@@ -1,0 +1,160 @@
+//! The archive that the kernel starts from: busybox, the modules for the root, and `init.sh`.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::kernels::Kernel;
+use crate::process::find_program;
+
+const INIT: &str = include_str!("init.sh");
+
+/// What the root is made of, where the kernel does not have it built in.
+const MODULES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
+
+/// Writes the archive for a kernel. `guest` is the program that goes on in the shared root.
+pub(super) fn write(kernel: &Kernel, guest: &Path, archive: &Path) -> Result<()> {
+    let busybox = find_program("busybox", &[]).context("there is no busybox")?;
+    let busybox = fs::read(&busybox).with_context(|| format!("reading {}", busybox.display()))?;
+    let guest = guest.to_str().context("the path of xtask is no text")?;
+    let mut cpio = Cpio::default();
+    for folder in ["bin", "dev", "lower", "modules", "proc", "root", "upper"] {
+        cpio.folder(folder);
+    }
+    cpio.file("init", INIT.as_bytes());
+    cpio.file("guest", guest.as_bytes());
+    cpio.file("bin/busybox", &busybox);
+    // The order of the names is the order in which they are loaded.
+    for (number, module) in modules(kernel)?.iter().enumerate() {
+        let name = module.file_stem().unwrap_or_default().to_string_lossy();
+        cpio.file(&format!("modules/{number:02}-{name}"), &unpacked(module)?);
+    }
+    fs::write(archive, cpio.end()).with_context(|| format!("writing {}", archive.display()))
+}
+
+/// The files of the modules, each after those that it needs.
+fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for module in MODULES {
+        let shown = crate::process::output_of(
+            Command::new(find_program("modprobe", &[]).context("there is no modprobe")?)
+                .arg("-d")
+                .arg(&kernel.folder)
+                .args(["-S", &kernel.release, "--show-depends", module]),
+        )?;
+        for path in files(&shown) {
+            if !found.contains(&path) {
+                found.push(path);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The files that `modprobe --show-depends` names; what is built in has none.
+fn files(shown: &str) -> Vec<PathBuf> {
+    let lines = shown.lines().map(str::trim);
+    let paths = lines.filter_map(|line| line.strip_prefix("insmod "));
+    paths.map(|path| path.trim().into()).collect()
+}
+
+/// A module's content, without the compression that not every kernel undoes by itself.
+fn unpacked(module: &Path) -> Result<Vec<u8>> {
+    let extension = module.extension().unwrap_or_default().to_string_lossy();
+    match extension.as_ref() {
+        "ko" => fs::read(module).with_context(|| format!("reading {}", module.display())),
+        "xz" => {
+            let output = Command::new("xz").arg("-dc").arg(module).output();
+            let output = output.context("cannot start xz")?;
+            if !output.status.success() {
+                bail!("cannot unpack {}", module.display());
+            }
+            Ok(output.stdout)
+        }
+        _ => bail!("{} is packed in an unknown way", module.display()),
+    }
+}
+
+/// An archive in the "newc" format of cpio (kernel documentation, `initramfs buffer format`).
+#[derive(Default)]
+struct Cpio {
+    bytes: Vec<u8>,
+    count: u32,
+}
+
+impl Cpio {
+    fn folder(&mut self, name: &str) {
+        self.entry(name, 0o040_755, &[]);
+    }
+
+    fn file(&mut self, name: &str, content: &[u8]) {
+        self.entry(name, 0o100_755, content);
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+        self.count += 1;
+        let mut header = String::from("070701");
+        let size = u32::try_from(content.len()).expect("no file here has 4 GiB");
+        let name_size = u32::try_from(name.len() + 1).expect("names here are short");
+        // ino, mode, uid, gid, nlink, mtime, filesize, four device numbers, namesize, check.
+        for field in [self.count, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
+            write!(header, "{field:08x}").expect("a String takes everything");
+        }
+        self.bytes.extend_from_slice(header.as_bytes());
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.align();
+        self.bytes.extend_from_slice(content);
+        self.align();
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_is_made_of_aligned_entries_and_a_trailer() {
+        let mut cpio = Cpio::default();
+        cpio.folder("bin");
+        cpio.file("init", b"12345");
+        let bytes = cpio.end();
+        let text = String::from_utf8_lossy(&bytes);
+        let entries: Vec<_> = text.match_indices("070701").map(|(at, _)| at).collect();
+        assert_eq!(entries.len(), 3);
+        assert!(entries.iter().all(|at| at % 4 == 0), "{entries:?}");
+        // The size of the file is the seventh field.
+        let header = &text[entries[1]..];
+        assert_eq!(&header[6 + 6 * 8..6 + 7 * 8], "00000005");
+        assert!(text.contains("TRAILER!!!\0"));
+        assert_eq!(bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn what_is_built_in_needs_no_file() {
+        let shown = "builtin virtio_pci\ninsmod /k/virtio.ko \ninsmod /k/fuse.ko.xz \n";
+        assert_eq!(
+            files(shown),
+            [PathBuf::from("/k/virtio.ko"), "/k/fuse.ko.xz".into()]
+        );
+    }
+
+    #[test]
+    fn the_init_is_a_sound_shell_script() {
+        let mut shell = Command::new("sh");
+        let status = shell.args(["-n", "-c", INIT]).status();
+        assert!(status.is_ok_and(|status| status.success()));
+    }
+}

@@ -1,0 +1,306 @@
+//! The kernels: Debian's for clouds, unpacked from their packages and not installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::PrivateApt;
+use crate::process::{find_program, output_of, run, say};
+use crate::workspace::Workspace;
+
+/// One kernel of the matrix: the newest of a series that a suite has.
+pub(super) struct Wanted {
+    pub(super) name: &'static str,
+    suite: &'static str,
+    /// How its version begins; empty for whatever is the newest.
+    series: &'static str,
+    /// Whether session-enforcer is meant to work there.
+    pub(super) supported: bool,
+}
+
+const fn wanted(name: &'static str, suite: &'static str, series: &'static str) -> Wanted {
+    Wanted {
+        name,
+        suite,
+        series,
+        supported: true,
+    }
+}
+
+/// The matrix, from the oldest on. Suites by their code names: a release does not change its kernel.
+pub(super) const MATRIX: [Wanted; 6] = [
+    Wanted {
+        supported: false,
+        ..wanted("5.10", "bullseye", "5.10")
+    },
+    wanted("6.1", "bookworm", "6.1"),
+    wanted("6.12", "trixie", "6.12"),
+    wanted("6.18", "trixie-backports", "6.18"),
+    wanted("backports", "trixie-backports", ""),
+    wanted("experimental", "experimental", ""),
+];
+
+/// Where a series that is not in the matrix is looked for.
+const SUITES: [&str; 5] = [
+    "trixie-backports",
+    "sid",
+    "experimental",
+    "bookworm-backports",
+    "bullseye-backports",
+];
+
+/// A kernel on the disk.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    /// What was asked for: a name of the matrix or a series.
+    pub(super) name: String,
+    /// Its `uname -r`.
+    pub(super) release: String,
+    /// Holds `vmlinuz` and `lib/modules`.
+    pub(super) folder: PathBuf,
+    /// Whether session-enforcer is meant to work there.
+    pub(super) supported: bool,
+}
+
+impl Kernel {
+    pub(super) fn image(&self) -> PathBuf {
+        self.folder.join("vmlinuz")
+    }
+
+    pub(super) fn modules(&self) -> PathBuf {
+        self.folder.join("lib/modules")
+    }
+}
+
+/// The kernel of this name, or the newest of this series; fetched where it is not there yet or
+/// `update` asks for it.
+pub(super) fn kernel(workspace: &Workspace, name: &str, update: bool) -> Result<Kernel> {
+    let folder = folder(workspace, name);
+    if update || known_release(&folder).is_none() {
+        fetch(workspace, name, &folder).with_context(|| format!("fetching the kernel {name}"))?;
+    }
+    let release = known_release(&folder).context("the kernel has just been unpacked")?;
+    let listed = MATRIX.iter().find(|wanted| wanted.name == name);
+    Ok(Kernel {
+        name: name.to_owned(),
+        supported: listed.map_or_else(|| is_supported(&release), |wanted| wanted.supported),
+        release,
+        folder,
+    })
+}
+
+/// Linux 6.1 is the floor.
+fn is_supported(release: &str) -> bool {
+    numbers(release) >= vec![6, 1]
+}
+
+/// Prints the matrix.
+pub(super) fn list(workspace: &Workspace) {
+    for wanted in &MATRIX {
+        let release = known_release(&folder(workspace, wanted.name));
+        let release = release.unwrap_or_else(|| "not fetched yet".to_owned());
+        let note = if wanted.supported {
+            ""
+        } else {
+            "  (below the floor)"
+        };
+        println!(
+            "{:<13} {:<17} {release}{note}",
+            wanted.name,
+            format!("Debian {}", wanted.suite)
+        );
+    }
+    println!("or a series that a suite of Debian has, such as 6.16");
+}
+
+fn folder(workspace: &Workspace, name: &str) -> PathBuf {
+    workspace.target().join("vm/kernels").join(name)
+}
+
+fn known_release(folder: &Path) -> Option<String> {
+    fs::read_to_string(folder.join("release")).ok()
+}
+
+fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
+    if !name
+        .chars()
+        .all(|letter| letter.is_ascii_alphanumeric() || letter == '.')
+    {
+        bail!("{name:?} is neither a name of `cargo xtask vm --list` nor a series like 6.16");
+    }
+    let listed = MATRIX.iter().find(|wanted| wanted.name == name);
+    let (suites, series) = listed.map_or((&SUITES[..], name), |wanted| {
+        (std::slice::from_ref(&wanted.suite), wanted.series)
+    });
+    if listed.is_none() && numbers(series).is_empty() {
+        bail!("{name:?} is neither a name of `cargo xtask vm --list` nor a series like 6.16");
+    }
+    let apt = PrivateApt::new(workspace.target().join("vm/apt"))?;
+    let mut tried = Vec::new();
+    for suite in suites {
+        // No reason to stop: mirrors lack some of the suites.
+        match apt.open(suite).and_then(|()| newest(&apt, series)) {
+            Ok(Some(release)) => {
+                unpack(&apt, &release, folder)?;
+                apt.remove();
+                return Ok(());
+            }
+            Ok(None) => tried.push(format!("{suite} has none")),
+            Err(error) => tried.push(format!("{suite}: {error:#}")),
+        }
+    }
+    bail!("no such kernel for clouds: {}", tried.join("; "))
+}
+
+fn newest(apt: &PrivateApt, series: &str) -> Result<Option<String>> {
+    let packages = apt.names("^linux-image-[0-9].*-cloud-amd64$")?;
+    let releases = packages.iter().filter_map(|package| release_of(package));
+    Ok(newest_of(releases, series))
+}
+
+fn release_of(package: &str) -> Option<&str> {
+    package.strip_prefix("linux-image-")
+}
+
+fn newest_of<'a>(releases: impl Iterator<Item = &'a str>, series: &str) -> Option<String> {
+    let series = numbers(series);
+    releases
+        .filter(|release| numbers(release).starts_with(&series))
+        .max_by_key(|release| numbers(release))
+        .map(str::to_owned)
+}
+
+/// The numbers in a release, up to the flavour: what orders them.
+fn numbers(release: &str) -> Vec<u32> {
+    let version = release.split("-cloud").next().unwrap_or(release);
+    let groups = version.split(|letter: char| !letter.is_ascii_digit());
+    // In `6.12.107+deb13` the last is Debian's.
+    groups.filter_map(|group| group.parse().ok()).collect()
+}
+
+/// Makes a kernel's folder: image, modules with their index, and the name of the release, which
+/// is written when all else is there.
+fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
+    say!(
+        "fetching Linux {release}, to unpack it into {}",
+        folder.display()
+    );
+    let half = folder.with_extension("partial");
+    remove(&half)?;
+    fs::create_dir_all(&half).with_context(|| format!("cannot create {}", half.display()))?;
+    let package = apt.fetch(&format!("linux-image-{release}"))?;
+    let depends = output_of(
+        Command::new("dpkg-deb")
+            .arg("--field")
+            .arg(&package)
+            .arg("Depends"),
+    )?;
+    extract(&package, &half)?;
+    for part in parts(&depends, release) {
+        extract(&apt.fetch(part)?, &half)?;
+    }
+    arrange(&half, release)?;
+    remove(folder)?;
+    fs::rename(&half, folder).with_context(|| format!("cannot rename to {}", folder.display()))
+}
+
+fn extract(package: &Path, folder: &Path) -> Result<()> {
+    run(Command::new("dpkg-deb")
+        .arg("--extract")
+        .arg(package)
+        .arg(folder))
+}
+
+/// The packages that newer kernels are divided into, among those that one depends on.
+fn parts<'a>(depends: &'a str, release: &str) -> Vec<&'a str> {
+    let names = depends
+        .split(',')
+        .filter_map(|item| item.split_whitespace().next());
+    names
+        .filter(|name| name.starts_with("linux-") && name.ends_with(release))
+        .collect()
+}
+
+/// Puts image and modules where [`Kernel`] says, whichever way the package has them.
+fn arrange(folder: &Path, release: &str) -> Result<()> {
+    let modules = folder.join("lib/modules");
+    if !modules.exists() {
+        fs::create_dir_all(folder.join("lib"))
+            .and_then(|()| fs::rename(folder.join("usr/lib/modules"), &modules))
+            .context("the package has no modules")?;
+    }
+    let places = [
+        folder.join(format!("boot/vmlinuz-{release}")),
+        modules.join(release).join("vmlinuz"),
+    ];
+    let image = places.iter().find(|place| place.is_file());
+    let image = image.context("the package has no image")?;
+    fs::rename(image, folder.join("vmlinuz"))?;
+    output_of(
+        Command::new(find_program("depmod", &[]).context("there is no depmod")?)
+            .arg("-b")
+            .arg(folder)
+            .arg(release),
+    )?;
+    fs::write(folder.join("release"), release)?;
+    Ok(())
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_series_is_made_of_whole_numbers_and_the_newest_counts_as_numbers() {
+        let releases = [
+            "6.1.0-9-cloud-amd64",
+            "6.1.0-50-cloud-amd64",
+            "6.12.95+deb13-cloud-amd64",
+            "6.12.107+deb13-cloud-amd64",
+            "7.3-cloud-amd64",
+        ];
+        let newest = |series| newest_of(releases.into_iter(), series);
+        assert_eq!(newest("6.1").as_deref(), Some("6.1.0-50-cloud-amd64"));
+        assert_eq!(
+            newest("6.12").as_deref(),
+            Some("6.12.107+deb13-cloud-amd64")
+        );
+        assert_eq!(newest("").as_deref(), Some("7.3-cloud-amd64"));
+        assert_eq!(newest("5.15"), None);
+        assert!(is_supported("6.1.0-50-cloud-amd64"));
+        assert!(is_supported("7.3-cloud-amd64"));
+        assert!(!is_supported("5.10.0-32-cloud-amd64"));
+    }
+
+    #[test]
+    fn the_parts_of_a_kernel_are_those_of_its_release() {
+        let release = "7.2.11+deb13-cloud-amd64";
+        let depends = "dracut | initramfs-tools (>= 0.120), linux-base-7.2.11+deb13-cloud-amd64 (= 7.2.11-1), \
+                       linux-modules-7.2.11+deb13-cloud-amd64 (= 7.2.11-1), linux-base (>= 4)";
+        assert_eq!(
+            parts(depends, release),
+            [
+                "linux-base-7.2.11+deb13-cloud-amd64",
+                "linux-modules-7.2.11+deb13-cloud-amd64"
+            ]
+        );
+        assert!(parts("kmod, linux-base (>= 4.3~)", release).is_empty());
+    }
+
+    #[test]
+    fn each_kernel_of_the_matrix_has_a_name_of_its_own() {
+        let mut names: Vec<_> = MATRIX.iter().map(|wanted| wanted.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), MATRIX.len());
+    }
+}

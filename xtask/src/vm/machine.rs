@@ -1,0 +1,254 @@
+//! A virtual machine: QEMU, and what shares this machine's files with it.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use session_enforcer_tests::die_with_parent;
+
+use super::debugger;
+use super::kernels::Kernel;
+use super::plan::MARK;
+use crate::packages::VIRTIOFSD;
+use crate::process::{as_root, find_program, is_root, output_of};
+
+/// How often the machine is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How much of the console an error shows.
+const CONSOLE_LINES: usize = 30;
+
+/// How long a kernel may take to find that it has nothing to start, where KVM works.
+const PROBE: Duration = Duration::from_secs(10);
+
+/// Who runs the machine's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU, ten times slower or more.
+    Emulation,
+}
+
+impl Accelerator {
+    /// KVM where a kernel runs with it: that there is a `/dev/kvm` does not say so.
+    pub(super) fn find(kernel: &Kernel) -> Result<Self> {
+        let may = File::options().read(true).write(true).open("/dev/kvm");
+        if may.is_err() {
+            return Ok(Self::Emulation);
+        }
+        // Without an initramfs the kernel panics, which ends the machine.
+        let mut qemu = Self::Kvm.command()?;
+        qemu.args(["-m", "512M", "-no-reboot", "-append", "panic=-1", "-kernel"])
+            .arg(kernel.image())
+            .stderr(Stdio::null());
+        let mut qemu = Running(die_with_parent(&mut qemu).spawn()?);
+        let start = Instant::now();
+        while start.elapsed() < PROBE {
+            if let Some(status) = qemu.0.try_wait()? {
+                let works = status.success();
+                return Ok(if works { Self::Kvm } else { Self::Emulation });
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Self::Emulation)
+    }
+
+    /// How many times slower its machines are, for the patience of the tests.
+    pub(super) fn slower(self) -> Option<&'static str> {
+        match self {
+            Self::Kvm => None,
+            Self::Emulation => Some("10"),
+        }
+    }
+
+    /// How many test programs run at the same time: they wait for deadlines most of the time, but
+    /// under emulation the start of each daemon keeps a processor busy for seconds.
+    pub(super) fn programs_at_once(self) -> usize {
+        match self {
+            Self::Kvm => 2,
+            Self::Emulation => 1,
+        }
+    }
+
+    /// QEMU, without any device.
+    fn command(self) -> Result<Command> {
+        let program = find_program("qemu-system-x86_64", &[]).context("there is no QEMU")?;
+        let mut qemu = Command::new(program);
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        match self {
+            Self::Kvm => qemu.args(["-accel", "kvm", "-cpu", "max"]),
+            // Five-level page tables are slow to emulate.
+            Self::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]),
+        };
+        Ok(qemu)
+    }
+}
+
+/// A machine that is to be started.
+pub(super) struct Machine<'a> {
+    pub(super) kernel: &'a Kernel,
+    pub(super) accelerator: Accelerator,
+    pub(super) initramfs: &'a Path,
+    /// The folder that it can write to. The console's text and the sockets are put there too.
+    pub(super) shared: &'a Path,
+    pub(super) processors: u32,
+    pub(super) memory_mib: u32,
+}
+
+impl Machine<'_> {
+    /// Runs it until it powers off. `watch` is called now and then.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not run, or still runs after `limit`, with the last lines of its console.
+    pub(super) fn run(&self, limit: Duration, mut watch: impl FnMut()) -> Result<()> {
+        let _root = self.share("root", Path::new("/"))?;
+        let _own = self.share("own", self.shared)?;
+        let mut qemu = Running(
+            die_with_parent(&mut self.qemu()?)
+                .spawn()
+                .context("cannot start QEMU")?,
+        );
+        let start = Instant::now();
+        let ended = loop {
+            if let Some(status) = qemu.0.try_wait()? {
+                break status;
+            }
+            if start.elapsed() > limit {
+                bail!("not finished after {limit:?}; {}", self.last_words());
+            }
+            watch();
+            debugger::serve(self.shared, &self.socket("debugger"));
+            thread::sleep(LOOK);
+        };
+        watch();
+        if !ended.success() {
+            bail!("QEMU failed ({ended}); {}", self.last_words());
+        }
+        Ok(())
+    }
+
+    /// The end of what the console said.
+    pub(super) fn last_words(&self) -> String {
+        let text = fs::read(self.console()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().map(str::trim_end).collect();
+        let last = &lines[lines.len().saturating_sub(CONSOLE_LINES)..];
+        format!("the console's last lines:\n    {}", last.join("\n    "))
+    }
+
+    fn console(&self) -> PathBuf {
+        self.shared.join("console.log")
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.shared.join(format!("{name}.socket"))
+    }
+
+    fn qemu(&self) -> Result<Command> {
+        let memory = self.memory_mib;
+        let mut qemu = self.accelerator.command()?;
+        qemu.args(["-smp", &self.processors.to_string()])
+            .args(["-m", &format!("{memory}M")])
+            // The memory is shared with the programs that share files.
+            .arg("-object")
+            .arg(format!(
+                "memory-backend-memfd,id=memory,size={memory}M,share=on"
+            ))
+            .args(["-numa", "node,memdev=memory"])
+            .arg("-kernel")
+            .arg(self.kernel.image())
+            .arg("-initrd")
+            .arg(self.initramfs)
+            .arg("-append")
+            .arg(format!("console=ttyS0 quiet panic=10 {MARK}"))
+            .arg("-gdb")
+            .arg(format!(
+                "unix:{},server=on,wait=off",
+                self.socket("debugger").display()
+            ))
+            .arg("-serial")
+            .arg(format!("file:{}", self.console().display()));
+        for name in ["root", "own"] {
+            let path = self.socket(name);
+            qemu.arg("-chardev")
+                .arg(format!("socket,id={name},path={}", path.display()))
+                .arg("-device")
+                .arg(format!("vhost-user-fs-pci,chardev={name},tag={name}"));
+        }
+        qemu.stderr(self.log("qemu")?);
+        Ok(qemu)
+    }
+
+    /// Shares a folder under this name, and waits until it is ready.
+    fn share(&self, name: &str, folder: &Path) -> Result<Running> {
+        let socket = self.socket(name);
+        let program = find_program("virtiofsd", &VIRTIOFSD.map(PathBuf::from));
+        let program = program.context("there is no virtiofsd")?;
+        let _ = fs::remove_file(&socket);
+        let mut sharer = as_root(&program)?;
+        sharer.arg(format!("--socket-path={}", socket.display()));
+        if !is_root()? {
+            let group = output_of(Command::new("id").arg("-gn"))?;
+            sharer.arg(format!("--socket-group={}", group.trim()));
+        }
+        let cache = if name == "root" { "always" } else { "auto" };
+        if program.starts_with("/usr/lib/qemu") {
+            sharer
+                .args(["-o", &format!("source={}", folder.display())])
+                .args(["-o", &format!("sandbox=chroot,cache={cache}")]);
+        } else {
+            sharer
+                .arg(format!("--shared-dir={}", folder.display()))
+                .args(["--sandbox", "chroot", "--cache", cache]);
+        }
+        sharer
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(self.log(name)?);
+        let child = die_with_parent(&mut sharer).spawn();
+        let mut running =
+            Running(child.with_context(|| format!("cannot start {}", program.display()))?);
+        running.wait_for(&socket, &self.shared.join(format!("{name}.err")))?;
+        Ok(running)
+    }
+
+    fn log(&self, name: &str) -> Result<File> {
+        let path = self.shared.join(format!("{name}.err"));
+        File::create(&path).with_context(|| format!("cannot create {}", path.display()))
+    }
+}
+
+/// A program that ends with the machine.
+struct Running(Child);
+
+impl Running {
+    fn wait_for(&mut self, socket: &Path, log: &Path) -> Result<()> {
+        let start = Instant::now();
+        while !fs::metadata(socket).is_ok_and(|found| found.file_type().is_socket()) {
+            let mut said = String::new();
+            if self.0.try_wait()?.is_some() || start.elapsed() > Duration::from_secs(30) {
+                File::open(log).and_then(|mut log| log.read_to_string(&mut said))?;
+                bail!("virtiofsd does not serve {}: {said}", socket.display());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Those that share files end by themselves with QEMU; root's cannot be killed by others.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

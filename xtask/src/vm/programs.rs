@@ -1,0 +1,162 @@
+//! The test programs: built here, run inside.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::plan::Program;
+use crate::workspace::Workspace;
+
+/// The tests that need a machine for themselves.
+pub(super) const HOST: &str = "host";
+
+/// How many tests of a program run at the same time: they wait for deadlines most of the time.
+const THREADS: usize = 4;
+
+/// After this a program is killed, in seconds. Under emulation the longest takes a tenth of it.
+const LIMIT_SECONDS: u64 = 1200;
+
+/// A test program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Built {
+    pub(super) name: String,
+    path: PathBuf,
+}
+
+impl Built {
+    /// To be run as a whole, or those of its tests whose names contain one of these words.
+    pub(super) fn program(&self, words: &[String]) -> Program {
+        self.named(&self.name, THREADS, words)
+    }
+
+    /// To be run for the tests of one of its modules, one by one, under that name.
+    pub(super) fn part(&self, module: &str) -> Program {
+        let words = [format!("{module}::")];
+        self.named(&format!("{}-{module}", self.name), 1, &words)
+    }
+
+    fn named(&self, name: &str, threads: usize, words: &[String]) -> Program {
+        let mut arguments = vec![format!("--test-threads={threads}")];
+        arguments.extend_from_slice(words);
+        Program {
+            name: name.to_owned(),
+            path: self.path.clone(),
+            arguments,
+            limit_seconds: LIMIT_SECONDS,
+        }
+    }
+}
+
+/// Builds every privileged test program, those of whole hosts too.
+pub(super) fn build(workspace: &Workspace) -> Result<Vec<Built>> {
+    // `--tests` leaves out what is not for `cargo test`.
+    let mut built = build_some(workspace, &["--tests"])?;
+    built.extend(build_some(workspace, &["--test", HOST])?);
+    built.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(built)
+}
+
+fn build_some(workspace: &Workspace, which: &[&str]) -> Result<Vec<Built>> {
+    let mut cargo = workspace.cargo();
+    cargo
+        .args(["test", "--no-run", "--package", "session-enforcer-tests"])
+        .args(which)
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let output = cargo.output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("the tests do not build ({})", output.status);
+    }
+    let text = String::from_utf8(output.stdout).context("cargo's messages are no text")?;
+    text.lines()
+        .filter_map(|line| artifact(line).transpose())
+        .collect()
+}
+
+/// The test program that one of cargo's messages announces.
+fn artifact(line: &str) -> Result<Option<Built>> {
+    let message: Value = serde_json::from_str(line).context("a message of cargo is no JSON")?;
+    let is_test = message["reason"] == "compiler-artifact" && message["profile"]["test"] == true;
+    let (Some(path), Some(name)) = (
+        message["executable"].as_str(),
+        message["target"]["name"].as_str(),
+    ) else {
+        return Ok(None);
+    };
+    Ok(is_test.then(|| Built {
+        name: name.to_owned(),
+        path: path.into(),
+    }))
+}
+
+/// The programs that the words on the command line ask for: `PROGRAM`, or `PROGRAM::PART` for those
+/// of its tests whose names contain the part. No word asks for all.
+pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Vec<String>)>> {
+    if words.is_empty() {
+        return Ok(built.iter().map(|one| (one.clone(), Vec::new())).collect());
+    }
+    let mut chosen: Vec<(Built, Vec<String>)> = Vec::new();
+    for word in words {
+        let (name, part) = match word.split_once("::") {
+            Some((name, part)) => (name, Some(part.to_owned())),
+            None => (word.as_str(), None),
+        };
+        let Some(found) = built.iter().find(|one| one.name == name) else {
+            let names: Vec<_> = built.iter().map(|one| one.name.as_str()).collect();
+            bail!(
+                "there is no test program {name}; there are: {}",
+                names.join(", ")
+            );
+        };
+        match chosen.iter_mut().find(|(one, _)| one == found) {
+            Some((_, parts)) => parts.extend(part),
+            None => chosen.push((found.clone(), part.into_iter().collect())),
+        }
+    }
+    Ok(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn built(name: &str) -> Built {
+        Built {
+            name: name.to_owned(),
+            path: name.into(),
+        }
+    }
+
+    #[test]
+    fn only_test_programs_are_taken() {
+        let test = r#"{"reason":"compiler-artifact","target":{"name":"idle"},"profile":{"test":true},"executable":"/t/idle-1"}"#;
+        let found = artifact(test).expect("JSON").expect("a test program");
+        assert_eq!(
+            (found.name.as_str(), found.path),
+            ("idle", "/t/idle-1".into())
+        );
+        let agent = test.replace("true", "false");
+        assert_eq!(artifact(&agent).expect("JSON"), None);
+        assert_eq!(
+            artifact(r#"{"reason":"build-finished"}"#).expect("JSON"),
+            None
+        );
+    }
+
+    #[test]
+    fn words_choose_programs_and_parts_of_them() {
+        let all = [built("gate"), built("idle")];
+        let words =
+            |words: &[&str]| -> Vec<String> { words.iter().map(|&word| word.into()).collect() };
+        assert_eq!(chosen(&all, &[]).expect("all").len(), 2);
+        let some = chosen(&all, &words(&["gate::frozen", "gate::late"])).expect("one");
+        assert_eq!(some, [(built("gate"), words(&["frozen", "late"]))]);
+        let error = chosen(&all, &words(&["gat"])).expect_err("none");
+        assert!(
+            error.to_string().ends_with("there are: gate, idle"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,258 @@
+//! What came of it: each test on each kernel, as a table and as JSON.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::plan::{End, Outcome};
+
+/// One kernel's results.
+#[derive(Debug, Serialize)]
+pub(super) struct Results {
+    /// Its name in the matrix.
+    pub(super) kernel: String,
+    /// Its `uname -r`.
+    pub(super) release: String,
+    /// Whether session-enforcer is meant to work there.
+    pub(super) supported: bool,
+    /// Why there are not all results, if there are not.
+    pub(super) error: Option<String>,
+    /// From the start of the machine to its end.
+    pub(super) seconds: f64,
+    pub(super) programs: Vec<Ran>,
+}
+
+/// A program's results.
+#[derive(Debug, Serialize)]
+pub(super) struct Ran {
+    pub(super) name: String,
+    pub(super) seconds: f64,
+    /// How it ended, where its tests do not say all.
+    pub(super) end: Option<String>,
+    pub(super) passed: Vec<String>,
+    pub(super) failed: Vec<String>,
+}
+
+impl Results {
+    /// Whether everything that was to run has run and passed.
+    pub(super) fn is_green(&self) -> bool {
+        self.error.is_none() && self.programs.iter().all(Ran::is_green)
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        let count = |of: fn(&Ran) -> usize| self.programs.iter().map(of).sum();
+        (count(|ran| ran.passed.len()), count(Ran::failures))
+    }
+}
+
+impl Ran {
+    /// From what the program wrote and how it ended.
+    pub(super) fn new(outcome: &Outcome, log: &str) -> Self {
+        let of = |result: &str| -> Vec<String> {
+            log.lines()
+                .filter_map(|line| test_of(line, result))
+                .collect()
+        };
+        let (passed, failed) = (of("ok"), of("FAILED"));
+        let told = match outcome.end {
+            End::Exit(0) => failed.is_empty() && log.contains("test result: ok"),
+            // What libtest ends with where a test has failed.
+            End::Exit(101) => !failed.is_empty(),
+            _ => false,
+        };
+        Self {
+            name: outcome.name.clone(),
+            seconds: outcome.seconds,
+            end: (!told).then(|| shown(outcome.end)),
+            passed,
+            failed,
+        }
+    }
+
+    fn is_green(&self) -> bool {
+        self.failures() == 0
+    }
+
+    fn failures(&self) -> usize {
+        self.failed.len().max(usize::from(self.end.is_some()))
+    }
+}
+
+/// The test that a line of libtest's says this result of.
+fn test_of(line: &str, result: &str) -> Option<String> {
+    let (name, said) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+    // A test that must panic has a note behind its name.
+    let name = name.split(" - ").next().unwrap_or(name);
+    (said == result).then(|| name.to_owned())
+}
+
+fn shown(end: End) -> String {
+    match end {
+        End::Exit(status) => format!("exit status {status}"),
+        End::Signal(signal) => format!("killed by signal {signal}"),
+        End::TimeLimit => "not finished in its time".to_owned(),
+    }
+}
+
+/// One program's results, in a line.
+pub(super) fn line(ran: &Ran) -> String {
+    let summary = summary(ran.passed.len(), ran.failures());
+    format!("{} {summary} ({:.0} s)", ran.name, ran.seconds)
+}
+
+/// Kernels side by side, a line a program, then what failed by name.
+pub(super) fn table(all: &[Results]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for ran in all.iter().flat_map(|results| &results.programs) {
+        if !names.contains(&ran.name.as_str()) {
+            names.push(&ran.name);
+        }
+    }
+    names.sort_unstable();
+    let first = names
+        .iter()
+        .map(|name| name.len())
+        .max()
+        .unwrap_or(0)
+        .max(8);
+    let mut text = row("", first, all.iter().map(|results| short(&results.release)));
+    for name in names {
+        let cells = all.iter().map(|results| cell(results, name));
+        text += &row(name, first, cells);
+    }
+    let sums = all.iter().map(|results| {
+        let (passed, failed) = results.counts();
+        summary(passed, failed)
+    });
+    text += &row("all", first, sums);
+    let times = all
+        .iter()
+        .map(|results| format!("{:.0} s", results.seconds));
+    text += &row("time", first, times);
+    text + &failures(all)
+}
+
+fn row(name: &str, first: usize, cells: impl Iterator<Item = String>) -> String {
+    let mut line = format!("{name:<first$}");
+    for cell in cells {
+        write!(line, "  {cell:>14}").expect("a String takes everything");
+    }
+    line + "\n"
+}
+
+/// `6.12.107+deb13-cloud-amd64` without what they all have.
+fn short(release: &str) -> String {
+    release.trim_end_matches("-cloud-amd64").to_owned()
+}
+
+fn cell(results: &Results, name: &str) -> String {
+    let ran = results.programs.iter().find(|ran| ran.name == name);
+    ran.map_or_else(
+        || "-".to_owned(),
+        |ran| summary(ran.passed.len(), ran.failures()),
+    )
+}
+
+fn summary(passed: usize, failed: usize) -> String {
+    if failed == 0 {
+        format!("{passed} ok")
+    } else {
+        format!("{passed} ok, {failed} bad")
+    }
+}
+
+fn failures(all: &[Results]) -> String {
+    let mut text = String::new();
+    for results in all {
+        let mut say = |what: &str| {
+            writeln!(text, "{}: {what}", short(&results.release))
+                .expect("a String takes everything");
+        };
+        if let Some(error) = &results.error {
+            say(error);
+        }
+        for ran in &results.programs {
+            for test in &ran.failed {
+                say(&format!("{}::{test} failed", ran.name));
+            }
+            if let Some(end) = &ran.end {
+                say(&format!("{}: {end}", ran.name));
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(end: End) -> Outcome {
+        Outcome {
+            name: "gate".to_owned(),
+            end,
+            seconds: 1.0,
+        }
+    }
+
+    const LOG: &str = "\nrunning 2 tests\ntest a_thing ... ok\ntest another - should panic ... FAILED\n\n\
+                       test result: FAILED. 1 passed; 1 failed;\n";
+
+    #[test]
+    fn a_failed_test_is_named_and_the_exit_status_explained_by_it() {
+        let ran = Ran::new(&outcome(End::Exit(101)), LOG);
+        assert_eq!(
+            (ran.passed.len(), &ran.failed[..]),
+            (1, &["another".to_owned()][..])
+        );
+        assert_eq!(ran.end, None);
+        assert!(!ran.is_green());
+    }
+
+    #[test]
+    fn what_ends_in_another_way_than_its_tests_say_has_failed() {
+        let green = "test a_thing ... ok\n\ntest result: ok. 1 passed;\n";
+        assert!(Ran::new(&outcome(End::Exit(0)), green).is_green());
+        for (end, log) in [
+            (End::Exit(0), "test a_thing ... ok\n"),
+            (End::Exit(101), green),
+            (End::Signal(11), green),
+            (End::TimeLimit, "test a_thing ... ok\n"),
+        ] {
+            assert!(!Ran::new(&outcome(end), log).is_green(), "{end:?}");
+        }
+    }
+
+    #[test]
+    fn the_table_has_a_column_a_kernel_and_names_what_failed() {
+        let results = |release: &str, ran| Results {
+            kernel: String::new(),
+            release: release.to_owned(),
+            supported: true,
+            error: None,
+            seconds: 61.0,
+            programs: vec![ran],
+        };
+        let all = [
+            results(
+                "6.1.0-50-cloud-amd64",
+                Ran::new(&outcome(End::Exit(101)), LOG),
+            ),
+            results(
+                "7.3-cloud-amd64",
+                Ran::new(
+                    &outcome(End::Exit(0)),
+                    "test a_thing ... ok\ntest result: ok.",
+                ),
+            ),
+        ];
+        assert_eq!(
+            table(&all),
+            "                6.1.0-50             7.3\n\
+             gate         1 ok, 1 bad            1 ok\n\
+             all          1 ok, 1 bad            1 ok\n\
+             time                61 s            61 s\n\
+             6.1.0-50: gate::another failed\n"
+        );
+    }
+}
