@@ -28,8 +28,16 @@ pub(super) struct Life {
     pub(super) records: Vec<Record>,
     /// Its records and its metrics shortly before its end, where it could be asked then.
     pub(super) asked: Option<(Vec<Record>, Metrics)>,
-    /// Whether it ran to the end, when nothing more happened.
-    pub(super) is_last: bool,
+    pub(super) ending: Ending,
+}
+
+/// How a daemon ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ending {
+    Killed,
+    Stopped,
+    /// It ran until nothing more happened.
+    Last,
 }
 
 /// The running daemon, and those before it.
@@ -122,7 +130,7 @@ impl<'a> Host<'a> {
             thread::sleep(down);
             self.daemon.kill()?;
         }
-        self.end_life(asked)?;
+        self.end_life(asked, Ending::Killed)?;
         thread::sleep(down);
         self.try_all()?;
         self.start_next(from, next, false)
@@ -133,7 +141,7 @@ impl<'a> Host<'a> {
         let from = self.start.elapsed();
         self.daemon.stop()?;
         let to = self.start.elapsed();
-        self.end_life(Some(asked))?;
+        self.end_life(Some(asked), Ending::Stopped)?;
         // Nothing is attached.
         self.timeline.changes.push(Change {
             when: Span { from, to },
@@ -150,11 +158,11 @@ impl<'a> Host<'a> {
         Ok((records, self.daemon.metrics()?))
     }
 
-    fn end_life(&mut self, asked: Option<(Vec<Record>, Metrics)>) -> Result<()> {
+    fn end_life(&mut self, asked: Option<(Vec<Record>, Metrics)>, ending: Ending) -> Result<()> {
         self.lives.push(Life {
             records: self.daemon.terminations()?,
             asked,
-            is_last: false,
+            ending,
         });
         Ok(())
     }
@@ -215,7 +223,7 @@ impl<'a> Host<'a> {
         self.lives.push(Life {
             records: records.clone(),
             asked: Some((records, metrics)),
-            is_last: true,
+            ending: Ending::Last,
         });
         Ok(())
     }

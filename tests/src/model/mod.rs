@@ -9,12 +9,14 @@
 //! The system's clock is not set here, as that would be the whole machine's.
 
 mod book;
+mod case;
 mod check;
 mod field;
 mod history;
 mod host;
 mod plan;
 mod replay;
+mod report;
 mod termination;
 #[cfg(test)]
 mod tests;

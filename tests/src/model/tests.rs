@@ -9,7 +9,7 @@ use super::{
     book::{Action, Book, End, Rule},
     check::Seen,
     history::{Connection, Event, Fate, Payload},
-    host::Life,
+    host::{Ending, Life},
     timeline::{Change, Span, Timeline},
 };
 use crate::{audit::Record, clock::Time, metrics::Metrics};
@@ -76,7 +76,7 @@ impl Run {
         let life = Life {
             records: records.clone(),
             asked: Some((records, Metrics::new(text))),
-            is_last: true,
+            ending: Ending::Last,
         };
         let mut start = Time::now();
         start.wall = Duration::from_secs(1_767_268_800);
@@ -261,7 +261,7 @@ fn an_end_that_reads_another_error_and_one_that_stays_open_are_found() {
 
 #[test]
 fn a_counter_that_is_not_the_number_of_the_records_is_found() {
-    Run::with(|run| run.counted = 2).assert_wrong("1 records and Ok(2.0) counted");
+    Run::with(|run| run.counted = 2).assert_wrong("1 to 1 records, Ok(2.0) counted");
 }
 
 #[test]

@@ -1,0 +1,403 @@
+//! Holds one connection, with all that was seen of it, to the model. Pure.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::{
+    book::{Action, Activity, Book, End, Rule},
+    check::Seen,
+    history::{Connection, Fate, Payload},
+    replay::{Clocks, Deadline, Replay, Truth},
+    report::Counts,
+    termination::{SLACK, Termination, around},
+    timeline::Span,
+};
+
+/// How long a session may live after it was due, with a daemon that runs, on a busy machine.
+const LATEST: Duration = Duration::from_secs(10);
+
+/// How long a record may be on its way when its daemon is killed.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
+
+/// One connection.
+pub(super) struct Case<'a> {
+    seen: &'a Seen<'a>,
+    connection: &'a Connection,
+    replay: Replay<'a>,
+    /// Each with the number of the daemon that wrote it.
+    records: &'a [(usize, Termination)],
+    pub(super) wrong: Vec<String>,
+}
+
+impl<'a> Case<'a> {
+    pub(super) fn new(
+        seen: &'a Seen<'a>,
+        connection: &'a Connection,
+        records: &'a [(usize, Termination)],
+    ) -> Self {
+        Self {
+            seen,
+            connection,
+            replay: Replay::of(connection, seen.timeline),
+            records,
+            wrong: Vec::new(),
+        }
+    }
+}
+
+impl Case<'_> {
+    pub(super) fn check(&mut self, counts: &mut Counts) {
+        self.check_payloads();
+        self.check_end();
+        self.check_records();
+        self.check_overdue();
+        self.check_observed();
+        self.count(counts);
+    }
+
+    fn fail(&mut self, wrong: impl Into<String>) {
+        self.wrong.push(wrong.into());
+    }
+
+    fn rule<'b>(&self, book: &'b Book, end: End) -> Option<&'b Rule> {
+        book.rule(self.connection.port, end)
+    }
+
+    /// The rule by which a session is reset at its limits.
+    fn enforced<'b>(&self, book: &'b Book, end: End) -> Option<&'b Rule> {
+        let rule = self.rule(book, end);
+        rule.filter(|rule| rule.action == Action::Enforce)
+    }
+
+    /// Whether a session of the connection may have reached a limit at some moment of the span.
+    fn may_have_expired(&self, span: Span) -> bool {
+        let mut books = self.seen.timeline.books(span);
+        books.any(|book| {
+            self.connection.sessions().any(|end| {
+                let rule = self.enforced(book, end);
+                rule.is_some_and(|rule| self.replay.clocks(end).due(rule).from <= span.to)
+            })
+        })
+    }
+}
+
+/// What passed, and how it ended.
+impl Case<'_> {
+    fn check_payloads(&mut self) {
+        for late in self.replay.passed_late.clone() {
+            self.fail(format!("payload passed after the deadline, {late:?}"));
+        }
+        let closed = |fate: &Fate| matches!(fate, Fate::Closed(_));
+        if self.connection.fates.iter().any(closed) {
+            // What was on its way to it is not seen any more.
+            return;
+        }
+        let end = self.connection.broken();
+        let end = end.map_or(self.seen.finished, |span| span.to);
+        let lost = self.connection.payloads().find(|p| p.arrived.is_none());
+        if let Some(lost) = lost.copied() {
+            let since = Span {
+                from: lost.written.from,
+                to: end,
+            };
+            if !self.may_have_expired(since) {
+                self.fail(format!("payload was lost, {lost:?}"));
+            }
+        }
+    }
+
+    fn check_end(&mut self) {
+        let Some(broken) = self.connection.broken() else {
+            return;
+        };
+        for end in End::BOTH {
+            let is_open = self.connection.fate(end) == Fate::Open;
+            if is_open && !self.connection.may_stay_open(end) {
+                self.fail("one end was reset and the other is open");
+            }
+            let inside = self.connection.inside[end as usize];
+            if let Fate::Broken(Errno::ECONNABORTED, _) = self.connection.fate(end)
+                && !inside
+            {
+                self.fail("an end was reset that is not below the cgroup");
+            }
+        }
+        if self.connection.may_have_reset_itself() {
+            return;
+        }
+        if !self.may_have_expired(broken) {
+            self.fail("it was reset, and no session of it had expired");
+        }
+        if self.resets().count() == 0 && !self.may_be_unrecorded(broken) {
+            self.fail("it was reset, and no record says so");
+        }
+        self.check_errors();
+    }
+
+    /// The records of resets.
+    fn resets(&self) -> impl Iterator<Item = &Termination> {
+        let records = self.records.iter().map(|(_, record)| record);
+        records.filter(|record| record.result == "reset")
+    }
+
+    /// Whether the record of a reset may have gone with a daemon that was killed.
+    fn may_be_unrecorded(&self, broken: Span) -> bool {
+        let mut kills = self.seen.timeline.kills.iter();
+        kills.any(|kill| {
+            broken.meets(&Span {
+                from: kill.from.saturating_sub(ON_ITS_WAY),
+                ..*kill
+            })
+        })
+    }
+
+    /// The end of a session that was reset reads ECONNABORTED, and the other one that the connection
+    /// was reset, or, where it had read the end of the stream, that there is none to write to.
+    fn check_errors(&mut self) {
+        if self.resets().count() == 0 {
+            return;
+        }
+        for end in End::BOTH {
+            let Fate::Broken(error, _) = self.connection.fate(end) else {
+                continue;
+            };
+            let by_daemon = self.resets().any(|record| record.end == end);
+            let expected = match error {
+                Errno::ECONNABORTED => by_daemon,
+                Errno::ECONNRESET | Errno::EPIPE => !by_daemon,
+                _ => false,
+            };
+            if !expected {
+                self.fail(format!("the {end:?}'s end read {error}"));
+            }
+        }
+    }
+
+    /// None lives long after it was due while a daemon runs.
+    fn check_overdue(&mut self) {
+        let broken = self.connection.broken().map(|span| span.to);
+        let at = match (broken, self.connection.is_open()) {
+            (Some(broken), _) => broken,
+            (None, true) => self.seen.finished,
+            (None, false) => return,
+        };
+        let steady = self.seen.timeline.steady_since(at);
+        for end in self.connection.sessions() {
+            if let Fate::Closed(_) = self.connection.fate(end) {
+                continue;
+            }
+            let mut books = self.seen.timeline.books(Span {
+                from: steady,
+                to: at,
+            });
+            let overdue = books.all(|book| {
+                self.enforced(book, end).is_some_and(|rule| {
+                    let due = self.replay.clocks(end).due(rule).to.max(steady);
+                    due.saturating_add(LATEST) <= at
+                })
+            });
+            if overdue {
+                self.fail(format!("the {end:?}'s session was missed"));
+            }
+        }
+    }
+}
+
+/// The records.
+impl Case<'_> {
+    fn check_records(&mut self) {
+        let records = self.records;
+        for (_, record) in records {
+            if !self.connection.inside[record.end as usize] {
+                self.fail("a record of an end that is not below the cgroup");
+                continue;
+            }
+            if let Err(wrong) = self.check_record(record) {
+                self.fail(format!("{wrong} in {record:?}"));
+            }
+        }
+        for end in End::BOTH {
+            let ends = |r: &&(usize, Termination)| r.1.end == end && !r.1.is_observed();
+            if records.iter().filter(ends).count() > 1 {
+                self.fail(format!("the {end:?}'s session ended twice"));
+            }
+        }
+    }
+
+    fn check_record(&self, record: &Termination) -> Result<(), &'static str> {
+        if record.lateness_seconds < 0.0 {
+            return Err("before its deadline");
+        }
+        match record.result.as_str() {
+            "reset" if self.was_reset(record) => {}
+            "gone" if self.connection.fate(record.end) != Fate::Open => {}
+            "none" if record.is_observed() => {}
+            _ => return Err("a result that the connection does not show"),
+        }
+        let clocks = if record.is_observed() {
+            let all = self.replay.all_clocks(record.end);
+            all.copied().collect()
+        } else {
+            vec![self.replay.clocks(record.end)]
+        };
+        if !clocks.iter().any(|clocks| self.is_due(record, clocks)) {
+            return Err("a rule, reason, limit or deadline that is not the session's");
+        }
+        if !clocks.iter().any(|clocks| is_of_activity(record, clocks)) {
+            return Err("an activity that is not the session's last");
+        }
+        let adopted = clocks.iter().map(|clocks| clocks.adopted).max();
+        self.check_establishment(record, adopted.unwrap_or(Truth::No))?;
+        self.check_bytes(record, adopted.unwrap_or(Truth::No))
+    }
+
+    /// Whether the session was there to be reset.
+    fn was_reset(&self, record: &Termination) -> bool {
+        match self.connection.fate(record.end) {
+            Fate::Broken(..) => true,
+            Fate::Closed(when) => self.connection.is_held_up() || record.recorded().from <= when.to,
+            Fate::Open | Fate::Ended(_) => false,
+        }
+    }
+
+    /// Whether the session, with these clocks, was due as the record has it.
+    fn is_due(&self, record: &Termination, clocks: &Clocks) -> bool {
+        let mode = match record.is_observed() {
+            true => Action::Observe,
+            false => Action::Enforce,
+        };
+        let mut books = self.seen.timeline.books(record.recorded());
+        books.any(|book| {
+            let rule = self.rule(book, record.end);
+            let rule = rule.filter(|rule| rule.name == record.rule && rule.action == mode);
+            rule.is_some_and(|rule| match record.reason.as_str() {
+                "policy" => self.is_due_by_change(record, clocks, rule),
+                _ => {
+                    let deadlines = clocks.deadlines(rule);
+                    let reached = deadlines.iter().any(|d| is_reached(record, d));
+                    reached && was_idle_enough(record, rule)
+                }
+            })
+        })
+    }
+
+    /// A new policy ends what the one before it lets live, in the moment that it comes into force.
+    fn is_due_by_change(&self, record: &Termination, clocks: &Clocks, rule: &Rule) -> bool {
+        let at = around(record.deadline);
+        let mut changes = self.seen.timeline.changes.windows(2);
+        let changed = changes.any(|pair| {
+            let before = self.rule(&pair[0].book, record.end);
+            let alive = before.is_none_or(|rule| clocks.due(rule).to >= at.from);
+            alive && pair[1].when.meets(&at)
+        });
+        changed && record.limit.is_none() && clocks.due(rule).from <= at.to
+    }
+
+    fn check_establishment(
+        &self,
+        record: &Termination,
+        adopted: Truth,
+    ) -> Result<(), &'static str> {
+        let told = record.established.map(|established| {
+            let opened = self.connection.opened;
+            around(established).meets(&opened)
+        });
+        match (told, adopted) {
+            (Some(true), Truth::No | Truth::Perhaps) | (None, Truth::Yes | Truth::Perhaps) => {
+                Ok(())
+            }
+            // Observed before it was let go and adopted again.
+            (Some(true), Truth::Yes) if record.is_observed() => Ok(()),
+            _ => Err("an establishment that is not the session's"),
+        }
+    }
+
+    fn check_bytes(&self, record: &Termination, adopted: Truth) -> Result<(), &'static str> {
+        for from in End::BOTH {
+            let told = record.bytes[from as usize];
+            let of = self.connection.payloads().filter(|p| p.from == from);
+            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < record.recorded().from);
+            let arrived: u64 = of.clone().filter(before).map(|p| p.bytes).sum();
+            let written: u64 = of.map(|p| p.bytes).sum();
+            // The socket table counts what was sent again, too.
+            if told < arrived || (told > written && adopted == Truth::No) {
+                return Err("other bytes than the session's");
+            }
+        }
+        Ok(())
+    }
+
+    /// What was only observed at last has a record of the last daemon, and none twice.
+    fn check_observed(&mut self) {
+        let records = self.records;
+        for (n, (life, record)) in records.iter().enumerate() {
+            let again = |other: &&(usize, Termination)| {
+                other.0 == *life && other.1.end == record.end && is_the_same(&other.1, record)
+            };
+            if record.is_observed() && records[..n].iter().any(|other| again(&other)) {
+                self.fail(format!("recorded twice, {record:?}"));
+            }
+        }
+    }
+
+    fn count(&self, counts: &mut Counts) {
+        let connection = self.connection;
+        counts.connections += 1;
+        counts.payloads += connection.payloads().count();
+        counts.refused += self.replay.refused;
+        let sessions = connection.sessions();
+        let adopted = |end: &End| self.replay.clocks(*end).adopted == Truth::Yes;
+        counts.adopted += sessions.filter(adopted).count();
+        match connection.broken() {
+            Some(_) if connection.may_have_reset_itself() => counts.reset_by_test += 1,
+            Some(_) => {
+                counts.reset += 1;
+                counts.unrecorded += usize::from(self.resets().count() == 0);
+            }
+            None if connection.is_open() => counts.open += 1,
+            None => counts.ended += 1,
+        }
+        for (_, record) in self.records {
+            counts.observed += usize::from(record.is_observed());
+            counts.gone += usize::from(record.result == "gone");
+            counts.by_policy += usize::from(record.reason == "policy");
+            if record.result == "reset" {
+                // What came due while no daemon ran, or under another policy, waits for one.
+                let steady = self.seen.timeline.steady_since(record.at);
+                let late = record.at.saturating_sub(record.deadline.max(steady));
+                counts.latest = counts.latest.max(late);
+            }
+        }
+    }
+}
+
+/// Whether the record is of this deadline.
+fn is_reached(record: &Termination, deadline: &Deadline) -> bool {
+    let [shortest, longest] = deadline.limit.map(|limit| limit.as_secs_f64());
+    let of_limit = record
+        .limit
+        .is_some_and(|limit| shortest <= limit && limit <= longest);
+    deadline.reason == record.reason && of_limit && deadline.at.meets(&around(record.deadline))
+}
+
+/// What does not go through the wall clock is exact.
+fn was_idle_enough(record: &Termination, rule: &Rule) -> bool {
+    let heeds_all = rule.activity == Activity::Any && record.reason == "idle_timeout";
+    !heeds_all
+        || record
+            .limit
+            .is_some_and(|limit| record.idle_seconds >= limit)
+}
+
+fn is_of_activity(record: &Termination, clocks: &Clocks) -> bool {
+    let last = clocks.received.later(clocks.sent);
+    last.meets(&around(record.last_activity))
+}
+
+/// Whether two records of one daemon are of the same limit reached.
+fn is_the_same(one: &Termination, other: &Termination) -> bool {
+    one.reason == other.reason
+        && one.rule == other.rule
+        && one.deadline.abs_diff(other.deadline) < SLACK / 2
+}

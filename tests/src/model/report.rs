@@ -1,0 +1,78 @@
+//! What a run showed.
+
+use std::{fmt, time::Duration};
+
+/// What a run showed.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    /// What must not be, each with all that is known of it.
+    pub(super) wrong: Vec<String>,
+    pub(super) counts: Counts,
+}
+
+/// How often what occurred: a run in which little happens shows little.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) connections: usize,
+    pub(super) payloads: usize,
+    /// Reset by a daemon.
+    pub(super) reset: usize,
+    /// Of these, those whose record went with a daemon that was killed.
+    pub(super) unrecorded: usize,
+    /// Reset by what the test did.
+    pub(super) reset_by_test: usize,
+    /// Closed or ended in the orderly way.
+    pub(super) ended: usize,
+    /// Open at last.
+    pub(super) open: usize,
+    pub(super) adopted: usize,
+    /// Payloads that did not pass an expired session.
+    pub(super) refused: usize,
+    pub(super) observed: usize,
+    pub(super) gone: usize,
+    pub(super) by_policy: usize,
+    /// How late a daemon that ran reset a session.
+    pub(super) latest: Duration,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let c = &self.counts;
+        write!(
+            f,
+            "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} by a \
+             new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
+             adopted, {} observed, {} gone; {} payloads refused",
+            c.connections,
+            c.payloads,
+            c.reset,
+            c.unrecorded,
+            c.by_policy,
+            c.latest,
+            c.reset_by_test,
+            c.ended,
+            c.open,
+            c.adopted,
+            c.observed,
+            c.gone,
+            c.refused
+        )
+    }
+}
+
+impl Report {
+    /// Whether all that a run is about occurred in it.
+    pub(super) fn is_mixed(&self) -> bool {
+        let c = &self.counts;
+        [
+            c.reset,
+            c.reset_by_test,
+            c.ended,
+            c.open,
+            c.observed,
+            c.refused,
+        ]
+        .iter()
+        .all(|count| *count > 0)
+    }
+}
