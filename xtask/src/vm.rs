@@ -27,7 +27,7 @@ use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program,
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
 use crate::build::{Profile, daemon};
-use crate::packages::{self, Missing, VIRTUAL_MACHINES};
+use crate::packages::{self, Missing, SHARING, VIRTUAL_MACHINES};
 use crate::process::say;
 use crate::setup::setup;
 use crate::test::BINARY;
@@ -103,6 +103,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let missing = Missing::unless(args.no_install);
     packages::ensure(missing)?;
     packages::ensure_of(&VIRTUAL_MACHINES, missing)?;
+    packages::ensure_of(&SHARING, missing)?;
     setup(workspace)?;
     let (names, tests, machines) = args.choice();
     let kernels = names
