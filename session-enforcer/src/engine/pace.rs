@@ -6,8 +6,8 @@ use std::time::Duration;
 const MIN_PAUSE_NS: u64 = 1_000_000_000;
 
 /// How many times as long as a comparison uses a processor there is none after it, however much is to
-/// be mended: so it is a twentieth of one at most.
-const REST: u32 = 20;
+/// be mended: so it is a tenth of one at most.
+const REST: u32 = 10;
 
 /// Why there is to be a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,7 @@ mod tests {
         pace.ended(101 * S, Duration::from_millis(50), true);
         assert_eq!(pace.next_ns(Need::Mend), 102 * S);
         pace.ended(105 * S, Duration::from_secs(2), true);
-        assert_eq!(pace.next_ns(Need::Mend), 145 * S);
+        assert_eq!(pace.next_ns(Need::Mend), 125 * S);
     }
 
     #[test]
@@ -132,6 +132,6 @@ mod tests {
         let mut pace = pace();
         pace.set_interval(Duration::from_secs(1));
         pace.ended(S, Duration::from_secs(1), false);
-        assert_eq!(pace.next_ns(Need::TryAgain), 21 * S);
+        assert_eq!(pace.next_ns(Need::TryAgain), 11 * S);
     }
 }
