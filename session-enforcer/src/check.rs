@@ -278,7 +278,7 @@ Daemon:
   sessions, at most   1000
   pins                none: sessions are adopted anew at each start
   network namespaces  the daemon's own
-  reconciled every    10m
+  reconciled every    15m
   metrics             not served
   audit               /var/log/sessions.json
 

@@ -14,7 +14,7 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, DEFAULT_PIN_DIR, Mode, Problem, User, parse_audit, parse_cgroup,
+    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, Problem, User, parse_audit, parse_cgroup,
     parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
@@ -377,6 +377,9 @@ impl RunArgs {
         };
         if let Some(cgroup) = &self.cgroup {
             config.cgroup = Some(cgroup.into());
+            // What the file says is watched is not.
+            let beside = |doubt: &Doubt| matches!(doubt, Doubt::Beside { .. });
+            config.warnings.retain(|warning| !beside(&warning.doubt));
         }
         if self.observe {
             config.mode = Mode::Observe;

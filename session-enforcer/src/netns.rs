@@ -124,7 +124,7 @@ impl Namespaces {
     /// Opens the socket table of every namespace that can be found. What cannot be entered is
     /// returned beside.
     pub fn open_all(&mut self) -> (Vec<u64>, Vec<NetnsError>) {
-        let errors = visit_all(|cookie, path, diag| {
+        let errors = visit_all(true, |cookie, path, diag| {
             self.seen_at.insert(cookie, path.to_owned());
             self.open.entry(cookie).or_insert(diag);
         });
@@ -168,10 +168,11 @@ impl Namespaces {
 }
 
 /// Opens the socket tables of the namespaces that can be found, one after the other, and hands over
-/// each with its cookie and where it was found. What cannot be entered is returned.
-pub fn visit_all(mut visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
+/// each with its cookie and where it was found. What cannot be entered is returned. To be thorough
+/// is to look at every thread and descriptor of the host too.
+pub fn visit_all(thorough: bool, mut visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
     let mut errors = Vec::new();
-    for path in candidates(true) {
+    for path in candidates(thorough) {
         match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
             Ok((cookie, diag)) => visit(cookie, &path, diag),
             // The process may have ended since it was listed.

@@ -1,11 +1,15 @@
 //! Which process holds which socket.
 
 use std::{
+    cell::LazyCell,
     collections::HashMap,
-    fs, io,
+    ffi::OsStr,
+    fs::{self, File},
+    io,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
-    path::Path,
 };
+
+use nix::fcntl::readlinkat;
 
 /// A process that holds a socket, and its descriptor of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +17,8 @@ pub struct Holder {
     /// Number of the process, in the daemon's process namespace.
     pub pid: u32,
     fd: RawFd,
+    /// Its name, cut and filled with zeroes as the kernel keeps it; empty where it has ended.
+    pub comm: [u8; 16],
 }
 
 /// The sockets of all processes, as they were at one time.
@@ -33,15 +39,25 @@ impl Sockets {
         pids.sort_unstable();
         for pid in pids {
             // A process may end while it is looked at.
-            let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+            let path = format!("/proc/{pid}/fd");
+            let (Ok(directory), Ok(descriptors)) = (File::open(&path), fs::read_dir(&path)) else {
                 continue;
             };
+            // Read once, and only of a process that has sockets: a server has thousands.
+            let name = LazyCell::new(|| comm(pid));
             for entry in descriptors.flatten() {
-                let Some(fd) = number(&entry.file_name().to_string_lossy()) else {
+                let name_of_fd = entry.file_name();
+                let Some(fd) = number(&name_of_fd.to_string_lossy()) else {
                     continue;
                 };
-                if let Some(inode) = fs::read_link(entry.path()).ok().as_deref().and_then(inode) {
-                    sockets.entry(inode).or_insert(Holder { pid, fd });
+                // From the directory on: the way to it is longer than what is asked.
+                let link = readlinkat(&directory, name_of_fd.as_os_str());
+                if let Some(inode) = link.ok().as_deref().and_then(inode) {
+                    sockets.entry(inode).or_insert_with(|| Holder {
+                        pid,
+                        fd,
+                        comm: *name,
+                    });
                 }
             }
         }
@@ -59,25 +75,24 @@ fn number(name: &str) -> Option<RawFd> {
 }
 
 /// Reads `socket:[4711]`.
-fn inode(link: &Path) -> Option<u32> {
+fn inode(link: &OsStr) -> Option<u32> {
     let number = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
     number.parse().ok()
 }
 
-impl Holder {
-    /// The process's name, cut and filled with zeroes as the kernel keeps it; empty where it has
-    /// ended.
-    pub fn comm(&self) -> [u8; 16] {
-        let name = fs::read(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
-        let mut comm = [0; 16];
-        for (place, byte) in comm[..15].iter_mut().zip(name) {
-            if byte != b'\n' {
-                *place = byte;
-            }
+/// The name of a process.
+fn comm(pid: u32) -> [u8; 16] {
+    let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let mut comm = [0; 16];
+    for (place, byte) in comm[..15].iter_mut().zip(name) {
+        if byte != b'\n' {
+            *place = byte;
         }
-        comm
     }
+    comm
+}
 
+impl Holder {
     /// A descriptor of the same socket for this process (`pidfd_getfd`, Linux 5.6).
     ///
     /// # Errors
@@ -119,16 +134,16 @@ mod tests {
             (std::process::id(), listener.as_raw_fd())
         );
         let name = fs::read("/proc/self/comm").unwrap();
-        assert_eq!(&holder.comm()[..name.len() - 1], &name[..name.len() - 1]);
+        assert_eq!(&holder.comm[..name.len() - 1], &name[..name.len() - 1]);
         let same = TcpListener::from(holder.duplicate().unwrap());
         assert_eq!(same.local_addr().unwrap(), listener.local_addr().unwrap());
     }
 
     #[test]
     fn what_is_no_socket_is_passed_over() {
-        assert_eq!(inode(Path::new("socket:[4711]")), Some(4711));
+        assert_eq!(inode(OsStr::new("socket:[4711]")), Some(4711));
         for other in ["socket:4711", "socket:[]", "pipe:[4711]", "/dev/null"] {
-            assert_eq!(inode(Path::new(other)), None);
+            assert_eq!(inode(OsStr::new(other)), None);
         }
     }
 
@@ -137,8 +152,12 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         child.wait().unwrap();
-        let gone = Holder { pid, fd: 0 };
+        assert_eq!(comm(pid), [0; 16]);
+        let gone = Holder {
+            pid,
+            fd: 0,
+            comm: comm(pid),
+        };
         assert!(gone.duplicate().is_err());
-        assert_eq!(gone.comm(), [0; 16]);
     }
 }

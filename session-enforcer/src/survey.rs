@@ -50,6 +50,17 @@ pub enum Found {
     },
 }
 
+/// Which network namespaces are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// The daemon's own.
+    Own,
+    /// Those that a process is in or that are mounted: nearly all, at little cost.
+    Usual,
+    /// Also those that are held by a single thread or by an open file.
+    Every,
+}
+
 /// A survey that is under way.
 #[derive(Debug)]
 pub struct Survey {
@@ -57,16 +68,16 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// Starts one, of all namespaces or of the daemon's own.
+    /// Starts one.
     ///
     /// # Errors
     ///
     /// Where there can be no thread.
-    pub fn start(cgroup: &Cgroup, all_namespaces: bool) -> io::Result<Self> {
+    pub fn start(cgroup: &Cgroup, reach: Reach) -> io::Result<Self> {
         let (sender, found) = channel(WAITING);
         let cgroup = cgroup.try_clone()?;
         let work = move || {
-            Surveyor { found: sender }.survey(&cgroup, all_namespaces);
+            Surveyor { found: sender }.survey(&cgroup, reach);
         };
         thread::Builder::new()
             .name("survey".to_owned())
@@ -86,15 +97,12 @@ struct Surveyor {
 }
 
 impl Surveyor {
-    fn survey(&self, cgroup: &Cgroup, all_namespaces: bool) {
+    fn survey(&self, cgroup: &Cgroup, reach: Reach) {
         self.tell(Found::Scope(cgroup.scope()));
-        if all_namespaces {
-            let errors = netns::visit_all(|cookie, path, diag| self.list(cookie, path, diag));
-            for error in errors {
-                self.tell(Found::Unlisted(error.to_string()));
-            }
-        } else {
-            self.list_own();
+        match reach {
+            Reach::Own => self.list_own(),
+            Reach::Usual => self.list_all(false),
+            Reach::Every => self.list_all(true),
         }
         // Without a reading it is as if it had cost nothing.
         let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
@@ -105,6 +113,13 @@ impl Surveyor {
     fn tell(&self, found: Found) {
         // Nobody listens where the daemon stops, or has begun anew.
         let _ = self.found.blocking_send(found);
+    }
+
+    fn list_all(&self, thorough: bool) {
+        let list = |cookie, path: &Path, diag| self.list(cookie, path, diag);
+        for error in netns::visit_all(thorough, list) {
+            self.tell(Found::Unlisted(error.to_string()));
+        }
     }
 
     fn list_own(&self) {
@@ -165,9 +180,9 @@ mod tests {
     use super::*;
     use crate::cgroup;
 
-    fn survey(all_namespaces: bool) -> Vec<Found> {
+    fn survey(reach: Reach) -> Vec<Found> {
         let cgroup = Cgroup::open(&cgroup::mount_point().unwrap()).unwrap();
-        let mut survey = Survey::start(&cgroup, all_namespaces).unwrap();
+        let mut survey = Survey::start(&cgroup, reach).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
@@ -199,7 +214,7 @@ mod tests {
         };
         let pairs: Vec<_> = (0..=BIT / 2).map(open).collect();
         let port = address.port();
-        let found = survey(false);
+        let found = survey(Reach::Own);
         assert!(matches!(found[0], Found::Scope(Ok(_))));
         let Found::Namespace { listeners, .. } = &found[1] else {
             panic!("{:?}", found[1]);

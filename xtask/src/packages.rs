@@ -91,17 +91,23 @@ pub(crate) const PEERS: [Need; 3] = [
 ];
 
 /// What `cargo xtask vm` needs besides.
-pub(crate) const VIRTUAL_MACHINES: [Need; 5] = [
+pub(crate) const VIRTUAL_MACHINES: [Need; 4] = [
     need(
         "qemu-system-x86_64",
         "qemu-system-x86",
         "the virtual machines",
     ),
-    need("virtiofsd", "virtiofsd", "sharing this machine's files"),
     need("busybox", "busybox-static", "starting in an initramfs"),
     need("modprobe", "kmod", "the modules of a kernel"),
     need("xz", "xz-utils", "unpacking the modules of a kernel"),
 ];
+
+/// What it needs then: with an older QEMU it has come already, and there is no such package.
+pub(crate) const SHARING: [Need; 1] = [need(
+    "virtiofsd",
+    "virtiofsd",
+    "sharing this machine's files with virtual machines",
+)];
 
 /// Where virtiofsd is: in a package of its own, and in QEMU's before there was one.
 pub(crate) const VIRTIOFSD: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];

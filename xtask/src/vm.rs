@@ -103,6 +103,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let missing = Missing::unless(args.no_install);
     packages::ensure(&packages::TESTS, missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
+    packages::ensure(&packages::SHARING, missing)?;
     setup(workspace)?;
     let (names, tests, machines) = args.choice();
     let kernels = names

@@ -77,11 +77,26 @@ pub enum Doubt {
         /// Names of the earlier rules.
         by: Vec<String>,
     },
+    /// The cgroups of the rule are neither below the one that is watched nor above it.
+    Beside {
+        /// Directory of the one that is watched.
+        watched: PathBuf,
+    },
 }
 
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Hidden { by } = self;
+        let by = match self {
+            Self::Hidden { by } => by,
+            Self::Beside { watched } => {
+                return write!(
+                    f,
+                    "never decides, because its cgroups are neither below daemon.cgroup, {}, nor \
+                     above it; name others, or remove it",
+                    printable(&watched.display().to_string())
+                );
+            }
+        };
         let (plural, matches) = if by.len() == 1 { ("", "es") } else { ("s", "") };
         write!(
             f,

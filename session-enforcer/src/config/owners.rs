@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::path::Path;
 
 use session_enforcer_common::MAX_CGROUP_LEVELS;
 
@@ -16,6 +17,9 @@ pub(super) const ALLOWED_CGROUP_PATH: &str = "a cgroup's path from the root of t
 /// Where the hierarchy is mounted by custom. A path below it is that of the file system, and not of
 /// the cgroup.
 const USUAL_MOUNT: &str = "/sys/fs/cgroup";
+
+/// Where it is in a hybrid hierarchy, beside those of cgroup v1.
+const HYBRID_MOUNT: &str = "/sys/fs/cgroup/unified";
 
 /// Longest name of a user (`LOGIN_NAME_MAX` of Linux).
 const MAX_USER_CHARS: usize = 256;
@@ -112,6 +116,23 @@ pub fn is_below(cgroup: &str, above: &str) -> bool {
         Some(rest) => above == "/" || rest.is_empty() || rest.starts_with('/'),
         None => false,
     }
+}
+
+/// Whether no socket of the rule's cgroups is in the watched directory or below, wherever of the usual
+/// places the hierarchy is mounted.
+pub(super) fn all_beside(rule: &Rule, watched: &Path) -> bool {
+    let watched = watched.to_string_lossy();
+    let watched = watched.trim_end_matches('/');
+    let names: Vec<&str> = [USUAL_MOUNT, HYBRID_MOUNT]
+        .iter()
+        .filter(|mount| is_below(watched, mount))
+        .filter_map(|mount| watched.strip_prefix(mount))
+        .collect();
+    let is_beside = |path: &String| {
+        let related = |name: &&str| name.is_empty() || is_below(path, name) || is_below(name, path);
+        !names.iter().any(related)
+    };
+    !names.is_empty() && !rule.cgroups.is_empty() && rule.cgroups.iter().all(is_beside)
 }
 
 /// The numbers by which the kernel knows the users and cgroups that rules name.

@@ -8,7 +8,7 @@ use super::value::{
 use super::{
     Config, ConfigError, Doubt, MAX_MAX_SESSIONS, Mode, NetworkNamespaces, Problem, Warning,
 };
-use super::{entries, hidden, rule};
+use super::{entries, hidden, owners, rule};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -189,19 +189,30 @@ fn read_rules(root: &Section<'_>, config: &mut Config) -> Result<(), ConfigError
     config.users_at = sources.iter().map(rule::users_at).collect();
     entries::check_count(&config.rules)
         .map_err(|(index, problem)| sources[index].error(problem))?;
-    let warning = |(index, by): (usize, Vec<usize>)| {
-        let name = |earlier: usize| config.rules[earlier].name.clone();
+    let warning = |(index, doubt): (usize, Doubt)| {
         let key = format!("rule \"{}\"", config.rules[index].name);
-        Warning {
-            location: document.location(Some(sources[index].offset), Some(key)),
-            doubt: Doubt::Hidden {
-                by: by.into_iter().map(name).collect(),
-            },
-        }
+        let location = document.location(Some(sources[index].offset), Some(key));
+        Warning { location, doubt }
     };
-    config.warnings = hidden::rules(&config.rules)
-        .into_iter()
-        .map(warning)
-        .collect();
+    config.warnings = doubts(config).into_iter().map(warning).collect();
     Ok(())
+}
+
+/// What is doubtful about the rules, by their index and in their order.
+fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
+    let name = |index: usize| config.rules[index].name.clone();
+    let hidden = |(index, by): (usize, Vec<usize>)| {
+        let by = by.into_iter().map(name).collect();
+        (index, Doubt::Hidden { by })
+    };
+    let hidden = hidden::rules(&config.rules).into_iter().map(hidden);
+    let mut doubts: Vec<(usize, Doubt)> = hidden.collect();
+    for (index, rule) in config.rules.iter().enumerate() {
+        let watched = config.cgroup.clone();
+        if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {
+            doubts.push((index, Doubt::Beside { watched }));
+        }
+    }
+    doubts.sort_by_key(|(index, _)| *index);
+    doubts
 }

@@ -65,9 +65,9 @@ impl Enforcer {
         all_namespaces: bool,
     ) -> Result<HashMap<u64, Session>> {
         let mut adopting = self.adopting(cgroup.scope()?);
-        // What a comparison would find by the policy before is found by this one now.
-        self.comparison = None;
-        let refused = self.missed.begin();
+        // What a comparison finds by the policy before would be wrong: it begins anew.
+        self.missed.events |= self.comparison.take().is_some();
+        let refused = self.missed.begin_adoption();
         let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
         for netns_cookie in &namespaces {
@@ -180,7 +180,7 @@ impl Enforcer {
                 continue;
             }
             if let Some(holder) = adopting.processes().holder(adoptee.inode) {
-                (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm());
+                (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
             match self.kernel.adopt(cookie, &session)? {
                 Adoption::Inserted => drop(adopted.insert(cookie, session)),

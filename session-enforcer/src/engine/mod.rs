@@ -192,8 +192,8 @@ impl Engine {
             return;
         }
         self.enforcer.note_attachment(&self.reloading.cgroup);
-        let all_namespaces = self.reloading.all_namespaces();
-        match Survey::start(&self.reloading.cgroup, all_namespaces) {
+        let reach = self.enforcer.reach(self.reloading.all_namespaces());
+        match Survey::start(&self.reloading.cgroup, reach) {
             Ok(survey) => {
                 self.survey = Some(survey);
                 self.enforcer.begin_comparison();

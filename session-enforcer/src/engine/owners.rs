@@ -70,7 +70,7 @@ impl Enforcer {
             };
             let owner = Owner {
                 pid: holder.pid,
-                comm: holder.comm(),
+                comm: holder.comm,
                 ..adopt::owner(socket, &alone)
             };
             if !owner.is_known() {

@@ -26,7 +26,7 @@ use crate::{
     health::Trouble,
     metrics::Repair,
     sock_diag::{MAX_BATCH, Socket, Target},
-    survey::Found,
+    survey::{Found, Reach},
 };
 
 /// Why the kernel programs could not track a session.
@@ -73,11 +73,17 @@ impl Missed {
         self.refused != self.dealt_with || self.left_out > 0
     }
 
-    /// An adoption begins, or a comparison.
-    pub(super) fn begin(&mut self) -> u64 {
+    /// An adoption begins, which finds what is not tracked. How many sessions the kernel programs have
+    /// refused so far.
+    pub(super) fn begin_adoption(&mut self) -> u64 {
         (self.left_out, self.unreached) = (0, 0);
-        self.events = false;
         self.refused
+    }
+
+    /// A comparison begins, which also finds what has ended.
+    fn begin_comparison(&mut self) -> u64 {
+        self.events = false;
+        self.begin_adoption()
     }
 
     /// It has ended. It began when the kernel programs had refused so many sessions.
@@ -108,6 +114,16 @@ impl Enforcer {
         match self.comparison {
             Some(_) => None,
             None => Some(self.pace.next_ns(self.missed.need(self.has_room()))),
+        }
+    }
+
+    /// How far a comparison goes that begins now: where nothing is known to be wrong, not to every
+    /// thread and descriptor of the host.
+    pub fn reach(&self, all_namespaces: bool) -> Reach {
+        match (all_namespaces, self.missed.need(self.has_room())) {
+            (false, _) => Reach::Own,
+            (true, Need::Routine) => Reach::Usual,
+            (true, Need::Mend | Need::TryAgain) => Reach::Every,
         }
     }
 
@@ -184,7 +200,7 @@ impl Enforcer {
             unseen.entry(group.netns_cookie).or_default().insert(cookie);
         }
         self.comparison = Some(Comparison {
-            refused: self.missed.begin(),
+            refused: self.missed.begin_comparison(),
             adopting: self.adopting(Scope::Only(HashSet::new())),
             unseen,
             netns_cookie: 0,
@@ -398,12 +414,12 @@ mod tests {
         missed.refused = 1;
         assert_eq!(missed.need(true), Need::Mend);
         assert_eq!(missed.need(false), Need::TryAgain);
-        let refused = missed.begin();
+        let refused = missed.begin_comparison();
         // Another one, while the comparison is under way, may have come too late for it.
         missed.refused = 2;
         missed.end(refused);
         assert_eq!(missed.need(true), Need::Mend);
-        let refused = missed.begin();
+        let refused = missed.begin_comparison();
         missed.end(refused);
         assert_eq!(missed.need(true), Need::Routine);
     }
@@ -411,7 +427,7 @@ mod tests {
     #[test]
     fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
         let mut missed = Missed::default();
-        let refused = missed.begin();
+        let refused = missed.begin_adoption();
         missed.left_out = 3;
         missed.end(refused);
         assert!(!missed.is_nothing_left());
@@ -426,7 +442,11 @@ mod tests {
             ..Missed::default()
         };
         assert_eq!(missed.need(false), Need::Mend);
-        let refused = missed.begin();
+        // What has ended is not found by an adoption.
+        let refused = missed.begin_adoption();
+        missed.end(refused);
+        assert_eq!(missed.need(true), Need::Mend);
+        let refused = missed.begin_comparison();
         missed.unreached = 1;
         missed.end(refused);
         assert!(!missed.is_nothing_left());

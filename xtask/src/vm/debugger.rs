@@ -43,18 +43,11 @@ fn clear(socket: &Path, asked: &str) -> Result<()> {
     let (Some(Ok(handler)), Some(Ok(destroy))) = (words.next(), words.next()) else {
         bail!("no two addresses: {asked:?}");
     };
-    // The machine stands still from here to the end of the connection.
+    // The machine stands still from here on, until it is told to go on.
     let mut debugger = Debugger::connect(socket)?;
-    let bytes = debugger.read(handler, HANDLER)?;
-    let place = bytes
-        .chunks(8)
-        .position(|word| word == destroy.to_le_bytes());
-    let place = place.context("the handler does not point to the function")? as u64;
-    debugger.ask(
-        &format!("M{:x},8:0000000000000000", handler + 8 * place),
-        "OK",
-    )?;
-    debugger.ask("D", "OK")
+    let cleared = debugger.clear_pointer(handler, destroy);
+    debugger.ask("D", "OK")?;
+    cleared
 }
 
 /// A connection by GDB's remote serial protocol.
@@ -66,6 +59,15 @@ impl Debugger {
             .with_context(|| format!("connecting to {}", socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         Ok(Self(stream))
+    }
+
+    /// Clears the field of the handler that points to the function.
+    fn clear_pointer(&mut self, handler: u64, function: u64) -> Result<()> {
+        let bytes = self.read(handler, HANDLER)?;
+        let mut words = (handler..).step_by(8).zip(bytes.chunks(8));
+        let found = words.find(|(_, word)| *word == function.to_le_bytes());
+        let (address, _) = found.context("the handler does not point to the function")?;
+        self.ask(&format!("M{address:x},8:0000000000000000"), "OK")
     }
 
     fn read(&mut self, address: u64, size: usize) -> Result<Vec<u8>> {
@@ -90,6 +92,16 @@ impl Debugger {
     /// Sends a packet; the contents of the one that answers.
     fn exchange(&mut self, what: &str) -> Result<String> {
         self.0.write_all(packet(what).as_bytes())?;
+        loop {
+            let answer = self.receive()?;
+            // The first is that the machine has stopped, which nobody asked.
+            if !answer.starts_with('T') {
+                return Ok(answer);
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<String> {
         let mut answer = String::new();
         let mut byte = [0];
         let mut begun = false;

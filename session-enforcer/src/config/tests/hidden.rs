@@ -23,9 +23,9 @@ fn printed(conditions: &[&str]) -> Vec<String> {
 }
 
 fn hidden_by(conditions: &[&str]) -> Vec<Vec<String>> {
-    let by = |warning: Warning| {
-        let Doubt::Hidden { by } = warning.doubt;
-        by
+    let by = |warning: Warning| match warning.doubt {
+        Doubt::Hidden { by } => by,
+        other @ Doubt::Beside { .. } => panic!("{other}"),
     };
     warnings(conditions).into_iter().map(by).collect()
 }
@@ -184,5 +184,47 @@ proptest! {
         let hidden = crate::config::hidden::rules(&rules);
         let matches_something = entries::check_families(&rules[0]).is_ok();
         prop_assert_eq!(hidden.iter().any(|(index, _)| *index == last), matches_something);
+    }
+}
+
+/// The rules, named a, b, c, of these cgroups that are warned of where a cgroup is watched.
+fn beside(watched: &str, cgroups: &[&str]) -> Vec<String> {
+    let mut text = format!("[daemon]\ncgroup = '{watched}'\n");
+    for (name, cgroups) in ('a'..).zip(cgroups) {
+        text += &format!("[[rule]]\nname = '{name}'\nidle_timeout = '1s'\ncgroups = [{cgroups}]\n");
+    }
+    let warnings = Config::parse("x.toml", &text).unwrap().warnings;
+    warnings.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_rule_of_cgroups_beside_the_watched_one_never_decides() {
+    let rules = [
+        "'/user.slice', '/system'",
+        "'/system.slice/a'",
+        "'/b', '/system.slice'",
+        "'/'",
+    ];
+    for watched in [
+        "/sys/fs/cgroup/system.slice",
+        "/sys/fs/cgroup/unified/system.slice/",
+    ] {
+        let expected = format!(
+            "x.toml:3:1: rule \"a\": never decides, because its cgroups are neither below \
+             daemon.cgroup, {watched}, nor above it; name others, or remove it"
+        );
+        assert_eq!(beside(watched, &rules), [expected]);
+    }
+    assert_eq!(
+        beside("/sys/fs/cgroup/system.slice/a/b", &rules[1..]).len(),
+        0
+    );
+    // All of it is watched, and where the mount is cannot be told.
+    for watched in [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
+        "/mnt/system.slice",
+    ] {
+        assert_eq!(beside(watched, &rules).len(), 0, "{watched}");
     }
 }

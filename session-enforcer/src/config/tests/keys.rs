@@ -97,7 +97,7 @@ fn what_is_not_said_has_its_default() {
         max_sessions: 262_144,
         pin_dir: Some("/sys/fs/bpf/session-enforcer".into()),
         network_namespaces: NetworkNamespaces::All,
-        reconcile_interval: Duration::from_secs(600),
+        reconcile_interval: Duration::from_secs(900),
         metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
         audit: AuditTarget::Stdout,
         rules: vec![rule],
