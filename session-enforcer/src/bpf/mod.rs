@@ -233,7 +233,7 @@ impl Kernel {
         read_session(&self.sessions, cookie)
     }
 
-    /// Every cookie in the session map.
+    /// Every cookie in the session map, once.
     ///
     /// # Errors
     ///
@@ -413,8 +413,13 @@ fn read_session(
     }
 }
 
+/// Each once: where the kernel's walk stands at a key that goes away, it begins anew.
 fn read_cookies(map: &HashMap<MapData, u64, Session>) -> Result<Vec<u64>, BpfError> {
-    map.keys().collect::<Result<_, _>>().map_err(sessions_error)
+    let all = map.keys().collect::<Result<Vec<_>, _>>();
+    let mut cookies = all.map_err(sessions_error)?;
+    cookies.sort_unstable();
+    cookies.dedup();
+    Ok(cookies)
 }
 
 fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {

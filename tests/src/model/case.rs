@@ -288,8 +288,11 @@ impl Case<'_> {
         let mut changes = self.seen.timeline.changes.windows(2);
         let changed = changes.any(|pair| {
             let before = self.rule(&pair[0].book, record.end);
-            let alive = before.is_none_or(|rule| clocks.due(rule).to >= at.from);
-            alive && pair[1].when.meets(&at)
+            let lived = before.is_none_or(|before| {
+                let spared = before.action == Action::Observe && rule.action == Action::Enforce;
+                spared || clocks.due(before).to >= at.from
+            });
+            lived && pair[1].when.meets(&at)
         });
         changed && record.limit.is_none() && clocks.due(rule).from <= at.to
     }
