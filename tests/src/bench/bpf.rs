@@ -20,6 +20,7 @@ const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
+const BTF_LOAD: libc::c_long = 18;
 const LINK_CREATE: libc::c_long = 28;
 const ENABLE_STATS: libc::c_long = 32;
 
@@ -118,6 +119,20 @@ pub(crate) enum Body {
     Cookie,
     /// It asks for the cookie and looks that up in a map of the daemon's size, in vain.
     LookUp,
+    /// It asks for what is kept with the socket, in vain.
+    StorageMissed,
+    /// It asks for what is kept with the socket, and gets it.
+    StorageFound,
+}
+
+impl Body {
+    /// Every one that does something.
+    pub(crate) const ALL: [Self; 4] = [
+        Self::Cookie,
+        Self::LookUp,
+        Self::StorageMissed,
+        Self::StorageFound,
+    ];
 }
 
 /// Programs on every hook of a cgroup that let everything pass, and do nothing else or only what no
@@ -129,7 +144,10 @@ impl PlainPrograms {
     /// Loads and attaches them.
     pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
         let directory = File::open(cgroup)?;
-        let map = empty_map()?;
+        let map = match body {
+            Body::StorageMissed | Body::StorageFound => socket_storage()?,
+            _ => empty_map()?,
+        };
         let attach = |hook: Hook| -> Result<OwnedFd> {
             let of_packet = matches!(hook, Hook::Ingress | Hook::Egress);
             let body = if of_packet { body } else { Body::Nothing };
@@ -157,6 +175,50 @@ fn empty_map() -> Result<OwnedFd> {
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
 }
 
+/// A map whose entries are kept with sockets, of 8 bytes each.
+fn socket_storage() -> Result<OwnedFd> {
+    const SK_STORAGE: u32 = 24;
+    const NO_PREALLOC: u32 = 1;
+    let types = load_types()?;
+    let mut attributes = [0_u32; 15];
+    attributes[..5].copy_from_slice(&[SK_STORAGE, 4, 8, 0, NO_PREALLOC]);
+    // Behind the name: the types, and which of them are those of the key and of the value.
+    attributes[12..].copy_from_slice(&[number(&types), 1, 2]);
+    descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map of socket storage")?)
+}
+
+/// Two types in the format of BTF, without which there is no socket storage: `int` and `u64`.
+fn load_types() -> Result<OwnedFd> {
+    const INT: u32 = 1 << 24;
+    const SIGNED: u32 = 1 << 24;
+    const NAMES: &[u8] = b"\0int\0u64\0";
+    #[repr(C)]
+    struct Attributes {
+        types: u64,
+        log: u64,
+        types_bytes: u32,
+        log_bytes: u32,
+        log_level: u32,
+        padding: u32,
+    }
+    // Magic number and version, length of the header, where types and names begin and how long
+    // they are; then for each type its name, kind, size and bits.
+    let header = [0x0001_eb9f, 24, 0, 32, 32, NAMES.len() as u32];
+    let types = [[1, INT, 4, SIGNED | 32], [5, INT, 8, 64]];
+    let words = header.iter().chain(types.as_flattened());
+    let mut bytes: Vec<u8> = words.flat_map(|word: &u32| word.to_ne_bytes()).collect();
+    bytes.extend(NAMES);
+    let mut attributes = Attributes {
+        types: bytes.as_ptr() as u64,
+        log: 0,
+        types_bytes: bytes.len() as u32,
+        log_bytes: 0,
+        log_level: 0,
+        padding: 0,
+    };
+    descriptor(bpf(BTF_LOAD, &mut attributes).context("loading types")?)
+}
+
 /// As `struct bpf_insn` has it.
 type Instruction = [u8; 8];
 
@@ -169,22 +231,36 @@ fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
         [0xbf, 0xa2, 0, 0, 0, 0, 0, 0],
         [0x07, 0x02, 0, 0, 0xf8, 0xff, 0xff, 0xff],
     ];
+    // r2 = r1->sk; if it is 0, skip the five that follow
+    const SOCKET: [Instruction; 2] = [
+        [0x79, 0x12, 168, 0, 0, 0, 0, 0],
+        [0x15, 0x02, 5, 0, 0, 0, 0, 0],
+    ];
     // r0 = bpf_map_lookup_elem(r1, r2)
     const LOOK_UP: Instruction = [0x85, 0, 0, 0, 1, 0, 0, 0];
     // r0 = 1, which lets everything pass at each of these hooks; exit
     const PASS: [Instruction; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
-    let mut code = Vec::new();
-    if body != Body::Nothing {
-        code.push(COOKIE);
-    }
-    if body == Body::LookUp {
-        code.extend(KEY);
-        // r1 = the map, in two halves.
-        let [a, b, c, d] = number(map).to_le_bytes();
-        code.extend([[0x18, 0x11, 0, 0, a, b, c, d], [0; 8], LOOK_UP]);
-    }
+    // r1 = the map, in two halves.
+    let [a, b, c, d] = number(map).to_ne_bytes();
+    let map: [Instruction; 2] = [[0x18, 0x11, 0, 0, a, b, c, d], [0; 8]];
+    let mut code = match body {
+        Body::Nothing => Vec::new(),
+        Body::Cookie => vec![COOKIE],
+        Body::LookUp => [&[COOKIE][..], &KEY, &map, &[LOOK_UP]].concat(),
+        Body::StorageMissed => [&SOCKET[..], &map, &storage(0)].concat(),
+        Body::StorageFound => [&SOCKET[..], &map, &storage(1)].concat(),
+    };
     code.extend(PASS);
     code
+}
+
+/// r0 = `bpf_sk_storage_get`(r1, r2, 0, flags); the flag 1 makes what is not there.
+const fn storage(flags: u8) -> [Instruction; 3] {
+    [
+        [0xb7, 3, 0, 0, 0, 0, 0, 0],
+        [0xb7, 4, 0, 0, flags, 0, 0, 0],
+        [0x85, 0, 0, 0, 107, 0, 0, 0],
+    ]
 }
 
 /// `union bpf_attr` for `BPF_PROG_LOAD`, up to what is needed.

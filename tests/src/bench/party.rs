@@ -77,6 +77,8 @@ impl Kind {
             Self::Plain(Body::Nothing) => "null program",
             Self::Plain(Body::Cookie) => "cookie alone",
             Self::Plain(Body::LookUp) => "cookie and look-up alone",
+            Self::Plain(Body::StorageMissed) => "socket storage alone, nothing there",
+            Self::Plain(Body::StorageFound) => "socket storage alone, found",
             Self::Tracked => "session-enforcer, both ends tracked",
             Self::Untracked => "session-enforcer, not tracked",
             Self::Conntrack => "conntrack",

@@ -41,13 +41,8 @@ const WAYS: [(Hook, &str); 2] = [(Hook::Ingress, "ingress"), (Hook::Egress, "egr
 
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let _statistics = Statistics::on()?;
-    let kinds = [
-        Kind::NULL,
-        Kind::Tracked,
-        Kind::Untracked,
-        Kind::Plain(Body::Cookie),
-        Kind::Plain(Body::LookUp),
-    ];
+    let kinds = [Kind::NULL, Kind::Tracked, Kind::Untracked].into_iter();
+    let kinds = kinds.chain(Body::ALL.map(Kind::Plain));
     let mut subjects = Vec::new();
     for kind in kinds {
         let party = Party::set_up(kind, &bench.agent, bench.cpu, &bench.stop)?;
