@@ -397,7 +397,7 @@ mod tests {
             };
             let share = u64::from(s.jitter_share());
             let lifetime = p.lifetime_ns(&s);
-            assert_eq!(lifetime, 100 * SECOND - (20 * SECOND >> 16) * share);
+            assert_eq!(lifetime, 100 * SECOND - ((20 * SECOND) >> 16) * share);
             lifetime
         };
         let lifetimes: Vec<u64> = (0..=u16::MAX).map(of_port).collect();
