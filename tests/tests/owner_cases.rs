@@ -47,7 +47,9 @@ fn listen(agent: &Agent) -> Result<Listener> {
 
 fn assert_owned(daemon: &Daemon, pair: &Pair) -> Result<Record> {
     let record = daemon.wait_for_termination_of(pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    // Not when: of sockets older than the daemon that depends on how long it takes to list them all.
+    assert_eq!(record.text("event.action"), "session-terminated");
+    assert_eq!(record.text("event.reason"), "idle_timeout");
     assert_eq!(record.text("rule.name"), "owned");
     Ok(record)
 }
