@@ -107,7 +107,7 @@ pub(super) fn list(workspace: &Workspace) {
             "  (below the floor)"
         };
         println!(
-            "{:<13} {:<17} {release}{note}",
+            "{:<13} {:<24} {release}{note}",
             wanted.name,
             format!("Debian {}", wanted.suite)
         );
