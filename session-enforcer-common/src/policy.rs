@@ -28,8 +28,9 @@ pub struct Policy {
     /// Longest time that this host may owe an answer, in nanoseconds. With it, the idle clock
     /// stands still as long as the answer is owed.
     pub response_timeout_ns: u64,
-    /// How far a time stamp may lag behind the event, in nanoseconds: two ticks of the coarse clock
-    /// as far as measured. Each deadline is later by this much, so that no session ends early.
+    /// How far a time stamp may lag behind the event, in nanoseconds. The packet path's do not; the
+    /// ages that the kernel tells of adopted sessions are counted in ticks. Each deadline is later by
+    /// this much, so that no session ends early.
     pub lag_ns: u64,
     /// Generation of the match table with which this came into force. A session of another one has
     /// to be matched again.
@@ -126,11 +127,12 @@ impl Policy {
             .saturating_add(self.lag_ns)
     }
 
-    /// Until when on the coarse clock, which shows `coarse_ns` now, the gate is open whatever passes
-    /// until then. Where that is not after `coarse_ns`, only the precise clock can tell.
+    /// Until when the gate is open whatever passes until then, by a clock that shows `coarse_ns` now
+    /// and is behind by [`lag_ns`](Self::lag_ns) at most. Where that is not after `coarse_ns`, only
+    /// another look at both, session and clock, can tell.
     ///
     /// What passes from now on is stamped `coarse_ns` or later, so a [`verdict`] of this time says when
-    /// to look again; and the precise clock is ahead by [`lag_ns`](Self::lag_ns) at most.
+    /// to look again.
     #[inline]
     pub fn open_until_ns(&self, session: &Session, coarse_ns: u64) -> u64 {
         if self.gate != 1 {

@@ -82,7 +82,7 @@ pub mod flags {
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
 /// daemon only reads it, except that it inserts the sessions that it adopts.
 ///
-/// Times are nanoseconds of the coarse `CLOCK_MONOTONIC`, which lags behind the precise one: see
+/// Times are nanoseconds of `CLOCK_MONOTONIC`. Those of an adopted session may lag: see
 /// [`Policy::lag_ns`](crate::Policy::lag_ns).
 /// The fields that every packet touches come first, next to the key in the kernel's hash element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,9 +5,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
-    helpers::{
-        bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_tcp_sock as bpf_tcp_sock_helper,
-    },
+    helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
     programs::SkBuffContext,
 };
 use session_enforcer_common::{Direction, ErrorKind, EventKind, Policy, Session, Way, flags};
@@ -30,7 +28,7 @@ const MAX_WINDOW: u32 = 1 << 30;
 struct Measure {
     /// The limits of its session; none where nothing is known to limit it.
     policy: Option<&'static Policy>,
-    /// The coarse clock.
+    /// When the packet is here.
     now_ns: u64,
 }
 
@@ -224,10 +222,10 @@ fn grow(count: &mut u64, total: u64) {
     }
 }
 
-/// The coarse clock: a third of the cost of the precise one, up to two ticks behind
-/// it. Every deadline allows for that.
+/// The precise clock. The coarse one costs a third, and lags by as much as a tick comes late: in a
+/// virtual machine whose processors were taken away, sessions ended before their time.
 #[inline(always)]
 pub(crate) fn now_ns() -> u64 {
     // SAFETY: no argument, no precondition.
-    unsafe { bpf_ktime_get_coarse_ns() }
+    unsafe { bpf_ktime_get_ns() }
 }

@@ -21,8 +21,8 @@ pub(crate) enum Fate {
 /// the packet was on its way.
 const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
 
-/// Whether payload that passes now comes too late. `now_ns` is of the coarse clock. This comes before
-/// the packet's stamp, so that what is late cannot revive its session.
+/// Whether payload that passes now comes too late. This comes before the packet's stamp, so that what
+/// is late cannot revive its session.
 #[inline(always)]
 pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
     now_ns >= session.open_until_ns && look(session, policy, now_ns)
@@ -42,7 +42,7 @@ fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
     false
 }
 
-/// Decides by the precise clock.
+/// Decides by the time that it is then.
 ///
 /// The session is read again: a packet of the other direction on another CPU may have been half way
 /// through its stamps at the first reading, and seemed to be late.

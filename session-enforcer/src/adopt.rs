@@ -181,8 +181,8 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
     info.bytes_received.saturating_sub(u64::from(ended))
 }
 
-/// When payload was last received and sent. The ages are those of the coarse clock, as the stamps
-/// of the packet path are: every deadline allows for its lag.
+/// When payload was last received and sent. The kernel counts the ages in ticks: every deadline
+/// allows for the lag of that.
 fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
     let before = |age_ms: u32| now_ns.saturating_sub(u64::from(age_ms) * 1_000_000);
     (

@@ -217,7 +217,10 @@ fn clock_lag() -> Check {
     let lag = Duration::from_nanos(clock::coarse_lag_ns());
     Check::good(
         "time stamps",
-        format!("lag by up to {lag:?}; each deadline allows for it, so that none is early"),
+        format!(
+            "those of sessions older than the daemon lag by up to {lag:?}; each deadline allows for \
+             it, so that none is early"
+        ),
     )
 }
 

@@ -8,17 +8,14 @@ use std::{
     collections::HashMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd as _,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use nix::{
-    sys::socket::{SockaddrStorage, bind},
-    time::{ClockId, clock_gettime},
-};
+use nix::sys::socket::{SockaddrStorage, bind};
 use session_enforcer::{
     bpf::{Kernel, Options},
     cgroup::Cgroup,
+    clock::monotonic_ns,
 };
 use session_enforcer_common::{
     Address, Ancestors, Direction, ErrorKind, Facts, MAX_MATCH_ENTRIES, MatchEntry, Policy,
@@ -529,7 +526,7 @@ struct Expected {
     matched_again: u32,
 }
 
-/// Bounds of what the kernel's coarse clock showed while something happened.
+/// The time before and after something happened.
 struct Stamp([u64; 2]);
 
 impl Expected {
@@ -597,21 +594,6 @@ impl Stamp {
     }
 }
 
-/// The clock of the stamps.
-fn coarse_clock_ns() -> Result<u64> {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
-    Ok(Duration::from(time).as_nanos() as u64)
-}
-
-/// Waits until a stamp is certainly another than all before.
-fn next_tick() -> Result<u64> {
-    let start = coarse_clock_ns()?;
-    eventually("the clock goes on", patience(), || {
-        let now = coarse_clock_ns()?;
-        Ok((now > start).then_some(now))
-    })
-}
-
 /// One connection with its two sessions, as far as they are tracked.
 struct Talk {
     connection: Connection,
@@ -668,14 +650,14 @@ impl Talk {
         let to_server = random.once_in(2);
         let length = self.length(random);
         let payload = vec![b'x'; length as usize];
-        let from = next_tick()?;
+        let from = monotonic_ns();
         let pair = &self.connection.pair;
         if to_server {
             pair.to_server(&payload)?;
         } else {
             pair.to_client(&payload)?;
         }
-        let at = Stamp([from, coarse_clock_ns()?]);
+        let at = Stamp([from, monotonic_ns()]);
         let found = bench.sessions(&self.connection)?;
         for (end, (expected, found)) in self.expected.iter_mut().zip(found).enumerate() {
             let Some(expected) = expected else {

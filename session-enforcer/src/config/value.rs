@@ -22,7 +22,7 @@ pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bp
 pub(super) const ALLOWED_AUDIT: &str =
     "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
 
-/// Shortest limit of a rule: below it, the resolution of the kernel's coarse clock would show.
+/// Shortest limit of a rule: below it, the ticks in which the kernel counts the age of an adopted session would show.
 pub const MIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// Longest limit of a rule, 36500d: a hundred years in nanoseconds still fit in 63 bits, so that
