@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{clock::Moment, pace::late_ticks};
 
 /// How much a time of the audit may be off: the daemon works it out from two clocks, and allows
-/// for a tick of the coarse one.
+/// for the ticks in which the kernel counts the ages of adopted sessions.
 const SLACK: Duration = Duration::from_millis(50);
 
 /// One line of the audit.

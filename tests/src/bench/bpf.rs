@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use session_enforcer_common::Session;
 
 // `enum bpf_cmd` of `linux/bpf.h`.
 const MAP_CREATE: libc::c_long = 0;
@@ -171,7 +172,7 @@ impl PlainPrograms {
 fn empty_map() -> Result<OwnedFd> {
     const HASH: u32 = 1;
     // Type, bytes of a key and of a value, capacity, flags.
-    let mut attributes = [HASH, 8, 152, 1 << 18, 0];
+    let mut attributes = [HASH, 8, size_of::<Session>() as u32, 1 << 18, 0];
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
 }
 
