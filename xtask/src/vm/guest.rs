@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
@@ -28,6 +29,10 @@ const SHARED: &str = "/run/session-enforcer-vm";
 
 /// The controllers of a hybrid hierarchy, as systemd mounts them.
 const CONTROLLERS: [&str; 4] = ["cpu,cpuacct", "memory", "net_cls,net_prio", "pids"];
+
+/// Open files of a process. The kernel gives its first process 1,024, and the tests that open
+/// thousands of connections hold both ends of each.
+const OPEN_FILES: u64 = 65_536;
 
 /// How often the programs are looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -109,6 +114,8 @@ fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
     if !boot.sock_destroy {
         forget_destroy(Path::new(SHARED))?;
     }
+    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
+        .context("cannot allow more open files")?;
     nix::unistd::sethostname("session-enforcer-vm")?;
     let status = system("ip")?.args(["link", "set", "lo", "up"]).status();
     if !status.context("cannot start ip")?.success() {
