@@ -5,18 +5,30 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Agent, Lab, Netns, Pair, Veth, eventually, patience, reset_on_close};
+use session_enforcer_tests::{
+    Agent, Lab, Netns, Pair, Veth, eventually, patience, reset_on_close, scaled,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 #[test]
 fn clients_and_servers_in_other_namespaces_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let clients = [lab.inside_in(&left)?, lab.outside_in(&left)?];
     let servers = [lab.outside_in(&right)?, lab.inside_in(&right)?];
     let mut sessions = Vec::new();
@@ -28,11 +40,11 @@ fn clients_and_servers_in_other_namespaces_are_enforced() -> Result<()> {
     }
     for (last, pair) in &sessions {
         for end in pair.ends()? {
-            end.assert_not_early(last, LIMIT);
+            end.assert_not_early(last, limit());
         }
         daemon
             .wait_for_termination_of(pair)?
-            .assert_reset("idle_timeout", last, LIMIT);
+            .assert_reset("idle_timeout", last, limit());
     }
     Ok(())
 }
@@ -42,12 +54,12 @@ fn a_busy_client_in_another_namespace_lives() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let listener = lab.inside_in(&right)?.listen((Veth::RIGHT, 0))?;
     let pair = Pair::open(&lab.outside_in(&left)?, &listener)?;
-    let last = pair.keep_busy(2 * LIMIT)?;
+    let last = pair.keep_busy(2 * limit())?;
     assert_eq!(daemon.terminations()?.len(), 0);
-    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, limit());
     Ok(())
 }
 
@@ -59,11 +71,14 @@ fn only_the_own_namespace_is_enforced_where_the_configuration_says_so() -> Resul
     let listen = |agent: &Agent| agent.listen((Ipv4Addr::LOCALHOST, 0));
     // One that is older than the daemon and a new one.
     let older = Pair::open(&there, &listen(&there)?)?;
-    let daemon = lab.daemon(&format!("[daemon]\nnetwork_namespaces = \"own\"\n{RULE}"))?;
+    let daemon = lab.daemon(&format!(
+        "[daemon]\nnetwork_namespaces = \"own\"\n{}",
+        rule()
+    ))?;
     let newer = Pair::open(&there, &listen(&there)?)?;
     let own = Pair::open(&lab.outside, &listen(&lab.inside)?)?;
-    own.ends()?[0].assert_reset(Errno::ECONNRESET, &own.opened, LIMIT);
-    newer.opened.wait(2 * LIMIT);
+    own.ends()?[0].assert_reset(Errno::ECONNRESET, &own.opened, limit());
+    newer.opened.wait(2 * limit());
     older.round_trip()?;
     newer.round_trip()?;
     daemon.wait_for_termination()?;
@@ -77,7 +92,7 @@ fn only_the_own_namespace_is_enforced_where_the_configuration_says_so() -> Resul
 #[test]
 fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let netns = Netns::new()?;
     let agent = lab.inside_in(&netns)?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -93,7 +108,7 @@ fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     // The deadlines of those sessions pass, and a new session is enforced after them.
     let pair = Pair::open(&lab.outside, &lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?)?;
-    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     assert_eq!(
         daemon
             .wait_for_termination()?
@@ -108,7 +123,7 @@ fn a_session_whose_peer_vanished_with_its_namespace_is_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let agent = lab.outside_in(&right)?;
     let listener = agent.listen((Veth::RIGHT, 0))?;
     let pair = Pair::open(&lab.inside_in(&left)?, &listener)?;
@@ -118,10 +133,10 @@ fn a_session_whose_peer_vanished_with_its_namespace_is_reset() -> Result<()> {
     drop((server, agent, listener));
     right.delete()?;
     let end = session_enforcer_tests::ends_of(&[&client])?[0];
-    end.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    end.assert_reset(Errno::ECONNABORTED, &last, limit());
     daemon
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &last, LIMIT);
+        .assert_reset("idle_timeout", &last, limit());
     Ok(())
 }
 
@@ -134,7 +149,7 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
     // Adopted, and closed by itself; new, and reset by the daemon.
     let older = Pair::open(&lab.outside_in(&right)?, &listener)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     assert_eq!(
         daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
         1.0
@@ -161,7 +176,7 @@ fn a_session_in_a_namespace_that_nothing_names_is_said_to_be_out_of_reach() -> R
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&outside, &listener)?;
     // Its sockets keep it alive, and no file leads to it any more.
     drop((inside, outside));
@@ -169,7 +184,7 @@ fn a_session_in_a_namespace_that_nothing_names_is_said_to_be_out_of_reach() -> R
     let record = daemon.wait_for_termination_of(&pair)?;
     assert_eq!(record.text("event.action"), "session-termination-failed");
     assert_eq!(record.text("session_enforcer.result"), "failed");
-    record.assert_due("idle_timeout", &pair.opened, LIMIT);
+    record.assert_due("idle_timeout", &pair.opened, limit());
     let cause = [("cause", "namespace")];
     assert_eq!(
         daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,

@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     thread,
     time::Duration,
 };
@@ -176,27 +176,44 @@ fn window_probes_do_not_save_a_session_whose_receiver_does_not_read() -> Result<
 #[test]
 fn reading_late_does_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+    let socket = lab.inside.tcp(anywhere)?;
+    // A buffer that does not grow.
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, 131_072)?;
+    let listener = Listener::on(socket, anywhere)?;
     let daemon = lab.daemon(RULE)?;
     let mut pair = Pair::open(&lab.outside, &listener)?;
-    let mut payload = vec![7; 100_000];
     pair.server.set_nonblocking(true)?;
-    let (last, ()) = Moment::of(|| {
-        pair.client.write_all(&payload)?;
-        eventually("all is acknowledged", patience(), || {
-            let info = tcp_info(&pair.client)?;
-            Ok((info.tcpi_bytes_acked > 100_000).then_some(()))
-        })
-    })?;
+    let mut written = Vec::new();
+    let last = loop {
+        let (last, window) = Moment::of(|| send_piece(&mut pair.client, &mut written))?;
+        // To have it twice as large again is worth a message to the receiver.
+        if written.len() > 3 * window as usize {
+            break last;
+        }
+    };
     let before = segments_sent(&pair.server)?;
     last.wait(Duration::from_secs(1));
-    pair.server.read_exact(&mut payload)?;
+    pair.server.read_exact(&mut written)?;
     let after = segments_sent(&pair.server)?;
     assert!(
         after.0 > before.0 && after.1 == before.1,
         "no window update was sent"
     );
     assert_reset_for(&daemon, &pair, &last)
+}
+
+/// Sends some more, waits until all is acknowledged, and returns how many bytes the receiver takes
+/// after them.
+fn send_piece(client: &mut TcpStream, written: &mut Vec<u8>) -> Result<u32> {
+    let piece = [7; 8192];
+    client.write_all(&piece)?;
+    written.extend_from_slice(&piece);
+    eventually("all is acknowledged", patience(), || {
+        let info = tcp_info(client)?;
+        let all = info.tcpi_bytes_acked > written.len() as u64;
+        Ok(all.then_some(info.tcpi_snd_wnd))
+    })
 }
 
 /// A client sends into a namespace that cannot answer, and so sends again and again.

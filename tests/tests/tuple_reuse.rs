@@ -14,12 +14,22 @@ use nix::sys::{
     socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Pair, reset_on_close, set_option,
+    Agent, Daemon, Lab, Listener, Moment, Pair, reset_on_close, scaled, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+/// Longer than a daemon takes to start, which happens within it.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
 
 /// A connection from this port; 0 is one of the kernel's choice.
 fn open_from(port: u16, agent: &Agent, listener: &Listener) -> Result<Pair> {
@@ -41,17 +51,17 @@ fn end(pair: Pair) -> Result<()> {
 fn assert_own_clock(daemon: &Daemon, old: &Moment, new: &Pair) -> Result<()> {
     assert!(new.opened.earliest.at - old.earliest.at > Duration::from_secs(1));
     for end in new.ends()? {
-        end.assert_not_early(&new.opened, LIMIT);
+        end.assert_not_early(&new.opened, limit());
     }
     daemon
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &new.opened, LIMIT);
+        .assert_reset("idle_timeout", &new.opened, limit());
     Ok(())
 }
 
 fn reuse(lab: &Lab, client: &Agent, server: &Agent) -> Result<()> {
     let listener = server.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let old = open_from(0, client, &listener)?;
     let (opened, port) = (old.opened, old.client_address.port());
     opened.wait(Duration::from_millis(1200));
@@ -78,7 +88,7 @@ fn a_new_connection_is_not_the_adopted_one_of_the_same_tuple() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let old = open_from(0, &lab.outside, &listener)?;
     let (opened, port) = (old.opened, old.client_address.port());
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     opened.wait(Duration::from_millis(1200));
     end(old)?;
     let new = open_from(port, &lab.outside, &listener)?;
@@ -89,12 +99,12 @@ fn a_new_connection_is_not_the_adopted_one_of_the_same_tuple() -> Result<()> {
 fn a_new_connection_is_not_the_old_one_for_a_daemon_that_stalled_past_its_deadline() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let old = open_from(0, &lab.outside, &listener)?;
     let (opened, port) = (old.opened, old.client_address.port());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     daemon.signal(Signal::SIGSTOP)?;
-    opened.wait(LIMIT + Duration::from_millis(200));
+    opened.wait(limit() + Duration::from_millis(200));
     end(old)?;
     let new = open_from(port, &lab.outside, &listener)?;
     daemon.signal(Signal::SIGCONT)?;
@@ -117,7 +127,7 @@ fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
 fn a_socket_that_connects_again_begins_another_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let old = Pair::open(&lab.inside, &listener)?;
     let opened = old.opened;
     opened.wait(Duration::from_millis(1200));

@@ -250,13 +250,14 @@ impl Job<'_> {
     /// The suite on a system as systemd leaves it, then the tests of whole hosts.
     fn boots(&self) -> Vec<Boot> {
         let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
-        let suite = suite.map(|(built, words)| built.program(words)).collect();
+        let threads = self.accelerator.tests_at_once();
+        let suite = suite.map(|(built, words)| built.program(threads, words));
         let mut boots = vec![Boot {
             hierarchy: Hierarchy::Unified,
             bpffs: true,
             sock_destroy: true,
             at_once: self.accelerator.programs_at_once(),
-            programs: suite,
+            programs: suite.collect(),
         }];
         if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
             let boot = |stage: &Stage| Boot {

@@ -76,6 +76,14 @@ impl Accelerator {
         }
     }
 
+    /// How many tests of a program run at the same time, for the same reasons.
+    pub(super) fn tests_at_once(self) -> usize {
+        match self {
+            Self::Kvm => 4,
+            Self::Emulation => 2,
+        }
+    }
+
     /// QEMU, without any device.
     fn command(self) -> Result<Command> {
         let program = find_program("qemu-system-x86_64", &[]).context("there is no QEMU")?;

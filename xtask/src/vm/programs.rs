@@ -12,9 +12,6 @@ use crate::workspace::Workspace;
 /// The tests that need a machine for themselves.
 pub(super) const HOST: &str = "host";
 
-/// How many tests of a program run at the same time: they wait for deadlines most of the time.
-const THREADS: usize = 4;
-
 /// After this a program is killed, in seconds. Under emulation the longest takes a tenth of it.
 const LIMIT_SECONDS: u64 = 1200;
 
@@ -26,9 +23,10 @@ pub(super) struct Built {
 }
 
 impl Built {
-    /// To be run as a whole, or those of its tests whose names contain one of these words.
-    pub(super) fn program(&self, words: &[String]) -> Program {
-        self.named(&self.name, THREADS, words)
+    /// To be run as a whole, or those of its tests whose names contain one of these words, so many
+    /// tests at a time.
+    pub(super) fn program(&self, threads: usize, words: &[String]) -> Program {
+        self.named(&self.name, threads, words)
     }
 
     /// To be run for the tests of one of its modules, one by one, under that name.
