@@ -21,7 +21,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// Longer than a daemon takes to start, which happens within it.
 fn limit() -> Duration {
-    scaled(Duration::from_secs(2))
+    scaled(Duration::from_secs(3))
 }
 
 fn rule() -> String {

@@ -1,6 +1,6 @@
 //! The adoption of the connections that are older than the daemon.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, thread::JoinHandle};
 
 use anyhow::Result;
 use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
@@ -25,13 +25,19 @@ pub(super) struct Adopting {
     generation: u32,
     /// By cgroup, those above it.
     ancestors: HashMap<u64, Ancestors>,
-    /// Made when the first socket asks for its process: it is a look at every one.
+    /// A look at every process, made when the first socket asks for its own.
     processes: Option<Sockets>,
+    /// Such a look that is under way already.
+    looking: Option<JoinHandle<Sockets>>,
 }
 
 impl Adopting {
     fn processes(&mut self) -> &Sockets {
-        self.processes.get_or_insert_with(Sockets::of_all_processes)
+        let looking = self.looking.take();
+        self.processes.get_or_insert_with(|| {
+            let found = looking.and_then(|looking| looking.join().ok());
+            found.unwrap_or_else(Sockets::of_all_processes)
+        })
     }
 
     pub(super) fn adopter(&self) -> Adopter<'_> {
@@ -65,6 +71,11 @@ impl Enforcer {
         all_namespaces: bool,
     ) -> Result<HashMap<u64, Session>> {
         let mut adopting = self.adopting(cgroup.scope()?);
+        if !self.listeners_noted {
+            // At the start there is nearly always a socket that asks, and the sockets are listed
+            // meanwhile. Where there can be no thread, it is looked when one asks.
+            adopting.looking = Sockets::meanwhile().ok();
+        }
         // What a comparison finds by the policy before would be wrong: it begins anew.
         self.missed.events |= self.comparison.take().is_some();
         let refused = self.missed.begin_adoption();
@@ -97,6 +108,7 @@ impl Enforcer {
             generation: self.book.generation,
             ancestors: HashMap::new(),
             processes: None,
+            looking: None,
         }
     }
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
 
-use super::enforcer::{Enforcer, Look, RETRY_NS};
+use super::enforcer::{Enforcer, LOOK_NS, Look, RETRY_NS};
 use crate::{
     audit::{Outcome, Termination},
     clock::monotonic_ns,
@@ -179,7 +179,7 @@ impl Enforcer {
             Some(0) => {
                 self.in_doubt.remove(&cookie);
                 self.record(expired, answered_ns, Outcome::Reset, None);
-                self.end(expired)
+                self.end(expired, answered_ns)
             }
             Some(libc::ENOENT) => self.not_found(expired, answered_ns),
             Some(code) => {
@@ -240,12 +240,18 @@ impl Enforcer {
         self.schedule.rearm(expired.cookie, at_ns + RETRY_NS);
     }
 
-    /// A session was reset. The kernel has taken it out of the map by now, except where it does not
-    /// report the end, or another program has undone that it does.
-    fn end(&mut self, expired: &Expired) -> Result<()> {
+    /// A session was reset. The kernel has taken it out of the map by now and the event of its end is
+    /// still to be read, except where it does not report the end.
+    fn end(&mut self, expired: &Expired, answered_ns: u64) -> Result<()> {
         let Expired {
             cookie, session, ..
         } = expired;
+        if !session.end_is_unreported() {
+            // Should the event be lost, or another program have undone that the end is reported, this
+            // look finds it.
+            self.schedule.rearm(*cookie, answered_ns + LOOK_NS);
+            return Ok(());
+        }
         // The socket may have been connected again, under the same cookie.
         let is_same = |now: Session| now.established_ns == session.established_ns;
         if self.kernel.session(*cookie)?.is_some_and(is_same) {
