@@ -188,8 +188,8 @@ mod unified {
     #[test]
     fn that_a_packet_shall_go_later_is_worth_no_more_than_a_second() -> Result<()> {
         const BYTES_A_SECOND: i32 = 500;
-        // Two packets: while the first takes 5.8 s of the rate, the second waits.
-        const TWO_PACKETS: [u8; 5000] = [7; 5000];
+        // It takes 6 s of the rate, and what follows waits.
+        const PACKET: [u8; 3000] = [7; 3000];
         let lab = lab()?;
         let [left, right] = [Netns::new()?, Netns::new()?];
         Veth::between(&left, &right)?;
@@ -208,7 +208,8 @@ mod unified {
             libc::SO_MAX_PACING_RATE,
             BYTES_A_SECOND,
         )?;
-        let (last, ()) = Moment::of(|| Ok(pair.client.write_all(&TWO_PACKETS)?))?;
+        pair.to_server(&PACKET)?;
+        let (last, ()) = Moment::of(|| Ok(pair.client.write_all(b"x")?))?;
         let record = daemon.wait_for_termination_of(&pair)?;
         assert_eq!(record.text("event.reason"), "idle_timeout");
         let deadline = record.time("session_enforcer.deadline");

@@ -262,6 +262,10 @@ fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
     let records = daemon.terminations_of(&pair)?;
     assert_eq!(records.len(), 1, "{records:#?}");
     assert_eq!(records[0].text("event.reason"), "policy");
+    // Under yet another limit it is late by that limit, and no more by the change that was recorded.
+    daemon.reload(&config("2s"))?;
+    let record = daemon.wait_for_terminations(2)?.remove(1);
+    record.assert_due("idle_timeout", &pair.opened, 2 * SECOND);
     Ok(())
 }
 

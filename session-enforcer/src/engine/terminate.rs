@@ -73,6 +73,9 @@ impl Enforcer {
         if self.observed.insert(cookie, expired.reached_ns) != Some(expired.reached_ns) {
             self.record(expired, monotonic_ns(), Outcome::Observed, None);
         }
+        // That a change of the policy made it late is told. It lives on, and may be late again for
+        // another limit.
+        self.late_by_policy.remove(&cookie);
         let policy = self.book.rules[usize::from(expired.session.rule)].policy;
         let next_ns = next_observation(&expired.session, &policy, monotonic_ns());
         self.schedule.rearm(cookie, next_ns);
