@@ -28,27 +28,23 @@ const MAX_WINDOW: u32 = 1 << 30;
 struct Measure {
     /// The limits of its session; none where nothing is known to limit it.
     policy: Option<&'static Policy>,
-    /// When the packet is here. What leaves has the stack's own time, until the gate looks.
+    /// When the packet is here.
     now_ns: u64,
 }
 
 impl Measure {
     #[inline(always)]
-    fn of(ctx: &SkBuffContext, session: &mut Session, way: Way) -> Self {
-        let policy = policy::of(session);
-        let now_ns = match (way, policy) {
-            (Way::Egress, Some(_)) => time_of_transmission(ctx, session).unwrap_or_else(now_ns),
-            // What arrives has no such time, and without limits the gate never looks.
-            _ => now_ns(),
-        };
-        Self { policy, now_ns }
+    fn of(session: &mut Session) -> Self {
+        Self {
+            policy: policy::of(session),
+            now_ns: now_ns(),
+        }
     }
 
-    /// A packet with a time of the future is looked at, and gets the clock's.
     #[inline(always)]
-    fn comes_too_late(&mut self, session: &mut Session) -> bool {
+    fn comes_too_late(&self, session: &mut Session) -> bool {
         match self.policy {
-            Some(policy) => gate::is_shut(session, policy, &mut self.now_ns),
+            Some(policy) => gate::is_shut(session, policy, self.now_ns),
             None => false,
         }
     }
@@ -81,10 +77,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     };
     let Some(segment) = packet::parse(ctx) else {
         counters::error(ErrorKind::HeaderUnreadable);
-        return unreadable(ctx, session, cookie, tcp, way);
+        return unreadable(session, cookie, tcp, way);
     };
     if segment.payload > 0 {
-        let mut measure = Measure::of(ctx, session, way);
+        let measure = Measure::of(session);
         if measure.comes_too_late(session) {
             return gate::drop_packet(session, cookie, way);
         }
@@ -109,14 +105,8 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
 /// headers, but `IPsec` encrypts before the hook, and the packet may be the very RST that ends the
 /// session. Neither is a stamp then.
 #[inline(always)]
-fn unreadable(
-    ctx: &SkBuffContext,
-    session: &mut Session,
-    cookie: u64,
-    tcp: &bpf_tcp_sock,
-    way: Way,
-) -> Fate {
-    let mut measure = Measure::of(ctx, session, way);
+fn unreadable(session: &mut Session, cookie: u64, tcp: &bpf_tcp_sock, way: Way) -> Fate {
+    let measure = Measure::of(session);
     if !measure.comes_too_late(session) {
         compare_counters(session, tcp, measure.now_ns);
         return Fate::Pass;
@@ -138,19 +128,6 @@ fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
         }
         bpf_tcp_sock_helper(sk).as_ref()
     }
-}
-
-/// When TCP began to send, by the clock of [`now_ns`]: the stack has read that already
-/// (`tcp_mstamp_refresh()`, before each run of segments), and reading it again is a third of what a
-/// packet costs. None where the packet has no such time, or one before what passed last.
-///
-/// It may lie in the future: a socket whose rate is limited has its packets stamped with when the
-/// `fq` scheduler shall let them go.
-#[inline(always)]
-fn time_of_transmission(ctx: &SkBuffContext, session: &Session) -> Option<u64> {
-    // SAFETY: the context of a program of this type.
-    let stamped = unsafe { (*ctx.skb.skb).tstamp };
-    (stamped >= session.last_activity_ns()).then_some(stamped)
 }
 
 /// Payload is new where it ends after what the socket has received so far. That leaves out

@@ -7,7 +7,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
 
-use crate::{activity, counters, lifecycle};
+use crate::{counters, lifecycle};
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -18,35 +18,28 @@ pub(crate) enum Fate {
 
 /// The gate looks at a session at least this often, in nanoseconds: the shortest limit. It bounds
 /// what a look can do that was for another session, whose map element this one has taken over while
-/// the packet was on its way, and how far in the future a packet's own time is believed.
+/// the packet was on its way.
 const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
 
 /// Whether payload that passes now comes too late. This comes before the packet's stamp, so that what
-/// is late cannot revive its session. Where the gate has to look, `now_ns` is what the clock shows
-/// then.
+/// is late cannot revive its session.
 #[inline(always)]
-pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: &mut u64) -> bool {
-    if *now_ns < session.open_until_ns {
-        return false;
-    }
-    *now_ns = look(session, policy);
-    *now_ns == 0
+pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+    now_ns >= session.open_until_ns && look(session, policy, now_ns)
 }
 
-/// Looks at the session: a few times a timeout, and not once a packet. Returns the time of the look,
-/// or 0 where the gate is shut.
+/// Looks at the session: a few times a timeout, and not once a packet.
 #[inline(never)]
-fn look(session: &mut Session, policy: &Policy) -> u64 {
-    let now_ns = activity::now_ns();
+fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
     let until_ns = policy.open_until_ns(session, now_ns);
     if until_ns > now_ns {
         session.open_until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
     } else if refuses(session, policy) {
-        return 0;
+        return true;
     }
     // It may have been shut under the policy before.
     session.flags &= !flags::EXPIRY_REPORTED;
-    now_ns
+    false
 }
 
 /// Decides by the time that it is then.

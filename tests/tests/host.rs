@@ -3,7 +3,6 @@
 
 use std::{
     fs::{self, File},
-    io::Write as _,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -18,8 +17,8 @@ use nix::{
     time::{ClockId, clock_gettime, clock_settime},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Launch, Moment, Netns, Pair, Place, Time, Veth, daemon_command,
-    die_with_parent, eventually, late_ticks, patience, run_to_end, scaled, set_option,
+    Agent, Daemon, Lab, Launch, Moment, Netns, Pair, Place, Time, daemon_command, die_with_parent,
+    eventually, late_ticks, patience, run_to_end, scaled,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -168,58 +167,6 @@ mod unified {
 
     fn daemon_binary() -> Result<PathBuf> {
         Ok(daemon_command()?.get_program().into())
-    }
-
-    /// A packet scheduler that lets packets go when it is their time. It is a module of the kernel, so
-    /// that not every machine has it.
-    fn schedule_fairly(netns: &Netns) -> Result<()> {
-        let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net={}", netns.path().display()))
-            .args(["tc", "qdisc", "replace", "dev", Veth::INTERFACE])
-            .args(["root", "fq"]);
-        let done = run_to_end(command, patience())?;
-        ensure!(done.code == 0, "{}", done.stderr);
-        Ok(())
-    }
-
-    /// A socket whose rate is limited has its packets stamped with when they shall go, which can be
-    /// long after the limit of its session.
-    #[test]
-    fn that_a_packet_shall_go_later_is_worth_no_more_than_a_second() -> Result<()> {
-        const BYTES_A_SECOND: i32 = 500;
-        // It takes 6 s of the rate, and what follows waits.
-        const PACKET: [u8; 3000] = [7; 3000];
-        let lab = lab()?;
-        let [left, right] = [Netns::new()?, Netns::new()?];
-        Veth::between(&left, &right)?;
-        schedule_fairly(&left)?;
-        let outbound = RULE.replace("inbound", "outbound");
-        let daemon = lab.daemon(&outbound)?;
-        let listener = lab.outside_in(&right)?.listen((Veth::RIGHT, 0))?;
-        let mut pair = Pair::open(&lab.inside_in(&left)?, &listener)?;
-        // The stack does not pace the first ten.
-        for _ in 0..10 {
-            pair.to_server(b"x")?;
-        }
-        set_option(
-            &pair.client,
-            libc::SOL_SOCKET,
-            libc::SO_MAX_PACING_RATE,
-            BYTES_A_SECOND,
-        )?;
-        pair.to_server(&PACKET)?;
-        let (last, ()) = Moment::of(|| Ok(pair.client.write_all(b"x")?))?;
-        let record = daemon.wait_for_termination_of(&pair)?;
-        assert_eq!(record.text("event.reason"), "idle_timeout");
-        let deadline = record.time("session_enforcer.deadline");
-        let latest = last.latest.wall + LIMIT + Duration::from_millis(1500) + late_ticks();
-        ensure!(
-            last.earliest.wall + LIMIT <= deadline && deadline <= latest,
-            "a deadline {:?} after the last payload",
-            deadline.saturating_sub(last.earliest.wall)
-        );
-        Ok(())
     }
 
     /// Sets the wall clock forward, or back where `forward` is false.

@@ -13,7 +13,7 @@ use crate::{
     clock::monotonic_ns,
     health::Trouble,
     metrics::Untracked,
-    processes::Sockets,
+    processes::{Holder, Sockets},
     sock_diag::Socket,
 };
 
@@ -29,6 +29,8 @@ pub(super) struct Adopting {
     processes: Option<Sockets>,
     /// Such a look that is under way already.
     looking: Option<JoinHandle<Sockets>>,
+    /// Whether the look began before the sockets were listed.
+    looked_early: bool,
 }
 
 impl Adopting {
@@ -38,6 +40,17 @@ impl Adopting {
             let found = looking.and_then(|looking| looking.join().ok());
             found.unwrap_or_else(Sockets::of_all_processes)
         })
+    }
+
+    /// A process that holds the socket with this inode number.
+    fn holder(&mut self, inode: u32) -> Option<Holder> {
+        let found = self.processes().holder(inode);
+        if found.is_some() || inode == 0 || !std::mem::take(&mut self.looked_early) {
+            return found;
+        }
+        // Its process may have it only since it was looked at.
+        self.processes = None;
+        self.processes().holder(inode)
     }
 
     pub(super) fn adopter(&self) -> Adopter<'_> {
@@ -75,6 +88,7 @@ impl Enforcer {
             // At the start there is nearly always a socket that asks, and the sockets are listed
             // meanwhile. Where there can be no thread, it is looked when one asks.
             adopting.looking = Sockets::meanwhile().ok();
+            adopting.looked_early = adopting.looking.is_some();
         }
         // What a comparison finds by the policy before would be wrong: it begins anew.
         self.missed.events |= self.comparison.take().is_some();
@@ -109,6 +123,7 @@ impl Enforcer {
             ancestors: HashMap::new(),
             processes: None,
             looking: None,
+            looked_early: false,
         }
     }
 
@@ -191,7 +206,7 @@ impl Enforcer {
             if self.schedule.contains(cookie) {
                 continue;
             }
-            if let Some(holder) = adopting.processes().holder(adoptee.inode) {
+            if let Some(holder) = adopting.holder(adoptee.inode) {
                 (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
             match self.kernel.adopt(cookie, &session)? {

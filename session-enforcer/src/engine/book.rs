@@ -62,8 +62,6 @@ pub struct RuleBook {
     pub(super) entries: Vec<MatchEntry>,
     /// Whether the rules ask for owners, those who are not there too.
     pub(super) asks_owner: bool,
-    /// Whether a rule limits how long an answer may take.
-    pub(super) limits_answers: bool,
     /// The places of the rules, in the order of the configuration.
     places: Vec<u16>,
     /// Counts the policies.
@@ -109,9 +107,7 @@ impl RuleBook {
         if rules.len() > MAX_RULES as usize {
             return Err(TooManyRules);
         }
-        let limits_answer = |rule: &ActiveRule| rule.policy.response_timeout_ns != 0;
         let mut next = Self {
-            limits_answers: rules.iter().any(limits_answer),
             rules,
             entries: Vec::new(),
             asks_owner: config.asks_owner(),

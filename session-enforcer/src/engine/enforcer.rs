@@ -80,6 +80,9 @@ pub struct Enforcer {
     /// Sessions that the kernel refused to destroy and that will be tried again, as they were
     /// recorded.
     pub(super) refused: HashMap<u64, Expired>,
+    /// Sessions that were reset, with the time of their establishment, until the kernel reports their
+    /// end.
+    pub(super) reset: HashMap<u64, u64>,
     /// Sessions that a change of the policy made late, until they are looked at again.
     pub(super) late_by_policy: HashMap<u64, LateByPolicy>,
     /// Events that the kernel could not deliver, as far as they were made up for.
@@ -139,6 +142,7 @@ impl Enforcer {
             observed: HashMap::new(),
             in_doubt: HashMap::new(),
             refused: HashMap::new(),
+            reset: HashMap::new(),
             late_by_policy: HashMap::new(),
             repaired_losses: 0,
             unsettled: None,
@@ -241,6 +245,7 @@ impl Enforcer {
             self.record_gone(&expired);
         }
         self.refused.remove(&cookie);
+        self.reset.remove(&cookie);
         self.late_by_policy.remove(&cookie);
         self.observed.remove(&cookie);
         if let Some(group) = self.schedule.remove(cookie) {
@@ -307,6 +312,12 @@ impl Enforcer {
             self.forget(cookie);
             return Ok(None);
         };
+        if self.reset.get(&cookie) == Some(&session.established_ns) {
+            // Its end was not reported: another `sock_ops` program has undone that it is, or the
+            // kernel (6.1 before 6.1.158) has said that it destroyed what it did not.
+            self.release(cookie, &session)?;
+            return Ok(None);
+        }
         if self.book.needs_owner_of(&session) {
             match self.settle_owner(cookie, &session)? {
                 Some(settled) => session = settled,
@@ -390,13 +401,9 @@ impl Enforcer {
 
     /// The session as it was at one moment. The kernel copies a record while packets change it: an
     /// answer that passes meanwhile could show the stamps from before and the debt as paid. Two
-    /// copies that agree were made when nothing passed. Without limits for answers no decision takes
-    /// two fields that a packet changes, and each field is of one piece.
+    /// copies that agree were made when nothing passed.
     fn whole_session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let mut first = self.kernel.session(cookie)?;
-        if !self.book.limits_answers {
-            return Ok(first);
-        }
         for _ in 0..MAX_COPIES {
             let second = self.kernel.session(cookie)?;
             if first == second {

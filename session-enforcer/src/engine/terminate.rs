@@ -250,8 +250,10 @@ impl Enforcer {
             cookie, session, ..
         } = expired;
         if !session.end_is_unreported() {
-            // Should the event be lost, or another program have undone that the end is reported, this
-            // look finds it.
+            self.refused.remove(cookie);
+            self.late_by_policy.remove(cookie);
+            // Should the event not come, this look lets go of it.
+            self.reset.insert(*cookie, session.established_ns);
             self.schedule.rearm(*cookie, answered_ns + LOOK_NS);
             return Ok(());
         }
