@@ -98,6 +98,13 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     if !cfg!(target_arch = "x86_64") {
         bail!("the kernels are those of x86-64, and this machine is none");
     }
+    if let Some(own) = guest::hidden_by(workspace.target()) {
+        bail!(
+            "the machines have a {own} of their own, below which they would not find {}: work in a \
+             folder elsewhere",
+            workspace.target().display()
+        );
+    }
     let missing = Missing::unless(args.no_install);
     packages::ensure(&packages::TESTS, missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;

@@ -30,6 +30,20 @@ const SHARED: &str = "/run/session-enforcer-vm";
 /// The controllers of a hybrid hierarchy, as systemd mounts them.
 const CONTROLLERS: [&str; 4] = ["cpu,cpuacct", "memory", "net_cls,net_prio", "pids"];
 
+/// What the machine has of its own, in place of what lies there outside.
+const OWN: [(&str, &str); 4] = [
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("tmpfs", "/run"),
+    ("tmpfs", "/tmp"),
+];
+
+/// The place below which the machine does not find a folder of the machine outside.
+pub(super) fn hidden_by(folder: &Path) -> Option<&'static str> {
+    let mut places = OWN.into_iter().map(|(_, place)| place);
+    places.find(|place| folder.starts_with(place))
+}
+
 /// Open files of a process. The kernel gives its first process 1,024, and the tests that open
 /// thousands of connections hold both ends of each.
 const OPEN_FILES: u64 = 65_536;
@@ -59,12 +73,7 @@ fn boot() -> Result<RebootMode> {
     if !words.split_whitespace().any(|word| word == MARK) {
         bail!("this machine was not started by `cargo xtask vm`");
     }
-    for (kind, place) in [
-        ("sysfs", "/sys"),
-        ("devtmpfs", "/dev"),
-        ("tmpfs", "/run"),
-        ("tmpfs", "/tmp"),
-    ] {
+    for (kind, place) in OWN {
         file_system(kind, kind, place, "")?;
     }
     for (kind, place) in [("devpts", "/dev/pts"), ("tmpfs", "/dev/shm")] {
@@ -306,5 +315,17 @@ fn bury_orphans(running: &[Running<'_>]) {
         if running.iter().any(is_ours) || waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_below_what_the_machine_has_of_its_own_is_hidden() {
+        assert_eq!(hidden_by(Path::new("/tmp/clone/target")), Some("/tmp"));
+        assert_eq!(hidden_by(Path::new("/home/user/tmp/target")), None);
+        assert_eq!(hidden_by(Path::new("/tmpfs/target")), None);
     }
 }
