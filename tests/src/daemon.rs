@@ -33,6 +33,14 @@ use crate::{
 /// Names the daemon's binary; `cargo xtask test` sets it.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
 
+/// A configuration of one rule, `idle`, with this limit in whole seconds for every connection.
+pub fn idle_rule(timeout: Duration) -> String {
+    format!(
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
+        timeout.as_secs()
+    )
+}
+
 /// A command that runs the real daemon, without arguments yet.
 ///
 /// # Errors

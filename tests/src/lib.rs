@@ -36,7 +36,7 @@ pub use audit::Record;
 pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
 pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
-pub use daemon::{Daemon, Launch, daemon_command};
+pub use daemon::{Daemon, Launch, daemon_command, idle_rule};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;
 pub use metrics::Metrics;
@@ -45,7 +45,7 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
-pub use pace::{late_ticks, patience, scaled};
+pub use pace::{late_ticks, longer_than_a_start, patience, scaled};
 pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{
     Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,

@@ -30,6 +30,11 @@ pub fn scaled(bound: Duration) -> Duration {
     bound * FACTOR.unwrap_or(1)
 }
 
+/// A limit longer than a daemon takes to start, for what must live through a start.
+pub fn longer_than_a_start() -> Duration {
+    scaled(Duration::from_secs(3))
+}
+
 /// How far the kernel's time stamps may lag behind the events beyond what the daemon allows for:
 /// not at all, but where the processors of a machine do not run all the time.
 pub fn late_ticks() -> Duration {

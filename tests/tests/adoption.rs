@@ -4,20 +4,14 @@ use std::{net::Ipv4Addr, net::Shutdown, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Moment, Netns, Pair, Veth, reset_on_close, scaled};
+use session_enforcer_tests::{
+    Daemon, Lab, Moment, Netns, Pair, Veth, idle_rule, longer_than_a_start as limit, reset_on_close,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn rule() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 fn adopted(daemon: &Daemon) -> Result<f64> {

@@ -1,26 +1,19 @@
 //! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
 //! keeps none alive.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::net::Ipv4Addr;
 
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Lab, Netns, Pair, Veth, eventually, patience, reset_on_close, scaled,
+    Agent, Lab, Netns, Pair, Veth, eventually, idle_rule, longer_than_a_start as limit, patience,
+    reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn rule() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 #[test]

@@ -5,14 +5,13 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::Path,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, patience, plant_map, run_to_end,
-    scaled, without_bpffs,
+    Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,
+    longer_than_a_start as limit, patience, plant_map, run_to_end, without_bpffs,
 };
 
 /// Those of a running daemon: each of its programs, and the maps that outlive it.
@@ -20,16 +19,8 @@ const PINS: usize = PROGRAMS as usize + 4;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn idle() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> {

@@ -4,21 +4,14 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, reset_on_close, scaled,
+    Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, idle_rule, longer_than_a_start as limit,
+    reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn idle() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 fn lifetime() -> String {

@@ -9,21 +9,14 @@ use std::{
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Cgroup, Daemon, Lab, Launch, Moment, PROGRAMS, Pair, Place, reset_on_close, scaled,
+    Cgroup, Daemon, Lab, Launch, Moment, PROGRAMS, Pair, Place, idle_rule,
+    longer_than_a_start as limit, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn idle() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {

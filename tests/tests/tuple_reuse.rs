@@ -14,21 +14,14 @@ use nix::sys::{
     socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Pair, reset_on_close, scaled, set_option,
+    Agent, Daemon, Lab, Listener, Moment, Pair, idle_rule, longer_than_a_start as limit,
+    reset_on_close, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than a daemon takes to start, which happens within it.
-fn limit() -> Duration {
-    scaled(Duration::from_secs(3))
-}
-
 fn rule() -> String {
-    format!(
-        "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
-        limit().as_secs()
-    )
+    idle_rule(limit())
 }
 
 /// A connection from this port; 0 is one of the kernel's choice.
