@@ -25,6 +25,7 @@ pub mod processes;
 pub mod schedule;
 pub mod sock_diag;
 pub mod survey;
+pub mod threads;
 pub mod timer;
 pub mod users;
 pub mod watch;

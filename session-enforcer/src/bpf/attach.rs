@@ -1,6 +1,10 @@
 //! The programs' attachments: made, taken over from an earlier daemon's programs, detached.
 
-use std::os::{fd::OwnedFd, unix::fs::MetadataExt as _};
+use std::{
+    collections::HashMap,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    sync::{Mutex, PoisonError},
+};
 
 use aya::{
     Ebpf,
@@ -8,7 +12,7 @@ use aya::{
 };
 
 use super::{BpfError, Kernel, Options, found::FoundLink, sys};
-use crate::cgroup::Cgroup;
+use crate::{cgroup::Cgroup, threads::together};
 
 /// A program and where it is attached.
 pub(super) struct Attachable {
@@ -49,19 +53,35 @@ pub(super) struct Attached {
     link: OwnedFd,
 }
 
-/// Loads the programs into the kernel.
+/// Loads the programs into the kernel, two at the same time: with each of the larger ones the verifier
+/// keeps a processor busy for as long as the rest of a start takes.
 pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let mut found: HashMap<_, _> = ebpf.programs_mut().collect();
+    let mut waiting = Vec::new();
     for Attachable { name, .. } in PROGRAMS {
-        let program = ebpf.program_mut(name).ok_or(BpfError::Missing(name))?;
-        let loaded = match program {
-            Program::SockOps(program) => program.load(),
-            Program::CgroupSkb(program) => program.load(),
-            Program::CgroupSock(program) => program.load(),
-            _ => Err(ProgramError::UnexpectedProgramType),
-        };
-        loaded.map_err(|source| BpfError::Program { name, source })?;
+        let program = found.remove(name).ok_or(BpfError::Missing(name))?;
+        waiting.push((name, program));
     }
-    Ok(())
+    let waiting = Mutex::new(waiting);
+    // From the end: the small one comes last.
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let load_some = || {
+        while let Some((name, program)) = next() {
+            load_one(name, program)?;
+        }
+        Ok(())
+    };
+    together("load", 1, load_some).into_iter().collect()
+}
+
+fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
+    let loaded = match program {
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    loaded.map_err(|source| BpfError::Program { name, source })
 }
 
 impl Kernel {

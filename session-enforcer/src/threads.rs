@@ -1,0 +1,57 @@
+//! Work on several threads, while the caller waits for it.
+
+use std::{panic::resume_unwind, thread};
+
+/// Has this thread and up to `others` more do `work` at the same time, and returns what each made of
+/// it. Where there can be no other thread, this one does it alone.
+pub fn together<T: Send>(name: &str, others: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let spawn = |_| {
+            let builder = thread::Builder::new().name(name.to_owned());
+            builder.spawn_scoped(scope, &work).ok()
+        };
+        let others: Vec<_> = (0..others).filter_map(spawn).collect();
+        let mut made = vec![work()];
+        for other in others {
+            made.push(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        }
+        made
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn each_thread_does_a_part_and_nothing_is_done_twice() {
+        let next = AtomicUsize::new(0);
+        let take_some = || {
+            let mut taken = Vec::new();
+            loop {
+                match next.fetch_add(1, Ordering::Relaxed) {
+                    number if number < 1_000 => taken.push(number),
+                    _ => return taken,
+                }
+            }
+        };
+        let made = together("test", 3, take_some);
+        assert_eq!(made.len(), 4);
+        let mut all = made.concat();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..1_000));
+    }
+
+    #[test]
+    fn a_panic_of_another_thread_is_not_lost() {
+        let first = AtomicUsize::new(0);
+        let panicked = std::panic::catch_unwind(|| {
+            together("test", 1, || {
+                assert_ne!(first.fetch_add(1, Ordering::Relaxed), 1);
+            })
+        });
+        assert!(panicked.is_err());
+    }
+}
