@@ -1,12 +1,13 @@
 //! The clocks: `CLOCK_MONOTONIC` for every decision, the wall clock for what people read.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use jiff::Timestamp;
 use nix::{
     sys::time::TimeSpec,
     time::{ClockId, clock_getres, clock_gettime},
 };
+use serde::{Serialize, Serializer};
 
 /// The tick where the kernel does not tell it: that of the slowest configuration, `HZ=100`.
 const LONGEST_TICK_NS: u64 = 10_000_000;
@@ -48,17 +49,32 @@ impl WallClock {
     }
 
     /// The moment of the monotonic clock as RFC 3339 in UTC, with nanoseconds.
-    pub fn format(&self, monotonic_ns: u64) -> String {
+    pub fn at(&self, monotonic_ns: u64) -> Moment {
         let distance = i128::from(monotonic_ns) - i128::from(self.monotonic_ns);
-        let time = Timestamp::from_nanosecond(self.realtime_ns + distance)
-            .unwrap_or(Timestamp::UNIX_EPOCH);
-        time.strftime("%Y-%m-%dT%H:%M:%S.%9fZ").to_string()
+        let time = Timestamp::from_nanosecond(self.realtime_ns + distance);
+        Moment(time.unwrap_or(Timestamp::UNIX_EPOCH))
+    }
+}
+
+/// A moment of the wall clock: RFC 3339 in UTC, with nanoseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment(Timestamp);
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.9}", self.0)
+    }
+}
+
+impl Serialize for Moment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
 #[cfg(test)]
 impl WallClock {
-    pub(crate) fn at(realtime_ns: i128, monotonic_ns: u64) -> Self {
+    pub(crate) fn pair(realtime_ns: i128, monotonic_ns: u64) -> Self {
         Self {
             realtime_ns,
             monotonic_ns,
@@ -77,17 +93,17 @@ mod tests {
 
     #[test]
     fn moments_before_and_after_the_pair_are_told() {
-        let clock = WallClock::at(1_767_268_800_000_000_000, 5_000_000_000);
+        let clock = WallClock::pair(1_767_268_800_000_000_000, 5_000_000_000);
         assert_eq!(
-            clock.format(5_000_000_000),
+            clock.at(5_000_000_000).to_string(),
             "2026-01-01T12:00:00.000000000Z"
         );
         assert_eq!(
-            clock.format(5_000_000_001),
+            clock.at(5_000_000_001).to_string(),
             "2026-01-01T12:00:00.000000001Z"
         );
         assert_eq!(
-            clock.format(3_999_000_000),
+            clock.at(3_999_000_000).to_string(),
             "2026-01-01T11:59:58.999000000Z"
         );
     }

@@ -95,9 +95,9 @@ pub struct Termination<'a> {
 }
 
 impl Termination<'_> {
-    /// The record, one line of JSON without its end.
-    pub fn to_json(&self, clock: &WallClock) -> String {
-        record::termination(self, clock)
+    /// Appends the record, one line of JSON.
+    pub fn write_json(&self, clock: &WallClock, out: &mut Vec<u8>) {
+        record::termination(self, clock, out);
     }
 }
 
@@ -130,46 +130,30 @@ impl Audit {
 
     /// Records the end of a session.
     pub fn termination(&mut self, termination: &Termination<'_>) {
-        let line = termination.to_json(&WallClock::now());
-        self.add(&line);
+        self.add(|clock, out| termination.write_json(clock, out));
     }
 
     /// Records that the enforcement begins.
     pub fn started(&mut self) {
         let now_ns = monotonic_ns();
-        let clock = WallClock::now();
-        self.add(&record::lifecycle(
-            "enforcer-started",
-            "start",
-            &clock,
-            now_ns,
-        ));
+        self.add(|clock, out| record::lifecycle("enforcer-started", "start", clock, now_ns, out));
     }
 
     /// Records that a policy is in force from now on.
     pub fn policy_loaded(&mut self, mode: Mode, rules: &[String]) {
-        self.add(&record::policy(
-            mode,
-            rules,
-            &WallClock::now(),
-            monotonic_ns(),
-        ));
+        let now_ns = monotonic_ns();
+        self.add(|clock, out| record::policy(mode, rules, clock, now_ns, out));
     }
 
     /// Records that the enforcement ends.
     pub fn stopped(&mut self) {
         let now_ns = monotonic_ns();
-        self.add(&record::lifecycle(
-            "enforcer-stopped",
-            "end",
-            &WallClock::now(),
-            now_ns,
-        ));
+        self.add(|clock, out| record::lifecycle("enforcer-stopped", "end", clock, now_ns, out));
     }
 
-    fn add(&mut self, line: &str) {
-        self.pending.bytes.extend_from_slice(line.as_bytes());
-        self.pending.bytes.push(b'\n');
+    /// Adds the line that `write` appends.
+    fn add(&mut self, write: impl FnOnce(&WallClock, &mut Vec<u8>)) {
+        write(&WallClock::now(), &mut self.pending.bytes);
         self.pending.records += 1;
         if self.pending.bytes.len() >= MAX_PENDING_BYTES {
             self.flush();

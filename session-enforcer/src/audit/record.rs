@@ -1,20 +1,24 @@
 //! The records, as they are written. Pure.
 
 use std::{
+    borrow::Cow,
     net::{IpAddr, Ipv6Addr},
     time::Duration,
 };
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
 use super::{Outcome, Termination, mode_name, reason_name};
-use crate::{clock::WallClock, config::Mode};
+use crate::{
+    clock::{Moment, WallClock},
+    config::Mode,
+};
 
 #[derive(Serialize)]
 struct Record<'a> {
     #[serde(rename = "@timestamp")]
-    timestamp: String,
+    timestamp: Moment,
     event: EventFields,
     #[serde(skip_serializing_if = "Option::is_none")]
     rule: Option<RuleFields<'a>>,
@@ -25,7 +29,7 @@ struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     destination: Option<EndFields>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<ProcessFields>,
+    process: Option<ProcessFields<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     user: Option<UserFields<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -63,21 +67,22 @@ struct NetworkFields {
 
 #[derive(Serialize)]
 struct EndFields {
-    ip: String,
+    ip: IpAddr,
     port: u16,
     bytes: u64,
 }
 
 #[derive(Serialize)]
-struct ProcessFields {
+struct ProcessFields<'a> {
     pid: u32,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    name: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    name: Cow<'a, str>,
 }
 
 #[derive(Serialize)]
 struct UserFields<'a> {
-    id: String,
+    #[serde(serialize_with = "as_text")]
+    id: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<&'a str>,
 }
@@ -111,9 +116,9 @@ struct TerminationFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     cgroup: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    established: Option<String>,
-    last_activity: String,
-    deadline: String,
+    established: Option<Moment>,
+    last_activity: Moment,
+    deadline: Moment,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit_seconds: Option<f64>,
     idle_seconds: f64,
@@ -121,7 +126,7 @@ struct TerminationFields<'a> {
 }
 
 /// The end of a session.
-pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
+pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<u8>) {
     let session = t.session;
     let (action, outcome, kind) = match t.outcome {
         Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
@@ -130,8 +135,8 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
         Outcome::Observed => ("session-would-terminate", None, "info"),
     };
     let (source, destination) = ends(session);
-    to_line(&Record {
-        timestamp: clock.format(t.answered_ns),
+    let record = Record {
+        timestamp: clock.at(t.answered_ns),
         event: EventFields {
             kind: "event",
             category: ["network"],
@@ -147,12 +152,13 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock) -> String {
         destination: Some(destination),
         process: process(&session.owner),
         user: session.owner.is_known().then(|| UserFields {
-            id: session.owner.uid.to_string(),
+            id: session.owner.uid,
             name: t.user,
         }),
         error: t.error.map(|message| ErrorFields { message }),
         session_enforcer: Own::Termination(termination_fields(t, clock)),
-    })
+    };
+    write(&record, out);
 }
 
 fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {
@@ -163,9 +169,9 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
         result: t.outcome.name(),
         netns: session.netns_cookie,
         cgroup: t.cgroup,
-        established: established_ns(session).map(|then| clock.format(then)),
-        last_activity: clock.format(session.last_activity_ns()),
-        deadline: clock.format(t.deadline_ns),
+        established: established_ns(session).map(|then| clock.at(then)),
+        last_activity: clock.at(session.last_activity_ns()),
+        deadline: clock.at(t.deadline_ns),
         limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
         idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
@@ -173,12 +179,16 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
 }
 
 /// The process that made the socket, where that is known.
-fn process(owner: &Owner) -> Option<ProcessFields> {
-    let name: Vec<u8> = owner.comm.iter().copied().take_while(|b| *b != 0).collect();
+fn process(owner: &Owner) -> Option<ProcessFields<'_>> {
+    let name = owner.comm.split(|byte| *byte == 0).next();
     (owner.pid != 0).then(|| ProcessFields {
         pid: owner.pid,
-        name: String::from_utf8_lossy(&name).into_owned(),
+        name: String::from_utf8_lossy(name.unwrap_or_default()),
     })
+}
+
+fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(number)
 }
 
 /// When the session was established, where that is known. For a connection that is older than the
@@ -212,12 +222,12 @@ fn network(session: &Session) -> NetworkFields {
 /// The end that dialled, and the end that accepted.
 fn ends(session: &Session) -> (EndFields, EndFields) {
     let here = EndFields {
-        ip: text(session.local),
+        ip: ip(session.local),
         port: session.local_port,
         bytes: session.bytes_sent,
     };
     let there = EndFields {
-        ip: text(session.remote),
+        ip: ip(session.remote),
         port: session.remote_port,
         bytes: session.bytes_received,
     };
@@ -228,10 +238,8 @@ fn ends(session: &Session) -> (EndFields, EndFields) {
     }
 }
 
-fn text(address: Address) -> String {
-    IpAddr::V6(Ipv6Addr::from(address.octets()))
-        .to_canonical()
-        .to_string()
+fn ip(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
 }
 
 /// The daemon's own beginning or end.
@@ -240,41 +248,39 @@ pub(super) fn lifecycle(
     kind: &'static str,
     clock: &WallClock,
     now_ns: u64,
-) -> String {
+    out: &mut Vec<u8>,
+) {
     let own = Own::Lifecycle {
         version: env!("CARGO_PKG_VERSION"),
     };
-    to_line(&own_record(
-        "process",
-        action,
-        kind,
-        clock.format(now_ns),
-        own,
-    ))
+    let record = own_record("process", action, kind, clock.at(now_ns), own);
+    write(&record, out);
 }
 
 /// The policy that is in force from now on.
-pub(super) fn policy(mode: Mode, rules: &[String], clock: &WallClock, now_ns: u64) -> String {
+pub(super) fn policy(
+    mode: Mode,
+    rules: &[String],
+    clock: &WallClock,
+    now_ns: u64,
+    out: &mut Vec<u8>,
+) {
     let version = env!("CARGO_PKG_VERSION");
     let own = Own::Policy {
         version,
         mode: mode_name(mode),
         rules,
     };
-    to_line(&own_record(
-        "configuration",
-        "policy-loaded",
-        "change",
-        clock.format(now_ns),
-        own,
-    ))
+    let now = clock.at(now_ns);
+    let record = own_record("configuration", "policy-loaded", "change", now, own);
+    write(&record, out);
 }
 
 fn own_record<'a>(
     category: &'static str,
     action: &'static str,
     kind: &'static str,
-    timestamp: String,
+    timestamp: Moment,
     own: Own<'a>,
 ) -> Record<'a> {
     Record {
@@ -299,8 +305,10 @@ fn own_record<'a>(
     }
 }
 
-fn to_line(record: &Record<'_>) -> String {
+/// Appends the record as one line of JSON.
+fn write(record: &Record<'_>, out: &mut Vec<u8>) {
     // Strings, numbers and lists of them: there is nothing here that JSON cannot say. A number that
-    // is not finite becomes null.
-    serde_json::to_string(record).unwrap_or_default()
+    // is not finite becomes null. Memory takes whatever comes.
+    let _ = serde_json::to_writer(&mut *out, record);
+    out.push(b'\n');
 }

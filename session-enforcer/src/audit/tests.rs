@@ -59,8 +59,17 @@ fn termination(session: &Session) -> Termination<'_> {
 
 /// The wall clock is noon at the moment of the answer.
 fn line(termination: &Termination<'_>) -> String {
-    let clock = WallClock::at(1_767_268_800_000_000_000, 901_004_000_000);
-    record::termination(termination, &clock)
+    let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
+    written(|out| termination.write_json(&clock, out))
+}
+
+/// The line that `write` appends, without its end.
+fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
+    let mut out = Vec::new();
+    write(&mut out);
+    let mut text = String::from_utf8(out).unwrap();
+    assert_eq!(text.pop(), Some('\n'));
+    text
 }
 
 #[test]
@@ -159,8 +168,9 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
     const YEAR: i128 = 365 * 86_400 * 1_000_000_000;
     let (session, noon) = (session(), 1_767_268_800_000_000_000);
     let record = |realtime_ns| -> serde_json::Value {
-        let clock = WallClock::at(realtime_ns, 901_004_000_000);
-        serde_json::from_str(&record::termination(&termination(&session), &clock)).unwrap()
+        let clock = WallClock::pair(realtime_ns, 901_004_000_000);
+        let line = written(|out| termination(&session).write_json(&clock, out));
+        serde_json::from_str(&line).unwrap()
     };
     let [before, after] = [record(noon), record(noon - YEAR)];
     let own = |record: &serde_json::Value, key: &str| record["session_enforcer"][key].clone();
@@ -234,14 +244,14 @@ proptest! {
 
 #[test]
 fn the_daemon_s_own_records_name_version_and_rules() {
-    let clock = WallClock::at(1_767_268_800_000_000_000, 0);
-    let started = record::lifecycle("enforcer-started", "start", &clock, 0);
+    let clock = WallClock::pair(1_767_268_800_000_000_000, 0);
+    let started = written(|out| record::lifecycle("enforcer-started", "start", &clock, 0, out));
     let version = env!("CARGO_PKG_VERSION");
     assert!(started.ends_with(&format!(
         r#""session_enforcer":{{"version":"{version}"}}}}"#
     )));
     let rules = ["a".to_owned(), "b".to_owned()];
-    let policy = record::policy(Mode::Observe, &rules, &clock, 0);
+    let policy = written(|out| record::policy(Mode::Observe, &rules, &clock, 0, out));
     assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
     assert!(
         policy.contains(r#""mode":"observe","rules":["a","b"]"#),
@@ -419,12 +429,12 @@ fn a_file_is_appended_to_and_opened_again() {
     let path = dir.path().join("audit.json");
     std::fs::write(&path, "before\n").unwrap();
     let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
-    audit.add("one");
+    audit.add(|_, out| out.extend_from_slice(b"one\n"));
     audit.flush();
     let moved = dir.path().join("audit.json.1");
     std::fs::rename(&path, &moved).unwrap();
     audit.reopen();
-    audit.add("two");
+    audit.add(|_, out| out.extend_from_slice(b"two\n"));
     audit.close();
     assert_eq!(std::fs::read_to_string(moved).unwrap(), "before\none\n");
     assert_eq!(std::fs::read_to_string(path).unwrap(), "two\n");
@@ -436,10 +446,10 @@ fn a_line_that_an_earlier_run_or_the_same_one_left_open_is_ended() {
     let path = dir.path().join("audit.json");
     std::fs::write(&path, "cut").unwrap();
     let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
-    audit.add("one");
+    audit.add(|_, out| out.extend_from_slice(b"one\n"));
     audit.flush();
     audit.reopen();
-    audit.add("two");
+    audit.add(|_, out| out.extend_from_slice(b"two\n"));
     audit.close();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "cut\none\ntwo\n");
 }

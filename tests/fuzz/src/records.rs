@@ -126,8 +126,10 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         user: bytes.choice([None, Some(name.as_str())]),
         error: bytes.choice([None, Some(name.as_str())]),
     };
-    let line = termination.to_json(&WallClock::now());
-    assert!(!line.contains('\n'), "{line:?}");
+    let mut out = Vec::new();
+    termination.write_json(&WallClock::now(), &mut out);
+    let line = String::from_utf8(out).expect("a record is text");
+    assert_eq!(line.find('\n'), Some(line.len() - 1), "{line:?}");
     let record: Value = serde_json::from_str(&line).expect("a record is JSON");
     assert_eq!(record["session_enforcer"]["id"], termination.cookie);
     assert_eq!(record["rule"]["name"], name);
