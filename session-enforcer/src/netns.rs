@@ -105,6 +105,22 @@ impl Namespaces {
             .ok_or(NetnsError::NotFound(cookie))
     }
 
+    /// A second socket table of the namespace with this cookie, for another thread. It, too, keeps the
+    /// namespace alive.
+    ///
+    /// # Errors
+    ///
+    /// Where the namespace is not found or cannot be entered.
+    pub fn another(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
+        if cookie != self.own {
+            return self.find(cookie);
+        }
+        DiagSocket::open().map_err(|source| NetnsError::Diag {
+            path: PathBuf::from("/proc/self/ns/net"),
+            source,
+        })
+    }
+
     /// Closes the socket table of a namespace without sessions; the own one stays open.
     pub fn close(&mut self, cookie: u64) {
         if cookie != self.own {

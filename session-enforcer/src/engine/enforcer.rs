@@ -10,6 +10,7 @@ use session_enforcer_common::{
 
 use super::{
     book::RuleBook,
+    destroyer::Destroyer,
     pace::Pace,
     reconcile::{Comparison, Missed},
     terminate::Expired,
@@ -272,18 +273,31 @@ impl Enforcer {
     ///
     /// Where the session map cannot be read.
     pub fn enforce_due(&mut self) -> Result<()> {
+        let mut destroyer = None;
+        let passed = self.pass(&mut destroyer);
+        // Whatever has gone wrong, what the kernel was asked for is recorded.
+        let last = destroyer.map_or(Ok(None), |mut destroyer| destroyer.wait());
+        let settled = last.and_then(|last| last.map_or(Ok(()), |last| self.settle_all(last)));
+        self.audit.flush();
+        passed.and(settled)
+    }
+
+    fn pass(&mut self, destroyer: &mut Option<Destroyer>) -> Result<()> {
         let mut left = MAX_PASS;
         while left > 0 {
             // In batches, so that the look at a session comes right before its reset.
             let mut expired = Vec::new();
             let due = self.take_due(MAX_BATCH.min(left), &mut expired)?;
-            self.terminate_all(expired)?;
+            if destroyer.is_none() && self.is_due() {
+                // Where there can be no thread, this one does it all.
+                *destroyer = Destroyer::start().ok();
+            }
+            self.terminate_all(expired, destroyer.as_mut())?;
             if due == 0 {
                 break;
             }
             left = left.saturating_sub(due);
         }
-        self.audit.flush();
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 
 mod adoption;
 mod book;
+mod destroyer;
 mod enforcer;
 mod owners;
 mod pace;

@@ -7,7 +7,10 @@ use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
 
-use super::enforcer::{Enforcer, LOOK_NS, Look, RETRY_NS};
+use super::{
+    destroyer::{self, Answered, Destroyer},
+    enforcer::{Enforcer, LOOK_NS, Look, RETRY_NS},
+};
 use crate::{
     audit::{Outcome, Termination},
     clock::monotonic_ns,
@@ -45,8 +48,13 @@ pub(super) struct Expired {
 }
 
 impl Enforcer {
-    /// Acts on expired sessions, those of one network namespace together.
-    pub(super) fn terminate_all(&mut self, expired: Vec<Expired>) -> Result<()> {
+    /// Acts on expired sessions, those of one network namespace together. Where there is a destroyer,
+    /// the answers about the last of them are still to come.
+    pub(super) fn terminate_all(
+        &mut self,
+        expired: Vec<Expired>,
+        mut destroyer: Option<&mut Destroyer>,
+    ) -> Result<()> {
         let mut by_namespace: BTreeMap<u64, Vec<Expired>> = BTreeMap::new();
         for expired in expired {
             match self.book.rules[usize::from(expired.session.rule)].mode {
@@ -61,7 +69,7 @@ impl Enforcer {
         }
         for (netns_cookie, expired) in by_namespace {
             for batch in expired.chunks(MAX_BATCH) {
-                self.end_batch(netns_cookie, batch)?;
+                self.end_batch(netns_cookie, batch, destroyer.as_deref_mut())?;
             }
         }
         Ok(())
@@ -82,35 +90,63 @@ impl Enforcer {
     }
 
     /// Ends the sessions of a batch, each in the way that serves it.
-    fn end_batch(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
+    fn end_batch(
+        &mut self,
+        netns_cookie: u64,
+        batch: &[Expired],
+        destroyer: Option<&mut Destroyer>,
+    ) -> Result<()> {
         let (subflows, plain): (Vec<Expired>, Vec<Expired>) =
             batch.iter().partition(|e| e.session.is_mptcp_subflow());
-        let mut others = subflows;
         if !plain.is_empty() {
-            others.extend(self.destroy(netns_cookie, &plain)?);
+            match destroyer {
+                Some(destroyer) => self.hand_over(netns_cookie, &plain, destroyer)?,
+                None => self.destroy(netns_cookie, plain)?,
+            }
         }
-        if others.is_empty() {
+        if subflows.is_empty() {
             return Ok(());
         }
-        self.disconnect(netns_cookie, &others)
+        self.disconnect(netns_cookie, &subflows)
     }
 
-    /// Returns the sessions that the kernel cannot destroy.
-    fn destroy(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<Vec<Expired>> {
-        let targets: Vec<Target> = batch
-            .iter()
-            .map(|e| Target::of(e.cookie, &e.session))
-            .collect();
-        let diag = match self.namespaces.get(netns_cookie) {
-            Ok(diag) => diag,
-            Err(error) => {
-                let error = error.to_string();
-                self.namespace_unreachable(batch, &error)?;
-                return Ok(Vec::new());
+    fn destroy(&mut self, netns_cookie: u64, batch: Vec<Expired>) -> Result<()> {
+        match self.namespaces.get(netns_cookie) {
+            Ok(diag) => {
+                let answered = destroyer::destroy(diag, netns_cookie, batch);
+                self.settle_all(answered)
             }
-        };
-        let (codes, result) = diag.destroy(&targets);
-        let answered_ns = monotonic_ns();
+            Err(error) => self.namespace_unreachable(&batch, &error.to_string()),
+        }
+    }
+
+    /// Has the destroyer do this batch, and takes in its answers about the one before meanwhile.
+    fn hand_over(
+        &mut self,
+        netns_cookie: u64,
+        batch: &[Expired],
+        destroyer: &mut Destroyer,
+    ) -> Result<()> {
+        let before = destroyer.wait()?;
+        let begun = destroyer.begin(&mut self.namespaces, netns_cookie, batch);
+        if let Some(before) = before {
+            self.settle_all(before)?;
+        }
+        match begun {
+            Ok(()) => Ok(()),
+            Err(error) => self.namespace_unreachable(batch, &error.to_string()),
+        }
+    }
+
+    /// Takes in the kernel's answers about a batch.
+    pub(super) fn settle_all(&mut self, answered: Answered) -> Result<()> {
+        let Answered {
+            netns_cookie,
+            batch,
+            codes,
+            result,
+            answered_ns,
+        } = answered;
         let mut unsupported = Vec::new();
         for (expired, code) in batch.iter().zip(codes) {
             match code {
@@ -121,7 +157,11 @@ impl Enforcer {
         if let Err(error) = result {
             self.exchange_broke_off(netns_cookie, &error);
         }
-        Ok(unsupported)
+        if unsupported.is_empty() {
+            return Ok(());
+        }
+        // The kernel cannot destroy sockets.
+        self.disconnect(netns_cookie, &unsupported)
     }
 
     /// Resets sessions through the processes that hold them.
