@@ -12,8 +12,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Call, Daemon, Fate, Interposer, Lab, Launch, Netns, PROGRAMS, Pair, Place, detach_by_force,
-    reset_on_close,
+    Call, Daemon, Fate, Interposer, Lab, Launch, Netns, PROGRAMS, Pair, Place, Record,
+    detach_by_force, ends_of, reset_on_close, scaled,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -101,6 +101,36 @@ fn a_reset_whose_answer_is_lost_is_recorded_once() -> Result<()> {
         daemon.log().contains("No buffer space available"),
         "ENOBUFS is not in the log"
     );
+    Ok(())
+}
+
+/// More than one exchange with the kernel ends.
+#[test]
+fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
+    const SESSIONS: usize = 400;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
+    let open = |_| Pair::open(&lab.outside, &listener);
+    let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
+    daemon.freeze()?;
+    thread::sleep(LIMIT + scaled(Duration::from_millis(100)));
+    interposer.set(Call::Answer, Fate::Fail(Errno::ENOBUFS));
+    daemon.thaw()?;
+    interposer.wait_for(Call::Answer, 3)?;
+    interposer.set(Call::Answer, Fate::Pass);
+    let records = daemon.wait_for_terminations(SESSIONS)?;
+    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
+        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    }
+    let result = |r: &Record| r.text("session_enforcer.result").to_owned();
+    let gone = records.iter().filter(|r| result(r) == "gone").count();
+    assert!(gone > 0, "all answers were received");
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    let count = [(SESSIONS - gone) as f64, gone as f64, 0.0];
+    assert_eq!(results(&daemon)?, count);
+    assert_eq!(daemon.terminations()?.len(), SESSIONS);
     Ok(())
 }
 

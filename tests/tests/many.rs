@@ -1,19 +1,22 @@
 //! Many sessions at once.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write as _},
     net::Ipv4Addr,
+    thread,
     time::Duration,
 };
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Moment, Pair, ends_of, scaled};
+use session_enforcer_tests::{Lab, Moment, Netns, Pair, ends_of, scaled};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(3);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
 const SESSIONS: usize = 2_000;
+const TOGETHER: usize = 300;
 
 /// How late a hundredth of the sessions may be on a machine that does other things, too.
 const P99_BOUND: Duration = Duration::from_secs(1);
@@ -44,6 +47,53 @@ fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
     assert!(lateness[0] >= 0.0, "{} s early", -lateness[0]);
     assert!(at(&lateness, 99) < scaled(P99_BOUND).as_secs_f64());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
+}
+
+/// More than one exchange with the kernel ends, in each of two namespaces.
+#[test]
+fn sessions_of_two_namespaces_that_are_due_together_are_reset_and_recorded_once_each() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let daemon = lab.daemon(RULE)?;
+    let places = [
+        (&lab.outside, &lab.inside),
+        (&lab.outside_in(&netns)?, &lab.inside_in(&netns)?),
+    ];
+    let listeners = places.map(|(_, inside)| inside.listen((Ipv4Addr::LOCALHOST, 0)));
+    let listeners = listeners.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut pairs = Vec::new();
+    let (opening, ()) = Moment::of(|| {
+        for _ in 0..TOGETHER {
+            for ((outside, _), listener) in places.iter().zip(&listeners) {
+                pairs.push(Pair::open(outside, listener)?);
+            }
+        }
+        Ok(())
+    })?;
+    daemon.freeze()?;
+    thread::sleep(LIMIT + scaled(Duration::from_millis(100)));
+    daemon.thaw()?;
+    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
+        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    }
+    let records = daemon.wait_for_terminations(pairs.len())?;
+    let ids: BTreeSet<_> = records
+        .iter()
+        .map(|r| r.number("session_enforcer.id") as u64)
+        .collect();
+    assert_eq!(ids.len(), pairs.len());
+    for record in &records {
+        record.assert_reset("idle_timeout", &opening, LIMIT);
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    let resets = [("result", "reset")];
+    assert_eq!(
+        daemon.metric("session_enforcer_terminations_total", &resets)?,
+        pairs.len() as f64
+    );
+    Ok(())
 }
 
 /// The lateness that so many of a hundred sessions do not exceed.
