@@ -157,11 +157,8 @@ impl Enforcer {
     }
 
     /// When the next session is due.
-    pub fn next_due_ns(&mut self) -> Option<u64> {
-        // The end of time stands for "never".
-        self.schedule
-            .next_due_ns()
-            .filter(|due_ns| *due_ns != u64::MAX)
+    pub fn next_due_ns(&self) -> Option<u64> {
+        self.schedule.next_due_ns()
     }
 
     /// Takes in what the kernel reports.
@@ -262,7 +259,7 @@ impl Enforcer {
     }
 
     /// Whether a session is due now.
-    pub fn is_due(&mut self) -> bool {
+    pub fn is_due(&self) -> bool {
         self.next_due_ns()
             .is_some_and(|due_ns| due_ns <= monotonic_ns())
     }

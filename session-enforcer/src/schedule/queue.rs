@@ -1,0 +1,238 @@
+//! Slots by the time that they are due: a heap in which every slot knows its place, so that one
+//! that is moved or taken out leaves nothing behind.
+
+/// With four children a heap is half as deep as with two. Each level that an entry moves is a write
+/// to a place somewhere in memory, and the times of four children lie side by side.
+const CHILDREN: usize = 4;
+
+/// The place of a slot that is not in the heap.
+const NOWHERE: u32 = u32::MAX;
+
+/// Slots by due time. What is due at `u64::MAX` is never due, and takes no place in the heap.
+///
+/// The slots are numbered from 0 without a gap. Time and slot of a heap entry are in vectors of
+/// their own: 12 bytes, where a pair would take 16.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    due_ns: Vec<u64>,
+    slots: Vec<u32>,
+    /// Where in the heap each slot is.
+    places: Vec<u32>,
+}
+
+impl Queue {
+    /// Adds the slot that follows the last.
+    pub(super) fn push(&mut self, due_ns: u64) {
+        let slot = self.places.len() as u32;
+        self.places.push(NOWHERE);
+        self.set(slot, due_ns);
+    }
+
+    /// Removes a slot. The last slot takes its number.
+    pub(super) fn swap_remove(&mut self, slot: u32) {
+        self.set(slot, u64::MAX);
+        self.places.swap_remove(slot as usize);
+        if let Some(place) = self.place(slot) {
+            self.slots[place] = slot;
+        }
+    }
+
+    /// When the slot is due.
+    pub(super) fn due_ns(&self, slot: u32) -> u64 {
+        self.place(slot)
+            .map_or(u64::MAX, |place| self.due_ns[place])
+    }
+
+    /// The slot that is due first, and when.
+    pub(super) fn first(&self) -> Option<(u64, u32)> {
+        Some((*self.due_ns.first()?, *self.slots.first()?))
+    }
+
+    /// Moves a slot to another time.
+    pub(super) fn set(&mut self, slot: u32, due_ns: u64) {
+        match self.place(slot) {
+            None if due_ns == u64::MAX => {}
+            None => {
+                let last = self.slots.len();
+                self.due_ns.push(due_ns);
+                self.slots.push(slot);
+                self.settle(last, due_ns, slot);
+            }
+            Some(place) if due_ns == u64::MAX => self.vacate(place),
+            Some(place) => self.settle(place, due_ns, slot),
+        }
+    }
+
+    /// Gives back memory that was for many more slots.
+    pub(super) fn shrink_to(&mut self, capacity: usize) {
+        self.due_ns.shrink_to(capacity);
+        self.slots.shrink_to(capacity);
+        self.places.shrink_to(capacity);
+    }
+
+    /// Where the slot is in the heap; none also for a slot that there is not.
+    fn place(&self, slot: u32) -> Option<usize> {
+        let place = *self.places.get(slot as usize)?;
+        (place != NOWHERE).then_some(place as usize)
+    }
+
+    /// Takes the entry at this place out of the heap.
+    fn vacate(&mut self, place: usize) {
+        self.places[self.slots[place] as usize] = NOWHERE;
+        let (Some(due_ns), Some(slot)) = (self.due_ns.pop(), self.slots.pop()) else {
+            return;
+        };
+        if place < self.slots.len() {
+            self.settle(place, due_ns, slot);
+        }
+    }
+
+    /// Puts an entry where the heap's order wants it, beginning at a place that is free for it.
+    fn settle(&mut self, free: usize, due_ns: u64, slot: u32) {
+        let raised = self.raise(free, due_ns);
+        let place = if raised == free {
+            self.lower(free, due_ns)
+        } else {
+            raised
+        };
+        self.put(place, due_ns, slot);
+    }
+
+    /// Moves the free place towards the first as long as later entries are before it.
+    fn raise(&mut self, mut free: usize, due_ns: u64) -> usize {
+        while free > 0 {
+            let parent = (free - 1) / CHILDREN;
+            if self.due_ns[parent] <= due_ns {
+                break;
+            }
+            self.put(free, self.due_ns[parent], self.slots[parent]);
+            free = parent;
+        }
+        free
+    }
+
+    /// Moves the free place towards the last as long as earlier entries are behind it.
+    fn lower(&mut self, mut free: usize, due_ns: u64) -> usize {
+        while let Some((earliest_ns, child)) = self.earliest_child(free)
+            && earliest_ns < due_ns
+        {
+            self.put(free, earliest_ns, self.slots[child]);
+            free = child;
+        }
+        free
+    }
+
+    fn earliest_child(&self, place: usize) -> Option<(u64, usize)> {
+        let first = place * CHILDREN + 1;
+        let end = self.due_ns.len().min(first + CHILDREN);
+        let children = self.due_ns.get(first..end)?.iter();
+        children
+            .copied()
+            .zip(first..)
+            .min_by_key(|(due_ns, _)| *due_ns)
+    }
+
+    fn put(&mut self, place: usize, due_ns: u64, slot: u32) {
+        self.due_ns[place] = due_ns;
+        self.slots[place] = slot;
+        self.places[slot as usize] = place as u32;
+    }
+}
+
+#[cfg(test)]
+impl Queue {
+    /// Bytes that the vectors have for their elements.
+    pub(super) fn allocated(&self) -> usize {
+        8 * self.due_ns.capacity() + 4 * (self.slots.capacity() + self.places.capacity())
+    }
+
+    /// Number of slots in the heap.
+    pub(super) fn waiting(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Checks that the entries are in order, and that slots and entries point to each other.
+    pub(super) fn assert_sound(&self, slots: usize) {
+        assert_eq!(self.places.len(), slots);
+        assert_eq!(self.due_ns.len(), self.slots.len());
+        for place in 0..self.slots.len() {
+            assert_eq!(self.place(self.slots[place]), Some(place));
+            let parent = place.saturating_sub(1) / CHILDREN;
+            assert!(self.due_ns[parent] <= self.due_ns[place]);
+            assert_ne!(self.due_ns[place], u64::MAX);
+        }
+        let waiting = self.places.iter().filter(|place| **place != NOWHERE);
+        assert_eq!(waiting.count(), self.slots.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(times: &[u64]) -> Queue {
+        let mut queue = Queue::default();
+        times.iter().for_each(|due_ns| queue.push(*due_ns));
+        queue.assert_sound(times.len());
+        queue
+    }
+
+    fn drained(mut queue: Queue) -> Vec<u64> {
+        let slots = queue.places.len();
+        let mut times = Vec::new();
+        while let Some((due_ns, slot)) = queue.first() {
+            times.push(due_ns);
+            queue.set(slot, u64::MAX);
+            queue.assert_sound(slots);
+        }
+        times
+    }
+
+    #[test]
+    fn times_come_in_order() {
+        let times: Vec<u64> = (0..200).map(|i| i * 7919 % 200).collect();
+        assert_eq!(drained(queue(&times)), (0..200).collect::<Vec<u64>>());
+    }
+
+    #[test]
+    fn a_slot_is_moved_both_ways_out_and_in_again() {
+        let mut queue = queue(&[10, 20, 30, 40, 50, 60, 70]);
+        for (slot, due_ns) in [
+            (0, 65),
+            (6, 5),
+            (3, 40),
+            (2, u64::MAX),
+            (2, u64::MAX),
+            (2, 55),
+        ] {
+            queue.set(slot, due_ns);
+            queue.assert_sound(7);
+            assert_eq!(queue.due_ns(slot), due_ns);
+        }
+        assert_eq!(drained(queue), [5, 20, 40, 50, 55, 60, 65]);
+    }
+
+    #[test]
+    fn an_entry_from_another_branch_rises_into_the_gap() {
+        // 100 has the four children 101 to 104; the last entry, 3, is a child of 2.
+        let mut queue = queue(&[1, 100, 2, 50, 60, 101, 102, 103, 104, 3]);
+        queue.set(5, u64::MAX);
+        queue.assert_sound(10);
+        assert_eq!(drained(queue), [1, 2, 3, 50, 60, 100, 102, 103, 104]);
+    }
+
+    #[test]
+    fn the_last_slot_takes_the_number_of_one_that_is_removed() {
+        let mut queue = queue(&[10, 20, u64::MAX, 40]);
+        queue.swap_remove(0);
+        queue.assert_sound(3);
+        assert_eq!(queue.due_ns(0), 40);
+        queue.swap_remove(0);
+        queue.assert_sound(2);
+        assert_eq!(queue.due_ns(0), u64::MAX);
+        queue.swap_remove(1);
+        queue.swap_remove(0);
+        assert_eq!(queue.first(), None);
+        queue.assert_sound(0);
+    }
+}
