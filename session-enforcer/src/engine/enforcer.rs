@@ -28,8 +28,9 @@ use crate::{
     sock_diag::{MAX_BATCH, Target, state},
 };
 
-/// Sessions that one pass looks at before other work has its turn.
-const MAX_PASS: usize = 8 * MAX_BATCH;
+/// Sessions that one pass looks at before other work has its turn: some 40 ms, of 100 that events may
+/// lie.
+const MAX_PASS: usize = 32 * MAX_BATCH;
 
 /// When a session that could not be looked at or destroyed is tried again. Soon enough after an
 /// operator has mended the cause, long enough not to flood the audit.

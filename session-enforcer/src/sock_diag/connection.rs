@@ -21,9 +21,9 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{self, Body, Detail, Family, Message, Socket, Target, WireError};
+use super::wire::{self, Answering, Body, Detail, Family, Message, Socket, Target, WireError};
 
-/// Requests in one send. Each is answered with a message of its own into the receive buffer; 200
+/// Requests in one send. Each may be answered with a message of its own into the receive buffer; 200
 /// answers fit into the default one, 300 were lost in it (Linux 6.18).
 pub const MAX_BATCH: usize = 128;
 
@@ -136,14 +136,24 @@ impl DiagSocket {
     /// their order: 0 or an error number. `None` is a target without an answer, whose fate is
     /// unknown: look at it again.
     ///
+    /// The kernel takes the requests one after the other, answers each that it refuses, and always
+    /// answers the last. So that answer is one to all before it that have none of their own: an answer
+    /// to each takes a sixth of the time that it takes to destroy the socket.
+    ///
     /// # Errors
     ///
     /// The second value is set where the exchange broke off. The answers before that count.
     pub fn destroy(&mut self, targets: &[Target]) -> (Vec<Option<i32>>, Result<(), SockDiagError>) {
         let targets = &targets[..targets.len().min(MAX_BATCH)];
         let first = self.begin(targets.len());
-        for (target, sequence) in targets.iter().zip(first..) {
-            wire::put_destroy(&mut self.out, sequence, target);
+        for (index, target) in targets.iter().enumerate() {
+            let answering = if index + 1 == targets.len() {
+                Answering::Always
+            } else {
+                Answering::Refusals
+            };
+            let sequence = first.wrapping_add(index as u32);
+            wire::put_destroy(&mut self.out, sequence, target, answering);
         }
         let mut answers = Answers::new(first, targets.len());
         let result = self.send().and_then(|()| self.collect(&mut answers));
@@ -151,7 +161,7 @@ impl DiagSocket {
     }
 
     fn collect(&mut self, answers: &mut Answers) -> Result<(), SockDiagError> {
-        while answers.missing > 0 {
+        while !answers.are_complete() {
             let length = self.receive()?;
             let mut data = &self.input[..length];
             while let Some(message) = wire::next_message(&mut data)? {
@@ -347,11 +357,10 @@ fn check_sequence(message: &Message, expected: u32) -> Result<(), WireError> {
     })
 }
 
-/// The answers to a run of numbered requests.
+/// The answers to a run of numbered requests, of which the last is always answered.
 struct Answers {
     first: u32,
     codes: Vec<Option<i32>>,
-    missing: usize,
 }
 
 impl Answers {
@@ -359,8 +368,12 @@ impl Answers {
         Self {
             first,
             codes: vec![None; count],
-            missing: count,
         }
+    }
+
+    /// Whether the last request has its answer.
+    fn are_complete(&self) -> bool {
+        self.codes.last().is_none_or(Option::is_some)
     }
 
     fn take(&mut self, message: &Message) -> Result<(), WireError> {
@@ -375,7 +388,12 @@ impl Answers {
         if slot.replace(code).is_some() {
             return Err(wrong);
         }
-        self.missing -= 1;
+        if self.are_complete() {
+            // What the kernel had refused before it took the last, it has said.
+            for code in &mut self.codes {
+                code.get_or_insert(0);
+            }
+        }
         Ok(())
     }
 
@@ -397,20 +415,31 @@ mod tests {
     }
 
     #[test]
-    fn answers_find_their_requests_in_any_order() {
-        let mut answers = Answers::new(10, 3);
-        for (sequence, code) in [(12, 0), (10, 2), (11, 0)] {
+    fn the_answer_to_the_last_request_is_one_to_all_before_it_that_were_not_refused() {
+        let mut answers = Answers::new(10, 5);
+        for (sequence, code) in [(13, 1), (11, 2)] {
             answers.take(&answer(sequence, code)).unwrap();
+            assert!(!answers.are_complete());
         }
-        assert_eq!(answers.missing, 0);
-        assert_eq!(answers.into_codes(), [Some(2), Some(0), Some(0)]);
+        answers.take(&answer(14, 3)).unwrap();
+        assert!(answers.are_complete());
+        let codes = [Some(0), Some(2), Some(0), Some(1), Some(3)];
+        assert_eq!(answers.into_codes(), codes);
+    }
+
+    #[test]
+    fn without_the_last_answer_nothing_is_known_but_the_refusals() {
+        let mut answers = Answers::new(10, 3);
+        answers.take(&answer(11, 2)).unwrap();
+        assert_eq!(answers.into_codes(), [None, Some(2), None]);
+        assert!(Answers::new(10, 0).are_complete());
     }
 
     #[test]
     fn numbers_wrap_around() {
         let mut answers = Answers::new(u32::MAX, 2);
-        answers.take(&answer(0, 0)).unwrap();
         answers.take(&answer(u32::MAX, 1)).unwrap();
+        answers.take(&answer(0, 0)).unwrap();
         assert_eq!(answers.into_codes(), [Some(1), Some(0)]);
     }
 

@@ -204,9 +204,21 @@ pub enum Body {
     Socket(Socket),
 }
 
-/// Appends a request to destroy the socket; the kernel will answer it.
-pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target) {
-    let flags = NLM_F_REQUEST | NLM_F_ACK;
+/// Which requests the kernel answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answering {
+    /// Those that it has done, too.
+    Always,
+    /// Those that it has not done (`netlink_rcv_skb()`).
+    Refusals,
+}
+
+/// Appends a request to destroy the socket.
+pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target, answering: Answering) {
+    let flags = match answering {
+        Answering::Always => NLM_F_REQUEST | NLM_F_ACK,
+        Answering::Refusals => NLM_F_REQUEST,
+    };
     put_header(out, PLAIN, SOCK_DESTROY, flags, sequence);
     put_exact(out, target, 0);
 }

@@ -143,7 +143,12 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
 
 fn destroy(session: &Session, cookie: u64) {
     let mut request = Default::default();
-    wire::put_destroy(&mut request, 1, &Target::of(cookie, session));
+    wire::put_destroy(
+        &mut request,
+        1,
+        &Target::of(cookie, session),
+        wire::Answering::Always,
+    );
     let length = (request.len() as u32).to_ne_bytes();
     assert!(
         request.starts_with(&length),

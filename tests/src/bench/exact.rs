@@ -120,12 +120,15 @@ pub(crate) fn instant(bench: &Bench) -> Result<Vec<Row>> {
     ])
 }
 
+/// How long nobody looks at the ends of the connections. Applications that wake up with every reset would
+/// take processors from both who are compared; afterwards, it is seen that none is left.
+const UNDISTURBED: Duration = Duration::from_secs(2);
+
 fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     let limit = Duration::from_secs(8);
     let mut crowd = Crowd::new()?;
     let daemon = daemon(&crowd.cgroup, &accepted(limit), &bench.stop)?;
     crowd.open(sessions, bench)?;
-    crowd.watch()?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], sessions as f64)?;
     // All of them become due while it stands still.
     daemon.freeze()?;
@@ -134,6 +137,8 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     bench.stop.pause(limit + Duration::from_secs(1))?;
     let (before, start) = (cpu_time(daemon.pid())?, Time::now());
     daemon.thaw()?;
+    bench.stop.pause(UNDISTURBED)?;
+    crowd.watch()?;
     crowd.ends(bench)?;
     let records = reset(&daemon, sessions)?;
     let last = records.iter().map(|record| record.time("@timestamp")).max();
@@ -148,7 +153,6 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
 fn by_ss(sessions: usize, bench: &Bench) -> Result<Effort> {
     let mut crowd = Crowd::new()?;
     crowd.open(sessions, bench)?;
-    crowd.watch()?;
     let filter =
         format!("ss -KHtn state established 'sport >= :{FIRST_PORT} and sport <= :{LAST_PORT}'");
     let mut command = Place::here()
@@ -160,6 +164,7 @@ fn by_ss(sessions: usize, bench: &Bench) -> Result<Effort> {
     let elapsed = start.at.elapsed();
     ensure!(finished.code == 0, "ss -K: {}", finished.stderr);
     let processor = children_time()? - before;
+    crowd.watch()?;
     crowd.ends(bench)?;
     Ok(Effort::of(sessions, elapsed, processor))
 }

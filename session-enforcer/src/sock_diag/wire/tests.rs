@@ -65,7 +65,7 @@ fn parse_all(mut data: &[u8]) -> Result<Vec<Message>, WireError> {
 #[test]
 fn a_destroy_request_is_these_bytes() {
     let mut out = BytesMut::new();
-    put_destroy(&mut out, 9, &target());
+    put_destroy(&mut out, 9, &target(), Answering::Always);
     let mut expected = Vec::new();
     expected.extend(72u32.to_ne_bytes());
     expected.extend(21u16.to_ne_bytes());
@@ -79,6 +79,11 @@ fn a_destroy_request_is_these_bytes() {
     expected.extend(3u32.to_ne_bytes());
     expected.extend(0x5566_7788u32.to_ne_bytes());
     expected.extend(0x1122_3344u32.to_ne_bytes());
+    assert_eq!(out.to_vec(), expected);
+    // Without NLM_F_ACK the kernel only answers where it refuses.
+    out.clear();
+    put_destroy(&mut out, 9, &target(), Answering::Refusals);
+    expected[6] = 1;
     assert_eq!(out.to_vec(), expected);
 }
 
