@@ -1,6 +1,6 @@
 //! The adoption of the connections that are older than the daemon.
 
-use std::{collections::HashMap, thread::JoinHandle};
+use std::{collections::HashMap, path::PathBuf};
 
 use anyhow::Result;
 use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
@@ -13,8 +13,9 @@ use crate::{
     clock::monotonic_ns,
     health::Trouble,
     metrics::Untracked,
-    processes::{Holder, Sockets},
-    sock_diag::Socket,
+    netns::{self, Seen},
+    processes::Processes,
+    sock_diag::{Socket, state},
 };
 
 /// What the adoption in all namespaces has in common.
@@ -25,34 +26,10 @@ pub(super) struct Adopting {
     generation: u32,
     /// By cgroup, those above it.
     ancestors: HashMap<u64, Ancestors>,
-    /// A look at every process, made when the first socket asks for its own.
-    processes: Option<Sockets>,
-    /// Such a look that is under way already.
-    looking: Option<JoinHandle<Sockets>>,
-    /// Whether the look began before the sockets were listed.
-    looked_early: bool,
+    processes: Processes,
 }
 
 impl Adopting {
-    fn processes(&mut self) -> &Sockets {
-        let looking = self.looking.take();
-        self.processes.get_or_insert_with(|| {
-            let found = looking.and_then(|looking| looking.join().ok());
-            found.unwrap_or_else(Sockets::of_all_processes)
-        })
-    }
-
-    /// A process that holds the socket with this inode number.
-    fn holder(&mut self, inode: u32) -> Option<Holder> {
-        let found = self.processes().holder(inode);
-        if found.is_some() || inode == 0 || !std::mem::take(&mut self.looked_early) {
-            return found;
-        }
-        // Its process may have it only since it was looked at.
-        self.processes = None;
-        self.processes().holder(inode)
-    }
-
     pub(super) fn adopter(&self) -> Adopter<'_> {
         Adopter {
             entries: &self.entries,
@@ -84,19 +61,31 @@ impl Enforcer {
         all_namespaces: bool,
     ) -> Result<HashMap<u64, Session>> {
         let mut adopting = self.adopting(cgroup.scope()?);
-        if !self.listeners_noted {
-            // At the start there is nearly always a socket that asks, and the sockets are listed
-            // meanwhile. Where there can be no thread, it is looked when one asks.
-            adopting.looking = Sockets::meanwhile().ok();
-            adopting.looked_early = adopting.looking.is_some();
+        if all_namespaces || !self.listeners_noted {
+            // For the namespaces that are held open, and at the start there is nearly always a socket
+            // that asks. Sockets are listed meanwhile.
+            adopting.processes = Processes::ahead();
         }
         // What a comparison finds by the policy before would be wrong: it begins anew.
         self.missed.events |= self.comparison.take().is_some();
         let refused = self.missed.begin_adoption();
-        let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
+        let mut seen = Seen::default();
+        let mut namespaces = vec![self.namespaces.own()];
+        if all_namespaces {
+            self.open_namespaces(&netns::unopened_files(), &mut seen);
+            namespaces = self.namespaces.open();
+        }
         for netns_cookie in &namespaces {
             self.insert_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
+        }
+        if all_namespaces {
+            let files = adopting.processes.descriptors().namespaces();
+            let held_open = self.open_namespaces(files, &mut seen);
+            for netns_cookie in &held_open {
+                self.insert_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
+            }
+            namespaces.extend(held_open);
         }
         for netns_cookie in &namespaces {
             self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
@@ -121,22 +110,18 @@ impl Enforcer {
             policies: self.book.policies(),
             generation: self.book.generation,
             ancestors: HashMap::new(),
-            processes: None,
-            looking: None,
-            looked_early: false,
+            processes: Processes::default(),
         }
     }
 
-    fn namespaces_to_adopt(&mut self, all: bool) -> Vec<u64> {
-        if !all {
-            return vec![self.namespaces.own()];
-        }
-        let (found, errors) = self.namespaces.open_all();
+    /// Opens the namespaces of these files; which were not open.
+    fn open_namespaces(&mut self, files: &[PathBuf], seen: &mut Seen) -> Vec<u64> {
+        let (opened, errors) = self.namespaces.open_each(files, seen);
         for error in errors {
             self.unreached();
             tracing::warn!("connections of a network namespace are not adopted: {error}");
         }
-        found
+        opened
     }
 
     /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
@@ -148,9 +133,10 @@ impl Enforcer {
         let now_ns = monotonic_ns();
         self.note_cgroups(adopting, &sockets)?;
         if !self.listeners_noted {
-            let in_scope = |s: &&Socket| adopting.scope.contains(s.cgroup_id);
-            let sockets: Vec<Socket> = sockets.iter().filter(in_scope).copied().collect();
-            self.note_listeners(&sockets, adopting.processes())?;
+            let is_ours =
+                |s: &&Socket| s.state == state::LISTEN && adopting.scope.contains(s.cgroup_id);
+            let listeners: Vec<Socket> = sockets.iter().filter(is_ours).copied().collect();
+            self.note_listeners(&listeners, &mut adopting.processes)?;
         }
         let adopter = adopting.adopter();
         Ok(Some(adopter.sessions(&sockets, netns_cookie, now_ns)))
@@ -206,7 +192,7 @@ impl Enforcer {
             if self.schedule.contains(cookie) {
                 continue;
             }
-            if let Some(holder) = adopting.holder(adoptee.inode) {
+            if let Some(holder) = adopting.processes.holder(adoptee.inode) {
                 (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
             match self.kernel.adopt(cookie, &session)? {
