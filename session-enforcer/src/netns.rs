@@ -105,6 +105,23 @@ impl Namespaces {
             .ok_or(NetnsError::NotFound(cookie))
     }
 
+    /// The same, to list its sockets elsewhere; it comes back by [`take_back`](Self::take_back).
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn lend(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
+        self.get(cookie)?;
+        self.open
+            .remove(&cookie)
+            .ok_or(NetnsError::NotFound(cookie))
+    }
+
+    /// Takes back what was lent.
+    pub fn take_back(&mut self, cookie: u64, diag: DiagSocket) {
+        self.open.insert(cookie, diag);
+    }
+
     /// Closes the socket table of a namespace without sessions; the own one stays open.
     pub fn close(&mut self, cookie: u64) {
         if cookie != self.own {
