@@ -181,7 +181,7 @@ impl Namespaces {
     }
 
     fn search(&mut self, cookie: u64, thorough: bool) -> Option<DiagSocket> {
-        let mut seen = Seen::default();
+        let mut seen = Seen::none();
         for path in files(thorough) {
             if !seen.is_new(&path) {
                 continue;
@@ -202,7 +202,7 @@ impl Namespaces {
 /// each with its cookie and where it was found. What cannot be entered is returned. To be thorough
 /// is to look at every thread and descriptor of the host too.
 pub fn visit_all(thorough: bool, visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
-    visit_each(&files(thorough), &mut Seen::default(), visit)
+    visit_each(&files(thorough), &mut Seen::none(), visit)
 }
 
 fn visit_each(
@@ -223,14 +223,30 @@ fn visit_each(
 }
 
 /// The namespaces that one search has come to, so that each is entered once.
-#[derive(Debug, Default)]
-pub struct Seen(HashSet<(u64, u64)>);
+#[derive(Debug)]
+pub struct Seen {
+    /// That of all namespaces' files.
+    device: Option<u64>,
+    inodes: HashSet<u64>,
+}
 
 impl Seen {
-    /// Whether the file stands for a namespace that was not seen before.
+    /// None yet.
+    pub fn none() -> Self {
+        Self {
+            device: fs::metadata("/proc/self/ns/net")
+                .map(|file| file.dev())
+                .ok(),
+            inodes: HashSet::new(),
+        }
+    }
+
+    /// Whether the file stands for a namespace that was not seen before. A descriptor may have come to
+    /// stand for something else since it was found.
     fn is_new(&mut self, path: &Path) -> bool {
         // The inode number tells namespaces apart while they exist.
-        fs::metadata(path).is_ok_and(|file| self.0.insert((file.dev(), file.ino())))
+        fs::metadata(path)
+            .is_ok_and(|file| Some(file.dev()) == self.device && self.inodes.insert(file.ino()))
     }
 }
 
@@ -386,6 +402,16 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert_eq!(open(&fifo).unwrap_err().to_string(), "is not a namespace");
         assert!(open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+
+    #[test]
+    fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
+        let mut seen = Seen::none();
+        let is_new = [(); 2].map(|()| seen.is_new(Path::new("/proc/self/ns/net")));
+        assert_eq!(is_new, [true, false]);
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
+        assert!(!seen.is_new(Path::new(&path)));
     }
 
     #[test]

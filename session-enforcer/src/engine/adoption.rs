@@ -85,7 +85,7 @@ impl Enforcer {
         self.missed.events |= self.comparison.take().is_some();
         let refused = self.missed.begin_adoption();
         let mut adopted = HashMap::new();
-        let mut seen = Seen::default();
+        let mut seen = Seen::none();
         let mut namespaces = vec![self.namespaces.own()];
         if all_namespaces {
             self.open_namespaces(&netns::unopened_files(), &mut seen);
