@@ -13,9 +13,6 @@ use crate::{
     sock_diag::{Info, Socket, state},
 };
 
-/// The states that an adoption lists: sessions, and the listeners that tell their direction.
-pub const STATES: u32 = state::SESSIONS | state::bit(state::LISTEN);
-
 /// Chooses the sockets to adopt.
 #[derive(Debug)]
 pub struct Adopter<'a> {
@@ -43,12 +40,17 @@ pub struct Adoptee {
 }
 
 impl Adopter<'_> {
-    /// The sessions among the sockets of one network namespace. `now_ns` is the time just after the
-    /// list was made. Their processes are for the caller to find.
-    pub fn sessions(&self, sockets: &[Socket], netns_cookie: u64, now_ns: u64) -> Vec<Adoptee> {
-        let listeners = Listeners::among(sockets);
+    /// The sessions among sockets of one network namespace, which were listed up to `now_ns`. Their
+    /// processes are for the caller to find.
+    pub fn sessions(
+        &self,
+        sockets: &[Socket],
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Vec<Adoptee> {
         let adoptee = |socket: &Socket| {
-            let session = self.session(socket, &listeners, netns_cookie, now_ns)?;
+            let session = self.session(socket, listeners, netns_cookie, now_ns)?;
             Some(Adoptee {
                 cookie: socket.target.cookie,
                 session,
@@ -340,7 +342,7 @@ mod tests {
             scope,
             ancestors: &HashMap::from([(7, Ancestors::of(&[2, 7]))]),
         }
-        .sessions(sockets, 3, 10_000 * MS);
+        .sessions(sockets, &Listeners::among(sockets), 3, 10_000 * MS);
         adopted.iter().map(|a| (a.cookie, a.session)).collect()
     }
 

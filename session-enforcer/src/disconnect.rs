@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use thiserror::Error;
 
 use crate::{
-    processes::Sockets,
+    processes::Descriptors,
     sock_diag::{DiagSocket, SockDiagError, Socket, Target, state},
 };
 
@@ -109,7 +109,7 @@ pub enum DisconnectError {
 pub fn reset_tcp(
     diag: &mut DiagSocket,
     target: &Target,
-    processes: &Sockets,
+    processes: &Descriptors,
 ) -> Result<Answer, DisconnectError> {
     let Some(socket) = open_socket(diag, target)? else {
         return Ok(Answer::Gone);
@@ -127,7 +127,7 @@ pub fn reset_tcp(
 pub fn reset_mptcp(
     diag: &mut DiagSocket,
     target: &Target,
-    processes: &Sockets,
+    processes: &Descriptors,
     extent: Extent,
 ) -> Result<Answer, DisconnectError> {
     let Some(subflow) = open_socket(diag, target)? else {
@@ -172,7 +172,7 @@ fn is_open(state: u8) -> bool {
 }
 
 /// The socket's descriptor, from a process that has it.
-fn take(held: &Socket, processes: &Sockets) -> Result<(u32, OwnedFd), DisconnectError> {
+fn take(held: &Socket, processes: &Descriptors) -> Result<(u32, OwnedFd), DisconnectError> {
     if held.inode == 0 && is_open(held.state) {
         return Err(DisconnectError::NotAccepted);
     }

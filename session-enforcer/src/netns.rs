@@ -121,6 +121,23 @@ impl Namespaces {
         })
     }
 
+    /// That socket table, to list its sockets elsewhere; it comes back by [`take_back`](Self::take_back).
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn lend(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
+        self.get(cookie)?;
+        self.open
+            .remove(&cookie)
+            .ok_or(NetnsError::NotFound(cookie))
+    }
+
+    /// Takes back what was lent.
+    pub fn take_back(&mut self, cookie: u64, diag: DiagSocket) {
+        self.open.insert(cookie, diag);
+    }
+
     /// Closes the socket table of a namespace without sessions; the own one stays open.
     pub fn close(&mut self, cookie: u64) {
         if cookie != self.own {
@@ -137,14 +154,24 @@ impl Namespaces {
         }
     }
 
-    /// Opens the socket table of every namespace that can be found. What cannot be entered is
-    /// returned beside.
-    pub fn open_all(&mut self) -> (Vec<u64>, Vec<NetnsError>) {
-        let errors = visit_all(true, |cookie, path, diag| {
+    /// Opens the socket tables of the namespaces that these files stand for, those that were not
+    /// seen in this search before, and returns the cookies of those that were not open. What cannot
+    /// be entered is returned beside.
+    pub fn open_each(&mut self, files: &[PathBuf], seen: &mut Seen) -> (Vec<u64>, Vec<NetnsError>) {
+        let mut opened = Vec::new();
+        let errors = visit_each(files, seen, |cookie, path, diag| {
             self.seen_at.insert(cookie, path.to_owned());
-            self.open.entry(cookie).or_insert(diag);
+            self.open.entry(cookie).or_insert_with(|| {
+                opened.push(cookie);
+                diag
+            });
         });
-        (self.open.keys().copied().collect(), errors)
+        (opened, errors)
+    }
+
+    /// The cookies of the namespaces whose socket tables are open.
+    pub fn open(&self) -> Vec<u64> {
+        self.open.keys().copied().collect()
     }
 
     /// Notes where a namespace was seen.
@@ -170,7 +197,11 @@ impl Namespaces {
     }
 
     fn search(&mut self, cookie: u64, thorough: bool) -> Option<DiagSocket> {
-        for path in candidates(thorough) {
+        let mut seen = Seen::none();
+        for path in files(thorough) {
+            if !seen.is_new(&path) {
+                continue;
+            }
             let Ok((found, diag)) = enter(&path).and_then(|diag| cookie_of(diag, &path)) else {
                 continue;
             };
@@ -186,17 +217,53 @@ impl Namespaces {
 /// Opens the socket tables of the namespaces that can be found, one after the other, and hands over
 /// each with its cookie and where it was found. What cannot be entered is returned. To be thorough
 /// is to look at every thread and descriptor of the host too.
-pub fn visit_all(thorough: bool, mut visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
+pub fn visit_all(thorough: bool, visit: impl FnMut(u64, &Path, DiagSocket)) -> Vec<NetnsError> {
+    visit_each(&files(thorough), &mut Seen::none(), visit)
+}
+
+fn visit_each(
+    files: &[PathBuf],
+    seen: &mut Seen,
+    mut visit: impl FnMut(u64, &Path, DiagSocket),
+) -> Vec<NetnsError> {
     let mut errors = Vec::new();
-    for path in candidates(thorough) {
-        match enter(&path).and_then(|diag| cookie_of(diag, &path)) {
-            Ok((cookie, diag)) => visit(cookie, &path, diag),
+    for path in files.iter().filter(|path| seen.is_new(path)) {
+        match enter(path).and_then(|diag| cookie_of(diag, path)) {
+            Ok((cookie, diag)) => visit(cookie, path, diag),
             // The process may have ended since it was listed.
             Err(NetnsError::Open { source, .. }) if is_gone(&source) => {}
             Err(error) => errors.push(error),
         }
     }
     errors
+}
+
+/// The namespaces that one search has come to, so that each is entered once.
+#[derive(Debug)]
+pub struct Seen {
+    /// That of all namespaces' files.
+    device: Option<u64>,
+    inodes: HashSet<u64>,
+}
+
+impl Seen {
+    /// None yet.
+    pub fn none() -> Self {
+        Self {
+            device: fs::metadata("/proc/self/ns/net")
+                .map(|file| file.dev())
+                .ok(),
+            inodes: HashSet::new(),
+        }
+    }
+
+    /// Whether the file stands for a namespace that was not seen before. A descriptor may have come to
+    /// stand for something else since it was found.
+    fn is_new(&mut self, path: &Path) -> bool {
+        // The inode number tells namespaces apart while they exist.
+        fs::metadata(path)
+            .is_ok_and(|file| Some(file.dev()) == self.device && self.inodes.insert(file.ino()))
+    }
 }
 
 fn is_gone(error: &io::Error) -> bool {
@@ -258,31 +325,33 @@ enum EnterError {
     Diag(SockDiagError),
 }
 
-/// One file for each network namespace that a process is in or that is mounted somewhere, and
-/// also, where it is to be thorough, that a single
-/// thread is in or that a process holds open.
-fn candidates(thorough: bool) -> Vec<PathBuf> {
-    let mut seen = HashSet::new();
-    let mut found = Vec::new();
-    let mut add = |path: PathBuf| {
-        // The inode number tells namespaces apart while they exist.
-        if let Ok(metadata) = fs::metadata(&path)
-            && seen.insert((metadata.dev(), metadata.ino()))
-        {
-            found.push(path);
-        }
-    };
-    for process in processes() {
-        add(process.join("ns/net"));
-        if thorough {
-            namespaces_of_threads(&process)
-                .into_iter()
-                .for_each(&mut add);
-            open_namespaces(&process).into_iter().for_each(&mut add);
-        }
+/// The files of the network namespaces that a process is in or that are mounted somewhere, and
+/// also, where it is to be thorough, that a single thread is in or that a process holds open.
+fn files(thorough: bool) -> Vec<PathBuf> {
+    if !thorough {
+        let of_processes = processes()
+            .into_iter()
+            .map(|process| process.join("ns/net"));
+        return of_processes.chain(mounted_namespaces()).collect();
     }
-    mounted_namespaces().into_iter().for_each(&mut add);
-    found
+    let mut files = unopened_files();
+    files.extend(
+        processes()
+            .iter()
+            .flat_map(|process| open_namespaces(process)),
+    );
+    files
+}
+
+/// The same without those that are only held open: for these each descriptor of the host has to be
+/// looked at, and [`Descriptors`](crate::processes::Descriptors) does so anyway.
+pub fn unopened_files() -> Vec<PathBuf> {
+    let of_process = |process: PathBuf| {
+        let threads = namespaces_of_threads(&process);
+        std::iter::once(process.join("ns/net")).chain(threads)
+    };
+    let of_processes = processes().into_iter().flat_map(of_process);
+    of_processes.chain(mounted_namespaces()).collect()
 }
 
 fn processes() -> Vec<PathBuf> {
@@ -352,9 +421,19 @@ mod tests {
     }
 
     #[test]
+    fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
+        let mut seen = Seen::none();
+        let is_new = [(); 2].map(|()| seen.is_new(Path::new("/proc/self/ns/net")));
+        assert_eq!(is_new, [true, false]);
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
+        assert!(!seen.is_new(Path::new(&path)));
+    }
+
+    #[test]
     fn a_namespace_that_only_a_thread_is_in_is_found_where_it_is_looked_for_thoroughly() {
-        let found = candidates(true);
-        assert!(found.len() >= candidates(false).len());
+        let found = files(true);
+        assert!(found.len() >= files(false).len());
         let own = namespaces_of_threads(Path::new("/proc/self"));
         assert!(!own.is_empty() && own.iter().all(|path| path.exists()));
     }

@@ -19,7 +19,7 @@ use crate::{
     cgroup, clock,
     disconnect::{self, Answer},
     exit::{ExitStatus, Failure},
-    processes::Sockets,
+    processes::Descriptors,
     sock_diag::{DiagSocket, Target},
 };
 
@@ -291,7 +291,7 @@ fn try_disconnect() -> anyhow::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
     let target = target_of(&client)?;
-    let processes = Sockets::of_all_processes();
+    let processes = Descriptors::of_all_processes();
     let answer = disconnect::reset_tcp(&mut DiagSocket::open()?, &target, &processes)?;
     anyhow::ensure!(answer == Answer::Reset, "the connection is not found");
     Ok(())

@@ -1,4 +1,4 @@
-//! Which process holds which socket.
+//! Which process holds which socket, and which network namespaces are held open.
 
 use std::{
     cell::LazyCell,
@@ -7,12 +7,18 @@ use std::{
     fs::{self, File},
     io,
     num::NonZero,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::PathBuf,
     sync::atomic::{AtomicUsize, Ordering},
     thread::{self, JoinHandle},
 };
 
 use nix::fcntl::readlinkat;
+
+use crate::threads::together;
 
 /// A process that holds a socket, and its descriptor of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,35 +30,29 @@ pub struct Holder {
     pub comm: [u8; 16],
 }
 
-/// The sockets of all processes, as they were at one time.
+/// What the descriptors of all processes stood for at one time.
 #[derive(Debug, Default)]
-pub struct Sockets(HashMap<u32, Holder>);
+pub struct Descriptors {
+    sockets: HashMap<u32, Holder>,
+    namespaces: Vec<PathBuf>,
+}
 
 /// Threads that look, at most: each link of `/proc` takes some microseconds of a processor.
 const MAX_LOOKERS: usize = 4;
 
-impl Sockets {
+impl Descriptors {
     /// Looks at the descriptors of every process. What cannot be looked at has no holders.
     pub fn of_all_processes() -> Self {
         let pids = all_processes();
         let next = AtomicUsize::new(0);
-        let look = || Self::of_some_processes(&pids, &next);
-        thread::scope(|scope| {
-            let others = thread::available_parallelism().map_or(1, NonZero::get);
-            let others = 1..others.min(MAX_LOOKERS);
-            let spawn = |_| {
-                thread::Builder::new()
-                    .name("processes".to_owned())
-                    .spawn_scoped(scope, look)
-            };
-            // Where there can be no thread, this one does it.
-            let others: Vec<_> = others.filter_map(|n| spawn(n).ok()).collect();
-            let mut all = look();
-            for other in others.into_iter().filter_map(|other| other.join().ok()) {
-                all.merge(other);
-            }
-            all
-        })
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let others = processors.min(MAX_LOOKERS) - 1;
+        let found = together("processes", others, || {
+            Self::of_some_processes(&pids, &next)
+        });
+        let mut all = Self::default();
+        found.into_iter().for_each(|some| all.merge(some));
+        all
     }
 
     /// The same, while the calling thread does something else.
@@ -90,9 +90,14 @@ impl Sockets {
             };
             // From the directory on: the way to it is longer than what is asked.
             let link = readlinkat(&directory, name_of_fd.as_os_str());
-            if let Some(inode) = link.ok().as_deref().and_then(inode) {
+            let Ok(link) = link else {
+                continue;
+            };
+            if let Some(inode) = inode(&link) {
                 let comm = *name;
                 self.add(inode, Holder { pid, fd, comm });
+            } else if is_netns(&link) {
+                self.namespaces.push(entry.path());
             }
         }
     }
@@ -100,25 +105,77 @@ impl Sockets {
     /// Of several holders the one with the lowest number, as a rule the one that the others are
     /// children of.
     fn add(&mut self, inode: u32, holder: Holder) {
-        let known = self.0.entry(inode).or_insert(holder);
+        let known = self.sockets.entry(inode).or_insert(holder);
         if holder.pid < known.pid {
             *known = holder;
         }
     }
 
     fn merge(&mut self, other: Self) {
-        if self.0.is_empty() {
-            *self = other;
+        self.namespaces.extend(other.namespaces);
+        if self.sockets.is_empty() {
+            self.sockets = other.sockets;
             return;
         }
-        for (inode, holder) in other.0 {
+        for (inode, holder) in other.sockets {
             self.add(inode, holder);
         }
     }
 
     /// A process that held the socket with this inode number.
     pub fn holder(&self, inode: u32) -> Option<Holder> {
-        self.0.get(&inode).copied()
+        self.sockets.get(&inode).copied()
+    }
+
+    /// Files of network namespaces that processes held open.
+    pub fn namespaces(&self) -> &[PathBuf] {
+        &self.namespaces
+    }
+}
+
+/// The descriptors of all processes, for an adoption: looked at when somebody asks, or ahead.
+#[derive(Debug, Default)]
+pub struct Processes {
+    found: Option<Descriptors>,
+    /// A look that is under way.
+    looking: Option<JoinHandle<Descriptors>>,
+    /// Whether what is asked about may be younger than the look.
+    is_ahead: bool,
+}
+
+impl Processes {
+    /// Looks at them while the calling thread finds out what to ask. Where there can be no thread,
+    /// they are looked at when it asks.
+    pub fn ahead() -> Self {
+        let looking = Descriptors::meanwhile().ok();
+        Self {
+            found: None,
+            is_ahead: looking.is_some(),
+            looking,
+        }
+    }
+
+    /// What was found.
+    pub fn descriptors(&mut self) -> &Descriptors {
+        let looking = self.looking.take();
+        self.found.get_or_insert_with(|| {
+            let found = looking.and_then(|looking| looking.join().ok());
+            found.unwrap_or_else(Descriptors::of_all_processes)
+        })
+    }
+
+    /// A process that holds the socket with this inode number, which is 0 where none does.
+    pub fn holder(&mut self, inode: u32) -> Option<Holder> {
+        if inode == 0 {
+            return None;
+        }
+        let found = self.descriptors().holder(inode);
+        if found.is_some() || !std::mem::take(&mut self.is_ahead) {
+            return found;
+        }
+        // Its process may have it only since it was looked at.
+        self.found = None;
+        self.descriptors().holder(inode)
     }
 }
 
@@ -139,6 +196,10 @@ fn number(name: &str) -> Option<RawFd> {
 fn inode(link: &OsStr) -> Option<u32> {
     let number = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
     number.parse().ok()
+}
+
+fn is_netns(link: &OsStr) -> bool {
+    link.as_bytes().starts_with(b"net:[")
 }
 
 /// The name of a process.
@@ -187,9 +248,8 @@ mod tests {
     #[test]
     fn a_socket_leads_to_its_process_and_its_descriptor() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let path = format!("/proc/self/fd/{}", listener.as_raw_fd());
-        let inode = u32::try_from(fs::metadata(path).unwrap().ino()).unwrap();
-        let holder = Sockets::of_all_processes().holder(inode).unwrap();
+        let found = Descriptors::of_all_processes();
+        let holder = found.holder(inode_of(&listener)).unwrap();
         assert_eq!(
             (holder.pid, holder.fd),
             (std::process::id(), listener.as_raw_fd())
@@ -200,6 +260,45 @@ mod tests {
         assert_eq!(same.local_addr().unwrap(), listener.local_addr().unwrap());
     }
 
+    fn inode_of(listener: &TcpListener) -> u32 {
+        let path = format!("/proc/self/fd/{}", listener.as_raw_fd());
+        u32::try_from(fs::metadata(path).unwrap().ino()).unwrap()
+    }
+
+    #[test]
+    fn what_is_younger_than_a_look_ahead_is_looked_for_once_more() {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut processes = Processes::ahead();
+        processes.descriptors();
+        let [one, other] = [listen(), listen()];
+        let me = std::process::id();
+        for listener in [&one, &other] {
+            let holder = processes.holder(inode_of(listener)).unwrap();
+            assert_eq!((holder.pid, holder.fd), (me, listener.as_raw_fd()));
+        }
+        // A host on which sockets come all the time is not looked at for each.
+        assert_eq!(processes.holder(inode_of(&listen())), None);
+    }
+
+    #[test]
+    fn processes_that_are_looked_at_when_somebody_asks_are_looked_at_once() {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut processes = Processes::default();
+        let listener = listen();
+        assert_eq!(processes.holder(0), None);
+        assert!(processes.found.is_none());
+        assert!(processes.holder(inode_of(&listener)).is_some());
+        assert_eq!(processes.holder(inode_of(&listen())), None);
+    }
+
+    #[test]
+    fn a_namespace_that_is_held_open_is_found() {
+        let netns = File::open("/proc/self/ns/net").unwrap();
+        let found = Descriptors::of_all_processes();
+        let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_raw_fd());
+        assert!(found.namespaces().contains(&PathBuf::from(path)));
+    }
+
     #[test]
     fn of_several_holders_the_lowest_number_is_told_whoever_looked_first() {
         let holder = |pid| Holder {
@@ -208,7 +307,7 @@ mod tests {
             comm: [0; 16],
         };
         let sockets = |pids: &[u32]| {
-            let mut sockets = Sockets::default();
+            let mut sockets = Descriptors::default();
             for pid in pids {
                 sockets.add(4711, holder(*pid));
             }
@@ -223,6 +322,8 @@ mod tests {
 
     #[test]
     fn what_is_no_socket_is_passed_over() {
+        assert!(is_netns(OsStr::new("net:[4026532300]")));
+        assert!(!is_netns(OsStr::new("mnt:[4026532301]")));
         assert_eq!(inode(OsStr::new("socket:[4711]")), Some(4711));
         for other in ["socket:4711", "socket:[]", "pipe:[4711]", "/dev/null"] {
             assert_eq!(inode(OsStr::new(other)), None);

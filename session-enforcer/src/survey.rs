@@ -14,11 +14,8 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use crate::{
     cgroup::{Cgroup, CgroupError, Scope},
     netns,
-    sock_diag::{DiagSocket, SockDiagError, Socket, state},
+    sock_diag::{Detail, DiagSocket, SockDiagError, Socket, state},
 };
-
-/// Sockets that the engine takes in at a time: it looks at each that it does not know, twice.
-const BIT: usize = 256;
 
 /// Bits that may wait for the engine. The thread waits, and with it the kernel's list.
 const WAITING: usize = 4;
@@ -151,24 +148,15 @@ impl Surveyor {
         path: &Path,
         diag: &mut DiagSocket,
     ) -> Result<(), SockDiagError> {
-        let mut listeners = Vec::new();
-        diag.name_each(state::bit(state::LISTEN), &mut |s| listeners.push(s))?;
+        let listeners = diag.dump(state::bit(state::LISTEN))?;
         self.tell(Found::Namespace {
             cookie,
             path: path.to_owned(),
             listeners,
         });
-        let mut bit = Vec::with_capacity(BIT);
-        diag.name_each(state::SESSIONS, &mut |socket| {
-            bit.push(socket);
-            if bit.len() == BIT {
-                self.tell(Found::Sessions(std::mem::replace(
-                    &mut bit,
-                    Vec::with_capacity(BIT),
-                )));
-            }
+        diag.in_bits(state::SESSIONS, Detail::Names, &mut |bit| {
+            self.tell(Found::Sessions(bit));
         })?;
-        self.tell(Found::Sessions(bit));
         Ok(())
     }
 }
@@ -178,7 +166,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
-    use crate::cgroup;
+    use crate::{cgroup, sock_diag::BIT};
 
     fn survey(reach: Reach) -> Vec<Found> {
         let cgroup = Cgroup::open(&cgroup::mount_point().unwrap()).unwrap();

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::{
     disconnect::{Answer, DisconnectError, reset_tcp},
-    processes::Sockets,
+    processes::Descriptors,
     sock_diag::{DiagSocket, Target},
 };
 use session_enforcer_common::Address;
@@ -47,7 +47,7 @@ fn reset(target: &Target) -> Result<Answer, DisconnectError> {
     reset_tcp(
         &mut DiagSocket::open()?,
         target,
-        &Sockets::of_all_processes(),
+        &Descriptors::of_all_processes(),
     )
 }
 
@@ -126,7 +126,7 @@ fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     let target = target(&pair.server)?;
-    let before = Sockets::of_all_processes();
+    let before = Descriptors::of_all_processes();
     // After that the process closes its descriptor, and another socket gets the number.
     let kept = pair.server.try_clone()?;
     // SAFETY: both are open, and stay so: the second stands for another socket from then on.

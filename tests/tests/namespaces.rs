@@ -1,7 +1,7 @@
 //! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
 //! keeps none alive.
 
-use std::net::Ipv4Addr;
+use std::{fs::File, net::Ipv4Addr};
 
 use anyhow::Result;
 use nix::errno::Errno;
@@ -160,6 +160,24 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
         Err(error) => Err(error),
     })?;
     daemon.wait_for_termination()?;
+    Ok(())
+}
+
+#[test]
+fn a_connection_in_a_namespace_that_is_only_held_open_is_adopted() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&outside, &listener)?;
+    // The sockets are this process's, which is in another namespace.
+    let _held = File::open(format!("/proc/{}/ns/net", inside.pid()))?;
+    drop((inside, outside));
+    netns.delete()?;
+    let daemon = lab.daemon(&rule())?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, limit());
     Ok(())
 }
 

@@ -1,21 +1,30 @@
 //! The adoption of the connections that are older than the daemon.
 
-use std::{collections::HashMap, thread::JoinHandle};
+use std::{
+    collections::{HashMap, HashSet},
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+};
 
 use anyhow::Result;
 use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
 
 use super::enforcer::Enforcer;
 use crate::{
-    adopt::{self, Adoptee, Adopter},
-    bpf::Adoption,
+    adopt::{self, Adoptee, Adopter, Listeners},
+    bpf::{Adoption, BpfError},
     cgroup::{Cgroup, Scope},
     clock::monotonic_ns,
     health::Trouble,
     metrics::Untracked,
-    processes::{Holder, Sockets},
-    sock_diag::Socket,
+    netns::{self, Seen},
+    processes::Processes,
+    sock_diag::{Detail, Socket, state},
 };
+
+/// Bits of a list that may wait for the engine.
+const WAITING: usize = 4;
 
 /// What the adoption in all namespaces has in common.
 pub(super) struct Adopting {
@@ -25,34 +34,17 @@ pub(super) struct Adopting {
     generation: u32,
     /// By cgroup, those above it.
     ancestors: HashMap<u64, Ancestors>,
-    /// A look at every process, made when the first socket asks for its own.
-    processes: Option<Sockets>,
-    /// Such a look that is under way already.
-    looking: Option<JoinHandle<Sockets>>,
-    /// Whether the look began before the sockets were listed.
-    looked_early: bool,
+    processes: Processes,
+}
+
+/// A session that is new in the session map.
+pub(super) struct Adopted {
+    pub(super) session: Session,
+    /// Whether the second list has it.
+    is_confirmed: bool,
 }
 
 impl Adopting {
-    fn processes(&mut self) -> &Sockets {
-        let looking = self.looking.take();
-        self.processes.get_or_insert_with(|| {
-            let found = looking.and_then(|looking| looking.join().ok());
-            found.unwrap_or_else(Sockets::of_all_processes)
-        })
-    }
-
-    /// A process that holds the socket with this inode number.
-    fn holder(&mut self, inode: u32) -> Option<Holder> {
-        let found = self.processes().holder(inode);
-        if found.is_some() || inode == 0 || !std::mem::take(&mut self.looked_early) {
-            return found;
-        }
-        // Its process may have it only since it was looked at.
-        self.processes = None;
-        self.processes().holder(inode)
-    }
-
     pub(super) fn adopter(&self) -> Adopter<'_> {
         Adopter {
             entries: &self.entries,
@@ -82,27 +74,43 @@ impl Enforcer {
         &mut self,
         cgroup: &Cgroup,
         all_namespaces: bool,
-    ) -> Result<HashMap<u64, Session>> {
+    ) -> Result<HashMap<u64, Adopted>> {
         let mut adopting = self.adopting(cgroup.scope()?);
-        if !self.listeners_noted {
-            // At the start there is nearly always a socket that asks, and the sockets are listed
-            // meanwhile. Where there can be no thread, it is looked when one asks.
-            adopting.looking = Sockets::meanwhile().ok();
-            adopting.looked_early = adopting.looking.is_some();
+        if all_namespaces || !self.listeners_noted {
+            // For the namespaces that are held open, and at the start there is nearly always a socket
+            // that asks. Sockets are listed meanwhile.
+            adopting.processes = Processes::ahead();
         }
         // What a comparison finds by the policy before would be wrong: it begins anew.
         self.missed.events |= self.comparison.take().is_some();
         let refused = self.missed.begin_adoption();
-        let namespaces = self.namespaces_to_adopt(all_namespaces);
         let mut adopted = HashMap::new();
+        let mut seen = Seen::none();
+        let mut namespaces = vec![self.namespaces.own()];
+        if all_namespaces {
+            self.open_namespaces(&netns::unopened_files(), &mut seen);
+            namespaces = self.namespaces.open();
+        }
         for netns_cookie in &namespaces {
             self.insert_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
         }
-        for netns_cookie in &namespaces {
-            self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
+        if all_namespaces {
+            let files = adopting.processes.descriptors().namespaces();
+            let held_open = self.open_namespaces(files, &mut seen);
+            for netns_cookie in &held_open {
+                self.insert_sessions(&mut adopting, *netns_cookie, &mut adopted)?;
+            }
+            namespaces.extend(held_open);
         }
-        for (cookie, session) in &adopted {
-            self.add_adopted(*cookie, session);
+        let mut listed = HashSet::new();
+        for netns_cookie in &namespaces {
+            if self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)? {
+                listed.insert(*netns_cookie);
+            }
+        }
+        self.remove_gone(&mut adopted, &listed)?;
+        for (cookie, adopted) in &adopted {
+            self.add_adopted(*cookie, &adopted.session);
         }
         for netns_cookie in namespaces {
             self.close_if_unused(netns_cookie);
@@ -121,39 +129,84 @@ impl Enforcer {
             policies: self.book.policies(),
             generation: self.book.generation,
             ancestors: HashMap::new(),
-            processes: None,
-            looking: None,
-            looked_early: false,
+            processes: Processes::default(),
         }
     }
 
-    fn namespaces_to_adopt(&mut self, all: bool) -> Vec<u64> {
-        if !all {
-            return vec![self.namespaces.own()];
-        }
-        let (found, errors) = self.namespaces.open_all();
+    /// Opens the namespaces of these files; which were not open.
+    fn open_namespaces(&mut self, files: &[PathBuf], seen: &mut Seen) -> Vec<u64> {
+        let (opened, errors) = self.namespaces.open_each(files, seen);
         for error in errors {
             self.unreached();
             tracing::warn!("connections of a network namespace are not adopted: {error}");
         }
-        found
+        opened
     }
 
-    /// The sessions that a namespace has now; `None`, after it was counted and logged, where it
-    /// cannot be listed.
-    fn list(&mut self, adopting: &mut Adopting, netns_cookie: u64) -> Result<Option<Vec<Adoptee>>> {
-        let Some(sockets) = self.dump(netns_cookie, adopt::STATES) else {
-            return Ok(None);
+    /// Hands over the sessions that a namespace has now, while a thread lists them; where its list is
+    /// repeated, they come again. Returns whether it could be listed: else that is counted and logged.
+    fn list(
+        &mut self,
+        adopting: &mut Adopting,
+        netns_cookie: u64,
+        mut take: impl FnMut(&mut Self, &mut Adopting, Adoptee) -> Result<()>,
+    ) -> Result<bool> {
+        // First, since they tell whose and of which direction the sessions are.
+        let Some(listeners) = self.dump(netns_cookie, state::bit(state::LISTEN)) else {
+            return Ok(false);
         };
-        let now_ns = monotonic_ns();
-        self.note_cgroups(adopting, &sockets)?;
+        self.note_cgroups(adopting, &listeners)?;
         if !self.listeners_noted {
             let in_scope = |s: &&Socket| adopting.scope.contains(s.cgroup_id);
-            let sockets: Vec<Socket> = sockets.iter().filter(in_scope).copied().collect();
-            self.note_listeners(&sockets, adopting.processes())?;
+            let ours: Vec<Socket> = listeners.iter().filter(in_scope).copied().collect();
+            self.note_listeners(&ours, &mut adopting.processes)?;
         }
-        let adopter = adopting.adopter();
-        Ok(Some(adopter.sessions(&sockets, netns_cookie, now_ns)))
+        let listeners = Listeners::among(&listeners);
+        let listed = self.while_listed(netns_cookie, |this, bit, now_ns| {
+            this.note_cgroups(adopting, &bit)?;
+            let adopter = adopting.adopter();
+            for adoptee in adopter.sessions(&bit, &listeners, netns_cookie, now_ns) {
+                take(this, adopting, adoptee)?;
+            }
+            Ok(())
+        })?;
+        Ok(self.was_listed(netns_cookie, listed).is_some())
+    }
+
+    /// Has a thread list the sessions of a namespace, and hands over each bit with the time at which
+    /// it was whole.
+    fn while_listed(
+        &mut self,
+        netns_cookie: u64,
+        mut take: impl FnMut(&mut Self, Vec<Socket>, u64) -> Result<()>,
+    ) -> Result<Result<()>> {
+        let mut diag = match self.namespaces.lend(netns_cookie) {
+            Ok(diag) => diag,
+            Err(error) => return Ok(Err(error.into())),
+        };
+        let (sender, bits) = mpsc::sync_channel(WAITING);
+        let list = move || {
+            let listed = diag.in_bits(state::SESSIONS, Detail::Activity, &mut |bit| {
+                // Nobody takes it where the session map refuses.
+                let _ = sender.send((bit, monotonic_ns()));
+            });
+            (diag, listed)
+        };
+        thread::scope(|scope| {
+            let lister = thread::Builder::new().name("sockets".to_owned());
+            let lister = match lister.spawn_scoped(scope, list) {
+                Ok(lister) => lister,
+                Err(error) => return Ok(Err(error.into())),
+            };
+            for (bit, now_ns) in bits {
+                take(self, bit, now_ns)?;
+            }
+            let Ok((diag, listed)) = lister.join() else {
+                anyhow::bail!("the thread that lists sockets panicked");
+            };
+            self.namespaces.take_back(netns_cookie, diag);
+            Ok(listed.map_err(Into::into))
+        })
     }
 
     /// The sockets of a namespace that are in one of these states; `None`, after it was counted and
@@ -164,8 +217,12 @@ impl Enforcer {
             .get(netns_cookie)
             .map_err(anyhow::Error::from)
             .and_then(|diag| Ok(diag.dump(states)?));
+        self.was_listed(netns_cookie, listed)
+    }
+
+    fn was_listed<T>(&mut self, netns_cookie: u64, listed: Result<T>) -> Option<T> {
         match listed {
-            Ok(sockets) => Some(sockets),
+            Ok(listed) => Some(listed),
             Err(error) => {
                 self.unreached();
                 tracing::warn!("listing the sockets of namespace {netns_cookie}: {error:#}");
@@ -198,27 +255,39 @@ impl Enforcer {
         &mut self,
         adopting: &mut Adopting,
         netns_cookie: u64,
-        adopted: &mut HashMap<u64, Session>,
+        adopted: &mut HashMap<u64, Adopted>,
     ) -> Result<()> {
-        let mut refused = 0;
-        for adoptee in self.list(adopting, netns_cookie)?.unwrap_or_default() {
+        let mut refused = HashSet::new();
+        self.list(adopting, netns_cookie, |this, adopting, adoptee| {
             let (cookie, mut session) = (adoptee.cookie, adoptee.session);
-            if self.schedule.contains(cookie) {
-                continue;
+            if this.schedule.contains(cookie) || adopted.contains_key(&cookie) {
+                return Ok(());
             }
-            if let Some(holder) = adopting.holder(adoptee.inode) {
+            if let Some(holder) = adopting.processes.holder(adoptee.inode) {
                 (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
-            match self.kernel.adopt(cookie, &session)? {
-                Adoption::Inserted => drop(adopted.insert(cookie, session)),
+            match this.kernel.adopt(cookie, &session)? {
+                Adoption::Inserted => {
+                    let is_confirmed = false;
+                    adopted.insert(
+                        cookie,
+                        Adopted {
+                            session,
+                            is_confirmed,
+                        },
+                    );
+                }
                 Adoption::Known => {}
                 Adoption::Full => {
-                    refused += 1;
-                    self.metrics.untracked(Untracked::MapFull);
+                    if refused.insert(cookie) {
+                        this.metrics.untracked(Untracked::MapFull);
+                    }
                 }
             }
-        }
-        if refused > 0 {
+            Ok(())
+        })?;
+        if !refused.is_empty() {
+            let refused = refused.len();
             tracing::error!(
                 "{refused} connections are not tracked, the session map is full: raise \
                  daemon.max_sessions"
@@ -228,30 +297,42 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Lists once more. A packet between the first list and the insertion was stamped by nobody,
-    /// and a socket that closed between them would stay in the map.
+    /// Lists once more. A packet between the first list and the insertion was stamped by nobody.
+    /// Returns whether the namespace could be listed.
     fn confirm_sessions(
         &mut self,
         adopting: &mut Adopting,
         netns_cookie: u64,
-        adopted: &mut HashMap<u64, Session>,
-    ) -> Result<()> {
-        let Some(adoptees) = self.list(adopting, netns_cookie)? else {
-            return Ok(());
+        adopted: &mut HashMap<u64, Adopted>,
+    ) -> Result<bool> {
+        self.list(adopting, netns_cookie, |this, _, adoptee| {
+            let cookie = adoptee.cookie;
+            let Some(known) = adopted.get_mut(&cookie) else {
+                return Ok(());
+            };
+            known.is_confirmed = true;
+            if !this.confirm(cookie, &mut known.session, Some(&adoptee.session))? {
+                adopted.remove(&cookie);
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes out what the second list of its namespace does not have: a socket that closed between the
+    /// first list and the insertion would stay in the map.
+    fn remove_gone(
+        &mut self,
+        adopted: &mut HashMap<u64, Adopted>,
+        listed: &HashSet<u64>,
+    ) -> Result<(), BpfError> {
+        let is_gone = |adopted: &Adopted| {
+            !adopted.is_confirmed && listed.contains(&adopted.session.netns_cookie)
         };
-        let now = adoptees.iter().map(|a| (a.cookie, a.session));
-        let now: HashMap<u64, Session> = now.collect();
-        let mut gone = Vec::new();
-        for (cookie, session) in adopted.iter_mut() {
-            if session.netns_cookie != netns_cookie {
-                continue;
-            }
-            if !self.confirm(*cookie, session, now.get(cookie))? {
-                gone.push(*cookie);
-            }
-        }
+        let gone = adopted.iter().filter(|(_, adopted)| is_gone(adopted));
+        let gone: Vec<u64> = gone.map(|(cookie, _)| *cookie).collect();
         for cookie in gone {
             adopted.remove(&cookie);
+            self.kernel.remove(cookie)?;
         }
         Ok(())
     }

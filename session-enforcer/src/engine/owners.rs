@@ -12,7 +12,7 @@ use crate::{
     clock::monotonic_ns,
     config::Config,
     disconnect,
-    processes::{Holder, Sockets},
+    processes::{Holder, Processes},
     schedule::Group,
     sock_diag::{Info, Socket, Target, state},
 };
@@ -61,11 +61,15 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Notes the owners of the sockets that listen, for those that they will accept.
-    pub(super) fn note_listeners(&mut self, sockets: &[Socket], processes: &Sockets) -> Result<()> {
+    /// Notes the owners of sockets that listen, for those that they will accept.
+    pub(super) fn note_listeners(
+        &mut self,
+        listeners: &[Socket],
+        processes: &mut Processes,
+    ) -> Result<()> {
         let alone = Listeners::default();
-        for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
-            let Some(holder) = processes.holder(socket.inode) else {
+        for socket in listeners {
+            let Some(holder) = processes.descriptors().holder(socket.inode) else {
                 continue;
             };
             let owner = Owner {

@@ -4,6 +4,7 @@ use anyhow::Result;
 use session_enforcer_common::{Reason, Session, Verdict, verdict};
 
 use super::{
+    adoption::Adopted,
     book::RuleBook,
     enforcer::{Enforcer, LateByPolicy, group_of},
     terminate::Expired,
@@ -60,7 +61,7 @@ impl Enforcer {
     pub fn adopt_by_change(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
         let adopted = self.adopt_all(cgroup, all_namespaces)?;
         let changed_ns = monotonic_ns();
-        for (cookie, session) in &adopted {
+        for (cookie, Adopted { session, .. }) in &adopted {
             let policy = self.book.rules[usize::from(session.rule)].policy;
             if let Verdict::Expired { deadline_ns, .. } = verdict(session, &policy, changed_ns) {
                 let late = LateByPolicy {

@@ -13,6 +13,8 @@ use crate::{
     cgroup::Cgroup,
     clock::monotonic_ns,
     metrics::Repair,
+    netns::{self, Seen},
+    processes::Descriptors,
     schedule::Group,
     sock_diag::{Socket, state},
 };
@@ -242,8 +244,11 @@ impl Enforcer {
                 only: Some(self.namespaces.own()),
             };
         }
-        let (found, errors) = self.namespaces.open_all();
-        let every = errors.is_empty().then(|| found.into_iter().collect());
+        let mut files = netns::unopened_files();
+        files.extend_from_slice(Descriptors::of_all_processes().namespaces());
+        let (_, errors) = self.namespaces.open_each(&files, &mut Seen::none());
+        let every = errors.is_empty();
+        let every = every.then(|| self.namespaces.open().into_iter().collect());
         Known { every, only: None }
     }
 

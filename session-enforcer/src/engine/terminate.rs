@@ -17,7 +17,7 @@ use crate::{
     config::Mode,
     disconnect::{self, Answer, Extent},
     metrics::{Ended, Untracked},
-    processes::Sockets,
+    processes::Descriptors,
     sock_diag::{MAX_BATCH, SockDiagError, Target},
 };
 
@@ -167,7 +167,7 @@ impl Enforcer {
     /// Resets sessions through the processes that hold them.
     fn disconnect(&mut self, netns_cookie: u64, batch: &[Expired]) -> Result<()> {
         // A look at every process, so once for all of them.
-        let processes = Sockets::of_all_processes();
+        let processes = Descriptors::of_all_processes();
         let (mut failed, mut reason) = (0, String::new());
         for expired in batch {
             let target = Target::of(expired.cookie, &expired.session);

@@ -36,6 +36,9 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 /// The largest datagram that a dump fills.
 const DATAGRAM: usize = 1 << 16;
 
+/// Sockets that are handed over at a time where a list comes in bits.
+pub const BIT: usize = 256;
+
 /// Times that a dump is repeated because the kernel's tables changed under it.
 const DUMP_ATTEMPTS: u32 = 4;
 
@@ -237,20 +240,30 @@ impl DiagSocket {
         Ok(sockets)
     }
 
-    /// Hands over the same sockets one by one, without what passed in them. Where the table changed
-    /// meanwhile they are listed again, and come again.
+    /// Hands over the same sockets in bits of at most [`BIT`], while the list goes on. Where the table
+    /// changed meanwhile they are listed again, and come again.
     ///
     /// # Errors
     ///
-    /// As above.
-    pub fn name_each(
+    /// As above; what has come before is right.
+    pub fn in_bits(
         &mut self,
         states: u32,
-        take: &mut dyn FnMut(Socket),
+        detail: Detail,
+        take: &mut dyn FnMut(Vec<Socket>),
     ) -> Result<(), SockDiagError> {
+        let mut bit = Vec::with_capacity(BIT);
         for family in [Family::Ipv4, Family::Ipv6] {
-            self.until_whole(|diag| diag.dump_once(family, states, Detail::Names, take))?;
+            self.until_whole(|diag| {
+                diag.dump_once(family, states, detail, &mut |socket| {
+                    bit.push(socket);
+                    if bit.len() == BIT {
+                        take(std::mem::replace(&mut bit, Vec::with_capacity(BIT)));
+                    }
+                })
+            })?;
         }
+        take(bit);
         Ok(())
     }
 
@@ -488,17 +501,24 @@ mod tests {
     }
 
     #[test]
-    fn the_sockets_are_named_one_by_one_without_what_passed() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let mut found = Vec::new();
-        let mut diag = DiagSocket::open().unwrap();
+    fn a_list_in_bits_has_every_socket_and_says_what_passed_only_where_asked() {
+        let listen = |_| std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listeners: Vec<_> = (0..=BIT).map(listen).collect();
         let listening = wire::state::bit(wire::state::LISTEN);
-        diag.name_each(listening, &mut |socket| found.push(socket))
-            .unwrap();
-        let own = found.iter().find(|s| s.target.local_port == port).unwrap();
-        assert_eq!(own.info, None);
-        assert_ne!(own.target.cookie, 0);
+        for (detail, is_told) in [(Detail::Names, false), (Detail::Activity, true)] {
+            let mut found = std::collections::HashMap::new();
+            let mut take = |bit: Vec<Socket>| {
+                assert!(bit.len() <= BIT);
+                found.extend(bit.into_iter().map(|s| (s.target.local_port, s)));
+            };
+            let mut diag = DiagSocket::open().unwrap();
+            diag.in_bits(listening, detail, &mut take).unwrap();
+            for listener in &listeners {
+                let own = found[&listener.local_addr().unwrap().port()];
+                assert_eq!(own.info.is_some(), is_told);
+                assert_ne!(own.target.cookie, 0);
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use session_enforcer::{
-    adopt::Adopter,
+    adopt::{Adopter, Listeners},
     cgroup::Scope,
     sock_diag::{
         Socket,
@@ -60,8 +60,9 @@ fn adopt(sockets: &[Socket]) {
         scope: &Scope::All,
         ancestors: &HashMap::new(),
     };
+    let listeners = Listeners::among(sockets);
     for now_ns in [0, u64::MAX] {
-        for adoptee in adopter.sessions(sockets, 1, now_ns) {
+        for adoptee in adopter.sessions(sockets, &listeners, 1, now_ns) {
             let session = adoptee.session;
             assert!(session.last_received_ns <= now_ns && session.last_sent_ns <= now_ns);
             assert!(session.established_ns <= session.last_activity_ns());
