@@ -1,13 +1,13 @@
 //! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
 //! keeps none alive.
 
-use std::{fs::File, net::Ipv4Addr};
+use std::{fs::File, net::Ipv4Addr, thread};
 
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Lab, Netns, Pair, Veth, eventually, idle_rule, longer_than_a_start as limit, patience,
-    reset_on_close,
+    Agent, Lab, Netns, Pair, Veth, ends_of, eventually, idle_rule, longer_than_a_start as limit,
+    patience, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -178,6 +178,37 @@ fn a_connection_in_a_namespace_that_is_only_held_open_is_adopted() -> Result<()>
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &pair.opened, limit());
+    Ok(())
+}
+
+/// The daemon has it open for the first session, and more are due than one exchange with the kernel ends.
+#[test]
+fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset() -> Result<()> {
+    const SESSIONS: usize = 200;
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&rule())?;
+    let first = Pair::open(&outside, &listener)?;
+    thread::sleep(limit() / 2);
+    let open = |_| Pair::open(&outside, &listener);
+    let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
+    daemon.wait_for_termination_of(&first)?;
+    daemon.freeze()?;
+    drop((inside, outside));
+    netns.delete()?;
+    thread::sleep(limit());
+    daemon.thaw()?;
+    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
+        end.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+    }
+    let records = daemon.wait_for_terminations(SESSIONS + 1)?;
+    assert_eq!(records.len(), SESSIONS + 1);
+    for record in records {
+        assert_eq!(record.text("session_enforcer.result"), "reset");
+    }
     Ok(())
 }
 

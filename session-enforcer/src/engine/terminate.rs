@@ -134,7 +134,8 @@ impl Enforcer {
         }
         match begun {
             Ok(()) => Ok(()),
-            Err(error) => self.namespace_unreachable(batch, &error.to_string()),
+            // Nothing may lead to the namespace any more but the engine's own socket table.
+            Err(_) => self.destroy(netns_cookie, batch.to_vec()),
         }
     }
 
