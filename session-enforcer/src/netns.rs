@@ -97,7 +97,11 @@ impl Namespaces {
     /// Where the namespace is not found or cannot be entered.
     pub fn get(&mut self, cookie: u64) -> Result<&mut DiagSocket, NetnsError> {
         if !self.open.contains_key(&cookie) {
-            let diag = self.find(cookie)?;
+            let diag = if cookie == self.own {
+                open_own()?
+            } else {
+                self.find(cookie)?
+            };
             self.open.insert(cookie, diag);
         }
         self.open
@@ -105,20 +109,13 @@ impl Namespaces {
             .ok_or(NetnsError::NotFound(cookie))
     }
 
-    /// A second socket table of the namespace with this cookie, for another thread. It, too, keeps the
-    /// namespace alive.
-    ///
-    /// # Errors
-    ///
-    /// Where the namespace is not found or cannot be entered.
-    pub fn another(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
-        if cookie != self.own {
-            return self.find(cookie);
+    /// A second socket table of the namespace with this cookie, for another thread; none where the
+    /// namespace is not where it was last seen. It is not searched for: whoever asks has the first.
+    pub fn another(&self, cookie: u64) -> Option<DiagSocket> {
+        if cookie == self.own {
+            return open_own().ok();
         }
-        DiagSocket::open().map_err(|source| NetnsError::Diag {
-            path: PathBuf::from("/proc/self/ns/net"),
-            source,
-        })
+        self.find_where_seen(cookie)
     }
 
     /// That socket table, to list its sockets elsewhere; it comes back by [`take_back`](Self::take_back).
@@ -180,10 +177,7 @@ impl Namespaces {
     }
 
     fn find(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
-        if let Some(path) = self.seen_at.get(&cookie)
-            && let Ok((found, diag)) = enter(path).and_then(|diag| cookie_of(diag, path))
-            && found == cookie
-        {
+        if let Some(diag) = self.find_where_seen(cookie) {
             return Ok(diag);
         }
         self.seen_at.clear();
@@ -196,15 +190,22 @@ impl Namespaces {
         Err(NetnsError::NotFound(cookie))
     }
 
+    fn find_where_seen(&self, cookie: u64) -> Option<DiagSocket> {
+        let path = self.seen_at.get(&cookie)?;
+        let (found, diag) = enter(path).and_then(|diag| cookie_of(diag, path)).ok()?;
+        (found == cookie).then_some(diag)
+    }
+
     fn search(&mut self, cookie: u64, thorough: bool) -> Option<DiagSocket> {
         let mut seen = Seen::none();
         for path in files(thorough) {
-            if !seen.is_new(&path) {
+            let Some(inode) = seen.unseen(&path) else {
                 continue;
-            }
+            };
             let Ok((found, diag)) = enter(&path).and_then(|diag| cookie_of(diag, &path)) else {
                 continue;
             };
+            seen.inodes.insert(inode);
             self.seen_at.insert(found, path);
             if found == cookie {
                 return Some(diag);
@@ -227,11 +228,18 @@ fn visit_each(
     mut visit: impl FnMut(u64, &Path, DiagSocket),
 ) -> Vec<NetnsError> {
     let mut errors = Vec::new();
-    for path in files.iter().filter(|path| seen.is_new(path)) {
-        match enter(path).and_then(|diag| cookie_of(diag, path)) {
+    for path in files {
+        let Some(inode) = seen.unseen(path) else {
+            continue;
+        };
+        let entered = enter(path).and_then(|diag| cookie_of(diag, path));
+        // The process may have ended since it was listed; another file may lead there.
+        if matches!(&entered, Err(NetnsError::Open { source, .. }) if is_gone(source)) {
+            continue;
+        }
+        seen.inodes.insert(inode);
+        match entered {
             Ok((cookie, diag)) => visit(cookie, path, diag),
-            // The process may have ended since it was listed.
-            Err(NetnsError::Open { source, .. }) if is_gone(&source) => {}
             Err(error) => errors.push(error),
         }
     }
@@ -257,13 +265,22 @@ impl Seen {
         }
     }
 
-    /// Whether the file stands for a namespace that was not seen before. A descriptor may have come to
-    /// stand for something else since it was found.
-    fn is_new(&mut self, path: &Path) -> bool {
-        // The inode number tells namespaces apart while they exist.
-        fs::metadata(path)
-            .is_ok_and(|file| Some(file.dev()) == self.device && self.inodes.insert(file.ino()))
+    /// The inode number of the namespace that the file stands for, which tells it from others while they
+    /// exist; none where that was seen. A descriptor may have come to stand for something else since
+    /// it was found.
+    fn unseen(&self, path: &Path) -> Option<u64> {
+        let file = fs::metadata(path).ok()?;
+        let is_unseen = Some(file.dev()) == self.device && !self.inodes.contains(&file.ino());
+        is_unseen.then(|| file.ino())
     }
+}
+
+/// Opens the socket table of the daemon's own namespace, for which it need not enter one.
+fn open_own() -> Result<DiagSocket, NetnsError> {
+    DiagSocket::open().map_err(|source| NetnsError::Diag {
+        path: PathBuf::from("/proc/self/ns/net"),
+        source,
+    })
 }
 
 fn is_gone(error: &io::Error) -> bool {
@@ -423,11 +440,14 @@ mod tests {
     #[test]
     fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
         let mut seen = Seen::none();
-        let is_new = [(); 2].map(|()| seen.is_new(Path::new("/proc/self/ns/net")));
-        assert_eq!(is_new, [true, false]);
+        let own = Path::new("/proc/self/ns/net");
+        let inode = seen.unseen(own).unwrap();
+        assert_eq!(seen.unseen(own), Some(inode));
+        seen.inodes.insert(inode);
+        assert_eq!(seen.unseen(own), None);
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
-        assert!(!seen.is_new(Path::new(&path)));
+        assert_eq!(seen.unseen(Path::new(&path)), None);
     }
 
     #[test]

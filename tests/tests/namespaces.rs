@@ -181,7 +181,8 @@ fn a_connection_in_a_namespace_that_is_only_held_open_is_adopted() -> Result<()>
     Ok(())
 }
 
-/// The daemon has it open for the first session, and more are due than one exchange with the kernel ends.
+/// The daemon has it open since it ended the first, and both times more are due than one exchange with the
+/// kernel ends.
 #[test]
 fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset() -> Result<()> {
     const SESSIONS: usize = 200;
@@ -190,22 +191,30 @@ fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
-    let first = Pair::open(&outside, &listener)?;
+    let open = || -> Result<Vec<_>> {
+        let pairs = (0..SESSIONS).map(|_| Pair::open(&outside, &listener));
+        pairs.collect()
+    };
+    let first = open()?;
+    daemon.freeze()?;
     thread::sleep(limit() / 2);
-    let open = |_| Pair::open(&outside, &listener);
-    let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
-    daemon.wait_for_termination_of(&first)?;
+    let second = open()?;
+    thread::sleep(limit() / 2);
+    daemon.thaw()?;
+    daemon.wait_for_terminations(SESSIONS)?;
     daemon.freeze()?;
     drop((inside, outside));
     netns.delete()?;
     thread::sleep(limit());
     daemon.thaw()?;
-    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
-    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
-        end.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+    for pairs in [&first, &second] {
+        let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+        for (end, pair) in ends_of(&clients)?.iter().zip(pairs) {
+            end.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+        }
     }
-    let records = daemon.wait_for_terminations(SESSIONS + 1)?;
-    assert_eq!(records.len(), SESSIONS + 1);
+    let records = daemon.wait_for_terminations(2 * SESSIONS)?;
+    assert_eq!(records.len(), 2 * SESSIONS);
     for record in records {
         assert_eq!(record.text("session_enforcer.result"), "reset");
     }

@@ -7,13 +7,13 @@ use std::{
     thread,
 };
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session};
 
-use super::enforcer::Enforcer;
+use super::enforcer::{Enforcer, Look};
 use crate::{
     adopt::{self, Adoptee, Adopter, Listeners},
-    bpf::{Adoption, BpfError},
+    bpf::Adoption,
     cgroup::{Cgroup, Scope},
     clock::monotonic_ns,
     health::Trouble,
@@ -108,7 +108,7 @@ impl Enforcer {
                 listed.insert(*netns_cookie);
             }
         }
-        self.remove_gone(&mut adopted, &listed)?;
+        self.settle_unconfirmed(&mut adopted, &listed)?;
         for (cookie, adopted) in &adopted {
             self.add_adopted(*cookie, &adopted.session);
         }
@@ -184,15 +184,15 @@ impl Enforcer {
             Ok(diag) => diag,
             Err(error) => return Ok(Err(error.into())),
         };
-        let (sender, bits) = mpsc::sync_channel(WAITING);
-        let list = move || {
-            let listed = diag.in_bits(state::SESSIONS, Detail::Activity, &mut |bit| {
-                // Nobody takes it where the session map refuses.
-                let _ = sender.send((bit, monotonic_ns()));
-            });
-            (diag, listed)
-        };
-        thread::scope(|scope| {
+        let table = &mut diag;
+        let listed = thread::scope(|scope| {
+            let (sender, bits) = mpsc::sync_channel(WAITING);
+            let list = move || {
+                table.in_bits(state::SESSIONS, Detail::Activity, &mut |bit| {
+                    // Nobody takes it where the session map refuses.
+                    let _ = sender.send((bit, monotonic_ns()));
+                })
+            };
             let lister = thread::Builder::new().name("sockets".to_owned());
             let lister = match lister.spawn_scoped(scope, list) {
                 Ok(lister) => lister,
@@ -201,12 +201,12 @@ impl Enforcer {
             for (bit, now_ns) in bits {
                 take(self, bit, now_ns)?;
             }
-            let Ok((diag, listed)) = lister.join() else {
-                anyhow::bail!("the thread that lists sockets panicked");
-            };
-            self.namespaces.take_back(netns_cookie, diag);
+            let listed = lister.join();
+            let listed = listed.map_err(|_| anyhow!("the thread that lists sockets panicked"))?;
             Ok(listed.map_err(Into::into))
-        })
+        });
+        self.namespaces.take_back(netns_cookie, diag);
+        listed
     }
 
     /// The sockets of a namespace that are in one of these states; `None`, after it was counted and
@@ -318,21 +318,36 @@ impl Enforcer {
         })
     }
 
-    /// Takes out what the second list of its namespace does not have: a socket that closed between the
-    /// first list and the insertion would stay in the map.
-    fn remove_gone(
+    /// Decides about those that the second list of their namespace does not have. A socket that closed
+    /// between the first list and the insertion would stay in the map; but a list may leave out one
+    /// that lives, and may have broken off.
+    fn settle_unconfirmed(
         &mut self,
         adopted: &mut HashMap<u64, Adopted>,
         listed: &HashSet<u64>,
-    ) -> Result<(), BpfError> {
-        let is_gone = |adopted: &Adopted| {
-            !adopted.is_confirmed && listed.contains(&adopted.session.netns_cookie)
-        };
-        let gone = adopted.iter().filter(|(_, adopted)| is_gone(adopted));
-        let gone: Vec<u64> = gone.map(|(cookie, _)| *cookie).collect();
-        for cookie in gone {
-            adopted.remove(&cookie);
-            self.kernel.remove(cookie)?;
+    ) -> Result<()> {
+        let unconfirmed = adopted.iter().filter(|(_, adopted)| !adopted.is_confirmed);
+        let unconfirmed: Vec<_> = unconfirmed
+            .map(|(cookie, a)| (*cookie, a.session))
+            .collect();
+        for (cookie, mut session) in unconfirmed {
+            let now = self.kernel.session(cookie)?;
+            // The socket may have been connected again, under the same cookie: the kernel tracks it.
+            let is_ours = now.is_some_and(|now| now.established_ns == session.established_ns);
+            let is_gone = is_ours
+                && listed.contains(&session.netns_cookie)
+                && matches!(self.look(cookie, &session), Some(Look::Gone));
+            if is_gone {
+                self.kernel.remove(cookie)?;
+            }
+            let known = session;
+            if is_ours && !is_gone && self.count_as_active(cookie, &mut session, &known)? {
+                adopted
+                    .entry(cookie)
+                    .and_modify(|adopted| adopted.session = session);
+            } else {
+                adopted.remove(&cookie);
+            }
         }
         Ok(())
     }
@@ -352,7 +367,17 @@ impl Enforcer {
         if !adopt::was_active_between(session, now) {
             return Ok(true);
         }
-        // Counted as active at this moment: later than that packet, so never early.
+        self.count_as_active(cookie, session, now)
+    }
+
+    /// Counts a session as active at this moment: later than any packet that was not stamped, so never
+    /// early. Whether it is in the map then.
+    fn count_as_active(
+        &mut self,
+        cookie: u64,
+        session: &mut Session,
+        now: &Session,
+    ) -> Result<bool> {
         let now_ns = monotonic_ns();
         *session = Session {
             last_received_ns: now_ns,

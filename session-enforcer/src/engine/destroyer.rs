@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use super::terminate::Expired;
 use crate::{
     clock::monotonic_ns,
-    netns::{Namespaces, NetnsError},
+    netns::Namespaces,
     sock_diag::{DiagSocket, MAX_BATCH, SockDiagError, Target},
 };
 
@@ -51,6 +51,10 @@ struct Job {
     netns_cookie: u64,
     batch: Vec<Expired>,
 }
+
+/// Sessions of one network namespace for which the thread is worth its while: with fewer, two more
+/// wake-ups and a second socket table take longer than the exchange.
+pub(super) const WORTH_IT: usize = MAX_BATCH / 4;
 
 /// A thread that does the exchanges, one at a time. It ends with this.
 pub(super) struct Destroyer {
@@ -92,25 +96,21 @@ impl Destroyer {
     }
 
     /// Gives a batch to the thread, which has nothing else to do: its last answer was [waited](Self::wait)
-    /// for. So the time between the look at a session and its reset is that of one exchange at most.
-    ///
-    /// # Errors
-    ///
-    /// Where the socket table of the namespace cannot be opened.
+    /// for. The batch comes back where there is no second socket table of its namespace.
     pub(super) fn begin(
         &mut self,
-        namespaces: &mut Namespaces,
+        namespaces: &Namespaces,
         netns_cookie: u64,
-        batch: &[Expired],
-    ) -> Result<(), NetnsError> {
-        let diag = match self.tables.remove(&netns_cookie) {
-            Some(diag) => diag,
-            None => namespaces.another(netns_cookie)?,
+        batch: Vec<Expired>,
+    ) -> Result<(), Vec<Expired>> {
+        let table = self.tables.remove(&netns_cookie);
+        let Some(diag) = table.or_else(|| namespaces.another(netns_cookie)) else {
+            return Err(batch);
         };
         let job = Job {
             diag,
             netns_cookie,
-            batch: batch.to_vec(),
+            batch,
         };
         // A thread that is no more is met when its answer is waited for.
         let _ = self.jobs.send(job);

@@ -28,8 +28,8 @@ use crate::{
     sock_diag::{MAX_BATCH, Target, state},
 };
 
-/// Sessions that one pass looks at before other work has its turn: some 40 ms, of 100 that events may
-/// lie.
+/// Sessions that one pass looks at before other work has its turn: some 40 ms, of the 100 that events may
+/// lie, where no namespace has to be searched for.
 const MAX_PASS: usize = 32 * MAX_BATCH;
 
 /// When a session that could not be looked at or destroyed is tried again. Soon enough after an

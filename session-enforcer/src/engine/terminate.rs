@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
 
 use super::{
-    destroyer::{self, Answered, Destroyer},
+    destroyer::{self, Answered, Destroyer, WORTH_IT},
     enforcer::{Enforcer, LOOK_NS, Look, RETRY_NS},
 };
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     disconnect::{self, Answer, Extent},
     metrics::{Ended, Untracked},
     processes::Descriptors,
-    sock_diag::{MAX_BATCH, SockDiagError, Target},
+    sock_diag::{MAX_BATCH, Target},
 };
 
 /// When a session whose fate is unknown is looked at again, the first time. Each time takes twice as
@@ -99,10 +99,7 @@ impl Enforcer {
         let (subflows, plain): (Vec<Expired>, Vec<Expired>) =
             batch.iter().partition(|e| e.session.is_mptcp_subflow());
         if !plain.is_empty() {
-            match destroyer {
-                Some(destroyer) => self.hand_over(netns_cookie, &plain, destroyer)?,
-                None => self.destroy(netns_cookie, plain)?,
-            }
+            self.destroy(netns_cookie, plain, destroyer)?;
         }
         if subflows.is_empty() {
             return Ok(());
@@ -110,33 +107,34 @@ impl Enforcer {
         self.disconnect(netns_cookie, &subflows)
     }
 
-    fn destroy(&mut self, netns_cookie: u64, batch: Vec<Expired>) -> Result<()> {
-        match self.namespaces.get(netns_cookie) {
-            Ok(diag) => {
-                let answered = destroyer::destroy(diag, netns_cookie, batch);
-                self.settle_all(answered)
-            }
-            Err(error) => self.namespace_unreachable(&batch, &error.to_string()),
-        }
-    }
-
-    /// Has the destroyer do this batch, and takes in its answers about the one before meanwhile.
-    fn hand_over(
+    /// Has the kernel destroy a batch. Where the destroyer does, its answers about the one before are
+    /// taken in meanwhile.
+    fn destroy(
         &mut self,
         netns_cookie: u64,
-        batch: &[Expired],
-        destroyer: &mut Destroyer,
+        mut batch: Vec<Expired>,
+        destroyer: Option<&mut Destroyer>,
     ) -> Result<()> {
-        let before = destroyer.wait()?;
-        let begun = destroyer.begin(&mut self.namespaces, netns_cookie, batch);
-        if let Some(before) = before {
-            self.settle_all(before)?;
+        // The engine's own, first of all: it stays open until the last session of the namespace has
+        // gone, and nothing else may lead there by then.
+        if let Err(error) = self.namespaces.get(netns_cookie) {
+            return self.namespace_unreachable(&batch, &error.to_string());
         }
-        match begun {
-            Ok(()) => Ok(()),
-            // Nothing may lead to the namespace any more but the engine's own socket table.
-            Err(_) => self.destroy(netns_cookie, batch.to_vec()),
+        if let Some(destroyer) = destroyer.filter(|_| batch.len() >= WORTH_IT) {
+            let before = destroyer.wait()?;
+            let begun = destroyer.begin(&self.namespaces, netns_cookie, batch);
+            before.map_or(Ok(()), |before| self.settle_all(before))?;
+            match begun {
+                Ok(()) => return Ok(()),
+                Err(unbegun) => batch = unbegun,
+            }
         }
+        let diag = self.namespaces.get(netns_cookie)?;
+        let answered = destroyer::destroy(diag, netns_cookie, batch);
+        if answered.result.is_err() {
+            self.namespaces.reopen(netns_cookie);
+        }
+        self.settle_all(answered)
     }
 
     /// Takes in the kernel's answers about a batch.
@@ -156,7 +154,9 @@ impl Enforcer {
             }
         }
         if let Err(error) = result {
-            self.exchange_broke_off(netns_cookie, &error);
+            tracing::warn!(
+                "the kernel's answers broke off, the sessions are looked at again: {error}"
+            );
         }
         if unsupported.is_empty() {
             return Ok(());
@@ -324,11 +324,6 @@ impl Enforcer {
             self.fail(expired, now_ns, error);
         }
         Ok(())
-    }
-
-    fn exchange_broke_off(&mut self, netns_cookie: u64, error: &SockDiagError) {
-        tracing::warn!("the kernel's answers broke off, the sessions are looked at again: {error}");
-        self.namespaces.reopen(netns_cookie);
     }
 
     /// Writes the audit record and counts: the one place where either is done.

@@ -139,8 +139,8 @@ impl DiagSocket {
     /// their order: 0 or an error number. `None` is a target without an answer, whose fate is
     /// unknown: look at it again.
     ///
-    /// The kernel takes the requests one after the other, answers each that it refuses, and always
-    /// answers the last. So that answer is one to all before it that have none of their own: an answer
+    /// The kernel takes the requests one after the other, answers each that it refuses (whatever the
+    /// error but EINTR, which none of these gives), and always answers the last. So that answer is one to all before it that have none of their own: an answer
     /// to each takes a sixth of the time that it takes to destroy the socket.
     ///
     /// # Errors
