@@ -125,7 +125,7 @@ fn a_session_whose_peer_vanished_with_its_namespace_is_reset() -> Result<()> {
     let Pair { client, server, .. } = pair;
     drop((server, agent, listener));
     right.delete()?;
-    let end = session_enforcer_tests::ends_of(&[&client])?[0];
+    let end = ends_of(&[&client])?[0];
     end.assert_reset(Errno::ECONNABORTED, &last, limit());
     daemon
         .wait_for_termination()?

@@ -111,11 +111,19 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     packages::ensure(&packages::SHARING, missing)?;
     setup(workspace)?;
     let (names, tests, machines) = args.choice();
-    let kernels = names
-        .iter()
-        .map(|name| kernels::kernel(workspace, name, args.update))
-        .collect::<Result<Vec<_>>>()?;
-    let first = kernels.first().context("no kernel was named")?;
+    let mut kernels = Vec::new();
+    let mut all = Vec::new();
+    for name in &names {
+        match kernels::kernel(workspace, name, args.update) {
+            Ok(kernel) => kernels.push(kernel),
+            // The others can be tried all the same.
+            Err(error) => {
+                say!("{error:#}");
+                all.push(Results::unfetched(name, kernels::is_meant(name), &error));
+            }
+        }
+    }
+    let first = kernels.first().context("there is no kernel to try")?;
     let accelerator = Accelerator::find(first)?;
     say!("the machines run with {accelerator:?}");
     let job = Job {
@@ -126,7 +134,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         machines,
         args,
     };
-    let all = job.run_all(&kernels)?;
+    all.extend(job.run_all(&kernels)?);
     report(&job.folder, &all)
 }
 

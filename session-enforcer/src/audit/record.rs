@@ -151,7 +151,7 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<
         source: Some(source),
         destination: Some(destination),
         process: process(&session.owner),
-        user: session.owner.is_known().then(|| UserFields {
+        user: session.owner.is_known().then_some(UserFields {
             id: session.owner.uid,
             name: t.user,
         }),

@@ -1,5 +1,6 @@
 //! The kernels: Debian's for clouds, unpacked from their packages and not installed.
 
+use std::cmp::Reverse;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,6 +52,9 @@ const SUITES: [&str; 5] = [
     "bullseye-backports",
 ];
 
+/// Releases of a series that are tried in a suite.
+const MAX_RELEASES: usize = 5;
+
 /// A kernel on the disk.
 #[derive(Debug)]
 pub(super) struct Kernel {
@@ -89,6 +93,12 @@ pub(super) fn kernel(workspace: &Workspace, name: &str, update: bool) -> Result<
         release,
         folder,
     })
+}
+
+/// Whether session-enforcer is meant to work on the kernel of this name, whatever its release is.
+pub(super) fn is_meant(name: &str) -> bool {
+    let listed = MATRIX.iter().find(|wanted| wanted.name == name);
+    listed.map_or_else(|| is_supported(name), |wanted| wanted.supported)
 }
 
 /// Linux 6.1 is the floor.
@@ -141,35 +151,47 @@ fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
     let mut tried = Vec::new();
     for suite in suites {
         // No reason to stop: mirrors lack some of the suites.
-        match apt.open(suite).and_then(|()| newest(&apt, series)) {
-            Ok(Some(release)) => {
-                unpack(&apt, &release, folder)?;
-                apt.remove();
-                return Ok(());
+        let releases = match apt.open(suite).and_then(|()| releases(&apt, series)) {
+            Ok(releases) => releases,
+            Err(error) => {
+                tried.push(format!("{suite}: {error:#}"));
+                continue;
             }
-            Ok(None) => tried.push(format!("{suite} has none")),
-            Err(error) => tried.push(format!("{suite}: {error:#}")),
+        };
+        if releases.is_empty() {
+            tried.push(format!("{suite} has none"));
+        }
+        // A suite may list a release of which it lacks a part.
+        for release in releases.into_iter().take(MAX_RELEASES) {
+            match unpack(&apt, &release, folder) {
+                Ok(()) => {
+                    apt.remove();
+                    return Ok(());
+                }
+                Err(error) => tried.push(format!("{suite}: {release}: {error:#}")),
+            }
         }
     }
     bail!("no such kernel for clouds: {}", tried.join("; "))
 }
 
-fn newest(apt: &PrivateApt, series: &str) -> Result<Option<String>> {
+/// Those of a series, from the newest on.
+fn releases(apt: &PrivateApt, series: &str) -> Result<Vec<String>> {
     let packages = apt.names("^linux-image-[0-9].*-cloud-amd64$")?;
     let releases = packages.iter().filter_map(|package| release_of(package));
-    Ok(newest_of(releases, series))
+    Ok(newest_first(releases, series))
 }
 
 fn release_of(package: &str) -> Option<&str> {
     package.strip_prefix("linux-image-")
 }
 
-fn newest_of<'a>(releases: impl Iterator<Item = &'a str>, series: &str) -> Option<String> {
+fn newest_first<'a>(releases: impl Iterator<Item = &'a str>, series: &str) -> Vec<String> {
     let series = numbers(series);
-    releases
-        .filter(|release| numbers(release).starts_with(&series))
-        .max_by_key(|release| numbers(release))
-        .map(str::to_owned)
+    let of_series = releases.filter(|release| numbers(release).starts_with(&series));
+    let mut found: Vec<_> = of_series.map(str::to_owned).collect();
+    found.sort_by_cached_key(|release| Reverse(numbers(release)));
+    found
 }
 
 /// The numbers in a release, up to the flavour: what orders them.
@@ -198,10 +220,15 @@ fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
             .arg("Depends"),
     )?;
     extract(&package, &half)?;
+    let mut lacking = Vec::new();
     for part in parts(&depends, release) {
-        extract(&apt.fetch(part)?, &half)?;
+        match apt.fetch(part) {
+            Ok(package) => extract(&package, &half)?,
+            // A suite lacks one now and then, and not every one has what is needed here.
+            Err(error) => lacking.push(format!("{error:#}")),
+        }
     }
-    arrange(&half, release)?;
+    arrange(&half, release).with_context(|| lacking.join("; "))?;
     remove(folder)?;
     fs::rename(&half, folder).with_context(|| format!("cannot rename to {}", folder.display()))
 }
@@ -268,7 +295,10 @@ mod tests {
             "6.12.107+deb13-cloud-amd64",
             "7.3-cloud-amd64",
         ];
-        let newest = |series| newest_of(releases.into_iter(), series);
+        let newest = |series| {
+            let found = newest_first(releases.into_iter(), series);
+            found.into_iter().next()
+        };
         assert_eq!(newest("6.1").as_deref(), Some("6.1.0-50-cloud-amd64"));
         assert_eq!(
             newest("6.12").as_deref(),

@@ -22,6 +22,20 @@ pub(super) struct Results {
     pub(super) programs: Vec<Ran>,
 }
 
+impl Results {
+    /// Of a kernel that could not be had.
+    pub(super) fn unfetched(name: &str, supported: bool, error: &anyhow::Error) -> Self {
+        Self {
+            kernel: name.to_owned(),
+            release: format!("{name} (not fetched)"),
+            supported,
+            error: Some(format!("{error:#}")),
+            seconds: 0.0,
+            programs: Vec::new(),
+        }
+    }
+}
+
 /// A program's results.
 #[derive(Debug, Serialize)]
 pub(super) struct Ran {
