@@ -129,7 +129,11 @@ impl Enforcer {
                 Err(unbegun) => batch = unbegun,
             }
         }
-        let diag = self.namespaces.get(netns_cookie)?;
+        let diag = match self.namespaces.get(netns_cookie) {
+            Ok(diag) => diag,
+            // It was closed since, after an exchange that broke off.
+            Err(error) => return self.namespace_unreachable(&batch, &error.to_string()),
+        };
         let answered = destroyer::destroy(diag, netns_cookie, batch);
         if answered.result.is_err() {
             self.namespaces.reopen(netns_cookie);
