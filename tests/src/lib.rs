@@ -54,4 +54,4 @@ pub use programs::{OtherProgram, detach_by_force, overwrite_callback_flags};
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use stop::{Interrupted, Stop};
-pub use tcp::{End, Listener, Pair, dial, ends_of};
+pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};

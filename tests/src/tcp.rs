@@ -307,6 +307,24 @@ impl End {
     }
 }
 
+/// Waits until each connection has ended at its client, and asserts that it was reset there, and not
+/// sooner than `limit` after it was opened.
+///
+/// # Errors
+///
+/// Where one of them lives for as long as [`patience()`].
+///
+/// # Panics
+///
+/// Where one ended in another way, or early.
+pub fn assert_all_reset(pairs: &[Pair], limit: Duration) -> Result<()> {
+    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
+    for (end, pair) in ends_of(&clients)?.iter().zip(pairs) {
+        end.assert_reset(Errno::ECONNRESET, &pair.opened, limit);
+    }
+    Ok(())
+}
+
 /// Waits until each of the sockets has ended.
 ///
 /// # Errors

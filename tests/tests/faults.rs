@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use session_enforcer_tests::{
     Call, Daemon, Fate, Interposer, Lab, Launch, Netns, PROGRAMS, Pair, Place, Record,
-    detach_by_force, ends_of, reset_on_close, scaled,
+    assert_all_reset, detach_by_force, reset_on_close, scaled,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -120,10 +120,7 @@ fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
     interposer.wait_for(Call::Answer, 3)?;
     interposer.set(Call::Answer, Fate::Pass);
     let records = daemon.wait_for_terminations(SESSIONS)?;
-    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
-    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
-        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
-    }
+    assert_all_reset(&pairs, LIMIT)?;
     let result = |r: &Record| r.text("session_enforcer.result").to_owned();
     let gone = records.iter().filter(|r| result(r) == "gone").count();
     assert!(gone > 0, "all answers were received");

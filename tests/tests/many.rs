@@ -9,8 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Moment, Netns, Pair, ends_of, scaled};
+use session_enforcer_tests::{Lab, Moment, Netns, Pair, assert_all_reset, scaled};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(3);
@@ -29,10 +28,7 @@ fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
     let open = || Pair::open(&lab.outside, &listener);
     let (opening, pairs) =
         Moment::of(|| (0..SESSIONS).map(|_| open()).collect::<Result<Vec<_>>>())?;
-    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
-    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
-        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
-    }
+    assert_all_reset(&pairs, LIMIT)?;
     let records = daemon.wait_for_terminations(SESSIONS)?;
     assert_eq!(records.len(), SESSIONS);
     for record in &records {
@@ -74,10 +70,7 @@ fn sessions_of_two_namespaces_that_are_due_together_are_reset_and_recorded_once_
     daemon.freeze()?;
     thread::sleep(LIMIT + scaled(Duration::from_millis(100)));
     daemon.thaw()?;
-    let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
-    for (end, pair) in ends_of(&clients)?.iter().zip(&pairs) {
-        end.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
-    }
+    assert_all_reset(&pairs, LIMIT)?;
     let records = daemon.wait_for_terminations(pairs.len())?;
     let ids: BTreeSet<_> = records
         .iter()

@@ -6,8 +6,8 @@ use std::{fs::File, net::Ipv4Addr, thread};
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Lab, Netns, Pair, Veth, ends_of, eventually, idle_rule, longer_than_a_start as limit,
-    patience, reset_on_close,
+    Agent, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
+    longer_than_a_start as limit, patience, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -208,10 +208,7 @@ fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset
     thread::sleep(limit());
     daemon.thaw()?;
     for pairs in [&first, &second] {
-        let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
-        for (end, pair) in ends_of(&clients)?.iter().zip(pairs) {
-            end.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
-        }
+        assert_all_reset(pairs, limit())?;
     }
     let records = daemon.wait_for_terminations(2 * SESSIONS)?;
     assert_eq!(records.len(), 2 * SESSIONS);

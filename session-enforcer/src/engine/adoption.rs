@@ -269,13 +269,11 @@ impl Enforcer {
             match this.kernel.adopt(cookie, &session)? {
                 Adoption::Inserted => {
                     let is_confirmed = false;
-                    adopted.insert(
-                        cookie,
-                        Adopted {
-                            session,
-                            is_confirmed,
-                        },
-                    );
+                    let new = Adopted {
+                        session,
+                        is_confirmed,
+                    };
+                    adopted.insert(cookie, new);
                 }
                 Adoption::Known => {}
                 Adoption::Full => {

@@ -52,8 +52,8 @@ struct Job {
     batch: Vec<Expired>,
 }
 
-/// Sessions of one network namespace for which the thread is worth its while: with fewer, two more
-/// wake-ups and a second socket table take longer than the exchange.
+/// Sessions of one network namespace for which the thread is asked: each exchange there takes two more
+/// wake-ups, and the first of a namespace a second socket table. A choice, and not measured.
 pub(super) const WORTH_IT: usize = MAX_BATCH / 4;
 
 /// A thread that does the exchanges, one at a time. It ends with this.

@@ -140,8 +140,9 @@ impl DiagSocket {
     /// unknown: look at it again.
     ///
     /// The kernel takes the requests one after the other, answers each that it refuses (whatever the
-    /// error but EINTR, which none of these gives), and always answers the last. So that answer is one to all before it that have none of their own: an answer
-    /// to each takes a sixth of the time that it takes to destroy the socket.
+    /// error but EINTR, which none of these gives), and always answers the last. So that answer is
+    /// one to all before it that have none of their own. With an answer to each, a session took 13 us
+    /// of processor time instead of 11.
     ///
     /// # Errors
     ///
