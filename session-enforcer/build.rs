@@ -23,6 +23,14 @@ fn main() -> Result<()> {
         // `aya-build` repeats each line of the inner cargo as a warning.
         env::set_var("CARGO_TERM_QUIET", "true");
         env::set_var("PATH", search_path()?);
+        // The third instruction set has the atomic operations that return what was there before;
+        // Linux has it since 5.12. `aya-build` leaves no room for more flags of the compiler.
+        env::set_var("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true");
+        env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3");
+        env::set_var(
+            "CARGO_PROFILE_RELEASE_BUILD_OVERRIDE_RUSTFLAGS",
+            "-Cdebuginfo=0",
+        );
     }
     aya_build::build_ebpf(
         [aya_build::Package {

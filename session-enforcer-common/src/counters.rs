@@ -48,33 +48,24 @@ impl Way {
 pub enum ErrorKind {
     /// The session map is full; the session is not tracked.
     MapFull = 0,
-    /// The kernel had no memory for the session; it is not tracked.
-    NoMemory = 1,
-    /// The session map was busy (its lock was held on this CPU); the session is not tracked.
-    Busy = 2,
-    /// The session map refused the session with another error; it is not tracked.
-    InsertFailed = 3,
     /// The ring buffer was full; the event was not delivered.
-    EventLost = 4,
+    EventLost = 1,
     /// A packet's headers could not be read; activity was taken from the socket's counters.
-    HeaderUnreadable = 5,
+    HeaderUnreadable = 2,
     /// A tracked packet had no TCP socket to compare with.
-    NoTcpSocket = 6,
+    NoTcpSocket = 3,
     /// The close callback could not be asked for; the end of the session will not be seen.
-    CallbackRefused = 7,
+    CallbackRefused = 4,
     /// A map of the programs themselves could not be read.
-    TableUnreadable = 8,
+    TableUnreadable = 5,
     /// The owner of a socket could not be kept; the daemon has to find it out.
-    OwnerNotKept = 9,
+    OwnerNotKept = 6,
 }
 
 impl ErrorKind {
     /// Every kind, in the order of its number.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 7] = [
         Self::MapFull,
-        Self::NoMemory,
-        Self::Busy,
-        Self::InsertFailed,
         Self::EventLost,
         Self::HeaderUnreadable,
         Self::NoTcpSocket,
@@ -90,9 +81,6 @@ impl ErrorKind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::MapFull => "map_full",
-            Self::NoMemory => "no_memory",
-            Self::Busy => "busy",
-            Self::InsertFailed => "insert_failed",
             Self::EventLost => "event_lost",
             Self::HeaderUnreadable => "header_unreadable",
             Self::NoTcpSocket => "no_tcp_socket",

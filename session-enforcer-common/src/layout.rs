@@ -2,7 +2,10 @@
 
 use core::mem::offset_of;
 
-use crate::{Ancestors, Owner, Session, Table};
+use crate::{
+    Ancestors, Owner, Session, Table,
+    table::{Bucket, TableHead},
+};
 
 /// To be raised where a field of a record below changes its meaning and keeps its name and place.
 const MEANING: u32 = 1;
@@ -54,6 +57,15 @@ pub const LAYOUT: u32 = {
         }
     );
     let hash = number(hash, size_of::<Ancestors>());
+    let hash = number(hash, size_of::<Bucket>());
+    let hash = layout!(
+        hash,
+        TableHead {
+            sessions,
+            capacity,
+            keys
+        }
+    );
     layout!(
         hash,
         Table {

@@ -16,6 +16,7 @@ mod owner;
 pub mod packet;
 mod policy;
 mod session;
+pub mod table;
 
 pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};

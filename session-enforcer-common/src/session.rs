@@ -84,7 +84,7 @@ pub mod flags {
 ///
 /// Times are nanoseconds of `CLOCK_MONOTONIC`. Those of an adopted session may lag: see
 /// [`Policy::lag_ns`](crate::Policy::lag_ns).
-/// The fields that every packet touches come first, next to the key in the kernel's hash element.
+/// The fields that every packet touches come first, together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Session {
@@ -106,6 +106,14 @@ pub struct Session {
     /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
     /// policy of this generation.
     pub open_until_ns: u64,
+    /// Generation of the match table that chose the rule.
+    pub generation: u32,
+    /// Index of the rule that decides.
+    pub rule: u16,
+    /// [`Direction`] as a number.
+    pub direction: u8,
+    /// See [`flags`].
+    pub flags: u8,
     /// When the connection was established.
     pub established_ns: u64,
     /// The kernel's cookie of the network namespace (`SO_NETNS_COOKIE`).
@@ -121,14 +129,6 @@ pub struct Session {
     /// Interface that the socket is bound to, or 0. The kernel's look-up for `SOCK_DESTROY` needs
     /// it for sockets bound to a device and for link-local addresses.
     pub ifindex: u32,
-    /// Generation of the match table that chose the rule.
-    pub generation: u32,
-    /// Index of the rule that decides.
-    pub rule: u16,
-    /// [`Direction`] as a number.
-    pub direction: u8,
-    /// See [`flags`].
-    pub flags: u8,
     /// Whose it is.
     pub owner: Owner,
 }
@@ -209,9 +209,9 @@ const fn mix(word: u64) -> u64 {
 const _: () = {
     assert!(size_of::<Session>() == 144 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
-    assert!(core::mem::offset_of!(Session, local) == 64);
-    assert!(core::mem::offset_of!(Session, ifindex) == 100);
-    assert!(core::mem::offset_of!(Session, flags) == 111);
+    assert!(core::mem::offset_of!(Session, flags) == 55);
+    assert!(core::mem::offset_of!(Session, local) == 72);
+    assert!(core::mem::offset_of!(Session, ifindex) == 108);
     assert!(core::mem::offset_of!(Session, owner) == 112);
 };
 

@@ -14,9 +14,8 @@ use crate::{
     counters,
     gate::{self, Fate},
     lifecycle,
-    maps::SESSIONS,
     packet::{self, Segment},
-    policy,
+    policy, table,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
@@ -61,11 +60,11 @@ impl Measure {
 pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
-    let Some(session) = SESSIONS.get_ptr_mut(cookie) else {
+    let Some(session) = table::find(cookie) else {
         return Fate::Pass;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
-    // free the element, and a new session may take it before the lines below write. The new session
+    // free the record, and a new session may take it before the lines below write. The new session
     // then has a stamp of this very moment, which it would have anyway, and may have byte counts or,
     // just after a change of the policy, a rule that are not its own.
     let session = unsafe { &mut *session };

@@ -4,9 +4,8 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_TCP_CLOSE, bpf_sock_ops,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
@@ -19,30 +18,33 @@ use session_enforcer_common::{
 use crate::{
     activity::now_ns,
     counters,
-    maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS, SESSIONS},
+    maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
     owner,
     policy::{Decision, decide},
+    table,
 };
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
-const E2BIG: i32 = -7;
-const ENOMEM: i32 = -12;
-const EBUSY: i32 = -16;
-const EEXIST: i32 = -17;
 
 #[inline(always)]
 pub(crate) fn track(ctx: &SockOpsContext) {
-    match ctx.op() {
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => established(ctx, Direction::Inbound),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(ctx, Direction::Outbound),
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => closed(ctx),
-        _ => {}
-    }
+    let direction = match ctx.op() {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => Direction::Inbound,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => Direction::Outbound,
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => return closed(cookie(ctx)),
+        _ => return,
+    };
+    let cookie = cookie(ctx);
+    // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie. Where the end
+    // of the connection before was not reported, it is counted now.
+    closed(cookie);
+    established(ctx, cookie, direction);
 }
 
-#[inline(always)]
-fn established(ctx: &SockOpsContext, direction: Direction) {
+/// A function of its own, as is the close: the stack of all frames together is small.
+#[inline(never)]
+fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) {
     // SAFETY: the context of a program of this type.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let only = ONLY_NETNS.load();
@@ -79,7 +81,7 @@ fn established(ctx: &SockOpsContext, direction: Direction) {
         );
     }
     session.ifindex = bound_interface(ctx);
-    insert(ctx, &session);
+    insert(ctx, cookie, &session);
 }
 
 /// The session of a connection that is being established, before a rule is found for it. `None` for
@@ -112,44 +114,27 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
 }
 
 #[inline(always)]
-fn insert(ctx: &SockOpsContext, session: &Session) {
-    let cookie = cookie(ctx);
-    let mut inserted = SESSIONS.insert(cookie, session, u64::from(BPF_NOEXIST));
-    if inserted == Err(EEXIST) {
-        // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie. Where
-        // the end of the connection before was not reported, it is counted now.
-        closed(ctx);
-        inserted = SESSIONS.insert(cookie, session, u64::from(BPF_ANY));
+fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) {
+    if table::insert(cookie, session).is_err() {
+        counters::error(ErrorKind::MapFull);
+        debug!(ctx, "a session could not be inserted: the table is full");
+        return;
     }
-    match inserted {
-        Ok(()) => {
-            // One that is not decided about has no rule to be counted for.
-            if session.generation != 0 {
-                counters::rule(session.rule, |c| c.opened += 1);
-            }
-            notify(EventKind::Opened, cookie, session);
-        }
-        Err(code) => {
-            counters::error(match code {
-                E2BIG => ErrorKind::MapFull,
-                ENOMEM => ErrorKind::NoMemory,
-                EBUSY => ErrorKind::Busy,
-                _ => ErrorKind::InsertFailed,
-            });
-            debug!(ctx, "a session could not be inserted: error {}", code);
-        }
+    // One that is not decided about has no rule to be counted for.
+    if session.generation != 0 {
+        counters::rule(session.rule, |c| c.opened += 1);
     }
+    notify(EventKind::Opened, cookie, session);
 }
 
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
-#[inline(always)]
-fn closed(ctx: &SockOpsContext) {
-    let cookie = cookie(ctx);
-    let Some(session) = SESSIONS.get_ptr(cookie) else {
+#[inline(never)]
+fn closed(cookie: u64) {
+    let Some(session) = table::find_apart(cookie) else {
         return;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
-    // before the element is freed.
+    // before the record is free.
     let session = unsafe { &*session };
     let event = event(EventKind::Closed, cookie, session);
     let generation = session.generation;
@@ -158,7 +143,7 @@ fn closed(ctx: &SockOpsContext) {
     } else {
         session.rule
     };
-    if SESSIONS.remove(cookie).is_ok() {
+    if table::remove(cookie) {
         // One that was never decided about was not counted as opened.
         if generation != 0 {
             counters::rule(rule, |c| c.closed += 1);

@@ -1,18 +1,24 @@
 //! The kernel side of session-enforcer.
 //!
-//! Four programs, attached to a cgroup:
+//! Four programs, attached to a cgroup, and one that the daemon calls:
 //!
 //! * `note_owner` (cgroup `sock_create`) notes who makes a socket;
 //! * `track_lifecycle` (`sock_ops`) matches a connection when it is established, puts it into the
 //!   session map, and takes it out when it closes;
 //! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
-//!   carries new payload, and drop payload of a session that is past its deadline.
+//!   carries new payload, and drop payload of a session that is past its deadline;
+//! * `serve` (raw tracepoint, attached to none) does to the session map what the daemon asks for.
 //!
 //! The programs fail open: whatever goes wrong is counted in `ERRORS` and the packet passes. An
 //! enforcer that breaks the network is worse than one that reports what it could not track. The gate
 //! drops where it knows the deadline to be past, and nowhere else.
 #![no_std]
 #![no_main]
+#![expect(
+    internal_features,
+    reason = "the target has no other way to atomic operations"
+)]
+#![feature(core_intrinsics)]
 #![expect(
     clippy::needless_pass_by_value,
     reason = "aya's macros hand over the context by value"
@@ -26,10 +32,12 @@ mod maps;
 mod owner;
 mod packet;
 mod policy;
+mod serve;
+mod table;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock, sock_ops},
-    programs::{SkBuffContext, SockContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock, raw_tracepoint, sock_ops},
+    programs::{RawTracePointContext, SkBuffContext, SockContext, SockOpsContext},
 };
 use session_enforcer_common::Way;
 
@@ -63,6 +71,12 @@ fn track_ingress(ctx: SkBuffContext) -> i32 {
 #[cgroup_skb(egress)]
 fn track_egress(ctx: SkBuffContext) -> i32 {
     reply(activity::track(&ctx, Way::Egress))
+}
+
+#[raw_tracepoint]
+fn serve(ctx: RawTracePointContext) -> i32 {
+    serve::serve(ctx.arg(0));
+    0
 }
 
 #[inline(always)]

@@ -4,20 +4,40 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    bindings::{
+        BPF_F_CLONE, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
+    },
+    btf_maps::{Array, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
     Policy, RuleCounters, Session, Table, Way,
+    table::{Bucket, Exchange, Keys, MAX_REQUESTS, TableHead},
 };
 
-/// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
-/// for memory, and never LRU: the victim of an LRU map is the idle session, the one to enforce.
-/// The daemon sets the capacity at load, from `daemon.max_sessions`.
+/// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of
+/// buckets at load, from `daemon.max_sessions`, and reads them through a mapping.
 #[btf_map]
-pub(crate) static SESSIONS: HashMap<u64, Session, 262_144> = HashMap::new();
+pub(crate) static BUCKETS: Array<Bucket, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The records of the session table, one for each tag. As an array it has its memory from the start, so
+/// that an insertion in softirq context never waits for any; and nothing is ever put out of it to make
+/// room, as in an LRU map: that would be the idle session, the one to enforce.
+#[btf_map]
+pub(crate) static SESSIONS: Array<Session, 1> = Array::new();
+
+/// What the session table knows of itself.
+#[btf_map]
+pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
+
+/// The daemon's requests to `serve`, which it writes and reads through a mapping.
+#[btf_map]
+pub(crate) static EXCHANGES: Array<
+    Exchange,
+    { MAX_REQUESTS as usize },
+    { BPF_F_MMAPABLE as usize },
+> = Array::new();
 
 /// The entries of both match tables, one behind the other, each in the order of the rules: the
 /// first that applies decides.
@@ -70,6 +90,15 @@ pub(crate) static OWNERS: ClonedSkStorage<Owner> = ClonedSkStorage::new();
 #[btf_map]
 pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, { MAX_CGROUPS as usize }> =
     LruHashMap::new();
+
+/// Sessions that the table may hold, its buckets, and where cookies lie in it. Set by the daemon at
+/// load, to what the maps were made with.
+#[unsafe(no_mangle)]
+pub(crate) static MAX_SESSIONS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+pub(crate) static BUCKET_COUNT: Global<u32> = Global::new(1);
+#[unsafe(no_mangle)]
+pub(crate) static TABLE_KEYS: Global<Keys> = Global::new(Keys([1, 1]));
 
 /// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
 #[unsafe(no_mangle)]

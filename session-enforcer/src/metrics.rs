@@ -21,6 +21,10 @@ use crate::{
 };
 
 /// From a tenth of a millisecond, below what the timer can do, to a minute.
+/// Causes for which a session was not tracked with earlier versions, whose table could be without memory
+/// or locked. They stay at zero.
+const FORMER_CAUSES: [&str; 2] = ["no_memory", "busy"];
+
 const LATENESS_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
     15.0, 60.0,
@@ -360,16 +364,10 @@ impl Metrics {
     /// Every series that can be known exists from the start, at zero: a rate needs a point before
     /// the first event.
     fn begin_series(&self) {
-        for cause in [
-            ErrorKind::MapFull,
-            ErrorKind::NoMemory,
-            ErrorKind::Busy,
-            ErrorKind::InsertFailed,
-        ] {
-            self.untracked.with_label_values(&[cause.name()]);
+        let causes = [ErrorKind::MapFull.name(), Untracked::Namespace.name()];
+        for cause in causes.into_iter().chain(FORMER_CAUSES) {
+            self.untracked.with_label_values(&[cause]);
         }
-        self.untracked
-            .with_label_values(&[Untracked::Namespace.name()]);
         for trouble in Trouble::ALL {
             self.degraded.with_label_values(&[trouble.name()]);
         }
@@ -522,9 +520,6 @@ impl Metrics {
             ErrorKind::MapFull => {
                 let all = count + self.untracked_by_daemon;
                 raise(&self.untracked.with_label_values(&[kind.name()]), all);
-            }
-            ErrorKind::NoMemory | ErrorKind::Busy | ErrorKind::InsertFailed => {
-                raise(&self.untracked.with_label_values(&[kind.name()]), count);
             }
             ErrorKind::EventLost => raise(&self.events_lost, count),
             ErrorKind::HeaderUnreadable

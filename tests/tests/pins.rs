@@ -9,13 +9,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
+use session_enforcer_common::Session;
 use session_enforcer_tests::{
     Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,
     longer_than_a_start as limit, patience, plant_map, run_to_end, without_bpffs,
 };
 
 /// Those of a running daemon: each of its programs, and the maps that outlive it.
-const PINS: usize = PROGRAMS as usize + 4;
+const PINS: usize = PROGRAMS as usize + 6;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -208,7 +209,7 @@ fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) 
 
 #[test]
 fn a_pinned_map_of_another_kind_is_not_used() -> Result<()> {
-    for (map_type, key, value, entries) in [(1, 8, 8, 262_144), (2, 4, 112, 8), (9, 8, 112, 8)] {
+    for (map_type, key, value, entries) in [(1, 8, 144, 262_144), (2, 4, 112, 8), (9, 8, 144, 8)] {
         let replace = |set: &Path| {
             let path = set.join("SESSIONS");
             fs::remove_file(&path)?;
@@ -217,6 +218,21 @@ fn a_pinned_map_of_another_kind_is_not_used() -> Result<()> {
         assert_adopted_anew(replace, &["SESSIONS", "instead of", "adopted anew"])?;
     }
     Ok(())
+}
+
+#[test]
+fn a_session_table_whose_parts_do_not_fit_is_not_used() -> Result<()> {
+    let replace = |set: &Path| {
+        let path = set.join("SESSIONS");
+        fs::remove_file(&path)?;
+        plant_map(&path, 2, 4, size_of::<Session>() as u32, 16)
+    };
+    let said = [
+        "session table for 262144 sessions",
+        "16 records",
+        "adopted anew",
+    ];
+    assert_adopted_anew(replace, &said)
 }
 
 #[test]

@@ -46,7 +46,14 @@ fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
     assert_eq!(lab.cgroup.attached_programs()?, 0);
     assert_eq!(
         lab.pins.names()?,
-        ["ANCESTORS", "MATCH_TABLES", "OWNERS", "SESSIONS"]
+        [
+            "ANCESTORS",
+            "BUCKETS",
+            "MATCH_TABLES",
+            "OWNERS",
+            "SESSIONS",
+            "TABLE"
+        ]
     );
     pair.opened.wait(limit() + Duration::from_secs(1));
     pair.round_trip()?;

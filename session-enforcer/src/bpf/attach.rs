@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    iter,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     sync::{Mutex, PoisonError},
 };
@@ -47,6 +48,9 @@ pub(super) const PROGRAMS: [Attachable; 4] = [
     Attachable::always("track_lifecycle", 3),
 ];
 
+/// The program that the daemon runs itself, attached to nothing.
+pub(super) const SERVE: &str = "serve";
+
 /// An attachment of this daemon. Where it is not pinned, it goes with the descriptor.
 pub(super) struct Attached {
     name: &'static str,
@@ -58,7 +62,7 @@ pub(super) struct Attached {
 pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
     let mut found: HashMap<_, _> = ebpf.programs_mut().collect();
     let mut waiting = Vec::new();
-    for Attachable { name, .. } in PROGRAMS {
+    for name in iter::once(SERVE).chain(PROGRAMS.map(|program| program.name)) {
         let program = found.remove(name).ok_or(BpfError::Missing(name))?;
         waiting.push((name, program));
     }
@@ -79,6 +83,7 @@ fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
         Program::SockOps(program) => program.load(),
         Program::CgroupSkb(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
+        Program::RawTracePoint(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|source| BpfError::Program { name, source })
@@ -166,7 +171,10 @@ impl Kernel {
     }
 }
 
-fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<&'a ProgramFd, BpfError> {
+pub(super) fn program_fd<'a>(
+    ebpf: &'a Ebpf,
+    name: &'static str,
+) -> Result<&'a ProgramFd, BpfError> {
     ebpf.program(name)
         .ok_or(BpfError::Missing(name))?
         .fd()

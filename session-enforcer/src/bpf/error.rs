@@ -3,7 +3,7 @@
 use std::io;
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
-use session_enforcer_common::MAX_MATCH_ENTRIES;
+use session_enforcer_common::{MAX_MATCH_ENTRIES, table::Request};
 use thiserror::Error;
 
 use super::PinError;
@@ -43,6 +43,17 @@ pub enum BpfError {
         name: &'static str,
         /// What the kernel said.
         source: MapError,
+    },
+    /// The session table could not be read or asked about.
+    #[error("the session table: {0}")]
+    Table(io::Error),
+    /// The program that works on the session table did not answer as it does.
+    #[error("the session table: {request:?} was answered by {answer}, which is no answer to it")]
+    NoAnswer {
+        /// What it was asked.
+        request: Request,
+        /// What it answered; 0: nothing.
+        answer: u32,
     },
     /// The object lacks a map or program: it was built from another version.
     #[error("the eBPF object has no {0}; build the daemon again")]

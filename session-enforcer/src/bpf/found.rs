@@ -8,12 +8,16 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use session_enforcer_common::{Ancestors, MAX_CGROUPS, Owner, Session, Table};
+use session_enforcer_common::{
+    Ancestors, MAX_CGROUPS, Owner, Session, Table,
+    table::{Bucket, Keys, TableHead, WAYS, buckets_for},
+};
 
 use super::{
     attach::PROGRAMS,
     pin_error::PinError,
     sys::{self, Kind, LinkInfo, MapInfo},
+    table::{self, BUCKETS, SESSIONS, TABLE},
 };
 
 /// A map that outlives the daemon.
@@ -23,22 +27,21 @@ pub(super) struct PinnedMap {
     map_type: u32,
     key_bytes: usize,
     value_bytes: usize,
-    /// `BPF_F_*` of its making. Without `BPF_F_NO_PREALLOC` a hash has its memory from the start.
+    /// `BPF_F_*` of its making.
     flags: u32,
     /// Number of its elements; none: as the configuration says.
-    capacity: Option<u32>,
+    elements: Option<u32>,
     /// Whether the next daemon's programs work on it too. Of the others it only reads what it needs
     /// to know, and has its own.
     pub(super) is_shared: bool,
 }
 
-/// The map of sessions.
-pub(super) const SESSIONS: &str = "SESSIONS";
-
-const HASH: u32 = 1;
 const ARRAY: u32 = 2;
 const LRU_HASH: u32 = 9;
 const SK_STORAGE: u32 = 24;
+
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: u32 = 0x400;
 
 /// `BPF_F_NO_PREALLOC` and `BPF_F_CLONE`.
 const OWNERS_FLAGS: u32 = 0x201;
@@ -46,14 +49,32 @@ const OWNERS_FLAGS: u32 = 0x201;
 /// Every map that is pinned. What an earlier daemon's rules are is not among them: the new daemon's
 /// programs have tables of their own from the moment on at which they take the place of the others,
 /// so that no rule is ever looked up in the tables of another policy.
-pub(super) const MAPS: [PinnedMap; 4] = [
+pub(super) const MAPS: [PinnedMap; 6] = [
+    PinnedMap {
+        name: BUCKETS,
+        map_type: ARRAY,
+        key_bytes: size_of::<u32>(),
+        value_bytes: size_of::<Bucket>(),
+        flags: MMAPABLE,
+        elements: None,
+        is_shared: true,
+    },
     PinnedMap {
         name: SESSIONS,
-        map_type: HASH,
-        key_bytes: size_of::<u64>(),
+        map_type: ARRAY,
+        key_bytes: size_of::<u32>(),
         value_bytes: size_of::<Session>(),
         flags: 0,
-        capacity: None,
+        elements: None,
+        is_shared: true,
+    },
+    PinnedMap {
+        name: TABLE,
+        map_type: ARRAY,
+        key_bytes: size_of::<u32>(),
+        value_bytes: size_of::<TableHead>(),
+        flags: 0,
+        elements: Some(1),
         is_shared: true,
     },
     // The owners of sockets that will be established, those that listen among them.
@@ -63,7 +84,7 @@ pub(super) const MAPS: [PinnedMap; 4] = [
         key_bytes: size_of::<i32>(),
         value_bytes: size_of::<Owner>(),
         flags: OWNERS_FLAGS,
-        capacity: Some(0),
+        elements: Some(0),
         is_shared: true,
     },
     PinnedMap {
@@ -72,7 +93,7 @@ pub(super) const MAPS: [PinnedMap; 4] = [
         key_bytes: size_of::<u64>(),
         value_bytes: size_of::<Ancestors>(),
         flags: 0,
-        capacity: Some(MAX_CGROUPS),
+        elements: Some(MAX_CGROUPS),
         is_shared: true,
     },
     // Its generations: the next daemon's have to be others.
@@ -82,7 +103,7 @@ pub(super) const MAPS: [PinnedMap; 4] = [
         key_bytes: size_of::<u32>(),
         value_bytes: size_of::<Table>(),
         flags: 0,
-        capacity: Some(Table::COUNT),
+        elements: Some(Table::COUNT),
         is_shared: false,
     },
 ];
@@ -94,7 +115,7 @@ impl PinnedMap {
             map_type: self.map_type,
             key_bytes: self.key_bytes as u32,
             value_bytes: self.value_bytes as u32,
-            capacity: self.capacity.unwrap_or(found.capacity),
+            capacity: self.elements.unwrap_or(found.capacity),
             flags: self.flags,
             ..*found
         };
@@ -126,8 +147,8 @@ pub(super) struct FoundLink {
 /// A set of pins that this version can use.
 pub(super) struct Found {
     pub(super) set: PathBuf,
-    /// Capacity of its session map.
-    pub(super) capacity: u32,
+    /// What its session table says of itself.
+    pub(super) table: TableHead,
     /// Generation of its last policy.
     pub(super) generation: u32,
     /// Of the programs that this version knows.
@@ -172,24 +193,33 @@ impl Found {
     fn in_set(set: &Path) -> Result<Self, Refusal> {
         let mut found = Self {
             set: set.to_owned(),
-            capacity: 0,
+            table: TableHead::default(),
             generation: 0,
             links: Vec::new(),
             unknown: unknown(set)?,
         };
+        let (mut buckets, mut places) = (0, 0);
         for map in &MAPS {
             let object = open(set, map.name, Kind::Map)?
                 .ok_or_else(|| Refusal::Unusable(format!("the map {} is missing", map.name)))?;
             let path = set.join(map.name);
             let info = sys::map_info(&object).map_err(PinError::io("looking at", &path))?;
             map.check(&info).map_err(Refusal::Unusable)?;
-            if map.name == SESSIONS {
-                found.capacity = info.capacity;
-            } else if !map.is_shared {
-                found.generation =
-                    last_generation(object).map_err(PinError::io("reading", &path))?;
+            match map.name {
+                BUCKETS => buckets = info.capacity,
+                SESSIONS => places = info.capacity,
+                TABLE => {
+                    let head = table::head(object).map_err(io::Error::other);
+                    found.table = head.map_err(PinError::io("reading", &path))?;
+                }
+                "MATCH_TABLES" => {
+                    found.generation =
+                        last_generation(object).map_err(PinError::io("reading", &path))?;
+                }
+                _ => {}
             }
         }
+        check_table(&found.table, buckets, places).map_err(Refusal::Unusable)?;
         for program in &PROGRAMS {
             if let Some(link) = open(set, program.name, Kind::Link)? {
                 let path = set.join(program.name);
@@ -203,6 +233,11 @@ impl Found {
             }
         }
         Ok(found)
+    }
+
+    /// Whether its table is one for so many sessions.
+    pub(super) fn fits(&self, max_sessions: u32) -> bool {
+        self.table.capacity == u64::from(max_sessions)
     }
 
     /// The link of a program.
@@ -247,6 +282,21 @@ fn unknown(set: &Path) -> Result<Vec<PathBuf>, PinError> {
     Ok(paths)
 }
 
+/// What is wrong with a table whose head this is and whose maps are of these sizes, if anything.
+fn check_table(head: &TableHead, buckets: u32, places: u32) -> Result<(), String> {
+    let expected = u32::try_from(head.capacity).map(buckets_for);
+    if expected != Ok(buckets) || buckets.checked_mul(WAYS) != Some(places) {
+        return Err(format!(
+            "a session table for {} sessions has {buckets} buckets and {places} records",
+            head.capacity
+        ));
+    }
+    if head.keys != Keys::of(head.keys.0) {
+        return Err(format!("the map {TABLE} has keys that no daemon chooses"));
+    }
+    Ok(())
+}
+
 /// The last generation that a daemon's match tables had.
 fn last_generation(tables: OwnedFd) -> io::Result<u32> {
     let map = MapData::from_fd(tables)
@@ -268,4 +318,34 @@ fn last_generation(tables: OwnedFd) -> io::Result<u32> {
 pub(super) fn pin_map(map: &Map, path: &Path) -> Result<(), PinError> {
     map.pin(path)
         .map_err(|error| PinError::io("pinning", path)(io::Error::other(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_whose_parts_do_not_fit_is_told() {
+        let head = TableHead {
+            sessions: 3,
+            capacity: 100,
+            keys: Keys::of([2, 4]),
+        };
+        let buckets = buckets_for(100);
+        assert_eq!(check_table(&head, buckets, buckets * WAYS), Ok(()));
+        let told = check_table(&head, buckets + 1, (buckets + 1) * WAYS).unwrap_err();
+        assert!(told.contains("for 100 sessions has 11 buckets"), "{told}");
+        assert!(check_table(&head, buckets, buckets * WAYS + 1).is_err());
+        let too_many = TableHead {
+            capacity: 1 << 32,
+            ..head
+        };
+        assert!(check_table(&too_many, buckets, buckets * WAYS).is_err());
+        let keyless = TableHead {
+            keys: Keys([2, 5]),
+            ..head
+        };
+        let told = check_table(&keyless, buckets, buckets * WAYS).unwrap_err();
+        assert!(told.contains("keys"), "{told}");
+    }
 }

@@ -2,16 +2,14 @@
 
 use std::{collections::HashSet, fs, os::fd::AsFd, path::PathBuf};
 
-use aya::{
-    Ebpf,
-    maps::{HashMap, Map, MapData},
-};
-use session_enforcer_common::Session;
+use aya::Ebpf;
+use session_enforcer_common::{Session, table::Keys};
 
 use super::{
     Adoption, BpfError, Kernel, PinDir, PinError,
-    found::{self, Found, FoundLink, MAPS, SESSIONS},
-    map_error, pins, read_cookies, read_session, sys,
+    found::{self, Found, FoundLink, MAPS},
+    pins, sys,
+    table::{BUCKETS, EarlierTable, SESSIONS, TABLE},
 };
 
 /// How often two maps are compared that both change. Each time fewer sessions differ: those that
@@ -44,7 +42,7 @@ pub(super) struct Pins {
 
 /// A session map that another one takes the place of.
 struct Witness {
-    sessions: HashMap<MapData, u64, Session>,
+    sessions: EarlierTable,
     /// What was copied from it.
     copied: HashSet<u64>,
 }
@@ -95,14 +93,23 @@ impl Pins {
         self.found.as_ref().map_or(0, |found| found.generation)
     }
 
+    /// Where cookies lie in the earlier daemon's table, if this one's programs work on with that.
+    pub(super) fn keys(&self, max_sessions: u32) -> Option<Keys> {
+        let found = self.found.as_ref();
+        found
+            .filter(|found| found.fits(max_sessions))
+            .map(|found| found.table.keys)
+    }
+
     /// The pins of the maps that this daemon's programs work on, too.
     pub(super) fn shared(&self, max_sessions: u32) -> Vec<(&'static str, PathBuf)> {
         let Some(found) = &self.found else {
             return Vec::new();
         };
-        let fits = |name| name != SESSIONS || found.capacity == max_sessions;
+        let is_table = |name| [BUCKETS, SESSIONS, TABLE].contains(&name);
+        let fits = found.fits(max_sessions);
         MAPS.iter()
-            .filter(|map| map.is_shared && fits(map.name))
+            .filter(|map| map.is_shared && (fits || !is_table(map.name)))
             .map(|map| (map.name, found.set.join(map.name)))
             .collect()
     }
@@ -121,7 +128,7 @@ impl Pins {
         let Some(found) = &self.found else {
             return Ok(false);
         };
-        let is_same = found.capacity == max_sessions
+        let is_same = found.fits(max_sessions)
             && !found.links.is_empty()
             && found
                 .links
@@ -197,24 +204,21 @@ impl Kernel {
         let running = self.inherited() == Inherited::Running;
         let pins = self.pins.as_ref();
         let found = pins.and_then(|pins| pins.found.as_ref());
-        let Some(found) = found.filter(|found| found.capacity != self.options.max_sessions) else {
+        let Some(found) = found.filter(|found| !found.fits(self.options.max_sessions)) else {
             return Ok(());
         };
         tracing::info!(
             "the session map has {} places and had {}: the sessions are copied",
             self.options.max_sessions,
-            found.capacity
+            found.table.capacity
         );
-        let map = MapData::from_pin(found.set.join(SESSIONS)).and_then(Map::from_map_data);
-        let sessions = map
-            .and_then(HashMap::try_from)
-            .map_err(map_error(SESSIONS))?;
+        let sessions = EarlierTable::open(&found.set, found.table.keys)?;
         let mut witness = Witness {
             sessions,
             copied: HashSet::new(),
         };
-        for cookie in read_cookies(&witness.sessions)? {
-            if let Some(session) = read_session(&witness.sessions, cookie)?
+        for cookie in witness.sessions.cookies()? {
+            if let Some(session) = witness.sessions.session(cookie)?
                 && self.adopt(cookie, &session)? == Adoption::Inserted
             {
                 witness.copied.insert(cookie);
@@ -242,7 +246,7 @@ impl Kernel {
             }
         }
         for cookie in &witness.copied {
-            if read_session(&witness.sessions, *cookie)?.is_none() {
+            if witness.sessions.session(*cookie)?.is_none() {
                 self.remove(*cookie)?;
             }
         }
@@ -252,8 +256,8 @@ impl Kernel {
     /// Returns how many sessions differed.
     fn compare_once(&mut self, witness: &Witness) -> Result<usize, BpfError> {
         let mut differed = 0;
-        for cookie in read_cookies(&witness.sessions)? {
-            let Some(before) = read_session(&witness.sessions, cookie)? else {
+        for cookie in witness.sessions.cookies()? {
+            let Some(before) = witness.sessions.session(cookie)? else {
                 continue;
             };
             match self.session(cookie)? {

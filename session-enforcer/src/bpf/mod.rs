@@ -10,8 +10,14 @@ mod inherit;
 mod pin_error;
 mod pins;
 mod sys;
+mod table;
 
-use std::{os::fd::AsRawFd, path::Path};
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::{AsFd as _, AsRawFd},
+    path::Path,
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -21,6 +27,7 @@ use aya_log::EbpfLogger;
 use session_enforcer_common::{
     Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RuleCounters,
     Session, Table, Way,
+    table::{Keys, TableHead, WAYS, buckets_for},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -33,6 +40,7 @@ pub use pins::PinDir;
 
 use attach::Attached;
 use inherit::Pins;
+use table::SessionTable;
 
 /// The object that `build.rs` makes of `session-enforcer-ebpf`.
 static OBJECT: &[u8] =
@@ -40,12 +48,11 @@ static OBJECT: &[u8] =
 
 // Of `linux/bpf.h`.
 const BPF_NOEXIST: u64 = 1;
-const BPF_EXIST: u64 = 2;
 
 /// What the programs are loaded with.
 #[derive(Debug)]
 pub struct Options {
-    /// Capacity of the session map.
+    /// Sessions that the session map may hold.
     pub max_sessions: u32,
     /// The only network namespace to track; `None` for every one.
     pub only_netns: Option<u64>,
@@ -76,7 +83,7 @@ pub struct Kernel {
     attached: Vec<Attached>,
     /// None where nothing is to outlive the daemon.
     pins: Option<Pins>,
-    sessions: HashMap<MapData, u64, Session>,
+    sessions: SessionTable,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
     gate_drops: PerCpuArray<MapData, u64>,
@@ -109,9 +116,22 @@ impl Kernel {
         let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
         let (only_netns, log_level) = (options.only_netns.unwrap_or(0), log_level as u8);
         let has_mptcp = u8::from(has_mptcp());
+        let bucket_count = buckets_for(options.max_sessions);
+        // Where cookies lie in the table that is used on, or at random in a new one.
+        let keys = match pins
+            .as_ref()
+            .and_then(|pins| pins.keys(options.max_sessions))
+        {
+            Some(keys) => keys,
+            None => random_keys()?,
+        };
         let mut loader = EbpfLoader::new();
         loader
-            .map_max_entries(found::SESSIONS, options.max_sessions)
+            .map_max_entries(table::BUCKETS, bucket_count)
+            .map_max_entries(table::SESSIONS, bucket_count * WAYS)
+            .override_global("MAX_SESSIONS", &options.max_sessions, true)
+            .override_global("BUCKET_COUNT", &bucket_count, true)
+            .override_global("TABLE_KEYS", &keys, true)
             .override_global("ONLY_NETNS", &only_netns, true)
             .override_global("HAS_MPTCP", &has_mptcp, true)
             .override_global("FIRST_GENERATION", &first_generation, true)
@@ -124,11 +144,12 @@ impl Kernel {
         }
         let mut ebpf = loader.load(OBJECT)?;
         attach::load(&mut ebpf)?;
+        begin_table(&mut ebpf, options.max_sessions, keys)?;
         if let Some(pins) = &pins {
             pins.pin_maps(&ebpf)?;
         }
         let mut kernel = Self {
-            sessions: take_map(&mut ebpf, found::SESSIONS)?,
+            sessions: session_table(&mut ebpf, bucket_count)?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
             gate_drops: take_map(&mut ebpf, "GATE_DROPS")?,
@@ -228,18 +249,28 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Where the kernel refuses.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        read_session(&self.sessions, cookie)
+        self.sessions.session(cookie)
     }
 
-    /// Every cookie in the session map, once.
+    /// The sessions of these cookies as the kernel has them now, in their order: for many, in a fraction
+    /// of the time.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
+        self.sessions.sessions(cookies)
+    }
+
+    /// The cookie of every session in the session map, once.
     ///
     /// # Errors
     ///
     /// Where the map cannot be read.
     pub fn cookies(&self) -> Result<Vec<u64>, BpfError> {
-        read_cookies(&self.sessions)
+        self.sessions.cookies()
     }
 
     /// Inserts a session that the kernel does not have. What the kernel has is left alone: an
@@ -247,16 +278,9 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// Where the map refuses for another reason than being full.
+    /// Where the kernel refuses.
     pub fn adopt(&mut self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
-        match self.sessions.insert(cookie, session, BPF_NOEXIST) {
-            Ok(()) => Ok(Adoption::Inserted),
-            Err(source) => match os_error(&source) {
-                Some(libc::EEXIST) => Ok(Adoption::Known),
-                Some(libc::E2BIG) => Ok(Adoption::Full),
-                _ => Err(sessions_error(source)),
-            },
-        }
+        self.sessions.adopt(cookie, session)
     }
 
     /// Writes a session that the kernel has; returns whether it still had it. A stamp of a packet
@@ -264,26 +288,18 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// Where the map refuses.
+    /// Where the kernel refuses.
     pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
-        match self.sessions.insert(cookie, session, BPF_EXIST) {
-            Ok(()) => Ok(true),
-            Err(source) if os_error(&source) == Some(libc::ENOENT) => Ok(false),
-            Err(source) => Err(sessions_error(source)),
-        }
+        self.sessions.amend(cookie, session)
     }
 
     /// Removes a session; returns whether it was there.
     ///
     /// # Errors
     ///
-    /// Where the map refuses.
+    /// Where the kernel refuses.
     pub fn remove(&mut self, cookie: u64) -> Result<bool, BpfError> {
-        match self.sessions.remove(&cookie) {
-            Ok(()) => Ok(true),
-            Err(source) if os_error(&source) == Some(libc::ENOENT) => Ok(false),
-            Err(source) => Err(sessions_error(source)),
-        }
+        self.sessions.remove(cookie)
     }
 
     /// Notes the owner of a socket that is older than the programs. What the kernel has noted is
@@ -402,32 +418,48 @@ where
     M::try_from(map).map_err(map_error(name))
 }
 
-fn read_session(
-    map: &HashMap<MapData, u64, Session>,
-    cookie: u64,
-) -> Result<Option<Session>, BpfError> {
-    match map.get(&cookie, 0) {
-        Ok(session) => Ok(Some(session)),
-        Err(MapError::KeyNotFound) => Ok(None),
-        Err(source) => Err(sessions_error(source)),
-    }
+fn random_keys() -> Result<Keys, BpfError> {
+    let mut random = [[0; 8]; 2];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(random.as_flattened_mut()))
+        .map_err(BpfError::Table)?;
+    Ok(Keys::of(random.map(u64::from_ne_bytes)))
 }
 
-/// Each once: where the kernel's walk stands at a key that goes away, it begins anew.
-fn read_cookies(map: &HashMap<MapData, u64, Session>) -> Result<Vec<u64>, BpfError> {
-    let all = map.keys().collect::<Result<Vec<_>, _>>();
-    let mut cookies = all.map_err(sessions_error)?;
-    cookies.sort_unstable();
-    cookies.dedup();
-    Ok(cookies)
+/// Notes in a new table what a daemon has to know that will work on with it.
+fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, keys: Keys) -> Result<(), BpfError> {
+    let map = ebpf.map_mut(table::TABLE);
+    let map = map.ok_or(BpfError::Missing(table::TABLE))?;
+    let error = map_error(table::TABLE);
+    let mut heads: Array<_, TableHead> = Array::try_from(map).map_err(&error)?;
+    let before = heads.get(&0, 0).map_err(&error)?;
+    // In a table that is used on it stands already, and the programs count meanwhile.
+    if before.capacity == 0 {
+        let head = TableHead {
+            sessions: 0,
+            capacity: u64::from(max_sessions),
+            keys,
+        };
+        heads.set(0, head, 0).map_err(&error)?;
+    }
+    Ok(())
+}
+
+fn session_table(ebpf: &mut Ebpf, bucket_count: u32) -> Result<SessionTable, BpfError> {
+    let program = attach::program_fd(ebpf, attach::SERVE)?;
+    let program = program.as_fd().try_clone_to_owned();
+    let mut take = |name| match ebpf.take_map(name) {
+        Some(Map::Array(map)) => Ok(map),
+        _ => Err(BpfError::Missing(name)),
+    };
+    let (exchanges, buckets) = (take("EXCHANGES")?, take(table::BUCKETS)?);
+    program
+        .and_then(|program| SessionTable::new(program, &exchanges, buckets, bucket_count))
+        .map_err(BpfError::Table)
 }
 
 fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {
     move |source| BpfError::Map { name, source }
-}
-
-fn sessions_error(source: MapError) -> BpfError {
-    map_error("SESSIONS")(source)
 }
 
 /// The error number that the kernel gave, where it gave one.

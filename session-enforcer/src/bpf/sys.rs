@@ -1,5 +1,5 @@
-//! The calls of bpf(2) that aya does not make: pins of any kind of object, and links whose program
-//! is replaced while they stay attached.
+//! The calls of bpf(2) that aya does not make: pins of any kind of object, links whose program
+//! is replaced while they stay attached, and runs of a program that allocate nothing.
 
 use std::{
     ffi::CString,
@@ -14,6 +14,7 @@ use std::{
 // `enum bpf_cmd` of `linux/bpf.h`.
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -67,6 +68,24 @@ struct InfoAttributes {
     fd: u32,
     info_bytes: u32,
     info: u64,
+}
+
+/// The start of those of a run, as far as a raw tracepoint takes them.
+#[repr(C)]
+#[derive(Default)]
+struct RunAttributes {
+    program: u32,
+    status: u32,
+    data_bytes: [u32; 2],
+    data: [u64; 2],
+    repeat: u32,
+    duration: u32,
+    context_bytes: [u32; 2],
+    context: [u64; 2],
+    flags: u32,
+    cpu: u32,
+    batch: u32,
+    padding: u32,
 }
 
 /// Those of link creation and link update have the same shape.
@@ -185,5 +204,19 @@ pub(super) fn update_link(link: &OwnedFd, program: &impl AsFd) -> io::Result<()>
 /// Detaches a link at once, whoever else holds it.
 pub(super) fn detach_link(link: &OwnedFd) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut number(link))?;
+    Ok(())
+}
+
+/// Runs a program of the type of raw tracepoints once, on this processor, and waits until it has ended.
+pub(super) fn run_raw_tracepoint(program: &impl AsFd, argument: u64) -> io::Result<()> {
+    // The kernel asks for as many as the program may read.
+    let arguments = [argument; 12];
+    let mut attributes = RunAttributes {
+        program: number(program),
+        context_bytes: [size_of_val(&arguments) as u32, 0],
+        context: [arguments.as_ptr() as u64, 0],
+        ..RunAttributes::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attributes)?;
     Ok(())
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     audit::Audit,
-    bpf::{BpfError, Kernel},
+    bpf::Kernel,
     clock::monotonic_ns,
     health::{Health, Trouble},
     http::Request,
@@ -42,10 +42,6 @@ pub(super) const LOOK_NS: u64 = 200_000_000;
 
 /// When it looks again at such a session that is closing but not closed.
 const CLOSING_NS: u64 = 1_000_000_000;
-
-/// Copies of a busy session's record that are made in search of two that agree. One that changes so
-/// often is not idle, and none of its copies says so.
-const MAX_COPIES: usize = 8;
 
 /// What an [`Enforcer`] is made of.
 pub struct Parts {
@@ -301,25 +297,27 @@ impl Enforcer {
 
     /// Looks at up to `count` due sessions; returns how many it looked at.
     fn take_due(&mut self, count: usize, expired: &mut Vec<Expired>) -> Result<usize> {
-        for taken in 0..count {
-            let now_ns = monotonic_ns();
-            let Some(cookie) = self.schedule.take_due(now_ns) else {
-                return Ok(taken);
-            };
-            expired.extend(self.judge(cookie, now_ns, None)?);
+        let now_ns = monotonic_ns();
+        let due: Vec<u64> = std::iter::from_fn(|| self.schedule.take_due(now_ns))
+            .take(count)
+            .collect();
+        for (cookie, session) in due.iter().zip(self.kernel.sessions(&due)?) {
+            expired.extend(self.judge(*cookie, session, now_ns, None)?);
         }
-        Ok(count)
+        Ok(due.len())
     }
 
-    /// Decides about a session that is scheduled without a time. One that lives is re-armed here.
-    /// `before` is the policy that another has just taken the place of.
+    /// Decides about a session that is scheduled without a time, by its record as it was read not before
+    /// `now_ns`. One that lives is re-armed here. `before` is the policy that another has just taken the
+    /// place of.
     pub(super) fn judge(
         &mut self,
         cookie: u64,
+        session: Option<Session>,
         now_ns: u64,
         before: Option<&RuleBook>,
     ) -> Result<Option<Expired>> {
-        let Some(mut session) = self.whole_session(cookie)? else {
+        let Some(mut session) = session else {
             // It has closed; its event is still to be read, or was lost.
             self.forget(cookie);
             return Ok(None);
@@ -409,21 +407,6 @@ impl Enforcer {
         let lived = before.lets_live(session, now_ns, ancestors)
             || policy.gate == 1 && before.only_observes(session, ancestors);
         lived.then_some((Reason::Policy, now_ns))
-    }
-
-    /// The session as it was at one moment. The kernel copies a record while packets change it: an
-    /// answer that passes meanwhile could show the stamps from before and the debt as paid. Two
-    /// copies that agree were made when nothing passed.
-    fn whole_session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        let mut first = self.kernel.session(cookie)?;
-        for _ in 0..MAX_COPIES {
-            let second = self.kernel.session(cookie)?;
-            if first == second {
-                break;
-            }
-            first = second;
-        }
-        Ok(first)
     }
 
     /// When a session whose end the kernel does not report has to be looked for again; `None`, after

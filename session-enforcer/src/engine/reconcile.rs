@@ -29,14 +29,6 @@ use crate::{
     survey::{Found, Reach},
 };
 
-/// Why the kernel programs could not track a session.
-const REFUSALS: [ErrorKind; 4] = [
-    ErrorKind::MapFull,
-    ErrorKind::NoMemory,
-    ErrorKind::Busy,
-    ErrorKind::InsertFailed,
-];
-
 /// A comparison that is under way.
 pub(super) struct Comparison {
     /// Sessions that the kernel programs had refused when it began.
@@ -137,11 +129,7 @@ impl Enforcer {
     ///
     /// Where their counters cannot be read.
     pub(super) fn note_refusals(&mut self) -> Result<(), BpfError> {
-        let mut refused = 0;
-        for kind in REFUSALS {
-            refused += self.kernel.error_count(kind)?;
-        }
-        self.missed.refused = refused;
+        self.missed.refused = self.kernel.error_count(ErrorKind::MapFull)?;
         self.note_missed();
         Ok(())
     }
@@ -399,18 +387,11 @@ impl Enforcer {
 mod tests {
     use super::*;
 
-    /// Whatever the kernel says, it counts as one of these.
-    #[test]
-    fn each_cause_for_which_a_session_is_not_tracked_is_a_refusal() {
-        let named = REFUSALS.map(ErrorKind::name);
-        assert_eq!(named, ["map_full", "no_memory", "busy", "insert_failed"]);
-    }
-
     #[test]
     fn a_session_that_was_refused_with_room_in_the_map_is_looked_for_soon() {
         let mut missed = Missed::default();
         assert_eq!(missed.need(true), Need::Routine);
-        // EBUSY or ENOMEM: there is room.
+        // It was full then.
         missed.refused = 1;
         assert_eq!(missed.need(true), Need::Mend);
         assert_eq!(missed.need(false), Need::TryAgain);

@@ -9,7 +9,7 @@ use super::{
     enforcer::{Enforcer, LateByPolicy, group_of},
     terminate::Expired,
 };
-use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config};
+use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config, sock_diag::MAX_BATCH};
 
 /// What a change of the policy did to the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,18 +90,21 @@ impl Enforcer {
     /// ring buffer is read, which the closings of a hundred thousand would fill.
     fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
         let mut redecided = Redecided::default();
-        for cookie in self.kernel.cookies()? {
-            let Some(session) = self.kernel.session(cookie)? else {
-                continue;
-            };
-            self.reschedule(cookie, &session);
-            match self.judge(cookie, monotonic_ns(), Some(before))? {
-                Some(expired) => {
-                    redecided.expired += 1;
-                    self.make_due(&expired);
+        for cookies in self.kernel.cookies()?.chunks(MAX_BATCH) {
+            let now_ns = monotonic_ns();
+            for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
+                let Some(session) = session else {
+                    continue;
+                };
+                self.reschedule(*cookie, &session);
+                match self.judge(*cookie, Some(session), now_ns, Some(before))? {
+                    Some(expired) => {
+                        redecided.expired += 1;
+                        self.make_due(&expired);
+                    }
+                    None if self.schedule.contains(*cookie) => redecided.kept += 1,
+                    None => redecided.released += 1,
                 }
-                None if self.schedule.contains(cookie) => redecided.kept += 1,
-                None => redecided.released += 1,
             }
         }
         Ok(redecided)

@@ -228,10 +228,11 @@ impl Enforcer {
 
     fn sessions_by_namespace(&self) -> Result<BTreeMap<u64, Vec<(u64, Session)>>, BpfError> {
         let mut sessions: BTreeMap<u64, Vec<(u64, Session)>> = BTreeMap::new();
-        for cookie in self.kernel.cookies()? {
-            if let Some(session) = self.kernel.session(cookie)? {
+        let cookies = self.kernel.cookies()?;
+        for (cookie, session) in cookies.iter().zip(self.kernel.sessions(&cookies)?) {
+            if let Some(session) = session {
                 let of_namespace = sessions.entry(session.netns_cookie).or_default();
-                of_namespace.push((cookie, session));
+                of_namespace.push((*cookie, session));
             }
         }
         Ok(sessions)

@@ -8,14 +8,16 @@ use std::{
     path::Path,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use session_enforcer_common::Session;
+use anyhow::{Context as _, Result, bail, ensure};
+use session_enforcer_common::{
+    Session,
+    table::{Keys, WAYS},
+};
 
 // `enum bpf_cmd` of `linux/bpf.h`.
 const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
-const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const PROG_LOAD: libc::c_long = 5;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const MAP_GET_FD_BY_ID: libc::c_long = 14;
@@ -407,11 +409,19 @@ impl Programs {
         ids.into_iter().map(Map::open).collect()
     }
 
-    /// The map of the sessions.
-    pub(crate) fn sessions(&self) -> Result<Map> {
-        let maps = self.maps()?;
-        let found = maps.into_iter().find(|map| map.name == "SESSIONS");
-        found.context("the programs have no map named SESSIONS")
+    /// The table of the sessions.
+    pub(crate) fn sessions(&self) -> Result<Sessions> {
+        let mut maps = self.maps()?;
+        let mut take = |name| {
+            let place = maps.iter().position(|map| map.name == name);
+            let place = place.with_context(|| format!("the programs have no map named {name}"))?;
+            anyhow::Ok(maps.swap_remove(place))
+        };
+        Ok(Sessions {
+            buckets: take("BUCKETS")?,
+            records: take("SESSIONS")?,
+            head: take("TABLE")?,
+        })
     }
 
     fn program(&self, hook: Hook) -> Result<&OwnedFd> {
@@ -462,9 +472,8 @@ pub(crate) struct Map {
     fd: OwnedFd,
     /// Its name.
     pub(crate) name: String,
-    /// How many entries it can have.
-    pub(crate) capacity: u32,
-    key_bytes: usize,
+    /// How many elements it can have.
+    capacity: u32,
     value_bytes: usize,
 }
 
@@ -488,7 +497,6 @@ impl Map {
             fd,
             name: String::from_utf8_lossy(name.unwrap_or_default()).into_owned(),
             capacity: found.capacity,
-            key_bytes: found.key_bytes as usize,
             value_bytes: found.value_bytes as usize,
         })
     }
@@ -501,44 +509,95 @@ impl Map {
         Ok(line.context("memlock in fdinfo")?.trim().parse()?)
     }
 
-    /// The value of some entry.
-    pub(crate) fn some_value(&self) -> Result<Vec<u8>> {
-        let mut key = vec![0; self.key_bytes];
+    /// The value of an element of an array.
+    fn get(&self, index: u32) -> Result<Vec<u8>> {
         let mut value = vec![0; self.value_bytes];
-        // The first key is what comes after none, and goes where an element's value does.
-        let mut attributes = self.element(&[], &mut key);
-        bpf(MAP_GET_NEXT_KEY, &mut attributes).context("the map is empty")?;
-        let mut attributes = self.element(&key, &mut value);
-        bpf(MAP_LOOKUP_ELEM, &mut attributes).context("reading an entry")?;
+        let mut attributes = self.element(&index, &mut value);
+        bpf(MAP_LOOKUP_ELEM, &mut attributes).context("reading an element")?;
         Ok(value)
     }
 
-    /// Adds so many entries of this value, under keys that no socket ever has.
-    pub(crate) fn invent(&self, count: u64, value: &[u8]) -> Result<()> {
-        // The kernel counts cookies up from 1.
-        const FIRST: u64 = 1 << 62;
-        ensure!(self.key_bytes == size_of::<u64>() && self.value_bytes == value.len());
+    fn set(&self, index: u32, value: &[u8]) -> Result<()> {
+        ensure!(value.len() == self.value_bytes, "a value of another size");
         let mut value = value.to_vec();
-        for key in FIRST..FIRST + count {
-            let mut attributes = self.element(&key.to_ne_bytes(), &mut value);
-            bpf(MAP_UPDATE_ELEM, &mut attributes).context("adding an entry")?;
-        }
+        let mut attributes = self.element(&index, &mut value);
+        bpf(MAP_UPDATE_ELEM, &mut attributes).context("writing an element")?;
         Ok(())
     }
 
-    fn element(&self, key: &[u8], value: &mut [u8]) -> Element {
-        let key = if key.is_empty() {
-            0
-        } else {
-            key.as_ptr() as u64
-        };
+    /// Its elements, each of numbers.
+    fn numbers(&self, index: u32) -> Result<Vec<u64>> {
+        let value = self.get(index)?;
+        let (numbers, _) = value.as_chunks();
+        Ok(numbers.iter().map(|n| u64::from_ne_bytes(*n)).collect())
+    }
+
+    fn set_numbers(&self, index: u32, numbers: &[u64]) -> Result<()> {
+        let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_ne_bytes()).collect();
+        self.set(index, &bytes)
+    }
+
+    fn element(&self, index: &u32, value: &mut [u8]) -> Element {
         Element {
             map: number(&self.fd),
             padding: 0,
-            key,
+            key: std::ptr::from_ref(index) as u64,
             value: value.as_mut_ptr() as u64,
             flags: 0,
         }
+    }
+}
+
+/// The session table of a daemon, as `session_enforcer_common::table` describes it.
+#[derive(Debug)]
+pub(crate) struct Sessions {
+    buckets: Map,
+    records: Map,
+    head: Map,
+}
+
+impl Sessions {
+    /// Bytes of the kernel's memory that it takes, as the kernel reckons them.
+    pub(crate) fn memory(&self) -> Result<u64> {
+        Ok(self.buckets.memory()? + self.records.memory()? + self.head.memory()?)
+    }
+
+    /// The record of some session.
+    pub(crate) fn some_record(&self) -> Result<Vec<u8>> {
+        for bucket in 0..self.buckets.capacity {
+            let tags = self.buckets.numbers(bucket)?;
+            if let Some(way) = tags.iter().position(|tag| *tag != 0) {
+                return self.records.get(bucket * WAYS + way as u32);
+            }
+        }
+        bail!("there is no session")
+    }
+
+    /// Adds so many sessions with this record, under cookies that no socket ever has. Nothing else may
+    /// change the table meanwhile.
+    pub(crate) fn invent(&self, count: u64, record: &[u8]) -> Result<()> {
+        // The kernel counts cookies up from 1.
+        const FIRST: u64 = 1 << 62;
+        let head = self.head.numbers(0)?;
+        let &[sessions, capacity, first, second] = head.as_slice() else {
+            bail!("the head of the table is another one");
+        };
+        let keys = Keys([first, second]);
+        for cookie in FIRST..FIRST + count {
+            let room = |bucket| {
+                let tags = self.buckets.numbers(bucket)?;
+                let taken = tags.iter().filter(|tag| **tag != 0).count();
+                anyhow::Ok((taken, bucket, tags))
+            };
+            let [one, other] = keys.buckets(cookie, self.buckets.capacity).map(room);
+            let (_, bucket, mut tags) = one?.min(other?);
+            let way = tags.iter().position(|tag| *tag == 0).context("no room")?;
+            self.records.set(bucket * WAYS + way as u32, record)?;
+            tags[way] = cookie;
+            self.buckets.set_numbers(bucket, &tags)?;
+        }
+        self.head
+            .set_numbers(0, &[sessions + count, capacity, first, second])
     }
 }
 

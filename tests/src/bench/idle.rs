@@ -95,7 +95,8 @@ fn at_rest(bench: &Bench) -> Result<Vec<Row>> {
         .map(Map::memory)
         .sum::<Result<u64>>()?;
     let others = all - sessions.memory()?;
-    let each = sessions.memory()? as f64 / f64::from(sessions.capacity);
+    let capacity = daemon.metric("session_enforcer_map_capacity", &[])?;
+    let each = sessions.memory()? as f64 / capacity;
     Ok(vec![
         Row::new("daemon's memory at rest", "MB", &[resident]).budget(Budget::AtMost(RESIDENT_MB)),
         Row::new("kernel's memory for one session", "B", &[each])

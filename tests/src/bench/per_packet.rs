@@ -74,7 +74,7 @@ fn open(subjects: &mut [Subject], count: usize, bench: &Bench) -> Result<()> {
 fn fill(subjects: &[Subject], sessions: u64) -> Result<()> {
     let is_tracked = |subject: &&Subject| subject.party.kind == Kind::Tracked;
     let tracked = subjects.iter().find(is_tracked).context("a session")?;
-    let value = tracked.programs.sessions()?.some_value()?;
+    let value = tracked.programs.sessions()?.some_record()?;
     for subject in subjects {
         if let Some(daemon) = subject.party.daemon() {
             let real = daemon.metric("session_enforcer_sessions", &[])? as u64;

@@ -1,0 +1,293 @@
+//! The session table, as the daemon works with it: this one's through the program `serve`, an earlier
+//! daemon's by reading its maps. `session_enforcer_common::table` says how it is made.
+
+use std::{
+    io,
+    num::NonZeroUsize,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    ptr::NonNull,
+};
+
+use aya::maps::{Array, Map, MapData, MapError};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use session_enforcer_common::{
+    Session,
+    table::{Bucket, CLAIMED, Exchange, Keys, MAX_REQUESTS, Request, TableHead, WAYS, answer},
+};
+
+use super::{Adoption, BpfError, map_error, sys};
+
+/// The maps that a table consists of, as they are named in the object and as pins.
+pub(super) const BUCKETS: &str = "BUCKETS";
+/// The records.
+pub(super) const SESSIONS: &str = "SESSIONS";
+/// What a table knows of itself.
+pub(super) const TABLE: &str = "TABLE";
+
+/// This daemon's session table. All that is done to it is done by a program in the kernel, which runs to
+/// its end: nothing is left half done, whatever becomes of the daemon.
+pub(super) struct SessionTable {
+    program: OwnedFd,
+    exchanges: Mapping<Exchange>,
+    buckets: MapData,
+    bucket_count: u32,
+}
+
+impl SessionTable {
+    /// Of the maps as they were loaded, with the program that works on them.
+    pub(super) fn new(
+        program: OwnedFd,
+        exchanges: &MapData,
+        buckets: MapData,
+        bucket_count: u32,
+    ) -> io::Result<Self> {
+        let writable = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Ok(Self {
+            program,
+            exchanges: Mapping::new(exchanges.fd().as_fd(), MAX_REQUESTS as usize, writable)?,
+            buckets,
+            bucket_count,
+        })
+    }
+
+    /// The session as the kernel has it now.
+    pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
+        let exchange = self.ask(cookie, Request::Read, None)?;
+        Ok((exchange.answer == answer::DONE).then_some(exchange.session))
+    }
+
+    /// The sessions of these cookies as the kernel has them now, in their order.
+    pub(super) fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
+        let mut sessions = Vec::with_capacity(cookies.len());
+        for cookies in cookies.chunks(MAX_REQUESTS as usize) {
+            for (index, cookie) in cookies.iter().enumerate() {
+                self.put(index, *cookie, Request::Read, None);
+            }
+            self.serve(cookies.len())?;
+            for (index, cookie) in cookies.iter().enumerate() {
+                let exchange = self.answered(index, *cookie, Request::Read)?;
+                sessions.push((exchange.answer == answer::DONE).then_some(exchange.session));
+            }
+        }
+        Ok(sessions)
+    }
+
+    /// Puts in a session that is not there.
+    pub(super) fn adopt(&self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
+        let exchange = self.ask(cookie, Request::Adopt, Some(session))?;
+        Ok(match exchange.answer {
+            answer::DONE => Adoption::Inserted,
+            answer::PRESENT => Adoption::Known,
+            _ => Adoption::Full,
+        })
+    }
+
+    /// Writes a session that is there; whether it was.
+    pub(super) fn amend(&self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
+        let exchange = self.ask(cookie, Request::Amend, Some(session))?;
+        Ok(exchange.answer == answer::DONE)
+    }
+
+    /// Takes a session out; whether it was there.
+    pub(super) fn remove(&self, cookie: u64) -> Result<bool, BpfError> {
+        let exchange = self.ask(cookie, Request::Remove, None)?;
+        Ok(exchange.answer == answer::DONE)
+    }
+
+    /// The cookie of every session, once.
+    pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
+        cookies(&self.buckets, self.bucket_count).map_err(BpfError::Table)
+    }
+
+    fn ask(
+        &self,
+        cookie: u64,
+        request: Request,
+        session: Option<&Session>,
+    ) -> Result<Exchange, BpfError> {
+        self.put(0, cookie, request, session);
+        self.serve(1)?;
+        self.answered(0, cookie, request)
+    }
+
+    fn put(&self, index: usize, cookie: u64, request: Request, session: Option<&Session>) {
+        let at = self.exchanges.at(index);
+        // SAFETY: within the mapping, which nothing reads or writes meanwhile: the program only runs
+        // in `serve`, and the mapping keeps this value to one thread.
+        unsafe {
+            (*at).cookie = cookie;
+            (*at).request = request as u32;
+            (*at).answer = 0;
+            if let Some(session) = session {
+                (*at).session = *session;
+            }
+        }
+    }
+
+    fn serve(&self, requests: usize) -> Result<(), BpfError> {
+        sys::run_raw_tracepoint(&self.program, requests as u64).map_err(BpfError::Table)
+    }
+
+    fn answered(&self, index: usize, cookie: u64, request: Request) -> Result<Exchange, BpfError> {
+        // SAFETY: as above; any bit pattern is valid.
+        let exchange = unsafe { self.exchanges.at(index).read() };
+        if exchange.cookie == cookie && is_answer(request, exchange.answer) {
+            Ok(exchange)
+        } else {
+            Err(BpfError::NoAnswer {
+                request,
+                answer: exchange.answer,
+            })
+        }
+    }
+}
+
+/// Whether a program of this version would answer so.
+fn is_answer(request: Request, given: u32) -> bool {
+    match request {
+        Request::Read | Request::Amend | Request::Remove => {
+            matches!(given, answer::DONE | answer::MISSING)
+        }
+        Request::Adopt => matches!(given, answer::DONE | answer::PRESENT | answer::FULL),
+    }
+}
+
+/// A session table that an earlier daemon left, which its programs may still change.
+pub(super) struct EarlierTable {
+    buckets: Array<MapData, Bucket>,
+    sessions: Array<MapData, Session>,
+    keys: Keys,
+}
+
+impl EarlierTable {
+    /// Opens the pins of a set that was looked at.
+    pub(super) fn open(set: &Path, keys: Keys) -> Result<Self, BpfError> {
+        let map = |name| MapData::from_pin(set.join(name)).and_then(Map::from_map_data);
+        Ok(Self {
+            buckets: map(BUCKETS)
+                .and_then(Array::try_from)
+                .map_err(map_error(BUCKETS))?,
+            sessions: map(SESSIONS)
+                .and_then(Array::try_from)
+                .map_err(map_error(SESSIONS))?,
+            keys,
+        })
+    }
+
+    /// The session as the kernel has it now.
+    pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
+        let Some(place) = self.place(cookie)? else {
+            return Ok(None);
+        };
+        let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS))?;
+        // It may have ended meanwhile, and the record be another's.
+        Ok((self.place(cookie)? == Some(place)).then_some(session))
+    }
+
+    fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
+        for bucket in self.keys.buckets(cookie, self.buckets.len()) {
+            let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
+            if let Some(way) = (0..WAYS).find(|way| tags.0[*way as usize] == cookie) {
+                return Ok(Some(bucket * WAYS + way));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The cookie of every session, once.
+    pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
+        let mut cookies = Vec::new();
+        for bucket in self.buckets.iter() {
+            cookies.extend(bucket.map_err(map_error(BUCKETS))?.0);
+        }
+        Ok(cleaned(cookies))
+    }
+}
+
+/// The head of a table.
+pub(super) fn head(map: OwnedFd) -> Result<TableHead, MapError> {
+    let map = MapData::from_fd(map).and_then(Map::from_map_data)?;
+    Array::try_from(map)?.get(&0, 0)
+}
+
+/// The tags are read where the kernel has them, in a mapping that is gone again afterwards: it would
+/// count as the daemon's memory.
+fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
+    let places = count as usize * WAYS as usize;
+    let tags: Mapping<u64> = Mapping::new(buckets.fd().as_fd(), places, ProtFlags::PROT_READ)?;
+    // SAFETY: within the mapping. Volatile: the kernel changes it.
+    let tag = |index| unsafe { tags.at(index).read_volatile() };
+    Ok(cleaned((0..places).map(tag).collect()))
+}
+
+/// The cookies among these tags, each once: a socket that is connected again is put in again, perhaps at
+/// another place.
+fn cleaned(mut tags: Vec<u64>) -> Vec<u64> {
+    tags.retain(|tag| *tag != 0 && *tag != CLAIMED);
+    tags.sort_unstable();
+    tags.dedup();
+    tags
+}
+
+/// The elements of a map in this process's memory. Not to be shared between threads.
+struct Mapping<T> {
+    start: NonNull<T>,
+    elements: usize,
+    bytes: NonZeroUsize,
+}
+
+impl<T> Mapping<T> {
+    fn new(map: BorrowedFd<'_>, elements: usize, protection: ProtFlags) -> io::Result<Self> {
+        let bytes = elements
+            .checked_mul(size_of::<T>())
+            .and_then(NonZeroUsize::new)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new mapping, of elements whose size is the map's: nothing else lies there.
+        let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map, 0) }?;
+        Ok(Self {
+            start: start.cast(),
+            elements,
+            bytes,
+        })
+    }
+
+    fn at(&self, index: usize) -> *mut T {
+        assert!(index < self.elements, "an element of the mapping");
+        // SAFETY: within the mapping.
+        unsafe { self.start.add(index).as_ptr() }
+    }
+}
+
+impl<T> Drop for Mapping<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and what `at` gave is not used any more.
+        let unmapped = unsafe { munmap(self.start.cast(), self.bytes.get()) };
+        debug_assert_eq!(unmapped, Ok(()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_and_claimed_places_are_no_cookies_and_each_cookie_is_one() {
+        assert_eq!(cleaned(vec![7, 0, CLAIMED, 3, 7, 0]), [3, 7]);
+    }
+
+    #[test]
+    fn only_what_a_program_of_this_version_answers_is_an_answer() {
+        for request in [
+            Request::Read,
+            Request::Amend,
+            Request::Remove,
+            Request::Adopt,
+        ] {
+            assert!(is_answer(request, answer::DONE));
+            assert!(!is_answer(request, 0) && !is_answer(request, 5));
+        }
+        assert!(is_answer(Request::Adopt, answer::FULL) && !is_answer(Request::Read, answer::FULL));
+        assert!(!is_answer(Request::Adopt, answer::MISSING));
+    }
+}
