@@ -26,6 +26,7 @@ mod maps;
 mod owner;
 mod packet;
 mod policy;
+mod ports;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock, sock_ops},

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
-    Policy, RuleCounters, Session, Table, Way,
+    Policy, PortFilter, RuleCounters, Session, Table, Way,
 };
 
 /// The sessions by socket cookie. Preallocated, so that an insert in softirq context never waits
@@ -41,6 +41,11 @@ pub(crate) static ACTIVE_TABLE: Array<u32, 1> = Array::new();
 /// element in one piece, and the gate must not judge by the half of one.
 #[btf_map]
 pub(crate) static POLICIES: Array<Policy, { (Table::COUNT * MAX_RULES) as usize }> = Array::new();
+
+/// The ports of the connections that a rule can match: the filter of each match table, and behind
+/// them the one for packets, at [`PortFilter::OF_PACKETS`].
+#[btf_map]
+pub(crate) static PORTS: Array<PortFilter, { PortFilter::COUNT as usize }> = Array::new();
 
 /// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation.
 #[btf_map]
