@@ -24,7 +24,7 @@ pub use layout::LAYOUT;
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
-pub use ports::PortFilter;
+pub use ports::{PortFilter, PortFilters};
 pub use session::{Address, Direction, Session, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of

@@ -1,6 +1,8 @@
 //! Which ports a connection has to have for any rule to match it: what the kernel programs ask
 //! before anything else, since most packets are of connections that no rule is about.
 
+use core::ptr;
+
 use crate::{MatchEntry, PortRange, RULE_EXEMPT, Table};
 
 /// Bits in a word of a [`PortSet`].
@@ -15,9 +17,15 @@ struct PortSet([u64; WORDS]);
 
 impl PortSet {
     /// The port's bit as the lowest one. What the bits above it are does not matter.
+    ///
+    /// # Safety
+    ///
+    /// The set can be read. It may change meanwhile.
     #[inline(always)]
-    const fn lowest_bit(&self, port: u16) -> u64 {
-        self.0[port as usize / WORD_BITS] >> (port as usize % WORD_BITS)
+    unsafe fn lowest_bit(set: *const Self, port: u16) -> u64 {
+        let (word, bit) = (usize::from(port) / WORD_BITS, usize::from(port) % WORD_BITS);
+        // SAFETY: the caller's promise; no port is beyond the last word.
+        unsafe { ptr::read_volatile(set.cast::<u64>().add(word)) >> bit }
     }
 
     fn add(&mut self, ports: PortRange) {
@@ -59,28 +67,52 @@ const _: () = {
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for PortFilter {}
 
-impl PortFilter {
-    /// Number of filters: one for each match table, under its index, and the one for packets.
-    pub const COUNT: u32 = Table::COUNT + 1;
+/// The filters that the kernel programs ask.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct PortFilters {
+    /// What each match table can match, under its index.
+    pub of_tables: [PortFilter; Table::COUNT as usize],
+    /// Says yes for the packets of whatever has a session, also one of an earlier policy: while the
+    /// policy changes, it says yes for everything.
+    pub of_packets: PortFilter,
+}
 
-    /// Index of the filter for packets. It says yes for whatever has a session, also for one of an
-    /// earlier policy: while the policy changes, it says yes for everything.
-    pub const OF_PACKETS: u32 = Table::COUNT;
+const _: () = {
+    assert!(size_of::<PortFilters>() == 49_152);
+    assert!(core::mem::offset_of!(PortFilters, of_packets) == 32_768);
+};
+
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for PortFilters {}
+
+impl PortFilters {
+    /// No rule, and no session.
+    pub const NONE: Self = Self {
+        of_tables: [PortFilter::NONE; Table::COUNT as usize],
+        of_packets: PortFilter::NONE,
+    };
+}
+
+impl PortFilter {
+    /// Says no for every connection.
+    const NONE: Self = Self {
+        local: PortSet([0; WORDS]),
+        remote: PortSet([0; WORDS]),
+    };
 
     /// Says yes for every connection.
     pub const ALL: Self = Self {
         local: PortSet([u64::MAX; WORDS]),
-        remote: PortSet([0; WORDS]),
+        ..Self::NONE
     };
 
     /// Says yes for port 0 on this host alone, which no established connection has. A socket that
     /// closes gives its port back before its RST leaves it, and that RST may be all that tells of the
     /// end of a session.
     const CLOSING: Self = {
-        let mut filter = Self {
-            local: PortSet([0; WORDS]),
-            remote: PortSet([0; WORDS]),
-        };
+        let mut filter = Self::NONE;
         filter.local.0[0] = 1;
         filter
     };
@@ -112,11 +144,27 @@ impl PortFilter {
         });
     }
 
-    /// Whether an entry may apply to a connection with these ports, both in host byte order. Without
-    /// a branch: this is all that a packet of an untracked connection pays for.
+    /// Whether an entry may apply to a connection with these ports, both in host byte order.
     #[inline(always)]
-    pub const fn may_match(&self, local_port: u16, remote_port: u16) -> bool {
-        (self.local.lowest_bit(local_port) | self.remote.lowest_bit(remote_port)) & 1 != 0
+    pub fn may_match(&self, local_port: u16, remote_port: u16) -> bool {
+        // SAFETY: a reference can be read.
+        unsafe { Self::ask(self, local_port, remote_port) }
+    }
+
+    /// [`may_match`](Self::may_match) of a filter that others write. Without a branch: this is nearly
+    /// all that a packet of an untracked connection pays for.
+    ///
+    /// # Safety
+    ///
+    /// The filter can be read.
+    #[inline(always)]
+    pub unsafe fn ask(filter: *const Self, local_port: u16, remote_port: u16) -> bool {
+        // SAFETY: the caller's promise.
+        let bits = unsafe {
+            PortSet::lowest_bit(&raw const (*filter).local, local_port)
+                | PortSet::lowest_bit(&raw const (*filter).remote, remote_port)
+        };
+        bits & 1 != 0
     }
 }
 

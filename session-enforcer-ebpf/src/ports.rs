@@ -1,5 +1,5 @@
 //! Whether any rule can be about a connection, by its ports: what is asked first, and without a call
-//! into the kernel. The verifier writes the look-ups in arrays out, and the context has the ports.
+//! into the kernel. The context has the ports, and the programs the address of the filters.
 
 use core::ptr;
 
@@ -7,12 +7,11 @@ use aya_ebpf::{
     bindings::__sk_buff,
     programs::{SkBuffContext, SockOpsContext},
 };
-
-use session_enforcer_common::PortFilter;
+use session_enforcer_common::{PortFilter, Table};
 
 use crate::{maps::PORTS, policy::active_table};
 
-/// Whether the connection of the packet can have a session. A packet of a listening socket has the
+/// Whether the connection of the packet can have a session. A packet for a listening socket has the
 /// remote port 0; it has none.
 #[inline(always)]
 pub(crate) fn may_have_session(ctx: &SkBuffContext) -> bool {
@@ -21,18 +20,21 @@ pub(crate) fn may_have_session(ctx: &SkBuffContext) -> bool {
     // socket there, a full one. Each is read alone and volatile: the verifier refuses a wider access.
     let (local, remote) = unsafe {
         (
-            ptr::read_volatile(ptr::addr_of!((*skb).local_port)) as u16,
-            remote_port(ptr::read_volatile(ptr::addr_of!((*skb).remote_port))),
+            ptr::read_volatile(&raw const (*skb).local_port) as u16,
+            remote_port(ptr::read_volatile(&raw const (*skb).remote_port)),
         )
     };
-    may_match(PortFilter::OF_PACKETS, local, remote)
+    // SAFETY: the filters are always there.
+    unsafe { PortFilter::ask(&raw const (*PORTS.as_ptr()).of_packets, local, remote) }
 }
 
 /// Whether the table in force can match the connection.
 #[inline(always)]
 pub(crate) fn may_be_matched(ctx: &SockOpsContext) -> bool {
     let (local, remote) = (ctx.local_port() as u16, remote_port(ctx.remote_port()));
-    may_match(active_table(), local, remote)
+    let table = (active_table() % Table::COUNT) as usize;
+    // SAFETY: the filters are always there, one for each table.
+    unsafe { PortFilter::ask(&raw const (*PORTS.as_ptr()).of_tables[table], local, remote) }
 }
 
 /// The remote port of a context: in network byte order, in the upper half of the word on a
@@ -40,12 +42,4 @@ pub(crate) fn may_be_matched(ctx: &SockOpsContext) -> bool {
 #[inline(always)]
 pub(crate) fn remote_port(word: u32) -> u16 {
     u32::from_be(word) as u16
-}
-
-#[inline(always)]
-fn may_match(filter: u32, local_port: u16, remote_port: u16) -> bool {
-    // There is always such an element.
-    PORTS
-        .get(filter)
-        .is_none_or(|filter| filter.may_match(local_port, remote_port))
 }

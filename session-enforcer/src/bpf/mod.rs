@@ -139,7 +139,7 @@ impl Kernel {
             match_tables: take_map(&mut ebpf, "MATCH_TABLES")?,
             active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
             policies: take_map(&mut ebpf, "POLICIES")?,
-            ports: Ports::new(take_map(&mut ebpf, "PORTS")?),
+            ports: Ports::new(take_map(&mut ebpf, ports::SECTION)?),
             owners: take_map(&mut ebpf, "OWNERS")?,
             ancestors: take_map(&mut ebpf, "ANCESTORS")?,
             active: 0,

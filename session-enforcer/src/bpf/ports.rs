@@ -1,22 +1,24 @@
-//! The filters by which the programs leave alone what no rule can be about (`PORTS`).
+//! The filters by which the programs leave alone what no rule can be about (`PORTS` of the programs).
 
 use aya::maps::{Array, MapData};
-use session_enforcer_common::{MatchEntry, PortFilter};
+use session_enforcer_common::{MatchEntry, PortFilter, PortFilters};
 
 use super::{BpfError, Kernel, map_error};
 
-/// The map of filters.
+/// The section of the programs' object that is the map.
+pub(super) const SECTION: &str = ".bss.ports";
+
+/// The filters, and their map of one element.
 pub(super) struct Ports {
-    map: Array<MapData, PortFilter>,
-    /// That of the match table in force.
-    in_force: Box<PortFilter>,
+    map: Array<MapData, PortFilters>,
+    filters: Box<PortFilters>,
 }
 
 impl Ports {
-    pub(super) fn new(map: Array<MapData, PortFilter>) -> Self {
+    pub(super) fn new(map: Array<MapData, PortFilters>) -> Self {
         Self {
             map,
-            in_force: Box::new(PortFilter::of(&[])),
+            filters: Box::new(PortFilters::NONE),
         }
     }
 
@@ -24,17 +26,16 @@ impl Ports {
     /// see every packet: sessions of the policy before stay what they are until they are decided
     /// about.
     pub(super) fn announce(&mut self, table: u32, entries: &[MatchEntry]) -> Result<(), BpfError> {
-        self.set(PortFilter::OF_PACKETS, &PortFilter::ALL)?;
-        let filter = Box::new(PortFilter::of(entries));
-        self.set(table, &filter)?;
-        self.in_force = filter;
-        Ok(())
+        self.filters.of_packets = PortFilter::ALL;
+        self.filters.of_tables[table as usize] = PortFilter::of(entries);
+        self.write()
     }
 
     /// The kernel does not copy an element in one piece. What the filters before and after both say
     /// yes for is seen all the same: a bit that is in both never changes.
-    fn set(&mut self, index: u32, filter: &PortFilter) -> Result<(), BpfError> {
-        self.map.set(index, filter, 0).map_err(map_error("PORTS"))
+    fn write(&mut self) -> Result<(), BpfError> {
+        let written = self.map.set(0, self.filters.as_ref(), 0);
+        written.map_err(map_error(SECTION))
     }
 }
 
@@ -48,7 +49,7 @@ impl Kernel {
     ///
     /// Where a map cannot be read or written; the programs see every packet then.
     pub fn narrow_ports(&mut self) -> Result<(), BpfError> {
-        let mut filter = self.ports.in_force.clone();
+        let mut filter = self.ports.filters.of_tables[self.active as usize];
         for cookie in self.cookies()? {
             if let Some(session) = self.session(cookie)?
                 && !filter.may_match(session.local_port, session.remote_port)
@@ -56,6 +57,7 @@ impl Kernel {
                 filter.add_local(session.local_port);
             }
         }
-        self.ports.set(PortFilter::OF_PACKETS, &filter)
+        self.ports.filters.of_packets = filter;
+        self.ports.write()
     }
 }
