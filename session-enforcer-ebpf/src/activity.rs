@@ -5,7 +5,7 @@
 //! be about it does a packet of no session cost a cookie and a map miss.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
+    bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
     helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
     programs::SkBuffContext,
 };
@@ -63,26 +63,6 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     if !ports::may_have_session(ctx) {
         return Fate::Pass;
     }
-    match way {
-        Way::Ingress => track_received(ctx.skb.skb),
-        Way::Egress => track_sent(ctx.skb.skb),
-    }
-}
-
-/// Never inlined, nor is the other: what a packet without a session pays for is the shorter by the
-/// registers and the stack that these need.
-#[inline(never)]
-fn track_received(skb: *mut __sk_buff) -> Fate {
-    track_session(&SkBuffContext::new(skb), Way::Ingress)
-}
-
-#[inline(never)]
-fn track_sent(skb: *mut __sk_buff) -> Fate {
-    track_session(&SkBuffContext::new(skb), Way::Egress)
-}
-
-#[inline(always)]
-fn track_session(ctx: &SkBuffContext, way: Way) -> Fate {
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
     let Some(session) = SESSIONS.get_ptr_mut(cookie) else {
