@@ -15,6 +15,7 @@ mod matching;
 mod owner;
 pub mod packet;
 mod policy;
+mod ports;
 mod session;
 pub mod table;
 
@@ -24,6 +25,7 @@ pub use layout::LAYOUT;
 pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
+pub use ports::{PortFilter, PortFilters};
 pub use session::{Address, Direction, Session, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of

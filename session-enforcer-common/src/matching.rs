@@ -125,6 +125,11 @@ impl PortRange {
     pub const fn contains(&self, port: u16) -> bool {
         self.first <= port && port <= self.last
     }
+
+    /// Number of ports in the range.
+    pub const fn count(&self) -> u32 {
+        (self.last as u32 + 1).saturating_sub(self.first as u32)
+    }
 }
 
 /// One entry of the match table: one combination of a rule's directions, prefixes, port ranges and

@@ -1,7 +1,8 @@
 //! Stamps a session when new payload passes, unless it comes too late (`cgroup_skb`).
 //!
-//! This runs for every packet of every socket below the cgroup: a packet of no session costs a
-//! cookie and a map miss, nothing else.
+//! This runs for every packet of every socket below the cgroup: a packet whose ports no rule is about
+//! costs the look at one bit for each of them, without a call into the kernel. Only where a rule may
+//! be about it does a packet of no session cost a cookie and a map miss.
 
 use aya_ebpf::{
     bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
@@ -15,7 +16,7 @@ use crate::{
     gate::{self, Fate},
     lifecycle,
     packet::{self, Segment},
-    policy, table,
+    policy, ports, table,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
@@ -58,6 +59,9 @@ impl Measure {
 
 #[inline(always)]
 pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
+    if !ports::may_have_session(ctx) {
+        return Fate::Pass;
+    }
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
     let Some(session) = table::find(cookie) else {

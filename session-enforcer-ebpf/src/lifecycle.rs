@@ -21,7 +21,7 @@ use crate::{
     maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
     owner,
     policy::{Decision, decide},
-    table,
+    ports, table,
 };
 
 const AF_INET: u32 = 2;
@@ -45,6 +45,10 @@ pub(crate) fn track(ctx: &SockOpsContext) {
 /// A function of its own, as is the close: the stack of all frames together is small.
 #[inline(never)]
 fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) {
+    if !ports::may_be_matched(ctx) {
+        owner::forget(ctx);
+        return;
+    }
     // SAFETY: the context of a program of this type.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let only = ONLY_NETNS.load();
@@ -102,8 +106,7 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
         local,
         remote,
         local_port: ctx.local_port() as u16,
-        // In network byte order, in the upper half of the word on a little-endian machine.
-        remote_port: u32::from_be(ctx.remote_port()) as u16,
+        remote_port: ports::remote_port(ctx.remote_port()),
         ifindex: 0,
         generation: 0,
         rule: 0,

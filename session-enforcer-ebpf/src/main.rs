@@ -32,6 +32,7 @@ mod maps;
 mod owner;
 mod packet;
 mod policy;
+mod ports;
 mod serve;
 mod table;
 

@@ -1,6 +1,6 @@
 //! Every map, its capacity and why.
 
-use core::{ffi::c_void, ptr};
+use core::{cell::UnsafeCell, ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
-    Policy, RuleCounters, Session, Table, Way,
+    Policy, PortFilters, RuleCounters, Session, Table, Way,
     table::{Bucket, Exchange, Keys, MAX_REQUESTS, TableHead},
 };
 
@@ -112,6 +112,27 @@ pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 /// Whether the kernel has MPTCP; 0 or 1. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static HAS_MPTCP: Global<u8> = Global::new(0);
+
+/// The ports of the connections that a rule can match. In a section of its own, which is a map of one
+/// element to the loader: the programs have its address, and need not look it up.
+#[unsafe(link_section = ".bss.ports")]
+pub(crate) static PORTS: WrittenOutside<PortFilters> =
+    WrittenOutside(UnsafeCell::new(PortFilters::NONE));
+
+/// What the daemon writes while the programs run. To be read volatile: the compiler sees nobody
+/// write it.
+#[repr(transparent)]
+pub(crate) struct WrittenOutside<T>(UnsafeCell<T>);
+
+// SAFETY: the programs never write it, and read it volatile alone.
+unsafe impl<T> Sync for WrittenOutside<T> {}
+
+impl<T> WrittenOutside<T> {
+    #[inline(always)]
+    pub(crate) const fn as_ptr(&self) -> *const T {
+        self.0.get()
+    }
+}
 
 /// Socket storage that accepted sockets inherit. `SkStorage` of aya-ebpf has other flags, and they
 /// cannot be changed; the layout is that of its map definitions, from which the loader reads the

@@ -102,3 +102,15 @@ pub(crate) fn take(ctx: &SockOpsContext) -> Owner {
         owner
     }
 }
+
+/// Deletes what was kept of the owner of an established socket that no rule can match.
+#[inline(always)]
+pub(crate) fn forget(ctx: &SockOpsContext) {
+    // SAFETY: the context of a program of this type; the socket is checked before it is used.
+    unsafe {
+        let socket = (*ctx.ops).__bindgen_anon_2.sk;
+        if !socket.is_null() {
+            bpf_sk_storage_delete(OWNERS.as_ptr(), socket.cast());
+        }
+    }
+}

@@ -25,7 +25,7 @@ pub(crate) struct Decision {
 
 /// Index of the table in force.
 #[inline(always)]
-fn active_table() -> u32 {
+pub(crate) fn active_table() -> u32 {
     ACTIVE_TABLE
         .get(0)
         .map_or(0, |active| active % Table::COUNT)

@@ -9,6 +9,7 @@ mod found;
 mod inherit;
 mod pin_error;
 mod pins;
+mod ports;
 mod sys;
 mod table;
 
@@ -40,6 +41,7 @@ pub use pins::PinDir;
 
 use attach::Attached;
 use inherit::Pins;
+use ports::Ports;
 use table::SessionTable;
 
 /// The object that `build.rs` makes of `session-enforcer-ebpf`.
@@ -91,6 +93,7 @@ pub struct Kernel {
     match_tables: Array<MapData, Table>,
     active_table: Array<MapData, u32>,
     policies: Array<MapData, Policy>,
+    ports: Ports,
     owners: SkStorage<MapData, Owner>,
     ancestors: HashMap<MapData, u64, Ancestors>,
     /// Index of the match table in force.
@@ -157,6 +160,7 @@ impl Kernel {
             match_tables: take_map(&mut ebpf, "MATCH_TABLES")?,
             active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
             policies: take_map(&mut ebpf, "POLICIES")?,
+            ports: Ports::new(take_map(&mut ebpf, ports::SECTION)?),
             owners: take_map(&mut ebpf, "OWNERS")?,
             ancestors: take_map(&mut ebpf, "ANCESTORS")?,
             active: 0,
@@ -172,6 +176,7 @@ impl Kernel {
 
     /// Puts a policy into force: the match table of this generation, and the limits by place of the
     /// rule. At no moment does a connection or a packet meet a part of it, or a rule without limits.
+    /// The programs see every packet then, until [`narrow_ports`](Self::narrow_ports).
     ///
     /// # Errors
     ///
@@ -191,6 +196,7 @@ impl Kernel {
             .filter(|places| *places <= MAX_RULES)
             .ok_or(BpfError::TooManyRules(policies.len()))?;
         let next = (self.active + 1) % Table::COUNT;
+        self.ports.announce(next, entries)?;
         for (index, entry) in (next * MAX_MATCH_ENTRIES..).zip(entries) {
             let entries = &mut self.match_entries;
             entries

@@ -248,6 +248,7 @@ impl Enforcer {
             &self.book.policies(),
         )?;
         let redecided = self.redecide_below(&come)?;
+        self.kernel.narrow_ports()?;
         let adopted = self.adopt(cgroup, all_namespaces)?;
         tracing::info!(
             "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \

@@ -48,6 +48,7 @@ impl Enforcer {
         let before = self.put_policy(config)?;
         self.record_policy(config);
         let redecided = self.redecide(&before)?;
+        self.kernel.narrow_ports()?;
         self.audit.flush();
         Ok(redecided)
     }

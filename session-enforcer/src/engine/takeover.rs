@@ -75,6 +75,7 @@ impl Enforcer {
             self.kernel.attach(cgroup)?;
             let adopted = self.adopt(cgroup, all_namespaces)?;
             self.kernel.commit()?;
+            self.kernel.narrow_ports()?;
             return Ok(Begun {
                 taken_over: 0,
                 adopted,
@@ -89,6 +90,7 @@ impl Enforcer {
         }
         self.compare_with_sockets(cgroup, &known)?;
         self.kernel.commit()?;
+        self.kernel.narrow_ports()?;
         Ok(Begun {
             taken_over,
             adopted,

@@ -1,0 +1,63 @@
+//! The filters by which the programs leave alone what no rule can be about (`PORTS` of the programs).
+
+use aya::maps::{Array, MapData};
+use session_enforcer_common::{MatchEntry, PortFilter, PortFilters, table::MAX_REQUESTS};
+
+use super::{BpfError, Kernel, map_error};
+
+/// The section of the programs' object that is the map.
+pub(super) const SECTION: &str = ".bss.ports";
+
+/// The filters, and their map of one element.
+pub(super) struct Ports {
+    map: Array<MapData, PortFilters>,
+    filters: Box<PortFilters>,
+}
+
+impl Ports {
+    pub(super) fn new(map: Array<MapData, PortFilters>) -> Self {
+        Self {
+            map,
+            filters: Box::new(PortFilters::NONE),
+        }
+    }
+
+    /// Before the match table of this index is filled and comes into force. From now on the programs
+    /// see every packet: sessions of the policy before stay what they are until they are decided
+    /// about.
+    pub(super) fn announce(&mut self, table: u32, entries: &[MatchEntry]) -> Result<(), BpfError> {
+        self.filters.of_packets = PortFilter::ALL;
+        self.filters.of_tables[table as usize] = PortFilter::of(entries);
+        self.write()
+    }
+
+    /// The kernel does not copy an element in one piece. What the filters before and after both say
+    /// yes for is seen all the same: a bit that is in both never changes.
+    fn write(&mut self) -> Result<(), BpfError> {
+        let written = self.map.set(0, self.filters.as_ref(), 0);
+        written.map_err(map_error(SECTION))
+    }
+}
+
+impl Kernel {
+    /// Has the programs leave packets alone that no rule in force can be about, once it was decided
+    /// about the sessions of the policy before. Those that are still in the map although none can be
+    /// about them, since it could not be found out whose they are, are seen on: a session whose
+    /// packets were not seen would seem to be idle.
+    ///
+    /// # Errors
+    ///
+    /// Where a map cannot be read or written; the programs see every packet then.
+    pub fn narrow_ports(&mut self) -> Result<(), BpfError> {
+        let mut filter = self.ports.filters.of_tables[self.active as usize];
+        for cookies in self.cookies()?.chunks(MAX_REQUESTS as usize) {
+            for session in self.sessions(cookies)?.into_iter().flatten() {
+                if !filter.may_match(session.local_port, session.remote_port) {
+                    filter.add_local(session.local_port);
+                }
+            }
+        }
+        self.ports.filters.of_packets = filter;
+        self.ports.write()
+    }
+}
