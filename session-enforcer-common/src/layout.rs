@@ -63,7 +63,7 @@ pub const LAYOUT: u32 = {
         TableHead {
             sessions,
             capacity,
-            keys
+            key
         }
     );
     layout!(

@@ -38,28 +38,25 @@ pub struct TableHead {
     /// Sessions that it may have.
     pub capacity: u64,
     /// Where cookies lie in this table.
-    pub keys: Keys,
+    pub key: Key,
 }
 
 /// Chosen at random when the table is made, so that nobody can choose sockets whose sessions find
 /// their buckets full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Keys(pub [u64; 2]);
+#[repr(transparent)]
+pub struct Key(pub u64);
 
-impl Keys {
-    /// Keys made of random numbers. As factors they have to be odd: an even one loses bits.
-    pub const fn of([first, second]: [u64; 2]) -> Self {
-        Self([first | 1, second | 1])
-    }
-
+impl Key {
     /// The two buckets, of so many, in which the session of a cookie can be. They differ where there
     /// are two.
     #[inline(always)]
     pub const fn buckets(self, cookie: u64, buckets: u32) -> [u32; 2] {
-        let [first, second] = self.0;
-        let first = share(cookie.wrapping_mul(first), buckets);
-        let distance = share(cookie.wrapping_mul(second), buckets.saturating_sub(1)) + 1;
+        // Two rounds of `SplitMix64` without what only improves the lower bits.
+        let hash = (cookie ^ self.0).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let hash = (hash ^ (hash >> 32)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let first = share((hash >> 32) as u32, buckets);
+        let distance = share((hash >> 16) as u32, buckets.saturating_sub(1)) + 1;
         let second = first + distance;
         if second < buckets {
             [first, second]
@@ -71,8 +68,8 @@ impl Keys {
 
 /// So many `of` as the hash is of all hashes: by a product, which is faster than a remainder.
 #[inline(always)]
-const fn share(hash: u64, of: u32) -> u32 {
-    (((hash >> 32) * of as u64) >> 32) as u32
+const fn share(hash: u32, of: u32) -> u32 {
+    ((hash as u64 * of as u64) >> 32) as u32
 }
 
 /// Buckets of a table that is to hold so many sessions: 1.3 places for each, and a bucket more, since
@@ -128,7 +125,7 @@ pub struct Exchange {
 
 const _: () = {
     assert!(size_of::<Bucket>() == 128 && align_of::<Bucket>() == 8);
-    assert!(size_of::<TableHead>() == 32 && align_of::<TableHead>() == 8);
+    assert!(size_of::<TableHead>() == 24 && align_of::<TableHead>() == 8);
     assert!(size_of::<Exchange>() == 160 && align_of::<Exchange>() == 8);
 };
 
@@ -139,7 +136,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::TableHead {}
     // SAFETY: as above; its size is that of its array.
-    unsafe impl aya::Pod for super::Keys {}
+    unsafe impl aya::Pod for super::Key {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Exchange {}
 }
@@ -148,12 +145,13 @@ mod pod {
 mod tests {
     use super::*;
 
-    const KEYS: Keys = Keys::of([0x9e37_79b9_7f4a_7c14, 0xd134_2543_de82_ef95]);
-
-    #[test]
-    fn keys_are_odd() {
-        assert_eq!(Keys::of([2, 5]), Keys([3, 5]));
-    }
+    const KEYS: [Key; 5] = [
+        Key(0),
+        Key(1),
+        Key(0x9e37_79b9_7f4a_7c15),
+        Key(0x0123_4567_89ab_cdef),
+        Key(u64::MAX),
+    ];
 
     #[test]
     fn only_the_tag_of_a_free_record_is_not_taken() {
@@ -167,11 +165,13 @@ mod tests {
     fn a_cookie_has_two_buckets_of_those_there_are() {
         for buckets in [2, 3, 16, 1_000, 21_301, buckets_for(u32::MAX)] {
             for cookie in (1..200_000).step_by(37).chain([u64::MAX - 1]) {
-                let [first, second] = KEYS.buckets(cookie, buckets);
-                assert!(first < buckets && second < buckets && first != second);
+                for key in KEYS {
+                    let [first, second] = key.buckets(cookie, buckets);
+                    assert!(first < buckets && second < buckets && first != second);
+                }
             }
         }
-        assert_eq!(KEYS.buckets(7, 1), [0, 0]);
+        assert_eq!(KEYS[2].buckets(7, 1), [0, 0]);
     }
 
     #[test]
@@ -184,12 +184,12 @@ mod tests {
     }
 
     /// Puts cookies into the emptier of their buckets; how many found both full.
-    fn refused(cookies: impl Iterator<Item = u64>, sessions: u32) -> usize {
+    fn refused(key: Key, cookies: impl Iterator<Item = u64>, sessions: u32) -> usize {
         let buckets = buckets_for(sessions);
         let mut filled = vec![0; buckets as usize];
         let mut refused = 0;
         for cookie in cookies {
-            let [first, second] = KEYS.buckets(cookie, buckets).map(|n| n as usize);
+            let [first, second] = key.buckets(cookie, buckets).map(|n| n as usize);
             let chosen = if filled[second] < filled[first] {
                 second
             } else {
@@ -207,9 +207,12 @@ mod tests {
     #[test]
     fn a_full_table_has_taken_all() {
         for sessions in [1, 12, 100, 1_024, 20_000, 262_144] {
-            for step in [1, 2, 3, 16] {
-                let cookies = (1_u64..).step_by(step).take(sessions as usize);
-                assert_eq!(refused(cookies, sessions), 0, "{sessions} by {step}");
+            for step in [1, 2, 3, 4_096] {
+                for key in KEYS {
+                    let cookies = (1_u64..).step_by(step).take(sessions as usize);
+                    let refused = refused(key, cookies, sessions);
+                    assert_eq!(refused, 0, "{sessions} by {step} with {key:x?}");
+                }
             }
         }
     }

@@ -21,7 +21,8 @@ use crate::{
     maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
     owner,
     policy::{Decision, decide},
-    ports, table,
+    ports,
+    table::{self, Refusal},
 };
 
 const AF_INET: u32 = 2;
@@ -36,38 +37,40 @@ pub(crate) fn track(ctx: &SockOpsContext) {
         _ => return,
     };
     let cookie = cookie(ctx);
-    // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie. Where the end
-    // of the connection before was not reported, it is counted now.
-    closed(cookie);
-    established(ctx, cookie, direction);
+    if established(ctx, cookie, direction) == Err(Refusal::Present) {
+        // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie, and the
+        // end of the connection before was not reported. It is counted now.
+        closed(cookie);
+        let _counted = established(ctx, cookie, direction);
+    }
 }
 
 /// A function of its own, as is the close: the stack of all frames together is small.
 #[inline(never)]
-fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) {
+fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Result<(), Refusal> {
     if !ports::may_be_matched(ctx) {
         owner::forget(ctx);
-        return;
+        return Ok(());
     }
     // SAFETY: the context of a program of this type.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let only = ONLY_NETNS.load();
     if only != 0 && only != netns_cookie {
-        return;
+        return Ok(());
     }
     // Built in place, and the facts made of it: the stack of all programs' frames together is small.
     let Some(mut session) = unmatched(ctx, direction, netns_cookie) else {
-        return;
+        return Ok(());
     };
     let Some(decision) = decide(&Facts::of(&session), session.owner.cgroup_id) else {
-        return;
+        return Ok(());
     };
     match decision {
         // No policy has generation 0: the daemon decides as soon as it reads of the session.
         Decision { is_open: true, .. } => {}
         Decision {
             rule: RULE_EXEMPT, ..
-        } => return,
+        } => return Ok(()),
         Decision {
             rule, generation, ..
         } => (session.rule, session.generation) = (rule, generation),
@@ -85,7 +88,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) {
         );
     }
     session.ifindex = bound_interface(ctx);
-    insert(ctx, cookie, &session);
+    insert(ctx, cookie, &session)
 }
 
 /// The session of a connection that is being established, before a rule is found for it. `None` for
@@ -117,17 +120,23 @@ fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> O
 }
 
 #[inline(always)]
-fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) {
-    if table::insert(cookie, session).is_err() {
-        counters::error(ErrorKind::MapFull);
-        debug!(ctx, "a session could not be inserted: the table is full");
-        return;
+fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Refusal> {
+    let inserted = table::insert(cookie, session);
+    match inserted {
+        Ok(()) => {
+            // One that is not decided about has no rule to be counted for.
+            if session.generation != 0 {
+                counters::rule(session.rule, |c| c.opened += 1);
+            }
+            notify(EventKind::Opened, cookie, session);
+        }
+        Err(Refusal::Present) => {}
+        Err(Refusal::Full) => {
+            counters::error(ErrorKind::MapFull);
+            debug!(ctx, "a session could not be inserted: the table is full");
+        }
     }
-    // One that is not decided about has no rule to be counted for.
-    if session.generation != 0 {
-        counters::rule(session.rule, |c| c.opened += 1);
-    }
-    notify(EventKind::Opened, cookie, session);
+    inserted
 }
 
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.

@@ -13,7 +13,7 @@ use aya_ebpf::{
 use session_enforcer_common::{
     Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
     Policy, PortFilters, RuleCounters, Session, Table, Way,
-    table::{Bucket, Exchange, Keys, MAX_REQUESTS, TableHead},
+    table::{Bucket, Exchange, Key, MAX_REQUESTS, TableHead},
 };
 
 /// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of
@@ -98,7 +98,7 @@ pub(crate) static MAX_SESSIONS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static BUCKET_COUNT: Global<u32> = Global::new(1);
 #[unsafe(no_mangle)]
-pub(crate) static TABLE_KEYS: Global<Keys> = Global::new(Keys([1, 1]));
+pub(crate) static TABLE_KEY: Global<Key> = Global::new(Key(0));
 
 /// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
 #[unsafe(no_mangle)]

@@ -17,7 +17,7 @@ use session_enforcer_common::{
     table::{CLAIMED, WAYS, is_taken},
 };
 
-use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEYS};
+use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY};
 
 /// Why a session was not put in.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -98,7 +98,7 @@ pub(crate) unsafe fn copy(from: *const Session, to: *mut Session) {
 
 #[inline(always)]
 fn buckets_of(cookie: u64) -> [u32; 2] {
-    TABLE_KEYS.load().buckets(cookie, BUCKET_COUNT.load())
+    TABLE_KEY.load().buckets(cookie, BUCKET_COUNT.load())
 }
 
 /// The place of a session: the index of its record.

@@ -10,7 +10,7 @@ use std::{
 use aya::maps::{Array, Map, MapData};
 use session_enforcer_common::{
     Ancestors, MAX_CGROUPS, Owner, Session, Table,
-    table::{Bucket, Keys, TableHead, WAYS, buckets_for},
+    table::{Bucket, TableHead, WAYS, buckets_for},
 };
 
 use super::{
@@ -291,9 +291,6 @@ fn check_table(head: &TableHead, buckets: u32, places: u32) -> Result<(), String
             head.capacity
         ));
     }
-    if head.keys != Keys::of(head.keys.0) {
-        return Err(format!("the map {TABLE} has keys that no daemon chooses"));
-    }
     Ok(())
 }
 
@@ -322,6 +319,8 @@ pub(super) fn pin_map(map: &Map, path: &Path) -> Result<(), PinError> {
 
 #[cfg(test)]
 mod tests {
+    use session_enforcer_common::table::Key;
+
     use super::*;
 
     #[test]
@@ -329,7 +328,7 @@ mod tests {
         let head = TableHead {
             sessions: 3,
             capacity: 100,
-            keys: Keys::of([2, 4]),
+            key: Key(7),
         };
         let buckets = buckets_for(100);
         assert_eq!(check_table(&head, buckets, buckets * WAYS), Ok(()));
@@ -341,11 +340,5 @@ mod tests {
             ..head
         };
         assert!(check_table(&too_many, buckets, buckets * WAYS).is_err());
-        let keyless = TableHead {
-            keys: Keys([2, 5]),
-            ..head
-        };
-        let told = check_table(&keyless, buckets, buckets * WAYS).unwrap_err();
-        assert!(told.contains("keys"), "{told}");
     }
 }

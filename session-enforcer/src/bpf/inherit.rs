@@ -3,7 +3,7 @@
 use std::{collections::HashSet, fs, os::fd::AsFd, path::PathBuf};
 
 use aya::Ebpf;
-use session_enforcer_common::{Session, table::Keys};
+use session_enforcer_common::{Session, table::Key};
 
 use super::{
     Adoption, BpfError, Kernel, PinDir, PinError,
@@ -94,11 +94,11 @@ impl Pins {
     }
 
     /// Where cookies lie in the earlier daemon's table, if this one's programs work on with that.
-    pub(super) fn keys(&self, max_sessions: u32) -> Option<Keys> {
+    pub(super) fn key(&self, max_sessions: u32) -> Option<Key> {
         let found = self.found.as_ref();
         found
             .filter(|found| found.fits(max_sessions))
-            .map(|found| found.table.keys)
+            .map(|found| found.table.key)
     }
 
     /// The pins of the maps that this daemon's programs work on, too.
@@ -212,7 +212,7 @@ impl Kernel {
             self.options.max_sessions,
             found.table.capacity
         );
-        let sessions = EarlierTable::open(&found.set, found.table.keys)?;
+        let sessions = EarlierTable::open(&found.set, found.table.key)?;
         let mut witness = Witness {
             sessions,
             copied: HashSet::new(),

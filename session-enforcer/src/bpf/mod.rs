@@ -28,7 +28,7 @@ use aya_log::EbpfLogger;
 use session_enforcer_common::{
     Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RuleCounters,
     Session, Table, Way,
-    table::{Keys, TableHead, WAYS, buckets_for},
+    table::{Key, TableHead, WAYS, buckets_for},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -121,12 +121,12 @@ impl Kernel {
         let has_mptcp = u8::from(has_mptcp());
         let bucket_count = buckets_for(options.max_sessions);
         // Where cookies lie in the table that is used on, or at random in a new one.
-        let keys = match pins
+        let key = match pins
             .as_ref()
-            .and_then(|pins| pins.keys(options.max_sessions))
+            .and_then(|pins| pins.key(options.max_sessions))
         {
-            Some(keys) => keys,
-            None => random_keys()?,
+            Some(key) => key,
+            None => random_key()?,
         };
         let mut loader = EbpfLoader::new();
         loader
@@ -134,7 +134,7 @@ impl Kernel {
             .map_max_entries(table::SESSIONS, bucket_count * WAYS)
             .override_global("MAX_SESSIONS", &options.max_sessions, true)
             .override_global("BUCKET_COUNT", &bucket_count, true)
-            .override_global("TABLE_KEYS", &keys, true)
+            .override_global("TABLE_KEY", &key, true)
             .override_global("ONLY_NETNS", &only_netns, true)
             .override_global("HAS_MPTCP", &has_mptcp, true)
             .override_global("FIRST_GENERATION", &first_generation, true)
@@ -147,7 +147,7 @@ impl Kernel {
         }
         let mut ebpf = loader.load(OBJECT)?;
         attach::load(&mut ebpf)?;
-        begin_table(&mut ebpf, options.max_sessions, keys)?;
+        begin_table(&mut ebpf, options.max_sessions, key)?;
         if let Some(pins) = &pins {
             pins.pin_maps(&ebpf)?;
         }
@@ -424,16 +424,16 @@ where
     M::try_from(map).map_err(map_error(name))
 }
 
-fn random_keys() -> Result<Keys, BpfError> {
-    let mut random = [[0; 8]; 2];
+fn random_key() -> Result<Key, BpfError> {
+    let mut random = [0; 8];
     File::open("/dev/urandom")
-        .and_then(|mut source| source.read_exact(random.as_flattened_mut()))
+        .and_then(|mut source| source.read_exact(&mut random))
         .map_err(BpfError::Table)?;
-    Ok(Keys::of(random.map(u64::from_ne_bytes)))
+    Ok(Key(u64::from_ne_bytes(random)))
 }
 
 /// Notes in a new table what a daemon has to know that will work on with it.
-fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, keys: Keys) -> Result<(), BpfError> {
+fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, key: Key) -> Result<(), BpfError> {
     let map = ebpf.map_mut(table::TABLE);
     let map = map.ok_or(BpfError::Missing(table::TABLE))?;
     let error = map_error(table::TABLE);
@@ -444,7 +444,7 @@ fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, keys: Keys) -> Result<(), Bpf
         let head = TableHead {
             sessions: 0,
             capacity: u64::from(max_sessions),
-            keys,
+            key,
         };
         heads.set(0, head, 0).map_err(&error)?;
     }

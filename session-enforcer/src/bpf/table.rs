@@ -13,7 +13,7 @@ use aya::maps::{Array, Map, MapData, MapError};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use session_enforcer_common::{
     Session,
-    table::{Bucket, CLAIMED, Exchange, Keys, MAX_REQUESTS, Request, TableHead, WAYS, answer},
+    table::{Bucket, CLAIMED, Exchange, Key, MAX_REQUESTS, Request, TableHead, WAYS, answer},
 };
 
 use super::{Adoption, BpfError, map_error, sys};
@@ -157,12 +157,12 @@ fn is_answer(request: Request, given: u32) -> bool {
 pub(super) struct EarlierTable {
     buckets: Array<MapData, Bucket>,
     sessions: Array<MapData, Session>,
-    keys: Keys,
+    key: Key,
 }
 
 impl EarlierTable {
     /// Opens the pins of a set that was looked at.
-    pub(super) fn open(set: &Path, keys: Keys) -> Result<Self, BpfError> {
+    pub(super) fn open(set: &Path, key: Key) -> Result<Self, BpfError> {
         let map = |name| MapData::from_pin(set.join(name)).and_then(Map::from_map_data);
         Ok(Self {
             buckets: map(BUCKETS)
@@ -171,7 +171,7 @@ impl EarlierTable {
             sessions: map(SESSIONS)
                 .and_then(Array::try_from)
                 .map_err(map_error(SESSIONS))?,
-            keys,
+            key,
         })
     }
 
@@ -186,7 +186,7 @@ impl EarlierTable {
     }
 
     fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
-        for bucket in self.keys.buckets(cookie, self.buckets.len()) {
+        for bucket in self.key.buckets(cookie, self.buckets.len()) {
             let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
             if let Some(way) = (0..WAYS).find(|way| tags.0[*way as usize] == cookie) {
                 return Ok(Some(bucket * WAYS + way));

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use session_enforcer_common::{
     Session,
-    table::{Keys, WAYS},
+    table::{Key, WAYS},
 };
 
 // `enum bpf_cmd` of `linux/bpf.h`.
@@ -579,25 +579,26 @@ impl Sessions {
         // The kernel counts cookies up from 1.
         const FIRST: u64 = 1 << 62;
         let head = self.head.numbers(0)?;
-        let &[sessions, capacity, first, second] = head.as_slice() else {
+        let &[sessions, capacity, key] = head.as_slice() else {
             bail!("the head of the table is another one");
         };
-        let keys = Keys([first, second]);
+        let key_of_table = Key(key);
         for cookie in FIRST..FIRST + count {
             let room = |bucket| {
                 let tags = self.buckets.numbers(bucket)?;
                 let taken = tags.iter().filter(|tag| **tag != 0).count();
                 anyhow::Ok((taken, bucket, tags))
             };
-            let [one, other] = keys.buckets(cookie, self.buckets.capacity).map(room);
+            let [one, other] = key_of_table
+                .buckets(cookie, self.buckets.capacity)
+                .map(room);
             let (_, bucket, mut tags) = one?.min(other?);
             let way = tags.iter().position(|tag| *tag == 0).context("no room")?;
             self.records.set(bucket * WAYS + way as u32, record)?;
             tags[way] = cookie;
             self.buckets.set_numbers(bucket, &tags)?;
         }
-        self.head
-            .set_numbers(0, &[sessions + count, capacity, first, second])
+        self.head.set_numbers(0, &[sessions + count, capacity, key])
     }
 }
 
