@@ -80,7 +80,7 @@ pub mod flags {
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
-/// daemon only reads it, except that it inserts the sessions that it adopts.
+/// daemon reads it, inserts the sessions that it adopts, and amends those whose owner it finds.
 ///
 /// Times are nanoseconds of `CLOCK_MONOTONIC`. Those of an adopted session may lag: see
 /// [`Policy::lag_ns`](crate::Policy::lag_ns).
@@ -153,7 +153,10 @@ impl Session {
     /// Stamps payload that counts and was received at `now_ns`, which is not 0.
     #[inline(always)]
     pub const fn stamp_received(&mut self, now_ns: u64) {
-        self.last_received_ns = now_ns;
+        // A program that was held up after its look at the clock must not turn it back.
+        if now_ns > self.last_received_ns {
+            self.last_received_ns = now_ns;
+        }
         if self.direction == Direction::Inbound as u8 {
             self.answered_ns = 0;
         }
@@ -163,7 +166,9 @@ impl Session {
     /// received before.
     #[inline(always)]
     pub const fn stamp_sent(&mut self, now_ns: u64) {
-        self.last_sent_ns = now_ns;
+        if now_ns > self.last_sent_ns {
+            self.last_sent_ns = now_ns;
+        }
         if self.owes_answer() {
             self.answered_ns = now_ns;
         }

@@ -14,14 +14,17 @@ use crate::Session;
 /// Tags in a bucket: two cache lines.
 pub const WAYS: u32 = 16;
 
-/// The tag of a record that a program writes at this moment. No socket has this cookie.
+/// The tag of a record that a program writes at this moment. The kernel counts cookies up from 1, and some
+/// down from 2^64 - 1 (`gen_cookie_next` in `linux/cookie.h`): none of them comes here.
 pub const CLAIMED: u64 = 1 << 63;
 
-/// 1 where a record is not free, by its tag; 0 where it is. By a carry and not by a comparison, of which
-/// the compiler would make a branch.
+/// 1 where two tags are the same, else 0. By a carry and not by a comparison, of which the compiler would
+/// make a branch.
 #[inline(always)]
-pub const fn is_taken(tag: u64) -> u64 {
-    tag.wrapping_add(CLAIMED - 1) >> 63
+pub const fn is_same(tag: u64, other: u64) -> u32 {
+    let difference = tag ^ other;
+    let differs = (difference & !CLAIMED).wrapping_add(!CLAIMED) | difference;
+    (differs >> 63) as u32 ^ 1
 }
 
 /// The tags of one bucket.
@@ -90,7 +93,7 @@ pub enum Request {
     Adopt = 1,
     /// To write a session that is there.
     Amend = 2,
-    /// To take it out.
+    /// To take it out, where it is the one that was established at the time in the record.
     Remove = 3,
 }
 
@@ -154,10 +157,25 @@ mod tests {
     ];
 
     #[test]
-    fn only_the_tag_of_a_free_record_is_not_taken() {
-        assert_eq!(is_taken(0), 0);
-        for tag in [1, 2, 1 << 32, CLAIMED - 1, CLAIMED] {
-            assert_eq!(is_taken(tag), 1, "{tag}");
+    fn a_tag_is_the_same_as_itself_alone() {
+        let tags = [
+            0,
+            1,
+            2,
+            1 << 32,
+            CLAIMED - 1,
+            CLAIMED,
+            CLAIMED + 1,
+            u64::MAX,
+        ];
+        for tag in tags {
+            for other in tags {
+                assert_eq!(
+                    is_same(tag, other),
+                    u32::from(tag == other),
+                    "{tag} {other}"
+                );
+            }
         }
     }
 

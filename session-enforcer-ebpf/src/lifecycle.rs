@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, Facts, RULE_EXEMPT, Session, flags,
+    Address, Direction, ErrorKind, Event, EventKind, Owner, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
@@ -58,11 +58,33 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     if only != 0 && only != netns_cookie {
         return Ok(());
     }
-    // Built in place, and the facts made of it: the stack of all programs' frames together is small.
-    let Some(mut session) = unmatched(ctx, direction, netns_cookie) else {
-        return Ok(());
+    let now = now_ns();
+    // Built here and nowhere else, and the facts made of it: the stack of all frames together is small.
+    let mut session = Session {
+        last_received_ns: now,
+        last_sent_ns: now,
+        answered_ns: now,
+        bytes_received: 0,
+        bytes_sent: 0,
+        open_until_ns: 0,
+        generation: 0,
+        rule: 0,
+        direction: direction as u8,
+        flags: mptcp_flag(ctx),
+        established_ns: now,
+        netns_cookie,
+        local: Address([0; 4]),
+        remote: Address([0; 4]),
+        local_port: ctx.local_port() as u16,
+        remote_port: ports::remote_port(ctx.remote_port()),
+        ifindex: bound_interface(ctx),
+        owner: Owner::UNKNOWN,
     };
-    let Some(decision) = decide(&Facts::of(&session), session.owner.cgroup_id) else {
+    if !note_addresses(ctx, &mut session) {
+        return Ok(());
+    }
+    owner::take(ctx, &mut session.owner);
+    let Some(decision) = decide(&session) else {
         return Ok(());
     };
     match decision {
@@ -87,36 +109,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
             "the close callback was refused; the end of a session will not be seen"
         );
     }
-    session.ifindex = bound_interface(ctx);
     insert(ctx, cookie, &session)
-}
-
-/// The session of a connection that is being established, before a rule is found for it. `None` for
-/// other families than those of TCP.
-#[inline(always)]
-fn unmatched(ctx: &SockOpsContext, direction: Direction, netns_cookie: u64) -> Option<Session> {
-    let (local, remote) = addresses(ctx)?;
-    let now = now_ns();
-    Some(Session {
-        last_received_ns: now,
-        last_sent_ns: now,
-        answered_ns: now,
-        bytes_received: 0,
-        bytes_sent: 0,
-        open_until_ns: 0,
-        established_ns: now,
-        netns_cookie,
-        local,
-        remote,
-        local_port: ctx.local_port() as u16,
-        remote_port: ports::remote_port(ctx.remote_port()),
-        ifindex: 0,
-        generation: 0,
-        rule: 0,
-        direction: direction as u8,
-        flags: mptcp_flag(ctx),
-        owner: owner::take(ctx),
-    })
 }
 
 #[inline(always)]
@@ -167,7 +160,7 @@ fn closed(cookie: u64) {
 /// The rule of a session that another daemon's programs matched, as this daemon counts it.
 #[inline(never)]
 fn rule_anew(session: &Session) -> u16 {
-    match decide(&Facts::of(session), session.owner.cgroup_id) {
+    match decide(session) {
         Some(Decision {
             rule,
             is_open: false,
@@ -212,43 +205,44 @@ fn cookie(ctx: &SockOpsContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.ops.cast()) }
 }
 
-/// This host's address and the peer's.
+/// Notes this host's address and the peer's; whether the family is one of TCP.
+///
+/// Each word is read and written alone and volatile: the verifier refuses a wider access to the context,
+/// which the compiler would make of four, and all words together would take another part of the stack.
 #[inline(always)]
-fn addresses(ctx: &SockOpsContext) -> Option<(Address, Address)> {
-    Some(match ctx.family() {
-        AF_INET => (
-            Address::from_ipv4(ctx.local_ip4()),
-            Address::from_ipv4(ctx.remote_ip4()),
-        ),
-        AF_INET6 => {
-            let ops: *const bpf_sock_ops = ctx.ops;
-            // SAFETY: the context is valid. Each word is read alone and volatile: the verifier
-            // refuses a wider access to this context, which the compiler would make of four.
+fn note_addresses(ctx: &SockOpsContext, session: &mut Session) -> bool {
+    let ops: *const bpf_sock_ops = ctx.ops;
+    match ctx.family() {
+        AF_INET => {
+            (session.local, session.remote) = (Address::from_ipv4(0), Address::from_ipv4(0));
+            let (local, remote) = (&raw mut session.local.0[3], &raw mut session.remote.0[3]);
+            // SAFETY: words of the session.
             unsafe {
-                (
-                    Address(read_words(ptr::addr_of!((*ops).local_ip6))),
-                    Address(read_words(ptr::addr_of!((*ops).remote_ip6))),
-                )
+                local.write_volatile(ctx.local_ip4());
+                remote.write_volatile(ctx.remote_ip4());
             }
         }
-        _ => return None,
-    })
+        AF_INET6 => {
+            // SAFETY: the context is valid, and both places are the session's.
+            unsafe {
+                copy_words(&raw const (*ops).local_ip6, &raw mut session.local.0);
+                copy_words(&raw const (*ops).remote_ip6, &raw mut session.remote.0);
+            }
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// # Safety
 ///
-/// `words` must point to four readable words of the context.
+/// `from` must point to four readable words of the context, `to` to four that may be written.
 #[inline(always)]
-unsafe fn read_words(words: *const [u32; 4]) -> [u32; 4] {
-    let word = words.cast::<u32>();
-    // SAFETY: the caller's promise.
-    unsafe {
-        [
-            ptr::read_volatile(word),
-            ptr::read_volatile(word.add(1)),
-            ptr::read_volatile(word.add(2)),
-            ptr::read_volatile(word.add(3)),
-        ]
+unsafe fn copy_words(from: *const [u32; 4], to: *mut [u32; 4]) {
+    let (from, to) = (from.cast::<u32>(), to.cast::<u32>());
+    for word in 0..4 {
+        // SAFETY: the caller's promise.
+        unsafe { to.add(word).write_volatile(from.add(word).read_volatile()) };
     }
 }
 

@@ -82,24 +82,26 @@ fn note_ancestors(cgroup_id: u64) {
 }
 
 /// Takes the owner from an established socket, which needs it no longer: the storage is larger than
-/// a session. [`Owner::UNKNOWN`] where the socket, or the one that listens, is older than the
+/// a session. What is there stays where the socket, or the one that listens, is older than the
 /// programs.
 #[inline(always)]
-pub(crate) fn take(ctx: &SockOpsContext) -> Owner {
-    // SAFETY: the context of a program of this type; the socket is checked before it is used.
+pub(crate) fn take(ctx: &SockOpsContext, owner: &mut Owner) {
+    // SAFETY: the context of a program of this type; the socket is checked before it is used, and so is
+    // what is stored. That is copied word by word: the compiler would copy it by way of the stack.
     unsafe {
         let socket = (*ctx.ops).__bindgen_anon_2.sk;
         if socket.is_null() {
-            return Owner::UNKNOWN;
+            return;
         }
         let stored = bpf_sk_storage_get(OWNERS.as_ptr(), socket.cast(), ptr::null_mut(), 0);
-        let stored = stored.cast::<Owner>();
         if stored.is_null() {
-            return Owner::UNKNOWN;
+            return;
         }
-        let owner = *stored;
+        let (from, to) = (stored.cast::<u64>(), ptr::from_mut(owner).cast::<u64>());
+        for word in 0..size_of::<Owner>() / size_of::<u64>() {
+            to.add(word).write_volatile(from.add(word).read_volatile());
+        }
         bpf_sk_storage_delete(OWNERS.as_ptr(), socket.cast());
-        owner
     }
 }
 

@@ -59,7 +59,7 @@ fn limits(rule: u16) -> Option<&'static Policy> {
 
 #[inline(never)]
 fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
-    let decision = decide(&Facts::of(session), session.owner.cgroup_id)?;
+    let decision = decide(session)?;
     if decision.is_open {
         return None;
     }
@@ -86,7 +86,7 @@ struct Search {
 /// What the table in force says about the connection of an owner in this cgroup, 0 where that is not
 /// known; nothing where no entry applies.
 #[inline(always)]
-pub(crate) fn decide(facts: &Facts, cgroup_id: u64) -> Option<Decision> {
+pub(crate) fn decide(session: &Session) -> Option<Decision> {
     let active = active_table();
     let Some(table) = MATCH_TABLES.get(active) else {
         counters::error(ErrorKind::TableUnreadable);
@@ -94,11 +94,12 @@ pub(crate) fn decide(facts: &Facts, cgroup_id: u64) -> Option<Decision> {
     };
     let (generation, entries) = (table.generation, table.entries);
     let mut search = Search {
-        facts: *facts,
+        facts: Facts::of(session),
         ancestors: ptr::null(),
         base: active * MAX_MATCH_ENTRIES,
         found: None,
     };
+    let cgroup_id = session.owner.cgroup_id;
     if cgroup_id != 0
         && let Some(ancestors) = ANCESTORS.get_ptr(cgroup_id)
     {

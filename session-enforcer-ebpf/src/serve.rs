@@ -4,19 +4,12 @@
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
-use session_enforcer_common::{
-    Session,
-    table::{Exchange, MAX_REQUESTS, Request, answer},
-};
+use session_enforcer_common::table::{Exchange, MAX_REQUESTS, Request, answer};
 
 use crate::{
     maps::EXCHANGES,
     table::{self, Refusal},
 };
-
-/// Copies of a record that are made in search of one that is whole. A record that changes so often is not
-/// that of an idle session, and no copy of it says so.
-const MAX_COPIES: usize = 8;
 
 /// Answers the first so many requests.
 #[inline(always)]
@@ -46,49 +39,27 @@ fn answer_to(exchange: &mut Exchange) -> u32 {
             Err(Refusal::Full) => answer::FULL,
         };
     }
-    if exchange.request == Request::Remove as u32 {
-        return if table::remove(cookie) {
-            answer::DONE
-        } else {
-            answer::MISSING
-        };
-    }
-    let Some(session) = table::find_apart(cookie) else {
-        return answer::MISSING;
-    };
-    if exchange.request == Request::Amend as u32 {
-        // SAFETY: a pointer that the map gave, valid while the program runs.
-        unsafe { table::copy(&raw const exchange.session, session) };
+    let is_done = if exchange.request == Request::Remove as u32 {
+        remove(cookie, exchange.session.established_ns)
+    } else if exchange.request == Request::Amend as u32 {
+        table::amend(cookie, &exchange.session)
     } else {
-        copy_whole(session, &raw mut exchange.session);
+        table::read_whole(cookie, &raw mut exchange.session)
+    };
+    if is_done {
+        answer::DONE
+    } else {
+        answer::MISSING
     }
-    answer::DONE
 }
 
-/// The record as it was at one moment. Packets change it meanwhile: an answer that passes could show the
-/// stamps from before and the debt as paid. A copy that the record still agrees with was made when
-/// nothing passed.
+/// Takes out the session that the daemon means, and not one that has begun under its cookie since.
 #[inline(always)]
-fn copy_whole(session: *const Session, copy: *mut Session) {
-    for _ in 0..MAX_COPIES {
-        // SAFETY: a pointer that the map gave, valid while the program runs.
-        unsafe { table::copy(session, copy) };
-        if agrees(session, copy) {
-            return;
-        }
-    }
-}
-
-#[inline(never)]
-fn agrees(session: *const Session, copy: *const Session) -> bool {
-    let (words, copied) = (session.cast::<u64>(), copy.cast::<u64>());
-    for word in 0..size_of::<Session>() / size_of::<u64>() {
-        // SAFETY: within both records. Volatile: the record is to be read a second time.
-        let differs =
-            unsafe { words.add(word).read_volatile() != copied.add(word).read_volatile() };
-        if differs {
-            return false;
-        }
-    }
-    true
+fn remove(cookie: u64, established_ns: u64) -> bool {
+    let Some(session) = table::find_apart(cookie) else {
+        return false;
+    };
+    // SAFETY: a pointer that the map gave, valid while the program runs.
+    let is_meant = unsafe { (*session).established_ns == established_ns };
+    is_meant && table::remove(cookie)
 }

@@ -1,11 +1,13 @@
 //! The session table: find, put in, take out. `session_enforcer_common::table` says how it is made.
 //!
-//! Only these programs write to it, for the daemon too (`serve`): a program runs to its end, so
-//! whatever becomes of the daemon, no change is ever left half done.
+//! Once it is made only these programs write to it, for the daemon too (`serve`): a program runs to its
+//! end, so whatever becomes of the daemon, no change is ever left half done.
 //!
 //! A tag is changed by compare-and-exchange alone, so that no two programs get one place. As with a
 //! hash map of the kernel's, a record may be another session's by the time that a program writes to it
-//! which found it before: see `activity::track`.
+//! which found it before: see `activity::track`. That a tag is read before its record, and a record is
+//! written before its tag, is the order of an x86-64 processor without more; another kind would need a
+//! barrier in `find`.
 
 use core::{
     intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg, atomic_xadd, atomic_xchg},
@@ -14,10 +16,16 @@ use core::{
 
 use session_enforcer_common::{
     Session,
-    table::{CLAIMED, WAYS, is_taken},
+    table::{CLAIMED, WAYS, is_same},
 };
 
 use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY};
+
+/// How often a session is put in at most where other programs take the place that was free.
+const ATTEMPTS: u32 = 4;
+
+/// Copies of a record that are made in search of one that is whole.
+const MAX_COPIES: usize = 8;
 
 /// Why a session was not put in.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,51 +43,174 @@ pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
     SESSIONS.get_ptr_mut(place_of(cookie)?)
 }
 
-/// As above, where it is done once in the life of a session: the verifier follows each way through a
-/// look-up at each place where it is part of a program.
+/// As above, where it is done a few times in the life of a session: without a branch for each tag, whose
+/// combinations the verifier would follow.
 #[inline(never)]
 pub(crate) fn find_apart(cookie: u64) -> Option<*mut Session> {
-    find(cookie)
+    SESSIONS.get_ptr_mut(place_apart(cookie)?)
 }
 
 /// Puts in a session that is not there.
 #[inline(never)]
 pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
-    if find_apart(cookie).is_some() {
-        return Err(Refusal::Present);
-    }
-    if count(1) >= u64::from(MAX_SESSIONS.load()) {
-        count(u64::MAX);
+    // These would be taken for something else: the kernel, too, takes the last one for none.
+    if matches!(cookie, 0 | CLAIMED | u64::MAX) {
         return Err(Refusal::Full);
     }
     let [first, second] = buckets_of(cookie);
-    let (emptier, fuller) = if has_more_room(second, first) {
-        (second, first)
-    } else {
-        (first, second)
-    };
-    // The first once more: another program may have taken its last place and given it back.
-    if put(emptier, cookie, session)
-        || put(fuller, cookie, session)
-        || put(emptier, cookie, session)
-    {
+    if (ways(first, cookie) | ways(second, cookie)) != 0 {
+        return Err(Refusal::Present);
+    }
+    // Signed: should what is pinned count too few, the table is not shut for ever.
+    if (count(1) as i64) < i64::from(MAX_SESSIONS.load()) && put([first, second], cookie, session) {
         return Ok(());
     }
     count(u64::MAX);
     Err(Refusal::Full)
 }
 
+/// Writes a session that is there, at another place, as far as there is room: in the old one another
+/// session may lie by the time that it is written. Whether it is there then.
+#[inline(never)]
+pub(crate) fn amend(cookie: u64, session: &Session) -> bool {
+    let Some(place) = place_apart(cookie) else {
+        return false;
+    };
+    count(1);
+    if !put(buckets_of(cookie), cookie, session) {
+        count(u64::MAX);
+        return write_over(place, cookie, session);
+    }
+    if clear(place, cookie) {
+        return true;
+    }
+    // It has ended meanwhile. Who has taken it out may have been before the new one.
+    remove(cookie);
+    false
+}
+
+#[inline(always)]
+fn write_over(place: u32, cookie: u64, session: &Session) -> bool {
+    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
+        return false;
+    };
+    // SAFETY: pointers that the maps gave.
+    unsafe {
+        if ptr::read_volatile(tag) == cookie {
+            copy(session, record);
+        }
+        ptr::read_volatile(tag) == cookie
+    }
+}
+
+/// A copy of the record of a session, as it was at one moment; whether it is there.
+///
+/// Packets change a record meanwhile: an answer that passes could show the stamps from before and the
+/// debt as paid. A copy that the record still agrees with was made when nothing passed. One that changes
+/// so often that none agrees is not that of an idle session, and no copy of it says so.
+#[inline(never)]
+pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
+    let Some(place) = place_apart(cookie) else {
+        return false;
+    };
+    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr(place)) else {
+        return false;
+    };
+    for _ in 0..MAX_COPIES {
+        // SAFETY: pointers that the maps gave, valid while the program runs.
+        unsafe { copy(record, into) };
+        if agrees(record, into) {
+            break;
+        }
+    }
+    // By now it may be another's.
+    // SAFETY: as above.
+    unsafe { ptr::read_volatile(tag) == cookie }
+}
+
+#[inline(always)]
+fn agrees(record: *const Session, copy: *const Session) -> bool {
+    let (words, copied) = (record.cast::<u64>(), copy.cast::<u64>());
+    for word in 0..size_of::<Session>() / size_of::<u64>() {
+        // SAFETY: within both records. Volatile: the record is to be read a second time.
+        let differs =
+            unsafe { words.add(word).read_volatile() != copied.add(word).read_volatile() };
+        if differs {
+            return false;
+        }
+    }
+    true
+}
+
 /// Takes a session out; whether this program did.
 #[inline(never)]
 pub(crate) fn remove(cookie: u64) -> bool {
-    let Some(tag) = place_of(cookie).and_then(tag_of) else {
-        return false;
-    };
-    let removed = exchange(tag, cookie, 0);
-    if removed {
-        count(u64::MAX);
+    let mut removed = false;
+    // There are two for a moment while one is amended, and where the daemon adopted a socket while it
+    // was connected again.
+    for _ in 0..2 {
+        let Some(place) = place_apart(cookie) else {
+            break;
+        };
+        removed |= clear(place, cookie);
     }
     removed
+}
+
+/// Frees the place of a session; whether it was still there.
+#[inline(always)]
+fn clear(place: u32, cookie: u64) -> bool {
+    let cleared = tag_of(place).is_some_and(|tag| exchange(tag, cookie, 0));
+    if cleared {
+        count(u64::MAX);
+    }
+    cleared
+}
+
+/// Puts a session into a free place, if there is one.
+#[inline(never)]
+fn put(buckets: [u32; 2], cookie: u64, session: &Session) -> bool {
+    for attempt in 0..ATTEMPTS {
+        if put_once(buckets, cookie, session, attempt) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Puts a session into a free place of the emptier bucket. Fails where both are full, and where another
+/// program takes that place first: the next attempt begins elsewhere.
+#[inline(always)]
+fn put_once([first, second]: [u32; 2], cookie: u64, session: &Session, attempt: u32) -> bool {
+    let (free, others) = (ways(first, 0), ways(second, 0));
+    let (bucket, free) = if others.count_ones() > free.count_ones() {
+        (second, others)
+    } else {
+        (first, free)
+    };
+    if free == 0 {
+        return false;
+    }
+    let start = if attempt == 0 {
+        0
+    } else {
+        cookie as u32 % WAYS
+    };
+    let rotated = (free | free << WAYS) >> start;
+    let place = bucket * WAYS + (lowest(rotated) + start) % WAYS;
+    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
+        return false;
+    };
+    if !exchange(tag, 0, CLAIMED) {
+        return false;
+    }
+    // SAFETY: pointers that the maps gave; the place is this program's. The record is written before
+    // others can find it: an exchange is a barrier.
+    unsafe {
+        copy(session, record);
+        atomic_xchg::<u64, { SeqCst }>(tag, cookie);
+    }
+    true
 }
 
 /// Copies a record word by word: what the compiler would make of an assignment does so byte by byte.
@@ -121,6 +252,41 @@ fn place_in(bucket: u32, cookie: u64) -> Option<u32> {
 }
 
 #[inline(always)]
+fn place_apart(cookie: u64) -> Option<u32> {
+    if cookie == 0 {
+        return None;
+    }
+    let [first, second] = buckets_of(cookie);
+    let (here, there) = (ways(first, cookie), ways(second, cookie));
+    if here != 0 {
+        Some(first * WAYS + lowest(here))
+    } else if there != 0 {
+        Some(second * WAYS + lowest(there))
+    } else {
+        None
+    }
+}
+
+/// The places of a bucket that have this tag, a bit for each.
+#[inline(never)]
+fn ways(bucket: u32, tag: u64) -> u32 {
+    let Some(tags) = tags_of(bucket) else {
+        return 0;
+    };
+    let mut ways = 0;
+    for way in 0..WAYS {
+        ways |= is_same(read(tags, way), tag) << way;
+    }
+    ways
+}
+
+/// The lowest of the ways, of which there is one.
+#[inline(always)]
+fn lowest(ways: u32) -> u32 {
+    (ways & ways.wrapping_neg()).wrapping_sub(1).count_ones()
+}
+
+#[inline(always)]
 fn tags_of(bucket: u32) -> Option<*mut u64> {
     BUCKETS.get_ptr_mut(bucket).map(|bucket| bucket.cast())
 }
@@ -128,6 +294,9 @@ fn tags_of(bucket: u32) -> Option<*mut u64> {
 #[inline(always)]
 fn tag_of(place: u32) -> Option<*mut u64> {
     let tags = tags_of(place / WAYS)?;
+    // What the compiler knows of the way it does not check, and the verifier does not know it.
+    // SAFETY: a variable.
+    let place = unsafe { ptr::read_volatile(&raw const place) };
     // SAFETY: within the element that the map gave.
     Some(unsafe { tags.add((place % WAYS) as usize) })
 }
@@ -136,46 +305,6 @@ fn tag_of(place: u32) -> Option<*mut u64> {
 fn read(tags: *mut u64, way: u32) -> u64 {
     // SAFETY: within the element that the map gave. Volatile: others change it.
     unsafe { ptr::read_volatile(tags.add(way as usize)) }
-}
-
-#[inline(always)]
-fn has_more_room(bucket: u32, other: u32) -> bool {
-    taken_in(bucket) < taken_in(other)
-}
-
-/// Places of a bucket that are taken, without a branch: the verifier would follow all combinations.
-#[inline(never)]
-fn taken_in(bucket: u32) -> u64 {
-    let Some(tags) = tags_of(bucket) else {
-        return u64::from(WAYS);
-    };
-    (0..WAYS).map(|way| is_taken(read(tags, way))).sum()
-}
-
-/// Puts a session into a free place of the bucket, if there is one.
-#[inline(never)]
-fn put(bucket: u32, cookie: u64, session: &Session) -> bool {
-    let Some(tags) = tags_of(bucket) else {
-        return false;
-    };
-    let Some(way) = (0..WAYS).find(|way| read(tags, *way) == 0) else {
-        return false;
-    };
-    let place = bucket * WAYS + way;
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
-        return false;
-    };
-    // Where another program takes it first, this bucket counts as full.
-    if !exchange(tag, 0, CLAIMED) {
-        return false;
-    }
-    // SAFETY: pointers that the maps gave; the place is this program's. The record is written before
-    // others can find it: an exchange is a barrier.
-    unsafe {
-        copy(session, record);
-        atomic_xchg::<u64, { SeqCst }>(tag, cookie);
-    }
-    true
 }
 
 /// Adds to the number of sessions, modulo 2^64, and returns what it was.

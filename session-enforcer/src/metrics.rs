@@ -20,11 +20,11 @@ use crate::{
     health::Trouble,
 };
 
-/// From a tenth of a millisecond, below what the timer can do, to a minute.
 /// Causes for which a session was not tracked with earlier versions, whose table could be without memory
 /// or locked. They stay at zero.
 const FORMER_CAUSES: [&str; 2] = ["no_memory", "busy"];
 
+/// From a tenth of a millisecond, below what the timer can do, to a minute.
 const LATENESS_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
     15.0, 60.0,

@@ -8,13 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use session_enforcer::{
-    bpf::{Kernel, Options},
+    bpf::{Adoption, Kernel, Options},
     cgroup::Cgroup,
 };
-use session_enforcer_common::{MatchEntry, Policy};
-use session_enforcer_tests::{Lab, Pair, reset_on_close};
+use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session};
+use session_enforcer_tests::{Lab, Pair, patience, reset_on_close};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -22,16 +22,193 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const CONNECTIONS: usize = 50;
 const TIME: Duration = Duration::from_secs(2);
 
+/// The kernel counts cookies up from 1: these are no socket's.
+const NOBODY: u64 = 1 << 62;
+
+fn load(max_sessions: u32) -> Result<Kernel> {
+    let options = Options {
+        max_sessions,
+        only_netns: None,
+        verbose: false,
+    };
+    Ok(Kernel::load(options, None)?)
+}
+
+/// A session that its number can be told by.
+fn session(number: u64) -> Session {
+    Session {
+        last_received_ns: number,
+        last_sent_ns: number,
+        answered_ns: number,
+        bytes_received: number,
+        bytes_sent: number,
+        open_until_ns: 0,
+        generation: 1,
+        rule: 0,
+        direction: Direction::Inbound as u8,
+        flags: 0,
+        established_ns: number,
+        netns_cookie: 1,
+        local: Address::default(),
+        remote: Address::default(),
+        local_port: 1,
+        remote_port: 2,
+        ifindex: 0,
+        owner: Owner {
+            uid: number as u32,
+            ..Owner::UNKNOWN
+        },
+    }
+}
+
+/// Fills the map up; whether exactly so many had room.
+fn fill(kernel: &mut Kernel, room: u64) -> Result<()> {
+    for number in 0..room {
+        let adopted = kernel.adopt(NOBODY + number, &session(number))?;
+        assert_eq!(adopted, Adoption::Inserted, "{number} of {room}");
+    }
+    let one_more = kernel.adopt(NOBODY + room, &session(room))?;
+    assert_eq!(one_more, Adoption::Full);
+    Ok(())
+}
+
+#[test]
+fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
+    for capacity in [1, 16, 17, 1_000, 20_000] {
+        let mut kernel = load(capacity)?;
+        let room = u64::from(capacity);
+        fill(&mut kernel, room)?;
+        assert_eq!(kernel.adopt(NOBODY, &session(7))?, Adoption::Known);
+        let cookies: Vec<u64> = (NOBODY..NOBODY + room).collect();
+        assert_eq!(kernel.cookies()?, cookies);
+        let all = (0..room).map(|number| Some(session(number)));
+        assert_eq!(kernel.sessions(&cookies)?, all.collect::<Vec<_>>());
+        // The last makes room for another.
+        let last = NOBODY + room - 1;
+        assert!(kernel.amend(last, &session(9))?);
+        assert_eq!(kernel.session(last)?, Some(session(9)));
+        assert!(!kernel.remove(last, 8)?, "one that began at another time");
+        assert!(kernel.remove(last, 9)? && !kernel.remove(last, 9)?);
+        assert!(!kernel.amend(last, &session(9))?);
+        assert_eq!(kernel.sessions(&[last, last + 1])?, [None, None]);
+        let other = NOBODY + 2 * room;
+        assert_eq!(kernel.adopt(other, &session(3))?, Adoption::Inserted);
+        assert_eq!(kernel.adopt(last, &session(3))?, Adoption::Full);
+    }
+    Ok(())
+}
+
+/// A free place has the tag 0, one that is being written another that no socket has, and the kernel takes
+/// the last for none.
+#[test]
+fn what_is_no_cookie_has_no_session() -> Result<()> {
+    let mut kernel = load(8)?;
+    for no_cookie in [0, 1 << 63, u64::MAX] {
+        assert_eq!(kernel.adopt(no_cookie, &session(1))?, Adoption::Full);
+        assert_eq!(kernel.session(no_cookie)?, None);
+        assert!(!kernel.remove(no_cookie, 1)?);
+        assert!(!kernel.amend(no_cookie, &session(1))?);
+    }
+    fill(&mut kernel, 8)
+}
+
+/// The kernel counts some cookies down from the end.
+#[test]
+fn large_cookies_have_sessions_as_others() -> Result<()> {
+    let mut kernel = load(64)?;
+    let cookies: Vec<u64> = (u64::MAX - 32..u64::MAX).collect();
+    for cookie in &cookies {
+        assert_eq!(
+            kernel.adopt(*cookie, &session(*cookie))?,
+            Adoption::Inserted
+        );
+    }
+    assert_eq!(kernel.cookies()?, cookies);
+    for cookie in &cookies {
+        assert_eq!(kernel.session(*cookie)?, Some(session(*cookie)));
+        assert!(kernel.amend(*cookie, &session(1))? && kernel.remove(*cookie, 1)?);
+    }
+    fill(&mut kernel, 64)
+}
+
+/// Connections are opened and closed on every processor while the daemon puts in and takes out: in the
+/// end there is what is there, and room for the rest.
+#[test]
+fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
+    const CAPACITY: u32 = 600;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut kernel = load(CAPACITY)?;
+    kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
+    kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let done = AtomicBool::new(false);
+    let kept = thread::scope(|scope| -> Result<Vec<Pair>> {
+        let churn = || -> Result<Vec<Pair>> {
+            let mut kept = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                let pair = open()?;
+                if kept.len() < CONNECTIONS {
+                    kept.push(pair);
+                } else {
+                    reset_on_close(&pair.client)?;
+                }
+            }
+            Ok(kept)
+        };
+        let others = [scope.spawn(churn), scope.spawn(churn)];
+        let start = Instant::now();
+        let mut rounds = 0;
+        while start.elapsed() < TIME {
+            rounds += 1;
+            for number in 0..200 {
+                let adopted = kernel.adopt(NOBODY + number, &session(rounds))?;
+                assert_eq!(adopted, Adoption::Inserted);
+            }
+            for number in 0..200 {
+                assert!(kernel.amend(NOBODY + number, &session(rounds))?);
+                assert_eq!(kernel.session(NOBODY + number)?, Some(session(rounds)));
+                assert!(kernel.remove(NOBODY + number, rounds)?);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        let mut kept = Vec::new();
+        for other in others {
+            kept.extend(other.join().expect("a thread of the test")?);
+        }
+        Ok(kept)
+    })?;
+    assert_eq!(kept.len(), 2 * CONNECTIONS);
+    wait_until(|| Ok(kernel.cookies()?.len() == kept.len()))?;
+    let cookies = kernel.cookies()?;
+    let ports: HashSet<u16> = kernel
+        .sessions(&cookies)?
+        .into_iter()
+        .flatten()
+        .map(|session| session.remote_port)
+        .collect();
+    for pair in &kept {
+        assert!(ports.contains(&pair.client_address.port()));
+    }
+    let free = u64::from(CAPACITY) - kept.len() as u64;
+    fill(&mut kernel, free)
+}
+
+/// The other end's reset may be on its way.
+fn wait_until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(start.elapsed() < patience(), "it does not hold");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
 #[test]
 fn a_session_is_listed_once_however_the_others_come_and_go() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let options = Options {
-        max_sessions: 1024,
-        only_netns: None,
-        verbose: false,
-    };
-    let mut kernel = Kernel::load(options, None)?;
+    let mut kernel = load(1024)?;
     kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
     let open = || Pair::open(&lab.outside, &listener);

@@ -89,7 +89,8 @@ impl Bench {
 
     /// Gives a session of this test other times than it has.
     fn replace(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        self.kernel.remove(cookie)?;
+        let before = self.kernel.session(cookie)?.context("a session")?;
+        self.kernel.remove(cookie, before.established_ns)?;
         let adopted = self.kernel.adopt(cookie, session)?;
         ensure!(adopted == Adoption::Inserted, "{adopted:?}");
         Ok(())

@@ -45,9 +45,8 @@ pub extern "C" fn syscall(
     if let Some(mut load) = ProgramLoad::of(number, first, second, third) {
         let attributes = load.attributes.as_mut_ptr() as c_long;
         let result = real(number, first, attributes, third, fourth, fifth, sixth);
-        if result >= 0 {
-            load.remember();
-        }
+        // Where one is refused the log says why, instead of the one that the daemon's error has.
+        load.remember();
         return result;
     }
     real(number, first, second, third, fourth, fifth, sixth)
@@ -224,8 +223,9 @@ fn figures() -> Result<Vec<Figures>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
-    runtime.block_on(async { Kernel::load(options, None).map(drop) })?;
+    let loaded = runtime.block_on(async { Kernel::load(options, None).map(drop) });
     let said = SAID.lock().expect("no test panics with it");
+    loaded.with_context(|| format!("{said:?}"))?;
     // aya's own trials of what the kernel knows have no name, or one of aya's.
     let of_aya = |name: &str| name.is_empty() || name.starts_with("aya_");
     said.iter()

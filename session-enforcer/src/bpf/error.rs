@@ -45,7 +45,7 @@ pub enum BpfError {
         source: MapError,
     },
     /// The session table could not be read or asked about.
-    #[error("the session table: {0}")]
+    #[error("the session table cannot be worked with (CONFIG_BPF_EVENTS is needed): {0}")]
     Table(io::Error),
     /// The program that works on the session table did not answer as it does.
     #[error("the session table: {request:?} was answered by {answer}, which is no answer to it")]

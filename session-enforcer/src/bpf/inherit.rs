@@ -1,6 +1,6 @@
 //! What a daemon takes over from an earlier one, and leaves to the next.
 
-use std::{collections::HashSet, fs, os::fd::AsFd, path::PathBuf};
+use std::{collections::HashMap, fs, os::fd::AsFd, path::PathBuf};
 
 use aya::Ebpf;
 use session_enforcer_common::{Session, table::Key};
@@ -43,8 +43,8 @@ pub(super) struct Pins {
 /// A session map that another one takes the place of.
 struct Witness {
     sessions: EarlierTable,
-    /// What was copied from it.
-    copied: HashSet<u64>,
+    /// What was copied from it, and when it was established.
+    copied: HashMap<u64, u64>,
 }
 
 impl Pins {
@@ -208,20 +208,20 @@ impl Kernel {
             return Ok(());
         };
         tracing::info!(
-            "the session map has {} places and had {}: the sessions are copied",
+            "the session map is for {} sessions and was for {}: they are copied",
             self.options.max_sessions,
             found.table.capacity
         );
         let sessions = EarlierTable::open(&found.set, found.table.key)?;
         let mut witness = Witness {
             sessions,
-            copied: HashSet::new(),
+            copied: HashMap::new(),
         };
         for cookie in witness.sessions.cookies()? {
             if let Some(session) = witness.sessions.session(cookie)?
                 && self.adopt(cookie, &session)? == Adoption::Inserted
             {
-                witness.copied.insert(cookie);
+                witness.copied.insert(cookie, session.established_ns);
             }
         }
         if let Some(pins) = self.pins.as_mut().filter(|_| running) {
@@ -245,9 +245,9 @@ impl Kernel {
                 break;
             }
         }
-        for cookie in &witness.copied {
+        for (cookie, established_ns) in &witness.copied {
             if witness.sessions.session(*cookie)?.is_none() {
-                self.remove(*cookie)?;
+                self.remove(*cookie, *established_ns)?;
             }
         }
         Ok(())
@@ -267,7 +267,7 @@ impl Kernel {
                         differed += 1;
                     }
                 }
-                None if !witness.copied.contains(&cookie) => {
+                None if !witness.copied.contains_key(&cookie) => {
                     let adopted = self.adopt(cookie, &before)?;
                     differed += usize::from(adopted == Adoption::Inserted);
                 }

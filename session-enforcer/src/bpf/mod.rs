@@ -14,8 +14,7 @@ mod sys;
 mod table;
 
 use std::{
-    fs::File,
-    io::Read as _,
+    io,
     os::fd::{AsFd as _, AsRawFd},
     path::Path,
 };
@@ -170,6 +169,8 @@ impl Kernel {
             attached: Vec::new(),
             pins,
         };
+        // Tried before anything depends on it. A socket's cookie is never 0.
+        kernel.session(0)?;
         kernel.copy_sessions()?;
         Ok(kernel)
     }
@@ -299,13 +300,14 @@ impl Kernel {
         self.sessions.amend(cookie, session)
     }
 
-    /// Removes a session; returns whether it was there.
+    /// Removes the session of this cookie that was established at this time, and none that has begun
+    /// since on the same socket; returns whether it was there.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn remove(&mut self, cookie: u64) -> Result<bool, BpfError> {
-        self.sessions.remove(cookie)
+    pub fn remove(&mut self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
+        self.sessions.remove(cookie, established_ns)
     }
 
     /// Notes the owner of a socket that is older than the programs. What the kernel has noted is
@@ -426,9 +428,11 @@ where
 
 fn random_key() -> Result<Key, BpfError> {
     let mut random = [0; 8];
-    File::open("/dev/urandom")
-        .and_then(|mut source| source.read_exact(&mut random))
-        .map_err(BpfError::Table)?;
+    // SAFETY: as many bytes as are there. So few come in one piece.
+    let read = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
+    if usize::try_from(read) != Ok(random.len()) {
+        return Err(BpfError::Table(io::Error::last_os_error()));
+    }
     Ok(Key(u64::from_ne_bytes(random)))
 }
 

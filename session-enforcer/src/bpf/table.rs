@@ -89,8 +89,10 @@ impl SessionTable {
         Ok(exchange.answer == answer::DONE)
     }
 
-    /// Takes a session out; whether it was there.
-    pub(super) fn remove(&self, cookie: u64) -> Result<bool, BpfError> {
+    /// Takes out the session that was established then; whether it was there.
+    pub(super) fn remove(&self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
+        // SAFETY: as in `put`.
+        unsafe { (*self.exchanges.at(0)).session.established_ns = established_ns };
         let exchange = self.ask(cookie, Request::Remove, None)?;
         Ok(exchange.answer == answer::DONE)
     }
@@ -177,12 +179,17 @@ impl EarlierTable {
 
     /// The session as the kernel has it now.
     pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        let Some(place) = self.place(cookie)? else {
-            return Ok(None);
-        };
-        let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS))?;
-        // It may have ended meanwhile, and the record be another's.
-        Ok((self.place(cookie)? == Some(place)).then_some(session))
+        let mut place = self.place(cookie)?;
+        while let Some(before) = place {
+            let session = self.sessions.get(&before, 0).map_err(map_error(SESSIONS))?;
+            // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
+            // socket was connected again.
+            place = self.place(cookie)?;
+            if place == Some(before) {
+                return Ok(Some(session));
+            }
+        }
+        Ok(None)
     }
 
     fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
@@ -201,7 +208,7 @@ impl EarlierTable {
         for bucket in self.buckets.iter() {
             cookies.extend(bucket.map_err(map_error(BUCKETS))?.0);
         }
-        Ok(cleaned(cookies))
+        Ok(cleaned(cookies.into_iter()))
     }
 }
 
@@ -218,16 +225,16 @@ fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
     let tags: Mapping<u64> = Mapping::new(buckets.fd().as_fd(), places, ProtFlags::PROT_READ)?;
     // SAFETY: within the mapping. Volatile: the kernel changes it.
     let tag = |index| unsafe { tags.at(index).read_volatile() };
-    Ok(cleaned((0..places).map(tag).collect()))
+    Ok(cleaned((0..places).map(tag)))
 }
 
 /// The cookies among these tags, each once: a socket that is connected again is put in again, perhaps at
 /// another place.
-fn cleaned(mut tags: Vec<u64>) -> Vec<u64> {
-    tags.retain(|tag| *tag != 0 && *tag != CLAIMED);
-    tags.sort_unstable();
-    tags.dedup();
-    tags
+fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
+    let mut cookies: Vec<u64> = tags.filter(|tag| *tag != 0 && *tag != CLAIMED).collect();
+    cookies.sort_unstable();
+    cookies.dedup();
+    cookies
 }
 
 /// The elements of a map in this process's memory. Not to be shared between threads.
@@ -273,7 +280,7 @@ mod tests {
 
     #[test]
     fn free_and_claimed_places_are_no_cookies_and_each_cookie_is_one() {
-        assert_eq!(cleaned(vec![7, 0, CLAIMED, 3, 7, 0]), [3, 7]);
+        assert_eq!(cleaned([7, 0, CLAIMED, 3, 7, 0].into_iter()), [3, 7]);
     }
 
     #[test]

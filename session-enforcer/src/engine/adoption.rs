@@ -336,7 +336,7 @@ impl Enforcer {
                 && listed.contains(&session.netns_cookie)
                 && matches!(self.look(cookie, &session), Some(Look::Gone));
             if is_gone {
-                self.kernel.remove(cookie)?;
+                self.kernel.remove(cookie, session.established_ns)?;
             }
             let known = session;
             if is_ours && !is_gone && self.count_as_active(cookie, &mut session, &known)? {
@@ -359,7 +359,7 @@ impl Enforcer {
         now: Option<&Session>,
     ) -> Result<bool> {
         let Some(now) = now else {
-            self.kernel.remove(cookie)?;
+            self.kernel.remove(cookie, session.established_ns)?;
             return Ok(false);
         };
         if !adopt::was_active_between(session, now) {
@@ -377,13 +377,14 @@ impl Enforcer {
         now: &Session,
     ) -> Result<bool> {
         let now_ns = monotonic_ns();
+        let before_ns = session.established_ns;
         *session = Session {
             last_received_ns: now_ns,
             last_sent_ns: now_ns,
             owner: session.owner,
             ..*now
         };
-        self.kernel.remove(cookie)?;
+        self.kernel.remove(cookie, before_ns)?;
         if self.kernel.adopt(cookie, session)? == Adoption::Full {
             // Another session took its place in the map.
             self.metrics.untracked(Untracked::MapFull);

@@ -431,7 +431,7 @@ impl Enforcer {
         // The place in the record may be one of an earlier daemon's rules.
         let group = self.schedule.group(cookie);
         let place = group.map_or(session.rule, |group| group.rule);
-        if self.kernel.remove(cookie)? {
+        if self.kernel.remove(cookie, session.established_ns)? {
             self.metrics.removed(usize::from(place));
         }
         self.forget(cookie);

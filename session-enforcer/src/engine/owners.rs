@@ -127,15 +127,23 @@ impl Enforcer {
             }
         };
         self.note_cgroup(owner.cgroup_id)?;
+        // Read now, after the socket told what has passed: all that passes later changes what it tells,
+        // and the record is not to be written as it was before.
+        let is_ours = |now: &Session| now.established_ns == session.established_ns;
+        let Some(session) = self.kernel.session(cookie)?.filter(is_ours) else {
+            // It has ended, and its event is still to be read.
+            self.schedule.rearm(cookie, monotonic_ns() + RETRY_NS);
+            return Ok(None);
+        };
         let mut settled = Session {
             owner,
             // The gate has not looked at it under the rule to be found, which is not that of before.
             open_until_ns: 0,
             generation: 0,
-            ..*session
+            ..session
         };
         let Some(rule) = self.rule_of(&settled) else {
-            self.drop_undecided(cookie, session)?;
+            self.drop_undecided(cookie, &session)?;
             return Ok(None);
         };
         (settled.rule, settled.generation) = (rule, self.book.generation);
@@ -218,7 +226,7 @@ impl Enforcer {
         if session.generation != 0 {
             return self.release(cookie, session);
         }
-        self.kernel.remove(cookie)?;
+        self.kernel.remove(cookie, session.established_ns)?;
         self.forget(cookie);
         Ok(())
     }

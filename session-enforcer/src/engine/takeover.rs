@@ -131,7 +131,8 @@ impl Enforcer {
             let now_ns = monotonic_ns();
             for (cookie, session) in sessions {
                 if self.has_ended(cookie, &session, &sockets) {
-                    changed += usize::from(self.kernel.remove(cookie)?);
+                    let removed = self.kernel.remove(cookie, session.established_ns)?;
+                    changed += usize::from(removed);
                     self.metrics.repaired(Repair::Stale);
                     continue;
                 }
@@ -163,13 +164,13 @@ impl Enforcer {
             if session.generation == 0 {
                 // The earlier daemon had not decided about it. It is adopted in a moment, as every
                 // connection that nobody has decided about.
-                self.kernel.remove(cookie)?;
+                self.kernel.remove(cookie, session.established_ns)?;
                 continue;
             }
             let netns_cookie = session.netns_cookie;
             let rule = self.provisional_rule(&session);
             let Some(rule) = rule.filter(|_| known.is_wanted(netns_cookie)) else {
-                self.kernel.remove(cookie)?;
+                self.kernel.remove(cookie, session.established_ns)?;
                 continue;
             };
             taken_over += 1;
