@@ -46,7 +46,7 @@ impl Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum ErrorKind {
-    /// The session map is full; the session is not tracked.
+    /// The session table is full, or both buckets of the cookie are; the session is not tracked.
     MapFull = 0,
     /// The ring buffer was full; the event was not delivered.
     EventLost = 1,

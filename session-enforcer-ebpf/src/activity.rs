@@ -2,7 +2,7 @@
 //!
 //! This runs for every packet of every socket below the cgroup: a packet whose ports no rule is about
 //! costs the look at one bit for each of them, without a call into the kernel. Only where a rule may
-//! be about it does a packet of no session cost a cookie and a map miss.
+//! be about it does a packet of no session cost a cookie and a look into two buckets of the table.
 
 use aya_ebpf::{
     bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},

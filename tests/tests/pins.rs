@@ -8,8 +8,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
-use session_enforcer_common::Session;
+use session_enforcer_common::{Session, table::TableHead};
 use session_enforcer_tests::{
     Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,
     longer_than_a_start as limit, patience, plant_map, run_to_end, without_bpffs,
@@ -233,6 +234,32 @@ fn a_session_table_whose_parts_do_not_fit_is_not_used() -> Result<()> {
         "adopted anew",
     ];
     assert_adopted_anew(replace, &said)
+}
+
+#[test]
+fn a_session_table_that_counts_wrong_is_not_used_after_a_stop() -> Result<()> {
+    for wrong in [0, 1 << 40, u64::MAX] {
+        let lab = Lab::new(AGENT)?;
+        let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+        let mut first = lab.pinned_daemon(&idle())?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        first.stop()?;
+        let map = Map::from_map_data(MapData::from_pin(set(&lab)?.join("TABLE"))?)?;
+        let mut table: Array<MapData, TableHead> = Array::try_from(map)?;
+        let head = table.get(&0, 0)?;
+        assert_eq!(head.sessions, 1);
+        let sessions = wrong;
+        table.set(0, TableHead { sessions, ..head }, 0)?;
+        let second = lab.pinned_daemon(&idle())?;
+        let log = second.log();
+        assert!(
+            log.contains("and has 1; connections are adopted anew"),
+            "{log}"
+        );
+        assert_reset_for(&second, &pair, &pair.opened)?;
+        second.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -137,17 +137,16 @@ fn large_cookies_have_sessions_as_others() -> Result<()> {
 fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
     const CAPACITY: u32 = 600;
     let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut kernel = load(CAPACITY)?;
     kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
-    let open = || Pair::open(&lab.outside, &listener);
     let done = AtomicBool::new(false);
     let kept = thread::scope(|scope| -> Result<Vec<Pair>> {
         let churn = || -> Result<Vec<Pair>> {
+            let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
             let mut kept = Vec::new();
             while !done.load(Ordering::Relaxed) {
-                let pair = open()?;
+                let pair = Pair::open(&lab.outside, &listener)?;
                 if kept.len() < CONNECTIONS {
                     kept.push(pair);
                 } else {

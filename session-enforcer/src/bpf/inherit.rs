@@ -49,7 +49,7 @@ struct Witness {
 
 impl Pins {
     /// Looks at what is in the directory, and makes a set beside it.
-    pub(super) fn look(directory: PinDir) -> Result<Self, PinError> {
+    pub(super) fn look(directory: PinDir) -> Result<Self, BpfError> {
         let set = directory.stage()?;
         let mut pins = Self {
             found: None,
@@ -71,8 +71,30 @@ impl Pins {
                 Inherited::Stopped
             }
         };
+        if pins.state == Inherited::Stopped && !pins.is_counted()? {
+            (pins.found, pins.state) = (None, Inherited::Nothing);
+        }
         pins.tell_of_others()?;
         Ok(pins)
+    }
+
+    /// Whether the table of a daemon that has stopped has as many sessions as it says. Too few counted
+    /// ones would fill it beyond its room, too many would keep room that nobody has.
+    fn is_counted(&self) -> Result<bool, BpfError> {
+        let Some(Found { set, table, .. }) = &self.found else {
+            return Ok(true);
+        };
+        let there = EarlierTable::open(set, table.key)?.cookies()?.len();
+        let is_counted = table.sessions == there as u64;
+        if !is_counted {
+            tracing::warn!(
+                "what is pinned in {} cannot be taken over: the session table says that it has {} \
+                 sessions and has {there}; connections are adopted anew",
+                set.display(),
+                table.sessions
+            );
+        }
+        Ok(is_counted)
     }
 
     fn tell_of_others(&self) -> Result<(), PinError> {

@@ -73,7 +73,7 @@ pub enum Adoption {
     Inserted,
     /// The kernel had it already.
     Known,
-    /// The map is full.
+    /// The table is full, or both buckets of the cookie are.
     Full,
 }
 

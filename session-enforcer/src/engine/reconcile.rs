@@ -306,7 +306,8 @@ impl Enforcer {
             Adoption::Known => return Ok(()),
             Adoption::Full => {
                 self.missed.left_out += 1;
-                comparison.is_full = true;
+                // Both of its buckets may be full where the table is not.
+                comparison.is_full = !self.has_room();
                 return Ok(());
             }
         }
