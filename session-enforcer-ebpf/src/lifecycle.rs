@@ -1,7 +1,5 @@
 //! Establishment and close (`sock_ops`).
 
-use core::ptr;
-
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,

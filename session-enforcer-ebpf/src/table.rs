@@ -16,7 +16,7 @@ use core::{
 
 use session_enforcer_common::{
     Session,
-    table::{CLAIMED, WAYS, is_same},
+    table::{Bucket, CLAIMED, WAYS, is_same},
 };
 
 use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY};
@@ -288,7 +288,7 @@ fn lowest(ways: u32) -> u32 {
 
 #[inline(always)]
 fn tags_of(bucket: u32) -> Option<*mut u64> {
-    BUCKETS.get_ptr_mut(bucket).map(|bucket| bucket.cast())
+    BUCKETS.get_ptr_mut(bucket).map(<*mut Bucket>::cast)
 }
 
 #[inline(always)]
