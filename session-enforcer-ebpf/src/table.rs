@@ -22,7 +22,7 @@ use session_enforcer_common::{
 use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY};
 
 /// How often a session is put in at most where other programs take the place that was free.
-const ATTEMPTS: u32 = 4;
+const ATTEMPTS: u32 = 2;
 
 /// Copies of a record that are made in search of one that is whole.
 const MAX_COPIES: usize = 8;
@@ -57,12 +57,12 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     if matches!(cookie, 0 | CLAIMED | u64::MAX) {
         return Err(Refusal::Full);
     }
-    let [first, second] = buckets_of(cookie);
-    if (ways(first, cookie) | ways(second, cookie)) != 0 {
+    let looked = Looked::into(buckets_of(cookie), cookie);
+    if looked.place().is_some() {
         return Err(Refusal::Present);
     }
     // Signed: should what is pinned count too few, the table is not shut for ever.
-    if (count(1) as i64) < i64::from(MAX_SESSIONS.load()) && put([first, second], cookie, session) {
+    if (count(1) as i64) < i64::from(MAX_SESSIONS.load()) && put(looked, cookie, session) {
         return Ok(());
     }
     count(u64::MAX);
@@ -73,11 +73,15 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
 /// session may lie by the time that it is written. Whether it is there then.
 #[inline(never)]
 pub(crate) fn amend(cookie: u64, session: &Session) -> bool {
-    let Some(place) = place_apart(cookie) else {
+    if cookie == 0 {
+        return false;
+    }
+    let looked = Looked::into(buckets_of(cookie), cookie);
+    let Some(place) = looked.place() else {
         return false;
     };
     count(1);
-    if !put(buckets_of(cookie), cookie, session) {
+    if !put(looked, cookie, session) {
         count(u64::MAX);
         return write_over(place, cookie, session);
     }
@@ -145,14 +149,20 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
 /// Takes a session out; whether this program did.
 #[inline(never)]
 pub(crate) fn remove(cookie: u64) -> bool {
+    if cookie == 0 {
+        return false;
+    }
     let mut removed = false;
     // There are two for a moment while one is amended, and where the daemon adopted a socket while it
     // was connected again.
-    for _ in 0..2 {
-        let Some(place) = place_apart(cookie) else {
-            break;
-        };
-        removed |= clear(place, cookie);
+    for bucket in buckets_of(cookie) {
+        let mut ways = of_cookie(look(bucket, cookie));
+        for _ in 0..2 {
+            if ways != 0 {
+                removed |= clear(bucket * WAYS + lowest(ways), cookie);
+                ways &= ways - 1;
+            }
+        }
     }
     removed
 }
@@ -169,11 +179,12 @@ fn clear(place: u32, cookie: u64) -> bool {
 
 /// Puts a session into a free place, if there is one.
 #[inline(never)]
-fn put(buckets: [u32; 2], cookie: u64, session: &Session) -> bool {
+fn put(mut looked: Looked, cookie: u64, session: &Session) -> bool {
     for attempt in 0..ATTEMPTS {
-        if put_once(buckets, cookie, session, attempt) {
+        if put_once(looked, cookie, session, attempt) {
             return true;
         }
+        looked = Looked::into(looked.buckets, cookie);
     }
     false
 }
@@ -181,8 +192,9 @@ fn put(buckets: [u32; 2], cookie: u64, session: &Session) -> bool {
 /// Puts a session into a free place of the emptier bucket. Fails where both are full, and where another
 /// program takes that place first: the next attempt begins elsewhere.
 #[inline(always)]
-fn put_once([first, second]: [u32; 2], cookie: u64, session: &Session, attempt: u32) -> bool {
-    let (free, others) = (ways(first, 0), ways(second, 0));
+fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> bool {
+    let [first, second] = looked.buckets;
+    let [free, others] = looked.ways.map(free_of);
     let (bucket, free) = if others.count_ones() > free.count_ones() {
         (second, others)
     } else {
@@ -257,27 +269,73 @@ fn place_apart(cookie: u64) -> Option<u32> {
         return None;
     }
     let [first, second] = buckets_of(cookie);
-    let (here, there) = (ways(first, cookie), ways(second, cookie));
+    let here = of_cookie(look(first, cookie));
     if here != 0 {
-        Some(first * WAYS + lowest(here))
-    } else if there != 0 {
-        Some(second * WAYS + lowest(there))
-    } else {
-        None
+        return Some(first * WAYS + lowest(here));
+    }
+    let there = of_cookie(look(second, cookie));
+    (there != 0).then(|| second * WAYS + lowest(there))
+}
+
+/// What was found in the two buckets of a cookie.
+#[derive(Clone, Copy)]
+struct Looked {
+    buckets: [u32; 2],
+    ways: [u32; 2],
+}
+
+impl Looked {
+    #[inline(always)]
+    fn into(buckets: [u32; 2], cookie: u64) -> Self {
+        let [first, second] = buckets;
+        Self {
+            buckets,
+            ways: [look(first, cookie), look(second, cookie)],
+        }
+    }
+
+    /// The place of the session.
+    #[inline(always)]
+    fn place(self) -> Option<u32> {
+        let ([first, second], [here, there]) = (self.buckets, self.ways.map(of_cookie));
+        if here != 0 {
+            Some(first * WAYS + lowest(here))
+        } else if there != 0 {
+            Some(second * WAYS + lowest(there))
+        } else {
+            None
+        }
     }
 }
 
-/// The places of a bucket that have this tag, a bit for each.
+/// The places of a bucket, a bit for each: in the lower half of the word those that are free, in the
+/// upper those of the cookie. No branch for each: see `find_apart`.
+///
+/// With a name of its own for the linker it is a global function, which the verifier follows once and not
+/// at each call.
 #[inline(never)]
-fn ways(bucket: u32, tag: u64) -> u32 {
+#[unsafe(no_mangle)]
+pub(crate) extern "C" fn look(bucket: u32, cookie: u64) -> u32 {
     let Some(tags) = tags_of(bucket) else {
         return 0;
     };
     let mut ways = 0;
     for way in 0..WAYS {
-        ways |= is_same(read(tags, way), tag) << way;
+        // Read twice: to keep sixteen tags would take a good part of the stack.
+        ways |= is_same(read(tags, way), 0) << way;
+        ways |= is_same(read(tags, way), cookie) << (WAYS + way);
     }
     ways
+}
+
+#[inline(always)]
+fn free_of(ways: u32) -> u32 {
+    ways & ((1 << WAYS) - 1)
+}
+
+#[inline(always)]
+fn of_cookie(ways: u32) -> u32 {
+    ways >> WAYS
 }
 
 /// The lowest of the ways, of which there is one.
