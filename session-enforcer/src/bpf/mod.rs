@@ -287,7 +287,17 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn adopt(&mut self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
-        self.sessions.adopt(cookie, session)
+        let adopted = self.sessions.adopt(&[(cookie, *session)])?;
+        Ok(adopted[0])
+    }
+
+    /// As [`adopt`](Self::adopt), for many sessions; what became of each, in their order.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn adopt_all(&mut self, sessions: &[(u64, Session)]) -> Result<Vec<Adoption>, BpfError> {
+        self.sessions.adopt(sessions)
     }
 
     /// Writes a session that the kernel has; returns whether it still had it. A stamp of a packet

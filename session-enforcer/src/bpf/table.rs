@@ -73,14 +73,24 @@ impl SessionTable {
         Ok(sessions)
     }
 
-    /// Puts in a session that is not there.
-    pub(super) fn adopt(&self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
-        let exchange = self.ask(cookie, Request::Adopt, Some(session))?;
-        Ok(match exchange.answer {
-            answer::DONE => Adoption::Inserted,
-            answer::PRESENT => Adoption::Known,
-            _ => Adoption::Full,
-        })
+    /// Puts in sessions that are not there; what became of each, in their order.
+    pub(super) fn adopt(&self, sessions: &[(u64, Session)]) -> Result<Vec<Adoption>, BpfError> {
+        let mut adopted = Vec::with_capacity(sessions.len());
+        for sessions in sessions.chunks(MAX_REQUESTS as usize) {
+            for (index, (cookie, session)) in sessions.iter().enumerate() {
+                self.put(index, *cookie, Request::Adopt, Some(session));
+            }
+            self.serve(sessions.len())?;
+            for (index, (cookie, _)) in sessions.iter().enumerate() {
+                let exchange = self.answered(index, *cookie, Request::Adopt)?;
+                adopted.push(match exchange.answer {
+                    answer::DONE => Adoption::Inserted,
+                    answer::PRESENT => Adoption::Known,
+                    _ => Adoption::Full,
+                });
+            }
+        }
+        Ok(adopted)
     }
 
     /// Writes a session that is there; whether it was.

@@ -20,7 +20,7 @@ use crate::{
     metrics::Untracked,
     netns::{self, Seen},
     processes::Processes,
-    sock_diag::{Detail, Socket, state},
+    sock_diag::{Detail, MAX_BATCH, Socket, state},
 };
 
 /// Bits of a list that may wait for the engine.
@@ -258,7 +258,8 @@ impl Enforcer {
         adopted: &mut HashMap<u64, Adopted>,
     ) -> Result<()> {
         let mut refused = HashSet::new();
-        self.list(adopting, netns_cookie, |this, adopting, adoptee| {
+        let mut waiting = Vec::with_capacity(MAX_BATCH);
+        let listed = self.list(adopting, netns_cookie, |this, adopting, adoptee| {
             let (cookie, mut session) = (adoptee.cookie, adoptee.session);
             if this.schedule.contains(cookie) || adopted.contains_key(&cookie) {
                 return Ok(());
@@ -266,7 +267,35 @@ impl Enforcer {
             if let Some(holder) = adopting.processes.holder(adoptee.inode) {
                 (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
             }
-            match this.kernel.adopt(cookie, &session)? {
+            waiting.push((cookie, session));
+            if waiting.len() == MAX_BATCH {
+                this.insert_waiting(&mut waiting, adopted, &mut refused)?;
+            }
+            Ok(())
+        });
+        // What was listed before it broke off is there.
+        self.insert_waiting(&mut waiting, adopted, &mut refused)?;
+        listed?;
+        if !refused.is_empty() {
+            let refused = refused.len();
+            tracing::error!(
+                "{refused} connections are not tracked, the session map is full: raise \
+                 daemon.max_sessions"
+            );
+            self.missed.left_out += refused;
+        }
+        Ok(())
+    }
+
+    fn insert_waiting(
+        &mut self,
+        waiting: &mut Vec<(u64, Session)>,
+        adopted: &mut HashMap<u64, Adopted>,
+        refused: &mut HashSet<u64>,
+    ) -> Result<()> {
+        let answers = self.kernel.adopt_all(waiting)?;
+        for ((cookie, session), answer) in waiting.drain(..).zip(answers) {
+            match answer {
                 Adoption::Inserted => {
                     let is_confirmed = false;
                     let new = Adopted {
@@ -278,19 +307,10 @@ impl Enforcer {
                 Adoption::Known => {}
                 Adoption::Full => {
                     if refused.insert(cookie) {
-                        this.metrics.untracked(Untracked::MapFull);
+                        self.metrics.untracked(Untracked::MapFull);
                     }
                 }
             }
-            Ok(())
-        })?;
-        if !refused.is_empty() {
-            let refused = refused.len();
-            tracing::error!(
-                "{refused} connections are not tracked, the session map is full: raise \
-                 daemon.max_sessions"
-            );
-            self.missed.left_out += refused;
         }
         Ok(())
     }
