@@ -7,7 +7,7 @@
 //!
 //! A cookie has two buckets, and its session is put into the emptier one. That keeps them so evenly
 //! filled that while the table has room nobody finds both full: in a table of 262,144 sessions that
-//! was always full to the last place, 24 of 20 million insertions did.
+//! was always full to the last place, 30 of 20 million insertions did, by simulation.
 
 use crate::Session;
 

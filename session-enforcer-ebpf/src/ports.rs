@@ -7,7 +7,7 @@ use aya_ebpf::{
     bindings::__sk_buff,
     programs::{SkBuffContext, SockOpsContext},
 };
-use session_enforcer_common::{PortFilter, Table};
+use session_enforcer_common::PortFilter;
 
 use crate::{maps::PORTS, policy::active_table};
 
@@ -32,7 +32,7 @@ pub(crate) fn may_have_session(ctx: &SkBuffContext) -> bool {
 #[inline(always)]
 pub(crate) fn may_be_matched(ctx: &SockOpsContext) -> bool {
     let (local, remote) = (ctx.local_port() as u16, remote_port(ctx.remote_port()));
-    let table = (active_table() % Table::COUNT) as usize;
+    let table = active_table() as usize;
     // SAFETY: the filters are always there, one for each table.
     unsafe { PortFilter::ask(&raw const (*PORTS.as_ptr()).of_tables[table], local, remote) }
 }

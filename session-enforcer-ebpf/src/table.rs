@@ -231,7 +231,7 @@ fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> boo
 ///
 /// Both must point to records, of which others may change the first at any time.
 #[inline(always)]
-pub(crate) unsafe fn copy(from: *const Session, to: *mut Session) {
+unsafe fn copy(from: *const Session, to: *mut Session) {
     let (from, to) = (from.cast::<u64>(), to.cast::<u64>());
     for word in 0..size_of::<Session>() / size_of::<u64>() {
         // SAFETY: within both records.
