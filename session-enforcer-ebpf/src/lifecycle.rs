@@ -1,5 +1,7 @@
 //! Establishment and close (`sock_ops`).
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
@@ -10,7 +12,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, Owner, RULE_EXEMPT, Session, flags,
+    Address, Direction, ErrorKind, Event, EventKind, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
@@ -21,6 +23,7 @@ use crate::{
     policy::{Decision, decide},
     ports,
     table::{self, Refusal},
+    words,
 };
 
 const AF_INET: u32 = 2;
@@ -58,31 +61,28 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     }
     let now = now_ns();
     // Built here and nowhere else, and the facts made of it: the stack of all frames together is small.
-    let mut session = Session {
-        last_received_ns: now,
-        last_sent_ns: now,
-        answered_ns: now,
-        bytes_received: 0,
-        bytes_sent: 0,
-        open_until_ns: 0,
-        generation: 0,
-        rule: 0,
-        direction: direction as u8,
-        flags: mptcp_flag(ctx),
-        established_ns: now,
-        netns_cookie,
-        local: Address([0; 4]),
-        remote: Address([0; 4]),
-        local_port: ctx.local_port() as u16,
-        remote_port: ports::remote_port(ctx.remote_port()),
-        ifindex: bound_interface(ctx),
-        owner: Owner::UNKNOWN,
+    // Zeros first, in words: the compiler would call a function that writes bytes.
+    let mut record = MaybeUninit::<Session>::uninit();
+    // SAFETY: the record is writable, and one of zeros is valid: integers only.
+    let session = unsafe {
+        words::clear::<u64, _>(record.as_mut_ptr());
+        record.assume_init_mut()
     };
-    if !note_addresses(ctx, &mut session) {
+    session.last_received_ns = now;
+    session.last_sent_ns = now;
+    session.answered_ns = now;
+    session.established_ns = now;
+    session.direction = direction as u8;
+    session.flags = mptcp_flag(ctx);
+    session.netns_cookie = netns_cookie;
+    session.local_port = ctx.local_port() as u16;
+    session.remote_port = ports::remote_port(ctx.remote_port());
+    session.ifindex = bound_interface(ctx);
+    if !note_addresses(ctx, session) {
         return Ok(());
     }
     owner::take(ctx, &mut session.owner);
-    let Some(decision) = decide(&session) else {
+    let Some(decision) = decide(session) else {
         return Ok(());
     };
     match decision {
@@ -107,7 +107,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
             "the close callback was refused; the end of a session will not be seen"
         );
     }
-    insert(ctx, cookie, &session)
+    insert(ctx, cookie, session)
 }
 
 #[inline(always)]
@@ -133,7 +133,10 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
 #[inline(never)]
 fn closed(cookie: u64) {
-    let Some(session) = table::find_apart(cookie) else {
+    let Some(looked) = table::look_for(cookie) else {
+        return;
+    };
+    let Some(session) = looked.record() else {
         return;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
@@ -146,7 +149,7 @@ fn closed(cookie: u64) {
     } else {
         session.rule
     };
-    if table::remove(cookie) {
+    if table::remove_found(looked, cookie) {
         // One that was never decided about was not counted as opened.
         if generation != 0 {
             counters::rule(rule, |c| c.closed += 1);
@@ -223,25 +226,13 @@ fn note_addresses(ctx: &SockOpsContext, session: &mut Session) -> bool {
         AF_INET6 => {
             // SAFETY: the context is valid, and both places are the session's.
             unsafe {
-                copy_words(&raw const (*ops).local_ip6, &raw mut session.local.0);
-                copy_words(&raw const (*ops).remote_ip6, &raw mut session.remote.0);
+                words::copy::<u32, _>(&raw const (*ops).local_ip6, &raw mut session.local.0);
+                words::copy::<u32, _>(&raw const (*ops).remote_ip6, &raw mut session.remote.0);
             }
         }
         _ => return false,
     }
     true
-}
-
-/// # Safety
-///
-/// `from` must point to four readable words of the context, `to` to four that may be written.
-#[inline(always)]
-unsafe fn copy_words(from: *const [u32; 4], to: *mut [u32; 4]) {
-    let (from, to) = (from.cast::<u32>(), to.cast::<u32>());
-    for word in 0..4 {
-        // SAFETY: the caller's promise.
-        unsafe { to.add(word).write_volatile(from.add(word).read_volatile()) };
-    }
 }
 
 /// A socket is a subflow from its first packet on, if it ever is one: where the peer does not speak

@@ -35,6 +35,7 @@ mod policy;
 mod ports;
 mod serve;
 mod table;
+mod words;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock, raw_tracepoint, sock_ops},

@@ -19,6 +19,7 @@ use session_enforcer_common::{Ancestors, ErrorKind, MAX_CGROUP_LEVELS, Owner};
 use crate::{
     counters,
     maps::{ANCESTORS, OWNERS},
+    words,
 };
 
 const SOCK_STREAM: u32 = 1;
@@ -87,7 +88,7 @@ fn note_ancestors(cgroup_id: u64) {
 #[inline(always)]
 pub(crate) fn take(ctx: &SockOpsContext, owner: &mut Owner) {
     // SAFETY: the context of a program of this type; the socket is checked before it is used, and so is
-    // what is stored. That is copied word by word: the compiler would copy it by way of the stack.
+    // what is stored.
     unsafe {
         let socket = (*ctx.ops).__bindgen_anon_2.sk;
         if socket.is_null() {
@@ -97,10 +98,7 @@ pub(crate) fn take(ctx: &SockOpsContext, owner: &mut Owner) {
         if stored.is_null() {
             return;
         }
-        let (from, to) = (stored.cast::<u64>(), ptr::from_mut(owner).cast::<u64>());
-        for word in 0..size_of::<Owner>() / size_of::<u64>() {
-            to.add(word).write_volatile(from.add(word).read_volatile());
-        }
+        words::copy::<u64, Owner>(stored.cast(), owner);
         bpf_sk_storage_delete(OWNERS.as_ptr(), socket.cast());
     }
 }

@@ -56,10 +56,13 @@ fn answer_to(exchange: &mut Exchange) -> u32 {
 /// Takes out the session that the daemon means, and not one that has begun under its cookie since.
 #[inline(always)]
 fn remove(cookie: u64, established_ns: u64) -> bool {
-    let Some(session) = table::find_apart(cookie) else {
+    let Some(looked) = table::look_for(cookie) else {
+        return false;
+    };
+    let Some(session) = looked.record() else {
         return false;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs.
     let is_meant = unsafe { (*session).established_ns == established_ns };
-    is_meant && table::remove(cookie)
+    is_meant && table::remove_found(looked, cookie)
 }

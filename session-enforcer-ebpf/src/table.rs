@@ -16,10 +16,13 @@ use core::{
 
 use session_enforcer_common::{
     Session,
-    table::{Bucket, CLAIMED, WAYS, is_same},
+    table::{Bucket, CLAIMED, WAYS, is_same, prefers_second},
 };
 
-use crate::maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY};
+use crate::{
+    maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY},
+    words,
+};
 
 /// How often a session is put in at most where other programs take the place that was free.
 const ATTEMPTS: u32 = 2;
@@ -43,11 +46,15 @@ pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
     SESSIONS.get_ptr_mut(place_of(cookie)?)
 }
 
-/// As above, where it is done a few times in the life of a session: without a branch for each tag, whose
-/// combinations the verifier would follow.
-#[inline(never)]
-pub(crate) fn find_apart(cookie: u64) -> Option<*mut Session> {
-    SESSIONS.get_ptr_mut(place_apart(cookie)?)
+/// Where the session of a cookie lies, for what is done a few times in its life: without a branch for each
+/// tag, whose combinations the verifier would follow.
+#[inline(always)]
+pub(crate) fn look_for(cookie: u64) -> Option<Looked> {
+    if cookie == 0 {
+        return None;
+    }
+    let looked = Looked::into(buckets_of(cookie), cookie);
+    looked.place().is_some().then_some(looked)
 }
 
 /// Puts in a session that is not there.
@@ -88,7 +95,7 @@ pub(crate) fn amend(cookie: u64, session: &Session) -> bool {
     if clear(place, cookie) {
         return true;
     }
-    // It has ended meanwhile. Who has taken it out may have been before the new one.
+    // It has ended meanwhile. Who has taken it out may have looked before the new one was there.
     remove(cookie);
     false
 }
@@ -101,7 +108,7 @@ fn write_over(place: u32, cookie: u64, session: &Session) -> bool {
     // SAFETY: pointers that the maps gave.
     unsafe {
         if ptr::read_volatile(tag) == cookie {
-            copy(session, record);
+            words::copy::<u64, _>(session, record);
         }
         ptr::read_volatile(tag) == cookie
     }
@@ -114,7 +121,7 @@ fn write_over(place: u32, cookie: u64, session: &Session) -> bool {
 /// so often that none agrees is not that of an idle session, and no copy of it says so.
 #[inline(never)]
 pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
-    let Some(place) = place_apart(cookie) else {
+    let Some(place) = look_for(cookie).and_then(Looked::place) else {
         return false;
     };
     let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr(place)) else {
@@ -122,7 +129,7 @@ pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
     };
     for _ in 0..MAX_COPIES {
         // SAFETY: pointers that the maps gave, valid while the program runs.
-        unsafe { copy(record, into) };
+        unsafe { words::copy::<u64, _>(record, into) };
         if agrees(record, into) {
             break;
         }
@@ -147,24 +154,33 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
 }
 
 /// Takes a session out; whether this program did.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn remove(cookie: u64) -> bool {
-    if cookie == 0 {
-        return false;
-    }
-    let mut removed = false;
-    // There are two for a moment while one is amended, and where the daemon adopted a socket while it
-    // was connected again.
-    for bucket in buckets_of(cookie) {
-        let mut ways = of_cookie(look(bucket, cookie));
+    look_for(cookie).is_some_and(|looked| clear_all(looked, cookie))
+}
+
+/// Takes out a session that was found, wherever it lies by now; whether this program did.
+#[inline(always)]
+pub(crate) fn remove_found(looked: Looked, cookie: u64) -> bool {
+    // The second look is for one that the daemon has amended meanwhile.
+    clear_all(looked, cookie) || remove(cookie)
+}
+
+/// Frees the places in which a session was found; whether one was still its own. There are two for a
+/// moment while a session is amended, and where the daemon adopted a socket while it was connected again.
+#[inline(never)]
+fn clear_all(looked: Looked, cookie: u64) -> bool {
+    let mut cleared = false;
+    for index in 0..2 {
+        let mut ways = of_cookie(looked.ways[index]);
         for _ in 0..2 {
             if ways != 0 {
-                removed |= clear(bucket * WAYS + lowest(ways), cookie);
+                cleared |= clear(looked.buckets[index] * WAYS + lowest(ways), cookie);
                 ways &= ways - 1;
             }
         }
     }
-    removed
+    cleared
 }
 
 /// Frees the place of a session; whether it was still there.
@@ -181,21 +197,23 @@ fn clear(place: u32, cookie: u64) -> bool {
 #[inline(never)]
 fn put(mut looked: Looked, cookie: u64, session: &Session) -> bool {
     for attempt in 0..ATTEMPTS {
+        if attempt != 0 {
+            looked = Looked::into(looked.buckets, cookie);
+        }
         if put_once(looked, cookie, session, attempt) {
             return true;
         }
-        looked = Looked::into(looked.buckets, cookie);
     }
     false
 }
 
-/// Puts a session into a free place of the emptier bucket. Fails where both are full, and where another
+/// Puts a session into a free place of the bucket that is to have it. Fails where both are full, and where another
 /// program takes that place first: the next attempt begins elsewhere.
 #[inline(always)]
 fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> bool {
     let [first, second] = looked.buckets;
     let [free, others] = looked.ways.map(free_of);
-    let (bucket, free) = if others.count_ones() > free.count_ones() {
+    let (bucket, free) = if prefers_second(free.count_ones(), others.count_ones()) {
         (second, others)
     } else {
         (first, free)
@@ -219,24 +237,10 @@ fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> boo
     // SAFETY: pointers that the maps gave; the place is this program's. The record is written before
     // others can find it: an exchange is a barrier.
     unsafe {
-        copy(session, record);
+        words::copy::<u64, _>(session, record);
         atomic_xchg::<u64, { SeqCst }>(tag, cookie);
     }
     true
-}
-
-/// Copies a record word by word: what the compiler would make of an assignment does so byte by byte.
-///
-/// # Safety
-///
-/// Both must point to records, of which others may change the first at any time.
-#[inline(always)]
-unsafe fn copy(from: *const Session, to: *mut Session) {
-    let (from, to) = (from.cast::<u64>(), to.cast::<u64>());
-    for word in 0..size_of::<Session>() / size_of::<u64>() {
-        // SAFETY: within both records.
-        unsafe { to.add(word).write_volatile(from.add(word).read_volatile()) };
-    }
 }
 
 #[inline(always)]
@@ -263,23 +267,9 @@ fn place_in(bucket: u32, cookie: u64) -> Option<u32> {
         .map(|way| bucket * WAYS + way)
 }
 
-#[inline(always)]
-fn place_apart(cookie: u64) -> Option<u32> {
-    if cookie == 0 {
-        return None;
-    }
-    let [first, second] = buckets_of(cookie);
-    let here = of_cookie(look(first, cookie));
-    if here != 0 {
-        return Some(first * WAYS + lowest(here));
-    }
-    let there = of_cookie(look(second, cookie));
-    (there != 0).then(|| second * WAYS + lowest(there))
-}
-
 /// What was found in the two buckets of a cookie.
 #[derive(Clone, Copy)]
-struct Looked {
+pub(crate) struct Looked {
     buckets: [u32; 2],
     ways: [u32; 2],
 }
@@ -292,6 +282,12 @@ impl Looked {
             buckets,
             ways: [look(first, cookie), look(second, cookie)],
         }
+    }
+
+    /// The record of the session; valid while the program runs.
+    #[inline(always)]
+    pub(crate) fn record(self) -> Option<*mut Session> {
+        SESSIONS.get_ptr_mut(self.place()?)
     }
 
     /// The place of the session.
@@ -309,7 +305,7 @@ impl Looked {
 }
 
 /// The places of a bucket, a bit for each: in the lower half of the word those that are free, in the
-/// upper those of the cookie. No branch for each: see `find_apart`.
+/// upper those of the cookie. No branch for each: see `look_for`.
 ///
 /// With a name of its own for the linker it is a global function, which the verifier follows once and not
 /// at each call.

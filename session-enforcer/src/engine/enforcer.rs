@@ -236,13 +236,13 @@ impl Enforcer {
 
     /// Forgets a session that has ended.
     pub(super) fn forget(&mut self, cookie: u64) {
-        if let Some(expired) = self.in_doubt.remove(&cookie) {
+        if let Some(expired) = take_from(&mut self.in_doubt, cookie) {
             self.record_gone(&expired);
         }
-        self.refused.remove(&cookie);
-        self.reset.remove(&cookie);
-        self.late_by_policy.remove(&cookie);
-        self.observed.remove(&cookie);
+        take_from(&mut self.refused, cookie);
+        take_from(&mut self.reset, cookie);
+        take_from(&mut self.late_by_policy, cookie);
+        take_from(&mut self.observed, cookie);
         if let Some(group) = self.schedule.remove(cookie) {
             self.leave(group);
         }
@@ -584,5 +584,15 @@ pub(super) fn group_of(session: &Session) -> Group {
     Group {
         netns_cookie: session.netns_cookie,
         rule: session.rule,
+    }
+}
+
+/// Takes out what is kept of a session. Most have nothing anywhere, and an empty map need not work out a
+/// hash for each that ends.
+fn take_from<T>(map: &mut HashMap<u64, T>, cookie: u64) -> Option<T> {
+    if map.is_empty() {
+        None
+    } else {
+        map.remove(&cookie)
     }
 }
