@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use session_enforcer_common::{
     Session,
-    table::{Key, WAYS},
+    table::{Key, WAYS, prefers_second},
 };
 
 // `enum bpf_cmd` of `linux/bpf.h`.
@@ -113,7 +113,7 @@ impl Statistics {
     }
 }
 
-/// What a program for comparison does with each packet.
+/// What programs for comparison do with each packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
     /// Nothing.
@@ -126,15 +126,20 @@ pub(crate) enum Body {
     StorageMissed,
     /// It asks for what is kept with the socket, and gets it.
     StorageFound,
+    /// It asks for the cookie, the socket's counters and the time. Besides, something is kept with each
+    /// socket when it is made, and deleted when that is established. No program can do without these
+    /// calls of the kernel's functions that is to know how long a session has been idle, and whose it is.
+    Calls,
 }
 
 impl Body {
     /// Every one that does something.
-    pub(crate) const ALL: [Self; 4] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Cookie,
         Self::LookUp,
         Self::StorageMissed,
         Self::StorageFound,
+        Self::Calls,
     ];
 }
 
@@ -148,13 +153,11 @@ impl PlainPrograms {
     pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
         let directory = File::open(cgroup)?;
         let map = match body {
-            Body::StorageMissed | Body::StorageFound => socket_storage()?,
+            Body::StorageMissed | Body::StorageFound | Body::Calls => socket_storage()?,
             _ => empty_map()?,
         };
         let attach = |hook: Hook| -> Result<OwnedFd> {
-            let of_packet = matches!(hook, Hook::Ingress | Hook::Egress);
-            let body = if of_packet { body } else { Body::Nothing };
-            let program = load(hook, &instructions(body, &map));
+            let program = load(hook, &instructions(body, hook, &map));
             let program = program.with_context(|| format!("a program for the hook {hook:?}"))?;
             let mut attributes = [
                 number(&program),
@@ -178,13 +181,14 @@ fn empty_map() -> Result<OwnedFd> {
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
 }
 
-/// A map whose entries are kept with sockets, of 8 bytes each.
+/// A map whose entries are kept with sockets, of 8 bytes each, and which accepted sockets inherit.
 fn socket_storage() -> Result<OwnedFd> {
     const SK_STORAGE: u32 = 24;
     const NO_PREALLOC: u32 = 1;
+    const CLONE: u32 = 1 << 9;
     let types = load_types()?;
     let mut attributes = [0_u32; 15];
-    attributes[..5].copy_from_slice(&[SK_STORAGE, 4, 8, 0, NO_PREALLOC]);
+    attributes[..5].copy_from_slice(&[SK_STORAGE, 4, 8, 0, NO_PREALLOC | CLONE]);
     // Behind the name: the types, and which of them are those of the key and of the value.
     attributes[12..].copy_from_slice(&[number(&types), 1, 2]);
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map of socket storage")?)
@@ -225,7 +229,7 @@ fn load_types() -> Result<OwnedFd> {
 /// As `struct bpf_insn` has it.
 type Instruction = [u8; 8];
 
-fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
+fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     // r0 = bpf_get_socket_cookie(r1), the context being in r1 at the beginning.
     const COOKIE: Instruction = [0x85, 0, 0, 0, 46, 0, 0, 0];
     // *(u64 *)(r10 - 8) = r0; r2 = r10; r2 += -8
@@ -239,6 +243,29 @@ fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
         [0x79, 0x12, 168, 0, 0, 0, 0, 0],
         [0x15, 0x02, 5, 0, 0, 0, 0, 0],
     ];
+    // r6 = r1
+    const KEEP: Instruction = [0xbf, 0x16, 0, 0, 0, 0, 0, 0];
+    // r1 = r6->sk; if it is not 0, r0 = bpf_tcp_sock(r1)
+    const COUNTERS: [Instruction; 3] = [
+        [0x79, 0x61, 168, 0, 0, 0, 0, 0],
+        [0x15, 0x01, 1, 0, 0, 0, 0, 0],
+        [0x85, 0, 0, 0, 96, 0, 0, 0],
+    ];
+    // r0 = bpf_ktime_get_ns()
+    const CLOCK: Instruction = [0x85, 0, 0, 0, 5, 0, 0, 0];
+    // r2 = r1, which is the socket to a program on the hook for new ones
+    const NEW_SOCKET: Instruction = [0xbf, 0x12, 0, 0, 0, 0, 0, 0];
+    // r0 = r1->op; if it is BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB or the one behind it, r2 = r1->sk; else, and
+    // where that is 0, skip the three that follow
+    const ESTABLISHED: [Instruction; 5] = [
+        [0x61, 0x10, 0, 0, 0, 0, 0, 0],
+        [0xa5, 0x00, 6, 0, 4, 0, 0, 0],
+        [0x25, 0x00, 5, 0, 5, 0, 0, 0],
+        [0x79, 0x12, 184, 0, 0, 0, 0, 0],
+        [0x15, 0x02, 3, 0, 0, 0, 0, 0],
+    ];
+    // r0 = bpf_sk_storage_delete(r1, r2)
+    const DELETE: Instruction = [0x85, 0, 0, 0, 108, 0, 0, 0];
     // r0 = bpf_map_lookup_elem(r1, r2)
     const LOOK_UP: Instruction = [0x85, 0, 0, 0, 1, 0, 0, 0];
     // r0 = 1, which lets everything pass at each of these hooks; exit
@@ -246,12 +273,15 @@ fn instructions(body: Body, map: &OwnedFd) -> Vec<Instruction> {
     // r1 = the map, in two halves.
     let [a, b, c, d] = number(map).to_ne_bytes();
     let map: [Instruction; 2] = [[0x18, 0x11, 0, 0, a, b, c, d], [0; 8]];
-    let mut code = match body {
-        Body::Nothing => Vec::new(),
-        Body::Cookie => vec![COOKIE],
-        Body::LookUp => [&[COOKIE][..], &KEY, &map, &[LOOK_UP]].concat(),
-        Body::StorageMissed => [&SOCKET[..], &map, &storage(0)].concat(),
-        Body::StorageFound => [&SOCKET[..], &map, &storage(1)].concat(),
+    let mut code = match (body, hook) {
+        (Body::Calls, Hook::SocketMade) => [&[NEW_SOCKET][..], &map, &storage(1)].concat(),
+        (Body::Calls, Hook::Lifecycle) => [&ESTABLISHED[..], &map, &[DELETE]].concat(),
+        (Body::Nothing, _) | (_, Hook::SocketMade | Hook::Lifecycle) => Vec::new(),
+        (Body::Cookie, _) => vec![COOKIE],
+        (Body::LookUp, _) => [&[COOKIE][..], &KEY, &map, &[LOOK_UP]].concat(),
+        (Body::StorageMissed, _) => [&SOCKET[..], &map, &storage(0)].concat(),
+        (Body::StorageFound, _) => [&SOCKET[..], &map, &storage(1)].concat(),
+        (Body::Calls, _) => [&[KEEP, COOKIE][..], &COUNTERS, &[CLOCK]].concat(),
     };
     code.extend(PASS);
     code
@@ -586,13 +616,18 @@ impl Sessions {
         for cookie in FIRST..FIRST + count {
             let room = |bucket| {
                 let tags = self.buckets.numbers(bucket)?;
-                let taken = tags.iter().filter(|tag| **tag != 0).count();
-                anyhow::Ok((taken, bucket, tags))
+                let free = tags.iter().filter(|tag| **tag == 0).count();
+                anyhow::Ok((u32::try_from(free)?, bucket, tags))
             };
             let [one, other] = key_of_table
                 .buckets(cookie, self.buckets.capacity)
                 .map(room);
-            let (_, bucket, mut tags) = one?.min(other?);
+            let (one, other) = (one?, other?);
+            let (_, bucket, mut tags) = if prefers_second(one.0, other.0) {
+                other
+            } else {
+                one
+            };
             let way = tags.iter().position(|tag| *tag == 0).context("no room")?;
             self.records.set(bucket * WAYS + way as u32, record)?;
             tags[way] = cookie;

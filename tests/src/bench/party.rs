@@ -55,9 +55,10 @@ impl Kind {
     pub(crate) const NULL: Self = Self::Plain(Body::Nothing);
 
     /// Every one that is compared by time; what they are compared with comes first.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Bare,
         Self::NULL,
+        Self::Plain(Body::Calls),
         Self::Tracked,
         Self::Untracked,
         Self::Conntrack,
@@ -79,6 +80,7 @@ impl Kind {
             Self::Plain(Body::LookUp) => "cookie and look-up alone",
             Self::Plain(Body::StorageMissed) => "socket storage alone, nothing there",
             Self::Plain(Body::StorageFound) => "socket storage alone, found",
+            Self::Plain(Body::Calls) => "necessary calls alone",
             Self::Tracked => "session-enforcer, both ends tracked",
             Self::Untracked => "session-enforcer, not tracked",
             Self::Conntrack => "conntrack",
