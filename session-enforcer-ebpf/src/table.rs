@@ -207,8 +207,8 @@ fn put(mut looked: Looked, cookie: u64, session: &Session) -> bool {
     false
 }
 
-/// Puts a session into a free place of the bucket that is to have it. Fails where both are full, and where another
-/// program takes that place first: the next attempt begins elsewhere.
+/// Puts a session into a free place of the bucket that is to have it. Fails where both are full, and where
+/// another program takes that place first: the next attempt begins elsewhere.
 #[inline(always)]
 fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> bool {
     let [first, second] = looked.buckets;

@@ -1,5 +1,6 @@
-//! Copies and zeros that are written word by word, volatile. What the compiler would make of an assignment goes byte
-//! by byte or by way of the stack, or, from a program's context, in words that the verifier refuses.
+//! Copies and zeros that are written word by word, volatile. What the compiler would make of an assignment
+//! goes byte by byte or by way of the stack, or, from a program's context, in words that the verifier
+//! refuses.
 
 /// Copies a value in words of the type `W`, of which its size is a multiple.
 ///

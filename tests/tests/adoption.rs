@@ -1,11 +1,17 @@
 //! Connections that are older than the daemon are enforced with their true age.
 
-use std::{net::Ipv4Addr, net::Shutdown, time::Duration};
+use std::{
+    net::{Ipv4Addr, Shutdown},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Daemon, Lab, Moment, Netns, Pair, Veth, idle_rule, longer_than_a_start as limit, reset_on_close,
+    Daemon, Lab, Moment, Netns, Pair, Random, Veth, idle_rule, longer_than_a_start as limit,
+    reset_on_close, seed,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -205,5 +211,42 @@ fn an_adopted_session_of_which_nobody_knows_who_was_last_has_the_longer_limit() 
     last.wait(Duration::from_secs(4));
     answered.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+/// Nobody reports the end of a socket that closes between the list in which it is found and its
+/// insertion.
+#[test]
+fn connections_that_close_while_they_are_adopted_leave_nothing() -> Result<()> {
+    const CLOSED: usize = 2_000;
+    const KEPT: usize = 100;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let open = |_| Pair::open(&lab.inside, &listener);
+    let kept = (0..KEPT).map(open).collect::<Result<Vec<_>>>()?;
+    let mut to_close = (0..CLOSED).map(open).collect::<Result<Vec<_>>>()?;
+    // Listed in no order that is known here.
+    Random::of(seed()?, 0).shuffle(&mut to_close);
+    let started = AtomicBool::new(false);
+    let (daemon, left) = thread::scope(|scope| {
+        let closing = scope.spawn(|| -> Result<Vec<Pair>> {
+            while let Some(pair) = to_close.pop_if(|_| !started.load(Ordering::Relaxed)) {
+                // Every other one without a trace on the wire that the programs would see.
+                if to_close.len().is_multiple_of(2) {
+                    reset_on_close(&pair.client)?;
+                }
+                drop(pair);
+                thread::sleep(Duration::from_micros(250));
+            }
+            Ok(to_close)
+        });
+        let daemon = lab.daemon(&idle_rule(Duration::from_secs(3_600)));
+        started.store(true, Ordering::Relaxed);
+        anyhow::Ok((daemon?, closing.join().expect("a thread of the test")?))
+    })?;
+    assert!(adopted(&daemon)? > 0.0);
+    let sessions = 2.0 * (kept.len() + left.len()) as f64;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], sessions)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], sessions)?;
     Ok(())
 }

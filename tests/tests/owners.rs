@@ -9,7 +9,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, eventually, patience,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Random, Record, eventually,
+    longer_than_a_start, patience, seed,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -196,6 +197,48 @@ fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Resul
     assert_reset(&daemon, &last)?;
     assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    Ok(())
+}
+
+/// The daemon reads sessions 128 at a time, and finds their owners one after the other: what passes
+/// between is in no record that it has read.
+#[test]
+fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
+    const PAIRS: usize = 300;
+    const ROUNDS: u64 = 12;
+    let limit = longer_than_a_start();
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let owned = rule(
+        "owned",
+        "users = [0]",
+        &format!("idle_timeout = \"{}s\"", limit.as_secs()),
+    );
+    let daemon = lab
+        .launch()
+        .config(&format!("{OWN_NAMESPACE}{owned}"))
+        .capabilities(&FEWEST)
+        .start()?;
+    daemon.freeze()?;
+    let mut random = Random::of(seed()?, 0);
+    let mut pairs = Vec::new();
+    for _ in 0..PAIRS {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        pairs.push((pair.opened, 1 + random.below(ROUNDS), pair));
+    }
+    daemon.thaw()?;
+    for round in 0..ROUNDS {
+        for (last, _, pair) in pairs.iter_mut().filter(|(_, rounds, _)| round < *rounds) {
+            *last = pair.to_server(b"x")?;
+        }
+    }
+    daemon.wait_for_terminations(PAIRS)?;
+    for (last, rounds, pair) in &pairs {
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", last, limit);
+        assert_eq!(record.bytes(), [*rounds, 0]);
+        assert_eq!(record.text("user.id"), "0");
+    }
     Ok(())
 }
 

@@ -270,10 +270,18 @@ impl Enforcer {
         let mut destroyer = None;
         let passed = self.pass(&mut destroyer);
         // Whatever has gone wrong, what the kernel was asked for is recorded.
-        let last = destroyer.map_or(Ok(None), |mut destroyer| destroyer.wait());
-        let settled = last.and_then(|last| last.map_or(Ok(()), |last| self.settle_all(last)));
+        let settled = destroyer.map_or(Ok(()), |mut destroyer| self.settle_rest(&mut destroyer));
         self.audit.flush();
         passed.and(settled)
+    }
+
+    /// Takes in the answers that are still to come.
+    fn settle_rest(&mut self, destroyer: &mut Destroyer) -> Result<()> {
+        let mut settled = Ok(());
+        while let Some(answered) = destroyer.wait()? {
+            settled = settled.and(self.settle_all(answered));
+        }
+        settled
     }
 
     fn pass(&mut self, destroyer: &mut Option<Destroyer>) -> Result<()> {

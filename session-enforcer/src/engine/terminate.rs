@@ -107,8 +107,8 @@ impl Enforcer {
         self.disconnect(netns_cookie, &subflows)
     }
 
-    /// Has the kernel destroy a batch. Where the destroyer does, its answers about the one before are
-    /// taken in meanwhile.
+    /// Has the kernel destroy a batch. Where the destroyer does, its answers about an earlier one are taken
+    /// in meanwhile.
     fn destroy(
         &mut self,
         netns_cookie: u64,
@@ -121,7 +121,7 @@ impl Enforcer {
             return self.namespace_unreachable(&batch, &error.to_string());
         }
         if let Some(destroyer) = destroyer.filter(|_| batch.len() >= WORTH_IT) {
-            let before = destroyer.wait()?;
+            let before = destroyer.make_room()?;
             let begun = destroyer.begin(&self.namespaces, netns_cookie, batch);
             before.map_or(Ok(()), |before| self.settle_all(before))?;
             match begun {
