@@ -372,6 +372,19 @@ impl Daemon {
         fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }
 
+    /// Waits until it has logged a text. The log is written by a thread of its own: it may come after what
+    /// it is about.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not log it in time, with its log.
+    pub fn wait_for_log(&self, text: &str) -> Result<()> {
+        eventually("a line in the log", patience(), || {
+            Ok(self.log().contains(text).then_some(()))
+        })
+        .with_context(|| format!("{text:?} is not in the log:\n{}", self.log()))
+    }
+
     /// What it has written to standard output so far.
     pub fn stdout(&self) -> String {
         fs::read_to_string(self.directory.path().join("stdout")).unwrap_or_default()

@@ -34,7 +34,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     let (status, body) = daemon.get("/readyz")?;
     assert_eq!(status, 503);
     assert!(body.contains("are not tracked"), "{body}");
-    assert!(daemon.log().contains("raise daemon.max_sessions"));
+    daemon.wait_for_log("raise daemon.max_sessions")?;
     let cause = [("cause", "map_full")];
     assert_eq!(
         daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,

@@ -164,7 +164,7 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
     assert_eq!(failed.text("session_enforcer.result"), "failed");
     let said = failed.text("error.message");
     assert!(said.contains("no process has accepted"), "{said}");
-    assert!(daemon.log().contains(said), "{}", daemon.log());
+    daemon.wait_for_log(said)?;
     (&client).write_all(b"late")?;
     let server = listener.accept()?;
     // The next attempt.
@@ -213,7 +213,7 @@ fn without_the_right_to_look_into_processes_the_termination_fails_and_says_so() 
     assert_eq!(record.text("session_enforcer.result"), "failed");
     let said = record.text("error.message");
     assert!(said.contains("CAP_SYS_PTRACE"), "{said}");
-    assert!(daemon.log().contains(said), "{}", daemon.log());
+    daemon.wait_for_log(said)?;
     daemon.wait_for_metric(TERMINATIONS, &[("result", "failed")], 1.0)
 }
 

@@ -85,9 +85,7 @@ fn hung_up(command: &mut Command) {
 fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let mut daemon = lab.launch().config(RULE).prepared(hung_up).start()?;
-    eventually("the reload", patience(), || {
-        Ok(daemon.log().contains("rule(s) in force").then_some(()))
-    })?;
+    daemon.wait_for_log("rule(s) in force")?;
     daemon.stop()
 }
 
