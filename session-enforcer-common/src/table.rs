@@ -19,7 +19,7 @@ pub const WAYS: u32 = 16;
 
 /// Cookies that follow each other and have the same first bucket. Fewer would share less; with half a
 /// bucket more insertions find both buckets full.
-const IN_A_ROW: u64 = 4;
+pub const IN_A_ROW: u32 = 4;
 
 /// The tag of a record that a program writes at this moment. The kernel counts cookies up from 1, and some
 /// down from 2^64 - 1 (`gen_cookie_next` in `linux/cookie.h`): none of them comes here.
@@ -62,7 +62,7 @@ impl Key {
     /// are two.
     #[inline(always)]
     pub const fn buckets(self, cookie: u64, buckets: u32) -> [u32; 2] {
-        let order = cookie.wrapping_add(self.0) / IN_A_ROW;
+        let order = cookie.wrapping_add(self.0) / IN_A_ROW as u64;
         let first = match order.checked_rem(buckets as u64) {
             Some(first) => first as u32,
             None => 0,

@@ -64,5 +64,5 @@ fn remove(cookie: u64, established_ns: u64) -> bool {
     };
     // SAFETY: a pointer that the map gave, valid while the program runs.
     let is_meant = unsafe { (*session).established_ns == established_ns };
-    is_meant && table::remove_found(looked, cookie)
+    is_meant && table::clear_all(looked, cookie)
 }

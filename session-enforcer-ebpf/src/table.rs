@@ -16,7 +16,7 @@ use core::{
 
 use session_enforcer_common::{
     Session,
-    table::{Bucket, CLAIMED, WAYS, is_same, prefers_second},
+    table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_same, prefers_second},
 };
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// How often a session is put in at most where other programs take the place that was free.
-const ATTEMPTS: u32 = 2;
+const ATTEMPTS: u32 = 3;
 
 /// Copies of a record that are made in search of one that is whole.
 const MAX_COPIES: usize = 8;
@@ -53,8 +53,15 @@ pub(crate) fn look_for(cookie: u64) -> Option<Looked> {
     if cookie == 0 {
         return None;
     }
-    let looked = Looked::into(buckets_of(cookie), cookie);
-    looked.place().is_some().then_some(looked)
+    // The second time for one that the daemon amends meanwhile: it can come to lie where the first look
+    // was already, and be gone from where that came to.
+    for _ in 0..2 {
+        let looked = Looked::into(buckets_of(cookie), cookie);
+        if looked.place().is_some() {
+            return Some(looked);
+        }
+    }
+    None
 }
 
 /// Puts in a session that is not there.
@@ -169,7 +176,7 @@ pub(crate) fn remove_found(looked: Looked, cookie: u64) -> bool {
 /// Frees the places in which a session was found; whether one was still its own. There are two for a
 /// moment while a session is amended, and where the daemon adopted a socket while it was connected again.
 #[inline(never)]
-fn clear_all(looked: Looked, cookie: u64) -> bool {
+pub(crate) fn clear_all(looked: Looked, cookie: u64) -> bool {
     let mut cleared = false;
     for index in 0..2 {
         let mut ways = of_cookie(looked.ways[index]);
@@ -221,10 +228,13 @@ fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> boo
     if free == 0 {
         return false;
     }
+    // Sockets that are made one after the other may be established at the same moment on several
+    // processors: those that have a bucket in common begin at places of their own. At first close to each
+    // other, since a packet looks from the first place on.
     let start = if attempt == 0 {
-        0
+        cookie as u32 % IN_A_ROW
     } else {
-        cookie as u32 % WAYS
+        cookie as u32 % IN_A_ROW * (WAYS / IN_A_ROW)
     };
     let rotated = (free | free << WAYS) >> start;
     let place = bucket * WAYS + (lowest(rotated) + start) % WAYS;

@@ -218,34 +218,32 @@ fn an_adopted_session_of_which_nobody_knows_who_was_last_has_the_longer_limit() 
 /// insertion.
 #[test]
 fn connections_that_close_while_they_are_adopted_leave_nothing() -> Result<()> {
-    const CLOSED: usize = 2_000;
-    const KEPT: usize = 100;
+    const PAIRS: usize = 1_500;
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let open = |_| Pair::open(&lab.inside, &listener);
-    let kept = (0..KEPT).map(open).collect::<Result<Vec<_>>>()?;
-    let mut to_close = (0..CLOSED).map(open).collect::<Result<Vec<_>>>()?;
-    // Listed in no order that is known here.
-    Random::of(seed()?, 0).shuffle(&mut to_close);
+    let open = || Pair::open(&lab.inside, &listener);
+    let mut pairs = (0..PAIRS).map(|_| open()).collect::<Result<Vec<_>>>()?;
+    let mut random = Random::of(seed()?, 0);
     let started = AtomicBool::new(false);
-    let (daemon, left) = thread::scope(|scope| {
-        let closing = scope.spawn(|| -> Result<Vec<Pair>> {
-            while let Some(pair) = to_close.pop_if(|_| !started.load(Ordering::Relaxed)) {
-                // Every other one without a trace on the wire that the programs would see.
-                if to_close.len().is_multiple_of(2) {
-                    reset_on_close(&pair.client)?;
+    let (daemon, pairs) = thread::scope(|scope| {
+        let churn = scope.spawn(|| -> Result<Vec<Pair>> {
+            while !started.load(Ordering::Relaxed) {
+                // Another comes for each that closes: they do not run out.
+                let index = random.below(PAIRS as u64) as usize;
+                if random.once_in(2) {
+                    reset_on_close(&pairs[index].client)?;
                 }
-                drop(pair);
-                thread::sleep(Duration::from_micros(250));
+                pairs[index] = open()?;
+                thread::sleep(Duration::from_micros(100));
             }
-            Ok(to_close)
+            Ok(pairs)
         });
         let daemon = lab.daemon(&idle_rule(Duration::from_secs(3_600)));
         started.store(true, Ordering::Relaxed);
-        anyhow::Ok((daemon?, closing.join().expect("a thread of the test")?))
+        anyhow::Ok((daemon?, churn.join().expect("a thread of the test")?))
     })?;
     assert!(adopted(&daemon)? > 0.0);
-    let sessions = 2.0 * (kept.len() + left.len()) as f64;
+    let sessions = 2.0 * pairs.len() as f64;
     daemon.wait_for_metric("session_enforcer_sessions", &[], sessions)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], sessions)?;
     Ok(())

@@ -200,6 +200,35 @@ fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Resul
     Ok(())
 }
 
+/// The daemon asks for the owner of one session after the other. Some close in just that moment.
+#[test]
+fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Result<()> {
+    const ROUNDS: usize = 40;
+    const PAIRS: usize = 100;
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let daemon = lab
+        .launch()
+        .config(&format!("{OWN_NAMESPACE}{}", of_users("0")))
+        .capabilities(&FEWEST)
+        .start()?;
+    let mut random = Random::of(seed()?, 0);
+    for _ in 0..ROUNDS {
+        daemon.freeze()?;
+        let open = |_| Pair::open(&lab.outside, &listener);
+        let mut pairs = (0..PAIRS).map(open).collect::<Result<Vec<_>>>()?;
+        // The daemon asks in the order in which they were made.
+        random.shuffle(&mut pairs);
+        daemon.thaw()?;
+        drop(pairs);
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
+    let closed = daemon.metric("session_enforcer_sessions_closed_total", &[])?;
+    assert_eq!(opened(&daemon)?, closed);
+    Ok(())
+}
+
 /// The daemon reads sessions 128 at a time, and finds their owners one after the other: what passes
 /// between is in no record that it has read.
 #[test]

@@ -275,13 +275,17 @@ impl Enforcer {
         passed.and(settled)
     }
 
-    /// Takes in the answers that are still to come.
+    /// Takes in the answers that are still to come, also behind one that does not.
     fn settle_rest(&mut self, destroyer: &mut Destroyer) -> Result<()> {
         let mut settled = Ok(());
-        while let Some(answered) = destroyer.wait()? {
-            settled = settled.and(self.settle_all(answered));
+        loop {
+            let answer = match destroyer.wait() {
+                Ok(None) => return settled,
+                Ok(Some(answered)) => self.settle_all(answered),
+                Err(error) => Err(error),
+            };
+            settled = settled.and(answer);
         }
-        settled
     }
 
     fn pass(&mut self, destroyer: &mut Option<Destroyer>) -> Result<()> {

@@ -147,11 +147,15 @@ impl Enforcer {
             return Ok(None);
         };
         (settled.rule, settled.generation) = (rule, self.book.generation);
-        if !self.replace(cookie, &mut settled, passed)? {
+        if !self.amend(cookie, &settled)? {
             return Ok(None);
         }
+        // From here on its end is counted, whoever sees it.
         if session.generation == 0 {
             self.metrics.opened(usize::from(rule));
+        }
+        if !self.confirm_amended(cookie, &mut settled, passed)? {
+            return Ok(None);
         }
         let group = Group {
             netns_cookie: settled.netns_cookie,
@@ -183,19 +187,14 @@ impl Enforcer {
         Ok(Found::Owner(owner, socket.info))
     }
 
-    /// Puts a session into the place of itself. Whether it is there then.
-    ///
-    /// To write a record can undo the stamp of a packet that passes at this moment: the byte counts
-    /// tell whether one has.
-    fn replace(
+    /// Whether a session that was written is there still. To write a record can undo the stamp of a packet
+    /// that passes at this moment: the byte counts tell whether one has.
+    fn confirm_amended(
         &mut self,
         cookie: u64,
         session: &mut Session,
         passed: Option<Info>,
     ) -> Result<bool> {
-        if !self.amend(cookie, session)? {
-            return Ok(false);
-        }
         let bytes = |info: Info| (info.bytes_received, info.bytes_sent);
         match self.find_owner(cookie, session) {
             Found::Owner(_, now) if now.map(bytes) == passed.map(bytes) => Ok(true),
