@@ -15,7 +15,9 @@ mod report;
 
 use std::env;
 use std::fs;
+use std::iter;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -165,23 +167,30 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// All kernels, some at a time, in the order given.
+    /// All kernels, some at a time: where one has ended, the next begins. Results are in the order given.
     fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
-        let mut all = Vec::new();
-        for some in kernels.chunks(self.machines) {
-            thread::scope(|scope| -> Result<()> {
-                let threads: Vec<_> = some
-                    .iter()
-                    .map(|kernel| scope.spawn(|| self.run(kernel)))
-                    .collect();
-                for thread in threads {
-                    let results = thread.join().ok().context("a machine's thread panicked")?;
-                    all.push(results?);
-                }
-                Ok(())
-            })?;
-        }
-        Ok(all)
+        let next = AtomicUsize::new(0);
+        let run_some = || -> Vec<(usize, Result<Results>)> {
+            let take = || {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                Some((index, kernels.get(index)?))
+            };
+            let taken = iter::from_fn(take);
+            taken
+                .map(|(index, kernel)| (index, self.run(kernel)))
+                .collect()
+        };
+        let mut all = thread::scope(|scope| -> Result<Vec<_>> {
+            let machines = 0..self.machines.min(kernels.len());
+            let threads: Vec<_> = machines.map(|_| scope.spawn(run_some)).collect();
+            let mut all = Vec::new();
+            for thread in threads {
+                all.extend(thread.join().ok().context("a machine's thread panicked")?);
+            }
+            Ok(all)
+        })?;
+        all.sort_by_key(|(index, _)| *index);
+        all.into_iter().map(|(_, results)| results).collect()
     }
 
     /// One kernel. What happens in the machine is a result; an error is that it was not tried.
