@@ -174,6 +174,12 @@ fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
     if owes_answer { 0 } else { sent_ns.max(1) }
 }
 
+/// Payload bytes received and sent, where the kernel tells.
+pub fn payload(socket: &Socket) -> Option<[u64; 2]> {
+    let info = socket.info?;
+    Some([payload_received(socket, &info), info.bytes_sent])
+}
+
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = matches!(

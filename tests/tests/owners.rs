@@ -304,10 +304,19 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
     let slice = lab.cgroup.child()?;
     let path = slice.path().join("unit/inner");
     let conditions = format!("cgroups = [\"{}/unit/inner\"]", slice.name()?);
-    let limit = Duration::from_secs(5);
-    let daemon = lab.daemon(&rule("owned", &conditions, "idle_timeout = \"5s\""))?;
+    // None ends before the last is there.
+    let limit = 3 * longer_than_a_start();
+    let idle = format!("idle_timeout = \"{}s\"", limit.as_secs());
+    let daemon = lab.daemon(&rule("owned", &conditions, &idle))?;
     let (mut listeners, mut pairs) = (Vec::new(), Vec::new());
-    for is_late in [false, true, false] {
+    let some = Duration::from_millis(200);
+    for (is_late, pause) in [
+        (false, Duration::ZERO),
+        (true, some),
+        (true, Duration::ZERO),
+        (false, some),
+        (false, Duration::ZERO),
+    ] {
         if is_late {
             // The connection is there before the daemon knows of the cgroup: it is adopted.
             daemon.signal(Signal::SIGSTOP)?;
@@ -321,6 +330,8 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
         daemon.wait_for_metric("session_enforcer_sessions", &[], pairs.len() as f64)?;
         drop(agent);
         remove(&path)?;
+        // Where there is time, the daemon watches for it below the parent, which then goes too.
+        std::thread::sleep(pause);
         std::fs::remove_dir(path.parent().context("a parent")?)?;
     }
     // Those of the former ones stay theirs.

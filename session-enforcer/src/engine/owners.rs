@@ -14,13 +14,13 @@ use crate::{
     disconnect,
     processes::{Holder, Processes},
     schedule::Group,
-    sock_diag::{Info, Socket, Target, state},
+    sock_diag::{Socket, Target, state},
 };
 
 /// What the kernel's socket table says of a session's owner.
 enum Found {
-    /// The owner, and what passed so far.
-    Owner(Owner, Option<Info>),
+    /// The owner, and how much payload was received and sent so far, as far as the kernel tells.
+    Owner(Owner, Option<[u64; 2]>),
     /// There is no such socket any more.
     Gone,
     /// The table cannot be asked.
@@ -184,7 +184,7 @@ impl Enforcer {
         let listeners = Listeners::among(&diag.dump(state::bit(state::LISTEN))?);
         let owner = adopt::owner(&socket, &listeners);
         anyhow::ensure!(owner.is_known(), "the kernel does not tell its cgroup");
-        Ok(Found::Owner(owner, socket.info))
+        Ok(Found::Owner(owner, adopt::payload(&socket)))
     }
 
     /// Whether a session that was written is there still. To write a record can undo the stamp of a packet
@@ -193,22 +193,24 @@ impl Enforcer {
         &mut self,
         cookie: u64,
         session: &mut Session,
-        passed: Option<Info>,
+        passed: Option<[u64; 2]>,
     ) -> Result<bool> {
-        let bytes = |info: Info| (info.bytes_received, info.bytes_sent);
-        match self.find_owner(cookie, session) {
-            Found::Owner(_, now) if now.map(bytes) == passed.map(bytes) => Ok(true),
-            // Something passed. Counted as active at this moment: later than that, so never early.
-            Found::Owner(..) | Found::Unreachable => {
-                let now_ns = monotonic_ns();
-                (session.last_received_ns, session.last_sent_ns) = (now_ns, now_ns);
-                self.amend(cookie, session)
-            }
+        let now = match self.find_owner(cookie, session) {
+            Found::Owner(_, now) if now == passed => return Ok(true),
+            Found::Owner(_, now) => now,
+            Found::Unreachable => None,
             Found::Gone => {
                 self.drop_undecided(cookie, session)?;
-                Ok(false)
+                return Ok(false);
             }
-        }
+        };
+        // Something passed. Counted as active at this moment: later than that, so never early.
+        let now_ns = monotonic_ns();
+        (session.last_received_ns, session.last_sent_ns) = (now_ns, now_ns);
+        let [received, sent] = now.unwrap_or_default();
+        session.bytes_received = session.bytes_received.max(received);
+        session.bytes_sent = session.bytes_sent.max(sent);
+        self.amend(cookie, session)
     }
 
     fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool> {
