@@ -34,14 +34,14 @@ pub(crate) fn track(ctx: &SockOpsContext) {
     let direction = match ctx.op() {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => Direction::Inbound,
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => Direction::Outbound,
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => return closed(cookie(ctx)),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => return end(cookie(ctx)),
         _ => return,
     };
     let cookie = cookie(ctx);
     if established(ctx, cookie, direction) == Err(Refusal::Present) {
         // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie, and the
         // end of the connection before was not reported. It is counted now.
-        closed(cookie);
+        end(cookie);
         let _counted = established(ctx, cookie, direction);
     }
 }
@@ -131,13 +131,23 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
 }
 
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
+#[inline(always)]
+fn end(cookie: u64) {
+    // The second time for one that the daemon amends meanwhile, which lies elsewhere then: it can be missed
+    // by a look, and what was read of it is of before, when it may not have been decided about.
+    if !closed(cookie) {
+        closed(cookie);
+    }
+}
+
+/// Whether the session was found, and taken out as it was found.
 #[inline(never)]
-fn closed(cookie: u64) {
+fn closed(cookie: u64) -> bool {
     let Some(looked) = table::look_for(cookie) else {
-        return;
+        return false;
     };
     let Some(session) = looked.record() else {
-        return;
+        return false;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
     // before the record is free.
@@ -149,13 +159,15 @@ fn closed(cookie: u64) {
     } else {
         session.rule
     };
-    if table::remove_found(looked, cookie) {
+    let removed = table::clear_all(looked, cookie);
+    if removed {
         // One that was never decided about was not counted as opened.
         if generation != 0 {
             counters::rule(rule, |c| c.closed += 1);
         }
         send(event);
     }
+    removed
 }
 
 /// The rule of a session that another daemon's programs matched, as this daemon counts it.

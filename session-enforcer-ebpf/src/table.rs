@@ -53,15 +53,8 @@ pub(crate) fn look_for(cookie: u64) -> Option<Looked> {
     if cookie == 0 {
         return None;
     }
-    // The second time for one that the daemon amends meanwhile: it can come to lie where the first look
-    // was already, and be gone from where that came to.
-    for _ in 0..2 {
-        let looked = Looked::into(buckets_of(cookie), cookie);
-        if looked.place().is_some() {
-            return Some(looked);
-        }
-    }
-    None
+    let looked = Looked::into(buckets_of(cookie), cookie);
+    looked.place().is_some().then_some(looked)
 }
 
 /// Puts in a session that is not there.
@@ -162,15 +155,8 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
 
 /// Takes a session out; whether this program did.
 #[inline(always)]
-pub(crate) fn remove(cookie: u64) -> bool {
+fn remove(cookie: u64) -> bool {
     look_for(cookie).is_some_and(|looked| clear_all(looked, cookie))
-}
-
-/// Takes out a session that was found, wherever it lies by now; whether this program did.
-#[inline(always)]
-pub(crate) fn remove_found(looked: Looked, cookie: u64) -> bool {
-    // The second look is for one that the daemon has amended meanwhile.
-    clear_all(looked, cookie) || remove(cookie)
 }
 
 /// Frees the places in which a session was found; whether one was still its own. There are two for a

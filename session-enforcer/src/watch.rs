@@ -97,23 +97,15 @@ fn open() -> io::Result<AsyncFd<Instance>> {
 /// Watches, for each directory, the one next above it that is there, and the one above that: cgroupfs does
 /// not tell of a directory itself that it has gone (no `IN_DELETE_SELF`), only to its parent.
 fn nearest(inotify: &Inotify, directories: &[PathBuf]) -> nix::Result<Vec<WatchDescriptor>> {
-    let mut watched = Vec::new();
-    for directory in directories {
-        let mut found = 0;
-        for parent in directory.ancestors().skip(1) {
-            match add(inotify, parent) {
-                Err(Errno::ENOENT) => {}
-                other => {
-                    watched.push(other?);
-                    found += 1;
-                }
-            }
-            if found == 2 {
-                break;
-            }
-        }
-    }
-    Ok(watched)
+    let nearest = |directory: &PathBuf| {
+        let there = |parent: &Path| match add(inotify, parent) {
+            Err(Errno::ENOENT) => None,
+            other => Some(other),
+        };
+        let parents = directory.ancestors().skip(1);
+        parents.filter_map(there).take(2).collect::<Vec<_>>()
+    };
+    directories.iter().flat_map(nearest).collect()
 }
 
 fn add(inotify: &Inotify, directory: &Path) -> nix::Result<WatchDescriptor> {

@@ -49,6 +49,12 @@ fn assert_reset(daemon: &Daemon, pair: &Pair) -> Result<Record> {
     Ok(record)
 }
 
+/// One that cannot note the owners of older listeners, and so asks for that of each connection.
+fn daemon_that_asks(lab: &Lab, rules: &str) -> Result<Daemon> {
+    let config = OWN_NAMESPACE.to_owned() + rules;
+    lab.launch().config(&config).capabilities(&FEWEST).start()
+}
+
 fn opened(daemon: &Daemon) -> Result<f64> {
     daemon.metric("session_enforcer_sessions_opened_total", &[])
 }
@@ -185,11 +191,7 @@ fn where_an_older_listener_cannot_be_noted_its_connections_are_asked_about() -> 
 fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let daemon = lab
-        .launch()
-        .config(&format!("{OWN_NAMESPACE}{}", of_users("0")))
-        .capabilities(&FEWEST)
-        .start()?;
+    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
     for _ in 0..50 {
         drop(Pair::open(&lab.outside, &listener)?);
     }
@@ -207,11 +209,7 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
     const PAIRS: usize = 100;
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let daemon = lab
-        .launch()
-        .config(&format!("{OWN_NAMESPACE}{}", of_users("0")))
-        .capabilities(&FEWEST)
-        .start()?;
+    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
     let mut random = Random::of(seed()?, 0);
     for _ in 0..ROUNDS {
         daemon.freeze()?;
@@ -243,11 +241,7 @@ fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
         "users = [0]",
         &format!("idle_timeout = \"{}s\"", limit.as_secs()),
     );
-    let daemon = lab
-        .launch()
-        .config(&format!("{OWN_NAMESPACE}{owned}"))
-        .capabilities(&FEWEST)
-        .start()?;
+    let daemon = daemon_that_asks(&lab, &owned)?;
     daemon.freeze()?;
     let mut random = Random::of(seed()?, 0);
     let mut pairs = Vec::new();
