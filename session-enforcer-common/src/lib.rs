@@ -26,7 +26,7 @@ pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, mat
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use ports::{PortFilter, PortFilters};
-pub use session::{Address, Direction, Session, flags};
+pub use session::{Address, Direction, Session, Traffic, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of
 /// their prefixes and port ranges is written out.

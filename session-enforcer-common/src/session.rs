@@ -133,6 +133,21 @@ pub struct Session {
     pub owner: Owner,
 }
 
+/// The part of a [`Session`] that packets change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// See [`Session::last_received_ns`].
+    pub last_received_ns: u64,
+    /// See [`Session::last_sent_ns`].
+    pub last_sent_ns: u64,
+    /// See [`Session::answered_ns`].
+    pub answered_ns: u64,
+    /// See [`Session::bytes_received`].
+    pub bytes_received: u64,
+    /// See [`Session::bytes_sent`].
+    pub bytes_sent: u64,
+}
+
 impl Session {
     /// When new payload that counts last passed in either direction.
     #[inline]
@@ -142,6 +157,40 @@ impl Session {
         } else {
             self.last_sent_ns
         }
+    }
+
+    /// What the record says of what has passed.
+    #[inline]
+    pub const fn traffic(&self) -> Traffic {
+        Traffic {
+            last_received_ns: self.last_received_ns,
+            last_sent_ns: self.last_sent_ns,
+            answered_ns: self.answered_ns,
+            bytes_received: self.bytes_received,
+            bytes_sent: self.bytes_sent,
+        }
+    }
+
+    /// Adds what another record of the same session says of what has passed. Nothing goes back: of two
+    /// stamps the later stays, and the later activity tells who owes the answer; at the same time this
+    /// record's.
+    #[inline]
+    pub fn join(&mut self, other: &Traffic) {
+        let other_ns = other.last_received_ns.max(other.last_sent_ns);
+        let owes_answer = if other_ns > self.last_activity_ns() {
+            other.answered_ns == 0
+        } else {
+            self.owes_answer()
+        };
+        self.answered_ns = if owes_answer {
+            0
+        } else {
+            self.answered_ns.max(other.answered_ns)
+        };
+        self.last_received_ns = self.last_received_ns.max(other.last_received_ns);
+        self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
+        self.bytes_received = self.bytes_received.max(other.bytes_received);
+        self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
     }
 
     /// Whether this host owes the answer to what it received.
@@ -280,6 +329,34 @@ mod tests {
         session.direction = Direction::Outbound as u8;
         session.stamp_received(6);
         assert!(!session.owes_answer());
+    }
+
+    #[test]
+    fn of_two_records_the_later_activity_tells_who_owes_and_nothing_goes_back() {
+        let mut read = tests_support::session(1, 4, 3);
+        (read.bytes_received, read.bytes_sent) = (40, 30);
+        read.answered_ns = 3;
+        let mut owes = read;
+        owes.stamp_received(6);
+        owes.bytes_received = 60;
+        let mut answered = owes;
+        answered.stamp_sent(7);
+        answered.bytes_sent = 70;
+        for records in [[read, owes], [owes, answered], [read, answered]] {
+            let [before, after] = records;
+            for [mut joined, other] in [[before, after], [after, before]] {
+                joined.join(&other.traffic());
+                assert_eq!(joined, after);
+            }
+        }
+        // At the same time the record's own word counts.
+        let told = Session {
+            answered_ns: 6,
+            ..owes
+        };
+        let mut joined = told;
+        joined.join(&owes.traffic());
+        assert_eq!(joined, told);
     }
 
     #[test]

@@ -57,6 +57,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let only = ONLY_NETNS.load();
     if only != 0 && only != netns_cookie {
+        owner::forget(ctx);
         return Ok(());
     }
     let now = now_ns();
@@ -133,14 +134,14 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
 #[inline(always)]
 fn end(cookie: u64) {
-    // The second time for one that the daemon amends meanwhile, which lies elsewhere then: it can be missed
-    // by a look, and what was read of it is of before, when it may not have been decided about.
+    // The second time for one that the daemon amends meanwhile, which lies elsewhere then: a look can miss
+    // it.
     if !closed(cookie) {
         closed(cookie);
     }
 }
 
-/// Whether the session was found, and taken out as it was found.
+/// Whether the session was found, and taken out where it was found.
 #[inline(never)]
 fn closed(cookie: u64) -> bool {
     let Some(looked) = table::look_for(cookie) else {
@@ -152,22 +153,26 @@ fn closed(cookie: u64) -> bool {
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
     // before the record is free.
     let session = unsafe { &*session };
-    let event = event(EventKind::Closed, cookie, session);
-    let generation = session.generation;
-    let rule = if generation < FIRST_GENERATION.load() {
-        rule_anew(session)
-    } else {
-        session.rule
-    };
-    let removed = table::clear_all(looked, cookie);
-    if removed {
-        // One that was never decided about was not counted as opened.
-        if generation != 0 {
-            counters::rule(rule, |c| c.closed += 1);
-        }
-        send(event);
+    let mut event = event(EventKind::Closed, cookie, session);
+    if session.generation < FIRST_GENERATION.load() {
+        event.rule = rule_anew(session);
     }
-    removed
+    let cleared = table::clear_all(looked, cookie);
+    if cleared == table::NONE_CLEARED {
+        return false;
+    }
+    // What was read may be of before an amendment, and what was freed of after it.
+    let generation = (cleared >> 16) as u32;
+    if generation >= FIRST_GENERATION.load() {
+        event.rule = cleared as u16;
+    }
+    event.generation = generation as u16;
+    // One that was never decided about was not counted as opened.
+    if generation != 0 {
+        counters::rule(event.rule, |c| c.closed += 1);
+    }
+    send(event);
+    true
 }
 
 /// The rule of a session that another daemon's programs matched, as this daemon counts it.

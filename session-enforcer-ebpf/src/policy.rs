@@ -34,7 +34,8 @@ pub(crate) fn active_table() -> u32 {
 /// The limits in force of a session, after it was matched again where another policy came into
 /// force since its last payload. `None` where nothing is known to limit it: no rule matches it any
 /// more, or an exempting one does, and it is the daemon's to release; or its owner is not known, and is
-/// the daemon's to find; or a map cannot be read, and errors are on the side of life.
+/// the daemon's to find; or it was never decided about, and is counted as opened when the daemon decides;
+/// or a map cannot be read, and errors are on the side of life.
 #[inline(always)]
 pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
     let Some(policy) = limits(session.rule) else {
@@ -59,6 +60,9 @@ fn limits(rule: u16) -> Option<&'static Policy> {
 
 #[inline(never)]
 fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
+    if session.generation == 0 {
+        return None;
+    }
     let decision = decide(session)?;
     if decision.is_open {
         return None;

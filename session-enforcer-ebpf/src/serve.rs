@@ -42,7 +42,7 @@ fn answer_to(exchange: &mut Exchange) -> u32 {
     let is_done = if exchange.request == Request::Remove as u32 {
         remove(cookie, exchange.session.established_ns)
     } else if exchange.request == Request::Amend as u32 {
-        table::amend(cookie, &exchange.session)
+        table::amend(cookie, &mut exchange.session)
     } else {
         table::read_whole(cookie, &raw mut exchange.session)
     };
@@ -64,5 +64,5 @@ fn remove(cookie: u64, established_ns: u64) -> bool {
     };
     // SAFETY: a pointer that the map gave, valid while the program runs.
     let is_meant = unsafe { (*session).established_ns == established_ns };
-    is_meant && table::clear_all(looked, cookie)
+    is_meant && table::clear_all(looked, cookie) != table::NONE_CLEARED
 }

@@ -15,7 +15,7 @@ use core::{
 };
 
 use session_enforcer_common::{
-    Session,
+    Session, Traffic,
     table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_same, prefers_second},
 };
 
@@ -77,27 +77,47 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
 }
 
 /// Writes a session that is there, at another place, as far as there is room: in the old one another
-/// session may lie by the time that it is written. Whether it is there then.
+/// session may lie by the time that it is written. What passed since the daemon read the record is kept.
+/// Whether the session is there then.
 #[inline(never)]
-pub(crate) fn amend(cookie: u64, session: &Session) -> bool {
+pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
     if cookie == 0 {
         return false;
     }
     let looked = Looked::into(buckets_of(cookie), cookie);
-    let Some(place) = looked.place() else {
+    let (Some(place), Some(record)) = (looked.place(), looked.record()) else {
         return false;
     };
-    count(1);
+    session.join(&traffic_of(record));
+    // For a moment there are two, which count as one: an amendment takes no room from another session.
     if !put(looked, cookie, session) {
-        count(u64::MAX);
         return write_over(place, cookie, session);
     }
-    if clear(place, cookie) {
+    if tag_of(place).is_some_and(|tag| exchange(tag, cookie, 0)) {
         return true;
     }
     // It has ended meanwhile. Who has taken it out may have looked before the new one was there.
+    count(1);
     remove(cookie);
     false
+}
+
+/// The byte counts are read before the stamps, a packet writes them after it: a stamp that is missed is
+/// missed together with its bytes, and what the socket has counted shows it.
+#[inline(always)]
+fn traffic_of(record: *const Session) -> Traffic {
+    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    unsafe {
+        let bytes_received = ptr::read_volatile(&raw const (*record).bytes_received);
+        let bytes_sent = ptr::read_volatile(&raw const (*record).bytes_sent);
+        Traffic {
+            last_received_ns: ptr::read_volatile(&raw const (*record).last_received_ns),
+            last_sent_ns: ptr::read_volatile(&raw const (*record).last_sent_ns),
+            answered_ns: ptr::read_volatile(&raw const (*record).answered_ns),
+            bytes_received,
+            bytes_sent,
+        }
+    }
 }
 
 #[inline(always)]
@@ -153,37 +173,58 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
     true
 }
 
-/// Takes a session out; whether this program did.
+/// Takes a session out, if it is there.
 #[inline(always)]
-fn remove(cookie: u64) -> bool {
-    look_for(cookie).is_some_and(|looked| clear_all(looked, cookie))
+fn remove(cookie: u64) {
+    if let Some(looked) = look_for(cookie) {
+        clear_all(looked, cookie);
+    }
 }
 
-/// Frees the places in which a session was found; whether one was still its own. There are two for a
-/// moment while a session is amended, and where the daemon adopted a socket while it was connected again.
+/// What [`clear_all`] returns where every place was another's by then.
+pub(crate) const NONE_CLEARED: u64 = u64::MAX;
+
+/// Frees the places in which a session was found. There are two for a moment while a session is amended,
+/// and where the daemon adopted a socket while it was connected again.
+///
+/// Returns the generation and, in the lower 16 bits, the rule of the records in those that were its own; of
+/// two the older. Whoever amends a session has done so only where it has freed the old place itself: what
+/// an end is counted for stands in the record that the end has freed.
 #[inline(never)]
-pub(crate) fn clear_all(looked: Looked, cookie: u64) -> bool {
-    let mut cleared = false;
+pub(crate) fn clear_all(looked: Looked, cookie: u64) -> u64 {
+    let mut oldest = NONE_CLEARED;
     for index in 0..2 {
         let mut ways = of_cookie(looked.ways[index]);
         for _ in 0..2 {
             if ways != 0 {
-                cleared |= clear(looked.buckets[index] * WAYS + lowest(ways), cookie);
+                let place = looked.buckets[index] * WAYS + lowest(ways);
+                oldest = oldest.min(clear(place, cookie));
                 ways &= ways - 1;
             }
         }
     }
-    cleared
+    oldest
 }
 
-/// Frees the place of a session; whether it was still there.
+/// Frees the place of a session, if that is still there; see [`clear_all`].
 #[inline(always)]
-fn clear(place: u32, cookie: u64) -> bool {
-    let cleared = tag_of(place).is_some_and(|tag| exchange(tag, cookie, 0));
-    if cleared {
-        count(u64::MAX);
+fn clear(place: u32, cookie: u64) -> u64 {
+    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr(place)) else {
+        return NONE_CLEARED;
+    };
+    // Before the record is free.
+    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    let (generation, rule) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*record).generation),
+            ptr::read_volatile(&raw const (*record).rule),
+        )
+    };
+    if !exchange(tag, cookie, 0) {
+        return NONE_CLEARED;
     }
-    cleared
+    count(u64::MAX);
+    u64::from(generation) << 16 | u64::from(rule)
 }
 
 /// Puts a session into a free place, if there is one.

@@ -174,12 +174,6 @@ fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
     if owes_answer { 0 } else { sent_ns.max(1) }
 }
 
-/// Payload bytes received and sent, where the kernel tells.
-pub fn payload(socket: &Socket) -> Option<[u64; 2]> {
-    let info = socket.info?;
-    Some([payload_received(socket, &info), info.bytes_sent])
-}
-
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = matches!(
@@ -240,11 +234,19 @@ pub fn caught_up(
     now
 }
 
-/// Whether payload passed between two lists that both show the session: nothing stamped the packets
-/// between the first list and the insertion into the session map. The byte counts tell exactly; the
-/// ages of two lists are rounded differently.
-pub fn was_active_between(first: &Session, second: &Session) -> bool {
-    (first.bytes_received, first.bytes_sent) != (second.bytes_received, second.bytes_sent)
+/// What the second list tells of a session that was inserted after the first; nothing where no payload
+/// passed between both: nothing stamped the packets between the first list and the insertion. The byte
+/// counts tell exactly; the ages of two lists are rounded differently.
+pub fn told_anew(first: &Session, second: &Session) -> Option<Session> {
+    let is_same =
+        (first.bytes_received, first.bytes_sent) == (second.bytes_received, second.bytes_sent);
+    let told = Session {
+        // The greatest age that is known.
+        established_ns: first.established_ns,
+        owner: first.owner,
+        ..*second
+    };
+    (!is_same).then_some(told)
 }
 
 /// The sockets on which a namespace accepts connections. A connection from a port with a listener
@@ -595,18 +597,27 @@ mod tests {
             last_data_sent_ms: info.last_data_sent_ms + 4,
             ..info
         };
-        assert!(!was_active_between(&session(info), &session(aged)));
+        assert_eq!(told_anew(&session(info), &session(aged)), None);
+        let now = Info {
+            last_data_sent_ms: 0,
+            last_data_received_ms: 0,
+            ..info
+        };
         for more in [
             Info {
                 bytes_received: info.bytes_received + 1,
-                ..info
+                ..now
             },
             Info {
                 bytes_sent: info.bytes_sent + 1,
-                ..info
+                ..now
             },
         ] {
-            assert!(was_active_between(&session(info), &session(more)));
+            let told = told_anew(&session(info), &session(more)).unwrap();
+            // As old as it was known to be.
+            assert_eq!(told.established_ns, session(info).established_ns);
+            assert!(told.established_ns < session(more).established_ns);
+            assert_eq!(told.traffic(), session(more).traffic());
         }
     }
 }

@@ -224,6 +224,38 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
     let closed = daemon.metric("session_enforcer_sessions_closed_total", &[])?;
     assert_eq!(opened(&daemon)?, closed);
+    assert!(closed > 0.0);
+    Ok(())
+}
+
+/// What the daemon has not decided about when the rules change: it is counted as opened where the new ones
+/// have it, and not at all where they do not, and not by the kernel's own decision either.
+#[test]
+fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [kept, released] = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
+    daemon.freeze()?;
+    let listeners = [&kept, &released].into_iter().cycle().take(40);
+    let open = |listener| Pair::open(&lab.outside, listener);
+    let pairs = listeners.map(open).collect::<Result<Vec<_>>>()?;
+    let of_port = format!("local_ports = [{}]", kept.port());
+    let rules = rule("of_port", &of_port, "idle_timeout = \"1h\"");
+    daemon.reload_soon(&(OWN_NAMESPACE.to_owned() + &rules))?;
+    daemon.thaw()?;
+    // Packets meanwhile: the programs match sessions of an older policy themselves.
+    for _ in 0..50 {
+        for pair in &pairs {
+            pair.to_server(b"x")?;
+        }
+    }
+    daemon.wait_for_log("rule(s) in force")?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 20.0)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 20.0)?;
+    assert_eq!(opened(&daemon)?, 20.0);
+    drop(pairs);
+    daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 20.0)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
     Ok(())
 }
 
@@ -233,7 +265,8 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
 fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
     const PAIRS: usize = 300;
     const ROUNDS: u64 = 12;
-    let limit = longer_than_a_start();
+    // None ends before all have passed.
+    let limit = 3 * longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
     let owned = rule(
@@ -262,6 +295,48 @@ fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
         assert_eq!(record.bytes(), [*rounds, 0]);
         assert_eq!(record.text("user.id"), "0");
     }
+    Ok(())
+}
+
+/// A request that comes between the look at a record and its writing.
+#[test]
+fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
+    const ROUNDS: usize = 20;
+    const PAIRS: usize = 50;
+    let limit = longer_than_a_start();
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let limits = format!(
+        "idle_timeout = \"{}s\"\nresponse_timeout = \"1h\"",
+        limit.as_secs()
+    );
+    let daemon = daemon_that_asks(&lab, &rule("owned", "users = [0]", &limits))?;
+    let mut random = Random::of(seed()?, 0);
+    let mut asked = Vec::new();
+    for _ in 0..ROUNDS {
+        daemon.freeze()?;
+        let open = |_| Pair::open(&lab.outside, &listener);
+        let mut pairs = (0..PAIRS).map(open).collect::<Result<Vec<_>>>()?;
+        random.shuffle(&mut pairs);
+        daemon.thaw()?;
+        for pair in pairs {
+            // As long as the daemon takes for all of them, about.
+            std::thread::sleep(Duration::from_micros(random.below(500)));
+            pair.to_server(b"x")?;
+            asked.push(pair);
+        }
+    }
+    daemon.wait_for_metric(
+        "session_enforcer_sessions_opened_total",
+        &[],
+        asked.len() as f64,
+    )?;
+    let answered = asked[0].to_client(b"y")?;
+    let record = daemon.wait_for_termination_of(&asked[0])?;
+    record.assert_reset("idle_timeout", &answered, limit);
+    answered.wait(limit + Duration::from_secs(1));
+    let ended = daemon.terminations()?.len();
+    assert_eq!(ended, 1, "the others are owed theirs");
     Ok(())
 }
 

@@ -2,19 +2,25 @@
 
 use std::{
     collections::HashSet,
+    hint,
     net::Ipv4Addr,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
     bpf::{Adoption, Kernel, Options},
     cgroup::Cgroup,
+    disconnect,
 };
 use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session};
-use session_enforcer_tests::{Lab, Pair, patience, reset_on_close};
+use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -85,16 +91,91 @@ fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
         assert_eq!(kernel.sessions(&cookies)?, all.collect::<Vec<_>>());
         // The last makes room for another.
         let last = NOBODY + room - 1;
-        assert!(kernel.amend(last, &session(9))?);
-        assert_eq!(kernel.session(last)?, Some(session(9)));
+        let later = room + 9;
+        assert!(kernel.amend(last, &session(later))?);
+        assert_eq!(kernel.session(last)?, Some(session(later)));
         assert!(!kernel.remove(last, 8)?, "one that began at another time");
-        assert!(kernel.remove(last, 9)? && !kernel.remove(last, 9)?);
-        assert!(!kernel.amend(last, &session(9))?);
+        assert!(kernel.remove(last, later)? && !kernel.remove(last, later)?);
+        assert!(!kernel.amend(last, &session(later))?);
         assert_eq!(kernel.sessions(&[last, last + 1])?, [None, None]);
         let other = NOBODY + 2 * room;
         assert_eq!(kernel.adopt(other, &session(3))?, Adoption::Inserted);
         assert_eq!(kernel.adopt(last, &session(3))?, Adoption::Full);
     }
+    Ok(())
+}
+
+/// The daemon writes what it read a while ago, and packets have passed since.
+#[test]
+fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> {
+    let mut kernel = load(8)?;
+    let read = session(10);
+    assert_eq!(kernel.adopt(NOBODY, &read)?, Adoption::Inserted);
+    let passed = Session {
+        last_received_ns: 20,
+        answered_ns: 0,
+        bytes_received: 30,
+        ..read
+    };
+    assert!(kernel.amend(NOBODY, &passed)?);
+    assert!(kernel.amend(NOBODY, &Session { rule: 1, ..read })?);
+    assert_eq!(kernel.session(NOBODY)?, Some(Session { rule: 1, ..passed }));
+    Ok(())
+}
+
+/// A session that was decided about is counted as opened by whoever decided, and as closed by its end;
+/// one that closes in that very moment by both or by none.
+#[test]
+fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<()> {
+    const ROUNDS: usize = 4_000;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut kernel = load(64)?;
+    kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
+    kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
+    let (to_closer, pairs) = mpsc::channel::<(Pair, Arc<AtomicBool>, u64)>();
+    let (tell, has_closed) = mpsc::channel();
+    let mut random = Random::of(seed()?, 0);
+    let wait = |turns: u64| (0..turns).for_each(|_| hint::spin_loop());
+    let opened = thread::scope(|scope| -> Result<u64> {
+        let closer = scope.spawn(move || {
+            for (pair, go, turns) in pairs {
+                while !go.load(Ordering::Acquire) {
+                    hint::spin_loop();
+                }
+                wait(turns);
+                drop(pair);
+                // Nobody listens any more where the other thread has failed.
+                let _ = tell.send(());
+            }
+        });
+        let mut opened = 0;
+        for _ in 0..ROUNDS {
+            let pair = Pair::open(&lab.outside, &listener)?;
+            reset_on_close(&pair.client)?;
+            let cookie = disconnect::cookie(&pair.server)?;
+            let decided = kernel.session(cookie)?.context("the session")?;
+            let undecided = Session {
+                generation: 0,
+                ..decided
+            };
+            assert!(kernel.amend(cookie, &undecided)?);
+            let go = Arc::new(AtomicBool::new(false));
+            to_closer.send((pair, Arc::clone(&go), random.below(600)))?;
+            thread::yield_now();
+            go.store(true, Ordering::Release);
+            wait(random.below(600));
+            opened += u64::from(kernel.amend(cookie, &decided)?);
+            has_closed.recv()?;
+        }
+        drop(to_closer);
+        closer.join().expect("a thread of the test");
+        Ok(opened)
+    })?;
+    wait_until(|| Ok(kernel.cookies()?.is_empty()))?;
+    let closed: u64 = kernel.rule_counters()?.iter().map(|rule| rule.closed).sum();
+    assert_eq!(closed, opened);
+    assert!(opened > 0);
     Ok(())
 }
 

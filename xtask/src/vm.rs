@@ -170,14 +170,14 @@ impl Job<'_> {
     /// All kernels, some at a time: where one has ended, the next begins. Results are in the order given.
     fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
         let next = AtomicUsize::new(0);
-        let run_some = || -> Vec<(usize, Result<Results>)> {
+        let run_some = || -> Vec<(usize, Results)> {
             let take = || {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 Some((index, kernels.get(index)?))
             };
             let taken = iter::from_fn(take);
             taken
-                .map(|(index, kernel)| (index, self.run(kernel)))
+                .map(|(index, kernel)| (index, self.tried(kernel)))
                 .collect()
         };
         let mut all = thread::scope(|scope| -> Result<Vec<_>> {
@@ -190,7 +190,20 @@ impl Job<'_> {
             Ok(all)
         })?;
         all.sort_by_key(|(index, _)| *index);
-        all.into_iter().map(|(_, results)| results).collect()
+        Ok(all.into_iter().map(|(_, results)| results).collect())
+    }
+
+    /// One kernel; that it could not be tried is a result, too, beside those of the others.
+    fn tried(&self, kernel: &Kernel) -> Results {
+        self.run(kernel).unwrap_or_else(|error| {
+            say!("{}: {error:#}", kernel.release);
+            Results::untried(
+                &kernel.name,
+                kernel.release.clone(),
+                kernel.supported,
+                &error,
+            )
+        })
     }
 
     /// One kernel. What happens in the machine is a result; an error is that it was not tried.

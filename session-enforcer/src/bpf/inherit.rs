@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fs, os::fd::AsFd, path::PathBuf};
 
 use aya::Ebpf;
-use session_enforcer_common::{Session, table::Key};
+use session_enforcer_common::table::Key;
 
 use super::{
     Adoption, BpfError, Kernel, PinDir, PinError,
@@ -284,7 +284,9 @@ impl Kernel {
             };
             match self.session(cookie)? {
                 Some(now) => {
-                    let newest = newest(&now, &before);
+                    // Each has the stamps of what it was there for.
+                    let mut newest = now;
+                    newest.join(&before.traffic());
                     if newest != now && self.amend(cookie, &newest)? {
                         differed += 1;
                     }
@@ -318,24 +320,5 @@ impl Kernel {
         pins.found = None;
         pins.directory.remove_others()?;
         Ok(())
-    }
-}
-
-/// A session of which two maps have a record, each with the stamps of what it was there for.
-fn newest(now: &Session, before: &Session) -> Session {
-    let later_is_before = before.last_activity_ns() > now.last_activity_ns();
-    let later = if later_is_before { before } else { now };
-    let answered_ns = if later.owes_answer() {
-        0
-    } else {
-        now.answered_ns.max(before.answered_ns)
-    };
-    Session {
-        last_received_ns: now.last_received_ns.max(before.last_received_ns),
-        last_sent_ns: now.last_sent_ns.max(before.last_sent_ns),
-        answered_ns,
-        bytes_received: now.bytes_received.max(before.bytes_received),
-        bytes_sent: now.bytes_sent.max(before.bytes_sent),
-        ..*now
     }
 }

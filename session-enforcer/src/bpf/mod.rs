@@ -300,8 +300,9 @@ impl Kernel {
         self.sessions.adopt(sessions)
     }
 
-    /// Writes a session that the kernel has; returns whether it still had it. A stamp of a packet
-    /// that passes at this moment may be lost: the caller compares with the socket afterwards.
+    /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
+    /// session was read stays in the record ([`Session::join`]). Only the stamp of a packet that passes
+    /// while the record is moved, some 100 ns, may be lost: the caller compares with the socket afterwards.
     ///
     /// # Errors
     ///

@@ -349,17 +349,15 @@ impl Enforcer {
             .map(|(cookie, a)| (*cookie, a.session))
             .collect();
         for (cookie, mut session) in unconfirmed {
-            let now = self.kernel.session(cookie)?;
             // The socket may have been connected again, under the same cookie: the kernel tracks it.
-            let is_ours = now.is_some_and(|now| now.established_ns == session.established_ns);
+            let is_ours = self.still_there(cookie, &session)?.is_some();
             let is_gone = is_ours
                 && listed.contains(&session.netns_cookie)
                 && matches!(self.look(cookie, &session), Some(Look::Gone));
             if is_gone {
                 self.kernel.remove(cookie, session.established_ns)?;
             }
-            let known = session;
-            if is_ours && !is_gone && self.count_as_active(cookie, &mut session, &known)? {
+            if is_ours && !is_gone && self.count_as_active(cookie, &mut session)? {
                 adopted
                     .entry(cookie)
                     .and_modify(|adopted| adopted.session = session);
@@ -382,35 +380,28 @@ impl Enforcer {
             self.kernel.remove(cookie, session.established_ns)?;
             return Ok(false);
         };
-        if !adopt::was_active_between(session, now) {
-            return Ok(true);
+        // What was stamped since the list stays.
+        match adopt::told_anew(session, now) {
+            Some(told) => {
+                Ok(self.kernel.amend(cookie, &told)? && self.count_as_active(cookie, session)?)
+            }
+            None => Ok(true),
         }
-        self.count_as_active(cookie, session, now)
     }
 
     /// Counts a session as active at this moment: later than any packet that was not stamped, so never
-    /// early. Whether it is in the map then.
-    fn count_as_active(
-        &mut self,
-        cookie: u64,
-        session: &mut Session,
-        now: &Session,
-    ) -> Result<bool> {
+    /// early. Whether it is in the map then, as `session` says.
+    pub(super) fn count_as_active(&mut self, cookie: u64, session: &mut Session) -> Result<bool> {
+        // Before the record is read: what is stamped after that is later, and stays.
         let now_ns = monotonic_ns();
-        let before_ns = session.established_ns;
-        *session = Session {
-            last_received_ns: now_ns,
-            last_sent_ns: now_ns,
-            owner: session.owner,
-            ..*now
-        };
-        self.kernel.remove(cookie, before_ns)?;
-        if self.kernel.adopt(cookie, session)? == Adoption::Full {
-            // Another session took its place in the map.
-            self.metrics.untracked(Untracked::MapFull);
-            self.missed.left_out += 1;
+        let Some(found) = self.still_there(cookie, session)? else {
             return Ok(false);
-        }
-        Ok(true)
+        };
+        *session = Session {
+            last_received_ns: found.last_received_ns.max(now_ns),
+            last_sent_ns: found.last_sent_ns.max(now_ns),
+            ..found
+        };
+        Ok(self.kernel.amend(cookie, session)?)
     }
 }

@@ -154,9 +154,11 @@ impl RuleBook {
         (entry.rule != RULE_EXEMPT).then_some(entry.rule)
     }
 
-    /// Whether it takes more than is known of the session to find its rule.
+    /// Whether it takes more than is known of the session to find its rule. So it does for each that was
+    /// never decided about, whatever the rules ask for by now.
     pub(super) fn needs_owner_of(&self, session: &Session) -> bool {
-        self.asks_owner && !session.owner.is_known() && session.generation != self.generation
+        let is_unknown = self.asks_owner && !session.owner.is_known();
+        session.generation == 0 || is_unknown && session.generation != self.generation
     }
 
     /// Whether the session is within its limits under this policy.

@@ -438,12 +438,14 @@ impl Enforcer {
         })
     }
 
-    /// Lets go of a session: takes it out of the session map, where the kernel does not.
+    /// Lets go of a session: takes it out of the session map, where the kernel does not. One that was
+    /// never decided about was not counted as opened, and is not as closed.
     pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
         // The place in the record may be one of an earlier daemon's rules.
         let group = self.schedule.group(cookie);
         let place = group.map_or(session.rule, |group| group.rule);
-        if self.kernel.remove(cookie, session.established_ns)? {
+        let removed = self.kernel.remove(cookie, session.established_ns)?;
+        if removed && session.generation != 0 {
             self.metrics.removed(usize::from(place));
         }
         self.forget(cookie);

@@ -17,10 +17,13 @@ use crate::{
     sock_diag::{Socket, Target, state},
 };
 
+/// How often a session that was written is compared with its socket while packets pass.
+const MAX_COMPARISONS: usize = 8;
+
 /// What the kernel's socket table says of a session's owner.
 enum Found {
-    /// The owner, and how much payload was received and sent so far, as far as the kernel tells.
-    Owner(Owner, Option<[u64; 2]>),
+    /// The owner.
+    Owner(Owner),
     /// There is no such socket any more.
     Gone,
     /// The table cannot be asked.
@@ -113,24 +116,25 @@ impl Enforcer {
         cookie: u64,
         session: &Session,
     ) -> Result<Option<Session>> {
-        let (owner, passed) = match self.find_owner(cookie, session) {
+        let owner = match self.find_owner(cookie, session) {
             // The kernel's word tells the process too.
-            Found::Owner(_, passed) if session.owner.is_known() => (session.owner, passed),
-            Found::Owner(owner, passed) => (owner, passed),
+            Found::Owner(_) if session.owner.is_known() => session.owner,
+            Found::Owner(owner) => owner,
             Found::Gone => {
-                self.drop_undecided(cookie, session)?;
+                self.release(cookie, session)?;
                 return Ok(None);
             }
             Found::Unreachable => {
-                self.schedule.rearm(cookie, monotonic_ns() + RETRY_NS);
+                // One that a rule limits meanwhile is looked at when that says.
+                if self.book.needs_owner_of(session) {
+                    self.schedule.rearm(cookie, monotonic_ns() + RETRY_NS);
+                }
                 return Ok(None);
             }
         };
         self.note_cgroup(owner.cgroup_id)?;
-        // Read now, after the socket told what has passed: all that passes later changes what it tells,
-        // and the record is not to be written as it was before.
-        let is_ours = |now: &Session| now.established_ns == session.established_ns;
-        let Some(session) = self.kernel.session(cookie)?.filter(is_ours) else {
+        // The record may say more by now.
+        let Some(session) = self.still_there(cookie, session)? else {
             // It has ended, and its event is still to be read.
             self.schedule.rearm(cookie, monotonic_ns() + RETRY_NS);
             return Ok(None);
@@ -143,7 +147,7 @@ impl Enforcer {
             ..session
         };
         let Some(rule) = self.rule_of(&settled) else {
-            self.drop_undecided(cookie, &session)?;
+            self.release(cookie, &session)?;
             return Ok(None);
         };
         (settled.rule, settled.generation) = (rule, self.book.generation);
@@ -154,9 +158,9 @@ impl Enforcer {
         if session.generation == 0 {
             self.metrics.opened(usize::from(rule));
         }
-        if !self.confirm_amended(cookie, &mut settled, passed)? {
+        let Some(settled) = self.compared_with_socket(cookie, settled)? else {
             return Ok(None);
-        }
+        };
         let group = Group {
             netns_cookie: settled.netns_cookie,
             rule,
@@ -165,52 +169,79 @@ impl Enforcer {
         Ok(Some(settled))
     }
 
+    /// The record of a session as it is now, if the session is there still.
+    pub(super) fn still_there(
+        &self,
+        cookie: u64,
+        session: &Session,
+    ) -> Result<Option<Session>, BpfError> {
+        let is_same = |now: &Session| now.established_ns == session.established_ns;
+        Ok(self.kernel.session(cookie)?.filter(is_same))
+    }
+
     fn find_owner(&mut self, cookie: u64, session: &Session) -> Found {
-        match self.ask_owner(cookie, session) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!("looking for the owner of session {cookie}: {error:#}");
-                self.namespaces.reopen(session.netns_cookie);
-                Found::Unreachable
-            }
-        }
+        let found = self.socket_of(cookie, session).and_then(|socket| {
+            let Some(socket) = socket else {
+                return Ok(Found::Gone);
+            };
+            let diag = self.namespaces.get(session.netns_cookie)?;
+            let listeners = Listeners::among(&diag.dump(state::bit(state::LISTEN))?);
+            let owner = adopt::owner(&socket, &listeners);
+            anyhow::ensure!(owner.is_known(), "the kernel does not tell its cgroup");
+            Ok(Found::Owner(owner))
+        });
+        found.unwrap_or_else(|error| {
+            tracing::warn!("looking for the owner of session {cookie}: {error:#}");
+            self.namespaces.reopen(session.netns_cookie);
+            Found::Unreachable
+        })
     }
 
-    fn ask_owner(&mut self, cookie: u64, session: &Session) -> Result<Found> {
+    /// The socket of a session; none where it has closed, which one in TIME-WAIT has.
+    fn socket_of(&mut self, cookie: u64, session: &Session) -> Result<Option<Socket>> {
         let diag = self.namespaces.get(session.netns_cookie)?;
-        let Some(socket) = diag.look(&Target::of(cookie, session))? else {
-            return Ok(Found::Gone);
-        };
-        let listeners = Listeners::among(&diag.dump(state::bit(state::LISTEN))?);
-        let owner = adopt::owner(&socket, &listeners);
-        anyhow::ensure!(owner.is_known(), "the kernel does not tell its cgroup");
-        Ok(Found::Owner(owner, adopt::payload(&socket)))
+        let socket = diag.look(&Target::of(cookie, session))?;
+        Ok(socket.filter(|socket| !socket.is_mini))
     }
 
-    /// Whether a session that was written is there still. To write a record can undo the stamp of a packet
-    /// that passes at this moment: the byte counts tell whether one has.
-    fn confirm_amended(
+    /// The record of a session that was written, once it says all that its socket tells: what passed while
+    /// the record was moved may have left its stamp where nobody reads it. None, after it was dealt with,
+    /// where the session has ended.
+    fn compared_with_socket(
         &mut self,
         cookie: u64,
-        session: &mut Session,
-        passed: Option<[u64; 2]>,
-    ) -> Result<bool> {
-        let now = match self.find_owner(cookie, session) {
-            Found::Owner(_, now) if now == passed => return Ok(true),
-            Found::Owner(_, now) => now,
-            Found::Unreachable => None,
-            Found::Gone => {
-                self.drop_undecided(cookie, session)?;
-                return Ok(false);
+        mut session: Session,
+    ) -> Result<Option<Session>> {
+        let policy = self.book.rule(session.rule).map(|rule| rule.policy);
+        for _ in 0..MAX_COMPARISONS {
+            let socket = match self.socket_of(cookie, &session) {
+                Ok(Some(socket)) => socket,
+                Ok(None) => {
+                    self.release(cookie, &session)?;
+                    return Ok(None);
+                }
+                Err(error) => {
+                    tracing::warn!("comparing session {cookie} with its socket: {error:#}");
+                    let is_there = self.count_as_active(cookie, &mut session)?;
+                    return Ok(is_there.then_some(session));
+                }
+            };
+            // Read after the socket has told: what passes in between is in the record alone.
+            let Some(now) = self.still_there(cookie, &session)? else {
+                self.forget(cookie);
+                return Ok(None);
+            };
+            session = now;
+            let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), monotonic_ns());
+            if caught_up == now {
+                break;
             }
-        };
-        // Something passed. Counted as active at this moment: later than that, so never early.
-        let now_ns = monotonic_ns();
-        (session.last_received_ns, session.last_sent_ns) = (now_ns, now_ns);
-        let [received, sent] = now.unwrap_or_default();
-        session.bytes_received = session.bytes_received.max(received);
-        session.bytes_sent = session.bytes_sent.max(sent);
-        self.amend(cookie, session)
+            if !self.amend(cookie, &caught_up)? {
+                return Ok(None);
+            }
+            session = caught_up;
+        }
+        Ok(Some(session))
     }
 
     fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool> {
@@ -219,17 +250,6 @@ impl Enforcer {
             self.forget(cookie);
         }
         Ok(is_there)
-    }
-
-    /// Takes a session out of the map that is not any rule's, or is gone. One that was never
-    /// decided about was not counted as opened, and is not as closed.
-    fn drop_undecided(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        if session.generation != 0 {
-            return self.release(cookie, session);
-        }
-        self.kernel.remove(cookie, session.established_ns)?;
-        self.forget(cookie);
-        Ok(())
     }
 
     /// Looks whether cgroups that the rules name have come. The sockets of one that has are matched

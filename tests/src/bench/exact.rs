@@ -101,9 +101,16 @@ impl Effort {
 pub(crate) fn instant(bench: &Bench) -> Result<Vec<Row>> {
     const SESSIONS: usize = 20_000;
     let mut efforts = [Vec::new(), Vec::new()];
-    for _ in 0..bench.pick(2, 5) {
-        efforts[0].push(by_the_daemon(SESSIONS, bench)?);
-        efforts[1].push(by_ss(SESSIONS, bench)?);
+    for round in 0..bench.pick(2, 6) {
+        for turn in 0..2 {
+            let who = (round + turn) % 2;
+            let effort = if who == 0 {
+                by_the_daemon(SESSIONS, bench)?
+            } else {
+                by_ss(SESSIONS, bench)?
+            };
+            efforts[who].push(effort);
+        }
     }
     let figures =
         |of: &[Effort], which: fn(&Effort) -> f64| -> Vec<f64> { of.iter().map(which).collect() };

@@ -25,9 +25,19 @@ pub(super) struct Results {
 impl Results {
     /// Of a kernel that could not be had.
     pub(super) fn unfetched(name: &str, supported: bool, error: &anyhow::Error) -> Self {
+        Self::untried(name, format!("{name} (not fetched)"), supported, error)
+    }
+
+    /// Of a kernel on which nothing could be tried.
+    pub(super) fn untried(
+        name: &str,
+        release: String,
+        supported: bool,
+        error: &anyhow::Error,
+    ) -> Self {
         Self {
             kernel: name.to_owned(),
-            release: format!("{name} (not fetched)"),
+            release,
             supported,
             error: Some(format!("{error:#}")),
             seconds: 0.0,
