@@ -226,7 +226,7 @@ fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
         let churn = || -> Result<Vec<Pair>> {
             let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
             let mut kept = Vec::new();
-            while !done.load(Ordering::Relaxed) {
+            while !done.load(Ordering::Relaxed) || kept.len() < CONNECTIONS {
                 let pair = Pair::open(&lab.outside, &listener)?;
                 if kept.len() < CONNECTIONS {
                     kept.push(pair);
