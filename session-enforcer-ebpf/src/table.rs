@@ -102,8 +102,8 @@ pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
     false
 }
 
-/// The byte counts are read before the stamps, a packet writes them after it: a stamp that is missed is
-/// missed together with its bytes, and what the socket has counted shows it.
+/// The byte counts are read before the stamps, and a packet writes its stamp before them: a stamp that is
+/// missed is missed together with the bytes, and what the socket has counted shows it.
 #[inline(always)]
 fn traffic_of(record: *const Session) -> Traffic {
     // SAFETY: a pointer that the map gave. Volatile: others change it.

@@ -4,7 +4,10 @@
 use anyhow::Result;
 use session_enforcer_common::{Ancestors, Owner, Session};
 
-use super::enforcer::{Enforcer, RETRY_NS};
+use super::{
+    enforcer::{Enforcer, RETRY_NS},
+    takeover::MAX_COMPARISONS,
+};
 use crate::{
     adopt::{self, Listeners},
     bpf::BpfError,
@@ -16,9 +19,6 @@ use crate::{
     schedule::Group,
     sock_diag::{Socket, Target, state},
 };
-
-/// How often a session that was written is compared with its socket while packets pass.
-const MAX_COMPARISONS: usize = 8;
 
 /// What the kernel's socket table says of a session's owner.
 enum Found {

@@ -21,7 +21,7 @@ use crate::{
 
 /// How often sessions are compared with their sockets while packets pass. Each time fewer differ:
 /// those that had a packet in the moment of the comparison.
-const MAX_COMPARISONS: usize = 8;
+pub(super) const MAX_COMPARISONS: usize = 8;
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
