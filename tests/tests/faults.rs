@@ -107,9 +107,10 @@ fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
+    // To open so many may take longer than the limit.
+    daemon.freeze()?;
     let open = |_| Pair::open(&lab.outside, &listener);
     let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
-    daemon.freeze()?;
     thread::sleep(LIMIT + scaled(Duration::from_millis(100)));
     interposer.set(Call::Answer, Fate::Fail(Errno::ENOBUFS));
     daemon.thaw()?;
