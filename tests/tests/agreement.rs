@@ -568,6 +568,10 @@ impl Expected {
     /// The smallest payload that counts, after the session was matched again if it has to be.
     fn minimum(&mut self, book: &Book) -> u64 {
         let session = &mut self.session;
+        if session.generation == 0 {
+            // The daemon decides first, who counts it as opened then.
+            return 0;
+        }
         if session.generation != book.generation {
             match book.decision(&self.known) {
                 // The daemon releases it, or finds its owner; until then all counts.
