@@ -29,6 +29,10 @@ fn rule(name: &str, conditions: &str, limit: &str) -> String {
     format!("[[rule]]\nname = \"{name}\"\n{conditions}\n{limit}\n")
 }
 
+fn idle_for(limit: Duration) -> String {
+    format!("idle_timeout = \"{}s\"", limit.as_secs())
+}
+
 fn of_cgroup(cgroup: &Cgroup) -> Result<String> {
     let conditions = format!("cgroups = [\"{}\"]", cgroup.name()?);
     Ok(rule("owned", &conditions, SHORT))
@@ -269,12 +273,7 @@ fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
     let limit = 3 * longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let owned = rule(
-        "owned",
-        "users = [0]",
-        &format!("idle_timeout = \"{}s\"", limit.as_secs()),
-    );
-    let daemon = daemon_that_asks(&lab, &owned)?;
+    let daemon = daemon_that_asks(&lab, &rule("owned", "users = [0]", &idle_for(limit)))?;
     daemon.freeze()?;
     let mut random = Random::of(seed()?, 0);
     let mut pairs = Vec::new();
@@ -307,10 +306,7 @@ fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
     let limit = 2 * longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let limits = format!(
-        "idle_timeout = \"{}s\"\nresponse_timeout = \"1h\"",
-        limit.as_secs()
-    );
+    let limits = idle_for(limit) + "\nresponse_timeout = \"1h\"";
     let daemon = daemon_that_asks(&lab, &rule("owned", "users = [0]", &limits))?;
     let mut random = Random::of(seed()?, 0);
     let mut asked = Vec::new();
@@ -376,8 +372,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
     let conditions = format!("cgroups = [\"{}/unit/inner\"]", slice.name()?);
     // None ends before the last is there.
     let limit = 3 * longer_than_a_start();
-    let idle = format!("idle_timeout = \"{}s\"", limit.as_secs());
-    let daemon = lab.daemon(&rule("owned", &conditions, &idle))?;
+    let daemon = lab.daemon(&rule("owned", &conditions, &idle_for(limit)))?;
     let (mut listeners, mut pairs) = (Vec::new(), Vec::new());
     let some = Duration::from_millis(200);
     for (is_late, pause) in [

@@ -438,6 +438,12 @@ impl Enforcer {
         })
     }
 
+    /// The record of a session as it is now, if the session is there still.
+    pub(super) fn still_there(&self, cookie: u64, session: &Session) -> Result<Option<Session>> {
+        let is_same = |now: &Session| now.established_ns == session.established_ns;
+        Ok(self.kernel.session(cookie)?.filter(is_same))
+    }
+
     /// Lets go of a session: takes it out of the session map, where the kernel does not. One that was
     /// never decided about was not counted as opened, and is not as closed.
     pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {

@@ -169,16 +169,6 @@ impl Enforcer {
         Ok(Some(settled))
     }
 
-    /// The record of a session as it is now, if the session is there still.
-    pub(super) fn still_there(
-        &self,
-        cookie: u64,
-        session: &Session,
-    ) -> Result<Option<Session>, BpfError> {
-        let is_same = |now: &Session| now.established_ns == session.established_ns;
-        Ok(self.kernel.session(cookie)?.filter(is_same))
-    }
-
     fn find_owner(&mut self, cookie: u64, session: &Session) -> Found {
         let found = self.socket_of(cookie, session).and_then(|socket| {
             let Some(socket) = socket else {
