@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Pair, Place, Random, daemon_command, patience, run_to_end, seed,
+    Agent, Lab, Listener, Pair, Place, Random, Record, daemon_command, patience, run_to_end, seed,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -133,6 +133,16 @@ impl Question<'_> {
     }
 }
 
+/// The addresses of the end that dialled and of the other, as the audit has them.
+fn addresses(record: &Record) -> Result<[SocketAddr; 2]> {
+    let [source, destination] = record.ports();
+    let ip = |path| record.text(path).parse::<IpAddr>().context(path);
+    Ok([
+        SocketAddr::new(ip("source.ip")?, source),
+        SocketAddr::new(ip("destination.ip")?, destination),
+    ])
+}
+
 #[test]
 fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
     let random = &mut Random::of(seed()?, 0);
@@ -173,7 +183,8 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
     fs::write(&config, &text)?;
     let daemon = lab.daemon(&text)?;
     let mut pairs = Vec::new();
-    let mut expected: BTreeMap<(u16, u16, &str), Option<String>> = BTreeMap::new();
+    // By addresses too: a port may serve two connections to different ones.
+    let mut expected: BTreeMap<([SocketAddr; 2], &str), Option<String>> = BTreeMap::new();
     for _ in 0..CONNECTIONS {
         let (listener, server) = &listeners[random.below(listeners.len() as u64) as usize];
         let client = &owners[random.below(owners.len() as u64) as usize];
@@ -186,6 +197,7 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
         let to = SocketAddr::new(ip, listener.port());
         let pair = Pair::dial(client.agent.tcp(to)?, listener, to)?;
         let (dialled, accepted) = (pair.client_address, pair.server_address);
+        let key = [dialled, accepted].map(|at| SocketAddr::new(at.ip().to_canonical(), at.port()));
         let ends = [
             (dialled, accepted, "outbound", client),
             (accepted, dialled, "inbound", *server),
@@ -198,10 +210,11 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
                 owner,
             };
             let rule = question.explained(&config, random)?;
-            expected.insert((dialled.port(), accepted.port(), direction), rule);
+            expected.insert((key, direction), rule);
         }
         pairs.push(pair);
     }
+    assert_eq!(expected.len(), 2 * CONNECTIONS);
     let tracked = expected.values().flatten().count();
     let rules: std::collections::BTreeSet<_> = expected.values().flatten().collect();
     println!(
@@ -214,12 +227,8 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
     let records = daemon.terminations()?;
     assert_eq!(records.len(), tracked, "{text}");
     for record in records {
-        let [source, destination] = record.ports();
-        let direction = record.text("network.direction");
-        let key = expected
-            .keys()
-            .find(|key| **key == (source, destination, direction));
-        let rule = key.and_then(|key| expected[key].as_deref());
+        let key = (addresses(&record)?, record.text("network.direction"));
+        let rule = expected.get(&key).and_then(Option::as_deref);
         assert_eq!(rule, Some(record.text("rule.name")), "{record:?}\n{text}");
     }
     Ok(())

@@ -3,16 +3,21 @@
 use std::{collections::BTreeSet, fs, thread, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Moment, eventually, patience, services::OpenSsh};
+use session_enforcer_tests::{Daemon, Moment, eventually, patience, scaled, services::OpenSsh};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(4);
 const TYPING: Duration = Duration::from_millis(500);
+
+/// Longer than a log-in takes: one login waits for another's.
+fn limit() -> Duration {
+    scaled(Duration::from_secs(4))
+}
 
 fn daemon(openssh: &OpenSsh) -> Result<Daemon> {
     openssh.lab.daemon(&format!(
-        "[[rule]]\nname = \"ssh\"\nlocal_ports = [{}]\nidle_timeout = \"4s\"\n",
-        OpenSsh::PORT
+        "[[rule]]\nname = \"ssh\"\nlocal_ports = [{}]\nidle_timeout = \"{}s\"\n",
+        OpenSsh::PORT,
+        limit().as_secs()
     ))
 }
 
@@ -35,13 +40,13 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
     let mut idle = openssh.login("the idle ssh", &[])?;
     assert!(processes(&openssh)?.contains(&idle.shell) && !without_idle.contains(&idle.shell));
     let (last, ()) = Moment::of(|| idle.round_trip())?;
-    while last.elapsed() < 2 * LIMIT + Duration::from_secs(1) {
+    while last.elapsed() < 2 * limit() + Duration::from_secs(1) {
         typing.round_trip()?;
         thread::sleep(TYPING);
     }
 
     let record = daemon.wait_for_termination()?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.ports(), [idle.port, OpenSsh::PORT]);
     // What the kernel sends to see whether the other side is there did not save it.
     assert!(openssh.keepalive_probes()? > 0);
@@ -71,7 +76,7 @@ fn the_keepalives_of_ssh_itself_are_payload_and_keep_a_login_alive() -> Result<(
     let daemon = daemon(&openssh)?;
     let (opened, mut login) =
         Moment::of(|| openssh.login("the ssh with keepalives", &["ServerAliveInterval=1"]))?;
-    opened.wait(2 * LIMIT);
+    opened.wait(2 * limit());
     login.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 0);
     Ok(())
