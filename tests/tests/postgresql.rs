@@ -5,15 +5,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Daemon, Moment, Record, Time, eventually, patience,
+    Daemon, Moment, Record, Time, eventually, longer_than_a_start, patience,
     services::{Postgres, Program, payload_bytes},
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(6);
 /// Four times the limit of the tests with a long query.
 const QUERY: Duration = Duration::from_secs(20);
 const QUERY_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longer than a question to the server takes, which a pgbench keeps busy.
+fn limit() -> Duration {
+    longer_than_a_start().max(Duration::from_secs(6))
+}
 
 /// A psql in a transaction that has written and is not committed.
 struct OpenTransaction {
@@ -97,18 +101,19 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
     let database = Postgres::start(AGENT)?;
     database.prepare_pgbench()?;
     database.query("CREATE TABLE account (id integer PRIMARY KEY)")?;
-    let daemon = database
-        .lab
-        .daemon(&rule(&database, "idle_timeout = \"6s\""))?;
-    // Longer than two timeouts.
-    let mut pgbench = database.pgbench(&["-c", "4", "-j", "2", "-T", "14", "--rate=200"])?;
+    let limit = limit();
+    let idle_timeout = format!("idle_timeout = \"{}s\"", limit.as_secs());
+    let daemon = database.lab.daemon(&rule(&database, &idle_timeout))?;
+    let running = 2 * limit + Duration::from_secs(2);
+    let seconds = running.as_secs().to_string();
+    let mut pgbench = database.pgbench(&["-c", "4", "-j", "2", "-T", &seconds, "--rate=200"])?;
 
     let mut idle = OpenTransaction::begin(&database)?;
     let payload = payload_bytes(idle.client_port, database.port())?;
     assert_eq!(idle.seen_by_others(&database)?, "idle in transaction|t|0");
 
     let record = daemon.wait_for_termination()?;
-    record.assert_reset("idle_timeout", &idle.last, LIMIT);
+    record.assert_reset("idle_timeout", &idle.last, limit);
     assert_record(&record, idle.client_port, &database);
     assert_eq!(record.bytes(), payload);
     eventually("the transaction has ended", patience(), || {
@@ -118,7 +123,7 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
     database.query("SET lock_timeout = '1s'; INSERT INTO account VALUES (42)")?;
     assert_lost(&mut idle.psql)?;
 
-    assert_no_error(&mut pgbench, Duration::from_secs(14))?;
+    assert_no_error(&mut pgbench, running)?;
     assert_eq!(daemon.terminations()?.len(), 1);
     assert_eq!(
         daemon.metric("session_enforcer_terminations_total", &[])?,
