@@ -77,6 +77,8 @@ pub mod flags {
     /// The session is a subflow of an MPTCP connection: a TCP connection that no application holds.
     /// What the application holds is the MPTCP socket, which outlives its subflows.
     pub const MPTCP_SUBFLOW: u8 = 4;
+    /// A FIN of the peer has come to the socket, which may not have taken it yet.
+    pub const PEER_HAS_ENDED: u8 = 8;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the

@@ -5,7 +5,10 @@
 //! be about it does a packet of no session cost a cookie and a look into two buckets of the table.
 
 use aya_ebpf::{
-    bindings::{BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_LAST_ACK, bpf_tcp_sock},
+    bindings::{
+        BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2,
+        BPF_TCP_LAST_ACK, bpf_tcp_sock,
+    },
     helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
     programs::SkBuffContext,
 };
@@ -80,7 +83,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     };
     let Some(segment) = packet::parse(ctx) else {
         counters::error(ErrorKind::HeaderUnreadable);
-        return unreadable(session, cookie, tcp, way);
+        return unreadable(ctx, session, cookie, tcp, way);
     };
     if segment.payload > 0 {
         let measure = Measure::of(session);
@@ -93,7 +96,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
         }
     }
     if way == Way::Egress {
-        confirm_received(session, tcp, fin_received(ctx));
+        let received = payload_received(ctx, session, tcp);
+        grow(&mut session.bytes_received, received);
+    } else if segment.ends {
+        session.flags |= flags::PEER_HAS_ENDED;
     }
     if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
         lifecycle::notify(EventKind::MayEnd, cookie, session);
@@ -108,10 +114,17 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
 /// headers, but `IPsec` encrypts before the hook, and the packet may be the very RST that ends the
 /// session. Neither is a stamp then.
 #[inline(always)]
-fn unreadable(session: &mut Session, cookie: u64, tcp: &bpf_tcp_sock, way: Way) -> Fate {
+fn unreadable(
+    ctx: &SkBuffContext,
+    session: &mut Session,
+    cookie: u64,
+    tcp: &bpf_tcp_sock,
+    way: Way,
+) -> Fate {
     let measure = Measure::of(session);
     if !measure.comes_too_late(session) {
-        compare_counters(session, tcp, measure.now_ns);
+        let received = payload_received(ctx, session, tcp);
+        compare_counters(session, tcp, received, measure.now_ns);
         return Fate::Pass;
     }
     match way {
@@ -151,19 +164,22 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure
     );
 }
 
-/// Takes the count of received bytes from the socket when it answers, at the latest with the ACK:
+/// Payload bytes that the socket has received. It counts the peer's FIN as a byte, since that takes a
+/// sequence number.
+///
+/// The count of the session is brought up to this when the socket answers, at the latest with the ACK:
 /// what arrived while a process held the socket waits in its backlog, uncounted, and what came with
 /// the packet that completed the handshake passed the hook under the listener's cookie.
 #[inline(always)]
-fn confirm_received(session: &mut Session, tcp: &bpf_tcp_sock, fin_received: bool) {
-    // The socket counts the peer's FIN as a byte, since it takes a sequence number.
-    let payload = tcp.bytes_received.saturating_sub(u64::from(fin_received));
-    grow(&mut session.bytes_received, payload);
+fn payload_received(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
+    tcp.bytes_received
+        .saturating_sub(u64::from(fin_received(ctx, session)))
 }
 
-/// Whether the peer's FIN has been received: the socket's state tells.
+/// Whether the socket has received the peer's FIN: its state tells, but where this host has sent one
+/// before. Then the ACK to the peer's leaves while the state is still that of before (`tcp_fin`).
 #[inline(always)]
-fn fin_received(ctx: &SkBuffContext) -> bool {
+fn fin_received(ctx: &SkBuffContext, session: &Session) -> bool {
     // SAFETY: the context of a program of this type; the socket is checked before it is read.
     let state = unsafe {
         let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
@@ -172,10 +188,11 @@ fn fin_received(ctx: &SkBuffContext) -> bool {
         }
         (*sk).state
     };
-    matches!(
-        state,
-        BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING
-    )
+    match state {
+        BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => true,
+        BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 => session.flags & flags::PEER_HAS_ENDED != 0,
+        _ => false,
+    }
 }
 
 /// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`
@@ -195,10 +212,10 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &
 
 /// For a packet that could not be read: what passed before it, as the socket's own counters tell.
 #[inline(always)]
-fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock, now_ns: u64) {
-    if tcp.bytes_received > session.bytes_received {
+fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock, received: u64, now_ns: u64) {
+    if received > session.bytes_received {
         session.stamp_received(now_ns);
-        session.bytes_received = tcp.bytes_received;
+        session.bytes_received = received;
     }
     let total = sent_until(session, tcp, tcp.snd_nxt);
     if total > session.bytes_sent {

@@ -1,6 +1,6 @@
 //! Sessions that one end has closed for writing are sessions still.
 
-use std::{net::Shutdown, thread, time::Duration};
+use std::{io::Write as _, net::Shutdown, thread, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
@@ -95,5 +95,21 @@ fn the_bytes_of_a_half_closed_session_are_those_of_its_payload() -> Result<()> {
     pair.client.shutdown(Shutdown::Write)?;
     pair.to_client(b"bye")?;
     assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes(), [5, 3]);
+    Ok(())
+}
+
+#[test]
+fn the_fin_of_a_client_that_does_not_read_is_no_byte() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.server.set_nonblocking(true)?;
+    while (&pair.server).write(&[0; 1 << 16]).is_ok() {}
+    // The server's FIN waits behind what the client has no room for, so the client's comes first.
+    pair.server.shutdown(Shutdown::Write)?;
+    pair.to_server(b"hello")?;
+    pair.client.shutdown(Shutdown::Write)?;
+    assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes()[0], 5);
     Ok(())
 }
