@@ -1,10 +1,10 @@
 //! Where it only observes, the daemon resets nothing and records everything, once a deadline.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, thread, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Moment, Pair};
+use session_enforcer_tests::{Call, Daemon, Fate, Lab, Moment, Pair, longer_than_a_start};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -103,5 +103,26 @@ fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
     pair.keep_busy(3 * LIMIT)?;
     let record = daemon.wait_for_termination()?;
     assert_would_end(&record, "max_lifetime", &pair.opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_record_says_what_had_passed_when_it_was_decided() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    // Of a session that is older than itself the daemon asks the socket table, before it records it.
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let limit = longer_than_a_start().as_secs();
+    let rule = format!("[[rule]]\nname = \"idle\"\nidle_timeout = \"{limit}s\"\n");
+    let launch = lab.launch().config(&rule).args(&["--observe"]);
+    let (daemon, interposer) = launch.start_interposed()?;
+    interposer.set(Call::Answer, Fate::Wait);
+    interposer.wait_for(Call::Answer, 1)?;
+    thread::sleep(Duration::from_millis(300));
+    let late = pair.to_server(b"late")?;
+    interposer.set(Call::Answer, Fate::Pass);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.bytes(), [0, 0]);
+    assert!(record.time("@timestamp") < late.earliest.wall, "{record:?}");
     Ok(())
 }

@@ -385,6 +385,7 @@ impl Enforcer {
                     reason,
                     deadline_ns,
                     reached_ns,
+                    decided_ns: now_ns,
                     doubts: 0,
                 }))
             }

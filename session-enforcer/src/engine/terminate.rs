@@ -43,6 +43,8 @@ pub(super) struct Expired {
     pub(super) deadline_ns: u64,
     /// When it reached its limit.
     pub(super) reached_ns: u64,
+    /// When it was decided to be late. Its record was read after this.
+    pub(super) decided_ns: u64,
     /// Requests to destroy it, one after the other, that were not answered.
     pub(super) doubts: u32,
 }
@@ -75,17 +77,18 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Records a session that would be terminated, once for each deadline that it reaches.
+    /// Records a session that would be terminated, once for each deadline that it reaches. What has
+    /// passed since the decision is not in the record, which is therefore of that moment.
     fn observe(&mut self, expired: &Expired) {
-        let cookie = expired.cookie;
+        let (cookie, decided_ns) = (expired.cookie, expired.decided_ns);
         if self.observed.insert(cookie, expired.reached_ns) != Some(expired.reached_ns) {
-            self.record(expired, monotonic_ns(), Outcome::Observed, None);
+            self.record(expired, decided_ns, Outcome::Observed, None);
         }
         // That a change of the policy made it late is told. It lives on, and may be late again for
         // another limit.
         self.late_by_policy.remove(&cookie);
         let policy = self.book.rules[usize::from(expired.session.rule)].policy;
-        let next_ns = next_observation(&expired.session, &policy, monotonic_ns());
+        let next_ns = next_observation(&expired.session, &policy, decided_ns);
         self.schedule.rearm(cookie, next_ns);
     }
 
@@ -361,8 +364,8 @@ impl Enforcer {
     }
 }
 
-/// When an observed session that was recorded is looked at again: what passes from now on makes a
-/// new deadline no sooner than this; the lifetime ends when it ends.
+/// When an observed session that was recorded is looked at again: what passes after the decision makes
+/// a new deadline no sooner than this; the lifetime ends when it ends.
 fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
     match verdict(session, &only_lifetime(policy), now_ns) {
         // A session does not become younger: there is nothing more to record, only its end to see.
