@@ -123,8 +123,7 @@ fn unreadable(
 ) -> Fate {
     let measure = Measure::of(session);
     if !measure.comes_too_late(session) {
-        let received = payload_received(ctx, session, tcp);
-        compare_counters(session, tcp, received, measure.now_ns);
+        compare_counters(ctx, session, tcp, measure.now_ns);
         return Fate::Pass;
     }
     match way {
@@ -172,26 +171,34 @@ fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure
 /// the packet that completed the handshake passed the hook under the listener's cookie.
 #[inline(always)]
 fn payload_received(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
-    tcp.bytes_received
-        .saturating_sub(u64::from(fin_received(ctx, session)))
-}
-
-/// Whether the socket has received the peer's FIN: its state tells, but where this host has sent one
-/// before. Then the ACK to the peer's leaves while the state is still that of before (`tcp_fin`).
-#[inline(always)]
-fn fin_received(ctx: &SkBuffContext, session: &Session) -> bool {
-    // SAFETY: the context of a program of this type; the socket is checked before it is read.
-    let state = unsafe {
-        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
-        if sk.is_null() {
-            return false;
-        }
-        (*sk).state
-    };
-    match state {
+    // The state tells whether the FIN has been received, but where this host has sent one before. Then
+    // the ACK to the peer's leaves while the state is still that of before (`tcp_fin`).
+    let fin = match state(ctx) {
         BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => true,
         BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 => session.flags & flags::PEER_HAS_ENDED != 0,
         _ => false,
+    };
+    tcp.bytes_received.saturating_sub(u64::from(fin))
+}
+
+/// Payload bytes that the socket has sent. Its numbers count its FIN, too. While that waits for
+/// payload to be sent, this is one byte less than what was sent, and then it is right again.
+#[inline(always)]
+fn payload_sent(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
+    let fin = matches!(
+        state(ctx),
+        BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK
+    );
+    sent_until(session, tcp, tcp.snd_nxt).saturating_sub(u64::from(fin))
+}
+
+/// The state of the packet's socket; 0, which is none, where there is no socket.
+#[inline(always)]
+fn state(ctx: &SkBuffContext) -> u32 {
+    // SAFETY: the context of a program of this type; the socket is checked before it is read.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() { 0 } else { (*sk).state }
     }
 }
 
@@ -212,15 +219,16 @@ fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &
 
 /// For a packet that could not be read: what passed before it, as the socket's own counters tell.
 #[inline(always)]
-fn compare_counters(session: &mut Session, tcp: &bpf_tcp_sock, received: u64, now_ns: u64) {
+fn compare_counters(ctx: &SkBuffContext, session: &mut Session, tcp: &bpf_tcp_sock, now_ns: u64) {
+    let received = payload_received(ctx, session, tcp);
     if received > session.bytes_received {
         session.stamp_received(now_ns);
         session.bytes_received = received;
     }
-    let total = sent_until(session, tcp, tcp.snd_nxt);
-    if total > session.bytes_sent {
+    let sent = payload_sent(ctx, session, tcp);
+    if sent > session.bytes_sent {
         session.stamp_sent(now_ns);
-        session.bytes_sent = total;
+        session.bytes_sent = sent;
     }
 }
 

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpStream},
     os::fd::AsRawFd as _,
     thread,
     time::{Duration, Instant},
@@ -397,5 +397,26 @@ fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
     })?;
     assert_eq!(unreadable(&bench)?, 2);
     assert_eq!(tcp_info(&pair.server)?.tcpi_bytes_received, before);
+    Ok(())
+}
+
+#[test]
+fn a_fin_is_no_payload_where_the_headers_are_not_walked() -> Result<()> {
+    let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
+    bench.put(1, idle_for(LONG))?;
+    let ends: [fn(&Pair) -> &TcpStream; 2] = [|pair| &pair.server, |pair| &pair.client];
+    for (number, end) in ends.into_iter().enumerate() {
+        let pair = bench.open()?;
+        let before = bench.session(&pair.server)?;
+        end(&pair).shutdown(Shutdown::Write)?;
+        let seen = bench.kernel.error_count(ErrorKind::HeaderUnreadable)?;
+        send_behind_headers(&bench, &pair, b"")?;
+        eventually("the packet has come", patience(), || {
+            let now = bench.kernel.error_count(ErrorKind::HeaderUnreadable)?;
+            Ok((now > seen).then_some(()))
+        })?;
+        let after = bench.session(&pair.server)?;
+        assert_eq!(after.traffic(), before.traffic(), "end {number}");
+    }
     Ok(())
 }
