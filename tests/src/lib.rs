@@ -45,7 +45,7 @@ pub use options::{
     bind_to_device, cookie, keep_alive, last_error, option, reset_on_close, set_bytes_option,
     set_option, tcp_info,
 };
-pub use pace::{late_ticks, longer_than_a_start, patience, scaled};
+pub use pace::{late_ticks, longer_than_a_start, patience, scaled, unhurried};
 pub use pins::{Pins, plant_map, without_bpffs};
 pub use process::{
     Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,

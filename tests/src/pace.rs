@@ -30,6 +30,12 @@ pub fn scaled(bound: Duration) -> Duration {
     bound * FACTOR.unwrap_or(1)
 }
 
+/// A limit within which a test does something, again and again or once. A machine that is held up for
+/// a second needs a longer one, but not one as much longer as the machine is slower.
+pub fn unhurried(limit: Duration) -> Duration {
+    limit * FACTOR.map_or(1, |factor| factor.div_ceil(3))
+}
+
 /// A limit longer than a daemon takes to start, for what must live through a start.
 pub fn longer_than_a_start() -> Duration {
     scaled(Duration::from_secs(3))

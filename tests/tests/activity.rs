@@ -8,10 +8,22 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
+use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair, patience, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const IDLE: Duration = Duration::from_secs(1);
+
+fn idle() -> Duration {
+    unhurried(Duration::from_secs(1))
+}
+
+/// How long this host may owe an answer, and the configuration of that.
+fn response() -> (Duration, String) {
+    let limit = 4 * idle();
+    (
+        limit,
+        format!("response_timeout = \"{}s\"\n", limit.as_secs()),
+    )
+}
 
 /// A daemon with one rule on the listener's port.
 fn daemon_for(lab: &Lab, listener: &Listener, limits: &str) -> Result<Daemon> {
@@ -19,6 +31,16 @@ fn daemon_for(lab: &Lab, listener: &Listener, limits: &str) -> Result<Daemon> {
     lab.daemon(&format!(
         "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n{limits}\n"
     ))
+}
+
+/// The same with the idle timeout, and more.
+fn idle_daemon_for(lab: &Lab, listener: &Listener, more: &str) -> Result<Daemon> {
+    let idle = idle().as_secs();
+    daemon_for(
+        lab,
+        listener,
+        &format!("idle_timeout = \"{idle}s\"\n{more}"),
+    )
 }
 
 /// Calls `pass` several times a timeout until it fails or the time is over; the last success.
@@ -40,21 +62,21 @@ fn repeat(
 
 /// Asserts that a session on which only `pass` happens is cut one timeout after it was opened.
 fn assert_cut(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
-    let (_, result) = repeat(5 * IDLE, pass);
+    let (_, result) = repeat(patience(), pass);
     assert!(result.is_err(), "it lives on");
     let record = daemon.wait_for_termination_of(pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, IDLE);
+    record.assert_reset("idle_timeout", &pair.opened, idle());
     Ok(())
 }
 
 /// Asserts that a session on which only `pass` happens lives for several timeouts, and is cut one
 /// timeout after the last.
 fn assert_lives(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
-    let (last, result) = repeat(3 * IDLE, pass);
+    let (last, result) = repeat(3 * idle(), pass);
     result?;
     let last = last.unwrap_or(pair.opened);
     let record = daemon.wait_for_termination_of(pair)?;
-    record.assert_reset("idle_timeout", &last, IDLE);
+    record.assert_reset("idle_timeout", &last, idle());
     Ok(())
 }
 
@@ -70,8 +92,8 @@ fn ping(pair: &Pair) -> Result<Moment> {
 fn what_is_sent_does_not_count_where_only_what_is_received_does() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let limits = "idle_timeout = \"1s\"\nactivity = \"received\"";
-    let daemon = daemon_for(&lab, &listener, limits)?;
+    let limits = "activity = \"received\"";
+    let daemon = idle_daemon_for(&lab, &listener, limits)?;
     let pushed = Pair::open(&lab.outside, &listener)?;
     assert_cut(&daemon, &pushed, || push(&pushed))?;
     let pinged = Pair::open(&lab.outside, &listener)?;
@@ -82,8 +104,8 @@ fn what_is_sent_does_not_count_where_only_what_is_received_does() -> Result<()> 
 fn what_is_received_does_not_count_where_only_what_is_sent_does() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let limits = "idle_timeout = \"1s\"\nactivity = \"sent\"";
-    let daemon = daemon_for(&lab, &listener, limits)?;
+    let limits = "activity = \"sent\"";
+    let daemon = idle_daemon_for(&lab, &listener, limits)?;
     let pinged = Pair::open(&lab.outside, &listener)?;
     assert_cut(&daemon, &pinged, || ping(&pinged))?;
     let pushed = Pair::open(&lab.outside, &listener)?;
@@ -94,8 +116,8 @@ fn what_is_received_does_not_count_where_only_what_is_sent_does() -> Result<()> 
 fn either_counts_where_any_does() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let limits = "idle_timeout = \"1s\"\nactivity = \"any\"";
-    let daemon = daemon_for(&lab, &listener, limits)?;
+    let limits = "activity = \"any\"";
+    let daemon = idle_daemon_for(&lab, &listener, limits)?;
     let pushed = Pair::open(&lab.outside, &listener)?;
     assert_lives(&daemon, &pushed, || push(&pushed))?;
     let pinged = Pair::open(&lab.outside, &listener)?;
@@ -106,7 +128,7 @@ fn either_counts_where_any_does() -> Result<()> {
 fn payload_below_the_minimum_does_not_count_and_its_bytes_are_told() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = daemon_for(&lab, &listener, "idle_timeout = \"1s\"\nmin_payload = 16")?;
+    let daemon = idle_daemon_for(&lab, &listener, "min_payload = 16")?;
     let small = Pair::open(&lab.outside, &listener)?;
     assert_cut(&daemon, &small, || small.to_server(&[b'x'; 15]))?;
     let record = daemon.wait_for_termination_of(&small)?;
@@ -116,24 +138,22 @@ fn payload_below_the_minimum_does_not_count_and_its_bytes_are_told() -> Result<(
     assert_lives(&daemon, &enough, || enough.to_server(&[b'x'; 16]))
 }
 
-const RESPONSE: &str = "idle_timeout = \"1s\"\nresponse_timeout = \"4s\"";
-
 #[test]
 fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     // Answered at once, and asked again within the same tick: the later question counts.
     pair.round_trip()?;
     let asked = ping(&pair)?;
-    asked.wait(2 * IDLE + IDLE / 2);
+    asked.wait(2 * idle() + idle() / 2);
     let answered = push(&pair)?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &answered, IDLE);
-    server.assert_reset(Errno::ECONNABORTED, &answered, IDLE);
+    client.assert_reset(Errno::ECONNRESET, &answered, idle());
+    server.assert_reset(Errno::ECONNABORTED, &answered, idle());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &answered, IDLE);
+    record.assert_reset("idle_timeout", &answered, idle());
     Ok(())
 }
 
@@ -141,10 +161,10 @@ fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
 fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let asked = ping(&pair)?;
-    let limit = Duration::from_secs(4);
+    let limit = response().0;
     let [client, _] = pair.ends()?;
     client.assert_reset(Errno::ECONNRESET, &asked, limit);
     let record = daemon.wait_for_termination_of(&pair)?;
@@ -157,16 +177,16 @@ fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
 fn the_answer_starts_the_idle_clock_also_where_only_what_is_received_counts() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let limits = format!("{RESPONSE}\nactivity = \"received\"");
-    let daemon = daemon_for(&lab, &listener, &limits)?;
+    let limits = format!("{}activity = \"received\"", response().1);
+    let daemon = idle_daemon_for(&lab, &listener, &limits)?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    ping(&pair)?.wait(2 * IDLE);
+    ping(&pair)?.wait(2 * idle());
     let answered = push(&pair)?;
     // What is pushed after the answer is no activity.
-    let (_, result) = repeat(5 * IDLE, || push(&pair));
+    let (_, result) = repeat(patience(), || push(&pair));
     assert!(result.is_err(), "it lives on");
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &answered, IDLE);
+    record.assert_reset("idle_timeout", &answered, idle());
     Ok(())
 }
 
@@ -174,13 +194,13 @@ fn the_answer_starts_the_idle_clock_also_where_only_what_is_received_counts() ->
 fn a_session_nobody_asked_anything_on_is_idle_whatever_the_response_timeout() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = daemon_for(&lab, &listener, RESPONSE)?;
+    let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
     let silent = Pair::open(&lab.outside, &listener)?;
     let half_closed = Pair::open(&lab.outside, &listener)?;
     half_closed.client.shutdown(Shutdown::Write)?;
     for pair in [&silent, &half_closed] {
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &pair.opened, IDLE);
+        record.assert_reset("idle_timeout", &pair.opened, idle());
     }
     Ok(())
 }

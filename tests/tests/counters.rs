@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Lab, Pair, ends_of, reset_on_close};
+use session_enforcer_tests::{
+    Daemon, Lab, Pair, ends_of, idle_rule, longer_than_a_start, reset_on_close, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -41,9 +43,10 @@ fn opened_closed_terminated_and_recorded_sessions_agree_to_the_last_one() -> Res
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [idle, old, none] = [listen()?, listen()?, listen()?];
+    let limit = unhurried(Duration::from_secs(2)).as_secs();
     let daemon = lab.daemon(&format!(
-        "[[rule]]\nname = \"idle\"\nlocal_ports = [{}]\nidle_timeout = \"2s\"\n\
-         [[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"2s\"\n",
+        "[[rule]]\nname = \"idle\"\nlocal_ports = [{}]\nidle_timeout = \"{limit}s\"\n\
+         [[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"{limit}s\"\n",
         idle.port(),
         old.port(),
     ))?;
@@ -83,15 +86,12 @@ fn opened_closed_terminated_and_recorded_sessions_agree_to_the_last_one() -> Res
 fn sessions_in_both_directions_of_one_connection_are_two() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon("[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n")?;
+    let daemon = lab.daemon(&idle_rule(longer_than_a_start()))?;
     let pairs: Result<Vec<_>> = (0..50)
         .map(|_| Pair::open(&lab.inside, &listener))
         .collect();
     let pairs = pairs?;
-    assert_eq!(
-        daemon.metric("session_enforcer_sessions", &[("rule", "idle")])?,
-        100.0
-    );
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "idle")], 100.0)?;
     for pair in &pairs {
         pair.ends()?;
     }

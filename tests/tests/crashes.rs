@@ -9,10 +9,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use session_enforcer_tests::{Agent, Lab, Listener, Moment, Pair, Place, Record, reset_on_close};
+use session_enforcer_tests::{
+    Agent, Lab, Listener, Moment, Pair, Place, Record, reset_on_close, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
+
+/// It must outlast what is done between two kills.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(3))
+}
 
 /// How often it is killed where `SESSION_ENFORCER_KILLS` does not say.
 const KILLS: usize = 6;
@@ -35,7 +41,7 @@ impl Watched {
     /// Its records; it must not have ended early, and each record must have its true deadline.
     fn check(&self, records: &[Record]) -> Result<usize> {
         for end in self.pair.ends()? {
-            end.assert_not_early(&self.since, LIMIT);
+            end.assert_not_early(&self.since, limit());
         }
         let ports = [
             self.pair.client_address.port(),
@@ -43,7 +49,7 @@ impl Watched {
         ];
         let of_it: Vec<_> = records.iter().filter(|r| r.ports() == ports).collect();
         for record in &of_it {
-            record.assert_due(self.reason, &self.since, LIMIT);
+            record.assert_due(self.reason, &self.since, limit());
         }
         assert!(of_it.len() <= 1, "{of_it:#?}");
         Ok(of_it.len())
@@ -70,9 +76,10 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [idle, old, busy, churned] = [listen()?, listen()?, listen()?, listen()?];
+    let limit = limit().as_secs();
     let config = format!(
-        "[[rule]]\nname = \"idle\"\nlocal_ports = [{}, {}, {}]\nidle_timeout = \"3s\"\n\
-         [[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"3s\"\n",
+        "[[rule]]\nname = \"idle\"\nlocal_ports = [{}, {}, {}]\nidle_timeout = \"{limit}s\"\n\
+         [[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"{limit}s\"\n",
         idle.port(),
         busy.port(),
         churned.port(),

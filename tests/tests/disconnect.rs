@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::{
     disconnect::{Answer, DisconnectError, reset_tcp},
@@ -18,7 +18,7 @@ use session_enforcer::{
     sock_diag::{DiagSocket, Target},
 };
 use session_enforcer_common::Address;
-use session_enforcer_tests::{Lab, Pair, cookie, dial};
+use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
@@ -148,12 +148,13 @@ fn what_nobody_has_accepted_is_nobody_s_to_give() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(LOOPBACK)?;
     let client = dial(lab.outside.tcp(listener.address)?, listener.address)?;
-    let table = DiagSocket::open()?.dump(session_enforcer::sock_diag::state::SESSIONS)?;
     let port = client.local_addr()?.port();
-    let waiting = table
-        .iter()
-        .find(|socket| socket.target.remote_port == port && socket.inode == 0)
-        .context("the connection that waits")?;
+    // It is there when the handshake's last segment has come.
+    let waiting = eventually("the connection that waits", patience(), || {
+        let table = DiagSocket::open()?.dump(session_enforcer::sock_diag::state::SESSIONS)?;
+        let mut table = table.into_iter();
+        Ok(table.find(|socket| socket.target.remote_port == port && socket.inode == 0))
+    })?;
     let result = reset(&waiting.target);
     assert!(
         matches!(result, Err(DisconnectError::NotAccepted)),

@@ -10,17 +10,24 @@ use std::{
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, set_bytes_option,
+    Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, idle_rule,
+    set_bytes_option, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
 
-/// Payload a second after the establishment moves each deadline, and each session is reset then.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
+
+/// Payload half a limit after the establishment moves each deadline, and each session is reset then.
 fn assert_enforced(daemon: &Daemon, pairs: &[Pair], kind: &str) -> Result<()> {
     for pair in pairs {
-        pair.opened.wait(Duration::from_secs(1));
+        pair.opened.wait(limit() / 2);
     }
     let last: Result<Vec<_>> = pairs.iter().map(Pair::round_trip).collect();
     for (pair, last) in pairs.iter().zip(last?) {
@@ -28,9 +35,9 @@ fn assert_enforced(daemon: &Daemon, pairs: &[Pair], kind: &str) -> Result<()> {
         let mut errors = ends.map(|end| end.error);
         errors.sort_by_key(|error| error.map(|error| error as i32));
         assert_eq!(errors, [Some(Errno::ECONNABORTED), Some(Errno::ECONNRESET)]);
-        ends[0].assert_not_early(&last, LIMIT);
+        ends[0].assert_not_early(&last, limit());
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
+        record.assert_reset("idle_timeout", &last, limit());
         assert_eq!(record.text("network.type"), kind);
         assert_eq!(record.bytes(), [4, 4]);
         let addresses = [pair.client_address, pair.server_address];
@@ -55,7 +62,7 @@ fn either_end(lab: &Lab, address: SocketAddr) -> Result<[Pair; 2]> {
 #[test]
 fn ipv4_sessions_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pairs = either_end(&lab, (Ipv4Addr::LOCALHOST, 0).into())?;
     assert_enforced(&daemon, &pairs, "ipv4")
 }
@@ -63,7 +70,7 @@ fn ipv4_sessions_are_enforced() -> Result<()> {
 #[test]
 fn ipv6_sessions_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pairs = either_end(&lab, (Ipv6Addr::LOCALHOST, 0).into())?;
     assert_enforced(&daemon, &pairs, "ipv6")
 }
@@ -73,7 +80,7 @@ fn ipv4_sessions_of_ipv6_sockets_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let plain = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mapped = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0));
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let mut pairs = Vec::from(either_end(&lab, mapped)?);
     // An IPv6 socket with an IPv4 one, the IPv6 one tracked.
     let listener = lab.outside.listen(plain)?;
@@ -88,7 +95,7 @@ fn ipv4_sessions_of_ipv6_sockets_are_enforced() -> Result<()> {
 #[test]
 fn a_rule_for_an_ipv4_prefix_applies_to_ipv6_sockets_with_such_an_address() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let rule = format!("{RULE}local = [\"127.0.0.0/8\"]\n");
+    let rule = format!("{}local = [\"127.0.0.0/8\"]\n", rule());
     let daemon = lab.daemon(&rule)?;
     let mapped = (Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0).into();
     let untouched = either_end(&lab, (Ipv6Addr::LOCALHOST, 0).into())?;
@@ -140,7 +147,7 @@ const DESTINATION: u8 = 60;
 #[test]
 fn payload_behind_ipv6_extension_headers_is_activity() -> Result<()> {
     let cabled = Cabled::new()?;
-    let daemon = cabled.lab.daemon(RULE)?;
+    let daemon = cabled.lab.daemon(&rule())?;
     let mut pairs = Vec::new();
     let sniffer = Sniffer::new(&cabled.lab.outside_in(&cabled.right)?)?;
     for [left, right] in cabled.agents()? {
@@ -176,7 +183,7 @@ fn payload_behind_ipv6_extension_headers_is_activity() -> Result<()> {
 #[test]
 fn sessions_of_link_local_addresses_are_enforced() -> Result<()> {
     let cabled = Cabled::new()?;
-    let daemon = cabled.lab.daemon(RULE)?;
+    let daemon = cabled.lab.daemon(&rule())?;
     let mut pairs = Vec::new();
     for [left, right] in cabled.agents()? {
         let listener = right.listen((Ipv6Addr::UNSPECIFIED, 0))?;
@@ -195,7 +202,7 @@ fn bound(socket: OwnedFd) -> Result<OwnedFd> {
 fn sessions_of_sockets_bound_to_a_device_are_enforced() -> Result<()> {
     for (address, kind) in [(Veth::RIGHT, "ipv4"), (Veth::RIGHT_V6, "ipv6")] {
         let cabled = Cabled::new()?;
-        let daemon = cabled.lab.daemon(RULE)?;
+        let daemon = cabled.lab.daemon(&rule())?;
         let mut pairs = Vec::new();
         for [left, right] in cabled.agents()? {
             let address = SocketAddr::from((address, 0));

@@ -16,13 +16,16 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, late_ticks, patience, reset_on_close,
-    tcp_info,
+    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, eventually, late_ticks, patience,
+    reset_on_close, scaled, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+/// The state in `TCP_INFO` of a socket whose connection has ended (`net/tcp_states.h`).
+const TCP_CLOSE: u8 = 7;
 
 /// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
 fn lag() -> Duration {
@@ -138,7 +141,7 @@ fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
         let about_to_send = Instant::now();
         let (mut from, mut to) = (from, to);
         from.write_all(b"x")?;
-        if !comes(&[to], WHILE)? {
+        if !comes(&[to], scaled(WHILE))? {
             return last.context("no byte arrived");
         }
         to.read_exact(&mut [0])?;
@@ -240,6 +243,9 @@ fn a_session_past_its_deadline_can_still_close_in_the_orderly_way() -> Result<()
     assert_eq!(pair.server.read(&mut [0])?, 0);
     pair.server.shutdown(Shutdown::Write)?;
     assert_eq!(pair.client.read(&mut [0])?, 0);
+    eventually("the server's socket has the last ACK", patience(), || {
+        Ok((tcp_info(&pair.server)?.tcpi_state == TCP_CLOSE).then_some(()))
+    })?;
     drop(pair);
     daemon.thaw()?;
     daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;

@@ -8,24 +8,30 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair};
+use session_enforcer_tests::{Lab, Pair, idle_rule, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 
 #[test]
 fn an_idle_session_is_reset_at_the_deadline_where_the_server_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
-    server.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &last, limit());
+    server.assert_reset(Errno::ECONNABORTED, &last, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("network.direction"), "inbound");
     Ok(())
 }
@@ -34,14 +40,14 @@ fn an_idle_session_is_reset_at_the_deadline_where_the_server_is_tracked() -> Res
 fn an_idle_session_is_reset_at_the_deadline_where_the_client_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.outside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.inside, &listener)?;
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNABORTED, &last, LIMIT);
-    server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    client.assert_reset(Errno::ECONNABORTED, &last, limit());
+    server.assert_reset(Errno::ECONNRESET, &last, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("network.direction"), "outbound");
     Ok(())
 }
@@ -50,7 +56,7 @@ fn an_idle_session_is_reset_at_the_deadline_where_the_client_is_tracked() -> Res
 fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.inside, &listener)?;
     let last = pair.round_trip()?;
     let ends = pair.ends()?;
@@ -62,7 +68,7 @@ fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Res
         "{ends:?}"
     );
     for end in ends {
-        end.assert_not_early(&last, LIMIT);
+        end.assert_not_early(&last, limit());
         let error = end.error;
         assert!(
             matches!(error, Some(Errno::ECONNABORTED | Errno::ECONNRESET)),
@@ -71,7 +77,7 @@ fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Res
     }
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     for record in daemon.wait_for_terminations(1)? {
-        record.assert_due("idle_timeout", &last, LIMIT);
+        record.assert_due("idle_timeout", &last, limit());
         assert_ne!(record.text("session_enforcer.result"), "failed");
     }
     Ok(())
@@ -81,12 +87,12 @@ fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Res
 fn the_clock_of_a_session_that_never_carried_payload_starts_when_it_is_established() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let [client, _] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    record.assert_reset("idle_timeout", &pair.opened, limit());
     assert_eq!(record.bytes(), [0, 0]);
     Ok(())
 }
@@ -95,12 +101,12 @@ fn the_clock_of_a_session_that_never_carried_payload_starts_when_it_is_establish
 fn payload_in_either_direction_keeps_a_session_alive_for_one_timeout_more() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let open = || Pair::open(&lab.outside, &listener);
     let pairs = [open()?, open()?, open()?];
     let start = Instant::now();
     let mut last = pairs.each_ref().map(|pair| pair.opened);
-    while start.elapsed() < 2 * LIMIT {
+    while start.elapsed() < 2 * limit() {
         last = [
             pairs[0].round_trip()?,
             pairs[1].to_server(b"x")?,
@@ -110,9 +116,9 @@ fn payload_in_either_direction_keeps_a_session_alive_for_one_timeout_more() -> R
     }
     assert_eq!(daemon.terminations()?.len(), 0);
     for (pair, last) in pairs.iter().zip(last) {
-        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, limit());
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
+        record.assert_reset("idle_timeout", &last, limit());
     }
     Ok(())
 }

@@ -4,12 +4,18 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
+use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair, longer_than_a_start, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+
 /// Long enough to look at what is not tracked before the first session ends, on a busy machine too.
-const LIMIT: Duration = Duration::from_secs(8);
-const SHORT_LIMIT: Duration = Duration::from_secs(2);
+fn limit() -> Duration {
+    longer_than_a_start() + Duration::from_secs(5)
+}
+
+fn short_limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
 
 /// A map of so many sessions.
 fn config(capacity: u32, limit: Duration) -> String {
@@ -42,7 +48,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     );
     for pair in pairs {
         for end in pair.ends()? {
-            end.assert_not_early(&pair.opened, LIMIT);
+            end.assert_not_early(&pair.opened, limit());
         }
         let record = daemon.wait_for_termination_of(pair)?;
         // Of one that was adopted on a busy machine the deadline may be a little later.
@@ -65,7 +71,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 #[test]
 fn sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.daemon(&config(12, LIMIT))?;
+    let daemon = lab.daemon(&config(12, limit()))?;
     let listener = listen(&lab)?;
     let pairs = open_many(&lab, &listener, 20)?;
     assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 12.0);
@@ -78,7 +84,7 @@ fn older_sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_ro
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab)?;
     let pairs = open_many(&lab, &listener, 20)?;
-    let daemon = lab.launch().config(&config(12, LIMIT)).start_unready()?;
+    let daemon = lab.launch().config(&config(12, limit())).start_unready()?;
     assert_all_twenty_are_reset(&daemon, &pairs)
 }
 
@@ -89,24 +95,24 @@ fn picked_up_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Resu
         anyhow::bail!("two connections were opened");
     };
     daemon.wait_for_trouble("untracked", true)?;
-    refused.keep_busy(SHORT_LIMIT / 2)?;
+    refused.keep_busy(short_limit() / 2)?;
     drop(tracked);
-    let last = refused.keep_busy(2 * SHORT_LIMIT)?;
+    let last = refused.keep_busy(2 * short_limit())?;
     Ok((refused, last))
 }
 
 #[test]
 fn a_session_that_is_picked_up_while_it_is_busy_is_not_cut_early() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let daemon = lab.daemon(&config(1, SHORT_LIMIT))?;
+    let daemon = lab.daemon(&config(1, short_limit()))?;
     let listener = listen(&lab)?;
     let (pair, last) = picked_up_while_busy(&lab, &daemon, &listener)?;
     daemon.wait_for_trouble("untracked", false)?;
     for end in pair.ends()? {
-        end.assert_not_early(&last, SHORT_LIMIT);
+        end.assert_not_early(&last, short_limit());
     }
     daemon
         .wait_for_termination_of(&pair)?
-        .assert_reset("idle_timeout", &last, SHORT_LIMIT);
+        .assert_reset("idle_timeout", &last, short_limit());
     Ok(())
 }

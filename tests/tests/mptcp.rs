@@ -11,12 +11,19 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Veth, dial, ends_of, option,
+    Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Veth, dial, ends_of, idle_rule, option,
+    unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 const TERMINATIONS: &str = "session_enforcer_terminations_total";
 const LOCALHOST: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
@@ -43,7 +50,7 @@ fn open(client: &Agent, listener: &Listener) -> Result<Pair> {
 
 /// The end of the connection on the host that ends it is no error there, and nobody can use it.
 fn assert_ended_here(end: &End, stream: &TcpStream, last: &Moment) {
-    end.assert_not_early(last, LIMIT);
+    end.assert_not_early(last, limit());
     assert_eq!(end.error, None);
     let written = (&*stream).write(b"late");
     assert!(written.is_err(), "{written:?}");
@@ -53,14 +60,14 @@ fn assert_ended_here(end: &End, stream: &TcpStream, last: &Moment) {
 fn both_applications_see_the_reset_at_once_where_the_server_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &last, limit());
     assert_ended_here(&server, &pair.server, &last);
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("network.direction"), "inbound");
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     daemon.wait_for_metric(TERMINATIONS, &[("result", "reset")], 1.0)?;
@@ -71,14 +78,14 @@ fn both_applications_see_the_reset_at_once_where_the_server_is_tracked() -> Resu
 fn both_applications_see_the_reset_at_once_where_the_client_is_tracked() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.outside, LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = open(&lab.inside, &listener)?;
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;
     assert_ended_here(&client, &pair.client, &last);
-    server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    server.assert_reset(Errno::ECONNRESET, &last, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("network.direction"), "outbound");
     Ok(())
 }
@@ -89,12 +96,12 @@ fn a_connection_that_is_older_than_the_daemon_is_reset_too() -> Result<()> {
     let listener = listen(&lab.inside, LOCALHOST)?;
     let pair = open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &last, limit());
     assert_ended_here(&server, &pair.server, &last);
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     Ok(())
 }
 
@@ -103,7 +110,7 @@ fn of_two_connections_of_one_process_only_the_expired_one_is_reset() -> Result<(
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
     let plain = lab.inside.listen(LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let [busy, idle] = [
         open(&lab.outside, &listener)?,
         open(&lab.outside, &listener)?,
@@ -111,23 +118,23 @@ fn of_two_connections_of_one_process_only_the_expired_one_is_reset() -> Result<(
     let tcp = Pair::open(&lab.outside, &plain)?;
     thread::scope(|scope| -> Result<()> {
         let ends = scope.spawn(|| idle.ends());
-        busy.keep_busy(2 * LIMIT)?;
+        busy.keep_busy(2 * limit())?;
         let [client, _] = ends.join().expect("the thread that waits")?;
-        client.assert_reset(Errno::ECONNRESET, &idle.opened, LIMIT);
+        client.assert_reset(Errno::ECONNRESET, &idle.opened, limit());
         Ok(())
     })?;
+    assert_eq!(daemon.terminations_of(&busy)?.len(), 0);
     let last = busy.round_trip()?;
     let record = daemon.wait_for_termination_of(&idle)?;
-    record.assert_reset("idle_timeout", &idle.opened, LIMIT);
+    record.assert_reset("idle_timeout", &idle.opened, limit());
     // Plain TCP in the same batch goes the way that it always does.
     let [client, server] = tcp.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &tcp.opened, LIMIT);
-    server.assert_reset(Errno::ECONNABORTED, &tcp.opened, LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &tcp.opened, limit());
+    server.assert_reset(Errno::ECONNABORTED, &tcp.opened, limit());
     // The listener lives.
     let later = open(&lab.outside, &listener)?;
     later.round_trip()?;
-    assert_eq!(daemon.terminations_of(&busy)?.len(), 0);
-    busy.ends()?[0].assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    busy.ends()?[0].assert_reset(Errno::ECONNRESET, &last, limit());
     Ok(())
 }
 
@@ -136,7 +143,7 @@ fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let plain_server = lab.outside.listen(LOCALHOST)?;
     let server = listen(&lab.inside, LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     // An MPTCP socket of which the peer knows no MPTCP, and the socket that an MPTCP listener has
     // for a peer without it.
     let dialled = mptcp(&lab.inside)?;
@@ -145,10 +152,10 @@ fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
     let last = [dialled.round_trip()?, accepted.round_trip()?];
     for (pair, last) in [&dialled, &accepted].into_iter().zip(last) {
         for end in pair.ends()? {
-            end.assert_not_early(&last, LIMIT);
+            end.assert_not_early(&last, limit());
         }
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
+        record.assert_reset("idle_timeout", &last, limit());
     }
     Ok(())
 }
@@ -157,10 +164,10 @@ fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
 fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_does() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let (opened, client) = Moment::of(|| dial(mptcp(&lab.outside)?, listener.address))?;
     let failed = daemon.wait_for_termination()?;
-    failed.assert_due("idle_timeout", &opened, LIMIT);
+    failed.assert_due("idle_timeout", &opened, limit());
     assert_eq!(failed.text("session_enforcer.result"), "failed");
     let said = failed.text("error.message");
     assert!(said.contains("no process has accepted"), "{said}");
@@ -177,7 +184,7 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
         "payload passed after the deadline"
     );
     let records = daemon.wait_for_terminations(2)?;
-    records[1].assert_reset("idle_timeout", &opened, LIMIT);
+    records[1].assert_reset("idle_timeout", &opened, limit());
     Ok(())
 }
 
@@ -185,7 +192,7 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
 fn a_connection_that_its_process_has_closed_is_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let Pair { client, server, .. } = open(&lab.outside, &listener)?;
     // The client has its end of the connection still, and nobody resets that within the test.
     drop(server);
@@ -200,7 +207,7 @@ fn a_connection_that_its_process_has_closed_is_reset() -> Result<()> {
 fn without_the_right_to_look_into_processes_the_termination_fails_and_says_so() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
-    let config = format!("[daemon]\nnetwork_namespaces = \"own\"\n{RULE}");
+    let config = format!("[daemon]\nnetwork_namespaces = \"own\"\n{}", rule());
     // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF.
     let daemon = lab
         .launch()
@@ -259,19 +266,20 @@ fn an_idle_subflow_of_a_busy_connection_is_reset_alone_and_the_last_one_with_the
 -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let backup = Backup::new(&lab)?;
-    let daemon = lab.daemon(RULE)?;
-    let pair = backup.open(&daemon)?;
-    pair.keep_busy(2 * LIMIT)?;
+    let daemon = lab.daemon(&rule())?;
+    let (opening, pair) = Moment::of(|| backup.open(&daemon))?;
+    pair.keep_busy(2 * limit())?;
     let records = daemon.wait_for_terminations(1)?;
     let [source, _] = records[0].ports();
     assert_ne!(source, pair.client_address.port(), "the busy subflow");
-    records[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    // That of the second subflow began when it was established.
+    records[0].assert_reset("idle_timeout", &opening, limit());
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;
     assert_ended_here(&client, &pair.client, &last);
-    server.assert_reset(Errno::ECONNRESET, &last, LIMIT);
+    server.assert_reset(Errno::ECONNRESET, &last, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
 }
 
@@ -279,10 +287,13 @@ fn an_idle_subflow_of_a_busy_connection_is_reset_alone_and_the_last_one_with_the
 fn a_connection_ends_with_the_lifetime_of_any_of_its_subflows() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let backup = Backup::new(&lab)?;
-    let daemon = lab.daemon("[[rule]]\nname = \"life\"\nmax_lifetime = \"3s\"\n")?;
+    let lifetime = unhurried(Duration::from_secs(3));
+    let seconds = lifetime.as_secs();
+    let rule = format!("[[rule]]\nname = \"life\"\nmax_lifetime = \"{seconds}s\"\n");
+    let daemon = lab.daemon(&rule)?;
     let pair = backup.open(&daemon)?;
     let end = pair.keep_busy_until_end()?;
-    end.assert_not_early(&pair.opened, Duration::from_secs(3));
+    end.assert_not_early(&pair.opened, lifetime);
     pair.ends()?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     for record in daemon.wait_for_terminations(1)? {

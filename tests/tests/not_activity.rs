@@ -10,12 +10,18 @@ use std::{
 use anyhow::Result;
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, eventually,
-    keep_alive, patience, set_option, tcp_info,
+    idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(3))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 
 /// Segments of all kinds that a socket has sent, and those of them with payload.
 fn segments_sent(stream: &TcpStream) -> Result<(u32, u32)> {
@@ -25,11 +31,11 @@ fn segments_sent(stream: &TcpStream) -> Result<(u32, u32)> {
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
     for end in pair.ends()? {
-        end.assert_not_early(last, LIMIT);
+        end.assert_not_early(last, limit());
     }
     daemon
         .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", last, LIMIT);
+        .assert_reset("idle_timeout", last, limit());
     Ok(())
 }
 
@@ -37,7 +43,7 @@ fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
 fn keepalives_of_either_end_do_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pairs = [
         Pair::open(&lab.outside, &listener)?,
         Pair::open(&lab.outside, &listener)?,
@@ -47,7 +53,7 @@ fn keepalives_of_either_end_do_not_save_an_idle_session() -> Result<()> {
     let last = [pairs[0].round_trip()?, pairs[1].round_trip()?];
     let probers = [&pairs[0].client, &pairs[1].server];
     let before = [segments_sent(probers[0])?, segments_sent(probers[1])?];
-    last[0].wait(Duration::from_millis(1500));
+    last[0].wait(limit() / 2);
     for (prober, before) in probers.into_iter().zip(before) {
         let (all, with_payload) = segments_sent(prober)?;
         assert!(
@@ -76,7 +82,7 @@ fn forge(lab: &Lab, pair: &Pair, forged: impl Fn(Sequence) -> (Sequence, Vec<u8>
 fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
     // The probes of BSD (RFC 9293 section 3.8.4).
@@ -97,7 +103,7 @@ fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result
 fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.to_server(b"ping")?;
     let duplicate = |at: Sequence| {
@@ -117,7 +123,7 @@ fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()
 fn a_forged_segment_with_new_payload_is_activity() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let mut pair = Pair::open(&lab.outside, &listener)?;
     pair.round_trip()?.wait(Duration::from_secs(1));
     // What the two tests above send arrives, then, and is understood.
@@ -162,7 +168,7 @@ fn window_probes_do_not_save_a_session_whose_receiver_does_not_read() -> Result<
     let socket = lab.inside.tcp(address)?;
     set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, 8192)?;
     let listener = Listener::on(socket, address)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let mut pair = Pair::open(&lab.outside, &listener)?;
     fill_window(&mut pair)?;
     wait_for_probes(&pair.client)?;
@@ -181,7 +187,7 @@ fn reading_late_does_not_save_an_idle_session() -> Result<()> {
     // A buffer that does not grow.
     set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, 131_072)?;
     let listener = Listener::on(socket, anywhere)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let mut pair = Pair::open(&lab.outside, &listener)?;
     pair.server.set_nonblocking(true)?;
     let mut written = Vec::new();
@@ -226,7 +232,7 @@ fn retransmit(client: &Agent, server: &Agent, right: &Netns, daemon: &Daemon) ->
         Ok((tcp_info(&pair.client)?.tcpi_total_retrans >= 3).then_some(()))
     })?;
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     Ok(())
 }
 
@@ -235,7 +241,7 @@ fn retransmissions_do_not_save_the_session_that_sends_them() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     retransmit(
         &lab.inside_in(&left)?,
         &lab.outside_in(&right)?,
@@ -249,7 +255,7 @@ fn retransmissions_do_not_save_the_session_that_receives_them() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     retransmit(
         &lab.outside_in(&left)?,
         &lab.inside_in(&right)?,

@@ -4,23 +4,30 @@ use std::{net::Ipv4Addr, thread, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Call, Daemon, Fate, Lab, Moment, Pair, longer_than_a_start};
+use session_enforcer_tests::{
+    Call, Daemon, Fate, Lab, Moment, Pair, idle_rule, longer_than_a_start, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(1);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(1))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 
 /// Two deadlines are reached, one after the establishment and one after payload, and the
 /// connection lives on.
 fn assert_observed(daemon: &Daemon, pair: &Pair) -> Result<()> {
-    pair.opened.wait(3 * LIMIT);
-    let again = pair.round_trip()?;
-    again.wait(3 * LIMIT);
-    pair.round_trip()?;
+    daemon.wait_for_termination_of(pair)?;
+    let again = pair.to_server(b"again")?;
+    again.wait(3 * limit());
     let records = daemon.terminations_of(pair)?;
     assert_eq!(records.len(), 2, "{records:#?}");
     for (record, since) in records.iter().zip([&pair.opened, &again]) {
-        assert_would_end(record, "idle_timeout", since, LIMIT);
+        assert_would_end(record, "idle_timeout", since, limit());
     }
     Ok(())
 }
@@ -40,7 +47,7 @@ fn assert_would_end(
 fn a_daemon_that_observes_resets_nothing_and_records_each_deadline_once() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{RULE}"))?;
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{}", rule()))?;
     let pair = Pair::open(&lab.outside, &listener)?;
     assert_observed(&daemon, &pair)?;
     let labels = [
@@ -65,7 +72,7 @@ fn the_flag_makes_a_daemon_observe() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let older = Pair::open(&lab.outside, &listener)?;
-    let daemon = lab.launch().config(RULE).args(&["--observe"]).start()?;
+    let daemon = lab.launch().config(&rule()).args(&["--observe"]).start()?;
     assert_observed(&daemon, &older)
 }
 
@@ -76,18 +83,20 @@ fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
     let [observed, enforced] = [listen()?, listen()?];
     let daemon = lab.daemon(&format!(
         "[[rule]]\nname = \"observed\"\nlocal_ports = [{}]\naction = \"observe\"\n\
-         idle_timeout = \"1s\"\n{RULE}",
+         idle_timeout = \"{}s\"\n{}",
         observed.port(),
+        limit().as_secs(),
+        rule(),
     ))?;
     let pairs = [
         Pair::open(&lab.outside, &observed)?,
         Pair::open(&lab.outside, &enforced)?,
     ];
-    pairs[1].ends()?[0].assert_reset(Errno::ECONNRESET, &pairs[1].opened, LIMIT);
+    pairs[1].ends()?[0].assert_reset(Errno::ECONNRESET, &pairs[1].opened, limit());
     daemon.wait_for_termination_of(&pairs[1])?.assert_reset(
         "idle_timeout",
         &pairs[1].opened,
-        LIMIT,
+        limit(),
     );
     assert_observed(&daemon, &pairs[0])
 }
@@ -96,13 +105,15 @@ fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
 fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(
-        "[daemon]\nmode = \"observe\"\n[[rule]]\nname = \"old\"\nmax_lifetime = \"1s\"\n",
-    )?;
+    let rule = format!(
+        "[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
+        limit().as_secs()
+    );
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{rule}"))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.keep_busy(3 * LIMIT)?;
+    pair.keep_busy(3 * limit())?;
     let record = daemon.wait_for_termination()?;
-    assert_would_end(&record, "max_lifetime", &pair.opened, LIMIT);
+    assert_would_end(&record, "max_lifetime", &pair.opened, limit());
     Ok(())
 }
 
@@ -112,8 +123,7 @@ fn a_record_says_what_had_passed_when_it_was_decided() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     // Of a session that is older than itself the daemon asks the socket table, before it records it.
     let pair = Pair::open(&lab.outside, &listener)?;
-    let limit = longer_than_a_start().as_secs();
-    let rule = format!("[[rule]]\nname = \"idle\"\nidle_timeout = \"{limit}s\"\n");
+    let rule = idle_rule(longer_than_a_start());
     let launch = lab.launch().config(&rule).args(&["--observe"]);
     let (daemon, interposer) = launch.start_interposed()?;
     interposer.set(Call::Answer, Fate::Wait);

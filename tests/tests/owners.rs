@@ -427,10 +427,12 @@ fn a_reload_decides_anew_about_owners() -> Result<()> {
     theirs.round_trip()?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     // Back: the other is tracked again.
-    daemon.reload(&of_users(&OTHER_UID.to_string()))?;
+    let limit = longer_than_a_start();
+    let conditions = format!("users = [{OTHER_UID}]");
+    daemon.reload(&rule("owned", &conditions, &idle_for(limit)))?;
     let last = theirs.round_trip()?;
     let record = daemon.wait_for_termination_of(&theirs)?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit);
     Ok(())
 }
 

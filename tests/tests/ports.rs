@@ -11,12 +11,19 @@ use session_enforcer::{
 };
 use session_enforcer_common::{Direction, MatchEntry, Owner, Policy, PortRange, Session};
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Pair, cookie, eventually, patience, reset_on_close,
+    Agent, Daemon, Lab, Listener, Pair, cookie, eventually, patience, reset_on_close, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const SECOND: Duration = Duration::from_secs(1);
-const LIMIT: Duration = Duration::from_secs(2);
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+/// The limit as a rule has it.
+fn text() -> String {
+    format!("{}s", limit().as_secs())
+}
 
 /// IPv4, IPv6, and IPv4 by sockets of IPv6.
 const ADDRESSES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
@@ -52,8 +59,8 @@ fn a_port_of_either_end_is_enough_in_every_family_and_other_ports_are_untouched(
     for address in ADDRESSES {
         let address: SocketAddr = address.parse()?;
         let [accepts, dialled] = [lab.inside.listen(address)?, lab.outside.listen(address)?];
-        config += &local(&accepts, "2s");
-        config += &remote(&dialled, "2s");
+        config += &local(&accepts, &text());
+        config += &remote(&dialled, &text());
         let others = [lab.inside.listen(address)?, lab.outside.listen(address)?];
         listeners.push(([accepts, dialled], others));
     }
@@ -68,19 +75,19 @@ fn a_port_of_either_end_is_enough_in_every_family_and_other_ports_are_untouched(
         untouched.extend(open(others)?);
     }
     for pair in &enforced {
-        pair.opened.wait(SECOND);
+        pair.opened.wait(limit() / 2);
     }
     let last: Result<Vec<_>> = enforced.iter().map(Pair::round_trip).collect();
     for (pair, last) in enforced.iter().zip(last?) {
         for end in pair.ends()? {
-            end.assert_not_early(&last, LIMIT);
+            end.assert_not_early(&last, limit());
         }
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
+        record.assert_reset("idle_timeout", &last, limit());
         assert_eq!(record.bytes(), [4, 4]);
     }
     for pair in &untouched {
-        pair.opened.wait(2 * LIMIT);
+        pair.opened.wait(2 * limit());
         pair.round_trip()?;
     }
     let opened = daemon.metric("session_enforcer_sessions_opened_total", &[])?;
@@ -94,7 +101,7 @@ fn a_port_of_either_end_is_enough_in_every_family_and_other_ports_are_untouched(
 fn a_connection_that_no_rule_was_about_for_a_while_is_not_ended_early() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [here, there] = [listen(&lab.inside)?, listen(&lab.outside)?];
-    let about = local(&here, "2s") + &remote(&there, "2s");
+    let about = local(&here, &text()) + &remote(&there, &text());
     let daemon = lab.daemon(&about)?;
     let pairs = [
         Pair::open(&lab.outside, &here)?,
@@ -103,12 +110,12 @@ fn a_connection_that_no_rule_was_about_for_a_while_is_not_ended_early() -> Resul
     daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
     daemon.reload(&rule("other", "local_ports = [1]", "1s"))?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
-    pairs[0].opened.wait(LIMIT + SECOND);
+    pairs[0].opened.wait(limit() + limit() / 2);
     let last = [pairs[0].round_trip()?, pairs[1].round_trip()?];
     daemon.reload(&about)?;
     for (pair, last) in pairs.iter().zip(last) {
         let record = daemon.wait_for_termination_of(pair)?;
-        record.assert_reset("idle_timeout", &last, LIMIT);
+        record.assert_reset("idle_timeout", &last, limit());
     }
     Ok(())
 }

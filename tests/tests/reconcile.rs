@@ -4,12 +4,20 @@ use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Netns, Pair, overwrite_callback_flags, reset_on_close};
+use session_enforcer_tests::{
+    Daemon, Lab, Netns, Pair, idle_rule, overwrite_callback_flags, reset_on_close, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
 const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 /// No deadline comes that would find what is wrong.
 const LONG_RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n";
 
@@ -58,7 +66,7 @@ fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Res
 fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let _other = overwrite_callback_flags(&lab.cgroup)?;
     let [closed, open] = [
         Pair::open(&lab.outside, &listener)?,
@@ -67,10 +75,10 @@ fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only(
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 2.0)?;
     reset_on_close(&closed.client)?;
     drop(closed);
-    open.ends()?[0].assert_reset(Errno::ECONNRESET, &open.opened, LIMIT);
+    open.ends()?[0].assert_reset(Errno::ECONNRESET, &open.opened, limit());
     daemon
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &open.opened, LIMIT);
+        .assert_reset("idle_timeout", &open.opened, limit());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
     assert!(repaired(&daemon, "stale")? >= 1.0);
@@ -112,12 +120,13 @@ fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
     let there = lab.inside_in(&netns)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let listener_there = there.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&format!("[daemon]\nmax_sessions = 1\n{RULE}"))?;
+    let daemon = lab.daemon(&format!("[daemon]\nmax_sessions = 1\n{}", rule()))?;
+    let outside_there = lab.outside_in(&netns)?;
     let tracked = Pair::open(&lab.outside, &listener)?;
-    let refused = Pair::open(&lab.outside_in(&netns)?, &listener_there)?;
+    let refused = Pair::open(&outside_there, &listener_there)?;
     daemon.wait_for_trouble("untracked", true)?;
     for pair in [&tracked, &refused] {
-        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
         let record = daemon.wait_for_termination_of(pair)?;
         // Of one that was adopted on a busy machine the deadline may be a little later.
         assert_eq!(record.text("session_enforcer.result"), "reset");

@@ -7,10 +7,10 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place, Time};
+use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place, Time, unhurried};
 
+const HOUR: Duration = Duration::from_secs(3600);
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const SECOND: Duration = Duration::from_secs(1);
 
 /// A configuration of one rule.
 fn rule(name: &str, port: u16, rest: &str) -> String {
@@ -19,8 +19,17 @@ fn rule(name: &str, port: u16, rest: &str) -> String {
     )
 }
 
-fn idle(name: &str, port: u16, timeout: &str) -> String {
-    rule(name, port, &format!("idle_timeout = \"{timeout}\""))
+fn idle(name: &str, port: u16, timeout: Duration) -> String {
+    rule(name, port, &idle_for(timeout))
+}
+
+fn idle_for(timeout: Duration) -> String {
+    format!("idle_timeout = \"{}s\"", timeout.as_secs())
+}
+
+/// By which the limits here are reckoned.
+fn second() -> Duration {
+    unhurried(Duration::from_secs(1))
 }
 
 fn in_force(daemon: &Daemon) -> Result<f64> {
@@ -31,14 +40,14 @@ fn in_force(daemon: &Daemon) -> Result<f64> {
 fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&idle("r", listener.port(), "1h"))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), HOUR))?;
     let silent = Pair::open(&lab.outside, &listener)?;
     let active = Pair::open(&lab.outside, &listener)?;
-    active.keep_busy(2 * SECOND)?;
-    daemon.reload(&idle("r", listener.port(), "1s"))?;
+    active.keep_busy(2 * second())?;
+    daemon.reload(&idle("r", listener.port(), second()))?;
     let [client, server] = silent.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &silent.opened, 2 * SECOND);
-    server.assert_reset(Errno::ECONNABORTED, &silent.opened, 2 * SECOND);
+    client.assert_reset(Errno::ECONNRESET, &silent.opened, 2 * second());
+    server.assert_reset(Errno::ECONNABORTED, &silent.opened, 2 * second());
     let record = daemon.wait_for_termination_of(&silent)?;
     assert_eq!(record.text("event.reason"), "policy");
     let labels = [("rule", "r"), ("reason", "policy"), ("result", "reset")];
@@ -46,7 +55,7 @@ fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives
     // The active one has the new limit too, from its last activity on.
     let last = active.round_trip()?;
     let record = daemon.wait_for_termination_of(&active)?;
-    record.assert_reset("idle_timeout", &last, SECOND);
+    record.assert_reset("idle_timeout", &last, second());
     Ok(())
 }
 
@@ -54,11 +63,11 @@ fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives
 fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&idle("r", listener.port(), "3s"))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), 3 * second()))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    daemon.reload(&idle("r", listener.port(), "5s"))?;
+    daemon.reload(&idle("r", listener.port(), 5 * second()))?;
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, 5 * SECOND);
+    record.assert_reset("idle_timeout", &pair.opened, 5 * second());
     Ok(())
 }
 
@@ -66,10 +75,10 @@ fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<(
 fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let good = idle("r", listener.port(), "2s");
+    let good = idle("r", listener.port(), 2 * second());
     let daemon = lab.daemon(&good)?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    let wrong = good.replace("2s", "2 fortnights");
+    let wrong = good.replace("s\"\n", " fortnights\"\n");
     let log = daemon.reload(&wrong)?;
     assert!(
         log.contains("idle_timeout") && log.contains("config.toml:5"),
@@ -95,7 +104,7 @@ fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
         );
     }
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+    record.assert_reset("idle_timeout", &pair.opened, 2 * second());
     daemon.reload(&good)?;
     assert!(in_force(&daemon)? > 0.5);
     Ok(())
@@ -106,15 +115,15 @@ fn a_session_that_no_rule_matches_any_more_is_released() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let other = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&idle("r", listener.port(), "2s"))?;
+    let daemon = lab.daemon(&idle("r", listener.port(), 2 * second()))?;
     let unmatched = Pair::open(&lab.outside, &listener)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "r")], 1.0)?;
-    daemon.reload(&idle("other", other.port(), "1s"))?;
+    daemon.reload(&idle("other", other.port(), second()))?;
     for rule in ["r", "other"] {
         daemon.wait_for_metric("session_enforcer_sessions", &[("rule", rule)], 0.0)?;
     }
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
-    unmatched.opened.wait(4 * SECOND);
+    unmatched.opened.wait(4 * second());
     unmatched.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 0);
     Ok(())
@@ -128,12 +137,12 @@ fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Res
     let exempt = rule("r", port, "action = \"exempt\"");
     let daemon = lab.daemon(&exempt)?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.keep_busy(SECOND)?;
-    last.wait(2 * SECOND);
+    let last = pair.keep_busy(second())?;
+    last.wait(2 * second());
     assert_eq!(daemon.terminations()?.len(), 0);
-    daemon.reload(&idle("r", port, "4s"))?;
+    daemon.reload(&idle("r", port, 4 * second()))?;
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, 4 * SECOND);
+    record.assert_reset("idle_timeout", &last, 4 * second());
     Ok(())
 }
 
@@ -142,18 +151,18 @@ fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives(
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port();
-    let daemon = lab.daemon(&idle("first", port, "2s"))?;
+    let daemon = lab.daemon(&idle("first", port, 2 * second()))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    let limits = "idle_timeout = \"2s\"\nmin_payload = 100";
-    daemon.reload(&rule("second", port, limits))?;
+    let limits = format!("{}\nmin_payload = 100", idle_for(2 * second()));
+    daemon.reload(&rule("second", port, &limits))?;
     let large = pair.to_server(&[b'x'; 100])?;
     let start = Instant::now();
-    while start.elapsed() < 4 * SECOND && pair.to_server(&[b'x'; 99]).is_ok() {
+    while start.elapsed() < 4 * second() && pair.to_server(&[b'x'; 99]).is_ok() {
         thread::sleep(Duration::from_millis(50));
     }
     let record = daemon.wait_for_termination_of(&pair)?;
     assert_eq!(record.text("rule.name"), "second");
-    record.assert_reset("idle_timeout", &large, 2 * SECOND);
+    record.assert_reset("idle_timeout", &large, 2 * second());
     Ok(())
 }
 
@@ -161,15 +170,15 @@ fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives(
 fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let config = idle("r", listener.port(), "2s");
+    let config = idle("r", listener.port(), 2 * second());
     let daemon = lab.daemon(&config)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.reload(&format!("[daemon]\nmode = \"observe\"\n{config}"))?;
-    pair.opened.wait(4 * SECOND);
+    pair.opened.wait(4 * second());
     pair.round_trip()?;
     let record = daemon.wait_for_termination_of(&pair)?;
     assert_eq!(record.text("event.action"), "session-would-terminate");
-    record.assert_due("idle_timeout", &pair.opened, 2 * SECOND);
+    record.assert_due("idle_timeout", &pair.opened, 2 * second());
     Ok(())
 }
 
@@ -179,14 +188,14 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port();
-    let daemon = lab.daemon(&idle("r", port, "1h"))?.quiet();
+    let daemon = lab.daemon(&idle("r", port, HOUR))?.quiet();
     let pairs: Vec<Pair> = (0..SESSIONS)
         .map(|_| Pair::open(&lab.outside, &listener))
         .collect::<Result<_>>()?;
     let entries = SESSIONS as f64;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], entries)?;
     let start = Instant::now();
-    let log = daemon.reload(&idle("renamed", port, "2h"))?;
+    let log = daemon.reload(&idle("renamed", port, 2 * HOUR))?;
     println!("reload of {SESSIONS} sessions: {:?}", start.elapsed());
     assert!(
         log.contains("5000 kept, 0 released, 0 expired, 0 adopted"),
@@ -195,13 +204,13 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "renamed")], entries)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "r")], 0.0)?;
     // Some are active afterwards, and only the others are past the limit that comes then.
-    thread::sleep(3 * SECOND);
+    thread::sleep(3 * second());
     let active = &pairs[..100];
     for pair in active {
         pair.round_trip()?;
     }
     let start = Instant::now();
-    daemon.reload(&idle("renamed", port, "3s"))?;
+    daemon.reload(&idle("renamed", port, 3 * second()))?;
     daemon.wait_for_terminations(SESSIONS - active.len())?;
     println!(
         "reset of {} of them: {:?}",
@@ -224,7 +233,7 @@ fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_bel
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let watched = lab.cgroup.child()?;
-    let config = idle("r", listener.port(), "1s");
+    let config = idle("r", listener.port(), second());
     let daemon = Launch::on(watched.path()).config(&config).start()?;
     let path = watched.path().to_owned();
     std::fs::remove_dir(&path)?;
@@ -236,7 +245,7 @@ fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_bel
         let log = daemon.reload(&config)?;
         assert!(log.contains("was removed"), "{log}");
     }
-    beside.keep_busy(3 * SECOND)?;
+    beside.keep_busy(3 * second())?;
     assert_eq!(
         daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
         0.0
@@ -253,19 +262,19 @@ fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
         let rule = idle("r", listener.port(), timeout);
         format!("[daemon]\nmode = \"observe\"\n{rule}")
     };
-    let daemon = lab.daemon(&config("1h"))?;
+    let daemon = lab.daemon(&config(HOUR))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.opened.wait(2 * SECOND);
-    daemon.reload(&config("1s"))?;
+    pair.opened.wait(2 * second());
+    daemon.reload(&config(second()))?;
     daemon.wait_for_terminations(1)?;
-    thread::sleep(3 * SECOND);
+    thread::sleep(3 * second());
     let records = daemon.terminations_of(&pair)?;
     assert_eq!(records.len(), 1, "{records:#?}");
     assert_eq!(records[0].text("event.reason"), "policy");
     // Under yet another limit it is late by that limit, and no more by the change that was recorded.
-    daemon.reload(&config("2s"))?;
+    daemon.reload(&config(2 * second()))?;
     let record = daemon.wait_for_terminations(2)?.remove(1);
-    record.assert_due("idle_timeout", &pair.opened, 2 * SECOND);
+    record.assert_due("idle_timeout", &pair.opened, 2 * second());
     Ok(())
 }
 
@@ -290,7 +299,7 @@ fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -
     let agent = lab.at(&Place::here().in_directory(&unit))?;
     let pair = Pair::open(&lab.outside, &agent.listen(([127, 0, 0, 1], 0))?)?;
     let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+    record.assert_reset("idle_timeout", &pair.opened, 2 * second());
     Ok(())
 }
 
@@ -303,10 +312,10 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let (port, cgroup) = (listener.port(), lab.cgroup.name()?);
     // The same limits by rules of other names, at other places, of other conditions.
-    let limits = "idle_timeout = \"2s\"";
+    let limits = idle_for(2 * second());
     let configs = [
-        idle("a", port, "2s") + &idle("b", 1, "1h"),
-        idle("b", 1, "1h") + &idle("c", port, "2s"),
+        idle("a", port, 2 * second()) + &idle("b", 1, HOUR),
+        idle("b", 1, HOUR) + &idle("c", port, 2 * second()),
         format!("[[rule]]\nname = \"d\"\ncgroups = [\"{cgroup}\"]\nusers = [0]\n{limits}\n"),
         "[[rule]]\n".to_owned() + "name = wrong",
         rule("a", port, &format!("{limits}\nactivity = \"received\"")),
@@ -316,7 +325,7 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
     let mut idle_ones = Vec::new();
     let start = Instant::now();
     let mut reloads = 0;
-    while start.elapsed() < 5 * SECOND {
+    while start.elapsed() < 5 * second() || idle_ones.len() < IDLE {
         if idle_ones.len() < IDLE {
             idle_ones.push(Pair::open(&lab.outside, &listener)?);
         }
@@ -326,16 +335,15 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
         thread::sleep(Duration::from_millis(20));
     }
     // Some of the storm may be under way still: only the last has three rules.
-    daemon.reload_soon(&(configs[0].clone() + &idle("e", 2, "1h")))?;
+    daemon.reload_soon(&(configs[0].clone() + &idle("e", 2, HOUR)))?;
     daemon.wait_for_log(" 3 rule(s) in force")?;
     busy.round_trip()?;
     println!("{reloads} reloads");
-    assert_eq!(idle_ones.len(), IDLE);
     daemon.wait_for_terminations(IDLE)?;
     for pair in &idle_ones {
         let records = daemon.terminations_of(pair)?;
         assert_eq!(records.len(), 1, "{records:#?}");
-        records[0].assert_reset("idle_timeout", &pair.opened, 2 * SECOND);
+        records[0].assert_reset("idle_timeout", &pair.opened, 2 * second());
     }
     let record = daemon.wait_for_termination_of(&busy)?;
     assert_eq!(record.text("rule.name"), "a");
@@ -350,11 +358,11 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
 fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let config = idle("r", listener.port(), "1s");
+    let config = idle("r", listener.port(), second());
     let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{config}"))?;
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.wait_for_terminations(1)?;
-    pair.opened.wait(3 * SECOND);
+    pair.opened.wait(3 * second());
     assert_ended_by_change(&daemon, &pair, &config)
 }
 
@@ -365,8 +373,8 @@ fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Res
     let port = listener.port();
     let daemon = lab.daemon(&rule("r", port, "action = \"exempt\""))?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.opened.wait(3 * SECOND);
-    assert_ended_by_change(&daemon, &pair, &idle("r", port, "1s"))
+    pair.opened.wait(3 * second());
+    assert_ended_by_change(&daemon, &pair, &idle("r", port, second()))
 }
 
 /// The deadline of a session that a change of the policy ends is that change.

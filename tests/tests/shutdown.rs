@@ -9,26 +9,32 @@ use nix::{
     errno::Errno,
     sys::signal::{SigSet, Signal, raise},
 };
-use session_enforcer_tests::{Lab, PROGRAMS, Pair, eventually, patience};
+use session_enforcer_tests::{Lab, PROGRAMS, Pair, eventually, idle_rule, patience, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(1);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(1))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 
 #[test]
 fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut daemon = lab.daemon(RULE)?;
+    let mut daemon = lab.daemon(&rule())?;
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     let reset = Pair::open(&lab.outside, &listener)?;
-    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
+    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, limit());
     daemon.wait_for_termination()?;
     let tracked = Pair::open(&lab.outside, &listener)?;
     daemon.stop()?;
     assert_eq!(lab.cgroup.attached_programs()?, 0);
     let untracked = Pair::open(&lab.outside, &listener)?;
-    untracked.opened.wait(2 * LIMIT);
+    untracked.opened.wait(2 * limit());
     tracked.round_trip()?;
     untracked.round_trip()?;
     let actions: Vec<_> = daemon
@@ -53,7 +59,7 @@ fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Resul
 #[test]
 fn an_interrupt_from_the_terminal_stops_the_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let mut daemon = lab.daemon(RULE)?;
+    let mut daemon = lab.daemon(&rule())?;
     daemon.signal(Signal::SIGINT)?;
     assert_eq!(daemon.wait()?.code(), Some(0));
     assert_eq!(lab.cgroup.attached_programs()?, 0);
@@ -64,7 +70,7 @@ fn an_interrupt_from_the_terminal_stops_the_daemon() -> Result<()> {
 fn a_parent_that_blocks_signals_does_not_keep_the_daemon_from_stopping() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let blocked = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-    let mut daemon = lab.launch().config(RULE).blocked(&blocked).start()?;
+    let mut daemon = lab.launch().config(&rule()).blocked(&blocked).start()?;
     daemon.stop()
 }
 
@@ -84,7 +90,7 @@ fn hung_up(command: &mut Command) {
 #[test]
 fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let mut daemon = lab.launch().config(RULE).prepared(hung_up).start()?;
+    let mut daemon = lab.launch().config(&rule()).prepared(hung_up).start()?;
     daemon.wait_for_log("rule(s) in force")?;
     daemon.stop()
 }
@@ -93,14 +99,14 @@ fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Re
 fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut daemon = lab.daemon(RULE)?;
+    let mut daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
     eventually("the programs are gone", patience(), || {
         Ok((lab.cgroup.attached_programs()? == 0).then_some(()))
     })?;
-    pair.opened.wait(2 * LIMIT);
+    pair.opened.wait(2 * limit());
     pair.round_trip()?;
     Ok(())
 }
@@ -109,16 +115,16 @@ fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
 fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let rule = RULE.replace("1s", "3s");
+    let rule = idle_rule(3 * limit());
     let mut first = lab.daemon(&rule)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
     first.stop()?;
     let second = lab.daemon(&rule)?;
-    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, 3 * LIMIT);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, 3 * limit());
     second
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &last, 3 * LIMIT);
+        .assert_reset("idle_timeout", &last, 3 * limit());
     Ok(())
 }
 
@@ -126,7 +132,7 @@ fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
 fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let before = Pair::open(&lab.outside, &listener)?;
     before.ends()?;
     daemon.wait_for_termination_of(&before)?;
@@ -149,7 +155,11 @@ fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
 fn the_audit_goes_to_standard_output_where_it_is_asked_for() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut daemon = lab.launch().config(RULE).args(&["--audit", "-"]).start()?;
+    let mut daemon = lab
+        .launch()
+        .config(&rule())
+        .args(&["--audit", "-"])
+        .start()?;
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?;
     daemon.stop()?;

@@ -14,12 +14,19 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Lab, PROGRAMS, Pair, daemon_command, die_with_parent, eventually, patience, reset_on_close,
+    Lab, PROGRAMS, Pair, daemon_command, die_with_parent, ends_of, eventually, idle_rule, patience,
+    reset_on_close, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(2);
-const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+fn rule() -> String {
+    idle_rule(limit())
+}
 
 /// Openings and closings of so many connections are more than the kernel can keep for the daemon.
 const TOO_MANY: usize = 14_000;
@@ -28,7 +35,7 @@ const TOO_MANY: usize = 14_000;
 fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let [busy, idle] = [
         Pair::open(&lab.outside, &listener)?,
         Pair::open(&lab.outside, &listener)?,
@@ -36,13 +43,13 @@ fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<
     daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 2.0)?;
     daemon.signal(Signal::SIGSTOP)?;
     let newer = Pair::open(&lab.outside, &listener)?;
-    let last = busy.keep_busy(LIMIT + Duration::from_millis(500))?;
+    let last = busy.keep_busy(limit() + Duration::from_millis(500))?;
     daemon.signal(Signal::SIGCONT)?;
     for (pair, since) in [(&idle, idle.opened), (&newer, newer.opened), (&busy, last)] {
-        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &since, LIMIT);
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &since, limit());
         daemon
             .wait_for_termination_of(pair)?
-            .assert_reset("idle_timeout", &since, LIMIT);
+            .assert_reset("idle_timeout", &since, limit());
     }
     Ok(())
 }
@@ -51,7 +58,7 @@ fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<
 fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
+    let daemon = lab.daemon(&rule())?;
     let before = Pair::open(&lab.outside, &listener)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     daemon.signal(Signal::SIGSTOP)?;
@@ -62,12 +69,16 @@ fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
     // Nothing tells the daemon that the one opened and that the other closed.
     let lost = Pair::open(&lab.outside, &listener)?;
     reset_on_close(&before.client)?;
-    drop(before);
+    let Pair { client, server, .. } = before;
+    drop(client);
+    // It has closed when the server's socket has the RST.
+    ends_of(&[&server])?;
+    drop(server);
     daemon.signal(Signal::SIGCONT)?;
-    lost.ends()?[0].assert_reset(Errno::ECONNRESET, &lost.opened, LIMIT);
+    lost.ends()?[0].assert_reset(Errno::ECONNRESET, &lost.opened, limit());
     daemon
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &lost.opened, LIMIT);
+        .assert_reset("idle_timeout", &lost.opened, limit());
     assert!(daemon.metric("session_enforcer_events_lost_total", &[])? > 0.0);
     let repaired = [("kind", "unscheduled")];
     assert!(daemon.metric("session_enforcer_reconcile_repaired_total", &repaired)? > 0.0);
@@ -81,7 +92,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.toml");
     let daemon = "[daemon]\npin_dir = \"\"\n[metrics]\nlisten = \"\"\n";
-    std::fs::write(&config, format!("{daemon}{RULE}"))?;
+    std::fs::write(&config, format!("{daemon}{}", rule()))?;
     let mut command = daemon_command()?;
     command.arg("run").arg("--cgroup").arg(lab.cgroup.path());
     command.arg("--config").arg(&config).stdout(Stdio::null());
@@ -99,7 +110,7 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
         thread::sleep(Duration::from_millis(1));
     }
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     kill(pid, Signal::SIGTERM)?;
     let status = eventually("the daemon ends", patience(), || Ok(daemon.0.try_wait()?))?;
     assert_eq!(status.code(), Some(0));

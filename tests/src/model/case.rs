@@ -13,12 +13,15 @@ use super::{
     termination::{SLACK, Termination, around},
     timeline::Span,
 };
+use crate::pace::scaled;
 
 /// How long a session may live after it was due, with a daemon that runs, on a busy machine.
 const LATEST: Duration = Duration::from_secs(10);
 
 /// How long a record may be on its way when its daemon is killed.
-const ON_ITS_WAY: Duration = Duration::from_millis(500);
+fn on_its_way() -> Duration {
+    scaled(Duration::from_millis(500))
+}
 
 /// One connection.
 pub(super) struct Case<'a> {
@@ -146,7 +149,7 @@ impl Case<'_> {
         let mut kills = self.seen.timeline.kills.iter();
         kills.any(|kill| {
             broken.meets(&Span {
-                from: kill.from.saturating_sub(ON_ITS_WAY),
+                from: kill.from.saturating_sub(on_its_way()),
                 ..*kill
             })
         })

@@ -12,6 +12,7 @@ use super::{
     history::{Connection, Payload},
     timeline::{Span, Timeline},
 };
+use crate::pace::late_ticks;
 
 /// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
 const LAG: Duration = Duration::from_millis(20);
@@ -190,9 +191,10 @@ impl Clocks {
     /// millisecond, reckoned back from the end of the listing; all payload counts; the age since the
     /// oldest activity for the time of establishment.
     fn adopt(&mut self, window: Span) {
+        // The ages are counted in ticks, of which a machine that is held up has some late.
         let rounded = |stamp: Span| Span {
+            from: stamp.from.saturating_sub(late_ticks()),
             to: stamp.to.saturating_add(window.to - window.from),
-            ..stamp
         };
         let was_open = self.established.to < window.from;
         self.adopted = if was_open { Truth::Yes } else { Truth::Perhaps };
