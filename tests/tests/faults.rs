@@ -141,6 +141,7 @@ fn refused_then_reset(error: Errno) -> Result<()> {
     let failed = daemon.wait_for_termination()?;
     assert_eq!(failed.text("event.action"), "session-termination-failed");
     failed.assert_due("idle_timeout", &pair.opened, LIMIT);
+    daemon.wait_for_log("broke off")?;
     let attempts = daemon.log().matches("broke off").count();
     assert!((1..=10).contains(&attempts), "{attempts} attempts");
     // The gate keeps shut what could not be reset.

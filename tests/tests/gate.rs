@@ -17,7 +17,7 @@ use nix::{
 };
 use session_enforcer_tests::{
     Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, eventually, late_ticks, patience,
-    reset_on_close, scaled, tcp_info,
+    reset_on_close, scaled, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -177,18 +177,21 @@ fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Resu
 fn an_answer_passes_while_it_is_owed_and_not_after_its_limit() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(
-        "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nidle_timeout = \"1s\"\n\
-         response_timeout = \"5s\"\n",
-    )?;
-    let limit = Duration::from_secs(5);
+    let idle = unhurried(LIMIT);
+    let limit = 5 * idle;
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n\
+         response_timeout = \"{}s\"\n",
+        idle.as_secs(),
+        limit.as_secs(),
+    ))?;
     daemon.freeze()?;
     let (timely, late) = (
         Pair::open(&lab.outside, &listener)?,
         Pair::open(&lab.outside, &listener)?,
     );
     let asked = [timely.to_server(b"query")?, late.to_server(b"query")?];
-    asked[0].wait(Duration::from_millis(1500));
+    asked[0].wait(idle + idle / 2);
     let answered = timely.to_client(b"answer")?;
     asked[1].wait(limit + lag());
     assert_shut(&timely)?;
@@ -196,7 +199,7 @@ fn an_answer_passes_while_it_is_owed_and_not_after_its_limit() -> Result<()> {
     assert_reset_when_thawed(&daemon, &late, ("response_timeout", &asked[1], limit))?;
     daemon
         .wait_for_termination_of(&timely)?
-        .assert_reset("idle_timeout", &answered, LIMIT);
+        .assert_reset("idle_timeout", &answered, idle);
     Ok(())
 }
 

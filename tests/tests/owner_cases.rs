@@ -13,8 +13,8 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, patience,
-    run_to_end, set_option,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, eventually,
+    patience, run_to_end, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -112,9 +112,12 @@ fn of_older_listeners_that_share_a_port_each_connection_has_its_own() -> Result<
     // The kernel spreads them over both.
     let dial = |_| session_enforcer_tests::dial(lab.outside.tcp(address)?, address);
     let _dialled: Vec<TcpStream> = (0..40).map(dial).collect::<Result<_>>()?;
-    let accepted = [&listeners[0], &listeners[1]].map(Listener::accept_waiting);
-    let [others, owned] = accepted;
-    let (others, owned) = (others?, owned?);
+    let (mut others, mut owned) = (Vec::new(), Vec::new());
+    eventually("all are accepted", patience(), || {
+        others.extend(listeners[0].accept_waiting()?);
+        owned.extend(listeners[1].accept_waiting()?);
+        Ok((others.len() + owned.len() == 40).then_some(()))
+    })?;
     assert!(
         !others.is_empty() && !owned.is_empty(),
         "one of them has all"

@@ -7,6 +7,7 @@ use anyhow::Result;
 use session_enforcer_tests::{
     Daemon, Moment, Record, Time, eventually, longer_than_a_start, patience,
     services::{Postgres, Program, payload_bytes},
+    unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -148,12 +149,12 @@ fn assert_lost(psql: &mut Program) -> Result<()> {
 
 #[test]
 fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> Result<()> {
-    const LIFETIME: Duration = Duration::from_secs(3);
+    // Longer than any connection of those that dial again takes.
+    let lifetime = unhurried(Duration::from_secs(3));
+    let limit = format!("max_lifetime = \"{}s\"", lifetime.as_secs());
     let database = Postgres::start(AGENT)?;
     database.prepare_pgbench()?;
-    let daemon = database
-        .lab
-        .daemon(&rule(&database, "max_lifetime = \"3s\""))?;
+    let daemon = database.lab.daemon(&rule(&database, &limit))?;
     // Nothing ends the first but the daemon; the second dials again for each transaction.
     let (opened, mut old) = Moment::of(|| {
         let old = database.pgbench(&["-c", "2", "-j", "2", "-T", "600", "--rate=50"])?;
@@ -161,20 +162,23 @@ fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> 
         daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 3.0)?;
         Ok(old)
     })?;
-    let mut young = database.pgbench(&["-c", "1", "-T", "8", "--rate=20", "--connect"])?;
+    let longer = 2 * lifetime + Duration::from_secs(2);
+    let seconds = longer.as_secs().to_string();
+    let dials = ["-c", "1", "-T", &seconds, "--rate=20", "--connect"];
+    let mut young = database.pgbench(&dials)?;
 
     let records = daemon.wait_for_terminations(2)?;
     for record in &records {
-        record.assert_reset("max_lifetime", &opened, LIFETIME);
+        record.assert_reset("max_lifetime", &opened, lifetime);
         assert_eq!(record.text("rule.name"), "postgres");
-        assert!(record.number("session_enforcer.idle_seconds") < LIFETIME.as_secs_f64());
+        assert!(record.number("session_enforcer.idle_seconds") < lifetime.as_secs_f64());
     }
     let status = old.finish(patience())?;
     assert_eq!(status.code(), Some(2), "{}", old.output());
     let aborted = old.output().matches("aborted in command").count();
     assert_eq!(aborted, 2, "{}", old.output());
 
-    assert_no_error(&mut young, Duration::from_secs(8))?;
+    assert_no_error(&mut young, longer)?;
     assert_eq!(daemon.terminations()?.len(), 2);
     Ok(())
 }
