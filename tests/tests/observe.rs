@@ -123,9 +123,12 @@ fn a_record_says_what_had_passed_when_it_was_decided() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     // Of a session that is older than itself the daemon asks the socket table, before it records it.
     let pair = Pair::open(&lab.outside, &listener)?;
-    let rule = idle_rule(longer_than_a_start());
+    let limit = longer_than_a_start() + Duration::from_secs(2);
+    let rule = idle_rule(limit);
     let launch = lab.launch().config(&rule).args(&["--observe"]);
     let (daemon, interposer) = launch.start_interposed()?;
+    // By then it has compared all sockets, about which it asks too.
+    pair.opened.wait(limit * 3 / 4);
     interposer.set(Call::Answer, Fate::Wait);
     interposer.wait_for(Call::Answer, 1)?;
     thread::sleep(Duration::from_millis(300));
