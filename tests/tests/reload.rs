@@ -287,8 +287,9 @@ fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -
     let unit = slice.path().join("unit");
     let owned = format!(
         "[[rule]]\nname = \"owned\"\ncgroups = [\"{}/unit\"]\nusers = [\"nobody\", 0]\n\
-         idle_timeout = \"2s\"\n",
-        slice.name()?
+         {}\n",
+        slice.name()?,
+        idle_for(2 * second()),
     );
     let daemon = lab.daemon(&owned)?;
     // With the one in force, there are more names of rules than places.
