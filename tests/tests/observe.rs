@@ -22,6 +22,7 @@ fn rule() -> String {
 /// connection lives on.
 fn assert_observed(daemon: &Daemon, pair: &Pair) -> Result<()> {
     daemon.wait_for_termination_of(pair)?;
+    pair.opened.wait(3 * limit());
     let again = pair.to_server(b"again")?;
     again.wait(3 * limit());
     let records = daemon.terminations_of(pair)?;
@@ -64,6 +65,7 @@ fn a_daemon_that_observes_resets_nothing_and_records_each_deadline_once() -> Res
         2.0
     );
     assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 1.0);
+    pair.round_trip()?;
     Ok(())
 }
 
@@ -73,7 +75,9 @@ fn the_flag_makes_a_daemon_observe() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let older = Pair::open(&lab.outside, &listener)?;
     let daemon = lab.launch().config(&rule()).args(&["--observe"]).start()?;
-    assert_observed(&daemon, &older)
+    assert_observed(&daemon, &older)?;
+    older.round_trip()?;
+    Ok(())
 }
 
 #[test]
@@ -98,7 +102,9 @@ fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
         &pairs[1].opened,
         limit(),
     );
-    assert_observed(&daemon, &pairs[0])
+    assert_observed(&daemon, &pairs[0])?;
+    pairs[0].round_trip()?;
+    Ok(())
 }
 
 #[test]
