@@ -223,7 +223,10 @@ impl Job<'_> {
         let limit = Duration::from_secs(self.args.minutes * 60);
         let start = Instant::now();
         let mut told = 0;
-        let ended = machine.run(limit, || told = tell(kernel, &shared, told));
+        let ended = machine.run(limit, || {
+            told = tell(kernel, &shared, told);
+            plan.awaited(begun_boots(&shared)?, told)
+        });
         let seconds = start.elapsed().as_secs_f64();
         let done = ended_programs(&shared);
         let expected: usize = plan.boots.iter().map(|boot| boot.programs.len()).sum();
@@ -355,6 +358,12 @@ impl Stage {
 fn ran(shared: &Path, outcome: &Outcome) -> Ran {
     let log = fs::read(shared.join(format!("{}.log", outcome.name))).unwrap_or_default();
     Ran::new(outcome, &String::from_utf8_lossy(&log))
+}
+
+/// How many boots have begun; none where the number is just being written.
+fn begun_boots(shared: &Path) -> Option<usize> {
+    let text = fs::read_to_string(shared.join(BOOTS)).ok()?;
+    text.trim().parse().ok()
 }
 
 fn ended_programs(shared: &Path) -> Vec<Outcome> {

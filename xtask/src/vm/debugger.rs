@@ -1,4 +1,5 @@
-//! Changes a running kernel from the outside, by the protocol that QEMU speaks with a debugger.
+//! Changes a running kernel from the outside, or resets the machine, by the protocol that QEMU speaks
+//! with a debugger.
 //!
 //! Debian builds every kernel with `CONFIG_INET_DIAG_DESTROY`. One without has no `destroy` in the
 //! handler that `tcp_diag` registers, and that is all: clearing the pointer makes it such a one. The
@@ -48,6 +49,13 @@ fn clear(socket: &Path, asked: &str) -> Result<()> {
     let cleared = debugger.clear_pointer(handler, destroy);
     debugger.ask("D", "OK")?;
     cleared
+}
+
+/// Does what the reset button of a machine does.
+pub(super) fn reset(socket: &Path) -> Result<()> {
+    let mut debugger = Debugger::connect(socket)?;
+    debugger.ask(&monitor("system_reset"), "OK")?;
+    debugger.ask("D", "OK")
 }
 
 /// A connection by GDB's remote serial protocol.
@@ -121,6 +129,12 @@ impl Debugger {
     }
 }
 
+/// What has QEMU's monitor run a command.
+fn monitor(command: &str) -> String {
+    let digits = command.bytes().map(|byte| format!("{byte:02x}"));
+    format!("qRcmd,{}", digits.collect::<String>())
+}
+
 fn packet(what: &str) -> String {
     let sum = what.bytes().fold(0u8, u8::wrapping_add);
     format!("${what}#{sum:02x}")
@@ -134,5 +148,10 @@ mod tests {
     fn a_packet_ends_with_the_sum_of_its_bytes() {
         assert_eq!(packet("OK"), "$OK#9a");
         assert_eq!(packet("D"), "$D#44");
+    }
+
+    #[test]
+    fn a_command_for_the_monitor_is_in_hexadecimal() {
+        assert_eq!(monitor("q\n"), "qRcmd,710a");
     }
 }

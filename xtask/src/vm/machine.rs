@@ -15,13 +15,20 @@ use super::debugger;
 use super::kernels::Kernel;
 use super::plan::MARK;
 use crate::packages::VIRTIOFSD;
-use crate::process::{as_root, find_program, is_root, output_of};
+use crate::process::{as_root, find_program, is_root, output_of, say};
 
 /// How often the machine is looked at.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// How much of the console an error shows.
 const CONSOLE_LINES: usize = 30;
+
+/// How long a boot may take before the machine has hung: under emulation beside two others it takes
+/// some 20 s. 7.3.4 was seen to spin on both processors forever, with an empty console.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// How often a machine is reset for the same boot before it is given up.
+const RESETS: u32 = 2;
 
 /// How long a kernel may take to find that it has nothing to start, where KVM works.
 const PROBE: Duration = Duration::from_secs(10);
@@ -112,12 +119,18 @@ pub(super) struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Runs it until it powers off. `watch` is called now and then.
+    /// Runs it until it powers off. `watch` is called now and then, and says which boot is waited
+    /// for, if any. Where one does not come, the machine is reset.
     ///
     /// # Errors
     ///
-    /// Where it does not run, or still runs after `limit`, with the last lines of its console.
-    pub(super) fn run(&self, limit: Duration, mut watch: impl FnMut()) -> Result<()> {
+    /// Where it does not run or boot, or still runs after `limit`, with the last lines of its
+    /// console.
+    pub(super) fn run(
+        &self,
+        limit: Duration,
+        mut watch: impl FnMut() -> Option<usize>,
+    ) -> Result<()> {
         let _root = self.share("root", Path::new("/"))?;
         let _own = self.share("own", self.shared)?;
         let mut qemu = Running(
@@ -126,6 +139,7 @@ impl Machine<'_> {
                 .context("cannot start QEMU")?,
         );
         let start = Instant::now();
+        let mut awaited = Awaited::new(start);
         let ended = loop {
             if let Some(status) = qemu.0.try_wait()? {
                 break status;
@@ -133,7 +147,9 @@ impl Machine<'_> {
             if start.elapsed() > limit {
                 bail!("not finished after {limit:?}; {}", self.last_words());
             }
-            watch();
+            if awaited.is_overdue(watch(), Instant::now()) {
+                self.reset(&awaited)?;
+            }
             debugger::serve(self.shared, &self.socket("debugger"));
             thread::sleep(LOOK);
         };
@@ -142,6 +158,18 @@ impl Machine<'_> {
             bail!("QEMU failed ({ended}); {}", self.last_words());
         }
         Ok(())
+    }
+
+    fn reset(&self, awaited: &Awaited) -> Result<()> {
+        if awaited.overdue > RESETS {
+            bail!(
+                "still not booted after {RESETS} resets; {}",
+                self.last_words()
+            );
+        }
+        let release = &self.kernel.release;
+        say!("{release}: not booted after {BOOT:?}: the machine is reset");
+        debugger::reset(&self.socket("debugger")).context("cannot reset the machine")
     }
 
     /// The end of what the console said.
@@ -235,6 +263,41 @@ impl Machine<'_> {
     }
 }
 
+/// A boot that is waited for.
+struct Awaited {
+    boot: Option<usize>,
+    since: Instant,
+    /// How often it has not come in time.
+    overdue: u32,
+}
+
+impl Awaited {
+    fn new(now: Instant) -> Self {
+        Self {
+            boot: None,
+            since: now,
+            overdue: 0,
+        }
+    }
+
+    /// Whether the boot that is waited for has not come in time, since it was first waited for or
+    /// since this was last said.
+    fn is_overdue(&mut self, boot: Option<usize>, now: Instant) -> bool {
+        if boot != self.boot {
+            *self = Self {
+                boot,
+                ..Self::new(now)
+            };
+        }
+        if boot.is_none() || now.duration_since(self.since) < BOOT {
+            return false;
+        }
+        self.since = now;
+        self.overdue += 1;
+        true
+    }
+}
+
 /// A program that ends with the machine.
 struct Running(Child);
 
@@ -258,5 +321,31 @@ impl Drop for Running {
         // Those that share files end by themselves with QEMU; root's cannot be killed by others.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_boot_that_does_not_come_is_overdue_and_each_has_its_own_time() {
+        let start = Instant::now();
+        let mut awaited = Awaited::new(start);
+        let late = start + BOOT;
+        assert!(!awaited.is_overdue(Some(0), start));
+        assert!(!awaited.is_overdue(Some(0), late - LOOK));
+        // It has come, and runs for long.
+        assert!(!awaited.is_overdue(None, late));
+        assert!(!awaited.is_overdue(None, late + BOOT));
+        // The next does not, nor after a reset.
+        let start = late + BOOT;
+        assert!(!awaited.is_overdue(Some(1), start));
+        assert!(awaited.is_overdue(Some(1), start + BOOT));
+        assert!(!awaited.is_overdue(Some(1), start + BOOT + LOOK));
+        assert!(awaited.is_overdue(Some(1), start + 2 * BOOT));
+        assert_eq!(awaited.overdue, 2);
+        assert!(!awaited.is_overdue(Some(2), start + 3 * BOOT));
+        assert_eq!(awaited.overdue, 0);
     }
 }

@@ -25,6 +25,16 @@ pub(super) struct Plan {
     pub(super) boots: Vec<Boot>,
 }
 
+impl Plan {
+    /// The number of the boot that is to come next, where so many have begun and so many programs
+    /// have ended. None while one runs, and after the last.
+    pub(super) fn awaited(&self, begun: usize, ended: usize) -> Option<usize> {
+        let of_begun = self.boots.get(..begun)?.iter();
+        let programs: usize = of_begun.map(|boot| boot.programs.len()).sum();
+        (begun < self.boots.len() && ended >= programs).then_some(begun)
+    }
+}
+
 /// What happens between two starts of the machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Boot {
@@ -112,5 +122,34 @@ mod tests {
         assert_eq!(read, [outcome]);
         assert!(outcomes("").expect("no line").is_empty());
         assert!(outcomes("{}\n").is_err());
+    }
+
+    #[test]
+    fn a_boot_is_waited_for_once_all_programs_of_those_before_have_ended() {
+        let boot = |programs: usize| {
+            let program = Program {
+                name: "idle".to_owned(),
+                path: "/idle".into(),
+                arguments: Vec::new(),
+                limit_seconds: 1,
+            };
+            Boot {
+                hierarchy: Hierarchy::Unified,
+                bpffs: true,
+                sock_destroy: true,
+                at_once: 1,
+                programs: vec![program; programs],
+            }
+        };
+        let plan = Plan {
+            modules: "/modules".into(),
+            environment: Vec::new(),
+            boots: vec![boot(2), boot(1)],
+        };
+        assert_eq!(plan.awaited(0, 0), Some(0));
+        assert_eq!(plan.awaited(1, 1), None);
+        assert_eq!(plan.awaited(1, 2), Some(1));
+        assert_eq!(plan.awaited(2, 2), None);
+        assert_eq!(plan.awaited(2, 3), None);
     }
 }
