@@ -145,14 +145,17 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
         println!("{} kills, {opened} connections came and went", kills()?);
         daemon
     })?;
+    // A daemon that is killed between the kernel's answer and the record takes the record with it. The
+    // last one is not killed, and these two lived when the one before was.
+    for watched in watched.iter().rev().take(2) {
+        last.wait_for_termination_of(&watched.pair)?;
+    }
     records.extend(last.terminations()?);
     let mut recorded = 0;
     for watched in &watched {
         recorded += watched.check(&records)?;
     }
     println!("{recorded} of {} ends are recorded", watched.len());
-    // A daemon that is killed between the kernel's answer and the record takes the record with it.
-    assert!(recorded + 2 * kills()? >= watched.len());
     assert!(rounds.load(Ordering::Relaxed) > 0);
     busy_pair.round_trip()?;
     assert_eq!(records.len(), recorded, "others were reset: {records:#?}");

@@ -10,13 +10,14 @@ use anyhow::{Context as _, Result, ensure};
 use session_enforcer_tests::{
     Daemon, Lab, Listener, Pair, eventually, scaled,
     services::{Prometheus, promtool_check},
+    unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 /// A target is found within 5 s, and then scraped every second.
 const SCRAPED: Duration = Duration::from_secs(60);
 const RULES: &str = "\
-[[rule]]\nname = \"idle\"\nlocal_ports = [PORT]\nidle_timeout = \"1s\"\n\
+[[rule]]\nname = \"idle\"\nlocal_ports = [PORT]\nidle_timeout = \"LIMITs\"\n\
 [[rule]]\nname = \"other\"\naction = \"observe\"\nlocal_ports = [1]\nmax_lifetime = \"12h\"\n";
 
 /// Name, type and labels of every metric that users rely on.
@@ -105,7 +106,12 @@ impl Scene {
     fn set() -> Result<Self> {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-        let daemon = lab.daemon(&RULES.replace("PORT", &listener.port().to_string()))?;
+        // Longer than it takes to open a connection and look at its addresses.
+        let limit = unhurried(Duration::from_secs(1)).as_secs();
+        let rules = RULES
+            .replace("PORT", &listener.port().to_string())
+            .replace("LIMIT", &limit.to_string());
+        let daemon = lab.daemon(&rules)?;
         let scene = Self {
             daemon,
             listener,

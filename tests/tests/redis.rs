@@ -7,18 +7,23 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Moment, services::Redis};
+use session_enforcer_tests::{Daemon, Moment, services::Redis, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(3);
+
+/// Longer than an answer of the server and a scrape take.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(3))
+}
 
 fn daemon(redis: &Redis) -> Result<Daemon> {
     redis.lab.daemon(&format!(
         "[[rule]]\nname = \"subscribers\"\nlocal_ports = [{port}]\nremote = [\"{far}/32\"]\n\
          action = \"exempt\"\n\
-         [[rule]]\nname = \"redis\"\nlocal_ports = [{port}]\nidle_timeout = \"3s\"\n",
+         [[rule]]\nname = \"redis\"\nlocal_ports = [{port}]\nidle_timeout = \"{limit}s\"\n",
         port = Redis::PORT,
         far = Redis::FAR,
+        limit = limit().as_secs(),
     ))
 }
 
@@ -53,10 +58,10 @@ fn an_exempt_subscriber_gets_its_message_after_an_idle_client_has_been_cut() -> 
         idle.wait_for("here")
     })?;
     assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 1.0);
-    assert_exempt(&daemon, 3 * LIMIT)?;
+    assert_exempt(&daemon, 3 * limit())?;
 
     let record = daemon.wait_for_termination()?;
-    record.assert_reset("idle_timeout", &last, LIMIT);
+    record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("rule.name"), "redis");
     assert_eq!(record.text("source.ip"), Redis::ADDRESS.to_string());
     assert_eq!(record.ports()[1], Redis::PORT);

@@ -4,10 +4,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair};
+use session_enforcer_tests::{Lab, Pair, idle_rule, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(1);
+
+/// Longer than it takes to open a connection and look at its addresses.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(1))
+}
 
 #[test]
 fn connections_of_no_rule_and_of_an_exempt_rule_are_untouched() -> Result<()> {
@@ -16,10 +20,11 @@ fn connections_of_no_rule_and_of_an_exempt_rule_are_untouched() -> Result<()> {
     let [exempt, enforced, none] = [listen()?, listen()?, listen()?];
     let daemon = lab.daemon(&format!(
         "[[rule]]\nname = \"exempt\"\nlocal_ports = [{}]\naction = \"exempt\"\n\
-         [[rule]]\nname = \"enforced\"\nlocal_ports = [{}, {}]\nidle_timeout = \"1s\"\n",
+         [[rule]]\nname = \"enforced\"\nlocal_ports = [{}, {}]\nidle_timeout = \"{}s\"\n",
         exempt.port(),
         exempt.port(),
         enforced.port(),
+        limit().as_secs(),
     ))?;
     let untouched = [
         Pair::open(&lab.outside, &exempt)?,
@@ -27,8 +32,8 @@ fn connections_of_no_rule_and_of_an_exempt_rule_are_untouched() -> Result<()> {
     ];
     assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
     let reset = Pair::open(&lab.outside, &enforced)?;
-    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
-    reset.opened.wait(2 * LIMIT);
+    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, limit());
+    reset.opened.wait(2 * limit());
     for pair in &untouched {
         pair.round_trip()?;
     }
@@ -46,14 +51,19 @@ fn the_first_rule_that_matches_decides() -> Result<()> {
     let listen = || lab.inside.listen(([127, 0, 0, 1], 0));
     let [first, second] = [listen()?, listen()?];
     let daemon = lab.daemon(&format!(
-        "[[rule]]\nname = \"patient\"\nlocal_ports = [{}]\nidle_timeout = \"3s\"\n\
-         [[rule]]\nname = \"strict\"\nlocal = [\"127.0.0.0/8\"]\nidle_timeout = \"1s\"\n",
+        "[[rule]]\nname = \"patient\"\nlocal_ports = [{}]\nidle_timeout = \"{}s\"\n\
+         [[rule]]\nname = \"strict\"\nlocal = [\"127.0.0.0/8\"]\nidle_timeout = \"{}s\"\n",
         first.port(),
+        3 * limit().as_secs(),
+        limit().as_secs(),
     ))?;
     let patient = Pair::open(&lab.outside, &first)?;
     let strict = Pair::open(&lab.outside, &second)?;
-    patient.ends()?[0].assert_reset(Errno::ECONNRESET, &patient.opened, 3 * LIMIT);
-    for (pair, rule, limit) in [(&patient, "patient", 3 * LIMIT), (&strict, "strict", LIMIT)] {
+    patient.ends()?[0].assert_reset(Errno::ECONNRESET, &patient.opened, 3 * limit());
+    for (pair, rule, limit) in [
+        (&patient, "patient", 3 * limit()),
+        (&strict, "strict", limit()),
+    ] {
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", &pair.opened, limit);
         assert_eq!(record.text("rule.name"), rule);
@@ -68,11 +78,11 @@ fn a_connection_outside_of_the_cgroup_is_untouched() -> Result<()> {
         lab.inside.listen(([127, 0, 0, 1], 0))?,
         lab.outside.listen(([127, 0, 0, 1], 0))?,
     ];
-    let daemon = lab.daemon("[[rule]]\nname = \"all\"\nidle_timeout = \"1s\"\n")?;
+    let daemon = lab.daemon(&idle_rule(limit()))?;
     let untouched = Pair::open(&lab.outside, &outside)?;
     let reset = Pair::open(&lab.outside, &inside)?;
-    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, LIMIT);
-    untouched.opened.wait(2 * LIMIT);
+    reset.ends()?[0].assert_reset(Errno::ECONNRESET, &reset.opened, limit());
+    untouched.opened.wait(2 * limit());
     untouched.round_trip()?;
     daemon.wait_for_termination()?;
     Ok(())
@@ -83,17 +93,18 @@ fn the_quick_form_is_one_inbound_rule() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port().to_string();
+    let idle_timeout = format!("{}s", limit().as_secs());
     let args = [
         "--port",
         &port,
         "--idle-timeout",
-        "1s",
+        &idle_timeout,
         "--max-lifetime",
         "1h",
     ];
     let daemon = lab.launch().args(&args).start()?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     let record = daemon.wait_for_termination_of(&pair)?;
     assert_eq!(record.text("rule.name"), "cli");
     Ok(())

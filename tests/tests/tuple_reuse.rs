@@ -14,8 +14,8 @@ use nix::sys::{
     socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Pair, idle_rule, longer_than_a_start as limit,
-    reset_on_close, set_option,
+    Agent, Daemon, Lab, Listener, Moment, Pair, eventually, idle_rule,
+    longer_than_a_start as limit, patience, reset_on_close, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -33,11 +33,17 @@ fn open_from(port: u16, agent: &Agent, listener: &Listener) -> Result<Pair> {
     Pair::dial(socket, listener, listener.address)
 }
 
-/// Ends a connection so that its tuple is free at once.
+/// Ends a connection so that its tuple is free. A process that another test is just starting may have a
+/// copy of the socket until it has begun with its program: then it closes a moment later.
 fn end(pair: Pair) -> Result<()> {
     reset_on_close(&pair.client)?;
-    drop(pair);
-    Ok(())
+    let Pair { client, server, .. } = pair;
+    drop(client);
+    let gone = || {
+        let error = server.take_error()?;
+        Ok(error.is_some().then_some(()))
+    };
+    eventually("the reset has come", patience(), gone)
 }
 
 /// The new connection has its own clock, and the old one left no record.
