@@ -98,7 +98,7 @@ impl Adopter<'_> {
             last_sent_ns: sent,
             answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
             bytes_received: payload_received(socket, &info),
-            bytes_sent: info.bytes_sent,
+            bytes_sent: payload_sent(socket, &info, facts.direction as u8),
             open_until_ns: 0,
             // The kernel does not keep the time of establishment. Both ages begin with it, so the
             // older one is the least age that the connection has.
@@ -183,6 +183,21 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
     info.bytes_received.saturating_sub(u64::from(ended))
 }
 
+/// Payload bytes sent, as the packet path counts them: those that have left. What is dropped before, by
+/// the gate too, is tried again and again, and moves no sequence number.
+fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
+    let ended = matches!(
+        socket.state,
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK
+    );
+    let syn = u64::from(direction == Direction::Outbound as u8);
+    let fin = u64::from(ended && info.is_all_sent);
+    // The parts of one are not read at the same moment, and may have too much; but no more has left than
+    // was tried.
+    info.bytes_tried
+        .min(info.numbers_sent.saturating_sub(syn + fin))
+}
+
 /// When payload was last received and sent. The kernel counts the ages in ticks: every deadline
 /// allows for the lag of that.
 fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
@@ -208,16 +223,14 @@ pub fn caught_up(
     let mut now = *session;
     let (received_ns, sent_ns) = activity(&info, now_ns);
     let received = payload_received(socket, &info);
-    let [has_received, has_sent] = [
-        received > session.bytes_received,
-        info.bytes_sent > session.bytes_sent,
-    ];
+    let sent = payload_sent(socket, &info, session.direction);
+    let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
     if has_received {
         now.bytes_received = received;
         now.last_received_ns = received_ns.max(session.last_received_ns);
     }
     if has_sent {
-        now.bytes_sent = info.bytes_sent;
+        now.bytes_sent = sent;
         now.last_sent_ns = sent_ns.max(session.last_sent_ns);
     }
     if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
@@ -325,7 +338,9 @@ mod tests {
                 last_data_sent_ms: 3_000,
                 last_data_received_ms: 5_000,
                 bytes_received: 10,
-                bytes_sent: 20,
+                bytes_tried: 20,
+                numbers_sent: 20,
+                is_all_sent: true,
             }),
             mptcp_token: None,
         }
@@ -532,11 +547,52 @@ mod tests {
         (before, now)
     }
 
+    fn send(info: &mut Info, bytes: u32) {
+        info.bytes_tried += u64::from(bytes);
+        info.numbers_sent += u64::from(bytes);
+    }
+
     #[test]
     fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
         // A retransmission moves the age of what was sent.
         let (before, now) = later(|_| {});
         assert_eq!(now, before);
+    }
+
+    #[test]
+    fn what_was_dropped_before_it_left_was_not_sent() {
+        let (before, now) = later(|info| {
+            info.bytes_tried += 30;
+            info.is_all_sent = false;
+        });
+        assert_eq!(now, before);
+    }
+
+    #[test]
+    fn neither_the_syn_nor_a_fin_that_was_sent_is_payload() {
+        let sent = |state, direction: Direction, change: fn(&mut Info)| {
+            let socket = socket(state, 5432, 1);
+            let mut info = socket.info.unwrap();
+            info.bytes_tried += 9;
+            change(&mut info);
+            payload_sent(&socket, &info, direction as u8)
+        };
+        let waits = |info: &mut Info| info.is_all_sent = false;
+        for (state, fin) in [
+            (state::ESTABLISHED, 0),
+            (state::CLOSE_WAIT, 0),
+            (state::FIN_WAIT1, 1),
+            (state::FIN_WAIT2, 1),
+            (state::CLOSING, 1),
+            (state::LAST_ACK, 1),
+        ] {
+            assert_eq!(sent(state, Direction::Inbound, |_| {}), 20 - fin);
+            assert_eq!(sent(state, Direction::Outbound, |_| {}), 19 - fin);
+        }
+        assert_eq!(sent(state::LAST_ACK, Direction::Inbound, waits), 20);
+        // The other number was read later.
+        let later = |info: &mut Info| info.numbers_sent += 100;
+        assert_eq!(sent(state::ESTABLISHED, Direction::Inbound, later), 29);
     }
 
     #[test]
@@ -553,7 +609,7 @@ mod tests {
 
     #[test]
     fn what_was_sent_meanwhile_is_sent_and_the_answer() {
-        let (before, now) = later(|info| info.bytes_sent += 1);
+        let (before, now) = later(|info| send(info, 1));
         let expected = Session {
             last_sent_ns: 19_600 * MS,
             answered_ns: 19_600 * MS,
@@ -563,7 +619,7 @@ mod tests {
         assert_eq!(now, expected);
         // Of both the ages tell who was last.
         let both = |info: &mut Info| {
-            info.bytes_sent += 1;
+            send(info, 1);
             info.bytes_received += 1;
         };
         assert!(!later(both).1.owes_answer());
@@ -577,7 +633,7 @@ mod tests {
     #[test]
     fn a_stamp_never_goes_back() {
         let (before, now) = later(|info| {
-            info.bytes_sent += 1;
+            send(info, 1);
             info.last_data_sent_ms = 19_000;
         });
         assert_eq!(now.last_sent_ns, before.last_sent_ns);
@@ -609,7 +665,8 @@ mod tests {
                 ..now
             },
             Info {
-                bytes_sent: info.bytes_sent + 1,
+                bytes_tried: info.bytes_tried + 1,
+                numbers_sent: info.numbers_sent + 1,
                 ..now
             },
         ] {

@@ -4,8 +4,8 @@ use std::{
     collections::HashSet,
     fs, io,
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::fs::{DirEntryExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -55,9 +55,17 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
 ///
 /// Where there is none.
 pub fn mount_point() -> Result<PathBuf, CgroupError> {
-    let path = Path::new("/proc/self/mountinfo");
-    let mounts = fs::read_to_string(path).map_err(io_error(path))?;
+    let mounts = mountinfo().map_err(io_error(Path::new(MOUNTINFO)))?;
     parse_mount_point(&mounts).ok_or(CgroupError::NotMounted)
+}
+
+/// The mounts that this process sees.
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+
+/// The text of the mounts. Users may mount (FUSE) under any name: one that is no UTF-8 must not hide the
+/// others.
+pub(crate) fn mountinfo() -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&fs::read(MOUNTINFO)?).into_owned())
 }
 
 /// Format: proc(5), `/proc/pid/mountinfo`.
@@ -171,6 +179,11 @@ fn collect_ids(directory: &Path, ids: &mut HashSet<u64>) -> io::Result<()> {
             match collect_ids(&entry.path(), ids) {
                 // Removed while this looked.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // Whoever may make cgroups may make them deeper than a path can name.
+                Err(error) if error.kind() == io::ErrorKind::InvalidFilename => tracing::warn!(
+                    "connections of the cgroups below {} are not adopted: {error}",
+                    directory.display()
+                ),
                 other => other?,
             }
         }
@@ -195,9 +208,6 @@ struct CgroupHandle {
 
 /// `FILEID_KERNFS`.
 const HANDLE_OF_KERNFS: i32 = 0xfe;
-
-/// What the kernel adds to the name of a directory that was removed.
-const REMOVED: &str = " (deleted)";
 
 impl Tree {
     /// Opens the mount of cgroup v2.
@@ -225,9 +235,34 @@ impl Tree {
         metadata.is_dir().then(|| metadata.ino())
     }
 
-    /// The path from the root of the cgroup with this identity; none where it is no more, or where
-    /// the capability to open by handle (`CAP_DAC_READ_SEARCH`) is missing.
+    /// The path from the root of the cgroup with this identity; none where it is no more.
     pub fn path(&self, id: u64) -> Option<String> {
+        let directory = self.find(id)?;
+        let path = directory.strip_prefix(&self.mount).ok()?;
+        Some(format!("/{}", path.to_string_lossy()))
+    }
+
+    /// The directory of the cgroup with this identity.
+    fn find(&self, id: u64) -> Option<PathBuf> {
+        let found = match self.link(id) {
+            // Without the capability to open by handle (`CAP_DAC_READ_SEARCH`).
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let is_root = self.root.metadata().is_ok_and(|root| root.ino() == id);
+                if is_root {
+                    Some(self.mount.clone())
+                } else {
+                    search(&self.mount, id)
+                }
+            }
+            other => other.ok(),
+        };
+        // To the name of one that was removed the kernel adds a mark, which may be a part of a name, too.
+        let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.ino() == id);
+        found.filter(is_it)
+    }
+
+    /// The name that the kernel has for the cgroup with this identity.
+    fn link(&self, id: u64) -> io::Result<PathBuf> {
         let handle = CgroupHandle {
             bytes: size_of::<u64>() as u32,
             kind: HANDLE_OF_KERNFS,
@@ -242,25 +277,42 @@ impl Tree {
                 libc::O_PATH | libc::O_CLOEXEC,
             )
         };
-        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        let fd = nix::errno::Errno::result(fd)?;
         // SAFETY: the system call has just opened it for this process.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
-        let path = link.strip_prefix(&self.mount).ok()?.to_str()?;
-        (!path.ends_with(REMOVED)).then(|| format!("/{path}"))
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
     }
 
     /// The identities of the cgroup and of those above it. Of one that is no more, its own.
     pub fn ancestors(&self, id: u64) -> Ancestors {
-        let Some(path) = self.path(id) else {
+        let directory = self.find(id);
+        let path = directory
+            .as_deref()
+            .and_then(|d| d.strip_prefix(&self.mount).ok());
+        let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else {
             return Ancestors::of(&[id]);
         };
         // As in the kernel, the levels next to the root are kept of a cgroup that lies deeper.
-        let slashes = path.match_indices('/').skip(1).map(|(at, _)| at);
-        let ends = slashes.chain([path.len()]).take(MAX_CGROUP_LEVELS);
-        let ids: Vec<u64> = ends.filter_map(|end| self.id(&path[..end])).collect();
+        let mut above = self.mount.clone();
+        let mut ids = Vec::new();
+        for name in path.components().take(MAX_CGROUP_LEVELS) {
+            above.push(name);
+            ids.extend(fs::metadata(&above).map(|metadata| metadata.ino()));
+        }
         Ancestors::of(&ids)
     }
+}
+
+/// The directory with this inode number below one.
+fn search(directory: &Path, id: u64) -> Option<PathBuf> {
+    let entries = fs::read_dir(directory).ok()?.flatten();
+    let mut below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.find_map(|entry| {
+        if entry.ino() == id {
+            return Some(entry.path());
+        }
+        search(&entry.path(), id)
+    })
 }
 
 /// The cgroups below one.

@@ -6,7 +6,10 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
     thread,
 };
@@ -15,9 +18,14 @@ use nix::sched::{CloneFlags, setns};
 use thiserror::Error;
 
 use crate::{
-    cgroup::unescape,
+    cgroup::{mountinfo, unescape},
+    clock::monotonic_ns,
     sock_diag::{DiagSocket, SockDiagError},
 };
+
+/// For how long a namespace that was not found is not searched for again: a session there is tried as often
+/// as that.
+const SEARCH_AGAIN_NS: u64 = 10_000_000_000;
 
 /// `NSFS_MAGIC` of `linux/magic.h`.
 const NSFS_MAGIC: libc::__fsword_t = 0x6e73_6673;
@@ -67,6 +75,8 @@ pub struct Namespaces {
     open: HashMap<u64, DiagSocket>,
     /// Where each namespace was last seen: a hint, checked at each use.
     seen_at: HashMap<u64, PathBuf>,
+    /// When the last search began, where it has come to every namespace that can be found.
+    searched_ns: Option<u64>,
 }
 
 impl Namespaces {
@@ -82,6 +92,7 @@ impl Namespaces {
             own,
             open: HashMap::from([(own, diag)]),
             seen_at: HashMap::new(),
+            searched_ns: None,
         })
     }
 
@@ -96,11 +107,26 @@ impl Namespaces {
     ///
     /// Where the namespace is not found or cannot be entered.
     pub fn get(&mut self, cookie: u64) -> Result<&mut DiagSocket, NetnsError> {
+        self.get_existing(cookie, u64::MAX)
+    }
+
+    /// The socket table of the namespace with this cookie, which existed at `existed_ns`. A search of the
+    /// whole host is a matter of 0.1 s, and anybody can make namespaces that none finds: one that has begun
+    /// after that time is not repeated for a while.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn get_existing(
+        &mut self,
+        cookie: u64,
+        existed_ns: u64,
+    ) -> Result<&mut DiagSocket, NetnsError> {
         if !self.open.contains_key(&cookie) {
             let diag = if cookie == self.own {
                 open_own()?
             } else {
-                self.find(cookie)?
+                self.find(cookie, existed_ns)?
             };
             self.open.insert(cookie, diag);
         }
@@ -176,18 +202,31 @@ impl Namespaces {
         self.seen_at.insert(cookie, path);
     }
 
-    fn find(&mut self, cookie: u64) -> Result<DiagSocket, NetnsError> {
+    fn find(&mut self, cookie: u64, existed_ns: u64) -> Result<DiagSocket, NetnsError> {
         if let Some(diag) = self.find_where_seen(cookie) {
             return Ok(diag);
         }
-        self.seen_at.clear();
+        if self.was_missed(cookie, existed_ns) {
+            return Err(NetnsError::NotFound(cookie));
+        }
+        let began_ns = monotonic_ns();
+        (self.searched_ns, self.seen_at) = (None, HashMap::new());
         // Threads and open files last: there are many, and few namespaces are held by nothing else.
         for thorough in [false, true] {
             if let Some(diag) = self.search(cookie, thorough) {
                 return Ok(diag);
             }
         }
+        self.searched_ns = Some(began_ns);
         Err(NetnsError::NotFound(cookie))
+    }
+
+    /// Whether the last search would have come to the namespace. What it came to is noted.
+    fn was_missed(&self, cookie: u64, existed_ns: u64) -> bool {
+        let is_recent = |began_ns: u64| {
+            existed_ns < began_ns && monotonic_ns().saturating_sub(began_ns) < SEARCH_AGAIN_NS
+        };
+        self.searched_ns.is_some_and(is_recent) && !self.seen_at.contains_key(&cookie)
     }
 
     fn find_where_seen(&self, cookie: u64) -> Option<DiagSocket> {
@@ -324,17 +363,18 @@ fn enter(path: &Path) -> Result<DiagSocket, NetnsError> {
 }
 
 /// Opens a file of a namespace, and nothing else. Who owns a process may change what its
-/// descriptors stand for at any time: the opening of a FIFO would wait for its other end.
+/// descriptors stand for at any time: the opening of a FIFO would wait for its other end, and that of a
+/// terminal could make it the daemon's own, with its ^C. So nothing is opened before it is known.
 fn open(path: &Path) -> io::Result<fs::File> {
-    let file = fs::OpenOptions::new()
+    let found = fs::OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .custom_flags(libc::O_PATH)
         .open(path)?;
-    let kind = nix::sys::statfs::fstatfs(&file)?.filesystem_type().0;
+    let kind = nix::sys::statfs::fstatfs(&found)?.filesystem_type().0;
     if kind != NSFS_MAGIC {
         return Err(io::Error::other("is not a namespace"));
     }
-    Ok(file)
+    fs::File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
 }
 
 enum EnterError {
@@ -399,8 +439,11 @@ fn open_namespaces(process: &Path) -> Vec<PathBuf> {
 
 /// Namespaces bound to a file (`ip netns add` does so), as the daemon's mount namespace sees them.
 fn mounted_namespaces() -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    parse_mounted(&mounts)
+    let mounts = mountinfo();
+    if let Err(error) = &mounts {
+        tracing::warn!("looking for mounted network namespaces: /proc/self/mountinfo: {error}");
+    }
+    parse_mounted(&mounts.unwrap_or_default())
 }
 
 fn parse_mounted(mountinfo: &str) -> Vec<PathBuf> {
@@ -475,5 +518,35 @@ mod tests {
             namespaces.get(u64::MAX),
             Err(NetnsError::NotFound(u64::MAX))
         ));
+    }
+
+    #[test]
+    fn a_search_that_found_nothing_is_not_repeated_for_what_was_there_then() {
+        let mut namespaces = Namespaces::new().unwrap();
+        let before_ns = monotonic_ns();
+        assert!(!namespaces.was_missed(u64::MAX, before_ns));
+        assert!(namespaces.get_existing(u64::MAX, before_ns).is_err());
+        assert!(namespaces.was_missed(u64::MAX, before_ns));
+        // What came after it, and what it has seen.
+        assert!(!namespaces.was_missed(u64::MAX, monotonic_ns()));
+        namespaces.note(u64::MAX, PathBuf::from("/proc/self/ns/net"));
+        assert!(!namespaces.was_missed(u64::MAX, before_ns));
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_not_opened() {
+        // A FIFO's other end would see that.
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let writer = || {
+            fs::OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&fifo)
+        };
+        assert!(open(&fifo).is_err());
+        assert_eq!(writer().unwrap_err().raw_os_error(), Some(libc::ENXIO));
+        assert!(open(Path::new("/proc/self/ns/net")).is_ok());
     }
 }

@@ -24,7 +24,12 @@ pub struct Names(HashMap<u32, String>);
 impl Names {
     /// Reads the file of users (passwd(5)). Without it, there are no names.
     pub fn read() -> Self {
-        Self::parse(&fs::read_to_string("/etc/passwd").unwrap_or_default())
+        Self::of(&fs::read("/etc/passwd").unwrap_or_default())
+    }
+
+    /// A field of somebody that is no UTF-8 must not hide the names of the others.
+    fn of(passwd: &[u8]) -> Self {
+        Self::parse(&String::from_utf8_lossy(passwd))
     }
 
     fn parse(passwd: &str) -> Self {
@@ -67,6 +72,17 @@ mod tests {
         assert_eq!(names.name(113), Some("postgres"));
         assert_eq!(names.name(1), None);
         assert_eq!(names.0.len(), 2);
+    }
+
+    #[test]
+    fn a_field_that_is_no_utf_8_hides_no_other_name() {
+        let names = Names::of(
+            b"m:x:7:7:M\xfcller:/:/bin/sh\npostgres:x:113:120:PostgreSQL,,,:/:/bin/bash\n",
+        );
+        assert_eq!(
+            (names.name(7), names.name(113)),
+            (Some("m"), Some("postgres"))
+        );
     }
 
     #[test]

@@ -1,10 +1,16 @@
 //! The daemon watches a cgroup and all that is below it, whatever becomes of the processes.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, os::unix::process::CommandExt as _, process::Command, time::Duration};
 
 use anyhow::Result;
-use nix::errno::Errno;
-use session_enforcer_tests::{Lab, PROGRAMS, Pair, Place};
+use nix::{
+    errno::Errno,
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::stat::Mode,
+    unistd::mkdir,
+};
+use session_enforcer_tests::{Lab, Netns, PROGRAMS, Pair, Place};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -50,6 +56,37 @@ fn sessions_of_cgroups_beside_and_above_the_watched_one_are_untouched() -> Resul
         daemon.metric("session_enforcer_sessions_opened_total", &[])?,
         0.0
     );
+    Ok(())
+}
+
+/// Mounts a file system under a name that is no text, in a mount namespace of the command's own.
+fn beside_a_strange_mount(command: &mut Command) {
+    let prepare = || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        let kind = Some("tmpfs");
+        mount(kind, "/mnt", kind, MsFlags::empty(), None::<&str>)?;
+        mkdir(c"/mnt/\xff", Mode::S_IRWXU)?;
+        mount(kind, c"/mnt/\xff", kind, MsFlags::empty(), None::<&str>)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(prepare) };
+}
+
+#[test]
+fn a_mount_whose_name_is_no_text_hides_no_other() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let named = Netns::new()?;
+    let agent = lab.inside_in(&named)?;
+    let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside_in(&named)?, &listener)?;
+    let launch = lab.launch().config(RULE);
+    let daemon = launch.prepared(beside_a_strange_mount).start()?;
+    daemon
+        .wait_for_termination_of(&pair)?
+        .assert_reset("idle_timeout", &pair.opened, LIMIT);
     Ok(())
 }
 

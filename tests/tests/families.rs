@@ -214,3 +214,22 @@ fn sessions_of_sockets_bound_to_a_device_are_enforced() -> Result<()> {
     }
     Ok(())
 }
+
+/// The kernel asks neither for the state of the socket nor for a privilege.
+#[test]
+fn sessions_of_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&rule())?;
+    for (address, kind) in [
+        (SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), "ipv4"),
+        (SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), "ipv6"),
+    ] {
+        let pairs = either_end(&lab, address)?;
+        bind_to_device(&pairs[0].client, "lo")?;
+        bind_to_device(&pairs[1].server, "lo")?;
+        assert_enforced(&daemon, &pairs, kind)?;
+    }
+    let repaired = "session_enforcer_reconcile_repaired_total";
+    assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
+    Ok(())
+}

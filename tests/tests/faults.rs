@@ -193,8 +193,12 @@ fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enfo
     let watched = lab.cgroup.child()?;
     let agent = lab.at(&Place::here().in_cgroup(&watched))?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let config = format!("{EVERY_SECOND}{RULE}");
-    let daemon = Launch::on(watched.path()).config(&config).start()?;
+    let (path, name) = (watched.path().to_owned(), watched.name()?);
+    let named = format!(
+        "[[rule]]\nname = \"named\"\ncgroups = [\"{name}/named\"]\nidle_timeout = \"1h\"\n"
+    );
+    let config = format!("{EVERY_SECOND}{RULE}{named}");
+    let daemon = Launch::on(&path).config(&config).start()?;
     let pair = Pair::open(&lab.outside, &listener)?;
     // Its sockets are the test's, and outlive it.
     drop((agent, watched));
@@ -206,6 +210,9 @@ fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enfo
     daemon
         .wait_for_termination()?
         .assert_reset("idle_timeout", &pair.opened, LIMIT);
+    // One of the same name is another.
+    fs::create_dir_all(path.join("named"))?;
+    daemon.wait_for_log("connections are not adopted")?;
     // Comparisons go on, and the daemon with them.
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(daemon.get("/healthz")?.0, 200);

@@ -1,8 +1,13 @@
 //! Where it only observes, the daemon resets nothing and records everything, once a deadline.
 
-use std::{net::Ipv4Addr, thread, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown},
+    thread,
+    time::Duration,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use session_enforcer_tests::{
     Call, Daemon, Fate, Lab, Moment, Pair, idle_rule, longer_than_a_start, unhurried,
@@ -120,6 +125,63 @@ fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
     pair.keep_busy(3 * limit())?;
     let record = daemon.wait_for_termination()?;
     assert_would_end(&record, "max_lifetime", &pair.opened, limit());
+    Ok(())
+}
+
+#[test]
+fn a_record_of_a_session_that_never_rests_is_not_older_than_what_it_tells() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let rule = format!(
+        "[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
+        limit().as_secs()
+    );
+    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{rule}"))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    // The more there are to look at in one moment, the longer that is.
+    let open = |_| Pair::open(&lab.outside, &listener);
+    let others = (0..100).map(open).collect::<Result<Vec<_>>>()?;
+    daemon.freeze()?;
+    let (mut client, mut server) = (&pair.client, &pair.server);
+    let record = thread::scope(|scope| -> Result<_> {
+        scope.spawn(move || while client.write_all(&[7; 512]).is_ok() {});
+        scope.spawn(move || {
+            let mut payload = [0; 65_536];
+            while server.read(&mut payload).is_ok_and(|read| read > 0) {}
+        });
+        others.last().context("the last")?.opened.wait(limit());
+        let thawed = daemon.thaw();
+        let record = thawed.and_then(|()| daemon.wait_for_termination_of(&pair));
+        pair.client.shutdown(Shutdown::Both)?;
+        record
+    })?;
+    assert_would_end(&record, "max_lifetime", &pair.opened, limit());
+    assert!(
+        record.number("session_enforcer.idle_seconds") >= 0.0,
+        "{record:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_session_that_was_idle_too_long_and_then_too_old_is_late_by_its_age_once_it_goes_on()
+-> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!(
+        "[daemon]\nmode = \"observe\"\n{}max_lifetime = \"{}s\"\n",
+        rule(),
+        2 * limit().as_secs(),
+    ))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(2 * limit() + limit() / 2);
+    assert_eq!(daemon.terminations_of(&pair)?.len(), 1);
+    pair.round_trip()?;
+    let records = daemon.wait_for_terminations(2)?;
+    let causes = [("idle_timeout", limit()), ("max_lifetime", 2 * limit())];
+    for (record, (reason, limit)) in records.iter().zip(causes) {
+        assert_would_end(record, reason, &pair.opened, limit);
+    }
     Ok(())
 }
 

@@ -2,7 +2,10 @@
 //! accepted connection, of the one that made the socket which listens.
 
 use std::{
+    ffi::OsStr,
+    fs,
     net::{Ipv4Addr, Ipv6Addr},
+    os::unix::ffi::OsStrExt as _,
     time::Duration,
 };
 
@@ -137,9 +140,10 @@ fn both_conditions_must_hold_and_the_first_rule_decides() -> Result<()> {
 fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let named = lab.cgroup.child()?;
+    let below = named.child()?;
     let (owner, other) = (
-        lab.at(&Place::here().in_cgroup(&named).as_user(UID))?,
-        lab.at(&Place::here().in_cgroup(&named).as_user(OTHER_UID))?,
+        lab.at(&Place::here().in_cgroup(&below).as_user(UID))?,
+        lab.at(&Place::here().in_cgroup(&below).as_user(OTHER_UID))?,
     );
     let [mine, theirs] = [listen(&owner)?, listen(&other)?];
     let older = Pair::open(&lab.outside, &mine)?;
@@ -160,9 +164,7 @@ fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
     for pair in [&older, &newer] {
         let record = assert_reset(&daemon, pair)?;
         assert_eq!(record.text("user.id"), UID.to_string());
-        // Without the capability to look for it, the path is not known, and left out.
-        let known = capabilities.map_or(path.as_str(), |_| "");
-        assert_eq!(record.text("session_enforcer.cgroup"), known);
+        assert_eq!(record.text("session_enforcer.cgroup"), below.name()?);
     }
     let record = daemon.wait_for_termination_of(&busy)?;
     record.assert_reset("idle_timeout", &last, LIMIT);
@@ -185,10 +187,27 @@ fn what_older_listeners_accept_is_owned_as_what_newer_ones_do() -> Result<()> {
 }
 
 /// Without `CAP_SYS_PTRACE` the daemon cannot note the owners of older listeners at its start, and
-/// without `CAP_DAC_READ_SEARCH` not find the path of a cgroup.
+/// without `CAP_DAC_READ_SEARCH` it searches for the path of a cgroup.
 #[test]
 fn where_an_older_listener_cannot_be_noted_its_connections_are_asked_about() -> Result<()> {
     assert_older_sockets_are_owned(Some(&FEWEST))
+}
+
+/// As the kernel marks the name of one that was removed, and not text.
+#[test]
+fn a_cgroup_of_any_name_lies_below_those_above_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let named = lab.cgroup.child()?;
+    let strange = named.path().join(OsStr::from_bytes(b"\xff (deleted)"));
+    fs::create_dir(&strange)?;
+    let owner = lab.at(&Place::here().in_directory(&strange))?;
+    let listener = listen(&owner)?;
+    let older = Pair::open(&lab.outside, &listener)?;
+    let daemon = lab.daemon(&of_cgroup(&named)?)?;
+    let newer = Pair::open(&lab.outside, &listener)?;
+    assert_reset(&daemon, &older)?;
+    assert_reset(&daemon, &newer)?;
+    Ok(())
 }
 
 #[test]
@@ -386,7 +405,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
             // The connection is there before the daemon knows of the cgroup: it is adopted.
             daemon.signal(Signal::SIGSTOP)?;
         }
-        std::fs::create_dir_all(&path)?;
+        fs::create_dir_all(&path)?;
         let agent = lab.at(&Place::here().in_directory(&path))?;
         let listener = listen(&agent)?;
         pairs.push(Pair::open(&lab.outside, &listener)?);
@@ -397,7 +416,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
         remove(&path)?;
         // Where there is time, the daemon watches for it below the parent, which then goes too.
         std::thread::sleep(pause);
-        std::fs::remove_dir(path.parent().context("a parent")?)?;
+        fs::remove_dir(path.parent().context("a parent")?)?;
     }
     // Those of the former ones stay theirs.
     for pair in &pairs {
@@ -456,6 +475,6 @@ fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() ->
 /// Removes a cgroup as soon as its processes have left it.
 fn remove(path: &std::path::Path) -> Result<()> {
     eventually("the cgroup is removed", patience(), || {
-        Ok(std::fs::remove_dir(path).is_ok().then_some(()))
+        Ok(fs::remove_dir(path).is_ok().then_some(()))
     })
 }

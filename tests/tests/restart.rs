@@ -1,11 +1,11 @@
 //! A daemon that is stopped enforces nothing, and the next one goes on with the true ages.
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{io::Write as _, net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
 use session_enforcer_tests::{
-    Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, idle_rule, longer_than_a_start as limit,
-    reset_on_close,
+    Daemon, Lab, Moment, Netns, PROGRAMS, Pair, Veth, eventually, idle_rule,
+    longer_than_a_start as limit, patience, reset_on_close, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -135,6 +135,30 @@ fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<
     last.wait(limit() + Duration::from_secs(1));
     asked.to_client(b"answer")?;
     assert_eq!(second.terminations()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn what_could_not_leave_while_nothing_was_attached_is_no_activity() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    let mut first = lab.pinned_daemon(&idle())?;
+    let listener = lab.outside_in(&right)?.listen((Veth::RIGHT, 0))?;
+    let mut pair = Pair::open(&lab.inside_in(&left)?, &listener)?;
+    let last = pair.to_server(b"ping")?;
+    first.stop()?;
+    left.ip(&format!("route add blackhole {}/32", Veth::RIGHT))?;
+    last.wait(Duration::from_secs(1));
+    pair.client.write_all(b"stays")?;
+    // The socket counts each attempt.
+    eventually("the stack has tried", patience(), || {
+        Ok((tcp_info(&pair.client)?.tcpi_bytes_sent > 4).then_some(()))
+    })?;
+    let second = lab.pinned_daemon(&idle())?;
+    let record = second.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, limit());
+    assert_eq!(record.bytes(), [4, 0]);
     Ok(())
 }
 

@@ -463,7 +463,8 @@ impl Enforcer {
     /// it cannot be asked.
     pub(super) fn look(&mut self, cookie: u64, session: &Session) -> Option<Look> {
         let target = Target::of(cookie, session);
-        let diag = match self.namespaces.get(session.netns_cookie) {
+        let namespaces = &mut self.namespaces;
+        let diag = match namespaces.get_existing(session.netns_cookie, session.established_ns) {
             Ok(diag) => diag,
             Err(error) => {
                 tracing::warn!("looking at session {cookie}: {error}");

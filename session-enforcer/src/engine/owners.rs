@@ -11,7 +11,7 @@ use super::{
 use crate::{
     adopt::{self, Listeners},
     bpf::BpfError,
-    cgroup::Cgroup,
+    cgroup::{Cgroup, CgroupError},
     clock::monotonic_ns,
     config::Config,
     disconnect,
@@ -189,7 +189,8 @@ impl Enforcer {
 
     /// The socket of a session; none where it has closed, which one in TIME-WAIT has.
     fn socket_of(&mut self, cookie: u64, session: &Session) -> Result<Option<Socket>> {
-        let diag = self.namespaces.get(session.netns_cookie)?;
+        let namespaces = &mut self.namespaces;
+        let diag = namespaces.get_existing(session.netns_cookie, session.established_ns)?;
         let socket = diag.look(&Target::of(cookie, session))?;
         Ok(socket.filter(|socket| !socket.is_mini))
     }
@@ -268,7 +269,15 @@ impl Enforcer {
         )?;
         let redecided = self.redecide_below(&come)?;
         self.kernel.narrow_ports()?;
-        let adopted = self.adopt(cgroup, all_namespaces)?;
+        let adopted = match self.adopt(cgroup, all_namespaces) {
+            // The watched cgroup was removed, say: sessions are enforced to their end.
+            Err(error) if error.is::<CgroupError>() => {
+                self.unreached();
+                tracing::warn!("connections are not adopted: {error:#}");
+                0
+            }
+            adopted => adopted?,
+        };
         tracing::info!(
             "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
              adopted"

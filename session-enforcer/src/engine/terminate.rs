@@ -25,6 +25,10 @@ use crate::{
 /// long.
 const DOUBT_NS: u64 = 10_000_000;
 
+/// Why a session is not reset, where it is not.
+const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
+const NOT_FOUND: &str = "SOCK_DESTROY: the kernel does not find the socket of an open session";
+
 /// After so many requests without an answer the session could not be reset.
 const MAX_DOUBTS: u32 = 5;
 
@@ -78,17 +82,19 @@ impl Enforcer {
     }
 
     /// Records a session that would be terminated, once for each deadline that it reaches. What has
-    /// passed since the decision is not in the record, which is therefore of that moment.
+    /// passed since it was read is not in the record, which is therefore of the moment of the decision.
+    /// One that is too old may have been active until it was read: then of that of its last activity.
     fn observe(&mut self, expired: &Expired) {
-        let (cookie, decided_ns) = (expired.cookie, expired.decided_ns);
+        let cookie = expired.cookie;
         if self.observed.insert(cookie, expired.reached_ns) != Some(expired.reached_ns) {
-            self.record(expired, decided_ns, Outcome::Observed, None);
+            let at_ns = expired.decided_ns.max(expired.session.last_activity_ns());
+            self.record(expired, at_ns, Outcome::Observed, None);
         }
         // That a change of the policy made it late is told. It lives on, and may be late again for
         // another limit.
         self.late_by_policy.remove(&cookie);
         let policy = self.book.rules[usize::from(expired.session.rule)].policy;
-        let next_ns = next_observation(&expired.session, &policy, decided_ns);
+        let next_ns = next_observation(expired, &policy);
         self.schedule.rearm(cookie, next_ns);
     }
 
@@ -120,7 +126,9 @@ impl Enforcer {
     ) -> Result<()> {
         // The engine's own, first of all: it stays open until the last session of the namespace has
         // gone, and nothing else may lead there by then.
-        if let Err(error) = self.namespaces.get(netns_cookie) {
+        let existed_ns = batch.iter().map(|expired| expired.session.established_ns);
+        let existed_ns = existed_ns.min().unwrap_or(u64::MAX);
+        if let Err(error) = self.namespaces.get_existing(netns_cookie, existed_ns) {
             return self.namespace_unreachable(&batch, &error.to_string());
         }
         if let Some(destroyer) = destroyer.filter(|_| batch.len() >= WORTH_IT) {
@@ -132,7 +140,7 @@ impl Enforcer {
                 Err(unbegun) => batch = unbegun,
             }
         }
-        let diag = match self.namespaces.get(netns_cookie) {
+        let diag = match self.namespaces.get_existing(netns_cookie, existed_ns) {
             Ok(diag) => diag,
             // It was closed since, after an exchange that broke off.
             Err(error) => return self.namespace_unreachable(&batch, &error.to_string()),
@@ -180,7 +188,8 @@ impl Enforcer {
         for expired in batch {
             let target = Target::of(expired.cookie, &expired.session);
             let extent = self.extent(expired);
-            let diag = match self.namespaces.get(netns_cookie) {
+            let existed_ns = expired.session.established_ns;
+            let diag = match self.namespaces.get_existing(netns_cookie, existed_ns) {
                 Ok(diag) => diag,
                 Err(error) => {
                     let error = error.to_string();
@@ -240,19 +249,19 @@ impl Enforcer {
                 Ok(())
             }
             None => {
-                self.doubt(expired, answered_ns);
+                self.doubt(expired, answered_ns, UNANSWERED);
                 Ok(())
             }
         }
     }
 
-    /// The kernel did not answer, or its answer was lost.
-    fn doubt(&mut self, expired: &Expired, now_ns: u64) {
+    /// The kernel did not answer, its answer was lost, or it was asked about another socket. After some
+    /// attempts the session could not be reset, and this is the error.
+    fn doubt(&mut self, expired: &Expired, now_ns: u64, error: &str) {
         let cookie = expired.cookie;
         let before = self.in_doubt.get(&cookie).map_or(0, |before| before.doubts);
         if before == MAX_DOUBTS {
-            let text = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
-            self.fail(expired, now_ns, text);
+            self.fail(expired, now_ns, error);
             return;
         }
         let doubts = before + 1;
@@ -275,12 +284,46 @@ impl Enforcer {
         }
         // Another sock_ops program may have overwritten the flag by which the kernel reports the end.
         if matches!(self.look(cookie, &expired.session), Some(Look::Gone)) {
+            if self.follow(cookie, &expired.session)? {
+                self.doubt(expired, answered_ns, NOT_FOUND);
+                return Ok(());
+            }
             self.in_doubt.remove(&cookie);
             return self.drop_stale(cookie, &expired.session);
         }
-        let text = "SOCK_DESTROY: the kernel does not find the socket of an open session";
-        self.fail(expired, answered_ns, text);
+        self.fail(expired, answered_ns, NOT_FOUND);
         Ok(())
+    }
+
+    /// Notes the interface of a session whose process has bound the socket to another since it was
+    /// established (`SO_BINDTODEVICE` does not ask for its state), so that the kernel finds it again. Whether
+    /// the socket is there; where that cannot be told, it is.
+    fn follow(&mut self, cookie: u64, session: &Session) -> Result<bool> {
+        let target = Target::of(cookie, session);
+        let namespaces = &mut self.namespaces;
+        let diag = match namespaces.get_existing(session.netns_cookie, session.established_ns) {
+            Ok(diag) => diag,
+            Err(error) => {
+                tracing::warn!("searching for session {cookie}: {error}");
+                return Ok(true);
+            }
+        };
+        let found = match diag.search(&target) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!("searching for session {cookie}: {error}");
+                self.namespaces.reopen(session.netns_cookie);
+                return Ok(true);
+            }
+        };
+        let Some(found) = found else {
+            return Ok(false);
+        };
+        let Some(now) = self.still_there(cookie, session)? else {
+            return Ok(false);
+        };
+        let ifindex = found.target.ifindex;
+        Ok(self.kernel.amend(cookie, &Session { ifindex, ..now })?)
     }
 
     /// A session could not be reset. It stands behind the gate until it is tried again.
@@ -366,13 +409,17 @@ impl Enforcer {
 
 /// When an observed session that was recorded is looked at again: what passes after the decision makes
 /// a new deadline no sooner than this; the lifetime ends when it ends.
-fn next_observation(session: &Session, policy: &Policy, now_ns: u64) -> u64 {
-    match verdict(session, &only_lifetime(policy), now_ns) {
+fn next_observation(expired: &Expired, policy: &Policy) -> u64 {
+    let now_ns = expired.decided_ns;
+    let next_activity_ns = policy.next_activity_deadline_ns(now_ns);
+    match verdict(&expired.session, &only_lifetime(policy), now_ns) {
         // A session does not become younger: there is nothing more to record, only its end to see.
-        Verdict::Expired { .. } => now_ns + SLOW_LOOK_NS,
-        Verdict::Alive { look_again_ns } => {
-            look_again_ns.min(policy.next_activity_deadline_ns(now_ns))
+        Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns => {
+            now_ns + SLOW_LOOK_NS
         }
+        // It was late before, by another limit. With the next payload it is late by its age.
+        Verdict::Expired { .. } => next_activity_ns.min(now_ns + SLOW_LOOK_NS),
+        Verdict::Alive { look_again_ns } => look_again_ns.min(next_activity_ns),
     }
 }
 

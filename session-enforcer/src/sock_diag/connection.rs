@@ -21,7 +21,9 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{self, Answering, Body, Detail, Family, Message, Socket, Target, WireError};
+use super::wire::{
+    self, Answering, Body, Detail, Family, Message, Ports, Socket, Target, WireError,
+};
 
 /// Requests in one send. Each may be answered with a message of its own into the receive buffer; 200
 /// answers fit into the default one, 300 were lost in it (Linux 6.18).
@@ -187,6 +189,27 @@ impl DiagSocket {
         Ok(found.filter(|found| found.target.cookie == target.cookie))
     }
 
+    /// The same, whatever interface the socket is bound to by now. The kernel walks its whole table.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn search(&mut self, target: &Target) -> Result<Option<Socket>, SockDiagError> {
+        let ports = [target.local_port, target.remote_port];
+        let mut found = None;
+        for family in [Family::Ipv4, Family::Ipv6] {
+            self.until_whole(|diag| {
+                let states = wire::state::SESSIONS;
+                diag.dump_once(family, states, Detail::Names, ports, &mut |socket| {
+                    if socket.target.cookie == target.cookie {
+                        found = Some(socket);
+                    }
+                })
+            })?;
+        }
+        Ok(found)
+    }
+
     /// What the kernel knows of the MPTCP socket with this token, or `None` where it is gone.
     ///
     /// # Errors
@@ -232,7 +255,7 @@ impl DiagSocket {
             let start = sockets.len();
             let attempt = |diag: &mut Self| {
                 sockets.truncate(start);
-                diag.dump_once(family, states, Detail::Activity, &mut |socket| {
+                diag.dump_once(family, states, Detail::Activity, [0, 0], &mut |socket| {
                     sockets.push(socket);
                 })
             };
@@ -256,7 +279,7 @@ impl DiagSocket {
         let mut bit = Vec::with_capacity(BIT);
         for family in [Family::Ipv4, Family::Ipv6] {
             self.until_whole(|diag| {
-                diag.dump_once(family, states, detail, &mut |socket| {
+                diag.dump_once(family, states, detail, [0, 0], &mut |socket| {
                     bit.push(socket);
                     if bit.len() == BIT {
                         take(std::mem::replace(&mut bit, Vec::with_capacity(BIT)));
@@ -286,10 +309,11 @@ impl DiagSocket {
         family: Family,
         states: u32,
         detail: Detail,
+        ports: Ports,
         take: &mut dyn FnMut(Socket),
     ) -> Result<bool, SockDiagError> {
         let sequence = self.begin(1);
-        wire::put_dump(&mut self.out, sequence, family, states, detail);
+        wire::put_dump(&mut self.out, sequence, family, states, detail, ports);
         self.send()?;
         let mut whole = true;
         loop {
@@ -499,6 +523,7 @@ mod tests {
             cookie: 1,
         };
         assert_eq!(diag.look(&nobody).unwrap(), None);
+        assert_eq!(diag.search(&nobody).unwrap(), None);
     }
 
     #[test]

@@ -153,8 +153,14 @@ pub struct Info {
     pub last_data_received_ms: u32,
     /// Payload bytes received, each once.
     pub bytes_received: u64,
-    /// Payload bytes sent, each once.
-    pub bytes_sent: u64,
+    /// Payload bytes sent, each once, and those that were dropped before they left the host, as often
+    /// as the stack tried (`__tcp_transmit_skb()` counts before `queue_xmit`, whatever that returns).
+    pub bytes_tried: u64,
+    /// Sequence numbers that have left: those of payload, of the SYN on the side that dialled, and of
+    /// the FIN.
+    pub numbers_sent: u64,
+    /// Whether nothing waits to be sent for the first time, the FIN included.
+    pub is_all_sent: bool,
 }
 
 /// An answer of the kernel that is not what the protocol promises.
@@ -254,8 +260,18 @@ pub enum Detail {
     Activity,
 }
 
-/// Appends a request for every TCP socket of the family in one of the `states`.
-pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32, detail: Detail) {
+/// The ports that a dump asks for, this host's and the peer's; 0 is any (`inet_diag_dump_icsk()`).
+pub type Ports = [u16; 2];
+
+/// Appends a request for every TCP socket of the family in one of the `states` with these ports.
+pub fn put_dump(
+    out: &mut BytesMut,
+    sequence: u32,
+    family: Family,
+    states: u32,
+    detail: Detail,
+    ports: Ports,
+) {
     let flags = NLM_F_REQUEST | NLM_F_DUMP;
     let extensions = match detail {
         Detail::Names => 0,
@@ -263,7 +279,8 @@ pub fn put_dump(out: &mut BytesMut, sequence: u32, family: Family, states: u32, 
     };
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, flags, sequence);
     put_request_start(out, family, extensions, states);
-    out.put_bytes(0, REQUEST - 8);
+    ports.iter().for_each(|port| out.put_u16(*port));
+    out.put_bytes(0, REQUEST - 8 - 4);
 }
 
 fn put_header(out: &mut BytesMut, length: u32, kind: u16, flags: u16, sequence: u32) {
@@ -362,8 +379,9 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
     let remote = take_address(&mut fixed, family)?;
     let ifindex = fixed.get_u32_ne();
     let cookie = u64::from(fixed.get_u32_ne()) | u64::from(fixed.get_u32_ne()) << 32;
-    // When its timer expires, and the lengths of both queues.
-    fixed.advance(12);
+    // When its timer expires, and the length of the queue of what was received.
+    fixed.advance(8);
+    let queue = fixed.get_u32_ne();
     let uid = fixed.get_u32_ne();
     let inode = fixed.get_u32_ne();
     let mut socket = Socket {
@@ -383,7 +401,7 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
         info: None,
         mptcp_token: None,
     };
-    read_attributes(attributes, &mut socket)?;
+    read_attributes(attributes, queue, &mut socket)?;
     Ok(socket)
 }
 
@@ -400,10 +418,10 @@ fn take_address(fixed: &mut &[u8], family: u8) -> Result<Address, WireError> {
     }
 }
 
-fn read_attributes(mut rest: &[u8], socket: &mut Socket) -> Result<(), WireError> {
+fn read_attributes(mut rest: &[u8], queue: u32, socket: &mut Socket) -> Result<(), WireError> {
     while let Some((kind, mut value)) = next_attribute(&mut rest)? {
         match kind {
-            INET_DIAG_INFO => socket.info = Some(parse_info(value)?),
+            INET_DIAG_INFO => socket.info = Some(parse_info(value, queue)?),
             INET_DIAG_ULP_INFO => socket.mptcp_token = parse_mptcp_token(value)?,
             INET_DIAG_CGROUP_ID => {
                 need(value, 8)?;
@@ -457,11 +475,14 @@ fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, Wi
     Ok(Some((kind, value)))
 }
 
-/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with.
-fn parse_info(info: &[u8]) -> Result<Info, WireError> {
+/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with. `queue` has
+/// the sequence numbers that the peer has not acknowledged, sent or not (`tcp_diag_get_info()`).
+fn parse_info(info: &[u8], queue: u32) -> Result<Info, WireError> {
     const LAST_DATA_SENT: usize = 44;
     const LAST_DATA_RECEIVED: usize = 52;
+    const BYTES_ACKNOWLEDGED: usize = 120;
     const BYTES_RECEIVED: usize = 128;
+    const NOT_SENT: usize = 144;
     const BYTES_SENT: usize = 200;
     const BYTES_RETRANSMITTED: usize = 208;
     need(info, BYTES_RETRANSMITTED + 8)?;
@@ -471,7 +492,12 @@ fn parse_info(info: &[u8]) -> Result<Info, WireError> {
         last_data_sent_ms: four(LAST_DATA_SENT),
         last_data_received_ms: four(LAST_DATA_RECEIVED),
         bytes_received: eight(BYTES_RECEIVED),
-        bytes_sent: eight(BYTES_SENT).saturating_sub(eight(BYTES_RETRANSMITTED)),
+        bytes_tried: eight(BYTES_SENT).saturating_sub(eight(BYTES_RETRANSMITTED)),
+        // The queue is read before the rest, and the socket is not held then: what the process has written
+        // since is missing in it, and what was acknowledged since counts twice.
+        numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(queue.into()))
+            .saturating_sub(four(NOT_SENT).into()),
+        is_all_sent: four(NOT_SENT) == 0,
     })
 }
 

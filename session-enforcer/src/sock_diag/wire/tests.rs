@@ -29,7 +29,10 @@ fn socket_message(sequence: u32, attributes: &[u8]) -> Vec<u8> {
     body.extend(3u32.to_ne_bytes());
     body.extend(0x5566_7788u32.to_ne_bytes());
     body.extend(0x1122_3344u32.to_ne_bytes());
-    body.extend([0; 20]);
+    // Between these a timer, what was received and not read, and user and inode number.
+    body.extend([0; 8]);
+    body.extend(70u32.to_ne_bytes());
+    body.extend([0; 8]);
     body.extend(attributes);
     message(SOCK_DIAG_BY_FAMILY, sequence, &body)
 }
@@ -103,7 +106,9 @@ fn a_socket_is_read_with_its_attributes() {
     let mut info = vec![0; 240];
     info[44..48].copy_from_slice(&1500u32.to_ne_bytes());
     info[52..56].copy_from_slice(&700u32.to_ne_bytes());
+    info[120..128].copy_from_slice(&4001u64.to_ne_bytes());
     info[128..136].copy_from_slice(&120u64.to_ne_bytes());
+    info[144..148].copy_from_slice(&30u32.to_ne_bytes());
     info[200..208].copy_from_slice(&5000u64.to_ne_bytes());
     info[208..216].copy_from_slice(&904u64.to_ne_bytes());
     let mut attributes = attribute(INET_DIAG_INFO, &info);
@@ -123,7 +128,8 @@ fn a_socket_is_read_with_its_attributes() {
         (info.last_data_sent_ms, info.last_data_received_ms),
         (1500, 700)
     );
-    assert_eq!((info.bytes_received, info.bytes_sent), (120, 4096));
+    assert_eq!((info.bytes_received, info.bytes_tried), (120, 4096));
+    assert_eq!((info.numbers_sent, info.is_all_sent), (4041, false));
 }
 
 #[test]
