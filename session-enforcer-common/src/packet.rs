@@ -18,7 +18,8 @@ const IPV6_HEADER: usize = 40;
 const TCP_HEADER_MIN: usize = 20;
 
 /// FIN and RST, as they lie in the byte of TCP flags.
-const FIN_OR_RST: u8 = 0b101;
+const FIN: u8 = 0b001;
+const RST: u8 = 0b100;
 
 /// The part of a packet that can be read in place. It begins with the network header.
 pub trait Linear {
@@ -49,6 +50,8 @@ pub struct Segment {
     pub payload: u32,
     /// Whether the segment ends its direction (FIN) or the connection (RST).
     pub ends: bool,
+    /// Whether it ends its direction, and that alone.
+    pub fin: bool,
 }
 
 impl Segment {
@@ -134,7 +137,8 @@ fn tcp(linear: &(impl Linear + ?Sized), offset: usize, length: usize) -> Option<
     Some(Segment {
         seq,
         payload: (length - headers) as u32,
-        ends: flags & FIN_OR_RST != 0,
+        ends: flags & (FIN | RST) != 0,
+        fin: flags & (FIN | RST) == FIN,
     })
 }
 

@@ -77,7 +77,8 @@ pub mod flags {
     /// The session is a subflow of an MPTCP connection: a TCP connection that no application holds.
     /// What the application holds is the MPTCP socket, which outlives its subflows.
     pub const MPTCP_SUBFLOW: u8 = 4;
-    /// A FIN of the peer has come to the socket, which may not have taken it yet.
+    /// A FIN of the peer has come to the socket, which may not have taken it yet. Missing where it came
+    /// before the session was tracked, or behind headers that are not walked.
     pub const PEER_HAS_ENDED: u8 = 8;
 }
 
@@ -148,6 +149,8 @@ pub struct Traffic {
     pub bytes_received: u64,
     /// See [`Session::bytes_sent`].
     pub bytes_sent: u64,
+    /// Of [`Session::flags`] those that packets set: [`flags::PEER_HAS_ENDED`].
+    pub flags: u8,
 }
 
 impl Session {
@@ -170,6 +173,7 @@ impl Session {
             answered_ns: self.answered_ns,
             bytes_received: self.bytes_received,
             bytes_sent: self.bytes_sent,
+            flags: self.flags & flags::PEER_HAS_ENDED,
         }
     }
 
@@ -193,6 +197,7 @@ impl Session {
         self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
         self.bytes_received = self.bytes_received.max(other.bytes_received);
         self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
+        self.flags |= other.flags & flags::PEER_HAS_ENDED;
     }
 
     /// Whether this host owes the answer to what it received.
@@ -341,6 +346,7 @@ mod tests {
         let mut owes = read;
         owes.stamp_received(6);
         owes.bytes_received = 60;
+        owes.flags |= flags::PEER_HAS_ENDED;
         let mut answered = owes;
         answered.stamp_sent(7);
         answered.bytes_sent = 70;
@@ -351,6 +357,13 @@ mod tests {
                 assert_eq!(joined, after);
             }
         }
+        // What else a record says of the session is its own.
+        let mut joined = read;
+        joined.join(&Traffic {
+            flags: u8::MAX,
+            ..read.traffic()
+        });
+        assert_eq!(joined.flags, read.flags | flags::PEER_HAS_ENDED);
         // At the same time the record's own word counts.
         let told = Session {
             answered_ns: 6,

@@ -72,8 +72,8 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
     // free the record, and a new session may take it before the lines below write. The new session
-    // then has a stamp of this very moment, which it would have anyway, and may have byte counts or,
-    // just after a change of the policy, a rule that are not its own.
+    // then has a stamp of this very moment, which it would have anyway, and may have byte counts, flags
+    // or, just after a change of the policy, a rule that are not its own.
     let session = unsafe { &mut *session };
     // The session comes first: `bpf_tcp_sock` only looks at the protocol number, and would take a
     // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
@@ -98,7 +98,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     if way == Way::Egress {
         let received = payload_received(ctx, session, tcp);
         grow(&mut session.bytes_received, received);
-    } else if segment.ends {
+    } else if segment.fin && segment.end().wrapping_sub(tcp.rcv_nxt) <= MAX_WINDOW {
         session.flags |= flags::PEER_HAS_ENDED;
     }
     if segment.ends && session.flags & flags::END_UNREPORTED != 0 {

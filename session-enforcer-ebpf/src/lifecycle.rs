@@ -32,6 +32,8 @@ const AF_INET6: u32 = 10;
 #[inline(always)]
 pub(crate) fn track(ctx: &SockOpsContext) {
     let direction = match ctx.op() {
+        // Where both ends dial at once, the kernel says so of either; its own SYN was acknowledged.
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if has_dialled(ctx) => Direction::Outbound,
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => Direction::Inbound,
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => Direction::Outbound,
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => return end(cookie(ctx)),
@@ -270,6 +272,14 @@ fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
         }
     }
     flags::MPTCP_SUBFLOW
+}
+
+/// Whether the socket has sent a SYN: the kernel counts its acknowledgement as a byte (`tcp_ack()` comes
+/// before the callback), and an accepted socket begins after its SYN.
+#[inline(always)]
+fn has_dialled(ctx: &SockOpsContext) -> bool {
+    // SAFETY: the context is valid.
+    unsafe { (*ctx.ops).bytes_acked != 0 }
 }
 
 #[inline(always)]

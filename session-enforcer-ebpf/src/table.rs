@@ -15,7 +15,7 @@ use core::{
 };
 
 use session_enforcer_common::{
-    Session, Traffic,
+    Session, Traffic, flags,
     table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_same, prefers_second},
 };
 
@@ -116,6 +116,7 @@ fn traffic_of(record: *const Session) -> Traffic {
             answered_ns: ptr::read_volatile(&raw const (*record).answered_ns),
             bytes_received,
             bytes_sent,
+            flags: ptr::read_volatile(&raw const (*record).flags) & flags::PEER_HAS_ENDED,
         }
     }
 }

@@ -1,13 +1,20 @@
 //! Who dialled decides whether a rule of one direction applies.
 
-use std::time::Duration;
+use std::{os::fd::AsRawFd as _, time::Duration};
 
 use anyhow::Result;
-use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair};
+use nix::{
+    errno::Errno,
+    sys::socket::{SockaddrIn, bind, connect, getsockname},
+};
+use session_enforcer_tests::{Lab, Moment, Pair, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const LIMIT: Duration = Duration::from_secs(1);
+
+/// Longer than it takes to open a connection and look at its addresses.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(1))
+}
 
 #[test]
 fn an_outbound_rule_resets_what_was_dialled_to_its_remote_ports_and_nothing_else() -> Result<()> {
@@ -17,19 +24,20 @@ fn an_outbound_rule_resets_what_was_dialled_to_its_remote_ports_and_nothing_else
     let accepting = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&format!(
         "[[rule]]\nname = \"out\"\ndirection = \"outbound\"\nremote_ports = [{}]\n\
-         idle_timeout = \"1s\"\n",
+         idle_timeout = \"{}s\"\n",
         named.port(),
+        limit().as_secs(),
     ))?;
     let matching = Pair::open(&lab.inside, &named)?;
     let elsewhere = Pair::open(&lab.inside, &other)?;
     let inbound = Pair::open(&lab.outside, &accepting)?;
     let [client, server] = matching.ends()?;
-    client.assert_reset(Errno::ECONNABORTED, &matching.opened, LIMIT);
-    server.assert_reset(Errno::ECONNRESET, &matching.opened, LIMIT);
+    client.assert_reset(Errno::ECONNABORTED, &matching.opened, limit());
+    server.assert_reset(Errno::ECONNRESET, &matching.opened, limit());
     let record = daemon.wait_for_termination_of(&matching)?;
-    record.assert_reset("idle_timeout", &matching.opened, LIMIT);
+    record.assert_reset("idle_timeout", &matching.opened, limit());
     assert_eq!(record.text("network.direction"), "outbound");
-    inbound.opened.wait(2 * LIMIT);
+    inbound.opened.wait(2 * limit());
     elsewhere.round_trip()?;
     inbound.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 1);
@@ -40,6 +48,26 @@ fn an_outbound_rule_resets_what_was_dialled_to_its_remote_ports_and_nothing_else
     Ok(())
 }
 
+/// For the kernel it has accepted, as either end has where both dial at once.
+#[test]
+fn a_socket_that_dials_itself_has_dialled() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"out\"\ndirection = \"outbound\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs(),
+    ))?;
+    let socket = lab.inside.tcp(([127, 0, 0, 1], 0).into())?;
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0))?;
+    let own: SockaddrIn = getsockname(socket.as_raw_fd())?;
+    let (opened, ()) = Moment::of(|| Ok(connect(socket.as_raw_fd(), &own)?))?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &opened, limit());
+    assert_eq!(record.text("network.direction"), "outbound");
+    assert_eq!(record.ports(), [own.port(), own.port()]);
+    assert_eq!(record.bytes(), [0, 0]);
+    Ok(())
+}
+
 #[test]
 fn an_inbound_rule_leaves_the_end_that_dialled_alone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -47,18 +75,20 @@ fn an_inbound_rule_leaves_the_end_that_dialled_alone() -> Result<()> {
         lab.outside.listen(([127, 0, 0, 1], 0))?,
         lab.inside.listen(([127, 0, 0, 1], 0))?,
     ];
-    let daemon =
-        lab.daemon("[[rule]]\nname = \"in\"\ndirection = \"inbound\"\nidle_timeout = \"1s\"\n")?;
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"in\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n",
+        limit().as_secs(),
+    ))?;
     let dialled = Pair::open(&lab.inside, &outside)?;
     let both = Pair::open(&lab.inside, &inside)?;
     // Of the connection within the cgroup, the end that accepted is the session.
     let [client, server] = both.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &both.opened, LIMIT);
-    server.assert_reset(Errno::ECONNABORTED, &both.opened, LIMIT);
-    dialled.opened.wait(2 * LIMIT);
+    client.assert_reset(Errno::ECONNRESET, &both.opened, limit());
+    server.assert_reset(Errno::ECONNABORTED, &both.opened, limit());
+    dialled.opened.wait(2 * limit());
     dialled.round_trip()?;
     daemon
         .wait_for_termination()?
-        .assert_reset("idle_timeout", &both.opened, LIMIT);
+        .assert_reset("idle_timeout", &both.opened, limit());
     Ok(())
 }

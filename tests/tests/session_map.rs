@@ -19,7 +19,7 @@ use session_enforcer::{
     cgroup::Cgroup,
     disconnect,
 };
-use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session};
+use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session, flags};
 use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -115,6 +115,7 @@ fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> 
         last_received_ns: 20,
         answered_ns: 0,
         bytes_received: 30,
+        flags: flags::PEER_HAS_ENDED,
         ..read
     };
     assert!(kernel.amend(NOBODY, &passed)?);

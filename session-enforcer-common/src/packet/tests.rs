@@ -35,6 +35,7 @@ impl Sent {
             seq: self.seq,
             payload: self.payload as u32,
             ends: self.fin || self.rst,
+            fin: self.fin && !self.rst,
         }
     }
 }
@@ -148,6 +149,7 @@ fn oracle(packet: &[u8]) -> Option<Segment> {
         seq: tcp.sequence_number(),
         payload: (packet.len() - header_at - header_length) as u32,
         ends: tcp.fin() || tcp.rst(),
+        fin: tcp.fin() && !tcp.rst(),
     })
 }
 
@@ -224,6 +226,7 @@ fn sequence_numbers_wrap_around() {
         seq: u32::MAX - 1,
         payload: 5,
         ends: false,
+        fin: false,
     };
     assert_eq!(segment.end(), 3);
 }

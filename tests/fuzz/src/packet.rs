@@ -57,6 +57,7 @@ fn simple(linear: &[u8], protocol: u32, length: usize) -> Option<Segment> {
             .fold(0, |seq, byte| seq << 8 | u32::from(*byte)),
         payload: payload.try_into().ok()?,
         ends: tcp[13] & 1 == 1 || tcp[13] & 4 == 4,
+        fin: tcp[13] & 5 == 1,
     })
 }
 
