@@ -219,6 +219,24 @@ fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset
 }
 
 #[test]
+fn a_session_in_a_namespace_that_nothing_names_is_taken_over() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut first = lab.pinned_daemon(&rule())?.quiet();
+    let pair = Pair::open(&outside, &listener)?;
+    drop((inside, outside));
+    netns.delete()?;
+    first.kill()?;
+    let second = lab.pinned_daemon(&rule())?;
+    let record = second.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("session_enforcer.result"), "failed");
+    record.assert_due("idle_timeout", &pair.opened, limit());
+    Ok(())
+}
+
+#[test]
 fn a_session_in_a_namespace_that_nothing_names_is_said_to_be_out_of_reach() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;

@@ -5,11 +5,14 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
+use session_enforcer::bpf::{Kernel, Options, PinDir};
 use session_enforcer_common::{Session, table::TableHead};
 use session_enforcer_tests::{
     Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,
@@ -46,6 +49,27 @@ fn set(lab: &Lab) -> Result<std::path::PathBuf> {
     let sets = lab.pins.sets()?;
     ensure!(sets.len() == 1, "one set was expected: {sets:?}");
     sets.into_iter().next().context("one set")
+}
+
+/// What such a start leaves in the session map is of its policy, which goes with its pins.
+#[test]
+fn the_generation_of_a_start_that_is_cut_short_is_not_that_of_the_next() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(&idle())?.stop()?;
+    let load = || -> Result<Kernel> {
+        let options = Options {
+            max_sessions: 1_000,
+            only_netns: None,
+            verbose: false,
+        };
+        Ok(Kernel::load(options, Some(PinDir::hold(lab.pins.path())?))?)
+    };
+    let cut_short = load()?.inherited_generation() + 1;
+    // It must have attached its programs before.
+    thread::sleep(Duration::from_millis(100));
+    let next = load()?.inherited_generation() + 1;
+    assert!(next > cut_short, "{next} and {cut_short}");
+    Ok(())
 }
 
 #[test]

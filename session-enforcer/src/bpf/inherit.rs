@@ -11,6 +11,7 @@ use super::{
     pins, sys,
     table::{BUCKETS, EarlierTable, SESSIONS, TABLE},
 };
+use crate::clock::monotonic_ns;
 
 /// How often two maps are compared that both change. Each time fewer sessions differ: those that
 /// had a packet in the moment of the comparison.
@@ -32,6 +33,8 @@ pub(super) struct Pins {
     directory: PinDir,
     found: Option<Found>,
     state: Inherited,
+    /// See [`Kernel::inherited_generation`].
+    generation: u32,
     /// Where the pins of this daemon are.
     set: PathBuf,
     /// Whether that set has yet to take its place.
@@ -54,6 +57,7 @@ impl Pins {
         let mut pins = Self {
             found: None,
             state: Inherited::Nothing,
+            generation: 0,
             set,
             is_staged: true,
             witness: None,
@@ -73,6 +77,9 @@ impl Pins {
         };
         if pins.state == Inherited::Stopped && !pins.is_counted()? {
             (pins.found, pins.state) = (None, Inherited::Nothing);
+        }
+        if let Some(found) = &pins.found {
+            pins.generation = found.generation.max(tenths_since_boot());
         }
         pins.tell_of_others()?;
         Ok(pins)
@@ -110,9 +117,9 @@ impl Pins {
         Ok(())
     }
 
-    /// Generation of the last policy of the earlier daemon; 0 where there was none.
+    /// See [`Kernel::inherited_generation`].
     pub(super) fn generation(&self) -> u32 {
-        self.found.as_ref().map_or(0, |found| found.generation)
+        self.generation
     }
 
     /// Where cookies lie in the earlier daemon's table, if this one's programs work on with that.
@@ -199,6 +206,11 @@ impl Pins {
     }
 }
 
+/// Wraps around after 13 years.
+fn tenths_since_boot() -> u32 {
+    (monotonic_ns() / 100_000_000) as u32
+}
+
 impl Drop for Pins {
     fn drop(&mut self) {
         if self.is_staged
@@ -216,7 +228,10 @@ impl Kernel {
         pins.map_or(Inherited::Nothing, |pins| pins.state)
     }
 
-    /// Generation of the last policy of the earlier daemon; 0 where there was none.
+    /// A generation that no policy of an earlier daemon had; 0 where there was none.
+    ///
+    /// That of the last one is pinned. But a start that was cut short may have left records in the session
+    /// map whose policy has gone with its pins: no two starts get so far within a tenth of a second.
     pub fn inherited_generation(&self) -> u32 {
         self.pins.as_ref().map_or(0, Pins::generation)
     }

@@ -48,6 +48,10 @@ struct Known {
     every: Option<HashSet<u64>>,
     /// The only one that matters.
     only: Option<u64>,
+    /// When they were looked for: later ones are not among them.
+    since_ns: u64,
+    /// Whether the kernel has reported the ends of sessions all the time.
+    are_ends_reported: bool,
 }
 
 impl Known {
@@ -58,6 +62,13 @@ impl Known {
     fn is_gone(&self, netns_cookie: u64) -> bool {
         let every = self.every.as_ref();
         every.is_some_and(|every| !every.contains(&netns_cookie))
+    }
+
+    /// Whether a session of a namespace that is not among them has ended. One in a namespace that only
+    /// sockets keep alive is found nowhere, and lives.
+    fn tells_of(&self, session: &Session) -> bool {
+        session.established_ns < self.since_ns
+            && (session.end_is_unreported() || !self.are_ends_reported)
     }
 }
 
@@ -130,7 +141,7 @@ impl Enforcer {
             let sockets = self.sockets_of(netns_cookie, known);
             let now_ns = monotonic_ns();
             for (cookie, session) in sessions {
-                if self.has_ended(cookie, &session, &sockets) {
+                if self.has_ended(cookie, &session, &sockets, known) {
                     let removed = self.kernel.remove(cookie, session.established_ns)?;
                     changed += usize::from(removed);
                     self.metrics.repaired(Repair::Stale);
@@ -196,7 +207,7 @@ impl Enforcer {
         for (netns_cookie, sessions) in self.sessions_by_namespace()? {
             let sockets = self.sockets_of(netns_cookie, known);
             for (cookie, session) in sessions {
-                if self.has_ended(cookie, &session, &sockets) {
+                if self.has_ended(cookie, &session, &sockets, known) {
                     // The kernel's report may have come first.
                     if self.kernel.session(cookie)?.is_some() {
                         self.drop_stale(cookie, &session)?;
@@ -217,9 +228,15 @@ impl Enforcer {
     }
 
     /// Whether the session has no socket any more.
-    fn has_ended(&mut self, cookie: u64, session: &Session, sockets: &Sockets) -> bool {
+    fn has_ended(
+        &mut self,
+        cookie: u64,
+        session: &Session,
+        sockets: &Sockets,
+        known: &Known,
+    ) -> bool {
         match sockets {
-            Sockets::Gone => true,
+            Sockets::Gone => known.tells_of(session),
             Sockets::Unknown => false,
             Sockets::Listed(sockets) => {
                 // It may have begun after the list was made.
@@ -242,10 +259,14 @@ impl Enforcer {
     }
 
     fn known_namespaces(&mut self, all: bool) -> Known {
+        let since_ns = monotonic_ns();
+        let are_ends_reported = self.kernel.inherited() == Inherited::Running;
         if !all {
             return Known {
                 every: None,
                 only: Some(self.namespaces.own()),
+                since_ns,
+                are_ends_reported,
             };
         }
         let mut files = netns::unopened_files();
@@ -253,7 +274,12 @@ impl Enforcer {
         let (_, errors) = self.namespaces.open_each(&files, &mut Seen::none());
         let every = errors.is_empty();
         let every = every.then(|| self.namespaces.open().into_iter().collect());
-        Known { every, only: None }
+        Known {
+            every,
+            only: None,
+            since_ns,
+            are_ends_reported,
+        }
     }
 
     fn sockets_of(&mut self, netns_cookie: u64, known: &Known) -> Sockets {
