@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use thiserror::Error;
 
 use crate::config::AuditTarget;
@@ -166,12 +167,22 @@ impl Writer {
     }
 }
 
+/// Of a FIFO the opening would wait for a reader, and the start of the daemon with it: without one it is
+/// refused.
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
+    let opened = OpenOptions::new()
         .create(true)
         .append(true)
         .mode(MODE)
-        .open(path)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO or socket"),
+        _ => error,
+    })?;
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(file)
 }
 
 /// Standard output without the buffer of the standard library, which would call records written
