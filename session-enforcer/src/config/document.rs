@@ -189,6 +189,8 @@ pub(super) struct Field<'a> {
     document: &'a Document<'a>,
     pub(super) key: String,
     pub(super) offset: usize,
+    /// The value as it is written.
+    written: &'a str,
     value: &'a DeValue<'a>,
 }
 
@@ -198,6 +200,7 @@ impl<'a> Field<'a> {
             document,
             key,
             offset: value.span().start,
+            written: document.text.get(value.span()).unwrap_or_default(),
             value: value.get_ref(),
         }
     }
@@ -222,6 +225,15 @@ impl<'a> Field<'a> {
     /// The value, which must be text.
     pub(super) fn text(&self, allowed: &'static str) -> Result<&'a str, ConfigError> {
         self.value.as_str().ok_or_else(|| self.not_allowed(allowed))
+    }
+
+    /// Refuses a path in double quotes in which `\x2d` and the like stand for a character (TOML 1.1):
+    /// systemd has them in the names themselves.
+    pub(super) fn check_path_is_literal(&self) -> Result<(), ConfigError> {
+        if has_byte_escape(self.written) {
+            return Err(self.error(Problem::ByteEscape));
+        }
+        Ok(())
     }
 
     /// The value as an integer, if it is one; `i128::MAX` where it is beyond all use.
@@ -283,6 +295,20 @@ impl<'a> Field<'a> {
             offset: self.offset,
         })
     }
+}
+
+/// Whether text in double quotes has an escape of two hexadecimal digits.
+fn has_byte_escape(written: &str) -> bool {
+    let mut chars = written.chars();
+    if chars.next() != Some('"') {
+        return false;
+    }
+    while let Some(c) = chars.next() {
+        if c == '\\' && chars.next() == Some('x') {
+            return true;
+        }
+    }
+    false
 }
 
 fn describe(value: &DeValue<'_>) -> String {

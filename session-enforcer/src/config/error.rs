@@ -198,6 +198,12 @@ pub enum Problem {
         example = SocketAddr::new(*.0, DEFAULT_METRICS_LISTEN.port())
     )]
     NoPort(IpAddr),
+    /// A path in double quotes with an escape that systemd has in names themselves.
+    #[error(
+        "has \\x within double quotes, where it stands for another character; names of systemd have it \
+         as it is: write the path in single quotes"
+    )]
+    ByteEscape,
     /// A cgroup further down the tree than the kernel programs look.
     #[error("has {levels} levels; at most {MAX_CGROUP_LEVELS} are looked at, name one above it")]
     DeepCgroup {

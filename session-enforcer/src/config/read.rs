@@ -142,6 +142,7 @@ fn value<'a>(
 fn read_daemon(daemon: &Section<'_>, config: &mut Config) -> Result<(), ConfigError> {
     if let Some(cgroup) = daemon.field("cgroup") {
         let text = cgroup.text(ALLOWED_CGROUP)?;
+        cgroup.check_path_is_literal()?;
         if !is_absolute(text) {
             return Err(cgroup.not_allowed(ALLOWED_CGROUP));
         }

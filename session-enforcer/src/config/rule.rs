@@ -101,6 +101,7 @@ pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
     rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix)?;
     rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix)?;
     rule.cgroups = list(section, "cgroups", ALLOWED_CGROUPS, |field| {
+        field.check_path_is_literal()?;
         field.parse(ALLOWED_CGROUP_PATH, parse_rule_cgroup)
     })?;
     rule.users = list(section, "users", ALLOWED_USERS, read_user)?;

@@ -59,6 +59,27 @@ fn what_is_no_cgroup_or_no_user_is_refused() {
 }
 
 #[test]
+fn a_name_that_systemd_has_escaped_is_written_in_single_quotes() {
+    let escaped = r"/system.slice/system-openvpn\x2dserver.slice";
+    for written in [format!("'{escaped}'"), format!("{escaped:?}")] {
+        let rule = rule(&format!("cgroups = [{written}]\nidle_timeout = '1s'"));
+        assert_eq!(rule.cgroups, [escaped]);
+    }
+    let said = "has \\x within double quotes, where it stands for another character; names of systemd \
+                have it as it is: write the path in single quotes";
+    let text = format!("[[rule]]\nname = 'a'\nidle_timeout = '1s'\ncgroups = [\"{escaped}\"]\n");
+    assert_eq!(
+        refused(&text),
+        format!("x.toml:4:12: rule \"a\": cgroups: {said}")
+    );
+    let text = format!("[daemon]\ncgroup = \"/sys/fs/cgroup{escaped}\"\n");
+    assert_eq!(
+        refused(&text),
+        format!("x.toml:2:10: daemon.cgroup: {said}")
+    );
+}
+
+#[test]
 fn a_cgroup_lies_below_itself_and_what_is_above_it() {
     for (cgroup, above, below) in [
         ("/a/b", "/", true),
