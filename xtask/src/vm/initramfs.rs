@@ -18,7 +18,7 @@ const MODULES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
 /// Writes the archive for a kernel. `guest` is the program that goes on in the shared root.
 pub(super) fn write(kernel: &Kernel, guest: &Path, archive: &Path) -> Result<()> {
     let busybox = find_program("busybox", &[]).context("there is no busybox")?;
-    let busybox = fs::read(&busybox).with_context(|| format!("reading {}", busybox.display()))?;
+    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let guest = guest.to_str().context("the path of xtask is no text")?;
     let mut cpio = Cpio::default();
     for folder in ["bin", "dev", "lower", "modules", "proc", "root", "upper"] {
@@ -26,13 +26,33 @@ pub(super) fn write(kernel: &Kernel, guest: &Path, archive: &Path) -> Result<()>
     }
     cpio.file("init", INIT.as_bytes());
     cpio.file("guest", guest.as_bytes());
-    cpio.file("bin/busybox", &busybox);
+    cpio.file("bin/busybox", &read(&busybox)?);
+    for library in libraries(&busybox)? {
+        cpio.file_in_folders(&library, &read(&library)?)?;
+    }
     // The order of the names is the order in which they are loaded.
     for (number, module) in modules(kernel)?.iter().enumerate() {
         let name = module.file_stem().unwrap_or_default().to_string_lossy();
         cpio.file(&format!("modules/{number:02}-{name}"), &unpacked(module)?);
     }
     fs::write(archive, cpio.end()).with_context(|| format!("writing {}", archive.display()))
+}
+
+/// What a program loads when it starts; nothing where it is a static one.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    // It fails where there is nothing to load.
+    let output = Command::new("ldd").arg(program).output();
+    let output = output.context("cannot start ldd")?;
+    Ok(loaded(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The files that `ldd` names.
+fn loaded(shown: &str) -> Vec<PathBuf> {
+    let words = shown.lines().map(str::split_whitespace);
+    words
+        .filter_map(|mut words| words.find(|word| word.starts_with('/')))
+        .map(PathBuf::from)
+        .collect()
 }
 
 /// The files of the modules, each after those that it needs.
@@ -90,6 +110,18 @@ impl Cpio {
         self.entry(name, 0o040_755, &[]);
     }
 
+    /// A file under its path, and the folders above it.
+    fn file_in_folders(&mut self, path: &Path, content: &[u8]) -> Result<()> {
+        let path = path.strip_prefix("/").context("no absolute path")?;
+        let mut above: Vec<_> = path.ancestors().skip(1).collect();
+        above.pop();
+        for folder in above.iter().rev() {
+            self.folder(&folder.to_string_lossy());
+        }
+        self.file(&path.to_string_lossy(), content);
+        Ok(())
+    }
+
     fn file(&mut self, name: &str, content: &[u8]) {
         self.entry(name, 0o100_755, content);
     }
@@ -140,6 +172,19 @@ mod tests {
         assert_eq!(&header[6 + 6 * 8..6 + 7 * 8], "00000005");
         assert!(text.contains("TRAILER!!!\0"));
         assert_eq!(bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn what_ldd_names_is_what_a_program_loads() {
+        let shown = "\tlinux-vdso.so.1 (0x00007ffd0b7d5000)\n\
+                     \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f1c2a000000)\n\
+                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f1c2a3a1000)\n";
+        let files = [
+            "/lib/x86_64-linux-gnu/libc.so.6",
+            "/lib64/ld-linux-x86-64.so.2",
+        ];
+        assert_eq!(loaded(shown), files.map(PathBuf::from));
+        assert!(loaded("\tnot a dynamic executable\n").is_empty());
     }
 
     #[test]
