@@ -463,3 +463,26 @@ fn a_file_that_cannot_be_opened_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn a_fifo_is_written_to_where_somebody_reads_it_and_refused_where_nobody_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let target = AuditTarget::File(path.clone());
+    let error = Audit::open(&target).unwrap_err().to_string();
+    assert!(error.contains("nobody reads this FIFO"), "{error}");
+    let reads = std::thread::spawn(move || std::fs::read_to_string(path));
+    // Until the reader has come.
+    let mut audit = loop {
+        match Audit::open(&target) {
+            Ok(audit) => break audit,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    // More than the pipe holds: the writer waits.
+    let record = vec![b'x'; 200_000];
+    audit.add(|_, out| out.extend_from_slice(&record));
+    audit.close();
+    assert_eq!(reads.join().unwrap().unwrap().len(), record.len());
+}
