@@ -17,8 +17,9 @@ const IPV4_HEADER_MIN: usize = 20;
 const IPV6_HEADER: usize = 40;
 const TCP_HEADER_MIN: usize = 20;
 
-/// FIN and RST, as they lie in the byte of TCP flags.
+/// FIN, as it lies in the byte of TCP flags.
 const FIN: u8 = 0b001;
+/// RST, likewise.
 const RST: u8 = 0b100;
 
 /// The part of a packet that can be read in place. It begins with the network header.

@@ -23,6 +23,13 @@ fn rule() -> String {
     idle_rule(limit())
 }
 
+fn observed_lifetime() -> String {
+    format!(
+        "[daemon]\nmode = \"observe\"\n[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
+        limit().as_secs()
+    )
+}
+
 /// Two deadlines are reached, one after the establishment and one after payload, and the
 /// connection lives on.
 fn assert_observed(daemon: &Daemon, pair: &Pair) -> Result<()> {
@@ -116,11 +123,7 @@ fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
 fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let rule = format!(
-        "[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
-        limit().as_secs()
-    );
-    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{rule}"))?;
+    let daemon = lab.daemon(&observed_lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.keep_busy(3 * limit())?;
     let record = daemon.wait_for_termination()?;
@@ -132,11 +135,7 @@ fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
 fn a_record_of_a_session_that_never_rests_is_not_older_than_what_it_tells() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let rule = format!(
-        "[[rule]]\nname = \"old\"\nmax_lifetime = \"{}s\"\n",
-        limit().as_secs()
-    );
-    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{rule}"))?;
+    let daemon = lab.daemon(&observed_lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     // The more there are to look at in one moment, the longer that is.
     let open = |_| Pair::open(&lab.outside, &listener);
