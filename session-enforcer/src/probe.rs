@@ -232,7 +232,7 @@ fn netns_cookie() -> Check {
             NAME,
             ExitStatus::Unavailable,
             error.to_string(),
-            "Linux 5.15 or newer with sock_diag is needed",
+            "Linux 6.1 or newer with sock_diag is needed",
         ),
     }
 }

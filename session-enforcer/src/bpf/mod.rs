@@ -302,13 +302,20 @@ impl Kernel {
 
     /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
     /// session was read stays in the record ([`Session::join`]). Only the stamp of a packet that passes
-    /// while the record is moved, some 100 ns, may be lost: the caller compares with the socket afterwards.
+    /// while the record is moved, some 100 ns, may be lost: the caller has counted the session as active
+    /// just now, or [waits](Self::wait_for_programs) and compares with the socket afterwards.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
     pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         self.sessions.amend(cookie, session)
+    }
+
+    /// Waits until no program runs any more that may have found a record where it was, or none, and a look at
+    /// its packet's socket tells of the packet. Some 10 ms, so once for many sessions.
+    pub fn wait_for_programs(&self) {
+        sys::wait_for_programs();
     }
 
     /// Removes the session of this cookie that was established at this time, and none that has begun

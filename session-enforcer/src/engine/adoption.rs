@@ -102,6 +102,10 @@ impl Enforcer {
             }
             namespaces.extend(held_open);
         }
+        if !adopted.is_empty() {
+            // A packet that came before its session was there may not be counted by the socket yet.
+            self.kernel.wait_for_programs();
+        }
         let mut listed = HashSet::new();
         for netns_cookie in &namespaces {
             if self.confirm_sessions(&mut adopting, *netns_cookie, &mut adopted)? {

@@ -29,8 +29,8 @@ use crate::{
 };
 
 /// Sessions that one pass looks at before other work has its turn: some 40 ms, of the 100 that events may
-/// lie, where no namespace has to be searched for.
-const MAX_PASS: usize = 32 * MAX_BATCH;
+/// lie, where no namespace has to be searched for and no owner found.
+pub(super) const MAX_PASS: usize = 32 * MAX_BATCH;
 
 /// When a session that could not be looked at or destroyed is tried again. Soon enough after an
 /// operator has mended the cause, long enough not to flood the audit.
@@ -290,10 +290,11 @@ impl Enforcer {
 
     fn pass(&mut self, destroyer: &mut Option<Destroyer>) -> Result<()> {
         let mut left = MAX_PASS;
+        let mut settled = Vec::new();
         while left > 0 {
             // In batches, so that the look at a session comes right before its reset.
             let mut expired = Vec::new();
-            let due = self.take_due(MAX_BATCH.min(left), &mut expired)?;
+            let due = self.take_due(MAX_BATCH.min(left), &mut expired, &mut settled)?;
             if destroyer.is_none() && self.is_due() {
                 // Where there can be no thread, this one does it all.
                 *destroyer = Destroyer::start().ok();
@@ -304,24 +305,36 @@ impl Enforcer {
             }
             left = left.saturating_sub(due);
         }
+        for (cookie, _) in self.compared_with_sockets(settled)? {
+            self.schedule.rearm(cookie, 0);
+        }
         Ok(())
     }
 
-    /// Looks at up to `count` due sessions; returns how many it looked at.
-    fn take_due(&mut self, count: usize, expired: &mut Vec<Expired>) -> Result<usize> {
+    /// Looks at up to `count` due sessions; returns how many it looked at. Those whose owner had to be found
+    /// are `settled`, and not judged yet.
+    fn take_due(
+        &mut self,
+        count: usize,
+        expired: &mut Vec<Expired>,
+        settled: &mut Vec<(u64, Session)>,
+    ) -> Result<usize> {
         let now_ns = monotonic_ns();
         let due: Vec<u64> = std::iter::from_fn(|| self.schedule.take_due(now_ns))
             .take(count)
             .collect();
         for (cookie, session) in due.iter().zip(self.kernel.sessions(&due)?) {
-            expired.extend(self.judge(*cookie, session, now_ns, None)?);
+            match session.filter(|session| self.asks_for_owner(*cookie, session)) {
+                Some(open) => settled.extend(self.settle_owner(*cookie, &open)?),
+                None => expired.extend(self.judge(*cookie, session, now_ns, None)?),
+            }
         }
         Ok(due.len())
     }
 
-    /// Decides about a session that is scheduled without a time, by its record as it was read not before
-    /// `now_ns`. One that lives is re-armed here. `before` is the policy that another has just taken the
-    /// place of.
+    /// Decides about a session that is scheduled without a time, and whose owner is
+    /// [settled](Self::settle_owner), by its record as it was read not before `now_ns`. One that lives is
+    /// re-armed here. `before` is the policy that another has just taken the place of.
     pub(super) fn judge(
         &mut self,
         cookie: u64,
@@ -334,17 +347,11 @@ impl Enforcer {
             self.forget(cookie);
             return Ok(None);
         };
-        if self.reset.get(&cookie) == Some(&session.established_ns) {
+        if self.was_reset(cookie, &session) {
             // Its end was not reported: another `sock_ops` program has undone that it is, or the
             // kernel (6.1 before 6.1.158) has said that it destroyed what it did not.
             self.release(cookie, &session)?;
             return Ok(None);
-        }
-        if self.book.needs_owner_of(&session) {
-            match self.settle_owner(cookie, &session)? {
-                Some(settled) => session = settled,
-                None => return Ok(None),
-            }
         }
         let Some(rule) = self.rule_of(&session) else {
             self.in_doubt.remove(&cookie);
@@ -390,6 +397,11 @@ impl Enforcer {
                 }))
             }
         }
+    }
+
+    /// Whether the kernel has said that it destroyed this very session.
+    pub(super) fn was_reset(&self, cookie: u64, session: &Session) -> bool {
+        self.reset.get(&cookie) == Some(&session.established_ns)
     }
 
     /// Why and since when a session is late, where that was found before for the same limit: at an

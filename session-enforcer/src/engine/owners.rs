@@ -5,7 +5,7 @@ use anyhow::Result;
 use session_enforcer_common::{Ancestors, Owner, Session};
 
 use super::{
-    enforcer::{Enforcer, RETRY_NS},
+    enforcer::{Enforcer, MAX_PASS, RETRY_NS},
     takeover::MAX_COMPARISONS,
 };
 use crate::{
@@ -28,6 +28,16 @@ enum Found {
     Gone,
     /// The table cannot be asked.
     Unreachable,
+}
+
+/// What became of a session's record when it was compared with its socket.
+enum Compared {
+    /// It says what the socket says.
+    Agrees(Session),
+    /// It did not, and was written.
+    Written(Session),
+    /// The session has ended, and was dealt with.
+    Ended,
 }
 
 impl Enforcer {
@@ -108,14 +118,20 @@ impl Enforcer {
         Ok(self.kernel.note_owner(&fd, owner)?)
     }
 
+    /// Whether the session cannot be judged before its owner is [settled](Self::settle_owner).
+    pub(super) fn asks_for_owner(&self, cookie: u64, session: &Session) -> bool {
+        !self.was_reset(cookie, session) && self.book.needs_owner_of(session)
+    }
+
     /// Finds the owner of a session, if that is not known, and the rule that is then its own, and puts
-    /// both into the session map. None, after it was dealt with, where the session is not to be judged
-    /// now.
+    /// both into the session map. What is returned is scheduled without a time, and to be
+    /// [compared](Self::compared_with_sockets) before it is judged. None, after it was dealt with, where the
+    /// session is not to be judged now.
     pub(super) fn settle_owner(
         &mut self,
         cookie: u64,
         session: &Session,
-    ) -> Result<Option<Session>> {
+    ) -> Result<Option<(u64, Session)>> {
         let owner = match self.find_owner(cookie, session) {
             // The kernel's word tells the process too.
             Found::Owner(_) if session.owner.is_known() => session.owner,
@@ -158,15 +174,12 @@ impl Enforcer {
         if session.generation == 0 {
             self.metrics.opened(usize::from(rule));
         }
-        let Some(settled) = self.compared_with_socket(cookie, settled)? else {
-            return Ok(None);
-        };
         let group = Group {
             netns_cookie: settled.netns_cookie,
             rule,
         };
         self.add(cookie, group, u64::MAX);
-        Ok(Some(settled))
+        Ok(Some((cookie, settled)))
     }
 
     fn find_owner(&mut self, cookie: u64, session: &Session) -> Found {
@@ -195,44 +208,64 @@ impl Enforcer {
         Ok(socket.filter(|socket| !socket.is_mini))
     }
 
-    /// The record of a session that was written, once it says all that its socket tells: what passed while
-    /// the record was moved may have left its stamp where nobody reads it. None, after it was dealt with,
-    /// where the session has ended.
-    fn compared_with_socket(
+    /// The records of sessions that were written, once they say all that their sockets tell: what passed
+    /// while a record was moved may have left its stamp where nobody reads it. Without those that have
+    /// ended meanwhile, which were dealt with.
+    pub(super) fn compared_with_sockets(
         &mut self,
-        cookie: u64,
-        mut session: Session,
-    ) -> Result<Option<Session>> {
-        let policy = self.book.rule(session.rule).map(|rule| rule.policy);
+        mut written: Vec<(u64, Session)>,
+    ) -> Result<Vec<(u64, Session)>> {
+        let mut whole = Vec::new();
         for _ in 0..MAX_COMPARISONS {
-            let socket = match self.socket_of(cookie, &session) {
-                Ok(Some(socket)) => socket,
-                Ok(None) => {
-                    self.release(cookie, &session)?;
-                    return Ok(None);
-                }
-                Err(error) => {
-                    tracing::warn!("comparing session {cookie} with its socket: {error:#}");
-                    let is_there = self.count_as_active(cookie, &mut session)?;
-                    return Ok(is_there.then_some(session));
-                }
-            };
-            // Read after the socket has told: what passes in between is in the record alone.
-            let Some(now) = self.still_there(cookie, &session)? else {
-                self.forget(cookie);
-                return Ok(None);
-            };
-            session = now;
-            let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), monotonic_ns());
-            if caught_up == now {
+            if written.is_empty() {
                 break;
             }
-            if !self.amend(cookie, &caught_up)? {
-                return Ok(None);
+            // A packet that met the record where it was may not be counted by its socket yet.
+            self.kernel.wait_for_programs();
+            for (cookie, session) in std::mem::take(&mut written) {
+                match self.compared_with_socket(cookie, session)? {
+                    Compared::Agrees(session) => whole.push((cookie, session)),
+                    Compared::Written(session) => written.push((cookie, session)),
+                    Compared::Ended => {}
+                }
             }
-            session = caught_up;
         }
-        Ok(Some(session))
+        whole.append(&mut written);
+        Ok(whole)
+    }
+
+    /// Compares the record of one with its socket, once, and writes it again where they differ.
+    fn compared_with_socket(&mut self, cookie: u64, mut session: Session) -> Result<Compared> {
+        let socket = match self.socket_of(cookie, &session) {
+            Ok(Some(socket)) => socket,
+            Ok(None) => {
+                self.release(cookie, &session)?;
+                return Ok(Compared::Ended);
+            }
+            Err(error) => {
+                tracing::warn!("comparing session {cookie} with its socket: {error:#}");
+                if self.count_as_active(cookie, &mut session)? {
+                    return Ok(Compared::Agrees(session));
+                }
+                self.forget(cookie);
+                return Ok(Compared::Ended);
+            }
+        };
+        // Read after the socket has told: what passes in between is in the record alone.
+        let Some(now) = self.still_there(cookie, &session)? else {
+            self.forget(cookie);
+            return Ok(Compared::Ended);
+        };
+        let policy = self.book.rule(now.rule).map(|rule| rule.policy);
+        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), monotonic_ns());
+        if caught_up == now {
+            return Ok(Compared::Agrees(now));
+        }
+        Ok(if self.amend(cookie, &caught_up)? {
+            Compared::Written(caught_up)
+        } else {
+            Compared::Ended
+        })
     }
 
     fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool> {
@@ -288,16 +321,20 @@ impl Enforcer {
     /// Decides anew about the sessions of these cgroups and of those below; how many.
     fn redecide_below(&mut self, cgroups: &[u64]) -> Result<usize> {
         let mut count = 0;
-        for cookie in self.kernel.cookies()? {
-            let Some(session) = self.kernel.session(cookie)? else {
-                continue;
-            };
-            let above = self.ancestors_of(session.owner.cgroup_id);
-            if !cgroups.iter().any(|id| above.contains(*id)) {
-                continue;
+        for some in self.kernel.cookies()?.chunks(MAX_PASS) {
+            let mut settled = Vec::new();
+            for cookie in some {
+                let Some(session) = self.kernel.session(*cookie)? else {
+                    continue;
+                };
+                let above = self.ancestors_of(session.owner.cgroup_id);
+                if !cgroups.iter().any(|id| above.contains(*id)) {
+                    continue;
+                }
+                count += 1;
+                settled.extend(self.settle_owner(*cookie, &session)?);
             }
-            count += 1;
-            if self.settle_owner(cookie, &session)?.is_some() {
+            for (cookie, _) in self.compared_with_sockets(settled)? {
                 self.schedule.rearm(cookie, 0);
             }
         }

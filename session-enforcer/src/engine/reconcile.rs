@@ -284,39 +284,48 @@ impl Enforcer {
             .iter()
             .filter(|socket| adopter.wants(socket, &comparison.listeners));
         let targets: Vec<Target> = wanted.map(|socket| socket.target).collect();
-        for target in &targets {
-            self.pick_up(comparison, target)?;
+        let mut picked_up = Vec::new();
+        for target in targets {
+            if let Some(session) = self.pick_up(comparison, &target)? {
+                picked_up.push((target, session));
+            }
+        }
+        if picked_up.is_empty() {
+            return Ok(());
+        }
+        // A packet that came before its session was there may not be counted by the socket yet.
+        self.kernel.wait_for_programs();
+        for (target, mut session) in picked_up {
+            let now = self.seen_now(comparison, &target);
+            if self.confirm(target.cookie, &mut session, now.as_ref())? {
+                self.add_adopted(target.cookie, &session);
+                self.metrics.repaired(Repair::Missed);
+            }
         }
         Ok(())
     }
 
-    /// Adopts a connection that was missed, as it is now.
-    fn pick_up(&mut self, comparison: &mut Comparison, target: &Target) -> Result<()> {
+    /// Puts a connection that was missed into the session map, as it is now; the session, if it is new
+    /// there.
+    fn pick_up(&mut self, comparison: &mut Comparison, target: &Target) -> Result<Option<Session>> {
         if comparison.is_full {
             self.missed.left_out += 1;
-            return Ok(());
+            return Ok(None);
         }
-        let cookie = target.cookie;
-        let Some(mut session) = self.seen_now(comparison, target) else {
-            return Ok(());
+        let Some(session) = self.seen_now(comparison, target) else {
+            return Ok(None);
         };
-        match self.kernel.adopt(cookie, &session)? {
-            Adoption::Inserted => {}
+        Ok(match self.kernel.adopt(target.cookie, &session)? {
+            Adoption::Inserted => Some(session),
             // It opened a moment ago: its event will come.
-            Adoption::Known => return Ok(()),
+            Adoption::Known => None,
             Adoption::Full => {
                 self.missed.left_out += 1;
                 // Both of its buckets may be full where the table is not.
                 comparison.is_full = !self.has_room();
-                return Ok(());
+                None
             }
-        }
-        let now = self.seen_now(comparison, target);
-        if self.confirm(cookie, &mut session, now.as_ref())? {
-            self.add_adopted(cookie, &session);
-            self.metrics.repaired(Repair::Missed);
-        }
-        Ok(())
+        })
     }
 
     /// The session of a socket as it is now; none where it has ended or cannot be asked about.

@@ -6,7 +6,7 @@ use session_enforcer_common::{Reason, Session, Verdict, verdict};
 use super::{
     adoption::Adopted,
     book::RuleBook,
-    enforcer::{Enforcer, LateByPolicy, group_of},
+    enforcer::{Enforcer, LateByPolicy, MAX_PASS, group_of},
     terminate::Expired,
 };
 use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config, sock_diag::MAX_BATCH};
@@ -91,24 +91,47 @@ impl Enforcer {
     /// ring buffer is read, which the closings of a hundred thousand would fill.
     fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
         let mut redecided = Redecided::default();
-        for cookies in self.kernel.cookies()?.chunks(MAX_BATCH) {
-            let now_ns = monotonic_ns();
-            for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
-                let Some(session) = session else {
-                    continue;
-                };
-                self.reschedule(*cookie, &session);
-                match self.judge(*cookie, Some(session), now_ns, Some(before))? {
-                    Some(expired) => {
-                        redecided.expired += 1;
-                        self.make_due(&expired);
+        for some in self.kernel.cookies()?.chunks(MAX_PASS) {
+            let mut settled = Vec::new();
+            for cookies in some.chunks(MAX_BATCH) {
+                let now_ns = monotonic_ns();
+                for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
+                    let Some(session) = session else {
+                        continue;
+                    };
+                    self.reschedule(*cookie, &session);
+                    if self.asks_for_owner(*cookie, &session) {
+                        match self.settle_owner(*cookie, &session)? {
+                            Some(open) => settled.push(open),
+                            None => self.note_redecided(&mut redecided, *cookie, None),
+                        }
+                        continue;
                     }
-                    None if self.schedule.contains(*cookie) => redecided.kept += 1,
-                    None => redecided.released += 1,
+                    let expired = self.judge(*cookie, Some(session), now_ns, Some(before))?;
+                    self.note_redecided(&mut redecided, *cookie, expired);
                 }
+            }
+            for (cookie, session) in self.compared_with_sockets(settled)? {
+                let now_ns = monotonic_ns();
+                // Other comparisons came in between.
+                let session = self.still_there(cookie, &session)?;
+                let expired = self.judge(cookie, session, now_ns, Some(before))?;
+                self.note_redecided(&mut redecided, cookie, expired);
             }
         }
         Ok(redecided)
+    }
+
+    /// Counts what became of a session; one that is late is made due.
+    fn note_redecided(&mut self, redecided: &mut Redecided, cookie: u64, expired: Option<Expired>) {
+        match expired {
+            Some(expired) => {
+                redecided.expired += 1;
+                self.make_due(&expired);
+            }
+            None if self.schedule.contains(cookie) => redecided.kept += 1,
+            None => redecided.released += 1,
+        }
     }
 
     fn make_due(&mut self, expired: &Expired) {

@@ -122,6 +122,7 @@ impl Enforcer {
             // What passed between the list of the sockets and the attachment, and whatever was
             // stamped while a record was written.
             for _ in 0..MAX_COMPARISONS {
+                self.kernel.wait_for_programs();
                 if self.catch_up(known)? == 0 {
                     break;
                 }
