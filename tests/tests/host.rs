@@ -29,9 +29,9 @@ const PINS: &str = "/sys/fs/bpf/session-enforcer";
 /// What outlives the machine's restart.
 const KEPT: &str = "/run/session-enforcer-vm";
 
-/// A lab on a machine that `cargo xtask vm` has started. A daemon that watches a whole host would
+/// Fails but on a machine that `cargo xtask vm` has started. A daemon that watches a whole host would
 /// reset the connections of whoever runs the test, so this is asked before anything else.
-fn lab() -> Result<Lab> {
+fn ensure_own_machine() -> Result<()> {
     let words = fs::read_to_string("/proc/cmdline")?;
     let is_ours = words
         .split_whitespace()
@@ -40,6 +40,12 @@ fn lab() -> Result<Lab> {
         is_ours,
         "this is for the virtual machines of `cargo xtask vm` only: it works on the whole host"
     );
+    Ok(())
+}
+
+/// A lab on such a machine.
+fn lab() -> Result<Lab> {
+    ensure_own_machine()?;
     Lab::new(AGENT)
 }
 
@@ -370,6 +376,37 @@ mod without_destroy {
             .find(|line| line.contains("SOCK_DESTROY"));
         let line = line.context("doctor does not tell of SOCK_DESTROY")?;
         ensure!(!line.starts_with("ok"), "{line}");
+        Ok(())
+    }
+}
+
+mod below_floor {
+    use super::*;
+
+    const FLOOR: &str = "Linux 6.1 or newer";
+
+    #[test]
+    fn the_daemon_says_that_the_kernel_is_too_old_and_ends() -> Result<()> {
+        ensure_own_machine()?;
+        let mut command = daemon_command()?;
+        command.args(["run", "--port", "5432", "--idle-timeout", "15m"]);
+        let refused = run_to_end(command, patience())?;
+        eprintln!("{}", refused.stderr);
+        assert_eq!(refused.code, 69, "{}", refused.stderr);
+        assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
+        assert!(refused.stderr.contains(FLOOR), "{}", refused.stderr);
+        Ok(())
+    }
+
+    #[test]
+    fn doctor_says_what_it_lacks() -> Result<()> {
+        ensure_own_machine()?;
+        let mut command = daemon_command()?;
+        command.arg("doctor");
+        let report = run_to_end(command, patience())?;
+        eprintln!("{}{}", report.stdout, report.stderr);
+        assert_eq!(report.code, 69, "{}", report.stdout);
+        assert!(report.stdout.contains(FLOOR), "{}", report.stdout);
         Ok(())
     }
 }

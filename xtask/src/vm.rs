@@ -13,8 +13,9 @@ mod plan;
 mod programs;
 mod report;
 
+use std::collections::HashSet;
 use std::env;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +26,9 @@ use anyhow::{Context as _, Result, bail};
 
 use self::kernels::{Kernel, MATRIX};
 use self::machine::{Accelerator, Machine};
-use self::plan::{BOOTS, Boot, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes};
+use self::plan::{
+    BOOTS, Boot, FAULTS, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes,
+};
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
 use crate::build::{Profile, daemon};
@@ -41,6 +44,9 @@ pub(crate) use self::guest::guest;
 /// meets the kernel once, and whole hosts.
 const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
 const CI_TESTS: [&str; 6] = ["verifier", "idle", "gate", "families", "mptcp", HOST];
+
+/// The file with the results of the last run.
+const RESULTS: &str = "results.json";
 
 /// What `vm` is asked for.
 #[derive(clap::Args)]
@@ -70,7 +76,8 @@ pub(crate) struct Args {
     /// Never install anything: fail and name what is missing.
     #[arg(long)]
     no_install: bool,
-    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part. Without any, all.
+    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part; of whole hosts
+    /// `host::MODULE` or `host::MODULE::PART`. Without any, all.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
 }
@@ -82,16 +89,19 @@ impl Args {
         if self.ci {
             return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
         }
-        let kernels = if self.kernel.is_empty() {
+        let mut kernels = if self.kernel.is_empty() {
             owned(&MATRIX.map(|wanted| wanted.name))
         } else {
             self.kernel.clone()
         };
+        // Each has one folder.
+        let mut named = HashSet::new();
+        kernels.retain(|name| named.insert(name.clone()));
         (kernels, self.tests.clone(), self.machines.into())
     }
 }
 
-/// Runs the tests on each kernel, then fails if one failed on a kernel that is supported.
+/// Runs the tests on each kernel, then fails if one failed that must pass.
 pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     if args.list {
         kernels::list(workspace);
@@ -107,12 +117,15 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
             workspace.target().display()
         );
     }
+    let folder = workspace.target().join("vm");
+    let _alone = alone_in(&folder)?;
+    let (names, tests, machines) = args.choice();
+    check_modules(&tests)?;
     let missing = Missing::unless(args.no_install);
     packages::ensure(&packages::TESTS, missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
     packages::ensure(&packages::SHARING, missing)?;
     setup(workspace)?;
-    let (names, tests, machines) = args.choice();
     let mut kernels = Vec::new();
     let mut all = Vec::new();
     for name in &names {
@@ -121,7 +134,8 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
             // The others can be tried all the same.
             Err(error) => {
                 say!("{error:#}");
-                all.push(Results::unfetched(name, kernels::is_meant(name), &error));
+                let must_pass = kernels::is_meant(name) || args.kernel.contains(name);
+                all.push(Results::unfetched(name, must_pass, &error));
             }
         }
     }
@@ -132,7 +146,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         accelerator,
         daemon: daemon(workspace, Profile::Release)?,
         chosen: programs::chosen(&programs::build(workspace)?, &tests)?,
-        folder: workspace.target().join("vm"),
+        folder,
         machines,
         args,
     };
@@ -140,15 +154,39 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     report(&job.folder, &all)
 }
 
+/// Makes the folder this run's own, without the results of the one before: two runs would take each
+/// other's machines' files away.
+fn alone_in(folder: &Path) -> Result<File> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let path = folder.join("lock");
+    let lock = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => bail!(
+            "another `cargo xtask vm` is at work in {}: wait for it",
+            folder.display()
+        ),
+        Err(TryLockError::Error(error)) => {
+            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+        }
+    }
+    let results = folder.join(RESULTS);
+    if results.exists() {
+        fs::remove_file(&results)
+            .with_context(|| format!("cannot remove {}", results.display()))?;
+    }
+    Ok(lock)
+}
+
 fn report(folder: &Path, all: &[Results]) -> Result<()> {
-    let path = folder.join("results.json");
+    let path = folder.join(RESULTS);
     fs::write(&path, serde_json::to_string_pretty(all)?)
         .with_context(|| format!("writing {}", path.display()))?;
     print!("{}", report::table(all));
     say!("also in {}, and all output beside it", path.display());
     let bad = all
         .iter()
-        .filter(|results| results.supported && !results.is_green());
+        .filter(|results| results.must_pass && !results.is_green());
     let bad: Vec<_> = bad.map(|results| results.release.as_str()).collect();
     if !bad.is_empty() {
         bail!("not everything passed on {}", bad.join(", "));
@@ -200,7 +238,7 @@ impl Job<'_> {
             Results::untried(
                 &kernel.name,
                 kernel.release.clone(),
-                kernel.supported,
+                self.must_pass(kernel),
                 &error,
             )
         })
@@ -230,6 +268,7 @@ impl Job<'_> {
         let seconds = start.elapsed().as_secs_f64();
         let done = ended_programs(&shared);
         let expected: usize = plan.boots.iter().map(|boot| boot.programs.len()).sum();
+        let faults = fs::read_to_string(shared.join(FAULTS)).unwrap_or_default();
         let error = match ended {
             Err(error) => Some(format!("{error:#}")),
             Ok(()) if done.len() < expected => Some(format!(
@@ -237,12 +276,13 @@ impl Job<'_> {
                 done.len(),
                 machine.last_words()
             )),
+            Ok(()) if !faults.is_empty() => Some(format!("the kernel reports faults:\n{faults}")),
             Ok(()) => None,
         };
         Ok(Results {
             kernel: kernel.name.clone(),
             release: kernel.release.clone(),
-            supported: kernel.supported,
+            must_pass: self.must_pass(kernel),
             error,
             seconds,
             programs: done.iter().map(|outcome| ran(&shared, outcome)).collect(),
@@ -283,12 +323,29 @@ impl Job<'_> {
         Ok(Plan {
             modules: kernel.modules(),
             environment: variables.into_iter().chain(slower).map(own).collect(),
-            boots: self.boots(),
+            boots: self.boots(kernel),
         })
     }
 
+    /// Whether tests that do not pass fail the run: not those that are asked for on a kernel that is not
+    /// supported.
+    fn must_pass(&self, kernel: &Kernel) -> bool {
+        kernel.supported || self.args.tests.is_empty()
+    }
+
+    /// What is asked for, or, on a kernel that is not supported, what the daemon says there.
+    fn boots(&self, kernel: &Kernel) -> Vec<Boot> {
+        if kernel.supported || !self.args.tests.is_empty() {
+            return self.boots_of_suite();
+        }
+        let host = self.chosen.iter().find(|(built, _)| built.name == HOST);
+        host.map(|(host, _)| BELOW_FLOOR.boot(host, &[]))
+            .into_iter()
+            .collect()
+    }
+
     /// The suite on a system as systemd leaves it, then the tests of whole hosts.
-    fn boots(&self) -> Vec<Boot> {
+    fn boots_of_suite(&self) -> Vec<Boot> {
         let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
         let threads = self.accelerator.tests_at_once();
         let suite = suite.map(|(built, words)| built.program(threads, words));
@@ -300,14 +357,7 @@ impl Job<'_> {
             programs: suite.collect(),
         }];
         if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
-            let boot = |stage: &Stage| Boot {
-                hierarchy: stage.hierarchy,
-                bpffs: false,
-                sock_destroy: stage.sock_destroy,
-                at_once: 1,
-                programs: stage.programs(host, words),
-            };
-            boots.extend(STAGES.iter().map(boot));
+            boots.extend(STAGES.iter().map(|stage| stage.boot(host, words)));
         }
         boots.retain(|boot| !boot.programs.is_empty());
         boots
@@ -345,14 +395,63 @@ const STAGES: [Stage; 4] = [
     },
 ];
 
+/// On a kernel that is older than those that are supported.
+const BELOW_FLOOR: Stage = Stage {
+    modules: &["below_floor"],
+    hierarchy: Hierarchy::Unified,
+    sock_destroy: true,
+};
+
 impl Stage {
-    /// Its modules' tests; of those, where words name modules, the named ones.
-    fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
-        let is_asked_for =
-            |module: &&&str| words.is_empty() || words.iter().any(|word| word == **module);
-        let modules = self.modules.iter().filter(is_asked_for);
-        modules.map(|module| host.part(module)).collect()
+    fn boot(&self, host: &Built, words: &[String]) -> Boot {
+        Boot {
+            hierarchy: self.hierarchy,
+            bpffs: false,
+            sock_destroy: self.sock_destroy,
+            at_once: 1,
+            programs: self.programs(host, words),
+        }
     }
+
+    /// Its modules' tests; of those, where there are words, the ones that words ask for.
+    fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
+        let of_module = |module: &&str| {
+            let whole = format!("{module}::");
+            if words.is_empty() || words.iter().any(|word| word == module) {
+                return Some(host.part(module, &[whole]));
+            }
+            let parts = words.iter().filter(|word| word.starts_with(&whole));
+            let parts: Vec<String> = parts.cloned().collect();
+            (!parts.is_empty()).then(|| host.part(module, &parts))
+        };
+        self.modules.iter().filter_map(of_module).collect()
+    }
+}
+
+/// That the tests of whole hosts that are asked for are in modules that a stage is for.
+fn check_modules(tests: &[String]) -> Result<()> {
+    let modules: Vec<&str> = STAGES
+        .iter()
+        .flat_map(|stage| stage.modules)
+        .copied()
+        .collect();
+    for test in tests {
+        let Some(part) = test
+            .strip_prefix(HOST)
+            .and_then(|rest| rest.strip_prefix("::"))
+        else {
+            continue;
+        };
+        let module = part.split("::").next().unwrap_or(part);
+        if !modules.contains(&module) {
+            bail!(
+                "{HOST} has no module {module}; it has {}: ask for {HOST}::MODULE or \
+                 {HOST}::MODULE::PART",
+                modules.join(", ")
+            );
+        }
+    }
+    Ok(())
 }
 
 fn ran(shared: &Path, outcome: &Outcome) -> Ran {
@@ -379,4 +478,27 @@ fn tell(kernel: &Kernel, shared: &Path, told: usize) -> usize {
         say!("{}: {}", kernel.release, report::line(&ran));
     }
     ended.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_hosts_tests_are_asked_for_by_module() {
+        let check = |word: &str| check_modules(&[word.to_owned()]);
+        for word in [
+            "host",
+            "host::hybrid",
+            "host::unified::reboot",
+            "gate::late",
+        ] {
+            check(word).expect(word);
+        }
+        let error = check("host::wall_clock").expect_err("no module");
+        assert!(
+            error.to_string().contains("it has hybrid, unified"),
+            "{error}"
+        );
+    }
 }

@@ -5,7 +5,8 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{self, Child, Command, ExitStatus, Stdio};
@@ -20,7 +21,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::debugger::{ANSWERED, ASKED};
-use super::plan::{BOOTS, Boot, End, Hierarchy, MARK, OUTCOMES, Outcome, PLAN, Plan, Program};
+use super::plan::{
+    BOOTS, Boot, End, FAULTS, Hierarchy, MARK, OUTCOMES, Outcome, PLAN, Plan, Program,
+};
 
 use crate::process::find_program;
 
@@ -92,6 +95,7 @@ fn boot() -> Result<RebootMode> {
         .context("there is no plan for this boot")?;
     prepare(&plan, now)?;
     run_all(&plan, now, shared)?;
+    note_faults(shared)?;
     Ok(if number + 1 < plan.boots.len() {
         RebootMode::RB_AUTOBOOT
     } else {
@@ -295,13 +299,66 @@ impl Running<'_> {
 
 fn write_down(outcome: &Outcome, shared: &Path) -> Result<()> {
     let line = serde_json::to_string(outcome)? + "\n";
+    append(&shared.join(OUTCOMES), &line)
+}
+
+fn append(path: &Path, text: &str) -> Result<()> {
     let mut file = OpenOptions::new()
         .create(true)
         .append(true)
-        .open(shared.join(OUTCOMES))
-        .context("cannot open the list of outcomes")?;
-    file.write_all(line.as_bytes())
-        .context("cannot write down an outcome")
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    file.write_all(text.as_bytes())
+        .with_context(|| format!("cannot write to {}", path.display()))
+}
+
+/// How a line of the kernel's log begins that tells of a fault of its own: a warning, an oops. That a
+/// processor stood still is none of them: those of an emulated machine do.
+const FAULT: [&str; 6] = [
+    "WARNING: ",
+    "BUG: unable to handle",
+    "BUG: kernel NULL pointer",
+    "kernel BUG at ",
+    "Oops",
+    "general protection fault",
+];
+
+/// Writes down what the kernel's log tells of faults: a test that passes may have met one.
+fn note_faults(shared: &Path) -> Result<()> {
+    let mut log = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open("/dev/kmsg")
+        .context("cannot open the kernel's log")?;
+    // One record a read.
+    let mut record = [0; 8192];
+    let mut faults = String::new();
+    loop {
+        match log.read(&mut record) {
+            Ok(length) => {
+                let text = String::from_utf8_lossy(&record[..length]);
+                faults.extend(fault_in(&text).map(|fault| format!("    {fault}\n")));
+            }
+            // Older ones have been overwritten meanwhile.
+            Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error).context("cannot read the kernel's log"),
+        }
+    }
+    if faults.is_empty() {
+        return Ok(());
+    }
+    append(&shared.join(FAULTS), &faults)
+}
+
+/// The fault that a record of the kernel's log tells of: `PRIORITY,NUMBER,TIME,FLAGS;TEXT`.
+fn fault_in(record: &str) -> Option<&str> {
+    let (_, text) = record.split_once(';')?;
+    let line = text.lines().next()?;
+    FAULT
+        .iter()
+        .any(|fault| line.starts_with(fault))
+        .then_some(line)
 }
 
 /// Takes note of the end of processes whose parents have ended before: nobody else does.
@@ -321,6 +378,25 @@ fn bury_orphans(running: &[Running<'_>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn warnings_and_oopses_are_faults_of_the_kernel_and_a_late_processor_is_none() {
+        let told = |text: &str| fault_in(&format!("4,339,5140900,-;{text}\n")).map(str::to_owned);
+        for text in [
+            "WARNING: CPU: 1 PID: 7 at net/ipv4/tcp.c:2801 tcp_recvmsg+0x1/0x2",
+            "BUG: kernel NULL pointer dereference, address: 0000000000000008",
+            "Oops: 0000 [#1] PREEMPT SMP",
+        ] {
+            assert_eq!(told(text).as_deref(), Some(text));
+        }
+        for text in [
+            "watchdog: BUG: soft lockup - CPU#0 stuck for 26s!",
+            "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "init: WARNING: said by a program",
+        ] {
+            assert_eq!(told(text), None);
+        }
+    }
 
     #[test]
     fn a_folder_below_what_the_machine_has_of_its_own_is_hidden() {

@@ -148,10 +148,17 @@ fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
         bail!("{name:?} is neither a name of `cargo xtask vm --list` nor a series like 6.16");
     }
     let apt = PrivateApt::new(workspace.target().join("vm/apt"))?;
+    let fetched = fetch_from(&apt, suites, series, folder);
+    apt.remove();
+    fetched
+}
+
+/// Fetches the newest kernel of a series from the first of these suites that has it whole.
+fn fetch_from(apt: &PrivateApt, suites: &[&str], series: &str, folder: &Path) -> Result<()> {
     let mut tried = Vec::new();
     for suite in suites {
         // No reason to stop: mirrors lack some of the suites.
-        let releases = match apt.open(suite).and_then(|()| releases(&apt, series)) {
+        let releases = match apt.open(suite).and_then(|()| releases(apt, series)) {
             Ok(releases) => releases,
             Err(error) => {
                 tried.push(format!("{suite}: {error:#}"));
@@ -163,11 +170,8 @@ fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
         }
         // A suite may list a release of which it lacks a part.
         for release in releases.into_iter().take(MAX_RELEASES) {
-            match unpack(&apt, &release, folder) {
-                Ok(()) => {
-                    apt.remove();
-                    return Ok(());
-                }
+            match unpack(apt, &release, folder) {
+                Ok(()) => return Ok(()),
                 Err(error) => tried.push(format!("{suite}: {release}: {error:#}")),
             }
         }
@@ -202,16 +206,27 @@ fn numbers(release: &str) -> Vec<u32> {
     groups.filter_map(|group| group.parse().ok()).collect()
 }
 
-/// Makes a kernel's folder: image, modules with their index, and the name of the release, which
-/// is written when all else is there.
+/// Makes a kernel's folder, or leaves the one that there is.
 fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
     say!(
         "fetching Linux {release}, to unpack it into {}",
         folder.display()
     );
-    let half = folder.with_extension("partial");
+    let mut half = folder.as_os_str().to_owned();
+    half.push(".partial");
+    let half = PathBuf::from(half);
     remove(&half)?;
-    fs::create_dir_all(&half).with_context(|| format!("cannot create {}", half.display()))?;
+    let made = unpack_into(apt, release, &half).and_then(|()| {
+        remove(folder)?;
+        fs::rename(&half, folder).with_context(|| format!("cannot rename to {}", folder.display()))
+    });
+    made.inspect_err(|_| drop(remove(&half)))
+}
+
+/// Image, modules with their index, and the name of the release, which is written when all else is
+/// there.
+fn unpack_into(apt: &PrivateApt, release: &str, half: &Path) -> Result<()> {
+    fs::create_dir_all(half).with_context(|| format!("cannot create {}", half.display()))?;
     let package = apt.fetch(&format!("linux-image-{release}"))?;
     let depends = output_of(
         Command::new("dpkg-deb")
@@ -219,18 +234,16 @@ fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
             .arg(&package)
             .arg("Depends"),
     )?;
-    extract(&package, &half)?;
+    extract(&package, half)?;
     let mut lacking = Vec::new();
     for part in parts(&depends, release) {
         match apt.fetch(part) {
-            Ok(package) => extract(&package, &half)?,
+            Ok(package) => extract(&package, half)?,
             // A suite lacks one now and then, and not every one has what is needed here.
             Err(error) => lacking.push(format!("{error:#}")),
         }
     }
-    arrange(&half, release).with_context(|| lacking.join("; "))?;
-    remove(folder)?;
-    fs::rename(&half, folder).with_context(|| format!("cannot rename to {}", folder.display()))
+    arrange(half, release).with_context(|| lacking.join("; "))
 }
 
 fn extract(package: &Path, folder: &Path) -> Result<()> {

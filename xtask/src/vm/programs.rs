@@ -29,10 +29,10 @@ impl Built {
         self.named(&self.name, threads, words)
     }
 
-    /// To be run for the tests of one of its modules, one by one, under that name.
-    pub(super) fn part(&self, module: &str) -> Program {
-        let words = [format!("{module}::")];
-        self.named(&format!("{}-{module}", self.name), 1, &words)
+    /// To be run, under the name of one of its modules, for those of its tests whose names contain one of
+    /// these words, one by one.
+    pub(super) fn part(&self, module: &str, words: &[String]) -> Program {
+        self.named(&format!("{}-{module}", self.name), 1, words)
     }
 
     fn named(&self, name: &str, threads: usize, words: &[String]) -> Program {
@@ -95,7 +95,8 @@ pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Ve
     if words.is_empty() {
         return Ok(built.iter().map(|one| (one.clone(), Vec::new())).collect());
     }
-    let mut chosen: Vec<(Built, Vec<String>)> = Vec::new();
+    // Without words of its own a program is run whole.
+    let mut chosen: Vec<(Built, Option<Vec<String>>)> = Vec::new();
     for word in words {
         let (name, part) = match word.split_once("::") {
             Some((name, part)) => (name, Some(part.to_owned())),
@@ -109,11 +110,19 @@ pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Ve
             );
         };
         match chosen.iter_mut().find(|(one, _)| one == found) {
-            Some((_, parts)) => parts.extend(part),
-            None => chosen.push((found.clone(), part.into_iter().collect())),
+            Some((_, parts)) => {
+                *parts = parts.take().zip(part).map(|(mut parts, part)| {
+                    parts.push(part);
+                    parts
+                });
+            }
+            None => chosen.push((found.clone(), part.map(|part| vec![part]))),
         }
     }
-    Ok(chosen)
+    let chosen = chosen.into_iter();
+    Ok(chosen
+        .map(|(one, parts)| (one, parts.unwrap_or_default()))
+        .collect())
 }
 
 #[cfg(test)]
@@ -151,6 +160,10 @@ mod tests {
         assert_eq!(chosen(&all, &[]).expect("all").len(), 2);
         let some = chosen(&all, &words(&["gate::frozen", "gate::late"])).expect("one");
         assert_eq!(some, [(built("gate"), words(&["frozen", "late"]))]);
+        for whole in [["gate", "gate::frozen"], ["gate::frozen", "gate"]] {
+            let found = chosen(&all, &words(&whole)).expect("one");
+            assert_eq!(found, [(built("gate"), Vec::new())]);
+        }
         let error = chosen(&all, &words(&["gat"])).expect_err("none");
         assert!(
             error.to_string().ends_with("there are: gate, idle"),

@@ -13,8 +13,8 @@ pub(super) struct Results {
     pub(super) kernel: String,
     /// Its `uname -r`.
     pub(super) release: String,
-    /// Whether session-enforcer is meant to work there.
-    pub(super) supported: bool,
+    /// Whether the run fails where something fails there.
+    pub(super) must_pass: bool,
     /// Why there are not all results, if there are not.
     pub(super) error: Option<String>,
     /// From the start of the machine to its end.
@@ -24,21 +24,21 @@ pub(super) struct Results {
 
 impl Results {
     /// Of a kernel that could not be had.
-    pub(super) fn unfetched(name: &str, supported: bool, error: &anyhow::Error) -> Self {
-        Self::untried(name, format!("{name} (not fetched)"), supported, error)
+    pub(super) fn unfetched(name: &str, must_pass: bool, error: &anyhow::Error) -> Self {
+        Self::untried(name, format!("{name} (not fetched)"), must_pass, error)
     }
 
     /// Of a kernel on which nothing could be tried.
     pub(super) fn untried(
         name: &str,
         release: String,
-        supported: bool,
+        must_pass: bool,
         error: &anyhow::Error,
     ) -> Self {
         Self {
             kernel: name.to_owned(),
             release,
-            supported,
+            must_pass,
             error: Some(format!("{error:#}")),
             seconds: 0.0,
             programs: Vec::new(),
@@ -79,7 +79,9 @@ impl Ran {
         };
         let (passed, failed) = (of("ok"), of("FAILED"));
         let told = match outcome.end {
-            End::Exit(0) => failed.is_empty() && log.contains("test result: ok"),
+            End::Exit(0) => {
+                failed.is_empty() && !passed.is_empty() && log.contains("test result: ok")
+            }
             // What libtest ends with where a test has failed.
             End::Exit(101) => !failed.is_empty(),
             _ => false,
@@ -87,7 +89,13 @@ impl Ran {
         Self {
             name: outcome.name.clone(),
             seconds: outcome.seconds,
-            end: (!told).then(|| shown(outcome.end)),
+            end: (!told).then(|| {
+                if passed.is_empty() && outcome.end == End::Exit(0) {
+                    "no test ran: none has such a name".to_owned()
+                } else {
+                    shown(outcome.end)
+                }
+            }),
             passed,
             failed,
         }
@@ -239,6 +247,7 @@ mod tests {
         assert!(Ran::new(&outcome(End::Exit(0)), green).is_green());
         for (end, log) in [
             (End::Exit(0), "test a_thing ... ok\n"),
+            (End::Exit(0), "\ntest result: ok. 0 passed;\n"),
             (End::Exit(101), green),
             (End::Signal(11), green),
             (End::TimeLimit, "test a_thing ... ok\n"),
@@ -252,7 +261,7 @@ mod tests {
         let results = |release: &str, ran| Results {
             kernel: String::new(),
             release: release.to_owned(),
-            supported: true,
+            must_pass: true,
             error: None,
             seconds: 61.0,
             programs: vec![ran],
