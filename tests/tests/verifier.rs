@@ -4,6 +4,7 @@
 //! the kernel that it runs on to standard error, also where it passes.
 
 use std::{
+    collections::BTreeSet,
     ffi::c_long,
     fmt::Write as _,
     fs,
@@ -244,7 +245,15 @@ fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let mut complaints = String::new();
     let mut lines = String::new();
-    for now in figures()? {
+    let figures = figures()?;
+    let loaded: BTreeSet<&str> = figures.iter().map(|now| now.program.as_str()).collect();
+    let listed = table.iter().map(|(_, before)| before.program.as_str());
+    assert_eq!(
+        loaded,
+        listed.collect(),
+        "the programs, and those of the table"
+    );
+    for now in &figures {
         let is_same = |(kernel, before): &&(&str, Figures)| {
             *kernel == series && before.program == now.program
         };

@@ -118,6 +118,10 @@ impl Statistics {
 pub(crate) enum Body {
     /// Nothing.
     Nothing,
+    /// It asks for the time, by the precise clock.
+    Clock,
+    /// It asks for the time, by the coarse clock.
+    CoarseClock,
     /// It asks for the socket's cookie.
     Cookie,
     /// It asks for the cookie and looks that up in a map of the daemon's size, in vain.
@@ -134,7 +138,9 @@ pub(crate) enum Body {
 
 impl Body {
     /// Every one that does something.
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Clock,
+        Self::CoarseClock,
         Self::Cookie,
         Self::LookUp,
         Self::StorageMissed,
@@ -253,6 +259,8 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     ];
     // r0 = bpf_ktime_get_ns()
     const CLOCK: Instruction = [0x85, 0, 0, 0, 5, 0, 0, 0];
+    // r0 = bpf_ktime_get_coarse_ns()
+    const COARSE_CLOCK: Instruction = [0x85, 0, 0, 0, 160, 0, 0, 0];
     // r2 = r1, which is the socket to a program on the hook for new ones
     const NEW_SOCKET: Instruction = [0xbf, 0x12, 0, 0, 0, 0, 0, 0];
     // r0 = r1->op; if it is BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB or the one behind it, r2 = r1->sk; else, and
@@ -277,6 +285,8 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
         (Body::Calls, Hook::SocketMade) => [&[NEW_SOCKET][..], &map, &storage(1)].concat(),
         (Body::Calls, Hook::Lifecycle) => [&ESTABLISHED[..], &map, &[DELETE]].concat(),
         (Body::Nothing, _) | (_, Hook::SocketMade | Hook::Lifecycle) => Vec::new(),
+        (Body::Clock, _) => vec![CLOCK],
+        (Body::CoarseClock, _) => vec![COARSE_CLOCK],
         (Body::Cookie, _) => vec![COOKIE],
         (Body::LookUp, _) => [&[COOKIE][..], &KEY, &map, &[LOOK_UP]].concat(),
         (Body::StorageMissed, _) => [&SOCKET[..], &map, &storage(0)].concat(),

@@ -184,9 +184,17 @@ fn perform(args: &Args) -> Result<()> {
     println!("{}\n", machine.sentence());
     let mut sections = Vec::new();
     for benchmark in chosen {
-        let section = measure(benchmark, &bench)?;
-        println!("{}", section.table());
-        sections.push(section);
+        match measure(benchmark, &bench) {
+            Ok(section) => {
+                println!("{}", section.table());
+                sections.push(section);
+            }
+            // What was measured before it was interrupted is not lost.
+            Err(error) => {
+                write_json(args, &machine, &sections)?;
+                return Err(error);
+            }
+        }
     }
     write_json(args, &machine, &sections)?;
     let failed = sections.iter().filter(|section| section.rows.is_err());

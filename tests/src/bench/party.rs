@@ -31,6 +31,10 @@ pub(crate) const EVERYTHING: &str = "[[rule]]\nname = \"all\"\nidle_timeout = \"
 const NOTHING: &str = "[[rule]]\nname = \"other\"\nlocal_ports = [1]\ndirection = \"inbound\"\n\
                        idle_timeout = \"1h\"\n";
 
+/// None of them either, but that takes a look at each session: no port tells.
+const ELSEWHERE: &str =
+    "[[rule]]\nname = \"other\"\nremote = [\"192.0.2.0/24\"]\nidle_timeout = \"1h\"\n";
+
 /// What watches the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -40,8 +44,10 @@ pub(crate) enum Kind {
     Plain(Body),
     /// The daemon, which tracks both ends.
     Tracked,
-    /// The daemon, which tracks other connections.
+    /// The daemon, which tracks connections of other ports.
     Untracked,
+    /// The daemon, which tracks connections of other addresses and of any port.
+    Elsewhere,
     /// The kernel's connection tracking.
     Conntrack,
     /// HAProxy between the ends.
@@ -76,6 +82,8 @@ impl Kind {
         match self {
             Self::Bare => "bare",
             Self::Plain(Body::Nothing) => "null program",
+            Self::Plain(Body::Clock) => "clock alone",
+            Self::Plain(Body::CoarseClock) => "coarse clock alone",
             Self::Plain(Body::Cookie) => "cookie alone",
             Self::Plain(Body::LookUp) => "cookie and look-up alone",
             Self::Plain(Body::StorageMissed) => "socket storage alone, nothing there",
@@ -83,6 +91,7 @@ impl Kind {
             Self::Plain(Body::Calls) => "necessary calls alone",
             Self::Tracked => "session-enforcer, both ends tracked",
             Self::Untracked => "session-enforcer, not tracked",
+            Self::Elsewhere => "session-enforcer, rule without ports, not tracked",
             Self::Conntrack => "conntrack",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx stream",
@@ -125,6 +134,7 @@ impl Party {
             Kind::Plain(body) => Watcher::Plain(PlainPrograms::attach(cgroup.path(), body)?),
             Kind::Tracked => Watcher::Daemon(pinned_daemon(&cgroup, EVERYTHING, cpu, stop)?),
             Kind::Untracked => Watcher::Daemon(pinned_daemon(&cgroup, NOTHING, cpu, stop)?),
+            Kind::Elsewhere => Watcher::Daemon(pinned_daemon(&cgroup, ELSEWHERE, cpu, stop)?),
             Kind::Conntrack => {
                 track_connections(agent, &netns)?;
                 Watcher::Nobody

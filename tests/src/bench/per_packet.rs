@@ -41,7 +41,8 @@ const WAYS: [(Hook, &str); 2] = [(Hook::Ingress, "ingress"), (Hook::Egress, "egr
 
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let _statistics = Statistics::on()?;
-    let kinds = [Kind::NULL, Kind::Tracked, Kind::Untracked].into_iter();
+    let daemons = [Kind::Tracked, Kind::Untracked, Kind::Elsewhere];
+    let kinds = [Kind::NULL].into_iter().chain(daemons);
     let kinds = kinds.chain(Body::ALL.map(Kind::Plain));
     let mut subjects = Vec::new();
     for kind in kinds {
@@ -70,7 +71,7 @@ fn open(subjects: &mut [Subject], count: usize, bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// Fills the maps of both daemons up with sessions that nobody has.
+/// Fills the maps of the daemons up with sessions that nobody has.
 fn fill(subjects: &[Subject], sessions: u64) -> Result<()> {
     let is_tracked = |subject: &&Subject| subject.party.kind == Kind::Tracked;
     let tracked = subjects.iter().find(is_tracked).context("a session")?;
@@ -95,7 +96,7 @@ fn packets(
     bench: &Bench,
 ) -> Result<Vec<Row>> {
     let trips = bench.pick(4_000, 10_000);
-    let rounds = bench.pick(7, 15);
+    let rounds = bench.pick(7, 22);
     let mut costs: Vec<Costs> = subjects.iter().map(|_| Costs::default()).collect();
     for round in 0..rounds {
         for turn in turns(subjects.len(), round) {
@@ -118,6 +119,7 @@ fn packets(
             let (kind, budget) = match subject.party.kind {
                 Kind::Tracked => ("tracked", Some(TRACKED_NS)),
                 Kind::Untracked => ("untracked", Some(UNTRACKED_NS)),
+                Kind::Elsewhere => ("untracked, rule without ports", Some(UNTRACKED_NS)),
                 kind => (kind.name(), None),
             };
             // Those that only show what cannot be done without know no sessions.

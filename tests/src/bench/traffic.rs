@@ -24,7 +24,7 @@ const SETTLED: Duration = Duration::from_millis(150);
 pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
     let count = bench.pick(8_000, 20_000);
     let compared = Compared {
-        rounds: bench.pick(15, 41),
+        rounds: bench.pick(16, 40),
         unit: "us",
         budget: Some(Budget::RatioAtMost(1.025)),
         prepare: &["close", "open 1", "ping 500 1"],
@@ -38,10 +38,10 @@ pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
 pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
     let count = bench.pick(1_500, 4_000);
     let compared = Compared {
-        rounds: bench.pick(9, 21),
+        rounds: bench.pick(8, 24),
         unit: "us",
         budget: Some(Budget::RatioAtMost(1.05)),
-        prepare: &[],
+        prepare: &["connect 100"],
         request: format!("connect {count}"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
     };
@@ -52,7 +52,7 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
 pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
     let mebibytes = bench.pick(256, 1_024);
     let compared = Compared {
-        rounds: bench.pick(5, 15),
+        rounds: bench.pick(8, 16),
         unit: "GB/s",
         budget: None,
         prepare: &["close", "open 1", "transfer 32"],
