@@ -385,13 +385,18 @@ mod below_floor {
 
     const FLOOR: &str = "Linux 6.1 or newer";
 
+    /// Leaves what was said beside the log, for whoever wants to know what exactly is missing.
+    fn keep(name: &str, text: &str) -> Result<()> {
+        Ok(fs::write(Path::new(KEPT).join(name), text)?)
+    }
+
     #[test]
     fn the_daemon_says_that_the_kernel_is_too_old_and_ends() -> Result<()> {
         ensure_own_machine()?;
         let mut command = daemon_command()?;
         command.args(["run", "--port", "5432", "--idle-timeout", "15m"]);
         let refused = run_to_end(command, patience())?;
-        eprintln!("{}", refused.stderr);
+        keep("run.txt", &refused.stderr)?;
         assert_eq!(refused.code, 69, "{}", refused.stderr);
         assert_eq!(refused.stderr.lines().count(), 1, "{}", refused.stderr);
         assert!(refused.stderr.contains(FLOOR), "{}", refused.stderr);
@@ -404,7 +409,7 @@ mod below_floor {
         let mut command = daemon_command()?;
         command.arg("doctor");
         let report = run_to_end(command, patience())?;
-        eprintln!("{}{}", report.stdout, report.stderr);
+        keep("doctor.txt", &format!("{}{}", report.stdout, report.stderr))?;
         assert_eq!(report.code, 69, "{}", report.stdout);
         assert!(report.stdout.contains(FLOOR), "{}", report.stdout);
         Ok(())

@@ -77,7 +77,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_install: bool,
     /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part; of whole hosts
-    /// `host::MODULE` or `host::MODULE::PART`. Without any, all.
+    /// `host::MODULE` or `host::MODULE::START`. Without any, all.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
 }
@@ -276,7 +276,7 @@ impl Job<'_> {
                 done.len(),
                 machine.last_words()
             )),
-            Ok(()) if !faults.is_empty() => Some(format!("the kernel reports faults:\n{faults}")),
+            Ok(()) if !faults.is_empty() => Some(format!("faults inside:\n{faults}")),
             Ok(()) => None,
         };
         Ok(Results {
@@ -446,7 +446,7 @@ fn check_modules(tests: &[String]) -> Result<()> {
         if !modules.contains(&module) {
             bail!(
                 "{HOST} has no module {module}; it has {}: ask for {HOST}::MODULE or \
-                 {HOST}::MODULE::PART",
+                 {HOST}::MODULE::START",
                 modules.join(", ")
             );
         }

@@ -63,6 +63,9 @@ pub(crate) fn guest() -> Result<()> {
         Ok(mode) => mode,
         Err(error) => {
             eprintln!("vm-guest: {error:#}");
+            // After the last program nothing else would show it. There may be no such folder yet.
+            let told = format!("    vm-guest: {error:#}\n");
+            let _ = append(&Path::new(SHARED).join(FAULTS), &told);
             RebootMode::RB_POWER_OFF
         }
     };

@@ -11,7 +11,7 @@ pub(super) const PLAN: &str = "plan.json";
 pub(super) const OUTCOMES: &str = "outcomes.json";
 /// The file that says how many boots have begun.
 pub(super) const BOOTS: &str = "boots";
-/// The file that gets what the kernel reports of faults of its own; there is none without any.
+/// The file that gets what the kernel, or the guest, reports of faults of its own; there is none without any.
 pub(super) const FAULTS: &str = "faults.txt";
 /// What this machine's kernel command line says of it. The tests of whole hosts ask for it.
 pub(super) const MARK: &str = "session_enforcer.vm=1";
