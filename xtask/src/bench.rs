@@ -24,7 +24,7 @@ const BINARY: &str = "SESSION_ENFORCER_BIN";
 /// What `bench` is asked for.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fewer and shorter rounds: under 3 minutes instead of some 11, and more noise.
+    /// Fewer and shorter rounds: under 3 minutes instead of some 12, and more noise.
     #[arg(long)]
     quick: bool,
     /// Only name the benchmarks.

@@ -276,9 +276,11 @@ impl Job<'_> {
                 done.len(),
                 machine.last_words()
             )),
-            Ok(()) if !faults.is_empty() => Some(format!("faults inside:\n{faults}")),
             Ok(()) => None,
         };
+        let faults = (!faults.is_empty()).then(|| format!("faults inside:\n{faults}"));
+        let errors: Vec<String> = error.into_iter().chain(faults).collect();
+        let error = (!errors.is_empty()).then(|| errors.join("\n"));
         Ok(Results {
             kernel: kernel.name.clone(),
             release: kernel.release.clone(),
@@ -327,15 +329,18 @@ impl Job<'_> {
         })
     }
 
-    /// Whether tests that do not pass fail the run: not those that are asked for on a kernel that is not
-    /// supported.
-    fn must_pass(&self, kernel: &Kernel) -> bool {
-        kernel.supported || self.args.tests.is_empty()
+    /// Whether what is run is what the daemon says on a kernel that it is known to refuse.
+    fn is_below_floor(&self, kernel: &Kernel) -> bool {
+        kernel.refused && self.args.tests.is_empty()
     }
 
-    /// What is asked for, or, on a kernel that is not supported, what the daemon says there.
+    /// Whether tests that do not pass fail the run.
+    fn must_pass(&self, kernel: &Kernel) -> bool {
+        kernel.supported || self.is_below_floor(kernel)
+    }
+
     fn boots(&self, kernel: &Kernel) -> Vec<Boot> {
-        if kernel.supported || !self.args.tests.is_empty() {
+        if !self.is_below_floor(kernel) {
             return self.boots_of_suite();
         }
         let host = self.chosen.iter().find(|(built, _)| built.name == HOST);

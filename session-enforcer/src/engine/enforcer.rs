@@ -268,11 +268,16 @@ impl Enforcer {
     /// Where the session map cannot be read.
     pub fn enforce_due(&mut self) -> Result<()> {
         let mut destroyer = None;
-        let passed = self.pass(&mut destroyer);
+        let mut settled_owners = Vec::new();
+        let passed = self.pass(&mut destroyer, &mut settled_owners);
         // Whatever has gone wrong, what the kernel was asked for is recorded.
         let settled = destroyer.map_or(Ok(()), |mut destroyer| self.settle_rest(&mut destroyer));
         self.audit.flush();
-        passed.and(settled)
+        passed.and(settled)?;
+        for (cookie, _) in self.compared_with_sockets(settled_owners)? {
+            self.schedule.rearm(cookie, 0);
+        }
+        Ok(())
     }
 
     /// Takes in the answers that are still to come, also behind one that does not.
@@ -288,13 +293,16 @@ impl Enforcer {
         }
     }
 
-    fn pass(&mut self, destroyer: &mut Option<Destroyer>) -> Result<()> {
+    fn pass(
+        &mut self,
+        destroyer: &mut Option<Destroyer>,
+        settled: &mut Vec<(u64, Session)>,
+    ) -> Result<()> {
         let mut left = MAX_PASS;
-        let mut settled = Vec::new();
         while left > 0 {
             // In batches, so that the look at a session comes right before its reset.
             let mut expired = Vec::new();
-            let due = self.take_due(MAX_BATCH.min(left), &mut expired, &mut settled)?;
+            let due = self.take_due(MAX_BATCH.min(left), &mut expired, settled)?;
             if destroyer.is_none() && self.is_due() {
                 // Where there can be no thread, this one does it all.
                 *destroyer = Destroyer::start().ok();
@@ -304,9 +312,6 @@ impl Enforcer {
                 break;
             }
             left = left.saturating_sub(due);
-        }
-        for (cookie, _) in self.compared_with_sockets(settled)? {
-            self.schedule.rearm(cookie, 0);
         }
         Ok(())
     }

@@ -111,7 +111,11 @@ impl Enforcer {
                     self.note_redecided(&mut redecided, *cookie, expired);
                 }
             }
-            for (cookie, session) in self.compared_with_sockets(settled)? {
+            let open = settled.len();
+            let settled = self.compared_with_sockets(settled)?;
+            // Those that have ended meanwhile.
+            redecided.released += open - settled.len();
+            for (cookie, session) in settled {
                 let now_ns = monotonic_ns();
                 // Other comparisons came in between.
                 let session = self.still_there(cookie, &session)?;

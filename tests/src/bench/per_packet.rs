@@ -25,6 +25,8 @@ const UNTRACKED_NS: f64 = 6.0;
 struct Subject {
     party: Party,
     programs: Programs,
+    /// Sessions in the map that nobody has.
+    invented: u64,
 }
 
 /// Nanoseconds per run, for each round.
@@ -48,7 +50,11 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     for kind in kinds {
         let party = Party::set_up(kind, &bench.agent, bench.cpu, &bench.stop)?;
         let programs = Programs::of(party.cgroup.path())?;
-        subjects.push(Subject { party, programs });
+        subjects.push(Subject {
+            party,
+            programs,
+            invented: 0,
+        });
     }
     let mut rows = Vec::new();
     let pairs = bench.pick(1_000, SOME as usize / 2);
@@ -56,7 +62,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     rows.extend(packets(&mut subjects, "warm", FEW, 1, bench)?);
     open(&mut subjects, pairs - 1, bench)?;
     for sessions in [SOME, MANY] {
-        fill(&subjects, sessions)?;
+        fill(&mut subjects, sessions)?;
         rows.extend(packets(&mut subjects, "warm", sessions, 1, bench)?);
         rows.extend(packets(&mut subjects, "cold", sessions, pairs, bench)?);
     }
@@ -72,15 +78,16 @@ fn open(subjects: &mut [Subject], count: usize, bench: &Bench) -> Result<()> {
 }
 
 /// Fills the maps of the daemons up with sessions that nobody has.
-fn fill(subjects: &[Subject], sessions: u64) -> Result<()> {
+fn fill(subjects: &mut [Subject], sessions: u64) -> Result<()> {
     let is_tracked = |subject: &&Subject| subject.party.kind == Kind::Tracked;
     let tracked = subjects.iter().find(is_tracked).context("a session")?;
     let value = tracked.programs.sessions()?.some_record()?;
     for subject in subjects {
         if let Some(daemon) = subject.party.daemon() {
             let real = daemon.metric("session_enforcer_sessions", &[])? as u64;
-            let map = subject.programs.sessions()?;
-            map.invent(sessions.saturating_sub(real), &value)?;
+            let more = sessions.saturating_sub(real + subject.invented);
+            subject.programs.sessions()?.invent(more, &value)?;
+            subject.invented += more;
         }
     }
     Ok(())
@@ -150,7 +157,9 @@ fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
     let mut costs = vec![[Vec::new(), Vec::new()]; subjects.len()];
     for round in 0..rounds {
         for turn in turns(subjects.len(), round) {
-            let Subject { party, programs } = &mut subjects[turn];
+            let Subject {
+                party, programs, ..
+            } = &mut subjects[turn];
             let before = hooks.map(|hook| programs.spent(hook));
             party.worker.ask(&bench.stop, format!("connect {count}"))?;
             for ((hook, before), costs) in hooks.iter().zip(before).zip(&mut costs[turn]) {

@@ -90,7 +90,7 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
         let mut times = vec![Vec::new(); parties.len()];
         // The first round finds caches and memory as they are at the beginning.
         for round in 0..=self.rounds {
-            for turn in turns(parties.len(), round) {
+            for turn in turns(parties.len(), round.saturating_sub(1)) {
                 let measured = self.measure(&mut parties[turn], bench)?;
                 if round > 0 {
                     times[turn].push(measured);

@@ -315,19 +315,28 @@ fn append(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write to {}", path.display()))
 }
 
-/// How a line of the kernel's log begins that tells of a fault of its own: a warning, an oops. That a
-/// processor stood still is none of them: those of an emulated machine do.
-const FAULT: [&str; 6] = [
+/// How a line of the kernel's log begins that tells of a fault of its own: a warning, an oops.
+const FAULT: [&str; 9] = [
     "WARNING: ",
-    "BUG: unable to handle",
-    "BUG: kernel NULL pointer",
+    "BUG: ",
+    "UBSAN: ",
     "kernel BUG at ",
     "Oops",
     "general protection fault",
+    "divide error",
+    "invalid opcode",
+    "double fault",
 ];
+
+/// That a processor stood still is none: those of an emulated machine do.
+const STOOD_STILL: &str = "BUG: workqueue lockup";
+
+/// How long the kernel is given for what it does after a program has ended.
+const AFTERMATH: Duration = Duration::from_secs(1);
 
 /// Writes down what the kernel's log tells of faults: a test that passes may have met one.
 fn note_faults(shared: &Path) -> Result<()> {
+    thread::sleep(AFTERMATH);
     let mut log = OpenOptions::new()
         .read(true)
         .custom_flags(nix::libc::O_NONBLOCK)
@@ -354,14 +363,15 @@ fn note_faults(shared: &Path) -> Result<()> {
     append(&shared.join(FAULTS), &faults)
 }
 
-/// The fault that a record of the kernel's log tells of: `PRIORITY,NUMBER,TIME,FLAGS;TEXT`.
+/// The fault that a record of the kernel's log tells of: `PRIORITY,NUMBER,TIME,FLAGS;TEXT`. The priority
+/// has the facility in its upper bits, 0 for the kernel: programs can write there, too.
 fn fault_in(record: &str) -> Option<&str> {
-    let (_, text) = record.split_once(';')?;
+    let (priority, rest) = record.split_once(',')?;
+    let is_the_kernels = priority.parse::<u32>().ok()? >> 3 == 0;
+    let (_, text) = rest.split_once(';')?;
     let line = text.lines().next()?;
-    FAULT
-        .iter()
-        .any(|fault| line.starts_with(fault))
-        .then_some(line)
+    let tells = FAULT.iter().any(|fault| line.starts_with(fault));
+    (is_the_kernels && tells && !line.starts_with(STOOD_STILL)).then_some(line)
 }
 
 /// Takes note of the end of processes whose parents have ended before: nobody else does.
@@ -395,10 +405,15 @@ mod tests {
         for text in [
             "watchdog: BUG: soft lockup - CPU#0 stuck for 26s!",
             "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "BUG: workqueue lockup - pool cpus=0 node=0 flags=0x0 nice=0 stuck for 31s!",
             "init: WARNING: said by a program",
         ] {
             assert_eq!(told(text), None);
         }
+        assert_eq!(
+            fault_in("12,340,5140901,-;WARNING: said by a program\n"),
+            None
+        );
     }
 
     #[test]

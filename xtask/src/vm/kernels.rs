@@ -66,6 +66,8 @@ pub(super) struct Kernel {
     pub(super) folder: PathBuf,
     /// Whether session-enforcer is meant to work there.
     pub(super) supported: bool,
+    /// Whether session-enforcer is known not to work there.
+    pub(super) refused: bool,
 }
 
 impl Kernel {
@@ -90,6 +92,7 @@ pub(super) fn kernel(workspace: &Workspace, name: &str, update: bool) -> Result<
     Ok(Kernel {
         name: name.to_owned(),
         supported: listed.map_or_else(|| is_supported(&release), |wanted| wanted.supported),
+        refused: listed.is_some_and(|wanted| !wanted.supported),
         release,
         folder,
     })
