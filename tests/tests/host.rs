@@ -17,8 +17,8 @@ use nix::{
     time::{ClockId, clock_gettime, clock_settime},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Launch, Moment, Netns, Pair, Place, Time, daemon_command, die_with_parent,
-    eventually, late_ticks, patience, run_to_end, scaled,
+    Agent, Daemon, Finished, Lab, Launch, Moment, Netns, Pair, Place, Time, daemon_command,
+    die_with_parent, eventually, late_ticks, patience, run_to_end, scaled,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -111,11 +111,16 @@ fn assert_whole_host_is_enforced(daemon: &Daemon, lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// `doctor` finds nothing wrong.
-fn assert_doctor_is_content() -> Result<()> {
+/// What `doctor` says.
+fn doctor() -> Result<Finished> {
     let mut command = daemon_command()?;
     command.arg("doctor");
-    let report = run_to_end(command, patience())?;
+    run_to_end(command, patience())
+}
+
+/// `doctor` finds nothing wrong.
+fn assert_doctor_is_content() -> Result<()> {
+    let report = doctor()?;
     ensure!(report.code == 0, "{}{}", report.stdout, report.stderr);
     Ok(())
 }
@@ -367,9 +372,7 @@ mod without_destroy {
     #[test]
     fn doctor_says_so() -> Result<()> {
         lab()?;
-        let mut command = daemon_command()?;
-        command.arg("doctor");
-        let report = run_to_end(command, patience())?;
+        let report = doctor()?;
         let line = report
             .stdout
             .lines()
@@ -406,9 +409,7 @@ mod below_floor {
     #[test]
     fn doctor_says_what_it_lacks() -> Result<()> {
         ensure_own_machine()?;
-        let mut command = daemon_command()?;
-        command.arg("doctor");
-        let report = run_to_end(command, patience())?;
+        let report = doctor()?;
         keep("doctor.txt", &format!("{}{}", report.stdout, report.stderr))?;
         assert_eq!(report.code, 69, "{}", report.stdout);
         assert!(report.stdout.contains(FLOOR), "{}", report.stdout);
