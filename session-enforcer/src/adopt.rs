@@ -10,7 +10,7 @@ use session_enforcer_common::{
 
 use crate::{
     cgroup::Scope,
-    sock_diag::{Info, Socket, state},
+    reaper::diag::{Info, Socket, state},
 };
 
 /// Chooses the sockets to adopt.
@@ -307,7 +307,7 @@ mod tests {
     use session_enforcer_common::PortRange;
 
     use super::*;
-    use crate::sock_diag::Target;
+    use crate::reaper::diag::Target;
 
     const MS: u64 = 1_000_000;
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    ffi::{OsStr, OsString},
     fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
@@ -10,6 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
 use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS};
 use thiserror::Error;
 
@@ -131,19 +136,6 @@ impl Cgroup {
         &self.path
     }
 
-    /// The same cgroup, for another thread.
-    ///
-    /// # Errors
-    ///
-    /// Where there is no descriptor left.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            path: self.path.clone(),
-            file: self.file.try_clone()?,
-            is_root: self.is_root,
-        })
-    }
-
     /// Whether it is no longer what its path names: it was removed.
     pub fn is_gone(&self) -> bool {
         let opened = self.file.metadata().map(|opened| opened.ino());
@@ -151,44 +143,83 @@ impl Cgroup {
         !self.is_root && (opened.is_err() || there.ok() != opened.ok())
     }
 
-    /// The cgroups that an attachment here covers, to tell whose sockets were there before it.
+    /// Fails where it was removed: an attachment here does not cover what may be under its name now.
     ///
     /// # Errors
     ///
-    /// Where the tree cannot be read, or another cgroup has come to stand under the path: the
-    /// attachment does not cover that one.
-    pub fn scope(&self) -> Result<Scope, CgroupError> {
-        if self.is_root {
-            return Ok(Scope::All);
-        }
+    /// That it was.
+    pub fn check_there(&self) -> Result<(), CgroupError> {
         if self.is_gone() {
             return Err(CgroupError::Gone(self.path.clone()));
         }
-        let mut ids = HashSet::new();
-        collect_ids(&self.path, &mut ids).map_err(io_error(&self.path))?;
-        Ok(Scope::Only(ids))
+        Ok(())
+    }
+
+    /// Whether an attachment here covers every socket of the host.
+    pub fn is_root(&self) -> bool {
+        self.is_root
     }
 }
 
-/// The identity of a cgroup is the inode number of its directory.
-fn collect_ids(directory: &Path, ids: &mut HashSet<u64>) -> io::Result<()> {
-    ids.insert(fs::metadata(directory)?.ino());
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            match collect_ids(&entry.path(), ids) {
-                // Removed while this looked.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                // Whoever may make cgroups may make them deeper than a path can name.
-                Err(error) if error.kind() == io::ErrorKind::InvalidFilename => tracing::warn!(
-                    "connections of the cgroups below {} are not adopted: {error}",
-                    directory.display()
-                ),
-                other => other?,
+impl Scope {
+    /// The cgroups that an attachment to this directory covers.
+    ///
+    /// # Errors
+    ///
+    /// Where the directory cannot be read.
+    pub fn below(directory: &Path) -> Result<Self, CgroupError> {
+        let root = fs::metadata(directory).map_err(io_error(directory))?.ino();
+        let mut ids = HashSet::from([root]);
+        walk(directory, |id, _| {
+            ids.insert(id);
+            false
+        })
+        .map_err(io_error(directory))?;
+        Ok(Self::Only(ids))
+    }
+}
+
+/// Hands over every cgroup below a directory, by its identity, which is the inode number of its directory,
+/// and the names that lead to it, until one is taken. Goes from one directory to the next and holds one
+/// open at a time: whoever may make cgroups may make them deeper than a path can name. One that is removed
+/// meanwhile is passed over.
+fn walk(root: &Path, mut take: impl FnMut(u64, &[OsString]) -> bool) -> io::Result<()> {
+    let mut here = fs::File::open(root)?;
+    let (mut way, mut waiting) = (Vec::new(), vec![below(&here)?]);
+    while let Some(siblings) = waiting.last_mut() {
+        let Some((name, id)) = siblings.pop() else {
+            waiting.pop();
+            if way.pop().is_some() {
+                here = open_directory(&here, OsStr::new(".."))?;
             }
+            continue;
+        };
+        way.push(name);
+        if take(id, &way) {
+            return Ok(());
+        }
+        let entered = way.last().map(|name| open_directory(&here, name));
+        match entered.and_then(|entered| entered.ok()).map(|next| (below(&next), next)) {
+            Some((Ok(children), next)) => {
+                here = next;
+                waiting.push(children);
+            }
+            _ => drop(way.pop()),
         }
     }
     Ok(())
+}
+
+fn open_directory(at: &fs::File, name: &OsStr) -> io::Result<fs::File> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(openat(at, name, flags, Mode::empty())?.into())
+}
+
+/// The directories in one, with their inode numbers.
+fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
+    let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?.flatten();
+    let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    Ok(directories.map(|entry| (entry.file_name(), entry.ino())).collect())
 }
 
 /// The whole hierarchy, to find cgroups by their paths from its root and by their identities.
@@ -304,15 +335,15 @@ impl Tree {
 }
 
 /// The directory with this inode number below one.
-fn search(directory: &Path, id: u64) -> Option<PathBuf> {
-    let entries = fs::read_dir(directory).ok()?.flatten();
-    let mut below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    below.find_map(|entry| {
-        if entry.ino() == id {
-            return Some(entry.path());
+fn search(directory: &Path, wanted: u64) -> Option<PathBuf> {
+    let mut found = None;
+    let searched = walk(directory, |id, way| {
+        if id == wanted {
+            found = Some(directory.join(way.iter().collect::<PathBuf>()));
         }
-        search(&entry.path(), id)
-    })
+        id == wanted
+    });
+    searched.ok().and(found)
 }
 
 /// The cgroups below one.

@@ -14,7 +14,7 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, Problem, User, parse_audit, parse_cgroup,
+    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, NetworkNamespaces, Problem, User, parse_audit, parse_cgroup,
     parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
@@ -242,6 +242,18 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+
+    /// Ask for a daemon with this daemon.network_namespaces: all, or own, for which three capabilities
+    /// suffice
+    #[arg(long, value_name = "WHICH", default_value = "all", value_parser = namespaces())]
+    pub network_namespaces: NetworkNamespaces,
+}
+
+fn namespaces() -> impl clap::builder::TypedValueParser<Value = NetworkNamespaces> {
+    PossibleValuesParser::new(["all", "own"]).map(|name| match name.as_str() {
+        "own" => NetworkNamespaces::Own,
+        _ => NetworkNamespaces::All,
+    })
 }
 
 /// A filter of log events.

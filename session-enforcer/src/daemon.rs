@@ -1,11 +1,15 @@
 //! `run`: opens everything in an order in which a failure leaves nothing behind, and starts the
 //! engine.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
-use nix::sys::signal::{SigSet, Signal};
-use tokio::{runtime, sync::mpsc};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use tokio::{runtime, sync::mpsc, task::LocalSet};
 
 use crate::{
     audit::Audit,
@@ -14,14 +18,22 @@ use crate::{
     clock,
     config::{Config, Mode, NetworkNamespaces, Rule},
     detach,
-    engine::{Begun, Enforcer, Engine, Parts, Reloading, Signals, Source},
+    engine::{Begun, Channels, Engine, Parts, Reloading, Signals, Source},
     exit::{ExitStatus, Failure, OrExit as _},
+    host::privilege,
     http,
     metrics::Metrics,
-    netns::Namespaces,
     owners::{Directory, UserError},
     probe,
+    reaper::{
+        diag::DiagSocket,
+        pool::{Next, Pool, Purpose},
+        protocol::{Reply, Request},
+    },
 };
+
+/// How long the trial of a reset may take before the start goes on without its answer.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Requests of the HTTP server that may wait for the engine.
 const WAITING_REQUESTS: usize = 64;
@@ -44,12 +56,14 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
     let pins = pins.map_err(|error| detach::failure(&error))?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
-    let audit = Audit::open(&config.audit)?;
+    // Its thread is to have no more privileges than the engine after the start.
+    let audit = privilege::unprivileged(|| Audit::open(&config.audit))??;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    runtime.block_on(serve(config, source, cgroup, pins, listener, audit))
+    let serving = serve(config, source, cgroup, pins, listener, audit);
+    LocalSet::new().block_on(&runtime, serving)
 }
 
 async fn serve(
@@ -62,50 +76,90 @@ async fn serve(
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     unblock_signals();
+    // Reapers that have ended are waited for by the kernel.
+    // SAFETY: to ignore a signal runs no code.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+    let pool = Pool::start()?;
+    try_a_reset(&pool).await?;
+    let own_netns = own_netns()?;
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
-    let namespaces = Namespaces::new().or_exit(ExitStatus::Unavailable)?;
     let options = Options {
         max_sessions: config.max_sessions,
-        only_netns: (!all_namespaces).then(|| namespaces.own()),
+        only_netns: (!all_namespaces).then_some(own_netns),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
     };
     let kernel = Kernel::load(options, pins);
     let mut kernel = kernel.map_err(|error| kernel_failure(&error))?;
-    let events = kernel.take_events()?;
-    let log = kernel.take_log()?;
+    let (events, log) = (kernel.take_events()?, kernel.take_log()?);
     let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
         kernel,
         directory,
-        namespaces,
         audit,
         metrics: metrics(config)?,
         lag_ns: clock::coarse_lag_ns(),
+        own_netns,
     };
-    let mut enforcer = Enforcer::new(parts);
-    enforcer.put_policy(config).map_err(policy_failure)?;
-    let begun = enforcer.begin(&cgroup, all_namespaces);
-    let begun = begun.map_err(|error| match error.downcast_ref() {
-        Some(error) => kernel_failure(error).into(),
-        None => error,
-    })?;
-    enforcer.started(config);
     let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
-    announce(config, &cgroup, begun);
-    if let Some(listener) = listener {
-        spawn_http(listener, requests_in)?;
-    }
     let reloading = Reloading {
         source,
         config: config.clone(),
-        cgroup,
     };
-    Engine::new(enforcer, events, log, requests, signals, reloading)?
-        .run()
-        .await
+    let channels = Channels {
+        events,
+        log,
+        requests,
+        signals,
+    };
+    let announced = (config.clone(), cgroup.path().to_owned());
+    let engine = Engine::new(parts, pool, cgroup, channels, reloading)?;
+    let begun = move |begun| announce(&announced.0, &announced.1, begun);
+    let served = move || listener.map_or(Ok(()), |listener| spawn_http(listener, requests_in));
+    let run = engine.run(privilege::confine_engine, begun, served);
+    run.await.map_err(start_failure)
 }
 
-fn announce(config: &Config, cgroup: &Cgroup, begun: Begun) {
+/// Looks whether this kernel resets connections. One that does not answer is met in time: the reapers say so.
+async fn try_a_reset(pool: &Pool) -> Result<()> {
+    let asked = pool.ask(Purpose::Others, &Request::Probe, None).await;
+    let mut exchange = asked.context("asking a reaper")?;
+    loop {
+        match exchange.next(PROBE_PATIENCE).await {
+            Next::Reply(Reply::Probed(probed), _) => probe::require_resets(&probed)?,
+            Next::Reply(Reply::Done { .. }, _) => return Ok(()),
+            Next::Reply(..) => {}
+            Next::Ended => anyhow::bail!("a reaper has ended while it tried a reset"),
+            Next::Silent => {
+                tracing::warn!(
+                    "SOCK_DESTROY: no answer yet; before Linux 6.9 a process that keeps a socket \
+                     locked holds up all of them"
+                );
+                exchange.leave_behind();
+                tokio::task::spawn_local(async move {
+                    while let Next::Silent | Next::Reply(..) = exchange.next(PROBE_PATIENCE).await {
+                        exchange.condition();
+                    }
+                });
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn own_netns() -> Result<u64, Failure> {
+    let cookie = DiagSocket::open().and_then(|diag| diag.netns_cookie());
+    cookie.or_exit(ExitStatus::Unavailable)
+}
+
+/// What the kernel refuses at the start, and a user that is not there, have an exit status.
+fn start_failure(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(error) => kernel_failure(error).into(),
+        None => policy_failure(error),
+    }
+}
+
+fn announce(config: &Config, cgroup: &Path, begun: Begun) {
     let mode = match config.mode {
         Mode::Enforce => "enforcing",
         Mode::Observe => "observing",
@@ -113,7 +167,7 @@ fn announce(config: &Config, cgroup: &Cgroup, begun: Begun) {
     tracing::info!(
         "{mode} {} rule(s) on {}, {} session(s) taken over, {} existing connection(s) adopted",
         config.rules.len(),
-        cgroup.path().display(),
+        cgroup.display(),
         begun.taken_over,
         begun.adopted,
     );

@@ -9,13 +9,17 @@ use crate::{
     probe::{self, Check},
 };
 
-/// Prints every check; returns the exit status that `run` would have.
+/// Prints every check, for a daemon that enforces all network namespaces or its own alone; returns the exit status that `run` would have.
 ///
 /// # Errors
 ///
 /// Where the output cannot be written.
-pub fn doctor(as_json: bool, out: &mut impl Write) -> io::Result<Option<ExitStatus>> {
-    let checks = probe::all();
+pub fn doctor(
+    as_json: bool,
+    all_namespaces: bool,
+    out: &mut impl Write,
+) -> io::Result<Option<ExitStatus>> {
+    let checks = probe::all(all_namespaces);
     if as_json {
         print_json(&checks, out)?;
     } else {

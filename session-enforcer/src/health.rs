@@ -14,6 +14,8 @@ pub enum Trouble {
     Audit,
     /// The programs are attached to nothing any more.
     Detached,
+    /// Resets hang on sockets that their processes keep locked.
+    Stuck,
 }
 
 impl Trouble {
@@ -21,12 +23,13 @@ impl Trouble {
     pub const COUNT: usize = Self::ALL.len();
 
     /// Every trouble, in the order of its number.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::NotAdopted,
         Self::Untracked,
         Self::Namespace,
         Self::Audit,
         Self::Detached,
+        Self::Stuck,
     ];
 
     /// The name in metrics.
@@ -37,6 +40,7 @@ impl Trouble {
             Self::Namespace => "namespace",
             Self::Audit => "audit",
             Self::Detached => "detached",
+            Self::Stuck => "stuck",
         }
     }
 }

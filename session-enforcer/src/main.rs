@@ -9,14 +9,21 @@ use anyhow::Result;
 use session_enforcer::{
     check,
     cli::{Cli, Command},
+    config::NetworkNamespaces,
     daemon, detach, doctor,
     engine::Source,
     exit, explain,
+    host::privilege,
+    reaper::{pool, worker},
 };
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    // Before anything that costs memory: there are several of them.
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == pool::SUBCOMMAND) {
+        return worker::run().unwrap_or_else(|error| exit::report(&error.into()));
+    }
     let cli = match Cli::from_args(std::env::args_os()) {
         Ok(cli) => cli,
         Err(code) => return code,
@@ -28,7 +35,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     if matches!(cli.command, Command::Run(_)) {
         daemon::hold_hangups()?;
     }
-    let _log = start_log(cli.log_filter()?);
+    let filter = cli.log_filter()?;
+    // The thread that writes it is to have no more privileges than the engine after the start.
+    let _log = if matches!(cli.command, Command::Run(_)) {
+        privilege::unprivileged(|| start_log(filter))?
+    } else {
+        start_log(filter)
+    };
     match &cli.command {
         Command::Run(args) => {
             let config = args.to_config()?;
@@ -53,7 +66,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             detach::detach(args.pin_dir()?.as_deref(), &mut io::stdout().lock())?;
         }
         Command::Doctor(args) => {
-            let problem = doctor::doctor(args.json, &mut io::stdout().lock())?;
+            let problem = {
+            let all = args.network_namespaces == NetworkNamespaces::All;
+            doctor::doctor(args.json, all, &mut io::stdout().lock())?
+        };
             return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));
         }
     }

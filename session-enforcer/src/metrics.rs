@@ -18,6 +18,7 @@ use crate::{
     audit::{Outcome, mode_name, reason_name},
     config::Mode,
     health::Trouble,
+    reaper::pool::Counts,
 };
 
 /// Causes for which a session was not tracked with earlier versions, whose table could be without memory
@@ -106,6 +107,10 @@ pub struct KernelSnapshot {
     pub audit_lost: u64,
     /// By [`Trouble`].
     pub troubles: [bool; Trouble::COUNT],
+    /// Sessions whose reset hangs.
+    pub quarantined: usize,
+    /// The reapers.
+    pub reapers: Counts,
 }
 
 /// The end of a session, for the counters and histograms.
@@ -149,6 +154,9 @@ pub struct Metrics {
     kernel_errors: IntCounterVec,
     audit_lost: IntCounter,
     degraded: IntGaugeVec,
+    quarantined: IntGauge,
+    reapers: IntGaugeVec,
+    reaper_restarts: IntCounter,
     loaded: IntGauge,
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
@@ -282,6 +290,28 @@ impl Metrics {
                     ),
                     &["cause"],
                 ),
+            )?,
+            quarantined: add(
+                r,
+                IntGauge::with_opts(opts(
+                    "quarantined_sessions",
+                    "Sessions whose reset hangs on their socket's lock.",
+                )),
+            )?,
+            reapers: add(
+                r,
+                IntGaugeVec::new(
+                    opts(
+                        "reapers",
+                        "Processes that act on sockets. state: idle, busy, stuck (hanging in the kernel).",
+                    ),
+                    &["state"],
+                ),
+            )?,
+            reaper_restarts: counter(
+                r,
+                "reaper_restarts_total",
+                "Reapers that were started since the first ones.",
             )?,
             loaded: add(
                 r,
@@ -506,6 +536,17 @@ impl Metrics {
             let gauge = self.degraded.with_label_values(&[trouble.name()]);
             gauge.set(i64::from(is_there));
         }
+        self.quarantined.set(clamp(snapshot.quarantined as u64));
+        let reapers = snapshot.reapers;
+        for (state, count) in [
+            ("idle", reapers.idle),
+            ("busy", reapers.busy),
+            ("stuck", reapers.stuck),
+        ] {
+            let gauge = self.reapers.with_label_values(&[state]);
+            gauge.set(clamp(count as u64));
+        }
+        raise(&self.reaper_restarts, reapers.restarts);
         for way in Way::ALL {
             let dropped = snapshot.gate_drops[way as usize];
             raise(&self.gate_dropped.with_label_values(&[way.name()]), dropped);

@@ -1,7 +1,10 @@
 //! Whom the rules mean on this host: the numbers of users and cgroups, and the names of those that
-//! own sessions.
+//! own sessions. Reapers find users and cgroups; here is what they found.
 
-use std::collections::HashMap;
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    path::PathBuf,
+};
 
 use session_enforcer_common::Ancestors;
 use thiserror::Error;
@@ -9,15 +12,22 @@ use thiserror::Error;
 use crate::{
     cgroup::{CgroupError, Tree},
     config::{Config, Location, Owners, User},
-    users::{self, Names},
+    reaper::protocol::{Cgroup, FoundUser},
+    users::Names,
 };
 
 /// Former identities of a cgroup that are kept: a service that was restarted so often has hardly a
 /// connection left from before.
 const MAX_FORMER: usize = 8;
 
-/// Paths of cgroups that are remembered before those that are no more are forgotten.
-const MAX_PATHS: usize = 16_384;
+/// Cgroups that are remembered. Of those beyond, the ones that were noted first are forgotten.
+const MAX_CGROUPS: usize = 16_384;
+
+/// Cgroups that may wait to be asked about. Those beyond are not known.
+const MAX_UNKNOWN: usize = 16_384;
+
+/// What the names of users stand for.
+pub type Users = HashMap<String, FoundUser>;
 
 /// A rule names a user that the host does not have.
 #[derive(Debug, Error)]
@@ -31,14 +41,14 @@ pub enum UserError {
         user: String,
     },
     /// The user database could not be asked.
-    #[error("{at}: looking for the user \"{user}\": {source}; give the uid")]
+    #[error("{at}: looking for the user \"{user}\": {what}; give the uid")]
     Database {
         /// File, line and key.
         at: Location,
         /// The name.
         user: String,
         /// What went wrong.
-        source: std::io::Error,
+        what: String,
     },
 }
 
@@ -47,8 +57,13 @@ pub enum UserError {
 pub struct Directory {
     tree: Tree,
     names: Names,
-    /// Paths of cgroups by identity. A session may live longer than its cgroup.
-    paths: HashMap<u64, String>,
+    /// Cgroups by identity. A session may live longer than its cgroup.
+    cgroups: HashMap<u64, Cgroup>,
+    /// Their identities in the order in which they were noted.
+    noted: VecDeque<u64>,
+    /// Those that nobody has asked about yet.
+    unknown: HashSet<u64>,
+    is_asking: bool,
     owners: Owners,
 }
 
@@ -62,18 +77,21 @@ impl Directory {
         Ok(Self {
             tree: Tree::open()?,
             names: Names::default(),
-            paths: HashMap::new(),
+            cgroups: HashMap::new(),
+            noted: VecDeque::new(),
+            unknown: HashSet::new(),
+            is_asking: false,
             owners: Owners::default(),
         })
     }
 
-    /// Looks for the owners that the rules name, and for the names of all users. Nothing changes
-    /// before they are [kept](Self::keep).
+    /// The owners that the rules name, with the numbers of users that were found, and the names of all users.
+    /// Nothing changes before they are [kept](Self::keep).
     ///
     /// # Errors
     ///
     /// Where a user is not there. A cgroup need not be: services come and go.
-    pub fn look_up(&self, config: &Config) -> Result<Found, UserError> {
+    pub fn look_up(&self, config: &Config, users: &Users) -> Result<Found, UserError> {
         let mut names = Names::read();
         let mut owners = Owners::default();
         for (rule, at) in config.rules.iter().zip(&config.users_at) {
@@ -81,7 +99,7 @@ impl Directory {
                 let (User::Name(name), Some(at)) = (user, at) else {
                     continue;
                 };
-                let uid = uid_of(name, at)?;
+                let uid = uid_of(users.get(name), name, at)?;
                 names.add(uid, name);
                 owners.users.insert(name.clone(), uid);
             }
@@ -111,33 +129,69 @@ impl Directory {
     }
 
     /// The directories of the cgroups that the rules name, whether they are there or not.
-    pub fn directories(&self) -> Vec<std::path::PathBuf> {
+    pub fn directories(&self) -> Vec<PathBuf> {
         let paths = self.owners.cgroups.keys();
         paths.map(|path| self.tree.directory(path)).collect()
     }
 
-    /// The identities of a cgroup and of those above it. Of one that is no more, its own.
+    /// The identities of a cgroup and of those above it. Of one that is not known, its own.
     pub fn ancestors(&self, cgroup_id: u64) -> Ancestors {
-        self.tree.ancestors(cgroup_id)
+        match self.cgroups.get(&cgroup_id) {
+            Some(cgroup) if !cgroup.ancestors.is_empty() => Ancestors::of(&cgroup.ancestors),
+            _ => Ancestors::of(&[cgroup_id]),
+        }
+    }
+
+    /// Sees to it that a cgroup is asked about, while it is there.
+    pub fn remember(&mut self, cgroup_id: u64) {
+        let is_new = cgroup_id != 0 && !self.cgroups.contains_key(&cgroup_id);
+        if is_new && self.unknown.len() < MAX_UNKNOWN {
+            self.unknown.insert(cgroup_id);
+        }
+    }
+
+    /// The cgroups that are to be asked about; none while that is done, or where there are none.
+    pub fn take_unknown(&mut self) -> Option<HashSet<u64>> {
+        if self.is_asking || self.unknown.is_empty() {
+            return None;
+        }
+        self.is_asking = true;
+        Some(std::mem::take(&mut self.unknown))
+    }
+
+    /// They were asked about.
+    pub fn has_asked(&mut self) {
+        self.is_asking = false;
+    }
+
+    /// Of these cgroups, those that are not known.
+    pub fn unknown_among(&self, ids: HashSet<u64>) -> Vec<u64> {
+        let is_unknown = |id: &u64| *id != 0 && !self.cgroups.contains_key(id);
+        ids.into_iter().filter(is_unknown).collect()
     }
 
     /// Remembers where a cgroup is, for the time when it is no more.
-    pub fn remember(&mut self, cgroup_id: u64) {
-        if cgroup_id == 0 || self.paths.contains_key(&cgroup_id) {
-            return;
+    pub fn note(&mut self, cgroup: Cgroup) {
+        if self.noted.len() >= MAX_CGROUPS
+            && let Some(first) = self.noted.pop_front()
+        {
+            self.cgroups.remove(&first);
         }
-        if self.paths.len() >= MAX_PATHS {
-            let tree = &self.tree;
-            self.paths.retain(|id, path| tree.id(path) == Some(*id));
-        }
-        if let Some(path) = self.tree.path(cgroup_id) {
-            self.paths.insert(cgroup_id, path);
+        let id = cgroup.id;
+        self.unknown.remove(&id);
+        if self.cgroups.insert(id, cgroup).is_none() {
+            self.noted.push_back(id);
         }
     }
 
     /// Where a cgroup is, or was.
     pub fn path(&self, cgroup_id: u64) -> Option<&str> {
-        self.paths.get(&cgroup_id).map(String::as_str)
+        self.cgroups.get(&cgroup_id)?.path.as_deref()
+    }
+
+    /// The directory of a cgroup.
+    pub fn cgroup_directory(&self, cgroup_id: u64) -> Option<PathBuf> {
+        Some(self.tree.directory(self.path(cgroup_id)?))
     }
 
     /// The name of a user.
@@ -170,11 +224,18 @@ fn look_for_cgroups(tree: &Tree, owners: &mut Owners) -> Vec<u64> {
     come
 }
 
-fn uid_of(name: &str, at: &Location) -> Result<u32, UserError> {
+fn uid_of(found: Option<&FoundUser>, name: &str, at: &Location) -> Result<u32, UserError> {
     let (at, user) = (at.clone(), name.to_owned());
-    match users::uid_of(name) {
-        Ok(Some(uid)) => Ok(uid),
-        Ok(None) => Err(UserError::Unknown { at, user }),
-        Err(source) => Err(UserError::Database { at, user, source }),
+    match found {
+        Some(FoundUser::Uid(uid)) => Ok(*uid),
+        Some(FoundUser::Unknown) => Err(UserError::Unknown { at, user }),
+        Some(FoundUser::Failed(source)) => {
+            let what = source.clone();
+            Err(UserError::Database { at, user, what })
+        }
+        None => {
+            let what = "nobody was asked".to_owned();
+            Err(UserError::Database { at, user, what })
+        }
     }
 }

@@ -17,10 +17,12 @@ use session_enforcer_common::Address;
 use crate::{
     bpf::{self, Bpffs, Kernel, Options},
     cgroup, clock,
-    disconnect::{self, Answer},
     exit::{ExitStatus, Failure},
-    processes::Descriptors,
-    sock_diag::{DiagSocket, Target},
+    reaper::{
+        diag::{DiagSocket, Target},
+        disconnect::{self, Answer, Holders},
+        protocol::Probed,
+    },
 };
 
 /// A capability and what it is needed for (`linux/capability.h`).
@@ -28,42 +30,64 @@ struct Capability {
     bit: u32,
     name: &'static str,
     needed_for: &'static str,
-    /// Whether only `network_namespaces = "all"` needs it.
-    only_for_all_namespaces: bool,
+    need: Need,
 }
 
-impl Capability {
-    const fn new(bit: u32, name: &'static str, needed_for: &'static str) -> Self {
-        Self {
-            bit,
-            name,
-            needed_for,
-            only_for_all_namespaces: false,
-        }
-    }
-
-    const fn for_all_namespaces(mut self) -> Self {
-        self.only_for_all_namespaces = true;
-        self
-    }
+/// Who needs a capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// Everybody.
+    Always,
+    /// Who enforces other network namespaces than the daemon's own; for the others this goes without it.
+    AllNamespaces(Option<&'static str>),
+    /// Nobody; this goes without it.
+    Never(&'static str),
 }
 
 /// In the order in which they are asked for.
-const CAPABILITIES: [Capability; 5] = [
-    Capability::new(39, "CAP_BPF", "loading the eBPF programs and maps"),
-    Capability::new(
-        12,
-        "CAP_NET_ADMIN",
-        "attaching to a cgroup and resetting sockets",
-    ),
-    Capability::new(38, "CAP_PERFMON", "eBPF programs that read packets"),
-    Capability::new(21, "CAP_SYS_ADMIN", "entering other network namespaces").for_all_namespaces(),
-    Capability::new(
-        19,
-        "CAP_SYS_PTRACE",
-        "finding the namespaces of other users' processes",
-    )
-    .for_all_namespaces(),
+const CAPABILITIES: [Capability; 6] = [
+    Capability {
+        bit: 39,
+        name: "CAP_BPF",
+        needed_for: "loading the eBPF programs and maps",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 12,
+        name: "CAP_NET_ADMIN",
+        needed_for: "attaching to a cgroup and resetting sockets",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 38,
+        name: "CAP_PERFMON",
+        needed_for: "eBPF programs that read packets",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 21,
+        name: "CAP_SYS_ADMIN",
+        needed_for: "entering other network namespaces",
+        need: Need::AllNamespaces(None),
+    },
+    Capability {
+        bit: 19,
+        name: "CAP_SYS_PTRACE",
+        needed_for: "finding the namespaces of other users' processes",
+        need: Need::AllNamespaces(Some(
+            "MPTCP connections of other users' processes cannot be reset, and no connection of theirs \
+             where the kernel has no SOCK_DESTROY",
+        )),
+    },
+    Capability {
+        bit: 2,
+        name: "CAP_DAC_READ_SEARCH",
+        needed_for: "finding a cgroup by its identity",
+        need: Need::Never(
+            "the cgroup of each connection is searched for in the whole hierarchy, and not found in a \
+             directory that is closed to the daemon's user",
+        ),
+    },
 ];
 
 /// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON` (capabilities(7)).
@@ -105,39 +129,46 @@ impl Check {
     }
 }
 
-/// Asks everything.
-pub fn all() -> Vec<Check> {
+/// Asks everything, for a daemon that enforces all network namespaces or its own alone.
+pub fn all(all_namespaces: bool) -> Vec<Check> {
     let mut checks = vec![Check::good("kernel", kernel_release())];
-    checks.extend(capabilities(true));
+    checks.extend(capabilities(all_namespaces));
     checks.extend([
         cgroup2(),
         bpffs(),
         clock_lag(),
         netns_cookie(),
-        sock_destroy(),
+        resets(&try_reset()),
         programs(),
     ]);
     checks
 }
 
 /// The first thing that keeps the daemon from its work; what only hinders it is logged. The programs
-/// are left out: the daemon loads its own at once.
+/// are left out: the daemon loads its own at once. So are resets, which a reaper tries.
 ///
 /// # Errors
 ///
 /// The failure to end with.
 pub fn require(all_namespaces: bool) -> Result<(), Failure> {
-    let probes = [netns_cookie as fn() -> Check, sock_destroy];
     let checks = capabilities(all_namespaces).into_iter();
-    for check in checks.chain(probes.into_iter().map(|probe| probe())) {
-        if let Some(problem) = check.problem {
-            return Err(problem);
-        }
-        if let Some(warning) = check.warning {
-            tracing::warn!("{warning}");
-        }
+    checks.chain([netns_cookie()]).try_for_each(require_one)
+}
+
+/// The same of what a reaper has found out about resets.
+///
+/// # Errors
+///
+/// As above.
+pub fn require_resets(probed: &Probed) -> Result<(), Failure> {
+    require_one(resets(probed))
+}
+
+fn require_one(check: Check) -> Result<(), Failure> {
+    if let Some(warning) = check.warning {
+        tracing::warn!("{warning}");
     }
-    Ok(())
+    check.problem.map_or(Ok(()), Err)
 }
 
 /// The kernel's release, as `uname -r` prints it.
@@ -150,19 +181,34 @@ pub fn kernel_release() -> String {
 fn capabilities(all_namespaces: bool) -> Vec<Check> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = parse_effective(&status).unwrap_or(0);
-    let needed = |c: &&Capability| all_namespaces || !c.only_for_all_namespaces;
     CAPABILITIES
         .iter()
-        .filter(needed)
-        .map(|c| check_capability(c, effective))
+        .map(|c| check_capability(c, effective, all_namespaces))
         .collect()
 }
 
-fn check_capability(capability: &Capability, effective: u64) -> Check {
+fn check_capability(capability: &Capability, effective: u64, all_namespaces: bool) -> Check {
     let has = |bit: u32| effective & (1 << bit) != 0;
     let included = IN_SYS_ADMIN.contains(&capability.bit) && has(SYS_ADMIN_BIT);
     if has(capability.bit) || included {
         return Check::good(capability.name, "present");
+    }
+    let without = match capability.need {
+        Need::Never(without) => Some(without),
+        Need::AllNamespaces(Some(without)) if !all_namespaces => Some(without),
+        Need::AllNamespaces(None) if !all_namespaces => {
+            return Check::good(
+                capability.name,
+                "missing, and not needed with daemon.network_namespaces = \"own\"",
+            );
+        }
+        Need::Always | Need::AllNamespaces(_) => None,
+    };
+    if let Some(without) = without {
+        return Check {
+            warning: Some(format!("{}: missing; {without}", capability.name)),
+            ..Check::good(capability.name, "missing")
+        };
     }
     Check::bad(
         capability.name,
@@ -237,35 +283,46 @@ fn netns_cookie() -> Check {
     }
 }
 
-/// Destroys a loopback connection of its own and looks whether that is so.
-fn sock_destroy() -> Check {
-    const NAME: &str = "SOCK_DESTROY";
+/// Has the kernel destroy a loopback connection of its own, and looks whether that is so.
+pub fn try_reset() -> Probed {
     match try_destroy() {
-        Ok(0) => Check::good(NAME, "resets a connection"),
-        Ok(libc::EPERM) => Check::bad(
+        Ok(libc::EOPNOTSUPP) => {
+            Probed::NotSupported(try_disconnect().map_err(|error| format!("{error:#}")))
+        }
+        Ok(code) => Probed::Destroyed(code),
+        Err(error) => Probed::Failed(format!("{error:#}")),
+    }
+}
+
+/// What that says.
+fn resets(probed: &Probed) -> Check {
+    const NAME: &str = "SOCK_DESTROY";
+    match probed {
+        Probed::Destroyed(0) => Check::good(NAME, "resets a connection"),
+        Probed::Destroyed(libc::EPERM) => Check::bad(
             NAME,
             ExitStatus::NoPermission,
             "refused",
             "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace",
         ),
-        Ok(libc::EOPNOTSUPP) => without_destroy(NAME, try_disconnect()),
-        Ok(code) => Check::bad(
+        Probed::NotSupported(tried) => without_destroy(NAME, tried),
+        Probed::Destroyed(code) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
-            nix::Error::from_raw(code).desc(),
+            nix::Error::from_raw(*code).desc(),
             "the kernel must be able to destroy sockets",
         ),
-        Err(error) => Check::bad(
+        Probed::Failed(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
-            error.to_string(),
+            error.clone(),
             "a connection over the loopback interface is needed to try it; is it up?",
         ),
     }
 }
 
 /// What a kernel without it is good for, by whether a connection was reset through its process.
-fn without_destroy(name: &str, tried: anyhow::Result<()>) -> Check {
+fn without_destroy(name: &str, tried: &Result<(), String>) -> Check {
     const REMEDY: &str = "a kernel built with CONFIG_INET_DIAG_DESTROY has it";
     let found = "not supported";
     match tried {
@@ -280,7 +337,7 @@ fn without_destroy(name: &str, tried: anyhow::Result<()>) -> Check {
         Err(error) => Check::bad(
             name,
             ExitStatus::Unavailable,
-            format!("{found}, and connections are not reset through their processes: {error:#}"),
+            format!("{found}, and connections are not reset through their processes: {error}"),
             REMEDY,
         ),
     }
@@ -291,8 +348,8 @@ fn try_disconnect() -> anyhow::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
     let target = target_of(&client)?;
-    let processes = Descriptors::of_all_processes();
-    let answer = disconnect::reset_tcp(&mut DiagSocket::open()?, &target, &processes)?;
+    let (mut diag, mut holders) = (DiagSocket::open()?, Holders::default());
+    let answer = disconnect::reset_tcp(&mut diag, &target, None, &mut holders)?;
     anyhow::ensure!(answer == Answer::Reset, "the connection is not found");
     Ok(())
 }
@@ -302,9 +359,7 @@ fn try_destroy() -> anyhow::Result<i32> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut client = TcpStream::connect(listener.local_addr()?)?;
     let target = target_of(&client)?;
-    let (codes, result) = DiagSocket::open()?.destroy(&[target]);
-    result?;
-    let code = codes.first().copied().flatten().unwrap_or(libc::EIO);
+    let code = DiagSocket::open()?.destroy(&target)?;
     if code == 0 {
         client.set_read_timeout(Some(Duration::from_secs(1)))?;
         match client.read(&mut [0]) {
@@ -363,7 +418,7 @@ mod tests {
 
     #[test]
     fn a_missing_capability_is_named_with_its_purpose() {
-        let check = check_capability(&CAPABILITIES[1], !(1 << 12));
+        let check = check_capability(&CAPABILITIES[1], !(1 << 12), true);
         let failure = check.problem.unwrap();
         assert_eq!(failure.status, ExitStatus::NoPermission);
         assert!(
@@ -375,15 +430,31 @@ mod tests {
     }
 
     #[test]
+    fn what_goes_without_a_capability_is_said() {
+        let missing = |bit: u32, all| {
+            let find = |c: &&Capability| c.bit == bit;
+            check_capability(CAPABILITIES.iter().find(find).unwrap(), 0, all)
+        };
+        for all in [true, false] {
+            assert!(missing(2, all).problem.is_none());
+            assert!(missing(2, all).warning.unwrap().contains("hierarchy"));
+            assert_eq!(missing(19, all).problem.is_some(), all);
+            assert_eq!(missing(19, all).warning.is_some(), !all);
+            assert_eq!(missing(21, all).problem.is_some(), all);
+        }
+        assert!(missing(39, false).problem.is_some());
+    }
+
+    #[test]
     fn sys_admin_stands_for_the_capabilities_that_came_out_of_it() {
         let only_sys_admin = 1 << SYS_ADMIN_BIT;
         assert!(
-            check_capability(&CAPABILITIES[0], only_sys_admin)
+            check_capability(&CAPABILITIES[0], only_sys_admin, true)
                 .problem
                 .is_none()
         );
         assert!(
-            check_capability(&CAPABILITIES[1], only_sys_admin)
+            check_capability(&CAPABILITIES[1], only_sys_admin, true)
                 .problem
                 .is_some()
         );
@@ -391,11 +462,11 @@ mod tests {
 
     #[test]
     fn without_sock_destroy_the_daemon_runs_where_processes_give_their_sockets() {
-        let check = without_destroy("SOCK_DESTROY", try_disconnect());
+        let check = without_destroy("SOCK_DESTROY", &try_disconnect().map_err(|error| error.to_string()));
         assert!(check.problem.is_none());
         let warning = check.warning.unwrap();
         assert!(warning.contains("CONFIG_INET_DIAG_DESTROY"), "{warning}");
-        let check = without_destroy("SOCK_DESTROY", Err(anyhow::anyhow!("EPERM")));
+        let check = without_destroy("SOCK_DESTROY", &Err("EPERM".to_owned()));
         let failure = check.problem.unwrap();
         assert_eq!(failure.status, ExitStatus::Unavailable);
         assert!(

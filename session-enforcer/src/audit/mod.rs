@@ -175,7 +175,7 @@ impl Audit {
     }
 
     /// Waits until everything is written, a few seconds at most.
-    pub fn close(mut self) {
+    pub fn close(&mut self) {
         self.flush();
         self.writer.close();
     }

@@ -151,7 +151,7 @@ impl Writer {
     }
 
     /// Ends the thread when it has written everything.
-    pub(super) fn close(mut self) {
+    pub(super) fn close(&mut self) {
         self.tasks = None;
         if self.done.recv_timeout(CLOSE_TIMEOUT).is_err() {
             tracing::error!("the audit is not written to its end: its writer does not keep up");

@@ -162,7 +162,7 @@ impl Kernel {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn detach(mut self) -> Result<(), BpfError> {
+    pub fn detach(&mut self) -> Result<(), BpfError> {
         for Attached { name, link } in std::mem::take(&mut self.attached) {
             sys::detach_link(&link).map_err(|source| BpfError::Attach { name, source })?;
             self.pins.iter().try_for_each(|pins| pins.unpin(name))?;

@@ -1,6 +1,9 @@
 //! What the programs tell the daemon: events of sessions, and their log.
 
-use std::io;
+use std::{
+    io,
+    task::{Context, Poll},
+};
 
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
@@ -13,15 +16,14 @@ pub struct Events {
 }
 
 impl Events {
-    /// Waits until the kernel has added to a channel that was read to its end.
+    /// Is ready when the kernel has added to a channel that was read to its end.
     ///
     /// # Errors
     ///
     /// Where the channel cannot be watched any more.
-    pub async fn wait(&mut self) -> io::Result<()> {
-        let mut guard = self.ring.readable_mut().await?;
-        guard.clear_ready();
-        Ok(())
+    pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let ready = self.ring.poll_read_ready_mut(context);
+        ready.map_ok(|mut guard| guard.clear_ready())
     }
 
     /// The next event, or `None` at the end. A record that is none is an error; the next call goes

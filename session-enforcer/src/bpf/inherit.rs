@@ -279,7 +279,7 @@ impl Kernel {
         };
         for _ in 0..MAX_COMPARISONS {
             // The earlier programs may be at a packet, and these at one whose record was moved.
-            self.wait_for_programs();
+            sys::wait_for_programs();
             if self.compare_once(&witness)? == 0 {
                 break;
             }

@@ -37,6 +37,7 @@ pub use events::{Events, KernelLog};
 pub use inherit::Inherited;
 pub use pin_error::PinError;
 pub use pins::PinDir;
+pub(crate) use sys::wait_for_programs;
 
 use attach::Attached;
 use inherit::Pins;
@@ -310,12 +311,6 @@ impl Kernel {
     /// Where the kernel refuses.
     pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         self.sessions.amend(cookie, session)
-    }
-
-    /// Waits until no program runs any more that may have found a record where it was, or none, and a look at
-    /// its packet's socket tells of the packet. Some 10 ms, so once for many sessions.
-    pub fn wait_for_programs(&self) {
-        sys::wait_for_programs();
     }
 
     /// Removes the session of this cookie that was established at this time, and none that has begun

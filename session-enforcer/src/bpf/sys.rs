@@ -236,7 +236,7 @@ const LONG_ENOUGH: Duration = Duration::from_millis(10);
 /// look takes the socket's lock (`tcp_get_info`), with which the backlog is emptied, and under which
 /// whatever leaves passes the hook and is counted. On a single processor the kernel waits for nothing: what
 /// ran there when this was called has ended, unless the kernel is a real-time one.
-pub(super) fn wait_for_programs() {
+pub(crate) fn wait_for_programs() {
     if !grace_period() {
         thread::sleep(LONG_ENOUGH);
     }

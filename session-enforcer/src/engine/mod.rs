@@ -1,32 +1,43 @@
-//! The one event loop: ring buffer, timer, signals, requests.
+//! The engine: decides, and never waits for anybody but the kernel's own answers about its maps.
 //!
-//! [`Enforcer`] decides and acts, one call at a time; this module waits, and calls it.
+//! One loop waits for events, deadlines, signals and requests. What takes a reaper is a task of its own beside
+//! it ([`context`]): resets ([`terminate`]), the agreement of map, schedule and sockets ([`sync`]), owners
+//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]). What is decided is pure:
+//! [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
+//! user or a file system can hold up.
 
-mod adoption;
+mod ask;
+mod backlog;
+mod backoff;
 mod book;
-mod destroyer;
-mod enforcer;
-mod owners;
-mod pace;
-mod reconcile;
+mod context;
+mod handles;
+mod hanging;
+mod judge;
+mod owner;
+mod records;
 mod reload;
+mod state;
+mod sync;
 mod takeover;
 mod terminate;
+mod tracker;
 
-use std::{io, time::Duration};
+use std::{cell::Cell, io, rc::Rc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    task::yield_now,
     time::{Instant, sleep_until},
 };
 
 pub use book::{RuleBook, TooManyRules};
-pub use enforcer::{Enforcer, Parts};
-pub use reload::Redecided;
+pub use state::Parts;
 pub use takeover::Begun;
+
+use context::Context;
+use state::State;
 
 use crate::{
     bpf::{Events, KernelLog},
@@ -35,15 +46,20 @@ use crate::{
     config::{Config, NetworkNamespaces},
     http::Request,
     owners::UserError,
-    survey::{Found, Survey},
+    reaper::pool::Pool,
     timer::Timer,
     watch::Watch,
 };
 
-/// How long the daemon leaves events in the ring buffer after it has read some. It bounds the
-/// wake-ups of a host with many short connections to ten a second, most of which have ended by
-/// then. The shortest limit is ten times as long, so no deadline is missed by it.
-const READ_PAUSE: Duration = Duration::from_millis(100);
+/// For how long the metrics are not served while connections are adopted. Then they say that it lasts.
+const ADOPTION_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The least time between two looks at the cgroups that the rules name. Whoever may make one may make it
+/// again and again.
+const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
+
+/// How many times as long as a look at them took there is none after it.
+const CGROUPS_REST: u32 = 10;
 
 /// Reads the configuration once more.
 pub type Source = Box<dyn Fn() -> Result<Config>>;
@@ -54,28 +70,42 @@ pub struct Reloading {
     pub source: Option<Source>,
     /// What is in force.
     pub config: Config,
-    /// What the programs are attached to.
-    pub cgroup: Cgroup,
-}
-
-impl Reloading {
-    fn all_namespaces(&self) -> bool {
-        self.config.network_namespaces == NetworkNamespaces::All
-    }
 }
 
 /// The loop and what it waits for.
 pub struct Engine {
-    enforcer: Enforcer,
-    reloading: Reloading,
-    events: EventReader,
+    context: Rc<Context>,
+    reloading: Rc<Reload>,
     log: KernelLog,
     timer: Timer,
     requests: mpsc::Receiver<Request>,
     signals: Signals,
     watch: Watch,
-    /// Lists the sockets, while sessions are compared with them.
-    survey: Option<Survey>,
+    /// When the cgroups that the rules name are looked at next, where something has changed there.
+    cgroups_due: Option<Instant>,
+    cgroups_paused_until: Rc<Cell<Instant>>,
+}
+
+/// SIGHUP, and what is under way of it.
+struct Reload {
+    source: Option<Source>,
+    config: std::cell::RefCell<Config>,
+    is_under_way: Cell<bool>,
+    is_wanted: Cell<bool>,
+    /// Whether the cgroups that the rules name may be others.
+    has_changed: Cell<bool>,
+}
+
+/// What the engine is made of.
+pub struct Channels {
+    /// The kernel's events.
+    pub events: Events,
+    /// The programs' log.
+    pub log: KernelLog,
+    /// Requests of the HTTP server.
+    pub requests: mpsc::Receiver<Request>,
+    /// Signals.
+    pub signals: Signals,
 }
 
 impl Engine {
@@ -83,48 +113,89 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Where a timer or a signal handler cannot be had.
+    /// Where a timer cannot be had.
     pub fn new(
-        enforcer: Enforcer,
-        events: Events,
-        log: KernelLog,
-        requests: mpsc::Receiver<Request>,
-        signals: Signals,
+        parts: Parts,
+        pool: Pool,
+        cgroup: Cgroup,
+        channels: Channels,
         reloading: Reloading,
     ) -> Result<Self> {
+        let all_namespaces = reloading.config.network_namespaces == NetworkNamespaces::All;
+        let state = State::new(parts);
+        let context = Context::new(state, channels.events, pool, cgroup, all_namespaces);
         Ok(Self {
-            enforcer,
-            reloading,
-            events: EventReader {
-                events,
-                paused_until: None,
-            },
-            log,
+            context,
+            reloading: Rc::new(Reload {
+                source: reloading.source,
+                config: std::cell::RefCell::new(reloading.config),
+                is_under_way: Cell::new(false),
+                is_wanted: Cell::new(false),
+                has_changed: Cell::new(true),
+            }),
+            log: channels.log,
             timer: Timer::new().context("making a timer")?,
-            requests,
-            signals,
+            requests: channels.requests,
+            signals: channels.signals,
             watch: Watch::default(),
-            survey: None,
+            cgroups_due: None,
+            cgroups_paused_until: Rc::new(Cell::new(Instant::now())),
         })
     }
 
-    /// Runs until SIGTERM or SIGINT, then detaches and flushes.
+    /// Puts the first policy into force, attaches the programs, and runs until SIGTERM or SIGINT; then detaches
+    /// and flushes. `attached` is called when the programs are attached, `begun` when the connections that are
+    /// older have been adopted, and `serve` then, or a little later where that lasts.
     ///
     /// # Errors
     ///
-    /// Where the kernel's channels cannot be watched any more, or the programs' maps cannot be
-    /// read: without them nothing can be enforced.
-    pub async fn run(mut self) -> Result<()> {
+    /// Where the programs cannot be attached, the kernel's channels cannot be watched any more, or the
+    /// programs' maps cannot be read: without them nothing can be enforced.
+    pub async fn run(
+        mut self,
+        attached: impl FnOnce() -> Result<()> + 'static,
+        begun: impl FnOnce(Begun) + 'static,
+        serve: impl FnOnce() -> Result<()> + 'static,
+    ) -> Result<()> {
+        let (is_serving, served) = tokio::sync::oneshot::channel();
+        let start = start(
+            Rc::clone(&self.context),
+            Rc::clone(&self.reloading),
+            attached,
+            begun,
+            is_serving,
+        );
+        self.context.spawn(start);
+        let context = Rc::clone(&self.context);
+        self.context.spawn(async move {
+            // Nobody is served where the programs could not be attached.
+            if let Ok(adopting) = served.await {
+                let _ = tokio::time::timeout(ADOPTION_PATIENCE, adopting).await;
+                serve()?;
+            }
+            context.wake.notify_one();
+            Ok(())
+        });
         let result = self.serve().await;
-        result.and(self.enforcer.stop())
+        let mut state = self.context.state();
+        let stopped = match &result {
+            // Nothing is taken out of the kernel that this daemon did not put there.
+            Err(_) if !state.is_enforcing => Ok(()),
+            _ => state.stop().context("detaching the programs"),
+        };
+        state.records.audit.close();
+        result.and(stopped)
     }
 
     async fn serve(&mut self) -> Result<()> {
-        self.follow_cgroups()?;
         loop {
-            let due_ns = self.enforcer.next_due_ns();
-            let next_ns = due_ns.into_iter().chain(self.enforcer.next_comparison_ns());
-            self.timer.set(next_ns.min()).context("setting the timer")?;
+            self.context.take_failure()?;
+            if self.reloading.has_changed.take() {
+                self.cgroups_due = Some(Instant::now());
+            }
+            owner::find_cgroups(&self.context);
+            let next_ns = self.next_ns();
+            self.timer.set(next_ns).context("setting the timer")?;
             tokio::select! {
                 biased;
                 received = self.signals.next() => match received {
@@ -132,182 +203,254 @@ impl Engine {
                         tracing::info!("{name}: stopping");
                         return Ok(());
                     }
-                    Received::Hangup => self.reload()?,
+                    Received::Hangup => self.hangup(),
                 },
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
-                    self.enforce_due()?;
-                    self.compare_if_due();
+                    terminate::end_due(&self.context)?;
+                    self.sync_if_due();
                 }
-                ready = self.events.wait() => {
+                ready = self.context.events() => {
                     ready.context("waiting for the kernel's events")?;
-                    self.events.read_all(&mut self.enforcer)?;
+                    self.context.read_events()?;
                 }
                 Some(request) = self.requests.recv() => {
                     // An answer is about now, and not about the last time that events were read.
-                    self.events.read_all(&mut self.enforcer)?;
-                    self.enforcer.note_attachment(&self.reloading.cgroup);
-                    self.enforcer.answer(request);
+                    self.context.read_events()?;
+                    self.note_attachment();
+                    self.context.state().answer(request, self.context.pool.counts());
                 }
                 changed = self.watch.changed() => {
                     changed.context("watching the cgroups of the rules")?;
-                    self.follow_cgroups()?;
+                    let at = self.cgroups_paused_until.get().max(Instant::now());
+                    self.cgroups_due.get_or_insert(at);
                 }
+                () = at(self.cgroups_due) => self.follow_cgroups(),
                 forwarded = self.log.forward() => {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
-                () = yield_now(), if self.enforcer.has_missing() => {
-                    self.events.read_all(&mut self.enforcer)?;
-                    self.enforcer.look_at_missing()?;
-                }
-                found = next_of(&mut self.survey), if !self.enforcer.has_missing() => {
-                    self.compare(found)?;
-                }
+                () = self.context.wake.notified() => {}
             }
         }
     }
-}
 
-/// Sessions that are due.
-impl Engine {
-    fn enforce_due(&mut self) -> Result<()> {
-        self.enforcer.enforce_due()?;
-        // Each reset has put an event into the ring buffer: keep it from filling.
-        self.events.read_all(&mut self.enforcer)
+    /// When there is something to do next.
+    fn next_ns(&self) -> Option<u64> {
+        let state = self.context.state();
+        let may_end = state.is_enforcing && terminate::may_end_more(&self.context);
+        let due_ns = state.tracker.next_due_ns().filter(|_| may_end);
+        let may_sync = state.is_enforcing && !state.hanging.is_diag_blocked;
+        let sync_ns = state.backlog.next_sync_ns(state.has_room());
+        due_ns.into_iter().chain(sync_ns.filter(|_| may_sync)).min()
     }
 
-    /// Ends what a change of the policy made late, before a look at all sockets takes its time.
-    fn enforce_all_due(&mut self) -> Result<()> {
-        while self.enforcer.is_due() {
-            self.enforce_due()?;
+    fn sync_if_due(&mut self) {
+        let (aim, is_due) = {
+            let state = self.context.state();
+            let next_ns = state.backlog.next_sync_ns(state.has_room());
+            let may_sync = state.is_enforcing && !state.hanging.is_diag_blocked;
+            let is_due = next_ns.is_some_and(|next_ns| next_ns <= monotonic_ns());
+            (sync::routine(&state), may_sync && is_due)
+        };
+        if is_due {
+            self.note_attachment();
+            let context = Rc::clone(&self.context);
+            self.context
+                .spawn(async move { sync::sync(&context, aim).await.map(drop) });
+            // It is under way from now on, and not from when its task runs.
+            self.context.state().backlog.begin();
         }
-        Ok(())
     }
-}
 
-/// The comparison of sessions and sockets.
-impl Engine {
-    fn compare_if_due(&mut self) {
-        let next_ns = self.enforcer.next_comparison_ns();
-        if next_ns.is_none_or(|next_ns| monotonic_ns() < next_ns) {
+    /// Notes whether the programs still see the connections that they are meant to see.
+    fn note_attachment(&self) {
+        let mut state = self.context.state();
+        if !state.is_enforcing {
             return;
         }
-        self.enforcer.note_attachment(&self.reloading.cgroup);
-        let reach = self.enforcer.reach(self.reloading.all_namespaces());
-        match Survey::start(&self.reloading.cgroup, reach) {
-            Ok(survey) => {
-                self.survey = Some(survey);
-                self.enforcer.begin_comparison();
-            }
-            Err(error) => self
-                .enforcer
-                .break_off_comparison(&format!("a thread cannot be had: {error}")),
-        }
-    }
-
-    fn compare(&mut self, found: Option<Found>) -> Result<()> {
-        match found {
-            Some(found) => {
-                // What opened and closed by now is known.
-                self.events.read_all(&mut self.enforcer)?;
-                self.enforcer.compare(found)?;
-            }
-            None => self.enforcer.break_off_comparison("their list broke off"),
-        }
-        if !self.enforcer.is_comparing() {
-            self.survey = None;
-        }
-        Ok(())
+        let what = if self.context.cgroup.is_gone() {
+            Some(
+                "the cgroup of daemon.cgroup was removed: connections of one that is made anew are \
+                 not tracked; restart the daemon",
+            )
+        } else if !state.kernel.is_attached() {
+            Some(
+                "the programs were detached by someone else: no session is tracked any more; \
+                 restart the daemon",
+            )
+        } else {
+            None
+        };
+        let detached = crate::health::Trouble::Detached;
+        state.records.health.set(detached, what);
     }
 }
 
-/// What the survey finds next, if there is one.
-async fn next_of(survey: &mut Option<Survey>) -> Option<Found> {
-    match survey {
-        Some(survey) => survey.next().await,
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
     }
+}
+
+/// The start: the first policy, what an earlier daemon left, the attachment, the adoption.
+async fn start(
+    context: Rc<Context>,
+    reload: Rc<Reload>,
+    attached: impl FnOnce() -> Result<()>,
+    begun: impl FnOnce(Begun),
+    serve: tokio::sync::oneshot::Sender<tokio::sync::oneshot::Receiver<()>>,
+) -> Result<()> {
+    let since_ns = takeover::now_ns();
+    let config = reload.config.borrow().clone();
+    let users = reload::find_users(&context, &config).await;
+    context.state().put_policy(&config, &users)?;
+    let taken_over = takeover::attach(&context).await?;
+    attached()?;
+    let (_adopted, adopting) = tokio::sync::oneshot::channel();
+    // Nobody waits for it where the daemon stops.
+    let _ = serve.send(adopting);
+    let adopted = takeover::adopt(&context, since_ns).await?;
+    context.state().records.started(&config);
+    begun(Begun {
+        taken_over,
+        adopted,
+    });
+    Ok(())
 }
 
 /// The cgroups that the rules name.
 impl Engine {
     /// Looks at them, and watches for them to come and go.
-    fn follow_cgroups(&mut self) -> Result<()> {
+    fn follow_cgroups(&mut self) {
+        self.cgroups_due = None;
         // Watched first: one that comes between is found by the look.
-        let directories = self.enforcer.cgroup_directories();
+        let directories = self.context.state().directory.directories();
         if let Err(error) = self.watch.set(&directories) {
             tracing::error!(
                 "a cgroup of the rules that comes later is not seen before the next SIGHUP, no \
                  inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
             );
         }
-        // What was opened before is known when connections are adopted.
-        self.events.read_all(&mut self.enforcer)?;
-        let Reloading { config, cgroup, .. } = &self.reloading;
-        let all_namespaces = self.reloading.all_namespaces();
-        self.enforcer
-            .cgroups_changed(config, cgroup, all_namespaces)
+        let come = self.context.state().directory.look_again();
+        if come.is_empty() || !self.context.state().is_enforcing {
+            return;
+        }
+        let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));
+        let paused_until = Rc::clone(&self.cgroups_paused_until);
+        // Not again before it has ended.
+        let far = Instant::now() + Duration::from_secs(3_600);
+        self.cgroups_paused_until.set(far);
+        self.context.spawn(async move {
+            let began = Instant::now();
+            let followed = cgroups_came(&context, &reload, &come).await;
+            let rest = (began.elapsed() * CGROUPS_REST).max(CGROUPS_PAUSE);
+            paused_until.set(Instant::now() + rest);
+            reload.has_changed.set(true);
+            followed
+        });
     }
+}
+
+/// The sockets of cgroups that have come are matched from now on, those that they have already are adopted, and
+/// those that a rule further down has taken meanwhile are decided about anew.
+async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) -> Result<()> {
+    // What was opened before is known when connections are adopted.
+    context.read_events()?;
+    {
+        let mut state = context.state();
+        let state = &mut *state;
+        // The same policy, of the same generation: what was decided about other sessions stands.
+        let config = reload.config.borrow();
+        state.book.set_owners(&config, state.directory.owners());
+        let (entries, policies) = (&state.book.entries, state.book.policies());
+        state
+            .kernel
+            .put_policy(state.book.generation, entries, &policies)?;
+    }
+    let redecided = reload::redecide_below(context, come).await?;
+    context.state().kernel.narrow_ports()?;
+    let aim = sync::Aim {
+        adopts: true,
+        ..sync::Aim::default()
+    };
+    let adopted = sync::sync(context, aim).await?.adopted;
+    tracing::info!(
+        "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
+         adopted"
+    );
+    Ok(())
 }
 
 /// SIGHUP.
 impl Engine {
     /// Opens the audit file again, and puts the configuration into force if it is good. A wrong one
     /// changes nothing.
-    fn reload(&mut self) -> Result<()> {
-        self.enforcer.reopen_audit();
-        let Some(source) = &self.reloading.source else {
+    fn hangup(&self) {
+        self.context.state().records.audit.reopen();
+        if self.reloading.source.is_none() {
             tracing::info!("SIGHUP: the configuration came from the command line and stays");
-            return Ok(());
-        };
-        match source().and_then(|config| self.reloading.accept(config)) {
-            Ok(config) => self.put_into_force(config),
-            Err(error) => {
-                tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
-                self.enforcer.reload_failed();
-                Ok(())
-            }
+            return;
         }
-    }
-
-    fn put_into_force(&mut self, config: Config) -> Result<()> {
-        for warning in &config.warnings {
-            tracing::warn!("{warning}");
+        if self.reloading.is_under_way.replace(true) {
+            self.reloading.is_wanted.set(true);
+            return;
         }
-        // What was opened under the policy before is known when it is decided about.
-        self.events.read_all(&mut self.enforcer)?;
-        let redecided = match self.enforcer.change_policy(&config) {
-            Ok(redecided) => redecided,
-            Err(error) if error.is::<TooManyRules>() || error.is::<UserError>() => {
-                tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
-                self.enforcer.reload_failed();
-                return Ok(());
+        let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));
+        self.context.spawn(async move {
+            let mut reloaded = reload_once(&context, &reload).await;
+            while reloaded.is_ok() && reload.is_wanted.take() {
+                reloaded = reload_once(&context, &reload).await;
             }
-            Err(error) => return Err(error),
-        };
-        self.enforce_all_due()?;
-        let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
-        let adopted = self
-            .enforcer
-            .adopt_by_change(&self.reloading.cgroup, all_namespaces)?;
-        self.enforcer.reload_succeeded();
-        tracing::info!(
-            "SIGHUP: {} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
-             {adopted} adopted",
-            config.rules.len(),
-            redecided.kept,
-            redecided.released,
-            redecided.expired,
-        );
-        self.reloading.config = config;
-        self.follow_cgroups()
+            reload.is_under_way.set(false);
+            reloaded
+        });
     }
 }
 
-impl Reloading {
+async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
+    let refused = |error: &anyhow::Error| {
+        tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
+        context.state().records.metrics.config_refused();
+        Ok(())
+    };
+    let config = reload.source.as_ref().map_or_else(
+        || Err(anyhow::anyhow!("there is no file")),
+        |source| source(),
+    );
+    let config = match config.and_then(|config| reload.accept(config, &context.cgroup)) {
+        Ok(config) => config,
+        Err(error) => return refused(&error),
+    };
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let redecided = match reload::change_policy(context, &config).await {
+        Ok(redecided) => redecided,
+        Err(error) if error.is::<TooManyRules>() || error.is::<UserError>() => {
+            return refused(&error);
+        }
+        Err(error) => return Err(error),
+    };
+    let count = config.rules.len();
+    *reload.config.borrow_mut() = config;
+    let adopted = reload::adopt_by_change(context).await?;
+    context.state().records.metrics.config_loaded();
+    tracing::info!(
+        "SIGHUP: {count} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
+         {adopted} adopted",
+        redecided.kept,
+        redecided.released,
+        redecided.expired,
+    );
+    reload.has_changed.set(true);
+    Ok(())
+}
+
+impl Reload {
     /// Refuses a configuration that only a restart can put into force: it would be so by half.
-    fn accept(&self, config: Config) -> Result<Config> {
-        let now = &self.config;
+    fn accept(&self, config: Config, cgroup: &Cgroup) -> Result<Config> {
+        let now = self.config.borrow();
         let changed = [
             ("daemon.cgroup", now.cgroup != config.cgroup),
             (
@@ -336,41 +479,8 @@ impl Reloading {
             changed.join(" and ")
         );
         // Its connections would be looked for, and others be found.
-        self.cgroup.scope()?;
+        cgroup.check_there()?;
         Ok(config)
-    }
-}
-
-/// Reads the kernel's events, with a pause after each reading that found some.
-struct EventReader {
-    events: Events,
-    paused_until: Option<Instant>,
-}
-
-impl EventReader {
-    async fn wait(&mut self) -> io::Result<()> {
-        match self.paused_until {
-            Some(end) => {
-                sleep_until(end).await;
-                Ok(())
-            }
-            None => self.events.wait().await,
-        }
-    }
-
-    fn read_all(&mut self, enforcer: &mut Enforcer) -> Result<()> {
-        let mut any = false;
-        while let Some(event) = self.events.read() {
-            any = true;
-            match event {
-                Ok((kind, event)) => enforcer.handle(kind, &event),
-                Err(error) => tracing::error!("an event of the kernel is not understood: {error}"),
-            }
-        }
-        enforcer.count_inherited();
-        enforcer.flush_audit();
-        self.paused_until = any.then(|| Instant::now() + READ_PAUSE);
-        enforcer.repair()
     }
 }
 

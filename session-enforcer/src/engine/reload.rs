@@ -1,129 +1,209 @@
 //! A policy comes into force: the first one, and those that follow.
 
+use std::{
+    collections::{BTreeSet, HashMap},
+    rc::Rc,
+};
+
 use anyhow::Result;
-use session_enforcer_common::{Reason, Session, Verdict, verdict};
+use session_enforcer_common::Session;
 
 use super::{
-    adoption::Adopted,
+    ask,
     book::RuleBook,
-    enforcer::{Enforcer, LateByPolicy, MAX_PASS, group_of},
-    terminate::Expired,
+    context::Context,
+    judge::Expired,
+    owner,
+    state::State,
+    sync::{Aim, sync},
+    tracker::{Phase, group_of},
 };
-use crate::{cgroup::Cgroup, clock::monotonic_ns, config::Config, sock_diag::MAX_BATCH};
+use crate::{
+    clock::monotonic_ns,
+    config::{Config, User},
+    owners::Users,
+    reaper::{
+        diag::MAX_BATCH,
+        protocol::{FoundUser, Reply, Request},
+    },
+    schedule::Group,
+};
 
 /// What a change of the policy did to the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Redecided {
+pub(super) struct Redecided {
     /// Sessions that are tracked on.
-    pub kept: usize,
+    pub(super) kept: usize,
     /// Sessions that were tracked and that no rule matches any more.
-    pub released: usize,
+    pub(super) released: usize,
     /// Sessions that were past a limit.
-    pub expired: usize,
+    pub(super) expired: usize,
 }
 
-impl Enforcer {
+/// Asks for the numbers of the users that a configuration names.
+pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users {
+    let names = config.rules.iter().flat_map(|rule| &rule.users);
+    let names = names.filter_map(|user| match user {
+        User::Name(name) => Some(name.clone()),
+        User::Uid(_) => None,
+    });
+    let names: Vec<String> = names.collect::<BTreeSet<_>>().into_iter().collect();
+    let mut users = HashMap::new();
+    for some in names.chunks(MAX_BATCH) {
+        let request = Request::Users {
+            names: some.to_vec(),
+        };
+        let asked = ask::ask(context, &request, None, |reply, _| {
+            if let Reply::Users(found) = reply {
+                users.extend(some.iter().cloned().zip(found));
+            }
+        });
+        if let Err(error) = asked.await {
+            let failed = |name: &String| (name.clone(), FoundUser::Failed(error.clone()));
+            users.extend(some.iter().map(failed));
+        }
+    }
+    users
+}
+
+/// Puts another policy into force, and decides anew about every session that is tracked.
+///
+/// # Errors
+///
+/// Where there are too many rules, a user is not there, or the kernel refuses; nothing has changed then. Also
+/// where the session map cannot be read.
+pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Result<Redecided> {
+    let users = find_users(context, config).await;
+    context.read_events()?;
+    {
+        let mut state = context.state();
+        let before = state.put_policy(config, &users)?;
+        state.records.policy_loaded(config);
+        state.records.audit.flush();
+        state.book_before = Some(Rc::new(before));
+    }
+    let redecided = redecide(context).await;
+    let mut state = context.state();
+    state.book_before = None;
+    state.kernel.narrow_ports()?;
+    drop(state);
+    context.wake.notify_one();
+    redecided
+}
+
+/// Adopts the connections that no rule matched before the policy changed. Those that are past a
+/// limit are so by the change.
+///
+/// # Errors
+///
+/// As [`sync`].
+pub(super) async fn adopt_by_change(context: &Rc<Context>) -> Result<usize> {
+    let aim = Aim {
+        adopts: true,
+        is_thorough: true,
+        by_change: true,
+        ..Aim::default()
+    };
+    Ok(sync(context, aim).await?.adopted)
+}
+
+/// Those that are late now are made due, and ended by the passes that follow.
+async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
+    let mut redecided = Redecided::default();
+    let cookies = context.state().kernel.cookies()?;
+    let mut open = Vec::new();
+    for some in cookies.chunks(MAX_BATCH) {
+        {
+            let mut state = context.state();
+            let now_ns = monotonic_ns();
+            for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+                let Some(session) = session else {
+                    continue;
+                };
+                if state.is_in_other_hands(*cookie, &session) {
+                    redecided.kept += 1;
+                    continue;
+                }
+                state.reschedule(*cookie, &session);
+                if state.needs_owner(*cookie, &session) {
+                    open.push((*cookie, session));
+                    continue;
+                }
+                let expired = state.judge(*cookie, Some(session), now_ns)?;
+                state.note_redecided(&mut redecided, *cookie, expired);
+            }
+        }
+        context.wake.notify_one();
+        tokio::task::yield_now().await;
+    }
+    let asked = open.len();
+    let settled = owner::settle(context, open).await?;
+    // Those that have ended meanwhile.
+    redecided.released += asked - settled.len();
+    for (cookie, session) in settled {
+        let mut state = context.state();
+        let now_ns = monotonic_ns();
+        let session = state.still_there(cookie, &session)?;
+        let expired = state.judge(cookie, session, now_ns)?;
+        state.note_redecided(&mut redecided, cookie, expired);
+    }
+    Ok(redecided)
+}
+
+/// Decides anew about the sessions of these cgroups and of those below; how many.
+///
+/// # Errors
+///
+/// Where the session map cannot be read or written.
+pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Result<usize> {
+    let cookies = context.state().kernel.cookies()?;
+    let mut open = Vec::new();
+    for some in cookies.chunks(MAX_BATCH) {
+        {
+            let state = context.state();
+            for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+                let Some(session) = session else {
+                    continue;
+                };
+                let above = state.ancestors_of(session.owner.cgroup_id);
+                if cgroups.iter().any(|id| above.contains(*id))
+                    && !state.is_in_other_hands(*cookie, &session)
+                {
+                    open.push((*cookie, session));
+                }
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+    let count = open.len();
+    for (cookie, _) in owner::settle(context, open).await? {
+        context.state().tracker.rearm(cookie, 0);
+    }
+    context.wake.notify_one();
+    Ok(count)
+}
+
+impl State {
     /// Puts the rules of a configuration into force, whole or not at all; the policy before.
     ///
     /// # Errors
     ///
     /// Where there are too many rules, a user is not there, or the kernel refuses.
-    pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
-        let found = self.directory.look_up(config)?;
+    pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleBook> {
+        let found = self.directory.look_up(config, users)?;
         let next = self.book.next(config, &found.owners, self.lag_ns)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.directory.keep(found);
-        self.metrics.set_rules(&next.names());
-        self.pace.set_interval(config.reconcile_interval);
+        self.records.metrics.set_rules(&next.names());
+        self.backlog.set_interval(config.reconcile_interval);
         Ok(std::mem::replace(&mut self.book, next))
     }
 
-    /// Puts another policy into force, and decides anew about every session that is tracked.
-    ///
-    /// # Errors
-    ///
-    /// As above, and where the session map cannot be read.
-    pub fn change_policy(&mut self, config: &Config) -> Result<Redecided> {
-        let before = self.put_policy(config)?;
-        self.record_policy(config);
-        let redecided = self.redecide(&before)?;
-        self.kernel.narrow_ports()?;
-        self.audit.flush();
-        Ok(redecided)
-    }
-
-    /// Adopts the connections that no rule matched before the policy changed. Those that are past a
-    /// limit are so by the change.
-    ///
-    /// # Errors
-    ///
-    /// As [`adopt`](Self::adopt).
-    pub fn adopt_by_change(&mut self, cgroup: &Cgroup, all_namespaces: bool) -> Result<usize> {
-        let adopted = self.adopt_all(cgroup, all_namespaces)?;
-        let changed_ns = monotonic_ns();
-        for (cookie, Adopted { session, .. }) in &adopted {
-            let policy = self.book.rules[usize::from(session.rule)].policy;
-            if let Verdict::Expired { deadline_ns, .. } = verdict(session, &policy, changed_ns) {
-                let late = LateByPolicy {
-                    changed_ns,
-                    reached_ns: deadline_ns,
-                };
-                self.late_by_policy.insert(*cookie, late);
-            }
-        }
-        Ok(adopted.len())
-    }
-
-    /// Records that the enforcement begins, under this policy.
-    pub fn started(&mut self, config: &Config) {
-        self.audit.started();
-        self.record_policy(config);
-        self.audit.flush();
-    }
-
-    fn record_policy(&mut self, config: &Config) {
-        let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
-        self.audit.policy_loaded(config.mode, &names);
-    }
-
-    /// Those that are late now are made due, and ended by the passes that follow: between these the
-    /// ring buffer is read, which the closings of a hundred thousand would fill.
-    fn redecide(&mut self, before: &RuleBook) -> Result<Redecided> {
-        let mut redecided = Redecided::default();
-        for some in self.kernel.cookies()?.chunks(MAX_PASS) {
-            let mut settled = Vec::new();
-            for cookies in some.chunks(MAX_BATCH) {
-                let now_ns = monotonic_ns();
-                for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
-                    let Some(session) = session else {
-                        continue;
-                    };
-                    self.reschedule(*cookie, &session);
-                    if self.asks_for_owner(*cookie, &session) {
-                        match self.settle_owner(*cookie, &session)? {
-                            Some(open) => settled.push(open),
-                            None => self.note_redecided(&mut redecided, *cookie, None),
-                        }
-                        continue;
-                    }
-                    let expired = self.judge(*cookie, Some(session), now_ns, Some(before))?;
-                    self.note_redecided(&mut redecided, *cookie, expired);
-                }
-            }
-            let open = settled.len();
-            let settled = self.compared_with_sockets(settled)?;
-            // Those that have ended meanwhile.
-            redecided.released += open - settled.len();
-            for (cookie, session) in settled {
-                let now_ns = monotonic_ns();
-                // Other comparisons came in between.
-                let session = self.still_there(cookie, &session)?;
-                let expired = self.judge(cookie, session, now_ns, Some(before))?;
-                self.note_redecided(&mut redecided, cookie, expired);
-            }
-        }
-        Ok(redecided)
+    /// Whether a reaper or a sync has the session.
+    fn is_in_other_hands(&self, cookie: u64, session: &Session) -> bool {
+        let phase = self.tracker.phase(cookie, session);
+        phase.is_some_and(Phase::is_in_other_hands)
     }
 
     /// Counts what became of a session; one that is late is made due.
@@ -133,31 +213,32 @@ impl Enforcer {
                 redecided.expired += 1;
                 self.make_due(&expired);
             }
-            None if self.schedule.contains(cookie) => redecided.kept += 1,
+            None if self.tracker.contains(cookie) => redecided.kept += 1,
             None => redecided.released += 1,
         }
     }
 
     fn make_due(&mut self, expired: &Expired) {
-        if expired.reason == Reason::Policy {
-            let late = LateByPolicy {
+        if expired.reason == session_enforcer_common::Reason::Policy {
+            let late = Phase::LateByPolicy {
                 changed_ns: expired.deadline_ns,
                 reached_ns: expired.reached_ns,
             };
-            self.late_by_policy.insert(expired.cookie, late);
+            self.tracker
+                .set_phase(expired.cookie, &expired.session, late);
         }
-        self.schedule.rearm(expired.cookie, 0);
+        self.tracker.rearm(expired.cookie, 0);
     }
 
     /// Moves a session to the rule that is now its own, without a time.
     fn reschedule(&mut self, cookie: u64, session: &Session) {
-        let before = self.schedule.group(cookie).map(|group| group.rule);
+        let before = self.tracker.group(cookie).map(|group| group.rule);
         let rule = self.provisional_rule(session).or(before);
         let rule = rule.unwrap_or(session.rule);
-        let group = crate::schedule::Group {
+        let group = Group {
             rule,
             ..group_of(session)
         };
-        self.add(cookie, group, u64::MAX);
+        self.tracker.add(cookie, group, u64::MAX);
     }
 }

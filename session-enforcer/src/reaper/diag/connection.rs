@@ -22,11 +22,10 @@ use nix::{
 use thiserror::Error;
 
 use super::wire::{
-    self, Answering, Body, Detail, Family, Message, Ports, Socket, Target, WireError,
+    self, Body, Detail, Family, Message, Ports, Socket, Target, WireError,
 };
 
-/// Requests in one send. Each may be answered with a message of its own into the receive buffer; 200
-/// answers fit into the default one, 300 were lost in it (Linux 6.18).
+/// Sockets in one request to a reaper at most.
 pub const MAX_BATCH: usize = 128;
 
 /// The kernel answers within the send, so an answer that is not there yet will not come.
@@ -137,44 +136,30 @@ impl DiagSocket {
         Ok(cookie)
     }
 
-    /// Destroys the targets, at most [`MAX_BATCH`], and returns the kernel's answer to each in
-    /// their order: 0 or an error number. `None` is a target without an answer, whose fate is
-    /// unknown: look at it again.
+    /// Destroys a socket; the kernel's answer, 0 or an error number.
     ///
-    /// The kernel takes the requests one after the other, answers each that it refuses (whatever the
-    /// error but EINTR, which none of these gives), and always answers the last. So that answer is
-    /// one to all before it that have none of their own. With an answer to each, a session took 13 us
-    /// of processor time instead of 11.
+    /// The kernel takes the request within the send, and answers it only where it refuses: no message
+    /// in the receive buffer afterwards is its word that it has destroyed the socket. It reports an
+    /// answer for which it had no memory (`netlink_ack()`, ENOBUFS).
     ///
     /// # Errors
     ///
-    /// The second value is set where the exchange broke off. The answers before that count.
-    pub fn destroy(&mut self, targets: &[Target]) -> (Vec<Option<i32>>, Result<(), SockDiagError>) {
-        let targets = &targets[..targets.len().min(MAX_BATCH)];
-        let first = self.begin(targets.len());
-        for (index, target) in targets.iter().enumerate() {
-            let answering = if index + 1 == targets.len() {
-                Answering::Always
-            } else {
-                Answering::Refusals
-            };
-            let sequence = first.wrapping_add(index as u32);
-            wire::put_destroy(&mut self.out, sequence, target, answering);
+    /// Where the exchange fails; what became of the socket is then unknown.
+    pub fn destroy(&mut self, target: &Target) -> Result<i32, SockDiagError> {
+        let sequence = self.begin();
+        wire::put_destroy(&mut self.out, sequence, target);
+        self.send()?;
+        let length = match self.receive(MsgFlags::MSG_DONTWAIT) {
+            Err(SockDiagError::Receive(Errno::EAGAIN)) => return Ok(0),
+            received => received?,
+        };
+        let mut data = &self.input[..length];
+        let message = wire::next_message(&mut data)?.ok_or(SockDiagError::Truncated)?;
+        check_sequence(&message, sequence)?;
+        match message.body {
+            Body::Answer(code) => Ok(code),
+            Body::Done(_) | Body::Socket(_) => Err(WireError::Sequence { got: sequence }.into()),
         }
-        let mut answers = Answers::new(first, targets.len());
-        let result = self.send().and_then(|()| self.collect(&mut answers));
-        (answers.into_codes(), result)
-    }
-
-    fn collect(&mut self, answers: &mut Answers) -> Result<(), SockDiagError> {
-        while !answers.are_complete() {
-            let length = self.receive()?;
-            let mut data = &self.input[..length];
-            while let Some(message) = wire::next_message(&mut data)? {
-                answers.take(&message)?;
-            }
-        }
-        Ok(())
     }
 
     /// What the kernel knows of the target, or `None` where it is gone.
@@ -182,9 +167,13 @@ impl DiagSocket {
     /// # Errors
     ///
     /// Where the exchange fails; whether the socket is there is then unknown.
-    pub fn look(&mut self, target: &Target) -> Result<Option<Socket>, SockDiagError> {
-        let sequence = self.begin(1);
-        wire::put_look(&mut self.out, sequence, target);
+    pub fn query(
+        &mut self,
+        target: &Target,
+        detail: Detail,
+    ) -> Result<Option<Socket>, SockDiagError> {
+        let sequence = self.begin();
+        wire::put_query(&mut self.out, sequence, target, detail);
         let found = self.only_socket(sequence)?;
         Ok(found.filter(|found| found.target.cookie == target.cookie))
     }
@@ -196,18 +185,9 @@ impl DiagSocket {
     /// As above.
     pub fn search(&mut self, target: &Target) -> Result<Option<Socket>, SockDiagError> {
         let ports = [target.local_port, target.remote_port];
-        let mut found = None;
-        for family in [Family::Ipv4, Family::Ipv6] {
-            self.until_whole(|diag| {
-                let states = wire::state::SESSIONS;
-                diag.dump_once(family, states, Detail::Names, ports, &mut |socket| {
-                    if socket.target.cookie == target.cookie {
-                        found = Some(socket);
-                    }
-                })
-            })?;
-        }
-        Ok(found)
+        let listed = self.listed(wire::state::SESSIONS, ports)?;
+        let is_it = |socket: &Socket| socket.target.cookie == target.cookie;
+        Ok(listed.into_iter().find(is_it))
     }
 
     /// What the kernel knows of the MPTCP socket with this token, or `None` where it is gone.
@@ -216,16 +196,16 @@ impl DiagSocket {
     ///
     /// Where the exchange fails, or the kernel cannot list MPTCP sockets
     /// (`CONFIG_INET_MPTCP_DIAG`).
-    pub fn look_mptcp(&mut self, token: u32) -> Result<Option<Socket>, SockDiagError> {
-        let sequence = self.begin(1);
-        wire::put_look_mptcp(&mut self.out, sequence, token);
+    pub fn query_mptcp(&mut self, token: u32) -> Result<Option<Socket>, SockDiagError> {
+        let sequence = self.begin();
+        wire::put_query_mptcp(&mut self.out, sequence, token);
         self.only_socket(sequence)
     }
 
     /// The answer to a request for one socket.
     fn only_socket(&mut self, sequence: u32) -> Result<Option<Socket>, SockDiagError> {
         self.send()?;
-        let length = self.receive()?;
+        let length = self.receive(MsgFlags::empty())?;
         let mut data = &self.input[..length];
         let Some(message) = wire::next_message(&mut data)? else {
             return Err(WireError::Cut {
@@ -244,42 +224,24 @@ impl DiagSocket {
         }
     }
 
-    /// Every TCP socket of the namespace in one of the `states` (a set of [`wire::state::bit`]s).
+    /// Hands over every TCP socket of the namespace in one of the `states` (a set of
+    /// [`wire::state::bit`]s) and with these ports (0 is any), in bits of at most [`BIT`], while the list
+    /// goes on. Where the table changed meanwhile they are listed again, and come again.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses, the exchange fails, or the table changed at each attempt.
-    pub fn dump(&mut self, states: u32) -> Result<Vec<Socket>, SockDiagError> {
-        let mut sockets = Vec::new();
-        for family in [Family::Ipv4, Family::Ipv6] {
-            let start = sockets.len();
-            let attempt = |diag: &mut Self| {
-                sockets.truncate(start);
-                diag.dump_once(family, states, Detail::Activity, [0, 0], &mut |socket| {
-                    sockets.push(socket);
-                })
-            };
-            self.until_whole(attempt)?;
-        }
-        Ok(sockets)
-    }
-
-    /// Hands over the same sockets in bits of at most [`BIT`], while the list goes on. Where the table
-    /// changed meanwhile they are listed again, and come again.
-    ///
-    /// # Errors
-    ///
-    /// As above; what has come before is right.
-    pub fn in_bits(
+    /// Where the kernel refuses, the exchange fails, or the table changed at each attempt; what has come
+    /// before is right.
+    pub fn list(
         &mut self,
         states: u32,
-        detail: Detail,
+        ports: Ports,
         take: &mut dyn FnMut(Vec<Socket>),
     ) -> Result<(), SockDiagError> {
         let mut bit = Vec::with_capacity(BIT);
         for family in [Family::Ipv4, Family::Ipv6] {
             self.until_whole(|diag| {
-                diag.dump_once(family, states, detail, [0, 0], &mut |socket| {
+                diag.dump_once(family, states, ports, &mut |socket| {
                     bit.push(socket);
                     if bit.len() == BIT {
                         take(std::mem::replace(&mut bit, Vec::with_capacity(BIT)));
@@ -287,8 +249,21 @@ impl DiagSocket {
                 })
             })?;
         }
-        take(bit);
+        if !bit.is_empty() {
+            take(bit);
+        }
         Ok(())
+    }
+
+    /// The same sockets at once.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn listed(&mut self, states: u32, ports: Ports) -> Result<Vec<Socket>, SockDiagError> {
+        let mut sockets = Vec::new();
+        self.list(states, ports, &mut |bit| sockets.extend(bit))?;
+        Ok(sockets)
     }
 
     fn until_whole(
@@ -308,16 +283,15 @@ impl DiagSocket {
         &mut self,
         family: Family,
         states: u32,
-        detail: Detail,
         ports: Ports,
         take: &mut dyn FnMut(Socket),
     ) -> Result<bool, SockDiagError> {
-        let sequence = self.begin(1);
-        wire::put_dump(&mut self.out, sequence, family, states, detail, ports);
+        let sequence = self.begin();
+        wire::put_dump(&mut self.out, sequence, family, states, Detail::Names, ports);
         self.send()?;
         let mut whole = true;
         loop {
-            let length = self.receive()?;
+            let length = self.receive(MsgFlags::empty())?;
             let mut data = &self.input[..length];
             while let Some(message) = wire::next_message(&mut data)? {
                 check_sequence(&message, sequence)?;
@@ -333,32 +307,11 @@ impl DiagSocket {
         }
     }
 
-    /// Clears the way for an exchange of `requests`, and returns the number of the first.
-    fn begin(&mut self, requests: usize) -> u32 {
-        self.discard_late_answers();
+    /// Clears the way for a request, and returns its number.
+    fn begin(&mut self) -> u32 {
         self.out.clear();
-        let first = self.sequence.wrapping_add(1);
-        self.sequence = self.sequence.wrapping_add(requests as u32);
-        first
-    }
-
-    /// An exchange that broke off may have left answers behind, which would be taken for answers
-    /// out of order. There are no more of them than one exchange has.
-    fn discard_late_answers(&mut self) {
-        for _ in 0..=MAX_BATCH {
-            // SAFETY: the buffer is valid for its length.
-            let n = unsafe {
-                libc::recv(
-                    self.fd.as_raw_fd(),
-                    self.input.as_mut_ptr().cast(),
-                    self.input.len(),
-                    libc::MSG_DONTWAIT,
-                )
-            };
-            if n < 0 && !matches!(Errno::last(), Errno::ENOBUFS | Errno::EINTR) {
-                return;
-            }
-        }
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
     }
 
     fn send(&self) -> Result<(), SockDiagError> {
@@ -371,10 +324,10 @@ impl DiagSocket {
         }
     }
 
-    fn receive(&mut self) -> Result<usize, SockDiagError> {
+    fn receive(&mut self, flags: MsgFlags) -> Result<usize, SockDiagError> {
         loop {
             let mut buffer = [IoSliceMut::new(&mut self.input)];
-            match recvmsg::<()>(self.fd.as_raw_fd(), &mut buffer, None, MsgFlags::empty()) {
+            match recvmsg::<()>(self.fd.as_raw_fd(), &mut buffer, None, flags) {
                 Ok(message) if message.flags.contains(MsgFlags::MSG_TRUNC) => {
                     return Err(SockDiagError::Truncated);
                 }
@@ -395,104 +348,9 @@ fn check_sequence(message: &Message, expected: u32) -> Result<(), WireError> {
     })
 }
 
-/// The answers to a run of numbered requests, of which the last is always answered.
-struct Answers {
-    first: u32,
-    codes: Vec<Option<i32>>,
-}
-
-impl Answers {
-    fn new(first: u32, count: usize) -> Self {
-        Self {
-            first,
-            codes: vec![None; count],
-        }
-    }
-
-    /// Whether the last request has its answer.
-    fn are_complete(&self) -> bool {
-        self.codes.last().is_none_or(Option::is_some)
-    }
-
-    fn take(&mut self, message: &Message) -> Result<(), WireError> {
-        let wrong = WireError::Sequence {
-            got: message.sequence,
-        };
-        let index = message.sequence.wrapping_sub(self.first) as usize;
-        let slot = self.codes.get_mut(index).ok_or_else(|| wrong.clone())?;
-        let Body::Answer(code) = message.body else {
-            return Err(wrong);
-        };
-        if slot.replace(code).is_some() {
-            return Err(wrong);
-        }
-        if self.are_complete() {
-            // What the kernel had refused before it took the last, it has said.
-            for code in &mut self.codes {
-                code.get_or_insert(0);
-            }
-        }
-        Ok(())
-    }
-
-    fn into_codes(self) -> Vec<Option<i32>> {
-        self.codes
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn answer(sequence: u32, code: i32) -> Message {
-        Message {
-            sequence,
-            interrupted: false,
-            body: Body::Answer(code),
-        }
-    }
-
-    #[test]
-    fn the_answer_to_the_last_request_is_one_to_all_before_it_that_were_not_refused() {
-        let mut answers = Answers::new(10, 5);
-        for (sequence, code) in [(13, 1), (11, 2)] {
-            answers.take(&answer(sequence, code)).unwrap();
-            assert!(!answers.are_complete());
-        }
-        answers.take(&answer(14, 3)).unwrap();
-        assert!(answers.are_complete());
-        let codes = [Some(0), Some(2), Some(0), Some(1), Some(3)];
-        assert_eq!(answers.into_codes(), codes);
-    }
-
-    #[test]
-    fn without_the_last_answer_nothing_is_known_but_the_refusals() {
-        let mut answers = Answers::new(10, 3);
-        answers.take(&answer(11, 2)).unwrap();
-        assert_eq!(answers.into_codes(), [None, Some(2), None]);
-        assert!(Answers::new(10, 0).are_complete());
-    }
-
-    #[test]
-    fn numbers_wrap_around() {
-        let mut answers = Answers::new(u32::MAX, 2);
-        answers.take(&answer(u32::MAX, 1)).unwrap();
-        answers.take(&answer(0, 0)).unwrap();
-        assert_eq!(answers.into_codes(), [Some(1), Some(0)]);
-    }
-
-    #[test]
-    fn a_strange_or_repeated_answer_is_an_error_and_changes_nothing_else() {
-        let mut answers = Answers::new(10, 2);
-        answers.take(&answer(10, 0)).unwrap();
-        for got in [9, 12, 10] {
-            assert_eq!(
-                answers.take(&answer(got, 0)),
-                Err(WireError::Sequence { got })
-            );
-        }
-        assert_eq!(answers.into_codes(), [Some(0), None]);
-    }
 
     #[test]
     fn only_the_kernel_can_send_to_the_socket() {
@@ -522,51 +380,52 @@ mod tests {
             ifindex: 0,
             cookie: 1,
         };
-        assert_eq!(diag.look(&nobody).unwrap(), None);
+        assert_eq!(diag.query(&nobody, Detail::Activity).unwrap(), None);
+        assert_eq!(diag.destroy(&nobody).unwrap(), libc::ENOENT);
         assert_eq!(diag.search(&nobody).unwrap(), None);
     }
 
     #[test]
-    fn a_list_in_bits_has_every_socket_and_says_what_passed_only_where_asked() {
+    fn a_list_has_every_socket_in_bits_and_without_what_takes_a_lock() {
         let listen = |_| std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let listeners: Vec<_> = (0..=BIT).map(listen).collect();
         let listening = wire::state::bit(wire::state::LISTEN);
-        for (detail, is_told) in [(Detail::Names, false), (Detail::Activity, true)] {
-            let mut found = std::collections::HashMap::new();
-            let mut take = |bit: Vec<Socket>| {
-                assert!(bit.len() <= BIT);
-                found.extend(bit.into_iter().map(|s| (s.target.local_port, s)));
-            };
-            let mut diag = DiagSocket::open().unwrap();
-            diag.in_bits(listening, detail, &mut take).unwrap();
-            for listener in &listeners {
-                let own = found[&listener.local_addr().unwrap().port()];
-                assert_eq!(own.info.is_some(), is_told);
-                assert_ne!(own.target.cookie, 0);
-            }
+        let mut found = std::collections::HashMap::new();
+        let mut take = |bit: Vec<Socket>| {
+            assert!(bit.len() <= BIT);
+            found.extend(bit.into_iter().map(|s| (s.target.local_port, s)));
+        };
+        let mut diag = DiagSocket::open().unwrap();
+        diag.list(listening, [0, 0], &mut take).unwrap();
+        for listener in &listeners {
+            let port = listener.local_addr().unwrap().port();
+            assert!(found[&port].info.is_none());
+            assert_ne!(found[&port].target.cookie, 0);
+            let of_port = diag.listed(listening, [port, 0]).unwrap();
+            assert!(of_port.iter().all(|s| s.target.local_port == port));
+            assert!(of_port.contains(&found[&port]));
         }
     }
 
     #[test]
-    fn a_dump_finds_a_socket_of_its_own() {
+    fn a_socket_is_found_told_about_and_destroyed() {
+        use std::io::Read as _;
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client_port = client.local_addr().unwrap().port();
         let mut diag = DiagSocket::open().unwrap();
-        let all = diag
-            .dump(wire::state::SESSIONS | wire::state::bit(wire::state::LISTEN))
-            .unwrap();
-        let found = |local, remote| {
-            all.iter()
-                .find(|s| s.target.local_port == local && s.target.remote_port == remote)
-        };
-        assert_eq!(found(port, 0).unwrap().state, wire::state::LISTEN);
-        let established = found(client_port, port).unwrap();
-        assert!(established.info.unwrap().last_data_sent_ms < 10_000);
-        assert_eq!(
-            diag.look(&established.target).unwrap().unwrap().target,
-            established.target
-        );
+        let all = diag.listed(wire::state::SESSIONS, [client_port, port]).unwrap();
+        let is_it = |s: &&Socket| s.target.local_port == client_port;
+        let target = all.iter().find(is_it).unwrap().target;
+        let told = diag.query(&target, Detail::Activity).unwrap().unwrap();
+        assert_eq!(told.target, target);
+        assert!(told.info.unwrap().last_data_sent_ms < 10_000);
+        assert_eq!(diag.query(&target, Detail::Names).unwrap().unwrap().info, None);
+        assert_eq!(diag.destroy(&target).unwrap(), 0);
+        let error = client.read(&mut [0]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED));
+        assert_eq!(diag.destroy(&target).unwrap(), libc::ENOENT);
+        assert_eq!(diag.query(&target, Detail::Names).unwrap(), None);
     }
 }

@@ -1,34 +1,23 @@
-//! Which process holds which socket, and which network namespaces are held open.
+//! Which process holds which socket, and which network namespaces are held open. Nothing that is read here
+//! takes a lock which the process itself can hold for long (`mmap_lock` guards `cmdline`, `environ` and
+//! `maps` alone).
 
 use std::{
     cell::LazyCell,
     collections::HashMap,
     ffi::OsStr,
     fs::{self, File},
-    io,
     num::NonZero,
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
-        unix::ffi::OsStrExt as _,
-    },
-    path::PathBuf,
+    os::{fd::RawFd, unix::ffi::OsStrExt as _},
+    path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
-    thread::{self, JoinHandle},
+    thread,
 };
 
 use nix::fcntl::readlinkat;
 
+use super::protocol::Holder;
 use crate::threads::together;
-
-/// A process that holds a socket, and its descriptor of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Holder {
-    /// Number of the process, in the daemon's process namespace.
-    pub pid: u32,
-    fd: RawFd,
-    /// Its name, cut and filled with zeroes as the kernel keeps it; empty where it has ended.
-    pub comm: [u8; 16],
-}
 
 /// What the descriptors of all processes stood for at one time.
 #[derive(Debug, Default)]
@@ -43,31 +32,26 @@ const MAX_LOOKERS: usize = 4;
 impl Descriptors {
     /// Looks at the descriptors of every process. What cannot be looked at has no holders.
     pub fn of_all_processes() -> Self {
-        let pids = all_processes();
+        Self::of(&all_processes())
+    }
+
+    /// Looks at the descriptors of the processes of a cgroup.
+    pub fn of_cgroup(directory: &Path) -> Self {
+        Self::of(&processes_of_cgroup(directory))
+    }
+
+    fn of(pids: &[u32]) -> Self {
         let next = AtomicUsize::new(0);
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let others = processors.min(MAX_LOOKERS) - 1;
-        let found = together("processes", others, || {
-            Self::of_some_processes(&pids, &next)
-        });
+        let others = processors.min(MAX_LOOKERS).min(pids.len().max(1)) - 1;
+        let found = together("processes", others, || Self::of_some(pids, &next));
         let mut all = Self::default();
         found.into_iter().for_each(|some| all.merge(some));
         all
     }
 
-    /// The same, while the calling thread does something else.
-    ///
-    /// # Errors
-    ///
-    /// Where there can be no thread.
-    pub fn meanwhile() -> io::Result<JoinHandle<Self>> {
-        thread::Builder::new()
-            .name("processes".to_owned())
-            .spawn(Self::of_all_processes)
-    }
-
     /// The sockets of those processes that no other thread looks at. `next` is the first of them.
-    fn of_some_processes(pids: &[u32], next: &AtomicUsize) -> Self {
+    fn of_some(pids: &[u32], next: &AtomicUsize) -> Self {
         let mut sockets = Self::default();
         while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
             sockets.add_process(*pid);
@@ -127,55 +111,14 @@ impl Descriptors {
         self.sockets.get(&inode).copied()
     }
 
+    /// Every socket that was held.
+    pub fn holders(&self) -> impl Iterator<Item = Holder> {
+        self.sockets.values().copied()
+    }
+
     /// Files of network namespaces that processes held open.
     pub fn namespaces(&self) -> &[PathBuf] {
         &self.namespaces
-    }
-}
-
-/// The descriptors of all processes, for an adoption: looked at when somebody asks, or ahead.
-#[derive(Debug, Default)]
-pub struct Processes {
-    found: Option<Descriptors>,
-    /// A look that is under way.
-    looking: Option<JoinHandle<Descriptors>>,
-    /// Whether what is asked about may be younger than the look.
-    is_ahead: bool,
-}
-
-impl Processes {
-    /// Looks at them while the calling thread finds out what to ask. Where there can be no thread,
-    /// they are looked at when it asks.
-    pub fn ahead() -> Self {
-        let looking = Descriptors::meanwhile().ok();
-        Self {
-            found: None,
-            is_ahead: looking.is_some(),
-            looking,
-        }
-    }
-
-    /// What was found.
-    pub fn descriptors(&mut self) -> &Descriptors {
-        let looking = self.looking.take();
-        self.found.get_or_insert_with(|| {
-            let found = looking.and_then(|looking| looking.join().ok());
-            found.unwrap_or_else(Descriptors::of_all_processes)
-        })
-    }
-
-    /// A process that holds the socket with this inode number, which is 0 where none does.
-    pub fn holder(&mut self, inode: u32) -> Option<Holder> {
-        if inode == 0 {
-            return None;
-        }
-        let found = self.descriptors().holder(inode);
-        if found.is_some() || !std::mem::take(&mut self.is_ahead) {
-            return found;
-        }
-        // Its process may have it only since it was looked at.
-        self.found = None;
-        self.descriptors().holder(inode)
     }
 }
 
@@ -186,6 +129,14 @@ fn all_processes() -> Vec<u32> {
     processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect()
+}
+
+/// The processes of a cgroup, without those of cgroups below. One whose own have all gone has none.
+fn processes_of_cgroup(directory: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    // A process of another process namespace is shown as 0.
+    let pids = text.lines().filter_map(|line| line.parse().ok());
+    pids.filter(|pid| *pid != 0).collect()
 }
 
 fn number(name: &str) -> Option<RawFd> {
@@ -214,36 +165,12 @@ fn comm(pid: u32) -> [u8; 16] {
     comm
 }
 
-impl Holder {
-    /// A descriptor of the same socket for this process (`pidfd_getfd`, Linux 5.6).
-    ///
-    /// # Errors
-    ///
-    /// Where the process has ended or closed it, or may not be looked into.
-    pub fn duplicate(&self) -> io::Result<OwnedFd> {
-        // SAFETY: numbers only.
-        let process = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        let process = owned(process)?;
-        // SAFETY: numbers only, and an open descriptor.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), self.fd, 0) };
-        owned(fd)
-    }
-}
-
-/// The descriptor that a system call has opened for this process.
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    match RawFd::try_from(result) {
-        // SAFETY: as the caller says.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{net::TcpListener, os::unix::fs::MetadataExt as _};
 
     use super::*;
+    use crate::reaper::disconnect::duplicate;
 
     #[test]
     fn a_socket_leads_to_its_process_and_its_descriptor() {
@@ -256,39 +183,13 @@ mod tests {
         );
         let name = fs::read("/proc/self/comm").unwrap();
         assert_eq!(&holder.comm[..name.len() - 1], &name[..name.len() - 1]);
-        let same = TcpListener::from(holder.duplicate().unwrap());
+        let same = TcpListener::from(duplicate(&holder).unwrap());
         assert_eq!(same.local_addr().unwrap(), listener.local_addr().unwrap());
     }
 
     fn inode_of(listener: &TcpListener) -> u32 {
         let path = format!("/proc/self/fd/{}", listener.as_raw_fd());
         u32::try_from(fs::metadata(path).unwrap().ino()).unwrap()
-    }
-
-    #[test]
-    fn what_is_younger_than_a_look_ahead_is_looked_for_once_more() {
-        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut processes = Processes::ahead();
-        processes.descriptors();
-        let [one, other] = [listen(), listen()];
-        let me = std::process::id();
-        for listener in [&one, &other] {
-            let holder = processes.holder(inode_of(listener)).unwrap();
-            assert_eq!((holder.pid, holder.fd), (me, listener.as_raw_fd()));
-        }
-        // A host on which sockets come all the time is not looked at for each.
-        assert_eq!(processes.holder(inode_of(&listen())), None);
-    }
-
-    #[test]
-    fn processes_that_are_looked_at_when_somebody_asks_are_looked_at_once() {
-        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut processes = Processes::default();
-        let listener = listen();
-        assert_eq!(processes.holder(0), None);
-        assert!(processes.found.is_none());
-        assert!(processes.holder(inode_of(&listener)).is_some());
-        assert_eq!(processes.holder(inode_of(&listen())), None);
     }
 
     #[test]
@@ -341,6 +242,6 @@ mod tests {
             fd: 0,
             comm: comm(pid),
         };
-        assert!(gone.duplicate().is_err());
+        assert!(duplicate(&gone).is_err());
     }
 }

@@ -6,16 +6,19 @@
 //! gives for the connection: a process may have closed it since, and its number stand for another.
 
 use std::{
+    collections::HashMap,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+    path::{Path, PathBuf},
 };
 
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::{
+use super::{
+    diag::{Detail, DiagSocket, SockDiagError, Socket, Target, state},
     processes::Descriptors,
-    sock_diag::{DiagSocket, SockDiagError, Socket, Target, state},
+    protocol::{Extent, Holder},
 };
 
 /// The level of MPTCP's socket options (`linux/socket.h`).
@@ -38,13 +41,42 @@ pub enum Answer {
     Unknown,
 }
 
-/// How much of an MPTCP connection is to end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// The subflow; the connection too where it has no other that is open.
-    Subflow,
-    /// The connection with all its subflows.
-    Connection,
+/// The processes that may hold a connection: those of its cgroup first, and only where none of them does
+/// all of the host. Each is looked at once, when it is asked for.
+#[derive(Debug, Default)]
+pub struct Holders {
+    of_cgroups: HashMap<PathBuf, Descriptors>,
+    of_all: Option<Descriptors>,
+}
+
+impl Holders {
+    /// A process that holds the socket with this inode number.
+    fn holder(&mut self, inode: u32, cgroup: Option<&Path>) -> Option<Holder> {
+        let found = cgroup.and_then(|directory| self.of_cgroup(directory).holder(inode));
+        found.or_else(|| self.of_all().holder(inode))
+    }
+
+    /// A process's socket with this cookie, for this process.
+    fn socket(&mut self, wanted: u64, cgroup: Option<&Path>) -> Option<(u32, OwnedFd)> {
+        let among = |descriptors: &Descriptors| {
+            descriptors.holders().find_map(|holder| {
+                let fd = duplicate(&holder).ok()?;
+                (cookie(&fd).ok()? == wanted).then_some((holder.pid, fd))
+            })
+        };
+        let found = cgroup.and_then(|directory| among(self.of_cgroup(directory)));
+        found.or_else(|| among(self.of_all()))
+    }
+
+    fn of_cgroup(&mut self, directory: &Path) -> &Descriptors {
+        self.of_cgroups
+            .entry(directory.to_owned())
+            .or_insert_with(|| Descriptors::of_cgroup(directory))
+    }
+
+    fn of_all(&mut self) -> &Descriptors {
+        self.of_all.get_or_insert_with(Descriptors::of_all_processes)
+    }
 }
 
 /// Why a connection could not be reset.
@@ -101,7 +133,7 @@ pub enum DisconnectError {
     },
 }
 
-/// Resets a TCP connection of the namespace of `diag`, held by one of `processes`.
+/// Resets a TCP connection of the namespace of `diag`.
 ///
 /// # Errors
 ///
@@ -109,17 +141,47 @@ pub enum DisconnectError {
 pub fn reset_tcp(
     diag: &mut DiagSocket,
     target: &Target,
-    processes: &Descriptors,
+    cgroup: Option<&Path>,
+    holders: &mut Holders,
 ) -> Result<Answer, DisconnectError> {
     let Some(socket) = open_socket(diag, target)? else {
         return Ok(Answer::Gone);
     };
-    let (pid, fd) = take(&socket, processes)?;
+    let (pid, fd) = take(&socket, cgroup, holders)?;
     disconnect(diag, target, pid, &fd)
 }
 
-/// Resets a subflow of an MPTCP connection of the namespace of `diag`, held by one of `processes`,
-/// and as much of the connection as `extent` says.
+/// Resets a TCP connection without asking `sock_diag` anything: the socket is found by its cookie.
+///
+/// # Errors
+///
+/// Where no process is found that holds it, which may be because it has ended.
+pub fn reset_without_diag(
+    target: &Target,
+    cgroup: Option<&Path>,
+    holders: &mut Holders,
+) -> Result<Answer, DisconnectError> {
+    let found = holders.socket(target.cookie, cgroup);
+    let (pid, fd) = found.ok_or(DisconnectError::NotHeld)?;
+    if !is_session(&fd) {
+        return Ok(Answer::Gone);
+    }
+    connect_to_nobody(&fd).map_err(|source| DisconnectError::Disconnect { pid, source })?;
+    if is_session(&fd) {
+        return Err(DisconnectError::Lives { pid });
+    }
+    Ok(Answer::Reset)
+}
+
+/// Whether a TCP socket is connected (`tcpi_state`, the first byte of `TCP_INFO`).
+fn is_session(socket: &OwnedFd) -> bool {
+    let mut now = 0_u8;
+    let told = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut now);
+    told.is_ok() && state::SESSIONS & state::bit(now) != 0
+}
+
+/// Resets a subflow of an MPTCP connection of the namespace of `diag`, and as much of the connection as
+/// `extent` says.
 ///
 /// # Errors
 ///
@@ -127,8 +189,9 @@ pub fn reset_tcp(
 pub fn reset_mptcp(
     diag: &mut DiagSocket,
     target: &Target,
-    processes: &Descriptors,
     extent: Extent,
+    cgroup: Option<&Path>,
+    holders: &mut Holders,
 ) -> Result<Answer, DisconnectError> {
     let Some(subflow) = open_socket(diag, target)? else {
         return Ok(Answer::Gone);
@@ -137,13 +200,13 @@ pub fn reset_mptcp(
         // Its connection has let go of it: plain TCP that no process holds.
         return destroy(diag, target);
     };
-    let connection = match diag.look_mptcp(token)? {
+    let connection = match diag.query_mptcp(token)? {
         Some(connection) if !is_orphan(&connection) => connection,
         None if is_open(subflow.state) => return Err(DisconnectError::NotListed),
         // No application is left on this host that would have to know.
         _ => return destroy(diag, target),
     };
-    let (pid, fd) = take(&connection, processes)?;
+    let (pid, fd) = take(&connection, cgroup, holders)?;
     // A token may go to another connection when its own has ended, but this one has it still.
     match open_socket(diag, target)?.map(|now| now.mptcp_token) {
         Some(now) if now == Some(token) => {}
@@ -157,7 +220,8 @@ pub fn reset_mptcp(
 }
 
 fn open_socket(diag: &mut DiagSocket, target: &Target) -> Result<Option<Socket>, SockDiagError> {
-    Ok(diag.look(target)?.filter(|socket| !socket.is_mini))
+    let found = diag.query(target, Detail::Names)?;
+    Ok(found.filter(|socket| !socket.is_mini))
 }
 
 /// Whether every process has closed it. One that nobody has accepted yet has no inode either, and
@@ -172,15 +236,19 @@ fn is_open(state: u8) -> bool {
 }
 
 /// The socket's descriptor, from a process that has it.
-fn take(held: &Socket, processes: &Descriptors) -> Result<(u32, OwnedFd), DisconnectError> {
+fn take(
+    held: &Socket,
+    cgroup: Option<&Path>,
+    holders: &mut Holders,
+) -> Result<(u32, OwnedFd), DisconnectError> {
     if held.inode == 0 && is_open(held.state) {
         return Err(DisconnectError::NotAccepted);
     }
-    let holder = processes.holder(held.inode);
+    let holder = holders.holder(held.inode, cgroup);
     let holder = holder.ok_or(DisconnectError::NotHeld)?;
     let pid = holder.pid;
     let refused = |source| DisconnectError::Refused { pid, source };
-    let fd = holder.duplicate().map_err(refused)?;
+    let fd = duplicate(&holder).map_err(refused)?;
     match cookie(&fd) {
         Ok(cookie) if cookie == held.target.cookie => Ok((pid, fd)),
         // What is no socket has no cookie.
@@ -189,12 +257,10 @@ fn take(held: &Socket, processes: &Descriptors) -> Result<(u32, OwnedFd), Discon
 }
 
 fn destroy(diag: &mut DiagSocket, target: &Target) -> Result<Answer, DisconnectError> {
-    let (codes, result) = diag.destroy(std::slice::from_ref(target));
-    match codes.first().copied().flatten() {
-        Some(0) => Ok(Answer::Reset),
-        Some(libc::ENOENT) => Ok(Answer::Gone),
-        Some(code) => Err(DisconnectError::Destroy(Errno::from_raw(code))),
-        None => result.map(|()| Answer::Unknown).map_err(Into::into),
+    match diag.destroy(target)? {
+        0 => Ok(Answer::Reset),
+        libc::ENOENT => Ok(Answer::Gone),
+        code => Err(DisconnectError::Destroy(Errno::from_raw(code))),
     }
 }
 
@@ -286,4 +352,27 @@ fn connect_to_nobody(socket: &OwnedFd) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::last_os_error())
+}
+
+/// A descriptor of a process's socket for this process (`pidfd_getfd`, Linux 5.6).
+///
+/// # Errors
+///
+/// Where the process has ended or closed it, or may not be looked into.
+pub fn duplicate(holder: &Holder) -> io::Result<OwnedFd> {
+    // SAFETY: numbers only.
+    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, holder.pid, 0) };
+    let process = owned(process)?;
+    // SAFETY: numbers only, and an open descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), holder.fd, 0) };
+    owned(fd)
+}
+
+/// The descriptor that a system call has opened for this process.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    match RawFd::try_from(result) {
+        // SAFETY: as the caller says.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

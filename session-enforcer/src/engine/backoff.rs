@@ -22,7 +22,7 @@ pub(super) enum Need {
 
 /// How often there may be a comparison, and how often there must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pace {
+pub(super) struct Backoff {
     interval_ns: u64,
     ended_ns: u64,
     pause_ns: u64,
@@ -30,7 +30,7 @@ pub(super) struct Pace {
     in_vain: u32,
 }
 
-impl Pace {
+impl Backoff {
     /// As if there had been a comparison now.
     pub(super) fn from(now_ns: u64) -> Self {
         Self {
@@ -84,54 +84,54 @@ mod tests {
 
     const S: u64 = 1_000_000_000;
 
-    fn pace() -> Pace {
-        let mut pace = Pace::from(100 * S);
-        pace.set_interval(Duration::from_secs(600));
-        pace
+    fn backoff() -> Backoff {
+        let mut backoff = Backoff::from(100 * S);
+        backoff.set_interval(Duration::from_secs(600));
+        backoff
     }
 
     #[test]
     fn where_nothing_is_wrong_the_interval_passes() {
-        let mut pace = pace();
-        assert_eq!(pace.next_ns(Need::Routine), 700 * S);
-        pace.ended(701 * S, Duration::from_millis(5), true);
-        assert_eq!(pace.next_ns(Need::Routine), 1_301 * S);
+        let mut backoff = backoff();
+        assert_eq!(backoff.next_ns(Need::Routine), 700 * S);
+        backoff.ended(701 * S, Duration::from_millis(5), true);
+        assert_eq!(backoff.next_ns(Need::Routine), 1_301 * S);
     }
 
     #[test]
     fn what_is_wrong_is_mended_soon_and_a_long_comparison_is_followed_by_a_long_rest() {
-        let mut pace = pace();
-        assert_eq!(pace.next_ns(Need::Mend), 101 * S);
-        pace.ended(101 * S, Duration::from_millis(50), true);
-        assert_eq!(pace.next_ns(Need::Mend), 102 * S);
-        pace.ended(105 * S, Duration::from_secs(2), true);
-        assert_eq!(pace.next_ns(Need::Mend), 125 * S);
+        let mut backoff = backoff();
+        assert_eq!(backoff.next_ns(Need::Mend), 101 * S);
+        backoff.ended(101 * S, Duration::from_millis(50), true);
+        assert_eq!(backoff.next_ns(Need::Mend), 102 * S);
+        backoff.ended(105 * S, Duration::from_secs(2), true);
+        assert_eq!(backoff.next_ns(Need::Mend), 125 * S);
     }
 
     #[test]
     fn what_cannot_be_mended_is_tried_ever_less_often_up_to_the_interval() {
-        let mut pace = pace();
+        let mut backoff = backoff();
         let mut waits = Vec::new();
         let mut now_ns = 100 * S;
         for _ in 0..100 {
-            pace.ended(now_ns, Duration::ZERO, false);
-            let next_ns = pace.next_ns(Need::TryAgain);
+            backoff.ended(now_ns, Duration::ZERO, false);
+            let next_ns = backoff.next_ns(Need::TryAgain);
             waits.push((next_ns - now_ns) / S);
             now_ns = next_ns;
         }
         assert_eq!(waits[..4], [2, 4, 8, 16]);
         assert_eq!(waits[99], 600);
         // Once there is room, it is mended at once.
-        assert_eq!(pace.next_ns(Need::Mend), pace.ended_ns + S);
-        pace.ended(now_ns, Duration::ZERO, true);
-        assert_eq!(pace.next_ns(Need::TryAgain), now_ns + S);
+        assert_eq!(backoff.next_ns(Need::Mend), backoff.ended_ns + S);
+        backoff.ended(now_ns, Duration::ZERO, true);
+        assert_eq!(backoff.next_ns(Need::TryAgain), now_ns + S);
     }
 
     #[test]
     fn a_short_interval_does_not_shorten_the_rest() {
-        let mut pace = pace();
-        pace.set_interval(Duration::from_secs(1));
-        pace.ended(S, Duration::from_secs(1), false);
-        assert_eq!(pace.next_ns(Need::TryAgain), 11 * S);
+        let mut backoff = backoff();
+        backoff.set_interval(Duration::from_secs(1));
+        backoff.ended(S, Duration::from_secs(1), false);
+        assert_eq!(backoff.next_ns(Need::TryAgain), 11 * S);
     }
 }

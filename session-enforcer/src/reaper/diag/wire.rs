@@ -5,6 +5,7 @@
 //! for length; what does not fit is an error, never a guess.
 
 use bytes::{Buf as _, BufMut, BytesMut};
+use serde::{Deserialize, Serialize};
 use session_enforcer_common::{Address, Session};
 use thiserror::Error;
 
@@ -13,7 +14,6 @@ const SOCK_DESTROY: u16 = 21;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP: u16 = 0x300;
 /// The kernel's tables changed during a dump; entries may be missing.
 const NLM_F_DUMP_INTR: u16 = 0x10;
@@ -92,11 +92,13 @@ impl Family {
 
 /// Names one socket exactly: by tuple and by cookie. The kernel finds it by the tuple and refuses
 /// it where the cookie differs, so that a later connection with the same tuple is safe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     /// This host's address.
+    #[serde(with = "Words")]
     pub local: Address,
     /// The peer's address.
+    #[serde(with = "Words")]
     pub remote: Address,
     /// This host's port.
     pub local_port: u16,
@@ -122,8 +124,13 @@ impl Target {
     }
 }
 
+/// An [`Address`] as serde knows it.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Address")]
+struct Words([u32; 4]);
+
 /// One socket of a dump.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
     /// See [`state`].
     pub state: u8,
@@ -145,7 +152,7 @@ pub struct Socket {
 }
 
 /// The part of `tcp_info` that an adoption needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
     /// Milliseconds since data was last sent, retransmissions included.
     pub last_data_sent_ms: u32,
@@ -210,33 +217,21 @@ pub enum Body {
     Socket(Socket),
 }
 
-/// Which requests the kernel answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answering {
-    /// Those that it has done, too.
-    Always,
-    /// Those that it has not done (`netlink_rcv_skb()`).
-    Refusals,
-}
-
-/// Appends a request to destroy the socket.
-pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target, answering: Answering) {
-    let flags = match answering {
-        Answering::Always => NLM_F_REQUEST | NLM_F_ACK,
-        Answering::Refusals => NLM_F_REQUEST,
-    };
-    put_header(out, PLAIN, SOCK_DESTROY, flags, sequence);
+/// Appends a request to destroy the socket. The kernel answers it only where it refuses
+/// (`netlink_rcv_skb()`).
+pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target) {
+    put_header(out, PLAIN, SOCK_DESTROY, NLM_F_REQUEST, sequence);
     put_exact(out, target, 0);
 }
 
 /// Appends a request for what the kernel knows of one socket.
-pub fn put_look(out: &mut BytesMut, sequence: u32, target: &Target) {
+pub fn put_query(out: &mut BytesMut, sequence: u32, target: &Target, detail: Detail) {
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
-    put_exact(out, target, 1 << (INET_DIAG_INFO - 1));
+    put_exact(out, target, detail.extensions());
 }
 
 /// Appends a request for the MPTCP socket with this token (`mptcp_diag_dump_one()`).
-pub fn put_look_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
+pub fn put_query_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
     const ATTRIBUTE: usize = ATTRIBUTE_HEADER + 4;
     let length = (HEADER + REQUEST + ATTRIBUTE) as u32;
     put_header(out, length, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
@@ -251,13 +246,23 @@ pub fn put_look_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
     out.put_u32_ne(libc::IPPROTO_MPTCP as u32);
 }
 
-/// What a dump tells of each socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is told of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Detail {
-    /// Who it is: tuple, cookie, state, owner.
+    /// Who it is: tuple, cookie, state, owner. Takes no lock of the socket.
     Names,
-    /// Also what passed: [`Info`].
+    /// Also what passed: [`Info`]. Takes the socket's lock (`tcp_get_info()`), which its process may hold
+    /// for as long as it likes.
     Activity,
+}
+
+impl Detail {
+    const fn extensions(self) -> u8 {
+        match self {
+            Self::Names => 0,
+            Self::Activity => 1 << (INET_DIAG_INFO - 1),
+        }
+    }
 }
 
 /// The ports that a dump asks for, this host's and the peer's; 0 is any (`inet_diag_dump_icsk()`).
@@ -273,12 +278,8 @@ pub fn put_dump(
     ports: Ports,
 ) {
     let flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let extensions = match detail {
-        Detail::Names => 0,
-        Detail::Activity => 1 << (INET_DIAG_INFO - 1),
-    };
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, flags, sequence);
-    put_request_start(out, family, extensions, states);
+    put_request_start(out, family, detail.extensions(), states);
     ports.iter().for_each(|port| out.put_u16(*port));
     out.put_bytes(0, REQUEST - 8 - 4);
 }

@@ -1,0 +1,279 @@
+//! Questions to reapers that are not resets. One that hangs at a socket is left behind; the others of the
+//! request are asked about elsewhere.
+
+use std::{rc::Rc, time::Duration};
+
+use session_enforcer_common::Session;
+
+use super::context::Context;
+use crate::{
+    clock::monotonic_ns,
+    reaper::{
+        diag::{Detail, MAX_BATCH, Socket, Target},
+        pool::{Condition, Exchange, Next, Purpose},
+        protocol::{Problem, Reply, Request},
+    },
+};
+
+/// How often a silent reaper is looked at.
+pub(super) const LOOK: Duration = Duration::from_millis(20);
+
+/// How often a question is asked again because the reaper ended.
+const ATTEMPTS: u32 = 3;
+
+/// For how long a question that names no socket may be without an answer: a search of the whole host takes
+/// seconds where it is large.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// What is known of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It is there, or, without one, gone; so it was at this time.
+    Known(Option<Socket>, u64),
+    /// Its process keeps it locked: it is in use.
+    Locked,
+}
+
+/// Asks about sockets of one namespace, which existed at `existed_ns`; the answers in their order.
+///
+/// # Errors
+///
+/// Where the namespace or the kernel cannot be asked.
+pub(super) async fn query(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    existed_ns: u64,
+    targets: &[Target],
+    detail: Detail,
+) -> Result<Vec<Answer>, String> {
+    let mut answers: Vec<Option<Answer>> = vec![None; targets.len()];
+    let mut left: Vec<usize> = (0..targets.len()).collect();
+    let mut behind: Vec<Part> = Vec::new();
+    let mut attempts = 0;
+    loop {
+        while !left.is_empty() {
+            let some: Vec<usize> = left.drain(..left.len().min(MAX_BATCH)).collect();
+            let of_some = some.iter().map(|index| targets[*index]).collect();
+            let mut part = Part::ask(context, netns_cookie, existed_ns, of_some, detail).await?;
+            part.indices = some;
+            match part.go_on(&mut answers, context, true).await? {
+                End::Done => {}
+                End::Silent => {
+                    let claimed = part.exchange.stop();
+                    left.splice(0..0, part.indices.drain(claimed.min(part.indices.len())..));
+                    if part.answered < part.indices.len() {
+                        part.exchange.leave_behind();
+                        behind.push(part);
+                    }
+                }
+                End::Ended => {
+                    attempts += 1;
+                    if attempts > ATTEMPTS {
+                        return Err("reapers end without an answer".to_owned());
+                    }
+                    left.splice(0..0, part.indices.drain(part.answered..));
+                }
+            }
+        }
+        let Some(mut part) = behind.pop() else {
+            let all = answers.into_iter().map(|answer| answer.unwrap_or(Answer::Locked));
+            return Ok(all.collect());
+        };
+        match part.go_on(&mut answers, context, false).await? {
+            End::Done => {}
+            End::Ended => left.extend(part.indices.drain(part.answered..)),
+            End::Silent => {
+                // The last one that it has claimed is locked; what it has not told of the others is asked again.
+                let locked = part.indices.pop();
+                left.extend(part.indices.drain(part.answered..));
+                if let Some(locked) = locked {
+                    answers[locked] = Some(Answer::Locked);
+                }
+                wait_out(context, part.exchange);
+            }
+        }
+    }
+}
+
+/// A part of a query, with one reaper.
+struct Part {
+    exchange: Exchange,
+    netns_cookie: u64,
+    began_ns: u64,
+    /// Of the sockets that it was asked about and keeps.
+    indices: Vec<usize>,
+    /// How many of them it has told of.
+    answered: usize,
+}
+
+/// Why a part does not go on.
+enum End {
+    Done,
+    /// It is silent, or, where it was waited for longer, stuck.
+    Silent,
+    Ended,
+}
+
+impl Part {
+    async fn ask(
+        context: &Rc<Context>,
+        netns_cookie: u64,
+        existed_ns: u64,
+        targets: Vec<Target>,
+        detail: Detail,
+    ) -> Result<Self, String> {
+        let began_ns = monotonic_ns();
+        let (netns, handle) =
+            context
+                .state()
+                .handles
+                .netns(netns_cookie, existed_ns, began_ns);
+        let request = Request::Query {
+            netns,
+            targets,
+            detail,
+        };
+        let asked = context
+            .pool
+            .ask(Purpose::Others, &request, handle.as_deref());
+        Ok(Self {
+            exchange: asked.await.map_err(|error| format!("{error:#}"))?,
+            netns_cookie,
+            began_ns,
+            indices: Vec::new(),
+            answered: 0,
+        })
+    }
+
+    /// Takes in what the reaper says, until it is done, has ended, or is silent in the midst of sockets.
+    async fn go_on(
+        &mut self,
+        answers: &mut [Option<Answer>],
+        context: &Rc<Context>,
+        is_first: bool,
+    ) -> Result<End, String> {
+        let mut silent_looks = 0;
+        loop {
+            match self.exchange.next(LOOK).await {
+                Next::Reply(Reply::Sockets { sockets, at_ns }, _) => {
+                    for (index, socket) in self.indices[self.answered..].iter().zip(&sockets) {
+                        answers[*index] = Some(Answer::Known(*socket, at_ns));
+                    }
+                    self.answered = (self.answered + sockets.len()).min(self.indices.len());
+                }
+                Next::Reply(Reply::Found { path }, handle) => {
+                    let mut state = context.state();
+                    state.handles.keep(self.netns_cookie, path, handle);
+                }
+                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(End::Done),
+                Next::Reply(Reply::Done { error: Some(problem), .. }, _) => {
+                    note_problem(context, &problem, self.began_ns);
+                    return Err(problem.to_string());
+                }
+                Next::Reply(..) => return Err("a reaper answers something else".to_owned()),
+                Next::Ended => return Ok(End::Ended),
+                Next::Silent => {
+                    let condition = self.exchange.condition();
+                    silent_looks += 1;
+                    let is_searching = self.exchange.claimed() == 0;
+                    if condition == Condition::Stuck && !is_searching {
+                        return Ok(End::Silent);
+                    }
+                    if is_searching && LOOK * silent_looks > PATIENCE {
+                        return Err("the namespace is not found in time".to_owned());
+                    }
+                    if is_first && !is_searching {
+                        return Ok(End::Silent);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Notes what a reaper could not find.
+pub(super) fn note_problem(context: &Rc<Context>, problem: &Problem, began_ns: u64) {
+    if let Problem::Namespace { searched: true, .. } = problem {
+        context.state().handles.note_missed(began_ns);
+    }
+}
+
+/// Waits in the background for the end of an exchange that nobody needs any more, so that the reaper counts
+/// as stuck meanwhile and is used again after it.
+pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
+    exchange.leave_behind();
+    context.spawn(async move {
+        loop {
+            match exchange.next(LOOK).await {
+                Next::Reply(Reply::Done { .. }, _) | Next::Ended => return Ok(()),
+                Next::Reply(..) => {}
+                Next::Silent => {
+                    exchange.condition();
+                }
+            }
+        }
+    });
+}
+
+/// Asks about one socket.
+pub(super) async fn query_one(
+    context: &Rc<Context>,
+    session: &Session,
+    target: Target,
+    detail: Detail,
+) -> Result<Answer, String> {
+    let (netns, existed_ns) = (session.netns_cookie, session.established_ns);
+    let answers = query(context, netns, existed_ns, &[target], detail).await?;
+    Ok(answers[0])
+}
+
+/// Asks for something whose replies come one after the other, and hands each over until the last.
+///
+/// # Errors
+///
+/// Where it cannot be had in time.
+pub(super) async fn ask(
+    context: &Rc<Context>,
+    request: &Request,
+    handle: Option<&std::os::fd::OwnedFd>,
+    mut take: impl FnMut(Reply, Option<std::os::fd::OwnedFd>),
+) -> Result<(), String> {
+    let began_ns = monotonic_ns();
+    for _ in 0..ATTEMPTS {
+        let asked = context.pool.ask(Purpose::Others, request, handle).await;
+        let mut exchange = asked.map_err(|error| format!("{error:#}"))?;
+        let mut silent_looks = 0;
+        loop {
+            match exchange.next(LOOK).await {
+                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(()),
+                Next::Reply(Reply::Done { error: Some(problem), .. }, _) => {
+                    note_problem(context, &problem, began_ns);
+                    return Err(problem.to_string());
+                }
+                Next::Reply(reply, fd) => {
+                    silent_looks = 0;
+                    take(reply, fd);
+                }
+                Next::Ended => break,
+                Next::Silent => {
+                    exchange.condition();
+                    silent_looks += 1;
+                    if LOOK * silent_looks > PATIENCE {
+                        wait_out(context, exchange);
+                        return Err("there is no answer".to_owned());
+                    }
+                }
+            }
+        }
+    }
+    Err("reapers end without an answer".to_owned())
+}
+
+/// Waits until no program runs any more that may have found a record where it was, or none, and a query of
+/// its packet's socket tells of the packet (an RCU grace period).
+pub(super) async fn wait_for_programs(context: &Rc<Context>) {
+    let waited = ask(context, &Request::GracePeriod, None, |_, _| {}).await;
+    if let Err(error) = waited {
+        tracing::warn!("waiting for the kernel's programs: {error}");
+    }
+}

@@ -1,0 +1,165 @@
+//! What is left to mend, and when a sync mends it. Pure.
+
+use std::time::Duration;
+
+use super::backoff::{Backoff, Need};
+use crate::health::Trouble;
+
+/// What the daemon knows to have missed, and what became of it.
+#[derive(Debug)]
+pub(super) struct Backlog {
+    /// Whether events were lost since a sync began.
+    pub(super) events: bool,
+    /// Sessions that the kernel programs refused since they were loaded.
+    pub(super) refused: u64,
+    /// As many of them as a sync has dealt with.
+    dealt_with: u64,
+    /// Sessions that the last sync found no room for.
+    pub(super) left_out: usize,
+    /// Namespaces, or sockets of one, that the last sync could not ask about.
+    pub(super) unreached: usize,
+    /// A sync that was begun and has not ended: sessions that had been refused then.
+    under_way: Option<u64>,
+    backoff: Backoff,
+}
+
+impl Backlog {
+    /// Nothing is missed yet.
+    pub(super) fn from(now_ns: u64) -> Self {
+        Self {
+            events: false,
+            refused: 0,
+            dealt_with: 0,
+            left_out: 0,
+            unreached: 0,
+            under_way: None,
+            backoff: Backoff::from(now_ns),
+        }
+    }
+
+    /// Sets the time after which there is a sync where nothing is known to be wrong.
+    pub(super) fn set_interval(&mut self, interval: Duration) {
+        self.backoff.set_interval(interval);
+    }
+
+    fn has_sessions(&self) -> bool {
+        self.refused != self.dealt_with || self.left_out > 0
+    }
+
+    /// A sync begins. It finds what is not tracked and what has ended.
+    pub(super) fn begin(&mut self) {
+        (self.left_out, self.unreached, self.events) = (0, 0, false);
+        self.under_way = Some(self.refused);
+    }
+
+    /// It has ended, and has used a processor for so long.
+    pub(super) fn end(&mut self, now_ns: u64, used: Duration) {
+        if let Some(refused) = self.under_way.take() {
+            self.dealt_with = refused;
+        }
+        let is_nothing_left = self.left_out == 0 && self.unreached == 0;
+        self.backoff.ended(now_ns, used, is_nothing_left);
+    }
+
+    /// Why there is to be a sync, where the session map has room for another session or not.
+    pub(super) fn need(&self, has_room: bool) -> Need {
+        if self.events || self.has_sessions() && has_room {
+            Need::Mend
+        } else if self.has_sessions() || self.unreached > 0 {
+            Need::TryAgain
+        } else {
+            Need::Routine
+        }
+    }
+
+    /// When the next sync begins; none while one is under way.
+    pub(super) fn next_sync_ns(&self, has_room: bool) -> Option<u64> {
+        let need = self.need(has_room);
+        self.under_way
+            .is_none()
+            .then(|| self.backoff.next_ns(need))
+    }
+
+    /// What there is to say about it.
+    pub(super) fn troubles(
+        &self,
+        has_room: bool,
+    ) -> impl Iterator<Item = (Trouble, Option<&'static str>)> + use<> {
+        let untracked = match (self.has_sessions(), has_room) {
+            (false, _) => None,
+            (true, true) => Some(
+                "sessions that a rule matches were refused by the session map and are not tracked; \
+                 they are picked up in a moment",
+            ),
+            (true, false) => Some(
+                "sessions that a rule matches are not tracked, the session map is full: raise \
+                 daemon.max_sessions; they are picked up when there is room",
+            ),
+        };
+        let namespace = (self.unreached > 0).then_some(
+            "sockets of a network namespace cannot be listed, its sessions may not be tracked; the \
+             log says which and why",
+        );
+        // Until a sync has ended, what the one before it left may be left by this one too.
+        let is_settled = self.under_way.is_none();
+        let both = [(Trouble::Untracked, untracked), (Trouble::Namespace, namespace)];
+        both.into_iter().filter(move |(_, what)| is_settled || what.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(backlog: &mut Backlog) {
+        backlog.end(0, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_session_that_was_refused_with_room_in_the_map_is_looked_for_soon() {
+        let mut backlog = Backlog::from(0);
+        assert_eq!(backlog.need(true), Need::Routine);
+        // It was full then.
+        backlog.refused = 1;
+        assert_eq!(backlog.need(true), Need::Mend);
+        assert_eq!(backlog.need(false), Need::TryAgain);
+        backlog.begin();
+        assert_eq!(backlog.next_sync_ns(true), None);
+        // Another one, while the sync is under way, may have come too late for it.
+        backlog.refused = 2;
+        end(&mut backlog);
+        assert_eq!(backlog.need(true), Need::Mend);
+        backlog.begin();
+        end(&mut backlog);
+        assert_eq!(backlog.need(true), Need::Routine);
+        assert!(backlog.next_sync_ns(true).is_some());
+    }
+
+    #[test]
+    fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
+        let mut backlog = Backlog::from(0);
+        backlog.begin();
+        backlog.left_out = 3;
+        end(&mut backlog);
+        assert_eq!(backlog.need(false), Need::TryAgain);
+        assert_eq!(backlog.need(true), Need::Mend);
+        let said: Vec<_> = backlog.troubles(false).collect();
+        assert!(said[0].1.is_some_and(|what| what.contains("max_sessions")));
+        assert_eq!(said[1], (Trouble::Namespace, None));
+    }
+
+    #[test]
+    fn lost_events_are_made_up_for_soon_and_a_namespace_is_tried_again() {
+        let mut backlog = Backlog::from(0);
+        backlog.events = true;
+        assert_eq!(backlog.need(false), Need::Mend);
+        backlog.begin();
+        assert_eq!(backlog.need(true), Need::Routine);
+        backlog.unreached = 1;
+        end(&mut backlog);
+        assert_eq!(backlog.need(true), Need::TryAgain);
+        // What was said lasts until the next one has ended.
+        backlog.begin();
+        assert_eq!(backlog.troubles(true).count(), 0);
+    }
+}

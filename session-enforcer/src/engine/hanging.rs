@@ -1,0 +1,152 @@
+//! Resets that hang: how many for one cgroup, for what lies below one cgroup, and in all. Pure.
+//!
+//! Each takes a reaper, which is gone until the kernel lets go of it. Whoever keeps sockets locked is to
+//! run out of room before anybody else does.
+
+use std::collections::HashMap;
+
+use session_enforcer_common::Ancestors;
+
+/// Resets that may hang for one cgroup.
+const MAX_OF_CGROUP: usize = 4;
+
+/// Resets that may hang for all that lies below a cgroup of the second level, which is a user's slice, a
+/// service or a container.
+const MAX_BELOW: usize = 32;
+
+/// Resets that may hang in all.
+const MAX_IN_ALL: usize = 256;
+
+/// Whom a reset is counted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Culprit {
+    cgroup_id: u64,
+    /// The cgroup of the second level above it, or itself.
+    below: u64,
+}
+
+impl Culprit {
+    /// The one whose session is in this cgroup.
+    pub(super) fn of(cgroup_id: u64, ancestors: &Ancestors) -> Self {
+        // The first level is the system's slices; 0 where the cgroup does not lie so deep.
+        let second = ancestors.0[1];
+        Self {
+            cgroup_id,
+            below: if second == 0 { cgroup_id } else { second },
+        }
+    }
+}
+
+/// What may be done about a session of somebody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// It may be reset.
+    Free,
+    /// Too many of his resets hang.
+    Taken,
+}
+
+/// Resets that do not come back at once.
+#[derive(Debug, Default)]
+pub(super) struct Hanging {
+    of_cgroup: HashMap<u64, usize>,
+    below: HashMap<u64, usize>,
+    in_all: usize,
+    /// Whether the kernel's socket tables do not answer at all.
+    pub(super) is_diag_blocked: bool,
+}
+
+impl Hanging {
+    /// A reset is left behind.
+    pub(super) fn begin(&mut self, culprit: Culprit) {
+        *self.of_cgroup.entry(culprit.cgroup_id).or_default() += 1;
+        *self.below.entry(culprit.below).or_default() += 1;
+        self.in_all += 1;
+    }
+
+    /// It has come back.
+    pub(super) fn end(&mut self, culprit: Culprit) {
+        for (counts, id) in [
+            (&mut self.of_cgroup, culprit.cgroup_id),
+            (&mut self.below, culprit.below),
+        ] {
+            if let Some(count) = counts.get_mut(&id) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(&id);
+                }
+            }
+        }
+        self.in_all -= 1;
+    }
+
+    /// Whether some reset of a cgroup hangs: its sessions go to reapers of their own.
+    pub(super) fn is_suspect(&self, cgroup_id: u64) -> bool {
+        self.of_cgroup.contains_key(&cgroup_id)
+    }
+
+    /// Whether another reset may be begun for somebody.
+    pub(super) fn room(&self, culprit: Culprit) -> Room {
+        let of = |counts: &HashMap<u64, usize>, id| counts.get(&id).copied().unwrap_or(0);
+        let is_taken = of(&self.of_cgroup, culprit.cgroup_id) >= MAX_OF_CGROUP
+            || of(&self.below, culprit.below) >= MAX_BELOW
+            || self.in_all >= MAX_IN_ALL;
+        if is_taken { Room::Taken } else { Room::Free }
+    }
+
+    /// What is wrong, for people; `quarantined` resets count as stuck.
+    pub(super) fn trouble(&self, quarantined: usize) -> Option<String> {
+        if self.is_diag_blocked {
+            return Some(
+                "the kernel's socket tables do not answer: a reset hangs on a socket that its process \
+                 keeps locked, which blocks them all before Linux 6.9; sessions are reset through their \
+                 processes meanwhile, and nothing is adopted; the audit says which session hangs"
+                    .to_owned(),
+            );
+        }
+        (quarantined > 0).then(|| {
+            "resets hang on sockets that their processes keep locked; those sessions stay behind the gate; \
+             the audit says which"
+                .to_owned()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn culprit(ids: &[u64]) -> Culprit {
+        Culprit::of(*ids.last().unwrap(), &Ancestors::of(ids))
+    }
+
+    #[test]
+    fn a_cgroup_a_user_and_all_together_have_so_much_room() {
+        let mut hanging = Hanging::default();
+        let first = culprit(&[1, 2, 3, 10]);
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.begin(first));
+        assert_eq!(hanging.room(first), Room::Taken);
+        assert!(hanging.is_suspect(10) && !hanging.is_suspect(11));
+        // Another cgroup of the same user.
+        for id in 11.. {
+            let next = culprit(&[1, 2, 3, id]);
+            if hanging.room(next) == Room::Taken {
+                break;
+            }
+            hanging.begin(next);
+        }
+        assert_eq!(hanging.in_all, MAX_BELOW);
+        // Another user.
+        let other = culprit(&[1, 4, 10_000]);
+        assert_eq!(hanging.room(other), Room::Free);
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(first));
+        assert!(!hanging.is_suspect(10));
+        assert_eq!(hanging.room(first), Room::Free);
+        let mut id = 20_000;
+        while hanging.room(culprit(&[id])) == Room::Free {
+            hanging.begin(culprit(&[id]));
+            id += 1;
+        }
+        assert_eq!(hanging.in_all, MAX_IN_ALL);
+    }
+}

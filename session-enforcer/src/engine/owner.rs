@@ -1,0 +1,403 @@
+//! Whose the sessions are, where the kernel does not know: sockets older than the programs. A reaper is asked
+//! for the socket and for those that listen on its port.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::Result;
+use session_enforcer_common::{Owner, Session};
+
+use super::{
+    ask::{self, Answer},
+    context::Context,
+    state::{RETRY_NS, State},
+    tracker::group_of,
+};
+use crate::{
+    adopt::{self, Listeners},
+    clock::monotonic_ns,
+    reaper::{
+        diag::{Detail, MAX_BATCH, Socket, Target},
+        protocol::{Cgroup, Reply, Request},
+    },
+};
+
+/// How often sessions are compared with their sockets while packets pass. Each time fewer differ:
+/// those that had a packet in the moment of the comparison.
+pub(super) const MAX_COMPARISONS: usize = 8;
+
+/// Ports whose listeners are asked for one by one. For more of them all of the namespace are listed once.
+const MAX_PORTS: usize = 4;
+
+/// Sessions of one pass.
+const MAX_PASS: usize = 8 * MAX_BATCH;
+
+/// How many times as long as it took to find owners none are looked for after it: anybody can make sockets
+/// whose owner has to be found.
+const REST: u32 = 2;
+
+/// A session and its cookie.
+pub(super) type Tracked = (u64, Session);
+
+/// Looks for the owners of the sessions that wait for that, one task at a time.
+pub(super) fn find(context: &Rc<Context>) {
+    if context.is_finding_owners.get() || context.state().without_owner.is_empty() {
+        return;
+    }
+    context.is_finding_owners.set(true);
+    let context = Rc::clone(context);
+    let task = Rc::clone(&context);
+    context.spawn(async move {
+        let found = find_waiting(&task).await;
+        task.is_finding_owners.set(false);
+        found
+    });
+}
+
+async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+    loop {
+        let some = {
+            let mut state = context.state();
+            let count = state.without_owner.len().min(MAX_PASS);
+            state.without_owner.drain(..count).collect::<Vec<_>>()
+        };
+        if some.is_empty() {
+            return Ok(());
+        }
+        let began = std::time::Instant::now();
+        for (cookie, _) in settle(context, some).await? {
+            context.state().tracker.rearm(cookie, 0);
+        }
+        context.wake.notify_one();
+        tokio::time::sleep(began.elapsed().min(Duration::from_secs(1)) * REST).await;
+    }
+}
+
+/// Finds the owners of these sessions, and the rules that are then theirs. Those that are returned are
+/// scheduled without a time, and can be judged: their records say what their sockets say.
+///
+/// # Errors
+///
+/// Where the session map cannot be read or written.
+pub(super) async fn settle(
+    context: &Rc<Context>,
+    sessions: Vec<Tracked>,
+) -> Result<Vec<Tracked>> {
+    let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
+    for (cookie, session) in sessions {
+        let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
+        of_namespace.push((cookie, session));
+    }
+    let mut settled = Vec::new();
+    for (netns_cookie, sessions) in by_namespace {
+        settled.extend(settle_in(context, netns_cookie, sessions).await?);
+    }
+    compare(context, settled).await
+}
+
+async fn settle_in(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    sessions: Vec<Tracked>,
+) -> Result<Vec<Tracked>> {
+    let found = sockets_of(context, netns_cookie, &sessions, Detail::Names).await;
+    let found = match found {
+        Ok(sockets) => {
+            let open = sockets.iter().filter_map(|answer| match answer {
+                Answer::Known(Some(socket), _) => Some(socket),
+                _ => None,
+            });
+            let ports: BTreeSet<u16> = open.map(|socket| socket.target.local_port).collect();
+            let listeners = listeners(context, netns_cookie, ports).await;
+            listeners.map(|listeners| (sockets, listeners))
+        }
+        Err(error) => Err(error),
+    };
+    let (answers, listeners) = match found {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!("looking for the owners of {} sessions: {error}", sessions.len());
+            let mut state = context.state();
+            for (cookie, session) in &sessions {
+                // A session that a rule limits already is judged when that says; the others later.
+                if state.book.needs_owner_of(session) {
+                    state.tracker.rearm(*cookie, monotonic_ns() + RETRY_NS);
+                }
+            }
+            return Ok(Vec::new());
+        }
+    };
+    let sockets = answers.iter().filter_map(|answer| match answer {
+        Answer::Known(Some(socket), _) => socket.cgroup_id,
+        _ => None,
+    });
+    note_cgroups(context, sockets.collect()).await?;
+    let mut settled = Vec::new();
+    let mut state = context.state();
+    for ((cookie, session), answer) in sessions.iter().zip(answers) {
+        let owner = match answer {
+            Answer::Known(socket, _) => match socket.filter(|socket| !socket.is_mini) {
+                Some(socket) => adopt::owner(&socket, &listeners),
+                None => {
+                    state.release(*cookie, session)?;
+                    continue;
+                }
+            },
+            Answer::Locked => Owner::UNKNOWN,
+        };
+        // The kernel's word tells the process too.
+        let owner = if session.owner.is_known() {
+            session.owner
+        } else {
+            owner
+        };
+        if !owner.is_known() {
+            state.tracker.rearm(*cookie, monotonic_ns() + RETRY_NS);
+            continue;
+        }
+        settled.extend(state.set_owner(*cookie, session, owner)?);
+    }
+    Ok(settled)
+}
+
+async fn sockets_of(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    sessions: &[Tracked],
+    detail: Detail,
+) -> Result<Vec<Answer>, String> {
+    let target = |(cookie, session): &Tracked| Target::of(*cookie, session);
+    let targets: Vec<Target> = sessions.iter().map(target).collect();
+    let existed_ns = sessions.iter().map(|(_, session)| session.established_ns);
+    let existed_ns = existed_ns.min().unwrap_or(0);
+    ask::query(context, netns_cookie, existed_ns, &targets, detail).await
+}
+
+/// The sockets that listen on these ports of a namespace.
+async fn listeners(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    ports: BTreeSet<u16>,
+) -> Result<Listeners, String> {
+    let ports = if ports.len() > MAX_PORTS {
+        BTreeSet::from([0])
+    } else {
+        ports
+    };
+    let mut listening: Vec<Socket> = Vec::new();
+    for port in ports {
+        let (netns, handle) = {
+            let state = context.state();
+            state.handles.netns(netns_cookie, 0, monotonic_ns())
+        };
+        let request = Request::Listeners { netns, port };
+        ask::ask(context, &request, handle.as_deref(), |reply, _| {
+            if let Reply::Sockets { sockets, .. } = reply {
+                listening.extend(sockets.into_iter().flatten());
+            }
+        })
+        .await?;
+    }
+    Ok(Listeners::among(&listening))
+}
+
+/// Finds out where cgroups are, for the audit, and what is above each, for the kernel.
+///
+/// # Errors
+///
+/// Where the kernel's map refuses.
+pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Result<()> {
+    let unknown = context.state().directory.unknown_among(ids);
+    for some in unknown.chunks(MAX_BATCH) {
+        let mut found: Vec<Cgroup> = Vec::new();
+        let request = Request::Cgroups { ids: some.to_vec() };
+        let asked = ask::ask(context, &request, None, |reply, _| {
+            if let Reply::Cgroup(cgroup) = reply {
+                found.push(cgroup);
+            }
+        });
+        if let Err(error) = asked.await {
+            tracing::warn!("cgroups are not found: {error}");
+        }
+        let mut state = context.state();
+        for cgroup in found {
+            state.note_cgroup(cgroup)?;
+        }
+    }
+    Ok(())
+}
+
+/// Finds out where the cgroups are that sessions were opened in.
+pub(super) fn find_cgroups(context: &Rc<Context>) {
+    let Some(ids) = context.state().directory.take_unknown() else {
+        return;
+    };
+    let task = Rc::clone(context);
+    context.spawn(async move {
+        let noted = note_cgroups(&task, ids).await;
+        task.state().directory.has_asked();
+        noted
+    });
+}
+
+/// Records that were written, once they say all that their sockets tell: what passed while a record was moved
+/// may have left its stamp where nobody reads it. Without those that have ended meanwhile, which were dealt
+/// with.
+async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec<Tracked>> {
+    let mut whole = Vec::new();
+    for _ in 0..MAX_COMPARISONS {
+        if written.is_empty() {
+            break;
+        }
+        // A packet that met the record where it was may not be counted by its socket yet.
+        ask::wait_for_programs(context).await;
+        let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
+        for (cookie, session) in std::mem::take(&mut written) {
+            let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
+            of_namespace.push((cookie, session));
+        }
+        for (netns_cookie, sessions) in by_namespace {
+            let answers = sockets_of(context, netns_cookie, &sessions, Detail::Activity).await;
+            let answers = answers.unwrap_or_else(|error| {
+                tracing::warn!("comparing {} sessions with their sockets: {error}", sessions.len());
+                vec![Answer::Locked; sessions.len()]
+            });
+            let mut state = context.state();
+            for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
+                match state.catch_up(cookie, &session, answer)? {
+                    CaughtUp::Agrees(session) => whole.push((cookie, session)),
+                    CaughtUp::Written(session) => written.push((cookie, session)),
+                    CaughtUp::Ended => {}
+                }
+            }
+        }
+    }
+    whole.append(&mut written);
+    Ok(whole)
+}
+
+/// What became of a session's record when it was compared with its socket.
+pub(super) enum CaughtUp {
+    /// It says what the socket says.
+    Agrees(Session),
+    /// It did not, and was written.
+    Written(Session),
+    /// The session has ended, and was dealt with.
+    Ended,
+}
+
+impl State {
+    /// Notes where a cgroup is and what is above it.
+    fn note_cgroup(&mut self, cgroup: Cgroup) -> Result<()> {
+        let id = cgroup.id;
+        self.directory.note(cgroup);
+        if self.kernel.ancestors(id)?.is_none() {
+            let ancestors = self.directory.ancestors(id);
+            self.kernel.note_ancestors(id, &ancestors)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the owner of a session, and the rule that is then its own, into the session map. What is returned is
+    /// scheduled without a time, and to be compared with its socket before it is judged. None, after it was
+    /// dealt with, where the session is not to be judged now.
+    fn set_owner(
+        &mut self,
+        cookie: u64,
+        session: &Session,
+        owner: Owner,
+    ) -> Result<Option<Tracked>> {
+        // The record may say more by now.
+        let Some(session) = self.still_there(cookie, session)? else {
+            // It has ended, and its event is still to be read.
+            self.tracker.rearm(cookie, monotonic_ns() + RETRY_NS);
+            return Ok(None);
+        };
+        let mut settled = Session {
+            owner,
+            // The gate has not looked at it under the rule to be found, which is not that of before.
+            open_until_ns: 0,
+            generation: 0,
+            ..session
+        };
+        let Some(rule) = self.rule_of(&settled) else {
+            self.release(cookie, &session)?;
+            return Ok(None);
+        };
+        (settled.rule, settled.generation) = (rule, self.book.generation);
+        if !self.kernel.amend(cookie, &settled)? {
+            self.forget(cookie);
+            return Ok(None);
+        }
+        // From here on its end is counted, whoever sees it.
+        if session.generation == 0 {
+            self.records.metrics.opened(usize::from(rule));
+        }
+        self.tracker.add(cookie, group_of(&settled), u64::MAX);
+        Ok(Some((cookie, settled)))
+    }
+
+    /// Compares the record of a session with what its socket said, and writes it where they differ.
+    pub(super) fn catch_up(
+        &mut self,
+        cookie: u64,
+        session: &Session,
+        answer: Answer,
+    ) -> Result<CaughtUp> {
+        let mut session = *session;
+        let socket = match answer {
+            Answer::Known(socket, _) => socket.filter(|socket| !socket.is_mini),
+            Answer::Locked => {
+                // Its process is just using it.
+                return Ok(if self.count_as_active(cookie, &mut session)? {
+                    CaughtUp::Agrees(session)
+                } else {
+                    self.forget(cookie);
+                    CaughtUp::Ended
+                });
+            }
+        };
+        let Some(socket) = socket else {
+            self.release(cookie, &session)?;
+            return Ok(CaughtUp::Ended);
+        };
+        // Read after the socket has told: what passes in between is in the record alone.
+        let Some(now) = self.still_there(cookie, &session)? else {
+            self.forget(cookie);
+            return Ok(CaughtUp::Ended);
+        };
+        let at_ns = match answer {
+            Answer::Known(_, at_ns) => at_ns,
+            Answer::Locked => monotonic_ns(),
+        };
+        let policy = self.book.rule(now.rule).map(|rule| rule.policy);
+        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), at_ns);
+        if caught_up == now {
+            return Ok(CaughtUp::Agrees(now));
+        }
+        if self.kernel.amend(cookie, &caught_up)? {
+            return Ok(CaughtUp::Written(caught_up));
+        }
+        self.forget(cookie);
+        Ok(CaughtUp::Ended)
+    }
+
+    /// Counts a session as active at this moment: later than any packet that was not stamped, so never
+    /// early. Whether it is in the map then, as `session` says.
+    pub(super) fn count_as_active(&mut self, cookie: u64, session: &mut Session) -> Result<bool> {
+        // Before the record is read: what is stamped after that is later, and stays.
+        let now_ns = monotonic_ns();
+        let Some(found) = self.still_there(cookie, session)? else {
+            return Ok(false);
+        };
+        *session = Session {
+            last_received_ns: found.last_received_ns.max(now_ns),
+            last_sent_ns: found.last_sent_ns.max(now_ns),
+            ..found
+        };
+        Ok(self.kernel.amend(cookie, session)?)
+    }
+}

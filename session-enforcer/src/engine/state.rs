@@ -1,0 +1,473 @@
+//! What the engine knows, and what it does about it at once: events, sessions that are due, requests of the
+//! HTTP server. What takes a reaper is begun elsewhere.
+
+use std::rc::Rc;
+
+use anyhow::{Context as _, Result};
+use session_enforcer_common::{Ancestors, ErrorKind, Event, EventKind, RuleCounters, Session};
+
+use super::{
+    backlog::Backlog,
+    book::RuleBook,
+    handles::Handles,
+    hanging::Hanging,
+    judge::{Expired, Judgement, judge},
+    records::Records,
+    tracker::{Phase, Tracker, group_of, group_of_event},
+};
+use crate::{
+    audit::Audit,
+    bpf::{BpfError, Kernel},
+    clock::monotonic_ns,
+    config::Mode,
+    health::{Health, Trouble},
+    http::Request,
+    metrics::{KernelSnapshot, Metrics, Repair},
+    owners::Directory,
+    reaper::{diag::MAX_BATCH, pool},
+};
+
+/// Sessions that one pass looks at before other work has its turn: some 10 ms, where none is late.
+pub(super) const MAX_PASS: usize = 8 * MAX_BATCH;
+
+/// When a session that could not be looked at is tried again.
+pub(super) const RETRY_NS: u64 = 10_000_000_000;
+
+/// How long after a FIN or RST the daemon looks whether a session has ended that the kernel does
+/// not report: a few round trips. Also how long it waits for the report of a reset.
+pub(super) const RECHECK_NS: u64 = 200_000_000;
+
+/// What a [`State`] is made of.
+pub struct Parts {
+    /// The programs, loaded.
+    pub kernel: Kernel,
+    /// The audit's writer.
+    pub audit: Audit,
+    /// Every metric.
+    pub metrics: Metrics,
+    /// Whose sessions are.
+    pub directory: Directory,
+    /// How far the kernel's time stamps may lag behind the events.
+    pub lag_ns: u64,
+    /// The daemon's own network namespace.
+    pub own_netns: u64,
+}
+
+/// What the engine knows.
+pub(super) struct State {
+    pub(super) kernel: Kernel,
+    pub(super) records: Records,
+    pub(super) directory: Directory,
+    pub(super) lag_ns: u64,
+    pub(super) book: RuleBook,
+    /// The policy before, while sessions are still to be decided about anew.
+    pub(super) book_before: Option<Rc<RuleBook>>,
+    pub(super) tracker: Tracker,
+    pub(super) backlog: Backlog,
+    pub(super) handles: Handles,
+    pub(super) hanging: Hanging,
+    /// Whether sessions that are due are ended: from the attachment on.
+    pub(super) is_enforcing: bool,
+    /// Sessions whose owner has to be found before they are judged.
+    pub(super) without_owner: Vec<(u64, Session)>,
+    /// Sessions whose end the kernel does not report, and that may have ended.
+    pub(super) unreported: Vec<Unreported>,
+    /// Events that the kernel could not deliver, as far as they were made up for.
+    repaired_losses: u64,
+    /// After a take-over, until all events were read once: openings less closings among them.
+    unsettled: Option<i64>,
+    /// Sessions that the map can hold.
+    pub(super) capacity: usize,
+}
+
+/// A session whose end the kernel does not report, which is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unreported {
+    pub(super) cookie: u64,
+    pub(super) session: Session,
+    /// Set where it is to be recorded, if it is there.
+    pub(super) observed: Option<Expired>,
+}
+
+impl State {
+    /// Without rules and sessions yet.
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts {
+            kernel,
+            audit,
+            metrics,
+            directory,
+            lag_ns,
+            own_netns,
+        } = parts;
+        // The generations go on: a session of an earlier daemon must not seem to be of this one.
+        let book = RuleBook::after(kernel.inherited_generation());
+        let capacity = kernel.capacity();
+        Self {
+            kernel,
+            records: Records {
+                audit,
+                metrics,
+                health: Health::of_a_start(),
+            },
+            directory,
+            lag_ns,
+            book,
+            book_before: None,
+            tracker: Tracker::default(),
+            backlog: Backlog::from(monotonic_ns()),
+            handles: Handles::new(own_netns),
+            hanging: Hanging::default(),
+            is_enforcing: false,
+            without_owner: Vec::new(),
+            unreported: Vec::new(),
+            repaired_losses: 0,
+            unsettled: None,
+            capacity,
+        }
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.tracker.len() < self.capacity
+    }
+}
+
+/// Whose sessions are, and which rule is theirs.
+impl State {
+    /// The cgroups above one, the kernel's word first: it remembers those that are no more.
+    pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Ancestors {
+        match self.kernel.ancestors(cgroup_id) {
+            Ok(Some(ancestors)) => ancestors,
+            _ => self.directory.ancestors(cgroup_id),
+        }
+    }
+
+    /// The rule of a session; none where no rule matches it any more, or an exempting one does.
+    pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
+        self.book.rule_of(session, |id| self.ancestors_of(id))
+    }
+
+    /// The same as far as it is known now: of a session whose owner is still to be found, a rule
+    /// that there is.
+    pub(super) fn provisional_rule(&self, session: &Session) -> Option<u16> {
+        if self.book.needs_owner_of(session) {
+            return Some(0);
+        }
+        self.rule_of(session)
+    }
+
+    /// Whether the policy before, which another has just taken the place of, would have let the session
+    /// live: within its limits, or only observed.
+    fn lived_before(&self, session: &Session, now_ns: u64, is_enforced: bool) -> bool {
+        let Some(before) = &self.book_before else {
+            return false;
+        };
+        let ancestors = |id| self.ancestors_of(id);
+        before.lets_live(session, now_ns, ancestors)
+            || is_enforced && before.only_observes(session, ancestors)
+    }
+}
+
+/// Events of the kernel.
+impl State {
+    /// Takes in what the kernel reports.
+    pub(super) fn handle(&mut self, kind: EventKind, event: &Event) {
+        if let Some(reported) = &mut self.unsettled {
+            match kind {
+                EventKind::Opened => *reported += 1,
+                EventKind::Closed => *reported -= 1,
+                EventKind::MayEnd | EventKind::Expired => {}
+            }
+        }
+        match kind {
+            EventKind::Opened => self.opened(event),
+            EventKind::Closed => self.forget(event.cookie),
+            EventKind::MayEnd => self
+                .tracker
+                .hasten(event.cookie, monotonic_ns() + RECHECK_NS),
+            EventKind::Expired => self.gate_refused(event),
+        }
+    }
+
+    /// The gate refused payload of a session: it is due, whatever the schedule says.
+    fn gate_refused(&mut self, event: &Event) {
+        match self.tracker.phase_of_cookie(event.cookie) {
+            // Somebody is about it, or it stands behind the gate until it is tried again.
+            Some(Phase::Tried(tried)) if tried.error.is_some() => return,
+            Some(phase) if phase.is_in_other_hands() => return,
+            _ => {}
+        }
+        if self.tracker.contains(event.cookie) {
+            self.tracker.hasten(event.cookie, 0);
+            return;
+        }
+        // Its opening was lost, or it has ended since: its record tells.
+        self.tracker.add(event.cookie, group_of_event(event), 0);
+    }
+
+    fn opened(&mut self, event: &Event) {
+        self.directory.remember(event.cgroup_id);
+        let Some(rule) = self.book.rule(event.rule) else {
+            tracing::error!("the kernel reports a session of rule {}", event.rule);
+            return;
+        };
+        let due_ns = if event.generation == self.book.generation as u16 {
+            rule.policy.first_deadline_ns(event.established_ns)
+        } else {
+            // Of an earlier policy: it is decided about anew.
+            0
+        };
+        if due_ns == 0 && self.tracker.contains(event.cookie) {
+            // It was decided about when the policy changed.
+            self.tracker.hasten(event.cookie, due_ns);
+            return;
+        }
+        self.tracker.add(event.cookie, group_of_event(event), due_ns);
+    }
+
+    /// After all events were read: works out, once, what the counters of this daemon's programs do
+    /// not know of the session map. They began at zero in the midst of what came and went.
+    pub(super) fn count_inherited(&mut self) {
+        if let Some(reported) = self.unsettled.take() {
+            let sessions = self.tracker.len();
+            self.records.metrics.count_inherited(sessions, reported);
+        }
+    }
+
+    /// From now on events are counted, until all that there are were read.
+    pub(super) fn count_events(&mut self) {
+        self.unsettled = Some(0);
+    }
+
+    /// Forgets a session that has ended. One whose reset has no answer was reset by the daemon or has ended
+    /// by itself: nobody knows.
+    pub(super) fn forget(&mut self, cookie: u64) {
+        let netns_cookie = self.tracker.group(cookie).map(|group| group.netns_cookie);
+        if let Some(expired) = self.tracker.forget(cookie) {
+            self.record_gone(&expired);
+        }
+        if let Some(netns_cookie) = netns_cookie {
+            self.give_up_if_unused(netns_cookie);
+        }
+    }
+
+    /// A handle keeps its namespace alive: that of one without sessions is given up.
+    pub(super) fn give_up_if_unused(&mut self, netns_cookie: u64) {
+        if !self.tracker.has_sessions_in(netns_cookie) {
+            self.handles.give_up(netns_cookie);
+        }
+    }
+
+    /// The record of a session as it is now, if the session is there still.
+    pub(super) fn still_there(&self, cookie: u64, session: &Session) -> Result<Option<Session>> {
+        let is_same = |now: &Session| now.established_ns == session.established_ns;
+        Ok(self.kernel.session(cookie)?.filter(is_same))
+    }
+
+    /// Lets go of a session: takes it out of the session map, where the kernel does not. One that was
+    /// never decided about was not counted as opened, and is not as closed.
+    pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        // The rule in the record may be one of an earlier daemon's.
+        let group = self.tracker.group(cookie);
+        let rule = group.map_or(session.rule, |group| group.rule);
+        let removed = self.kernel.remove(cookie, session.established_ns)?;
+        if removed && session.generation != 0 {
+            self.records.metrics.removed(usize::from(rule));
+        }
+        self.forget(cookie);
+        Ok(())
+    }
+
+    /// Removes a session that ended without the kernel's report.
+    pub(super) fn drop_stale(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        self.records.metrics.repaired(Repair::Stale);
+        self.release(cookie, session)
+    }
+
+    /// Makes up for what the kernel programs could not do.
+    pub(super) fn repair(&mut self) -> Result<()> {
+        self.backlog.refused = self.kernel.error_count(ErrorKind::MapFull)?;
+        self.note_backlog();
+        self.repair_lost_events()
+    }
+
+    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
+    /// and not in the schedule. What has closed is found by the comparison that follows.
+    fn repair_lost_events(&mut self) -> Result<()> {
+        let lost = self.kernel.error_count(ErrorKind::EventLost)?;
+        if lost == self.repaired_losses {
+            return Ok(());
+        }
+        tracing::warn!(
+            "{} events were lost, the ring buffer was full",
+            lost - self.repaired_losses
+        );
+        self.repaired_losses = lost;
+        self.backlog.events = true;
+        for cookie in self.kernel.cookies()? {
+            if self.tracker.contains(cookie) || self.tracker.phase_of_cookie(cookie).is_some() {
+                continue;
+            }
+            if let Some(session) = self.kernel.session(cookie)? {
+                // Due at once: the pass that follows works out its deadline.
+                self.tracker.add(cookie, group_of(&session), 0);
+                self.records.metrics.repaired(Repair::Unscheduled);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sessions that are due.
+impl State {
+    /// Whether a session is due now.
+    pub(super) fn is_due(&self) -> bool {
+        let due_ns = self.tracker.next_due_ns().filter(|_| self.is_enforcing);
+        due_ns.is_some_and(|due_ns| due_ns <= monotonic_ns())
+    }
+
+    /// Looks at up to `count` due sessions; those that are late, and how many it looked at.
+    pub(super) fn take_due(&mut self, count: usize) -> Result<(Vec<Expired>, usize)> {
+        let now_ns = monotonic_ns();
+        let due = self.tracker.take_due(now_ns, count);
+        let mut late = Vec::new();
+        for (cookie, session) in due.iter().zip(self.kernel.sessions(&due)?) {
+            match session {
+                Some(session) if self.needs_owner(*cookie, &session) => {
+                    self.without_owner.push((*cookie, session));
+                }
+                session => late.extend(self.judge(*cookie, session, now_ns)?),
+            }
+        }
+        Ok((late, due.len()))
+    }
+
+    /// Whether the session cannot be judged before its owner is found.
+    pub(super) fn needs_owner(&self, cookie: u64, session: &Session) -> bool {
+        let was_reset = matches!(self.tracker.phase(cookie, session), Some(Phase::Reset));
+        !was_reset && self.book.needs_owner_of(session)
+    }
+
+    /// Decides about a session that is scheduled without a time, by its record as it was read not before
+    /// `now_ns`. One that lives is re-armed here.
+    pub(super) fn judge(
+        &mut self,
+        cookie: u64,
+        session: Option<Session>,
+        now_ns: u64,
+    ) -> Result<Option<Expired>> {
+        let Some(session) = session else {
+            // It has closed; its event is still to be read, or was lost.
+            self.forget(cookie);
+            return Ok(None);
+        };
+        match self.tracker.phase(cookie, &session) {
+            Some(phase) if phase.is_in_other_hands() => return Ok(None),
+            Some(Phase::Reset) => {
+                // Its end was not reported: another `sock_ops` program has undone that it is, or the
+                // kernel (6.1 before 6.1.158) has said that it destroyed what it did not.
+                self.release(cookie, &session)?;
+                return Ok(None);
+            }
+            _ => {}
+        }
+        let Some(rule) = self.rule_of(&session) else {
+            self.tracker.clear_phase(cookie);
+            self.release(cookie, &session)?;
+            return Ok(None);
+        };
+        let Some(active) = self.book.rule(rule) else {
+            anyhow::bail!("the session map names rule {rule}, which is none");
+        };
+        let (policy, mode) = (active.policy, active.mode);
+        let phase = self.tracker.phase(cookie, &session);
+        let was_late = matches!(phase, Some(Phase::LateByPolicy { .. }));
+        let is_changing = self.book_before.is_some() && session.generation != self.book.generation;
+        let changed_now = || {
+            is_changing
+                && (was_late || self.lived_before(&session, now_ns, mode == Mode::Enforce))
+        };
+        match judge(cookie, &session, (rule, &policy), phase, now_ns, changed_now) {
+            Judgement::Alive { recheck_ns } => {
+                // Whatever was asked of the kernel, it was not done.
+                self.tracker.clear_phase(cookie);
+                self.tracker.rearm(cookie, recheck_ns);
+                if session.end_is_unreported() {
+                    self.look_for(cookie, session, None);
+                }
+                Ok(None)
+            }
+            Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
+            Judgement::Late(expired) if session.end_is_unreported() => {
+                self.look_for(cookie, session, Some(expired));
+                Ok(None)
+            }
+            Judgement::Late(expired) => {
+                self.observe(&expired);
+                Ok(None)
+            }
+        }
+    }
+
+    fn look_for(&mut self, cookie: u64, session: Session, observed: Option<Expired>) {
+        self.unreported.push(Unreported {
+            cookie,
+            session,
+            observed,
+        });
+    }
+}
+
+/// What others ask.
+impl State {
+    /// Answers a request of the HTTP server.
+    pub(super) fn answer(&mut self, request: Request, reapers: pool::Counts) {
+        self.records.note_audit();
+        // A client that has gone needs no answer.
+        match request {
+            Request::Metrics(reply) => drop(reply.send(self.render_metrics(reapers))),
+            Request::Ready(reply) => drop(reply.send(self.records.health.ready())),
+            Request::Live(reply) => drop(reply.send(())),
+        }
+    }
+
+    fn render_metrics(&self, reapers: pool::Counts) -> Result<String, String> {
+        let rendered = self
+            .snapshot(reapers)
+            .and_then(|snapshot| Ok(self.records.metrics.render(&snapshot)?));
+        rendered.map_err(|error| format!("{error:#}"))
+    }
+
+    fn snapshot(&self, reapers: pool::Counts) -> Result<KernelSnapshot> {
+        let rules: Vec<RuleCounters> = self.kernel.rule_counters().context("reading counters")?;
+        Ok(KernelSnapshot {
+            rules,
+            sessions: self.tracker.sessions_of().to_vec(),
+            errors: self.kernel.errors()?,
+            gate_drops: self.kernel.gate_drops()?,
+            audit_lost: self.records.audit.lost(),
+            troubles: self.records.health.troubles(),
+            quarantined: self.tracker.quarantined(),
+            reapers,
+        })
+    }
+
+    /// Takes the programs out of the kernel and records that the enforcement ends.
+    pub(super) fn stop(&mut self) -> Result<(), BpfError> {
+        self.is_enforcing = false;
+        self.kernel.detach()?;
+        tracing::info!("the programs are detached");
+        self.records.audit.stopped();
+        Ok(())
+    }
+
+    /// Notes what is known to be missed.
+    pub(super) fn note_backlog(&mut self) {
+        let has_room = self.has_room();
+        for (trouble, what) in self.backlog.troubles(has_room) {
+            self.records.health.set(trouble, what);
+        }
+        let stuck = self.hanging.trouble(self.tracker.quarantined());
+        self.records.health.set(Trouble::Stuck, stuck.as_deref());
+    }
+}

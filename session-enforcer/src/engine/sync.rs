@@ -1,0 +1,698 @@
+//! Makes session map, schedule and sockets agree: at a start, after a change of the policy, when a cgroup of
+//! the rules comes, after events were lost, and at a slow interval. What is missing is adopted, what has ended
+//! is dropped, what an earlier daemon did not stamp is brought up to date; each is counted.
+//!
+//! A reaper lists the sockets, without what takes their locks. It is asked for more about single sockets: those
+//! that are to be adopted and those that were not listed. The engine takes all in bit by bit, and enforces
+//! meanwhile.
+
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::Result;
+use session_enforcer_common::{Ancestors, MatchEntry, Owner, Policy, Session, Verdict, verdict};
+
+use super::{
+    ask::{self, Answer, LOOK, wait_out},
+    backoff::Need,
+    context::Context,
+    owner::{self, CaughtUp},
+    state::State,
+    tracker::{Phase, group_of},
+};
+use crate::{
+    adopt::{self, Adopter, Listeners},
+    bpf::Adoption,
+    cgroup::Scope,
+    clock::monotonic_ns,
+    metrics::{Repair, Untracked},
+    reaper::{
+        diag::{Detail, Info, MAX_BATCH, Socket, Target},
+        pool::{Condition, Next, Purpose},
+        protocol::{Holder, Reach, Reply, Request},
+    },
+};
+
+/// Sessions that were put into the map and are not confirmed yet. Each confirmation waits for some 10 ms.
+const MAX_UNCONFIRMED: usize = 16_384;
+
+/// For how long a reaper may list without a word: first it may look at every descriptor of the host.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a sync is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Aim {
+    /// Whether connections that are not tracked are adopted.
+    pub(super) adopts: bool,
+    /// Whether sessions of the map are brought up to date with their sockets: nobody has stamped them.
+    pub(super) catches_up: bool,
+    /// Whether what is adopted had to be tracked already.
+    pub(super) repairs: bool,
+    /// Whether processes and namespaces are looked for in every descriptor of the host.
+    pub(super) is_thorough: bool,
+    /// Whether what is past a limit is so by the policy, which has changed.
+    pub(super) by_change: bool,
+    /// Whether sessions of sockets that the attachment does not cover are let go.
+    pub(super) releases_others: bool,
+    /// Set after a take-over: sessions in namespaces that were not there then have ended.
+    pub(super) taken_over: Option<TakenOver>,
+}
+
+/// What is known of the sessions of an earlier daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TakenOver {
+    /// When the take-over began: of later sessions nothing is known.
+    pub(super) since_ns: u64,
+    /// Whether the kernel has reported the ends of sessions all the time.
+    pub(super) are_ends_reported: bool,
+}
+
+/// What a sync did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Synced {
+    /// Connections that were adopted.
+    pub(super) adopted: usize,
+    /// Sessions that were brought up to date or had ended.
+    pub(super) changed: usize,
+}
+
+/// A connection to adopt.
+type Wanted = (Socket, Option<Holder>);
+
+/// A sync that is under way.
+struct Sync<'a> {
+    context: &'a Rc<Context>,
+    aim: Aim,
+    /// The number of this one; another one has begun where it is not the last.
+    number: u64,
+    scope: Scope,
+    entries: Vec<MatchEntry>,
+    policies: Vec<Policy>,
+    generation: u32,
+    /// By cgroup, those above it.
+    ancestors: HashMap<u64, Ancestors>,
+    /// By namespace, sessions that were scheduled when it began and whose sockets were not listed so far.
+    unseen: HashMap<u64, HashSet<u64>>,
+    /// The namespace whose sockets come now.
+    netns_cookie: u64,
+    listeners: Listeners,
+    wanted: Vec<Wanted>,
+    /// Sessions that are in the map and not counted yet.
+    unconfirmed: Vec<(u64, Session)>,
+    visited: HashSet<u64>,
+    is_whole: bool,
+    synced: Synced,
+}
+
+/// Whether the comparison that is due now goes to every descriptor of the host: only where something is known
+/// to be wrong.
+pub(super) fn routine(state: &State) -> Aim {
+    let need = state.backlog.need(state.has_room());
+    Aim {
+        adopts: true,
+        repairs: true,
+        is_thorough: need != Need::Routine,
+        ..Aim::default()
+    }
+}
+
+/// Makes map, schedule and sockets agree. One that is under way breaks off.
+///
+/// # Errors
+///
+/// Where the session map cannot be read or written. What cannot be listed is counted and logged instead.
+pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
+    let number = context.syncs.get() + 1;
+    context.syncs.set(number);
+    context.read_events()?;
+    let mut sync = {
+        let mut state = context.state();
+        state.backlog.begin();
+        state.note_backlog();
+        let mut unseen: HashMap<u64, HashSet<u64>> = HashMap::new();
+        for (cookie, group) in state.tracker.sessions() {
+            unseen.entry(group.netns_cookie).or_default().insert(cookie);
+        }
+        Sync {
+            context,
+            aim,
+            number,
+            scope: if context.cgroup.is_root() {
+                Scope::All
+            } else {
+                Scope::Only(HashSet::new())
+            },
+            entries: state.book.entries.clone(),
+            policies: state.book.policies(),
+            generation: state.book.generation,
+            ancestors: HashMap::new(),
+            unseen,
+            netns_cookie: 0,
+            listeners: Listeners::default(),
+            wanted: Vec::new(),
+            unconfirmed: Vec::new(),
+            visited: HashSet::new(),
+            is_whole: true,
+            synced: Synced::default(),
+        }
+    };
+    let listed = sync.list().await;
+    // What is in the map and not counted must be, whatever has gone wrong.
+    let confirmed = sync.confirm().await;
+    let used = match listed.and_then(|used| confirmed.map(|()| used)) {
+        Ok(used) => used,
+        Err(error) => return Err(error),
+    };
+    sync.end_of_namespaces()?;
+    let synced = sync.synced;
+    if sync.is_last() {
+        let mut state = context.state();
+        state.backlog.end(monotonic_ns(), used);
+        state.note_backlog();
+        for netns_cookie in &sync.visited {
+            state.give_up_if_unused(*netns_cookie);
+        }
+    }
+    context.wake.notify_one();
+    Ok(synced)
+}
+
+impl Sync<'_> {
+    fn is_last(&self) -> bool {
+        self.context.syncs.get() == self.number
+    }
+
+    fn adopter(&self) -> Adopter<'_> {
+        Adopter {
+            entries: &self.entries,
+            policies: &self.policies,
+            generation: self.generation,
+            scope: &self.scope,
+            ancestors: &self.ancestors,
+        }
+    }
+
+    /// Takes in what a reaper lists; how long it has used a processor.
+    async fn list(&mut self) -> Result<Duration> {
+        let reach = match (self.context.all_namespaces, self.aim.is_thorough) {
+            (false, _) => Reach::Own,
+            (true, false) => Reach::Usual,
+            (true, true) => Reach::Every,
+        };
+        let is_gone = self.context.cgroup.is_gone();
+        if is_gone {
+            // What may be under its name now is another one.
+            let path = self.context.cgroup.path().display();
+            tracing::warn!("connections are not adopted: cgroup {path} was removed; restart the daemon");
+        }
+        let is_root = self.context.cgroup.is_root();
+        let request = Request::Survey {
+            reach,
+            cgroup: (!is_root).then(|| self.context.cgroup.path().to_owned()),
+            with_holders: self.aim.adopts && self.aim.is_thorough,
+        };
+        let asked = self.context.pool.ask(Purpose::Others, &request, None).await;
+        let mut exchange = match asked {
+            Ok(exchange) => exchange,
+            Err(error) => {
+                self.unlisted(&format!("{error:#}"));
+                return Ok(Duration::ZERO);
+            }
+        };
+        let mut listening: Vec<Wanted> = Vec::new();
+        let mut silent_looks = 0;
+        while self.is_last() {
+            let reply = match exchange.next(LOOK).await {
+                Next::Reply(reply, handle) => {
+                    silent_looks = 0;
+                    if let (Reply::Namespace { cookie, path }, handle) = (&reply, handle) {
+                        let mut state = self.context.state();
+                        state.handles.keep(*cookie, path.clone(), handle);
+                    }
+                    reply
+                }
+                Next::Ended => {
+                    self.unlisted("their list broke off");
+                    return Ok(Duration::ZERO);
+                }
+                Next::Silent => {
+                    silent_looks += 1;
+                    let is_stuck = exchange.condition() == Condition::Stuck;
+                    let is_blocked = self.context.state().hanging.is_diag_blocked;
+                    if LOOK * silent_looks < PATIENCE && !(is_stuck && is_blocked) {
+                        continue;
+                    }
+                    wait_out(self.context, exchange);
+                    self.unlisted("the kernel does not answer");
+                    return Ok(Duration::ZERO);
+                }
+            };
+            match reply {
+                Reply::Scope { ids } if !is_gone => self.widen_scope(ids),
+                // Then there is only to see which sessions have ended.
+                Reply::NoScope(error) => tracing::warn!("connections are not adopted: {error}"),
+                Reply::Namespace { cookie, .. } => {
+                    self.netns_cookie = cookie;
+                    self.visited.insert(cookie);
+                    self.listeners = Listeners::default();
+                    listening.clear();
+                }
+                Reply::Listeners(sockets) => listening.extend(sockets),
+                Reply::Sessions(sockets) => {
+                    self.take_listeners(&mut listening).await?;
+                    self.take_sessions(sockets).await?;
+                }
+                Reply::WholeNamespace => {
+                    self.take_listeners(&mut listening).await?;
+                    self.adopt_wanted().await?;
+                    self.look_for_unseen().await?;
+                    if self.unconfirmed.is_empty() {
+                        self.context.state().give_up_if_unused(self.netns_cookie);
+                    }
+                }
+                Reply::Unlisted(error) => {
+                    self.adopt_wanted().await?;
+                    self.unlisted(&error);
+                }
+                Reply::Done { used_ns, error, .. } => {
+                    if let Some(problem) = error {
+                        self.unlisted(&problem.to_string());
+                    }
+                    return Ok(Duration::from_nanos(used_ns));
+                }
+                _ => {}
+            }
+        }
+        Ok(Duration::ZERO)
+    }
+
+    fn widen_scope(&mut self, ids: Vec<u64>) {
+        if let Scope::Only(all) = &mut self.scope {
+            all.extend(ids);
+        }
+    }
+
+    /// Counts a namespace, or sockets of one, that cannot be asked about.
+    fn unlisted(&mut self, error: &str) {
+        self.is_whole = false;
+        let mut state = self.context.state();
+        state.backlog.unreached += 1;
+        state.records.metrics.untracked(Untracked::Namespace);
+        tracing::warn!("sockets cannot be compared with the sessions: {error}");
+    }
+
+    async fn note_cgroups(&mut self, ids: HashSet<u64>) -> Result<()> {
+        let is_new = |id: &u64| !self.ancestors.contains_key(id) && self.scope.contains(Some(*id));
+        let ids: HashSet<u64> = ids.into_iter().filter(is_new).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        owner::note_cgroups(self.context, ids.clone()).await?;
+        let state = self.context.state();
+        for id in ids {
+            self.ancestors.insert(id, state.ancestors_of(id));
+        }
+        Ok(())
+    }
+
+    /// The sockets that listen in the namespace, which tell whose and of which direction its sessions are.
+    async fn take_listeners(&mut self, listening: &mut Vec<Wanted>) -> Result<()> {
+        if listening.is_empty() {
+            return Ok(());
+        }
+        let listening = std::mem::take(listening);
+        let ids = listening.iter().filter_map(|(socket, _)| socket.cgroup_id);
+        self.note_cgroups(ids.collect()).await?;
+        let sockets: Vec<Socket> = listening.iter().map(|(socket, _)| *socket).collect();
+        self.listeners = Listeners::among(&sockets);
+        if self.aim.adopts && self.aim.is_thorough {
+            self.note_owners(&listening).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes the owners of sockets that listen, for those that they will accept.
+    async fn note_owners(&mut self, listening: &[Wanted]) -> Result<()> {
+        let alone = Listeners::default();
+        let mut held = Vec::new();
+        for (socket, holder) in listening {
+            let Some(holder) = holder.filter(|_| self.scope.contains(socket.cgroup_id)) else {
+                continue;
+            };
+            let owner = Owner {
+                pid: holder.pid,
+                comm: holder.comm,
+                ..adopt::owner(socket, &alone)
+            };
+            if owner.is_known() {
+                held.push(((holder, socket.target.cookie), owner));
+            }
+        }
+        for some in held.chunks(MAX_BATCH) {
+            let request = Request::Duplicate {
+                sockets: some.iter().map(|(held, _)| *held).collect(),
+            };
+            let mut owners = some.iter().map(|(_, owner)| owner);
+            let context = self.context;
+            let asked = ask::ask(context, &request, None, |reply, fd| {
+                if let Reply::Duplicate(error) = reply
+                    && let Some(owner) = owners.next()
+                {
+                    // What it accepts is asked about one by one where this fails.
+                    let noted = fd.map(|fd| context.state().kernel.note_owner(&fd, owner));
+                    tracing::debug!("owner of a listener: {noted:?} {error:?}");
+                }
+            });
+            if let Err(error) = asked.await {
+                tracing::warn!("owners of sockets that listen are not noted: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in some sessions of the namespace.
+    async fn take_sessions(&mut self, sockets: Vec<Wanted>) -> Result<()> {
+        let mut known = Vec::new();
+        let mut unknown = Vec::new();
+        {
+            self.context.read_events()?;
+            let state = self.context.state();
+            let mut unseen = self.unseen.get_mut(&self.netns_cookie);
+            for (socket, holder) in sockets {
+                let cookie = socket.target.cookie;
+                if !state.tracker.contains(cookie) {
+                    unknown.push((socket, holder));
+                } else if !socket.is_mini {
+                    if let Some(unseen) = &mut unseen {
+                        unseen.remove(&cookie);
+                    }
+                    known.push(socket);
+                }
+            }
+        }
+        self.take_known(&known).await?;
+        if !self.aim.adopts || unknown.is_empty() {
+            return Ok(());
+        }
+        let ids = unknown.iter().filter_map(|(socket, _)| socket.cgroup_id);
+        self.note_cgroups(ids.collect()).await?;
+        let adopter = self.adopter();
+        unknown.retain(|(socket, _)| adopter.wants(socket, &self.listeners));
+        self.wanted.extend(unknown);
+        if self.wanted.len() >= MAX_BATCH {
+            self.adopt_wanted().await?;
+        }
+        Ok(())
+    }
+
+    /// Sessions of the map whose sockets were listed.
+    async fn take_known(&mut self, sockets: &[Socket]) -> Result<()> {
+        if self.aim.releases_others {
+            let elsewhere = |socket: &&Socket| !self.scope.contains(socket.cgroup_id);
+            let others: Vec<u64> = sockets
+                .iter()
+                .filter(elsewhere)
+                .map(|socket| socket.target.cookie)
+                .collect();
+            let mut state = self.context.state();
+            for cookie in others {
+                if let Some(session) = state.kernel.session(cookie)? {
+                    state.release(cookie, &session)?;
+                }
+            }
+        }
+        if !self.aim.catches_up {
+            return Ok(());
+        }
+        for some in sockets.chunks(MAX_BATCH) {
+            let targets: Vec<Target> = some.iter().map(|socket| socket.target).collect();
+            let answers = self.query(&targets, Detail::Activity).await;
+            let mut state = self.context.state();
+            for (target, answer) in targets.iter().zip(answers) {
+                let Some(session) = state.kernel.session(target.cookie)? else {
+                    continue;
+                };
+                if let CaughtUp::Written(_) = state.catch_up(target.cookie, &session, answer)? {
+                    state.records.metrics.repaired(Repair::Behind);
+                    self.synced.changed += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks about sockets of the namespace. What cannot be asked about counts as in use.
+    async fn query(&mut self, targets: &[Target], detail: Detail) -> Vec<Answer> {
+        let asked = ask::query(self.context, self.netns_cookie, 0, targets, detail).await;
+        asked.unwrap_or_else(|error| {
+            self.unlisted(&error);
+            vec![Answer::Locked; targets.len()]
+        })
+    }
+
+    /// Puts the connections that were wanted into the session map, as they are now.
+    async fn adopt_wanted(&mut self) -> Result<()> {
+        let wanted = std::mem::take(&mut self.wanted);
+        for some in wanted.chunks(MAX_BATCH) {
+            let targets: Vec<Target> = some.iter().map(|(socket, _)| socket.target).collect();
+            let answers = self.query(&targets, Detail::Activity).await;
+            let mut sessions = Vec::with_capacity(some.len());
+            for ((socket, holder), answer) in some.iter().zip(answers) {
+                sessions.extend(self.session_of(socket, *holder, answer));
+            }
+            self.insert(sessions)?;
+        }
+        if self.unconfirmed.len() >= MAX_UNCONFIRMED {
+            self.confirm().await?;
+        }
+        Ok(())
+    }
+
+    /// The session of a socket; none where it has closed.
+    fn session_of(
+        &self,
+        listed: &Socket,
+        holder: Option<Holder>,
+        answer: Answer,
+    ) -> Option<(u64, Session)> {
+        let (socket, at_ns) = match answer {
+            Answer::Known(socket, at_ns) => (socket?, at_ns),
+            Answer::Locked => (in_use(listed), monotonic_ns()),
+        };
+        let adopter = self.adopter();
+        let session = adopter.session(&socket, &self.listeners, self.netns_cookie, at_ns);
+        let mut session = session?;
+        if let Some(holder) = holder {
+            (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
+        }
+        Some((socket.target.cookie, session))
+    }
+
+    fn insert(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
+        let mut state = self.context.state();
+        // One that opened a moment ago: its event has come.
+        sessions.retain(|(cookie, _)| !state.tracker.contains(*cookie));
+        let answers = state.kernel.adopt_all(&sessions)?;
+        let mut refused = 0;
+        for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
+            match answer {
+                Adoption::Inserted => {
+                    state.tracker.set_phase(cookie, &session, Phase::Adopting);
+                    self.unconfirmed.push((cookie, session));
+                }
+                // Its event will come.
+                Adoption::Known => {}
+                Adoption::Full => {
+                    refused += 1;
+                    if !self.aim.repairs {
+                        state.records.metrics.untracked(Untracked::MapFull);
+                    }
+                }
+            }
+        }
+        if refused > 0 && state.backlog.left_out == 0 && !self.aim.repairs {
+            tracing::error!(
+                "connections are not tracked, the session map is full: raise daemon.max_sessions"
+            );
+        }
+        state.backlog.left_out += refused;
+        Ok(())
+    }
+
+    /// Asks once more about the sessions that were put into the map: a packet that came before its session was
+    /// there was stamped by nobody. Then they are scheduled.
+    async fn confirm(&mut self) -> Result<()> {
+        let unconfirmed = std::mem::take(&mut self.unconfirmed);
+        if unconfirmed.is_empty() {
+            return Ok(());
+        }
+        // Such a packet may not be counted by its socket yet.
+        ask::wait_for_programs(self.context).await;
+        let mut by_namespace: HashMap<u64, Vec<(u64, Session)>> = HashMap::new();
+        for (cookie, session) in unconfirmed {
+            let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
+            of_namespace.push((cookie, session));
+        }
+        let current = self.netns_cookie;
+        for (netns_cookie, sessions) in by_namespace {
+            self.netns_cookie = netns_cookie;
+            for some in sessions.chunks(MAX_BATCH) {
+                let target = |(cookie, session): &(u64, Session)| Target::of(*cookie, session);
+                let targets: Vec<Target> = some.iter().map(target).collect();
+                let answers = self.query(&targets, Detail::Activity).await;
+                for ((cookie, session), answer) in some.iter().zip(answers) {
+                    self.confirm_one(*cookie, *session, answer)?;
+                }
+            }
+        }
+        self.netns_cookie = current;
+        self.context.wake.notify_one();
+        Ok(())
+    }
+
+    fn confirm_one(&mut self, cookie: u64, mut session: Session, answer: Answer) -> Result<()> {
+        let mut state = self.context.state();
+        state.tracker.clear_phase(cookie);
+        let is_there = match answer {
+            Answer::Known(None, _) => {
+                // The socket may have been connected again, under the same cookie: the kernel tracks it.
+                state.kernel.remove(cookie, session.established_ns)?;
+                false
+            }
+            Answer::Known(Some(socket), at_ns) => {
+                match told_anew(&session, &socket, at_ns, &self.policies) {
+                    // What was stamped since the list stays.
+                    Some(told) => {
+                        state.kernel.amend(cookie, &told)?
+                            && state.count_as_active(cookie, &mut session)?
+                    }
+                    None => true,
+                }
+            }
+            Answer::Locked => state.count_as_active(cookie, &mut session)?,
+        };
+        if !is_there {
+            return Ok(());
+        }
+        self.synced.adopted += 1;
+        if self.aim.repairs {
+            state.records.metrics.repaired(Repair::Missed);
+        }
+        state.records.metrics.adopted(usize::from(session.rule));
+        let policy = state.book.rules[usize::from(session.rule)].policy;
+        let due_ns = if session.generation == state.book.generation {
+            policy.first_deadline_ns(session.established_ns)
+        } else {
+            // The policy has changed meanwhile.
+            0
+        };
+        state.tracker.add(cookie, group_of(&session), due_ns);
+        let changed_ns = monotonic_ns();
+        if self.aim.by_change
+            && let Verdict::Expired { deadline_ns, .. } = verdict(&session, &policy, changed_ns)
+        {
+            let late = Phase::LateByPolicy {
+                changed_ns,
+                reached_ns: deadline_ns,
+            };
+            state.tracker.set_phase(cookie, &session, late);
+        }
+        Ok(())
+    }
+
+    /// Looks for the sockets of the sessions that the whole list of their namespace does not have: a list may
+    /// leave out one while others come and go.
+    async fn look_for_unseen(&mut self) -> Result<()> {
+        self.context.read_events()?;
+        let unseen = self.unseen.remove(&self.netns_cookie).unwrap_or_default();
+        let unseen: Vec<u64> = unseen.into_iter().collect();
+        for some in unseen.chunks(MAX_BATCH) {
+            let sessions = {
+                let mut state = self.context.state();
+                let mut sessions = Vec::new();
+                for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+                    match session {
+                        Some(session) => sessions.push((*cookie, session)),
+                        None if state.tracker.contains(*cookie) => {
+                            state.records.metrics.repaired(Repair::Unreported);
+                            state.forget(*cookie);
+                        }
+                        None => {}
+                    }
+                }
+                sessions
+            };
+            let targets: Vec<Target> = sessions.iter().map(|(c, s)| Target::of(*c, s)).collect();
+            let answers = self.query(&targets, Detail::Names).await;
+            for ((cookie, session), answer) in sessions.iter().zip(answers) {
+                let Answer::Known(socket, _) = answer else {
+                    continue;
+                };
+                if socket.is_none_or(|socket| socket.is_mini) {
+                    let mut state = self.context.state();
+                    // The kernel's report may have come first.
+                    if state.still_there(*cookie, session)?.is_some() {
+                        state.drop_stale(*cookie, session)?;
+                        self.synced.changed += 1;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// After a take-over, drops the sessions in namespaces that there are none of any more. One that only
+    /// sockets keep alive is found nowhere, and its sessions live, as far as their ends are reported.
+    fn end_of_namespaces(&mut self) -> Result<()> {
+        let Some(taken_over) = self.aim.taken_over.filter(|_| self.is_whole && self.is_last())
+        else {
+            return Ok(());
+        };
+        let mut state = self.context.state();
+        if !self.context.all_namespaces {
+            return Ok(());
+        }
+        for cookie in self.unseen.values().flatten() {
+            let Some(session) = state.kernel.session(*cookie)? else {
+                continue;
+            };
+            let is_older = session.established_ns < taken_over.since_ns;
+            let is_unreported = session.end_is_unreported() || !taken_over.are_ends_reported;
+            if is_older && is_unreported {
+                state.drop_stale(*cookie, &session)?;
+                self.synced.changed += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A socket that its process keeps locked: it is in use at this moment.
+fn in_use(listed: &Socket) -> Socket {
+    let info = Info {
+        last_data_sent_ms: 0,
+        last_data_received_ms: 0,
+        bytes_received: 0,
+        bytes_tried: 0,
+        numbers_sent: 0,
+        is_all_sent: false,
+    };
+    Socket {
+        info: Some(info),
+        ..*listed
+    }
+}
+
+/// What a socket tells of its session once more, where payload has passed since the session was made of it.
+fn told_anew(first: &Session, socket: &Socket, at_ns: u64, policies: &[Policy]) -> Option<Session> {
+    let now = adopt::caught_up(
+        first,
+        socket,
+        policies.get(usize::from(first.rule)),
+        at_ns,
+    );
+    (now != *first).then_some(now)
+}

@@ -1,0 +1,256 @@
+//! Which sessions there are, when each is to be looked at, and what is out of the ordinary about it.
+//! Pure: no clock, no I/O.
+
+use std::collections::HashMap;
+
+use session_enforcer_common::{Event, Session};
+
+use super::judge::Expired;
+use crate::schedule::{Group, Schedule};
+
+/// What is out of the ordinary about a session. Most have none.
+#[derive(Clone, Debug)]
+pub(super) enum Phase {
+    /// It is in the kernel's table and not counted yet: a sync adopts it.
+    Adopting,
+    /// A change of the policy made it late. It is due.
+    LateByPolicy {
+        /// When the policy changed.
+        changed_ns: u64,
+        /// Since when it was past the limit.
+        reached_ns: u64,
+    },
+    /// It would have been reset, and that was recorded for this deadline.
+    Observed {
+        /// The deadline.
+        reached_ns: u64,
+    },
+    /// Reapers were asked to reset it.
+    Tried(Box<Tried>),
+    /// It was reset; the kernel's report of its end is still to come.
+    Reset,
+}
+
+/// The attempts to reset a session.
+#[derive(Clone, Debug)]
+pub(super) struct Tried {
+    /// What was decided about it last.
+    pub(super) expired: Expired,
+    /// Reapers that were asked and have not answered.
+    pub(super) asked: u32,
+    /// Answers in a row that were lost, the last one too: whether it was reset is not known then.
+    pub(super) unanswered: u32,
+    /// How often it could not be reset.
+    pub(super) refusals: u32,
+    /// Why it could not be reset, as it was recorded last.
+    pub(super) error: Option<String>,
+    /// Whether the reset hangs on the socket's lock.
+    pub(super) is_quarantined: bool,
+}
+
+impl Tried {
+    fn new(expired: Expired) -> Self {
+        Self {
+            expired,
+            asked: 0,
+            unanswered: 0,
+            refusals: 0,
+            error: None,
+            is_quarantined: false,
+        }
+    }
+}
+
+impl Phase {
+    /// The attempt to reset the session, where there was one.
+    pub(super) fn expired(&self) -> Option<&Expired> {
+        match self {
+            Self::Tried(tried) => Some(&tried.expired),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing is to be decided about the session: a reaper or a sync has it.
+    pub(super) fn is_in_other_hands(&self) -> bool {
+        match self {
+            Self::Adopting => true,
+            Self::Tried(tried) => tried.asked > 0,
+            _ => false,
+        }
+    }
+}
+
+/// A phase belongs to a session, not to a cookie: a socket that was connected again keeps its cookie.
+#[derive(Clone, Debug)]
+struct Entry {
+    established_ns: u64,
+    phase: Phase,
+}
+
+/// The sessions.
+#[derive(Debug, Default)]
+pub(super) struct Tracker {
+    schedule: Schedule,
+    /// Scheduled sessions by their rule.
+    sessions_of: Vec<u64>,
+    phases: HashMap<u64, Entry>,
+}
+
+impl Tracker {
+    /// Schedules a session, in place of what was scheduled for the same cookie.
+    pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
+        let place = usize::from(group.rule);
+        if self.sessions_of.len() <= place {
+            self.sessions_of.resize(place + 1, 0);
+        }
+        self.sessions_of[place] += 1;
+        if let Some(before) = self.schedule.insert(cookie, group, due_ns) {
+            self.sessions_of[usize::from(before.rule)] -= 1;
+        }
+    }
+
+    /// Forgets a session; the attempt to reset it whose answer did not come.
+    pub(super) fn forget(&mut self, cookie: u64) -> Option<Expired> {
+        if let Some(group) = self.schedule.remove(cookie) {
+            self.sessions_of[usize::from(group.rule)] -= 1;
+        }
+        // Most have nothing, and an empty map need not work out a hash for each that ends.
+        if self.phases.is_empty() {
+            return None;
+        }
+        if let Phase::Tried(tried) = &self.phases.get(&cookie)?.phase
+            && tried.asked > 0
+        {
+            // The answer that is still to come tells what became of it.
+            return None;
+        }
+        match self.phases.remove(&cookie)?.phase {
+            Phase::Tried(tried) if tried.unanswered > 0 => Some(tried.expired),
+            _ => None,
+        }
+    }
+
+    /// What is out of the ordinary about a session.
+    pub(super) fn phase(&self, cookie: u64, session: &Session) -> Option<&Phase> {
+        let entry = self.phases.get(&cookie)?;
+        (entry.established_ns == session.established_ns).then_some(&entry.phase)
+    }
+
+    /// The same, whichever session the cookie stands for.
+    pub(super) fn phase_of_cookie(&self, cookie: u64) -> Option<&Phase> {
+        self.phases.get(&cookie).map(|entry| &entry.phase)
+    }
+
+    /// Notes what is out of the ordinary about a session.
+    pub(super) fn set_phase(&mut self, cookie: u64, session: &Session, phase: Phase) {
+        let established_ns = session.established_ns;
+        let entry = Entry {
+            established_ns,
+            phase,
+        };
+        self.phases.insert(cookie, entry);
+    }
+
+    /// A session is as any other.
+    pub(super) fn clear_phase(&mut self, cookie: u64) {
+        if !self.phases.is_empty() {
+            self.phases.remove(&cookie);
+        }
+    }
+
+    /// A reaper is asked to reset a session.
+    pub(super) fn begin_reset(&mut self, expired: &Expired) {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        if self.tried(cookie, session).is_none() {
+            let tried = Phase::Tried(Box::new(Tried::new(*expired)));
+            self.set_phase(cookie, session, tried);
+        }
+        if let Some(tried) = self.tried(cookie, session) {
+            tried.expired = *expired;
+            tried.asked += 1;
+        }
+    }
+
+    /// The attempts to reset a session, where there are any.
+    pub(super) fn tried(&mut self, cookie: u64, session: &Session) -> Option<&mut Tried> {
+        let entry = self.phases.get_mut(&cookie)?;
+        match &mut entry.phase {
+            Phase::Tried(tried) if entry.established_ns == session.established_ns => Some(tried),
+            _ => None,
+        }
+    }
+
+    /// Sessions whose reset hangs.
+    pub(super) fn quarantined(&self) -> usize {
+        let hangs =
+            |entry: &&Entry| matches!(&entry.phase, Phase::Tried(t) if t.is_quarantined && t.asked > 0);
+        self.phases.values().filter(hangs).count()
+    }
+
+    /// Number of sessions.
+    pub(super) fn len(&self) -> usize {
+        self.schedule.len()
+    }
+
+    /// By rule, how many sessions there are.
+    pub(super) fn sessions_of(&self) -> &[u64] {
+        &self.sessions_of
+    }
+
+    /// Whether the session is scheduled.
+    pub(super) fn contains(&self, cookie: u64) -> bool {
+        self.schedule.contains(cookie)
+    }
+
+    /// What a scheduled session belongs to.
+    pub(super) fn group(&self, cookie: u64) -> Option<Group> {
+        self.schedule.group(cookie)
+    }
+
+    /// Every session with what it belongs to.
+    pub(super) fn sessions(&self) -> impl Iterator<Item = (u64, Group)> {
+        self.schedule.sessions()
+    }
+
+    /// Whether a session of this network namespace is scheduled.
+    pub(super) fn has_sessions_in(&self, netns_cookie: u64) -> bool {
+        self.schedule.has_sessions_in(netns_cookie)
+    }
+
+    /// Moves a session to another time.
+    pub(super) fn rearm(&mut self, cookie: u64, due_ns: u64) {
+        self.schedule.rearm(cookie, due_ns);
+    }
+
+    /// Moves a session to an earlier time.
+    pub(super) fn hasten(&mut self, cookie: u64, due_ns: u64) {
+        self.schedule.hasten(cookie, due_ns);
+    }
+
+    /// When the next session is due.
+    pub(super) fn next_due_ns(&self) -> Option<u64> {
+        self.schedule.next_due_ns()
+    }
+
+    /// Takes up to `count` sessions that are due at `now_ns`. Each stays scheduled, without a time.
+    pub(super) fn take_due(&mut self, now_ns: u64, count: usize) -> Vec<u64> {
+        let due = std::iter::from_fn(|| self.schedule.take_due(now_ns));
+        due.take(count).collect()
+    }
+}
+
+/// What a session belongs to, as the kernel has it.
+pub(super) fn group_of(session: &Session) -> Group {
+    Group {
+        netns_cookie: session.netns_cookie,
+        rule: session.rule,
+    }
+}
+
+/// What the session of an event belongs to.
+pub(super) fn group_of_event(event: &Event) -> Group {
+    Group {
+        netns_cookie: event.netns_cookie,
+        rule: event.rule,
+    }
+}

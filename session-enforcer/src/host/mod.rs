@@ -1,0 +1,3 @@
+//! What the host is asked for besides sockets.
+
+pub mod privilege;

@@ -1,0 +1,396 @@
+//! Finds the network namespaces of the host, and opens the socket table of each.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+    thread,
+};
+
+use nix::sched::{CloneFlags, setns};
+use thiserror::Error;
+
+use super::diag::{DiagSocket, SockDiagError};
+use crate::cgroup::{mountinfo, unescape};
+
+/// `NSFS_MAGIC` of `linux/magic.h`.
+const NSFS_MAGIC: libc::__fsword_t = 0x6e73_6673;
+
+/// Why a namespace could not be entered.
+#[derive(Debug, Error)]
+pub enum NetnsError {
+    /// The file that stands for it could not be opened.
+    #[error("opening network namespace {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("entering network namespace {path}: {source} (CAP_SYS_ADMIN is needed)")]
+    Enter {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: nix::Error,
+    },
+    /// The thread could not be made.
+    #[error("starting a thread to enter a network namespace: {0}")]
+    Thread(io::Error),
+    /// Its socket table could not be opened.
+    #[error("network namespace {path}: {source}")]
+    Diag {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: SockDiagError,
+    },
+    /// No file on the host stands for it.
+    #[error("network namespace {0} is not found in /proc or among the mounts")]
+    NotFound(u64),
+}
+
+/// A network namespace that was found: its socket table, the file that stood for it, and a descriptor
+/// of it.
+#[derive(Debug)]
+pub struct Found {
+    /// Its socket table.
+    pub diag: DiagSocket,
+    /// Where it was.
+    pub path: PathBuf,
+    /// Keeps the namespace alive.
+    pub handle: OwnedFd,
+}
+
+/// The socket table of the namespace that a descriptor stands for.
+///
+/// # Errors
+///
+/// Where it cannot be entered.
+pub fn enter_handle(handle: OwnedFd) -> Result<DiagSocket, NetnsError> {
+    let path = PathBuf::from("a descriptor of it");
+    Ok(enter_file(File::from(handle), &path)?.0)
+}
+
+/// Looks for the namespace with this cookie: where it was last seen, and, where that is asked for, on
+/// the whole host. Whether the host was searched, in the error.
+///
+/// # Errors
+///
+/// Where it is not found.
+pub fn find(cookie: u64, seen_at: Option<&Path>, may_search: bool) -> Result<Found, NetnsError> {
+    let is_it = |path: &Path| -> Option<Found> {
+        let (found, diag, handle) = enter(path).ok()?;
+        (found == cookie).then(|| Found {
+            diag,
+            path: path.to_owned(),
+            handle,
+        })
+    };
+    if let Some(found) = seen_at.and_then(is_it) {
+        return Ok(found);
+    }
+    if !may_search {
+        return Err(NetnsError::NotFound(cookie));
+    }
+    // Threads and open files last: there are many, and few namespaces are held by nothing else.
+    for thorough in [false, true] {
+        let mut seen = Seen::none();
+        for path in files(thorough) {
+            let Some(inode) = seen.unseen(&path) else {
+                continue;
+            };
+            let Ok((found, diag, handle)) = enter(&path) else {
+                continue;
+            };
+            seen.inodes.insert(inode);
+            if found == cookie {
+                return Ok(Found { diag, path, handle });
+            }
+        }
+    }
+    Err(NetnsError::NotFound(cookie))
+}
+
+/// Enters the namespaces that can be found, one after the other, and hands over each with its cookie.
+/// What cannot be entered is returned. To be thorough is to look at every thread and descriptor of the
+/// host too.
+pub fn visit_all(thorough: bool, mut visit: impl FnMut(u64, Found)) -> Vec<NetnsError> {
+    let mut errors = Vec::new();
+    let mut seen = Seen::none();
+    for path in files(thorough) {
+        let Some(inode) = seen.unseen(&path) else {
+            continue;
+        };
+        let entered = enter(&path);
+        // The process may have ended since it was listed; another file may lead there.
+        if matches!(&entered, Err(NetnsError::Open { source, .. }) if is_gone(source)) {
+            continue;
+        }
+        seen.inodes.insert(inode);
+        match entered {
+            Ok((cookie, diag, handle)) => visit(cookie, Found { diag, path, handle }),
+            Err(error) => errors.push(error),
+        }
+    }
+    errors
+}
+
+/// The namespaces that one search has come to, so that each is entered once.
+#[derive(Debug)]
+pub struct Seen {
+    /// That of all namespaces' files.
+    device: Option<u64>,
+    inodes: HashSet<u64>,
+}
+
+impl Seen {
+    /// None yet.
+    pub fn none() -> Self {
+        Self {
+            device: fs::metadata("/proc/self/ns/net")
+                .map(|file| file.dev())
+                .ok(),
+            inodes: HashSet::new(),
+        }
+    }
+
+    /// The inode number of the namespace that the file stands for, which tells it from others while they
+    /// exist; none where that was seen. A descriptor may have come to stand for something else since
+    /// it was found.
+    fn unseen(&self, path: &Path) -> Option<u64> {
+        let file = fs::metadata(path).ok()?;
+        let is_unseen = Some(file.dev()) == self.device && !self.inodes.contains(&file.ino());
+        is_unseen.then(|| file.ino())
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// Enters the namespace that a file stands for: its cookie, its socket table, and a descriptor of it.
+fn enter(path: &Path) -> Result<(u64, DiagSocket, OwnedFd), NetnsError> {
+    let file = open(path).map_err(|source| NetnsError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let (diag, file) = enter_file(file, path)?;
+    let cookie = diag.netns_cookie().map_err(|source| NetnsError::Diag {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((cookie, diag, file.into()))
+}
+
+/// On a thread of its own, which ends at once: the calling one never leaves its namespace.
+fn enter_file(file: File, path: &Path) -> Result<(DiagSocket, File), NetnsError> {
+    let inside = move || -> Result<(DiagSocket, File), EnterError> {
+        setns(&file, CloneFlags::CLONE_NEWNET).map_err(EnterError::Setns)?;
+        Ok((DiagSocket::open().map_err(EnterError::Diag)?, file))
+    };
+    let result = thread::Builder::new()
+        .name("enter-netns".to_owned())
+        .spawn(inside)
+        .map_err(NetnsError::Thread)?
+        .join()
+        .map_err(|_| NetnsError::Thread(io::Error::other("the thread panicked")))?;
+    result.map_err(|error| match error {
+        EnterError::Setns(source) => NetnsError::Enter {
+            path: path.to_owned(),
+            source,
+        },
+        EnterError::Diag(source) => NetnsError::Diag {
+            path: path.to_owned(),
+            source,
+        },
+    })
+}
+
+/// Opens a file of a namespace, and nothing else. Who owns a process may change what its
+/// descriptors stand for at any time: the opening of a FIFO would wait for its other end, and that of a
+/// terminal could make it the daemon's own, with its ^C. So nothing is opened before it is known.
+fn open(path: &Path) -> io::Result<File> {
+    let found = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path)?;
+    let kind = nix::sys::statfs::fstatfs(&found)?.filesystem_type().0;
+    if kind != NSFS_MAGIC {
+        return Err(io::Error::other("is not a namespace"));
+    }
+    File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+}
+
+enum EnterError {
+    Setns(nix::Error),
+    Diag(SockDiagError),
+}
+
+/// The files of the network namespaces that a process is in or that are mounted somewhere, and
+/// also, where it is to be thorough, that a single thread is in or that a process holds open.
+fn files(thorough: bool) -> Vec<PathBuf> {
+    if !thorough {
+        let of_processes = processes()
+            .into_iter()
+            .map(|process| process.join("ns/net"));
+        return of_processes.chain(mounted_namespaces()).collect();
+    }
+    let mut files = unopened_files();
+    files.extend(
+        processes()
+            .iter()
+            .flat_map(|process| open_namespaces(process)),
+    );
+    files
+}
+
+/// The same without those that are only held open, for which each descriptor of the host has to be
+/// looked at.
+fn unopened_files() -> Vec<PathBuf> {
+    let of_process = |process: PathBuf| {
+        let threads = namespaces_of_threads(&process);
+        std::iter::once(process.join("ns/net")).chain(threads)
+    };
+    let of_processes = processes().into_iter().flat_map(of_process);
+    of_processes.chain(mounted_namespaces()).collect()
+}
+
+fn processes() -> Vec<PathBuf> {
+    let is_pid = |name: &str| name.bytes().all(|b| b.is_ascii_digit());
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_str().is_some_and(is_pid))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn namespaces_of_threads(process: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(process.join("task"));
+    let entries = entries.into_iter().flatten().flatten();
+    entries.map(|entry| entry.path().join("ns/net")).collect()
+}
+
+fn open_namespaces(process: &Path) -> Vec<PathBuf> {
+    let is_netns = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("net:["))
+    };
+    let entries = fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries.map(|entry| entry.path()).filter(is_netns).collect()
+}
+
+/// Namespaces bound to a file (`ip netns add` does so), as the daemon's mount namespace sees them.
+fn mounted_namespaces() -> Vec<PathBuf> {
+    let mounts = mountinfo();
+    if let Err(error) = &mounts {
+        tracing::warn!("looking for mounted network namespaces: /proc/self/mountinfo: {error}");
+    }
+    parse_mounted(&mounts.unwrap_or_default())
+}
+
+fn parse_mounted(mountinfo: &str) -> Vec<PathBuf> {
+    let parse = |line: &str| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut fields = before.split(' ').skip(3);
+        let (root, mount_point) = (fields.next()?, fields.next()?);
+        let is_netns = after.starts_with("nsfs ") && root.starts_with("net:[");
+        is_netns.then(|| unescape(mount_point).into())
+    };
+    mountinfo.lines().filter_map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounted_network_namespaces_are_told_from_other_mounts() {
+        let mountinfo = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+90 23 0:4 net:[4026532300] /run/netns/blue rw shared:5 - nsfs nsfs rw
+91 23 0:4 mnt:[4026532301] /run/mnt rw - nsfs nsfs rw
+";
+        assert_eq!(parse_mounted(mountinfo), [PathBuf::from("/run/netns/blue")]);
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(open(&fifo).unwrap_err().to_string(), "is not a namespace");
+        assert!(open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+
+    #[test]
+    fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
+        let mut seen = Seen::none();
+        let own = Path::new("/proc/self/ns/net");
+        let inode = seen.unseen(own).unwrap();
+        assert_eq!(seen.unseen(own), Some(inode));
+        seen.inodes.insert(inode);
+        assert_eq!(seen.unseen(own), None);
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
+        assert_eq!(seen.unseen(Path::new(&path)), None);
+    }
+
+    #[test]
+    fn a_namespace_that_only_a_thread_is_in_is_found_where_it_is_looked_for_thoroughly() {
+        let found = files(true);
+        assert!(found.len() >= files(false).len());
+        let own = namespaces_of_threads(Path::new("/proc/self"));
+        assert!(!own.is_empty() && own.iter().all(|path| path.exists()));
+    }
+
+    fn own_cookie() -> u64 {
+        DiagSocket::open().unwrap().netns_cookie().unwrap()
+    }
+
+    #[test]
+    fn a_namespace_is_found_by_its_cookie_and_entered_by_its_descriptor() {
+        let own = Path::new("/proc/self/ns/net");
+        let found = find(own_cookie(), Some(own), false).unwrap();
+        assert_eq!(found.diag.netns_cookie().unwrap(), own_cookie());
+        assert_eq!(found.path, own);
+        let again = enter_handle(found.handle).unwrap();
+        assert_eq!(again.netns_cookie().unwrap(), own_cookie());
+        assert!(find(own_cookie(), None, true).is_ok());
+    }
+
+    #[test]
+    fn a_namespace_that_is_not_there_is_not_found() {
+        for (seen_at, may_search) in [(None, false), (Some(Path::new("/proc/self/ns/net")), true)] {
+            assert!(matches!(
+                find(u64::MAX, seen_at, may_search),
+                Err(NetnsError::NotFound(u64::MAX))
+            ));
+        }
+    }
+
+    #[test]
+    fn what_is_no_namespace_is_not_opened() {
+        // A FIFO's other end would see that.
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let writer = || {
+            fs::OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&fifo)
+        };
+        assert!(open(&fifo).is_err());
+        assert_eq!(writer().unwrap_err().raw_os_error(), Some(libc::ENXIO));
+        assert!(open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+}

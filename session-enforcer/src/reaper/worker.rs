@@ -1,0 +1,464 @@
+//! The reaper's side: a process that does one request after the other, and may hang in each.
+//!
+//! It has its channel as standard input and the shared page as standard output. It ends when the engine
+//! does: at the end of the channel, or by the signal that the kernel sends then; one that hangs on
+//! a lock ends when it has got that.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use nix::{
+    sys::{
+        prctl,
+        signal::{SigHandler, Signal, signal},
+    },
+    time::{ClockId, clock_gettime},
+};
+
+use super::{
+    channel,
+    diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, Target, state},
+    disconnect::{self, Answer, DisconnectError, Holders},
+    namespaces::{self, NetnsError},
+    processes::Descriptors,
+    protocol::{
+        Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS, Netns,
+        Problem, Reach, Reply, Request, decode, encode,
+    },
+    shared::SharedPage,
+};
+use crate::{
+    cgroup::{Scope, Tree},
+    clock::monotonic_ns,
+    exit::{ExitStatus, Failure},
+    host::privilege,
+    probe, users,
+};
+
+/// Answers to a query that are sent together: what a reaper that hangs has and has not sent is asked
+/// for again.
+const FLUSH: usize = 32;
+
+/// Does requests until the engine ends.
+///
+/// # Errors
+///
+/// Where it was not started by the daemon.
+pub fn run() -> Result<ExitCode, Failure> {
+    let not_ours = |_| {
+        let message = "reaper: is started by the daemon, and by nobody else; see --help";
+        Failure::new(ExitStatus::Usage, message.to_owned())
+    };
+    let page = SharedPage::map(&io::stdout().as_fd()).map_err(not_ours)?;
+    let channel = io::stdin().as_fd().try_clone_to_owned().map_err(not_ours)?;
+    // It ends with the engine, which these are meant for, and not before.
+    for name in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGUSR1] {
+        // SAFETY: to ignore a signal runs no code.
+        let _ = unsafe { signal(name, SigHandler::SigIgn) };
+    }
+    if let Err(error) = privilege::confine_reaper() {
+        let message = format!("reaper: giving up privileges: {error}");
+        return Err(Failure::new(ExitStatus::NoPermission, message));
+    }
+    // After the last change of its credentials, which would undo it.
+    let _ = prctl::set_pdeathsig(Signal::SIGKILL);
+    let worker = Worker {
+        channel,
+        page,
+        own: None,
+        failed: false,
+    };
+    Ok(worker.serve())
+}
+
+struct Worker {
+    channel: OwnedFd,
+    page: SharedPage,
+    /// The socket table of the daemon's own namespace, and its cookie.
+    own: Option<(u64, DiagSocket)>,
+    /// Whether the engine takes no replies any more.
+    failed: bool,
+}
+
+/// Why a request is not done to its end.
+enum Broken {
+    Problem(Problem),
+    /// The engine has gone.
+    Channel,
+}
+
+impl From<SockDiagError> for Broken {
+    fn from(error: SockDiagError) -> Self {
+        Self::Problem(Problem::Diag(error.to_string()))
+    }
+}
+
+impl Worker {
+    fn serve(mut self) -> ExitCode {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        loop {
+            let (request, lent) = match channel::receive(&self.channel, &mut buffer) {
+                Ok((0, _)) | Err(_) => return ExitCode::SUCCESS,
+                Ok((length, lent)) => match decode::<Request>(&buffer[..length]) {
+                    Ok(request) => (request, lent),
+                    Err(_) => return ExitCode::FAILURE,
+                },
+            };
+            let began_ns = processor_ns();
+            let error = match self.perform(request, lent) {
+                Ok(()) => None,
+                Err(Broken::Problem(problem)) => {
+                    // Answers that were not read would be taken for those to come.
+                    self.own = None;
+                    Some(problem)
+                }
+                Err(Broken::Channel) => return ExitCode::SUCCESS,
+            };
+            let done = Reply::Done {
+                at_ns: monotonic_ns(),
+                used_ns: processor_ns().saturating_sub(began_ns),
+                error,
+            };
+            if self.failed || self.reply(&done, None).is_err() {
+                return ExitCode::SUCCESS;
+            }
+        }
+    }
+
+    fn reply(&mut self, reply: &Reply, fd: Option<&OwnedFd>) -> Result<(), Broken> {
+        let sent = encode(reply).map_err(|_| Broken::Channel);
+        let sent = sent.and_then(|bytes| {
+            channel::send(&self.channel, &bytes, fd).map_err(|_| Broken::Channel)
+        });
+        self.failed |= sent.is_err();
+        sent
+    }
+
+    fn perform(&mut self, request: Request, lent: Option<OwnedFd>) -> Result<(), Broken> {
+        match request {
+            Request::Destroy { netns, targets } => self.destroy(&netns, lent, &targets),
+            Request::Disconnect { netns, sessions } => self.disconnect(&netns, lent, &sessions),
+            Request::Query {
+                netns,
+                targets,
+                detail,
+            } => self.query(&netns, lent, &targets, detail),
+            Request::Search { netns, target } => {
+                let found = self.with(&netns, lent, |_, diag| Ok(diag.search(&target)?))?;
+                self.tell_sockets(vec![found])
+            }
+            Request::Listeners { netns, port } => {
+                let listening = state::bit(state::LISTEN);
+                let found =
+                    self.with(&netns, lent, |_, diag| Ok(diag.listed(listening, [port, 0])?))?;
+                for some in found.chunks(MAX_BATCH) {
+                    self.tell_sockets(some.iter().copied().map(Some).collect())?;
+                }
+                Ok(())
+            }
+            Request::Survey {
+                reach,
+                cgroup,
+                with_holders,
+            } => self.survey(reach, cgroup.as_deref(), with_holders),
+            Request::Duplicate { sockets } => self.duplicate(&sockets),
+            Request::Cgroups { ids } => self.cgroups(&ids),
+            Request::Users { names } => {
+                let found = names.iter().map(|name| find_user(name)).collect();
+                self.reply(&Reply::Users(found), None)
+            }
+            Request::GracePeriod => {
+                crate::bpf::wait_for_programs();
+                Ok(())
+            }
+            Request::Probe => {
+                let probed = probe::try_reset();
+                self.reply(&Reply::Probed(probed), None)
+            }
+        }
+    }
+}
+
+/// Requests about sockets of one namespace.
+impl Worker {
+    /// Does something with the socket table of a namespace.
+    fn with<T>(
+        &mut self,
+        netns: &Netns,
+        lent: Option<OwnedFd>,
+        act: impl FnOnce(&mut Self, &mut DiagSocket) -> Result<T, Broken>,
+    ) -> Result<T, Broken> {
+        if self.own.is_none() {
+            let diag = DiagSocket::open()?;
+            self.own = Some((diag.netns_cookie()?, diag));
+        }
+        if let Some((cookie, mut diag)) = self.own.take() {
+            if cookie == netns.cookie {
+                let done = act(self, &mut diag)?;
+                self.own = Some((cookie, diag));
+                return Ok(done);
+            }
+            self.own = Some((cookie, diag));
+        }
+        let entered = match lent {
+            Some(handle) => namespaces::enter_handle(handle),
+            None => self.find(netns),
+        };
+        let mut diag = entered.map_err(|error| {
+            let searched = netns.may_search && matches!(error, NetnsError::NotFound(_));
+            let error = error.to_string();
+            if self.failed {
+                Broken::Channel
+            } else {
+                Broken::Problem(Problem::Namespace { error, searched })
+            }
+        })?;
+        act(self, &mut diag)
+    }
+
+    fn find(&mut self, netns: &Netns) -> Result<DiagSocket, NetnsError> {
+        let seen_at = netns.seen_at.as_deref();
+        let found = namespaces::find(netns.cookie, seen_at, netns.may_search)?;
+        let path = found.path;
+        // That the engine has gone is met with the next reply.
+        let _ = self.reply(&Reply::Found { path }, Some(&found.handle));
+        Ok(found.diag)
+    }
+
+    fn destroy(
+        &mut self,
+        netns: &Netns,
+        lent: Option<OwnedFd>,
+        targets: &[Target],
+    ) -> Result<(), Broken> {
+        self.with(netns, lent, |worker, diag| {
+            for (index, target) in targets.iter().enumerate() {
+                if !worker.page.claim(index) {
+                    break;
+                }
+                worker.page.answer(index, diag.destroy(target)?);
+            }
+            Ok(())
+        })
+    }
+
+    fn disconnect(
+        &mut self,
+        netns: &Netns,
+        lent: Option<OwnedFd>,
+        sessions: &[Held],
+    ) -> Result<(), Broken> {
+        let mut holders = Holders::default();
+        let without_diag = |held: &Held| held.how == Disconnect::WithoutDiag;
+        if sessions.iter().all(without_diag) {
+            return self.each(sessions, |held| {
+                disconnect::reset_without_diag(&held.target, held.cgroup.as_deref(), &mut holders)
+            });
+        }
+        self.with(netns, lent, |worker, diag| {
+            worker.each(sessions, |held| {
+                let (target, cgroup) = (&held.target, held.cgroup.as_deref());
+                match held.how {
+                    Disconnect::Tcp => disconnect::reset_tcp(diag, target, cgroup, &mut holders),
+                    Disconnect::Mptcp(extent) => {
+                        disconnect::reset_mptcp(diag, target, extent, cgroup, &mut holders)
+                    }
+                    Disconnect::WithoutDiag => {
+                        disconnect::reset_without_diag(target, cgroup, &mut holders)
+                    }
+                }
+            })
+        })
+    }
+
+    fn each(
+        &mut self,
+        sessions: &[Held],
+        mut reset: impl FnMut(&Held) -> Result<Answer, DisconnectError>,
+    ) -> Result<(), Broken> {
+        for (index, held) in sessions.iter().enumerate() {
+            if !self.page.claim(index) {
+                break;
+            }
+            let outcome = match reset(held) {
+                Ok(Answer::Reset) => Disconnected::Reset,
+                Ok(Answer::Gone) => Disconnected::Gone,
+                Ok(Answer::Unknown) => Disconnected::Unknown,
+                Err(error) => Disconnected::Failed(error.to_string()),
+            };
+            let at_ns = monotonic_ns();
+            self.reply(&Reply::Disconnected { outcome, at_ns }, None)?;
+        }
+        Ok(())
+    }
+
+    fn query(
+        &mut self,
+        netns: &Netns,
+        lent: Option<OwnedFd>,
+        targets: &[Target],
+        detail: Detail,
+    ) -> Result<(), Broken> {
+        self.with(netns, lent, |worker, diag| {
+            let mut found = Vec::with_capacity(FLUSH);
+            for (index, target) in targets.iter().enumerate() {
+                if !worker.page.claim(index) {
+                    break;
+                }
+                found.push(diag.query(target, detail)?);
+                if found.len() == FLUSH {
+                    worker.tell_sockets(std::mem::take(&mut found))?;
+                }
+            }
+            worker.tell_sockets(found)
+        })
+    }
+
+    fn tell_sockets(&mut self, sockets: Vec<Option<Socket>>) -> Result<(), Broken> {
+        let at_ns = monotonic_ns();
+        self.reply(&Reply::Sockets { sockets, at_ns }, None)
+    }
+}
+
+/// Requests about the host.
+impl Worker {
+    fn survey(
+        &mut self,
+        reach: Reach,
+        cgroup: Option<&Path>,
+        with_holders: bool,
+    ) -> Result<(), Broken> {
+        self.tell_scope(cgroup)?;
+        // Before the sockets: the holder of one that comes meanwhile is not known.
+        let holders = with_holders.then(Descriptors::of_all_processes);
+        let holders = holders.unwrap_or_default();
+        if reach == Reach::Own {
+            let diag = DiagSocket::open()?;
+            let cookie = diag.netns_cookie()?;
+            let path = PathBuf::from("/proc/self/ns/net");
+            return self.list(cookie, path, diag, None, &holders);
+        }
+        let mut broken = Ok(());
+        let errors = namespaces::visit_all(reach == Reach::Every, |cookie, found| {
+            if !self.failed && broken.is_ok() {
+                let handle = Some(&found.handle);
+                broken = self.list(cookie, found.path, found.diag, handle, &holders);
+            }
+        });
+        broken?;
+        for error in errors {
+            self.reply(&Reply::Unlisted(error.to_string()), None)?;
+        }
+        Ok(())
+    }
+
+    fn tell_scope(&mut self, cgroup: Option<&Path>) -> Result<(), Broken> {
+        match cgroup.map(Scope::below) {
+            Some(Ok(Scope::Only(ids))) => {
+                let ids: Vec<u64> = ids.into_iter().collect();
+                for some in ids.chunks(MAX_NUMBERS) {
+                    let ids = some.to_vec();
+                    self.reply(&Reply::Scope { ids }, None)?;
+                }
+                Ok(())
+            }
+            Some(Err(error)) => self.reply(&Reply::NoScope(error.to_string()), None),
+            Some(Ok(Scope::All)) | None => Ok(()),
+        }
+    }
+
+    fn list(
+        &mut self,
+        cookie: u64,
+        path: PathBuf,
+        mut diag: DiagSocket,
+        handle: Option<&OwnedFd>,
+        holders: &Descriptors,
+    ) -> Result<(), Broken> {
+        let name = path.display().to_string();
+        self.reply(&Reply::Namespace { cookie, path }, handle)?;
+        let listening = diag.listed(state::bit(state::LISTEN), [0, 0]);
+        let listed = listening.and_then(|listening| {
+            for some in listening.chunks(MAX_BATCH) {
+                let found = with_holders(some, holders);
+                let _ = self.reply(&Reply::Listeners(found), None);
+            }
+            diag.list(state::SESSIONS, [0, 0], &mut |bit| {
+                for some in bit.chunks(MAX_BATCH) {
+                    let found = with_holders(some, holders);
+                    let _ = self.reply(&Reply::Sessions(found), None);
+                }
+            })
+        });
+        if self.failed {
+            return Err(Broken::Channel);
+        }
+        match listed {
+            Ok(()) => self.reply(&Reply::WholeNamespace, None),
+            Err(error) => {
+                let error = format!("network namespace {name}: {error}");
+                self.reply(&Reply::Unlisted(error), None)
+            }
+        }
+    }
+
+    fn duplicate(&mut self, sockets: &[(Holder, u64)]) -> Result<(), Broken> {
+        for (holder, cookie) in sockets {
+            let found = disconnect::duplicate(holder).and_then(|fd| {
+                // By now the number may stand for another file.
+                if disconnect::cookie(&fd)? != *cookie {
+                    return Err(io::Error::other("its descriptor is another's"));
+                }
+                Ok(fd)
+            });
+            match found {
+                Ok(fd) => self.reply(&Reply::Duplicate(None), Some(&fd))?,
+                Err(error) => self.reply(&Reply::Duplicate(Some(error.to_string())), None)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn cgroups(&mut self, ids: &[u64]) -> Result<(), Broken> {
+        let tree = Tree::open().ok();
+        for id in ids {
+            let tree = tree.as_ref();
+            let path = tree.and_then(|tree| tree.path(*id));
+            let ancestors = tree.map(|tree| tree.ancestors(*id));
+            let found = Cgroup {
+                id: *id,
+                path,
+                ancestors: ancestors.map_or(Vec::new(), |found| found.0.to_vec()),
+            };
+            self.reply(&Reply::Cgroup(found), None)?;
+        }
+        Ok(())
+    }
+}
+
+fn with_holders(sockets: &[Socket], holders: &Descriptors) -> Vec<(Socket, Option<Holder>)> {
+    let with_holder = |socket: &Socket| {
+        let holder = (socket.inode != 0).then(|| holders.holder(socket.inode));
+        (*socket, holder.flatten())
+    };
+    sockets.iter().map(with_holder).collect()
+}
+
+fn find_user(name: &str) -> FoundUser {
+    match users::uid_of(name) {
+        Ok(Some(uid)) => FoundUser::Uid(uid),
+        Ok(None) => FoundUser::Unknown,
+        Err(error) => FoundUser::Failed(error.to_string()),
+    }
+}
+
+/// How long this process has used a processor.
+fn processor_ns() -> u64 {
+    let used = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID);
+    let used = used.map_or(std::time::Duration::ZERO, std::time::Duration::from);
+    u64::try_from(used.as_nanos()).unwrap_or(u64::MAX)
+}
