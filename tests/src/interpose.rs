@@ -29,6 +29,9 @@ const SOCK_DESTROY: u16 = 21;
 /// Where the kind is in a netlink message.
 const KIND_AT: u64 = 4;
 
+/// Where `msg_control` is in `struct msghdr`.
+const CONTROL_AT: u64 = 32;
+
 /// Where system call number and fourth argument are in `struct seccomp_data`.
 const NUMBER_AT: u32 = 0;
 const FLAGS_AT: u32 = 40;
@@ -268,7 +271,15 @@ fn is_alive(questions: &OwnedFd) -> Result<bool> {
 fn call(question: &seccomp_notif) -> Option<Call> {
     match libc::c_long::from(question.data.nr) {
         libc::SYS_setns => Some(Call::EnterNamespace),
-        libc::SYS_recvmsg => Some(Call::Answer),
+        libc::SYS_recvmsg => {
+            // The daemon's processes talk to each other with room for a descriptor; of the kernel none is
+            // asked for.
+            let mut control = [0; 8];
+            let memory = File::open(format!("/proc/{}/mem", question.pid)).ok()?;
+            let at = question.data.args[1] + CONTROL_AT;
+            memory.read_exact_at(&mut control, at).ok()?;
+            (u64::from_ne_bytes(control) == 0).then_some(Call::Answer)
+        }
         libc::SYS_sendto => {
             let mut kind = [0; 2];
             let memory = File::open(format!("/proc/{}/mem", question.pid)).ok()?;

@@ -12,10 +12,9 @@ use std::{
 
 use anyhow::{Result, ensure};
 use nix::errno::Errno;
-use session_enforcer::{
-    disconnect::{Answer, DisconnectError, reset_tcp},
-    processes::Descriptors,
-    sock_diag::{DiagSocket, Target},
+use session_enforcer::reaper::{
+    diag::{DiagSocket, Target, state},
+    disconnect::{Answer, DisconnectError, Holders, reset_tcp, reset_without_diag},
 };
 use session_enforcer_common::Address;
 use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
@@ -47,7 +46,8 @@ fn reset(target: &Target) -> Result<Answer, DisconnectError> {
     reset_tcp(
         &mut DiagSocket::open()?,
         target,
-        &Descriptors::of_all_processes(),
+        None,
+        &mut Holders::default(),
     )
 }
 
@@ -126,13 +126,14 @@ fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     let target = target(&pair.server)?;
-    let before = Descriptors::of_all_processes();
+    let mut before = Holders::default();
+    before.look_at_all();
     // After that the process closes its descriptor, and another socket gets the number.
     let kept = pair.server.try_clone()?;
     // SAFETY: both are open, and stay so: the second stands for another socket from then on.
     let status = unsafe { libc::dup2(other.server.as_raw_fd(), pair.server.as_raw_fd()) };
     ensure!(status >= 0, "dup2: {}", Errno::last());
-    let result = reset_tcp(&mut DiagSocket::open()?, &target, &before);
+    let result = reset_tcp(&mut DiagSocket::open()?, &target, None, &mut before);
     assert!(
         matches!(result, Err(DisconnectError::Another { pid }) if pid == std::process::id()),
         "{result:?}"
@@ -151,7 +152,7 @@ fn what_nobody_has_accepted_is_nobody_s_to_give() -> Result<()> {
     let port = client.local_addr()?.port();
     // It is there when the handshake's last segment has come.
     let waiting = eventually("the connection that waits", patience(), || {
-        let table = DiagSocket::open()?.dump(session_enforcer::sock_diag::state::SESSIONS)?;
+        let table = DiagSocket::open()?.listed(state::SESSIONS, [0, 0])?;
         let mut table = table.into_iter();
         Ok(table.find(|socket| socket.target.remote_port == port && socket.inode == 0))
     })?;
@@ -163,5 +164,21 @@ fn what_nobody_has_accepted_is_nobody_s_to_give() -> Result<()> {
     let accepted = listener.accept()?;
     assert_eq!(reset(&waiting.target)?, Answer::Reset);
     drop(accepted);
+    Ok(())
+}
+
+#[test]
+fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    for cgroup in [Some(lab.cgroup.path()), None] {
+        let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
+        let target = target(&pair.server)?;
+        let reset = || reset_without_diag(&target, cgroup, &mut Holders::default());
+        assert_eq!(reset()?, Answer::Reset);
+        assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
+        // The process has the socket still, which is none of a connection any more.
+        assert_eq!(reset()?, Answer::Gone);
+        other.round_trip()?;
+    }
     Ok(())
 }

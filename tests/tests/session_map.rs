@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
     bpf::{Adoption, Kernel, Options},
     cgroup::Cgroup,
-    disconnect,
+    reaper::disconnect,
 };
 use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session, flags};
 use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};

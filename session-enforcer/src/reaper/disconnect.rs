@@ -74,6 +74,11 @@ impl Holders {
             .or_insert_with(|| Descriptors::of_cgroup(directory))
     }
 
+    /// Looks at the processes of the whole host, if nobody has asked for that yet.
+    pub fn look_at_all(&mut self) {
+        self.of_all();
+    }
+
     fn of_all(&mut self) -> &Descriptors {
         self.of_all.get_or_insert_with(Descriptors::of_all_processes)
     }

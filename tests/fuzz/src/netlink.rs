@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use session_enforcer::{
     adopt::{Adopter, Listeners},
     cgroup::Scope,
-    sock_diag::{
+    reaper::diag::{
         Socket,
         wire::{Body, next_message},
     },

@@ -9,7 +9,7 @@ use session_enforcer::{
     clock::WallClock,
     config::{Config, Mode, Owners},
     engine::RuleBook,
-    sock_diag::{Target, wire},
+    reaper::diag::{Target, wire},
 };
 use session_enforcer_common::{
     Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
@@ -143,12 +143,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
 
 fn destroy(session: &Session, cookie: u64) {
     let mut request = Default::default();
-    wire::put_destroy(
-        &mut request,
-        1,
-        &Target::of(cookie, session),
-        wire::Answering::Always,
-    );
+    wire::put_destroy(&mut request, 1, &Target::of(cookie, session));
     let length = (request.len() as u32).to_ne_bytes();
     assert!(
         request.starts_with(&length),

@@ -68,11 +68,12 @@ fn parse_all(mut data: &[u8]) -> Result<Vec<Message>, WireError> {
 #[test]
 fn a_destroy_request_is_these_bytes() {
     let mut out = BytesMut::new();
-    put_destroy(&mut out, 9, &target(), Answering::Always);
+    put_destroy(&mut out, 9, &target());
     let mut expected = Vec::new();
     expected.extend(72u32.to_ne_bytes());
     expected.extend(21u16.to_ne_bytes());
-    expected.extend(5u16.to_ne_bytes());
+    // Without NLM_F_ACK the kernel only answers where it refuses.
+    expected.extend(1u16.to_ne_bytes());
     expected.extend(9u32.to_ne_bytes());
     expected.extend(0u32.to_ne_bytes());
     expected.extend([2, 6, 0, 0, 255, 255, 255, 255]);
@@ -83,18 +84,14 @@ fn a_destroy_request_is_these_bytes() {
     expected.extend(0x5566_7788u32.to_ne_bytes());
     expected.extend(0x1122_3344u32.to_ne_bytes());
     assert_eq!(out.to_vec(), expected);
-    // Without NLM_F_ACK the kernel only answers where it refuses.
-    out.clear();
-    put_destroy(&mut out, 9, &target(), Answering::Refusals);
-    expected[6] = 1;
-    assert_eq!(out.to_vec(), expected);
 }
 
 #[test]
 fn an_ipv6_request_carries_whole_addresses() {
     let mut out = BytesMut::new();
     let local = Address::from_octets([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
-    put_look(&mut out, 1, &Target { local, ..target() });
+    let target = Target { local, ..target() };
+    put_query(&mut out, 1, &target, Detail::Activity);
     assert_eq!(out[HEADER], libc::AF_INET6 as u8);
     assert_eq!(out[HEADER + 12..HEADER + 28], local.octets());
     // The peer is in its mapped form then.
@@ -211,7 +208,7 @@ proptest! {
 #[test]
 fn an_mptcp_socket_is_asked_for_by_its_token() {
     let mut out = BytesMut::new();
-    put_look_mptcp(&mut out, 7, 0x1122_3344);
+    put_query_mptcp(&mut out, 7, 0x1122_3344);
     assert_eq!(out.len(), 80);
     assert_eq!(out[..4], 80u32.to_ne_bytes());
     assert_eq!(out[HEADER + 48..HEADER + 52], 0x1122_3344u32.to_ne_bytes());
