@@ -85,8 +85,8 @@ pub mod flags {
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
 /// daemon reads it, inserts the sessions that it adopts, and amends those whose owner it finds.
 ///
-/// Times are nanoseconds of `CLOCK_MONOTONIC`. Those of an adopted session may lag: see
-/// [`Policy::lag_ns`](crate::Policy::lag_ns).
+/// Times are nanoseconds of `CLOCK_MONOTONIC`, read where the packet is. Those of an adopted session are
+/// known to a few ticks, and never earlier than the event.
 /// The fields that every packet touches come first, together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -107,7 +107,7 @@ pub struct Session {
     pub bytes_sent: u64,
     /// Until when the gate need not look at the session; see
     /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
-    /// policy of this generation.
+    /// policy of this generation; [`SHUT`](Self::SHUT) where the daemon has decided to end the session.
     pub open_until_ns: u64,
     /// Generation of the match table that chose the rule.
     pub generation: u32,
@@ -154,6 +154,18 @@ pub struct Traffic {
 }
 
 impl Session {
+    /// The [`open_until_ns`](Self::open_until_ns) of a session whose gate the daemon has shut, before it
+    /// reads the record by which it resets the session. A program that stamps a packet looks at it
+    /// afterwards and drops the packet, so each packet either has its stamp in that record or does not
+    /// pass. No program writes or lifts it but at the daemon's request. No gate is open until then: it is
+    /// the first nanosecond after the start of the host.
+    pub const SHUT: u64 = 1;
+
+    /// Whether the daemon has shut the gate; see [`SHUT`](Self::SHUT).
+    pub const fn is_shut(&self) -> bool {
+        self.open_until_ns == Self::SHUT
+    }
+
     /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {

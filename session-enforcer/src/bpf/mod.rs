@@ -271,6 +271,26 @@ impl Kernel {
         self.sessions.sessions(cookies)
     }
 
+    /// Shuts the gate of sessions that are to be reset, each named by cookie and time of establishment, and
+    /// reads their records after that; in their order, none where one is not there. A packet whose stamp is
+    /// not in the record that this returns does not pass, until the session is [reopened](Self::reopen).
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. Some gates may be shut then.
+    pub fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
+        self.sessions.shut(sessions)
+    }
+
+    /// Opens the gate of a session that was [shut](Self::shut), if it is there and was established then.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
+        self.sessions.reopen(cookie, established_ns)
+    }
+
     /// The cookie of every session in the session map, once.
     ///
     /// # Errors

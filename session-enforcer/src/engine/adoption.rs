@@ -32,6 +32,7 @@ pub(super) struct Adopting {
     entries: Vec<MatchEntry>,
     policies: Vec<Policy>,
     generation: u32,
+    lag_ns: u64,
     /// By cgroup, those above it.
     ancestors: HashMap<u64, Ancestors>,
     processes: Processes,
@@ -50,6 +51,7 @@ impl Adopting {
             entries: &self.entries,
             policies: &self.policies,
             generation: self.generation,
+            lag_ns: self.lag_ns,
             scope: &self.scope,
             ancestors: &self.ancestors,
         }
@@ -132,6 +134,7 @@ impl Enforcer {
             entries: self.book.entries.clone(),
             policies: self.book.policies(),
             generation: self.book.generation,
+            lag_ns: self.lag_ns,
             ancestors: HashMap::new(),
             processes: Processes::default(),
         }

@@ -55,7 +55,7 @@ pub struct Parts {
     pub metrics: Metrics,
     /// Whose sessions are.
     pub directory: Directory,
-    /// How far the kernel's time stamps may lag behind the events.
+    /// How much later than the kernel tells an event in an adopted socket may have been.
     pub lag_ns: u64,
 }
 
@@ -378,6 +378,9 @@ impl Enforcer {
                 self.in_doubt.remove(&cookie);
                 self.refused.remove(&cookie);
                 self.late_by_policy.remove(&cookie);
+                if session.is_shut() {
+                    self.kernel.reopen(cookie, session.established_ns)?;
+                }
                 self.schedule.rearm(cookie, alive_ns.min(look_again_ns));
                 Ok(None)
             }

@@ -257,7 +257,8 @@ impl Enforcer {
             return Ok(Compared::Ended);
         };
         let policy = self.book.rule(now.rule).map(|rule| rule.policy);
-        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), monotonic_ns());
+        let caught_up =
+            adopt::caught_up(&now, &socket, policy.as_ref(), monotonic_ns(), self.lag_ns);
         if caught_up == now {
             return Ok(Compared::Agrees(now));
         }

@@ -30,7 +30,7 @@ impl Enforcer {
     /// Where there are too many rules, a user is not there, or the kernel refuses.
     pub fn put_policy(&mut self, config: &Config) -> Result<RuleBook> {
         let found = self.directory.look_up(config)?;
-        let next = self.book.next(config, &found.owners, self.lag_ns)?;
+        let next = self.book.next(config, &found.owners)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.directory.keep(found);

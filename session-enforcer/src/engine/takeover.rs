@@ -156,7 +156,7 @@ impl Enforcer {
                 };
                 let rule = self.rule_of(&session);
                 let policy = rule.and_then(|rule| self.book.rule(rule)).map(|r| r.policy);
-                let now = caught_up(&session, socket, policy.as_ref(), now_ns);
+                let now = caught_up(&session, socket, policy.as_ref(), now_ns, self.lag_ns);
                 if now != session && self.kernel.amend(cookie, &now)? {
                     changed += 1;
                     self.metrics.repaired(Repair::Behind);

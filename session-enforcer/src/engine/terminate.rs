@@ -62,16 +62,18 @@ impl Enforcer {
         mut destroyer: Option<&mut Destroyer>,
     ) -> Result<()> {
         let mut by_namespace: BTreeMap<u64, Vec<Expired>> = BTreeMap::new();
-        for expired in expired {
-            match self.book.rules[usize::from(expired.session.rule)].mode {
-                Mode::Observe => self.observe(&expired),
-                Mode::Enforce => {
-                    by_namespace
-                        .entry(expired.session.netns_cookie)
-                        .or_default()
-                        .push(expired);
-                }
-            }
+        let is_observed =
+            |e: &Expired| self.book.rules[usize::from(e.session.rule)].mode == Mode::Observe;
+        let (observed, enforced): (Vec<Expired>, Vec<Expired>) =
+            expired.into_iter().partition(is_observed);
+        for expired in &observed {
+            self.observe(expired);
+        }
+        for expired in self.shut(enforced)? {
+            by_namespace
+                .entry(expired.session.netns_cookie)
+                .or_default()
+                .push(expired);
         }
         for (netns_cookie, expired) in by_namespace {
             for batch in expired.chunks(MAX_BATCH) {
@@ -79,6 +81,35 @@ impl Enforcer {
             }
         }
         Ok(())
+    }
+
+    /// Shuts the gate of sessions, and returns those that are late by the record that is read after that:
+    /// the stamp of a packet that was in the hook may have come too late for the record by which they were
+    /// judged. The others are judged again.
+    fn shut(&mut self, mut expired: Vec<Expired>) -> Result<Vec<Expired>> {
+        let named: Vec<(u64, u64)> = expired
+            .iter()
+            .map(|expired| (expired.cookie, expired.session.established_ns))
+            .collect();
+        let mut records = self.kernel.shut(&named)?.into_iter();
+        expired.retain_mut(|expired| {
+            let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+            let late = records.next().flatten().filter(|session| {
+                matches!(
+                    verdict(session, policy, expired.decided_ns),
+                    Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
+                )
+            });
+            match late {
+                Some(session) => {
+                    let rule = expired.session.rule;
+                    expired.session = Session { rule, ..session };
+                }
+                None => self.schedule.rearm(expired.cookie, 0),
+            }
+            late.is_some()
+        });
+        Ok(expired)
     }
 
     /// Records a session that would be terminated, once for each deadline that it reaches. What has
