@@ -85,6 +85,7 @@ pub struct Kernel {
     /// None where nothing is to outlive the daemon.
     pins: Option<Pins>,
     sessions: SessionTable,
+    table: Array<MapData, TableHead>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
     gate_drops: PerCpuArray<MapData, u64>,
@@ -152,6 +153,7 @@ impl Kernel {
         }
         let mut kernel = Self {
             sessions: session_table(&mut ebpf, bucket_count)?,
+            table: take_map(&mut ebpf, table::TABLE)?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
             gate_drops: take_map(&mut ebpf, "GATE_DROPS")?,
@@ -250,6 +252,17 @@ impl Kernel {
     /// Sessions that the session map can hold.
     pub fn capacity(&self) -> usize {
         self.options.max_sessions as usize
+    }
+
+    /// Sessions in the session map, as its programs count them.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn session_count(&self) -> Result<u64, BpfError> {
+        let head = self.table.get(&0, 0).map_err(map_error(table::TABLE))?;
+        // Below 0 for a moment where what is pinned counts too few.
+        Ok(head.sessions.cast_signed().max(0).cast_unsigned())
     }
 
     /// The session as the kernel has it now.

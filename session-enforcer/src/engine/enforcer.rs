@@ -85,8 +85,6 @@ pub struct Enforcer {
     pub(super) late_by_policy: HashMap<u64, LateByPolicy>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
-    /// After a take-over, until all events were read once: openings less closings among them.
-    pub(super) unsettled: Option<i64>,
     /// What is not as it should be.
     pub(super) health: Health,
     /// Sessions that the map can hold.
@@ -143,7 +141,6 @@ impl Enforcer {
             reset: HashMap::new(),
             late_by_policy: HashMap::new(),
             repaired_losses: 0,
-            unsettled: None,
             health: Health::of_a_start(),
             capacity,
             missed: Missed::default(),
@@ -160,13 +157,6 @@ impl Enforcer {
 
     /// Takes in what the kernel reports.
     pub fn handle(&mut self, kind: EventKind, event: &Event) {
-        if let Some(reported) = &mut self.unsettled {
-            match kind {
-                EventKind::Opened => *reported += 1,
-                EventKind::Closed => *reported -= 1,
-                EventKind::MayEnd | EventKind::Expired => {}
-            }
-        }
         match kind {
             EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),
@@ -578,6 +568,7 @@ impl Enforcer {
         Ok(KernelSnapshot {
             rules,
             sessions: self.sessions_of.clone(),
+            map_entries: self.kernel.session_count()?,
             errors: self.kernel.errors()?,
             gate_drops: self.kernel.gate_drops()?,
             audit_lost: self.audit.lost(),

@@ -367,7 +367,6 @@ impl EventReader {
                 Err(error) => tracing::error!("an event of the kernel is not understood: {error}"),
             }
         }
-        enforcer.count_inherited();
         enforcer.flush_audit();
         self.paused_until = any.then(|| Instant::now() + READ_PAUSE);
         enforcer.repair()

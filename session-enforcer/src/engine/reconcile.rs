@@ -389,7 +389,7 @@ impl Enforcer {
         let policy = self.book.rules[usize::from(session.rule)].policy;
         let due_ns = policy.first_deadline_ns(session.established_ns);
         self.add(cookie, group_of(session), due_ns);
-        self.metrics.adopted(usize::from(session.rule));
+        self.metrics.adopted();
     }
 }
 

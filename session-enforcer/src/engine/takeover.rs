@@ -190,16 +190,7 @@ impl Enforcer {
             self.add(cookie, Group { netns_cookie, rule }, 0);
         }
         self.metrics.taken_over(taken_over);
-        self.unsettled = Some(0);
         Ok(taken_over)
-    }
-
-    /// After all events were read: works out, once, what the counters of this daemon's programs do
-    /// not know of the session map. They began at zero in the midst of what came and went.
-    pub fn count_inherited(&mut self) {
-        if let Some(reported) = self.unsettled.take() {
-            self.metrics.count_inherited(self.schedule.len(), reported);
-        }
     }
 
     /// Drops the sessions that have no socket, or one that is not below the cgroup.
