@@ -256,6 +256,45 @@ mod tests {
     }
 
     #[test]
+    fn of_limits_that_end_at_once_it_is_not_the_lifetime_that_ends_the_session() {
+        let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
+        let p = Policy {
+            response_timeout_ns: 8 * SECOND,
+            ..policy(8, 10)
+        };
+        assert_eq!(expires(&s, &p, 20), Some(Reason::IdleTimeout));
+        s.answered_ns = 0;
+        assert_eq!(expires(&s, &p, 20), Some(Reason::ResponseTimeout));
+    }
+
+    #[test]
+    fn the_first_deadline_is_that_of_the_shortest_limit() {
+        let first = |idle, response, lifetime, jitter| {
+            let p = Policy {
+                lifetime_jitter_ns: jitter * SECOND,
+                response_timeout_ns: response * SECOND,
+                ..policy(idle, lifetime)
+            };
+            p.first_deadline_ns(10 * SECOND)
+        };
+        assert_eq!(first(0, 0, 0, 0), u64::MAX);
+        for (limits, at) in [
+            ((5, 0, 0, 0), 15),
+            ((0, 6, 0, 0), 16),
+            ((0, 0, 7, 0), 17),
+            ((5, 6, 7, 0), 15),
+            ((8, 6, 7, 0), 16),
+            ((8, 9, 7, 0), 17),
+            ((8, 9, 7, 3), 14),
+            ((5, 9, 90, 30), 15),
+        ] {
+            let (idle, response, lifetime, jitter) = limits;
+            let found = first(idle, response, lifetime, jitter);
+            assert_eq!(found, at * SECOND, "{limits:?}");
+        }
+    }
+
+    #[test]
     fn no_limit_never_expires() {
         let s = session(0, 0, 0);
         let alive = Verdict::Alive {

@@ -327,6 +327,67 @@ mod tests {
     }
 
     #[test]
+    fn of_the_flags_only_the_peer_s_end_is_traffic() {
+        let mut session = tests_support::session(1, 1, 1);
+        session.flags = !flags::PEER_HAS_ENDED;
+        assert_eq!(session.traffic().flags, 0);
+        session.flags = u8::MAX;
+        assert_eq!(session.traffic().flags, flags::PEER_HAS_ENDED);
+    }
+
+    #[test]
+    fn each_flag_says_one_thing() {
+        let of = |flags| {
+            let session = Session {
+                flags,
+                ..tests_support::session(1, 1, 1)
+            };
+            (session.end_is_unreported(), session.is_mptcp_subflow())
+        };
+        assert_eq!(of(flags::END_UNREPORTED), (true, false));
+        assert_eq!(of(flags::MPTCP_SUBFLOW), (false, true));
+        assert_eq!(of(u8::MAX), (true, true));
+        assert_eq!(
+            of(!(flags::END_UNREPORTED | flags::MPTCP_SUBFLOW)),
+            (false, false)
+        );
+    }
+
+    #[test]
+    fn a_gate_that_is_open_until_some_time_is_not_shut() {
+        let open_until = |open_until_ns| Session {
+            open_until_ns,
+            ..tests_support::session(1, 1, 1)
+        };
+        assert!(open_until(Session::SHUT).is_shut());
+        for time in [0, 2, 1_000_000_000, u64::MAX] {
+            assert!(!open_until(time).is_shut());
+        }
+    }
+
+    /// A daemon of the next version takes sessions over, and must not move their deadlines.
+    #[test]
+    fn the_share_of_a_connection_is_for_ever() {
+        let session = Session {
+            netns_cookie: 0x0123_4567_89ab_cdef,
+            local: Address([0x1111_1111, 0x2222_2222, 0x4444_4444, 0x8888_8888]),
+            remote: Address([0xfedc_ba98, 0x7654_3210, 0x0f0f_0f0f, 0x1357_9bdf]),
+            local_port: 0xbeef,
+            remote_port: 0xcafe,
+            ..tests_support::session(0, 0, 0)
+        };
+        assert_eq!(session.jitter_share(), 26_897);
+        let ipv4 = Session {
+            local: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 5]),
+            remote: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 7]),
+            local_port: 5_432,
+            remote_port: 51_234,
+            ..tests_support::session(0, 0, 0)
+        };
+        assert_eq!(ipv4.jitter_share(), 22_900);
+    }
+
+    #[test]
     fn what_passes_does_not_move_the_share() {
         let mut session = tests_support::session(1, 1, 1);
         let share = session.jitter_share();
