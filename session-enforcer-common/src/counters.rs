@@ -96,6 +96,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_names_in_metrics_are_fixed() {
+        assert_eq!(Way::ALL.map(Way::name), ["ingress", "egress"]);
+        let names = [
+            "map_full",
+            "event_lost",
+            "header_unreadable",
+            "no_tcp_socket",
+            "callback_refused",
+            "table_unreadable",
+            "owner_not_kept",
+        ];
+        assert_eq!(ErrorKind::ALL.map(ErrorKind::name), names);
+    }
+
+    #[test]
     fn the_lists_are_in_the_order_of_their_numbers() {
         for (index, kind) in ErrorKind::ALL.iter().enumerate() {
             assert_eq!(*kind as usize, index);

@@ -126,4 +126,14 @@ mod tests {
         assert_eq!(Event::parse(&record(0)), Err(EventError::Kind(0)));
         assert_eq!(Event::parse(&record(5)), Err(EventError::Kind(5)));
     }
+
+    #[test]
+    fn a_refusal_says_what_was_there() {
+        let told = |error: EventError| error.to_string();
+        assert_eq!(
+            told(EventError::Length(39)),
+            "a record of 39 bytes instead of 40"
+        );
+        assert_eq!(told(EventError::Kind(5)), "a record of unknown kind 5");
+    }
 }

@@ -411,6 +411,41 @@ mod tests {
         assert!(Prefix::ANY.contains(&v6("::1")) && Prefix::ANY.contains(&v4("1.2.3.4")));
     }
 
+    #[test]
+    fn each_bit_of_an_address_counts_within_the_prefix_and_none_behind_it() {
+        let base = 0x0123_4567_89ab_cdef_fedc_ba98_7654_3210_u128;
+        let address = |bits: u128| Address::from_octets(bits.to_be_bytes());
+        for (base, length) in [0, base, u128::MAX]
+            .iter()
+            .flat_map(|b| (0..=128).map(move |n| (*b, n)))
+        {
+            let prefix = Prefix::new(address(base), length);
+            for bit in 0..128 {
+                let other = address(base ^ 1 << (127 - bit));
+                assert_eq!(prefix.contains(&other), bit >= length, "{length} {bit}");
+            }
+            // The same difference in two words does not make up for itself.
+            for words in [0b11, 0b101, 0b1001, 0b110, 0b1010, 0b1100, 0b1111_u128] {
+                let difference: u128 = (0..4).map(|word| (words >> word & 1) << (32 * word)).sum();
+                let first = difference.leading_zeros() as u8;
+                let other = address(base ^ difference);
+                assert_eq!(
+                    prefix.contains(&other),
+                    first >= length,
+                    "{length} {words:b}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_counts_both_of_its_ends() {
+        let count = |first, last| PortRange { first, last }.count();
+        assert_eq!(PortRange::ANY.count(), 65_536);
+        assert_eq!((count(0, 0), count(7, 7), count(7, 9)), (1, 1, 3));
+        assert_eq!((count(1, 0), count(9, 7)), (0, 0));
+    }
+
     proptest! {
         #[test]
         fn a_prefix_contains_what_shares_its_first_bits(a: u128, b: u128, length in 0u8..=128) {

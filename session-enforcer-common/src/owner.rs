@@ -88,6 +88,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn who_has_a_cgroup_is_known() {
+        assert!(!Owner::UNKNOWN.is_known());
+        let of = |cgroup_id| Owner {
+            cgroup_id,
+            ..Owner::UNKNOWN
+        };
+        assert!(of(1).is_known() && of(u64::MAX).is_known());
+        // The user alone does not tell: 0 is root.
+        let user = Owner {
+            uid: 1000,
+            pid: 7,
+            ..Owner::UNKNOWN
+        };
+        assert!(!user.is_known());
+    }
+
+    #[test]
     fn every_level_is_found_and_nothing_else() {
         let ids: Vec<u64> = (1..=MAX_CGROUP_LEVELS as u64).collect();
         let ancestors = Ancestors::of(&ids);

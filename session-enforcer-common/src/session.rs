@@ -85,8 +85,8 @@ pub mod flags {
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
 /// daemon reads it, inserts the sessions that it adopts, and amends those whose owner it finds.
 ///
-/// Times are nanoseconds of `CLOCK_MONOTONIC`. Those of an adopted session may lag: see
-/// [`Policy::lag_ns`](crate::Policy::lag_ns).
+/// Times are nanoseconds of `CLOCK_MONOTONIC`, read where the packet is. Those of an adopted session are
+/// known to a few ticks, and never earlier than the event.
 /// The fields that every packet touches come first, together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -107,7 +107,7 @@ pub struct Session {
     pub bytes_sent: u64,
     /// Until when the gate need not look at the session; see
     /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
-    /// policy of this generation.
+    /// policy of this generation; [`SHUT`](Self::SHUT) where the daemon has decided to end the session.
     pub open_until_ns: u64,
     /// Generation of the match table that chose the rule.
     pub generation: u32,
@@ -154,6 +154,18 @@ pub struct Traffic {
 }
 
 impl Session {
+    /// The [`open_until_ns`](Self::open_until_ns) of a session whose gate the daemon has shut, before it
+    /// reads the record by which it resets the session. A program that stamps a packet looks at it
+    /// afterwards and drops the packet, so each packet either has its stamp in that record or does not
+    /// pass. No program writes or lifts it but at the daemon's request. No gate is open until then: it is
+    /// the first nanosecond after the start of the host.
+    pub const SHUT: u64 = 1;
+
+    /// Whether the daemon has shut the gate; see [`SHUT`](Self::SHUT).
+    pub const fn is_shut(&self) -> bool {
+        self.open_until_ns == Self::SHUT
+    }
+
     /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {
@@ -312,6 +324,67 @@ mod tests {
             counts[usize::from(session.jitter_share() >> 12)] += 1;
         }
         assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
+    }
+
+    #[test]
+    fn of_the_flags_only_the_peer_s_end_is_traffic() {
+        let mut session = tests_support::session(1, 1, 1);
+        session.flags = !flags::PEER_HAS_ENDED;
+        assert_eq!(session.traffic().flags, 0);
+        session.flags = u8::MAX;
+        assert_eq!(session.traffic().flags, flags::PEER_HAS_ENDED);
+    }
+
+    #[test]
+    fn each_flag_says_one_thing() {
+        let of = |flags| {
+            let session = Session {
+                flags,
+                ..tests_support::session(1, 1, 1)
+            };
+            (session.end_is_unreported(), session.is_mptcp_subflow())
+        };
+        assert_eq!(of(flags::END_UNREPORTED), (true, false));
+        assert_eq!(of(flags::MPTCP_SUBFLOW), (false, true));
+        assert_eq!(of(u8::MAX), (true, true));
+        assert_eq!(
+            of(!(flags::END_UNREPORTED | flags::MPTCP_SUBFLOW)),
+            (false, false)
+        );
+    }
+
+    #[test]
+    fn a_gate_that_is_open_until_some_time_is_not_shut() {
+        let open_until = |open_until_ns| Session {
+            open_until_ns,
+            ..tests_support::session(1, 1, 1)
+        };
+        assert!(open_until(Session::SHUT).is_shut());
+        for time in [0, 2, 1_000_000_000, u64::MAX] {
+            assert!(!open_until(time).is_shut());
+        }
+    }
+
+    /// A daemon of the next version takes sessions over, and must not move their deadlines.
+    #[test]
+    fn the_share_of_a_connection_is_for_ever() {
+        let session = Session {
+            netns_cookie: 0x0123_4567_89ab_cdef,
+            local: Address([0x1111_1111, 0x2222_2222, 0x4444_4444, 0x8888_8888]),
+            remote: Address([0xfedc_ba98, 0x7654_3210, 0x0f0f_0f0f, 0x1357_9bdf]),
+            local_port: 0xbeef,
+            remote_port: 0xcafe,
+            ..tests_support::session(0, 0, 0)
+        };
+        assert_eq!(session.jitter_share(), 26_897);
+        let ipv4 = Session {
+            local: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 5]),
+            remote: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 7]),
+            local_port: 5_432,
+            remote_port: 51_234,
+            ..tests_support::session(0, 0, 0)
+        };
+        assert_eq!(ipv4.jitter_share(), 22_900);
     }
 
     #[test]

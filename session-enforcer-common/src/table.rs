@@ -113,6 +113,11 @@ pub enum Request {
     Amend = 2,
     /// To take it out, where it is the one that was established at the time in the record.
     Remove = 3,
+    /// To shut the gate of the session that was established at that time, to payload that is on its way
+    /// too: see [`Session::SHUT`].
+    Shut = 4,
+    /// To undo that.
+    Reopen = 5,
 }
 
 /// What a program answers.

@@ -52,6 +52,15 @@ impl Measure {
         }
     }
 
+    /// Whether the daemon has decided to end the session by a record that may lack the stamp.
+    #[inline(always)]
+    fn came_too_late(&self, session: &Session) -> bool {
+        match self.policy {
+            Some(policy) => gate::is_shut_meanwhile(session, policy),
+            None => false,
+        }
+    }
+
     /// Whether so much new payload counts for the session's rule.
     #[inline(always)]
     fn counts(&self, new: u32) -> bool {
@@ -94,6 +103,9 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
             Way::Ingress => receive(session, tcp, &segment, &measure),
             Way::Egress => send(session, tcp, &segment, &measure),
         }
+        if measure.came_too_late(session) {
+            return gate::drop_packet(session, cookie, way);
+        }
     }
     if way == Way::Egress {
         let received = payload_received(ctx, session, tcp);
@@ -124,7 +136,9 @@ fn unreadable(
     let measure = Measure::of(session);
     if !measure.comes_too_late(session) {
         compare_counters(ctx, session, tcp, measure.now_ns);
-        return Fate::Pass;
+        if !measure.came_too_late(session) {
+            return Fate::Pass;
+        }
     }
     match way {
         Way::Ingress => gate::drop_packet(session, cookie, way),

@@ -4,10 +4,12 @@
 //! egress hook before the session leaves the map, and a FIN that were dropped would be sent again
 //! and again.
 
+use core::{arch::asm, ptr};
+
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
 
-use crate::{counters, lifecycle};
+use crate::{counters, lifecycle, words};
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,12 +30,34 @@ pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bo
     now_ns >= session.open_until_ns && look(session, policy, now_ns)
 }
 
+/// Whether the daemon has shut the gate since the packet was let through. This comes after the packet's
+/// stamp: see [`Session::SHUT`].
+#[inline(always)]
+pub(crate) fn is_shut_meanwhile(session: *const Session, policy: &Policy) -> bool {
+    // A barrier for the compiler, which has no selection for `compiler_fence` here. That the processor may
+    // read before its stamp can be seen, the daemon allows for (`SETTLE`).
+    // SAFETY: no instruction.
+    unsafe { asm!("", options(nostack, preserves_flags)) };
+    // SAFETY: the caller has it from a reference. Volatile: the daemon's program changes it.
+    policy.gate == 1
+        && unsafe { ptr::read_volatile(&raw const (*session).open_until_ns) } == Session::SHUT
+}
+
 /// Looks at the session: a few times a timeout, and not once a packet.
 #[inline(never)]
 fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+    // SAFETY: from a reference. Volatile: the daemon's program changes it.
+    let before_ns = unsafe { ptr::read_volatile(&raw const session.open_until_ns) };
+    if before_ns == Session::SHUT && policy.gate == 1 {
+        return true;
+    }
     let until_ns = policy.open_until_ns(session, now_ns);
     if until_ns > now_ns {
-        session.open_until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
+        let until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
+        // Where the daemon has shut the gate meanwhile it stays shut.
+        if before_ns != Session::SHUT {
+            words::exchange(&raw mut session.open_until_ns, before_ns, until_ns);
+        }
     } else if refuses(session, policy) {
         return true;
     }

@@ -18,7 +18,7 @@
     internal_features,
     reason = "the target has no other way to atomic operations"
 )]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(
     clippy::needless_pass_by_value,
     reason = "aya's macros hand over the context by value"

@@ -10,6 +10,7 @@ use session_enforcer_common::{
 use crate::{
     counters,
     maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
+    words,
 };
 
 /// What a table says about a connection.
@@ -63,6 +64,8 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
     if session.generation == 0 {
         return None;
     }
+    // SAFETY: from a reference. Volatile: the daemon's program changes it.
+    let before_ns = unsafe { ptr::read_volatile(&raw const session.open_until_ns) };
     let decision = decide(session)?;
     if decision.is_open {
         return None;
@@ -70,7 +73,10 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
     let policy = limits(decision.rule)?;
     session.rule = decision.rule;
     session.generation = decision.generation;
-    session.open_until_ns = 0;
+    // A gate that the daemon has shut is the daemon's to open.
+    if before_ns != Session::SHUT {
+        words::exchange(&raw mut session.open_until_ns, before_ns, 0);
+    }
     // The policy may have changed again between the two look-ups.
     (policy.generation == decision.generation).then_some(policy)
 }

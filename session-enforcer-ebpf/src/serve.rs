@@ -43,6 +43,10 @@ fn answer_to(exchange: &mut Exchange) -> u32 {
         remove(cookie, exchange.session.established_ns)
     } else if exchange.request == Request::Amend as u32 {
         table::amend(cookie, &mut exchange.session)
+    } else if exchange.request == Request::Shut as u32 {
+        table::set_gate(cookie, exchange.session.established_ns, false)
+    } else if exchange.request == Request::Reopen as u32 {
+        table::set_gate(cookie, exchange.session.established_ns, true)
     } else {
         table::read_whole(cookie, &raw mut exchange.session)
     };

@@ -10,7 +10,7 @@
 //! barrier in `find`.
 
 use core::{
-    intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg, atomic_xadd, atomic_xchg},
+    intrinsics::{AtomicOrdering::SeqCst, atomic_xadd, atomic_xchg},
     ptr,
 };
 
@@ -21,7 +21,7 @@ use session_enforcer_common::{
 
 use crate::{
     maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY},
-    words,
+    words::{self, exchange},
 };
 
 /// How often a session is put in at most where other programs take the place that was free.
@@ -172,6 +172,32 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
         }
     }
     true
+}
+
+/// Shuts the gate of the session that was established then, or opens it again; whether it is there.
+#[inline(never)]
+pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool {
+    let Some(looked) = look_for(cookie) else {
+        return false;
+    };
+    let Some(session) = looked.record() else {
+        return false;
+    };
+    // SAFETY: pointers that the maps gave, valid while the program runs. Volatile: others change them.
+    unsafe {
+        let word = &raw mut (*session).open_until_ns;
+        let is_meant =
+            || ptr::read_volatile(&raw const (*session).established_ns) == established_ns;
+        if !is_meant() {
+            return false;
+        }
+        if is_open {
+            return exchange(word, Session::SHUT, 0);
+        }
+        atomic_xchg::<u64, { SeqCst }>(word, Session::SHUT);
+        // The record may have become another session's, whose gate is open.
+        is_meant() || !exchange(word, Session::SHUT, 0)
+    }
 }
 
 /// Takes a session out, if it is there.
@@ -408,11 +434,4 @@ fn count(more: u64) -> u64 {
     };
     // SAFETY: a pointer that the map gave.
     unsafe { atomic_xadd::<u64, u64, { SeqCst }>(&raw mut (*head).sessions, more) }
-}
-
-/// Whether the tag was `before`, and is `after` now.
-#[inline(always)]
-fn exchange(tag: *mut u64, before: u64, after: u64) -> bool {
-    // SAFETY: the callers have it from an element that a map gave.
-    unsafe { atomic_cxchg::<u64, { SeqCst }, { SeqCst }>(tag, before, after).1 }
 }

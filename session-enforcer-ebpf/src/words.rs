@@ -1,6 +1,17 @@
-//! Copies and zeros that are written word by word, volatile. What the compiler would make of an assignment
+//! What is done to words that others change at the same time.
+//!
+//! Copies and zeros are written word by word, volatile. What the compiler would make of an assignment
 //! goes byte by byte or by way of the stack, or, from a program's context, in words that the verifier
 //! refuses.
+
+use core::intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg};
+
+/// Puts `after` where `before` is, in one step; whether that was there. A barrier.
+#[inline(always)]
+pub(crate) fn exchange(word: *mut u64, before: u64, after: u64) -> bool {
+    // SAFETY: the callers have it from an element that a map gave.
+    unsafe { atomic_cxchg::<u64, { SeqCst }, { SeqCst }>(word, before, after).1 }
+}
 
 /// Copies a value in words of the type `W`, of which its size is a multiple.
 ///

@@ -22,6 +22,8 @@ pub struct Adopter<'a> {
     pub policies: &'a [Policy],
     /// Generation of both.
     pub generation: u32,
+    /// How much later than its age tells an event may have been: [`crate::clock::coarse_lag_ns`].
+    pub lag_ns: u64,
     /// The cgroups that the attachment covers.
     pub scope: &'a Scope,
     /// Of each cgroup that a socket of the lists may have, those above it.
@@ -92,7 +94,7 @@ impl Adopter<'_> {
         let (facts, owner, rule) = self.chosen(socket, listeners)?;
         let info = socket.info?;
         let policy = self.policies.get(usize::from(rule));
-        let (received, sent) = activity(&info, now_ns);
+        let (received, sent) = activity(&info, now_ns, self.lag_ns);
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
@@ -198,10 +200,14 @@ fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
         .min(info.numbers_sent.saturating_sub(syn + fin))
 }
 
-/// When payload was last received and sent. The kernel counts the ages in ticks: every deadline
-/// allows for the lag of that.
-fn activity(info: &Info, now_ns: u64) -> (u64, u64) {
-    let before = |age_ms: u32| now_ns.saturating_sub(u64::from(age_ms) * 1_000_000);
+/// When payload was last received and sent, by ages that were read before `now_ns`. The kernel counts them in
+/// ticks, so an event may have been up to `lag_ns` later than its age tells: it is taken to have been, and
+/// no session ends early.
+fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
+    let before = |age_ms: u32| {
+        let age_ns = u64::from(age_ms) * 1_000_000;
+        now_ns.saturating_sub(age_ns.saturating_sub(lag_ns))
+    };
     (
         before(info.last_data_received_ms),
         before(info.last_data_sent_ms),
@@ -216,12 +222,13 @@ pub fn caught_up(
     socket: &Socket,
     policy: Option<&Policy>,
     now_ns: u64,
+    lag_ns: u64,
 ) -> Session {
     let Some(info) = socket.info else {
         return *session;
     };
     let mut now = *session;
-    let (received_ns, sent_ns) = activity(&info, now_ns);
+    let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
@@ -347,6 +354,7 @@ mod tests {
             entries,
             policies: &[],
             generation: 1,
+            lag_ns: 0,
             scope,
             ancestors: &HashMap::from([(7, Ancestors::of(&[2, 7]))]),
         }
@@ -528,7 +536,7 @@ mod tests {
             response_timeout_ns: 1,
             ..Policy::default()
         };
-        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS);
+        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS, 0);
         (before, now)
     }
 
@@ -625,6 +633,38 @@ mod tests {
     }
 
     #[test]
+    fn an_age_is_taken_as_so_much_shorter_as_it_may_be_too_long_and_not_as_the_future() {
+        let info = Info {
+            last_data_received_ms: 5_000,
+            last_data_sent_ms: 7,
+            ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
+        };
+        let now = 10_000 * MS;
+        assert_eq!(activity(&info, now, 8 * MS), (5_008 * MS, now));
+        assert_eq!(activity(&info, now, 0), (5_000 * MS, 9_993 * MS));
+        // Older than the clock.
+        assert_eq!(activity(&info, MS, 0).0, 0);
+    }
+
+    #[test]
+    fn an_adopted_session_is_established_with_the_older_of_its_activities() {
+        let sockets = [socket(state::ESTABLISHED, 5432, 1)];
+        let adopter = Adopter {
+            entries: &[entry(0, 5432, 3)],
+            policies: &[],
+            generation: 1,
+            lag_ns: 8 * MS,
+            scope: &Scope::All,
+            ancestors: &HashMap::new(),
+        };
+        let adopted = adopter.sessions(&sockets, &Listeners::default(), 3, 10_000 * MS);
+        let session = adopted[0].session;
+        assert_eq!(session.last_received_ns, 5_008 * MS);
+        assert_eq!(session.last_sent_ns, 7_008 * MS);
+        assert_eq!(session.established_ns, 5_008 * MS);
+    }
+
+    #[test]
     fn bytes_and_not_ages_tell_activity_between_two_looks() {
         let at = |info: Info| Socket {
             info: Some(info),
@@ -633,7 +673,7 @@ mod tests {
         let session = |info: Info| adopt(&[entry(0, 5432, 3)], &Scope::All, &[at(info)])[0].1;
         let info = socket(state::ESTABLISHED, 5432, 1).info.unwrap();
         let first = session(info);
-        let told = |info: Info| caught_up(&first, &at(info), None, 10_000 * MS);
+        let told = |info: Info| caught_up(&first, &at(info), None, 10_000 * MS, 0);
         let aged = Info {
             last_data_sent_ms: info.last_data_sent_ms + 4,
             ..info

@@ -18,8 +18,8 @@ pub fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
 }
 
-/// How far the kernel's coarse time, in which it counts the ages of a connection that is older than
-/// the daemon, may be behind the event: two ticks. It goes on at a tick, by whole ticks of the clock
+/// How far an age that is counted in the kernel's coarse time, as those of a connection that is older than
+/// the daemon, may exceed the true one: two ticks. It goes on at a tick, by whole ticks of the clock
 /// source, whose beginnings lie elsewhere: right after a tick it is up to one behind already (6.8 ms
 /// were measured with ticks of 4 ms, Linux 6.18). Where a tick comes late, it is behind by as much.
 pub fn coarse_lag_ns() -> u64 {

@@ -99,6 +99,8 @@ pub struct KernelSnapshot {
     pub rules: Vec<RuleCounters>,
     /// Sessions of each rule by its place, as the daemon has them scheduled.
     pub sessions: Vec<u64>,
+    /// Sessions in the session map.
+    pub map_entries: u64,
     /// By [`ErrorKind`].
     pub errors: [u64; ErrorKind::COUNT as usize],
     /// Packets that the gate dropped, by [`Way`].
@@ -161,16 +163,12 @@ pub struct Metrics {
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
     untracked_by_daemon: u64,
-    /// Sessions in the map that the counters of this daemon's programs do not know: they were there
-    /// before.
-    inherited: i64,
 }
 
 /// What the daemon itself did to the sessions of a rule.
 #[derive(Clone, Copy, Debug, Default)]
 struct DaemonCounts {
     opened: u64,
-    adopted: u64,
     removed: u64,
 }
 
@@ -329,7 +327,6 @@ impl Metrics {
             )?,
             daemon: Vec::new(),
             untracked_by_daemon: 0,
-            inherited: 0,
             registry,
         };
         metrics.register_constants(map_capacity, version, kernel)?;
@@ -455,25 +452,13 @@ impl Metrics {
     }
 
     /// Counts a session that the daemon adopted.
-    pub fn adopted(&mut self, rule: usize) {
-        if let Some(counts) = self.daemon.get_mut(rule) {
-            counts.adopted += 1;
-            self.adopted.inc();
-        }
+    pub fn adopted(&self) {
+        self.adopted.inc();
     }
 
     /// Counts the sessions that an earlier daemon left.
     pub fn taken_over(&self, sessions: usize) {
         self.taken_over.inc_by(sessions as u64);
-    }
-
-    /// Works out the entries of the map that were there before the counters of this daemon's
-    /// programs began, when `sessions` are known to the daemon. `reported` are the openings less the
-    /// closings that the kernel has reported to it.
-    pub fn count_inherited(&mut self, sessions: usize, reported: i64) {
-        let by_daemon = |counts: &DaemonCounts| clamp(counts.adopted) - clamp(counts.removed);
-        let own: i64 = self.daemon.iter().map(by_daemon).sum();
-        self.inherited = clamp(sessions as u64) - reported - own;
     }
 
     /// Counts a session that the daemon took out of the map, because the kernel does not.
@@ -510,16 +495,11 @@ impl Metrics {
     }
 
     fn take_in(&self, snapshot: &KernelSnapshot) {
-        // A session may move from one rule to another between its beginning and its end, so only
-        // the sums over the rules belong together.
-        let (mut begun, mut ended) = (0, 0);
         for ((name, kernel), daemon) in self.rules.iter().zip(&snapshot.rules).zip(&self.daemon) {
             let closed = kernel.closed + daemon.removed;
             let opened = kernel.opened + daemon.opened;
             raise(&self.opened.with_label_values(&[name]), opened);
             raise(&self.closed.with_label_values(&[name]), closed);
-            begun += opened + daemon.adopted;
-            ended += closed;
         }
         for (place, name) in self.rules.iter().enumerate() {
             let sessions = snapshot.sessions.get(place).copied().unwrap_or(0);
@@ -527,10 +507,7 @@ impl Metrics {
                 .with_label_values(&[name])
                 .set(clamp(sessions));
         }
-        // The counters of the CPUs are read one after the other, so a session may already count as
-        // ended and not yet as begun.
-        let entries = self.inherited + clamp(begun) - clamp(ended);
-        self.map_entries.set(entries.max(0));
+        self.map_entries.set(clamp(snapshot.map_entries));
         raise(&self.audit_lost, snapshot.audit_lost);
         for (trouble, is_there) in Trouble::ALL.into_iter().zip(snapshot.troubles) {
             let gauge = self.degraded.with_label_values(&[trouble.name()]);
@@ -672,6 +649,7 @@ mod tests {
         KernelSnapshot {
             rules,
             sessions: vec![opened, 0],
+            map_entries: opened - closed.min(opened),
             errors,
             gate_drops: [0; Way::COUNT as usize],
             audit_lost: 0,
@@ -680,17 +658,17 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_over_is_among_the_entries() {
-        let mut metrics = metrics();
+    fn the_entries_of_the_map_are_what_the_kernel_counts() {
+        let metrics = metrics();
         metrics.taken_over(4);
-        metrics.adopted(0);
-        // Of the three that this daemon's programs saw open, two had been reported.
-        metrics.count_inherited(6, 2);
-        let text = metrics.render(&snapshot(3, 0, 0)).unwrap();
+        metrics.adopted();
+        let counted = KernelSnapshot {
+            map_entries: 7,
+            ..snapshot(3, 0, 0)
+        };
+        let text = metrics.render(&counted).unwrap();
         assert!(has(&text, "session_enforcer_sessions_taken_over_total 4"));
         assert!(has(&text, "session_enforcer_map_entries 7"));
-        let text = metrics.render(&snapshot(3, 9, 0)).unwrap();
-        assert!(has(&text, "session_enforcer_map_entries 0"));
     }
 
     fn has(text: &str, line: &str) -> bool {
@@ -731,10 +709,10 @@ mod tests {
     }
 
     #[test]
-    fn the_map_holds_what_was_opened_and_adopted_and_has_not_ended() {
+    fn what_the_daemon_removed_has_closed() {
         let mut metrics = metrics();
         for _ in 0..3 {
-            metrics.adopted(0);
+            metrics.adopted();
         }
         metrics.removed(0);
         let text = metrics.render(&snapshot(10, 4, 0)).unwrap();
@@ -744,7 +722,6 @@ mod tests {
             "session_enforcer_sessions_closed_total{rule=\"pg\"} 5"
         ));
         assert!(has(&text, "session_enforcer_sessions_adopted_total 3"));
-        assert!(has(&text, "session_enforcer_map_entries 8"));
     }
 
     #[test]
@@ -752,7 +729,7 @@ mod tests {
         let mut metrics = metrics();
         let rules = ["pg", "ssh", "web"].map(|name| (name.to_owned(), Mode::Enforce));
         metrics.set_rules(&rules);
-        metrics.adopted(2);
+        metrics.adopted();
         metrics.config_refused();
         let text = metrics.render(&snapshot(0, 0, 0)).unwrap();
         for line in [

@@ -264,8 +264,8 @@ fn clock_lag() -> Check {
     Check::good(
         "time stamps",
         format!(
-            "those of sessions older than the daemon lag by up to {lag:?}; each deadline allows for \
-             it, so that none is early"
+            "exact; activity of sessions older than the daemon is known to {lag:?} and taken as so much \
+             later, so that none ends early"
         ),
     )
 }

@@ -223,7 +223,10 @@ fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enfo
 fn links_of(daemon: &Daemon) -> Result<Vec<u32>> {
     let mut links = Vec::new();
     for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid()))? {
-        let text = fs::read_to_string(entry?.path())?;
+        // Descriptors of the moment come and go.
+        let Ok(text) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
         let id = text.lines().find_map(|line| line.strip_prefix("link_id:"));
         links.extend(id.map(|id| id.trim().parse::<u32>()).transpose()?);
     }

@@ -16,8 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, eventually, late_ticks, patience,
-    reset_on_close, scaled, tcp_info, unhurried,
+    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, eventually, patience, reset_on_close,
+    scaled, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -26,11 +26,6 @@ const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
 
 /// The state in `TCP_INFO` of a socket whose connection has ended (`net/tcp_states.h`).
 const TCP_CLOSE: u8 = 7;
-
-/// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
-fn lag() -> Duration {
-    Duration::from_millis(20) + late_ticks()
-}
 
 /// How long a test waits for what must not come.
 const WHILE: Duration = Duration::from_secs(1);
@@ -77,7 +72,7 @@ fn assert_reset_when_thawed(
     pair: &Pair,
     (reason, since, limit): (&str, &Moment, Duration),
 ) -> Result<()> {
-    let late = since.elapsed().saturating_sub(limit + lag());
+    let late = since.elapsed().saturating_sub(limit);
     daemon.thaw()?;
     let mut errors = pair.ends()?.map(|end| end.error);
     errors.sort_by_key(|error| error.map(|error| error as i32));
@@ -93,7 +88,7 @@ fn assert_reset_when_thawed(
 fn open_and_pass_deadline(lab: &Lab, listener: &Listener, daemon: &Daemon) -> Result<Pair> {
     daemon.freeze()?;
     let pair = Pair::open(&lab.outside, listener)?;
-    pair.opened.wait(LIMIT + lag());
+    pair.opened.wait(LIMIT);
     Ok(pair)
 }
 
@@ -108,7 +103,7 @@ fn assert_gated(address: impl Into<SocketAddr>) -> Result<()> {
         let before = dropped(&daemon)?;
         daemon.freeze()?;
         let pair = Pair::open(client, listener)?;
-        pair.opened.wait(LIMIT + lag());
+        pair.opened.wait(LIMIT);
         assert_shut(&pair)?;
         assert_reset_when_thawed(&daemon, &pair, ("idle_timeout", &pair.opened, LIMIT))?;
         let after = dropped(&daemon)?;
@@ -165,7 +160,7 @@ fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Resu
             false => (&pair.server, &pair.client),
         };
         let last = send_until_shut(from, to)?;
-        assert!(last < pair.opened.latest.at + limit + lag());
+        assert!(last < pair.opened.latest.at + limit);
         assert!(Instant::now() >= pair.opened.earliest.at + limit);
         assert_shut(&pair)?;
         assert_reset_when_thawed(&daemon, &pair, ("max_lifetime", &pair.opened, limit))?;
@@ -193,7 +188,7 @@ fn an_answer_passes_while_it_is_owed_and_not_after_its_limit() -> Result<()> {
     let asked = [timely.to_server(b"query")?, late.to_server(b"query")?];
     asked[0].wait(idle + idle / 2);
     let answered = timely.to_client(b"answer")?;
-    asked[1].wait(limit + lag());
+    asked[1].wait(limit);
     assert_shut(&timely)?;
     assert_shut(&late)?;
     assert_reset_when_thawed(&daemon, &late, ("response_timeout", &asked[1], limit))?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair};
+use session_enforcer_tests::{Lab, Pair, Record};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SHORT: Duration = Duration::from_secs(1);
@@ -29,6 +29,12 @@ fn a_busy_session_is_reset_when_it_is_too_old() -> Result<()> {
     Ok(())
 }
 
+/// From one time of a record to another, in nanoseconds.
+fn between(record: &Record, from: &str, to: &str) -> i128 {
+    let at = |name: &str| record.time(&format!("session_enforcer.{name}")).as_nanos() as i128;
+    at(to) - at(from)
+}
+
 #[test]
 fn the_limit_that_is_reached_first_is_the_reason() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -49,8 +55,12 @@ fn the_limit_that_is_reached_first_is_the_reason() -> Result<()> {
     let record = daemon.wait_for_termination_of(&idle)?;
     record.assert_reset("idle_timeout", &idle.opened, SHORT);
     assert_eq!(record.text("rule.name"), "a");
+    // Nothing is added to a limit.
+    let limit = |limit: Duration| limit.as_nanos() as i128;
+    assert_eq!(between(&record, "last_activity", "deadline"), limit(SHORT));
     let record = daemon.wait_for_termination_of(&old)?;
     record.assert_reset("max_lifetime", &old.opened, LONG);
     assert_eq!(record.text("rule.name"), "b");
+    assert_eq!(between(&record, "established", "deadline"), limit(LONG));
     Ok(())
 }

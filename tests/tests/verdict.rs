@@ -7,6 +7,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpStream},
     os::fd::AsRawFd as _,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +17,7 @@ use nix::sys::socket::{MsgFlags, SockaddrIn6, sendto};
 use session_enforcer::{
     bpf::{Adoption, Kernel, Options},
     cgroup::Cgroup,
-    clock::{coarse_lag_ns, monotonic_ns},
+    clock::monotonic_ns,
 };
 use session_enforcer_common::{
     ErrorKind, EventKind, MatchEntry, Policy, PortRange, Session, Traffic, Verdict, Way, flags,
@@ -107,7 +108,7 @@ fn random_limit(random: &mut Random, age: u64) -> u64 {
     match random.below(8) {
         0 | 1 => 0,
         2 => 1 + random.below(HOUR),
-        // Within the lag on either side of now, where the precise clock decides.
+        // Just before or after now.
         3 | 4 => age.saturating_sub(10 * MS).max(1) + random.below(20 * MS),
         5 => age.saturating_sub(random.below(HOUR)).max(1),
         _ => age + random.below(HOUR),
@@ -135,7 +136,6 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         max_lifetime_ns,
         lifetime_jitter_ns: max_lifetime_ns / 100 * random.one_of(&[0, 0, 10, 90]),
         response_timeout_ns: limit(random, received),
-        lag_ns: coarse_lag_ns(),
         generation: 0,
         min_payload: random.below(20) as u16,
         activity: random.below(4) as u8,
@@ -236,7 +236,6 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
 fn idle_for(limit: Duration) -> Policy {
     Policy {
         idle_timeout_ns: limit.as_nanos() as u64,
-        lag_ns: coarse_lag_ns(),
         min_payload: 1,
         gate: 1,
         ..Policy::default()
@@ -325,6 +324,138 @@ fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
     pair.round_trip()?;
     assert_eq!(bench.kernel.gate_drops()?, [0, 0]);
     Ok(())
+}
+
+/// Bytes that have come to a socket.
+fn bytes_at(to: &TcpStream) -> Result<u64> {
+    Ok(tcp_info(to)?.tcpi_bytes_received)
+}
+
+#[test]
+fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    bench.put(1, idle_for(LONG))?;
+    let pair = bench.open()?;
+    pair.round_trip()?;
+    let before = bench.session(&pair.server)?;
+    let named = (cookie(&pair.server)?, before.established_ns);
+    // Another session's time of establishment: nothing is shut.
+    assert_eq!(bench.kernel.shut(&[(named.0, named.1 + 1)])?, [None]);
+    assert_eq!(bench.session(&pair.server)?, before);
+    let shut = bench.kernel.shut(&[named])?;
+    let expected = Session {
+        open_until_ns: Session::SHUT,
+        ..before
+    };
+    assert_eq!(shut, [Some(expected)]);
+    // Within its limits, and under another policy too, nothing passes.
+    for generation in [1, 2] {
+        bench.put(generation, idle_for(LONG))?;
+        for (from, to, way) in [
+            (&pair.client, &pair.server, Way::Ingress),
+            (&pair.server, &pair.client, Way::Egress),
+        ] {
+            let (dropped, arrived) = (bench.dropped(way)?, bytes_at(to)?);
+            let mut from = from;
+            from.write_all(b"x")?;
+            eventually("it was dropped", patience(), || {
+                Ok((bench.dropped(way)? > dropped).then_some(()))
+            })?;
+            assert_eq!(bytes_at(to)?, arrived);
+        }
+        let now = bench.session(&pair.server)?;
+        assert!(now.is_shut() && now.generation == generation, "{now:#?}");
+    }
+    bench.kernel.reopen(named.0, named.1)?;
+    // What was dropped is sent again.
+    eventually("it has arrived", patience(), || {
+        let arrived = [bytes_at(&pair.client)?, bytes_at(&pair.server)?];
+        Ok((arrived == [b"pongxx".len() as u64; 2]).then_some(()))
+    })?;
+    assert!(!bench.session(&pair.server)?.is_shut());
+    Ok(())
+}
+
+#[test]
+fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    let observes = Policy {
+        gate: 0,
+        ..idle_for(LONG)
+    };
+    bench.put(1, observes)?;
+    let pair = bench.open()?;
+    let named = (
+        cookie(&pair.server)?,
+        bench.session(&pair.server)?.established_ns,
+    );
+    bench.kernel.shut(&[named])?;
+    pair.round_trip()?;
+    assert_eq!(bench.kernel.gate_drops()?, [0, 0]);
+    Ok(())
+}
+
+/// One end sends while the gate is shut: what arrives is in the record that was read after that.
+#[test]
+fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Result<()> {
+    const ROUNDS: u64 = 1_000;
+    let seed = seed()?;
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    bench.put(1, idle_for(LONG))?;
+    let mut shut_out = 0;
+    for round in 0..ROUNDS {
+        let mut random = Random::of(seed, round);
+        let pair = bench.open()?;
+        let named = (
+            cookie(&pair.server)?,
+            bench.session(&pair.server)?.established_ns,
+        );
+        let (mut from, to, way) = if random.once_in(2) {
+            (&pair.client, &pair.server, Way::Ingress)
+        } else {
+            (&pair.server, &pair.client, Way::Egress)
+        };
+        from.set_nodelay(true)?;
+        let dropped = bench.dropped(way)?;
+        let pause = Duration::from_micros(random.below(100));
+        let [sends, ended] = [false; 2].map(AtomicBool::new);
+        let record = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) && from.write_all(b"x").is_ok() {
+                    sends.store(true, Ordering::Relaxed);
+                }
+            });
+            while !sends.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+            spin(pause);
+            let record = bench.kernel.shut(&[named]);
+            spin(Duration::from_micros(50));
+            ended.store(true, Ordering::Relaxed);
+            record
+        });
+        let record = record?[0].context("the session")?;
+        let arrived = bytes_at(to)?;
+        let stamped = match way {
+            Way::Ingress => record.bytes_received,
+            Way::Egress => record.bytes_sent,
+        };
+        ensure!(
+            arrived <= stamped,
+            "{arrived} bytes arrived, {SEED}={seed}, round {round}, {way:?}, {record:#?}"
+        );
+        shut_out += u64::from(bench.dropped(way)? > dropped);
+    }
+    assert!(shut_out > ROUNDS / 20, "{shut_out}");
+    Ok(())
+}
+
+/// Lets so much time pass without giving up the processor.
+fn spin(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
 }
 
 /// A TCP segment over IPv6 behind more extension headers than the packet path walks.

@@ -86,6 +86,7 @@ pub struct Kernel {
     /// None where nothing is to outlive the daemon.
     pins: Option<Pins>,
     sessions: SessionTable,
+    table: Array<MapData, TableHead>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
     gate_drops: PerCpuArray<MapData, u64>,
@@ -153,6 +154,7 @@ impl Kernel {
         }
         let mut kernel = Self {
             sessions: session_table(&mut ebpf, bucket_count)?,
+            table: take_map(&mut ebpf, table::TABLE)?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
             gate_drops: take_map(&mut ebpf, "GATE_DROPS")?,
@@ -253,6 +255,17 @@ impl Kernel {
         self.options.max_sessions as usize
     }
 
+    /// Sessions in the session map, as its programs count them.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be read.
+    pub fn session_count(&self) -> Result<u64, BpfError> {
+        let head = self.table.get(&0, 0).map_err(map_error(table::TABLE))?;
+        // Below 0 for a moment where what is pinned counts too few.
+        Ok(head.sessions.cast_signed().max(0).cast_unsigned())
+    }
+
     /// The session as the kernel has it now.
     ///
     /// # Errors
@@ -270,6 +283,26 @@ impl Kernel {
     /// Where the kernel refuses.
     pub fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
         self.sessions.sessions(cookies)
+    }
+
+    /// Shuts the gate of sessions that are to be reset, each named by cookie and time of establishment, and
+    /// reads their records after that; in their order, none where one is not there. A packet whose stamp is
+    /// not in the record that this returns does not pass, until the session is [reopened](Self::reopen).
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. Some gates may be shut then.
+    pub fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
+        self.sessions.shut(sessions)
+    }
+
+    /// Opens the gate of a session that was [shut](Self::shut), if it is there and was established then.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
+        self.sessions.reopen(cookie, established_ns)
     }
 
     /// The cookie of every session in the session map, once.

@@ -2,11 +2,12 @@
 //! daemon's by reading its maps. `session_enforcer_common::table` says how it is made.
 
 use std::{
-    io,
+    hint, io,
     num::NonZeroUsize,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     ptr::NonNull,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{Array, Map, MapData, MapError};
@@ -24,6 +25,11 @@ pub(super) const BUCKETS: &str = "BUCKETS";
 pub(super) const SESSIONS: &str = "SESSIONS";
 /// What a table knows of itself.
 pub(super) const TABLE: &str = "TABLE";
+
+/// Between the shutting of a gate and the reading of its record. A packet looks whether the gate was shut
+/// without a barrier after its stamp: its processor may look before others can see the stamp, and makes the
+/// stamp visible within this. `docs/design/exact-deadlines.md` has the measurement.
+const SETTLE: Duration = Duration::from_micros(20);
 
 /// This daemon's session table. All that is done to it is done by a program in the kernel, which runs to
 /// its end: nothing is left half done, whatever becomes of the daemon.
@@ -107,6 +113,43 @@ impl SessionTable {
         Ok(exchange.answer == answer::DONE)
     }
 
+    /// Shuts the gate of sessions, each named by cookie and time of establishment, and reads them after
+    /// that: a packet whose stamp is not in its record does not pass. None where one is not there.
+    pub(super) fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
+        let mut shut = Vec::with_capacity(sessions.len());
+        for sessions in sessions.chunks(MAX_REQUESTS as usize) {
+            self.set_gates(sessions, Request::Shut)?;
+            let shut_at = Instant::now();
+            while shut_at.elapsed() < SETTLE {
+                hint::spin_loop();
+            }
+            let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
+            let read = self.sessions(&cookies)?.into_iter().zip(sessions);
+            shut.extend(read.map(|(session, (_, established_ns))| {
+                session.filter(|session| session.established_ns == *established_ns)
+            }));
+        }
+        Ok(shut)
+    }
+
+    /// Opens the gate of a session that was shut, if it is there.
+    pub(super) fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
+        self.set_gates(&[(cookie, established_ns)], Request::Reopen)
+    }
+
+    fn set_gates(&self, sessions: &[(u64, u64)], request: Request) -> Result<(), BpfError> {
+        for (index, (cookie, established_ns)) in sessions.iter().enumerate() {
+            // SAFETY: as in `put`.
+            unsafe { (*self.exchanges.at(index)).session.established_ns = *established_ns };
+            self.put(index, *cookie, request, None);
+        }
+        self.serve(sessions.len())?;
+        for (index, (cookie, _)) in sessions.iter().enumerate() {
+            self.answered(index, *cookie, request)?;
+        }
+        Ok(())
+    }
+
     /// The cookie of every session, once.
     pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
         cookies(&self.buckets, self.bucket_count).map_err(BpfError::Table)
@@ -158,7 +201,7 @@ impl SessionTable {
 /// Whether a program of this version would answer so.
 fn is_answer(request: Request, given: u32) -> bool {
     match request {
-        Request::Read | Request::Amend | Request::Remove => {
+        Request::Read | Request::Amend | Request::Remove | Request::Shut | Request::Reopen => {
             matches!(given, answer::DONE | answer::MISSING)
         }
         Request::Adopt => matches!(given, answer::DONE | answer::PRESENT | answer::FULL),
@@ -300,6 +343,8 @@ mod tests {
             Request::Amend,
             Request::Remove,
             Request::Adopt,
+            Request::Shut,
+            Request::Reopen,
         ] {
             assert!(is_answer(request, answer::DONE));
             assert!(!is_answer(request, 0) && !is_answer(request, 5));

@@ -308,16 +308,14 @@ impl Rule {
     }
 
     /// The limits as the kernel and the daemon compare them, of no generation yet and without the
-    /// gate, which takes the daemon's mode too; `lag_ns` is how far the kernel's time stamps may
-    /// lag. No limits for an exempt rule.
-    pub fn policy(&self, lag_ns: u64) -> Policy {
+    /// gate, which takes the daemon's mode too. No limits for an exempt rule.
+    pub fn policy(&self) -> Policy {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Policy {
             idle_timeout_ns: nanoseconds(self.idle_timeout),
             max_lifetime_ns,
             lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),
             response_timeout_ns: nanoseconds(self.response_timeout),
-            lag_ns,
             generation: 0,
             min_payload: self.min_payload,
             activity: self.activity as u8,

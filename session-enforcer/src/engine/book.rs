@@ -27,7 +27,7 @@ pub(super) struct ActiveRule {
 }
 
 impl ActiveRule {
-    fn new(config: &Config, rule: &Rule, lag_ns: u64, generation: u32) -> Self {
+    fn new(config: &Config, rule: &Rule, generation: u32) -> Self {
         let mode = config.mode_of(rule);
         Self {
             name: rule.name.clone(),
@@ -35,7 +35,7 @@ impl ActiveRule {
             policy: Policy {
                 generation,
                 gate: u8::from(mode == Mode::Enforce),
-                ..rule.policy(lag_ns)
+                ..rule.policy()
             },
         }
     }
@@ -82,12 +82,7 @@ impl RuleBook {
     /// # Errors
     ///
     /// Where there are more rules, with those that are no more, than places.
-    pub fn next(
-        &self,
-        config: &Config,
-        owners: &Owners,
-        lag_ns: u64,
-    ) -> Result<Self, TooManyRules> {
+    pub fn next(&self, config: &Config, owners: &Owners) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
         for rule in &mut rules {
@@ -95,7 +90,7 @@ impl RuleBook {
         }
         let mut places = Vec::new();
         for rule in &config.rules {
-            let active = ActiveRule::new(config, rule, lag_ns, generation);
+            let active = ActiveRule::new(config, rule, generation);
             let place = rules.iter().position(|known| known.name == rule.name);
             let place = place.unwrap_or(rules.len());
             match rules.get_mut(place) {
@@ -248,7 +243,7 @@ mod tests {
     }
 
     fn next(book: &RuleBook, config: &Config) -> Result<RuleBook, TooManyRules> {
-        book.next(config, &Owners::numbered(&config.rules), 4)
+        book.next(config, &Owners::numbered(&config.rules))
     }
 
     const IDLE: &str = "idle_timeout = '5s'";
@@ -335,7 +330,7 @@ mod tests {
                 cgroups: [("/a".to_owned(), ids)].into(),
                 ..Owners::default()
             };
-            let book = RuleBook::default().next(&config, &owners, 4).unwrap();
+            let book = RuleBook::default().next(&config, &owners).unwrap();
             let last = book.entries.last().unwrap().cgroup_id;
             (book.entries.len(), last)
         };

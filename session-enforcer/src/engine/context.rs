@@ -107,7 +107,6 @@ impl Context {
                 Err(error) => tracing::error!("an event of the kernel is not understood: {error}"),
             }
         }
-        state.count_inherited();
         state.records.audit.flush();
         self.paused_until.set(any.then(|| Instant::now() + READ_PAUSE));
         state.repair()

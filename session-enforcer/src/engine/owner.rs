@@ -374,7 +374,7 @@ impl State {
             Answer::Locked => monotonic_ns(),
         };
         let policy = self.book.rule(now.rule).map(|rule| rule.policy);
-        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), at_ns);
+        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), at_ns, self.lag_ns);
         if caught_up == now {
             return Ok(CaughtUp::Agrees(now));
         }

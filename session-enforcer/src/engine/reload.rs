@@ -191,7 +191,7 @@ impl State {
     /// Where there are too many rules, a user is not there, or the kernel refuses.
     pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleBook> {
         let found = self.directory.look_up(config, users)?;
-        let next = self.book.next(config, &found.owners, self.lag_ns)?;
+        let next = self.book.next(config, &found.owners)?;
         self.kernel
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.directory.keep(found);

@@ -74,8 +74,6 @@ pub(super) struct State {
     pub(super) unreported: Vec<Unreported>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
-    /// After a take-over, until all events were read once: openings less closings among them.
-    unsettled: Option<i64>,
     /// Sessions that the map can hold.
     pub(super) capacity: usize,
 }
@@ -122,7 +120,6 @@ impl State {
             without_owner: Vec::new(),
             unreported: Vec::new(),
             repaired_losses: 0,
-            unsettled: None,
             capacity,
         }
     }
@@ -172,19 +169,12 @@ impl State {
 impl State {
     /// Takes in what the kernel reports.
     pub(super) fn handle(&mut self, kind: EventKind, event: &Event) {
-        if let Some(reported) = &mut self.unsettled {
-            match kind {
-                EventKind::Opened => *reported += 1,
-                EventKind::Closed => *reported -= 1,
-                EventKind::MayEnd | EventKind::Expired => {}
-            }
-        }
         match kind {
             EventKind::Opened => self.opened(event),
             EventKind::Closed => self.forget(event.cookie),
             EventKind::MayEnd => self
                 .tracker
-                .hasten(event.cookie, monotonic_ns() + RECHECK_NS),
+                .may_end(event.cookie, monotonic_ns() + RECHECK_NS),
             EventKind::Expired => self.gate_refused(event),
         }
     }
@@ -225,20 +215,6 @@ impl State {
         self.tracker.add(event.cookie, group_of_event(event), due_ns);
     }
 
-    /// After all events were read: works out, once, what the counters of this daemon's programs do
-    /// not know of the session map. They began at zero in the midst of what came and went.
-    pub(super) fn count_inherited(&mut self) {
-        if let Some(reported) = self.unsettled.take() {
-            let sessions = self.tracker.len();
-            self.records.metrics.count_inherited(sessions, reported);
-        }
-    }
-
-    /// From now on events are counted, until all that there are were read.
-    pub(super) fn count_events(&mut self) {
-        self.unsettled = Some(0);
-    }
-
     /// Forgets a session that has ended. One whose reset has no answer was reset by the daemon or has ended
     /// by itself: nobody knows.
     pub(super) fn forget(&mut self, cookie: u64) {
@@ -271,7 +247,8 @@ impl State {
         let group = self.tracker.group(cookie);
         let rule = group.map_or(session.rule, |group| group.rule);
         let removed = self.kernel.remove(cookie, session.established_ns)?;
-        if removed && session.generation != 0 {
+        // Before the attachment, what an earlier daemon has counted as opened is not this one's to count.
+        if removed && session.generation != 0 && self.is_enforcing {
             self.records.metrics.removed(usize::from(rule));
         }
         self.forget(cookie);
@@ -391,6 +368,9 @@ impl State {
             Judgement::Alive { recheck_ns } => {
                 // Whatever was asked of the kernel, it was not done.
                 self.tracker.clear_phase(cookie);
+                if session.is_shut() {
+                    self.kernel.reopen(cookie, session.established_ns)?;
+                }
                 self.tracker.rearm(cookie, recheck_ns);
                 if session.end_is_unreported() {
                     self.look_for(cookie, session, None);
@@ -443,6 +423,7 @@ impl State {
         Ok(KernelSnapshot {
             rules,
             sessions: self.tracker.sessions_of().to_vec(),
+            map_entries: self.kernel.session_count()?,
             errors: self.kernel.errors()?,
             gate_drops: self.kernel.gate_drops()?,
             audit_lost: self.records.audit.lost(),

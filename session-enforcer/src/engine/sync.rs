@@ -20,7 +20,7 @@ use super::{
     backoff::Need,
     context::Context,
     owner::{self, CaughtUp},
-    state::State,
+    state::{RECHECK_NS, State},
     tracker::{Phase, group_of},
 };
 use crate::{
@@ -92,6 +92,7 @@ struct Sync<'a> {
     entries: Vec<MatchEntry>,
     policies: Vec<Policy>,
     generation: u32,
+    lag_ns: u64,
     /// By cgroup, those above it.
     ancestors: HashMap<u64, Ancestors>,
     /// By namespace, sessions that were scheduled when it began and whose sockets were not listed so far.
@@ -148,6 +149,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
             entries: state.book.entries.clone(),
             policies: state.book.policies(),
             generation: state.book.generation,
+            lag_ns: state.lag_ns,
             ancestors: HashMap::new(),
             unseen,
             netns_cookie: 0,
@@ -190,6 +192,7 @@ impl Sync<'_> {
             entries: &self.entries,
             policies: &self.policies,
             generation: self.generation,
+            lag_ns: self.lag_ns,
             scope: &self.scope,
             ancestors: &self.ancestors,
         }
@@ -500,7 +503,8 @@ impl Sync<'_> {
         for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
             match answer {
                 Adoption::Inserted => {
-                    state.tracker.set_phase(cookie, &session, Phase::Adopting);
+                    let adopting = Phase::Adopting { may_have_ended: false };
+                    state.tracker.set_phase(cookie, &session, adopting);
                     self.unconfirmed.push((cookie, session));
                 }
                 // Its event will come.
@@ -555,6 +559,8 @@ impl Sync<'_> {
 
     fn confirm_one(&mut self, cookie: u64, mut session: Session, answer: Answer) -> Result<()> {
         let mut state = self.context.state();
+        let phase = state.tracker.phase(cookie, &session);
+        let may_have_ended = matches!(phase, Some(Phase::Adopting { may_have_ended: true }));
         state.tracker.clear_phase(cookie);
         let is_there = match answer {
             Answer::Known(None, _) => {
@@ -563,14 +569,12 @@ impl Sync<'_> {
                 false
             }
             Answer::Known(Some(socket), at_ns) => {
-                match told_anew(&session, &socket, at_ns, &self.policies) {
-                    // What was stamped since the list stays.
-                    Some(told) => {
-                        state.kernel.amend(cookie, &told)?
-                            && state.count_as_active(cookie, &mut session)?
-                    }
-                    None => true,
-                }
+                let policy = self.policies.get(usize::from(session.rule));
+                let told = adopt::caught_up(&session, &socket, policy, at_ns, self.lag_ns);
+                // What was stamped since the first look stays.
+                told == session
+                    || state.kernel.amend(cookie, &told)?
+                        && state.count_as_active(cookie, &mut session)?
             }
             Answer::Locked => state.count_as_active(cookie, &mut session)?,
         };
@@ -581,7 +585,7 @@ impl Sync<'_> {
         if self.aim.repairs {
             state.records.metrics.repaired(Repair::Missed);
         }
-        state.records.metrics.adopted(usize::from(session.rule));
+        state.records.metrics.adopted();
         let policy = state.book.rules[usize::from(session.rule)].policy;
         let due_ns = if session.generation == state.book.generation {
             policy.first_deadline_ns(session.established_ns)
@@ -590,6 +594,9 @@ impl Sync<'_> {
             0
         };
         state.tracker.add(cookie, group_of(&session), due_ns);
+        if may_have_ended {
+            state.tracker.hasten(cookie, monotonic_ns() + RECHECK_NS);
+        }
         let changed_ns = monotonic_ns();
         if self.aim.by_change
             && let Verdict::Expired { deadline_ns, .. } = verdict(&session, &policy, changed_ns)
@@ -684,15 +691,4 @@ fn in_use(listed: &Socket) -> Socket {
         info: Some(info),
         ..*listed
     }
-}
-
-/// What a socket tells of its session once more, where payload has passed since the session was made of it.
-fn told_anew(first: &Session, socket: &Socket, at_ns: u64, policies: &[Policy]) -> Option<Session> {
-    let now = adopt::caught_up(
-        first,
-        socket,
-        policies.get(usize::from(first.rule)),
-        at_ns,
-    );
-    (now != *first).then_some(now)
 }

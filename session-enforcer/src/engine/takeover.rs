@@ -32,11 +32,10 @@ pub struct Begun {
 pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     let inherited = context.state().kernel.inherited();
     let is_stopped = inherited == Inherited::Stopped;
-    let mut taken_over = 0;
     if inherited != Inherited::Nothing {
         let own = context.state().handles.own();
         let only = (!context.all_namespaces).then_some(own);
-        taken_over = context.state().schedule_inherited(only)?;
+        context.state().schedule_inherited(only)?;
     }
     if is_stopped {
         // Nothing was attached since the earlier daemon ended: no packet is to meet a session with the
@@ -58,7 +57,13 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
             }
         }
     }
-    context.state().is_enforcing = true;
+    // Without those that had ended.
+    let taken_over = {
+        let mut state = context.state();
+        state.is_enforcing = true;
+        state.tracker.len()
+    };
+    context.state().records.metrics.taken_over(taken_over);
     context.wake.notify_one();
     Ok(taken_over)
 }
@@ -105,8 +110,7 @@ pub(super) fn now_ns() -> u64 {
 
 impl State {
     /// Schedules every session in the map; what no rule matches any more is let go.
-    fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<usize> {
-        let mut taken_over = 0;
+    fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<()> {
         for cookie in self.kernel.cookies()? {
             let Some(session) = self.kernel.session(cookie)? else {
                 continue;
@@ -120,12 +124,9 @@ impl State {
                 self.kernel.remove(cookie, session.established_ns)?;
                 continue;
             };
-            taken_over += 1;
             // Due at once: the first look works out the deadline, and ends what came due meanwhile.
             self.tracker.add(cookie, Group { netns_cookie, rule }, 0);
         }
-        self.records.metrics.taken_over(taken_over);
-        self.count_events();
-        Ok(taken_over)
+        Ok(())
     }
 }

@@ -96,7 +96,7 @@ pub(super) fn may_end_more(context: &Context) -> bool {
 fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let mut lots: BTreeMap<Lot, Vec<Expired>> = BTreeMap::new();
     let now_ns = monotonic_ns();
-    for expired in late {
+    for expired in state.shut(late)? {
         let cgroup_id = expired.session.owner.cgroup_id;
         if state.hanging.room(culprit(state, &expired.session)) == Room::Taken {
             state.has_no_room(&expired, now_ns);
@@ -628,6 +628,35 @@ async fn search_table(
 
 /// What becomes of a session in the state.
 impl State {
+    /// Shuts the gate of sessions, and returns those that are late by the record that is read after that:
+    /// the stamp of a packet that was in the hook may have come too late for the record by which they were
+    /// judged. The others are judged again.
+    fn shut(&mut self, mut late: Vec<Expired>) -> Result<Vec<Expired>> {
+        let named: Vec<(u64, u64)> = late
+            .iter()
+            .map(|expired| (expired.cookie, expired.session.established_ns))
+            .collect();
+        let mut records = self.kernel.shut(&named)?.into_iter();
+        late.retain_mut(|expired| {
+            let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+            let still_late = records.next().flatten().filter(|session| {
+                matches!(
+                    verdict(session, policy, expired.decided_ns),
+                    Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
+                )
+            });
+            match still_late {
+                Some(session) => {
+                    let rule = expired.session.rule;
+                    expired.session = Session { rule, ..session };
+                }
+                None => self.tracker.rearm(expired.cookie, 0),
+            }
+            still_late.is_some()
+        });
+        Ok(late)
+    }
+
     /// A reaper that was asked about a session has answered; whether that still matters. It does not where
     /// another one has reset it. The event of its end may have come first.
     fn answered(&mut self, expired: &Expired) -> bool {

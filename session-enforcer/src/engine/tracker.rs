@@ -12,7 +12,10 @@ use crate::schedule::{Group, Schedule};
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
     /// It is in the kernel's table and not counted yet: a sync adopts it.
-    Adopting,
+    Adopting {
+        /// Whether a FIN or RST has come meanwhile.
+        may_have_ended: bool,
+    },
     /// A change of the policy made it late. It is due.
     LateByPolicy {
         /// When the policy changed.
@@ -73,7 +76,7 @@ impl Phase {
     /// Whether nothing is to be decided about the session: a reaper or a sync has it.
     pub(super) fn is_in_other_hands(&self) -> bool {
         match self {
-            Self::Adopting => true,
+            Self::Adopting { .. } => true,
             Self::Tried(tried) => tried.asked > 0,
             _ => false,
         }
@@ -220,6 +223,16 @@ impl Tracker {
     /// Moves a session to another time.
     pub(super) fn rearm(&mut self, cookie: u64, due_ns: u64) {
         self.schedule.rearm(cookie, due_ns);
+    }
+
+    /// A FIN or RST has come to a session whose end is not reported: it is to be looked for then.
+    pub(super) fn may_end(&mut self, cookie: u64, due_ns: u64) {
+        self.hasten(cookie, due_ns);
+        if let Some(Entry { phase: Phase::Adopting { may_have_ended }, .. }) =
+            self.phases.get_mut(&cookie)
+        {
+            *may_have_ended = true;
+        }
     }
 
     /// Moves a session to an earlier time.

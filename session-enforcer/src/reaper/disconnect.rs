@@ -198,7 +198,13 @@ pub fn reset_mptcp(
     cgroup: Option<&Path>,
     holders: &mut Holders,
 ) -> Result<Answer, DisconnectError> {
-    let Some(subflow) = open_socket(diag, target)? else {
+    // The token comes with what passed (`inet_sk_diag_fill()`), for which the kernel takes the lock.
+    let subflow = |diag: &mut DiagSocket| -> Result<_, SockDiagError> {
+        let found = diag.query(target, Detail::Activity)?;
+        Ok(found.filter(|socket| !socket.is_mini))
+    };
+    let now = |diag: &mut DiagSocket| Ok::<_, SockDiagError>(subflow(diag)?.map(|s| s.mptcp_token));
+    let Some(subflow) = subflow(diag)? else {
         return Ok(Answer::Gone);
     };
     let Some(token) = subflow.mptcp_token else {
@@ -213,7 +219,7 @@ pub fn reset_mptcp(
     };
     let (pid, fd) = take(&connection, cgroup, holders)?;
     // A token may go to another connection when its own has ended, but this one has it still.
-    match open_socket(diag, target)?.map(|now| now.mptcp_token) {
+    match now(diag)? {
         Some(now) if now == Some(token) => {}
         Some(_) => return Err(DisconnectError::Another { pid }),
         None => return Ok(Answer::Gone),

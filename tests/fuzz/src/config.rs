@@ -43,7 +43,7 @@ fn use_it(config: &Config) {
     let text = String::from_utf8(text).expect("a description is text");
     for rule in &config.rules {
         assert!(text.contains(&rule.name), "{text}");
-        let policy = rule.policy(8_000_000);
+        let policy = rule.policy();
         assert!(policy.lifetime_jitter_ns <= policy.max_lifetime_ns);
         let first = policy.first_deadline_ns(1);
         let has_limit = rule.idle_timeout.is_some()
@@ -51,6 +51,6 @@ fn use_it(config: &Config) {
             || rule.response_timeout.is_some();
         assert_eq!(has_limit, first != u64::MAX, "{rule:?}");
     }
-    let book = RuleBook::default().next(config, &owners, 8_000_000);
+    let book = RuleBook::default().next(config, &owners);
     assert!(book.is_ok() || config.rules.len() > MAX_RULES as usize);
 }

@@ -57,6 +57,7 @@ fn adopt(sockets: &[Socket]) {
         entries: &[MatchEntry::any(0)],
         policies: &[policy],
         generation: 1,
+        lag_ns: 8_000_000,
         scope: &Scope::All,
         ancestors: &HashMap::new(),
     };

@@ -88,7 +88,7 @@ static BOOK: LazyLock<RuleBook> = LazyLock::new(|| {
     let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
                 [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
     let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
-    let book = RuleBook::default().next(&config, &Owners::default(), 0);
+    let book = RuleBook::default().next(&config, &Owners::default());
     book.expect("two rules have places")
 });
 

@@ -14,8 +14,9 @@ use super::{
 };
 use crate::pace::late_ticks;
 
-/// Longest that a deadline can be later than the limit: two ticks of the slowest kernels.
-const LAG: Duration = Duration::from_millis(20);
+/// How much later than it was the activity of an adopted session may be taken to have been: two ticks of the
+/// slowest kernels, and as much again, since its age is counted in ticks.
+const LAG: Duration = Duration::from_millis(40);
 
 /// What is known of something that is either so or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -90,7 +91,7 @@ impl Clocks {
             reason: "max_lifetime",
             at: Span {
                 from: self.established.from + shortest,
-                to: self.established.to.saturating_add(longest + LAG),
+                to: self.established.to.saturating_add(longest),
             },
             limit: [shortest, longest],
         })
@@ -194,7 +195,7 @@ impl Clocks {
         // The ages are counted in ticks, of which a machine that is held up has some late.
         let rounded = |stamp: Span| Span {
             from: stamp.from.saturating_sub(late_ticks()),
-            to: stamp.to.saturating_add(window.to - window.from),
+            to: stamp.to.saturating_add(window.to - window.from + LAG),
         };
         let was_open = self.established.to < window.from;
         self.adopted = if was_open { Truth::Yes } else { Truth::Perhaps };
@@ -228,13 +229,9 @@ impl Clocks {
 
 impl Deadline {
     fn since(stamp: Span, reason: &'static str, limit: Duration) -> Self {
-        let at = stamp.after(limit);
         Self {
             reason,
-            at: Span {
-                to: at.to.saturating_add(LAG),
-                ..at
-            },
+            at: stamp.after(limit),
             limit: [limit, limit],
         }
     }

@@ -155,10 +155,7 @@ impl Show<'_> {
         wait_for("session_enforcer_sessions_adopted_total", 1.0)?;
         wait_for("session_enforcer_sessions", tracked.into())?;
         self.screen.heading("What happens")?;
-        self.screen
-            .quote("idle   by the kernel's stamps, which lag by up to two ticks of its clock:")?;
-        self.screen
-            .quote("       a deadline allows for them, and so is never early")?;
+        self.screen.quote("idle   by the kernel's stamps")?;
         self.screen
             .quote("after  by the client's own clock, since its last byte or since it connected")?;
         let line = format!("tracks {tracked} connections; one was there before it");

@@ -255,9 +255,8 @@ fn a_rule_has_limits_or_is_exempt() {
         ),
     ]);
     assert_eq!(
-        rule("action = 'exempt'").policy(4),
+        rule("action = 'exempt'").policy(),
         Policy {
-            lag_ns: 4,
             min_payload: 1,
             ..Policy::default()
         }
@@ -351,7 +350,7 @@ fn the_quick_form_is_checked_too() {
     let problem = Config::from_quick(many, second, None).unwrap_err();
     assert!(matches!(problem, Problem::ManyEntries { .. }));
     let config = Config::from_quick(vec![port(1)], None, second).unwrap();
-    assert_eq!(config.rules[0].policy(0).max_lifetime_ns, 1_000_000_000);
+    assert_eq!(config.rules[0].policy().max_lifetime_ns, 1_000_000_000);
 }
 
 #[test]
@@ -360,13 +359,12 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         "idle_timeout = '1500ms'\nmax_lifetime = '36500d'\nlifetime_jitter = '25%'\n\
          response_timeout = '2s'\nactivity = 'sent'\nmin_payload = 1400",
     )
-    .policy(4_000_000);
+    .policy();
     let expected = Policy {
         idle_timeout_ns: 1_500_000_000,
         max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
         lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
         response_timeout_ns: 2_000_000_000,
-        lag_ns: 4_000_000,
         generation: 0,
         min_payload: 1400,
         activity: 2,
