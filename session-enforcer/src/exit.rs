@@ -156,4 +156,13 @@ mod tests {
         let printed = line(&failure.into());
         assert_eq!(printed, "session-enforcer: verifying: first second");
     }
+
+    #[test]
+    fn the_page_for_operators_has_every_status() {
+        let page = include_str!("../docs/operations.md");
+        for status in ExitStatus::ALL {
+            let row = format!("\n| {} | {}", status.code(), status.meaning());
+            assert!(page.contains(&row), "{row}");
+        }
+    }
 }

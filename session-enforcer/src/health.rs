@@ -123,4 +123,13 @@ mod tests {
         assert_eq!(health.ready(), Ok(()));
         assert_eq!(health.troubles(), [false; Trouble::COUNT]);
     }
+
+    #[test]
+    fn the_page_for_operators_says_what_to_do_about_each() {
+        let page = include_str!("../docs/operations.md");
+        for trouble in Trouble::ALL {
+            let row = format!("\n| `{}` | ", trouble.name());
+            assert!(page.contains(&row), "{row}");
+        }
+    }
 }

@@ -632,6 +632,8 @@ fn histograms(registry: &Registry, name: &str, help: &str) -> prometheus::Result
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn metrics() -> Metrics {
@@ -805,6 +807,73 @@ mod tests {
                 &text,
                 &format!("session_enforcer_terminations_total{{{labels}}} 1")
             ));
+        }
+    }
+
+    const PAGE: &str = include_str!("../docs/metrics.md");
+
+    /// Name, type and labels of each metric that the page has.
+    fn documented() -> BTreeSet<(String, String, BTreeSet<String>)> {
+        let rows = PAGE.lines().filter(|line| {
+            line.starts_with("| `session_enforcer_") || line.starts_with("| `process_")
+        });
+        let words = |cell: &str| -> BTreeSet<String> {
+            let words = cell.split([' ', '`', ',']);
+            words
+                .filter(|word| !word.is_empty())
+                .map(str::to_owned)
+                .collect()
+        };
+        let entry = |row: &str| {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let name = cells[1].trim_matches('`').to_owned();
+            (name, cells[2].to_owned(), words(cells[3]))
+        };
+        rows.map(entry).collect()
+    }
+
+    #[test]
+    fn the_page_has_each_metric_with_its_type_and_labels_and_no_other() {
+        let metrics = metrics();
+        metrics.render(&snapshot(0, 0, 0)).unwrap();
+        let labels = |family: &MetricFamily| -> BTreeSet<String> {
+            let samples = family.get_metric().iter();
+            samples
+                .flat_map(|sample| sample.get_label())
+                .map(|label| label.name().to_owned())
+                .collect()
+        };
+        let served: BTreeSet<_> = metrics
+            .registry
+            .gather()
+            .iter()
+            .map(|family| {
+                let kind = format!("{:?}", family.get_field_type()).to_lowercase();
+                (family.name().to_owned(), kind, labels(family))
+            })
+            .collect();
+        assert_eq!(documented(), served);
+    }
+
+    #[test]
+    fn the_page_has_each_value_of_the_labels() {
+        let own = [ErrorKind::MapFull, ErrorKind::EventLost];
+        let errors = ErrorKind::ALL.iter().filter(|kind| !own.contains(kind));
+        let rows = Repair::ALL.map(Repair::name).into_iter();
+        for name in rows.chain(errors.map(|kind| kind.name())) {
+            assert!(PAGE.contains(&format!("\n| `{name}` |")), "{name}");
+        }
+        let outcomes = [
+            Outcome::Reset,
+            Outcome::Gone,
+            Outcome::Failed,
+            Outcome::Observed,
+        ];
+        let ways = Way::ALL.map(Way::name).into_iter();
+        let causes = [Untracked::MapFull, Untracked::Namespace].map(Untracked::name);
+        let words = outcomes.map(Outcome::name).into_iter().chain(ways);
+        for word in words.chain(causes).chain(FORMER_CAUSES) {
+            assert!(PAGE.contains(&format!("`{word}`")), "{word}");
         }
     }
 }

@@ -486,3 +486,35 @@ fn a_fifo_is_written_to_where_somebody_reads_it_and_refused_where_nobody_does() 
     audit.close();
     assert_eq!(reads.join().unwrap().unwrap().len(), record.len());
 }
+
+/// The paths of the fields of a record, such as `event.action`.
+fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
+    let Some(object) = value.as_object() else {
+        found.push(path.to_owned());
+        return;
+    };
+    for (key, value) in object {
+        let dot = if path.is_empty() { "" } else { "." };
+        fields(&format!("{path}{dot}{key}"), value, found);
+    }
+}
+
+#[test]
+fn the_page_has_each_field_of_a_record() {
+    let page = include_str!("../../docs/audit.md");
+    let session = session();
+    let whole = Termination {
+        error: Some("EPERM"),
+        ..termination(&session)
+    };
+    let mut found = Vec::new();
+    fields(
+        "",
+        &serde_json::from_str(&line(&whole)).unwrap(),
+        &mut found,
+    );
+    assert!(found.len() > 25, "{found:?}");
+    for field in found {
+        assert!(page.contains(&format!("`{field}`")), "{field}");
+    }
+}

@@ -326,3 +326,15 @@ fn the_shortest_and_the_longest_limit_are_accepted() {
     assert_eq!(args.idle_timeout, Some(MIN_LIMIT));
     assert_eq!(args.max_lifetime, Some(MAX_LIMIT));
 }
+
+#[test]
+fn the_reference_has_each_flag_of_run() {
+    let page = include_str!("../../docs/configuration.md");
+    let cli = Cli::command();
+    let run = cli.find_subcommand("run").unwrap();
+    let flags = run.get_arguments().filter_map(clap::Arg::get_long);
+    // The file itself is no key of it.
+    for flag in flags.filter(|flag| *flag != "config") {
+        assert!(page.contains(&format!("`--{flag}")), "{flag}");
+    }
+}

@@ -19,7 +19,7 @@ const ALLOWED_NAMESPACES: &str = "\"all\" or \"own\"";
 const _: () = assert!(MAX_MAX_SESSIONS == 16_777_216, "the text above says so");
 
 /// Every table of the contract with its keys. The order is that of the constants below.
-static TABLES: [Keys; 5] = [
+pub(super) static TABLES: [Keys; 5] = [
     Keys {
         header: "no header, at the top of the file",
         known: &["daemon", "metrics", "audit", "rule"],

@@ -1,9 +1,10 @@
-//! The configurations that the documentation shows, and the tests that it names.
+//! The keys and configurations that the documentation shows, the tests that it names, and its links.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 
+const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
 const FAULTS: &str = include_str!("../../../docs/faults.md");
 const README: &str = include_str!("../../../../README.md");
@@ -112,5 +113,144 @@ fn each_fault_has_a_test() {
     for row in rows.filter(|row| !row.starts_with("| fault |")) {
         assert_eq!(row.matches(" |").count(), 4, "{row}");
         assert!(row.contains("::"), "{row}");
+    }
+}
+
+/// The rows of the reference, by key such as `rule.name`: the cells after it.
+fn reference() -> BTreeMap<&'static str, Vec<&'static str>> {
+    let rows = CONFIGURATION
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.strip_suffix(" |"));
+    let keys = rows.filter_map(|row| row.split_once("` | "));
+    // Other tables of the page begin with flags.
+    let keys = keys.filter(|(key, _)| !key.starts_with('-'));
+    let cells = keys.map(|(key, cells)| (key, cells.split(" | ").collect()));
+    cells.collect()
+}
+
+#[test]
+fn the_reference_has_each_key_that_is_read_and_no_other() {
+    let header = |header: &str| header.trim_matches(['[', ']']).to_owned();
+    let tables = read::TABLES.iter().filter(|t| t.header.starts_with('['));
+    let known: BTreeSet<String> = tables
+        .flat_map(|table| {
+            let key = |key| format!("{}.{key}", header(table.header));
+            table.known.iter().map(key)
+        })
+        .collect();
+    let documented: BTreeSet<String> = reference().into_keys().map(str::to_owned).collect();
+    assert_eq!(documented, known);
+}
+
+#[test]
+fn the_reference_has_the_bounds_and_defaults_of_the_code() {
+    let reference = reference();
+    let limit = format!("a time from `{}` to `36500d`", format_duration(MIN_LIMIT));
+    assert_eq!(format_duration(MAX_LIMIT), "36500d");
+    let jitter = format!("`\"0%\"` to `\"{MAX_LIFETIME_JITTER_PERCENT}%\"`, whole percents");
+    let interval = format!("`\"{}\"`", format_duration(DEFAULT_RECONCILE_INTERVAL));
+    for (key, allowed, default) in [
+        (
+            "daemon.max_sessions",
+            format!("1 to {MAX_MAX_SESSIONS}"),
+            format!("`{DEFAULT_MAX_SESSIONS}`"),
+        ),
+        (
+            "daemon.pin_dir",
+            "absolute path on bpffs; `\"\"`".to_owned(),
+            format!("`\"{DEFAULT_PIN_DIR}\"`"),
+        ),
+        ("daemon.reconcile_interval", limit.clone(), interval),
+        (
+            "metrics.listen",
+            "IP address and port; `\"\"`".to_owned(),
+            format!("`\"{DEFAULT_METRICS_LISTEN}\"`"),
+        ),
+        ("rule.idle_timeout", limit.clone(), "none".to_owned()),
+        ("rule.max_lifetime", limit.clone(), "none".to_owned()),
+        ("rule.response_timeout", limit, "none".to_owned()),
+        ("rule.lifetime_jitter", jitter, "`\"0%\"`".to_owned()),
+        (
+            "rule.min_payload",
+            format!("1 to {MAX_MIN_PAYLOAD}"),
+            format!("`{DEFAULT_MIN_PAYLOAD}`"),
+        ),
+    ] {
+        assert_eq!(reference[key][..2], [&allowed[..], &default[..]], "{key}");
+    }
+}
+
+/// Every page, by its path from the root of the project.
+fn pages() -> BTreeMap<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let docs = std::fs::read_dir(root.join("session-enforcer/docs")).unwrap();
+    let docs =
+        docs.map(|entry| Path::new("session-enforcer/docs").join(entry.unwrap().file_name()));
+    let above = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(PathBuf::from);
+    let pages = docs.chain(above).filter(|path| path.extension().is_some());
+    let read = |path: PathBuf| {
+        let text = std::fs::read_to_string(root.join(&path)).unwrap();
+        (path, text)
+    };
+    pages.map(read).collect()
+}
+
+/// The path with each `..` taken out, which is only written after a directory here.
+fn without_parents(path: &Path) -> PathBuf {
+    let mut parts = Vec::new();
+    for part in path.components() {
+        if part.as_os_str() == ".." {
+            parts.pop();
+        } else {
+            parts.push(part);
+        }
+    }
+    parts.into_iter().collect()
+}
+
+/// The anchors of a page, as forges make them of its headings.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let headings = page.lines().filter(|line| line.starts_with('#'));
+    let anchor = |heading: &str| {
+        let text = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = text
+            .chars()
+            .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(anchor).collect()
+}
+
+#[test]
+fn each_link_of_the_pages_leads_somewhere() {
+    let pages = pages();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (path, text) in &pages {
+        for link in text.split("](").skip(1) {
+            let link = link.split(')').next().unwrap();
+            if link.contains("://") {
+                continue;
+            }
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => path.clone(),
+                file => without_parents(&path.parent().unwrap().join(file)),
+            };
+            let place = path.display();
+            assert!(root.join(&target).exists(), "{place}: {link}");
+            let there = anchor.is_empty() || anchors(&pages[&target]).contains(anchor);
+            assert!(there, "{place}: {link}");
+        }
+    }
+}
+
+#[test]
+fn the_readme_leads_to_each_page() {
+    for path in pages()
+        .keys()
+        .filter(|path| path.starts_with("session-enforcer"))
+    {
+        let link = format!("]({})", path.display());
+        assert!(README.contains(&link), "{link}");
     }
 }
