@@ -7,9 +7,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use session_enforcer_tests::{
     Daemon, Lab, Listener, Pair, eventually, scaled,
-    services::{Prometheus, promtool_check},
+    services::{Prometheus, promtool_check, promtool_of_shipped},
     unhurried,
 };
 
@@ -19,6 +20,10 @@ const SCRAPED: Duration = Duration::from_secs(60);
 const RULES: &str = "\
 [[rule]]\nname = \"idle\"\nlocal_ports = [PORT]\nidle_timeout = \"LIMITs\"\n\
 [[rule]]\nname = \"other\"\naction = \"observe\"\nlocal_ports = [1]\nmax_lifetime = \"12h\"\n";
+
+const RULES_OF_PROMETHEUS: &str = include_str!("../../session-enforcer/monitoring/rules.yml");
+const CASES: &str = include_str!("../../session-enforcer/monitoring/rules-tests.yml");
+const DASHBOARD: &str = include_str!("../../session-enforcer/monitoring/grafana-dashboard.json");
 
 /// Name, type and labels of every metric that users rely on.
 const METRICS: [(&str, &str, &[&str]); 23] = [
@@ -121,6 +126,16 @@ impl Scene {
         Ok(scene)
     }
 
+    /// A Prometheus that has scraped the daemon.
+    fn prometheus(&self) -> Result<Prometheus> {
+        let prometheus = Prometheus::start(&self.lab, self.daemon.metrics_address())?;
+        eventually("a scrape", scaled(SCRAPED), || {
+            Ok((prometheus.query("up{job=\"session-enforcer\"}")? == Some(1.0)).then_some(()))
+        })
+        .with_context(|| prometheus.targets().unwrap_or_default())?;
+        Ok(prometheus)
+    }
+
     /// Has one more session run into its limit.
     fn reset_one(&self) -> Result<()> {
         let before = self.daemon.terminations()?.len();
@@ -175,11 +190,7 @@ impl<'a> Sample<'a> {
 #[test]
 fn prometheus_scrapes_the_daemon_and_answers_with_the_number_of_the_audit() -> Result<()> {
     let scene = Scene::set()?;
-    let prometheus = Prometheus::start(&scene.lab, scene.daemon.metrics_address())?;
-    eventually("a scrape", scaled(SCRAPED), || {
-        Ok((prometheus.query("up{job=\"session-enforcer\"}")? == Some(1.0)).then_some(()))
-    })
-    .with_context(|| prometheus.targets().unwrap_or_default())?;
+    let prometheus = scene.prometheus()?;
     // A scrape that takes too long leaves no numbers until the next.
     let answers = |query: &str, number| {
         eventually("the number of the audit", scaled(SCRAPED), || {
@@ -275,5 +286,164 @@ fn no_address_user_or_process_is_a_label() -> Result<()> {
         "version",
     ];
     assert!(keys.iter().all(|key| finite.contains(key)), "{keys:?}");
+    Ok(())
+}
+
+#[test]
+fn the_alerts_fire_and_rest_as_promtool_is_told() -> Result<()> {
+    let unchanged = |text: &str| text.to_owned();
+    let check = promtool_of_shipped(&["check", "config", "prometheus.yml"], unchanged)?;
+    assert_eq!(check.0, Some(0), "{}", check.1);
+    let test = ["test", "rules", "rules-tests.yml"];
+    let (status, said) = promtool_of_shipped(&test, unchanged)?;
+    assert_eq!(status, Some(0), "{said}");
+    // It would say that an alert does not fire, and that one does.
+    let refused = "session_enforcer_config_last_reload_successful == 0";
+    for never_or_always in [
+        "session_enforcer_config_last_reload_successful == 2",
+        "vector(1)",
+    ] {
+        let changed = |text: &str| text.replace(refused, never_or_always);
+        let (status, said) = promtool_of_shipped(&test, changed)?;
+        assert_ne!(status, Some(0));
+        assert!(said.contains("SessionEnforcerReloadRefused"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_rests() {
+    let names = |text: &'static str, key: &str| -> Vec<&'static str> {
+        let lines = text.lines().map(str::trim_start);
+        lines.filter_map(|line| line.strip_prefix(key)).collect()
+    };
+    let alerts = names(RULES_OF_PROMETHEUS, "- alert: ");
+    assert!(alerts.len() > 10, "{alerts:?}");
+    // What follows a name, up to the next case.
+    let cases: Vec<_> = CASES.split("- alertname: ").skip(1).collect();
+    for alert in alerts {
+        let of_alert = cases
+            .iter()
+            .filter_map(|case| case.strip_prefix(alert)?.strip_prefix('\n'));
+        let (rests, fires): (Vec<&str>, Vec<&str>) =
+            of_alert.partition(|case| case.contains("exp_alerts: []"));
+        assert!(!rests.is_empty() && !fires.is_empty(), "{alert}");
+    }
+}
+
+/// The panels of the dashboard, without the rows between them.
+fn panels(dashboard: &Value) -> Vec<&Value> {
+    let panels = dashboard["panels"].as_array().expect("a list");
+    panels
+        .iter()
+        .filter(|panel| panel["type"] != "row")
+        .collect()
+}
+
+/// The queries of the dashboard, its variables' among them.
+fn queries(dashboard: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let of_panel = |panel: &Value| -> Vec<String> {
+        let targets = panel["targets"].as_array().expect("a list");
+        targets.iter().map(|target| text(&target["expr"])).collect()
+    };
+    let variables = dashboard["templating"]["list"].as_array().expect("a list");
+    let of_variables = variables
+        .iter()
+        .filter(|variable| variable["type"] == "query");
+    // Grafana itself makes this of the values of a label.
+    let as_query = |variable: &Value| {
+        let definition = text(&variable["definition"]);
+        let inner = definition
+            .strip_prefix("label_values(")
+            .and_then(|rest| rest.strip_suffix(')'));
+        let (series, label) = inner
+            .and_then(|inner| inner.rsplit_once(", "))
+            .expect(&definition);
+        format!("count by ({label}) ({series})")
+    };
+    let panels = panels(dashboard).into_iter().flat_map(of_panel);
+    panels.chain(of_variables.map(as_query)).collect()
+}
+
+#[test]
+fn each_query_of_the_dashboard_has_series_and_no_alert_fires() -> Result<()> {
+    let dashboard: Value = serde_json::from_str(DASHBOARD)?;
+    let queries = queries(&dashboard);
+    assert!(queries.len() > 25, "{queries:#?}");
+    let scene = Scene::set()?;
+    let prometheus = scene.prometheus()?;
+    // What Prometheus has seen from the beginning has no rate.
+    scene.reset_one()?;
+    for query in queries {
+        let query = query
+            .replace("$__rate_interval", "1m")
+            .replace("$instance", ".*")
+            .replace("$rule", ".*");
+        assert!(!query.contains('$'), "{query}");
+        eventually("series", scaled(SCRAPED), || {
+            let values = prometheus.query_all(&query)?;
+            Ok(values.iter().any(|value| value.is_finite()).then_some(()))
+        })
+        .with_context(|| query.clone())?;
+    }
+    for recorded in [
+        "instance_rule:session_enforcer_terminations:rate5m",
+        "instance:session_enforcer_map_use:ratio",
+    ] {
+        assert!(!prometheus.query_all(recorded)?.is_empty(), "{recorded}");
+    }
+    let firing = prometheus.query_all("ALERTS{alertstate=\"firing\"}")?;
+    assert!(
+        firing.is_empty(),
+        "an alert fires although nothing is wrong"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_refused_reload_and_a_dead_daemon_are_on_their_way_to_an_alert() -> Result<()> {
+    let mut scene = Scene::set()?;
+    let prometheus = scene.prometheus()?;
+    // The alerts wait for a minute and more before they fire, which promtool's clock shows.
+    let pending = |alert: &str| {
+        let series = format!("ALERTS{{alertname=\"{alert}\",alertstate=\"pending\"}}");
+        eventually("a pending alert", scaled(SCRAPED), || {
+            Ok((prometheus.query(&series)? == Some(1.0)).then_some(()))
+        })
+        .with_context(|| alert.to_owned())
+    };
+    scene.daemon.reload("nothing = 'of the kind'")?;
+    pending("SessionEnforcerReloadRefused")?;
+    scene.daemon.kill()?;
+    pending("SessionEnforcerDown")
+}
+
+#[test]
+fn the_panels_of_the_dashboard_are_described_and_do_not_overlap() -> Result<()> {
+    let dashboard: Value = serde_json::from_str(DASHBOARD)?;
+    let all = dashboard["panels"].as_array().context("panels")?;
+    let ids: BTreeSet<_> = all.iter().map(|panel| panel["id"].as_u64()).collect();
+    assert_eq!(ids.len(), all.len());
+    let mut taken = BTreeSet::new();
+    for panel in all {
+        let side = |name: &str| panel["gridPos"][name].as_u64().expect("a number");
+        assert!(side("x") + side("w") <= 24, "{}", panel["title"]);
+        for y in side("y")..side("y") + side("h") {
+            for x in side("x")..side("x") + side("w") {
+                assert!(taken.insert((x, y)), "{} at {x}, {y}", panel["title"]);
+            }
+        }
+    }
+    for panel in panels(&dashboard) {
+        assert!(
+            panel["description"]
+                .as_str()
+                .is_some_and(|text| !text.is_empty()),
+            "{}",
+            panel["title"]
+        );
+        assert_eq!(panel["datasource"]["uid"], "${datasource}");
+    }
     Ok(())
 }

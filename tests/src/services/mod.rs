@@ -29,7 +29,7 @@ pub use nginx::nginx;
 pub use openssh::{Login, OpenSsh};
 pub use postgresql::Postgres;
 pub use program::Program;
-pub use prometheus::{Prometheus, promtool_check};
+pub use prometheus::{Prometheus, promtool_check, promtool_of_shipped};
 pub use redis::Redis;
 
 /// A port of 127.0.0.1 that nobody else on the machine is given by the kernel.

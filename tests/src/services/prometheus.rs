@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -20,7 +21,24 @@ use crate::{agent::Place, lab::Lab, pace::patience};
 const PACKAGE: &str = "prometheus";
 const READY: &str = "Server is ready to receive web requests";
 
-/// A running Prometheus, on 127.0.0.1, that scrapes one target every second.
+/// What is shipped for Prometheus, by file name.
+const SHIPPED: [(&str, &str); 3] = [
+    (
+        "prometheus.yml",
+        include_str!("../../../session-enforcer/monitoring/prometheus.yml"),
+    ),
+    (
+        "rules.yml",
+        include_str!("../../../session-enforcer/monitoring/rules.yml"),
+    ),
+    (
+        "rules-tests.yml",
+        include_str!("../../../session-enforcer/monitoring/rules-tests.yml"),
+    ),
+];
+
+/// A running Prometheus, on 127.0.0.1, with the configuration and the rules that are shipped, but it scrapes
+/// one target every second.
 #[derive(Debug)]
 pub struct Prometheus {
     _server: Program,
@@ -38,7 +56,7 @@ impl Prometheus {
         let port = ReservedPort::take(&lab.outside)?;
         let directory = tempfile::tempdir()?;
         let path = |name: &str| directory.path().join(name);
-        fs::write(path("prometheus.yml"), configuration(target))?;
+        write_shipped(directory.path(), |text| every_second(text, target))?;
         let place = Place::here().in_cgroup(&lab.cgroup);
         let prometheus = program::find("prometheus", PACKAGE, &[])?;
         let mut command = place.command(lab.agent_binary(), prometheus);
@@ -59,19 +77,29 @@ impl Prometheus {
     ///
     /// Where the answer is not one number.
     pub fn query(&self, expression: &str) -> Result<Option<f64>> {
+        let values = self.query_all(expression)?;
+        ensure!(
+            values.len() <= 1,
+            "{expression} is more than one number: {values:?}"
+        );
+        Ok(values.first().copied())
+    }
+
+    /// The values that an expression has now, one for each series.
+    ///
+    /// # Errors
+    ///
+    /// Where Prometheus does not understand it.
+    pub fn query_all(&self, expression: &str) -> Result<Vec<f64>> {
         let body = self.get(&format!("/api/v1/query?query={}", encode(expression)))?;
         let answer: Value = serde_json::from_str(&body).with_context(|| body.clone())?;
         ensure!(answer["status"] == "success", "{expression}: {body}");
         let series = answer["data"]["result"].as_array().context(body.clone())?;
-        ensure!(
-            series.len() <= 1,
-            "{expression} is more than one number: {body}"
-        );
         // Time and value.
-        let value = series
-            .first()
+        let values = series
+            .iter()
             .map(|series| series["value"][1].as_str().unwrap_or_default());
-        Ok(value.map(str::parse).transpose()?)
+        Ok(values.map(str::parse).collect::<Result<_, _>>()?)
     }
 
     /// What it says about its targets.
@@ -99,11 +127,19 @@ impl Prometheus {
     }
 }
 
-fn configuration(target: SocketAddr) -> String {
-    format!(
-        "global:\n  scrape_interval: 1s\n  scrape_timeout: 1s\nscrape_configs:\n\
-         - job_name: session-enforcer\n  static_configs:\n  - targets: ['{target}']\n"
-    )
+/// Writes the shipped files into a directory, each through `change`.
+fn write_shipped(directory: &Path, change: impl Fn(&str) -> String) -> Result<()> {
+    for (name, text) in SHIPPED {
+        fs::write(directory.join(name), change(text))?;
+    }
+    Ok(())
+}
+
+fn every_second(text: &str, target: SocketAddr) -> String {
+    let often = text
+        .replace("_interval: 15s", "_interval: 1s")
+        .replace("_timeout: 10s", "_timeout: 1s");
+    often.replace("127.0.0.1:9847", &target.to_string())
 }
 
 /// Percent-encodes all that could mean something in a URL.
@@ -122,17 +158,33 @@ fn encode(text: &str) -> String {
 /// Where it is not installed.
 pub fn promtool_check(exposition: &str) -> Result<(Option<i32>, String)> {
     let directory = tempfile::tempdir()?;
-    let path = directory.path().join("metrics");
-    fs::write(&path, exposition)?;
+    fs::write(directory.path().join("metrics"), exposition)?;
+    let input = fs::File::open(directory.path().join("metrics"))?;
+    promtool(directory.path(), &["check", "metrics"], input.into())
+}
+
+/// What `promtool` says, with these arguments, of the files that are shipped, each through `change`: its exit
+/// status and all that it prints.
+///
+/// # Errors
+///
+/// Where it is not installed.
+pub fn promtool_of_shipped(
+    arguments: &[&str],
+    change: impl Fn(&str) -> String,
+) -> Result<(Option<i32>, String)> {
+    let directory = tempfile::tempdir()?;
+    write_shipped(directory.path(), change)?;
+    promtool(directory.path(), arguments, Stdio::null())
+}
+
+fn promtool(directory: &Path, arguments: &[&str], input: Stdio) -> Result<(Option<i32>, String)> {
     let mut promtool = Command::new(program::find("promtool", PACKAGE, &[])?);
-    promtool.args(["check", "metrics"]);
-    let checked = promtool
-        .stdin(fs::File::open(&path)?)
-        .stderr(Stdio::piped())
-        .output()?;
-    let printed = [checked.stdout, checked.stderr].concat();
+    promtool.current_dir(directory).args(arguments).stdin(input);
+    let finished = promtool.stderr(Stdio::piped()).output()?;
+    let printed = [finished.stdout, finished.stderr].concat();
     Ok((
-        checked.status.code(),
+        finished.status.code(),
         String::from_utf8_lossy(&printed).into_owned(),
     ))
 }
