@@ -839,7 +839,7 @@ mod tests {
         let labels = |family: &MetricFamily| -> BTreeSet<String> {
             let samples = family.get_metric().iter();
             samples
-                .flat_map(|sample| sample.get_label())
+                .flat_map(prometheus::proto::Metric::get_label)
                 .map(|label| label.name().to_owned())
                 .collect()
         };
