@@ -9,6 +9,9 @@ const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
 const FAULTS: &str = include_str!("../../../docs/faults.md");
 const README: &str = include_str!("../../../../README.md");
 
+/// The folder of the pages that the README leads to.
+const DOCS: &str = "session-enforcer/docs";
+
 /// The example that the README's first configuration goes with, and no page shows.
 const FIRST: &str = "config.toml";
 
@@ -183,16 +186,21 @@ fn the_reference_has_the_bounds_and_defaults_of_the_code() {
 /// Every page, by its path from the root of the project.
 fn pages() -> BTreeMap<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let docs = std::fs::read_dir(root.join("session-enforcer/docs")).unwrap();
-    let docs =
-        docs.map(|entry| Path::new("session-enforcer/docs").join(entry.unwrap().file_name()));
+    let in_folder = |folder: &'static str| {
+        let entries = std::fs::read_dir(root.join(folder)).into_iter().flatten();
+        entries.map(move |entry| Path::new(folder).join(entry.unwrap().file_name()))
+    };
     let above = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(PathBuf::from);
-    let pages = docs.chain(above).filter(|path| path.extension().is_some());
+    let folders = [DOCS, "session-enforcer/docs/design"];
+    let pages = folders.into_iter().flat_map(in_folder).chain(above);
     let read = |path: PathBuf| {
         let text = std::fs::read_to_string(root.join(&path)).unwrap();
         (path, text)
     };
-    pages.map(read).collect()
+    pages
+        .filter(|path| path.extension().is_some())
+        .map(read)
+        .collect()
 }
 
 /// The path with each `..` taken out, which is only written after a directory here.
@@ -246,10 +254,11 @@ fn each_link_of_the_pages_leads_somewhere() {
 
 #[test]
 fn the_readme_leads_to_each_page() {
-    for path in pages()
+    let pages = pages();
+    let reference = pages
         .keys()
-        .filter(|path| path.starts_with("session-enforcer"))
-    {
+        .filter(|path| path.parent() == Some(Path::new(DOCS)));
+    for path in reference {
         let link = format!("]({})", path.display());
         assert!(README.contains(&link), "{link}");
     }
