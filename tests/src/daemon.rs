@@ -276,6 +276,13 @@ impl<'a> Launch<'a> {
     }
 }
 
+/// The state of a process (proc(5), `/proc/pid/stat`); none where it has gone.
+pub fn state_of(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name, which may have any character.
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// A running daemon. On drop it is killed, and its log and audit go to the test's output, which
 /// is shown where the test fails.
 #[derive(Debug)]
@@ -365,6 +372,20 @@ impl Daemon {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Process ids of its reapers.
+    ///
+    /// # Errors
+    ///
+    /// Where it has ended.
+    pub fn reapers(&self) -> Result<Vec<u32>> {
+        let mut reapers = Vec::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let children = fs::read_to_string(task?.path().join("children"))?;
+            reapers.extend(children.split_whitespace().flat_map(str::parse::<u32>));
+        }
+        Ok(reapers)
     }
 
     /// What it has logged so far.
@@ -581,12 +602,7 @@ impl Daemon {
     pub fn freeze(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
         eventually("the daemon stands still", patience(), || {
-            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-            // Behind the name, which may have any character.
-            let state = stat
-                .rsplit_once(") ")
-                .map(|(_, rest)| rest.starts_with('T'));
-            Ok((state == Some(true)).then_some(()))
+            Ok((state_of(self.pid()) == Some('T')).then_some(()))
         })
     }
 

@@ -241,7 +241,11 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
         // The daemon asks in the order in which they were made.
         random.shuffle(&mut pairs);
         daemon.thaw()?;
-        drop(pairs);
+        // While it asks, and not before.
+        for pair in pairs {
+            drop(pair);
+            thread::sleep(Duration::from_micros(100));
+        }
     }
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;

@@ -131,7 +131,7 @@ impl Engine {
                 config: std::cell::RefCell::new(reloading.config),
                 is_under_way: Cell::new(false),
                 is_wanted: Cell::new(false),
-                has_changed: Cell::new(true),
+                has_changed: Cell::new(false),
             }),
             log: channels.log,
             timer: Timer::new().context("making a timer")?,
@@ -218,7 +218,7 @@ impl Engine {
                     // An answer is about now, and not about the last time that events were read.
                     self.context.read_events()?;
                     self.note_attachment();
-                    self.context.state().answer(request, self.context.pool.counts());
+                    self.answer(request);
                 }
                 changed = self.watch.changed() => {
                     changed.context("watching the cgroups of the rules")?;
@@ -259,6 +259,23 @@ impl Engine {
                 .spawn(async move { sync::sync(&context, aim).await.map(drop) });
             // It is under way from now on, and not from when its task runs.
             self.context.state().backlog.begin();
+        }
+    }
+
+    /// Answers a request of the HTTP server. What the metrics count, the audit can name: cgroups that
+    /// connections have come from are found first.
+    fn answer(&self, request: Request) {
+        let are_counted = matches!(request, Request::Metrics(_));
+        let finding = are_counted.then(|| owner::find_cgroups(&self.context));
+        let context = Rc::clone(&self.context);
+        let answer = move || context.state().answer(request, context.pool.counts());
+        match finding.flatten() {
+            Some(found) => self.context.spawn(async move {
+                let _ = tokio::time::timeout(CGROUPS_PAUSE, found).await;
+                answer();
+                Ok(())
+            }),
+            None => answer(),
         }
     }
 
@@ -305,6 +322,8 @@ async fn start(
     let config = reload.config.borrow().clone();
     let users = reload::find_users(&context, &config).await;
     context.state().put_policy(&config, &users)?;
+    reload.has_changed.set(true);
+    context.wake.notify_one();
     let taken_over = takeover::attach(&context).await?;
     attached()?;
     let (_adopted, adopting) = tokio::sync::oneshot::channel();
@@ -312,6 +331,8 @@ async fn start(
     let _ = serve.send(adopting);
     let adopted = takeover::adopt(&context, since_ns).await?;
     context.state().records.started(&config);
+    // A cgroup that came meanwhile.
+    reload.has_changed.set(true);
     begun(Begun {
         taken_over,
         adopted,
@@ -332,8 +353,11 @@ impl Engine {
                  inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
             );
         }
+        if !self.context.state().is_enforcing {
+            return;
+        }
         let come = self.context.state().directory.look_again();
-        if come.is_empty() || !self.context.state().is_enforcing {
+        if come.is_empty() {
             return;
         }
         let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));

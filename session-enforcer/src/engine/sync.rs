@@ -30,7 +30,7 @@ use crate::{
     clock::monotonic_ns,
     metrics::{Repair, Untracked},
     reaper::{
-        diag::{Detail, Info, MAX_BATCH, Socket, Target},
+        diag::{Detail, Info, MAX_BATCH, Socket, Target, state},
         pool::{Condition, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
@@ -562,13 +562,19 @@ impl Sync<'_> {
         let phase = state.tracker.phase(cookie, &session);
         let may_have_ended = matches!(phase, Some(Phase::Adopting { may_have_ended: true }));
         state.tracker.clear_phase(cookie);
-        let is_there = match answer {
-            Answer::Known(None, _) => {
+        let open = match answer {
+            Answer::Known(socket, at_ns) => socket.filter(|s| !s.is_mini).map(|s| (s, at_ns)),
+            Answer::Locked => None,
+        };
+        // Its FIN may have come before it was in the map, and nobody was told.
+        let is_closing = open.is_some_and(|(socket, _)| state::is_closing(socket.state));
+        let is_there = match (answer, open) {
+            (Answer::Known(..), None) => {
                 // The socket may have been connected again, under the same cookie: the kernel tracks it.
                 state.kernel.remove(cookie, session.established_ns)?;
                 false
             }
-            Answer::Known(Some(socket), at_ns) => {
+            (_, Some((socket, at_ns))) => {
                 let policy = self.policies.get(usize::from(session.rule));
                 let told = adopt::caught_up(&session, &socket, policy, at_ns, self.lag_ns);
                 // What was stamped since the first look stays.
@@ -576,7 +582,7 @@ impl Sync<'_> {
                     || state.kernel.amend(cookie, &told)?
                         && state.count_as_active(cookie, &mut session)?
             }
-            Answer::Locked => state.count_as_active(cookie, &mut session)?,
+            (Answer::Locked, None) => state.count_as_active(cookie, &mut session)?,
         };
         if !is_there {
             return Ok(());
@@ -594,7 +600,7 @@ impl Sync<'_> {
             0
         };
         state.tracker.add(cookie, group_of(&session), due_ns);
-        if may_have_ended {
+        if may_have_ended || is_closing {
             state.tracker.hasten(cookie, monotonic_ns() + RECHECK_NS);
         }
         let changed_ns = monotonic_ns();

@@ -44,7 +44,7 @@ const MAX_UNANSWERED: u32 = 5;
 const MAX_DOUBLINGS: u32 = 8;
 
 /// When a session is looked at again for which a reset must not be begun now.
-const NO_ROOM_NS: u64 = 5_000_000;
+const NO_ROOM_NS: u64 = 20_000_000;
 
 /// When a session that closes and has not closed is looked at again.
 const CLOSING_NS: u64 = 1_000_000_000;
@@ -121,8 +121,16 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
             way,
             sessions: lot,
         };
-        let slot = apart.is_none().then(|| Slot::take(context));
-        context.spawn(reset(Rc::clone(context), batch, slot));
+        let slot = match batch.sessions.first() {
+            // One of those that may hang, from now on.
+            Some(first) if apart.is_some() => {
+                Slot::Apart(Hangs::begin(context, state, &first.session))
+            }
+            _ => Slot::OfAll {
+                _waited: Waited::begin(context),
+            },
+        };
+        context.spawn(reset(Rc::clone(context), batch, Some(slot)));
     }
     Ok(())
 }
@@ -132,18 +140,26 @@ fn culprit(state: &State, session: &Session) -> Culprit {
     Culprit::of(cgroup_id, &state.ancestors_of(cgroup_id))
 }
 
-/// One of the batches that are waited for.
-struct Slot(Rc<Context>);
+/// What a batch takes up as long as it is under way.
+enum Slot {
+    /// One of the batches that are waited for.
+    OfAll { _waited: Waited },
+    /// One of the resets that may hang for its cgroup.
+    Apart(Hangs),
+}
 
-impl Slot {
-    fn take(context: &Rc<Context>) -> Self {
+/// A batch that is waited for, until this is dropped.
+struct Waited(Rc<Context>);
+
+impl Waited {
+    fn begin(context: &Rc<Context>) -> Self {
         let under_way = &context.resets_under_way;
         under_way.set(under_way.get() + 1);
         Self(Rc::clone(context))
     }
 }
 
-impl Drop for Slot {
+impl Drop for Waited {
     fn drop(&mut self) {
         let under_way = &self.0.resets_under_way;
         under_way.set(under_way.get() - 1);
@@ -158,35 +174,42 @@ struct Batch {
     sessions: Vec<Expired>,
 }
 
-/// Has a batch reset. What a reaper leaves when it hangs or ends goes to the next.
-async fn reset(context: Rc<Context>, mut batch: Batch, mut slot: Option<Slot>) -> Result<()> {
-    while !batch.sessions.is_empty() {
-        let began_ns = monotonic_ns();
-        let (request, handle) = context.state().request(&batch, began_ns);
-        let asked = context
-            .pool
-            .ask(Purpose::Resets, &request, handle.as_deref())
-            .await;
-        let attempt = match asked {
-            Ok(exchange) => Attempt {
-                exchange,
-                netns_cookie: batch.netns_cookie,
-                way: batch.way,
-                sessions: std::mem::take(&mut batch.sessions),
-                settled: 0,
-                began_ns,
-            },
-            Err(error) => {
-                tracing::error!("sessions are not reset: {error:#}");
-                for expired in &batch.sessions {
-                    settle(&context, expired, None, began_ns)?;
-                }
-                return Ok(());
+/// Has a batch reset. What a reaper leaves when it hangs or ends goes to others.
+async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
+    let began_ns = monotonic_ns();
+    let (request, handle) = context.state().request(&batch, began_ns);
+    let asked = context
+        .pool
+        .ask(Purpose::Resets, &request, handle.as_deref())
+        .await;
+    let exchange = match asked {
+        Ok(exchange) => exchange,
+        Err(error) => {
+            tracing::error!("sessions are not reset: {error:#}");
+            for expired in &batch.sessions {
+                settle(&context, expired, None, began_ns)?;
             }
-        };
-        batch.sessions = attempt.run(&context, &mut slot).await?;
-    }
-    Ok(())
+            return Ok(());
+        }
+    };
+    let attempt = Attempt {
+        exchange,
+        netns_cookie: batch.netns_cookie,
+        way: batch.way,
+        sessions: batch.sessions,
+        settled: 0,
+        began_ns,
+    };
+    let rest = attempt.run(&context, slot).await?;
+    give_away_again(&context, rest)
+}
+
+/// Sessions that a reaper has not touched go to others.
+fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
+    let mut state = context.state();
+    let untouched = |expired: &Expired| state.answered(expired);
+    let rest = rest.into_iter().filter(untouched).collect();
+    dispatch(context, &mut state, rest)
 }
 
 impl State {
@@ -263,7 +286,9 @@ enum Said {
 
 impl Attempt {
     /// Goes on until the reaper is done, or hangs and the rest is taken back; that rest.
-    async fn run(mut self, context: &Rc<Context>, slot: &mut Option<Slot>) -> Result<Vec<Expired>> {
+    async fn run(mut self, context: &Rc<Context>, slot: Option<Slot>) -> Result<Vec<Expired>> {
+        // One of the batches that are waited for, as long as this has it.
+        let mut slot = slot;
         let mut claimed_before = 0;
         loop {
             match self.exchange.next(STALL).await {
@@ -277,7 +302,7 @@ impl Attempt {
                     let claimed = self.exchange.claimed();
                     if claimed == 0 {
                         // It looks for the namespace: only the sessions there wait for it.
-                        *slot = None;
+                        drop(slot.take());
                         self.exchange.leave_behind();
                         self.exchange.condition();
                     } else if claimed != claimed_before {
@@ -287,7 +312,14 @@ impl Attempt {
                         let rest = self.sessions.split_off(claimed);
                         self.settle_answered(context)?;
                         self.exchange.leave_behind();
-                        context.spawn(self.wait_out(Rc::clone(context)));
+                        let Some(hung) = self.sessions.last().copied() else {
+                            return Ok(rest);
+                        };
+                        let hangs = match slot.take() {
+                            Some(Slot::Apart(hangs)) => hangs,
+                            _ => Hangs::begin(context, &mut context.state(), &hung.session),
+                        };
+                        context.spawn(self.wait_out(Rc::clone(context), hung, hangs));
                         return Ok(rest);
                     }
                 }
@@ -389,16 +421,7 @@ impl Attempt {
     }
 
     /// Waits for the end of a reset that hangs, or is slow.
-    async fn wait_out(mut self, context: Rc<Context>) -> Result<()> {
-        let Some(hung) = self.sessions.last().copied() else {
-            return Ok(());
-        };
-        let culprit = culprit(&context.state(), &hung.session);
-        context.state().hanging.begin(culprit);
-        let _end = Hangs {
-            context: Rc::clone(&context),
-            culprit,
-        };
+    async fn wait_out(mut self, context: Rc<Context>, hung: Expired, _hangs: Hangs) -> Result<()> {
         let mut is_recorded = false;
         let mut has_asked_again = false;
         loop {
@@ -408,7 +431,10 @@ impl Attempt {
                         return Ok(());
                     }
                 }
-                Next::Ended => return self.ended(&context).map(drop),
+                Next::Ended => {
+                    let rest = self.ended(&context)?;
+                    return give_away_again(&context, rest);
+                }
                 Next::Silent => {
                     let is_stuck = self.exchange.condition() == Condition::Stuck;
                     if is_stuck && !has_asked_again && self.way == Way::Destroy {
@@ -435,10 +461,21 @@ impl Attempt {
     }
 }
 
-/// A reset that hangs, until this is dropped.
+/// A reset that hangs, or may, until this is dropped.
 struct Hangs {
     context: Rc<Context>,
     culprit: Culprit,
+}
+
+impl Hangs {
+    fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
+        let culprit = culprit(state, session);
+        state.hanging.begin(culprit);
+        Self {
+            context: Rc::clone(context),
+            culprit,
+        }
+    }
 }
 
 impl Drop for Hangs {
@@ -872,12 +909,7 @@ async fn look_for(
                 }
                 continue;
             }
-            Answer::Known(Some(socket), _)
-                if matches!(
-                    socket.state,
-                    state::LAST_ACK | state::CLOSING | state::FIN_WAIT1
-                ) =>
-            {
+            Answer::Known(Some(socket), _) if state::is_closing(socket.state) => {
                 state.tracker.hasten(cookie, now_ns + CLOSING_NS);
             }
             Answer::Known(..) => {}

@@ -65,6 +65,11 @@ pub mod state {
         | bit(LAST_ACK)
         | bit(CLOSING);
 
+    /// Whether both ends are on their way to close, and nothing but an answer of the peer is missing.
+    pub const fn is_closing(state: u8) -> bool {
+        matches!(state, LAST_ACK | CLOSING | FIN_WAIT1)
+    }
+
     /// The state's bit in a request's set of states; none for a number that no set has room for,
     /// which is in no set then.
     pub const fn bit(state: u8) -> u32 {

@@ -1,0 +1,296 @@
+//! Processes that keep sockets of their own locked in the kernel, and reapers that hang, are killed or stopped:
+//! everybody else's sessions are reset when they are due, and each reset is recorded once.
+
+use std::{
+    io::Read as _,
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use session_enforcer_tests::{
+    Agent, Daemon, Lab, Listener, Locked, Pair, Place, eventually, patience, scaled, state_of,
+    unhurried,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const TERMINATIONS: &str = "session_enforcer_terminations_total";
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+/// An answer of `/healthz` that a machine under load can give.
+fn promptly() -> Duration {
+    unhurried(Duration::from_millis(500))
+}
+
+fn listen(agent: &Agent) -> Result<Listener> {
+    agent.listen((Ipv4Addr::LOCALHOST, 0))
+}
+
+/// A rule for the connections to this listener.
+fn rule(name: &str, listener: &Listener, limit: Duration) -> String {
+    format!(
+        "[[rule]]\nname = \"{name}\"\ndirection = \"inbound\"\nlocal_ports = [{}]\nidle_timeout = \
+         \"{}s\"\n",
+        listener.port(),
+        limit.as_secs()
+    )
+}
+
+const OWN: &str = "[daemon]\nnetwork_namespaces = \"own\"\n";
+
+/// Connections that are due with the limit are reset, and the daemon answers meanwhile.
+fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result<()> {
+    let open = |_| Pair::open(&lab.outside, listener);
+    let pairs = (0..10).map(open).collect::<Result<Vec<_>>>()?;
+    let asked = Instant::now();
+    ensure!(daemon.get("/healthz")?.0 == 200);
+    ensure!(asked.elapsed() < promptly(), "{:?}", asked.elapsed());
+    for pair in &pairs {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, limit());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
+    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
+    let pair = Pair::open(&lab.outside, &locked)?;
+    let lock = Locked::new(&pair.server)?;
+    // Before it is due, when it is, and after it.
+    for _ in 0..2 {
+        assert_others_are_reset(&lab, &daemon, &others)?;
+    }
+    let failed = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(failed.text("event.action"), "session-termination-failed");
+    let said = failed.text("error.message");
+    assert!(said.contains("keeps locked"), "{said}");
+    daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 1.0)?;
+    assert!(daemon.metric("session_enforcer_reapers", &[("state", "stuck")])? >= 1.0);
+    assert!(daemon.is_degraded("stuck")?);
+    let (status, body) = daemon.get("/readyz")?;
+    assert_eq!(status, 503);
+    assert!(body.contains("keep locked"), "{body}");
+    drop(lock);
+    // The reset that hung was asked for once, and comes now.
+    let records = eventually("the second record", patience(), || {
+        let records = daemon.terminations_of(&pair)?;
+        Ok((records.len() == 2).then_some(records))
+    })?;
+    assert_eq!(records[1].text("session_enforcer.result"), "reset");
+    daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 0.0)?;
+    daemon.wait_for_trouble("stuck", false)?;
+    daemon.wait_for_metric(TERMINATIONS, &[("rule", "locked"), ("result", "reset")], 1.0)?;
+    daemon.wait_for_metric(TERMINATIONS, &[("rule", "locked"), ("result", "failed")], 1.0)
+}
+
+#[test]
+fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [ruled, unruled, others] = [
+        listen(&lab.inside)?,
+        listen(&lab.inside)?,
+        listen(&lab.inside)?,
+    ];
+    let pairs = [
+        Pair::open(&lab.outside, &ruled)?,
+        Pair::open(&lab.outside, &unruled)?,
+    ];
+    let older = Pair::open(&lab.outside, &others)?;
+    let locks = [Locked::new(&pairs[0].server)?, Locked::new(&pairs[1].server)?];
+    let hour = Duration::from_secs(3_600);
+    let rules = |ruled_for| {
+        OWN.to_owned() + &rule("ruled", &ruled, ruled_for) + &rule("others", &others, limit())
+    };
+    let daemon = lab.daemon(&rules(hour))?;
+    let adopted = "session_enforcer_sessions_adopted_total";
+    assert_eq!(daemon.metric(adopted, &[])?, 2.0);
+    older.ends()?[0].assert_reset(Errno::ECONNRESET, &older.opened, limit());
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    let asked = Instant::now();
+    daemon.reload(&rules(2 * hour))?;
+    assert!(asked.elapsed() < unhurried(Duration::from_secs(5)));
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    // What is adopted while its process uses it is active at that moment.
+    drop(locks);
+    assert_eq!(daemon.terminations_of(&pairs[0])?.len(), 0);
+    // What the lock has sent.
+    (&pairs[0].client).read_exact(&mut [0])?;
+    pairs[0].round_trip().map(drop)
+}
+
+#[test]
+fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
+    let config = OWN.to_owned() + &rules;
+    let pair = Pair::open(&lab.outside, &locked)?;
+    let mut locks = Vec::new();
+    let mut hanging = Vec::new();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let launch = lab.launch().pinned(&lab.pins).config(&config);
+        let mut daemon = launch.start_unready()?;
+        if locks.is_empty() {
+            locks.push(Locked::new(&pair.server)?);
+        }
+        daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 1.0)?;
+        let stuck = |pid: &u32| state_of(*pid) == Some('D');
+        hanging.extend(daemon.reapers()?.into_iter().filter(stuck));
+        let asked = Instant::now();
+        match signal {
+            Signal::SIGTERM => daemon.stop()?,
+            _ => daemon.kill()?,
+        }
+        assert!(asked.elapsed() < unhurried(Duration::from_secs(2)));
+    }
+    assert!(hanging.len() >= 2, "{hanging:?}");
+    assert!(hanging.iter().all(|pid| state_of(*pid) == Some('D')));
+    let launch = lab.launch().pinned(&lab.pins).config(&config);
+    let daemon = launch.start_unready()?;
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    drop(locks);
+    // What hung ends, and leaves nothing.
+    eventually("the reapers of earlier daemons end", patience(), || {
+        let alive = hanging.iter().filter(|pid| state_of(**pid).is_some_and(|s| s != 'Z'));
+        Ok((alive.count() == 0).then_some(()))
+    })
+}
+
+#[test]
+fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Result<()> {
+    const CGROUPS: usize = 8;
+    const OF_EACH: usize = 8;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let mut rules = OWN.to_owned() + &rule("others", &others, limit());
+    let mut held = Vec::new();
+    for number in 0..CGROUPS {
+        let cgroup = lab.cgroup.child()?;
+        let agent = lab.at(&Place::here().in_cgroup(&cgroup))?;
+        let listener = listen(&agent)?;
+        rules += &rule(&format!("locked-{number}"), &listener, limit());
+        held.push((agent, listener, cgroup));
+    }
+    let daemon = lab.daemon(&rules)?;
+    let mut pairs = Vec::new();
+    let mut locks = Vec::new();
+    for (_, listener, _) in &held {
+        for _ in 0..OF_EACH {
+            let pair = Pair::open(&lab.outside, listener)?;
+            locks.push(Locked::new(&pair.server)?);
+            pairs.push(pair);
+        }
+    }
+    for _ in 0..3 {
+        assert_others_are_reset(&lab, &daemon, &others)?;
+    }
+    let locked = CGROUPS * OF_EACH;
+    daemon.wait_for_terminations(locked)?;
+    let quarantined = daemon.metric("session_enforcer_quarantined_sessions", &[])?;
+    // Four of each cgroup, and those of batches that were on their way when the first were seen to hang.
+    let most = (6 * CGROUPS) as f64;
+    assert!(quarantined > 0.0 && quarantined <= most, "{quarantined}");
+    drop(locks);
+    // Those that hung are reset now, and the others when they are tried again.
+    eventually("resets of what was locked", 3 * patience(), || {
+        let reset = daemon.terminations()?.into_iter().filter(|record| {
+            record.text("session_enforcer.result") == "reset"
+                && record.text("rule.name").starts_with("locked")
+        });
+        Ok((reset.count() == locked).then_some(()))
+    })?;
+    drop(pairs);
+    Ok(())
+}
+
+#[test]
+fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_none_twice()
+-> Result<()> {
+    const ROUNDS: usize = 12;
+    const PAIRS: usize = 40;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let daemon = lab.daemon(&(OWN.to_owned() + &rule("others", &others, limit())))?;
+    let mut pairs = Vec::new();
+    for round in 0..ROUNDS {
+        for _ in 0..PAIRS {
+            pairs.push(Pair::open(&lab.outside, &others)?);
+        }
+        thread::sleep(scaled(Duration::from_millis(160)));
+        // All at once, or one of them; killed, or standing still.
+        let reapers = daemon.reapers()?;
+        let some = if round % 3 == 0 { reapers.len() } else { 1 };
+        let signal = if round % 4 == 3 { Signal::SIGSTOP } else { Signal::SIGKILL };
+        for pid in reapers.into_iter().take(some) {
+            // One that has ended meanwhile is none of ours.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
+        }
+    }
+    for pair in &pairs {
+        pair.ends()?[0].assert_not_early(&pair.opened, limit());
+    }
+    let records = daemon.wait_for_terminations(pairs.len())?;
+    assert_eq!(records.len(), pairs.len());
+    for pair in &pairs {
+        let of_it = daemon.terminations_of(pair)?;
+        assert_eq!(of_it.len(), 1, "{of_it:#?}");
+        // A reset whose reaper was killed before it told is one that nobody knows of.
+        assert_ne!(of_it[0].text("session_enforcer.result"), "failed");
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
+    assert!(daemon.metric("session_enforcer_reaper_restarts_total", &[])? > 0.0);
+    Ok(())
+}
+
+/// The capabilities of a thread, by their numbers, and other lines of its `status` (proc(5)).
+fn status(pid: u32) -> Result<[u64; 5]> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = |name: &str| -> Result<String> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        Ok(line.context("a line of the status")?.trim().to_owned())
+    };
+    Ok([
+        u64::from_str_radix(&line("CapEff:")?, 16)?,
+        u64::from_str_radix(&line("CapPrm:")?, 16)?,
+        u64::from_str_radix(&line("CapBnd:")?, 16)?,
+        line("NoNewPrivs:")?.parse()?,
+        line("Seccomp:")?.parse()?,
+    ])
+}
+
+#[test]
+fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
+    // By their numbers in `linux/capability.h`.
+    const BPF: u64 = 1 << 39;
+    const OF_REAPERS: u64 = 1 << 2 | 1 << 12 | 1 << 19 | 1 << 21;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let daemon = lab.daemon(&rule("others", &others, limit()))?;
+    assert_eq!(status(daemon.pid())?, [BPF, BPF, 0, 1, 2]);
+    let reapers = daemon.reapers()?;
+    assert!(reapers.len() >= 2);
+    for pid in reapers {
+        eventually("the reaper has given up the rest", patience(), || {
+            let is_confined = status(pid)? == [OF_REAPERS, OF_REAPERS, 0, 1, 2];
+            Ok(is_confined.then_some(()))
+        })?;
+    }
+    // With that it enforces, reloads, and adopts.
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    daemon.reload(&rule("others", &others, 2 * limit()))?;
+    Ok(())
+}
