@@ -3,7 +3,10 @@
 
 use std::process::ExitCode;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, ConfigErrors};
+
+/// Begins each line on stderr.
+const PROGRAM: &str = "session-enforcer";
 
 /// Why the program did not do its work. The number is the exit status; the names of 69, 77 and 78
 /// are those of `sysexits.h`, which systemd prints too.
@@ -59,7 +62,8 @@ impl ExitStatus {
             .chain()
             .find_map(|cause| {
                 let failure = cause.downcast_ref::<Failure>().map(|f| f.status);
-                failure.or_else(|| cause.is::<ConfigError>().then_some(Self::Configuration))
+                let wrong_file = cause.is::<ConfigError>() || cause.is::<ConfigErrors>();
+                failure.or_else(|| wrong_file.then_some(Self::Configuration))
             })
             .unwrap_or(Self::Other)
     }
@@ -110,12 +114,18 @@ pub fn line(error: &anyhow::Error) -> String {
     let text = format!("{error:#}");
     // A cause that came from elsewhere may have several lines; a log reader expects one.
     let parts: Vec<&str> = text.lines().map(str::trim).collect();
-    format!("session-enforcer: {}", parts.join(" ").trim_end())
+    format!("{PROGRAM}: {}", parts.join(" ").trim_end())
 }
 
-/// Prints the error as one line on stderr; the exit code that goes with it.
+/// Prints the error as one line on stderr, or all that is wrong in a file as one line each; the exit code
+/// that goes with it.
 pub fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("{}", line(error));
+    match error.downcast_ref::<ConfigErrors>() {
+        Some(errors) => errors
+            .iter()
+            .for_each(|error| eprintln!("{PROGRAM}: {error}")),
+        None => eprintln!("{}", line(error)),
+    }
     ExitStatus::of(error).into()
 }
 

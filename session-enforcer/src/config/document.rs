@@ -1,6 +1,7 @@
 //! A walk over the text's tables that knows, for each value, its place and its key, so that every
 //! error points at both.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use session_enforcer_common::MAX_MATCH_ENTRIES;
@@ -10,17 +11,53 @@ use toml::de::{DeTable, DeValue};
 use super::error::{Location, Position, quoted};
 use super::{ConfigError, Problem};
 
-/// The text of a configuration and the name of its file.
+/// The text of a configuration, the name of its file, and what is wrong in it.
 pub(super) struct Document<'a> {
-    pub(super) file: &'a Path,
-    pub(super) text: &'a str,
+    file: &'a Path,
+    text: &'a str,
+    /// In the order in which they were found.
+    errors: RefCell<Vec<ConfigError>>,
 }
 
 impl<'a> Document<'a> {
-    /// The tables of the text.
-    pub(super) fn tables(&self) -> Result<DeTable<'a>, ConfigError> {
-        let parsed = DeTable::parse(self.text).map_err(|error| self.syntax(&error))?;
-        Ok(parsed.into_inner())
+    pub(super) fn new(file: &'a Path, text: &'a str) -> Self {
+        let errors = RefCell::default();
+        Self { file, text, errors }
+    }
+
+    /// The tables of the text; none where it is not TOML. What the parser makes of the rest of a text that
+    /// is not could only mislead.
+    pub(super) fn tables(&self) -> Option<DeTable<'a>> {
+        let (parsed, errors) = DeTable::parse_recoverable(self.text);
+        let errors: Vec<_> = errors.iter().map(|error| self.syntax(error)).collect();
+        if errors.is_empty() {
+            return Some(parsed.into_inner());
+        }
+        self.errors.borrow_mut().extend(errors);
+        None
+    }
+
+    /// What was read; nothing where it is wrong, which is noted, and the reading goes on.
+    pub(super) fn keep<T>(&self, read: Result<T, ConfigError>) -> Option<T> {
+        read.map_err(|error| self.errors.borrow_mut().push(error))
+            .ok()
+    }
+
+    /// How much was found to be wrong so far.
+    pub(super) fn error_count(&self) -> usize {
+        self.errors.borrow().len()
+    }
+
+    /// Everything that is wrong, in the order of the text.
+    pub(super) fn into_errors(self) -> Vec<ConfigError> {
+        let mut errors = self.errors.into_inner();
+        let place = |error: &ConfigError| {
+            let at = error.location.position;
+            // What is wrong with the file as a whole comes last.
+            (at.is_none(), at.map(|at| (at.line, at.column)))
+        };
+        errors.sort_by_key(place);
+        errors
     }
 
     fn syntax(&self, error: &toml::de::Error) -> ConfigError {
@@ -150,24 +187,34 @@ pub(super) struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// Refuses the first key, in the order of the file, that has no place in this table.
-    pub(super) fn check_keys(
+    /// Refuses each key that has no place in this table.
+    pub(super) fn check_keys(&self, keys: &Keys, others: &'static [Keys]) {
+        for key in self.table.keys() {
+            if let Some(problem) = keys.problem(key.get_ref(), others) {
+                let name = Some(format!("{}{}", self.label, key.get_ref()));
+                let start = Some(key.span().start);
+                self.keep::<()>(Err(self.document.error(start, name, problem)));
+            }
+        }
+    }
+
+    /// As [`Document::keep`].
+    pub(super) fn keep<T>(&self, read: Result<T, ConfigError>) -> Option<T> {
+        self.document.keep(read)
+    }
+
+    /// The value of a key, as `read` has it, if it is there and right.
+    pub(super) fn read<T>(
         &self,
-        keys: &Keys,
-        others: &'static [Keys],
-    ) -> Result<(), ConfigError> {
-        let mut found: Vec<_> = self.table.keys().collect();
-        found.sort_by_key(|key| key.span().start);
-        let wrong = found.into_iter().find_map(|key| {
-            let problem = keys.problem(key.get_ref(), others)?;
-            Some((key, problem))
-        });
-        let Some((key, problem)) = wrong else {
-            return Ok(());
-        };
-        let name = Some(format!("{}{}", self.label, key.get_ref()));
-        let start = Some(key.span().start);
-        Err(self.document.error(start, name, problem))
+        name: &str,
+        read: impl FnOnce(&Field<'a>) -> Result<T, ConfigError>,
+    ) -> Option<T> {
+        self.field(name).and_then(|field| self.keep(read(&field)))
+    }
+
+    /// Whether the key is there, right or wrong.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.table.contains_key(name)
     }
 
     /// The value of a key, if it is there.
@@ -186,7 +233,7 @@ impl<'a> Section<'a> {
 
 /// One value of the document, and the key that it belongs to.
 pub(super) struct Field<'a> {
-    document: &'a Document<'a>,
+    pub(super) document: &'a Document<'a>,
     pub(super) key: String,
     pub(super) offset: usize,
     /// The value as it is written.

@@ -54,6 +54,53 @@ pub struct ConfigError {
     pub problem: Problem,
 }
 
+/// All that is wrong in a configuration, in the order of its text: one thing at least.
+#[derive(Debug, thiserror::Error)]
+pub struct ConfigErrors {
+    first: Box<ConfigError>,
+    others: Vec<ConfigError>,
+}
+
+impl ConfigErrors {
+    /// Nothing where nothing is wrong.
+    pub(super) fn new(errors: Vec<ConfigError>) -> Option<Self> {
+        let mut errors = errors.into_iter();
+        Some(Self {
+            first: Box::new(errors.next()?),
+            others: errors.collect(),
+        })
+    }
+
+    /// The first of them.
+    pub fn into_first(self) -> ConfigError {
+        *self.first
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
+        std::iter::once(&*self.first).chain(&self.others)
+    }
+}
+
+impl From<ConfigError> for ConfigErrors {
+    fn from(only: ConfigError) -> Self {
+        Self {
+            first: Box::new(only),
+            others: Vec::new(),
+        }
+    }
+}
+
+/// One line for each.
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.first)?;
+        self.others
+            .iter()
+            .try_for_each(|error| write!(f, "\n{error}"))
+    }
+}
+
 /// A configuration that can be used, but hardly says what its author means. One line, too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
@@ -82,28 +129,64 @@ pub enum Doubt {
         /// Directory of the one that is watched.
         watched: PathBuf,
     },
+    /// No connection has such an address.
+    NoEnd {
+        /// The key that has it.
+        key: &'static str,
+        /// The prefix.
+        net: IpNet,
+    },
+    /// The name of a cgroup looks like a pattern, and is taken as it is.
+    NoPattern {
+        /// The path.
+        path: String,
+    },
 }
 
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let by = match self {
-            Self::Hidden { by } => by,
-            Self::Beside { watched } => {
-                return write!(
+        match self {
+            Self::Hidden { by } => {
+                let (plural, matches) = if by.len() == 1 { ("", "es") } else { ("s", "") };
+                write!(
                     f,
-                    "never decides, because its cgroups are neither below daemon.cgroup, {}, nor \
-                     above it; name others, or remove it",
-                    printable(&watched.display().to_string())
-                );
+                    "never decides, because the earlier rule{plural} {} match{matches} every connection \
+                     that it would; move it up or remove it",
+                    list(by)
+                )
             }
-        };
-        let (plural, matches) = if by.len() == 1 { ("", "es") } else { ("s", "") };
-        write!(
-            f,
-            "never decides, because the earlier rule{plural} {} match{matches} every connection \
-             that it would; move it up or remove it",
-            list(by)
-        )
+            Self::Beside { watched } => write!(
+                f,
+                "never decides, because its cgroups are neither below daemon.cgroup, {}, nor above it; \
+                 name others, or remove it",
+                printable(&watched.display().to_string())
+            ),
+            Self::NoEnd { key, net } => {
+                let length = net.prefix_len() < net.max_prefix_len();
+                let text = if length {
+                    net.to_string()
+                } else {
+                    net.addr().to_string()
+                };
+                write!(f, "{key}: \"{text}\" matches nothing: ")?;
+                match net.addr() {
+                    address if address.is_unspecified() => write!(
+                        f,
+                        "no connection has this address; for all of its kind write \"{address}/0\", or \
+                         leave it out"
+                    ),
+                    _ => write!(
+                        f,
+                        "no TCP connection has a multicast or broadcast address; remove it"
+                    ),
+                }
+            }
+            Self::NoPattern { path } => write!(
+                f,
+                "cgroups: {} is taken as it is, and no pattern; name the cgroup, or one above it",
+                quoted(path)
+            ),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod document;
 mod entries;
 mod error;
 mod hidden;
+mod never;
 mod owners;
 mod read;
 mod rule;
@@ -25,7 +26,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange};
 
-pub use error::{ConfigError, Doubt, EntryCount, Location, Position, Problem, Warning};
+pub use error::{
+    ConfigError, ConfigErrors, Doubt, EntryCount, Location, Position, Problem, Warning,
+};
 pub use owners::{Owners, User, is_below, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
@@ -180,6 +183,15 @@ impl Config {
     ///
     /// Where the file cannot be read or anything in it is wrong: the first such thing.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        Self::load_all(path).map_err(ConfigErrors::into_first)
+    }
+
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be read, or anything in it is wrong: all that is.
+    pub fn load_all(path: impl AsRef<Path>) -> Result<Self, ConfigErrors> {
         let path = path.as_ref();
         let whole = |problem| file_error(path, None, problem);
         let bytes = read_file(path).map_err(|error| match error.kind() {
@@ -187,13 +199,13 @@ impl Config {
             _ => whole(Problem::Unreadable(error)),
         })?;
         if bytes.len() as u64 > MAX_FILE_BYTES {
-            return Err(whole(Problem::TooLarge(MAX_FILE_BYTES)));
+            return Err(whole(Problem::TooLarge(MAX_FILE_BYTES)).into());
         }
         let text = std::str::from_utf8(&bytes).map_err(|error| {
             let position = document::position(&bytes, error.valid_up_to());
             file_error(path, Some(position), Problem::NotUtf8)
         })?;
-        Self::parse(path, text)
+        Self::parse_all(path, text)
     }
 
     /// Validates a text. The name of its file is for the messages.
@@ -202,10 +214,21 @@ impl Config {
     ///
     /// Where anything in it is wrong: the first such thing.
     pub fn parse(file: impl AsRef<Path>, text: &str) -> Result<Self, ConfigError> {
-        read::config(&Document {
-            file: file.as_ref(),
-            text,
-        })
+        Self::parse_all(file, text).map_err(ConfigErrors::into_first)
+    }
+
+    /// Validates a text.
+    ///
+    /// # Errors
+    ///
+    /// Where anything in it is wrong: all that is.
+    pub fn parse_all(file: impl AsRef<Path>, text: &str) -> Result<Self, ConfigErrors> {
+        let document = Document::new(file.as_ref(), text);
+        let config = read::config(&document);
+        match ConfigErrors::new(document.into_errors()) {
+            Some(errors) => Err(errors),
+            None => Ok(config),
+        }
     }
 
     /// The configuration of the quick form: one rule, [`QUICK_RULE`], for the connections that are

@@ -8,7 +8,7 @@ use super::value::{
 use super::{
     Config, ConfigError, Doubt, MAX_MAX_SESSIONS, Mode, NetworkNamespaces, Problem, Warning,
 };
-use super::{entries, hidden, owners, rule};
+use super::{entries, hidden, never, owners, rule};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -75,128 +75,137 @@ const METRICS: usize = 2;
 const AUDIT: usize = 3;
 const RULE: usize = 4;
 
-/// The configuration that the document describes.
-pub(super) fn config(document: &Document<'_>) -> Result<Config, ConfigError> {
-    let tables = document.tables()?;
+/// The configuration that the document describes, as far as nothing in it is wrong.
+pub(super) fn config(document: &Document<'_>) -> Config {
+    let mut config = Config::with_rules(Vec::new());
+    let Some(tables) = document.tables() else {
+        return config;
+    };
     let root = Section {
         document,
         label: String::new(),
         table: &tables,
         offset: 0,
     };
-    refuse_control(&root)?;
-    root.check_keys(&TABLES[ROOT], &TABLES)?;
-    let mut config = Config::with_rules(Vec::new());
-    if let Some(daemon) = table(&root, "daemon", DAEMON)? {
-        read_daemon(&daemon, &mut config)?;
+    if !refuse_control(&root) {
+        root.check_keys(&TABLES[ROOT], &TABLES);
     }
-    if let Some(listen) = value(&root, "metrics", METRICS, "listen")? {
-        config.metrics_listen = listen.parse(ALLOWED_LISTEN, parse_listen)?;
+    if let Some(daemon) = table(&root, "daemon", DAEMON) {
+        read_daemon(&daemon, &mut config);
     }
-    if let Some(path) = value(&root, "audit", AUDIT, "path")? {
-        config.audit = path.parse(ALLOWED_AUDIT, parse_audit)?;
+    let metrics = table(&root, "metrics", METRICS);
+    let listen = |field: &Field<'_>| field.parse(ALLOWED_LISTEN, parse_listen);
+    if let Some(listen) = metrics.and_then(|metrics| metrics.read("listen", listen)) {
+        config.metrics_listen = listen;
     }
-    read_rules(&root, &mut config)?;
-    Ok(config)
+    let audit = table(&root, "audit", AUDIT);
+    let path = |field: &Field<'_>| field.parse(ALLOWED_AUDIT, parse_audit);
+    if let Some(path) = audit.and_then(|audit| audit.read("path", path)) {
+        config.audit = path;
+    }
+    read_rules(&root, &mut config);
+    config
 }
 
-/// Names the key inside of a table that comes later as a whole, rather than the table.
-fn refuse_control(root: &Section<'_>) -> Result<(), ConfigError> {
+/// Names the keys inside of a table that comes later as a whole, rather than the table; whether it has any.
+fn refuse_control(root: &Section<'_>) -> bool {
     static CONTROL: Keys = Keys {
         header: "[control]",
         known: &[],
         later: &["socket"],
     };
-    let Some(field) = root.field("control") else {
-        return Ok(());
-    };
-    let control = field.section("control.".to_owned(), ALLOWED_TABLE)?;
-    control.check_keys(&CONTROL, &TABLES)
+    let before = root.document.error_count();
+    let control = root.read("control", |field| {
+        field.section("control.".to_owned(), ALLOWED_TABLE)
+    });
+    if let Some(control) = control {
+        control.check_keys(&CONTROL, &TABLES);
+    }
+    root.document.error_count() != before
 }
 
-/// A table of the top level, if it is there, without unknown keys.
-fn table<'a>(
-    root: &Section<'a>,
-    name: &'static str,
-    keys: usize,
-) -> Result<Option<Section<'a>>, ConfigError> {
-    let Some(field) = root.field(name) else {
-        return Ok(None);
-    };
-    let section = field.section(format!("{name}."), ALLOWED_TABLE)?;
-    section.check_keys(&TABLES[keys], &TABLES)?;
-    Ok(Some(section))
+/// A table of the top level, if it is there, whose unknown keys are refused.
+fn table<'a>(root: &Section<'a>, name: &'static str, keys: usize) -> Option<Section<'a>> {
+    let section = root.read(name, |field| {
+        field.section(format!("{name}."), ALLOWED_TABLE)
+    })?;
+    section.check_keys(&TABLES[keys], &TABLES);
+    Some(section)
 }
 
-/// The value of a key of a table of the top level, if both are there.
-fn value<'a>(
-    root: &Section<'a>,
-    name: &'static str,
-    keys: usize,
-    key: &'static str,
-) -> Result<Option<Field<'a>>, ConfigError> {
-    let section = table(root, name, keys)?;
-    Ok(section.and_then(|section| section.field(key)))
+fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
+    if let Some(cgroup) = daemon.read("cgroup", read_directory) {
+        config.cgroup = Some(cgroup.into());
+    }
+    let modes = [("enforce", Mode::Enforce), ("observe", Mode::Observe)];
+    if let Some(mode) = daemon.read("mode", |field| field.choice(ALLOWED_MODE, &modes)) {
+        config.mode = mode;
+    }
+    if let Some(max_sessions) = daemon.read("max_sessions", read_max_sessions) {
+        config.max_sessions = max_sessions;
+    }
+    let pin_dir = |field: &Field<'_>| field.parse(ALLOWED_PIN_DIR, parse_pin_dir);
+    if let Some(pin_dir) = daemon.read("pin_dir", pin_dir) {
+        config.pin_dir = pin_dir;
+    }
+    let all_or_own = [
+        ("all", NetworkNamespaces::All),
+        ("own", NetworkNamespaces::Own),
+    ];
+    let namespaces = |field: &Field<'_>| field.choice(ALLOWED_NAMESPACES, &all_or_own);
+    if let Some(namespaces) = daemon.read("network_namespaces", namespaces) {
+        config.network_namespaces = namespaces;
+    }
+    let interval = |field: &Field<'_>| field.parse(ALLOWED_TIME, parse_limit);
+    if let Some(interval) = daemon.read("reconcile_interval", interval) {
+        config.reconcile_interval = interval;
+    }
 }
 
-fn read_daemon(daemon: &Section<'_>, config: &mut Config) -> Result<(), ConfigError> {
-    if let Some(cgroup) = daemon.field("cgroup") {
-        let text = cgroup.text(ALLOWED_CGROUP)?;
-        cgroup.check_path_is_literal()?;
-        if !is_absolute(text) {
-            return Err(cgroup.not_allowed(ALLOWED_CGROUP));
-        }
-        config.cgroup = Some(text.into());
+fn read_directory<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
+    let text = field.text(ALLOWED_CGROUP)?;
+    field.check_path_is_literal()?;
+    if !is_absolute(text) {
+        return Err(field.not_allowed(ALLOWED_CGROUP));
     }
-    if let Some(mode) = daemon.field("mode") {
-        let choices = [("enforce", Mode::Enforce), ("observe", Mode::Observe)];
-        config.mode = mode.choice(ALLOWED_MODE, &choices)?;
-    }
-    if let Some(max_sessions) = daemon.field("max_sessions") {
-        config.max_sessions = max_sessions
-            .integer()
-            .and_then(|number| u32::try_from(number).ok())
-            .filter(|number| (1..=MAX_MAX_SESSIONS).contains(number))
-            .ok_or_else(|| max_sessions.not_allowed(ALLOWED_MAX_SESSIONS))?;
-    }
-    if let Some(pin_dir) = daemon.field("pin_dir") {
-        config.pin_dir = pin_dir.parse(ALLOWED_PIN_DIR, parse_pin_dir)?;
-    }
-    if let Some(namespaces) = daemon.field("network_namespaces") {
-        let choices = [
-            ("all", NetworkNamespaces::All),
-            ("own", NetworkNamespaces::Own),
-        ];
-        config.network_namespaces = namespaces.choice(ALLOWED_NAMESPACES, &choices)?;
-    }
-    if let Some(interval) = daemon.field("reconcile_interval") {
-        config.reconcile_interval = interval.parse(ALLOWED_TIME, parse_limit)?;
-    }
-    Ok(())
+    Ok(text)
 }
 
-fn read_rules(root: &Section<'_>, config: &mut Config) -> Result<(), ConfigError> {
+fn read_max_sessions(field: &Field<'_>) -> Result<u32, ConfigError> {
+    field
+        .integer()
+        .and_then(|number| u32::try_from(number).ok())
+        .filter(|number| (1..=MAX_MAX_SESSIONS).contains(number))
+        .ok_or_else(|| field.not_allowed(ALLOWED_MAX_SESSIONS))
+}
+
+fn read_rules(root: &Section<'_>, config: &mut Config) {
     let document = root.document;
-    let missing = || document.error(None, Some("rule".to_owned()), Problem::NoRule);
-    let list = root.field("rule").ok_or_else(missing)?;
-    let sources = rule::sources(&list, &TABLES[RULE], &TABLES)?;
-    if sources.is_empty() {
-        return Err(list.error(Problem::NoRule));
+    let Some(list) = root.field("rule") else {
+        let missing = document.error(None, Some("rule".to_owned()), Problem::NoRule);
+        document.keep::<()>(Err(missing));
+        return;
+    };
+    let Some(sources) = document.keep(rule::sources(&list)) else {
+        return;
+    };
+    let (rules, sections) = rule::read_all(&sources, &TABLES[RULE], &TABLES);
+    config.rules = rules;
+    if document.error_count() > 0 {
+        // What follows compares whole rules.
+        return;
     }
-    config.rules = sources
-        .iter()
-        .map(rule::read)
-        .collect::<Result<_, ConfigError>>()?;
-    config.users_at = sources.iter().map(rule::users_at).collect();
-    entries::check_count(&config.rules)
-        .map_err(|(index, problem)| sources[index].error(problem))?;
+    config.users_at = sections.iter().map(rule::users_at).collect();
+    if let Err((index, problem)) = entries::check_count(&config.rules) {
+        document.keep::<()>(Err(sections[index].error(problem)));
+        return;
+    }
     let warning = |(index, doubt): (usize, Doubt)| {
         let key = format!("rule \"{}\"", config.rules[index].name);
-        let location = document.location(Some(sources[index].offset), Some(key));
+        let location = document.location(Some(sections[index].offset), Some(key));
         Warning { location, doubt }
     };
     config.warnings = doubts(config).into_iter().map(warning).collect();
-    Ok(())
 }
 
 /// What is doubtful about the rules, by their index and in their order.
@@ -213,6 +222,7 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
         if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {
             doubts.push((index, Doubt::Beside { watched }));
         }
+        doubts.extend(never::doubts(rule).into_iter().map(|doubt| (index, doubt)));
     }
     doubts.sort_by_key(|(index, _)| *index);
     doubts

@@ -13,8 +13,8 @@ use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
 use super::{
-    Action, ConfigError, Location, MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_PAYLOAD, MIN_LIMIT,
-    Problem, Rule, User, entries,
+    Action, ConfigError, DEFAULT_MIN_PAYLOAD, Location, MAX_LIFETIME_JITTER_PERCENT,
+    MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule, User, entries,
 };
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
@@ -31,52 +31,63 @@ const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
 /// Longest name of a rule. It is a label of every metric and stands in every audit record.
 const MAX_NAME_CHARS: usize = 64;
 
-/// The tables of the rules, under their names, without unknown keys and of different names.
-pub(super) fn sources<'a>(
-    list: &Field<'a>,
-    keys: &Keys,
-    others: &'static [Keys],
-) -> Result<Vec<Section<'a>>, ConfigError> {
+/// The elements of the list of rules.
+pub(super) fn sources<'a>(list: &Field<'a>) -> Result<Vec<Field<'a>>, ConfigError> {
     let elements = list.elements(ALLOWED_RULES)?;
     let found = elements.len();
-    if let Some(first_too_many) = elements.get(MAX_RULES as usize) {
-        return Err(first_too_many.error(Problem::ManyRules { found }));
+    if found == 0 {
+        return Err(list.error(Problem::NoRule));
     }
-    let mut lines = HashMap::new();
-    let numbered = elements.iter().enumerate();
-    numbered
-        .map(|(index, element)| source(element, index + 1, &mut lines, keys, others))
-        .collect()
+    match elements.get(MAX_RULES as usize) {
+        Some(first_too_many) => Err(first_too_many.error(Problem::ManyRules { found })),
+        None => Ok(elements),
+    }
 }
 
-/// The table of the rule of this number. `lines` has the names so far and where they stand.
-fn source<'a>(
-    element: &Field<'a>,
-    number: usize,
-    lines: &mut HashMap<&'a str, u32>,
+/// The rules that the elements describe, each with its table. Where none of them is wrong, there are as many
+/// of both.
+pub(super) fn read_all<'a>(
+    elements: &[Field<'a>],
     keys: &Keys,
     others: &'static [Keys],
-) -> Result<Section<'a>, ConfigError> {
-    let numbered = element.section(format!("rule {number}: "), ALLOWED_RULES)?;
-    // A misspelt key may be the very name: it is looked at first.
-    let name = numbered.field("name");
-    let label = match name.as_ref().map(checked_name) {
-        Some(Ok(name)) => format!("rule \"{name}\": "),
-        _ => numbered.label,
+) -> (Vec<Rule>, Vec<Section<'a>>) {
+    let mut lines = HashMap::new();
+    let mut read_one = |(number, element): (usize, &Field<'a>)| {
+        let document = element.document;
+        let before = document.error_count();
+        let numbered = element.section(format!("rule {number}: "), ALLOWED_RULES);
+        let numbered = document.keep(numbered)?;
+        let name = read_name(&numbered, &mut lines);
+        let section = match name {
+            Some(name) => Section {
+                label: format!("rule \"{name}\": "),
+                ..numbered
+            },
+            None => numbered,
+        };
+        section.check_keys(keys, others);
+        // A misspelt key may be the very name.
+        if !section.has("name") && document.error_count() == before {
+            let key = Some(format!("{}name", section.label));
+            let missing = document.error(Some(section.offset), key, Problem::NoName);
+            document.keep::<()>(Err(missing));
+        }
+        Some((read(&section, name.unwrap_or_default(), before), section))
     };
-    let section = element.section(label, ALLOWED_RULES)?;
-    section.check_keys(keys, others)?;
-    let field = name.ok_or_else(|| {
-        let key = Some(format!("{}name", section.label));
-        let start = Some(section.offset);
-        section.document.error(start, key, Problem::NoName)
-    })?;
-    let name = checked_name(&field)?;
-    if let Some(line) = lines.insert(name, field.line()) {
-        let name = name.to_owned();
-        return Err(field.error(Problem::DuplicateName { name, line }));
-    }
-    Ok(section)
+    (1..).zip(elements).filter_map(&mut read_one).unzip()
+}
+
+/// The name of a rule, if it is right and no other has it. `lines` has the names so far and where they stand.
+fn read_name<'a>(section: &Section<'a>, lines: &mut HashMap<&'a str, u32>) -> Option<&'a str> {
+    section.read("name", |field| {
+        let name = checked_name(field)?;
+        if let Some(line) = lines.get(name) {
+            let (name, line) = (name.to_owned(), *line);
+            return Err(field.error(Problem::DuplicateName { name, line }));
+        }
+        lines.insert(name, field.line());
+        Ok(name)
+    })
 }
 
 fn checked_name<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
@@ -88,31 +99,34 @@ fn checked_name<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
     Ok(name)
 }
 
-/// The rule that a table describes.
-pub(super) fn read(section: &Section<'_>) -> Result<Rule, ConfigError> {
-    let name = section.field("name").map(|field| checked_name(&field));
-    let mut rule = Rule::named(name.transpose()?.unwrap_or_default());
-    rule.direction = match section.field("direction") {
-        Some(field) => read_direction(&field)?,
-        None => None,
-    };
-    rule.local_ports = list(section, "local_ports", ALLOWED_PORTS, read_ports)?;
-    rule.remote_ports = list(section, "remote_ports", ALLOWED_PORTS, read_ports)?;
-    rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix)?;
-    rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix)?;
+/// The rule that a table describes. `before` is how much was wrong in the document before this rule: what is
+/// wrong with a rule as a whole is said where no key of it can be the cause.
+fn read(section: &Section<'_>, name: &str, before: usize) -> Rule {
+    let document = section.document;
+    let mut rule = Rule::named(name);
+    rule.direction = section.read("direction", read_direction).flatten();
+    rule.action = section.read("action", read_action).unwrap_or_default();
+    read_limits(section, &mut rule);
+    if document.error_count() == before {
+        section.keep(
+            rule.check_limits()
+                .map_err(|problem| section.error(problem)),
+        );
+    }
+    rule.local_ports = list(section, "local_ports", ALLOWED_PORTS, read_ports);
+    rule.remote_ports = list(section, "remote_ports", ALLOWED_PORTS, read_ports);
+    let before = document.error_count();
+    rule.local = list(section, "local", ALLOWED_PREFIXES, read_prefix);
+    rule.remote = list(section, "remote", ALLOWED_PREFIXES, read_prefix);
+    if document.error_count() == before {
+        section.keep(entries::check_families(&rule).map_err(|problem| section.error(problem)));
+    }
     rule.cgroups = list(section, "cgroups", ALLOWED_CGROUPS, |field| {
         field.check_path_is_literal()?;
         field.parse(ALLOWED_CGROUP_PATH, parse_rule_cgroup)
-    })?;
-    rule.users = list(section, "users", ALLOWED_USERS, read_user)?;
-    if let Some(field) = section.field("action") {
-        rule.action = read_action(&field)?;
-    }
-    read_limits(section, &mut rule)?;
-    let at_rule = |problem| section.error(problem);
-    rule.check_limits().map_err(at_rule)?;
-    entries::check_families(&rule).map_err(at_rule)?;
-    Ok(rule)
+    });
+    rule.users = list(section, "users", ALLOWED_USERS, read_user);
+    rule
 }
 
 /// Where a table names the users of its rule.
@@ -148,11 +162,13 @@ fn list<T>(
     key: &str,
     allowed: &'static str,
     read: impl Fn(&Field<'_>) -> Result<T, ConfigError>,
-) -> Result<Vec<T>, ConfigError> {
-    let Some(field) = section.field(key) else {
-        return Ok(Vec::new());
-    };
-    field.elements(allowed)?.iter().map(read).collect()
+) -> Vec<T> {
+    let elements = section.read(key, |field| field.elements(allowed));
+    let elements = elements.unwrap_or_default();
+    elements
+        .iter()
+        .filter_map(|element| section.keep(read(element)))
+        .collect()
 }
 
 fn read_ports(field: &Field<'_>) -> Result<PortRange, ConfigError> {
@@ -179,38 +195,44 @@ fn read_user(field: &Field<'_>) -> Result<User, ConfigError> {
 }
 
 /// The limits, and the keys that say how they are meant.
-fn read_limits(section: &Section<'_>, rule: &mut Rule) -> Result<(), ConfigError> {
-    rule.idle_timeout = read_limit(section, "idle_timeout", rule.action)?;
-    rule.max_lifetime = read_limit(section, "max_lifetime", rule.action)?;
-    rule.response_timeout = read_limit(section, "response_timeout", rule.action)?;
+fn read_limits(section: &Section<'_>, rule: &mut Rule) {
+    rule.idle_timeout = read_limit(section, "idle_timeout", rule.action);
+    rule.max_lifetime = read_limit(section, "max_lifetime", rule.action);
+    rule.response_timeout = read_limit(section, "response_timeout", rule.action);
     if let Some(field) = section.field("response_timeout")
         && rule.direction == Some(Direction::Outbound)
     {
-        return Err(field.error(Problem::ResponseOutbound));
+        section.keep::<()>(Err(field.error(Problem::ResponseOutbound)));
     }
-    if let Some(field) = section.field("lifetime_jitter") {
-        rule.lifetime_jitter_percent = read_jitter(&field, rule)?;
-    }
-    let clocks = rule.idle_timeout.or(rule.response_timeout);
-    if let Some(field) = section.field("activity") {
-        require_limit(&field, rule.idle_timeout, "idle_timeout")?;
-        rule.activity = read_activity(&field)?;
-    }
-    if let Some(field) = section.field("min_payload") {
-        require_limit(&field, clocks, "idle_timeout or response_timeout")?;
-        rule.min_payload = read_min_payload(&field)?;
-    }
-    Ok(())
+    let lifetime = rule.max_lifetime;
+    let jitter = section.read("lifetime_jitter", |field| {
+        require_limit(field, section, &["max_lifetime"], "max_lifetime")?;
+        read_jitter(field, lifetime)
+    });
+    rule.lifetime_jitter_percent = jitter.unwrap_or_default();
+    let activity = section.read("activity", |field| {
+        require_limit(field, section, &["idle_timeout"], "idle_timeout")?;
+        read_activity(field)
+    });
+    rule.activity = activity.unwrap_or_default();
+    let min_payload = section.read("min_payload", |field| {
+        let clocks = ["idle_timeout", "response_timeout"];
+        require_limit(field, section, &clocks, "idle_timeout or response_timeout")?;
+        read_min_payload(field)
+    });
+    rule.min_payload = min_payload.unwrap_or(DEFAULT_MIN_PAYLOAD);
 }
 
+/// Refuses a key that says how a limit is meant where none of these is there, right or wrong.
 fn require_limit(
     field: &Field<'_>,
-    limit: Option<Duration>,
-    name: &'static str,
+    section: &Section<'_>,
+    limits: &[&str],
+    limit: &'static str,
 ) -> Result<(), ConfigError> {
-    match limit {
-        Some(_) => Ok(()),
-        None => Err(field.error(Problem::WithoutLimit { limit: name })),
+    match limits.iter().any(|name| section.has(name)) {
+        true => Ok(()),
+        false => Err(field.error(Problem::WithoutLimit { limit })),
     }
 }
 
@@ -233,8 +255,7 @@ fn read_min_payload(field: &Field<'_>) -> Result<u16, ConfigError> {
 }
 
 /// Reads `"10%"`. What it leaves of the lifetime is a limit like any other.
-fn read_jitter(field: &Field<'_>, rule: &Rule) -> Result<u8, ConfigError> {
-    require_limit(field, rule.max_lifetime, "max_lifetime")?;
+fn read_jitter(field: &Field<'_>, lifetime: Option<Duration>) -> Result<u8, ConfigError> {
     let percent = field
         .text(ALLOWED_JITTER)?
         .strip_suffix('%')
@@ -242,27 +263,22 @@ fn read_jitter(field: &Field<'_>, rule: &Rule) -> Result<u8, ConfigError> {
         .and_then(|digits| digits.parse().ok())
         .filter(|percent| *percent <= MAX_LIFETIME_JITTER_PERCENT)
         .ok_or_else(|| field.not_allowed(ALLOWED_JITTER))?;
-    let lifetime = rule.max_lifetime.unwrap_or_default();
-    if lifetime - lifetime / 100 * u32::from(percent) < MIN_LIMIT {
+    let left = lifetime.map(|lifetime| lifetime - lifetime / 100 * u32::from(percent));
+    if left.is_some_and(|left| left < MIN_LIMIT) {
         return Err(field.error(Problem::JitterTooLarge));
     }
     Ok(percent)
 }
 
-fn read_limit(
-    section: &Section<'_>,
-    key: &str,
-    action: Action,
-) -> Result<Option<Duration>, ConfigError> {
-    let Some(field) = section.field(key) else {
-        return Ok(None);
-    };
-    if action == Action::Exempt {
-        return Err(field.error(Problem::LimitOnExempt));
-    }
-    if let Some(number) = field.integer().filter(|number| *number >= 0) {
-        let number = number.to_string();
-        return Err(field.error(Problem::NoUnit { number }));
-    }
-    field.parse(ALLOWED_TIME, parse_limit).map(Some)
+fn read_limit(section: &Section<'_>, key: &str, action: Action) -> Option<Duration> {
+    section.read(key, |field| {
+        if action == Action::Exempt {
+            return Err(field.error(Problem::LimitOnExempt));
+        }
+        if let Some(number) = field.integer().filter(|number| *number >= 0) {
+            let number = number.to_string();
+            return Err(field.error(Problem::NoUnit { number }));
+        }
+        field.parse(ALLOWED_TIME, parse_limit)
+    })
 }

@@ -5,6 +5,7 @@ mod keys;
 mod matching;
 mod owners;
 mod rules;
+mod several;
 mod values;
 
 use super::*;

@@ -115,7 +115,9 @@ fn a_key_or_table_written_twice_is_pointed_at() {
 #[test]
 fn lines_and_columns_count_characters() {
     let rule = "[[rule]]\r\nname = 'a' # \u{e9}\u{e9}\r\n";
-    let error = refused(&format!("{rule}local_ports = ['\u{e9}', 0]\r\n"));
+    let error = refused(&format!(
+        "{rule}local_ports = ['\u{e9}', 0]\r\nidle_timeout = '1s'"
+    ));
     assert!(
         error.starts_with("x.toml:3:16: rule \"a\": local_ports: found \"\u{e9}\""),
         "{error}"

@@ -25,7 +25,7 @@ fn printed(conditions: &[&str]) -> Vec<String> {
 fn hidden_by(conditions: &[&str]) -> Vec<Vec<String>> {
     let by = |warning: Warning| match warning.doubt {
         Doubt::Hidden { by } => by,
-        other @ Doubt::Beside { .. } => panic!("{other}"),
+        other => panic!("{other}"),
     };
     warnings(conditions).into_iter().map(by).collect()
 }

@@ -1,0 +1,66 @@
+//! Conditions of a rule that no connection meets, whatever the other rules say.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use super::{Doubt, Rule};
+
+/// Addresses that no end of a TCP connection has: those that stand for any, multicast, broadcast.
+const NO_ENDS: [IpNet; 5] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 32)),
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4)),
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::BROADCAST, 32)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128)),
+    IpNet::V6(Ipv6Net::new_assert(
+        Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0),
+        8,
+    )),
+];
+
+/// Characters of patterns, which systemd and container runtimes never have in the name of a cgroup.
+const PATTERN: [char; 5] = ['*', '?', '[', ']', '{'];
+
+/// What of the rule can never match.
+pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
+    let ends = [("local", &rule.local), ("remote", &rule.remote)];
+    let ends = ends.into_iter().flat_map(|(key, nets)| {
+        let never = nets.iter().filter(|net| is_no_end(net));
+        never.map(move |net| Doubt::NoEnd { key, net: *net })
+    });
+    let patterns = rule.cgroups.iter().filter(|path| path.contains(PATTERN));
+    let patterns = patterns.map(|path| Doubt::NoPattern { path: path.clone() });
+    ends.chain(patterns).collect()
+}
+
+fn is_no_end(net: &IpNet) -> bool {
+    NO_ENDS.iter().any(|never| never.contains(net))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Config;
+
+    #[test]
+    fn what_never_matches_is_a_warning_and_what_may_is_none() {
+        let text = "[[rule]]\nname = 'a'\nidle_timeout = '1m'\n\
+                    local = ['0.0.0.0', '10.0.0.0/8', '0.0.0.0/1', '239.1.0.0/16']\n\
+                    remote = ['0.0.0.0/0', '192.0.2.255', '::', 'fe80::/10']\n\
+                    cgroups = ['/system.slice/docker-*.scope', '/user.slice', '/a@b\\x2d:1']\n";
+        let config = Config::parse("x.toml", text).unwrap();
+        let warnings: Vec<_> = config.warnings.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            warnings,
+            [
+                "x.toml:1:1: rule \"a\": local: \"0.0.0.0\" matches nothing: no connection has this \
+                 address; for all of its kind write \"0.0.0.0/0\", or leave it out",
+                "x.toml:1:1: rule \"a\": local: \"239.1.0.0/16\" matches nothing: no TCP connection has a \
+                 multicast or broadcast address; remove it",
+                "x.toml:1:1: rule \"a\": remote: \"::\" matches nothing: no connection has this \
+                 address; for all of its kind write \"::/0\", or leave it out",
+                "x.toml:1:1: rule \"a\": cgroups: \"/system.slice/docker-*.scope\" is taken as it is, \
+                 and no pattern; name the cgroup, or one above it",
+            ]
+        );
+    }
+}
