@@ -252,6 +252,9 @@ fn kernel_failure(error: &BpfError) -> Failure {
     if let BpfError::Pins(error) = error {
         return detach::failure(error);
     }
+    if let BpfError::Taken { .. } = error {
+        return Failure::new(ExitStatus::Other, error.to_string());
+    }
     if is_permission(error) {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);

@@ -11,10 +11,14 @@ use nix::errno::Errno;
 use crate::{cgroup::Cgroup, pins::bpf};
 
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_DETACH: libc::c_long = 9;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
+const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
 const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
+const BPF_CGROUP_INET_INGRESS: u32 = 0;
 const BPF_CGROUP_SOCK_OPS: u32 = 3;
 
 /// `struct bpf_insn` as a number: operation, registers, offset, constant.
@@ -88,6 +92,74 @@ pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
     let mut create = [program_fd, target_fd, BPF_CGROUP_SOCK_OPS, 0];
     let link = descriptor(bpf(BPF_LINK_CREATE, &mut create)).context("attaching a program")?;
     Ok(OtherProgram { _link: link })
+}
+
+/// What a program that is attached lets others do beside it and below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// Nothing, as bpftool attaches it.
+    Nothing,
+    /// One below may take its place (`BPF_F_ALLOW_OVERRIDE`).
+    Override,
+    /// Others may be attached with it (`BPF_F_ALLOW_MULTI`).
+    Multi,
+}
+
+/// A program named `other` that lets each packet come in. It is attached without a link, as other tools do,
+/// and is detached on drop.
+#[derive(Debug)]
+pub struct PlainProgram {
+    /// Its identity.
+    pub id: u32,
+    program: OwnedFd,
+    directory: File,
+}
+
+/// Attaches one to the cgroup.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
+    // return 1
+    let instructions = [instruction(0xb7, 0x00, 0, 1), instruction(0x95, 0, 0, 0)];
+    let mut load = ProgLoad {
+        prog_type: BPF_PROG_TYPE_CGROUP_SKB,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        prog_name: *b"other\0\0\0\0\0\0\0\0\0\0\0",
+        expected_attach_type: BPF_CGROUP_INET_INGRESS,
+        ..ProgLoad::default()
+    };
+    let program = descriptor(bpf(BPF_PROG_LOAD, &mut load)).context("loading a program")?;
+    let directory = File::open(cgroup.path())?;
+    let mut attach = attach_attributes(&directory, &program);
+    attach[3] = allow as u32;
+    bpf(BPF_PROG_ATTACH, &mut attach).context("attaching a program")?;
+    let [id] = cgroup.program_ids()?[..] else {
+        anyhow::bail!("the cgroup has other programs too");
+    };
+    Ok(PlainProgram {
+        id,
+        program,
+        directory,
+    })
+}
+
+/// Cgroup, program, place, flags.
+fn attach_attributes(directory: &File, program: &OwnedFd) -> [u32; 4] {
+    let [program, target] = [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
+    [target, program, BPF_CGROUP_INET_INGRESS, 0]
+}
+
+impl Drop for PlainProgram {
+    fn drop(&mut self) {
+        let mut attributes = attach_attributes(&self.directory, &self.program);
+        if let Err(error) = bpf(BPF_PROG_DETACH, &mut attributes) {
+            eprintln!("the program {} stays attached: {error}", self.id);
+        }
+    }
 }
 
 /// Detaches the links of these numbers by force, as an administrator can.

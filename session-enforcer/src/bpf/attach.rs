@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    iter,
+    io, iter,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     sync::{Mutex, PoisonError},
 };
@@ -12,8 +12,12 @@ use aya::{
     programs::{Program, ProgramError, ProgramFd},
 };
 
-use super::{BpfError, Kernel, Options, found::FoundLink, sys};
+use super::{BpfError, Kernel, Options, error::Holder, found::FoundLink, sys};
 use crate::{cgroup::Cgroup, threads::together};
+
+// Flags of an attachment (`linux/bpf.h`).
+const BPF_F_ALLOW_OVERRIDE: u32 = 1;
+const BPF_F_ALLOW_MULTI: u32 = 2;
 
 /// A program and where it is attached.
 pub(super) struct Attachable {
@@ -21,6 +25,8 @@ pub(super) struct Attachable {
     pub(super) name: &'static str,
     /// `enum bpf_attach_type` of `linux/bpf.h`.
     pub(super) attach_type: u32,
+    /// bpftool's name for that.
+    attach_name: &'static str,
     /// Whether no daemon does without it.
     pub(super) is_always_wanted: bool,
     /// Whether a daemon that does not always need it does with these options.
@@ -28,10 +34,11 @@ pub(super) struct Attachable {
 }
 
 impl Attachable {
-    const fn always(name: &'static str, attach_type: u32) -> Self {
+    const fn always(name: &'static str, attach_type: u32, attach_name: &'static str) -> Self {
         Self {
             name,
             attach_type,
+            attach_name,
             is_always_wanted: true,
             is_wanted: |_| true,
         }
@@ -42,10 +49,10 @@ impl Attachable {
 /// about whose owner could not be noted. Then packets: no session is in the map before the programs
 /// that stamp it run.
 pub(super) const PROGRAMS: [Attachable; 4] = [
-    Attachable::always("note_owner", 2),
-    Attachable::always("track_ingress", 0),
-    Attachable::always("track_egress", 1),
-    Attachable::always("track_lifecycle", 3),
+    Attachable::always("note_owner", 2, "cgroup_inet_sock_create"),
+    Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
+    Attachable::always("track_egress", 1, "cgroup_inet_egress"),
+    Attachable::always("track_lifecycle", 3, "cgroup_sock_ops"),
 ];
 
 /// The program that the daemon runs itself, attached to nothing.
@@ -134,7 +141,7 @@ impl Kernel {
         let name = program.name;
         let loaded = program_fd(&self.ebpf, name)?;
         let link = sys::create_link(loaded, &cgroup.file(), program.attach_type)
-            .map_err(|source| BpfError::Attach { name, source })?;
+            .map_err(|source| refusal(program, cgroup, source))?;
         if let Some(pins) = &self.pins {
             pins.pin_link(&link, name)?;
             // Of another cgroup. Two programs on one map would count the end of a session twice or
@@ -169,6 +176,45 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// Why the kernel has refused an attachment: for want of a capability and for the flags of another program
+/// it says EPERM.
+fn refusal(program: &Attachable, cgroup: &Cgroup, source: io::Error) -> BpfError {
+    let name = program.name;
+    if source.raw_os_error() == Some(libc::EPERM)
+        && let Some(holder) = holder(cgroup, program)
+    {
+        return BpfError::Taken { name, holder };
+    }
+    BpfError::Attach { name, source }
+}
+
+/// The program that lets no other in beside it, in the cgroup or above it.
+///
+/// The programs of one cgroup were all attached with the same flags, and one that is attached with
+/// `BPF_F_ALLOW_MULTI` must find those there. Above, the nearest cgroup that has programs decides: they allow
+/// others below them with either flag (`__cgroup_bpf_attach` and `hierarchy_allows_attach` of
+/// `kernel/bpf/cgroup.c`).
+fn holder(cgroup: &Cgroup, program: &Attachable) -> Option<Holder> {
+    let there = cgroup.path().ancestors().map(Cgroup::open);
+    for (depth, there) in there.map_while(Result::ok).enumerate() {
+        let found = sys::attached_programs(there.file(), program.attach_type).ok()?;
+        let Some(id) = found.ids.first().copied() else {
+            continue;
+        };
+        let allowing = match depth {
+            0 => BPF_F_ALLOW_MULTI,
+            _ => BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE,
+        };
+        return (found.flags & allowing == 0).then(|| Holder {
+            id,
+            name: sys::program_name(id).unwrap_or_default(),
+            cgroup: there.path().to_owned(),
+            attach_name: program.attach_name,
+        });
+    }
+    None
 }
 
 pub(super) fn program_fd<'a>(

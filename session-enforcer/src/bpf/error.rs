@@ -1,6 +1,6 @@
 //! What can go wrong with the programs and their maps.
 
-use std::io;
+use std::{fmt, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 use session_enforcer_common::{MAX_MATCH_ENTRIES, table::Request};
@@ -29,6 +29,14 @@ pub enum BpfError {
         name: &'static str,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// Another program lets none in beside it.
+    #[error("attaching the eBPF program {name}: {holder}")]
+    Taken {
+        /// The program that is not attached.
+        name: &'static str,
+        /// The one that is in its way.
+        holder: Holder,
     },
     /// The cgroup cannot be looked at.
     #[error("looking at the cgroup: {0}")]
@@ -67,6 +75,35 @@ pub enum BpfError {
     /// More match entries than the table holds.
     #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
     TooManyEntries(usize),
+}
+
+/// A program of somebody else that was attached without `BPF_F_ALLOW_MULTI`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its identity, as bpftool shows it.
+    pub id: u32,
+    /// Its name; empty where it has none or the kernel does not tell.
+    pub name: String,
+    /// The cgroup that it is attached to.
+    pub cgroup: PathBuf,
+    /// bpftool's name for the place.
+    pub attach_name: &'static str,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (id, cgroup, place) = (self.id, self.cgroup.display(), self.attach_name);
+        let name = match self.name.as_str() {
+            "" => String::new(),
+            name => format!("{name:?}, "),
+        };
+        write!(
+            f,
+            "another program ({name}id {id}) is attached to {cgroup} ({place}) without \
+             BPF_F_ALLOW_MULTI and lets no other in beside it; have its owner attach it with that flag \
+             (bpftool: multi), or take it out (bpftool cgroup detach {cgroup} {place} id {id})"
+        )
+    }
 }
 
 /// An error and its causes in one line.

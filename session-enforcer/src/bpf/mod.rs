@@ -32,7 +32,7 @@ use session_enforcer_common::{
 use tokio::io::unix::AsyncFd;
 
 pub use bpffs::{Bpffs, find as find_bpffs};
-pub use error::BpfError;
+pub use error::{BpfError, Holder};
 pub use events::{Events, KernelLog};
 pub use inherit::Inherited;
 pub use pin_error::PinError;

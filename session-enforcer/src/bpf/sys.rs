@@ -1,6 +1,6 @@
 //! The calls of bpf(2) that aya does not make: pins of any kind of object, links whose program
-//! is replaced while they stay attached, and runs of a program that allocate nothing; and the wait for
-//! programs that run.
+//! is replaced while they stay attached, what others have attached, and runs of a program that allocate
+//! nothing; and the wait for programs that run.
 
 use std::{
     ffi::CString,
@@ -18,7 +18,9 @@ use std::{
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
@@ -57,6 +59,41 @@ pub(super) struct LinkInfo {
     /// `enum bpf_attach_type`.
     pub(super) attach_type: u32,
     more_padding: u32,
+}
+
+/// What is attached to a cgroup itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct AttachedPrograms {
+    /// The flags with which all of them were attached (`BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`).
+    pub(super) flags: u32,
+    /// Their identities, as bpftool shows them.
+    pub(super) ids: Vec<u32>,
+}
+
+/// The start of `struct bpf_prog_info`, up to the name.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    /// Type, identity, tag, lengths of the code.
+    numbers: [u32; 6],
+    /// Addresses of the code, time of loading.
+    more: [u64; 3],
+    /// User, number of maps.
+    counts: [u32; 2],
+    maps: u64,
+    name: [u8; 16],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttributes {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
 }
 
 #[repr(C)]
@@ -183,6 +220,40 @@ pub(super) fn map_info(map: &OwnedFd) -> io::Result<MapInfo> {
 /// What a link is attached to.
 pub(super) fn link_info(link: &OwnedFd) -> io::Result<LinkInfo> {
     info(link)
+}
+
+/// The programs of one type that are attached to a cgroup itself; of more than [`MAX_ATTACHED`], so many.
+pub(super) fn attached_programs(
+    cgroup: &impl AsFd,
+    attach_type: u32,
+) -> io::Result<AttachedPrograms> {
+    let mut ids = [0_u32; MAX_ATTACHED];
+    let mut attributes = QueryAttributes {
+        target: number(cgroup),
+        attach_type,
+        ids: ids.as_mut_ptr() as u64,
+        count: MAX_ATTACHED as u32,
+        ..QueryAttributes::default()
+    };
+    bpf(BPF_PROG_QUERY, &mut attributes)?;
+    let count = MAX_ATTACHED.min(attributes.count as usize);
+    Ok(AttachedPrograms {
+        flags: attributes.attach_flags,
+        ids: ids[..count].to_vec(),
+    })
+}
+
+/// Programs of one type that the kernel lets one cgroup have (`BPF_CGROUP_MAX_PROGS` of
+/// `linux/bpf-cgroup.h`).
+const MAX_ATTACHED: usize = 64;
+
+/// The name of a program, which is empty where it was given none.
+pub(super) fn program_name(id: u32) -> io::Result<String> {
+    let mut attributes = [id, 0, 0];
+    let program = descriptor(bpf(BPF_PROG_GET_FD_BY_ID, &mut attributes)?)?;
+    let name = info::<ProgramInfo>(&program)?.name;
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
 }
 
 /// Attaches a program to a cgroup, beside those that are attached already, as long as the link
