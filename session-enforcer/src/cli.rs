@@ -158,7 +158,8 @@ pub struct CheckArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = format!("{EXPLAIN_EXAMPLE}\n\n{EXIT_STATUS_HELP}"))]
 pub struct ExplainArgs {
-    /// This host's end of the connection, as in 10.0.0.5:5432; an IPv6 address in brackets
+    /// This host's end of the connection, as in 10.0.0.5:5432 or as ss -tn prints it; an IPv6 address in
+    /// brackets
     #[arg(value_name = "LOCAL", value_parser = end)]
     local: SocketAddr,
 
@@ -302,8 +303,18 @@ impl FromStr for PinDir {
     }
 }
 
-/// One end of a connection. No connection has port 0.
+/// One end of a connection, as people and ss(8) write it. No connection has port 0. No rule asks for the
+/// interface that ss adds to link-local addresses and to sockets that are bound to one.
 fn end(text: &str) -> Result<SocketAddr, &'static str> {
+    let without_zone = text.split_once('%').and_then(|(address, rest)| {
+        // Within the brackets, or after them as ss has it.
+        let is_within = address.starts_with('[') && !address.ends_with(']');
+        let end = if is_within { ']' } else { ':' };
+        // The last one ends it: the name of an interface may have the character, too.
+        let (zone, port) = rest.split_at(rest.rfind(end)?);
+        (!zone.is_empty()).then(|| format!("{address}{port}"))
+    });
+    let text = without_zone.as_deref().unwrap_or(text);
     let parsed = text.parse().ok().filter(|end: &SocketAddr| end.port() > 0);
     parsed.ok_or("allowed: an address and a port, such as 10.0.0.5:5432 or [2001:db8::5]:5432")
 }

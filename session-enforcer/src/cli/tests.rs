@@ -127,6 +127,40 @@ fn explain_args(arguments: &str) -> ExplainArgs {
 }
 
 #[test]
+fn explain_takes_what_ss_prints() {
+    let plain = |end: &str| explain_args(&format!("{end} {end}")).ends().unwrap();
+    for (printed, end) in [
+        ("[fe80::1]%eth0:22", "[fe80::1]:22"),
+        ("[fe80::1]%eth0:1:22", "[fe80::1]:22"),
+        ("[fe80::1%eth0]:22", "[fe80::1]:22"),
+        ("[fe80::1%br-0:1]:22", "[fe80::1]:22"),
+        ("[fe80::1%a]b]:22", "[fe80::1]:22"),
+        ("[2001:db8::5%2]:22", "[2001:db8::5]:22"),
+        ("10.0.0.5%veth0:5432", "10.0.0.5:5432"),
+        ("10.0.0.5%eth0:1:5432", "10.0.0.5:5432"),
+        ("[::ffff:10.0.0.5]:5432", "10.0.0.5:5432"),
+        ("[::ffff:10.0.0.5%eth0]:5432", "10.0.0.5:5432"),
+    ] {
+        assert_eq!(plain(printed), plain(end), "{printed}");
+    }
+    for wrong in [
+        "[fe80::1%]:22",
+        "10.0.0.5%:22",
+        "10.0.0.5%eth0",
+        "[fe80::1%eth0]",
+        "[fe80::1%eth0]:0",
+        "[fe80::1]%eth0",
+        "[fe80::1]%:22",
+        "%eth0:22",
+        "[%eth0]:22",
+        "*:22",
+    ] {
+        let line = format!("session-enforcer explain {wrong} 10.0.0.9:1");
+        parse(&line).unwrap_err();
+    }
+}
+
+#[test]
 fn explain_takes_two_ends_of_one_family() {
     let args = explain_args("10.0.0.5:5432 10.0.0.9:50000");
     assert_eq!(args.config, Path::new(DEFAULT_CONFIG));
