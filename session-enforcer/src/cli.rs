@@ -19,6 +19,7 @@ use crate::config::{
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::explain::{Circumstances, Ends};
+use crate::host::trust::{self, Untrusted};
 
 /// Where the configuration is where the command line does not say.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
@@ -391,10 +392,10 @@ impl RunArgs {
     ///
     /// # Errors
     ///
-    /// Where the file is wrong, or the ports are too many.
+    /// Where the file is wrong, somebody else could change it, or the ports are too many.
     pub fn to_config(&self) -> anyhow::Result<Config> {
         let mut config = match self.config_path() {
-            Some(path) => Config::load(path)?,
+            Some(path) => load_trusted(path)?,
             None => Config::from_quick(self.port.clone(), self.idle_timeout, self.max_lifetime)
                 .or_exit(ExitStatus::Usage)?,
         };
@@ -418,6 +419,14 @@ impl RunArgs {
         }
         Ok(config)
     }
+}
+
+/// What a trusted path holds does not change between the two but by those who are trusted.
+fn load_trusted(path: &Path) -> anyhow::Result<Config> {
+    let config = Config::load(path)?;
+    let refused = |error: Untrusted| Failure::new(ExitStatus::Configuration, error.to_string());
+    trust::check(path).map_err(refused)?;
+    Ok(config)
 }
 
 /// Whether what clap has to say is what the user asked for, rather than an error.

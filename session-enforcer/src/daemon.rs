@@ -12,7 +12,7 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use tokio::{runtime, sync::mpsc, task::LocalSet};
 
 use crate::{
-    audit::Audit,
+    audit::{Audit, AuditError},
     bpf::{BpfError, Kernel, Options, PinDir},
     cgroup::{self, Cgroup},
     clock,
@@ -57,7 +57,8 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     let pins = pins.map_err(|error| detach::failure(&error))?;
     let listener = config.metrics_listen.map(http::bind).transpose()?;
     // Its thread is to have no more privileges than the engine after the start.
-    let audit = privilege::unprivileged(|| Audit::open(&config.audit))??;
+    let audit = privilege::unprivileged(|| Audit::open(&config.audit))?;
+    let audit = audit.map_err(audit_failure)?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -237,6 +238,16 @@ fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
         ),
     };
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
+}
+
+/// An audit that others could change is an error of the configuration, which names it.
+fn audit_failure(error: AuditError) -> anyhow::Error {
+    match error {
+        AuditError::Untrusted(_) => {
+            Failure::new(ExitStatus::Configuration, error.to_string()).into()
+        }
+        other => other.into(),
+    }
 }
 
 /// A user whom the configuration names and the host does not have is an error of the configuration.

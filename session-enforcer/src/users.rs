@@ -14,7 +14,7 @@ pub fn uid_of(name: &str) -> io::Result<Option<u32>> {
     Ok(user.map(|user| user.uid.as_raw()))
 }
 
-/// Names by number, for the audit.
+/// Names by number, for the audit and for messages.
 ///
 /// Only those of the file: a database beyond it may be on the network, and nothing may hold up the
 /// enforcement. A user without a name here is recorded by number.
@@ -25,6 +25,11 @@ impl Names {
     /// Reads the file of users (passwd(5)). Without it, there are no names.
     pub fn read() -> Self {
         Self::of(&fs::read("/etc/passwd").unwrap_or_default())
+    }
+
+    /// Reads the file of groups (group(5)), which has name and number in the same fields.
+    pub fn read_groups() -> Self {
+        Self::of(&fs::read("/etc/group").unwrap_or_default())
     }
 
     /// A field of somebody that is no UTF-8 must not hide the names of the others.

@@ -15,8 +15,8 @@ use crate::{
     clock::{WallClock, monotonic_ns},
     config::{AuditTarget, Mode},
 };
-pub use writer::AuditError;
 use writer::Writer;
+pub use writer::{AuditError, check};
 
 /// How much is handed to the writer at once: it begins to write while the rest is made, and what does
 /// not fit into its queue is lost a little at a time.

@@ -1,7 +1,7 @@
 //! The thread that writes. It is the only part of the daemon that may wait for a disk or a reader.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Write},
     os::{
         fd::AsFd as _,
@@ -17,10 +17,17 @@ use std::{
     time::Duration,
 };
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl},
+    unistd::{AccessFlags, faccessat},
+};
 use thiserror::Error;
 
-use crate::config::AuditTarget;
+use crate::{
+    config::AuditTarget,
+    host::trust::{self, Untrusted},
+};
 
 /// Bytes that may wait for the thread before records are lost and counted: some 50,000 records. In
 /// bytes and not in batches, because a batch may be one record, and a disk that stands still for a
@@ -44,9 +51,53 @@ pub enum AuditError {
         /// What went wrong.
         source: io::Error,
     },
+    /// There is no place for the file.
+    #[error(
+        "audit.path: {path}: there is no directory {directory}; make it (mkdir -p {directory}), or name \
+         another file"
+    )]
+    NoDirectory {
+        /// The file.
+        path: PathBuf,
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Somebody else could change the records.
+    #[error("audit.path: {0}")]
+    Untrusted(#[source] Untrusted),
     /// The thread could not be started.
     #[error("starting the thread that writes the audit: {0}")]
     Thread(io::Error),
+}
+
+impl AuditError {
+    fn of(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match path.parent() {
+            Some(parent) if !parent.exists() && source.kind() == io::ErrorKind::NotFound => {
+                let directory = parent.to_owned();
+                Self::NoDirectory { path, directory }
+            }
+            _ => Self::Open { path, source },
+        }
+    }
+}
+
+/// Whether records could be added to a file, which is not made where it is not there.
+///
+/// # Errors
+///
+/// Where [`Audit::open`](super::Audit::open) would refuse it.
+pub fn check(path: &Path) -> Result<(), AuditError> {
+    trust::check(path).map_err(AuditError::Untrusted)?;
+    let refused = |source| AuditError::of(path, source);
+    let written_to = match fs::metadata(path) {
+        Ok(found) if found.is_dir() => return Err(refused(Errno::EISDIR.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => path.parent().unwrap_or(path),
+        found => found.map(|_| path).map_err(refused)?,
+    };
+    let access = AtFlags::AT_EACCESS;
+    faccessat(AT_FDCWD, written_to, AccessFlags::W_OK, access).map_err(|e| refused(e.into()))
 }
 
 enum Task {
@@ -86,12 +137,7 @@ impl Writer {
                 })?;
                 Self::start(Output::new(file, None))
             }
-            AuditTarget::File(path) => {
-                Self::start(Output::open(path).map_err(|source| AuditError::Open {
-                    path: path.clone(),
-                    source,
-                })?)
-            }
+            AuditTarget::File(path) => Self::start(Output::open(path)?),
         }
     }
 
@@ -214,8 +260,12 @@ pub(super) struct Output {
 }
 
 impl Output {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = open(path)?;
+    fn open(path: &Path) -> Result<Self, AuditError> {
+        // Before the file is made, where others could have the daemon make one elsewhere; and after, when it
+        // is there to be looked at.
+        trust::check(path).map_err(AuditError::Untrusted)?;
+        let file = open(path).map_err(|source| AuditError::of(path, source))?;
+        trust::check(path).map_err(AuditError::Untrusted)?;
         // A file that may be written and not read is taken as whole.
         let mid_line = ends_mid_line(&file, path).unwrap_or(false);
         Ok(Self {
@@ -295,10 +345,7 @@ impl Output {
                 self.mid_line = output.mid_line;
             }
             Err(error) => {
-                tracing::error!(
-                    "audit.path: {}: {error}; the file that was open goes on",
-                    path.display()
-                );
+                tracing::error!("{error}; the file that was open goes on");
             }
         }
     }

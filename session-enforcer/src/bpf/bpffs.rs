@@ -32,10 +32,7 @@ pub(super) fn is_bpffs(path: &Path) -> io::Result<bool> {
 /// Makes the directory on bpffs with all above it, and mounts bpffs at its usual place where that
 /// is missing.
 pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
-    if !on_bpffs(path)? {
-        if !path.starts_with(MOUNT_POINT) || path == Path::new(MOUNT_POINT) {
-            return Err(PinError::NotOnBpffs(path.to_owned()));
-        }
+    if !can_be_on_bpffs(path)? {
         mount_bpffs()?;
     }
     DirBuilder::new()
@@ -47,6 +44,17 @@ pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
             true => PinError::Dot(path.to_owned()),
             false => PinError::io("making", path)(source),
         })
+}
+
+/// Whether the directory is on bpffs already, rather than where that can be mounted.
+pub(super) fn can_be_on_bpffs(path: &Path) -> Result<bool, PinError> {
+    if on_bpffs(path)? {
+        return Ok(true);
+    }
+    if !path.starts_with(MOUNT_POINT) || path == Path::new(MOUNT_POINT) {
+        return Err(PinError::NotOnBpffs(path.to_owned()));
+    }
+    Ok(false)
 }
 
 /// Whoever may write to the directory may put maps there for the daemon to believe in. Where bpffs

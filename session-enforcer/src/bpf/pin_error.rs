@@ -8,7 +8,7 @@ use std::{
 use nix::errno::Errno;
 use thiserror::Error;
 
-use crate::exit::ExitStatus;
+use crate::{exit::ExitStatus, host::trust::Untrusted};
 
 /// What can go wrong with the pin directory.
 #[derive(Debug, Error)]
@@ -28,6 +28,9 @@ pub enum PinError {
          or choose another daemon.pin_dir"
     )]
     NotOwn(PathBuf),
+    /// Others could replace it.
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
     /// The kernel has no bpffs.
     #[error("this kernel has no /sys/fs/bpf; set daemon.pin_dir to \"\" to do without pins")]
     Unsupported,
@@ -77,7 +80,9 @@ impl PinError {
     /// The exit status that goes with it.
     pub fn status(&self) -> ExitStatus {
         match self {
-            Self::NotOnBpffs(_) | Self::Dot(_) | Self::NotOwn(_) => ExitStatus::Configuration,
+            Self::NotOnBpffs(_) | Self::Dot(_) | Self::NotOwn(_) | Self::Untrusted(_) => {
+                ExitStatus::Configuration
+            }
             Self::Mount(Errno::EPERM | Errno::EACCES) => ExitStatus::NoPermission,
             Self::Unsupported | Self::Mount(_) => ExitStatus::Unavailable,
             Self::Held { .. } => ExitStatus::Other,

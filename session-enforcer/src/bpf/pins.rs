@@ -21,6 +21,7 @@ use super::{
     pin_error::PinError,
     sys::{self, Kind},
 };
+use crate::host::trust;
 
 /// Begins the name of each set.
 const PREFIX: &str = "layout-";
@@ -42,8 +43,9 @@ impl PinDir {
     ///
     /// # Errors
     ///
-    /// Where it cannot be made, or another process holds it, whose id the error has.
+    /// Where it cannot be made, others could replace it, or another process holds it, whose id the error has.
     pub fn hold(path: &Path) -> Result<Self, PinError> {
+        check_above(path)?;
         loop {
             bpffs::make_directory(path)?;
             // `detach` may remove it between the two.
@@ -53,11 +55,25 @@ impl PinDir {
         }
     }
 
+    /// Whether a daemon could work with the directory, which is not made where it is not there.
+    ///
+    /// # Errors
+    ///
+    /// Where [`Self::hold`] would refuse the path, whoever holds it.
+    pub fn check(path: &Path) -> Result<(), PinError> {
+        check_above(path)?;
+        bpffs::can_be_on_bpffs(path)?;
+        match bpffs::check_owner(path) {
+            Err(PinError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+            checked => checked,
+        }
+    }
+
     /// Holds the directory if it is there.
     ///
     /// # Errors
     ///
-    /// As above, where it is not on bpffs, and where others may write to it.
+    /// As above, where it is not on bpffs, and where others may write to it or replace it.
     pub fn hold_existing(path: &Path) -> Result<Option<Self>, PinError> {
         let directory = OpenOptions::new()
             .read(true)
@@ -71,6 +87,7 @@ impl PinDir {
             return Err(PinError::NotOnBpffs(path.to_owned()));
         }
         bpffs::check_owner(path)?;
+        check_above(path)?;
         let opened = identity(&directory).map_err(PinError::io("looking at", path))?;
         let lock = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Err((_, Errno::EWOULDBLOCK)) => {
@@ -164,6 +181,12 @@ impl PinDir {
             _ => Ok(sets.len()),
         }
     }
+}
+
+/// Refuses a directory that somebody else could replace. Who may write to the directory itself is another
+/// question, with a stricter answer.
+fn check_above(path: &Path) -> Result<(), PinError> {
+    Ok(path.parent().map_or(Ok(()), trust::check)?)
 }
 
 /// Whether the name is that of a set, of whatever version.

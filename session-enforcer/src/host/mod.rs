@@ -1,3 +1,4 @@
 //! What the host is asked for besides sockets.
 
 pub mod privilege;
+pub mod trust;
