@@ -1,4 +1,8 @@
-//! `session-enforcer check`: the configuration as the daemon understands it, in plain words.
+//! `session-enforcer check`: all that is wrong in a configuration, or how the daemon understands it, in plain
+//! words and in JSON.
+
+mod json;
+mod on_host;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -11,17 +15,32 @@ use crate::config::{
     Action, AuditTarget, Config, Mode, NetworkNamespaces, Owners, Rule, format_duration,
 };
 
-/// Validates a file and prints what it says.
+/// Validates a file, and prints what it says and what `run` would refuse on this host.
 ///
 /// # Errors
 ///
-/// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), or `out`
-/// does not take the text.
-pub fn check(path: &Path, out: &mut impl Write) -> anyhow::Result<()> {
-    let config = Config::load(path)?;
-    writeln!(out, "{} is valid.\n", path.display())
-        .and_then(|()| describe(&config, out))
-        .context("the description of the configuration cannot be written")
+/// Where the file is wrong ([`ConfigErrors`](crate::config::ConfigErrors), exit status 78), or `out`
+/// does not take the text. What this host lacks is no error: the file may be meant for another one.
+pub fn check(path: &Path, as_json: bool, out: &mut impl Write) -> anyhow::Result<()> {
+    let loaded = Config::load_all(path);
+    let refused = loaded
+        .as_ref()
+        .map_or_else(|_| Vec::new(), |config| on_host::refusals(path, config));
+    let written = match (as_json, &loaded) {
+        (true, loaded) => writeln!(out, "{:#}", json::report(path, loaded, &refused)),
+        (false, Ok(config)) => writeln!(out, "{} is valid.\n", path.display())
+            .and_then(|()| describe(config, out))
+            .and_then(|()| describe_refusals(&refused, out)),
+        (false, Err(_)) => Ok(()),
+    };
+    written.context("the description of the configuration cannot be written")?;
+    loaded?;
+    Ok(())
+}
+
+fn describe_refusals(refused: &[String], out: &mut impl Write) -> io::Result<()> {
+    let mut refused = refused.iter();
+    refused.try_for_each(|why| writeln!(out, "warning: run refuses this on this host: {why}"))
 }
 
 /// Prints a configuration: the daemon's settings, each rule in order, the warnings.
@@ -338,7 +357,7 @@ idle_timeout = "5m"
         let path = directory.path().join("wrong.toml");
         std::fs::write(&path, "[[rule]]\n").unwrap();
         let mut out = Vec::new();
-        let error = check(&path, &mut out).unwrap_err();
+        let error = check(&path, false, &mut out).unwrap_err();
         assert!(out.is_empty());
         let status = crate::exit::ExitStatus::of(&error);
         assert_eq!(status, crate::exit::ExitStatus::Configuration);

@@ -92,7 +92,8 @@ pub struct Cli {
 pub enum Command {
     /// Run the daemon in the foreground; logs go to stderr
     Run(RunArgs),
-    /// Validate a configuration and print its rules as they are understood
+    /// Validate a configuration, print its rules as they are understood, and say what `run` would
+    /// refuse on this host
     Check(CheckArgs),
     /// Say which rule decides about a connection, and why the earlier ones do not
     Explain(ExplainArgs),
@@ -153,6 +154,10 @@ pub struct CheckArgs {
     /// The configuration, in TOML
     #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     pub config: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `explain`.

@@ -229,7 +229,12 @@ fn unblock_signals() {
     }
 }
 
-fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
+/// The cgroup that a configuration names, or the whole host's.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     let (path, status): (PathBuf, _) = match &config.cgroup {
         Some(path) => (path.clone(), ExitStatus::Configuration),
         None => (
@@ -275,7 +280,8 @@ fn kernel_failure(error: &BpfError) -> Failure {
     Failure::new(ExitStatus::Unavailable, message)
 }
 
-fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+/// Whether an error comes from missing privileges.
+pub(crate) fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(error), |error| error.source()).any(|cause| {
         let io = cause.downcast_ref::<io::Error>();
         io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)

@@ -51,7 +51,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             });
             daemon::run(&config, source)?;
         }
-        Command::Check(args) => check::check(&args.config, &mut io::stdout().lock())?,
+        Command::Check(args) => {
+            check::check(&args.config, args.json, &mut io::stdout().lock())?;
+        }
         Command::Explain(args) => {
             let ends = args.ends()?;
             let circumstances = args.circumstances();

@@ -224,7 +224,12 @@ fn look_for_cgroups(tree: &Tree, owners: &mut Owners) -> Vec<u64> {
     come
 }
 
-fn uid_of(found: Option<&FoundUser>, name: &str, at: &Location) -> Result<u32, UserError> {
+/// The number of a user whom a rule names at this place.
+///
+/// # Errors
+///
+/// Where the host knows no such user.
+pub(crate) fn uid_of(found: Option<&FoundUser>, name: &str, at: &Location) -> Result<u32, UserError> {
     let (at, user) = (at.clone(), name.to_owned());
     match found {
         Some(FoundUser::Uid(uid)) => Ok(*uid),

@@ -56,6 +56,127 @@ fn check_refuses_what_run_would_refuse() -> Result<()> {
 }
 
 #[test]
+fn check_says_all_that_is_wrong_each_in_a_line() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("config.toml");
+    let path_text = path.to_string_lossy();
+    fs::write(
+        &path,
+        "[daemon]\nmode = \"dry\"\n[[rule]]\nname = \"db\"\nidle_timeout = 5\nusrs = []\n",
+    )?;
+    let checked = run(&["check", "--config", &path_text])?;
+    assert_eq!((checked.code, checked.stdout.as_str()), (78, ""));
+    let lines: Vec<_> = checked.stderr.lines().collect();
+    let keys = [
+        "2:8: daemon.mode",
+        "5:16: rule \"db\": idle_timeout",
+        "6:1: rule \"db\": usrs",
+    ];
+    assert_eq!(lines.len(), keys.len(), "{}", checked.stderr);
+    for (line, key) in lines.iter().zip(keys) {
+        let start = format!("session-enforcer: {path_text}:{key}: ");
+        assert!(line.starts_with(&start), "{line}");
+    }
+    let checked = run(&["check", "--json", "--config", &path_text])?;
+    assert_eq!(checked.code, 78);
+    let report: Value = serde_json::from_str(&checked.stdout)?;
+    assert_eq!(report["valid"], false);
+    assert_eq!(report["errors"][1]["line"], 5);
+    assert_eq!(report["errors"][1]["key"], "rule \"db\": idle_timeout");
+    assert_eq!(report["errors"].as_array().map(Vec::len), Some(3));
+    Ok(())
+}
+
+#[test]
+fn check_says_what_run_refuses_on_this_host_and_run_does() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let here = format!("cgroup = \"{}\"", lab.cgroup.path().display());
+    let none = "session-enforcer-none";
+    // Cgroup, pin directory, address of the metrics, audit, users; what is wrong with one of them.
+    let (pins, users) = ("pin_dir = \"\"", "users = []");
+    let (metrics, audit) = ("listen = \"\"", "path = \"-\"");
+    for (keys, code, says) in [
+        (
+            [
+                &here,
+                pins,
+                metrics,
+                audit,
+                &format!("users = [\"{none}\"]"),
+            ],
+            78,
+            "there is no user",
+        ),
+        (
+            [
+                &here,
+                pins,
+                metrics,
+                &format!("path = \"/{none}/a\""),
+                users,
+            ],
+            1,
+            "there is no directory",
+        ),
+        (
+            [
+                &here,
+                &format!("pin_dir = \"/tmp/{none}\""),
+                metrics,
+                audit,
+                users,
+            ],
+            78,
+            "not on bpffs",
+        ),
+        (
+            [
+                &format!("cgroup = \"/{none}\""),
+                pins,
+                metrics,
+                audit,
+                users,
+            ],
+            78,
+            "No such file",
+        ),
+        (
+            [&here, pins, "listen = \"192.0.2.1:1\"", audit, users],
+            1,
+            "metrics.listen: 192.0.2.1:1",
+        ),
+    ] {
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("config.toml");
+        let [cgroup, pins, metrics, audit, users] = keys;
+        let config = format!(
+            "[daemon]\n{cgroup}\n{pins}\n[metrics]\n{metrics}\n[audit]\n{audit}\n[[rule]]\n\
+             name = \"a\"\nidle_timeout = \"1m\"\n{users}\n"
+        );
+        fs::write(&path, &config)?;
+        let path = path.to_string_lossy();
+        let checked = run(&["check", "--config", &path])?;
+        assert_eq!(checked.code, 0, "{}", checked.stderr);
+        let warning = checked.stdout.lines().find(|line| line.contains(says));
+        let why =
+            warning.and_then(|line| line.strip_prefix("warning: run refuses this on this host: "));
+        let Some(why) = why else {
+            panic!("{}", checked.stdout)
+        };
+        let refused = run(&["run", "--config", &path])?;
+        assert_eq!(refused.code, code, "{}", refused.stderr);
+        let start: String = why.split(';').take(1).collect();
+        assert!(refused.stderr.contains(&start), "{why}\n{}", refused.stderr);
+        let checked = run(&["check", "--json", "--config", &path])?;
+        let report: Value = serde_json::from_str(&checked.stdout)?;
+        assert_eq!(report["valid"], true);
+        assert_eq!(report["refused_on_this_host"][0], why);
+        assert_eq!(report["rule"][0]["idle_timeout"], "1m");
+    }
+    Ok(())
+}
+
+#[test]
 fn doctor_finds_nothing_wrong_here_and_attaches_nothing() -> Result<()> {
     // Where the privileged tests run, the daemon runs.
     let lab = Lab::new(AGENT)?;

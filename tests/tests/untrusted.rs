@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_tests::{Finished, Lab, eventually, patience};
+use session_enforcer_tests::{Finished, Lab, daemon_command, eventually, patience, run_to_end};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
@@ -54,6 +54,16 @@ fn a_configuration_that_others_may_change_is_refused() -> Result<()> {
     set_mode(&directory, 0o755)?;
     chown(&file, Some(STRANGER), None)?;
     assert_refused(&lab, &run(&file)?, &file, "chown root");
+    // `check` says so, and that the file itself is right.
+    let mut check = daemon_command()?;
+    check.arg("check").arg("--config").arg(&file);
+    let checked = run_to_end(check, patience())?;
+    assert_eq!(checked.code, 0, "{}", checked.stderr);
+    let warning = format!(
+        "warning: run refuses this on this host: {}: ",
+        file.display()
+    );
+    assert!(checked.stdout.contains(&warning), "{}", checked.stdout);
     Ok(())
 }
 

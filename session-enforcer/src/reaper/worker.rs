@@ -448,7 +448,7 @@ fn with_holders(sockets: &[Socket], holders: &Descriptors) -> Vec<(Socket, Optio
     sockets.iter().map(with_holder).collect()
 }
 
-fn find_user(name: &str) -> FoundUser {
+pub(crate) fn find_user(name: &str) -> FoundUser {
     match users::uid_of(name) {
         Ok(Some(uid)) => FoundUser::Uid(uid),
         Ok(None) => FoundUser::Unknown,
