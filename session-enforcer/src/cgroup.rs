@@ -15,11 +15,16 @@ use nix::{
     fcntl::{OFlag, openat},
     sys::stat::Mode,
 };
-use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS};
+use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES};
 use thiserror::Error;
+
+use crate::config::{fits, is_pattern};
 
 /// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
 const CGROUP2_MAGIC: libc::__fsword_t = 0x6367_7270;
+
+/// Cgroups of one level that can fit a pattern: more have no room in the match table.
+const MAX_FITTING: usize = MAX_MATCH_ENTRIES as usize;
 
 /// What can be wrong with a cgroup.
 #[derive(Debug, Error)]
@@ -266,6 +271,39 @@ impl Tree {
         metadata.is_dir().then(|| metadata.ino())
     }
 
+    /// The cgroups that are there and fit a pattern, and the directories whose parents are to be watched for
+    /// others. Of one level no more than [`MAX_FITTING`].
+    pub fn fitting(&self, pattern: &str) -> (Vec<String>, Vec<PathBuf>) {
+        let mut found = vec![String::new()];
+        let mut awaited = Vec::new();
+        for name in pattern.split('/').skip(1) {
+            let place = |above: &String| self.directory(&format!("{above}/{name}"));
+            awaited.extend(found.iter().map(place));
+            let below = found.iter().flat_map(|above| self.named(above, name));
+            found = below.take(MAX_FITTING).collect();
+        }
+        (found, awaited)
+    }
+
+    /// The cgroups right below one whose names fit. One that has gone meanwhile has none. A name that is no
+    /// UTF-8 fits nothing.
+    fn named(&self, above: &str, name: &str) -> Vec<String> {
+        if !is_pattern(name) {
+            let path = format!("{above}/{name}");
+            return self.id(&path).map(|_| path).into_iter().collect();
+        }
+        let entries = fs::read_dir(self.directory(above)).into_iter().flatten();
+        let directories = entries.flatten().filter(|entry| {
+            let kind = entry.file_type();
+            kind.is_ok_and(|kind| kind.is_dir())
+        });
+        let names = directories.filter_map(|entry| entry.file_name().into_string().ok());
+        names
+            .filter(|found| fits(found, name))
+            .map(|found| format!("{above}/{found}"))
+            .collect()
+    }
+
     /// The path from the root of the cgroup with this identity; none where it is no more.
     pub fn path(&self, id: u64) -> Option<String> {
         let directory = self.find(id)?;
@@ -397,6 +435,38 @@ mod tests {
             "{error}"
         );
         assert!(Cgroup::open(&dir.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn what_fits_a_pattern_is_found_with_the_places_of_what_may_come() {
+        let mount = tempfile::tempdir().unwrap();
+        for path in ["s/a-1/x", "s/a-1/y", "s/a-2", "s/b/x", "t/a-3/x"] {
+            fs::create_dir_all(mount.path().join(path)).unwrap();
+        }
+        fs::write(mount.path().join("s/a-file"), "").unwrap();
+        let tree = Tree::at(mount.path().to_owned()).unwrap();
+        let fitting = |pattern: &str| {
+            let (mut paths, awaited) = tree.fitting(pattern);
+            paths.sort();
+            let awaited = awaited.into_iter().map(|path| {
+                let below = path.strip_prefix(mount.path()).unwrap();
+                below.to_str().unwrap().to_owned()
+            });
+            let mut awaited: Vec<_> = awaited.collect();
+            awaited.sort();
+            (paths.join(" "), awaited.join(" "))
+        };
+        let found = |paths: &str, awaited: &str| (paths.to_owned(), awaited.to_owned());
+        assert_eq!(fitting("/s/a-*"), found("/s/a-1 /s/a-2", "s s/a-*"));
+        assert_eq!(
+            fitting("/s/*/x"),
+            found("/s/a-1/x /s/b/x", "s s/* s/a-1/x s/a-2/x s/b/x")
+        );
+        assert_eq!(
+            fitting("/*/a-3/*"),
+            found("/t/a-3/x", "* s/a-3 t/a-3 t/a-3/*")
+        );
+        assert_eq!(fitting("/none/*"), found("", "none"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use session_enforcer_common::{Address, Ancestors, Direction, Facts, PortRange, m
 use crate::check::{
     action_words, condition_words, direction_words, port_list, prefix_list, word_list,
 };
-use crate::config::{Action, Config, NetworkNamespaces, Owners, Rule, User, is_below};
+use crate::config::{Action, Config, NetworkNamespaces, Owners, Rule, User, is_below, is_pattern};
 use crate::exit::{ExitStatus, Failure};
 use crate::users;
 
@@ -139,7 +139,7 @@ impl<'a> Question<'a> {
         for rule in &mut numbered.rules {
             rule.action = Action::Enforce;
         }
-        let owners = owners(config, circumstances.user.as_ref());
+        let owners = owners(config, circumstances);
         let numbers = numbered.match_entries(&owners).into_iter();
         Self {
             config,
@@ -173,7 +173,7 @@ impl<'a> Question<'a> {
             return Ancestors::UNKNOWN;
         };
         let named = self.owners.cgroups.iter();
-        let ids = named.filter(|(above, _)| is_below(cgroup, above));
+        let ids = named.filter(|(above, _)| !is_pattern(above) && is_below(cgroup, above));
         let ids: Vec<u64> = ids.flat_map(|(_, ids)| ids).copied().collect();
         Ancestors::of(&ids)
     }
@@ -197,10 +197,17 @@ impl<'a> Question<'a> {
 
 /// Numbers for the owners that the rules name and for the one that is asked about: those of this
 /// host where it has them, for a name and a number may mean one user.
-fn owners(config: &Config, asked: Option<&User>) -> Owners {
+fn owners(config: &Config, asked: &Circumstances) -> Owners {
     let mut named = config.rules.clone();
-    if let (Some(user), Some(rule)) = (asked, named.first_mut()) {
-        rule.users.push(user.clone());
+    if let Some(rule) = named.first_mut() {
+        rule.users.extend(asked.user.clone());
+        // Those above it may fit patterns of the rules.
+        let cgroup = asked.cgroup.as_deref().unwrap_or_default();
+        let ends = cgroup.match_indices('/').skip(1).map(|(end, _)| end);
+        let paths = ends
+            .chain([cgroup.len()])
+            .map(|end| cgroup[..end].to_owned());
+        rule.cgroups.extend(paths.filter(|path| !path.is_empty()));
     }
     let mut owners = Owners::numbered(&named);
     for (name, uid) in &mut owners.users {

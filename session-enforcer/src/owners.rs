@@ -2,7 +2,7 @@
 //! own sessions. Reapers find users and cgroups; here is what they found.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     path::PathBuf,
 };
 
@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use crate::{
     cgroup::{CgroupError, Tree},
-    config::{Config, Location, Owners, User},
+    config::{Config, Location, Owners, User, is_pattern},
     reaper::protocol::{Cgroup, FoundUser},
     users::Names,
 };
@@ -65,6 +65,63 @@ pub struct Directory {
     unknown: HashSet<u64>,
     is_asking: bool,
     owners: Owners,
+    named: NamedCgroups,
+}
+
+/// The cgroups that rules name.
+#[derive(Clone, Debug, Default)]
+struct NamedCgroups {
+    /// By their paths.
+    paths: BTreeSet<String>,
+    /// By patterns, each with the match entries that a cgroup takes which fits it.
+    patterns: Vec<(String, usize)>,
+    /// Match entries that are free for all that fit patterns.
+    free_entries: usize,
+    /// How many that fit had no room at the last look.
+    left_out: usize,
+}
+
+impl NamedCgroups {
+    fn of(config: &Config) -> Self {
+        let named = config.rules.iter().flat_map(|rule| &rule.cgroups);
+        let (patterns, free_entries) = config.pattern_room();
+        Self {
+            paths: named.filter(|path| !is_pattern(path)).cloned().collect(),
+            patterns,
+            free_entries,
+            left_out: 0,
+        }
+    }
+
+    /// The paths of all that are there or may come, those that are known already first. What there is no
+    /// room for is left out.
+    fn wanted(&mut self, tree: &Tree, known: &Owners) -> BTreeSet<String> {
+        let fitting = self.patterns.iter().flat_map(|(pattern, cost)| {
+            let (paths, _) = tree.fitting(pattern);
+            paths.into_iter().map(|path| (path, *cost))
+        });
+        let mut fitting: Vec<_> = fitting.collect();
+        fitting.sort_by_key(|(path, _)| !known.cgroups.contains_key(path));
+        let mut wanted = self.paths.clone();
+        let (mut free, mut left_out) = (self.free_entries, 0);
+        for (path, cost) in fitting {
+            match free.checked_sub(cost) {
+                Some(left) => {
+                    free = left;
+                    wanted.insert(path);
+                }
+                None => left_out += 1,
+            }
+        }
+        if left_out > self.left_out {
+            tracing::warn!(
+                "{left_out} cgroups that fit patterns of the rules are left out: the match table is full; \
+                 name a cgroup above them, or have fewer prefixes and ports in the rules"
+            );
+        }
+        self.left_out = left_out;
+        wanted
+    }
 }
 
 impl Directory {
@@ -82,6 +139,7 @@ impl Directory {
             unknown: HashSet::new(),
             is_asking: false,
             owners: Owners::default(),
+            named: NamedCgroups::default(),
         })
     }
 
@@ -104,23 +162,24 @@ impl Directory {
                 owners.users.insert(name.clone(), uid);
             }
         }
-        for path in config.rules.iter().flat_map(|rule| &rule.cgroups) {
-            let before = self.owners.cgroups.get(path).cloned();
-            let ids = before.unwrap_or_default();
-            owners.cgroups.insert(path.clone(), ids);
-        }
-        look_for_cgroups(&self.tree, &mut owners);
-        Ok(Found { names, owners })
+        owners.cgroups.clone_from(&self.owners.cgroups);
+        let mut named = NamedCgroups::of(config);
+        look_for_cgroups(&self.tree, &mut named, &mut owners);
+        Ok(Found {
+            names,
+            owners,
+            named,
+        })
     }
 
     /// Keeps what was found for a configuration that is in force now.
     pub fn keep(&mut self, found: Found) {
-        (self.names, self.owners) = (found.names, found.owners);
+        (self.names, self.owners, self.named) = (found.names, found.owners, found.named);
     }
 
     /// Looks again for the cgroups that the rules name; the identities of those that have come.
     pub fn look_again(&mut self) -> Vec<u64> {
-        look_for_cgroups(&self.tree, &mut self.owners)
+        look_for_cgroups(&self.tree, &mut self.named, &mut self.owners)
     }
 
     /// The owners as they were found last.
@@ -130,8 +189,11 @@ impl Directory {
 
     /// The directories of the cgroups that the rules name, whether they are there or not.
     pub fn directories(&self) -> Vec<PathBuf> {
-        let paths = self.owners.cgroups.keys();
-        paths.map(|path| self.tree.directory(path)).collect()
+        let paths = self.named.paths.iter();
+        let directories = paths.map(|path| self.tree.directory(path));
+        let patterns = self.named.patterns.iter();
+        let awaited = patterns.flat_map(|(pattern, _)| self.tree.fitting(pattern).1);
+        directories.chain(awaited).collect()
     }
 
     /// The identities of a cgroup and of those above it. Of one that is not known, its own.
@@ -206,10 +268,17 @@ pub struct Found {
     names: Names,
     /// Their numbers.
     pub owners: Owners,
+    named: NamedCgroups,
 }
 
-/// Adds the identities of the cgroups that are there and were not before; which.
-fn look_for_cgroups(tree: &Tree, owners: &mut Owners) -> Vec<u64> {
+/// Adds the identities of the cgroups that are there and were not before; which. Those that fitted a pattern
+/// and have gone are forgotten, as is what no rule names.
+fn look_for_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
+    let wanted = named.wanted(tree, owners);
+    owners.cgroups.retain(|path, _| wanted.contains(path));
+    for path in wanted {
+        owners.cgroups.entry(path).or_default();
+    }
     let mut come = Vec::new();
     for (path, ids) in &mut owners.cgroups {
         let Some(id) = tree.id(path).filter(|id| ids.last() != Some(id)) else {

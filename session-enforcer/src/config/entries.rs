@@ -1,13 +1,15 @@
 //! From rules to the flat match table that the kernel walks: every combination of a rule's
 //! prefixes, port ranges and owners is one entry.
 
+use std::collections::BTreeMap;
+
 use ipnet::{IpNet, Ipv6Net};
 use session_enforcer_common::{
     Address, MAX_MATCH_ENTRIES, MatchEntry, PortRange, Prefix, RULE_EXEMPT,
 };
 
 use super::error::EntryCount;
-use super::owners::{cgroup_ids, uids};
+use super::owners::{cgroup_ids, is_pattern, uids};
 use super::{Action, Owners, Problem, Rule};
 
 /// One prefix of one end of a connection.
@@ -153,4 +155,20 @@ pub(super) fn check_count(rules: &[Rule]) -> Result<(), (usize, Problem)> {
         before += count;
     }
     Ok(())
+}
+
+/// For each pattern of cgroups the entries that one cgroup takes which fits it, and how many are free.
+pub(super) fn pattern_room(rules: &[Rule]) -> (Vec<(String, usize)>, usize) {
+    let owners = Owners::numbered(rules);
+    let mut costs = BTreeMap::new();
+    let mut free = MAX_MATCH_ENTRIES as usize;
+    for rule in rules {
+        let count = of_rule(rule, 0, &owners).count();
+        free = free.saturating_sub(count);
+        let each = count / cgroup_ids(rule, &owners).len().max(1);
+        for pattern in rule.cgroups.iter().filter(|path| is_pattern(path)) {
+            *costs.entry(pattern.clone()).or_default() += each;
+        }
+    }
+    (costs.into_iter().collect(), free)
 }

@@ -136,7 +136,7 @@ pub enum Doubt {
         /// The prefix.
         net: IpNet,
     },
-    /// The name of a cgroup looks like a pattern, and is taken as it is.
+    /// The name of a cgroup has what is a pattern elsewhere, and is none here.
     NoPattern {
         /// The path.
         path: String,
@@ -183,7 +183,8 @@ impl fmt::Display for Doubt {
             }
             Self::NoPattern { path } => write!(
                 f,
-                "cgroups: {} is taken as it is, and no pattern; name the cgroup, or one above it",
+                "cgroups: {} hardly matches what it is meant to: only a single * within one name is a \
+                 pattern, other characters stand for themselves",
                 quoted(path)
             ),
         }

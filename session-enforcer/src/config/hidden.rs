@@ -147,16 +147,18 @@ impl Named {
         let Some(paths) = outermost(&rule.cgroups) else {
             return vec![(0, u128::MAX)];
         };
-        let interval = |path: &str| {
-            let below = |other: &String| is_below(other, path);
-            let first = self.cgroups.iter().position(below).unwrap_or_default();
-            let count = self.cgroups[first..]
-                .iter()
-                .take_while(|o| below(o))
-                .count();
-            ((first + 1) as u128, (first + count) as u128)
-        };
-        paths.into_iter().map(interval).collect()
+        let is_below = |other: &String| paths.iter().any(|path| is_below(other, path));
+        let mut intervals: Vec<Interval> = Vec::new();
+        for (place, _) in (1..)
+            .zip(&self.cgroups)
+            .filter(|(_, other)| is_below(other))
+        {
+            match intervals.last_mut() {
+                Some((_, last)) if *last + 1 == place => *last = place,
+                _ => intervals.push((place, place)),
+            }
+        }
+        intervals
     }
 }
 

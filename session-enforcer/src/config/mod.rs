@@ -29,7 +29,7 @@ use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange
 pub use error::{
     ConfigError, ConfigErrors, Doubt, EntryCount, Location, Position, Problem, Warning,
 };
-pub use owners::{Owners, User, is_below, parse_cgroup, parse_user};
+pub use owners::{Owners, User, fits, is_below, is_pattern, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
     parse_pin_dir, parse_ports, parse_prefix,
@@ -282,6 +282,12 @@ impl Config {
         numbered
             .flat_map(|(index, rule)| entries::of_rule(rule, index, owners))
             .collect()
+    }
+
+    /// What the match table has room for beside what the rules come to: for each pattern of cgroups the
+    /// entries that one cgroup takes which fits it, and how many entries are free for all of them.
+    pub fn pattern_room(&self) -> (Vec<(String, usize)>, usize) {
+        entries::pattern_room(&self.rules)
     }
 
     /// Whether a rule asks for an owner.

@@ -18,8 +18,9 @@ const NO_ENDS: [IpNet; 5] = [
     )),
 ];
 
-/// Characters of patterns, which systemd and container runtimes never have in the name of a cgroup.
-const PATTERN: [char; 5] = ['*', '?', '[', ']', '{'];
+/// Characters that patterns have elsewhere, and that systemd and container runtimes never have in the name of
+/// a cgroup.
+const PATTERN: [&str; 5] = ["**", "?", "[", "]", "{"];
 
 /// What of the rule can never match.
 pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
@@ -28,7 +29,8 @@ pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
         let never = nets.iter().filter(|net| is_no_end(net));
         never.map(move |net| Doubt::NoEnd { key, net: *net })
     });
-    let patterns = rule.cgroups.iter().filter(|path| path.contains(PATTERN));
+    let has_pattern = |path: &&String| PATTERN.iter().any(|part| path.contains(part));
+    let patterns = rule.cgroups.iter().filter(has_pattern);
     let patterns = patterns.map(|path| Doubt::NoPattern { path: path.clone() });
     ends.chain(patterns).collect()
 }
@@ -46,7 +48,7 @@ mod tests {
         let text = "[[rule]]\nname = 'a'\nidle_timeout = '1m'\n\
                     local = ['0.0.0.0', '10.0.0.0/8', '0.0.0.0/1', '239.1.0.0/16']\n\
                     remote = ['0.0.0.0/0', '192.0.2.255', '::', 'fe80::/10']\n\
-                    cgroups = ['/system.slice/docker-*.scope', '/user.slice', '/a@b\\x2d:1']\n";
+                    cgroups = ['/a/b-[0-9].scope', '/a/**', '/system.slice/docker-*.scope', '/a@b\\x2d:1']\n";
         let config = Config::parse("x.toml", text).unwrap();
         let warnings: Vec<_> = config.warnings.iter().map(ToString::to_string).collect();
         assert_eq!(
@@ -58,8 +60,10 @@ mod tests {
                  multicast or broadcast address; remove it",
                 "x.toml:1:1: rule \"a\": remote: \"::\" matches nothing: no connection has this \
                  address; for all of its kind write \"::/0\", or leave it out",
-                "x.toml:1:1: rule \"a\": cgroups: \"/system.slice/docker-*.scope\" is taken as it is, \
-                 and no pattern; name the cgroup, or one above it",
+                "x.toml:1:1: rule \"a\": cgroups: \"/a/b-[0-9].scope\" hardly matches what it is meant to: \
+                 only a single * within one name is a pattern, other characters stand for themselves",
+                "x.toml:1:1: rule \"a\": cgroups: \"/a/**\" hardly matches what it is meant to: only a \
+                 single * within one name is a pattern, other characters stand for themselves",
             ]
         );
     }

@@ -110,12 +110,39 @@ pub(super) fn parse_rule_cgroup(text: &str) -> Result<String, Problem> {
     Ok(path)
 }
 
-/// Whether the cgroup is `above` or one below that.
-pub fn is_below(cgroup: &str, above: &str) -> bool {
-    match cgroup.strip_prefix(above) {
-        Some(rest) => above == "/" || rest.is_empty() || rest.starts_with('/'),
-        None => false,
+/// Whether a path has `*` in it, and stands for every cgroup that it fits.
+pub fn is_pattern(path: &str) -> bool {
+    path.contains('*')
+}
+
+/// Whether the name of a cgroup fits one in which `*` stands for any characters, or none.
+pub fn fits(name: &str, pattern: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else {
+        return name == pattern;
+    };
+    let (between, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+    let mut left = name.strip_prefix(start);
+    // Each part as early as it can be: what is left for the next is the longest.
+    for part in between.split('*') {
+        left = left
+            .and_then(|left| left.split_at_checked(left.find(part)? + part.len()))
+            .map(|(_, left)| left);
     }
+    left.is_some_and(|left| left.ends_with(end))
+}
+
+/// Whether the cgroup is `above`, which may be a pattern, or one below that. Of two patterns: whether each
+/// cgroup that fits the one is or lies below one that fits the other.
+pub fn is_below(cgroup: &str, above: &str) -> bool {
+    let mut names = cgroup.split('/');
+    let is_name_below = |wanted| names.next().is_some_and(|name| fits(name, wanted));
+    above == "/" || cgroup != "/" && above.split('/').all(is_name_below)
+}
+
+/// Whether one of two paths, which may be patterns, can lie below the other.
+fn may_meet(one: &str, other: &str) -> bool {
+    let mut pairs = one.split('/').zip(other.split('/'));
+    one == "/" || other == "/" || pairs.all(|(a, b)| fits(a, b) || fits(b, a))
 }
 
 /// Whether no socket of the rule's cgroups is in the watched directory or below, wherever of the usual
@@ -129,7 +156,7 @@ pub(super) fn all_beside(rule: &Rule, watched: &Path) -> bool {
         .filter_map(|mount| watched.strip_prefix(mount))
         .collect();
     let is_beside = |path: &String| {
-        let related = |name: &&str| name.is_empty() || is_below(path, name) || is_below(name, path);
+        let related = |name: &&str| name.is_empty() || may_meet(path, name);
         !names.iter().any(related)
     };
     !names.is_empty() && !rule.cgroups.is_empty() && rule.cgroups.iter().all(is_beside)
@@ -139,7 +166,8 @@ pub(super) fn all_beside(rule: &Rule, watched: &Path) -> bool {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owners {
     /// Of each cgroup the identities: none where it is not there, several where it was removed and
-    /// made again, as the sockets of the former one may live on.
+    /// made again, as the sockets of the former one may live on. Those that fit a pattern are here under
+    /// their own paths.
     pub cgroups: BTreeMap<String, Vec<u64>>,
     /// Of each user that is named by name.
     pub users: BTreeMap<String, u32>,
@@ -192,9 +220,15 @@ impl Owners {
         }
     }
 
-    /// The identities of a cgroup.
-    pub fn cgroup_ids(&self, path: &str) -> &[u64] {
-        self.cgroups.get(path).map_or(&[], Vec::as_slice)
+    /// The identities of a cgroup, or of all that fit a pattern.
+    fn cgroup_ids(&self, path: &str) -> Vec<u64> {
+        if !is_pattern(path) {
+            return self.cgroups.get(path).cloned().unwrap_or_default();
+        }
+        let levels = |path: &str| path.matches('/').count();
+        let fits = |known: &str| levels(known) == levels(path) && is_below(known, path);
+        let fitting = self.cgroups.iter().filter(|(known, _)| fits(known));
+        fitting.flat_map(|(_, ids)| ids).copied().collect()
     }
 }
 
@@ -213,7 +247,7 @@ pub(super) fn cgroup_ids(rule: &Rule, owners: &Owners) -> Vec<u64> {
         return vec![0];
     };
     let ids = paths.into_iter().flat_map(|path| owners.cgroup_ids(path));
-    let ids: BTreeSet<u64> = ids.copied().collect();
+    let ids: BTreeSet<u64> = ids.collect();
     ids.into_iter().collect()
 }
 

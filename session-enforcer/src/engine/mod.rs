@@ -61,6 +61,9 @@ const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
 /// How many times as long as a look at them took there is none after it.
 const CGROUPS_REST: u32 = 10;
 
+/// How often the cgroups of the rules are looked for in a row until what is watched is all that there is.
+const MAX_WATCH_ROUNDS: usize = 8;
+
 /// Reads the configuration once more.
 pub type Source = Box<dyn Fn() -> Result<Config>>;
 
@@ -346,12 +349,21 @@ impl Engine {
     fn follow_cgroups(&mut self) {
         self.cgroups_due = None;
         // Watched first: one that comes between is found by the look.
-        let directories = self.context.state().directory.directories();
-        if let Err(error) = self.watch.set(&directories) {
-            tracing::error!(
-                "a cgroup of the rules that comes later is not seen before the next SIGHUP, no \
-                 inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
-            );
+        let mut directories = self.context.state().directory.directories();
+        for _ in 0..MAX_WATCH_ROUNDS {
+            if let Err(error) = self.watch.set(&directories) {
+                tracing::error!(
+                    "a cgroup of the rules that comes later is not seen before the next SIGHUP, no \
+                     inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
+                );
+                break;
+            }
+            // One that fits a pattern may have come before it could be watched for what comes below it.
+            let now = self.context.state().directory.directories();
+            let before = std::mem::replace(&mut directories, now);
+            if before == directories {
+                break;
+            }
         }
         if !self.context.state().is_enforcing {
             return;

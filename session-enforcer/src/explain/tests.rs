@@ -373,6 +373,8 @@ const ADDRESSES_V6: [&str; 5] = ["::", "::1", "2001:db8::", "2001:db8::1", "fd00
 
 const USERS: [&str; 4] = ["root", "0", "7", "nobody-of-this-name"];
 const CGROUPS: [&str; 5] = ["/", "/a", "/a/b", "/a/b/c", "/ab"];
+/// Of some of them.
+const PATTERNS: [&str; 4] = ["/*", "/a*", "/*/b", "/a/*/*"];
 
 /// The conditions of a rule, as lines of a file.
 fn conditions() -> impl Strategy<Value = String> {
@@ -381,7 +383,7 @@ fn conditions() -> impl Strategy<Value = String> {
     let prefixes = || vec(select(PREFIXES.to_vec()), 0..3);
     let action = select(vec!["enforce", "observe", "exempt"]);
     let users = vec(select(USERS.to_vec()), 0..3);
-    let cgroups = vec(select(CGROUPS.to_vec()), 0..3);
+    let cgroups = vec(select([&CGROUPS[..], &PATTERNS[..]].concat()), 0..3);
     let ends = (ports(), ports(), prefixes(), prefixes());
     (direction, ends, users, cgroups, action).prop_map(
         |(direction, (local_ports, remote_ports, local, remote), users, cgroups, action)| {

@@ -90,6 +90,11 @@ fn rules_can_hide_another_together_in_every_dimension() {
             "cgroups = ['/c']",
             "cgroups = ['/c', '/a/b/d']",
         ],
+        [
+            "cgroups = ['/a/b*']",
+            "cgroups = ['/c']",
+            "cgroups = ['/c', '/a/b-*', '/a/bc', '/a/b/d']",
+        ],
     ] {
         assert_eq!(hidden_by(&conditions), [["a", "b"]], "{conditions:?}");
     }
@@ -142,6 +147,12 @@ fn a_rule_with_anything_left_is_not_hidden() {
             "cgroups = ['/a']",
         ],
         ["cgroups = ['/a']", "users = [1]", "cgroups = ['/ab']"],
+        [
+            "cgroups = ['/a/*b']",
+            "cgroups = ['/a/bc']",
+            "cgroups = ['/a/b*']",
+        ],
+        ["cgroups = ['/a/*/c']", "users = [1]", "cgroups = ['/a/b']"],
     ] {
         assert_eq!(hidden_by(&conditions), [[""; 0]; 0], "{conditions:?}");
     }
@@ -200,8 +211,8 @@ fn beside(watched: &str, cgroups: &[&str]) -> Vec<String> {
 #[test]
 fn a_rule_of_cgroups_beside_the_watched_one_never_decides() {
     let rules = [
-        "'/user.slice', '/system'",
-        "'/system.slice/a'",
+        "'/user.slice', '/system', '/user*/a'",
+        "'/system.slice/a', '/*/b'",
         "'/b', '/system.slice'",
         "'/'",
     ];

@@ -26,6 +26,9 @@ const USERS: [(&str, u32); 4] = [("1000", 1000), ("root", 0), ("a", 113), ("b", 
 /// Its cgroups.
 const CGROUPS: [&str; 6] = ["/", "/s", "/s/a", "/s/a/x", "/s/ab", "/t"];
 
+/// Patterns of some of them.
+const PATTERNS: [&str; 5] = ["/*", "/s/*", "/s/a*", "/*/a", "/*/*b"];
+
 pub(super) fn owners() -> Owners {
     let users = USERS[1..].iter();
     let ids = |cgroup: &&str| (!cgroup.is_empty()).then(|| vec![id(cgroup)]);
@@ -172,7 +175,8 @@ pub(super) fn any_rule() -> impl Strategy<Value = Rule> {
         let users = users.iter().map(|user| parse_user(user.0).unwrap());
         users.collect()
     });
-    let cgroups = vec(select(CGROUPS.to_vec()).prop_map(str::to_owned), 0..3);
+    let named = [&CGROUPS[..], &PATTERNS[..]].concat();
+    let cgroups = vec(select(named).prop_map(str::to_owned), 0..3);
     let ends = (ports(), ports(), nets(), nets());
     (direction, ends, users, cgroups, action).prop_map(
         |(direction, (local_ports, remote_ports, local, remote), users, cgroups, action)| Rule {

@@ -88,7 +88,61 @@ fn a_cgroup_lies_below_itself_and_what_is_above_it() {
         ("/a/b", "/a/b/c", false),
         ("/ab", "/a", false),
         ("/", "/a", false),
+        ("/", "/*", false),
+        ("/a", "/*", true),
+        ("/a/b", "/*", true),
+        ("/a/b-1.scope", "/a/b-*.scope", true),
+        ("/a/b-1.scope/c", "/a/b-*.scope", true),
+        ("/a/x/b-1.scope", "/a/b-*.scope", false),
+        ("/a/x/b", "/a/*b", false),
+        ("/a", "/a/*", false),
+        ("/a/b*", "/a/*", true),
+        ("/a/*", "/a/b*", false),
+        ("/a/*b", "/a/b*", false),
     ] {
         assert_eq!(is_below(cgroup, above), below, "{cgroup} {above}");
     }
+}
+
+#[test]
+fn a_star_stands_for_any_characters_of_one_name() {
+    for (name, pattern, fitting) in [
+        ("abc", "abc", true),
+        ("abc", "*", true),
+        ("abc", "abc*", true),
+        ("abc", "*abc", true),
+        ("abc", "a*c", true),
+        ("abc", "a*b*c", true),
+        ("abbc", "a*b*c", true),
+        ("ab", "a*b*b", false),
+        ("aba", "ab*ba", false),
+        ("abcab", "*ab", true),
+        ("abcabc", "*ab", false),
+        ("a.b.c", "a.*.*", true),
+        ("a.b", "a.*.*", false),
+        ("", "a", false),
+    ] {
+        assert_eq!(fits(name, pattern), fitting, "{name} {pattern}");
+    }
+}
+
+#[test]
+fn each_cgroup_that_fits_a_pattern_takes_what_the_pattern_is_said_to_cost() {
+    let text = "[[rule]]\nname = 'a'\nidle_timeout = '1s'\nlocal_ports = [1, 3]\ncgroups = ['/a/*', '/b']\n\
+                [[rule]]\nname = 'b'\nidle_timeout = '1s'\nusers = [1, 2, 3]\ncgroups = ['/a/*']\n";
+    let config = Config::parse("x.toml", text).unwrap();
+    let count = |paths: &[&str]| {
+        let owned = |(id, path): (u64, &&str)| ((*path).to_owned(), vec![id]);
+        let owners = Owners {
+            cgroups: (1..).zip(paths).map(owned).collect(),
+            ..Owners::default()
+        };
+        config.match_entries(&owners).len()
+    };
+    let (costs, free) = config.pattern_room();
+    assert_eq!(costs, [("/a/*".to_owned(), 5)]);
+    assert_eq!(free, 4096 - 4 - 3);
+    assert_eq!(count(&["/b", "/a", "/a/x/y"]), 2);
+    assert_eq!(count(&["/b", "/a/x"]), 2 + 5);
+    assert_eq!(count(&["/b", "/a/x", "/a/y"]), 2 + 5 + 5);
 }
