@@ -298,7 +298,11 @@ fn look_for_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) 
 /// # Errors
 ///
 /// Where the host knows no such user.
-pub(crate) fn uid_of(found: Option<&FoundUser>, name: &str, at: &Location) -> Result<u32, UserError> {
+pub(crate) fn uid_of(
+    found: Option<&FoundUser>,
+    name: &str,
+    at: &Location,
+) -> Result<u32, UserError> {
     let (at, user) = (at.clone(), name.to_owned());
     match found {
         Some(FoundUser::Uid(uid)) => Ok(*uid),
