@@ -209,16 +209,15 @@ fn raise_file_limit() {
     }
 }
 
-/// Has a hangup wait until there is a handler for it: it would end the process before. Threads that
+/// Has a hangup and SIGUSR1 wait until there are handlers for them: each would end the process before. Threads that
 /// begin from here on leave it to this one.
 ///
 /// # Errors
 ///
 /// Where the system refuses.
 pub fn hold_hangups() -> Result<()> {
-    let mut hangup = SigSet::empty();
-    hangup.add(Signal::SIGHUP);
-    hangup.thread_block().context("blocking SIGHUP")
+    let held = SigSet::from_iter([Signal::SIGHUP, Signal::SIGUSR1]);
+    held.thread_block().context("blocking SIGHUP and SIGUSR1")
 }
 
 /// Lets in what waited for the handlers. A parent, too, may have blocked the signals that stop the

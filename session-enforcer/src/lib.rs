@@ -22,6 +22,7 @@ pub mod owners;
 pub mod probe;
 pub mod reaper;
 pub mod schedule;
+pub mod service_manager;
 pub mod threads;
 pub mod timer;
 pub mod users;

@@ -365,6 +365,11 @@ impl Metrics {
         self.loaded.set(0);
     }
 
+    /// Whether the configuration that was read last did not come into force.
+    pub fn is_config_refused(&self) -> bool {
+        self.loaded.get() == 0
+    }
+
     fn register_constants(
         &self,
         capacity: u32,
@@ -442,6 +447,15 @@ impl Metrics {
                 .with_label_values(&[rule])
                 .observe(ended.idle.as_secs_f64());
         }
+    }
+
+    /// Sessions that were reset, of every rule.
+    pub fn resets(&self) -> u64 {
+        let families = self.terminations.collect();
+        let series = families.iter().flat_map(MetricFamily::get_metric);
+        let reset = Outcome::Reset.name();
+        let resets = series.filter(|one| one.get_label().iter().any(|l| l.value() == reset));
+        resets.map(|one| one.get_counter().get_value() as u64).sum()
     }
 
     /// Counts a session whose rule it took the daemon to find.

@@ -130,6 +130,15 @@ fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
 
 #[test]
 fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
+    audit_file_is_opened_again_at(Signal::SIGHUP)
+}
+
+#[test]
+fn sigusr1_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
+    audit_file_is_opened_again_at(Signal::SIGUSR1)
+}
+
+fn audit_file_is_opened_again_at(signal: Signal) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -139,7 +148,7 @@ fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
     let renamed = daemon.audit_path().with_extension("1");
     fs::rename(daemon.audit_path(), &renamed)?;
     let kept = fs::read(&renamed)?;
-    daemon.signal(Signal::SIGHUP)?;
+    daemon.signal(signal)?;
     eventually("a new audit file", patience(), || {
         Ok(daemon.audit_path().exists().then_some(()))
     })?;

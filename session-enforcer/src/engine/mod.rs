@@ -47,6 +47,7 @@ use crate::{
     http::Request,
     owners::UserError,
     reaper::pool::Pool,
+    service_manager::{Beat, ServiceManager},
     timer::Timer,
     watch::Watch,
 };
@@ -84,6 +85,8 @@ pub struct Engine {
     requests: mpsc::Receiver<Request>,
     signals: Signals,
     watch: Watch,
+    manager: Rc<ServiceManager>,
+    beat: Beat,
     /// When the cgroups that the rules name are looked at next, where something has changed there.
     cgroups_due: Option<Instant>,
     cgroups_paused_until: Rc<Cell<Instant>>,
@@ -116,7 +119,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Where a timer cannot be had.
+    /// Where a timer cannot be had, or the service manager cannot be told.
     pub fn new(
         parts: Parts,
         pool: Pool,
@@ -141,6 +144,8 @@ impl Engine {
             requests: channels.requests,
             signals: channels.signals,
             watch: Watch::default(),
+            manager: Rc::new(ServiceManager::from_env().context("NOTIFY_SOCKET")?),
+            beat: Beat::from_env(),
             cgroups_due: None,
             cgroups_paused_until: Rc::new(Cell::new(Instant::now())),
         })
@@ -169,17 +174,20 @@ impl Engine {
             is_serving,
         );
         self.context.spawn(start);
-        let context = Rc::clone(&self.context);
+        let (context, manager) = (Rc::clone(&self.context), Rc::clone(&self.manager));
+        let reload = Rc::clone(&self.reloading);
         self.context.spawn(async move {
             // Nobody is served where the programs could not be attached.
             if let Ok(adopting) = served.await {
                 let _ = tokio::time::timeout(ADOPTION_PATIENCE, adopting).await;
                 serve()?;
+                manager.ready(|| context.state().standing(&reload.config.borrow()));
             }
             context.wake.notify_one();
             Ok(())
         });
         let result = self.serve().await;
+        self.manager.stopping();
         let mut state = self.context.state();
         let stopped = match &result {
             // Nothing is taken out of the kernel that this daemon did not put there.
@@ -207,7 +215,12 @@ impl Engine {
                         return Ok(());
                     }
                     Received::Hangup => self.hangup(),
+                    Received::Reopen => self.context.state().records.audit.reopen(),
                 },
+                () = self.beat.due() => {
+                    let config = self.reloading.config.borrow();
+                    self.manager.beat(|| self.context.state().standing(&config));
+                }
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
                     terminate::end_due(&self.context)?;
@@ -433,12 +446,15 @@ impl Engine {
             return;
         }
         let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));
+        let manager = Rc::clone(&self.manager);
+        manager.reloading();
         self.context.spawn(async move {
             let mut reloaded = reload_once(&context, &reload).await;
             while reloaded.is_ok() && reload.is_wanted.take() {
                 reloaded = reload_once(&context, &reload).await;
             }
             reload.is_under_way.set(false);
+            manager.ready(|| context.state().standing(&reload.config.borrow()));
             reloaded
         });
     }
@@ -525,6 +541,7 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    reopen: Signal,
 }
 
 impl Signals {
@@ -538,6 +555,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            reopen: signal(SignalKind::user_defined1())?,
         })
     }
 
@@ -546,6 +564,7 @@ impl Signals {
             _ = self.terminate.recv() => Received::Stop("SIGTERM"),
             _ = self.interrupt.recv() => Received::Stop("SIGINT"),
             _ = self.hangup.recv() => Received::Hangup,
+            _ = self.reopen.recv() => Received::Reopen,
         }
     }
 }
@@ -554,4 +573,5 @@ impl Signals {
 enum Received {
     Stop(&'static str),
     Hangup,
+    Reopen,
 }

@@ -19,12 +19,13 @@ use crate::{
     audit::Audit,
     bpf::{BpfError, Kernel},
     clock::monotonic_ns,
-    config::Mode,
+    config::{Config, Mode},
     health::{Health, Trouble},
     http::Request,
     metrics::{KernelSnapshot, Metrics, Repair},
     owners::Directory,
     reaper::{diag::MAX_BATCH, pool},
+    service_manager::Standing,
 };
 
 /// Sessions that one pass looks at before other work has its turn: some 10 ms, where none is late.
@@ -122,6 +123,19 @@ impl State {
             repaired_losses: 0,
             capacity,
         }
+    }
+
+    /// The status line of the service.
+    pub(super) fn standing(&self, config: &Config) -> String {
+        let standing = Standing {
+            mode: config.mode,
+            rules: config.rules.len(),
+            sessions: self.tracker.len(),
+            resets: self.records.metrics.resets(),
+            is_refused: self.records.metrics.is_config_refused(),
+            trouble: self.records.health.ready().err(),
+        };
+        standing.line()
     }
 
     pub(super) fn has_room(&self) -> bool {
