@@ -13,15 +13,12 @@ use std::{
 
 use nix::{
     fcntl::{OFlag, openat},
-    sys::stat::Mode,
+    sys::{stat::Mode, statfs},
 };
 use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES};
 use thiserror::Error;
 
 use crate::config::{fits, is_pattern};
-
-/// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
-const CGROUP2_MAGIC: libc::__fsword_t = 0x6367_7270;
 
 /// Cgroups of one level that can fit a pattern: more have no room in the match table.
 const MAX_FITTING: usize = MAX_MATCH_ENTRIES as usize;
@@ -118,8 +115,8 @@ impl Cgroup {
     /// Where it is not there, or is not one.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
         let file = fs::File::open(path).map_err(io_error(path))?;
-        let kind = nix::sys::statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
-        if kind.filesystem_type().0 != CGROUP2_MAGIC {
+        let kind = statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
+        if kind.filesystem_type() != statfs::CGROUP2_SUPER_MAGIC {
             return Err(CgroupError::NotCgroup2(path.to_owned()));
         }
         Ok(Self {

@@ -20,13 +20,10 @@ use super::pin_error::PinError;
 /// Where the kernel has a directory for it.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 
-/// `BPF_FS_MAGIC` of `linux/magic.h`.
-const BPF_FS_MAGIC: libc::__fsword_t = 0xcafe_4a11;
-
 /// Whether a directory is on bpffs.
 pub(super) fn is_bpffs(path: &Path) -> io::Result<bool> {
     let found = statfs::statfs(path)?;
-    Ok(found.filesystem_type().0 == BPF_FS_MAGIC)
+    Ok(found.filesystem_type() == statfs::BPF_FS_MAGIC)
 }
 
 /// Makes the directory on bpffs with all above it, and mounts bpffs at its usual place where that

@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
+    fcntl::{Flock, FlockArg},
 };
 use session_enforcer_common::LAYOUT;
 
@@ -125,13 +125,12 @@ impl PinDir {
     /// Puts a new set in the place of the one in use, which is removed with what it attaches.
     pub(super) fn commit(&self, staged: &Path) -> Result<(), PinError> {
         let current = self.current();
-        let flags = if current.exists() {
-            RenameFlags::RENAME_EXCHANGE
+        let moved = if current.exists() {
+            sys::exchange(staged, &current)
         } else {
-            RenameFlags::empty()
+            fs::rename(staged, &current)
         };
-        renameat2(AT_FDCWD, staged, AT_FDCWD, &current, flags)
-            .map_err(|error| PinError::io("putting into place", &current)(error.into()))?;
+        moved.map_err(PinError::io("putting into place", &current))?;
         remove_set(staged)
     }
 

@@ -14,6 +14,8 @@ use std::{
     time::Duration,
 };
 
+use nix::errno::Errno;
+
 // `enum bpf_cmd` of `linux/bpf.h`.
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -311,6 +313,24 @@ pub(crate) fn wait_for_programs() {
     if !grace_period() {
         thread::sleep(LONG_ENOUGH);
     }
+}
+
+/// Gives each of two files the other's name, in one step. nix has this call for glibc only.
+pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    let [one, other] = [c_path(one)?, c_path(other)?];
+    // SAFETY: both paths are C strings that live until the call returns.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            libc::AT_FDCWD,
+            one.as_ptr(),
+            libc::AT_FDCWD,
+            other.as_ptr(),
+            libc::RENAME_EXCHANGE,
+        )
+    };
+    Errno::result(status)?;
+    Ok(())
 }
 
 /// Waits for the end of an RCU grace period; false where the kernel does not do it for a process: one with

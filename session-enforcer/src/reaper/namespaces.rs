@@ -13,13 +13,11 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs;
 use thiserror::Error;
 
 use super::diag::{DiagSocket, SockDiagError};
 use crate::cgroup::{mountinfo, unescape};
-
-/// `NSFS_MAGIC` of `linux/magic.h`.
-const NSFS_MAGIC: libc::__fsword_t = 0x6e73_6673;
 
 /// Why a namespace could not be entered.
 #[derive(Debug, Error)]
@@ -221,8 +219,7 @@ fn open(path: &Path) -> io::Result<File> {
         .read(true)
         .custom_flags(libc::O_PATH)
         .open(path)?;
-    let kind = nix::sys::statfs::fstatfs(&found)?.filesystem_type().0;
-    if kind != NSFS_MAGIC {
+    if statfs::fstatfs(&found)?.filesystem_type() != statfs::NSFS_MAGIC {
         return Err(io::Error::other("is not a namespace"));
     }
     File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
