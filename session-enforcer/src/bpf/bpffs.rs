@@ -55,10 +55,11 @@ pub(super) fn can_be_on_bpffs(path: &Path) -> Result<bool, PinError> {
 }
 
 /// Whoever may write to the directory may put maps there for the daemon to believe in. Where bpffs
-/// was mounted for everybody, somebody may have been here first.
-pub(super) fn check_owner(path: &Path) -> Result<(), PinError> {
+/// was mounted for everybody, somebody may have been here first. These `owners` are trusted besides
+/// this process's own user.
+pub(super) fn check_owner(path: &Path, owners: &[u32]) -> Result<(), PinError> {
     let found = fs::symlink_metadata(path).map_err(PinError::io("looking at", path))?;
-    let is_own = found.uid() == geteuid().as_raw();
+    let is_own = found.uid() == geteuid().as_raw() || owners.contains(&found.uid());
     if !found.is_dir() || !is_own || found.mode() & 0o022 != 0 {
         return Err(PinError::NotOwn(path.to_owned()));
     }

@@ -13,6 +13,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
+    unistd::geteuid,
 };
 use session_enforcer_common::LAYOUT;
 
@@ -21,7 +22,10 @@ use super::{
     pin_error::PinError,
     sys::{self, Kind},
 };
-use crate::host::trust;
+use crate::{host::trust, users};
+
+/// The user of the service that the packages install.
+const SERVICE_USER: &str = "session-enforcer";
 
 /// Begins the name of each set.
 const PREFIX: &str = "layout-";
@@ -49,7 +53,7 @@ impl PinDir {
         loop {
             bpffs::make_directory(path)?;
             // `detach` may remove it between the two.
-            if let Some(held) = Self::hold_existing(path)? {
+            if let Some(held) = Self::hold_as(path, &[])? {
                 return Ok(held);
             }
         }
@@ -63,18 +67,24 @@ impl PinDir {
     pub fn check(path: &Path) -> Result<(), PinError> {
         check_above(path)?;
         bpffs::can_be_on_bpffs(path)?;
-        match bpffs::check_owner(path) {
+        match bpffs::check_owner(path, &trusted_by_root()) {
             Err(PinError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
             checked => checked,
         }
     }
 
-    /// Holds the directory if it is there.
+    /// Holds the directory if it is there, to remove what is in it. Root may do that for the
+    /// service's user too.
     ///
     /// # Errors
     ///
     /// As above, where it is not on bpffs, and where others may write to it or replace it.
     pub fn hold_existing(path: &Path) -> Result<Option<Self>, PinError> {
+        Self::hold_as(path, &trusted_by_root())
+    }
+
+    /// Holds the directory if it is there and belongs to this user, or to one of these.
+    fn hold_as(path: &Path, owners: &[u32]) -> Result<Option<Self>, PinError> {
         let directory = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
@@ -86,7 +96,7 @@ impl PinDir {
         if !bpffs::is_bpffs(path).map_err(PinError::io("looking at", path))? {
             return Err(PinError::NotOnBpffs(path.to_owned()));
         }
-        bpffs::check_owner(path)?;
+        bpffs::check_owner(path, owners)?;
         check_above(path)?;
         let opened = identity(&directory).map_err(PinError::io("looking at", path))?;
         let lock = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
@@ -180,6 +190,15 @@ impl PinDir {
             _ => Ok(sets.len()),
         }
     }
+}
+
+/// Whose pins root trusts besides its own: the service's user's.
+fn trusted_by_root() -> Vec<u32> {
+    let service = match geteuid().is_root() {
+        true => users::uid_of(SERVICE_USER).unwrap_or_default(),
+        false => None,
+    };
+    service.into_iter().collect()
 }
 
 /// Refuses a directory that somebody else could replace. Who may write to the directory itself is another
