@@ -112,6 +112,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "port")]
     config: Option<PathBuf>,
 
+    /// A copy of the last valid configuration is kept here; a start with a wrong one takes the copy
+    #[arg(long, value_name = "FILE", conflicts_with = "port")]
+    pub last_good: Option<PathBuf>,
+
     /// Directory of the cgroup2 control group whose sockets are looked at [default: the whole host]
     #[arg(long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
     cgroup: Option<String>,
@@ -399,7 +403,16 @@ impl RunArgs {
     ///
     /// Where the file is wrong, somebody else could change it, or the ports are too many.
     pub fn to_config(&self) -> anyhow::Result<Config> {
-        let mut config = match self.config_path() {
+        self.config_from(self.config_path())
+    }
+
+    /// The same with another file, if any.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn config_from(&self, path: Option<&Path>) -> anyhow::Result<Config> {
+        let mut config = match path {
             Some(path) => load_trusted(path)?,
             None => Config::from_quick(self.port.clone(), self.idle_timeout, self.max_lifetime)
                 .or_exit(ExitStatus::Usage)?,

@@ -17,6 +17,7 @@ pub mod explain;
 pub mod health;
 pub mod host;
 pub mod http;
+pub mod last_good;
 pub mod metrics;
 pub mod owners;
 pub mod probe;

@@ -8,12 +8,13 @@ use std::{
 use anyhow::Result;
 use session_enforcer::{
     check,
-    cli::{Cli, Command},
+    cli::{Cli, Command, RunArgs},
     config::NetworkNamespaces,
     daemon, detach, doctor,
     engine::Source,
     exit, explain,
     host::privilege,
+    last_good,
     reaper::{pool, worker},
 };
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
@@ -44,12 +45,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     };
     match &cli.command {
         Command::Run(args) => {
-            let config = args.to_config()?;
-            let source = args.config_path().map(|_| {
-                let args = args.clone();
-                Box::new(move || args.to_config()) as Source
-            });
-            daemon::run(&config, source)?;
+            run_daemon(args)?;
         }
         Command::Check(args) => {
             check::check(&args.config, args.json, &mut io::stdout().lock())?;
@@ -76,6 +72,29 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_daemon(args: &RunArgs) -> Result<()> {
+    let started = args
+        .to_config()
+        .and_then(|config| daemon::run(&config, source(args)));
+    let Err(error) = started else {
+        return Ok(());
+    };
+    match last_good::stand_in(args, &error) {
+        Some(config) => daemon::run(&config, source(args)),
+        None => Err(error),
+    }
+}
+
+/// Where the configuration comes from at SIGHUP, if from a file.
+fn source(args: &RunArgs) -> Option<Source> {
+    args.config_path()?;
+    let (read, keep) = (args.clone(), args.clone());
+    Some(Source {
+        read: Box::new(move || read.to_config()),
+        in_force: Box::new(move || last_good::keep(&keep)),
+    })
 }
 
 /// Lines of the log that wait for their reader before more are lost. Each takes memory from the

@@ -9,6 +9,7 @@ mod document;
 mod entries;
 mod error;
 mod hidden;
+mod manual;
 mod never;
 mod owners;
 mod read;
@@ -29,6 +30,7 @@ use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange
 pub use error::{
     ConfigError, ConfigErrors, Doubt, EntryCount, Location, Position, Problem, Warning,
 };
+pub use manual::{Key, MANUAL, Table};
 pub use owners::{Owners, User, fits, is_below, is_pattern, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
@@ -97,6 +99,8 @@ pub struct Config {
     pub users_at: Vec<Option<Location>>,
     /// What is doubtful, in the order of the file.
     pub warnings: Vec<Warning>,
+    /// Whether it stands in for a file that was refused.
+    pub is_stand_in: bool,
 }
 
 /// What the daemon does to an expired session.
@@ -271,6 +275,7 @@ impl Config {
             users_at: vec![None; rules.len()],
             rules,
             warnings: Vec::new(),
+            is_stand_in: false,
         }
     }
 

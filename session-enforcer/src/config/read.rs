@@ -227,3 +227,43 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
     doubts.sort_by_key(|(index, _)| *index);
     doubts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MANUAL;
+
+    #[test]
+    fn the_manual_has_every_key_and_no_other() {
+        let sorted = |names: Vec<&'static str>| {
+            let mut names = names;
+            names.sort_unstable();
+            names
+        };
+        assert_eq!(MANUAL.len(), TABLES.len() - 1);
+        for (manual, table) in MANUAL.iter().zip(&TABLES[DAEMON..]) {
+            assert_eq!(manual.header, table.header);
+            let names = manual.keys.iter().map(|key| key.name).collect();
+            assert_eq!(sorted(names), sorted(table.known.to_vec()));
+        }
+    }
+
+    #[test]
+    fn the_defaults_of_the_manual_are_those_of_a_file_without_the_keys() {
+        let rule = "[[rule]]\nname = 'a'\nidle_timeout = '1s'\nmax_lifetime = '1h'\n";
+        let bare = Config::parse("x.toml", rule).unwrap();
+        for table in &MANUAL {
+            for key in table.keys {
+                let Some(default) = key.default else { continue };
+                let line = format!("{} = {default}\n", key.name);
+                let text = match table.header {
+                    "[[rule]]" => format!("{rule}{line}"),
+                    header => format!("{header}\n{line}{rule}"),
+                };
+                let mut written = Config::parse("x.toml", &text).unwrap();
+                written.users_at.clone_from(&bare.users_at);
+                assert_eq!(written, bare, "{text}");
+            }
+        }
+    }
+}

@@ -65,8 +65,13 @@ const CGROUPS_REST: u32 = 10;
 /// How often the cgroups of the rules are looked for in a row until what is watched is all that there is.
 const MAX_WATCH_ROUNDS: usize = 8;
 
-/// Reads the configuration once more.
-pub type Source = Box<dyn Fn() -> Result<Config>>;
+/// Where the configuration comes from.
+pub struct Source {
+    /// Reads it once more.
+    pub read: Box<dyn Fn() -> Result<Config>>,
+    /// Is called when what was read last has come into force.
+    pub in_force: Box<dyn Fn()>,
+}
 
 /// What a reload needs.
 pub struct Reloading {
@@ -347,6 +352,11 @@ async fn start(
     let _ = serve.send(adopting);
     let adopted = takeover::adopt(&context, since_ns).await?;
     context.state().records.started(&config);
+    if config.is_stand_in {
+        context.state().records.metrics.config_refused();
+    } else {
+        reload.note_in_force();
+    }
     // A cgroup that came meanwhile.
     reload.has_changed.set(true);
     begun(Begun {
@@ -468,7 +478,7 @@ async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
     };
     let config = reload.source.as_ref().map_or_else(
         || Err(anyhow::anyhow!("there is no file")),
-        |source| source(),
+        |source| (source.read)(),
     );
     let config = match config.and_then(|config| reload.accept(config, &context.cgroup)) {
         Ok(config) => config,
@@ -488,6 +498,7 @@ async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
     *reload.config.borrow_mut() = config;
     let adopted = reload::adopt_by_change(context).await?;
     context.state().records.metrics.config_loaded();
+    reload.note_in_force();
     tracing::info!(
         "SIGHUP: {count} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
          {adopted} adopted",
@@ -500,6 +511,12 @@ async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
 }
 
 impl Reload {
+    fn note_in_force(&self) {
+        if let Some(source) = &self.source {
+            (source.in_force)();
+        }
+    }
+
     /// Refuses a configuration that only a restart can put into force: it would be so by half.
     fn accept(&self, config: Config, cgroup: &Cgroup) -> Result<Config> {
         let now = self.config.borrow();

@@ -80,6 +80,7 @@ min_payload = 16
             key: Some("rule \"postgres\": users".into()),
         })],
         warnings: vec![],
+        is_stand_in: false,
     };
     assert_eq!(config, expected);
 }
@@ -103,6 +104,7 @@ fn what_is_not_said_has_its_default() {
         rules: vec![rule],
         users_at: vec![None],
         warnings: vec![],
+        is_stand_in: false,
     };
     assert_eq!(config, expected);
     assert_eq!(config.rules[0].action, Action::Enforce);
