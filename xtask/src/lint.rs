@@ -60,7 +60,8 @@ fn clippy(workspace: &Workspace) -> Command {
 fn clippy_host(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["clippy", "--package", "session-enforcer-tests"]);
-    cargo.args(["--test", "host", "--", "--deny", "warnings"]);
+    cargo.args(["--test", "host", "--test", "package"]);
+    cargo.args(["--", "--deny", "warnings"]);
     cargo
 }
 

@@ -8,6 +8,7 @@ mod bench;
 mod build;
 mod core_sources;
 mod demo;
+mod dist;
 mod fuzz;
 mod linker;
 mod lint;
@@ -71,6 +72,10 @@ enum Task {
     /// What `vm` starts inside of the virtual machine.
     #[command(hide = true)]
     VmGuest,
+    /// Makes a release: static binaries, packages, a tarball, checksums, in the target directory.
+    ///
+    /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
+    Dist(dist::Args),
     /// Checks the formatting and runs clippy on every crate, the eBPF programs included.
     Lint,
 }
@@ -97,6 +102,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
         Task::Vm(args) => vm::vm(&workspace, &args),
         Task::VmGuest => vm::guest(),
+        Task::Dist(args) => dist::dist(&workspace, &args),
         Task::Lint => lint::lint(&workspace),
     }
 }

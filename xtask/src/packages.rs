@@ -102,6 +102,17 @@ pub(crate) const VIRTUAL_MACHINES: [Need; 4] = [
     need("xz", "xz-utils", "unpacking the modules of a kernel"),
 ];
 
+/// What `cargo xtask dist --test` needs.
+pub(crate) const MACHINES: [Need; 3] = [
+    need("lintian", "lintian", "the rules of Debian's packages"),
+    need("mmdebstrap", "mmdebstrap", "the root of a Debian machine"),
+    need(
+        "systemd-nspawn",
+        "systemd-container",
+        "a machine with systemd, to install the package in",
+    ),
+];
+
 /// What it needs then: with an older QEMU it has come already, and there is no such package.
 pub(crate) const SHARING: [Need; 1] = [need(
     "virtiofsd",
@@ -224,12 +235,12 @@ mod tests {
 
     #[test]
     fn the_tables_name_each_program_once_and_in_full() {
-        for needs in [&TESTS[..], &BENCH, &PEERS, &VIRTUAL_MACHINES] {
+        for needs in [&TESTS[..], &BENCH, &PEERS, &VIRTUAL_MACHINES, &MACHINES] {
             let programs: HashSet<_> = needs.iter().map(|need| need.program).collect();
             assert_eq!(programs.len(), needs.len());
         }
         let all = TESTS.into_iter().chain(BENCH).chain(PEERS);
-        for need in all.chain(VIRTUAL_MACHINES) {
+        for need in all.chain(VIRTUAL_MACHINES).chain(MACHINES) {
             assert!(
                 !need.program.contains(['/', ' ']),
                 "{}: a bare name",

@@ -1,10 +1,14 @@
 //! Where the project's things are, and how cargo is called on them.
 
 use std::env;
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+
+use crate::process::output_of;
 
 /// The checkout and its target directory.
 pub(crate) struct Workspace {
@@ -26,6 +30,40 @@ impl Workspace {
             _ => root.join("target"),
         };
         Ok(Self { root, target })
+    }
+
+    /// The checkout.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Copies what git tracks or would track into a folder, with the eBPF toolchain of this
+    /// workspace for its builds.
+    pub(crate) fn copy_sources(&self, folder: &Path) -> Result<Self> {
+        let mut list = Command::new("git");
+        list.args([
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "-z",
+        ]);
+        let files = output_of(list.current_dir(&self.root))?;
+        let copy = Self {
+            root: folder.join("sources"),
+            target: folder.join("target"),
+        };
+        for file in files.split_terminator('\0') {
+            let (from, to) = (self.root.join(file), copy.root.join(file));
+            let parent = to.parent().context("a file lies in a folder")?;
+            fs::create_dir_all(parent)
+                .and_then(|()| fs::copy(&from, &to))
+                .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+        }
+        fs::create_dir_all(&copy.target)
+            .and_then(|()| symlink(self.toolchain(), copy.toolchain()))
+            .with_context(|| format!("cannot lay out {}", copy.target.display()))?;
+        Ok(copy)
     }
 
     /// Where cargo puts what it builds.

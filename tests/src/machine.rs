@@ -1,0 +1,196 @@
+//! A machine with systemd, to install the package in: a container of `systemd-nspawn --boot`.
+//!
+//! Its root is an overlay on a Debian root that `cargo xtask dist --test` made, its cgroups are
+//! below one of the test's own, its network is its own loopback, its bpffs is its own. All of it
+//! goes away with the process at its top.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use tempfile::TempDir;
+
+use crate::{
+    cgroup::Cgroup,
+    clock::eventually,
+    names,
+    pace::{patience, scaled},
+    process::{Finished, die_with_parent, run_to_end},
+};
+
+/// Names the Debian root.
+const ROOT: &str = "SESSION_ENFORCER_MACHINE";
+
+/// Names the Debian package.
+const PACKAGE: &str = "SESSION_ENFORCER_DEB";
+
+/// Where the machine has the package.
+pub const PACKAGE_INSIDE: &str = "/root/session-enforcer.deb";
+
+/// Run by a shell in namespaces of its own, with the scratch folder, the root, the package and the
+/// machine's name.
+const BOOT: &str = r#"
+umount --recursive /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir /sys/fs/cgroup/machine
+echo 0 >/sys/fs/cgroup/machine/cgroup.procs
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/upper" "$1/work" "$1/root" "$1/bpf"
+mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/root"
+# As systemd mounts it on a real machine.
+mount -t bpf -o mode=0700 bpf "$1/bpf"
+cp "$3" "$1/root/root/session-enforcer.deb"
+exec systemd-nspawn --quiet --directory="$1/root" --machine="$4" --register=no --keep-unit \
+    --private-network --bind="$1/bpf:/sys/fs/bpf" \
+    --capability=CAP_BPF,CAP_PERFMON,CAP_NET_ADMIN,CAP_SYS_PTRACE,CAP_SYS_ADMIN,CAP_DAC_READ_SEARCH,CAP_SYS_RESOURCE \
+    --system-call-filter='bpf perf_event_open pidfd_getfd' --boot
+"#;
+
+/// The machine. On drop it is powered off, hard.
+#[derive(Debug)]
+pub struct Machine {
+    top: Child,
+    /// The process number 1 of the machine, as it is seen from here.
+    init: u32,
+    scratch: TempDir,
+    _cgroup: Cgroup,
+}
+
+impl Machine {
+    /// Boots one.
+    ///
+    /// # Errors
+    ///
+    /// Where the environment does not name root and package, or it does not come up.
+    pub fn boot() -> Result<Self> {
+        let (root, package) = (required(ROOT)?, required(PACKAGE)?);
+        let cgroup = Cgroup::new()?;
+        let scratch = tempfile::tempdir()?;
+        let console = fs::File::create(scratch.path().join("console"))?;
+        let name = names::unique();
+        let mounts = scratch.path().join("mounts");
+        fs::create_dir(&mounts)?;
+        let mut command = Command::new("sh");
+        command
+            .args([
+                "-euc",
+                "echo 0 >\"$1/cgroup.procs\"; shift; exec \"$@\"",
+                "sh",
+            ])
+            .arg(cgroup.path())
+            .args(["unshare", "--mount", "--cgroup", "--pid", "--fork"])
+            .args(["--mount-proc", "--kill-child", "sh", "-euc", BOOT, "sh"])
+            .args([&mounts, &root, &package])
+            .arg(name)
+            .env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
+            .stdin(Stdio::null())
+            .stdout(console.try_clone()?)
+            .stderr(console);
+        let top = die_with_parent(&mut command).spawn()?;
+        let mut machine = Self {
+            top,
+            init: 0,
+            scratch,
+            _cgroup: cgroup,
+        };
+        let booted = machine.wait_until_up();
+        booted.with_context(|| format!("the machine's console:\n{}", machine.console()))?;
+        Ok(machine)
+    }
+
+    fn wait_until_up(&mut self) -> Result<()> {
+        eventually("the machine is up", scaled(patience()), || {
+            ensure!(self.top.try_wait()?.is_none(), "it ended");
+            // unshare, systemd-nspawn, and then the machine's own.
+            let nspawn = child_of(self.top.id());
+            let Some(init) = nspawn.and_then(child_of) else {
+                return Ok(None);
+            };
+            self.init = init;
+            // Before its namespaces are made, this is another process or another system.
+            let state = self.run("systemctl is-system-running")?;
+            let is_up = ["running", "degraded"].contains(&state.stdout.trim());
+            Ok(is_up.then_some(()))
+        })
+    }
+
+    fn console(&self) -> String {
+        fs::read_to_string(self.scratch.path().join("console")).unwrap_or_default()
+    }
+
+    /// Runs a line of shell in the machine, to its end.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end.
+    pub fn run(&self, line: &str) -> Result<Finished> {
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--all", "--target", &self.init.to_string(), "--"])
+            .args(["bash", "-c", line])
+            .env_clear()
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
+            .env("HOME", "/root")
+            .env("LC_ALL", "C.UTF-8");
+        run_to_end(command, scaled(patience()))
+    }
+
+    /// The same, for what it prints.
+    ///
+    /// # Errors
+    ///
+    /// Where it fails.
+    pub fn ask(&self, line: &str) -> Result<String> {
+        let Finished {
+            code,
+            stdout,
+            stderr,
+        } = self.run(line)?;
+        ensure!(code == 0, "`{line}` failed ({code}): {stdout}{stderr}");
+        Ok(stdout.trim_end().to_owned())
+    }
+
+    /// Puts a file into the machine.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be written.
+    pub fn write(&self, path: &str, text: &str) -> Result<()> {
+        let root = PathBuf::from(format!("/proc/{}/root", self.init));
+        let path = root.join(path.trim_start_matches('/'));
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Its child is the first of its process namespace: the kernel kills all the others.
+        let killed = self.top.kill().and_then(|()| self.top.wait());
+        if let Err(error) = killed {
+            eprintln!("the machine is left running: {error}");
+        }
+    }
+}
+
+fn required(name: &str) -> Result<PathBuf> {
+    let value = env::var_os(name);
+    let path = PathBuf::from(value.with_context(|| {
+        format!("{name} is not set: `cargo xtask dist --test` makes what this test needs")
+    })?);
+    ensure!(path.exists(), "{name}: there is no {}", path.display());
+    Ok(path)
+}
+
+/// The first child of a process.
+fn child_of(pid: u32) -> Option<u32> {
+    let path = Path::new("/proc").join(format!("{pid}/task/{pid}/children"));
+    let children = fs::read_to_string(path).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}

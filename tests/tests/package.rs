@@ -1,0 +1,274 @@
+//! The Debian package, installed in a machine with systemd: `cargo xtask dist --test`.
+
+use std::{thread, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use session_enforcer_tests::{Finished, Machine, PACKAGE_INSIDE, eventually, patience};
+
+const CONFIG: &str = "/etc/session-enforcer/config.toml";
+const UNIT: &str = "session-enforcer.service";
+
+/// An OpenSSH login that nobody types in.
+const LOGIN: &str = "ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new root@127.0.0.1 \
+                     'echo in; exec sleep 600'";
+
+/// A machine where the package is installed and the service runs, and logins work.
+struct Host(Machine);
+
+impl Host {
+    fn new() -> Result<Self> {
+        let host = Self(Machine::boot()?);
+        host.0.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+        host.0.ask(&format!("systemctl enable --now {UNIT}"))?;
+        host.0.ask(
+            "mkdir -p /root/.ssh && ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 && \
+             cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys",
+        )?;
+        Ok(host)
+    }
+
+    /// With one rule that resets idle logins.
+    fn enforcing(idle_seconds: u32) -> Result<Self> {
+        let host = Self::new()?;
+        host.configure(&rule(idle_seconds))?;
+        host.0.ask(&format!("systemctl reload {UNIT}"))?;
+        Ok(host)
+    }
+
+    fn configure(&self, text: &str) -> Result<()> {
+        self.0.write(CONFIG, text)
+    }
+
+    fn property(&self, name: &str) -> Result<String> {
+        self.0
+            .ask(&format!("systemctl show --property={name} --value {UNIT}"))
+    }
+
+    /// Waits until the manager says this of the service.
+    fn wait_for(&self, name: &str, value: &str) -> Result<()> {
+        let what = format!("{name} is {value}");
+        eventually(&what, patience(), || {
+            Ok((self.property(name)? == value).then_some(()))
+        })
+    }
+
+    /// A metric without labels.
+    fn metric(&self, name: &str) -> Result<f64> {
+        let text = self
+            .0
+            .ask("curl --silent --fail http://127.0.0.1:9847/metrics")?;
+        let line = text
+            .lines()
+            .find(|line| line.split(' ').next() == Some(name));
+        let value = line.and_then(|line| line.split(' ').nth(1));
+        Ok(value
+            .with_context(|| format!("no {name} in {text}"))?
+            .parse()?)
+    }
+
+    fn assert_login_is_reset(&self) -> Result<()> {
+        assert_reset(&self.0.run(LOGIN)?)
+    }
+}
+
+fn rule(idle_seconds: u32) -> String {
+    format!(
+        "[[rule]]\nname = \"ssh\"\ndirection = \"inbound\"\nlocal_ports = [22]\n\
+         idle_timeout = \"{idle_seconds}s\"\n"
+    )
+}
+
+/// The client's words for a reset differ from release to release.
+fn assert_reset(login: &Finished) -> Result<()> {
+    let words = ["Connection reset by peer", "Broken pipe"];
+    let is_told = words.iter().any(|word| login.stderr.contains(word));
+    ensure!(
+        (login.code, login.stdout.as_str()) == (255, "in\n") && is_told,
+        "the login was not reset: {login:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
+    let machine = Machine::boot()?;
+    machine.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+    let idle = machine.run(&format!("systemctl is-active {UNIT}"))?;
+    assert_eq!(
+        idle.stdout.trim(),
+        "inactive",
+        "an installation starts nothing"
+    );
+    drop(machine);
+
+    let host = Host::new()?;
+    assert_eq!(host.property("ActiveState")?, "active");
+    host.0
+        .ask("curl --silent --fail http://127.0.0.1:9847/readyz")?;
+    let status = host.property("StatusText")?;
+    assert!(status.starts_with("observing 1 rule(s), "), "{status}");
+    let user = host
+        .0
+        .ask("ps -o user:32= -p $(systemctl show -P MainPID session-enforcer)")?;
+    assert_eq!(user, "session-enforcer");
+    host.0
+        .ask(&format!("systemd-analyze security --threshold=35 {UNIT}"))?;
+
+    host.configure(&rule(2))?;
+    host.0.ask(&format!("systemctl reload {UNIT}"))?;
+    host.assert_login_is_reset()?;
+    let record = host.0.ask(&format!(
+        "journalctl --unit={UNIT} --output=cat | grep session-terminated"
+    ))?;
+    let record: serde_json::Value = serde_json::from_str(&record)?;
+    assert_eq!(record["event"]["reason"], "idle_timeout");
+    assert_eq!(record["rule"]["name"], "ssh");
+    Ok(())
+}
+
+#[test]
+fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Result<()> {
+    let host = Host::enforcing(2)?;
+    let before = host.property("MainPID")?;
+    host.configure("[[rule]]\nname = \"ssh\"\nidle_timeout = \"never\"\n")?;
+    let reload = host.0.run(&format!("systemctl reload {UNIT}"))?;
+    assert_ne!(reload.code, 0);
+    assert_eq!(host.property("ActiveState")?, "active");
+    assert_eq!(host.property("MainPID")?, before);
+    host.0.ask(&format!(
+        "journalctl --unit={UNIT} --output=cat | grep 'config.toml:3:.*idle_timeout'"
+    ))?;
+    host.assert_login_is_reset()?;
+
+    host.0.ask(&format!("systemctl restart {UNIT}"))?;
+    assert_ne!(host.property("MainPID")?, before);
+    let loaded = "session_enforcer_config_last_reload_successful";
+    assert_eq!(host.metric(loaded)?, 0.0);
+    let status = host.property("StatusText")?;
+    assert!(
+        status.contains("the configuration file is refused"),
+        "{status}"
+    );
+    host.assert_login_is_reset()?;
+
+    host.configure(&rule(2))?;
+    host.0.ask(&format!("systemctl reload {UNIT}"))?;
+    eventually("the file is in force", patience(), || {
+        Ok((host.metric(loaded)? == 1.0).then_some(()))
+    })
+}
+
+#[test]
+fn a_daemon_that_is_killed_or_stands_still_comes_back() -> Result<()> {
+    let host = Host::enforcing(2)?;
+    host.0
+        .ask("kill -KILL $(systemctl show -P MainPID session-enforcer)")?;
+    host.wait_for("NRestarts", "1")?;
+    host.wait_for("ActiveState", "active")?;
+    host.assert_login_is_reset()?;
+
+    // The unit's own period is half a minute.
+    let folder = format!("/run/systemd/system/{UNIT}.d");
+    host.0.ask(&format!("mkdir -p {folder}"))?;
+    host.0.write(
+        &format!("{folder}/watchdog.conf"),
+        "[Service]\nWatchdogSec=3s\n",
+    )?;
+    host.0.ask(&format!(
+        "systemctl daemon-reload && systemctl restart {UNIT}"
+    ))?;
+    // Three of its periods: it is not killed while it beats.
+    thread::sleep(Duration::from_secs(9));
+    assert_eq!(host.property("NRestarts")?, "0");
+    host.0
+        .ask("kill -STOP $(systemctl show -P MainPID session-enforcer)")?;
+    host.wait_for("NRestarts", "1")?;
+    host.wait_for("ActiveState", "active")?;
+    host.0.ask(&format!(
+        "journalctl --unit={UNIT} --output=cat | grep 'Watchdog timeout'"
+    ))?;
+    host.assert_login_is_reset()
+}
+
+#[test]
+fn an_upgrade_takes_the_sessions_over() -> Result<()> {
+    const LIMIT: u32 = 8;
+    let host = Host::enforcing(LIMIT)?;
+    let login = thread::scope(|scope| {
+        let login = scope.spawn(|| host.0.run(LOGIN));
+        let upgraded = (|| -> Result<()> {
+            eventually("the login is a session", patience(), || {
+                let sessions = host.metric("session_enforcer_sessions{rule=\"ssh\"}")?;
+                Ok((sessions == 1.0).then_some(()))
+            })?;
+            let before = host.property("MainPID")?;
+            host.0.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+            assert_ne!(host.property("MainPID")?, before);
+            assert_eq!(
+                host.metric("session_enforcer_sessions_taken_over_total")?,
+                1.0
+            );
+            Ok(())
+        })();
+        let login = login.join().expect("the login does not panic");
+        upgraded.and(login)
+    })?;
+    assert_reset(&login)?;
+    let record = host.0.ask(&format!(
+        "journalctl --unit={UNIT} --output=cat | grep session-terminated"
+    ))?;
+    let record: serde_json::Value = serde_json::from_str(&record)?;
+    // Its clock began before the upgrade: a session whose clock had started anew would be due later.
+    let idle = record["session_enforcer"]["idle_seconds"].as_f64();
+    assert!(
+        idle.is_some_and(|idle| idle >= f64::from(LIMIT)),
+        "{record}"
+    );
+    Ok(())
+}
+
+#[test]
+fn logrotate_moves_the_audit_file_and_the_daemon_opens_a_new_one() -> Result<()> {
+    const FILE: &str = "/var/log/session-enforcer/audit.jsonl";
+    let host = Host::new()?;
+    host.configure(&format!("[audit]\npath = \"{FILE}\"\n{}", rule(2)))?;
+    host.0.ask(&format!("systemctl restart {UNIT}"))?;
+    host.assert_login_is_reset()?;
+    let lines = || {
+        host.0
+            .ask(&format!("grep -c session-terminated {FILE} {FILE}.1"))
+    };
+    host.0
+        .ask("logrotate --force /etc/logrotate.d/session-enforcer")?;
+    host.assert_login_is_reset()?;
+    eventually("a record in each file", patience(), || {
+        Ok((lines()? == format!("{FILE}:1\n{FILE}.1:1")).then_some(()))
+    })?;
+    let owner = host.0.ask(&format!("stat --format='%U %a' {FILE}"))?;
+    assert_eq!(owner, "session-enforcer 640");
+    Ok(())
+}
+
+#[test]
+fn a_purge_leaves_nothing() -> Result<()> {
+    let list = "find / -xdev -not -path '/proc/*' -not -path '/root/*' -not -path '/var/log/journal/*' \
+                -not -path '/var/lib/dpkg/*' -not -path '/var/log/dpkg.log' -not -path '/tmp/*' \
+                -not -path '/var/tmp/*' -not -path '/etc/*-' | sort; find /sys/fs/bpf -mindepth 1 | sort; \
+                getent passwd; getent group";
+    let machine = Machine::boot()?;
+    let before = machine.ask(list)?;
+    drop(machine);
+    let host = Host::enforcing(2)?;
+    host.assert_login_is_reset()?;
+    // What a daemon that was killed has left attached goes too.
+    host.0.ask(&format!(
+        "systemctl kill --signal=KILL {UNIT}; dpkg --purge session-enforcer"
+    ))?;
+    let after = host.0.ask(list)?;
+    let new: Vec<&str> = after
+        .lines()
+        .filter(|line| !before.lines().any(|l| l == *line))
+        .collect();
+    assert!(new.is_empty(), "{new:#?}");
+    Ok(())
+}

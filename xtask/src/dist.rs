@@ -1,0 +1,407 @@
+//! `cargo xtask dist`: what is published of a release.
+//!
+//! Static binaries with their debug information beside them, a Debian package, an RPM, a tarball
+//! with an install script, an SBOM, and the checksums of all. The same sources give the same bytes,
+//! whatever folder they are built in.
+
+mod sbom;
+mod tools;
+mod trial;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use self::tools::Tool;
+use crate::process::{find_program, output_of, run, say};
+use crate::rustc::Rustc;
+use crate::setup::setup;
+use crate::workspace::Workspace;
+
+const NAME: &str = "session-enforcer";
+
+/// A processor that releases are made for.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Arch {
+    /// 64-bit PCs and servers.
+    #[value(name = "x86_64")]
+    X86_64,
+    /// 64-bit ARM.
+    #[value(name = "aarch64")]
+    Aarch64,
+}
+
+impl Arch {
+    const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
+
+    /// As the kernel and RPM call it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// As Debian calls it.
+    const fn debian(self) -> &'static str {
+        match self {
+            Self::X86_64 => "amd64",
+            Self::Aarch64 => "arm64",
+        }
+    }
+
+    /// The target triple: static binaries that need no C library.
+    fn triple(self) -> String {
+        format!("{}-unknown-linux-musl", self.name())
+    }
+}
+
+/// What `dist` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The processor; without it, each.
+    #[arg(long)]
+    arch: Option<Arch>,
+    /// Builds a second time, in another folder, and fails where a byte differs.
+    #[arg(long)]
+    twice: bool,
+    /// Installs the Debian package in a machine with systemd, as root, and tries it.
+    #[arg(long)]
+    test: bool,
+}
+
+/// Makes the release, in the target directory.
+pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
+    setup(workspace)?;
+    let archs = args.arch.map_or(Arch::ALL.to_vec(), |one| vec![one]);
+    let out = workspace.target().join("dist");
+    let tools = tools::ensure(workspace)?;
+    build(workspace, workspace, &tools, &archs, &out)?;
+    if args.twice {
+        build_again(workspace, &tools, &archs, &out)?;
+    }
+    if args.test {
+        trial::run_in_machines(workspace, &out)?;
+    }
+    println!("{}", out.display());
+    Ok(())
+}
+
+/// Makes the release of a checkout, with the tools of the workspace that was asked.
+fn build(
+    workspace: &Workspace,
+    checkout: &Workspace,
+    tools: &tools::Tools,
+    archs: &[Arch],
+    out: &Path,
+) -> Result<()> {
+    renew(out)?;
+    let release = Release {
+        checkout,
+        tools,
+        epoch: source_date(workspace)?,
+        version: version(checkout)?,
+        // Not among what is published.
+        stage: checkout.target().join("dist-stage"),
+        out: out.to_owned(),
+    };
+    renew(&release.stage)?;
+    release.make(archs)
+}
+
+/// Builds a copy of the sources, and compares.
+fn build_again(
+    workspace: &Workspace,
+    tools: &tools::Tools,
+    archs: &[Arch],
+    first: &Path,
+) -> Result<()> {
+    let folder = workspace.target().join("dist-again");
+    say!("the same once more, in {}", folder.display());
+    renew(&folder)?;
+    let checkout = workspace.copy_sources(&folder)?;
+    let second = folder.join("dist");
+    build(workspace, &checkout, tools, archs, &second)?;
+    let sums = |out: &Path| {
+        let path = out.join("SHA256SUMS");
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let (one, other) = (sums(first)?, sums(&second)?);
+    let differing: Vec<&str> = one
+        .lines()
+        .filter(|line| !other.lines().any(|l| l == *line))
+        .collect();
+    ensure!(
+        one == other,
+        "two builds of the same sources differ; of {} and {}:\n{}",
+        first.display(),
+        second.display(),
+        differing.join("\n")
+    );
+    say!("both builds have the same bytes");
+    fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
+}
+
+/// One release in the making.
+struct Release<'a> {
+    checkout: &'a Workspace,
+    tools: &'a tools::Tools,
+    /// The time that files and packages are given, in seconds since 1970.
+    epoch: String,
+    version: String,
+    stage: PathBuf,
+    out: PathBuf,
+}
+
+impl Release<'_> {
+    fn make(&self, archs: &[Arch]) -> Result<()> {
+        say!("the manual pages and completions");
+        let pages = self.stage.join("pages");
+        self.pages(&pages)?;
+        for arch in archs {
+            say!("the binary for {}", arch.name());
+            self.one(*arch, &pages)?;
+        }
+        let sbom = self.out.join(format!("{NAME}-{}.cdx.json", self.version));
+        fs::write(&sbom, sbom::of(self.checkout)?)
+            .with_context(|| format!("cannot write {}", sbom.display()))?;
+        self.checksums()
+    }
+
+    /// The library knows its command line and its keys; a page is written by what reads them.
+    fn pages(&self, pages: &Path) -> Result<()> {
+        let mut cargo = self.checkout.cargo();
+        cargo.args(["run", "--quiet", "--package", NAME, "--example", "pages"]);
+        run(cargo.arg("--").arg(pages))?;
+        for entry in list(&pages.join("man"))? {
+            run(Command::new("gzip").args(["-9n", "--"]).arg(entry))?;
+        }
+        let changelog = pages.join("changelog.Debian");
+        fs::write(&changelog, self.debian_changelog()?)
+            .with_context(|| format!("cannot write {}", changelog.display()))?;
+        run(Command::new("gzip").args(["-9n", "--"]).arg(changelog))
+    }
+
+    fn debian_changelog(&self) -> Result<String> {
+        let mut date = Command::new("date");
+        date.args(["--utc", "--rfc-email", "--date"]);
+        let date = output_of(date.arg(format!("@{}", self.epoch)).env("LC_ALL", "C"))?;
+        Ok(format!(
+            "{NAME} ({}-1) unstable; urgency=medium\n\n  * What is new is in CHANGELOG.md.\n\n \
+             -- {}  {}",
+            self.version,
+            maintainer(self.checkout)?,
+            date
+        ))
+    }
+
+    fn one(&self, arch: Arch, pages: &Path) -> Result<()> {
+        let binary = self.binary(arch)?;
+        // Both packagers look for what is built in TARGET_DIR/TRIPLE/release.
+        let folder = self.stage.join(arch.triple()).join("release");
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        self.strip(arch, &binary, &folder.join(NAME))?;
+        run(Command::new("cp").arg("-r").arg(pages).arg(&folder))?;
+        self.deb(arch)?;
+        self.rpm(arch)?;
+        self.tarball(arch, &folder)
+    }
+
+    /// Builds the daemon, without a word in it about where it was built.
+    fn binary(&self, arch: Arch) -> Result<PathBuf> {
+        add_target(arch)?;
+        let rustc = Rustc::find()?;
+        let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+        let flags = [
+            "-Clinker=rust-lld".to_owned(),
+            remap(&cargo_home()?, "/cargo"),
+            remap(&rustc.sysroot.join("lib/rustlib/src/rust"), "/rust"),
+            remap(self.checkout.target(), "/target"),
+            remap(self.checkout.root(), NAME),
+        ];
+        let mut cargo = self.checkout.cargo();
+        cargo
+            .args(["build", "--locked", "--release", "--package", NAME])
+            .arg("--target")
+            .arg(arch.triple())
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
+        run(&mut cargo)?;
+        let folder = self.checkout.target().join(arch.triple());
+        Ok(folder.join("release").join(NAME))
+    }
+
+    /// Puts the debug information into a file of its own, for the debugger to find beside the binary.
+    fn strip(&self, arch: Arch, binary: &Path, stripped: &Path) -> Result<()> {
+        let rustc = Rustc::find()?;
+        let objcopy = rustc
+            .sysroot
+            .join("lib/rustlib")
+            .join(&rustc.host)
+            .join("bin/rust-objcopy");
+        let name = format!("{NAME}-{}-{}.debug", self.version, arch.name());
+        let debug = self.out.join(&name);
+        let objcopy = || Command::new(&objcopy);
+        run(objcopy().arg("--only-keep-debug").arg(binary).arg(&debug))?;
+        let mut strip = objcopy();
+        strip
+            .arg("--strip-all")
+            .arg(format!("--add-gnu-debuglink={name}"));
+        run(strip.arg(binary).arg(stripped).current_dir(&self.out))
+    }
+
+    fn deb(&self, arch: Arch) -> Result<()> {
+        let name = format!("{NAME}_{}-1_{}.deb", self.version, arch.debian());
+        let mut deb = self.packager(Tool::Deb, arch);
+        deb.args(["--no-build", "--no-strip", "--quiet", "--output"]);
+        run(deb.arg(self.out.join(name)))
+    }
+
+    fn rpm(&self, arch: Arch) -> Result<()> {
+        let name = format!("{NAME}-{}-1.{}.rpm", self.version, arch.name());
+        let mut rpm = self.packager(Tool::Rpm, arch);
+        rpm.args(["--auto-req", "disabled", "--target-dir"]);
+        rpm.arg(&self.stage).arg("--output");
+        run(rpm.arg(self.out.join(name)))
+    }
+
+    fn packager(&self, tool: Tool, arch: Arch) -> Command {
+        let mut packager = self.tools.command(tool);
+        packager
+            .args(["--package", NAME, "--target"])
+            .arg(arch.triple())
+            .current_dir(self.checkout.root())
+            .env("CARGO_TARGET_DIR", &self.stage)
+            .env("SOURCE_DATE_EPOCH", &self.epoch);
+        packager
+    }
+
+    fn tarball(&self, arch: Arch, built: &Path) -> Result<()> {
+        let name = format!("{NAME}-{}-{}", self.version, arch.name());
+        let folder = self.stage.join(&name);
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let root = self.checkout.root();
+        let packaging = root.join(NAME).join("packaging");
+        let mut copy = Command::new("cp");
+        copy.arg("-r")
+            .arg(built.join(NAME))
+            .arg(built.join("pages/man"));
+        copy.arg(built.join("pages/completions"));
+        for file in [
+            "config.toml",
+            "install.sh",
+            "session-enforcer.logrotate",
+            "session-enforcer.service",
+        ] {
+            copy.arg(packaging.join(file));
+        }
+        for file in ["CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "README.md"] {
+            copy.arg(root.join(file));
+        }
+        run(copy.arg(&folder))?;
+        let mut tar = Command::new("tar");
+        tar.args(["--create", "--sort=name", "--owner=0", "--group=0"]);
+        tar.args(["--numeric-owner", "--mode=u=rwX,go=rX"]);
+        tar.arg(format!("--mtime=@{}", self.epoch));
+        tar.args(["--use-compress-program=gzip -9n", "--file"]);
+        tar.arg(self.out.join(format!("{name}.tar.gz")));
+        run(tar.arg("--directory").arg(&self.stage).arg(&name))
+    }
+
+    fn checksums(&self) -> Result<()> {
+        let names = list(&self.out)?;
+        let names = names.iter().filter_map(|path| path.file_name());
+        let mut sum = Command::new("sha256sum");
+        let sums = output_of(sum.args(names).current_dir(&self.out))?;
+        let path = self.out.join("SHA256SUMS");
+        fs::write(&path, sums).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Makes an empty folder.
+fn renew(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
+}
+
+/// The files of a folder, in the order of their names.
+fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    let mut paths = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// What cargo knows of the daemon's package.
+fn package(checkout: &Workspace) -> Result<serde_json::Value> {
+    let mut cargo = checkout.cargo();
+    let text = output_of(cargo.args(["metadata", "--locked", "--no-deps", "--format-version=1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&text)?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let own = packages.into_iter().find(|package| package["name"] == NAME);
+    own.cloned()
+        .context("cargo knows no package session-enforcer")
+}
+
+fn version(checkout: &Workspace) -> Result<String> {
+    let package = package(checkout)?;
+    let version = package["version"].as_str();
+    Ok(version.context("the package has no version")?.to_owned())
+}
+
+fn maintainer(checkout: &Workspace) -> Result<String> {
+    let package = package(checkout)?;
+    let maintainer = package["metadata"]["deb"]["maintainer"].as_str();
+    Ok(maintainer
+        .context("no package.metadata.deb.maintainer")?
+        .to_owned())
+}
+
+/// The time of the sources: `SOURCE_DATE_EPOCH`, else that of the last commit.
+fn source_date(workspace: &Workspace) -> Result<String> {
+    if let Some(epoch) = env::var_os("SOURCE_DATE_EPOCH") {
+        return Ok(epoch.to_string_lossy().into_owned());
+    }
+    let mut git = Command::new("git");
+    git.args(["log", "-1", "--format=%ct"])
+        .current_dir(workspace.root());
+    let epoch = output_of(&mut git).context("set SOURCE_DATE_EPOCH where there is no git")?;
+    Ok(epoch.trim().to_owned())
+}
+
+fn cargo_home() -> Result<PathBuf> {
+    if let Some(home) = env::var_os("CARGO_HOME") {
+        return Ok(home.into());
+    }
+    let home = env::home_dir().context("neither CARGO_HOME nor HOME is set")?;
+    Ok(home.join(".cargo"))
+}
+
+/// Adds the standard library for a target.
+fn add_target(arch: Arch) -> Result<()> {
+    let rustc = Rustc::find()?;
+    let library = rustc.sysroot.join("lib/rustlib").join(arch.triple());
+    if library.is_dir() {
+        return Ok(());
+    }
+    if find_program("rustup", &[]).is_none() {
+        bail!(
+            "{} has no standard library for {}; remedy: install it for this toolchain",
+            rustc.sysroot.display(),
+            arch.triple()
+        );
+    }
+    say!("adding rustup's target {}", arch.triple());
+    let mut rustup = Command::new("rustup");
+    output_of(rustup.args(["target", "add"]).arg(arch.triple())).map(drop)
+}

@@ -1,0 +1,99 @@
+//! cargo-deb and cargo-generate-rpm, built into the target directory.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{output_of, run, say};
+use crate::setup::lock;
+use crate::workspace::{Workspace, cargo};
+
+/// A program that makes packages.
+#[derive(Clone, Copy)]
+pub(super) enum Tool {
+    Deb,
+    Rpm,
+}
+
+impl Tool {
+    const ALL: [Self; 2] = [Self::Deb, Self::Rpm];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Deb => "cargo-deb",
+            Self::Rpm => "cargo-generate-rpm",
+        }
+    }
+
+    const fn version(self) -> &'static str {
+        match self {
+            Self::Deb => "3.8.0",
+            Self::Rpm => "0.21.1",
+        }
+    }
+}
+
+/// The programs, ready for use.
+pub(super) struct Tools {
+    folder: PathBuf,
+}
+
+impl Tools {
+    /// A command that runs one of them.
+    pub(super) fn command(&self, tool: Tool) -> Command {
+        Command::new(self.folder.join("bin").join(tool.name()))
+    }
+
+    fn stands(&self, tool: Tool) -> bool {
+        // Both print their version alone or after their name.
+        output_of(self.command(tool).arg("--version"))
+            .is_ok_and(|printed| printed.trim().ends_with(tool.version()))
+    }
+}
+
+/// Makes sure that they are there, of the pinned versions.
+pub(super) fn ensure(workspace: &Workspace) -> Result<Tools> {
+    let _lock = lock(workspace)?;
+    let tools = Tools {
+        folder: workspace.target().join("dist-tools"),
+    };
+    for tool in Tool::ALL {
+        if !tools.stands(tool) {
+            let (name, version) = (tool.name(), tool.version());
+            say!("building {name} {version}, which makes packages (some minutes)");
+            install(&tools, tool)?;
+        }
+    }
+    Ok(tools)
+}
+
+fn install(tools: &Tools, tool: Tool) -> Result<()> {
+    let folder = &tools.folder;
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let scratch = folder.join("build");
+    let mut command = cargo();
+    command
+        .args(["install", tool.name(), "--version", tool.version()])
+        .args(["--locked", "--force", "--quiet", "--root"])
+        .arg(folder)
+        // Not in the checkout: its configuration is not meant for this.
+        .current_dir(folder)
+        .env("CARGO_TARGET_DIR", &scratch);
+    for flag in [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "CARGO_BUILD_RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+    ] {
+        command.env_remove(flag);
+    }
+    run(&mut command).with_context(|| {
+        format!(
+            "cannot build {}, which comes from the crates registry",
+            tool.name()
+        )
+    })?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+}

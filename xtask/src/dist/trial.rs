@@ -1,0 +1,78 @@
+//! Tries the Debian package in machines with systemd, as root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Arch, list};
+use crate::packages::{self, Missing};
+use crate::process::{is_root, run, say};
+use crate::workspace::Workspace;
+
+/// The releases of Debian that it is tried in.
+const SUITES: [&str; 2] = ["trixie", "bookworm"];
+
+/// What the tests use in the machine, besides what is always there.
+const INCLUDED: &str =
+    "curl,dbus,logrotate,openssh-client,openssh-server,procps,systemd,systemd-sysv";
+
+/// Checks the package, and runs the tests of it in each release.
+pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
+    ensure!(
+        is_root()?,
+        "the package is tried as root: run `cargo xtask dist --test` as root"
+    );
+    packages::ensure(&packages::MACHINES, Missing::Install)?;
+    let package = package(out)?;
+    say!("lintian");
+    let mut lintian = Command::new("lintian");
+    lintian.args(["--allow-root", "--fail-on", "error"]);
+    run(lintian.arg(&package))?;
+    for suite in SUITES {
+        let root = debian(workspace, suite)?;
+        say!("the package in Debian {suite}");
+        let mut cargo = workspace.cargo();
+        cargo
+            .args(["test", "--package", "session-enforcer-tests"])
+            .args(["--test", "package", "--", "--test-threads=3"])
+            .env("SESSION_ENFORCER_MACHINE", &root)
+            .env("SESSION_ENFORCER_DEB", &package);
+        run(&mut cargo)?;
+    }
+    Ok(())
+}
+
+/// The package for this machine.
+fn package(out: &Path) -> Result<PathBuf> {
+    let own = Arch::ALL
+        .into_iter()
+        .find(|arch| arch.name() == std::env::consts::ARCH);
+    let own = own.context("no packages are made for this machine's processor")?;
+    let end = format!("_{}.deb", own.debian());
+    let mut files = list(out)?.into_iter();
+    let package = files.find(|path| path.to_string_lossy().ends_with(&end));
+    package.with_context(|| format!("{} has no {end}: leave --arch out", out.display()))
+}
+
+/// A Debian root, made once and kept.
+fn debian(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
+    let folder = workspace.target().join("machines");
+    let root = folder.join(suite);
+    if root.is_dir() {
+        return Ok(root);
+    }
+    say!("making the root of a Debian {suite} (a minute or so, once)");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    // One that was cut short must not be taken for whole.
+    let unfinished = folder.join(format!("{suite}.unfinished"));
+    let _ = fs::remove_dir_all(&unfinished);
+    let mut debootstrap = Command::new("mmdebstrap");
+    debootstrap.args(["--quiet", "--variant=minbase"]);
+    debootstrap.arg(format!("--include={INCLUDED}"));
+    run(debootstrap.arg(suite).arg(&unfinished))?;
+    fs::rename(&unfinished, &root)
+        .with_context(|| format!("cannot rename {}", unfinished.display()))?;
+    Ok(root)
+}
