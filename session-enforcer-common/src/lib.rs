@@ -1,5 +1,5 @@
 //! What the kernel programs and the daemon share: the records that lie in BPF maps, and the two
-//! pure decisions, [`matches`] (does a rule's entry apply to a connection?) and [`verdict`] (has a
+//! pure decisions, [`matches`](fn@matches) (does a rule's entry apply to a connection?) and [`verdict`] (has a
 //! session outlived its limits?). The kernel programs' reading of [`packet`]s is here too, where it
 //! can be tested.
 //!

@@ -1,7 +1,7 @@
 //! `session-enforcer explain`: which rule decides about a connection, and why the earlier ones do
 //! not.
 //!
-//! The decision is that of [`matches`] over the match table, as in the kernel. The reasons come from
+//! The decision is that of [`matches`](fn@matches) over the match table, as in the kernel. The reasons come from
 //! the conditions of the rules; the tests show that the two never disagree.
 
 use std::io::{self, Write};

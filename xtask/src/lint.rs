@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting and clippy, the same as CI.
+//! `cargo xtask lint`: formatting, clippy and documentation, the same as CI.
 
 use std::process::Command;
 
@@ -22,6 +22,7 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
         ("clippy on the eBPF programs", clippy_ebpf(workspace)),
         ("formatting of the fuzz targets", formatting_fuzz(workspace)),
         ("clippy on the fuzz targets", clippy_fuzz(workspace)),
+        ("documentation", documentation(workspace)),
     ];
     let mut failed = Vec::new();
     for (name, mut check) in checks {
@@ -101,6 +102,16 @@ fn clippy_fuzz(workspace: &Workspace) -> Command {
     cargo.args(["clippy", "--no-default-features", "--manifest-path"]);
     cargo.arg(workspace.fuzz_crate().join("Cargo.toml"));
     cargo.args(["--", "--deny", "warnings"]);
+    cargo
+}
+
+/// A link from a public item to a private one is text in the documentation, and a link in an editor.
+fn documentation(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["doc", "--no-deps", "--workspace"]);
+    cargo.args(["--exclude", "session-enforcer-ebpf", "--keep-going"]);
+    let flags = "--deny warnings --allow rustdoc::private_intra_doc_links";
+    cargo.env("RUSTDOCFLAGS", flags);
     cargo
 }
 

@@ -1,4 +1,4 @@
-//! The bill of materials: every crate that is in the binary, in CycloneDX's JSON.
+//! The bill of materials: every crate that is in the binary, in the JSON of `CycloneDX`.
 //!
 //! Without a serial number and a time: the same sources have the same bill.
 
@@ -87,8 +87,8 @@ fn component(package: &Value, kind: &str) -> Value {
     });
     if let Some(license) = package["license"].as_str() {
         // Older crates write "MIT/Apache-2.0", which SPDX writes with OR.
-        let expression = license.replace('/', " OR ");
-        component["licenses"] = json!([{ "expression": expression }]);
+        let parts: Vec<&str> = license.split('/').map(str::trim).collect();
+        component["licenses"] = json!([{ "expression": parts.join(" OR ") }]);
     }
     component
 }
