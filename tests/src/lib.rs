@@ -42,7 +42,7 @@ pub use daemon::{Daemon, Launch, daemon_command, idle_rule, state_of};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;
 pub use locked::Locked;
-pub use machine::{Machine, PACKAGE_INSIDE};
+pub use machine::Machine;
 pub use metrics::Metrics;
 pub use netns::{Netns, Veth};
 pub use options::{

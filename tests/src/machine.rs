@@ -24,14 +24,7 @@ use crate::{
 /// Names the Debian root.
 const ROOT: &str = "SESSION_ENFORCER_MACHINE";
 
-/// Names the Debian package.
-const PACKAGE: &str = "SESSION_ENFORCER_DEB";
-
-/// Where the machine has the package.
-pub const PACKAGE_INSIDE: &str = "/root/session-enforcer.deb";
-
-/// Run by a shell in namespaces of its own, with the scratch folder, the root, the package and the
-/// machine's name.
+/// Run by a shell in namespaces of its own, with the scratch folder, the root and the machine's name.
 const BOOT: &str = r#"
 umount --recursive /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -43,8 +36,7 @@ mkdir "$1/upper" "$1/work" "$1/root" "$1/bpf"
 mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/root"
 # As systemd mounts it on a real machine.
 mount -t bpf -o mode=0700 bpf "$1/bpf"
-cp "$3" "$1/root/root/session-enforcer.deb"
-exec systemd-nspawn --quiet --directory="$1/root" --machine="$4" --register=no --keep-unit \
+exec systemd-nspawn --quiet --directory="$1/root" --machine="$3" --register=no --keep-unit \
     --private-network --bind="$1/bpf:/sys/fs/bpf" \
     --capability=CAP_BPF,CAP_PERFMON,CAP_NET_ADMIN,CAP_SYS_PTRACE,CAP_SYS_ADMIN,CAP_DAC_READ_SEARCH,CAP_SYS_RESOURCE \
     --system-call-filter='bpf perf_event_open pidfd_getfd' --boot
@@ -65,9 +57,9 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Where the environment does not name root and package, or it does not come up.
+    /// Where the environment does not name its root, or it does not come up.
     pub fn boot() -> Result<Self> {
-        let (root, package) = (required(ROOT)?, required(PACKAGE)?);
+        let root = required(ROOT)?;
         let cgroup = Cgroup::new()?;
         let scratch = tempfile::tempdir()?;
         let console = fs::File::create(scratch.path().join("console"))?;
@@ -84,7 +76,7 @@ impl Machine {
             .arg(cgroup.path())
             .args(["unshare", "--mount", "--cgroup", "--pid", "--fork"])
             .args(["--mount-proc", "--kill-child", "sh", "-euc", BOOT, "sh"])
-            .args([&mounts, &root, &package])
+            .args([&mounts, &root])
             .arg(name)
             .env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
             .stdin(Stdio::null())
@@ -157,15 +149,29 @@ impl Machine {
         Ok(stdout.trim_end().to_owned())
     }
 
-    /// Puts a file into the machine.
+    /// Writes a file in the machine.
     ///
     /// # Errors
     ///
     /// Where it cannot be written.
     pub fn write(&self, path: &str, text: &str) -> Result<()> {
-        let root = PathBuf::from(format!("/proc/{}/root", self.init));
-        let path = root.join(path.trim_start_matches('/'));
-        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+        fs::write(self.outside(path), text).with_context(|| format!("writing {path}"))
+    }
+
+    /// Puts the file that a variable of the environment names into the machine.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such variable or file, or it cannot be written.
+    pub fn put(&self, variable: &str, path: &str) -> Result<()> {
+        let from = required(variable)?;
+        let copied = fs::copy(from, self.outside(path));
+        copied.map(drop).with_context(|| format!("writing {path}"))
+    }
+
+    /// Where a file of the machine is, as it is seen from here.
+    fn outside(&self, path: &str) -> PathBuf {
+        format!("/proc/{}/root{path}", self.init).into()
     }
 }
 

@@ -1,9 +1,12 @@
-//! The Debian package, installed in a machine with systemd: `cargo xtask dist --test`.
+//! The Debian package and the tarball, installed in a machine with systemd: `cargo xtask dist --test`.
 
 use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use session_enforcer_tests::{Finished, Machine, PACKAGE_INSIDE, eventually, patience};
+use session_enforcer_tests::{Finished, Machine, eventually, patience};
+
+/// Installs the package, or the same one over it.
+const INSTALL: &str = "dpkg -i /root/session-enforcer.deb";
 
 const CONFIG: &str = "/etc/session-enforcer/config.toml";
 const UNIT: &str = "session-enforcer.service";
@@ -17,8 +20,8 @@ struct Host(Machine);
 
 impl Host {
     fn new() -> Result<Self> {
-        let host = Self(Machine::boot()?);
-        host.0.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+        let host = Self(with_package()?);
+        host.0.ask(INSTALL)?;
         host.0.ask(&format!("systemctl enable --now {UNIT}"))?;
         host.0.ask(
             "mkdir -p /root/.ssh && ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 && \
@@ -66,9 +69,26 @@ impl Host {
             .parse()?)
     }
 
+    /// The line of the journal that matches, once it is there.
+    fn journal(&self, pattern: &str) -> Result<String> {
+        let what = format!("the journal has {pattern}");
+        let line = format!("journalctl --unit={UNIT} --output=cat | grep '{pattern}'");
+        eventually(&what, patience(), || {
+            let found = self.0.run(&line)?;
+            Ok((found.code == 0).then(|| found.stdout.trim_end().to_owned()))
+        })
+    }
+
     fn assert_login_is_reset(&self) -> Result<()> {
         assert_reset(&self.0.run(LOGIN)?)
     }
+}
+
+/// A machine that has the package and has not installed it.
+fn with_package() -> Result<Machine> {
+    let machine = Machine::boot()?;
+    machine.put("SESSION_ENFORCER_DEB", "/root/session-enforcer.deb")?;
+    Ok(machine)
 }
 
 fn rule(idle_seconds: u32) -> String {
@@ -91,8 +111,8 @@ fn assert_reset(login: &Finished) -> Result<()> {
 
 #[test]
 fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
-    let machine = Machine::boot()?;
-    machine.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+    let machine = with_package()?;
+    machine.ask(INSTALL)?;
     let idle = machine.run(&format!("systemctl is-active {UNIT}"))?;
     assert_eq!(
         idle.stdout.trim(),
@@ -117,9 +137,7 @@ fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
     host.configure(&rule(2))?;
     host.0.ask(&format!("systemctl reload {UNIT}"))?;
     host.assert_login_is_reset()?;
-    let record = host.0.ask(&format!(
-        "journalctl --unit={UNIT} --output=cat | grep session-terminated"
-    ))?;
+    let record = host.journal("session-terminated")?;
     let record: serde_json::Value = serde_json::from_str(&record)?;
     assert_eq!(record["event"]["reason"], "idle_timeout");
     assert_eq!(record["rule"]["name"], "ssh");
@@ -135,9 +153,7 @@ fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Res
     assert_ne!(reload.code, 0);
     assert_eq!(host.property("ActiveState")?, "active");
     assert_eq!(host.property("MainPID")?, before);
-    host.0.ask(&format!(
-        "journalctl --unit={UNIT} --output=cat | grep 'config.toml:3:.*idle_timeout'"
-    ))?;
+    host.journal("config.toml:3:.*idle_timeout")?;
     host.assert_login_is_reset()?;
 
     host.0.ask(&format!("systemctl restart {UNIT}"))?;
@@ -184,9 +200,7 @@ fn a_daemon_that_is_killed_or_stands_still_comes_back() -> Result<()> {
         .ask("kill -STOP $(systemctl show -P MainPID session-enforcer)")?;
     host.wait_for("NRestarts", "1")?;
     host.wait_for("ActiveState", "active")?;
-    host.0.ask(&format!(
-        "journalctl --unit={UNIT} --output=cat | grep 'Watchdog timeout'"
-    ))?;
+    host.journal("Watchdog timeout")?;
     host.assert_login_is_reset()
 }
 
@@ -202,7 +216,7 @@ fn an_upgrade_takes_the_sessions_over() -> Result<()> {
                 Ok((sessions == 1.0).then_some(()))
             })?;
             let before = host.property("MainPID")?;
-            host.0.ask(&format!("dpkg -i {PACKAGE_INSIDE}"))?;
+            host.0.ask(INSTALL)?;
             assert_ne!(host.property("MainPID")?, before);
             assert_eq!(
                 host.metric("session_enforcer_sessions_taken_over_total")?,
@@ -214,9 +228,7 @@ fn an_upgrade_takes_the_sessions_over() -> Result<()> {
         upgraded.and(login)
     })?;
     assert_reset(&login)?;
-    let record = host.0.ask(&format!(
-        "journalctl --unit={UNIT} --output=cat | grep session-terminated"
-    ))?;
+    let record = host.journal("session-terminated")?;
     let record: serde_json::Value = serde_json::from_str(&record)?;
     // Its clock began before the upgrade: a session whose clock had started anew would be due later.
     let idle = record["session_enforcer"]["idle_seconds"].as_f64();
@@ -235,14 +247,14 @@ fn logrotate_moves_the_audit_file_and_the_daemon_opens_a_new_one() -> Result<()>
     host.0.ask(&format!("systemctl restart {UNIT}"))?;
     host.assert_login_is_reset()?;
     let lines = || {
-        host.0
-            .ask(&format!("grep -c session-terminated {FILE} {FILE}.1"))
+        let count = format!("grep -c session-terminated {FILE} {FILE}.1");
+        Ok::<_, anyhow::Error>(host.0.run(&count)?.stdout)
     };
     host.0
         .ask("logrotate --force /etc/logrotate.d/session-enforcer")?;
     host.assert_login_is_reset()?;
     eventually("a record in each file", patience(), || {
-        Ok((lines()? == format!("{FILE}:1\n{FILE}.1:1")).then_some(()))
+        Ok((lines()? == format!("{FILE}:1\n{FILE}.1:1\n")).then_some(()))
     })?;
     let owner = host.0.ask(&format!("stat --format='%U %a' {FILE}"))?;
     assert_eq!(owner, "session-enforcer 640");
@@ -270,5 +282,35 @@ fn a_purge_leaves_nothing() -> Result<()> {
         .filter(|line| !before.lines().any(|l| l == *line))
         .collect();
     assert!(new.is_empty(), "{new:#?}");
+    Ok(())
+}
+
+#[test]
+fn the_tarball_installs_a_service_and_takes_it_out_again() -> Result<()> {
+    let machine = Machine::boot()?;
+    machine.put("SESSION_ENFORCER_TARBALL", "/root/session-enforcer.tar.gz")?;
+    machine.ask("tar -C /root -xf /root/session-enforcer.tar.gz")?;
+    machine.ask("/root/session-enforcer-*/install.sh")?;
+    let host = Host(machine);
+    host.0.ask(&format!("systemctl enable --now {UNIT}"))?;
+    assert_eq!(host.property("ActiveState")?, "active");
+    host.0
+        .ask("curl --silent --fail http://127.0.0.1:9847/readyz")?;
+    // Over what is there, as an upgrade does.
+    let before = host.property("MainPID")?;
+    host.0.ask("/root/session-enforcer-*/install.sh")?;
+    assert_ne!(host.property("MainPID")?, before);
+    host.0
+        .ask("/root/session-enforcer-*/install.sh --uninstall")?;
+    let left = host.0.ask(
+        "find / -xdev -name '*session-enforcer*' -not -path '/proc/*' -not -path '/root/*' \
+         -not -path '/var/log/journal/*' | sort; find /sys/fs/bpf -mindepth 1 -name '*enforcer*'",
+    )?;
+    let kept = [
+        "/etc/session-enforcer",
+        "/var/lib/session-enforcer",
+        "/var/log/session-enforcer",
+    ];
+    assert_eq!(left.lines().collect::<Vec<_>>(), kept);
     Ok(())
 }

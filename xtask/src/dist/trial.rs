@@ -25,7 +25,12 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
         "the package is tried as root: run `cargo xtask dist --test` as root"
     );
     packages::ensure(&packages::MACHINES, Missing::Install)?;
-    let package = package(out)?;
+    let own = Arch::ALL
+        .into_iter()
+        .find(|arch| arch.name() == std::env::consts::ARCH);
+    let own = own.context("no packages are made for this machine's processor")?;
+    let package = published(out, &format!("_{}.deb", own.debian()))?;
+    let tarball = published(out, &format!("-{}.tar.gz", own.name()))?;
     say!("lintian");
     let mut lintian = Command::new("lintian");
     lintian.args(["--allow-root", "--fail-on", "error"]);
@@ -38,22 +43,18 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
             .args(["test", "--package", "session-enforcer-tests"])
             .args(["--test", "package", "--", "--test-threads=3"])
             .env("SESSION_ENFORCER_MACHINE", &root)
-            .env("SESSION_ENFORCER_DEB", &package);
+            .env("SESSION_ENFORCER_DEB", &package)
+            .env("SESSION_ENFORCER_TARBALL", &tarball);
         run(&mut cargo)?;
     }
     Ok(())
 }
 
-/// The package for this machine.
-fn package(out: &Path) -> Result<PathBuf> {
-    let own = Arch::ALL
-        .into_iter()
-        .find(|arch| arch.name() == std::env::consts::ARCH);
-    let own = own.context("no packages are made for this machine's processor")?;
-    let end = format!("_{}.deb", own.debian());
+/// The file whose name ends like this.
+fn published(out: &Path, end: &str) -> Result<PathBuf> {
     let mut files = list(out)?.into_iter();
-    let package = files.find(|path| path.to_string_lossy().ends_with(&end));
-    package.with_context(|| format!("{} has no {end}: leave --arch out", out.display()))
+    let file = files.find(|path| path.to_string_lossy().ends_with(end));
+    file.with_context(|| format!("{} has no *{end}: leave --arch out", out.display()))
 }
 
 /// A Debian root, made once and kept.
