@@ -201,7 +201,10 @@ fn walk(root: &Path, mut take: impl FnMut(u64, &[OsString]) -> bool) -> io::Resu
             return Ok(());
         }
         let entered = way.last().map(|name| open_directory(&here, name));
-        match entered.and_then(|entered| entered.ok()).map(|next| (below(&next), next)) {
+        match entered
+            .and_then(|entered| entered.ok())
+            .map(|next| (below(&next), next))
+        {
             Some((Ok(children), next)) => {
                 here = next;
                 waiting.push(children);
@@ -221,7 +224,9 @@ fn open_directory(at: &fs::File, name: &OsStr) -> io::Result<fs::File> {
 fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
     let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?.flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    Ok(directories.map(|entry| (entry.file_name(), entry.ino())).collect())
+    Ok(directories
+        .map(|entry| (entry.file_name(), entry.ino()))
+        .collect())
 }
 
 /// The whole hierarchy, to find cgroups by their paths from its root and by their identities.

@@ -14,8 +14,8 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, NetworkNamespaces, Problem, User, parse_audit, parse_cgroup,
-    parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
+    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, NetworkNamespaces, Problem, User,
+    parse_audit, parse_cgroup, parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::explain::{Circumstances, Ends};

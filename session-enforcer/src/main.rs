@@ -22,7 +22,10 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     // Before anything that costs memory: there are several of them.
-    if std::env::args_os().nth(1).is_some_and(|arg| arg == pool::SUBCOMMAND) {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|arg| arg == pool::SUBCOMMAND)
+    {
         return worker::run().unwrap_or_else(|error| exit::report(&error.into()));
     }
     let cli = match Cli::from_args(std::env::args_os()) {
@@ -65,9 +68,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Doctor(args) => {
             let problem = {
-            let all = args.network_namespaces == NetworkNamespaces::All;
-            doctor::doctor(args.json, all, &mut io::stdout().lock())?
-        };
+                let all = args.network_namespaces == NetworkNamespaces::All;
+                doctor::doctor(args.json, all, &mut io::stdout().lock())?
+            };
             return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));
         }
     }

@@ -670,6 +670,8 @@ mod tests {
             gate_drops: [0; Way::COUNT as usize],
             audit_lost: 0,
             troubles: [false; Trouble::COUNT],
+            quarantined: 0,
+            reapers: Counts::default(),
         }
     }
 

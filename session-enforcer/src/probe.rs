@@ -462,7 +462,10 @@ mod tests {
 
     #[test]
     fn without_sock_destroy_the_daemon_runs_where_processes_give_their_sockets() {
-        let check = without_destroy("SOCK_DESTROY", &try_disconnect().map_err(|error| error.to_string()));
+        let check = without_destroy(
+            "SOCK_DESTROY",
+            &try_disconnect().map_err(|error| error.to_string()),
+        );
         assert!(check.problem.is_none());
         let warning = check.warning.unwrap();
         assert!(warning.contains("CONFIG_INET_DIAG_DESTROY"), "{warning}");

@@ -93,8 +93,16 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
     assert_eq!(records[1].text("session_enforcer.result"), "reset");
     daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 0.0)?;
     daemon.wait_for_trouble("stuck", false)?;
-    daemon.wait_for_metric(TERMINATIONS, &[("rule", "locked"), ("result", "reset")], 1.0)?;
-    daemon.wait_for_metric(TERMINATIONS, &[("rule", "locked"), ("result", "failed")], 1.0)
+    daemon.wait_for_metric(
+        TERMINATIONS,
+        &[("rule", "locked"), ("result", "reset")],
+        1.0,
+    )?;
+    daemon.wait_for_metric(
+        TERMINATIONS,
+        &[("rule", "locked"), ("result", "failed")],
+        1.0,
+    )
 }
 
 #[test]
@@ -110,7 +118,10 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
         Pair::open(&lab.outside, &unruled)?,
     ];
     let older = Pair::open(&lab.outside, &others)?;
-    let locks = [Locked::new(&pairs[0].server)?, Locked::new(&pairs[1].server)?];
+    let locks = [
+        Locked::new(&pairs[0].server)?,
+        Locked::new(&pairs[1].server)?,
+    ];
     let hour = Duration::from_secs(3_600);
     let rules = |ruled_for| {
         OWN.to_owned() + &rule("ruled", &ruled, ruled_for) + &rule("others", &others, limit())
@@ -165,7 +176,9 @@ fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it(
     drop(locks);
     // What hung ends, and leaves nothing.
     eventually("the reapers of earlier daemons end", patience(), || {
-        let alive = hanging.iter().filter(|pid| state_of(**pid).is_some_and(|s| s != 'Z'));
+        let alive = hanging
+            .iter()
+            .filter(|pid| state_of(**pid).is_some_and(|s| s != 'Z'));
         Ok((alive.count() == 0).then_some(()))
     })
 }
@@ -234,7 +247,11 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
         // All at once, or one of them; killed, or standing still.
         let reapers = daemon.reapers()?;
         let some = if round % 3 == 0 { reapers.len() } else { 1 };
-        let signal = if round % 4 == 3 { Signal::SIGSTOP } else { Signal::SIGKILL };
+        let signal = if round % 4 == 3 {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGKILL
+        };
         for pid in reapers.into_iter().take(some) {
             // One that has ended meanwhile is none of ours.
             let _ = kill(Pid::from_raw(pid.cast_signed()), signal);

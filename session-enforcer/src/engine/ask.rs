@@ -76,7 +76,9 @@ pub(super) async fn query(
             }
         }
         let Some(mut part) = behind.pop() else {
-            let all = answers.into_iter().map(|answer| answer.unwrap_or(Answer::Locked));
+            let all = answers
+                .into_iter()
+                .map(|answer| answer.unwrap_or(Answer::Locked));
             return Ok(all.collect());
         };
         match part.go_on(&mut answers, context, false).await? {
@@ -123,11 +125,10 @@ impl Part {
         detail: Detail,
     ) -> Result<Self, String> {
         let began_ns = monotonic_ns();
-        let (netns, handle) =
-            context
-                .state()
-                .handles
-                .netns(netns_cookie, existed_ns, began_ns);
+        let (netns, handle) = context
+            .state()
+            .handles
+            .netns(netns_cookie, existed_ns, began_ns);
         let request = Request::Query {
             netns,
             targets,
@@ -166,7 +167,13 @@ impl Part {
                     state.handles.keep(self.netns_cookie, path, handle);
                 }
                 Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(End::Done),
-                Next::Reply(Reply::Done { error: Some(problem), .. }, _) => {
+                Next::Reply(
+                    Reply::Done {
+                        error: Some(problem),
+                        ..
+                    },
+                    _,
+                ) => {
                     note_problem(context, &problem, self.began_ns);
                     return Err(problem.to_string());
                 }
@@ -246,7 +253,13 @@ pub(super) async fn ask(
         loop {
             match exchange.next(LOOK).await {
                 Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(()),
-                Next::Reply(Reply::Done { error: Some(problem), .. }, _) => {
+                Next::Reply(
+                    Reply::Done {
+                        error: Some(problem),
+                        ..
+                    },
+                    _,
+                ) => {
                     note_problem(context, &problem, began_ns);
                     return Err(problem.to_string());
                 }

@@ -75,9 +75,7 @@ impl Backlog {
     /// When the next sync begins; none while one is under way.
     pub(super) fn next_sync_ns(&self, has_room: bool) -> Option<u64> {
         let need = self.need(has_room);
-        self.under_way
-            .is_none()
-            .then(|| self.backoff.next_ns(need))
+        self.under_way.is_none().then(|| self.backoff.next_ns(need))
     }
 
     /// What there is to say about it.
@@ -102,8 +100,12 @@ impl Backlog {
         );
         // Until a sync has ended, what the one before it left may be left by this one too.
         let is_settled = self.under_way.is_none();
-        let both = [(Trouble::Untracked, untracked), (Trouble::Namespace, namespace)];
-        both.into_iter().filter(move |(_, what)| is_settled || what.is_some())
+        let both = [
+            (Trouble::Untracked, untracked),
+            (Trouble::Namespace, namespace),
+        ];
+        both.into_iter()
+            .filter(move |(_, what)| is_settled || what.is_some())
     }
 }
 

@@ -108,7 +108,8 @@ impl Context {
             }
         }
         state.records.audit.flush();
-        self.paused_until.set(any.then(|| Instant::now() + READ_PAUSE));
+        self.paused_until
+            .set(any.then(|| Instant::now() + READ_PAUSE));
         state.repair()
     }
 }

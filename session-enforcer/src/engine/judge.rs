@@ -108,3 +108,172 @@ pub(super) fn only_lifetime(policy: &Policy) -> Policy {
         ..*policy
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use session_enforcer_common::{Address, Direction, Owner};
+
+    use super::*;
+    use crate::engine::tracker::Tracker;
+
+    const S: u64 = 1_000_000_000;
+
+    fn session() -> Session {
+        Session {
+            last_received_ns: 0,
+            last_sent_ns: 0,
+            answered_ns: 1,
+            bytes_received: 0,
+            bytes_sent: 0,
+            open_until_ns: 0,
+            generation: 1,
+            rule: 0,
+            direction: Direction::Inbound as u8,
+            flags: 0,
+            established_ns: 0,
+            netns_cookie: 3,
+            local: Address([0; 4]),
+            remote: Address([0; 4]),
+            local_port: 1,
+            remote_port: 2,
+            ifindex: 0,
+            owner: Owner::UNKNOWN,
+        }
+    }
+
+    fn idle(limit_s: u64) -> Policy {
+        Policy {
+            idle_timeout_ns: limit_s * S,
+            ..Policy::default()
+        }
+    }
+
+    fn late(judgement: Judgement) -> Expired {
+        match judgement {
+            Judgement::Late(expired) => expired,
+            Judgement::Alive { .. } => panic!("it is within its limits"),
+        }
+    }
+
+    /// The phase that a first attempt leaves.
+    fn tried(expired: Expired) -> Phase {
+        let mut tracker = Tracker::default();
+        tracker.begin_reset(&expired);
+        tracker
+            .phase(expired.cookie, &expired.session)
+            .unwrap()
+            .clone()
+    }
+
+    #[test]
+    fn a_session_is_late_from_its_limit_on_and_belongs_to_the_rule_in_force() {
+        let limits = (7, &idle(10));
+        let judged = |now_ns| judge(1, &session(), limits, None, now_ns, || false);
+        assert_eq!(judged(10 * S - 1), Judgement::Alive { recheck_ns: 10 * S });
+        let expired = late(judged(10 * S));
+        assert_eq!(
+            (expired.reason, expired.deadline_ns),
+            (Reason::IdleTimeout, 10 * S)
+        );
+        assert_eq!((expired.reached_ns, expired.decided_ns), (10 * S, 10 * S));
+        assert_eq!((expired.cookie, expired.session.rule), (1, 7));
+    }
+
+    #[test]
+    fn what_the_policy_made_late_stays_late_by_the_policy_at_each_attempt() {
+        let limits = (0, &idle(10));
+        let first = late(judge(1, &session(), limits, None, 15 * S, || true));
+        assert_eq!((first.reason, first.deadline_ns), (Reason::Policy, 15 * S));
+        assert_eq!(first.reached_ns, 10 * S);
+        let made_late = Phase::LateByPolicy {
+            changed_ns: 15 * S,
+            reached_ns: 10 * S,
+        };
+        for phase in [made_late, tried(first)] {
+            let again = late(judge(1, &session(), limits, Some(&phase), 20 * S, || false));
+            assert_eq!((again.reason, again.deadline_ns), (Reason::Policy, 15 * S));
+            // Another limit, which the policy did not make it reach.
+            let other = late(judge(
+                1,
+                &session(),
+                (0, &idle(12)),
+                Some(&phase),
+                20 * S,
+                || false,
+            ));
+            assert_eq!(
+                (other.reason, other.deadline_ns),
+                (Reason::IdleTimeout, 12 * S)
+            );
+        }
+    }
+
+    #[test]
+    fn an_observed_session_gives_no_cause_to_the_next_decision() {
+        let observed = Phase::Observed { reached_ns: 10 * S };
+        let judged = judge(
+            1,
+            &session(),
+            (0, &idle(10)),
+            Some(&observed),
+            11 * S,
+            || true,
+        );
+        assert_eq!(late(judged).reason, Reason::Policy);
+    }
+
+    #[test]
+    fn an_observed_session_is_looked_at_again_when_something_new_can_be_late() {
+        let both = Policy {
+            max_lifetime_ns: 100 * S,
+            ..idle(10)
+        };
+        let at = |now_ns| late(judge(1, &session(), (0, &both), None, now_ns, || false));
+        // Its next activity may be late 10 s after now, its age at 100 s.
+        assert_eq!(next_observation(&at(11 * S), &both), 21 * S);
+        assert_eq!(next_observation(&at(95 * S), &both), 100 * S);
+        // Too old for ever: only its end is to be seen.
+        let old = Policy {
+            idle_timeout_ns: 0,
+            ..both
+        };
+        let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, || false));
+        assert_eq!(next_observation(&too_old, &old), 101 * S + SLOW_RECHECK_NS);
+    }
+
+    proptest! {
+        /// Whatever was decided before: alive is what the kernel's own decision calls alive, and a deadline
+        /// never lies in the future.
+        #[test]
+        fn what_was_decided_before_changes_the_cause_and_nothing_else(
+            idle_s in 0_u64..20,
+            lifetime_s in 1_u64..20,
+            last_s in 0_u64..20,
+            now_ns in 0_u64..40_000_000_000,
+            changed_ns in 0_u64..40_000_000_000,
+            reached_s in 0_u64..20,
+            has_changed: bool,
+        ) {
+            let policy = Policy { max_lifetime_ns: lifetime_s * S, ..idle(idle_s) };
+            let session = Session { last_sent_ns: last_s * S, ..session() };
+            let changed_ns = changed_ns.min(now_ns);
+            let phase = Phase::LateByPolicy { changed_ns, reached_ns: reached_s * S };
+            for phase in [None, Some(&phase)] {
+                let judged = judge(1, &session, (0, &policy), phase, now_ns, || has_changed);
+                match (verdict(&session, &policy, now_ns), judged) {
+                    (Verdict::Alive { look_again_ns }, Judgement::Alive { recheck_ns }) => {
+                        prop_assert_eq!(look_again_ns, recheck_ns);
+                    }
+                    (Verdict::Expired { deadline_ns, .. }, Judgement::Late(expired)) => {
+                        prop_assert_eq!(deadline_ns, expired.reached_ns);
+                        prop_assert!(expired.deadline_ns <= now_ns);
+                        let is_by_policy = expired.reason == Reason::Policy;
+                        prop_assert!(is_by_policy || expired.deadline_ns == deadline_ns);
+                    }
+                    (verdict, judged) => prop_assert!(false, "{verdict:?} {judged:?}"),
+                }
+            }
+        }
+    }
+}

@@ -83,10 +83,7 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
 /// # Errors
 ///
 /// Where the session map cannot be read or written.
-pub(super) async fn settle(
-    context: &Rc<Context>,
-    sessions: Vec<Tracked>,
-) -> Result<Vec<Tracked>> {
+pub(super) async fn settle(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
     let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
     for (cookie, session) in sessions {
         let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
@@ -120,7 +117,10 @@ async fn settle_in(
     let (answers, listeners) = match found {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!("looking for the owners of {} sessions: {error}", sessions.len());
+            tracing::warn!(
+                "looking for the owners of {} sessions: {error}",
+                sessions.len()
+            );
             let mut state = context.state();
             for (cookie, session) in &sessions {
                 // A session that a rule limits already is judged when that says; the others later.
@@ -265,7 +265,10 @@ async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec
         for (netns_cookie, sessions) in by_namespace {
             let answers = sockets_of(context, netns_cookie, &sessions, Detail::Activity).await;
             let answers = answers.unwrap_or_else(|error| {
-                tracing::warn!("comparing {} sessions with their sockets: {error}", sessions.len());
+                tracing::warn!(
+                    "comparing {} sessions with their sockets: {error}",
+                    sessions.len()
+                );
                 vec![Answer::Locked; sessions.len()]
             });
             let mut state = context.state();

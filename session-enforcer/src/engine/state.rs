@@ -226,7 +226,8 @@ impl State {
             self.tracker.hasten(event.cookie, due_ns);
             return;
         }
-        self.tracker.add(event.cookie, group_of_event(event), due_ns);
+        self.tracker
+            .add(event.cookie, group_of_event(event), due_ns);
     }
 
     /// Forgets a session that has ended. One whose reset has no answer was reset by the daemon or has ended
@@ -375,10 +376,16 @@ impl State {
         let was_late = matches!(phase, Some(Phase::LateByPolicy { .. }));
         let is_changing = self.book_before.is_some() && session.generation != self.book.generation;
         let changed_now = || {
-            is_changing
-                && (was_late || self.lived_before(&session, now_ns, mode == Mode::Enforce))
+            is_changing && (was_late || self.lived_before(&session, now_ns, mode == Mode::Enforce))
         };
-        match judge(cookie, &session, (rule, &policy), phase, now_ns, changed_now) {
+        match judge(
+            cookie,
+            &session,
+            (rule, &policy),
+            phase,
+            now_ns,
+            changed_now,
+        ) {
             Judgement::Alive { recheck_ns } => {
                 // Whatever was asked of the kernel, it was not done.
                 self.tracker.clear_phase(cookie);

@@ -209,7 +209,9 @@ impl Sync<'_> {
         if is_gone {
             // What may be under its name now is another one.
             let path = self.context.cgroup.path().display();
-            tracing::warn!("connections are not adopted: cgroup {path} was removed; restart the daemon");
+            tracing::warn!(
+                "connections are not adopted: cgroup {path} was removed; restart the daemon"
+            );
         }
         let is_root = self.context.cgroup.is_root();
         let request = Request::Survey {
@@ -503,7 +505,9 @@ impl Sync<'_> {
         for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
             match answer {
                 Adoption::Inserted => {
-                    let adopting = Phase::Adopting { may_have_ended: false };
+                    let adopting = Phase::Adopting {
+                        may_have_ended: false,
+                    };
                     state.tracker.set_phase(cookie, &session, adopting);
                     self.unconfirmed.push((cookie, session));
                 }
@@ -560,7 +564,12 @@ impl Sync<'_> {
     fn confirm_one(&mut self, cookie: u64, mut session: Session, answer: Answer) -> Result<()> {
         let mut state = self.context.state();
         let phase = state.tracker.phase(cookie, &session);
-        let may_have_ended = matches!(phase, Some(Phase::Adopting { may_have_ended: true }));
+        let may_have_ended = matches!(
+            phase,
+            Some(Phase::Adopting {
+                may_have_ended: true
+            })
+        );
         state.tracker.clear_phase(cookie);
         let open = match answer {
             Answer::Known(socket, at_ns) => socket.filter(|s| !s.is_mini).map(|s| (s, at_ns)),
@@ -660,7 +669,10 @@ impl Sync<'_> {
     /// After a take-over, drops the sessions in namespaces that there are none of any more. One that only
     /// sockets keep alive is found nowhere, and its sessions live, as far as their ends are reported.
     fn end_of_namespaces(&mut self) -> Result<()> {
-        let Some(taken_over) = self.aim.taken_over.filter(|_| self.is_whole && self.is_last())
+        let Some(taken_over) = self
+            .aim
+            .taken_over
+            .filter(|_| self.is_whole && self.is_last())
         else {
             return Ok(());
         };

@@ -53,7 +53,8 @@ const CLOSING_NS: u64 = 1_000_000_000;
 const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
 const NOT_FOUND: &str = "SOCK_DESTROY: the kernel does not find the socket of an open session";
 const LOCKED: &str = "the reset waits for the socket, which its process keeps locked in the kernel";
-const NO_ROOM: &str = "too many resets of its cgroup hang on sockets that their processes keep locked";
+const NO_ROOM: &str =
+    "too many resets of its cgroup hang on sockets that their processes keep locked";
 
 /// How a batch is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -370,12 +371,7 @@ impl Attempt {
         Ok(())
     }
 
-    fn settle_next(
-        &mut self,
-        context: &Rc<Context>,
-        said: Option<Said>,
-        at_ns: u64,
-    ) -> Result<()> {
+    fn settle_next(&mut self, context: &Rc<Context>, said: Option<Said>, at_ns: u64) -> Result<()> {
         let Some(expired) = self.sessions.get(self.settled) else {
             return Ok(());
         };
@@ -553,12 +549,7 @@ const NOBODY: Target = Target {
 };
 
 /// Takes in what is known about a session that a reaper was asked to reset.
-fn settle(
-    context: &Rc<Context>,
-    expired: &Expired,
-    said: Option<Said>,
-    at_ns: u64,
-) -> Result<()> {
+fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u64) -> Result<()> {
     let mut state = context.state();
     if !state.answered(expired) {
         // Reset in another way meanwhile, and recorded.
@@ -721,7 +712,8 @@ impl State {
         let phase = Phase::Observed { reached_ns };
         self.tracker.set_phase(cookie, session, phase);
         let policy = self.book.rules[usize::from(session.rule)].policy;
-        self.tracker.rearm(cookie, next_observation(expired, &policy));
+        self.tracker
+            .rearm(cookie, next_observation(expired, &policy));
     }
 
     /// A session was reset. The kernel has taken it out of the map by now and the event of its end may be
@@ -852,14 +844,12 @@ impl State {
         }
     }
 
-    fn namespace_unreachable(
-        &mut self,
-        expired: &Expired,
-        at_ns: u64,
-        error: &str,
-    ) -> Result<()> {
+    fn namespace_unreachable(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
         // The sockets of a namespace that vanished close with it.
-        if self.still_there(expired.cookie, &expired.session)?.is_none() {
+        if self
+            .still_there(expired.cookie, &expired.session)?
+            .is_none()
+        {
             self.tracker.clear_phase(expired.cookie);
             return self.forget_unless_another(expired.cookie, &expired.session);
         }

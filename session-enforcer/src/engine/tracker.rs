@@ -185,8 +185,7 @@ impl Tracker {
 
     /// Sessions whose reset hangs.
     pub(super) fn quarantined(&self) -> usize {
-        let hangs =
-            |entry: &&Entry| matches!(&entry.phase, Phase::Tried(t) if t.is_quarantined && t.asked > 0);
+        let hangs = |entry: &&Entry| matches!(&entry.phase, Phase::Tried(t) if t.is_quarantined && t.asked > 0);
         self.phases.values().filter(hangs).count()
     }
 
@@ -228,8 +227,10 @@ impl Tracker {
     /// A FIN or RST has come to a session whose end is not reported: it is to be looked for then.
     pub(super) fn may_end(&mut self, cookie: u64, due_ns: u64) {
         self.hasten(cookie, due_ns);
-        if let Some(Entry { phase: Phase::Adopting { may_have_ended }, .. }) =
-            self.phases.get_mut(&cookie)
+        if let Some(Entry {
+            phase: Phase::Adopting { may_have_ended },
+            ..
+        }) = self.phases.get_mut(&cookie)
         {
             *may_have_ended = true;
         }
@@ -265,5 +266,141 @@ pub(super) fn group_of_event(event: &Event) -> Group {
     Group {
         netns_cookie: event.netns_cookie,
         rule: event.rule,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use session_enforcer_common::{Address, Direction, Owner, Reason};
+
+    use super::*;
+
+    fn expired(established_ns: u64) -> Expired {
+        let session = Session {
+            last_received_ns: 0,
+            last_sent_ns: 0,
+            answered_ns: 1,
+            bytes_received: 0,
+            bytes_sent: 0,
+            open_until_ns: 0,
+            generation: 1,
+            rule: 2,
+            direction: Direction::Inbound as u8,
+            flags: 0,
+            established_ns,
+            netns_cookie: 3,
+            local: Address([0; 4]),
+            remote: Address([0; 4]),
+            local_port: 1,
+            remote_port: 2,
+            ifindex: 0,
+            owner: Owner::UNKNOWN,
+        };
+        Expired {
+            cookie: 7,
+            session,
+            reason: Reason::IdleTimeout,
+            deadline_ns: 1,
+            reached_ns: 1,
+            decided_ns: 1,
+        }
+    }
+
+    #[test]
+    fn sessions_are_counted_by_their_rule_also_where_one_takes_another_s_cookie() {
+        let mut tracker = Tracker::default();
+        let group = |rule| Group {
+            netns_cookie: 3,
+            rule,
+        };
+        tracker.add(7, group(2), 10);
+        tracker.add(8, group(2), 20);
+        assert_eq!(tracker.sessions_of(), [0, 0, 2]);
+        tracker.add(7, group(0), 30);
+        assert_eq!((tracker.sessions_of(), tracker.len()), (&[1, 0, 1][..], 2));
+        assert_eq!(tracker.take_due(20, 9), [8]);
+        assert!(tracker.forget(7).is_none() && tracker.forget(7).is_none());
+        assert_eq!(tracker.sessions_of(), [0, 0, 1]);
+        assert!(tracker.has_sessions_in(3) && !tracker.contains(7));
+    }
+
+    #[test]
+    fn a_phase_belongs_to_one_session_of_a_cookie() {
+        let (first, second) = (expired(100), expired(200));
+        let mut tracker = Tracker::default();
+        tracker.begin_reset(&first);
+        assert!(tracker.phase(7, &first.session).is_some());
+        assert!(tracker.phase(7, &second.session).is_none());
+        assert!(tracker.tried(7, &second.session).is_none());
+        tracker.begin_reset(&second);
+        assert!(tracker.phase(7, &first.session).is_none());
+        assert!(
+            tracker
+                .phase_of_cookie(7)
+                .is_some_and(Phase::is_in_other_hands)
+        );
+    }
+
+    #[test]
+    fn an_attempt_that_is_under_way_outlives_the_session() {
+        let asked = expired(100);
+        let mut tracker = Tracker::default();
+        tracker.begin_reset(&asked);
+        // The event of its end comes before the reaper's answer.
+        assert_eq!(tracker.forget(7), None);
+        let tried = tracker.tried(7, &asked.session).unwrap();
+        assert_eq!(tried.asked, 1);
+        (tried.asked, tried.unanswered) = (0, 1);
+        // Nobody will tell what became of it.
+        assert_eq!(tracker.forget(7), Some(asked));
+        assert!(tracker.phase_of_cookie(7).is_none());
+    }
+
+    #[test]
+    fn a_session_that_was_refused_and_ends_by_itself_leaves_nothing_to_record() {
+        let refused = expired(100);
+        let mut tracker = Tracker::default();
+        tracker.begin_reset(&refused);
+        let tried = tracker.tried(7, &refused.session).unwrap();
+        (tried.asked, tried.refusals) = (0, 1);
+        assert_eq!(tracker.forget(7), None);
+        assert!(tracker.phase_of_cookie(7).is_none());
+    }
+
+    #[test]
+    fn only_a_reset_that_hangs_is_quarantined() {
+        let hung = expired(100);
+        let mut tracker = Tracker::default();
+        tracker.begin_reset(&hung);
+        assert_eq!(tracker.quarantined(), 0);
+        let tried = tracker.tried(7, &hung.session).unwrap();
+        tried.is_quarantined = true;
+        assert_eq!(tracker.quarantined(), 1);
+        tracker.tried(7, &hung.session).unwrap().asked = 0;
+        assert_eq!(tracker.quarantined(), 0);
+    }
+
+    #[test]
+    fn a_session_that_is_adopted_remembers_that_it_may_have_ended() {
+        let adopted = expired(100).session;
+        let mut tracker = Tracker::default();
+        tracker.set_phase(
+            7,
+            &adopted,
+            Phase::Adopting {
+                may_have_ended: false,
+            },
+        );
+        tracker.may_end(7, 5);
+        let phase = tracker.phase(7, &adopted);
+        assert!(matches!(
+            phase,
+            Some(Phase::Adopting {
+                may_have_ended: true
+            })
+        ));
+        tracker.clear_phase(7);
+        tracker.may_end(7, 5);
+        assert!(tracker.phase_of_cookie(7).is_none());
     }
 }

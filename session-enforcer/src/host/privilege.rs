@@ -174,7 +174,12 @@ mod tests {
         assert!(permitted.is_empty());
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         // The calling thread keeps what it had.
-        assert!(std::process::Command::new("true").status().unwrap().success());
+        assert!(
+            std::process::Command::new("true")
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     #[test]

@@ -115,7 +115,10 @@ mod tests {
         let file = File::open("/dev/null").unwrap();
         let number = file.metadata().unwrap().ino();
         send(&reaper, &vec![7; MAX_MESSAGE], None).unwrap();
-        assert!(matches!(receive(&engine, &mut buffer), Ok((MAX_MESSAGE, None))));
+        assert!(matches!(
+            receive(&engine, &mut buffer),
+            Ok((MAX_MESSAGE, None))
+        ));
         send(&engine, b"x", Some(&file.into())).unwrap();
         let (length, fd) = receive(&reaper, &mut buffer).unwrap();
         assert_eq!(&buffer[..length], b"x");

@@ -80,7 +80,8 @@ impl Holders {
     }
 
     fn of_all(&mut self) -> &Descriptors {
-        self.of_all.get_or_insert_with(Descriptors::of_all_processes)
+        self.of_all
+            .get_or_insert_with(Descriptors::of_all_processes)
     }
 }
 

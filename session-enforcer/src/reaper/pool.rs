@@ -58,7 +58,6 @@ const STUCK_AFTER: Duration = Duration::from_millis(250);
 /// How long one that stands still otherwise may do so before it is killed.
 const KILLED_AFTER: Duration = Duration::from_secs(5);
 
-
 /// Pause after a reaper could not be started.
 const START_PAUSE: Duration = Duration::from_millis(200);
 

@@ -167,7 +167,10 @@ fn comm(pid: u32) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::TcpListener, os::unix::fs::MetadataExt as _};
+    use std::{
+        net::TcpListener,
+        os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    };
 
     use super::*;
     use crate::reaper::disconnect::duplicate;

@@ -153,7 +153,8 @@ mod tests {
             let (engine, file) = SharedPage::create().unwrap();
             let reaper = SharedPage::map(&file).unwrap();
             engine.begin();
-            let claiming = std::thread::spawn(move || (0..4).take_while(|i| reaper.claim(*i)).count());
+            let claiming =
+                std::thread::spawn(move || (0..4).take_while(|i| reaper.claim(*i)).count());
             let stopped_at = engine.stop();
             assert_eq!(claiming.join().unwrap(), stopped_at);
         }

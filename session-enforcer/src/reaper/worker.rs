@@ -56,7 +56,12 @@ pub fn run() -> Result<ExitCode, Failure> {
     let page = SharedPage::map(&io::stdout().as_fd()).map_err(not_ours)?;
     let channel = io::stdin().as_fd().try_clone_to_owned().map_err(not_ours)?;
     // It ends with the engine, which these are meant for, and not before.
-    for name in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGUSR1] {
+    for name in [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGUSR1,
+    ] {
         // SAFETY: to ignore a signal runs no code.
         let _ = unsafe { signal(name, SigHandler::SigIgn) };
     }
@@ -153,8 +158,9 @@ impl Worker {
             }
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);
-                let found =
-                    self.with(&netns, lent, |_, diag| Ok(diag.listed(listening, [port, 0])?))?;
+                let found = self.with(&netns, lent, |_, diag| {
+                    Ok(diag.listed(listening, [port, 0])?)
+                })?;
                 for some in found.chunks(MAX_BATCH) {
                     self.tell_sockets(some.iter().copied().map(Some).collect())?;
                 }

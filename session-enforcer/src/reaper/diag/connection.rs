@@ -21,9 +21,7 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{
-    self, Body, Detail, Family, Message, Ports, Socket, Target, WireError,
-};
+use super::wire::{self, Body, Detail, Family, Message, Ports, Socket, Target, WireError};
 
 /// Sockets in one request to a reaper at most.
 pub const MAX_BATCH: usize = 128;
@@ -287,7 +285,14 @@ impl DiagSocket {
         take: &mut dyn FnMut(Socket),
     ) -> Result<bool, SockDiagError> {
         let sequence = self.begin();
-        wire::put_dump(&mut self.out, sequence, family, states, Detail::Names, ports);
+        wire::put_dump(
+            &mut self.out,
+            sequence,
+            family,
+            states,
+            Detail::Names,
+            ports,
+        );
         self.send()?;
         let mut whole = true;
         loop {
@@ -415,13 +420,18 @@ mod tests {
         let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client_port = client.local_addr().unwrap().port();
         let mut diag = DiagSocket::open().unwrap();
-        let all = diag.listed(wire::state::SESSIONS, [client_port, port]).unwrap();
+        let all = diag
+            .listed(wire::state::SESSIONS, [client_port, port])
+            .unwrap();
         let is_it = |s: &&Socket| s.target.local_port == client_port;
         let target = all.iter().find(is_it).unwrap().target;
         let told = diag.query(&target, Detail::Activity).unwrap().unwrap();
         assert_eq!(told.target, target);
         assert!(told.info.unwrap().last_data_sent_ms < 10_000);
-        assert_eq!(diag.query(&target, Detail::Names).unwrap().unwrap().info, None);
+        assert_eq!(
+            diag.query(&target, Detail::Names).unwrap().unwrap().info,
+            None
+        );
         assert_eq!(diag.destroy(&target).unwrap(), 0);
         let error = client.read(&mut [0]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED));
