@@ -6,6 +6,7 @@ use std::{
     fs,
     net::{Ipv4Addr, Ipv6Addr},
     os::unix::ffi::OsStrExt as _,
+    thread,
     time::Duration,
 };
 
@@ -341,7 +342,7 @@ fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
         daemon.thaw()?;
         for pair in pairs {
             // All together about as long as the daemon takes.
-            std::thread::sleep(Duration::from_micros(random.below(40)));
+            thread::sleep(Duration::from_micros(random.below(40)));
             pair.to_server(b"x")?;
             asked.push(pair);
         }
@@ -419,7 +420,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
         drop(agent);
         remove(&path)?;
         // Where there is time, the daemon watches for it below the parent, which then goes too.
-        std::thread::sleep(pause);
+        thread::sleep(pause);
         fs::remove_dir(path.parent().context("a parent")?)?;
     }
     // Those of the former ones stay theirs.
