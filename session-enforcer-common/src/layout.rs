@@ -116,6 +116,27 @@ const fn number(hash: u32, number: usize) -> u32 {
 mod tests {
     use super::*;
 
+    /// The test vectors of FNV-1a with 32 bits, as far as these functions can be given them.
+    #[test]
+    fn the_hash_is_fnv() {
+        const BEGINNING: u32 = 0x811c_9dc5;
+        assert_eq!(byte(BEGINNING, b'a'), 0xe40c_292c);
+        let foobar = b"foobar".iter().fold(BEGINNING, |hash, b| byte(hash, *b));
+        assert_eq!(foobar, 0xbf9c_f968);
+        assert_eq!(text(BEGINNING, "foobar"), byte(foobar, 0));
+        // A number is its lower two bytes, the lowest first.
+        let both = byte(byte(BEGINNING, b'f'), b'o');
+        assert_eq!(number(BEGINNING, 0x1_6f66), both);
+    }
+
+    #[test]
+    fn where_cookies_lie_is_in_the_hash() {
+        let key = Key(7);
+        let lie = (1..=64).flat_map(|cookie| key.buckets(cookie, 60_000));
+        let hash = lie.fold(5, |hash, bucket| number(hash, bucket as usize));
+        assert_eq!(places(5, key), hash);
+    }
+
     #[test]
     fn names_and_places_make_the_hash() {
         let of = |name, offset| number(text(7, name), offset);

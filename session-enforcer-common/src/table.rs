@@ -215,6 +215,21 @@ mod tests {
         assert_eq!(KEYS[2].buckets(7, 1), [0, 0]);
     }
 
+    /// Worked out by another program. Where this changes, [`LAYOUT`](crate::LAYOUT) does.
+    #[test]
+    fn a_cookie_lies_where_it_did_in_the_version_before() {
+        for ((key, cookie, buckets), expected) in [
+            ((0x0, 1, 3), [0, 2]),
+            ((0x123456789abcdef, 7, 60_000), [21_725, 24_670]),
+            ((0x123456789abcdef, 8, 60_000), [21_725, 5_562]),
+            ((0x9e3779b97f4a7c15, 262_144, 21_301), [7_442, 14_955]),
+            ((u64::MAX, 1 << 40, 4_294_967_281), [959, 2_592_213_679]),
+            ((0x5, u64::MAX - 1, 16), [0, 8]),
+        ] {
+            assert_eq!(Key(key).buckets(cookie, buckets), expected, "{cookie}");
+        }
+    }
+
     #[test]
     fn sockets_made_one_after_the_other_share_their_first_bucket() {
         for key in KEYS {
@@ -242,6 +257,12 @@ mod tests {
             assert!(places * 10 <= u64::from(sessions) * 13 + 3 * 10 * u64::from(WAYS));
             assert_eq!(buckets_for(sessions) % 2, 1);
         }
+    }
+
+    #[test]
+    fn a_table_has_a_bucket_more_than_its_places_take_and_an_odd_number() {
+        let buckets = [1, 16, 100, 262_144].map(buckets_for);
+        assert_eq!(buckets, [3, 3, 11, 21_301]);
     }
 
     /// Puts cookies into their buckets; how many found both full.

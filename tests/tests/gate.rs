@@ -16,8 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, Pair, ends_of, eventually, patience, reset_on_close,
-    scaled, tcp_info, unhurried,
+    Daemon, Lab, Listener, Moment, Netns, Pair, Random, Record, ends_of, eventually, patience,
+    reset_on_close, scaled, seed, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -165,6 +165,78 @@ fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Resu
         assert_shut(&pair)?;
         assert_reset_when_thawed(&daemon, &pair, ("max_lifetime", &pair.opened, limit))?;
     }
+    Ok(())
+}
+
+/// A connection whose client sends a byte at each deadline, just before it or just after.
+struct Racer {
+    pair: Pair,
+    sent: Vec<Moment>,
+    /// When the session is due, as far as the client can tell.
+    due: Instant,
+}
+
+impl Racer {
+    /// Sends a byte so long after the deadline less `early`.
+    fn send(&mut self, early: Duration, after: Duration) {
+        let at = self.due - early + after;
+        thread::sleep(at.saturating_duration_since(Instant::now() + early));
+        while Instant::now() < at {
+            std::hint::spin_loop();
+        }
+        // Where it has ended there is nothing more to send.
+        if let Ok((moment, ())) = Moment::of(|| Ok((&self.pair.client).write_all(b"x")?)) {
+            self.due = moment.latest.at + LIMIT;
+            self.sent.push(moment);
+        }
+    }
+
+    /// The last byte that arrived has its stamp in the record by which the session was reset.
+    fn check(&self, record: &Record) -> Result<usize> {
+        let arrived = tcp_info(&self.pair.server)?.tcpi_bytes_received as usize;
+        let told = record.number("source.bytes");
+        ensure!(arrived as f64 <= told, "{arrived} arrived, {record:?}");
+        if let Some(last) = arrived.checked_sub(1).map(|last| &self.sent[last]) {
+            let activity = record.time("session_enforcer.last_activity");
+            // The audit works its times out from two clocks.
+            let is_known = activity + Duration::from_millis(1) >= last.earliest.wall;
+            ensure!(is_known, "{last:?} is not the last activity of {record:?}");
+        }
+        Ok(arrived)
+    }
+}
+
+#[test]
+fn a_byte_at_the_deadline_renews_the_session_or_does_not_arrive() -> Result<()> {
+    const RACERS: usize = 150;
+    const ROUNDS: usize = 4;
+    let seed = seed()?;
+    let mut random = Random::of(seed, 0);
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let mut racers = Vec::new();
+    for _ in 0..RACERS {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        let due = pair.opened.latest.at + LIMIT;
+        let sent = Vec::new();
+        racers.push(Racer { pair, sent, due });
+        thread::sleep(Duration::from_millis(4));
+    }
+    let early = Duration::from_micros(300);
+    for racer in (0..ROUNDS).flat_map(|_| 0..RACERS) {
+        racers[racer].send(early, Duration::from_micros(random.below(450)));
+    }
+    let records = daemon.wait_for_terminations(RACERS)?;
+    let mut arrived = 0;
+    for racer in &racers {
+        let (client, server) = (&racer.pair.client_address, &racer.pair.server_address);
+        let ports = [client.port(), server.port()];
+        let record = records.iter().find(|record| record.ports() == ports);
+        arrived += racer.check(record.context("a record of each")?)?;
+    }
+    let sent: usize = racers.iter().map(|racer| racer.sent.len()).sum();
+    println!("of {sent} bytes {arrived} arrived in time");
     Ok(())
 }
 
