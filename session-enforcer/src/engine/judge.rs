@@ -33,14 +33,15 @@ pub(super) enum Judgement {
 }
 
 /// Decides about a session of the rule with this number and these limits, whose record was read not before
-/// `now_ns`. `changed_now` is told whether a change of the policy, which takes place now, made it late.
+/// `now_ns`. `by_change` tells when a change of the policy that is under way made a session late which is past its
+/// limit since the time that it is given.
 pub(super) fn judge(
     cookie: u64,
     session: &Session,
     (rule, limits): (u16, &Policy),
     phase: Option<&Phase>,
     now_ns: u64,
-    changed_now: impl FnOnce() -> bool,
+    by_change: impl FnOnce(u64) -> Option<u64>,
 ) -> Judgement {
     match verdict(session, limits, now_ns) {
         Verdict::Alive { look_again_ns } => Judgement::Alive {
@@ -51,7 +52,7 @@ pub(super) fn judge(
             deadline_ns: reached_ns,
         } => {
             let (reason, deadline_ns) = known_cause(phase, reached_ns)
-                .or_else(|| changed_now().then_some((Reason::Policy, now_ns)))
+                .or_else(|| Some((Reason::Policy, by_change(reached_ns)?)))
                 .unwrap_or((reason, reached_ns));
             Judgement::Late(Expired {
                 cookie,
@@ -169,7 +170,7 @@ mod tests {
     #[test]
     fn a_session_is_late_from_its_limit_on_and_belongs_to_the_rule_in_force() {
         let limits = (7, &idle(10));
-        let judged = |now_ns| judge(1, &session(), limits, None, now_ns, || false);
+        let judged = |now_ns| judge(1, &session(), limits, None, now_ns, |_| None);
         assert_eq!(judged(10 * S - 1), Judgement::Alive { recheck_ns: 10 * S });
         let expired = late(judged(10 * S));
         assert_eq!(
@@ -183,7 +184,10 @@ mod tests {
     #[test]
     fn what_the_policy_made_late_stays_late_by_the_policy_at_each_attempt() {
         let limits = (0, &idle(10));
-        let first = late(judge(1, &session(), limits, None, 15 * S, || true));
+        let first = late(judge(1, &session(), limits, None, 16 * S, |reached_ns| {
+            assert_eq!(reached_ns, 10 * S);
+            Some(15 * S)
+        }));
         assert_eq!((first.reason, first.deadline_ns), (Reason::Policy, 15 * S));
         assert_eq!(first.reached_ns, 10 * S);
         let made_late = Phase::LateByPolicy {
@@ -191,7 +195,7 @@ mod tests {
             reached_ns: 10 * S,
         };
         for phase in [made_late, tried(first)] {
-            let again = late(judge(1, &session(), limits, Some(&phase), 20 * S, || false));
+            let again = late(judge(1, &session(), limits, Some(&phase), 20 * S, |_| None));
             assert_eq!((again.reason, again.deadline_ns), (Reason::Policy, 15 * S));
             // Another limit, which the policy did not make it reach.
             let other = late(judge(
@@ -200,7 +204,7 @@ mod tests {
                 (0, &idle(12)),
                 Some(&phase),
                 20 * S,
-                || false,
+                |_| None,
             ));
             assert_eq!(
                 (other.reason, other.deadline_ns),
@@ -218,7 +222,7 @@ mod tests {
             (0, &idle(10)),
             Some(&observed),
             11 * S,
-            || true,
+            |_| Some(11 * S),
         );
         assert_eq!(late(judged).reason, Reason::Policy);
     }
@@ -229,7 +233,7 @@ mod tests {
             max_lifetime_ns: 100 * S,
             ..idle(10)
         };
-        let at = |now_ns| late(judge(1, &session(), (0, &both), None, now_ns, || false));
+        let at = |now_ns| late(judge(1, &session(), (0, &both), None, now_ns, |_| None));
         // Its next activity may be late 10 s after now, its age at 100 s.
         assert_eq!(next_observation(&at(11 * S), &both), 21 * S);
         assert_eq!(next_observation(&at(95 * S), &both), 100 * S);
@@ -238,7 +242,7 @@ mod tests {
             idle_timeout_ns: 0,
             ..both
         };
-        let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, || false));
+        let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, |_| None));
         assert_eq!(next_observation(&too_old, &old), 101 * S + SLOW_RECHECK_NS);
     }
 
@@ -260,7 +264,7 @@ mod tests {
             let changed_ns = changed_ns.min(now_ns);
             let phase = Phase::LateByPolicy { changed_ns, reached_ns: reached_s * S };
             for phase in [None, Some(&phase)] {
-                let judged = judge(1, &session, (0, &policy), phase, now_ns, || has_changed);
+                let judged = judge(1, &session, (0, &policy), phase, now_ns, |_| has_changed.then_some(changed_ns));
                 match (verdict(&session, &policy, now_ns), judged) {
                     (Verdict::Alive { look_again_ns }, Judgement::Alive { recheck_ns }) => {
                         prop_assert_eq!(look_again_ns, recheck_ns);

@@ -55,6 +55,9 @@ use crate::{
 /// For how long the metrics are not served while connections are adopted. Then they say that it lasts.
 const ADOPTION_PATIENCE: Duration = Duration::from_secs(1);
 
+/// For how long a stop waits for resets that were asked for.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
 /// The least time between two looks at the cgroups that the rules name. Whoever may make one may make it
 /// again and again.
 const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
@@ -183,9 +186,13 @@ impl Engine {
         let reload = Rc::clone(&self.reloading);
         self.context.spawn(async move {
             // Nobody is served where the programs could not be attached.
-            if let Ok(adopting) = served.await {
-                let _ = tokio::time::timeout(ADOPTION_PATIENCE, adopting).await;
+            if let Ok(mut adopting) = served.await {
+                let adopted = tokio::time::timeout(ADOPTION_PATIENCE, &mut adopting).await;
                 serve()?;
+                if adopted.is_err() {
+                    // It ends with the adoption, whatever comes of that.
+                    let _ = adopting.await;
+                }
                 manager.ready(|| context.state().standing(&reload.config.borrow()));
             }
             context.wake.notify_one();
@@ -193,14 +200,31 @@ impl Engine {
         });
         let result = self.serve().await;
         self.manager.stopping();
+        let was_enforcing = self.context.state().is_enforcing;
+        if result.is_ok() {
+            self.finish_resets().await;
+        }
         let mut state = self.context.state();
         let stopped = match &result {
             // Nothing is taken out of the kernel that this daemon did not put there.
-            Err(_) if !state.is_enforcing => Ok(()),
+            Err(_) if !was_enforcing => Ok(()),
             _ => state.stop().context("detaching the programs"),
         };
         state.records.audit.close();
         result.and(stopped)
+    }
+
+    /// Waits for the answers about sessions that reapers were asked to reset, so that what they did is recorded.
+    /// Nothing more is begun.
+    async fn finish_resets(&self) {
+        self.context.state().is_enforcing = false;
+        let until = Instant::now() + STOP_PATIENCE;
+        while self.context.state().tracker.is_resetting() {
+            let answered = self.context.wake.notified();
+            if tokio::time::timeout_at(until, answered).await.is_err() {
+                return;
+            }
+        }
     }
 
     async fn serve(&mut self) -> Result<()> {

@@ -14,7 +14,7 @@ use super::{
     context::Context,
     judge::Expired,
     owner,
-    state::State,
+    state::{Change, State},
     sync::{Aim, sync},
     tracker::{Phase, group_of},
 };
@@ -80,11 +80,12 @@ pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Res
         let before = state.put_policy(config, &users)?;
         state.records.policy_loaded(config);
         state.records.audit.flush();
-        state.book_before = Some(Rc::new(before));
+        let at_ns = monotonic_ns();
+        state.change = Some(Change { before, at_ns });
     }
     let redecided = redecide(context).await;
     let mut state = context.state();
-    state.book_before = None;
+    state.change = None;
     state.kernel.narrow_ports()?;
     drop(state);
     context.wake.notify_one();

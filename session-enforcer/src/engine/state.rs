@@ -1,8 +1,6 @@
 //! What the engine knows, and what it does about it at once: events, sessions that are due, requests of the
 //! HTTP server. What takes a reaper is begun elsewhere.
 
-use std::rc::Rc;
-
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{Ancestors, ErrorKind, Event, EventKind, RuleCounters, Session};
 
@@ -61,8 +59,8 @@ pub(super) struct State {
     pub(super) directory: Directory,
     pub(super) lag_ns: u64,
     pub(super) book: RuleBook,
-    /// The policy before, while sessions are still to be decided about anew.
-    pub(super) book_before: Option<Rc<RuleBook>>,
+    /// The change of the policy that is under way.
+    pub(super) change: Option<Change>,
     pub(super) tracker: Tracker,
     pub(super) backlog: Backlog,
     pub(super) handles: Handles,
@@ -77,6 +75,14 @@ pub(super) struct State {
     repaired_losses: u64,
     /// Sessions that the map can hold.
     pub(super) capacity: usize,
+}
+
+/// Sessions are decided about anew by another policy.
+pub(super) struct Change {
+    /// The policy before.
+    pub(super) before: RuleBook,
+    /// When the other came into force.
+    pub(super) at_ns: u64,
 }
 
 /// A session whose end the kernel does not report, which is looked for.
@@ -112,7 +118,7 @@ impl State {
             directory,
             lag_ns,
             book,
-            book_before: None,
+            change: None,
             tracker: Tracker::default(),
             backlog: Backlog::from(monotonic_ns()),
             handles: Handles::new(own_netns),
@@ -167,15 +173,25 @@ impl State {
         self.rule_of(session)
     }
 
-    /// Whether the policy before, which another has just taken the place of, would have let the session
-    /// live: within its limits, or only observed.
-    fn lived_before(&self, session: &Session, now_ns: u64, is_enforced: bool) -> bool {
-        let Some(before) = &self.book_before else {
-            return false;
-        };
+    /// When the change of the policy that is under way made a session late, which is past its limit since
+    /// `reached_ns`: by the policy before it would live, within its limits, or only observed.
+    fn late_by_change(
+        &self,
+        session: &Session,
+        phase: Option<&Phase>,
+        reached_ns: u64,
+        is_enforced: bool,
+    ) -> Option<u64> {
+        let change = self.change.as_ref()?;
+        if let Some(Phase::LateByPolicy { changed_ns, .. }) = phase {
+            return Some(*changed_ns);
+        }
         let ancestors = |id| self.ancestors_of(id);
-        before.lets_live(session, now_ns, ancestors)
-            || is_enforced && before.only_observes(session, ancestors)
+        let lived = || {
+            change.before.lets_live(session, change.at_ns, ancestors)
+                || is_enforced && change.before.only_observes(session, ancestors)
+        };
+        (reached_ns <= change.at_ns && lived()).then_some(change.at_ns)
     }
 }
 
@@ -373,19 +389,9 @@ impl State {
         };
         let (policy, mode) = (active.policy, active.mode);
         let phase = self.tracker.phase(cookie, &session);
-        let was_late = matches!(phase, Some(Phase::LateByPolicy { .. }));
-        let is_changing = self.book_before.is_some() && session.generation != self.book.generation;
-        let changed_now = || {
-            is_changing && (was_late || self.lived_before(&session, now_ns, mode == Mode::Enforce))
-        };
-        match judge(
-            cookie,
-            &session,
-            (rule, &policy),
-            phase,
-            now_ns,
-            changed_now,
-        ) {
+        let by_change =
+            |reached_ns| self.late_by_change(&session, phase, reached_ns, mode == Mode::Enforce);
+        match judge(cookie, &session, (rule, &policy), phase, now_ns, by_change) {
             Judgement::Alive { recheck_ns } => {
                 // Whatever was asked of the kernel, it was not done.
                 self.tracker.clear_phase(cookie);

@@ -368,6 +368,7 @@ impl Attempt {
             self.settle_next(context, Some(Said::Code(code)), now_ns)?;
         }
         context.state().records.audit.flush();
+        context.wake.notify_one();
         Ok(())
     }
 

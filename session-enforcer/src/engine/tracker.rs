@@ -183,6 +183,13 @@ impl Tracker {
         }
     }
 
+    /// Whether an answer is still to come about a reset that does not hang.
+    pub(super) fn is_resetting(&self) -> bool {
+        let is_it =
+            |entry: &Entry| matches!(&entry.phase, Phase::Tried(t) if t.asked > 0 && !t.is_quarantined);
+        self.phases.values().any(is_it)
+    }
+
     /// Sessions whose reset hangs.
     pub(super) fn quarantined(&self) -> usize {
         let hangs = |entry: &&Entry| matches!(&entry.phase, Phase::Tried(t) if t.is_quarantined && t.asked > 0);
@@ -372,10 +379,10 @@ mod tests {
         let hung = expired(100);
         let mut tracker = Tracker::default();
         tracker.begin_reset(&hung);
-        assert_eq!(tracker.quarantined(), 0);
+        assert_eq!((tracker.quarantined(), tracker.is_resetting()), (0, true));
         let tried = tracker.tried(7, &hung.session).unwrap();
         tried.is_quarantined = true;
-        assert_eq!(tracker.quarantined(), 1);
+        assert_eq!((tracker.quarantined(), tracker.is_resetting()), (1, false));
         tracker.tried(7, &hung.session).unwrap().asked = 0;
         assert_eq!(tracker.quarantined(), 0);
     }

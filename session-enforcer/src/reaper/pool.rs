@@ -7,7 +7,10 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::process::CommandExt as _,
+    },
     process::{Command, Stdio},
     rc::Rc,
     sync::mpsc as threads,
@@ -537,6 +540,7 @@ fn start_reaper() -> io::Result<Started> {
     let (channel, other_end) = channel::pair()?;
     let (page, file) = SharedPage::create()?;
     let child = Command::new("/proc/self/exe")
+        .arg0("session-enforcer")
         .arg(SUBCOMMAND)
         .stdin(Stdio::from(other_end))
         .stdout(Stdio::from(file))

@@ -55,6 +55,8 @@ pub fn run() -> Result<ExitCode, Failure> {
     };
     let page = SharedPage::map(&io::stdout().as_fd()).map_err(not_ours)?;
     let channel = io::stdin().as_fd().try_clone_to_owned().map_err(not_ours)?;
+    // As ps(1) and top(1) show it.
+    let _ = prctl::set_name(c"session-reaper");
     // It ends with the engine, which these are meant for, and not before.
     for name in [
         Signal::SIGHUP,
