@@ -1,15 +1,16 @@
 //! Writes the manual pages and the shells' completions into a folder: `cargo xtask dist` packs them.
+//!
+//! The commands' pages come from the command line's definition, session-enforcer.toml(5) from the page
+//! of the documentation that a test holds to the keys of the code.
 
 use std::{env, fs, io, path::Path};
 
 use clap::{Command, CommandFactory as _};
 use clap_complete::{Shell, generate_to};
 use clap_mangen::roff::{Roff, bold, roman};
-use session_enforcer::{
-    cli::{Cli, DEFAULT_CONFIG},
-    config::{Key, MANUAL},
-};
+use session_enforcer::cli::Cli;
 
+const CONFIGURATION: &str = include_str!("../docs/configuration.md");
 const EXAMPLE: &str = include_str!("../examples/config.toml");
 
 fn main() -> io::Result<()> {
@@ -38,45 +39,86 @@ fn configuration() -> String {
     let mut page = Roff::new();
     let version = concat!("session-enforcer ", env!("CARGO_PKG_VERSION"));
     page.control("TH", ["session-enforcer.toml", "5", "", version]);
-    section(&mut page, "NAME");
+    page.control("SH", ["NAME"]);
     page.text([roman(
         "session-enforcer.toml - configuration of session-enforcer",
     )]);
-    section(&mut page, "DESCRIPTION");
-    page.text([roman(format!(
-        "The file is {DEFAULT_CONFIG} unless --config names another. It is TOML. Times are written \
-         as 90s, 15m, 12h, 7d or 1h30m, from 1s on. An unknown key is an error. \
-         `session-enforcer check` prints the rules as they are understood. SIGHUP puts the file into \
-         force for live sessions too; a wrong file changes nothing."
-    ))]);
-    for table in &MANUAL {
-        section(&mut page, table.header);
-        page.text([roman(table.about)]);
-        for key in table.keys {
-            describe(&mut page, key);
+    page.control("SH", ["DESCRIPTION"]);
+    for (number, part) in CONFIGURATION.split("```").enumerate() {
+        match number % 2 {
+            0 => prose(&mut page, part),
+            // The first line is the language.
+            _ => code(&mut page, part.lines().skip(1)),
         }
     }
-    section(&mut page, "EXAMPLE");
-    page.control("nf", []);
-    for line in EXAMPLE.lines() {
-        page.text([roman(line)]);
-    }
-    page.control("fi", []);
-    section(&mut page, "SEE ALSO");
+    page.control("SH", ["EXAMPLE"]);
+    code(&mut page, EXAMPLE.lines());
+    page.control("SH", ["SEE ALSO"]);
     page.text([bold("session-enforcer"), roman("(1)")]);
     page.render()
 }
 
-fn section(page: &mut Roff, title: &str) {
-    page.control("SH", [title]);
+fn code<'a>(page: &mut Roff, lines: impl Iterator<Item = &'a str>) {
+    page.control("nf", []);
+    for line in lines {
+        page.text([roman(line)]);
+    }
+    page.control("fi", []);
 }
 
-fn describe(page: &mut Roff, key: &Key) {
+/// Headings, tables of keys, lists and paragraphs.
+fn prose(page: &mut Roff, markdown: &str) {
+    for block in markdown.split("\n\n").map(str::trim) {
+        if let Some(title) = block.strip_prefix("## ") {
+            page.control("SH", [title]);
+        } else if block.starts_with('|') {
+            block.lines().skip(2).for_each(|row| entry(page, row));
+        } else if block.starts_with("- ") {
+            for item in block.trim_start_matches("- ").split("\n- ") {
+                // An item that is a link is one of the list of contents.
+                if !item.starts_with('[') {
+                    page.control("IP", ["\\(bu", "2"]);
+                    page.text([roman(plain(item))]);
+                }
+            }
+        } else if !block.is_empty() && !block.starts_with("# ") {
+            page.control("PP", []);
+            page.text([roman(plain(block))]);
+        }
+    }
+}
+
+/// A row of a table: the first column is the entry, the last its text. Of keys, those between say what is
+/// allowed and what is the default.
+fn entry(page: &mut Roff, row: &str) {
+    let columns: Vec<String> = row.trim_matches('|').split(" | ").map(plain).collect();
     page.control("TP", []);
-    page.text([bold(key.name)]);
-    let default = match key.default {
-        Some(default) => format!(" Default: {default}."),
-        None => String::new(),
-    };
-    page.text([roman(format!("{}{default}", key.about))]);
+    match columns.as_slice() {
+        [key, allowed, default, about] => {
+            page.text([bold(key)]);
+            let text = format!("{about} Allowed: {allowed}. Default: {default}.");
+            page.text([roman(text)]);
+        }
+        [first, rest @ ..] => {
+            page.text([bold(first)]);
+            page.text([roman(rest.join(" "))]);
+        }
+        [] => {}
+    }
+}
+
+/// The text without marks, links without their targets, in one line.
+fn plain(markdown: &str) -> String {
+    let mut text = String::new();
+    let mut rest = markdown;
+    while let Some((before, after)) = rest.split_once("](") {
+        // The last bracket that is open begins the link.
+        let (start, name) = before.rsplit_once('[').unwrap_or(("", before));
+        text += start;
+        text += name;
+        rest = after.split_once(')').map_or("", |(_, rest)| rest);
+    }
+    text += rest;
+    let text = text.replace("**", "").replace('`', "");
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -156,16 +156,20 @@ fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Res
     host.journal("config.toml:3:.*idle_timeout")?;
     host.assert_login_is_reset()?;
 
-    host.0.ask(&format!("systemctl restart {UNIT}"))?;
-    assert_ne!(host.property("MainPID")?, before);
     let loaded = "session_enforcer_config_last_reload_successful";
-    assert_eq!(host.metric(loaded)?, 0.0);
-    let status = host.property("StatusText")?;
-    assert!(
-        status.contains("the configuration file is refused"),
-        "{status}"
-    );
-    host.assert_login_is_reset()?;
+    let unknown_user = format!("{}users = [\"no such user\"]\n", rule(2));
+    for wrong in ["[[rule]]\n", &unknown_user] {
+        host.configure(wrong)?;
+        host.0.ask(&format!("systemctl restart {UNIT}"))?;
+        assert_ne!(host.property("MainPID")?, before);
+        assert_eq!(host.metric(loaded)?, 0.0);
+        let status = host.property("StatusText")?;
+        assert!(
+            status.contains("the configuration file is refused"),
+            "{status}"
+        );
+        host.assert_login_is_reset()?;
+    }
 
     host.configure(&rule(2))?;
     host.0.ask(&format!("systemctl reload {UNIT}"))?;

@@ -6,7 +6,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -38,7 +41,7 @@ const STAGED: &str = "-next";
 pub struct PinDir {
     path: PathBuf,
     /// Of the directory itself. The kernel lets go of it however the process ends.
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl PinDir {
@@ -114,18 +117,27 @@ impl PinDir {
         }
         Ok(Some(Self {
             path: path.to_owned(),
-            _lock: lock,
+            lock,
         }))
+    }
+
+    /// Where the directory is found. /sys/fs/bpf lets only root pass, and the engine of a service that is
+    /// not root gives up the capability to pass after the start: it goes by the open directory.
+    fn place(&self) -> PathBuf {
+        if geteuid().is_root() {
+            return self.path.clone();
+        }
+        format!("/proc/self/fd/{}", self.lock.as_raw_fd()).into()
     }
 
     /// Where the set of this version is.
     pub(super) fn current(&self) -> PathBuf {
-        self.path.join(format!("{PREFIX}{LAYOUT:08x}"))
+        self.place().join(format!("{PREFIX}{LAYOUT:08x}"))
     }
 
     /// Makes the directory of a new set.
     pub(super) fn stage(&self) -> Result<PathBuf, PinError> {
-        let path = self.path.join(format!("{PREFIX}{LAYOUT:08x}{STAGED}"));
+        let path = self.place().join(format!("{PREFIX}{LAYOUT:08x}{STAGED}"));
         // Of a start that was cut short.
         remove_set(&path)?;
         fs::create_dir(&path).map_err(PinError::io("making", &path))?;
@@ -156,7 +168,8 @@ impl PinDir {
     }
 
     fn sets(&self) -> Result<Vec<PathBuf>, PinError> {
-        let entries = fs::read_dir(&self.path).map_err(PinError::io("listing", &self.path))?;
+        let place = self.place();
+        let entries = fs::read_dir(&place).map_err(PinError::io("listing", &self.path))?;
         let mut sets = Vec::new();
         for entry in entries {
             let entry = entry.map_err(PinError::io("listing", &self.path))?;

@@ -9,7 +9,6 @@ mod document;
 mod entries;
 mod error;
 mod hidden;
-mod manual;
 mod never;
 mod owners;
 mod read;
@@ -30,7 +29,6 @@ use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange
 pub use error::{
     ConfigError, ConfigErrors, Doubt, EntryCount, Location, Position, Problem, Warning,
 };
-pub use manual::{Key, MANUAL, Table};
 pub use owners::{Owners, User, fits, is_below, is_pattern, parse_cgroup, parse_user};
 pub use value::{
     MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
