@@ -248,6 +248,8 @@ fn logrotate_moves_the_audit_file_and_the_daemon_opens_a_new_one() -> Result<()>
     const FILE: &str = "/var/log/session-enforcer/audit.jsonl";
     let host = Host::new()?;
     host.configure(&format!("[audit]\npath = \"{FILE}\"\n{}", rule(2)))?;
+    // By root, of what belongs to the service's user.
+    host.0.ask("session-enforcer check")?;
     host.0.ask(&format!("systemctl restart {UNIT}"))?;
     host.assert_login_is_reset()?;
     let lines = || {

@@ -25,10 +25,7 @@ use super::{
     pin_error::PinError,
     sys::{self, Kind},
 };
-use crate::{host::trust, users};
-
-/// The user of the service that the packages install.
-const SERVICE_USER: &str = "session-enforcer";
+use crate::host::trust;
 
 /// Begins the name of each set.
 const PREFIX: &str = "layout-";
@@ -70,7 +67,7 @@ impl PinDir {
     pub fn check(path: &Path) -> Result<(), PinError> {
         check_above(path)?;
         bpffs::can_be_on_bpffs(path)?;
-        match bpffs::check_owner(path, &trusted_by_root()) {
+        match bpffs::check_owner(path, &trust::trusted_by_root()) {
             Err(PinError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
             checked => checked,
         }
@@ -83,7 +80,7 @@ impl PinDir {
     ///
     /// As above, where it is not on bpffs, and where others may write to it or replace it.
     pub fn hold_existing(path: &Path) -> Result<Option<Self>, PinError> {
-        Self::hold_as(path, &trusted_by_root())
+        Self::hold_as(path, &trust::trusted_by_root())
     }
 
     /// Holds the directory if it is there and belongs to this user, or to one of these.
@@ -203,15 +200,6 @@ impl PinDir {
             _ => Ok(sets.len()),
         }
     }
-}
-
-/// Whose pins root trusts besides its own: the service's user's.
-fn trusted_by_root() -> Vec<u32> {
-    let service = match geteuid().is_root() {
-        true => users::uid_of(SERVICE_USER).unwrap_or_default(),
-        false => None,
-    };
-    service.into_iter().collect()
 }
 
 /// Refuses a directory that somebody else could replace. Who may write to the directory itself is another

@@ -2,7 +2,8 @@
 //! believe the daemon about: its configuration, its audit, its pins.
 //!
 //! A path is trusted where each directory on its way and the file at its end belong to root or to the
-//! user of this process, and nobody else may write to them. A directory that others may write to is
+//! user of this process, and nobody else may write to them. Root trusts the service's user as well, who has
+//! root's capabilities. A directory that others may write to is
 //! accepted where it is sticky, as /tmp is: there, only its owner and that of an entry can replace the
 //! entry. A group that may write is somebody else, root's group too: its members are not root. An access
 //! control list that lets others write shows in the bits of the group (acl(5), the mask).
@@ -19,7 +20,10 @@ use std::{
 use nix::unistd::geteuid;
 use thiserror::Error;
 
-use crate::users::Names;
+use crate::users::{Names, uid_of};
+
+/// The user of the service that the packages install.
+const SERVICE_USER: &str = "session-enforcer";
 
 /// Symbolic links on one way, as many as the kernel follows (`MAXSYMLINKS` of `linux/namei.h`).
 const MAX_LINKS: usize = 40;
@@ -94,6 +98,15 @@ fn owner_words(uid: u32) -> String {
 /// Where the path is not trusted, with the part of it that is to blame and what to do.
 pub fn check(path: &Path) -> Result<(), Untrusted> {
     walk(path, geteuid().as_raw())
+}
+
+/// The user of the service that the packages install, where this process is root's.
+pub fn trusted_by_root() -> Vec<u32> {
+    let service = match geteuid().is_root() {
+        true => uid_of(SERVICE_USER).unwrap_or_default(),
+        false => None,
+    };
+    service.into_iter().collect()
 }
 
 /// Follows the path as the kernel does (`path_resolution(7)`).
@@ -210,13 +223,14 @@ fn judge(path: &Path, part: &Path, found: &Metadata, own: u32) -> Result<(), Unt
 }
 
 fn judge_owner(path: &Path, part: &Path, found: &Metadata, own: u32) -> Result<(), Untrusted> {
-    if [0, own].contains(&found.uid()) {
+    let uid = found.uid();
+    if [0, own].contains(&uid) || trusted_by_root().contains(&uid) {
         return Ok(());
     }
     Err(Untrusted::Owner {
         path: path.display().to_string(),
         part: part.display().to_string(),
-        owner: owner_words(found.uid()),
+        owner: owner_words(uid),
         wanted: own,
     })
 }
