@@ -283,6 +283,7 @@ fn no_address_user_or_process_is_a_label() -> Result<()> {
         "reason",
         "result",
         "rule",
+        "state",
         "version",
     ];
     assert!(keys.iter().all(|key| finite.contains(key)), "{keys:?}");
