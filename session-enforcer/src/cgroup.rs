@@ -202,7 +202,7 @@ fn walk(root: &Path, mut take: impl FnMut(u64, &[OsString]) -> bool) -> io::Resu
         }
         let entered = way.last().map(|name| open_directory(&here, name));
         match entered
-            .and_then(|entered| entered.ok())
+            .and_then(Result::ok)
             .map(|next| (below(&next), next))
         {
             Some((Ok(children), next)) => {

@@ -254,7 +254,7 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Ask for a daemon with this daemon.network_namespaces: all, or own, for which three capabilities
+    /// Which network namespaces the daemon is to enforce: all, or its own, for which three capabilities
     /// suffice
     #[arg(long, value_name = "WHICH", default_value = "all", value_parser = namespaces())]
     pub network_namespaces: NetworkNamespaces,

@@ -43,7 +43,10 @@ fn idle_rule(name: &str, conditions: &str, limit: Duration) -> String {
 }
 
 fn of_port(name: &str, listener: &Listener, limit: Duration) -> String {
-    let conditions = format!("direction = \"inbound\"\nlocal_ports = [{}]", listener.port());
+    let conditions = format!(
+        "direction = \"inbound\"\nlocal_ports = [{}]",
+        listener.port()
+    );
     idle_rule(name, &conditions, limit)
 }
 
@@ -98,7 +101,10 @@ fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize)
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", &pair.opened, limit());
         let late = record.number("session_enforcer.lateness_seconds");
-        assert!(late < unhurried(Duration::from_secs(1)).as_secs_f64() * LATE_SECONDS, "{late}");
+        assert!(
+            late < unhurried(Duration::from_secs(1)).as_secs_f64() * LATE_SECONDS,
+            "{late}"
+        );
     }
     Ok(())
 }

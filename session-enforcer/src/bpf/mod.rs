@@ -337,7 +337,7 @@ impl Kernel {
     /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
     /// session was read stays in the record ([`Session::join`]). Only the stamp of a packet that passes
     /// while the record is moved, some 100 ns, may be lost: the caller has counted the session as active
-    /// just now, or [waits](Self::wait_for_programs) and compares with the socket afterwards.
+    /// just now, or waits for an RCU grace period and compares with the socket afterwards.
     ///
     /// # Errors
     ///

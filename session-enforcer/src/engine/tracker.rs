@@ -185,8 +185,7 @@ impl Tracker {
 
     /// Whether an answer is still to come about a reset that does not hang.
     pub(super) fn is_resetting(&self) -> bool {
-        let is_it =
-            |entry: &Entry| matches!(&entry.phase, Phase::Tried(t) if t.asked > 0 && !t.is_quarantined);
+        let is_it = |entry: &Entry| matches!(&entry.phase, Phase::Tried(t) if t.asked > 0 && !t.is_quarantined);
         self.phases.values().any(is_it)
     }
 

@@ -129,7 +129,7 @@ pub fn unprivileged<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
 }
 
 /// Reduces the calling thread's capabilities to those of these that it has, and empties its bounding set
-/// where it may (CAP_SETPCAP); what it has then.
+/// where it may (`CAP_SETPCAP`); what it has then.
 fn keep(wanted: &[Capability]) -> Result<CapsHashSet> {
     let has = caps::read(None, CapSet::Permitted).context("capget")?;
     let kept: CapsHashSet = wanted.iter().copied().filter(|c| has.contains(c)).collect();
