@@ -16,7 +16,7 @@ fn main() -> Result<()> {
     );
     println!("cargo:rerun-if-changed={common}");
     // The toolchain that builds the daemon also builds the programs; `-Z build-std` is asked of a
-    // stable compiler (see ARCHITECTURE.md, "The eBPF build").
+    // stable compiler (see docs/design/ebpf-build.md).
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     let mut flags = remapped()?;
     // The third instruction set has the atomic operations that return what was there before; Linux

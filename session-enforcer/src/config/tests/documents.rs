@@ -263,3 +263,15 @@ fn the_readme_leads_to_each_page() {
         assert!(README.contains(&link), "{link}");
     }
 }
+
+#[test]
+fn the_architecture_is_a_map_that_leads_to_each_design_note() {
+    let pages = pages();
+    let map = &pages[Path::new("ARCHITECTURE.md")];
+    assert!(map.split_whitespace().count() <= 1_500);
+    let folder = Path::new(DOCS).join("design");
+    for note in pages.keys().filter(|path| path.parent() == Some(&folder)) {
+        let link = format!("]({})", note.display());
+        assert!(map.contains(&link), "{link}");
+    }
+}
