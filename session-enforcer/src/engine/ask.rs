@@ -34,7 +34,7 @@ pub(super) enum Answer {
     Locked,
 }
 
-/// Asks about sockets of one namespace, which existed at `existed_ns`; the answers in their order.
+/// Asks about sockets of one namespace; the answers in their order.
 ///
 /// # Errors
 ///
@@ -42,7 +42,6 @@ pub(super) enum Answer {
 pub(super) async fn query(
     context: &Rc<Context>,
     netns_cookie: u64,
-    existed_ns: u64,
     targets: &[Target],
     detail: Detail,
 ) -> Result<Vec<Answer>, String> {
@@ -54,7 +53,7 @@ pub(super) async fn query(
         while !left.is_empty() {
             let some: Vec<usize> = left.drain(..left.len().min(MAX_BATCH)).collect();
             let of_some = some.iter().map(|index| targets[*index]).collect();
-            let mut part = Part::ask(context, netns_cookie, existed_ns, of_some, detail).await?;
+            let mut part = Part::ask(context, netns_cookie, of_some, detail).await?;
             part.indices = some;
             match part.go_on(&mut answers, context, true).await? {
                 End::Done => {}
@@ -120,15 +119,11 @@ impl Part {
     async fn ask(
         context: &Rc<Context>,
         netns_cookie: u64,
-        existed_ns: u64,
         targets: Vec<Target>,
         detail: Detail,
     ) -> Result<Self, String> {
         let began_ns = monotonic_ns();
-        let (netns, handle) = context
-            .state()
-            .handles
-            .netns(netns_cookie, existed_ns, began_ns);
+        let (netns, handle) = context.state().handles.netns(netns_cookie);
         let request = Request::Query {
             netns,
             targets,
@@ -162,6 +157,9 @@ impl Part {
                     }
                     self.answered = (self.answered + sockets.len()).min(self.indices.len());
                 }
+                Next::Reply(Reply::Met { cookie, path }, _) => {
+                    context.state().handles.note(cookie, path);
+                }
                 Next::Reply(Reply::Found { path }, handle) => {
                     let mut state = context.state();
                     state.handles.keep(self.netns_cookie, path, handle);
@@ -174,7 +172,7 @@ impl Part {
                     },
                     _,
                 ) => {
-                    note_problem(context, &problem, self.began_ns);
+                    note_problem(context, self.netns_cookie, &problem, self.began_ns);
                     return Err(problem.to_string());
                 }
                 Next::Reply(..) => return Err("a reaper answers something else".to_owned()),
@@ -199,9 +197,15 @@ impl Part {
 }
 
 /// Notes what a reaper could not find.
-pub(super) fn note_problem(context: &Rc<Context>, problem: &Problem, began_ns: u64) {
-    if let Problem::Namespace { searched: true, .. } = problem {
-        context.state().handles.note_missed(began_ns);
+pub(super) fn note_problem(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    problem: &Problem,
+    began_ns: u64,
+) {
+    if let Problem::Namespace { searched, .. } = problem {
+        let handles = &mut context.state().handles;
+        handles.note_missed(netns_cookie, *searched, began_ns);
     }
 }
 
@@ -229,8 +233,7 @@ pub(super) async fn query_one(
     target: Target,
     detail: Detail,
 ) -> Result<Answer, String> {
-    let (netns, existed_ns) = (session.netns_cookie, session.established_ns);
-    let answers = query(context, netns, existed_ns, &[target], detail).await?;
+    let answers = query(context, session.netns_cookie, &[target], detail).await?;
     Ok(answers[0])
 }
 
@@ -245,7 +248,6 @@ pub(super) async fn ask(
     handle: Option<&std::os::fd::OwnedFd>,
     mut take: impl FnMut(Reply, Option<std::os::fd::OwnedFd>),
 ) -> Result<(), String> {
-    let began_ns = monotonic_ns();
     for _ in 0..ATTEMPTS {
         let asked = context.pool.ask(Purpose::Others, request, handle).await;
         let mut exchange = asked.map_err(|error| format!("{error:#}"))?;
@@ -260,7 +262,6 @@ pub(super) async fn ask(
                     },
                     _,
                 ) => {
-                    note_problem(context, &problem, began_ns);
                     return Err(problem.to_string());
                 }
                 Next::Reply(reply, fd) => {

@@ -1,9 +1,14 @@
 //! The network namespaces in which there are sessions: a descriptor that keeps each reachable, and where each
 //! was seen. Reapers find them; nothing is entered here.
 
-use std::{collections::HashMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+use std::{
+    collections::{HashMap, HashSet},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    rc::Rc,
+};
 
-use crate::reaper::protocol::Netns;
+use crate::reaper::protocol::{Netns, Search};
 
 /// Descriptors that are kept at most. A namespace beyond is searched for where it was seen.
 const MAX_HANDLES: usize = 4_096;
@@ -11,8 +16,11 @@ const MAX_HANDLES: usize = 4_096;
 /// Places that are remembered at most.
 const MAX_PLACES: usize = 65_536;
 
-/// For how long a namespace that was not found is not searched for again.
+/// For how long the whole host is not searched again where that found nothing.
 const SEARCH_AGAIN_NS: u64 = 10_000_000_000;
+
+/// Namespaces that are remembered as not found among the processes.
+const MAX_MISSED: usize = 4_096;
 
 /// The namespaces. A handle keeps its namespace alive, so it is given up with its last session.
 #[derive(Debug)]
@@ -20,8 +28,23 @@ pub(super) struct Handles {
     own: u64,
     held: HashMap<u64, Rc<OwnedFd>>,
     seen_at: HashMap<u64, PathBuf>,
+    /// Those that were not found among the processes.
+    missed: HashSet<u64>,
     /// When the last search of the whole host that found nothing began.
     searched_ns: Option<u64>,
+    /// Whether a search of the whole host is under way.
+    pub(super) is_searching: bool,
+}
+
+/// What a request about a namespace has to do with a search of the whole host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Searching {
+    /// Nothing.
+    Not,
+    /// It is one.
+    Begins,
+    /// It waits for one that is under way.
+    Waits,
 }
 
 impl Handles {
@@ -30,7 +53,9 @@ impl Handles {
             own,
             held: HashMap::new(),
             seen_at: HashMap::new(),
+            missed: HashSet::new(),
             searched_ns: None,
+            is_searching: false,
         }
     }
 
@@ -39,24 +64,45 @@ impl Handles {
         self.own
     }
 
-    /// A namespace as a reaper is told it, and the descriptor that goes with it. A search of the whole
-    /// host is expensive, and anybody can make namespaces that none finds: one that was there, at
-    /// `existed_ns`, when a search found nothing is not searched for again for a while.
-    pub(super) fn netns(
-        &self,
-        cookie: u64,
-        existed_ns: u64,
-        now_ns: u64,
-    ) -> (Netns, Option<Rc<OwnedFd>>) {
-        let was_missed = self.searched_ns.is_some_and(|began_ns| {
-            existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
-        });
+    /// A namespace as a reaper is told it, to be searched for among the processes at most, and the descriptor
+    /// that goes with it.
+    pub(super) fn netns(&self, cookie: u64) -> (Netns, Option<Rc<OwnedFd>>) {
+        let is_found_there = cookie != self.own && !self.missed.contains(&cookie);
         let netns = Netns {
             cookie,
             seen_at: self.seen_at.get(&cookie).cloned(),
-            may_search: cookie != self.own && !was_missed,
+            search: if is_found_there {
+                Search::Processes
+            } else {
+                Search::Nowhere
+            },
         };
         (netns, self.held.get(&cookie).cloned())
+    }
+
+    /// Whether a namespace has to be searched for in the whole host. That is expensive, and anybody can make
+    /// namespaces that nothing finds: there is one search at a time, and what was there, at `existed_ns`, when
+    /// one found nothing is not searched for again for a while.
+    pub(super) fn search(&self, cookie: u64, existed_ns: u64, now_ns: u64) -> Searching {
+        let was_missed = self.searched_ns.is_some_and(|began_ns| {
+            existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
+        });
+        if !self.missed.contains(&cookie) || self.held.contains_key(&cookie) || was_missed {
+            Searching::Not
+        } else if self.is_searching {
+            Searching::Waits
+        } else {
+            Searching::Begins
+        }
+    }
+
+    /// Notes where a namespace was met.
+    pub(super) fn note(&mut self, cookie: u64, path: PathBuf) {
+        if self.seen_at.len() >= MAX_PLACES {
+            self.seen_at.clear();
+        }
+        self.missed.remove(&cookie);
+        self.seen_at.insert(cookie, path);
     }
 
     /// Notes where a namespace is, and keeps it reachable.
@@ -64,10 +110,7 @@ impl Handles {
         if cookie == self.own {
             return;
         }
-        if self.seen_at.len() >= MAX_PLACES {
-            self.seen_at.clear();
-        }
-        self.seen_at.insert(cookie, path);
+        self.note(cookie, path);
         if let Some(handle) = handle.filter(|_| self.held.len() < MAX_HANDLES) {
             self.held.insert(cookie, Rc::new(handle));
         }
@@ -78,9 +121,16 @@ impl Handles {
         self.held.remove(&cookie);
     }
 
-    /// A search of the whole host that began at this time did not find a namespace.
-    pub(super) fn note_missed(&mut self, began_ns: u64) {
-        self.searched_ns = Some(began_ns);
+    /// A search that began at this time did not find a namespace.
+    pub(super) fn note_missed(&mut self, cookie: u64, searched: Search, began_ns: u64) {
+        if self.missed.len() >= MAX_MISSED {
+            self.missed.clear();
+        }
+        match searched {
+            Search::Nowhere => {}
+            Search::Processes => drop(self.missed.insert(cookie)),
+            Search::Everywhere => self.searched_ns = Some(began_ns),
+        }
     }
 }
 
@@ -91,29 +141,39 @@ mod tests {
     const S: u64 = 1_000_000_000;
 
     #[test]
-    fn a_search_that_found_nothing_is_not_repeated_for_what_was_there_then() {
+    fn the_whole_host_is_searched_after_the_processes_once_at_a_time_and_not_again_for_a_while() {
         let mut handles = Handles::new(3);
-        let may_search = |handles: &Handles, existed_ns, now_ns| {
-            handles.netns(7, existed_ns, now_ns).0.may_search
-        };
-        assert!(may_search(&handles, S, 2 * S));
-        handles.note_missed(2 * S);
-        assert!(!may_search(&handles, S, 3 * S));
-        assert!(may_search(&handles, S, 12 * S));
+        assert_eq!(handles.netns(7).0.search, Search::Processes);
+        assert_eq!(handles.netns(3).0.search, Search::Nowhere);
+        assert_eq!(handles.search(7, S, 2 * S), Searching::Not);
+        handles.note_missed(7, Search::Processes, S);
+        assert_eq!(handles.netns(7).0.search, Search::Nowhere);
+        assert_eq!(handles.search(7, S, 2 * S), Searching::Begins);
+        handles.is_searching = true;
+        assert_eq!(handles.search(7, S, 2 * S), Searching::Waits);
+        handles.is_searching = false;
+        handles.note_missed(7, Search::Everywhere, 2 * S);
+        assert_eq!(handles.search(7, S, 3 * S), Searching::Not);
+        assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);
         // What came after it.
-        assert!(may_search(&handles, 3 * S, 3 * S));
-        assert!(!handles.netns(3, 0, 0).0.may_search);
+        assert_eq!(handles.search(7, 3 * S, 3 * S), Searching::Begins);
+        // Met in a search for another.
+        handles.note(7, "/x".into());
+        assert_eq!(handles.search(7, S, 12 * S), Searching::Not);
+        assert_eq!(handles.netns(7).0.search, Search::Processes);
     }
 
     #[test]
     fn a_namespace_is_held_until_it_is_given_up_and_its_place_is_remembered() {
         let mut handles = Handles::new(3);
         let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        handles.note_missed(7, Search::Processes, 0);
         handles.keep(7, "/x".into(), Some(file()));
         handles.keep(3, "/own".into(), Some(file()));
-        assert!(handles.netns(7, 0, 0).1.is_some() && handles.netns(3, 0, 0).1.is_none());
+        assert!(handles.netns(7).1.is_some() && handles.netns(3).1.is_none());
+        assert_eq!(handles.search(7, 0, 0), Searching::Not);
         handles.give_up(7);
-        let (netns, handle) = handles.netns(7, 0, 0);
+        let (netns, handle) = handles.netns(7);
         assert_eq!((netns.seen_at, handle.is_none()), (Some("/x".into()), true));
     }
 }

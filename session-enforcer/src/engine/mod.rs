@@ -231,7 +231,7 @@ impl Engine {
         loop {
             self.context.take_failure()?;
             if self.reloading.has_changed.take() {
-                self.cgroups_due = Some(Instant::now());
+                self.cgroups_due = Some(self.cgroups_paused_until.get().max(Instant::now()));
             }
             owner::find_cgroups(&self.context);
             let next_ns = self.next_ns();
@@ -395,6 +395,8 @@ impl Engine {
     /// Looks at them, and watches for them to come and go.
     fn follow_cgroups(&mut self) {
         self.cgroups_due = None;
+        self.cgroups_paused_until
+            .set(Instant::now() + CGROUPS_PAUSE);
         // Watched first: one that comes between is found by the look.
         let mut directories = self.context.state().directory.directories();
         for _ in 0..MAX_WATCH_ROUNDS {

@@ -172,9 +172,7 @@ async fn sockets_of(
 ) -> Result<Vec<Answer>, String> {
     let target = |(cookie, session): &Tracked| Target::of(*cookie, session);
     let targets: Vec<Target> = sessions.iter().map(target).collect();
-    let existed_ns = sessions.iter().map(|(_, session)| session.established_ns);
-    let existed_ns = existed_ns.min().unwrap_or(0);
-    ask::query(context, netns_cookie, existed_ns, &targets, detail).await
+    ask::query(context, netns_cookie, &targets, detail).await
 }
 
 /// The sockets that listen on these ports of a namespace.
@@ -190,10 +188,7 @@ async fn listeners(
     };
     let mut listening: Vec<Socket> = Vec::new();
     for port in ports {
-        let (netns, handle) = {
-            let state = context.state();
-            state.handles.netns(netns_cookie, 0, monotonic_ns())
-        };
+        let (netns, handle) = context.state().handles.netns(netns_cookie);
         let request = Request::Listeners { netns, port };
         ask::ask(context, &request, handle.as_deref(), |reply, _| {
             if let Reply::Sockets { sockets, .. } = reply {

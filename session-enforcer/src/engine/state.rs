@@ -65,6 +65,8 @@ pub(super) struct State {
     pub(super) backlog: Backlog,
     pub(super) handles: Handles,
     pub(super) hanging: Hanging,
+    /// Whether the kernel was found to have no `SOCK_DESTROY`.
+    pub(super) has_no_destroy: bool,
     /// Whether sessions that are due are ended: from the attachment on.
     pub(super) is_enforcing: bool,
     /// Sessions whose owner has to be found before they are judged.
@@ -123,6 +125,7 @@ impl State {
             backlog: Backlog::from(monotonic_ns()),
             handles: Handles::new(own_netns),
             hanging: Hanging::default(),
+            has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
             unreported: Vec::new(),

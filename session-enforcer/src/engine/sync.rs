@@ -451,7 +451,7 @@ impl Sync<'_> {
 
     /// Asks about sockets of the namespace. What cannot be asked about counts as in use.
     async fn query(&mut self, targets: &[Target], detail: Detail) -> Vec<Answer> {
-        let asked = ask::query(self.context, self.netns_cookie, 0, targets, detail).await;
+        let asked = ask::query(self.context, self.netns_cookie, targets, detail).await;
         asked.unwrap_or_else(|error| {
             self.unlisted(&error);
             vec![Answer::Locked; targets.len()]

@@ -13,6 +13,7 @@ use session_enforcer_common::{Session, Verdict, verdict};
 use super::{
     ask::{self, Answer, LOOK, note_problem, query_one},
     context::Context,
+    handles::Searching,
     hanging::{Culprit, Room},
     judge::{Expired, next_observation, only_lifetime},
     state::{RECHECK_NS, RETRY_NS, State, Unreported},
@@ -25,7 +26,9 @@ use crate::{
     reaper::{
         diag::{Detail, MAX_BATCH, Target, state},
         pool::{Condition, Exchange, Next, Purpose, STALL},
-        protocol::{Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request},
+        protocol::{
+            Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
+        },
     },
 };
 
@@ -40,8 +43,8 @@ const UNANSWERED_NS: u64 = 10_000_000;
 /// After so many requests without an answer the session could not be reset.
 const MAX_UNANSWERED: u32 = 5;
 
-/// How often the time between two attempts to reset a session doubles: from 10 s to some 43 minutes.
-const MAX_DOUBLINGS: u32 = 8;
+/// How often the time between two attempts to reset a session doubles: from 10 s to 320 s.
+const MAX_DOUBLINGS: u32 = 5;
 
 /// When a session is looked at again for which a reset must not be begun now.
 const NO_ROOM_NS: u64 = 20_000_000;
@@ -103,7 +106,8 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
             state.has_no_room(&expired, now_ns);
             continue;
         }
-        let way = if expired.session.is_mptcp_subflow() || state.hanging.is_diag_blocked {
+        let through_processes = state.has_no_destroy || state.hanging.is_diag_blocked;
+        let way = if expired.session.is_mptcp_subflow() || through_processes {
             Way::Disconnect
         } else {
             Way::Destroy
@@ -114,14 +118,25 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
         lots.entry(lot).or_default().push(expired);
     }
     for ((netns_cookie, way, apart), lot) in lots {
+        let existed_ns = lot.iter().map(|expired| expired.session.established_ns);
+        let existed_ns = existed_ns.min().unwrap_or(0);
+        let searching = state.handles.search(netns_cookie, existed_ns, now_ns);
+        if searching == Searching::Waits {
+            for expired in &lot {
+                state.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
+            }
+            continue;
+        }
         for expired in &lot {
             state.tracker.begin_reset(expired);
         }
         let batch = Batch {
             netns_cookie,
             way,
+            searches: searching == Searching::Begins,
             sessions: lot,
         };
+        state.handles.is_searching |= batch.searches;
         let slot = match batch.sessions.first() {
             // One of those that may hang, from now on.
             Some(first) if apart.is_some() => {
@@ -172,13 +187,16 @@ impl Drop for Waited {
 struct Batch {
     netns_cookie: u64,
     way: Way,
+    /// Whether the whole host is searched for the namespace.
+    searches: bool,
     sessions: Vec<Expired>,
 }
 
 /// Has a batch reset. What a reaper leaves when it hangs or ends goes to others.
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
-    let (request, handle) = context.state().request(&batch, began_ns);
+    let _search = batch.searches.then(|| SearchUnderWay(Rc::clone(&context)));
+    let (request, handle) = context.state().request(&batch);
     let asked = context
         .pool
         .ask(Purpose::Resets, &request, handle.as_deref())
@@ -205,6 +223,15 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
     give_away_again(&context, rest)
 }
 
+/// A search of the whole host, until this is dropped.
+struct SearchUnderWay(Rc<Context>);
+
+impl Drop for SearchUnderWay {
+    fn drop(&mut self) {
+        self.0.state().handles.is_searching = false;
+    }
+}
+
 /// Sessions that a reaper has not touched go to others.
 fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
@@ -215,10 +242,11 @@ fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
 
 impl State {
     /// The request to reset a batch, and the descriptor that goes with it.
-    fn request(&mut self, batch: &Batch, now_ns: u64) -> (Request, Option<Rc<OwnedFd>>) {
-        let existed_ns = batch.sessions.iter().map(|e| e.session.established_ns);
-        let existed_ns = existed_ns.min().unwrap_or(0);
-        let (netns, handle) = self.handles.netns(batch.netns_cookie, existed_ns, now_ns);
+    fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>) {
+        let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
+        if batch.searches {
+            netns.search = Search::Everywhere;
+        }
         (self.request_in(netns, batch), handle)
     }
 
@@ -336,6 +364,10 @@ impl Attempt {
         handle: Option<OwnedFd>,
     ) -> Result<bool> {
         match reply {
+            Reply::Met { cookie, path } => {
+                context.state().handles.note(cookie, path);
+                Ok(false)
+            }
             Reply::Found { path } => {
                 let mut state = context.state();
                 state.handles.keep(self.netns_cookie, path, handle);
@@ -348,7 +380,7 @@ impl Attempt {
             Reply::Done { at_ns, error, .. } => {
                 self.settle_answered(context)?;
                 if let Some(problem) = error {
-                    note_problem(context, &problem, self.began_ns);
+                    note_problem(context, self.netns_cookie, &problem, self.began_ns);
                     return self.broken_off(context, &problem, at_ns).map(|()| true);
                 }
                 Ok(true)
@@ -384,6 +416,17 @@ impl Attempt {
     fn broken_off(&mut self, context: &Rc<Context>, problem: &Problem, at_ns: u64) -> Result<()> {
         let rest = &self.sessions[self.settled..];
         match problem {
+            // Then it is searched for in the whole host.
+            Problem::Namespace {
+                searched: Search::Processes,
+                ..
+            } => {
+                let mut state = context.state();
+                for expired in rest {
+                    state.answered(expired);
+                    state.tracker.rearm(expired.cookie, 0);
+                }
+            }
             Problem::Namespace { error, .. } => {
                 let mut state = context.state();
                 for expired in rest {
@@ -441,6 +484,7 @@ impl Attempt {
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
                                 way: Way::Disconnect,
+                                searches: false,
                                 sessions: vec![hung],
                             };
                             context.state().tracker.begin_reset(&hung);
@@ -492,7 +536,7 @@ async fn is_diag_blocked(context: &Rc<Context>) -> bool {
         return true;
     }
     let own = context.state().handles.own();
-    let (netns, _) = context.state().handles.netns(own, 0, 0);
+    let (netns, _) = context.state().handles.netns(own);
     let request = Request::Query {
         netns,
         targets: vec![NOBODY],
@@ -566,15 +610,9 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
             Ok(())
         }
         Some(Said::Code(libc::EOPNOTSUPP)) => {
-            state.tracker.begin_reset(expired);
-            drop(state);
-            let batch = Batch {
-                netns_cookie: expired.session.netns_cookie,
-                way: Way::Disconnect,
-                sessions: vec![*expired],
-            };
-            context.spawn(reset(Rc::clone(context), batch, None));
-            Ok(())
+            // From now on it is not asked.
+            state.has_no_destroy = true;
+            dispatch(context, &mut state, vec![*expired])
         }
         Some(Said::Code(code)) => {
             let text = format!("SOCK_DESTROY: {}", Errno::from_raw(code).desc());
@@ -639,11 +677,7 @@ async fn search_table(
     session: &Session,
     target: Target,
 ) -> Result<Option<Target>, String> {
-    let (netns, handle) = {
-        let state = context.state();
-        let handles = &state.handles;
-        handles.netns(session.netns_cookie, session.established_ns, monotonic_ns())
-    };
+    let (netns, handle) = context.state().handles.netns(session.netns_cookie);
     let mut found = None;
     let request = Request::Search { netns, target };
     ask::ask(context, &request, handle.as_deref(), |reply, _| {
@@ -882,9 +916,7 @@ async fn look_for(
         .iter()
         .map(|s| Target::of(s.cookie, &s.session))
         .collect();
-    let existed_ns = sessions.iter().map(|s| s.session.established_ns).min();
-    let existed_ns = existed_ns.unwrap_or(0);
-    let answers = ask::query(&context, netns_cookie, existed_ns, &targets, Detail::Names).await;
+    let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
     let mut state = context.state();
     let now_ns = monotonic_ns();
     let answers = answers.unwrap_or_else(|error| {

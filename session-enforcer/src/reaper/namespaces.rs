@@ -16,7 +16,10 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs;
 use thiserror::Error;
 
-use super::diag::{DiagSocket, SockDiagError};
+use super::{
+    diag::{DiagSocket, SockDiagError},
+    protocol::Search,
+};
 use crate::cgroup::{mountinfo, unescape};
 
 /// Why a namespace could not be entered.
@@ -76,42 +79,43 @@ pub fn enter_handle(handle: OwnedFd) -> Result<DiagSocket, NetnsError> {
     Ok(enter_file(File::from(handle), &path)?.0)
 }
 
-/// Looks for the namespace with this cookie: where it was last seen, and, where that is asked for, on
-/// the whole host. Whether the host was searched, in the error.
+/// Looks for the namespace with this cookie: where it was last seen, and where it is to be searched for. The
+/// others that are met are handed over.
 ///
 /// # Errors
 ///
 /// Where it is not found.
-pub fn find(cookie: u64, seen_at: Option<&Path>, may_search: bool) -> Result<Found, NetnsError> {
-    let is_it = |path: &Path| -> Option<Found> {
-        let (found, diag, handle) = enter(path).ok()?;
-        (found == cookie).then(|| Found {
-            diag,
-            path: path.to_owned(),
-            handle,
-        })
+pub fn find(
+    cookie: u64,
+    seen_at: Option<&Path>,
+    search: Search,
+    mut met: impl FnMut(u64, &Path),
+) -> Result<Found, NetnsError> {
+    if let Some(path) = seen_at
+        && let Ok((found, diag, handle)) = enter(path)
+        && found == cookie
+    {
+        let path = path.to_owned();
+        return Ok(Found { diag, path, handle });
+    }
+    let files = match search {
+        Search::Nowhere => Vec::new(),
+        Search::Processes => files(false),
+        Search::Everywhere => files(true),
     };
-    if let Some(found) = seen_at.and_then(is_it) {
-        return Ok(found);
-    }
-    if !may_search {
-        return Err(NetnsError::NotFound(cookie));
-    }
-    // Threads and open files last: there are many, and few namespaces are held by nothing else.
-    for thorough in [false, true] {
-        let mut seen = Seen::none();
-        for path in files(thorough) {
-            let Some(inode) = seen.unseen(&path) else {
-                continue;
-            };
-            let Ok((found, diag, handle)) = enter(&path) else {
-                continue;
-            };
-            seen.inodes.insert(inode);
-            if found == cookie {
-                return Ok(Found { diag, path, handle });
-            }
+    let mut seen = Seen::none();
+    for path in files {
+        let Some(inode) = seen.unseen(&path) else {
+            continue;
+        };
+        let Ok((found, diag, handle)) = enter(&path) else {
+            continue;
+        };
+        seen.inodes.insert(inode);
+        if found == cookie {
+            return Ok(Found { diag, path, handle });
         }
+        met(found, &path);
     }
     Err(NetnsError::NotFound(cookie))
 }
@@ -356,21 +360,24 @@ mod tests {
     #[test]
     fn a_namespace_is_found_by_its_cookie_and_entered_by_its_descriptor() {
         let own = Path::new("/proc/self/ns/net");
-        let found = find(own_cookie(), Some(own), false).unwrap();
+        let found = find(own_cookie(), Some(own), Search::Nowhere, |_, _| {}).unwrap();
         assert_eq!(found.diag.netns_cookie().unwrap(), own_cookie());
         assert_eq!(found.path, own);
         let again = enter_handle(found.handle).unwrap();
         assert_eq!(again.netns_cookie().unwrap(), own_cookie());
-        assert!(find(own_cookie(), None, true).is_ok());
+        for search in [Search::Processes, Search::Everywhere] {
+            assert!(find(own_cookie(), None, search, |_, _| {}).is_ok());
+        }
     }
 
     #[test]
     fn a_namespace_that_is_not_there_is_not_found() {
-        for (seen_at, may_search) in [(None, false), (Some(Path::new("/proc/self/ns/net")), true)] {
-            assert!(matches!(
-                find(u64::MAX, seen_at, may_search),
-                Err(NetnsError::NotFound(u64::MAX))
-            ));
+        let own = Path::new("/proc/self/ns/net");
+        for search in [Search::Nowhere, Search::Everywhere] {
+            let mut met = Vec::new();
+            let found = find(u64::MAX, Some(own), search, |cookie, _| met.push(cookie));
+            assert!(matches!(found, Err(NetnsError::NotFound(u64::MAX))));
+            assert_eq!(met.contains(&own_cookie()), search == Search::Everywhere);
         }
     }
 

@@ -31,8 +31,19 @@ pub struct Netns {
     pub cookie: u64,
     /// Where it was last seen, a file of `nsfs`.
     pub seen_at: Option<PathBuf>,
-    /// Whether the whole host is to be searched for it where it is not there.
-    pub may_search: bool,
+    /// Where to search for it where it is not there.
+    pub search: Search,
+}
+
+/// Where a network namespace is searched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Search {
+    /// Nowhere.
+    Nowhere,
+    /// Among those that a process is in or that are mounted: nearly all, and at little cost.
+    Processes,
+    /// Also in every thread and every descriptor of the host.
+    Everywhere,
 }
 
 /// How much of a connection is to end.
@@ -216,6 +227,13 @@ pub enum Reply {
         /// Why it was broken off.
         error: Option<Problem>,
     },
+    /// Where another namespace is that was met on the way.
+    Met {
+        /// Its cookie.
+        cookie: u64,
+        /// A file that stands for it.
+        path: PathBuf,
+    },
     /// Where a namespace is that had to be searched for; comes with a descriptor of it.
     Found {
         /// A file that stands for it.
@@ -285,8 +303,8 @@ pub enum Problem {
     Namespace {
         /// What went wrong.
         error: String,
-        /// Whether the whole host was searched.
-        searched: bool,
+        /// Where it was searched for in vain.
+        searched: Search,
     },
     /// The exchange with the kernel.
     Diag(String),
@@ -361,7 +379,7 @@ mod tests {
             netns: Netns {
                 cookie: u64::MAX,
                 seen_at: Some("/proc/4711/ns/net".into()),
-                may_search: true,
+                search: Search::Everywhere,
             },
             targets: vec![target; sockets],
             detail: Detail::Activity,

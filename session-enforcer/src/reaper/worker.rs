@@ -27,7 +27,7 @@ use super::{
     processes::Descriptors,
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS, Netns,
-        Problem, Reach, Reply, Request, decode, encode,
+        Problem, Reach, Reply, Request, Search, decode, encode,
     },
     shared::SharedPage,
 };
@@ -217,7 +217,10 @@ impl Worker {
             None => self.find(netns),
         };
         let mut diag = entered.map_err(|error| {
-            let searched = netns.may_search && matches!(error, NetnsError::NotFound(_));
+            let searched = match error {
+                NetnsError::NotFound(_) => netns.search,
+                _ => Search::Nowhere,
+            };
             let error = error.to_string();
             if self.failed {
                 Broken::Channel
@@ -230,7 +233,10 @@ impl Worker {
 
     fn find(&mut self, netns: &Netns) -> Result<DiagSocket, NetnsError> {
         let seen_at = netns.seen_at.as_deref();
-        let found = namespaces::find(netns.cookie, seen_at, netns.may_search)?;
+        let found = namespaces::find(netns.cookie, seen_at, netns.search, |cookie, path| {
+            let path = path.to_owned();
+            let _ = self.reply(&Reply::Met { cookie, path }, None);
+        })?;
         let path = found.path;
         // That the engine has gone is met with the next reply.
         let _ = self.reply(&Reply::Found { path }, Some(&found.handle));
