@@ -3,7 +3,6 @@
 use std::{
     env,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context as _, Result};
@@ -18,18 +17,20 @@ fn main() -> Result<()> {
     // The toolchain that builds the daemon also builds the programs; `-Z build-std` is asked of a
     // stable compiler (see docs/design/ebpf-build.md).
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
-    let mut flags = remapped()?;
-    // The third instruction set has the atomic operations that return what was there before; Linux
-    // has it since 5.12. `aya-build` leaves no room for more flags of the compiler.
-    flags.push("-Ctarget-cpu=v3".to_owned());
     // SAFETY: a build script's main thread, before any other thread exists.
     unsafe {
         env::set_var("RUSTC_BOOTSTRAP", "1");
         // `aya-build` repeats each line of the inner cargo as a warning.
         env::set_var("CARGO_TERM_QUIET", "true");
         env::set_var("PATH", search_path()?);
+        // The third instruction set has the atomic operations that return what was there before;
+        // Linux has it since 5.12. `aya-build` leaves no room for more flags of the compiler.
         env::set_var("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true");
-        env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", flags.join(" "));
+        env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3");
+        // Where this was built is nothing that the programs have to tell: their debug information
+        // names the same paths on every machine.
+        env::set_var("CARGO_UNSTABLE_TRIM_PATHS", "true");
+        env::set_var("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all");
         env::set_var(
             "CARGO_PROFILE_RELEASE_BUILD_OVERRIDE_RUSTFLAGS",
             "-Cdebuginfo=0",
@@ -44,30 +45,6 @@ fn main() -> Result<()> {
         aya_build::Toolchain::Custom(&toolchain),
     )
     .context("the eBPF programs cannot be built; `cargo xtask setup` prepares what they need")
-}
-
-/// Where this was built is nothing that the programs have to tell: their debug information names the
-/// same paths on every machine.
-fn remapped() -> Result<Vec<String>> {
-    let rustc = env::var_os("RUSTC").context("cargo sets RUSTC")?;
-    let sysroot = Command::new(rustc).args(["--print", "sysroot"]).output()?;
-    let sysroot = String::from_utf8(sysroot.stdout)?;
-    let home = env::var("CARGO_HOME")
-        .or_else(|_| env::var("HOME").map(|home| format!("{home}/.cargo")))
-        .unwrap_or_default();
-    let root = env!("CARGO_MANIFEST_DIR").trim_end_matches("/session-enforcer");
-    let prefixes = [
-        (home.as_str(), "/cargo"),
-        (sysroot.trim(), "/toolchain"),
-        (root, "session-enforcer"),
-    ];
-    let flags = prefixes
-        .into_iter()
-        // cargo splits the flags at white space.
-        .filter(|(from, _)| !from.is_empty() && !from.contains(char::is_whitespace))
-        .map(|(from, to)| format!("--remap-path-prefix={from}={to}"))
-        .collect();
-    Ok(flags)
 }
 
 /// `PATH` with the linker that `cargo xtask setup` put into the target directory, if it did.

@@ -79,9 +79,10 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     let archs = args.arch.map_or(Arch::ALL.to_vec(), |one| vec![one]);
     let out = workspace.target().join("dist");
     let tools = tools::ensure(workspace)?;
-    build(workspace, workspace, &tools, &archs, &out)?;
+    let epoch = source_date(workspace)?;
+    build(workspace, &tools, &archs, &epoch, &out)?;
     if args.twice {
-        build_again(workspace, &tools, &archs, &out)?;
+        build_again(workspace, &tools, &archs, &epoch, &out)?;
     }
     if args.test {
         trial::run_in_machines(workspace, &out)?;
@@ -90,19 +91,19 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Makes the release of a checkout, with the tools of the workspace that was asked.
+/// Makes the release of a checkout.
 fn build(
-    workspace: &Workspace,
     checkout: &Workspace,
     tools: &tools::Tools,
     archs: &[Arch],
+    epoch: &str,
     out: &Path,
 ) -> Result<()> {
     renew(out)?;
     let release = Release {
         checkout,
         tools,
-        epoch: source_date(workspace)?,
+        epoch: epoch.to_owned(),
         version: version(checkout)?,
         // Not among what is published.
         stage: checkout.target().join("dist-stage"),
@@ -117,6 +118,7 @@ fn build_again(
     workspace: &Workspace,
     tools: &tools::Tools,
     archs: &[Arch],
+    epoch: &str,
     first: &Path,
 ) -> Result<()> {
     let folder = workspace.target().join("dist-again");
@@ -124,7 +126,7 @@ fn build_again(
     renew(&folder)?;
     let checkout = workspace.copy_sources(&folder)?;
     let second = folder.join("dist");
-    build(workspace, &checkout, tools, archs, &second)?;
+    build(&checkout, tools, archs, epoch, &second)?;
     let sums = |out: &Path| {
         let path = out.join("SHA256SUMS");
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
