@@ -18,13 +18,10 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 /// Names how many operations a seed has.
 const OPERATIONS: &str = "SESSION_ENFORCER_MODEL_OPERATIONS";
 
-/// How many it has where that does not say.
-const DEFAULT_OPERATIONS: usize = 2_000;
-
 fn run(seed: u64) -> Result<()> {
     let operations = match env::var(OPERATIONS) {
         Ok(text) => text.parse().context(OPERATIONS)?,
-        Err(_) => DEFAULT_OPERATIONS,
+        Err(_) => model::DEFAULT_OPERATIONS,
     };
     let repeat =
         format!("{SEED}={seed} {OPERATIONS}={operations} cargo xtask test -- any_other_seed");
@@ -35,21 +32,19 @@ fn run(seed: u64) -> Result<()> {
     Ok(())
 }
 
-// Together these seeds have all that can happen to a daemon.
-
 #[test]
-fn every_session_ends_as_the_model_says_with_seed_1() -> Result<()> {
-    run(1)
+fn every_session_ends_as_the_model_says_with_the_first_seed() -> Result<()> {
+    run(model::SEEDS[0])
 }
 
 #[test]
-fn every_session_ends_as_the_model_says_with_seed_16() -> Result<()> {
-    run(16)
+fn every_session_ends_as_the_model_says_with_the_second_seed() -> Result<()> {
+    run(model::SEEDS[1])
 }
 
 #[test]
-fn every_session_ends_as_the_model_says_with_seed_37() -> Result<()> {
-    run(37)
+fn every_session_ends_as_the_model_says_with_the_third_seed() -> Result<()> {
+    run(model::SEEDS[2])
 }
 
 #[test]

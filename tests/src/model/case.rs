@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 
 use super::{
     book::{Action, Activity, Book, End, Rule},
@@ -132,7 +132,10 @@ impl Case<'_> {
         if !self.may_have_expired(broken) {
             self.fail("it was reset, and no session of it had expired");
         }
-        if self.resets().count() == 0 && !self.may_be_unrecorded(broken) {
+        if self.resets().count() == 0
+            && !self.may_be_unrecorded(broken)
+            && !End::BOTH.into_iter().any(|end| self.was_reset_untold(end))
+        {
             self.fail("it was reset, and no record says so");
         }
         self.check_errors();
@@ -144,21 +147,59 @@ impl Case<'_> {
         records.filter(|record| record.result == "reset")
     }
 
-    /// Whether the record of a reset may have gone with a daemon that was killed.
+    /// Whether the record of a reset may have gone with a daemon that was killed. The reset that a reaper hangs
+    /// in comes when the lock is let go of, whatever has become of its daemon.
     fn may_be_unrecorded(&self, broken: Span) -> bool {
-        let mut kills = self.seen.timeline.kills.iter();
-        kills.any(|kill| {
-            broken.meets(&Span {
-                from: kill.from.saturating_sub(on_its_way()),
-                ..*kill
-            })
-        })
+        let timeline = &self.seen.timeline;
+        let recent = |end: &Span| Span {
+            from: end.from.saturating_sub(on_its_way()),
+            ..*end
+        };
+        let mut locks = self
+            .connection
+            .sessions()
+            .flat_map(|end| self.connection.locks(end));
+        let hung = locks.any(|lock| {
+            let mut ends = timeline.kills.iter().chain(&timeline.stops);
+            let hung_until = Span {
+                from: lock.from,
+                to: lock.to + on_its_way(),
+            };
+            hung_until.meets(&broken) && ends.any(|end| lock.meets(&recent(end)))
+        });
+        hung || timeline
+            .kills
+            .iter()
+            .any(|kill| broken.meets(&recent(kill)))
+    }
+
+    /// Whether a session was reset by a reaper that was killed, or stands still, before it could say so: the daemon
+    /// has found it gone.
+    fn was_reset_untold(&self, end: End) -> bool {
+        self.untold_by(end).is_some()
+    }
+
+    /// Which reapers have reset a session and not said so; which of [`Timeline::struck`].
+    ///
+    /// [`Timeline::struck`]: super::timeline::Timeline::struck
+    pub(super) fn untold_by(&self, end: End) -> Option<usize> {
+        let of_end = |record: &&(usize, Termination)| record.1.end == end;
+        let mut records = self.records.iter().filter(of_end);
+        records.find(|(_, record)| record.result == "gone")?;
+        let when = match self.connection.fate(end) {
+            Fate::Broken(Errno::ECONNABORTED, when) => when,
+            Fate::Closed(_) if self.connection.is_held_up() => self.connection.broken()?,
+            _ => return None,
+        };
+        let struck = &self.seen.timeline.struck;
+        struck.iter().position(|struck| struck.when.meets(&when))
     }
 
     /// The end of a session that was reset reads ECONNABORTED, and the other one that the connection
     /// was reset, or, where it had read the end of the stream, that there is none to write to.
     fn check_errors(&mut self) {
-        if self.resets().count() == 0 {
+        let untold = End::BOTH.into_iter().any(|end| self.was_reset_untold(end));
+        if self.resets().count() == 0 && !untold {
             return;
         }
         for end in End::BOTH {
@@ -167,7 +208,7 @@ impl Case<'_> {
             };
             let by_daemon = self.resets().any(|record| record.end == end);
             let expected = match error {
-                Errno::ECONNABORTED => by_daemon,
+                Errno::ECONNABORTED => by_daemon || self.was_reset_untold(end),
                 Errno::ECONNRESET | Errno::EPIPE => !by_daemon,
                 _ => false,
             };
@@ -221,9 +262,18 @@ impl Case<'_> {
             }
         }
         for end in End::BOTH {
-            let ends = |r: &&(usize, Termination)| r.1.end == end && !r.1.is_observed();
-            if records.iter().filter(ends).count() > 1 {
+            let of_end = records.iter().filter(|(_, record)| record.end == end);
+            let ends = of_end.clone().filter(|(_, record)| record.is_end());
+            if ends.count() > 1 {
                 self.fail(format!("the {end:?}'s session ended twice"));
+            }
+            for life in 0..self.seen.lives.len() {
+                let failed = of_end
+                    .clone()
+                    .filter(|(of, r)| *of == life && r.is_failed());
+                if failed.count() > self.connection.locks(end).count() {
+                    self.fail(format!("the {end:?}'s session failed too often"));
+                }
             }
         }
     }
@@ -236,9 +286,10 @@ impl Case<'_> {
             "reset" if self.was_reset(record) => {}
             "gone" if self.connection.fate(record.end) != Fate::Open => {}
             "none" if record.is_observed() => {}
+            "failed" if self.was_locked(record) => {}
             _ => return Err("a result that the connection does not show"),
         }
-        let clocks = if record.is_observed() {
+        let clocks = if !record.is_end() {
             let all = self.replay.all_clocks(record.end);
             all.copied().collect()
         } else {
@@ -253,6 +304,27 @@ impl Case<'_> {
         let adopted = clocks.iter().map(|clocks| clocks.adopted).max();
         self.check_establishment(record, adopted.unwrap_or(Truth::No))?;
         self.check_bytes(record, adopted.unwrap_or(Truth::No))
+    }
+
+    /// Whether a reset hung on the session's lock, and the record says so.
+    fn was_locked(&self, record: &Termination) -> bool {
+        let mut locks = self.connection.locks(record.end);
+        record.error.contains("keeps locked") && locks.any(|lock| lock.meets(&record.recorded()))
+    }
+
+    /// When it may have been decided that the session is to be reset. A reaper that hangs, or stands still, tells
+    /// what became of it later.
+    fn decided(&self, record: &Termination) -> Span {
+        let recorded = record.recorded();
+        let since = Span {
+            from: around(record.deadline).from.min(recorded.from),
+            ..recorded
+        };
+        let mut locks = self.connection.locks(record.end);
+        let mut struck = self.seen.timeline.struck.iter();
+        let was_late = locks.any(|lock| lock.meets(&since))
+            || struck.any(|s| s.signal == Signal::SIGSTOP && s.when.from <= recorded.to);
+        if was_late { since } else { recorded }
     }
 
     /// Whether the session was there to be reset.
@@ -270,7 +342,7 @@ impl Case<'_> {
             true => Action::Observe,
             false => Action::Enforce,
         };
-        let mut books = self.seen.timeline.books(record.recorded());
+        let mut books = self.seen.timeline.books(self.decided(record));
         books.any(|book| {
             let rule = self.rule(book, record.end);
             let rule = rule.filter(|rule| rule.name == record.rule && rule.action == mode);
@@ -352,6 +424,10 @@ impl Case<'_> {
         let connection = self.connection;
         counts.connections += 1;
         counts.payloads += connection.payloads().count();
+        counts.locked += End::BOTH
+            .into_iter()
+            .flat_map(|end| connection.locks(end))
+            .count();
         counts.refused += self.replay.refused;
         let sessions = connection.sessions();
         let adopted = |end: &End| self.replay.clocks(*end).adopted == Truth::Yes;
@@ -360,7 +436,9 @@ impl Case<'_> {
             Some(_) if connection.may_have_reset_itself() => counts.reset_by_test += 1,
             Some(_) => {
                 counts.reset += 1;
-                counts.unrecorded += usize::from(self.resets().count() == 0);
+                let untold = End::BOTH.into_iter().any(|end| self.was_reset_untold(end));
+                counts.untold += usize::from(untold);
+                counts.unrecorded += usize::from(self.resets().count() == 0 && !untold);
             }
             None if connection.is_open() => counts.open += 1,
             None => counts.ended += 1,
@@ -368,6 +446,7 @@ impl Case<'_> {
         for (_, record) in self.records {
             counts.observed += usize::from(record.is_observed());
             counts.gone += usize::from(record.result == "gone");
+            counts.failed += usize::from(record.is_failed());
             counts.by_policy += usize::from(record.reason == "policy");
             if record.result == "reset" {
                 // What came due while no daemon ran, or under another policy, waits for one.

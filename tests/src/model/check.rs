@@ -3,6 +3,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
+    book::End,
     case::Case,
     history::Connection,
     host::{Ending, Life, TERMINATIONS},
@@ -26,15 +27,26 @@ impl Seen<'_> {
     pub(super) fn check(&self) -> Report {
         let mut report = Report::default();
         let records = self.records(&mut report);
+        let mut untold = vec![0; self.timeline.struck.len()];
         for connection in self.connections {
             let none = Vec::new();
             let of_it = records.get(&connection.ports).unwrap_or(&none);
             let mut case = Case::new(self, connection, of_it);
             case.check(&mut report.counts);
+            for struck in End::BOTH.into_iter().filter_map(|end| case.untold_by(end)) {
+                untold[struck] += 1;
+            }
             for wrong in case.wrong {
                 report
                     .wrong
                     .push(format!("{wrong}: {connection}  {of_it:?}"));
+            }
+        }
+        for (struck, untold) in self.timeline.struck.iter().zip(untold) {
+            // Each has one session at a time.
+            if untold > struck.reapers {
+                let wrong = format!("{untold} resets were not told of by {struck:?}");
+                report.wrong.push(wrong);
             }
         }
         self.check_counters(&mut report);

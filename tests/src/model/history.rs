@@ -31,6 +31,8 @@ pub(super) enum Event {
     Closed(End, Span),
     /// Closed it in a way that resets the connection.
     Aborted,
+    /// Kept it locked. What it has sent then is payload of its own.
+    Locked(End, Span),
 }
 
 /// What became of an end.
@@ -70,6 +72,14 @@ impl Connection {
 
     pub(super) fn fate(&self, end: End) -> Fate {
         self.fates[end as usize]
+    }
+
+    /// When an end was locked.
+    pub(super) fn locks(&self, end: End) -> impl Iterator<Item = Span> {
+        self.events.iter().filter_map(move |event| match event {
+            Event::Locked(locked, span) if *locked == end => Some(*span),
+            _ => None,
+        })
     }
 
     /// The ends that are below the cgroup.

@@ -6,16 +6,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::{
     book::Book,
     field::port_numbers,
-    plan::Blow,
-    timeline::{Change, Span, Timeline},
+    plan::{Blow, Which},
+    timeline::{Change, Span, Struck, Timeline},
 };
 use crate::{
-    audit::Record, clock::eventually, daemon::Daemon, lab::Lab, metrics::Metrics, pace::patience,
+    audit::Record,
+    clock::eventually,
+    daemon::{Daemon, state_of},
+    lab::Lab,
+    metrics::Metrics,
+    pace::patience,
     random::Random,
 };
 
@@ -91,8 +100,15 @@ impl<'a> Host<'a> {
             Blow::Freeze(time) => self.freeze(time),
             Blow::Kill { frozen, down, next } => self.kill(frozen, down, next),
             Blow::Stop { down, next } => self.stop(down, next),
-            Blow::Reload(book) => self.reload(book),
+            Blow::Reload { book, kill_after } => self.reload(book, kill_after),
             Blow::WrongReload => self.reload_wrong(),
+            Blow::KillReapers {
+                which,
+                times,
+                pause,
+                frozen,
+            } => self.kill_reapers(which, times, pause, frozen),
+            Blow::StopReapers(which) => self.stop_reapers(which),
         }
     }
 
@@ -105,6 +121,57 @@ impl<'a> Host<'a> {
         let to = self.start.elapsed();
         self.timeline.outages.push(Span { from, to });
         Ok(())
+    }
+
+    fn kill_reapers(
+        &mut self,
+        which: Which,
+        times: u64,
+        pause: Duration,
+        frozen: Option<Duration>,
+    ) -> Result<()> {
+        if let Some(time) = frozen {
+            self.freeze(time)?;
+        }
+        let from = self.start.elapsed();
+        let mut struck = Vec::new();
+        for _ in 0..times {
+            struck.extend(signal_reapers(&self.daemon, which, Signal::SIGKILL)?);
+            thread::sleep(pause);
+        }
+        self.note_killed(from, &struck)
+    }
+
+    fn note_killed(&mut self, from: Duration, reapers: &[u32]) -> Result<()> {
+        let to = self.wait_for_reapers(reapers, &['Z'])?;
+        self.timeline.struck.push(Struck {
+            when: Span { from, to },
+            reapers: reapers.len(),
+            signal: Signal::SIGKILL,
+        });
+        Ok(())
+    }
+
+    fn stop_reapers(&mut self, which: Which) -> Result<()> {
+        let from = self.start.elapsed();
+        let struck = signal_reapers(&self.daemon, which, Signal::SIGSTOP)?;
+        let to = self.wait_for_reapers(&struck, &['T', 'Z'])?;
+        self.timeline.struck.push(Struck {
+            when: Span { from, to },
+            reapers: struck.len(),
+            signal: Signal::SIGSTOP,
+        });
+        Ok(())
+    }
+
+    /// Waits until reapers are in one of these states, or are no more. One that hangs at a locked socket comes
+    /// to it when that is let go of.
+    fn wait_for_reapers(&self, reapers: &[u32], states: &[char]) -> Result<Duration> {
+        eventually("reapers obey the signal", patience(), || {
+            let obeys = |pid: &u32| state_of(*pid).is_none_or(|state| states.contains(&state));
+            Ok(reapers.iter().all(obeys).then_some(()))
+        })?;
+        Ok(self.start.elapsed())
     }
 
     /// Has all connections tried, while nobody resets what has expired.
@@ -141,6 +208,7 @@ impl<'a> Host<'a> {
         let from = self.start.elapsed();
         self.daemon.stop()?;
         let to = self.start.elapsed();
+        self.timeline.stops.push(Span { from, to });
         self.end_life(Some(asked), Ending::Stopped)?;
         // Nothing is attached.
         self.timeline.changes.push(Change {
@@ -180,10 +248,27 @@ impl<'a> Host<'a> {
         Ok(())
     }
 
-    fn reload(&mut self, book: Book) -> Result<()> {
+    fn reload(&mut self, book: Book, kill_after: Option<Duration>) -> Result<()> {
         let from = self.start.elapsed();
-        let log = self.daemon.reload(&book.toml(port_numbers))?;
+        let daemon = &self.daemon;
+        let (log, killed) = thread::scope(|scope| {
+            let kill = kill_after.map(|after| {
+                scope.spawn(move || {
+                    thread::sleep(after);
+                    signal_reapers(daemon, Which::All, Signal::SIGKILL)
+                })
+            });
+            let log = daemon.reload(&book.toml(port_numbers))?;
+            let killed = match kill.map(thread::ScopedJoinHandle::join) {
+                Some(killed) => killed.ok().context("the killing panicked")??,
+                None => Vec::new(),
+            };
+            anyhow::Ok((log, killed))
+        })?;
         let to = self.start.elapsed();
+        if !killed.is_empty() {
+            self.note_killed(from, &killed)?;
+        }
         anyhow::ensure!(log.contains("in force;"), "the policy was refused: {log}");
         self.change(Span { from, to }, book, false);
         Ok(())
@@ -227,6 +312,14 @@ impl<'a> Host<'a> {
         });
         Ok(())
     }
+}
+
+/// Sends a signal to reapers; those that were there.
+fn signal_reapers(daemon: &Daemon, which: Which, signal: Signal) -> Result<Vec<u32>> {
+    let mut reapers = which.of(&daemon.reapers()?);
+    // One that has ended meanwhile is none of ours.
+    reapers.retain(|pid| kill(Pid::from_raw(pid.cast_signed()), signal).is_ok());
+    Ok(reapers)
 }
 
 fn launch(lab: &Lab, book: &Book) -> Result<Daemon> {

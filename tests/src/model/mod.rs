@@ -1,8 +1,8 @@
 //! A run of random operations on real sockets, and a model that says what must become of each session.
 //!
 //! The plan is made from a seed alone ([`plan`]): connections are opened, talk, are half closed,
-//! closed and aborted, while the daemon is frozen, killed and started anew, and given other policies,
-//! good and bad. What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
+//! closed, aborted and locked, while the daemon is frozen, killed and started anew, and given other policies,
+//! good and bad, and its reapers are killed and stopped. What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
 //! model works out what the clocks of every session showed ([`replay`]), and each connection, record
 //! and counter is held to it ([`check`]).
 //!
@@ -52,6 +52,12 @@ use crate::{
     pace::patience,
     random::Random,
 };
+
+/// Together these seeds have all that can happen to a daemon.
+pub const SEEDS: [u64; 3] = [18, 24, 58];
+
+/// How many operations a seed has where nothing else is said.
+pub const DEFAULT_OPERATIONS: usize = 2_000;
 
 /// How many operations on connections there are for one on the daemon.
 const TO_ONE_BLOW: usize = 350;
@@ -183,6 +189,11 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
     let tracked: usize = open.iter().map(tracked).sum();
     daemon.wait_for_metric("session_enforcer_map_entries", &[], tracked as f64)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], tracked as f64)?;
+    // Nothing hangs any more, and who stood still was left behind.
+    for state in ["busy", "stuck"] {
+        daemon.wait_for_metric("session_enforcer_reapers", &[("state", state)], 0.0)?;
+    }
+    daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 0.0)?;
     for connection in open {
         for (end, due) in due_sessions(connection, &host.timeline, Action::Observe) {
             if due < now {

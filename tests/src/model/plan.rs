@@ -39,6 +39,8 @@ pub(super) enum Act {
     Finish(End),
     Close(End),
     Abort(End),
+    /// Its process keeps it locked for so long.
+    Lock(End, Duration),
 }
 
 impl Operation {
@@ -78,6 +80,9 @@ impl Opening {
 impl Act {
     fn random(random: &mut Random) -> Self {
         let end = random.one_of(&End::BOTH);
+        if random.once_in(60) {
+            return Self::Lock(end, Duration::from_millis(300 + random.below(1_200)));
+        }
         match random.below(100) {
             0..4 => Self::Finish(end),
             4..7 => Self::Close(end),
@@ -103,10 +108,49 @@ pub(super) enum Blow {
     },
     /// It is stopped in the orderly way, and the next comes so much later.
     Stop { down: Duration, next: Option<Book> },
-    /// Another policy.
-    Reload(Book),
+    /// Another policy; all reapers are killed so long after the daemon was told of it.
+    Reload {
+        book: Book,
+        kill_after: Option<Duration>,
+    },
     /// A file that is wrong.
     WrongReload,
+    /// Reapers are killed, so many times. Where the daemon stood still before for so long, they have much to
+    /// do then.
+    KillReapers {
+        which: Which,
+        times: u64,
+        pause: Duration,
+        frozen: Option<Duration>,
+    },
+    /// Reapers stand still from now on.
+    StopReapers(Which),
+}
+
+/// Which of the reapers something happens to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Which {
+    All,
+    /// The one at this place, counted round and round.
+    One(usize),
+}
+
+impl Which {
+    fn random(random: &mut Random) -> Self {
+        let place = random.below(64) as usize;
+        if random.once_in(2) {
+            Self::All
+        } else {
+            Self::One(place)
+        }
+    }
+
+    pub(super) fn of<T: Copy>(self, all: &[T]) -> Vec<T> {
+        match self {
+            Self::One(place) if !all.is_empty() => vec![all[place % all.len()]],
+            _ => all.to_vec(),
+        }
+    }
 }
 
 impl Blow {
@@ -114,11 +158,14 @@ impl Blow {
     pub(super) fn random(random: &mut Random, number: usize, book: &Book) -> (Duration, Self) {
         let mut ms = |from: u64, below: u64| Duration::from_millis(from + random.below(below));
         let (pause, long, down) = (ms(300, 1_200), ms(1_000, 2_000), ms(0, 2_000));
+        let (times, pause_us) = (1 + random.below(8), random.below(3_000));
         let next = random.once_in(3).then(|| book.changed(random));
         let kind = match number {
             0 => 0,
             1 => 6,
-            _ => random.below(20),
+            2 => 20,
+            3 => 26,
+            _ => random.below(30),
         };
         let blow = match kind {
             0..6 => Self::Freeze(long),
@@ -128,8 +175,20 @@ impl Blow {
                 next,
             },
             11..13 => Self::Stop { down, next },
-            13..18 => Self::Reload(book.changed(random)),
-            _ => Self::WrongReload,
+            13..18 => Self::Reload {
+                book: book.changed(random),
+                kill_after: random
+                    .once_in(2)
+                    .then(|| Duration::from_micros(random.below(8_000))),
+            },
+            18..20 => Self::WrongReload,
+            20..26 => Self::KillReapers {
+                which: Which::random(random),
+                times,
+                pause: Duration::from_micros(pause_us),
+                frozen: random.once_in(2).then_some(long),
+            },
+            _ => Self::StopReapers(Which::random(random)),
         };
         (pause, blow)
     }

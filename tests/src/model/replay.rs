@@ -286,13 +286,21 @@ impl<'a> Replay<'a> {
         for (_, step) in steps {
             match step {
                 Step::Payload(payload) => replay.pass(payload),
-                Step::Adoption(adoption) => replay.change(adoption.end, |clocks| {
-                    if adoption.resumes {
-                        clocks.resume(adoption.window);
-                    } else {
-                        clocks.adopt(adoption.window);
-                    }
-                }),
+                Step::Adoption(adoption) => {
+                    let mut locks = connection.locks(adoption.end);
+                    let is_locked = locks.any(|lock| lock.meets(&adoption.window));
+                    replay.change(adoption.end, |clocks| {
+                        if adoption.resumes {
+                            clocks.resume(adoption.window);
+                        } else {
+                            clocks.adopt(adoption.window);
+                        }
+                        if is_locked {
+                            // Whose process uses it at that moment counts as active.
+                            clocks.pass_during_adoption(adoption.window);
+                        }
+                    });
+                }
             }
         }
         replay

@@ -19,6 +19,8 @@ pub(super) struct Counts {
     pub(super) reset: usize,
     /// Of these, those whose record went with a daemon that was killed.
     pub(super) unrecorded: usize,
+    /// Of these, those of which a reaper that was struck did not tell: recorded as gone.
+    pub(super) untold: usize,
     /// Reset by what the test did.
     pub(super) reset_by_test: usize,
     /// Closed or ended in the orderly way.
@@ -30,6 +32,9 @@ pub(super) struct Counts {
     pub(super) refused: usize,
     pub(super) observed: usize,
     pub(super) gone: usize,
+    /// How often an end was locked, and how often a reset that hung on that was recorded.
+    pub(super) locked: usize,
+    pub(super) failed: usize,
     pub(super) by_policy: usize,
     /// How late a daemon that ran reset a session.
     pub(super) latest: Duration,
@@ -40,13 +45,15 @@ impl fmt::Display for Report {
         let c = &self.counts;
         write!(
             f,
-            "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} by a \
-             new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
-             adopted, {} observed, {} gone; {} payloads refused",
+            "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} \
+             gone, by a struck reaper; {} by a new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
+             adopted, {} observed, {} gone; {} locked, {} failed meanwhile; {} \
+             payloads refused",
             c.connections,
             c.payloads,
             c.reset,
             c.unrecorded,
+            c.untold,
             c.by_policy,
             c.latest,
             c.reset_by_test,
@@ -55,6 +62,8 @@ impl fmt::Display for Report {
             c.adopted,
             c.observed,
             c.gone,
+            c.locked,
+            c.failed,
             c.refused
         )
     }

@@ -18,6 +18,8 @@ pub(super) struct Termination {
     pub(super) reason: String,
     pub(super) mode: String,
     pub(super) result: String,
+    /// Why it could not be reset; empty where it could.
+    pub(super) error: String,
     /// When it was recorded.
     pub(super) at: Duration,
     pub(super) deadline: Duration,
@@ -45,6 +47,7 @@ impl Termination {
             reason,
             mode,
             result,
+            error: record.text("error.message").to_owned(),
             at: time("@timestamp"),
             deadline: time("session_enforcer.deadline"),
             last_activity: time("session_enforcer.last_activity"),
@@ -71,6 +74,16 @@ impl Termination {
 
     pub(super) fn is_observed(&self) -> bool {
         self.mode == "observe"
+    }
+
+    /// Whether it says that the session could not be reset.
+    pub(super) fn is_failed(&self) -> bool {
+        self.result == "failed"
+    }
+
+    /// Whether it says that the session is no more.
+    pub(super) fn is_end(&self) -> bool {
+        !self.is_observed() && !self.is_failed()
     }
 }
 

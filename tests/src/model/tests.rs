@@ -2,17 +2,19 @@
 
 use std::time::Duration;
 
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 use serde_json::json;
 
 use super::{
+    DEFAULT_OPERATIONS, SEEDS, TO_ONE_BLOW,
     book::{Action, Book, End, Rule},
     check::Seen,
     history::{Connection, Event, Fate, Payload},
     host::{Ending, Life},
-    timeline::{Change, Span, Timeline},
+    plan::{Blow, Which},
+    timeline::{Change, Span, Struck, Timeline},
 };
-use crate::{audit::Record, clock::Time, metrics::Metrics};
+use crate::{audit::Record, clock::Time, metrics::Metrics, random::Random};
 
 const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -67,12 +69,17 @@ impl Run {
             .iter()
             .map(|line| Record::parse(line).unwrap())
             .collect();
-        let labels = "rule=\"r\",reason=\"idle_timeout\",mode=\"enforce\",result=\"reset\"";
         let name = "session_enforcer_terminations_total";
-        let text = format!(
-            "# TYPE {name} counter\n{name}{{{labels}}} {}\n",
-            self.counted
-        );
+        let mut text = format!("# TYPE {name} counter\n");
+        let counted = |result| {
+            let of_it = |record: &&Record| record.labels()[3] == result;
+            (result, records.iter().filter(of_it).count())
+        };
+        for (result, count) in [("reset", self.counted), counted("gone"), counted("failed")] {
+            let labels = "rule=\"r\",reason=\"idle_timeout\",mode=\"enforce\"";
+            let line = format!("{name}{{{labels},result=\"{result}\"}} {count}\n");
+            text += &line;
+        }
         let life = Life {
             records: records.clone(),
             asked: Some((records, Metrics::new(text))),
@@ -133,6 +140,10 @@ fn payload(written: u64, arrived: Option<u64>) -> Event {
 
 /// A record of the good run's end, with this rule, reason and deadline.
 fn record(rule: &str, reason: &str, deadline: u64) -> String {
+    outcome(rule, reason, deadline, "reset")
+}
+
+fn outcome(rule: &str, reason: &str, deadline: u64, result: &str) -> String {
     let time = |ms: u64| format!("2026-01-01T12:00:{:02}.{:03}Z", ms / 1_000, ms % 1_000);
     json!({
         "@timestamp": time(deadline + 1),
@@ -142,10 +153,11 @@ fn record(rule: &str, reason: &str, deadline: u64) -> String {
         "source": {"port": 2_000, "bytes": 10},
         "destination": {"port": 61_000, "bytes": 0},
         "session_enforcer": {
-            "mode": "enforce", "result": "reset", "established": time(500),
+            "mode": "enforce", "result": result, "established": time(500),
             "last_activity": time(1_000), "deadline": time(deadline), "limit_seconds": 1.0,
             "idle_seconds": 1.009, "lateness_seconds": 0.001,
         },
+        "error": {"message": "the socket, which its process keeps locked"},
     })
     .to_string()
 }
@@ -230,6 +242,126 @@ fn a_reset_without_a_record_is_only_right_where_a_daemon_was_killed() {
         run.timeline.kills.push(Span::at(ms(2_010)));
     })
     .assert_right();
+}
+
+#[test]
+fn a_reset_that_is_recorded_as_gone_is_only_right_where_a_reaper_was_struck() {
+    let gone = |run: &mut Run| {
+        run.records = vec![outcome("r", "idle_timeout", 2_008, "gone")];
+        run.counted = 0;
+    };
+    let struck = |at, reapers| Struck {
+        when: Span::at(ms(at)),
+        reapers,
+        signal: Signal::SIGKILL,
+    };
+    Run::with(gone).assert_wrong("no record says so");
+    for (at, reapers, wrong) in [
+        (2_010, 1, None),
+        (2_020, 1, Some("no record says so")),
+        (2_010, 0, Some("1 resets were not told of")),
+    ] {
+        let run = Run::with(|run| {
+            gone(run);
+            run.timeline.struck.push(struck(at, reapers));
+        });
+        match wrong {
+            Some(wrong) => run.assert_wrong(wrong),
+            None => run.assert_right(),
+        }
+    }
+    // Without any record it is lost.
+    Run::with(|run| {
+        run.records.clear();
+        run.timeline.struck.push(struck(2_010, 1));
+    })
+    .assert_wrong("no record says so");
+}
+
+#[test]
+fn a_reset_that_failed_is_only_right_where_the_socket_was_locked() {
+    let failed = |run: &mut Run| {
+        let record = outcome("r", "idle_timeout", 2_008, "failed");
+        run.records.insert(0, record);
+    };
+    let lock = |end| {
+        let [from, to] = [ms(1_200), ms(2_012)];
+        Event::Locked(end, Span { from, to })
+    };
+    Run::with(failed).assert_wrong("a result that the connection does not show");
+    let locked = Run::with(|run| {
+        failed(run);
+        run.connection.events.push(lock(End::Server));
+    });
+    locked.assert_right();
+    Run::with(|run| {
+        failed(run);
+        run.connection.events.push(lock(End::Client));
+    })
+    .assert_wrong("a result that the connection does not show");
+    Run::with(|run| {
+        failed(run);
+        failed(run);
+        run.connection.events.push(lock(End::Server));
+    })
+    .assert_wrong("failed too often");
+}
+
+#[test]
+fn a_lock_does_not_excuse_a_reset_that_nobody_records() {
+    let unrecorded = |run: &mut Run| {
+        run.records.clear();
+        run.counted = 0;
+        let [from, to] = [ms(1_200), ms(2_012)];
+        let lock = Event::Locked(End::Server, Span { from, to });
+        run.connection.events.push(lock);
+    };
+    Run::with(unrecorded).assert_wrong("no record says so");
+    // But where the daemon ended meanwhile, its reaper goes on when it is let go of.
+    Run::with(|run| {
+        unrecorded(run);
+        run.timeline.stops.push(Span::at(ms(1_300)));
+    })
+    .assert_right();
+}
+
+#[test]
+fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
+    let kind = |blow: &Blow| match blow {
+        Blow::Freeze(_) => "freeze".to_owned(),
+        Blow::Kill { frozen, .. } => format!("kill {frozen}"),
+        Blow::Stop { .. } => "stop".to_owned(),
+        Blow::Reload { kill_after, .. } => format!("reload {}", kill_after.is_some()),
+        Blow::WrongReload => "wrong reload".to_owned(),
+        Blow::KillReapers { which, frozen, .. } => {
+            let of_all = *which == Which::All;
+            format!("kill reapers {of_all} {}", frozen.is_some())
+        }
+        Blow::StopReapers(which) => format!("stop reapers {}", *which == Which::All),
+    };
+    let mut kinds = Vec::new();
+    for seed in SEEDS {
+        let mut random = Random::of(seed, 0);
+        let mut book = Book::random(&mut random);
+        for number in 0..DEFAULT_OPERATIONS.div_ceil(TO_ONE_BLOW) {
+            let (_, blow) = Blow::random(&mut random, number, &book);
+            kinds.push(kind(&blow));
+            match blow {
+                Blow::Reload { book: next, .. }
+                | Blow::Kill {
+                    next: Some(next), ..
+                }
+                | Blow::Stop {
+                    next: Some(next), ..
+                } => book = next,
+                _ => {}
+            }
+        }
+    }
+    kinds.sort_unstable();
+    kinds.dedup();
+    let all = 1 + 2 + 1 + 2 + 1 + 4 + 2;
+    assert_eq!(kinds.len(), all, "{kinds:#?}");
 }
 
 #[test]

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use super::book::Book;
 
 /// When something happened: not before the one, not after the other.
@@ -69,6 +71,20 @@ pub(super) struct Timeline {
     pub(super) outages: Vec<Span>,
     /// When it did its last before it was killed.
     pub(super) kills: Vec<Span>,
+    /// When it was stopped in the orderly way.
+    pub(super) stops: Vec<Span>,
+    /// When reapers were killed or stopped.
+    pub(super) struck: Vec<Struck>,
+}
+
+/// Reapers were killed, or stopped for good. What each of them had asked the kernel for last, and had not told,
+/// the daemon does not know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Struck {
+    /// When they did their last.
+    pub(super) when: Span,
+    pub(super) reapers: usize,
+    pub(super) signal: Signal,
 }
 
 impl Timeline {

@@ -23,6 +23,7 @@ use super::{
     timeline::Span,
 };
 use crate::{
+    locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
     random::Random,
 };
@@ -37,6 +38,9 @@ const LOOKS: u32 = 6;
 /// The state of a socket that has ended (`linux/tcp_states.h`).
 const TCP_CLOSE: u8 = 7;
 
+/// How many connections are locked at a time: fewer than resets of one cgroup may hang.
+const MOST_LOCKED: usize = 2;
+
 /// A connection and its sockets.
 struct Live {
     history: Connection,
@@ -48,6 +52,19 @@ struct Live {
     /// Bytes that the test gave this end to send, and bytes that it read here.
     written: [u64; 2],
     read: [u64; 2],
+    /// What a lock has sent, which is 0: from which end, and at which place.
+    blank: Vec<(End, u64)>,
+}
+
+/// A connection of which one end is locked. Whatever asks its socket for something waits, so nothing is done to
+/// it, and it is not looked at.
+struct Held {
+    slot: usize,
+    live: Live,
+    end: End,
+    lock: Locked,
+    from: Duration,
+    until: Duration,
 }
 
 /// All connections of a run.
@@ -58,6 +75,7 @@ pub(super) struct Traffic {
     /// Those of which one end has ended and the other is open.
     ending: Vec<Live>,
     ended: Vec<Connection>,
+    held: Vec<Held>,
     /// When all that had not ended was looked at last.
     looked: Duration,
     pub(super) operations: usize,
@@ -71,6 +89,7 @@ impl Traffic {
             slots: (0..SLOTS).map(|_| None).collect(),
             ending: Vec::new(),
             ended: Vec::new(),
+            held: Vec::new(),
             looked: start.elapsed(),
             operations: 0,
         }
@@ -79,9 +98,12 @@ impl Traffic {
     /// Does one operation, and looks at all connections until the next.
     pub(super) fn perform(&mut self, operation: &Operation) -> Result<()> {
         self.operations += 1;
-        match self.slots[operation.slot].take() {
-            None => self.open(operation.slot, &operation.opening)?,
-            Some(mut live) => {
+        let is_held = self.held.iter().any(|held| held.slot == operation.slot);
+        match (self.slots[operation.slot].take(), operation.action) {
+            (None, _) if is_held => {}
+            (None, _) => self.open(operation.slot, &operation.opening)?,
+            (Some(live), Act::Lock(end, time)) => self.lock(operation.slot, live, end, time)?,
+            (Some(mut live), _) => {
                 live.act(operation.action, self.start, self.looked)?;
                 self.put(operation.slot, live);
             }
@@ -126,7 +148,48 @@ impl Traffic {
             shut: [false; 2],
             written: [0; 2],
             read: [0; 2],
+            blank: Vec::new(),
         });
+        Ok(())
+    }
+
+    /// Locks an end for so long, where that can be.
+    fn lock(&mut self, slot: usize, mut live: Live, end: End, time: Duration) -> Result<()> {
+        live.look_for_arrivals(self.start)?;
+        let is_pending = End::BOTH.iter().any(|by| live.history.has_pending(*by));
+        let is_open = live.history.fates == [Fate::Open; 2] && !live.is_finished(end);
+        let from = self.looked;
+        let lock = match &live.sockets[end as usize] {
+            Some(socket) if is_open && !is_pending && self.held.len() < MOST_LOCKED => {
+                // One that has just been reset has nothing to send.
+                Locked::new(socket).ok()
+            }
+            _ => None,
+        };
+        match lock {
+            Some(lock) => self.held.push(Held {
+                slot,
+                live,
+                end,
+                lock,
+                from,
+                until: self.start.elapsed() + time,
+            }),
+            None => self.put(slot, live),
+        }
+        Ok(())
+    }
+
+    /// Lets go of what was locked for long enough, or of everything.
+    fn release(&mut self, all: bool) -> Result<()> {
+        let now = self.start.elapsed();
+        let is_over = |held: &mut Held| all || held.until <= now;
+        for held in self.held.extract_if(.., is_over).collect::<Vec<_>>() {
+            let (slot, from) = (held.slot, held.from);
+            let mut live = held.release(self.start)?;
+            live.take_ends(self.start, from)?;
+            self.put(slot, live);
+        }
         Ok(())
     }
 
@@ -144,6 +207,7 @@ impl Traffic {
 
     /// Looks for connections that end, for so long or until one does.
     pub(super) fn look(&mut self, within: Duration) -> Result<()> {
+        self.release(false)?;
         let before = self.start.elapsed();
         let lives = self.slots.iter().flatten().chain(&self.ending);
         let any_shut = lives.clone().any(|live| live.shut.contains(&true));
@@ -183,8 +247,9 @@ impl Traffic {
 
     /// Those that have not ended.
     pub(super) fn open_connections(&self) -> Vec<&Connection> {
+        let held = self.held.iter().map(|held| &held.live);
         let open = self.slots.iter().flatten().chain(&self.ending);
-        open.map(|live| &live.history).collect()
+        open.chain(held).map(|live| &live.history).collect()
     }
 
     /// Looks at all of them until `done` says so of those that are open, or the time is over.
@@ -205,6 +270,7 @@ impl Traffic {
 
     /// Passes a byte in each direction of the connections that are open.
     pub(super) fn pass_a_byte(&mut self) -> Result<()> {
+        self.release(true)?;
         for slot in 0..self.slots.len() {
             for end in End::BOTH {
                 if let Some(mut live) = self.slots[slot].take() {
@@ -236,6 +302,8 @@ impl Live {
             Act::Finish(end) => self.shut(end),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
+            // The traffic does that, which keeps it then.
+            Act::Lock(..) => Ok(()),
         }
     }
 
@@ -262,26 +330,31 @@ impl Live {
             to: start.elapsed(),
         };
         match sent {
-            Ok(bytes) => {
-                let alone = !self.history.has_pending(end);
-                self.written[way] += bytes as u64;
-                self.history.events.push(Event::Payload(Payload {
-                    from: end,
-                    bytes: bytes as u64,
-                    through: self.written[way],
-                    alone,
-                    written,
-                    arrived: None,
-                }));
-                self.wait_for_arrival(end, start)
-            }
+            Ok(bytes) => self.has_sent(end, bytes as u64, written, start),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => self.end(end, errno(&error)?, start, looked),
         }
     }
 
+    fn has_sent(&mut self, end: End, bytes: u64, written: Span, start: Instant) -> Result<()> {
+        let alone = !self.history.has_pending(end);
+        self.written[end as usize] += bytes;
+        self.history.events.push(Event::Payload(Payload {
+            from: end,
+            bytes,
+            through: self.written[end as usize],
+            alone,
+            written,
+            arrived: None,
+        }));
+        self.wait_for_arrival(end, start)
+    }
+
     /// What is sent at a place of a direction, so that what arrives tells whether it is that.
-    const fn byte(&self, from: End, place: u64) -> u8 {
+    fn byte(&self, from: End, place: u64) -> u8 {
+        if self.blank.contains(&(from, place)) {
+            return 0;
+        }
         let [client, _] = self.history.ports;
         (place.wrapping_mul(31) as u8) ^ (client as u8) ^ (from as u8)
     }
@@ -431,6 +504,29 @@ impl Live {
             None => Fate::Ended(Span { from: looked, to }),
         };
         Ok(())
+    }
+}
+
+impl Held {
+    /// Lets go of the lock: what is sent with it is sent now.
+    fn release(self, start: Instant) -> Result<Live> {
+        let Self {
+            mut live,
+            end,
+            lock,
+            from,
+            ..
+        } = self;
+        let released = start.elapsed();
+        drop(lock);
+        let to = start.elapsed();
+        live.history
+            .events
+            .push(Event::Locked(end, Span { from, to }));
+        let written = Span { from: released, to };
+        live.blank.push((end, live.written[end as usize]));
+        live.has_sent(end, 1, written, start)?;
+        Ok(live)
     }
 }
 
