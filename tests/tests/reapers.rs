@@ -273,6 +273,27 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
     Ok(())
 }
 
+#[test]
+fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [ruled, unruled] = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let hour = Duration::from_secs(3_600);
+    let before = OWN.to_owned() + &rule("ruled", &ruled, hour);
+    let daemon = lab.daemon(&before)?;
+    let pair = Pair::open(&lab.outside, &unruled)?;
+    // Whichever is asked for the list stands still, and is killed after its time.
+    for pid in daemon.reapers()? {
+        kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
+    }
+    daemon.reload(&(before + &rule("unruled", &unruled, hour)))?;
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_adopted_total", &[])?,
+        1.0
+    );
+    assert!(!daemon.is_degraded("namespace")?);
+    pair.round_trip().map(drop)
+}
+
 /// The capabilities of a thread, by their numbers, and other lines of its `status` (proc(5)).
 fn status(pid: u32) -> Result<[u64; 5]> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -19,7 +19,7 @@ use crate::{
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 
 /// How often a question is asked again because the reaper ended.
-const ATTEMPTS: u32 = 3;
+pub(super) const ATTEMPTS: u32 = 3;
 
 /// For how long a question that names no socket may be without an answer: a search of the whole host takes
 /// seconds where it is large.

@@ -16,7 +16,7 @@ use anyhow::Result;
 use session_enforcer_common::{Ancestors, MatchEntry, Owner, Policy, Session, Verdict, verdict};
 
 use super::{
-    ask::{self, Answer, LOOK, wait_out},
+    ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
     backoff::Need,
     context::Context,
     owner::{self, CaughtUp},
@@ -31,7 +31,7 @@ use crate::{
     metrics::{Repair, Untracked},
     reaper::{
         diag::{Detail, Info, MAX_BATCH, Socket, Target, state},
-        pool::{Condition, Next, Purpose},
+        pool::{Condition, Exchange, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
 };
@@ -198,7 +198,8 @@ impl Sync<'_> {
         }
     }
 
-    /// Takes in what a reaper lists; how long it has used a processor.
+    /// Takes in what a reaper lists; how long it has used a processor. Where it ends in the midst of that, another
+    /// one begins anew: who is told that the sync has ended takes all for adopted.
     async fn list(&mut self) -> Result<Duration> {
         let reach = match (self.context.all_namespaces, self.aim.is_thorough) {
             (false, _) => Reach::Own,
@@ -219,14 +220,31 @@ impl Sync<'_> {
             cgroup: (!is_root).then(|| self.context.cgroup.path().to_owned()),
             with_holders: self.aim.adopts && self.aim.is_thorough,
         };
-        let asked = self.context.pool.ask(Purpose::Others, &request, None).await;
-        let mut exchange = match asked {
-            Ok(exchange) => exchange,
-            Err(error) => {
-                self.unlisted(&format!("{error:#}"));
-                return Ok(Duration::ZERO);
+        for _ in 0..ATTEMPTS {
+            let asked = self.context.pool.ask(Purpose::Others, &request, None).await;
+            let exchange = match asked {
+                Ok(exchange) => exchange,
+                Err(error) => {
+                    self.unlisted(&format!("{error:#}"));
+                    return Ok(Duration::ZERO);
+                }
+            };
+            if let Some(used) = self.take_list(exchange, is_gone).await? {
+                return Ok(used);
             }
-        };
+            // It is listed again.
+            self.wanted.clear();
+        }
+        self.unlisted("their list broke off");
+        Ok(Duration::ZERO)
+    }
+
+    /// The same of one reaper; none where it has ended.
+    async fn take_list(
+        &mut self,
+        mut exchange: Exchange,
+        is_gone: bool,
+    ) -> Result<Option<Duration>> {
         let mut listening: Vec<Wanted> = Vec::new();
         let mut silent_looks = 0;
         while self.is_last() {
@@ -239,10 +257,7 @@ impl Sync<'_> {
                     }
                     reply
                 }
-                Next::Ended => {
-                    self.unlisted("their list broke off");
-                    return Ok(Duration::ZERO);
-                }
+                Next::Ended => return Ok(None),
                 Next::Silent => {
                     silent_looks += 1;
                     let is_stuck = exchange.condition() == Condition::Stuck;
@@ -252,7 +267,7 @@ impl Sync<'_> {
                     }
                     wait_out(self.context, exchange);
                     self.unlisted("the kernel does not answer");
-                    return Ok(Duration::ZERO);
+                    return Ok(Some(Duration::ZERO));
                 }
             };
             match reply {
@@ -286,12 +301,12 @@ impl Sync<'_> {
                     if let Some(problem) = error {
                         self.unlisted(&problem.to_string());
                     }
-                    return Ok(Duration::from_nanos(used_ns));
+                    return Ok(Some(Duration::from_nanos(used_ns)));
                 }
                 _ => {}
             }
         }
-        Ok(Duration::ZERO)
+        Ok(Some(Duration::ZERO))
     }
 
     fn widen_scope(&mut self, ids: Vec<u64>) {

@@ -61,6 +61,12 @@ const STUCK_AFTER: Duration = Duration::from_millis(250);
 /// How long one that stands still otherwise may do so before it is killed.
 const KILLED_AFTER: Duration = Duration::from_secs(5);
 
+/// The state in which no signal ends a process.
+const UNINTERRUPTIBLE: u8 = b'D';
+
+/// The state of a process that a signal has stopped.
+const STOPPED: u8 = b'T';
+
 /// Pause after a reaper could not be started.
 const START_PAUSE: Duration = Duration::from_millis(200);
 
@@ -202,6 +208,15 @@ impl Pool {
         }
         drop(idle);
         self.0.arrived.notify_waiters();
+    }
+
+    /// Gives up the idle reapers that a signal has stopped: whatever has stopped another one may have stopped
+    /// them, and each would hold up a request for as long.
+    fn give_up_stopped(&self) {
+        let mut idle = self.0.idle.borrow_mut();
+        idle.retain(|reaper| reaper.state() != Some(STOPPED));
+        drop(idle);
+        self.start_spares();
     }
 
     fn start_spares(&self) {
@@ -390,10 +405,11 @@ impl Exchange {
             return Condition::Slow;
         };
         let now = Instant::now();
-        if !reaper.sleeps_uninterruptibly() {
+        if reaper.state() != Some(UNINTERRUPTIBLE) {
             self.asleep_since = None;
             if now - self.silent_since > KILLED_AFTER {
                 reaper.kill();
+                self.pool.give_up_stopped();
             }
             return Condition::Slow;
         }
@@ -490,15 +506,12 @@ impl Reaper {
         }
     }
 
-    /// Whether it is in state `D` (proc(5), `/proc/pid/stat`), where no signal ends it. Reading that takes no
-    /// lock that the process holds meanwhile.
-    fn sleeps_uninterruptibly(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+    /// Its state (proc(5), `/proc/pid/stat`). Reading that takes no lock that the process holds meanwhile.
+    fn state(&self) -> Option<u8> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
         // Behind the name, which may have any character.
-        stat.is_ok_and(|stat| {
-            let state = stat.rsplit_once(") ").map(|(_, rest)| rest.as_bytes());
-            state.and_then(<[u8]>::first) == Some(&b'D')
-        })
+        let (_, rest) = stat.rsplit_once(") ")?;
+        rest.bytes().next()
     }
 
     fn kill(&self) {
