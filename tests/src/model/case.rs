@@ -258,7 +258,8 @@ impl Case<'_> {
                 continue;
             }
             if let Err(wrong) = self.check_record(record) {
-                self.fail(format!("{wrong} in {record:?}"));
+                let clocks = self.replay.clocks(record.end);
+                self.fail(format!("{wrong} in {record:?}, {clocks:?}"));
             }
         }
         for end in End::BOTH {

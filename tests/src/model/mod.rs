@@ -103,9 +103,10 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     let shown: Vec<_> = report.wrong.iter().take(SHOWN).cloned().collect();
     ensure!(
         shown.is_empty(),
-        "{} things are wrong:\n{}\n{report}",
+        "{} things are wrong:\n{}\n{report}\n{}",
         report.wrong.len(),
-        shown.join("\n")
+        shown.join("\n"),
+        host.timeline
     );
     ensure!(report.is_mixed(), "too little happened: {report}");
     Ok((done, report.to_string()))

@@ -2,7 +2,7 @@
 //!
 //! Times are those of `CLOCK_MONOTONIC` since the run began.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use nix::sys::signal::Signal;
 
@@ -85,6 +85,20 @@ pub(super) struct Struck {
     pub(super) when: Span,
     pub(super) reapers: usize,
     pub(super) signal: Signal,
+}
+
+/// For a failure: all of it, but the rules.
+impl fmt::Display for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Change { when, resumes, .. } in &self.changes {
+            writeln!(f, "a policy came into force {when:?}, resumes {resumes}")?;
+        }
+        write!(
+            f,
+            "outages {:?}\nkills {:?}\nstops {:?}\n{:?}",
+            self.outages, self.kills, self.stops, self.struck
+        )
+    }
 }
 
 impl Timeline {
