@@ -4,6 +4,7 @@
 use std::{
     io::Read as _,
     net::Ipv4Addr,
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -18,6 +19,13 @@ use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Locked, Pair, Place, eventually, patience, scaled, state_of,
     unhurried,
 };
+
+/// One at a time: before Linux 6.9 a locked socket holds up the daemons of all tests.
+static LOCKS: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    LOCKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const TERMINATIONS: &str = "session_enforcer_terminations_total";
@@ -64,6 +72,7 @@ fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> R
 
 #[test]
 fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
     let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
@@ -107,6 +116,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
 
 #[test]
 fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [ruled, unruled, others] = [
         listen(&lab.inside)?,
@@ -145,6 +155,7 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
 
 #[test]
 fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it() -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
     let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
@@ -185,6 +196,7 @@ fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it(
 
 #[test]
 fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Result<()> {
+    let _alone = alone();
     const CGROUPS: usize = 8;
     const OF_EACH: usize = 8;
     let lab = Lab::new(AGENT)?;
@@ -233,6 +245,7 @@ fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Res
 #[test]
 fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_none_twice()
 -> Result<()> {
+    let _alone = alone();
     const ROUNDS: usize = 12;
     const PAIRS: usize = 40;
     let lab = Lab::new(AGENT)?;
@@ -275,6 +288,7 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
 
 #[test]
 fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [ruled, unruled] = [listen(&lab.inside)?, listen(&lab.inside)?];
     let hour = Duration::from_secs(3_600);
@@ -312,6 +326,7 @@ fn status(pid: u32) -> Result<[u64; 5]> {
 
 #[test]
 fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
+    let _alone = alone();
     // By their numbers in `linux/capability.h`.
     const BPF: u64 = 1 << 39;
     const OF_REAPERS: u64 = 1 << 2 | 1 << 12 | 1 << 19 | 1 << 21;

@@ -25,6 +25,9 @@ pub(super) const ATTEMPTS: u32 = 3;
 /// seconds where it is large.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// Why nothing is asked.
+const BLOCKED: &str = "the kernel's socket tables do not answer";
+
 /// What is known of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
@@ -45,6 +48,9 @@ pub(super) async fn query(
     targets: &[Target],
     detail: Detail,
 ) -> Result<Vec<Answer>, String> {
+    if context.state().hanging.is_diag_blocked {
+        return Err(BLOCKED.to_owned());
+    }
     let mut answers: Vec<Option<Answer>> = vec![None; targets.len()];
     let mut left: Vec<usize> = (0..targets.len()).collect();
     let mut behind: Vec<Part> = Vec::new();
@@ -83,6 +89,10 @@ pub(super) async fn query(
         match part.go_on(&mut answers, context, false).await? {
             End::Done => {}
             End::Ended => left.extend(part.indices.drain(part.answered..)),
+            End::Silent if is_diag_blocked(context).await => {
+                wait_out(context, part.exchange);
+                return Err(BLOCKED.to_owned());
+            }
             End::Silent => {
                 // The last one that it has claimed is locked; what it has not told of the others is asked again.
                 let locked = part.indices.pop();
@@ -282,6 +292,70 @@ pub(super) async fn ask(
     }
     Err("reapers end without an answer".to_owned())
 }
+
+/// Whether the kernel's socket tables do not answer: a query that takes no lock of any socket hangs too. It is
+/// waited for in the background, and its answer ends that state.
+pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
+    if context.state().hanging.is_diag_blocked {
+        return true;
+    }
+    let own = context.state().handles.own();
+    let (netns, _) = context.state().handles.netns(own);
+    let request = Request::Query {
+        netns,
+        targets: vec![NOBODY],
+        detail: Detail::Names,
+    };
+    let asked = context.pool.ask(Purpose::Resets, &request, None).await;
+    let Ok(mut exchange) = asked else {
+        return false;
+    };
+    loop {
+        match exchange.next(LOOK).await {
+            Next::Reply(Reply::Done { .. }, _) | Next::Ended => return false,
+            Next::Reply(..) => {}
+            Next::Silent => {
+                if exchange.condition() == Condition::Stuck {
+                    break;
+                }
+            }
+        }
+    }
+    exchange.leave_behind();
+    let mut state = context.state();
+    state.hanging.is_diag_blocked = true;
+    state.note_backlog();
+    drop(state);
+    let background = Rc::clone(context);
+    context.spawn(async move {
+        loop {
+            match exchange.next(LOOK).await {
+                Next::Reply(Reply::Done { .. }, _) | Next::Ended => break,
+                Next::Reply(..) => {}
+                Next::Silent => {
+                    exchange.condition();
+                }
+            }
+        }
+        let mut state = background.state();
+        state.hanging.is_diag_blocked = false;
+        // What could not be adopted meanwhile is.
+        state.backlog.events = true;
+        state.note_backlog();
+        Ok(())
+    });
+    true
+}
+
+/// A socket that there is none of: port 0 is nobody's.
+const NOBODY: Target = Target {
+    local: session_enforcer_common::Address([0, 0, 0, 0]),
+    remote: session_enforcer_common::Address([0, 0, 0, 0]),
+    local_port: 0,
+    remote_port: 0,
+    ifindex: 0,
+    cookie: 1,
+};
 
 /// Waits until no program runs any more that may have found a record where it was, or none, and a query of
 /// its packet's socket tells of the packet (an RCU grace period).

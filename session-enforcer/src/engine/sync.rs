@@ -261,8 +261,8 @@ impl Sync<'_> {
                 Next::Silent => {
                     silent_looks += 1;
                     let is_stuck = exchange.condition() == Condition::Stuck;
-                    let is_blocked = self.context.state().hanging.is_diag_blocked;
-                    if LOOK * silent_looks < PATIENCE && !(is_stuck && is_blocked) {
+                    let is_blocked = is_stuck && ask::is_diag_blocked(self.context).await;
+                    if LOOK * silent_looks < PATIENCE && !is_blocked {
                         continue;
                     }
                     wait_out(self.context, exchange);

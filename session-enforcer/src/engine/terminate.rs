@@ -49,6 +49,9 @@ const MAX_DOUBLINGS: u32 = 5;
 /// When a session is looked at again for which a reset must not be begun now.
 const NO_ROOM_NS: u64 = 20_000_000;
 
+/// For how long there may be no room before that counts as a failure.
+const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
+
 /// When a session that closes and has not closed is looked at again.
 const CLOSING_NS: u64 = 1_000_000_000;
 
@@ -461,7 +464,8 @@ impl Attempt {
     }
 
     /// Waits for the end of a reset that hangs, or is slow.
-    async fn wait_out(mut self, context: Rc<Context>, hung: Expired, _hangs: Hangs) -> Result<()> {
+    async fn wait_out(mut self, context: Rc<Context>, hung: Expired, hangs: Hangs) -> Result<()> {
+        let mut hangs = Some(hangs);
         let mut is_recorded = false;
         let mut has_asked_again = false;
         loop {
@@ -479,8 +483,10 @@ impl Attempt {
                     let is_stuck = self.exchange.condition() == Condition::Stuck;
                     if is_stuck && !has_asked_again && self.way == Way::Destroy {
                         has_asked_again = true;
-                        if is_diag_blocked(&context).await {
-                            // Not this socket need be the one that is locked.
+                        if ask::is_diag_blocked(&context).await {
+                            // Another socket may be the one that is locked. What comes of this way is recorded.
+                            is_recorded = true;
+                            drop(hangs.take());
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
                                 way: Way::Disconnect,
@@ -528,70 +534,6 @@ impl Drop for Hangs {
         self.context.wake.notify_one();
     }
 }
-
-/// Whether the kernel's socket tables do not answer: a query that takes no lock of any socket hangs too. It is
-/// waited for in the background, and its answer ends that state.
-async fn is_diag_blocked(context: &Rc<Context>) -> bool {
-    if context.state().hanging.is_diag_blocked {
-        return true;
-    }
-    let own = context.state().handles.own();
-    let (netns, _) = context.state().handles.netns(own);
-    let request = Request::Query {
-        netns,
-        targets: vec![NOBODY],
-        detail: Detail::Names,
-    };
-    let asked = context.pool.ask(Purpose::Resets, &request, None).await;
-    let Ok(mut exchange) = asked else {
-        return false;
-    };
-    loop {
-        match exchange.next(LOOK).await {
-            Next::Reply(Reply::Done { .. }, _) | Next::Ended => return false,
-            Next::Reply(..) => {}
-            Next::Silent => {
-                if exchange.condition() == Condition::Stuck {
-                    break;
-                }
-            }
-        }
-    }
-    exchange.leave_behind();
-    let mut state = context.state();
-    state.hanging.is_diag_blocked = true;
-    state.note_backlog();
-    drop(state);
-    let background = Rc::clone(context);
-    context.spawn(async move {
-        loop {
-            match exchange.next(LOOK).await {
-                Next::Reply(Reply::Done { .. }, _) | Next::Ended => break,
-                Next::Reply(..) => {}
-                Next::Silent => {
-                    exchange.condition();
-                }
-            }
-        }
-        let mut state = background.state();
-        state.hanging.is_diag_blocked = false;
-        // What could not be adopted meanwhile is.
-        state.backlog.events = true;
-        state.note_backlog();
-        Ok(())
-    });
-    true
-}
-
-/// A socket that there is none of: port 0 is nobody's.
-const NOBODY: Target = Target {
-    local: session_enforcer_common::Address([0, 0, 0, 0]),
-    remote: session_enforcer_common::Address([0, 0, 0, 0]),
-    local_port: 0,
-    remote_port: 0,
-    ifindex: 0,
-    cookie: 1,
-};
 
 /// Takes in what is known about a session that a reaper was asked to reset.
 fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u64) -> Result<()> {
@@ -872,7 +814,7 @@ impl State {
     /// A reset must not be begun, since too many hang. Where those are only slow, they end in a moment.
     fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
         let since_ns = now_ns.saturating_sub(expired.deadline_ns);
-        if since_ns > CLOSING_NS {
+        if since_ns > NO_ROOM_FOR_NS {
             self.fail(expired, now_ns, NO_ROOM);
         } else {
             self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
