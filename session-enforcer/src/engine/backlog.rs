@@ -138,6 +138,49 @@ mod tests {
     }
 
     #[test]
+    fn a_sync_comes_at_the_interval_and_sooner_the_more_is_wrong() {
+        const S: u64 = 1_000_000_000;
+        let mut backlog = Backlog::from(100 * S);
+        backlog.set_interval(Duration::from_secs(600));
+        assert_eq!(backlog.next_sync_ns(true), Some(700 * S));
+        backlog.events = true;
+        assert_eq!(backlog.next_sync_ns(true), Some(101 * S));
+        // What is left is tried again, ever later.
+        for (unreached, left_out) in [(1, 0), (0, 1)] {
+            let mut backlog = Backlog::from(100 * S);
+            backlog.set_interval(Duration::from_secs(600));
+            backlog.begin();
+            (backlog.unreached, backlog.left_out) = (unreached, left_out);
+            backlog.end(200 * S, Duration::ZERO);
+            assert_eq!(backlog.need(false), Need::TryAgain);
+            assert_eq!(backlog.next_sync_ns(false), Some(202 * S));
+        }
+        backlog.begin();
+        backlog.end(200 * S, Duration::ZERO);
+        assert_eq!(backlog.next_sync_ns(true), Some(800 * S));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_and_taken_back_when_a_sync_has_ended() {
+        let mut backlog = Backlog::from(0);
+        let none = [(Trouble::Untracked, None), (Trouble::Namespace, None)];
+        assert!(backlog.troubles(true).eq(none));
+        backlog.refused = 1;
+        let said: Vec<_> = backlog.troubles(true).collect();
+        assert!(said[0].1.is_some_and(|what| what.contains("in a moment")));
+        backlog.unreached = 1;
+        let said: Vec<_> = backlog.troubles(false).collect();
+        assert!(said[0].1.is_some_and(|what| what.contains("is full")));
+        assert!(said[1].1.is_some_and(|what| what.contains("namespace")));
+        // Meanwhile only what is still so is said.
+        backlog.begin();
+        let said: Vec<_> = backlog.troubles(true).collect();
+        assert!(said.len() == 1 && said[0].0 == Trouble::Untracked);
+        end(&mut backlog);
+        assert!(backlog.troubles(true).eq(none));
+    }
+
+    #[test]
     fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
         let mut backlog = Backlog::from(0);
         backlog.begin();

@@ -164,6 +164,40 @@ mod tests {
     }
 
     #[test]
+    fn a_search_counts_for_what_was_there_before_it_and_for_ten_seconds() {
+        let mut handles = Handles::new(3);
+        assert_eq!(handles.own(), 3);
+        handles.note_missed(2 * S);
+        let netns = |existed_ns, now_ns| handles.netns(7, existed_ns, now_ns).0;
+        assert_eq!(netns(0, 0).cookie, 7);
+        assert!(netns(2 * S, 2 * S).may_search);
+        assert!(!netns(2 * S - 1, 12 * S - 1).may_search);
+        assert!(netns(2 * S - 1, 12 * S).may_search);
+    }
+
+    #[test]
+    fn places_and_descriptors_are_bounded() {
+        let mut handles = Handles::new(0);
+        for cookie in 1..=MAX_PLACES as u64 {
+            handles.keep(cookie, "/x".into(), None);
+        }
+        assert_eq!(handles.seen_at.len(), MAX_PLACES);
+        handles.keep(u64::MAX, "/x".into(), None);
+        assert_eq!(handles.seen_at.len(), 1);
+        let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let shared = Rc::new(file());
+        for cookie in 1..MAX_HANDLES as u64 {
+            handles.held.insert(cookie, Rc::clone(&shared));
+        }
+        handles.keep(u64::MAX, "/x".into(), Some(file()));
+        handles.keep(u64::MAX - 1, "/y".into(), Some(file()));
+        assert_eq!(handles.held.len(), MAX_HANDLES);
+        assert!(handles.netns(u64::MAX, 0, 0).1.is_some());
+        let (netns, handle) = handles.netns(u64::MAX - 1, 0, 0);
+        assert!(netns.seen_at == Some("/y".into()) && handle.is_none());
+    }
+
+    #[test]
     fn a_namespace_is_held_until_it_is_given_up_and_its_place_is_remembered() {
         let mut handles = Handles::new(3);
         let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());

@@ -121,6 +121,31 @@ mod tests {
     }
 
     #[test]
+    fn what_hangs_is_said_and_what_blocks_everything_first() {
+        let mut hanging = Hanging::default();
+        assert_eq!(hanging.trouble(0), None);
+        assert!(hanging.trouble(1).is_some_and(|what| what.contains("locked")));
+        hanging.is_diag_blocked = true;
+        assert!(hanging.trouble(0).is_some_and(|what| what.contains("6.9")));
+    }
+
+    #[test]
+    fn what_ends_makes_room_for_one_and_leaves_the_others() {
+        let mut hanging = Hanging::default();
+        let of_one = culprit(&[1, 2, 3]);
+        // Not below a cgroup of the second level: each is its own.
+        assert_eq!((culprit(&[9]).below, of_one.below), (9, 2));
+        hanging.begin(of_one);
+        hanging.begin(of_one);
+        hanging.end(of_one);
+        assert!(hanging.is_suspect(3));
+        assert_eq!((hanging.in_all, hanging.below[&2]), (1, 1));
+        hanging.end(of_one);
+        assert!(hanging.of_cgroup.is_empty() && hanging.below.is_empty());
+        assert_eq!(hanging.in_all, 0);
+    }
+
+    #[test]
     fn a_cgroup_a_user_and_all_together_have_so_much_room() {
         let mut hanging = Hanging::default();
         let first = culprit(&[1, 2, 3, 10]);

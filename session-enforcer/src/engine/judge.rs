@@ -215,7 +215,10 @@ mod tests {
 
     #[test]
     fn an_observed_session_gives_no_cause_to_the_next_decision() {
-        let observed = Phase::Observed { reached_ns: 10 * S };
+        let observed = Phase::Observed {
+            reached_ns: 10 * S,
+            decided_ns: 10 * S,
+        };
         let judged = judge(
             1,
             &session(),
@@ -244,6 +247,37 @@ mod tests {
         };
         let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, |_| None));
         assert_eq!(next_observation(&too_old, &old), 101 * S + SLOW_RECHECK_NS);
+        // Also where it may be idle again, which ends nothing that is not late already.
+        let lately = Session {
+            last_sent_ns: 95 * S,
+            ..session()
+        };
+        let too_old = late(judge(1, &lately, (0, &both), None, 101 * S, |_| None));
+        assert_eq!(too_old.reached_ns, 100 * S);
+        assert_eq!(next_observation(&too_old, &both), 101 * S + SLOW_RECHECK_NS);
+        // It was idle before it was too old: the next payload makes it late by its age, and it is looked at
+        // soon enough to see its end.
+        assert_eq!(next_observation(&at(101 * S), &both), 111 * S);
+        let patient = Policy {
+            max_lifetime_ns: 100 * S,
+            ..idle(70)
+        };
+        let idle_first = late(judge(1, &session(), (0, &patient), None, 101 * S, |_| None));
+        assert_eq!(idle_first.reached_ns, 70 * S);
+        let next_ns = next_observation(&idle_first, &patient);
+        assert_eq!(next_ns, 101 * S + SLOW_RECHECK_NS);
+    }
+
+    #[test]
+    fn of_a_policy_only_the_lifetime_is_left() {
+        let all = Policy {
+            max_lifetime_ns: 3,
+            response_timeout_ns: 2,
+            ..idle(1)
+        };
+        let only = only_lifetime(&all);
+        let limits = [only.idle_timeout_ns, only.response_timeout_ns];
+        assert_eq!((limits, only.max_lifetime_ns), ([0, 0], 3));
     }
 
     proptest! {

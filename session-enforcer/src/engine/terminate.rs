@@ -678,16 +678,13 @@ impl State {
     /// One that is too old may have been active until it was read: then of that of its last activity.
     pub(super) fn observe(&mut self, expired: &Expired) {
         let (cookie, session) = (expired.cookie, &expired.session);
-        let reached_ns = expired.reached_ns;
-        let phase = self.tracker.phase(cookie, session);
-        let is_recorded =
-            matches!(phase, Some(Phase::Observed { reached_ns: before }) if *before == reached_ns);
-        if !is_recorded {
+        let Some(is_new) = self.tracker.observe(expired) else {
+            return;
+        };
+        if is_new {
             let at_ns = expired.decided_ns.max(session.last_activity_ns());
             self.record(expired, at_ns, Outcome::Observed, None);
         }
-        let phase = Phase::Observed { reached_ns };
-        self.tracker.set_phase(cookie, session, phase);
         let policy = self.book.rules[usize::from(session.rule)].policy;
         self.tracker
             .rearm(cookie, next_observation(expired, &policy));

@@ -27,6 +27,8 @@ pub(super) enum Phase {
     Observed {
         /// The deadline.
         reached_ns: u64,
+        /// When that was decided last.
+        decided_ns: u64,
     },
     /// Reapers were asked to reset it.
     Tried(Box<Tried>),
@@ -159,6 +161,30 @@ impl Tracker {
         if !self.phases.is_empty() {
             self.phases.remove(&cookie);
         }
+    }
+
+    /// A session that is only observed was decided to be late; whether that is new, for this deadline. None where
+    /// something that was decided later is noted, or the session is in other hands: what a slow reaper was asked
+    /// for has come too late.
+    pub(super) fn observe(&mut self, expired: &Expired) -> Option<bool> {
+        let (reached_ns, decided_ns) = (expired.reached_ns, expired.decided_ns);
+        let before = match self.phase(expired.cookie, &expired.session) {
+            Some(Phase::Observed {
+                reached_ns,
+                decided_ns,
+            }) => Some((*reached_ns, *decided_ns)),
+            Some(phase) if phase.is_in_other_hands() => return None,
+            _ => None,
+        };
+        if before.is_some_and(|(_, later_ns)| later_ns > decided_ns) {
+            return None;
+        }
+        let phase = Phase::Observed {
+            reached_ns,
+            decided_ns,
+        };
+        self.set_phase(expired.cookie, &expired.session, phase);
+        Some(before.is_none_or(|(before_ns, _)| before_ns != reached_ns))
     }
 
     /// A reaper is asked to reset a session.
@@ -348,6 +374,59 @@ mod tests {
     }
 
     #[test]
+    fn a_session_is_in_other_hands_while_it_is_adopted_or_a_reaper_was_asked() {
+        let mut tracker = Tracker::default();
+        let asked = expired(100);
+        let mut is_in_other_hands = |phase| {
+            tracker.set_phase(7, &asked.session, phase);
+            tracker.phase_of_cookie(7).unwrap().is_in_other_hands()
+        };
+        assert!(is_in_other_hands(Phase::Adopting {
+            may_have_ended: false
+        }));
+        assert!(!is_in_other_hands(Phase::Reset));
+        let mut tried = Tried::new(asked);
+        assert!(!is_in_other_hands(Phase::Tried(Box::new(tried.clone()))));
+        tried.asked = 1;
+        assert!(is_in_other_hands(Phase::Tried(Box::new(tried))));
+    }
+
+    #[test]
+    fn what_a_session_belongs_to_and_when_it_is_due_are_known() {
+        let mut tracker = Tracker::default();
+        assert_eq!((tracker.next_due_ns(), tracker.len()), (None, 0));
+        let group = group_of(&expired(100).session);
+        let rule_and_netns = (group.rule, group.netns_cookie);
+        assert_eq!(rule_and_netns, (2, 3));
+        tracker.add(7, group, 50);
+        tracker.add(8, group, 60);
+        assert_eq!(tracker.group(7), Some(group));
+        assert!(tracker.group(9).is_none());
+        let mut sessions: Vec<_> = tracker.sessions().collect();
+        sessions.sort_unstable_by_key(|(cookie, _)| *cookie);
+        assert_eq!(sessions, [(7, group), (8, group)]);
+        assert!(tracker.has_sessions_in(3) && !tracker.has_sessions_in(4));
+        assert_eq!(tracker.next_due_ns(), Some(50));
+        tracker.rearm(7, 70);
+        assert_eq!(tracker.next_due_ns(), Some(60));
+        // To an earlier time, never to a later one.
+        tracker.hasten(7, 40);
+        tracker.hasten(8, 90);
+        assert_eq!(tracker.take_due(60, 1), [7]);
+        assert_eq!(tracker.take_due(60, 1), [8]);
+        tracker.may_end(8, 65);
+        assert_eq!(tracker.next_due_ns(), Some(65));
+        // What is asked for the first rule only has one number more.
+        let first = Group { rule: 0, ..group };
+        let mut tracker = Tracker::default();
+        tracker.add(1, first, 1);
+        assert_eq!(tracker.sessions_of(), [1]);
+        tracker.add(2, group, 1);
+        tracker.add(3, first, 1);
+        assert_eq!(tracker.sessions_of(), [2, 0, 1]);
+    }
+
+    #[test]
     fn an_attempt_that_is_under_way_outlives_the_session() {
         let asked = expired(100);
         let mut tracker = Tracker::default();
@@ -384,6 +463,36 @@ mod tests {
         assert_eq!((tracker.quarantined(), tracker.is_resetting()), (1, false));
         tracker.tried(7, &hung.session).unwrap().asked = 0;
         assert_eq!(tracker.quarantined(), 0);
+    }
+
+    #[test]
+    fn a_deadline_is_observed_once_and_what_was_decided_earlier_comes_too_late() {
+        let at = |reached_ns, decided_ns| Expired {
+            reached_ns,
+            decided_ns,
+            ..expired(100)
+        };
+        let mut tracker = Tracker::default();
+        assert_eq!(tracker.observe(&at(10, 10)), Some(true));
+        assert_eq!(tracker.observe(&at(10, 20)), Some(false));
+        assert_eq!(tracker.observe(&at(30, 30)), Some(true));
+        // Its reaper stood still meanwhile.
+        assert_eq!(tracker.observe(&at(10, 25)), None);
+        assert_eq!(tracker.observe(&at(30, 30)), Some(false));
+        // Another policy may make it late since an earlier time.
+        assert_eq!(tracker.observe(&at(5, 40)), Some(true));
+        // Under yet another one it is being reset.
+        tracker.begin_reset(&at(5, 50));
+        assert_eq!(tracker.observe(&at(5, 45)), None);
+        assert!(tracker.is_resetting());
+        // Another session of the same socket.
+        assert_eq!(
+            tracker.observe(&Expired {
+                session: expired(200).session,
+                ..at(5, 1)
+            }),
+            Some(true)
+        );
     }
 
     #[test]
