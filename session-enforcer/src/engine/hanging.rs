@@ -124,7 +124,11 @@ mod tests {
     fn what_hangs_is_said_and_what_blocks_everything_first() {
         let mut hanging = Hanging::default();
         assert_eq!(hanging.trouble(0), None);
-        assert!(hanging.trouble(1).is_some_and(|what| what.contains("locked")));
+        assert!(
+            hanging
+                .trouble(1)
+                .is_some_and(|what| what.contains("locked"))
+        );
         hanging.is_diag_blocked = true;
         assert!(hanging.trouble(0).is_some_and(|what| what.contains("6.9")));
     }

@@ -400,6 +400,7 @@ mod tests {
         assert_eq!(rule_and_netns, (2, 3));
         tracker.add(7, group, 50);
         tracker.add(8, group, 60);
+        assert!(tracker.contains(7) && !tracker.contains(9));
         assert_eq!(tracker.group(7), Some(group));
         assert!(tracker.group(9).is_none());
         let mut sessions: Vec<_> = tracker.sessions().collect();
@@ -481,6 +482,13 @@ mod tests {
         assert_eq!(tracker.observe(&at(30, 30)), Some(false));
         // Another policy may make it late since an earlier time.
         assert_eq!(tracker.observe(&at(5, 40)), Some(true));
+        // Why it is late, or what was tried before, does not keep it from being observed.
+        let late = Phase::LateByPolicy {
+            changed_ns: 45,
+            reached_ns: 5,
+        };
+        tracker.set_phase(7, &expired(100).session, late);
+        assert_eq!(tracker.observe(&at(5, 46)), Some(true));
         // Under yet another one it is being reset.
         tracker.begin_reset(&at(5, 50));
         assert_eq!(tracker.observe(&at(5, 45)), None);

@@ -326,6 +326,40 @@ fn a_lock_does_not_excuse_a_reset_that_nobody_records() {
 }
 
 #[test]
+fn a_reset_that_hung_is_right_by_what_was_known_when_it_was_asked_for() {
+    // A byte that the lock had held up passes when nothing is attached any more.
+    let stopped = |run: &mut Run| {
+        let none = Change {
+            when: Span::at(ms(2_100)),
+            book: Book::default(),
+            resumes: false,
+        };
+        run.timeline.changes.push(none);
+        run.timeline.stops.push(Span::at(ms(2_100)));
+        run.records = vec![outcome("r", "idle_timeout", 2_008, "failed")];
+        run.counted = 0;
+        run.connection.events.push(payload(3_000, Some(3_000)));
+        let broken = Span {
+            from: ms(3_000),
+            to: ms(3_010),
+        };
+        for fate in &mut run.connection.fates {
+            if let Fate::Broken(_, when) = fate {
+                *when = broken;
+            }
+        }
+    };
+    Run::with(stopped).assert_wrong("no session of it had expired");
+    Run::with(|run| {
+        stopped(run);
+        let [from, to] = [ms(1_200), ms(3_000)];
+        let lock = Event::Locked(End::Server, Span { from, to });
+        run.connection.events.push(lock);
+    })
+    .assert_right();
+}
+
+#[test]
 fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
     let kind = |blow: &Blow| match blow {
         Blow::Freeze(_) => "freeze".to_owned(),
