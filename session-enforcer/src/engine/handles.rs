@@ -167,12 +167,13 @@ mod tests {
     fn a_search_counts_for_what_was_there_before_it_and_for_ten_seconds() {
         let mut handles = Handles::new(3);
         assert_eq!(handles.own(), 3);
-        handles.note_missed(2 * S);
-        let netns = |existed_ns, now_ns| handles.netns(7, existed_ns, now_ns).0;
-        assert_eq!(netns(0, 0).cookie, 7);
-        assert!(netns(2 * S, 2 * S).may_search);
-        assert!(!netns(2 * S - 1, 12 * S - 1).may_search);
-        assert!(netns(2 * S - 1, 12 * S).may_search);
+        handles.note_missed(7, Search::Processes, S);
+        handles.note_missed(7, Search::Everywhere, 2 * S);
+        assert_eq!(handles.netns(7).0.cookie, 7);
+        let search = |existed_ns, now_ns| handles.search(7, existed_ns, now_ns);
+        assert_eq!(search(2 * S, 2 * S), Searching::Begins);
+        assert_eq!(search(2 * S - 1, 12 * S - 1), Searching::Not);
+        assert_eq!(search(2 * S - 1, 12 * S), Searching::Begins);
     }
 
     #[test]
@@ -192,8 +193,8 @@ mod tests {
         handles.keep(u64::MAX, "/x".into(), Some(file()));
         handles.keep(u64::MAX - 1, "/y".into(), Some(file()));
         assert_eq!(handles.held.len(), MAX_HANDLES);
-        assert!(handles.netns(u64::MAX, 0, 0).1.is_some());
-        let (netns, handle) = handles.netns(u64::MAX - 1, 0, 0);
+        assert!(handles.netns(u64::MAX).1.is_some());
+        let (netns, handle) = handles.netns(u64::MAX - 1);
         assert!(netns.seen_at == Some("/y".into()) && handle.is_none());
     }
 
