@@ -96,14 +96,13 @@ impl Case<'_> {
             // What was on its way to it is not seen any more.
             return;
         }
-        let end = self.connection.broken();
-        let end = end.map_or(self.seen.finished, |span| span.to);
+        let broken = self.connection.broken();
+        let end = broken.map_or(self.seen.finished, |span| span.to);
         let lost = self.connection.payloads().find(|p| p.arrived.is_none());
         if let Some(lost) = lost.copied() {
-            let since = Span {
-                from: lost.written.from,
-                to: end,
-            };
+            // What a lock has held up may come after the reset of the other end.
+            let from = broken.map_or(lost.written.from, |span| span.from.min(lost.written.from));
+            let since = Span { from, to: end };
             if !self.may_have_expired(since) {
                 self.fail(format!("payload was lost, {lost:?}"));
             }
