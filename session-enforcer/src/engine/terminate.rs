@@ -715,8 +715,11 @@ impl State {
     /// The kernel knows no such socket; whether it is to be searched for.
     fn not_found(&mut self, expired: &Expired) -> Result<bool> {
         let (cookie, session) = (expired.cookie, &expired.session);
+        // A reaper that told nothing more may have reset it.
+        let tried = self.tracker.tried(cookie, session);
+        let is_unknown = tried.is_some_and(|tried| tried.unanswered > 0);
         if self.still_there(cookie, session)?.is_none() {
-            if session.end_is_unreported() {
+            if session.end_is_unreported() && !is_unknown {
                 self.records.metrics.repaired(crate::metrics::Repair::Stale);
             } else {
                 // It closed by itself between the decision and the request.
@@ -727,7 +730,10 @@ impl State {
             return Ok(false);
         }
         if session.end_is_unreported() {
-            // It may have ended long ago: nothing was terminated now.
+            if is_unknown {
+                self.record_gone(expired);
+            }
+            // Else it may have ended long ago: nothing was terminated now.
             self.tracker.clear_phase(cookie);
             self.drop_stale(cookie, session)?;
             return Ok(false);
