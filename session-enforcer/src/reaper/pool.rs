@@ -64,7 +64,10 @@ const KILLED_AFTER: Duration = Duration::from_secs(5);
 /// The state in which no signal ends a process.
 const UNINTERRUPTIBLE: u8 = b'D';
 
-/// The state of a process that a signal has stopped.
+/// The state of a process that runs, or could.
+const RUNNING: u8 = b'R';
+
+/// The state of a process that a signal has stopped, which does nothing more.
 const STOPPED: u8 = b'T';
 
 /// Pause after a reaper could not be started.
@@ -405,9 +408,12 @@ impl Exchange {
             return Condition::Slow;
         };
         let now = Instant::now();
-        if reaper.state() != Some(UNINTERRUPTIBLE) {
+        let state = reaper.state();
+        if state != Some(UNINTERRUPTIBLE) {
             self.asleep_since = None;
-            if now - self.silent_since > KILLED_AFTER {
+            // One that computes is at work.
+            let is_idle = state != Some(RUNNING) && now - self.silent_since > KILLED_AFTER;
+            if is_idle || state == Some(STOPPED) {
                 reaper.kill();
                 self.pool.give_up_stopped();
             }
