@@ -221,6 +221,11 @@ impl Directory {
         Some(std::mem::take(&mut self.unknown))
     }
 
+    /// Whether there are cgroups that nobody has told of yet.
+    pub fn is_asking(&self) -> bool {
+        self.is_asking || !self.unknown.is_empty()
+    }
+
     /// They were asked about.
     pub fn has_asked(&mut self) {
         self.is_asking = false;

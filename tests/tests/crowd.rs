@@ -27,7 +27,7 @@ fn limit() -> Duration {
 
 /// A start, a reload, or a reset takes no longer, also on a machine that does much else.
 fn soon() -> Duration {
-    unhurried(Duration::from_secs(5))
+    unhurried(Duration::from_secs(20))
 }
 
 /// How late a reset may be on such a machine. A search of the host on the engine's thread took 1 to 5 s.

@@ -62,6 +62,12 @@ const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// again and again.
 const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
 
+/// For how long the metrics wait for the cgroups of new connections to be found.
+const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often they look whether they are.
+const CGROUPS_LOOK: Duration = Duration::from_millis(2);
+
 /// How many times as long as a look at them took there is none after it.
 const CGROUPS_REST: u32 = 10;
 
@@ -97,6 +103,8 @@ pub struct Engine {
     beat: Beat,
     /// When the cgroups that the rules name are looked at next, where something has changed there.
     cgroups_due: Option<Instant>,
+    /// Whether that is so because something was seen to come or go.
+    has_cgroup_event: bool,
     cgroups_paused_until: Rc<Cell<Instant>>,
 }
 
@@ -143,7 +151,8 @@ impl Engine {
             reloading: Rc::new(Reload {
                 source: reloading.source,
                 config: std::cell::RefCell::new(reloading.config),
-                is_under_way: Cell::new(false),
+                // The start.
+                is_under_way: Cell::new(true),
                 is_wanted: Cell::new(false),
                 has_changed: Cell::new(false),
             }),
@@ -155,6 +164,7 @@ impl Engine {
             manager: Rc::new(ServiceManager::from_env().context("NOTIFY_SOCKET")?),
             beat: Beat::from_env(),
             cgroups_due: None,
+            has_cgroup_event: false,
             cgroups_paused_until: Rc::new(Cell::new(Instant::now())),
         })
     }
@@ -269,6 +279,7 @@ impl Engine {
                     changed.context("watching the cgroups of the rules")?;
                     let at = self.cgroups_paused_until.get().max(Instant::now());
                     self.cgroups_due.get_or_insert(at);
+                    self.has_cgroup_event = true;
                 }
                 () = at(self.cgroups_due) => self.follow_cgroups(),
                 forwarded = self.log.forward() => {
@@ -310,18 +321,22 @@ impl Engine {
     /// Answers a request of the HTTP server. What the metrics count, the audit can name: cgroups that
     /// connections have come from are found first.
     fn answer(&self, request: Request) {
-        let are_counted = matches!(request, Request::Metrics(_));
-        let finding = are_counted.then(|| owner::find_cgroups(&self.context));
+        let is_counted = matches!(request, Request::Metrics(_));
         let context = Rc::clone(&self.context);
         let answer = move || context.state().answer(request, context.pool.counts());
-        match finding.flatten() {
-            Some(found) => self.context.spawn(async move {
-                let _ = tokio::time::timeout(CGROUPS_PAUSE, found).await;
-                answer();
-                Ok(())
-            }),
-            None => answer(),
+        if !is_counted || !self.context.state().directory.is_asking() {
+            return answer();
         }
+        let context = Rc::clone(&self.context);
+        self.context.spawn(async move {
+            let until = Instant::now() + CGROUPS_PATIENCE;
+            while context.state().directory.is_asking() && Instant::now() < until {
+                owner::find_cgroups(&context);
+                tokio::time::sleep(CGROUPS_LOOK).await;
+            }
+            answer();
+            Ok(())
+        });
     }
 
     /// Notes whether the programs still see the connections that they are meant to see.
@@ -371,7 +386,7 @@ async fn start(
     context.wake.notify_one();
     let taken_over = takeover::attach(&context).await?;
     attached()?;
-    let (_adopted, adopting) = tokio::sync::oneshot::channel();
+    let (is_adopted, adopting) = tokio::sync::oneshot::channel::<()>();
     // Nobody waits for it where the daemon stops.
     let _ = serve.send(adopting);
     let adopted = takeover::adopt(&context, since_ns).await?;
@@ -381,13 +396,12 @@ async fn start(
     } else {
         reload.note_in_force();
     }
-    // A cgroup that came meanwhile.
-    reload.has_changed.set(true);
     begun(Begun {
         taken_over,
         adopted,
     });
-    Ok(())
+    drop(is_adopted);
+    reload_while_wanted(&context, &reload).await
 }
 
 /// The cgroups that the rules name.
@@ -395,8 +409,10 @@ impl Engine {
     /// Looks at them, and watches for them to come and go.
     fn follow_cgroups(&mut self) {
         self.cgroups_due = None;
-        self.cgroups_paused_until
-            .set(Instant::now() + CGROUPS_PAUSE);
+        if std::mem::take(&mut self.has_cgroup_event) {
+            let pause = Instant::now() + CGROUPS_PAUSE;
+            self.cgroups_paused_until.set(pause);
+        }
         // Watched first: one that comes between is found by the look.
         let mut directories = self.context.state().directory.directories();
         for _ in 0..MAX_WATCH_ROUNDS {
@@ -414,7 +430,8 @@ impl Engine {
                 break;
             }
         }
-        if !self.context.state().is_enforcing {
+        // A start and a reload adopt everybody, and have this looked at when they have ended.
+        if self.reloading.is_under_way.get() {
             return;
         }
         let come = self.context.state().directory.look_again();
@@ -485,15 +502,23 @@ impl Engine {
         let manager = Rc::clone(&self.manager);
         manager.reloading();
         self.context.spawn(async move {
-            let mut reloaded = reload_once(&context, &reload).await;
-            while reloaded.is_ok() && reload.is_wanted.take() {
-                reloaded = reload_once(&context, &reload).await;
-            }
-            reload.is_under_way.set(false);
+            reload.is_wanted.set(true);
+            let reloaded = reload_while_wanted(&context, &reload).await;
             manager.ready(|| context.state().standing(&reload.config.borrow()));
             reloaded
         });
     }
+}
+
+/// Reloads as often as that was asked for by now. Neither a start nor another reload is under way then.
+async fn reload_while_wanted(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
+    while reload.is_wanted.take() {
+        reload_once(context, reload).await?;
+    }
+    reload.is_under_way.set(false);
+    // What came and went meanwhile was left to this.
+    reload.has_changed.set(true);
+    Ok(())
 }
 
 async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {

@@ -9,7 +9,6 @@ use std::{
 
 use anyhow::Result;
 use session_enforcer_common::{Owner, Session};
-use tokio::sync::oneshot;
 
 use super::{
     ask::{self, Answer},
@@ -226,19 +225,17 @@ pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Re
     Ok(())
 }
 
-/// Finds out where the cgroups are that sessions were opened in. What is returned is told when they are found.
-pub(super) fn find_cgroups(context: &Rc<Context>) -> Option<oneshot::Receiver<()>> {
-    let ids = context.state().directory.take_unknown()?;
-    let (done, found) = oneshot::channel();
+/// Finds out where the cgroups are that sessions were opened in.
+pub(super) fn find_cgroups(context: &Rc<Context>) {
+    let Some(ids) = context.state().directory.take_unknown() else {
+        return;
+    };
     let task = Rc::clone(context);
     context.spawn(async move {
         let noted = note_cgroups(&task, ids).await;
         task.state().directory.has_asked();
-        // Nobody need wait for it.
-        let _ = done.send(());
         noted
     });
-    Some(found)
 }
 
 /// Records that were written, once they say all that their sockets tell: what passed while a record was moved

@@ -120,13 +120,12 @@ pub fn find(
     Err(NetnsError::NotFound(cookie))
 }
 
-/// Enters the namespaces that can be found, one after the other, and hands over each with its cookie.
-/// What cannot be entered is returned. To be thorough is to look at every thread and descriptor of the
-/// host too.
-pub fn visit_all(thorough: bool, mut visit: impl FnMut(u64, Found)) -> Vec<NetnsError> {
+/// Enters the namespaces of these files, one after the other and each once, and hands over each with its
+/// cookie. What cannot be entered is returned.
+pub fn visit_all(files: Vec<PathBuf>, mut visit: impl FnMut(u64, Found)) -> Vec<NetnsError> {
     let mut errors = Vec::new();
     let mut seen = Seen::none();
-    for path in files(thorough) {
+    for path in files {
         let Some(inode) = seen.unseen(&path) else {
             continue;
         };
@@ -236,7 +235,7 @@ enum EnterError {
 
 /// The files of the network namespaces that a process is in or that are mounted somewhere, and
 /// also, where it is to be thorough, that a single thread is in or that a process holds open.
-fn files(thorough: bool) -> Vec<PathBuf> {
+pub fn files(thorough: bool) -> Vec<PathBuf> {
     if !thorough {
         let of_processes = processes()
             .into_iter()
@@ -254,7 +253,7 @@ fn files(thorough: bool) -> Vec<PathBuf> {
 
 /// The same without those that are only held open, for which each descriptor of the host has to be
 /// looked at.
-fn unopened_files() -> Vec<PathBuf> {
+pub fn unopened_files() -> Vec<PathBuf> {
     let of_process = |process: PathBuf| {
         let threads = namespaces_of_threads(&process);
         std::iter::once(process.join("ns/net")).chain(threads)

@@ -357,7 +357,15 @@ impl Worker {
             return self.list(cookie, path, diag, None, &holders);
         }
         let mut broken = Ok(());
-        let errors = namespaces::visit_all(reach == Reach::Every, |cookie, found| {
+        let files = if reach == Reach::Every && with_holders {
+            // Every descriptor was looked at already.
+            let mut files = namespaces::unopened_files();
+            files.extend_from_slice(holders.namespaces());
+            files
+        } else {
+            namespaces::files(reach == Reach::Every)
+        };
+        let errors = namespaces::visit_all(files, |cookie, found| {
             if !self.failed && broken.is_ok() {
                 let handle = Some(&found.handle);
                 broken = self.list(cookie, found.path, found.diag, handle, &holders);
