@@ -814,10 +814,11 @@ impl State {
         self.note_backlog();
     }
 
-    /// A reset must not be begun, since too many hang. Where those are only slow, they end in a moment.
+    /// A reset must not be begun, since too many hang. Where none is known to be stuck, the machine is only
+    /// busy, and they end in a moment.
     fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
         let since_ns = now_ns.saturating_sub(expired.deadline_ns);
-        if since_ns > NO_ROOM_FOR_NS {
+        if since_ns > NO_ROOM_FOR_NS && self.tracker.quarantined() > 0 {
             self.fail(expired, now_ns, NO_ROOM);
         } else {
             self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);

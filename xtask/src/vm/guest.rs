@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -252,13 +252,15 @@ fn run_all(plan: &Plan, boot: &Boot, shared: &Path) -> Result<()> {
 
 fn start<'a>(plan: &Plan, program: &'a Program, shared: &Path) -> Result<Running<'a>> {
     let log = File::create(program.log(shared)).context("cannot create a log")?;
-    let mut command = Command::new(&program.path);
+    // In a session of its own: an orphaned process that ends in the session of init hangs up its whole group
+    // where a member is stopped (`kill_orphaned_pgrp`), and tests stop daemons and orphan reapers.
+    let mut command = Command::new("/usr/bin/setsid");
     command
+        .arg(&program.path)
         .args(&program.arguments)
         .env_clear()
         .envs(plan.environment.iter().cloned())
         .current_dir("/")
-        .process_group(0)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
