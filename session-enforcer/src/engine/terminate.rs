@@ -337,7 +337,7 @@ impl Attempt {
                         drop(slot.take());
                         self.exchange.leave_behind();
                         self.exchange.condition();
-                    } else if claimed != claimed_before {
+                    } else if claimed != claimed_before || self.waits_for_a_processor() {
                         claimed_before = claimed;
                     } else {
                         let claimed = self.exchange.stop();
@@ -357,6 +357,12 @@ impl Attempt {
                 }
             }
         }
+    }
+
+    /// Whether the machine is busy, and no socket holds the reaper up: another one would wait as long. Only
+    /// `SOCK_DESTROY` takes no long way to a socket.
+    fn waits_for_a_processor(&self) -> bool {
+        self.way == Way::Destroy && self.exchange.can_run()
     }
 
     /// Takes in a reply; whether it was the last.
@@ -814,11 +820,10 @@ impl State {
         self.note_backlog();
     }
 
-    /// A reset must not be begun, since too many hang. Where none is known to be stuck, the machine is only
-    /// busy, and they end in a moment.
+    /// A reset must not be begun, since too many hang. Where those are only slow, they end in a moment.
     fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
         let since_ns = now_ns.saturating_sub(expired.deadline_ns);
-        if since_ns > NO_ROOM_FOR_NS && self.tracker.quarantined() > 0 {
+        if since_ns > NO_ROOM_FOR_NS {
             self.fail(expired, now_ns, NO_ROOM);
         } else {
             self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);

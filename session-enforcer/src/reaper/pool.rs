@@ -429,6 +429,12 @@ impl Exchange {
         Condition::Stuck
     }
 
+    /// Whether the reaper runs, or would if it had a processor.
+    pub fn can_run(&self) -> bool {
+        let reaper = self.reaper.as_ref();
+        reaper.is_some_and(|reaper| reaper.state() == Some(RUNNING))
+    }
+
     /// Nobody waits for it before he goes on: another reaper may be started in its place.
     pub fn leave_behind(&mut self) {
         if !std::mem::replace(&mut self.is_left_behind, true) {
