@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::process::{find_program, output_of, run, say};
 use crate::rustc::Rustc;
 use crate::setup::{lock, setup};
-use crate::workspace::{Workspace, cargo};
+use crate::workspace::{Workspace, install, without_flags};
 
 // The same file that the seeds' test is compiled from.
 #[expect(
@@ -172,25 +172,9 @@ fn ensure_cargo_fuzz(workspace: &Workspace) -> Result<PathBuf> {
         .is_ok_and(|version| version.trim().ends_with(VERSION));
     if !stands {
         say!("building cargo-fuzz {VERSION}, which builds the fuzz targets (a minute or so)");
-        install(&folder)?;
+        install("cargo-fuzz", VERSION, &folder)?;
     }
     Ok(program)
-}
-
-fn install(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let scratch = folder.join("build");
-    let mut command = cargo();
-    command
-        .args(["install", "cargo-fuzz", "--version", VERSION])
-        .args(["--locked", "--force", "--quiet", "--root"])
-        .arg(folder)
-        // Not in the checkout: its configuration is not meant for this.
-        .current_dir(folder)
-        .env("CARGO_TARGET_DIR", &scratch);
-    without_flags(&mut command);
-    run(&mut command).context("cannot build cargo-fuzz, which comes from the crates registry")?;
-    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
 fn build_command(workspace: &Workspace, cargo_fuzz: &Path, folder: &Path) -> Command {
@@ -203,18 +187,6 @@ fn build_command(workspace: &Workspace, cargo_fuzz: &Path, folder: &Path) -> Com
         .env("RUSTC_BOOTSTRAP", "1");
     without_flags(&mut command);
     command
-}
-
-/// The caller's flags are meant for other builds.
-fn without_flags(command: &mut Command) {
-    for flag in [
-        "RUSTFLAGS",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-    ] {
-        command.env_remove(flag);
-    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 
 use crate::process::{find_program, output_of, run, say};
 use crate::rustc::Rustc;
-use crate::workspace::{Workspace, cargo};
+use crate::workspace::{Workspace, cargo_install};
 
 const VERSION: &str = "0.13.0";
 
@@ -58,36 +58,14 @@ fn install(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
 }
 
 fn install_command(workspace: &Workspace, rustc: &Rustc, prefix: &Path, scratch: &Path) -> Command {
-    let mut command = cargo();
+    let mut command = cargo_install("bpf-linker", VERSION, &workspace.toolchain(), scratch);
     command
-        .args([
-            "install",
-            "bpf-linker",
-            "--version",
-            VERSION,
-            "--locked",
-            "--force",
-            "--quiet",
-        ])
         .args([
             "--no-default-features",
             "--features",
             &format!("llvm-{}", rustc.llvm_major),
         ])
-        .arg("--root")
-        .arg(workspace.toolchain())
-        // Neither this project's configuration nor the caller's flags are meant for it.
-        .current_dir(workspace.toolchain())
-        .env("LLVM_PREFIX", prefix)
-        .env("CARGO_TARGET_DIR", scratch);
-    for flag in [
-        "RUSTFLAGS",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-    ] {
-        command.env_remove(flag);
-    }
+        .env("LLVM_PREFIX", prefix);
     command
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use crate::process::output_of;
+use crate::process::{output_of, run};
 
 /// The checkout and its target directory.
 pub(crate) struct Workspace {
@@ -98,6 +98,42 @@ impl Workspace {
             // The daemon is for this machine, and its binary where `build` says it is.
             .env_remove("CARGO_BUILD_TARGET");
         cargo
+    }
+}
+
+/// The command that builds a program of the crates registry, of one version, into `folder`.
+///
+/// It is run outside of the checkout, whose configuration is not meant for it.
+pub(crate) fn cargo_install(name: &str, version: &str, folder: &Path, scratch: &Path) -> Command {
+    let mut command = cargo();
+    command
+        .args(["install", name, "--version", version])
+        .args(["--locked", "--force", "--quiet", "--root"])
+        .arg(folder)
+        .current_dir(folder)
+        .env("CARGO_TARGET_DIR", scratch);
+    without_flags(&mut command);
+    command
+}
+
+/// Builds such a program, and keeps nothing of the build.
+pub(crate) fn install(name: &str, version: &str, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let scratch = folder.join("build");
+    run(&mut cargo_install(name, version, folder, &scratch))
+        .with_context(|| format!("cannot build {name}, which comes from the crates registry"))?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+}
+
+/// The caller's flags are meant for other builds.
+pub(crate) fn without_flags(command: &mut Command) {
+    for flag in [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "CARGO_BUILD_RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+    ] {
+        command.env_remove(flag);
     }
 }
 

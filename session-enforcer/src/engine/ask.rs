@@ -224,16 +224,22 @@ pub(super) fn note_problem(
 pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
     exchange.leave_behind();
     context.spawn(async move {
-        loop {
-            match exchange.next(LOOK).await {
-                Next::Reply(Reply::Done { .. }, _) | Next::Ended => return Ok(()),
-                Next::Reply(..) => {}
-                Next::Silent => {
-                    exchange.condition();
-                }
+        end_of(exchange).await;
+        Ok(())
+    });
+}
+
+/// Returns when a reaper is done or has ended, however long it hangs.
+async fn end_of(mut exchange: Exchange) {
+    loop {
+        match exchange.next(LOOK).await {
+            Next::Reply(Reply::Done { .. }, _) | Next::Ended => return,
+            Next::Reply(..) => {}
+            Next::Silent => {
+                exchange.condition();
             }
         }
-    });
+    }
 }
 
 /// Asks about one socket.
@@ -328,15 +334,7 @@ pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
     drop(state);
     let background = Rc::clone(context);
     context.spawn(async move {
-        loop {
-            match exchange.next(LOOK).await {
-                Next::Reply(Reply::Done { .. }, _) | Next::Ended => break,
-                Next::Reply(..) => {}
-                Next::Silent => {
-                    exchange.condition();
-                }
-            }
-        }
+        end_of(exchange).await;
         let mut state = background.state();
         state.hanging.is_diag_blocked = false;
         // What could not be adopted meanwhile is.

@@ -203,9 +203,8 @@ impl RuleBook {
 
 #[cfg(test)]
 mod tests {
-    use session_enforcer_common::{Address, Direction, Owner};
-
     use super::*;
+    use crate::engine::fixtures;
 
     fn config(rules: &[(&str, u16, &str)]) -> Config {
         let rule = |(name, port, limits): &(&str, u16, &str)| {
@@ -217,24 +216,10 @@ mod tests {
 
     fn session(port: u16, rule: u16, generation: u32) -> Session {
         Session {
-            last_received_ns: 0,
-            last_sent_ns: 0,
-            answered_ns: 1,
-            bytes_received: 0,
-            bytes_sent: 0,
-            open_until_ns: 0,
-            established_ns: 0,
-            netns_cookie: 1,
-            local: Address::from_ipv4(0),
-            remote: Address::from_ipv4(0),
             local_port: port,
-            remote_port: 1,
-            ifindex: 0,
-            generation,
             rule,
-            direction: Direction::Inbound as u8,
-            flags: 0,
-            owner: Owner::UNKNOWN,
+            generation,
+            ..fixtures::session()
         }
     }
 

@@ -11,6 +11,8 @@ mod backlog;
 mod backoff;
 mod book;
 mod context;
+#[cfg(test)]
+mod fixtures;
 mod handles;
 mod hanging;
 mod judge;
@@ -378,7 +380,7 @@ async fn start(
     begun: impl FnOnce(Begun),
     serve: tokio::sync::oneshot::Sender<tokio::sync::oneshot::Receiver<()>>,
 ) -> Result<()> {
-    let since_ns = takeover::now_ns();
+    let since_ns = monotonic_ns();
     let config = reload.config.borrow().clone();
     let users = reload::find_users(&context, &config).await;
     context.state().put_policy(&config, &users)?;

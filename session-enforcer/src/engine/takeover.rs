@@ -12,7 +12,7 @@ use super::{
     state::State,
     sync::{Aim, TakenOver, sync},
 };
-use crate::{bpf::Inherited, clock::monotonic_ns, health::Trouble, schedule::Group};
+use crate::{bpf::Inherited, health::Trouble, schedule::Group};
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,11 +101,6 @@ pub(super) async fn adopt(context: &Rc<Context>, since_ns: u64) -> Result<usize>
     state.kernel.narrow_ports()?;
     state.records.health.set(Trouble::NotAdopted, None);
     Ok(adopted)
-}
-
-/// When a start begins.
-pub(super) fn now_ns() -> u64 {
-    monotonic_ns()
 }
 
 impl State {

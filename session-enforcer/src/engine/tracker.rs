@@ -303,30 +303,16 @@ pub(super) fn group_of_event(event: &Event) -> Group {
 
 #[cfg(test)]
 mod tests {
-    use session_enforcer_common::{Address, Direction, Owner, Reason};
+    use session_enforcer_common::Reason;
 
     use super::*;
+    use crate::engine::fixtures::session;
 
     fn expired(established_ns: u64) -> Expired {
         let session = Session {
-            last_received_ns: 0,
-            last_sent_ns: 0,
-            answered_ns: 1,
-            bytes_received: 0,
-            bytes_sent: 0,
-            open_until_ns: 0,
-            generation: 1,
             rule: 2,
-            direction: Direction::Inbound as u8,
-            flags: 0,
             established_ns,
-            netns_cookie: 3,
-            local: Address([0; 4]),
-            remote: Address([0; 4]),
-            local_port: 1,
-            remote_port: 2,
-            ifindex: 0,
-            owner: Owner::UNKNOWN,
+            ..session()
         };
         Expired {
             cookie: 7,

@@ -204,13 +204,11 @@ impl Worker {
             let diag = DiagSocket::open()?;
             self.own = Some((diag.netns_cookie()?, diag));
         }
-        if let Some((cookie, mut diag)) = self.own.take() {
-            if cookie == netns.cookie {
-                let done = act(self, &mut diag)?;
-                self.own = Some((cookie, diag));
-                return Ok(done);
-            }
+        let is_own = |own: &mut (u64, DiagSocket)| own.0 == netns.cookie;
+        if let Some((cookie, mut diag)) = self.own.take_if(is_own) {
+            let done = act(self, &mut diag)?;
             self.own = Some((cookie, diag));
+            return Ok(done);
         }
         let entered = match lent {
             Some(handle) => namespaces::enter_handle(handle),

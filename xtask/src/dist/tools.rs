@@ -1,14 +1,13 @@
 //! cargo-deb and cargo-generate-rpm, built into the target directory.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use crate::process::{output_of, run, say};
+use crate::process::{output_of, say};
 use crate::setup::lock;
-use crate::workspace::{Workspace, cargo};
+use crate::workspace::{Workspace, install};
 
 /// A program that makes packages.
 #[derive(Clone, Copy)]
@@ -63,37 +62,8 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<Tools> {
         if !tools.stands(tool) {
             let (name, version) = (tool.name(), tool.version());
             say!("building {name} {version}, which makes packages (some minutes)");
-            install(&tools, tool)?;
+            install(name, version, &tools.folder)?;
         }
     }
     Ok(tools)
-}
-
-fn install(tools: &Tools, tool: Tool) -> Result<()> {
-    let folder = &tools.folder;
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let scratch = folder.join("build");
-    let mut command = cargo();
-    command
-        .args(["install", tool.name(), "--version", tool.version()])
-        .args(["--locked", "--force", "--quiet", "--root"])
-        .arg(folder)
-        // Not in the checkout: its configuration is not meant for this.
-        .current_dir(folder)
-        .env("CARGO_TARGET_DIR", &scratch);
-    for flag in [
-        "RUSTFLAGS",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-    ] {
-        command.env_remove(flag);
-    }
-    run(&mut command).with_context(|| {
-        format!(
-            "cannot build {}, which comes from the crates registry",
-            tool.name()
-        )
-    })?;
-    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }

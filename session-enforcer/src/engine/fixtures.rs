@@ -1,0 +1,27 @@
+//! What the tests of the engine's pure files begin with.
+
+use session_enforcer_common::{Address, Direction, Owner, Session};
+
+/// An incoming session that was established at 0 and has carried nothing.
+pub(super) fn session() -> Session {
+    Session {
+        last_received_ns: 0,
+        last_sent_ns: 0,
+        answered_ns: 1,
+        bytes_received: 0,
+        bytes_sent: 0,
+        open_until_ns: 0,
+        generation: 1,
+        rule: 0,
+        direction: Direction::Inbound as u8,
+        flags: 0,
+        established_ns: 0,
+        netns_cookie: 3,
+        local: Address([0; 4]),
+        remote: Address([0; 4]),
+        local_port: 1,
+        remote_port: 2,
+        ifindex: 0,
+        owner: Owner::UNKNOWN,
+    }
+}
