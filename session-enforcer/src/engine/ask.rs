@@ -1,7 +1,7 @@
 //! Questions to reapers that are not resets. One that hangs at a socket is left behind; the others of the
 //! request are asked about elsewhere.
 
-use std::{rc::Rc, time::Duration};
+use std::{os::fd::OwnedFd, rc::Rc, time::Duration};
 
 use session_enforcer_common::Session;
 
@@ -253,7 +253,8 @@ pub(super) async fn query_one(
     Ok(answers[0])
 }
 
-/// Asks for something whose replies come one after the other, and hands each over until the last.
+/// Asks for something; all replies to it, in their order, with the descriptors that came along. Where a reaper
+/// ends in the midst of them, another one begins anew, and nothing of the first is among them.
 ///
 /// # Errors
 ///
@@ -261,16 +262,16 @@ pub(super) async fn query_one(
 pub(super) async fn ask(
     context: &Rc<Context>,
     request: &Request,
-    handle: Option<&std::os::fd::OwnedFd>,
-    mut take: impl FnMut(Reply, Option<std::os::fd::OwnedFd>),
-) -> Result<(), String> {
+    handle: Option<&OwnedFd>,
+) -> Result<Vec<(Reply, Option<OwnedFd>)>, String> {
     for _ in 0..ATTEMPTS {
         let asked = context.pool.ask(Purpose::Others, request, handle).await;
         let mut exchange = asked.map_err(|error| format!("{error:#}"))?;
+        let mut replies = Vec::new();
         let mut silent_looks = 0;
         loop {
             match exchange.next(LOOK).await {
-                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(()),
+                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(replies),
                 Next::Reply(
                     Reply::Done {
                         error: Some(problem),
@@ -282,7 +283,7 @@ pub(super) async fn ask(
                 }
                 Next::Reply(reply, fd) => {
                     silent_looks = 0;
-                    take(reply, fd);
+                    replies.push((reply, fd));
                 }
                 Next::Ended => break,
                 Next::Silent => {
@@ -358,7 +359,7 @@ const NOBODY: Target = Target {
 /// Waits until no program runs any more that may have found a record where it was, or none, and a query of
 /// its packet's socket tells of the packet (an RCU grace period).
 pub(super) async fn wait_for_programs(context: &Rc<Context>) {
-    let waited = ask(context, &Request::GracePeriod, None, |_, _| {}).await;
+    let waited = ask(context, &Request::GracePeriod, None).await;
     if let Err(error) = waited {
         tracing::warn!("waiting for the kernel's programs: {error}");
     }

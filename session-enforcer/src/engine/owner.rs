@@ -189,12 +189,11 @@ async fn listeners(
     for port in ports {
         let (netns, handle) = context.state().handles.netns(netns_cookie);
         let request = Request::Listeners { netns, port };
-        ask::ask(context, &request, handle.as_deref(), |reply, _| {
+        for (reply, _) in ask::ask(context, &request, handle.as_deref()).await? {
             if let Reply::Sockets { sockets, .. } = reply {
                 listening.extend(sockets.into_iter().flatten());
             }
-        })
-        .await?;
+        }
     }
     Ok(Listeners::among(&listening))
 }
@@ -207,19 +206,17 @@ async fn listeners(
 pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Result<()> {
     let unknown = context.state().directory.unknown_among(ids);
     for some in unknown.chunks(MAX_BATCH) {
-        let mut found: Vec<Cgroup> = Vec::new();
         let request = Request::Cgroups { ids: some.to_vec() };
-        let asked = ask::ask(context, &request, None, |reply, _| {
-            if let Reply::Cgroup(cgroup) = reply {
-                found.push(cgroup);
-            }
-        });
-        if let Err(error) = asked.await {
+        let replies = ask::ask(context, &request, None).await;
+        let replies = replies.unwrap_or_else(|error| {
             tracing::warn!("cgroups are not found: {error}");
-        }
+            Vec::new()
+        });
         let mut state = context.state();
-        for cgroup in found {
-            state.note_cgroup(cgroup)?;
+        for (reply, _) in replies {
+            if let Reply::Cgroup(cgroup) = reply {
+                state.note_cgroup(cgroup)?;
+            }
         }
     }
     Ok(())

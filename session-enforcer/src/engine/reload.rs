@@ -53,14 +53,18 @@ pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users 
         let request = Request::Users {
             names: some.to_vec(),
         };
-        let asked = ask::ask(context, &request, None, |reply, _| {
-            if let Reply::Users(found) = reply {
-                users.extend(some.iter().cloned().zip(found));
+        match ask::ask(context, &request, None).await {
+            Ok(replies) => {
+                for (reply, _) in replies {
+                    if let Reply::Users(found) = reply {
+                        users.extend(some.iter().cloned().zip(found));
+                    }
+                }
             }
-        });
-        if let Err(error) = asked.await {
-            let failed = |name: &String| (name.clone(), FoundUser::Failed(error.clone()));
-            users.extend(some.iter().map(failed));
+            Err(error) => {
+                let failed = |name: &String| (name.clone(), FoundUser::Failed(error.clone()));
+                users.extend(some.iter().map(failed));
+            }
         }
     }
     users

@@ -375,19 +375,16 @@ impl Sync<'_> {
             let request = Request::Duplicate {
                 sockets: some.iter().map(|(held, _)| *held).collect(),
             };
-            let mut owners = some.iter().map(|(_, owner)| owner);
-            let context = self.context;
-            let asked = ask::ask(context, &request, None, |reply, fd| {
-                if let Reply::Duplicate(error) = reply
-                    && let Some(owner) = owners.next()
-                {
-                    // What it accepts is asked about one by one where this fails.
-                    let noted = fd.map(|fd| context.state().kernel.note_owner(&fd, owner));
-                    tracing::debug!("owner of a listener: {noted:?} {error:?}");
-                }
-            });
-            if let Err(error) = asked.await {
+            let replies = ask::ask(self.context, &request, None).await;
+            let replies = replies.unwrap_or_else(|error| {
                 tracing::warn!("owners of sockets that listen are not noted: {error}");
+                Vec::new()
+            });
+            let mut state = self.context.state();
+            for ((_, owner), (reply, fd)) in some.iter().zip(replies) {
+                // What it accepts is asked about one by one where this fails.
+                let noted = fd.map(|fd| state.kernel.note_owner(&fd, owner));
+                tracing::debug!("owner of a listener: {noted:?} {reply:?}");
             }
         }
         Ok(())

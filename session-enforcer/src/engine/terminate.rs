@@ -626,14 +626,12 @@ async fn search_table(
     target: Target,
 ) -> Result<Option<Target>, String> {
     let (netns, handle) = context.state().handles.netns(session.netns_cookie);
-    let mut found = None;
     let request = Request::Search { netns, target };
-    ask::ask(context, &request, handle.as_deref(), |reply, _| {
-        if let Reply::Sockets { sockets, .. } = reply {
-            found = sockets.into_iter().flatten().next();
-        }
-    })
-    .await?;
+    let replies = ask::ask(context, &request, handle.as_deref()).await?;
+    let found = replies.into_iter().find_map(|(reply, _)| match reply {
+        Reply::Sockets { sockets, .. } => sockets.into_iter().flatten().next(),
+        _ => None,
+    });
     Ok(found.map(|socket| socket.target))
 }
 
