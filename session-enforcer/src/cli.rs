@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
+mod connection;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -18,8 +20,9 @@ use crate::config::{
     parse_audit, parse_cgroup, parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
-use crate::explain::{Circumstances, Ends};
 use crate::host::trust::{self, Untrusted};
+
+pub use connection::{Circumstances, Ends};
 
 /// Where the configuration is where the command line does not say.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";

@@ -7,14 +7,12 @@ use std::{
 
 use anyhow::Result;
 use session_enforcer::{
-    check,
     cli::{Cli, Command, RunArgs},
+    commands::{check, detach, doctor, explain, last_good, run as daemon},
     config::NetworkNamespaces,
-    daemon, detach, doctor,
     engine::Source,
-    exit, explain,
+    exit,
     host::privilege,
-    last_good,
     reaper::{pool, worker},
 };
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};

@@ -22,7 +22,7 @@ use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use session_enforcer::bpf::{Kernel, Options};
+use session_enforcer::datapath::{Kernel, Options};
 use session_enforcer_common::{Address, MatchEntry, PortRange, Prefix, RULE_EXEMPT};
 use session_enforcer_tests::{Cgroup, Lab, Netns, Pair, Place, reset_on_close};
 
@@ -115,7 +115,9 @@ fn main() -> Result<()> {
         },
         None,
     )?;
-    kernel.attach(&session_enforcer::cgroup::Cgroup::open(lab.cgroup.path())?)?;
+    kernel.attach(&session_enforcer::host::cgroup::Cgroup::open(
+        lab.cgroup.path(),
+    )?)?;
     let lifecycle = program(&lab.cgroup, "track_lifecycle")?;
     let owner = program(&lab.cgroup, "note_owner")?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;

@@ -13,9 +13,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{SockaddrStorage, bind};
 use session_enforcer::{
-    bpf::{Kernel, Options},
-    cgroup::Cgroup,
-    clock::monotonic_ns,
+    datapath::{Kernel, Options},
+    host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
     Address, Ancestors, Direction, ErrorKind, Facts, MAX_MATCH_ENTRIES, MatchEntry, Policy,

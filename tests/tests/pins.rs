@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
-use session_enforcer::bpf::{Kernel, Options, PinDir};
+use session_enforcer::datapath::{Kernel, Options, PinDir};
 use session_enforcer_common::{Session, table::TableHead};
 use session_enforcer_tests::{
     Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,

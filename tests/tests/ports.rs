@@ -6,8 +6,8 @@ use std::{net::SocketAddr, os::fd::AsFd, time::Duration};
 use anyhow::{Context as _, Result};
 use aya::maps::{Map, MapData, MapError, SkStorage};
 use session_enforcer::{
-    bpf::{Kernel, Options},
-    cgroup::Cgroup,
+    datapath::{Kernel, Options},
+    host::cgroup::Cgroup,
 };
 use session_enforcer_common::{Direction, MatchEntry, Owner, Policy, PortRange, Session};
 use session_enforcer_tests::{

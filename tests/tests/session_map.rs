@@ -15,8 +15,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
-    bpf::{Adoption, Kernel, Options},
-    cgroup::Cgroup,
+    datapath::{Adoption, Kernel, Options},
+    host::cgroup::Cgroup,
     reaper::disconnect,
 };
 use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session, flags};

@@ -15,9 +15,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::socket::{MsgFlags, SockaddrIn6, sendto};
 use session_enforcer::{
-    bpf::{Adoption, Kernel, Options},
-    cgroup::Cgroup,
-    clock::monotonic_ns,
+    datapath::{Adoption, Kernel, Options},
+    host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
     ErrorKind, EventKind, MatchEntry, Policy, PortRange, Session, Traffic, Verdict, Way, flags,

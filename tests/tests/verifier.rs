@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use session_enforcer::bpf::{Kernel, Options};
+use session_enforcer::datapath::{Kernel, Options};
 
 /// The table, compiled in: the test may run where there is no checkout.
 const TABLE: &str = include_str!("../verifier.txt");

@@ -7,7 +7,7 @@ use session_enforcer_common::Session;
 
 use super::context::Context;
 use crate::{
-    clock::monotonic_ns,
+    host::clock::monotonic_ns,
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, Target},
         pool::{Condition, Exchange, Next, Purpose},

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::backoff::{Backoff, Need};
-use crate::health::Trouble;
+use crate::report::health::Trouble;
 
 /// What the daemon knows to have missed, and what became of it.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::state::State;
-use crate::{bpf::Events, cgroup::Cgroup, reaper::pool::Pool};
+use crate::{datapath::Events, host::cgroup::Cgroup, reaper::pool::Pool};
 
 /// How long the daemon leaves events in the ring buffer after it has read some. It bounds the
 /// wake-ups of a host with many short connections to ten a second, most of which have ended by

@@ -6,11 +6,13 @@
 //! [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
 //! user or a file system can hold up.
 
+pub mod adopt;
 mod ask;
 mod backlog;
 mod backoff;
 mod book;
 mod context;
+pub mod directory;
 #[cfg(test)]
 mod fixtures;
 mod handles;
@@ -19,6 +21,7 @@ mod judge;
 mod owner;
 mod records;
 mod reload;
+mod schedule;
 mod state;
 mod sync;
 mod takeover;
@@ -42,16 +45,15 @@ use context::Context;
 use state::State;
 
 use crate::{
-    bpf::{Events, KernelLog},
-    cgroup::Cgroup,
-    clock::monotonic_ns,
     config::{Config, NetworkNamespaces},
-    http::Request,
-    owners::UserError,
+    datapath::{Events, KernelLog},
+    engine::directory::UserError,
+    host::{cgroup::Cgroup, clock::monotonic_ns, timer::Timer, watch::Watch},
     reaper::pool::Pool,
-    service_manager::{Beat, ServiceManager},
-    timer::Timer,
-    watch::Watch,
+    report::{
+        http::Request,
+        service_manager::{Beat, ServiceManager},
+    },
 };
 
 /// For how long the metrics are not served while connections are adopted. Then they say that it lasts.
@@ -360,7 +362,7 @@ impl Engine {
         } else {
             None
         };
-        let detached = crate::health::Trouble::Detached;
+        let detached = crate::report::health::Trouble::Detached;
         state.records.health.set(detached, what);
     }
 }

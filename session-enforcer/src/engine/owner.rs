@@ -17,8 +17,8 @@ use super::{
     tracker::group_of,
 };
 use crate::{
-    adopt::{self, Listeners},
-    clock::monotonic_ns,
+    engine::adopt::{self, Listeners},
+    host::clock::monotonic_ns,
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, Target},
         protocol::{Cgroup, Reply, Request},

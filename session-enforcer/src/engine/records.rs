@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use super::{judge::Expired, state::State};
 use crate::{
-    audit::{Audit, Outcome, Termination},
-    clock::monotonic_ns,
     config::Config,
-    health::{Health, Trouble},
-    metrics::{Ended, Metrics},
+    host::clock::monotonic_ns,
+    report::{
+        audit::{Audit, Outcome, Termination},
+        health::{Health, Trouble},
+        metrics::{Ended, Metrics},
+    },
 };
 
 /// The audit, the metrics and the health.

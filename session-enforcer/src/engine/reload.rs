@@ -19,14 +19,13 @@ use super::{
     tracker::{Phase, group_of},
 };
 use crate::{
-    clock::monotonic_ns,
     config::{Config, User},
-    owners::Users,
+    engine::{directory::Users, schedule::Group},
+    host::clock::monotonic_ns,
     reaper::{
         diag::MAX_BATCH,
         protocol::{FoundUser, Reply, Request},
     },
-    schedule::Group,
 };
 
 /// What a change of the policy did to the sessions.

@@ -14,16 +14,18 @@ use super::{
     tracker::{Phase, Tracker, group_of, group_of_event},
 };
 use crate::{
-    audit::Audit,
-    bpf::{BpfError, Kernel},
-    clock::monotonic_ns,
     config::{Config, Mode},
-    health::{Health, Trouble},
-    http::Request,
-    metrics::{KernelSnapshot, Metrics, Repair},
-    owners::Directory,
+    datapath::{BpfError, Kernel},
+    engine::directory::Directory,
+    host::clock::monotonic_ns,
     reaper::{diag::MAX_BATCH, pool},
-    service_manager::Standing,
+    report::{
+        audit::Audit,
+        health::{Health, Trouble},
+        http::Request,
+        metrics::{KernelSnapshot, Metrics, Repair},
+        service_manager::Standing,
+    },
 };
 
 /// Sessions that one pass looks at before other work has its turn: some 10 ms, where none is late.

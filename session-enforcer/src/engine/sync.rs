@@ -24,16 +24,15 @@ use super::{
     tracker::{Phase, group_of},
 };
 use crate::{
-    adopt::{self, Adopter, Listeners},
-    bpf::Adoption,
-    cgroup::Scope,
-    clock::monotonic_ns,
-    metrics::{Repair, Untracked},
+    datapath::Adoption,
+    engine::adopt::{self, Adopter, Listeners},
+    host::{cgroup::Scope, clock::monotonic_ns},
     reaper::{
         diag::{Detail, Info, MAX_BATCH, Socket, Target, state},
         pool::{Condition, Exchange, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
+    report::metrics::{Repair, Untracked},
 };
 
 /// Sessions that were put into the map and are not confirmed yet. Each confirmation waits for some 10 ms.

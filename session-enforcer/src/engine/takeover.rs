@@ -12,7 +12,7 @@ use super::{
     state::State,
     sync::{Aim, TakenOver, sync},
 };
-use crate::{bpf::Inherited, health::Trouble, schedule::Group};
+use crate::{datapath::Inherited, engine::schedule::Group, report::health::Trouble};
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -20,9 +20,7 @@ use super::{
     tracker::Phase,
 };
 use crate::{
-    audit::Outcome,
-    clock::monotonic_ns,
-    metrics::Untracked,
+    host::clock::monotonic_ns,
     reaper::{
         diag::{Detail, MAX_BATCH, Target, state},
         pool::{Condition, Exchange, Next, Purpose, STALL},
@@ -30,6 +28,7 @@ use crate::{
             Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
         },
     },
+    report::{audit::Outcome, metrics::Untracked},
 };
 
 /// Batches that reapers work on at a time, besides those that are left behind. With the second, sessions
@@ -724,7 +723,9 @@ impl State {
         let is_unknown = tried.is_some_and(|tried| tried.unanswered > 0);
         if self.still_there(cookie, session)?.is_none() {
             if session.end_is_unreported() && !is_unknown {
-                self.records.metrics.repaired(crate::metrics::Repair::Stale);
+                self.records
+                    .metrics
+                    .repaired(crate::report::metrics::Repair::Stale);
             } else {
                 // It closed by itself between the decision and the request.
                 self.record_gone(expired);

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use session_enforcer_common::{Event, Session};
 
 use super::judge::Expired;
-use crate::schedule::{Group, Schedule};
+use crate::engine::schedule::{Group, Schedule};
 
 /// What is out of the ordinary about a session. Most have none.
 #[derive(Clone, Debug)]

@@ -1,4 +1,13 @@
-//! What the host is asked for besides sockets.
+//! What the host is asked for besides sockets: cgroups, users, clocks, privileges, whom files belong to.
+//!
+//! Nothing here knows of sessions or rules.
 
+pub mod cgroup;
+pub mod clock;
+pub mod grace_period;
 pub mod privilege;
+pub mod threads;
+pub mod timer;
 pub mod trust;
+pub mod users;
+pub mod watch;

@@ -20,7 +20,7 @@ use std::{
 use nix::unistd::geteuid;
 use thiserror::Error;
 
-use crate::users::{Names, uid_of};
+use crate::host::users::{Names, uid_of};
 
 /// The user of the service that the packages install.
 const SERVICE_USER: &str = "session-enforcer";

@@ -20,7 +20,7 @@ use super::{
     diag::{DiagSocket, SockDiagError},
     protocol::Search,
 };
-use crate::cgroup::{mountinfo, unescape};
+use crate::host::cgroup::{mountinfo, unescape};
 
 /// Why a namespace could not be entered.
 #[derive(Debug, Error)]

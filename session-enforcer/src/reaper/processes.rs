@@ -17,7 +17,7 @@ use std::{
 use nix::fcntl::readlinkat;
 
 use super::protocol::Holder;
-use crate::threads::together;
+use crate::host::threads::together;
 
 /// What the descriptors of all processes stood for at one time.
 #[derive(Debug, Default)]

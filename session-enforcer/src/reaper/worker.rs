@@ -30,13 +30,15 @@ use super::{
         Problem, Reach, Reply, Request, Search, decode, encode,
     },
     shared::SharedPage,
+    trial,
 };
 use crate::{
-    cgroup::{Scope, Tree},
-    clock::monotonic_ns,
     exit::{ExitStatus, Failure},
-    host::privilege,
-    probe, users,
+    host::{
+        cgroup::{Scope, Tree},
+        clock::monotonic_ns,
+        grace_period, privilege, users,
+    },
 };
 
 /// Answers to a query that are sent together: what a reaper that hangs has and has not sent is asked
@@ -180,11 +182,11 @@ impl Worker {
                 self.reply(&Reply::Users(found), None)
             }
             Request::GracePeriod => {
-                crate::bpf::wait_for_programs();
+                grace_period::wait_for_programs();
                 Ok(())
             }
             Request::Probe => {
-                let probed = probe::try_reset();
+                let probed = trial::try_reset();
                 self.reply(&Reply::Probed(probed), None)
             }
         }

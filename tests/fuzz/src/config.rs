@@ -1,7 +1,7 @@
 //! A configuration: it is refused with an error of one line, or all that is made of it can be made.
 
 use session_enforcer::{
-    check,
+    commands::check,
     config::{Action, Config, Owners},
     engine::RuleBook,
 };

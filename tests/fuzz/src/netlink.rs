@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use session_enforcer::{
-    adopt::{Adopter, Listeners},
-    cgroup::Scope,
+    engine::adopt::{Adopter, Listeners},
+    host::cgroup::Scope,
     reaper::diag::{
         Socket,
         wire::{Body, next_message},
@@ -63,8 +63,8 @@ fn adopt(sockets: &[Socket]) {
     };
     let listeners = Listeners::among(sockets);
     for now_ns in [0, u64::MAX] {
-        for adoptee in adopter.sessions(sockets, &listeners, 1, now_ns) {
-            let session = adoptee.session;
+        let adopted = |socket| adopter.session(socket, &listeners, 1, now_ns);
+        for session in sockets.iter().filter_map(adopted) {
             assert!(session.last_received_ns <= now_ns && session.last_sent_ns <= now_ns);
             assert!(session.established_ns <= session.last_activity_ns());
         }

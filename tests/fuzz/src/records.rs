@@ -5,11 +5,11 @@ use std::{sync::LazyLock, time::Duration};
 
 use serde_json::Value;
 use session_enforcer::{
-    audit::{Outcome, Termination},
-    clock::WallClock,
     config::{Config, Mode, Owners},
     engine::RuleBook,
+    host::clock::WallClock,
     reaper::diag::{Target, wire},
+    report::audit::{Outcome, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,

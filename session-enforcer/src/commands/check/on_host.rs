@@ -1,0 +1,117 @@
+//! What `run` would refuse of a valid configuration on this host, found without making anything.
+
+use std::{
+    error::Error,
+    io,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+};
+
+use nix::unistd::geteuid;
+
+use crate::{
+    commands::run as daemon,
+    config::{AuditTarget, Config, User},
+    datapath::PinDir,
+    engine::directory as owners,
+    host::trust,
+    reaper::worker,
+    report::audit,
+};
+
+/// Each refusal in a line, as `run` would say it if this user started it. To others than root, the host does
+/// not tell everything: what it keeps from them is left out.
+pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
+    let mut refused = Vec::new();
+    let mut note = |result: Result<(), Box<dyn Error>>| {
+        let is_kept_from_us =
+            |error: &(dyn Error + 'static)| !geteuid().is_root() && daemon::is_permission(error);
+        let error = result.err().filter(|error| !is_kept_from_us(&**error));
+        refused.extend(error.map(|error| error.to_string()));
+    };
+    note(trust::check(file).map_err(Into::into));
+    for (rule, at) in config.rules.iter().zip(&config.users_at) {
+        for user in &rule.users {
+            if let (User::Name(name), Some(at)) = (user, at) {
+                let uid = owners::uid_of(Some(&worker::find_user(name)), name, at);
+                note(uid.map(drop).map_err(Into::into));
+            }
+        }
+    }
+    note(daemon::open_cgroup(config).map(drop).map_err(Into::into));
+    if let AuditTarget::File(path) = &config.audit {
+        note(audit::check(path).map_err(Into::into));
+    }
+    if let Some(path) = &config.pin_dir {
+        let refused = PinDir::check(path);
+        note(refused.map_err(|error| format!("daemon.pin_dir: {error}").into()));
+    }
+    if let Some(address) = config.metrics_listen {
+        note(has_address(address).map_err(Into::into));
+    }
+    refused
+}
+
+/// Whether this host has the address, on any port: the daemon that runs may have taken the configured one.
+fn has_address(address: SocketAddr) -> Result<(), String> {
+    match TcpListener::bind(SocketAddr::new(address.ip(), 0)) {
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Err(format!(
+            "metrics.listen: {address}: {error}; choose an address of this host, or \"\" for none"
+        )),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    /// What is refused of a file of this text, in a directory of this mode.
+    fn refused(text: &str, mode: u32) -> Vec<String> {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let file = directory.path().join("x.toml");
+        let text = format!("{text}[[rule]]\nname = 'a'\nidle_timeout = '1m'\n");
+        fs::write(&file, &text).unwrap();
+        refusals(&file, &Config::parse("x.toml", &text).unwrap())
+    }
+
+    #[test]
+    fn what_is_right_here_is_not_refused() {
+        let text = "[daemon]\npin_dir = ''\n[audit]\npath = '/dev/null'\n";
+        assert_eq!(refused(text, 0o755), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_thing_that_this_host_lacks_is_said() {
+        let text = "[daemon]\ncgroup = '/none'\npin_dir = '/tmp/none'\n[metrics]\n\
+                    listen = '192.0.2.1:9847'\n[audit]\npath = '/none/audit.json'\n\
+                    [[rule]]\nname = 'b'\nusers = ['root', 'no-such', 12345]\nmax_lifetime = '1h'\n";
+        let refused = refused(text, 0o777);
+        let starts = [
+            "x.toml",
+            "x.toml:10:9: rule \"b\": users: there is no user \"no-such\" on this host; ",
+            "daemon.cgroup: /none: ",
+            "audit.path: /none/audit.json: there is no directory /none; make it (mkdir -p /none)",
+            "daemon.pin_dir: /tmp/none is not on bpffs; ",
+            "metrics.listen: 192.0.2.1:9847: ",
+        ];
+        assert_eq!(refused.len(), starts.len(), "{refused:#?}");
+        for (line, start) in refused.iter().zip(starts).skip(1) {
+            assert!(line.starts_with(start), "{line}");
+        }
+        assert!(refused[0].contains("x.toml: ") && refused[0].contains("by everybody"));
+    }
+
+    #[test]
+    fn an_audit_that_is_a_directory_is_refused() {
+        let refused = refused("[daemon]\npin_dir = ''\n[audit]\npath = '/'\n", 0o755);
+        assert!(
+            refused[0].starts_with("audit.path: /: Is a directory"),
+            "{refused:?}"
+        );
+        assert_eq!(refused.len(), 1, "{refused:?}");
+    }
+}

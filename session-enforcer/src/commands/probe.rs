@@ -1,0 +1,415 @@
+//! What this kernel and these privileges allow, found by trying and not by version numbers.
+//!
+//! `run` asks before it starts and `doctor` prints the answers. Every trial is on sockets and maps
+//! of the daemon's own.
+
+use std::{fs, time::Duration};
+
+use nix::errno::Errno;
+
+use crate::{
+    datapath::{self, Bpffs, Kernel, Options},
+    exit::{ExitStatus, Failure},
+    host::{cgroup, clock},
+    reaper::{diag::DiagSocket, protocol::Probed, trial},
+};
+
+/// A capability and what it is needed for (`linux/capability.h`).
+struct Capability {
+    bit: u32,
+    name: &'static str,
+    needed_for: &'static str,
+    need: Need,
+}
+
+/// Who needs a capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// Everybody.
+    Always,
+    /// Who enforces other network namespaces than the daemon's own; for the others this goes without it.
+    AllNamespaces(Option<&'static str>),
+    /// Nobody; this goes without it.
+    Never(&'static str),
+}
+
+/// In the order in which they are asked for.
+const CAPABILITIES: [Capability; 6] = [
+    Capability {
+        bit: 39,
+        name: "CAP_BPF",
+        needed_for: "loading the eBPF programs and maps",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 12,
+        name: "CAP_NET_ADMIN",
+        needed_for: "attaching to a cgroup and resetting sockets",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 38,
+        name: "CAP_PERFMON",
+        needed_for: "eBPF programs that read packets",
+        need: Need::Always,
+    },
+    Capability {
+        bit: 21,
+        name: "CAP_SYS_ADMIN",
+        needed_for: "entering other network namespaces",
+        need: Need::AllNamespaces(None),
+    },
+    Capability {
+        bit: 19,
+        name: "CAP_SYS_PTRACE",
+        needed_for: "finding the namespaces of other users' processes",
+        need: Need::AllNamespaces(Some(
+            "MPTCP connections of other users' processes cannot be reset, and no connection of theirs \
+             where the kernel has no SOCK_DESTROY",
+        )),
+    },
+    Capability {
+        bit: 2,
+        name: "CAP_DAC_READ_SEARCH",
+        needed_for: "finding a cgroup by its identity",
+        need: Need::Never(
+            "the cgroup of each connection is searched for in the whole hierarchy, and not found in a \
+             directory that is closed to the daemon's user",
+        ),
+    },
+];
+
+/// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON` (capabilities(7)).
+const SYS_ADMIN_BIT: u32 = 21;
+const IN_SYS_ADMIN: [u32; 2] = [38, 39];
+
+/// The answer to one question.
+#[derive(Clone, Debug)]
+pub(super) struct Check {
+    /// What was asked, in a few words.
+    pub name: String,
+    /// What was found.
+    pub found: String,
+    /// What is wrong and what to do, and the exit status that `run` has then; `None`: it runs.
+    pub problem: Option<Failure>,
+    /// What is less than it could be, and what to do; `run` runs and says so.
+    pub warning: Option<String>,
+}
+
+impl Check {
+    fn good(name: &str, found: impl Into<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            found: found.into(),
+            problem: None,
+            warning: None,
+        }
+    }
+
+    fn bad(name: &str, status: ExitStatus, found: impl Into<String>, remedy: &str) -> Self {
+        let found = found.into();
+        let problem = Failure::new(status, format!("{name}: {found}; {remedy}"));
+        Self {
+            name: name.to_owned(),
+            found,
+            problem: Some(problem),
+            warning: None,
+        }
+    }
+}
+
+/// Asks everything, for a daemon that enforces all network namespaces or its own alone.
+pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
+    let mut checks = vec![Check::good("kernel", kernel_release())];
+    checks.extend(capabilities(all_namespaces));
+    checks.extend([
+        cgroup2(),
+        bpffs(),
+        clock_lag(),
+        netns_cookie(),
+        resets(&trial::try_reset()),
+        programs(),
+    ]);
+    checks
+}
+
+/// The first thing that keeps the daemon from its work; what only hinders it is logged. The programs
+/// are left out: the daemon loads its own at once. So are resets, which a reaper tries.
+///
+/// # Errors
+///
+/// The failure to end with.
+pub(super) fn require(all_namespaces: bool) -> Result<(), Failure> {
+    let checks = capabilities(all_namespaces).into_iter();
+    checks.chain([netns_cookie()]).try_for_each(require_one)
+}
+
+/// The same of what a reaper has found out about resets.
+///
+/// # Errors
+///
+/// As above.
+pub(super) fn require_resets(probed: &Probed) -> Result<(), Failure> {
+    require_one(resets(probed))
+}
+
+fn require_one(check: Check) -> Result<(), Failure> {
+    if let Some(warning) = check.warning {
+        tracing::warn!("{warning}");
+    }
+    check.problem.map_or(Ok(()), Err)
+}
+
+/// The kernel's release, as `uname -r` prints it.
+pub(super) fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|names| names.release().to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "unknown".to_owned())
+}
+
+fn capabilities(all_namespaces: bool) -> Vec<Check> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = parse_effective(&status).unwrap_or(0);
+    CAPABILITIES
+        .iter()
+        .map(|c| check_capability(c, effective, all_namespaces))
+        .collect()
+}
+
+fn check_capability(capability: &Capability, effective: u64, all_namespaces: bool) -> Check {
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let included = IN_SYS_ADMIN.contains(&capability.bit) && has(SYS_ADMIN_BIT);
+    if has(capability.bit) || included {
+        return Check::good(capability.name, "present");
+    }
+    let without = match capability.need {
+        Need::Never(without) => Some(without),
+        Need::AllNamespaces(Some(without)) if !all_namespaces => Some(without),
+        Need::AllNamespaces(None) if !all_namespaces => {
+            return Check::good(
+                capability.name,
+                "missing, and not needed with daemon.network_namespaces = \"own\"",
+            );
+        }
+        Need::Always | Need::AllNamespaces(_) => None,
+    };
+    if let Some(without) = without {
+        return Check {
+            warning: Some(format!("{}: missing; {without}", capability.name)),
+            ..Check::good(capability.name, "missing")
+        };
+    }
+    Check::bad(
+        capability.name,
+        ExitStatus::NoPermission,
+        format!("missing, needed for {}", capability.needed_for),
+        "run as root, or give the service this capability",
+    )
+}
+
+/// Format: proc(5), `/proc/pid/status`.
+fn parse_effective(status: &str) -> Option<u64> {
+    let hex = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}
+
+fn cgroup2() -> Check {
+    match cgroup::mount_point() {
+        Ok(path) => Check::good("cgroup v2", path.display().to_string()),
+        Err(error) => Check::bad(
+            "cgroup v2",
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "the programs are attached to a cgroup",
+        ),
+    }
+}
+
+fn bpffs() -> Check {
+    const NAME: &str = "bpffs";
+    match datapath::find_bpffs() {
+        Bpffs::Mounted(path) => Check::good(NAME, format!("mounted at {}", path.display())),
+        Bpffs::Mountable(path) => {
+            let path = path.display();
+            Check::good(NAME, format!("not mounted; `run` mounts it at {path}"))
+        }
+        Bpffs::Refused(error) => Check::bad(
+            NAME,
+            match error {
+                Errno::EPERM => ExitStatus::NoPermission,
+                _ => ExitStatus::Unavailable,
+            },
+            format!("not mounted, and cannot be: {}", error.desc()),
+            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\" and sessions \
+             are adopted anew at each start",
+        ),
+    }
+}
+
+fn clock_lag() -> Check {
+    let lag = Duration::from_nanos(clock::coarse_lag_ns());
+    Check::good(
+        "time stamps",
+        format!(
+            "exact; activity of sessions older than the daemon is known to {lag:?} and taken as so much \
+             later, so that none ends early"
+        ),
+    )
+}
+
+fn netns_cookie() -> Check {
+    const NAME: &str = "network namespace cookies";
+    match DiagSocket::open().and_then(|diag| diag.netns_cookie()) {
+        Ok(cookie) => Check::good(NAME, format!("present, the own one is {cookie}")),
+        Err(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "Linux 6.1 or newer with sock_diag is needed",
+        ),
+    }
+}
+
+/// What a trial says.
+fn resets(probed: &Probed) -> Check {
+    const NAME: &str = "SOCK_DESTROY";
+    match probed {
+        Probed::Destroyed(0) => Check::good(NAME, "resets a connection"),
+        Probed::Destroyed(libc::EPERM) => Check::bad(
+            NAME,
+            ExitStatus::NoPermission,
+            "refused",
+            "CAP_NET_ADMIN is needed in the user namespace that owns the network namespace",
+        ),
+        Probed::NotSupported(tried) => without_destroy(NAME, tried),
+        Probed::Destroyed(code) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            nix::Error::from_raw(*code).desc(),
+            "the kernel must be able to destroy sockets",
+        ),
+        Probed::Failed(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.clone(),
+            "a connection over the loopback interface is needed to try it; is it up?",
+        ),
+    }
+}
+
+/// What a kernel without it is good for, by whether a connection was reset through its process.
+fn without_destroy(name: &str, tried: &Result<(), String>) -> Check {
+    const REMEDY: &str = "a kernel built with CONFIG_INET_DIAG_DESTROY has it";
+    let found = "not supported";
+    match tried {
+        Ok(()) => Check {
+            warning: Some(format!(
+                "{name}: {found}; connections are reset through the processes that hold them \
+                 (pidfd_getfd, which needs CAP_SYS_PTRACE), and one that no process has accepted, or \
+                 that its process has closed, is only kept from passing payload; {REMEDY}"
+            )),
+            ..Check::good(name, found)
+        },
+        Err(error) => Check::bad(
+            name,
+            ExitStatus::Unavailable,
+            format!("{found}, and connections are not reset through their processes: {error}"),
+            REMEDY,
+        ),
+    }
+}
+
+/// Loads the programs, small, and attaches them to nothing.
+fn programs() -> Check {
+    const NAME: &str = "eBPF programs";
+    let options = Options {
+        max_sessions: 1,
+        only_netns: None,
+        verbose: false,
+    };
+    match Kernel::load(options, None) {
+        Ok(_) => Check::good(NAME, "accepted by the verifier"),
+        Err(error) => Check::bad(
+            NAME,
+            ExitStatus::Unavailable,
+            error.to_string(),
+            "Linux 6.1 or newer and CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effective_capabilities_are_read() {
+        let status = "Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n";
+        assert_eq!(parse_effective(status), Some(0x1ff_ffff_ffff));
+        assert_eq!(parse_effective("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn a_missing_capability_is_named_with_its_purpose() {
+        let check = check_capability(&CAPABILITIES[1], !(1 << 12), true);
+        let failure = check.problem.unwrap();
+        assert_eq!(failure.status, ExitStatus::NoPermission);
+        assert!(
+            failure
+                .message
+                .starts_with("CAP_NET_ADMIN: missing, needed for"),
+            "{failure}"
+        );
+    }
+
+    #[test]
+    fn what_goes_without_a_capability_is_said() {
+        let missing = |bit: u32, all| {
+            let find = |c: &&Capability| c.bit == bit;
+            check_capability(CAPABILITIES.iter().find(find).unwrap(), 0, all)
+        };
+        for all in [true, false] {
+            assert!(missing(2, all).problem.is_none());
+            assert!(missing(2, all).warning.unwrap().contains("hierarchy"));
+            assert_eq!(missing(19, all).problem.is_some(), all);
+            assert_eq!(missing(19, all).warning.is_some(), !all);
+            assert_eq!(missing(21, all).problem.is_some(), all);
+        }
+        assert!(missing(39, false).problem.is_some());
+    }
+
+    #[test]
+    fn sys_admin_stands_for_the_capabilities_that_came_out_of_it() {
+        let only_sys_admin = 1 << SYS_ADMIN_BIT;
+        assert!(
+            check_capability(&CAPABILITIES[0], only_sys_admin, true)
+                .problem
+                .is_none()
+        );
+        assert!(
+            check_capability(&CAPABILITIES[1], only_sys_admin, true)
+                .problem
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn without_sock_destroy_the_daemon_runs_where_processes_give_their_sockets() {
+        let check = without_destroy(
+            "SOCK_DESTROY",
+            &trial::try_disconnect().map_err(|error| error.to_string()),
+        );
+        assert!(check.problem.is_none());
+        let warning = check.warning.unwrap();
+        assert!(warning.contains("CONFIG_INET_DIAG_DESTROY"), "{warning}");
+        let check = without_destroy("SOCK_DESTROY", &Err("EPERM".to_owned()));
+        let failure = check.problem.unwrap();
+        assert_eq!(failure.status, ExitStatus::Unavailable);
+        assert!(
+            failure.message.contains("EPERM; a kernel built"),
+            "{failure}"
+        );
+    }
+}

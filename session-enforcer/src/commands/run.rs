@@ -1,0 +1,292 @@
+//! `run`: opens everything in an order in which a failure leaves nothing behind, and starts the
+//! engine.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use tokio::{runtime, sync::mpsc, task::LocalSet};
+
+use crate::{
+    commands::{detach, probe},
+    config::{Config, Mode, NetworkNamespaces, Rule},
+    datapath::{BpfError, Kernel, Options, PinDir},
+    engine::{
+        Begun, Channels, Engine, Parts, Reloading, Signals, Source,
+        directory::{Directory, UserError},
+    },
+    exit::{ExitStatus, Failure, OrExit as _},
+    host::{
+        cgroup::{self, Cgroup},
+        clock, privilege,
+    },
+    reaper::{
+        diag::DiagSocket,
+        pool::{Next, Pool, Purpose},
+        protocol::{Reply, Request},
+    },
+    report::{
+        audit::{Audit, AuditError},
+        http,
+        metrics::Metrics,
+    },
+};
+
+/// How long the trial of a reset may take before the start goes on without its answer.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Requests of the HTTP server that may wait for the engine.
+const WAITING_REQUESTS: usize = 64;
+
+/// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP.
+///
+/// # Errors
+///
+/// Where something that it needs is missing or taken. Nothing is attached then, but what an earlier
+/// daemon that was killed had attached.
+pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
+    probe::require(all_namespaces)?;
+    raise_file_limit();
+    let cgroup = open_cgroup(config)?;
+    // Before anything that another daemon may have: who it is says more than what it has.
+    let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
+    let pins = pins.map_err(|error| detach::failure(&error))?;
+    let listener = config.metrics_listen.map(http::bind).transpose()?;
+    // Its thread is to have no more privileges than the engine after the start.
+    let audit = privilege::unprivileged(|| Audit::open(&config.audit))?;
+    let audit = audit.map_err(audit_failure)?;
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    let serving = serve(config, source, cgroup, pins, listener, audit);
+    LocalSet::new().block_on(&runtime, serving)
+}
+
+async fn serve(
+    config: &Config,
+    source: Option<Source>,
+    cgroup: Cgroup,
+    pins: Option<PinDir>,
+    listener: Option<std::net::TcpListener>,
+    audit: Audit,
+) -> Result<()> {
+    let signals = Signals::new().context("taking over signals")?;
+    unblock_signals();
+    // Reapers that have ended are waited for by the kernel.
+    // SAFETY: to ignore a signal runs no code.
+    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+    let pool = Pool::start()?;
+    try_a_reset(&pool).await?;
+    let own_netns = own_netns()?;
+    let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
+    let options = Options {
+        max_sessions: config.max_sessions,
+        only_netns: (!all_namespaces).then_some(own_netns),
+        verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
+    };
+    let kernel = Kernel::load(options, pins);
+    let mut kernel = kernel.map_err(|error| kernel_failure(&error))?;
+    let (events, log) = (kernel.take_events()?, kernel.take_log()?);
+    let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
+    let parts = Parts {
+        kernel,
+        directory,
+        audit,
+        metrics: metrics(config)?,
+        lag_ns: clock::coarse_lag_ns(),
+        own_netns,
+    };
+    let (requests_in, requests) = mpsc::channel(WAITING_REQUESTS);
+    let reloading = Reloading {
+        source,
+        config: config.clone(),
+    };
+    let channels = Channels {
+        events,
+        log,
+        requests,
+        signals,
+    };
+    let announced = (config.clone(), cgroup.path().to_owned());
+    let engine = Engine::new(parts, pool, cgroup, channels, reloading)?;
+    let begun = move |begun| announce(&announced.0, &announced.1, begun);
+    let served = move || listener.map_or(Ok(()), |listener| spawn_http(listener, requests_in));
+    let run = engine.run(privilege::confine_engine, begun, served);
+    run.await.map_err(start_failure)
+}
+
+/// Looks whether this kernel resets connections. One that does not answer is met in time: the reapers say so.
+async fn try_a_reset(pool: &Pool) -> Result<()> {
+    let asked = pool.ask(Purpose::Others, &Request::Probe, None).await;
+    let mut exchange = asked.context("asking a reaper")?;
+    loop {
+        match exchange.next(PROBE_PATIENCE).await {
+            Next::Reply(Reply::Probed(probed), _) => probe::require_resets(&probed)?,
+            Next::Reply(Reply::Done { .. }, _) => return Ok(()),
+            Next::Reply(..) => {}
+            Next::Ended => anyhow::bail!("a reaper has ended while it tried a reset"),
+            Next::Silent => {
+                tracing::warn!(
+                    "SOCK_DESTROY: no answer yet; before Linux 6.9 a process that keeps a socket \
+                     locked holds up all of them"
+                );
+                exchange.leave_behind();
+                tokio::task::spawn_local(async move {
+                    while let Next::Silent | Next::Reply(..) = exchange.next(PROBE_PATIENCE).await {
+                        exchange.condition();
+                    }
+                });
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn own_netns() -> Result<u64, Failure> {
+    let cookie = DiagSocket::open().and_then(|diag| diag.netns_cookie());
+    cookie.or_exit(ExitStatus::Unavailable)
+}
+
+/// What the kernel refuses at the start, and a user that is not there, have an exit status.
+fn start_failure(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(error) => kernel_failure(error).into(),
+        None => policy_failure(error),
+    }
+}
+
+fn announce(config: &Config, cgroup: &Path, begun: Begun) {
+    let mode = match config.mode {
+        Mode::Enforce => "enforcing",
+        Mode::Observe => "observing",
+    };
+    tracing::info!(
+        "{mode} {} rule(s) on {}, {} session(s) taken over, {} existing connection(s) adopted",
+        config.rules.len(),
+        cgroup.display(),
+        begun.taken_over,
+        begun.adopted,
+    );
+}
+
+fn spawn_http(
+    listener: std::net::TcpListener,
+    requests: mpsc::Sender<http::Request>,
+) -> Result<()> {
+    let address = listener.local_addr().context("metrics.listen")?;
+    let listener = tokio::net::TcpListener::from_std(listener).context("metrics.listen")?;
+    tracing::info!("metrics at http://{address}/metrics");
+    tokio::spawn(http::serve(listener, requests));
+    Ok(())
+}
+
+fn metrics(config: &Config) -> Result<Metrics> {
+    let rule = |rule: &Rule| (rule.name.clone(), config.mode_of(rule));
+    let rules: Vec<_> = config.rules.iter().map(rule).collect();
+    let version = env!("CARGO_PKG_VERSION");
+    Metrics::new(
+        &rules,
+        config.max_sessions,
+        version,
+        &probe::kernel_release(),
+    )
+    .context("preparing the metrics")
+}
+
+/// Each network namespace with sessions takes a descriptor: the usual soft limit of 1,024 is too few
+/// for a large container host. What cannot be raised is met later, and named, where it is met.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("raising the limit of open files to {hard}: {error}");
+    }
+}
+
+/// Has a hangup and SIGUSR1 wait until there are handlers for them: each would end the process before. Threads that
+/// begin from here on leave it to this one.
+///
+/// # Errors
+///
+/// Where the system refuses.
+pub fn hold_hangups() -> Result<()> {
+    let held = SigSet::from_iter([Signal::SIGHUP, Signal::SIGUSR1]);
+    held.thread_block().context("blocking SIGHUP and SIGUSR1")
+}
+
+/// Lets in what waited for the handlers. A parent, too, may have blocked the signals that stop the
+/// daemon, and a mask is inherited.
+fn unblock_signals() {
+    if let Err(error) = SigSet::empty().thread_set_mask() {
+        tracing::warn!("unblocking signals: {error}");
+    }
+}
+
+/// The cgroup that a configuration names, or the whole host's.
+///
+/// # Errors
+///
+/// Where it is not there.
+pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
+    let (path, status): (PathBuf, _) = match &config.cgroup {
+        Some(path) => (path.clone(), ExitStatus::Configuration),
+        None => (
+            cgroup::mount_point().or_exit(ExitStatus::Unavailable)?,
+            ExitStatus::Unavailable,
+        ),
+    };
+    Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
+}
+
+/// An audit that others could change is an error of the configuration, which names it.
+fn audit_failure(error: AuditError) -> anyhow::Error {
+    match error {
+        AuditError::Untrusted(_) => {
+            Failure::new(ExitStatus::Configuration, error.to_string()).into()
+        }
+        other => other.into(),
+    }
+}
+
+/// A user whom the configuration names and the host does not have is an error of the configuration.
+fn policy_failure(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<UserError>() {
+        Ok(error) => Failure::new(ExitStatus::Configuration, error.to_string()).into(),
+        Err(error) => error,
+    }
+}
+
+/// The kernel refuses programs for want of privileges or for want of a feature.
+fn kernel_failure(error: &BpfError) -> Failure {
+    if let BpfError::Pins(error) = error {
+        return detach::failure(error);
+    }
+    if let BpfError::Taken { .. } = error {
+        return Failure::new(ExitStatus::Other, error.to_string());
+    }
+    if is_permission(error) {
+        let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
+        return Failure::new(ExitStatus::NoPermission, message);
+    }
+    let message =
+        format!("{error}; Linux 6.1 or newer is needed, `session-enforcer doctor` says more");
+    Failure::new(ExitStatus::Unavailable, message)
+}
+
+/// Whether an error comes from missing privileges.
+pub(crate) fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|cause| {
+        let io = cause.downcast_ref::<io::Error>();
+        io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+    })
+}

@@ -1,0 +1,228 @@
+//! The programs' attachments: made, taken over from an earlier daemon's programs, detached.
+
+use std::{
+    collections::HashMap,
+    io, iter,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    sync::{Mutex, PoisonError},
+};
+
+use aya::{
+    Ebpf,
+    programs::{Program, ProgramError, ProgramFd},
+};
+
+use super::{BpfError, Kernel, Options, bpf_error::Holder, found::FoundLink, sys};
+use crate::host::{cgroup::Cgroup, threads::together};
+
+// Flags of an attachment (`linux/bpf.h`).
+const BPF_F_ALLOW_OVERRIDE: u32 = 1;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// A program and where it is attached.
+pub(super) struct Attachable {
+    /// Its name in the object, and that of its link's pin.
+    pub(super) name: &'static str,
+    /// `enum bpf_attach_type` of `linux/bpf.h`.
+    pub(super) attach_type: u32,
+    /// bpftool's name for that.
+    attach_name: &'static str,
+    /// Whether no daemon does without it.
+    pub(super) is_always_wanted: bool,
+    /// Whether a daemon that does not always need it does with these options.
+    is_wanted: fn(&Options) -> bool,
+}
+
+impl Attachable {
+    const fn always(name: &'static str, attach_type: u32, attach_name: &'static str) -> Self {
+        Self {
+            name,
+            attach_type,
+            attach_name,
+            is_always_wanted: true,
+            is_wanted: |_| true,
+        }
+    }
+}
+
+/// Every program, in the order in which they are attached. Owners first: no connection is decided
+/// about whose owner could not be noted. Then packets: no session is in the map before the programs
+/// that stamp it run.
+pub(super) const PROGRAMS: [Attachable; 4] = [
+    Attachable::always("note_owner", 2, "cgroup_inet_sock_create"),
+    Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
+    Attachable::always("track_egress", 1, "cgroup_inet_egress"),
+    Attachable::always("track_lifecycle", 3, "cgroup_sock_ops"),
+];
+
+/// The program that the daemon runs itself, attached to nothing.
+pub(super) const SERVE: &str = "serve";
+
+/// An attachment of this daemon. Where it is not pinned, it goes with the descriptor.
+pub(super) struct Attached {
+    name: &'static str,
+    link: OwnedFd,
+}
+
+/// Loads the programs into the kernel, two at the same time: with each of the larger ones the verifier
+/// keeps a processor busy for as long as the rest of a start takes.
+pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
+    let mut found: HashMap<_, _> = ebpf.programs_mut().collect();
+    let mut waiting = Vec::new();
+    for name in iter::once(SERVE).chain(PROGRAMS.map(|program| program.name)) {
+        let program = found.remove(name).ok_or(BpfError::Missing(name))?;
+        waiting.push((name, program));
+    }
+    let waiting = Mutex::new(waiting);
+    // From the end: the small one comes last.
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let load_some = || {
+        while let Some((name, program)) = next() {
+            load_one(name, program)?;
+        }
+        Ok(())
+    };
+    together("load", 1, load_some).into_iter().collect()
+}
+
+fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
+    let loaded = match program {
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::RawTracePoint(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    loaded.map_err(|source| BpfError::Program { name, source })
+}
+
+impl Kernel {
+    /// Attaches the programs to the cgroup: from then on each new connection below it is tracked.
+    /// Where an earlier daemon's programs are attached there, these take their place, one by one,
+    /// and no packet passes between the one and the other.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses. What was attached before that is detached on drop, except in the
+    /// place of an earlier daemon's programs.
+    pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
+        let metadata = cgroup.file().metadata().map_err(BpfError::Cgroup)?;
+        let in_place = match &mut self.pins {
+            Some(pins) => pins.decide(metadata.ino(), self.options.max_sessions)?,
+            None => false,
+        };
+        for program in &PROGRAMS {
+            let name = program.name;
+            if !(program.is_wanted)(&self.options) {
+                self.pins.iter().try_for_each(|pins| pins.unpin(name))?;
+                continue;
+            }
+            let loaded = program_fd(&self.ebpf, name)?;
+            let found = self.pins.as_mut().and_then(|pins| pins.take_link(name));
+            let link = match found {
+                Some(found) if in_place => {
+                    sys::update_link(&found.link, loaded)
+                        .map_err(|source| BpfError::Attach { name, source })?;
+                    found.link
+                }
+                found => self.attach_anew(program, cgroup, found)?,
+            };
+            self.attached.push(Attached { name, link });
+        }
+        Ok(())
+    }
+
+    fn attach_anew(
+        &self,
+        program: &Attachable,
+        cgroup: &Cgroup,
+        before: Option<FoundLink>,
+    ) -> Result<OwnedFd, BpfError> {
+        let name = program.name;
+        let loaded = program_fd(&self.ebpf, name)?;
+        let link = sys::create_link(loaded, &cgroup.file(), program.attach_type)
+            .map_err(|source| refusal(program, cgroup, source))?;
+        if let Some(pins) = &self.pins {
+            pins.pin_link(&link, name)?;
+            // Of another cgroup. Two programs on one map would count the end of a session twice or
+            // not at all; with a map of its own the earlier one goes on until all is taken over.
+            if let Some(before) = before.filter(|_| !pins.has_witness()) {
+                sys::detach_link(&before.link)
+                    .map_err(|source| BpfError::Attach { name, source })?;
+            }
+        }
+        Ok(link)
+    }
+
+    /// Whether every program is attached still. An administrator may detach them, and they go with
+    /// their cgroup.
+    pub fn is_attached(&self) -> bool {
+        let is_attached = |attached: &Attached| {
+            // Who cannot tell does not claim the contrary.
+            sys::link_info(&attached.link).map_or(true, |info| info.cgroup_id != 0)
+        };
+        self.attached.iter().all(is_attached)
+    }
+
+    /// Takes the programs out of the kernel. The sessions stay pinned, for the next daemon.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn detach(&mut self) -> Result<(), BpfError> {
+        for Attached { name, link } in std::mem::take(&mut self.attached) {
+            sys::detach_link(&link).map_err(|source| BpfError::Attach { name, source })?;
+            self.pins.iter().try_for_each(|pins| pins.unpin(name))?;
+        }
+        Ok(())
+    }
+}
+
+/// Why the kernel has refused an attachment: for want of a capability and for the flags of another program
+/// it says EPERM.
+fn refusal(program: &Attachable, cgroup: &Cgroup, source: io::Error) -> BpfError {
+    let name = program.name;
+    if source.raw_os_error() == Some(libc::EPERM)
+        && let Some(holder) = holder(cgroup, program)
+    {
+        return BpfError::Taken { name, holder };
+    }
+    BpfError::Attach { name, source }
+}
+
+/// The program that lets no other in beside it, in the cgroup or above it.
+///
+/// The programs of one cgroup were all attached with the same flags, and one that is attached with
+/// `BPF_F_ALLOW_MULTI` must find those there. Above, the nearest cgroup that has programs decides: they allow
+/// others below them with either flag (`__cgroup_bpf_attach` and `hierarchy_allows_attach` of
+/// `kernel/bpf/cgroup.c`).
+fn holder(cgroup: &Cgroup, program: &Attachable) -> Option<Holder> {
+    let there = cgroup.path().ancestors().map(Cgroup::open);
+    for (depth, there) in there.map_while(Result::ok).enumerate() {
+        let found = sys::attached_programs(there.file(), program.attach_type).ok()?;
+        let Some(id) = found.ids.first().copied() else {
+            continue;
+        };
+        let allowing = match depth {
+            0 => BPF_F_ALLOW_MULTI,
+            _ => BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE,
+        };
+        return (found.flags & allowing == 0).then(|| Holder {
+            id,
+            name: sys::program_name(id).unwrap_or_default(),
+            cgroup: there.path().to_owned(),
+            attach_name: program.attach_name,
+        });
+    }
+    None
+}
+
+pub(super) fn program_fd<'a>(
+    ebpf: &'a Ebpf,
+    name: &'static str,
+) -> Result<&'a ProgramFd, BpfError> {
+    ebpf.program(name)
+        .ok_or(BpfError::Missing(name))?
+        .fd()
+        .map_err(|source| BpfError::Program { name, source })
+}

@@ -1,0 +1,682 @@
+//! Adoption: which of the connections that exist when the daemon starts become sessions, and with
+//! which times. Pure: from what `sock_diag` lists to session records.
+
+use std::{cmp::Ordering, collections::HashMap};
+
+use session_enforcer_common::{
+    Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session, flags,
+    matches,
+};
+
+use crate::{
+    host::cgroup::Scope,
+    reaper::diag::{Info, Socket, state},
+};
+
+/// Chooses the sockets to adopt.
+#[derive(Debug)]
+pub struct Adopter<'a> {
+    /// The match table, in force in the kernel too.
+    pub entries: &'a [MatchEntry],
+    /// The limits of each rule by its place.
+    pub policies: &'a [Policy],
+    /// Generation of both.
+    pub generation: u32,
+    /// How much later than its age tells an event may have been: [`crate::host::clock::coarse_lag_ns`].
+    pub lag_ns: u64,
+    /// The cgroups that the attachment covers.
+    pub scope: &'a Scope,
+    /// Of each cgroup that a socket of the lists may have, those above it.
+    pub ancestors: &'a HashMap<u64, Ancestors>,
+}
+
+impl Adopter<'_> {
+    /// Whether a socket is a session of some rule. What passed in it need not be known.
+    pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
+        self.chosen(socket, listeners).is_some()
+    }
+
+    /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
+    fn chosen(&self, socket: &Socket, listeners: &Listeners) -> Option<(Facts, Owner, u16)> {
+        let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
+        if !is_session || !self.scope.contains(socket.cgroup_id) {
+            return None;
+        }
+        let owner = owner(socket, listeners);
+        let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
+        let ancestors = ancestors.get(&owner.cgroup_id);
+        facts.known |= ancestors.map_or(0, |_| Facts::CGROUP);
+        let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
+        let mut entries = self.entries.iter();
+        let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
+        (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
+    }
+
+    /// The session of a socket, seen at `now_ns`; none where no rule tracks it.
+    pub fn session(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        netns_cookie: u64,
+        now_ns: u64,
+    ) -> Option<Session> {
+        let (facts, owner, rule) = self.chosen(socket, listeners)?;
+        let info = socket.info?;
+        let policy = self.policies.get(usize::from(rule));
+        let (received, sent) = activity(&info, now_ns, self.lag_ns);
+        Some(Session {
+            last_received_ns: received,
+            last_sent_ns: sent,
+            answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
+            bytes_received: payload_received(socket, &info),
+            bytes_sent: payload_sent(socket, &info, facts.direction as u8),
+            open_until_ns: 0,
+            // The kernel does not keep the time of establishment. Both ages begin with it, so the
+            // older one is the least age that the connection has.
+            established_ns: received.min(sent),
+            netns_cookie,
+            local: facts.local,
+            remote: facts.remote,
+            local_port: facts.local_port,
+            remote_port: facts.remote_port,
+            ifindex: socket.target.ifindex,
+            generation: self.generation,
+            rule,
+            direction: facts.direction as u8,
+            flags: match socket.mptcp_token {
+                Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
+                None => flags::END_UNREPORTED,
+            },
+            owner,
+        })
+    }
+}
+
+/// The owner of a socket, as the programs would have noted it: of an accepted socket, that of the
+/// socket that listens. The process is not known.
+pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
+    let maker = listeners.accepting(socket);
+    // The listener that has accepted it may be no more, and another one be in its place.
+    let maker = maker.filter(|maker| maker.cgroup_id == socket.cgroup_id);
+    let maker = maker.unwrap_or(socket);
+    match maker.cgroup_id {
+        Some(cgroup_id) => Owner {
+            cgroup_id,
+            uid: maker.uid,
+            ..Owner::UNKNOWN
+        },
+        None => Owner::UNKNOWN,
+    }
+}
+
+fn facts(socket: &Socket, listeners: &Listeners, owner: &Owner) -> Facts {
+    let target = &socket.target;
+    Facts {
+        direction: match listeners.accepting(socket) {
+            Some(_) => Direction::Inbound,
+            None => Direction::Outbound,
+        },
+        local: target.local,
+        remote: target.remote,
+        local_port: target.local_port,
+        remote_port: target.remote_port,
+        uid: owner.uid,
+        known: if owner.is_known() { Facts::UID } else { 0 },
+    }
+}
+
+/// Whether this host owes the answer to what it received. Where both ages are the same, the kernel
+/// does not tell which was last: then whatever lets the session live longer.
+fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bool {
+    if direction != Direction::Inbound || info.bytes_received == 0 {
+        return false;
+    }
+    match info.last_data_received_ms.cmp(&info.last_data_sent_ms) {
+        Ordering::Less => true,
+        Ordering::Greater => false,
+        Ordering::Equal => policy.is_some_and(|policy| {
+            policy.idle_timeout_ns != 0 && policy.response_timeout_ns >= policy.idle_timeout_ns
+        }),
+    }
+}
+
+/// When this host answered, as a [`Session`] has it.
+fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
+    if owes_answer { 0 } else { sent_ns.max(1) }
+}
+
+/// Payload bytes received. The kernel counts the peer's FIN as one.
+fn payload_received(socket: &Socket, info: &Info) -> u64 {
+    let ended = matches!(
+        socket.state,
+        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
+    );
+    info.bytes_received.saturating_sub(u64::from(ended))
+}
+
+/// Payload bytes sent, as the packet path counts them: those that have left. What is dropped before, by
+/// the gate too, is tried again and again, and moves no sequence number.
+fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
+    let ended = matches!(
+        socket.state,
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK
+    );
+    let syn = u64::from(direction == Direction::Outbound as u8);
+    let fin = u64::from(ended && info.is_all_sent);
+    // The parts of one are not read at the same moment, and may have too much; but no more has left than
+    // was tried.
+    info.bytes_tried
+        .min(info.numbers_sent.saturating_sub(syn + fin))
+}
+
+/// When payload was last received and sent, by ages that were read before `now_ns`. The kernel counts them in
+/// ticks, so an event may have been up to `lag_ns` later than its age tells: it is taken to have been, and
+/// no session ends early.
+fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
+    let before = |age_ms: u32| {
+        let age_ns = u64::from(age_ms) * 1_000_000;
+        now_ns.saturating_sub(age_ns.saturating_sub(lag_ns))
+    };
+    (
+        before(info.last_data_received_ms),
+        before(info.last_data_sent_ms),
+    )
+}
+
+/// A session brought up to date with its socket, after a time in which packets were not stamped. The
+/// byte counts tell whether any payload passed, the ages when. Of how much came with each packet
+/// nothing is known: all of it counts.
+pub fn caught_up(
+    session: &Session,
+    socket: &Socket,
+    policy: Option<&Policy>,
+    now_ns: u64,
+    lag_ns: u64,
+) -> Session {
+    let Some(info) = socket.info else {
+        return *session;
+    };
+    let mut now = *session;
+    let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
+    let received = payload_received(socket, &info);
+    let sent = payload_sent(socket, &info, session.direction);
+    let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
+    if has_received {
+        now.bytes_received = received;
+        now.last_received_ns = received_ns.max(session.last_received_ns);
+    }
+    if has_sent {
+        now.bytes_sent = sent;
+        now.last_sent_ns = sent_ns.max(session.last_sent_ns);
+    }
+    if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
+        let owes = match (has_received, has_sent) {
+            (true, true) => owes_answer(Direction::Inbound, &info, policy),
+            (has_received, _) => has_received,
+        };
+        now.answered_ns = match (owes, has_sent) {
+            (true, _) => 0,
+            (false, true) => answered_ns(false, now.last_sent_ns),
+            (false, false) => now.answered_ns,
+        };
+    }
+    now
+}
+
+/// The sockets on which a namespace accepts connections. A connection from a port with a listener
+/// was accepted there: the kernel does not keep who dialled.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    by_port: HashMap<u16, Vec<Socket>>,
+}
+
+impl Listeners {
+    /// The listeners among the sockets of a namespace.
+    pub fn among(sockets: &[Socket]) -> Self {
+        let mut by_port: HashMap<u16, Vec<Socket>> = HashMap::new();
+        for socket in sockets.iter().filter(|s| s.state == state::LISTEN) {
+            by_port
+                .entry(socket.target.local_port)
+                .or_default()
+                .push(*socket);
+        }
+        Self { by_port }
+    }
+
+    /// The listener that accepted a connection. An accepted socket has the cgroup of its listener, so
+    /// one of that cgroup goes first; then one of the very address before one of all IPv4 addresses
+    /// and one of both families, as in the kernel.
+    fn accepting(&self, socket: &Socket) -> Option<&Socket> {
+        let address = socket.target.local;
+        let all_ipv4 = address.is_ipv4().then_some(Address::from_ipv4(0));
+        let wanted = [Some(address), all_ipv4, Some(Address([0; 4]))];
+        let listening = self.by_port.get(&socket.target.local_port)?;
+        let ranked = listening.iter().filter_map(|listener| {
+            let bound = Some(listener.target.local);
+            let rank = wanted.iter().position(|wanted| *wanted == bound)?;
+            Some((listener.cgroup_id != socket.cgroup_id, rank, listener))
+        });
+        let first = ranked.min_by_key(|(elsewhere, rank, _)| (*elsewhere, *rank))?;
+        Some(first.2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use session_enforcer_common::PortRange;
+
+    use super::*;
+    use crate::reaper::diag::Target;
+
+    const MS: u64 = 1_000_000;
+
+    fn v4(octets: [u8; 4]) -> Address {
+        Address::from_ipv4(u32::from_ne_bytes(octets))
+    }
+
+    fn socket(state: u8, local_port: u16, remote_port: u16) -> Socket {
+        Socket {
+            state,
+            is_mini: false,
+            target: Target {
+                local: if state == state::LISTEN {
+                    v4([0; 4])
+                } else {
+                    v4([10, 0, 0, 5])
+                },
+                remote: v4([10, 0, 0, 7]),
+                local_port,
+                remote_port,
+                ifindex: 0,
+                cookie: 42,
+            },
+            uid: 113,
+            inode: 99,
+            cgroup_id: Some(7),
+            info: Some(Info {
+                last_data_sent_ms: 3_000,
+                last_data_received_ms: 5_000,
+                bytes_received: 10,
+                bytes_tried: 20,
+                numbers_sent: 20,
+                is_all_sent: true,
+            }),
+            mptcp_token: None,
+        }
+    }
+
+    fn entry(rule: u16, port: u16, directions: u8) -> MatchEntry {
+        MatchEntry {
+            local_ports: PortRange {
+                first: port,
+                last: port,
+            },
+            directions,
+            ..MatchEntry::any(rule)
+        }
+    }
+
+    fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
+        let adopter = Adopter {
+            entries,
+            policies: &[],
+            generation: 1,
+            lag_ns: 0,
+            scope,
+            ancestors: &HashMap::from([(7, Ancestors::of(&[2, 7]))]),
+        };
+        let listeners = Listeners::among(sockets);
+        let adopted = |socket: &Socket| {
+            let session = adopter.session(socket, &listeners, 3, 10_000 * MS)?;
+            Some((socket.target.cookie, session))
+        };
+        sockets.iter().filter_map(adopted).collect()
+    }
+
+    #[test]
+    fn an_accepted_connection_is_its_listener_s_and_another_its_own() {
+        let mut listener = socket(state::LISTEN, 5432, 0);
+        (listener.uid, listener.cgroup_id) = (0, Some(8));
+        let mut accepted = socket(state::ESTABLISHED, 5432, 1);
+        accepted.cgroup_id = Some(8);
+        let sockets = [listener, accepted, socket(state::ESTABLISHED, 50_000, 5432)];
+        let any = [MatchEntry::any(0)];
+        let owners: Vec<(u64, u32)> = adopt(&any, &Scope::All, &sockets)
+            .iter()
+            .map(|(_, session)| (session.owner.cgroup_id, session.owner.uid))
+            .collect();
+        assert_eq!(owners, [(8, 0), (7, 113)]);
+    }
+
+    #[test]
+    fn of_listeners_that_share_a_port_the_one_of_the_socket_s_cgroup_and_family_is_its_maker() {
+        let listener = |cgroup_id, local, uid| {
+            let mut listener = socket(state::LISTEN, 5432, 0);
+            listener.target.local = local;
+            Socket {
+                cgroup_id: Some(cgroup_id),
+                uid,
+                ..listener
+            }
+        };
+        let (both_families, all_ipv4) = (Address([0; 4]), v4([0; 4]));
+        let accepted = socket(state::ESTABLISHED, 5432, 1);
+        let mut ipv6 = accepted;
+        ipv6.target.local = Address([1; 4]);
+        let uid_of =
+            |socket: &Socket, listeners: &[Socket]| owner(socket, &Listeners::among(listeners)).uid;
+        let families = [listener(7, both_families, 6), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &families), 4);
+        assert_eq!(uid_of(&ipv6, &families), 6);
+        assert_eq!(uid_of(&accepted, &families[..1]), 6);
+        // No listener of all IPv4 addresses accepts IPv6.
+        assert_eq!(uid_of(&ipv6, &families[1..]), 113);
+        let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
+        assert_eq!(uid_of(&accepted, &cgroups), 4);
+        // The one that accepted it is no more: its own user is the best that is known.
+        let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
+        assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
+        let listeners = Listeners::among(&cgroups[..1]);
+        assert_eq!(
+            facts(&accepted, &listeners, &stranger).direction,
+            Direction::Inbound
+        );
+    }
+
+    #[test]
+    fn a_rule_of_a_cgroup_or_a_user_takes_only_their_connections() {
+        let sockets = [socket(state::ESTABLISHED, 50_000, 5432)];
+        let any = MatchEntry::any(0);
+        let of_cgroup = |cgroup_id| MatchEntry { cgroup_id, ..any };
+        let of_user = |uid| MatchEntry {
+            uid,
+            asks_user: 1,
+            ..any
+        };
+        for (entry, matched) in [
+            (of_cgroup(7), 1),
+            (of_cgroup(2), 1),
+            (of_cgroup(8), 0),
+            (of_user(113), 1),
+            (of_user(0), 0),
+        ] {
+            assert_eq!(adopt(&[entry], &Scope::All, &sockets).len(), matched);
+        }
+    }
+
+    #[test]
+    fn a_connection_keeps_its_true_age() {
+        let sockets = [
+            socket(state::LISTEN, 5432, 0),
+            socket(state::ESTABLISHED, 5432, 50_000),
+        ];
+        let adopted = adopt(&[entry(2, 5432, 1)], &Scope::All, &sockets);
+        let (cookie, session) = adopted[0];
+        assert_eq!((adopted.len(), cookie, session.rule), (1, 42, 2));
+        assert_eq!(session.last_received_ns, 5_000 * MS);
+        assert_eq!(session.last_sent_ns, 7_000 * MS);
+        assert_eq!(session.established_ns, 5_000 * MS);
+        assert_eq!((session.bytes_received, session.bytes_sent), (10, 20));
+        assert_eq!(session.direction, Direction::Inbound as u8);
+        assert!(session.end_is_unreported());
+    }
+
+    #[test]
+    fn without_a_listener_it_was_dialled_from_here() {
+        let sockets = [
+            socket(state::LISTEN, 80, 0),
+            socket(state::ESTABLISHED, 5432, 50_000),
+        ];
+        assert_eq!(adopt(&[entry(0, 5432, 1)], &Scope::All, &sockets), []);
+        assert_eq!(adopt(&[entry(0, 5432, 2)], &Scope::All, &sockets).len(), 1);
+    }
+
+    #[test]
+    fn what_is_no_session_or_not_in_scope_is_left_alone() {
+        let entries = [entry(0, 5432, 3)];
+        let mini = Socket {
+            is_mini: true,
+            ..socket(state::FIN_WAIT2, 5432, 1)
+        };
+        let untold = Socket {
+            info: None,
+            ..socket(state::ESTABLISHED, 5432, 1)
+        };
+        let over = socket(state::TIME_WAIT, 5432, 1);
+        let listener = socket(state::LISTEN, 5432, 0);
+        assert_eq!(
+            adopt(&entries, &Scope::All, &[mini, untold, over, listener]),
+            []
+        );
+        let elsewhere = Scope::Only(HashSet::from([8]));
+        assert_eq!(
+            adopt(&entries, &elsewhere, &[socket(state::ESTABLISHED, 5432, 1)]),
+            []
+        );
+    }
+
+    #[test]
+    fn the_first_entry_decides_also_where_it_exempts() {
+        let sockets = [socket(state::CLOSE_WAIT, 5432, 1)];
+        let exempt = [entry(RULE_EXEMPT, 5432, 3), entry(0, 5432, 3)];
+        assert_eq!(adopt(&exempt, &Scope::All, &sockets), []);
+        let two = [entry(4, 5432, 3), entry(0, 5432, 3)];
+        assert_eq!(adopt(&two, &Scope::All, &sockets)[0].1.rule, 4);
+    }
+
+    #[test]
+    fn where_the_kernel_does_not_tell_who_owes_the_session_lives_longer() {
+        let info = |received_ms, sent_ms| Info {
+            last_data_received_ms: received_ms,
+            last_data_sent_ms: sent_ms,
+            ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
+        };
+        let policy = |idle_timeout_ns, response_timeout_ns| Policy {
+            idle_timeout_ns,
+            response_timeout_ns,
+            ..Policy::default()
+        };
+        let owes =
+            |info: Info, policy: Policy| owes_answer(Direction::Inbound, &info, Some(&policy));
+        assert!(owes(info(5, 6), policy(9, 1)) && !owes(info(6, 5), policy(1, 9)));
+        assert!(owes(info(5, 5), policy(1, 9)) && !owes(info(5, 5), policy(9, 1)));
+        assert!(!owes(info(5, 5), policy(0, 9)));
+    }
+
+    #[test]
+    fn the_peer_s_fin_is_no_payload() {
+        let sockets = [socket(state::CLOSE_WAIT, 5432, 1)];
+        let adopted = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets);
+        assert_eq!(adopted[0].1.bytes_received, 9);
+    }
+
+    /// A session that was adopted, and what its socket says later.
+    fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
+        let sockets = [
+            socket(state::LISTEN, 5432, 0),
+            socket(state::ESTABLISHED, 5432, 1),
+        ];
+        let before = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets)[0].1;
+        let mut later = sockets[1];
+        let mut info = later.info.unwrap();
+        (info.last_data_received_ms, info.last_data_sent_ms) = (500, 400);
+        change(&mut info);
+        later.info = Some(info);
+        let policy = Policy {
+            idle_timeout_ns: 9,
+            response_timeout_ns: 1,
+            ..Policy::default()
+        };
+        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS, 0);
+        (before, now)
+    }
+
+    fn send(info: &mut Info, bytes: u32) {
+        info.bytes_tried += u64::from(bytes);
+        info.numbers_sent += u64::from(bytes);
+    }
+
+    #[test]
+    fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
+        // A retransmission moves the age of what was sent.
+        let (before, now) = later(|_| {});
+        assert_eq!(now, before);
+    }
+
+    #[test]
+    fn what_was_dropped_before_it_left_was_not_sent() {
+        let (before, now) = later(|info| {
+            info.bytes_tried += 30;
+            info.is_all_sent = false;
+        });
+        assert_eq!(now, before);
+    }
+
+    #[test]
+    fn neither_the_syn_nor_a_fin_that_was_sent_is_payload() {
+        let sent = |state, direction: Direction, change: fn(&mut Info)| {
+            let socket = socket(state, 5432, 1);
+            let mut info = socket.info.unwrap();
+            info.bytes_tried += 9;
+            change(&mut info);
+            payload_sent(&socket, &info, direction as u8)
+        };
+        let waits = |info: &mut Info| info.is_all_sent = false;
+        for (state, fin) in [
+            (state::ESTABLISHED, 0),
+            (state::CLOSE_WAIT, 0),
+            (state::FIN_WAIT1, 1),
+            (state::FIN_WAIT2, 1),
+            (state::CLOSING, 1),
+            (state::LAST_ACK, 1),
+        ] {
+            assert_eq!(sent(state, Direction::Inbound, |_| {}), 20 - fin);
+            assert_eq!(sent(state, Direction::Outbound, |_| {}), 19 - fin);
+        }
+        assert_eq!(sent(state::LAST_ACK, Direction::Inbound, waits), 20);
+        // The other number was read later.
+        let later = |info: &mut Info| info.numbers_sent += 100;
+        assert_eq!(sent(state::ESTABLISHED, Direction::Inbound, later), 29);
+    }
+
+    #[test]
+    fn what_was_received_meanwhile_is_received_and_owed() {
+        let (before, now) = later(|info| info.bytes_received += 1);
+        let expected = Session {
+            last_received_ns: 19_500 * MS,
+            bytes_received: before.bytes_received + 1,
+            answered_ns: 0,
+            ..before
+        };
+        assert_eq!(now, expected);
+    }
+
+    #[test]
+    fn what_was_sent_meanwhile_is_sent_and_the_answer() {
+        let (before, now) = later(|info| send(info, 1));
+        let expected = Session {
+            last_sent_ns: 19_600 * MS,
+            answered_ns: 19_600 * MS,
+            bytes_sent: before.bytes_sent + 1,
+            ..before
+        };
+        assert_eq!(now, expected);
+        // Of both the ages tell who was last.
+        let both = |info: &mut Info| {
+            send(info, 1);
+            info.bytes_received += 1;
+        };
+        assert!(!later(both).1.owes_answer());
+        let (_, now) = later(|info| {
+            both(info);
+            info.last_data_received_ms = 300;
+        });
+        assert!(now.owes_answer());
+    }
+
+    #[test]
+    fn a_stamp_never_goes_back() {
+        let (before, now) = later(|info| {
+            send(info, 1);
+            info.last_data_sent_ms = 19_000;
+        });
+        assert_eq!(now.last_sent_ns, before.last_sent_ns);
+    }
+
+    #[test]
+    fn an_age_is_taken_as_so_much_shorter_as_it_may_be_too_long_and_not_as_the_future() {
+        let info = Info {
+            last_data_received_ms: 5_000,
+            last_data_sent_ms: 7,
+            ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
+        };
+        let now = 10_000 * MS;
+        assert_eq!(activity(&info, now, 8 * MS), (5_008 * MS, now));
+        assert_eq!(activity(&info, now, 0), (5_000 * MS, 9_993 * MS));
+        // Older than the clock.
+        assert_eq!(activity(&info, MS, 0).0, 0);
+    }
+
+    #[test]
+    fn an_adopted_session_is_established_with_the_older_of_its_activities() {
+        let socket = socket(state::ESTABLISHED, 5432, 1);
+        let adopter = Adopter {
+            entries: &[entry(0, 5432, 3)],
+            policies: &[],
+            generation: 1,
+            lag_ns: 8 * MS,
+            scope: &Scope::All,
+            ancestors: &HashMap::new(),
+        };
+        let session = adopter.session(&socket, &Listeners::default(), 3, 10_000 * MS);
+        let session = session.unwrap();
+        assert_eq!(session.last_received_ns, 5_008 * MS);
+        assert_eq!(session.last_sent_ns, 7_008 * MS);
+        assert_eq!(session.established_ns, 5_008 * MS);
+    }
+
+    #[test]
+    fn bytes_and_not_ages_tell_activity_between_two_looks() {
+        let at = |info: Info| Socket {
+            info: Some(info),
+            ..socket(state::ESTABLISHED, 5432, 1)
+        };
+        let session = |info: Info| adopt(&[entry(0, 5432, 3)], &Scope::All, &[at(info)])[0].1;
+        let info = socket(state::ESTABLISHED, 5432, 1).info.unwrap();
+        let first = session(info);
+        let told = |info: Info| caught_up(&first, &at(info), None, 10_000 * MS, 0);
+        let aged = Info {
+            last_data_sent_ms: info.last_data_sent_ms + 4,
+            ..info
+        };
+        assert_eq!(told(aged), first);
+        let now = Info {
+            last_data_sent_ms: 0,
+            last_data_received_ms: 0,
+            ..info
+        };
+        for more in [
+            Info {
+                bytes_received: info.bytes_received + 1,
+                ..now
+            },
+            Info {
+                bytes_tried: info.bytes_tried + 1,
+                numbers_sent: info.numbers_sent + 1,
+                ..now
+            },
+        ] {
+            let told = told(more);
+            // As old as it was known to be.
+            assert_eq!(told.established_ns, first.established_ns);
+            assert!(told.established_ns < session(more).established_ns);
+            assert_eq!(told.last_activity_ns(), session(more).last_activity_ns());
+            assert_eq!(
+                (told.bytes_received, told.bytes_sent),
+                (session(more).bytes_received, session(more).bytes_sent)
+            );
+        }
+    }
+}

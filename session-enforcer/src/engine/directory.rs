@@ -1,0 +1,326 @@
+//! Whom the rules mean on this host: the numbers of users and cgroups, and the names of those that
+//! own sessions. Reapers find users and cgroups; here is what they found.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    path::PathBuf,
+};
+
+use session_enforcer_common::Ancestors;
+use thiserror::Error;
+
+use crate::{
+    config::{Config, Location, Owners, User, is_pattern},
+    host::{
+        cgroup::{CgroupError, Tree},
+        users::Names,
+    },
+    reaper::protocol::{Cgroup, FoundUser},
+};
+
+/// Former identities of a cgroup that are kept: a service that was restarted so often has hardly a
+/// connection left from before.
+const MAX_FORMER: usize = 8;
+
+/// Cgroups that are remembered. Of those beyond, the ones that were noted first are forgotten.
+const MAX_CGROUPS: usize = 16_384;
+
+/// Cgroups that may wait to be asked about. Those beyond are not known.
+const MAX_UNKNOWN: usize = 16_384;
+
+/// What the names of users stand for.
+pub type Users = HashMap<String, FoundUser>;
+
+/// A rule names a user that the host does not have.
+#[derive(Debug, Error)]
+pub enum UserError {
+    /// Nobody has the name.
+    #[error("{at}: there is no user \"{user}\" on this host; create it, or give the uid")]
+    Unknown {
+        /// File, line and key.
+        at: Location,
+        /// The name.
+        user: String,
+    },
+    /// The user database could not be asked.
+    #[error("{at}: looking for the user \"{user}\": {what}; give the uid")]
+    Database {
+        /// File, line and key.
+        at: Location,
+        /// The name.
+        user: String,
+        /// What went wrong.
+        what: String,
+    },
+}
+
+/// What the host tells about owners.
+#[derive(Debug)]
+pub struct Directory {
+    tree: Tree,
+    names: Names,
+    /// Cgroups by identity. A session may live longer than its cgroup.
+    cgroups: HashMap<u64, Cgroup>,
+    /// Their identities in the order in which they were noted.
+    noted: VecDeque<u64>,
+    /// Those that nobody has asked about yet.
+    unknown: HashSet<u64>,
+    is_asking: bool,
+    owners: Owners,
+    named: NamedCgroups,
+}
+
+/// The cgroups that rules name.
+#[derive(Clone, Debug, Default)]
+struct NamedCgroups {
+    /// By their paths.
+    paths: BTreeSet<String>,
+    /// By patterns, each with the match entries that a cgroup takes which fits it.
+    patterns: Vec<(String, usize)>,
+    /// Match entries that are free for all that fit patterns.
+    free_entries: usize,
+    /// How many that fit had no room at the last look.
+    left_out: usize,
+}
+
+impl NamedCgroups {
+    fn of(config: &Config) -> Self {
+        let named = config.rules.iter().flat_map(|rule| &rule.cgroups);
+        let (patterns, free_entries) = config.pattern_room();
+        Self {
+            paths: named.filter(|path| !is_pattern(path)).cloned().collect(),
+            patterns,
+            free_entries,
+            left_out: 0,
+        }
+    }
+
+    /// The paths of all that are there or may come, those that are known already first. What there is no
+    /// room for is left out.
+    fn wanted(&mut self, tree: &Tree, known: &Owners) -> BTreeSet<String> {
+        let fitting = self.patterns.iter().flat_map(|(pattern, cost)| {
+            let (paths, _) = tree.fitting(pattern);
+            paths.into_iter().map(|path| (path, *cost))
+        });
+        let mut fitting: Vec<_> = fitting.collect();
+        fitting.sort_by_key(|(path, _)| !known.cgroups.contains_key(path));
+        let mut wanted = self.paths.clone();
+        let (mut free, mut left_out) = (self.free_entries, 0);
+        for (path, cost) in fitting {
+            match free.checked_sub(cost) {
+                Some(left) => {
+                    free = left;
+                    wanted.insert(path);
+                }
+                None => left_out += 1,
+            }
+        }
+        if left_out > self.left_out {
+            tracing::warn!(
+                "{left_out} cgroups that fit patterns of the rules are left out: the match table is full; \
+                 name a cgroup above them, or have fewer prefixes and ports in the rules"
+            );
+        }
+        self.left_out = left_out;
+        wanted
+    }
+}
+
+impl Directory {
+    /// A directory of no owners yet.
+    ///
+    /// # Errors
+    ///
+    /// Where cgroup v2 is not mounted.
+    pub fn new() -> Result<Self, CgroupError> {
+        Ok(Self {
+            tree: Tree::open()?,
+            names: Names::default(),
+            cgroups: HashMap::new(),
+            noted: VecDeque::new(),
+            unknown: HashSet::new(),
+            is_asking: false,
+            owners: Owners::default(),
+            named: NamedCgroups::default(),
+        })
+    }
+
+    /// The owners that the rules name, with the numbers of users that were found, and the names of all users.
+    /// Nothing changes before they are [kept](Self::keep).
+    ///
+    /// # Errors
+    ///
+    /// Where a user is not there. A cgroup need not be: services come and go.
+    pub fn look_up(&self, config: &Config, users: &Users) -> Result<Found, UserError> {
+        let mut names = Names::read();
+        let mut owners = Owners::default();
+        for (rule, at) in config.rules.iter().zip(&config.users_at) {
+            for user in &rule.users {
+                let (User::Name(name), Some(at)) = (user, at) else {
+                    continue;
+                };
+                let uid = uid_of(users.get(name), name, at)?;
+                names.add(uid, name);
+                owners.users.insert(name.clone(), uid);
+            }
+        }
+        owners.cgroups.clone_from(&self.owners.cgroups);
+        let mut named = NamedCgroups::of(config);
+        look_for_cgroups(&self.tree, &mut named, &mut owners);
+        Ok(Found {
+            names,
+            owners,
+            named,
+        })
+    }
+
+    /// Keeps what was found for a configuration that is in force now.
+    pub fn keep(&mut self, found: Found) {
+        (self.names, self.owners, self.named) = (found.names, found.owners, found.named);
+    }
+
+    /// Looks again for the cgroups that the rules name; the identities of those that have come.
+    pub fn look_again(&mut self) -> Vec<u64> {
+        look_for_cgroups(&self.tree, &mut self.named, &mut self.owners)
+    }
+
+    /// The owners as they were found last.
+    pub fn owners(&self) -> &Owners {
+        &self.owners
+    }
+
+    /// The directories of the cgroups that the rules name, whether they are there or not.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        let paths = self.named.paths.iter();
+        let directories = paths.map(|path| self.tree.directory(path));
+        let patterns = self.named.patterns.iter();
+        let awaited = patterns.flat_map(|(pattern, _)| self.tree.fitting(pattern).1);
+        directories.chain(awaited).collect()
+    }
+
+    /// The identities of a cgroup and of those above it. Of one that is not known, its own.
+    pub fn ancestors(&self, cgroup_id: u64) -> Ancestors {
+        match self.cgroups.get(&cgroup_id) {
+            Some(cgroup) if !cgroup.ancestors.is_empty() => Ancestors::of(&cgroup.ancestors),
+            _ => Ancestors::of(&[cgroup_id]),
+        }
+    }
+
+    /// Sees to it that a cgroup is asked about, while it is there.
+    pub fn remember(&mut self, cgroup_id: u64) {
+        let is_new = cgroup_id != 0 && !self.cgroups.contains_key(&cgroup_id);
+        if is_new && self.unknown.len() < MAX_UNKNOWN {
+            self.unknown.insert(cgroup_id);
+        }
+    }
+
+    /// The cgroups that are to be asked about; none while that is done, or where there are none.
+    pub fn take_unknown(&mut self) -> Option<HashSet<u64>> {
+        if self.is_asking || self.unknown.is_empty() {
+            return None;
+        }
+        self.is_asking = true;
+        Some(std::mem::take(&mut self.unknown))
+    }
+
+    /// Whether there are cgroups that nobody has told of yet.
+    pub fn is_asking(&self) -> bool {
+        self.is_asking || !self.unknown.is_empty()
+    }
+
+    /// They were asked about.
+    pub fn has_asked(&mut self) {
+        self.is_asking = false;
+    }
+
+    /// Of these cgroups, those that are not known.
+    pub fn unknown_among(&self, ids: HashSet<u64>) -> Vec<u64> {
+        let is_unknown = |id: &u64| *id != 0 && !self.cgroups.contains_key(id);
+        ids.into_iter().filter(is_unknown).collect()
+    }
+
+    /// Remembers where a cgroup is, for the time when it is no more.
+    pub fn note(&mut self, cgroup: Cgroup) {
+        if self.noted.len() >= MAX_CGROUPS
+            && let Some(first) = self.noted.pop_front()
+        {
+            self.cgroups.remove(&first);
+        }
+        let id = cgroup.id;
+        self.unknown.remove(&id);
+        if self.cgroups.insert(id, cgroup).is_none() {
+            self.noted.push_back(id);
+        }
+    }
+
+    /// Where a cgroup is, or was.
+    pub fn path(&self, cgroup_id: u64) -> Option<&str> {
+        self.cgroups.get(&cgroup_id)?.path.as_deref()
+    }
+
+    /// The directory of a cgroup.
+    pub fn cgroup_directory(&self, cgroup_id: u64) -> Option<PathBuf> {
+        Some(self.tree.directory(self.path(cgroup_id)?))
+    }
+
+    /// The name of a user.
+    pub fn user_name(&self, uid: u32) -> Option<&str> {
+        self.names.name(uid)
+    }
+}
+
+/// What the host has of the owners that a configuration names.
+#[derive(Debug)]
+pub struct Found {
+    names: Names,
+    /// Their numbers.
+    pub owners: Owners,
+    named: NamedCgroups,
+}
+
+/// Adds the identities of the cgroups that are there and were not before; which. Those that fitted a pattern
+/// and have gone are forgotten, as is what no rule names.
+fn look_for_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
+    let wanted = named.wanted(tree, owners);
+    owners.cgroups.retain(|path, _| wanted.contains(path));
+    for path in wanted {
+        owners.cgroups.entry(path).or_default();
+    }
+    let mut come = Vec::new();
+    for (path, ids) in &mut owners.cgroups {
+        let Some(id) = tree.id(path).filter(|id| ids.last() != Some(id)) else {
+            continue;
+        };
+        ids.retain(|former| *former != id);
+        ids.push(id);
+        let too_many = ids.len().saturating_sub(MAX_FORMER + 1);
+        ids.drain(..too_many);
+        come.push(id);
+    }
+    come
+}
+
+/// The number of a user whom a rule names at this place.
+///
+/// # Errors
+///
+/// Where the host knows no such user.
+pub(crate) fn uid_of(
+    found: Option<&FoundUser>,
+    name: &str,
+    at: &Location,
+) -> Result<u32, UserError> {
+    let (at, user) = (at.clone(), name.to_owned());
+    match found {
+        Some(FoundUser::Uid(uid)) => Ok(*uid),
+        Some(FoundUser::Unknown) => Err(UserError::Unknown { at, user }),
+        Some(FoundUser::Failed(source)) => {
+            let what = source.clone();
+            Err(UserError::Database { at, user, what })
+        }
+        None => {
+            let what = "nobody was asked".to_owned();
+            Err(UserError::Database { at, user, what })
+        }
+    }
+}

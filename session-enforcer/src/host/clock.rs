@@ -1,0 +1,162 @@
+//! The clocks: `CLOCK_MONOTONIC` for every decision, the wall clock for what people read.
+
+use std::{fmt, time::Duration};
+
+use jiff::Timestamp;
+use nix::{
+    sys::time::TimeSpec,
+    time::{ClockId, clock_getres, clock_gettime},
+};
+use serde::{Serialize, Serializer};
+
+/// The tick where the kernel does not tell it: that of the slowest configuration, `HZ=100`.
+const LONGEST_TICK_NS: u64 = 10_000_000;
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, the clock of the kernel's time stamps.
+pub fn monotonic_ns() -> u64 {
+    // The clock exists on every Linux, so the call cannot fail.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
+}
+
+/// How far an age that is counted in the kernel's coarse time, as those of a connection that is older than
+/// the daemon, may exceed the true one: two ticks. It goes on at a tick, by whole ticks of the clock
+/// source, whose beginnings lie elsewhere: right after a tick it is up to one behind already (6.8 ms
+/// were measured with ticks of 4 ms, Linux 6.18). Where a tick comes late, it is behind by as much.
+pub fn coarse_lag_ns() -> u64 {
+    2 * clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_or(LONGEST_TICK_NS, nanoseconds)
+}
+
+fn nanoseconds(time: TimeSpec) -> u64 {
+    u64::try_from(Duration::from(time).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The wall clock and the monotonic clock at one moment, to turn the one into the other. The wall
+/// clock may be set at any time, so a pair is only good for the records of that moment.
+#[derive(Clone, Copy, Debug)]
+pub struct WallClock {
+    realtime_ns: i128,
+    monotonic_ns: u64,
+}
+
+impl WallClock {
+    /// Both clocks now.
+    pub fn now() -> Self {
+        let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, nanoseconds);
+        Self {
+            realtime_ns: i128::from(realtime),
+            monotonic_ns: monotonic_ns(),
+        }
+    }
+
+    /// The moment of the monotonic clock as RFC 3339 in UTC, with nanoseconds.
+    pub fn at(&self, monotonic_ns: u64) -> Moment {
+        let distance = i128::from(monotonic_ns) - i128::from(self.monotonic_ns);
+        let time = Timestamp::from_nanosecond(self.realtime_ns + distance);
+        Moment(time.unwrap_or(Timestamp::UNIX_EPOCH))
+    }
+}
+
+/// A moment of the wall clock: RFC 3339 in UTC, with nanoseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment(Timestamp);
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.9}", self.0)
+    }
+}
+
+impl Serialize for Moment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(test)]
+impl WallClock {
+    pub(crate) fn pair(realtime_ns: i128, monotonic_ns: u64) -> Self {
+        Self {
+            realtime_ns,
+            monotonic_ns,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
+
+    use super::*;
+
+    #[test]
+    fn moments_before_and_after_the_pair_are_told() {
+        let clock = WallClock::pair(1_767_268_800_000_000_000, 5_000_000_000);
+        assert_eq!(
+            clock.at(5_000_000_000).to_string(),
+            "2026-01-01T12:00:00.000000000Z"
+        );
+        assert_eq!(
+            clock.at(5_000_000_001).to_string(),
+            "2026-01-01T12:00:00.000000001Z"
+        );
+        assert_eq!(
+            clock.at(3_999_000_000).to_string(),
+            "2026-01-01T11:59:58.999000000Z"
+        );
+    }
+
+    /// The files of a directory and of those below it.
+    fn files(directory: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory).unwrap();
+        let below = entries.map(|entry| entry.unwrap().path());
+        below
+            .flat_map(|path| {
+                if path.is_dir() {
+                    files(&path)
+                } else {
+                    vec![path]
+                }
+            })
+            .collect()
+    }
+
+    /// The system's clock may be set back and forth: it is for what people read, in the records of
+    /// the audit and in the time of the last reload.
+    #[test]
+    fn nothing_is_decided_by_a_clock_that_can_be_set() {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let all = [
+            "src",
+            "../session-enforcer-common/src",
+            "../session-enforcer-ebpf/src",
+        ];
+        let sources = all
+            .into_iter()
+            .flat_map(|source| files(&package.join(source)));
+        let settable = [
+            "REALTIME",
+            "SystemTime",
+            "Timestamp::now",
+            "Zoned::now",
+            "get_tai",
+        ];
+        let reads = |path: &PathBuf| {
+            let text = fs::read_to_string(path).unwrap();
+            settable.iter().any(|clock| text.contains(clock))
+        };
+        let mut found: Vec<PathBuf> = sources.filter(reads).collect();
+        found.sort();
+        let known = ["src/host/clock.rs", "src/report/metrics.rs"].map(|path| package.join(path));
+        assert_eq!(found, known);
+    }
+
+    #[test]
+    fn the_clocks_go_on_and_the_lag_is_some_ticks() {
+        let before = monotonic_ns();
+        assert!(before > 0 && monotonic_ns() >= before);
+        assert!((100_000..=2 * LONGEST_TICK_NS).contains(&coarse_lag_ns()));
+    }
+}

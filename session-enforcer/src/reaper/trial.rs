@@ -1,0 +1,70 @@
+//! Whether connections can be reset on this host: tried on one that is made for it.
+
+use std::{
+    io::{ErrorKind, Read as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use session_enforcer_common::Address;
+
+use super::{
+    diag::{DiagSocket, Target},
+    disconnect::{self, Answer, Holders},
+    protocol::Probed,
+};
+
+/// Has the kernel destroy a loopback connection of its own, and looks whether that is so.
+pub fn try_reset() -> Probed {
+    match try_destroy() {
+        Ok(libc::EOPNOTSUPP) => {
+            Probed::NotSupported(try_disconnect().map_err(|error| format!("{error:#}")))
+        }
+        Ok(code) => Probed::Destroyed(code),
+        Err(error) => Probed::Failed(format!("{error:#}")),
+    }
+}
+
+/// Resets a connection that this function makes, in the way of kernels without `SOCK_DESTROY`.
+pub(crate) fn try_disconnect() -> anyhow::Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let target = target_of(&client)?;
+    let (mut diag, mut holders) = (DiagSocket::open()?, Holders::default());
+    let answer = disconnect::reset_tcp(&mut diag, &target, None, &mut holders)?;
+    anyhow::ensure!(answer == Answer::Reset, "the connection is not found");
+    Ok(())
+}
+
+/// The kernel's answer to the destruction of a connection that this function makes.
+fn try_destroy() -> anyhow::Result<i32> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut client = TcpStream::connect(listener.local_addr()?)?;
+    let target = target_of(&client)?;
+    let code = DiagSocket::open()?.destroy(&target)?;
+    if code == 0 {
+        client.set_read_timeout(Some(Duration::from_secs(1)))?;
+        match client.read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
+            other => anyhow::bail!("the kernel claims success and the socket lives: {other:?}"),
+        }
+    }
+    Ok(code)
+}
+
+fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
+    let address = |address: SocketAddr| match address {
+        SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
+        SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
+    };
+    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+    Ok(Target {
+        local: address(local),
+        remote: address(remote),
+        local_port: local.port(),
+        remote_port: remote.port(),
+        ifindex: 0,
+        cookie: disconnect::cookie(stream).context("SO_COOKIE")?,
+    })
+}

@@ -1,0 +1,195 @@
+//! The audit: one JSON object a line with ECS field names, one for every termination and for every
+//! one that a rule only observes.
+//!
+//! Records are made here and written by a [thread](writer) of their own: a log pipe that nobody
+//! reads or a slow disk must not hold up the enforcement.
+
+mod record;
+mod writer;
+
+use std::time::Duration;
+
+use session_enforcer_common::{Reason, Session};
+
+use crate::{
+    config::{AuditTarget, Mode},
+    host::clock::{WallClock, monotonic_ns},
+};
+use writer::Writer;
+pub use writer::{AuditError, check};
+
+/// How much is handed to the writer at once: it begins to write while the rest is made, and what does
+/// not fit into its queue is lost a little at a time.
+const MAX_PENDING_BYTES: usize = 256 << 10;
+
+/// What became of an expired session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The kernel reset it.
+    Reset,
+    /// It had ended by itself when the kernel looked for it.
+    Gone,
+    /// The kernel refused, or could not be asked.
+    Failed,
+    /// The rule only observes: nothing was done.
+    Observed,
+}
+
+impl Outcome {
+    /// The name in metrics and in the audit.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Gone => "gone",
+            Self::Failed => "failed",
+            Self::Observed => "none",
+        }
+    }
+}
+
+/// The reason's name in metrics and in the audit.
+pub const fn reason_name(reason: Reason) -> &'static str {
+    match reason {
+        Reason::IdleTimeout => "idle_timeout",
+        Reason::MaxLifetime => "max_lifetime",
+        Reason::ResponseTimeout => "response_timeout",
+        Reason::Policy => "policy",
+    }
+}
+
+/// The mode's name in metrics and in the audit.
+pub const fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Enforce => "enforce",
+        Mode::Observe => "observe",
+    }
+}
+
+/// The end of a session, or what would have been its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Termination<'a> {
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The session as it was when it was decided about.
+    pub session: &'a Session,
+    /// Name of its rule.
+    pub rule: &'a str,
+    /// Which limit it reached.
+    pub reason: Reason,
+    /// Whether the rule enforces or observes.
+    pub mode: Mode,
+    /// What became of it.
+    pub outcome: Outcome,
+    /// The limit; none where a change of the policy ended it.
+    pub limit: Option<Duration>,
+    /// When it reached it, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub deadline_ns: u64,
+    /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub answered_ns: u64,
+    /// Path of the owner's cgroup, where it is known.
+    pub cgroup: Option<&'a str>,
+    /// Name of the owner's user, where it has one.
+    pub user: Option<&'a str>,
+    /// What went wrong, where the outcome is a failure.
+    pub error: Option<&'a str>,
+}
+
+impl Termination<'_> {
+    /// Appends the record, one line of JSON.
+    pub fn write_json(&self, clock: &WallClock, out: &mut Vec<u8>) {
+        record::termination(self, clock, out);
+    }
+}
+
+/// The audit's writer.
+#[derive(Debug)]
+pub struct Audit {
+    writer: Writer,
+    pending: Pending,
+}
+
+/// Records that the writer does not have yet.
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    records: u64,
+}
+
+impl Audit {
+    /// Opens the audit.
+    ///
+    /// # Errors
+    ///
+    /// Where the file cannot be opened for appending.
+    pub fn open(target: &AuditTarget) -> Result<Self, AuditError> {
+        Ok(Self {
+            writer: Writer::open(target)?,
+            pending: Pending::default(),
+        })
+    }
+
+    /// Records the end of a session.
+    pub fn termination(&mut self, termination: &Termination<'_>) {
+        self.add(|clock, out| termination.write_json(clock, out));
+    }
+
+    /// Records that the enforcement begins.
+    pub fn started(&mut self) {
+        let now_ns = monotonic_ns();
+        self.add(|clock, out| record::lifecycle("enforcer-started", "start", clock, now_ns, out));
+    }
+
+    /// Records that a policy is in force from now on.
+    pub fn policy_loaded(&mut self, mode: Mode, rules: &[String]) {
+        let now_ns = monotonic_ns();
+        self.add(|clock, out| record::policy(mode, rules, clock, now_ns, out));
+    }
+
+    /// Records that the enforcement ends.
+    pub fn stopped(&mut self) {
+        let now_ns = monotonic_ns();
+        self.add(|clock, out| record::lifecycle("enforcer-stopped", "end", clock, now_ns, out));
+    }
+
+    /// Adds the line that `write` appends.
+    fn add(&mut self, write: impl FnOnce(&WallClock, &mut Vec<u8>)) {
+        write(&WallClock::now(), &mut self.pending.bytes);
+        self.pending.records += 1;
+        if self.pending.bytes.len() >= MAX_PENDING_BYTES {
+            self.flush();
+        }
+    }
+
+    /// Hands what was recorded to the writer.
+    pub fn flush(&mut self) {
+        let Pending { bytes, records } = std::mem::take(&mut self.pending);
+        if records > 0 {
+            self.writer.write(bytes, records);
+        }
+    }
+
+    /// Opens the file again, after it was renamed.
+    pub fn reopen(&mut self) {
+        self.flush();
+        self.writer.reopen();
+    }
+
+    /// Waits until everything is written, a few seconds at most.
+    pub fn close(&mut self) {
+        self.flush();
+        self.writer.close();
+    }
+
+    /// Whether the last records were lost.
+    pub fn is_failing(&self) -> bool {
+        self.writer.is_failing()
+    }
+
+    /// Records that could not be written.
+    pub fn lost(&self) -> u64 {
+        self.writer.lost()
+    }
+}
+
+#[cfg(test)]
+mod tests;

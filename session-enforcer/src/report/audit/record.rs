@@ -1,0 +1,314 @@
+//! The records, as they are written. Pure.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
+
+use serde::{Serialize, Serializer};
+use session_enforcer_common::{Address, Direction, Owner, Session};
+
+use super::{Outcome, Termination, mode_name, reason_name};
+use crate::{
+    config::Mode,
+    host::clock::{Moment, WallClock},
+};
+
+#[derive(Serialize)]
+struct Record<'a> {
+    #[serde(rename = "@timestamp")]
+    timestamp: Moment,
+    event: EventFields,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rule: Option<RuleFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<NetworkFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<EndFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<EndFields>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    process: Option<ProcessFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<UserFields<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorFields<'a>>,
+    session_enforcer: Own<'a>,
+}
+
+#[derive(Serialize)]
+struct EventFields {
+    kind: &'static str,
+    category: [&'static str; 1],
+    r#type: [&'static str; 1],
+    action: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outcome: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+    /// Nanoseconds from establishment to this record.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct RuleFields<'a> {
+    name: &'a str,
+}
+
+#[derive(Serialize)]
+struct NetworkFields {
+    transport: &'static str,
+    r#type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    direction: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct EndFields {
+    ip: IpAddr,
+    port: u16,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct ProcessFields<'a> {
+    pid: u32,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    name: Cow<'a, str>,
+}
+
+#[derive(Serialize)]
+struct UserFields<'a> {
+    #[serde(serialize_with = "as_text")]
+    id: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct ErrorFields<'a> {
+    message: &'a str,
+}
+
+/// The fields that ECS has no name for.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Own<'a> {
+    Termination(TerminationFields<'a>),
+    Lifecycle {
+        version: &'static str,
+    },
+    Policy {
+        version: &'static str,
+        mode: &'static str,
+        rules: &'a [String],
+    },
+}
+
+#[derive(Serialize)]
+struct TerminationFields<'a> {
+    id: u64,
+    mode: &'static str,
+    result: &'static str,
+    netns: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    established: Option<Moment>,
+    last_activity: Moment,
+    deadline: Moment,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit_seconds: Option<f64>,
+    idle_seconds: f64,
+    lateness_seconds: f64,
+}
+
+/// The end of a session.
+pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<u8>) {
+    let session = t.session;
+    let (action, outcome, kind) = match t.outcome {
+        Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
+        Outcome::Failed => ("session-termination-failed", Some("failure"), "error"),
+        // Nothing was tried, so nothing has an outcome.
+        Outcome::Observed => ("session-would-terminate", None, "info"),
+    };
+    let (source, destination) = ends(session);
+    let record = Record {
+        timestamp: clock.at(t.answered_ns),
+        event: EventFields {
+            kind: "event",
+            category: ["network"],
+            r#type: [kind],
+            action,
+            outcome,
+            reason: Some(reason_name(t.reason)),
+            duration: established_ns(session).map(|then| t.answered_ns.saturating_sub(then)),
+        },
+        rule: Some(RuleFields { name: t.rule }),
+        network: Some(network(session)),
+        source: Some(source),
+        destination: Some(destination),
+        process: process(&session.owner),
+        user: session.owner.is_known().then_some(UserFields {
+            id: session.owner.uid,
+            name: t.user,
+        }),
+        error: t.error.map(|message| ErrorFields { message }),
+        session_enforcer: Own::Termination(termination_fields(t, clock)),
+    };
+    write(&record, out);
+}
+
+fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {
+    let session = t.session;
+    TerminationFields {
+        id: t.cookie,
+        mode: mode_name(t.mode),
+        result: t.outcome.name(),
+        netns: session.netns_cookie,
+        cgroup: t.cgroup,
+        established: established_ns(session).map(|then| clock.at(then)),
+        last_activity: clock.at(session.last_activity_ns()),
+        deadline: clock.at(t.deadline_ns),
+        limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
+        idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
+        lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
+    }
+}
+
+/// The process that made the socket, where that is known.
+fn process(owner: &Owner) -> Option<ProcessFields<'_>> {
+    let name = owner.comm.split(|byte| *byte == 0).next();
+    (owner.pid != 0).then(|| ProcessFields {
+        pid: owner.pid,
+        name: String::from_utf8_lossy(name.unwrap_or_default()),
+    })
+}
+
+fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(number)
+}
+
+/// When the session was established, where that is known. For a connection that is older than the
+/// daemon there is only the least age that it has, in the field of the same name.
+fn established_ns(session: &Session) -> Option<u64> {
+    (!session.end_is_unreported()).then_some(session.established_ns)
+}
+
+/// Negative where `to_ns` is the earlier one: a reset before its deadline must not look punctual.
+fn seconds_between(from_ns: u64, to_ns: u64) -> f64 {
+    let seconds = Duration::from_nanos(from_ns.abs_diff(to_ns)).as_secs_f64();
+    if to_ns < from_ns { -seconds } else { seconds }
+}
+
+fn network(session: &Session) -> NetworkFields {
+    NetworkFields {
+        transport: "tcp",
+        r#type: if session.remote.is_ipv4() {
+            "ipv4"
+        } else {
+            "ipv6"
+        },
+        direction: match Direction::from_number(session.direction) {
+            Some(Direction::Inbound) => Some("inbound"),
+            Some(Direction::Outbound) => Some("outbound"),
+            None => None,
+        },
+    }
+}
+
+/// The end that dialled, and the end that accepted.
+fn ends(session: &Session) -> (EndFields, EndFields) {
+    let here = EndFields {
+        ip: ip(session.local),
+        port: session.local_port,
+        bytes: session.bytes_sent,
+    };
+    let there = EndFields {
+        ip: ip(session.remote),
+        port: session.remote_port,
+        bytes: session.bytes_received,
+    };
+    if session.direction == Direction::Outbound as u8 {
+        (here, there)
+    } else {
+        (there, here)
+    }
+}
+
+fn ip(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
+}
+
+/// The daemon's own beginning or end.
+pub(super) fn lifecycle(
+    action: &'static str,
+    kind: &'static str,
+    clock: &WallClock,
+    now_ns: u64,
+    out: &mut Vec<u8>,
+) {
+    let own = Own::Lifecycle {
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    let record = own_record("process", action, kind, clock.at(now_ns), own);
+    write(&record, out);
+}
+
+/// The policy that is in force from now on.
+pub(super) fn policy(
+    mode: Mode,
+    rules: &[String],
+    clock: &WallClock,
+    now_ns: u64,
+    out: &mut Vec<u8>,
+) {
+    let version = env!("CARGO_PKG_VERSION");
+    let own = Own::Policy {
+        version,
+        mode: mode_name(mode),
+        rules,
+    };
+    let now = clock.at(now_ns);
+    let record = own_record("configuration", "policy-loaded", "change", now, own);
+    write(&record, out);
+}
+
+fn own_record<'a>(
+    category: &'static str,
+    action: &'static str,
+    kind: &'static str,
+    timestamp: Moment,
+    own: Own<'a>,
+) -> Record<'a> {
+    Record {
+        timestamp,
+        event: EventFields {
+            kind: "event",
+            category: [category],
+            r#type: [kind],
+            action,
+            outcome: Some("success"),
+            reason: None,
+            duration: None,
+        },
+        rule: None,
+        network: None,
+        source: None,
+        destination: None,
+        process: None,
+        user: None,
+        error: None,
+        session_enforcer: own,
+    }
+}
+
+/// Appends the record as one line of JSON.
+fn write(record: &Record<'_>, out: &mut Vec<u8>) {
+    // Strings, numbers and lists of them: there is nothing here that JSON cannot say. A number that
+    // is not finite becomes null. Memory takes whatever comes.
+    let _ = serde_json::to_writer(&mut *out, record);
+    out.push(b'\n');
+}

@@ -1,0 +1,520 @@
+use std::{
+    io::{self, Write},
+    sync::{Arc, Mutex},
+};
+
+use proptest::prelude::*;
+use session_enforcer_common::{Address, Direction, Owner};
+
+use super::{writer::Output, *};
+
+fn v4(octets: [u8; 4]) -> Address {
+    Address::from_ipv4(u32::from_ne_bytes(octets))
+}
+
+fn session() -> Session {
+    Session {
+        last_received_ns: 1_003_000_000,
+        last_sent_ns: 1_000_000_000,
+        answered_ns: 0,
+        bytes_received: 120,
+        bytes_sent: 4096,
+        open_until_ns: 0,
+        established_ns: 1_000_000_000,
+        netns_cookie: 3,
+        local: v4([10, 0, 0, 5]),
+        remote: v4([10, 0, 0, 7]),
+        local_port: 5432,
+        remote_port: 51234,
+        ifindex: 0,
+        generation: 1,
+        rule: 0,
+        direction: Direction::Inbound as u8,
+        flags: 0,
+        owner: Owner {
+            cgroup_id: 77,
+            uid: 113,
+            pid: 812,
+            comm: *b"postgres\0\0\0\0\0\0\0\0",
+        },
+    }
+}
+
+fn termination(session: &Session) -> Termination<'_> {
+    Termination {
+        cookie: 4711,
+        session,
+        rule: "postgres",
+        reason: Reason::IdleTimeout,
+        mode: Mode::Enforce,
+        outcome: Outcome::Reset,
+        limit: Some(Duration::from_secs(900)),
+        deadline_ns: 901_003_000_000,
+        answered_ns: 901_004_000_000,
+        cgroup: Some("/system.slice/postgresql.service"),
+        user: Some("postgres"),
+        error: None,
+    }
+}
+
+/// The wall clock is noon at the moment of the answer.
+fn line(termination: &Termination<'_>) -> String {
+    let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
+    written(|out| termination.write_json(&clock, out))
+}
+
+/// The line that `write` appends, without its end.
+fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
+    let mut out = Vec::new();
+    write(&mut out);
+    let mut text = String::from_utf8(out).unwrap();
+    assert_eq!(text.pop(), Some('\n'));
+    text
+}
+
+#[test]
+fn an_inbound_ipv4_session_is_this_line() {
+    assert_eq!(
+        line(&termination(&session())),
+        concat!(
+            r#"{"@timestamp":"2026-01-01T12:00:00.000000000Z","event":{"kind":"event","#,
+            r#""category":["network"],"type":["end"],"action":"session-terminated","#,
+            r#""outcome":"success","reason":"idle_timeout","duration":900004000000},"#,
+            r#""rule":{"name":"postgres"},"#,
+            r#""network":{"transport":"tcp","type":"ipv4","direction":"inbound"},"#,
+            r#""source":{"ip":"10.0.0.7","port":51234,"bytes":120},"#,
+            r#""destination":{"ip":"10.0.0.5","port":5432,"bytes":4096},"#,
+            r#""process":{"pid":812,"name":"postgres"},"user":{"id":"113","name":"postgres"},"#,
+            r#""session_enforcer":{"id":4711,"mode":"enforce","result":"reset","netns":3,"#,
+            r#""cgroup":"/system.slice/postgresql.service","#,
+            r#""established":"2026-01-01T11:44:59.996000000Z","#,
+            r#""last_activity":"2026-01-01T11:44:59.999000000Z","#,
+            r#""deadline":"2026-01-01T11:59:59.999000000Z","limit_seconds":900.0,"#,
+            r#""idle_seconds":900.001,"lateness_seconds":0.001}}"#
+        )
+    );
+}
+
+#[test]
+fn the_source_is_who_dialled_and_the_family_is_told() {
+    let octets = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let session = Session {
+        direction: Direction::Outbound as u8,
+        local: Address::from_octets(octets),
+        remote: Address::from_octets([0; 16]),
+        ..session()
+    };
+    let line = line(&termination(&session));
+    let expected = concat!(
+        r#""network":{"transport":"tcp","type":"ipv6","direction":"outbound"},"#,
+        r#""source":{"ip":"2001:db8::1","port":5432,"bytes":4096},"#,
+        r#""destination":{"ip":"::","port":51234,"bytes":120}"#
+    );
+    assert!(line.contains(expected), "{line}");
+}
+
+#[test]
+fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
+    let session = session();
+    let failed = Termination {
+        outcome: Outcome::Failed,
+        error: Some("SOCK_DESTROY: Operation not permitted"),
+        ..termination(&session)
+    };
+    let failed = line(&failed);
+    assert!(failed.contains(r#""action":"session-termination-failed","outcome":"failure""#));
+    assert!(failed.contains(r#""error":{"message":"SOCK_DESTROY: Operation not permitted"}"#));
+    let observed = Termination {
+        outcome: Outcome::Observed,
+        mode: Mode::Observe,
+        ..termination(&session)
+    };
+    let observed = line(&observed);
+    assert!(observed.contains(r#""action":"session-would-terminate","reason":"idle_timeout""#));
+    assert!(observed.contains(r#""mode":"observe","result":"none""#));
+}
+
+#[test]
+fn what_is_not_known_of_the_owner_is_left_out() {
+    let unknown = Session {
+        owner: Owner::UNKNOWN,
+        ..session()
+    };
+    let nobody = line(&Termination {
+        cgroup: None,
+        user: None,
+        ..termination(&unknown)
+    });
+    for name in ["process", "user", "cgroup"] {
+        assert!(!nobody.contains(&format!("\"{name}\":")), "{nobody}");
+    }
+    let nameless = Session {
+        owner: Owner {
+            pid: 0,
+            ..session().owner
+        },
+        ..session()
+    };
+    let nameless = line(&Termination {
+        user: None,
+        ..termination(&nameless)
+    });
+    assert!(nameless.contains(r#""user":{"id":"113"},"#), "{nameless}");
+    assert!(!nameless.contains("process"), "{nameless}");
+}
+
+#[test]
+fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
+    const YEAR: i128 = 365 * 86_400 * 1_000_000_000;
+    let (session, noon) = (session(), 1_767_268_800_000_000_000);
+    let record = |realtime_ns| -> serde_json::Value {
+        let clock = WallClock::pair(realtime_ns, 901_004_000_000);
+        let line = written(|out| termination(&session).write_json(&clock, out));
+        serde_json::from_str(&line).unwrap()
+    };
+    let [before, after] = [record(noon), record(noon - YEAR)];
+    let own = |record: &serde_json::Value, key: &str| record["session_enforcer"][key].clone();
+    assert_eq!(before["event"], after["event"]);
+    for key in ["limit_seconds", "idle_seconds", "lateness_seconds"] {
+        assert_eq!(own(&before, key), own(&after, key));
+    }
+    let year_before = |time: serde_json::Value| time.as_str().unwrap().replace("2026-", "2025-");
+    for key in ["established", "last_activity", "deadline"] {
+        assert_eq!(year_before(own(&before, key)), own(&after, key));
+    }
+    assert_eq!(
+        year_before(before["@timestamp"].clone()),
+        after["@timestamp"]
+    );
+}
+
+#[test]
+fn a_reset_before_its_deadline_would_show() {
+    let session = session();
+    let early = Termination {
+        answered_ns: 901_002_000_000,
+        ..termination(&session)
+    };
+    assert!(line(&early).ends_with(r#""lateness_seconds":-0.001}}"#));
+}
+
+#[test]
+fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
+    let session = Session {
+        flags: session_enforcer_common::flags::END_UNREPORTED,
+        ..session()
+    };
+    let line = line(&termination(&session));
+    assert!(
+        !line.contains("established") && !line.contains("duration"),
+        "{line}"
+    );
+    assert!(line.contains(r#""last_activity":"2026-01-01T11:44:59.999000000Z""#));
+}
+
+proptest! {
+    #[test]
+    fn any_text_gives_one_line_of_json_that_says_it(
+        rule in any::<String>(),
+        error in any::<String>(),
+        direction: u8,
+        octets: [u8; 16],
+        times: [u64; 4],
+    ) {
+        let session = Session {
+            direction,
+            local: Address::from_octets(octets),
+            established_ns: times[0],
+            last_received_ns: times[1],
+            ..session()
+        };
+        let record = line(&Termination {
+            rule: &rule,
+            error: Some(&error),
+            deadline_ns: times[2],
+            answered_ns: times[3],
+            ..termination(&session)
+        });
+        prop_assert!(!record.contains(['\n', '\r']));
+        let json: serde_json::Value = serde_json::from_str(&record).unwrap();
+        prop_assert_eq!(json["rule"]["name"].as_str(), Some(rule.as_str()));
+        prop_assert_eq!(json["error"]["message"].as_str(), Some(error.as_str()));
+    }
+}
+
+#[test]
+fn the_daemon_s_own_records_name_version_and_rules() {
+    let clock = WallClock::pair(1_767_268_800_000_000_000, 0);
+    let started = written(|out| record::lifecycle("enforcer-started", "start", &clock, 0, out));
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(started.ends_with(&format!(
+        r#""session_enforcer":{{"version":"{version}"}}}}"#
+    )));
+    let rules = ["a".to_owned(), "b".to_owned()];
+    let policy = written(|out| record::policy(Mode::Observe, &rules, &clock, 0, out));
+    assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
+    assert!(
+        policy.contains(r#""mode":"observe","rules":["a","b"]"#),
+        "{policy}"
+    );
+}
+
+/// Takes so many bytes, then fails until it is mended.
+#[derive(Clone, Default)]
+struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
+
+impl Write for Disk {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let (written, room) = &mut *self.0.lock().unwrap();
+        if *room == 0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let taken = bytes.len().min(*room);
+        written.extend(&bytes[..taken]);
+        *room -= taken;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Disk {
+    fn with_room(room: usize) -> Self {
+        Self(Arc::new(Mutex::new((Vec::new(), room))))
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().0.clone()).unwrap()
+    }
+}
+
+/// Writes the lines, each in a batch of its own; what is on the disk, and how many were lost.
+fn write_lines(room: usize, lines: &[&str]) -> (String, u64) {
+    let disk = Disk::with_room(room);
+    let mut output = Output::new(disk.clone(), None);
+    for line in lines {
+        output.write(format!("{line}\n").as_bytes(), 1);
+    }
+    (disk.text(), output.lost())
+}
+
+#[test]
+fn what_fits_is_written_and_what_does_not_is_counted() {
+    assert_eq!(
+        write_lines(100, &["one", "two"]),
+        ("one\ntwo\n".to_owned(), 0)
+    );
+    assert_eq!(write_lines(4, &["one", "two"]), ("one\n".to_owned(), 1));
+    assert_eq!(write_lines(0, &["one", "two"]), (String::new(), 2));
+}
+
+#[test]
+fn of_a_batch_that_was_cut_only_the_rest_is_lost() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    output.write(b"one\ntwo\nthree\n", 3);
+    assert_eq!((disk.text().as_str(), output.lost()), ("one\ntw", 2));
+}
+
+#[test]
+fn a_record_that_was_cut_does_not_swallow_the_next() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    output.write(b"one\n", 1);
+    output.write(b"two\n", 1);
+    disk.0.lock().unwrap().1 = 100;
+    output.write(b"three\n", 1);
+    assert_eq!(
+        (disk.text().as_str(), output.lost()),
+        ("one\ntw\nthree\n", 1)
+    );
+}
+
+#[test]
+fn a_record_that_was_cut_is_ended_once() {
+    let disk = Disk::with_room(6);
+    let mut output = Output::new(disk.clone(), None);
+    for (line, room) in [("one\n", 6), ("two\n", 2), ("three\n", 1), ("four\n", 100)] {
+        disk.0.lock().unwrap().1 = room;
+        output.write(line.as_bytes(), 1);
+    }
+    assert_eq!(
+        (disk.text().as_str(), output.lost()),
+        ("one\ntw\nfour\n", 2)
+    );
+}
+
+/// A disk that stands still before it takes anything.
+struct Slow(Disk, Option<Duration>);
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(delay) = self.1.take() {
+            std::thread::sleep(delay);
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_that_stands_still_for_a_moment_loses_nothing() {
+    let disk = Disk::with_room(usize::MAX);
+    let slow = Slow(disk.clone(), Some(Duration::from_millis(100)));
+    let mut writer = Writer::start(Output::new(slow, None)).unwrap();
+    for _ in 0..10_000 {
+        writer.write(b"one\n".to_vec(), 1);
+    }
+    assert_eq!(writer.lost(), 0);
+    writer.close();
+    assert_eq!(disk.text().lines().count(), 10_000);
+}
+
+#[test]
+fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
+    let disk = Disk::with_room(usize::MAX);
+    let slow = Slow(disk.clone(), Some(Duration::from_secs(1)));
+    let mut writer = Writer::start(Output::new(slow, None)).unwrap();
+    let megabyte = [vec![b'x'; (1 << 20) - 1], vec![b'\n']].concat();
+    for _ in 0..40 {
+        writer.write(megabyte.clone(), 1);
+    }
+    assert_eq!(writer.lost(), 8);
+    writer.close();
+    assert_eq!(disk.text().lines().count(), 32);
+}
+
+/// Else the records of a hundred thousand sessions, late by one change of the policy, would be one
+/// batch that is larger than the queue, and lost whole.
+#[test]
+fn what_waits_to_be_handed_over_is_bounded() {
+    let disk = Disk::with_room(usize::MAX);
+    let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
+    let mut audit = Audit {
+        writer,
+        pending: Pending::default(),
+    };
+    let session = session();
+    for _ in 0..2_000 {
+        audit.termination(&termination(&session));
+        assert!(audit.pending.bytes.len() < MAX_PENDING_BYTES);
+    }
+    audit.close();
+    assert_eq!(disk.text().lines().count(), 2_000);
+}
+
+#[test]
+fn the_end_waits_for_the_last_record() {
+    let disk = Disk::with_room(1000);
+    let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
+    let mut audit = Audit {
+        writer,
+        pending: Pending::default(),
+    };
+    audit.started();
+    audit.policy_loaded(Mode::Enforce, &[]);
+    audit.stopped();
+    audit.close();
+    assert_eq!(disk.text().lines().count(), 3);
+}
+
+#[test]
+fn a_file_is_appended_to_and_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.json");
+    std::fs::write(&path, "before\n").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
+    audit.add(|_, out| out.extend_from_slice(b"one\n"));
+    audit.flush();
+    let moved = dir.path().join("audit.json.1");
+    std::fs::rename(&path, &moved).unwrap();
+    audit.reopen();
+    audit.add(|_, out| out.extend_from_slice(b"two\n"));
+    audit.close();
+    assert_eq!(std::fs::read_to_string(moved).unwrap(), "before\none\n");
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "two\n");
+}
+
+#[test]
+fn a_line_that_an_earlier_run_or_the_same_one_left_open_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.json");
+    std::fs::write(&path, "cut").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
+    audit.add(|_, out| out.extend_from_slice(b"one\n"));
+    audit.flush();
+    audit.reopen();
+    audit.add(|_, out| out.extend_from_slice(b"two\n"));
+    audit.close();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "cut\none\ntwo\n");
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_is_named() {
+    let target = AuditTarget::File("/nowhere/audit.json".into());
+    let error = Audit::open(&target).unwrap_err().to_string();
+    assert!(
+        error.starts_with("audit.path: /nowhere/audit.json: "),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_fifo_is_written_to_where_somebody_reads_it_and_refused_where_nobody_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let target = AuditTarget::File(path.clone());
+    let error = Audit::open(&target).unwrap_err().to_string();
+    assert!(error.contains("nobody reads this FIFO"), "{error}");
+    let reads = std::thread::spawn(move || std::fs::read_to_string(path));
+    // Until the reader has come.
+    let mut audit = loop {
+        match Audit::open(&target) {
+            Ok(audit) => break audit,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    // More than the pipe holds: the writer waits.
+    let record = vec![b'x'; 200_000];
+    audit.add(|_, out| out.extend_from_slice(&record));
+    audit.close();
+    assert_eq!(reads.join().unwrap().unwrap().len(), record.len());
+}
+
+/// The paths of the fields of a record, such as `event.action`.
+fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
+    let Some(object) = value.as_object() else {
+        found.push(path.to_owned());
+        return;
+    };
+    for (key, value) in object {
+        let dot = if path.is_empty() { "" } else { "." };
+        fields(&format!("{path}{dot}{key}"), value, found);
+    }
+}
+
+#[test]
+fn the_page_has_each_field_of_a_record() {
+    let page = include_str!("../../../docs/audit.md");
+    let session = session();
+    let whole = Termination {
+        error: Some("EPERM"),
+        ..termination(&session)
+    };
+    let mut found = Vec::new();
+    fields(
+        "",
+        &serde_json::from_str(&line(&whole)).unwrap(),
+        &mut found,
+    );
+    assert!(found.len() > 25, "{found:?}");
+    for field in found {
+        assert!(page.contains(&format!("`{field}`")), "{field}");
+    }
+}

@@ -1,0 +1,135 @@
+//! What keeps the daemon from enforcing everything that it should, for `/readyz` and the metrics.
+//! Pure.
+
+/// A trouble that lasts until something is mended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The connections that are older than the daemon are not adopted yet.
+    NotAdopted,
+    /// Sessions that a rule matches are not tracked.
+    Untracked,
+    /// The sockets of a network namespace cannot be listed.
+    Namespace,
+    /// Audit records are lost.
+    Audit,
+    /// The programs are attached to nothing any more.
+    Detached,
+    /// Resets hang on sockets that their processes keep locked.
+    Stuck,
+}
+
+impl Trouble {
+    /// Number of troubles.
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// Every trouble, in the order of its number.
+    pub const ALL: [Self; 6] = [
+        Self::NotAdopted,
+        Self::Untracked,
+        Self::Namespace,
+        Self::Audit,
+        Self::Detached,
+        Self::Stuck,
+    ];
+
+    /// The name in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotAdopted => "not_adopted",
+            Self::Untracked => "untracked",
+            Self::Namespace => "namespace",
+            Self::Audit => "audit",
+            Self::Detached => "detached",
+            Self::Stuck => "stuck",
+        }
+    }
+}
+
+/// The troubles that there are, each with what it is and what to do.
+#[derive(Debug, Default)]
+pub struct Health {
+    now: [Option<String>; Trouble::COUNT],
+}
+
+impl Health {
+    /// The health of a daemon that starts. As every start does, it has a trouble that is no error.
+    pub fn of_a_start() -> Self {
+        let mut health = Self::default();
+        health.now[Trouble::NotAdopted as usize] =
+            Some("the connections that are older than the daemon are not adopted yet".to_owned());
+        health
+    }
+
+    /// Notes whether there is such a trouble; it is logged when it begins and when it ends.
+    pub fn set(&mut self, trouble: Trouble, what: Option<&str>) {
+        let before = &mut self.now[trouble as usize];
+        match (&before, what) {
+            (None, Some(what)) => tracing::error!("{what}"),
+            (Some(_), None) if trouble != Trouble::NotAdopted => {
+                tracing::info!("mended: {}", trouble.name());
+            }
+            _ => {}
+        }
+        if before.as_deref() != what {
+            *before = what.map(str::to_owned);
+        }
+    }
+
+    /// Which troubles there are, by number.
+    pub fn troubles(&self) -> [bool; Trouble::COUNT] {
+        std::array::from_fn(|number| self.now[number].is_some())
+    }
+
+    /// Whether all is well.
+    ///
+    /// # Errors
+    ///
+    /// What is not, in one line.
+    pub fn ready(&self) -> Result<(), String> {
+        let all: Vec<&str> = self.now.iter().flatten().map(String::as_str).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        Err(all.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_in_the_order_of_the_numbers() {
+        for (number, trouble) in Trouble::ALL.into_iter().enumerate() {
+            assert_eq!(trouble as usize, number);
+        }
+    }
+
+    #[test]
+    fn every_trouble_is_said_until_it_is_mended() {
+        let mut health = Health::default();
+        assert_eq!(health.ready(), Ok(()));
+        health.set(Trouble::Audit, Some("the disk is full"));
+        health.set(Trouble::Untracked, Some("the map is full"));
+        assert_eq!(
+            health.ready(),
+            Err("the map is full; the disk is full".to_owned())
+        );
+        assert!(health.troubles()[Trouble::Audit as usize]);
+        health.set(Trouble::Untracked, None);
+        health.set(Trouble::Audit, Some("the disk is gone"));
+        assert_eq!(health.ready(), Err("the disk is gone".to_owned()));
+        health.set(Trouble::Audit, None);
+        assert_eq!(health.ready(), Ok(()));
+        assert_eq!(health.troubles(), [false; Trouble::COUNT]);
+    }
+
+    #[test]
+    fn the_page_for_operators_says_what_to_do_about_each() {
+        let page = include_str!("../../docs/operations.md");
+        for trouble in Trouble::ALL {
+            let row = format!("\n| `{}` | ", trouble.name());
+            assert!(page.contains(&row), "{row}");
+        }
+    }
+}
