@@ -4,8 +4,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
-    os::{fd::OwnedFd, unix::process::CommandExt as _},
-    process::{Child, Command},
+    os::fd::OwnedFd,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -13,13 +12,10 @@ use std::{
 
 use anyhow::{Result, ensure};
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Pair, Place, dial, die_with_parent, unhurried,
+    Agent, Cgroups, Daemon, Holders, Lab, Listener, Pair, Place, dial, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-
-/// Descriptors of each process that holds many.
-const DESCRIPTORS: usize = 15_000;
 
 fn limit() -> Duration {
     unhurried(Duration::from_secs(1))
@@ -50,42 +46,6 @@ fn of_port(name: &str, listener: &Listener, limit: Duration) -> String {
     idle_rule(name, &conditions, limit)
 }
 
-/// Processes with so many descriptors together.
-struct Crowd(Vec<Child>);
-
-impl Crowd {
-    fn of(processes: usize) -> Result<Self> {
-        let mut crowd = Self(Vec::new());
-        for _ in 0..processes {
-            let fill = || {
-                for _ in 0..DESCRIPTORS {
-                    // SAFETY: a call without pointers, between fork and exec.
-                    if unsafe { libc::dup(0) } < 0 {
-                        return Err(std::io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            };
-            let mut command = Command::new("sleep");
-            command.arg("600");
-            // SAFETY: only system calls are made between fork and exec.
-            unsafe { command.pre_exec(fill) };
-            crowd.0.push(die_with_parent(&mut command).spawn()?);
-        }
-        Ok(crowd)
-    }
-}
-
-impl Drop for Crowd {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            // It may have ended.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
 /// Opens connections, one after the other, while something else goes on, and asserts that each is reset in time
 /// and that the daemon answers.
 fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize) -> Result<()> {
@@ -113,9 +73,9 @@ fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize)
 fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> Result<()> {
     const CGROUPS: usize = 1_000;
     let lab = Lab::new(AGENT)?;
-    let _crowd = Crowd::of(4)?;
+    let _crowd = Holders::of_descriptors(4)?;
     let parent = lab.cgroup.child()?;
-    let cgroups = Directories::of(&parent, CGROUPS)?;
+    let cgroups = Cgroups::below(&parent, CGROUPS)?;
     let listener = listen(&lab.inside)?;
     let rules = of_port("victims", &listener, limit());
     let started = Instant::now();
@@ -134,33 +94,10 @@ fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> 
     Ok(())
 }
 
-/// Many cgroups below one.
-struct Directories(Vec<std::path::PathBuf>);
-
-impl Directories {
-    fn of(parent: &session_enforcer_tests::Cgroup, count: usize) -> Result<Self> {
-        let mut made = Self(Vec::new());
-        for number in 0..count {
-            let path = parent.path().join(format!("c{number}"));
-            fs::create_dir(&path)?;
-            made.0.push(path);
-        }
-        Ok(made)
-    }
-}
-
-impl Drop for Directories {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = fs::remove_dir(path);
-        }
-    }
-}
-
 #[test]
 fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let _crowd = Crowd::of(4)?;
+    let _crowd = Holders::of_descriptors(4)?;
     let slice = lab.cgroup.child()?;
     let unit = slice.path().join("unit");
     let listener = listen(&lab.inside)?;
@@ -199,7 +136,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> R
 fn mptcp_connections_that_nobody_accepts_hold_up_nobody_and_are_recorded_once() -> Result<()> {
     const CONNECTIONS: usize = 100;
     let lab = Lab::new(AGENT)?;
-    let _crowd = Crowd::of(4)?;
+    let _crowd = Holders::of_descriptors(4)?;
     let mptcp = |agent: &Agent| -> Result<OwnedFd> {
         agent.socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)
     };

@@ -9,7 +9,7 @@ use crate::{
     Bench,
     crowd::{Crowd, FIRST_PORT, LAST_PORT},
     party::daemon,
-    process::{children_time, cpu_time},
+    process::{children_time, daemon_time},
     report::{Budget, Row},
     statistics::{quantile, ratios, sorted},
 };
@@ -20,7 +20,7 @@ const MILLISECOND: f64 = 1e6;
 const FASTER: f64 = 2.5;
 
 /// Of every connection the accepted end, so that no end goes with the other.
-fn accepted(limit: Duration) -> String {
+pub(crate) fn accepted(limit: Duration) -> String {
     format!(
         "[[rule]]\nname = \"accepted\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n",
         limit.as_secs()
@@ -41,16 +41,18 @@ pub(crate) fn lateness(bench: &Bench) -> Result<Vec<Row>> {
     let records = reset(&daemon, sessions)?;
     let recorded = |record: &Record| record.number("session_enforcer.lateness_seconds") * 1e3;
     let recorded = sorted(&records.iter().map(recorded).collect::<Vec<_>>());
-    let late = |life: &f64| (life - limit.as_nanos() as f64) / MILLISECOND;
-    let seen = sorted(&lives.iter().map(late).collect::<Vec<_>>());
     let mut rows = distribution("after the deadline, in the audit", &recorded);
-    rows.extend(distribution(
-        "after the configured limit, as the client sees it",
-        &seen,
-    ));
+    rows.extend(after_the_limit(&lives, limit, "as the client sees it"));
     rows[5] = rows[5].clone().budget(Budget::AtMost(0.3));
     rows[6] = rows[6].clone().budget(Budget::AtMost(2.0));
     Ok(rows)
+}
+
+/// How much later than the limit the clients see their ends.
+pub(crate) fn after_the_limit(lives: &[f64], limit: Duration, when: &str) -> Vec<Row> {
+    let late = |life: &f64| (life - limit.as_nanos() as f64) / MILLISECOND;
+    let seen = sorted(&lives.iter().map(late).collect::<Vec<_>>());
+    distribution(&format!("after the configured limit, {when}"), &seen)
 }
 
 fn distribution(what: &str, sorted: &[f64]) -> Vec<Row> {
@@ -142,7 +144,7 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     let early = daemon.terminations()?.len();
     ensure!(early == 0, "{early} sessions ended before all were open");
     bench.stop.pause(limit + Duration::from_secs(1))?;
-    let (before, start) = (cpu_time(daemon.pid())?, Time::now());
+    let (before, start) = (daemon_time(&daemon)?, Time::now());
     daemon.thaw()?;
     bench.stop.pause(UNDISTURBED)?;
     crowd.watch()?;
@@ -153,7 +155,7 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     Ok(Effort::of(
         sessions,
         elapsed,
-        cpu_time(daemon.pid())? - before,
+        daemon_time(&daemon)? - before,
     ))
 }
 

@@ -12,6 +12,7 @@ use nix::{
     time::{clock_getcpuclockid, clock_gettime},
     unistd::Pid,
 };
+use session_enforcer_tests::Daemon;
 
 /// The processor on which everything runs whose latency is compared: the last that is allowed, which
 /// has the fewest interrupts on most machines.
@@ -28,6 +29,21 @@ pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
     Ok(clock_gettime(clock)?.into())
 }
 
+/// Time that the daemon and the reapers that it has now have run.
+pub(crate) fn daemon_time(daemon: &Daemon) -> Result<Duration> {
+    // One that ends meanwhile has no time.
+    let reapers = daemon.reapers()?.into_iter();
+    let reapers: Duration = reapers.filter_map(|pid| cpu_time(pid).ok()).sum();
+    Ok(cpu_time(daemon.pid())? + reapers)
+}
+
+/// Bytes of memory that the daemon and its reapers take, what they share counted once.
+pub(crate) fn daemon_bytes(daemon: &Daemon) -> Result<u64> {
+    let reapers = daemon.reapers()?.into_iter();
+    let reapers: u64 = reapers.filter_map(|pid| proportional_bytes(pid).ok()).sum();
+    Ok(proportional_bytes(daemon.pid())? + reapers)
+}
+
 /// Time that the children of this process that have ended have run, with theirs.
 pub(crate) fn children_time() -> Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
@@ -38,12 +54,12 @@ pub(crate) fn children_time() -> Result<Duration> {
     Ok(duration(usage.user_time())? + duration(usage.system_time())?)
 }
 
-/// Bytes of the process that are in memory.
-pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+/// Bytes of the process that are in memory, its share of those that others have too (`Pss` of proc(5)).
+fn proportional_bytes(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    Ok(kib.context("VmRSS in status")?.trim().parse::<u64>()? * 1024)
+    Ok(kib.context("Pss in smaps_rollup")?.trim().parse::<u64>()? * 1024)
 }
 
 #[cfg(test)]
@@ -54,7 +70,7 @@ mod tests {
     fn this_process_has_run_and_is_in_memory() {
         let pid = std::process::id();
         assert!(cpu_time(pid).unwrap() > Duration::ZERO);
-        assert!(resident_bytes(pid).unwrap() > 100_000);
+        assert!(proportional_bytes(pid).unwrap() > 100_000);
         assert!(pinned_cpu().is_ok());
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     Bench,
     crowd::Crowd,
     party::daemon,
-    process::cpu_time,
+    process::daemon_time,
     report::{Budget, Row},
 };
 
@@ -27,18 +27,18 @@ fn rule(name: &str) -> String {
 
 /// How long something took, and how much of it the daemon ran, in seconds.
 #[derive(Default)]
-struct Taken {
+pub(crate) struct Taken {
     elapsed: Vec<f64>,
     processor: Vec<f64>,
 }
 
 impl Taken {
-    fn note(&mut self, start: Instant, processor: Duration) {
+    pub(crate) fn note(&mut self, start: Instant, processor: Duration) {
         self.elapsed.push(start.elapsed().as_secs_f64());
         self.processor.push(processor.as_secs_f64());
     }
 
-    fn rows(&self, what: &str) -> [Row; 2] {
+    pub(crate) fn rows(&self, what: &str) -> [Row; 2] {
         [
             Row::new(what, "s", &self.elapsed),
             Row::new(
@@ -68,7 +68,7 @@ fn starts(crowd: &Crowd, sessions: usize, rounds: usize, bench: &Bench) -> Resul
     for _ in 0..rounds {
         let start = Instant::now();
         let daemon = daemon(&crowd.cgroup, &rule("all"), &bench.stop)?;
-        taken.note(start, cpu_time(daemon.pid())?);
+        taken.note(start, daemon_time(&daemon)?);
         let adopted = sessions_of(&daemon, "all")?;
         ensure!(adopted == sessions, "{adopted} of {sessions} were adopted");
     }
@@ -90,9 +90,9 @@ pub(crate) fn reload(bench: &Bench) -> Result<Vec<Row>> {
     for round in 0..bench.pick(4, 10) {
         bench.stop.check()?;
         let name = ["second", "first"][round % 2];
-        let (start, before) = (Instant::now(), cpu_time(daemon.pid())?);
+        let (start, before) = (Instant::now(), daemon_time(&daemon)?);
         daemon.reload_within(&rule(name), PATIENCE)?;
-        taken.note(start, cpu_time(daemon.pid())? - before);
+        taken.note(start, daemon_time(&daemon)? - before);
         let redecided = sessions_of(&daemon, name)?;
         ensure!(redecided == SESSIONS, "{redecided} of {SESSIONS} follow it");
     }

@@ -12,7 +12,7 @@ use anyhow::Result;
 use crate::{
     Bench,
     party::{Kind, Party},
-    process::cpu_time,
+    process::{cpu_time, daemon_time},
     report::{Budget, Row},
     statistics::{ratios, turns},
 };
@@ -173,7 +173,7 @@ fn what_the_daemon_does_after(party: &Party, bench: &Bench) -> Result<f64> {
     let Some(daemon) = party.daemon() else {
         return Ok(0.0);
     };
-    let before = cpu_time(daemon.pid())?;
+    let before = daemon_time(daemon)?;
     bench.stop.pause(SETTLED)?;
-    Ok((cpu_time(daemon.pid())? - before).as_nanos() as f64)
+    Ok((daemon_time(daemon)? - before).as_nanos() as f64)
 }

@@ -1,0 +1,110 @@
+//! A crowded host: many descriptors, cgroups and network namespaces that are nobody's business.
+
+use std::{
+    fs, io,
+    os::unix::process::CommandExt as _,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{cgroup::Cgroup, process::die_with_parent};
+
+/// Descriptors of each process that holds many: a process may have 20,000.
+const DESCRIPTORS: usize = 15_000;
+
+/// Processes that hold something, and end with this.
+#[derive(Debug, Default)]
+pub struct Holders(Vec<Child>);
+
+impl Holders {
+    /// Processes with 15,000 descriptors each.
+    ///
+    /// # Errors
+    ///
+    /// Where the host gives no more processes or descriptors.
+    pub fn of_descriptors(processes: usize) -> Result<Self> {
+        let fill = || {
+            for _ in 0..DESCRIPTORS {
+                // SAFETY: a call without pointers, between fork and exec.
+                if unsafe { libc::dup(0) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        Self::start(processes, fill)
+    }
+
+    /// Processes with a network namespace each.
+    ///
+    /// # Errors
+    ///
+    /// Where the host gives no more processes or namespaces.
+    pub fn of_namespaces(processes: usize) -> Result<Self> {
+        let unshare = || {
+            // SAFETY: a call without pointers, between fork and exec.
+            if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        };
+        Self::start(processes, unshare)
+    }
+
+    fn start(
+        processes: usize,
+        prepare: impl FnMut() -> io::Result<()> + Send + Sync + Clone + 'static,
+    ) -> Result<Self> {
+        let mut holders = Self::default();
+        for _ in 0..processes {
+            let mut command = Command::new("sleep");
+            command.arg("3600").stdin(Stdio::null());
+            // SAFETY: only system calls are made between fork and exec.
+            unsafe { command.pre_exec(prepare.clone()) };
+            let child = die_with_parent(&mut command).spawn();
+            holders.0.push(child.context("a process that holds")?);
+        }
+        Ok(holders)
+    }
+}
+
+impl Drop for Holders {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // It may have ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Many empty cgroups below one, removed with this.
+#[derive(Debug)]
+pub struct Cgroups(Vec<PathBuf>);
+
+impl Cgroups {
+    /// Makes them.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel makes no more.
+    pub fn below(parent: &Cgroup, count: usize) -> Result<Self> {
+        let mut made = Self(Vec::new());
+        for number in 0..count {
+            let path = parent.path().join(format!("c{number}"));
+            fs::create_dir(&path).with_context(|| path.display().to_string())?;
+            made.0.push(path);
+        }
+        Ok(made)
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
