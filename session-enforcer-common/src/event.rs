@@ -24,7 +24,7 @@ pub struct Event {
     pub cookie: u64,
     /// The cookie of its network namespace.
     pub netns_cookie: u64,
-    /// When it was established, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// When it was established, in nanoseconds of `CLOCK_BOOTTIME`.
     pub established_ns: u64,
     /// Identity of its owner's cgroup; 0 where that is not known.
     pub cgroup_id: u64,

@@ -4,7 +4,7 @@
 //! can be tested.
 //!
 //! Both sides compile the same functions, so they cannot disagree. There is no I/O and no clock
-//! here: time is an argument, in nanoseconds of `CLOCK_MONOTONIC`, so that every decision can be
+//! here: time is an argument, in nanoseconds of `CLOCK_BOOTTIME`, so that every decision can be
 //! tested without waiting.
 #![cfg_attr(not(test), no_std)]
 

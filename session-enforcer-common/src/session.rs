@@ -85,7 +85,7 @@ pub mod flags {
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
 /// daemon reads it, inserts the sessions that it adopts, and amends those whose owner it finds.
 ///
-/// Times are nanoseconds of `CLOCK_MONOTONIC`, read where the packet is. Those of an adopted session are
+/// Times are nanoseconds of `CLOCK_BOOTTIME`, read where the packet is. Those of an adopted session are
 /// known to a few ticks, and never earlier than the event.
 /// The fields that every packet touches come first, together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

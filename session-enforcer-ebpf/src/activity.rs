@@ -9,7 +9,7 @@ use aya_ebpf::{
         BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2,
         BPF_TCP_LAST_ACK, bpf_tcp_sock,
     },
-    helpers::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
+    helpers::{bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
     programs::SkBuffContext,
 };
 use session_enforcer_common::{Direction, ErrorKind, EventKind, Policy, Session, Way, flags};
@@ -264,10 +264,10 @@ fn grow(count: &mut u64, total: u64) {
     }
 }
 
-/// The precise clock. The coarse one costs a third, and lags by as much as a tick comes late: in a
+/// The clock that goes on while the host sleeps, `CLOCK_BOOTTIME`, and precise. The coarse one costs a third, and lags by as much as a tick comes late: in a
 /// virtual machine whose processors were taken away, sessions ended before their time.
 #[inline(always)]
 pub(crate) fn now_ns() -> u64 {
     // SAFETY: no argument, no precondition.
-    unsafe { bpf_ktime_get_ns() }
+    unsafe { bpf_ktime_get_boot_ns() }
 }

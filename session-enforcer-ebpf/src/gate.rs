@@ -6,7 +6,7 @@
 
 use core::{arch::asm, ptr};
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
 
 use crate::{counters, lifecycle, words};
@@ -73,7 +73,7 @@ fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
 #[inline(never)]
 fn refuses(session: *const Session, policy: &Policy) -> bool {
     // SAFETY: no argument, no precondition.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     // SAFETY: the caller has it from a reference. It becomes one after the call of the helper, which
     // the compiler knows nothing of, so it is read after the clock. In place: a copy would not leave
     // enough of the stack.

@@ -705,12 +705,11 @@ impl State {
             }
             return self.forget_unless_another(cookie, session);
         }
-        let now = self.kernel.session(cookie)?;
-        let is_another = now.is_some_and(|now| now.established_ns != session.established_ns);
-        if self.tracker.contains(cookie) && !is_another {
-            // Should the event not come, this lets go of it.
+        if self.tracker.contains(cookie) {
+            // Should the event not come, this lets go of it. Where the same socket was connected again, that
+            // session is looked at early, and is as any other.
             self.tracker.set_phase(cookie, session, Phase::Reset);
-            self.tracker.rearm(cookie, at_ns + RECHECK_NS);
+            self.tracker.hasten(cookie, at_ns + RECHECK_NS);
         }
         Ok(())
     }

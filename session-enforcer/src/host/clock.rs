@@ -1,4 +1,4 @@
-//! The clocks: `CLOCK_MONOTONIC` for every decision, the wall clock for what people read.
+//! The clocks: `CLOCK_BOOTTIME` for every decision, the wall clock for what people read.
 
 use std::{fmt, time::Duration};
 
@@ -12,9 +12,15 @@ use serde::{Serialize, Serializer};
 /// The tick where the kernel does not tell it: that of the slowest configuration, `HZ=100`.
 const LONGEST_TICK_NS: u64 = 10_000_000;
 
-/// Nanoseconds of `CLOCK_MONOTONIC`, the clock of the kernel's time stamps.
+/// Nanoseconds of `CLOCK_BOOTTIME`, the clock of the programs' time stamps. It is monotonic, and goes on
+/// while the host sleeps: a night in suspend is idle time.
 pub fn monotonic_ns() -> u64 {
     // The clock exists on every Linux, so the call cannot fail.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, nanoseconds)
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, for systemd, which wants that one.
+pub fn awake_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
 }
 
@@ -151,6 +157,23 @@ mod tests {
         found.sort();
         let known = ["src/host/clock.rs", "src/report/metrics.rs"].map(|path| package.join(path));
         assert_eq!(found, known);
+    }
+
+    /// Programs and daemon read the one clock: two of them differ by all the time that the host has slept.
+    #[test]
+    fn nothing_is_decided_by_a_clock_that_stands_still_while_the_host_sleeps() {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let sleeps = ["bpf_ktime_get_ns", "CLOCK_MONOTONIC)", "awake_ns()"];
+        let sources =
+            ["src", "../session-enforcer-ebpf/src"].map(|source| files(&package.join(source)));
+        let reads = |path: &PathBuf| {
+            let text = fs::read_to_string(path).unwrap();
+            sleeps.iter().any(|clock| text.contains(clock))
+        };
+        let mut found: Vec<PathBuf> = sources.into_iter().flatten().filter(reads).collect();
+        found.sort();
+        let known = ["src/host/clock.rs", "src/report/service_manager.rs"];
+        assert_eq!(found, known.map(|path| package.join(path)));
     }
 
     #[test]

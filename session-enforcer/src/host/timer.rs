@@ -1,4 +1,4 @@
-//! One timer on `CLOCK_MONOTONIC`, the clock of the sessions' deadlines. A `timerfd` and not the
+//! One timer on `CLOCK_BOOTTIME`, the clock of the sessions' deadlines. A `timerfd` and not the
 //! runtime's own timer, whose resolution is a millisecond.
 
 use std::{
@@ -36,7 +36,7 @@ impl Timer {
     /// Where the kernel gives none.
     pub fn new() -> io::Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, flags)?;
         // SAFETY: the timer owns its descriptor and gives the same one until it is dropped.
         let fd = unsafe { AsyncFd::register(Descriptor(timer)) }?;
         Ok(Self {

@@ -220,7 +220,7 @@ pub enum FoundUser {
 pub enum Reply {
     /// The request is done, or was broken off.
     Done {
-        /// The time after the last answer of the kernel, in nanoseconds of `CLOCK_MONOTONIC`.
+        /// The time after the last answer of the kernel, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
         /// How long the reaper has used a processor for the request, in nanoseconds.
         used_ns: u64,
@@ -243,14 +243,14 @@ pub enum Reply {
     Disconnected {
         /// The outcome.
         outcome: Disconnected,
-        /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
+        /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
     },
     /// What the kernel knows of the next sockets that were asked about; none is one that is gone.
     Sockets {
         /// The sockets.
         sockets: Vec<Option<Socket>>,
-        /// The time after the answer to the last, in nanoseconds of `CLOCK_MONOTONIC`.
+        /// The time after the answer to the last, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
     },
     /// Some cgroups that the watched one covers.

@@ -21,7 +21,7 @@ use std::{
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::{config::Mode, host::clock::monotonic_ns};
+use crate::{config::Mode, host::clock::awake_ns};
 
 /// The longest time between two status lines.
 const STATUS_PERIOD: Duration = Duration::from_secs(10);
@@ -75,7 +75,7 @@ impl ServiceManager {
     /// `Type=notify-reload`).
     pub fn reloading(&self) {
         self.is_ready.set(false);
-        self.send(|| format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_ns() / 1_000));
+        self.send(|| format!("RELOADING=1\nMONOTONIC_USEC={}", awake_ns() / 1_000));
     }
 
     /// Says that the daemon ends.

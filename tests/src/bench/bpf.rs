@@ -257,8 +257,8 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
         [0x15, 0x01, 1, 0, 0, 0, 0, 0],
         [0x85, 0, 0, 0, 96, 0, 0, 0],
     ];
-    // r0 = bpf_ktime_get_ns()
-    const CLOCK: Instruction = [0x85, 0, 0, 0, 5, 0, 0, 0];
+    // r0 = bpf_ktime_get_boot_ns()
+    const CLOCK: Instruction = [0x85, 0, 0, 0, 125, 0, 0, 0];
     // r0 = bpf_ktime_get_coarse_ns()
     const COARSE_CLOCK: Instruction = [0x85, 0, 0, 0, 160, 0, 0, 0];
     // r2 = r1, which is the socket to a program on the hook for new ones

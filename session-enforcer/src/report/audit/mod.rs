@@ -82,9 +82,9 @@ pub struct Termination<'a> {
     pub outcome: Outcome,
     /// The limit; none where a change of the policy ended it.
     pub limit: Option<Duration>,
-    /// When it reached it, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// When it reached it, in nanoseconds of `CLOCK_BOOTTIME`.
     pub deadline_ns: u64,
-    /// When the kernel had answered, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
     pub answered_ns: u64,
     /// Path of the owner's cgroup, where it is known.
     pub cgroup: Option<&'a str>,
