@@ -233,3 +233,27 @@ fn sessions_of_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
     assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
     Ok(())
 }
+
+/// The end of these would not be reported, so that what the kernel does not find might have ended.
+#[test]
+fn sessions_of_older_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    for (address, kind) in [
+        (SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), "ipv4"),
+        (SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), "ipv6"),
+    ] {
+        // Who listens is how the daemon knows who dialled.
+        let [outside, inside] = [lab.outside.listen(address)?, lab.inside.listen(address)?];
+        let pairs = [
+            Pair::open(&lab.inside, &outside)?,
+            Pair::open(&lab.outside, &inside)?,
+        ];
+        let daemon = lab.daemon(&rule())?;
+        bind_to_device(&pairs[0].client, "lo")?;
+        bind_to_device(&pairs[1].server, "lo")?;
+        assert_enforced(&daemon, &pairs, kind)?;
+        let repaired = "session_enforcer_reconcile_repaired_total";
+        assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
+    }
+    Ok(())
+}

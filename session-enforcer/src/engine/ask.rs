@@ -3,8 +3,6 @@
 
 use std::{os::fd::OwnedFd, rc::Rc, time::Duration};
 
-use session_enforcer_common::Session;
-
 use super::context::Context;
 use crate::{
     host::clock::monotonic_ns,
@@ -240,17 +238,6 @@ async fn end_of(mut exchange: Exchange) {
             }
         }
     }
-}
-
-/// Asks about one socket.
-pub(super) async fn query_one(
-    context: &Rc<Context>,
-    session: &Session,
-    target: Target,
-    detail: Detail,
-) -> Result<Answer, String> {
-    let answers = query(context, session.netns_cookie, &[target], detail).await?;
-    Ok(answers[0])
 }
 
 /// Asks for something; all replies to it, in their order, with the descriptors that came along. Where a reaper

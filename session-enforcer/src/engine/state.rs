@@ -74,7 +74,7 @@ pub(super) struct State {
     /// Sessions whose owner has to be found before they are judged.
     pub(super) without_owner: Vec<(u64, Session)>,
     /// Sessions whose end the kernel does not report, and that may have ended.
-    pub(super) unreported: Vec<Unreported>,
+    pub(super) looked_for: Vec<LookedFor>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     /// Sessions that the map can hold.
@@ -89,13 +89,23 @@ pub(super) struct Change {
     pub(super) at_ns: u64,
 }
 
-/// A session whose end the kernel does not report, which is looked for.
+/// A session whose socket is looked for: it may have ended without a report.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Unreported {
+pub(super) struct LookedFor {
     pub(super) cookie: u64,
     pub(super) session: Session,
-    /// Set where it is to be recorded, if it is there.
-    pub(super) observed: Option<Expired>,
+    pub(super) cause: Cause,
+}
+
+/// Why a socket is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Cause {
+    /// Its end would not be reported.
+    Unreported,
+    /// The same, and the session is to be recorded if it is there: it is late, and only observed.
+    Observed(Expired),
+    /// The kernel did not find it when it was to be reset.
+    NotFound(Expired),
 }
 
 impl State {
@@ -130,7 +140,7 @@ impl State {
             has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
-            unreported: Vec::new(),
+            looked_for: Vec::new(),
             repaired_losses: 0,
             capacity,
         }
@@ -405,13 +415,13 @@ impl State {
                 }
                 self.tracker.rearm(cookie, recheck_ns);
                 if session.end_is_unreported() {
-                    self.look_for(cookie, session, None);
+                    self.look_for(cookie, session, Cause::Unreported);
                 }
                 Ok(None)
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
             Judgement::Late(expired) if session.end_is_unreported() => {
-                self.look_for(cookie, session, Some(expired));
+                self.look_for(cookie, session, Cause::Observed(expired));
                 Ok(None)
             }
             Judgement::Late(expired) => {
@@ -421,11 +431,11 @@ impl State {
         }
     }
 
-    fn look_for(&mut self, cookie: u64, session: Session, observed: Option<Expired>) {
-        self.unreported.push(Unreported {
+    pub(super) fn look_for(&mut self, cookie: u64, session: Session, cause: Cause) {
+        self.looked_for.push(LookedFor {
             cookie,
             session,
-            observed,
+            cause,
         });
     }
 }

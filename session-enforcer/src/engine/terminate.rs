@@ -11,24 +11,27 @@ use nix::errno::Errno;
 use session_enforcer_common::{Session, Verdict, verdict};
 
 use super::{
-    ask::{self, Answer, LOOK, note_problem, query_one},
+    ask::{self, Answer, LOOK, note_problem},
     context::Context,
     handles::Searching,
     hanging::{Culprit, Room},
     judge::{Expired, next_observation, only_lifetime},
-    state::{RECHECK_NS, RETRY_NS, State, Unreported},
+    state::{Cause, LookedFor, RECHECK_NS, RETRY_NS, State},
     tracker::Phase,
 };
 use crate::{
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Detail, MAX_BATCH, Target, state},
+        diag::{Detail, MAX_BATCH, Socket, Target, state},
         pool::{Condition, Exchange, Next, Purpose, STALL},
         protocol::{
             Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
         },
     },
-    report::{audit::Outcome, metrics::Untracked},
+    report::{
+        audit::Outcome,
+        metrics::{Repair, Untracked},
+    },
 };
 
 /// Batches that reapers work on at a time, besides those that are left behind. With the second, sessions
@@ -409,6 +412,7 @@ impl Attempt {
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
+        look_for_unreported(context);
         Ok(())
     }
 
@@ -550,11 +554,7 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
     match said {
         Some(Said::Code(0) | Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns),
         Some(Said::Code(libc::ENOENT) | Said::Outcome(Disconnected::Gone)) => {
-            if state.not_found(expired)? {
-                drop(state);
-                context.spawn(search(Rc::clone(context), *expired));
-            }
-            Ok(())
+            state.not_found(expired)
         }
         Some(Said::Code(libc::EOPNOTSUPP)) => {
             // From now on it is not asked.
@@ -579,59 +579,6 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
             Ok(())
         }
     }
-}
-
-/// Searches for the socket of a session that the kernel does not find by its name: its process may have bound
-/// it to another interface since it was established (`SO_BINDTODEVICE` does not ask for its state), or
-/// another `sock_ops` program may have overwritten the flag by which the kernel reports the end.
-async fn search(context: Rc<Context>, expired: Expired) -> Result<()> {
-    let (cookie, session) = (expired.cookie, expired.session);
-    let target = Target::of(cookie, &session);
-    let found = match query_one(&context, &session, target, Detail::Names).await {
-        Ok(Answer::Known(None, _)) => search_table(&context, &session, target).await,
-        Ok(_) => {
-            context.state().fail(&expired, monotonic_ns(), NOT_FOUND);
-            return Ok(());
-        }
-        Err(error) => Err(error),
-    };
-    let mut state = context.state();
-    let found = match found {
-        Ok(Some(found)) => found,
-        Ok(None) => {
-            state.tracker.clear_phase(cookie);
-            return state.drop_stale(cookie, &session);
-        }
-        Err(error) => {
-            tracing::warn!("searching for session {cookie}: {error}");
-            state.unanswered(&expired, monotonic_ns(), NOT_FOUND);
-            return Ok(());
-        }
-    };
-    let Some(now) = state.still_there(cookie, &session)? else {
-        state.record_gone(&expired);
-        state.forget(cookie);
-        return Ok(());
-    };
-    let ifindex = found.ifindex;
-    state.kernel.amend(cookie, &Session { ifindex, ..now })?;
-    state.unanswered(&expired, monotonic_ns(), NOT_FOUND);
-    Ok(())
-}
-
-async fn search_table(
-    context: &Rc<Context>,
-    session: &Session,
-    target: Target,
-) -> Result<Option<Target>, String> {
-    let (netns, handle) = context.state().handles.netns(session.netns_cookie);
-    let request = Request::Search { netns, target };
-    let replies = ask::ask(context, &request, handle.as_deref()).await?;
-    let found = replies.into_iter().find_map(|(reply, _)| match reply {
-        Reply::Sockets { sockets, .. } => sockets.into_iter().flatten().next(),
-        _ => None,
-    });
-    Ok(found.map(|socket| socket.target))
 }
 
 /// What becomes of a session in the state.
@@ -714,35 +661,72 @@ impl State {
         Ok(())
     }
 
-    /// The kernel knows no such socket; whether it is to be searched for.
-    fn not_found(&mut self, expired: &Expired) -> Result<bool> {
-        let (cookie, session) = (expired.cookie, &expired.session);
+    /// The kernel knows no such socket.
+    fn not_found(&mut self, expired: &Expired) -> Result<()> {
+        let (cookie, session) = (expired.cookie, expired.session);
+        if self.still_there(cookie, &session)?.is_some() {
+            self.look_for(cookie, session, Cause::NotFound(*expired));
+            return Ok(());
+        }
         // A reaper that told nothing more may have reset it.
-        let tried = self.tracker.tried(cookie, session);
-        let is_unknown = tried.is_some_and(|tried| tried.unanswered > 0);
-        if self.still_there(cookie, session)?.is_none() {
-            if session.end_is_unreported() && !is_unknown {
-                self.records
-                    .metrics
-                    .repaired(crate::report::metrics::Repair::Stale);
-            } else {
-                // It closed by itself between the decision and the request.
-                self.record_gone(expired);
-            }
-            self.tracker.clear_phase(cookie);
-            self.forget_unless_another(cookie, session)?;
-            return Ok(false);
+        let tried = self.tracker.tried(cookie, &session);
+        let may_have_been_reset = tried.is_some_and(|tried| tried.unanswered > 0);
+        if session.end_is_unreported() && !may_have_been_reset {
+            self.records.metrics.repaired(Repair::Stale);
+        } else {
+            // It closed by itself between the decision and the request.
+            self.record_gone(expired);
         }
-        if session.end_is_unreported() {
-            if is_unknown {
-                self.record_gone(expired);
-            }
-            // Else it may have ended long ago: nothing was terminated now.
-            self.tracker.clear_phase(cookie);
-            self.drop_stale(cookie, session)?;
-            return Ok(false);
+        self.tracker.clear_phase(cookie);
+        self.forget_unless_another(cookie, &session)
+    }
+
+    /// No socket of a session is there any more.
+    fn has_ended(&mut self, looked_for: &LookedFor) -> Result<()> {
+        let (cookie, session) = (looked_for.cookie, &looked_for.session);
+        match self.still_there(cookie, session)? {
+            // It may have ended long ago: nothing was terminated now, but where an answer is missing.
+            Some(_) => self.drop_stale(cookie, session),
+            None => Ok(()),
         }
-        Ok(true)
+    }
+
+    /// The socket of a session is there; by the name that the record has, or by another.
+    fn is_there(&mut self, looked_for: &LookedFor, found: &Socket) -> Result<()> {
+        let (cookie, session) = (looked_for.cookie, &looked_for.session);
+        let Some(now) = self.still_there(cookie, session)? else {
+            return Ok(());
+        };
+        let ifindex = found.target.ifindex;
+        if ifindex != now.ifindex {
+            self.kernel.amend(cookie, &Session { ifindex, ..now })?;
+        }
+        let now_ns = monotonic_ns();
+        match &looked_for.cause {
+            Cause::Unreported if state::is_closing(found.state) => {
+                self.tracker.hasten(cookie, now_ns + CLOSING_NS);
+            }
+            Cause::Unreported => {}
+            Cause::Observed(expired) => self.observe(expired),
+            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+        }
+        Ok(())
+    }
+
+    /// Whether the socket of a session is there cannot be told now.
+    fn may_be_there(&mut self, looked_for: &LookedFor) -> Result<()> {
+        let now_ns = monotonic_ns();
+        match &looked_for.cause {
+            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+            cause => {
+                self.tracker.hasten(looked_for.cookie, now_ns + RETRY_NS);
+                let is_there = self.still_there(looked_for.cookie, &looked_for.session)?;
+                if let (Cause::Observed(expired), Some(_)) = (cause, is_there) {
+                    self.observe(expired);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Forgets a session that is no more, but for another one of the same socket, which was connected again.
@@ -843,10 +827,10 @@ impl State {
     }
 }
 
-/// Looks for the sockets of sessions whose end the kernel does not report.
+/// Looks for the sockets of sessions that may have ended without a report.
 fn look_for_unreported(context: &Rc<Context>) {
-    let sessions = std::mem::take(&mut context.state().unreported);
-    let mut by_namespace: BTreeMap<u64, Vec<Unreported>> = BTreeMap::new();
+    let sessions = std::mem::take(&mut context.state().looked_for);
+    let mut by_namespace: BTreeMap<u64, Vec<LookedFor>> = BTreeMap::new();
     for session in sessions {
         let netns = session.session.netns_cookie;
         by_namespace.entry(netns).or_default().push(session);
@@ -856,43 +840,60 @@ fn look_for_unreported(context: &Rc<Context>) {
     }
 }
 
-async fn look_for(
-    context: Rc<Context>,
-    netns_cookie: u64,
-    sessions: Vec<Unreported>,
-) -> Result<()> {
-    let targets: Vec<Target> = sessions
-        .iter()
-        .map(|s| Target::of(s.cookie, &s.session))
-        .collect();
+/// First by their names, which costs little. The process of one that is not found may have bound it to another
+/// interface since it was established (`SO_BINDTODEVICE` asks neither for a state nor for a privilege), and
+/// another `sock_ops` program may have overwritten the flag by which the kernel reports the end: only the whole
+/// table tells which of these it is.
+async fn look_for(context: Rc<Context>, netns_cookie: u64, sessions: Vec<LookedFor>) -> Result<()> {
+    let target = |s: &LookedFor| Target::of(s.cookie, &s.session);
+    let targets: Vec<Target> = sessions.iter().map(target).collect();
     let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
-    let mut state = context.state();
-    let now_ns = monotonic_ns();
     let answers = answers.unwrap_or_else(|error| {
         tracing::warn!("looking for {} sessions: {error}", sessions.len());
         vec![Answer::Locked; sessions.len()]
     });
-    for (looked_for, answer) in sessions.iter().zip(answers) {
-        let (cookie, session) = (looked_for.cookie, &looked_for.session);
+    let mut unnamed = Vec::new();
+    for (looked_for, answer) in sessions.into_iter().zip(answers) {
+        let mut state = context.state();
         match answer {
-            Answer::Known(socket, _) if socket.is_none_or(|socket| socket.is_mini) => {
-                if state.still_there(cookie, session)?.is_some() {
-                    state.drop_stale(cookie, session)?;
-                }
-                continue;
-            }
-            Answer::Known(Some(socket), _) if state::is_closing(socket.state) => {
-                state.tracker.hasten(cookie, now_ns + CLOSING_NS);
-            }
-            Answer::Known(..) => {}
-            Answer::Locked => state.tracker.hasten(cookie, now_ns + RETRY_NS),
-        }
-        if let Some(expired) = &looked_for.observed
-            && state.still_there(cookie, session)?.is_some()
-        {
-            state.observe(expired);
+            Answer::Known(None, _) => unnamed.push(looked_for),
+            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&looked_for)?,
+            Answer::Known(Some(socket), _) => state.is_there(&looked_for, &socket)?,
+            Answer::Locked => state.may_be_there(&looked_for)?,
         }
     }
-    state.records.audit.flush();
+    for sessions in unnamed.chunks(MAX_BATCH) {
+        search(&context, netns_cookie, sessions).await?;
+    }
+    context.state().records.audit.flush();
+    Ok(())
+}
+
+async fn search(context: &Rc<Context>, netns_cookie: u64, sessions: &[LookedFor]) -> Result<()> {
+    let (netns, handle) = context.state().handles.netns(netns_cookie);
+    let target = |s: &LookedFor| Target::of(s.cookie, &s.session);
+    let targets = sessions.iter().map(target).collect();
+    let request = Request::Search { netns, targets };
+    let replies = ask::ask(context, &request, handle.as_deref()).await;
+    let mut state = context.state();
+    let replies = match replies {
+        Ok(replies) => replies,
+        Err(error) => {
+            tracing::warn!("searching for {} sessions: {error}", sessions.len());
+            return sessions
+                .iter()
+                .try_for_each(|session| state.may_be_there(session));
+        }
+    };
+    let sockets = replies.into_iter().flat_map(|(reply, _)| match reply {
+        Reply::Sockets { sockets, .. } => sockets,
+        _ => Vec::new(),
+    });
+    for (session, socket) in sessions.iter().zip(sockets) {
+        match socket {
+            Some(socket) => state.is_there(session, &socket)?,
+            None => state.has_ended(session)?,
+        }
+    }
     Ok(())
 }

@@ -118,13 +118,13 @@ pub enum Request {
         /// What to tell.
         detail: Detail,
     },
-    /// Search a namespace for a socket by its ports and its cookie, whatever interface it is bound to
-    /// by now. [`Reply::Sockets`] with one, then [`Reply::Done`].
+    /// Search a namespace for sockets by their cookies, whatever interface they are bound to by now.
+    /// [`Reply::Sockets`] with as many, then [`Reply::Done`].
     Search {
         /// The namespace.
         netns: Netns,
-        /// The socket.
-        target: Target,
+        /// The sockets.
+        targets: Vec<Target>,
     },
     /// List the sockets that listen on this port of a namespace. [`Reply::Sockets`], then [`Reply::Done`].
     Listeners {

@@ -156,9 +156,9 @@ impl Worker {
                 targets,
                 detail,
             } => self.query(&netns, lent, &targets, detail),
-            Request::Search { netns, target } => {
-                let found = self.with(&netns, lent, |_, diag| Ok(diag.search(&target)?))?;
-                self.tell_sockets(vec![found])
+            Request::Search { netns, targets } => {
+                let found = self.with(&netns, lent, |_, diag| Ok(diag.search(&targets)?))?;
+                self.tell_sockets(found)
             }
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);

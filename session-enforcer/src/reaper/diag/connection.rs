@@ -4,6 +4,7 @@
 //! the thread has left that namespace since.
 
 use std::{
+    collections::HashMap,
     io::{self, IoSliceMut},
     os::fd::{AsRawFd as _, OwnedFd},
 };
@@ -176,16 +177,28 @@ impl DiagSocket {
         Ok(found.filter(|found| found.target.cookie == target.cookie))
     }
 
-    /// The same, whatever interface the socket is bound to by now. The kernel walks its whole table.
+    /// The same of several, whatever interface they are bound to by now. The kernel walks its whole table, once.
     ///
     /// # Errors
     ///
     /// As above.
-    pub fn search(&mut self, target: &Target) -> Result<Option<Socket>, SockDiagError> {
-        let ports = [target.local_port, target.remote_port];
-        let listed = self.listed(wire::state::SESSIONS, ports)?;
-        let is_it = |socket: &Socket| socket.target.cookie == target.cookie;
-        Ok(listed.into_iter().find(is_it))
+    pub fn search(&mut self, targets: &[Target]) -> Result<Vec<Option<Socket>>, SockDiagError> {
+        // What the kernel leaves out where one is searched for, which is nearly always.
+        let ports = match targets {
+            [target] => [target.local_port, target.remote_port],
+            _ => [0, 0],
+        };
+        let place = |(index, target): (usize, &Target)| (target.cookie, index);
+        let places: HashMap<u64, usize> = targets.iter().enumerate().map(place).collect();
+        let mut found = vec![None; targets.len()];
+        self.list(wire::state::SESSIONS, ports, &mut |sockets| {
+            for socket in sockets {
+                if let Some(index) = places.get(&socket.target.cookie) {
+                    found[*index] = Some(socket);
+                }
+            }
+        })?;
+        Ok(found)
     }
 
     /// What the kernel knows of the MPTCP socket with this token, or `None` where it is gone.
@@ -387,7 +400,7 @@ mod tests {
         };
         assert_eq!(diag.query(&nobody, Detail::Activity).unwrap(), None);
         assert_eq!(diag.destroy(&nobody).unwrap(), libc::ENOENT);
-        assert_eq!(diag.search(&nobody).unwrap(), None);
+        assert_eq!(diag.search(&[nobody]).unwrap(), [None]);
     }
 
     #[test]
@@ -395,7 +408,7 @@ mod tests {
         let listen = |_| std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let listeners: Vec<_> = (0..=BIT).map(listen).collect();
         let listening = wire::state::bit(wire::state::LISTEN);
-        let mut found = std::collections::HashMap::new();
+        let mut found = HashMap::new();
         let mut take = |bit: Vec<Socket>| {
             assert!(bit.len() <= BIT);
             found.extend(bit.into_iter().map(|s| (s.target.local_port, s)));
