@@ -354,14 +354,23 @@ impl Daemon {
     ///
     /// Where it has ended.
     pub fn reload_soon(&self, config: &str) -> Result<()> {
+        self.write_config(config)?;
+        self.signal(Signal::SIGHUP)
+    }
+
+    /// Writes another configuration, and does not say so to the daemon.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be written.
+    pub fn write_config(&self, config: &str) -> Result<()> {
         // Whole or not at all, as an operator should write it: the daemon may read at any time.
         let (path, next) = (
             self.directory.path().join("config.toml"),
             self.directory.path().join("config.toml.next"),
         );
         fs::write(&next, config)?;
-        fs::rename(next, path)?;
-        self.signal(Signal::SIGHUP)
+        Ok(fs::rename(next, path)?)
     }
 
     /// The address of the metrics server.

@@ -9,7 +9,9 @@ use nix::{
     errno::Errno,
     sys::signal::{SigSet, Signal, raise},
 };
-use session_enforcer_tests::{Lab, PROGRAMS, Pair, eventually, idle_rule, patience, unhurried};
+use session_enforcer_tests::{
+    Lab, PROGRAMS, Pair, Record, eventually, idle_rule, patience, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -129,16 +131,22 @@ fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
 }
 
 #[test]
-fn a_hangup_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
-    audit_file_is_opened_again_at(Signal::SIGHUP)
+fn a_hangup_makes_the_daemon_open_its_audit_file_and_read_its_configuration() -> Result<()> {
+    let actions = audit_after(Signal::SIGHUP)?;
+    assert_eq!(actions, ["policy-loaded other", "session-terminated other"]);
+    Ok(())
 }
 
 #[test]
-fn sigusr1_makes_the_daemon_open_its_audit_file_again() -> Result<()> {
-    audit_file_is_opened_again_at(Signal::SIGUSR1)
+fn sigusr1_makes_the_daemon_open_its_audit_file_and_nothing_else() -> Result<()> {
+    let actions = audit_after(Signal::SIGUSR1)?;
+    assert_eq!(actions, ["session-terminated idle"]);
+    Ok(())
 }
 
-fn audit_file_is_opened_again_at(signal: Signal) -> Result<()> {
+/// Renames the audit file, changes the name of the rule in the configuration, and signals the daemon; what is in
+/// the new audit file after the end of a session.
+fn audit_after(signal: Signal) -> Result<Vec<String>> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -148,6 +156,7 @@ fn audit_file_is_opened_again_at(signal: Signal) -> Result<()> {
     let renamed = daemon.audit_path().with_extension("1");
     fs::rename(daemon.audit_path(), &renamed)?;
     let kept = fs::read(&renamed)?;
+    daemon.write_config(&rule().replace("\"idle\"", "\"other\""))?;
     daemon.signal(signal)?;
     eventually("a new audit file", patience(), || {
         Ok(daemon.audit_path().exists().then_some(()))
@@ -157,7 +166,15 @@ fn audit_file_is_opened_again_at(signal: Signal) -> Result<()> {
     daemon.wait_for_termination_of(&after)?;
     assert_eq!(daemon.terminations_of(&before)?.len(), 0);
     assert_eq!(fs::read(&renamed)?, kept);
-    Ok(())
+    let said = |record: &Record| {
+        let rule = match record.is_termination() {
+            true => record.at("rule.name"),
+            false => &record.at("session_enforcer.rules")[0],
+        };
+        let (action, rule) = (record.text("event.action"), rule.as_str());
+        format!("{action} {}", rule.unwrap_or_default())
+    };
+    Ok(daemon.audit()?.iter().map(said).collect())
 }
 
 #[test]
