@@ -26,7 +26,8 @@ const QUESTIONS: RawFd = 900;
 /// `SOCK_DESTROY` of `linux/sock_diag.h`, the kind of a netlink message.
 const SOCK_DESTROY: u16 = 21;
 
-/// Where the kind is in a netlink message.
+/// How long a netlink message about one socket is, and where its kind is. That to destroy is the last that is sent.
+const MESSAGE: u64 = 72;
 const KIND_AT: u64 = 4;
 
 /// Where `msg_control` is in `struct msghdr`.
@@ -283,7 +284,8 @@ fn call(question: &seccomp_notif) -> Option<Call> {
         libc::SYS_sendto => {
             let mut kind = [0; 2];
             let memory = File::open(format!("/proc/{}/mem", question.pid)).ok()?;
-            let at = question.data.args[1] + KIND_AT;
+            let end = question.data.args[1] + question.data.args[2];
+            let at = end.checked_sub(MESSAGE)? + KIND_AT;
             memory.read_exact_at(&mut kind, at).ok()?;
             (u16::from_ne_bytes(kind) == SOCK_DESTROY).then_some(Call::Destroy)
         }

@@ -1,9 +1,10 @@
-//! An audit that cannot be written holds nothing up: what is lost is counted, and said.
+//! What waits at a reset is recorded. An audit that cannot be written holds nothing up: what is lost is counted, and
+//! said.
 
 use std::{
     fs::{self, File},
-    io::{self, Write as _},
-    net::Ipv4Addr,
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
@@ -16,7 +17,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use session_enforcer_tests::{Daemon, Lab, Listener, Pair};
+use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -68,6 +69,31 @@ fn reset_and_lost(daemon: &Daemon) -> Result<[f64; 2]> {
         daemon.metric(name, &[("result", "reset")])?,
         daemon.metric("session_enforcer_audit_records_lost_total", &[])?,
     ])
+}
+
+#[test]
+fn what_waits_at_this_end_when_a_session_is_reset_is_in_its_record() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let (last, ()) = Moment::of(|| Ok((&pair.client).write_all(b"unread")?))?;
+    // The FIN is no byte.
+    pair.client.shutdown(Shutdown::Write)?;
+    daemon.freeze()?;
+    last.wait(LIMIT);
+    // Past the deadline the gate lets none of it pass.
+    (&pair.server).write_all(b"unacknowledged")?;
+    daemon.thaw()?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &last, LIMIT);
+    let queued = |side| record.number(&format!("session_enforcer.queued_bytes.{side}"));
+    assert_eq!([queued("send"), queued("receive")], [14.0, 6.0]);
+    // What came before the reset is not lost.
+    let mut unread = [0; 6];
+    (&pair.server).read_exact(&mut unread)?;
+    assert_eq!(&unread, b"unread");
+    Ok(())
 }
 
 #[test]

@@ -147,20 +147,14 @@ fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
 
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
-    let ended = matches!(
-        socket.state,
-        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
-    );
+    let ended = state::is_closed_there(socket.state);
     info.bytes_received.saturating_sub(u64::from(ended))
 }
 
 /// Payload bytes sent, as the packet path counts them: those that have left. What is dropped before, by
 /// the gate too, is tried again and again, and moves no sequence number.
 fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
-    let ended = matches!(
-        socket.state,
-        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK
-    );
+    let ended = state::is_closed_here(socket.state);
     let syn = u64::from(direction == Direction::Outbound as u8);
     let fin = u64::from(ended && info.is_all_sent);
     // The parts of one are not read at the same moment, and may have too much; but no more has left than
@@ -268,7 +262,7 @@ mod tests {
     use session_enforcer_common::PortRange;
 
     use super::*;
-    use crate::reaper::diag::Target;
+    use crate::reaper::diag::{Queued, Target};
 
     const MS: u64 = 1_000_000;
 
@@ -294,6 +288,7 @@ mod tests {
             },
             uid: 113,
             inode: 99,
+            queued: Queued::default(),
             cgroup_id: Some(7),
             info: Some(Info {
                 last_data_sent_ms: 3_000,

@@ -8,7 +8,7 @@ use crate::{
     config::Config,
     host::clock::monotonic_ns,
     report::{
-        audit::{Audit, Outcome, Termination},
+        audit::{Audit, End, Termination},
         health::{Health, Trouble},
         metrics::{Ended, Metrics},
     },
@@ -47,13 +47,7 @@ impl Records {
 
 impl State {
     /// Writes the audit record and counts: the one place where either is done.
-    pub(super) fn record(
-        &mut self,
-        expired: &Expired,
-        at_ns: u64,
-        outcome: Outcome,
-        error: Option<&str>,
-    ) {
+    pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
         let session = &expired.session;
         let rule = &self.book.rules[usize::from(session.rule)];
         let since = |then_ns: u64| Duration::from_nanos(at_ns.saturating_sub(then_ns));
@@ -63,19 +57,18 @@ impl State {
             rule: &rule.name,
             reason: expired.reason,
             mode: rule.mode,
-            outcome,
+            end,
             limit: rule.limit(expired.reason, session),
             deadline_ns: expired.deadline_ns,
             answered_ns: at_ns,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
-            error,
         });
         self.records.metrics.ended(&Ended {
             rule: usize::from(session.rule),
             reason: expired.reason,
             mode: rule.mode,
-            outcome,
+            outcome: end.outcome(),
             lateness: since(expired.deadline_ns),
             age: since(session.established_ns),
             idle: since(session.last_activity_ns()),
@@ -84,6 +77,6 @@ impl State {
 
     /// Records a session that was gone when it was to be destroyed.
     pub(super) fn record_gone(&mut self, expired: &Expired) {
-        self.record(expired, monotonic_ns(), Outcome::Gone, None);
+        self.record(expired, monotonic_ns(), End::Gone);
     }
 }

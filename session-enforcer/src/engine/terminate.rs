@@ -22,14 +22,14 @@ use super::{
 use crate::{
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Detail, MAX_BATCH, Socket, Target, state},
+        diag::{Destroyed, Detail, MAX_BATCH, Queued, Socket, Target, state},
         pool::{Condition, Exchange, Next, Purpose, STALL},
         protocol::{
             Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
         },
     },
     report::{
-        audit::Outcome,
+        audit::End,
         metrics::{Repair, Untracked},
     },
 };
@@ -314,7 +314,8 @@ struct Attempt {
 
 /// What a reaper says about a session.
 enum Said {
-    Code(i32),
+    /// The kernel's answer, and what waited in the socket where it told that.
+    Destroyed(i32, Option<Queued>),
     Outcome(Disconnected),
 }
 
@@ -403,12 +404,12 @@ impl Attempt {
     /// Takes in what the kernel has answered so far.
     fn settle_answered(&mut self, context: &Rc<Context>) -> Result<()> {
         let now_ns = monotonic_ns();
-        while let Some(code) = self
+        while let Some(Destroyed { code, queued }) = self
             .exchange
             .answered(self.settled)
             .filter(|_| self.settled < self.sessions.len())
         {
-            self.settle_next(context, Some(Said::Code(code)), now_ns)?;
+            self.settle_next(context, Some(Said::Destroyed(code, queued)), now_ns)?;
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
@@ -552,16 +553,17 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
         return Ok(());
     }
     match said {
-        Some(Said::Code(0) | Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns),
-        Some(Said::Code(libc::ENOENT) | Said::Outcome(Disconnected::Gone)) => {
+        Some(Said::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
+        Some(Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
+        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone)) => {
             state.not_found(expired)
         }
-        Some(Said::Code(libc::EOPNOTSUPP)) => {
+        Some(Said::Destroyed(libc::EOPNOTSUPP, _)) => {
             // From now on it is not asked.
             state.has_no_destroy = true;
             dispatch(context, &mut state, vec![*expired])
         }
-        Some(Said::Code(code)) => {
+        Some(Said::Destroyed(code, _)) => {
             let text = format!("SOCK_DESTROY: {}", Errno::from_raw(code).desc());
             state.fail(expired, at_ns, &text);
             Ok(())
@@ -633,7 +635,7 @@ impl State {
         };
         if is_new {
             let at_ns = expired.decided_ns.max(session.last_activity_ns());
-            self.record(expired, at_ns, Outcome::Observed, None);
+            self.record(expired, at_ns, End::Observed);
         }
         let policy = self.book.rules[usize::from(session.rule)].policy;
         self.tracker
@@ -642,9 +644,9 @@ impl State {
 
     /// A session was reset. The kernel has taken it out of the map by now and the event of its end may be
     /// still to be read, except where it does not report the end.
-    fn was_reset(&mut self, expired: &Expired, at_ns: u64) -> Result<()> {
+    fn was_reset(&mut self, expired: &Expired, at_ns: u64, queued: Option<Queued>) -> Result<()> {
         let (cookie, session) = (expired.cookie, &expired.session);
-        self.record(expired, at_ns, Outcome::Reset, None);
+        self.record(expired, at_ns, End::Reset(queued));
         self.tracker.clear_phase(cookie);
         if session.end_is_unreported() {
             if self.still_there(cookie, session)?.is_some() {
@@ -781,7 +783,7 @@ impl State {
         tried.error = Some(error.to_owned());
         self.tracker.rearm(cookie, at_ns + pause_ns);
         if !is_recorded {
-            self.record(expired, at_ns, Outcome::Failed, Some(error));
+            self.record(expired, at_ns, End::Failed(error));
         }
     }
 
@@ -796,7 +798,7 @@ impl State {
         tried.error = Some(LOCKED.to_owned());
         if !is_recorded {
             tracing::error!("session {cookie} is not reset: {LOCKED}");
-            self.record(expired, monotonic_ns(), Outcome::Failed, Some(LOCKED));
+            self.record(expired, monotonic_ns(), End::Failed(LOCKED));
             self.records.audit.flush();
         }
         self.note_backlog();

@@ -269,7 +269,7 @@ fn take(
 }
 
 fn destroy(diag: &mut DiagSocket, target: &Target) -> Result<Answer, DisconnectError> {
-    match diag.destroy(target)? {
+    match diag.destroy(target)?.code {
         0 => Ok(Answer::Reset),
         libc::ENOENT => Ok(Answer::Gone),
         code => Err(DisconnectError::Destroy(Errno::from_raw(code))),

@@ -28,6 +28,7 @@ use tokio::{
 
 use super::{
     channel,
+    diag::Destroyed,
     protocol::{MAX_MESSAGE, ProtocolError, Reply, Request, decode, encode},
     shared::SharedPage,
 };
@@ -456,8 +457,8 @@ impl Exchange {
         reaper.map_or(0, |reaper| reaper.page.stop())
     }
 
-    /// The kernel's answer about a socket of a [`Request::Destroy`], 0 or an error number, where it has come.
-    pub fn answered(&self, index: usize) -> Option<i32> {
+    /// The kernel's answer about a socket of a [`Request::Destroy`], where it has come.
+    pub fn answered(&self, index: usize) -> Option<Destroyed> {
         self.reaper.as_ref()?.page.answered(index)
     }
 }

@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::diag::{Detail, MAX_BATCH, Socket, Target};
 
 /// Changes with every change of a message.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Bytes of a message at most. A long [`Reply::Scope`] is cut into several.
 pub const MAX_MESSAGE: usize = 128 << 10;

@@ -18,7 +18,10 @@ use nix::sys::{
     mman::{MapFlags, ProtFlags, mmap, munmap},
 };
 
-use super::protocol::MAX_SOCKETS;
+use super::{
+    diag::{Destroyed, Queued},
+    protocol::MAX_SOCKETS,
+};
 
 /// Set in the claims where the engine has taken back the rest.
 const STOPPED: u32 = 1 << 31;
@@ -26,10 +29,21 @@ const STOPPED: u32 = 1 << 31;
 /// An answer that has not come: no error number of the kernel.
 const UNANSWERED: i32 = -1;
 
+/// Of a queue, that the kernel did not tell it.
+const UNKNOWN: u32 = u32::MAX;
+
 #[repr(C)]
 struct Page {
     claims: AtomicU32,
-    answers: [AtomicI32; MAX_SOCKETS],
+    answers: [Slot; MAX_SOCKETS],
+}
+
+/// A [`Destroyed`]. Its code is written last and read first.
+#[repr(C)]
+struct Slot {
+    code: AtomicI32,
+    send: AtomicU32,
+    receive: AtomicU32,
 }
 
 const BYTES: NonZeroUsize = NonZeroUsize::new(size_of::<Page>()).unwrap();
@@ -75,7 +89,7 @@ impl SharedPage {
     /// Engine: prepares the page for the next request. The reaper is idle.
     pub fn begin(&self) {
         for answer in &self.page().answers {
-            answer.store(UNANSWERED, Ordering::Relaxed);
+            answer.code.store(UNANSWERED, Ordering::Relaxed);
         }
         self.page().claims.store(0, Ordering::Release);
     }
@@ -101,17 +115,29 @@ impl SharedPage {
         (self.page().claims.fetch_or(STOPPED, Ordering::AcqRel) & !STOPPED) as usize
     }
 
-    /// Reaper: notes the kernel's answer about a socket, 0 or an error number.
-    pub fn answer(&self, index: usize, code: i32) {
+    /// Reaper: notes the kernel's answer about a socket.
+    pub fn answer(&self, index: usize, destroyed: Destroyed) {
+        let queued = destroyed.queued.map(|queued| (queued.send, queued.receive));
+        let (send, receive) = queued.unwrap_or((UNKNOWN, UNKNOWN));
         if let Some(answer) = self.page().answers.get(index) {
-            answer.store(code, Ordering::Release);
+            answer.send.store(send, Ordering::Relaxed);
+            answer.receive.store(receive, Ordering::Relaxed);
+            answer.code.store(destroyed.code, Ordering::Release);
         }
     }
 
     /// Engine: the kernel's answer about a socket, where it has come.
-    pub fn answered(&self, index: usize) -> Option<i32> {
-        let code = self.page().answers.get(index)?.load(Ordering::Acquire);
-        (code >= 0).then_some(code)
+    pub fn answered(&self, index: usize) -> Option<Destroyed> {
+        let answer = self.page().answers.get(index)?;
+        let code = answer.code.load(Ordering::Acquire);
+        let queued = Queued {
+            send: answer.send.load(Ordering::Relaxed),
+            receive: answer.receive.load(Ordering::Relaxed),
+        };
+        (code >= 0).then_some(Destroyed {
+            code,
+            queued: (queued.send != UNKNOWN).then_some(queued),
+        })
     }
 }
 
@@ -132,19 +158,31 @@ mod tests {
         let reaper = SharedPage::map(&file).unwrap();
         engine.begin();
         assert!(reaper.claim(0) && reaper.claim(1));
-        reaper.answer(0, 2);
+        let refused = Destroyed {
+            code: 2,
+            queued: None,
+        };
+        reaper.answer(0, refused);
         assert_eq!(engine.claimed(), 2);
-        assert_eq!((engine.answered(0), engine.answered(1)), (Some(2), None));
+        assert_eq!(
+            (engine.answered(0), engine.answered(1)),
+            (Some(refused), None)
+        );
         assert_eq!(engine.stop(), 2);
         assert!(!reaper.claim(2));
         assert_eq!((engine.claimed(), engine.stop()), (2, 2));
-        reaper.answer(1, 0);
-        assert_eq!(engine.answered(1), Some(0));
+        let (send, receive) = (7, 9);
+        let reset = Destroyed {
+            code: 0,
+            queued: Some(Queued { send, receive }),
+        };
+        reaper.answer(1, reset);
+        assert_eq!(engine.answered(1), Some(reset));
         engine.begin();
         assert_eq!((engine.claimed(), engine.answered(0)), (0, None));
         assert!(!reaper.claim(1) && reaper.claim(0));
         assert_eq!(engine.answered(MAX_SOCKETS), None);
-        reaper.answer(MAX_SOCKETS, 0);
+        reaper.answer(MAX_SOCKETS, reset);
     }
 
     #[test]

@@ -42,7 +42,7 @@ fn try_destroy() -> anyhow::Result<i32> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut client = TcpStream::connect(listener.local_addr()?)?;
     let target = target_of(&client)?;
-    let code = DiagSocket::open()?.destroy(&target)?;
+    let code = DiagSocket::open()?.destroy(&target)?.code;
     if code == 0 {
         client.set_read_timeout(Some(Duration::from_secs(1)))?;
         match client.read(&mut [0]) {

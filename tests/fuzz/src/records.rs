@@ -8,8 +8,8 @@ use session_enforcer::{
     config::{Config, Mode, Owners},
     engine::RuleBook,
     host::clock::WallClock,
-    reaper::diag::{Target, wire},
-    report::audit::{Outcome, Termination},
+    reaper::diag::{Queued, Target, wire},
+    report::audit::{End, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
@@ -113,18 +113,21 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
             Reason::Policy,
         ]),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),
-        outcome: bytes.choice([
-            Outcome::Reset,
-            Outcome::Gone,
-            Outcome::Failed,
-            Outcome::Observed,
+        end: bytes.choice([
+            End::Reset(None),
+            End::Reset(Some(Queued {
+                send: u32::MAX,
+                receive: 0,
+            })),
+            End::Gone,
+            End::Failed(name.as_str()),
+            End::Observed,
         ]),
         limit: bytes.choice([None, Some(Duration::MAX), Some(Duration::ZERO)]),
         deadline_ns: bytes.value(),
         answered_ns,
         cgroup: bytes.choice([None, Some(name.as_str())]),
         user: bytes.choice([None, Some(name.as_str())]),
-        error: bytes.choice([None, Some(name.as_str())]),
     };
     let mut out = Vec::new();
     termination.write_json(&WallClock::now(), &mut out);

@@ -22,7 +22,7 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{self, Body, Detail, Family, Message, Ports, Socket, Target, WireError};
+use super::wire::{self, Body, Detail, Family, Message, Ports, Queued, Socket, Target, WireError};
 
 /// Sockets in one request to a reaper at most.
 pub const MAX_BATCH: usize = 128;
@@ -69,6 +69,15 @@ pub enum SockDiagError {
     /// The namespace's cookie could not be read.
     #[error("reading the network namespace's cookie: {0}")]
     Cookie(io::Error),
+}
+
+/// What the kernel says about a socket that it was asked to destroy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Destroyed {
+    /// 0, or an error number.
+    pub code: i32,
+    /// What waited in the socket right before, where the kernel told it.
+    pub queued: Option<Queued>,
 }
 
 /// A connection to the socket table of one network namespace.
@@ -135,29 +144,37 @@ impl DiagSocket {
         Ok(cookie)
     }
 
-    /// Destroys a socket; the kernel's answer, 0 or an error number.
+    /// Destroys a socket, and says what waited in it.
     ///
-    /// The kernel takes the request within the send, and answers it only where it refuses: no message
-    /// in the receive buffer afterwards is its word that it has destroyed the socket. It reports an
+    /// The kernel takes both requests within the send. It answers that for the reset only where it refuses: no
+    /// message in the receive buffer afterwards is its word that it has destroyed the socket. It reports an
     /// answer for which it had no memory (`netlink_ack()`, ENOBUFS).
     ///
     /// # Errors
     ///
     /// Where the exchange fails; what became of the socket is then unknown.
-    pub fn destroy(&mut self, target: &Target) -> Result<i32, SockDiagError> {
-        let sequence = self.begin();
-        wire::put_destroy(&mut self.out, sequence, target);
+    pub fn destroy(&mut self, target: &Target) -> Result<Destroyed, SockDiagError> {
+        let query = self.begin();
+        wire::put_query(&mut self.out, query, target, Detail::Names);
+        let destroy = self.next_sequence();
+        wire::put_destroy(&mut self.out, destroy, target);
         self.send()?;
-        let length = match self.receive(MsgFlags::MSG_DONTWAIT) {
-            Err(SockDiagError::Receive(Errno::EAGAIN)) => return Ok(0),
-            received => received?,
-        };
-        let mut data = &self.input[..length];
-        let message = wire::next_message(&mut data)?.ok_or(SockDiagError::Truncated)?;
-        check_sequence(&message, sequence)?;
-        match message.body {
-            Body::Answer(code) => Ok(code),
-            Body::Done(_) | Body::Socket(_) => Err(WireError::Sequence { got: sequence }.into()),
+        let mut destroyed = Destroyed::default();
+        loop {
+            let length = match self.receive(MsgFlags::MSG_DONTWAIT) {
+                Err(SockDiagError::Receive(Errno::EAGAIN)) => return Ok(destroyed),
+                received => received?,
+            };
+            let mut data = &self.input[..length];
+            let message = wire::next_message(&mut data)?.ok_or(SockDiagError::Truncated)?;
+            match (message.sequence, message.body) {
+                (got, Body::Socket(socket)) if got == query => {
+                    destroyed.queued = Some(socket.queued);
+                }
+                (got, Body::Answer(_)) if got == query => {}
+                (got, Body::Answer(code)) if got == destroy => destroyed.code = code,
+                (got, _) => return Err(WireError::Sequence { got }.into()),
+            }
         }
     }
 
@@ -328,6 +345,10 @@ impl DiagSocket {
     /// Clears the way for a request, and returns its number.
     fn begin(&mut self) -> u32 {
         self.out.clear();
+        self.next_sequence()
+    }
+
+    fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
     }
@@ -370,6 +391,14 @@ fn check_sequence(message: &Message, expected: u32) -> Result<(), WireError> {
 mod tests {
     use super::*;
 
+    /// The answer about a socket that is not there.
+    fn gone() -> Destroyed {
+        Destroyed {
+            code: libc::ENOENT,
+            queued: None,
+        }
+    }
+
     #[test]
     fn only_the_kernel_can_send_to_the_socket() {
         use nix::sys::socket::{getsockname, sendto};
@@ -399,7 +428,7 @@ mod tests {
             cookie: 1,
         };
         assert_eq!(diag.query(&nobody, Detail::Activity).unwrap(), None);
-        assert_eq!(diag.destroy(&nobody).unwrap(), libc::ENOENT);
+        assert_eq!(diag.destroy(&nobody).unwrap(), gone());
         assert_eq!(diag.search(&[nobody]).unwrap(), [None]);
     }
 
@@ -427,10 +456,10 @@ mod tests {
 
     #[test]
     fn a_socket_is_found_told_about_and_destroyed() {
-        use std::io::Read as _;
+        use std::io::Write as _;
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client_port = client.local_addr().unwrap().port();
         let mut diag = DiagSocket::open().unwrap();
         let all = diag
@@ -445,10 +474,20 @@ mod tests {
             diag.query(&target, Detail::Names).unwrap().unwrap().info,
             None
         );
-        assert_eq!(diag.destroy(&target).unwrap(), 0);
-        let error = client.read(&mut [0]).unwrap_err();
+        let (mut server, _) = listener.accept().unwrap();
+        server.write_all(b"bytes").unwrap();
+        let queued = Queued {
+            send: 0,
+            receive: 5,
+        };
+        let reset = Destroyed {
+            code: 0,
+            queued: Some(queued),
+        };
+        assert_eq!(diag.destroy(&target).unwrap(), reset);
+        let error = client.take_error().unwrap().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED));
-        assert_eq!(diag.destroy(&target).unwrap(), libc::ENOENT);
+        assert_eq!(diag.destroy(&target).unwrap(), gone());
         assert_eq!(diag.query(&target, Detail::Names).unwrap(), None);
     }
 }

@@ -4,5 +4,5 @@
 mod connection;
 pub mod wire;
 
-pub use connection::{BIT, DiagSocket, MAX_BATCH, SockDiagError};
-pub use wire::{Detail, Family, Info, Socket, Target, state};
+pub use connection::{BIT, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
+pub use wire::{Detail, Family, Info, Queued, Socket, Target, state};

@@ -70,6 +70,16 @@ pub mod state {
         matches!(state, LAST_ACK | CLOSING | FIN_WAIT1)
     }
 
+    /// Whether this host has closed its direction: its FIN waits to be sent, or was.
+    pub const fn is_closed_here(state: u8) -> bool {
+        matches!(state, FIN_WAIT1 | FIN_WAIT2 | CLOSING | LAST_ACK)
+    }
+
+    /// Whether the peer has closed its direction: its FIN was received.
+    pub const fn is_closed_there(state: u8) -> bool {
+        matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING)
+    }
+
     /// The state's bit in a request's set of states; none for a number that no set has room for,
     /// which is in no set then.
     pub const fn bit(state: u8) -> u32 {
@@ -148,12 +158,34 @@ pub struct Socket {
     /// Inode number of the socket, which the descriptors of its processes show; 0 where no process
     /// has it.
     pub inode: u32,
+    /// What waits in it.
+    pub queued: Queued,
     /// Identity of its cgroup, where the kernel told it.
     pub cgroup_id: Option<u64>,
     /// What `tcp_info` says, where the kernel told it.
     pub info: Option<Info>,
     /// Of a subflow, the token by which the kernel knows its MPTCP connection in the namespace.
     pub mptcp_token: Option<u32>,
+}
+
+/// Payload bytes that wait at this end of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queued {
+    /// Written by the process, and not acknowledged by the peer.
+    pub send: u32,
+    /// Received, and not read by the process.
+    pub receive: u32,
+}
+
+impl Queued {
+    /// From the sequence numbers that wait (`tcp_diag_get_info()`): a FIN has one until it is acknowledged, or
+    /// the process has read the end.
+    fn of(state: u8, received: u32, unacknowledged: u32) -> Self {
+        Self {
+            send: unacknowledged.saturating_sub(state::is_closed_here(state).into()),
+            receive: received.saturating_sub(state::is_closed_there(state).into()),
+        }
+    }
 }
 
 /// The part of `tcp_info` that an adoption needs.
@@ -385,9 +417,10 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
     let remote = take_address(&mut fixed, family)?;
     let ifindex = fixed.get_u32_ne();
     let cookie = u64::from(fixed.get_u32_ne()) | u64::from(fixed.get_u32_ne()) << 32;
-    // When its timer expires, and the length of the queue of what was received.
-    fixed.advance(8);
-    let queue = fixed.get_u32_ne();
+    // When its timer expires.
+    fixed.advance(4);
+    let received = fixed.get_u32_ne();
+    let unacknowledged = fixed.get_u32_ne();
     let uid = fixed.get_u32_ne();
     let inode = fixed.get_u32_ne();
     let mut socket = Socket {
@@ -403,11 +436,12 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
         },
         uid,
         inode,
+        queued: Queued::of(state, received, unacknowledged),
         cgroup_id: None,
         info: None,
         mptcp_token: None,
     };
-    read_attributes(attributes, queue, &mut socket)?;
+    read_attributes(attributes, unacknowledged, &mut socket)?;
     Ok(socket)
 }
 
@@ -424,10 +458,14 @@ fn take_address(fixed: &mut &[u8], family: u8) -> Result<Address, WireError> {
     }
 }
 
-fn read_attributes(mut rest: &[u8], queue: u32, socket: &mut Socket) -> Result<(), WireError> {
+fn read_attributes(
+    mut rest: &[u8],
+    unacknowledged: u32,
+    socket: &mut Socket,
+) -> Result<(), WireError> {
     while let Some((kind, mut value)) = next_attribute(&mut rest)? {
         match kind {
-            INET_DIAG_INFO => socket.info = Some(parse_info(value, queue)?),
+            INET_DIAG_INFO => socket.info = Some(parse_info(value, unacknowledged)?),
             INET_DIAG_ULP_INFO => socket.mptcp_token = parse_mptcp_token(value)?,
             INET_DIAG_CGROUP_ID => {
                 need(value, 8)?;
@@ -481,9 +519,10 @@ fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, Wi
     Ok(Some((kind, value)))
 }
 
-/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with. `queue` has
-/// the sequence numbers that the peer has not acknowledged, sent or not (`tcp_diag_get_info()`).
-fn parse_info(info: &[u8], queue: u32) -> Result<Info, WireError> {
+/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with. The sequence
+/// numbers that the peer has not acknowledged are those that were sent and those that were not
+/// (`tcp_diag_get_info()`).
+fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
     const LAST_DATA_SENT: usize = 44;
     const LAST_DATA_RECEIVED: usize = 52;
     const BYTES_ACKNOWLEDGED: usize = 120;
@@ -499,9 +538,9 @@ fn parse_info(info: &[u8], queue: u32) -> Result<Info, WireError> {
         last_data_received_ms: four(LAST_DATA_RECEIVED),
         bytes_received: eight(BYTES_RECEIVED),
         bytes_tried: eight(BYTES_SENT).saturating_sub(eight(BYTES_RETRANSMITTED)),
-        // The queue is read before the rest, and the socket is not held then: what the process has written
+        // They are read before the rest, and the socket is not held then: what the process has written
         // since is missing in it, and what was acknowledged since counts twice.
-        numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(queue.into()))
+        numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(unacknowledged.into()))
             .saturating_sub(four(NOT_SENT).into()),
         is_all_sent: four(NOT_SENT) == 0,
     })

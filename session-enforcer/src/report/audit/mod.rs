@@ -14,6 +14,7 @@ use session_enforcer_common::{Reason, Session};
 use crate::{
     config::{AuditTarget, Mode},
     host::clock::{WallClock, monotonic_ns},
+    reaper::diag::Queued,
 };
 use writer::Writer;
 pub use writer::{AuditError, check};
@@ -43,6 +44,31 @@ impl Outcome {
             Self::Gone => "gone",
             Self::Failed => "failed",
             Self::Observed => "none",
+        }
+    }
+}
+
+/// The same, with what belongs to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End<'a> {
+    /// The kernel reset it, and told what waited in its socket.
+    Reset(Option<Queued>),
+    /// See [`Outcome::Gone`].
+    Gone,
+    /// This went wrong.
+    Failed(&'a str),
+    /// See [`Outcome::Observed`].
+    Observed,
+}
+
+impl End<'_> {
+    /// What became of the session.
+    pub const fn outcome(&self) -> Outcome {
+        match self {
+            Self::Reset(_) => Outcome::Reset,
+            Self::Gone => Outcome::Gone,
+            Self::Failed(_) => Outcome::Failed,
+            Self::Observed => Outcome::Observed,
         }
     }
 }
@@ -79,7 +105,7 @@ pub struct Termination<'a> {
     /// Whether the rule enforces or observes.
     pub mode: Mode,
     /// What became of it.
-    pub outcome: Outcome,
+    pub end: End<'a>,
     /// The limit; none where a change of the policy ended it.
     pub limit: Option<Duration>,
     /// When it reached it, in nanoseconds of `CLOCK_BOOTTIME`.
@@ -90,8 +116,6 @@ pub struct Termination<'a> {
     pub cgroup: Option<&'a str>,
     /// Name of the owner's user, where it has one.
     pub user: Option<&'a str>,
-    /// What went wrong, where the outcome is a failure.
-    pub error: Option<&'a str>,
 }
 
 impl Termination<'_> {

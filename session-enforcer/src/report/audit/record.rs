@@ -9,10 +9,11 @@ use std::{
 use serde::{Serialize, Serializer};
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
-use super::{Outcome, Termination, mode_name, reason_name};
+use super::{End, Outcome, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
     host::clock::{Moment, WallClock},
+    reaper::diag::Queued,
 };
 
 #[derive(Serialize)]
@@ -123,12 +124,14 @@ struct TerminationFields<'a> {
     limit_seconds: Option<f64>,
     idle_seconds: f64,
     lateness_seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queued_bytes: Option<Queued>,
 }
 
 /// The end of a session.
 pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<u8>) {
     let session = t.session;
-    let (action, outcome, kind) = match t.outcome {
+    let (action, outcome, kind) = match t.end.outcome() {
         Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
         Outcome::Failed => ("session-termination-failed", Some("failure"), "error"),
         // Nothing was tried, so nothing has an outcome.
@@ -155,7 +158,10 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<
             id: session.owner.uid,
             name: t.user,
         }),
-        error: t.error.map(|message| ErrorFields { message }),
+        error: match t.end {
+            End::Failed(message) => Some(ErrorFields { message }),
+            _ => None,
+        },
         session_enforcer: Own::Termination(termination_fields(t, clock)),
     };
     write(&record, out);
@@ -166,7 +172,7 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
     TerminationFields {
         id: t.cookie,
         mode: mode_name(t.mode),
-        result: t.outcome.name(),
+        result: t.end.outcome().name(),
         netns: session.netns_cookie,
         cgroup: t.cgroup,
         established: established_ns(session).map(|then| clock.at(then)),
@@ -175,6 +181,10 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
         limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
         idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
+        queued_bytes: match t.end {
+            End::Reset(queued) => queued,
+            _ => None,
+        },
     }
 }
 

@@ -47,13 +47,15 @@ fn termination(session: &Session) -> Termination<'_> {
         rule: "postgres",
         reason: Reason::IdleTimeout,
         mode: Mode::Enforce,
-        outcome: Outcome::Reset,
+        end: End::Reset(Some(Queued {
+            send: 11,
+            receive: 0,
+        })),
         limit: Some(Duration::from_secs(900)),
         deadline_ns: 901_003_000_000,
         answered_ns: 901_004_000_000,
         cgroup: Some("/system.slice/postgresql.service"),
         user: Some("postgres"),
-        error: None,
     }
 }
 
@@ -90,7 +92,8 @@ fn an_inbound_ipv4_session_is_this_line() {
             r#""established":"2026-01-01T11:44:59.996000000Z","#,
             r#""last_activity":"2026-01-01T11:44:59.999000000Z","#,
             r#""deadline":"2026-01-01T11:59:59.999000000Z","limit_seconds":900.0,"#,
-            r#""idle_seconds":900.001,"lateness_seconds":0.001}}"#
+            r#""idle_seconds":900.001,"lateness_seconds":0.001,"#,
+            r#""queued_bytes":{"send":11,"receive":0}}}"#
         )
     );
 }
@@ -117,15 +120,14 @@ fn the_source_is_who_dialled_and_the_family_is_told() {
 fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
     let session = session();
     let failed = Termination {
-        outcome: Outcome::Failed,
-        error: Some("SOCK_DESTROY: Operation not permitted"),
+        end: End::Failed("SOCK_DESTROY: Operation not permitted"),
         ..termination(&session)
     };
     let failed = line(&failed);
     assert!(failed.contains(r#""action":"session-termination-failed","outcome":"failure""#));
     assert!(failed.contains(r#""error":{"message":"SOCK_DESTROY: Operation not permitted"}"#));
     let observed = Termination {
-        outcome: Outcome::Observed,
+        end: End::Observed,
         mode: Mode::Observe,
         ..termination(&session)
     };
@@ -195,7 +197,7 @@ fn a_reset_before_its_deadline_would_show() {
         answered_ns: 901_002_000_000,
         ..termination(&session)
     };
-    assert!(line(&early).ends_with(r#""lateness_seconds":-0.001}}"#));
+    assert!(line(&early).contains(r#""lateness_seconds":-0.001,"#));
 }
 
 #[test]
@@ -230,7 +232,7 @@ proptest! {
         };
         let record = line(&Termination {
             rule: &rule,
-            error: Some(&error),
+            end: End::Failed(&error),
             deadline_ns: times[2],
             answered_ns: times[3],
             ..termination(&session)
@@ -503,16 +505,16 @@ fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
 fn the_page_has_each_field_of_a_record() {
     let page = include_str!("../../../docs/audit.md");
     let session = session();
-    let whole = Termination {
-        error: Some("EPERM"),
-        ..termination(&session)
+    let reset = termination(&session);
+    let failed = Termination {
+        end: End::Failed("EPERM"),
+        ..reset
     };
     let mut found = Vec::new();
-    fields(
-        "",
-        &serde_json::from_str(&line(&whole)).unwrap(),
-        &mut found,
-    );
+    for record in [reset, failed] {
+        let record = serde_json::from_str(&line(&record)).unwrap();
+        fields("", &record, &mut found);
+    }
     assert!(found.len() > 25, "{found:?}");
     for field in found {
         assert!(page.contains(&format!("`{field}`")), "{field}");

@@ -29,8 +29,9 @@ fn socket_message(sequence: u32, attributes: &[u8]) -> Vec<u8> {
     body.extend(3u32.to_ne_bytes());
     body.extend(0x5566_7788u32.to_ne_bytes());
     body.extend(0x1122_3344u32.to_ne_bytes());
-    // Between these a timer, what was received and not read, and user and inode number.
-    body.extend([0; 8]);
+    // Between these a timer, and user and inode number.
+    body.extend([0; 4]);
+    body.extend(60u32.to_ne_bytes());
     body.extend(70u32.to_ne_bytes());
     body.extend([0; 8]);
     body.extend(attributes);
@@ -120,6 +121,7 @@ fn a_socket_is_read_with_its_attributes() {
         (socket.state, socket.is_mini, socket.cgroup_id),
         (1, false, Some(77))
     );
+    assert_eq!((socket.queued.receive, socket.queued.send), (60, 70));
     let info = socket.info.unwrap();
     assert_eq!(
         (info.last_data_sent_ms, info.last_data_received_ms),
@@ -127,6 +129,27 @@ fn a_socket_is_read_with_its_attributes() {
     );
     assert_eq!((info.bytes_received, info.bytes_tried), (120, 4096));
     assert_eq!((info.numbers_sent, info.is_all_sent), (4041, false));
+}
+
+#[test]
+fn a_fin_that_waits_is_no_byte() {
+    let queued = |state| {
+        let of = |received, unacknowledged| {
+            let Queued { send, receive } = Queued::of(state, received, unacknowledged);
+            [receive, send]
+        };
+        assert_eq!(of(0, 0), [0, 0]);
+        of(8, 8)
+    };
+    for (state, waits) in [
+        (state::ESTABLISHED, [8, 8]),
+        (state::CLOSE_WAIT, [7, 8]),
+        (state::FIN_WAIT1, [8, 7]),
+        (state::LAST_ACK, [7, 7]),
+        (state::CLOSING, [7, 7]),
+    ] {
+        assert_eq!(queued(state), waits, "{state}");
+    }
 }
 
 #[test]
