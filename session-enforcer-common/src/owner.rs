@@ -11,7 +11,8 @@ pub struct Owner {
     pub uid: u32,
     /// Number of the process, in the initial process namespace; 0 where it is not known.
     pub pid: u32,
-    /// Name of the process, ended by a zero; empty where it is not known.
+    /// Name of the process, ended by a zero; empty where it is not known: where another thread than the first
+    /// has made the socket.
     pub comm: [u8; 16],
 }
 

@@ -55,11 +55,18 @@ pub(crate) fn note(ctx: &SockContext) {
 fn current() -> Owner {
     // SAFETY: no argument, no precondition.
     let cgroup_id = unsafe { bpf_get_current_cgroup_id() };
+    let ids = bpf_get_current_pid_tgid();
+    let (pid, thread) = ((ids >> 32) as u32, ids as u32);
     Owner {
         cgroup_id,
         uid: bpf_get_current_uid_gid() as u32,
-        pid: (bpf_get_current_pid_tgid() >> 32) as u32,
-        comm: bpf_get_current_comm().unwrap_or_default(),
+        pid,
+        // The helper tells the thread's name, and only the first thread's is the process's.
+        comm: if pid == thread {
+            bpf_get_current_comm().unwrap_or_default()
+        } else {
+            [0; 16]
+        },
     }
 }
 

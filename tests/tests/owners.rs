@@ -389,6 +389,22 @@ fn the_audit_knows_the_owner_also_when_process_and_cgroup_have_gone() -> Result<
 }
 
 #[test]
+fn the_name_of_a_thread_is_not_taken_for_that_of_its_process() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&rule("owned", "", SHORT))?;
+    let agent = lab.at(&Place::here().in_cgroup(&lab.cgroup).in_thread())?;
+    let accepted = Pair::open(&lab.outside, &listen(&agent)?)?;
+    let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
+    for pair in [&accepted, &dialled] {
+        let record = assert_reset(&daemon, pair)?;
+        let pid = record.at("process.pid").as_u64();
+        assert_eq!(pid, Some(u64::from(agent.pid())));
+        assert!(record.at("process.name").is_null(), "{record:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
