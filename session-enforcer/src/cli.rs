@@ -16,8 +16,9 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Mode, NetworkNamespaces, Problem, User,
-    parse_audit, parse_cgroup, parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
+    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Location, MetricsListen, Mode, NetworkNamespaces,
+    Problem, User, Warning, parse_audit, parse_cgroup, parse_limit, parse_listen, parse_pin_dir,
+    parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::host::trust::{self, Untrusted};
@@ -140,8 +141,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
     max_lifetime: Option<Duration>,
 
-    /// Where the metrics are served, "" for nowhere [default: 127.0.0.1:9847]
-    #[arg(long, value_name = "ADDR:PORT")]
+    /// Where the metrics are served: ADDR:PORT, unix:PATH, or "" for nowhere [default: 127.0.0.1:9847]
+    #[arg(long, value_name = "LISTEN")]
     metrics_listen: Option<Listen>,
 
     /// Where the audit records go: a file, or - for standard output [default: -]
@@ -293,8 +294,8 @@ impl FromStr for LogLevel {
 }
 
 /// Where the metrics are served, if at all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Listen(Option<SocketAddr>);
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Listen(Option<MetricsListen>);
 
 impl FromStr for Listen {
     type Err = Problem;
@@ -429,8 +430,19 @@ impl RunArgs {
         if self.observe {
             config.mode = Mode::Observe;
         }
-        if let Some(Listen(address)) = self.metrics_listen {
-            config.metrics_listen = address;
+        if let Some(Listen(listen)) = &self.metrics_listen {
+            config.metrics_listen.clone_from(listen);
+            let exposed = |doubt: &Doubt| matches!(doubt, Doubt::Exposed { .. });
+            config.warnings.retain(|warning| !exposed(&warning.doubt));
+            let doubt = listen.as_ref().and_then(MetricsListen::doubt);
+            config.warnings.extend(doubt.map(|doubt| Warning {
+                location: Location {
+                    file: "--metrics-listen".into(),
+                    position: None,
+                    key: None,
+                },
+                doubt,
+            }));
         }
         if let Some(audit) = &self.audit {
             config.audit = audit.clone();

@@ -219,7 +219,12 @@ impl<'a> Launch<'a> {
         Ok((daemon, interposer))
     }
 
-    fn spawn(&self) -> Result<Daemon> {
+    /// Starts the daemon and waits for nothing: its metrics need not be served at an address.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be started.
+    pub fn spawn(&self) -> Result<Daemon> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
         let output = |name: &str| File::create(directory.path().join(name));

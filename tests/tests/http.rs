@@ -1,14 +1,18 @@
 //! The metrics server, beside the enforcement.
 
 use std::{
-    io::Write as _,
-    net::{Ipv4Addr, TcpStream},
-    time::Duration,
+    fs,
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair};
+use session_enforcer_tests::{Daemon, Lab, Pair, eventually, patience, scaled};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -41,4 +45,128 @@ fn clients_that_stand_still_stop_neither_the_enforcement_nor_other_clients() -> 
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
     daemon.wait_for_metric("session_enforcer_terminations_total", &[], 1.0)
+}
+
+/// Keeps 300 requests open that are never finished: a connection that the daemon closes is made again at once.
+fn hold_half_requests(address: SocketAddr, is_done: &AtomicBool) -> Result<()> {
+    let open = || -> Result<TcpStream> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_nonblocking(true)?;
+        stream.write_all(b"GET /metr")?;
+        Ok(stream)
+    };
+    let is_open = |mut stream: &TcpStream| {
+        let read = stream.read(&mut [0]);
+        read.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    };
+    let mut held = Vec::new();
+    while !is_done.load(Ordering::Relaxed) {
+        held.retain(is_open);
+        while held.len() < 300 {
+            held.push(open()?);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn answered_in_time(daemon: &Daemon, path: &str) -> Result<()> {
+    let began = Instant::now();
+    ensure!(daemon.get(path)?.0 == 200, "{path}");
+    let took = began.elapsed();
+    ensure!(took < scaled(Duration::from_secs(1)), "{path}: {took:?}");
+    Ok(())
+}
+
+#[test]
+fn half_requests_that_come_again_and_again_keep_nobody_out() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(RULE)?;
+    let is_done = AtomicBool::new(false);
+    let address = daemon.metrics_address();
+    thread::scope(|scope| {
+        let holder = scope.spawn(|| hold_half_requests(address, &is_done));
+        let answered = (0..100).try_for_each(|_| {
+            thread::sleep(Duration::from_millis(20));
+            answered_in_time(&daemon, "/healthz")?;
+            answered_in_time(&daemon, "/metrics")
+        });
+        is_done.store(true, Ordering::Relaxed);
+        holder.join().expect("the thread does not panic")?;
+        answered
+    })
+}
+
+/// Asks for the metrics as often as they are answered.
+fn flood(address: SocketAddr, is_done: &AtomicBool) -> Result<()> {
+    while !is_done.load(Ordering::Relaxed) {
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        stream.read_to_end(&mut Vec::new())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flood_of_scrapes_delays_no_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(RULE)?;
+    let is_done = AtomicBool::new(false);
+    let address = daemon.metrics_address();
+    thread::scope(|scope| {
+        let floods: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| flood(address, &is_done)))
+            .collect();
+        let ended = (0..3).try_for_each(|_| -> Result<()> {
+            let pair = Pair::open(&lab.outside, &listener)?;
+            let record = daemon.wait_for_termination_of(&pair)?;
+            record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+            Ok(())
+        });
+        is_done.store(true, Ordering::Relaxed);
+        for flood in floods {
+            flood.join().expect("the thread does not panic")?;
+        }
+        ended
+    })
+}
+
+#[test]
+fn metrics_are_served_on_a_unix_socket_also_by_the_daemon_that_follows_a_kill() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("metrics.sock");
+    let listen = format!("unix:{}", path.display());
+    let args = ["--metrics-listen", &listen];
+    let get = || -> Result<String> {
+        let mut stream = UnixStream::connect(&path)?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    for _ in 0..2 {
+        let mut daemon = lab.launch().config(RULE).args(&args).spawn()?;
+        let answer = eventually("metrics on the socket", patience(), || Ok(get().ok()))?;
+        ensure!(
+            answer.contains("\nsession_enforcer_build_info{"),
+            "{answer}"
+        );
+        daemon.kill()?;
+        ensure!(fs::metadata(&path).is_ok(), "what a kill leaves");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_address_that_others_reach_is_warned_of() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let args = ["--metrics-listen", "0.0.0.0:0"];
+    let daemon = lab.launch().config(RULE).args(&args).start_unready()?;
+    daemon.wait_for_log("--metrics-listen: whoever reaches 0.0.0.0:0 reads the metrics")?;
+    let quiet = lab.daemon(RULE)?;
+    let log = quiet.log();
+    ensure!(!log.contains("reads the metrics"), "{log}");
+    Ok(())
 }

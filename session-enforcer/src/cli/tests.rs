@@ -62,7 +62,8 @@ fn a_flag_stands_above_the_key_of_the_file() {
     let config = run_args(&line).to_config().unwrap();
     assert_eq!(config.cgroup.as_deref(), Some(Path::new("/b")));
     assert_eq!(config.mode, Mode::Observe);
-    assert_eq!(config.metrics_listen, Some("[::1]:2".parse().unwrap()));
+    let listen = MetricsListen::Tcp("[::1]:2".parse().unwrap());
+    assert_eq!(config.metrics_listen, Some(listen));
     assert_eq!(config.audit, AuditTarget::File("/c".into()));
     assert_eq!(config.rules, file.rules);
     assert_eq!(config.effective_action(&config.rules[0]), Action::Observe);
@@ -222,7 +223,7 @@ fn wrong_usage_is_one_line() {
         ),
         (
             "run --metrics-listen 127.0.0.1",
-            "invalid value '127.0.0.1' for '--metrics-listen <ADDR:PORT>': \"127.0.0.1\" has no \
+            "invalid value '127.0.0.1' for '--metrics-listen <LISTEN>': \"127.0.0.1\" has no \
              port; write \"127.0.0.1:9847\"",
         ),
         (

@@ -12,7 +12,8 @@ use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange};
 
 use crate::config::{
-    Action, AuditTarget, Config, Mode, NetworkNamespaces, Owners, Rule, format_duration,
+    Action, AuditTarget, Config, MetricsListen, Mode, NetworkNamespaces, Owners, Rule,
+    format_duration,
 };
 
 /// Validates a file, and prints what it says and what `run` would refuse on this host.
@@ -83,8 +84,9 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
         NetworkNamespaces::All => "all of this host",
         NetworkNamespaces::Own => "the daemon's own",
     };
-    let metrics = match config.metrics_listen {
-        Some(address) => format!("http://{address}/metrics"),
+    let metrics = match &config.metrics_listen {
+        Some(MetricsListen::Tcp(address)) => format!("http://{address}/metrics"),
+        Some(socket) => socket.to_string(),
         None => "not served".to_owned(),
     };
     let audit = match &config.audit {

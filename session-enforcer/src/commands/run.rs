@@ -31,7 +31,7 @@ use crate::{
     },
     report::{
         audit::{Audit, AuditError},
-        http,
+        http::{self, BindError},
         metrics::Metrics,
     },
 };
@@ -39,7 +39,7 @@ use crate::{
 /// How long the trial of a reset may take before the start goes on without its answer.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Requests of the HTTP server that may wait for the engine.
+/// Requests of the HTTP server that may wait for the engine, which answers as many at once.
 const WAITING_REQUESTS: usize = 64;
 
 /// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP.
@@ -59,7 +59,8 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     // Before anything that another daemon may have: who it is says more than what it has.
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
     let pins = pins.map_err(|error| detach::failure(&error))?;
-    let listener = config.metrics_listen.map(http::bind).transpose()?;
+    let listener = config.metrics_listen.as_ref().map(http::bind).transpose();
+    let listener = listener.map_err(bind_failure)?;
     // Its thread is to have no more privileges than the engine after the start.
     let audit = privilege::unprivileged(|| Audit::open(&config.audit))?;
     let audit = audit.map_err(audit_failure)?;
@@ -76,7 +77,7 @@ async fn serve(
     source: Option<Source>,
     cgroup: Cgroup,
     pins: Option<PinDir>,
-    listener: Option<std::net::TcpListener>,
+    listener: Option<http::Listener>,
     audit: Audit,
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
@@ -119,7 +120,7 @@ async fn serve(
     let announced = (config.clone(), cgroup.path().to_owned());
     let engine = Engine::new(parts, pool, cgroup, channels, reloading)?;
     let begun = move |begun| announce(&announced.0, &announced.1, begun);
-    let served = move || listener.map_or(Ok(()), |listener| spawn_http(listener, requests_in));
+    let served = move || listener.map_or(Ok(()), |listener| start_http(listener, requests_in));
     let run = engine.run(privilege::confine_engine, begun, served);
     run.await.map_err(start_failure)
 }
@@ -178,15 +179,21 @@ fn announce(config: &Config, cgroup: &Path, begun: Begun) {
     );
 }
 
-fn spawn_http(
-    listener: std::net::TcpListener,
-    requests: mpsc::Sender<http::Request>,
-) -> Result<()> {
-    let address = listener.local_addr().context("metrics.listen")?;
-    let listener = tokio::net::TcpListener::from_std(listener).context("metrics.listen")?;
-    tracing::info!("metrics at http://{address}/metrics");
-    tokio::spawn(http::serve(listener, requests));
-    Ok(())
+/// What clients send is read by a thread without privileges.
+fn start_http(listener: http::Listener, requests: mpsc::Sender<http::Request>) -> Result<()> {
+    match &listener {
+        http::Listener::Tcp(tcp) => {
+            let address = tcp.local_addr().context("metrics.listen")?;
+            tracing::info!("metrics at http://{address}/metrics");
+        }
+        http::Listener::Unix(socket) => {
+            let address = socket.local_addr().context("metrics.listen")?;
+            let path = address.as_pathname().unwrap_or(Path::new("")).display();
+            tracing::info!("metrics at {path}, a Unix socket");
+        }
+    }
+    let started = privilege::unprivileged(|| http::start(listener, requests))?;
+    started.context("starting the thread that serves the metrics")
 }
 
 fn metrics(config: &Config) -> Result<Metrics> {
@@ -255,6 +262,16 @@ fn audit_failure(error: AuditError) -> anyhow::Error {
             Failure::new(ExitStatus::Configuration, error.to_string()).into()
         }
         other => other.into(),
+    }
+}
+
+/// A socket in a place that others could change is an error of the configuration, which names it.
+fn bind_failure(error: BindError) -> anyhow::Error {
+    match error {
+        BindError::Untrusted(_) => {
+            Failure::new(ExitStatus::Configuration, error.to_string()).into()
+        }
+        other @ BindError::Bind { .. } => other.into(),
     }
 }
 

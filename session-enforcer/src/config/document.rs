@@ -254,8 +254,16 @@ impl<'a> Field<'a> {
 
     /// An error about this value.
     pub(super) fn error(&self, problem: Problem) -> ConfigError {
-        let key = Some(self.key.clone());
-        self.document.error(Some(self.offset), key, problem)
+        ConfigError {
+            location: self.location(),
+            problem,
+        }
+    }
+
+    /// The place of this value.
+    pub(super) fn location(&self) -> Location {
+        self.document
+            .location(Some(self.offset), Some(self.key.clone()))
     }
 
     /// The error that the value is not one of those allowed.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use session_enforcer_common::{MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES, MAX_RULES};
 
-use super::DEFAULT_METRICS_LISTEN;
+use super::DEFAULT_METRICS_PORT;
 
 /// A place in the text of a file, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,6 +129,11 @@ pub enum Doubt {
         /// Directory of the one that is watched.
         watched: PathBuf,
     },
+    /// Others than this host's can read the metrics.
+    Exposed {
+        /// Where they are served.
+        address: SocketAddr,
+    },
     /// No connection has such an address.
     NoEnd {
         /// The key that has it.
@@ -160,6 +165,11 @@ impl fmt::Display for Doubt {
                 "never decides, because its cgroups are neither below daemon.cgroup, {}, nor above it; \
                  name others, or remove it",
                 printable(&watched.display().to_string())
+            ),
+            Self::Exposed { address } => write!(
+                f,
+                "whoever reaches {address} reads the metrics and may keep the daemon busy with them: there is \
+                 no authentication; listen on 127.0.0.1 or a Unix socket, or let a firewall guard the port"
             ),
             Self::NoEnd { key, net } => {
                 let length = net.prefix_len() < net.max_prefix_len();
@@ -279,7 +289,7 @@ pub enum Problem {
     /// An address to listen on without a port.
     #[error(
         "\"{0}\" has no port; write \"{example}\"",
-        example = SocketAddr::new(*.0, DEFAULT_METRICS_LISTEN.port())
+        example = SocketAddr::new(*.0, DEFAULT_METRICS_PORT)
     )]
     NoPort(IpAddr),
     /// A path in double quotes with an escape that systemd has in names themselves.

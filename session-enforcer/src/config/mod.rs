@@ -17,6 +17,7 @@ mod rule;
 mod tests;
 mod value;
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -50,9 +51,13 @@ pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/session-enforcer";
 /// sessions uses a processor for a quarter of a second.
 pub const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(900);
 
+/// The port of the metrics where the file does not say.
+pub(crate) const DEFAULT_METRICS_PORT: u16 = 9847;
+
 /// Where the metrics are served where the file does not say.
-pub const DEFAULT_METRICS_LISTEN: SocketAddr =
-    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9847));
+pub const DEFAULT_METRICS_LISTEN: MetricsListen = MetricsListen::Tcp(SocketAddr::V4(
+    SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_METRICS_PORT),
+));
 
 /// Bytes of new payload that count where the file does not say: any.
 pub const DEFAULT_MIN_PAYLOAD: u16 = 1;
@@ -86,7 +91,7 @@ pub struct Config {
     /// How often sessions and sockets are compared where nothing is known to be wrong.
     pub reconcile_interval: Duration,
     /// Where the metrics are served, if at all.
-    pub metrics_listen: Option<SocketAddr>,
+    pub metrics_listen: Option<MetricsListen>,
     /// Where the audit records go.
     pub audit: AuditTarget,
     /// In order: the first that matches a connection decides. A rule's index is its number in the
@@ -119,6 +124,37 @@ pub enum NetworkNamespaces {
     All,
     /// Those of the daemon's own network namespace.
     Own,
+}
+
+/// Where the metrics are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetricsListen {
+    /// On this address and port.
+    Tcp(SocketAddr),
+    /// On a Unix socket of this path.
+    Unix(PathBuf),
+}
+
+impl MetricsListen {
+    /// Why this is doubtful, if it is: whoever reaches another address than loopback reads the metrics.
+    pub(crate) fn doubt(&self) -> Option<Doubt> {
+        match self {
+            Self::Tcp(address) if !address.ip().to_canonical().is_loopback() => {
+                Some(Doubt::Exposed { address: *address })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// As the file has it.
+impl fmt::Display for MetricsListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
 }
 
 /// Where the audit records go.

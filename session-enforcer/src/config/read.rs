@@ -6,7 +6,8 @@ use super::value::{
     parse_limit, parse_listen, parse_pin_dir,
 };
 use super::{
-    Config, ConfigError, Doubt, MAX_MAX_SESSIONS, Mode, NetworkNamespaces, Problem, Warning,
+    Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode, NetworkNamespaces, Problem,
+    Warning,
 };
 use super::{entries, hidden, never, owners, rule};
 
@@ -94,9 +95,8 @@ pub(super) fn config(document: &Document<'_>) -> Config {
         read_daemon(&daemon, &mut config);
     }
     let metrics = table(&root, "metrics", METRICS);
-    let listen = |field: &Field<'_>| field.parse(ALLOWED_LISTEN, parse_listen);
-    if let Some(listen) = metrics.and_then(|metrics| metrics.read("listen", listen)) {
-        config.metrics_listen = listen;
+    if let Some(listen) = metrics.and_then(|metrics| metrics.read("listen", read_listen)) {
+        (config.metrics_listen, config.warnings) = listen;
     }
     let audit = table(&root, "audit", AUDIT);
     let path = |field: &Field<'_>| field.parse(ALLOWED_AUDIT, parse_audit);
@@ -162,6 +162,17 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
     }
 }
 
+/// Where the metrics are served, and what is doubtful about it.
+fn read_listen(field: &Field<'_>) -> Result<(Option<MetricsListen>, Vec<Warning>), ConfigError> {
+    let listen = field.parse(ALLOWED_LISTEN, parse_listen)?;
+    let doubt = listen.as_ref().and_then(MetricsListen::doubt);
+    let warning = |doubt| Warning {
+        location: field.location(),
+        doubt,
+    };
+    Ok((listen, doubt.map(warning).into_iter().collect()))
+}
+
 fn read_directory<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
     let text = field.text(ALLOWED_CGROUP)?;
     field.check_path_is_literal()?;
@@ -205,7 +216,10 @@ fn read_rules(root: &Section<'_>, config: &mut Config) {
         let location = document.location(Some(sections[index].offset), Some(key));
         Warning { location, doubt }
     };
-    config.warnings = doubts(config).into_iter().map(warning).collect();
+    let of_rules: Vec<Warning> = doubts(config).into_iter().map(warning).collect();
+    config.warnings.extend(of_rules);
+    let line = |warning: &Warning| warning.location.position.map(|at| at.line);
+    config.warnings.sort_by_key(line);
 }
 
 /// What is doubtful about the rules, by their index and in their order.

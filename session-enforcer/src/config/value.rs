@@ -1,7 +1,7 @@
 //! The values that are written as text, in the file and on the command line: ports, prefixes,
 //! times, addresses, and where the audit goes.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use session_enforcer_common::PortRange;
 
 use super::error::quoted;
-use super::{AuditTarget, Problem};
+use super::{AuditTarget, MetricsListen, Problem};
 
 pub(super) const ALLOWED_PORT: &str =
     "a port from 1 to 65535, or a range of ports such as \"6000-6010\"";
 pub(super) const ALLOWED_PREFIX: &str =
     "an address or a prefix such as \"10.0.0.0/8\" or \"2001:db8::/32\"";
 pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" or \"1h30m\"";
-pub(super) const ALLOWED_LISTEN: &str =
-    "an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
+pub(super) const ALLOWED_LISTEN: &str = "an IP address and a port such as \"127.0.0.1:9847\", a Unix socket such as \
+     \"unix:/run/session-enforcer/metrics.sock\", or \"\" for none";
 pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str =
     "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
@@ -178,16 +178,21 @@ pub fn format_duration(duration: Duration) -> String {
 /// # Errors
 ///
 /// Where the text is neither.
-pub fn parse_listen(text: &str) -> Result<Option<SocketAddr>, Problem> {
+pub fn parse_listen(text: &str) -> Result<Option<MetricsListen>, Problem> {
     if text.is_empty() {
         return Ok(None);
+    }
+    if let Some(path) = text.strip_prefix("unix:").filter(|path| is_absolute(path)) {
+        return Ok(Some(MetricsListen::Unix(path.into())));
     }
     let bare = text.trim_start_matches('[').trim_end_matches(']');
     if let Ok(address) = bare.parse::<IpAddr>() {
         return Err(Problem::NoPort(address));
     }
-    let parsed = text.parse().map(Some);
-    parsed.map_err(|_| not_allowed(text, ALLOWED_LISTEN))
+    let parsed = text.parse().map(MetricsListen::Tcp);
+    parsed
+        .map(Some)
+        .map_err(|_| not_allowed(text, ALLOWED_LISTEN))
 }
 
 /// Where the audit goes: `-` is standard output, anything else an absolute path.

@@ -72,6 +72,12 @@ const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
 /// How often they look whether they are.
 const CGROUPS_LOOK: Duration = Duration::from_millis(2);
 
+/// How many times as long as the answers to requests took none are given after them: anybody may ask.
+const ANSWERS_REST: u32 = 4;
+
+/// Requests that are answered at once.
+const MAX_ANSWERS: usize = 64;
+
 /// How many times as long as a look at them took there is none after it.
 const CGROUPS_REST: u32 = 10;
 
@@ -101,6 +107,8 @@ pub struct Engine {
     log: KernelLog,
     timer: Timer,
     requests: mpsc::Receiver<Request>,
+    /// Until when requests wait.
+    answers_rest_until: Instant,
     signals: Signals,
     watch: Watch,
     manager: Rc<ServiceManager>,
@@ -163,6 +171,7 @@ impl Engine {
             log: channels.log,
             timer: Timer::new().context("making a timer")?,
             requests: channels.requests,
+            answers_rest_until: Instant::now(),
             signals: channels.signals,
             watch: Watch::default(),
             manager: Rc::new(ServiceManager::from_env().context("NOTIFY_SOCKET")?),
@@ -273,11 +282,13 @@ impl Engine {
                     ready.context("waiting for the kernel's events")?;
                     self.context.read_events()?;
                 }
-                Some(request) = self.requests.recv() => {
+                requests = waiting(&mut self.requests, self.answers_rest_until) => {
+                    let began = Instant::now();
                     // An answer is about now, and not about the last time that events were read.
                     self.context.read_events()?;
                     self.note_attachment();
-                    self.answer(request);
+                    self.answer(requests);
+                    self.answers_rest_until = Instant::now() + began.elapsed() * ANSWERS_REST;
                 }
                 changed = self.watch.changed() => {
                     changed.context("watching the cgroups of the rules")?;
@@ -322,25 +333,18 @@ impl Engine {
         }
     }
 
-    /// Answers a request of the HTTP server. What the metrics count, the audit can name: cgroups that
+    /// Answers requests of the HTTP server. What the metrics count, the audit can name: cgroups that
     /// connections have come from are found first.
-    fn answer(&self, request: Request) {
-        let is_counted = matches!(request, Request::Metrics(_));
-        let context = Rc::clone(&self.context);
-        let answer = move || context.state().answer(request, context.pool.counts());
-        if !is_counted || !self.context.state().directory.is_asking() {
-            return answer();
+    fn answer(&self, requests: Vec<Request>) {
+        let mut state = self.context.state();
+        let is_waited_for = !state.scrapes.is_empty();
+        state.answer(requests);
+        if !state.directory.is_asking() {
+            state.answer_scrapes(self.context.pool.counts());
+        } else if !state.scrapes.is_empty() && !is_waited_for {
+            self.context
+                .spawn(answer_scrapes_later(Rc::clone(&self.context)));
         }
-        let context = Rc::clone(&self.context);
-        self.context.spawn(async move {
-            let until = Instant::now() + CGROUPS_PATIENCE;
-            while context.state().directory.is_asking() && Instant::now() < until {
-                owner::find_cgroups(&context);
-                tokio::time::sleep(CGROUPS_LOOK).await;
-            }
-            answer();
-            Ok(())
-        });
     }
 
     /// Notes whether the programs still see the connections that they are meant to see.
@@ -365,6 +369,27 @@ impl Engine {
         let detached = crate::report::health::Trouble::Detached;
         state.records.health.set(detached, what);
     }
+}
+
+async fn answer_scrapes_later(context: Rc<Context>) -> Result<()> {
+    let until = Instant::now() + CGROUPS_PATIENCE;
+    while context.state().directory.is_asking() && Instant::now() < until {
+        owner::find_cgroups(&context);
+        tokio::time::sleep(CGROUPS_LOOK).await;
+    }
+    context.state().answer_scrapes(context.pool.counts());
+    Ok(())
+}
+
+/// The requests that wait by then, one at least.
+async fn waiting(requests: &mut mpsc::Receiver<Request>, until: Instant) -> Vec<Request> {
+    sleep_until(until).await;
+    let mut waiting = Vec::new();
+    if requests.recv_many(&mut waiting, MAX_ANSWERS).await == 0 {
+        // Nobody serves.
+        std::future::pending::<()>().await;
+    }
+    waiting
 }
 
 async fn at(time: Option<Instant>) {

@@ -22,7 +22,7 @@ use crate::{
     report::{
         audit::Audit,
         health::{Health, Trouble},
-        http::Request,
+        http::{Request, Scrape},
         metrics::{KernelSnapshot, Metrics, Repair},
         service_manager::Standing,
     },
@@ -79,6 +79,8 @@ pub(super) struct State {
     repaired_losses: u64,
     /// Sessions that the map can hold.
     pub(super) capacity: usize,
+    /// Who waits for the metrics.
+    pub(super) scrapes: Vec<Scrape>,
 }
 
 /// Sessions are decided about anew by another policy.
@@ -143,6 +145,7 @@ impl State {
             looked_for: Vec::new(),
             repaired_losses: 0,
             capacity,
+            scrapes: Vec::new(),
         }
     }
 
@@ -442,14 +445,29 @@ impl State {
 
 /// What others ask.
 impl State {
-    /// Answers a request of the HTTP server.
-    pub(super) fn answer(&mut self, request: Request, reapers: pool::Counts) {
+    /// Answers requests of the HTTP server, all but those for the metrics.
+    pub(super) fn answer(&mut self, requests: Vec<Request>) {
         self.records.note_audit();
-        // A client that has gone needs no answer.
-        match request {
-            Request::Metrics(reply) => drop(reply.send(self.render_metrics(reapers))),
-            Request::Ready(reply) => drop(reply.send(self.records.health.ready())),
-            Request::Live(reply) => drop(reply.send(())),
+        for request in requests {
+            // A client that has gone needs no answer.
+            match request {
+                Request::Metrics(scrape) => self.scrapes.push(scrape),
+                Request::Ready(reply) => drop(reply.send(self.records.health.ready())),
+                Request::Live(reply) => drop(reply.send(())),
+            }
+        }
+    }
+
+    /// Sends the metrics to all who wait for them.
+    pub(super) fn answer_scrapes(&mut self, reapers: pool::Counts) {
+        let scrapes = std::mem::take(&mut self.scrapes);
+        if scrapes.is_empty() {
+            return;
+        }
+        self.records.note_audit();
+        let rendered = self.render_metrics(reapers);
+        for scrape in scrapes {
+            let _ = scrape.send(rendered.clone());
         }
     }
 

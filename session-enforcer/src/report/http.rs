@@ -1,7 +1,23 @@
-//! `/metrics`, `/healthz` and `/readyz`. What they answer comes from the engine, so that an answer
-//! means that the engine is alive.
+//! `/metrics`, `/healthz` and `/readyz`, by a thread of their own. What they answer comes from the engine, so that
+//! an answer means that the engine is alive.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    fs, io,
+    net::SocketAddr,
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    },
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -15,25 +31,34 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use thiserror::Error;
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, oneshot},
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    runtime,
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
     time::timeout,
+};
+
+use crate::{
+    config::MetricsListen,
+    host::trust::{self, Untrusted},
 };
 
 /// How long a client may take to send its request's headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What clients may take up, so that one that misbehaves keeps no health check out for long.
+/// What clients may take up.
 #[derive(Clone, Copy)]
 struct Bounds {
-    /// Connections at once. A scraper needs one; who comes when they are used up waits.
+    /// Connections at once. Of more, the oldest is closed that has sent no whole request, or else the oldest:
+    /// whoever holds connections keeps nobody out.
     connections: usize,
     /// How long one may last: the headers, the engine's answer, and some time to take it.
     lifetime: Duration,
 }
 
 const BOUNDS: Bounds = Bounds {
-    connections: 64,
+    connections: 256,
     lifetime: Duration::from_secs(15),
 };
 
@@ -43,61 +68,179 @@ const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a connection could not be accepted, for want of descriptors for instance.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Who may connect to a Unix socket: the daemon's user and group.
+const SOCKET_MODE: u32 = 0o660;
+
 /// What the server asks the engine.
 #[derive(Debug)]
 pub enum Request {
     /// The metrics in Prometheus' text format.
-    Metrics(oneshot::Sender<Result<String, String>>),
+    Metrics(Scrape),
     /// Whether everything is attached and adopted, or why not.
     Ready(oneshot::Sender<Result<(), String>>),
     /// Whether the engine is alive.
     Live(oneshot::Sender<()>),
 }
 
-/// Why the address could not be listened on.
+/// Where the metrics are sent to.
+pub type Scrape = oneshot::Sender<Result<String, String>>;
+
+/// Why the metrics cannot be served.
 #[derive(Debug, Error)]
-#[error(
-    "metrics.listen: {address}: {source}; choose another address, stop the program that has it, or \"\" for none"
-)]
-pub struct BindError {
-    address: SocketAddr,
-    source: io::Error,
+pub enum BindError {
+    /// The address is taken, or none of this host; or the socket cannot be made.
+    #[error(
+        "metrics.listen: {listen}: {source}; choose another address, stop the program that has it, or \"\" for \
+         none"
+    )]
+    Bind {
+        /// The address.
+        listen: MetricsListen,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// Somebody else could put a socket in the place of this one.
+    #[error("metrics.listen: {0}")]
+    Untrusted(#[source] Untrusted),
 }
 
-/// Listens on the address.
+/// A socket that listens and is not served yet.
+#[derive(Debug)]
+pub enum Listener {
+    /// On an address.
+    Tcp(std::net::TcpListener),
+    /// On a path.
+    Unix(StdUnixListener),
+}
+
+/// Listens.
 ///
 /// # Errors
 ///
-/// Where it is taken or is no address of this host.
-pub fn bind(address: SocketAddr) -> Result<std::net::TcpListener, BindError> {
-    let listen = || {
-        let listener = std::net::TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
+/// Where the address is taken or is no address of this host, where a Unix socket cannot be made, and where others
+/// could replace it.
+pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
+    let bound = match listen {
+        MetricsListen::Tcp(address) => bind_tcp(*address),
+        MetricsListen::Unix(path) => {
+            trust::check(place(path)).map_err(BindError::Untrusted)?;
+            bind_unix(path)
+        }
     };
-    listen().map_err(|source| BindError { address, source })
+    bound.map_err(|source| BindError::Bind {
+        listen: listen.clone(),
+        source,
+    })
 }
 
-/// Serves until the runtime ends.
-pub async fn serve(listener: TcpListener, requests: mpsc::Sender<Request>) {
-    serve_within(BOUNDS, listener, requests).await;
+/// The directory of a Unix socket. Who may write to the socket may only connect to it.
+fn place(socket: &Path) -> &Path {
+    socket.parent().unwrap_or(socket)
 }
 
-async fn serve_within(bounds: Bounds, listener: TcpListener, requests: mpsc::Sender<Request>) {
-    let slots = Arc::new(Semaphore::new(bounds.connections));
+fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(Listener::Tcp(listener))
+}
+
+/// A socket that nobody listens on is what a daemon has left that ended.
+fn bind_unix(path: &Path) -> io::Result<Listener> {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    if is_socket && StdUnixStream::connect(path).is_err() {
+        fs::remove_file(path)?;
+    }
+    let listener = StdUnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+    listener.set_nonblocking(true)?;
+    Ok(Listener::Unix(listener))
+}
+
+/// Whether this host has the address, on any port: the daemon that runs may have taken the configured one.
+/// Of a Unix socket whether its directory is there, and nobody else's.
+///
+/// # Errors
+///
+/// Where [`bind`] would fail for want of that.
+pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
+    let found = match listen {
+        MetricsListen::Tcp(address) => {
+            match std::net::TcpListener::bind(SocketAddr::new(address.ip(), 0)) {
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Err(error),
+                _ => Ok(()),
+            }
+        }
+        MetricsListen::Unix(path) => {
+            trust::check(place(path)).map_err(BindError::Untrusted)?;
+            fs::metadata(place(path)).map(drop)
+        }
+    };
+    found.map_err(|source| BindError::Bind {
+        listen: listen.clone(),
+        source,
+    })
+}
+
+/// Starts the thread that serves until the process ends. It has the privileges of the calling one.
+///
+/// # Errors
+///
+/// Where the system has no thread for it.
+pub fn start(listener: Listener, requests: mpsc::Sender<Request>) -> io::Result<()> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let accepting = {
+        let _within = runtime.enter();
+        Accepting::of(listener)?
+    };
+    let work = move || runtime.block_on(serve_within(BOUNDS, accepting, requests));
+    thread::Builder::new().name("http".to_owned()).spawn(work)?;
+    Ok(())
+}
+
+/// A listener that is served.
+enum Accepting {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A client.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+impl Accepting {
+    fn of(listener: Listener) -> io::Result<Self> {
+        Ok(match listener {
+            Listener::Tcp(listener) => Self::Tcp(TcpListener::from_std(listener)?),
+            Listener::Unix(listener) => Self::Unix(UnixListener::from_std(listener)?),
+        })
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
+
+async fn serve_within(bounds: Bounds, listener: Accepting, requests: mpsc::Sender<Request>) {
+    let mut clients: VecDeque<Client> = VecDeque::new();
     loop {
-        // The semaphore is never closed.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let requests = requests.clone();
-                tokio::spawn(async move {
-                    // Dropping the connection closes it.
-                    let _ = timeout(bounds.lifetime, connection(stream, requests)).await;
-                    drop(slot);
-                });
+            Ok(stream) => {
+                clients.retain(|client| !client.task.is_finished());
+                if clients.len() == bounds.connections {
+                    close_one(&mut clients);
+                }
+                let has_asked = Arc::new(AtomicBool::new(false));
+                let served = connection(stream, requests.clone(), Arc::clone(&has_asked));
+                let task = tokio::spawn(timeout(bounds.lifetime, served)).abort_handle();
+                clients.push_back(Client { task, has_asked });
+                // What it has sent is read before another one comes.
+                tokio::task::yield_now().await;
             }
             Err(error) => {
                 tracing::warn!("metrics.listen: accepting a connection: {error}");
@@ -107,8 +250,29 @@ async fn serve_within(bounds: Bounds, listener: TcpListener, requests: mpsc::Sen
     }
 }
 
-async fn connection(stream: TcpStream, requests: mpsc::Sender<Request>) {
+/// A connection that is served.
+struct Client {
+    task: AbortHandle,
+    /// Whether a whole request has come.
+    has_asked: Arc<AtomicBool>,
+}
+
+fn close_one(clients: &mut VecDeque<Client>) {
+    let has_asked = |client: &Client| client.has_asked.load(Ordering::Relaxed);
+    let oldest = clients.iter().position(|client| !has_asked(client));
+    if let Some(client) = clients.remove(oldest.unwrap_or(0)) {
+        // Dropping the connection closes it.
+        client.task.abort();
+    }
+}
+
+async fn connection(
+    stream: Box<dyn Stream>,
+    requests: mpsc::Sender<Request>,
+    has_asked: Arc<AtomicBool>,
+) {
     let service = service_fn(move |request: HttpRequest<Incoming>| {
+        has_asked.store(true, Ordering::Relaxed);
         let requests = requests.clone();
         async move { Ok::<_, Infallible>(answer(&request, &requests).await) }
     });
@@ -200,16 +364,28 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpStream, UnixStream},
+    };
 
     use super::*;
 
+    /// A socket on a port of the system's choice, and its address.
+    fn listen() -> (Listener, SocketAddr) {
+        let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let Listener::Tcp(tcp) = &listener else {
+            panic!("{listener:?}");
+        };
+        let address = tcp.local_addr().unwrap();
+        (listener, address)
+    }
+
     /// Starts a server whose engine answers these.
-    async fn start(ready: Result<(), String>) -> SocketAddr {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
+    async fn begin(ready: Result<(), String>) -> SocketAddr {
+        let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        tokio::spawn(serve(TcpListener::from_std(listener).unwrap(), sender));
+        start(listener, sender).unwrap();
         tokio::spawn(engine(requests, "a 1\n".to_owned(), ready));
         address
     }
@@ -246,7 +422,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_path_has_its_answer() {
-        let address = start(Ok(())).await;
+        let address = begin(Ok(())).await;
         let metrics = get(address, "/metrics").await;
         assert!(metrics.starts_with("HTTP/1.1 200"), "{metrics}");
         assert!(metrics.contains("content-type: text/plain; version=0.0.4; charset=utf-8"));
@@ -259,14 +435,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_daemon_that_is_not_ready_says_why() {
-        let address = start(Err("not adopted yet".to_owned())).await;
+        let address = begin(Err("not adopted yet".to_owned())).await;
         let answer = get(address, "/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("not adopted yet\n"));
     }
 
     #[tokio::test]
     async fn other_methods_and_garbage_are_refused() {
-        let address = start(Ok(())).await;
+        let address = begin(Ok(())).await;
         let post = "POST /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
         let answer = exchange(address, post).await;
         assert!(answer.starts_with("HTTP/1.1 405") && answer.contains("allow: GET, HEAD"));
@@ -280,7 +456,7 @@ mod tests {
 
     #[tokio::test]
     async fn head_has_the_headers_only() {
-        let address = start(Ok(())).await;
+        let address = begin(Ok(())).await;
         let head = exchange(address, "HEAD /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert!(head.starts_with("HTTP/1.1 200") && head.contains("content-length: 4\r\n"));
         assert!(head.ends_with("\r\n\r\n"), "{head}");
@@ -288,7 +464,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_ends_with_its_answer() {
-        let address = start(Ok(())).await;
+        let address = begin(Ok(())).await;
         let twice = "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2);
         let answer = exchange(address, &twice).await;
         assert_eq!(answer.matches("ok\n").count(), 1, "{answer}");
@@ -297,9 +473,8 @@ mod tests {
 
     /// Each client holds a connection, and more of them than there are wait before the last one.
     async fn standing_still(request: &str) {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let listener = TcpListener::from_std(listener).unwrap();
+        let (listener, address) = listen();
+        let listener = Accepting::of(listener).unwrap();
         let (sender, requests) = mpsc::channel(1);
         let bounds = Bounds {
             connections: 2,
@@ -331,10 +506,9 @@ mod tests {
 
     #[tokio::test]
     async fn an_engine_that_is_stuck_is_told() {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
+        let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        tokio::spawn(serve(TcpListener::from_std(listener).unwrap(), sender));
+        start(listener, sender).unwrap();
         let answer = get(address, "/metrics").await;
         assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
         drop(requests);
@@ -342,22 +516,59 @@ mod tests {
 
     #[tokio::test]
     async fn an_engine_that_has_gone_is_told() {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
+        let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
         drop(requests);
-        tokio::spawn(serve(TcpListener::from_std(listener).unwrap(), sender));
+        start(listener, sender).unwrap();
         assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 503"));
     }
 
     #[test]
     fn a_taken_address_is_named_with_the_key() {
-        let taken = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = taken.local_addr().unwrap();
-        let error = bind(address).unwrap_err().to_string();
+        let (_taken, address) = listen();
+        let error = bind(&MetricsListen::Tcp(address)).unwrap_err().to_string();
         assert!(
             error.starts_with(&format!("metrics.listen: {address}: ")),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_is_served_and_taken_over_from_a_daemon_that_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.sock");
+        let socket = MetricsListen::Unix(path.clone());
+        check(&socket).unwrap();
+        drop(bind(&socket).unwrap());
+        let (sender, requests) = mpsc::channel(1);
+        start(bind(&socket).unwrap(), sender).unwrap();
+        tokio::spawn(engine(requests, String::new(), Ok(())));
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, SOCKET_MODE);
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
+        client.write_all(request).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("ok\n"), "{answer}");
+        let error = bind(&socket).unwrap_err().to_string();
+        let start = format!("metrics.listen: unix:{}: ", path.display());
+        assert!(error.starts_with(&start), "{error}");
+    }
+
+    #[test]
+    fn nothing_but_a_socket_is_replaced_and_no_place_that_others_could_change_is_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a-file");
+        fs::write(&path, "kept").unwrap();
+        bind(&MetricsListen::Unix(path.clone())).unwrap_err();
+        assert_eq!(fs::read(&path).unwrap(), b"kept");
+        let nowhere = MetricsListen::Unix(directory.path().join("none/metrics.sock"));
+        assert!(check(&nowhere).is_err() && bind(&nowhere).is_err());
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let open = MetricsListen::Unix(directory.path().join("metrics.sock"));
+        for refused in [check(&open).unwrap_err(), bind(&open).unwrap_err()] {
+            assert!(matches!(refused, BindError::Untrusted(_)), "{refused}");
+        }
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn report(
         "warnings": warnings,
         "refused_on_this_host": refused,
         "daemon": daemon(config),
-        "metrics": { "listen": config.metrics_listen.map_or_else(String::new, |a| a.to_string()) },
+        "metrics": { "listen": config.metrics_listen.as_ref().map_or_else(String::new, ToString::to_string) },
         "audit": { "path": match &config.audit {
             AuditTarget::Stdout => "-".to_owned(),
             AuditTarget::File(path) => path.display().to_string(),

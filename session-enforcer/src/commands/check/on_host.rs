@@ -1,11 +1,6 @@
 //! What `run` would refuse of a valid configuration on this host, found without making anything.
 
-use std::{
-    error::Error,
-    io,
-    net::{SocketAddr, TcpListener},
-    path::Path,
-};
+use std::{error::Error, path::Path};
 
 use nix::unistd::geteuid;
 
@@ -16,7 +11,7 @@ use crate::{
     engine::directory as owners,
     host::trust,
     reaper::worker,
-    report::audit,
+    report::{audit, http},
 };
 
 /// Each refusal in a line, as `run` would say it if this user started it. To others than root, the host does
@@ -46,20 +41,10 @@ pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
         let refused = PinDir::check(path);
         note(refused.map_err(|error| format!("daemon.pin_dir: {error}").into()));
     }
-    if let Some(address) = config.metrics_listen {
-        note(has_address(address).map_err(Into::into));
+    if let Some(listen) = &config.metrics_listen {
+        note(http::check(listen).map_err(Into::into));
     }
     refused
-}
-
-/// Whether this host has the address, on any port: the daemon that runs may have taken the configured one.
-fn has_address(address: SocketAddr) -> Result<(), String> {
-    match TcpListener::bind(SocketAddr::new(address.ip(), 0)) {
-        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Err(format!(
-            "metrics.listen: {address}: {error}; choose an address of this host, or \"\" for none"
-        )),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

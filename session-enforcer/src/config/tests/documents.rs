@@ -166,7 +166,7 @@ fn the_reference_has_the_bounds_and_defaults_of_the_code() {
         ("daemon.reconcile_interval", limit.clone(), interval),
         (
             "metrics.listen",
-            "IP address and port; `\"\"`".to_owned(),
+            "IP address and port; `\"unix:\"` and an absolute path; `\"\"`".to_owned(),
             format!("`\"{DEFAULT_METRICS_LISTEN}\"`"),
         ),
         ("rule.idle_timeout", limit.clone(), "none".to_owned()),

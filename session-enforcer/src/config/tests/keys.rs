@@ -52,7 +52,7 @@ min_payload = 16
         pin_dir: Some("/sys/fs/bpf/web".into()),
         network_namespaces: NetworkNamespaces::Own,
         reconcile_interval: Duration::from_secs(300),
-        metrics_listen: Some("[::1]:80".parse().unwrap()),
+        metrics_listen: Some(MetricsListen::Tcp("[::1]:80".parse().unwrap())),
         audit: AuditTarget::File("/var/log/audit.json".into()),
         rules: vec![Rule {
             name: "postgres".into(),
@@ -99,7 +99,7 @@ fn what_is_not_said_has_its_default() {
         pin_dir: Some("/sys/fs/bpf/session-enforcer".into()),
         network_namespaces: NetworkNamespaces::All,
         reconcile_interval: Duration::from_secs(900),
-        metrics_listen: Some("127.0.0.1:9847".parse().unwrap()),
+        metrics_listen: Some(MetricsListen::Tcp("127.0.0.1:9847".parse().unwrap())),
         audit: AuditTarget::Stdout,
         rules: vec![rule],
         users_at: vec![None],
@@ -321,7 +321,8 @@ fn a_wrong_setting_of_the_daemon_is_pointed_at() {
 
 #[test]
 fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
-    let listen = "allowed: an IP address and a port such as \"127.0.0.1:9847\", or \"\" for none";
+    let listen = "allowed: an IP address and a port such as \"127.0.0.1:9847\", a Unix socket such as \
+                  \"unix:/run/session-enforcer/metrics.sock\", or \"\" for none";
     let path = "allowed: \"-\" for standard output, or a file's absolute path such as \
                 \"/var/log/sessions.json\"";
     for (text, message) in [
@@ -354,4 +355,37 @@ fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
         assert!(error.starts_with("x.toml:2:"), "{error}");
         assert!(error.ends_with(&message), "{error}\n{message}");
     }
+}
+
+#[test]
+fn metrics_may_be_served_on_a_unix_socket_and_another_address_than_loopback_is_doubtful() {
+    let read = |listen: &str| {
+        let text =
+            format!("[metrics]\nlisten = '{listen}'\n[[rule]]\nname = 'a'\nidle_timeout = '1m'\n");
+        let config = Config::parse("x.toml", &text).unwrap();
+        let warnings: Vec<String> = config.warnings.iter().map(ToString::to_string).collect();
+        (config.metrics_listen, warnings)
+    };
+    let (listen, warnings) = read("unix:/run/metrics.sock");
+    assert_eq!(
+        listen,
+        Some(MetricsListen::Unix("/run/metrics.sock".into()))
+    );
+    assert_eq!(warnings, Vec::<String>::new());
+    for quiet in ["127.0.0.2:1", "[::1]:1", "[::ffff:127.0.0.1]:1", ""] {
+        assert_eq!(read(quiet).1, Vec::<String>::new(), "{quiet}");
+    }
+    for open in ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "[::ffff:10.0.0.1]:1"] {
+        let start =
+            format!("x.toml:2:10: metrics.listen: whoever reaches {open} reads the metrics");
+        let warnings = read(open).1;
+        assert!(
+            warnings.len() == 1 && warnings[0].starts_with(&start),
+            "{warnings:?}"
+        );
+    }
+    let relative =
+        "[metrics]\nlisten = 'unix:metrics.sock'\n[[rule]]\nname = 'a'\nidle_timeout = '1m'\n";
+    let error = Config::parse("x.toml", relative).unwrap_err().to_string();
+    assert!(error.contains("a Unix socket such as"), "{error}");
 }
