@@ -45,6 +45,8 @@ pub const LAYOUT: u32 = {
             direction,
             flags,
             owner,
+            data_segments_sent,
+            unused,
         }
     );
     let hash = layout!(

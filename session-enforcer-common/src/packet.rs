@@ -8,11 +8,15 @@ pub const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 /// `skb->protocol` of an IPv6 packet, in network byte order.
 pub const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// IPv6 extension headers that are walked before the TCP header. Linux sends at most hop-by-hop
-/// (BIG TCP adds one), destination and routing headers.
-pub const MAX_EXTENSIONS: usize = 8;
+/// Headers that are walked between the first IP header and the TCP header: IPv6 extension headers,
+/// authentication headers, and IP headers of either family. Linux sends at most hop-by-hop (BIG TCP adds
+/// one), destination and routing headers, and with a route that encapsulates an IP header and a routing
+/// header more.
+pub const MAX_HEADERS: usize = 8;
 
+const IPPROTO_IPIP: u8 = 4;
 const IPPROTO_TCP: u8 = 6;
+const IPPROTO_IPV6: u8 = 41;
 const IPV4_HEADER_MIN: usize = 20;
 const IPV6_HEADER: usize = 40;
 const TCP_HEADER_MIN: usize = 20;
@@ -71,58 +75,52 @@ impl Segment {
 /// 64 KiB (BIG TCP).
 #[inline(always)]
 pub fn parse(linear: &(impl Linear + ?Sized), protocol: u32, length: usize) -> Option<Segment> {
-    let tcp_at = match protocol {
-        ETH_P_IP => ipv4_payload(linear)?,
-        ETH_P_IPV6 => ipv6_payload(linear)?,
+    let first = match protocol {
+        ETH_P_IP => IPPROTO_IPIP,
+        ETH_P_IPV6 => IPPROTO_IPV6,
         _ => return None,
     };
-    tcp(linear, tcp_at, length)
-}
-
-/// Offset of the TCP header behind an IPv4 header. A later fragment has no TCP header, but both
-/// hooks see whole datagrams: reassembly is before ingress, fragmentation after egress.
-#[inline(always)]
-fn ipv4_payload(linear: &(impl Linear + ?Sized)) -> Option<usize> {
-    let (words, protocol) = linear.read(0, |header: &[u8; IPV4_HEADER_MIN]| {
-        (header[0] & 0x0f, header[9])
-    })?;
-    let length = usize::from(words) * 4;
-    if protocol != IPPROTO_TCP || length < IPV4_HEADER_MIN {
+    let (mut kind, mut offset) = behind(linear, first, 0)?;
+    for _ in 0..MAX_HEADERS {
+        if kind == IPPROTO_TCP {
+            break;
+        }
+        (kind, offset) = behind(linear, kind, offset)?;
+    }
+    if kind != IPPROTO_TCP {
         return None;
     }
-    Some(length)
+    tcp(linear, offset, length)
 }
 
-/// Offset of the TCP header behind an IPv6 header and its extension headers.
+/// The kind and the offset of the header behind the one of this `kind` at `offset` (RFC 791 section 3.1, RFC
+/// 8200 sections 3 and 4, RFC 4302 section 2.2). `None` for a kind that tells neither.
+///
+/// A later fragment has no TCP header, but both hooks see whole datagrams: reassembly is before ingress,
+/// fragmentation after egress.
 #[inline(always)]
-fn ipv6_payload(linear: &(impl Linear + ?Sized)) -> Option<usize> {
-    let mut next = linear.read(0, |header: &[u8; IPV6_HEADER]| header[6])?;
-    let mut offset = IPV6_HEADER;
-    for _ in 0..MAX_EXTENSIONS {
-        if next == IPPROTO_TCP {
-            return Some(offset);
+fn behind(linear: &(impl Linear + ?Sized), kind: u8, offset: usize) -> Option<(u8, usize)> {
+    // As long as the shortest TCP header: no header that one follows ends the packet sooner.
+    let (next, length) = linear.read(offset, |header: &[u8; TCP_HEADER_MIN]| {
+        let units = usize::from(header[1]);
+        match kind {
+            IPPROTO_IPIP => (header[9], usize::from(header[0] & 0x0f) * 4),
+            IPPROTO_IPV6 => (header[6], IPV6_HEADER),
+            // Hop-by-hop, routing, destination options, mobility.
+            0 | 43 | 60 | 135 => (header[0], (units + 1) * 8),
+            // Fragment, of fixed length.
+            44 => (header[0], 8),
+            // Authentication.
+            51 => (header[0], (units + 2) * 4),
+            _ => (0, 0),
         }
-        let (following, units) =
-            linear.read(offset, |extension: &[u8; 2]| (extension[0], extension[1]))?;
-        offset += extension_length(next, units)?;
-        next = following;
-    }
-    (next == IPPROTO_TCP).then_some(offset)
-}
-
-/// Length of an IPv6 extension header from its second byte (RFC 8200 section 4, RFC 4302 section
-/// 2.2 for the authentication header), or `None` for a header that is none of them.
-#[inline(always)]
-fn extension_length(kind: u8, units: u8) -> Option<usize> {
-    match kind {
-        // Hop-by-hop, routing, destination options, mobility.
-        0 | 43 | 60 | 135 => Some((usize::from(units) + 1) * 8),
-        // Fragment, of fixed length.
-        44 => Some(8),
-        // Authentication.
-        51 => Some((usize::from(units) + 2) * 4),
-        _ => None,
-    }
+    })?;
+    let shortest = if kind == IPPROTO_IPIP {
+        IPV4_HEADER_MIN
+    } else {
+        8
+    };
+    (length >= shortest).then_some((next, offset + length))
 }
 
 #[inline(always)]

@@ -134,6 +134,11 @@ pub struct Session {
     pub ifindex: u32,
     /// Whose it is.
     pub owner: Owner,
+    /// Segments with payload that TCP had begun to send when its last packet passed, retransmissions among
+    /// them, modulo 2^32.
+    pub data_segments_sent: u32,
+    /// Always 0.
+    pub unused: u32,
 }
 
 /// The part of a [`Session`] that packets change.
@@ -149,6 +154,8 @@ pub struct Traffic {
     pub bytes_received: u64,
     /// See [`Session::bytes_sent`].
     pub bytes_sent: u64,
+    /// See [`Session::data_segments_sent`].
+    pub data_segments_sent: u32,
     /// Of [`Session::flags`] those that packets set: [`flags::PEER_HAS_ENDED`].
     pub flags: u8,
 }
@@ -185,6 +192,7 @@ impl Session {
             answered_ns: self.answered_ns,
             bytes_received: self.bytes_received,
             bytes_sent: self.bytes_sent,
+            data_segments_sent: self.data_segments_sent,
             flags: self.flags & flags::PEER_HAS_ENDED,
         }
     }
@@ -209,6 +217,13 @@ impl Session {
         self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
         self.bytes_received = self.bytes_received.max(other.bytes_received);
         self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
+        // The counter wraps around.
+        let further = other
+            .data_segments_sent
+            .wrapping_sub(self.data_segments_sent);
+        if further < 1 << 31 {
+            self.data_segments_sent = other.data_segments_sent;
+        }
         self.flags |= other.flags & flags::PEER_HAS_ENDED;
     }
 
@@ -280,12 +295,13 @@ const fn mix(word: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 144 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 152 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, flags) == 55);
     assert!(core::mem::offset_of!(Session, local) == 72);
     assert!(core::mem::offset_of!(Session, ifindex) == 108);
     assert!(core::mem::offset_of!(Session, owner) == 112);
+    assert!(core::mem::offset_of!(Session, data_segments_sent) == 144);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -423,6 +439,8 @@ mod tests {
         let mut answered = owes;
         answered.stamp_sent(7);
         answered.bytes_sent = 70;
+        (owes.data_segments_sent, answered.data_segments_sent) = (u32::MAX, 1);
+        read.data_segments_sent = u32::MAX - 1;
         for records in [[read, owes], [owes, answered], [read, answered]] {
             let [before, after] = records;
             for [mut joined, other] in [[before, after], [after, before]] {
@@ -482,6 +500,8 @@ pub(crate) mod tests_support {
             direction: Direction::Inbound as u8,
             flags: 0,
             owner: Owner::UNKNOWN,
+            data_segments_sent: 0,
+            unused: 0,
         }
     }
 }

@@ -26,6 +26,10 @@ use crate::{
 /// not in the window: the stack will drop it, and it is no activity.
 const MAX_WINDOW: u32 = 1 << 30;
 
+/// Bytes that the headers of a packet without payload have at most. A packet that something held back between
+/// TCP and the hook, as a queue of netfilter's, may pass after TCP has counted the payload of another one.
+const MOST_HEADERS: u32 = 1024;
+
 /// By what payload is judged.
 #[derive(Clone, Copy)]
 struct Measure {
@@ -90,9 +94,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
         counters::error(ErrorKind::NoTcpSocket);
         return Fate::Pass;
     };
+    let may_carry = way == Way::Ingress || has_begun_to_send(session, tcp);
     let Some(segment) = packet::parse(ctx) else {
         counters::error(ErrorKind::HeaderUnreadable);
-        return unreadable(ctx, session, cookie, tcp, way);
+        return unreadable(ctx, session, cookie, tcp, way, may_carry);
     };
     if segment.payload > 0 {
         let measure = Measure::of(session);
@@ -119,12 +124,12 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     Fate::Pass
 }
 
-/// A packet whose headers could not be read may carry payload or none.
+/// A packet whose headers could not be read. After the deadline it is dropped, unstamped, where it may carry
+/// payload.
 ///
-/// Past the deadline it is dropped on ingress, where the peer writes the headers and could hide
-/// payload behind more of them than are walked. On egress it passes: this host's stack writes no such
-/// headers, but `IPsec` encrypts before the hook, and the packet may be the very RST that ends the
-/// session. Neither is a stamp then.
+/// What comes in may always: the peer writes the headers. What goes out is encapsulated in more headers than
+/// are walked, or encrypted (`IPsec` does so before the hook), and may be the very RST that ends the session,
+/// which must pass.
 #[inline(always)]
 fn unreadable(
     ctx: &SkBuffContext,
@@ -132,18 +137,27 @@ fn unreadable(
     cookie: u64,
     tcp: &bpf_tcp_sock,
     way: Way,
+    may_carry: bool,
 ) -> Fate {
     let measure = Measure::of(session);
-    if !measure.comes_too_late(session) {
+    let mut is_late = measure.comes_too_late(session);
+    if !is_late {
         compare_counters(ctx, session, tcp, measure.now_ns);
-        if !measure.came_too_late(session) {
-            return Fate::Pass;
-        }
+        is_late = measure.came_too_late(session);
     }
-    match way {
-        Way::Ingress => gate::drop_packet(session, cookie, way),
-        Way::Egress => Fate::Pass,
+    if is_late && (may_carry || ctx.len() > MOST_HEADERS) {
+        return gate::drop_packet(session, cookie, way);
     }
+    Fate::Pass
+}
+
+/// Whether TCP has begun to send payload since its last packet passed: it counts a segment with payload before
+/// the packet leaves (`__tcp_transmit_skb`).
+#[inline(always)]
+fn has_begun_to_send(session: &mut Session, tcp: &bpf_tcp_sock) -> bool {
+    let before = session.data_segments_sent;
+    session.data_segments_sent = tcp.data_segs_out;
+    before != tcp.data_segs_out
 }
 
 #[inline(always)]

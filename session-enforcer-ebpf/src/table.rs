@@ -116,6 +116,7 @@ fn traffic_of(record: *const Session) -> Traffic {
             answered_ns: ptr::read_volatile(&raw const (*record).answered_ns),
             bytes_received,
             bytes_sent,
+            data_segments_sent: ptr::read_volatile(&raw const (*record).data_segments_sent),
             flags: ptr::read_volatile(&raw const (*record).flags) & flags::PEER_HAS_ENDED,
         }
     }

@@ -93,6 +93,11 @@ impl Drop for Netns {
     }
 }
 
+fn encapsulating_route(to: IpAddr, segment: IpAddr) -> String {
+    let interface = Veth::INTERFACE;
+    format!("route replace {to} encap seg6 mode encap segs {segment} dev {interface}")
+}
+
 fn ip(args: &[&str]) -> Result<String> {
     output_of("ip", "iproute2", args)
 }
@@ -123,6 +128,49 @@ impl Veth {
     pub const LEFT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
     /// IPv6 address of the right end.
     pub const RIGHT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
+
+    /// IPv4 address behind the right end; see [`Self::lay_on`].
+    pub const BEYOND: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 0, 1));
+    /// IPv6 address behind the right end.
+    pub const BEYOND_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 1));
+
+    /// Makes the addresses behind the right end, which takes packets out of `SRv6` encapsulations.
+    ///
+    /// # Errors
+    ///
+    /// Where `ip` or the kernel refuses.
+    pub fn lay_on(left: &Netns, right: &Netns) -> Result<()> {
+        for interface in ["all", "lo", Self::INTERFACE] {
+            right.set_parameter(&format!("ipv6/conf/{interface}/seg6_enabled"), "1")?;
+        }
+        for (address, by) in [
+            (Self::BEYOND, Self::RIGHT),
+            (Self::BEYOND_V6, Self::RIGHT_V6),
+        ] {
+            right.ip(&format!("addr add {address} dev lo"))?;
+            left.ip(&format!("route add {address} via {by}"))?;
+        }
+        Ok(())
+    }
+
+    /// Has the left end put what it sends to those addresses into so many `SRv6` encapsulations.
+    ///
+    /// # Errors
+    ///
+    /// Where `ip` or the kernel refuses.
+    pub fn encapsulate(left: &Netns, right: &Netns, depth: u8) -> Result<()> {
+        let mut segment = Self::RIGHT_V6;
+        for number in 1..depth {
+            let next = IpAddr::V6(Ipv6Addr::new(0xfd79, 0, 0, 0, 0, 0, 0, number.into()));
+            right.ip(&format!("addr add {next} dev lo"))?;
+            left.ip(&encapsulating_route(next, segment))?;
+            segment = next;
+        }
+        for address in [Self::BEYOND, Self::BEYOND_V6] {
+            left.ip(&encapsulating_route(address, segment))?;
+        }
+        Ok(())
+    }
 
     /// Lays one.
     ///

@@ -181,6 +181,25 @@ fn payload_behind_ipv6_extension_headers_is_activity() -> Result<()> {
 }
 
 #[test]
+fn payload_in_another_packet_is_activity() -> Result<()> {
+    for (address, kind) in [(Veth::BEYOND, "ipv4"), (Veth::BEYOND_V6, "ipv6")] {
+        let cabled = Cabled::new()?;
+        let daemon = cabled.lab.daemon(&rule())?;
+        Veth::lay_on(&cabled.left, &cabled.right)?;
+        Veth::encapsulate(&cabled.left, &cabled.right, 1)?;
+        let mut pairs = Vec::new();
+        for [left, right] in cabled.agents()? {
+            let listener = right.listen((address, 0))?;
+            pairs.push(Pair::open(&left, &listener)?);
+        }
+        assert_enforced(&daemon, &pairs, kind)?;
+        let errors = daemon.metric("session_enforcer_kernel_errors_total", &[])?;
+        assert_eq!(errors, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
 fn sessions_of_link_local_addresses_are_enforced() -> Result<()> {
     let cabled = Cabled::new()?;
     let daemon = cabled.lab.daemon(&rule())?;

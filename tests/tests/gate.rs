@@ -16,8 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, Pair, Random, Record, ends_of, eventually, patience,
-    reset_on_close, scaled, seed, tcp_info, unhurried,
+    Daemon, Lab, Listener, Moment, Netns, Pair, Random, Record, Veth, ends_of, eventually,
+    patience, reset_on_close, scaled, seed, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -126,6 +126,32 @@ fn nothing_passes_an_idle_ipv6_session_while_the_daemon_is_frozen() -> Result<()
 #[test]
 fn nothing_passes_an_idle_ipv4_session_of_ipv6_sockets_while_the_daemon_is_frozen() -> Result<()> {
     assert_gated((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0))
+}
+
+/// Root of a container may set such a route at any time. In more headers than are walked, too, no payload passes,
+/// and the RST does.
+#[test]
+fn nothing_passes_in_another_packet() -> Result<()> {
+    for depth in [1, 5] {
+        for address in [Veth::BEYOND, Veth::BEYOND_V6] {
+            let lab = Lab::new(AGENT)?;
+            let [left, right] = [Netns::new()?, Netns::new()?];
+            Veth::between(&left, &right)?;
+            Veth::lay_on(&left, &right)?;
+            let listener = lab.outside_in(&right)?.listen((address, 0))?;
+            let inside = lab.inside_in(&left)?;
+            let daemon = lab.daemon(RULE)?;
+            daemon.freeze()?;
+            let pair = Pair::open(&inside, &listener)?;
+            Veth::encapsulate(&left, &right, depth)?;
+            pair.opened.wait(LIMIT);
+            assert_shut(&pair)?;
+            assert_reset_when_thawed(&daemon, &pair, ("idle_timeout", &pair.opened, LIMIT))?;
+            let unreadable = daemon.metric("session_enforcer_kernel_errors_total", &[])?;
+            assert_eq!(unreadable > 0.0, depth == 5, "{unreadable}");
+        }
+    }
+    Ok(())
 }
 
 /// Sends byte by byte until one does not arrive; when the last that arrived was about to be sent.

@@ -64,6 +64,8 @@ fn session(number: u64) -> Session {
             uid: number as u32,
             ..Owner::UNKNOWN
         },
+        data_segments_sent: number as u32,
+        unused: 0,
     }
 }
 

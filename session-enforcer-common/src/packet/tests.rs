@@ -128,6 +128,26 @@ fn ipv6(extensions: &[Extension], inner: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// A packet in another one: behind an IPv4 header, or an IPv6 header and a routing header of `SRv6`.
+fn encapsulated(inner: &[u8], in_ipv4: bool) -> Vec<u8> {
+    let kind = if inner[0] >> 4 == 4 { 4 } else { 41 };
+    let (mut packet, kind_at) = if in_ipv4 {
+        (ipv4(0, inner), 9)
+    } else {
+        (ipv6(&[(ROUTING, 2)], inner), 40)
+    };
+    packet[kind_at] = kind;
+    packet
+}
+
+fn protocol(packet: &[u8]) -> u32 {
+    if packet[0] >> 4 == 4 {
+        ETH_P_IP
+    } else {
+        ETH_P_IPV6
+    }
+}
+
 /// Reads a packet of which all is in the linear part.
 fn read(packet: &[u8], protocol: u32) -> Option<Segment> {
     parse(packet, protocol, packet.len())
@@ -202,8 +222,8 @@ fn what_is_not_tcp_over_ip_is_refused() {
 }
 
 #[test]
-fn as_many_extension_headers_as_are_promised_are_walked_and_no_more() {
-    let chain = [(DESTINATION, 0); MAX_EXTENSIONS + 1];
+fn as_many_headers_as_are_promised_are_walked_and_no_more() {
+    let chain = [(DESTINATION, 0); MAX_HEADERS + 1];
     let packet = ipv6(&chain[1..], &plain().tcp());
     assert_eq!(read(&packet, ETH_P_IPV6), Some(plain().segment()));
     let packet = ipv6(&chain, &plain().tcp());
@@ -245,12 +265,23 @@ proptest! {
     #[test]
     fn ipv6_with_any_chain_is_read(
         sent in sent(),
-        chain in vec((select(&EXTENSIONS[..]), 0..4usize), 0..=MAX_EXTENSIONS),
+        chain in vec((select(&EXTENSIONS[..]), 0..4usize), 0..=MAX_HEADERS),
     ) {
         let mut packet = ipv6(&chain, &sent.tcp());
         prop_assert_eq!(read(&packet, ETH_P_IPV6), Some(sent.segment()));
         packet[4..6].fill(0);
         prop_assert_eq!(read(&packet, ETH_P_IPV6), Some(sent.segment()));
+    }
+
+    #[test]
+    fn a_packet_in_a_packet_is_read(
+        sent in sent(),
+        is_ipv4: bool,
+        around in vec(any::<bool>(), 0..=MAX_HEADERS / 2),
+    ) {
+        let plain = if is_ipv4 { ipv4(3, &sent.tcp()) } else { ipv6(&[], &sent.tcp()) };
+        let packet = around.iter().fold(plain, |packet, in_ipv4| encapsulated(&packet, *in_ipv4));
+        prop_assert_eq!(read(&packet, protocol(&packet)), Some(sent.segment()));
     }
 
     /// Wherever the linear part ends: with the fixed part of the TCP header in it the packet is read

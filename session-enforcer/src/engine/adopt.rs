@@ -88,6 +88,8 @@ impl Adopter<'_> {
                 None => flags::END_UNREPORTED,
             },
             owner,
+            data_segments_sent: info.data_segments_sent,
+            unused: 0,
         })
     }
 }
@@ -201,6 +203,7 @@ pub fn caught_up(
     }
     if has_sent {
         now.bytes_sent = sent;
+        now.data_segments_sent = info.data_segments_sent;
         now.last_sent_ns = sent_ns.max(session.last_sent_ns);
     }
     if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
@@ -297,6 +300,7 @@ mod tests {
                 bytes_tried: 20,
                 numbers_sent: 20,
                 is_all_sent: true,
+                data_segments_sent: 1,
             }),
             mptcp_token: None,
         }

@@ -23,5 +23,7 @@ pub(super) fn session() -> Session {
         remote_port: 2,
         ifindex: 0,
         owner: Owner::UNKNOWN,
+        data_segments_sent: 0,
+        unused: 0,
     }
 }

@@ -715,6 +715,7 @@ fn in_use(listed: &Socket) -> Socket {
         bytes_tried: 0,
         numbers_sent: 0,
         is_all_sent: false,
+        data_segments_sent: 0,
     };
     Socket {
         info: Some(info),

@@ -3,7 +3,7 @@
 //! The input is a byte that chooses the protocol, two bytes with the length of the packet's part
 //! that is not linear, and the linear part.
 
-use session_enforcer_common::packet::{ETH_P_IP, ETH_P_IPV6, MAX_EXTENSIONS, Segment, parse};
+use session_enforcer_common::packet::{ETH_P_IP, ETH_P_IPV6, MAX_HEADERS, Segment, parse};
 
 use super::bytes::Bytes;
 
@@ -26,25 +26,12 @@ pub fn run(data: &[u8]) {
 }
 
 fn simple(linear: &[u8], protocol: u32, length: usize) -> Option<Segment> {
-    let (kind, rest) = match protocol {
-        ETH_P_IP => {
-            let words = usize::from(*linear.first()? % 16);
-            linear.get(..20)?;
-            // Whether the options themselves are linear does not matter.
-            (*linear.get(9)?, (words >= 5).then_some(words * 4)?)
-        }
-        ETH_P_IPV6 => {
-            linear.get(..40)?;
-            (linear[6], 40)
-        }
+    let first = match protocol {
+        ETH_P_IP => 4,
+        ETH_P_IPV6 => 41,
         _ => return None,
     };
-    let most = if protocol == ETH_P_IPV6 {
-        MAX_EXTENSIONS
-    } else {
-        0
-    };
-    let tcp_at = behind_extensions(linear, kind, rest, most)?;
+    let tcp_at = behind_headers(linear, first, 0, MAX_HEADERS + 1)?;
     let tcp = linear.get(tcp_at..)?.get(..20)?;
     let header_length = usize::from(tcp[12] / 16) * 4;
     if header_length < 20 {
@@ -61,17 +48,24 @@ fn simple(linear: &[u8], protocol: u32, length: usize) -> Option<Segment> {
     })
 }
 
-fn behind_extensions(linear: &[u8], kind: u8, at: usize, most: usize) -> Option<usize> {
+fn behind_headers(linear: &[u8], kind: u8, at: usize, most: usize) -> Option<usize> {
     if kind == 6 {
         return Some(at);
     }
     let most = most.checked_sub(1)?;
-    let [next, units] = *linear.get(at..)?.first_chunk()?;
-    let length = match kind {
-        44 => 8,
-        51 => 8 + usize::from(units) * 4,
-        0 | 43 | 60 | 135 => 8 + usize::from(units) * 8,
+    let header = linear.get(at..)?;
+    let [next, units] = *header.first_chunk()?;
+    let (next, length) = match kind {
+        4 => {
+            let words = usize::from(next % 16);
+            // Whether the options themselves are linear does not matter.
+            (*header.get(9)?, (words >= 5).then_some(words * 4)?)
+        }
+        41 => (*header.get(6)?, 40),
+        44 => (next, 8),
+        51 => (next, 8 + usize::from(units) * 4),
+        0 | 43 | 60 | 135 => (next, 8 + usize::from(units) * 8),
         _ => return None,
     };
-    behind_extensions(linear, next, at + length, most)
+    behind_headers(linear, next, at + length, most)
 }

@@ -205,6 +205,8 @@ pub struct Info {
     pub numbers_sent: u64,
     /// Whether nothing waits to be sent for the first time, the FIN included.
     pub is_all_sent: bool,
+    /// Segments with payload that the stack tried to send, modulo 2^32.
+    pub data_segments_sent: u32,
 }
 
 /// An answer of the kernel that is not what the protocol promises.
@@ -528,6 +530,7 @@ fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
     const BYTES_ACKNOWLEDGED: usize = 120;
     const BYTES_RECEIVED: usize = 128;
     const NOT_SENT: usize = 144;
+    const DATA_SEGMENTS_SENT: usize = 156;
     const BYTES_SENT: usize = 200;
     const BYTES_RETRANSMITTED: usize = 208;
     need(info, BYTES_RETRANSMITTED + 8)?;
@@ -543,6 +546,7 @@ fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
         numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(unacknowledged.into()))
             .saturating_sub(four(NOT_SENT).into()),
         is_all_sent: four(NOT_SENT) == 0,
+        data_segments_sent: four(DATA_SEGMENTS_SENT),
     })
 }
 

@@ -37,6 +37,8 @@ fn session() -> Session {
             pid: 812,
             comm: *b"postgres\0\0\0\0\0\0\0\0",
         },
+        data_segments_sent: 0,
+        unused: 0,
     }
 }
 

@@ -107,6 +107,7 @@ fn a_socket_is_read_with_its_attributes() {
     info[120..128].copy_from_slice(&4001u64.to_ne_bytes());
     info[128..136].copy_from_slice(&120u64.to_ne_bytes());
     info[144..148].copy_from_slice(&30u32.to_ne_bytes());
+    info[156..160].copy_from_slice(&12u32.to_ne_bytes());
     info[200..208].copy_from_slice(&5000u64.to_ne_bytes());
     info[208..216].copy_from_slice(&904u64.to_ne_bytes());
     let mut attributes = attribute(INET_DIAG_INFO, &info);
@@ -129,6 +130,7 @@ fn a_socket_is_read_with_its_attributes() {
     );
     assert_eq!((info.bytes_received, info.bytes_tried), (120, 4096));
     assert_eq!((info.numbers_sent, info.is_all_sent), (4041, false));
+    assert_eq!(info.data_segments_sent, 12);
 }
 
 #[test]
