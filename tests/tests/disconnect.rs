@@ -6,6 +6,7 @@ use std::{
     io::Read as _,
     net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
     os::fd::AsRawFd as _,
+    path::Path,
     thread,
     time::Duration,
 };
@@ -14,7 +15,8 @@ use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::reaper::{
     diag::{DiagSocket, Target, state},
-    disconnect::{Answer, DisconnectError, Holders, reset_tcp, reset_without_diag},
+    disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp},
+    protocol::{Disconnect, Held},
 };
 use session_enforcer_common::Address;
 use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
@@ -173,7 +175,17 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
     for cgroup in [Some(lab.cgroup.path()), None] {
         let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
         let target = target(&pair.server)?;
-        let reset = || reset_without_diag(&target, cgroup, &mut Holders::default());
+        let reset = |everywhere| {
+            let held = Held {
+                target,
+                how: Disconnect::ByCookie { everywhere },
+                cgroup: cgroup.map(Path::to_owned),
+            };
+            reset_by_cookie(&held, &mut Holders::default())
+        };
+        // This process has it, which is in another cgroup.
+        assert!(matches!(reset(false), Err(DisconnectError::NotHeld)));
+        let reset = || reset(true);
         assert_eq!(reset()?, Answer::Reset);
         assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
         // The process has the socket still, which is none of a connection any more.

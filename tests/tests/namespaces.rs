@@ -1,12 +1,26 @@
 //! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
 //! keeps none alive.
 
-use std::{fs::File, net::Ipv4Addr, thread};
+use std::{
+    fs::File,
+    io::{IoSlice, IoSliceMut, Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, RawFd},
+        unix::net::UnixStream,
+    },
+    thread,
+    time::Duration,
+};
 
-use anyhow::Result;
-use nix::errno::Errno;
+use anyhow::{Context as _, Result};
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+};
 use session_enforcer_tests::{
-    Agent, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
+    Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
     longer_than_a_start as limit, patience, reset_on_close,
 };
 
@@ -218,43 +232,105 @@ fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset
     Ok(())
 }
 
-#[test]
-fn a_session_in_a_namespace_that_nothing_names_is_taken_over() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
+/// Sockets that keep their namespace alive, and to which no file leads.
+fn hidden(lab: &Lab, daemon: impl FnOnce() -> Result<Daemon>) -> Result<(Daemon, Pair)> {
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let mut first = lab.pinned_daemon(&rule())?.quiet();
+    let daemon = daemon()?;
     let pair = Pair::open(&outside, &listener)?;
     drop((inside, outside));
     netns.delete()?;
-    first.kill()?;
-    let second = lab.pinned_daemon(&rule())?;
-    let record = second.wait_for_termination_of(&pair)?;
-    assert_eq!(record.text("session_enforcer.result"), "failed");
+    Ok((daemon, pair))
+}
+
+fn assert_reset_through_its_process(daemon: &Daemon, pair: &Pair) -> Result<()> {
+    let record = daemon.wait_for_termination_of(pair)?;
+    assert_eq!(record.text("session_enforcer.result"), "reset");
     record.assert_due("idle_timeout", &pair.opened, limit());
+    pair.ends()?[0].assert_not_early(&pair.opened, limit());
     Ok(())
 }
 
 #[test]
-fn a_session_in_a_namespace_that_nothing_names_is_said_to_be_out_of_reach() -> Result<()> {
+fn a_session_in_a_namespace_that_nothing_names_is_reset_through_its_process() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
-    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
-    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&outside, &listener)?;
-    // Its sockets keep it alive, and no file leads to it any more.
-    drop((inside, outside));
-    netns.delete()?;
-    let record = daemon.wait_for_termination_of(&pair)?;
+    let (daemon, pair) = hidden(&lab, || lab.daemon(&rule()))?;
+    assert_reset_through_its_process(&daemon, &pair)
+}
+
+#[test]
+fn a_session_in_a_namespace_that_nothing_names_is_taken_over() -> Result<()> {
+    for is_killed in [true, false] {
+        let lab = Lab::new(AGENT)?;
+        let (mut first, pair) = hidden(&lab, || Ok(lab.pinned_daemon(&rule())?.quiet()))?;
+        if is_killed {
+            first.kill()?;
+        } else {
+            first.stop()?;
+        }
+        let second = lab.pinned_daemon(&rule())?;
+        assert_reset_through_its_process(&second, &pair)?;
+    }
+    Ok(())
+}
+
+/// Puts the sockets where no process has them: into a message that is not read.
+fn send_away(pair: Pair) -> Result<UnixStream> {
+    let (here, there) = UnixStream::pair()?;
+    let sockets = [pair.client.as_raw_fd(), pair.server.as_raw_fd()];
+    let bytes = [IoSlice::new(b"s")];
+    let rights = [ControlMessage::ScmRights(&sockets)];
+    sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None)?;
+    // Closed with this, which leaves what it has sent.
+    drop((pair, there));
+    Ok(here)
+}
+
+fn get_back(from: &UnixStream) -> Result<[TcpStream; 2]> {
+    let mut byte = [0];
+    let mut bytes = [IoSliceMut::new(&mut byte)];
+    let mut space = cmsg_space!([RawFd; 2]);
+    let flags = MsgFlags::empty();
+    let message = recvmsg::<()>(from.as_raw_fd(), &mut bytes, Some(&mut space), flags)?;
+    let mut sockets = Vec::new();
+    for received in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = received {
+            // SAFETY: the kernel has just made these descriptors for this process.
+            sockets.extend(
+                fds.into_iter()
+                    .map(|fd| unsafe { TcpStream::from_raw_fd(fd) }),
+            );
+        }
+    }
+    sockets.try_into().ok().context("two sockets")
+}
+
+/// No process has the sockets when they are due, and the daemon that knew where they are stops.
+#[test]
+fn a_session_to_which_nothing_leads_stays_behind_the_gate_also_after_a_restart() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (mut first, pair) = hidden(&lab, || Ok(lab.pinned_daemon(&rule())?.quiet()))?;
+    let opened = pair.opened;
+    let away = send_away(pair)?;
+    let record = first.wait_for_termination()?;
     assert_eq!(record.text("event.action"), "session-termination-failed");
     assert_eq!(record.text("session_enforcer.result"), "failed");
-    record.assert_due("idle_timeout", &pair.opened, limit());
+    record.assert_due("idle_timeout", &opened, limit());
     let cause = [("cause", "namespace")];
-    assert_eq!(
-        daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,
-        1.0
-    );
+    let untracked = "session_enforcer_sessions_untracked_total";
+    first.wait_for_metric(untracked, &cause, 1.0)?;
+    first.stop()?;
+    let second = lab.pinned_daemon(&rule())?;
+    // It tries, and shuts the gate, which nothing has kept meanwhile.
+    second.wait_for_metric(untracked, &cause, 1.0)?;
+    let [client, server] = get_back(&away)?;
+    (&client).write_all(b"late")?;
+    server.set_read_timeout(Some(Duration::from_millis(300)))?;
+    let mut received = [0; 4];
+    assert!((&server).read(&mut received).is_err(), "{received:?}");
+    // Now that its process has it again.
+    let ends = ends_of(&[&client, &server])?;
+    assert!(ends.iter().all(|end| end.error.is_some()), "{ends:?}");
     Ok(())
 }

@@ -191,7 +191,7 @@ fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
 }
 
 #[test]
-fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<()> {
+fn the_sessions_of_a_namespace_that_is_not_found_any_more_are_kept() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
@@ -206,8 +206,11 @@ fn the_sessions_of_a_namespace_that_has_gone_meanwhile_are_dropped() -> Result<(
     }
     drop((left, right));
     let second = lab.pinned_daemon(&idle())?;
-    assert_eq!(repaired(&second, "stale")?, 1.0);
-    assert_eq!(second.metric("session_enforcer_sessions", &[])?, 0.0);
+    // That it is not found proves no end.
+    assert_eq!(repaired(&second, "stale")?, 0.0);
+    assert_eq!(second.metric("session_enforcer_sessions", &[])?, 1.0);
+    let record = second.wait_for_termination()?;
+    assert_eq!(record.text("session_enforcer.result"), "failed");
     Ok(())
 }
 

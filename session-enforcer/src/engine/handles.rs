@@ -45,6 +45,8 @@ pub(super) enum Searching {
     Begins,
     /// It waits for one that is under way.
     Waits,
+    /// One has found nothing a moment ago.
+    InVain,
 }
 
 impl Handles {
@@ -87,13 +89,20 @@ impl Handles {
         let was_missed = self.searched_ns.is_some_and(|began_ns| {
             existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
         });
-        if !self.missed.contains(&cookie) || self.held.contains_key(&cookie) || was_missed {
+        if !self.is_missed(cookie) || self.held.contains_key(&cookie) {
             Searching::Not
+        } else if was_missed {
+            Searching::InVain
         } else if self.is_searching {
             Searching::Waits
         } else {
             Searching::Begins
         }
+    }
+
+    /// Whether a namespace was not found among the processes.
+    pub(super) fn is_missed(&self, cookie: u64) -> bool {
+        self.missed.contains(&cookie)
     }
 
     /// Notes where a namespace was met.
@@ -153,7 +162,7 @@ mod tests {
         assert_eq!(handles.search(7, S, 2 * S), Searching::Waits);
         handles.is_searching = false;
         handles.note_missed(7, Search::Everywhere, 2 * S);
-        assert_eq!(handles.search(7, S, 3 * S), Searching::Not);
+        assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
         assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);
         // What came after it.
         assert_eq!(handles.search(7, 3 * S, 3 * S), Searching::Begins);
@@ -172,7 +181,7 @@ mod tests {
         assert_eq!(handles.netns(7).0.cookie, 7);
         let search = |existed_ns, now_ns| handles.search(7, existed_ns, now_ns);
         assert_eq!(search(2 * S, 2 * S), Searching::Begins);
-        assert_eq!(search(2 * S - 1, 12 * S - 1), Searching::Not);
+        assert_eq!(search(2 * S - 1, 12 * S - 1), Searching::InVain);
         assert_eq!(search(2 * S - 1, 12 * S), Searching::Begins);
     }
 

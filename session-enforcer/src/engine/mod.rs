@@ -407,7 +407,6 @@ async fn start(
     begun: impl FnOnce(Begun),
     serve: tokio::sync::oneshot::Sender<tokio::sync::oneshot::Receiver<()>>,
 ) -> Result<()> {
-    let since_ns = monotonic_ns();
     let config = reload.config.borrow().clone();
     let users = reload::find_users(&context, &config).await;
     context.state().put_policy(&config, &users)?;
@@ -418,7 +417,7 @@ async fn start(
     let (is_adopted, adopting) = tokio::sync::oneshot::channel::<()>();
     // Nobody waits for it where the daemon stops.
     let _ = serve.send(adopting);
-    let adopted = takeover::adopt(&context, since_ns).await?;
+    let adopted = takeover::adopt(&context).await?;
     context.state().records.started(&config);
     if config.is_stand_in {
         context.state().records.metrics.config_refused();

@@ -56,17 +56,6 @@ pub(super) struct Aim {
     pub(super) by_change: bool,
     /// Whether sessions of sockets that the attachment does not cover are let go.
     pub(super) releases_others: bool,
-    /// Set after a take-over: sessions in namespaces that were not there then have ended.
-    pub(super) taken_over: Option<TakenOver>,
-}
-
-/// What is known of the sessions of an earlier daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TakenOver {
-    /// When the take-over began: of later sessions nothing is known.
-    pub(super) since_ns: u64,
-    /// Whether the kernel has reported the ends of sessions all the time.
-    pub(super) are_ends_reported: bool,
 }
 
 /// What a sync did.
@@ -167,7 +156,6 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
         Ok(used) => used,
         Err(error) => return Err(error),
     };
-    sync.end_of_namespaces()?;
     let synced = sync.synced;
     if sync.is_last() {
         let mut state = context.state();
@@ -672,34 +660,6 @@ impl Sync<'_> {
                         self.synced.changed += 1;
                     }
                 }
-            }
-        }
-        Ok(())
-    }
-
-    /// After a take-over, drops the sessions in namespaces that there are none of any more. One that only
-    /// sockets keep alive is found nowhere, and its sessions live, as far as their ends are reported.
-    fn end_of_namespaces(&mut self) -> Result<()> {
-        let Some(taken_over) = self
-            .aim
-            .taken_over
-            .filter(|_| self.is_whole && self.is_last())
-        else {
-            return Ok(());
-        };
-        let mut state = self.context.state();
-        if !self.context.all_namespaces {
-            return Ok(());
-        }
-        for cookie in self.unseen.values().flatten() {
-            let Some(session) = state.kernel.session(*cookie)? else {
-                continue;
-            };
-            let is_older = session.established_ns < taken_over.since_ns;
-            let is_unreported = session.end_is_unreported() || !taken_over.are_ends_reported;
-            if is_older && is_unreported {
-                state.drop_stale(*cookie, &session)?;
-                self.synced.changed += 1;
             }
         }
         Ok(())

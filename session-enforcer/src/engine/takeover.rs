@@ -10,7 +10,7 @@ use super::{
     context::Context,
     owner::MAX_COMPARISONS,
     state::State,
-    sync::{Aim, TakenOver, sync},
+    sync::{Aim, sync},
 };
 use crate::{datapath::Inherited, engine::schedule::Group, report::health::Trouble};
 
@@ -82,17 +82,13 @@ async fn catch_up(context: &Rc<Context>) -> Result<usize> {
 /// # Errors
 ///
 /// As above.
-pub(super) async fn adopt(context: &Rc<Context>, since_ns: u64) -> Result<usize> {
+pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
     let inherited = context.state().kernel.inherited();
     let aim = Aim {
         adopts: true,
         is_thorough: true,
         repairs: inherited == Inherited::Running,
         releases_others: inherited != Inherited::Nothing,
-        taken_over: (inherited != Inherited::Nothing).then_some(TakenOver {
-            since_ns,
-            are_ends_reported: inherited == Inherited::Running,
-        }),
         ..Aim::default()
     };
     let adopted = sync(context, aim).await?.adopted;

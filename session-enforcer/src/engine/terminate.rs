@@ -71,6 +71,8 @@ enum Way {
     Destroy,
     /// Through descriptors.
     Disconnect,
+    /// The same, where no socket table can be asked whose they are: by the socket's cookie.
+    ByCookie,
 }
 
 /// Which sessions a batch has.
@@ -111,12 +113,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
             state.has_no_room(&expired, now_ns);
             continue;
         }
-        let through_processes = state.has_no_destroy || state.hanging.is_diag_blocked;
-        let way = if expired.session.is_mptcp_subflow() || through_processes {
-            Way::Disconnect
-        } else {
-            Way::Destroy
-        };
+        let way = state.way_to(&expired.session, now_ns);
         // Those of a cgroup in which a reset hangs do not hold up others.
         let apart = state.hanging.is_suspect(cgroup_id).then_some(cgroup_id);
         let lot = (expired.session.netns_cookie, way, apart);
@@ -125,7 +122,10 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
     for ((netns_cookie, way, apart), lot) in lots {
         let existed_ns = lot.iter().map(|expired| expired.session.established_ns);
         let existed_ns = existed_ns.min().unwrap_or(0);
-        let searching = state.handles.search(netns_cookie, existed_ns, now_ns);
+        let searching = match way {
+            Way::ByCookie => Searching::Not,
+            _ => state.handles.search(netns_cookie, existed_ns, now_ns),
+        };
         if searching == Searching::Waits {
             for expired in &lot {
                 state.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
@@ -200,7 +200,7 @@ struct Batch {
 /// Has a batch reset. What a reaper leaves when it hangs or ends goes to others.
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
-    let _search = batch.searches.then(|| SearchUnderWay(Rc::clone(&context)));
+    let _search = batch.searches.then(|| SearchUnderWay::begin(&context));
     let (request, handle) = context.state().request(&batch);
     let asked = context
         .pool
@@ -231,6 +231,13 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
 /// A search of the whole host, until this is dropped.
 struct SearchUnderWay(Rc<Context>);
 
+impl SearchUnderWay {
+    fn begin(context: &Rc<Context>) -> Self {
+        context.state().handles.is_searching = true;
+        Self(Rc::clone(context))
+    }
+}
+
 impl Drop for SearchUnderWay {
     fn drop(&mut self) {
         self.0.state().handles.is_searching = false;
@@ -246,6 +253,18 @@ fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
 }
 
 impl State {
+    fn way_to(&self, session: &Session, now_ns: u64) -> Way {
+        let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
+        let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
+        if self.hanging.is_diag_blocked || searching == Searching::InVain {
+            Way::ByCookie
+        } else if self.has_no_destroy || session.is_mptcp_subflow() {
+            Way::Disconnect
+        } else {
+            Way::Destroy
+        }
+    }
+
     /// The request to reset a batch, and the descriptor that goes with it.
     fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>) {
         let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
@@ -264,19 +283,20 @@ impl State {
                     targets: batch.sessions.iter().map(target).collect(),
                 }
             }
-            Way::Disconnect => Request::Disconnect {
+            Way::Disconnect | Way::ByCookie => Request::Disconnect {
                 netns,
-                sessions: batch.sessions.iter().map(|e| self.held(e)).collect(),
+                sessions: batch.sessions.iter().map(|e| self.held(e, batch)).collect(),
             },
         }
     }
 
-    fn held(&self, expired: &Expired) -> Held {
+    fn held(&self, expired: &Expired, batch: &Batch) -> Held {
         let session = &expired.session;
         Held {
             target: Target::of(expired.cookie, session),
-            how: if self.hanging.is_diag_blocked {
-                Disconnect::WithoutDiag
+            how: if batch.way == Way::ByCookie {
+                let everywhere = batch.searches || self.hanging.is_diag_blocked;
+                Disconnect::ByCookie { everywhere }
             } else if session.is_mptcp_subflow() {
                 Disconnect::Mptcp(self.extent(expired))
             } else {
@@ -440,11 +460,29 @@ impl Attempt {
                     state.tracker.rearm(expired.cookie, 0);
                 }
             }
+            // Its sockets may lead to what no file leads to.
+            Problem::Namespace {
+                searched: Search::Everywhere,
+                ..
+            } => {
+                let batch = Batch {
+                    netns_cookie: self.netns_cookie,
+                    way: Way::ByCookie,
+                    searches: true,
+                    sessions: rest.to_vec(),
+                };
+                for expired in rest {
+                    let mut state = context.state();
+                    state.answered(expired);
+                    state.tracker.begin_reset(expired);
+                }
+                context.spawn(reset(Rc::clone(context), batch, None));
+            }
             Problem::Namespace { error, .. } => {
                 let mut state = context.state();
                 for expired in rest {
                     state.answered(expired);
-                    state.namespace_unreachable(expired, at_ns, error)?;
+                    state.not_reset(expired, at_ns, error)?;
                 }
             }
             Problem::Diag(error) => {
@@ -499,7 +537,7 @@ impl Attempt {
                             drop(hangs.take());
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
-                                way: Way::Disconnect,
+                                way: Way::ByCookie,
                                 searches: false,
                                 sessions: vec![hung],
                             };
@@ -568,14 +606,7 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
             state.fail(expired, at_ns, &text);
             Ok(())
         }
-        Some(Said::Outcome(Disconnected::Failed(error))) => {
-            tracing::error!(
-                "an expired session is not reset, it stays behind the gate and is tried again: \
-                 {error}"
-            );
-            state.fail(expired, at_ns, &error);
-            Ok(())
-        }
+        Some(Said::Outcome(Disconnected::Failed(error))) => state.not_reset(expired, at_ns, &error),
         Some(Said::Outcome(Disconnected::Unknown)) | None => {
             state.unanswered(expired, at_ns, UNANSWERED);
             Ok(())
@@ -814,16 +845,20 @@ impl State {
         }
     }
 
-    fn namespace_unreachable(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
+    /// Neither its namespace nor a process that holds it was found, or the process or the kernel refused.
+    fn not_reset(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
+        let (cookie, session) = (expired.cookie, &expired.session);
         // The sockets of a namespace that vanished close with it.
-        if self
-            .still_there(expired.cookie, &expired.session)?
-            .is_none()
-        {
-            self.tracker.clear_phase(expired.cookie);
-            return self.forget_unless_another(expired.cookie, &expired.session);
+        if self.still_there(cookie, session)?.is_none() {
+            self.tracker.clear_phase(cookie);
+            return self.forget_unless_another(cookie, session);
         }
-        self.records.metrics.untracked(Untracked::Namespace);
+        if self.handles.is_missed(session.netns_cookie) {
+            self.records.metrics.untracked(Untracked::Namespace);
+        }
+        tracing::error!(
+            "an expired session is not reset, it stays behind the gate and is tried again: {error}"
+        );
         self.fail(expired, at_ns, error);
         Ok(())
     }

@@ -127,33 +127,41 @@ mod tests {
     const SOON: Duration = Duration::from_secs(20);
     const NEVER: Duration = Duration::from_millis(50);
 
+    /// An empty directory below one that nobody else makes anything in: that is watched too.
+    fn directory() -> (tempfile::TempDir, PathBuf) {
+        let above = tempfile::tempdir().unwrap();
+        let top = above.path().join("top");
+        fs::create_dir(&top).unwrap();
+        (above, top)
+    }
+
     async fn has_changed(watch: &mut Watch, within: Duration) -> bool {
         timeout(within, watch.changed()).await.is_ok()
     }
 
     #[tokio::test]
     async fn directories_are_waited_for_from_wherever_their_path_ends() {
-        let top = tempfile::tempdir().unwrap();
-        let wanted = [top.path().join("a/b/c")];
+        let (_above, top) = directory();
+        let wanted = [top.join("a/b/c")];
         let mut watch = Watch::default();
         watch.set(&wanted).unwrap();
         assert!(!has_changed(&mut watch, NEVER).await);
         for part in ["a", "a/b", "a/b/c"] {
-            fs::create_dir(top.path().join(part)).unwrap();
+            fs::create_dir(top.join(part)).unwrap();
             assert!(has_changed(&mut watch, SOON).await, "{part}");
             watch.set(&wanted).unwrap();
         }
-        fs::remove_dir(top.path().join("a/b/c")).unwrap();
+        fs::remove_dir(top.join("a/b/c")).unwrap();
         assert!(has_changed(&mut watch, SOON).await);
     }
 
     #[tokio::test]
     async fn what_is_not_asked_for_any_more_is_not_watched() {
-        let top = tempfile::tempdir().unwrap();
+        let (_above, top) = directory();
         let mut watch = Watch::default();
-        watch.set(&[top.path().join("a")]).unwrap();
+        watch.set(&[top.join("a")]).unwrap();
         watch.set(&[]).unwrap();
-        fs::create_dir(top.path().join("a")).unwrap();
+        fs::create_dir(top.join("a")).unwrap();
         assert!(!has_changed(&mut watch, NEVER).await);
     }
 }

@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::{
     diag::{Detail, DiagSocket, SockDiagError, Socket, Target, state},
     processes::Descriptors,
-    protocol::{Extent, Holder},
+    protocol::{Disconnect, Extent, Held, Holder},
 };
 
 /// The level of MPTCP's socket options (`linux/socket.h`).
@@ -47,6 +47,8 @@ pub enum Answer {
 pub struct Holders {
     of_cgroups: HashMap<PathBuf, Descriptors>,
     of_all: Option<Descriptors>,
+    /// By cgroup, and of all, the sockets by their cookies, where they were asked for.
+    cookies: HashMap<Option<PathBuf>, HashMap<u64, Holder>>,
 }
 
 impl Holders {
@@ -57,15 +59,39 @@ impl Holders {
     }
 
     /// A process's socket with this cookie, for this process.
-    fn socket(&mut self, wanted: u64, cgroup: Option<&Path>) -> Option<(u32, OwnedFd)> {
-        let among = |descriptors: &Descriptors| {
-            descriptors.holders().find_map(|holder| {
-                let fd = duplicate(&holder).ok()?;
-                (cookie(&fd).ok()? == wanted).then_some((holder.pid, fd))
-            })
+    fn socket(
+        &mut self,
+        wanted: u64,
+        cgroup: Option<&Path>,
+        everywhere: bool,
+    ) -> Option<(u32, OwnedFd)> {
+        let among = |cookies: &HashMap<u64, Holder>| {
+            let holder = cookies.get(&wanted)?;
+            let fd = duplicate(holder).ok()?;
+            // It may stand for another socket by now.
+            (cookie(&fd).ok()? == wanted).then_some((holder.pid, fd))
         };
-        let found = cgroup.and_then(|directory| among(self.of_cgroup(directory)));
-        found.or_else(|| among(self.of_all()))
+        if cgroup.is_some()
+            && let Some(found) = among(self.cookies(cgroup))
+        {
+            return Some(found);
+        }
+        everywhere.then(|| among(self.cookies(None))).flatten()
+    }
+
+    /// The sockets of a cgroup's processes, or of all, by their cookies.
+    fn cookies(&mut self, directory: Option<&Path>) -> &HashMap<u64, Holder> {
+        let place = directory.map(Path::to_owned);
+        if !self.cookies.contains_key(&place) {
+            let descriptors = match directory {
+                Some(directory) => self.of_cgroup(directory),
+                None => self.of_all(),
+            };
+            let cookie = |holder: Holder| Some((cookie(&duplicate(&holder).ok()?).ok()?, holder));
+            let cookies = descriptors.holders().filter_map(cookie).collect();
+            self.cookies.insert(place.clone(), cookies);
+        }
+        &self.cookies[&place]
     }
 
     fn of_cgroup(&mut self, directory: &Path) -> &Descriptors {
@@ -157,17 +183,14 @@ pub fn reset_tcp(
     disconnect(diag, target, pid, &fd)
 }
 
-/// Resets a TCP connection without asking `sock_diag` anything: the socket is found by its cookie.
+/// Resets a TCP connection without asking a socket table anything: the socket is found by its cookie.
 ///
 /// # Errors
 ///
 /// Where no process is found that holds it, which may be because it has ended.
-pub fn reset_without_diag(
-    target: &Target,
-    cgroup: Option<&Path>,
-    holders: &mut Holders,
-) -> Result<Answer, DisconnectError> {
-    let found = holders.socket(target.cookie, cgroup);
+pub fn reset_by_cookie(held: &Held, holders: &mut Holders) -> Result<Answer, DisconnectError> {
+    let everywhere = held.how == Disconnect::ByCookie { everywhere: true };
+    let found = holders.socket(held.target.cookie, held.cgroup.as_deref(), everywhere);
     let (pid, fd) = found.ok_or(DisconnectError::NotHeld)?;
     if !is_session(&fd) {
         return Ok(Answer::Gone);

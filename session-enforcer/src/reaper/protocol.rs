@@ -62,8 +62,11 @@ pub enum Disconnect {
     Tcp,
     /// A subflow of an MPTCP connection.
     Mptcp(Extent),
-    /// A TCP socket, found by its cookie alone: `sock_diag` does not answer.
-    WithoutDiag,
+    /// A TCP socket, found by its cookie alone: no socket table tells whose it is.
+    ByCookie {
+        /// Whether among the processes of the whole host, or only of its cgroup.
+        everywhere: bool,
+    },
 }
 
 /// A session to reset through a descriptor of its process.

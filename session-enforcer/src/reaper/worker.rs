@@ -267,10 +267,10 @@ impl Worker {
         sessions: &[Held],
     ) -> Result<(), Broken> {
         let mut holders = Holders::default();
-        let without_diag = |held: &Held| held.how == Disconnect::WithoutDiag;
-        if sessions.iter().all(without_diag) {
+        let by_cookie = |held: &Held| matches!(held.how, Disconnect::ByCookie { .. });
+        if sessions.iter().all(by_cookie) {
             return self.each(sessions, |held| {
-                disconnect::reset_without_diag(&held.target, held.cgroup.as_deref(), &mut holders)
+                disconnect::reset_by_cookie(held, &mut holders)
             });
         }
         self.with(netns, lent, |worker, diag| {
@@ -281,9 +281,7 @@ impl Worker {
                     Disconnect::Mptcp(extent) => {
                         disconnect::reset_mptcp(diag, target, extent, cgroup, &mut holders)
                     }
-                    Disconnect::WithoutDiag => {
-                        disconnect::reset_without_diag(target, cgroup, &mut holders)
-                    }
+                    Disconnect::ByCookie { .. } => disconnect::reset_by_cookie(held, &mut holders),
                 }
             })
         })
