@@ -334,3 +334,45 @@ fn a_session_to_which_nothing_leads_stays_behind_the_gate_also_after_a_restart()
     assert!(ends.iter().all(|end| end.error.is_some()), "{ends:?}");
     Ok(())
 }
+
+/// The socket of a session has no owner that the kernel knows once it is connected again, and its namespace is
+/// one that nothing names.
+#[test]
+fn a_session_whose_owner_is_not_found_has_the_limits_of_the_first_rule_that_could_be_meant()
+-> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let seconds = limit().as_secs();
+    let port = listener.port();
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"free\"\nusers = [4711]\naction = \"exempt\"\n\
+         [[rule]]\nname = \"ours\"\nusers = [0]\nremote_ports = [{port}]\nidle_timeout = \
+         \"{seconds}s\"\n"
+    ))?;
+    let first = Pair::open(&inside, &listener)?;
+    drop((inside, outside));
+    netns.delete()?;
+    let Pair { client, .. } = first;
+    disconnect(&client)?;
+    let again = Pair::dial(client.into(), &listener, listener.address)?;
+    let record = daemon.wait_for_termination_of(&again)?;
+    assert_eq!(record.text("session_enforcer.result"), "reset");
+    assert_eq!(record.text("rule.name"), "ours");
+    record.assert_due("idle_timeout", &again.opened, limit());
+    again.ends()?[0].assert_not_early(&again.opened, limit());
+    Ok(())
+}
+
+/// `connect(AF_UNSPEC)`: the socket can be connected again.
+fn disconnect(socket: &TcpStream) -> Result<()> {
+    // SAFETY: an address of zeros is one of this family.
+    let nobody: libc::sockaddr = unsafe { std::mem::zeroed() };
+    let length = size_of_val(&nobody) as libc::socklen_t;
+    // SAFETY: the address is that of the value, which is as long as told.
+    let status = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, length) };
+    Errno::result(status)
+        .map(drop)
+        .context("connect(AF_UNSPEC)")
+}

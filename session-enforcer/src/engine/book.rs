@@ -131,7 +131,8 @@ impl RuleBook {
         self.entries = entries.into_iter().map(in_place).collect();
     }
 
-    /// The rule of a session; none where no rule matches it any more, or an exempting one does.
+    /// The rule of a session; none where no rule matches it any more, or an exempting one does. Of one whose
+    /// owner is not known, the first rule that could be meant, but for those that exempt.
     /// `ancestors` tells the cgroups above one.
     pub fn rule_of(&self, session: &Session, ancestors: impl Fn(u64) -> Ancestors) -> Option<u16> {
         // A damaged record may name a rule that there is none of: then it is matched again.
@@ -145,7 +146,8 @@ impl RuleBook {
             above = ancestors(session.owner.cgroup_id);
         }
         let mut entries = self.entries.iter();
-        let entry = entries.find(|entry| matches(&facts, &above, entry))?;
+        let may_exempt = |entry: &MatchEntry| entry.rule == RULE_EXEMPT && entry.is_open(&facts);
+        let entry = entries.find(|entry| matches(&facts, &above, entry) && !may_exempt(entry))?;
         (entry.rule != RULE_EXEMPT).then_some(entry.rule)
     }
 
@@ -203,6 +205,8 @@ impl RuleBook {
 
 #[cfg(test)]
 mod tests {
+    use session_enforcer_common::Owner;
+
     use super::*;
     use crate::engine::fixtures;
 
@@ -242,6 +246,43 @@ mod tests {
         assert_eq!(rule_of(session(23, 1, book.generation)), Some(1));
         assert_eq!(rule_of(session(23, 2, book.generation)), Some(1));
         assert_eq!(rule_of(session(24, 2, book.generation)), None);
+    }
+
+    #[test]
+    fn without_an_owner_the_first_rule_that_could_be_meant_limits_and_none_exempts() {
+        let rule = |name, conditions| format!("[[rule]]\nname = '{name}'\n{conditions}\n");
+        let text = [
+            rule("free", "users = [1000]\naction = 'exempt'"),
+            rule(
+                "ours",
+                "users = [1001]\nlocal_ports = [22]\nidle_timeout = '5s'",
+            ),
+            rule("rest", "local_ports = [22, 23]\nidle_timeout = '9s'"),
+            rule("free-port", "local_ports = [24]\naction = 'exempt'"),
+        ];
+        let rules = Config::parse("x.toml", &text.concat()).unwrap();
+        let book = next(&RuleBook::default(), &rules).unwrap();
+        let rule_of = |port, owner| {
+            let session = Session {
+                owner,
+                ..session(port, 0, 0)
+            };
+            book.rule_of(&session, no_ancestors)
+        };
+        let of = |uid| Owner {
+            uid,
+            cgroup_id: 7,
+            ..Owner::UNKNOWN
+        };
+        let places = |port| [Owner::UNKNOWN, of(1000), of(1002)].map(|owner| rule_of(port, owner));
+        let place = |name: &str| {
+            let names = book.names();
+            let at = names.iter().position(|(known, _)| known == name);
+            at.and_then(|at| u16::try_from(at).ok())
+        };
+        assert_eq!(places(22), [place("ours"), None, place("rest")]);
+        assert_eq!(places(23), [place("rest"), None, place("rest")]);
+        assert_eq!(places(24), [None; 3]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Owner, Session};
+use session_enforcer_common::{Owner, Session, Verdict, verdict};
 
 use super::{
     ask::{self, Answer},
@@ -122,9 +122,9 @@ async fn settle_in(
             );
             let mut state = context.state();
             for (cookie, session) in &sessions {
-                // A session that a rule limits already is judged when that says; the others later.
+                // A session that a rule limits already is judged when that says.
                 if state.book.needs_owner_of(session) {
-                    state.tracker.rearm(*cookie, monotonic_ns() + RETRY_NS);
+                    state.go_on_without_owner(*cookie, session)?;
                 }
             }
             return Ok(Vec::new());
@@ -155,7 +155,7 @@ async fn settle_in(
             owner
         };
         if !owner.is_known() {
-            state.tracker.rearm(*cookie, monotonic_ns() + RETRY_NS);
+            state.go_on_without_owner(*cookie, session)?;
             continue;
         }
         settled.extend(state.set_owner(*cookie, session, owner)?);
@@ -292,6 +292,30 @@ impl State {
         if self.kernel.ancestors(id)?.is_none() {
             let ancestors = self.directory.ancestors(id);
             self.kernel.note_ancestors(id, &ancestors)?;
+        }
+        Ok(())
+    }
+
+    /// The owner of a session cannot be found: it is looked for again, and until then the session has the limits
+    /// of the first rule that could be meant. Its socket tells nothing more, so that what was stamped in the
+    /// moment in which the record is moved may be lost.
+    fn go_on_without_owner(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        let now_ns = monotonic_ns();
+        let open = Session {
+            generation: 0,
+            ..*session
+        };
+        let rule = self.rule_of(&open).and_then(|rule| self.book.rule(rule));
+        match rule.map(|rule| verdict(session, &rule.policy, now_ns)) {
+            Some(Verdict::Alive { look_again_ns }) => {
+                let due_ns = look_again_ns.min(now_ns + RETRY_NS);
+                self.tracker.rearm(cookie, due_ns);
+            }
+            Some(Verdict::Expired { .. }) | None => {
+                if self.set_owner(cookie, session, session.owner)?.is_some() {
+                    self.tracker.rearm(cookie, 0);
+                }
+            }
         }
         Ok(())
     }
