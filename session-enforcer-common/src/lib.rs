@@ -22,7 +22,9 @@ pub mod table;
 pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};
 pub use layout::LAYOUT;
-pub use matching::{Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, matches};
+pub use matching::{
+    Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, first_possible, matches,
+};
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use ports::{PortFilter, PortFilters};

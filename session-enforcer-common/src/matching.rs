@@ -245,6 +245,17 @@ pub fn matches(facts: &Facts, ancestors: &Ancestors, entry: &MatchEntry) -> bool
             || ancestors.contains(entry.cgroup_id))
 }
 
+/// The first entry that applies, or could: of what the facts do not tell. Nobody is exempt who is not known.
+pub fn first_possible<'a>(
+    entries: &'a [MatchEntry],
+    facts: &Facts,
+    ancestors: &Ancestors,
+) -> Option<&'a MatchEntry> {
+    let is_no_favour = |entry: &MatchEntry| entry.rule != RULE_EXEMPT || !entry.is_open(facts);
+    let applies = |entry: &&MatchEntry| matches(facts, ancestors, entry) && is_no_favour(entry);
+    entries.iter().find(applies)
+}
+
 /// The family of a connection. Both ends are of the same one.
 #[inline(always)]
 fn family(facts: &Facts) -> u8 {

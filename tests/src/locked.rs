@@ -1,7 +1,7 @@
 //! Sockets that their process keeps locked in the kernel: a send from memory whose page fault nobody answers.
 
 use std::{
-    io,
+    fs, io,
     num::NonZeroUsize,
     os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
     ptr::NonNull,
@@ -68,6 +68,18 @@ impl Locked {
         };
         locked.wait()?;
         Ok(locked)
+    }
+
+    /// Whether a lock keeps the kernel's socket tables from answering anybody, as before Linux 6.9.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel tells no release.
+    pub fn blocks_socket_tables() -> Result<bool> {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        let mut next = || numbers.next().context("a release")?.context("its number");
+        Ok((next()?, next()?) < (6_u32, 9_u32))
     }
 
     /// Waits for the fault: `tcp_sendmsg()` takes the lock before it copies. Where there is nothing to send on,

@@ -4,8 +4,8 @@
 use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
-    Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session, flags,
-    matches,
+    Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session,
+    first_possible, flags,
 };
 
 use crate::{
@@ -47,8 +47,7 @@ impl Adopter<'_> {
         let ancestors = ancestors.get(&owner.cgroup_id);
         facts.known |= ancestors.map_or(0, |_| Facts::CGROUP);
         let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
-        let mut entries = self.entries.iter();
-        let entry = entries.find(|entry| matches(&facts, ancestors, entry))?;
+        let entry = first_possible(self.entries, &facts, ancestors)?;
         (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
     }
 

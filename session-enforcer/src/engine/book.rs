@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use session_enforcer_common::{
     Ancestors, Facts, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason,
-    Session, Verdict, matches, verdict,
+    Session, Verdict, first_possible, verdict,
 };
 use thiserror::Error;
 
@@ -131,10 +131,13 @@ impl RuleBook {
         self.entries = entries.into_iter().map(in_place).collect();
     }
 
-    /// The rule of a session; none where no rule matches it any more, or an exempting one does. Of one whose
-    /// owner is not known, the first rule that could be meant, but for those that exempt.
-    /// `ancestors` tells the cgroups above one.
-    pub fn rule_of(&self, session: &Session, ancestors: impl Fn(u64) -> Ancestors) -> Option<u16> {
+    /// The rule of a session; none where no rule matches it any more, or an exempting one does. `ancestors` tells
+    /// the cgroups above one. Where it does not any more, what was decided before stands.
+    pub fn rule_of(
+        &self,
+        session: &Session,
+        ancestors: impl Fn(u64) -> Option<Ancestors>,
+    ) -> Option<u16> {
         // A damaged record may name a rule that there is none of: then it is matched again.
         if session.generation == self.generation && self.rule(session.rule).is_some() {
             return Some(session.rule);
@@ -142,12 +145,18 @@ impl RuleBook {
         let mut facts = Facts::of(session);
         let mut above = Ancestors::UNKNOWN;
         if self.asks_owner && session.owner.is_known() {
-            facts.known |= Facts::CGROUP;
-            above = ancestors(session.owner.cgroup_id);
+            match ancestors(session.owner.cgroup_id) {
+                Some(known) => {
+                    facts.known |= Facts::CGROUP;
+                    above = known;
+                }
+                None if session.generation != 0 && self.places.contains(&session.rule) => {
+                    return Some(session.rule);
+                }
+                None => {}
+            }
         }
-        let mut entries = self.entries.iter();
-        let may_exempt = |entry: &MatchEntry| entry.rule == RULE_EXEMPT && entry.is_open(&facts);
-        let entry = entries.find(|entry| matches(&facts, &above, entry) && !may_exempt(entry))?;
+        let entry = first_possible(&self.entries, &facts, &above)?;
         (entry.rule != RULE_EXEMPT).then_some(entry.rule)
     }
 
@@ -163,7 +172,7 @@ impl RuleBook {
         &self,
         session: &Session,
         now_ns: u64,
-        ancestors: impl Fn(u64) -> Ancestors,
+        ancestors: impl Fn(u64) -> Option<Ancestors>,
     ) -> bool {
         let rule = self.rule_of(session, ancestors);
         let rule = rule.and_then(|rule| self.rule(rule));
@@ -179,7 +188,7 @@ impl RuleBook {
     pub(super) fn only_observes(
         &self,
         session: &Session,
-        ancestors: impl Fn(u64) -> Ancestors,
+        ancestors: impl Fn(u64) -> Option<Ancestors>,
     ) -> bool {
         let rule = self.rule_of(session, ancestors);
         rule.and_then(|rule| self.rule(rule))
@@ -227,8 +236,8 @@ mod tests {
         }
     }
 
-    fn no_ancestors(_: u64) -> Ancestors {
-        Ancestors::UNKNOWN
+    fn no_ancestors(_: u64) -> Option<Ancestors> {
+        Some(Ancestors::UNKNOWN)
     }
 
     fn next(book: &RuleBook, config: &Config) -> Result<RuleBook, TooManyRules> {
@@ -283,6 +292,35 @@ mod tests {
         assert_eq!(places(22), [place("ours"), None, place("rest")]);
         assert_eq!(places(23), [place("rest"), None, place("rest")]);
         assert_eq!(places(24), [None; 3]);
+    }
+
+    #[test]
+    fn what_was_decided_stands_where_nobody_remembers_the_cgroup() {
+        let rules = |name| {
+            let text = format!(
+                "[[rule]]\nname = 'free'\ncgroups = ['/b']\naction = 'exempt'\n[[rule]]\nname = \
+                 '{name}'\ncgroups = ['/a']\nidle_timeout = '5s'\n"
+            );
+            Config::parse("x.toml", &text).unwrap()
+        };
+        let first = next(&RuleBook::default(), &rules("one")).unwrap();
+        let place = first.places[1];
+        let owner = Owner {
+            cgroup_id: 4711,
+            ..Owner::UNKNOWN
+        };
+        let of = |generation| Session {
+            owner,
+            ..session(22, place, generation)
+        };
+        let nobody = |_| None;
+        let same = next(&first, &rules("one")).unwrap();
+        assert_eq!(same.rule_of(&of(1), nobody), Some(place));
+        assert_eq!(same.rule_of(&of(1), no_ancestors), None);
+        // Without an earlier decision, or where its rule is no more: the first that could be meant.
+        assert_eq!(same.rule_of(&of(0), nobody), Some(place));
+        let other = next(&first, &rules("other")).unwrap();
+        assert_eq!(other.rule_of(&of(1), nobody), Some(other.places[1]));
     }
 
     #[test]

@@ -198,12 +198,10 @@ impl Directory {
         directories.chain(awaited).collect()
     }
 
-    /// The identities of a cgroup and of those above it. Of one that is not known, its own.
-    pub fn ancestors(&self, cgroup_id: u64) -> Ancestors {
-        match self.cgroups.get(&cgroup_id) {
-            Some(cgroup) if !cgroup.ancestors.is_empty() => Ancestors::of(&cgroup.ancestors),
-            _ => Ancestors::of(&[cgroup_id]),
-        }
+    /// The identities of a cgroup and of those above it, where they are known.
+    pub fn ancestors(&self, cgroup_id: u64) -> Option<Ancestors> {
+        let cgroup = self.cgroups.get(&cgroup_id)?;
+        (!cgroup.ancestors.is_empty()).then(|| Ancestors::of(&cgroup.ancestors))
     }
 
     /// Sees to it that a cgroup is asked about, while it is there.

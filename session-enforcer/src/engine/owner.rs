@@ -289,8 +289,9 @@ impl State {
     fn note_cgroup(&mut self, cgroup: Cgroup) -> Result<()> {
         let id = cgroup.id;
         self.directory.note(cgroup);
-        if self.kernel.ancestors(id)?.is_none() {
-            let ancestors = self.directory.ancestors(id);
+        if self.kernel.ancestors(id)?.is_none()
+            && let Some(ancestors) = self.directory.ancestors(id)
+        {
             self.kernel.note_ancestors(id, &ancestors)?;
         }
         Ok(())

@@ -170,9 +170,8 @@ pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Re
                     continue;
                 };
                 let above = state.ancestors_of(session.owner.cgroup_id);
-                if cgroups.iter().any(|id| above.contains(*id))
-                    && !state.is_in_other_hands(*cookie, &session)
-                {
+                let is_below = |id: &u64| above.is_some_and(|above| above.contains(*id));
+                if cgroups.iter().any(is_below) && !state.is_in_other_hands(*cookie, &session) {
                     open.push((*cookie, session));
                 }
             }

@@ -169,12 +169,11 @@ impl State {
 
 /// Whose sessions are, and which rule is theirs.
 impl State {
-    /// The cgroups above one, the kernel's word first: it remembers those that are no more.
-    pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Ancestors {
-        match self.kernel.ancestors(cgroup_id) {
-            Ok(Some(ancestors)) => ancestors,
-            _ => self.directory.ancestors(cgroup_id),
-        }
+    /// The cgroups above one, the kernel's word first: it remembers those that are no more. None of one that
+    /// has gone and is remembered by nobody.
+    pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Option<Ancestors> {
+        let known = self.kernel.ancestors(cgroup_id).ok().flatten();
+        known.or_else(|| self.directory.ancestors(cgroup_id))
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.

@@ -319,9 +319,8 @@ impl Sync<'_> {
         }
         owner::note_cgroups(self.context, ids.clone()).await?;
         let state = self.context.state();
-        for id in ids {
-            self.ancestors.insert(id, state.ancestors_of(id));
-        }
+        let known = |id| Some((id, state.ancestors_of(id)?));
+        self.ancestors.extend(ids.into_iter().filter_map(known));
         Ok(())
     }
 

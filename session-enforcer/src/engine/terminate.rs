@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_common::{Session, Verdict, verdict};
+use session_enforcer_common::{Ancestors, Session, Verdict, verdict};
 
 use super::{
     ask::{self, Answer, LOOK, note_problem},
@@ -158,7 +158,8 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
 
 fn culprit(state: &State, session: &Session) -> Culprit {
     let cgroup_id = session.owner.cgroup_id;
-    Culprit::of(cgroup_id, &state.ancestors_of(cgroup_id))
+    let ancestors = state.ancestors_of(cgroup_id);
+    Culprit::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
 }
 
 /// What a batch takes up as long as it is under way.
@@ -593,6 +594,12 @@ fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u
     match said {
         Some(Said::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
         Some(Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
+        // The other one may have reset it.
+        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone))
+            if state.is_asked_of_another(expired) =>
+        {
+            Ok(())
+        }
         Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone)) => {
             state.not_found(expired)
         }
@@ -654,6 +661,12 @@ impl State {
         tried.asked = tried.asked.saturating_sub(1);
         tried.is_quarantined &= tried.asked > 0;
         true
+    }
+
+    /// Whether the answer of another reaper is still to come.
+    fn is_asked_of_another(&mut self, expired: &Expired) -> bool {
+        let tried = self.tracker.tried(expired.cookie, &expired.session);
+        tried.is_some_and(|tried| tried.asked > 0)
     }
 
     /// Records a session that would be terminated, once for each deadline that it reaches. What has

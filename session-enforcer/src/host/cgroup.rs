@@ -354,15 +354,14 @@ impl Tree {
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
     }
 
-    /// The identities of the cgroup and of those above it. Of one that is no more, its own.
-    pub fn ancestors(&self, id: u64) -> Ancestors {
-        let directory = self.find(id);
-        let path = directory
-            .as_deref()
-            .and_then(|d| d.strip_prefix(&self.mount).ok());
-        let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else {
-            return Ancestors::of(&[id]);
-        };
+    /// The identities of the cgroup and of those above it, but for the root, which is only among its own. None
+    /// of one that is no more.
+    pub fn ancestors(&self, id: u64) -> Option<Ancestors> {
+        let directory = self.find(id)?;
+        let path = directory.strip_prefix(&self.mount).ok()?;
+        if path.as_os_str().is_empty() {
+            return Some(Ancestors::of(&[id]));
+        }
         // As in the kernel, the levels next to the root are kept of a cgroup that lies deeper.
         let mut above = self.mount.clone();
         let mut ids = Vec::new();
@@ -370,7 +369,7 @@ impl Tree {
             above.push(name);
             ids.extend(fs::metadata(&above).map(|metadata| metadata.ino()));
         }
-        Ancestors::of(&ids)
+        Some(Ancestors::of(&ids))
     }
 }
 
@@ -469,6 +468,19 @@ mod tests {
             found("/t/a-3/x", "* s/a-3 t/a-3 t/a-3/*")
         );
         assert_eq!(fitting("/none/*"), found("", "none"));
+    }
+
+    #[test]
+    fn what_is_above_a_cgroup_is_not_known_where_it_is_no_more() {
+        let mount = tempfile::tempdir().unwrap();
+        fs::create_dir_all(mount.path().join("a/b")).unwrap();
+        let tree = Tree::at(mount.path().to_owned()).unwrap();
+        let id = |path: &str| fs::metadata(mount.path().join(path)).unwrap().ino();
+        let (a, b) = (id("a"), id("a/b"));
+        assert_eq!(tree.ancestors(b), Some(Ancestors::of(&[a, b])));
+        assert_eq!(tree.ancestors(id("")), Some(Ancestors::of(&[id("")])));
+        fs::remove_dir(mount.path().join("a/b")).unwrap();
+        assert_eq!(tree.ancestors(b), None);
     }
 
     #[test]

@@ -189,8 +189,8 @@ pub struct Cgroup {
     pub id: u64,
     /// Its path from the root of the hierarchy; none where it is no more.
     pub path: Option<String>,
-    /// Its identity and those of the cgroups above it, from the root down, filled with zeroes; of one that
-    /// is no more, its own.
+    /// Its identity and those of the cgroups above it, from the root down, filled with zeroes; empty
+    /// of one that is no more.
     pub ancestors: Vec<u64>,
 }
 

@@ -448,7 +448,7 @@ impl Worker {
         for id in ids {
             let tree = tree.as_ref();
             let path = tree.and_then(|tree| tree.path(*id));
-            let ancestors = tree.map(|tree| tree.ancestors(*id));
+            let ancestors = tree.and_then(|tree| tree.ancestors(*id));
             let found = Cgroup {
                 id: *id,
                 path,

@@ -94,7 +94,7 @@ static BOOK: LazyLock<RuleBook> = LazyLock::new(|| {
 
 /// Whatever rule the record names, the one that decides is one that there is.
 fn find_rule(session: &Session, now_ns: u64) {
-    let ancestors = |_| Ancestors::UNKNOWN;
+    let ancestors = |_| Some(Ancestors::UNKNOWN);
     let rule = BOOK.rule_of(session, ancestors);
     assert!(rule.expect("the last rule matches everything") < 2);
     BOOK.lets_live(session, now_ns, ancestors);
