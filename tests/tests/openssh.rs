@@ -62,6 +62,8 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
     eventually("the end of the idle login's processes", patience(), || {
         Ok((processes(&openssh)? == without_idle).then_some(()))
     })?;
+    let says = format!("port {}: Software caused connection abort", idle.port);
+    assert!(openssh.log().contains(&says), "{}", openssh.log());
 
     typing.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 1);

@@ -2,30 +2,49 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::process::{as_root, find_program, run, say};
 
-/// A program, the Debian package that has it, and what it is needed for.
+/// A program or a module of Python, the Debian package that has it, and what it is needed for.
 #[derive(Clone, Copy)]
 pub(crate) struct Need {
+    kind: Kind,
     program: &'static str,
     package: &'static str,
     why: &'static str,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Program,
+    /// A module of the distribution's Python.
+    Module,
+}
+
 const fn need(program: &'static str, package: &'static str, why: &'static str) -> Need {
     Need {
+        kind: Kind::Program,
         program,
         package,
         why,
     }
 }
 
+const fn client(module: &'static str, package: &'static str) -> Need {
+    Need {
+        kind: Kind::Module,
+        program: module,
+        package,
+        why: "a client of Python's, and what it does when its connection is reset",
+    }
+}
+
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 13] = [
+pub(crate) const TESTS: [Need; 18] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -67,6 +86,11 @@ pub(crate) const TESTS: [Need; 13] = [
         "prometheus",
         "checking the format of the daemon's metrics",
     ),
+    client("psycopg_pool", "python3-psycopg-pool"),
+    client("sqlalchemy", "python3-sqlalchemy"),
+    client("psycopg2", "python3-psycopg2"),
+    client("asyncpg", "python3-asyncpg"),
+    client("redis", "python3-redis"),
 ];
 
 /// What no benchmark does without.
@@ -173,8 +197,18 @@ pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
 fn missing(needs: &[Need]) -> Vec<Need> {
     let mut outside_path = postgresql_folders();
     outside_path.extend(VIRTIOFSD.map(PathBuf::from));
-    let is_missing = |need: &&Need| find_program(need.program, &outside_path).is_none();
+    let is_missing = |need: &&Need| match need.kind {
+        Kind::Program => find_program(need.program, &outside_path).is_none(),
+        Kind::Module => !has_module(need.program),
+    };
     needs.iter().filter(is_missing).copied().collect()
+}
+
+/// Whether the distribution's Python, which the tests run, has a module.
+fn has_module(name: &str) -> bool {
+    let mut python = Command::new("/usr/bin/python3");
+    let found = python.args(["-c", &format!("import {name}")]).output();
+    found.is_ok_and(|found| found.status.success())
 }
 
 /// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
@@ -188,7 +222,7 @@ fn postgresql_folders() -> Vec<PathBuf> {
 }
 
 fn complaint(missing: &[Need]) -> String {
-    let mut text = String::from("these programs are missing:");
+    let mut text = String::from("these programs and modules of Python are missing:");
     for need in missing {
         text.push_str(&format!(
             "\n  {} (package {}): {}",
@@ -265,7 +299,12 @@ mod tests {
                 "openssh-client",
                 "redis-server",
                 "redis-tools",
-                "prometheus"
+                "prometheus",
+                "python3-psycopg-pool",
+                "python3-sqlalchemy",
+                "python3-psycopg2",
+                "python3-asyncpg",
+                "python3-redis"
             ]
         );
         assert!(packages_of(&[]).is_empty());
@@ -276,13 +315,13 @@ mod tests {
         let text = complaint(&[need("sshd", "openssh-server", "sessions of a real OpenSSH")]);
         assert_eq!(
             text,
-            "these programs are missing:\n  sshd (package openssh-server): sessions of a real OpenSSH"
+            "these programs and modules of Python are missing:\n  sshd (package openssh-server): sessions of a real OpenSSH"
         );
     }
 
     #[test]
     fn the_installer_is_a_sound_shell_script() {
-        let mut shell = std::process::Command::new("sh");
+        let mut shell = Command::new("sh");
         assert!(run(shell.args(["-n", "-c", INSTALLER])).is_ok());
     }
 }

@@ -40,7 +40,7 @@ const READY: &str = "Server listening on";
 /// probes go out every second.
 #[derive(Debug)]
 pub struct OpenSsh {
-    _server: Program,
+    server: Program,
     /// The cgroup that it is in.
     pub lab: Lab,
     netns: Netns,
@@ -80,7 +80,7 @@ impl OpenSsh {
             .arg(directory.path().join("sshd_config"));
         let server = Program::server("sshd", sshd, READY)?;
         Ok(Self {
-            _server: server,
+            server,
             lab,
             netns,
             directory,
@@ -123,6 +123,11 @@ impl OpenSsh {
             .env("TERM", "dumb");
         let client = Program::client(name, command)?;
         Login::new(client)
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        self.server.output()
     }
 
     /// The keepalive probes that the kernel has sent in its network namespace.
@@ -235,7 +240,7 @@ fn configuration(directory: &Path) -> String {
          AuthorizedKeysFile {directory}/authorized_keys\nStrictModes no\nPidFile none\n\
          UsePAM no\nUseDNS no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
          AllowUsers tester\nPrintMotd no\nPrintLastLog no\n\
-         TCPKeepAlive yes\nClientAliveInterval 0\n",
+         TCPKeepAlive yes\nClientAliveInterval 0\nLogLevel VERBOSE\n",
         port = OpenSsh::PORT,
     )
 }

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::{
     ReservedPort,
-    program::{self, Program, succeed},
+    program::{self, PYTHON, Program, succeed},
 };
 use crate::{agent::Place, lab::Lab};
 
@@ -29,7 +29,7 @@ const OWNER: &str = "nobody";
 /// A running PostgreSQL, on 127.0.0.1, with the database and the superuser `postgres`.
 #[derive(Debug)]
 pub struct Postgres {
-    _server: Program,
+    server: Program,
     /// The cgroup that it is in.
     pub lab: Lab,
     port: ReservedPort,
@@ -65,7 +65,7 @@ impl Postgres {
         let server = owned_by(&owner, &lab, "postgres", &data)?;
         let server = Program::server("postgres", server, READY)?;
         Ok(Self {
-            _server: server,
+            server,
             lab,
             port,
             _directory: directory,
@@ -84,6 +84,22 @@ impl Postgres {
     /// Where it is not installed.
     pub fn psql(&self) -> Result<Program> {
         Program::client("psql", self.psql_command()?)
+    }
+
+    /// A Python script outside of the cgroup, whose clients find the server in the environment.
+    ///
+    /// # Errors
+    ///
+    /// Where Python is not installed.
+    pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
+        let mut python = self.client(PYTHON)?;
+        python.args(["-c", script]).args(args);
+        Program::client(name, python)
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        self.server.output()
     }
 
     /// The answer to a query on a connection of its own, with `|` between columns.

@@ -18,6 +18,9 @@ use crate::{
     process::{Finished, die_with_parent, run_to_end},
 };
 
+/// The distribution's Python, for which its packages with clients are.
+pub(super) const PYTHON: &str = "/usr/bin/python3";
+
 /// How long a server may take to start, or a command to do its work, on a busy machine.
 const STARTING: Duration = Duration::from_secs(120);
 
@@ -167,6 +170,17 @@ impl Program {
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
         self.wait_until(patience(), text, |output| {
             output.contains(text).then_some(())
+        })
+    }
+
+    /// Waits until it has written so many lines.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not, or ends before.
+    pub fn wait_for_lines(&mut self, count: usize) -> Result<()> {
+        self.wait_until(patience(), "lines", |output| {
+            (output.matches('\n').count() >= count).then_some(())
         })
     }
 

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::Path};
 use anyhow::Result;
 use tempfile::TempDir;
 
-use super::program::{self, Program};
+use super::program::{self, PYTHON, Program};
 use crate::{
     agent::Place,
     lab::Lab,
@@ -18,7 +18,7 @@ const READY: &str = "Ready to accept connections";
 /// from another host. It has the kernel send keepalive probes every second.
 #[derive(Debug)]
 pub struct Redis {
-    _server: Program,
+    server: Program,
     /// The cgroup that it is in.
     pub lab: Lab,
     near: Netns,
@@ -54,16 +54,22 @@ impl Redis {
             &Self::PORT.to_string(),
         ]);
         command.args(["--save", "", "--appendonly", "no", "--protected-mode", "no"]);
-        command.args(["--timeout", "0", "--tcp-keepalive", "1", "--dir"]);
+        command.args(["--timeout", "0", "--tcp-keepalive", "1"]);
+        command.args(["--loglevel", "verbose", "--dir"]);
         command.arg(directory.path());
         let server = Program::server("redis-server", command, READY)?;
         Ok(Self {
-            _server: server,
+            server,
             lab,
             near,
             far,
             _directory: directory,
         })
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        self.server.output()
     }
 
     /// A client from the same host, not in the cgroup, that is typed to.
@@ -82,6 +88,19 @@ impl Redis {
     /// Where it is not installed.
     pub fn far_client(&self, name: &str, args: &[&str]) -> Result<Program> {
         self.client(name, &self.far, args)
+    }
+
+    /// A Python script from the same host, not in the cgroup.
+    ///
+    /// # Errors
+    ///
+    /// Where Python is not installed.
+    pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
+        let python = program::find(PYTHON, "python3", &[])?;
+        let place = Place::here().in_netns(&self.near);
+        let mut command = place.command(self.lab.agent_binary(), python);
+        command.args(["-c", script]).args(args);
+        Program::client(name, command)
     }
 
     fn client(&self, name: &str, netns: &Netns, args: &[&str]) -> Result<Program> {
