@@ -47,6 +47,7 @@ pub const LAYOUT: u32 = {
             owner,
             data_segments_sent,
             unused,
+            half_closed_ns,
         }
     );
     let hash = layout!(

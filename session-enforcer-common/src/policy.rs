@@ -28,6 +28,9 @@ pub struct Policy {
     /// Longest time that this host may owe an answer, in nanoseconds. With it, the idle clock
     /// stands still as long as the answer is owed.
     pub response_timeout_ns: u64,
+    /// Longest time without activity since either end has sent its FIN, in nanoseconds: then in place of
+    /// `idle_timeout_ns`.
+    pub half_closed_timeout_ns: u64,
     /// Generation of the match table with which this came into force. A session of another one has
     /// to be matched again.
     pub generation: u32,
@@ -43,9 +46,9 @@ pub struct Policy {
 }
 
 const _: () = {
-    assert!(size_of::<Policy>() == 40 && align_of::<Policy>() == 8);
-    assert!(core::mem::offset_of!(Policy, generation) == 32);
-    assert!(core::mem::offset_of!(Policy, gate) == 39);
+    assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
+    assert!(core::mem::offset_of!(Policy, generation) == 40);
+    assert!(core::mem::offset_of!(Policy, gate) == 47);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -61,6 +64,8 @@ pub enum Reason {
     MaxLifetime,
     /// No answer from this host for the rule's `response_timeout`.
     ResponseTimeout,
+    /// No activity for the rule's `half_closed_timeout` since a FIN.
+    HalfClosedTimeout,
     /// A new policy came into force, and the session was past its limits already. Never a
     /// [`verdict`]: the daemon says so when it loads a policy.
     Policy,
@@ -107,9 +112,10 @@ impl Policy {
 
     /// The earliest deadline that anything that passes from now on can set.
     pub const fn next_activity_deadline_ns(&self, now_ns: u64) -> u64 {
+        let response = self.deadline(now_ns, self.response_timeout_ns);
         earlier(
             self.deadline(now_ns, self.idle_timeout_ns),
-            self.deadline(now_ns, self.response_timeout_ns),
+            earlier(response, self.deadline(now_ns, self.half_closed_timeout_ns)),
         )
     }
 
@@ -157,6 +163,24 @@ impl Policy {
         }
         activity
     }
+
+    /// When the session has been idle for too long, and by which limit.
+    #[inline(always)]
+    const fn idle_deadline(&self, session: &Session) -> (u64, Reason) {
+        let since_ns = self.idle_since(session);
+        let idle_ns = self.deadline(since_ns, self.idle_timeout_ns);
+        // A FIN that comes after the deadline saves nobody.
+        if self.half_closed_timeout_ns == 0 || session.half_closed_ns >= idle_ns {
+            return (idle_ns, Reason::IdleTimeout);
+        }
+        let since_ns = later(since_ns, session.half_closed_ns);
+        let half_closed_ns = self.deadline(since_ns, self.half_closed_timeout_ns);
+        (half_closed_ns, Reason::HalfClosedTimeout)
+    }
+}
+
+const fn later(a: u64, b: u64) -> u64 {
+    if a > b { a } else { b }
 }
 
 const fn earlier(a: u64, b: u64) -> u64 {
@@ -180,10 +204,7 @@ pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
             Reason::ResponseTimeout,
         )
     } else {
-        (
-            policy.deadline(policy.idle_since(session), policy.idle_timeout_ns),
-            Reason::IdleTimeout,
-        )
+        policy.idle_deadline(session)
     };
     let lifetime = policy.deadline(session.established_ns, policy.lifetime_ns(session));
     let (deadline_ns, reason) = if lifetime < clock {
@@ -197,9 +218,9 @@ pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
             deadline_ns,
         };
     }
-    // With a response timeout the clocks change places: an answer starts the idle clock, a request
-    // the other, and either may end before the one that runs now.
-    let look_again_ns = if policy.response_timeout_ns == 0 {
+    // With other clocks beside the idle one they change places: an answer starts the idle clock, a request the
+    // other, a FIN the third, and each may end before the one that runs now.
+    let look_again_ns = if policy.response_timeout_ns | policy.half_closed_timeout_ns == 0 {
         deadline_ns
     } else {
         earlier(deadline_ns, policy.next_activity_deadline_ns(now_ns))
@@ -267,29 +288,93 @@ mod tests {
         assert_eq!(expires(&s, &p, 20), Some(Reason::ResponseTimeout));
     }
 
+    /// A session of these times, in seconds, that was half-closed at the last.
+    fn half_closed(established: u64, received: u64, sent: u64, at: u64) -> Session {
+        Session {
+            half_closed_ns: at * SECOND,
+            ..session(established * SECOND, received * SECOND, sent * SECOND)
+        }
+    }
+
+    #[test]
+    fn from_the_first_fin_on_its_limit_takes_the_place_of_the_idle_one() {
+        let p = |idle, half_closed| Policy {
+            half_closed_timeout_ns: half_closed * SECOND,
+            ..policy(idle, 0)
+        };
+        let reached = |s: &Session, p: &Policy, at| expires(s, p, at);
+        let (idle, by_fin) = (Some(Reason::IdleTimeout), Some(Reason::HalfClosedTimeout));
+        // It runs from the FIN or from later payload, and is shorter, longer or the only one.
+        let s = half_closed(10, 12, 11, 20);
+        assert_eq!(reached(&s, &p(15, 3), 23), by_fin);
+        assert_eq!(reached(&s, &p(15, 90), 110), by_fin);
+        assert_eq!(reached(&s, &p(0, 3), 23), by_fin);
+        let busy = half_closed(10, 22, 12, 20);
+        assert_eq!(reached(&busy, &p(15, 3), 25), by_fin);
+        // Without the limit a FIN means nothing, and without a FIN the limit does not.
+        assert_eq!(reached(&s, &p(15, 0), 27), idle);
+        let open = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
+        assert_eq!(reached(&open, &p(15, 3), 27), idle);
+        let alive = verdict(&open, &p(0, 3), 1 << 60);
+        assert!(matches!(alive, Verdict::Alive { .. }));
+        // A FIN at the deadline comes too late.
+        let late = half_closed(10, 12, 11, 27);
+        assert_eq!(reached(&late, &p(15, 3), 27), idle);
+    }
+
+    #[test]
+    fn a_half_closed_session_that_owes_the_answer_has_the_limit_of_that() {
+        let mut s = half_closed(10, 12, 11, 12);
+        s.answered_ns = 0;
+        let p = Policy {
+            half_closed_timeout_ns: 3 * SECOND,
+            ..with_response(15, 60, Activity::Any)
+        };
+        assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
+        s.stamp_sent(50 * SECOND);
+        assert_eq!(expires(&s, &p, 53), Some(Reason::HalfClosedTimeout));
+    }
+
+    #[test]
+    fn a_session_is_looked_at_before_a_fin_can_have_made_it_late() {
+        let s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
+        let p = Policy {
+            half_closed_timeout_ns: 3 * SECOND,
+            ..policy(15, 0)
+        };
+        let look_again_ns = 16 * SECOND;
+        assert_eq!(
+            verdict(&s, &p, 13 * SECOND),
+            Verdict::Alive { look_again_ns }
+        );
+    }
+
     #[test]
     fn the_first_deadline_is_that_of_the_shortest_limit() {
-        let first = |idle, response, lifetime, jitter| {
+        let first = |idle, response, half_closed, lifetime, jitter| {
             let p = Policy {
+                half_closed_timeout_ns: half_closed * SECOND,
                 lifetime_jitter_ns: jitter * SECOND,
                 response_timeout_ns: response * SECOND,
                 ..policy(idle, lifetime)
             };
             p.first_deadline_ns(10 * SECOND)
         };
-        assert_eq!(first(0, 0, 0, 0), u64::MAX);
+        assert_eq!(first(0, 0, 0, 0, 0), u64::MAX);
         for (limits, at) in [
-            ((5, 0, 0, 0), 15),
-            ((0, 6, 0, 0), 16),
-            ((0, 0, 7, 0), 17),
-            ((5, 6, 7, 0), 15),
-            ((8, 6, 7, 0), 16),
-            ((8, 9, 7, 0), 17),
-            ((8, 9, 7, 3), 14),
-            ((5, 9, 90, 30), 15),
+            ((5, 0, 0, 0, 0), 15),
+            ((0, 6, 0, 0, 0), 16),
+            ((0, 0, 7, 0, 0), 17),
+            ((0, 0, 0, 7, 0), 17),
+            ((5, 6, 9, 7, 0), 15),
+            ((8, 6, 9, 7, 0), 16),
+            ((8, 9, 9, 7, 0), 17),
+            ((8, 9, 6, 7, 0), 16),
+            ((8, 9, 9, 7, 3), 14),
+            ((5, 9, 9, 90, 30), 15),
         ] {
-            let (idle, response, lifetime, jitter) = limits;
-            let found = first(idle, response, lifetime, jitter);
+            let (idle, response, half_closed, lifetime, jitter) = limits;
+            let found = first(idle, response, half_closed, lifetime, jitter);
             assert_eq!(found, at * SECOND, "{limits:?}");
         }
     }
@@ -437,14 +522,24 @@ mod tests {
         assert!((99 * SECOND..=100 * SECOND).contains(longest.unwrap()));
     }
 
+    /// A request, an answer or a FIN passes.
+    fn pass(session: &mut Session, what: u8, at_ns: u64) {
+        match what {
+            0 => session.stamp_received(at_ns),
+            1 => session.stamp_sent(at_ns),
+            _ => session.half_closed_ns = session.half_closed_ns.min(at_ns),
+        }
+    }
+
     proptest! {
         /// The gate is the verdict, whether or not it remembers until when it is open.
         #[test]
         fn the_gate_refuses_exactly_what_has_expired(
             times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
             owes: bool,
+            half_closed in 0..2_000u64,
             remote_port: u16,
-            limits in (0..500u64, 0..500u64, 0..500u64),
+            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
             jitter in 0..90u64,
             activity in 0..4u8,
             gate in 0..3u8,
@@ -452,6 +547,7 @@ mod tests {
         ) {
             let s = Session {
                 answered_ns: if owes { 0 } else { times.3 + 1 },
+                half_closed_ns: half_closed,
                 remote_port,
                 ..session(times.0, times.1, times.2)
             };
@@ -461,6 +557,7 @@ mod tests {
                 lifetime_jitter_ns: (limits.2 << 16) / 100 * jitter,
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
+                half_closed_timeout_ns: limits.3,
                 activity,
                 gate,
                 ..Policy::default()
@@ -499,10 +596,10 @@ mod tests {
         fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
             times in (0..1_000u64, 0..1_000u64),
             owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64),
+            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
             activity in 0..3u8,
             now in 1_000..2_000u64,
-            passes in prop::collection::vec((any::<bool>(), 0..300u64), 0..6),
+            passes in prop::collection::vec((0..3u8, 0..300u64), 0..6),
             rest in 0..300u64,
         ) {
             let mut s = session(0, times.0, times.1);
@@ -512,6 +609,7 @@ mod tests {
             let p = Policy {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
+                half_closed_timeout_ns: limits.3,
                 max_lifetime_ns: limits.2 * 10,
                 activity,
                 gate: 1,
@@ -519,13 +617,9 @@ mod tests {
             };
             let until = p.open_until_ns(&s, now);
             let mut at = now;
-            for (receives, later) in passes {
+            for (what, later) in passes {
                 at += later;
-                if receives {
-                    s.stamp_received(at);
-                } else {
-                    s.stamp_sent(at);
-                }
+                pass(&mut s, what, at);
             }
             at += rest;
             if at < until {
@@ -542,11 +636,11 @@ mod tests {
             received in 0..1_000u64,
             sent in 0..1_000u64,
             owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64),
+            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
             activity in 0..3u8,
             now in 1_000..2_000u64,
             later in 0..2_000u64,
-            then_receives: bool,
+            then in 0..3u8,
         ) {
             let mut s = session(0, received, sent);
             if owes && received > sent {
@@ -555,17 +649,13 @@ mod tests {
             let p = Policy {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
+                half_closed_timeout_ns: limits.3,
                 max_lifetime_ns: limits.2 * 10,
                 activity,
                 ..Policy::default()
             };
             if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
-                let at = now + later;
-                if then_receives {
-                    s.stamp_received(at);
-                } else {
-                    s.stamp_sent(at);
-                }
+                pass(&mut s, then, now + later);
                 if let Verdict::Expired { deadline_ns, .. } = verdict(&s, &p, u64::MAX - 1) {
                     prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
                 }

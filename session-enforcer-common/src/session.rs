@@ -139,6 +139,10 @@ pub struct Session {
     pub data_segments_sent: u32,
     /// Always 0.
     pub unused: u32,
+    /// When the first FIN passed, this host's or the peer's; [`NOT_HALF_CLOSED`](Self::NOT_HALF_CLOSED)
+    /// until then. The kernel does not keep it: of a session that was half-closed when it was adopted it is
+    /// the time of that.
+    pub half_closed_ns: u64,
 }
 
 /// The part of a [`Session`] that packets change.
@@ -156,6 +160,8 @@ pub struct Traffic {
     pub bytes_sent: u64,
     /// See [`Session::data_segments_sent`].
     pub data_segments_sent: u32,
+    /// See [`Session::half_closed_ns`].
+    pub half_closed_ns: u64,
     /// Of [`Session::flags`] those that packets set: [`flags::PEER_HAS_ENDED`].
     pub flags: u8,
 }
@@ -167,6 +173,9 @@ impl Session {
     /// pass. No program writes or lifts it but at the daemon's request. No gate is open until then: it is
     /// the first nanosecond after the start of the host.
     pub const SHUT: u64 = 1;
+
+    /// The [`half_closed_ns`](Self::half_closed_ns) of a session of which both directions are open.
+    pub const NOT_HALF_CLOSED: u64 = u64::MAX;
 
     /// Whether the daemon has shut the gate; see [`SHUT`](Self::SHUT).
     pub const fn is_shut(&self) -> bool {
@@ -193,6 +202,7 @@ impl Session {
             bytes_received: self.bytes_received,
             bytes_sent: self.bytes_sent,
             data_segments_sent: self.data_segments_sent,
+            half_closed_ns: self.half_closed_ns,
             flags: self.flags & flags::PEER_HAS_ENDED,
         }
     }
@@ -224,6 +234,7 @@ impl Session {
         if further < 1 << 31 {
             self.data_segments_sent = other.data_segments_sent;
         }
+        self.half_closed_ns = self.half_closed_ns.min(other.half_closed_ns);
         self.flags |= other.flags & flags::PEER_HAS_ENDED;
     }
 
@@ -295,13 +306,14 @@ const fn mix(word: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 152 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 160 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, flags) == 55);
     assert!(core::mem::offset_of!(Session, local) == 72);
     assert!(core::mem::offset_of!(Session, ifindex) == 108);
     assert!(core::mem::offset_of!(Session, owner) == 112);
     assert!(core::mem::offset_of!(Session, data_segments_sent) == 144);
+    assert!(core::mem::offset_of!(Session, half_closed_ns) == 152);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -435,6 +447,7 @@ mod tests {
         let mut owes = read;
         owes.stamp_received(6);
         owes.bytes_received = 60;
+        owes.half_closed_ns = 6;
         owes.flags |= flags::PEER_HAS_ENDED;
         let mut answered = owes;
         answered.stamp_sent(7);
@@ -502,6 +515,7 @@ pub(crate) mod tests_support {
             owner: Owner::UNKNOWN,
             data_segments_sent: 0,
             unused: 0,
+            half_closed_ns: Session::NOT_HALF_CLOSED,
         }
     }
 }

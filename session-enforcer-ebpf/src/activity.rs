@@ -113,6 +113,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
         }
     }
     if way == Way::Egress {
+        // Of one whose state changes are not reported, or whose record the daemon was just amending.
+        if is_half_closed(state(ctx)) {
+            note_half_closed(session);
+        }
         let received = payload_received(ctx, session, tcp);
         grow(&mut session.bytes_received, received);
     } else if segment.fin && segment.end().wrapping_sub(tcp.rcv_nxt) <= MAX_WINDOW {
@@ -218,6 +222,27 @@ fn payload_sent(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u
         BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK
     );
     sent_until(session, tcp, tcp.snd_nxt).saturating_sub(u64::from(fin))
+}
+
+/// Whether this host or the peer has sent its FIN.
+#[inline(always)]
+fn is_half_closed(state: u32) -> bool {
+    matches!(
+        state,
+        BPF_TCP_FIN_WAIT1
+            | BPF_TCP_FIN_WAIT2
+            | BPF_TCP_CLOSE_WAIT
+            | BPF_TCP_CLOSING
+            | BPF_TCP_LAST_ACK
+    )
+}
+
+/// Notes that the session is half-closed from now on, if it was not before.
+#[inline(always)]
+pub(crate) fn note_half_closed(session: &mut Session) {
+    if session.half_closed_ns == Session::NOT_HALF_CLOSED {
+        session.half_closed_ns = now_ns();
+    }
 }
 
 /// The state of the packet's socket; 0, which is none, where there is no socket.

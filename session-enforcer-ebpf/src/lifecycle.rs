@@ -5,7 +5,8 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, bpf_sock_ops,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
+        BPF_TCP_FIN_WAIT1, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
@@ -16,6 +17,7 @@ use session_enforcer_common::{
 };
 
 use crate::{
+    activity,
     activity::now_ns,
     counters,
     maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
@@ -36,7 +38,7 @@ pub(crate) fn track(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if has_dialled(ctx) => Direction::Outbound,
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => Direction::Inbound,
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => Direction::Outbound,
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => return end(cookie(ctx)),
+        BPF_SOCK_OPS_STATE_CB => return state_changed(ctx),
         _ => return,
     };
     let cookie = cookie(ctx);
@@ -45,6 +47,27 @@ pub(crate) fn track(ctx: &SockOpsContext) {
         // end of the connection before was not reported. It is counted now.
         end(cookie);
         let _counted = established(ctx, cookie, direction);
+    }
+}
+
+/// A socket is half-closed from the first of these two states on, and then goes through others
+/// (`net/ipv4/tcp_states.h`).
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    match ctx.arg(1) {
+        BPF_TCP_CLOSE => end(cookie(ctx)),
+        BPF_TCP_CLOSE_WAIT | BPF_TCP_FIN_WAIT1 => half_closed(cookie(ctx)),
+        _ => {}
+    }
+}
+
+/// Notes the first FIN, at the moment in which the stack sends or takes it.
+#[inline(never)]
+fn half_closed(cookie: u64) {
+    let record = table::look_for(cookie).and_then(table::Looked::record);
+    if let Some(session) = record {
+        // SAFETY: a pointer that the map gave, valid while the program runs.
+        activity::note_half_closed(unsafe { &mut *session });
     }
 }
 
@@ -75,6 +98,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     session.last_sent_ns = now;
     session.answered_ns = now;
     session.established_ns = now;
+    session.half_closed_ns = Session::NOT_HALF_CLOSED;
     session.direction = direction as u8;
     session.flags = mptcp_flag(ctx);
     session.netns_cookie = netns_cookie;

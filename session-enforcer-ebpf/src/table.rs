@@ -117,6 +117,7 @@ fn traffic_of(record: *const Session) -> Traffic {
             bytes_received,
             bytes_sent,
             data_segments_sent: ptr::read_volatile(&raw const (*record).data_segments_sent),
+            half_closed_ns: ptr::read_volatile(&raw const (*record).half_closed_ns),
             flags: ptr::read_volatile(&raw const (*record).flags) & flags::PEER_HAS_ENDED,
         }
     }

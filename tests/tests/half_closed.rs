@@ -1,10 +1,15 @@
-//! Sessions that one end has closed for writing are sessions still.
+//! Sessions that one end has closed for writing are sessions still, which can have a limit of their own.
 
-use std::{io::Write as _, net::Shutdown, thread, time::Duration};
+use std::{
+    io::Write as _,
+    net::{Shutdown, TcpStream},
+    thread,
+    time::Duration,
+};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair, ends_of, idle_rule, unhurried};
+use session_enforcer_tests::{Daemon, Lab, Moment, Pair, ends_of, idle_rule, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -14,6 +19,27 @@ fn limit() -> Duration {
 
 fn rule() -> String {
     idle_rule(limit())
+}
+
+/// A rule with the limit for half-closed sessions alone, and with these others.
+fn half_closed_rule(others: &str) -> String {
+    let limit = limit().as_secs();
+    format!("[[rule]]\nname = \"r\"\nhalf_closed_timeout = \"{limit}s\"\n{others}\n")
+}
+
+/// Closes the socket for writing.
+fn close(socket: &TcpStream) -> Result<Moment> {
+    Ok(Moment::of(|| Ok(socket.shutdown(Shutdown::Write)?))?.0)
+}
+
+fn assert_half_closed(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> {
+    let record = daemon.wait_for_termination_of(pair)?;
+    record.assert_reset("half_closed_timeout", since, limit());
+    assert_eq!(
+        record.number("session_enforcer.limit_seconds"),
+        limit().as_secs_f64()
+    );
+    Ok(())
 }
 
 #[test]
@@ -119,4 +145,134 @@ fn the_fin_of_a_client_that_does_not_read_is_no_byte() -> Result<()> {
     pair.client.shutdown(Shutdown::Write)?;
     assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes()[0], 5);
     Ok(())
+}
+
+#[test]
+fn whichever_end_closes_first_the_limit_counts_from_its_fin_and_both_are_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&half_closed_rule("idle_timeout = \"1h\""))?;
+    let mut closed = Vec::new();
+    for (here, there) in [(&lab.inside, &lab.outside), (&lab.outside, &lab.inside)] {
+        let listener = here.listen(([127, 0, 0, 1], 0))?;
+        for by_client in [true, false] {
+            let pair = Pair::open(there, &listener)?;
+            pair.round_trip()?.wait(limit() / 4);
+            let closing = if by_client {
+                &pair.client
+            } else {
+                &pair.server
+            };
+            closed.push((close(closing)?, pair));
+        }
+    }
+    for (fin, pair) in &closed {
+        pair.ends()?;
+        assert_half_closed(&daemon, pair, fin)?;
+    }
+    let labels = [("reason", "half_closed_timeout"), ("result", "reset")];
+    daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 4.0)
+}
+
+#[test]
+fn payload_puts_the_limit_of_a_half_closed_session_off() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&half_closed_rule(""))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let fin = close(&pair.client)?;
+    let mut last = pair.to_client(b"x")?;
+    while fin.elapsed() < 2 * limit() {
+        thread::sleep(Duration::from_millis(50));
+        last = pair.to_client(b"x")?;
+    }
+    assert_half_closed(&daemon, &pair, &last)
+}
+
+#[test]
+fn a_session_that_is_open_in_both_directions_has_no_such_limit() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&half_closed_rule(""))?;
+    let open = Pair::open(&lab.outside, &listener)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    open.opened.wait(2 * limit());
+    let fin = close(&pair.server)?;
+    assert_half_closed(&daemon, &pair, &fin)?;
+    open.round_trip()?;
+    assert_eq!(daemon.terminations()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_fin_saves_nobody_who_is_idle_already() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&(rule() + "half_closed_timeout = \"1h\"\n"))?;
+    daemon.freeze()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(limit());
+    close(&pair.client)?;
+    daemon.thaw()?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, limit());
+    Ok(())
+}
+
+#[test]
+fn no_payload_passes_a_half_closed_session_after_its_limit() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&half_closed_rule(""))?;
+    daemon.freeze()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let fin = close(&pair.client)?;
+    fin.wait(limit());
+    (&pair.server).write_all(b"late")?;
+    daemon.thaw()?;
+    assert_half_closed(&daemon, &pair, &fin)?;
+    let dropped = daemon.metric("session_enforcer_gate_dropped_packets_total", &[])?;
+    assert!(dropped >= 1.0, "{dropped}");
+    Ok(())
+}
+
+#[test]
+fn a_half_closed_session_may_owe_the_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&half_closed_rule("response_timeout = \"1h\""))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.to_server(b"query")?;
+    close(&pair.client)?.wait(2 * limit());
+    let answered = pair.to_client(b"answer")?;
+    assert_half_closed(&daemon, &pair, &answered)
+}
+
+#[test]
+fn an_adopted_session_has_the_limit_from_its_fin_or_its_adoption_on() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let open = || Pair::open(&lab.outside, &listener);
+    let (by_client, by_server, before) = (open()?, open()?, open()?);
+    close(&before.client)?;
+    let (started, daemon) = Moment::of(|| lab.daemon(&half_closed_rule("")))?;
+    // What closes has sent something: its FIN is acknowledged with that at once.
+    by_client.round_trip()?;
+    by_server.round_trip()?;
+    let fins = [close(&by_client.client)?, close(&by_server.server)?];
+    assert_half_closed(&daemon, &before, &started)?;
+    assert_half_closed(&daemon, &by_client, &fins[0])?;
+    assert_half_closed(&daemon, &by_server, &fins[1])
+}
+
+#[test]
+fn a_fin_that_came_while_no_daemon_ran_counts_from_the_start() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let rule = half_closed_rule("idle_timeout = \"1h\"");
+    let mut first = lab.pinned_daemon(&rule)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    first.stop()?;
+    close(&pair.client)?;
+    let (started, second) = Moment::of(|| lab.pinned_daemon(&rule))?;
+    assert_half_closed(&second, &pair, &started)
 }

@@ -66,6 +66,7 @@ fn session(number: u64) -> Session {
         },
         data_segments_sent: number as u32,
         unused: 0,
+        half_closed_ns: number,
     }
 }
 

@@ -120,12 +120,14 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
     let mut times = [0; 4].map(|_| ago(random));
     times.sort_unstable();
     let [established, a, b, answered] = times;
+    let half_closed_ns = random.one_of(&[Session::NOT_HALF_CLOSED, a, b, answered]);
     let (received, sent) = if random.once_in(2) { (a, b) } else { (b, a) };
     let session = Session {
         established_ns: established,
         last_received_ns: received,
         last_sent_ns: sent,
         answered_ns: random.one_of(&[0, 0, answered, established]),
+        half_closed_ns,
         ..session
     };
     let limit = |random: &mut Random, since: u64| random_limit(random, now - since);
@@ -135,6 +137,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         max_lifetime_ns,
         lifetime_jitter_ns: max_lifetime_ns / 100 * random.one_of(&[0, 0, 10, 90]),
         response_timeout_ns: limit(random, received),
+        half_closed_timeout_ns: limit(random, half_closed_ns.min(now)),
         generation: 0,
         min_payload: random.below(20) as u16,
         activity: random.below(4) as u8,
@@ -547,9 +550,12 @@ fn a_fin_is_no_payload_where_the_headers_are_not_walked() -> Result<()> {
             Ok((now > seen).then_some(()))
         })?;
         let after = bench.session(&pair.server)?;
-        // That the client has ended is no payload.
+        assert!(after.half_closed_ns >= before.established_ns);
+        assert_eq!(before.half_closed_ns, Session::NOT_HALF_CLOSED);
+        // That one end has closed is no payload.
         let payload = |session: &Session| Traffic {
             flags: 0,
+            half_closed_ns: 0,
             ..session.traffic()
         };
         assert_eq!(payload(&after), payload(&before), "end {number}");

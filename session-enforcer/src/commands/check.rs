@@ -160,7 +160,12 @@ pub(crate) fn action_words(config: &Config, rule: &Rule) -> String {
 }
 
 fn idle_words(rule: &Rule) -> Option<String> {
-    let time = format_duration(rule.idle_timeout?);
+    let half_closed = rule.half_closed_timeout.map(format_duration);
+    let (time, once) = match (rule.idle_timeout.map(format_duration), half_closed) {
+        (Some(time), Some(half_closed)) => (time, format!(" ({half_closed} {HALF_CLOSED})")),
+        (Some(time), None) => (time, String::new()),
+        (None, half_closed) => (half_closed?, format!(" {HALF_CLOSED}")),
+    };
     let way = match rule.activity {
         Activity::Any => "",
         Activity::Received => " received here",
@@ -170,8 +175,12 @@ fn idle_words(rule: &Rule) -> Option<String> {
         1 => String::new(),
         bytes => format!(" of {bytes} bytes or more"),
     };
-    Some(format!("{time} after their last new payload{least}{way}"))
+    Some(format!(
+        "{time} after their last new payload{least}{way}{once}"
+    ))
 }
+
+const HALF_CLOSED: &str = "once either end has sent its FIN";
 
 fn response_words(rule: &Rule) -> Option<String> {
     let time = format_duration(rule.response_timeout?);
@@ -260,6 +269,26 @@ mod tests {
                      10% sooner, after they were established";
         let text = described(text);
         assert!(text.contains(words), "{text}");
+    }
+
+    #[test]
+    fn the_limit_of_half_closed_sessions_is_said_beside_the_other_or_alone() {
+        let limits = |limits: &str| described(&format!("[[rule]]\nname = 'a'\n{limits}\n"));
+        for (text, words) in [
+            (
+                "idle_timeout = '15m'\nhalf_closed_timeout = '1m'\nmax_lifetime = '12h'",
+                "are reset 15m after their last new payload (1m once either end has sent its FIN), \
+                 and at the latest 12h after they were established\n",
+            ),
+            (
+                "half_closed_timeout = '1m'\nactivity = 'sent'",
+                "are reset 1m after their last new payload sent from here once either end has sent \
+                 its FIN\n",
+            ),
+        ] {
+            let said = limits(text);
+            assert!(said.contains(words), "{said}");
+        }
     }
 
     #[test]

@@ -345,7 +345,8 @@ pub enum Problem {
     },
     /// A rule that would enforce nothing.
     #[error(
-        "has no limit; add idle_timeout, max_lifetime or response_timeout, or action = \"exempt\""
+        "has no limit; add idle_timeout, max_lifetime, response_timeout or half_closed_timeout, or action = \
+         \"exempt\""
     )]
     NoLimit,
     /// A limit that would not be enforced.

@@ -198,6 +198,8 @@ pub struct Rule {
     pub activity: Activity,
     /// Longest time that this host owes an answer; meanwhile `idle_timeout` does not run.
     pub response_timeout: Option<Duration>,
+    /// Takes the place of `idle_timeout` once either end has sent its FIN.
+    pub half_closed_timeout: Option<Duration>,
     /// Bytes of new payload that a packet must have to count.
     pub min_payload: u16,
 }
@@ -371,6 +373,7 @@ impl Rule {
             lifetime_jitter_percent: 0,
             activity: Activity::default(),
             response_timeout: None,
+            half_closed_timeout: None,
             min_payload: DEFAULT_MIN_PAYLOAD,
         }
     }
@@ -384,6 +387,7 @@ impl Rule {
             max_lifetime_ns,
             lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),
             response_timeout_ns: nanoseconds(self.response_timeout),
+            half_closed_timeout_ns: nanoseconds(self.half_closed_timeout),
             generation: 0,
             min_payload: self.min_payload,
             activity: self.activity as u8,
@@ -393,8 +397,13 @@ impl Rule {
 
     /// Refuses a rule that would track connections for nothing.
     fn check_limits(&self) -> Result<(), Problem> {
-        let limits = [self.idle_timeout, self.max_lifetime, self.response_timeout];
-        if self.action != Action::Exempt && limits == [None; 3] {
+        let limits = [
+            self.idle_timeout,
+            self.max_lifetime,
+            self.response_timeout,
+            self.half_closed_timeout,
+        ];
+        if self.action != Action::Exempt && limits == [None; 4] {
             return Err(Problem::NoLimit);
         }
         Ok(())

@@ -65,6 +65,7 @@ pub(super) static TABLES: [Keys; 5] = [
             "lifetime_jitter",
             "activity",
             "response_timeout",
+            "half_closed_timeout",
             "min_payload",
         ],
         later: &[],

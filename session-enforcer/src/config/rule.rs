@@ -199,6 +199,7 @@ fn read_limits(section: &Section<'_>, rule: &mut Rule) {
     rule.idle_timeout = read_limit(section, "idle_timeout", rule.action);
     rule.max_lifetime = read_limit(section, "max_lifetime", rule.action);
     rule.response_timeout = read_limit(section, "response_timeout", rule.action);
+    rule.half_closed_timeout = read_limit(section, "half_closed_timeout", rule.action);
     if let Some(field) = section.field("response_timeout")
         && rule.direction == Some(Direction::Outbound)
     {
@@ -211,13 +212,20 @@ fn read_limits(section: &Section<'_>, rule: &mut Rule) {
     });
     rule.lifetime_jitter_percent = jitter.unwrap_or_default();
     let activity = section.read("activity", |field| {
-        require_limit(field, section, &["idle_timeout"], "idle_timeout")?;
+        let clocks = ["idle_timeout", "half_closed_timeout"];
+        require_limit(
+            field,
+            section,
+            &clocks,
+            "idle_timeout or half_closed_timeout",
+        )?;
         read_activity(field)
     });
     rule.activity = activity.unwrap_or_default();
     let min_payload = section.read("min_payload", |field| {
-        let clocks = ["idle_timeout", "response_timeout"];
-        require_limit(field, section, &clocks, "idle_timeout or response_timeout")?;
+        let clocks = ["idle_timeout", "response_timeout", "half_closed_timeout"];
+        let any = "idle_timeout, response_timeout or half_closed_timeout";
+        require_limit(field, section, &clocks, any)?;
         read_min_payload(field)
     });
     rule.min_payload = min_payload.unwrap_or(DEFAULT_MIN_PAYLOAD);

@@ -89,6 +89,7 @@ impl Adopter<'_> {
             owner,
             data_segments_sent: info.data_segments_sent,
             unused: 0,
+            half_closed_ns: half_closed_ns(socket, now_ns),
         })
     }
 }
@@ -146,6 +147,15 @@ fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
     if owes_answer { 0 } else { sent_ns.max(1) }
 }
 
+/// When a socket was half-closed at the latest, as a [`Session`] has it.
+fn half_closed_ns(socket: &Socket, now_ns: u64) -> u64 {
+    if state::is_closed_here(socket.state) || state::is_closed_there(socket.state) {
+        now_ns
+    } else {
+        Session::NOT_HALF_CLOSED
+    }
+}
+
 /// Payload bytes received. The kernel counts the peer's FIN as one.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = state::is_closed_there(socket.state);
@@ -192,6 +202,7 @@ pub fn caught_up(
         return *session;
     };
     let mut now = *session;
+    now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);

@@ -46,6 +46,7 @@ impl ActiveRule {
             Reason::IdleTimeout => self.policy.idle_timeout_ns,
             Reason::MaxLifetime => self.policy.lifetime_ns(session),
             Reason::ResponseTimeout => self.policy.response_timeout_ns,
+            Reason::HalfClosedTimeout => self.policy.half_closed_timeout_ns,
             Reason::Policy => return None,
         };
         Some(Duration::from_nanos(limit_ns))

@@ -25,5 +25,6 @@ pub(super) fn session() -> Session {
         owner: Owner::UNKNOWN,
         data_segments_sent: 0,
         unused: 0,
+        half_closed_ns: Session::NOT_HALF_CLOSED,
     }
 }

@@ -106,6 +106,7 @@ pub(super) fn only_lifetime(policy: &Policy) -> Policy {
     Policy {
         idle_timeout_ns: 0,
         response_timeout_ns: 0,
+        half_closed_timeout_ns: 0,
         ..*policy
     }
 }

@@ -422,6 +422,7 @@ impl Metrics {
             Reason::IdleTimeout,
             Reason::MaxLifetime,
             Reason::ResponseTimeout,
+            Reason::HalfClosedTimeout,
             Reason::Policy,
         ] {
             for outcome in outcomes {

@@ -48,7 +48,8 @@ fn use_it(config: &Config) {
         let first = policy.first_deadline_ns(1);
         let has_limit = rule.idle_timeout.is_some()
             || rule.max_lifetime.is_some()
-            || rule.response_timeout.is_some();
+            || rule.response_timeout.is_some()
+            || rule.half_closed_timeout.is_some();
         assert_eq!(has_limit, first != u64::MAX, "{rule:?}");
     }
     let book = RuleBook::default().next(config, &owners);

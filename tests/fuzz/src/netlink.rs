@@ -51,6 +51,7 @@ fn adopt(sockets: &[Socket]) {
     let policy = Policy {
         idle_timeout_ns: 1_000_000_000,
         response_timeout_ns: 2_000_000_000,
+        half_closed_timeout_ns: 1_000_000_000,
         ..Policy::default()
     };
     let adopter = Adopter {

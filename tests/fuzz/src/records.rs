@@ -110,6 +110,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
             Reason::IdleTimeout,
             Reason::MaxLifetime,
             Reason::ResponseTimeout,
+            Reason::HalfClosedTimeout,
             Reason::Policy,
         ]),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),

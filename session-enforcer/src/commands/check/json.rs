@@ -109,6 +109,7 @@ fn rule(config: &Config, rule: &Rule) -> Value {
             Activity::Sent => "sent",
         },
         "response_timeout": rule.response_timeout.map(format_duration),
+        "half_closed_timeout": rule.half_closed_timeout.map(format_duration),
         "min_payload": rule.min_payload,
         "words": format!("connections {}", action_words(config, rule)),
     })

@@ -36,6 +36,7 @@ max_lifetime = "12h"
 lifetime_jitter = "10%"
 activity = "received"
 response_timeout = "1h"
+half_closed_timeout = "1m"
 min_payload = 16
 "#;
     let config = Config::parse("x.toml", text).unwrap();
@@ -69,6 +70,7 @@ min_payload = 16
             lifetime_jitter_percent: 10,
             activity: Activity::Received,
             response_timeout: Some(Duration::from_secs(3_600)),
+            half_closed_timeout: Some(Duration::from_secs(60)),
             min_payload: 16,
         }],
         users_at: vec![Some(Location {
@@ -152,7 +154,7 @@ fn an_unknown_key_gets_a_suggestion() {
             "x.toml:4:1: rule \"a\": ports: is not a known key; allowed here: \"name\", \
              \"direction\", \"local_ports\", \"remote_ports\", \"local\", \"remote\", \
              \"cgroups\", \"users\", \"action\", \"idle_timeout\", \"max_lifetime\", \
-             \"lifetime_jitter\", \"activity\", \"response_timeout\", \"min_payload\"",
+             \"lifetime_jitter\", \"activity\", \"response_timeout\", \"half_closed_timeout\", \"min_payload\"",
         ),
         (
             "\"a\\nb\" = 1\n",

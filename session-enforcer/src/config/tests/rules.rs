@@ -238,8 +238,8 @@ fn a_wrong_limit_is_pointed_at() {
 
 #[test]
 fn a_rule_has_limits_or_is_exempt() {
-    let none = "x.toml:1:1: rule \"a\": has no limit; add idle_timeout, max_lifetime or \
-                response_timeout, or action = \"exempt\"";
+    let none = "x.toml:1:1: rule \"a\": has no limit; add idle_timeout, max_lifetime, \
+                response_timeout or half_closed_timeout, or action = \"exempt\"";
     let both = "is a limit, and an exempt rule has none; remove it, or action = \"exempt\"";
     all_refused(&[
         ("[[rule]]\nname = 'a'\n", none),
@@ -357,7 +357,7 @@ fn the_quick_form_is_checked_too() {
 fn limits_reach_the_kernel_in_nanoseconds() {
     let policy = rule(
         "idle_timeout = '1500ms'\nmax_lifetime = '36500d'\nlifetime_jitter = '25%'\n\
-         response_timeout = '2s'\nactivity = 'sent'\nmin_payload = 1400",
+         response_timeout = '2s'\nhalf_closed_timeout = '3s'\nactivity = 'sent'\nmin_payload = 1400",
     )
     .policy();
     let expected = Policy {
@@ -365,6 +365,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
         lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
         response_timeout_ns: 2_000_000_000,
+        half_closed_timeout_ns: 3_000_000_000,
         generation: 0,
         min_payload: 1400,
         activity: 2,
@@ -383,12 +384,14 @@ fn a_key_that_would_have_no_effect_or_too_much_is_pointed_at() {
         (
             lifetime,
             "activity = 'any'",
-            "has no effect without idle_timeout; add it, or remove this".to_owned(),
+            "has no effect without idle_timeout or half_closed_timeout; add it, or remove this"
+                .to_owned(),
         ),
         (
             lifetime,
             "min_payload = 2",
-            "has no effect without idle_timeout or response_timeout; add it, or remove this"
+            "has no effect without idle_timeout, response_timeout or half_closed_timeout; add it, \
+             or remove this"
                 .to_owned(),
         ),
         (

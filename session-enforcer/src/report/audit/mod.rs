@@ -79,6 +79,7 @@ pub const fn reason_name(reason: Reason) -> &'static str {
         Reason::IdleTimeout => "idle_timeout",
         Reason::MaxLifetime => "max_lifetime",
         Reason::ResponseTimeout => "response_timeout",
+        Reason::HalfClosedTimeout => "half_closed_timeout",
         Reason::Policy => "policy",
     }
 }

@@ -39,6 +39,7 @@ fn session() -> Session {
         },
         data_segments_sent: 0,
         unused: 0,
+        half_closed_ns: Session::NOT_HALF_CLOSED,
     }
 }
 
