@@ -75,6 +75,9 @@ const CGROUPS_LOOK: Duration = Duration::from_millis(2);
 /// How many times as long as the answers to requests took none are given after them: anybody may ask.
 const ANSWERS_REST: u32 = 4;
 
+/// And at most so long: the daemon may have been stopped while it answered.
+const MOST_ANSWERS_REST: Duration = Duration::from_secs(1);
+
 /// Requests that are answered at once.
 const MAX_ANSWERS: usize = 64;
 
@@ -288,7 +291,8 @@ impl Engine {
                     self.context.read_events()?;
                     self.note_attachment();
                     self.answer(requests);
-                    self.answers_rest_until = Instant::now() + began.elapsed() * ANSWERS_REST;
+                    let rest = (began.elapsed() * ANSWERS_REST).min(MOST_ANSWERS_REST);
+                    self.answers_rest_until = Instant::now() + rest;
                 }
                 changed = self.watch.changed() => {
                     changed.context("watching the cgroups of the rules")?;
