@@ -149,7 +149,7 @@ impl Policy {
 
     /// Since when the idle clock runs, while it does.
     #[inline]
-    const fn idle_since(&self, session: &Session) -> u64 {
+    pub const fn idle_since(&self, session: &Session) -> u64 {
         let activity = if self.activity == Activity::Received as u8 {
             session.last_received_ns
         } else if self.activity == Activity::Sent as u8 {

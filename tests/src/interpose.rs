@@ -51,7 +51,12 @@ pub enum Call {
     Answer,
     /// A network namespace is entered.
     EnterNamespace,
+    /// The audit is written to the disk.
+    Sync,
 }
+
+/// Kinds of calls.
+const KINDS: usize = 4;
 
 /// What becomes of the calls of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,9 +71,9 @@ pub enum Fate {
 
 #[derive(Debug)]
 struct State {
-    fates: [Fate; 3],
+    fates: [Fate; KINDS],
     /// Calls that were made wait, or fail.
-    met: [u32; 3],
+    met: [u32; KINDS],
 }
 
 /// Decides about the daemon's calls. The test holds it as long as the daemon.
@@ -117,11 +122,12 @@ const fn instruction(code: u16, k: u32, jump_true: u8, jump_false: u8) -> sock_f
     }
 }
 
-/// Asks about setns(2), recvmsg(2), and sendto(2) without flags, with which only the requests to the
+/// Asks about setns(2), fdatasync(2), recvmsg(2), and sendto(2) without flags, with which only the requests to the
 /// socket table are sent.
-const FILTER: [sock_filter; 8] = [
+const FILTER: [sock_filter; 9] = [
     instruction(LOAD, NUMBER_AT, 0, 0),
-    instruction(JUMP_IF_EQUAL, libc::SYS_setns as u32, 5, 0),
+    instruction(JUMP_IF_EQUAL, libc::SYS_setns as u32, 6, 0),
+    instruction(JUMP_IF_EQUAL, libc::SYS_fdatasync as u32, 5, 0),
     instruction(JUMP_IF_EQUAL, libc::SYS_recvmsg as u32, 4, 0),
     instruction(JUMP_IF_EQUAL, libc::SYS_sendto as u32, 0, 2),
     instruction(LOAD, FLAGS_AT, 0, 0),
@@ -173,12 +179,13 @@ impl Interposer {
         let questions = take_descriptor(pid)?;
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                fates: [Fate::Pass; 3],
-                met: [0; 3],
+                fates: [Fate::Pass; KINDS],
+                met: [0; KINDS],
             }),
             changed: Condvar::new(),
         });
         let deciding = Arc::clone(&shared);
+        let questions = Arc::new(questions);
         // Ends when the process has.
         thread::spawn(move || while answer_one(&questions, &deciding).is_ok() {});
         Ok(Self { shared })
@@ -190,6 +197,11 @@ impl Interposer {
         self.shared.changed.notify_all();
     }
 
+    /// How often a call of this kind was made wait, or fail.
+    pub fn met(&self, call: Call) -> u32 {
+        self.shared.lock().met[call as usize]
+    }
+
     /// Waits until a call of this kind was made wait, or fail, `count` times in all.
     ///
     /// # Errors
@@ -197,8 +209,7 @@ impl Interposer {
     /// Where none comes.
     pub fn wait_for(&self, call: Call, count: u32) -> Result<()> {
         eventually("a system call of the daemon", patience(), || {
-            let met = self.shared.lock().met[call as usize];
-            Ok((met >= count).then_some(()))
+            Ok((self.met(call) >= count).then_some(()))
         })
         .with_context(|| format!("{call:?}"))
     }
@@ -207,7 +218,12 @@ impl Interposer {
 impl Drop for Interposer {
     fn drop(&mut self) {
         // Whatever waits goes on, so that the daemon can end.
-        for call in [Call::Destroy, Call::Answer, Call::EnterNamespace] {
+        for call in [
+            Call::Destroy,
+            Call::Answer,
+            Call::EnterNamespace,
+            Call::Sync,
+        ] {
             self.set(call, Fate::Pass);
         }
     }
@@ -232,11 +248,10 @@ fn take_descriptor(pid: u32) -> Result<OwnedFd> {
     })
 }
 
-/// Answers a question of the process.
-fn answer_one(questions: &OwnedFd, shared: &Shared) -> Result<()> {
-    // SAFETY: structures of integers, for which zeroes are a value.
-    let (mut question, mut answer): (seccomp_notif, seccomp_notif_resp) =
-        unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+/// Takes a question of the process, and has it answered: one that waits holds up no other.
+fn answer_one(questions: &Arc<OwnedFd>, shared: &Arc<Shared>) -> Result<()> {
+    // SAFETY: a structure of integers, for which zeroes are a value.
+    let mut question: seccomp_notif = unsafe { std::mem::zeroed() };
     let fd = questions.as_raw_fd();
     // SAFETY: the kernel writes a question to a place of that type.
     let received = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut question) };
@@ -246,17 +261,22 @@ fn answer_one(questions: &OwnedFd, shared: &Shared) -> Result<()> {
         Err(Errno::EINTR | Errno::ENOENT) if is_alive(questions)? => return Ok(()),
         Err(error) => return Err(error.into()),
     }
+    let (questions, shared) = (Arc::clone(questions), Arc::clone(shared));
+    thread::spawn(move || answer(&questions, &question, &shared));
+    Ok(())
+}
+
+fn answer(questions: &OwnedFd, question: &seccomp_notif, shared: &Shared) {
+    // SAFETY: as above.
+    let mut answer: seccomp_notif_resp = unsafe { std::mem::zeroed() };
     answer.id = question.id;
-    match call(&question).and_then(|call| shared.decide(call)) {
+    match call(question).and_then(|call| shared.decide(call)) {
         Some(error) => answer.error = -(error as i32),
         None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
     }
-    // SAFETY: the kernel reads an answer from a place of that type.
-    let sent = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
-    match Errno::result(sent) {
-        Ok(_) | Err(Errno::ENOENT) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    let fd = questions.as_raw_fd();
+    // SAFETY: the kernel reads an answer from a place of that type. Whoever asked may have been killed.
+    let _ = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
 }
 
 /// Whether anybody can still ask.
@@ -272,6 +292,7 @@ fn is_alive(questions: &OwnedFd) -> Result<bool> {
 fn call(question: &seccomp_notif) -> Option<Call> {
     match libc::c_long::from(question.data.nr) {
         libc::SYS_setns => Some(Call::EnterNamespace),
+        libc::SYS_fdatasync => Some(Call::Sync),
         libc::SYS_recvmsg => {
             // The daemon's processes talk to each other with room for a descriptor; of the kernel none is
             // asked for.

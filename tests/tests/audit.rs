@@ -1,7 +1,8 @@
-//! What waits at a reset is recorded. An audit that cannot be written holds nothing up: what is lost is counted, and
-//! said.
+//! What the records say, that each has its place among them, and that an audit which cannot be written holds
+//! nothing up: what is lost is counted, and said.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown},
@@ -17,7 +18,7 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair};
+use session_enforcer_tests::{Call, Daemon, Fate, Lab, Listener, Moment, Pair, Record};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -144,5 +145,116 @@ fn an_audit_that_never_takes_a_record_holds_up_no_termination() -> Result<()> {
     // The start, the policy, and the termination.
     daemon.wait_for_metric("session_enforcer_audit_records_lost_total", &[], 3.0)?;
     daemon.wait_for_log("audit records are lost")?;
+    Ok(())
+}
+
+/// That an auditor can work the deadline out, and that the idle time is that of the clock which ran.
+fn assert_counted(record: &Record, reason: &str, limit: Duration) {
+    assert_eq!(record.text("event.reason"), reason);
+    let [from, deadline] =
+        ["counted_from", "deadline"].map(|key| record.time(&format!("session_enforcer.{key}")));
+    assert_eq!(from + limit, deadline, "{record:?}");
+    let told = record.number("session_enforcer.limit_seconds");
+    assert!((told - limit.as_secs_f64()).abs() < 1e-9, "{record:?}");
+}
+
+#[test]
+fn what_a_limit_is_counted_from_is_told_whatever_passes_the_other_way() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
+    let [pushed, old, asked] = [listen()?, listen()?, listen()?];
+    let daemon = lab.daemon(&format!(
+        "[[rule]]\nname = \"pushed\"\nlocal_ports = [{}]\nidle_timeout = \"2s\"\nactivity = \"received\"\n\
+         [[rule]]\nname = \"old\"\nlocal_ports = [{}]\nmax_lifetime = \"2s\"\n\
+         [[rule]]\nname = \"asked\"\nlocal_ports = [{}]\nidle_timeout = \"1h\"\nresponse_timeout = \"2s\"\n",
+        pushed.port(),
+        old.port(),
+        asked.port()
+    ))?;
+    let limit = Duration::from_secs(2);
+    let [pushed, old, asked] = [
+        Pair::open(&lab.outside, &pushed)?,
+        Pair::open(&lab.outside, &old)?,
+        Pair::open(&lab.outside, &asked)?,
+    ];
+    let (input, ()) = Moment::of(|| Ok((&pushed.client).write_all(b"input")?))?;
+    (&asked.client).write_all(b"request")?;
+    // The server goes on until the session ends.
+    while (&pushed.server).write_all(b"screen").is_ok() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let record = daemon.wait_for_termination_of(&pushed)?;
+    assert_counted(&record, "idle_timeout", limit);
+    record.assert_reset("idle_timeout", &input, limit);
+    let [from, received, sent] = ["counted_from", "last_received", "last_sent"]
+        .map(|key| record.time(&format!("session_enforcer.{key}")));
+    assert_eq!(from, received);
+    assert!(sent > received, "{record:?}");
+    let idle = record.number("session_enforcer.idle_seconds");
+    assert!(idle >= limit.as_secs_f64(), "{record:?}");
+    let record = daemon.wait_for_termination_of(&old)?;
+    assert_counted(&record, "max_lifetime", limit);
+    for key in ["last_received", "last_sent"] {
+        assert!(record.at(&format!("session_enforcer.{key}")).is_null());
+    }
+    let record = daemon.wait_for_termination_of(&asked)?;
+    assert_counted(&record, "response_timeout", limit);
+    Ok(())
+}
+
+#[test]
+fn records_have_names_of_their_own_and_numbers_without_gaps() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let mut names = BTreeSet::new();
+    for _ in 0..2 {
+        let mut daemon = lab.daemon(RULE)?;
+        terminate_one(&lab, &listener)?;
+        daemon.reload(RULE)?;
+        terminate_one(&lab, &listener)?;
+        daemon.stop()?;
+        let records = daemon.audit()?;
+        // Start, policy, end, policy, end, stop.
+        assert_eq!(records.len(), 6);
+        for (record, number) in records.iter().zip(1..) {
+            assert_eq!(record.number("event.sequence"), f64::from(number));
+            let name = record.text("event.id").to_owned();
+            ensure!(names.insert(name.clone()), "{name} twice");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn with_sync_no_reset_is_asked_for_before_the_records_are_on_the_disk() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = format!("[audit]\nsync = true\n{RULE}");
+    let (daemon, interposer) = lab.launch().config(&config).start_interposed()?;
+    interposer.set(Call::Sync, Fate::Wait);
+    let first = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Sync, 1)?;
+    assert_eq!(daemon.terminations_of(&first)?.len(), 1);
+    interposer.set(Call::Destroy, Fate::Wait);
+    let second = Pair::open(&lab.outside, &listener)?;
+    second.opened.wait(2 * LIMIT);
+    assert_eq!(interposer.met(Call::Destroy), 0);
+    interposer.set(Call::Sync, Fate::Pass);
+    interposer.wait_for(Call::Destroy, 1)?;
+    interposer.set(Call::Destroy, Fate::Pass);
+    let record = daemon.wait_for_termination_of(&second)?;
+    record.assert_due("idle_timeout", &second.opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn sync_to_a_pipe_is_no_failure() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let config = format!("[audit]\nsync = true\n{RULE}");
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let args = ["--audit", "/dev/null"];
+    let daemon = lab.launch().config(&config).args(&args).start()?;
+    terminate_one(&lab, &listener)?;
+    ensure!(!daemon.is_degraded("audit")?);
     Ok(())
 }

@@ -160,6 +160,26 @@ fn a_request_that_is_not_permitted_is_a_failure_and_is_tried_again() -> Result<(
 }
 
 #[test]
+fn a_session_that_could_not_be_reset_and_closes_by_itself_is_recorded_as_gone() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (daemon, interposer, pair) = decided_about(&lab)?;
+    interposer.set(Call::Destroy, Fate::Fail(Errno::EPERM));
+    daemon.wait_for_metric(
+        "session_enforcer_terminations_total",
+        &[("result", "failed")],
+        1.0,
+    )?;
+    reset_on_close(&pair.server)?;
+    let opened = pair.opened;
+    drop(pair);
+    let records = daemon.wait_for_terminations(2)?;
+    assert_eq!(records[1].text("session_enforcer.result"), "gone");
+    records[1].assert_due("idle_timeout", &opened, LIMIT);
+    assert_eq!(results(&daemon)?, [0.0, 1.0, 1.0]);
+    Ok(())
+}
+
+#[test]
 fn a_request_for_which_there_is_no_buffer_is_a_failure_and_is_tried_again() -> Result<()> {
     refused_then_reset(Errno::ENOBUFS)
 }

@@ -223,7 +223,7 @@ impl Racer {
         let told = record.number("source.bytes");
         ensure!(arrived as f64 <= told, "{arrived} arrived, {record:?}");
         if let Some(last) = arrived.checked_sub(1).map(|last| &self.sent[last]) {
-            let activity = record.time("session_enforcer.last_activity");
+            let activity = record.time("session_enforcer.last_received");
             // The audit works its times out from two clocks.
             let is_known = activity + Duration::from_millis(1) >= last.earliest.wall;
             ensure!(is_known, "{last:?} is not the last activity of {record:?}");

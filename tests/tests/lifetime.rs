@@ -57,7 +57,7 @@ fn the_limit_that_is_reached_first_is_the_reason() -> Result<()> {
     assert_eq!(record.text("rule.name"), "a");
     // Nothing is added to a limit.
     let limit = |limit: Duration| limit.as_nanos() as i128;
-    assert_eq!(between(&record, "last_activity", "deadline"), limit(SHORT));
+    assert_eq!(between(&record, "counted_from", "deadline"), limit(SHORT));
     let record = daemon.wait_for_termination_of(&old)?;
     record.assert_reset("max_lifetime", &old.opened, LONG);
     assert_eq!(record.text("rule.name"), "b");

@@ -106,7 +106,12 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     let interval = format_duration(config.reconcile_interval);
     writeln!(out, "  reconciled every    {interval}")?;
     writeln!(out, "  metrics             {metrics}")?;
-    writeln!(out, "  audit               {audit}")
+    let synced = if config.audit_sync {
+        ", on the disk before the next resets"
+    } else {
+        ""
+    };
+    writeln!(out, "  audit               {audit}{synced}")
 }
 
 fn describe_rule(

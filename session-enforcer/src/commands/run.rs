@@ -62,7 +62,7 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
     let listener = config.metrics_listen.as_ref().map(http::bind).transpose();
     let listener = listener.map_err(bind_failure)?;
     // Its thread is to have no more privileges than the engine after the start.
-    let audit = privilege::unprivileged(|| Audit::open(&config.audit))?;
+    let audit = privilege::unprivileged(|| Audit::open(&config.audit, config.audit_sync))?;
     let audit = audit.map_err(audit_failure)?;
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()

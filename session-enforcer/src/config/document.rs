@@ -297,6 +297,12 @@ impl<'a> Field<'a> {
         Some(i128::from_str_radix(integer.as_str(), integer.radix()).unwrap_or(i128::MAX))
     }
 
+    /// The value, which must be true or false.
+    pub(super) fn truth(&self) -> Result<bool, ConfigError> {
+        let truth = self.value.as_bool();
+        truth.ok_or_else(|| self.not_allowed("true or false"))
+    }
+
     /// The value, which must be text that `parse` accepts.
     pub(super) fn parse<T>(
         &self,

@@ -94,6 +94,8 @@ pub struct Config {
     pub metrics_listen: Option<MetricsListen>,
     /// Where the audit records go.
     pub audit: AuditTarget,
+    /// Whether each record is to be on the disk before the next batch of resets is asked for.
+    pub audit_sync: bool,
     /// In order: the first that matches a connection decides. A rule's index is its number in the
     /// match table and in the sessions.
     pub rules: Vec<Rule>,
@@ -307,6 +309,7 @@ impl Config {
             reconcile_interval: DEFAULT_RECONCILE_INTERVAL,
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
             audit: AuditTarget::default(),
+            audit_sync: false,
             // As long as the rules, with which it is read side by side.
             users_at: vec![None; rules.len()],
             rules,

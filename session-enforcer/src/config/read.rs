@@ -45,7 +45,7 @@ pub(super) static TABLES: [Keys; 5] = [
     },
     Keys {
         header: "[audit]",
-        known: &["path"],
+        known: &["path", "sync"],
         later: &[],
     },
     Keys {
@@ -101,8 +101,11 @@ pub(super) fn config(document: &Document<'_>) -> Config {
     }
     let audit = table(&root, "audit", AUDIT);
     let path = |field: &Field<'_>| field.parse(ALLOWED_AUDIT, parse_audit);
-    if let Some(path) = audit.and_then(|audit| audit.read("path", path)) {
+    if let Some(path) = audit.as_ref().and_then(|audit| audit.read("path", path)) {
         config.audit = path;
+    }
+    if let Some(sync) = audit.and_then(|audit| audit.read("sync", Field::truth)) {
+        config.audit_sync = sync;
     }
     read_rules(&root, &mut config);
     config

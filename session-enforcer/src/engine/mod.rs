@@ -28,12 +28,12 @@ mod takeover;
 mod terminate;
 mod tracker;
 
-use std::{cell::Cell, io, rc::Rc, time::Duration};
+use std::{cell::Cell, io, rc::Rc, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{Instant, sleep_until},
 };
 
@@ -75,8 +75,8 @@ const CGROUPS_LOOK: Duration = Duration::from_millis(2);
 /// How many times as long as the answers to requests took none are given after them: anybody may ask.
 const ANSWERS_REST: u32 = 4;
 
-/// And at most so long: the daemon may have been stopped while it answered.
-const MOST_ANSWERS_REST: Duration = Duration::from_secs(1);
+/// The longest of these rests: a daemon that was stopped while it answered took long.
+const MAX_ANSWERS_REST: Duration = Duration::from_secs(1);
 
 /// Requests that are answered at once.
 const MAX_ANSWERS: usize = 64;
@@ -112,6 +112,8 @@ pub struct Engine {
     requests: mpsc::Receiver<Request>,
     /// Until when requests wait.
     answers_rest_until: Instant,
+    /// Told when records are on the disk.
+    audit_written: Arc<Notify>,
     signals: Signals,
     watch: Watch,
     manager: Rc<ServiceManager>,
@@ -159,6 +161,7 @@ impl Engine {
         reloading: Reloading,
     ) -> Result<Self> {
         let all_namespaces = reloading.config.network_namespaces == NetworkNamespaces::All;
+        let audit_written = parts.audit.written();
         let state = State::new(parts);
         let context = Context::new(state, channels.events, pool, cgroup, all_namespaces);
         Ok(Self {
@@ -175,6 +178,7 @@ impl Engine {
             timer: Timer::new().context("making a timer")?,
             requests: channels.requests,
             answers_rest_until: Instant::now(),
+            audit_written,
             signals: channels.signals,
             watch: Watch::default(),
             manager: Rc::new(ServiceManager::from_env().context("NOTIFY_SOCKET")?),
@@ -260,6 +264,7 @@ impl Engine {
                 self.cgroups_due = Some(self.cgroups_paused_until.get().max(Instant::now()));
             }
             owner::find_cgroups(&self.context);
+            self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
             self.timer.set(next_ns).context("setting the timer")?;
             tokio::select! {
@@ -291,7 +296,7 @@ impl Engine {
                     self.context.read_events()?;
                     self.note_attachment();
                     self.answer(requests);
-                    let rest = (began.elapsed() * ANSWERS_REST).min(MOST_ANSWERS_REST);
+                    let rest = (began.elapsed() * ANSWERS_REST).min(MAX_ANSWERS_REST);
                     self.answers_rest_until = Instant::now() + rest;
                 }
                 changed = self.watch.changed() => {
@@ -305,6 +310,7 @@ impl Engine {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
                 () = self.context.wake.notified() => {}
+                () = self.audit_written.notified() => {}
             }
         }
     }
@@ -312,7 +318,7 @@ impl Engine {
     /// When there is something to do next.
     fn next_ns(&self) -> Option<u64> {
         let state = self.context.state();
-        let may_end = state.is_enforcing && terminate::may_end_more(&self.context);
+        let may_end = state.is_enforcing && terminate::may_end_more(&self.context, &state);
         let due_ns = state.tracker.next_due_ns().filter(|_| may_end);
         let may_sync = state.is_enforcing && !state.hanging.is_diag_blocked;
         let sync_ns = state.backlog.next_sync_ns(state.has_room());
@@ -618,6 +624,7 @@ impl Reload {
                 now.metrics_listen != config.metrics_listen,
             ),
             ("audit.path", now.audit != config.audit),
+            ("audit.sync", now.audit_sync != config.audit_sync),
             ("daemon.pin_dir", now.pin_dir != config.pin_dir),
         ];
         let changed: Vec<&str> = changed

@@ -50,6 +50,7 @@ impl State {
     pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
         let session = &expired.session;
         let rule = &self.book.rules[usize::from(session.rule)];
+        let idle_since_ns = rule.policy.idle_since(session);
         let since = |then_ns: u64| Duration::from_nanos(at_ns.saturating_sub(then_ns));
         self.records.audit.termination(&Termination {
             cookie: expired.cookie,
@@ -60,6 +61,7 @@ impl State {
             end,
             limit: rule.limit(expired.reason, session),
             deadline_ns: expired.deadline_ns,
+            idle_since_ns,
             answered_ns: at_ns,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
@@ -71,7 +73,7 @@ impl State {
             outcome: end.outcome(),
             lateness: since(expired.deadline_ns),
             age: since(session.established_ns),
-            idle: since(session.last_activity_ns()),
+            idle: since(idle_since_ns),
         });
     }
 

@@ -86,7 +86,7 @@ type Lot = (u64, Way, Option<u64>);
 pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
     let mut looked_at = 0;
     let mut state = context.state();
-    while looked_at < super::state::MAX_PASS && may_end_more(context) && state.is_due() {
+    while looked_at < super::state::MAX_PASS && may_end_more(context, &state) && state.is_due() {
         let (late, count) = state.take_due(MAX_BATCH)?;
         looked_at += count;
         dispatch(context, &mut state, late)?;
@@ -98,9 +98,14 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// Whether another batch can be given away: the look at a session comes right before its reset.
-pub(super) fn may_end_more(context: &Context) -> bool {
-    context.resets_under_way.get() < AT_A_TIME
+/// Whether another batch can be given away: the look at a session comes right before its reset. Where the audit
+/// is synced, the records of the batch before are on the disk.
+pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
+    let (under_way, audit) = (context.resets_under_way.get(), &state.records.audit);
+    if audit.is_synced() {
+        return under_way == 0 && audit.is_written();
+    }
+    under_way < AT_A_TIME
 }
 
 /// Gives sessions that are late to reapers.

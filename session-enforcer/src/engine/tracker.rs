@@ -114,7 +114,7 @@ impl Tracker {
         }
     }
 
-    /// Forgets a session; the attempt to reset it whose answer did not come.
+    /// Forgets a session; the attempt to reset it whose answer did not come, or that was recorded as failed.
     pub(super) fn forget(&mut self, cookie: u64) -> Option<Expired> {
         if let Some(group) = self.schedule.remove(cookie) {
             self.sessions_of[usize::from(group.rule)] -= 1;
@@ -130,7 +130,9 @@ impl Tracker {
             return None;
         }
         match self.phases.remove(&cookie)?.phase {
-            Phase::Tried(tried) if tried.unanswered > 0 => Some(tried.expired),
+            Phase::Tried(tried) if tried.unanswered > 0 || tried.error.is_some() => {
+                Some(tried.expired)
+            }
             _ => None,
         }
     }
@@ -429,13 +431,13 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_was_refused_and_ends_by_itself_leaves_nothing_to_record() {
+    fn a_session_that_was_recorded_as_failed_and_ends_by_itself_is_recorded_as_gone() {
         let refused = expired(100);
         let mut tracker = Tracker::default();
         tracker.begin_reset(&refused);
         let tried = tracker.tried(7, &refused.session).unwrap();
-        (tried.asked, tried.refusals) = (0, 1);
-        assert_eq!(tracker.forget(7), None);
+        (tried.asked, tried.error) = (0, Some("refused".to_owned()));
+        assert_eq!(tracker.forget(7), Some(refused));
         assert!(tracker.phase_of_cookie(7).is_none());
     }
 

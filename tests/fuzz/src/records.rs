@@ -9,7 +9,7 @@ use session_enforcer::{
     engine::RuleBook,
     host::clock::WallClock,
     reaper::diag::{Queued, Target, wire},
-    report::audit::{End, Termination},
+    report::audit::{End, Place, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
@@ -126,12 +126,18 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         ]),
         limit: bytes.choice([None, Some(Duration::MAX), Some(Duration::ZERO)]),
         deadline_ns: bytes.value(),
+        idle_since_ns: bytes.value(),
         answered_ns,
         cgroup: bytes.choice([None, Some(name.as_str())]),
         user: bytes.choice([None, Some(name.as_str())]),
     };
+    let place = Place {
+        boot: "b007",
+        run_ns: 1,
+        sequence: 1,
+    };
     let mut out = Vec::new();
-    termination.write_json(&WallClock::now(), &mut out);
+    termination.write_json(&place, &WallClock::now(), &mut out);
     let line = String::from_utf8(out).expect("a record is text");
     assert_eq!(line.find('\n'), Some(line.len() - 1), "{line:?}");
     let record: Value = serde_json::from_str(&line).expect("a record is JSON");

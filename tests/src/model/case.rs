@@ -499,7 +499,8 @@ fn was_idle_enough(record: &Termination, rule: &Rule) -> bool {
 
 fn is_of_activity(record: &Termination, clocks: &Clocks) -> bool {
     let last = clocks.received.later(clocks.sent);
-    last.meets(&around(record.last_activity))
+    let told = record.last_activity;
+    told.is_none_or(|told| last.meets(&around(told)))
 }
 
 /// Whether two records of one daemon are of the same limit reached.

@@ -23,7 +23,8 @@ pub(super) struct Termination {
     /// When it was recorded.
     pub(super) at: Duration,
     pub(super) deadline: Duration,
-    pub(super) last_activity: Duration,
+    /// None where nothing is known to have passed.
+    pub(super) last_activity: Option<Duration>,
     /// None where it is not known.
     pub(super) established: Option<Duration>,
     /// In seconds; none where a change of the policy is the reason.
@@ -50,7 +51,12 @@ impl Termination {
             error: record.text("error.message").to_owned(),
             at: time("@timestamp"),
             deadline: time("session_enforcer.deadline"),
-            last_activity: time("session_enforcer.last_activity"),
+            last_activity: ["last_received", "last_sent", "established"]
+                .map(|key| format!("session_enforcer.{key}"))
+                .into_iter()
+                .filter(|path| is_there(path))
+                .map(|path| time(&path))
+                .max(),
             established: is_there(established).then(|| time(established)),
             limit: record.at("session_enforcer.limit_seconds").as_f64(),
             idle_seconds: record.number("session_enforcer.idle_seconds"),

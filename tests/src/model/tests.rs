@@ -154,7 +154,7 @@ fn outcome(rule: &str, reason: &str, deadline: u64, result: &str) -> String {
         "destination": {"port": 61_000, "bytes": 0},
         "session_enforcer": {
             "mode": "enforce", "result": result, "established": time(500),
-            "last_activity": time(1_000), "deadline": time(deadline), "limit_seconds": 1.0,
+            "last_received": time(1_000), "deadline": time(deadline), "limit_seconds": 1.0,
             "idle_seconds": 1.009, "lateness_seconds": 0.001,
         },
         "error": {"message": "the socket, which its process keeps locked"},

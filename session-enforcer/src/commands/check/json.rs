@@ -46,7 +46,7 @@ pub(super) fn report(
         "audit": { "path": match &config.audit {
             AuditTarget::Stdout => "-".to_owned(),
             AuditTarget::File(path) => path.display().to_string(),
-        } },
+        }, "sync": config.audit_sync },
         "rule": rules,
         "match_entries": config.match_entries(&owners).len(),
         "max_match_entries": MAX_MATCH_ENTRIES,

@@ -20,6 +20,7 @@ listen = "[::1]:80"
 
 [audit]
 path = "/var/log/audit.json"
+sync = true
 
 [[rule]]
 name = "postgres"
@@ -55,6 +56,7 @@ min_payload = 16
         reconcile_interval: Duration::from_secs(300),
         metrics_listen: Some(MetricsListen::Tcp("[::1]:80".parse().unwrap())),
         audit: AuditTarget::File("/var/log/audit.json".into()),
+        audit_sync: true,
         rules: vec![Rule {
             name: "postgres".into(),
             direction: Some(Direction::Inbound),
@@ -103,6 +105,7 @@ fn what_is_not_said_has_its_default() {
         reconcile_interval: Duration::from_secs(900),
         metrics_listen: Some(MetricsListen::Tcp("127.0.0.1:9847".parse().unwrap())),
         audit: AuditTarget::Stdout,
+        audit_sync: false,
         rules: vec![rule],
         users_at: vec![None],
         warnings: vec![],
@@ -138,7 +141,7 @@ fn an_unknown_key_gets_a_suggestion() {
         ),
         (
             "[audit]\nfile = ''\n",
-            "x.toml:2:1: audit.file: is not a known key; allowed here: \"path\"",
+            "x.toml:2:1: audit.file: is not a known key; allowed here: \"path\", \"sync\"",
         ),
         (
             "[[rule]]\nname = 'a'\nidle-timeout = '1s'\n",

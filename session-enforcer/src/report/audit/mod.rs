@@ -7,9 +7,10 @@
 mod record;
 mod writer;
 
-use std::time::Duration;
+use std::{fs, sync::Arc, time::Duration};
 
 use session_enforcer_common::{Reason, Session};
+use tokio::sync::Notify;
 
 use crate::{
     config::{AuditTarget, Mode},
@@ -111,6 +112,8 @@ pub struct Termination<'a> {
     pub limit: Option<Duration>,
     /// When it reached it, in nanoseconds of `CLOCK_BOOTTIME`.
     pub deadline_ns: u64,
+    /// Since when the idle clock of its rule runs, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub idle_since_ns: u64,
     /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
     pub answered_ns: u64,
     /// Path of the owner's cgroup, where it is known.
@@ -121,9 +124,20 @@ pub struct Termination<'a> {
 
 impl Termination<'_> {
     /// Appends the record, one line of JSON.
-    pub fn write_json(&self, clock: &WallClock, out: &mut Vec<u8>) {
-        record::termination(self, clock, out);
+    pub fn write_json(&self, place: &Place<'_>, clock: &WallClock, out: &mut Vec<u8>) {
+        record::termination(self, place, clock, out);
     }
+}
+
+/// Where a record stands: with it no two records are the same.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The kernel's name of this boot.
+    pub boot: &'a str,
+    /// When this daemon was started, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub run_ns: u64,
+    /// The number of the record in this run of the daemon, from 1 on.
+    pub sequence: u64,
 }
 
 /// The audit's writer.
@@ -131,7 +145,15 @@ impl Termination<'_> {
 pub struct Audit {
     writer: Writer,
     pending: Pending,
+    /// Whether records are to be on the disk before more is done.
+    is_synced: bool,
+    boot: String,
+    run_ns: u64,
+    sequence: u64,
 }
+
+/// The kernel's name of this boot, without its dashes.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Records that the writer does not have yet.
 #[derive(Debug, Default)]
@@ -141,44 +163,75 @@ struct Pending {
 }
 
 impl Audit {
-    /// Opens the audit.
+    /// Opens the audit. `is_synced` asks for each record on the disk.
     ///
     /// # Errors
     ///
     /// Where the file cannot be opened for appending.
-    pub fn open(target: &AuditTarget) -> Result<Self, AuditError> {
-        Ok(Self {
-            writer: Writer::open(target)?,
+    pub fn open(target: &AuditTarget, is_synced: bool) -> Result<Self, AuditError> {
+        Ok(Self::of(Writer::open(target, is_synced)?, is_synced))
+    }
+
+    fn of(writer: Writer, is_synced: bool) -> Self {
+        let boot = fs::read_to_string(BOOT_ID).unwrap_or_default();
+        Self {
+            writer,
             pending: Pending::default(),
-        })
+            is_synced,
+            boot: boot.trim().replace('-', ""),
+            run_ns: monotonic_ns(),
+            sequence: 0,
+        }
     }
 
     /// Records the end of a session.
     pub fn termination(&mut self, termination: &Termination<'_>) {
-        self.add(|clock, out| termination.write_json(clock, out));
+        self.add(|place, clock, out| termination.write_json(place, clock, out));
     }
 
     /// Records that the enforcement begins.
     pub fn started(&mut self) {
-        let now_ns = monotonic_ns();
-        self.add(|clock, out| record::lifecycle("enforcer-started", "start", clock, now_ns, out));
+        self.add(|place, clock, out| {
+            record::lifecycle("enforcer-started", "start", place, clock, out);
+        });
     }
 
     /// Records that a policy is in force from now on.
     pub fn policy_loaded(&mut self, mode: Mode, rules: &[String]) {
-        let now_ns = monotonic_ns();
-        self.add(|clock, out| record::policy(mode, rules, clock, now_ns, out));
+        self.add(|place, clock, out| record::policy(mode, rules, place, clock, out));
     }
 
     /// Records that the enforcement ends.
     pub fn stopped(&mut self) {
-        let now_ns = monotonic_ns();
-        self.add(|clock, out| record::lifecycle("enforcer-stopped", "end", clock, now_ns, out));
+        self.add(|place, clock, out| {
+            record::lifecycle("enforcer-stopped", "end", place, clock, out);
+        });
+    }
+
+    /// Whether records are to be on the disk before the next batch of resets is asked for.
+    pub fn is_synced(&self) -> bool {
+        self.is_synced
+    }
+
+    /// Whether everything that was recorded is written.
+    pub fn is_written(&self) -> bool {
+        self.pending.records == 0 && self.writer.is_idle()
+    }
+
+    /// Told each time that records were written, where they are synced.
+    pub fn written(&self) -> Arc<Notify> {
+        self.writer.written()
     }
 
     /// Adds the line that `write` appends.
-    fn add(&mut self, write: impl FnOnce(&WallClock, &mut Vec<u8>)) {
-        write(&WallClock::now(), &mut self.pending.bytes);
+    fn add(&mut self, write: impl FnOnce(&Place<'_>, &WallClock, &mut Vec<u8>)) {
+        self.sequence += 1;
+        let place = Place {
+            boot: &self.boot,
+            run_ns: self.run_ns,
+            sequence: self.sequence,
+        };
+        write(&place, &WallClock::now(), &mut self.pending.bytes);
         self.pending.records += 1;
         if self.pending.bytes.len() >= MAX_PENDING_BYTES {
             self.flush();

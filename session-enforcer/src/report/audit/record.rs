@@ -9,10 +9,10 @@ use std::{
 use serde::{Serialize, Serializer};
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
-use super::{End, Outcome, Termination, mode_name, reason_name};
+use super::{End, Outcome, Place, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
-    host::clock::{Moment, WallClock},
+    host::clock::{Moment, WallClock, monotonic_ns},
     reaper::diag::Queued,
 };
 
@@ -51,6 +51,8 @@ struct EventFields {
     /// Nanoseconds from establishment to this record.
     #[serde(skip_serializing_if = "Option::is_none")]
     duration: Option<u64>,
+    id: String,
+    sequence: u64,
 }
 
 #[derive(Serialize)]
@@ -118,7 +120,12 @@ struct TerminationFields<'a> {
     cgroup: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     established: Option<Moment>,
-    last_activity: Moment,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_received: Option<Moment>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_sent: Option<Moment>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    counted_from: Option<Moment>,
     deadline: Moment,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit_seconds: Option<f64>,
@@ -129,7 +136,12 @@ struct TerminationFields<'a> {
 }
 
 /// The end of a session.
-pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<u8>) {
+pub(super) fn termination(
+    t: &Termination<'_>,
+    place: &Place<'_>,
+    clock: &WallClock,
+    out: &mut Vec<u8>,
+) {
     let session = t.session;
     let (action, outcome, kind) = match t.end.outcome() {
         Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
@@ -148,6 +160,8 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<
             outcome,
             reason: Some(reason_name(t.reason)),
             duration: established_ns(session).map(|then| t.answered_ns.saturating_sub(then)),
+            id: termination_id(t, place.boot),
+            sequence: place.sequence,
         },
         rule: Some(RuleFields { name: t.rule }),
         network: Some(network(session)),
@@ -167,6 +181,16 @@ pub(super) fn termination(t: &Termination<'_>, clock: &WallClock, out: &mut Vec<
     write(&record, out);
 }
 
+/// The same for the end of a session, whoever records it.
+fn termination_id(t: &Termination<'_>, boot: &str) -> String {
+    let number = match t.end.outcome() {
+        Outcome::Reset | Outcome::Gone => 0,
+        Outcome::Failed | Outcome::Observed => t.answered_ns,
+    };
+    let established_ns = t.session.established_ns;
+    format!("{boot}-{:x}-{established_ns:x}-{number:x}", t.cookie)
+}
+
 fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {
     let session = t.session;
     TerminationFields {
@@ -176,10 +200,14 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
         netns: session.netns_cookie,
         cgroup: t.cgroup,
         established: established_ns(session).map(|then| clock.at(then)),
-        last_activity: clock.at(session.last_activity_ns()),
+        last_received: passed_ns(session, session.bytes_received, session.last_received_ns)
+            .map(|then| clock.at(then)),
+        last_sent: passed_ns(session, session.bytes_sent, session.last_sent_ns)
+            .map(|then| clock.at(then)),
+        counted_from: t.limit.map(|limit| clock.at(before(t.deadline_ns, limit))),
         deadline: clock.at(t.deadline_ns),
         limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
-        idle_seconds: seconds_between(session.last_activity_ns(), t.answered_ns),
+        idle_seconds: seconds_between(t.idle_since_ns, t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
         queued_bytes: match t.end {
             End::Reset(queued) => queued,
@@ -205,6 +233,18 @@ fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error
 /// daemon there is only the least age that it has, in the field of the same name.
 fn established_ns(session: &Session) -> Option<u64> {
     (!session.end_is_unreported()).then_some(session.established_ns)
+}
+
+/// When payload that counts last passed in a direction, where some has: until then the stamp is that of the
+/// establishment.
+fn passed_ns(session: &Session, bytes: u64, stamp_ns: u64) -> Option<u64> {
+    let is_stamped = session.end_is_unreported() || stamp_ns != session.established_ns;
+    (bytes > 0 && is_stamped).then_some(stamp_ns)
+}
+
+fn before(deadline_ns: u64, limit: Duration) -> u64 {
+    let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+    deadline_ns.saturating_sub(limit_ns)
 }
 
 /// Negative where `to_ns` is the earlier one: a reset before its deadline must not look punctual.
@@ -256,33 +296,37 @@ fn ip(address: Address) -> IpAddr {
 pub(super) fn lifecycle(
     action: &'static str,
     kind: &'static str,
+    place: &Place<'_>,
     clock: &WallClock,
-    now_ns: u64,
     out: &mut Vec<u8>,
 ) {
     let own = Own::Lifecycle {
         version: env!("CARGO_PKG_VERSION"),
     };
-    let record = own_record("process", action, kind, clock.at(now_ns), own);
-    write(&record, out);
+    write(&own_record("process", action, kind, place, clock, own), out);
 }
 
 /// The policy that is in force from now on.
 pub(super) fn policy(
     mode: Mode,
     rules: &[String],
+    place: &Place<'_>,
     clock: &WallClock,
-    now_ns: u64,
     out: &mut Vec<u8>,
 ) {
-    let version = env!("CARGO_PKG_VERSION");
     let own = Own::Policy {
-        version,
+        version: env!("CARGO_PKG_VERSION"),
         mode: mode_name(mode),
         rules,
     };
-    let now = clock.at(now_ns);
-    let record = own_record("configuration", "policy-loaded", "change", now, own);
+    let record = own_record(
+        "configuration",
+        "policy-loaded",
+        "change",
+        place,
+        clock,
+        own,
+    );
     write(&record, out);
 }
 
@@ -290,11 +334,12 @@ fn own_record<'a>(
     category: &'static str,
     action: &'static str,
     kind: &'static str,
-    timestamp: Moment,
+    place: &Place<'_>,
+    clock: &WallClock,
     own: Own<'a>,
 ) -> Record<'a> {
     Record {
-        timestamp,
+        timestamp: clock.at(monotonic_ns()),
         event: EventFields {
             kind: "event",
             category: [category],
@@ -303,6 +348,8 @@ fn own_record<'a>(
             outcome: Some("success"),
             reason: None,
             duration: None,
+            id: format!("{}-{:x}-{:x}", place.boot, place.run_ns, place.sequence),
+            sequence: place.sequence,
         },
         rule: None,
         network: None,

@@ -6,7 +6,10 @@ use std::{
 use proptest::prelude::*;
 use session_enforcer_common::{Address, Direction, Owner};
 
-use super::{writer::Output, *};
+use super::{
+    writer::{Output, Sink},
+    *,
+};
 
 fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
@@ -56,6 +59,7 @@ fn termination(session: &Session) -> Termination<'_> {
         })),
         limit: Some(Duration::from_secs(900)),
         deadline_ns: 901_003_000_000,
+        idle_since_ns: 1_003_000_000,
         answered_ns: 901_004_000_000,
         cgroup: Some("/system.slice/postgresql.service"),
         user: Some("postgres"),
@@ -65,8 +69,14 @@ fn termination(session: &Session) -> Termination<'_> {
 /// The wall clock is noon at the moment of the answer.
 fn line(termination: &Termination<'_>) -> String {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
-    written(|out| termination.write_json(&clock, out))
+    written(|out| termination.write_json(&PLACE, &clock, out))
 }
+
+const PLACE: Place<'_> = Place {
+    boot: "b007",
+    run_ns: 255,
+    sequence: 7,
+};
 
 /// The line that `write` appends, without its end.
 fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
@@ -84,7 +94,8 @@ fn an_inbound_ipv4_session_is_this_line() {
         concat!(
             r#"{"@timestamp":"2026-01-01T12:00:00.000000000Z","event":{"kind":"event","#,
             r#""category":["network"],"type":["end"],"action":"session-terminated","#,
-            r#""outcome":"success","reason":"idle_timeout","duration":900004000000},"#,
+            r#""outcome":"success","reason":"idle_timeout","duration":900004000000,"#,
+            r#""id":"b007-1267-3b9aca00-0","sequence":7},"#,
             r#""rule":{"name":"postgres"},"#,
             r#""network":{"transport":"tcp","type":"ipv4","direction":"inbound"},"#,
             r#""source":{"ip":"10.0.0.7","port":51234,"bytes":120},"#,
@@ -93,7 +104,8 @@ fn an_inbound_ipv4_session_is_this_line() {
             r#""session_enforcer":{"id":4711,"mode":"enforce","result":"reset","netns":3,"#,
             r#""cgroup":"/system.slice/postgresql.service","#,
             r#""established":"2026-01-01T11:44:59.996000000Z","#,
-            r#""last_activity":"2026-01-01T11:44:59.999000000Z","#,
+            r#""last_received":"2026-01-01T11:44:59.999000000Z","#,
+            r#""counted_from":"2026-01-01T11:44:59.999000000Z","#,
             r#""deadline":"2026-01-01T11:59:59.999000000Z","limit_seconds":900.0,"#,
             r#""idle_seconds":900.001,"lateness_seconds":0.001,"#,
             r#""queued_bytes":{"send":11,"receive":0}}}"#
@@ -174,7 +186,7 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
     let (session, noon) = (session(), 1_767_268_800_000_000_000);
     let record = |realtime_ns| -> serde_json::Value {
         let clock = WallClock::pair(realtime_ns, 901_004_000_000);
-        let line = written(|out| termination(&session).write_json(&clock, out));
+        let line = written(|out| termination(&session).write_json(&PLACE, &clock, out));
         serde_json::from_str(&line).unwrap()
     };
     let [before, after] = [record(noon), record(noon - YEAR)];
@@ -184,7 +196,7 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
         assert_eq!(own(&before, key), own(&after, key));
     }
     let year_before = |time: serde_json::Value| time.as_str().unwrap().replace("2026-", "2025-");
-    for key in ["established", "last_activity", "deadline"] {
+    for key in ["established", "last_received", "counted_from", "deadline"] {
         assert_eq!(year_before(own(&before, key)), own(&after, key));
     }
     assert_eq!(
@@ -214,7 +226,71 @@ fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
         !line.contains("established") && !line.contains("duration"),
         "{line}"
     );
-    assert!(line.contains(r#""last_activity":"2026-01-01T11:44:59.999000000Z""#));
+    assert!(line.contains(r#""last_received":"2026-01-01T11:44:59.999000000Z""#));
+    // Its stamp may be that of its least age.
+    assert!(line.contains(r#""last_sent":"2026-01-01T11:44:59.996000000Z""#));
+}
+
+#[test]
+fn what_has_never_passed_has_no_time() {
+    let silent = Session {
+        last_received_ns: session().established_ns,
+        bytes_received: 0,
+        ..session()
+    };
+    let too_small = Session {
+        bytes_received: 3,
+        ..silent
+    };
+    for session in [silent, too_small] {
+        let line = line(&termination(&session));
+        assert!(!line.contains("last_received"), "{line}");
+        assert!(!line.contains("last_sent"), "{line}");
+    }
+}
+
+#[test]
+fn of_a_limit_the_beginning_is_told_and_of_a_policy_s_change_there_is_none() {
+    let session = session();
+    let old = Termination {
+        reason: Reason::MaxLifetime,
+        limit: Some(Duration::from_secs(901)),
+        ..termination(&session)
+    };
+    let old = line(&old);
+    assert!(
+        old.contains(r#""counted_from":"2026-01-01T11:44:58.999000000Z""#),
+        "{old}"
+    );
+    let by_policy = line(&Termination {
+        reason: Reason::Policy,
+        limit: None,
+        ..termination(&session)
+    });
+    assert!(!by_policy.contains("counted_from"), "{by_policy}");
+}
+
+#[test]
+fn the_end_of_a_session_has_one_name_and_what_is_not_its_end_another_each_time() {
+    let session = session();
+    let id = |end, answered_ns| -> String {
+        let line = line(&Termination {
+            end,
+            answered_ns,
+            ..termination(&session)
+        });
+        let record: serde_json::Value = serde_json::from_str(&line).unwrap();
+        record["event"]["id"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(id(End::Reset(None), 1), id(End::Gone, 2));
+    let others = [
+        id(End::Reset(None), 1),
+        id(End::Failed("refused"), 1),
+        id(End::Failed("refused"), 2),
+        id(End::Observed, 3),
+    ];
+    let different: std::collections::BTreeSet<&String> = others.iter().collect();
+    assert_eq!(different.len(), others.len());
 }
 
 proptest! {
@@ -250,13 +326,18 @@ proptest! {
 #[test]
 fn the_daemon_s_own_records_name_version_and_rules() {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 0);
-    let started = written(|out| record::lifecycle("enforcer-started", "start", &clock, 0, out));
+    let started =
+        written(|out| record::lifecycle("enforcer-started", "start", &PLACE, &clock, out));
     let version = env!("CARGO_PKG_VERSION");
+    assert!(
+        started.contains(r#""id":"b007-ff-7","sequence":7}"#),
+        "{started}"
+    );
     assert!(started.ends_with(&format!(
         r#""session_enforcer":{{"version":"{version}"}}}}"#
     )));
     let rules = ["a".to_owned(), "b".to_owned()];
-    let policy = written(|out| record::policy(Mode::Observe, &rules, &clock, 0, out));
+    let policy = written(|out| record::policy(Mode::Observe, &rules, &PLACE, &clock, out));
     assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
     assert!(
         policy.contains(r#""mode":"observe","rules":["a","b"]"#),
@@ -267,6 +348,12 @@ fn the_daemon_s_own_records_name_version_and_rules() {
 /// Takes so many bytes, then fails until it is mended.
 #[derive(Clone, Default)]
 struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
+
+impl Sink for Disk {
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl Write for Disk {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -354,6 +441,12 @@ fn a_record_that_was_cut_is_ended_once() {
 /// A disk that stands still before it takes anything.
 struct Slow(Disk, Option<Duration>);
 
+impl Sink for Slow {
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Write for Slow {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(delay) = self.1.take() {
@@ -400,10 +493,7 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
 fn what_waits_to_be_handed_over_is_bounded() {
     let disk = Disk::with_room(usize::MAX);
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
-    let mut audit = Audit {
-        writer,
-        pending: Pending::default(),
-    };
+    let mut audit = Audit::of(writer, false);
     let session = session();
     for _ in 0..2_000 {
         audit.termination(&termination(&session));
@@ -417,10 +507,7 @@ fn what_waits_to_be_handed_over_is_bounded() {
 fn the_end_waits_for_the_last_record() {
     let disk = Disk::with_room(1000);
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
-    let mut audit = Audit {
-        writer,
-        pending: Pending::default(),
-    };
+    let mut audit = Audit::of(writer, false);
     audit.started();
     audit.policy_loaded(Mode::Enforce, &[]);
     audit.stopped();
@@ -432,37 +519,37 @@ fn the_end_waits_for_the_last_record() {
 fn a_file_is_appended_to_and_opened_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("audit.json");
-    std::fs::write(&path, "before\n").unwrap();
-    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
-    audit.add(|_, out| out.extend_from_slice(b"one\n"));
+    fs::write(&path, "before\n").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone()), false).unwrap();
+    audit.add(|_, _, out| out.extend_from_slice(b"one\n"));
     audit.flush();
     let moved = dir.path().join("audit.json.1");
-    std::fs::rename(&path, &moved).unwrap();
+    fs::rename(&path, &moved).unwrap();
     audit.reopen();
-    audit.add(|_, out| out.extend_from_slice(b"two\n"));
+    audit.add(|_, _, out| out.extend_from_slice(b"two\n"));
     audit.close();
-    assert_eq!(std::fs::read_to_string(moved).unwrap(), "before\none\n");
-    assert_eq!(std::fs::read_to_string(path).unwrap(), "two\n");
+    assert_eq!(fs::read_to_string(moved).unwrap(), "before\none\n");
+    assert_eq!(fs::read_to_string(path).unwrap(), "two\n");
 }
 
 #[test]
 fn a_line_that_an_earlier_run_or_the_same_one_left_open_is_ended() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("audit.json");
-    std::fs::write(&path, "cut").unwrap();
-    let mut audit = Audit::open(&AuditTarget::File(path.clone())).unwrap();
-    audit.add(|_, out| out.extend_from_slice(b"one\n"));
+    fs::write(&path, "cut").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone()), false).unwrap();
+    audit.add(|_, _, out| out.extend_from_slice(b"one\n"));
     audit.flush();
     audit.reopen();
-    audit.add(|_, out| out.extend_from_slice(b"two\n"));
+    audit.add(|_, _, out| out.extend_from_slice(b"two\n"));
     audit.close();
-    assert_eq!(std::fs::read_to_string(&path).unwrap(), "cut\none\ntwo\n");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "cut\none\ntwo\n");
 }
 
 #[test]
 fn a_file_that_cannot_be_opened_is_named() {
     let target = AuditTarget::File("/nowhere/audit.json".into());
-    let error = Audit::open(&target).unwrap_err().to_string();
+    let error = Audit::open(&target, false).unwrap_err().to_string();
     assert!(
         error.starts_with("audit.path: /nowhere/audit.json: "),
         "{error}"
@@ -475,19 +562,19 @@ fn a_fifo_is_written_to_where_somebody_reads_it_and_refused_where_nobody_does() 
     let path = dir.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let target = AuditTarget::File(path.clone());
-    let error = Audit::open(&target).unwrap_err().to_string();
+    let error = Audit::open(&target, false).unwrap_err().to_string();
     assert!(error.contains("nobody reads this FIFO"), "{error}");
-    let reads = std::thread::spawn(move || std::fs::read_to_string(path));
+    let reads = std::thread::spawn(move || fs::read_to_string(path));
     // Until the reader has come.
     let mut audit = loop {
-        match Audit::open(&target) {
+        match Audit::open(&target, false) {
             Ok(audit) => break audit,
             Err(_) => std::thread::yield_now(),
         }
     };
     // More than the pipe holds: the writer waits.
     let record = vec![b'x'; 200_000];
-    audit.add(|_, out| out.extend_from_slice(&record));
+    audit.add(|_, _, out| out.extend_from_slice(&record));
     audit.close();
     assert_eq!(reads.join().unwrap().unwrap().len(), record.len());
 }

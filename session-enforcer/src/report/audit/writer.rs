@@ -23,6 +23,7 @@ use nix::{
     unistd::{AccessFlags, faccessat},
 };
 use thiserror::Error;
+use tokio::sync::Notify;
 
 use crate::{
     config::AuditTarget,
@@ -123,22 +124,27 @@ pub(super) struct Writer {
     /// Whether the thread could not write the last records.
     failing: Arc<AtomicBool>,
     waiting_bytes: Arc<AtomicUsize>,
+    written: Arc<Notify>,
     /// Whether the last records were lost, which was logged then.
     overflowing: bool,
 }
 
 impl Writer {
-    pub(super) fn open(target: &AuditTarget) -> Result<Self, AuditError> {
-        match target {
+    pub(super) fn open(target: &AuditTarget, is_synced: bool) -> Result<Self, AuditError> {
+        let output = match target {
             AuditTarget::Stdout => {
                 let file = unbuffered_stdout().map_err(|source| AuditError::Open {
                     path: PathBuf::from("-"),
                     source,
                 })?;
-                Self::start(Output::new(file, None))
+                Output::new(file, None)
             }
-            AuditTarget::File(path) => Self::start(Output::open(path)?),
-        }
+            AuditTarget::File(path) => Output::open(path)?,
+        };
+        Self::start(Output {
+            is_synced,
+            ..output
+        })
     }
 
     pub(super) fn start(mut output: Output) -> Result<Self, AuditError> {
@@ -148,10 +154,13 @@ impl Writer {
         let failing = Arc::clone(&output.failing);
         let waiting_bytes = Arc::new(AtomicUsize::new(0));
         let waiting = Arc::clone(&waiting_bytes);
+        let written = Arc::new(Notify::new());
+        let told = output.is_synced.then(|| Arc::clone(&written));
         let work = move || {
             for task in queue {
                 output.perform(&task);
                 waiting.fetch_sub(task.len(), Ordering::Relaxed);
+                told.iter().for_each(|written| written.notify_one());
             }
             // Nobody listens where the daemon did not wait so long.
             let _ = finished.send(());
@@ -166,6 +175,7 @@ impl Writer {
             lost,
             failing,
             waiting_bytes,
+            written,
             overflowing: false,
         })
     }
@@ -191,9 +201,14 @@ impl Writer {
 
     fn send(&self, task: Task) -> bool {
         // Before the thread can take it off again.
-        self.waiting_bytes.fetch_add(task.len(), Ordering::Relaxed);
+        let bytes = task.len();
+        self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
         let sent = self.tasks.as_ref().map(|tasks| tasks.send(task));
-        matches!(sent, Some(Ok(())))
+        let is_sent = matches!(sent, Some(Ok(())));
+        if !is_sent {
+            self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        is_sent
     }
 
     /// Ends the thread when it has written everything.
@@ -202,6 +217,15 @@ impl Writer {
         if self.done.recv_timeout(CLOSE_TIMEOUT).is_err() {
             tracing::error!("the audit is not written to its end: its writer does not keep up");
         }
+    }
+
+    /// Whether the thread has nothing to write.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting_bytes.load(Ordering::Relaxed) == 0
+    }
+
+    pub(super) fn written(&self) -> Arc<Notify> {
+        Arc::clone(&self.written)
     }
 
     pub(super) fn lost(&self) -> u64 {
@@ -250,13 +274,31 @@ fn ends_mid_line(file: &File, path: &Path) -> io::Result<bool> {
 
 /// Where the records go, and what became of them.
 pub(super) struct Output {
-    sink: Box<dyn Write + Send>,
+    sink: Box<dyn Sink>,
     path: Option<PathBuf>,
     lost: Arc<AtomicU64>,
     /// Whether a record was cut in the middle.
     mid_line: bool,
     /// Whether the last write failed, which was logged then.
     failing: Arc<AtomicBool>,
+    /// Whether each write is to reach the disk.
+    is_synced: bool,
+}
+
+/// Where records are written to.
+pub(super) trait Sink: Write + Send {
+    /// Waits until everything is on the disk.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl Sink for File {
+    fn sync(&self) -> io::Result<()> {
+        match self.sync_data() {
+            // A pipe or a terminal, which keeps nothing (fsync(2)).
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            synced => synced,
+        }
+    }
 }
 
 impl Output {
@@ -275,13 +317,14 @@ impl Output {
     }
 
     /// `sink` keeps no buffer: what it took is written.
-    pub(super) fn new(sink: impl Write + Send + 'static, path: Option<PathBuf>) -> Self {
+    pub(super) fn new(sink: impl Sink + 'static, path: Option<PathBuf>) -> Self {
         Self {
             sink: Box::new(sink),
             path,
             lost: Arc::default(),
             mid_line: false,
             failing: Arc::default(),
+            is_synced: false,
         }
     }
 
@@ -308,6 +351,10 @@ impl Output {
                 write_some(&mut self.sink, bytes)
             }
             Err(error) => (0, Err(error)),
+        };
+        let result = match result {
+            Ok(()) if self.is_synced => self.sink.sync(),
+            result => result,
         };
         if let Some(last) = bytes[..written].last() {
             self.mid_line = *last != b'\n';
