@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 
 use crate::{
-    Ancestors, Owner, Session, Table,
+    Ancestors, JournalEntry, Owner, Session, Table,
     table::{Bucket, CLAIMED, Key, TableHead, buckets_for},
 };
 
@@ -73,6 +73,22 @@ pub const LAYOUT: u32 = {
     let hash = number(hash, buckets_for(1_000) as usize);
     let hash = number(hash, (CLAIMED >> 48) as usize);
     let hash = places(hash, Key(0x0123_4567_89ab_cdef));
+    let hash = layout!(
+        hash,
+        JournalEntry {
+            session,
+            cookie,
+            deadline_ns,
+            reached_ns,
+            limit_ns,
+            idle_since_ns,
+            answered_ns,
+            is_used,
+            reason,
+            was_gone,
+            rule,
+        }
+    );
     layout!(
         hash,
         Table {

@@ -10,6 +10,7 @@
 
 mod counters;
 mod event;
+mod journal;
 mod layout;
 mod matching;
 mod owner;
@@ -21,6 +22,7 @@ pub mod table;
 
 pub use counters::{ErrorKind, RuleCounters, Way};
 pub use event::{Event, EventError, EventKind};
+pub use journal::{JournalEntry, MAX_JOURNAL, MAX_RULE_NAME};
 pub use layout::LAYOUT;
 pub use matching::{
     Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, first_possible, matches,

@@ -11,8 +11,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Event, MAX_CGROUPS, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner,
-    Policy, PortFilters, RuleCounters, Session, Table, Way,
+    Ancestors, ErrorKind, Event, JournalEntry, MAX_CGROUPS, MAX_JOURNAL, MAX_MATCH_ENTRIES,
+    MAX_RULES, MatchEntry, Owner, Policy, PortFilters, RuleCounters, Session, Table, Way,
     table::{Bucket, Exchange, Key, MAX_REQUESTS, TableHead},
 };
 
@@ -36,6 +36,14 @@ pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
 pub(crate) static EXCHANGES: Array<
     Exchange,
     { MAX_REQUESTS as usize },
+    { BPF_F_MMAPABLE as usize },
+> = Array::new();
+
+/// What the daemon is about to reset, which outlives it. No program looks at it.
+#[btf_map]
+pub(crate) static JOURNAL: Array<
+    JournalEntry,
+    { MAX_JOURNAL as usize },
     { BPF_F_MMAPABLE as usize },
 > = Array::new();
 

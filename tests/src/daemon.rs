@@ -687,9 +687,14 @@ impl Drop for Daemon {
     }
 }
 
-/// The records of an audit file. Its last line may be half written.
-pub(crate) fn records(path: &Path) -> Result<Vec<Record>> {
+/// The records of an audit file. Its last line may be half written, and a daemon that was killed may have cut one.
+///
+/// # Errors
+///
+/// Where a whole line is not JSON.
+pub fn records(path: &Path) -> Result<Vec<Record>> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    whole.lines().map(Record::parse).collect()
+    let written = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let whole = written.lines().filter(|line| line.ends_with('}'));
+    whole.map(Record::parse).collect()
 }

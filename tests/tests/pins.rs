@@ -20,7 +20,7 @@ use session_enforcer_tests::{
 };
 
 /// Those of a running daemon: each of its programs, and the maps that outlive it.
-const PINS: usize = PROGRAMS as usize + 6;
+const PINS: usize = PROGRAMS as usize + 7;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 

@@ -49,6 +49,7 @@ fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
         [
             "ANCESTORS",
             "BUCKETS",
+            "JOURNAL",
             "MATCH_TABLES",
             "OWNERS",
             "SESSIONS",

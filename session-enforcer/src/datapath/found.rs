@@ -9,12 +9,13 @@ use std::{
 
 use aya::maps::{Array, Map, MapData};
 use session_enforcer_common::{
-    Ancestors, MAX_CGROUPS, Owner, Session, Table,
+    Ancestors, JournalEntry, MAX_CGROUPS, MAX_JOURNAL, Owner, Session, Table,
     table::{Bucket, TableHead, WAYS, buckets_for},
 };
 
 use super::{
     attach::PROGRAMS,
+    journal::JOURNAL,
     pin_error::PinError,
     session_table::{self, BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind, LinkInfo, MapInfo},
@@ -49,7 +50,7 @@ const OWNERS_FLAGS: u32 = 0x201;
 /// Every map that is pinned. What an earlier daemon's rules are is not among them: the new daemon's
 /// programs have tables of their own from the moment on at which they take the place of the others,
 /// so that no rule is ever looked up in the tables of another policy.
-pub(super) const MAPS: [PinnedMap; 6] = [
+pub(super) const MAPS: [PinnedMap; 7] = [
     PinnedMap {
         name: BUCKETS,
         map_type: ARRAY,
@@ -94,6 +95,15 @@ pub(super) const MAPS: [PinnedMap; 6] = [
         value_bytes: size_of::<Ancestors>(),
         flags: 0,
         elements: Some(MAX_CGROUPS),
+        is_shared: true,
+    },
+    PinnedMap {
+        name: JOURNAL,
+        map_type: ARRAY,
+        key_bytes: size_of::<u32>(),
+        value_bytes: size_of::<JournalEntry>(),
+        flags: MMAPABLE,
+        elements: Some(MAX_JOURNAL),
         is_shared: true,
     },
     // Its generations: the next daemon's have to be others.

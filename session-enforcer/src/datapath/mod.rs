@@ -7,6 +7,7 @@ mod bpffs;
 mod events;
 mod found;
 mod inherit;
+mod journal;
 mod pin_error;
 mod pins;
 mod port_filter;
@@ -17,6 +18,7 @@ use std::{
     io,
     os::fd::{AsFd as _, AsRawFd},
     path::Path,
+    sync::Arc,
 };
 
 use aya::{
@@ -35,6 +37,7 @@ pub use bpf_error::{BpfError, Holder};
 pub use bpffs::{Bpffs, find as find_bpffs};
 pub use events::{Events, KernelLog};
 pub use inherit::Inherited;
+pub use journal::{Journal, Place};
 pub use pin_error::PinError;
 pub use pins::PinDir;
 
@@ -96,6 +99,7 @@ pub struct Kernel {
     ports: Ports,
     owners: SkStorage<MapData, Owner>,
     ancestors: HashMap<MapData, u64, Ancestors>,
+    journal: Arc<Journal>,
     /// Index of the match table in force.
     active: u32,
     /// Number of places of rules that are in use.
@@ -164,6 +168,7 @@ impl Kernel {
             ports: Ports::new(take_map(&mut ebpf, port_filter::SECTION)?),
             owners: take_map(&mut ebpf, "OWNERS")?,
             ancestors: take_map(&mut ebpf, "ANCESTORS")?,
+            journal: take_journal(&mut ebpf)?,
             active: 0,
             places: 0,
             ebpf,
@@ -266,6 +271,11 @@ impl Kernel {
             .map_err(map_error(session_table::TABLE))?;
         // Below 0 for a moment where what is pinned counts too few.
         Ok(head.sessions.cast_signed().max(0).cast_unsigned())
+    }
+
+    /// The journal of resets.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.journal
     }
 
     /// The session as the kernel has it now.
@@ -514,6 +524,13 @@ fn session_table(ebpf: &mut Ebpf, bucket_count: u32) -> Result<SessionTable, Bpf
     program
         .and_then(|program| SessionTable::new(program, &exchanges, buckets, bucket_count))
         .map_err(BpfError::Table)
+}
+
+fn take_journal(ebpf: &mut Ebpf) -> Result<Arc<Journal>, BpfError> {
+    match ebpf.take_map(journal::JOURNAL) {
+        Some(Map::Array(map)) => Journal::new(&map).map_err(BpfError::Table),
+        _ => Err(BpfError::Missing(journal::JOURNAL)),
+    }
 }
 
 fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {

@@ -291,14 +291,19 @@ fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
 }
 
 /// The elements of a map in this process's memory. Not to be shared between threads.
-struct Mapping<T> {
+#[derive(Debug)]
+pub(super) struct Mapping<T> {
     start: NonNull<T>,
     elements: usize,
     bytes: NonZeroUsize,
 }
 
 impl<T> Mapping<T> {
-    fn new(map: BorrowedFd<'_>, elements: usize, protection: ProtFlags) -> io::Result<Self> {
+    pub(super) fn new(
+        map: BorrowedFd<'_>,
+        elements: usize,
+        protection: ProtFlags,
+    ) -> io::Result<Self> {
         let bytes = elements
             .checked_mul(size_of::<T>())
             .and_then(NonZeroUsize::new)
@@ -312,7 +317,7 @@ impl<T> Mapping<T> {
         })
     }
 
-    fn at(&self, index: usize) -> *mut T {
+    pub(super) fn at(&self, index: usize) -> *mut T {
         assert!(index < self.elements, "an element of the mapping");
         // SAFETY: within the mapping.
         unsafe { self.start.add(index).as_ptr() }

@@ -17,6 +17,7 @@ pub mod directory;
 mod fixtures;
 mod handles;
 mod hanging;
+mod journal;
 mod judge;
 mod owner;
 mod records;
@@ -241,6 +242,7 @@ impl Engine {
             _ => state.stop().context("detaching the programs"),
         };
         state.records.audit.close();
+        state.kernel.journal().close();
         result.and(stopped)
     }
 

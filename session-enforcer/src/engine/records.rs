@@ -1,16 +1,14 @@
 //! What people see: audit records, counters, and what is wrong now. A termination is recorded and counted
 //! in one place.
 
-use std::time::Duration;
-
 use super::{judge::Expired, state::State};
 use crate::{
     config::Config,
     host::clock::monotonic_ns,
     report::{
-        audit::{Audit, End, Termination},
+        audit::{Audit, End, Outcome, Receipt, Termination},
         health::{Health, Trouble},
-        metrics::{Ended, Metrics},
+        metrics::Metrics,
     },
 };
 
@@ -38,6 +36,13 @@ impl Records {
         self.audit.flush();
     }
 
+    /// Writes the record of a termination and counts it: the one place where either is done. The receipt is
+    /// dropped when the record is written.
+    pub(super) fn termination(&mut self, termination: &Termination<'_>, receipt: Option<Receipt>) {
+        self.audit.termination(termination, receipt);
+        self.metrics.ended(termination);
+    }
+
     /// Records that a policy is in force.
     pub(super) fn policy_loaded(&mut self, config: &Config) {
         let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
@@ -46,13 +51,19 @@ impl Records {
 }
 
 impl State {
-    /// Writes the audit record and counts: the one place where either is done.
+    /// Records what became of a session.
     pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
+        let outcome = end.outcome();
+        let place = match outcome {
+            Outcome::Reset | Outcome::Gone => self.tracker.take_place(expired),
+            Outcome::Failed | Outcome::Observed => None,
+        };
+        if let Some(place) = &place {
+            place.answer(outcome == Outcome::Gone, at_ns);
+        }
         let session = &expired.session;
         let rule = &self.book.rules[usize::from(session.rule)];
-        let idle_since_ns = rule.policy.idle_since(session);
-        let since = |then_ns: u64| Duration::from_nanos(at_ns.saturating_sub(then_ns));
-        self.records.audit.termination(&Termination {
+        let termination = Termination {
             cookie: expired.cookie,
             session,
             rule: &rule.name,
@@ -61,20 +72,13 @@ impl State {
             end,
             limit: rule.limit(expired.reason, session),
             deadline_ns: expired.deadline_ns,
-            idle_since_ns,
+            idle_since_ns: rule.policy.idle_since(session),
             answered_ns: at_ns,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
-        });
-        self.records.metrics.ended(&Ended {
-            rule: usize::from(session.rule),
-            reason: expired.reason,
-            mode: rule.mode,
-            outcome: end.outcome(),
-            lateness: since(expired.deadline_ns),
-            age: since(session.established_ns),
-            idle: since(idle_since_ns),
-        });
+        };
+        let receipt = place.map(|place| Box::new(place) as Receipt);
+        self.records.termination(&termination, receipt);
     }
 
     /// Records a session that was gone when it was to be destroyed.

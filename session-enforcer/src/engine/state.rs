@@ -267,9 +267,10 @@ impl State {
     /// by itself: nobody knows.
     pub(super) fn forget(&mut self, cookie: u64) {
         let netns_cookie = self.tracker.group(cookie).map(|group| group.netns_cookie);
-        if let Some(expired) = self.tracker.forget(cookie) {
+        if let Some(expired) = self.tracker.unrecorded(cookie) {
             self.record_gone(&expired);
         }
+        self.tracker.forget(cookie);
         if let Some(netns_cookie) = netns_cookie {
             self.give_up_if_unused(netns_cookie);
         }

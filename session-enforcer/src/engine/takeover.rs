@@ -8,6 +8,7 @@ use anyhow::Result;
 use super::{
     ask,
     context::Context,
+    journal,
     owner::MAX_COMPARISONS,
     state::State,
     sync::{Aim, sync},
@@ -36,6 +37,7 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         let own = context.state().handles.own();
         let only = (!context.all_namespaces).then_some(own);
         context.state().schedule_inherited(only)?;
+        journal::recover(context).await?;
     }
     if is_stopped {
         // Nothing was attached since the earlier daemon ended: no packet is to meet a session with the

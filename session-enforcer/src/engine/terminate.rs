@@ -139,6 +139,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
         }
         for expired in &lot {
             state.tracker.begin_reset(expired);
+            state.note_reset(expired);
         }
         let batch = Batch {
             netns_cookie,
@@ -826,6 +827,7 @@ impl State {
             return;
         };
         tried.unanswered = 0;
+        tried.place = None;
         let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
         tried.refusals += 1;
         let is_recorded = tried.error.as_deref() == Some(error);

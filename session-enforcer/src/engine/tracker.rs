@@ -1,12 +1,15 @@
 //! Which sessions there are, when each is to be looked at, and what is out of the ordinary about it.
 //! Pure: no clock, no I/O.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use session_enforcer_common::{Event, Session};
 
 use super::judge::Expired;
-use crate::engine::schedule::{Group, Schedule};
+use crate::{
+    datapath::Place,
+    engine::schedule::{Group, Schedule},
+};
 
 /// What is out of the ordinary about a session. Most have none.
 #[derive(Clone, Debug)]
@@ -51,9 +54,20 @@ pub(super) struct Tried {
     pub(super) error: Option<String>,
     /// Whether the reset hangs on the socket's lock.
     pub(super) is_quarantined: bool,
+    /// Where the journal has it, if it does.
+    pub(super) place: Option<Arc<Place>>,
 }
 
 impl Tried {
+    /// An earlier daemon had asked, and has gone with the answer.
+    pub(super) fn unanswered(expired: Expired, place: Arc<Place>) -> Self {
+        Self {
+            unanswered: 1,
+            place: Some(place),
+            ..Self::new(expired)
+        }
+    }
+
     fn new(expired: Expired) -> Self {
         Self {
             expired,
@@ -62,6 +76,7 @@ impl Tried {
             refusals: 0,
             error: None,
             is_quarantined: false,
+            place: None,
         }
     }
 }
@@ -114,22 +129,22 @@ impl Tracker {
         }
     }
 
-    /// Forgets a session; the attempt to reset it whose answer did not come, or that was recorded as failed.
-    pub(super) fn forget(&mut self, cookie: u64) -> Option<Expired> {
+    /// Forgets a session. Where an answer is still to come, that tells what became of it.
+    pub(super) fn forget(&mut self, cookie: u64) {
         if let Some(group) = self.schedule.remove(cookie) {
             self.sessions_of[usize::from(group.rule)] -= 1;
         }
-        // Most have nothing, and an empty map need not work out a hash for each that ends.
-        if self.phases.is_empty() {
-            return None;
+        let is_asked = |phase: &Phase| matches!(phase, Phase::Tried(tried) if tried.asked > 0);
+        if !self.phase_of_cookie(cookie).is_some_and(is_asked) {
+            self.clear_phase(cookie);
         }
-        if let Phase::Tried(tried) = &self.phases.get(&cookie)?.phase
-            && tried.asked > 0
-        {
-            // The answer that is still to come tells what became of it.
-            return None;
-        }
-        match self.phases.remove(&cookie)?.phase {
+    }
+
+    /// The attempt to reset a session whose answer did not come, or that was recorded as failed: its end is to be
+    /// recorded.
+    pub(super) fn unrecorded(&self, cookie: u64) -> Option<Expired> {
+        match self.phase_of_cookie(cookie)? {
+            Phase::Tried(tried) if tried.asked > 0 => None,
             Phase::Tried(tried) if tried.unanswered > 0 || tried.error.is_some() => {
                 Some(tried.expired)
             }
@@ -145,6 +160,10 @@ impl Tracker {
 
     /// The same, whichever session the cookie stands for.
     pub(super) fn phase_of_cookie(&self, cookie: u64) -> Option<&Phase> {
+        // Most have nothing, and an empty map need not work out a hash for each that ends.
+        if self.phases.is_empty() {
+            return None;
+        }
         self.phases.get(&cookie).map(|entry| &entry.phase)
     }
 
@@ -209,6 +228,11 @@ impl Tracker {
             Phase::Tried(tried) if entry.established_ns == session.established_ns => Some(tried),
             _ => None,
         }
+    }
+
+    /// Where the journal has a session that was asked about, for its record. Nobody else frees the place then.
+    pub(super) fn take_place(&mut self, expired: &Expired) -> Option<Arc<Place>> {
+        self.tried(expired.cookie, &expired.session)?.place.take()
     }
 
     /// Whether an answer is still to come about a reset that does not hang.
@@ -339,7 +363,8 @@ mod tests {
         tracker.add(7, group(0), 30);
         assert_eq!((tracker.sessions_of(), tracker.len()), (&[1, 0, 1][..], 2));
         assert_eq!(tracker.take_due(20, 9), [8]);
-        assert!(tracker.forget(7).is_none() && tracker.forget(7).is_none());
+        tracker.forget(7);
+        tracker.forget(7);
         assert_eq!(tracker.sessions_of(), [0, 0, 1]);
         assert!(tracker.has_sessions_in(3) && !tracker.contains(7));
     }
@@ -421,12 +446,14 @@ mod tests {
         let mut tracker = Tracker::default();
         tracker.begin_reset(&asked);
         // The event of its end comes before the reaper's answer.
-        assert_eq!(tracker.forget(7), None);
+        assert_eq!(tracker.unrecorded(7), None);
+        tracker.forget(7);
         let tried = tracker.tried(7, &asked.session).unwrap();
         assert_eq!(tried.asked, 1);
         (tried.asked, tried.unanswered) = (0, 1);
         // Nobody will tell what became of it.
-        assert_eq!(tracker.forget(7), Some(asked));
+        assert_eq!(tracker.unrecorded(7), Some(asked));
+        tracker.forget(7);
         assert!(tracker.phase_of_cookie(7).is_none());
     }
 
@@ -437,7 +464,8 @@ mod tests {
         tracker.begin_reset(&refused);
         let tried = tracker.tried(7, &refused.session).unwrap();
         (tried.asked, tried.error) = (0, Some("refused".to_owned()));
-        assert_eq!(tracker.forget(7), Some(refused));
+        assert_eq!(tracker.unrecorded(7), Some(refused));
+        tracker.forget(7);
         assert!(tracker.phase_of_cookie(7).is_none());
     }
 

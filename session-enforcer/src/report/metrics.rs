@@ -18,7 +18,7 @@ use crate::{
     config::Mode,
     reaper::pool::Counts,
     report::{
-        audit::{Outcome, mode_name, reason_name},
+        audit::{Outcome, Termination, mode_name, reason_name},
         health::Trouble,
     },
 };
@@ -115,25 +115,6 @@ pub struct KernelSnapshot {
     pub quarantined: usize,
     /// The reapers.
     pub reapers: Counts,
-}
-
-/// The end of a session, for the counters and histograms.
-#[derive(Clone, Copy, Debug)]
-pub struct Ended {
-    /// Index of its rule.
-    pub rule: usize,
-    /// Which limit it reached.
-    pub reason: Reason,
-    /// Whether the rule enforces or observes.
-    pub mode: Mode,
-    /// What became of it.
-    pub outcome: Outcome,
-    /// From the deadline to the kernel's answer.
-    pub lateness: Duration,
-    /// From establishment to the kernel's answer.
-    pub age: Duration,
-    /// From the last activity to the kernel's answer.
-    pub idle: Duration,
 }
 
 /// Every metric.
@@ -433,22 +414,23 @@ impl Metrics {
     }
 
     /// Counts the end of a session, or what would have been its end.
-    pub fn ended(&self, ended: &Ended) {
-        let Some(rule) = self.rules.get(ended.rule) else {
-            return;
-        };
+    pub fn ended(&self, ended: &Termination<'_>) {
         let (reason, mode) = (reason_name(ended.reason), mode_name(ended.mode));
+        let outcome = ended.end.outcome();
         self.terminations
-            .with_label_values(&[rule, reason, mode, ended.outcome.name()])
+            .with_label_values(&[ended.rule, reason, mode, outcome.name()])
             .inc();
-        if ended.outcome == Outcome::Reset {
-            self.lateness.observe(ended.lateness.as_secs_f64());
+        if outcome == Outcome::Reset {
+            let since = |then_ns: u64| {
+                Duration::from_nanos(ended.answered_ns.saturating_sub(then_ns)).as_secs_f64()
+            };
+            self.lateness.observe(since(ended.deadline_ns));
             self.age
-                .with_label_values(&[rule])
-                .observe(ended.age.as_secs_f64());
+                .with_label_values(&[ended.rule])
+                .observe(since(ended.session.established_ns));
             self.idle
-                .with_label_values(&[rule])
-                .observe(ended.idle.as_secs_f64());
+                .with_label_values(&[ended.rule])
+                .observe(since(ended.idle_since_ns));
         }
     }
 
@@ -652,6 +634,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::report::audit::{self, End};
 
     fn metrics() -> Metrics {
         let rules = [
@@ -795,17 +778,14 @@ mod tests {
     #[test]
     fn only_a_reset_has_a_lateness() {
         let metrics = metrics();
-        let ended = |outcome| Ended {
-            rule: 0,
-            reason: Reason::IdleTimeout,
-            mode: Mode::Enforce,
-            outcome,
-            lateness: Duration::from_micros(700),
-            age: Duration::from_secs(1000),
-            idle: Duration::from_secs(900),
+        let session = audit::tests::session();
+        let ended = |end| Termination {
+            rule: "pg",
+            end,
+            ..audit::tests::termination(&session)
         };
-        metrics.ended(&ended(Outcome::Reset));
-        metrics.ended(&ended(Outcome::Failed));
+        metrics.ended(&ended(End::Reset(None)));
+        metrics.ended(&ended(End::Failed("refused")));
         let text = metrics.render(&snapshot(0, 0, 0)).unwrap();
         assert!(has(
             &text,

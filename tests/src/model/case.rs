@@ -167,8 +167,8 @@ impl Case<'_> {
         records.filter(|record| record.result == "reset")
     }
 
-    /// Whether the record of a reset may have gone with a daemon that was killed. The reset that a reaper hangs
-    /// in comes when the lock is let go of, whatever has become of its daemon.
+    /// Whether nobody may have heard of a reset: its daemon was killed, and the next one has found the session gone.
+    /// The reset that a reaper hangs in comes when the lock is let go of, whatever has become of its daemon.
     fn may_be_unrecorded(&self, broken: Span) -> bool {
         let timeline = &self.seen.timeline;
         let recent = |end: &Span| Span {
@@ -187,10 +187,10 @@ impl Case<'_> {
             };
             hung_until.meets(&broken) && ends.any(|end| lock.meets(&recent(end)))
         });
-        hung || timeline
-            .kills
-            .iter()
-            .any(|kill| broken.meets(&recent(kill)))
+        let mut kills = timeline.kills.iter();
+        let was_killed = kills.any(|kill| broken.meets(&recent(kill)));
+        let mut records = self.records.iter();
+        hung || was_killed && records.any(|(_, record)| record.result == "gone")
     }
 
     /// Whether a session was reset by a reaper that was killed, or stands still, before it could say so: the daemon

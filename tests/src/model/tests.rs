@@ -231,7 +231,8 @@ fn a_reset_of_what_is_not_enforced_is_found() {
 }
 
 #[test]
-fn a_reset_without_a_record_is_only_right_where_a_daemon_was_killed() {
+fn a_reset_without_a_record_is_wrong_and_where_a_daemon_was_killed_the_next_one_records_it() {
+    let killed = |run: &mut Run| run.timeline.kills.push(Span::at(ms(2_010)));
     let unrecorded = |run: &mut Run| {
         run.records.clear();
         run.counted = 0;
@@ -239,7 +240,13 @@ fn a_reset_without_a_record_is_only_right_where_a_daemon_was_killed() {
     Run::with(unrecorded).assert_wrong("no record says so");
     Run::with(|run| {
         unrecorded(run);
-        run.timeline.kills.push(Span::at(ms(2_010)));
+        killed(run);
+    })
+    .assert_wrong("no record says so");
+    Run::with(|run| {
+        run.records = vec![outcome("r", "idle_timeout", 2_008, "gone")];
+        run.counted = 0;
+        killed(run);
     })
     .assert_right();
 }

@@ -7,7 +7,7 @@
 mod record;
 mod writer;
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, fs, path::PathBuf, sync::Arc, time::Duration};
 
 use session_enforcer_common::{Reason, Session};
 use tokio::sync::Notify;
@@ -145,6 +145,8 @@ pub struct Place<'a> {
 pub struct Audit {
     writer: Writer,
     pending: Pending,
+    /// The file, where it is one.
+    path: Option<PathBuf>,
     /// Whether records are to be on the disk before more is done.
     is_synced: bool,
     boot: String,
@@ -155,11 +157,15 @@ pub struct Audit {
 /// The kernel's name of this boot, without its dashes.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
+/// What is dropped when a record is written.
+pub type Receipt = Box<dyn fmt::Debug + Send>;
+
 /// Records that the writer does not have yet.
 #[derive(Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
     records: u64,
+    receipts: Vec<Receipt>,
 }
 
 impl Audit {
@@ -169,7 +175,14 @@ impl Audit {
     ///
     /// Where the file cannot be opened for appending.
     pub fn open(target: &AuditTarget, is_synced: bool) -> Result<Self, AuditError> {
-        Ok(Self::of(Writer::open(target, is_synced)?, is_synced))
+        let path = match target {
+            AuditTarget::Stdout => None,
+            AuditTarget::File(path) => Some(path.clone()),
+        };
+        Ok(Self {
+            path,
+            ..Self::of(Writer::open(target, is_synced)?, is_synced)
+        })
     }
 
     fn of(writer: Writer, is_synced: bool) -> Self {
@@ -177,6 +190,7 @@ impl Audit {
         Self {
             writer,
             pending: Pending::default(),
+            path: None,
             is_synced,
             boot: boot.trim().replace('-', ""),
             run_ns: monotonic_ns(),
@@ -184,9 +198,31 @@ impl Audit {
         }
     }
 
-    /// Records the end of a session.
-    pub fn termination(&mut self, termination: &Termination<'_>) {
+    /// Records the end of a session. The receipt is dropped when the record is written, or lost.
+    pub fn termination(&mut self, termination: &Termination<'_>, receipt: Option<Receipt>) {
+        self.pending.receipts.extend(receipt);
         self.add(|place, clock, out| termination.write_json(place, clock, out));
+    }
+
+    /// The name of the record of a session's end.
+    pub fn id_of_end(&self, cookie: u64, established_ns: u64) -> String {
+        record::termination_id(&self.boot, cookie, established_ns, 0)
+    }
+
+    /// How many records there are of this run.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// The names of the last records in the file, of whichever daemon: of as many at least as can have been
+    /// written and be in the journal of resets still. None where the audit is no file that can be read.
+    pub fn recorded(&self) -> HashSet<String> {
+        let tail = self.path.as_deref().map(writer::tail);
+        let lines = tail.and_then(Result::ok).unwrap_or_default();
+        // A record that was cut is none.
+        let lines = lines.split_inclusive(|byte| *byte == b'\n');
+        let whole = lines.filter(|line| line.ends_with(b"\n"));
+        whole.filter_map(record::id).collect()
     }
 
     /// Records that the enforcement begins.
@@ -240,9 +276,9 @@ impl Audit {
 
     /// Hands what was recorded to the writer.
     pub fn flush(&mut self) {
-        let Pending { bytes, records } = std::mem::take(&mut self.pending);
-        if records > 0 {
-            self.writer.write(bytes, records);
+        let pending = std::mem::take(&mut self.pending);
+        if pending.records > 0 {
+            self.writer.write(pending);
         }
     }
 
@@ -270,4 +306,4 @@ impl Audit {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

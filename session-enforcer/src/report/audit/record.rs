@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
 use super::{End, Outcome, Place, Termination, mode_name, reason_name};
@@ -149,6 +149,10 @@ pub(super) fn termination(
         // Nothing was tried, so nothing has an outcome.
         Outcome::Observed => ("session-would-terminate", None, "info"),
     };
+    let number = match t.end.outcome() {
+        Outcome::Reset | Outcome::Gone => 0,
+        Outcome::Failed | Outcome::Observed => t.answered_ns,
+    };
     let (source, destination) = ends(session);
     let record = Record {
         timestamp: clock.at(t.answered_ns),
@@ -160,7 +164,7 @@ pub(super) fn termination(
             outcome,
             reason: Some(reason_name(t.reason)),
             duration: established_ns(session).map(|then| t.answered_ns.saturating_sub(then)),
-            id: termination_id(t, place.boot),
+            id: termination_id(place.boot, t.cookie, session.established_ns, number),
             sequence: place.sequence,
         },
         rule: Some(RuleFields { name: t.rule }),
@@ -181,14 +185,23 @@ pub(super) fn termination(
     write(&record, out);
 }
 
-/// The same for the end of a session, whoever records it.
-fn termination_id(t: &Termination<'_>, boot: &str) -> String {
-    let number = match t.end.outcome() {
-        Outcome::Reset | Outcome::Gone => 0,
-        Outcome::Failed | Outcome::Observed => t.answered_ns,
-    };
-    let established_ns = t.session.established_ns;
-    format!("{boot}-{:x}-{established_ns:x}-{number:x}", t.cookie)
+/// The name of a session's record. Its end has the number 0, whoever records it.
+pub(super) fn termination_id(boot: &str, cookie: u64, established_ns: u64, number: u64) -> String {
+    format!("{boot}-{cookie:x}-{established_ns:x}-{number:x}")
+}
+
+/// The name of a record that was written.
+pub(super) fn id(line: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Written {
+        event: Event,
+    }
+    #[derive(Deserialize)]
+    struct Event {
+        id: String,
+    }
+    let written: Written = serde_json::from_slice(line).ok()?;
+    Some(written.event.id)
 }
 
 fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {

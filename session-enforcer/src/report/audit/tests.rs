@@ -15,7 +15,7 @@ fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
 }
 
-fn session() -> Session {
+pub(in crate::report) fn session() -> Session {
     Session {
         last_received_ns: 1_003_000_000,
         last_sent_ns: 1_000_000_000,
@@ -46,7 +46,7 @@ fn session() -> Session {
     }
 }
 
-fn termination(session: &Session) -> Termination<'_> {
+pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
     Termination {
         cookie: 4711,
         session,
@@ -346,7 +346,7 @@ fn the_daemon_s_own_records_name_version_and_rules() {
 }
 
 /// Takes so many bytes, then fails until it is mended.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
 
 impl Sink for Disk {
@@ -460,13 +460,68 @@ impl Write for Slow {
     }
 }
 
+/// A record of these bytes.
+fn one(bytes: Vec<u8>) -> Pending {
+    Pending {
+        bytes,
+        records: 1,
+        receipts: Vec::new(),
+    }
+}
+
+/// Says when it is dropped how much the disk had then.
+#[derive(Debug)]
+struct Receipted(Disk, Arc<Mutex<Vec<usize>>>);
+
+impl Drop for Receipted {
+    fn drop(&mut self) {
+        let written = self.0.text().lines().count();
+        self.1.lock().unwrap().push(written);
+    }
+}
+
+#[test]
+fn a_receipt_is_dropped_when_its_record_is_written() {
+    let disk = Disk::with_room(usize::MAX);
+    let slow = Slow(disk.clone(), Some(Duration::from_millis(100)));
+    let writer = Writer::start(Output::new(slow, None)).unwrap();
+    let mut audit = Audit::of(writer, false);
+    let dropped = Arc::new(Mutex::new(Vec::new()));
+    let session = session();
+    for _ in 0..3 {
+        let receipt = Receipted(disk.clone(), Arc::clone(&dropped));
+        audit.termination(&termination(&session), Some(Box::new(receipt)));
+        audit.flush();
+    }
+    audit.close();
+    assert_eq!(*dropped.lock().unwrap(), [1, 2, 3]);
+}
+
+#[test]
+fn the_names_of_the_records_of_a_file_are_known_but_for_what_was_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("audit.json");
+    fs::write(&path, "no JSON\n{}\n").unwrap();
+    let mut audit = Audit::open(&AuditTarget::File(path.clone()), false).unwrap();
+    let session = session();
+    audit.termination(&termination(&session), None);
+    audit.close();
+    let id = audit.id_of_end(4711, session.established_ns);
+    let known = HashSet::from([id]);
+    let audit = Audit::open(&AuditTarget::File(path.clone()), false).unwrap();
+    assert_eq!(audit.recorded(), known);
+    let text = fs::read(&path).unwrap();
+    fs::write(&path, &text[..text.len() - 1]).unwrap();
+    assert_eq!(audit.recorded(), HashSet::new());
+}
+
 #[test]
 fn a_disk_that_stands_still_for_a_moment_loses_nothing() {
     let disk = Disk::with_room(usize::MAX);
     let slow = Slow(disk.clone(), Some(Duration::from_millis(100)));
     let mut writer = Writer::start(Output::new(slow, None)).unwrap();
     for _ in 0..10_000 {
-        writer.write(b"one\n".to_vec(), 1);
+        writer.write(one(b"one\n".to_vec()));
     }
     assert_eq!(writer.lost(), 0);
     writer.close();
@@ -480,7 +535,7 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
     let mut writer = Writer::start(Output::new(slow, None)).unwrap();
     let megabyte = [vec![b'x'; (1 << 20) - 1], vec![b'\n']].concat();
     for _ in 0..40 {
-        writer.write(megabyte.clone(), 1);
+        writer.write(one(megabyte.clone()));
     }
     assert_eq!(writer.lost(), 8);
     writer.close();
@@ -496,7 +551,7 @@ fn what_waits_to_be_handed_over_is_bounded() {
     let mut audit = Audit::of(writer, false);
     let session = session();
     for _ in 0..2_000 {
-        audit.termination(&termination(&session));
+        audit.termination(&termination(&session), None);
         assert!(audit.pending.bytes.len() < MAX_PENDING_BYTES);
     }
     audit.close();

@@ -25,6 +25,7 @@ use nix::{
 use thiserror::Error;
 use tokio::sync::Notify;
 
+use super::Pending;
 use crate::{
     config::AuditTarget,
     host::trust::{self, Untrusted},
@@ -37,6 +38,10 @@ const MAX_WAITING_BYTES: usize = 32 << 20;
 
 /// How long the end of the daemon waits for the thread.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes at the end of the file that are read again: more than as many records as the journal of resets has
+/// places.
+const MAX_TAIL: u64 = 16 << 20;
 
 /// Readable by the group, as system logs are.
 const MODE: u32 = 0o640;
@@ -102,14 +107,14 @@ pub fn check(path: &Path) -> Result<(), AuditError> {
 }
 
 enum Task {
-    Write { bytes: Vec<u8>, records: u64 },
+    Write(Pending),
     Reopen,
 }
 
 impl Task {
     fn len(&self) -> usize {
         match self {
-            Self::Write { bytes, .. } => bytes.len(),
+            Self::Write(pending) => pending.bytes.len(),
             Self::Reopen => 0,
         }
     }
@@ -181,9 +186,10 @@ impl Writer {
     }
 
     /// Hands records over, or counts them as lost where too many wait already.
-    pub(super) fn write(&mut self, bytes: Vec<u8>, records: u64) {
-        let is_full = self.waiting_bytes.load(Ordering::Relaxed) + bytes.len() > MAX_WAITING_BYTES;
-        if is_full || !self.send(Task::Write { bytes, records }) {
+    pub(super) fn write(&mut self, pending: Pending) {
+        let (bytes, records) = (pending.bytes.len(), pending.records);
+        let is_full = self.waiting_bytes.load(Ordering::Relaxed) + bytes > MAX_WAITING_BYTES;
+        if is_full || !self.send(Task::Write(pending)) {
             self.lost.fetch_add(records, Ordering::Relaxed);
             if !std::mem::replace(&mut self.overflowing, true) {
                 tracing::error!("audit records are lost: nobody takes them, or not fast enough");
@@ -253,6 +259,22 @@ fn open(path: &Path) -> io::Result<File> {
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
     fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     Ok(file)
+}
+
+/// The end of a file: [`MAX_TAIL`] bytes at most, from the beginning of a line on where it is longer.
+pub(super) fn tail(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Ok(Vec::new());
+    }
+    let from = metadata.len().saturating_sub(MAX_TAIL);
+    let mut bytes = vec![0; usize::try_from(metadata.len() - from).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, from)?;
+    Ok(bytes)
 }
 
 /// Standard output without the buffer of the standard library, which would call records written
@@ -335,7 +357,7 @@ impl Output {
 
     fn perform(&mut self, task: &Task) {
         match task {
-            Task::Write { bytes, records } => self.write(bytes, *records),
+            Task::Write(pending) => self.write(&pending.bytes, pending.records),
             Task::Reopen => self.reopen(),
         }
     }

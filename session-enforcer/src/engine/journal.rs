@@ -1,0 +1,160 @@
+//! What the next daemon records where this one is killed between a reset and the writing of its record, and what
+//! an earlier one has left so.
+
+use std::{rc::Rc, sync::Arc, time::Duration};
+
+use anyhow::Result;
+use session_enforcer_common::{JournalEntry, MAX_RULE_NAME, Reason, Session};
+
+use super::{
+    context::Context,
+    judge::Expired,
+    owner,
+    state::State,
+    tracker::{Phase, Tried},
+};
+use crate::{
+    config::Mode,
+    datapath::{Inherited, Place},
+    host::clock::monotonic_ns,
+    report::audit::{End, Termination},
+};
+
+/// By their numbers in the journal.
+const REASONS: [Reason; 4] = [
+    Reason::IdleTimeout,
+    Reason::MaxLifetime,
+    Reason::ResponseTimeout,
+    Reason::Policy,
+];
+
+/// Records what an earlier daemon has reset and not recorded, before anything is reset.
+///
+/// # Errors
+///
+/// Where the kernel's maps cannot be read.
+pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
+    let left = context.state().kernel.journal().left();
+    if left.is_empty() {
+        return Ok(());
+    }
+    let cgroups = left.iter().map(|(_, entry)| entry.session.owner.cgroup_id);
+    owner::note_cgroups(context, cgroups.filter(|id| *id != 0).collect()).await?;
+    let mut state = context.state();
+    let recorded = state.records.audit.recorded();
+    let before = state.records.audit.sequence();
+    for (place, entry) in left {
+        let id = state
+            .records
+            .audit
+            .id_of_end(entry.cookie, entry.session.established_ns);
+        if !recorded.contains(&id) {
+            state.recover(place, &entry)?;
+        }
+    }
+    let count = state.records.audit.sequence() - before;
+    state.records.audit.flush();
+    tracing::info!("{count} sessions that an earlier daemon has ended are recorded now");
+    Ok(())
+}
+
+impl State {
+    /// Notes a session that reapers are about to be asked to reset.
+    pub(super) fn note_reset(&mut self, expired: &Expired) {
+        let rule = &self.book.rules[usize::from(expired.session.rule)];
+        let limit = rule.limit(expired.reason, &expired.session);
+        let reason = REASONS.iter().position(|reason| *reason == expired.reason);
+        let mut name = [0; MAX_RULE_NAME];
+        for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
+            *place = byte;
+        }
+        let entry = JournalEntry {
+            session: expired.session,
+            cookie: expired.cookie,
+            deadline_ns: expired.deadline_ns,
+            reached_ns: expired.reached_ns,
+            limit_ns: limit.map_or(0, |limit| limit.as_nanos() as u64),
+            idle_since_ns: rule.policy.idle_since(&expired.session),
+            answered_ns: 0,
+            is_used: 1,
+            reason: reason.unwrap_or(0) as u16,
+            was_gone: 0,
+            rule: name,
+        };
+        if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
+            // The place of an attempt before is free first.
+            tried.place = None;
+            tried.place = self.kernel.journal().put(&entry);
+        }
+    }
+
+    /// Takes in an entry of an earlier daemon. One that says nothing of use is dropped.
+    fn recover(&mut self, place: Arc<Place>, entry: &JournalEntry) -> Result<()> {
+        let name = entry.rule.split(|byte| *byte == 0).next();
+        let name = name.and_then(|name| std::str::from_utf8(name).ok());
+        let reason = REASONS.get(usize::from(entry.reason)).copied();
+        let (Some(name), Some(reason)) = (name, reason) else {
+            return Ok(());
+        };
+        if entry.answered_ns != 0 {
+            self.record_left(entry, (name, reason), entry.answered_ns, place);
+            return Ok(());
+        }
+        let Some(now) = self.still_there(entry.cookie, &entry.session)? else {
+            self.record_left(entry, (name, reason), monotonic_ns(), place);
+            return Ok(());
+        };
+        let is_end_seen = self.kernel.inherited() == Inherited::Running && !now.end_is_unreported();
+        let rule = self.book.rules.iter().position(|rule| rule.name == name);
+        // It lives where its end would have been reported, and is looked at as every other session.
+        let Some(rule) = rule.filter(|_| !is_end_seen) else {
+            return Ok(());
+        };
+        let expired = Expired {
+            cookie: entry.cookie,
+            session: Session {
+                rule: rule as u16,
+                ..entry.session
+            },
+            reason,
+            deadline_ns: entry.deadline_ns,
+            reached_ns: entry.reached_ns,
+            decided_ns: monotonic_ns(),
+        };
+        // Its socket tells, when it is looked for.
+        let tried = Phase::Tried(Box::new(Tried::unanswered(expired, place)));
+        self.tracker.set_phase(entry.cookie, &now, tried);
+        Ok(())
+    }
+
+    fn record_left(
+        &mut self,
+        entry: &JournalEntry,
+        (rule, reason): (&str, Reason),
+        answered_ns: u64,
+        place: Arc<Place>,
+    ) {
+        let was_reset = entry.answered_ns != 0 && entry.was_gone == 0;
+        let session = &entry.session;
+        let termination = Termination {
+            cookie: entry.cookie,
+            session,
+            rule,
+            reason,
+            mode: Mode::Enforce,
+            end: if was_reset {
+                End::Reset(None)
+            } else {
+                End::Gone
+            },
+            limit: (entry.limit_ns != 0).then(|| Duration::from_nanos(entry.limit_ns)),
+            deadline_ns: entry.deadline_ns,
+            idle_since_ns: entry.idle_since_ns,
+            answered_ns,
+            cgroup: self.directory.path(session.owner.cgroup_id),
+            user: self.directory.user_name(session.owner.uid),
+        };
+        self.records
+            .termination(&termination, Some(Box::new(place)));
+    }
+}

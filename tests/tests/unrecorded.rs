@@ -1,0 +1,199 @@
+//! A daemon that is killed between a reset and the writing of its record: the next one records it, once.
+
+use std::{
+    collections::BTreeSet,
+    fs::{File, OpenOptions},
+    io::{ErrorKind, Write as _},
+    net::Ipv4Addr,
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use nix::{errno::Errno, sys::stat::Mode, unistd::mkfifo};
+use session_enforcer_tests::{
+    Call, Daemon, Fate, Interposer, Lab, Pair, Record, eventually, patience, records, scaled,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const LIMIT: Duration = Duration::from_secs(1);
+const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
+
+fn interposed(lab: &Lab, config: &str, audit: &str) -> Result<(Daemon, Interposer)> {
+    let args = ["--audit", audit];
+    let launch = lab.launch().pinned(&lab.pins).config(config).args(&args);
+    launch.start_interposed()
+}
+
+/// Starts the next daemon, which is ready, and reads what it and those before have recorded of sessions.
+fn next(lab: &Lab, config: &str, audit: &str) -> Result<(Daemon, Vec<Record>)> {
+    let args = ["--audit", audit];
+    let launch = lab.launch().pinned(&lab.pins).config(config).args(&args);
+    let daemon = launch.start()?;
+    // Everything that was left is recorded before the beginning.
+    let recorded = eventually("the start in the audit", patience(), || {
+        let records = records(Path::new(audit))?;
+        let starts = |record: &&Record| record.text("event.action") == "enforcer-started";
+        let count = records.iter().filter(starts).count();
+        let last = records.last().map(|record| record.text("event.action"));
+        Ok((count > 0 && last == Some("policy-loaded")).then_some(records))
+    })?;
+    let ends = recorded.into_iter().filter(Record::is_termination);
+    Ok((daemon, ends.collect()))
+}
+
+/// The kernel has reset the session, and nobody has heard of it: the reaper is killed with the daemon.
+#[test]
+fn a_reset_whose_answer_died_with_the_daemon_is_recorded_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let (mut daemon, interposer) = interposed(&lab, RULE, &audit)?;
+    interposer.set(Call::Answer, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    daemon.kill()?;
+    drop(interposer);
+    for _ in 0..2 {
+        let (mut daemon, ended) = next(&lab, RULE, &audit)?;
+        ensure!(ended.len() == 1, "{ended:#?}");
+        ended[0].assert_due("idle_timeout", &pair.opened, LIMIT);
+        // Whether it had closed by itself is not known any more.
+        assert_eq!(ended[0].text("session_enforcer.result"), "gone");
+        daemon.kill()?;
+    }
+    Ok(())
+}
+
+/// Fills a pipe, so that the daemon's next record waits.
+fn fill(path: &Path) -> Result<File> {
+    let options = || {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK);
+        options
+    };
+    let mut pipe = options().open(path)?;
+    loop {
+        match pipe.write(&[b'x'; 4096]) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(pipe),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[test]
+fn a_reset_whose_record_was_not_written_is_recorded_as_it_was() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let pipe = directory.path().join("pipe");
+    mkfifo(&pipe, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let _full = fill(&pipe)?;
+    let args = ["--audit", &pipe.display().to_string()];
+    let launch = lab.launch().pinned(&lab.pins).config(RULE).args(&args);
+    let mut daemon = launch.start()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
+    let reset = [("result", "reset")];
+    daemon.wait_for_metric("session_enforcer_terminations_total", &reset, 1.0)?;
+    daemon.kill()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let (daemon, ended) = next(&lab, RULE, &audit)?;
+    ensure!(ended.len() == 1, "{ended:#?}");
+    ended[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert_eq!(ended[0].text("rule.name"), "idle");
+    // Of this daemon's records and counters the number is the same.
+    daemon.wait_for_metric("session_enforcer_terminations_total", &reset, 1.0)
+}
+
+#[test]
+fn a_record_that_was_written_when_the_daemon_died_is_not_written_again() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let config = format!("[audit]\nsync = true\n{RULE}");
+    let (mut daemon, interposer) = interposed(&lab, &config, &audit)?;
+    interposer.set(Call::Sync, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Sync, 1)?;
+    daemon.kill()?;
+    let (_daemon, ended) = next(&lab, &config, &audit)?;
+    ensure!(ended.len() == 1, "{ended:#?}");
+    ended[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let (mut daemon, interposer) = interposed(&lab, RULE, &audit)?;
+    interposer.set(Call::Destroy, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Destroy, 1)?;
+    daemon.kill()?;
+    drop(interposer);
+    let (daemon, _) = next(&lab, RULE, &audit)?;
+    let reset = [("result", "reset")];
+    daemon.wait_for_metric("session_enforcer_terminations_total", &reset, 1.0)?;
+    let ended: Vec<_> = records(Path::new(&audit))?
+        .into_iter()
+        .filter(Record::is_termination)
+        .collect();
+    ensure!(ended.len() == 1, "{ended:#?}");
+    ended[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
+    Ok(())
+}
+
+/// Some older than the daemon, whose end the kernel does not report.
+#[test]
+fn of_a_burst_of_resets_in_which_the_daemon_is_killed_each_is_recorded_once() -> Result<()> {
+    const SESSIONS: usize = 300;
+    const KILLS: u64 = 4;
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let open = || -> Result<Vec<Pair>> {
+        (0..SESSIONS)
+            .map(|_| Pair::open(&lab.outside, &listener))
+            .collect()
+    };
+    let mut pairs = open()?;
+    let (mut daemon, _) = next(
+        &lab,
+        "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n",
+        &audit,
+    )?;
+    for kill in 0..KILLS {
+        daemon.kill()?;
+        (daemon, _) = next(&lab, RULE, &audit)?;
+        daemon.freeze()?;
+        pairs.extend(open()?);
+        thread::sleep(LIMIT + scaled(Duration::from_millis(100)));
+        daemon.thaw()?;
+        thread::sleep(Duration::from_millis(3 * (kill + 1)));
+    }
+    daemon.kill()?;
+    let (_daemon, _) = next(&lab, RULE, &audit)?;
+    let ended = eventually("all in the audit", patience(), || {
+        let mut ended = records(Path::new(&audit))?;
+        ended.retain(Record::is_termination);
+        Ok((ended.len() >= pairs.len()).then_some(ended))
+    })?;
+    let ports: BTreeSet<[u16; 2]> = ended.iter().map(Record::ports).collect();
+    let names: BTreeSet<&str> = ended.iter().map(|record| record.text("event.id")).collect();
+    assert_eq!(ended.len(), pairs.len());
+    assert_eq!((ports.len(), names.len()), (pairs.len(), pairs.len()));
+    Ok(())
+}
