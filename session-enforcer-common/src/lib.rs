@@ -17,6 +17,7 @@ mod owner;
 pub mod packet;
 mod policy;
 mod ports;
+mod restored;
 mod session;
 pub mod table;
 
@@ -30,6 +31,7 @@ pub use matching::{
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use ports::{PortFilter, PortFilters};
+pub use restored::{Clocks, Ends, MAX_REMEMBERED};
 pub use session::{Address, Direction, Session, Traffic, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of

@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
-        BPF_TCP_FIN_WAIT1, bpf_sock_ops,
+        BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
@@ -23,7 +23,7 @@ use crate::{
     maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
     owner,
     policy::{Decision, decide},
-    ports,
+    ports, restored,
     table::{self, Refusal},
     words,
 };
@@ -45,7 +45,7 @@ pub(crate) fn track(ctx: &SockOpsContext) {
     if established(ctx, cookie, direction) == Err(Refusal::Present) {
         // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie, and the
         // end of the connection before was not reported. It is counted now.
-        end(cookie);
+        end(cookie, false);
         let _counted = established(ctx, cookie, direction);
     }
 }
@@ -55,7 +55,7 @@ pub(crate) fn track(ctx: &SockOpsContext) {
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     match ctx.arg(1) {
-        BPF_TCP_CLOSE => end(cookie(ctx)),
+        BPF_TCP_CLOSE => end(cookie(ctx), is_silent(ctx)),
         BPF_TCP_CLOSE_WAIT | BPF_TCP_FIN_WAIT1 => half_closed(cookie(ctx)),
         _ => {}
     }
@@ -108,6 +108,9 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     if !note_addresses(ctx, session) {
         return Ok(());
     }
+    if is_restored(ctx) {
+        restored::inherit(session);
+    }
     owner::take(ctx, &mut session.owner);
     let Some(decision) = decide(session) else {
         return Ok(());
@@ -159,17 +162,17 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
 
 /// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
 #[inline(always)]
-fn end(cookie: u64) {
+fn end(cookie: u64, is_silent: bool) {
     // The second time for one that the daemon amends meanwhile, which lies elsewhere then: a look can miss
     // it.
-    if !closed(cookie) {
-        closed(cookie);
+    if !closed(cookie, is_silent) {
+        closed(cookie, is_silent);
     }
 }
 
 /// Whether the session was found, and taken out where it was found.
 #[inline(never)]
-fn closed(cookie: u64) -> bool {
+fn closed(cookie: u64, is_silent: bool) -> bool {
     let Some(looked) = table::look_for(cookie) else {
         return false;
     };
@@ -179,6 +182,9 @@ fn closed(cookie: u64) -> bool {
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
     // before the record is free.
     let session = unsafe { &*session };
+    if is_silent {
+        restored::remember(session);
+    }
     let mut event = event(EventKind::Closed, cookie, session);
     if session.generation < FIRST_GENERATION.load() {
         event.rule = rule_anew(session);
@@ -304,6 +310,19 @@ fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
 fn has_dialled(ctx: &SockOpsContext) -> bool {
     // SAFETY: the context is valid.
     unsafe { (*ctx.ops).bytes_acked != 0 }
+}
+
+/// Whether the connection was made by another socket, whose it was: this one has sent no SYN.
+#[inline(always)]
+fn is_restored(ctx: &SockOpsContext) -> bool {
+    ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && !has_dialled(ctx)
+}
+
+/// Whether a socket that closes has told its peer nothing that the peer has to have. One in repair mode has not; one that
+/// is reset has, as far as the RST arrives.
+#[inline(always)]
+fn is_silent(ctx: &SockOpsContext) -> bool {
+    matches!(ctx.arg(0), BPF_TCP_ESTABLISHED | BPF_TCP_CLOSE_WAIT)
 }
 
 #[inline(always)]

@@ -33,6 +33,7 @@ mod owner;
 mod packet;
 mod policy;
 mod ports;
+mod restored;
 mod serve;
 mod table;
 mod words;

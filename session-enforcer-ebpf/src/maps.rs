@@ -11,8 +11,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Event, JournalEntry, MAX_CGROUPS, MAX_JOURNAL, MAX_MATCH_ENTRIES,
-    MAX_RULES, MatchEntry, Owner, Policy, PortFilters, RuleCounters, Session, Table, Way,
+    Ancestors, Clocks, Ends, ErrorKind, Event, JournalEntry, MAX_CGROUPS, MAX_JOURNAL,
+    MAX_MATCH_ENTRIES, MAX_REMEMBERED, MAX_RULES, MatchEntry, Owner, Policy, PortFilters,
+    RuleCounters, Session, Table, Way,
     table::{Bucket, Exchange, Key, MAX_REQUESTS, TableHead},
 };
 
@@ -97,6 +98,12 @@ pub(crate) static OWNERS: ClonedSkStorage<Owner> = ClonedSkStorage::new();
 /// sessions: what is lost is noted again with the next socket, and the daemon finds it elsewhere.
 #[btf_map]
 pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, { MAX_CGROUPS as usize }> =
+    LruHashMap::new();
+
+/// The clocks of connections whose sockets closed without a word to the peer. LRU, unlike the sessions: who has it
+/// forget a connection gains nothing, see `restored`.
+#[btf_map]
+pub(crate) static RESTORED: LruHashMap<Ends, Clocks, { MAX_REMEMBERED as usize }> =
     LruHashMap::new();
 
 /// Sessions that the table may hold, its buckets, and where cookies lie in it. Set by the daemon at
