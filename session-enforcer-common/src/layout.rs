@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// To be raised where a field of a record below changes its meaning and keeps its name and place.
-const MEANING: u32 = 3;
+const MEANING: u32 = 4;
 
 /// Goes on with a hash over a record. A field that is left out does not compile.
 macro_rules! layout {
@@ -32,6 +32,8 @@ pub const LAYOUT: u32 = {
             answered_ns,
             bytes_received,
             bytes_sent,
+            came_ns,
+            went_ns,
             open_until_ns,
             established_ns,
             netns_cookie,
@@ -46,8 +48,8 @@ pub const LAYOUT: u32 = {
             flags,
             owner,
             data_segments_sent,
-            unused,
             half_closed_ns,
+            went_until,
         }
     );
     let hash = layout!(

@@ -53,6 +53,8 @@ pub struct Segment {
     pub seq: u32,
     /// Payload bytes.
     pub payload: u32,
+    /// The sequence number that it acknowledges.
+    pub ack: u32,
     /// Whether the segment ends its direction (FIN) or the connection (RST).
     pub ends: bool,
     /// Whether it ends its direction, and that alone.
@@ -125,16 +127,19 @@ fn behind(linear: &(impl Linear + ?Sized), kind: u8, offset: usize) -> Option<(u
 
 #[inline(always)]
 fn tcp(linear: &(impl Linear + ?Sized), offset: usize, length: usize) -> Option<Segment> {
-    let (seq, length_of_header, flags) = linear.read(offset, |header: &[u8; TCP_HEADER_MIN]| {
-        let seq = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-        (seq, usize::from(header[12] >> 4) * 4, header[13])
-    })?;
+    let (seq, ack, length_of_header, flags) =
+        linear.read(offset, |header: &[u8; TCP_HEADER_MIN]| {
+            let seq = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+            let ack = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+            (seq, ack, usize::from(header[12] >> 4) * 4, header[13])
+        })?;
     let headers = offset + length_of_header;
     if length_of_header < TCP_HEADER_MIN || headers > length {
         return None;
     }
     Some(Segment {
         seq,
+        ack,
         payload: (length - headers) as u32,
         ends: flags & (FIN | RST) != 0,
         fin: flags & (FIN | RST) == FIN,

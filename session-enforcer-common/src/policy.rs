@@ -128,8 +128,8 @@ impl Policy {
     }
 
     /// Until when the gate is open whatever passes until then; 0 where the session is past its limits at
-    /// `now_ns`. Payload from now on is stamped `now_ns` or later, so a [`verdict`] of this time says when
-    /// to look again.
+    /// `now_ns`. Payload from now on is stamped [`Session::next_stamp_ns`] or later, so a [`verdict`] of this time
+    /// says when to look again.
     #[inline]
     pub fn open_until_ns(&self, session: &Session, now_ns: u64) -> u64 {
         if self.gate != 1 {
@@ -223,7 +223,8 @@ pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
     let look_again_ns = if policy.response_timeout_ns | policy.half_closed_timeout_ns == 0 {
         deadline_ns
     } else {
-        earlier(deadline_ns, policy.next_activity_deadline_ns(now_ns))
+        let stamp_ns = session.next_stamp_ns(now_ns);
+        earlier(deadline_ns, policy.next_activity_deadline_ns(stamp_ns))
     };
     Verdict::Alive { look_again_ns }
 }
@@ -657,6 +658,38 @@ mod tests {
             if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
                 pass(&mut s, then, now + later);
                 if let Verdict::Expired { deadline_ns, .. } = verdict(&s, &p, u64::MAX - 1) {
+                    prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
+                }
+            }
+        }
+
+        /// What is waited for is stamped later, with the time at which it passed.
+        #[test]
+        fn nothing_that_is_waited_for_makes_a_deadline_before_the_next_look(
+            received in 0..1_000u64,
+            sent in 0..1_000u64,
+            owes: bool,
+            limits in (0..500u64, 0..500u64),
+            activity in 0..3u8,
+            now in 1_000..2_000u64,
+            waits in (0..1_000u64, 0..1_000u64),
+            is_taken in (any::<bool>(), any::<bool>()),
+        ) {
+            let mut s = session(0, received, sent);
+            if owes && received > sent {
+                s.answered_ns = 0;
+            }
+            (s.came_ns, s.went_ns) = (now - waits.0, now - waits.1);
+            let p = Policy {
+                idle_timeout_ns: limits.0,
+                response_timeout_ns: limits.1,
+                activity,
+                ..Policy::default()
+            };
+            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
+                s.came_ns *= u64::from(is_taken.0);
+                s.went_ns *= u64::from(is_taken.1);
+                if let Verdict::Expired { deadline_ns, .. } = verdict(&s.settled(), &p, u64::MAX - 1) {
                     prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
                 }
             }

@@ -80,6 +80,9 @@ pub mod flags {
     /// A FIN of the peer has come to the socket, which may not have taken it yet. Missing where it came
     /// before the session was tracked, or behind headers that are not walked.
     pub const PEER_HAS_ENDED: u8 = 8;
+    /// The headers of what was last sent could not be read: how much it was the socket tells, where the next packet
+    /// leaves.
+    pub const SENT_UNREAD: u8 = 16;
 }
 
 /// One TCP session, from establishment to close. The kernel writes it on the packet path; the
@@ -101,10 +104,17 @@ pub struct Session {
     /// received and not sent, on an inbound session. Time stamps of one tick would not tell which
     /// packet was first.
     pub answered_ns: u64,
-    /// Payload bytes received since establishment, each counted once.
+    /// Payload bytes that the socket has taken since establishment, each counted once.
     pub bytes_received: u64,
-    /// Payload bytes sent since establishment, each counted once.
+    /// Payload bytes sent since establishment, each counted once, those among them whose packet is on its way
+    /// through the hook.
     pub bytes_sent: u64,
+    /// When payload last came to the hook that may be new: a candidate, which counts with this time when the
+    /// socket has taken payload ([`bytes_received`](Self::bytes_received) moves). 0 where none is waited for.
+    pub came_ns: u64,
+    /// When new payload that counts was last seen to leave: a candidate, which counts with this time when the
+    /// socket has sent it (its `snd_nxt` has come to [`went_until`](Self::went_until)).
+    pub went_ns: u64,
     /// Until when the gate need not look at the session; see
     /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
     /// policy of this generation; [`SHUT`](Self::SHUT) where the daemon has decided to end the session.
@@ -137,13 +147,16 @@ pub struct Session {
     /// Segments with payload that TCP had begun to send when its last packet passed, retransmissions among
     /// them, modulo 2^32.
     pub data_segments_sent: u32,
-    /// Always 0.
-    pub unused: u32,
+    /// The sequence number after what was seen to leave at [`went_ns`](Self::went_ns).
+    pub went_until: u32,
     /// When the first FIN passed, this host's or the peer's; [`NOT_HALF_CLOSED`](Self::NOT_HALF_CLOSED)
     /// until then. The kernel does not keep it: of a session that was half-closed when it was adopted it is
     /// the time of that.
     pub half_closed_ns: u64,
 }
+
+/// The shortest limit that a rule can set.
+const SHORTEST_LIMIT_NS: u64 = 1_000_000_000;
 
 /// The part of a [`Session`] that packets change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +171,12 @@ pub struct Traffic {
     pub bytes_received: u64,
     /// See [`Session::bytes_sent`].
     pub bytes_sent: u64,
+    /// See [`Session::came_ns`].
+    pub came_ns: u64,
+    /// See [`Session::went_ns`].
+    pub went_ns: u64,
+    /// See [`Session::went_until`].
+    pub went_until: u32,
     /// See [`Session::data_segments_sent`].
     pub data_segments_sent: u32,
     /// See [`Session::half_closed_ns`].
@@ -201,6 +220,9 @@ impl Session {
             answered_ns: self.answered_ns,
             bytes_received: self.bytes_received,
             bytes_sent: self.bytes_sent,
+            came_ns: self.came_ns,
+            went_ns: self.went_ns,
+            went_until: self.went_until,
             data_segments_sent: self.data_segments_sent,
             half_closed_ns: self.half_closed_ns,
             flags: self.flags & flags::PEER_HAS_ENDED,
@@ -227,6 +249,10 @@ impl Session {
         self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
         self.bytes_received = self.bytes_received.max(other.bytes_received);
         self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
+        self.came_ns = self.came_ns.max(other.came_ns);
+        if other.went_ns > self.went_ns {
+            (self.went_ns, self.went_until) = (other.went_ns, other.went_until);
+        }
         // The counter wraps around.
         let further = other
             .data_segments_sent
@@ -242,6 +268,50 @@ impl Session {
     #[inline]
     pub const fn owes_answer(&self) -> bool {
         self.answered_ns == 0
+    }
+
+    /// Whether payload has come of which no packet has shown yet whether the socket has taken it.
+    #[inline(always)]
+    pub const fn awaits_received(&self) -> bool {
+        self.came_ns > self.last_received_ns
+    }
+
+    /// Whether payload was seen to leave of which no packet has shown yet whether the socket has sent it.
+    #[inline(always)]
+    pub const fn awaits_sent(&self) -> bool {
+        self.went_ns > self.last_sent_ns
+    }
+
+    /// Whether the socket may know of more activity than the record.
+    pub const fn is_unsettled(&self) -> bool {
+        self.awaits_received() || self.awaits_sent()
+    }
+
+    /// The record, were all payload taken and sent that is waited for. An answer does not come before its request:
+    /// of both, what was received is the later.
+    #[must_use]
+    pub const fn settled(mut self) -> Self {
+        if self.awaits_sent() {
+            self.stamp_sent(self.went_ns);
+        }
+        if self.awaits_received() {
+            self.stamp_received(self.came_ns);
+        }
+        self
+    }
+
+    /// The earliest stamp that the session can get from `now_ns` on: payload that is waited for is stamped with
+    /// the time at which it passed. It is not waited for longer than the shortest limit.
+    #[inline(always)]
+    pub const fn next_stamp_ns(&self, now_ns: u64) -> u64 {
+        let mut next_ns = now_ns;
+        if self.awaits_received() && is_recent(self.came_ns, next_ns, now_ns) {
+            next_ns = self.came_ns;
+        }
+        if self.awaits_sent() && is_recent(self.went_ns, next_ns, now_ns) {
+            next_ns = self.went_ns;
+        }
+        next_ns
     }
 
     /// Stamps payload that counts and was received at `now_ns`, which is not 0.
@@ -294,6 +364,11 @@ impl Session {
     }
 }
 
+#[inline(always)]
+const fn is_recent(time_ns: u64, before_ns: u64, now_ns: u64) -> bool {
+    time_ns < before_ns && now_ns - time_ns < SHORTEST_LIMIT_NS
+}
+
 const fn pair(high: u32, low: u32) -> u64 {
     (high as u64) << 32 | low as u64
 }
@@ -306,14 +381,14 @@ const fn mix(word: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 160 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 176 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
-    assert!(core::mem::offset_of!(Session, flags) == 55);
-    assert!(core::mem::offset_of!(Session, local) == 72);
-    assert!(core::mem::offset_of!(Session, ifindex) == 108);
-    assert!(core::mem::offset_of!(Session, owner) == 112);
-    assert!(core::mem::offset_of!(Session, data_segments_sent) == 144);
-    assert!(core::mem::offset_of!(Session, half_closed_ns) == 152);
+    assert!(core::mem::offset_of!(Session, flags) == 71);
+    assert!(core::mem::offset_of!(Session, local) == 88);
+    assert!(core::mem::offset_of!(Session, ifindex) == 124);
+    assert!(core::mem::offset_of!(Session, owner) == 128);
+    assert!(core::mem::offset_of!(Session, data_segments_sent) == 160);
+    assert!(core::mem::offset_of!(Session, half_closed_ns) == 168);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -440,6 +515,39 @@ mod tests {
     }
 
     #[test]
+    fn payload_that_is_waited_for_counts_with_the_time_at_which_it_passed() {
+        let mut session = tests_support::session(1, 2, 2);
+        assert!(!session.is_unsettled());
+        assert_eq!(session.settled(), session);
+        (session.came_ns, session.went_ns) = (5, 4);
+        assert!(session.awaits_received() && session.awaits_sent());
+        let settled = session.settled();
+        assert_eq!((settled.last_received_ns, settled.last_sent_ns), (5, 4));
+        assert!(settled.owes_answer() && !settled.is_unsettled());
+        session.came_ns = 0;
+        assert!(session.is_unsettled() && !session.settled().owes_answer());
+    }
+
+    #[test]
+    fn no_stamp_is_earlier_than_what_is_waited_for() {
+        let now_ns = 5 * SHORTEST_LIMIT_NS;
+        let next = |came_ns, went_ns| {
+            let session = Session {
+                came_ns,
+                went_ns,
+                ..tests_support::session(1, 2, 2)
+            };
+            session.next_stamp_ns(now_ns)
+        };
+        assert_eq!(next(0, 0), now_ns);
+        assert_eq!(next(now_ns - 3, now_ns - 2), now_ns - 3);
+        assert_eq!(next(now_ns - 3, now_ns - 4), now_ns - 4);
+        assert_eq!(next(now_ns + 1, 0), now_ns);
+        // What has not been taken for so long never will be.
+        assert_eq!(next(now_ns - SHORTEST_LIMIT_NS, 0), now_ns);
+    }
+
+    #[test]
     fn of_two_records_the_later_activity_tells_who_owes_and_nothing_goes_back() {
         let mut read = tests_support::session(1, 4, 3);
         (read.bytes_received, read.bytes_sent) = (40, 30);
@@ -454,6 +562,8 @@ mod tests {
         answered.bytes_sent = 70;
         (owes.data_segments_sent, answered.data_segments_sent) = (u32::MAX, 1);
         read.data_segments_sent = u32::MAX - 1;
+        (read.came_ns, owes.came_ns, answered.came_ns) = (1, 6, 6);
+        (answered.went_ns, answered.went_until) = (7, 9);
         for records in [[read, owes], [owes, answered], [read, answered]] {
             let [before, after] = records;
             for [mut joined, other] in [[before, after], [after, before]] {
@@ -513,9 +623,11 @@ pub(crate) mod tests_support {
             direction: Direction::Inbound as u8,
             flags: 0,
             owner: Owner::UNKNOWN,
+            came_ns: 0,
+            went_ns: 0,
             data_segments_sent: 0,
-            unused: 0,
             half_closed_ns: Session::NOT_HALF_CLOSED,
+            went_until: 0,
         }
     }
 }

@@ -95,7 +95,9 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
         return Fate::Pass;
     };
     let may_carry = way == Way::Ingress || has_begun_to_send(session, tcp);
-    let Some(segment) = packet::parse(ctx) else {
+    let segment = packet::parse(ctx);
+    settle(ctx, session, tcp, way, segment.as_ref());
+    let Some(segment) = segment else {
         counters::error(ErrorKind::HeaderUnreadable);
         return unreadable(ctx, session, cookie, tcp, way, may_carry);
     };
@@ -105,8 +107,8 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
             return gate::drop_packet(session, cookie, way);
         }
         match way {
-            Way::Ingress => receive(session, tcp, &segment, &measure),
-            Way::Egress => send(session, tcp, &segment, &measure),
+            Way::Ingress => come(session, tcp, &segment, &measure),
+            Way::Egress => go(session, tcp, &segment, &measure),
         }
         if measure.came_too_late(session) {
             return gate::drop_packet(session, cookie, way);
@@ -117,8 +119,6 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
         if is_half_closed(state(ctx)) {
             note_half_closed(session);
         }
-        let received = payload_received(ctx, session, tcp);
-        grow(&mut session.bytes_received, received);
     } else if segment.fin && segment.end().wrapping_sub(tcp.rcv_nxt) <= MAX_WINDOW {
         session.flags |= flags::PEER_HAS_ENDED;
     }
@@ -145,8 +145,19 @@ fn unreadable(
 ) -> Fate {
     let measure = Measure::of(session);
     let mut is_late = measure.comes_too_late(session);
+    if way == Way::Egress {
+        let sent = payload_sent(ctx, session, tcp);
+        session.bytes_sent = session.bytes_sent.max(sent);
+    }
     if !is_late {
-        compare_counters(ctx, session, tcp, measure.now_ns);
+        match way {
+            Way::Ingress => session.came_ns = measure.now_ns,
+            Way::Egress if may_carry => {
+                session.flags |= flags::SENT_UNREAD;
+                note_sent(session, tcp.snd_nxt.wrapping_add(1), measure.now_ns);
+            }
+            Way::Egress => {}
+        }
         is_late = measure.came_too_late(session);
     }
     if is_late && (may_carry || ctx.len() > MOST_HEADERS) {
@@ -177,30 +188,81 @@ fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
     }
 }
 
-/// Payload is new where it ends after what the socket has received so far. That leaves out
-/// retransmissions, duplicates, and keepalives that carry one old byte.
+/// Counts what the socket has taken and sent since its last packet, each with the time at which that passed.
+///
+/// What was sent comes first: a packet leaves while its socket is locked, and what had been taken by then was
+/// counted at that packet.
 #[inline(always)]
-fn receive(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
+fn settle(
+    ctx: &SkBuffContext,
+    session: &mut Session,
+    tcp: &bpf_tcp_sock,
+    way: Way,
+    segment: Option<&Segment>,
+) {
+    if session.awaits_sent() && has_sent(session, tcp, way, segment) {
+        session.stamp_sent(session.went_ns);
+    }
+    let received = payload_received(ctx, session, tcp);
+    if received > session.bytes_received {
+        take(session, received);
+    }
+}
+
+/// Whether the socket has sent what was seen to leave.
+///
+/// On one host the acknowledgement of payload may come before the stack has moved `snd_nxt` over it. It names the very
+/// end; nobody guesses that.
+#[inline(always)]
+fn has_sent(session: &Session, tcp: &bpf_tcp_sock, way: Way, segment: Option<&Segment>) -> bool {
+    if way == Way::Ingress && session.flags & flags::SENT_UNREAD != 0 {
+        return false;
+    }
+    let is_acknowledged = segment.is_some_and(|segment| segment.ack == session.went_until);
+    tcp.snd_nxt.wrapping_sub(session.went_until) <= MAX_WINDOW
+        || way == Way::Ingress && is_acknowledged
+}
+
+/// Counts payload that the socket has taken. What does not count for the rule is no candidate any more. What the hook
+/// has not seen, as payload with the packet that completed the handshake, counts from now, unless it is late by now.
+///
+/// The count is written last: who reads the record before is told that payload is waited for.
+#[inline(never)]
+fn take(session: &mut Session, received: u64) {
+    let new = received - session.bytes_received;
+    let policy = policy::of(session);
+    if policy.is_some_and(|policy| new < u64::from(policy.min_payload)) {
+        session.came_ns = 0;
+    } else if session.awaits_received() {
+        session.stamp_received(session.came_ns);
+    } else {
+        let measure = Measure {
+            policy,
+            now_ns: now_ns(),
+        };
+        if !measure.comes_too_late(session) {
+            session.stamp_received(measure.now_ns);
+        }
+    }
+    // SAFETY: from a reference. Volatile: after the stamp.
+    unsafe { (&raw mut session.bytes_received).write_volatile(received) };
+}
+
+/// Payload may be new where it ends after what the socket has received so far. That leaves out
+/// retransmissions, duplicates, and keepalives that carry one old byte. The socket tells whether it has taken it.
+#[inline(always)]
+fn come(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.rcv_nxt);
-    if ahead == 0 || ahead > MAX_WINDOW {
-        return;
+    if ahead != 0 && ahead <= MAX_WINDOW {
+        session.came_ns = measure.now_ns;
     }
-    let new = ahead.min(segment.payload);
-    if measure.counts(new) {
-        session.stamp_received(measure.now_ns);
-    }
-    grow(
-        &mut session.bytes_received,
-        tcp.bytes_received + u64::from(new),
-    );
 }
 
 /// Payload bytes that the socket has received. It counts the peer's FIN as a byte, since that takes a
 /// sequence number.
 ///
-/// The count of the session is brought up to this when the socket answers, at the latest with the ACK:
-/// what arrived while a process held the socket waits in its backlog, uncounted, and what came with
-/// the packet that completed the handshake passed the hook under the listener's cookie.
+/// The session follows when the socket answers, at the latest with the ACK: what arrived while a process held
+/// the socket waits in its backlog, uncounted.
 #[inline(always)]
 fn payload_received(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
     // The state tells whether the FIN has been received, but where this host has sent one before. Then
@@ -255,33 +317,31 @@ fn state(ctx: &SkBuffContext) -> u32 {
     }
 }
 
-/// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt`
-/// after the packet has passed this hook.
+/// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt` after the packet has
+/// passed this hook, and leaves it where the packet was dropped on its way.
 #[inline(always)]
-fn send(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
+fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.snd_nxt);
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
     if measure.counts(ahead.min(segment.payload)) {
-        session.stamp_sent(measure.now_ns);
+        note_sent(session, segment.end(), measure.now_ns);
     }
-    let total = sent_until(session, tcp, segment.end());
-    grow(&mut session.bytes_sent, total);
+    session.bytes_sent = sent_until(session, tcp, segment.end());
+    if session.flags & flags::SENT_UNREAD != 0 {
+        session.flags &= !flags::SENT_UNREAD;
+    }
 }
 
-/// For a packet that could not be read: what passed before it, as the socket's own counters tell.
+/// Notes when payload was seen to leave. The end is written first: a packet on another processor that sees the
+/// time alone would take the payload for sent.
 #[inline(always)]
-fn compare_counters(ctx: &SkBuffContext, session: &mut Session, tcp: &bpf_tcp_sock, now_ns: u64) {
-    let received = payload_received(ctx, session, tcp);
-    if received > session.bytes_received {
-        session.stamp_received(now_ns);
-        session.bytes_received = received;
-    }
-    let sent = payload_sent(ctx, session, tcp);
-    if sent > session.bytes_sent {
-        session.stamp_sent(now_ns);
-        session.bytes_sent = sent;
+fn note_sent(session: &mut Session, until: u32, now_ns: u64) {
+    // SAFETY: from a reference. Volatile: in this order.
+    unsafe {
+        (&raw mut session.went_until).write_volatile(until);
+        (&raw mut session.went_ns).write_volatile(now_ns);
     }
 }
 
@@ -292,15 +352,6 @@ fn sent_until(session: &Session, tcp: &bpf_tcp_sock, end: u32) -> u64 {
     let syn = u64::from(session.direction == Direction::Outbound as u8);
     let unacknowledged = u64::from(end.wrapping_sub(tcp.snd_una));
     (tcp.bytes_acked + unacknowledged).saturating_sub(syn)
-}
-
-/// The totals come from the socket, so that a packet that was not seen is made up for by the next.
-/// They never go back: a segment that fills a hole ends before one that was already counted.
-#[inline(always)]
-fn grow(count: &mut u64, total: u64) {
-    if total > *count {
-        *count = total;
-    }
 }
 
 /// The clock that goes on while the host sleeps, `CLOCK_BOOTTIME`, and precise. The coarse one costs a third, and lags by as much as a tick comes late: in a

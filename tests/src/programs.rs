@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
+use session_enforcer_common::Way;
 
 use crate::{cgroup::Cgroup, pins::bpf};
 
@@ -19,6 +20,7 @@ const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
 const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
 const BPF_CGROUP_INET_INGRESS: u32 = 0;
+const BPF_CGROUP_INET_EGRESS: u32 = 1;
 const BPF_CGROUP_SOCK_OPS: u32 = 3;
 
 /// `struct bpf_insn` as a number: operation, registers, offset, constant.
@@ -85,11 +87,37 @@ pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
         expected_attach_type: BPF_CGROUP_SOCK_OPS,
         ..ProgLoad::default()
     };
-    let program = descriptor(bpf(BPF_PROG_LOAD, &mut load)).context("loading a program")?;
+    attach_behind(cgroup, &mut load)
+}
+
+/// Attaches a program behind those that are there, which drops every packet that comes in or goes out.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn drop_packets(cgroup: &Cgroup, way: Way) -> Result<OtherProgram> {
+    // return 0
+    let instructions = [instruction(0xb7, 0x00, 0, 0), instruction(0x95, 0, 0, 0)];
+    let mut load = ProgLoad {
+        prog_type: BPF_PROG_TYPE_CGROUP_SKB,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type: match way {
+            Way::Ingress => BPF_CGROUP_INET_INGRESS,
+            Way::Egress => BPF_CGROUP_INET_EGRESS,
+        },
+        ..ProgLoad::default()
+    };
+    attach_behind(cgroup, &mut load)
+}
+
+fn attach_behind(cgroup: &Cgroup, load: &mut ProgLoad) -> Result<OtherProgram> {
+    let program = descriptor(bpf(BPF_PROG_LOAD, load)).context("loading a program")?;
     let directory = File::open(cgroup.path())?;
     let [program_fd, target_fd] =
         [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
-    let mut create = [program_fd, target_fd, BPF_CGROUP_SOCK_OPS, 0];
+    let mut create = [program_fd, target_fd, load.expected_attach_type, 0];
     let link = descriptor(bpf(BPF_LINK_CREATE, &mut create)).context("attaching a program")?;
     Ok(OtherProgram { _link: link })
 }

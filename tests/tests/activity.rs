@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair, patience, unhurried};
+use session_enforcer_tests::{
+    Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, idle_rule, patience,
+    tcp_info, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -171,6 +174,55 @@ fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
     record.assert_reset("response_timeout", &asked, limit);
     let labels = [("reason", "response_timeout"), ("result", "reset")];
     daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 1.0)
+}
+
+#[test]
+fn a_segment_that_the_stack_refuses_is_no_request() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let idle = 3 * idle();
+    let limits = format!(
+        "idle_timeout = \"{}s\"\nresponse_timeout = \"1s\"",
+        idle.as_secs()
+    );
+    let daemon = daemon_for(&lab, &listener, &limits)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    for number in 0..4_u32 {
+        let at = Sequence {
+            to_send: number << 30,
+            to_receive: 0,
+        };
+        RawTcp::new(&lab.outside)?.send(&pair.client, at, b"x")?;
+    }
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, idle);
+    Ok(())
+}
+
+/// The peer does not answer, and nothing is sent again before the deadline: no packet shows that it was sent.
+#[test]
+fn what_was_sent_counts_when_it_was_sent_before_it_is_acknowledged() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [left, right] = [Netns::new()?, Netns::new()?];
+    Veth::between(&left, &right)?;
+    left.ip(&format!(
+        "route change 10.77.0.0/24 dev {} rto_min 60s",
+        Veth::INTERFACE
+    ))?;
+    let listener = lab.outside_in(&right)?.listen((Veth::RIGHT, 0))?;
+    let limit = 2 * idle();
+    let daemon = lab.daemon(&idle_rule(limit))?;
+    let pair = Pair::open(&lab.inside_in(&left)?, &listener)?;
+    pair.round_trip()?;
+    right.ip(&format!("route add blackhole {}/32", Veth::LEFT))?;
+    pair.opened.wait(limit / 2);
+    let sent = ping(&pair)?;
+    sent.wait(limit / 4);
+    assert_eq!(tcp_info(&pair.client)?.tcpi_total_retrans, 0);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &sent, limit);
+    assert_eq!(record.number("source.bytes"), 8.0);
+    Ok(())
 }
 
 #[test]

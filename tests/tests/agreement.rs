@@ -600,8 +600,11 @@ impl Expected {
                 session.answered_ns = at.of(found.answered_ns);
             }
         }
-        // When the gate looks again is the kernel's own business.
+        // When the gate looks again is the kernel's own business, and so is what it waits for.
         session.open_until_ns = found.open_until_ns;
+        (session.came_ns, session.went_ns) = (found.came_ns, found.went_ns);
+        session.went_until = found.went_until;
+        session.data_segments_sent = found.data_segments_sent;
         assert_eq!(found, session, "kernel (left) and host differ");
     }
 }
@@ -682,7 +685,21 @@ impl Talk {
             pair.to_client(&payload)?;
         }
         let at = Stamp([from, monotonic_ns()]);
-        let found = bench.sessions(&self.connection)?;
+        // The acknowledgement shows to both that it was taken.
+        let receiver = if to_server {
+            &pair.server
+        } else {
+            &pair.client
+        };
+        set_option(receiver, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1)?;
+        let found = eventually("it is counted", patience(), || {
+            let found = bench.sessions(&self.connection)?;
+            let is_settled = found
+                .iter()
+                .flatten()
+                .all(|session| !session.is_unsettled());
+            Ok(is_settled.then_some(found))
+        })?;
         for (end, (expected, found)) in self.expected.iter_mut().zip(found).enumerate() {
             let Some(expected) = expected else {
                 // The packet path makes no session.

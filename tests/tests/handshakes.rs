@@ -75,6 +75,33 @@ fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
     Ok(())
 }
 
+/// The socket has its payload before the connection is established, or with it, and no hook sees that.
+#[test]
+fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    netns.set_parameter("ipv4/tcp_fastopen", "3")?;
+    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
+    let deferred = listen_with(&inside, libc::TCP_DEFER_ACCEPT, 5)?;
+    let daemon = lab.daemon(
+        "[[rule]]\nname = \"r\"\ndirection = \"inbound\"\nidle_timeout = \"1s\"\n\
+         response_timeout = \"3s\"\n",
+    )?;
+    let pairs = [
+        // With the third packet, and the second time with the first.
+        dial_with(&outside, &listener, b"first")?,
+        dial_with(&outside, &listener, b"second")?,
+        dial_with(&outside, &deferred, b"third")?,
+    ];
+    for (pair, bytes) in pairs.iter().zip([5, 6, 5]) {
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("response_timeout", &pair.opened, Duration::from_secs(3));
+        assert_eq!(record.bytes(), [bytes, 0]);
+    }
+    Ok(())
+}
+
 /// Connects and sends in one call (TCP Fast Open); payload and establishment are one moment.
 fn dial_with(client: &Agent, listener: &Listener, payload: &[u8]) -> Result<Pair> {
     let socket = client.tcp(listener.address)?;

@@ -8,9 +8,10 @@ use std::{
 };
 
 use anyhow::Result;
+use session_enforcer_common::Way;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, eventually,
-    idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
+    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, drop_packets,
+    eventually, idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -117,6 +118,56 @@ fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()
     };
     forge(&lab, &pair, duplicate)?;
     assert_reset_for(&daemon, &pair, &last)
+}
+
+/// Who knows the addresses and ports alone finds, with four segments, one that may be ahead.
+#[test]
+fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let daemon = lab.daemon(&rule())?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.round_trip()?;
+    let blind = |number: u32| {
+        let at = Sequence {
+            to_send: number << 30,
+            to_receive: 0,
+        };
+        RawTcp::new(&lab.outside)?.send(&pair.client, at, b"x")
+    };
+    (0..4).try_for_each(blind)?;
+    last.wait(limit() / 2);
+    (0..4).try_for_each(blind)?;
+    assert_reset_for(&daemon, &pair, &last)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.bytes(), [4, 4]);
+    Ok(())
+}
+
+/// As a firewall of systemd's does, which comes after the connection.
+#[test]
+fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<()> {
+    for way in Way::ALL {
+        let lab = Lab::new(AGENT)?;
+        let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+        let daemon = lab.daemon(&rule())?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        let last = pair.round_trip()?;
+        let _other = drop_packets(&lab.cgroup, way)?;
+        let mut from = match way {
+            Way::Ingress => &pair.client,
+            Way::Egress => &pair.server,
+        };
+        let before = segments_sent(from)?;
+        from.write_all(b"again")?;
+        eventually("it is sent again", patience(), || {
+            Ok((segments_sent(from)?.1 >= before.1 + 3).then_some(()))
+        })?;
+        let record = daemon.wait_for_termination_of(&pair)?;
+        record.assert_reset("idle_timeout", &last, limit());
+        assert_eq!(record.bytes(), [4, 4], "{way:?}");
+    }
+    Ok(())
 }
 
 #[test]

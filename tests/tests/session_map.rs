@@ -65,8 +65,10 @@ fn session(number: u64) -> Session {
             ..Owner::UNKNOWN
         },
         data_segments_sent: number as u32,
-        unused: 0,
         half_closed_ns: number,
+        came_ns: 0,
+        went_ns: 0,
+        went_until: 0,
     }
 }
 

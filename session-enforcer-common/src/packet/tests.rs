@@ -24,6 +24,7 @@ impl Sent {
     fn tcp(&self) -> Vec<u8> {
         let mut header = TcpHeader::new(5432, 51234, self.seq, 1024);
         (header.fin, header.rst, header.ack) = (self.fin, self.rst, true);
+        header.acknowledgment_number = !self.seq;
         header.set_options_raw(&vec![1; self.options * 4]).unwrap();
         let mut bytes = header.to_bytes().to_vec();
         bytes.resize(bytes.len() + self.payload, 0xaa);
@@ -33,6 +34,7 @@ impl Sent {
     fn segment(&self) -> Segment {
         Segment {
             seq: self.seq,
+            ack: !self.seq,
             payload: self.payload as u32,
             ends: self.fin || self.rst,
             fin: self.fin && !self.rst,
@@ -167,6 +169,7 @@ fn oracle(packet: &[u8]) -> Option<Segment> {
     let header_length = tcp.header_slice().len();
     Some(Segment {
         seq: tcp.sequence_number(),
+        ack: tcp.acknowledgment_number(),
         payload: (packet.len() - header_at - header_length) as u32,
         ends: tcp.fin() || tcp.rst(),
         fin: tcp.fin() && !tcp.rst(),
@@ -244,6 +247,7 @@ fn payload_outside_of_the_linear_part_counts() {
 fn sequence_numbers_wrap_around() {
     let segment = Segment {
         seq: u32::MAX - 1,
+        ack: 0,
         payload: 5,
         ends: false,
         fin: false,

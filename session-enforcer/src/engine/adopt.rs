@@ -88,8 +88,10 @@ impl Adopter<'_> {
             },
             owner,
             data_segments_sent: info.data_segments_sent,
-            unused: 0,
             half_closed_ns: half_closed_ns(socket, now_ns),
+            came_ns: 0,
+            went_ns: 0,
+            went_until: 0,
         })
     }
 }
@@ -188,6 +190,31 @@ fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
     )
 }
 
+/// A session whose socket was asked what it has taken and sent of the payload that was waited for. What it has not
+/// is no activity.
+pub fn settled(session: &Session, socket: &Socket, policy: Option<&Policy>) -> Session {
+    let Some(info) = socket.info else {
+        return *session;
+    };
+    let mut now = *session;
+    let received = payload_received(socket, &info);
+    let sent = payload_sent(socket, &info, session.direction);
+    let new = received.saturating_sub(session.bytes_received);
+    let counts = policy.is_none_or(|policy| new >= u64::from(policy.min_payload));
+    let has_received = new > 0 && counts;
+    // What could be read is counted already.
+    let is_counted = session.flags & flags::SENT_UNREAD == 0;
+    let has_sent = sent > session.bytes_sent || is_counted && sent == session.bytes_sent;
+    (now.bytes_received, now.bytes_sent) = (session.bytes_received + new, sent);
+    if !has_received {
+        now.came_ns = 0;
+    }
+    if !has_sent {
+        now.went_ns = 0;
+    }
+    now.settled()
+}
+
 /// A session brought up to date with its socket, after a time in which packets were not stamped. The
 /// byte counts tell whether any payload passed, the ages when. Of how much came with each packet
 /// nothing is known: all of it counts.
@@ -204,8 +231,18 @@ pub fn caught_up(
     let mut now = *session;
     now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
+    // An age tells the time of a packet that the programs have seen less exactly than they do.
+    let is_seen = session.came_ns <= received_ns && received_ns - session.came_ns <= 2 * lag_ns;
+    let received_ns = if is_seen {
+        session.came_ns
+    } else {
+        received_ns
+    };
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
+    if session.awaits_sent() && sent == session.bytes_sent {
+        now.stamp_sent(session.went_ns);
+    }
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
     if has_received {
         now.bytes_received = received;
@@ -214,7 +251,7 @@ pub fn caught_up(
     if has_sent {
         now.bytes_sent = sent;
         now.data_segments_sent = info.data_segments_sent;
-        now.last_sent_ns = sent_ns.max(session.last_sent_ns);
+        now.last_sent_ns = sent_ns.max(now.last_sent_ns);
     }
     if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
         let owes = match (has_received, has_sent) {
@@ -603,6 +640,55 @@ mod tests {
             info.last_data_received_ms = 300;
         });
         assert!(now.owes_answer());
+    }
+
+    /// A session for whose payload the socket is asked, and what it is by the socket's answer.
+    fn asked(change: impl FnOnce(&mut Session, &mut Info), min_payload: u16) -> [Session; 2] {
+        let mut of = socket(state::ESTABLISHED, 5432, 1);
+        let mut session = adopt(&[entry(0, 5432, 3)], &Scope::All, &[of])[0].1;
+        let mut info = of.info.unwrap();
+        (session.came_ns, session.went_ns) = (9_000 * MS, 8_000 * MS);
+        change(&mut session, &mut info);
+        of.info = Some(info);
+        let policy = Policy {
+            min_payload,
+            ..Policy::default()
+        };
+        [session, settled(&session, &of, Some(&policy))]
+    }
+
+    #[test]
+    fn what_the_socket_has_taken_counts_when_it_came_and_nothing_else_does() {
+        let taken = |bytes: u64, min_payload| {
+            let [before, now] = asked(|_, info| info.bytes_received += bytes, min_payload);
+            assert_eq!(now.bytes_received, before.bytes_received + bytes);
+            let stamp = now.last_received_ns;
+            assert!([before.last_received_ns, 9_000 * MS].contains(&stamp));
+            stamp > before.last_received_ns
+        };
+        assert!(taken(3, 1) && taken(3, 3));
+        assert!(!taken(0, 1) && !taken(3, 4));
+    }
+
+    #[test]
+    fn what_the_socket_has_sent_counts_when_it_left_and_nothing_else_does() {
+        let sent = |change: fn(&mut Session, &mut Info)| {
+            let [before, now] = asked(change, 1);
+            let stamp = now.last_sent_ns;
+            assert!([before.last_sent_ns, 8_000 * MS].contains(&stamp));
+            (stamp > before.last_sent_ns, now.bytes_sent)
+        };
+        assert_eq!(sent(|_, _| {}), (true, 19));
+        // It was dropped on its way.
+        assert_eq!(sent(|session, _| session.bytes_sent = 25), (false, 19));
+        // How much it was could not be read.
+        let unread = |session: &mut Session, _: &mut Info| session.flags |= flags::SENT_UNREAD;
+        assert_eq!(sent(unread), (false, 19));
+        let unread = |session: &mut Session, _: &mut Info| {
+            session.flags |= flags::SENT_UNREAD;
+            session.bytes_sent -= 7;
+        };
+        assert_eq!(sent(unread), (true, 19));
     }
 
     #[test]

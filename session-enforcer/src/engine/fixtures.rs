@@ -24,7 +24,9 @@ pub(super) fn session() -> Session {
         ifindex: 0,
         owner: Owner::UNKNOWN,
         data_segments_sent: 0,
-        unused: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
+        came_ns: 0,
+        went_ns: 0,
+        went_until: 0,
     }
 }

@@ -73,6 +73,8 @@ pub(super) struct State {
     pub(super) is_enforcing: bool,
     /// Sessions whose owner has to be found before they are judged.
     pub(super) without_owner: Vec<(u64, Session)>,
+    /// Sessions that are only observed, and late unless their sockets have taken or sent payload that is waited for.
+    pub(super) unsettled: Vec<Expired>,
     /// Sessions whose end the kernel does not report, and that may have ended.
     pub(super) looked_for: Vec<LookedFor>,
     /// Events that the kernel could not deliver, as far as they were made up for.
@@ -142,6 +144,7 @@ impl State {
             has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
+            unsettled: Vec::new(),
             looked_for: Vec::new(),
             repaired_losses: 0,
             capacity,
@@ -423,14 +426,23 @@ impl State {
                 Ok(None)
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
-            Judgement::Late(expired) if session.end_is_unreported() => {
-                self.look_for(cookie, session, Cause::Observed(expired));
+            Judgement::Late(expired) if session.is_unsettled() => {
+                self.unsettled.push(expired);
                 Ok(None)
             }
             Judgement::Late(expired) => {
-                self.observe(&expired);
+                self.note_observed(&expired);
                 Ok(None)
             }
+        }
+    }
+
+    /// Records a session that is only observed and late, if it is there.
+    pub(super) fn note_observed(&mut self, expired: &Expired) {
+        if expired.session.end_is_unreported() {
+            self.look_for(expired.cookie, expired.session, Cause::Observed(*expired));
+        } else {
+            self.observe(expired);
         }
     }
 

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use session_enforcer_common::{Ancestors, Session, Verdict, verdict};
 
 use super::{
+    adopt,
     ask::{self, Answer, LOOK, note_problem},
     context::Context,
     handles::Searching,
@@ -92,6 +93,8 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
         dispatch(context, &mut state, late)?;
     }
     state.records.audit.flush();
+    let unsettled = std::mem::take(&mut state.unsettled);
+    settle_all(context, &state, unsettled);
     drop(state);
     look_for_unreported(context);
     super::owner::find(context);
@@ -108,11 +111,76 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     under_way < AT_A_TIME
 }
 
-/// Gives sessions that are late to reapers.
+/// Has sessions that are late reset, or their sockets asked first.
 fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
+    let (mut unsettled, mut settled) = (Vec::new(), Vec::new());
+    for expired in state.shut(late)? {
+        let is_tried = state
+            .tracker
+            .tried(expired.cookie, &expired.session)
+            .is_some();
+        // One that was tried before was asked before, and nothing has passed since.
+        if expired.session.is_unsettled() && !is_tried {
+            let (cookie, session) = (expired.cookie, &expired.session);
+            state.tracker.set_phase(cookie, session, Phase::Unsettled);
+            unsettled.push(expired);
+        } else {
+            settled.push(expired);
+        }
+    }
+    settle_all(context, state, unsettled);
+    hand_over(context, state, settled)
+}
+
+/// Has the sockets of late sessions asked, in the background.
+fn settle_all(context: &Rc<Context>, state: &State, unsettled: Vec<Expired>) {
+    let mut lots: BTreeMap<(u64, bool), Vec<Expired>> = BTreeMap::new();
+    for expired in unsettled {
+        let may_live = state.would_live(&expired, &expired.session.settled());
+        let lot = (expired.session.netns_cookie, may_live);
+        lots.entry(lot).or_default().push(expired);
+    }
+    for ((netns_cookie, may_live), lot) in lots {
+        context.spawn(settle_lot(Rc::clone(context), netns_cookie, may_live, lot));
+    }
+}
+
+/// Asks what sockets have taken and sent of the payload that their sessions wait for. Where that can let one live, a
+/// packet that has passed the hook must have come to its socket before.
+async fn settle_lot(
+    context: Rc<Context>,
+    netns_cookie: u64,
+    may_live: bool,
+    lot: Vec<Expired>,
+) -> Result<()> {
+    if may_live {
+        ask::wait_for_programs(&context).await;
+    }
+    let began_ns = monotonic_ns();
+    let target = |expired: &Expired| Target::of(expired.cookie, &expired.session);
+    let targets: Vec<Target> = lot.iter().map(target).collect();
+    let answers = ask::query(&context, netns_cookie, &targets, Detail::Activity).await;
+    let answers = answers.unwrap_or_else(|error| {
+        tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
+        vec![Answer::Locked; lot.len()]
+    });
+    let mut state = context.state();
+    let mut late = Vec::new();
+    for (expired, answer) in lot.iter().zip(answers) {
+        late.extend(state.settle(expired, answer, began_ns)?);
+    }
+    hand_over(&context, &mut state, late)?;
+    state.records.audit.flush();
+    drop(state);
+    context.wake.notify_one();
+    Ok(())
+}
+
+/// Gives sessions that are late, and whose gate is shut, to reapers.
+fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let mut lots: BTreeMap<Lot, Vec<Expired>> = BTreeMap::new();
     let now_ns = monotonic_ns();
-    for expired in state.shut(late)? {
+    for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
         if state.hanging.room(culprit(state, &expired.session)) == Room::Taken {
             state.has_no_room(&expired, now_ns);
@@ -656,6 +724,62 @@ impl State {
             still_late.is_some()
         });
         Ok(late)
+    }
+
+    /// Whether a late session would be within its limits, were this its record.
+    fn would_live(&self, expired: &Expired, session: &Session) -> bool {
+        let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+        matches!(
+            verdict(session, policy, expired.decided_ns),
+            Verdict::Alive { .. }
+        )
+    }
+
+    /// Takes in what the socket of a late session has taken and sent; the session where it is to be reset. A socket that
+    /// its process keeps locked tells nothing, and what is waited for does not put the end off.
+    fn settle(
+        &mut self,
+        expired: &Expired,
+        answer: Answer,
+        began_ns: u64,
+    ) -> Result<Option<Expired>> {
+        let cookie = expired.cookie;
+        let phase = self.tracker.phase(cookie, &expired.session);
+        let is_enforced = matches!(phase, Some(Phase::Unsettled));
+        if is_enforced {
+            self.tracker.clear_phase(cookie);
+        }
+        let Some(now) = self.still_there(cookie, &expired.session)? else {
+            return Ok(None);
+        };
+        let socket = match answer {
+            Answer::Known(socket, _) => socket.filter(|socket| !socket.is_mini),
+            Answer::Locked => None,
+        };
+        let policy = self.book.rules[usize::from(expired.session.rule)].policy;
+        let settled = match &socket {
+            Some(socket) => adopt::settled(&now, socket, Some(&policy)),
+            None => now,
+        };
+        let lives = self.would_live(expired, &settled);
+        if lives {
+            self.kernel.amend(cookie, &settled)?;
+        }
+        // What has passed since the socket was asked, it was not asked about.
+        if lives || now.came_ns.max(now.went_ns) >= began_ns {
+            self.tracker.rearm(cookie, 0);
+            return Ok(None);
+        }
+        let rule = expired.session.rule;
+        let late = Expired {
+            session: Session { rule, ..settled },
+            ..*expired
+        };
+        if is_enforced {
+            return Ok(Some(late));
+        }
+        self.note_observed(&late);
+        Ok(None)
     }
 
     /// A reaper that was asked about a session has answered; whether that still matters. It does not where

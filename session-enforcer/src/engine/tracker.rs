@@ -33,6 +33,8 @@ pub(super) enum Phase {
         /// When that was decided last.
         decided_ns: u64,
     },
+    /// It is late, unless its socket has taken or sent payload that its record waits for. The socket is asked.
+    Unsettled,
     /// Reapers were asked to reset it.
     Tried(Box<Tried>),
     /// It was reset; the kernel's report of its end is still to come.
@@ -93,7 +95,7 @@ impl Phase {
     /// Whether nothing is to be decided about the session: a reaper or a sync has it.
     pub(super) fn is_in_other_hands(&self) -> bool {
         match self {
-            Self::Adopting { .. } => true,
+            Self::Adopting { .. } | Self::Unsettled => true,
             Self::Tried(tried) => tried.asked > 0,
             _ => false,
         }

@@ -38,10 +38,14 @@ fn simple(linear: &[u8], protocol: u32, length: usize) -> Option<Segment> {
         return None;
     }
     let payload = length.checked_sub(tcp_at)?.checked_sub(header_length)?;
-    Some(Segment {
-        seq: tcp[4..8]
+    let number = |bytes: &[u8]| {
+        bytes
             .iter()
-            .fold(0, |seq, byte| seq << 8 | u32::from(*byte)),
+            .fold(0, |number, byte| number << 8 | u32::from(*byte))
+    };
+    Some(Segment {
+        seq: number(&tcp[4..8]),
+        ack: number(&tcp[8..12]),
         payload: payload.try_into().ok()?,
         ends: tcp[13] & 1 == 1 || tcp[13] & 4 == 4,
         fin: tcp[13] & 5 == 1,

@@ -41,8 +41,10 @@ pub(in crate::report) fn session() -> Session {
             comm: *b"postgres\0\0\0\0\0\0\0\0",
         },
         data_segments_sent: 0,
-        unused: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
+        came_ns: 0,
+        went_ns: 0,
+        went_until: 0,
     }
 }
 
