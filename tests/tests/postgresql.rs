@@ -261,3 +261,46 @@ fn a_long_query_is_cut_where_there_is_no_response_timeout() -> Result<()> {
     assert!(!output.contains("answer: "), "{output}");
     Ok(())
 }
+
+/// The recipe for a control of 15 minutes, enforced on this port and with seconds in the place of its minutes.
+fn control(port: u16) -> String {
+    const RECIPE: &str = include_str!("../../session-enforcer/examples/pci-dss.toml");
+    let (_, rules) = RECIPE.split_once("\n[[rule]]").unwrap_or_default();
+    let limit = format!("idle_timeout = \"{}s\"", limit().as_secs());
+    let rules = rules.replace("[1521, 3306, 5432]", &format!("[{port}]"));
+    format!(
+        "[[rule]]{}",
+        rules.replace("idle_timeout = \"15m\"", &limit)
+    )
+}
+
+#[test]
+fn under_a_control_a_dump_that_flows_lives_and_what_is_silent_is_cut() -> Result<()> {
+    let database = Postgres::start(AGENT)?;
+    let daemon = database.lab.daemon(&control(database.port()))?;
+    let mut dump = database.psql()?;
+    let mut silent = database.psql()?;
+    // More rows than the server puts into one packet, for longer than two limits.
+    let seconds = 2 * limit().as_secs();
+    let rows = format!("generate_series(1, {}) AS row", 10 * seconds);
+    dump.say(&format!(
+        "COPY (SELECT pg_sleep(0.1), repeat('x', 10000) FROM {rows}) TO STDOUT;"
+    ))?;
+    let (asked, ()) = Moment::of(|| {
+        silent.say("SELECT 'port: ' || inet_client_port();")?;
+        let [_port] = silent.numbers_after("port: ")?;
+        silent.say(&format!("SELECT 'late' FROM pg_sleep({seconds});"))
+    })?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &asked, limit());
+    assert_eq!(record.text("rule.name"), "databases");
+    // Idle from the end of the dump on.
+    let (ended, [_port]) = Moment::of(|| {
+        dump.say("SELECT 'port: ' || inet_client_port();")?;
+        dump.numbers_after("port: ")
+    })?;
+    let records = daemon.wait_for_terminations(2)?;
+    records[1].assert_reset("idle_timeout", &ended, limit());
+    assert!(records[1].bytes()[1] > 10_000 * 10 * seconds);
+    Ok(())
+}

@@ -315,7 +315,10 @@ fn the_examples_decide_as_the_cookbook_says() {
             "fedramp in 10.0.0.5:5432 10.9.0.1:1",
             "observed privileged-networks",
         ),
-        ("fedramp in 10.0.0.5:5432 10.8.0.1:1", "observed users"),
+        (
+            "fedramp in 10.0.0.5:5432 10.8.0.1:1",
+            "observed users-database",
+        ),
         ("nist-800-63b in 10.0.0.5:22 192.0.2.1:1", "observed aal3"),
         ("nist-800-63b in 10.0.0.5:5432 192.0.2.1:1", "observed aal2"),
     ];
