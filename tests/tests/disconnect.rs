@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::reaper::{
-    diag::{DiagSocket, Target, state},
+    diag::{Detail, DiagSocket, Target, state},
     disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp},
     protocol::{Disconnect, Held},
 };
@@ -192,5 +192,26 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
         assert_eq!(reset()?, Answer::Gone);
         other.round_trip()?;
     }
+    Ok(())
+}
+
+/// The kernel destroys what is left of it, and says so.
+#[test]
+fn what_is_left_of_a_connection_in_time_wait_is_no_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let Pair { client, server, .. } = open(&lab, LOOPBACK)?;
+    let target = target(&client)?;
+    drop(client);
+    // Its FIN has come.
+    ensure!((&server).read(&mut [0])? == 0);
+    drop(server);
+    let mut diag = DiagSocket::open()?;
+    eventually("the end of both", patience(), || {
+        let left = diag.query(&target, Detail::Names)?;
+        Ok(left
+            .is_some_and(|left| left.state == state::TIME_WAIT)
+            .then_some(()))
+    })?;
+    assert_eq!(diag.destroy(&target)?.code, libc::ENOENT);
     Ok(())
 }

@@ -160,9 +160,10 @@ impl DiagSocket {
         wire::put_destroy(&mut self.out, destroy, target);
         self.send()?;
         let mut destroyed = Destroyed::default();
+        let mut had_ended = false;
         loop {
             let length = match self.receive(MsgFlags::MSG_DONTWAIT) {
-                Err(SockDiagError::Receive(Errno::EAGAIN)) => return Ok(destroyed),
+                Err(SockDiagError::Receive(Errno::EAGAIN)) => break,
                 received => received?,
             };
             let mut data = &self.input[..length];
@@ -170,12 +171,18 @@ impl DiagSocket {
             match (message.sequence, message.body) {
                 (got, Body::Socket(socket)) if got == query => {
                     destroyed.queued = Some(socket.queued);
+                    had_ended = socket.is_mini;
                 }
                 (got, Body::Answer(_)) if got == query => {}
                 (got, Body::Answer(code)) if got == destroy => destroyed.code = code,
                 (got, _) => return Err(WireError::Sequence { got }.into()),
             }
         }
+        // What was left of it, in `TIME_WAIT`, is none of a session, although the kernel has destroyed it.
+        if had_ended {
+            destroyed.code = libc::ENOENT;
+        }
+        Ok(destroyed)
     }
 
     /// What the kernel knows of the target, or `None` where it is gone.
