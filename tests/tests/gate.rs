@@ -16,8 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Moment, Netns, Pair, Random, Record, Veth, ends_of, eventually,
-    patience, reset_on_close, scaled, seed, tcp_info, unhurried,
+    Call, Daemon, Fate, Lab, Listener, Moment, Netns, Pair, Random, Record, Veth, ends_of,
+    eventually, patience, reset_on_close, scaled, seed, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -425,30 +425,28 @@ fn a_session_that_a_new_policy_ends_has_that_reason_whoever_refuses_it_first() -
 fn a_session_that_cannot_be_reset_stands_behind_the_gate_and_is_tried_again_as_it_was() -> Result<()>
 {
     let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
-    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
-    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&quiet_rule("1h"))?;
-    let pair = Pair::open(&outside, &listener)?;
-    // Its sockets keep the namespace alive, and no file leads to it any more.
-    drop((inside, outside));
-    netns.delete()?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let hour = quiet_rule("1h");
+    let (daemon, interposer) = lab.launch().config(&hour).start_interposed()?;
+    let pair = Pair::open(&lab.outside, &listener)?;
     pair.opened.wait(2 * LIMIT);
+    interposer.set(Call::Destroy, Fate::Fail(Errno::EPERM));
     daemon.reload(&quiet_rule("1s"))?;
     let first = daemon.wait_for_termination_of(&pair)?;
     assert_eq!(first.text("event.action"), "session-termination-failed");
     assert_eq!(first.text("event.reason"), "policy");
-    assert_shut(&pair)?;
     let refused = Instant::now();
+    interposer.set(Call::Destroy, Fate::Pass);
     // What the gate reports does not hasten the next attempt.
+    assert_shut(&pair)?;
     assert_eq!(daemon.terminations_of(&pair)?.len(), 1);
-    let cause = [("cause", "namespace")];
-    daemon.wait_for_metric("session_enforcer_sessions_untracked_total", &cause, 2.0)?;
+    let second = eventually("the next attempt", patience(), || {
+        Ok(daemon.terminations_of(&pair)?.into_iter().nth(1))
+    })?;
     let apart = refused.elapsed();
     assert!(apart >= Duration::from_secs(8), "{apart:?}");
-    // It has failed for the same reason, and that is recorded once.
-    assert_eq!(daemon.terminations_of(&pair)?.len(), 1);
-    assert_shut(&pair)?;
+    assert_eq!(second.text("session_enforcer.result"), "reset");
+    assert_eq!(second.text("event.reason"), "policy");
     ensure!(dropped(&daemon)?.iter().all(|count| *count > 0.0));
     Ok(())
 }

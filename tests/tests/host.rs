@@ -225,33 +225,6 @@ mod unified {
         Ok(())
     }
 
-    /// Puts the machine to sleep, until its clock's alarm.
-    fn suspend(seconds: u64) -> Result<()> {
-        fs::write("/sys/class/rtc/rtc0/wakealarm", format!("+{seconds}")).context("the alarm")?;
-        fs::write("/sys/power/state", "freeze").context("suspend to idle")
-    }
-
-    #[test]
-    fn the_time_that_the_machine_sleeps_is_idle_time() -> Result<()> {
-        const LIMIT: Duration = Duration::from_secs(60);
-        const ASLEEP: u64 = 70;
-        let lab = lab()?;
-        let rule = RULE.replace("3s", "60s");
-        let daemon = Launch::on(&root_cgroup()?).config(&rule).start()?;
-        let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
-        let pair = Pair::open(&lab.outside, &listener)?;
-        let last = pair.round_trip()?;
-        suspend(ASLEEP)?;
-        let record = daemon.wait_for_termination_of(&pair)?;
-        // The clock of the test stood still meanwhile.
-        let awake = last.earliest.at.elapsed();
-        ensure!(awake < LIMIT, "{awake:?} awake");
-        let idle = record.number("session_enforcer.idle_seconds");
-        ensure!(idle >= LIMIT.as_secs_f64(), "idle for {idle} s");
-        assert_eq!(record.text("session_enforcer.result"), "reset");
-        Ok(())
-    }
-
     #[test]
     fn a_daemon_in_namespaces_of_its_own_enforces_its_cgroup() -> Result<()> {
         let lab = lab()?;
