@@ -12,6 +12,7 @@ mod postgresql;
 mod program;
 mod prometheus;
 mod redis;
+mod tls;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -31,6 +32,7 @@ pub use postgresql::Postgres;
 pub use program::Program;
 pub use prometheus::{Prometheus, promtool_check, promtool_of_shipped};
 pub use redis::Redis;
+pub use tls::TlsServer;
 
 /// A port of 127.0.0.1 that nobody else on the machine is given by the kernel.
 ///

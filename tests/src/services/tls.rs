@@ -1,0 +1,91 @@
+//! A TLS 1.3 server of the distribution's Python, which answers late.
+
+use std::{fs, path::Path, process::Command, time::Duration};
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use super::{
+    ReservedPort,
+    program::{self, PYTHON, Program, succeed},
+};
+use crate::{agent::Place, lab::Lab};
+
+/// Both ends.
+const SCRIPT: &str = include_str!("../../clients/tls.py");
+
+/// A server on 127.0.0.1.
+#[derive(Debug)]
+pub struct TlsServer {
+    _server: Program,
+    /// The cgroup that it is in.
+    pub lab: Lab,
+    port: ReservedPort,
+    _directory: TempDir,
+}
+
+impl TlsServer {
+    /// Starts a server in a new cgroup, which answers so long after a request. `agent` as for [`Lab::new`].
+    ///
+    /// # Errors
+    ///
+    /// Where Python or OpenSSL is not installed, or it does not start.
+    pub fn start(agent: impl AsRef<Path>, answers_after: Duration) -> Result<Self> {
+        let lab = Lab::new(agent)?;
+        let port = ReservedPort::take(&lab.outside)?;
+        let directory = tempfile::tempdir()?;
+        let certificate = directory.path().join("certificate.pem");
+        make_certificate(directory.path(), &certificate)?;
+        let python = program::find(PYTHON, "python3", &[])?;
+        let place = Place::here().in_cgroup(&lab.cgroup);
+        let mut command = place.command(lab.agent_binary(), python);
+        command.args(["-c", SCRIPT, "server", &port.number.to_string()]);
+        command
+            .arg(&certificate)
+            .arg(answers_after.as_secs().to_string());
+        let server = Program::server("the TLS server", command, "ready")?;
+        Ok(Self {
+            _server: server,
+            lab,
+            port,
+            _directory: directory,
+        })
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port.number
+    }
+
+    /// A client outside of the cgroup, whose first request is in the packet that ends its handshake.
+    ///
+    /// # Errors
+    ///
+    /// Where Python is not installed.
+    pub fn client(&self) -> Result<Program> {
+        let mut python = Command::new(program::find(PYTHON, "python3", &[])?);
+        python.args(["-c", SCRIPT, "client", &self.port.number.to_string()]);
+        Program::client("the TLS client", python)
+    }
+}
+
+/// Makes a key and a certificate for it, in one file.
+fn make_certificate(directory: &Path, into: &Path) -> Result<()> {
+    let [key, certificate] = ["key", "certificate"].map(|name| directory.join(name));
+    let mut openssl = Command::new(program::find("openssl", "openssl", &[])?);
+    openssl.args(["req", "-x509", "-newkey", "ec", "-nodes", "-days", "1"]);
+    openssl.args([
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-subj",
+        "/CN=test",
+    ]);
+    openssl
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate);
+    succeed(openssl)?;
+    let both = [fs::read(key)?, fs::read(certificate)?].concat();
+    Ok(fs::write(into, both)?)
+}

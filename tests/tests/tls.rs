@@ -1,0 +1,46 @@
+//! TLS 1.3 under the daemon: what a server says by itself is taken for an answer, unless a rule says how many bytes
+//! are one.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use session_enforcer_tests::{Daemon, Moment, services::TlsServer, unhurried};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(2))
+}
+
+/// A server that answers after two limits, and a daemon.
+fn start(more: &str) -> Result<(TlsServer, Daemon)> {
+    let server = TlsServer::start(AGENT, 2 * limit())?;
+    let (port, limit) = (server.port(), limit().as_secs());
+    let daemon = server.lab.daemon(&format!(
+        "[[rule]]\nname = \"https\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n\
+         idle_timeout = \"{limit}s\"\nresponse_timeout = \"1h\"\n{more}\n"
+    ))?;
+    Ok((server, daemon))
+}
+
+#[test]
+fn session_tickets_are_taken_for_the_answer_to_the_first_request() -> Result<()> {
+    let (server, daemon) = start("")?;
+    let mut client = server.client()?;
+    client.wait_for("ConnectionResetError")?;
+    assert!(!client.output().contains("answered"));
+    let record = daemon.wait_for_termination()?;
+    assert_eq!(record.text("event.reason"), "idle_timeout");
+    Ok(())
+}
+
+#[test]
+fn with_a_minimum_they_are_not_and_the_slow_answer_comes() -> Result<()> {
+    let (server, daemon) = start("min_answer = 1024")?;
+    let mut client = server.client()?;
+    let (answered, ()) = Moment::of(|| client.wait_for("answered"))?;
+    client.wait_for("ConnectionResetError")?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_due("idle_timeout", &answered, limit());
+    Ok(())
+}
