@@ -49,6 +49,8 @@ pub const LAYOUT: u32 = {
             owner,
             data_segments_sent,
             half_closed_ns,
+            sent_before_answer,
+            went_is_answer,
             went_until,
         }
     );

@@ -31,6 +31,10 @@ pub struct Policy {
     /// Longest time without activity since either end has sent its FIN, in nanoseconds: then in place of
     /// `idle_timeout_ns`.
     pub half_closed_timeout_ns: u64,
+    /// Bytes of payload that this host must send after a request until it has answered.
+    pub min_answer: u32,
+    /// Always 0.
+    pub unused: u32,
     /// Generation of the match table with which this came into force. A session of another one has
     /// to be matched again.
     pub generation: u32,
@@ -46,9 +50,9 @@ pub struct Policy {
 }
 
 const _: () = {
-    assert!(size_of::<Policy>() == 48 && align_of::<Policy>() == 8);
-    assert!(core::mem::offset_of!(Policy, generation) == 40);
-    assert!(core::mem::offset_of!(Policy, gate) == 47);
+    assert!(size_of::<Policy>() == 56 && align_of::<Policy>() == 8);
+    assert!(core::mem::offset_of!(Policy, generation) == 48);
+    assert!(core::mem::offset_of!(Policy, gate) == 55);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
@@ -332,7 +336,7 @@ mod tests {
             ..with_response(15, 60, Activity::Any)
         };
         assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
-        s.stamp_sent(50 * SECOND);
+        s.stamp_sent(50 * SECOND, true);
         assert_eq!(expires(&s, &p, 53), Some(Reason::HalfClosedTimeout));
     }
 
@@ -527,7 +531,7 @@ mod tests {
     fn pass(session: &mut Session, what: u8, at_ns: u64) {
         match what {
             0 => session.stamp_received(at_ns),
-            1 => session.stamp_sent(at_ns),
+            1 => session.stamp_sent(at_ns, true),
             _ => session.half_closed_ns = session.half_closed_ns.min(at_ns),
         }
     }

@@ -153,6 +153,11 @@ pub struct Session {
     /// until then. The kernel does not keep it: of a session that was half-closed when it was adopted it is
     /// the time of that.
     pub half_closed_ns: u64,
+    /// Lower half of [`bytes_sent`](Self::bytes_sent) when payload that counts last arrived: what was sent
+    /// since then is the answer, or a part of it.
+    pub sent_before_answer: u32,
+    /// 1 where what was seen to leave at [`went_ns`](Self::went_ns) is the answer, with what left before it; else 0.
+    pub went_is_answer: u32,
 }
 
 /// The shortest limit that a rule can set.
@@ -177,6 +182,10 @@ pub struct Traffic {
     pub went_ns: u64,
     /// See [`Session::went_until`].
     pub went_until: u32,
+    /// See [`Session::went_is_answer`].
+    pub went_is_answer: u32,
+    /// See [`Session::sent_before_answer`].
+    pub sent_before_answer: u32,
     /// See [`Session::data_segments_sent`].
     pub data_segments_sent: u32,
     /// See [`Session::half_closed_ns`].
@@ -223,6 +232,8 @@ impl Session {
             came_ns: self.came_ns,
             went_ns: self.went_ns,
             went_until: self.went_until,
+            went_is_answer: self.went_is_answer,
+            sent_before_answer: self.sent_before_answer,
             data_segments_sent: self.data_segments_sent,
             half_closed_ns: self.half_closed_ns,
             flags: self.flags & flags::PEER_HAS_ENDED,
@@ -245,13 +256,17 @@ impl Session {
         } else {
             self.answered_ns.max(other.answered_ns)
         };
-        self.last_received_ns = self.last_received_ns.max(other.last_received_ns);
+        if other.last_received_ns > self.last_received_ns {
+            self.last_received_ns = other.last_received_ns;
+            self.sent_before_answer = other.sent_before_answer;
+        }
         self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
         self.bytes_received = self.bytes_received.max(other.bytes_received);
         self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
         self.came_ns = self.came_ns.max(other.came_ns);
         if other.went_ns > self.went_ns {
             (self.went_ns, self.went_until) = (other.went_ns, other.went_until);
+            self.went_is_answer = other.went_is_answer;
         }
         // The counter wraps around.
         let further = other
@@ -292,7 +307,7 @@ impl Session {
     #[must_use]
     pub const fn settled(mut self) -> Self {
         if self.awaits_sent() {
-            self.stamp_sent(self.went_ns);
+            self.stamp_sent(self.went_ns, self.went_is_answer == 1);
         }
         if self.awaits_received() {
             self.stamp_received(self.came_ns);
@@ -324,16 +339,24 @@ impl Session {
         if self.direction == Direction::Inbound as u8 {
             self.answered_ns = 0;
         }
+        self.sent_before_answer = self.bytes_sent as u32;
     }
 
-    /// Stamps payload that counts and was sent at `now_ns`, which is not 0: the answer to what was
+    /// Whether this is an answer: with the packet that makes it so many bytes, this host has sent `least` or
+    /// more since it last received.
+    #[inline(always)]
+    pub const fn is_answered_by(&self, bytes_sent: u64, least: u32) -> bool {
+        (bytes_sent as u32).wrapping_sub(self.sent_before_answer) >= least
+    }
+
+    /// Stamps payload that counts and was sent at `now_ns`, which is not 0. It may be the answer to what was
     /// received before.
     #[inline(always)]
-    pub const fn stamp_sent(&mut self, now_ns: u64) {
+    pub const fn stamp_sent(&mut self, now_ns: u64, is_answer: bool) {
         if now_ns > self.last_sent_ns {
             self.last_sent_ns = now_ns;
         }
-        if self.owes_answer() {
+        if is_answer && self.owes_answer() {
             self.answered_ns = now_ns;
         }
     }
@@ -381,7 +404,7 @@ const fn mix(word: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 176 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 184 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, flags) == 71);
     assert!(core::mem::offset_of!(Session, local) == 88);
@@ -495,19 +518,19 @@ mod tests {
         let mut session = tests_support::session(1, 1, 1);
         let share = session.jitter_share();
         session.stamp_received(5);
-        session.stamp_sent(6);
+        session.stamp_sent(6, true);
         assert_eq!(session.jitter_share(), share);
     }
 
     #[test]
     fn only_an_inbound_session_owes_and_the_first_payload_after_it_is_the_answer() {
         let mut session = tests_support::session(1, 1, 1);
-        session.stamp_sent(2);
+        session.stamp_sent(2, true);
         assert_eq!(session.answered_ns, 1);
         session.stamp_received(3);
         assert!(session.owes_answer());
-        session.stamp_sent(4);
-        session.stamp_sent(5);
+        session.stamp_sent(4, true);
+        session.stamp_sent(5, true);
         assert_eq!((session.answered_ns, session.last_sent_ns), (4, 5));
         session.direction = Direction::Outbound as u8;
         session.stamp_received(6);
@@ -548,6 +571,25 @@ mod tests {
     }
 
     #[test]
+    fn less_than_an_answer_leaves_the_debt() {
+        let mut session = tests_support::session(1, 1, 1);
+        session.bytes_sent = u64::from(u32::MAX);
+        session.stamp_received(2);
+        let sent = session.bytes_sent + 99;
+        assert!(session.is_answered_by(sent, 99) && !session.is_answered_by(sent, 100));
+        (session.went_ns, session.went_is_answer) = (3, 0);
+        let settled = session.settled();
+        assert_eq!((settled.owes_answer(), settled.last_sent_ns), (true, 3));
+        session.stamp_sent(3, false);
+        assert_eq!((session.owes_answer(), session.last_sent_ns), (true, 3));
+        // The parts of an answer count together, and only since the last request.
+        session.bytes_sent = sent;
+        assert!(session.is_answered_by(sent + 1, 100));
+        session.stamp_received(4);
+        assert!(!session.is_answered_by(sent + 1, 100));
+    }
+
+    #[test]
     fn of_two_records_the_later_activity_tells_who_owes_and_nothing_goes_back() {
         let mut read = tests_support::session(1, 4, 3);
         (read.bytes_received, read.bytes_sent) = (40, 30);
@@ -558,7 +600,7 @@ mod tests {
         owes.half_closed_ns = 6;
         owes.flags |= flags::PEER_HAS_ENDED;
         let mut answered = owes;
-        answered.stamp_sent(7);
+        answered.stamp_sent(7, true);
         answered.bytes_sent = 70;
         (owes.data_segments_sent, answered.data_segments_sent) = (u32::MAX, 1);
         read.data_segments_sent = u32::MAX - 1;
@@ -628,6 +670,8 @@ pub(crate) mod tests_support {
             data_segments_sent: 0,
             half_closed_ns: Session::NOT_HALF_CLOSED,
             went_until: 0,
+            sent_before_answer: 0,
+            went_is_answer: 1,
         }
     }
 }

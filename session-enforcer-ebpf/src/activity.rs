@@ -71,6 +71,13 @@ impl Measure {
         self.policy
             .is_none_or(|policy| new >= u32::from(policy.min_payload))
     }
+
+    /// Whether this host has answered with the packet that makes it so many bytes sent.
+    #[inline(always)]
+    fn is_answer(&self, session: &Session, bytes_sent: u64) -> bool {
+        self.policy
+            .is_none_or(|policy| session.is_answered_by(bytes_sent, policy.min_answer))
+    }
 }
 
 #[inline(always)]
@@ -154,7 +161,7 @@ fn unreadable(
             Way::Ingress => session.came_ns = measure.now_ns,
             Way::Egress if may_carry => {
                 session.flags |= flags::SENT_UNREAD;
-                note_sent(session, tcp.snd_nxt.wrapping_add(1), measure.now_ns);
+                note_sent(session, tcp.snd_nxt.wrapping_add(1), true, measure.now_ns);
             }
             Way::Egress => {}
         }
@@ -201,7 +208,7 @@ fn settle(
     segment: Option<&Segment>,
 ) {
     if session.awaits_sent() && has_sent(session, tcp, way, segment) {
-        session.stamp_sent(session.went_ns);
+        session.stamp_sent(session.went_ns, session.went_is_answer == 1);
     }
     let received = payload_received(ctx, session, tcp);
     if received > session.bytes_received {
@@ -325,10 +332,12 @@ fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Me
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
     }
+    let total = sent_until(session, tcp, segment.end());
     if measure.counts(ahead.min(segment.payload)) {
-        note_sent(session, segment.end(), measure.now_ns);
+        let is_answer = measure.is_answer(session, total);
+        note_sent(session, segment.end(), is_answer, measure.now_ns);
     }
-    session.bytes_sent = sent_until(session, tcp, segment.end());
+    session.bytes_sent = total;
     if session.flags & flags::SENT_UNREAD != 0 {
         session.flags &= !flags::SENT_UNREAD;
     }
@@ -337,9 +346,10 @@ fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Me
 /// Notes when payload was seen to leave. The end is written first: a packet on another processor that sees the
 /// time alone would take the payload for sent.
 #[inline(always)]
-fn note_sent(session: &mut Session, until: u32, now_ns: u64) {
+fn note_sent(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
     // SAFETY: from a reference. Volatile: in this order.
     unsafe {
+        (&raw mut session.went_is_answer).write_volatile(u32::from(is_answer));
         (&raw mut session.went_until).write_volatile(until);
         (&raw mut session.went_ns).write_volatile(now_ns);
     }

@@ -119,7 +119,9 @@ fn traffic_of(record: *const Session) -> Traffic {
             came_ns: ptr::read_volatile(&raw const (*record).came_ns),
             went_ns: ptr::read_volatile(&raw const (*record).went_ns),
             went_until: ptr::read_volatile(&raw const (*record).went_until),
+            went_is_answer: ptr::read_volatile(&raw const (*record).went_is_answer),
             data_segments_sent: ptr::read_volatile(&raw const (*record).data_segments_sent),
+            sent_before_answer: ptr::read_volatile(&raw const (*record).sent_before_answer),
             half_closed_ns: ptr::read_volatile(&raw const (*record).half_closed_ns),
             flags: ptr::read_volatile(&raw const (*record).flags) & flags::PEER_HAS_ENDED,
         }

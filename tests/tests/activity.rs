@@ -161,6 +161,30 @@ fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
 }
 
 #[test]
+fn less_than_an_answer_is_none_and_its_parts_count_together_since_the_last_request() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+    let (limit, response) = response();
+    let daemon = idle_daemon_for(&lab, &listener, &(response + "min_answer = 100"))?;
+    let answered = Pair::open(&lab.outside, &listener)?;
+    // Such as what a server says by itself at the beginning.
+    let small = |pair: &Pair| pair.to_client(&[b'x'; 60]);
+    ping(&answered)?;
+    small(&answered)?;
+    ping(&answered)?;
+    small(&answered)?.wait(2 * idle());
+    let last = small(&answered)?;
+    let record = daemon.wait_for_termination_of(&answered)?;
+    record.assert_reset("idle_timeout", &last, idle());
+    let never = Pair::open(&lab.outside, &listener)?;
+    let asked = ping(&never)?;
+    small(&never)?;
+    let record = daemon.wait_for_termination_of(&never)?;
+    record.assert_reset("response_timeout", &asked, limit);
+    Ok(())
+}
+
+#[test]
 fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;

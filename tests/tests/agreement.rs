@@ -591,6 +591,7 @@ impl Expected {
         let inbound = session.direction == Direction::Inbound as u8;
         if counts && received {
             session.last_received_ns = at.of(found.last_received_ns);
+            session.sent_before_answer = session.bytes_sent as u32;
             if inbound {
                 session.answered_ns = 0;
             }
@@ -604,6 +605,7 @@ impl Expected {
         session.open_until_ns = found.open_until_ns;
         (session.came_ns, session.went_ns) = (found.came_ns, found.went_ns);
         session.went_until = found.went_until;
+        session.went_is_answer = found.went_is_answer;
         session.data_segments_sent = found.data_segments_sent;
         assert_eq!(found, session, "kernel (left) and host differ");
     }

@@ -65,7 +65,9 @@ fn session(number: u64) -> Session {
             ..Owner::UNKNOWN
         },
         data_segments_sent: number as u32,
-        half_closed_ns: number,
+        sent_before_answer: 0,
+        went_is_answer: 0,
+        half_closed_ns: Session::NOT_HALF_CLOSED - number,
         came_ns: 0,
         went_ns: 0,
         went_until: 0,

@@ -140,6 +140,8 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         half_closed_timeout_ns: limit(random, half_closed_ns.min(now)),
         generation: 0,
         min_payload: random.below(20) as u16,
+        min_answer: random.below(20) as u32,
+        unused: 0,
         activity: random.below(4) as u8,
         gate: u8::from(!random.once_in(5)),
     };

@@ -194,9 +194,13 @@ fn response_words(rule: &Rule) -> Option<String> {
         None => ", if they are inbound,",
         Some(_) => "",
     };
+    let least = match rule.min_answer {
+        1 => String::new(),
+        bytes => format!(" with {bytes} bytes or more"),
+    };
     Some(format!(
-        "{time}{which} after a request that this host has not answered, before which they are not \
-         idle"
+        "{time}{which} after a request that this host has not answered{least}, before which they \
+         are not idle"
     ))
 }
 
@@ -266,12 +270,12 @@ mod tests {
     #[test]
     fn each_clock_is_said_in_plain_words() {
         let text = "[[rule]]\nname = 'a'\nidle_timeout = '5s'\nactivity = 'received'\n\
-                    min_payload = 16\nresponse_timeout = '1m'\nmax_lifetime = '12h'\n\
+                    min_payload = 16\nresponse_timeout = '1m'\nmin_answer = 100\nmax_lifetime = '12h'\n\
                     lifetime_jitter = '10%'\n";
         let words = "are reset 5s after their last new payload of 16 bytes or more received here, \
                      and at the latest 1m, if they are inbound, after a request that this host has \
-                     not answered, before which they are not idle, and at the latest 12h, or up to \
-                     10% sooner, after they were established";
+                     not answered with 100 bytes or more, before which they are not idle, and at the \
+                     latest 12h, or up to 10% sooner, after they were established";
         let text = described(text);
         assert!(text.contains(words), "{text}");
     }

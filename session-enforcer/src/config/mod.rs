@@ -65,6 +65,12 @@ pub const DEFAULT_MIN_PAYLOAD: u16 = 1;
 /// Largest `min_payload`: more than a packet on the wire ever carries would make every session idle.
 pub const MAX_MIN_PAYLOAD: u16 = 1_400;
 
+/// Bytes of an answer where the file does not say: any.
+pub const DEFAULT_MIN_ANSWER: u32 = 1;
+
+/// Largest `min_answer`: what a service always sends before its answer is less.
+pub const MAX_MIN_ANSWER: u32 = 1 << 20;
+
 /// Largest `lifetime_jitter`, in percent: what is left of the lifetime is still a lifetime.
 pub const MAX_LIFETIME_JITTER_PERCENT: u8 = 90;
 
@@ -204,6 +210,8 @@ pub struct Rule {
     pub half_closed_timeout: Option<Duration>,
     /// Bytes of new payload that a packet must have to count.
     pub min_payload: u16,
+    /// Bytes that this host must send after a request until it has answered.
+    pub min_answer: u32,
 }
 
 /// What happens to the connections of a rule.
@@ -378,6 +386,7 @@ impl Rule {
             response_timeout: None,
             half_closed_timeout: None,
             min_payload: DEFAULT_MIN_PAYLOAD,
+            min_answer: DEFAULT_MIN_ANSWER,
         }
     }
 
@@ -393,6 +402,8 @@ impl Rule {
             half_closed_timeout_ns: nanoseconds(self.half_closed_timeout),
             generation: 0,
             min_payload: self.min_payload,
+            min_answer: self.min_answer,
+            unused: 0,
             activity: self.activity as u8,
             gate: 0,
         }

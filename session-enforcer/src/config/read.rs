@@ -67,6 +67,7 @@ pub(super) static TABLES: [Keys; 5] = [
             "response_timeout",
             "half_closed_timeout",
             "min_payload",
+            "min_answer",
         ],
         later: &[],
     },

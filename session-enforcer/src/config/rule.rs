@@ -13,8 +13,9 @@ use super::value::{
     ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
 };
 use super::{
-    Action, ConfigError, DEFAULT_MIN_PAYLOAD, Location, MAX_LIFETIME_JITTER_PERCENT,
-    MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule, User, entries,
+    Action, ConfigError, DEFAULT_MIN_ANSWER, DEFAULT_MIN_PAYLOAD, Location,
+    MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_ANSWER, MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule, User,
+    entries,
 };
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
@@ -25,6 +26,7 @@ const ALLOWED_CGROUPS: &str = "a list such as [\"/system.slice/postgresql.servic
 const ALLOWED_USERS: &str = "a list such as [\"postgres\", 1000]";
 const ALLOWED_ACTIVITY: &str = "\"any\", \"received\" or \"sent\"";
 const ALLOWED_MIN_PAYLOAD: &str = "a number of bytes from 1 to 1400";
+const ALLOWED_MIN_ANSWER: &str = "a number of bytes from 1 to 1048576";
 const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
 const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
 
@@ -226,9 +228,14 @@ fn read_limits(section: &Section<'_>, rule: &mut Rule) {
         let clocks = ["idle_timeout", "response_timeout", "half_closed_timeout"];
         let any = "idle_timeout, response_timeout or half_closed_timeout";
         require_limit(field, section, &clocks, any)?;
-        read_min_payload(field)
+        read_bytes(field, MAX_MIN_PAYLOAD, ALLOWED_MIN_PAYLOAD)
     });
     rule.min_payload = min_payload.unwrap_or(DEFAULT_MIN_PAYLOAD);
+    let min_answer = section.read("min_answer", |field| {
+        require_limit(field, section, &["response_timeout"], "response_timeout")?;
+        read_bytes(field, MAX_MIN_ANSWER, ALLOWED_MIN_ANSWER)
+    });
+    rule.min_answer = min_answer.unwrap_or(DEFAULT_MIN_ANSWER);
 }
 
 /// Refuses a key that says how a limit is meant where none of these is there, right or wrong.
@@ -253,13 +260,14 @@ fn read_activity(field: &Field<'_>) -> Result<Activity, ConfigError> {
     field.choice(ALLOWED_ACTIVITY, &choices)
 }
 
-fn read_min_payload(field: &Field<'_>) -> Result<u16, ConfigError> {
-    let number = field
-        .integer()
-        .and_then(|number| u16::try_from(number).ok());
+fn read_bytes<N>(field: &Field<'_>, most: N, allowed: &'static str) -> Result<N, ConfigError>
+where
+    N: TryFrom<i128> + From<u8> + PartialOrd + Copy,
+{
+    let number = field.integer().and_then(|number| N::try_from(number).ok());
     number
-        .filter(|bytes| (1..=MAX_MIN_PAYLOAD).contains(bytes))
-        .ok_or_else(|| field.not_allowed(ALLOWED_MIN_PAYLOAD))
+        .filter(|bytes| *bytes >= N::from(1) && *bytes <= most)
+        .ok_or_else(|| field.not_allowed(allowed))
 }
 
 /// Reads `"10%"`. What it leaves of the lifetime is a limit like any other.

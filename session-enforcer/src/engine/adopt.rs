@@ -89,6 +89,9 @@ impl Adopter<'_> {
             owner,
             data_segments_sent: info.data_segments_sent,
             half_closed_ns: half_closed_ns(socket, now_ns),
+            // How much of it was an answer the kernel does not tell.
+            sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
+            went_is_answer: 0,
             came_ns: 0,
             went_ns: 0,
             went_until: 0,
@@ -241,10 +244,11 @@ pub fn caught_up(
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
     if session.awaits_sent() && sent == session.bytes_sent {
-        now.stamp_sent(session.went_ns);
+        now.stamp_sent(session.went_ns, session.went_is_answer == 1);
     }
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
     if has_received {
+        now.sent_before_answer = sent as u32;
         now.bytes_received = received;
         now.last_received_ns = received_ns.max(session.last_received_ns);
     }

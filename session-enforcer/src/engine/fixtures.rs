@@ -24,6 +24,8 @@ pub(super) fn session() -> Session {
         ifindex: 0,
         owner: Owner::UNKNOWN,
         data_segments_sent: 0,
+        sent_before_answer: 0,
+        went_is_answer: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
         came_ns: 0,
         went_ns: 0,

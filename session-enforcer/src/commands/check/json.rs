@@ -111,6 +111,7 @@ fn rule(config: &Config, rule: &Rule) -> Value {
         "response_timeout": rule.response_timeout.map(format_duration),
         "half_closed_timeout": rule.half_closed_timeout.map(format_duration),
         "min_payload": rule.min_payload,
+        "min_answer": rule.min_answer,
         "words": format!("connections {}", action_words(config, rule)),
     })
 }

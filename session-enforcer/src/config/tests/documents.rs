@@ -178,6 +178,11 @@ fn the_reference_has_the_bounds_and_defaults_of_the_code() {
             format!("1 to {MAX_MIN_PAYLOAD}"),
             format!("`{DEFAULT_MIN_PAYLOAD}`"),
         ),
+        (
+            "rule.min_answer",
+            format!("1 to {MAX_MIN_ANSWER}"),
+            format!("`{DEFAULT_MIN_ANSWER}`"),
+        ),
     ] {
         assert_eq!(reference[key][..2], [&allowed[..], &default[..]], "{key}");
     }

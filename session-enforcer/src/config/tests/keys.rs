@@ -39,6 +39,7 @@ activity = "received"
 response_timeout = "1h"
 half_closed_timeout = "1m"
 min_payload = 16
+min_answer = 1024
 "#;
     let config = Config::parse("x.toml", text).unwrap();
     let range = |first, last| PortRange { first, last };
@@ -74,6 +75,7 @@ min_payload = 16
             response_timeout: Some(Duration::from_secs(3_600)),
             half_closed_timeout: Some(Duration::from_secs(60)),
             min_payload: 16,
+            min_answer: 1024,
         }],
         users_at: vec![Some(Location {
             file: "x.toml".into(),
@@ -157,7 +159,8 @@ fn an_unknown_key_gets_a_suggestion() {
             "x.toml:4:1: rule \"a\": ports: is not a known key; allowed here: \"name\", \
              \"direction\", \"local_ports\", \"remote_ports\", \"local\", \"remote\", \
              \"cgroups\", \"users\", \"action\", \"idle_timeout\", \"max_lifetime\", \
-             \"lifetime_jitter\", \"activity\", \"response_timeout\", \"half_closed_timeout\", \"min_payload\"",
+             \"lifetime_jitter\", \"activity\", \"response_timeout\", \"half_closed_timeout\", \
+             \"min_payload\", \"min_answer\"",
         ),
         (
             "\"a\\nb\" = 1\n",

@@ -258,6 +258,7 @@ fn a_rule_has_limits_or_is_exempt() {
         rule("action = 'exempt'").policy(),
         Policy {
             min_payload: 1,
+            min_answer: 1,
             ..Policy::default()
         }
     );
@@ -357,7 +358,7 @@ fn the_quick_form_is_checked_too() {
 fn limits_reach_the_kernel_in_nanoseconds() {
     let policy = rule(
         "idle_timeout = '1500ms'\nmax_lifetime = '36500d'\nlifetime_jitter = '25%'\n\
-         response_timeout = '2s'\nhalf_closed_timeout = '3s'\nactivity = 'sent'\nmin_payload = 1400",
+         response_timeout = '2s'\nhalf_closed_timeout = '3s'\nactivity = 'sent'\nmin_payload = 1400\nmin_answer = 1048576",
     )
     .policy();
     let expected = Policy {
@@ -368,6 +369,8 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         half_closed_timeout_ns: 3_000_000_000,
         generation: 0,
         min_payload: 1400,
+        min_answer: 1 << 20,
+        unused: 0,
         activity: 2,
         gate: 0,
     };
@@ -403,6 +406,16 @@ fn a_key_that_would_have_no_effect_or_too_much_is_pointed_at() {
             idle,
             "activity = 'both'",
             "found \"both\"; allowed: \"any\", \"received\" or \"sent\"".to_owned(),
+        ),
+        (
+            idle,
+            "min_answer = 2",
+            "has no effect without response_timeout; add it, or remove this".to_owned(),
+        ),
+        (
+            "response_timeout = '5s'",
+            "min_answer = 1048577",
+            "found the number 1048577; allowed: a number of bytes from 1 to 1048576".to_owned(),
         ),
         (
             idle,

@@ -41,6 +41,8 @@ pub(in crate::report) fn session() -> Session {
             comm: *b"postgres\0\0\0\0\0\0\0\0",
         },
         data_segments_sent: 0,
+        sent_before_answer: 0,
+        went_is_answer: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
         came_ns: 0,
         went_ns: 0,
