@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashSet,
-    io::Read as _,
+    io::{Read as _, Write as _},
     net::Ipv4Addr,
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
@@ -113,6 +113,31 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
         &[("rule", "locked"), ("result", "failed")],
         1.0,
     )
+}
+
+/// The socket cannot be asked whether it takes it.
+#[test]
+fn payload_that_waits_for_a_locked_socket_puts_no_end_off() -> Result<()> {
+    let _alone = alone();
+    let lab = Lab::new(AGENT)?;
+    let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
+    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
+    let pair = Pair::open(&lab.outside, &locked)?;
+    let lock = Locked::new(&pair.server)?;
+    (&pair.client).write_all(b"x")?;
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    let failed = daemon.wait_for_termination_of(&pair)?;
+    failed.assert_due("idle_timeout", &pair.opened, limit());
+    let said = failed.text("error.message");
+    assert!(said.contains("keeps locked"), "{said}");
+    drop(lock);
+    let records = eventually("the second record", patience(), || {
+        let records = daemon.terminations_of(&pair)?;
+        Ok((records.len() == 2).then_some(records))
+    })?;
+    assert_eq!(records[1].text("session_enforcer.result"), "reset");
+    Ok(())
 }
 
 #[test]

@@ -104,6 +104,34 @@ pub(super) async fn query(
     }
 }
 
+/// Asks about sockets of one namespace, one reaper once. Where that hangs at one of them, the exchange and the socket's
+/// index come along; those behind it have no answer.
+///
+/// # Errors
+///
+/// As above.
+pub(super) async fn query_until_locked(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[Target],
+    detail: Detail,
+) -> Result<(Vec<Option<Answer>>, Option<(Exchange, usize)>), String> {
+    if context.state().hanging.is_diag_blocked {
+        return Err(BLOCKED.to_owned());
+    }
+    let mut answers = vec![None; targets.len()];
+    let mut part = Part::ask(context, netns_cookie, targets.to_vec(), detail).await?;
+    part.indices = (0..targets.len()).collect();
+    let locked = match part.go_on(&mut answers, context, false).await? {
+        End::Silent => {
+            let claimed = part.exchange.stop().min(targets.len());
+            claimed.checked_sub(1).map(|index| (part.exchange, index))
+        }
+        End::Done | End::Ended => None,
+    };
+    Ok((answers, locked))
+}
+
 /// A part of a query, with one reaper.
 struct Part {
     exchange: Exchange,
@@ -228,7 +256,7 @@ pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
 }
 
 /// Returns when a reaper is done or has ended, however long it hangs.
-async fn end_of(mut exchange: Exchange) {
+pub(super) async fn end_of(mut exchange: Exchange) {
     loop {
         match exchange.next(LOOK).await {
             Next::Reply(Reply::Done { .. }, _) | Next::Ended => return,

@@ -132,47 +132,75 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
     hand_over(context, state, settled)
 }
 
-/// Has the sockets of late sessions asked, in the background.
+/// Has the sockets of late sessions asked, in the background. Those of a cgroup wait for nobody else's.
 fn settle_all(context: &Rc<Context>, state: &State, unsettled: Vec<Expired>) {
-    let mut lots: BTreeMap<(u64, bool), Vec<Expired>> = BTreeMap::new();
+    let mut lots: BTreeMap<(u64, u64, bool), Vec<Expired>> = BTreeMap::new();
     for expired in unsettled {
-        let may_live = state.would_live(&expired, &expired.session.settled());
-        let lot = (expired.session.netns_cookie, may_live);
+        let session = &expired.session;
+        let may_live = state.would_live(&expired, &session.settled());
+        let lot = (session.netns_cookie, session.owner.cgroup_id, may_live);
         lots.entry(lot).or_default().push(expired);
     }
-    for ((netns_cookie, may_live), lot) in lots {
+    for ((netns_cookie, _, may_live), lot) in lots {
         context.spawn(settle_lot(Rc::clone(context), netns_cookie, may_live, lot));
     }
 }
 
 /// Asks what sockets have taken and sent of the payload that their sessions wait for. Where that can let one live, a
 /// packet that has passed the hook must have come to its socket before.
+///
+/// A socket that its process keeps locked does not answer. It holds a reaper, as a reset would, and the others are asked
+/// by another one, as long as the cgroup may hang so many.
 async fn settle_lot(
     context: Rc<Context>,
     netns_cookie: u64,
     may_live: bool,
-    lot: Vec<Expired>,
+    mut lot: Vec<Expired>,
 ) -> Result<()> {
     if may_live {
         ask::wait_for_programs(&context).await;
     }
-    let began_ns = monotonic_ns();
-    let target = |expired: &Expired| Target::of(expired.cookie, &expired.session);
-    let targets: Vec<Target> = lot.iter().map(target).collect();
-    let answers = ask::query(&context, netns_cookie, &targets, Detail::Activity).await;
-    let answers = answers.unwrap_or_else(|error| {
-        tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
-        vec![Answer::Locked; lot.len()]
-    });
-    let mut state = context.state();
-    let mut late = Vec::new();
-    for (expired, answer) in lot.iter().zip(answers) {
-        late.extend(state.settle(expired, answer, began_ns)?);
+    while let Some(first) = lot.first() {
+        let culprit = culprit(&context.state(), &first.session);
+        let has_room = context.state().hanging.room(culprit) == Room::Free;
+        let began_ns = monotonic_ns();
+        let target = |expired: &Expired| Target::of(expired.cookie, &expired.session);
+        let targets: Vec<Target> = lot.iter().map(target).collect();
+        let asked = match has_room {
+            true => {
+                ask::query_until_locked(&context, netns_cookie, &targets, Detail::Activity).await
+            }
+            false => Err(NO_ROOM.to_owned()),
+        };
+        let (answers, hung) = asked.unwrap_or_else(|error| {
+            tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
+            (vec![Some(Answer::Locked); lot.len()], None)
+        });
+        let mut rest = Vec::new();
+        let mut state = context.state();
+        let mut late = Vec::new();
+        for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
+            let is_locked = hung.as_ref().is_none_or(|(_, locked)| *locked == index);
+            match answer.or_else(|| is_locked.then_some(Answer::Locked)) {
+                Some(answer) => late.extend(state.settle(expired, answer, began_ns)?),
+                None => rest.push(*expired),
+            }
+        }
+        hand_over(&context, &mut state, late)?;
+        state.records.audit.flush();
+        if let Some((mut exchange, locked)) = hung {
+            let hangs = Hangs::begin(&context, &mut state, &lot[locked].session);
+            exchange.leave_behind();
+            context.spawn(async move {
+                ask::end_of(exchange).await;
+                drop(hangs);
+                Ok(())
+            });
+        }
+        drop(state);
+        context.wake.notify_one();
+        lot = rest;
     }
-    hand_over(&context, &mut state, late)?;
-    state.records.audit.flush();
-    drop(state);
-    context.wake.notify_one();
     Ok(())
 }
 
