@@ -34,10 +34,7 @@ const AF_INET6: u32 = 10;
 #[inline(always)]
 pub(crate) fn track(ctx: &SockOpsContext) {
     let direction = match ctx.op() {
-        // Where both ends dial at once, the kernel says so of either; its own SYN was acknowledged.
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB if has_dialled(ctx) => Direction::Outbound,
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => Direction::Inbound,
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => Direction::Outbound,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB | BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => direction(ctx),
         BPF_SOCK_OPS_STATE_CB => return state_changed(ctx),
         _ => return,
     };
@@ -304,12 +301,19 @@ fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
     flags::MPTCP_SUBFLOW
 }
 
-/// Whether the socket has sent a SYN: the kernel counts its acknowledgement as a byte (`tcp_ack()` comes
-/// before the callback), and an accepted socket begins after its SYN.
+/// Who dialled. Whoever has sent a SYN: the kernel counts its acknowledgement as a byte (`tcp_ack()` comes before the
+/// callback), and an accepted socket begins after its SYN.
+///
+/// The kind of the callback does not tell. Where both ends dial at once both are called passive, and a socket that is
+/// restored by `TCP_REPAIR` is called active.
 #[inline(always)]
-fn has_dialled(ctx: &SockOpsContext) -> bool {
+fn direction(ctx: &SockOpsContext) -> Direction {
     // SAFETY: the context is valid.
-    unsafe { (*ctx.ops).bytes_acked != 0 }
+    if unsafe { (*ctx.ops).bytes_acked } == 0 {
+        Direction::Inbound
+    } else {
+        Direction::Outbound
+    }
 }
 
 /// Whether the connection was made by another socket, whose it was: this one has sent no SYN.

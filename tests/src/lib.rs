@@ -61,6 +61,6 @@ pub use programs::{
     overwrite_callback_flags,
 };
 pub use random::{Random, SEED, seed};
-pub use raw::{Packet, RawTcp, Sequence, Sniffer};
+pub use raw::{Packet, RawTcp, Sequence, Sniffer, restore};
 pub use stop::{Interrupted, Stop};
 pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};

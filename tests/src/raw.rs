@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, SockaddrIn, sendto},
+    sys::socket::{MsgFlags, SockaddrIn, SockaddrStorage, bind, connect, sendto},
 };
 
 use crate::{
@@ -26,6 +26,10 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    // linux/tcp.h
+    const RECEIVE_QUEUE: i32 = 1;
+    const SEND_QUEUE: i32 = 2;
+
     /// Asks the kernel, through the interface for moving sockets between machines.
     ///
     /// # Errors
@@ -34,21 +38,50 @@ impl Sequence {
     pub fn of(stream: &TcpStream) -> Result<Self> {
         // linux/tcp.h; off without a window probe, so that nothing is sent.
         const OFF_NO_PROBE: i32 = -1;
-        const RECEIVE_QUEUE: i32 = 1;
-        const SEND_QUEUE: i32 = 2;
         let set = |name, value| set_option(stream, libc::IPPROTO_TCP, name, value);
         set(libc::TCP_REPAIR, 1)?;
         let of_queue = |queue| {
             set(libc::TCP_REPAIR_QUEUE, queue)?;
             option(stream, libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ)
         };
-        let numbers = (of_queue(SEND_QUEUE), of_queue(RECEIVE_QUEUE));
+        let numbers = (of_queue(Self::SEND_QUEUE), of_queue(Self::RECEIVE_QUEUE));
         set(libc::TCP_REPAIR, OFF_NO_PROBE)?;
         Ok(Self {
             to_send: numbers.0?.cast_unsigned(),
             to_receive: numbers.1?.cast_unsigned(),
         })
     }
+}
+
+/// Makes a connection anew in a socket of the agent's, as CRIU restores it: nothing is sent. Nobody may listen on the
+/// port any more.
+///
+/// # Errors
+///
+/// Without `CAP_NET_ADMIN`.
+pub fn restore(connection: TcpStream, agent: &Agent) -> Result<TcpStream> {
+    let at = Sequence::of(&connection)?;
+    let (local, peer) = (connection.local_addr()?, connection.peer_addr()?);
+    let repair = |socket: &OwnedFd, name, value: u32| {
+        set_option(socket, libc::IPPROTO_TCP, name, value.cast_signed())
+    };
+    let before = OwnedFd::from(connection);
+    repair(&before, libc::TCP_REPAIR, 1)?;
+    drop(before);
+    let socket = agent.tcp(local)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    repair(&socket, libc::TCP_REPAIR, 1)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(local))?;
+    for (queue, next) in [
+        (Sequence::RECEIVE_QUEUE, at.to_receive),
+        (Sequence::SEND_QUEUE, at.to_send),
+    ] {
+        repair(&socket, libc::TCP_REPAIR_QUEUE, queue.cast_unsigned())?;
+        repair(&socket, libc::TCP_QUEUE_SEQ, next)?;
+    }
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(peer))?;
+    repair(&socket, libc::TCP_REPAIR, 0)?;
+    Ok(socket.into())
 }
 
 /// Sends TCP segments of the test's own making, over IPv4.

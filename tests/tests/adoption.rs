@@ -1,17 +1,21 @@
 //! Connections that are older than the daemon are enforced with their true age.
 
 use std::{
-    net::{Ipv4Addr, Shutdown},
+    net::{Ipv4Addr, Shutdown, SocketAddr},
+    os::fd::AsRawFd as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
 use anyhow::Result;
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::socket::{SockaddrStorage, bind},
+};
 use session_enforcer_tests::{
-    Daemon, Lab, Moment, Netns, Pair, Random, Veth, idle_rule, longer_than_a_start as limit,
-    reset_on_close, seed,
+    Daemon, Lab, Listener, Moment, Netns, Pair, Random, Veth, idle_rule,
+    longer_than_a_start as limit, reset_on_close, seed, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -54,6 +58,49 @@ fn an_adopted_session_is_reset_when_its_idleness_from_before_and_after_the_start
         let record = daemon.wait_for_termination_of(pair)?;
         assert_eq!(record.text("network.direction"), direction);
         assert_eq!(record.bytes(), bytes);
+    }
+    Ok(())
+}
+
+/// As of a transparent proxy, whose connections have the ports of others: nobody listens on the port of the first, and
+/// somebody does on the second's.
+#[test]
+fn who_dialled_is_known_whoever_listens() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let gone = lab.inside.listen(anywhere)?;
+    let inbound = Pair::open(&lab.outside, &gone)?;
+    drop(gone);
+    let shared = |address| {
+        let socket = lab.inside.tcp(address)?;
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+        anyhow::Ok(socket)
+    };
+    let beside = Listener::on(shared(anywhere)?, anywhere)?;
+    let far = lab.outside.listen(anywhere)?;
+    let socket = shared(beside.address)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(beside.address))?;
+    let outbound = Pair::dial(socket, &far, far.address)?;
+    let rules = ["inbound", "outbound"].map(|direction| {
+        let rule = rule().replace(
+            "idle_timeout",
+            &format!("direction = \"{direction}\"\nidle_timeout"),
+        );
+        rule.replace("name = \"", &format!("name = \"{direction}-"))
+    });
+    let daemon = lab.daemon(&rules.concat())?;
+    let last = [inbound.round_trip()?, outbound.round_trip()?];
+    let ends = [(&inbound, "inbound"), (&outbound, "outbound")];
+    for ((pair, direction), last) in ends.into_iter().zip(last) {
+        assert_reset_for(&daemon, pair, &last)?;
+        let record = daemon.wait_for_termination_of(pair)?;
+        assert_eq!(record.text("network.direction"), direction);
+        assert!(record.text("rule.name").starts_with(direction));
+        assert_eq!(
+            record.number("source.port"),
+            f64::from(pair.client_address.port())
+        );
+        assert_eq!(record.bytes(), [4, 4]);
     }
     Ok(())
 }

@@ -14,7 +14,8 @@ use nix::{
     sys::socket::{MsgFlags, SockaddrStorage, sendto},
 };
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, set_option, tcp_info,
+    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, eventually, idle_rule,
+    longer_than_a_start, patience, restore, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -114,6 +115,41 @@ fn dial_with(client: &Agent, listener: &Listener, payload: &[u8]) -> Result<Pair
         Ok(server)
     })?;
     Pair::of(socket.into(), server, opened)
+}
+
+/// The kernel calls it active. Older than the daemon or not, it has not dialled.
+#[test]
+fn a_connection_that_is_restored_was_not_dialled_from_here() -> Result<()> {
+    let limit = longer_than_a_start();
+    let lab = Lab::new(AGENT)?;
+    let rule = idle_rule(limit).replace("idle_timeout", "direction = \"inbound\"\nidle_timeout");
+    let restored = || {
+        let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        pair.round_trip()?;
+        drop(listener);
+        // Whatever came while there is no socket would be answered with a RST.
+        set_option(&pair.client, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1)?;
+        eventually("nothing is on its way", patience(), || {
+            Ok((tcp_info(&pair.server)?.tcpi_unacked == 0).then_some(()))
+        })?;
+        let server = restore(pair.server, &lab.inside)?;
+        Pair::of(pair.client, server, pair.opened)
+    };
+    let older = restored()?;
+    older.to_client(b"back")?;
+    let daemon = lab.daemon(&rule)?;
+    let last = older.to_client(b"here")?;
+    let newer = restored()?;
+    let newer_last = newer.to_client(b"here")?;
+    for (pair, sent, last) in [(older, 8.0, last), (newer, 4.0, newer_last)] {
+        pair.ends()?[0].assert_reset(Errno::ECONNRESET, &last, limit);
+        let record = daemon.wait_for_termination_of(&pair)?;
+        record.assert_reset("idle_timeout", &last, limit);
+        assert_eq!(record.text("network.direction"), "inbound");
+        assert_eq!(record.number("destination.bytes"), sent);
+    }
+    Ok(())
 }
 
 #[test]

@@ -31,19 +31,26 @@ pub struct Adopter<'a> {
 }
 
 impl Adopter<'_> {
-    /// Whether a socket is a session of some rule. What passed in it need not be known.
+    /// Whether a socket may be a session of some rule. What passed in it need not be known, and so not who dialled.
     pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
-        self.chosen(socket, listeners).is_some()
+        [Direction::Inbound, Direction::Outbound]
+            .iter()
+            .any(|direction| self.chosen(socket, listeners, *direction).is_some())
     }
 
     /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
-    fn chosen(&self, socket: &Socket, listeners: &Listeners) -> Option<(Facts, Owner, u16)> {
+    fn chosen(
+        &self,
+        socket: &Socket,
+        listeners: &Listeners,
+        direction: Direction,
+    ) -> Option<(Facts, Owner, u16)> {
         let is_session = state::SESSIONS & state::bit(socket.state) != 0 && !socket.is_mini;
         if !is_session || !self.scope.contains(socket.cgroup_id) {
             return None;
         }
         let owner = owner(socket, listeners);
-        let (mut facts, ancestors) = (facts(socket, listeners, &owner), self.ancestors);
+        let (mut facts, ancestors) = (facts(socket, direction, &owner), self.ancestors);
         let ancestors = ancestors.get(&owner.cgroup_id);
         facts.known |= ancestors.map_or(0, |_| Facts::CGROUP);
         let ancestors = ancestors.unwrap_or(&Ancestors::UNKNOWN);
@@ -59,8 +66,9 @@ impl Adopter<'_> {
         netns_cookie: u64,
         now_ns: u64,
     ) -> Option<Session> {
-        let (facts, owner, rule) = self.chosen(socket, listeners)?;
         let info = socket.info?;
+        let direction = direction(socket, &info, listeners);
+        let (facts, owner, rule) = self.chosen(socket, listeners, direction)?;
         let policy = self.policies.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns, self.lag_ns);
         Some(Session {
@@ -116,13 +124,30 @@ pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
     }
 }
 
-fn facts(socket: &Socket, listeners: &Listeners, owner: &Owner) -> Facts {
+/// Who dialled. The SYN takes a sequence number, so whoever has sent one has had one number more acknowledged than it
+/// has sent bytes of payload. A socket that was restored by `TCP_REPAIR` has sent none.
+///
+/// While payload is on its way, or where some was dropped before it left, the numbers may tell nothing. Then whoever
+/// has a listener on the port has not dialled.
+fn direction(socket: &Socket, info: &Info, listeners: &Listeners) -> Direction {
+    let numbers = if info.is_all_acknowledged {
+        let fin = u64::from(socket.state == state::FIN_WAIT2);
+        info.numbers_acknowledged.saturating_sub(fin)
+    } else {
+        info.numbers_sent.saturating_sub(fin_sent(socket, info))
+    };
+    match numbers.checked_sub(info.bytes_tried) {
+        Some(0) => Direction::Inbound,
+        Some(1) => Direction::Outbound,
+        _ if listeners.accepting(socket).is_some() => Direction::Inbound,
+        _ => Direction::Outbound,
+    }
+}
+
+fn facts(socket: &Socket, direction: Direction, owner: &Owner) -> Facts {
     let target = &socket.target;
     Facts {
-        direction: match listeners.accepting(socket) {
-            Some(_) => Direction::Inbound,
-            None => Direction::Outbound,
-        },
+        direction,
         local: target.local,
         remote: target.remote,
         local_port: target.local_port,
@@ -170,13 +195,17 @@ fn payload_received(socket: &Socket, info: &Info) -> u64 {
 /// Payload bytes sent, as the packet path counts them: those that have left. What is dropped before, by
 /// the gate too, is tried again and again, and moves no sequence number.
 fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
-    let ended = state::is_closed_here(socket.state);
     let syn = u64::from(direction == Direction::Outbound as u8);
-    let fin = u64::from(ended && info.is_all_sent);
+    let fin = fin_sent(socket, info);
     // The parts of one are not read at the same moment, and may have too much; but no more has left than
     // was tried.
     info.bytes_tried
         .min(info.numbers_sent.saturating_sub(syn + fin))
+}
+
+/// The sequence number of the FIN, where it has left.
+fn fin_sent(socket: &Socket, info: &Info) -> u64 {
+    u64::from(state::is_closed_here(socket.state) && info.is_all_sent)
 }
 
 /// When payload was last received and sent, by ages that were read before `now_ns`. The kernel counts them in
@@ -271,8 +300,7 @@ pub fn caught_up(
     now
 }
 
-/// The sockets on which a namespace accepts connections. A connection from a port with a listener
-/// was accepted there: the kernel does not keep who dialled.
+/// The sockets on which a namespace accepts connections: an accepted one belongs to whom its listener belongs.
 #[derive(Debug, Default)]
 pub struct Listeners {
     by_port: HashMap<u16, Vec<Socket>>,
@@ -349,6 +377,8 @@ mod tests {
                 last_data_received_ms: 5_000,
                 bytes_received: 10,
                 bytes_tried: 20,
+                numbers_acknowledged: 20,
+                is_all_acknowledged: true,
                 numbers_sent: 20,
                 is_all_sent: true,
                 data_segments_sent: 1,
@@ -428,10 +458,40 @@ mod tests {
         // The one that accepted it is no more: its own user is the best that is known.
         let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
         assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
-        let listeners = Listeners::among(&cgroups[..1]);
+    }
+
+    #[test]
+    fn the_socket_s_numbers_tell_who_dialled_whoever_listens() {
+        let listeners = Listeners::among(&[socket(state::LISTEN, 5432, 0)]);
+        let alone = Listeners::default();
+        let told = |state, change: fn(&mut Info)| {
+            let mut socket = socket(state, 5432, 1);
+            let mut info = socket.info.unwrap();
+            change(&mut info);
+            socket.info = Some(info);
+            [&listeners, &alone].map(|listeners| direction(&socket, &info, listeners))
+        };
+        let (accepted, dialled) = ([Direction::Inbound; 2], [Direction::Outbound; 2]);
+        let unknown = [Direction::Inbound, Direction::Outbound];
+        let with_syn = |info: &mut Info| info.numbers_acknowledged += 1;
+        assert_eq!(told(state::ESTABLISHED, |_| {}), accepted);
+        assert_eq!(told(state::ESTABLISHED, with_syn), dialled);
+        // This host's FIN was acknowledged.
+        assert_eq!(told(state::FIN_WAIT2, with_syn), accepted);
+        let with_both = |info: &mut Info| info.numbers_acknowledged += 2;
+        assert_eq!(told(state::FIN_WAIT2, with_both), dialled);
+        // Something is on its way: what has left, with the FIN.
+        let waits = |info: &mut Info| info.is_all_acknowledged = false;
+        assert_eq!(told(state::ESTABLISHED, waits), accepted);
+        let waits = |info: &mut Info| {
+            (info.is_all_acknowledged, info.numbers_sent) = (false, 22);
+        };
+        assert_eq!(told(state::LAST_ACK, waits), dialled);
+        assert_eq!(told(state::ESTABLISHED, waits), unknown);
+        // Some was dropped before it left.
         assert_eq!(
-            facts(&accepted, &listeners, &stranger).direction,
-            Direction::Inbound
+            told(state::ESTABLISHED, |info| info.bytes_tried += 9),
+            unknown
         );
     }
 
@@ -474,11 +534,11 @@ mod tests {
     }
 
     #[test]
-    fn without_a_listener_it_was_dialled_from_here() {
-        let sockets = [
-            socket(state::LISTEN, 80, 0),
-            socket(state::ESTABLISHED, 5432, 50_000),
-        ];
+    fn what_was_dialled_from_here_is_no_inbound_rule_s() {
+        let mut dialled = socket(state::ESTABLISHED, 5432, 50_000);
+        let info = dialled.info.as_mut().unwrap();
+        (info.numbers_acknowledged, info.numbers_sent) = (21, 21);
+        let sockets = [socket(state::LISTEN, 5432, 0), dialled];
         assert_eq!(adopt(&[entry(0, 5432, 1)], &Scope::All, &sockets), []);
         assert_eq!(adopt(&[entry(0, 5432, 2)], &Scope::All, &sockets).len(), 1);
     }
@@ -682,17 +742,17 @@ mod tests {
             assert!([before.last_sent_ns, 8_000 * MS].contains(&stamp));
             (stamp > before.last_sent_ns, now.bytes_sent)
         };
-        assert_eq!(sent(|_, _| {}), (true, 19));
+        assert_eq!(sent(|_, _| {}), (true, 20));
         // It was dropped on its way.
-        assert_eq!(sent(|session, _| session.bytes_sent = 25), (false, 19));
+        assert_eq!(sent(|session, _| session.bytes_sent = 25), (false, 20));
         // How much it was could not be read.
         let unread = |session: &mut Session, _: &mut Info| session.flags |= flags::SENT_UNREAD;
-        assert_eq!(sent(unread), (false, 19));
+        assert_eq!(sent(unread), (false, 20));
         let unread = |session: &mut Session, _: &mut Info| {
             session.flags |= flags::SENT_UNREAD;
             session.bytes_sent -= 7;
         };
-        assert_eq!(sent(unread), (true, 19));
+        assert_eq!(sent(unread), (true, 20));
     }
 
     #[test]
@@ -764,6 +824,7 @@ mod tests {
             Info {
                 bytes_tried: info.bytes_tried + 1,
                 numbers_sent: info.numbers_sent + 1,
+                numbers_acknowledged: info.numbers_acknowledged + 1,
                 ..now
             },
         ] {

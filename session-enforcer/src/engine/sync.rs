@@ -673,6 +673,8 @@ fn in_use(listed: &Socket) -> Socket {
         bytes_received: 0,
         bytes_tried: 0,
         numbers_sent: 0,
+        numbers_acknowledged: 0,
+        is_all_acknowledged: false,
         is_all_sent: false,
         data_segments_sent: 0,
     };

@@ -203,6 +203,10 @@ pub struct Info {
     /// Sequence numbers that have left: those of payload, of the SYN on the side that dialled, and of
     /// the FIN.
     pub numbers_sent: u64,
+    /// Sequence numbers that the peer has acknowledged, of the same.
+    pub numbers_acknowledged: u64,
+    /// Whether the peer has acknowledged all that has left.
+    pub is_all_acknowledged: bool,
     /// Whether nothing waits to be sent for the first time, the FIN included.
     pub is_all_sent: bool,
     /// Segments with payload that the stack tried to send, modulo 2^32.
@@ -525,6 +529,7 @@ fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, Wi
 /// numbers that the peer has not acknowledged are those that were sent and those that were not
 /// (`tcp_diag_get_info()`).
 fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
+    const UNACKNOWLEDGED: usize = 24;
     const LAST_DATA_SENT: usize = 44;
     const LAST_DATA_RECEIVED: usize = 52;
     const BYTES_ACKNOWLEDGED: usize = 120;
@@ -545,6 +550,8 @@ fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
         // since is missing in it, and what was acknowledged since counts twice.
         numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(unacknowledged.into()))
             .saturating_sub(four(NOT_SENT).into()),
+        numbers_acknowledged: eight(BYTES_ACKNOWLEDGED),
+        is_all_acknowledged: four(UNACKNOWLEDGED) == 0,
         is_all_sent: four(NOT_SENT) == 0,
         data_segments_sent: four(DATA_SEGMENTS_SENT),
     })

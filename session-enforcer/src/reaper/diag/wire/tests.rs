@@ -102,6 +102,7 @@ fn an_ipv6_request_carries_whole_addresses() {
 #[test]
 fn a_socket_is_read_with_its_attributes() {
     let mut info = vec![0; 240];
+    info[24..28].copy_from_slice(&1u32.to_ne_bytes());
     info[44..48].copy_from_slice(&1500u32.to_ne_bytes());
     info[52..56].copy_from_slice(&700u32.to_ne_bytes());
     info[120..128].copy_from_slice(&4001u64.to_ne_bytes());
@@ -131,6 +132,10 @@ fn a_socket_is_read_with_its_attributes() {
     assert_eq!((info.bytes_received, info.bytes_tried), (120, 4096));
     assert_eq!((info.numbers_sent, info.is_all_sent), (4041, false));
     assert_eq!(info.data_segments_sent, 12);
+    assert_eq!(
+        (info.numbers_acknowledged, info.is_all_acknowledged),
+        (4001, false)
+    );
 }
 
 #[test]
