@@ -319,7 +319,7 @@ fn direction(ctx: &SockOpsContext) -> Direction {
 /// Whether the connection was made by another socket, whose it was: this one has sent no SYN.
 #[inline(always)]
 fn is_restored(ctx: &SockOpsContext) -> bool {
-    ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && !has_dialled(ctx)
+    ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && direction(ctx) == Direction::Inbound
 }
 
 /// Whether a socket that closes has told its peer nothing that the peer has to have. One in repair mode has not; one that
