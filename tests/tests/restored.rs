@@ -10,8 +10,8 @@ use std::{
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Daemon, End, Lab, Pair, dial, ends_of, option, set_bytes_option, set_option, tcp_info,
-    unhurried,
+    Agent, Daemon, End, Lab, Netns, Pair, dial, ends_of, option, set_bytes_option, set_option,
+    tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -164,14 +164,17 @@ fn assert_both_reset(client: &TcpStream, server: &TcpStream) -> Result<()> {
 #[test]
 fn a_new_connection_of_the_same_ports_has_clocks_of_its_own() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    // In which nobody else takes the port.
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = outside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon: Daemon = lab.daemon(&rule("outbound", &seconds("max_lifetime", limit())))?;
-    let first = Pair::open(&lab.inside, &listener)?;
+    let first = Pair::open(&inside, &listener)?;
     first.opened.wait(limit() / 2);
     let from = first.client_address;
     session_enforcer_tests::reset_on_close(&first.client)?;
     drop(first);
-    let socket = lab.inside.tcp(from)?;
+    let socket = inside.tcp(from)?;
     set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     bind(&socket, from)?;
     let second = Pair::dial(socket, &listener, listener.address)?;
