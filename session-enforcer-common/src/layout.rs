@@ -59,8 +59,7 @@ pub const LAYOUT: u32 = {
         Owner {
             cgroup_id,
             uid,
-            pid,
-            comm
+            unused
         }
     );
     let hash = number(hash, size_of::<Ancestors>());

@@ -1,4 +1,4 @@
-//! Whose a connection is: the process that made the socket, its user and its cgroup. Of an accepted
+//! Whose a connection is: the user and the cgroup of the process that made the socket. Of an accepted
 //! connection it is the process that made the listening socket.
 
 /// The owner of a socket, as it was when the socket was made.
@@ -9,11 +9,8 @@ pub struct Owner {
     pub cgroup_id: u64,
     /// Number of the user, in the initial user namespace.
     pub uid: u32,
-    /// Number of the process, in the initial process namespace; 0 where it is not known.
-    pub pid: u32,
-    /// Name of the process, ended by a zero; empty where it is not known: where another thread than the first
-    /// has made the socket.
-    pub comm: [u8; 16],
+    /// Always 0.
+    pub unused: u32,
 }
 
 impl Owner {
@@ -21,8 +18,7 @@ impl Owner {
     pub const UNKNOWN: Self = Self {
         cgroup_id: 0,
         uid: 0,
-        pid: 0,
-        comm: [0; 16],
+        unused: 0,
     };
 
     /// Whether the cgroup and the user are known.
@@ -73,7 +69,7 @@ impl Ancestors {
 }
 
 const _: () = {
-    assert!(size_of::<Owner>() == 32 && align_of::<Owner>() == 8);
+    assert!(size_of::<Owner>() == 16 && align_of::<Owner>() == 8);
     assert!(size_of::<Ancestors>() == 128 && align_of::<Ancestors>() == 8);
 };
 
@@ -99,7 +95,6 @@ mod tests {
         // The user alone does not tell: 0 is root.
         let user = Owner {
             uid: 1000,
-            pid: 7,
             ..Owner::UNKNOWN
         };
         assert!(!user.is_known());

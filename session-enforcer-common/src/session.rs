@@ -404,14 +404,14 @@ const fn mix(word: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(size_of::<Session>() == 184 && align_of::<Session>() == 8);
+    assert!(size_of::<Session>() == 168 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
     assert!(core::mem::offset_of!(Session, flags) == 71);
     assert!(core::mem::offset_of!(Session, local) == 88);
     assert!(core::mem::offset_of!(Session, ifindex) == 124);
     assert!(core::mem::offset_of!(Session, owner) == 128);
-    assert!(core::mem::offset_of!(Session, data_segments_sent) == 160);
-    assert!(core::mem::offset_of!(Session, half_closed_ns) == 168);
+    assert!(core::mem::offset_of!(Session, data_segments_sent) == 144);
+    assert!(core::mem::offset_of!(Session, half_closed_ns) == 152);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.

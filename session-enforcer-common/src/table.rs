@@ -152,7 +152,7 @@ pub struct Exchange {
 const _: () = {
     assert!(size_of::<Bucket>() == 128 && align_of::<Bucket>() == 8);
     assert!(size_of::<TableHead>() == 24 && align_of::<TableHead>() == 8);
-    assert!(size_of::<Exchange>() == 200 && align_of::<Exchange>() == 8);
+    assert!(size_of::<Exchange>() == 184 && align_of::<Exchange>() == 8);
 };
 
 #[cfg(feature = "user")]

@@ -8,9 +8,8 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-        bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_sk_storage_delete,
-        bpf_sk_storage_get,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_uid_gid,
+        bpf_sk_storage_delete, bpf_sk_storage_get,
     },
     programs::{SockContext, SockOpsContext},
 };
@@ -55,18 +54,10 @@ pub(crate) fn note(ctx: &SockContext) {
 fn current() -> Owner {
     // SAFETY: no argument, no precondition.
     let cgroup_id = unsafe { bpf_get_current_cgroup_id() };
-    let ids = bpf_get_current_pid_tgid();
-    let (pid, thread) = ((ids >> 32) as u32, ids as u32);
     Owner {
         cgroup_id,
         uid: bpf_get_current_uid_gid() as u32,
-        pid,
-        // The helper tells the thread's name, and only the first thread's is the process's.
-        comm: if pid == thread {
-            bpf_get_current_comm().unwrap_or_default()
-        } else {
-            [0; 16]
-        },
+        unused: 0,
     }
 }
 

@@ -111,6 +111,7 @@ fn main() -> Result<()> {
         Options {
             max_sessions: 1024,
             only_netns: None,
+            notes_owners: true,
             verbose: false,
         },
         None,

@@ -14,10 +14,9 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    thread,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns, unshare},
@@ -42,7 +41,6 @@ pub struct Place {
     uid: Option<u32>,
     effective_uid: Option<u32>,
     own_user_namespace: bool,
-    in_thread: bool,
 }
 
 impl Place {
@@ -100,13 +98,6 @@ impl Place {
         self
     }
 
-    /// The same place, where another thread than the agent's first makes the sockets, named `test-thread`.
-    #[must_use]
-    pub fn in_thread(mut self) -> Self {
-        self.in_thread = true;
-        self
-    }
-
     /// A command that runs `program` there, for real servers and clients. `agent` is the path of
     /// the agent's binary. The program dies with the thread that starts it.
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
@@ -129,13 +120,8 @@ impl Place {
                 command.arg(flag).arg(uid.to_string());
             }
         }
-        for (flag, is_set) in [
-            ("--own-user-namespace", self.own_user_namespace),
-            ("--in-thread", self.in_thread),
-        ] {
-            if is_set {
-                command.arg(flag);
-            }
+        if self.own_user_namespace {
+            command.arg("--own-user-namespace");
         }
         command
     }
@@ -266,18 +252,7 @@ fn receive(control: &UnixStream) -> Result<(i32, Option<OwnedFd>)> {
 /// # Errors
 ///
 /// Where the test cannot be answered.
-pub fn serve(place: &Place, control: &UnixStream) -> Result<()> {
-    if !place.in_thread {
-        return serve_here(control);
-    }
-    let named = thread::Builder::new().name("test-thread".to_owned());
-    thread::scope(|scope| {
-        let serving = named.spawn_scoped(scope, || serve_here(control))?;
-        serving.join().map_err(|_| anyhow!("the thread panicked"))?
-    })
-}
-
-fn serve_here(control: &UnixStream) -> Result<()> {
+pub fn serve(control: &UnixStream) -> Result<()> {
     let mut request = [0; REQUEST];
     while (&mut &*control).read_exact(&mut request).is_ok() {
         let argument = |at: usize| {

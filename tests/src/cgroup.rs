@@ -16,8 +16,8 @@ use crate::{clock::eventually, names, pace::scaled, process::require_root};
 /// How long the processes of a cgroup take to die, at most, before it is left behind.
 const DYING: Duration = Duration::from_secs(10);
 
-/// How many programs a daemon attaches.
-pub const PROGRAMS: u32 = 4;
+/// How many programs a daemon attaches whose rules name no owner. Where one does, there is another.
+pub const PROGRAMS: u32 = 3;
 
 /// A new child of the cgroup-v2 root. On drop its processes are killed and it is removed.
 #[derive(Debug)]

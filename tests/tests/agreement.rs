@@ -379,6 +379,7 @@ impl Bench {
             Options {
                 max_sessions: 1024,
                 only_netns: None,
+                notes_owners: true,
                 verbose: false,
             },
             None,

@@ -4,8 +4,10 @@
 use std::{
     ffi::OsStr,
     fs,
-    net::{Ipv4Addr, Ipv6Addr},
+    io::{BufRead as _, BufReader},
+    net::{Ipv4Addr, Ipv6Addr, TcpStream},
     os::unix::ffi::OsStrExt as _,
+    process::Stdio,
     thread,
     time::Duration,
 };
@@ -13,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Random, Record, eventually,
+    Agent, Cgroup, Daemon, Lab, Listener, PROGRAMS, Pair, Place, Random, Record, eventually,
     longer_than_a_start, patience, seed,
 };
 
@@ -361,14 +363,21 @@ fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
     Ok(())
 }
 
+/// The name of a process that the audit has: that of its first thread, the first 15 characters.
+fn name_of(pid: u32) -> Result<String> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+    Ok(name.trim_end().to_owned())
+}
+
+/// The sockets are made by an agent, and held by a thread of the test.
 #[test]
-fn the_audit_knows_the_owner_also_when_process_and_cgroup_have_gone() -> Result<()> {
+fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_connection()
+-> Result<()> {
     let lab = Lab::new(AGENT)?;
     let unit = lab.cgroup.child()?;
     let name = unit.name()?;
-    let daemon = lab.daemon(&rule("owned", "", SHORT))?;
+    let daemon = lab.daemon(&of_users(&UID.to_string()))?;
     let agent = lab.at(&Place::here().in_cgroup(&unit).as_user(UID))?;
-    let pid = agent.pid();
     let listener = listen(&agent)?;
     let accepted = Pair::open(&lab.outside, &listener)?;
     let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
@@ -376,11 +385,11 @@ fn the_audit_knows_the_owner_also_when_process_and_cgroup_have_gone() -> Result<
     daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
     drop(agent);
     drop(unit);
+    let holder = std::process::id();
     for pair in [&accepted, &dialled] {
         let record = assert_reset(&daemon, pair)?;
-        assert_eq!(record.at("process.pid").as_u64(), Some(u64::from(pid)));
-        // As the kernel keeps it: the first 15 characters.
-        assert_eq!(record.text("process.name"), "session-enforce");
+        assert_eq!(record.at("process.pid").as_u64(), Some(u64::from(holder)));
+        assert_eq!(record.text("process.name"), name_of(holder)?);
         assert_eq!(record.text("user.id"), UID.to_string());
         assert!(record.at("user.name").is_null());
         assert_eq!(record.text("session_enforcer.cgroup"), name);
@@ -388,19 +397,42 @@ fn the_audit_knows_the_owner_also_when_process_and_cgroup_have_gone() -> Result<
     Ok(())
 }
 
+/// A server that forks for each connection, with a listener that a thread has made: the process is the child.
 #[test]
-fn the_name_of_a_thread_is_not_taken_for_that_of_its_process() -> Result<()> {
+fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() -> Result<()> {
+    const SERVER: &str = "import os, socket, threading, time\n\
+        made = []\n\
+        def make():\n \
+            s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); made.append(s)\n\
+        t = threading.Thread(target=make, name='listener'); t.start(); t.join()\n\
+        print(made[0].getsockname()[1], flush=True)\n\
+        c, _ = made[0].accept()\n\
+        if os.fork() == 0:\n \
+            made[0].close(); print(os.getpid(), flush=True); time.sleep(60)\n\
+        c.close()\n\
+        time.sleep(60)\n";
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&rule("owned", "", SHORT))?;
-    let agent = lab.at(&Place::here().in_cgroup(&lab.cgroup).in_thread())?;
-    let accepted = Pair::open(&lab.outside, &listen(&agent)?)?;
-    let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
-    for pair in [&accepted, &dialled] {
-        let record = assert_reset(&daemon, pair)?;
-        let pid = record.at("process.pid").as_u64();
-        assert_eq!(pid, Some(u64::from(agent.pid())));
-        assert!(record.at("process.name").is_null(), "{record:?}");
-    }
+    let place = Place::here().in_cgroup(&lab.cgroup);
+    let mut command = place.command(lab.agent_binary(), "python3");
+    command.args(["-c", SERVER]).stdout(Stdio::piped());
+    let mut server = command.spawn()?;
+    let output = server.stdout.take().context("the server's output")?;
+    let mut lines = BufReader::new(output).lines();
+    let mut number = || -> Result<u32> { Ok(lines.next().context("a line")??.parse()?) };
+    let port = u16::try_from(number()?)?;
+    let client = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    let backend = number()?;
+    let (pid, name) = (server.id(), name_of(backend)?);
+    let record = daemon.wait_for_termination()?;
+    assert_ne!(pid, backend);
+    assert_eq!(record.at("process.pid").as_u64(), Some(u64::from(backend)));
+    assert_eq!(record.text("process.name"), name);
+    assert_eq!(record.text("user.id"), "0");
+    assert_eq!(record.text("session_enforcer.cgroup"), lab.cgroup.name()?);
+    drop(client);
+    server.kill()?;
+    server.wait()?;
     Ok(())
 }
 
@@ -473,6 +505,41 @@ fn a_reload_decides_anew_about_owners() -> Result<()> {
     let last = theirs.round_trip()?;
     let record = daemon.wait_for_termination_of(&theirs)?;
     record.assert_reset("idle_timeout", &last, limit);
+    Ok(())
+}
+
+#[test]
+fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let nobody_asked = rule("owned", "", SHORT);
+    let daemon = lab
+        .launch()
+        .pinned(&lab.pins)
+        .config(&nobody_asked)
+        .start()?;
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    let agent = lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(UID))?;
+    let older = listen(&agent)?;
+    let by_socket = Pair::open(&agent, &listen(&lab.outside)?)?;
+    // Its socket tells whose it is.
+    let record = assert_reset(&daemon, &by_socket)?;
+    assert_eq!(record.text("user.id"), UID.to_string());
+    assert_eq!(record.text("session_enforcer.cgroup"), lab.cgroup.name()?);
+    let asked = of_users(&UID.to_string());
+    daemon.reload(&asked)?;
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS + 1);
+    let others = Pair::open(&lab.outside, &listen(&lab.inside)?)?;
+    let newer = Pair::open(&lab.outside, &listen(&agent)?)?;
+    for pair in [&Pair::open(&lab.outside, &older)?, &newer] {
+        assert_reset(&daemon, pair)?;
+    }
+    others.round_trip()?;
+    // A policy that is refused changes nothing.
+    let refused = rule("a", "users = [\"nobody-of-this-name\"]", SHORT);
+    assert!(daemon.reload(&refused)?.contains("there is no user"));
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS + 1);
+    daemon.reload(&nobody_asked)?;
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     Ok(())
 }
 

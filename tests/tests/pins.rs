@@ -60,6 +60,7 @@ fn the_generation_of_a_start_that_is_cut_short_is_not_that_of_the_next() -> Resu
         let options = Options {
             max_sessions: 1_000,
             only_netns: None,
+            notes_owners: true,
             verbose: false,
         };
         Ok(Kernel::load(options, Some(PinDir::hold(lab.pins.path())?))?)

@@ -194,6 +194,7 @@ fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Resu
     let options = Options {
         max_sessions: 16,
         only_netns: None,
+        notes_owners: true,
         verbose: false,
     };
     let mut kernel = Kernel::load(options, None)?;

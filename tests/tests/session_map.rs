@@ -35,6 +35,7 @@ fn load(max_sessions: u32) -> Result<Kernel> {
     let options = Options {
         max_sessions,
         only_netns: None,
+        notes_owners: true,
         verbose: false,
     };
     Ok(Kernel::load(options, None)?)

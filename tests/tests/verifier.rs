@@ -218,6 +218,7 @@ fn figures() -> Result<Vec<Figures>> {
     let options = Options {
         max_sessions: 1024,
         only_netns: None,
+        notes_owners: true,
         verbose: false,
     };
     // The ring buffer belongs to an event loop.

@@ -327,6 +327,7 @@ fn programs() -> Check {
     let options = Options {
         max_sessions: 1,
         only_netns: None,
+        notes_owners: true,
         verbose: false,
     };
     match Kernel::load(options, None) {

@@ -92,6 +92,7 @@ async fn serve(
     let options = Options {
         max_sessions: config.max_sessions,
         only_netns: (!all_namespaces).then_some(own_netns),
+        notes_owners: config.asks_owner(),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
     };
     let kernel = Kernel::load(options, pins);

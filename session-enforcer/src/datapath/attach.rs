@@ -49,11 +49,18 @@ impl Attachable {
 /// about whose owner could not be noted. Then packets: no session is in the map before the programs
 /// that stamp it run.
 pub(super) const PROGRAMS: [Attachable; 4] = [
-    Attachable::always("note_owner", 2, "cgroup_inet_sock_create"),
+    Attachable {
+        is_always_wanted: false,
+        is_wanted: |options| options.notes_owners,
+        ..Attachable::always(NOTE_OWNER, 2, "cgroup_inet_sock_create")
+    },
     Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
     Attachable::always("track_egress", 1, "cgroup_inet_egress"),
     Attachable::always("track_lifecycle", 3, "cgroup_sock_ops"),
 ];
+
+/// The program that notes who makes sockets.
+const NOTE_OWNER: &str = "note_owner";
 
 /// The program that the daemon runs itself, attached to nothing.
 pub(super) const SERVE: &str = "serve";
@@ -152,6 +159,40 @@ impl Kernel {
             }
         }
         Ok(link)
+    }
+
+    /// Whether the program is attached that notes who makes sockets.
+    pub fn notes_owners(&self) -> bool {
+        self.attached
+            .iter()
+            .any(|attached| attached.name == NOTE_OWNER)
+    }
+
+    /// Attaches the program that notes who makes sockets, or detaches it. Without it, a socket costs nothing until it
+    /// is established. Before the first attachment: says which it shall be.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses; nothing has changed then.
+    pub fn note_owners(&mut self, is_wanted: bool, cgroup: &Cgroup) -> Result<(), BpfError> {
+        self.options.notes_owners = is_wanted;
+        if self.attached.is_empty() || self.notes_owners() == is_wanted {
+            return Ok(());
+        }
+        if !is_wanted {
+            let others = |attached: &Attached| attached.name != NOTE_OWNER;
+            self.attached.retain(others);
+            self.pins
+                .iter()
+                .try_for_each(|pins| pins.unpin(NOTE_OWNER))?;
+            return Ok(());
+        }
+        let program = PROGRAMS.iter().find(|program| program.name == NOTE_OWNER);
+        let program = program.ok_or(BpfError::Missing(NOTE_OWNER))?;
+        let link = self.attach_anew(program, cgroup, None)?;
+        let name = program.name;
+        self.attached.push(Attached { name, link });
+        Ok(())
     }
 
     /// Whether every program is attached still. An administrator may detach them, and they go with

@@ -60,6 +60,8 @@ pub struct Options {
     pub max_sessions: u32,
     /// The only network namespace to track; `None` for every one.
     pub only_netns: Option<u64>,
+    /// Whether who makes a socket is noted from the attachment on.
+    pub notes_owners: bool,
     /// Whether the programs report what they do, besides what goes wrong.
     pub verbose: bool,
 }

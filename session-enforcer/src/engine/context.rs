@@ -35,6 +35,10 @@ pub(super) struct Context {
     pub(super) resets_under_way: Cell<usize>,
     /// Whether a task looks for owners.
     pub(super) is_finding_owners: Cell<bool>,
+    /// Whether a task looks for the holders of sessions.
+    pub(super) is_finding_holders: Cell<bool>,
+    /// Until when it does not look at all processes.
+    pub(super) all_rest_until: Cell<Instant>,
     /// Counts the syncs: one that is not the last breaks off.
     pub(super) syncs: Cell<u64>,
     /// Told where the loop has something to look at again.
@@ -59,6 +63,8 @@ impl Context {
             all_namespaces,
             resets_under_way: Cell::new(0),
             is_finding_owners: Cell::new(false),
+            is_finding_holders: Cell::new(false),
+            all_rest_until: Cell::new(Instant::now()),
             syncs: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),

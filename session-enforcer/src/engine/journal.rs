@@ -151,6 +151,7 @@ impl State {
             deadline_ns: entry.deadline_ns,
             idle_since_ns: entry.idle_since_ns,
             answered_ns,
+            process: None,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
         };

@@ -22,7 +22,6 @@ pub(super) struct Expired {
 
 /// What is decided about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::large_enum_variant, reason = "one is there at a time")]
 pub(super) enum Judgement {
     /// It is within its limits, and is to be looked at again at this time.
     Alive {

@@ -13,6 +13,7 @@ mod backoff;
 mod book;
 mod context;
 pub mod directory;
+mod ending;
 #[cfg(test)]
 mod fixtures;
 mod handles;

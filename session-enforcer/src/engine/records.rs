@@ -62,6 +62,8 @@ impl State {
             place.answer(outcome == Outcome::Gone, at_ns);
         }
         let session = &expired.session;
+        let holding = self.holding(expired.cookie, session);
+        let process = holding.and_then(|holding| holding.process);
         let rule = &self.book.rules[usize::from(session.rule)];
         let termination = Termination {
             cookie: expired.cookie,
@@ -74,11 +76,15 @@ impl State {
             deadline_ns: expired.deadline_ns,
             idle_since_ns: rule.policy.idle_since(session),
             answered_ns: at_ns,
+            process,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
         };
         let receipt = place.map(|place| Box::new(place) as Receipt);
         self.records.termination(&termination, receipt);
+        if matches!(outcome, Outcome::Reset | Outcome::Gone) {
+            self.holdings.remove(&expired.cookie);
+        }
     }
 
     /// Records a session that was gone when it was to be destroyed.

@@ -80,7 +80,13 @@ pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Res
     context.read_events()?;
     {
         let mut state = context.state();
-        let before = state.put_policy(config, &users)?;
+        let (asked, asks) = (state.kernel.notes_owners(), config.asks_owner());
+        // Before there is a rule for it: what is made from then on is noted.
+        state.kernel.note_owners(asked || asks, &context.cgroup)?;
+        let before = state.put_policy(config, &users);
+        let asks = if before.is_ok() { asks } else { asked };
+        state.kernel.note_owners(asks, &context.cgroup)?;
+        let before = before?;
         state.records.policy_loaded(config);
         state.records.audit.flush();
         let at_ns = monotonic_ns();

@@ -1,12 +1,15 @@
 //! What the engine knows, and what it does about it at once: events, sessions that are due, requests of the
 //! HTTP server. What takes a reaper is begun elsewhere.
 
+use std::collections::HashMap;
+
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{Ancestors, ErrorKind, Event, EventKind, RuleCounters, Session};
 
 use super::{
     backlog::Backlog,
     book::RuleBook,
+    ending::{self, Holding},
     handles::Handles,
     hanging::Hanging,
     judge::{Expired, Judgement, judge},
@@ -83,6 +86,10 @@ pub(super) struct State {
     pub(super) capacity: usize,
     /// Who waits for the metrics.
     pub(super) scrapes: Vec<Scrape>,
+    /// Sessions that end soon, whose holders are to be looked for.
+    pub(super) ending: Vec<u64>,
+    /// Who holds those for which that was done.
+    pub(super) holdings: HashMap<u64, Holding>,
 }
 
 /// Sessions are decided about anew by another policy.
@@ -149,6 +156,8 @@ impl State {
             repaired_losses: 0,
             capacity,
             scrapes: Vec::new(),
+            ending: Vec::new(),
+            holdings: HashMap::new(),
         }
     }
 
@@ -252,7 +261,10 @@ impl State {
             return;
         };
         let due_ns = if event.generation == self.book.generation as u16 {
-            rule.policy.first_deadline_ns(event.established_ns)
+            ending::ahead_of(
+                rule.policy.first_deadline_ns(event.established_ns),
+                &rule.policy,
+            )
         } else {
             // Of an earlier policy: it is decided about anew.
             0
@@ -274,6 +286,10 @@ impl State {
             self.record_gone(&expired);
         }
         self.tracker.forget(cookie);
+        // The record of a session that is being reset comes later.
+        if !self.holdings.is_empty() && self.tracker.phase_of_cookie(cookie).is_none() {
+            self.holdings.remove(&cookie);
+        }
         if let Some(netns_cookie) = netns_cookie {
             self.give_up_if_unused(netns_cookie);
         }
@@ -412,15 +428,17 @@ impl State {
         let phase = self.tracker.phase(cookie, &session);
         let by_change =
             |reached_ns| self.late_by_change(&session, phase, reached_ns, mode == Mode::Enforce);
-        match judge(cookie, &session, (rule, &policy), phase, now_ns, by_change) {
+        let judged = judge(cookie, &session, (rule, &policy), phase, now_ns, by_change);
+        match self.with_holder(judged) {
             Judgement::Alive { recheck_ns } => {
                 // Whatever was asked of the kernel, it was not done.
                 self.tracker.clear_phase(cookie);
                 if session.is_shut() {
                     self.kernel.reopen(cookie, session.established_ns)?;
                 }
-                self.tracker.rearm(cookie, recheck_ns);
-                if session.end_is_unreported() {
+                let times = (recheck_ns, ending::ahead_of(recheck_ns, &policy));
+                let is_looked_for = self.look_ahead(cookie, times, now_ns);
+                if session.end_is_unreported() && !is_looked_for {
                     self.look_for(cookie, session, Cause::Unreported);
                 }
                 Ok(None)

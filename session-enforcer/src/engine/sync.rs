@@ -13,12 +13,13 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Ancestors, MatchEntry, Owner, Policy, Session, Verdict, verdict};
+use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session, Verdict, verdict};
 
 use super::{
     ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
     backoff::Need,
     context::Context,
+    ending,
     owner::{self, CaughtUp},
     state::{RECHECK_NS, State},
     tracker::{Phase, group_of},
@@ -67,8 +68,8 @@ pub(super) struct Synced {
     pub(super) changed: usize,
 }
 
-/// A connection to adopt.
-type Wanted = (Socket, Option<Holder>);
+/// A socket that listens, and a process that holds it.
+type Listening = (Socket, Option<Holder>);
 
 /// A sync that is under way.
 struct Sync<'a> {
@@ -88,7 +89,7 @@ struct Sync<'a> {
     /// The namespace whose sockets come now.
     netns_cookie: u64,
     listeners: Listeners,
-    wanted: Vec<Wanted>,
+    wanted: Vec<Socket>,
     /// Sessions that are in the map and not counted yet.
     unconfirmed: Vec<(u64, Session)>,
     visited: HashSet<u64>,
@@ -232,7 +233,7 @@ impl Sync<'_> {
         mut exchange: Exchange,
         is_gone: bool,
     ) -> Result<Option<Duration>> {
-        let mut listening: Vec<Wanted> = Vec::new();
+        let mut listening: Vec<Listening> = Vec::new();
         let mut silent_looks = 0;
         while self.is_last() {
             let reply = match exchange.next(LOOK).await {
@@ -325,7 +326,7 @@ impl Sync<'_> {
     }
 
     /// The sockets that listen in the namespace, which tell whose and of which direction its sessions are.
-    async fn take_listeners(&mut self, listening: &mut Vec<Wanted>) -> Result<()> {
+    async fn take_listeners(&mut self, listening: &mut Vec<Listening>) -> Result<()> {
         if listening.is_empty() {
             return Ok(());
         }
@@ -341,18 +342,14 @@ impl Sync<'_> {
     }
 
     /// Notes the owners of sockets that listen, for those that they will accept.
-    async fn note_owners(&mut self, listening: &[Wanted]) -> Result<()> {
+    async fn note_owners(&mut self, listening: &[Listening]) -> Result<()> {
         let alone = Listeners::default();
         let mut held = Vec::new();
         for (socket, holder) in listening {
             let Some(holder) = holder.filter(|_| self.scope.contains(socket.cgroup_id)) else {
                 continue;
             };
-            let owner = Owner {
-                pid: holder.pid,
-                comm: holder.comm,
-                ..adopt::owner(socket, &alone)
-            };
+            let owner = adopt::owner(socket, &alone);
             if owner.is_known() {
                 held.push(((holder, socket.target.cookie), owner));
             }
@@ -377,17 +374,17 @@ impl Sync<'_> {
     }
 
     /// Takes in some sessions of the namespace.
-    async fn take_sessions(&mut self, sockets: Vec<Wanted>) -> Result<()> {
+    async fn take_sessions(&mut self, sockets: Vec<Socket>) -> Result<()> {
         let mut known = Vec::new();
         let mut unknown = Vec::new();
         {
             self.context.read_events()?;
             let state = self.context.state();
             let mut unseen = self.unseen.get_mut(&self.netns_cookie);
-            for (socket, holder) in sockets {
+            for socket in sockets {
                 let cookie = socket.target.cookie;
                 if !state.tracker.contains(cookie) {
-                    unknown.push((socket, holder));
+                    unknown.push(socket);
                 } else if !socket.is_mini {
                     if let Some(unseen) = &mut unseen {
                         unseen.remove(&cookie);
@@ -400,10 +397,10 @@ impl Sync<'_> {
         if !self.aim.adopts || unknown.is_empty() {
             return Ok(());
         }
-        let ids = unknown.iter().filter_map(|(socket, _)| socket.cgroup_id);
+        let ids = unknown.iter().filter_map(|socket| socket.cgroup_id);
         self.note_cgroups(ids.collect()).await?;
         let adopter = self.adopter();
-        unknown.retain(|(socket, _)| adopter.wants(socket, &self.listeners));
+        unknown.retain(|socket| adopter.wants(socket, &self.listeners));
         self.wanted.extend(unknown);
         if self.wanted.len() >= MAX_BATCH {
             self.adopt_wanted().await?;
@@ -460,11 +457,11 @@ impl Sync<'_> {
     async fn adopt_wanted(&mut self) -> Result<()> {
         let wanted = std::mem::take(&mut self.wanted);
         for some in wanted.chunks(MAX_BATCH) {
-            let targets: Vec<Target> = some.iter().map(|(socket, _)| socket.target).collect();
+            let targets: Vec<Target> = some.iter().map(|socket| socket.target).collect();
             let answers = self.query(&targets, Detail::Activity).await;
             let mut sessions = Vec::with_capacity(some.len());
-            for ((socket, holder), answer) in some.iter().zip(answers) {
-                sessions.extend(self.session_of(socket, *holder, answer));
+            for (socket, answer) in some.iter().zip(answers) {
+                sessions.extend(self.session_of(socket, answer));
             }
             self.insert(sessions)?;
         }
@@ -475,23 +472,14 @@ impl Sync<'_> {
     }
 
     /// The session of a socket; none where it has closed.
-    fn session_of(
-        &self,
-        listed: &Socket,
-        holder: Option<Holder>,
-        answer: Answer,
-    ) -> Option<(u64, Session)> {
+    fn session_of(&self, listed: &Socket, answer: Answer) -> Option<(u64, Session)> {
         let (socket, at_ns) = match answer {
             Answer::Known(socket, at_ns) => (socket?, at_ns),
             Answer::Locked => (in_use(listed), monotonic_ns()),
         };
         let adopter = self.adopter();
         let session = adopter.session(&socket, &self.listeners, self.netns_cookie, at_ns);
-        let mut session = session?;
-        if let Some(holder) = holder {
-            (session.owner.pid, session.owner.comm) = (holder.pid, holder.comm);
-        }
-        Some((socket.target.cookie, session))
+        Some((socket.target.cookie, session?))
     }
 
     fn insert(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
@@ -601,7 +589,7 @@ impl Sync<'_> {
         state.records.metrics.adopted();
         let policy = state.book.rules[usize::from(session.rule)].policy;
         let due_ns = if session.generation == state.book.generation {
-            policy.first_deadline_ns(session.established_ns)
+            ending::ahead_of(policy.first_deadline_ns(session.established_ns), &policy)
         } else {
             // The policy has changed meanwhile.
             0

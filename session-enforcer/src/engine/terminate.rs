@@ -98,6 +98,7 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
     drop(state);
     look_for_unreported(context);
     super::owner::find(context);
+    super::ending::find(context);
     Ok(())
 }
 
@@ -744,8 +745,12 @@ impl State {
             });
             match still_late {
                 Some(session) => {
-                    let rule = expired.session.rule;
-                    expired.session = Session { rule, ..session };
+                    let Session { rule, owner, .. } = expired.session;
+                    expired.session = Session {
+                        rule,
+                        owner,
+                        ..session
+                    };
                 }
                 None => self.tracker.rearm(expired.cookie, 0),
             }

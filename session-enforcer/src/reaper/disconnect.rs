@@ -58,6 +58,19 @@ impl Holders {
         found.or_else(|| self.of_all().holder(inode))
     }
 
+    /// The same, of the whole host only where that is wanted.
+    pub fn found(
+        &mut self,
+        inode: u32,
+        cgroup: Option<PathBuf>,
+        everywhere: bool,
+    ) -> Option<Holder> {
+        if everywhere {
+            return self.holder(inode, cgroup.as_deref());
+        }
+        self.of_cgroup(&cgroup?).holder(inode)
+    }
+
     /// A process's socket with this cookie, for this process.
     fn socket(
         &mut self,

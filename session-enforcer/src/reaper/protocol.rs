@@ -129,6 +129,17 @@ pub enum Request {
         /// The sockets.
         targets: Vec<Target>,
     },
+    /// Say whose these sockets of a namespace are, and find a process that holds each: among those of its cgroup, and
+    /// then, where it is to be looked for everywhere, among all of the host. [`Reply::Owners`] with as many as were
+    /// asked about, in their order, then [`Reply::Done`].
+    Owners {
+        /// The namespace.
+        netns: Netns,
+        /// The sockets.
+        targets: Vec<Target>,
+        /// Whether the descriptors of all processes may be looked at.
+        everywhere: bool,
+    },
     /// List the sockets that listen on this port of a namespace. [`Reply::Sockets`], then [`Reply::Done`].
     Listeners {
         /// The namespace.
@@ -180,6 +191,17 @@ pub struct Holder {
     pub fd: i32,
     /// Its name, cut and filled with zeroes as the kernel keeps it; empty where it has ended.
     pub comm: [u8; 16],
+}
+
+/// Whose a socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOwner {
+    /// The user that it belongs to.
+    pub uid: u32,
+    /// Identity of its cgroup, where the kernel told it.
+    pub cgroup_id: Option<u64>,
+    /// A process that holds it, where one was found.
+    pub holder: Option<Holder>,
 }
 
 /// Where a cgroup is.
@@ -272,12 +294,19 @@ pub enum Reply {
     },
     /// Some sockets that listen in it, with their processes where those were asked for.
     Listeners(Vec<(Socket, Option<Holder>)>),
-    /// Some of its sessions, without what passed in them, with their processes likewise.
-    Sessions(Vec<(Socket, Option<Holder>)>),
+    /// Some of its sessions, without what passed in them.
+    Sessions(Vec<Socket>),
     /// All of its sessions were there.
     WholeNamespace,
     /// A namespace could not be listed, or not to its end: this went wrong.
     Unlisted(String),
+    /// Whose the sockets are that were asked about; none is one that is gone.
+    Owners {
+        /// Their owners.
+        owners: Vec<Option<SocketOwner>>,
+        /// How long the reaper has used a processor for that, in nanoseconds.
+        used_ns: u64,
+    },
     /// A cgroup.
     Cgroup(Cgroup),
     /// A descriptor comes with this, or this went wrong.

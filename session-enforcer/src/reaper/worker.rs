@@ -27,7 +27,7 @@ use super::{
     processes::Descriptors,
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS, Netns,
-        Problem, Reach, Reply, Request, Search, decode, encode,
+        Problem, Reach, Reply, Request, Search, SocketOwner, decode, encode,
     },
     shared::SharedPage,
     trial,
@@ -160,6 +160,11 @@ impl Worker {
                 let found = self.with(&netns, lent, |_, diag| Ok(diag.search(&targets)?))?;
                 self.tell_sockets(found)
             }
+            Request::Owners {
+                netns,
+                targets,
+                everywhere,
+            } => self.owners(&netns, lent, &targets, everywhere),
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);
                 let found = self.with(&netns, lent, |_, diag| {
@@ -330,6 +335,42 @@ impl Worker {
         })
     }
 
+    fn owners(
+        &mut self,
+        netns: &Netns,
+        lent: Option<OwnedFd>,
+        targets: &[Target],
+        everywhere: bool,
+    ) -> Result<(), Broken> {
+        let began_ns = processor_ns();
+        let sockets = self.with(netns, lent, |_, diag| {
+            let found = targets
+                .iter()
+                .map(|target| diag.query(target, Detail::Names));
+            Ok(found.collect::<Result<Vec<_>, _>>()?)
+        })?;
+        let tree = Tree::open().ok();
+        let mut holders = Holders::default();
+        let mut owner = |socket: Socket| {
+            let directory = tree.as_ref().zip(socket.cgroup_id);
+            let directory = directory.and_then(|(tree, id)| Some(tree.directory(&tree.path(id)?)));
+            let holder =
+                (socket.inode != 0).then(|| holders.found(socket.inode, directory, everywhere));
+            SocketOwner {
+                uid: socket.uid,
+                cgroup_id: socket.cgroup_id,
+                holder: holder.flatten(),
+            }
+        };
+        let open = |socket: Option<Socket>| socket.filter(|socket| !socket.is_mini);
+        let owners = sockets
+            .into_iter()
+            .map(|socket| open(socket).map(&mut owner));
+        let owners = owners.collect();
+        let used_ns = processor_ns().saturating_sub(began_ns);
+        self.reply(&Reply::Owners { owners, used_ns }, None)
+    }
+
     fn tell_sockets(&mut self, sockets: Vec<Option<Socket>>) -> Result<(), Broken> {
         let at_ns = monotonic_ns();
         self.reply(&Reply::Sockets { sockets, at_ns }, None)
@@ -409,8 +450,7 @@ impl Worker {
             }
             diag.list(state::SESSIONS, [0, 0], &mut |bit| {
                 for some in bit.chunks(MAX_BATCH) {
-                    let found = with_holders(some, holders);
-                    let _ = self.reply(&Reply::Sessions(found), None);
+                    let _ = self.reply(&Reply::Sessions(some.to_vec()), None);
                 }
             })
         });

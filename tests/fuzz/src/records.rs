@@ -9,7 +9,7 @@ use session_enforcer::{
     engine::RuleBook,
     host::clock::WallClock,
     reaper::diag::{Queued, Target, wire},
-    report::audit::{End, Place, Termination},
+    report::audit::{End, Place, Process, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
@@ -128,6 +128,13 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         deadline_ns: bytes.value(),
         idle_since_ns: bytes.value(),
         answered_ns,
+        process: bytes.choice([
+            None,
+            Some(Process {
+                pid: 1,
+                name: [0xff; 16],
+            }),
+        ]),
         cgroup: bytes.choice([None, Some(name.as_str())]),
         user: bytes.choice([None, Some(name.as_str())]),
     };

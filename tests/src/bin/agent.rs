@@ -18,7 +18,7 @@ use session_enforcer_tests::{Place, enter, serve};
 
 const USAGE: &str = "usage: session-enforcer-test-agent serve|exec [--cgroup DIR] \
                      [--netns NAME|PATH] [--uid NUMBER] [--rights-of NUMBER] [--own-user-namespace] \
-                     [--in-thread] [-- COMMAND...]";
+                     [-- COMMAND...]";
 
 fn main() -> Result<()> {
     let mut args = env::args_os().skip(1);
@@ -32,14 +32,13 @@ fn main() -> Result<()> {
             Some("--uid") => place.as_user(number(&value()?)?),
             Some("--rights-of") => place.with_rights_of(number(&value()?)?),
             Some("--own-user-namespace") => place.in_own_user_namespace(),
-            Some("--in-thread") => place.in_thread(),
             Some("--") => break,
             _ => bail!(USAGE),
         }
     }
     enter(&place)?;
     match what.to_str() {
-        Some("serve") => serve(&place, &control()?),
+        Some("serve") => serve(&control()?),
         Some("exec") => {
             let program = args.next().context(USAGE)?;
             let error = Command::new(&program).args(args).exec();

@@ -93,6 +93,15 @@ pub const fn mode_name(mode: Mode) -> &'static str {
     }
 }
 
+/// A process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Its name, filled with zeroes.
+    pub name: [u8; 16],
+}
+
 /// The end of a session, or what would have been its end.
 #[derive(Clone, Copy, Debug)]
 pub struct Termination<'a> {
@@ -116,6 +125,8 @@ pub struct Termination<'a> {
     pub idle_since_ns: u64,
     /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
     pub answered_ns: u64,
+    /// The process that holds the connection, where one was found.
+    pub process: Option<Process>,
     /// Path of the owner's cgroup, where it is known.
     pub cgroup: Option<&'a str>,
     /// Name of the owner's user, where it has one.

@@ -7,9 +7,9 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize, Serializer};
-use session_enforcer_common::{Address, Direction, Owner, Session};
+use session_enforcer_common::{Address, Direction, Session};
 
-use super::{End, Outcome, Place, Termination, mode_name, reason_name};
+use super::{End, Outcome, Place, Process, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
     host::clock::{Moment, WallClock, monotonic_ns},
@@ -171,7 +171,7 @@ pub(super) fn termination(
         network: Some(network(session)),
         source: Some(source),
         destination: Some(destination),
-        process: process(&session.owner),
+        process: t.process.as_ref().map(process),
         user: session.owner.is_known().then_some(UserFields {
             id: session.owner.uid,
             name: t.user,
@@ -229,13 +229,12 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
     }
 }
 
-/// The process that made the socket, where that is known.
-fn process(owner: &Owner) -> Option<ProcessFields<'_>> {
-    let name = owner.comm.split(|byte| *byte == 0).next();
-    (owner.pid != 0).then(|| ProcessFields {
-        pid: owner.pid,
+fn process(process: &Process) -> ProcessFields<'_> {
+    let name = process.name.split(|byte| *byte == 0).next();
+    ProcessFields {
+        pid: process.pid,
         name: String::from_utf8_lossy(name.unwrap_or_default()),
-    })
+    }
 }
 
 fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error> {

@@ -37,8 +37,7 @@ pub(in crate::report) fn session() -> Session {
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
-            pid: 812,
-            comm: *b"postgres\0\0\0\0\0\0\0\0",
+            unused: 0,
         },
         data_segments_sent: 0,
         sent_before_answer: 0,
@@ -65,6 +64,10 @@ pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
         deadline_ns: 901_003_000_000,
         idle_since_ns: 1_003_000_000,
         answered_ns: 901_004_000_000,
+        process: Some(Process {
+            pid: 812,
+            name: *b"postgres\0\0\0\0\0\0\0\0",
+        }),
         cgroup: Some("/system.slice/postgresql.service"),
         user: Some("postgres"),
     }
@@ -162,6 +165,7 @@ fn what_is_not_known_of_the_owner_is_left_out() {
         ..session()
     };
     let nobody = line(&Termination {
+        process: None,
         cgroup: None,
         user: None,
         ..termination(&unknown)
@@ -169,16 +173,11 @@ fn what_is_not_known_of_the_owner_is_left_out() {
     for name in ["process", "user", "cgroup"] {
         assert!(!nobody.contains(&format!("\"{name}\":")), "{nobody}");
     }
-    let nameless = Session {
-        owner: Owner {
-            pid: 0,
-            ..session().owner
-        },
-        ..session()
-    };
+    let session = session();
     let nameless = line(&Termination {
+        process: None,
         user: None,
-        ..termination(&nameless)
+        ..termination(&session)
     });
     assert!(nameless.contains(r#""user":{"id":"113"},"#), "{nameless}");
     assert!(!nameless.contains("process"), "{nameless}");

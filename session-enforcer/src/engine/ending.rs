@@ -1,0 +1,195 @@
+//! Whose the connections are that end soon, for their records: who holds one at its end need not be who made its
+//! socket. A reaper looks before the deadline, since the process closes the socket when it is reset, and no reset
+//! waits for it. What is not found by then is left out.
+
+use std::{collections::BTreeMap, rc::Rc, time::Duration};
+
+use anyhow::Result;
+use session_enforcer_common::{Owner, Policy, Session};
+use tokio::time::Instant;
+
+use super::{ask, context::Context, judge::Judgement, owner, state::State};
+use crate::{
+    reaper::{
+        diag::{MAX_BATCH, Target},
+        protocol::{Reply, Request, SocketOwner},
+    },
+    report::audit::Process,
+};
+
+/// How long before its deadline a session is looked at, at most.
+const MAX_AHEAD_NS: u64 = 2_000_000_000;
+
+/// How many times as long as a look used a processor none is begun after it: anybody can have many descriptors.
+const REST: u32 = 9;
+
+/// The least of these rests.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The same for a look at the descriptors of the whole host.
+const REST_OF_ALL: u32 = 19;
+
+/// Who holds a connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Holding {
+    established_ns: u64,
+    pub(super) owner: Owner,
+    pub(super) process: Option<Process>,
+}
+
+/// When a session of these limits is to be looked at that can be due at this time: half of its shortest limit before
+/// that, so that the processes have settled who holds it.
+pub(super) fn ahead_of(due_ns: u64, policy: &Policy) -> u64 {
+    let limits = [
+        policy.idle_timeout_ns,
+        policy.max_lifetime_ns,
+        policy.response_timeout_ns,
+    ];
+    let shortest_ns = limits.into_iter().filter(|limit| *limit != 0).min();
+    due_ns.saturating_sub((shortest_ns.unwrap_or(0) / 2).min(MAX_AHEAD_NS))
+}
+
+/// Looks for the holders of the sessions that wait for that, one task at a time.
+pub(super) fn find(context: &Rc<Context>) {
+    if context.is_finding_holders.get() || context.state().ending.is_empty() {
+        return;
+    }
+    context.is_finding_holders.set(true);
+    let context = Rc::clone(context);
+    let task = Rc::clone(&context);
+    context.spawn(async move {
+        let found = find_waiting(&task).await;
+        task.is_finding_holders.set(false);
+        found
+    });
+}
+
+async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+    loop {
+        let by_namespace = context.state().take_ending()?;
+        if by_namespace.is_empty() {
+            return Ok(());
+        }
+        let everywhere = Instant::now() >= context.all_rest_until.get();
+        let mut used = Duration::ZERO;
+        for (netns_cookie, sessions) in by_namespace {
+            for some in sessions.chunks(MAX_BATCH) {
+                used += look_at(context, netns_cookie, some, everywhere).await?;
+            }
+        }
+        if everywhere {
+            let until = Instant::now() + used * REST_OF_ALL;
+            context.all_rest_until.set(until);
+        }
+        tokio::time::sleep((used * REST).max(PAUSE)).await;
+    }
+}
+
+/// How long a reaper has used a processor for the look.
+async fn look_at(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    sessions: &[(u64, Session)],
+    everywhere: bool,
+) -> Result<Duration> {
+    if context.state().hanging.is_diag_blocked {
+        return Ok(Duration::ZERO);
+    }
+    let target = |(cookie, session): &(u64, Session)| Target::of(*cookie, session);
+    let (netns, handle) = context.state().handles.netns(netns_cookie);
+    let request = Request::Owners {
+        netns,
+        targets: sessions.iter().map(target).collect(),
+        everywhere,
+    };
+    // A namespace that is not found is met, and said, when the sessions are reset.
+    let replies = ask::ask(context, &request, handle.as_deref()).await;
+    let mut replies = replies.unwrap_or_default().into_iter();
+    let found = replies.find_map(|(reply, _)| match reply {
+        Reply::Owners { owners, used_ns } => Some((owners, used_ns)),
+        _ => None,
+    });
+    let (found, used_ns) = found.unwrap_or_default();
+    let cgroups = found.iter().flatten().filter_map(|owner| owner.cgroup_id);
+    owner::note_cgroups(context, cgroups.collect()).await?;
+    let mut state = context.state();
+    for ((cookie, session), owner) in sessions.iter().zip(found) {
+        let Some(owner) = owner.filter(|_| state.tracker.contains(*cookie)) else {
+            continue;
+        };
+        state.holdings.insert(*cookie, Holding::of(session, &owner));
+        if owner.holder.is_none() && !everywhere {
+            // It waits for its turn to be looked for everywhere, or for its end.
+            state.ending.push(*cookie);
+        }
+    }
+    Ok(Duration::from_nanos(used_ns))
+}
+
+impl Holding {
+    fn of(session: &Session, owner: &SocketOwner) -> Self {
+        Self {
+            established_ns: session.established_ns,
+            owner: Owner {
+                cgroup_id: owner.cgroup_id.unwrap_or(0),
+                uid: owner.uid,
+                ..Owner::UNKNOWN
+            },
+            process: owner.holder.map(|holder| Process {
+                pid: holder.pid,
+                name: holder.comm,
+            }),
+        }
+    }
+}
+
+impl State {
+    /// The sessions that wait for that and are there still, by their namespaces.
+    fn take_ending(&mut self) -> Result<BTreeMap<u64, Vec<(u64, Session)>>> {
+        let cookies = std::mem::take(&mut self.ending);
+        let mut by_namespace: BTreeMap<u64, Vec<(u64, Session)>> = BTreeMap::new();
+        for (cookie, session) in cookies.iter().zip(self.kernel.sessions(&cookies)?) {
+            if let Some(session) = session {
+                let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
+                of_namespace.push((*cookie, session));
+            }
+        }
+        Ok(by_namespace)
+    }
+
+    /// Has a session that lives looked at again, and before that its holder looked for; whether that is now.
+    pub(super) fn look_ahead(
+        &mut self,
+        cookie: u64,
+        (due_ns, ahead_ns): (u64, u64),
+        now_ns: u64,
+    ) -> bool {
+        let is_soon = ahead_ns <= now_ns;
+        self.tracker
+            .rearm(cookie, if is_soon { due_ns } else { ahead_ns });
+        if is_soon {
+            self.ending.push(cookie);
+        } else if !self.holdings.is_empty() {
+            self.holdings.remove(&cookie);
+        }
+        is_soon
+    }
+
+    /// A session that is late, with the owner that its socket has where the programs did not note any.
+    pub(super) fn with_holder(&self, judged: Judgement) -> Judgement {
+        let Judgement::Late(mut expired) = judged else {
+            return judged;
+        };
+        let holding = self.holding(expired.cookie, &expired.session);
+        if let Some(holding) = holding.filter(|_| !expired.session.owner.is_known()) {
+            expired.session.owner = holding.owner;
+        }
+        Judgement::Late(expired)
+    }
+
+    /// What is known of who holds a session, or held it when it was looked for last.
+    pub(super) fn holding(&self, cookie: u64, session: &Session) -> Option<&Holding> {
+        let holding = self.holdings.get(&cookie);
+        holding.filter(|holding| holding.established_ns == session.established_ns)
+    }
+}
