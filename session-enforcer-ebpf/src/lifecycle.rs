@@ -33,17 +33,21 @@ const AF_INET6: u32 = 10;
 
 #[inline(always)]
 pub(crate) fn track(ctx: &SockOpsContext) {
-    let direction = match ctx.op() {
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB | BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => direction(ctx),
-        BPF_SOCK_OPS_STATE_CB => return state_changed(ctx),
-        _ => return,
-    };
+    match ctx.op() {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB | BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => opened(ctx),
+        BPF_SOCK_OPS_STATE_CB => state_changed(ctx),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn opened(ctx: &SockOpsContext) {
     let cookie = cookie(ctx);
-    if established(ctx, cookie, direction) == Err(Refusal::Present) {
+    if established(ctx, cookie) == Err(Refusal::Present) {
         // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie, and the
         // end of the connection before was not reported. It is counted now.
         end(cookie, false);
-        let _counted = established(ctx, cookie, direction);
+        let _counted = established(ctx, cookie);
     }
 }
 
@@ -70,7 +74,7 @@ fn half_closed(cookie: u64) {
 
 /// A function of its own, as is the close: the stack of all frames together is small.
 #[inline(never)]
-fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Result<(), Refusal> {
+fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
     if !ports::may_be_matched(ctx) {
         owner::forget(ctx);
         return Ok(());
@@ -96,7 +100,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     session.answered_ns = now;
     session.established_ns = now;
     session.half_closed_ns = Session::NOT_HALF_CLOSED;
-    session.direction = direction as u8;
+    session.direction = direction(ctx);
     session.flags = mptcp_flag(ctx);
     session.netns_cookie = netns_cookie;
     session.local_port = ctx.local_port() as u16;
@@ -105,7 +109,7 @@ fn established(ctx: &SockOpsContext, cookie: u64, direction: Direction) -> Resul
     if !note_addresses(ctx, session) {
         return Ok(());
     }
-    if is_restored(ctx) {
+    if is_restored(ctx, session) {
         restored::inherit(session);
     }
     owner::take(ctx, &mut session.owner);
@@ -301,25 +305,24 @@ fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
     flags::MPTCP_SUBFLOW
 }
 
-/// Who dialled. Whoever has sent a SYN: the kernel counts its acknowledgement as a byte (`tcp_ack()` comes before the
-/// callback), and an accepted socket begins after its SYN.
+/// Who dialled, as a [`Direction`]: whoever has sent a SYN. The kernel counts its acknowledgement as a byte (`tcp_ack()`
+/// comes before the callback), and an accepted socket begins after its SYN.
 ///
 /// The kind of the callback does not tell. Where both ends dial at once both are called passive, and a socket that is
 /// restored by `TCP_REPAIR` is called active.
 #[inline(always)]
-fn direction(ctx: &SockOpsContext) -> Direction {
+fn direction(ctx: &SockOpsContext) -> u8 {
+    const { assert!(Direction::Inbound as u8 + 1 == Direction::Outbound as u8) };
     // SAFETY: the context is valid.
-    if unsafe { (*ctx.ops).bytes_acked } == 0 {
-        Direction::Inbound
-    } else {
-        Direction::Outbound
-    }
+    let acked = unsafe { (*ctx.ops).bytes_acked };
+    // By a carry: the verifier would follow each branch of a comparison to the end.
+    Direction::Inbound as u8 + ((acked | acked.wrapping_neg()) >> 63) as u8
 }
 
 /// Whether the connection was made by another socket, whose it was: this one has sent no SYN.
 #[inline(always)]
-fn is_restored(ctx: &SockOpsContext) -> bool {
-    ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && direction(ctx) == Direction::Inbound
+fn is_restored(ctx: &SockOpsContext, session: &Session) -> bool {
+    ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && session.direction == Direction::Inbound as u8
 }
 
 /// Whether a socket that closes has told its peer nothing that the peer has to have. One in repair mode has not; one that
