@@ -266,7 +266,6 @@ fn sessions_of_older_sockets_bound_to_a_device_later_are_enforced() -> Result<()
         (SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), "ipv4"),
         (SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), "ipv6"),
     ] {
-        // Who listens is how the daemon knows who dialled.
         let [outside, inside] = [lab.outside.listen(address)?, lab.inside.listen(address)?];
         let pairs = [
             Pair::open(&lab.inside, &outside)?,
