@@ -203,6 +203,24 @@ fn what_a_limit_is_counted_from_is_told_whatever_passes_the_other_way() -> Resul
 }
 
 #[test]
+fn a_limit_that_a_reload_changes_while_the_reset_is_under_way_is_told_as_it_was() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
+    interposer.set(Call::Destroy, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Destroy, 1)?;
+    daemon.reload(
+        "[daemon]\nmode = \"observe\"\n[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n",
+    )?;
+    interposer.set(Call::Destroy, Fate::Pass);
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    assert_counted(&record, "idle_timeout", LIMIT);
+    Ok(())
+}
+
+#[test]
 fn records_have_names_of_their_own_and_numbers_without_gaps() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;

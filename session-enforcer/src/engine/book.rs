@@ -1,10 +1,8 @@
 //! The policy in force: the rules in their places, and the match table. Pure.
 
-use std::time::Duration;
-
 use session_enforcer_common::{
-    Ancestors, Facts, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Reason,
-    Session, Verdict, first_possible, verdict,
+    Ancestors, Facts, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Session,
+    Verdict, first_possible, verdict,
 };
 use thiserror::Error;
 
@@ -38,18 +36,6 @@ impl ActiveRule {
                 ..rule.policy()
             },
         }
-    }
-
-    /// The limit of this session that the reason speaks of; none for a change of the policy.
-    pub(super) fn limit(&self, reason: Reason, session: &Session) -> Option<Duration> {
-        let limit_ns = match reason {
-            Reason::IdleTimeout => self.policy.idle_timeout_ns,
-            Reason::MaxLifetime => self.policy.lifetime_ns(session),
-            Reason::ResponseTimeout => self.policy.response_timeout_ns,
-            Reason::HalfClosedTimeout => self.policy.half_closed_timeout_ns,
-            Reason::Policy => return None,
-        };
-        Some(Duration::from_nanos(limit_ns))
     }
 }
 

@@ -21,11 +21,12 @@ use crate::{
 };
 
 /// By their numbers in the journal.
-const REASONS: [Reason; 4] = [
+const REASONS: [Reason; 5] = [
     Reason::IdleTimeout,
     Reason::MaxLifetime,
     Reason::ResponseTimeout,
     Reason::Policy,
+    Reason::HalfClosedTimeout,
 ];
 
 /// Records what an earlier daemon has reset and not recorded, before anything is reset.
@@ -62,7 +63,6 @@ impl State {
     /// Notes a session that reapers are about to be asked to reset.
     pub(super) fn note_reset(&mut self, expired: &Expired) {
         let rule = &self.book.rules[usize::from(expired.session.rule)];
-        let limit = rule.limit(expired.reason, &expired.session);
         let reason = REASONS.iter().position(|reason| *reason == expired.reason);
         let mut name = [0; MAX_RULE_NAME];
         for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
@@ -73,8 +73,8 @@ impl State {
             cookie: expired.cookie,
             deadline_ns: expired.deadline_ns,
             reached_ns: expired.reached_ns,
-            limit_ns: limit.map_or(0, |limit| limit.as_nanos() as u64),
-            idle_since_ns: rule.policy.idle_since(&expired.session),
+            limit_ns: expired.limit_ns,
+            idle_since_ns: expired.idle_since_ns,
             answered_ns: 0,
             is_used: 1,
             reason: reason.unwrap_or(0) as u16,
@@ -120,6 +120,8 @@ impl State {
             deadline_ns: entry.deadline_ns,
             reached_ns: entry.reached_ns,
             decided_ns: monotonic_ns(),
+            limit_ns: entry.limit_ns,
+            idle_since_ns: entry.idle_since_ns,
         };
         // Its socket tells, when it is looked for.
         let tried = Phase::Tried(Box::new(Tried::unanswered(expired, place)));

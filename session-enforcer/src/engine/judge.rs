@@ -18,10 +18,18 @@ pub(super) struct Expired {
     pub(super) reached_ns: u64,
     /// When it was decided to be late. Its record was read after this.
     pub(super) decided_ns: u64,
+    /// The limit that it reached, by the policy that was in force then; 0 where a change of the policy made it late.
+    pub(super) limit_ns: u64,
+    /// Since when the idle clock of its rule ran.
+    pub(super) idle_since_ns: u64,
 }
 
 /// What is decided about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one lives on the stack for a moment"
+)]
 pub(super) enum Judgement {
     /// It is within its limits, and is to be looked at again at this time.
     Alive {
@@ -61,8 +69,21 @@ pub(super) fn judge(
                 deadline_ns,
                 reached_ns,
                 decided_ns: now_ns,
+                limit_ns: limit_ns(reason, limits, session),
+                idle_since_ns: limits.idle_since(session),
             })
         }
+    }
+}
+
+/// The limit of this session that the reason speaks of; 0 for a change of the policy.
+fn limit_ns(reason: Reason, limits: &Policy, session: &Session) -> u64 {
+    match reason {
+        Reason::IdleTimeout => limits.idle_timeout_ns,
+        Reason::MaxLifetime => limits.lifetime_ns(session),
+        Reason::ResponseTimeout => limits.response_timeout_ns,
+        Reason::HalfClosedTimeout => limits.half_closed_timeout_ns,
+        Reason::Policy => 0,
     }
 }
 
@@ -156,6 +177,7 @@ mod tests {
         );
         assert_eq!((expired.reached_ns, expired.decided_ns), (10 * S, 10 * S));
         assert_eq!((expired.cookie, expired.session.rule), (1, 7));
+        assert_eq!((expired.limit_ns, expired.idle_since_ns), (10 * S, 0));
     }
 
     #[test]
@@ -166,7 +188,7 @@ mod tests {
             Some(15 * S)
         }));
         assert_eq!((first.reason, first.deadline_ns), (Reason::Policy, 15 * S));
-        assert_eq!(first.reached_ns, 10 * S);
+        assert_eq!((first.reached_ns, first.limit_ns), (10 * S, 0));
         let made_late = Phase::LateByPolicy {
             changed_ns: 15 * S,
             reached_ns: 10 * S,
@@ -283,6 +305,12 @@ mod tests {
                     (Verdict::Expired { deadline_ns, .. }, Judgement::Late(expired)) => {
                         prop_assert_eq!(deadline_ns, expired.reached_ns);
                         prop_assert!(expired.deadline_ns <= now_ns);
+                        let counted_from_ns = expired.deadline_ns - expired.limit_ns;
+                        match expired.reason {
+                            Reason::IdleTimeout => prop_assert_eq!(counted_from_ns, expired.idle_since_ns),
+                            Reason::MaxLifetime => prop_assert_eq!(counted_from_ns, session.established_ns),
+                            _ => prop_assert_eq!(expired.limit_ns, 0),
+                        }
                         let is_by_policy = expired.reason == Reason::Policy;
                         prop_assert!(is_by_policy || expired.deadline_ns == deadline_ns);
                     }

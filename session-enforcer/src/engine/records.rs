@@ -1,9 +1,11 @@
 //! What people see: audit records, counters, and what is wrong now. A termination is recorded and counted
 //! in one place.
 
+use std::time::Duration;
+
 use super::{judge::Expired, state::State};
 use crate::{
-    config::Config,
+    config::{Config, Mode},
     host::clock::monotonic_ns,
     report::{
         audit::{Audit, End, Outcome, Receipt, Termination},
@@ -70,11 +72,15 @@ impl State {
             session,
             rule: &rule.name,
             reason: expired.reason,
-            mode: rule.mode,
+            // The rule may say something else by now.
+            mode: match outcome {
+                Outcome::Observed => Mode::Observe,
+                _ => Mode::Enforce,
+            },
             end,
-            limit: rule.limit(expired.reason, session),
+            limit: (expired.limit_ns != 0).then(|| Duration::from_nanos(expired.limit_ns)),
             deadline_ns: expired.deadline_ns,
-            idle_since_ns: rule.policy.idle_since(session),
+            idle_since_ns: expired.idle_since_ns,
             answered_ns: at_ns,
             process,
             cgroup: self.directory.path(session.owner.cgroup_id),

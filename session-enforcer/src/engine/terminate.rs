@@ -751,6 +751,7 @@ impl State {
                         owner,
                         ..session
                     };
+                    expired.idle_since_ns = policy.idle_since(&session);
                 }
                 None => self.tracker.rearm(expired.cookie, 0),
             }

@@ -349,6 +349,8 @@ mod tests {
             deadline_ns: 1,
             reached_ns: 1,
             decided_ns: 1,
+            limit_ns: 1,
+            idle_since_ns: 0,
         }
     }
 
