@@ -153,6 +153,10 @@ pub struct RunArgs {
     /// [default: /sys/fs/bpf/session-enforcer]
     #[arg(long, value_name = "DIR")]
     pin_dir: Option<PinDir>,
+
+    /// Start also where another daemon's programs are attached to the same cgroup
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `check`.

@@ -78,12 +78,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 fn run_daemon(args: &RunArgs) -> Result<()> {
     let started = args
         .to_config()
-        .and_then(|config| daemon::run(&config, source(args)));
+        .and_then(|config| daemon::run(&config, source(args), args.force));
     let Err(error) = started else {
         return Ok(());
     };
     match last_good::stand_in(args, &error) {
-        Some(config) => daemon::run(&config, source(args)),
+        Some(config) => daemon::run(&config, source(args), args.force),
         None => Err(error),
     }
 }

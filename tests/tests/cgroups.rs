@@ -10,7 +10,7 @@ use nix::{
     sys::stat::Mode,
     unistd::mkdir,
 };
-use session_enforcer_tests::{Lab, Netns, PROGRAMS, Pair, Place};
+use session_enforcer_tests::{Lab, Netns, PROGRAMS, Pair, Pins, Place};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
@@ -91,11 +91,22 @@ fn a_mount_whose_name_is_no_text_hides_no_other() -> Result<()> {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_cgroup_takes_nothing_from_the_first() -> Result<()> {
+fn a_second_daemon_on_the_same_cgroup_starts_by_force_alone_and_takes_nothing_from_the_first()
+-> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let enforcing = lab.daemon(RULE)?;
-    let observing = lab.launch().config(RULE).args(&["--observe"]).start()?;
+    let enforcing = lab.pinned_daemon(RULE)?;
+    let observe = lab.launch().config(RULE).args(&["--observe"]);
+    let refused = observe.refused()?;
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(
+        refused
+            .stderr
+            .contains("the programs of another session-enforcer are attached here"),
+        "{refused:?}"
+    );
+    assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
+    let observing = observe.args(&["--observe", "--force"]).start()?;
     assert_eq!(lab.cgroup.attached_programs()?, 2 * PROGRAMS);
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
@@ -106,5 +117,23 @@ fn a_second_daemon_on_the_same_cgroup_takes_nothing_from_the_first() -> Result<(
         daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;
         daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_daemon_left_attached_with_another_pin_directory_is_said() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    lab.pinned_daemon(RULE)?.kill()?;
+    let elsewhere = Pins::new();
+    let launch = lab.launch().config(RULE);
+    for other in [launch.pinned(&elsewhere), lab.launch().config(RULE)] {
+        let refused = other.refused()?;
+        assert!(
+            refused.stderr.contains("with another daemon.pin_dir"),
+            "{refused:?}"
+        );
+    }
+    // With its own it is the same daemon, started again.
+    lab.pinned_daemon(RULE)?;
     Ok(())
 }

@@ -39,16 +39,21 @@ use crate::{
 /// How long the trial of a reset may take before the start goes on without its answer.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How often, and after which pauses, it is looked whether another daemon's programs have gone.
+const OTHERS_LOOKS: u32 = 50;
+const OTHERS_PAUSE: Duration = Duration::from_millis(20);
+
 /// Requests of the HTTP server that may wait for the engine, which answers as many at once.
 const WAITING_REQUESTS: usize = 64;
 
-/// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP.
+/// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP. It starts beside
+/// another daemon on the same cgroup only where that `is_forced`.
 ///
 /// # Errors
 ///
 /// Where something that it needs is missing or taken. Nothing is attached then, but what an earlier
 /// daemon that was killed had attached.
-pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
+pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -68,7 +73,7 @@ pub fn run(config: &Config, source: Option<Source>) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    let serving = serve(config, source, cgroup, pins, listener, audit);
+    let serving = serve(config, source, cgroup, pins, listener, audit, is_forced);
     LocalSet::new().block_on(&runtime, serving)
 }
 
@@ -79,6 +84,7 @@ async fn serve(
     pins: Option<PinDir>,
     listener: Option<http::Listener>,
     audit: Audit,
+    is_forced: bool,
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     unblock_signals();
@@ -97,6 +103,9 @@ async fn serve(
     };
     let kernel = Kernel::load(options, pins);
     let mut kernel = kernel.map_err(|error| kernel_failure(&error))?;
+    if !is_forced {
+        refuse_others(&kernel, &cgroup).await?;
+    }
     let (events, log) = (kernel.take_events()?, kernel.take_log()?);
     let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
@@ -124,6 +133,28 @@ async fn serve(
     let served = move || listener.map_or(Ok(()), |listener| start_http(listener, requests_in));
     let run = engine.run(privilege::confine_engine, begun, served);
     run.await.map_err(start_failure)
+}
+
+/// Refuses to start beside another daemon: each would reset the other's sessions, and record them as gone. The
+/// kernel takes a moment to free what a daemon that was killed had attached.
+async fn refuse_others(kernel: &Kernel, cgroup: &Cgroup) -> Result<(), Failure> {
+    let mut others = kernel.others(cgroup);
+    for _ in 0..OTHERS_LOOKS {
+        if others.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(OTHERS_PAUSE).await;
+        others = kernel.others(cgroup);
+    }
+    let numbers: Vec<String> = others.iter().map(ToString::to_string).collect();
+    let message = format!(
+        "{}: the programs of another session-enforcer are attached here (program {}), with another \
+         daemon.pin_dir: of one that runs, or that was killed; stop it, or `session-enforcer detach --pin-dir \
+         DIR`, or start with --force",
+        cgroup.path().display(),
+        numbers.join(", ")
+    );
+    Err(Failure::new(ExitStatus::Other, message))
 }
 
 /// Looks whether this kernel resets connections. One that does not answer is met in time: the reapers say so.

@@ -12,7 +12,7 @@ use aya::{
     programs::{Program, ProgramError, ProgramFd},
 };
 
-use super::{BpfError, Kernel, Options, bpf_error::Holder, found::FoundLink, sys};
+use super::{BpfError, Kernel, Options, bpf_error::Holder, found::FoundLink, inherit::Pins, sys};
 use crate::host::{cgroup::Cgroup, threads::together};
 
 // Flags of an attachment (`linux/bpf.h`).
@@ -56,8 +56,11 @@ pub(super) const PROGRAMS: [Attachable; 4] = [
     },
     Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
     Attachable::always("track_egress", 1, "cgroup_inet_egress"),
-    Attachable::always("track_lifecycle", 3, "cgroup_sock_ops"),
+    LIFECYCLE,
 ];
+
+/// The program that tells of establishments and closes.
+const LIFECYCLE: Attachable = Attachable::always("track_lifecycle", 3, "cgroup_sock_ops");
 
 /// The program that notes who makes sockets.
 const NOTE_OWNER: &str = "note_owner";
@@ -104,6 +107,20 @@ fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
 }
 
 impl Kernel {
+    /// The programs of other daemons that are attached to the cgroup, with another pin directory or without one,
+    /// by their numbers. None where this process may not look (`CAP_SYS_ADMIN`).
+    pub fn others(&self, cgroup: &Cgroup) -> Vec<u32> {
+        let found = sys::attached_programs(cgroup.file(), LIFECYCLE.attach_type);
+        let mut ids = found.unwrap_or_default().ids;
+        let pinned = self.pins.as_ref().map(Pins::pinned_programs);
+        let pinned = pinned.unwrap_or_default();
+        let is_another = |id: &u32| {
+            !pinned.contains(id) && sys::program_name(*id).is_ok_and(|name| name == LIFECYCLE.name)
+        };
+        ids.retain(is_another);
+        ids
+    }
+
     /// Attaches the programs to the cgroup: from then on each new connection below it is tracked.
     /// Where an earlier daemon's programs are attached there, these take their place, one by one,
     /// and no packet passes between the one and the other.

@@ -1,6 +1,6 @@
 //! What a daemon takes over from an earlier one, and leaves to the next.
 
-use std::{collections::HashMap, fs, os::fd::AsFd, path::PathBuf};
+use std::{collections::HashMap, fs, iter, os::fd::AsFd, path::PathBuf};
 
 use aya::Ebpf;
 use session_enforcer_common::table::Key;
@@ -10,7 +10,7 @@ use super::{
     found::{self, Found, FoundLink, MAPS},
     pins,
     session_table::{BUCKETS, EarlierTable, SESSIONS, TABLE},
-    sys,
+    sys::{self, Kind},
 };
 use crate::host::{clock::monotonic_ns, grace_period};
 
@@ -178,6 +178,23 @@ impl Pins {
         self.set.clone_from(&found.set);
         self.is_staged = false;
         Ok(true)
+    }
+
+    /// The numbers of the programs whose links are pinned in the directory, by daemons of any version.
+    pub(super) fn pinned_programs(&self) -> Vec<u32> {
+        let others = self.directory.others().unwrap_or_default();
+        let sets = iter::once(self.directory.current()).chain(others);
+        let pins = sets.filter_map(|set| fs::read_dir(set).ok()).flatten();
+        let program = |pin: PathBuf| -> Option<u32> {
+            let object = sys::open_pin(&pin).ok()?;
+            let is_link = sys::kind(&object).ok()? == Kind::Link;
+            is_link
+                .then(|| sys::link_info(&object).ok())?
+                .map(|link| link.program_id)
+        };
+        pins.flatten()
+            .filter_map(|pin| program(pin.path()))
+            .collect()
     }
 
     /// The link of an earlier daemon's program.

@@ -52,7 +52,7 @@ pub(super) struct MapInfo {
 pub(super) struct LinkInfo {
     link_type: u32,
     id: u32,
-    program_id: u32,
+    pub(super) program_id: u32,
     padding: u32,
     /// The cgroup's identity, the inode number of its directory; 0 where it has gone.
     pub(super) cgroup_id: u64,
