@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, unshare},
+};
 use session_enforcer_tests::{
     Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Veth, dial, ends_of, idle_rule, option,
     unhurried,
@@ -185,6 +188,32 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
     );
     let records = daemon.wait_for_terminations(2)?;
     records[1].assert_reset("idle_timeout", &opened, limit());
+    Ok(())
+}
+
+#[test]
+fn a_connection_in_the_descriptor_table_of_a_single_thread_is_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside, LOCALHOST)?;
+    let daemon = lab.daemon(&rule())?;
+    let (opened, client) = Moment::of(|| dial(mptcp(&lab.outside)?, listener.address))?;
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let listener = &listener;
+        let holder = scope.spawn(move || -> Result<()> {
+            unshare(CloneFlags::CLONE_FILES)?;
+            let _server = listener.accept()?;
+            let _ = ended.recv();
+            Ok(())
+        });
+        let ends = ends_of(&[&client]);
+        drop(end);
+        holder.join().expect("the thread does not panic")?;
+        assert_eq!(ends?[0].error, Some(Errno::ECONNRESET));
+        anyhow::Ok(())
+    })?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &opened, limit());
     Ok(())
 }
 

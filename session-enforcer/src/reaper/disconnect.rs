@@ -27,6 +27,9 @@ const SOL_MPTCP: libc::c_int = 284;
 /// `MPTCP_TCPINFO` of `linux/mptcp.h` (Linux 5.16).
 const MPTCP_TCPINFO: libc::c_int = 2;
 
+/// `PIDFD_THREAD` of `linux/pidfd.h` (Linux 6.9).
+const PIDFD_THREAD: libc::c_int = libc::O_EXCL;
+
 /// Subflows that are asked about. The kernel lets a connection have 8 beside its first.
 const MAX_SUBFLOWS: usize = 32;
 
@@ -408,8 +411,14 @@ fn connect_to_nobody(socket: &OwnedFd) -> io::Result<()> {
 ///
 /// Where the process has ended or closed it, or may not be looked into.
 pub fn duplicate(holder: &Holder) -> io::Result<OwnedFd> {
+    // A single thread's table is reached from Linux 6.9 on.
+    let flags = if holder.thread == holder.pid {
+        0
+    } else {
+        PIDFD_THREAD
+    };
     // SAFETY: numbers only.
-    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, holder.pid, 0) };
+    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, holder.thread, flags) };
     let process = owned(process)?;
     // SAFETY: numbers only, and an open descriptor.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), holder.fd, 0) };

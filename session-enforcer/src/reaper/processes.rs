@@ -7,6 +7,7 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     fs::{self, File},
+    iter,
     num::NonZero,
     os::{fd::RawFd, unix::ffi::OsStrExt as _},
     path::{Path, PathBuf},
@@ -59,14 +60,30 @@ impl Descriptors {
         sockets
     }
 
+    /// Looks at the descriptors of a process, and at those of its threads that have a table of their own.
     fn add_process(&mut self, pid: u32) {
+        // Read once, and only of a process that has sockets: a server has thousands.
+        let name = LazyCell::new(|| comm(pid));
+        for thread in iter::once(pid).chain(threads_apart(pid)) {
+            self.add_table(pid, thread, &name);
+        }
+    }
+
+    fn add_table(
+        &mut self,
+        pid: u32,
+        thread: u32,
+        name: &LazyCell<[u8; 16], impl FnOnce() -> [u8; 16]>,
+    ) {
         // A process may end while it is looked at.
-        let path = format!("/proc/{pid}/fd");
+        let path = if thread == pid {
+            format!("/proc/{pid}/fd")
+        } else {
+            format!("/proc/{pid}/task/{thread}/fd")
+        };
         let (Ok(directory), Ok(descriptors)) = (File::open(&path), fs::read_dir(&path)) else {
             return;
         };
-        // Read once, and only of a process that has sockets: a server has thousands.
-        let name = LazyCell::new(|| comm(pid));
         for entry in descriptors.flatten() {
             let name_of_fd = entry.file_name();
             let Some(fd) = number(&name_of_fd.to_string_lossy()) else {
@@ -78,8 +95,14 @@ impl Descriptors {
                 continue;
             };
             if let Some(inode) = inode(&link) {
-                let comm = *name;
-                self.add(inode, Holder { pid, fd, comm });
+                let comm = **name;
+                let holder = Holder {
+                    pid,
+                    thread,
+                    fd,
+                    comm,
+                };
+                self.add(inode, holder);
             } else if is_netns(&link) {
                 self.namespaces.push(entry.path());
             }
@@ -139,6 +162,27 @@ fn processes_of_cgroup(directory: &Path) -> Vec<u32> {
     pids.filter(|pid| *pid != 0).collect()
 }
 
+/// The threads of a process that do not share the table of its first one (`CLONE_FILES`), which may have ended
+/// before them.
+fn threads_apart(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let names = tasks.into_iter().flatten().flatten();
+    let threads = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    threads
+        .filter(|thread| *thread != pid && !shares_descriptors(pid, *thread))
+        .collect()
+}
+
+/// `KCMP_FILES` of `linux/kcmp.h`.
+const KCMP_FILES: libc::c_int = 2;
+
+/// Whether two threads have one table of descriptors. So it is taken to be where the kernel does not tell.
+fn shares_descriptors(one: u32, other: u32) -> bool {
+    // SAFETY: a system call without pointers.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) };
+    order <= 0
+}
+
 fn number(name: &str) -> Option<RawFd> {
     name.parse().ok()
 }
@@ -190,6 +234,32 @@ mod tests {
         assert_eq!(same.local_addr().unwrap(), listener.local_addr().unwrap());
     }
 
+    /// The thread has a table of its own, in which its socket is alone.
+    #[test]
+    fn a_socket_in_the_table_of_a_single_thread_is_found() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let path = format!("/proc/thread-self/fd/{}", listener.as_raw_fd());
+            let inode = u32::try_from(fs::metadata(path).unwrap().ino()).unwrap();
+            tell.send((inode, listener.local_addr().unwrap())).unwrap();
+            let _ = ended.recv();
+        });
+        let (inode, address) = told.recv().unwrap();
+        let found = Descriptors::of_all_processes();
+        let holder = found.holder(inode).unwrap();
+        assert_eq!(holder.pid, std::process::id());
+        assert_ne!(holder.thread, holder.pid);
+        // Before Linux 6.9 the kernel gives no descriptor of a single thread.
+        if let Ok(same) = duplicate(&holder) {
+            assert_eq!(TcpListener::from(same).local_addr().unwrap(), address);
+        }
+        drop(end);
+        thread.join().unwrap();
+    }
+
     fn inode_of(listener: &TcpListener) -> u32 {
         let path = format!("/proc/self/fd/{}", listener.as_raw_fd());
         u32::try_from(fs::metadata(path).unwrap().ino()).unwrap()
@@ -207,6 +277,7 @@ mod tests {
     fn of_several_holders_the_lowest_number_is_told_whoever_looked_first() {
         let holder = |pid| Holder {
             pid,
+            thread: pid,
             fd: 3,
             comm: [0; 16],
         };
@@ -242,6 +313,7 @@ mod tests {
         assert_eq!(comm(pid), [0; 16]);
         let gone = Holder {
             pid,
+            thread: pid,
             fd: 0,
             comm: comm(pid),
         };

@@ -187,7 +187,9 @@ pub enum Request {
 pub struct Holder {
     /// Number of the process, in the daemon's process namespace.
     pub pid: u32,
-    /// Number of the descriptor in the process.
+    /// Number of the thread in whose table it is: the process's own, but where a thread has a table for itself.
+    pub thread: u32,
+    /// Number of the descriptor in that table.
     pub fd: i32,
     /// Its name, cut and filled with zeroes as the kernel keeps it; empty where it has ended.
     pub comm: [u8; 16],
