@@ -47,10 +47,12 @@ pub struct Policy {
     /// 1 where the gate stands: the rule enforces, and payload past the deadline is refused. Any
     /// other number is no gate.
     pub gate: u8,
+    /// Key of the hash by which sessions have their shares of the jitter.
+    pub jitter_key: u64,
 }
 
 const _: () = {
-    assert!(size_of::<Policy>() == 56 && align_of::<Policy>() == 8);
+    assert!(size_of::<Policy>() == 64 && align_of::<Policy>() == 8);
     assert!(core::mem::offset_of!(Policy, generation) == 48);
     assert!(core::mem::offset_of!(Policy, gate) == 55);
 };
@@ -101,7 +103,7 @@ impl Policy {
             return self.max_lifetime_ns;
         }
         // The share is in 65,536ths, and the product fits into 64 bits.
-        let share = (self.lifetime_jitter_ns >> 16) * session.jitter_share() as u64;
+        let share = (self.lifetime_jitter_ns >> 16) * session.jitter_share(self.jitter_key) as u64;
         self.max_lifetime_ns.saturating_sub(share)
     }
 
@@ -516,7 +518,7 @@ mod tests {
                 remote_port,
                 ..session(0, 0, 0)
             };
-            let share = u64::from(s.jitter_share());
+            let share = u64::from(s.jitter_share(p.jitter_key));
             let lifetime = p.lifetime_ns(&s);
             assert_eq!(lifetime, 100 * SECOND - ((20 * SECOND) >> 16) * share);
             lifetime

@@ -363,12 +363,13 @@ impl Session {
 
     /// The session's share of its rule's jitter, in 65,536ths. It is made of both ends of the
     /// connection, so that it is the same for the session's life, whoever reads its record, and
-    /// evenly spread over the connections of a storm, which differ in a port at least.
+    /// evenly spread over the connections of a storm, which differ in a port at least. Who does not know the
+    /// key cannot choose an end with a large share or a small one.
     #[inline]
-    pub const fn jitter_share(&self) -> u16 {
+    pub const fn jitter_share(&self, key: u64) -> u16 {
         // Word by word, without an array of them: the stack of the kernel programs is small.
-        let hash =
-            mix(self.netns_cookie ^ (self.remote_port as u64) << 16 ^ self.local_port as u64);
+        let ports = (self.remote_port as u64) << 16 ^ self.local_port as u64;
+        let hash = mix(mix(key ^ self.netns_cookie) ^ ports);
         let hash = mix(hash ^ pair(self.remote.0[0], self.remote.0[1]));
         let hash = mix(hash ^ pair(self.remote.0[2], self.remote.0[3]));
         let hash = mix(hash ^ pair(self.local.0[0], self.local.0[1]));
@@ -434,20 +435,33 @@ mod tests {
         assert!(!Address::from_octets([0; 16]).is_ipv4());
     }
 
+    const KEY: u64 = 0x0f1e_2d3c_4b5a_6978;
+
+    #[test]
+    fn with_another_key_the_shares_are_others() {
+        let mut session = tests_support::session(0, 0, 0);
+        let mut same = 0;
+        for port in 0..=u16::MAX {
+            session.remote_port = port;
+            same += u32::from(session.jitter_share(KEY) == session.jitter_share(KEY + 1));
+        }
+        assert!(same < 10, "{same}");
+    }
+
     #[test]
     fn the_shares_of_a_storm_are_evenly_spread() {
         let mut session = tests_support::session(0, 0, 0);
         let mut counts = [0u32; 16];
         for port in 0..=u16::MAX {
             session.remote_port = port;
-            counts[usize::from(session.jitter_share() >> 12)] += 1;
+            counts[usize::from(session.jitter_share(KEY) >> 12)] += 1;
         }
         assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
         // As well by address, from one port.
         let mut counts = [0u32; 16];
         for host in 0..=u16::MAX {
             session.remote = Address::from_ipv4((0x0a00_0000 | u32::from(host)).to_be());
-            counts[usize::from(session.jitter_share() >> 12)] += 1;
+            counts[usize::from(session.jitter_share(KEY) >> 12)] += 1;
         }
         assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
     }
@@ -502,7 +516,7 @@ mod tests {
             remote_port: 0xcafe,
             ..tests_support::session(0, 0, 0)
         };
-        assert_eq!(session.jitter_share(), 26_897);
+        assert_eq!(session.jitter_share(KEY), 34_614);
         let ipv4 = Session {
             local: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 5]),
             remote: Address::from_octets([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 0, 0, 7]),
@@ -510,16 +524,16 @@ mod tests {
             remote_port: 51_234,
             ..tests_support::session(0, 0, 0)
         };
-        assert_eq!(ipv4.jitter_share(), 22_900);
+        assert_eq!(ipv4.jitter_share(KEY), 54_379);
     }
 
     #[test]
     fn what_passes_does_not_move_the_share() {
         let mut session = tests_support::session(1, 1, 1);
-        let share = session.jitter_share();
+        let share = session.jitter_share(KEY);
         session.stamp_received(5);
         session.stamp_sent(6, true);
-        assert_eq!(session.jitter_share(), share);
+        assert_eq!(session.jitter_share(KEY), share);
     }
 
     #[test]

@@ -145,6 +145,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         unused: 0,
         activity: random.below(4) as u8,
         gate: u8::from(!random.once_in(5)),
+        jitter_key: 0,
     };
     (session, policy)
 }

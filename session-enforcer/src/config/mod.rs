@@ -390,8 +390,8 @@ impl Rule {
         }
     }
 
-    /// The limits as the kernel and the daemon compare them, of no generation yet and without the
-    /// gate, which takes the daemon's mode too. No limits for an exempt rule.
+    /// The limits as the kernel and the daemon compare them, of no generation and without a key yet, and without
+    /// the gate, which takes the daemon's mode too. No limits for an exempt rule.
     pub fn policy(&self) -> Policy {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Policy {
@@ -406,6 +406,7 @@ impl Rule {
             unused: 0,
             activity: self.activity as u8,
             gate: 0,
+            jitter_key: 0,
         }
     }
 

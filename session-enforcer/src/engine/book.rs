@@ -53,13 +53,16 @@ pub struct RuleBook {
     places: Vec<u16>,
     /// Counts the policies.
     pub(super) generation: u32,
+    /// Of the hash for the jitter.
+    jitter_key: u64,
 }
 
 impl RuleBook {
     /// No policy yet; the first one follows this generation.
-    pub(super) fn after(generation: u32) -> Self {
+    pub(super) fn after(generation: u32, jitter_key: u64) -> Self {
         Self {
             generation,
+            jitter_key,
             ..Self::default()
         }
     }
@@ -77,7 +80,8 @@ impl RuleBook {
         }
         let mut places = Vec::new();
         for rule in &config.rules {
-            let active = ActiveRule::new(config, rule, generation);
+            let mut active = ActiveRule::new(config, rule, generation);
+            active.policy.jitter_key = self.jitter_key;
             let place = rules.iter().position(|known| known.name == rule.name);
             let place = place.unwrap_or(rules.len());
             match rules.get_mut(place) {
@@ -95,6 +99,7 @@ impl RuleBook {
             asks_owner: config.asks_owner(),
             places,
             generation,
+            jitter_key: self.jitter_key,
         };
         next.set_owners(config, owners);
         Ok(next)
@@ -392,7 +397,8 @@ mod tests {
     #[test]
     fn the_places_of_an_earlier_daemon_s_rules_mean_nothing() {
         let rules = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let book = next(&RuleBook::after(7), &rules).unwrap();
+        let book = next(&RuleBook::after(7, 3), &rules).unwrap();
+        assert!(book.policies().iter().all(|policy| policy.jitter_key == 3));
         assert_eq!(book.generation, 8);
         for (place, generation) in [(0, 7), (999, 7), (0, 3)] {
             assert_eq!(

@@ -20,7 +20,7 @@ use crate::{
     config::{Config, Mode},
     datapath::{BpfError, Kernel},
     engine::directory::Directory,
-    host::clock::monotonic_ns,
+    host::{boot, clock::monotonic_ns},
     reaper::{diag::MAX_BATCH, pool},
     report::{
         audit::Audit,
@@ -131,7 +131,7 @@ impl State {
             own_netns,
         } = parts;
         // The generations go on: a session of an earlier daemon must not seem to be of this one.
-        let book = RuleBook::after(kernel.inherited_generation());
+        let book = RuleBook::after(kernel.inherited_generation(), boot::key());
         let capacity = kernel.capacity();
         Self {
             kernel,

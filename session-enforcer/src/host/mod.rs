@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows of sessions or rules.
 
+pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod grace_period;

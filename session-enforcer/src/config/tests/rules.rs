@@ -373,6 +373,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         unused: 0,
         activity: 2,
         gate: 0,
+        jitter_key: 0,
     };
     assert_eq!(policy, expected);
 }

@@ -7,14 +7,17 @@
 mod record;
 mod writer;
 
-use std::{collections::HashSet, fmt, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use session_enforcer_common::{Reason, Session};
 use tokio::sync::Notify;
 
 use crate::{
     config::{AuditTarget, Mode},
-    host::clock::{WallClock, monotonic_ns},
+    host::{
+        boot,
+        clock::{WallClock, monotonic_ns},
+    },
     reaper::diag::Queued,
 };
 use writer::Writer;
@@ -165,9 +168,6 @@ pub struct Audit {
     sequence: u64,
 }
 
-/// The kernel's name of this boot, without its dashes.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
 /// What is dropped when a record is written.
 pub type Receipt = Box<dyn fmt::Debug + Send>;
 
@@ -197,13 +197,12 @@ impl Audit {
     }
 
     fn of(writer: Writer, is_synced: bool) -> Self {
-        let boot = fs::read_to_string(BOOT_ID).unwrap_or_default();
         Self {
             writer,
             pending: Pending::default(),
             path: None,
             is_synced,
-            boot: boot.trim().replace('-', ""),
+            boot: boot::id(),
             run_ns: monotonic_ns(),
             sequence: 0,
         }

@@ -1,4 +1,5 @@
 use std::{
+    fs,
     io::{self, Write},
     sync::{Arc, Mutex},
 };
