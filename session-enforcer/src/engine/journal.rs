@@ -29,6 +29,17 @@ const REASONS: [Reason; 5] = [
     Reason::HalfClosedTimeout,
 ];
 
+/// The place of a reason among them.
+const fn number_of(reason: Reason) -> u16 {
+    match reason {
+        Reason::IdleTimeout => 0,
+        Reason::MaxLifetime => 1,
+        Reason::ResponseTimeout => 2,
+        Reason::Policy => 3,
+        Reason::HalfClosedTimeout => 4,
+    }
+}
+
 /// Records what an earlier daemon has reset and not recorded, before anything is reset.
 ///
 /// # Errors
@@ -63,7 +74,6 @@ impl State {
     /// Notes a session that reapers are about to be asked to reset.
     pub(super) fn note_reset(&mut self, expired: &Expired) {
         let rule = &self.book.rules[usize::from(expired.session.rule)];
-        let reason = REASONS.iter().position(|reason| *reason == expired.reason);
         let mut name = [0; MAX_RULE_NAME];
         for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
             *place = byte;
@@ -77,7 +87,7 @@ impl State {
             idle_since_ns: expired.idle_since_ns,
             answered_ns: 0,
             is_used: 1,
-            reason: reason.unwrap_or(0) as u16,
+            reason: number_of(expired.reason),
             was_gone: 0,
             rule: name,
         };
@@ -159,5 +169,17 @@ impl State {
         };
         self.records
             .termination(&termination, Some(Box::new(place)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_has_a_number_of_its_own() {
+        for (reason, number) in REASONS.into_iter().zip(0..) {
+            assert_eq!(number_of(reason), number);
+        }
     }
 }
