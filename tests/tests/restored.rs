@@ -146,7 +146,10 @@ fn a_restored_connection_that_nobody_remembers_is_past_its_limits() -> Result<()
     let saved = save(server)?;
     let hour = seconds("idle_timeout", Duration::from_secs(3_600));
     let daemon = lab.daemon(&(rule("inbound", &hour) + &rule("outbound", &hour)))?;
+    // It is late when it is there, and not restored to the end then.
+    daemon.freeze()?;
     let server = restore(&lab.inside, &saved)?;
+    daemon.thaw()?;
     let record = daemon.wait_for_termination()?;
     assert_eq!(record.text("session_enforcer.result"), "reset");
     assert_both_reset(&client, &server)
