@@ -81,6 +81,7 @@ fn who_dialled_is_known_whoever_listens() -> Result<()> {
     let socket = shared(beside.address)?;
     bind(socket.as_raw_fd(), &SockaddrStorage::from(beside.address))?;
     let outbound = Pair::dial(socket, &far, far.address)?;
+    let last = [inbound.round_trip()?, outbound.round_trip()?];
     let rules = ["inbound", "outbound"].map(|direction| {
         let rule = rule().replace(
             "idle_timeout",
@@ -89,7 +90,6 @@ fn who_dialled_is_known_whoever_listens() -> Result<()> {
         rule.replace("name = \"", &format!("name = \"{direction}-"))
     });
     let daemon = lab.daemon(&rules.concat())?;
-    let last = [inbound.round_trip()?, outbound.round_trip()?];
     let ends = [(&inbound, "inbound"), (&outbound, "outbound")];
     for ((pair, direction), last) in ends.into_iter().zip(last) {
         assert_reset_for(&daemon, pair, &last)?;
