@@ -162,7 +162,10 @@ fn has_owner(owners: &SkStorage<MapData, Owner>, socket: &impl AsFd) -> Result<b
 fn what_was_kept_of_an_owner_goes_with_the_establishment_whatever_the_ports() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let tracked = listen(&lab.outside)?;
-    let daemon: Daemon = lab.pinned_daemon(&remote(&tracked, "1h"))?;
+    // Owners are noted only where a rule names some.
+    let named =
+        "[[rule]]\nname = \"named\"\nusers = [4711]\nlocal_ports = [1]\nidle_timeout = \"1h\"\n";
+    let daemon: Daemon = lab.pinned_daemon(&(remote(&tracked, "1h") + named))?;
     let owners = owners(&lab)?;
     for listener in [tracked, listen(&lab.inside)?] {
         let socket = lab.inside.tcp(listener.address)?;
