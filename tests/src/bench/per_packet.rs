@@ -10,7 +10,7 @@ use crate::{
     bpf::{Body, Hook, Programs, Spent, Statistics},
     party::{Kind, Party},
     report::{Budget, Row},
-    statistics::{differences, turns},
+    statistics::{differences, ratios, turns},
 };
 
 /// How many sessions there are in the map at least.
@@ -18,7 +18,8 @@ const FEW: u64 = 1;
 const SOME: u64 = 10_000;
 const MANY: u64 = 250_000;
 
-const TRACKED_NS: f64 = 12.0;
+/// How many times what the necessary calls cost.
+const TRACKED: f64 = 1.6;
 const UNTRACKED_NS: f64 = 6.0;
 
 /// A party and its programs.
@@ -118,24 +119,31 @@ fn packets(
         }
     }
     let mut rows = Vec::new();
+    let is_calls = |subject: &Subject| subject.party.kind == Kind::Plain(Body::Calls);
+    let calls = subjects.iter().position(is_calls);
+    let calls = calls.context("the necessary calls alone")?;
     let shown = |subject: &Subject| sessions != SOME || subject.party.daemon().is_some();
     let compared = subjects.iter().zip(&costs).skip(1);
     for (subject, cost) in compared.filter(|(subject, _)| shown(subject)) {
         for (way, (_, name)) in WAYS.iter().enumerate() {
             let more = differences(&cost.of(way), &costs[0].of(way));
-            let (kind, budget) = match subject.party.kind {
-                Kind::Tracked => ("tracked", Some(TRACKED_NS)),
-                Kind::Untracked => ("untracked", Some(UNTRACKED_NS)),
-                Kind::Elsewhere => ("untracked, rule without ports", Some(UNTRACKED_NS)),
-                kind => (kind.name(), None),
+            let row = |what: &str| {
+                let what = format!("{name}, {what}, {sessions} in the map, {warmth}");
+                Row::new(what, "ns", &more)
             };
-            // Those that only show what cannot be done without know no sessions.
-            let row = match budget {
-                Some(budget) => {
-                    let what = format!("{name}, {kind}, {sessions} in the map, {warmth}");
-                    Row::new(what, "ns", &more).budget(Budget::AtMost(budget))
+            let row = match subject.party.kind {
+                Kind::Tracked => {
+                    let calls = differences(&costs[calls].of(way), &costs[0].of(way));
+                    row("tracked")
+                        .beside("necessary calls", &ratios(&more, &calls))
+                        .budget(Budget::RatioAtMost(TRACKED))
                 }
-                None => Row::new(format!("{name}, {kind}, {warmth}"), "ns", &more),
+                Kind::Untracked => row("untracked").budget(Budget::AtMost(UNTRACKED_NS)),
+                Kind::Elsewhere => {
+                    row("untracked, rule without ports").budget(Budget::AtMost(UNTRACKED_NS))
+                }
+                // They only show what cannot be done without, and know no sessions.
+                kind => Row::new(format!("{name}, {}, {warmth}", kind.name()), "ns", &more),
             };
             rows.push(row);
         }

@@ -26,7 +26,7 @@ pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
     let compared = Compared {
         rounds: bench.pick(16, 40),
         unit: "us",
-        budget: Some(Budget::RatioAtMost(1.025)),
+        budget: Some(Budget::RatioAtMost(1.06)),
         prepare: &["close", "open 1", "ping 500 1"],
         request: format!("ping {count} 1"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
@@ -40,7 +40,7 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
     let compared = Compared {
         rounds: bench.pick(8, 24),
         unit: "us",
-        budget: Some(Budget::RatioAtMost(1.05)),
+        budget: Some(Budget::RatioAtMost(1.08)),
         prepare: &["connect 100"],
         request: format!("connect {count}"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
