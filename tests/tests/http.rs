@@ -163,8 +163,9 @@ fn metrics_are_served_on_a_unix_socket_also_by_the_daemon_that_follows_a_kill() 
 fn an_address_that_others_reach_is_warned_of() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let args = ["--metrics-listen", "0.0.0.0:0"];
-    let daemon = lab.launch().config(RULE).args(&args).start_unready()?;
+    let mut daemon = lab.launch().config(RULE).args(&args).start_unready()?;
     daemon.wait_for_log("--metrics-listen: whoever reaches 0.0.0.0:0 reads the metrics")?;
+    daemon.stop()?;
     let quiet = lab.daemon(RULE)?;
     let log = quiet.log();
     ensure!(!log.contains("reads the metrics"), "{log}");
