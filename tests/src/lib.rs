@@ -43,7 +43,7 @@ pub use daemon::{Daemon, Launch, daemon_command, idle_rule, records, state_of};
 pub use holders::{Cgroups, Holders};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;
-pub use locked::Locked;
+pub use locked::{Locked, is_kernel_before};
 pub use machine::Machine;
 pub use metrics::Metrics;
 pub use netns::{Netns, Veth};

@@ -76,10 +76,7 @@ impl Locked {
     ///
     /// Where the kernel tells no release.
     pub fn blocks_socket_tables() -> Result<bool> {
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-        let mut next = || numbers.next().context("a release")?.context("its number");
-        Ok((next()?, next()?) < (6_u32, 9_u32))
+        is_kernel_before(6, 9)
     }
 
     /// Waits for the fault: `tcp_sendmsg()` takes the lock before it copies. Where there is nothing to send on,
@@ -107,6 +104,18 @@ impl Drop for Locked {
         // SAFETY: the mapping of `new`, which nobody uses any more.
         let _ = unsafe { munmap(self.page, PAGE.get()) };
     }
+}
+
+/// Whether the kernel is older than this.
+///
+/// # Errors
+///
+/// Where it tells no release.
+pub fn is_kernel_before(major: u32, minor: u32) -> Result<bool> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let mut next = || numbers.next().context("a release")?.context("its number");
+    Ok((next()?, next()?) < (major, minor))
 }
 
 fn control<const N: usize>(

@@ -11,7 +11,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, idle_rule,
-    set_bytes_option, unhurried,
+    longer_than_a_start, set_bytes_option, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -271,10 +271,15 @@ fn sessions_of_older_sockets_bound_to_a_device_later_are_enforced() -> Result<()
             Pair::open(&lab.inside, &outside)?,
             Pair::open(&lab.outside, &inside)?,
         ];
-        let daemon = lab.daemon(&rule())?;
+        let daemon = lab.daemon(&idle_rule(longer_than_a_start()))?;
         bind_to_device(&pairs[0].client, "lo")?;
         bind_to_device(&pairs[1].server, "lo")?;
-        assert_enforced(&daemon, &pairs, kind)?;
+        let last = [pairs[0].round_trip()?, pairs[1].round_trip()?];
+        for (pair, last) in pairs.iter().zip(last) {
+            let record = daemon.wait_for_termination_of(pair)?;
+            record.assert_reset("idle_timeout", &last, longer_than_a_start());
+            assert_eq!(record.text("network.type"), kind);
+        }
         let repaired = "session_enforcer_reconcile_repaired_total";
         assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
     }
