@@ -412,19 +412,26 @@ fn info<T>(object: &OwnedFd, found: &mut T) -> io::Result<()> {
 pub(crate) struct Programs(Vec<(Hook, OwnedFd)>);
 
 impl Programs {
-    /// Those of the cgroup, one on each hook.
+    /// Those of the cgroup, one on a hook at most: there is none for new sockets where no rule names owners.
     pub(crate) fn of(cgroup: &Path) -> Result<Self> {
         let directory = File::open(cgroup)?;
-        let find = |hook: Hook| Ok((hook, attached(&directory, hook)?));
-        Ok(Self(
-            Hook::ALL.into_iter().map(find).collect::<Result<_>>()?,
-        ))
+        let mut programs = Vec::new();
+        for hook in Hook::ALL {
+            if let Some(program) = attached(&directory, hook)? {
+                programs.push((hook, program));
+            }
+        }
+        ensure!(!programs.is_empty(), "no program is attached");
+        Ok(Self(programs))
     }
 
     /// What the program on this hook has cost so far, while the statistics were on.
     pub(crate) fn spent(&self, hook: Hook) -> Result<Spent> {
+        let Some(program) = self.program(hook) else {
+            return Ok(Spent::default());
+        };
         let mut found = ProgramInfo::default();
-        info(self.program(hook)?, &mut found).context("a program's statistics")?;
+        info(program, &mut found).context("a program's statistics")?;
         Ok(Spent {
             nanoseconds: found.run_nanoseconds,
             runs: found.run_count,
@@ -464,14 +471,14 @@ impl Programs {
         })
     }
 
-    fn program(&self, hook: Hook) -> Result<&OwnedFd> {
-        let found = self.0.iter().find(|(own, _)| *own == hook);
-        Ok(&found.context("a program on each hook")?.1)
+    fn program(&self, hook: Hook) -> Option<&OwnedFd> {
+        let found = self.0.iter().find(|(own, _)| *own == hook)?;
+        Some(&found.1)
     }
 }
 
-/// The only program of a hook.
-fn attached(cgroup: &File, hook: Hook) -> Result<OwnedFd> {
+/// The only program of a hook, if there is one.
+fn attached(cgroup: &File, hook: Hook) -> Result<Option<OwnedFd>> {
     #[repr(C)]
     struct Query {
         target: u32,
@@ -493,12 +500,11 @@ fn attached(cgroup: &File, hook: Hook) -> Result<OwnedFd> {
         reserved: 0,
     };
     bpf(PROG_QUERY, &mut query).context("asking for the cgroup's programs")?;
-    ensure!(
-        query.program_count == 1,
-        "{} programs on the hook {hook:?}",
-        query.program_count
-    );
-    by_id(PROG_GET_FD_BY_ID, ids[0])
+    match query.program_count {
+        0 => Ok(None),
+        1 => by_id(PROG_GET_FD_BY_ID, ids[0]).map(Some),
+        several => bail!("{several} programs on the hook {hook:?}"),
+    }
 }
 
 fn by_id(command: libc::c_long, id: u32) -> Result<OwnedFd> {
