@@ -181,6 +181,10 @@ fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
     for (subject, costs_of) in compared.filter(|(subject, _)| subject.party.daemon().is_some()) {
         let names = ["establishment and end", "new sockets"];
         for (n, name) in names.into_iter().enumerate() {
+            // Where no rule names owners nothing runs for a new socket.
+            if costs_of[n].iter().all(|cost| *cost == 0.0) {
+                continue;
+            }
             let more = differences(&costs_of[n], &costs[0][n]);
             let what = format!("{name}, a connection, {}", subject.party.kind.name());
             rows.push(Row::new(what, "ns", &more));
