@@ -14,8 +14,8 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Veth, dial, ends_of, idle_rule,
-    is_kernel_before, option, unhurried,
+    Agent, Daemon, End, Lab, Listener, Moment, Netns, Pair, Record, Veth, dial, ends_of,
+    eventually, idle_rule, is_kernel_before, option, patience, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -208,18 +208,19 @@ fn a_connection_in_the_descriptor_table_of_a_single_thread_is_reset() -> Result<
             let _ = ended.recv();
             Ok(())
         });
-        let record = daemon.wait_for_termination();
+        let result = if is_out_of_reach { "failed" } else { "reset" };
+        let is_it = |record: &Record| record.text("session_enforcer.result") == result;
+        // On a slow machine a reset that lasts may count as one that hangs, before it comes.
+        let record = eventually("the record", patience(), || {
+            Ok(daemon.terminations()?.into_iter().find(is_it))
+        });
         let ends = (!is_out_of_reach).then(|| ends_of(&[&client]));
         drop(end);
         holder.join().expect("the thread does not panic")?;
-        let record = record?;
-        record.assert_due("idle_timeout", &opened, limit());
-        let Some(ends) = ends else {
-            assert_eq!(record.text("session_enforcer.result"), "failed");
-            return Ok(());
-        };
-        assert_eq!(record.text("session_enforcer.result"), "reset");
-        assert_eq!(ends?[0].error, Some(Errno::ECONNRESET));
+        record?.assert_due("idle_timeout", &opened, limit());
+        if let Some(ends) = ends {
+            assert_eq!(ends?[0].error, Some(Errno::ECONNRESET));
+        }
         Ok(())
     })
 }
