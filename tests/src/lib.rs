@@ -30,6 +30,7 @@ mod process;
 mod programs;
 mod random;
 mod raw;
+mod repair;
 pub mod services;
 mod stop;
 mod tcp;
@@ -61,6 +62,7 @@ pub use programs::{
     overwrite_callback_flags,
 };
 pub use random::{Random, SEED, seed};
-pub use raw::{Packet, RawTcp, Sequence, Sniffer, restore};
+pub use raw::{Packet, RawTcp, Sequence, Sniffer};
+pub use repair::Saved;
 pub use stop::{Interrupted, Stop};
 pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};

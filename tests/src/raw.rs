@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, SockaddrIn, SockaddrStorage, bind, connect, sendto},
+    sys::socket::{MsgFlags, SockaddrIn, sendto},
 };
 
 use crate::{
@@ -51,37 +51,6 @@ impl Sequence {
             to_receive: numbers.1?.cast_unsigned(),
         })
     }
-}
-
-/// Makes a connection anew in a socket of the agent's, as CRIU restores it: nothing is sent. Nobody may listen on the
-/// port any more.
-///
-/// # Errors
-///
-/// Without `CAP_NET_ADMIN`.
-pub fn restore(connection: TcpStream, agent: &Agent) -> Result<TcpStream> {
-    let at = Sequence::of(&connection)?;
-    let (local, peer) = (connection.local_addr()?, connection.peer_addr()?);
-    let repair = |socket: &OwnedFd, name, value: u32| {
-        set_option(socket, libc::IPPROTO_TCP, name, value.cast_signed())
-    };
-    let before = OwnedFd::from(connection);
-    repair(&before, libc::TCP_REPAIR, 1)?;
-    drop(before);
-    let socket = agent.tcp(local)?;
-    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-    repair(&socket, libc::TCP_REPAIR, 1)?;
-    bind(socket.as_raw_fd(), &SockaddrStorage::from(local))?;
-    for (queue, next) in [
-        (Sequence::RECEIVE_QUEUE, at.to_receive),
-        (Sequence::SEND_QUEUE, at.to_send),
-    ] {
-        repair(&socket, libc::TCP_REPAIR_QUEUE, queue.cast_unsigned())?;
-        repair(&socket, libc::TCP_QUEUE_SEQ, next)?;
-    }
-    connect(socket.as_raw_fd(), &SockaddrStorage::from(peer))?;
-    repair(&socket, libc::TCP_REPAIR, 0)?;
-    Ok(socket.into())
 }
 
 /// Sends TCP segments of the test's own making, over IPv4.

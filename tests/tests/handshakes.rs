@@ -14,8 +14,8 @@ use nix::{
     sys::socket::{MsgFlags, SockaddrStorage, sendto},
 };
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Moment, Netns, Pair, dial, ends_of, eventually, idle_rule,
-    longer_than_a_start, patience, restore, set_option, tcp_info,
+    Agent, Lab, Listener, Moment, Netns, Pair, Saved, dial, ends_of, eventually, idle_rule,
+    longer_than_a_start, patience, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -133,7 +133,7 @@ fn a_connection_that_is_restored_was_not_dialled_from_here() -> Result<()> {
         eventually("nothing is on its way", patience(), || {
             Ok((tcp_info(&pair.server)?.tcpi_unacked == 0).then_some(()))
         })?;
-        let server = restore(pair.server, &lab.inside)?;
+        let server = Saved::of(pair.server)?.restore(&lab.inside)?;
         Pair::of(pair.client, server, pair.opened)
     };
     let older = restored()?;

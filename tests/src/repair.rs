@@ -1,0 +1,91 @@
+//! Connections that go from one socket to another without a word to the peer (`TCP_REPAIR`), as CRIU moves them.
+
+use std::{
+    net::{SocketAddr, TcpStream},
+    os::fd::{AsRawFd as _, OwnedFd},
+};
+
+use anyhow::Result;
+use nix::sys::socket::{SockaddrStorage, bind};
+
+use crate::{
+    agent::Agent,
+    options::{option, set_bytes_option, set_option, tcp_info},
+    tcp::dial,
+};
+
+const TCP: i32 = libc::IPPROTO_TCP;
+
+// Of linux/tcp.h.
+const QUEUES: [i32; 2] = [1, 2];
+const MSS: u32 = 2;
+const WINDOW_SCALE: u32 = 3;
+const SACK: u32 = 4;
+const TIMESTAMPS: u32 = 8;
+
+/// What another socket needs to go on with a connection.
+#[derive(Debug)]
+pub struct Saved {
+    local: SocketAddr,
+    peer: SocketAddr,
+    sequences: [i32; 2],
+    timestamp: i32,
+    mss: i32,
+    scales: u32,
+}
+
+impl Saved {
+    /// Closes a socket of which the peer is to notice nothing.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_ADMIN`.
+    pub fn of(socket: TcpStream) -> Result<Self> {
+        set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
+        let sequence = |queue| {
+            set_option(&socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
+            option(&socket, TCP, libc::TCP_QUEUE_SEQ)
+        };
+        // `tcpi_snd_wscale` and `tcpi_rcv_wscale`, four bits each.
+        let scales = tcp_info(&socket)?.tcpi_snd_rcv_wscale;
+        let saved = Self {
+            local: socket.local_addr()?,
+            peer: socket.peer_addr()?,
+            sequences: [sequence(QUEUES[0])?, sequence(QUEUES[1])?],
+            timestamp: option(&socket, TCP, libc::TCP_TIMESTAMP)?,
+            mss: option(&socket, TCP, libc::TCP_MAXSEG)?,
+            scales: u32::from(scales & 15) | u32::from(scales >> 4) << 16,
+        };
+        drop(socket);
+        Ok(saved)
+    }
+
+    /// Goes on with the connection by a socket of this agent.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_ADMIN`.
+    pub fn restore(&self, agent: &Agent) -> Result<TcpStream> {
+        let socket: OwnedFd = agent.tcp(self.local)?;
+        set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(self.local))?;
+        for (queue, sequence) in QUEUES.into_iter().zip(self.sequences) {
+            set_option(&socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
+            set_option(&socket, TCP, libc::TCP_QUEUE_SEQ, sequence)?;
+        }
+        let restored = dial(socket, self.peer)?;
+        let options = [
+            (MSS, self.mss.cast_unsigned()),
+            (WINDOW_SCALE, self.scales),
+            (SACK, 0),
+            (TIMESTAMPS, 0),
+        ];
+        let bytes = options.map(|(name, value)| [name.to_ne_bytes(), value.to_ne_bytes()].concat());
+        set_bytes_option(&restored, TCP, libc::TCP_REPAIR_OPTIONS, &bytes.concat())?;
+        set_option(&restored, TCP, libc::TCP_TIMESTAMP, self.timestamp)?;
+        set_option(&restored, TCP, libc::TCP_REPAIR_QUEUE, 0)?;
+        // A probe goes out, from whose answer the socket knows the window.
+        set_option(&restored, TCP, libc::TCP_REPAIR, 0)?;
+        Ok(restored)
+    }
+}
