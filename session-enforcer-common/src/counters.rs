@@ -46,7 +46,8 @@ impl Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum ErrorKind {
-    /// The session table is full, or both buckets of the cookie are; the session is not tracked.
+    /// The session table has no place for the rule's sessions, or both buckets of the cookie are full; the session
+    /// is not tracked.
     MapFull = 0,
     /// The ring buffer was full; the event was not delivered.
     EventLost = 1,
@@ -60,11 +61,13 @@ pub enum ErrorKind {
     TableUnreadable = 5,
     /// The owner of a socket could not be kept; the daemon has to find it out.
     OwnerNotKept = 6,
+    /// The sessions of the rule have as many places as it allows them; the session is not tracked.
+    RuleFull = 7,
 }
 
 impl ErrorKind {
     /// Every kind, in the order of its number.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::MapFull,
         Self::EventLost,
         Self::HeaderUnreadable,
@@ -72,6 +75,7 @@ impl ErrorKind {
         Self::CallbackRefused,
         Self::TableUnreadable,
         Self::OwnerNotKept,
+        Self::RuleFull,
     ];
 
     /// Number of kinds, the size of the error map.
@@ -87,6 +91,7 @@ impl ErrorKind {
             Self::CallbackRefused => "callback_refused",
             Self::TableUnreadable => "table_unreadable",
             Self::OwnerNotKept => "owner_not_kept",
+            Self::RuleFull => "rule_full",
         }
     }
 }
@@ -106,6 +111,7 @@ mod tests {
             "callback_refused",
             "table_unreadable",
             "owner_not_kept",
+            "rule_full",
         ];
         assert_eq!(ErrorKind::ALL.map(ErrorKind::name), names);
     }

@@ -96,7 +96,9 @@ pub const LAYOUT: u32 = {
         hash,
         Table {
             generation,
-            entries
+            entries,
+            share,
+            reserve,
         }
     )
 };

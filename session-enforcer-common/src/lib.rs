@@ -32,7 +32,7 @@ pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use ports::{PortFilter, PortFilters};
 pub use restored::{Clocks, Ends, MAX_REMEMBERED};
-pub use session::{Address, Direction, Session, Traffic, flags};
+pub use session::{Address, Choice, Direction, Session, Traffic, flags};
 
 /// Entries that one match table holds: the rules of a configuration after every combination of
 /// their prefixes and port ranges is written out.

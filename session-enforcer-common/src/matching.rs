@@ -206,18 +206,31 @@ pub struct Table {
     pub generation: u32,
     /// Number of valid entries.
     pub entries: u32,
+    /// Places in the session table that each rule's sessions can have, however many the others' have.
+    pub share: u32,
+    /// Places that are kept for the shares of all rules but one.
+    pub reserve: u32,
 }
 
 impl Table {
     /// Number of tables.
     pub const COUNT: u32 = 2;
+
+    /// The [`share`](Self::share) and [`reserve`](Self::reserve) where so many rules track sessions in a session table
+    /// of so many places: an eighth of it is divided among them.
+    pub const fn shares(rules: u32, places: u32) -> (u32, u32) {
+        let Some(share) = (places / 8).checked_div(rules) else {
+            return (0, 0);
+        };
+        (share, share * (rules - 1))
+    }
 }
 
 const _: () = {
     assert!(size_of::<Prefix>() == 32);
     assert!(size_of::<MatchEntry>() == 96 && align_of::<MatchEntry>() == 8);
     assert!(core::mem::offset_of!(MatchEntry, rule) == 84);
-    assert!(size_of::<Table>() == 8);
+    assert!(size_of::<Table>() == 16);
 };
 
 // SAFETY: integers only, no padding (the sizes are asserted above), any bit pattern is valid.
@@ -301,6 +314,20 @@ mod tests {
 
     fn entry() -> MatchEntry {
         MatchEntry::any(0)
+    }
+
+    #[test]
+    fn an_eighth_of_the_places_is_divided_among_the_rules() {
+        assert_eq!(Table::shares(0, 1_000), (0, 0));
+        // One has all.
+        assert_eq!(Table::shares(1, 1_000), (125, 0));
+        assert_eq!(Table::shares(3, 160), (6, 12));
+        // Too few to divide.
+        assert_eq!(Table::shares(3, 16), (0, 0));
+        for rules in 1..=MAX_RULES {
+            let (share, reserve) = Table::shares(rules, 262_144);
+            assert!(reserve + share <= 262_144 / 8 && (rules == 1) == (reserve == 0));
+        }
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub struct Policy {
     pub half_closed_timeout_ns: u64,
     /// Bytes of payload that this host must send after a request until it has answered.
     pub min_answer: u32,
-    /// Always 0.
-    pub unused: u32,
+    /// Places in the session table that the rule's sessions may have; 0 for no limit of its own.
+    pub max_sessions: u32,
     /// Generation of the match table with which this came into force. A session of another one has
     /// to be matched again.
     pub generation: u32,
@@ -75,6 +75,8 @@ pub enum Reason {
     /// A new policy came into force, and the session was past its limits already. Never a
     /// [`verdict`]: the daemon says so when it loads a policy.
     Policy,
+    /// There is no place for it in the session table (`daemon.on_full = "reset"`). Never a [`verdict`] either.
+    Untracked,
 }
 
 /// The answer of [`verdict`].

@@ -160,6 +160,56 @@ pub struct Session {
     pub went_is_answer: u32,
 }
 
+/// By which rule a session is judged: what lies in a [`Session`] from its generation to its flags, in one word that is
+/// changed in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice(pub u64);
+
+impl Choice {
+    /// Of a session that has ended, and whose place is free in a moment. No policy has this generation.
+    pub const ENDED: Self = Self(u32::MAX as u64);
+
+    /// That of a session.
+    pub const fn of(session: &Session) -> Self {
+        let (direction, flags) = (session.direction as u64, session.flags as u64);
+        Self(
+            session.generation as u64 | (session.rule as u64) << 32 | direction << 48 | flags << 56,
+        )
+    }
+
+    /// Generation of the match table that chose the rule.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The rule.
+    #[inline(always)]
+    pub const fn rule(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    /// The same session by another rule.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by(self, rule: u16, generation: u32) -> Self {
+        Self(self.0 >> 48 << 48 | (rule as u64) << 32 | generation as u64)
+    }
+
+    /// The same rule with these [`flags`] besides those that are set.
+    #[inline(always)]
+    #[must_use]
+    pub const fn and_flags(self, flags: u8) -> Self {
+        Self(self.0 | (flags as u64) << 56)
+    }
+
+    /// The [`flags`] of the session.
+    #[inline(always)]
+    pub const fn flags(self) -> u8 {
+        (self.0 >> 56) as u8
+    }
+}
+
 /// The shortest limit that a rule can set.
 const SHORTEST_LIMIT_NS: u64 = 1_000_000_000;
 
@@ -407,6 +457,10 @@ const fn mix(word: u64) -> u64 {
 const _: () = {
     assert!(size_of::<Session>() == 168 && align_of::<Session>() == 8);
     assert!(core::mem::offset_of!(Session, bytes_sent) == 32);
+    assert!(cfg!(target_endian = "little"), "see Choice");
+    assert!(core::mem::offset_of!(Session, generation) == 64);
+    assert!(core::mem::offset_of!(Session, rule) == 68);
+    assert!(core::mem::offset_of!(Session, direction) == 70);
     assert!(core::mem::offset_of!(Session, flags) == 71);
     assert!(core::mem::offset_of!(Session, local) == 88);
     assert!(core::mem::offset_of!(Session, ifindex) == 124);
@@ -433,6 +487,32 @@ mod tests {
         );
         assert_eq!(Address::from_octets(v4.octets()), v4);
         assert!(!Address::from_octets([0; 16]).is_ipv4());
+    }
+
+    #[test]
+    fn a_choice_is_the_word_that_lies_in_the_record() {
+        let session = Session {
+            generation: 0x0102_0304,
+            rule: 0x0506,
+            direction: Direction::Outbound as u8,
+            flags: flags::MPTCP_SUBFLOW,
+            ..tests_support::session(0, 0, 0)
+        };
+        let choice = Choice::of(&session);
+        // SAFETY: a record of integers, whose fields from here on are eight bytes.
+        let word = unsafe { (&raw const session.generation).cast::<u64>().read() };
+        assert_eq!(choice.0, word);
+        assert_eq!((choice.generation(), choice.rule()), (0x0102_0304, 0x0506));
+        let other = choice.by(7, 9).and_flags(flags::PEER_HAS_ENDED);
+        let changed = Session {
+            generation: 9,
+            rule: 7,
+            flags: session.flags | flags::PEER_HAS_ENDED,
+            ..session
+        };
+        assert_eq!(other, Choice::of(&changed));
+        assert_eq!(other.flags(), changed.flags);
+        assert_eq!(Choice::ENDED.generation(), u32::MAX);
     }
 
     const KEY: u64 = 0x0f1e_2d3c_4b5a_6978;

@@ -118,6 +118,8 @@ pub enum Request {
     Shut = 4,
     /// To undo that.
     Reopen = 5,
+    /// To give the session that was established at that time the rule and the generation in the record.
+    Decide = 6,
 }
 
 /// What a program answers.
@@ -130,6 +132,8 @@ pub mod answer {
     pub const PRESENT: u32 = 3;
     /// There is no room.
     pub const FULL: u32 = 4;
+    /// The sessions of the rule have as many places as it allows them.
+    pub const RULE_FULL: u32 = 5;
 }
 
 /// Requests that a program answers at a time.

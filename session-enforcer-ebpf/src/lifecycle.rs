@@ -157,6 +157,7 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
             counters::error(ErrorKind::MapFull);
             debug!(ctx, "a session could not be inserted: the table is full");
         }
+        Err(Refusal::RuleFull) => counters::error(ErrorKind::RuleFull),
     }
     inserted
 }

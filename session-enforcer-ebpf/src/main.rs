@@ -31,6 +31,7 @@ mod lifecycle;
 mod maps;
 mod owner;
 mod packet;
+mod places;
 mod policy;
 mod ports;
 mod restored;

@@ -32,6 +32,10 @@ pub(crate) static SESSIONS: Array<Session, 1> = Array::new();
 #[btf_map]
 pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
 
+/// Sessions in the table, by the place of their rule.
+#[btf_map]
+pub(crate) static HELD: Array<u64, { MAX_RULES as usize }> = Array::new();
+
 /// The daemon's requests to `serve`, which it writes and reads through a mapping.
 #[btf_map]
 pub(crate) static EXCHANGES: Array<

@@ -4,13 +4,14 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Policy, Session, Table, matches,
+    Ancestors, Choice, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Policy, Session, Table,
+    matches,
 };
 
 use crate::{
     counters,
     maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
-    words,
+    places, table, words,
 };
 
 /// What a table says about a connection.
@@ -51,7 +52,7 @@ pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
 
 /// The limits of a rule; none for an exempting one.
 #[inline(always)]
-fn limits(rule: u16) -> Option<&'static Policy> {
+pub(crate) fn limits(rule: u16) -> Option<&'static Policy> {
     let rule = u32::from(rule);
     if rule >= MAX_RULES {
         return None;
@@ -71,8 +72,12 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
         return None;
     }
     let policy = limits(decision.rule)?;
-    session.rule = decision.rule;
-    session.generation = decision.generation;
+    let before = Choice::of(session);
+    let after = before.by(decision.rule, decision.generation);
+    // Where a packet of the other direction changes its flags meanwhile, the next one decides.
+    if words::exchange(table::choice_word(session), before.0, after.0) {
+        places::moved(before, after);
+    }
     // A gate that the daemon has shut is the daemon's to open.
     if before_ns != Session::SHUT {
         words::exchange(&raw mut session.open_until_ns, before_ns, 0);

@@ -37,12 +37,16 @@ fn answer_to(exchange: &mut Exchange) -> u32 {
             Ok(()) => answer::DONE,
             Err(Refusal::Present) => answer::PRESENT,
             Err(Refusal::Full) => answer::FULL,
+            Err(Refusal::RuleFull) => answer::RULE_FULL,
         };
     }
     let is_done = if exchange.request == Request::Remove as u32 {
         remove(cookie, exchange.session.established_ns)
     } else if exchange.request == Request::Amend as u32 {
         table::amend(cookie, &mut exchange.session)
+    } else if exchange.request == Request::Decide as u32 {
+        let (rule, generation) = (exchange.session.rule, exchange.session.generation);
+        table::decide(cookie, exchange.session.established_ns, rule, generation)
     } else if exchange.request == Request::Shut as u32 {
         table::set_gate(cookie, exchange.session.established_ns, false)
     } else if exchange.request == Request::Reopen as u32 {

@@ -10,17 +10,19 @@
 //! barrier in `find`.
 
 use core::{
-    intrinsics::{AtomicOrdering::SeqCst, atomic_xadd, atomic_xchg},
+    intrinsics::{AtomicOrdering::SeqCst, atomic_xchg},
+    mem::{MaybeUninit, offset_of},
     ptr,
 };
 
 use session_enforcer_common::{
-    Session, Traffic, flags,
+    Choice, Session, flags,
     table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_same, prefers_second},
 };
 
 use crate::{
-    maps::{BUCKET_COUNT, BUCKETS, MAX_SESSIONS, SESSIONS, TABLE, TABLE_KEY},
+    maps::{BUCKET_COUNT, BUCKETS, SESSIONS, TABLE_KEY},
+    places,
     words::{self, exchange},
 };
 
@@ -37,6 +39,8 @@ pub(crate) enum Refusal {
     Present,
     /// There is no room.
     Full,
+    /// Its rule allows no more.
+    RuleFull,
 }
 
 /// The record of a session; valid while the program runs. For the packet path, which it becomes a part
@@ -68,78 +72,164 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     if looked.place().is_some() {
         return Err(Refusal::Present);
     }
-    // Signed: should what is pinned count too few, the table is not shut for ever.
-    if (count(1) as i64) < i64::from(MAX_SESSIONS.load()) && put(looked, cookie, session) {
+    let choice = Choice::of(session);
+    places::take(choice)?;
+    if put(looked, cookie, session) {
         return Ok(());
     }
-    count(u64::MAX);
+    places::give_back(choice);
     Err(Refusal::Full)
 }
 
-/// Writes a session that is there, at another place, as far as there is room: in the old one another
-/// session may lie by the time that it is written. What passed since the daemon read the record is kept.
-/// Whether the session is there then.
+/// Attempts to change a choice whose flags packets change meanwhile.
+const CHOICES: u32 = 4;
+
+/// Words of a record.
+const WORDS: usize = size_of::<Session>() / size_of::<u64>();
+
+/// Which of them the choice is.
+const CHOICE: usize = offset_of!(Session, generation) / size_of::<u64>();
+
+/// Changes a session that is there, word by word and in place: what a packet changes in the same moment is the
+/// packet's. What passed since the daemon read the record is kept. Whether the session is there then.
 #[inline(never)]
 pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
-    if cookie == 0 {
-        return false;
-    }
-    let looked = Looked::into(buckets_of(cookie), cookie);
-    let (Some(place), Some(record)) = (looked.place(), looked.record()) else {
+    let Some(place) = look_for(cookie).and_then(Looked::place) else {
         return false;
     };
-    session.join(&traffic_of(record));
-    // For a moment there are two, which count as one: an amendment takes no room from another session.
-    if !put(looked, cookie, session) {
-        return write_over(place, cookie, session);
+    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+        return false;
+    };
+    let mut before = MaybeUninit::<Session>::uninit();
+    // SAFETY: pointers that the map gave and to a variable, of integers only.
+    let before = unsafe {
+        words::copy::<u64, _>(record, before.as_mut_ptr());
+        before.assume_init_ref()
+    };
+    session.join(&before.traffic());
+    if !is_session(place, cookie, before.established_ns) {
+        return false;
     }
-    if tag_of(place).is_some_and(|tag| exchange(tag, cookie, 0)) {
-        return true;
+    // The stamps come last: a time is written after what it is the time of.
+    for word in (CHOICE + 1..WORDS).chain(0..CHOICE) {
+        change(record, before, session, word);
     }
-    // It has ended meanwhile. Who has taken it out may have looked before the new one was there.
-    count(1);
-    remove(cookie);
+    choose_anew(record, place, cookie, session)
+}
+
+/// Puts a word of `after` where that of `before` is.
+#[inline(always)]
+fn change(record: *mut Session, before: &Session, after: &Session, word: usize) {
+    // SAFETY: within the records.
+    unsafe {
+        let before = ptr::from_ref(before).cast::<u64>().add(word).read();
+        let after = ptr::from_ref(after).cast::<u64>().add(word).read();
+        exchange(record.cast::<u64>().add(word), before, after);
+    }
+}
+
+#[inline(always)]
+fn choose_anew(record: *mut Session, place: u32, cookie: u64, session: &Session) -> bool {
+    for _ in 0..CHOICES {
+        let before = choice_of(record);
+        let after = Choice::of(session).and_flags(before.flags() & flags::PEER_HAS_ENDED);
+        if before == Choice::ENDED {
+            return false;
+        }
+        if let Some(is_done) = choose(record, place, cookie, before, after) {
+            return is_done;
+        }
+    }
     false
 }
 
-/// The byte counts are read before the stamps, and a packet writes its stamp before them: a stamp that is
-/// missed is missed together with the bytes, and what the socket has counted shows it.
+/// Gives a session a choice, where it has the one before; whether the session is there then. None where it has
+/// another one.
+///
+/// Between the look at the place and the change it may have become another session's, which gets its choice back.
+/// Where that is not there any more, the session has ended since, by the choice that it was given.
 #[inline(always)]
-fn traffic_of(record: *const Session) -> Traffic {
-    // SAFETY: a pointer that the map gave. Volatile: others change it.
-    unsafe {
-        let bytes_received = ptr::read_volatile(&raw const (*record).bytes_received);
-        let bytes_sent = ptr::read_volatile(&raw const (*record).bytes_sent);
-        Traffic {
-            last_received_ns: ptr::read_volatile(&raw const (*record).last_received_ns),
-            last_sent_ns: ptr::read_volatile(&raw const (*record).last_sent_ns),
-            answered_ns: ptr::read_volatile(&raw const (*record).answered_ns),
-            bytes_received,
-            bytes_sent,
-            came_ns: ptr::read_volatile(&raw const (*record).came_ns),
-            went_ns: ptr::read_volatile(&raw const (*record).went_ns),
-            went_until: ptr::read_volatile(&raw const (*record).went_until),
-            went_is_answer: ptr::read_volatile(&raw const (*record).went_is_answer),
-            data_segments_sent: ptr::read_volatile(&raw const (*record).data_segments_sent),
-            sent_before_answer: ptr::read_volatile(&raw const (*record).sent_before_answer),
-            half_closed_ns: ptr::read_volatile(&raw const (*record).half_closed_ns),
-            flags: ptr::read_volatile(&raw const (*record).flags) & flags::PEER_HAS_ENDED,
+fn choose(
+    record: *mut Session,
+    place: u32,
+    cookie: u64,
+    before: Choice,
+    after: Choice,
+) -> Option<bool> {
+    let word = choice_word(record);
+    if !exchange(word, before.0, after.0) {
+        return None;
+    }
+    if !is_at(place, cookie) && exchange(word, after.0, before.0) {
+        return Some(false);
+    }
+    places::moved(before, after);
+    Some(true)
+}
+
+/// Gives the session that was established then a rule. The gate has not looked at it under that.
+#[inline(never)]
+pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u32) -> bool {
+    let Some(place) = look_for(cookie).and_then(Looked::place) else {
+        return false;
+    };
+    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+        return false;
+    };
+    if !is_session(place, cookie, established_ns) {
+        return false;
+    }
+    // SAFETY: a pointer that the map gave. Volatile: packets change it.
+    let open_until_ns = unsafe { ptr::read_volatile(&raw const (*record).open_until_ns) };
+    for _ in 0..CHOICES {
+        let before = choice_of(record);
+        if before == Choice::ENDED {
+            return false;
+        }
+        if let Some(is_done) = choose(record, place, cookie, before, before.by(rule, generation)) {
+            if is_done && open_until_ns != Session::SHUT {
+                // SAFETY: a pointer that the map gave.
+                exchange(
+                    unsafe { &raw mut (*record).open_until_ns },
+                    open_until_ns,
+                    0,
+                );
+            }
+            return is_done;
         }
     }
+    false
+}
+
+/// The word of a record by which its session is judged.
+#[inline(always)]
+pub(crate) fn choice_word(record: *mut Session) -> *mut u64 {
+    // SAFETY: within the record, whose fields from here on are one word.
+    unsafe { (&raw mut (*record).generation).cast() }
+}
+
+/// What it says.
+#[inline(always)]
+pub(crate) fn choice_of(record: *mut Session) -> Choice {
+    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    Choice(unsafe { ptr::read_volatile(choice_word(record)) })
+}
+
+/// Whether the session of a cookie lies there, and was established then.
+#[inline(always)]
+fn is_session(place: u32, cookie: u64, established_ns: u64) -> bool {
+    let Some(record) = SESSIONS.get_ptr(place) else {
+        return false;
+    };
+    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    let found_ns = unsafe { ptr::read_volatile(&raw const (*record).established_ns) };
+    found_ns == established_ns && is_at(place, cookie)
 }
 
 #[inline(always)]
-fn write_over(place: u32, cookie: u64, session: &Session) -> bool {
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
-        return false;
-    };
-    // SAFETY: pointers that the maps gave.
-    unsafe {
-        if ptr::read_volatile(tag) == cookie {
-            words::copy::<u64, _>(session, record);
-        }
-        ptr::read_volatile(tag) == cookie
-    }
+fn is_at(place: u32, cookie: u64) -> bool {
+    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    tag_of(place).is_some_and(|tag| unsafe { ptr::read_volatile(tag) } == cookie)
 }
 
 /// A copy of the record of a session, as it was at one moment; whether it is there.
@@ -207,23 +297,14 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
     }
 }
 
-/// Takes a session out, if it is there.
-#[inline(always)]
-fn remove(cookie: u64) {
-    if let Some(looked) = look_for(cookie) {
-        clear_all(looked, cookie);
-    }
-}
-
 /// What [`clear_all`] returns where every place was another's by then.
 pub(crate) const NONE_CLEARED: u64 = u64::MAX;
 
-/// Frees the places in which a session was found. There are two for a moment while a session is amended,
-/// and where the daemon adopted a socket while it was connected again.
+/// Frees the places in which a session was found. There are two where the daemon adopted a socket in the moment in
+/// which it was connected again.
 ///
-/// Returns the generation and, in the lower 16 bits, the rule of the records in those that were its own; of
-/// two the older. Whoever amends a session has done so only where it has freed the old place itself: what
-/// an end is counted for stands in the record that the end has freed.
+/// Returns the generation and, in the lower 16 bits, the rule by which the session was judged at its end; of two the
+/// older.
 #[inline(never)]
 pub(crate) fn clear_all(looked: Looked, cookie: u64) -> u64 {
     let mut oldest = NONE_CLEARED;
@@ -240,25 +321,24 @@ pub(crate) fn clear_all(looked: Looked, cookie: u64) -> u64 {
     oldest
 }
 
-/// Frees the place of a session, if that is still there; see [`clear_all`].
+/// Frees the place of a session, if that is still there; see [`clear_all`]. Whoever is about to change its choice
+/// finds that it has ended.
 #[inline(always)]
 fn clear(place: u32, cookie: u64) -> u64 {
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr(place)) else {
+    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
         return NONE_CLEARED;
     };
-    // Before the record is free.
-    // SAFETY: a pointer that the map gave. Volatile: others change it.
-    let (generation, rule) = unsafe {
-        (
-            ptr::read_volatile(&raw const (*record).generation),
-            ptr::read_volatile(&raw const (*record).rule),
-        )
-    };
-    if !exchange(tag, cookie, 0) {
+    if !exchange(tag, cookie, CLAIMED) {
         return NONE_CLEARED;
     }
-    count(u64::MAX);
-    u64::from(generation) << 16 | u64::from(rule)
+    // SAFETY: pointers that the maps gave.
+    let choice = unsafe {
+        let choice = atomic_xchg::<u64, { SeqCst }>(choice_word(record), Choice::ENDED.0);
+        atomic_xchg::<u64, { SeqCst }>(tag, 0);
+        Choice(choice)
+    };
+    places::give_back(choice);
+    u64::from(choice.generation()) << 16 | u64::from(choice.rule())
 }
 
 /// Puts a session into a free place, if there is one.
@@ -430,15 +510,4 @@ fn tag_of(place: u32) -> Option<*mut u64> {
 fn read(tags: *mut u64, way: u32) -> u64 {
     // SAFETY: within the element that the map gave. Volatile: others change it.
     unsafe { ptr::read_volatile(tags.add(way as usize)) }
-}
-
-/// Adds to the number of sessions, modulo 2^64, and returns what it was.
-#[inline(always)]
-fn count(more: u64) -> u64 {
-    let Some(head) = TABLE.get_ptr_mut(0) else {
-        // Not reached: the array has this element.
-        return 0;
-    };
-    // SAFETY: a pointer that the map gave.
-    unsafe { atomic_xadd::<u64, u64, { SeqCst }>(&raw mut (*head).sessions, more) }
 }

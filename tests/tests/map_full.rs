@@ -116,3 +116,142 @@ fn a_session_that_is_picked_up_while_it_is_busy_is_not_cut_early() -> Result<()>
         .assert_reset("idle_timeout", &last, short_limit());
     Ok(())
 }
+
+/// Rules of these names, each for the port of its listener.
+fn rules(listeners: &[(&str, &Listener)], limits: &str) -> String {
+    let rule = |(name, listener): &(&str, &Listener)| {
+        let port = listener.port();
+        format!("[[rule]]\nname = \"{name}\"\nlocal_ports = [{port}]\n{limits}\n")
+    };
+    listeners.iter().map(rule).collect()
+}
+
+fn sessions_of(daemon: &Daemon, rule: &str) -> Result<f64> {
+    daemon.metric("session_enforcer_sessions", &[("rule", rule)])
+}
+
+fn wait_for_sessions(daemon: &Daemon, rule: &str, count: f64) -> Result<()> {
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", rule)], count)
+}
+
+#[test]
+fn sessions_of_full_rules_leave_each_other_rule_its_share() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [one, two, other] = [listen(&lab)?, listen(&lab)?, listen(&lab)?];
+    let daemon = format!(
+        "[daemon]\nmax_sessions = 160\n{}",
+        rules(
+            &[("one", &one), ("two", &two), ("other", &other)],
+            "idle_timeout = \"60s\""
+        )
+    );
+    let daemon = lab.daemon(&daemon)?;
+    // An eighth is divided among three: 6 for each.
+    let _many = open_many(&lab, &one, 150)?;
+    wait_for_sessions(&daemon, "one", 148.0)?;
+    let _more = open_many(&lab, &two, 10)?;
+    wait_for_sessions(&daemon, "two", 6.0)?;
+    let last = open_many(&lab, &other, 6)?;
+    wait_for_sessions(&daemon, "other", 6.0)?;
+    let cause = [("cause", "map_full")];
+    assert_eq!(
+        daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,
+        6.0
+    );
+    // A place that one of them gives back is its own again.
+    drop(last);
+    let again = open_many(&lab, &other, 6)?;
+    wait_for_sessions(&daemon, "other", 6.0)?;
+    drop(again);
+    Ok(())
+}
+
+const MOST: &str = "idle_timeout = \"60s\"\nmax_sessions = 4";
+
+/// Of six connections of a rule that allows four, so many are tracked.
+fn assert_four_are_tracked(daemon: &Daemon, rule: &str) -> Result<()> {
+    wait_for_sessions(daemon, rule, 4.0)?;
+    assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 4.0);
+    daemon.wait_for_trouble("untracked", true)
+}
+
+#[test]
+fn a_rule_tracks_as_many_as_it_allows_also_by_another_daemon_and_under_another_name() -> Result<()>
+{
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab)?;
+    let config = rules(&[("few", &listener)], MOST);
+    let mut first = lab.pinned_daemon(&config)?;
+    let mut pairs = open_many(&lab, &listener, 6)?;
+    assert_four_are_tracked(&first, "few")?;
+    let untracked = "session_enforcer_sessions_untracked_total";
+    assert_eq!(first.metric(untracked, &[("cause", "rule_full")])?, 2.0);
+    assert_eq!(first.metric(untracked, &[("cause", "map_full")])?, 0.0);
+    let (status, body) = first.get("/readyz")?;
+    assert_eq!(status, 503);
+    assert!(body.contains("raise its max_sessions"), "{body}");
+    first.kill()?;
+    let second = lab
+        .launch()
+        .pinned(&lab.pins)
+        .config(&config)
+        .start_unready()?;
+    assert_four_are_tracked(&second, "few")?;
+    second.reload(&rules(&[("another", &listener)], MOST))?;
+    assert_four_are_tracked(&second, "another")?;
+    let _seventh = Pair::open(&lab.outside, &listener)?;
+    wait_for_sessions(&second, "another", 4.0)?;
+    // With the two that the change of the policy met.
+    second.wait_for_metric(untracked, &[("cause", "rule_full")], 3.0)?;
+    // The first four were tracked. With them gone the others are.
+    pairs.drain(..4);
+    wait_for_sessions(&second, "another", 3.0)?;
+    second.wait_for_trouble("untracked", false)
+}
+
+#[test]
+fn what_no_place_can_be_had_for_is_reset_where_the_daemon_is_told_so() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [enforced, observed] = [listen(&lab)?, listen(&lab)?];
+    let limits = "idle_timeout = \"60s\"\nmax_sessions = 2";
+    let config = format!(
+        "[daemon]\non_full = \"reset\"\n{}{}action = \"observe\"\n",
+        rules(&[("enforced", &enforced)], limits),
+        rules(&[("observed", &observed)], limits)
+    );
+    // One is older than the daemon.
+    let mut pairs = open_many(&lab, &enforced, 3)?;
+    let daemon = lab.launch().config(&config).start_unready()?;
+    let left = open_many(&lab, &observed, 3)?;
+    wait_for_sessions(&daemon, "enforced", 2.0)?;
+    pairs.push(Pair::open(&lab.outside, &enforced)?);
+    let records = daemon.wait_for_terminations(2)?;
+    for record in &records {
+        assert_eq!(
+            record.labels(),
+            ["enforced", "untracked", "enforce", "reset"]
+        );
+        assert!(record.at("session_enforcer.limit_seconds").is_null());
+    }
+    let (reset, tracked): (Vec<Pair>, Vec<Pair>) = pairs.into_iter().partition(|pair| {
+        let client = pair.client_address.port();
+        records.iter().any(|record| record.ports()[0] == client)
+    });
+    assert_eq!(reset.len(), 2);
+    for pair in &reset {
+        pair.ends()?;
+    }
+    for pair in tracked.iter().chain(&left) {
+        pair.round_trip()?;
+    }
+    let terminations = "session_enforcer_terminations_total";
+    assert_eq!(
+        daemon.metric(
+            terminations,
+            &[("reason", "untracked"), ("result", "reset")]
+        )?,
+        2.0
+    );
+    assert_eq!(sessions_of(&daemon, "observed")?, 2.0);
+    daemon.wait_for_trouble("untracked", true)
+}

@@ -142,7 +142,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         generation: 0,
         min_payload: random.below(20) as u16,
         min_answer: random.below(20) as u32,
-        unused: 0,
+        max_sessions: 0,
         activity: random.below(4) as u8,
         gate: u8::from(!random.once_in(5)),
         jitter_key: 0,

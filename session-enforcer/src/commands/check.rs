@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange};
 
 use crate::config::{
-    Action, AuditTarget, Config, MetricsListen, Mode, NetworkNamespaces, Owners, Rule,
+    Action, AuditTarget, Config, MetricsListen, Mode, NetworkNamespaces, OnFull, Owners, Rule,
     format_duration,
 };
 
@@ -100,7 +100,12 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "Daemon:")?;
     writeln!(out, "  control group       {cgroup}")?;
     writeln!(out, "  mode                {mode}")?;
-    writeln!(out, "  sessions, at most   {}", config.max_sessions)?;
+    let on_full = match config.on_full {
+        OnFull::Leave => "",
+        OnFull::Reset => "; what is enforced and finds no place is reset",
+    };
+    let most = config.max_sessions;
+    writeln!(out, "  sessions, at most   {most}{on_full}")?;
     writeln!(out, "  pins                {pins}")?;
     writeln!(out, "  network namespaces  {namespaces}")?;
     let interval = format_duration(config.reconcile_interval);
@@ -123,6 +128,13 @@ fn describe_rule(
     writeln!(out, "  {number}. {}: {}", rule.name, direction_words(rule))?;
     for condition in condition_words(rule, usize::MAX) {
         writeln!(out, "       {condition}")?;
+    }
+    if rule.max_sessions != 0 {
+        writeln!(
+            out,
+            "       at most {} of them at a time",
+            rule.max_sessions
+        )?;
     }
     writeln!(out, "       {}", action_words(config, rule))
 }

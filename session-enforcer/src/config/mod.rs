@@ -90,6 +90,8 @@ pub struct Config {
     pub mode: Mode,
     /// Capacity of the session map.
     pub max_sessions: u32,
+    /// What happens to a connection that a rule enforces and no place can be had for.
+    pub on_full: OnFull,
     /// Directory on bpffs where sessions and programs outlive the daemon, if they do.
     pub pin_dir: Option<PathBuf>,
     /// Whose connections are looked at.
@@ -132,6 +134,16 @@ pub enum NetworkNamespaces {
     All,
     /// Those of the daemon's own network namespace.
     Own,
+}
+
+/// What happens to a connection that a rule enforces and no place in the session map can be had for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFull {
+    /// It is not tracked, and lives.
+    #[default]
+    Leave,
+    /// It is reset.
+    Reset,
 }
 
 /// Where the metrics are served.
@@ -212,6 +224,8 @@ pub struct Rule {
     pub min_payload: u16,
     /// Bytes that this host must send after a request until it has answered.
     pub min_answer: u32,
+    /// Sessions that are tracked at a time; 0 for no limit but the session map's.
+    pub max_sessions: u32,
 }
 
 /// What happens to the connections of a rule.
@@ -312,6 +326,7 @@ impl Config {
             cgroup: None,
             mode: Mode::default(),
             max_sessions: DEFAULT_MAX_SESSIONS,
+            on_full: OnFull::default(),
             pin_dir: Some(DEFAULT_PIN_DIR.into()),
             network_namespaces: NetworkNamespaces::default(),
             reconcile_interval: DEFAULT_RECONCILE_INTERVAL,
@@ -387,6 +402,7 @@ impl Rule {
             half_closed_timeout: None,
             min_payload: DEFAULT_MIN_PAYLOAD,
             min_answer: DEFAULT_MIN_ANSWER,
+            max_sessions: 0,
         }
     }
 
@@ -403,7 +419,7 @@ impl Rule {
             generation: 0,
             min_payload: self.min_payload,
             min_answer: self.min_answer,
-            unused: 0,
+            max_sessions: self.max_sessions,
             activity: self.activity as u8,
             gate: 0,
             jitter_key: 0,

@@ -6,8 +6,8 @@ use super::value::{
     parse_limit, parse_listen, parse_pin_dir,
 };
 use super::{
-    Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode, NetworkNamespaces, Problem,
-    Warning,
+    Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode, NetworkNamespaces, OnFull,
+    Problem, Warning,
 };
 use super::{entries, hidden, never, owners, rule};
 
@@ -15,6 +15,7 @@ const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
 const ALLOWED_MODE: &str = "\"enforce\" or \"observe\"";
 const ALLOWED_MAX_SESSIONS: &str = "a number from 1 to 16777216";
+const ALLOWED_ON_FULL: &str = "\"leave\" or \"reset\"";
 const ALLOWED_NAMESPACES: &str = "\"all\" or \"own\"";
 
 const _: () = assert!(MAX_MAX_SESSIONS == 16_777_216, "the text above says so");
@@ -32,6 +33,7 @@ pub(super) static TABLES: [Keys; 5] = [
             "cgroup",
             "mode",
             "max_sessions",
+            "on_full",
             "pin_dir",
             "network_namespaces",
             "reconcile_interval",
@@ -68,6 +70,7 @@ pub(super) static TABLES: [Keys; 5] = [
             "half_closed_timeout",
             "min_payload",
             "min_answer",
+            "max_sessions",
         ],
         later: &[],
     },
@@ -148,6 +151,11 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
     }
     if let Some(max_sessions) = daemon.read("max_sessions", read_max_sessions) {
         config.max_sessions = max_sessions;
+    }
+    let leave_or_reset = [("leave", OnFull::Leave), ("reset", OnFull::Reset)];
+    let on_full = |field: &Field<'_>| field.choice(ALLOWED_ON_FULL, &leave_or_reset);
+    if let Some(on_full) = daemon.read("on_full", on_full) {
+        config.on_full = on_full;
     }
     let pin_dir = |field: &Field<'_>| field.parse(ALLOWED_PIN_DIR, parse_pin_dir);
     if let Some(pin_dir) = daemon.read("pin_dir", pin_dir) {

@@ -14,8 +14,8 @@ use super::value::{
 };
 use super::{
     Action, ConfigError, DEFAULT_MIN_ANSWER, DEFAULT_MIN_PAYLOAD, Location,
-    MAX_LIFETIME_JITTER_PERCENT, MAX_MIN_ANSWER, MAX_MIN_PAYLOAD, MIN_LIMIT, Problem, Rule, User,
-    entries,
+    MAX_LIFETIME_JITTER_PERCENT, MAX_MAX_SESSIONS, MAX_MIN_ANSWER, MAX_MIN_PAYLOAD, MIN_LIMIT,
+    Problem, Rule, User, entries,
 };
 
 const ALLOWED_NAME: &str = "1 to 64 characters of a-z, 0-9, _ and -";
@@ -26,6 +26,7 @@ const ALLOWED_CGROUPS: &str = "a list such as [\"/system.slice/postgresql.servic
 const ALLOWED_USERS: &str = "a list such as [\"postgres\", 1000]";
 const ALLOWED_ACTIVITY: &str = "\"any\", \"received\" or \"sent\"";
 const ALLOWED_MIN_PAYLOAD: &str = "a number of bytes from 1 to 1400";
+const ALLOWED_RULE_SESSIONS: &str = "a number from 1 to 16777216, or 0 for no limit";
 const ALLOWED_MIN_ANSWER: &str = "a number of bytes from 1 to 1048576";
 const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
 const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
@@ -236,6 +237,17 @@ fn read_limits(section: &Section<'_>, rule: &mut Rule) {
         read_bytes(field, MAX_MIN_ANSWER, ALLOWED_MIN_ANSWER)
     });
     rule.min_answer = min_answer.unwrap_or(DEFAULT_MIN_ANSWER);
+    let max_sessions = section.read("max_sessions", |field| {
+        if rule.action == Action::Exempt {
+            return Err(field.error(Problem::LimitOnExempt));
+        }
+        let number = field.integer();
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        number
+            .filter(|number| *number <= MAX_MAX_SESSIONS)
+            .ok_or_else(|| field.not_allowed(ALLOWED_RULE_SESSIONS))
+    });
+    rule.max_sessions = max_sessions.unwrap_or_default();
 }
 
 /// Refuses a key that says how a limit is meant where none of these is there, right or wrong.

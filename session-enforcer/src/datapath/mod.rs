@@ -27,8 +27,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RuleCounters,
-    Session, Table, Way,
+    Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RULE_EXEMPT,
+    RuleCounters, Session, Table, Way,
     table::{Key, TableHead, WAYS, buckets_for},
 };
 use tokio::io::unix::AsyncFd;
@@ -78,8 +78,10 @@ pub enum Adoption {
     Inserted,
     /// The kernel had it already.
     Known,
-    /// The table is full, or both buckets of the cookie are.
+    /// The table has no place for the rule's sessions, or both buckets of the cookie are full.
     Full,
+    /// The sessions of its rule have as many places as it allows them.
+    RuleFull,
 }
 
 /// The loaded programs and the maps that the daemon reads.
@@ -99,6 +101,8 @@ pub struct Kernel {
     active_table: Array<MapData, u32>,
     policies: Array<MapData, Policy>,
     ports: Ports,
+    /// Places that rules whose sessions have many leave to the others.
+    reserve: u32,
     owners: SkStorage<MapData, Owner>,
     ancestors: HashMap<MapData, u64, Ancestors>,
     journal: Arc<Journal>,
@@ -168,6 +172,7 @@ impl Kernel {
             active_table: take_map(&mut ebpf, "ACTIVE_TABLE")?,
             policies: take_map(&mut ebpf, "POLICIES")?,
             ports: Ports::new(take_map(&mut ebpf, port_filter::SECTION)?),
+            reserve: 0,
             owners: take_map(&mut ebpf, "OWNERS")?,
             ancestors: take_map(&mut ebpf, "ANCESTORS")?,
             journal: take_journal(&mut ebpf)?,
@@ -213,10 +218,19 @@ impl Kernel {
                 .set(index, entry, 0)
                 .map_err(map_error("MATCH_ENTRIES"))?;
         }
+        // Those that are no more, or exempt, track nothing.
+        let mut tracking: Vec<u16> = entries.iter().map(|entry| entry.rule).collect();
+        tracking.retain(|rule| *rule != RULE_EXEMPT);
+        tracking.sort_unstable();
+        tracking.dedup();
+        let (share, reserve) = Table::shares(tracking.len() as u32, self.options.max_sessions);
         let table = Table {
             generation,
             entries: count,
+            share,
+            reserve,
         };
+        self.reserve = reserve;
         let tables = &mut self.match_tables;
         tables
             .set(next, table, 0)
@@ -259,6 +273,20 @@ impl Kernel {
     /// Sessions that the session map can hold.
     pub fn capacity(&self) -> usize {
         self.options.max_sessions as usize
+    }
+
+    /// Sessions that the session map can hold where they are of one rule.
+    pub fn common_capacity(&self) -> usize {
+        self.options.max_sessions.saturating_sub(self.reserve) as usize
+    }
+
+    /// Gives sessions, each named by cookie and time of establishment, their rule and generation.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn decide(&mut self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
+        self.sessions.decide(sessions)
     }
 
     /// Sessions in the session map, as its programs count them.
@@ -349,9 +377,7 @@ impl Kernel {
     }
 
     /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
-    /// session was read stays in the record ([`Session::join`]). Only the stamp of a packet that passes
-    /// while the record is moved, some 100 ns, may be lost: the caller has counted the session as active
-    /// just now, or waits for an RCU grace period and compares with the socket afterwards.
+    /// session was read stays in the record ([`Session::join`]).
     ///
     /// # Errors
     ///

@@ -92,6 +92,7 @@ impl SessionTable {
                 adopted.push(match exchange.answer {
                     answer::DONE => Adoption::Inserted,
                     answer::PRESENT => Adoption::Known,
+                    answer::RULE_FULL => Adoption::RuleFull,
                     _ => Adoption::Full,
                 });
             }
@@ -103,6 +104,20 @@ impl SessionTable {
     pub(super) fn amend(&self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         let exchange = self.ask(cookie, Request::Amend, Some(session))?;
         Ok(exchange.answer == answer::DONE)
+    }
+
+    /// Gives sessions, each named by cookie and time of establishment, rule and generation.
+    pub(super) fn decide(&self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
+        for sessions in sessions.chunks(MAX_REQUESTS as usize) {
+            for (index, (cookie, session)) in sessions.iter().enumerate() {
+                self.put(index, *cookie, Request::Decide, Some(session));
+            }
+            self.serve(sessions.len())?;
+            for (index, (cookie, _)) in sessions.iter().enumerate() {
+                self.answered(index, *cookie, Request::Decide)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes out the session that was established then; whether it was there.
@@ -201,10 +216,18 @@ impl SessionTable {
 /// Whether a program of this version would answer so.
 fn is_answer(request: Request, given: u32) -> bool {
     match request {
-        Request::Read | Request::Amend | Request::Remove | Request::Shut | Request::Reopen => {
+        Request::Read
+        | Request::Amend
+        | Request::Remove
+        | Request::Shut
+        | Request::Reopen
+        | Request::Decide => {
             matches!(given, answer::DONE | answer::MISSING)
         }
-        Request::Adopt => matches!(given, answer::DONE | answer::PRESENT | answer::FULL),
+        Request::Adopt => matches!(
+            given,
+            answer::DONE | answer::PRESENT | answer::FULL | answer::RULE_FULL
+        ),
     }
 }
 
@@ -350,11 +373,14 @@ mod tests {
             Request::Adopt,
             Request::Shut,
             Request::Reopen,
+            Request::Decide,
         ] {
             assert!(is_answer(request, answer::DONE));
-            assert!(!is_answer(request, 0) && !is_answer(request, 5));
+            assert!(!is_answer(request, 0) && !is_answer(request, 6));
         }
-        assert!(is_answer(Request::Adopt, answer::FULL) && !is_answer(Request::Read, answer::FULL));
+        for full in [answer::FULL, answer::RULE_FULL] {
+            assert!(is_answer(Request::Adopt, full) && !is_answer(Request::Read, full));
+        }
         assert!(!is_answer(Request::Adopt, answer::MISSING));
     }
 }

@@ -10,16 +10,22 @@ use crate::report::health::Trouble;
 pub(super) struct Backlog {
     /// Whether events were lost since a sync began.
     pub(super) events: bool,
-    /// Sessions that the kernel programs refused since they were loaded.
+    /// Sessions that the kernel programs refused since they were loaded, for want of a place in the session map.
     pub(super) refused: u64,
-    /// As many of them as a sync has dealt with.
-    dealt_with: u64,
+    /// The same, where their rule allows no more.
+    pub(super) refused_by_rules: u64,
+    /// As many of both as a sync has dealt with.
+    dealt_with: [u64; 2],
     /// Sessions that the last sync found no room for.
     pub(super) left_out: usize,
+    /// Sessions that it left out since their rule allows no more.
+    pub(super) left_out_by_rules: usize,
+    /// Whether what no place can be had for is reset.
+    pub(super) resets: bool,
     /// Namespaces, or sockets of one, that the last sync could not ask about.
     pub(super) unreached: usize,
     /// A sync that was begun and has not ended: sessions that had been refused then.
-    under_way: Option<u64>,
+    under_way: Option<[u64; 2]>,
     backoff: Backoff,
 }
 
@@ -29,8 +35,11 @@ impl Backlog {
         Self {
             events: false,
             refused: 0,
-            dealt_with: 0,
+            refused_by_rules: 0,
+            dealt_with: [0; 2],
             left_out: 0,
+            left_out_by_rules: 0,
+            resets: false,
             unreached: 0,
             under_way: None,
             backoff: Backoff::from(now_ns),
@@ -43,13 +52,23 @@ impl Backlog {
     }
 
     fn has_sessions(&self) -> bool {
-        self.refused != self.dealt_with || self.left_out > 0
+        !self.resets && self.refused != self.dealt_with[0] || self.left_out > 0
+    }
+
+    fn has_sessions_of_full_rules(&self) -> bool {
+        !self.resets && self.refused_by_rules != self.dealt_with[1] || self.left_out_by_rules > 0
+    }
+
+    /// Whether sessions are to be reset that no sync has met.
+    fn has_sessions_to_reset(&self) -> bool {
+        self.resets && self.dealt_with != [self.refused, self.refused_by_rules]
     }
 
     /// A sync begins. It finds what is not tracked and what has ended.
     pub(super) fn begin(&mut self) {
-        (self.left_out, self.unreached, self.events) = (0, 0, false);
-        self.under_way = Some(self.refused);
+        (self.left_out, self.left_out_by_rules) = (0, 0);
+        (self.unreached, self.events) = (0, false);
+        self.under_way = Some([self.refused, self.refused_by_rules]);
     }
 
     /// It has ended, and has used a processor for so long.
@@ -57,15 +76,15 @@ impl Backlog {
         if let Some(refused) = self.under_way.take() {
             self.dealt_with = refused;
         }
-        let is_nothing_left = self.left_out == 0 && self.unreached == 0;
+        let is_nothing_left = [self.left_out, self.left_out_by_rules, self.unreached] == [0; 3];
         self.backoff.ended(now_ns, used, is_nothing_left);
     }
 
     /// Why there is to be a sync, where the session map has room for another session or not.
     pub(super) fn need(&self, has_room: bool) -> Need {
-        if self.events || self.has_sessions() && has_room {
+        if self.events || self.has_sessions() && has_room || self.has_sessions_to_reset() {
             Need::Mend
-        } else if self.has_sessions() || self.unreached > 0 {
+        } else if self.has_sessions() || self.has_sessions_of_full_rules() || self.unreached > 0 {
             Need::TryAgain
         } else {
             Need::Routine
@@ -84,6 +103,10 @@ impl Backlog {
         has_room: bool,
     ) -> impl Iterator<Item = (Trouble, Option<&'static str>)> + use<> {
         let untracked = match (self.has_sessions(), has_room) {
+            (false, _) if self.has_sessions_of_full_rules() => Some(
+                "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are \
+                 picked up when there is room",
+            ),
             (false, _) => None,
             (true, true) => Some(
                 "sessions that a rule matches were refused by the session map and are not tracked; \
@@ -191,6 +214,55 @@ mod tests {
         let said: Vec<_> = backlog.troubles(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("max_sessions")));
         assert_eq!(said[1], (Trouble::Namespace, None));
+    }
+
+    #[test]
+    fn sessions_of_a_full_rule_are_tried_again_and_said() {
+        let mut backlog = Backlog::from(0);
+        backlog.refused_by_rules = 2;
+        assert_eq!(backlog.need(true), Need::TryAgain);
+        let said: Vec<_> = backlog.troubles(true).collect();
+        assert!(
+            said[0]
+                .1
+                .is_some_and(|what| what.contains("its max_sessions"))
+        );
+        backlog.begin();
+        backlog.left_out_by_rules = 2;
+        end(&mut backlog);
+        assert_eq!(backlog.need(true), Need::TryAgain);
+        backlog.begin();
+        end(&mut backlog);
+        assert_eq!(backlog.need(true), Need::Routine);
+    }
+
+    #[test]
+    fn what_is_to_be_reset_is_looked_for_soon_and_is_no_trouble() {
+        for count in [Backlog::refused_of, Backlog::refused_by_rules_of] {
+            let mut backlog = Backlog::from(0);
+            backlog.resets = true;
+            *count(&mut backlog) = 1;
+            assert_eq!(backlog.need(false), Need::Mend);
+            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
+            backlog.begin();
+            end(&mut backlog);
+            assert_eq!(backlog.need(false), Need::Routine);
+            // What is only observed was left.
+            backlog.begin();
+            backlog.left_out = 1;
+            end(&mut backlog);
+            assert_eq!(backlog.need(false), Need::TryAgain);
+        }
+    }
+
+    impl Backlog {
+        fn refused_of(&mut self) -> &mut u64 {
+            &mut self.refused
+        }
+
+        fn refused_by_rules_of(&mut self) -> &mut u64 {
+            &mut self.refused_by_rules
+        }
     }
 
     #[test]

@@ -21,12 +21,13 @@ use crate::{
 };
 
 /// By their numbers in the journal.
-const REASONS: [Reason; 5] = [
+const REASONS: [Reason; 6] = [
     Reason::IdleTimeout,
     Reason::MaxLifetime,
     Reason::ResponseTimeout,
     Reason::Policy,
     Reason::HalfClosedTimeout,
+    Reason::Untracked,
 ];
 
 /// The place of a reason among them.
@@ -37,6 +38,7 @@ const fn number_of(reason: Reason) -> u16 {
         Reason::ResponseTimeout => 2,
         Reason::Policy => 3,
         Reason::HalfClosedTimeout => 4,
+        Reason::Untracked => 5,
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
     tracker::{Phase, group_of},
 };
 use crate::{
-    config::{Config, User},
+    config::{Config, OnFull, User},
     engine::{directory::Users, schedule::Group},
     host::clock::monotonic_ns,
     reaper::{
@@ -142,6 +142,7 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
                 let expired = state.judge(*cookie, Some(session), now_ns)?;
                 state.note_redecided(&mut redecided, *cookie, expired);
             }
+            state.write_rules(some)?;
         }
         context.wake.notify_one();
         tokio::task::yield_now().await;
@@ -206,7 +207,30 @@ impl State {
         self.directory.keep(found);
         self.records.metrics.set_rules(&next.names());
         self.backlog.set_interval(config.reconcile_interval);
+        self.backlog.resets = config.on_full == OnFull::Reset;
         Ok(std::mem::replace(&mut self.book, next))
+    }
+
+    /// Writes the rules of sessions into their records, where they are of the policy before: there the programs count
+    /// them.
+    pub(super) fn write_rules(&mut self, cookies: &[u64]) -> Result<()> {
+        let generation = self.book.generation;
+        let mut decided = Vec::new();
+        for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
+            let session = session.filter(|s| s.generation != 0 && s.generation != generation);
+            let Some(session) = session.filter(|s| !self.book.needs_owner_of(s)) else {
+                continue;
+            };
+            if let Some(rule) = self.rule_of(&session) {
+                let session = Session {
+                    rule,
+                    generation,
+                    ..session
+                };
+                decided.push((*cookie, session));
+            }
+        }
+        Ok(self.kernel.decide(&decided)?)
     }
 
     /// Whether a reaper or a sync has the session.

@@ -82,8 +82,6 @@ pub(super) struct State {
     pub(super) looked_for: Vec<LookedFor>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
-    /// Sessions that the map can hold.
-    pub(super) capacity: usize,
     /// Who waits for the metrics.
     pub(super) scrapes: Vec<Scrape>,
     /// Sessions that end soon, whose holders are to be looked for.
@@ -132,7 +130,6 @@ impl State {
         } = parts;
         // The generations go on: a session of an earlier daemon must not seem to be of this one.
         let book = RuleBook::after(kernel.inherited_generation(), boot::key());
-        let capacity = kernel.capacity();
         Self {
             kernel,
             records: Records {
@@ -154,7 +151,6 @@ impl State {
             unsettled: Vec::new(),
             looked_for: Vec::new(),
             repaired_losses: 0,
-            capacity,
             scrapes: Vec::new(),
             ending: Vec::new(),
             holdings: HashMap::new(),
@@ -175,7 +171,7 @@ impl State {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.tracker.len() < self.capacity
+        self.tracker.len() < self.kernel.common_capacity()
     }
 }
 
@@ -332,6 +328,7 @@ impl State {
     /// Makes up for what the kernel programs could not do.
     pub(super) fn repair(&mut self) -> Result<()> {
         self.backlog.refused = self.kernel.error_count(ErrorKind::MapFull)?;
+        self.backlog.refused_by_rules = self.kernel.error_count(ErrorKind::RuleFull)?;
         self.note_backlog();
         self.repair_lost_events()
     }

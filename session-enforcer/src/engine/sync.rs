@@ -22,6 +22,7 @@ use super::{
     ending,
     owner::{self, CaughtUp},
     state::{RECHECK_NS, State},
+    terminate,
     tracker::{Phase, group_of},
 };
 use crate::{
@@ -484,10 +485,15 @@ impl Sync<'_> {
 
     fn insert(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
         let mut state = self.context.state();
-        // One that opened a moment ago: its event has come.
-        sessions.retain(|(cookie, _)| !state.tracker.contains(*cookie));
+        // One that opened a moment ago: its event has come. Or a reaper has one that is reset for want of a place.
+        let is_known = |state: &State, cookie: u64| {
+            let phase = state.tracker.phase_of_cookie(cookie);
+            state.tracker.contains(cookie) || phase.is_some_and(Phase::is_in_other_hands)
+        };
+        sessions.retain(|(cookie, _)| !is_known(&state, *cookie));
         let answers = state.kernel.adopt_all(&sessions)?;
-        let mut refused = 0;
+        let (mut refused, mut refused_by_rules) = (0, 0);
+        let mut untracked = Vec::new();
         for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
             match answer {
                 Adoption::Inserted => {
@@ -499,14 +505,24 @@ impl Sync<'_> {
                 }
                 // Its event will come.
                 Adoption::Known => {}
-                Adoption::Full => {
-                    refused += 1;
+                Adoption::Full | Adoption::RuleFull => {
+                    let (count, cause) = match answer {
+                        Adoption::RuleFull => (&mut refused_by_rules, Untracked::RuleFull),
+                        _ => (&mut refused, Untracked::MapFull),
+                    };
+                    if state.resets_untracked(session.rule) {
+                        untracked.push((cookie, session));
+                        continue;
+                    }
+                    *count += 1;
                     if !self.aim.repairs {
-                        state.records.metrics.untracked(Untracked::MapFull);
+                        state.records.metrics.untracked(cause);
                     }
                 }
             }
         }
+        terminate::reset_untracked(self.context, &mut state, untracked)?;
+        state.backlog.left_out_by_rules += refused_by_rules;
         if refused > 0 && state.backlog.left_out == 0 && !self.aim.repairs {
             tracing::error!(
                 "connections are not tracked, the session map is full: raise daemon.max_sessions"

@@ -13,7 +13,9 @@ use super::{
     state::State,
     sync::{Aim, sync},
 };
-use crate::{datapath::Inherited, engine::schedule::Group, report::health::Trouble};
+use crate::{
+    datapath::Inherited, engine::schedule::Group, reaper::diag::MAX_BATCH, report::health::Trouble,
+};
 
 /// Sessions that a daemon begins with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +51,9 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         state.kernel.attach(&context.cgroup)?;
         state.kernel.compare_sessions()?;
     }
+    if inherited != Inherited::Nothing {
+        write_rules(context).await?;
+    }
     if is_stopped {
         // What passed between the list of the sockets and the attachment, and whatever was stamped while a
         // record was written.
@@ -68,6 +73,16 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     context.state().records.metrics.taken_over(taken_over);
     context.wake.notify_one();
     Ok(taken_over)
+}
+
+/// The programs of the earlier daemon counted the sessions of its rules. From the attachment on these do.
+async fn write_rules(context: &Rc<Context>) -> Result<()> {
+    let cookies = context.state().kernel.cookies()?;
+    for some in cookies.chunks(MAX_BATCH) {
+        context.state().write_rules(some)?;
+        tokio::task::yield_now().await;
+    }
+    Ok(())
 }
 
 async fn catch_up(context: &Rc<Context>) -> Result<usize> {

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_common::{Ancestors, Session, Verdict, verdict};
+use session_enforcer_common::{Ancestors, Reason, Session, Verdict, flags, verdict};
 
 use super::{
     adopt,
@@ -21,6 +21,7 @@ use super::{
     tracker::Phase,
 };
 use crate::{
+    config::Mode,
     host::clock::monotonic_ns,
     reaper::{
         diag::{Destroyed, Detail, MAX_BATCH, Queued, Socket, Target, state},
@@ -131,6 +132,36 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
     }
     settle_all(context, state, unsettled);
     hand_over(context, state, settled)
+}
+
+/// Has sessions reset that are not in the session map, which has no place for them.
+pub(super) fn reset_untracked(
+    context: &Rc<Context>,
+    state: &mut State,
+    sessions: Vec<(u64, Session)>,
+) -> Result<()> {
+    let now_ns = monotonic_ns();
+    let untracked = |(cookie, session): (u64, Session)| Expired {
+        cookie,
+        idle_since_ns: session.last_activity_ns(),
+        session: Session {
+            // There is no record whose end could be missed.
+            flags: session.flags & !flags::END_UNREPORTED,
+            ..session
+        },
+        reason: Reason::Untracked,
+        deadline_ns: now_ns,
+        reached_ns: now_ns,
+        decided_ns: now_ns,
+        limit_ns: 0,
+    };
+    hand_over(
+        context,
+        state,
+        sessions.into_iter().map(untracked).collect(),
+    )?;
+    state.records.audit.flush();
+    Ok(())
 }
 
 /// Has the sockets of late sessions asked, in the background. Those of a cgroup wait for nobody else's.
@@ -357,6 +388,12 @@ fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
 }
 
 impl State {
+    /// Whether a connection of this rule that finds no place in the session map is reset.
+    pub(super) fn resets_untracked(&self, rule: u16) -> bool {
+        let rule = self.book.rule(rule);
+        self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
+    }
+
     fn way_to(&self, session: &Session, now_ns: u64) -> Way {
         let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
         let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
@@ -993,6 +1030,10 @@ impl State {
         self.tracker.rearm(cookie, at_ns + pause_ns);
         if !is_recorded {
             self.record(expired, at_ns, End::Failed(error));
+        }
+        if !self.tracker.contains(cookie) {
+            // It has no place in the session map: the next sync meets it again.
+            self.tracker.clear_phase(cookie);
         }
     }
 

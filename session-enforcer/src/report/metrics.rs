@@ -81,6 +81,8 @@ impl Repair {
 pub enum Untracked {
     /// The session map is full.
     MapFull,
+    /// The sessions of its rule have as many places as it allows them.
+    RuleFull,
     /// Its network namespace cannot be entered.
     Namespace,
 }
@@ -89,6 +91,7 @@ impl Untracked {
     const fn name(self) -> &'static str {
         match self {
             Self::MapFull => ErrorKind::MapFull.name(),
+            Self::RuleFull => ErrorKind::RuleFull.name(),
             Self::Namespace => "namespace",
         }
     }
@@ -145,7 +148,8 @@ pub struct Metrics {
     loaded: IntGauge,
     loaded_at: Gauge,
     daemon: Vec<DaemonCounts>,
-    untracked_by_daemon: u64,
+    map_full_by_daemon: u64,
+    rule_full_by_daemon: u64,
 }
 
 /// What the daemon itself did to the sessions of a rule.
@@ -309,7 +313,8 @@ impl Metrics {
                 )),
             )?,
             daemon: Vec::new(),
-            untracked_by_daemon: 0,
+            map_full_by_daemon: 0,
+            rule_full_by_daemon: 0,
             registry,
         };
         metrics.register_constants(map_capacity, version, kernel)?;
@@ -379,7 +384,11 @@ impl Metrics {
     /// Every series that can be known exists from the start, at zero: a rate needs a point before
     /// the first event.
     fn begin_series(&self) {
-        let causes = [ErrorKind::MapFull.name(), Untracked::Namespace.name()];
+        let causes = [
+            Untracked::MapFull.name(),
+            Untracked::RuleFull.name(),
+            Untracked::Namespace.name(),
+        ];
         for cause in causes.into_iter().chain(FORMER_CAUSES) {
             self.untracked.with_label_values(&[cause]);
         }
@@ -405,6 +414,7 @@ impl Metrics {
             Reason::ResponseTimeout,
             Reason::HalfClosedTimeout,
             Reason::Policy,
+            Reason::Untracked,
         ] {
             for outcome in outcomes {
                 let labels = [rule, reason_name(reason), mode_name(mode), outcome.name()];
@@ -471,7 +481,8 @@ impl Metrics {
     pub fn untracked(&mut self, cause: Untracked) {
         match cause {
             // The same series takes the kernel's count: `render` adds them.
-            Untracked::MapFull => self.untracked_by_daemon += 1,
+            Untracked::MapFull => self.map_full_by_daemon += 1,
+            Untracked::RuleFull => self.rule_full_by_daemon += 1,
             Untracked::Namespace => self.untracked.with_label_values(&[cause.name()]).inc(),
         }
     }
@@ -534,8 +545,12 @@ impl Metrics {
 
     fn take_in_error(&self, kind: ErrorKind, count: u64) {
         match kind {
-            ErrorKind::MapFull => {
-                let all = count + self.untracked_by_daemon;
+            ErrorKind::MapFull | ErrorKind::RuleFull => {
+                let by_daemon = match kind {
+                    ErrorKind::MapFull => self.map_full_by_daemon,
+                    _ => self.rule_full_by_daemon,
+                };
+                let all = count + by_daemon;
                 raise(&self.untracked.with_label_values(&[kind.name()]), all);
             }
             ErrorKind::EventLost => raise(&self.events_lost, count),
@@ -856,7 +871,11 @@ mod tests {
 
     #[test]
     fn the_page_has_each_value_of_the_labels() {
-        let own = [ErrorKind::MapFull, ErrorKind::EventLost];
+        let own = [
+            ErrorKind::MapFull,
+            ErrorKind::RuleFull,
+            ErrorKind::EventLost,
+        ];
         let errors = ErrorKind::ALL.iter().filter(|kind| !own.contains(kind));
         let rows = Repair::ALL.map(Repair::name).into_iter();
         for name in rows.chain(errors.map(|kind| kind.name())) {
@@ -869,7 +888,12 @@ mod tests {
             Outcome::Observed,
         ];
         let ways = Way::ALL.map(Way::name).into_iter();
-        let causes = [Untracked::MapFull, Untracked::Namespace].map(Untracked::name);
+        let causes = [
+            Untracked::MapFull,
+            Untracked::RuleFull,
+            Untracked::Namespace,
+        ]
+        .map(Untracked::name);
         let words = outcomes.map(Outcome::name).into_iter().chain(ways);
         for word in words.chain(causes).chain(FORMER_CAUSES) {
             assert!(PAGE.contains(&format!("`{word}`")), "{word}");

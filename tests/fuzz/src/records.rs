@@ -112,6 +112,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
             Reason::ResponseTimeout,
             Reason::HalfClosedTimeout,
             Reason::Policy,
+            Reason::Untracked,
         ]),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),
         end: bytes.choice([

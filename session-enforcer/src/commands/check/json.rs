@@ -8,7 +8,7 @@ use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange}
 use super::action_words;
 use crate::config::{
     Action, AuditTarget, Config, ConfigError, ConfigErrors, Location, Mode, NetworkNamespaces,
-    Owners, Rule, User, format_duration,
+    OnFull, Owners, Rule, User, format_duration,
 };
 
 /// The whole report. Of a wrong file, only what is wrong.
@@ -71,6 +71,10 @@ fn daemon(config: &Config) -> Value {
             Mode::Observe => "observe",
         },
         "max_sessions": config.max_sessions,
+        "on_full": match config.on_full {
+            OnFull::Leave => "leave",
+            OnFull::Reset => "reset",
+        },
         "pin_dir": config.pin_dir.as_deref().map_or_else(String::new, text),
         "network_namespaces": match config.network_namespaces {
             NetworkNamespaces::All => "all",
@@ -112,6 +116,7 @@ fn rule(config: &Config, rule: &Rule) -> Value {
         "half_closed_timeout": rule.half_closed_timeout.map(format_duration),
         "min_payload": rule.min_payload,
         "min_answer": rule.min_answer,
+        "max_sessions": rule.max_sessions,
         "words": format!("connections {}", action_words(config, rule)),
     })
 }

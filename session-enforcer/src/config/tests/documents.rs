@@ -183,6 +183,11 @@ fn the_reference_has_the_bounds_and_defaults_of_the_code() {
             format!("1 to {MAX_MIN_ANSWER}"),
             format!("`{DEFAULT_MIN_ANSWER}`"),
         ),
+        (
+            "rule.max_sessions",
+            format!("0 to {MAX_MAX_SESSIONS}"),
+            "`0`".to_owned(),
+        ),
     ] {
         assert_eq!(reference[key][..2], [&allowed[..], &default[..]], "{key}");
     }

@@ -11,6 +11,7 @@ fn every_key_of_the_contract_that_this_version_knows_is_read() {
 cgroup = "/sys/fs/cgroup"
 mode = "observe"
 max_sessions = 1_000
+on_full = "reset"
 pin_dir = '/sys/fs/bpf/web'
 network_namespaces = "own"
 reconcile_interval = "5m"
@@ -40,6 +41,7 @@ response_timeout = "1h"
 half_closed_timeout = "1m"
 min_payload = 16
 min_answer = 1024
+max_sessions = 500
 "#;
     let config = Config::parse("x.toml", text).unwrap();
     let range = |first, last| PortRange { first, last };
@@ -52,6 +54,7 @@ min_answer = 1024
         cgroup: Some("/sys/fs/cgroup".into()),
         mode: Mode::Observe,
         max_sessions: 1000,
+        on_full: OnFull::Reset,
         pin_dir: Some("/sys/fs/bpf/web".into()),
         network_namespaces: NetworkNamespaces::Own,
         reconcile_interval: Duration::from_secs(300),
@@ -76,6 +79,7 @@ min_answer = 1024
             half_closed_timeout: Some(Duration::from_secs(60)),
             min_payload: 16,
             min_answer: 1024,
+            max_sessions: 500,
         }],
         users_at: vec![Some(Location {
             file: "x.toml".into(),
@@ -102,6 +106,7 @@ fn what_is_not_said_has_its_default() {
         cgroup: None,
         mode: Mode::Enforce,
         max_sessions: 262_144,
+        on_full: OnFull::Leave,
         pin_dir: Some("/sys/fs/bpf/session-enforcer".into()),
         network_namespaces: NetworkNamespaces::All,
         reconcile_interval: Duration::from_secs(900),
@@ -160,7 +165,7 @@ fn an_unknown_key_gets_a_suggestion() {
              \"direction\", \"local_ports\", \"remote_ports\", \"local\", \"remote\", \
              \"cgroups\", \"users\", \"action\", \"idle_timeout\", \"max_lifetime\", \
              \"lifetime_jitter\", \"activity\", \"response_timeout\", \"half_closed_timeout\", \
-             \"min_payload\", \"min_answer\"",
+             \"min_payload\", \"min_answer\", \"max_sessions\"",
         ),
         (
             "\"a\\nb\" = 1\n",

@@ -370,7 +370,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         generation: 0,
         min_payload: 1400,
         min_answer: 1 << 20,
-        unused: 0,
+        max_sessions: 0,
         activity: 2,
         gate: 0,
         jitter_key: 0,
@@ -412,6 +412,12 @@ fn a_key_that_would_have_no_effect_or_too_much_is_pointed_at() {
             idle,
             "min_answer = 2",
             "has no effect without response_timeout; add it, or remove this".to_owned(),
+        ),
+        (
+            "response_timeout = '5s'",
+            "max_sessions = 16777217",
+            "found the number 16777217; allowed: a number from 1 to 16777216, or 0 for no limit"
+                .to_owned(),
         ),
         (
             "response_timeout = '5s'",

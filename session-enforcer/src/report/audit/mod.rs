@@ -85,6 +85,7 @@ pub const fn reason_name(reason: Reason) -> &'static str {
         Reason::ResponseTimeout => "response_timeout",
         Reason::HalfClosedTimeout => "half_closed_timeout",
         Reason::Policy => "policy",
+        Reason::Untracked => "untracked",
     }
 }
 
