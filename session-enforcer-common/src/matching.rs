@@ -324,7 +324,7 @@ mod tests {
         assert_eq!(Table::shares(3, 160), (6, 12));
         // Too few to divide.
         assert_eq!(Table::shares(3, 16), (0, 0));
-        for rules in 1..=MAX_RULES {
+        for rules in 1..=crate::MAX_RULES {
             let (share, reserve) = Table::shares(rules, 262_144);
             assert!(reserve + share <= 262_144 / 8 && (rules == 1) == (reserve == 0));
         }

@@ -114,7 +114,14 @@ pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
     for word in (CHOICE + 1..WORDS).chain(0..CHOICE) {
         change(record, before, session, word);
     }
-    choose_anew(record, place, cookie, session)
+    if choose_anew(record, place, cookie, session) {
+        return true;
+    }
+    // It has ended meanwhile. The record may be another session's by now, which gets back what it had.
+    for word in (CHOICE + 1..WORDS).chain(0..CHOICE) {
+        change(record, session, before, word);
+    }
+    false
 }
 
 /// Puts a word of `after` where that of `before` is.

@@ -188,7 +188,9 @@ impl Book {
     fn put_and_narrow(&self, kernel: &mut Kernel, random: &mut Random) -> Result<()> {
         kernel.put_policy(self.generation, &self.entries, &self.policies)?;
         if random.once_in(2) {
-            kernel.narrow_ports()?;
+            let mut narrowing = kernel.begin_narrowing();
+            kernel.keep_ports(&mut narrowing, &kernel.cookies()?)?;
+            kernel.narrow_ports(&narrowing)?;
         }
         Ok(())
     }

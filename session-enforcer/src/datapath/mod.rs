@@ -40,6 +40,7 @@ pub use inherit::Inherited;
 pub use journal::{Journal, Place};
 pub use pin_error::PinError;
 pub use pins::PinDir;
+pub use port_filter::Narrowing;
 
 use attach::Attached;
 use inherit::Pins;
@@ -110,6 +111,8 @@ pub struct Kernel {
     active: u32,
     /// Number of places of rules that are in use.
     places: u32,
+    /// Policies that have come into force.
+    policies_put: u64,
 }
 
 impl Kernel {
@@ -178,6 +181,7 @@ impl Kernel {
             journal: take_journal(&mut ebpf)?,
             active: 0,
             places: 0,
+            policies_put: 0,
             ebpf,
             options,
             attached: Vec::new(),
@@ -211,6 +215,7 @@ impl Kernel {
             .filter(|places| *places <= MAX_RULES)
             .ok_or(BpfError::TooManyRules(policies.len()))?;
         let next = (self.active + 1) % Table::COUNT;
+        self.policies_put += 1;
         self.ports.announce(next, entries)?;
         for (index, entry) in (next * MAX_MATCH_ENTRIES..).zip(entries) {
             let entries = &mut self.match_entries;

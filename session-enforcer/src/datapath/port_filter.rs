@@ -1,7 +1,7 @@
 //! The filters by which the programs leave alone what no rule can be about (`PORTS` of the programs).
 
 use aya::maps::{Array, MapData};
-use session_enforcer_common::{MatchEntry, PortFilter, PortFilters, table::MAX_REQUESTS};
+use session_enforcer_common::{MatchEntry, PortFilter, PortFilters};
 
 use super::{BpfError, Kernel, map_error};
 
@@ -39,25 +39,51 @@ impl Ports {
     }
 }
 
+/// A filter for packets in the making.
+pub struct Narrowing {
+    filter: Box<PortFilter>,
+    /// The policy that it is of.
+    policy: u64,
+}
+
 impl Kernel {
-    /// Has the programs leave packets alone that no rule in force can be about, once it was decided
-    /// about the sessions of the policy before. Those that are still in the map although none can be
-    /// about them, since it could not be found out whose they are, are seen on: a session whose
-    /// packets were not seen would seem to be idle.
+    /// Begins a filter for packets that no rule in force can be about.
+    pub fn begin_narrowing(&self) -> Narrowing {
+        Narrowing {
+            filter: Box::new(self.ports.filters.of_tables[self.active as usize]),
+            policy: self.policies_put,
+        }
+    }
+
+    /// Has it say yes for sessions that are in the map although no rule can be about them, since it could not be found
+    /// out whose they are: one whose packets were not seen would seem to be idle.
     ///
     /// # Errors
     ///
-    /// Where a map cannot be read or written; the programs see every packet then.
-    pub fn narrow_ports(&mut self) -> Result<(), BpfError> {
-        let mut filter = self.ports.filters.of_tables[self.active as usize];
-        for cookies in self.cookies()?.chunks(MAX_REQUESTS as usize) {
-            for session in self.sessions(cookies)?.into_iter().flatten() {
-                if !filter.may_match(session.local_port, session.remote_port) {
-                    filter.add_local(session.local_port);
-                }
+    /// Where the map cannot be read.
+    pub fn keep_ports(&self, narrowing: &mut Narrowing, cookies: &[u64]) -> Result<(), BpfError> {
+        let filter = &mut narrowing.filter;
+        for session in self.sessions(cookies)?.into_iter().flatten() {
+            if !filter.may_match(session.local_port, session.remote_port) {
+                filter.add_local(session.local_port);
             }
         }
-        self.ports.filters.of_packets = filter;
+        Ok(())
+    }
+
+    /// Has the programs leave packets alone that no rule in force can be about, once it was decided
+    /// about the sessions of the policy before. Those that are still in the map although none can be
+    /// about them must be [kept](Self::keep_ports). Nothing where another policy has come into force since
+    /// the filter was begun: that has its own.
+    ///
+    /// # Errors
+    ///
+    /// Where a map cannot be written; the programs see every packet then.
+    pub fn narrow_ports(&mut self, narrowing: &Narrowing) -> Result<(), BpfError> {
+        if narrowing.policy != self.policies_put {
+            return Ok(());
+        }
+        self.ports.filters.of_packets = *narrowing.filter;
         self.ports.write()
     }
 }

@@ -512,7 +512,7 @@ async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) 
             .put_policy(state.book.generation, entries, &policies)?;
     }
     let redecided = reload::redecide_below(context, come).await?;
-    context.state().kernel.narrow_ports()?;
+    reload::narrow_ports(context).await?;
     let aim = sync::Aim {
         adopts: true,
         ..sync::Aim::default()

@@ -93,12 +93,28 @@ pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Res
         state.change = Some(Change { before, at_ns });
     }
     let redecided = redecide(context).await;
-    let mut state = context.state();
-    state.change = None;
-    state.kernel.narrow_ports()?;
-    drop(state);
+    context.state().change = None;
+    narrow_ports(context).await?;
     context.wake.notify_one();
     redecided
+}
+
+/// Has the programs leave packets alone that no rule in force can be about, once it was decided about the sessions of
+/// the policy before.
+///
+/// # Errors
+///
+/// Where a map cannot be read or written.
+pub(super) async fn narrow_ports(context: &Rc<Context>) -> Result<()> {
+    let (mut narrowing, cookies) = {
+        let state = context.state();
+        (state.kernel.begin_narrowing(), state.kernel.cookies()?)
+    };
+    for some in cookies.chunks(MAX_BATCH) {
+        context.state().kernel.keep_ports(&mut narrowing, some)?;
+        tokio::task::yield_now().await;
+    }
+    Ok(context.state().kernel.narrow_ports(&narrowing)?)
 }
 
 /// Adopts the connections that no rule matched before the policy changed. Those that are past a

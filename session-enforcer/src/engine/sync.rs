@@ -40,6 +40,9 @@ use crate::{
 /// Sessions that were put into the map and are not confirmed yet. Each confirmation waits for some 10 ms.
 const MAX_UNCONFIRMED: usize = 16_384;
 
+/// Sessions that are noted at a time, between which what is due has its turn.
+const AT_ONCE: usize = 4_096;
+
 /// For how long a reaper may list without a word: first it may look at every descriptor of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -119,14 +122,25 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
     let number = context.syncs.get() + 1;
     context.syncs.set(number);
     context.read_events()?;
-    let mut sync = {
+    let scheduled: Vec<(u64, u64)> = {
         let mut state = context.state();
         state.backlog.begin();
         state.note_backlog();
-        let mut unseen: HashMap<u64, HashSet<u64>> = HashMap::new();
-        for (cookie, group) in state.tracker.sessions() {
-            unseen.entry(group.netns_cookie).or_default().insert(cookie);
+        let sessions = state.tracker.sessions();
+        sessions
+            .map(|(cookie, group)| (group.netns_cookie, cookie))
+            .collect()
+    };
+    let mut unseen: HashMap<u64, HashSet<u64>> = HashMap::new();
+    for some in scheduled.chunks(AT_ONCE) {
+        for (netns_cookie, cookie) in some {
+            unseen.entry(*netns_cookie).or_default().insert(*cookie);
         }
+        tokio::task::yield_now().await;
+    }
+    drop(scheduled);
+    let mut sync = {
+        let state = context.state();
         Sync {
             context,
             aim,

@@ -10,6 +10,7 @@ use super::{
     context::Context,
     journal,
     owner::MAX_COMPARISONS,
+    reload,
     state::State,
     sync::{Aim, sync},
 };
@@ -45,6 +46,8 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         // Nothing was attached since the earlier daemon ended: no packet is to meet a session with the
         // stamps of that time.
         catch_up(context).await?;
+        // What passes from now on until the attachment is not stamped: the gate must not judge by that.
+        context.state().put_gates(false)?;
     }
     {
         let mut state = context.state();
@@ -63,6 +66,7 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
                 break;
             }
         }
+        context.state().put_gates(true)?;
     }
     // Without those that had ended.
     let taken_over = {
@@ -109,14 +113,24 @@ pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
         ..Aim::default()
     };
     let adopted = sync(context, aim).await?.adopted;
+    context.state().kernel.commit()?;
+    reload::narrow_ports(context).await?;
     let mut state = context.state();
-    state.kernel.commit()?;
-    state.kernel.narrow_ports()?;
     state.records.health.set(Trouble::NotAdopted, None);
     Ok(adopted)
 }
 
 impl State {
+    /// Puts the policy in force into force again, with gates or without.
+    fn put_gates(&mut self, stand: bool) -> Result<()> {
+        let mut policies = self.book.policies();
+        if !stand {
+            policies.iter_mut().for_each(|policy| policy.gate = 0);
+        }
+        let (generation, entries) = (self.book.generation, &self.book.entries);
+        Ok(self.kernel.put_policy(generation, entries, &policies)?)
+    }
+
     /// Schedules every session in the map; what no rule matches any more is let go.
     fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<()> {
         for cookie in self.kernel.cookies()? {

@@ -61,6 +61,9 @@ const FORBIDDEN_TO_ENGINE: [i64; 6] = [
     libc::SYS_setns,
 ];
 
+/// A tenth of the weight of an ordinary process (`sched_prio_to_weight`).
+const NICE: i32 = 10;
+
 /// What only the engine does.
 const FORBIDDEN_TO_REAPER: [i64; 3] = [libc::SYS_bpf, libc::SYS_execve, libc::SYS_execveat];
 
@@ -93,6 +96,13 @@ pub fn confine_reaper() -> Result<()> {
     caps::clear(None, CapSet::Ambient).context("PR_CAP_AMBIENT_CLEAR_ALL")?;
     caps::clear(None, CapSet::Inheritable).context("capset")?;
     forbid(&FORBIDDEN_TO_REAPER)
+}
+
+/// Has the calling thread give way to others that want its processor. There is no way back without a privilege that it
+/// does not have (`CAP_SYS_NICE`).
+pub fn give_way() {
+    // SAFETY: numbers only. To be nicer is always allowed.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }
 
 /// Leaves the calling thread, which starts reapers, what they need, so that they get it whoever's the

@@ -118,6 +118,8 @@ struct Inner {
     /// Requests that wait for a reaper.
     waiting: Cell<usize>,
     started: Cell<u64>,
+    /// Ended after a long request.
+    spent: Cell<u64>,
     arrived: Notify,
 }
 
@@ -171,6 +173,7 @@ impl Pool {
             stuck: Cell::new(0),
             waiting: Cell::new(0),
             started: Cell::new(0),
+            spent: Cell::new(0),
             arrived: Notify::new(),
         }));
         pool.start_spares();
@@ -185,7 +188,10 @@ impl Pool {
             idle: inner.idle.borrow().len(),
             busy: inner.busy.get() - inner.stuck.get(),
             stuck: inner.stuck.get(),
-            restarts: inner.started.get().saturating_sub(SPARES as u64),
+            restarts: inner
+                .started
+                .get()
+                .saturating_sub(SPARES as u64 + inner.spent.get()),
         }
     }
 
@@ -286,6 +292,7 @@ impl Pool {
                 pool: self.clone(),
                 reaper: Some(reaper),
                 progress: Progress::UnderWay,
+                is_long: request.is_long(),
                 is_left_behind: false,
                 is_stuck: false,
                 claimed_before: 0,
@@ -354,6 +361,8 @@ pub struct Exchange {
     /// There until this is dropped.
     reaper: Option<Reaper>,
     progress: Progress,
+    /// Whether the reaper has given way to others, which it cannot take back.
+    is_long: bool,
     is_left_behind: bool,
     is_stuck: bool,
     /// Sockets that were claimed when it was last looked.
@@ -472,8 +481,11 @@ impl Drop for Exchange {
             left.set(left.get() - 1);
         }
         let reaper = self.reaper.take();
-        if let Some(reaper) = reaper.filter(|_| self.progress == Progress::Done) {
+        let reaper = reaper.filter(|_| self.progress == Progress::Done);
+        if let (Some(reaper), false) = (reaper, self.is_long) {
             self.pool.give_back(reaper);
+        } else if self.progress == Progress::Done {
+            self.pool.0.spent.set(self.pool.0.spent.get() + 1);
         }
         self.pool.start_spares();
     }

@@ -182,6 +182,22 @@ pub enum Request {
     Probe,
 }
 
+impl Request {
+    /// Whether it takes as long as the host is large. A reaper gives way to all others with such a request, and has no
+    /// other one after it.
+    pub const fn is_long(&self) -> bool {
+        matches!(
+            self,
+            Self::Survey { .. }
+                | Self::Search { .. }
+                | Self::Owners {
+                    everywhere: true,
+                    ..
+                }
+        )
+    }
+}
+
 /// A process that holds a socket, and its descriptor of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {

@@ -117,6 +117,9 @@ impl Worker {
                     Err(_) => return ExitCode::FAILURE,
                 },
             };
+            if request.is_long() {
+                privilege::give_way();
+            }
             let began_ns = processor_ns();
             let error = match self.perform(request, lent) {
                 Ok(()) => None,
