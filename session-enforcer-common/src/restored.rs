@@ -39,13 +39,14 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    /// Those of a session.
+    /// Those of a session. What nobody has seen its socket take or send before it closed counts: a connection is not
+    /// cut for payload that no packet can confirm any more.
     #[inline(always)]
     pub const fn of(session: &Session) -> Self {
         Self {
             established_ns: session.established_ns,
-            last_received_ns: session.last_received_ns,
-            last_sent_ns: session.last_sent_ns,
+            last_received_ns: later(session.last_received_ns, session.came_ns),
+            last_sent_ns: later(session.last_sent_ns, session.went_ns),
             answered_ns: session.answered_ns,
             half_closed_ns: session.half_closed_ns,
             direction: session.direction as u64,
@@ -64,7 +65,52 @@ impl Clocks {
     }
 }
 
+const fn later(a: u64, b: u64) -> u64 {
+    if a > b { a } else { b }
+}
+
 const _: () = {
     assert!(size_of::<Ends>() == 36 && align_of::<Ends>() == 4);
     assert!(size_of::<Clocks>() == 48);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::tests_support::session;
+
+    #[test]
+    fn a_connection_goes_on_with_its_clocks_and_with_what_was_waited_for() {
+        let before = Session {
+            half_closed_ns: 25,
+            direction: 2,
+            ..session(10, 20, 30)
+        };
+        let inherited = |before: &Session| {
+            let mut after = session(90, 90, 90);
+            Clocks::of(before).give_to(&mut after);
+            after
+        };
+        let after = inherited(&before);
+        assert_eq!(after.established_ns, 10);
+        assert_eq!((after.last_received_ns, after.last_sent_ns), (20, 30));
+        assert_eq!((after.answered_ns, after.half_closed_ns), (10, 25));
+        assert_eq!(after.direction, 2);
+        // Payload came and left that no packet has shown to be taken and sent.
+        let (came_ns, went_ns) = (40, 50);
+        let waiting = Session {
+            came_ns,
+            went_ns,
+            ..before
+        };
+        let after = inherited(&waiting);
+        assert_eq!((after.last_received_ns, after.last_sent_ns), (40, 50));
+        // What was waited for before counts no less than what has passed since.
+        let stale = Session {
+            came_ns: 5,
+            went_ns: 6,
+            ..before
+        };
+        assert_eq!(inherited(&stale), inherited(&before));
+    }
+}

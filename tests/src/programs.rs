@@ -96,8 +96,27 @@ pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
 ///
 /// Where the kernel refuses.
 pub fn drop_packets(cgroup: &Cgroup, way: Way) -> Result<OtherProgram> {
-    // return 0
-    let instructions = [instruction(0xb7, 0x00, 0, 0), instruction(0x95, 0, 0, 0)];
+    drop_packets_longer_than(cgroup, way, -1)
+}
+
+/// The same for packets of more bytes than that, network header and all.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub(crate) fn drop_packets_longer_than(
+    cgroup: &Cgroup,
+    way: Way,
+    bytes: i32,
+) -> Result<OtherProgram> {
+    // r2 = skb->len; r0 = 1; if (s32)r2 <= bytes return r0; return 0
+    let instructions = [
+        instruction(0x61, 0x12, 0, 0),
+        instruction(0xb7, 0x00, 0, 1),
+        instruction(0xd6, 0x02, 1, bytes),
+        instruction(0xb7, 0x00, 0, 0),
+        instruction(0x95, 0, 0, 0),
+    ];
     let mut load = ProgLoad {
         prog_type: BPF_PROG_TYPE_CGROUP_SKB,
         insn_cnt: instructions.len() as u32,

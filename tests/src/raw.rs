@@ -96,7 +96,10 @@ impl RawTcp {
 fn ipv4(address: SocketAddr) -> Result<SocketAddrV4> {
     match address {
         SocketAddr::V4(v4) => Ok(v4),
-        SocketAddr::V6(_) => bail!("{address} is not IPv4"),
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => Ok(SocketAddrV4::new(v4, v6.port())),
+            None => bail!("{address} is not IPv4"),
+        },
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where the connections of a run are: namespaces, processes in the cgroup and beside it, listeners.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
     os::fd::AsRawFd as _,
 };
 
@@ -16,6 +16,7 @@ use crate::{
     agent::Agent,
     lab::Lab,
     netns::{Netns, Veth},
+    raw::{RawTcp, Sequence},
     tcp::{Listener, Pair},
 };
 
@@ -36,6 +37,8 @@ pub(super) struct Field {
     listeners: Vec<[Listener; 2]>,
     /// In the listeners' namespace and in the other, not below the cgroup and below it.
     dialers: [[Agent; 2]; 2],
+    /// In both namespaces.
+    spoofers: [RawTcp; 2],
     next_port: u16,
     _servers: [Agent; 2],
     _netns: [Netns; 2],
@@ -57,9 +60,11 @@ impl Field {
                 servers[1].listen(any(inside))?,
             ])
         };
+        let dialers = [both(&netns[0])?, both(&netns[1])?];
         Ok(Self {
             listeners: (0..PORTS).map(listen).collect::<Result<_>>()?,
-            dialers: [both(&netns[0])?, both(&netns[1])?],
+            spoofers: [RawTcp::new(&dialers[0][0])?, RawTcp::new(&dialers[1][0])?],
+            dialers,
             next_port: DIALLING.start,
             _servers: servers,
             _netns: netns,
@@ -83,6 +88,27 @@ impl Field {
         bind(socket.as_raw_fd(), &SockaddrStorage::from(from))
             .with_context(|| format!("binding to {from}"))?;
         Pair::dial(socket, listener, to)
+    }
+}
+
+impl Field {
+    /// Sends a segment that seems to come from an end, and from where it is, to the other. Over IPv6 nothing.
+    pub(super) fn spoof(
+        &self,
+        opening: &Opening,
+        end: End,
+        from: &TcpStream,
+        [to_send, to_receive]: [u32; 2],
+    ) -> Result<()> {
+        if !opening.is_ipv4 {
+            return Ok(());
+        }
+        let is_there = opening.far && end == End::Client;
+        let at = Sequence {
+            to_send,
+            to_receive,
+        };
+        self.spoofers[usize::from(is_there)].send(from, at, b"forged")
     }
 }
 

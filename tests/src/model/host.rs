@@ -11,6 +11,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use session_enforcer_common::Way;
 
 use super::{
     book::Book,
@@ -25,11 +26,15 @@ use crate::{
     lab::Lab,
     metrics::Metrics,
     pace::patience,
+    programs::drop_packets_longer_than,
     random::Random,
 };
 
 /// The counter of the sessions that reached a limit.
 pub(super) const TERMINATIONS: &str = "session_enforcer_terminations_total";
+
+/// More than headers are, with a few bytes of payload.
+const LITTLE: i32 = 150;
 
 /// One daemon, from its start to its end.
 pub(super) struct Life {
@@ -109,7 +114,15 @@ impl<'a> Host<'a> {
                 frozen,
             } => self.kill_reapers(which, times, pause, frozen),
             Blow::StopReapers(which) => self.stop_reapers(which),
+            Blow::Drop(way, time) => self.drop_packets(way, time),
         }
+    }
+
+    /// What is dropped comes later: the kernel sends it again.
+    fn drop_packets(&self, way: Way, time: Duration) -> Result<()> {
+        let _dropping = drop_packets_longer_than(&self.lab.cgroup, way, LITTLE)?;
+        thread::sleep(time);
+        Ok(())
     }
 
     fn freeze(&mut self, time: Duration) -> Result<()> {

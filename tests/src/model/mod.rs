@@ -1,8 +1,9 @@
 //! A run of random operations on real sockets, and a model that says what must become of each session.
 //!
 //! The plan is made from a seed alone ([`plan`]): connections are opened, talk, are half closed,
-//! closed, aborted and locked, while the daemon is frozen, killed and started anew, and given other policies,
-//! good and bad, and its reapers are killed and stopped. What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
+//! closed, aborted and locked, and get forged segments, while the daemon is frozen, killed and started anew, and given other policies,
+//! good and bad, its reapers are killed and stopped, and packets are dropped.
+//! What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
 //! model works out what the clocks of every session showed ([`replay`]), and each connection, record
 //! and counter is held to it ([`check`]).
 //!
@@ -88,6 +89,7 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     traffic.pass_a_byte()?;
     host.finish()?;
     let finished = start.at.elapsed();
+    let spoofed = traffic.spoofed;
     let connections = traffic.finish()?;
     let mut report = Seen {
         start,
@@ -109,7 +111,7 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
         host.timeline
     );
     ensure!(report.is_mixed(), "too little happened: {report}");
-    Ok((done, report.to_string()))
+    Ok((done, format!("{report}; {spoofed} forged segments")))
 }
 
 /// The operations on the connections. All of them are tried whenever the alarm is set, until the daemon
@@ -188,7 +190,16 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
             .count()
     };
     let tracked: usize = open.iter().map(tracked).sum();
-    daemon.wait_for_metric("session_enforcer_map_entries", &[], tracked as f64)?;
+    if let Err(e) = daemon.wait_for_metric("session_enforcer_map_entries", &[], tracked as f64) {
+        let log = daemon.reload(&book.toml(field::port_numbers))?;
+        let log: Vec<&str> = log.lines().rev().take(3).collect();
+        let m = daemon.metrics()?;
+        anyhow::bail!(
+            "{e:#} DEBUG {log:?} sessions {:?} entries {:?}",
+            m.get("session_enforcer_sessions", &[]),
+            m.get("session_enforcer_map_entries", &[])
+        );
+    }
     daemon.wait_for_metric("session_enforcer_sessions", &[], tracked as f64)?;
     // Nothing hangs any more, and who stood still was left behind.
     for state in ["busy", "stuck"] {

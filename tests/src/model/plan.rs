@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use session_enforcer_common::Way;
+
 use super::book::{Book, End, PORTS};
 use crate::random::Random;
 
@@ -41,6 +43,9 @@ pub(super) enum Act {
     Abort(End),
     /// Its process keeps it locked for so long.
     Lock(End, Duration),
+    /// Somebody who does not see its packets sends it a segment with these sequence numbers, which seems to be the
+    /// peer's.
+    Spoof(End, [u32; 2]),
 }
 
 impl Operation {
@@ -82,6 +87,12 @@ impl Act {
         let end = random.one_of(&End::BOTH);
         if random.once_in(60) {
             return Self::Lock(end, Duration::from_millis(300 + random.below(1_200)));
+        }
+        if random.once_in(40) {
+            return Self::Spoof(
+                end,
+                [random.below(1 << 32) as u32, random.below(1 << 32) as u32],
+            );
         }
         match random.below(100) {
             0..4 => Self::Finish(end),
@@ -125,6 +136,8 @@ pub(super) enum Blow {
     },
     /// Reapers stand still from now on.
     StopReapers(Which),
+    /// Another program drops packets with more than a little payload for so long, behind the daemon's.
+    Drop(Way, Duration),
 }
 
 /// Which of the reapers something happens to.
@@ -165,7 +178,8 @@ impl Blow {
             1 => 6,
             2 => 20,
             3 => 26,
-            _ => random.below(30),
+            4 => 30,
+            _ => random.below(34),
         };
         let blow = match kind {
             0..6 => Self::Freeze(long),
@@ -188,7 +202,8 @@ impl Blow {
                 pause: Duration::from_micros(pause_us),
                 frozen: random.once_in(2).then_some(long),
             },
-            _ => Self::StopReapers(Which::random(random)),
+            26..30 => Self::StopReapers(Which::random(random)),
+            _ => Self::Drop(random.one_of(&Way::ALL), pause / 3),
         };
         (pause, blow)
     }

@@ -379,6 +379,7 @@ fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
             format!("kill reapers {of_all} {}", frozen.is_some())
         }
         Blow::StopReapers(which) => format!("stop reapers {}", *which == Which::All),
+        Blow::Drop(way, _) => format!("drop {}", way.name()),
     };
     let mut kinds = Vec::new();
     for seed in SEEDS {

@@ -44,6 +44,7 @@ const MOST_LOCKED: usize = 2;
 /// A connection and its sockets.
 struct Live {
     history: Connection,
+    opening: Opening,
     /// None where it was closed, or has ended.
     sockets: [Option<TcpStream>; 2],
     /// Whether both directions are shut here, and a FIN is still on its way: poll(2) says so all the
@@ -79,6 +80,8 @@ pub(super) struct Traffic {
     /// When all that had not ended was looked at last.
     looked: Duration,
     pub(super) operations: usize,
+    /// Forged segments that were sent.
+    pub(super) spoofed: usize,
 }
 
 impl Traffic {
@@ -92,6 +95,7 @@ impl Traffic {
             held: Vec::new(),
             looked: start.elapsed(),
             operations: 0,
+            spoofed: 0,
         }
     }
 
@@ -103,6 +107,15 @@ impl Traffic {
             (None, _) if is_held => {}
             (None, _) => self.open(operation.slot, &operation.opening)?,
             (Some(live), Act::Lock(end, time)) => self.lock(operation.slot, live, end, time)?,
+            (Some(live), Act::Spoof(end, numbers)) => {
+                if let [Some(_), Some(_)] = &live.sockets
+                    && let Some(from) = &live.sockets[end.peer() as usize]
+                {
+                    self.field.spoof(&live.opening, end.peer(), from, numbers)?;
+                    self.spoofed += 1;
+                }
+                self.put(operation.slot, live);
+            }
             (Some(mut live), _) => {
                 live.act(operation.action, self.start, self.looked)?;
                 self.put(operation.slot, live);
@@ -136,6 +149,7 @@ impl Traffic {
         pair.client.set_nonblocking(true)?;
         pair.server.set_nonblocking(true)?;
         self.slots[slot] = Some(Live {
+            opening: *opening,
             history: Connection {
                 port: opening.port,
                 inside: opening.inside,
@@ -302,8 +316,8 @@ impl Live {
             Act::Finish(end) => self.shut(end),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
-            // The traffic does that, which keeps it then.
-            Act::Lock(..) => Ok(()),
+            // The traffic does that.
+            Act::Lock(..) | Act::Spoof(..) => Ok(()),
         }
     }
 
