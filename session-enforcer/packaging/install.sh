@@ -11,6 +11,8 @@ cd "$(dirname "$0")"
 prefix=${PREFIX:-/usr/local}
 root=${DESTDIR:-}
 unit=$root/etc/systemd/system/session-enforcer.service
+# journald looks nowhere else below /usr/local.
+catalog=/usr/local/lib/systemd/catalog/session-enforcer.catalog
 
 fail() {
     echo "install.sh: $1" >&2
@@ -34,11 +36,14 @@ uninstall() {
         rm -f "$root$prefix/share/man/man1/${page#man/}" "$root$prefix/share/man/man5/${page#man/}"
     done
     rm -f "$root$prefix/bin/session-enforcer" "$unit" \
-        "$root/etc/logrotate.d/session-enforcer" \
+        "$root/etc/logrotate.d/session-enforcer" "$root$catalog" \
         "$root$prefix/share/bash-completion/completions/session-enforcer" \
         "$root$prefix/share/zsh/site-functions/_session-enforcer" \
         "$root$prefix/share/fish/vendor_completions.d/session-enforcer.fish"
-    if has_systemd; then systemctl daemon-reload; fi
+    if has_systemd; then
+        systemctl daemon-reload
+        journalctl --update-catalog
+    fi
     echo "removed; /etc/session-enforcer, /var/log/session-enforcer and the user stay"
 }
 
@@ -74,6 +79,7 @@ place completions/_session-enforcer 644 "$prefix/share/zsh/site-functions/_sessi
 place completions/session-enforcer.fish 644 \
     "$prefix/share/fish/vendor_completions.d/session-enforcer.fish"
 place session-enforcer.logrotate 644 /etc/logrotate.d/session-enforcer
+place session-enforcer.catalog 644 "$catalog"
 mkdir -p "$(dirname "$unit")"
 sed "s|/usr/bin/session-enforcer|$prefix/bin/session-enforcer|" session-enforcer.service >"$unit"
 chmod 644 "$unit"
@@ -84,6 +90,7 @@ fi
 if [ -z "$root" ]; then make_user; fi
 if has_systemd; then
     systemctl daemon-reload
+    journalctl --update-catalog
     # The new daemon takes over the sessions of the one before.
     systemctl try-restart session-enforcer.service
     echo "installed; start it with: systemctl enable --now session-enforcer"

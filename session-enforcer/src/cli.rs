@@ -145,7 +145,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "LISTEN")]
     metrics_listen: Option<Listen>,
 
-    /// Where the audit records go: a file, or - for standard output [default: -]
+    /// Where the audit records go: a file, journald, or - for standard output [default: -]
     #[arg(long, value_name = "PATH", value_parser = audit)]
     audit: Option<AuditTarget>,
 

@@ -27,6 +27,7 @@ use crate::{
     pace::patience,
     pins::Pins,
     process::{Finished, block_signals, die_with_parent, keep_capabilities, run_to_end},
+    services::enter_mounts,
     tcp::Pair,
 };
 
@@ -84,6 +85,7 @@ pub struct Launch<'a> {
     capabilities: Option<&'a [u8]>,
     blocked: &'a [Signal],
     prepare: Option<fn(&mut Command)>,
+    mounts_of: Option<u32>,
 }
 
 impl<'a> Launch<'a> {
@@ -97,6 +99,7 @@ impl<'a> Launch<'a> {
             capabilities: None,
             blocked: &[],
             prepare: None,
+            mounts_of: None,
         }
     }
 
@@ -142,6 +145,15 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// Among the mounts of this process.
+    #[must_use]
+    pub fn mounts_of(self, pid: u32) -> Self {
+        Self {
+            mounts_of: Some(pid),
+            ..self
+        }
+    }
+
     /// With something done to the command at last.
     #[must_use]
     pub fn prepared(self, prepare: fn(&mut Command)) -> Self {
@@ -175,6 +187,9 @@ impl<'a> Launch<'a> {
             keep_capabilities(&mut command, bits);
         }
         block_signals(&mut command, self.blocked);
+        if let Some(pid) = self.mounts_of {
+            enter_mounts(&mut command, pid)?;
+        }
         if let Some(prepare) = self.prepare {
             prepare(&mut command);
         }

@@ -145,6 +145,41 @@ fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
 }
 
 #[test]
+fn the_journal_finds_a_record_by_its_fields_and_explains_it() -> Result<()> {
+    let host = Host::new()?;
+    // The configuration that is installed, but sooner.
+    host.0.ask(&format!(
+        "sed -i 's/^mode = .*/mode = \"enforce\"/; s/^idle_timeout = .*/idle_timeout = \"2s\"/' {CONFIG} && \
+         systemctl reload {UNIT}"
+    ))?;
+    host.assert_login_is_reset()?;
+    let ask = format!("journalctl --unit={UNIT} SESSION_ENFORCER_RULE=ssh");
+    let entry = eventually("an entry of the rule", patience(), || {
+        let found = host.0.ask(&format!("{ask} --output=json"))?;
+        Ok((!found.is_empty()).then_some(found))
+    })?;
+    let entry: serde_json::Value = serde_json::from_str(&entry)?;
+    for (name, value) in [
+        ("_SYSTEMD_UNIT", UNIT),
+        ("SESSION_ENFORCER_EVENT_REASON", "idle_timeout"),
+        ("SESSION_ENFORCER_RESULT", "reset"),
+        ("SESSION_ENFORCER_DESTINATION_PORT", "22"),
+    ] {
+        assert_eq!(entry[name], value, "{name} in {entry:#}");
+    }
+    let explained = host.0.ask(&format!("{ask} --catalog"))?;
+    let words = [
+        "A connection reached its limit and was ended",
+        "to 127.0.0.1 port 22 reached a limit",
+        "\"ssh\": idle_timeout.",
+    ];
+    for words in words {
+        ensure!(explained.contains(words), "{words:?} in {explained}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Result<()> {
     let host = Host::enforcing(2)?;
     let before = host.property("MainPID")?;

@@ -296,6 +296,7 @@ impl Release<'_> {
         for file in [
             "config.toml",
             "install.sh",
+            "session-enforcer.catalog",
             "session-enforcer.logrotate",
             "session-enforcer.service",
         ] {

@@ -44,7 +44,7 @@ const fn client(module: &'static str, package: &'static str) -> Need {
 
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 19] = [
+pub(crate) const TESTS: [Need; 20] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -87,6 +87,7 @@ pub(crate) const TESTS: [Need; 19] = [
         "checking the format of the daemon's metrics",
     ),
     need("openssl", "openssl", "a certificate of the test's own"),
+    need("journalctl", "systemd", "a journal of the test's own"),
     client("psycopg_pool", "python3-psycopg-pool"),
     client("sqlalchemy", "python3-sqlalchemy"),
     client("psycopg2", "python3-psycopg2"),
@@ -302,6 +303,7 @@ mod tests {
                 "redis-tools",
                 "prometheus",
                 "openssl",
+                "systemd",
                 "python3-psycopg-pool",
                 "python3-sqlalchemy",
                 "python3-psycopg2",

@@ -91,6 +91,7 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     };
     let audit = match &config.audit {
         AuditTarget::Stdout => "standard output".to_owned(),
+        AuditTarget::Journald => "the journal (journald)".to_owned(),
         AuditTarget::File(path) => path.display().to_string(),
     };
     let pins = match &config.pin_dir {

@@ -287,10 +287,11 @@ pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
 }
 
-/// An audit that others could change is an error of the configuration, which names it.
+/// An audit that others could change, or that promises less than is asked for, is an error of the
+/// configuration, which names it.
 fn audit_failure(error: AuditError) -> anyhow::Error {
     match error {
-        AuditError::Untrusted(_) => {
+        AuditError::Untrusted(_) | AuditError::SyncedJournal => {
             Failure::new(ExitStatus::Configuration, error.to_string()).into()
         }
         other => other.into(),

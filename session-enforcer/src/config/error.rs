@@ -248,14 +248,12 @@ pub enum Problem {
     /// A later version knows this key.
     #[error("is not supported yet by this version; remove it")]
     KeyNotSupportedYet,
-    /// A later version knows this value.
-    #[error("{found} is not supported yet by this version; allowed: {allowed}")]
-    ValueNotSupportedYet {
-        /// The value.
-        found: String,
-        /// What this version knows.
-        allowed: &'static str,
-    },
+    /// `audit.sync` beside `audit.path = "journald"`.
+    #[error(
+        "found true beside path = \"journald\", which itself decides when records are on the disk \
+         (SyncIntervalSec= in journald.conf); remove it, or name a file as path"
+    )]
+    SyncedJournal,
 
     /// A value of the wrong type, or out of its range, or none of the choices.
     #[error("found {found}; allowed: {allowed}")]

@@ -177,14 +177,30 @@ impl fmt::Display for MetricsListen {
     }
 }
 
+/// The journal's name as a place for the audit.
+const JOURNALD: &str = "journald";
+
 /// Where the audit records go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum AuditTarget {
     /// Standard output.
     #[default]
     Stdout,
+    /// systemd's journal, an entry each.
+    Journald,
     /// A file, to whose end they are added.
     File(PathBuf),
+}
+
+/// As the file has it.
+impl fmt::Display for AuditTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdout => f.write_str("-"),
+            Self::Journald => f.write_str(JOURNALD),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
 }
 
 /// Which connections, and what happens to them.

@@ -6,8 +6,8 @@ use super::value::{
     parse_limit, parse_listen, parse_pin_dir,
 };
 use super::{
-    Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode, NetworkNamespaces, OnFull,
-    Problem, Warning,
+    AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
+    NetworkNamespaces, OnFull, Problem, Warning,
 };
 use super::{entries, hidden, never, owners, rule};
 
@@ -108,7 +108,8 @@ pub(super) fn config(document: &Document<'_>) -> Config {
     if let Some(path) = audit.as_ref().and_then(|audit| audit.read("path", path)) {
         config.audit = path;
     }
-    if let Some(sync) = audit.and_then(|audit| audit.read("sync", Field::truth)) {
+    let sync = |field: &Field<'_>| read_sync(field, &config.audit);
+    if let Some(sync) = audit.and_then(|audit| audit.read("sync", sync)) {
         config.audit_sync = sync;
     }
     read_rules(&root, &mut config);
@@ -173,6 +174,15 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
     if let Some(interval) = daemon.read("reconcile_interval", interval) {
         config.reconcile_interval = interval;
     }
+}
+
+/// Whether records are to be on the disk, which the journal promises nobody.
+fn read_sync(field: &Field<'_>, target: &AuditTarget) -> Result<bool, ConfigError> {
+    let is_synced = field.truth()?;
+    if is_synced && *target == AuditTarget::Journald {
+        return Err(field.error(Problem::SyncedJournal));
+    }
+    Ok(is_synced)
 }
 
 /// Where the metrics are served, and what is doubtful about it.

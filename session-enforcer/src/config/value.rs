@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use session_enforcer_common::PortRange;
 
 use super::error::quoted;
-use super::{AuditTarget, MetricsListen, Problem};
+use super::{AuditTarget, JOURNALD, MetricsListen, Problem};
 
 pub(super) const ALLOWED_PORT: &str =
     "a port from 1 to 65535, or a range of ports such as \"6000-6010\"";
@@ -19,8 +19,7 @@ pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" 
 pub(super) const ALLOWED_LISTEN: &str = "an IP address and a port such as \"127.0.0.1:9847\", a Unix socket such as \
      \"unix:/run/session-enforcer/metrics.sock\", or \"\" for none";
 pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
-pub(super) const ALLOWED_AUDIT: &str =
-    "\"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"";
+pub(super) const ALLOWED_AUDIT: &str = "\"-\" for standard output, \"journald\", or a file's absolute path such as \"/var/log/sessions.json\"";
 
 /// Shortest limit of a rule: below it, the ticks in which the kernel counts the age of an adopted session would show.
 pub const MIN_LIMIT: Duration = Duration::from_secs(1);
@@ -195,18 +194,15 @@ pub fn parse_listen(text: &str) -> Result<Option<MetricsListen>, Problem> {
         .map_err(|_| not_allowed(text, ALLOWED_LISTEN))
 }
 
-/// Where the audit goes: `-` is standard output, anything else an absolute path.
+/// Where the audit goes: `-` is standard output, `journald` the journal, anything else an absolute path.
 ///
 /// # Errors
 ///
-/// Where the path is relative, and for `journald`, which comes later.
+/// Where the path is relative.
 pub fn parse_audit(text: &str) -> Result<AuditTarget, Problem> {
     match text {
         "-" => Ok(AuditTarget::Stdout),
-        "journald" => Err(Problem::ValueNotSupportedYet {
-            found: quoted(text),
-            allowed: ALLOWED_AUDIT,
-        }),
+        JOURNALD => Ok(AuditTarget::Journald),
         path if is_absolute(path) => Ok(AuditTarget::File(PathBuf::from(path))),
         other => Err(not_allowed(other, ALLOWED_AUDIT)),
     }

@@ -80,7 +80,7 @@ impl Serialize for Moment {
 
 #[cfg(test)]
 impl WallClock {
-    pub(crate) fn pair(realtime_ns: i128, monotonic_ns: u64) -> Self {
+    pub(crate) const fn pair(realtime_ns: i128, monotonic_ns: u64) -> Self {
         Self {
             realtime_ns,
             monotonic_ns,

@@ -6,6 +6,7 @@
 
 mod conntrack;
 mod haproxy;
+mod journal;
 mod nginx;
 mod openssh;
 mod postgresql;
@@ -26,6 +27,7 @@ use crate::{agent::Agent, options::set_option, process::output_of};
 
 pub use conntrack::track_connections;
 pub use haproxy::haproxy;
+pub use journal::{Journal, enter_mounts};
 pub use nginx::nginx;
 pub use openssh::{Login, OpenSsh};
 pub use postgresql::Postgres;

@@ -162,6 +162,11 @@ impl Program {
         writeln!(stdin, "{line}").with_context(|| format!("typing {line:?} to {}", self.name))
     }
 
+    /// Ends its standard input.
+    pub(super) fn say_no_more(&mut self) {
+        self.stdin = None;
+    }
+
     /// Waits until it has written this text.
     ///
     /// # Errors

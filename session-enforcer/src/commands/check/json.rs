@@ -7,8 +7,8 @@ use session_enforcer_common::{Activity, Direction, MAX_MATCH_ENTRIES, PortRange}
 
 use super::action_words;
 use crate::config::{
-    Action, AuditTarget, Config, ConfigError, ConfigErrors, Location, Mode, NetworkNamespaces,
-    OnFull, Owners, Rule, User, format_duration,
+    Action, Config, ConfigError, ConfigErrors, Location, Mode, NetworkNamespaces, OnFull, Owners,
+    Rule, User, format_duration,
 };
 
 /// The whole report. Of a wrong file, only what is wrong.
@@ -43,10 +43,7 @@ pub(super) fn report(
         "refused_on_this_host": refused,
         "daemon": daemon(config),
         "metrics": { "listen": config.metrics_listen.as_ref().map_or_else(String::new, ToString::to_string) },
-        "audit": { "path": match &config.audit {
-            AuditTarget::Stdout => "-".to_owned(),
-            AuditTarget::File(path) => path.display().to_string(),
-        }, "sync": config.audit_sync },
+        "audit": { "path": config.audit.to_string(), "sync": config.audit_sync },
         "rule": rules,
         "match_entries": config.match_entries(&owners).len(),
         "max_match_entries": MAX_MATCH_ENTRIES,

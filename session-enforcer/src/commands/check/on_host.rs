@@ -6,7 +6,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     commands::run as daemon,
-    config::{AuditTarget, Config, User},
+    config::{Config, User},
     datapath::PinDir,
     engine::directory as owners,
     host::trust,
@@ -34,9 +34,7 @@ pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
         }
     }
     note(daemon::open_cgroup(config).map(drop).map_err(Into::into));
-    if let AuditTarget::File(path) = &config.audit {
-        note(audit::check(path).map_err(Into::into));
-    }
+    note(audit::check(&config.audit).map_err(Into::into));
     if let Some(path) = &config.pin_dir {
         let refused = PinDir::check(path);
         note(refused.map_err(|error| format!("daemon.pin_dir: {error}").into()));

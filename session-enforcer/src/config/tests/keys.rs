@@ -230,11 +230,22 @@ fn a_key_that_comes_later_is_refused() {
         };
         assert_eq!(refused(text), expected);
     }
-    all_refused(&[(
-        "[audit]\npath = 'journald'\n",
-        "x.toml:2:8: audit.path: \"journald\" is not supported yet by this version; allowed: \
-         \"-\" for standard output, or a file's absolute path such as \"/var/log/sessions.json\"",
-    )]);
+}
+
+#[test]
+fn the_journal_takes_records_and_promises_no_disk() {
+    let text =
+        "[audit]\nsync = false\npath = 'journald'\n[[rule]]\nname = 'a'\nidle_timeout = '1m'\n";
+    let config = Config::parse("x.toml", text).unwrap();
+    assert_eq!(config.audit, AuditTarget::Journald);
+    let message = "found true beside path = \"journald\", which itself decides when records are on the \
+                   disk (SyncIntervalSec= in journald.conf); remove it, or name a file as path";
+    for (text, at) in [
+        ("[audit]\npath = 'journald'\nsync = true\n", "3:8"),
+        ("[audit]\nsync = true\npath = 'journald'\n", "2:8"),
+    ] {
+        assert_eq!(refused(text), format!("x.toml:{at}: audit.sync: {message}"));
+    }
 }
 
 #[test]
@@ -336,7 +347,7 @@ fn a_wrong_setting_of_the_daemon_is_pointed_at() {
 fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
     let listen = "allowed: an IP address and a port such as \"127.0.0.1:9847\", a Unix socket such as \
                   \"unix:/run/session-enforcer/metrics.sock\", or \"\" for none";
-    let path = "allowed: \"-\" for standard output, or a file's absolute path such as \
+    let path = "allowed: \"-\" for standard output, \"journald\", or a file's absolute path such as \
                 \"/var/log/sessions.json\"";
     for (text, message) in [
         (

@@ -1,9 +1,10 @@
-//! The audit: one JSON object a line with ECS field names, one for every termination and for every
-//! one that a rule only observes.
+//! The audit: one JSON object a line with ECS field names, or one [entry of the journal](journald), for every
+//! termination and for every one that a rule only observes.
 //!
 //! Records are made here and written by a [thread](writer) of their own: a log pipe that nobody
 //! reads or a slow disk must not hold up the enforcement.
 
+mod journald;
 mod record;
 mod writer;
 
@@ -188,7 +189,7 @@ impl Audit {
     /// Where the file cannot be opened for appending.
     pub fn open(target: &AuditTarget, is_synced: bool) -> Result<Self, AuditError> {
         let path = match target {
-            AuditTarget::Stdout => None,
+            AuditTarget::Stdout | AuditTarget::Journald => None,
             AuditTarget::File(path) => Some(path.clone()),
         };
         Ok(Self {

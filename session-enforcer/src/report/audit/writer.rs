@@ -25,7 +25,10 @@ use nix::{
 use thiserror::Error;
 use tokio::sync::Notify;
 
-use super::Pending;
+use super::{
+    Pending,
+    journald::{self, Journald},
+};
 use crate::{
     config::AuditTarget,
     host::trust::{self, Untrusted},
@@ -68,6 +71,22 @@ pub enum AuditError {
         /// The directory.
         directory: PathBuf,
     },
+    /// Nobody takes the entries of the journal.
+    #[error(
+        "audit.path: journald: {socket}: {source}; start systemd-journald (a container needs the \
+         host's socket), or name a file, or -",
+        socket = journald::SOCKET
+    )]
+    NoJournald {
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// Records are to be on the disk, and go to the journal.
+    #[error(
+        "audit.sync: true beside audit.path = \"journald\", which itself decides when records are on \
+         the disk (SyncIntervalSec= in journald.conf); set it to false, or name a file"
+    )]
+    SyncedJournal,
     /// Somebody else could change the records.
     #[error("audit.path: {0}")]
     Untrusted(#[source] Untrusted),
@@ -89,12 +108,24 @@ impl AuditError {
     }
 }
 
-/// Whether records could be added to a file, which is not made where it is not there.
+/// Whether records could be written there. A file is not made where it is not there.
 ///
 /// # Errors
 ///
 /// Where [`Audit::open`](super::Audit::open) would refuse it.
-pub fn check(path: &Path) -> Result<(), AuditError> {
+pub fn check(target: &AuditTarget) -> Result<(), AuditError> {
+    match target {
+        AuditTarget::Stdout => Ok(()),
+        AuditTarget::Journald => check_journald(),
+        AuditTarget::File(path) => check_file(path),
+    }
+}
+
+fn check_journald() -> Result<(), AuditError> {
+    journald::check().map_err(|source| AuditError::NoJournald { source })
+}
+
+fn check_file(path: &Path) -> Result<(), AuditError> {
     trust::check(path).map_err(AuditError::Untrusted)?;
     let refused = |source| AuditError::of(path, source);
     let written_to = match fs::metadata(path) {
@@ -143,6 +174,11 @@ impl Writer {
                     source,
                 })?;
                 Output::new(file, None)
+            }
+            AuditTarget::Journald if is_synced => return Err(AuditError::SyncedJournal),
+            AuditTarget::Journald => {
+                check_journald()?;
+                Output::new(Journald, None)
             }
             AuditTarget::File(path) => Output::open(path)?,
         };

@@ -1,0 +1,382 @@
+//! Records in systemd's journal, an entry each, by its native protocol.
+//!
+//! An entry has the fields of the record under names of its own, so that journalctl(1) finds it by any of them,
+//! and a sentence for people. `packaging/session-enforcer.catalog` explains each kind.
+
+use std::{
+    io::{self, Write},
+    net::{IpAddr, SocketAddr},
+    os::unix::net::UnixDatagram,
+};
+
+use libsystemd::logging::{self, Priority};
+use serde_json::Value;
+
+use super::writer::Sink;
+
+/// Where journald takes entries.
+pub(super) const SOCKET: &str = "/run/systemd/journal/socket";
+
+/// Begins the name of each field of a record. journald allows names of 64 bytes.
+const PREFIX: &str = "SESSION_ENFORCER_";
+
+const IDENTIFIER: &str = "session-enforcer";
+
+/// What the journal knows of a kind of record.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    /// `event.action`.
+    action: &'static str,
+    /// The name of its explanation in the catalogue.
+    message_id: &'static str,
+    priority: Priority,
+}
+
+const fn kind(action: &'static str, message_id: &'static str, priority: Priority) -> Kind {
+    Kind {
+        action,
+        message_id,
+        priority,
+    }
+}
+
+const KINDS: [Kind; 6] = [
+    kind(
+        "session-terminated",
+        "017b46323ed34cb1954f2badf2abb0b6",
+        Priority::Notice,
+    ),
+    kind(
+        "session-would-terminate",
+        "606e2356a2334ba7b890d55e44e68ae7",
+        Priority::Info,
+    ),
+    kind(
+        "session-termination-failed",
+        "6c67c70568f7421eab10f0cc253d8416",
+        Priority::Warning,
+    ),
+    kind(
+        "policy-loaded",
+        "d371a5e019594dd896a1b262ef3952d6",
+        Priority::Info,
+    ),
+    kind(
+        "enforcer-started",
+        "3e5d0308e9834d00a8002b6ea273abf0",
+        Priority::Info,
+    ),
+    kind(
+        "enforcer-stopped",
+        "f1ca5fd74b674beb99cf71fe440b4f26",
+        Priority::Info,
+    ),
+];
+
+/// Whether somebody takes entries.
+pub(super) fn check() -> io::Result<()> {
+    UnixDatagram::unbound()?.connect(SOCKET)
+}
+
+/// The journal. It is given whole records.
+pub(super) struct Journald;
+
+impl Write for Journald {
+    /// Sends the first of the records. Where journald stands still, it waits.
+    fn write(&mut self, records: &[u8]) -> io::Result<usize> {
+        let end = records.iter().position(|byte| *byte == b'\n');
+        let end = end.map_or(records.len(), |end| end + 1);
+        let (record, _) = records.split_at(end);
+        let entry = Entry::of(&serde_json::from_slice(record)?);
+        entry.send()?;
+        Ok(end)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Sink for Journald {
+    /// journald promises no disk: the configuration that asks for it is refused.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An entry of the journal.
+#[derive(Debug)]
+struct Entry {
+    priority: Priority,
+    message: String,
+    fields: Vec<(String, String)>,
+}
+
+impl Entry {
+    fn of(record: &Value) -> Self {
+        let action = text(record, "/event/action");
+        let kind = KINDS.iter().find(|kind| kind.action == action);
+        let mut fields = vec![("SYSLOG_IDENTIFIER".to_owned(), IDENTIFIER.to_owned())];
+        fields.extend(kind.map(|kind| ("MESSAGE_ID".to_owned(), kind.message_id.to_owned())));
+        flatten("", record, &mut fields);
+        Self {
+            priority: kind.map_or(Priority::Info, |kind| kind.priority),
+            message: message(record),
+            fields,
+        }
+    }
+
+    fn send(&self) -> io::Result<()> {
+        let fields = self.fields.iter().map(|(name, value)| (name, value));
+        let sent = logging::journal_send(self.priority, &self.message, fields);
+        sent.map_err(io::Error::other)
+    }
+}
+
+/// Adds the values of an object, each under its path in capitals: `source.ip` is `SESSION_ENFORCER_SOURCE_IP`.
+fn flatten(path: &str, value: &Value, fields: &mut Vec<(String, String)>) {
+    if let Value::Object(object) = value {
+        for (key, value) in object {
+            flatten(&below(path, key), value, fields);
+        }
+        return;
+    }
+    let name = format!("{PREFIX}{path}");
+    fields.push((name, plain(value)));
+}
+
+/// The path of a key below another. The record's own object has no name in it, and a rule is its name.
+fn below(path: &str, key: &str) -> String {
+    let key = key.trim_start_matches('@').to_ascii_uppercase();
+    match (path, key.as_str()) {
+        ("", "SESSION_ENFORCER") => String::new(),
+        ("", _) => key,
+        ("RULE", "NAME") => path.to_owned(),
+        _ => format!("{path}_{key}"),
+    }
+}
+
+/// The value without quotes. A list is one value, because journald bounds the number of fields.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
+}
+
+/// The record in a sentence.
+fn message(record: &Value) -> String {
+    let action = text(record, "/event/action");
+    match action {
+        "enforcer-started" => "The enforcement begins".to_owned(),
+        "enforcer-stopped" => "The enforcement ends".to_owned(),
+        "policy-loaded" => {
+            let rules = record.pointer("/session_enforcer/rules");
+            let count = rules.and_then(Value::as_array).map_or(0, Vec::len);
+            let mode = text(record, "/session_enforcer/mode");
+            format!("{count} rule(s) in force, mode {mode}")
+        }
+        _ => termination(action, record),
+    }
+}
+
+fn termination(action: &str, record: &Value) -> String {
+    let what = match (action, text(record, "/session_enforcer/result")) {
+        ("session-terminated", "gone") => "had closed by itself".to_owned(),
+        ("session-terminated", _) => "was reset".to_owned(),
+        ("session-would-terminate", _) => "would be reset".to_owned(),
+        ("session-termination-failed", _) => {
+            format!("cannot be reset ({})", text(record, "/error/message"))
+        }
+        _ => action.to_owned(),
+    };
+    format!(
+        "{} -> {} {what}: {} of rule {}",
+        end(record, "source"),
+        end(record, "destination"),
+        text(record, "/event/reason"),
+        text(record, "/rule/name"),
+    )
+}
+
+/// An end of the connection, as `ss` prints it.
+fn end(record: &Value, which: &str) -> String {
+    let ip = text(record, &format!("/{which}/ip")).parse::<IpAddr>();
+    let port = record.pointer(&format!("/{which}/port"));
+    let port = port.and_then(Value::as_u64).map(u16::try_from);
+    match (ip, port) {
+        (Ok(ip), Some(Ok(port))) => SocketAddr::new(ip, port).to_string(),
+        _ => "?".to_owned(),
+    }
+}
+
+fn text<'a>(record: &'a Value, pointer: &str) -> &'a str {
+    let value = record.pointer(pointer);
+    value.and_then(Value::as_str).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+    use crate::{
+        config::Mode,
+        host::clock::WallClock,
+        report::audit::{
+            End, Place, Termination, record,
+            tests::{session, termination},
+        },
+    };
+
+    const CATALOGUE: &str = include_str!("../../../packaging/session-enforcer.catalog");
+    const CLOCK: WallClock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
+    const PLACE: Place<'_> = Place {
+        boot: "b007",
+        run_ns: 255,
+        sequence: 7,
+    };
+
+    fn entry(write: impl FnOnce(&mut Vec<u8>)) -> Entry {
+        let mut line = Vec::new();
+        write(&mut line);
+        Entry::of(&serde_json::from_slice(&line).unwrap())
+    }
+
+    fn entry_of(termination: &Termination<'_>) -> Entry {
+        entry(|out| termination.write_json(&PLACE, &CLOCK, out))
+    }
+
+    /// An entry of each kind.
+    fn each() -> Vec<Entry> {
+        let session = session();
+        let ended = |end| Termination {
+            end,
+            ..termination(&session)
+        };
+        let rules = ["a".to_owned(), "b".to_owned()];
+        let own = |action, kind| entry(|out| record::lifecycle(action, kind, &PLACE, &CLOCK, out));
+        vec![
+            entry_of(&termination(&session)),
+            entry_of(&ended(End::Gone)),
+            entry_of(&ended(End::Observed)),
+            entry_of(&ended(End::Failed("EPERM"))),
+            own("enforcer-started", "start"),
+            entry(|out| record::policy(Mode::Enforce, &rules, &PLACE, &CLOCK, out)),
+            own("enforcer-stopped", "end"),
+        ]
+    }
+
+    #[test]
+    fn a_termination_is_this_entry() {
+        let entry = entry_of(&termination(&session()));
+        assert_eq!(
+            entry.message,
+            "10.0.0.7:51234 -> 10.0.0.5:5432 was reset: idle_timeout of rule postgres"
+        );
+        let fields: BTreeMap<&str, &str> = entry
+            .fields
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        assert_eq!(fields.len(), entry.fields.len(), "{entry:?}");
+        for (name, value) in [
+            ("SYSLOG_IDENTIFIER", "session-enforcer"),
+            ("MESSAGE_ID", "017b46323ed34cb1954f2badf2abb0b6"),
+            (
+                "SESSION_ENFORCER_TIMESTAMP",
+                "2026-01-01T12:00:00.000000000Z",
+            ),
+            ("SESSION_ENFORCER_EVENT_CATEGORY", "network"),
+            ("SESSION_ENFORCER_EVENT_ID", "b007-1267-3b9aca00-0"),
+            ("SESSION_ENFORCER_EVENT_REASON", "idle_timeout"),
+            ("SESSION_ENFORCER_RULE", "postgres"),
+            ("SESSION_ENFORCER_SOURCE_IP", "10.0.0.7"),
+            ("SESSION_ENFORCER_SOURCE_PORT", "51234"),
+            ("SESSION_ENFORCER_USER_ID", "113"),
+            ("SESSION_ENFORCER_ID", "4711"),
+            ("SESSION_ENFORCER_IDLE_SECONDS", "900.001"),
+            ("SESSION_ENFORCER_LIMIT_SECONDS", "900.0"),
+            ("SESSION_ENFORCER_QUEUED_BYTES_SEND", "11"),
+        ] {
+            assert_eq!(fields.get(name), Some(&value), "{name} in {fields:#?}");
+        }
+    }
+
+    #[test]
+    fn each_kind_says_what_happened() {
+        let messages: Vec<String> = each().into_iter().map(|entry| entry.message).collect();
+        let ends = "10.0.0.7:51234 -> 10.0.0.5:5432";
+        let why = "idle_timeout of rule postgres";
+        assert_eq!(
+            messages,
+            [
+                format!("{ends} was reset: {why}"),
+                format!("{ends} had closed by itself: {why}"),
+                format!("{ends} would be reset: {why}"),
+                format!("{ends} cannot be reset (EPERM): {why}"),
+                "The enforcement begins".to_owned(),
+                "2 rule(s) in force, mode enforce".to_owned(),
+                "The enforcement ends".to_owned(),
+            ]
+        );
+        let policy = each().remove(5);
+        let rules = ("SESSION_ENFORCER_RULES".to_owned(), "a,b".to_owned());
+        assert!(policy.fields.contains(&rules), "{policy:?}");
+    }
+
+    #[test]
+    fn the_journal_takes_the_name_of_each_field() {
+        let is_allowed = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+        for (name, _) in each().iter().flat_map(|entry| &entry.fields) {
+            assert!(name.len() <= 64 && name.chars().all(is_allowed), "{name}");
+            assert!(name.starts_with(|c: char| c.is_ascii_uppercase()), "{name}");
+        }
+    }
+
+    /// A catalogue's sections: `-- ID`, headers, an empty line, the text.
+    fn sections() -> BTreeMap<&'static str, &'static str> {
+        let sections = CATALOGUE.split("\n-- ").skip(1);
+        sections
+            .map(|section| section.split_once('\n').unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn the_catalogue_explains_each_kind_and_nothing_else() {
+        let kinds: BTreeSet<&str> = KINDS.iter().map(|kind| kind.message_id).collect();
+        assert_eq!(kinds.len(), KINDS.len());
+        let sections = sections();
+        let explained: BTreeSet<&str> = sections.keys().copied().collect();
+        assert_eq!(kinds, explained);
+        for (id, section) in &sections {
+            assert!(section.starts_with("Subject: "), "{id}");
+            assert!(section.contains("\nDefined-By: session-enforcer\n"), "{id}");
+        }
+        let entries = each();
+        for kind in KINDS {
+            let is_of_kind = |entry: &&Entry| {
+                let id = ("MESSAGE_ID".to_owned(), kind.message_id.to_owned());
+                entry.fields.contains(&id)
+            };
+            assert!(entries.iter().any(|entry| is_of_kind(&entry)), "{kind:?}");
+        }
+    }
+
+    /// journalctl(1) leaves a name that it does not find as it is.
+    #[test]
+    fn the_catalogue_names_fields_that_every_entry_of_the_kind_has() {
+        let sections = sections();
+        for entry in each() {
+            let field = |name: &str| {
+                let found = entry.fields.iter().find(|(field, _)| field == name);
+                found.map(|(_, value)| value.as_str())
+            };
+            let section = sections[field("MESSAGE_ID").unwrap()];
+            for name in section.split('@').skip(1).step_by(2) {
+                assert!(field(name).is_some(), "{name} in {section}");
+            }
+        }
+    }
+}
