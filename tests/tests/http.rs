@@ -32,6 +32,38 @@ fn health_and_metrics_are_served_and_nothing_else() -> Result<()> {
 }
 
 #[test]
+fn the_page_for_people_follows_the_readiness_and_names_nobody() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = "[daemon]\nmax_sessions = 1\n[[rule]]\nname = \"idle\"\nusers = [\"root\"]\n\
+                  remote = [\"127.0.0.0/8\"]\nidle_timeout = \"1h\"\n";
+    let daemon = lab.daemon(config)?;
+    let (status, page) = daemon.get("/")?;
+    assert_eq!(status, 200);
+    ensure!(page.contains("The daemon is ready: "), "{page}");
+    for link in ["metrics", "readyz", "healthz"] {
+        ensure!(page.contains(&format!("href=\"{link}\"")), "{page}");
+        assert_eq!(daemon.get(&format!("/{link}"))?.0, 200, "{link}");
+    }
+    // The second session finds the table full.
+    let _first = Pair::open(&lab.outside, &listener)?;
+    let _second = Pair::open(&lab.outside, &listener)?;
+    daemon.wait_for_trouble("untracked", true)?;
+    let (status, page) = daemon.get("/")?;
+    assert_eq!(status, 200);
+    ensure!(
+        page.contains("The daemon is not ready: sessions that"),
+        "{page}"
+    );
+    let version = env!("CARGO_PKG_VERSION");
+    ensure!(page.contains(&format!("Version {version}<")), "{page}");
+    for secret in ["127.0.0.1", "root", &listener.port().to_string()] {
+        ensure!(!page.contains(secret), "{secret} is on the page: {page}");
+    }
+    Ok(())
+}
+
+#[test]
 fn clients_that_stand_still_stop_neither_the_enforcement_nor_other_clients() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;

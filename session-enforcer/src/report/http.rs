@@ -1,4 +1,4 @@
-//! `/metrics`, `/healthz` and `/readyz`, by a thread of their own. What they answer comes from the engine, so that
+//! `/metrics`, `/healthz`, `/readyz` and a page for people at `/`, by a thread of their own. What they answer comes from the engine, so that
 //! an answer means that the engine is alive.
 
 use std::{
@@ -24,7 +24,7 @@ use http_body_util::Full;
 use hyper::{
     Method, Request as HttpRequest, Response, StatusCode,
     body::Incoming,
-    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    header::{ALLOW, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue},
     server::conn::http1,
     service::service_fn,
 };
@@ -39,6 +39,7 @@ use tokio::{
     time::timeout,
 };
 
+use super::landing_page::{self, Readiness};
 use crate::{
     config::MetricsListen,
     host::trust::{self, Untrusted},
@@ -310,13 +311,10 @@ async fn answer(request: &HttpRequest<Incoming>, requests: &mpsc::Sender<Request
             Some(()) => text(StatusCode::OK, "ok\n"),
             None => stuck(),
         },
-        "/" => text(
-            StatusCode::OK,
-            "session-enforcer: /metrics /healthz /readyz\n",
-        ),
+        "/" => landing_page(requests).await,
         _ => text(
             StatusCode::NOT_FOUND,
-            "there are /metrics, /healthz and /readyz\n",
+            "there are /, /metrics, /healthz and /readyz\n",
         ),
     }
 }
@@ -332,6 +330,23 @@ async fn metrics(requests: &mpsc::Sender<Request>) -> Answer {
         Some(Err(reason)) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{reason}\n")),
         None => stuck(),
     }
+}
+
+/// For people: also where something is wrong, its status is 200.
+async fn landing_page(requests: &mpsc::Sender<Request>) -> Answer {
+    let readiness = match ask(requests, Request::Ready).await {
+        Some(Ok(())) => Readiness::Ready,
+        Some(Err(reason)) => Readiness::NotReady(reason),
+        None => Readiness::Stuck,
+    };
+    let mut answer = text(StatusCode::OK, landing_page::html(&readiness));
+    let headers = answer.headers_mut();
+    let kind = HeaderValue::from_static("text/html; charset=utf-8");
+    headers.insert(CONTENT_TYPE, kind);
+    // Nothing is loaded or run, whatever gets into the page.
+    let policy = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+    headers.insert(CONTENT_SECURITY_POLICY, policy);
+    answer
 }
 
 /// The engine's answer; `None` where it does not answer.
@@ -429,7 +444,11 @@ mod tests {
         assert!(metrics.ends_with("\r\n\r\na 1\n"));
         assert!(get(address, "/healthz").await.ends_with("\r\n\r\nok\n"));
         assert!(get(address, "/readyz").await.ends_with("\r\n\r\nready\n"));
-        assert!(get(address, "/").await.contains("/metrics"));
+        let page = get(address, "/").await;
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        assert!(page.contains("content-type: text/html; charset=utf-8\r\n"));
+        assert!(page.contains("content-security-policy: default-src 'none'"));
+        assert!(page.contains("The daemon is ready: "), "{page}");
         assert!(get(address, "/other").await.starts_with("HTTP/1.1 404"));
     }
 
@@ -438,6 +457,9 @@ mod tests {
         let address = begin(Err("not adopted yet".to_owned())).await;
         let answer = get(address, "/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("not adopted yet\n"));
+        let page = get(address, "/").await;
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        assert!(page.contains("The daemon is not ready: not adopted yet."));
     }
 
     #[tokio::test]

@@ -6,5 +6,6 @@
 pub mod audit;
 pub mod health;
 pub mod http;
+mod landing_page;
 pub mod metrics;
 pub mod service_manager;
