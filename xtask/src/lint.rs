@@ -1,4 +1,6 @@
-//! `cargo xtask lint`: formatting, clippy and documentation, the same as CI.
+//! `cargo xtask lint`: formatting, clippy, documentation and dependencies, the same as CI.
+
+mod dependencies;
 
 use std::process::Command;
 
@@ -31,6 +33,11 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
             say!("{error:#}");
             failed.push(name);
         }
+    }
+    say!("dependencies");
+    if let Err(error) = dependencies::check(workspace) {
+        say!("{error:#}");
+        failed.push("dependencies");
     }
     if !failed.is_empty() {
         bail!("these checks failed: {}", failed.join(", "));

@@ -76,7 +76,7 @@ enum Task {
     ///
     /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
     Dist(dist::Args),
-    /// Checks formatting and documentation, and runs clippy on every crate, the eBPF programs too.
+    /// Checks formatting, documentation and dependencies, and runs clippy on every crate, the eBPF programs too.
     Lint,
 }
 

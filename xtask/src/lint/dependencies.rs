@@ -1,0 +1,76 @@
+//! cargo-deny, over the crates that the project depends on: their licences, their sources, what is known
+//! against them. `deny.toml` has the rules.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{find_program, output_of, run, say};
+use crate::setup::lock;
+use crate::workspace::{Workspace, cargo_install};
+
+const NAME: &str = "cargo-deny";
+
+/// What is built where none is installed.
+const VERSION: &str = "0.20.2";
+
+/// Checks both workspaces.
+pub(super) fn check(workspace: &Workspace) -> Result<()> {
+    let deny = ensure(workspace)?;
+    let manifests = [workspace.root(), &workspace.fuzz_crate()].map(|it| it.join("Cargo.toml"));
+    let [own, _] = &manifests;
+    let is_fetched = output_of(command(&deny, workspace, own).args(["fetch", "db"])).is_ok();
+    if !is_fetched {
+        say!("the database of advisories cannot be fetched: what it has is not looked at");
+    }
+    for manifest in &manifests {
+        let mut check = command(&deny, workspace, manifest);
+        check.args(["check", "--hide-inclusion-graph"]);
+        check.args(["bans", "licenses", "sources"]);
+        if is_fetched {
+            check.arg("advisories");
+        }
+        run(&mut check)?;
+    }
+    Ok(())
+}
+
+fn command(deny: &Path, workspace: &Workspace, manifest: &Path) -> Command {
+    let mut command = Command::new(deny);
+    command
+        .args(["--log-level", "error", "--all-features", "--locked"])
+        .arg("--config")
+        .arg(workspace.root().join("deny.toml"))
+        .arg("--manifest-path")
+        .arg(manifest)
+        .current_dir(workspace.root());
+    command
+}
+
+/// The one that is installed, whatever its version, or one in the target directory.
+fn ensure(workspace: &Workspace) -> Result<PathBuf> {
+    let _lock = lock(workspace)?;
+    let folder = workspace.target().join("lint-tools");
+    let own = folder.join("bin").join(NAME);
+    if let Some(installed) = find_program(NAME, &[]) {
+        return Ok(installed);
+    }
+    let stands = output_of(Command::new(&own).arg("--version"))
+        .is_ok_and(|printed| printed.trim().ends_with(VERSION));
+    if !stands {
+        say!("building {NAME} {VERSION}, which looks at the crates that are used (some minutes)");
+        build(&folder)?;
+    }
+    Ok(own)
+}
+
+/// Without optimisation: it runs for seconds, and is built for minutes.
+fn build(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let scratch = folder.join("build");
+    run(cargo_install(NAME, VERSION, folder, &scratch).arg("--debug"))
+        .with_context(|| format!("cannot build {NAME}, which comes from the crates registry"))?;
+    fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
+}
