@@ -30,6 +30,7 @@ mod process;
 mod programs;
 mod random;
 mod raw;
+mod recipe;
 mod repair;
 pub mod services;
 mod stop;
@@ -63,6 +64,7 @@ pub use programs::{
 };
 pub use random::{Random, SEED, seed};
 pub use raw::{Packet, RawTcp, Sequence, Sniffer};
+pub use recipe::Recipe;
 pub use repair::Saved;
 pub use stop::{Interrupted, Stop};
 pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};

@@ -6,6 +6,7 @@
 
 mod conntrack;
 mod haproxy;
+mod hosts;
 mod journal;
 mod nginx;
 mod openssh;
@@ -27,6 +28,7 @@ use crate::{agent::Agent, options::set_option, process::output_of};
 
 pub use conntrack::track_connections;
 pub use haproxy::haproxy;
+pub use hosts::{Host, Hosts};
 pub use journal::{Journal, enter_mounts};
 pub use nginx::nginx;
 pub use openssh::{Login, OpenSsh};

@@ -3,14 +3,14 @@
 use std::{
     fs::{self, Permissions},
     os::unix::fs::PermissionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result};
 use tempfile::TempDir;
 
-use super::program::{self, Program, succeed};
+use super::program::{self, PYTHON, Program, succeed};
 use crate::{agent::Place, lab::Lab, netns::Netns};
 
 /// Debian's sshd insists on a directory in `/run`, on accounts of the system, and writes logins to
@@ -50,6 +50,10 @@ pub struct OpenSsh {
 impl OpenSsh {
     /// Its port.
     pub const PORT: u16 = 22;
+    /// Its address.
+    pub const ADDRESS: &str = "127.0.0.1";
+    /// Another address of the same host, for clients (`BindAddress`) and the server behind this one.
+    pub const BEHIND: &str = "127.0.0.2";
 
     /// Makes keys and an account, and starts a server in a new cgroup. `agent` as for
     /// [`Lab::new`].
@@ -64,21 +68,8 @@ impl OpenSsh {
         probe_every_second(&lab, &netns)?;
         furnish(directory.path())?;
         let place = Place::here().in_cgroup(&lab.cgroup).in_netns(&netns);
-        let mut sshd = place.command(lab.agent_binary(), "unshare");
-        sshd.args([
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            IN_OWN_MOUNTS,
-            "sh",
-        ]);
-        sshd.arg(directory.path())
-            .arg(program::find("sshd", "openssh-server", &[])?);
-        sshd.args(["-D", "-e", "-f"])
-            .arg(directory.path().join("sshd_config"));
-        let server = Program::server("sshd", sshd, READY)?;
+        let listens = format!("ListenAddress={}:{}", Self::ADDRESS, Self::PORT);
+        let server = start_server(&lab, &place, directory.path(), &[&listens])?;
         Ok(Self {
             server,
             lab,
@@ -94,16 +85,99 @@ impl OpenSsh {
     ///
     /// Where the login fails.
     pub fn login(&self, name: &str, options: &[&str]) -> Result<Login> {
+        let mut command = self.client("ssh", options)?;
+        command.args(["-tt", &Self::account(Self::ADDRESS)]);
+        Login::new(Program::client(name, command)?)
+    }
+
+    /// The same to the host behind this one, through it: what `ProxyJump` does. `first` are options of the connection
+    /// to this host.
+    ///
+    /// # Errors
+    ///
+    /// Where the login fails.
+    pub fn login_behind(&self, name: &str, first: &[&str]) -> Result<Login> {
+        let mut jump = self.client("ssh", first)?;
+        jump.args(["-W", "%h:%p", &Self::account(Self::ADDRESS)]);
+        let words = [jump.get_program()].into_iter().chain(jump.get_args());
+        let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+        let through = format!("ProxyCommand={}", words.join(" "));
+        let mut command = self.client("ssh", &[&through])?;
+        command.args(["-tt", &Self::account(Self::BEHIND)]);
+        Login::new(Program::client(name, command)?)
+    }
+
+    /// Starts a server that stands for a host behind this one: not in the cgroup, at [`Self::BEHIND`].
+    ///
+    /// # Errors
+    ///
+    /// Where it does not start, with its log.
+    pub fn start_behind(&self) -> Result<Program> {
+        let listens = format!("ListenAddress={}:{}", Self::BEHIND, Self::PORT);
         let place = Place::here().in_netns(&self.netns);
-        let ssh = program::find("ssh", "openssh-client", &[])?;
-        let mut command = place.command(self.lab.agent_binary(), ssh);
+        start_server(&self.lab, &place, self.directory.path(), &[&listens])
+    }
+
+    /// Forwards a port of 127.0.0.1 to a port of the server's host.
+    ///
+    /// # Errors
+    ///
+    /// Where ssh is not installed.
+    pub fn forward(&self, name: &str, [port, to]: [u16; 2]) -> Result<Program> {
+        let mut command = self.client("ssh", &["ExitOnForwardFailure=yes"])?;
+        let forward = format!("127.0.0.1:{port}:127.0.0.1:{to}");
+        command.args(["-v", "-N", "-L", &forward, &Self::account(Self::ADDRESS)]);
+        let mut forwarding = Program::client(name, command)?;
+        forwarding.wait_for("Local forwarding listening on")?;
+        Ok(forwarding)
+    }
+
+    /// An sftp that is typed to, which moves so many bytes a second at most.
+    ///
+    /// # Errors
+    ///
+    /// Where sftp is not installed.
+    pub fn sftp(&self, name: &str, bytes_per_second: u32) -> Result<Program> {
+        let mut command = self.client("sftp", &[])?;
+        let kilobits = (bytes_per_second * 8 / 1_000).to_string();
+        command.args(["-l", &kilobits, &Self::account(Self::ADDRESS)]);
+        Program::client(name, command)
+    }
+
+    /// A Python script on the server's host, not in the cgroup.
+    ///
+    /// # Errors
+    ///
+    /// Where Python is not installed.
+    pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
+        let python = program::find(PYTHON, "python3", &[])?;
+        let place = Place::here().in_netns(&self.netns);
+        let mut command = place.command(self.lab.agent_binary(), python);
+        command.args(["-u", "-c", script]).args(args);
+        Program::client(name, command)
+    }
+
+    /// The home directory of the account.
+    pub fn home(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    fn account(address: &str) -> String {
+        format!("tester@{address}")
+    }
+
+    /// A client of OpenSSH's, outside of the cgroup, without its last argument, the host.
+    fn client(&self, program: &str, options: &[&str]) -> Result<Command> {
+        let place = Place::here().in_netns(&self.netns);
+        let client = program::find(program, "openssh-client", &[])?;
+        let mut command = place.command(self.lab.agent_binary(), client);
         let file = |name: &str| self.directory.path().join(name);
-        command
-            .args(["-tt", "-F", "none", "-i"])
-            .arg(file("user_key"));
+        command.args(["-F", "none", "-i"]).arg(file("user_key"));
         let known_hosts = format!("UserKnownHostsFile={}", file("known_hosts").display());
+        let port = format!("Port={}", Self::PORT);
         let defaults = [
             &known_hosts,
+            &port,
             "GlobalKnownHostsFile=none",
             "IdentitiesOnly=yes",
             "BatchMode=yes",
@@ -116,13 +190,11 @@ impl OpenSsh {
         for option in options.iter().chain(&defaults) {
             command.args(["-o", option]);
         }
-        command.args(["-p", &Self::PORT.to_string(), "tester@127.0.0.1"]);
         command
             .env_remove("SSH_AUTH_SOCK")
             .env("LC_ALL", "C")
             .env("TERM", "dumb");
-        let client = Program::client(name, command)?;
-        Login::new(client)
+        Ok(command)
     }
 
     /// What the server has logged.
@@ -191,6 +263,22 @@ impl Login {
     }
 }
 
+/// Starts a server with these options more.
+fn start_server(lab: &Lab, place: &Place, directory: &Path, options: &[&str]) -> Result<Program> {
+    let mut sshd = place.command(lab.agent_binary(), "unshare");
+    let private = ["--mount", "--propagation", "private"];
+    sshd.args(private)
+        .args(["sh", "-c", IN_OWN_MOUNTS, "sh"])
+        .arg(directory);
+    sshd.arg(program::find("sshd", "openssh-server", &[])?);
+    sshd.args(["-D", "-e", "-f"])
+        .arg(directory.join("sshd_config"));
+    for option in options {
+        sshd.args(["-o", option]);
+    }
+    Program::server("sshd", sshd, READY)
+}
+
 fn probe_every_second(lab: &Lab, netns: &Netns) -> Result<()> {
     let script = "cd /proc/sys/net/ipv4; echo 1 >tcp_keepalive_time; echo 1 >tcp_keepalive_intvl";
     in_netns(lab, netns, script).map(drop)
@@ -220,7 +308,8 @@ fn furnish(directory: &Path) -> Result<()> {
     }
     fs::copy(path("user_key.pub"), path("authorized_keys"))?;
     let host_key = fs::read_to_string(path("host_key.pub"))?;
-    write("known_hosts", &format!("127.0.0.1 {host_key}"))?;
+    let hosts = format!("{},{}", OpenSsh::ADDRESS, OpenSsh::BEHIND);
+    write("known_hosts", &format!("{hosts} {host_key}"))?;
     let home = path("home");
     fs::create_dir(&home)?;
     write(
@@ -236,11 +325,11 @@ fn furnish(directory: &Path) -> Result<()> {
 fn configuration(directory: &Path) -> String {
     let directory = directory.display();
     format!(
-        "ListenAddress 127.0.0.1:{port}\nHostKey {directory}/host_key\n\
+        "HostKey {directory}/host_key\n\
          AuthorizedKeysFile {directory}/authorized_keys\nStrictModes no\nPidFile none\n\
          UsePAM no\nUseDNS no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n\
          AllowUsers tester\nPrintMotd no\nPrintLastLog no\n\
+         Subsystem sftp internal-sftp\n\
          TCPKeepAlive yes\nClientAliveInterval 0\nLogLevel VERBOSE\n",
-        port = OpenSsh::PORT,
     )
 }
