@@ -44,7 +44,7 @@ const fn client(module: &'static str, package: &'static str) -> Need {
 
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 20] = [
+pub(crate) const TESTS: [Need; 24] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -59,8 +59,20 @@ pub(crate) const TESTS: [Need; 20] = [
     need("postgres", "postgresql", "sessions of a real database"),
     need("psql", "postgresql", "sessions of a real database"),
     need("pgbench", "postgresql", "load on a real database"),
+    need(
+        "pg_receivewal",
+        "postgresql",
+        "a replica of a real database",
+    ),
+    need(
+        "pgbouncer",
+        "pgbouncer",
+        "a pooler in front of a real database",
+    ),
+    need("mariadbd", "mariadb-server", "sessions of a real database"),
     need("sshd", "openssh-server", "sessions of a real OpenSSH"),
     need("ssh", "openssh-client", "sessions of a real OpenSSH"),
+    need("sftp", "openssh-client", "a transfer over a real OpenSSH"),
     need(
         "ssh-keygen",
         "openssh-client",
@@ -297,6 +309,8 @@ mod tests {
             [
                 "iproute2",
                 "postgresql",
+                "pgbouncer",
+                "mariadb-server",
                 "openssh-server",
                 "openssh-client",
                 "redis-server",
