@@ -224,3 +224,16 @@ fn the_recipes_for_controls_end_a_login_to_which_nobody_types() -> Result<()> {
     assert_holds(&openssh, ["fedramp", "privileged-ports"], 10)?;
     assert_holds(&openssh, ["nist-800-63b", "aal3"], 15)
 }
+
+#[test]
+fn the_first_configuration_ends_a_login_in_which_nothing_passes_for_30_minutes() -> Result<()> {
+    let openssh = OpenSsh::start(AGENT)?;
+    let recipe = Recipe::new("config", [2 * shorter()?, 1])?;
+    let daemon = openssh.lab.daemon(recipe.text())?;
+    let mut idle = openssh.login("the idle ssh", &[])?;
+    let (typed, ()) = Moment::of(|| idle.round_trip())?;
+    let record = daemon.wait_for_termination()?;
+    record.assert_reset("idle_timeout", &typed, recipe.minutes(30));
+    assert_eq!(record.text("rule.name"), "ssh");
+    assert_has_ended(&mut idle)
+}

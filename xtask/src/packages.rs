@@ -42,9 +42,18 @@ const fn client(module: &'static str, package: &'static str) -> Need {
     }
 }
 
+const fn server(module: &'static str, package: &'static str) -> Need {
+    Need {
+        kind: Kind::Module,
+        program: module,
+        package,
+        why: "both ends of a protocol",
+    }
+}
+
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 24] = [
+pub(crate) const TESTS: [Need; 30] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -100,6 +109,12 @@ pub(crate) const TESTS: [Need; 24] = [
     ),
     need("openssl", "openssl", "a certificate of the test's own"),
     need("journalctl", "systemd", "a journal of the test's own"),
+    need("nginx", "nginx", "sessions of a real web server"),
+    server("h2", "python3-h2"),
+    server("grpc", "python3-grpcio"),
+    server("websockets", "python3-websockets"),
+    server("pyftpdlib", "python3-pyftpdlib"),
+    server("aiosmtpd", "python3-aiosmtpd"),
     client("psycopg_pool", "python3-psycopg-pool"),
     client("sqlalchemy", "python3-sqlalchemy"),
     client("psycopg2", "python3-psycopg2"),
@@ -318,6 +333,12 @@ mod tests {
                 "prometheus",
                 "openssl",
                 "systemd",
+                "nginx",
+                "python3-h2",
+                "python3-grpcio",
+                "python3-websockets",
+                "python3-pyftpdlib",
+                "python3-aiosmtpd",
                 "python3-psycopg-pool",
                 "python3-sqlalchemy",
                 "python3-psycopg2",

@@ -15,7 +15,9 @@ mod postgresql;
 mod program;
 mod prometheus;
 mod redis;
+mod scripted;
 mod tls;
+mod web;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -37,8 +39,10 @@ pub use openssh::{Login, OpenSsh};
 pub use postgresql::Postgres;
 pub use program::Program;
 pub use prometheus::{Prometheus, promtool_check, promtool_of_shipped};
-pub use redis::Redis;
+pub use redis::{Redis, redis_at};
+pub use scripted::Scripted;
 pub use tls::TlsServer;
+pub use web::WebServer;
 
 /// A port of 127.0.0.1 that nobody else on the machine is given by the kernel.
 ///

@@ -118,6 +118,19 @@ impl Program {
     ///
     /// As above.
     pub(super) fn listening(name: &str, command: Command, port: u16) -> Result<Self> {
+        Self::listening_on("0100007F", name, command, port)
+    }
+
+    /// The same on this port of any address.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub(super) fn listening_anywhere(name: &str, command: Command, port: u16) -> Result<Self> {
+        Self::listening_on("00000000", name, command, port)
+    }
+
+    fn listening_on(address: &str, name: &str, command: Command, port: u16) -> Result<Self> {
         let mut server = Self::client(name, command)?;
         server.stdin = None;
         let sockets = PathBuf::from(format!("/proc/{}/net/tcp", server.child.id()));
@@ -126,7 +139,7 @@ impl Program {
                 bail!("it has ended: {status}");
             }
             let table = fs::read_to_string(&sockets)?;
-            Ok(listens(&table, port).then_some(()))
+            Ok(listens(&table, address, port).then_some(()))
         });
         found.with_context(|| format!("{name} wrote:\n{}", server.output()))?;
         Ok(server)
@@ -249,10 +262,10 @@ impl Program {
     }
 }
 
-/// Whether a table of sockets (proc(5), `/proc/net/tcp`) has one that listens on a port of 127.0.0.1.
-fn listens(table: &str, port: u16) -> bool {
+/// Whether a table of sockets (proc(5), `/proc/net/tcp`) has one that listens on a port of an address, in its digits.
+fn listens(table: &str, address: &str, port: u16) -> bool {
     const LISTEN: &str = "0A";
-    let local = format!("0100007F:{port:04X}");
+    let local = format!("{address}:{port:04X}");
     let fields = table.lines().map(|line| line.split_whitespace());
     fields
         .map(|mut fields| (fields.nth(1), fields.nth(1)))
@@ -279,8 +292,8 @@ mod tests {
         let table = "  sl  local_address rem_address   st tx_queue rx_queue\n\
              0: 0100007F:1B59 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0\n\
              1: 0100007F:1B5A 0100007F:1B59 01 00000000:00000000 00:00000000 00000000 0\n";
-        assert!(listens(table, 0x1b59));
-        assert!(!listens(table, 0x1b5a));
-        assert!(!listens("", 0x1b59));
+        assert!(listens(table, "0100007F", 0x1b59));
+        assert!(!listens(table, "0100007F", 0x1b5a));
+        assert!(!listens("", "0100007F", 0x1b59));
     }
 }

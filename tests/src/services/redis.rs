@@ -1,11 +1,11 @@
 //! A Redis of the test's own.
 
-use std::{net::IpAddr, path::Path};
+use std::{net::IpAddr, path::Path, process::Command};
 
 use anyhow::Result;
 use tempfile::TempDir;
 
-use super::program::{self, PYTHON, Program};
+use super::program::{self, PYTHON, Program, succeed};
 use crate::{
     agent::Place,
     lab::Lab,
@@ -43,21 +43,8 @@ impl Redis {
         let lab = Lab::new(agent)?;
         let (near, far) = (Netns::new()?, Netns::new()?);
         Veth::between(&near, &far)?;
-        let directory = tempfile::tempdir()?;
         let place = Place::here().in_cgroup(&lab.cgroup).in_netns(&near);
-        let redis = program::find("redis-server", "redis-server", &[])?;
-        let mut command = place.command(lab.agent_binary(), redis);
-        command.args([
-            "--bind",
-            &Self::ADDRESS.to_string(),
-            "--port",
-            &Self::PORT.to_string(),
-        ]);
-        command.args(["--save", "", "--appendonly", "no", "--protected-mode", "no"]);
-        command.args(["--timeout", "0", "--tcp-keepalive", "1"]);
-        command.args(["--loglevel", "verbose", "--dir"]);
-        command.arg(directory.path());
-        let server = Program::server("redis-server", command, READY)?;
+        let (server, directory) = redis_at(&lab, &place, Self::ADDRESS, Self::PORT)?;
         Ok(Self {
             server,
             lab,
@@ -65,6 +52,27 @@ impl Redis {
             far,
             _directory: directory,
         })
+    }
+
+    /// A second server beside the first, on another port.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not start, with its log.
+    pub fn second(&self, port: u16) -> Result<(Program, TempDir)> {
+        let place = Place::here()
+            .in_cgroup(&self.lab.cgroup)
+            .in_netns(&self.near);
+        redis_at(&self.lab, &place, Self::ADDRESS, port)
+    }
+
+    /// The answer to a command, on a connection of its own from the other host.
+    ///
+    /// # Errors
+    ///
+    /// Where the server does not answer.
+    pub fn ask(&self, words: &[&str]) -> Result<String> {
+        succeed(self.client_command(&self.far, words)?)
     }
 
     /// What the server has logged.
@@ -104,6 +112,10 @@ impl Redis {
     }
 
     fn client(&self, name: &str, netns: &Netns, args: &[&str]) -> Result<Program> {
+        Program::client(name, self.client_command(netns, args)?)
+    }
+
+    fn client_command(&self, netns: &Netns, args: &[&str]) -> Result<Command> {
         let redis_cli = program::find("redis-cli", "redis-tools", &[])?;
         let place = Place::here().in_netns(netns);
         let mut command = place.command(self.lab.agent_binary(), redis_cli);
@@ -114,6 +126,28 @@ impl Redis {
             &Self::PORT.to_string(),
         ]);
         command.args(args);
-        Program::client(name, command)
+        Ok(command)
     }
+}
+
+/// Starts a Redis at this place and waits until it is ready; the directory is its own.
+///
+/// # Errors
+///
+/// Where Redis is not installed or does not start, with its log.
+pub fn redis_at(
+    lab: &Lab,
+    place: &Place,
+    address: IpAddr,
+    port: u16,
+) -> Result<(Program, TempDir)> {
+    let directory = tempfile::tempdir()?;
+    let redis = program::find("redis-server", "redis-server", &[])?;
+    let mut command = place.command(lab.agent_binary(), redis);
+    command.args(["--bind", &address.to_string(), "--port", &port.to_string()]);
+    command.args(["--save", "", "--appendonly", "no", "--protected-mode", "no"]);
+    command.args(["--timeout", "0", "--tcp-keepalive", "1"]);
+    command.args(["--loglevel", "verbose", "--dir"]);
+    command.arg(directory.path());
+    Ok((Program::server("redis-server", command, READY)?, directory))
 }

@@ -1,0 +1,106 @@
+//! An nginx of the test's own that serves HTTP, with a slow application behind it.
+
+use std::{fs, path::Path, time::Duration};
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use super::{
+    Host, Hosts,
+    program::{self, PYTHON, Program},
+};
+use crate::{lab::Lab, netns::Veth};
+
+/// The application, and clients.
+const SCRIPT: &str = include_str!("../../clients/web.py");
+const BACKEND: u16 = 9000;
+
+/// A running nginx on a host of its own.
+#[derive(Debug)]
+pub struct WebServer {
+    server: Program,
+    _backend: Program,
+    /// The cgroup that it is in.
+    pub lab: Lab,
+    hosts: Hosts,
+    _directory: TempDir,
+}
+
+impl WebServer {
+    /// Its ports for HTTP/1.1, which people use for users and for consoles.
+    pub const PORTS: [u16; 2] = [443, 8443];
+    /// Its port for HTTP/2 without TLS.
+    pub const HTTP2: u16 = 8080;
+    /// A file of which this many bytes come in a second.
+    pub const FILE: &str = "/file";
+    const BYTES_PER_SECOND: u64 = 20_000;
+
+    /// Starts one in a new cgroup, whose file takes so long to come. `agent` as for [`Lab::new`].
+    ///
+    /// # Errors
+    ///
+    /// Where nginx or Python is not installed or does not start, with what it says.
+    pub fn start(agent: impl AsRef<Path>, file_takes: Duration) -> Result<Self> {
+        let (lab, hosts) = (Lab::new(agent)?, Hosts::new()?);
+        let directory = tempfile::tempdir()?;
+        let path = directory.path();
+        fs::write(path.join("nginx.conf"), configuration(path))?;
+        let length = Self::BYTES_PER_SECOND * file_takes.as_secs();
+        fs::write(path.join("file"), vec![b'x'; length.try_into()?])?;
+        let python = program::find(PYTHON, "python3", &[])?;
+        let mut command = hosts.command(&lab, Host::Near, python);
+        command.args(["-u", "-c", SCRIPT, "backend", &BACKEND.to_string()]);
+        let backend = Program::server("the application", command, "ready")?;
+        let nginx = program::find("nginx", "nginx", &[])?;
+        let mut command = hosts.command(&lab, Host::Server, nginx);
+        command.args(["-e", "stderr", "-p"]).arg(path);
+        command.arg("-c").arg(path.join("nginx.conf"));
+        let server = Program::listening_anywhere("nginx", command, Self::PORTS[0])?;
+        Ok(Self {
+            server,
+            _backend: backend,
+            lab,
+            hosts,
+            _directory: directory,
+        })
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        self.server.output()
+    }
+
+    /// A client on the other host of this kind (`http1`, `http2`), that is typed to; its port.
+    ///
+    /// # Errors
+    ///
+    /// Where Python is not installed, or it cannot connect.
+    pub fn client(&self, name: &str, kind: &str, port: u16) -> Result<(Program, u16)> {
+        let python = program::find(PYTHON, "python3", &[])?;
+        let mut command = self.hosts.command(&self.lab, Host::Far, python);
+        let address = Veth::LEFT.to_string();
+        command.args(["-u", "-c", SCRIPT, kind, &address, &port.to_string()]);
+        let mut client = Program::client(name, command)?;
+        let [own] = client.numbers_after("port: ")?;
+        Ok((client, own.try_into()?))
+    }
+}
+
+/// One process in the foreground, which closes no idle connection itself.
+fn configuration(directory: &Path) -> String {
+    let directory = directory.display();
+    format!(
+        "daemon off;\nmaster_process off;\npid {directory}/pid;\nevents {{}}\n\
+         http {{\n    access_log off;\n    keepalive_timeout 1h;\n    keepalive_requests 100000;\n    \
+         client_body_temp_path {directory}/a;\n    proxy_temp_path {directory}/b;\n    \
+         fastcgi_temp_path {directory}/c;\n    uwsgi_temp_path {directory}/d;\n    scgi_temp_path {directory}/e;\n    \
+         server {{\n        listen {web};\n        listen {console};\n        listen {http2} http2;\n        \
+         root {directory};\n        location /file {{ limit_rate {rate}; }}\n        \
+         location /app/ {{\n            proxy_pass http://127.0.0.1:{BACKEND};\n            \
+         proxy_buffering off;\n            proxy_read_timeout 1h;\n        }}\n    }}\n}}\n",
+        web = WebServer::PORTS[0],
+        console = WebServer::PORTS[1],
+        http2 = WebServer::HTTP2,
+        rate = WebServer::BYTES_PER_SECOND,
+    )
+}

@@ -1,0 +1,214 @@
+//! What the clocks see of common protocols: docs/protocols.md has it from here.
+
+use std::{thread, time::Duration};
+
+use anyhow::{Context as _, Result};
+use session_enforcer_tests::{
+    Daemon, Lab, Moment, Record, eventually, patience,
+    services::{Program, Scripted, WebServer},
+    unhurried,
+};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const FTP: &str = include_str!("../clients/ftp.py");
+const GRPC: &str = include_str!("../clients/rpc.py");
+const SMTP: &str = include_str!("../clients/smtp.py");
+const WEBSOCKET: &str = include_str!("../clients/websocket.py");
+
+/// Longer than a client takes to ask something on a busy machine.
+fn limit() -> Duration {
+    unhurried(Duration::from_secs(4))
+}
+
+/// A daemon with one rule, for what is accepted on a port, with an idle timeout and more.
+fn daemon(lab: &Lab, port: u16, more: &str) -> Result<Daemon> {
+    let limit = limit().as_secs();
+    lab.daemon(&format!(
+        "[[rule]]\nname = \"service\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n\
+         idle_timeout = \"{limit}s\"\n{more}\n"
+    ))
+}
+
+/// What lets slow answers live.
+const SLOW: &str = "response_timeout = \"1h\"";
+
+fn long() -> Duration {
+    2 * limit() + Duration::from_secs(1)
+}
+
+fn record_of(daemon: &Daemon, port: u16) -> Result<Record> {
+    let found = eventually("the end of a session", 2 * patience(), || {
+        let mut records = daemon.terminations()?.into_iter();
+        Ok(records.find(|record| record.ports()[0] == port))
+    });
+    found.with_context(|| format!("port {port}"))
+}
+
+fn assert_idle(daemon: &Daemon, port: u16, since: &Moment) -> Result<()> {
+    record_of(daemon, port)?.assert_due("idle_timeout", since, limit());
+    Ok(())
+}
+
+/// Has a client do something, and waits for what it says then.
+fn done(client: &mut Program, what: &str, says: &str) -> Result<Moment> {
+    let (moment, ()) = Moment::of(|| {
+        client.say(what)?;
+        client.wait_for(says)
+    })?;
+    Ok(moment)
+}
+
+fn slow_page() -> String {
+    format!("/app/{}/2000", long().as_secs())
+}
+
+#[test]
+fn over_http_a_slow_page_lives_and_behind_a_pipelined_quick_one_it_does_not() -> Result<()> {
+    let web = WebServer::start(AGENT, limit())?;
+    let [port, _] = WebServer::PORTS;
+    let daemon = daemon(&web.lab, port, SLOW)?;
+    let slow = slow_page();
+    let (mut client, own) = web.client("one that waits", "http1", port)?;
+    let (mut pipelined, pipelined_own) = web.client("one that pipelines", "http1", port)?;
+    client.say(&format!("get {slow}"))?;
+    let (asked, ()) = Moment::of(|| {
+        pipelined.say("get /app/0.5/100")?;
+        pipelined.say(&format!("get {slow}"))?;
+        pipelined.wait_for("all of /app/0.5/100")
+    })?;
+    record_of(&daemon, pipelined_own)?.assert_reset("idle_timeout", &asked, limit());
+    assert!(!pipelined.output().contains(&format!("all of {slow}")));
+    let (answered, ()) = Moment::of(|| client.wait_for(&format!("all of {slow}")))?;
+    assert_idle(&daemon, own, &answered)
+}
+
+#[test]
+fn over_http_2_a_slow_call_lives_alone_with_a_minimum_and_beside_quick_ones_it_does_not()
+-> Result<()> {
+    let web = WebServer::start(AGENT, limit())?;
+    let port = WebServer::HTTP2;
+    let daemon = daemon(&web.lab, port, &format!("{SLOW}\nmin_answer = 1024"))?;
+    let slow = slow_page();
+    let (mut alone, own) = web.client("a slow call", "http2", port)?;
+    // Before the server has said anything: what it says by itself comes after the request.
+    alone.say(&format!("get {slow}"))?;
+    let (mut beside, beside_own) = web.client("calls beside each other", "http2", port)?;
+    beside.say(&format!("get {slow}"))?;
+    let quick = done(&mut beside, "get /app/0.5/3000", "all of /app/0.5/3000")?;
+    record_of(&daemon, beside_own)?.assert_reset("idle_timeout", &quick, limit());
+    assert!(!beside.output().contains(&format!("all of {slow}")));
+    let (answered, ()) = Moment::of(|| alone.wait_for(&format!("all of {slow}")))?;
+    assert_idle(&daemon, own, &answered)
+}
+
+/// Pings every half second for longer than the limit; whether the connection lives.
+fn lives_by_pings(more: &str) -> Result<bool> {
+    let web = WebServer::start(AGENT, limit())?;
+    let port = WebServer::HTTP2;
+    let daemon = daemon(&web.lab, port, more)?;
+    let (mut client, own) = web.client("one that pings", "http2", port)?;
+    let asked = done(&mut client, "get /app/0/3000", "all of")?;
+    while asked.elapsed() < long() && daemon.terminations()?.is_empty() {
+        client.say("ping")?;
+        thread::sleep(Duration::from_millis(500));
+    }
+    if daemon.terminations()?.is_empty() {
+        return Ok(true);
+    }
+    assert!(client.output().contains("pong"));
+    assert_idle(&daemon, own, &asked)?;
+    Ok(false)
+}
+
+#[test]
+fn over_http_2_pings_keep_a_connection_alive_unless_they_are_too_small_to_count() -> Result<()> {
+    assert!(lives_by_pings("")?);
+    assert!(!lives_by_pings("min_payload = 18")?);
+    Ok(())
+}
+
+#[test]
+fn a_slow_call_of_grpc_lives_and_an_unused_channel_lives_by_its_keepalives() -> Result<()> {
+    let server = Scripted::start(AGENT, GRPC, &[])?;
+    let daemon = daemon(&server.lab, 50051, &format!("{SLOW}\nmin_answer = 1024"))?;
+    let (mut slow, _) = server.client("a slow call", &[])?;
+    let (_unused, _) = server.client("an unused channel", &[])?;
+    slow.say(&long().as_secs().to_string())?;
+    slow.wait_for("answered")?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    Ok(())
+}
+
+#[test]
+fn an_unused_channel_of_grpc_is_cut_where_its_keepalives_are_too_small_to_count() -> Result<()> {
+    let server = Scripted::start(AGENT, GRPC, &[])?;
+    let daemon = daemon(&server.lab, 50051, "min_payload = 18")?;
+    let (mut client, own) = server.client("an unused channel", &[])?;
+    let called = done(&mut client, "0", "answered")?;
+    assert_idle(&daemon, own, &called)?;
+    // The channel connects again by itself.
+    client.say("0")?;
+    client.wait_for_lines(3)?;
+    Ok(())
+}
+
+#[test]
+fn pings_keep_a_websocket_alive_unless_they_are_too_small_to_count() -> Result<()> {
+    let server = Scripted::start(AGENT, WEBSOCKET, &[])?;
+    let mut daemon = daemon(&server.lab, 8000, "")?;
+    let (mut client, _) = server.client("one that pings", &[])?;
+    let said = done(&mut client, "a message", "a message")?;
+    said.wait(long());
+    done(&mut client, "another message", "another message")?;
+    assert_eq!(daemon.terminations()?.len(), 0);
+    daemon.stop()?;
+
+    let daemon = self::daemon(&server.lab, 8000, "min_payload = 32")?;
+    let (mut client, own) = server.client("one that pings in vain", &[])?;
+    let long = "a message of more than thirty-two bytes";
+    let said = done(&mut client, long, long)?;
+    assert_idle(&daemon, own, &said)?;
+    client.wait_for("closed")
+}
+
+#[test]
+fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone() -> Result<()> {
+    let seconds = long().as_secs().to_string();
+    let server = Scripted::start(AGENT, FTP, &[&seconds])?;
+    let mut first = daemon(&server.lab, 21, SLOW)?;
+    let (mut client, own) = server.client("a download", &[])?;
+    client.wait_for("ConnectionResetError")?;
+    assert_eq!(record_of(&first, own)?.text("event.reason"), "idle_timeout");
+    first.stop()?;
+
+    // As long as the transfer, and what comes after it.
+    let response = 2 * long();
+    let more = format!(
+        "response_timeout = \"{}s\"\nmin_answer = 100",
+        response.as_secs()
+    );
+    let daemon = daemon(&server.lab, 21, &more)?;
+    let (asked, (mut client, own)) = Moment::of(|| server.client("a download", &[]))?;
+    client.wait_for("226 ")?;
+    // "150" and "226" together are no answer either, so the session may be silent for that long.
+    let record = record_of(&daemon, own)?;
+    assert_eq!(record.text("event.reason"), "response_timeout");
+    assert!(record.time("session_enforcer.deadline") >= asked.earliest.wall + response);
+    Ok(())
+}
+
+#[test]
+fn a_mail_server_that_scans_a_message_owes_the_answer() -> Result<()> {
+    let seconds = long().as_secs().to_string();
+    let server = Scripted::start(AGENT, SMTP, &[&seconds])?;
+    let mut first = daemon(&server.lab, 25, "")?;
+    let (mut client, own) = server.client("a mail", &[])?;
+    client.wait_for("SMTPServerDisconnected")?;
+    assert_eq!(record_of(&first, own)?.text("event.reason"), "idle_timeout");
+    first.stop()?;
+
+    let daemon = daemon(&server.lab, 25, SLOW)?;
+    let (mut client, own) = server.client("a mail", &[])?;
+    let (taken, ()) = Moment::of(|| client.wait_for("taken"))?;
+    assert_idle(&daemon, own, &taken)
+}
