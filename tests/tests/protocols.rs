@@ -10,9 +10,12 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+const AMQP: &str = include_str!("../clients/broker.py");
 const FTP: &str = include_str!("../clients/ftp.py");
 const GRPC: &str = include_str!("../clients/rpc.py");
+const LDAP: &str = include_str!("../clients/directory.py");
 const SMTP: &str = include_str!("../clients/smtp.py");
+const VNC: &str = include_str!("../clients/screen.py");
 const WEBSOCKET: &str = include_str!("../clients/websocket.py");
 
 /// Longer than a client takes to ask something on a busy machine.
@@ -211,4 +214,83 @@ fn a_mail_server_that_scans_a_message_owes_the_answer() -> Result<()> {
     let (mut client, own) = server.client("a mail", &[])?;
     let (taken, ()) = Moment::of(|| client.wait_for("taken"))?;
     assert_idle(&daemon, own, &taken)
+}
+
+#[test]
+fn ldap_owes_an_answer_but_for_abandon_and_replicas_are_silent() -> Result<()> {
+    let seconds = long().as_secs().to_string();
+    let server = Scripted::start(AGENT, LDAP, &[&seconds])?;
+    let response = 2 * long();
+    let more = format!("response_timeout = \"{}s\"", response.as_secs());
+    let daemon = daemon(&server.lab, 389, &more)?;
+    let (mut slow, slow_port) = server.client("a slow search", &[])?;
+    slow.say("slow")?;
+    let (mut abandons, abandons_port) = server.client("one that abandons", &[])?;
+    let (mut idle, idle_port) = server.client("one that is idle", &[])?;
+    let abandoned = done(&mut abandons, "abandon", "abandoned")?;
+    let last = done(&mut idle, "search", "found")?;
+    // On a connection of its own, which the daemon cuts: the client says how it ended.
+    idle.say("synchronise")?;
+    let (answered, ()) = Moment::of(|| slow.wait_for("found"))?;
+    assert_idle(&daemon, idle_port, &last)?;
+    assert_idle(&daemon, slow_port, &answered)?;
+    idle.wait_for_lines(3)?;
+    let record = record_of(&daemon, abandons_port)?;
+    record.assert_due("response_timeout", &abandoned, response);
+    assert_eq!(daemon.terminations()?.len(), 4);
+    Ok(())
+}
+
+/// A viewer of a screen that changes or does not, under `activity = "received"`.
+fn viewer(changes: &str) -> Result<(Scripted, Daemon, Program, u16)> {
+    let server = Scripted::start(AGENT, VNC, &[changes])?;
+    let daemon = daemon(&server.lab, 5900, "activity = \"received\"")?;
+    let (client, port) = server.client("the viewer", &[])?;
+    Ok((server, daemon, client, port))
+}
+
+#[test]
+fn a_screen_that_changes_keeps_a_viewer_of_vnc_asking_and_one_that_does_not_is_idle() -> Result<()>
+{
+    let (opened, (_server, daemon, mut client, _)) = Moment::of(|| viewer("changes"))?;
+    opened.wait(2 * long());
+    assert!(client.is_running()?);
+    assert_eq!(daemon.terminations()?.len(), 0);
+    let (_server, daemon, _viewer, port) = viewer("does not")?;
+    let record = record_of(&daemon, port)?;
+    assert_eq!(record.text("event.reason"), "idle_timeout");
+    Ok(())
+}
+
+#[test]
+fn heartbeats_keep_amqp_alive_unless_they_are_too_small_to_count() -> Result<()> {
+    let server = Scripted::start(AGENT, AMQP, &[])?;
+    let mut daemon = daemon(&server.lab, 5672, "")?;
+    let (mut client, _) = server.client("one with heartbeats", &[])?;
+    let said = done(&mut client, "publish", "published")?;
+    said.wait(2 * long());
+    assert_eq!(daemon.terminations()?.len(), 0);
+    done(&mut client, "publish", "published\npublished")?;
+    daemon.stop()?;
+
+    let daemon = self::daemon(&server.lab, 5672, "min_payload = 9")?;
+    let (mut client, port) = server.client("one with heartbeats", &[])?;
+    let said = done(&mut client, "publish", "published")?;
+    assert_idle(&daemon, port, &said)?;
+    client.wait_for("error: ")
+}
+
+#[test]
+fn after_a_message_of_amqp_the_broker_owes_an_answer_that_never_comes() -> Result<()> {
+    let server = Scripted::start(AGENT, AMQP, &[])?;
+    let response = 2 * limit();
+    let more = format!(
+        "response_timeout = \"{}s\"\nmin_payload = 9",
+        response.as_secs()
+    );
+    let daemon = daemon(&server.lab, 5672, &more)?;
+    let (mut client, port) = server.client("a publisher", &[])?;
+    let said = done(&mut client, "publish", "published")?;
+    record_of(&daemon, port)?.assert_due("response_timeout", &said, response);
+    Ok(())
 }

@@ -53,7 +53,7 @@ const fn server(module: &'static str, package: &'static str) -> Need {
 
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 30] = [
+pub(crate) const TESTS: [Need; 38] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -110,6 +110,26 @@ pub(crate) const TESTS: [Need; 30] = [
     need("openssl", "openssl", "a certificate of the test's own"),
     need("journalctl", "systemd", "a journal of the test's own"),
     need("nginx", "nginx", "sessions of a real web server"),
+    need("slapd", "slapd", "sessions of a real LDAP server"),
+    need("ldapsearch", "ldap-utils", "sessions of a real LDAP server"),
+    need(
+        "rabbitmq-server",
+        "rabbitmq-server",
+        "sessions of a real broker",
+    ),
+    need(
+        "Xvnc",
+        "tigervnc-standalone-server",
+        "sessions of a real VNC server",
+    ),
+    need(
+        "xtigervncviewer",
+        "tigervnc-viewer",
+        "sessions of a real VNC server",
+    ),
+    need("xsetroot", "x11-xserver-utils", "a screen that changes"),
+    server("ldap3", "python3-ldap3"),
+    server("pika", "python3-pika"),
     server("h2", "python3-h2"),
     server("grpc", "python3-grpcio"),
     server("websockets", "python3-websockets"),
@@ -334,6 +354,14 @@ mod tests {
                 "openssl",
                 "systemd",
                 "nginx",
+                "slapd",
+                "ldap-utils",
+                "rabbitmq-server",
+                "tigervnc-standalone-server",
+                "tigervnc-viewer",
+                "x11-xserver-utils",
+                "python3-ldap3",
+                "python3-pika",
                 "python3-h2",
                 "python3-grpcio",
                 "python3-websockets",
