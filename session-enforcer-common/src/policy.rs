@@ -77,6 +77,8 @@ pub enum Reason {
     Policy,
     /// There is no place for it in the session table (`daemon.on_full = "reset"`). Never a [`verdict`] either.
     Untracked,
+    /// Somebody asked for it over the control socket. Never a [`verdict`].
+    Admin,
 }
 
 /// The answer of [`verdict`].

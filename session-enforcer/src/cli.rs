@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 mod connection;
+mod live;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,14 +17,15 @@ use session_enforcer_common::{Direction, PortRange};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{
-    AuditTarget, Config, DEFAULT_PIN_DIR, Doubt, Location, MetricsListen, Mode, NetworkNamespaces,
-    Problem, User, Warning, parse_audit, parse_cgroup, parse_limit, parse_listen, parse_pin_dir,
-    parse_ports, parse_user,
+    AuditTarget, Config, ControlSocket, DEFAULT_PIN_DIR, Doubt, Location, MetricsListen, Mode,
+    NetworkNamespaces, Problem, User, Warning, parse_audit, parse_cgroup, parse_control_socket,
+    parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_user,
 };
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::host::trust::{self, Untrusted};
 
 pub use connection::{Circumstances, Ends};
+pub use live::{FilterArgs, KillArgs, ListArgs, SocketArgs, TopArgs, WatchArgs};
 
 /// Where the configuration is where the command line does not say.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
@@ -40,7 +42,8 @@ Exit status:
   0   done
   1   anything else went wrong
   2   wrong usage
-  69  this kernel lacks something that is needed
+  69  this kernel lacks something that is needed, or no daemon answers
+  75  some of what was asked for failed
   77  privileges are missing
   78  the configuration is wrong";
 
@@ -99,6 +102,16 @@ pub enum Command {
     /// Validate a configuration, print its rules as they are understood, and say what `run` would
     /// refuse on this host
     Check(CheckArgs),
+    /// Say how the running daemon is: ready or why not, its rules with their sessions, its configuration
+    Status(WatchArgs),
+    /// List live sessions: rule, ends, owner, age, idle, which limit comes first and when
+    List(ListArgs),
+    /// Reset sessions now
+    Kill(KillArgs),
+    /// Have the running daemon read its configuration, wait, and say what became of it
+    Reload(WatchArgs),
+    /// Follow the audit's records as they are made
+    Events(WatchArgs),
     /// Say which rule decides about a connection, and why the earlier ones do not
     Explain(ExplainArgs),
     /// Take out of the kernel what a daemon that was killed or stopped left there
@@ -145,6 +158,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "LISTEN")]
     metrics_listen: Option<Listen>,
 
+    /// The control socket, "" for none [default: /run/session-enforcer/control.sock]
+    #[arg(long, value_name = "PATH", value_parser = parse_control_socket)]
+    control_socket: Option<ControlSocket>,
+
     /// Where the audit records go: a file, journald, or - for standard output [default: -]
     #[arg(long, value_name = "PATH", value_parser = audit)]
     audit: Option<AuditTarget>,
@@ -178,12 +195,20 @@ pub struct CheckArgs {
 pub struct ExplainArgs {
     /// This host's end of the connection, as in 10.0.0.5:5432 or as ss -tn prints it; an IPv6 address in
     /// brackets
-    #[arg(value_name = "LOCAL", value_parser = end)]
-    local: SocketAddr,
+    #[arg(value_name = "LOCAL", value_parser = end, required_unless_present = "session")]
+    local: Option<SocketAddr>,
 
     /// The peer's end
-    #[arg(value_name = "REMOTE", value_parser = end)]
-    remote: SocketAddr,
+    #[arg(value_name = "REMOTE", value_parser = end, required_unless_present = "session")]
+    remote: Option<SocketAddr>,
+
+    /// In place of the ends: a live session, by its number in list; the running daemon is asked
+    #[arg(long, value_name = "ID", conflicts_with_all = ["local", "remote", "direction", "user", "cgroup"])]
+    pub session: Option<u64>,
+
+    /// Which daemon.
+    #[command(flatten)]
+    pub daemon: SocketArgs,
 
     /// Accepted here (inbound) or dialled from here (outbound) [default: both are explained]
     #[arg(long, value_parser = direction())]
@@ -197,9 +222,9 @@ pub struct ExplainArgs {
     #[arg(long, value_name = "PATH", value_parser = parse_cgroup)]
     cgroup: Option<String>,
 
-    /// The configuration, in TOML
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
-    pub config: PathBuf,
+    /// The configuration, in TOML [default: /etc/session-enforcer/config.toml; of a session that of its daemon]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 impl ExplainArgs {
@@ -207,9 +232,20 @@ impl ExplainArgs {
     ///
     /// # Errors
     ///
-    /// Where one is IPv4 and the other IPv6: wrong usage.
+    /// Where one is IPv4 and the other IPv6, or there are none: wrong usage.
     pub fn ends(&self) -> Result<Ends, Failure> {
-        Ends::new(self.local, self.remote)
+        match (self.local, self.remote) {
+            (Some(local), Some(remote)) => Ends::new(local, remote),
+            _ => Err(Failure::new(
+                ExitStatus::Usage,
+                "name both ends, or a --session",
+            )),
+        }
+    }
+
+    /// The file that is explained.
+    pub fn config_path(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG))
     }
 
     /// What is asked about besides them.
@@ -447,6 +483,9 @@ impl RunArgs {
                 },
                 doubt,
             }));
+        }
+        if let Some(socket) = &self.control_socket {
+            config.control.socket = socket.clone();
         }
         if let Some(audit) = &self.audit {
             config.audit = audit.clone();

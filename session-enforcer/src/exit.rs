@@ -8,7 +8,7 @@ use crate::config::{ConfigError, ConfigErrors};
 /// Begins each line on stderr.
 const PROGRAM: &str = "session-enforcer";
 
-/// Why the program did not do its work. The number is the exit status; the names of 69, 77 and 78
+/// Why the program did not do its work. The number is the exit status; the names of 69, 75, 77 and 78
 /// are those of `sysexits.h`, which systemd prints too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -17,8 +17,10 @@ pub enum ExitStatus {
     Other = 1,
     /// The command line is wrong.
     Usage = 2,
-    /// This kernel lacks something that is needed (`EX_UNAVAILABLE`).
+    /// This kernel lacks something that is needed, or no daemon answers (`EX_UNAVAILABLE`).
     Unavailable = 69,
+    /// Some of what was asked for failed (`EX_TEMPFAIL`).
+    Partly = 75,
     /// Privileges are missing (`EX_NOPERM`).
     NoPermission = 77,
     /// The configuration is wrong (`EX_CONFIG`).
@@ -27,10 +29,11 @@ pub enum ExitStatus {
 
 impl ExitStatus {
     /// Every status but success.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Other,
         Self::Usage,
         Self::Unavailable,
+        Self::Partly,
         Self::NoPermission,
         Self::Configuration,
     ];
@@ -45,7 +48,8 @@ impl ExitStatus {
         match self {
             Self::Other => "anything else went wrong",
             Self::Usage => "wrong usage",
-            Self::Unavailable => "this kernel lacks something that is needed",
+            Self::Unavailable => "this kernel lacks something that is needed, or no daemon answers",
+            Self::Partly => "some of what was asked for failed",
             Self::NoPermission => "privileges are missing",
             Self::Configuration => "the configuration is wrong",
         }
@@ -138,7 +142,7 @@ mod tests {
     #[test]
     fn the_numbers_are_those_of_the_contract() {
         let codes = ExitStatus::ALL.map(ExitStatus::code);
-        assert_eq!(codes, [1, 2, 69, 77, 78]);
+        assert_eq!(codes, [1, 2, 69, 75, 77, 78]);
     }
 
     #[test]

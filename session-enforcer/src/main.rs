@@ -8,7 +8,10 @@ use std::{
 use anyhow::Result;
 use session_enforcer::{
     cli::{Cli, Command, RunArgs},
-    commands::{check, detach, doctor, explain, last_good, run as daemon},
+    commands::{
+        check, detach, doctor, explain, follow, kill, last_good, list, reload_now, run as daemon,
+        status,
+    },
     config::NetworkNamespaces,
     engine::Source,
     exit,
@@ -51,16 +54,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Check(args) => {
             check::check(&args.config, args.json, &mut io::stdout().lock())?;
         }
-        Command::Explain(args) => {
-            let ends = args.ends()?;
-            let circumstances = args.circumstances();
-            explain::explain(
-                &args.config,
-                &ends,
-                &circumstances,
-                &mut io::stdout().lock(),
-            )?;
-        }
+        Command::Status(args) => status::status(args, &mut stdout())?,
+        Command::List(args) => list::list(args, &mut stdout())?,
+        Command::Kill(args) => kill::kill(args, &mut stdout())?,
+        Command::Reload(args) => reload_now::reload(args, &mut stdout())?,
+        Command::Events(args) => follow::events(args, &mut stdout())?,
+        Command::Explain(args) => explain::explain(args, &mut stdout())?,
         Command::Detach(args) => {
             detach::detach(args.pin_dir()?.as_deref(), &mut io::stdout().lock())?;
         }
@@ -73,6 +72,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn stdout() -> io::BufWriter<io::StdoutLock<'static>> {
+    io::BufWriter::new(io::stdout().lock())
 }
 
 fn run_daemon(args: &RunArgs) -> Result<()> {

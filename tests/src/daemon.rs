@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    os::unix::process::ExitStatusExt as _,
+    os::unix::{net::UnixStream, process::ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -30,6 +30,9 @@ use crate::{
     services::enter_mounts,
     tcp::Pair,
 };
+
+/// The control socket, in the daemon's directory.
+const CONTROL: &str = "control.sock";
 
 /// Names the daemon's binary; `cargo xtask test` sets it.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
@@ -171,7 +174,12 @@ impl<'a> Launch<'a> {
             fs::write(&path, text)?;
             command.arg("--config").arg(path);
         }
-        let audit = directory.join("audit.json");
+        let (audit, control) = (directory.join("audit.json"), directory.join(CONTROL));
+        // A file that names its socket is to be obeyed.
+        let names_control = self.config.is_some_and(|text| text.contains("[control]"));
+        if !names_control && !self.args.contains(&"--control-socket") {
+            command.arg("--control-socket").arg(control);
+        }
         let defaults = [
             ("--audit", audit.as_path()),
             ("--metrics-listen", Path::new("127.0.0.1:0")),
@@ -611,6 +619,54 @@ impl Daemon {
         Ok((status.parse()?, body.to_owned()))
     }
 
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.directory.path().join(CONTROL)
+    }
+
+    /// Asks the control socket; the status and the body.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not answer.
+    pub fn ask(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
+        let mut stream = UnixStream::connect(self.control_socket())?;
+        stream.set_read_timeout(Some(patience()))?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
+        let mut answer = Vec::new();
+        stream
+            .read_to_end(&mut answer)
+            .with_context(|| format!("{method} {path}"))?;
+        whole_answer(&answer)
+    }
+
+    /// Runs a command that asks this daemon, to its end.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end.
+    pub fn command(&self, args: &[&str]) -> Result<Finished> {
+        run_to_end(self.command_for(args)?, patience())
+    }
+
+    /// The same command, not run yet.
+    ///
+    /// # Errors
+    ///
+    /// Where the program is not built.
+    pub fn command_for(&self, args: &[&str]) -> Result<Command> {
+        let mut command = daemon_command()?;
+        command
+            .args(args)
+            .arg("--socket")
+            .arg(self.control_socket());
+        Ok(command)
+    }
+
     /// Sends a signal.
     ///
     /// # Errors
@@ -698,6 +754,36 @@ impl Drop for Daemon {
                 "the last lines of its audit, from the end:\n{}",
                 last.join("\n")
             );
+        }
+    }
+}
+
+/// The status and the body of an HTTP answer, which may have come in chunks.
+///
+/// # Errors
+///
+/// Where it is no whole answer.
+pub fn whole_answer(answer: &[u8]) -> Result<(u16, String)> {
+    let text = std::str::from_utf8(answer)?;
+    let (head, mut body) = text
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("an answer without a body: {text:?}"))?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .context("an answer without a status")?;
+    let status = status.parse()?;
+    if !head.contains("transfer-encoding: chunked") {
+        return Ok((status, body.to_owned()));
+    }
+    let mut whole = String::new();
+    loop {
+        let (length, rest) = body.split_once("\r\n").context("a chunk was cut")?;
+        let length = usize::from_str_radix(length, 16)?;
+        whole += rest.get(..length).context("a chunk was cut")?;
+        body = rest.get(length + 2..).context("a chunk was cut")?;
+        if length == 0 {
+            return Ok((status, whole));
         }
     }
 }

@@ -41,7 +41,7 @@ pub use audit::Record;
 pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
 pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
-pub use daemon::{Daemon, Launch, daemon_command, idle_rule, records, state_of};
+pub use daemon::{Daemon, Launch, daemon_command, idle_rule, records, state_of, whole_answer};
 pub use holders::{Cgroups, Holders};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;

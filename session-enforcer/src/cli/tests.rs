@@ -43,7 +43,11 @@ fn the_quick_form_is_one_inbound_rule() {
         "[[rule]]\nname = 'cli'\ndirection = 'inbound'\nlocal_ports = [5432, '6000-6010']\n\
          idle_timeout = '15m'\nmax_lifetime = '12h'\n",
     );
-    assert_eq!(config, expected.unwrap());
+    let expected = Config {
+        file: None,
+        ..expected.unwrap()
+    };
+    assert_eq!(config, expected);
     assert_eq!(config.rules[0].name, QUICK_RULE);
     assert_eq!(config.effective_action(&config.rules[0]), Action::Enforce);
 }
@@ -167,7 +171,7 @@ fn explain_takes_what_ss_prints() {
 #[test]
 fn explain_takes_two_ends_of_one_family() {
     let args = explain_args("10.0.0.5:5432 10.0.0.9:50000");
-    assert_eq!(args.config, Path::new(DEFAULT_CONFIG));
+    assert_eq!(args.config_path(), Path::new(DEFAULT_CONFIG));
     assert_eq!(args.direction, None);
     let ends = args.ends().unwrap();
     let mapped = explain_args("[::ffff:10.0.0.5]:5432 10.0.0.9:50000 --direction outbound");
@@ -235,17 +239,17 @@ fn wrong_usage_is_one_line() {
         ),
         (
             "explain 10.0.0.5 10.0.0.9:1",
-            "invalid value '10.0.0.5' for '<LOCAL>': allowed: an address and a port, such as \
+            "invalid value '10.0.0.5' for '[LOCAL]': allowed: an address and a port, such as \
              10.0.0.5:5432 or [2001:db8::5]:5432",
         ),
         (
             "explain 10.0.0.5:1 2001:db8::9:0",
-            "invalid value '2001:db8::9:0' for '<REMOTE>': allowed: an address and a port, such \
+            "invalid value '2001:db8::9:0' for '[REMOTE]': allowed: an address and a port, such \
              as 10.0.0.5:5432 or [2001:db8::5]:5432",
         ),
         (
             "explain 10.0.0.5:1 10.0.0.9:0",
-            "invalid value '10.0.0.9:0' for '<REMOTE>': allowed: an address and a port, such as \
+            "invalid value '10.0.0.9:0' for '[REMOTE]': allowed: an address and a port, such as \
              10.0.0.5:5432 or [2001:db8::5]:5432",
         ),
         (

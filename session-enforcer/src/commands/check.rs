@@ -94,6 +94,11 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
         AuditTarget::Journald => "the journal (journald)".to_owned(),
         AuditTarget::File(path) => path.display().to_string(),
     };
+    let control = match (config.control.socket.path(), &config.control.group) {
+        (Some(path), None) => format!("{}, for root", path.display()),
+        (Some(path), Some(group)) => format!("{}, for root and the group {group}", path.display()),
+        (None, _) => "none".to_owned(),
+    };
     let pins = match &config.pin_dir {
         Some(path) => path.display().to_string(),
         None => "none: sessions are adopted anew at each start".to_owned(),
@@ -112,6 +117,7 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     let interval = format_duration(config.reconcile_interval);
     writeln!(out, "  reconciled every    {interval}")?;
     writeln!(out, "  metrics             {metrics}")?;
+    writeln!(out, "  control socket      {control}")?;
     let synced = if config.audit_sync {
         ", on the disk before the next resets"
     } else {
@@ -352,6 +358,7 @@ Daemon:
   network namespaces  the daemon's own
   reconciled every    15m
   metrics             not served
+  control socket      /run/session-enforcer/control.sock, for root
   audit               /var/log/sessions.json
 
 Rules, the first that matches a connection decides:

@@ -4,6 +4,8 @@
 //! The decision is that of [`matches`](fn@matches) over the match table, as in the kernel. The reasons come from
 //! the conditions of the rules; the tests show that the two never disagree.
 
+mod live_session;
+
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::path::Path;
@@ -12,7 +14,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use session_enforcer_common::{Address, Ancestors, Direction, Facts, PortRange, matches};
 
-use crate::cli::{Circumstances, Ends};
+use crate::cli::{Circumstances, Ends, ExplainArgs};
 use crate::commands::check::{
     action_words, condition_words, direction_words, port_list, prefix_list, word_list,
 };
@@ -30,6 +32,24 @@ fn address(ip: IpAddr) -> Address {
     Address::from_octets(v6.octets())
 }
 
+/// Prints which rule decides about a connection, or about a live session of the running daemon.
+///
+/// # Errors
+///
+/// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), no daemon answers or it has
+/// no such session, or `out` does not take the text.
+pub fn explain(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    match args.session {
+        Some(id) => live_session::explain(args, id, out),
+        None => explain_file(
+            args.config_path(),
+            &args.ends()?,
+            &args.circumstances(),
+            out,
+        ),
+    }
+}
+
 /// Reads a file and prints which of its rules decides about a connection; without a direction, for
 /// both directions.
 ///
@@ -37,7 +57,7 @@ fn address(ip: IpAddr) -> Address {
 ///
 /// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), or `out`
 /// does not take the text.
-pub fn explain(
+fn explain_file(
     path: &Path,
     ends: &Ends,
     circumstances: &Circumstances,

@@ -4,9 +4,16 @@
 //! exit status is made of. Only `main` calls them. Nothing here decides about a session.
 
 pub mod check;
+mod columns;
+mod daemon_client;
 pub mod detach;
 pub mod doctor;
 pub mod explain;
+pub mod follow;
+pub mod kill;
 pub mod last_good;
+pub mod list;
 mod probe;
+pub mod reload_now;
 pub mod run;
+pub mod status;

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use crate::{
     datapath::{self, Bpffs, Kernel, Options},
     exit::{ExitStatus, Failure},
-    host::{cgroup, clock},
+    host::{boot, cgroup, clock},
     reaper::{diag::DiagSocket, protocol::Probed, trial},
 };
 
@@ -120,7 +120,7 @@ impl Check {
 
 /// Asks everything, for a daemon that enforces all network namespaces or its own alone.
 pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
-    let mut checks = vec![Check::good("kernel", kernel_release())];
+    let mut checks = vec![Check::good("kernel", boot::kernel_release())];
     checks.extend(capabilities(all_namespaces));
     checks.extend([
         cgroup2(),
@@ -158,13 +158,6 @@ fn require_one(check: Check) -> Result<(), Failure> {
         tracing::warn!("{warning}");
     }
     check.problem.map_or(Ok(()), Err)
-}
-
-/// The kernel's release, as `uname -r` prints it.
-pub(super) fn kernel_release() -> String {
-    nix::sys::utsname::uname()
-        .map(|names| names.release().to_string_lossy().into_owned())
-        .unwrap_or_else(|_| "unknown".to_owned())
 }
 
 fn capabilities(all_namespaces: bool) -> Vec<Check> {

@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    os::unix::net::UnixListener,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +14,7 @@ use tokio::{runtime, sync::mpsc, task::LocalSet};
 
 use crate::{
     commands::{detach, probe},
-    config::{Config, Mode, NetworkNamespaces, Rule},
+    config::{self, Config, Mode, NetworkNamespaces, Rule},
     datapath::{BpfError, Kernel, Options, PinDir},
     engine::{
         Begun, Channels, Engine, Parts, Reloading, Signals, Source,
@@ -21,6 +22,7 @@ use crate::{
     },
     exit::{ExitStatus, Failure, OrExit as _},
     host::{
+        boot,
         cgroup::{self, Cgroup},
         clock, privilege,
     },
@@ -31,6 +33,7 @@ use crate::{
     },
     report::{
         audit::{Audit, AuditError},
+        control::{self, Admission},
         http::{self, BindError},
         metrics::Metrics,
     },
@@ -66,6 +69,7 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
     let pins = pins.map_err(|error| detach::failure(&error))?;
     let listener = config.metrics_listen.as_ref().map(http::bind).transpose();
     let listener = listener.map_err(bind_failure)?;
+    let control = bind_control(&config.control)?;
     // Its thread is to have no more privileges than the engine after the start.
     let audit = privilege::unprivileged(|| Audit::open(&config.audit, config.audit_sync))?;
     let audit = audit.map_err(audit_failure)?;
@@ -73,7 +77,15 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    let serving = serve(config, source, cgroup, pins, listener, audit, is_forced);
+    let serving = serve(
+        config,
+        source,
+        cgroup,
+        pins,
+        (listener, control),
+        audit,
+        is_forced,
+    );
     LocalSet::new().block_on(&runtime, serving)
 }
 
@@ -82,7 +94,7 @@ async fn serve(
     source: Option<Source>,
     cgroup: Cgroup,
     pins: Option<PinDir>,
-    listener: Option<http::Listener>,
+    (listener, control): (Option<http::Listener>, Option<ControlSocket>),
     audit: Audit,
     is_forced: bool,
 ) -> Result<()> {
@@ -107,6 +119,14 @@ async fn serve(
         refuse_others(&kernel, &cgroup).await?;
     }
     let (events, log) = (kernel.take_events()?, kernel.take_log()?);
+    let control = control.map(|(listener, gid)| {
+        anyhow::Ok(control::Server {
+            listener,
+            admission: Admission::new(gid),
+            sessions: kernel.session_reader()?,
+        })
+    });
+    let control = control.transpose()?;
     let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
         kernel,
@@ -130,7 +150,7 @@ async fn serve(
     let announced = (config.clone(), cgroup.path().to_owned());
     let engine = Engine::new(parts, pool, cgroup, channels, reloading)?;
     let begun = move |begun| announce(&announced.0, &announced.1, begun);
-    let served = move || listener.map_or(Ok(()), |listener| start_http(listener, requests_in));
+    let served = move || start_http(listener, control, requests_in);
     let run = engine.run(privilege::confine_engine, begun, served);
     run.await.map_err(start_failure)
 }
@@ -211,21 +231,58 @@ fn announce(config: &Config, cgroup: &Path, begun: Begun) {
     );
 }
 
+/// A socket that listens, and the group whose members may connect.
+type ControlSocket = (UnixListener, Option<u32>);
+
+/// Without a key of its own in the configuration, the control socket is only wished for: the daemon enforces without
+/// it, too.
+fn bind_control(wanted: &config::Control) -> Result<Option<ControlSocket>> {
+    match control::bind(wanted) {
+        Ok(bound) => Ok(bound),
+        Err(error) if wanted.socket == config::ControlSocket::Default && wanted.group.is_none() => {
+            tracing::warn!(
+                "no control socket, and no commands such as list and kill for this daemon: {error}"
+            );
+            Ok(None)
+        }
+        Err(error) if error.is_configuration() => {
+            Err(Failure::new(ExitStatus::Configuration, error.to_string()).into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// What clients send is read by a thread without privileges.
-fn start_http(listener: http::Listener, requests: mpsc::Sender<http::Request>) -> Result<()> {
+fn start_http(
+    listener: Option<http::Listener>,
+    control: Option<control::Server>,
+    requests: mpsc::Sender<http::Request>,
+) -> Result<()> {
     match &listener {
-        http::Listener::Tcp(tcp) => {
+        Some(http::Listener::Tcp(tcp)) => {
             let address = tcp.local_addr().context("metrics.listen")?;
             tracing::info!("metrics at http://{address}/metrics");
         }
-        http::Listener::Unix(socket) => {
-            let address = socket.local_addr().context("metrics.listen")?;
-            let path = address.as_pathname().unwrap_or(Path::new("")).display();
-            tracing::info!("metrics at {path}, a Unix socket");
+        Some(http::Listener::Unix(socket)) => {
+            let path = path_of(socket).context("metrics.listen")?;
+            tracing::info!("metrics at {}, a Unix socket", path.display());
         }
+        None => {}
     }
-    let started = privilege::unprivileged(|| http::start(listener, requests))?;
-    started.context("starting the thread that serves the metrics")
+    if let Some(control) = &control {
+        let path = path_of(&control.listener).context("control.socket")?;
+        tracing::info!("control socket at {}", path.display());
+    }
+    if listener.is_none() && control.is_none() {
+        return Ok(());
+    }
+    let started = privilege::unprivileged(|| http::start(listener, control, requests))?;
+    started.context("starting the thread that serves the metrics and the control socket")
+}
+
+fn path_of(socket: &UnixListener) -> io::Result<PathBuf> {
+    let address = socket.local_addr()?;
+    Ok(address.as_pathname().unwrap_or(Path::new("")).to_owned())
 }
 
 fn metrics(config: &Config) -> Result<Metrics> {
@@ -236,7 +293,7 @@ fn metrics(config: &Config) -> Result<Metrics> {
         &rules,
         config.max_sessions,
         version,
-        &probe::kernel_release(),
+        &boot::kernel_release(),
     )
     .context("preparing the metrics")
 }

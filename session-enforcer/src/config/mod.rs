@@ -26,14 +26,15 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange};
+use sha2::{Digest as _, Sha256};
 
 pub use error::{
     ConfigError, ConfigErrors, Doubt, EntryCount, Location, Position, Problem, Warning,
 };
 pub use owners::{Owners, User, fits, is_below, is_pattern, parse_cgroup, parse_user};
 pub use value::{
-    MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_duration, parse_limit, parse_listen,
-    parse_pin_dir, parse_ports, parse_prefix,
+    MAX_LIMIT, MIN_LIMIT, format_duration, parse_audit, parse_control_socket, parse_duration,
+    parse_limit, parse_listen, parse_pin_dir, parse_ports, parse_prefix,
 };
 
 use document::Document;
@@ -58,6 +59,9 @@ pub(crate) const DEFAULT_METRICS_PORT: u16 = 9847;
 pub const DEFAULT_METRICS_LISTEN: MetricsListen = MetricsListen::Tcp(SocketAddr::V4(
     SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_METRICS_PORT),
 ));
+
+/// The control socket where the file does not say.
+pub const DEFAULT_CONTROL_SOCKET: &str = "/run/session-enforcer/control.sock";
 
 /// Bytes of new payload that count where the file does not say: any.
 pub const DEFAULT_MIN_PAYLOAD: u16 = 1;
@@ -100,6 +104,8 @@ pub struct Config {
     pub reconcile_interval: Duration,
     /// Where the metrics are served, if at all.
     pub metrics_listen: Option<MetricsListen>,
+    /// Where commands and programs ask the daemon, and who may.
+    pub control: Control,
     /// Where the audit records go.
     pub audit: AuditTarget,
     /// Whether each record is to be on the disk before the next batch of resets is asked for.
@@ -114,6 +120,60 @@ pub struct Config {
     pub warnings: Vec<Warning>,
     /// Whether it stands in for a file that was refused.
     pub is_stand_in: bool,
+    /// The file that it was read from; none of the quick form.
+    pub file: Option<SourceFile>,
+}
+
+/// A file that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceFile {
+    /// Where it was.
+    pub path: PathBuf,
+    /// The SHA-256 of its text, in hexadecimal.
+    pub sha256: String,
+}
+
+impl SourceFile {
+    /// A file with this text.
+    pub fn new(path: &Path, text: &str) -> Self {
+        let digest = Sha256::digest(text);
+        Self {
+            path: path.to_owned(),
+            sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }
+    }
+}
+
+/// The control socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// Where it is.
+    pub socket: ControlSocket,
+    /// The group whose members may use it, besides root and the daemon's user.
+    pub group: Option<String>,
+}
+
+/// Where the control socket is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ControlSocket {
+    /// At [`DEFAULT_CONTROL_SOCKET`], if that can be had.
+    #[default]
+    Default,
+    /// On this path.
+    At(PathBuf),
+    /// There is none.
+    Nowhere,
+}
+
+impl ControlSocket {
+    /// The path, where there is to be a socket.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Default => Some(Path::new(DEFAULT_CONTROL_SOCKET)),
+            Self::At(path) => Some(path),
+            Self::Nowhere => None,
+        }
+    }
 }
 
 /// What the daemon does to an expired session.
@@ -307,7 +367,10 @@ impl Config {
         let config = read::config(&document);
         match ConfigErrors::new(document.into_errors()) {
             Some(errors) => Err(errors),
-            None => Ok(config),
+            None => Ok(Self {
+                file: Some(SourceFile::new(file.as_ref(), text)),
+                ..config
+            }),
         }
     }
 
@@ -347,6 +410,7 @@ impl Config {
             network_namespaces: NetworkNamespaces::default(),
             reconcile_interval: DEFAULT_RECONCILE_INTERVAL,
             metrics_listen: Some(DEFAULT_METRICS_LISTEN),
+            control: Control::default(),
             audit: AuditTarget::default(),
             audit_sync: false,
             // As long as the rules, with which it is read side by side.
@@ -354,6 +418,7 @@ impl Config {
             rules,
             warnings: Vec::new(),
             is_stand_in: false,
+            file: None,
         }
     }
 

@@ -2,8 +2,9 @@
 
 use super::document::{Document, Field, Keys, Section};
 use super::value::{
-    ALLOWED_AUDIT, ALLOWED_LISTEN, ALLOWED_PIN_DIR, ALLOWED_TIME, is_absolute, parse_audit,
-    parse_limit, parse_listen, parse_pin_dir,
+    ALLOWED_AUDIT, ALLOWED_CONTROL_SOCKET, ALLOWED_GROUP, ALLOWED_LISTEN, ALLOWED_PIN_DIR,
+    ALLOWED_TIME, is_absolute, parse_audit, parse_control_socket, parse_group, parse_limit,
+    parse_listen, parse_pin_dir,
 };
 use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
@@ -21,11 +22,11 @@ const ALLOWED_NAMESPACES: &str = "\"all\" or \"own\"";
 const _: () = assert!(MAX_MAX_SESSIONS == 16_777_216, "the text above says so");
 
 /// Every table of the contract with its keys. The order is that of the constants below.
-pub(super) static TABLES: [Keys; 5] = [
+pub(super) static TABLES: [Keys; 6] = [
     Keys {
         header: "no header, at the top of the file",
-        known: &["daemon", "metrics", "audit", "rule"],
-        later: &["control"],
+        known: &["daemon", "metrics", "control", "audit", "rule"],
+        later: &[],
     },
     Keys {
         header: "[daemon]",
@@ -48,6 +49,11 @@ pub(super) static TABLES: [Keys; 5] = [
     Keys {
         header: "[audit]",
         known: &["path", "sync"],
+        later: &[],
+    },
+    Keys {
+        header: "[control]",
+        known: &["socket", "group"],
         later: &[],
     },
     Keys {
@@ -79,7 +85,8 @@ const ROOT: usize = 0;
 const DAEMON: usize = 1;
 const METRICS: usize = 2;
 const AUDIT: usize = 3;
-const RULE: usize = 4;
+const CONTROL: usize = 4;
+const RULE: usize = 5;
 
 /// The configuration that the document describes, as far as nothing in it is wrong.
 pub(super) fn config(document: &Document<'_>) -> Config {
@@ -93,15 +100,16 @@ pub(super) fn config(document: &Document<'_>) -> Config {
         table: &tables,
         offset: 0,
     };
-    if !refuse_control(&root) {
-        root.check_keys(&TABLES[ROOT], &TABLES);
-    }
+    root.check_keys(&TABLES[ROOT], &TABLES);
     if let Some(daemon) = table(&root, "daemon", DAEMON) {
         read_daemon(&daemon, &mut config);
     }
     let metrics = table(&root, "metrics", METRICS);
     if let Some(listen) = metrics.and_then(|metrics| metrics.read("listen", read_listen)) {
         (config.metrics_listen, config.warnings) = listen;
+    }
+    if let Some(control) = table(&root, "control", CONTROL) {
+        read_control(&control, &mut config);
     }
     let audit = table(&root, "audit", AUDIT);
     let path = |field: &Field<'_>| field.parse(ALLOWED_AUDIT, parse_audit);
@@ -114,23 +122,6 @@ pub(super) fn config(document: &Document<'_>) -> Config {
     }
     read_rules(&root, &mut config);
     config
-}
-
-/// Names the keys inside of a table that comes later as a whole, rather than the table; whether it has any.
-fn refuse_control(root: &Section<'_>) -> bool {
-    static CONTROL: Keys = Keys {
-        header: "[control]",
-        known: &[],
-        later: &["socket"],
-    };
-    let before = root.document.error_count();
-    let control = root.read("control", |field| {
-        field.section("control.".to_owned(), ALLOWED_TABLE)
-    });
-    if let Some(control) = control {
-        control.check_keys(&CONTROL, &TABLES);
-    }
-    root.document.error_count() != before
 }
 
 /// A table of the top level, if it is there, whose unknown keys are refused.
@@ -183,6 +174,20 @@ fn read_sync(field: &Field<'_>, target: &AuditTarget) -> Result<bool, ConfigErro
         return Err(field.error(Problem::SyncedJournal));
     }
     Ok(is_synced)
+}
+
+fn read_control(control: &Section<'_>, config: &mut Config) {
+    let socket = |field: &Field<'_>| {
+        field.check_path_is_literal()?;
+        field.parse(ALLOWED_CONTROL_SOCKET, parse_control_socket)
+    };
+    if let Some(socket) = control.read("socket", socket) {
+        config.control.socket = socket;
+    }
+    let group = |field: &Field<'_>| field.parse(ALLOWED_GROUP, parse_group);
+    if let Some(group) = control.read("group", group) {
+        config.control.group = group;
+    }
 }
 
 /// Where the metrics are served, and what is doubtful about it.

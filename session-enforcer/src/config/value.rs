@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use session_enforcer_common::PortRange;
 
 use super::error::quoted;
-use super::{AuditTarget, JOURNALD, MetricsListen, Problem};
+use super::{AuditTarget, ControlSocket, JOURNALD, MetricsListen, Problem};
 
 pub(super) const ALLOWED_PORT: &str =
     "a port from 1 to 65535, or a range of ports such as \"6000-6010\"";
@@ -19,6 +19,8 @@ pub(super) const ALLOWED_TIME: &str = "a time such as \"90s\", \"15m\", \"12h\" 
 pub(super) const ALLOWED_LISTEN: &str = "an IP address and a port such as \"127.0.0.1:9847\", a Unix socket such as \
      \"unix:/run/session-enforcer/metrics.sock\", or \"\" for none";
 pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bpffs such as \"/sys/fs/bpf/session-enforcer\", or \"\" for none";
+pub(super) const ALLOWED_CONTROL_SOCKET: &str = "the absolute path of a Unix socket such as \"/run/session-enforcer/control.sock\", or \"\" for none";
+pub(super) const ALLOWED_GROUP: &str = "the name of a group such as \"netops\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str = "\"-\" for standard output, \"journald\", or a file's absolute path such as \"/var/log/sessions.json\"";
 
 /// Shortest limit of a rule: below it, the ticks in which the kernel counts the age of an adopted session would show.
@@ -218,6 +220,29 @@ pub fn parse_pin_dir(text: &str) -> Result<Option<PathBuf>, Problem> {
         "" => Ok(None),
         path if is_absolute(path) => Ok(Some(PathBuf::from(path))),
         other => Err(not_allowed(other, ALLOWED_PIN_DIR)),
+    }
+}
+
+/// Where the control socket is: an absolute path, or "" for nowhere.
+///
+/// # Errors
+///
+/// Where the path is relative.
+pub fn parse_control_socket(text: &str) -> Result<ControlSocket, Problem> {
+    match text {
+        "" => Ok(ControlSocket::Nowhere),
+        path if is_absolute(path) => Ok(ControlSocket::At(path.into())),
+        other => Err(not_allowed(other, ALLOWED_CONTROL_SOCKET)),
+    }
+}
+
+/// The name of a group, or "" for none.
+pub(super) fn parse_group(text: &str) -> Result<Option<String>, Problem> {
+    let strange = |c: char| c.is_control() || c.is_whitespace() || matches!(c, ':' | ',' | '/');
+    match text {
+        "" => Ok(None),
+        name if !name.contains(strange) => Ok(Some(name.to_owned())),
+        other => Err(not_allowed(other, ALLOWED_GROUP)),
     }
 }
 

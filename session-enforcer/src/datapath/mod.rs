@@ -11,6 +11,7 @@ mod journal;
 mod pin_error;
 mod pins;
 mod port_filter;
+mod session_reader;
 mod session_table;
 mod sys;
 
@@ -41,6 +42,7 @@ pub use journal::{Journal, Place};
 pub use pin_error::PinError;
 pub use pins::PinDir;
 pub use port_filter::Narrowing;
+pub use session_reader::{Cursor, SessionReader};
 
 use attach::Attached;
 use inherit::Pins;
@@ -306,6 +308,28 @@ impl Kernel {
             .map_err(map_error(session_table::TABLE))?;
         // Below 0 for a moment where what is pinned counts too few.
         Ok(head.sessions.cast_signed().max(0).cast_unsigned())
+    }
+
+    /// The session table for another thread, which only reads it.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn session_reader(&self) -> Result<SessionReader, BpfError> {
+        let head = self
+            .table
+            .get(&0, 0)
+            .map_err(map_error(session_table::TABLE))?;
+        let records = match self.ebpf.map(session_table::SESSIONS) {
+            Some(Map::Array(map)) => map.fd().as_fd().try_clone_to_owned(),
+            _ => return Err(BpfError::Missing(session_table::SESSIONS)),
+        };
+        let buckets = self.sessions.buckets_fd();
+        let (buckets, records) = (
+            buckets.map_err(BpfError::Table)?,
+            records.map_err(BpfError::Table)?,
+        );
+        SessionReader::new(buckets, records, head.key)
     }
 
     /// The journal of resets.

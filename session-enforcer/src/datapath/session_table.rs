@@ -57,6 +57,11 @@ impl SessionTable {
         })
     }
 
+    /// For who only reads them.
+    pub(super) fn buckets_fd(&self) -> io::Result<OwnedFd> {
+        self.buckets.fd().as_fd().try_clone_to_owned()
+    }
+
     /// The session as the kernel has it now.
     pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let exchange = self.ask(cookie, Request::Read, None)?;

@@ -21,13 +21,14 @@ use crate::{
 };
 
 /// By their numbers in the journal.
-const REASONS: [Reason; 6] = [
+const REASONS: [Reason; 7] = [
     Reason::IdleTimeout,
     Reason::MaxLifetime,
     Reason::ResponseTimeout,
     Reason::Policy,
     Reason::HalfClosedTimeout,
     Reason::Untracked,
+    Reason::Admin,
 ];
 
 /// The place of a reason among them.
@@ -39,6 +40,7 @@ const fn number_of(reason: Reason) -> u16 {
         Reason::Policy => 3,
         Reason::HalfClosedTimeout => 4,
         Reason::Untracked => 5,
+        Reason::Admin => 6,
     }
 }
 
@@ -168,6 +170,7 @@ impl State {
             process: None,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
+            requested_by: None,
         };
         self.records
             .termination(&termination, Some(Box::new(place)));

@@ -83,7 +83,7 @@ fn limit_ns(reason: Reason, limits: &Policy, session: &Session) -> u64 {
         Reason::MaxLifetime => limits.lifetime_ns(session),
         Reason::ResponseTimeout => limits.response_timeout_ns,
         Reason::HalfClosedTimeout => limits.half_closed_timeout_ns,
-        Reason::Policy | Reason::Untracked => 0,
+        Reason::Policy | Reason::Untracked | Reason::Admin => 0,
     }
 }
 

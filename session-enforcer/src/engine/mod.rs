@@ -20,9 +20,11 @@ mod handles;
 mod hanging;
 mod journal;
 mod judge;
+mod kills;
 mod owner;
 mod records;
 mod reload;
+mod requests;
 mod schedule;
 mod state;
 mod sync;
@@ -53,6 +55,8 @@ use crate::{
     host::{cgroup::Cgroup, clock::monotonic_ns, timer::Timer, watch::Watch},
     reaper::pool::Pool,
     report::{
+        audit::Requester,
+        control::{self, PolicyChange, Refusal, ReloadRequest, ReloadResult},
         http::Request,
         service_manager::{Beat, ServiceManager},
     },
@@ -133,6 +137,8 @@ struct Reload {
     config: std::cell::RefCell<Config>,
     is_under_way: Cell<bool>,
     is_wanted: Cell<bool>,
+    /// Who waits for the next one over the control socket.
+    waiting: std::cell::RefCell<Vec<ReloadRequest>>,
     /// Whether the cgroups that the rules name may be others.
     has_changed: Cell<bool>,
 }
@@ -174,6 +180,7 @@ impl Engine {
                 // The start.
                 is_under_way: Cell::new(true),
                 is_wanted: Cell::new(false),
+                waiting: std::cell::RefCell::default(),
                 has_changed: Cell::new(false),
             }),
             log: channels.log,
@@ -298,6 +305,7 @@ impl Engine {
                     // An answer is about now, and not about the last time that events were read.
                     self.context.read_events()?;
                     self.note_attachment();
+                    let requests = self.answer_control(requests)?;
                     self.answer(requests);
                     let rest = (began.elapsed() * ANSWERS_REST).min(MAX_ANSWERS_REST);
                     self.answers_rest_until = Instant::now() + rest;
@@ -344,6 +352,24 @@ impl Engine {
             // It is under way from now on, and not from when its task runs.
             self.context.state().backlog.begin();
         }
+    }
+
+    /// Answers requests of the control socket; the others.
+    fn answer_control(&self, requests: Vec<Request>) -> Result<Vec<Request>> {
+        let mut others = Vec::new();
+        for request in requests {
+            match request {
+                Request::Control(control::Request::Reload(request)) => {
+                    self.reloading.waiting.borrow_mut().push(request);
+                    self.reload();
+                }
+                Request::Control(request) => {
+                    requests::answer(&self.context, &self.reloading, request)?;
+                }
+                other => others.push(other),
+            }
+        }
+        Ok(others)
     }
 
     /// Answers requests of the HTTP server. What the metrics count, the audit can name: cgroups that
@@ -530,11 +556,17 @@ impl Engine {
     /// Opens the audit file again, and puts the configuration into force if it is good. A wrong one
     /// changes nothing.
     fn hangup(&self) {
-        self.context.state().records.audit.reopen();
         if self.reloading.source.is_none() {
+            self.context.state().records.audit.reopen();
             tracing::info!("SIGHUP: the configuration came from the command line and stays");
             return;
         }
+        self.reload();
+    }
+
+    /// The same for whoever asked for it by now.
+    fn reload(&self) {
+        self.context.state().records.audit.reopen();
         if self.reloading.is_under_way.replace(true) {
             self.reloading.is_wanted.set(true);
             return;
@@ -554,7 +586,13 @@ impl Engine {
 /// Reloads as often as that was asked for by now. Neither a start nor another reload is under way then.
 async fn reload_while_wanted(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
     while reload.is_wanted.take() {
-        reload_once(context, reload).await?;
+        let waiting = reload.waiting.take();
+        let by = waiting.first().map(|request| request.by.clone());
+        let reloaded = reload_once(context, reload, by.as_ref()).await?;
+        for request in waiting {
+            // Who has gone need not be told.
+            let _ = request.reply.send(reloaded.clone());
+        }
     }
     reload.is_under_way.set(false);
     // What came and went meanwhile was left to this.
@@ -562,16 +600,29 @@ async fn reload_while_wanted(context: &Rc<Context>, reload: &Rc<Reload>) -> Resu
     Ok(())
 }
 
-async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
-    let refused = |error: &anyhow::Error| {
-        tracing::error!("SIGHUP: the configuration in force stays: {error:#}");
-        context.state().records.metrics.config_refused();
-        Ok(())
+async fn reload_once(
+    context: &Rc<Context>,
+    reload: &Rc<Reload>,
+    by: Option<&Requester>,
+) -> Result<ReloadResult> {
+    let what = match by {
+        None => "SIGHUP".to_owned(),
+        Some(by) => format!(
+            "reload, asked for by user {}, process {} ({:?})",
+            by.uid, by.pid, by.command
+        ),
     };
-    let config = reload.source.as_ref().map_or_else(
-        || Err(anyhow::anyhow!("there is no file")),
-        |source| (source.read)(),
-    );
+    let refused = |error: &anyhow::Error| {
+        tracing::error!("{what}: the configuration in force stays: {error:#}");
+        context.state().records.metrics.config_refused();
+        let error = format!("{error:#}");
+        Ok(Err(Refusal { error }))
+    };
+    let Some(source) = &reload.source else {
+        let error = "the configuration came from the command line, and stays; restart the daemon to change it".to_owned();
+        return Ok(Err(Refusal { error }));
+    };
+    let config = (source.read)();
     let config = match config.and_then(|config| reload.accept(config, &context.cgroup)) {
         Ok(config) => config,
         Err(error) => return refused(&error),
@@ -579,27 +630,33 @@ async fn reload_once(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    let redecided = match reload::change_policy(context, &config).await {
+    let redecided = match reload::change_policy(context, &config, by).await {
         Ok(redecided) => redecided,
         Err(error) if error.is::<TooManyRules>() || error.is::<UserError>() => {
             return refused(&error);
         }
         Err(error) => return Err(error),
     };
-    let count = config.rules.len();
+    let rules = config.rules.len();
     *reload.config.borrow_mut() = config;
     let adopted = reload::adopt_by_change(context).await?;
     context.state().records.metrics.config_loaded();
     reload.note_in_force();
     tracing::info!(
-        "SIGHUP: {count} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
+        "{what}: {rules} rule(s) in force; of the sessions {} kept, {} released, {} expired, \
          {adopted} adopted",
         redecided.kept,
         redecided.released,
         redecided.expired,
     );
     reload.has_changed.set(true);
-    Ok(())
+    Ok(Ok(PolicyChange {
+        rules,
+        kept: redecided.kept,
+        released: redecided.released,
+        expired: redecided.expired,
+        adopted,
+    }))
 }
 
 impl Reload {
@@ -626,6 +683,11 @@ impl Reload {
                 "metrics.listen",
                 now.metrics_listen != config.metrics_listen,
             ),
+            (
+                "control.socket",
+                now.control.socket != config.control.socket,
+            ),
+            ("control.group", now.control.group != config.control.group),
             ("audit.path", now.audit != config.audit),
             ("audit.sync", now.audit_sync != config.audit_sync),
             ("daemon.pin_dir", now.pin_dir != config.pin_dir),

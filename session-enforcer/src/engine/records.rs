@@ -3,12 +3,15 @@
 
 use std::time::Duration;
 
+use session_enforcer_common::Reason;
+
 use super::{judge::Expired, state::State};
 use crate::{
     config::{Config, Mode},
     host::clock::monotonic_ns,
     report::{
-        audit::{Audit, End, Outcome, Receipt, Termination},
+        audit::{Audit, End, Outcome, Receipt, RequestedBy, Termination},
+        control::KillResult,
         health::{Health, Trouble},
         metrics::Metrics,
     },
@@ -34,7 +37,7 @@ impl Records {
     /// Records that the enforcement begins, under this policy.
     pub(super) fn started(&mut self, config: &Config) {
         self.audit.started();
-        self.policy_loaded(config);
+        self.policy_loaded(config, None);
         self.audit.flush();
     }
 
@@ -45,10 +48,10 @@ impl Records {
         self.metrics.ended(termination);
     }
 
-    /// Records that a policy is in force.
-    pub(super) fn policy_loaded(&mut self, config: &Config) {
+    /// Records that a policy is in force, and who asked for that.
+    pub(super) fn policy_loaded(&mut self, config: &Config, by: Option<RequestedBy<'_>>) {
         let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
-        self.audit.policy_loaded(config.mode, &names);
+        self.audit.policy_loaded(config.mode, &names, by);
     }
 }
 
@@ -67,6 +70,8 @@ impl State {
         let holding = self.holding(expired.cookie, session);
         let process = holding.and_then(|holding| holding.process);
         let rule = &self.book.rules[usize::from(session.rule)];
+        let kill = self.kills.of(expired.cookie, session);
+        let kill = kill.filter(|_| expired.reason == Reason::Admin);
         let termination = Termination {
             cookie: expired.cookie,
             session,
@@ -85,11 +90,20 @@ impl State {
             process,
             cgroup: self.directory.path(session.owner.cgroup_id),
             user: self.directory.user_name(session.owner.uid),
+            requested_by: kill.map(|kill| RequestedBy {
+                requester: &kill.by,
+                user: self.directory.user_name(kill.by.uid),
+            }),
         };
         let receipt = place.map(|place| Box::new(place) as Receipt);
         self.records.termination(&termination, receipt);
         if matches!(outcome, Outcome::Reset | Outcome::Gone) {
             self.holdings.remove(&expired.cookie);
+            let result = match outcome {
+                Outcome::Reset => KillResult::Reset,
+                _ => KillResult::Gone,
+            };
+            self.kills.ended(expired.cookie, &expired.session, &result);
         }
     }
 

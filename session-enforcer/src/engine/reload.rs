@@ -26,6 +26,7 @@ use crate::{
         diag::MAX_BATCH,
         protocol::{FoundUser, Reply, Request},
     },
+    report::audit::{RequestedBy, Requester},
 };
 
 /// What a change of the policy did to the sessions.
@@ -69,13 +70,17 @@ pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users 
     users
 }
 
-/// Puts another policy into force, and decides anew about every session that is tracked.
+/// Puts another policy into force, and decides anew about every session that is tracked. The record names who asked.
 ///
 /// # Errors
 ///
 /// Where there are too many rules, a user is not there, or the kernel refuses; nothing has changed then. Also
 /// where the session map cannot be read.
-pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Result<Redecided> {
+pub(super) async fn change_policy(
+    context: &Rc<Context>,
+    config: &Config,
+    by: Option<&Requester>,
+) -> Result<Redecided> {
     let users = find_users(context, config).await;
     context.read_events()?;
     {
@@ -87,7 +92,13 @@ pub(super) async fn change_policy(context: &Rc<Context>, config: &Config) -> Res
         let asks = if before.is_ok() { asks } else { asked };
         state.kernel.note_owners(asks, &context.cgroup)?;
         let before = before?;
-        state.records.policy_loaded(config);
+        let user = by.and_then(|by| state.directory.user_name(by.uid));
+        let user = user.map(str::to_owned);
+        let by = by.map(|requester| RequestedBy {
+            requester,
+            user: user.as_deref(),
+        });
+        state.records.policy_loaded(config, by);
         state.records.audit.flush();
         let at_ns = monotonic_ns();
         state.change = Some(Change { before, at_ns });
@@ -222,6 +233,7 @@ impl State {
             .put_policy(next.generation, &next.entries, &next.policies())?;
         self.directory.keep(found);
         self.records.metrics.set_rules(&next.names());
+        self.in_force_since_ns = monotonic_ns();
         self.backlog.set_interval(config.reconcile_interval);
         self.backlog.resets = config.on_full == OnFull::Reset;
         Ok(std::mem::replace(&mut self.book, next))

@@ -13,6 +13,7 @@ use super::{
     handles::Handles,
     hanging::Hanging,
     judge::{Expired, Judgement, judge},
+    kills::Kills,
     records::Records,
     tracker::{Phase, Tracker, group_of, group_of_event},
 };
@@ -88,6 +89,10 @@ pub(super) struct State {
     pub(super) ending: Vec<u64>,
     /// Who holds those for which that was done.
     pub(super) holdings: HashMap<u64, Holding>,
+    /// Sessions that somebody has asked to be reset.
+    pub(super) kills: Kills,
+    /// When the policy in force came into force.
+    pub(super) in_force_since_ns: u64,
 }
 
 /// Sessions are decided about anew by another policy.
@@ -154,6 +159,8 @@ impl State {
             scrapes: Vec::new(),
             ending: Vec::new(),
             holdings: HashMap::new(),
+            kills: Kills::default(),
+            in_force_since_ns: 0,
         }
     }
 
@@ -283,8 +290,11 @@ impl State {
         }
         self.tracker.forget(cookie);
         // The record of a session that is being reset comes later.
-        if !self.holdings.is_empty() && self.tracker.phase_of_cookie(cookie).is_none() {
-            self.holdings.remove(&cookie);
+        if self.tracker.phase_of_cookie(cookie).is_none() {
+            if !self.holdings.is_empty() {
+                self.holdings.remove(&cookie);
+            }
+            self.kills.forgotten(cookie);
         }
         if let Some(netns_cookie) = netns_cookie {
             self.give_up_if_unused(netns_cookie);
@@ -387,7 +397,8 @@ impl State {
     /// Whether the session cannot be judged before its owner is found.
     pub(super) fn needs_owner(&self, cookie: u64, session: &Session) -> bool {
         let was_reset = matches!(self.tracker.phase(cookie, session), Some(Phase::Reset));
-        !was_reset && self.book.needs_owner_of(session)
+        let is_asked_for = self.kills.of(cookie, session).is_some();
+        !was_reset && !is_asked_for && self.book.needs_owner_of(session)
     }
 
     /// Decides about a session that is scheduled without a time, by its record as it was read not before
@@ -412,6 +423,9 @@ impl State {
                 return Ok(None);
             }
             _ => {}
+        }
+        if let Some(expired) = self.late_by_request(cookie, &session, now_ns) {
+            return Ok(Some(expired));
         }
         let Some(rule) = self.rule_of(&session) else {
             self.tracker.clear_phase(cookie);
@@ -481,6 +495,8 @@ impl State {
                 Request::Metrics(scrape) => self.scrapes.push(scrape),
                 Request::Ready(reply) => drop(reply.send(self.records.health.ready())),
                 Request::Live(reply) => drop(reply.send(())),
+                // The loop has answered those.
+                Request::Control(_) => {}
             }
         }
     }

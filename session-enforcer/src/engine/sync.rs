@@ -618,10 +618,11 @@ impl Sync<'_> {
         }
         state.records.metrics.adopted();
         let policy = state.book.rules[usize::from(session.rule)].policy;
-        let due_ns = if session.generation == state.book.generation {
+        let is_asked_for = state.kills.of(cookie, &session).is_some();
+        let due_ns = if session.generation == state.book.generation && !is_asked_for {
             ending::ahead_of(policy.first_deadline_ns(session.established_ns), &policy)
         } else {
-            // The policy has changed meanwhile.
+            // The policy has changed meanwhile, or it is to be reset.
             0
         };
         state.tracker.add(cookie, group_of(&session), due_ns);

@@ -121,8 +121,10 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
             .tracker
             .tried(expired.cookie, &expired.session)
             .is_some();
-        // One that was tried before was asked before, and nothing has passed since.
-        if expired.session.is_unsettled() && !is_tried {
+        // One that was tried before was asked before, and nothing has passed since. What passes saves none that somebody
+        // wants to be reset.
+        let may_live = expired.reason != Reason::Admin && !is_tried;
+        if expired.session.is_unsettled() && may_live {
             let (cookie, session) = (expired.cookie, &expired.session);
             state.tracker.set_phase(cookie, session, Phase::Unsettled);
             unsettled.push(expired);
@@ -455,6 +457,9 @@ impl State {
     /// old as any of its subflows.
     fn extent(&self, expired: &Expired) -> Extent {
         let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+        if expired.reason == Reason::Admin {
+            return Extent::Connection;
+        }
         match verdict(&expired.session, &only_lifetime(policy), monotonic_ns()) {
             Verdict::Expired { .. } => Extent::Connection,
             Verdict::Alive { .. } => Extent::Subflow,
@@ -775,10 +780,11 @@ impl State {
         late.retain_mut(|expired| {
             let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
             let still_late = records.next().flatten().filter(|session| {
-                matches!(
-                    verdict(session, policy, expired.decided_ns),
-                    Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
-                )
+                expired.reason == Reason::Admin
+                    || matches!(
+                        verdict(session, policy, expired.decided_ns),
+                        Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
+                    )
             });
             match still_late {
                 Some(session) => {
@@ -1031,6 +1037,7 @@ impl State {
         if !is_recorded {
             self.record(expired, at_ns, End::Failed(error));
         }
+        self.kills.failed(cookie, session, error);
         if !self.tracker.contains(cookie) {
             // It has no place in the session map: the next sync meets it again.
             self.tracker.clear_phase(cookie);
@@ -1051,6 +1058,7 @@ impl State {
             self.record(expired, monotonic_ns(), End::Failed(LOCKED));
             self.records.audit.flush();
         }
+        self.kills.failed(cookie, session, LOCKED);
         self.note_backlog();
     }
 

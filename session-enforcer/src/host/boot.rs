@@ -17,6 +17,13 @@ pub fn key() -> u64 {
     (id >> 64) as u64 ^ (id as u64).rotate_left(1)
 }
 
+/// The kernel's release, as `uname -r` prints it.
+pub fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|names| names.release().to_string_lossy().into_owned())
+        .unwrap_or_else(|_| "unknown".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

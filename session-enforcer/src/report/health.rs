@@ -80,6 +80,13 @@ impl Health {
         std::array::from_fn(|number| self.now[number].is_some())
     }
 
+    /// The troubles that there are, each with what it is and what to do.
+    pub fn list(&self) -> Vec<(Trouble, &str)> {
+        let all = Trouble::ALL.into_iter().zip(&self.now);
+        all.filter_map(|(trouble, what)| Some((trouble, what.as_deref()?)))
+            .collect()
+    }
+
     /// Whether all is well.
     ///
     /// # Errors

@@ -43,6 +43,7 @@ use super::landing_page::{self, Readiness};
 use crate::{
     config::MetricsListen,
     host::trust::{self, Untrusted},
+    report::control,
 };
 
 /// How long a client may take to send its request's headers.
@@ -81,6 +82,8 @@ pub enum Request {
     Ready(oneshot::Sender<Result<(), String>>),
     /// Whether the engine is alive.
     Live(oneshot::Sender<()>),
+    /// What is asked over the control socket.
+    Control(control::Request),
 }
 
 /// Where the metrics are sent to.
@@ -125,7 +128,7 @@ pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
         MetricsListen::Tcp(address) => bind_tcp(*address),
         MetricsListen::Unix(path) => {
             trust::check(place(path)).map_err(BindError::Untrusted)?;
-            bind_unix(path)
+            bind_unix(path, SOCKET_MODE).map(Listener::Unix)
         }
     };
     bound.map_err(|source| BindError::Bind {
@@ -145,16 +148,16 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     Ok(Listener::Tcp(listener))
 }
 
-/// A socket that nobody listens on is what a daemon has left that ended.
-fn bind_unix(path: &Path) -> io::Result<Listener> {
+/// A Unix socket with these permissions. One that nobody listens on is what a daemon has left that ended.
+pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket && StdUnixStream::connect(path).is_err() {
         fs::remove_file(path)?;
     }
     let listener = StdUnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     listener.set_nonblocking(true)?;
-    Ok(Listener::Unix(listener))
+    Ok(listener)
 }
 
 /// Whether this host has the address, on any port: the daemon that runs may have taken the configured one.
@@ -182,20 +185,41 @@ pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
     })
 }
 
-/// Starts the thread that serves until the process ends. It has the privileges of the calling one.
+/// Starts the thread that serves the metrics and the control socket until the process ends. It has the privileges of
+/// the calling one.
 ///
 /// # Errors
 ///
 /// Where the system has no thread for it.
-pub fn start(listener: Listener, requests: mpsc::Sender<Request>) -> io::Result<()> {
+pub fn start(
+    listener: Option<Listener>,
+    control: Option<control::Server>,
+    requests: mpsc::Sender<Request>,
+) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let accepting = {
         let _within = runtime.enter();
-        Accepting::of(listener)?
+        listener.map(Accepting::of).transpose()?
     };
-    let work = move || runtime.block_on(serve_within(BOUNDS, accepting, requests));
+    let work = move || {
+        runtime.block_on(async move {
+            let metrics = async {
+                if let Some(accepting) = accepting {
+                    serve_within(BOUNDS, accepting, requests.clone()).await;
+                }
+            };
+            let control = async {
+                if let Some(control) = control
+                    && let Err(error) = control::serve(control, requests.clone()).await
+                {
+                    tracing::error!("control.socket is not served: {error}");
+                }
+            };
+            tokio::join!(metrics, control);
+        });
+    };
     thread::Builder::new().name("http".to_owned()).spawn(work)?;
     Ok(())
 }
@@ -350,7 +374,7 @@ async fn landing_page(requests: &mpsc::Sender<Request>) -> Answer {
 }
 
 /// The engine's answer; `None` where it does not answer.
-async fn ask<T>(
+pub(super) async fn ask<T>(
     requests: &mpsc::Sender<Request>,
     request: impl FnOnce(oneshot::Sender<T>) -> Request,
 ) -> Option<T> {
@@ -400,7 +424,7 @@ mod tests {
     async fn begin(ready: Result<(), String>) -> SocketAddr {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        start(listener, sender).unwrap();
+        start(Some(listener), None, sender).unwrap();
         tokio::spawn(engine(requests, "a 1\n".to_owned(), ready));
         address
     }
@@ -415,6 +439,7 @@ mod tests {
                 Request::Metrics(reply) => drop(reply.send(Ok(metrics.clone()))),
                 Request::Ready(reply) => drop(reply.send(ready.clone())),
                 Request::Live(reply) => drop(reply.send(())),
+                Request::Control(_) => {}
             }
         }
     }
@@ -530,7 +555,7 @@ mod tests {
     async fn an_engine_that_is_stuck_is_told() {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        start(listener, sender).unwrap();
+        start(Some(listener), None, sender).unwrap();
         let answer = get(address, "/metrics").await;
         assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
         drop(requests);
@@ -541,7 +566,7 @@ mod tests {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
         drop(requests);
-        start(listener, sender).unwrap();
+        start(Some(listener), None, sender).unwrap();
         assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 503"));
     }
 
@@ -563,7 +588,7 @@ mod tests {
         check(&socket).unwrap();
         drop(bind(&socket).unwrap());
         let (sender, requests) = mpsc::channel(1);
-        start(bind(&socket).unwrap(), sender).unwrap();
+        start(Some(bind(&socket).unwrap()), None, sender).unwrap();
         tokio::spawn(engine(requests, String::new(), Ok(())));
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, SOCKET_MODE);

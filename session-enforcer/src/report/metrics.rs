@@ -10,7 +10,7 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::{Collector, Desc},
     process_collector::ProcessCollector,
-    proto::MetricFamily,
+    proto::{LabelPair, MetricFamily},
 };
 use session_enforcer_common::{ErrorKind, Reason, RuleCounters, Way};
 
@@ -421,6 +421,39 @@ impl Metrics {
                 self.terminations.with_label_values(&labels);
             }
         }
+        // Whatever the mode, what somebody asks to be reset is reset.
+        for outcome in [Outcome::Reset, Outcome::Gone, Outcome::Failed] {
+            let labels = [
+                rule,
+                reason_name(Reason::Admin),
+                mode_name(Mode::Enforce),
+                outcome.name(),
+            ];
+            self.terminations.with_label_values(&labels);
+        }
+    }
+
+    /// The terminations of a rule so far, by reason and result; none that there were none of.
+    pub fn terminations_of(&self, rule: &str) -> Vec<(String, String, u64)> {
+        let families = self.terminations.collect();
+        let series = families.iter().flat_map(MetricFamily::get_metric);
+        let mut found = Vec::new();
+        for one in series {
+            let label = |name: &str| {
+                let mut labels = one.get_label().iter();
+                labels.find(|l| l.name() == name).map(LabelPair::value)
+            };
+            let count = one.get_counter().get_value() as u64;
+            if let (Some(of), Some(reason), Some(result)) =
+                (label("rule"), label("reason"), label("result"))
+                && of == rule
+                && count > 0
+            {
+                found.push((reason.to_owned(), result.to_owned(), count));
+            }
+        }
+        found.sort_unstable();
+        found
     }
 
     /// Counts the end of a session, or what would have been its end.
@@ -712,7 +745,16 @@ mod tests {
             assert!(has(&text, line), "{line} is missing in\n{text}");
         }
         assert!(text.contains("process_resident_memory_bytes"));
-        assert!(!text.contains("result=\"reset\",rule=\"ssh\""));
+        let resets = text
+            .lines()
+            .filter(|l| l.contains("result=\"reset\",rule=\"ssh\""));
+        let resets: Vec<&str> = resets.collect();
+        assert_eq!(
+            resets,
+            [
+                "session_enforcer_terminations_total{mode=\"enforce\",reason=\"admin\",result=\"reset\",rule=\"ssh\"} 0"
+            ]
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! audit and the log have threads of their own, and lose and count what nobody takes.
 
 pub mod audit;
+pub mod control;
 pub mod health;
 pub mod http;
 mod landing_page;

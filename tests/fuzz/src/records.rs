@@ -113,6 +113,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
             Reason::HalfClosedTimeout,
             Reason::Policy,
             Reason::Untracked,
+            Reason::Admin,
         ]),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),
         end: bytes.choice([
@@ -138,6 +139,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         ]),
         cgroup: bytes.choice([None, Some(name.as_str())]),
         user: bytes.choice([None, Some(name.as_str())]),
+        requested_by: None,
     };
     let place = Place {
         boot: "b007",

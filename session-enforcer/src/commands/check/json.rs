@@ -43,6 +43,10 @@ pub(super) fn report(
         "refused_on_this_host": refused,
         "daemon": daemon(config),
         "metrics": { "listen": config.metrics_listen.as_ref().map_or_else(String::new, ToString::to_string) },
+        "control": {
+            "socket": config.control.socket.path().map_or_else(String::new, |path| path.display().to_string()),
+            "group": config.control.group.clone().unwrap_or_default(),
+        },
         "audit": { "path": config.audit.to_string(), "sync": config.audit_sync },
         "rule": rules,
         "match_entries": config.match_entries(&owners).len(),

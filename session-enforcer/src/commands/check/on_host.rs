@@ -11,7 +11,7 @@ use crate::{
     engine::directory as owners,
     host::trust,
     reaper::worker,
-    report::{audit, http},
+    report::{audit, control, http},
 };
 
 /// Each refusal in a line, as `run` would say it if this user started it. To others than root, the host does
@@ -42,6 +42,7 @@ pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
     if let Some(listen) = &config.metrics_listen {
         note(http::check(listen).map_err(Into::into));
     }
+    note(control::check(&config.control).map_err(Into::into));
     refused
 }
 

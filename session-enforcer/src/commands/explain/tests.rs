@@ -336,7 +336,7 @@ fn the_examples_decide_as_the_cookbook_says() {
             direction: Some(direction),
             ..of(None, Some(cgroup))
         };
-        explain(&path, &ends(words[2], words[3]), &circumstances, &mut out).unwrap();
+        explain_file(&path, &ends(words[2], words[3]), &circumstances, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         let decision = match expected.split_once(' ').unwrap() {
             ("not", _) => "not tracked, as".to_owned(),
@@ -356,7 +356,7 @@ fn a_wrong_file_prints_nothing_and_is_an_error_of_the_configuration() {
     std::fs::write(&path, "[[rule]]\n").unwrap();
     let ends = ends("10.0.0.5:22", "10.0.0.9:50000");
     let mut out = Vec::new();
-    let error = explain(&path, &ends, &Circumstances::default(), &mut out).unwrap_err();
+    let error = explain_file(&path, &ends, &Circumstances::default(), &mut out).unwrap_err();
     assert!(out.is_empty());
     assert_eq!(ExitStatus::of(&error), ExitStatus::Configuration);
 }

@@ -6,6 +6,7 @@
 
 mod journald;
 mod record;
+mod subscription;
 mod writer;
 
 use std::{collections::HashSet, fmt, path::PathBuf, sync::Arc, time::Duration};
@@ -21,6 +22,8 @@ use crate::{
     },
     reaper::diag::Queued,
 };
+use subscription::Subscribers;
+pub use subscription::Subscription;
 use writer::Writer;
 pub use writer::{AuditError, check};
 
@@ -87,6 +90,7 @@ pub const fn reason_name(reason: Reason) -> &'static str {
         Reason::HalfClosedTimeout => "half_closed_timeout",
         Reason::Policy => "policy",
         Reason::Untracked => "untracked",
+        Reason::Admin => "admin",
     }
 }
 
@@ -105,6 +109,26 @@ pub struct Process {
     pub pid: u32,
     /// Its name, filled with zeroes.
     pub name: [u8; 16],
+}
+
+/// Who asked for something over the control socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requester {
+    /// The user.
+    pub uid: u32,
+    /// The process; 0 where this one's namespace does not have it.
+    pub pid: u32,
+    /// The name of its program, as the kernel has it; empty where the process has gone.
+    pub command: String,
+}
+
+/// The same with the user's name, for a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestedBy<'a> {
+    /// Who.
+    pub requester: &'a Requester,
+    /// The user's name, where it has one.
+    pub user: Option<&'a str>,
 }
 
 /// The end of a session, or what would have been its end.
@@ -136,6 +160,8 @@ pub struct Termination<'a> {
     pub cgroup: Option<&'a str>,
     /// Name of the owner's user, where it has one.
     pub user: Option<&'a str>,
+    /// Who asked for it, where somebody did.
+    pub requested_by: Option<RequestedBy<'a>>,
 }
 
 impl Termination<'_> {
@@ -168,6 +194,7 @@ pub struct Audit {
     boot: String,
     run_ns: u64,
     sequence: u64,
+    subscribers: Subscribers,
 }
 
 /// What is dropped when a record is written.
@@ -207,6 +234,7 @@ impl Audit {
             boot: boot::id(),
             run_ns: monotonic_ns(),
             sequence: 0,
+            subscribers: Subscribers::default(),
         }
     }
 
@@ -244,9 +272,14 @@ impl Audit {
         });
     }
 
-    /// Records that a policy is in force from now on.
-    pub fn policy_loaded(&mut self, mode: Mode, rules: &[String]) {
-        self.add(|place, clock, out| record::policy(mode, rules, place, clock, out));
+    /// Records that a policy is in force from now on, and who asked for it where somebody did.
+    pub fn policy_loaded(
+        &mut self,
+        mode: Mode,
+        rules: &[String],
+        requested_by: Option<RequestedBy<'_>>,
+    ) {
+        self.add(|place, clock, out| record::policy(mode, rules, requested_by, place, clock, out));
     }
 
     /// Records that the enforcement ends.
@@ -290,8 +323,21 @@ impl Audit {
     pub fn flush(&mut self) {
         let pending = std::mem::take(&mut self.pending);
         if pending.records > 0 {
+            self.subscribers.publish(&pending.bytes);
             self.writer.write(pending);
         }
+    }
+
+    /// The records from now on; none where there are too many readers.
+    pub fn subscribe(&mut self) -> Option<Subscription> {
+        // What was made before is before.
+        self.flush();
+        self.subscribers.add()
+    }
+
+    /// When this run of the daemon began, in nanoseconds of `CLOCK_BOOTTIME`.
+    pub fn began_ns(&self) -> u64 {
+        self.run_ns
     }
 
     /// Opens the file again, after it was renamed.
@@ -303,6 +349,7 @@ impl Audit {
     /// Waits until everything is written, a few seconds at most.
     pub fn close(&mut self) {
         self.flush();
+        self.subscribers.close();
         self.writer.close();
     }
 

@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize, Serializer};
 use session_enforcer_common::{Address, Direction, Session};
 
-use super::{End, Outcome, Place, Process, Termination, mode_name, reason_name};
+use super::{End, Outcome, Place, Process, RequestedBy, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
     host::clock::{Moment, WallClock, monotonic_ns},
@@ -107,7 +107,18 @@ enum Own<'a> {
         version: &'static str,
         mode: &'static str,
         rules: &'a [String],
+        #[serde(skip_serializing_if = "Option::is_none")]
+        requested_by: Option<RequestFields<'a>>,
     },
+}
+
+#[derive(Serialize)]
+struct RequestFields<'a> {
+    user: Cow<'a, str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    command: &'a str,
 }
 
 #[derive(Serialize)]
@@ -133,6 +144,8 @@ struct TerminationFields<'a> {
     lateness_seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     queued_bytes: Option<Queued>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requested_by: Option<RequestFields<'a>>,
 }
 
 /// The end of a session.
@@ -226,6 +239,18 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
             End::Reset(queued) => queued,
             _ => None,
         },
+        requested_by: t.requested_by.map(request),
+    }
+}
+
+fn request(by: RequestedBy<'_>) -> RequestFields<'_> {
+    let requester = by.requester;
+    RequestFields {
+        user: by
+            .user
+            .map_or_else(|| Cow::Owned(requester.uid.to_string()), Cow::Borrowed),
+        pid: (requester.pid != 0).then_some(requester.pid),
+        command: &requester.command,
     }
 }
 
@@ -322,6 +347,7 @@ pub(super) fn lifecycle(
 pub(super) fn policy(
     mode: Mode,
     rules: &[String],
+    requested_by: Option<RequestedBy<'_>>,
     place: &Place<'_>,
     clock: &WallClock,
     out: &mut Vec<u8>,
@@ -330,6 +356,7 @@ pub(super) fn policy(
         version: env!("CARGO_PKG_VERSION"),
         mode: mode_name(mode),
         rules,
+        requested_by: requested_by.map(request),
     };
     let record = own_record(
         "configuration",

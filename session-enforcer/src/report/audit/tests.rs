@@ -71,6 +71,7 @@ pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
         }),
         cgroup: Some("/system.slice/postgresql.service"),
         user: Some("postgres"),
+        requested_by: None,
     }
 }
 
@@ -341,7 +342,7 @@ fn the_daemon_s_own_records_name_version_and_rules() {
         r#""session_enforcer":{{"version":"{version}"}}}}"#
     )));
     let rules = ["a".to_owned(), "b".to_owned()];
-    let policy = written(|out| record::policy(Mode::Observe, &rules, &PLACE, &clock, out));
+    let policy = written(|out| record::policy(Mode::Observe, &rules, None, &PLACE, &clock, out));
     assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
     assert!(
         policy.contains(r#""mode":"observe","rules":["a","b"]"#),
@@ -568,7 +569,7 @@ fn the_end_waits_for_the_last_record() {
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
     let mut audit = Audit::of(writer, false);
     audit.started();
-    audit.policy_loaded(Mode::Enforce, &[]);
+    audit.policy_loaded(Mode::Enforce, &[], None);
     audit.stopped();
     audit.close();
     assert_eq!(disk.text().lines().count(), 3);
@@ -651,6 +652,33 @@ fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
 }
 
 #[test]
+fn who_asked_for_an_end_is_named_as_far_as_that_is_known() {
+    let session = session();
+    let by = |requester: &Requester, user: Option<&str>| {
+        let record = line(&Termination {
+            reason: Reason::Admin,
+            limit: None,
+            requested_by: Some(RequestedBy { requester, user }),
+            ..termination(&session)
+        });
+        let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+        assert_eq!(record["event"]["reason"], "admin");
+        record["session_enforcer"]["requested_by"].to_string()
+    };
+    let mut requester = Requester {
+        uid: 1000,
+        pid: 12,
+        command: "curl".to_owned(),
+    };
+    assert_eq!(
+        by(&requester, Some("mia")),
+        r#"{"command":"curl","pid":12,"user":"mia"}"#
+    );
+    (requester.pid, requester.command) = (0, String::new());
+    assert_eq!(by(&requester, None), r#"{"user":"1000"}"#);
+}
+
+#[test]
 fn the_page_has_each_field_of_a_record() {
     let page = include_str!("../../../docs/audit.md");
     let session = session();
@@ -659,8 +687,21 @@ fn the_page_has_each_field_of_a_record() {
         end: End::Failed("EPERM"),
         ..reset
     };
+    let requester = Requester {
+        uid: 0,
+        pid: 1,
+        command: "curl".to_owned(),
+    };
+    let asked_for = Termination {
+        reason: Reason::Admin,
+        requested_by: Some(RequestedBy {
+            requester: &requester,
+            user: Some("root"),
+        }),
+        ..reset
+    };
     let mut found = Vec::new();
-    for record in [reset, failed] {
+    for record in [reset, failed, asked_for] {
         let record = serde_json::from_str(&line(&record)).unwrap();
         fields("", &record, &mut found);
     }

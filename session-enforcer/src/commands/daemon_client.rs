@@ -1,0 +1,181 @@
+//! Asks a running daemon over its control socket.
+
+use std::{
+    future::Future,
+    io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, StatusCode, body::Incoming, client::conn::http1, header::HOST};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::{net::UnixStream, runtime};
+
+use crate::{
+    exit::{ExitStatus, Failure},
+    report::control::Refusal,
+};
+
+/// The longest line of an answer.
+const MAX_LINE: usize = 16 << 20;
+
+/// A daemon.
+#[derive(Clone, Debug)]
+pub(crate) struct DaemonClient {
+    socket: PathBuf,
+}
+
+/// Runs what asks the daemon.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the event loop")?;
+    runtime.block_on(work)
+}
+
+/// The path with a query of these pairs.
+pub(crate) fn with_query(path: &str, pairs: &[(&str, &str)]) -> String {
+    if pairs.is_empty() {
+        return path.to_owned();
+    }
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    query.extend_pairs(pairs);
+    format!("{path}?{}", query.finish())
+}
+
+impl DaemonClient {
+    pub(crate) fn new(socket: &Path) -> Self {
+        Self {
+            socket: socket.to_owned(),
+        }
+    }
+
+    /// Asks for a value.
+    pub(crate) async fn value<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T> {
+        let answer = self.ask(method, path, Bytes::new()).await?;
+        let text = answer.collect().await.context(BROKEN_OFF)?.to_bytes();
+        serde_json::from_slice(&text).context(ANOTHER_VERSION)
+    }
+
+    /// Asks for lines.
+    pub(crate) async fn lines(&self, method: Method, path: &str, body: Bytes) -> Result<Lines> {
+        Ok(Lines {
+            body: self.ask(method, path, body).await?,
+            waiting: Vec::new(),
+            next: 0,
+        })
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming> {
+        let stream = UnixStream::connect(&self.socket).await;
+        let stream = stream.map_err(|error| self.unreachable(&error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(async move {
+            // What goes wrong shows in the answer.
+            let _ = connection.await;
+        });
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "session-enforcer")
+            .body(Full::new(body))
+            .context("making the request")?;
+        let answer = sender.send_request(request).await;
+        let answer = answer.map_err(|error| {
+            let message = format!(
+                "{}: the daemon does not answer: {error}",
+                self.socket.display()
+            );
+            Failure::new(ExitStatus::Unavailable, message)
+        })?;
+        let status = answer.status();
+        let body = answer.into_body();
+        if status == StatusCode::OK {
+            return Ok(body);
+        }
+        let text = body.collect().await.context(BROKEN_OFF)?.to_bytes();
+        let refusal: Option<Refusal> = serde_json::from_slice(&text).ok();
+        let error = refusal.map_or_else(|| status.to_string(), |refusal| refusal.error);
+        Err(Failure::new(exit_status(status), error).into())
+    }
+
+    fn unreachable(&self, error: &io::Error) -> Failure {
+        let socket = self.socket.display();
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                let message = format!(
+                    "{socket}: {error}; ask as root, or as a member of control.group of the configuration"
+                );
+                Failure::new(ExitStatus::NoPermission, message)
+            }
+            _ => {
+                let message = format!(
+                    "{socket}: no daemon answers: {error}; start it, or name its socket with --socket"
+                );
+                Failure::new(ExitStatus::Unavailable, message)
+            }
+        }
+    }
+}
+
+const BROKEN_OFF: &str = "the daemon's answer has broken off";
+const ANOTHER_VERSION: &str =
+    "the daemon's answer is not understood: it is of another version than this command";
+
+fn exit_status(status: StatusCode) -> ExitStatus {
+    match status {
+        StatusCode::BAD_REQUEST => ExitStatus::Usage,
+        StatusCode::FORBIDDEN => ExitStatus::NoPermission,
+        StatusCode::UNPROCESSABLE_ENTITY => ExitStatus::Configuration,
+        StatusCode::SERVICE_UNAVAILABLE => ExitStatus::Unavailable,
+        _ => ExitStatus::Other,
+    }
+}
+
+/// The lines of an answer, as they come.
+pub(crate) struct Lines {
+    body: Incoming,
+    waiting: Vec<u8>,
+    /// Where the next line begins.
+    next: usize,
+}
+
+impl Lines {
+    /// The next line without its end; none after the last.
+    pub(crate) async fn next(&mut self) -> Result<Option<&[u8]>> {
+        let mut looked_at = self.next;
+        loop {
+            let rest = self.waiting.get(looked_at..).unwrap_or_default();
+            if let Some(length) = rest.iter().position(|byte| *byte == b'\n') {
+                let (start, end) = (self.next, looked_at + length);
+                self.next = end + 1;
+                return Ok(self.waiting.get(start..end));
+            }
+            self.waiting.drain(..self.next);
+            self.next = 0;
+            looked_at = self.waiting.len();
+            anyhow::ensure!(self.waiting.len() <= MAX_LINE, ANOTHER_VERSION);
+            match self.body.frame().await {
+                Some(frame) => {
+                    let frame = frame.context(BROKEN_OFF)?;
+                    if let Ok(data) = frame.into_data() {
+                        self.waiting.extend_from_slice(&data);
+                    }
+                }
+                None => {
+                    anyhow::ensure!(self.waiting.is_empty(), BROKEN_OFF);
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
+
+/// What a line says.
+pub(crate) fn parse<'a, T: serde::Deserialize<'a>>(line: &'a [u8]) -> Result<T> {
+    serde_json::from_slice(line).context(ANOTHER_VERSION)
+}

@@ -1,0 +1,241 @@
+//! What is asked over the control socket, as far as only the engine knows or may do it. Each answer takes little
+//! time: whoever lists sessions reads their table on another thread.
+
+use std::rc::Rc;
+
+use session_enforcer_common::{Ancestors, Reason, Session};
+
+use super::{
+    Reload,
+    book::RuleBook,
+    context::Context,
+    judge::{Expired, Judgement},
+    state::State,
+    tracker::{Phase, group_of},
+};
+use crate::{
+    config::{Config, Mode},
+    host::{
+        boot,
+        clock::{WallClock, monotonic_ns},
+    },
+    report::{
+        audit::mode_name,
+        control::{
+            ConfigInForce, KillRequest, KillResult, Killed, OwnerNames, Request, RuleInForce,
+            RuleStatus, Rules, Status, StatusTrouble, TerminationCount,
+        },
+    },
+};
+
+/// Answers a request, all but a reload. A client that has gone needs no answer.
+pub(super) fn answer(
+    context: &Rc<Context>,
+    reload: &Reload,
+    request: Request,
+) -> anyhow::Result<()> {
+    let mut state = context.state();
+    match request {
+        Request::Status(reply) => {
+            let config = reload.config.borrow();
+            let _ = reply.send(state.status(context, &config));
+        }
+        Request::Rules(reply) => drop(reply.send(Box::new(state.book.clone()))),
+        Request::Owners {
+            cgroups,
+            users,
+            reply,
+        } => drop(reply.send(state.owner_names(&cgroups, &users))),
+        Request::Kill(request) => {
+            state.kill(&request)?;
+            context.wake.notify_one();
+        }
+        Request::Events(reply) => drop(reply.send(state.records.audit.subscribe())),
+        // The loop has begun it.
+        Request::Reload(_) => {}
+    }
+    Ok(())
+}
+
+impl Rules for RuleBook {
+    fn rule_of(
+        &self,
+        session: &Session,
+        ancestors: &dyn Fn(u64) -> Option<Ancestors>,
+    ) -> Option<RuleInForce<'_>> {
+        let place = RuleBook::rule_of(self, session, ancestors)?;
+        let rule = self.rule(place)?;
+        Some(RuleInForce {
+            place,
+            name: &rule.name,
+            mode: rule.mode,
+            policy: &rule.policy,
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.rules.iter().any(|rule| rule.name == name)
+    }
+}
+
+impl State {
+    fn owner_names(&self, cgroups: &[u64], users: &[u32]) -> OwnerNames {
+        let cgroup = |id: &u64| {
+            let path = self.directory.path(*id).map(str::to_owned);
+            (*id, path, self.ancestors_of(*id))
+        };
+        let user = |uid: &u32| (*uid, self.directory.user_name(*uid).map(str::to_owned));
+        OwnerNames {
+            cgroups: cgroups.iter().map(cgroup).collect(),
+            users: users.iter().map(user).collect(),
+        }
+    }
+
+    /// Has sessions reset now. They are due from now on, and go the way of all that are late.
+    fn kill(&mut self, request: &KillRequest) -> anyhow::Result<()> {
+        let now_ns = monotonic_ns();
+        let cookies: Vec<u64> = request.sessions.iter().map(|(cookie, _)| *cookie).collect();
+        let read = self.kernel.sessions(&cookies)?;
+        for ((cookie, established_ns), session) in request.sessions.iter().zip(read) {
+            let session = session.filter(|session| session.established_ns == *established_ns);
+            let tell = |result| {
+                let _ = request.results.send(Killed {
+                    id: *cookie,
+                    result,
+                });
+            };
+            let Some(session) = session.filter(|_| self.is_enforcing) else {
+                tell(KillResult::Gone);
+                continue;
+            };
+            match self.tracker.phase(*cookie, &session) {
+                // The kernel's report of its end is still to come.
+                Some(Phase::Reset) => {
+                    tell(KillResult::Gone);
+                    continue;
+                }
+                Some(Phase::Tried(tried)) if tried.is_quarantined => {
+                    let why = tried.error.clone().unwrap_or_default();
+                    tell(KillResult::Failed(why));
+                    continue;
+                }
+                _ => {}
+            }
+            self.kills
+                .ask(*cookie, &session, now_ns, &request.by, &request.results);
+            self.make_due_by_request(*cookie, &session);
+        }
+        Ok(())
+    }
+
+    fn make_due_by_request(&mut self, cookie: u64, session: &Session) {
+        if let Some(tried) = self.tracker.tried(cookie, session) {
+            // That it fails again is recorded again, with who asked.
+            tried.error = None;
+        }
+        let phase = self.tracker.phase(cookie, session);
+        if self.tracker.contains(cookie) {
+            self.tracker.hasten(cookie, 0);
+        } else if !phase.is_some_and(Phase::is_in_other_hands) {
+            // Its opening was lost.
+            self.tracker.add(cookie, group_of(session), 0);
+        }
+    }
+
+    /// A session that somebody has asked to be reset, whatever its rule says of it.
+    pub(super) fn late_by_request(
+        &self,
+        cookie: u64,
+        session: &Session,
+        now_ns: u64,
+    ) -> Option<Expired> {
+        let asked_ns = self.kills.of(cookie, session)?.asked_ns;
+        let is_rule = |place: &u16| self.book.rule(*place).is_some();
+        let rule = self
+            .rule_of(session)
+            .or(Some(session.rule).filter(is_rule))?;
+        let policy = &self.book.rule(rule)?.policy;
+        let late = Judgement::Late(Expired {
+            cookie,
+            session: Session { rule, ..*session },
+            reason: Reason::Admin,
+            deadline_ns: asked_ns,
+            reached_ns: asked_ns,
+            decided_ns: now_ns,
+            limit_ns: 0,
+            idle_since_ns: policy.idle_since(session),
+        });
+        match self.with_holder(late) {
+            Judgement::Late(expired) => Some(expired),
+            Judgement::Alive { .. } => None,
+        }
+    }
+
+    fn status(&mut self, context: &Context, config: &Config) -> Status {
+        self.records.note_audit();
+        let clock = WallClock::now();
+        let at = |ns| clock.at(ns).to_string();
+        let troubles = self.records.health.list();
+        let audit = &self.records.audit;
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: boot::kernel_release(),
+            pid: std::process::id(),
+            started: at(audit.began_ns()),
+            ready: troubles.is_empty(),
+            troubles: troubles
+                .into_iter()
+                .map(|(trouble, what)| StatusTrouble {
+                    cause: trouble.name().to_owned(),
+                    what: what.to_owned(),
+                })
+                .collect(),
+            mode: mode_name(config.mode).to_owned(),
+            cgroup: context.cgroup.path().display().to_string(),
+            attached: self.is_enforcing && self.kernel.is_attached() && !context.cgroup.is_gone(),
+            config: ConfigInForce {
+                file: config
+                    .file
+                    .as_ref()
+                    .map(|file| file.path.display().to_string()),
+                sha256: config.file.as_ref().map(|file| file.sha256.clone()),
+                since: at(self.in_force_since_ns),
+                last_reload_successful: !self.records.metrics.is_config_refused(),
+            },
+            sessions: self.tracker.len() as u64,
+            max_sessions: self.kernel.capacity() as u64,
+            quarantined: self.tracker.quarantined() as u64,
+            audit_records: audit.sequence(),
+            audit_records_lost: audit.lost(),
+            rules: self.rule_statuses(config),
+        }
+    }
+
+    fn rule_statuses(&self, config: &Config) -> Vec<RuleStatus> {
+        let sessions = self.tracker.sessions_of();
+        let rules = self.book.rules.iter().enumerate();
+        rules
+            .map(|(place, rule)| {
+                let configured = config.rules.iter().find(|known| known.name == rule.name);
+                let is_exempt =
+                    configured.is_some_and(|r| r.action == crate::config::Action::Exempt);
+                let mode: Mode = rule.mode;
+                let counts = self.records.metrics.terminations_of(&rule.name);
+                RuleStatus {
+                    name: rule.name.clone(),
+                    mode: if is_exempt { "exempt" } else { mode_name(mode) }.to_owned(),
+                    in_force: configured.is_some(),
+                    sessions: sessions.get(place).copied().unwrap_or(0),
+                    terminations: counts
+                        .into_iter()
+                        .map(|(reason, result, count)| TerminationCount {
+                            reason,
+                            result,
+                            count,
+                        })
+                        .collect(),
+                }
+            })
+            .collect()
+    }
+}

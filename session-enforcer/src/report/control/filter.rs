@@ -1,0 +1,364 @@
+//! Which sessions are meant, and in which order: as people and programs write it, and as it is looked for.
+
+use std::time::Duration;
+
+use ipnet::IpNet;
+use session_enforcer_common::Session;
+
+use super::row::{Found, deadline, ip};
+use crate::config::{
+    User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
+};
+
+/// The names of the filters in a query.
+pub const FILTER_KEYS: [&str; 8] = [
+    "rule",
+    "remote",
+    "local_port",
+    "user",
+    "cgroup",
+    "idle_over",
+    "older_than",
+    "ends_within",
+];
+
+/// Sessions that are listed in order at most: they wait in memory.
+pub(super) const MAX_SORTED: usize = 10_000;
+
+/// Conditions, all of which must hold. Without any, all sessions are meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    rule: Option<String>,
+    remote: Option<IpNet>,
+    local_port: Option<u16>,
+    user: Option<User>,
+    cgroup: Option<String>,
+    idle_over: Option<Duration>,
+    older_than: Option<Duration>,
+    ends_within: Option<Duration>,
+}
+
+impl Filter {
+    /// Adds a condition; whether the key is one of a filter.
+    ///
+    /// # Errors
+    ///
+    /// Where the value is none of this key.
+    pub fn add(&mut self, key: &str, value: &str) -> Result<bool, String> {
+        let wrong = |what: String| format!("{key}: {what}");
+        match key {
+            "rule" => self.rule = Some(value.to_owned()),
+            "remote" => self.remote = Some(parse_prefix(value).map_err(|e| wrong(e.to_string()))?),
+            "local_port" => {
+                let ports = parse_ports(value).map_err(|e| wrong(e.to_string()))?;
+                if ports.first != ports.last {
+                    return Err(wrong("one port is allowed".to_owned()));
+                }
+                self.local_port = Some(ports.first);
+            }
+            "user" => self.user = Some(parse_user(value).map_err(|e| wrong(e.to_string()))?),
+            "cgroup" => self.cgroup = Some(parse_cgroup(value).map_err(|e| wrong(e.to_string()))?),
+            "idle_over" => self.idle_over = Some(time(value).map_err(wrong)?),
+            "older_than" => self.older_than = Some(time(value).map_err(wrong)?),
+            "ends_within" => self.ends_within = Some(time(value).map_err(wrong)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Whether it has no condition.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The rule that it names.
+    pub fn rule(&self) -> Option<&str> {
+        self.rule.as_deref()
+    }
+
+    /// Whether a session is meant.
+    pub(super) fn matches(&self, found: &Found<'_>, now_ns: u64) -> bool {
+        let (session, policy) = (found.session, found.rule.policy);
+        let longer = |since_ns: u64, limit: &Duration| {
+            u128::from(now_ns.saturating_sub(since_ns)) >= limit.as_nanos()
+        };
+        let rule = self.rule.as_ref();
+        let user = self.user.as_ref();
+        rule.is_none_or(|rule| rule == found.rule.name)
+            && self
+                .remote
+                .is_none_or(|net| net.contains(&ip(session.remote)))
+            && self
+                .local_port
+                .is_none_or(|port| port == session.local_port)
+            && user.is_none_or(|user| is_of(user, session, found.user))
+            && self
+                .cgroup
+                .as_ref()
+                .is_none_or(|above| found.cgroup.is_some_and(|cgroup| is_below(cgroup, above)))
+            && self
+                .idle_over
+                .as_ref()
+                .is_none_or(|limit| longer(policy.idle_since(session), limit))
+            && self
+                .older_than
+                .as_ref()
+                .is_none_or(|limit| longer(session.established_ns, limit))
+            && self.ends_within.as_ref().is_none_or(|limit| {
+                deadline(session, policy).is_some_and(|(_, ns)| {
+                    u128::from(ns.saturating_sub(now_ns)) <= limit.as_nanos()
+                })
+            })
+    }
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    parse_duration(text).map_err(|error| error.to_string())
+}
+
+fn is_of(user: &User, session: &Session, name: Option<&str>) -> bool {
+    session.owner.is_known()
+        && match user {
+            User::Uid(uid) => *uid == session.owner.uid,
+            User::Name(wanted) => name == Some(wanted),
+        }
+}
+
+/// What a list is sorted by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum SortKey {
+    /// The one that ends next is the first.
+    #[default]
+    Left,
+    /// The one that is idle for longest is the first.
+    Idle,
+    /// The oldest is the first.
+    Age,
+    /// The one that has carried most is the first.
+    Bytes,
+    /// By rule, and of a rule the one that ends next first.
+    Rule,
+    /// By number.
+    Id,
+}
+
+impl SortKey {
+    const ALL: [(&'static str, Self); 6] = [
+        ("left", Self::Left),
+        ("idle", Self::Idle),
+        ("age", Self::Age),
+        ("bytes", Self::Bytes),
+        ("rule", Self::Rule),
+        ("id", Self::Id),
+    ];
+
+    /// The name in a query and on the command line.
+    pub fn name(self) -> &'static str {
+        let mut all = Self::ALL.iter();
+        all.find(|(_, key)| *key == self)
+            .map_or("", |(name, _)| name)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let mut all = Self::ALL.iter();
+        let found = all.find(|(name, _)| *name == text).map(|(_, key)| *key);
+        found.ok_or_else(|| "sort: allowed: left, idle, age, bytes, rule, id".to_owned())
+    }
+
+    /// Numbers by which the sessions are in this order.
+    pub(super) fn rank(self, found: &Found<'_>) -> (u64, u64) {
+        let (session, policy) = (found.session, found.rule.policy);
+        let ends_ns = deadline(session, policy).map_or(u64::MAX, |(_, ns)| ns);
+        match self {
+            Self::Left => (ends_ns, found.id),
+            Self::Idle => (policy.idle_since(session), found.id),
+            Self::Age => (session.established_ns, found.id),
+            Self::Bytes => {
+                let bytes = session.bytes_received.saturating_add(session.bytes_sent);
+                (u64::MAX - bytes, found.id)
+            }
+            Self::Rule => (u64::from(found.rule.place), ends_ns),
+            Self::Id => (found.id, 0),
+        }
+    }
+}
+
+/// What a query asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Which sessions.
+    pub filter: Filter,
+    /// The first so many in this order; all of them in no order where there is none.
+    pub first: Option<(SortKey, usize)>,
+    /// Whether nothing is to be done.
+    pub dry_run: bool,
+}
+
+impl Selection {
+    /// Reads a query.
+    ///
+    /// # Errors
+    ///
+    /// Where it has a key that there is none of, or a value that is none of its key.
+    pub fn parse(query: &str) -> Result<Self, String> {
+        let mut selection = Self::default();
+        let (mut sort, mut limit) = (None, None);
+        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+            match &*key {
+                "sort" => sort = Some(SortKey::parse(&value)?),
+                "limit" => {
+                    let number = value.parse().ok().filter(|n| (1..=MAX_SORTED).contains(n));
+                    limit = Some(number.ok_or_else(|| {
+                        format!("limit: a number from 1 to {MAX_SORTED} is allowed")
+                    })?);
+                }
+                "dry_run" => {
+                    selection.dry_run = value
+                        .parse()
+                        .map_err(|_| "dry_run: true or false is allowed")?;
+                }
+                _ => {
+                    if !selection.filter.add(&key, &value)? {
+                        let known = FILTER_KEYS.join(", ");
+                        return Err(format!(
+                            "{key}: there is no such parameter; allowed: {known}, sort, limit, dry_run"
+                        ));
+                    }
+                }
+            }
+        }
+        selection.first = match (sort, limit) {
+            (sort, Some(limit)) => Some((sort.unwrap_or_default(), limit)),
+            (Some(_), None) => {
+                return Err(format!("sort: needs a limit, at most {MAX_SORTED}"));
+            }
+            (None, None) => None,
+        };
+        Ok(selection)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use session_enforcer_common::{Owner, Policy};
+
+    use super::*;
+    use crate::{
+        config::Mode,
+        report::{audit::tests::session, control::RuleInForce},
+    };
+
+    const S: u64 = 1_000_000_000;
+
+    fn policy() -> Policy {
+        Policy {
+            idle_timeout_ns: 60 * S,
+            ..Policy::default()
+        }
+    }
+
+    fn is_meant(query: &str, session: &Session) -> bool {
+        let policy = policy();
+        let found = Found {
+            id: 7,
+            session,
+            rule: RuleInForce {
+                place: 0,
+                name: "postgres",
+                mode: Mode::Enforce,
+                policy: &policy,
+            },
+            user: Some("postgres"),
+            cgroup: Some("/system.slice/postgresql.service"),
+        };
+        let selection = Selection::parse(query).unwrap();
+        // It was active last at 1.003 s.
+        selection.filter.matches(&found, 31 * S)
+    }
+
+    #[test]
+    fn each_filter_holds_or_does_not() {
+        let session = session();
+        for query in [
+            "",
+            "rule=postgres",
+            "remote=10.0.0.0%2F8",
+            "remote=10.0.0.7",
+            "local_port=5432",
+            "user=postgres",
+            "user=113",
+            "cgroup=%2Fsystem.slice",
+            "cgroup=/system.slice/postgresql.service",
+            "cgroup=/system.slice/postgresql*",
+            "idle_over=29s",
+            "older_than=30s",
+            "ends_within=31s",
+            "rule=postgres&user=113&idle_over=1s",
+        ] {
+            assert!(is_meant(query, &session), "{query}");
+        }
+        for query in [
+            "rule=ssh",
+            "remote=10.0.0.8",
+            "remote=2001:db8::/32",
+            "local_port=5433",
+            "user=root",
+            "user=0",
+            "cgroup=/user.slice",
+            "idle_over=30s",
+            "older_than=31s",
+            "ends_within=29s",
+            "rule=postgres&user=0",
+        ] {
+            assert!(!is_meant(query, &session), "{query}");
+        }
+    }
+
+    #[test]
+    fn whose_owner_is_not_known_is_nobodys() {
+        let unknown = Session {
+            owner: Owner::UNKNOWN,
+            ..session()
+        };
+        for query in ["user=postgres", "user=113", "user=0"] {
+            assert!(!is_meant(query, &unknown), "{query}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_with_what_is_allowed() {
+        for (query, message) in [
+            (
+                "ruel=a",
+                "ruel: there is no such parameter; allowed: rule, ",
+            ),
+            ("remote=x", "remote: "),
+            ("remote=10.0.0.1/8", "remote: "),
+            ("local_port=0", "local_port: "),
+            ("local_port=1-2", "local_port: one port is allowed"),
+            ("cgroup=a", "cgroup: "),
+            ("idle_over=5", "idle_over: "),
+            ("older_than=", "older_than: "),
+            ("sort=x&limit=1", "sort: allowed: left, "),
+            ("sort=left", "sort: needs a limit"),
+            ("limit=0", "limit: a number from 1 to 10000"),
+            ("limit=10001", "limit: a number from 1 to 10000"),
+            ("dry_run=yes", "dry_run: true or false"),
+        ] {
+            let error = Selection::parse(query).unwrap_err();
+            assert!(error.starts_with(message), "{query}: {error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_limit_alone_means_those_that_end_next() {
+        let first = |query| Selection::parse(query).unwrap().first;
+        assert_eq!(first("limit=3"), Some((SortKey::Left, 3)));
+        assert_eq!(first("sort=bytes&limit=3"), Some((SortKey::Bytes, 3)));
+        assert_eq!(first("rule=a"), None);
+        for (name, key) in SortKey::ALL {
+            assert_eq!((key.name(), SortKey::parse(name)), (name, Ok(key)));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What a request to reset sessions says, in its query and in its body.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::Selection;
+
+/// Which sessions are to be reset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    /// Those that this chooses.
+    pub selection: Selection,
+    /// Of those with these numbers only, where there are any.
+    pub ids: Option<BTreeSet<u64>>,
+}
+
+impl Order {
+    /// Reads an order. The body may be empty, or an object with `ids`, `dry_run` and the filters of the query.
+    ///
+    /// # Errors
+    ///
+    /// Where anything in it is not understood, or nothing chooses sessions: all are never meant.
+    pub fn parse(query: &str, body: &[u8]) -> Result<Self, String> {
+        let mut order = Self {
+            selection: Selection::parse(query)?,
+            ids: None,
+        };
+        if order.selection.first.is_some() {
+            return Err("sort, limit: are not for a kill, which has no order".to_owned());
+        }
+        if !body.is_empty() {
+            let body = serde_json::from_slice(body)
+                .map_err(|error| format!("the body is not JSON: {error}"))?;
+            order.read(body)?;
+        }
+        if order.ids.is_none() && order.selection.filter.is_empty() {
+            return Err(
+                "name sessions by \"ids\" or by a filter; \"older_than\": \"0s\" means all"
+                    .to_owned(),
+            );
+        }
+        Ok(order)
+    }
+
+    fn read(&mut self, body: Value) -> Result<(), String> {
+        let Value::Object(fields) = body else {
+            return Err("the body is not an object, such as {\"ids\": [4711]}".to_owned());
+        };
+        for (key, value) in fields {
+            match (&*key, value) {
+                ("ids", Value::Array(ids)) => {
+                    let numbers = ids.iter().map(Value::as_u64);
+                    let ids = numbers.collect::<Option<BTreeSet<u64>>>();
+                    self.ids = Some(ids.ok_or("ids: a list of numbers is allowed")?);
+                }
+                ("dry_run", Value::Bool(dry_run)) => self.selection.dry_run = dry_run,
+                (key, Value::String(text)) => self.filter(key, &text)?,
+                (key, Value::Number(number)) => self.filter(key, &number.to_string())?,
+                (key, _) => return Err(format!("{key}: a text or a number is allowed")),
+            }
+        }
+        Ok(())
+    }
+
+    fn filter(&mut self, key: &str, value: &str) -> Result<(), String> {
+        if self.selection.filter.add(key, value)? {
+            return Ok(());
+        }
+        let known = super::FILTER_KEYS.join(", ");
+        Err(format!(
+            "{key}: there is no such key; allowed: ids, dry_run, {known}"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_filters_or_both_are_an_order() {
+        let ids = Order::parse("", b"{\"ids\":[7,3,7]}").unwrap();
+        assert_eq!(ids.ids, Some(BTreeSet::from([3, 7])));
+        assert!(ids.selection.filter.is_empty() && !ids.selection.dry_run);
+        let filters = Order::parse("rule=ssh&dry_run=true", b"").unwrap();
+        assert_eq!(
+            (filters.selection.filter.rule(), filters.ids),
+            (Some("ssh"), None)
+        );
+        assert!(filters.selection.dry_run);
+        let body = b"{\"ids\":[1],\"rule\":\"ssh\",\"local_port\":22,\"dry_run\":true}";
+        let both = Order::parse("", body).unwrap();
+        let query = Selection::parse("rule=ssh&local_port=22&dry_run=true").unwrap();
+        assert_eq!(
+            (both.selection, both.ids),
+            (query, Some(BTreeSet::from([1])))
+        );
+    }
+
+    #[test]
+    fn what_chooses_nothing_or_is_not_understood_is_no_order() {
+        for (query, body, message) in [
+            ("", "", "name sessions"),
+            ("dry_run=true", "{}", "name sessions"),
+            ("", "[1]", "the body is not an object"),
+            ("", "{", "the body is not JSON"),
+            ("", "{\"ids\":[-1]}", "ids: "),
+            ("", "{\"ids\":1}", "ids: there is no such key"),
+            ("", "{\"id\":[1]}", "id: "),
+            ("", "{\"ids\":[1],\"rulez\":\"a\"}", "rulez: "),
+            ("", "{\"ids\":[1],\"dry_run\":\"yes\"}", "dry_run: "),
+            ("rule=a&limit=1", "", "sort, limit: "),
+        ] {
+            let error = Order::parse(query, body.as_bytes()).unwrap_err();
+            assert!(error.starts_with(message), "{query} {body}: {error}");
+        }
+    }
+}

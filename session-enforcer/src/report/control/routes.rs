@@ -1,0 +1,510 @@
+//! What each path answers.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Either, Full, Limited};
+use hyper::{
+    Method, Request as HttpRequest, Response, StatusCode,
+    body::{Body, Frame, Incoming},
+    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+};
+use serde::Serialize;
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver, unbounded_channel},
+    time::timeout,
+};
+
+use super::{
+    Selection,
+    listing::{self, Broken, Gone, Lines, Scan, ask},
+    messages::{
+        KillLine, KillRequest, KillResult, Killed, Outcome, Refusal, ReloadRequest, Request,
+    },
+    order::Order,
+    row::Found,
+};
+use crate::{
+    datapath::SessionReader,
+    host::clock::{WallClock, monotonic_ns},
+    report::{
+        audit::{Requester, Subscription},
+        http,
+    },
+};
+
+/// Bytes of a request's body.
+const MAX_BODY: usize = 1 << 20;
+
+/// How long a client may take to send them.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pieces of an answer that wait for the client.
+const WAITING_CHUNKS: usize = 4;
+
+/// Sessions that the engine is asked to reset at once.
+const KILL_BATCH: usize = 128;
+
+/// Sessions whose reset has no answer yet.
+const MAX_UNANSWERED: usize = 1_024;
+
+/// How long no answer may come before the rest is told as pending. One that hangs on its socket's lock, and one for
+/// which there is no room, is told as failed before.
+const KILL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a reload may take. That of a million connections takes some ten seconds.
+const RELOAD_PATIENCE: Duration = Duration::from_secs(300);
+
+/// The last line of the events where the client did not keep up.
+const CUT_OFF: &[u8] =
+    b"{\"error\":\"records were left out: they were not read fast enough; ask again\"}\n";
+
+/// Who asks, and what answers are made from.
+#[derive(Clone)]
+pub(super) struct Client {
+    pub(super) requester: Arc<Result<Requester, String>>,
+    pub(super) engine: mpsc::Sender<http::Request>,
+    pub(super) sessions: Arc<SessionReader>,
+}
+
+/// What is answered: one piece, or pieces as they come.
+pub(super) type Answer = Response<Either<Full<Bytes>, Pieces>>;
+
+/// The pieces of an answer.
+pub(super) struct Pieces(mpsc::Receiver<io::Result<Bytes>>);
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let piece = self.0.poll_recv(context);
+        piece.map(|piece| piece.map(|piece| piece.map(Frame::data)))
+    }
+}
+
+impl Client {
+    pub(super) async fn answer(&self, request: HttpRequest<Incoming>) -> Answer {
+        let requester = match &*self.requester {
+            Ok(requester) => requester.clone(),
+            Err(why) => return refusal(StatusCode::FORBIDDEN, why),
+        };
+        let (head, body) = request.into_parts();
+        let path = head.uri.path().to_owned();
+        let query = head.uri.query().unwrap_or_default().to_owned();
+        let allowed = match &*path {
+            "/v1/sessions/kill" | "/v1/reload" => Method::POST,
+            "/v1/status" | "/v1/sessions" | "/v1/events" => Method::GET,
+            path if path.starts_with("/v1/sessions/") => Method::GET,
+            _ => {
+                return refusal(
+                    StatusCode::NOT_FOUND,
+                    &format!("there is no {path}; {PATHS}"),
+                );
+            }
+        };
+        if head.method != allowed {
+            return not_allowed(&allowed);
+        }
+        match &*path {
+            "/v1/status" => self.status().await,
+            "/v1/sessions" => self.list(&query).await,
+            "/v1/events" => self.events().await,
+            "/v1/reload" => self.reload(requester).await,
+            "/v1/sessions/kill" => match read(body).await {
+                Ok(body) => self.kill(&query, &body, requester).await,
+                Err(refused) => *refused,
+            },
+            path => self.one(path.trim_start_matches("/v1/sessions/")).await,
+        }
+    }
+
+    async fn status(&self) -> Answer {
+        match ask(&self.engine, Request::Status).await {
+            Some(status) => json(StatusCode::OK, &status),
+            None => stuck(),
+        }
+    }
+
+    async fn scan(&self) -> Result<Scan, Box<Answer>> {
+        let begun = Scan::begin(self.engine.clone(), Arc::clone(&self.sessions)).await;
+        begun.map_err(|Broken(why)| Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, &why)))
+    }
+
+    /// A reading of the table for this selection.
+    async fn scan_for(&self, selection: &Selection) -> Result<Scan, Box<Answer>> {
+        let scan = self.scan().await?;
+        match selection.filter.rule() {
+            Some(rule) if !scan.has_rule(rule) => {
+                let why = format!("rule: there is no rule \"{rule}\"; /v1/status has their names");
+                Err(Box::new(refusal(StatusCode::NOT_FOUND, &why)))
+            }
+            _ => Ok(scan),
+        }
+    }
+
+    async fn list(&self, query: &str) -> Answer {
+        let selection = match Selection::parse(query) {
+            Ok(selection) => selection,
+            Err(why) => return refusal(StatusCode::BAD_REQUEST, &why),
+        };
+        match self.scan_for(&selection).await {
+            Ok(scan) => streamed(|lines| listing::list(scan, selection, lines)),
+            Err(refused) => *refused,
+        }
+    }
+
+    async fn one(&self, id: &str) -> Answer {
+        let Ok(id) = id.parse::<u64>() else {
+            return refusal(StatusCode::NOT_FOUND, "a session has a number");
+        };
+        let mut scan = match self.scan().await {
+            Ok(scan) => scan,
+            Err(refused) => return *refused,
+        };
+        let sessions = match scan.of(&[id]).await {
+            Ok(sessions) => sessions,
+            Err(Broken(why)) => return refusal(StatusCode::INTERNAL_SERVER_ERROR, &why),
+        };
+        let found = sessions
+            .first()
+            .and_then(|(id, session)| scan.found(*id, session));
+        match found {
+            Some(found) => {
+                let row = found.row(&WallClock::now(), monotonic_ns());
+                json(StatusCode::OK, &row)
+            }
+            None => {
+                let why = format!("there is no session {id}: it has ended, or no rule matches it");
+                refusal(StatusCode::NOT_FOUND, &why)
+            }
+        }
+    }
+
+    async fn kill(&self, query: &str, body: &[u8], requester: Requester) -> Answer {
+        let order = match Order::parse(query, body) {
+            Ok(order) => order,
+            Err(why) => return refusal(StatusCode::BAD_REQUEST, &why),
+        };
+        let scan = match self.scan_for(&order.selection).await {
+            Ok(scan) => scan,
+            Err(refused) => return *refused,
+        };
+        if !order.selection.dry_run {
+            tracing::info!(
+                "user {}, process {} ({:?}) asks for sessions to be reset: {order:?}",
+                requester.uid,
+                requester.pid,
+                requester.command,
+            );
+        }
+        let engine = self.engine.clone();
+        streamed(|lines| Kill::new(engine, scan, order, requester, lines).run())
+    }
+
+    async fn reload(&self, by: Requester) -> Answer {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let request = http::Request::Control(Request::Reload(ReloadRequest { by, reply }));
+        if self.engine.send(request).await.is_err() {
+            return stuck();
+        }
+        match timeout(RELOAD_PATIENCE, answer).await {
+            Ok(Ok(Ok(change))) => json(StatusCode::OK, &change),
+            Ok(Ok(Err(refused))) => json(StatusCode::UNPROCESSABLE_ENTITY, &refused),
+            _ => stuck(),
+        }
+    }
+
+    async fn events(&self) -> Answer {
+        match ask(&self.engine, Request::Events).await {
+            Some(Some(subscription)) => streamed(|lines| follow(subscription, lines)),
+            Some(None) => refusal(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many follow the events already; end one of them",
+            ),
+            None => stuck(),
+        }
+    }
+}
+
+const PATHS: &str = "there are GET /v1/status, /v1/sessions, /v1/sessions/ID, /v1/events and POST /v1/sessions/kill, \
+                     /v1/reload";
+
+/// The body of a request.
+async fn read(body: Incoming) -> Result<Bytes, Box<Answer>> {
+    let refused = |status, why: &str| Err(Box::new(refusal(status, why)));
+    let too_large =
+        format!("the request is larger than {MAX_BODY} bytes; name fewer sessions at once");
+    if body.size_hint().lower() > MAX_BODY as u64 {
+        return refused(StatusCode::PAYLOAD_TOO_LARGE, &too_large);
+    }
+    match timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            refused(StatusCode::PAYLOAD_TOO_LARGE, &too_large)
+        }
+        Ok(Err(error)) => refused(StatusCode::BAD_REQUEST, &error.to_string()),
+        Err(_) => refused(
+            StatusCode::REQUEST_TIMEOUT,
+            "the request was not sent in time",
+        ),
+    }
+}
+
+/// An answer of lines that a task of its own makes.
+fn streamed<F: Future<Output = ()> + Send + 'static>(make: impl FnOnce(Lines) -> F) -> Answer {
+    let (sender, pieces) = mpsc::channel(WAITING_CHUNKS);
+    tokio::spawn(make(Lines::to(sender)));
+    let mut answer = Response::new(Either::Right(Pieces(pieces)));
+    let kind = HeaderValue::from_static("application/x-ndjson");
+    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    let mut text = serde_json::to_vec(value).unwrap_or_default();
+    text.push(b'\n');
+    let mut answer = Response::new(Either::Left(Full::new(text.into())));
+    *answer.status_mut() = status;
+    let kind = HeaderValue::from_static("application/json");
+    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer
+}
+
+pub(super) fn refusal(status: StatusCode, why: &str) -> Answer {
+    let error = why.to_owned();
+    json(status, &Refusal { error })
+}
+
+fn stuck() -> Answer {
+    refusal(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the engine does not answer",
+    )
+}
+
+fn not_allowed(allowed: &Method) -> Answer {
+    let mut answer = refusal(StatusCode::METHOD_NOT_ALLOWED, &format!("only {allowed}"));
+    if let Ok(allowed) = HeaderValue::from_str(allowed.as_str()) {
+        answer.headers_mut().insert(ALLOW, allowed);
+    }
+    answer
+}
+
+/// Hands on the audit's records.
+async fn follow(mut subscription: Subscription, mut lines: Lines) {
+    loop {
+        let records = tokio::select! {
+            records = subscription.next() => records,
+            () = lines.gone() => return,
+        };
+        let Some(records) = records else {
+            break;
+        };
+        if lines.send(records).await.is_err() {
+            return;
+        }
+    }
+    if subscription.is_cut_off() {
+        let _ = lines.send(Bytes::from_static(CUT_OFF)).await;
+    }
+}
+
+/// Resets that were asked for, and their answers.
+struct Kill {
+    engine: mpsc::Sender<http::Request>,
+    scan: Scan,
+    order: Order,
+    by: Arc<Requester>,
+    lines: Lines,
+    results: UnboundedReceiver<Killed>,
+    sender: mpsc::UnboundedSender<Killed>,
+    unanswered: HashMap<u64, KillLine>,
+}
+
+/// Why no more sessions are reset.
+enum Ended {
+    Broken(Broken),
+    Gone,
+}
+
+impl From<Broken> for Ended {
+    fn from(broken: Broken) -> Self {
+        Self::Broken(broken)
+    }
+}
+
+impl From<Gone> for Ended {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+impl Kill {
+    fn new(
+        engine: mpsc::Sender<http::Request>,
+        scan: Scan,
+        order: Order,
+        by: Requester,
+        lines: Lines,
+    ) -> Self {
+        let (sender, results) = unbounded_channel();
+        Self {
+            engine,
+            scan,
+            order,
+            by: Arc::new(by),
+            lines,
+            results,
+            sender,
+            unanswered: HashMap::new(),
+        }
+    }
+
+    async fn run(mut self) {
+        match self.reset_all().await {
+            Ok(()) | Err(Ended::Gone) => {}
+            Err(Ended::Broken(broken)) => self.lines.break_off(broken).await,
+        }
+    }
+
+    async fn reset_all(&mut self) -> Result<(), Ended> {
+        match self.order.ids.take() {
+            Some(ids) => {
+                let ids: Vec<u64> = ids.into_iter().collect();
+                for some in ids.chunks(KILL_BATCH) {
+                    let sessions = self.scan.of(some).await?;
+                    let mut missing: BTreeSet<u64> = some.iter().copied().collect();
+                    for id in self.reset(&sessions).await? {
+                        missing.remove(&id);
+                    }
+                    for id in missing {
+                        self.lines.add(&not_found(id));
+                    }
+                }
+            }
+            None => {
+                while let Some(sessions) = self.scan.next().await? {
+                    for some in sessions.chunks(KILL_BATCH) {
+                        self.reset(some).await?;
+                    }
+                }
+            }
+        }
+        while !self.unanswered.is_empty() {
+            self.wait().await?;
+        }
+        Ok(self.lines.flush().await?)
+    }
+
+    /// Has those of these sessions reset that are meant; which those are.
+    async fn reset(
+        &mut self,
+        sessions: &[(u64, session_enforcer_common::Session)],
+    ) -> Result<Vec<u64>, Ended> {
+        let now_ns = monotonic_ns();
+        let mut meant = Vec::new();
+        for (id, session) in sessions {
+            let found = self.scan.found(*id, session);
+            let found = found.filter(|found| self.order.selection.filter.matches(found, now_ns));
+            if let Some(found) = found {
+                meant.push((line(&found), session.established_ns));
+            }
+        }
+        let ids = meant.iter().map(|(line, _)| line.id).collect();
+        if self.order.selection.dry_run {
+            meant.iter().for_each(|(line, _)| self.lines.add(line));
+        } else if !meant.is_empty() {
+            self.ask(meant).await?;
+        }
+        while let Ok(killed) = self.results.try_recv() {
+            self.answered(killed);
+        }
+        self.lines.pass_on().await?;
+        while self.unanswered.len() > MAX_UNANSWERED - KILL_BATCH {
+            self.wait().await?;
+        }
+        Ok(ids)
+    }
+
+    async fn ask(&mut self, meant: Vec<(KillLine, u64)>) -> Result<(), Ended> {
+        let request = KillRequest {
+            sessions: meant.iter().map(|(line, ns)| (line.id, *ns)).collect(),
+            by: Arc::clone(&self.by),
+            results: self.sender.clone(),
+        };
+        for (line, _) in meant {
+            self.unanswered.insert(line.id, line);
+        }
+        let request = http::Request::Control(Request::Kill(request));
+        let sent = self.engine.send(request).await;
+        sent.map_err(|_| Broken("the daemon has stopped".to_owned()).into())
+    }
+
+    /// Waits for an answer.
+    async fn wait(&mut self) -> Result<(), Ended> {
+        self.lines.flush().await?;
+        match timeout(KILL_PATIENCE, self.results.recv()).await {
+            Ok(Some(killed)) => self.answered(killed),
+            _ => {
+                for (_, line) in self.unanswered.drain() {
+                    self.lines.add(&KillLine {
+                        result: Outcome::Pending,
+                        ..line
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, killed: Killed) {
+        let Some(line) = self.unanswered.remove(&killed.id) else {
+            return;
+        };
+        let (result, error) = match killed.result {
+            KillResult::Reset => (Outcome::Reset, None),
+            KillResult::Gone => (Outcome::Gone, None),
+            KillResult::Failed(why) => (Outcome::Failed, Some(why)),
+        };
+        self.lines.add(&KillLine {
+            result,
+            error,
+            ..line
+        });
+    }
+}
+
+/// A session that is to be reset, or would be.
+fn line(found: &Found<'_>) -> KillLine {
+    let row = found.row(&WallClock::now(), monotonic_ns());
+    KillLine {
+        id: found.id,
+        rule: Some(row.rule.into_owned()),
+        local: Some(row.local),
+        remote: Some(row.remote),
+        result: Outcome::WouldReset,
+        error: None,
+    }
+}
+
+fn not_found(id: u64) -> KillLine {
+    KillLine {
+        id,
+        rule: None,
+        local: None,
+        remote: None,
+        result: Outcome::NotFound,
+        error: None,
+    }
+}

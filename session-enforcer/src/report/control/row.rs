@@ -1,0 +1,205 @@
+//! A live session as it is listed.
+
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use session_enforcer_common::{Address, Direction, Policy, Reason, Session, Verdict, verdict};
+
+use super::messages::{RuleInForce, end};
+use crate::{
+    host::clock::WallClock,
+    report::audit::{mode_name, reason_name},
+};
+
+/// A session, for people and programs. What is not known is left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row<'a> {
+    /// The socket's cookie.
+    pub id: u64,
+    /// Name of its rule.
+    #[serde(borrow)]
+    pub rule: Cow<'a, str>,
+    /// `enforce` or `observe`.
+    #[serde(borrow)]
+    pub mode: Cow<'a, str>,
+    /// `open`, `half_closed` (an end has sent its FIN), or `ending` (it is being reset).
+    #[serde(borrow)]
+    pub state: Cow<'a, str>,
+    /// `inbound` or `outbound`.
+    #[serde(borrow, default, skip_serializing_if = "str::is_empty")]
+    pub direction: Cow<'a, str>,
+    /// This host's end.
+    pub local: End,
+    /// The peer's end.
+    pub remote: End,
+    /// The cookie of the network namespace.
+    pub netns: u64,
+    /// Whose the socket is.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<Owner<'a>>,
+    /// Path of its cgroup.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Cow<'a, str>>,
+    /// When it was established; left out where it is older than the daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub established: Option<String>,
+    /// When payload that counts last came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_received: Option<String>,
+    /// When payload that counts was last sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sent: Option<String>,
+    /// Since it was established; the least that it can be where that is not known.
+    pub age_seconds: f64,
+    /// Since the activity that the rule counts from.
+    pub idle_seconds: f64,
+    /// Which limit it reaches first: a reason of the audit.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Cow<'a, str>>,
+    /// When it reaches it if nothing passes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<String>,
+    /// The time until then; below 0 where it has passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_seconds: Option<f64>,
+    /// Payload.
+    pub bytes: Carried,
+}
+
+/// An end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// The address.
+    pub ip: IpAddr,
+    /// The port.
+    pub port: u16,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::net::SocketAddr::new(self.ip, self.port).fmt(f)
+    }
+}
+
+/// Whose a socket is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner<'a> {
+    /// The user's number, as text.
+    #[serde(borrow)]
+    pub id: Cow<'a, str>,
+    /// The user's name, where it has one.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Cow<'a, str>>,
+}
+
+impl Owner<'_> {
+    /// The name, or the number.
+    pub fn label(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.id)
+    }
+}
+
+/// Bytes of payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// That this host has received.
+    pub received: u64,
+    /// That it has sent.
+    pub sent: u64,
+}
+
+/// A session of the table, with its rule and the names of its owner.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found<'a> {
+    pub(super) id: u64,
+    pub(super) session: &'a Session,
+    pub(super) rule: RuleInForce<'a>,
+    pub(super) user: Option<&'a str>,
+    pub(super) cgroup: Option<&'a str>,
+}
+
+/// Which limit a session reaches first if nothing passes, and when; none where it has none.
+pub(super) fn deadline(session: &Session, policy: &Policy) -> Option<(Reason, u64)> {
+    // The decision of the end of time: by then each has reached its limit.
+    match verdict(session, policy, u64::MAX) {
+        Verdict::Expired {
+            reason,
+            deadline_ns,
+        } => Some((reason, deadline_ns)),
+        Verdict::Alive { .. } => None,
+    }
+}
+
+impl<'a> Found<'a> {
+    /// The session as it is listed at this time.
+    pub(super) fn row(&self, clock: &WallClock, now_ns: u64) -> Row<'a> {
+        let session = self.session;
+        let deadline = deadline(session, self.rule.policy);
+        let at = |ns: u64| clock.at(ns).to_string();
+        let is_younger = !session.end_is_unreported();
+        let passed = |bytes: u64, ns: u64| {
+            let is_stamped = !is_younger || ns != session.established_ns;
+            (bytes > 0 && is_stamped).then(|| at(ns))
+        };
+        Row {
+            id: self.id,
+            rule: Cow::Borrowed(self.rule.name),
+            mode: Cow::Borrowed(mode_name(self.rule.mode)),
+            state: Cow::Borrowed(state(session)),
+            direction: Cow::Borrowed(direction(session)),
+            local: end(ip(session.local), session.local_port),
+            remote: end(ip(session.remote), session.remote_port),
+            netns: session.netns_cookie,
+            user: session.owner.is_known().then(|| Owner {
+                id: Cow::Owned(session.owner.uid.to_string()),
+                name: self.user.map(Cow::Borrowed),
+            }),
+            cgroup: self.cgroup.map(Cow::Borrowed),
+            established: is_younger.then(|| at(session.established_ns)),
+            last_received: passed(session.bytes_received, session.last_received_ns),
+            last_sent: passed(session.bytes_sent, session.last_sent_ns),
+            age_seconds: seconds(session.established_ns, now_ns),
+            idle_seconds: seconds(self.rule.policy.idle_since(session), now_ns),
+            clock: deadline.map(|(reason, _)| Cow::Borrowed(reason_name(reason))),
+            deadline: deadline.map(|(_, ns)| at(ns)),
+            left_seconds: deadline.map(|(_, ns)| seconds(now_ns, ns)),
+            bytes: Carried {
+                received: session.bytes_received,
+                sent: session.bytes_sent,
+            },
+        }
+    }
+}
+
+fn state(session: &Session) -> &'static str {
+    if session.is_shut() {
+        "ending"
+    } else if session.half_closed_ns != Session::NOT_HALF_CLOSED {
+        "half_closed"
+    } else {
+        "open"
+    }
+}
+
+fn direction(session: &Session) -> &'static str {
+    match Direction::from_number(session.direction) {
+        Some(Direction::Inbound) => "inbound",
+        Some(Direction::Outbound) => "outbound",
+        None => "",
+    }
+}
+
+pub(super) fn ip(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
+}
+
+/// Whole milliseconds; below 0 where `to_ns` is the earlier one.
+fn seconds(from_ns: u64, to_ns: u64) -> f64 {
+    let apart = Duration::from_nanos(from_ns.abs_diff(to_ns));
+    let seconds = apart.as_millis() as f64 / 1_000.0;
+    if to_ns < from_ns { -seconds } else { seconds }
+}
