@@ -163,6 +163,28 @@ fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> R
     Ok(())
 }
 
+/// Nobody has ended it, and nobody says so.
+#[test]
+fn a_session_that_was_not_reset_and_that_no_rule_matches_any_more_is_let_go_without_a_word()
+-> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let (mut daemon, interposer) = interposed(&lab, RULE, &audit)?;
+    interposer.set(Call::Destroy, Fate::Wait);
+    let pair = Pair::open(&lab.outside, &listener)?;
+    interposer.wait_for(Call::Destroy, 1)?;
+    daemon.kill()?;
+    drop(interposer);
+    let elsewhere = format!("{RULE}local_ports = [{}]\n", listener.port() ^ 1);
+    let (daemon, ended) = next(&lab, &elsewhere, &audit)?;
+    ensure!(ended.is_empty(), "{ended:#?}");
+    assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 0.0);
+    pair.round_trip()?;
+    Ok(())
+}
+
 /// Some older than the daemon, whose end the kernel does not report.
 #[test]
 fn of_a_burst_of_resets_in_which_the_daemon_is_killed_each_is_recorded_once() -> Result<()> {

@@ -39,8 +39,9 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     if inherited != Inherited::Nothing {
         let own = context.state().handles.own();
         let only = (!context.all_namespaces).then_some(own);
-        context.state().schedule_inherited(only)?;
+        // First: what no rule matches any more is let go then, and lives.
         journal::recover(context).await?;
+        context.state().schedule_inherited(only)?;
     }
     if is_stopped {
         // Nothing was attached since the earlier daemon ended: no packet is to meet a session with the
@@ -144,6 +145,7 @@ impl State {
             // nobody has decided about.
             let Some(rule) = rule.filter(|_| session.generation != 0) else {
                 self.kernel.remove(cookie, session.established_ns)?;
+                self.forget(cookie);
                 continue;
             };
             // Due at once: the first look works out the deadline, and ends what came due meanwhile.
