@@ -385,3 +385,37 @@ fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
     daemon.reload(&rule("others", &others, 2 * limit()))?;
     Ok(())
 }
+
+/// The nice value of a thread (proc(5)), and its name.
+fn nice_of(stat: &str) -> Result<(String, i32)> {
+    let (start, rest) = stat.rsplit_once(") ").context("a name")?;
+    let (_, name) = start.split_once('(').context("a name")?;
+    let nice = rest.split(' ').nth(16).context("a nice value")?;
+    Ok((name.to_owned(), nice.parse()?))
+}
+
+#[test]
+fn resets_go_before_others_that_want_a_processor() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.daemon(&format!(
+        "{OWN}{}",
+        session_enforcer_tests::idle_rule(limit())
+    ))?;
+    for reaper in daemon.reapers()? {
+        let (_, nice) = nice_of(&std::fs::read_to_string(format!("/proc/{reaper}/stat"))?)?;
+        assert_eq!(nice, -10);
+    }
+    let mut seen = HashSet::new();
+    for thread in std::fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+        let (name, nice) = nice_of(&stat)?;
+        // Whoever sends requests makes it work.
+        let expected = if name == "http" { 0 } else { -10 };
+        if ["http", "session-enforce"].contains(&&*name) {
+            assert_eq!(nice, expected, "{name}");
+            seen.insert(name);
+        }
+    }
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    Ok(())
+}

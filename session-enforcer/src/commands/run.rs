@@ -73,6 +73,7 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
     // Its thread is to have no more privileges than the engine after the start.
     let audit = privilege::unprivileged(|| Audit::open(&config.audit, config.audit_sync))?;
     let audit = audit.map_err(audit_failure)?;
+    privilege::go_first();
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -61,8 +61,11 @@ const FORBIDDEN_TO_ENGINE: [i64; 6] = [
     libc::SYS_setns,
 ];
 
-/// A tenth of the weight of an ordinary process (`sched_prio_to_weight`).
-const NICE: i32 = 10;
+/// Nine times the weight of an ordinary process (`sched_prio_to_weight`).
+const FIRST: i32 = -10;
+
+/// That of an ordinary one.
+const ORDINARY: i32 = 0;
 
 /// What only the engine does.
 const FORBIDDEN_TO_REAPER: [i64; 3] = [libc::SYS_bpf, libc::SYS_execve, libc::SYS_execveat];
@@ -98,11 +101,21 @@ pub fn confine_reaper() -> Result<()> {
     forbid(&FORBIDDEN_TO_REAPER)
 }
 
-/// Has the calling thread give way to others that want its processor. There is no way back without a privilege that it
-/// does not have (`CAP_SYS_NICE`).
+/// Has the calling thread, and those that it starts from now on, go before others that want its processor: nobody is to
+/// put off resets by keeping the processors busy. Without `CAP_SYS_NICE` nothing changes.
+pub fn go_first() {
+    set_priority(FIRST);
+}
+
+/// Has the calling thread be one of many again: what it does takes long, or is done for others. There is no way back.
 pub fn give_way() {
-    // SAFETY: numbers only. To be nicer is always allowed.
-    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+    set_priority(ORDINARY);
+}
+
+/// Of the calling thread alone, as Linux has it.
+fn set_priority(nice: i32) {
+    // SAFETY: numbers only.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
 }
 
 /// Leaves the calling thread, which starts reapers, what they need, so that they get it whoever's the

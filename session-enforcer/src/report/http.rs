@@ -42,7 +42,10 @@ use tokio::{
 use super::landing_page::{self, Readiness};
 use crate::{
     config::MetricsListen,
-    host::trust::{self, Untrusted},
+    host::{
+        privilege,
+        trust::{self, Untrusted},
+    },
     report::control,
 };
 
@@ -204,6 +207,7 @@ pub fn start(
         listener.map(Accepting::of).transpose()?
     };
     let work = move || {
+        privilege::give_way();
         runtime.block_on(async move {
             let metrics = async {
                 if let Some(accepting) = accepting {
