@@ -185,7 +185,7 @@ impl Drop for Machine {
     }
 }
 
-fn required(name: &str) -> Result<PathBuf> {
+pub(crate) fn required(name: &str) -> Result<PathBuf> {
     let value = env::var_os(name);
     let path = PathBuf::from(value.with_context(|| {
         format!("{name} is not set: `cargo xtask dist --test` makes what this test needs")
@@ -195,7 +195,7 @@ fn required(name: &str) -> Result<PathBuf> {
 }
 
 /// The first child of a process.
-fn child_of(pid: u32) -> Option<u32> {
+pub(crate) fn child_of(pid: u32) -> Option<u32> {
     let path = Path::new("/proc").join(format!("{pid}/task/{pid}/children"));
     let children = fs::read_to_string(path).ok()?;
     children.split_whitespace().next()?.parse().ok()

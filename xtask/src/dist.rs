@@ -1,9 +1,10 @@
 //! `cargo xtask dist`: what is published of a release.
 //!
 //! Static binaries with their debug information beside them, a Debian package, an RPM, a tarball
-//! with an install script, an SBOM, and the checksums of all. The same sources give the same bytes,
+//! with an install script, an image for containers, an SBOM, and the checksums of all. The same sources give the same bytes,
 //! whatever folder they are built in.
 
+mod image;
 mod sbom;
 mod tools;
 mod trial;
@@ -68,7 +69,7 @@ pub(crate) struct Args {
     /// Builds a second time, in another folder, and fails where a byte differs.
     #[arg(long)]
     twice: bool,
-    /// Installs the Debian package in a machine with systemd, as root, and tries it.
+    /// Installs the Debian package in machines with systemd and runs the image in podman, as root.
     #[arg(long)]
     test: bool,
 }
@@ -210,7 +211,8 @@ impl Release<'_> {
         run(Command::new("cp").arg("-r").arg(pages).arg(&folder))?;
         self.deb(arch)?;
         self.rpm(arch)?;
-        self.tarball(arch, &folder)
+        self.tarball(arch, &folder)?;
+        self.image(arch, &folder.join(NAME))
     }
 
     /// Builds the daemon, without a word in it about where it was built.
@@ -313,6 +315,21 @@ impl Release<'_> {
         tar.args(["--use-compress-program=gzip -9n", "--file"]);
         tar.arg(self.out.join(format!("{name}.tar.gz")));
         run(tar.arg("--directory").arg(&self.stage).arg(&name))
+    }
+
+    fn image(&self, arch: Arch, binary: &Path) -> Result<()> {
+        let name = format!("{NAME}-{}-{}.oci.tar", self.version, arch.name());
+        let stage = self.stage.join("image").join(arch.name());
+        let source = self.checkout.root().join(NAME).join("packaging/container");
+        let image = image::Image {
+            arch,
+            version: &self.version,
+            epoch: &self.epoch,
+            binary,
+            source: &source,
+            stage: &stage,
+        };
+        image.archive(&self.out.join(name))
     }
 
     fn checksums(&self) -> Result<()> {

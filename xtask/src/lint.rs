@@ -68,7 +68,9 @@ fn clippy(workspace: &Workspace) -> Command {
 fn clippy_host(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["clippy", "--package", "session-enforcer-tests"]);
-    cargo.args(["--test", "host", "--test", "package"]);
+    cargo.args([
+        "--test", "host", "--test", "package", "--test", "image", "--test", "rpm",
+    ]);
     cargo.args(["--", "--deny", "warnings"]);
     cargo
 }

@@ -72,7 +72,7 @@ enum Task {
     /// What `vm` starts inside of the virtual machine.
     #[command(hide = true)]
     VmGuest,
-    /// Makes a release: static binaries, packages, a tarball, checksums, in the target directory.
+    /// Makes a release: static binaries, packages, an image, a tarball, checksums, in the target directory.
     ///
     /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
     Dist(dist::Args),

@@ -175,8 +175,24 @@ pub(crate) const VIRTUAL_MACHINES: [Need; 4] = [
     need("xz", "xz-utils", "unpacking the modules of a kernel"),
 ];
 
+/// What `cargo xtask dist` needs for the image.
+pub(crate) const IMAGES: [Need; 1] = [need("buildah", "buildah", "the image for containers")];
+
 /// What `cargo xtask dist --test` needs.
-pub(crate) const MACHINES: [Need; 3] = [
+pub(crate) const MACHINES: [Need; 8] = [
+    need(
+        "kubectl",
+        "kubernetes-client",
+        "putting the manifests of Kubernetes together",
+    ),
+    need("podman", "podman", "containers of the image"),
+    need("runc", "runc", "containers of the image"),
+    need(
+        "busybox",
+        "busybox-static",
+        "a container beside that of the daemon",
+    ),
+    need("rpm", "rpm", "what is in an RPM, and what it says"),
     need("lintian", "lintian", "the rules of Debian's packages"),
     need("mmdebstrap", "mmdebstrap", "the root of a Debian machine"),
     need(

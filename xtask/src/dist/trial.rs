@@ -1,4 +1,5 @@
-//! Tries the Debian package in machines with systemd, as root.
+//! Tries what was made, as root: the Debian package in machines with systemd, the image in podman, the RPM by what is
+//! in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,19 +36,32 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
     let mut lintian = Command::new("lintian");
     lintian.args(["--allow-root", "--fail-on", "error"]);
     run(lintian.arg(&package))?;
+    say!("the RPM");
+    let rpm = published(out, &format!("-1.{}.rpm", own.name()))?;
+    run(tests(workspace, "rpm")
+        .env("SESSION_ENFORCER_RPM", &rpm)
+        .env("SESSION_ENFORCER_DEB", &package))?;
+    say!("the image, in podman");
+    let image = published(out, &format!("-{}.oci.tar", own.name()))?;
+    run(tests(workspace, "image").env("SESSION_ENFORCER_IMAGE", &image))?;
     for suite in SUITES {
         let root = debian(workspace, suite)?;
         say!("the package in Debian {suite}");
-        let mut cargo = workspace.cargo();
-        cargo
-            .args(["test", "--package", "session-enforcer-tests"])
-            .args(["--test", "package", "--", "--test-threads=3"])
+        run(tests(workspace, "package")
             .env("SESSION_ENFORCER_MACHINE", &root)
             .env("SESSION_ENFORCER_DEB", &package)
-            .env("SESSION_ENFORCER_TARBALL", &tarball);
-        run(&mut cargo)?;
+            .env("SESSION_ENFORCER_TARBALL", &tarball))?;
     }
     Ok(())
+}
+
+/// A command that runs a file of tests.
+fn tests(workspace: &Workspace, name: &str) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo
+        .args(["test", "--package", "session-enforcer-tests"])
+        .args(["--test", name, "--", "--test-threads=3"]);
+    cargo
 }
 
 /// The file whose name ends like this.

@@ -1,0 +1,173 @@
+//! A host of containers: podman in namespaces of its own, to run the image in.
+//!
+//! Its cgroups are below one of the test's own, its network, its processes, its bpffs and podman's storage are
+//! its own. All of it goes away with the process at its top.
+
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use tempfile::TempDir;
+
+use crate::{
+    cgroup::Cgroup,
+    clock::eventually,
+    machine::{child_of, required},
+    pace::{patience, scaled},
+    process::{Finished, die_with_parent, run_to_end},
+};
+
+/// Names the archive of the image.
+const IMAGE: &str = "SESSION_ENFORCER_IMAGE";
+
+/// Run by a shell in namespaces of its own, with a scratch folder. A tmpfs, so that nothing is left of podman's
+/// storage.
+const PREPARE: &str = r#"
+umount --recursive /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir /sys/fs/cgroup/tools
+echo 0 >/sys/fs/cgroup/tools/cgroup.procs
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs "$1"
+mount -t bpf -o mode=0700 bpf /sys/fs/bpf
+ip link set lo up
+mkdir -p "$1/files/bin" "$1/tmp"
+cp "$(command -v busybox)" "$1/files/bin/"
+touch "$1/prepared"
+exec sleep infinity
+"#;
+
+/// Begins a line that runs in it. crun refuses a hierarchy without controllers, and such a hierarchy cannot bound
+/// how many processes there are.
+const PODMAN: &str = r#"
+podman() {
+    command podman --root "$SCRATCH/storage" --runroot /run/podman --storage-driver vfs \
+        --cgroup-manager cgroupfs --runtime runc --events-backend none "$@"
+}
+start() {
+    podman run --detach --pids-limit -1 --ulimit nofile=1024:4096 --ulimit nproc=1024:4096 "$@"
+}
+"#;
+
+/// The host. On drop it is gone, with its containers.
+#[derive(Debug)]
+pub struct ContainerHost {
+    top: Child,
+    /// The first process within.
+    init: u32,
+    scratch: TempDir,
+    cgroup: Cgroup,
+}
+
+impl ContainerHost {
+    /// Makes one, and loads the image that the environment names as `session-enforcer`. There is another image,
+    /// `busybox`.
+    ///
+    /// # Errors
+    ///
+    /// Where the environment names no image, or podman does not take it.
+    pub fn new() -> Result<Self> {
+        let image = required(IMAGE)?;
+        let cgroup = Cgroup::new()?;
+        let scratch = tempfile::tempdir()?;
+        let mounts = scratch.path().join("mounts");
+        fs::create_dir(&mounts)?;
+        let log = fs::File::create(scratch.path().join("log"))?;
+        let mut command = Command::new("sh");
+        command
+            .args([
+                "-euc",
+                "echo 0 >\"$1/cgroup.procs\"; shift; exec \"$@\"",
+                "sh",
+            ])
+            .arg(cgroup.path())
+            .args(["unshare", "--mount", "--cgroup", "--net", "--pid", "--fork"])
+            .args(["--mount-proc", "--kill-child", "sh", "-euc", PREPARE, "sh"])
+            .arg(&mounts)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let top = die_with_parent(&mut command).spawn()?;
+        let mut host = Self {
+            top,
+            init: 0,
+            scratch,
+            cgroup,
+        };
+        let prepared = host.wait_until_prepared();
+        prepared.with_context(|| host.log())?;
+        host.ask(&format!(
+            "id=$(podman pull --quiet oci-archive:{}); podman tag $id session-enforcer; \
+             tar --create --directory \"$SCRATCH/files\" . | podman import --quiet - busybox",
+            image.display()
+        ))?;
+        Ok(host)
+    }
+
+    fn wait_until_prepared(&mut self) -> Result<()> {
+        eventually("the host of containers is there", patience(), || {
+            ensure!(self.top.try_wait()?.is_none(), "it ended");
+            let Some(init) = child_of(self.top.id()) else {
+                return Ok(None);
+            };
+            self.init = init;
+            let mounts = self.scratch.path().join("mounts");
+            let mark = format!("/proc/{init}/root{}/prepared", mounts.display());
+            Ok(fs::exists(mark)?.then_some(()))
+        })
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.scratch.path().join("log")).unwrap_or_default()
+    }
+
+    /// Runs a line of shell in it, to its end. `podman` is there, and `start`, which is `podman run` of one that
+    /// stays.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not end.
+    pub fn run(&self, line: &str) -> Result<Finished> {
+        let mounts = self.scratch.path().join("mounts");
+        let mut command = Command::new("sh");
+        command
+            .args([
+                "-euc",
+                "echo 0 >\"$1/tools/cgroup.procs\"; shift; exec \"$@\"",
+                "sh",
+            ])
+            .arg(self.cgroup.path())
+            .args(["nsenter", "--all", "--target", &self.init.to_string(), "--"])
+            .args(["bash", "-euc", &format!("{PODMAN}{line}")])
+            .env("SCRATCH", &mounts)
+            .env("TMPDIR", mounts.join("tmp"));
+        run_to_end(command, scaled(patience()))
+    }
+
+    /// The same, for what it prints.
+    ///
+    /// # Errors
+    ///
+    /// Where it fails.
+    pub fn ask(&self, line: &str) -> Result<String> {
+        let Finished {
+            code,
+            stdout,
+            stderr,
+        } = self.run(line)?;
+        ensure!(code == 0, "`{line}` failed ({code}): {stdout}{stderr}");
+        Ok(stdout.trim_end().to_owned())
+    }
+}
+
+impl Drop for ContainerHost {
+    fn drop(&mut self) {
+        // Its child is the first of its process namespace: the kernel kills all the others.
+        let killed = self.top.kill().and_then(|()| self.top.wait());
+        if let Err(error) = killed {
+            eprintln!("the host of containers is left running: {error}");
+        }
+    }
+}
