@@ -70,7 +70,8 @@ def ask(address):
         return "abandoned"
 
     def synchronise():
-        command = ["ldapsearch", "-x", "-LLL", "-H", f"ldap://{address}", "-b", SUFFIX, "-E", "!sync=rp"]
+        # It would outlive this process.
+        command = ["setpriv", "--pdeathsig", "KILL", "ldapsearch", "-x", "-LLL", "-H", f"ldap://{address}", "-b", SUFFIX, "-E", "!sync=rp"]
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
     actions = {

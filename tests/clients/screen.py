@@ -10,11 +10,15 @@ import sys
 import time
 
 
+# What is started outside of the cgroup would outlive this process.
+WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
+
+
 def screen(number, *options):
     """A display that is reached over TCP: sockets in the file system would be everybody's."""
     command = ["Xvnc", f":{number}", "-SecurityTypes", "None", "-nolock", "-ac", *options]
     command += ["-nolisten", "unix", "-nolisten", "local", "-listen", "tcp", "-geometry", "200x200"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(WITH_PARENT + command)
     while process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", 6000 + number)).close()
@@ -37,7 +41,7 @@ def serve(address, changes):
 def ask(address):
     environment = screen(2, "-rfbport", "5901")
     viewer = ["xtigervncviewer", "-SecurityTypes=None", "-ReconnectOnError=0", f"{address}::5900"]
-    process = subprocess.Popen(viewer, env=environment)
+    process = subprocess.Popen(WITH_PARENT + viewer, env=environment)
     digits = bytes(map(int, address.split(".")))[::-1].hex().upper()
     port = None
     while port is None and process.poll() is None:
