@@ -995,8 +995,8 @@ impl State {
     /// attempts the session could not be reset, and this is the error.
     fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
         let (cookie, session) = (expired.cookie, &expired.session);
-        if !matches!(self.still_there(cookie, session), Ok(Some(_))) && !session.end_is_unreported()
-        {
+        // It has ended, or a change of the policy has let it go meanwhile: nobody looks at it again.
+        if !matches!(self.still_there(cookie, session), Ok(Some(_))) {
             self.record_gone(expired);
             self.tracker.clear_phase(cookie);
             // A failure to read shows again at once.
