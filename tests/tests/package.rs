@@ -147,11 +147,8 @@ fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
 #[test]
 fn the_journal_finds_a_record_by_its_fields_and_explains_it() -> Result<()> {
     let host = Host::new()?;
-    // The configuration that is installed, but sooner.
-    host.0.ask(&format!(
-        "sed -i 's/^mode = .*/mode = \"enforce\"/; s/^idle_timeout = .*/idle_timeout = \"2s\"/' {CONFIG} && \
-         systemctl reload {UNIT}"
-    ))?;
+    host.configure(&format!("[audit]\npath = \"journald\"\n{}", rule(2)))?;
+    host.0.ask(&format!("systemctl restart {UNIT}"))?;
     host.assert_login_is_reset()?;
     let ask = format!("journalctl --unit={UNIT} SESSION_ENFORCER_RULE=ssh");
     let entry = eventually("an entry of the rule", patience(), || {
