@@ -65,10 +65,7 @@ fn in_the_redis_recipe_blocking_commands_wait_and_subscribers_live_where_they_ar
             if !says.is_empty() {
                 return client.wait_for(says);
             }
-            eventually("a client is blocked", patience(), || {
-                let clients = redis.ask(&["INFO", "clients"])?;
-                Ok(clients.contains("blocked_clients:1").then_some(()))
-            })
+            redis.wait_for_blocked(1)
         })?;
         anyhow::Ok((client, port, last))
     };

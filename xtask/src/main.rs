@@ -12,6 +12,7 @@ mod dist;
 mod fuzz;
 mod linker;
 mod lint;
+mod node;
 mod packages;
 mod process;
 mod run;

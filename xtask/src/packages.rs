@@ -53,7 +53,7 @@ const fn server(module: &'static str, package: &'static str) -> Need {
 
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 38] = [
+pub(crate) const TESTS: [Need; 40] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
@@ -135,6 +135,8 @@ pub(crate) const TESTS: [Need; 38] = [
     server("websockets", "python3-websockets"),
     server("pyftpdlib", "python3-pyftpdlib"),
     server("aiosmtpd", "python3-aiosmtpd"),
+    need("node", "nodejs", "clients of Node's"),
+    need("npm", "npm", "clients of Node's"),
     client("psycopg_pool", "python3-psycopg-pool"),
     client("sqlalchemy", "python3-sqlalchemy"),
     client("psycopg2", "python3-psycopg2"),
@@ -383,6 +385,8 @@ mod tests {
                 "python3-websockets",
                 "python3-pyftpdlib",
                 "python3-aiosmtpd",
+                "nodejs",
+                "npm",
                 "python3-psycopg-pool",
                 "python3-sqlalchemy",
                 "python3-psycopg2",

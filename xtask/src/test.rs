@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::build::{Profile, daemon};
+use crate::node;
 use crate::packages::{self, Missing};
 use crate::process::{is_root, run, say};
 use crate::rustc::Rustc;
@@ -35,6 +36,7 @@ pub(crate) struct Args {
 /// failed.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     packages::ensure(&packages::TESTS, Missing::unless(args.no_install))?;
+    node::ensure(workspace, Missing::unless(args.no_install))?;
     setup(workspace)?;
     let mut failed = Vec::new();
     let mut record = |name: &'static str, result: Result<()>| {

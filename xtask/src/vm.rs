@@ -32,6 +32,7 @@ use self::plan::{
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
 use crate::build::{Profile, daemon};
+use crate::node;
 use crate::packages::{self, Missing};
 use crate::process::say;
 use crate::setup::setup;
@@ -123,6 +124,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     check_modules(&tests)?;
     let missing = Missing::unless(args.no_install);
     packages::ensure(&packages::TESTS, missing)?;
+    node::ensure(workspace, missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
     packages::ensure(&packages::SHARING, missing)?;
     setup(workspace)?;

@@ -7,7 +7,7 @@ use nix::unistd::User;
 use tempfile::TempDir;
 
 use super::{
-    Host, Hosts,
+    Host, Hosts, node_client,
     program::{self, PYTHON, Program},
 };
 use crate::{lab::Lab, netns::Veth};
@@ -75,6 +75,16 @@ impl MariaDb {
     /// What the server has logged.
     pub fn log(&self) -> String {
         self.server.output()
+    }
+
+    /// A client of Node's on the other host.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not installed, or cannot connect.
+    pub fn node_client(&self, name: &str) -> Result<Program> {
+        let [host, port] = [Veth::LEFT.to_string(), Self::PORT.to_string()];
+        node_client(&self.lab, Some(&self.hosts.far), [name, &host, &port])
     }
 
     /// A client on the other host that is typed to; its port.

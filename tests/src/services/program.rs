@@ -202,6 +202,19 @@ impl Program {
         })
     }
 
+    /// Waits until it has written so many lines that say how something ended: `ok`, or the error.
+    ///
+    /// # Errors
+    ///
+    /// Where it does not, or ends before.
+    pub fn wait_for_said(&mut self, count: usize) -> Result<()> {
+        self.wait_until(patience(), "the end of a use", |output| {
+            let (whole, _) = output.rsplit_once('\n')?;
+            let ends = |line: &&str| *line == "ok" || line.starts_with("error: ");
+            (whole.lines().filter(ends).count() >= count).then_some(())
+        })
+    }
+
     /// Waits until it has written a line with this prefix and numbers right after it. A terminal
     /// shows what is typed, too: the prefix in that is followed by something else.
     ///

@@ -5,11 +5,16 @@ use std::{net::IpAddr, path::Path, process::Command};
 use anyhow::Result;
 use tempfile::TempDir;
 
-use super::program::{self, PYTHON, Program, succeed};
+use super::{
+    node_client,
+    program::{self, PYTHON, Program, succeed},
+};
 use crate::{
     agent::Place,
+    clock::eventually,
     lab::Lab,
     netns::{Netns, Veth},
+    pace::patience,
 };
 
 const READY: &str = "Ready to accept connections";
@@ -96,6 +101,34 @@ impl Redis {
     /// Where it is not installed.
     pub fn far_client(&self, name: &str, args: &[&str]) -> Result<Program> {
         self.client(name, &self.far, args)
+    }
+
+    /// Its host, beside the cgroup.
+    pub fn near_place(&self) -> Place {
+        Place::here().in_netns(&self.near)
+    }
+
+    /// A client of Node's from the same host.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not installed, or cannot connect.
+    pub fn node_client(&self, name: &str) -> Result<Program> {
+        let [host, port] = [Self::ADDRESS.to_string(), Self::PORT.to_string()];
+        node_client(&self.lab, Some(&self.near), [name, &host, &port])
+    }
+
+    /// Waits until so many clients wait in a blocking command.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not.
+    pub fn wait_for_blocked(&self, count: usize) -> Result<()> {
+        eventually("clients are blocked", patience(), || {
+            let clients = self.ask(&["INFO", "clients"])?;
+            let line = format!("blocked_clients:{count}\r");
+            Ok(clients.contains(&line).then_some(()))
+        })
     }
 
     /// A Python script from the same host, not in the cgroup.
