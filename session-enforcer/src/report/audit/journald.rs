@@ -263,7 +263,7 @@ mod tests {
             entry_of(&ended(End::Observed)),
             entry_of(&ended(End::Failed("EPERM"))),
             own("enforcer-started", "start"),
-            entry(|out| record::policy(Mode::Enforce, &rules, &PLACE, &CLOCK, out)),
+            entry(|out| record::policy(Mode::Enforce, &rules, None, &PLACE, &CLOCK, out)),
             own("enforcer-stopped", "end"),
         ]
     }
