@@ -1,4 +1,4 @@
-"""An OpenLDAP with a slow entry, and a client of it: server ADDRESS SECONDS, or client ADDRESS.
+"""An OpenLDAP with a slow entry, and a client of it: server ADDRESS SECONDS, or client ADDRESS [STRATEGY of ldap3].
 
 The client does what each line that it reads says:
 
@@ -54,10 +54,10 @@ def serve(address, seconds):
         slapd.wait()
 
 
-def ask(address):
+def ask(address, strategy="SYNC"):
     import ldap3
 
-    connection = ldap3.Connection(address, f"cn=admin,{SUFFIX}", "secret", auto_bind=True)
+    connection = ldap3.Connection(address, f"cn=admin,{SUFFIX}", "secret", auto_bind=True, client_strategy=strategy)
     print("port:", connection.socket.getsockname()[1], flush=True)
 
     def search(base):

@@ -1,12 +1,14 @@
-"""An FTP server whose files come slowly, and a client that downloads one: server ADDRESS SECONDS, or client ADDRESS.
+"""An FTP server whose files come slowly, and a client that downloads one: server ADDRESS SECONDS, or client ADDRESS [noop].
 
-A file takes so many seconds. The client says what the server said at the end of the transfer, or the error.
+A file takes so many seconds. The client says what the server said at the end of the transfer, or the error. It sends NOOP
+every second meanwhile where it is told to.
 """
 
 import ftplib
 import os
 import sys
 import tempfile
+import time
 
 BYTES_PER_SECOND = 100_000
 
@@ -32,12 +34,20 @@ def serve(address, seconds):
         server.serve_forever()
 
 
-def ask(address):
+def ask(address, noop=None):
     ftp = ftplib.FTP(address)
     ftp.login()
     print("port:", ftp.sock.getsockname()[1], flush=True)
     try:
-        print(ftp.retrbinary("RETR file", lambda _: None), flush=True)
+        ftp.voidcmd("TYPE I")
+        last, sent = time.monotonic(), 0
+        with ftp.transfercmd("RETR file") as transfer:
+            while transfer.recv(8192):
+                if noop and time.monotonic() - last > 1:
+                    last, sent = time.monotonic(), sent + 1
+                    ftp.putcmd("NOOP")
+        answers = [ftp.voidresp() for _ in range(sent + 1)]
+        print(next(answer for answer in answers if answer.startswith("226")), flush=True)
         ftp.sock.recv(1)
     except (OSError, EOFError) as error:
         print(type(error).__name__, flush=True)

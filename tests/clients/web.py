@@ -4,6 +4,7 @@ The backend answers `/app/SECONDS/BYTES` after so long with so much, and `/app/e
 client says `port: NUMBER` and does what each line that it reads says, without waiting:
 
 get PATH     asks for a page
+post PATH    the same by POST, which no proxy repeats; `all of PATH STATUS` is the answer
 ping         sends a PING (HTTP/2)
 
 It says `all of PATH` for each answer that is there as a whole, `some of PATH` once for one of which a part is, `pong`, and the
@@ -35,6 +36,8 @@ class Backend(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", length)
         self.end_headers()
         self.wfile.write(b"x" * int(length))
+
+    do_POST = do_GET
 
     def log_message(self, *_):
         pass
@@ -84,6 +87,11 @@ class Http1(Client):
         self.asked.append(path)
         self.stream.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
 
+    def post(self, path):
+        self.asked.append(path)
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"
+        self.stream.sendall(head.encode())
+
     def received(self, part):
         self.buffer += part
         while found := re.search(rb"\r\n\r\n", self.buffer):
@@ -91,8 +99,9 @@ class Http1(Client):
             if not length or len(self.buffer) < found.end() + int(length[1]):
                 self.some(self.asked[0])
                 return
+            status = self.buffer.split()[1].decode()
             self.buffer = self.buffer[found.end() + int(length[1]) :]
-            print("all of", self.asked.pop(0), flush=True)
+            print("all of", self.asked.pop(0), status, flush=True)
 
 
 class Http2(Client):

@@ -62,6 +62,15 @@ impl OpenSsh {
     ///
     /// Where OpenSSH is not installed or does not start, with its log.
     pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
+        Self::start_with(agent, &[])
+    }
+
+    /// The same with options as in `sshd_config(5)`.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn start_with(agent: impl AsRef<Path>, options: &[&str]) -> Result<Self> {
         let lab = Lab::new(agent)?;
         let netns = Netns::new()?;
         let directory = tempfile::tempdir()?;
@@ -69,7 +78,8 @@ impl OpenSsh {
         furnish(directory.path())?;
         let place = Place::here().in_cgroup(&lab.cgroup).in_netns(&netns);
         let listens = format!("ListenAddress={}:{}", Self::ADDRESS, Self::PORT);
-        let server = start_server(&lab, &place, directory.path(), &[&listens])?;
+        let options = [options, &[&listens]].concat();
+        let server = start_server(&lab, &place, directory.path(), &options)?;
         Ok(Self {
             server,
             lab,

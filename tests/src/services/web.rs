@@ -13,7 +13,6 @@ use crate::{lab::Lab, netns::Veth};
 
 /// The application, and clients.
 const SCRIPT: &str = include_str!("../../clients/web.py");
-const BACKEND: u16 = 9000;
 
 /// A running nginx on a host of its own.
 #[derive(Debug)]
@@ -31,6 +30,8 @@ impl WebServer {
     pub const PORTS: [u16; 2] = [443, 8443];
     /// Its port for HTTP/2 without TLS.
     pub const HTTP2: u16 = 8080;
+    /// The application's port.
+    pub const BACKEND: u16 = 9000;
     /// A file of which this many bytes come in a second.
     pub const FILE: &str = "/file";
     const BYTES_PER_SECOND: u64 = 20_000;
@@ -41,6 +42,26 @@ impl WebServer {
     ///
     /// Where nginx or Python is not installed or does not start, with what it says.
     pub fn start(agent: impl AsRef<Path>, file_takes: Duration) -> Result<Self> {
+        Self::start_at(agent, file_takes, [Host::Server, Host::Near])
+    }
+
+    /// The same with the application in the cgroup, and nginx beside it.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn start_with_backend_in_cgroup(
+        agent: impl AsRef<Path>,
+        file_takes: Duration,
+    ) -> Result<Self> {
+        Self::start_at(agent, file_takes, [Host::Near, Host::Server])
+    }
+
+    fn start_at(
+        agent: impl AsRef<Path>,
+        file_takes: Duration,
+        [nginx_at, backend_at]: [Host; 2],
+    ) -> Result<Self> {
         let (lab, hosts) = (Lab::new(agent)?, Hosts::new()?);
         let directory = tempfile::tempdir()?;
         let path = directory.path();
@@ -48,11 +69,11 @@ impl WebServer {
         let length = Self::BYTES_PER_SECOND * file_takes.as_secs();
         fs::write(path.join("file"), vec![b'x'; length.try_into()?])?;
         let python = program::find(PYTHON, "python3", &[])?;
-        let mut command = hosts.command(&lab, Host::Near, python);
-        command.args(["-u", "-c", SCRIPT, "backend", &BACKEND.to_string()]);
+        let mut command = hosts.command(&lab, backend_at, python);
+        command.args(["-u", "-c", SCRIPT, "backend", &Self::BACKEND.to_string()]);
         let backend = Program::server("the application", command, "ready")?;
         let nginx = program::find("nginx", "nginx", &[])?;
-        let mut command = hosts.command(&lab, Host::Server, nginx);
+        let mut command = hosts.command(&lab, nginx_at, nginx);
         command.args(["-e", "stderr", "-p"]).arg(path);
         command.arg("-c").arg(path.join("nginx.conf"));
         let server = Program::listening_anywhere("nginx", command, Self::PORTS[0])?;
@@ -94,10 +115,13 @@ fn configuration(directory: &Path) -> String {
          http {{\n    access_log off;\n    keepalive_timeout 1h;\n    keepalive_requests 100000;\n    \
          client_body_temp_path {directory}/a;\n    proxy_temp_path {directory}/b;\n    \
          fastcgi_temp_path {directory}/c;\n    uwsgi_temp_path {directory}/d;\n    scgi_temp_path {directory}/e;\n    \
+         upstream backend {{\n        server 127.0.0.1:{backend};\n        keepalive 4;\n        \
+         keepalive_timeout 1h;\n    }}\n    \
          server {{\n        listen {web};\n        listen {console};\n        listen {http2} http2;\n        \
          root {directory};\n        location /file {{ limit_rate {rate}; }}\n        \
-         location /app/ {{\n            proxy_pass http://127.0.0.1:{BACKEND};\n            \
-         proxy_buffering off;\n            proxy_read_timeout 1h;\n        }}\n    }}\n}}\n",
+         location /app/ {{\n            proxy_pass http://backend;\n            \
+         proxy_buffering off;\n            proxy_http_version 1.1;\n            proxy_set_header Connection \"\";\n            proxy_read_timeout 1h;\n        }}\n    }}\n}}\n",
+        backend = WebServer::BACKEND,
         web = WebServer::PORTS[0],
         console = WebServer::PORTS[1],
         http2 = WebServer::HTTP2,

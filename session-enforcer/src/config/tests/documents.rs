@@ -7,6 +7,7 @@ use super::*;
 const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
 const FAULTS: &str = include_str!("../../../docs/faults.md");
+const REPORTS: &str = include_str!("../../../docs/design/reports.md");
 const README: &str = include_str!("../../../../README.md");
 
 /// The folder of the pages that the README leads to.
@@ -92,11 +93,12 @@ fn named_tests(page: &str) -> Vec<(&str, &str)> {
 }
 
 #[test]
-fn each_test_that_the_page_of_faults_names_is_there() {
+fn each_test_that_the_pages_of_faults_and_reports_name_is_there() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let tests = named_tests(FAULTS);
-    assert!(tests.len() > 40, "{}", tests.len());
-    for (file, name) in tests {
+    let (faults, reports) = (named_tests(FAULTS), named_tests(REPORTS));
+    assert!(faults.len() > 40, "{}", faults.len());
+    assert!(reports.len() >= 10, "{}", reports.len());
+    for (file, name) in faults.into_iter().chain(reports) {
         let places = ["../tests/tests", "src"].map(|place| package.join(place));
         let mut sources = places
             .iter()
