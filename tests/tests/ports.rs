@@ -188,6 +188,13 @@ fn bytes(kernel: &Kernel, cookie: u64) -> Result<[u64; 2]> {
     Ok([session.bytes_received, session.bytes_sent])
 }
 
+/// As the daemon does it when it has decided about every session.
+fn narrow(kernel: &mut Kernel) -> Result<()> {
+    let mut narrowing = kernel.begin_narrowing();
+    kernel.keep_ports(&mut narrowing, &kernel.cookies()?)?;
+    Ok(kernel.narrow_ports(&narrowing)?)
+}
+
 /// The two ways in which a session can be beside the rules' ports: put there afterwards, as no daemon
 /// does, it shows that such packets pass unseen; one that is there when the filter is narrowed, since
 /// nobody could decide about it, is seen.
@@ -216,7 +223,7 @@ fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Resu
     };
     kernel.put_policy(1, &[entry], &[policy])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
-    kernel.narrow_ports()?;
+    narrow(&mut kernel)?;
     let seen = Pair::open(&lab.outside, &of_rule)?;
     seen.round_trip()?;
     let seen = cookie(&seen.server)?;
@@ -233,7 +240,7 @@ fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Resu
     kernel.adopt(cookie, &session)?;
     unseen.round_trip()?;
     assert_eq!(bytes(&kernel, cookie)?, [0, 0]);
-    kernel.narrow_ports()?;
+    narrow(&mut kernel)?;
     unseen.round_trip()?;
     assert_eq!(bytes(&kernel, cookie)?, [8, 8]);
     Ok(())
