@@ -517,6 +517,18 @@ impl Daemon {
         records.pop().context("one record")
     }
 
+    /// Waits until there are so many records of this connection's terminations.
+    ///
+    /// # Errors
+    ///
+    /// Where they do not come.
+    pub fn wait_for_terminations_of(&self, pair: &Pair, count: usize) -> Result<Vec<Record>> {
+        eventually("terminations in the audit", patience(), || {
+            let records = self.terminations_of(pair)?;
+            Ok((records.len() >= count).then_some(records))
+        })
+    }
+
     /// The records of this connection's terminations so far.
     ///
     /// # Errors

@@ -36,6 +36,7 @@ mod repair;
 pub mod services;
 mod stop;
 mod tcp;
+mod terminal;
 
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
@@ -70,3 +71,4 @@ pub use recipe::Recipe;
 pub use repair::Saved;
 pub use stop::{Interrupted, Stop};
 pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};
+pub use terminal::run_on_terminal;

@@ -175,6 +175,33 @@ impl Client {
         self.check_time(&[], record)
     }
 
+    /// Fails where it was not reset when somebody asked for it.
+    pub(super) fn check_killed(&self, ends: &[End; 2], asked: &Moment) -> Result<()> {
+        let name = self.role.name;
+        let [client, server] = ends.map(|end| end.error);
+        ensure!(
+            (client, server) == (Some(Errno::ECONNRESET), Some(Errno::ECONNABORTED)),
+            "{name} was to be reset by hand; its client sees {client:?}, its server {server:?}"
+        );
+        ensure!(
+            ends[0].seen.at >= asked.earliest.at,
+            "{name} ended before that was asked for"
+        );
+        Ok(())
+    }
+
+    /// Fails where the audit does not say that somebody asked for it.
+    pub(super) fn check_kill_record(&self, record: &Record) -> Result<()> {
+        self.check_labels(record, [self.role.rule, "admin", "enforce", "reset"])?;
+        let by = record.text("session_enforcer.requested_by.user");
+        ensure!(
+            !by.is_empty(),
+            "{}: the audit has not who asked",
+            self.role.name
+        );
+        Ok(())
+    }
+
     fn check_labels(&self, record: &Record, wanted: [&str; 4]) -> Result<()> {
         let (name, labels) = (self.role.name, record.labels());
         ensure!(

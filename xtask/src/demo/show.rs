@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
-use session_enforcer_tests::{Daemon, Interrupted, Launch, Record, Stop, Time};
+use session_enforcer_tests::{
+    Daemon, Interrupted, Launch, Moment, Record, Stop, Time, run_on_terminal,
+};
 
 use super::cast::{self, Fate, NEWER, OLDER, Role};
 use super::client::{Client, Said};
@@ -21,6 +23,9 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// How late a reset may be before it counts as missing: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The width of the terminal that shows the list.
+const WIDTH: u16 = 100;
 
 /// How long the older client is connected before the daemon is started.
 const HEAD_START: Duration = Duration::from_secs(1);
@@ -132,6 +137,7 @@ impl Show<'_> {
             self.screen.clock(&self.connected())?;
         }
         self.tell_survivors()?;
+        self.end_by_hand()?;
         self.quote_audit()?;
         self.quote_metrics()?;
         self.stop_daemon()?;
@@ -154,12 +160,63 @@ impl Show<'_> {
         let wait_for = |name, value| self.daemon.wait_for_metric(name, &[], value);
         wait_for("session_enforcer_sessions_adopted_total", 1.0)?;
         wait_for("session_enforcer_sessions", tracked.into())?;
+        self.list()?;
         self.screen.heading("What happens")?;
         self.screen.quote("idle   by the kernel's stamps")?;
         self.screen
             .quote("after  by the client's own clock, since its last byte or since it connected")?;
         let line = format!("tracks {tracked} connections; one was there before it");
         self.tell(Instant::now(), Kind::Ready, "daemon", &[line])
+    }
+
+    /// What an operator sees.
+    fn list(&self) -> Result<()> {
+        self.screen.heading("session-enforcer list")?;
+        let listed = self.daemon.command_for(&["list"])?;
+        let listed = self
+            .stop
+            .unblocked(|| run_on_terminal(listed, WIDTH, PATIENCE))?;
+        for client in &self.clients {
+            let port = client.pair.client_address.port();
+            let is_listed = listed.contains(&format!(":{port} "));
+            let is_exempt = client.role.fate == Fate::Untouched;
+            // On a busy machine one may have been reset before it was listed.
+            let is_due = client.overdue() > Duration::ZERO;
+            let name = client.role.name;
+            ensure!(
+                is_listed != is_exempt || is_due,
+                "{name} is not in the list as it should be:\n{listed}"
+            );
+        }
+        self.screen.quote(&listed)
+    }
+
+    /// An operator resets the one that no limit resets.
+    fn end_by_hand(&mut self) -> Result<()> {
+        let observed = |client: &&mut Client| client.role.fate == Fate::Recorded;
+        let client = self.clients.iter_mut().find(observed);
+        let client = client.context("one is only observed")?;
+        client.ended = true;
+        let rule = client.role.rule;
+        self.screen
+            .heading(&format!("session-enforcer kill --rule {rule}"))?;
+        let args = ["kill", "--rule", rule];
+        let (asked, killed) = Moment::of(|| self.stop.unblocked(|| self.daemon.command(&args)))?;
+        ensure!(killed.code == 0, "kill: {killed:?}");
+        self.screen.quote(&killed.stdout)?;
+        let ends = client.ends()?;
+        client.check_killed(&ends, &asked)?;
+        let records = self.daemon.wait_for_terminations_of(&client.pair, 2)?;
+        client.check_kill_record(records.last().context("two records")?)?;
+        let (name, route) = (client.role.name, client.route());
+        let [client_sees, server_sees] = ends.map(|end| end.error.map_or("nothing", Errno::desc));
+        let lines = [
+            route,
+            "reason admin; the audit has who asked".to_owned(),
+            format!("client sees: {client_sees}"),
+            format!("server sees: {server_sees}"),
+        ];
+        self.tell(ends[0].seen.at, Kind::Reset, name, &lines)
     }
 
     fn talk(&mut self) -> Result<()> {
@@ -319,7 +376,7 @@ impl Show<'_> {
         let (least, most) = ends.context("nothing was reset")?;
         Ok(format!(
             "As promised: {} connections reset {} to {} after their deadlines, none early; the busy \
-             one lived while it was busy; the observed one was only recorded, the exempt one let be.",
+             one lived while it was busy; the observed one was only recorded until an operator reset it, the exempt one let be.",
             lateness.len(),
             milliseconds(*least),
             milliseconds(*most),
