@@ -108,6 +108,8 @@ pub enum Command {
     List(ListArgs),
     /// Reset sessions now
     Kill(KillArgs),
+    /// Show the live sessions on the terminal, those that end next first
+    Top(TopArgs),
     /// Have the running daemon read its configuration, wait, and say what became of it
     Reload(WatchArgs),
     /// Follow the audit's records as they are made

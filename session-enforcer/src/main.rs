@@ -10,7 +10,7 @@ use session_enforcer::{
     cli::{Cli, Command, RunArgs},
     commands::{
         check, detach, doctor, explain, follow, kill, last_good, list, reload_now, run as daemon,
-        status,
+        status, top,
     },
     config::NetworkNamespaces,
     engine::Source,
@@ -57,6 +57,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Status(args) => status::status(args, &mut stdout())?,
         Command::List(args) => list::list(args, &mut stdout())?,
         Command::Kill(args) => kill::kill(args, &mut stdout())?,
+        Command::Top(args) => top::top(args)?,
         Command::Reload(args) => reload_now::reload(args, &mut stdout())?,
         Command::Events(args) => follow::events(args, &mut stdout())?,
         Command::Explain(args) => explain::explain(args, &mut stdout())?,

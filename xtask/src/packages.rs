@@ -53,13 +53,14 @@ const fn server(module: &'static str, package: &'static str) -> Need {
 
 /// What the privileged tests run. Looked for by program and not by package, so that another
 /// distribution's, or one's own, serves.
-pub(crate) const TESTS: [Need; 40] = [
+pub(crate) const TESTS: [Need; 41] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
         "iproute2",
         "a second opinion on what the kernel's sockets are",
     ),
+    need("tmux", "tmux", "a terminal for `session-enforcer top`"),
     need(
         "initdb",
         "postgresql",

@@ -87,7 +87,7 @@ pub struct KillArgs {
 }
 
 /// The arguments that choose sessions.
-const WHICH: [&str; 9] = [
+const WHICH: [&str; 10] = [
     "ids",
     "rule",
     "remote",
@@ -97,6 +97,7 @@ const WHICH: [&str; 9] = [
     "idle_over",
     "older_than",
     "ends_within",
+    "text",
 ];
 
 /// Arguments of `top`.
@@ -151,6 +152,10 @@ pub struct FilterArgs {
     /// Whose limit is reached by then, if nothing passes
     #[arg(long, value_name = "DUR", value_parser = of("ends_within"))]
     ends_within: Option<String>,
+
+    /// Whose rule, ends, user or control group have this text in them, in whichever case
+    #[arg(long, value_name = "TEXT")]
+    text: Option<String>,
 }
 
 /// What is a value of this filter.
@@ -176,6 +181,7 @@ impl FilterArgs {
             ("idle_over", &self.idle_over),
             ("older_than", &self.older_than),
             ("ends_within", &self.ends_within),
+            ("text", &self.text),
         ];
         all.into_iter()
             .filter_map(|(key, value)| Some((key, value.as_deref()?)))
@@ -216,6 +222,7 @@ mod tests {
             idle_over: text(),
             older_than: text(),
             ends_within: text(),
+            text: text(),
         };
         let keys: Vec<&str> = all.pairs().into_iter().map(|(key, _)| key).collect();
         assert_eq!(keys, FILTER_KEYS);

@@ -337,12 +337,18 @@ fn help_names_every_exit_status_and_default() {
 
 #[test]
 fn the_examples_of_the_help_are_accepted() {
-    let texts = [EXAMPLES, RUN_EXAMPLES, EXPLAIN_EXAMPLE];
+    let texts = [
+        EXAMPLES,
+        RUN_EXAMPLES,
+        EXPLAIN_EXAMPLE,
+        live::LIST_EXAMPLES,
+        live::KILL_EXAMPLES,
+    ];
     let lines = texts.into_iter().flat_map(str::lines).map(str::trim);
     let examples: Vec<_> = lines
         .filter(|line| line.starts_with("session-enforcer "))
         .collect();
-    assert_eq!(examples.len(), 5);
+    assert_eq!(examples.len(), 9);
     for example in examples {
         parse(example).unwrap();
     }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use comfy_table::{ContentArrangement, Table, presets::NOTHING};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets::NOTHING};
 
 use crate::report::control::Row;
 
@@ -92,15 +92,22 @@ fn or_dash(text: &str) -> String {
     if text.is_empty() { "-" } else { text }.to_owned()
 }
 
-/// The sessions as a table of at most this width, as far as their columns can be left out.
-pub(crate) fn table(rows: &[Row<'_>], width: usize) -> String {
+/// Sessions as text, with the columns that a width has room for.
+pub(crate) struct Fitted {
+    pub(crate) titles: Vec<&'static str>,
+    /// Of the widest cell.
+    pub(crate) widths: Vec<usize>,
+    pub(crate) is_number: Vec<bool>,
+    pub(crate) rows: Vec<Vec<String>>,
+}
+
+/// Leaves out the less important columns where there is no room for all.
+pub(crate) fn fit(rows: &[Row<'_>], width: usize) -> Fitted {
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
-            COLUMNS
-                .iter()
-                .map(|column| printable(&(column.value)(row)))
-                .collect()
+            let cells = COLUMNS.iter().map(|column| (column.value)(row));
+            cells.map(|cell| printable(&cell)).collect()
         })
         .collect();
     let widths: Vec<usize> = COLUMNS
@@ -109,25 +116,40 @@ pub(crate) fn table(rows: &[Row<'_>], width: usize) -> String {
         .map(|(index, column)| {
             let cells = cells.iter().filter_map(|row| row.get(index));
             let widest = cells.map(|cell| cell.chars().count()).max();
-            widest.unwrap_or(0).max(column.title.len()) + GAP
+            widest.unwrap_or(0).max(column.title.len())
         })
         .collect();
-    let shown = shown(&widths, width + GAP);
-    let mut table = plain();
-    table.set_header(shown.iter().map(|index| COLUMNS[*index].title));
-    for row in &cells {
-        table.add_row(shown.iter().filter_map(|index| row.get(*index)));
+    let shown = shown(&widths, width);
+    let of_row = |row: Vec<String>| {
+        let cells = shown.iter().filter_map(|index| row.get(*index));
+        cells.cloned().collect()
+    };
+    Fitted {
+        titles: shown.iter().map(|index| COLUMNS[*index].title).collect(),
+        widths: shown.iter().map(|index| widths[*index]).collect(),
+        is_number: shown
+            .iter()
+            .map(|index| COLUMNS[*index].is_number)
+            .collect(),
+        rows: cells.into_iter().map(of_row).collect(),
     }
-    for (place, index) in shown.iter().enumerate() {
+}
+
+/// The sessions as a table of at most this width, as far as their columns can be left out.
+pub(crate) fn table(rows: &[Row<'_>], width: usize) -> String {
+    let fitted = fit(rows, width);
+    let mut table = plain();
+    table.set_header(&fitted.titles);
+    for row in &fitted.rows {
+        table.add_row(row);
+    }
+    for (place, is_number) in fitted.is_number.iter().enumerate() {
         if let Some(column) = table.column_mut(place) {
-            let right = comfy_table::CellAlignment::Right;
-            let left = comfy_table::CellAlignment::Left;
-            column.set_cell_alignment(if COLUMNS[*index].is_number {
-                right
-            } else {
-                left
+            column.set_cell_alignment(match is_number {
+                true => CellAlignment::Right,
+                false => CellAlignment::Left,
             });
-            let is_last = place + 1 == shown.len();
+            let is_last = place + 1 == fitted.titles.len();
             column.set_padding((0, if is_last { 0 } else { GAP as u16 }));
         }
     }
@@ -141,7 +163,8 @@ const GAP: usize = 2;
 fn shown(widths: &[usize], room: usize) -> Vec<usize> {
     let mut shown: Vec<usize> = (0..widths.len()).collect();
     loop {
-        let needed: usize = shown.iter().filter_map(|index| widths.get(*index)).sum();
+        let widths = shown.iter().filter_map(|index| widths.get(*index));
+        let needed = widths.sum::<usize>() + GAP * shown.len().saturating_sub(1);
         let last = shown
             .iter()
             .copied()
@@ -247,13 +270,13 @@ pub(crate) fn bytes(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::borrow::Cow;
 
     use super::*;
     use crate::report::control::{Carried, End, Owner};
 
-    fn row(id: u64) -> Row<'static> {
+    pub(crate) fn row(id: u64) -> Row<'static> {
         Row {
             id,
             rule: Cow::Borrowed("postgres"),
@@ -341,6 +364,14 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert_eq!(text.split('\t').count(), STABLE.len());
         assert_eq!(text.matches("\t-\t").count(), 3, "{text}");
+    }
+
+    #[test]
+    fn the_page_has_the_columns_of_programs_in_their_order() {
+        let page = include_str!("../../docs/control.md");
+        let words: Vec<&str> = page.split_whitespace().collect();
+        let columns = STABLE.map(|column| format!("`{column}`")).join(", ");
+        assert!(words.join(" ").contains(&columns), "{columns}");
     }
 
     #[test]

@@ -17,3 +17,4 @@ mod probe;
 pub mod reload_now;
 pub mod run;
 pub mod status;
+pub mod top;

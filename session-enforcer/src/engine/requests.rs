@@ -38,7 +38,7 @@ pub(super) fn answer(
     match request {
         Request::Status(reply) => {
             let config = reload.config.borrow();
-            let _ = reply.send(state.status(context, &config));
+            let _ = reply.send(state.status(context, &config)?);
         }
         Request::Rules(reply) => drop(reply.send(Box::new(state.book.clone()))),
         Request::Owners {
@@ -171,13 +171,15 @@ impl State {
         }
     }
 
-    fn status(&mut self, context: &Context, config: &Config) -> Status {
+    fn status(&mut self, context: &Context, config: &Config) -> anyhow::Result<Status> {
         self.records.note_audit();
         let clock = WallClock::now();
         let at = |ns| clock.at(ns).to_string();
         let troubles = self.records.health.list();
         let audit = &self.records.audit;
-        Status {
+        let counters = self.kernel.rule_counters()?;
+        let (opened_total, closed_total) = self.records.metrics.turnover(&counters);
+        Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel: boot::kernel_release(),
             pid: std::process::id(),
@@ -204,11 +206,13 @@ impl State {
             },
             sessions: self.tracker.len() as u64,
             max_sessions: self.kernel.capacity() as u64,
+            opened_total,
+            closed_total,
             quarantined: self.tracker.quarantined() as u64,
             audit_records: audit.sequence(),
             audit_records_lost: audit.lost(),
             rules: self.rule_statuses(config),
-        }
+        })
     }
 
     fn rule_statuses(&self, config: &Config) -> Vec<RuleStatus> {

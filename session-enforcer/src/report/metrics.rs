@@ -456,6 +456,20 @@ impl Metrics {
         found
     }
 
+    /// How many sessions of all rules were opened, and how many closed.
+    pub fn turnover(&self, kernel: &[RuleCounters]) -> (u64, u64) {
+        let rules = kernel.iter().zip(&self.daemon);
+        let each = rules.map(|(kernel, daemon)| {
+            (
+                kernel.opened + daemon.opened,
+                kernel.closed + daemon.removed,
+            )
+        });
+        let (opened, closed): (Vec<u64>, Vec<u64>) = each.unzip();
+        let adopted = self.adopted.get() + self.taken_over.get();
+        (opened.iter().sum::<u64>() + adopted, closed.iter().sum())
+    }
+
     /// Counts the end of a session, or what would have been its end.
     pub fn ended(&self, ended: &Termination<'_>) {
         let (reason, mode) = (reason_name(ended.reason), mode_name(ended.mode));

@@ -5,13 +5,16 @@ use std::time::Duration;
 use ipnet::IpNet;
 use session_enforcer_common::Session;
 
-use super::row::{Found, deadline, ip};
+use super::{
+    messages::end,
+    row::{Found, deadline, ip},
+};
 use crate::config::{
     User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
 };
 
 /// The names of the filters in a query.
-pub const FILTER_KEYS: [&str; 8] = [
+pub const FILTER_KEYS: [&str; 9] = [
     "rule",
     "remote",
     "local_port",
@@ -20,6 +23,7 @@ pub const FILTER_KEYS: [&str; 8] = [
     "idle_over",
     "older_than",
     "ends_within",
+    "text",
 ];
 
 /// Sessions that are listed in order at most: they wait in memory.
@@ -36,6 +40,7 @@ pub struct Filter {
     idle_over: Option<Duration>,
     older_than: Option<Duration>,
     ends_within: Option<Duration>,
+    text: Option<String>,
 }
 
 impl Filter {
@@ -61,6 +66,7 @@ impl Filter {
             "idle_over" => self.idle_over = Some(time(value).map_err(wrong)?),
             "older_than" => self.older_than = Some(time(value).map_err(wrong)?),
             "ends_within" => self.ends_within = Some(time(value).map_err(wrong)?),
+            "text" => self.text = Some(value.to_lowercase()),
             _ => return Ok(false),
         }
         Ok(true)
@@ -84,7 +90,9 @@ impl Filter {
         };
         let rule = self.rule.as_ref();
         let user = self.user.as_ref();
+        let text = self.text.as_ref();
         rule.is_none_or(|rule| rule == found.rule.name)
+            && text.is_none_or(|text| shows(found, text))
             && self
                 .remote
                 .is_none_or(|net| net.contains(&ip(session.remote)))
@@ -110,6 +118,17 @@ impl Filter {
                 })
             })
     }
+}
+
+/// Whether what a list shows of a session has this text in it.
+fn shows(found: &Found<'_>, text: &str) -> bool {
+    let session = found.session;
+    let has = |shown: &str| shown.to_lowercase().contains(text);
+    has(found.rule.name)
+        || found.user.is_some_and(has)
+        || found.cgroup.is_some_and(has)
+        || has(&end(ip(session.local), session.local_port).to_string())
+        || has(&end(ip(session.remote), session.remote_port).to_string())
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -157,6 +176,13 @@ impl SortKey {
         let mut all = Self::ALL.iter();
         all.find(|(_, key)| *key == self)
             .map_or("", |(name, _)| name)
+    }
+
+    /// The one after this.
+    #[must_use]
+    pub fn next(self) -> Self {
+        let after = Self::ALL.iter().skip_while(|(_, key)| *key != self).nth(1);
+        after.map_or(Self::Left, |(_, key)| *key)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -293,6 +319,10 @@ mod tests {
             "idle_over=29s",
             "older_than=30s",
             "ends_within=31s",
+            "text=Post",
+            "text=0.0.7:51",
+            "text=:5432",
+            "text=SYSTEM.slice",
             "rule=postgres&user=113&idle_over=1s",
         ] {
             assert!(is_meant(query, &session), "{query}");
@@ -308,6 +338,7 @@ mod tests {
             "idle_over=30s",
             "older_than=31s",
             "ends_within=29s",
+            "text=5433",
             "rule=postgres&user=0",
         ] {
             assert!(!is_meant(query, &session), "{query}");

@@ -221,6 +221,10 @@ pub struct Status {
     pub sessions: u64,
     /// How many can be.
     pub max_sessions: u64,
+    /// Sessions that were established while tracked, or that the daemon has found later.
+    pub opened_total: u64,
+    /// Sessions that have ended, or that no rule matches any more.
+    pub closed_total: u64,
     /// Sessions whose reset hangs.
     pub quarantined: u64,
     /// Records of this run.

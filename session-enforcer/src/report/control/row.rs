@@ -70,6 +70,37 @@ pub struct Row<'a> {
     pub bytes: Carried,
 }
 
+impl Row<'_> {
+    /// The same, of its own.
+    pub fn into_owned(self) -> Row<'static> {
+        let own = |text: Cow<'_, str>| Cow::Owned(text.into_owned());
+        Row {
+            id: self.id,
+            rule: own(self.rule),
+            mode: own(self.mode),
+            state: own(self.state),
+            direction: own(self.direction),
+            user: self.user.map(|user| Owner {
+                id: own(user.id),
+                name: user.name.map(own),
+            }),
+            cgroup: self.cgroup.map(own),
+            clock: self.clock.map(own),
+            local: self.local,
+            remote: self.remote,
+            netns: self.netns,
+            established: self.established,
+            last_received: self.last_received,
+            last_sent: self.last_sent,
+            age_seconds: self.age_seconds,
+            idle_seconds: self.idle_seconds,
+            deadline: self.deadline,
+            left_seconds: self.left_seconds,
+            bytes: self.bytes,
+        }
+    }
+}
+
 /// An end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
