@@ -27,6 +27,8 @@ const IDENTIFIER: &str = "session-enforcer";
 struct Kind {
     /// `event.action`.
     action: &'static str,
+    /// `event.reason`, where it makes a kind of its own.
+    reason: Option<&'static str>,
     /// The name of its explanation in the catalogue.
     message_id: &'static str,
     priority: Priority,
@@ -35,12 +37,29 @@ struct Kind {
 const fn kind(action: &'static str, message_id: &'static str, priority: Priority) -> Kind {
     Kind {
         action,
+        reason: None,
         message_id,
         priority,
     }
 }
 
-const KINDS: [Kind; 6] = [
+const fn kind_of_reason(reason: &'static str, kind: Kind) -> Kind {
+    Kind {
+        reason: Some(reason),
+        ..kind
+    }
+}
+
+/// The first that fits a record is its kind.
+const KINDS: [Kind; 7] = [
+    kind_of_reason(
+        "admin",
+        kind(
+            "session-terminated",
+            "e09c16c04e2e4e329c95112d5a7957e7",
+            Priority::Notice,
+        ),
+    ),
     kind(
         "session-terminated",
         "017b46323ed34cb1954f2badf2abb0b6",
@@ -72,6 +91,13 @@ const KINDS: [Kind; 6] = [
         Priority::Info,
     ),
 ];
+
+impl Kind {
+    fn fits(&self, record: &Value) -> bool {
+        let reason = text(record, "/event/reason");
+        text(record, "/event/action") == self.action && self.reason.is_none_or(|it| it == reason)
+    }
+}
 
 /// Whether somebody takes entries.
 pub(super) fn check() -> io::Result<()> {
@@ -114,8 +140,7 @@ struct Entry {
 
 impl Entry {
     fn of(record: &Value) -> Self {
-        let action = text(record, "/event/action");
-        let kind = KINDS.iter().find(|kind| kind.action == action);
+        let kind = KINDS.iter().find(|kind| kind.fits(record));
         let mut fields = vec![("SYSLOG_IDENTIFIER".to_owned(), IDENTIFIER.to_owned())];
         fields.extend(kind.map(|kind| ("MESSAGE_ID".to_owned(), kind.message_id.to_owned())));
         flatten("", record, &mut fields);
@@ -191,13 +216,16 @@ fn termination(action: &str, record: &Value) -> String {
         }
         _ => action.to_owned(),
     };
-    format!(
-        "{} -> {} {what}: {} of rule {}",
-        end(record, "source"),
-        end(record, "destination"),
-        text(record, "/event/reason"),
-        text(record, "/rule/name"),
-    )
+    let (source, destination) = (end(record, "source"), end(record, "destination"));
+    let rule = text(record, "/rule/name");
+    let why = match text(record, "/event/reason") {
+        "admin" => {
+            let user = text(record, "/session_enforcer/requested_by/user");
+            format!("asked for by {user}, rule {rule}")
+        }
+        reason => format!("{reason} of rule {rule}"),
+    };
+    format!("{source} -> {destination} {what}: {why}")
 }
 
 /// An end of the connection, as `ss` prints it.
@@ -220,12 +248,14 @@ fn text<'a>(record: &'a Value, pointer: &str) -> &'a str {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
+    use session_enforcer_common::Reason;
+
     use super::*;
     use crate::{
         config::Mode,
         host::clock::WallClock,
         report::audit::{
-            End, Place, Termination, record,
+            End, Place, RequestedBy, Requester, Termination, record,
             tests::{session, termination},
         },
     };
@@ -256,6 +286,11 @@ mod tests {
             ..termination(&session)
         };
         let rules = ["a".to_owned(), "b".to_owned()];
+        let requester = Requester {
+            uid: 1000,
+            pid: 12,
+            command: "curl".to_owned(),
+        };
         let own = |action, kind| entry(|out| record::lifecycle(action, kind, &PLACE, &CLOCK, out));
         vec![
             entry_of(&termination(&session)),
@@ -265,6 +300,15 @@ mod tests {
             own("enforcer-started", "start"),
             entry(|out| record::policy(Mode::Enforce, &rules, None, &PLACE, &CLOCK, out)),
             own("enforcer-stopped", "end"),
+            entry_of(&Termination {
+                reason: Reason::Admin,
+                limit: None,
+                requested_by: Some(RequestedBy {
+                    requester: &requester,
+                    user: Some("mia"),
+                }),
+                ..termination(&session)
+            }),
         ]
     }
 
@@ -319,6 +363,7 @@ mod tests {
                 "The enforcement begins".to_owned(),
                 "2 rule(s) in force, mode enforce".to_owned(),
                 "The enforcement ends".to_owned(),
+                format!("{ends} was reset: asked for by mia, rule postgres"),
             ]
         );
         let policy = each().remove(5);
