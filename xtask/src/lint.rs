@@ -11,8 +11,16 @@ use crate::rustc::add_component;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
+/// What `lint` is asked for.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Do not build cargo-deny where none is installed, which takes minutes: the dependencies are not looked at then
+    #[arg(long)]
+    no_install: bool,
+}
+
 /// Checks the whole workspace; every check runs, whatever the one before it found.
-pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
+pub(crate) fn lint(workspace: &Workspace, args: &Args) -> Result<()> {
     for component in ["rustfmt", "clippy"] {
         ensure_component(workspace, component)?;
     }
@@ -35,7 +43,7 @@ pub(crate) fn lint(workspace: &Workspace) -> Result<()> {
         }
     }
     say!("dependencies");
-    if let Err(error) = dependencies::check(workspace) {
+    if let Err(error) = dependencies::check(workspace, args.no_install) {
         say!("{error:#}");
         failed.push("dependencies");
     }

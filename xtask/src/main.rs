@@ -78,7 +78,7 @@ enum Task {
     /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
     Dist(dist::Args),
     /// Checks formatting, documentation and dependencies, and runs clippy on every crate, the eBPF programs too.
-    Lint,
+    Lint(lint::Args),
 }
 
 fn main() -> ExitCode {
@@ -104,6 +104,6 @@ fn perform(task: Task) -> Result<()> {
         Task::Vm(args) => vm::vm(&workspace, &args),
         Task::VmGuest => vm::guest(),
         Task::Dist(args) => dist::dist(&workspace, &args),
-        Task::Lint => lint::lint(&workspace),
+        Task::Lint(args) => lint::lint(&workspace, &args),
     }
 }
