@@ -27,7 +27,6 @@ const clients = {
     "pg, short": () => postgres({ idleTimeoutMillis: 1000 }),
     "mysql2": async () => {
         const connection = await require("mysql2/promise").createConnection(mysql);
-        // Without this the process ends.
         connection.on("error", (error) => say(`idle: ${code(error)}`));
         return () => connection.query("SELECT 1");
     },
