@@ -362,6 +362,7 @@ mod tests {
             packages_of(&TESTS),
             [
                 "iproute2",
+                "tmux",
                 "postgresql",
                 "pgbouncer",
                 "mariadb-server",
