@@ -196,17 +196,12 @@ impl Choice {
         Self(self.0 >> 48 << 48 | (rule as u64) << 32 | generation as u64)
     }
 
-    /// The same rule with these [`flags`] besides those that are set.
+    /// The same with the direction of the one before, and those of its [`flags`] that are to be kept.
     #[inline(always)]
     #[must_use]
-    pub const fn and_flags(self, flags: u8) -> Self {
-        Self(self.0 | (flags as u64) << 56)
-    }
-
-    /// The [`flags`] of the session.
-    #[inline(always)]
-    pub const fn flags(self) -> u8 {
-        (self.0 >> 56) as u8
+    pub const fn keeping(self, before: Self, kept: u8) -> Self {
+        let kept = (kept as u64) << 56 | 0xff << 48;
+        Self(self.0 | before.0 & kept)
     }
 }
 
@@ -503,15 +498,22 @@ mod tests {
         let word = unsafe { (&raw const session.generation).cast::<u64>().read() };
         assert_eq!(choice.0, word);
         assert_eq!((choice.generation(), choice.rule()), (0x0102_0304, 0x0506));
-        let other = choice.by(7, 9).and_flags(flags::PEER_HAS_ENDED);
         let changed = Session {
             generation: 9,
             rule: 7,
-            flags: session.flags | flags::PEER_HAS_ENDED,
             ..session
         };
-        assert_eq!(other, Choice::of(&changed));
-        assert_eq!(other.flags(), changed.flags);
+        assert_eq!(choice.by(7, 9), Choice::of(&changed));
+        let whole = Choice(0).by(7, 9).keeping(choice, u8::MAX);
+        assert_eq!(whole, Choice::of(&changed));
+        let told = Session {
+            flags: flags::END_UNREPORTED,
+            ..changed
+        };
+        assert_eq!(
+            Choice::of(&told).keeping(choice, flags::PEER_HAS_ENDED),
+            Choice::of(&told)
+        );
         assert_eq!(Choice::ENDED.generation(), u32::MAX);
     }
 

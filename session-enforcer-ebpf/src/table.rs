@@ -81,9 +81,6 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     Err(Refusal::Full)
 }
 
-/// Attempts to change a choice whose flags packets change meanwhile.
-const CHOICES: u32 = 4;
-
 /// Words of a record.
 const WORDS: usize = size_of::<Session>() / size_of::<u64>();
 
@@ -110,68 +107,82 @@ pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
     if !is_session(place, cookie, before.established_ns) {
         return false;
     }
-    // The stamps come last: a time is written after what it is the time of.
-    for word in (CHOICE + 1..WORDS).chain(0..CHOICE) {
-        change(record, before, session, word);
-    }
-    if choose_anew(record, place, cookie, session) {
+    change(record, before, session);
+    let choice = Choice::of(session);
+    if choose(place, cookie, choice, flags::PEER_HAS_ENDED) {
         return true;
     }
     // It has ended meanwhile. The record may be another session's by now, which gets back what it had.
-    for word in (CHOICE + 1..WORDS).chain(0..CHOICE) {
-        change(record, session, before, word);
-    }
+    change(record, session, before);
     false
 }
 
-/// Puts a word of `after` where that of `before` is.
-#[inline(always)]
-fn change(record: *mut Session, before: &Session, after: &Session, word: usize) {
-    // SAFETY: within the records.
-    unsafe {
-        let before = ptr::from_ref(before).cast::<u64>().add(word).read();
-        let after = ptr::from_ref(after).cast::<u64>().add(word).read();
-        exchange(record.cast::<u64>().add(word), before, after);
-    }
-}
-
-#[inline(always)]
-fn choose_anew(record: *mut Session, place: u32, cookie: u64, session: &Session) -> bool {
-    for _ in 0..CHOICES {
-        let before = choice_of(record);
-        let after = Choice::of(session).and_flags(before.flags() & flags::PEER_HAS_ENDED);
-        if before == Choice::ENDED {
-            return false;
-        }
-        if let Some(is_done) = choose(record, place, cookie, before, after) {
-            return is_done;
-        }
-    }
-    false
-}
-
-/// Gives a session a choice, where it has the one before; whether the session is there then. None where it has
-/// another one.
+/// Puts the words of `after`, but for the choice, where those of `before` are. The stamps come last: a time is written
+/// after what it is the time of.
 ///
+/// No loop: Linux before 6.6 refuses one whose end falls through to its beginning, as the compiler would make it.
+#[inline(never)]
+fn change(record: *mut Session, before: &Session, after: &Session) {
+    const { assert!(WORDS == 21 && CHOICE == 8) };
+    let (before, after) = (
+        ptr::from_ref(before).cast::<u64>(),
+        ptr::from_ref(after).cast::<u64>(),
+    );
+    macro_rules! exchange_words {
+        ($($word:literal)*) => {
+            // SAFETY: within the records.
+            $(unsafe {
+                let (before, after) = (before.add($word).read(), after.add($word).read());
+                exchange(record.cast::<u64>().add($word), before, after);
+            })*
+        };
+    }
+    exchange_words!(9 10 11 12 13 14 15 16 17 18 19 20 0 1 2 3 4 5 6 7);
+}
+
+/// Gives a session the rule and the generation of a choice, and its flags besides those to be kept; whether it is there
+/// then. Where a packet changes the flags meanwhile, the next attempt meets it no more. No loop: see [`change`].
+#[inline(always)]
+fn choose(place: u32, cookie: u64, choice: Choice, kept: u8) -> bool {
+    let mut outcome = choose_once(place, cookie, choice.0, kept);
+    if outcome == CHANGED_MEANWHILE {
+        outcome = choose_once(place, cookie, choice.0, kept);
+    }
+    if outcome == CHANGED_MEANWHILE {
+        outcome = choose_once(place, cookie, choice.0, kept);
+    }
+    outcome == CHOSEN
+}
+
+/// What [`choose_once`] answers.
+const CHOSEN: u32 = 0;
+const HAS_ENDED: u32 = 1;
+const CHANGED_MEANWHILE: u32 = 2;
+
 /// Between the look at the place and the change it may have become another session's, which gets its choice back.
 /// Where that is not there any more, the session has ended since, by the choice that it was given.
-#[inline(always)]
-fn choose(
-    record: *mut Session,
-    place: u32,
-    cookie: u64,
-    before: Choice,
-    after: Choice,
-) -> Option<bool> {
+///
+/// With a name of its own for the linker it is a global function, which the verifier follows once.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn choose_once(place: u32, cookie: u64, choice: u64, kept: u8) -> u32 {
+    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+        return HAS_ENDED;
+    };
+    let before = choice_of(record);
+    if before == Choice::ENDED || !is_at(place, cookie) {
+        return HAS_ENDED;
+    }
+    let after = Choice(choice).keeping(before, kept);
     let word = choice_word(record);
     if !exchange(word, before.0, after.0) {
-        return None;
+        return CHANGED_MEANWHILE;
     }
     if !is_at(place, cookie) && exchange(word, after.0, before.0) {
-        return Some(false);
+        return HAS_ENDED;
     }
     places::moved(before, after);
-    Some(true)
+    CHOSEN
 }
 
 /// Gives the session that was established then a rule. The gate has not looked at it under that.
@@ -188,24 +199,16 @@ pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u3
     }
     // SAFETY: a pointer that the map gave. Volatile: packets change it.
     let open_until_ns = unsafe { ptr::read_volatile(&raw const (*record).open_until_ns) };
-    for _ in 0..CHOICES {
-        let before = choice_of(record);
-        if before == Choice::ENDED {
-            return false;
-        }
-        if let Some(is_done) = choose(record, place, cookie, before, before.by(rule, generation)) {
-            if is_done && open_until_ns != Session::SHUT {
-                // SAFETY: a pointer that the map gave.
-                exchange(
-                    unsafe { &raw mut (*record).open_until_ns },
-                    open_until_ns,
-                    0,
-                );
-            }
-            return is_done;
-        }
+    let chosen = choose(place, cookie, Choice(0).by(rule, generation), u8::MAX);
+    if chosen && open_until_ns != Session::SHUT {
+        // SAFETY: a pointer that the map gave.
+        exchange(
+            unsafe { &raw mut (*record).open_until_ns },
+            open_until_ns,
+            0,
+        );
     }
-    false
+    chosen
 }
 
 /// The word of a record by which its session is judged.

@@ -90,7 +90,7 @@ fn privileged(workspace: &Workspace, args: &Args, binary: &Path) -> Result<()> {
             .arg(sudo_runner(&host, passed_on.chain([own])));
     }
     // They wait for deadlines most of the time: more at once than there are processors.
-    cargo.args(["--", "--test-threads=4"]).args(&args.filter);
+    cargo.args(["--", "--test-threads=6"]).args(&args.filter);
     run(&mut cargo)
 }
 
