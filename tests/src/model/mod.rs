@@ -55,7 +55,7 @@ use crate::{
 };
 
 /// Together these seeds have all that can happen to a daemon.
-pub const SEEDS: [u64; 3] = [18, 24, 58];
+pub const SEEDS: [u64; 3] = [54, 70, 75];
 
 /// How many operations a seed has where nothing else is said.
 pub const DEFAULT_OPERATIONS: usize = 2_000;

@@ -178,7 +178,6 @@ impl Blow {
             1 => 6,
             2 => 20,
             3 => 26,
-            4 => 30,
             _ => random.below(34),
         };
         let blow = match kind {
