@@ -4,7 +4,10 @@
 use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_tests::{Daemon, Lab, Listener, Moment, Pair, longer_than_a_start, unhurried};
+use nix::errno::Errno;
+use session_enforcer_tests::{
+    Call, Daemon, Fate, Lab, Listener, Moment, Pair, longer_than_a_start, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -254,4 +257,32 @@ fn what_no_place_can_be_had_for_is_reset_where_the_daemon_is_told_so() -> Result
     );
     assert_eq!(sessions_of(&daemon, "observed")?, 2.0);
     daemon.wait_for_trouble("untracked", true)
+}
+
+#[test]
+fn what_no_place_can_be_had_for_and_could_not_be_reset_is_tried_again() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab)?;
+    let limits = "idle_timeout = \"60s\"\nmax_sessions = 1";
+    let config = format!(
+        "[daemon]\non_full = \"reset\"\n{}",
+        rules(&[("few", &listener)], limits)
+    );
+    let (daemon, interposer) = lab.launch().config(&config).start_interposed()?;
+    interposer.set(Call::Destroy, Fate::Fail(Errno::EPERM));
+    let pairs = open_many(&lab, &listener, 2)?;
+    let failed = daemon.wait_for_terminations(1)?;
+    assert_eq!(
+        failed[0].labels(),
+        ["few", "untracked", "enforce", "failed"]
+    );
+    interposer.set(Call::Destroy, Fate::Pass);
+    daemon.wait_for_metric(
+        "session_enforcer_terminations_total",
+        &[("reason", "untracked"), ("result", "reset")],
+        1.0,
+    )?;
+    pairs[1].ends()?;
+    pairs[0].round_trip()?;
+    Ok(())
 }

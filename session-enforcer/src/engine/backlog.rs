@@ -22,6 +22,8 @@ pub(super) struct Backlog {
     pub(super) left_out_by_rules: usize,
     /// Whether what no place can be had for is reset.
     pub(super) resets: bool,
+    /// Sessions that the last sync had reset for that: whether they are gone, the next one shows.
+    pub(super) to_reset: usize,
     /// Namespaces, or sockets of one, that the last sync could not ask about.
     pub(super) unreached: usize,
     /// A sync that was begun and has not ended: sessions that had been refused then.
@@ -40,6 +42,7 @@ impl Backlog {
             left_out: 0,
             left_out_by_rules: 0,
             resets: false,
+            to_reset: 0,
             unreached: 0,
             under_way: None,
             backoff: Backoff::from(now_ns),
@@ -66,7 +69,7 @@ impl Backlog {
 
     /// A sync begins. It finds what is not tracked and what has ended.
     pub(super) fn begin(&mut self) {
-        (self.left_out, self.left_out_by_rules) = (0, 0);
+        (self.left_out, self.left_out_by_rules, self.to_reset) = (0, 0, 0);
         (self.unreached, self.events) = (0, false);
         self.under_way = Some([self.refused, self.refused_by_rules]);
     }
@@ -76,7 +79,13 @@ impl Backlog {
         if let Some(refused) = self.under_way.take() {
             self.dealt_with = refused;
         }
-        let is_nothing_left = [self.left_out, self.left_out_by_rules, self.unreached] == [0; 3];
+        let left = [
+            self.left_out,
+            self.left_out_by_rules,
+            self.to_reset,
+            self.unreached,
+        ];
+        let is_nothing_left = left == [0; 4];
         self.backoff.ended(now_ns, used, is_nothing_left);
     }
 
@@ -84,7 +93,11 @@ impl Backlog {
     pub(super) fn need(&self, has_room: bool) -> Need {
         if self.events || self.has_sessions() && has_room || self.has_sessions_to_reset() {
             Need::Mend
-        } else if self.has_sessions() || self.has_sessions_of_full_rules() || self.unreached > 0 {
+        } else if self.has_sessions()
+            || self.has_sessions_of_full_rules()
+            || self.to_reset > 0
+            || self.unreached > 0
+        {
             Need::TryAgain
         } else {
             Need::Routine
@@ -247,6 +260,12 @@ mod tests {
             backlog.begin();
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::Routine);
+            // One that was reset may not be gone.
+            backlog.begin();
+            backlog.to_reset = 1;
+            end(&mut backlog);
+            assert_eq!(backlog.need(false), Need::TryAgain);
+            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
             // What is only observed was left.
             backlog.begin();
             backlog.left_out = 1;

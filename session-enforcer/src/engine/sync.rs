@@ -535,6 +535,7 @@ impl Sync<'_> {
                 }
             }
         }
+        state.backlog.to_reset += untracked.len();
         terminate::reset_untracked(self.context, &mut state, untracked)?;
         state.backlog.left_out_by_rules += refused_by_rules;
         if refused > 0 && state.backlog.left_out == 0 && !self.aim.repairs {

@@ -796,7 +796,11 @@ impl State {
                     };
                     expired.idle_since_ns = policy.idle_since(&session);
                 }
-                None => self.tracker.rearm(expired.cookie, 0),
+                None if self.tracker.contains(expired.cookie) => {
+                    self.tracker.rearm(expired.cookie, 0);
+                }
+                // It has ended, or never had a place in the session map: then the next sync meets it again.
+                None => self.forget(expired.cookie),
             }
             still_late.is_some()
         });
@@ -995,6 +999,11 @@ impl State {
     /// attempts the session could not be reset, and this is the error.
     fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
         let (cookie, session) = (expired.cookie, &expired.session);
+        if expired.reason == Reason::Untracked {
+            // The session map never had it, and says nothing. The next sync meets it if it is there.
+            self.fail(expired, now_ns, error);
+            return;
+        }
         // It has ended, or a change of the policy has let it go meanwhile: nobody looks at it again.
         if !matches!(self.still_there(cookie, session), Ok(Some(_))) {
             self.record_gone(expired);
