@@ -9,7 +9,8 @@ use super::{
     Adoption, BpfError, Kernel, PinDir, PinError,
     found::{self, Found, FoundLink, MAPS},
     pins,
-    session_table::{BUCKETS, EarlierTable, SESSIONS, TABLE},
+    session_reader::SessionReader,
+    session_table::{BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind},
 };
 use crate::host::{clock::monotonic_ns, grace_period};
@@ -46,7 +47,7 @@ pub(super) struct Pins {
 
 /// A session map that another one takes the place of.
 struct Witness {
-    sessions: EarlierTable,
+    sessions: SessionReader,
     /// What was copied from it, and when it was established.
     copied: HashMap<u64, u64>,
 }
@@ -92,7 +93,7 @@ impl Pins {
         let Some(Found { set, table, .. }) = &self.found else {
             return Ok(true);
         };
-        let there = EarlierTable::open(set, table.key)?.cookies()?.len();
+        let there = SessionReader::open(set, table.key)?.cookies()?.len();
         let is_counted = table.sessions == there as u64;
         if !is_counted {
             tracing::warn!(
@@ -267,7 +268,7 @@ impl Kernel {
             self.options.max_sessions,
             found.table.capacity
         );
-        let sessions = EarlierTable::open(&found.set, found.table.key)?;
+        let sessions = SessionReader::open(&found.set, found.table.key)?;
         let mut witness = Witness {
             sessions,
             copied: HashMap::new(),
@@ -296,7 +297,7 @@ impl Kernel {
             return Ok(());
         };
         for _ in 0..MAX_COMPARISONS {
-            // The earlier programs may be at a packet, and these at one whose record was moved.
+            // The earlier programs may be at a packet.
             grace_period::wait_for_programs();
             if self.compare_once(&witness)? == 0 {
                 break;

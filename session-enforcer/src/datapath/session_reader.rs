@@ -1,23 +1,23 @@
-//! The session table for who only reads it, on another thread than the engine's and without its help. Some sessions at a
-//! time: nobody copies the whole table.
+//! A session table for who only reads it, without the help of the programs: this daemon's on another thread than the
+//! engine's, and that which an earlier daemon left, which its programs may still change.
 
-use std::{fmt, os::fd::OwnedFd};
+use std::{fmt, os::fd::OwnedFd, path::Path};
 
-use aya::maps::{Array, Map, MapData};
+use aya::maps::{Array, Map, MapData, MapError};
 use session_enforcer_common::{
     Session,
-    table::{Bucket, CLAIMED, Key, WAYS},
+    table::{Bucket, Key, WAYS},
 };
 
 use super::{
     BpfError, map_error,
-    session_table::{BUCKETS, SESSIONS},
+    session_table::{BUCKETS, SESSIONS, cleaned, is_cookie},
 };
 
 /// Buckets that one step reads at most: some 100 us where all are full.
 const STEP: u32 = 64;
 
-/// Reads the sessions of this daemon.
+/// Reads sessions.
 pub struct SessionReader {
     buckets: Array<MapData, Bucket>,
     sessions: Array<MapData, Session>,
@@ -38,21 +38,83 @@ impl fmt::Debug for SessionReader {
 }
 
 impl SessionReader {
+    /// Of maps that are open.
     pub(super) fn new(buckets: OwnedFd, sessions: OwnedFd, key: Key) -> Result<Self, BpfError> {
-        let map = |fd| MapData::from_fd(fd).and_then(Map::from_map_data);
+        Self::of(MapData::from_fd(buckets), MapData::from_fd(sessions), key)
+    }
+
+    /// Opens the pins of a set that was looked at.
+    pub(super) fn open(set: &Path, key: Key) -> Result<Self, BpfError> {
+        let map = |name| MapData::from_pin(set.join(name));
+        Self::of(map(BUCKETS), map(SESSIONS), key)
+    }
+
+    fn of(
+        buckets: Result<MapData, MapError>,
+        sessions: Result<MapData, MapError>,
+        key: Key,
+    ) -> Result<Self, BpfError> {
         Ok(Self {
-            buckets: map(buckets)
+            buckets: buckets
+                .and_then(Map::from_map_data)
                 .and_then(Array::try_from)
                 .map_err(map_error(BUCKETS))?,
-            sessions: map(sessions)
+            sessions: sessions
+                .and_then(Map::from_map_data)
                 .and_then(Array::try_from)
                 .map_err(map_error(SESSIONS))?,
             key,
         })
     }
 
-    /// The next sessions, some hundreds at most and perhaps none; nothing at the end of the table. A session that is there from the
-    /// beginning to the end is read, once but where it moves meanwhile.
+    /// The session as the kernel has it now.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
+        let mut place = self.place(cookie)?;
+        while let Some(before) = place {
+            let session = self.sessions.get(&before, 0).map_err(map_error(SESSIONS))?;
+            // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
+            // socket was connected again.
+            place = self.place(cookie)?;
+            if place == Some(before) {
+                return Ok(Some(session));
+            }
+        }
+        Ok(None)
+    }
+
+    fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
+        if !is_cookie(cookie) {
+            return Ok(None);
+        }
+        for bucket in self.key.buckets(cookie, self.buckets.len()) {
+            let tags = self.tags(bucket)?;
+            if let Some(way) = (0..WAYS).find(|way| tags.0[*way as usize] == cookie) {
+                return Ok(Some(bucket * WAYS + way));
+            }
+        }
+        Ok(None)
+    }
+
+    fn tags(&self, bucket: u32) -> Result<Bucket, BpfError> {
+        self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))
+    }
+
+    /// The cookie of every session, once.
+    pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
+        let mut cookies = Vec::new();
+        for bucket in self.buckets.iter() {
+            cookies.extend(bucket.map_err(map_error(BUCKETS))?.0);
+        }
+        Ok(cleaned(cookies.into_iter()))
+    }
+
+    /// The next sessions, some hundreds at most and perhaps none; nothing at the end of the table. Nobody copies the
+    /// whole table. A session that is there from the beginning to the end is read, once but where its socket is
+    /// connected again meanwhile.
     ///
     /// # Errors
     ///
@@ -64,8 +126,7 @@ impl SessionReader {
         let end = cursor.next.saturating_add(STEP).min(self.buckets.len());
         let mut found = Vec::new();
         for bucket in cursor.next..end {
-            let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
-            for (way, cookie) in (0..WAYS).zip(tags.0) {
+            for (way, cookie) in (0..WAYS).zip(self.tags(bucket)?.0) {
                 if let Some(session) = self.at(bucket, way, cookie)? {
                     found.push((cookie, session));
                 }
@@ -76,34 +137,14 @@ impl SessionReader {
         Ok(Some(found))
     }
 
-    /// The session of a cookie.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        for bucket in self.key.buckets(cookie, self.buckets.len()) {
-            let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
-            for (way, tag) in (0..WAYS).zip(tags.0) {
-                if tag == cookie
-                    && let Some(session) = self.at(bucket, way, cookie)?
-                {
-                    return Ok(Some(session));
-                }
-            }
-        }
-        Ok(None)
-    }
-
     /// The record in a place, if it is that of the cookie after it was read too.
     fn at(&self, bucket: u32, way: u32, cookie: u64) -> Result<Option<Session>, BpfError> {
-        if cookie == 0 || cookie == CLAIMED {
+        if !is_cookie(cookie) {
             return Ok(None);
         }
         let place = bucket * WAYS + way;
         let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS))?;
-        let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
-        let is_same = tags.0.get(way as usize) == Some(&cookie);
+        let is_same = self.tags(bucket)?.0.get(way as usize) == Some(&cookie);
         Ok(is_same.then_some(session))
     }
 }

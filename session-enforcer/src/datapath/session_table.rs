@@ -5,7 +5,6 @@ use std::{
     hint, io,
     num::NonZeroUsize,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
     ptr::NonNull,
     time::{Duration, Instant},
 };
@@ -14,10 +13,10 @@ use aya::maps::{Array, Map, MapData, MapError};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use session_enforcer_common::{
     Session,
-    table::{Bucket, CLAIMED, Exchange, Key, MAX_REQUESTS, Request, TableHead, WAYS, answer},
+    table::{CLAIMED, Exchange, MAX_REQUESTS, Request, TableHead, WAYS, answer},
 };
 
-use super::{Adoption, BpfError, map_error, sys};
+use super::{Adoption, BpfError, sys};
 
 /// The maps that a table consists of, as they are named in the object and as pins.
 pub(super) const BUCKETS: &str = "BUCKETS";
@@ -236,63 +235,6 @@ fn is_answer(request: Request, given: u32) -> bool {
     }
 }
 
-/// A session table that an earlier daemon left, which its programs may still change.
-pub(super) struct EarlierTable {
-    buckets: Array<MapData, Bucket>,
-    sessions: Array<MapData, Session>,
-    key: Key,
-}
-
-impl EarlierTable {
-    /// Opens the pins of a set that was looked at.
-    pub(super) fn open(set: &Path, key: Key) -> Result<Self, BpfError> {
-        let map = |name| MapData::from_pin(set.join(name)).and_then(Map::from_map_data);
-        Ok(Self {
-            buckets: map(BUCKETS)
-                .and_then(Array::try_from)
-                .map_err(map_error(BUCKETS))?,
-            sessions: map(SESSIONS)
-                .and_then(Array::try_from)
-                .map_err(map_error(SESSIONS))?,
-            key,
-        })
-    }
-
-    /// The session as the kernel has it now.
-    pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        let mut place = self.place(cookie)?;
-        while let Some(before) = place {
-            let session = self.sessions.get(&before, 0).map_err(map_error(SESSIONS))?;
-            // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
-            // socket was connected again.
-            place = self.place(cookie)?;
-            if place == Some(before) {
-                return Ok(Some(session));
-            }
-        }
-        Ok(None)
-    }
-
-    fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
-        for bucket in self.key.buckets(cookie, self.buckets.len()) {
-            let tags = self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))?;
-            if let Some(way) = (0..WAYS).find(|way| tags.0[*way as usize] == cookie) {
-                return Ok(Some(bucket * WAYS + way));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The cookie of every session, once.
-    pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
-        let mut cookies = Vec::new();
-        for bucket in self.buckets.iter() {
-            cookies.extend(bucket.map_err(map_error(BUCKETS))?.0);
-        }
-        Ok(cleaned(cookies.into_iter()))
-    }
-}
-
 /// The head of a table.
 pub(super) fn head(map: OwnedFd) -> Result<TableHead, MapError> {
     let map = MapData::from_fd(map).and_then(Map::from_map_data)?;
@@ -309,10 +251,15 @@ fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
     Ok(cleaned((0..places).map(tag)))
 }
 
+/// Whether a tag is that of a session; the others are of places that are free, or being written.
+pub(super) const fn is_cookie(tag: u64) -> bool {
+    tag != 0 && tag != CLAIMED
+}
+
 /// The cookies among these tags, each once: a socket that is connected again is put in again, perhaps at
 /// another place.
-fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
-    let mut cookies: Vec<u64> = tags.filter(|tag| *tag != 0 && *tag != CLAIMED).collect();
+pub(super) fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
+    let mut cookies: Vec<u64> = tags.filter(|tag| is_cookie(*tag)).collect();
     cookies.sort_unstable();
     cookies.dedup();
     cookies
