@@ -189,7 +189,7 @@ impl Policy {
     }
 }
 
-const fn later(a: u64, b: u64) -> u64 {
+pub(crate) const fn later(a: u64, b: u64) -> u64 {
     if a > b { a } else { b }
 }
 

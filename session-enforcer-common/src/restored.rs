@@ -1,7 +1,7 @@
 //! What outlives a socket that was closed without a word to its peer: another one can take its connection over
 //! (`TCP_REPAIR`, which CRIU uses), and with it the connection's age.
 
-use crate::{Address, Session};
+use crate::{Address, Session, policy::later};
 
 /// Connections that are remembered. Of more than these the ones that closed first are forgotten.
 pub const MAX_REMEMBERED: u32 = 16_384;
@@ -63,10 +63,6 @@ impl Clocks {
         session.half_closed_ns = self.half_closed_ns;
         session.direction = self.direction as u8;
     }
-}
-
-const fn later(a: u64, b: u64) -> u64 {
-    if a > b { a } else { b }
 }
 
 const _: () = {

@@ -39,8 +39,7 @@ extern "C" fn take_place(choice: u64) -> u32 {
     let held = count_of(Choice(choice), 1);
     let answer = answer(Choice(choice), all, held);
     if answer != TAKEN {
-        count(ONE_LESS);
-        count_of(Choice(choice), ONE_LESS);
+        count_less(Choice(choice));
     }
     answer
 }
@@ -87,9 +86,14 @@ pub(crate) fn give_back(choice: Choice) {
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn give_place_back(choice: u64) -> u32 {
-    count(ONE_LESS);
-    count_of(Choice(choice), ONE_LESS);
+    count_less(Choice(choice));
     0
+}
+
+#[inline(always)]
+fn count_less(choice: Choice) {
+    count(ONE_LESS);
+    count_of(choice, ONE_LESS);
 }
 
 /// A session goes to another rule.

@@ -139,18 +139,23 @@ fn a_record_that_was_written_when_the_daemon_died_is_not_written_again() -> Resu
     Ok(())
 }
 
-#[test]
-fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
+/// A session that a daemon was about to reset when it was killed, and the port that it is of.
+fn killed_before_a_reset(lab: &Lab, audit: &str) -> Result<(Pair, u16)> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let directory = tempfile::tempdir()?;
-    let audit = directory.path().join("audit.json").display().to_string();
-    let (mut daemon, interposer) = interposed(&lab, RULE, &audit)?;
+    let (mut daemon, interposer) = interposed(lab, RULE, audit)?;
     interposer.set(Call::Destroy, Fate::Wait);
     let pair = Pair::open(&lab.outside, &listener)?;
     interposer.wait_for(Call::Destroy, 1)?;
     daemon.kill()?;
-    drop(interposer);
+    Ok((pair, listener.port()))
+}
+
+#[test]
+fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let directory = tempfile::tempdir()?;
+    let audit = directory.path().join("audit.json").display().to_string();
+    let (pair, _) = killed_before_a_reset(&lab, &audit)?;
     let (daemon, _) = next(&lab, RULE, &audit)?;
     let reset = [("result", "reset")];
     daemon.wait_for_metric("session_enforcer_terminations_total", &reset, 1.0)?;
@@ -168,16 +173,10 @@ fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> R
 fn a_session_that_was_not_reset_and_that_no_rule_matches_any_more_is_let_go_without_a_word()
 -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
     let audit = directory.path().join("audit.json").display().to_string();
-    let (mut daemon, interposer) = interposed(&lab, RULE, &audit)?;
-    interposer.set(Call::Destroy, Fate::Wait);
-    let pair = Pair::open(&lab.outside, &listener)?;
-    interposer.wait_for(Call::Destroy, 1)?;
-    daemon.kill()?;
-    drop(interposer);
-    let elsewhere = format!("{RULE}local_ports = [{}]\n", listener.port() ^ 1);
+    let (pair, port) = killed_before_a_reset(&lab, &audit)?;
+    let elsewhere = format!("{RULE}local_ports = [{}]\n", port ^ 1);
     let (daemon, ended) = next(&lab, &elsewhere, &audit)?;
     ensure!(ended.is_empty(), "{ended:#?}");
     assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 0.0);

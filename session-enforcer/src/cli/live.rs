@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::{
     config::DEFAULT_CONTROL_SOCKET,
-    report::control::{Filter, SortKey},
+    report::control::{FILTER_KEYS, Filter, SortKey},
 };
 
 /// Which daemon is asked.
@@ -59,7 +59,7 @@ pub struct ListArgs {
 /// Arguments of `kill`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = format!("{KILL_EXAMPLES}\n\n{}", super::EXIT_STATUS_HELP))]
-#[command(group = clap::ArgGroup::new("which").multiple(true).required(true).args(WHICH))]
+#[command(group = clap::ArgGroup::new("which").multiple(true).required(true).arg("ids").args(FILTER_KEYS))]
 pub struct KillArgs {
     /// Numbers of sessions, as list prints them
     #[arg(value_name = "ID")]
@@ -85,20 +85,6 @@ pub struct KillArgs {
     #[arg(long)]
     pub json: bool,
 }
-
-/// The arguments that choose sessions.
-const WHICH: [&str; 10] = [
-    "ids",
-    "rule",
-    "remote",
-    "local_port",
-    "user",
-    "cgroup",
-    "idle_over",
-    "older_than",
-    "ends_within",
-    "text",
-];
 
 /// Arguments of `top`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
@@ -207,11 +193,9 @@ Examples:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::control::FILTER_KEYS;
 
     #[test]
     fn each_filter_of_a_query_is_a_flag() {
-        assert_eq!(WHICH[1..], FILTER_KEYS);
         let text = || Some("x".to_owned());
         let all = FilterArgs {
             rule: text(),

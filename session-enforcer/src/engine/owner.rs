@@ -235,16 +235,15 @@ pub(super) fn find_cgroups(context: &Rc<Context>) {
     });
 }
 
-/// Records that were written, once they say all that their sockets tell: what passed while a record was moved
-/// may have left its stamp where nobody reads it. Without those that have ended meanwhile, which were dealt
-/// with.
+/// Records that were written, once they say all that their sockets tell. Without those that have ended meanwhile, which
+/// were dealt with.
 async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec<Tracked>> {
     let mut whole = Vec::new();
     for _ in 0..MAX_COMPARISONS {
         if written.is_empty() {
             break;
         }
-        // A packet that met the record where it was may not be counted by its socket yet.
+        // A packet that is in the hook may not be counted by its socket yet.
         ask::wait_for_programs(context).await;
         let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
         for (cookie, session) in std::mem::take(&mut written) {
@@ -298,8 +297,7 @@ impl State {
     }
 
     /// The owner of a session cannot be found: it is looked for again, and until then the session has the limits
-    /// of the first rule that could be meant. Its socket tells nothing more, so that what was stamped in the
-    /// moment in which the record is moved may be lost.
+    /// of the first rule that could be meant.
     fn go_on_without_owner(&mut self, cookie: u64, session: &Session) -> Result<()> {
         let now_ns = monotonic_ns();
         let open = Session {

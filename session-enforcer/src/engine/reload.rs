@@ -153,10 +153,12 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
         {
             let mut state = context.state();
             let now_ns = monotonic_ns();
+            let mut read = Vec::with_capacity(some.len());
             for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
                 let Some(session) = session else {
                     continue;
                 };
+                read.push((*cookie, session));
                 if state.is_in_other_hands(*cookie, &session) {
                     redecided.kept += 1;
                     continue;
@@ -169,7 +171,7 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
                 let expired = state.judge(*cookie, Some(session), now_ns)?;
                 state.note_redecided(&mut redecided, *cookie, expired);
             }
-            state.write_rules(some)?;
+            state.write_rules(read)?;
         }
         context.wake.notify_one();
         tokio::task::yield_now().await;
@@ -241,24 +243,18 @@ impl State {
 
     /// Writes the rules of sessions into their records, where they are of the policy before: there the programs count
     /// them.
-    pub(super) fn write_rules(&mut self, cookies: &[u64]) -> Result<()> {
+    pub(super) fn write_rules(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
         let generation = self.book.generation;
-        let mut decided = Vec::new();
-        for (cookie, session) in cookies.iter().zip(self.kernel.sessions(cookies)?) {
-            let session = session.filter(|s| s.generation != 0 && s.generation != generation);
-            let Some(session) = session.filter(|s| !self.book.needs_owner_of(s)) else {
-                continue;
-            };
-            if let Some(rule) = self.rule_of(&session) {
-                let session = Session {
-                    rule,
-                    generation,
-                    ..session
-                };
-                decided.push((*cookie, session));
+        sessions.retain_mut(|(_, session)| {
+            let is_of_before = session.generation != 0 && session.generation != generation;
+            if !is_of_before || self.book.needs_owner_of(session) {
+                return false;
             }
-        }
-        Ok(self.kernel.decide(&decided)?)
+            let rule = self.rule_of(session);
+            (session.rule, session.generation) = (rule.unwrap_or_default(), generation);
+            rule.is_some()
+        });
+        Ok(self.kernel.decide(&sessions)?)
     }
 
     /// Whether a reaper or a sync has the session.

@@ -84,7 +84,13 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
 async fn write_rules(context: &Rc<Context>) -> Result<()> {
     let cookies = context.state().kernel.cookies()?;
     for some in cookies.chunks(MAX_BATCH) {
-        context.state().write_rules(some)?;
+        {
+            let mut state = context.state();
+            let read = some.iter().copied().zip(state.kernel.sessions(some)?);
+            let there = read.filter_map(|(cookie, session)| Some((cookie, session?)));
+            let there = there.collect();
+            state.write_rules(there)?;
+        }
         tokio::task::yield_now().await;
     }
     Ok(())

@@ -590,16 +590,14 @@ impl Metrics {
         }
     }
 
+    fn raise_untracked(&self, kind: ErrorKind, all: u64) {
+        raise(&self.untracked.with_label_values(&[kind.name()]), all);
+    }
+
     fn take_in_error(&self, kind: ErrorKind, count: u64) {
         match kind {
-            ErrorKind::MapFull | ErrorKind::RuleFull => {
-                let by_daemon = match kind {
-                    ErrorKind::MapFull => self.map_full_by_daemon,
-                    _ => self.rule_full_by_daemon,
-                };
-                let all = count + by_daemon;
-                raise(&self.untracked.with_label_values(&[kind.name()]), all);
-            }
+            ErrorKind::MapFull => self.raise_untracked(kind, count + self.map_full_by_daemon),
+            ErrorKind::RuleFull => self.raise_untracked(kind, count + self.rule_full_by_daemon),
             ErrorKind::EventLost => raise(&self.events_lost, count),
             ErrorKind::HeaderUnreadable
             | ErrorKind::NoTcpSocket
