@@ -124,7 +124,7 @@ async fn serve(
         anyhow::Ok(control::Server {
             listener,
             admission: Admission::new(gid),
-            sessions: kernel.session_reader()?,
+            sessions: kernel.table_in_use(),
         })
     });
     let control = control.transpose()?;

@@ -132,7 +132,7 @@ impl Kernel {
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
         let metadata = cgroup.file().metadata().map_err(BpfError::Cgroup)?;
         let in_place = match &mut self.pins {
-            Some(pins) => pins.decide(metadata.ino(), self.options.max_sessions)?,
+            Some(pins) => pins.decide(metadata.ino(), self.load_options.capacity)?,
             None => false,
         };
         for program in &PROGRAMS {
@@ -152,6 +152,15 @@ impl Kernel {
                 found => self.attach_anew(program, cgroup, found)?,
             };
             self.attached.push(Attached { name, link });
+        }
+        Ok(())
+    }
+
+    /// Has the programs of another object run in the place of this one's, each where it is attached.
+    pub(super) fn update_links(&self, ebpf: &Ebpf) -> Result<(), BpfError> {
+        for Attached { name, link } in &self.attached {
+            sys::update_link(link, program_fd(ebpf, name)?)
+                .map_err(|source| BpfError::Attach { name, source })?;
         }
         Ok(())
     }

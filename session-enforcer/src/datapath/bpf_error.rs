@@ -66,6 +66,12 @@ pub enum BpfError {
     /// The object lacks a map or program: it was built from another version.
     #[error("the eBPF object has no {0}; build the daemon again")]
     Missing(&'static str),
+    /// The object has a map of a kind that a larger table's programs cannot be given.
+    #[error("the eBPF object's map {0} is of an unexpected kind; build the daemon again")]
+    Unexpected(String),
+    /// The thread that loads programs has ended.
+    #[error("the thread that loads the programs of a larger session table has ended")]
+    NoLoader,
     /// The log or event channel could not be watched.
     #[error("watching a ring buffer: {0}")]
     Watch(io::Error),

@@ -147,6 +147,9 @@ impl PinnedMap {
     }
 }
 
+/// A pin that is there while a larger table takes the place of the one that is pinned.
+pub(super) const TORN: &str = "TORN";
+
 /// A link that an earlier daemon left.
 pub(super) struct FoundLink {
     pub(super) name: &'static str,
@@ -257,10 +260,11 @@ impl Found {
 
     /// Whether its programs have tracked every packet and every connection until now.
     pub(super) fn is_running(&self) -> bool {
-        PROGRAMS.iter().filter(|p| p.is_always_wanted).all(|p| {
-            self.link(p.name)
-                .is_some_and(|link| link.info.cgroup_id != 0)
-        })
+        !self.set.join(TORN).exists()
+            && PROGRAMS.iter().filter(|p| p.is_always_wanted).all(|p| {
+                self.link(p.name)
+                    .is_some_and(|link| link.info.cgroup_id != 0)
+            })
     }
 }
 

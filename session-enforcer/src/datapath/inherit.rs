@@ -7,8 +7,8 @@ use session_enforcer_common::table::Key;
 
 use super::{
     Adoption, BpfError, Kernel, PinDir, PinError,
-    found::{self, Found, FoundLink, MAPS},
-    pins,
+    found::{self, Found, FoundLink, MAPS, TORN},
+    larger_table, pins,
     session_reader::SessionReader,
     session_table::{BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind},
@@ -124,21 +124,29 @@ impl Pins {
         self.generation
     }
 
+    /// For how many sessions the table is made: a larger one than is needed by now stays.
+    pub(super) fn capacity(&self, max_sessions: u32) -> u32 {
+        let found = self.found.as_ref().map(|found| found.table.capacity);
+        let found = found.and_then(|found| u32::try_from(found).ok());
+        let first = larger_table::first_capacity(max_sessions);
+        found.map_or(first, |found| found.max(first).min(max_sessions))
+    }
+
     /// Where cookies lie in the earlier daemon's table, if this one's programs work on with that.
-    pub(super) fn key(&self, max_sessions: u32) -> Option<Key> {
+    pub(super) fn key(&self, capacity: u32) -> Option<Key> {
         let found = self.found.as_ref();
         found
-            .filter(|found| found.fits(max_sessions))
+            .filter(|found| found.fits(capacity))
             .map(|found| found.table.key)
     }
 
     /// The pins of the maps that this daemon's programs work on, too.
-    pub(super) fn shared(&self, max_sessions: u32) -> Vec<(&'static str, PathBuf)> {
+    pub(super) fn shared(&self, capacity: u32) -> Vec<(&'static str, PathBuf)> {
         let Some(found) = &self.found else {
             return Vec::new();
         };
         let is_table = |name| [BUCKETS, SESSIONS, TABLE].contains(&name);
-        let fits = found.fits(max_sessions);
+        let fits = found.fits(capacity);
         MAPS.iter()
             .filter(|map| map.is_shared && (fits || !is_table(map.name)))
             .map(|map| (map.name, found.set.join(map.name)))
@@ -155,11 +163,11 @@ impl Pins {
 
     /// Whether this daemon's programs can take the place of those that are attached, one by one.
     /// The set in use becomes this daemon's then.
-    pub(super) fn decide(&mut self, cgroup_id: u64, max_sessions: u32) -> Result<bool, PinError> {
+    pub(super) fn decide(&mut self, cgroup_id: u64, capacity: u32) -> Result<bool, PinError> {
         let Some(found) = &self.found else {
             return Ok(false);
         };
-        let is_same = found.fits(max_sessions)
+        let is_same = found.fits(capacity)
             && !found.links.is_empty()
             && found
                 .links
@@ -219,6 +227,37 @@ impl Pins {
         Ok(())
     }
 
+    pub(super) fn is_staged(&self) -> bool {
+        self.is_staged
+    }
+
+    /// Makes a directory for the maps of a larger table.
+    pub(super) fn stage(&self) -> Result<PathBuf, PinError> {
+        self.directory.stage()
+    }
+
+    /// That directory.
+    pub(super) fn staged(&self) -> PathBuf {
+        self.directory.staged()
+    }
+
+    /// Removes it, with what is left in it.
+    pub(super) fn end_staging(&self) -> Result<(), PinError> {
+        pins::remove_set(&self.staged())?;
+        self.unpin(TORN)
+    }
+
+    /// From now on until the end of the staging the pinned table is not the one in use.
+    pub(super) fn mark_torn(&self, any: &impl AsFd) -> Result<(), PinError> {
+        self.pin_link(any, TORN)
+    }
+
+    /// Puts a staged pin into the place of the one of this name.
+    pub(super) fn replace(&self, name: &str) -> Result<(), PinError> {
+        let to = self.set.join(name);
+        fs::rename(self.staged().join(name), &to).map_err(PinError::io("putting into place", &to))
+    }
+
     /// Whether the earlier daemon's programs have a map of their own.
     pub(super) fn has_witness(&self) -> bool {
         self.witness.is_some()
@@ -260,12 +299,12 @@ impl Kernel {
         let running = self.inherited() == Inherited::Running;
         let pins = self.pins.as_ref();
         let found = pins.and_then(|pins| pins.found.as_ref());
-        let Some(found) = found.filter(|found| !found.fits(self.options.max_sessions)) else {
+        let Some(found) = found.filter(|found| !found.fits(self.load_options.capacity)) else {
             return Ok(());
         };
         tracing::info!(
             "the session map is for {} sessions and was for {}: they are copied",
-            self.options.max_sessions,
+            self.load_options.capacity,
             found.table.capacity
         );
         let sessions = SessionReader::open(&found.set, found.table.key)?;

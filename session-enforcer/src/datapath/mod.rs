@@ -8,6 +8,7 @@ mod events;
 mod found;
 mod inherit;
 mod journal;
+mod larger_table;
 mod pin_error;
 mod pins;
 mod port_filter;
@@ -17,8 +18,8 @@ mod sys;
 
 use std::{
     io,
-    os::fd::{AsFd as _, AsRawFd},
-    path::Path,
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -39,13 +40,15 @@ pub use bpffs::{Bpffs, find as find_bpffs};
 pub use events::{Events, KernelLog};
 pub use inherit::Inherited;
 pub use journal::{Journal, Place};
+pub use larger_table::{Larger, Loading};
 pub use pin_error::PinError;
 pub use pins::PinDir;
 pub use port_filter::Narrowing;
-pub use session_reader::{Cursor, SessionReader};
+pub use session_reader::{Cursor, SessionReader, TableInUse};
 
 use attach::Attached;
 use inherit::Pins;
+use larger_table::{Before, Loader, Next};
 use port_filter::Ports;
 use session_table::SessionTable;
 
@@ -67,6 +70,20 @@ pub struct Options {
     pub notes_owners: bool,
     /// Whether the programs report what they do, besides what goes wrong.
     pub verbose: bool,
+}
+
+/// What the programs of one table are loaded with.
+#[derive(Clone, Copy, Debug)]
+struct LoadOptions {
+    /// Sessions that the table can hold.
+    capacity: u32,
+    /// Where cookies lie in it.
+    key: Key,
+    /// Of the daemon's first policy.
+    first_generation: u32,
+    /// The only network namespace to track; 0 for every one.
+    only_netns: u64,
+    log_level: aya_log::Level,
 }
 
 /// Each network namespace has this directory where the kernel is built with MPTCP.
@@ -94,7 +111,16 @@ pub struct Kernel {
     attached: Vec<Attached>,
     /// None where nothing is to outlive the daemon.
     pins: Option<Pins>,
+    /// With what the programs that run were loaded.
+    load_options: LoadOptions,
+    /// The maps that the programs of a larger table work on too.
+    shared: Vec<(String, OwnedFd)>,
+    /// None where the table has its full size, or cannot grow.
+    loader: Option<Loader>,
+    next: Option<Next>,
+    before: Option<Before>,
     sessions: SessionTable,
+    in_use: Arc<TableInUse>,
     table: Array<MapData, TableHead>,
     rule_counters: PerCpuArray<MapData, RuleCounters>,
     errors: PerCpuArray<MapData, u64>,
@@ -126,48 +152,43 @@ impl Kernel {
     /// Where the kernel refuses a map, a program or a pin.
     pub fn load(options: Options, directory: Option<PinDir>) -> Result<Self, BpfError> {
         let pins = directory.map(Pins::look).transpose()?;
-        let log_level = if options.verbose {
-            aya_log::Level::Debug
-        } else {
-            aya_log::Level::Warn
-        };
         let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
-        let (only_netns, log_level) = (options.only_netns.unwrap_or(0), log_level as u8);
-        let has_mptcp = u8::from(has_mptcp());
-        let bucket_count = buckets_for(options.max_sessions);
+        // Without pins, the programs of a larger table could not be given the maps of those before.
+        let capacity = match &pins {
+            Some(pins) => pins.capacity(options.max_sessions),
+            None => options.max_sessions,
+        };
         // Where cookies lie in the table that is used on, or at random in a new one.
-        let key = match pins
-            .as_ref()
-            .and_then(|pins| pins.key(options.max_sessions))
-        {
+        let key = match pins.as_ref().and_then(|pins| pins.key(capacity)) {
             Some(key) => key,
             None => random_key()?,
         };
-        let mut loader = EbpfLoader::new();
-        loader
-            .map_max_entries(session_table::BUCKETS, bucket_count)
-            .map_max_entries(session_table::SESSIONS, bucket_count * WAYS)
-            .override_global("MAX_SESSIONS", &options.max_sessions, true)
-            .override_global("BUCKET_COUNT", &bucket_count, true)
-            .override_global("TABLE_KEY", &key, true)
-            .override_global("ONLY_NETNS", &only_netns, true)
-            .override_global("HAS_MPTCP", &has_mptcp, true)
-            .override_global("FIRST_GENERATION", &first_generation, true)
-            .override_global(aya_log::LEVEL, &log_level, true);
-        for (name, path) in pins
-            .iter()
-            .flat_map(|pins| pins.shared(options.max_sessions))
-        {
-            loader.map_pin_path(name, path);
-        }
-        let mut ebpf = loader.load(OBJECT)?;
-        attach::load(&mut ebpf)?;
-        begin_table(&mut ebpf, options.max_sessions, key)?;
+        let load_options = LoadOptions {
+            capacity,
+            key,
+            first_generation,
+            only_netns: options.only_netns.unwrap_or(0),
+            log_level: if options.verbose {
+                aya_log::Level::Debug
+            } else {
+                aya_log::Level::Warn
+            },
+        };
+        let shared = pins.iter().flat_map(|pins| pins.shared(capacity));
+        let mut ebpf = load_object(&load_options, shared)?;
         if let Some(pins) = &pins {
             pins.pin_maps(&ebpf)?;
         }
+        let loader = match &pins {
+            Some(_) if capacity < options.max_sessions => Some(Loader::start()?),
+            _ => None,
+        };
+        let shared = larger_table::shared_maps(&ebpf)?;
+        let sessions = table_of(&mut ebpf, capacity)?;
         let mut kernel = Self {
-            sessions: session_table(&mut ebpf, bucket_count)?,
+            shared,
+            in_use: Arc::new(TableInUse::new(reader_of(&ebpf, &sessions, key)?)),
+            sessions,
             table: take_map(&mut ebpf, session_table::TABLE)?,
             rule_counters: take_map(&mut ebpf, "RULE_COUNTERS")?,
             errors: take_map(&mut ebpf, "ERRORS")?,
@@ -186,8 +207,12 @@ impl Kernel {
             policies_put: 0,
             ebpf,
             options,
+            load_options,
             attached: Vec::new(),
             pins,
+            loader,
+            next: None,
+            before: None,
         };
         // Tried before anything depends on it. A socket's cookie is never 0.
         kernel.session(0)?;
@@ -230,7 +255,7 @@ impl Kernel {
         tracking.retain(|rule| *rule != RULE_EXEMPT);
         tracking.sort_unstable();
         tracking.dedup();
-        let (share, reserve) = Table::shares(tracking.len() as u32, self.options.max_sessions);
+        let (share, reserve) = Table::shares(tracking.len() as u32, self.load_options.capacity);
         let table = Table {
             generation,
             entries: count,
@@ -238,12 +263,15 @@ impl Kernel {
             reserve,
         };
         self.reserve = reserve;
+        // The records of two tables are not compared yet: no gate is to judge by one of them.
+        let has_gates = self.before.is_none();
         let tables = &mut self.match_tables;
         tables
             .set(next, table, 0)
             .map_err(map_error("MATCH_TABLES"))?;
         for (index, policy) in (next * MAX_RULES..).zip(policies) {
-            let map = &mut self.policies;
+            let gate = if has_gates { policy.gate } else { 0 };
+            let (map, policy) = (&mut self.policies, Policy { gate, ..*policy });
             map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
         }
         let active = &mut self.active_table;
@@ -277,14 +305,19 @@ impl Kernel {
         Ok(KernelLog { logger })
     }
 
-    /// Sessions that the session map can hold.
-    pub fn capacity(&self) -> usize {
-        self.options.max_sessions as usize
+    /// Sessions that the session table may come to hold.
+    pub fn max_sessions(&self) -> u32 {
+        self.options.max_sessions
     }
 
-    /// Sessions that the session map can hold where they are of one rule.
+    /// Sessions that the session table can hold now.
+    pub fn capacity(&self) -> usize {
+        self.load_options.capacity as usize
+    }
+
+    /// Sessions that the session table can hold now where they are of one rule.
     pub fn common_capacity(&self) -> usize {
-        self.options.max_sessions.saturating_sub(self.reserve) as usize
+        self.load_options.capacity.saturating_sub(self.reserve) as usize
     }
 
     /// Gives sessions, each named by cookie and time of establishment, their rule and generation.
@@ -293,7 +326,7 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn decide(&mut self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
-        self.sessions.decide(sessions)
+        self.tables().try_for_each(|table| table.decide(sessions))
     }
 
     /// Sessions in the session map, as its programs count them.
@@ -311,25 +344,8 @@ impl Kernel {
     }
 
     /// The session table for another thread, which only reads it.
-    ///
-    /// # Errors
-    ///
-    /// Where the kernel refuses.
-    pub fn session_reader(&self) -> Result<SessionReader, BpfError> {
-        let head = self
-            .table
-            .get(&0, 0)
-            .map_err(map_error(session_table::TABLE))?;
-        let records = match self.ebpf.map(session_table::SESSIONS) {
-            Some(Map::Array(map)) => map.fd().as_fd().try_clone_to_owned(),
-            _ => return Err(BpfError::Missing(session_table::SESSIONS)),
-        };
-        let buckets = self.sessions.buckets_fd();
-        let (buckets, records) = (
-            buckets.map_err(BpfError::Table)?,
-            records.map_err(BpfError::Table)?,
-        );
-        SessionReader::new(buckets, records, head.key)
+    pub fn table_in_use(&self) -> Arc<TableInUse> {
+        Arc::clone(&self.in_use)
     }
 
     /// The journal of resets.
@@ -343,7 +359,9 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        self.sessions.session(cookie)
+        let mut session = [self.sessions.session(cookie)?];
+        self.join_all(&[cookie], &mut session)?;
+        Ok(session[0])
     }
 
     /// The sessions of these cookies as the kernel has them now, in their order: for many, in a fraction
@@ -353,7 +371,9 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
-        self.sessions.sessions(cookies)
+        let mut sessions = self.sessions.sessions(cookies)?;
+        self.join_all(cookies, &mut sessions)?;
+        Ok(sessions)
     }
 
     /// Shuts the gate of sessions that are to be reset, each named by cookie and time of establishment, and
@@ -364,7 +384,15 @@ impl Kernel {
     ///
     /// Where the kernel refuses. Some gates may be shut then.
     pub fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
-        self.sessions.shut(sessions)
+        let mut shut = self.sessions.shut(sessions)?;
+        let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
+        self.join_all(&cookies, &mut shut)?;
+        // For a session that is not there yet, the copy is of one that is shut.
+        let larger = self.tables().skip(1);
+        for table in larger {
+            table.shut(sessions)?;
+        }
+        Ok(shut)
     }
 
     /// Opens the gate of a session that was [shut](Self::shut), if it is there and was established then.
@@ -373,7 +401,8 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
-        self.sessions.reopen(cookie, established_ns)
+        self.tables()
+            .try_for_each(|table| table.reopen(cookie, established_ns))
     }
 
     /// The cookie of every session in the session map, once.
@@ -412,6 +441,10 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
+        let larger = self.tables().skip(1);
+        for table in larger {
+            table.amend(cookie, session)?;
+        }
         self.sessions.amend(cookie, session)
     }
 
@@ -422,6 +455,10 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn remove(&mut self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
+        let larger = self.tables().skip(1);
+        for table in larger {
+            table.remove(cookie, established_ns)?;
+        }
         self.sessions.remove(cookie, established_ns)
     }
 
@@ -533,6 +570,33 @@ impl Kernel {
     }
 }
 
+/// The programs, loaded, and their maps, of which these are pinned.
+fn load_object<'a>(
+    options: &LoadOptions,
+    pins: impl Iterator<Item = (&'a str, PathBuf)>,
+) -> Result<Ebpf, BpfError> {
+    let bucket_count = buckets_for(options.capacity);
+    let (has_mptcp, log_level) = (u8::from(has_mptcp()), options.log_level as u8);
+    let mut loader = EbpfLoader::new();
+    loader
+        .map_max_entries(session_table::BUCKETS, bucket_count)
+        .map_max_entries(session_table::SESSIONS, bucket_count * WAYS)
+        .override_global("MAX_SESSIONS", &options.capacity, true)
+        .override_global("BUCKET_COUNT", &bucket_count, true)
+        .override_global("TABLE_KEY", &options.key, true)
+        .override_global("ONLY_NETNS", &options.only_netns, true)
+        .override_global("HAS_MPTCP", &has_mptcp, true)
+        .override_global("FIRST_GENERATION", &options.first_generation, true)
+        .override_global(aya_log::LEVEL, &log_level, true);
+    for (name, path) in pins {
+        loader.map_pin_path(name, path);
+    }
+    let mut ebpf = loader.load(OBJECT)?;
+    attach::load(&mut ebpf)?;
+    begin_table(&mut ebpf, options.capacity, options.key)?;
+    Ok(ebpf)
+}
+
 fn take_map<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, BpfError>
 where
     M: TryFrom<Map, Error = MapError>,
@@ -552,7 +616,7 @@ fn random_key() -> Result<Key, BpfError> {
 }
 
 /// Notes in a new table what a daemon has to know that will work on with it.
-fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, key: Key) -> Result<(), BpfError> {
+fn begin_table(ebpf: &mut Ebpf, capacity: u32, key: Key) -> Result<(), BpfError> {
     let map = ebpf.map_mut(session_table::TABLE);
     let map = map.ok_or(BpfError::Missing(session_table::TABLE))?;
     let error = map_error(session_table::TABLE);
@@ -562,7 +626,7 @@ fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, key: Key) -> Result<(), BpfEr
     if before.capacity == 0 {
         let head = TableHead {
             sessions: 0,
-            capacity: u64::from(max_sessions),
+            capacity: u64::from(capacity),
             key,
         };
         heads.set(0, head, 0).map_err(&error)?;
@@ -570,7 +634,9 @@ fn begin_table(ebpf: &mut Ebpf, max_sessions: u32, key: Key) -> Result<(), BpfEr
     Ok(())
 }
 
-fn session_table(ebpf: &mut Ebpf, bucket_count: u32) -> Result<SessionTable, BpfError> {
+/// The session table for so many sessions that these programs work on.
+fn table_of(ebpf: &mut Ebpf, capacity: u32) -> Result<SessionTable, BpfError> {
+    let bucket_count = buckets_for(capacity);
     let program = attach::program_fd(ebpf, attach::SERVE)?;
     let program = program.as_fd().try_clone_to_owned();
     let mut take = |name| match ebpf.take_map(name) {
@@ -581,6 +647,19 @@ fn session_table(ebpf: &mut Ebpf, bucket_count: u32) -> Result<SessionTable, Bpf
     program
         .and_then(|program| SessionTable::new(program, &exchanges, buckets, bucket_count))
         .map_err(BpfError::Table)
+}
+
+/// For who only reads this table.
+fn reader_of(ebpf: &Ebpf, table: &SessionTable, key: Key) -> Result<SessionReader, BpfError> {
+    let Some(Map::Array(records)) = ebpf.map(session_table::SESSIONS) else {
+        return Err(BpfError::Missing(session_table::SESSIONS));
+    };
+    let records = records.fd().as_fd().try_clone_to_owned();
+    let (buckets, records) = (
+        table.buckets_fd().map_err(BpfError::Table)?,
+        records.map_err(BpfError::Table)?,
+    );
+    SessionReader::new(buckets, records, key)
 }
 
 fn take_journal(ebpf: &mut Ebpf) -> Result<Arc<Journal>, BpfError> {

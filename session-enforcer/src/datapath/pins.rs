@@ -132,9 +132,14 @@ impl PinDir {
         self.place().join(format!("{PREFIX}{LAYOUT:08x}"))
     }
 
-    /// Makes the directory of a new set.
+    /// The directory of a new set.
+    pub(super) fn staged(&self) -> PathBuf {
+        self.place().join(format!("{PREFIX}{LAYOUT:08x}{STAGED}"))
+    }
+
+    /// Makes it.
     pub(super) fn stage(&self) -> Result<PathBuf, PinError> {
-        let path = self.place().join(format!("{PREFIX}{LAYOUT:08x}{STAGED}"));
+        let path = self.staged();
         // Of a start that was cut short.
         remove_set(&path)?;
         fs::create_dir(&path).map_err(PinError::io("making", &path))?;

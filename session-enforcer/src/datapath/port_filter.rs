@@ -22,6 +22,15 @@ impl Ports {
         }
     }
 
+    /// Those of programs that will take the place of others: they see everything until a policy is announced.
+    pub(super) fn seeing_all(map: Array<MapData, PortFilters>) -> Result<Self, BpfError> {
+        let mut ports = Self::new(map);
+        ports.filters.of_packets = PortFilter::ALL;
+        ports.filters.of_tables.fill(PortFilter::ALL);
+        ports.write()?;
+        Ok(ports)
+    }
+
     /// Before the match table of this index is filled and comes into force. From now on the programs
     /// see every packet: sessions of the policy before stay what they are until they are decided
     /// about.

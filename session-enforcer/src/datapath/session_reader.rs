@@ -1,7 +1,12 @@
 //! A session table for who only reads it, without the help of the programs: this daemon's on another thread than the
 //! engine's, and that which an earlier daemon left, which its programs may still change.
 
-use std::{fmt, os::fd::OwnedFd, path::Path};
+use std::{
+    fmt,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use aya::maps::{Array, Map, MapData, MapError};
 use session_enforcer_common::{
@@ -22,6 +27,29 @@ pub struct SessionReader {
     buckets: Array<MapData, Bucket>,
     sessions: Array<MapData, Session>,
     key: Key,
+}
+
+/// The table that is in use, which another one may take the place of.
+#[derive(Debug)]
+pub struct TableInUse(Mutex<Arc<SessionReader>>);
+
+impl TableInUse {
+    pub(super) fn new(reader: SessionReader) -> Self {
+        Self(Mutex::new(Arc::new(reader)))
+    }
+
+    /// For who reads it from its beginning.
+    pub fn reader(&self) -> Arc<SessionReader> {
+        Arc::clone(&self.lock())
+    }
+
+    pub(super) fn set(&self, reader: SessionReader) {
+        *self.lock() = Arc::new(reader);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<SessionReader>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How far a reading of the whole table has come.

@@ -35,6 +35,8 @@ pub(super) struct Context {
     pub(super) resets_under_way: Cell<usize>,
     /// Whether a task looks for owners.
     pub(super) is_finding_owners: Cell<bool>,
+    /// Whether a task makes the session table larger.
+    pub(super) is_growing: Cell<bool>,
     /// Whether a task looks for the holders of sessions.
     pub(super) is_finding_holders: Cell<bool>,
     /// Until when it does not look at all processes.
@@ -63,6 +65,7 @@ impl Context {
             all_namespaces,
             resets_under_way: Cell::new(0),
             is_finding_owners: Cell::new(false),
+            is_growing: Cell::new(false),
             is_finding_holders: Cell::new(false),
             all_rest_until: Cell::new(Instant::now()),
             syncs: Cell::new(0),

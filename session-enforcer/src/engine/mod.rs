@@ -2,7 +2,7 @@
 //!
 //! One loop waits for events, deadlines, signals and requests. What takes a reaper is a task of its own beside
 //! it ([`context`]): resets ([`terminate`]), the agreement of map, schedule and sockets ([`sync`]), owners
-//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]). What is decided is pure:
+//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]), a larger table ([`growth`]). What is decided is pure:
 //! [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
 //! user or a file system can hold up.
 
@@ -16,6 +16,7 @@ pub mod directory;
 mod ending;
 #[cfg(test)]
 mod fixtures;
+mod growth;
 mod handles;
 mod hanging;
 mod journal;
@@ -274,6 +275,7 @@ impl Engine {
                 self.cgroups_due = Some(self.cgroups_paused_until.get().max(Instant::now()));
             }
             owner::find_cgroups(&self.context);
+            growth::begin_if_half_full(&self.context);
             self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
             self.timer.set(next_ns).context("setting the timer")?;

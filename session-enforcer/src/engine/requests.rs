@@ -205,7 +205,7 @@ impl State {
                 last_reload_successful: !self.records.metrics.is_config_refused(),
             },
             sessions: self.tracker.len() as u64,
-            max_sessions: self.kernel.capacity() as u64,
+            max_sessions: self.kernel.max_sessions().into(),
             opened_total,
             closed_total,
             quarantined: self.tracker.quarantined() as u64,

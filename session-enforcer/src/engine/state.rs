@@ -547,7 +547,7 @@ impl State {
 
     /// Notes what is known to be missed.
     pub(super) fn note_backlog(&mut self) {
-        let has_room = self.has_room();
+        let has_room = self.has_room() || self.kernel.can_grow();
         for (trouble, what) in self.backlog.troubles(has_room) {
             self.records.health.set(trouble, what);
         }

@@ -524,7 +524,8 @@ impl Sync<'_> {
                         Adoption::RuleFull => (&mut refused_by_rules, Untracked::RuleFull),
                         _ => (&mut refused, Untracked::MapFull),
                     };
-                    if state.resets_untracked(session.rule) {
+                    let is_growing = answer == Adoption::Full && state.kernel.can_grow();
+                    if state.resets_untracked(session.rule) && !is_growing {
                         untracked.push((cookie, session));
                         continue;
                     }
@@ -538,7 +539,8 @@ impl Sync<'_> {
         state.backlog.to_reset += untracked.len();
         terminate::reset_untracked(self.context, &mut state, untracked)?;
         state.backlog.left_out_by_rules += refused_by_rules;
-        if refused > 0 && state.backlog.left_out == 0 && !self.aim.repairs {
+        let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
+        if refused > 0 && is_first && !state.kernel.can_grow() {
             tracing::error!(
                 "connections are not tracked, the session map is full: raise daemon.max_sessions"
             );

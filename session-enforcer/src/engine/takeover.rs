@@ -129,7 +129,7 @@ pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
 
 impl State {
     /// Puts the policy in force into force again, with gates or without.
-    fn put_gates(&mut self, stand: bool) -> Result<()> {
+    pub(super) fn put_gates(&mut self, stand: bool) -> Result<()> {
         let mut policies = self.book.policies();
         if !stand {
             policies.iter_mut().for_each(|policy| policy.gate = 0);

@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod grace_period;
 pub mod privilege;
+pub mod sockets;
 pub mod threads;
 pub mod timer;
 pub mod trust;

@@ -3,7 +3,8 @@
 //!
 //! Capabilities belong to threads. The engine's own and its writers' keep [`ENGINE`]. One thread,
 //! which does nothing but start reapers, keeps [`REAPER`]: the engine could not replace a reaper that
-//! was killed otherwise.
+//! was killed otherwise. Another one, which does nothing but load the programs of a larger session table, keeps
+//! [`LOADER`].
 
 use std::{collections::BTreeMap, thread};
 
@@ -13,6 +14,13 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 /// What the engine's calls of `bpf(2)` need after the programs are loaded and attached.
 pub const ENGINE: [Capability; 1] = [Capability::CAP_BPF];
+
+/// What it takes to load the programs (`bpf_prog_load` of `kernel/bpf/syscall.c`).
+pub const LOADER: [Capability; 3] = [
+    Capability::CAP_BPF,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_PERFMON,
+];
 
 /// What reapers need: to destroy sockets, to enter namespaces, to look into processes and take their
 /// sockets, and to find a cgroup by its identity.
@@ -77,11 +85,24 @@ const FORBIDDEN_TO_REAPER: [i64; 3] = [libc::SYS_bpf, libc::SYS_execve, libc::SY
 ///
 /// Where the kernel refuses.
 pub fn confine_engine() -> Result<()> {
+    confine(&ENGINE)
+}
+
+/// Leaves the calling thread what loading the programs needs, and threads that it starts later no more.
+///
+/// # Errors
+///
+/// Where the kernel refuses.
+pub fn confine_loader() -> Result<()> {
+    confine(&LOADER)
+}
+
+fn confine(wanted: &[Capability]) -> Result<()> {
     let has = caps::read(None, CapSet::Permitted).context("capget")?;
     if has.contains(&Capability::CAP_BPF) {
-        keep(&ENGINE)?;
+        keep(wanted)?;
     } else {
-        // It includes the other (capabilities(7)).
+        // It includes the others (capabilities(7)).
         keep(&[Capability::CAP_SYS_ADMIN])?;
     }
     caps::clear(None, CapSet::Ambient).context("PR_CAP_AMBIENT_CLEAR_ALL")?;

@@ -32,7 +32,7 @@ use super::{
     row::Found,
 };
 use crate::{
-    datapath::SessionReader,
+    datapath::TableInUse,
     host::clock::{WallClock, monotonic_ns},
     report::{
         audit::{Requester, Subscription},
@@ -71,7 +71,7 @@ const CUT_OFF: &[u8] =
 pub(super) struct Client {
     pub(super) requester: Arc<Result<Requester, String>>,
     pub(super) engine: mpsc::Sender<http::Request>,
-    pub(super) sessions: Arc<SessionReader>,
+    pub(super) sessions: Arc<TableInUse>,
 }
 
 /// What is answered: one piece, or pieces as they come.
@@ -137,7 +137,7 @@ impl Client {
     }
 
     async fn scan(&self) -> Result<Scan, Box<Answer>> {
-        let begun = Scan::begin(self.engine.clone(), Arc::clone(&self.sessions)).await;
+        let begun = Scan::begin(self.engine.clone(), self.sessions.reader()).await;
         begun.map_err(|Broken(why)| Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, &why)))
     }
 

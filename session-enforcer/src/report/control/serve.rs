@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{Admission, patient::Patient, routes::Client};
-use crate::{datapath::SessionReader, report::http};
+use crate::{datapath::TableInUse, report::http};
 
 /// Connections at once. Of more, the oldest is closed that has sent no whole request; where all have, the newest.
 const MAX_CONNECTIONS: usize = 128;
@@ -46,7 +46,7 @@ pub struct Server {
     /// Who may ask.
     pub admission: Admission,
     /// The session table.
-    pub sessions: SessionReader,
+    pub sessions: Arc<TableInUse>,
 }
 
 struct Connection {
@@ -61,7 +61,6 @@ struct Connection {
 /// Where the socket cannot be watched.
 pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::Result<()> {
     let listener = UnixListener::from_std(server.listener)?;
-    let sessions = Arc::new(server.sessions);
     let mut connections: VecDeque<Connection> = VecDeque::new();
     loop {
         let stream = match listener.accept().await {
@@ -80,7 +79,7 @@ pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::R
         let client = Client {
             requester: Arc::new(server.admission.admit(&stream)),
             engine: engine.clone(),
-            sessions: Arc::clone(&sessions),
+            sessions: Arc::clone(&server.sessions),
         };
         let has_asked = Arc::new(AtomicBool::new(false));
         let served = connection(stream, client, Arc::clone(&has_asked));

@@ -1,0 +1,428 @@
+//! A larger session table takes the place of the one in use while the programs run. `docs/design/session-table.md`
+//! says in which steps, and what each of them is for.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Map, MapData},
+};
+use session_enforcer_common::{Session, table::TableHead};
+use tokio::sync::oneshot;
+
+use super::{
+    Adoption, BpfError, Kernel, LoadOptions, PinError, found,
+    inherit::Pins,
+    load_object,
+    port_filter::{self, Ports},
+    random_key, reader_of,
+    session_table::{BUCKETS, SESSIONS, SessionTable, TABLE},
+    sys, table_of, take_map,
+};
+use crate::host::{privilege, sockets};
+
+/// Sessions that the table of an idle host can hold: some 4 MB.
+const FIRST_CAPACITY: u32 = 16_384;
+
+/// How many times as large the next table is.
+const GROWTH: u32 = 4;
+
+/// Maps that belong to one table, or to the programs that work on it. All others are shared by the programs before and
+/// after. aya fills the sections of globals when it opens them, the port filters' too.
+const OF_ONE_TABLE: [&str; 6] = [
+    BUCKETS,
+    SESSIONS,
+    TABLE,
+    "HELD",
+    "EXCHANGES",
+    port_filter::SECTION,
+];
+
+/// For how many sessions a table is made: twice as many as the host has TCP sockets, within bounds.
+pub(super) fn first_capacity(max_sessions: u32) -> u32 {
+    let sockets = sockets::allocated().unwrap_or(0);
+    let wanted = sockets.saturating_mul(2).max(FIRST_CAPACITY);
+    wanted.min(max_sessions)
+}
+
+/// The maps that the programs of a larger table work on too.
+pub(super) fn shared_maps(ebpf: &Ebpf) -> Result<Vec<(String, OwnedFd)>, BpfError> {
+    let mut shared = Vec::new();
+    for (name, map) in ebpf.maps() {
+        if OF_ONE_TABLE.contains(&name) || name.starts_with(".rodata") {
+            continue;
+        }
+        let (Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::LruHashMap(data)
+        | Map::RingBuf(data)
+        | Map::SkStorage(data)) = map
+        else {
+            return Err(BpfError::Unexpected(name.to_owned()));
+        };
+        let fd = data.fd().as_fd().try_clone_to_owned();
+        shared.push((name.to_owned(), fd.map_err(BpfError::Table)?));
+    }
+    Ok(shared)
+}
+
+/// The thread that loads the programs of larger tables, which keeps the capabilities for that.
+pub(super) struct Loader {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// What a larger table is made from.
+struct Job {
+    options: LoadOptions,
+    pins: Vec<(String, PathBuf)>,
+    done: oneshot::Sender<Result<Ebpf, BpfError>>,
+}
+
+impl Loader {
+    /// To be called before the daemon gives up its capabilities.
+    pub(super) fn start() -> Result<Self, BpfError> {
+        let (jobs, received) = mpsc::channel::<Job>();
+        let work = move || {
+            if let Err(error) = privilege::confine_loader() {
+                tracing::warn!("the session table does not grow: {error:#}");
+                return;
+            }
+            for job in received {
+                let pins = job
+                    .pins
+                    .iter()
+                    .map(|(name, path)| (name.as_str(), path.clone()));
+                // Nobody waits where the daemon stops.
+                let _ = job.done.send(load_object(&job.options, pins));
+            }
+        };
+        let builder = thread::Builder::new().name("load-larger".to_owned());
+        builder.spawn(work).map_err(BpfError::Table)?;
+        Ok(Self { jobs })
+    }
+}
+
+/// A larger table that is being made.
+#[derive(Debug)]
+pub struct Loading {
+    options: LoadOptions,
+    done: oneshot::Receiver<Result<Ebpf, BpfError>>,
+}
+
+/// The table that will be in use.
+pub(super) struct Next {
+    ebpf: Ebpf,
+    options: LoadOptions,
+    sessions: SessionTable,
+    copied: HashMap<u64, u64>,
+}
+
+/// The table that was in use, with the programs that worked on it.
+pub(super) struct Before {
+    sessions: SessionTable,
+    /// What was put into the table in use from it, and when it was established.
+    copied: HashMap<u64, u64>,
+    _programs: Ebpf,
+}
+
+impl Loading {
+    /// Waits for the programs; the verifier takes its time.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses a map or a program: memory, most of all.
+    pub async fn finished(self) -> Result<Larger, BpfError> {
+        let Self { options, done } = self;
+        let loaded = done.await.map_err(|_| BpfError::NoLoader)?;
+        Ok(Larger {
+            ebpf: loaded?,
+            options,
+        })
+    }
+}
+
+/// A larger table, empty, with its programs.
+pub struct Larger {
+    ebpf: Ebpf,
+    options: LoadOptions,
+}
+
+impl Kernel {
+    /// Whether the table can be made larger.
+    pub fn can_grow(&self) -> bool {
+        let is_pinned = self.pins.as_ref().is_some_and(|pins| !pins.is_staged());
+        is_pinned && self.loader.is_some() && self.load_options.capacity < self.options.max_sessions
+    }
+
+    /// Has a larger table made.
+    ///
+    /// # Errors
+    ///
+    /// Where the table cannot grow, or the kernel refuses a pin.
+    pub fn load_larger(&self) -> Result<Loading, BpfError> {
+        let (Some(pins), Some(loader)) = (&self.pins, &self.loader) else {
+            return Err(BpfError::NoLoader);
+        };
+        let before = &self.load_options;
+        let options = LoadOptions {
+            capacity: before
+                .capacity
+                .saturating_mul(GROWTH)
+                .min(self.options.max_sessions),
+            key: random_key()?,
+            ..*before
+        };
+        let staged = pins.stage()?;
+        let mut shared = Vec::new();
+        for (index, (name, map)) in self.shared.iter().enumerate() {
+            // A dot is against the rules of bpffs.
+            let path = staged.join(format!("shared{index}"));
+            sys::pin(map, &path).map_err(PinError::io("pinning", &path))?;
+            shared.push((name.clone(), path));
+        }
+        let (sender, done) = oneshot::channel();
+        let job = Job {
+            options,
+            pins: shared,
+            done: sender,
+        };
+        loader.jobs.send(job).map_err(|_| BpfError::NoLoader)?;
+        Ok(Loading { options, done })
+    }
+
+    /// The larger table is filled from now on. What the daemon changes in a session it changes in both.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn begin_growth(&mut self, larger: Larger) -> Result<(), BpfError> {
+        let Larger { mut ebpf, options } = larger;
+        let pins = self.pins.as_ref().ok_or(BpfError::NoLoader)?;
+        for name in [BUCKETS, SESSIONS, TABLE] {
+            let map = ebpf.map(name).ok_or(BpfError::Missing(name))?;
+            found::pin_map(map, &pins.staged().join(name))?;
+        }
+        let sessions = table_of(&mut ebpf, options.capacity)?;
+        let copied = HashMap::new();
+        self.next = Some(Next {
+            ebpf,
+            options,
+            sessions,
+            copied,
+        });
+        Ok(())
+    }
+
+    /// Gives the larger table up that was to be.
+    ///
+    /// # Errors
+    ///
+    /// Where a pin cannot be removed.
+    pub fn give_up_growth(&mut self) -> Result<(), BpfError> {
+        self.next = None;
+        Ok(self.pins.iter().try_for_each(Pins::end_staging)?)
+    }
+
+    /// Copies sessions to the larger table, or what has passed on those that are there; how many differed.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn copy_to_larger(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
+        let Some(next) = &mut self.next else {
+            return Ok(0);
+        };
+        let from = self.sessions.sessions(cookies)?;
+        carry_over(cookies, &from, &next.sessions, &mut next.copied)
+    }
+
+    /// The programs of the larger table take the place of those that run, one after the other. From then on that table
+    /// is in use, and what [`sessions`](Self::sessions) reads are the records of both, until [`end_growth`](Self::end_growth).
+    /// A daemon that is killed before that leaves sessions that the next one brings up to date.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses: what runs is some of both.
+    pub fn change_over(&mut self) -> Result<(), BpfError> {
+        let (Some(next), Some(pins)) = (self.next.take(), &self.pins) else {
+            return Ok(());
+        };
+        let Next {
+            mut ebpf,
+            options,
+            sessions,
+            copied,
+        } = next;
+        let ports = Ports::seeing_all(take_map(&mut ebpf, port_filter::SECTION)?)?;
+        let table = take_map::<aya::maps::Array<MapData, TableHead>>(&mut ebpf, TABLE)?;
+        for (_, any) in self.shared.iter().take(1) {
+            pins.mark_torn(any)?;
+        }
+        self.update_links(&ebpf)?;
+        self.ports = ports;
+        self.table = table;
+        self.load_options = options;
+        let before = std::mem::replace(&mut self.sessions, sessions);
+        let programs = std::mem::replace(&mut self.ebpf, ebpf);
+        self.before = Some(Before {
+            sessions: before,
+            copied,
+            _programs: programs,
+        });
+        self.in_use
+            .set(reader_of(&self.ebpf, &self.sessions, options.key)?);
+        self.compare_cookies()
+    }
+
+    /// Takes what has ended in the table before out of the one in use, and puts in what has begun there.
+    fn compare_cookies(&mut self) -> Result<(), BpfError> {
+        let Some(before) = &mut self.before else {
+            return Ok(());
+        };
+        let cookies = before.sessions.cookies()?;
+        let is_there = |cookie: &u64| cookies.binary_search(cookie).is_ok();
+        let ended: Vec<(u64, u64)> = before
+            .copied
+            .extract_if(|cookie, _| !is_there(cookie))
+            .collect();
+        for (cookie, established_ns) in ended {
+            self.sessions.remove(cookie, established_ns)?;
+        }
+        let mut begun = cookies;
+        begun.retain(|cookie| !before.copied.contains_key(cookie));
+        let from = before.sessions.sessions(&begun)?;
+        let there = |(cookie, session): (u64, Option<Session>)| Some((cookie, session?));
+        let begun: Vec<_> = begun.into_iter().zip(from).filter_map(there).collect();
+        self.sessions.adopt(&begun)?;
+        // What is full or known by now is not put in at the next comparison either.
+        let established = begun
+            .iter()
+            .map(|(cookie, session)| (*cookie, session.established_ns));
+        before.copied.extend(established);
+        Ok(())
+    }
+
+    /// The sessions that the table before has.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn cookies_before(&mut self) -> Result<Vec<u64>, BpfError> {
+        self.compare_cookies()?;
+        self.before
+            .as_ref()
+            .map_or(Ok(Vec::new()), |before| before.sessions.cookies())
+    }
+
+    /// Adds what the programs before have seen pass; how many sessions differed. To be called when none of them
+    /// runs any more.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses.
+    pub fn join_before(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
+        let Some(before) = &mut self.before else {
+            return Ok(0);
+        };
+        let from = before.sessions.sessions(cookies)?;
+        let now = self.sessions.sessions(cookies)?;
+        let mut differed = 0;
+        for ((cookie, from), now) in cookies.iter().zip(from).zip(now) {
+            let (Some(from), Some(now)) = (from, now) else {
+                continue;
+            };
+            let joined = joined(now, &from);
+            if joined != now && self.sessions.amend(*cookie, &joined)? {
+                differed += 1;
+            }
+        }
+        Ok(differed)
+    }
+
+    /// The table before is no more.
+    ///
+    /// # Errors
+    ///
+    /// Where a pin cannot take its place.
+    pub fn end_growth(&mut self) -> Result<(), BpfError> {
+        let (Some(_), Some(pins)) = (self.before.take(), &self.pins) else {
+            return Ok(());
+        };
+        for name in [BUCKETS, SESSIONS, TABLE] {
+            pins.replace(name)?;
+        }
+        Ok(pins.end_staging()?)
+    }
+
+    /// The records of both tables, while there are two.
+    pub(super) fn join_all(
+        &self,
+        cookies: &[u64],
+        sessions: &mut [Option<Session>],
+    ) -> Result<(), BpfError> {
+        let Some(before) = &self.before else {
+            return Ok(());
+        };
+        for (now, from) in sessions.iter_mut().zip(before.sessions.sessions(cookies)?) {
+            if let (Some(now), Some(from)) = (now, from) {
+                *now = joined(*now, &from);
+            }
+        }
+        Ok(())
+    }
+
+    /// The tables in which the daemon changes sessions.
+    pub(super) fn tables(&self) -> impl Iterator<Item = &SessionTable> {
+        let next = self.next.as_ref().map(|next| &next.sessions);
+        std::iter::once(&self.sessions).chain(next)
+    }
+}
+
+/// A record with what has passed on the same session by another one.
+fn joined(mut now: Session, from: &Session) -> Session {
+    if now.established_ns == from.established_ns {
+        now.join(&from.traffic());
+    }
+    now
+}
+
+/// Puts sessions into a table that no packet meets yet, and brings those up to date that are there; how many
+/// differed.
+fn carry_over(
+    cookies: &[u64],
+    from: &[Option<Session>],
+    to: &SessionTable,
+    copied: &mut HashMap<u64, u64>,
+) -> Result<usize, BpfError> {
+    let there = to.sessions(cookies)?;
+    let (mut missing, mut differed) = (Vec::new(), 0);
+    for ((cookie, from), there) in cookies.iter().zip(from).zip(there) {
+        match (from, there) {
+            (Some(from), Some(there)) if there.established_ns == from.established_ns => {
+                if there != *from && to.amend(*cookie, from)? {
+                    differed += 1;
+                }
+            }
+            (Some(from), there) => {
+                if let Some(there) = there {
+                    to.remove(*cookie, there.established_ns)?;
+                }
+                missing.push((*cookie, *from));
+            }
+            (None, _) => {}
+        }
+    }
+    for ((cookie, session), answer) in missing.iter().zip(to.adopt(&missing)?) {
+        if answer == Adoption::Inserted {
+            copied.insert(*cookie, session.established_ns);
+            differed += 1;
+        }
+    }
+    Ok(differed)
+}

@@ -1,0 +1,103 @@
+//! The session table grows while the programs run: when it is half full, a larger one takes its place.
+//! `docs/design/session-table.md` says how.
+
+use std::{rc::Rc, time::Duration};
+
+use anyhow::Result;
+use tokio::time::{Instant, sleep_until};
+
+use super::{ask, context::Context, owner::MAX_COMPARISONS, reload};
+use crate::reaper::diag::MAX_BATCH;
+
+/// How often the sessions are copied before the larger table is used: the second time, what has passed during the
+/// first.
+const COPIES: usize = 2;
+
+/// The pause after a larger table could not be had.
+const REST: Duration = Duration::from_secs(60);
+
+/// Begins with it where it is time.
+pub(super) fn begin_if_half_full(context: &Rc<Context>) {
+    let is_due = {
+        let state = context.state();
+        let is_half_full = 2 * state.tracker.len() > state.kernel.capacity();
+        state.is_enforcing && is_half_full && state.kernel.can_grow()
+    };
+    if is_due && !context.is_growing.replace(true) {
+        let grown = grow(Rc::clone(context));
+        context.spawn(grown);
+    }
+}
+
+async fn grow(context: Rc<Context>) -> Result<()> {
+    if let Err(error) = fill_larger(&context).await {
+        context.state().kernel.give_up_growth()?;
+        tracing::warn!("the session table cannot be made larger, which is tried again: {error:#}");
+        sleep_until(Instant::now() + REST).await;
+    } else {
+        change_over(&context).await?;
+    }
+    context.is_growing.set(false);
+    Ok(())
+}
+
+/// Makes a larger table and copies the sessions. The one in use stays what it is.
+async fn fill_larger(context: &Rc<Context>) -> Result<()> {
+    let loading = {
+        let state = context.state();
+        let sessions = state.tracker.len();
+        tracing::info!(
+            "the session table is made larger: {sessions} sessions are half of its room"
+        );
+        state.kernel.load_larger()?
+    };
+    let larger = loading.finished().await?;
+    context.state().kernel.begin_growth(larger)?;
+    for _ in 0..COPIES {
+        let cookies = context.state().kernel.cookies()?;
+        for some in cookies.chunks(MAX_BATCH) {
+            context.state().kernel.copy_to_larger(some)?;
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(())
+}
+
+/// The larger table takes the place of the one in use. Where that fails, so does the engine: the next one begins with
+/// what is there.
+async fn change_over(context: &Rc<Context>) -> Result<()> {
+    {
+        let mut state = context.state();
+        state.put_gates(false)?;
+        state.kernel.change_over()?;
+    }
+    for _ in 0..MAX_COMPARISONS {
+        // A program of those before may be at a packet.
+        ask::wait_for_programs(context).await;
+        if compare(context).await? == 0 {
+            break;
+        }
+    }
+    {
+        let mut state = context.state();
+        state.kernel.end_growth()?;
+        state.put_gates(true)?;
+        // What ended before its session was in the table that is used now, nobody has reported.
+        state.backlog.events = true;
+        let capacity = state.kernel.capacity();
+        tracing::info!("the session table has room for {capacity} sessions now");
+    }
+    reload::narrow_ports(context).await?;
+    context.wake.notify_one();
+    Ok(())
+}
+
+async fn compare(context: &Rc<Context>) -> Result<usize> {
+    let cookies = context.state().kernel.cookies_before()?;
+    let mut differed = 0;
+    for some in cookies.chunks(MAX_BATCH) {
+        differed += context.state().kernel.join_before(some)?;
+        tokio::task::yield_now().await;
+    }
+    Ok(differed)
+}

@@ -1,0 +1,159 @@
+//! The session table begins small and grows while connections are opened, used and closed: none of them is lost, cut
+//! early, or counted wrongly.
+
+use std::{
+    net::Ipv4Addr,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use session_enforcer_tests::{Daemon, Lab, Listener, Pair, longer_than_a_start};
+
+const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
+
+/// What the daemon says when it begins, and when it is done.
+const BEGINS: &str = "is made larger";
+const DONE: &str = "has room for";
+
+/// Both ends of a connection are sessions. The test holds both, of 20,000 descriptors.
+const MOST: usize = 9_000;
+
+/// What ends during the test, and what does not.
+fn config(limit: Duration, short: &Listener) -> String {
+    let short = short.port();
+    format!(
+        "[[rule]]\nname = \"short\"\nlocal_ports = [{short}]\nidle_timeout = \"{}s\"\n\
+         [[rule]]\nname = \"long\"\nidle_timeout = \"3600s\"\n",
+        limit.as_secs()
+    )
+}
+
+fn listen(lab: &Lab) -> Result<Listener> {
+    lab.inside.listen((Ipv4Addr::LOCALHOST, 0))
+}
+
+/// Opens connections, and closes some of them, until the daemon says so. A host with many sockets has a larger table to begin with.
+fn fill_until(daemon: &Daemon, lab: &Lab, listener: &Listener, said: &str) -> Result<Vec<Pair>> {
+    let mut pairs = Vec::new();
+    while !daemon.log().contains(said) {
+        ensure!(
+            pairs.len() < MOST,
+            "the table does not grow: {}",
+            daemon.log()
+        );
+        for _ in 0..50 {
+            pairs.push(Pair::open(&lab.inside, listener)?);
+        }
+        pairs.drain(..10);
+    }
+    Ok(pairs)
+}
+
+/// Every session of the long rule is there, and each is known once.
+fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
+    let both = 2.0 * pairs.len() as f64;
+    daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "long")], both)?;
+    for cause in ["map_full", "rule_full"] {
+        let untracked = "session_enforcer_sessions_untracked_total";
+        assert_eq!(daemon.metric(untracked, &[("cause", cause)])?, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [short, long] = [listen(&lab)?, listen(&lab)?];
+    let limit = longer_than_a_start();
+    let daemon = lab.pinned_daemon(&config(limit, &short))?;
+    let silent = Pair::open(&lab.outside, &short)?;
+    let busy = Pair::open(&lab.outside, &short)?;
+    let is_over = AtomicBool::new(false);
+    let mut trips = 0_u64;
+    let (mut pairs, last) = thread::scope(|scope| {
+        let trips = &mut trips;
+        let used = scope.spawn(|| {
+            let mut last = busy.round_trip()?;
+            *trips += 1;
+            while !is_over.load(Ordering::Relaxed) {
+                last = busy.round_trip()?;
+                *trips += 1;
+            }
+            anyhow::Ok(last)
+        });
+        let pairs = fill_until(&daemon, &lab, &long, DONE);
+        is_over.store(true, Ordering::Relaxed);
+        let last = used.join().expect("a thread that does not panic")?;
+        let pairs: Vec<Pair> = pairs?;
+        anyhow::Ok((pairs, last))
+    })?;
+    assert_all_are_tracked(&daemon, &pairs)?;
+    // What is told of both was partly written into the table before.
+    for (pair, since) in [(&silent, &silent.opened), (&busy, &last)] {
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", since, limit);
+        for end in pair.ends()? {
+            end.assert_not_early(since, limit);
+        }
+    }
+    let record = daemon.wait_for_termination_of(&busy)?;
+    assert_eq!(record.bytes(), [4 * trips; 2]);
+    // The counters went on.
+    let of_long = [("rule", "long")];
+    let opened = daemon.metric("session_enforcer_sessions_opened_total", &of_long)?;
+    let closed = daemon.metric("session_enforcer_sessions_closed_total", &of_long)?;
+    assert_eq!(opened - closed, 2.0 * pairs.len() as f64);
+    pairs.truncate(10);
+    assert_all_are_tracked(&daemon, &pairs)?;
+    daemon.wait_for_metric("session_enforcer_map_entries", &[], 20.0)?;
+    let repaired = "session_enforcer_reconcile_repaired_total";
+    for kind in ["missed", "stale", "unscheduled"] {
+        assert_eq!(daemon.metric(repaired, &[("kind", kind)])?, 0.0, "{kind}");
+    }
+    Ok(())
+}
+
+/// A daemon is killed when this is so, after its table has begun to grow.
+fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [short, long] = [listen(&lab)?, listen(&lab)?];
+    let limit = 2 * longer_than_a_start();
+    let config = config(limit, &short);
+    let mut daemon = lab.pinned_daemon(&config)?;
+    let used = Pair::open(&lab.outside, &short)?;
+    let pairs = fill_until(&daemon, &lab, &long, BEGINS)?;
+    while !is_time(&lab, &daemon)? {
+        used.round_trip()?;
+    }
+    daemon.kill()?;
+    let last = used.round_trip()?;
+    let mut second = lab.pinned_daemon(&config)?;
+    assert_all_are_tracked(&second, &pairs)?;
+    let record = second.wait_for_termination_of(&used)?;
+    record.assert_reset("idle_timeout", &last, limit);
+    // It has made room for all at its start, and so has the next.
+    second.stop()?;
+    let third = lab.pinned_daemon(&config)?;
+    assert_all_are_tracked(&third, &pairs)?;
+    for daemon in [&second, &third] {
+        assert!(!daemon.log().contains(BEGINS), "{}", daemon.log());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_a_larger_table_is_made_leaves_all_sessions_to_the_next()
+-> Result<()> {
+    assert_the_next_has_all(|_, _| Ok(true))
+}
+
+#[test]
+fn a_daemon_that_is_killed_between_two_tables_leaves_all_sessions_to_the_next() -> Result<()> {
+    assert_the_next_has_all(|lab, daemon| {
+        // Should it have been too quick to be seen, it has grown.
+        let is_between = lab.pins.names()?.iter().any(|name| name == "TORN");
+        Ok(is_between || daemon.log().contains(DONE))
+    })
+}
