@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use session_enforcer_tests::{Daemon, Lab, Listener, Pair, longer_than_a_start};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
