@@ -376,18 +376,24 @@ fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_c
     let lab = Lab::new(AGENT)?;
     let unit = lab.cgroup.child()?;
     let name = unit.name()?;
-    let daemon = lab.daemon(&of_users(&UID.to_string()))?;
+    let limit = longer_than_a_start();
+    let users = format!("users = [{UID}]");
+    let daemon = lab.daemon(&rule("owned", &users, &idle_for(limit)))?;
     let agent = lab.at(&Place::here().in_cgroup(&unit).as_user(UID))?;
     let listener = listen(&agent)?;
     let accepted = Pair::open(&lab.outside, &listener)?;
     let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
-    // The daemon has read of them before all is gone.
-    daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
+    // The daemon has read of them, and found the cgroup, before all is gone.
+    eventually("a name of the cgroup", patience(), || {
+        let (_, sessions) = daemon.ask("GET", &format!("/v1/sessions?cgroup={name}"), "")?;
+        Ok((sessions.lines().count() == 2).then_some(()))
+    })?;
     drop(agent);
     drop(unit);
     let holder = std::process::id();
     for pair in [&accepted, &dialled] {
-        let record = assert_reset(&daemon, pair)?;
+        let record = daemon.wait_for_termination_of(pair)?;
+        record.assert_reset("idle_timeout", &pair.opened, limit);
         assert_eq!(record.at("process.pid").as_u64(), Some(u64::from(holder)));
         assert_eq!(record.text("process.name"), name_of(holder)?);
         assert_eq!(record.text("user.id"), UID.to_string());
