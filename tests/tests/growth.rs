@@ -2,14 +2,19 @@
 //! early, or counted wrongly.
 
 use std::{
+    fs,
     net::Ipv4Addr,
-    sync::atomic::{AtomicBool, Ordering},
+    path::Path,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
-use session_enforcer_tests::{Daemon, Lab, Listener, Pair, longer_than_a_start};
+use anyhow::{Context as _, Result, ensure};
+use session_enforcer_tests::{Daemon, Lab, Listener, Pair, idle_rule, longer_than_a_start};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -28,6 +33,12 @@ fn config(limit: Duration, short: &Listener) -> String {
          [[rule]]\nname = \"long\"\nidle_timeout = \"3600s\"\n",
         limit.as_secs()
     )
+}
+
+/// For who opens so many connections: two that do so would have too many descriptors.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn listen(lab: &Lab) -> Result<Listener> {
@@ -64,6 +75,7 @@ fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 
 #[test]
 fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
     let limit = longer_than_a_start();
@@ -115,8 +127,55 @@ fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_table_that_cannot_grow_stays_what_it_is() -> Result<()> {
+    let _alone = alone();
+    let lab = Lab::new(AGENT)?;
+    let [short, long] = [listen(&lab)?, listen(&lab)?];
+    let limit = longer_than_a_start();
+    let daemon = lab.pinned_daemon(&config(limit, &short))?;
+    // Where the maps of a larger table would be pinned is something that the daemon did not put there.
+    let [set] = &lab.pins.sets()?[..] else {
+        anyhow::bail!("a set");
+    };
+    let mut in_the_way = set.clone().into_os_string();
+    in_the_way.push("-next");
+    fs::create_dir_all(Path::new(&in_the_way).join("other"))?;
+    let pairs = fill_until(&daemon, &lab, &long, "cannot be made larger")?;
+    fs::remove_dir_all(&in_the_way)?;
+    assert_all_are_tracked(&daemon, &pairs)?;
+    let pair = Pair::open(&lab.outside, &short)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, limit);
+    Ok(())
+}
+
+/// The capabilities of the daemon's thread of this name (`/proc/PID/task/TID/status`).
+fn capabilities_of(daemon: &Daemon, thread: &str) -> Result<u64> {
+    for task in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let task = task?.path();
+        if fs::read_to_string(task.join("comm"))?.trim_end() == thread {
+            let status = fs::read_to_string(task.join("status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("CapPrm:"));
+            return Ok(u64::from_str_radix(line.context("CapPrm")?.trim(), 16)?);
+        }
+    }
+    anyhow::bail!("there is no thread {thread}");
+}
+
+#[test]
+fn the_thread_that_loads_larger_tables_keeps_what_that_takes() -> Result<()> {
+    // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF, by their numbers in `linux/capability.h`.
+    const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
+    let lab = Lab::new(AGENT)?;
+    let daemon = lab.pinned_daemon(&idle_rule(Duration::from_secs(60)))?;
+    assert_eq!(capabilities_of(&daemon, "load-larger")?, KEPT);
+    Ok(())
+}
+
 /// A daemon is killed when this is so, after its table has begun to grow.
 fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> Result<()> {
+    let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
     let limit = 2 * longer_than_a_start();

@@ -93,6 +93,7 @@ impl Loader {
                 tracing::warn!("the session table does not grow: {error:#}");
                 return;
             }
+            privilege::give_way();
             for job in received {
                 let pins = job
                     .pins

@@ -31,8 +31,10 @@ pub(super) fn begin_if_half_full(context: &Rc<Context>) {
 
 async fn grow(context: Rc<Context>) -> Result<()> {
     if let Err(error) = fill_larger(&context).await {
-        context.state().kernel.give_up_growth()?;
         tracing::warn!("the session table cannot be made larger, which is tried again: {error:#}");
+        if let Err(error) = context.state().kernel.give_up_growth() {
+            tracing::warn!("what was made of a larger session table is left: {error}");
+        }
         sleep_until(Instant::now() + REST).await;
     } else {
         change_over(&context).await?;

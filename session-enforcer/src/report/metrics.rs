@@ -367,7 +367,7 @@ impl Metrics {
         let r = &self.registry;
         let map_capacity = opts(
             "map_capacity",
-            "Sessions that the kernel's session map can hold.",
+            "Sessions that the kernel's session map may come to hold: daemon.max_sessions.",
         );
         add(r, IntGauge::with_opts(map_capacity))?.set(i64::from(capacity));
         let build = opts(
