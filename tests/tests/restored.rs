@@ -77,7 +77,10 @@ fn a_restored_connection_that_nobody_remembers_is_past_its_limits() -> Result<()
     let Pair { client, server, .. } = Pair::open(&lab.outside, &listener)?;
     let saved = Saved::of(server)?;
     // It counts as opened when the host was booted, and that may be a moment ago.
-    let idle = seconds("idle_timeout", uptime()?.min(Duration::from_secs(7_200)) / 2);
+    let idle = seconds(
+        "idle_timeout",
+        uptime()?.min(Duration::from_secs(7_200)) / 2,
+    );
     let daemon = lab.daemon(&(rule("inbound", &idle) + &rule("outbound", &idle)))?;
     // It is late when it is there, and not restored to the end then.
     daemon.freeze()?;

@@ -26,9 +26,18 @@ pub(crate) struct Crowd {
 impl Crowd {
     /// Without any connection yet.
     pub(crate) fn new() -> Result<Self> {
+        Self::in_cgroup(Cgroup::new()?)
+    }
+
+    /// The same, in a cgroup of its own below this one.
+    pub(crate) fn below(parent: &Cgroup) -> Result<Self> {
+        Self::in_cgroup(parent.child()?)
+    }
+
+    fn in_cgroup(cgroup: Cgroup) -> Result<Self> {
         Ok(Self {
             workers: Vec::new(),
-            cgroup: Cgroup::new()?,
+            cgroup,
             netns: party::namespace()?,
         })
     }

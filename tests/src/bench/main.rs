@@ -9,6 +9,7 @@ mod crowd;
 mod crowded;
 mod exact;
 mod idle;
+mod live;
 mod machine;
 mod party;
 mod per_packet;
@@ -45,7 +46,7 @@ const fn benchmark(
     Benchmark { name, about, run }
 }
 
-const ALL: [Benchmark; 10] = [
+const ALL: [Benchmark; 11] = [
     benchmark(
         "per-packet",
         "one run of a program, in ns more than that of a null program on the same hook",
@@ -90,6 +91,11 @@ const ALL: [Benchmark; 10] = [
         "reload",
         "from SIGHUP until another policy is in force for all sessions",
         start::reload,
+    ),
+    benchmark(
+        "live",
+        "`list` and `top` of 100,000 sessions, while others are due",
+        live::run,
     ),
     benchmark(
         "crowded",
