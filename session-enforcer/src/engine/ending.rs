@@ -44,6 +44,7 @@ pub(super) fn ahead_of(due_ns: u64, policy: &Policy) -> u64 {
         policy.idle_timeout_ns,
         policy.max_lifetime_ns,
         policy.response_timeout_ns,
+        policy.half_closed_timeout_ns,
     ];
     let shortest_ns = limits.into_iter().filter(|limit| *limit != 0).min();
     due_ns.saturating_sub((shortest_ns.unwrap_or(0) / 2).min(MAX_AHEAD_NS))
@@ -191,5 +192,23 @@ impl State {
     pub(super) fn holding(&self, cookie: u64, session: &Session) -> Option<&Holding> {
         let holding = self.holdings.get(&cookie);
         holding.filter(|holding| holding.established_ns == session.established_ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    #[test]
+    fn a_session_is_looked_at_half_of_its_shortest_limit_ahead() {
+        let mut policy = Policy {
+            idle_timeout_ns: 60 * S,
+            ..Policy::default()
+        };
+        assert_eq!(ahead_of(100 * S, &policy), 98 * S);
+        policy.half_closed_timeout_ns = S;
+        assert_eq!(ahead_of(100 * S, &policy), 100 * S - S / 2);
     }
 }
