@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
-mod connection;
+mod ends;
 mod live;
 
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use crate::config::{
 use crate::exit::{ExitStatus, Failure, OrExit as _};
 use crate::host::trust::{self, Untrusted};
 
-pub use connection::{Circumstances, Ends};
+pub use ends::{Circumstances, Ends};
 pub use live::{FilterArgs, KillArgs, ListArgs, SocketArgs, TopArgs, WatchArgs};
 
 /// Where the configuration is where the command line does not say.

@@ -8,7 +8,7 @@
 mod document;
 mod entries;
 mod error;
-mod hidden;
+mod hidden_rules;
 mod never;
 mod owners;
 mod read;

@@ -10,7 +10,7 @@ use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
     NetworkNamespaces, OnFull, Problem, Warning,
 };
-use super::{entries, hidden, never, owners, rule};
+use super::{entries, hidden_rules, never, owners, rule};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -257,7 +257,7 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
         let by = by.into_iter().map(name).collect();
         (index, Doubt::Hidden { by })
     };
-    let hidden = hidden::rules(&config.rules).into_iter().map(hidden);
+    let hidden = hidden_rules::rules(&config.rules).into_iter().map(hidden);
     let mut doubts: Vec<(usize, Doubt)> = hidden.collect();
     for (index, rule) in config.rules.iter().enumerate() {
         let watched = config.cgroup.clone();

@@ -1,11 +1,11 @@
 mod documents;
 mod files;
-mod hidden;
 mod keys;
-mod matching;
-mod owners;
+mod match_entries;
+mod owner_keys;
 mod rules;
 mod several;
+mod shadowed;
 mod values;
 
 use super::*;

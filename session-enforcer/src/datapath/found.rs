@@ -15,8 +15,8 @@ use session_enforcer_common::{
 
 use super::{
     attach::PROGRAMS,
-    journal::JOURNAL,
     pin_error::PinError,
+    reset_journal::JOURNAL,
     session_table::{self, BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind, LinkInfo, MapInfo},
 };

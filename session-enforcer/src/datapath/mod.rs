@@ -7,11 +7,11 @@ mod bpffs;
 mod events;
 mod found;
 mod inherit;
-mod journal;
 mod larger_table;
 mod pin_error;
 mod pins;
 mod port_filter;
+mod reset_journal;
 mod session_reader;
 mod session_table;
 mod sys;
@@ -39,11 +39,11 @@ pub use bpf_error::{BpfError, Holder};
 pub use bpffs::{Bpffs, find as find_bpffs};
 pub use events::{Events, KernelLog};
 pub use inherit::Inherited;
-pub use journal::{Journal, Place};
 pub use larger_table::{Larger, Loading};
 pub use pin_error::PinError;
 pub use pins::PinDir;
 pub use port_filter::Narrowing;
+pub use reset_journal::{Journal, Place};
 pub use session_reader::{Cursor, SessionReader, TableInUse};
 
 use attach::Attached;
@@ -663,9 +663,9 @@ fn reader_of(ebpf: &Ebpf, table: &SessionTable, key: Key) -> Result<SessionReade
 }
 
 fn take_journal(ebpf: &mut Ebpf) -> Result<Arc<Journal>, BpfError> {
-    match ebpf.take_map(journal::JOURNAL) {
+    match ebpf.take_map(reset_journal::JOURNAL) {
         Some(Map::Array(map)) => Journal::new(&map).map_err(BpfError::Table),
-        _ => Err(BpfError::Missing(journal::JOURNAL)),
+        _ => Err(BpfError::Missing(reset_journal::JOURNAL)),
     }
 }
 

@@ -19,7 +19,6 @@ mod fixtures;
 mod growth;
 mod handles;
 mod hanging;
-mod journal;
 mod judge;
 mod kills;
 mod owner;
@@ -32,6 +31,7 @@ mod sync;
 mod takeover;
 mod terminate;
 mod tracker;
+mod unrecorded;
 
 use std::{cell::Cell, io, rc::Rc, sync::Arc, time::Duration};
 

@@ -8,11 +8,11 @@ use anyhow::Result;
 use super::{
     ask,
     context::Context,
-    journal,
     owner::MAX_COMPARISONS,
     reload,
     state::State,
     sync::{Aim, sync},
+    unrecorded,
 };
 use crate::{
     datapath::Inherited, engine::schedule::Group, reaper::diag::MAX_BATCH, report::health::Trouble,
@@ -40,7 +40,7 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         let own = context.state().handles.own();
         let only = (!context.all_namespaces).then_some(own);
         // First: what no rule matches any more is let go then, and lives.
-        journal::recover(context).await?;
+        unrecorded::recover(context).await?;
         context.state().schedule_inherited(only)?;
     }
     if is_stopped {

@@ -1,8 +1,8 @@
 //! The kernel's socket table over netlink: list, look at, and destroy TCP sockets. The only user
 //! of netlink in the project.
 
-mod connection;
+mod netlink;
 pub mod wire;
 
-pub use connection::{BIT, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
+pub use netlink::{BIT, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
 pub use wire::{Detail, Family, Info, Queued, Socket, Target, state};

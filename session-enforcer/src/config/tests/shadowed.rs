@@ -3,9 +3,9 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::config::hidden::rules_within;
+use crate::config::hidden_rules::{self, rules_within};
 
-use super::matching::{any_rule, connection, rule_matches};
+use super::match_entries::{any_rule, connection, rule_matches};
 use super::*;
 
 /// The warnings about rules of these conditions, named a, b, c.
@@ -178,7 +178,7 @@ proptest! {
         rules in vec(any_rule(), 2..8),
         connections in vec(connection(), 200),
     ) {
-        for (index, by) in crate::config::hidden::rules(&rules) {
+        for (index, by) in hidden_rules::rules(&rules) {
             prop_assert!(by.iter().all(|earlier| *earlier < index));
             for connection in &connections {
                 let hidden = rule_matches(&rules[index], connection);
@@ -192,7 +192,7 @@ proptest! {
     fn a_rule_that_repeats_an_earlier_one_is_hidden(rules in vec(any_rule(), 1..6)) {
         let last = rules.len();
         let rules: Vec<Rule> = rules.iter().cloned().chain([rules[0].clone()]).collect();
-        let hidden = crate::config::hidden::rules(&rules);
+        let hidden = hidden_rules::rules(&rules);
         let matches_something = entries::check_families(&rules[0]).is_ok();
         prop_assert_eq!(hidden.iter().any(|(index, _)| *index == last), matches_something);
     }
