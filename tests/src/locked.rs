@@ -123,6 +123,8 @@ fn control<const N: usize>(
     request: libc::c_ulong,
     argument: &mut [u64; N],
 ) -> Result<()> {
+    // C libraries give it different types.
+    let request = request as libc::Ioctl;
     // SAFETY: the kernel reads and writes a structure of so many numbers.
     let status = unsafe { libc::ioctl(faults.as_raw_fd(), request, argument.as_mut_ptr()) };
     if status < 0 {

@@ -4,12 +4,13 @@
 //! the kernel that it runs on to standard error, also where it passes.
 
 use std::{
+    arch::asm,
     collections::BTreeSet,
+    env,
     ffi::c_long,
     fmt::Write as _,
     fs,
     io::{self, Write as _},
-    mem::transmute,
     sync::Mutex,
 };
 
@@ -28,8 +29,6 @@ const MOST_INSTRUCTIONS: u64 = 1_000_000;
 /// What the verifier has said of each program: its name and the text.
 static SAID: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
 
-type Syscall = extern "C" fn(c_long, c_long, c_long, c_long, c_long, c_long, c_long) -> c_long;
-
 /// libc's `syscall`, through which aya calls bpf(2): asks for the verifier's figures with each program
 /// that is loaded, which aya itself only does where one is refused.
 #[unsafe(no_mangle)]
@@ -42,23 +41,47 @@ pub extern "C" fn syscall(
     fifth: c_long,
     sixth: c_long,
 ) -> c_long {
-    let real = real_syscall();
     if let Some(mut load) = ProgramLoad::of(number, first, second, third) {
         let attributes = load.attributes.as_mut_ptr() as c_long;
-        let result = real(number, first, attributes, third, fourth, fifth, sixth);
+        let result = call(number, [first, attributes, third, fourth, fifth, sixth]);
         // Where one is refused the log says why, instead of the one that the daemon's error has.
         load.remember();
         return result;
     }
-    real(number, first, second, third, fourth, fifth, sixth)
+    call(number, [first, second, third, fourth, fifth, sixth])
 }
 
-fn real_syscall() -> Syscall {
-    // SAFETY: the name is a C string.
-    let found = unsafe { libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr()) };
-    assert!(!found.is_null(), "the C library has a `syscall`");
-    // SAFETY: it takes up to seven integers and reads those that the system call has.
-    unsafe { transmute::<*mut libc::c_void, Syscall>(found) }
+/// What libc's does. There is no other one in a static program.
+fn call(number: c_long, arguments: [c_long; 6]) -> c_long {
+    let [first, second, third, fourth, fifth, sixth] = arguments;
+    let result: c_long;
+    // SAFETY: a system call of the caller's, with what it is to have.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") first, in("rsi") second, in("rdx") third,
+            in("r10") fourth, in("r8") fifth, in("r9") sixth,
+            lateout("rcx") _, lateout("r11") _,
+            options(nostack),
+        );
+        #[cfg(target_arch = "aarch64")]
+        asm!(
+            "svc 0",
+            in("x8") number,
+            inlateout("x0") first => result,
+            in("x1") second, in("x2") third, in("x3") fourth, in("x4") fifth, in("x5") sixth,
+            options(nostack),
+        );
+    }
+    // The kernel's convention for errors, and that of C.
+    let Ok(error @ 1..4096) = libc::c_int::try_from(-result) else {
+        return result;
+    };
+    // SAFETY: this thread's own variable.
+    unsafe { *libc::__errno_location() = error };
+    -1
 }
 
 /// A call of bpf(2) that loads a program, with a log of its own.
@@ -148,7 +171,7 @@ impl Figures {
     fn line(&self, kernel: &str) -> String {
         let stack: Vec<_> = self.stack.iter().map(u64::to_string).collect();
         format!(
-            "verifier {kernel:<5} {:<15} {:>7} {:>5}  {}",
+            "verifier {kernel:<12} {:<15} {:>7} {:>5}  {}",
             self.program,
             self.instructions,
             self.states,
@@ -205,12 +228,17 @@ impl Figures {
     }
 }
 
-/// `6.12` of `6.12.107+deb13-cloud-amd64`.
+/// `6.12` of `6.12.107+deb13-cloud-amd64`, and `6.12-aarch64` on such a processor: the programs are not the same there
+/// (`words::order`).
 fn kernel_series() -> Result<String> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(['.', '-', '+']);
     let series = [numbers.next(), numbers.next()].map(Option::unwrap_or_default);
-    Ok(series.join("."))
+    let series = series.join(".");
+    Ok(match env::consts::ARCH {
+        "x86_64" => series,
+        other => format!("{series}-{other}"),
+    })
 }
 
 /// The figures of every program of the daemon.

@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::arch::Arch;
 use crate::process::{find_program, output_of, say};
 
 /// Suites that carry recent compilers, the likeliest and smallest first. Debian's own names for
@@ -29,10 +30,22 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 pub(crate) struct PrivateApt {
     folder: PathBuf,
     mirrors: Vec<String>,
+    /// Whose packages it fetches; without one, those of this machine.
+    arch: Option<Arch>,
 }
 
 impl PrivateApt {
+    /// For this machine's packages.
     pub(crate) fn new(folder: PathBuf) -> Result<Self> {
+        Self::made(folder, None)
+    }
+
+    /// For the packages of a processor.
+    pub(crate) fn of(folder: PathBuf, arch: Arch) -> Result<Self> {
+        Self::made(folder, Some(arch))
+    }
+
+    fn made(folder: PathBuf, arch: Option<Arch>) -> Result<Self> {
         for program in ["apt-get", "apt-cache", "apt-config", "dpkg-deb", "tar"] {
             if find_program(program, &[]).is_none() {
                 bail!("this is no Debian-like system: there is no {program}");
@@ -54,7 +67,11 @@ impl PrivateApt {
             fs::create_dir_all(&path)
                 .with_context(|| format!("cannot create {}", path.display()))?;
         }
-        let apt = Self { folder, mirrors };
+        let apt = Self {
+            folder,
+            mirrors,
+            arch,
+        };
         apt.write("status", "")?;
         apt.write("apt.conf", &apt.configuration()?)?;
         Ok(apt)
@@ -148,6 +165,26 @@ impl PrivateApt {
             .with_context(|| format!("apt-get left no package in {}", place.display()))
     }
 
+    /// Downloads packages and all that they depend on, from the suite that is open.
+    pub(crate) fn fetch_whole(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let mut install = self.tool("apt-get");
+        // Nothing is installed, so nothing of the system is locked.
+        install
+            .args(["--yes", "--no-install-recommends", "--download-only"])
+            .args(["-o", "Debug::NoLocking=1", "install"])
+            .args(packages);
+        output_of(&mut install)?;
+        let cache = self.folder.join("cache/archives");
+        let entries =
+            fs::read_dir(&cache).with_context(|| format!("cannot list {}", cache.display()))?;
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        let mut packages: Vec<_> = paths
+            .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .collect();
+        packages.sort();
+        Ok(packages)
+    }
+
     fn tool(&self, name: &str) -> Command {
         let mut tool = Command::new(name);
         tool.env("APT_CONFIG", self.folder.join("apt.conf"));
@@ -179,8 +216,17 @@ impl PrivateApt {
             ("APT::Sandbox::User", "root".to_owned()),
         ];
         let mut text = transport(&machine);
-        for (key, value) in own {
+        let arch = self
+            .arch
+            .map(|arch| ("APT::Architecture", arch.debian().to_owned()));
+        for (key, value) in own.into_iter().chain(arch) {
             text.push_str(&format!("{key} \"{value}\";\n"));
+        }
+        if let Some(arch) = self.arch {
+            text.push_str(&format!(
+                "APT::Architectures {{ \"{}\"; }};\n",
+                arch.debian()
+            ));
         }
         Ok(text)
     }

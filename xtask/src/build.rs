@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::arch::Arch;
 use crate::process::run;
 use crate::setup::setup;
 use crate::workspace::Workspace;
@@ -51,4 +52,11 @@ pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf>
     };
     run(&mut cargo)?;
     Ok(workspace.target().join(folder).join("session-enforcer"))
+}
+
+/// Builds the daemon as it is released for a processor, and says where it is.
+pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo_for(arch)?;
+    run(cargo.args(["build", "--release", "--package", "session-enforcer"]))?;
+    Ok(workspace.target_for(arch).join("release/session-enforcer"))
 }

@@ -14,51 +14,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use self::tools::Tool;
-use crate::process::{find_program, output_of, run, say};
+use crate::arch::Arch;
+use crate::process::{output_of, run, say};
 use crate::rustc::Rustc;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
 const NAME: &str = "session-enforcer";
-
-/// A processor that releases are made for.
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Arch {
-    /// 64-bit PCs and servers.
-    #[value(name = "x86_64")]
-    X86_64,
-    /// 64-bit ARM.
-    #[value(name = "aarch64")]
-    Aarch64,
-}
-
-impl Arch {
-    const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
-
-    /// As the kernel and RPM call it.
-    const fn name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-            Self::Aarch64 => "aarch64",
-        }
-    }
-
-    /// As Debian calls it.
-    const fn debian(self) -> &'static str {
-        match self {
-            Self::X86_64 => "amd64",
-            Self::Aarch64 => "arm64",
-        }
-    }
-
-    /// The target triple: static binaries that need no C library.
-    fn triple(self) -> String {
-        format!("{}-unknown-linux-musl", self.name())
-    }
-}
 
 /// What `dist` is asked for.
 #[derive(clap::Args)]
@@ -217,7 +182,7 @@ impl Release<'_> {
 
     /// Builds the daemon, without a word in it about where it was built.
     fn binary(&self, arch: Arch) -> Result<PathBuf> {
-        add_target(arch)?;
+        arch.ensure_target()?;
         let rustc = Rustc::find()?;
         let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
         let flags = [
@@ -405,23 +370,4 @@ fn cargo_home() -> Result<PathBuf> {
     }
     let home = env::home_dir().context("neither CARGO_HOME nor HOME is set")?;
     Ok(home.join(".cargo"))
-}
-
-/// Adds the standard library for a target.
-fn add_target(arch: Arch) -> Result<()> {
-    let rustc = Rustc::find()?;
-    let library = rustc.sysroot.join("lib/rustlib").join(arch.triple());
-    if library.is_dir() {
-        return Ok(());
-    }
-    if find_program("rustup", &[]).is_none() {
-        bail!(
-            "{} has no standard library for {}; remedy: install it for this toolchain",
-            rustc.sysroot.display(),
-            arch.triple()
-        );
-    }
-    say!("adding rustup's target {}", arch.triple());
-    let mut rustup = Command::new("rustup");
-    output_of(rustup.args(["target", "add"]).arg(arch.triple())).map(drop)
 }

@@ -4,6 +4,7 @@
 //! (running programs) and `rustc` (what compiler this is).
 
 mod apt;
+mod arch;
 mod bench;
 mod build;
 mod core_sources;

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::arch::Arch;
 use crate::process::{as_root, find_program, run, say};
 
 /// A program or a module of Python, the Debian package that has it, and what it is needed for.
@@ -166,13 +167,37 @@ pub(crate) const PEERS: [Need; 3] = [
     need("nft", "nftables", "connection tracking, to compare"),
 ];
 
-/// What `cargo xtask vm` needs besides.
-pub(crate) const VIRTUAL_MACHINES: [Need; 4] = [
+/// What emulates each processor.
+const QEMU: [Need; 2] = [
     need(
         "qemu-system-x86_64",
         "qemu-system-x86",
         "the virtual machines",
     ),
+    need(
+        "qemu-system-aarch64",
+        "qemu-system-arm",
+        "the virtual machines",
+    ),
+];
+
+/// What runs the virtual machines of a processor.
+pub(crate) const fn qemu(arch: Arch) -> Need {
+    match arch {
+        Arch::X86_64 => QEMU[0],
+        Arch::Aarch64 => QEMU[1],
+    }
+}
+
+impl Need {
+    /// The name of the program.
+    pub(crate) const fn program(&self) -> &'static str {
+        self.program
+    }
+}
+
+/// What `cargo xtask vm` needs besides.
+pub(crate) const VIRTUAL_MACHINES: [Need; 3] = [
     need("busybox", "busybox-static", "starting in an initramfs"),
     need("modprobe", "kmod", "the modules of a kernel"),
     need("xz", "xz-utils", "unpacking the modules of a kernel"),
@@ -337,12 +362,19 @@ mod tests {
 
     #[test]
     fn the_tables_name_each_program_once_and_in_full() {
-        for needs in [&TESTS[..], &BENCH, &PEERS, &VIRTUAL_MACHINES, &MACHINES] {
+        for needs in [
+            &TESTS[..],
+            &BENCH,
+            &PEERS,
+            &QEMU,
+            &VIRTUAL_MACHINES,
+            &MACHINES,
+        ] {
             let programs: HashSet<_> = needs.iter().map(|need| need.program).collect();
             assert_eq!(programs.len(), needs.len());
         }
         let all = TESTS.into_iter().chain(BENCH).chain(PEERS);
-        for need in all.chain(VIRTUAL_MACHINES).chain(MACHINES) {
+        for need in all.chain(QEMU).chain(VIRTUAL_MACHINES).chain(MACHINES) {
             assert!(
                 !need.program.contains(['/', ' ']),
                 "{}: a bare name",

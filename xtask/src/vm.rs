@@ -1,8 +1,9 @@
 //! `cargo xtask vm`: the privileged tests on other kernels, in virtual machines.
 //!
 //! The machine inside has this one's files as its root, read-only below a layer in memory, so that
-//! every service and every test program is there at once. What it writes comes back through a
-//! folder of its own.
+//! every service and every test program is there at once. Where its processor is another, the root is a
+//! Debian for that, in which the folders of the project are this machine's. What the machine writes comes
+//! back through a folder of its own.
 
 mod debugger;
 mod guest;
@@ -12,6 +13,7 @@ mod machine;
 mod plan;
 mod programs;
 mod report;
+mod system;
 
 use std::collections::HashSet;
 use std::env;
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use self::initramfs::Inside;
 use self::kernels::{Kernel, MATRIX};
 use self::machine::{Accelerator, Machine};
 use self::plan::{
@@ -31,10 +34,11 @@ use self::plan::{
 };
 use self::programs::{Built, HOST};
 use self::report::{Ran, Results};
-use crate::build::{Profile, daemon};
+use crate::arch::Arch;
+use crate::build::{Profile, daemon, static_daemon};
 use crate::node;
 use crate::packages::{self, Missing};
-use crate::process::say;
+use crate::process::{run, say};
 use crate::setup::setup;
 use crate::test::BINARY;
 use crate::workspace::Workspace;
@@ -56,6 +60,10 @@ pub(crate) struct Args {
     /// whole matrix.
     #[arg(long, value_name = "VERSION")]
     kernel: Vec<String>,
+    /// The processor of the machines. Another than this machine's is emulated, with a small Debian for it as the
+    /// machines' root; without named tests, those of `--ci` are run.
+    #[arg(long, default_value = "x86_64")]
+    arch: Arch,
     /// Names the kernels of the matrix.
     #[arg(long)]
     list: bool,
@@ -90,6 +98,11 @@ impl Args {
         if self.ci {
             return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
         }
+        let tests = if self.arch == Arch::HOST || !self.tests.is_empty() {
+            self.tests.clone()
+        } else {
+            owned(&CI_TESTS)
+        };
         let mut kernels = if self.kernel.is_empty() {
             owned(&MATRIX.map(|wanted| wanted.name))
         } else {
@@ -98,18 +111,19 @@ impl Args {
         // Each has one folder.
         let mut named = HashSet::new();
         kernels.retain(|name| named.insert(name.clone()));
-        (kernels, self.tests.clone(), self.machines.into())
+        (kernels, tests, self.machines.into())
     }
 }
 
 /// Runs the tests on each kernel, then fails if one failed that must pass.
 pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
+    let folder = folder(workspace, args.arch);
     if args.list {
-        kernels::list(workspace);
+        kernels::list(&folder);
         return Ok(());
     }
     if !cfg!(target_arch = "x86_64") {
-        bail!("the kernels are those of x86-64, and this machine is none");
+        bail!("the virtual machines are made on x86-64, and this machine is none");
     }
     if let Some(own) = guest::hidden_by(workspace.target()) {
         bail!(
@@ -118,20 +132,23 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
             workspace.target().display()
         );
     }
-    let folder = workspace.target().join("vm");
     let _alone = alone_in(&folder)?;
     let (names, tests, machines) = args.choice();
     check_modules(&tests)?;
     let missing = Missing::unless(args.no_install);
-    packages::ensure(&packages::TESTS, missing)?;
-    node::ensure(workspace, missing)?;
+    let foreign = (args.arch != Arch::HOST).then_some(args.arch);
+    if foreign.is_none() {
+        packages::ensure(&packages::TESTS, missing)?;
+        node::ensure(workspace, missing)?;
+    }
+    packages::ensure(&[packages::qemu(args.arch)], missing)?;
     packages::ensure(&packages::VIRTUAL_MACHINES, missing)?;
     packages::ensure(&packages::SHARING, missing)?;
     setup(workspace)?;
     let mut kernels = Vec::new();
     let mut all = Vec::new();
     for name in &names {
-        match kernels::kernel(workspace, name, args.update) {
+        match kernels::kernel(&folder, args.arch, name, args.update) {
             Ok(kernel) => kernels.push(kernel),
             // The others can be tried all the same.
             Err(error) => {
@@ -146,14 +163,47 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     say!("the machines run with {accelerator:?}");
     let job = Job {
         accelerator,
-        daemon: daemon(workspace, Profile::Release)?,
-        chosen: programs::chosen(&programs::build(workspace)?, &tests)?,
+        inside: inside(workspace, foreign, &folder)?,
+        daemon: match foreign {
+            Some(arch) => static_daemon(workspace, arch)?,
+            None => daemon(workspace, Profile::Release)?,
+        },
+        chosen: programs::chosen(&programs::build(workspace, foreign, &tests)?, &tests)?,
         folder,
         machines,
         args,
     };
     all.extend(job.run_all(&kernels)?);
     report(&job.folder, &all)
+}
+
+/// Where everything of the machines of a processor is.
+fn folder(workspace: &Workspace, arch: Arch) -> PathBuf {
+    let all = workspace.target().join("vm");
+    if arch == Arch::HOST {
+        all
+    } else {
+        all.join(arch.name())
+    }
+}
+
+/// This machine's files, or a root for another processor with xtask and the project's folders in it.
+fn inside(workspace: &Workspace, foreign: Option<Arch>, folder: &Path) -> Result<Inside> {
+    let Some(arch) = foreign else {
+        return Ok(Inside {
+            guest: env::current_exe().context("where is this program?")?,
+            system: None,
+            folders: Vec::new(),
+        });
+    };
+    run(workspace
+        .cargo_for(arch)?
+        .args(["build", "--package", "xtask"]))?;
+    Ok(Inside {
+        guest: workspace.target_for(arch).join("debug/xtask"),
+        system: Some(system::ensure(folder, arch)?),
+        folders: vec![workspace.root().to_owned(), workspace.target().to_owned()],
+    })
 }
 
 /// Makes the folder this run's own, without the results of the one before: two runs would take each
@@ -199,6 +249,7 @@ fn report(folder: &Path, all: &[Results]) -> Result<()> {
 /// What is done on each kernel.
 struct Job<'a> {
     accelerator: Accelerator,
+    inside: Inside,
     daemon: PathBuf,
     chosen: Vec<(Built, Vec<String>)>,
     machines: usize,
@@ -303,8 +354,7 @@ impl Job<'_> {
             .with_context(|| format!("cannot create {}", shared.display()))?;
         fs::write(shared.join(BOOTS), "0")?;
         let initramfs = shared.join("initramfs");
-        let guest = env::current_exe().context("where is this program?")?;
-        initramfs::write(kernel, &guest, &initramfs)?;
+        initramfs::write(kernel, &self.inside, &initramfs)?;
         Ok(initramfs)
     }
 
@@ -313,7 +363,10 @@ impl Job<'_> {
             .daemon
             .to_str()
             .context("the daemon's path is no text")?;
-        let path = env::var("PATH").context("there is no PATH")?;
+        let path = match self.inside.system {
+            Some(_) => system::PATH.to_owned(),
+            None => env::var("PATH").context("there is no PATH")?,
+        };
         let variables = [
             (BINARY, daemon),
             ("PATH", path.as_str()),

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use crate::arch::Arch;
 use crate::process::{output_of, run};
 
 /// The checkout and its target directory.
@@ -98,6 +99,22 @@ impl Workspace {
             // The daemon is for this machine, and its binary where `build` says it is.
             .env_remove("CARGO_BUILD_TARGET");
         cargo
+    }
+
+    /// The same, for static programs for a processor.
+    pub(crate) fn cargo_for(&self, arch: Arch) -> Result<Command> {
+        arch.ensure_target()?;
+        let (variable, linker) = arch.linker();
+        let mut cargo = self.cargo();
+        cargo
+            .env("CARGO_BUILD_TARGET", arch.triple())
+            .env(variable, linker);
+        Ok(cargo)
+    }
+
+    /// Where cargo puts those.
+    pub(crate) fn target_for(&self, arch: Arch) -> PathBuf {
+        self.target.join(arch.triple())
     }
 }
 

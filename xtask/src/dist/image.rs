@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-use super::{Arch, NAME, renew};
+use super::{NAME, renew};
+use crate::arch::Arch;
 use crate::packages::{self, Missing};
 use crate::process::{output_of, run};
 

@@ -318,7 +318,7 @@ fn append(path: &Path, text: &str) -> Result<()> {
 }
 
 /// How a line of the kernel's log begins that tells of a fault of its own: a warning, an oops.
-const FAULT: [&str; 9] = [
+const FAULT: [&str; 11] = [
     "WARNING: ",
     "BUG: ",
     "UBSAN: ",
@@ -328,6 +328,9 @@ const FAULT: [&str; 9] = [
     "divide error",
     "invalid opcode",
     "double fault",
+    // On aarch64.
+    "Unable to handle kernel ",
+    "Internal error: ",
 ];
 
 /// That a processor stood still is none: those of an emulated machine do.
@@ -401,6 +404,8 @@ mod tests {
             "WARNING: CPU: 1 PID: 7 at net/ipv4/tcp.c:2801 tcp_recvmsg+0x1/0x2",
             "BUG: kernel NULL pointer dereference, address: 0000000000000008",
             "Oops: 0000 [#1] PREEMPT SMP",
+            "Unable to handle kernel NULL pointer dereference at virtual address 0000000000000008",
+            "Internal error: Oops: 0000000096000004 [#1] SMP",
         ] {
             assert_eq!(told(text).as_deref(), Some(text));
         }

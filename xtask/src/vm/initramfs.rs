@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use super::kernels::Kernel;
+use super::system;
 use crate::process::find_program;
 
 const INIT: &str = include_str!("init.sh");
@@ -15,17 +16,62 @@ const INIT: &str = include_str!("init.sh");
 /// What the root is made of, where the kernel does not have it built in.
 const MODULES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
 
-/// Writes the archive for a kernel. `guest` is the program that goes on in the shared root.
-pub(super) fn write(kernel: &Kernel, guest: &Path, archive: &Path) -> Result<()> {
-    let busybox = find_program("busybox", &[]).context("there is no busybox")?;
+/// What the machine inside is made of: files of the machine outside.
+#[derive(Clone, Debug)]
+pub(super) struct Inside {
+    /// The program that goes on in the shared root.
+    pub(super) guest: PathBuf,
+    /// The root, where it is another folder than that of the machine outside.
+    pub(super) system: Option<PathBuf>,
+    /// What that gets from outside, under the same paths.
+    pub(super) folders: Vec<PathBuf>,
+}
+
+impl Inside {
+    fn busybox(&self) -> Result<PathBuf> {
+        match &self.system {
+            Some(root) => Ok(root.join(system::BUSYBOX)),
+            None => find_program("busybox", &[]).context("there is no busybox"),
+        }
+    }
+
+    /// The folders, a line each.
+    fn lines(&self) -> Result<String> {
+        let lines = self
+            .folders
+            .iter()
+            .map(|folder| Ok(text(folder)?.to_owned() + "\n"));
+        lines.collect()
+    }
+}
+
+fn text(path: &Path) -> Result<&str> {
+    let text = path.to_str();
+    text.with_context(|| format!("the path {} is no text", path.display()))
+}
+
+/// Writes the archive for a kernel.
+pub(super) fn write(kernel: &Kernel, inside: &Inside, archive: &Path) -> Result<()> {
+    let busybox = inside.busybox()?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
-    let guest = guest.to_str().context("the path of xtask is no text")?;
+    let system = inside.system.as_deref().unwrap_or(Path::new("/"));
     let mut cpio = Cpio::default();
-    for folder in ["bin", "dev", "lower", "modules", "proc", "root", "upper"] {
+    for folder in [
+        "bin",
+        "dev",
+        "lower",
+        "modules",
+        "proc",
+        "root",
+        "system-root",
+        "upper",
+    ] {
         cpio.folder(folder);
     }
     cpio.file("init", INIT.as_bytes());
-    cpio.file("guest", guest.as_bytes());
+    cpio.file("guest", text(&inside.guest)?.as_bytes());
+    cpio.file("system", text(system)?.as_bytes());
+    cpio.file("folders", inside.lines()?.as_bytes());
     cpio.file("bin/busybox", &read(&busybox)?);
     for library in libraries(&busybox)? {
         cpio.file_in_folders(&library, &read(&library)?)?;

@@ -8,8 +8,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::PrivateApt;
+use crate::arch::Arch;
 use crate::process::{find_program, output_of, run, say};
-use crate::workspace::Workspace;
 
 /// One kernel of the matrix: the newest of a series that a suite has.
 pub(super) struct Wanted {
@@ -58,6 +58,8 @@ const MAX_RELEASES: usize = 5;
 /// A kernel on the disk.
 #[derive(Debug)]
 pub(super) struct Kernel {
+    /// The processor that it is for.
+    pub(super) arch: Arch,
     /// What was asked for: a name of the matrix or a series.
     pub(super) name: String,
     /// Its `uname -r`.
@@ -80,16 +82,17 @@ impl Kernel {
     }
 }
 
-/// The kernel of this name, or the newest of this series; fetched where it is not there yet or
+/// The kernel of this name, or the newest of this series, for a processor whose machines' folder is `base`; fetched where it is not there yet or
 /// `update` asks for it.
-pub(super) fn kernel(workspace: &Workspace, name: &str, update: bool) -> Result<Kernel> {
-    let folder = folder(workspace, name);
+pub(super) fn kernel(base: &Path, arch: Arch, name: &str, update: bool) -> Result<Kernel> {
+    let folder = folder(base, name);
     if update || known_release(&folder).is_none() {
-        fetch(workspace, name, &folder).with_context(|| format!("fetching the kernel {name}"))?;
+        fetch(base, arch, name, &folder).with_context(|| format!("fetching the kernel {name}"))?;
     }
     let release = known_release(&folder).context("the kernel has just been unpacked")?;
     let listed = MATRIX.iter().find(|wanted| wanted.name == name);
     Ok(Kernel {
+        arch,
         name: name.to_owned(),
         supported: listed.map_or_else(|| is_supported(&release), |wanted| wanted.supported),
         refused: listed.is_some_and(|wanted| !wanted.supported),
@@ -110,9 +113,9 @@ fn is_supported(release: &str) -> bool {
 }
 
 /// Prints the matrix.
-pub(super) fn list(workspace: &Workspace) {
+pub(super) fn list(base: &Path) {
     for wanted in &MATRIX {
-        let release = known_release(&folder(workspace, wanted.name));
+        let release = known_release(&folder(base, wanted.name));
         let release = release.unwrap_or_else(|| "not fetched yet".to_owned());
         let note = if wanted.supported {
             ""
@@ -128,15 +131,15 @@ pub(super) fn list(workspace: &Workspace) {
     println!("or a series that a suite of Debian has, such as 6.16");
 }
 
-fn folder(workspace: &Workspace, name: &str) -> PathBuf {
-    workspace.target().join("vm/kernels").join(name)
+fn folder(base: &Path, name: &str) -> PathBuf {
+    base.join("kernels").join(name)
 }
 
 fn known_release(folder: &Path) -> Option<String> {
     fs::read_to_string(folder.join("release")).ok()
 }
 
-fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
+fn fetch(base: &Path, arch: Arch, name: &str, folder: &Path) -> Result<()> {
     if !name
         .chars()
         .all(|letter| letter.is_ascii_alphanumeric() || letter == '.')
@@ -150,18 +153,24 @@ fn fetch(workspace: &Workspace, name: &str, folder: &Path) -> Result<()> {
     if listed.is_none() && numbers(series).is_empty() {
         bail!("{name:?} is neither a name of `cargo xtask vm --list` nor a series like 6.16");
     }
-    let apt = PrivateApt::new(workspace.target().join("vm/apt"))?;
-    let fetched = fetch_from(&apt, suites, series, folder);
+    let apt = PrivateApt::of(base.join("apt"), arch)?;
+    let fetched = fetch_from(&apt, arch, suites, series, folder);
     apt.remove();
     fetched
 }
 
 /// Fetches the newest kernel of a series from the first of these suites that has it whole.
-fn fetch_from(apt: &PrivateApt, suites: &[&str], series: &str, folder: &Path) -> Result<()> {
+fn fetch_from(
+    apt: &PrivateApt,
+    arch: Arch,
+    suites: &[&str],
+    series: &str,
+    folder: &Path,
+) -> Result<()> {
     let mut tried = Vec::new();
     for suite in suites {
         // No reason to stop: mirrors lack some of the suites.
-        let releases = match apt.open(suite).and_then(|()| releases(apt, series)) {
+        let releases = match apt.open(suite).and_then(|()| releases(apt, arch, series)) {
             Ok(releases) => releases,
             Err(error) => {
                 tried.push(format!("{suite}: {error:#}"));
@@ -183,8 +192,8 @@ fn fetch_from(apt: &PrivateApt, suites: &[&str], series: &str, folder: &Path) ->
 }
 
 /// Those of a series, from the newest on.
-fn releases(apt: &PrivateApt, series: &str) -> Result<Vec<String>> {
-    let packages = apt.names("^linux-image-[0-9].*-cloud-amd64$")?;
+fn releases(apt: &PrivateApt, arch: Arch, series: &str) -> Result<Vec<String>> {
+    let packages = apt.names(&format!("^linux-image-[0-9].*-cloud-{}$", arch.debian()))?;
     let releases = packages.iter().filter_map(|package| release_of(package));
     Ok(newest_first(releases, series))
 }

@@ -14,7 +14,8 @@ use session_enforcer_tests::die_with_parent;
 use super::debugger;
 use super::kernels::Kernel;
 use super::plan::MARK;
-use crate::packages::VIRTIOFSD;
+use crate::arch::Arch;
+use crate::packages::{self, VIRTIOFSD};
 use crate::process::{as_root, find_program, is_root, output_of, say};
 
 /// How often the machine is looked at.
@@ -43,14 +44,18 @@ pub(super) enum Accelerator {
 }
 
 impl Accelerator {
-    /// KVM where a kernel runs with it: that there is a `/dev/kvm` does not say so.
+    /// KVM where a kernel runs with it: that there is a `/dev/kvm` does not say so. Another processor than this
+    /// machine's is emulated.
     pub(super) fn find(kernel: &Kernel) -> Result<Self> {
+        if kernel.arch != Arch::HOST {
+            return Ok(Self::Emulation);
+        }
         let may = File::options().read(true).write(true).open("/dev/kvm");
         if may.is_err() {
             return Ok(Self::Emulation);
         }
         // Without an initramfs the kernel panics, which ends the machine.
-        let mut qemu = Self::Kvm.command()?;
+        let mut qemu = Self::Kvm.command(kernel.arch)?;
         qemu.args(["-m", "512M", "-no-reboot", "-append", "panic=-1", "-kernel"])
             .arg(kernel.image())
             .stderr(Stdio::null());
@@ -92,18 +97,39 @@ impl Accelerator {
     }
 
     /// QEMU, without any device.
-    fn command(self) -> Result<Command> {
-        let program = find_program("qemu-system-x86_64", &[]).context("there is no QEMU")?;
+    fn command(self, arch: Arch) -> Result<Command> {
+        let program = find_program(packages::qemu(arch).program(), &[]);
+        let program = program.context("there is no QEMU")?;
         let mut qemu = Command::new(program);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none"])
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         match self {
             Self::Kvm => qemu.args(["-accel", "kvm", "-cpu", "max"]),
-            // Five-level page tables are slow to emulate.
-            Self::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]),
+            Self::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", emulated(arch)]),
         };
+        if arch == Arch::Aarch64 {
+            // There is no machine that all processors of this kind would start on.
+            qemu.args(["-machine", "virt"]);
+        }
         Ok(qemu)
+    }
+}
+
+/// All that QEMU can emulate of a processor, but for what is slow: five-level page tables, and pointers that are
+/// signed as the architecture does it.
+const fn emulated(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "max,la57=off",
+        Arch::Aarch64 => "max,pauth-impdef=on",
+    }
+}
+
+/// What the kernel calls the machine's serial port.
+const fn console(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "ttyS0",
+        Arch::Aarch64 => "ttyAMA0",
     }
 }
 
@@ -191,7 +217,8 @@ impl Machine<'_> {
 
     fn qemu(&self) -> Result<Command> {
         let memory = self.memory_mib;
-        let mut qemu = self.accelerator.command()?;
+        let arch = self.kernel.arch;
+        let mut qemu = self.accelerator.command(arch)?;
         qemu.args(["-smp", &self.processors.to_string()])
             .args(["-m", &format!("{memory}M")])
             // The memory is shared with the programs that share files.
@@ -205,7 +232,7 @@ impl Machine<'_> {
             .arg("-initrd")
             .arg(self.initramfs)
             .arg("-append")
-            .arg(format!("console=ttyS0 quiet panic=10 {MARK}"))
+            .arg(format!("console={} quiet panic=10 {MARK}", console(arch)))
             .arg("-gdb")
             .arg(format!(
                 "unix:{},server=on,wait=off",

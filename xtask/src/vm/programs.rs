@@ -1,5 +1,6 @@
 //! The test programs: built here, run inside.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -7,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::plan::Program;
+use crate::arch::Arch;
 use crate::workspace::Workspace;
 
 /// The tests that need a machine for themselves.
@@ -47,17 +49,32 @@ impl Built {
     }
 }
 
-/// Builds every privileged test program, those of whole hosts too.
-pub(super) fn build(workspace: &Workspace) -> Result<Vec<Built>> {
-    // `--tests` leaves out what is not for `cargo test`.
-    let mut built = build_some(workspace, &["--tests"])?;
-    built.extend(build_some(workspace, &["--test", HOST])?);
+/// Builds the privileged test programs that words name as [`chosen`] reads them, those of whole hosts too; without a
+/// word, every one. Static ones where they are for another processor.
+pub(super) fn build(
+    workspace: &Workspace,
+    foreign: Option<Arch>,
+    words: &[String],
+) -> Result<Vec<Built>> {
+    let named: BTreeSet<&str> = words.iter().map(|word| program_of(word).0).collect();
+    let mut built = Vec::new();
+    if named.is_empty() {
+        // `--tests` leaves out what is not for `cargo test`.
+        built.extend(build_some(workspace, foreign, &["--tests"])?);
+        built.extend(build_some(workspace, foreign, &["--test", HOST])?);
+    } else {
+        let which: Vec<&str> = named.iter().flat_map(|name| ["--test", name]).collect();
+        built.extend(build_some(workspace, foreign, &which)?);
+    }
     built.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(built)
 }
 
-fn build_some(workspace: &Workspace, which: &[&str]) -> Result<Vec<Built>> {
-    let mut cargo = workspace.cargo();
+fn build_some(workspace: &Workspace, foreign: Option<Arch>, which: &[&str]) -> Result<Vec<Built>> {
+    let mut cargo = match foreign {
+        Some(arch) => workspace.cargo_for(arch)?,
+        None => workspace.cargo(),
+    };
     cargo
         .args(["test", "--no-run", "--package", "session-enforcer-tests"])
         .args(which)
@@ -89,6 +106,14 @@ fn artifact(line: &str) -> Result<Option<Built>> {
     }))
 }
 
+/// The program that a word names, and the part of its tests' names.
+fn program_of(word: &str) -> (&str, Option<&str>) {
+    match word.split_once("::") {
+        Some((name, part)) => (name, Some(part)),
+        None => (word, None),
+    }
+}
+
 /// The programs that the words on the command line ask for: `PROGRAM`, or `PROGRAM::PART` for those
 /// of its tests whose names contain the part. No word asks for all.
 pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Vec<String>)>> {
@@ -98,10 +123,8 @@ pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Ve
     // Without words of its own a program is run whole.
     let mut chosen: Vec<(Built, Option<Vec<String>>)> = Vec::new();
     for word in words {
-        let (name, part) = match word.split_once("::") {
-            Some((name, part)) => (name, Some(part.to_owned())),
-            None => (word.as_str(), None),
-        };
+        let (name, part) = program_of(word);
+        let part = part.map(str::to_owned);
         let Some(found) = built.iter().find(|one| one.name == name) else {
             let names: Vec<_> = built.iter().map(|one| one.name.as_str()).collect();
             bail!(

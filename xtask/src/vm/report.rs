@@ -174,7 +174,8 @@ fn row(name: &str, first: usize, cells: impl Iterator<Item = String>) -> String 
 
 /// `6.12.107+deb13-cloud-amd64` without what they all have.
 fn short(release: &str) -> String {
-    release.trim_end_matches("-cloud-amd64").to_owned()
+    let version = release.split("-cloud-").next();
+    version.unwrap_or(release).to_owned()
 }
 
 fn cell(results: &Results, name: &str) -> String {

@@ -1,0 +1,91 @@
+//! The processors that releases and virtual machines are made for.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::process::{find_program, output_of, say};
+use crate::rustc::Rustc;
+
+/// A processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Arch {
+    /// 64-bit PCs and servers.
+    #[value(name = "x86_64")]
+    X86_64,
+    /// 64-bit ARM.
+    #[value(name = "aarch64")]
+    Aarch64,
+}
+
+impl Arch {
+    /// All of them.
+    pub(crate) const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
+
+    /// This machine's.
+    pub(crate) const HOST: Self = if cfg!(target_arch = "aarch64") {
+        Self::Aarch64
+    } else {
+        Self::X86_64
+    };
+
+    /// As the kernel and RPM call it.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// As Debian calls it.
+    pub(crate) const fn debian(self) -> &'static str {
+        match self {
+            Self::X86_64 => "amd64",
+            Self::Aarch64 => "arm64",
+        }
+    }
+
+    /// The target triple: static binaries that need no C library.
+    pub(crate) fn triple(self) -> String {
+        format!("{}-unknown-linux-musl", self.name())
+    }
+
+    /// Adds the standard library for the triple to the toolchain.
+    pub(crate) fn ensure_target(self) -> Result<()> {
+        let rustc = Rustc::find()?;
+        let library = rustc.sysroot.join("lib/rustlib").join(self.triple());
+        if library.is_dir() {
+            return Ok(());
+        }
+        if find_program("rustup", &[]).is_none() {
+            bail!(
+                "{} has no standard library for {}; remedy: install it for this toolchain",
+                rustc.sysroot.display(),
+                self.triple()
+            );
+        }
+        say!("adding rustup's target {}", self.triple());
+        let mut rustup = Command::new("rustup");
+        output_of(rustup.args(["target", "add"]).arg(self.triple())).map(drop)
+    }
+
+    /// The name and the value of the variable that gives cargo the linker for the triple: the toolchain's own, so
+    /// that no compiler for the processor has to be there.
+    pub(crate) fn linker(self) -> (String, &'static str) {
+        let triple = self.triple().to_uppercase().replace('-', "_");
+        (format!("CARGO_TARGET_{triple}_LINKER"), "rust-lld")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_linkers_variable_is_one_that_cargo_reads() {
+        assert_eq!(
+            Arch::Aarch64.linker().0,
+            "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER"
+        );
+    }
+}
