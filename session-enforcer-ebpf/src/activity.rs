@@ -19,7 +19,7 @@ use crate::{
     gate::{self, Fate},
     lifecycle,
     packet::{self, Segment},
-    policy, ports, table,
+    policy, ports, table, words,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
@@ -59,6 +59,9 @@ impl Measure {
     /// Whether the daemon has decided to end the session by a record that may lack the stamp.
     #[inline(always)]
     fn came_too_late(&self, session: &Session) -> bool {
+        // After the stamp comes the look at the gate; and what the stack does with the packet, by whose counters a
+        // packet on another processor takes the stamp.
+        words::order();
         match self.policy {
             Some(policy) => gate::is_shut_meanwhile(session, policy),
             None => false,
@@ -222,6 +225,8 @@ fn settle(
 /// end; nobody guesses that.
 #[inline(always)]
 fn has_sent(session: &Session, tcp: &bpf_tcp_sock, way: Way, segment: Option<&Segment>) -> bool {
+    // The time was read before the end that belongs to it is: see `note_sent`.
+    words::order();
     if way == Way::Ingress && session.flags & flags::SENT_UNREAD != 0 {
         return false;
     }
@@ -236,6 +241,8 @@ fn has_sent(session: &Session, tcp: &bpf_tcp_sock, way: Way, segment: Option<&Se
 /// The count is written last: who reads the record before is told that payload is waited for.
 #[inline(never)]
 fn take(session: &mut Session, received: u64) {
+    // The socket's counter was read before the candidate is.
+    words::order();
     let new = received - session.bytes_received;
     let policy = policy::of(session);
     if policy.is_some_and(|policy| new < u64::from(policy.min_payload)) {
@@ -251,6 +258,7 @@ fn take(session: &mut Session, received: u64) {
             session.stamp_received(measure.now_ns);
         }
     }
+    words::order();
     // SAFETY: from a reference. Volatile: after the stamp.
     unsafe { (&raw mut session.bytes_received).write_volatile(received) };
 }
@@ -351,6 +359,7 @@ fn note_sent(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
     unsafe {
         (&raw mut session.went_is_answer).write_volatile(u32::from(is_answer));
         (&raw mut session.went_until).write_volatile(until);
+        words::order();
         (&raw mut session.went_ns).write_volatile(now_ns);
     }
 }

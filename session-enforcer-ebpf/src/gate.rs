@@ -31,11 +31,11 @@ pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bo
 }
 
 /// Whether the daemon has shut the gate since the packet was let through. This comes after the packet's
-/// stamp: see [`Session::SHUT`].
+/// stamp, and a [`words::order`] between the two: see [`Session::SHUT`].
 #[inline(always)]
 pub(crate) fn is_shut_meanwhile(session: *const Session, policy: &Policy) -> bool {
-    // A barrier for the compiler, which has no selection for `compiler_fence` here. That the processor may
-    // read before its stamp can be seen, the daemon allows for (`SETTLE`).
+    // A barrier for the compiler, which has no selection for `compiler_fence` here. That an x86-64 processor may
+    // read before its stamp can be seen all the same, the daemon allows for (`SETTLE`).
     // SAFETY: no instruction.
     unsafe { asm!("", options(nostack, preserves_flags)) };
     // SAFETY: the caller has it from a reference. Volatile: the daemon's program changes it.

@@ -5,9 +5,10 @@
 //!
 //! A tag is changed by compare-and-exchange alone, so that no two programs get one place. As with a
 //! hash map of the kernel's, a record may be another session's by the time that a program writes to it
-//! which found it before: see `activity::track`. That a tag is read before its record, and a record is
-//! written before its tag, is the order of an x86-64 processor without more; another kind would need a
-//! barrier in `find`.
+//! which found it before: see `activity::track`.
+//!
+//! A record is written before its tag, since an exchange orders the two. Who reads a tag and then the record orders
+//! them by [`words::order`], and so does who reads the tag once more to know whose the record was.
 
 use core::{
     intrinsics::{AtomicOrdering::SeqCst, atomic_xchg},
@@ -47,7 +48,10 @@ pub(crate) enum Refusal {
 /// of.
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
-    SESSIONS.get_ptr_mut(place_of(cookie)?)
+    let place = place_of(cookie)?;
+    // The tag was read before the record is.
+    words::order();
+    SESSIONS.get_ptr_mut(place)
 }
 
 /// Where the session of a cookie lies, for what is done a few times in its life: without a branch for each
@@ -233,6 +237,8 @@ fn is_session(place: u32, cookie: u64, established_ns: u64) -> bool {
     };
     // SAFETY: a pointer that the map gave. Volatile: others change it.
     let found_ns = unsafe { ptr::read_volatile(&raw const (*record).established_ns) };
+    // What was read of the record until now was read before the tag is.
+    words::order();
     found_ns == established_ns && is_at(place, cookie)
 }
 
@@ -258,10 +264,13 @@ pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
     for _ in 0..MAX_COPIES {
         // SAFETY: pointers that the maps gave, valid while the program runs.
         unsafe { words::copy::<u64, _>(record, into) };
+        // All of it was read before any of it is read again.
+        words::order();
         if agrees(record, into) {
             break;
         }
     }
+    words::order();
     // By now it may be another's.
     // SAFETY: as above.
     unsafe { ptr::read_volatile(tag) == cookie }
@@ -287,7 +296,7 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
     let Some(looked) = look_for(cookie) else {
         return false;
     };
-    let Some(session) = looked.record() else {
+    let (Some(place), Some(session)) = (looked.place(), looked.record()) else {
         return false;
     };
     // SAFETY: pointers that the maps gave, valid while the program runs. Volatile: others change them.
@@ -302,8 +311,11 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
             return exchange(word, Session::SHUT, 0);
         }
         atomic_xchg::<u64, { SeqCst }>(word, Session::SHUT);
-        // The record may have become another session's, whose gate is open.
-        is_meant() || !exchange(word, Session::SHUT, 0)
+        // The record may have become another session's, whose gate is open. Its tag tells so before any of its words
+        // is written; one of the same cookie was established at another time, which was written before the tag.
+        let is_there = is_at(place, cookie);
+        words::order();
+        is_there && is_meant() || !exchange(word, Session::SHUT, 0)
     }
 }
 
@@ -482,6 +494,8 @@ pub(crate) extern "C" fn look(bucket: u32, cookie: u64) -> u32 {
         ways |= is_same(read(tags, way), 0) << way;
         ways |= is_same(read(tags, way), cookie) << (WAYS + way);
     }
+    // The tags were read before a record is.
+    words::order();
     ways
 }
 

@@ -20,7 +20,10 @@ use std::{
     io,
     os::fd::{AsFd as _, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
 };
 
 use aya::{
@@ -274,6 +277,9 @@ impl Kernel {
             let (map, policy) = (&mut self.policies, Policy { gate, ..*policy });
             map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
         }
+        // The tables are written before the number that says which are in force, for the programs on other processors
+        // too: system calls alone do not order that.
+        fence(Ordering::Release);
         let active = &mut self.active_table;
         active.set(0, next, 0).map_err(map_error("ACTIVE_TABLE"))?;
         (self.active, self.places) = (next, places);

@@ -5,7 +5,10 @@ use std::{
     fmt,
     os::fd::OwnedFd,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{Ordering, fence},
+    },
 };
 
 use aya::maps::{Array, Map, MapData, MapError};
@@ -103,7 +106,7 @@ impl SessionReader {
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let mut place = self.place(cookie)?;
         while let Some(before) = place {
-            let session = self.sessions.get(&before, 0).map_err(map_error(SESSIONS))?;
+            let session = self.record(before)?;
             // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
             // socket was connected again.
             place = self.place(cookie)?;
@@ -125,6 +128,15 @@ impl SessionReader {
             }
         }
         Ok(None)
+    }
+
+    /// A record, after the tag that was read before and before one that is read then. The system calls have no such
+    /// order of themselves; on x86-64 every read has it.
+    fn record(&self, place: u32) -> Result<Session, BpfError> {
+        fence(Ordering::Acquire);
+        let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS));
+        fence(Ordering::Acquire);
+        session
     }
 
     fn tags(&self, bucket: u32) -> Result<Bucket, BpfError> {
@@ -171,7 +183,7 @@ impl SessionReader {
             return Ok(None);
         }
         let place = bucket * WAYS + way;
-        let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS))?;
+        let session = self.record(place)?;
         let is_same = self.tags(bucket)?.0.get(way as usize) == Some(&cookie);
         Ok(is_same.then_some(session))
     }
