@@ -69,7 +69,8 @@ enum Task {
     /// Runs the privileged tests on other kernels, in virtual machines.
     ///
     /// Debian's kernels for clouds are fetched into the target directory, which is where everything
-    /// that comes of it is, too. QEMU emulates where there is no KVM, and then this takes its time.
+    /// that comes of it is, too. QEMU emulates where there is no KVM, and where the kernels are for another processor
+    /// (`--arch`), and then this takes its time.
     Vm(vm::Args),
     /// What `vm` starts inside of the virtual machine.
     #[command(hide = true)]

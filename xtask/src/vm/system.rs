@@ -2,6 +2,7 @@
 //! installed. Only the folders of the project come from this machine.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -74,7 +75,8 @@ fn unpack(apt: &PrivateApt, root: &Path) -> Result<()> {
             .arg(package)
             .arg(root))?;
     }
-    // What the packages' scripts would make of their files, as far as it is needed here.
+    // What the packages' scripts would make, as far as it is needed here.
+    symlink("bash", root.join("usr/bin/sh")).context("cannot make a link to the shell")?;
     for (from, to) in [
         ("usr/share/base-passwd/passwd.master", "etc/passwd"),
         ("usr/share/base-passwd/group.master", "etc/group"),
