@@ -26,8 +26,18 @@ const TOLERANCE: u64 = 20;
 /// Most instructions that the verifier follows for one program (`kernel/bpf/verifier.c`).
 const MOST_INSTRUCTIONS: u64 = 1_000_000;
 
-/// What the verifier has said of each program: its name and the text.
-static SAID: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+/// What was loaded.
+static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
+
+/// A program that was loaded.
+#[derive(Debug)]
+struct Loaded {
+    name: String,
+    /// What the verifier has said of it.
+    text: String,
+    /// Instructions in its first function that are a barrier: see `words::order` of the programs.
+    barriers: usize,
+}
 
 /// libc's `syscall`, through which aya calls bpf(2): asks for the verifier's figures with each program
 /// that is loaded, which aya itself only does where one is refused.
@@ -97,6 +107,12 @@ impl ProgramLoad {
     /// Where `union bpf_attr` has the level, size and place of the log, and the program's name.
     const LOG: usize = 24;
     const NAME: usize = 48;
+    /// Where it has the number and place of the instructions, and the place and number of what is said of functions.
+    const INSTRUCTIONS: (usize, usize) = (4, 8);
+    const FUNCTIONS: (usize, usize) = (80, 88);
+    /// An atomic operation on 64 bits (`BPF_STX | BPF_ATOMIC | BPF_DW`), and which: `BPF_ADD | BPF_FETCH`.
+    const ATOMIC: u64 = 0xdb;
+    const FETCH_ADD: u64 = 1;
 
     fn of(number: c_long, command: c_long, attributes: c_long, size: c_long) -> Option<Self> {
         if number != libc::SYS_bpf || command != Self::BPF_PROG_LOAD {
@@ -124,9 +140,36 @@ impl ProgramLoad {
             String::from_utf8_lossy(text).into_owned()
         });
         let [name, text] = texts;
-        SAID.lock()
-            .expect("no test panics with it")
-            .push((name, text));
+        let barriers = self.barriers().unwrap_or_default();
+        let loaded = Loaded {
+            name,
+            text,
+            barriers,
+        };
+        LOADED.lock().expect("no test panics with it").push(loaded);
+    }
+
+    fn number<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.attributes.get(at..at + N)?.try_into().ok()
+    }
+
+    fn barriers(&self) -> Option<usize> {
+        let (count, place) = Self::INSTRUCTIONS;
+        let count = u32::from_ne_bytes(self.number(count)?) as usize;
+        let place = u64::from_ne_bytes(self.number(place)?) as *const u64;
+        let (functions, of_functions) = Self::FUNCTIONS;
+        let functions = u64::from_ne_bytes(self.number(functions)?) as *const [u32; 2];
+        if u32::from_ne_bytes(self.number(of_functions)?) < 2 {
+            return None;
+        }
+        // SAFETY: the caller gives bpf(2) so many instructions, and a record of two numbers for each function, of which
+        // there are more than the first one.
+        let (instructions, [end, _]) =
+            unsafe { (std::slice::from_raw_parts(place, count), *functions.add(1)) };
+        let first = instructions.get(..end as usize)?;
+        let is_barrier =
+            |word: &&u64| **word & 0xff == Self::ATOMIC && **word >> 32 == Self::FETCH_ADD;
+        Some(first.iter().filter(is_barrier).count())
     }
 }
 
@@ -254,14 +297,31 @@ fn figures() -> Result<Vec<Figures>> {
         .enable_io()
         .build()?;
     let loaded = runtime.block_on(async { Kernel::load(options, None).map(drop) });
-    let said = SAID.lock().expect("no test panics with it");
-    loaded.with_context(|| format!("{said:?}"))?;
+    let all = LOADED.lock().expect("no test panics with it");
+    loaded.with_context(|| format!("{all:?}"))?;
     // aya's own trials of what the kernel knows have no name, or one of aya's.
     let of_aya = |name: &str| name.is_empty() || name.starts_with("aya_");
-    said.iter()
-        .filter(|(name, _)| !of_aya(name))
-        .map(|(name, text)| Figures::read(name, text).with_context(|| format!("{name}: {text:?}")))
+    all.iter()
+        .filter(|loaded| !of_aya(&loaded.name))
+        .map(|Loaded { name, text, .. }| {
+            Figures::read(name, text).with_context(|| format!("{name}: {text:?}"))
+        })
         .collect()
+}
+
+/// What runs for each packet has barriers where the processor needs them, and none on x86-64.
+fn check_barriers() -> Result<()> {
+    let all = LOADED.lock().expect("no test panics with it");
+    for name in ["track_ingress", "track_egress"] {
+        let loaded = all.iter().find(|loaded| loaded.name == name);
+        let barriers = loaded.context("it is loaded")?.barriers;
+        let is_right = match env::consts::ARCH {
+            "x86_64" => barriers == 0,
+            _ => barriers >= 4,
+        };
+        ensure!(is_right, "{name} has {barriers} barriers");
+    }
+    Ok(())
 }
 
 #[test]
@@ -290,6 +350,7 @@ fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
         complaints += &now.complaints(before);
         writeln!(lines, "{}", now.line(&series))?;
     }
+    check_barriers()?;
     // Around the capture of the test's output: these lines are for the table.
     write!(io::stderr(), "{lines}")?;
     ensure!(
