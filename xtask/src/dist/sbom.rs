@@ -119,7 +119,7 @@ mod tests {
         let need = |name: &str, kind: Value| json!({"pkg": name, "dep_kinds": [{"kind": kind}]});
         let metadata = json!({
             "packages": [
-                {"id": "own", "name": NAME, "version": "0.1.0", "license": "MIT"},
+                {"id": "own", "name": NAME, "version": "0.2.0", "license": "MIT"},
                 {"id": "a", "name": "a", "version": "1.0.0", "license": "MIT/Apache-2.0"},
                 {"id": "b", "name": "b", "version": "2.0.0"},
                 {"id": "c", "name": "c", "version": "3.0.0"},

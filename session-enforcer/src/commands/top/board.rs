@@ -222,7 +222,7 @@ pub(super) mod tests {
 
     pub(in crate::commands::top) fn status(opened: u64, resets: u64) -> Status {
         Status {
-            version: "0.1.0".to_owned(),
+            version: "0.2.0".to_owned(),
             kernel: "6.1.0".to_owned(),
             pid: 7,
             started: "2026-01-01T12:00:00Z".to_owned(),

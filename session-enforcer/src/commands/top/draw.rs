@@ -223,7 +223,7 @@ mod tests {
         assert_eq!(
             lines[..7],
             [
-                "session-enforcer 0.1.0  enforce  ready",
+                "session-enforcer 0.2.0  enforce  ready",
                 "214 of 262144 sessions  opened 100.0/s  closed 50.0/s  reset 10.0/s",
                 "last: 12:00:00  session-terminated  postgres  idle_timeout",
                 "sorted by left",
