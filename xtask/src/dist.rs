@@ -9,6 +9,7 @@ mod sbom;
 mod tools;
 mod trial;
 
+use std::collections::BTreeSet;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,12 +27,12 @@ use crate::workspace::Workspace;
 const NAME: &str = "session-enforcer";
 
 /// What `dist` is asked for.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Args {
     /// The processor; without it, each.
     #[arg(long)]
     arch: Option<Arch>,
-    /// Builds a second time, in another folder, and fails where a byte differs.
+    /// Builds a second time, in another folder, and fails where a byte differs; before --test.
     #[arg(long)]
     twice: bool,
     /// Installs the Debian package in machines with systemd and runs the image in podman, as root.
@@ -41,8 +42,11 @@ pub(crate) struct Args {
 
 /// Makes the release, in the target directory.
 pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
-    setup(workspace)?;
     let archs = args.arch.map_or(Arch::ALL.to_vec(), |one| vec![one]);
+    if args.test {
+        trial::prepare(&archs)?;
+    }
+    setup(workspace)?;
     let out = workspace.target().join("dist");
     let tools = tools::ensure(workspace)?;
     let epoch = source_date(workspace)?;
@@ -98,19 +102,26 @@ fn build_again(
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     };
     let (one, other) = (sums(first)?, sums(&second)?);
-    let differing: Vec<&str> = one
-        .lines()
-        .filter(|line| !other.lines().any(|l| l == *line))
-        .collect();
+    let differing = differing(&one, &other);
     ensure!(
-        one == other,
-        "two builds of the same sources differ; of {} and {}:\n{}",
+        differing.is_empty(),
+        "two builds of the same sources differ in {}; compare the files of {} and {}",
+        differing.join(", "),
         first.display(),
-        second.display(),
-        differing.join("\n")
+        second.display()
     );
     say!("both builds have the same bytes");
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
+}
+
+/// The files that two lists of checksums do not agree about, those that one of them lacks too.
+fn differing<'a>(one: &'a str, other: &'a str) -> Vec<&'a str> {
+    let lines = |sums: &'a str| sums.lines().collect::<BTreeSet<_>>();
+    let (one, other) = (lines(one), lines(other));
+    // A line is the checksum, two spaces, and the name.
+    let name = |line: &&'a str| line.split_once("  ").map_or(*line, |(_, name)| name);
+    let names: BTreeSet<_> = one.symmetric_difference(&other).map(name).collect();
+    names.into_iter().collect()
 }
 
 /// One release in the making.
@@ -338,7 +349,7 @@ fn package(checkout: &Workspace) -> Result<serde_json::Value> {
         .context("cargo knows no package session-enforcer")
 }
 
-fn version(checkout: &Workspace) -> Result<String> {
+pub(crate) fn version(checkout: &Workspace) -> Result<String> {
     let package = package(checkout)?;
     let version = package["version"].as_str();
     Ok(version.context("the package has no version")?.to_owned())
@@ -370,4 +381,20 @@ fn cargo_home() -> Result<PathBuf> {
     }
     let home = env::home_dir().context("neither CARGO_HOME nor HOME is set")?;
     Ok(home.join(".cargo"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_differ_or_are_in_one_build_only_are_named() {
+        let one = "aa  x.deb\nbb  x.rpm\ncc  x.tar.gz\n";
+        assert!(differing(one, one).is_empty());
+        assert_eq!(
+            differing(one, "aa  x.deb\nb0  x.rpm\n"),
+            ["x.rpm", "x.tar.gz"]
+        );
+        assert_eq!(differing("", "aa  x.deb\n"), ["x.deb"]);
+    }
 }

@@ -19,17 +19,31 @@ const SUITES: [&str; 2] = ["trixie", "bookworm"];
 const INCLUDED: &str =
     "curl,dbus,logrotate,openssh-client,openssh-server,procps,systemd,systemd-sysv";
 
-/// Checks the package, and runs the tests of it in each release.
-pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
+/// Fails where the packages of these processors could not be tried here, before they are built.
+pub(super) fn prepare(archs: &[Arch]) -> Result<()> {
     ensure!(
         is_root()?,
         "the package is tried as root: run `cargo xtask dist --test` as root"
     );
-    packages::ensure(&packages::MACHINES, Missing::Install)?;
+    let own = own_arch()?.name();
+    ensure!(
+        archs.iter().any(|arch| arch.name() == own),
+        "only the package for this machine's processor can be tried here: leave --arch out, or say --arch {own}"
+    );
+    packages::ensure(&packages::MACHINES, Missing::Install)
+}
+
+/// This machine's processor.
+fn own_arch() -> Result<Arch> {
     let own = Arch::ALL
         .into_iter()
         .find(|arch| arch.name() == std::env::consts::ARCH);
-    let own = own.context("no packages are made for this machine's processor")?;
+    own.context("no packages are made for this machine's processor: --test cannot be used here")
+}
+
+/// Checks the package, and runs the tests of it in each release.
+pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
+    let own = own_arch()?;
     let package = published(out, &format!("_{}.deb", own.debian()))?;
     let tarball = published(out, &format!("-{}.tar.gz", own.name()))?;
     say!("lintian");
@@ -68,7 +82,7 @@ fn tests(workspace: &Workspace, name: &str) -> Command {
 fn published(out: &Path, end: &str) -> Result<PathBuf> {
     let mut files = list(out)?.into_iter();
     let file = files.find(|path| path.to_string_lossy().ends_with(end));
-    file.with_context(|| format!("{} has no *{end}: leave --arch out", out.display()))
+    file.with_context(|| format!("{} has no *{end}", out.display()))
 }
 
 /// A Debian root, made once and kept.
