@@ -14,6 +14,7 @@ use std::env;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -44,6 +45,12 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
     if let Some(agent) = &args.show {
         return show::show(agent);
     }
+    let mut show = prepare(workspace)?;
+    Err(show.exec()).context("cannot start the show")
+}
+
+/// Builds what is needed; the command that is the show.
+pub(crate) fn prepare(workspace: &Workspace) -> Result<Command> {
     let ip = ip()?;
     setup(workspace)?;
     let daemon = daemon(workspace, Profile::Release)?;
@@ -55,7 +62,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
     command.args(environment(&daemon, &ip));
     let own = env::current_exe().context("cannot tell where xtask's own program is")?;
     command.arg(&own).args(["demo", "--show"]).arg(agent);
-    Err(command.exec()).with_context(|| format!("cannot start {}", own.display()))
+    Ok(command)
 }
 
 /// iproute2's `ip`, installed where it is missing.

@@ -15,6 +15,7 @@ mod linker;
 mod lint;
 mod node;
 mod packages;
+mod picture;
 mod process;
 mod run;
 mod rustc;
@@ -54,6 +55,8 @@ enum Task {
     /// Real connections and the real daemon, with limits of a few seconds: who is reset, when, and
     /// who is not. Ends by itself in under 30 seconds once built, and leaves nothing behind.
     Demo(demo::Args),
+    /// Makes the pictures in the documentation anew: the demo in a terminal, the dashboard's panels.
+    Picture(picture::Args),
     /// Runs every test: first those that need no privilege, then the others as root.
     Test(test::Args),
     /// Measures what session-enforcer costs and how exact it is, beside its peers, as root.
@@ -100,6 +103,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Build(args) => build::build(&workspace, &args),
         Task::Run(args) => run::run(&workspace, &args),
         Task::Demo(args) => demo::run(&workspace, &args),
+        Task::Picture(args) => picture::picture(&workspace, &args),
         Task::Test(args) => test::test(&workspace, &args),
         Task::Bench(args) => bench::bench(&workspace, &args),
         Task::Fuzz(args) => fuzz::fuzz(&workspace, &args),
