@@ -12,7 +12,7 @@ use crate::setup::setup;
 use crate::workspace::Workspace;
 
 /// What `lint` is asked for.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Args {
     /// Do not build cargo-deny where none is installed, which takes minutes: the dependencies are not looked at then
     #[arg(long)]

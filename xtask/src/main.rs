@@ -17,6 +17,7 @@ mod node;
 mod packages;
 mod picture;
 mod process;
+mod release_check;
 mod run;
 mod rustc;
 mod setup;
@@ -82,6 +83,8 @@ enum Task {
     ///
     /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
     Dist(dist::Args),
+    /// Checks that a release can be made of this checkout; a line for each check, with what to do.
+    ReleaseCheck(release_check::Args),
     /// Checks formatting, documentation and dependencies, and runs clippy on every crate, the eBPF programs too.
     Lint(lint::Args),
 }
@@ -110,6 +113,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Vm(args) => vm::vm(&workspace, &args),
         Task::VmGuest => vm::guest(),
         Task::Dist(args) => dist::dist(&workspace, &args),
+        Task::ReleaseCheck(args) => release_check::release_check(&workspace, &args),
         Task::Lint(args) => lint::lint(&workspace, &args),
     }
 }
