@@ -25,12 +25,17 @@ pub(super) fn prepare(archs: &[Arch]) -> Result<()> {
         is_root()?,
         "the package is tried as root: run `cargo xtask dist --test` as root"
     );
-    let own = own_arch()?.name();
-    ensure!(
-        archs.iter().any(|arch| arch.name() == own),
-        "only the package for this machine's processor can be tried here: leave --arch out, or say --arch {own}"
-    );
+    includes(archs, own_arch()?)?;
     packages::ensure(&packages::MACHINES, Missing::Install)
+}
+
+fn includes(archs: &[Arch], own: Arch) -> Result<()> {
+    ensure!(
+        archs.contains(&own),
+        "only the package for this machine's processor can be tried here: leave --arch out, or say --arch {}",
+        own.name()
+    );
+    Ok(())
 }
 
 /// This machine's processor.
@@ -104,4 +109,19 @@ fn debian(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     fs::rename(&unfinished, &root)
         .with_context(|| format!("cannot rename {}", unfinished.display()))?;
     Ok(root)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_built_for_another_processor_cannot_be_tried() {
+        includes(&Arch::ALL, Arch::X86_64).expect("it is among all");
+        let error = includes(&[Arch::Aarch64], Arch::X86_64).expect_err("another one");
+        assert!(
+            error.to_string().ends_with("or say --arch x86_64"),
+            "{error}"
+        );
+    }
 }
