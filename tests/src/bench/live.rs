@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use nix::pty::{Winsize, openpty};
-use session_enforcer_tests::{Cgroup, Daemon};
+use session_enforcer_tests::{Cgroup, Daemon, Launch, Pins};
 
 use crate::{
     Bench,
@@ -43,13 +43,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let limit = spread + Duration::from_secs(2);
     let parent = Cgroup::new()?;
     let (mut many, mut due) = (Crowd::below(&parent)?, Crowd::below(&parent)?);
-    let config = format!(
-        "[[rule]]\nname = \"due\"\ndirection = \"inbound\"\ncgroups = [{:?}]\nidle_timeout = \"{}s\"\n\
-         [[rule]]\nname = \"all\"\ncgroups = [{:?}]\nidle_timeout = \"1h\"\n",
-        due.cgroup.name()?,
-        limit.as_secs(),
-        many.cgroup.name()?,
-    );
+    let config = two_rules(&due, limit, &many)?;
     let daemon = daemon(&parent, &config, &bench.stop)?;
     many.open(all / 2, bench)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "all")], all as f64)?;
@@ -75,6 +69,40 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     rows[4] = rows[4].clone().budget(Budget::AtMost(LATE));
     rows.extend(top(&daemon, Duration::from_secs(bench.pick(5, 15)))?);
     Ok(rows)
+}
+
+/// Sessions that are due while so many connections are opened that the table grows twice.
+pub(crate) fn growth(bench: &Bench) -> Result<Vec<Row>> {
+    let spread = Duration::from_secs(bench.pick(5, 10));
+    let limit = spread + Duration::from_secs(2);
+    let parent = Cgroup::new()?;
+    let (mut many, mut due) = (Crowd::below(&parent)?, Crowd::below(&parent)?);
+    let config = two_rules(&due, limit, &many)?;
+    let pins = Pins::new();
+    let launch = Launch::on(parent.path()).config(&config).pinned(&pins);
+    let daemon = bench.stop.unblocked(|| launch.start())?.quiet();
+    due.spread(bench.pick(2_000, 5_000), spread.as_millis() as u64, bench)?;
+    due.watch()?;
+    // Two sessions each.
+    many.open(bench.pick(10_000, 40_000), bench)?;
+    let late = after_the_limit(&due.ends(bench)?, limit, "while the table grows");
+    let times = daemon.log().matches("has room for").count();
+    ensure!(times > 0, "the table has not grown");
+    let mut rows = vec![Row::new("larger tables", "", &[times as f64])];
+    rows.extend(late);
+    rows[3] = rows[3].clone().budget(Budget::AtMost(LATE));
+    Ok(rows)
+}
+
+/// What is due soon, and what is not.
+fn two_rules(due: &Crowd, limit: Duration, many: &Crowd) -> Result<String> {
+    Ok(format!(
+        "[[rule]]\nname = \"due\"\ndirection = \"inbound\"\ncgroups = [{:?}]\nidle_timeout = \"{}s\"\n\
+         [[rule]]\nname = \"all\"\ncgroups = [{:?}]\nidle_timeout = \"1h\"\n",
+        due.cgroup.name()?,
+        limit.as_secs(),
+        many.cgroup.name()?,
+    ))
 }
 
 /// Reads a whole list; the seconds that it took, and the most memory that the daemon had meanwhile.

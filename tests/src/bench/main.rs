@@ -46,7 +46,7 @@ const fn benchmark(
     Benchmark { name, about, run }
 }
 
-const ALL: [Benchmark; 11] = [
+const ALL: [Benchmark; 12] = [
     benchmark(
         "per-packet",
         "one run of a program, in ns more than that of a null program on the same hook",
@@ -96,6 +96,11 @@ const ALL: [Benchmark; 11] = [
         "live",
         "`list` and `top` of 100,000 sessions, while others are due",
         live::run,
+    ),
+    benchmark(
+        "growth",
+        "sessions that are due while the session table grows",
+        live::growth,
     ),
     benchmark(
         "crowded",
