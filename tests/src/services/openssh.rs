@@ -142,8 +142,8 @@ impl OpenSsh {
         Ok(forwarding)
     }
 
-    /// An sftp that is typed to, which moves so many bytes a second at most. It asks for four blocks ahead, and not for
-    /// 64 as it would by itself: those are a whole file of a test.
+    /// An sftp that is typed to, which moves so many bytes a second at most. It asks for four blocks of 16 kB ahead, and
+    /// not for 64 of 256 kB as it would by itself: those are a whole file of a test.
     ///
     /// # Errors
     ///
@@ -151,7 +151,15 @@ impl OpenSsh {
     pub fn sftp(&self, name: &str, bytes_per_second: u32) -> Result<Program> {
         let mut command = self.client("sftp", &[])?;
         let kilobits = (bytes_per_second * 8 / 1_000).to_string();
-        command.args(["-R", "4", "-l", &kilobits, &Self::account(Self::ADDRESS)]);
+        command.args([
+            "-B",
+            "16384",
+            "-R",
+            "4",
+            "-l",
+            &kilobits,
+            &Self::account(Self::ADDRESS),
+        ]);
         Program::client(name, command)
     }
 
