@@ -48,7 +48,7 @@ pub(crate) use self::guest::guest;
 /// What `--ci` runs, and on which kernels: the oldest and the newest, each way in which the daemon
 /// meets the kernel once, and whole hosts.
 const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
-const CI_TESTS: [&str; 5] = ["verifier", "idle", "gate::nothing_passes", "mptcp", HOST];
+const CI_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
 
 /// The file with the results of the last run.
 const RESULTS: &str = "results.json";
