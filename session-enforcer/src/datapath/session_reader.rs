@@ -166,25 +166,30 @@ impl SessionReader {
         let end = cursor.next.saturating_add(STEP).min(self.buckets.len());
         let mut found = Vec::new();
         for bucket in cursor.next..end {
-            for (way, cookie) in (0..WAYS).zip(self.tags(bucket)?.0) {
-                if let Some(session) = self.at(bucket, way, cookie)? {
-                    found.push((cookie, session));
-                }
-            }
+            self.read_bucket(bucket, &mut found)?;
         }
         cursor.next = end;
         cursor.is_at_end = end == self.buckets.len();
         Ok(Some(found))
     }
 
-    /// The record in a place, if it is that of the cookie after it was read too.
-    fn at(&self, bucket: u32, way: u32, cookie: u64) -> Result<Option<Session>, BpfError> {
-        if !is_cookie(cookie) {
-            return Ok(None);
+    /// The records of a bucket, each of which is that of the same cookie after it was read too.
+    fn read_bucket(&self, bucket: u32, found: &mut Vec<(u64, Session)>) -> Result<(), BpfError> {
+        let mut read = Vec::new();
+        for (way, cookie) in self.tags(bucket)?.0.into_iter().enumerate() {
+            if is_cookie(cookie) {
+                let session = self.record(bucket * WAYS + way as u32)?;
+                read.push((way, cookie, session));
+            }
         }
-        let place = bucket * WAYS + way;
-        let session = self.record(place)?;
-        let is_same = self.tags(bucket)?.0.get(way as usize) == Some(&cookie);
-        Ok(is_same.then_some(session))
+        if !read.is_empty() {
+            let tags = self.tags(bucket)?.0;
+            read.retain(|(way, cookie, _)| tags.get(*way) == Some(cookie));
+        }
+        found.extend(
+            read.into_iter()
+                .map(|(_, cookie, session)| (cookie, session)),
+        );
+        Ok(())
     }
 }
