@@ -77,6 +77,16 @@ impl Clocks {
         }
     }
 
+    /// The same, had payload counted in both directions at that time.
+    pub(super) const fn active_at(self, at: Span) -> Self {
+        Self {
+            received: at,
+            sent: at,
+            passed: [at, at],
+            ..self
+        }
+    }
+
     /// The limits that may be the next to be reached under a rule.
     pub(super) fn deadlines(&self, rule: &Rule) -> Vec<Deadline> {
         let lifetime = self.lifetime(rule);
