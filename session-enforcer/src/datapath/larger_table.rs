@@ -155,10 +155,11 @@ pub struct Larger {
 }
 
 impl Kernel {
-    /// Whether the table can be made larger.
+    /// Whether the table can be made larger, as far as is known: not where that was tried in vain.
     pub fn can_grow(&self) -> bool {
         let is_pinned = self.pins.as_ref().is_some_and(|pins| !pins.is_staged());
-        is_pinned && self.loader.is_some() && self.load_options.capacity < self.options.max_sessions
+        let is_larger_allowed = self.load_options.capacity < self.options.max_sessions;
+        is_pinned && self.loader.is_some() && is_larger_allowed && !self.has_not_grown
     }
 
     /// Has a larger table made.
@@ -227,17 +228,18 @@ impl Kernel {
     /// Where a pin cannot be removed.
     pub fn give_up_growth(&mut self) -> Result<(), BpfError> {
         self.next = None;
+        self.has_not_grown = true;
         Ok(self.pins.iter().try_for_each(Pins::end_staging)?)
     }
 
-    /// Copies sessions to the larger table, or what has passed on those that are there; how many differed.
+    /// Copies sessions to the larger table, or what has passed on those that are there.
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn copy_to_larger(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
+    pub fn copy_to_larger(&mut self, cookies: &[u64]) -> Result<(), BpfError> {
         let Some(next) = &mut self.next else {
-            return Ok(0);
+            return Ok(());
         };
         let from = self.sessions.sessions(cookies)?;
         carry_over(cookies, &from, &next.sessions, &mut next.copied)
@@ -262,13 +264,13 @@ impl Kernel {
         } = next;
         let ports = Ports::seeing_all(take_map(&mut ebpf, port_filter::SECTION)?)?;
         let table = take_map::<aya::maps::Array<MapData, TableHead>>(&mut ebpf, TABLE)?;
-        for (_, any) in self.shared.iter().take(1) {
-            pins.mark_torn(any)?;
-        }
+        let (_, any) = self.shared.first().ok_or(BpfError::NoLoader)?;
+        pins.mark_torn(any)?;
         self.update_links(&ebpf)?;
         self.ports = ports;
         self.table = table;
         self.load_options = options;
+        self.has_not_grown = false;
         let before = std::mem::replace(&mut self.sessions, sessions);
         let programs = std::mem::replace(&mut self.ebpf, ebpf);
         self.before = Some(Before {
@@ -378,10 +380,9 @@ impl Kernel {
         Ok(())
     }
 
-    /// The tables in which the daemon changes sessions.
-    pub(super) fn tables(&self) -> impl Iterator<Item = &SessionTable> {
-        let next = self.next.as_ref().map(|next| &next.sessions);
-        std::iter::once(&self.sessions).chain(next)
+    /// The larger table that is being filled: what the daemon changes in the one in use it changes there too.
+    pub(super) fn larger(&self) -> Option<&SessionTable> {
+        self.next.as_ref().map(|next| &next.sessions)
     }
 }
 
@@ -393,21 +394,20 @@ fn joined(mut now: Session, from: &Session) -> Session {
     now
 }
 
-/// Puts sessions into a table that no packet meets yet, and brings those up to date that are there; how many
-/// differed.
+/// Puts sessions into a table that no packet meets yet, and brings those up to date that are there.
 fn carry_over(
     cookies: &[u64],
     from: &[Option<Session>],
     to: &SessionTable,
     copied: &mut HashMap<u64, u64>,
-) -> Result<usize, BpfError> {
+) -> Result<(), BpfError> {
     let there = to.sessions(cookies)?;
-    let (mut missing, mut differed) = (Vec::new(), 0);
+    let mut missing = Vec::new();
     for ((cookie, from), there) in cookies.iter().zip(from).zip(there) {
         match (from, there) {
             (Some(from), Some(there)) if there.established_ns == from.established_ns => {
-                if there != *from && to.amend(*cookie, from)? {
-                    differed += 1;
+                if there != *from {
+                    to.amend(*cookie, from)?;
                 }
             }
             (Some(from), there) => {
@@ -422,8 +422,7 @@ fn carry_over(
     for ((cookie, session), answer) in missing.iter().zip(to.adopt(&missing)?) {
         if answer == Adoption::Inserted {
             copied.insert(*cookie, session.established_ns);
-            differed += 1;
         }
     }
-    Ok(differed)
+    Ok(())
 }

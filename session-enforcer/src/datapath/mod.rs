@@ -120,6 +120,8 @@ pub struct Kernel {
     shared: Vec<(String, OwnedFd)>,
     /// None where the table has its full size, or cannot grow.
     loader: Option<Loader>,
+    /// Whether the last attempt to make it larger has failed.
+    has_not_grown: bool,
     next: Option<Next>,
     before: Option<Before>,
     sessions: SessionTable,
@@ -214,6 +216,7 @@ impl Kernel {
             attached: Vec::new(),
             pins,
             loader,
+            has_not_grown: false,
             next: None,
             before: None,
         };
@@ -332,7 +335,10 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn decide(&mut self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
-        self.tables().try_for_each(|table| table.decide(sessions))
+        if let Some(larger) = self.larger() {
+            larger.decide(sessions)?;
+        }
+        self.sessions.decide(sessions)
     }
 
     /// Sessions in the session map, as its programs count them.
@@ -394,9 +400,8 @@ impl Kernel {
         let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
         self.join_all(&cookies, &mut shut)?;
         // For a session that is not there yet, the copy is of one that is shut.
-        let larger = self.tables().skip(1);
-        for table in larger {
-            table.shut(sessions)?;
+        if let Some(larger) = self.larger() {
+            larger.shut(sessions)?;
         }
         Ok(shut)
     }
@@ -407,8 +412,10 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
-        self.tables()
-            .try_for_each(|table| table.reopen(cookie, established_ns))
+        if let Some(larger) = self.larger() {
+            larger.reopen(cookie, established_ns)?;
+        }
+        self.sessions.reopen(cookie, established_ns)
     }
 
     /// The cookie of every session in the session map, once.
@@ -447,9 +454,8 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
-        let larger = self.tables().skip(1);
-        for table in larger {
-            table.amend(cookie, session)?;
+        if let Some(larger) = self.larger() {
+            larger.amend(cookie, session)?;
         }
         self.sessions.amend(cookie, session)
     }
@@ -461,9 +467,8 @@ impl Kernel {
     ///
     /// Where the kernel refuses.
     pub fn remove(&mut self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
-        let larger = self.tables().skip(1);
-        for table in larger {
-            table.remove(cookie, established_ns)?;
+        if let Some(larger) = self.larger() {
+            larger.remove(cookie, established_ns)?;
         }
         self.sessions.remove(cookie, established_ns)
     }

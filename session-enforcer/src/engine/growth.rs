@@ -4,7 +4,7 @@
 use std::{rc::Rc, time::Duration};
 
 use anyhow::Result;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::sleep;
 
 use super::{ask, context::Context, owner::MAX_COMPARISONS, reload};
 use crate::reaper::diag::MAX_BATCH;
@@ -30,15 +30,15 @@ pub(super) fn begin_if_half_full(context: &Rc<Context>) {
 }
 
 async fn grow(context: Rc<Context>) -> Result<()> {
-    if let Err(error) = fill_larger(&context).await {
+    while let Err(error) = fill_larger(&context).await {
         tracing::warn!("the session table cannot be made larger, which is tried again: {error:#}");
         if let Err(error) = context.state().kernel.give_up_growth() {
             tracing::warn!("what was made of a larger session table is left: {error}");
         }
-        sleep_until(Instant::now() + REST).await;
-    } else {
-        change_over(&context).await?;
+        // Until then the table counts as one that does not grow: it is full where it is full.
+        sleep(REST).await;
     }
+    change_over(&context).await?;
     context.is_growing.set(false);
     Ok(())
 }
