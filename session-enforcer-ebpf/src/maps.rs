@@ -18,7 +18,7 @@ use session_enforcer_common::{
 };
 
 /// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of
-/// buckets at load, from `daemon.max_sessions`, and reads them through a mapping.
+/// buckets at load, from the sessions that the table is made for, and reads them through a mapping.
 #[btf_map]
 pub(crate) static BUCKETS: Array<Bucket, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 

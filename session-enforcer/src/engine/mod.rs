@@ -2,8 +2,8 @@
 //!
 //! One loop waits for events, deadlines, signals and requests. What takes a reaper is a task of its own beside
 //! it ([`context`]): resets ([`terminate`]), the agreement of map, schedule and sockets ([`sync`]), owners
-//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]), a larger table ([`growth`]). What is decided is pure:
-//! [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
+//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]), a larger table ([`growth`]). What is
+//! decided is pure: [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
 //! user or a file system can hold up.
 
 pub mod adopt;
