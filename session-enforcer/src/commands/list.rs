@@ -8,6 +8,7 @@ use std::{
 use anyhow::Result;
 use bytes::Bytes;
 use hyper::Method;
+use serde::Deserialize;
 
 use super::{
     columns::{table, write_stable},
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::{
     cli::ListArgs,
-    report::control::{Row, SortKey},
+    report::control::{Carried, Row, SortKey},
 };
 
 /// The longest list that the daemon sorts.
@@ -40,18 +41,31 @@ pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<(
     }
     let path = with_query("/v1/sessions", &pairs);
     let client = DaemonClient::new(&args.daemon.socket);
-    let rows = block_on(async {
+    let mut listed = block_on(async {
         let lines = client.lines(Method::GET, &path, Bytes::new()).await?;
         collect(lines).await
     })?;
-    let mut rows: Vec<(Row<'_>, &[u8])> = rows
-        .iter()
-        .map(|line| Ok((parse(line)?, &**line)))
-        .collect::<Result<_>>()?;
-    rows.sort_by(|(a, _), (b, _)| compare(args.sort, a, b));
+    listed.sort_unstable_by(|a, b| compare(args.sort, &a.numbers, &b.numbers));
     let most = args.limit.and_then(|limit| usize::try_from(limit).ok());
-    rows.truncate(most.unwrap_or(usize::MAX));
-    print(args, &rows, out).or_else(unless_closed)
+    listed.truncate(most.unwrap_or(usize::MAX));
+    print(args, &listed, out)
+}
+
+/// A session in the daemon's answer. The whole line is parsed only where its other fields are printed.
+struct Listed {
+    numbers: Numbers,
+    line: Box<[u8]>,
+}
+
+/// The fields of a [`Row`] by which a list can be sorted.
+#[derive(Deserialize)]
+struct Numbers {
+    id: u64,
+    rule: Box<str>,
+    age_seconds: f64,
+    idle_seconds: f64,
+    left_seconds: Option<f64>,
+    bytes: Carried,
 }
 
 /// Whoever reads has had enough.
@@ -62,44 +76,52 @@ pub(super) fn unless_closed(error: io::Error) -> Result<()> {
     }
 }
 
-async fn collect(mut lines: Lines) -> Result<Vec<Vec<u8>>> {
+/// Parses each line when it arrives: the daemon makes the next ones meanwhile.
+async fn collect(mut lines: Lines) -> Result<Vec<Listed>> {
     let mut all = Vec::new();
     while let Some(line) = lines.next().await? {
-        all.push(line.to_vec());
+        all.push(Listed {
+            numbers: parse(line)?,
+            line: line.into(),
+        });
     }
     Ok(all)
 }
 
-fn print(
-    args: &ListArgs,
-    rows: &[(Row<'_>, &[u8])],
-    out: &mut (impl Write + TerminalOrNot),
-) -> io::Result<()> {
+fn print(args: &ListArgs, listed: &[Listed], out: &mut (impl Write + TerminalOrNot)) -> Result<()> {
     if args.json {
-        for (_, line) in rows {
-            out.write_all(line)?;
-            out.write_all(b"\n")?;
-        }
-    } else if let Some(width) = out.width() {
-        let rows: Vec<Row<'_>> = rows.iter().map(|(row, _)| row.clone()).collect();
-        out.write_all(table(&rows, width).as_bytes())?;
-    } else {
-        for (row, _) in rows {
-            write_stable(row, out)?;
-        }
+        return print_lines(listed, out).or_else(unless_closed);
+    }
+    let rows = listed.iter().map(|one| parse(&one.line));
+    let rows: Vec<Row<'_>> = rows.collect::<Result<_>>()?;
+    print_columns(&rows, out).or_else(unless_closed)
+}
+
+fn print_lines(listed: &[Listed], out: &mut impl Write) -> io::Result<()> {
+    for one in listed {
+        out.write_all(&one.line)?;
+        out.write_all(b"\n")?;
+    }
+    out.flush()
+}
+
+fn print_columns(rows: &[Row<'_>], out: &mut (impl Write + TerminalOrNot)) -> io::Result<()> {
+    match out.width() {
+        Some(width) => out.write_all(table(rows, width).as_bytes())?,
+        None => rows.iter().try_for_each(|row| write_stable(row, out))?,
     }
     out.flush()
 }
 
 /// The order of a list. What has no such number comes last.
-pub(super) fn compare(sort: SortKey, a: &Row<'_>, b: &Row<'_>) -> Ordering {
-    let left = |row: &Row<'_>| row.left_seconds.unwrap_or(f64::INFINITY);
+fn compare(sort: SortKey, a: &Numbers, b: &Numbers) -> Ordering {
+    let left = |row: &Numbers| row.left_seconds.unwrap_or(f64::INFINITY);
     let by = match sort {
         SortKey::Left => left(a).total_cmp(&left(b)),
         SortKey::Idle => b.idle_seconds.total_cmp(&a.idle_seconds),
         SortKey::Age => b.age_seconds.total_cmp(&a.age_seconds),
         SortKey::Bytes => {
-            let carried = |row: &Row<'_>| row.bytes.received.saturating_add(row.bytes.sent);
+            let carried = |row: &Numbers| row.bytes.received.saturating_add(row.bytes.sent);
             carried(b).cmp(&carried(a))
         }
         SortKey::Rule => a.rule.cmp(&b.rule).then(left(a).total_cmp(&left(b))),
