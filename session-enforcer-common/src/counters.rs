@@ -19,14 +19,14 @@ unsafe impl aya::Pod for RuleCounters {}
 /// Not a [`Direction`](crate::Direction), which says who dialled: packets of a session pass both ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
-pub enum Way {
+pub enum PacketDirection {
     /// To a socket of this host.
     Ingress = 0,
     /// From a socket of this host.
     Egress = 1,
 }
 
-impl Way {
+impl PacketDirection {
     /// Both, in the order of their numbers.
     pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
 
@@ -102,7 +102,10 @@ mod tests {
 
     #[test]
     fn the_names_in_metrics_are_fixed() {
-        assert_eq!(Way::ALL.map(Way::name), ["ingress", "egress"]);
+        assert_eq!(
+            PacketDirection::ALL.map(PacketDirection::name),
+            ["ingress", "egress"]
+        );
         let names = [
             "map_full",
             "event_lost",
@@ -121,7 +124,7 @@ mod tests {
         for (index, kind) in ErrorKind::ALL.iter().enumerate() {
             assert_eq!(*kind as usize, index);
         }
-        for (index, way) in Way::ALL.iter().enumerate() {
+        for (index, way) in PacketDirection::ALL.iter().enumerate() {
             assert_eq!(*way as usize, index);
         }
     }

@@ -1,5 +1,5 @@
 //! What the kernel programs and the daemon share: the records that lie in BPF maps, and the two
-//! pure decisions, [`matches`](fn@matches) (does a rule's entry apply to a connection?) and [`verdict`] (has a
+//! pure decisions, [`matches`](fn@matches) (does a rule's entry apply to a connection?) and [`expiry`] (has a
 //! session outlived its limits?). The kernel programs' reading of [`packet`]s is here too, where it
 //! can be tested.
 //!
@@ -10,26 +10,26 @@
 
 mod counters;
 mod event;
+mod expiry;
 mod journal;
 mod layout;
 mod matching;
 mod owner;
 pub mod packet;
-mod policy;
 mod ports;
 mod restored;
 mod session;
 pub mod table;
 
-pub use counters::{ErrorKind, RuleCounters, Way};
+pub use counters::{ErrorKind, PacketDirection, RuleCounters};
 pub use event::{Event, EventError, EventKind};
+pub use expiry::{Activity, Expiry, Limits, Reason, expiry};
 pub use journal::{JournalEntry, MAX_JOURNAL, MAX_RULE_NAME};
 pub use layout::LAYOUT;
 pub use matching::{
     Facts, MatchEntry, PortRange, Prefix, RULE_EXEMPT, Table, first_possible, matches,
 };
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
-pub use policy::{Activity, Policy, Reason, Verdict, verdict};
 pub use ports::{PortFilter, PortFilters};
 pub use restored::{Clocks, Ends, MAX_REMEMBERED};
 pub use session::{Address, Choice, Direction, Session, Traffic, flags};

@@ -192,7 +192,7 @@ impl MatchEntry {
     /// Whether the entry asks for something about the owner that the facts do not tell, so that it
     /// is open whether it applies.
     #[inline(always)]
-    pub const fn is_open(&self, facts: &Facts) -> bool {
+    pub const fn needs_owner(&self, facts: &Facts) -> bool {
         self.asks_user != 0 && facts.known & Facts::UID == 0
             || self.cgroup_id != 0 && facts.known & Facts::CGROUP == 0
     }
@@ -206,9 +206,9 @@ pub struct Table {
     pub generation: u32,
     /// Number of valid entries.
     pub entries: u32,
-    /// Places in the session table that each rule's sessions can have, however many the others' have.
+    /// Slots in the session table that each rule's sessions can have, however many the others' have.
     pub share: u32,
-    /// Places that are kept for the shares of all rules but one.
+    /// Slots that are kept for the shares of all rules but one.
     pub reserve: u32,
 }
 
@@ -217,9 +217,9 @@ impl Table {
     pub const COUNT: u32 = 2;
 
     /// The [`share`](Self::share) and [`reserve`](Self::reserve) where so many rules track sessions in a session table
-    /// of so many places: an eighth of it is divided among them.
-    pub const fn shares(rules: u32, places: u32) -> (u32, u32) {
-        let Some(share) = (places / 8).checked_div(rules) else {
+    /// of so many slots: an eighth of it is divided among them.
+    pub const fn shares(rules: u32, slots: u32) -> (u32, u32) {
+        let Some(share) = (slots / 8).checked_div(rules) else {
             return (0, 0);
         };
         (share, share * (rules - 1))
@@ -242,7 +242,7 @@ unsafe impl aya::Pod for Table {}
 
 /// Whether the entry applies to the connection. The first entry of a table that applies decides.
 ///
-/// Where the facts do not tell what the entry asks for (it [is open](MatchEntry::is_open)), it
+/// Where the facts do not tell what the entry asks for (it [needs the owner](MatchEntry::needs_owner)), it
 /// counts as applying: a connection must not slip past a rule because its owner is not known yet.
 #[inline(always)]
 pub fn matches(facts: &Facts, ancestors: &Ancestors, entry: &MatchEntry) -> bool {
@@ -264,7 +264,7 @@ pub fn first_possible<'a>(
     facts: &Facts,
     ancestors: &Ancestors,
 ) -> Option<&'a MatchEntry> {
-    let is_no_favour = |entry: &MatchEntry| entry.rule != RULE_EXEMPT || !entry.is_open(facts);
+    let is_no_favour = |entry: &MatchEntry| entry.rule != RULE_EXEMPT || !entry.needs_owner(facts);
     let applies = |entry: &&MatchEntry| matches(facts, ancestors, entry) && is_no_favour(entry);
     entries.iter().find(applies)
 }
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn an_eighth_of_the_places_is_divided_among_the_rules() {
+    fn an_eighth_of_the_slots_is_divided_among_the_rules() {
         assert_eq!(Table::shares(0, 1_000), (0, 0));
         // One has all.
         assert_eq!(Table::shares(1, 1_000), (125, 0));
@@ -416,10 +416,10 @@ mod tests {
             (Facts::UID | Facts::CGROUP, false, false),
         ] {
             let f = Facts { known, ..facts() };
-            assert!(!entry().is_open(&f) && matches(&f, &entry()));
-            assert_eq!(of_user(5).is_open(&f), user_open);
+            assert!(!entry().needs_owner(&f) && matches(&f, &entry()));
+            assert_eq!(of_user(5).needs_owner(&f), user_open);
             assert_eq!(matches(&f, &of_user(5)), user_open);
-            assert_eq!(of_cgroup(4).is_open(&f), cgroup_open);
+            assert_eq!(of_cgroup(4).needs_owner(&f), cgroup_open);
             assert_eq!(matches(&f, &of_cgroup(4)), cgroup_open);
         }
     }

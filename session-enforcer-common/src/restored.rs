@@ -1,7 +1,7 @@
 //! What outlives a socket that was closed without a word to its peer: another one can take its connection over
 //! (`TCP_REPAIR`, which CRIU uses), and with it the connection's age.
 
-use crate::{Address, Session, policy::later};
+use crate::{Address, Session, expiry::later};
 
 /// Connections that are remembered. Of more than these the ones that closed first are forgotten.
 pub const MAX_REMEMBERED: u32 = 16_384;

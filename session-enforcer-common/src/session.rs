@@ -94,7 +94,7 @@ pub mod flags {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Session {
-    /// When new payload that counts (see [`Policy::min_payload`](crate::Policy::min_payload)) last
+    /// When new payload that counts (see [`Limits::min_payload`](crate::Limits::min_payload)) last
     /// arrived; the time of establishment where none has.
     pub last_received_ns: u64,
     /// When new payload that counts was last sent; the time of establishment where none has been.
@@ -116,7 +116,7 @@ pub struct Session {
     /// socket has sent it (its `snd_nxt` has come to [`went_until`](Self::went_until)).
     pub went_ns: u64,
     /// Until when the gate need not look at the session; see
-    /// [`Policy::open_until_ns`](crate::Policy::open_until_ns). 0 where it has not looked under the
+    /// [`Limits::open_until_ns`](crate::Limits::open_until_ns). 0 where it has not looked under the
     /// policy of this generation; [`SHUT`](Self::SHUT) where the daemon has decided to end the session.
     pub open_until_ns: u64,
     /// Generation of the match table that chose the rule.
@@ -166,7 +166,7 @@ pub struct Session {
 pub struct Choice(pub u64);
 
 impl Choice {
-    /// Of a session that has ended, and whose place is free in a moment. No policy has this generation.
+    /// Of a session that has ended, and whose slot is free in a moment. No policy has this generation.
     pub const ENDED: Self = Self(u32::MAX as u64);
 
     /// That of a session.
@@ -289,7 +289,7 @@ impl Session {
     /// stamps the later stays, and the later activity tells who owes the answer; at the same time this
     /// record's.
     #[inline]
-    pub fn join(&mut self, other: &Traffic) {
+    pub fn merge_activity(&mut self, other: &Traffic) {
         let other_ns = other.last_received_ns.max(other.last_sent_ns);
         let owes_answer = if other_ns > self.last_activity_ns() {
             other.answered_ns == 0
@@ -343,14 +343,14 @@ impl Session {
     }
 
     /// Whether the socket may know of more activity than the record.
-    pub const fn is_unsettled(&self) -> bool {
+    pub const fn has_candidate(&self) -> bool {
         self.awaits_received() || self.awaits_sent()
     }
 
     /// The record, were all payload taken and sent that is waited for. An answer does not come before its request:
     /// of both, what was received is the later.
     #[must_use]
-    pub const fn settled(mut self) -> Self {
+    pub const fn with_candidate(mut self) -> Self {
         if self.awaits_sent() {
             self.stamp_sent(self.went_ns, self.went_is_answer == 1);
         }
@@ -636,15 +636,15 @@ mod tests {
     #[test]
     fn payload_that_is_waited_for_counts_with_the_time_at_which_it_passed() {
         let mut session = tests_support::session(1, 2, 2);
-        assert!(!session.is_unsettled());
-        assert_eq!(session.settled(), session);
+        assert!(!session.has_candidate());
+        assert_eq!(session.with_candidate(), session);
         (session.came_ns, session.went_ns) = (5, 4);
         assert!(session.awaits_received() && session.awaits_sent());
-        let settled = session.settled();
+        let settled = session.with_candidate();
         assert_eq!((settled.last_received_ns, settled.last_sent_ns), (5, 4));
-        assert!(settled.owes_answer() && !settled.is_unsettled());
+        assert!(settled.owes_answer() && !settled.has_candidate());
         session.came_ns = 0;
-        assert!(session.is_unsettled() && !session.settled().owes_answer());
+        assert!(session.has_candidate() && !session.with_candidate().owes_answer());
     }
 
     #[test]
@@ -674,7 +674,7 @@ mod tests {
         let sent = session.bytes_sent + 99;
         assert!(session.is_answered_by(sent, 99) && !session.is_answered_by(sent, 100));
         (session.went_ns, session.went_is_answer) = (3, 0);
-        let settled = session.settled();
+        let settled = session.with_candidate();
         assert_eq!((settled.owes_answer(), settled.last_sent_ns), (true, 3));
         session.stamp_sent(3, false);
         assert_eq!((session.owes_answer(), session.last_sent_ns), (true, 3));
@@ -705,13 +705,13 @@ mod tests {
         for records in [[read, owes], [owes, answered], [read, answered]] {
             let [before, after] = records;
             for [mut joined, other] in [[before, after], [after, before]] {
-                joined.join(&other.traffic());
+                joined.merge_activity(&other.traffic());
                 assert_eq!(joined, after);
             }
         }
         // What else a record says of the session is its own.
         let mut joined = read;
-        joined.join(&Traffic {
+        joined.merge_activity(&Traffic {
             flags: u8::MAX,
             ..read.traffic()
         });
@@ -722,7 +722,7 @@ mod tests {
             ..owes
         };
         let mut joined = told;
-        joined.join(&owes.traffic());
+        joined.merge_activity(&owes.traffic());
         assert_eq!(joined, told);
     }
 

@@ -9,7 +9,7 @@
 //! that sockets that are made one after the other share the memory that the processor has at hand. The
 //! second comes of a hash with a random key. A session is put into the first while that is half empty at
 //! least, else into the emptier of both. That keeps them so evenly filled that while the table has room
-//! nobody finds both full: in a table of 262,144 sessions that was always full to the last place, 4 of
+//! nobody finds both full: in a table of 262,144 sessions that was always full to the last slot, 4 of
 //! 20 million insertions did, by simulation; 28 with two buckets by hash.
 
 use crate::Session;
@@ -86,31 +86,31 @@ const fn share(hash: u32, of: u32) -> u32 {
     ((hash as u64 * of as u64) >> 32) as u32
 }
 
-/// Whether a session is put into the second of its buckets, by the places that are free in both.
+/// Whether a session is put into the second of its buckets, by the slots that are free in both.
 #[inline(always)]
 pub const fn prefers_second(free_in_first: u32, free_in_second: u32) -> bool {
     free_in_first < WAYS / 2 && free_in_second > free_in_first
 }
 
-/// Buckets of a table that is to hold so many sessions: 1.3 places for each, and a bucket more, since
+/// Buckets of a table that is to hold so many sessions: 1.3 slots for each, and a bucket more, since
 /// the few of a small table are less evenly filled. Their number is odd: what comes in steps of a power
 /// of two comes to all of them.
 pub const fn buckets_for(sessions: u32) -> u32 {
-    let places = (sessions as u64 * 13).div_ceil(10);
+    let slots = (sessions as u64 * 13).div_ceil(10);
     // At most 2^32 * 1.3 / 16: no cut.
-    (places.div_ceil(WAYS as u64) + 1) as u32 | 1
+    (slots.div_ceil(WAYS as u64) + 1) as u32 | 1
 }
 
 /// What the daemon asks of a program about the session of a cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Request {
+pub enum TableOp {
     /// A copy of the record.
     Read = 0,
     /// To put in a session that is not there.
     Adopt = 1,
     /// To write a session that is there.
-    Amend = 2,
+    Update = 2,
     /// To take it out, where it is the one that was established at the time in the record.
     Remove = 3,
     /// To shut the gate of the session that was established at that time, to payload that is on its way
@@ -132,7 +132,7 @@ pub mod answer {
     pub const PRESENT: u32 = 3;
     /// There is no room.
     pub const FULL: u32 = 4;
-    /// The sessions of the rule have as many places as it allows them.
+    /// The sessions of the rule have as many slots as it allows them.
     pub const RULE_FULL: u32 = 5;
 }
 
@@ -142,11 +142,11 @@ pub const MAX_REQUESTS: u32 = 128;
 /// A request of the daemon's, and the answer to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Exchange {
+pub struct TableRequest {
     /// Whose session.
     pub cookie: u64,
-    /// [`Request`] as a number.
-    pub request: u32,
+    /// [`TableOp`] as a number.
+    pub op: u32,
     /// One of [`answer`].
     pub answer: u32,
     /// What is to be written, or was read.
@@ -156,7 +156,7 @@ pub struct Exchange {
 const _: () = {
     assert!(size_of::<Bucket>() == 128 && align_of::<Bucket>() == 8);
     assert!(size_of::<TableHead>() == 24 && align_of::<TableHead>() == 8);
-    assert!(size_of::<Exchange>() == 184 && align_of::<Exchange>() == 8);
+    assert!(size_of::<TableRequest>() == 184 && align_of::<TableRequest>() == 8);
 };
 
 #[cfg(feature = "user")]
@@ -168,7 +168,7 @@ mod pod {
     // SAFETY: as above; its size is that of its array.
     unsafe impl aya::Pod for super::Key {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::Exchange {}
+    unsafe impl aya::Pod for super::TableRequest {}
 }
 
 #[cfg(test)]
@@ -256,15 +256,15 @@ mod tests {
     #[test]
     fn there_is_room_for_all_and_not_for_many_more() {
         for sessions in [1, 16, 100, 262_144, u32::MAX] {
-            let places = u64::from(buckets_for(sessions)) * u64::from(WAYS);
-            assert!(places * 10 >= u64::from(sessions) * 13);
-            assert!(places * 10 <= u64::from(sessions) * 13 + 3 * 10 * u64::from(WAYS));
+            let slots = u64::from(buckets_for(sessions)) * u64::from(WAYS);
+            assert!(slots * 10 >= u64::from(sessions) * 13);
+            assert!(slots * 10 <= u64::from(sessions) * 13 + 3 * 10 * u64::from(WAYS));
             assert_eq!(buckets_for(sessions) % 2, 1);
         }
     }
 
     #[test]
-    fn a_table_has_a_bucket_more_than_its_places_take_and_an_odd_number() {
+    fn a_table_has_a_bucket_more_than_its_slots_take_and_an_odd_number() {
         let buckets = [1, 16, 100, 262_144].map(buckets_for);
         assert_eq!(buckets, [3, 3, 11, 21_301]);
     }

@@ -70,15 +70,15 @@ impl Record {
     }
 }
 
-/// A place of the table.
-struct Place {
+/// A slot of the table.
+struct Slot {
     tag: AtomicU64,
     open_until_ns: AtomicU64,
     established_ns: AtomicU64,
     order: Order,
 }
 
-impl Place {
+impl Slot {
     fn new(tag: u64, record: Record, order: Order) -> Arc<Self> {
         Arc::new(Self {
             tag: AtomicU64::new(tag),
@@ -152,11 +152,11 @@ impl Place {
 
 fn found_record_is_whole(order: Order) {
     loom::model(move || {
-        let place = Place::new(0, Record::of(FIRST, FIRST), order);
-        let program = Arc::clone(&place);
+        let slot = Slot::new(0, Record::of(FIRST, FIRST), order);
+        let program = Arc::clone(&slot);
         let other = thread::spawn(move || program.put(SECOND, Record::of(SECOND, SECOND)));
-        if place.find(SECOND) {
-            assert_eq!(place.copy(), Record::of(SECOND, SECOND));
+        if slot.find(SECOND) {
+            assert_eq!(slot.copy(), Record::of(SECOND, SECOND));
         }
         assert!(other.join().expect("it does not panic"));
     });
@@ -175,13 +175,13 @@ fn who_finds_a_session_finds_its_record_unordered() {
 
 fn copy_is_of_the_session(order: Order) {
     loom::model(move || {
-        let place = Place::new(FIRST, Record::of(FIRST, FIRST), order);
-        let program = Arc::clone(&place);
+        let slot = Slot::new(FIRST, Record::of(FIRST, FIRST), order);
+        let program = Arc::clone(&slot);
         let other = thread::spawn(move || {
             program.clear(FIRST);
             program.put(SECOND, Record::of(SECOND, SECOND))
         });
-        if let Some(copy) = place.read(FIRST, Order::Full) {
+        if let Some(copy) = slot.read(FIRST, Order::Full) {
             assert_eq!(copy, Record::of(FIRST, FIRST));
         }
         assert!(other.join().expect("it does not panic"));
@@ -199,20 +199,20 @@ fn a_copy_that_is_followed_by_the_tag_is_of_the_session_unordered() {
     copy_is_of_the_session(Order::Missing);
 }
 
-/// The place of a session whose gate is shut meanwhile becomes that of another, or of the same socket that was
+/// The slot of a session whose gate is shut meanwhile becomes that of another, or of the same socket that was
 /// connected again.
 fn gate_of_another_stays_open(order: Order, cookie: u64, tag_first: bool) {
     loom::model(move || {
-        let place = Place::new(FIRST, Record::of(FIRST, FIRST), order);
+        let slot = Slot::new(FIRST, Record::of(FIRST, FIRST), order);
         let next = Record::of(cookie, SECOND);
-        let program = Arc::clone(&place);
+        let program = Arc::clone(&slot);
         let other = thread::spawn(move || {
             program.clear(FIRST);
             program.put(cookie, next)
         });
-        place.shut(FIRST, FIRST, tag_first);
+        slot.shut(FIRST, FIRST, tag_first);
         assert!(other.join().expect("it does not panic"));
-        assert_ne!(place.copy().open_until_ns, Session::SHUT);
+        assert_ne!(slot.copy().open_until_ns, Session::SHUT);
     });
 }
 
@@ -235,16 +235,16 @@ fn the_time_of_establishment_alone_does_not_tell_whose_gate_was_shut() {
 }
 
 #[test]
-fn a_place_is_given_to_one() {
+fn a_slot_is_given_to_one() {
     loom::model(|| {
-        let place = Place::new(0, Record::of(1, 1), Order::Full);
-        let program = Arc::clone(&place);
+        let slot = Slot::new(0, Record::of(1, 1), Order::Full);
+        let program = Arc::clone(&slot);
         let other = thread::spawn(move || program.put(FIRST, Record::of(FIRST, FIRST)));
-        let is_seconds = place.put(SECOND, Record::of(SECOND, SECOND));
+        let is_seconds = slot.put(SECOND, Record::of(SECOND, SECOND));
         assert_ne!(other.join().expect("it does not panic"), is_seconds);
         let cookie = if is_seconds { SECOND } else { FIRST };
-        assert!(place.is_at(cookie));
-        assert_eq!(place.copy(), Record::of(cookie, cookie));
+        assert!(slot.is_at(cookie));
+        assert_eq!(slot.copy(), Record::of(cookie, cookie));
     });
 }
 
@@ -313,7 +313,7 @@ fn a_copy_that_was_read_twice_has_no_count_without_its_stamp_unordered() {
     copy_is_of_one_moment(Order::Missing);
 }
 
-/// `gate::is_shut_meanwhile`. Where `order` is missing there is `SETTLE`, as on x86-64.
+/// `gate::is_shut_meanwhile`. Where `order` is missing there is `STAMP_VISIBLE`, as on x86-64.
 fn packet_is_stamped_or_dropped(order: Order) {
     loom::model(move || {
         let session = words::<2>();

@@ -12,14 +12,16 @@ use aya_ebpf::{
     helpers::{bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_tcp_sock as bpf_tcp_sock_helper},
     programs::SkBuffContext,
 };
-use session_enforcer_common::{Direction, ErrorKind, EventKind, Policy, Session, Way, flags};
+use session_enforcer_common::{
+    Direction, ErrorKind, EventKind, Limits, PacketDirection, Session, flags,
+};
 
 use crate::{
-    counters,
-    gate::{self, Fate},
-    lifecycle,
-    packet::{self, Segment},
-    policy, ports, table, words,
+    count,
+    gate::{self, Verdict},
+    lifecycle, policy_tables, port_check,
+    skb::{self, Segment},
+    slots, words,
 };
 
 /// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
@@ -34,7 +36,7 @@ const MOST_HEADERS: u32 = 1024;
 #[derive(Clone, Copy)]
 struct Measure {
     /// The limits of its session; none where nothing is known to limit it.
-    policy: Option<&'static Policy>,
+    limits: Option<&'static Limits>,
     /// When the packet is here.
     now_ns: u64,
 }
@@ -43,15 +45,15 @@ impl Measure {
     #[inline(always)]
     fn of(session: &mut Session) -> Self {
         Self {
-            policy: policy::of(session),
+            limits: policy_tables::of(session),
             now_ns: now_ns(),
         }
     }
 
     #[inline(always)]
     fn comes_too_late(&self, session: &mut Session) -> bool {
-        match self.policy {
-            Some(policy) => gate::is_shut(session, policy, self.now_ns),
+        match self.limits {
+            Some(limits) => gate::is_shut(session, limits, self.now_ns),
             None => false,
         }
     }
@@ -62,8 +64,8 @@ impl Measure {
         // After the stamp comes the look at the gate; and what the stack does with the packet, by whose counters a
         // packet on another processor takes the stamp.
         words::order();
-        match self.policy {
-            Some(policy) => gate::is_shut_meanwhile(session, policy),
+        match self.limits {
+            Some(limits) => gate::is_shut_meanwhile(session, limits),
             None => false,
         }
     }
@@ -71,27 +73,27 @@ impl Measure {
     /// Whether so much new payload counts for the session's rule.
     #[inline(always)]
     fn counts(&self, new: u32) -> bool {
-        self.policy
-            .is_none_or(|policy| new >= u32::from(policy.min_payload))
+        self.limits
+            .is_none_or(|limits| new >= u32::from(limits.min_payload))
     }
 
     /// Whether this host has answered with the packet that makes it so many bytes sent.
     #[inline(always)]
     fn is_answer(&self, session: &Session, bytes_sent: u64) -> bool {
-        self.policy
-            .is_none_or(|policy| session.is_answered_by(bytes_sent, policy.min_answer))
+        self.limits
+            .is_none_or(|limits| session.is_answered_by(bytes_sent, limits.min_answer))
     }
 }
 
 #[inline(always)]
-pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
-    if !ports::may_have_session(ctx) {
-        return Fate::Pass;
+pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
+    if !port_check::may_have_session(ctx) {
+        return Verdict::Pass;
     }
     // SAFETY: the context of a program of this type.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.skb.skb.cast()) };
-    let Some(session) = table::find(cookie) else {
-        return Fate::Pass;
+    let Some(session) = slots::find(cookie) else {
+        return Verdict::Pass;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
     // free the record, and a new session may take it before the lines below write. The new session
@@ -101,14 +103,14 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     // The session comes first: `bpf_tcp_sock` only looks at the protocol number, and would take a
     // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
     let Some(tcp) = tcp_sock(ctx) else {
-        counters::error(ErrorKind::NoTcpSocket);
-        return Fate::Pass;
+        count::error(ErrorKind::NoTcpSocket);
+        return Verdict::Pass;
     };
-    let may_carry = way == Way::Ingress || has_begun_to_send(session, tcp);
-    let segment = packet::parse(ctx);
-    settle(ctx, session, tcp, way, segment.as_ref());
+    let may_carry = way == PacketDirection::Ingress || has_begun_to_send(session, tcp);
+    let segment = skb::parse(ctx);
+    confirm(ctx, session, tcp, way, segment.as_ref());
     let Some(segment) = segment else {
-        counters::error(ErrorKind::HeaderUnreadable);
+        count::error(ErrorKind::HeaderUnreadable);
         return unreadable(ctx, session, cookie, tcp, way, may_carry);
     };
     if segment.payload > 0 {
@@ -117,14 +119,14 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
             return gate::drop_packet(session, cookie, way);
         }
         match way {
-            Way::Ingress => come(session, tcp, &segment, &measure),
-            Way::Egress => go(session, tcp, &segment, &measure),
+            PacketDirection::Ingress => come(session, tcp, &segment, &measure),
+            PacketDirection::Egress => go(session, tcp, &segment, &measure),
         }
         if measure.came_too_late(session) {
             return gate::drop_packet(session, cookie, way);
         }
     }
-    if way == Way::Egress {
+    if way == PacketDirection::Egress {
         // Of one whose state changes are not reported, or whose record the daemon was just amending.
         if is_half_closed(state(ctx)) {
             note_half_closed(session);
@@ -135,7 +137,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: Way) -> Fate {
     if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
         lifecycle::notify(EventKind::MayEnd, cookie, session);
     }
-    Fate::Pass
+    Verdict::Pass
 }
 
 /// A packet whose headers could not be read. After the deadline it is dropped, unstamped, where it may carry
@@ -150,30 +152,30 @@ fn unreadable(
     session: &mut Session,
     cookie: u64,
     tcp: &bpf_tcp_sock,
-    way: Way,
+    way: PacketDirection,
     may_carry: bool,
-) -> Fate {
+) -> Verdict {
     let measure = Measure::of(session);
     let mut is_late = measure.comes_too_late(session);
-    if way == Way::Egress {
+    if way == PacketDirection::Egress {
         let sent = payload_sent(ctx, session, tcp);
         session.bytes_sent = session.bytes_sent.max(sent);
     }
     if !is_late {
         match way {
-            Way::Ingress => session.came_ns = measure.now_ns,
-            Way::Egress if may_carry => {
+            PacketDirection::Ingress => session.came_ns = measure.now_ns,
+            PacketDirection::Egress if may_carry => {
                 session.flags |= flags::SENT_UNREAD;
                 note_sent(session, tcp.snd_nxt.wrapping_add(1), true, measure.now_ns);
             }
-            Way::Egress => {}
+            PacketDirection::Egress => {}
         }
         is_late = measure.came_too_late(session);
     }
     if is_late && (may_carry || ctx.len() > MOST_HEADERS) {
         return gate::drop_packet(session, cookie, way);
     }
-    Fate::Pass
+    Verdict::Pass
 }
 
 /// Whether TCP has begun to send payload since its last packet passed: it counts a segment with payload before
@@ -203,11 +205,11 @@ fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
 /// What was sent comes first: a packet leaves while its socket is locked, and what had been taken by then was
 /// counted at that packet.
 #[inline(always)]
-fn settle(
+fn confirm(
     ctx: &SkBuffContext,
     session: &mut Session,
     tcp: &bpf_tcp_sock,
-    way: Way,
+    way: PacketDirection,
     segment: Option<&Segment>,
 ) {
     if session.awaits_sent() && has_sent(session, tcp, way, segment) {
@@ -224,15 +226,20 @@ fn settle(
 /// On one host the acknowledgement of payload may come before the stack has moved `snd_nxt` over it. It names the very
 /// end; nobody guesses that.
 #[inline(always)]
-fn has_sent(session: &Session, tcp: &bpf_tcp_sock, way: Way, segment: Option<&Segment>) -> bool {
+fn has_sent(
+    session: &Session,
+    tcp: &bpf_tcp_sock,
+    way: PacketDirection,
+    segment: Option<&Segment>,
+) -> bool {
     // The time was read before the end that belongs to it is: see `note_sent`.
     words::order();
-    if way == Way::Ingress && session.flags & flags::SENT_UNREAD != 0 {
+    if way == PacketDirection::Ingress && session.flags & flags::SENT_UNREAD != 0 {
         return false;
     }
     let is_acknowledged = segment.is_some_and(|segment| segment.ack == session.went_until);
     tcp.snd_nxt.wrapping_sub(session.went_until) <= MAX_WINDOW
-        || way == Way::Ingress && is_acknowledged
+        || way == PacketDirection::Ingress && is_acknowledged
 }
 
 /// Counts payload that the socket has taken. What does not count for the rule is no candidate any more. What the hook
@@ -244,14 +251,14 @@ fn take(session: &mut Session, received: u64) {
     // The socket's counter was read before the candidate is.
     words::order();
     let new = received - session.bytes_received;
-    let policy = policy::of(session);
-    if policy.is_some_and(|policy| new < u64::from(policy.min_payload)) {
+    let limits = policy_tables::of(session);
+    if limits.is_some_and(|limits| new < u64::from(limits.min_payload)) {
         session.came_ns = 0;
     } else if session.awaits_received() {
         session.stamp_received(session.came_ns);
     } else {
         let measure = Measure {
-            policy,
+            limits,
             now_ns: now_ns(),
         };
         if !measure.comes_too_late(session) {

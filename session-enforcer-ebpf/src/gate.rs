@@ -7,13 +7,13 @@
 use core::{arch::asm, ptr};
 
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
-use session_enforcer_common::{EventKind, Policy, Session, Way, flags};
+use session_enforcer_common::{EventKind, Limits, PacketDirection, Session, flags};
 
-use crate::{counters, lifecycle, words};
+use crate::{count, lifecycle, words};
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fate {
+pub(crate) enum Verdict {
     Pass,
     Drop,
 }
@@ -26,39 +26,39 @@ const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
 /// Whether payload that passes now comes too late. This comes before the packet's stamp, so that what
 /// is late cannot revive its session.
 #[inline(always)]
-pub(crate) fn is_shut(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
-    now_ns >= session.open_until_ns && look(session, policy, now_ns)
+pub(crate) fn is_shut(session: &mut Session, limits: &Limits, now_ns: u64) -> bool {
+    now_ns >= session.open_until_ns && recheck(session, limits, now_ns)
 }
 
 /// Whether the daemon has shut the gate since the packet was let through. This comes after the packet's
 /// stamp, and a [`words::order`] between the two: see [`Session::SHUT`].
 #[inline(always)]
-pub(crate) fn is_shut_meanwhile(session: *const Session, policy: &Policy) -> bool {
+pub(crate) fn is_shut_meanwhile(session: *const Session, limits: &Limits) -> bool {
     // A barrier for the compiler, which has no selection for `compiler_fence` here. That an x86-64 processor may
-    // read before its stamp can be seen all the same, the daemon allows for (`SETTLE`).
+    // read before its stamp can be seen all the same, the daemon allows for (`STAMP_VISIBLE`).
     // SAFETY: no instruction.
     unsafe { asm!("", options(nostack, preserves_flags)) };
     // SAFETY: the caller has it from a reference. Volatile: the daemon's program changes it.
-    policy.gate == 1
+    limits.gate == 1
         && unsafe { ptr::read_volatile(&raw const (*session).open_until_ns) } == Session::SHUT
 }
 
 /// Looks at the session: a few times a timeout, and not once a packet.
 #[inline(never)]
-fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
+fn recheck(session: &mut Session, limits: &Limits, now_ns: u64) -> bool {
     // SAFETY: from a reference. Volatile: the daemon's program changes it.
     let before_ns = unsafe { ptr::read_volatile(&raw const session.open_until_ns) };
-    if before_ns == Session::SHUT && policy.gate == 1 {
+    if before_ns == Session::SHUT && limits.gate == 1 {
         return true;
     }
-    let until_ns = policy.open_until_ns(session, now_ns);
+    let until_ns = limits.open_until_ns(session, now_ns);
     if until_ns > now_ns {
         let until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
         // Where the daemon has shut the gate meanwhile it stays shut.
         if before_ns != Session::SHUT {
             words::exchange(&raw mut session.open_until_ns, before_ns, until_ns);
         }
-    } else if refuses(session, policy) {
+    } else if refuses(session, limits) {
         return true;
     }
     // It may have been shut under the policy before.
@@ -71,23 +71,23 @@ fn look(session: &mut Session, policy: &Policy, now_ns: u64) -> bool {
 /// The session is read again: a packet of the other direction on another CPU may have been half way
 /// through its stamps at the first reading, and seemed to be late.
 #[inline(never)]
-fn refuses(session: *const Session, policy: &Policy) -> bool {
+fn refuses(session: *const Session, limits: &Limits) -> bool {
     // SAFETY: no argument, no precondition.
     let now_ns = unsafe { bpf_ktime_get_boot_ns() };
     // SAFETY: the caller has it from a reference. It becomes one after the call of the helper, which
     // the compiler knows nothing of, so it is read after the clock. In place: a copy would not leave
     // enough of the stack.
-    policy.refuses(unsafe { &*session }, now_ns)
+    limits.refuses(unsafe { &*session }, now_ns)
 }
 
 /// Drops a packet of a session that is past its deadline, and tells the daemon the first time.
 #[inline(always)]
-pub(crate) fn drop_packet(session: &mut Session, cookie: u64, way: Way) -> Fate {
-    counters::gate_drop(way);
+pub(crate) fn drop_packet(session: &mut Session, cookie: u64, way: PacketDirection) -> Verdict {
+    count::gate_drop(way);
     if session.flags & flags::EXPIRY_REPORTED == 0
         && lifecycle::notify(EventKind::Expired, cookie, session)
     {
         session.flags |= flags::EXPIRY_REPORTED;
     }
-    Fate::Drop
+    Verdict::Drop
 }

@@ -19,13 +19,12 @@ use session_enforcer_common::{
 use crate::{
     activity,
     activity::now_ns,
-    counters,
+    count,
     maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
-    owner,
-    policy::{Decision, decide},
-    ports, restored,
-    table::{self, Refusal},
-    words,
+    policy_tables::{Decision, decide},
+    port_check, repaired,
+    slots::{self, Refusal},
+    socket_owner, words,
 };
 
 const AF_INET: u32 = 2;
@@ -65,7 +64,7 @@ fn state_changed(ctx: &SockOpsContext) {
 /// Notes the first FIN, at the moment in which the stack sends or takes it.
 #[inline(never)]
 fn half_closed(cookie: u64) {
-    let record = table::look_for(cookie).and_then(table::Looked::record);
+    let record = slots::scan(cookie).and_then(slots::Scanned::record);
     if let Some(session) = record {
         // SAFETY: a pointer that the map gave, valid while the program runs.
         activity::note_half_closed(unsafe { &mut *session });
@@ -75,15 +74,15 @@ fn half_closed(cookie: u64) {
 /// A function of its own, as is the close: the stack of all frames together is small.
 #[inline(never)]
 fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
-    if !ports::may_be_matched(ctx) {
-        owner::forget(ctx);
+    if !port_check::may_be_matched(ctx) {
+        socket_owner::forget(ctx);
         return Ok(());
     }
     // SAFETY: the context of a program of this type.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let only = ONLY_NETNS.load();
     if only != 0 && only != netns_cookie {
-        owner::forget(ctx);
+        socket_owner::forget(ctx);
         return Ok(());
     }
     let now = now_ns();
@@ -104,21 +103,23 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
     session.flags = mptcp_flag(ctx);
     session.netns_cookie = netns_cookie;
     session.local_port = ctx.local_port() as u16;
-    session.remote_port = ports::remote_port(ctx.remote_port());
+    session.remote_port = port_check::remote_port(ctx.remote_port());
     session.ifindex = bound_interface(ctx);
     if !note_addresses(ctx, session) {
         return Ok(());
     }
     if is_restored(ctx, session) {
-        restored::inherit(session);
+        repaired::inherit(session);
     }
-    owner::take(ctx, &mut session.owner);
+    socket_owner::take(ctx, &mut session.owner);
     let Some(decision) = decide(session) else {
         return Ok(());
     };
     match decision {
         // No policy has generation 0: the daemon decides as soon as it reads of the session.
-        Decision { is_open: true, .. } => {}
+        Decision {
+            needs_owner: true, ..
+        } => {}
         Decision {
             rule: RULE_EXEMPT, ..
         } => return Ok(()),
@@ -132,7 +133,7 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
         .is_ok();
     if !reported {
         session.flags |= flags::END_UNREPORTED;
-        counters::error(ErrorKind::CallbackRefused);
+        count::error(ErrorKind::CallbackRefused);
         warn!(
             ctx,
             "the close callback was refused; the end of a session will not be seen"
@@ -143,21 +144,21 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
 
 #[inline(always)]
 fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Refusal> {
-    let inserted = table::insert(cookie, session);
+    let inserted = slots::insert(cookie, session);
     match inserted {
         Ok(()) => {
             // One that is not decided about has no rule to be counted for.
             if session.generation != 0 {
-                counters::rule(session.rule, |c| c.opened += 1);
+                count::rule(session.rule, |c| c.opened += 1);
             }
             notify(EventKind::Opened, cookie, session);
         }
         Err(Refusal::Present) => {}
         Err(Refusal::Full) => {
-            counters::error(ErrorKind::MapFull);
+            count::error(ErrorKind::MapFull);
             debug!(ctx, "a session could not be inserted: the table is full");
         }
-        Err(Refusal::RuleFull) => counters::error(ErrorKind::RuleFull),
+        Err(Refusal::RuleFull) => count::error(ErrorKind::RuleFull),
     }
     inserted
 }
@@ -175,24 +176,24 @@ fn end(cookie: u64, is_silent: bool) {
 /// Whether the session was found, and taken out where it was found.
 #[inline(never)]
 fn closed(cookie: u64, is_silent: bool) -> bool {
-    let Some(looked) = table::look_for(cookie) else {
+    let Some(scanned) = slots::scan(cookie) else {
         return false;
     };
-    let Some(session) = looked.record() else {
+    let Some(session) = scanned.record() else {
         return false;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
     // before the record is free.
     let session = unsafe { &*session };
     if is_silent {
-        restored::remember(session);
+        repaired::remember(session);
     }
     let mut event = event(EventKind::Closed, cookie, session);
     if session.generation < FIRST_GENERATION.load() {
         event.rule = rule_anew(session);
     }
-    let cleared = table::clear_all(looked, cookie);
-    if cleared == table::NONE_CLEARED {
+    let cleared = slots::clear_all(scanned, cookie);
+    if cleared == slots::NONE_CLEARED {
         return false;
     }
     // What was read may be of before an amendment, and what was freed of after it.
@@ -203,7 +204,7 @@ fn closed(cookie: u64, is_silent: bool) -> bool {
     event.generation = generation as u16;
     // One that was never decided about was not counted as opened.
     if generation != 0 {
-        counters::rule(event.rule, |c| c.closed += 1);
+        count::rule(event.rule, |c| c.closed += 1);
     }
     send(event);
     true
@@ -215,7 +216,7 @@ fn rule_anew(session: &Session) -> u16 {
     match decide(session) {
         Some(Decision {
             rule,
-            is_open: false,
+            needs_owner: false,
             ..
         }) => rule,
         _ => RULE_EXEMPT,
@@ -246,7 +247,7 @@ fn event(kind: EventKind, cookie: u64, session: &Session) -> Event {
 fn send(event: Event) -> bool {
     let told = EVENTS.output(event, 0).is_ok();
     if !told {
-        counters::error(ErrorKind::EventLost);
+        count::error(ErrorKind::EventLost);
     }
     told
 }

@@ -7,7 +7,7 @@
 //!   session map, and takes it out when it closes;
 //! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
 //!   carries new payload, and drop payload of a session that is past its deadline;
-//! * `serve` (raw tracepoint, attached to none) does to the session map what the daemon asks for.
+//! * `table_ops` (raw tracepoint, attached to none) does to the session map what the daemon asks for.
 //!
 //! The programs fail open: whatever goes wrong is counted in `ERRORS` and the packet passes. An
 //! enforcer that breaks the network is worse than one that reports what it could not track. The gate
@@ -25,27 +25,27 @@
 )]
 
 mod activity;
-mod counters;
+mod capacity;
+mod count;
 mod gate;
 mod lifecycle;
 mod maps;
-mod owner;
-mod packet;
-mod places;
-mod policy;
-mod ports;
-mod restored;
-mod serve;
-mod table;
+mod policy_tables;
+mod port_check;
+mod repaired;
+mod skb;
+mod slots;
+mod socket_owner;
+mod table_ops;
 mod words;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock, raw_tracepoint, sock_ops},
     programs::{RawTracePointContext, SkBuffContext, SockContext, SockOpsContext},
 };
-use session_enforcer_common::Way;
+use session_enforcer_common::PacketDirection;
 
-use crate::gate::Fate;
+use crate::gate::Verdict;
 
 /// The reply that lets a packet pass and a socket be made, and that leaves the replies of other
 /// `sock_ops` programs on the same cgroup visible.
@@ -57,7 +57,7 @@ const DROP: i32 = 0;
 
 #[cgroup_sock(sock_create)]
 fn note_owner(ctx: SockContext) -> i32 {
-    owner::note(&ctx);
+    socket_owner::note(&ctx);
     PASS
 }
 
@@ -69,25 +69,25 @@ fn track_lifecycle(ctx: SockOpsContext) -> u32 {
 
 #[cgroup_skb(ingress)]
 fn track_ingress(ctx: SkBuffContext) -> i32 {
-    reply(activity::track(&ctx, Way::Ingress))
+    reply(activity::track(&ctx, PacketDirection::Ingress))
 }
 
 #[cgroup_skb(egress)]
 fn track_egress(ctx: SkBuffContext) -> i32 {
-    reply(activity::track(&ctx, Way::Egress))
+    reply(activity::track(&ctx, PacketDirection::Egress))
 }
 
 #[raw_tracepoint]
-fn serve(ctx: RawTracePointContext) -> i32 {
-    serve::serve(ctx.arg(0));
+fn table_ops(ctx: RawTracePointContext) -> i32 {
+    table_ops::run(ctx.arg(0));
     0
 }
 
 #[inline(always)]
-fn reply(fate: Fate) -> i32 {
-    match fate {
-        Fate::Pass => PASS,
-        Fate::Drop => DROP,
+fn reply(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Pass => PASS,
+        Verdict::Drop => DROP,
     }
 }
 

@@ -11,10 +11,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use session_enforcer_common::{
-    Ancestors, Clocks, Ends, ErrorKind, Event, JournalEntry, MAX_CGROUPS, MAX_JOURNAL,
-    MAX_MATCH_ENTRIES, MAX_REMEMBERED, MAX_RULES, MatchEntry, Owner, Policy, PortFilters,
-    RuleCounters, Session, Table, Way,
-    table::{Bucket, Exchange, Key, MAX_REQUESTS, TableHead},
+    Ancestors, Clocks, Ends, ErrorKind, Event, JournalEntry, Limits, MAX_CGROUPS, MAX_JOURNAL,
+    MAX_MATCH_ENTRIES, MAX_REMEMBERED, MAX_RULES, MatchEntry, Owner, PacketDirection, PortFilters,
+    RuleCounters, Session, Table,
+    table::{Bucket, Key, MAX_REQUESTS, TableHead, TableRequest},
 };
 
 /// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of
@@ -32,14 +32,14 @@ pub(crate) static SESSIONS: Array<Session, 1> = Array::new();
 #[btf_map]
 pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
 
-/// Sessions in the table, by the place of their rule.
+/// Sessions in the table, by the slot of their rule.
 #[btf_map]
 pub(crate) static HELD: Array<u64, { MAX_RULES as usize }> = Array::new();
 
-/// The daemon's requests to `serve`, which it writes and reads through a mapping.
+/// The daemon's requests to `table_ops`, which it writes and reads through a mapping.
 #[btf_map]
 pub(crate) static EXCHANGES: Array<
-    Exchange,
+    TableRequest,
     { MAX_REQUESTS as usize },
     { BPF_F_MMAPABLE as usize },
 > = Array::new();
@@ -73,7 +73,7 @@ pub(crate) static ACTIVE_TABLE: Array<u32, 1> = Array::new();
 /// The limits of each rule, for the packet path, in two tables as above: the kernel does not copy an
 /// element in one piece, and the gate must not judge by the half of one.
 #[btf_map]
-pub(crate) static POLICIES: Array<Policy, { (Table::COUNT * MAX_RULES) as usize }> = Array::new();
+pub(crate) static POLICIES: Array<Limits, { (Table::COUNT * MAX_RULES) as usize }> = Array::new();
 
 /// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation.
 #[btf_map]
@@ -84,9 +84,10 @@ pub(crate) static RULE_COUNTERS: PerCpuArray<RuleCounters, { MAX_RULES as usize 
 #[btf_map]
 pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerCpuArray::new();
 
-/// Packets that the gate dropped, by [`Way`].
+/// Packets that the gate dropped, by [`PacketDirection`].
 #[btf_map]
-pub(crate) static GATE_DROPS: PerCpuArray<u64, { Way::COUNT as usize }> = PerCpuArray::new();
+pub(crate) static GATE_DROPS: PerCpuArray<u64, { PacketDirection::COUNT as usize }> =
+    PerCpuArray::new();
 
 /// What happens to tracked sessions, for the daemon's schedule. 1 MiB holds 21,800 events
 /// (40 bytes and a header of 8): a fifth of a second at 100,000 events a second, while the
@@ -124,7 +125,7 @@ pub(crate) static TABLE_KEY: Global<Key> = Global::new(Key(0));
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
 
 /// Generation of this daemon's first policy. A session of an earlier one was written under another
-/// daemon, and the place of its rule means nothing here. Set by the daemon at load.
+/// daemon, and the slot of its rule means nothing here. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 

@@ -22,7 +22,7 @@ use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use session_enforcer::datapath::{Kernel, Options};
+use session_enforcer::datapath::{Datapath, Options};
 use session_enforcer_common::{Address, MatchEntry, PortRange, Prefix, RULE_EXEMPT};
 use session_enforcer_tests::{Cgroup, Lab, Netns, Pair, Place, reset_on_close};
 
@@ -107,7 +107,7 @@ fn main() -> Result<()> {
     let netns = Netns::new()?;
     let place = Place::here().in_netns(&netns).in_cgroup(&lab.cgroup);
     let agent = lab.at(&place)?;
-    let mut kernel = Kernel::load(
+    let mut kernel = Datapath::load(
         Options {
             max_sessions: 1024,
             only_netns: None,

@@ -174,7 +174,7 @@ impl Agent {
         Self::start_with(place.agent_command(binary, "serve"))
     }
 
-    /// Starts the agent by a command that leads to its binary, with the argument `serve`.
+    /// Starts the agent by a command that leads to its binary, with the argument `table_ops`.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
-use session_enforcer_common::Way;
+use session_enforcer_common::PacketDirection;
 
 use crate::{cgroup::Cgroup, pins::bpf};
 
@@ -95,7 +95,7 @@ pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn drop_packets(cgroup: &Cgroup, way: Way) -> Result<OtherProgram> {
+pub fn drop_packets(cgroup: &Cgroup, way: PacketDirection) -> Result<OtherProgram> {
     drop_packets_longer_than(cgroup, way, -1)
 }
 
@@ -106,7 +106,7 @@ pub fn drop_packets(cgroup: &Cgroup, way: Way) -> Result<OtherProgram> {
 /// Where the kernel refuses.
 pub(crate) fn drop_packets_longer_than(
     cgroup: &Cgroup,
-    way: Way,
+    way: PacketDirection,
     bytes: i32,
 ) -> Result<OtherProgram> {
     // r2 = skb->len; r0 = 1; if (s32)r2 <= bytes return r0; return 0
@@ -123,8 +123,8 @@ pub(crate) fn drop_packets_longer_than(
         insns: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         expected_attach_type: match way {
-            Way::Ingress => BPF_CGROUP_INET_INGRESS,
-            Way::Egress => BPF_CGROUP_INET_EGRESS,
+            PacketDirection::Ingress => BPF_CGROUP_INET_INGRESS,
+            PacketDirection::Egress => BPF_CGROUP_INET_EGRESS,
         },
         ..ProgLoad::default()
     };

@@ -13,11 +13,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{SockaddrStorage, bind};
 use session_enforcer::{
-    datapath::{Kernel, Options},
+    datapath::{Datapath, Options},
     host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
-    Address, Ancestors, Direction, ErrorKind, Facts, MAX_MATCH_ENTRIES, MatchEntry, Policy,
+    Address, Ancestors, Direction, ErrorKind, Facts, Limits, MAX_MATCH_ENTRIES, MatchEntry,
     PortFilter, PortRange, Prefix, RULE_EXEMPT, Session, matches,
 };
 use session_enforcer_tests::{
@@ -150,7 +150,7 @@ fn random_ipv4(random: &mut Random) -> Ipv4Addr {
 struct Book {
     generation: u32,
     entries: Vec<MatchEntry>,
-    policies: Vec<Policy>,
+    policies: Vec<Limits>,
 }
 
 impl Book {
@@ -163,10 +163,10 @@ impl Book {
         let count = random.below(length + 1);
         let entry = |_| random_entry(random, known, strictness);
         let entries = (0..count).map(entry).collect();
-        let limits = |_| Policy {
+        let limits = |_| Limits {
             generation,
             min_payload: random_minimum(random),
-            ..Policy::default()
+            ..Limits::default()
         };
         let policies = (0..PLACES).map(limits).collect();
         Self {
@@ -185,7 +185,7 @@ impl Book {
 
     /// Puts the policy into force and, every other time, lets the programs leave alone what it is
     /// not about: nothing else may be different then.
-    fn put_and_narrow(&self, kernel: &mut Kernel, random: &mut Random) -> Result<()> {
+    fn put_and_narrow(&self, kernel: &mut Datapath, random: &mut Random) -> Result<()> {
         kernel.put_policy(self.generation, &self.entries, &self.policies)?;
         if random.once_in(2) {
             let mut narrowing = kernel.begin_narrowing();
@@ -211,7 +211,7 @@ impl Book {
         let Known { facts, ancestors } = known;
         let mut entries = self.entries.iter();
         let entry = entries.find(|entry| matches(facts, ancestors, entry))?;
-        Some(match (entry.is_open(facts), entry.rule) {
+        Some(match (entry.needs_owner(facts), entry.rule) {
             (true, _) => Decision::Open,
             (_, RULE_EXEMPT) => Decision::Exempt,
             (_, rule) => Decision::Rule(rule),
@@ -338,7 +338,7 @@ fn random_minimum(random: &mut Random) -> u16 {
 ///
 /// In this order: the programs are detached before the cgroup goes.
 struct Bench {
-    kernel: Kernel,
+    kernel: Datapath,
     listeners: Vec<Listener>,
     agent: Agent,
     /// The cgroups above the sockets that dial, and above those that listen.
@@ -377,7 +377,7 @@ impl Bench {
             addresses.partition(|address| UNKNOWN_PORTS.contains(&address.port()));
         let listen = |address| server.listen(address);
         let mut listeners: Vec<Listener> = older.into_iter().map(listen).collect::<Result<_>>()?;
-        let mut kernel = Kernel::load(
+        let mut kernel = Datapath::load(
             Options {
                 max_sessions: 1024,
                 only_netns: None,
@@ -702,7 +702,7 @@ impl Talk {
             let is_settled = found
                 .iter()
                 .flatten()
-                .all(|session| !session.is_unsettled());
+                .all(|session| !session.has_candidate());
             Ok(is_settled.then_some(found))
         })?;
         for (end, (expected, found)) in self.expected.iter_mut().zip(found).enumerate() {

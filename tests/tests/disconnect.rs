@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::reaper::{
-    diag::{Detail, DiagSocket, Target, state},
+    diag::{Detail, DiagSocket, SocketId, state},
     disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp},
     protocol::{Disconnect, Held},
 };
@@ -28,13 +28,13 @@ fn open(lab: &Lab, address: impl Into<SocketAddr>) -> Result<Pair> {
     Pair::open(&lab.outside, &lab.inside.listen(address)?)
 }
 
-fn target(stream: &TcpStream) -> Result<Target> {
+fn target(stream: &TcpStream) -> Result<SocketId> {
     let address = |address: SocketAddr| match address {
         SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
         SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
     };
     let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
-    Ok(Target {
+    Ok(SocketId {
         local: address(local),
         remote: address(remote),
         local_port: local.port(),
@@ -44,7 +44,7 @@ fn target(stream: &TcpStream) -> Result<Target> {
     })
 }
 
-fn reset(target: &Target) -> Result<Answer, DisconnectError> {
+fn reset(target: &SocketId) -> Result<Answer, DisconnectError> {
     reset_tcp(
         &mut DiagSocket::open()?,
         target,
@@ -113,7 +113,7 @@ fn a_connection_of_another_name_is_never_touched() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     // The tuple of one with the cookie of the other.
-    let mixed = Target {
+    let mixed = SocketId {
         cookie: cookie(&other.server)?,
         ..target(&pair.server)?
     };
@@ -129,7 +129,7 @@ fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     let target = target(&pair.server)?;
     let mut before = Holders::default();
-    before.look_at_all();
+    before.scan_all();
     // After that the process closes its descriptor, and another socket gets the number.
     let kept = pair.server.try_clone()?;
     // SAFETY: both are open, and stay so: the second stands for another socket from then on.

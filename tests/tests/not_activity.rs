@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::Way;
+use session_enforcer_common::PacketDirection;
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, drop_packets,
     eventually, idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
@@ -147,7 +147,7 @@ fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
 /// As a firewall of systemd's does, which comes after the connection.
 #[test]
 fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<()> {
-    for way in Way::ALL {
+    for way in PacketDirection::ALL {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
         let daemon = lab.daemon(&rule())?;
@@ -155,8 +155,8 @@ fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<
         let last = pair.round_trip()?;
         let _other = drop_packets(&lab.cgroup, way)?;
         let mut from = match way {
-            Way::Ingress => &pair.client,
-            Way::Egress => &pair.server,
+            PacketDirection::Ingress => &pair.client,
+            PacketDirection::Egress => &pair.server,
         };
         let before = segments_sent(from)?;
         from.write_all(b"again")?;

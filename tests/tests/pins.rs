@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, Map, MapData};
 use nix::sys::signal::Signal;
-use session_enforcer::datapath::{Kernel, Options, PinDir};
+use session_enforcer::datapath::{Datapath, Options, PinDir};
 use session_enforcer_common::{Session, table::TableHead};
 use session_enforcer_tests::{
     Daemon, Finished, Lab, Moment, PROGRAMS, Pair, daemon_command, idle_rule,
@@ -56,14 +56,17 @@ fn set(lab: &Lab) -> Result<std::path::PathBuf> {
 fn the_generation_of_a_start_that_is_cut_short_is_not_that_of_the_next() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.stop()?;
-    let load = || -> Result<Kernel> {
+    let load = || -> Result<Datapath> {
         let options = Options {
             max_sessions: 1_000,
             only_netns: None,
             notes_owners: true,
             verbose: false,
         };
-        Ok(Kernel::load(options, Some(PinDir::hold(lab.pins.path())?))?)
+        Ok(Datapath::load(
+            options,
+            Some(PinDir::hold(lab.pins.path())?),
+        )?)
     };
     let cut_short = load()?.inherited_generation() + 1;
     // It must have attached its programs before.

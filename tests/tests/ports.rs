@@ -6,10 +6,10 @@ use std::{net::SocketAddr, os::fd::AsFd, time::Duration};
 use anyhow::{Context as _, Result};
 use aya::maps::{Map, MapData, MapError, SkStorage};
 use session_enforcer::{
-    datapath::{Kernel, Options},
+    datapath::{Datapath, Options},
     host::cgroup::Cgroup,
 };
-use session_enforcer_common::{Direction, MatchEntry, Owner, Policy, PortRange, Session};
+use session_enforcer_common::{Direction, Limits, MatchEntry, Owner, PortRange, Session};
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Listener, Pair, cookie, eventually, patience, reset_on_close, unhurried,
 };
@@ -183,13 +183,13 @@ fn what_was_kept_of_an_owner_goes_with_the_establishment_whatever_the_ports() ->
 }
 
 /// Received and sent, as the kernel has it.
-fn bytes(kernel: &Kernel, cookie: u64) -> Result<[u64; 2]> {
+fn bytes(kernel: &Datapath, cookie: u64) -> Result<[u64; 2]> {
     let session = kernel.session(cookie)?.context("a session")?;
     Ok([session.bytes_received, session.bytes_sent])
 }
 
 /// As the daemon does it when it has decided about every session.
-fn narrow(kernel: &mut Kernel) -> Result<()> {
+fn narrow(kernel: &mut Datapath) -> Result<()> {
     let mut narrowing = kernel.begin_narrowing();
     kernel.keep_ports(&mut narrowing, &kernel.cookies()?)?;
     Ok(kernel.narrow_ports(&narrowing)?)
@@ -207,7 +207,7 @@ fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Resu
         notes_owners: true,
         verbose: false,
     };
-    let mut kernel = Kernel::load(options, None)?;
+    let mut kernel = Datapath::load(options, None)?;
     let [of_rule, other] = [listen(&lab.inside)?, listen(&lab.inside)?];
     let entry = MatchEntry {
         local_ports: PortRange {
@@ -217,9 +217,9 @@ fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Resu
         directions: Direction::Inbound as u8,
         ..MatchEntry::any(0)
     };
-    let policy = Policy {
+    let policy = Limits {
         generation: 1,
-        ..Policy::default()
+        ..Limits::default()
     };
     kernel.put_policy(1, &[entry], &[policy])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;

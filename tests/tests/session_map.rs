@@ -15,11 +15,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
-    datapath::{Adoption, Kernel, Options},
+    datapath::{Adoption, Datapath, Options},
     host::cgroup::Cgroup,
     reaper::disconnect,
 };
-use session_enforcer_common::{Address, Direction, MatchEntry, Owner, Policy, Session, flags};
+use session_enforcer_common::{Address, Direction, Limits, MatchEntry, Owner, Session, flags};
 use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -31,14 +31,14 @@ const TIME: Duration = Duration::from_secs(2);
 /// The kernel counts cookies up from 1: these are no socket's.
 const NOBODY: u64 = 1 << 62;
 
-fn load(max_sessions: u32) -> Result<Kernel> {
+fn load(max_sessions: u32) -> Result<Datapath> {
     let options = Options {
         max_sessions,
         only_netns: None,
         notes_owners: true,
         verbose: false,
     };
-    Ok(Kernel::load(options, None)?)
+    Ok(Datapath::load(options, None)?)
 }
 
 /// A session that its number can be told by.
@@ -76,7 +76,7 @@ fn session(number: u64) -> Session {
 }
 
 /// Fills the map up; whether exactly so many had room.
-fn fill(kernel: &mut Kernel, room: u64) -> Result<()> {
+fn fill(kernel: &mut Datapath, room: u64) -> Result<()> {
     for number in 0..room {
         let adopted = kernel.adopt(NOBODY + number, &session(number))?;
         assert_eq!(adopted, Adoption::Inserted, "{number} of {room}");
@@ -100,11 +100,11 @@ fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
         // The last makes room for another.
         let last = NOBODY + room - 1;
         let later = room + 9;
-        assert!(kernel.amend(last, &session(later))?);
+        assert!(kernel.update(last, &session(later))?);
         assert_eq!(kernel.session(last)?, Some(session(later)));
         assert!(!kernel.remove(last, 8)?, "one that began at another time");
         assert!(kernel.remove(last, later)? && !kernel.remove(last, later)?);
-        assert!(!kernel.amend(last, &session(later))?);
+        assert!(!kernel.update(last, &session(later))?);
         assert_eq!(kernel.sessions(&[last, last + 1])?, [None, None]);
         let other = NOBODY + 2 * room;
         assert_eq!(kernel.adopt(other, &session(3))?, Adoption::Inserted);
@@ -126,8 +126,8 @@ fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> 
         flags: flags::PEER_HAS_ENDED,
         ..read
     };
-    assert!(kernel.amend(NOBODY, &passed)?);
-    assert!(kernel.amend(NOBODY, &Session { rule: 1, ..read })?);
+    assert!(kernel.update(NOBODY, &passed)?);
+    assert!(kernel.update(NOBODY, &Session { rule: 1, ..read })?);
     assert_eq!(kernel.session(NOBODY)?, Some(Session { rule: 1, ..passed }));
     Ok(())
 }
@@ -139,7 +139,7 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut kernel = load(64)?;
-    kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
+    kernel.put_policy(1, &[MatchEntry::any(0)], &[Limits::default()])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
     let (to_closer, pairs) = mpsc::channel::<(Pair, Arc<AtomicBool>, u64)>();
     let (tell, has_closed) = mpsc::channel();
@@ -168,14 +168,14 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
                 generation: 0,
                 ..decided
             };
-            assert!(kernel.amend(cookie, &undecided)?);
+            assert!(kernel.update(cookie, &undecided)?);
             let go = Arc::new(AtomicBool::new(false));
             to_closer.send((pair, Arc::clone(&go), random.below(200)))?;
             thread::yield_now();
             go.store(true, Ordering::Release);
             // About as long as the end takes from its system call on.
             wait(random.below(1_500));
-            opened += u64::from(kernel.amend(cookie, &decided)?);
+            opened += u64::from(kernel.update(cookie, &decided)?);
             has_closed.recv()?;
         }
         drop(to_closer);
@@ -198,7 +198,7 @@ fn what_is_no_cookie_has_no_session() -> Result<()> {
         assert_eq!(kernel.adopt(no_cookie, &session(1))?, Adoption::Full);
         assert_eq!(kernel.session(no_cookie)?, None);
         assert!(!kernel.remove(no_cookie, 1)?);
-        assert!(!kernel.amend(no_cookie, &session(1))?);
+        assert!(!kernel.update(no_cookie, &session(1))?);
     }
     fill(&mut kernel, 8)
 }
@@ -217,7 +217,7 @@ fn large_cookies_have_sessions_as_others() -> Result<()> {
     assert_eq!(kernel.cookies()?, cookies);
     for cookie in &cookies {
         assert_eq!(kernel.session(*cookie)?, Some(session(*cookie)));
-        assert!(kernel.amend(*cookie, &session(1))? && kernel.remove(*cookie, 1)?);
+        assert!(kernel.update(*cookie, &session(1))? && kernel.remove(*cookie, 1)?);
     }
     fill(&mut kernel, 64)
 }
@@ -229,7 +229,7 @@ fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
     const CAPACITY: u32 = 600;
     let lab = Lab::new(AGENT)?;
     let mut kernel = load(CAPACITY)?;
-    kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
+    kernel.put_policy(1, &[MatchEntry::any(0)], &[Limits::default()])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
     let done = AtomicBool::new(false);
     let kept = thread::scope(|scope| -> Result<Vec<Pair>> {
@@ -256,7 +256,7 @@ fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
                 assert_eq!(adopted, Adoption::Inserted);
             }
             for number in 0..200 {
-                assert!(kernel.amend(NOBODY + number, &session(rounds))?);
+                assert!(kernel.update(NOBODY + number, &session(rounds))?);
                 assert_eq!(kernel.session(NOBODY + number)?, Some(session(rounds)));
                 assert!(kernel.remove(NOBODY + number, rounds)?);
             }
@@ -299,7 +299,7 @@ fn a_session_is_listed_once_however_the_others_come_and_go() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut kernel = load(1024)?;
-    kernel.put_policy(1, &[MatchEntry::any(0)], &[Policy::default()])?;
+    kernel.put_policy(1, &[MatchEntry::any(0)], &[Limits::default()])?;
     kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
     let open = || Pair::open(&lab.outside, &listener);
     let _pairs: Vec<Pair> = (0..CONNECTIONS).map(|_| open()).collect::<Result<_>>()?;

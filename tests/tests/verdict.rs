@@ -1,5 +1,5 @@
 //! Kernel and daemon agree when a session has expired: what the gate in the kernel does to payload on
-//! real sockets is what `verdict` says on the host, for random sessions, limits and times. And what
+//! real sockets is what `expiry` says on the host, for random sessions, limits and times. And what
 //! the packet path does around that: events, policies, headers.
 
 use std::{
@@ -15,12 +15,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::socket::{MsgFlags, SockaddrIn6, sendto};
 use session_enforcer::{
-    datapath::{Adoption, Kernel, Options},
+    datapath::{Adoption, Datapath, Options},
     host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
-    ErrorKind, EventKind, MatchEntry, Policy, PortRange, Session, Traffic, Verdict, Way, flags,
-    verdict,
+    ErrorKind, EventKind, Expiry, Limits, MatchEntry, PacketDirection, PortRange, Session, Traffic,
+    expiry, flags,
 };
 use session_enforcer_tests::{
     Lab, Listener, Pair, Random, RawTcp, SEED, Sequence, cookie, eventually, patience,
@@ -39,7 +39,7 @@ const HOUR: u64 = 3_600_000 * MS;
 ///
 /// In this order: the programs are detached before the cgroup goes.
 struct Bench {
-    kernel: Kernel,
+    kernel: Datapath,
     listener: Listener,
     lab: Lab,
 }
@@ -48,7 +48,7 @@ impl Bench {
     fn new(address: impl Into<SocketAddr>) -> Result<Self> {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen(address)?;
-        let mut kernel = Kernel::load(
+        let mut kernel = Datapath::load(
             Options {
                 max_sessions: 1024,
                 only_netns: None,
@@ -75,13 +75,13 @@ impl Bench {
     }
 
     /// Puts one rule for everything into force.
-    fn put(&mut self, generation: u32, policy: Policy) -> Result<()> {
-        let policy = Policy {
+    fn put(&mut self, generation: u32, limits: Limits) -> Result<()> {
+        let limits = Limits {
             generation,
-            ..policy
+            ..limits
         };
         let entries = [MatchEntry::any(0)];
-        Ok(self.kernel.put_policy(generation, &entries, &[policy])?)
+        Ok(self.kernel.put_policy(generation, &entries, &[limits])?)
     }
 
     fn session(&self, of: &TcpStream) -> Result<Session> {
@@ -98,7 +98,7 @@ impl Bench {
         Ok(())
     }
 
-    fn dropped(&self, way: Way) -> Result<u64> {
+    fn dropped(&self, way: PacketDirection) -> Result<u64> {
         Ok(self.kernel.gate_drops()?[way as usize])
     }
 }
@@ -116,7 +116,7 @@ fn random_limit(random: &mut Random, age: u64) -> u64 {
 }
 
 /// Limits and times of a session, such that about half are past the deadline, and some just at it.
-fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Policy) {
+fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Limits) {
     let ago = |random: &mut Random| now.saturating_sub(random.below(HOUR));
     let mut times = [0; 4].map(|_| ago(random));
     times.sort_unstable();
@@ -133,7 +133,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
     };
     let limit = |random: &mut Random, since: u64| random_limit(random, now - since);
     let max_lifetime_ns = limit(random, established);
-    let policy = Policy {
+    let limits = Limits {
         idle_timeout_ns: limit(random, received.max(sent)),
         max_lifetime_ns,
         lifetime_jitter_ns: max_lifetime_ns / 100 * random.one_of(&[0, 0, 10, 90]),
@@ -147,11 +147,11 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Pol
         gate: u8::from(!random.once_in(5)),
         jitter_key: 0,
     };
-    (session, policy)
+    (session, limits)
 }
 
 /// Sends a payload; whether it arrived or the gate dropped it, one of which happens at once.
-fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: Way) -> Result<bool> {
+fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: PacketDirection) -> Result<bool> {
     let before = bench.dropped(way)?;
     let (mut from, mut to) = (from, to);
     from.write_all(b"payload")?;
@@ -173,7 +173,7 @@ fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: Way) -> Result<b
 fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
     let seed = seed()?;
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
-    bench.put(1, Policy::default())?;
+    bench.put(1, Limits::default())?;
     let mut outcomes = BTreeMap::<_, u32>::new();
     for case in 0..CASES {
         let mut random = Random::of(seed, case);
@@ -181,7 +181,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
         let pair = bench.open()?;
         let cookie = cookie(&pair.server)?;
         let own = bench.session(&pair.server)?;
-        let (session, policy) = random_case(&mut random, own, monotonic_ns());
+        let (session, limits) = random_case(&mut random, own, monotonic_ns());
         // Of the policy in force, or matched again by the packet that the gate sees.
         let session = Session {
             generation: if random.once_in(2) {
@@ -191,20 +191,20 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
             },
             ..session
         };
-        bench.put(generation, policy)?;
+        bench.put(generation, limits)?;
         bench.replace(cookie, &session)?;
         let (from, to, way) = if random.once_in(2) {
-            (&pair.client, &pair.server, Way::Ingress)
+            (&pair.client, &pair.server, PacketDirection::Ingress)
         } else {
-            (&pair.server, &pair.client, Way::Egress)
+            (&pair.server, &pair.client, PacketDirection::Egress)
         };
         let shut = |now| {
-            policy.gate == 1 && matches!(verdict(&session, &policy, now), Verdict::Expired { .. })
+            limits.gate == 1 && matches!(expiry(&session, &limits, now), Expiry::Expired { .. })
         };
         let before = shut(monotonic_ns());
         let passed = passes(&bench, from, to, way)?;
         let after = shut(monotonic_ns());
-        let told = || format!("{SEED}={seed}, case {case}, {way:?}, {session:#?}, {policy:#?}");
+        let told = || format!("{SEED}={seed}, case {case}, {way:?}, {session:#?}, {limits:#?}");
         // Where the deadline passed meanwhile, both are right.
         ensure!(
             before != after || passed != before,
@@ -219,7 +219,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
             };
             ensure!(stamps(&left) == stamps(&session), "revived: {}", told());
         }
-        let kind = if policy.gate == 0 {
+        let kind = if limits.gate == 0 {
             "no gate"
         } else if before != after {
             "meanwhile"
@@ -229,7 +229,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
         *outcomes.entry((way.name(), kind, passed)).or_default() += 1;
     }
     println!("{outcomes:?}");
-    for way in Way::ALL {
+    for way in PacketDirection::ALL {
         for passed in [true, false] {
             let count = outcomes.get(&(way.name(), "", passed)).copied();
             assert!(count.unwrap_or(0) > CASES as u32 / 20, "{outcomes:?}");
@@ -239,12 +239,12 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
 }
 
 /// Limits after which a session is idle at once, and those of one that is not.
-fn idle_for(limit: Duration) -> Policy {
-    Policy {
+fn idle_for(limit: Duration) -> Limits {
+    Limits {
         idle_timeout_ns: limit.as_nanos() as u64,
         min_payload: 1,
         gate: 1,
-        ..Policy::default()
+        ..Limits::default()
     }
 }
 
@@ -281,7 +281,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
         wait_for_deadline();
         // New payload, old payload, and the old byte of a keepalive of BSD: none of them passes.
         let at = Sequence::of(&pair.client)?;
-        let before = bench.dropped(Way::Ingress)?;
+        let before = bench.dropped(PacketDirection::Ingress)?;
         for number in 0..STORM {
             let back = [0, 3, 1][number as usize % 3];
             let payload = [b'x'; 3];
@@ -293,7 +293,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
             raw.send(&pair.client, at, &payload[..length])?;
         }
         eventually("all were dropped", patience(), || {
-            let dropped = bench.dropped(Way::Ingress)? - before;
+            let dropped = bench.dropped(PacketDirection::Ingress)? - before;
             Ok((dropped == STORM).then_some(()))
         })?;
         assert_eq!(expired(cookie)?, 1);
@@ -322,11 +322,11 @@ fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
         local_ports: PortRange { first: 1, last: 0 },
         ..MatchEntry::any(0)
     };
-    let policy = Policy {
+    let limits = Limits {
         generation: 2,
         ..idle_for(SHORT)
     };
-    bench.kernel.put_policy(2, &[nothing], &[policy])?;
+    bench.kernel.put_policy(2, &[nothing], &[limits])?;
     pair.round_trip()?;
     assert_eq!(bench.kernel.gate_drops()?, [0, 0]);
     Ok(())
@@ -358,8 +358,8 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
     for generation in [1, 2] {
         bench.put(generation, idle_for(LONG))?;
         for (from, to, way) in [
-            (&pair.client, &pair.server, Way::Ingress),
-            (&pair.server, &pair.client, Way::Egress),
+            (&pair.client, &pair.server, PacketDirection::Ingress),
+            (&pair.server, &pair.client, PacketDirection::Egress),
         ] {
             let (dropped, arrived) = (bench.dropped(way)?, bytes_at(to)?);
             let mut from = from;
@@ -385,7 +385,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
 #[test]
 fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
-    let observes = Policy {
+    let observes = Limits {
         gate: 0,
         ..idle_for(LONG)
     };
@@ -417,9 +417,9 @@ fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Resu
             bench.session(&pair.server)?.established_ns,
         );
         let (mut from, to, way) = if random.once_in(2) {
-            (&pair.client, &pair.server, Way::Ingress)
+            (&pair.client, &pair.server, PacketDirection::Ingress)
         } else {
-            (&pair.server, &pair.client, Way::Egress)
+            (&pair.server, &pair.client, PacketDirection::Egress)
         };
         from.set_nodelay(true)?;
         let dropped = bench.dropped(way)?;
@@ -443,8 +443,10 @@ fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Resu
         let record = record?[0].context("the session")?;
         let arrived = bytes_at(to)?;
         let is_known = match way {
-            Way::Ingress => arrived <= record.bytes_received || record.awaits_received(),
-            Way::Egress => arrived <= record.bytes_sent,
+            PacketDirection::Ingress => {
+                arrived <= record.bytes_received || record.awaits_received()
+            }
+            PacketDirection::Egress => arrived <= record.bytes_sent,
         };
         ensure!(
             is_known,
@@ -531,7 +533,7 @@ fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
     let before = tcp_info(&pair.server)?.tcpi_bytes_received;
     send_behind_headers(&bench, &pair, b"newlate")?;
     eventually("it was dropped", patience(), || {
-        Ok((bench.dropped(Way::Ingress)? == 1).then_some(()))
+        Ok((bench.dropped(PacketDirection::Ingress)? == 1).then_some(()))
     })?;
     assert_eq!(unreadable(&bench)?, 2);
     assert_eq!(tcp_info(&pair.server)?.tcpi_bytes_received, before);

@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use session_enforcer::datapath::{Kernel, Options};
+use session_enforcer::datapath::{Datapath, Options};
 
 /// The table, compiled in: the test may run where there is no checkout.
 const TABLE: &str = include_str!("../verifier.txt");
@@ -296,7 +296,7 @@ fn figures() -> Result<Vec<Figures>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
-    let loaded = runtime.block_on(async { Kernel::load(options, None).map(drop) });
+    let loaded = runtime.block_on(async { Datapath::load(options, None).map(drop) });
     let all = LOADED.lock().expect("no test panics with it");
     loaded.with_context(|| format!("{all:?}"))?;
     // aya's own trials of what the kernel knows have no name, or one of aya's.

@@ -163,7 +163,7 @@ impl<'a> Question<'a> {
             if !matches(&facts, &ancestors, entry) || answer.perhaps.contains(rule) {
                 continue;
             }
-            if !entry.is_open(&facts) {
+            if !entry.needs_owner(&facts) {
                 answer.decider = Some(*rule);
                 break;
             }

@@ -8,7 +8,7 @@ use std::{fs, time::Duration};
 use nix::errno::Errno;
 
 use crate::{
-    datapath::{self, Bpffs, Kernel, Options},
+    datapath::{self, Bpffs, Datapath, Options},
     exit::{ExitStatus, Failure},
     host::{boot, cgroup, clock},
     reaper::{diag::DiagSocket, protocol::Probed, trial},
@@ -323,7 +323,7 @@ fn programs() -> Check {
         notes_owners: true,
         verbose: false,
     };
-    match Kernel::load(options, None) {
+    match Datapath::load(options, None) {
         Ok(_) => Check::good(NAME, "accepted by the verifier"),
         Err(error) => Check::bad(
             NAME,

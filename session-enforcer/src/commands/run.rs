@@ -15,10 +15,10 @@ use tokio::{runtime, sync::mpsc, task::LocalSet};
 use crate::{
     commands::{detach, probe},
     config::{self, Config, Mode, NetworkNamespaces, Rule},
-    datapath::{BpfError, Kernel, Options, PinDir},
+    datapath::{BpfError, Datapath, Options, PinDir},
     engine::{
         Begun, Channels, Engine, Parts, Reloading, Signals, Source,
-        directory::{Directory, UserError},
+        owner_resolver::{OwnerResolver, UserError},
     },
     exit::{ExitStatus, Failure, OrExit as _},
     host::{
@@ -101,7 +101,7 @@ async fn serve(
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     unblock_signals();
-    // Reapers that have ended are waited for by the kernel.
+    // Reapers that have ended are waited for by the datapath.
     // SAFETY: to ignore a signal runs no code.
     let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
     let pool = Pool::start()?;
@@ -114,24 +114,24 @@ async fn serve(
         notes_owners: config.asks_owner(),
         verbose: tracing::enabled!(target: "session_enforcer_ebpf", tracing::Level::DEBUG),
     };
-    let kernel = Kernel::load(options, pins);
-    let mut kernel = kernel.map_err(|error| kernel_failure(&error))?;
+    let datapath = Datapath::load(options, pins);
+    let mut datapath = datapath.map_err(|error| load_failure(&error))?;
     if !is_forced {
-        refuse_others(&kernel, &cgroup).await?;
+        refuse_others(&datapath, &cgroup).await?;
     }
-    let (events, log) = (kernel.take_events()?, kernel.take_log()?);
+    let (events, log) = (datapath.take_events()?, datapath.take_log()?);
     let control = control.map(|(listener, gid)| {
         anyhow::Ok(control::Server {
             listener,
             admission: Admission::new(gid),
-            sessions: kernel.table_in_use(),
+            sessions: datapath.table_in_use(),
         })
     });
     let control = control.transpose()?;
-    let directory = Directory::new().or_exit(ExitStatus::Unavailable)?;
+    let owner_resolver = OwnerResolver::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
-        kernel,
-        directory,
+        datapath,
+        owner_resolver,
         audit,
         metrics: metrics(config)?,
         lag_ns: clock::coarse_lag_ns(),
@@ -158,14 +158,14 @@ async fn serve(
 
 /// Refuses to start beside another daemon: each would reset the other's sessions, and record them as gone. The
 /// kernel takes a moment to free what a daemon that was killed had attached.
-async fn refuse_others(kernel: &Kernel, cgroup: &Cgroup) -> Result<(), Failure> {
-    let mut others = kernel.others(cgroup);
+async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failure> {
+    let mut others = datapath.others(cgroup);
     for _ in 0..OTHERS_LOOKS {
         if others.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(OTHERS_PAUSE).await;
-        others = kernel.others(cgroup);
+        others = datapath.others(cgroup);
     }
     let numbers: Vec<String> = others.iter().map(ToString::to_string).collect();
     let message = format!(
@@ -213,7 +213,7 @@ fn own_netns() -> Result<u64, Failure> {
 /// What the kernel refuses at the start, and a user that is not there, have an exit status.
 fn start_failure(error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
-        Some(error) => kernel_failure(error).into(),
+        Some(error) => load_failure(error).into(),
         None => policy_failure(error),
     }
 }
@@ -375,7 +375,7 @@ fn policy_failure(error: anyhow::Error) -> anyhow::Error {
 }
 
 /// The kernel refuses programs for want of privileges or for want of a feature.
-fn kernel_failure(error: &BpfError) -> Failure {
+fn load_failure(error: &BpfError) -> Failure {
     if let BpfError::Pins(error) = error {
         return detach::failure(error);
     }

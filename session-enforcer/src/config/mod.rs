@@ -8,11 +8,11 @@
 mod document;
 mod entries;
 mod error;
-mod hidden_rules;
 mod never;
 mod owners;
 mod read;
 mod rule;
+mod shadowed_rules;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use session_enforcer_common::{Activity, Direction, MatchEntry, Policy, PortRange};
+use session_enforcer_common::{Activity, Direction, Limits, MatchEntry, PortRange};
 use sha2::{Digest as _, Sha256};
 
 pub use error::{
@@ -489,9 +489,9 @@ impl Rule {
 
     /// The limits as the kernel and the daemon compare them, of no generation and without a key yet, and without
     /// the gate, which takes the daemon's mode too. No limits for an exempt rule.
-    pub fn policy(&self) -> Policy {
+    pub fn limits(&self) -> Limits {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
-        Policy {
+        Limits {
             idle_timeout_ns: nanoseconds(self.idle_timeout),
             max_lifetime_ns,
             lifetime_jitter_ns: max_lifetime_ns / 100 * u64::from(self.lifetime_jitter_percent),

@@ -10,7 +10,7 @@ use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
     NetworkNamespaces, OnFull, Problem, Warning,
 };
-use super::{entries, hidden_rules, never, owners, rule};
+use super::{entries, never, owners, rule, shadowed_rules};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -253,12 +253,14 @@ fn read_rules(root: &Section<'_>, config: &mut Config) {
 /// What is doubtful about the rules, by their index and in their order.
 fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
     let name = |index: usize| config.rules[index].name.clone();
-    let hidden = |(index, by): (usize, Vec<usize>)| {
+    let shadowed = |(index, by): (usize, Vec<usize>)| {
         let by = by.into_iter().map(name).collect();
         (index, Doubt::Hidden { by })
     };
-    let hidden = hidden_rules::rules(&config.rules).into_iter().map(hidden);
-    let mut doubts: Vec<(usize, Doubt)> = hidden.collect();
+    let shadowed = shadowed_rules::rules(&config.rules)
+        .into_iter()
+        .map(shadowed);
+    let mut doubts: Vec<(usize, Doubt)> = shadowed.collect();
     for (index, rule) in config.rules.iter().enumerate() {
         let watched = config.cgroup.clone();
         if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {

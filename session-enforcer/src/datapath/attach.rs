@@ -12,8 +12,10 @@ use aya::{
     programs::{Program, ProgramError, ProgramFd},
 };
 
-use super::{BpfError, Kernel, Options, bpf_error::Holder, found::FoundLink, inherit::Pins, sys};
-use crate::host::{cgroup::Cgroup, threads::together};
+use super::{
+    BpfError, Datapath, Options, bpf_error::Holder, inherit::Pins, pinned_set::FoundLink, sys,
+};
+use crate::host::{cgroup::Cgroup, threads::run_parallel};
 
 // Flags of an attachment (`linux/bpf.h`).
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
@@ -66,7 +68,7 @@ const LIFECYCLE: Attachable = Attachable::always("track_lifecycle", 3, "cgroup_s
 const NOTE_OWNER: &str = "note_owner";
 
 /// The program that the daemon runs itself, attached to nothing.
-pub(super) const SERVE: &str = "serve";
+pub(super) const TABLE_OPS: &str = "table_ops";
 
 /// An attachment of this daemon. Where it is not pinned, it goes with the descriptor.
 pub(super) struct Attached {
@@ -79,7 +81,7 @@ pub(super) struct Attached {
 pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
     let mut found: HashMap<_, _> = ebpf.programs_mut().collect();
     let mut waiting = Vec::new();
-    for name in iter::once(SERVE).chain(PROGRAMS.map(|program| program.name)) {
+    for name in iter::once(TABLE_OPS).chain(PROGRAMS.map(|program| program.name)) {
         let program = found.remove(name).ok_or(BpfError::Missing(name))?;
         waiting.push((name, program));
     }
@@ -92,7 +94,7 @@ pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
         }
         Ok(())
     };
-    together("load", 1, load_some).into_iter().collect()
+    run_parallel("load", 1, load_some).into_iter().collect()
 }
 
 fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
@@ -106,7 +108,7 @@ fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
     loaded.map_err(|source| BpfError::Program { name, source })
 }
 
-impl Kernel {
+impl Datapath {
     /// The programs of other daemons that are attached to the cgroup, with another pin directory or without one,
     /// by their numbers. None where this process may not look (`CAP_SYS_ADMIN`).
     pub fn others(&self, cgroup: &Cgroup) -> Vec<u32> {
@@ -179,7 +181,7 @@ impl Kernel {
             pins.pin_link(&link, name)?;
             // Of another cgroup. Two programs on one map would count the end of a session twice or
             // not at all; with a map of its own the earlier one goes on until all is taken over.
-            if let Some(before) = before.filter(|_| !pins.has_witness()) {
+            if let Some(before) = before.filter(|_| !pins.has_previous()) {
                 sys::detach_link(&before.link)
                     .map_err(|source| BpfError::Attach { name, source })?;
             }

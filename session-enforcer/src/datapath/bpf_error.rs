@@ -3,7 +3,7 @@
 use std::{fmt, io, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
-use session_enforcer_common::{MAX_MATCH_ENTRIES, table::Request};
+use session_enforcer_common::{MAX_MATCH_ENTRIES, table::TableOp};
 use thiserror::Error;
 
 use super::PinError;
@@ -56,10 +56,10 @@ pub enum BpfError {
     #[error("the session table cannot be worked with (CONFIG_BPF_EVENTS is needed): {0}")]
     Table(io::Error),
     /// The program that works on the session table did not answer as it does.
-    #[error("the session table: {request:?} was answered by {answer}, which is no answer to it")]
+    #[error("the session table: {op:?} was answered by {answer}, which is no answer to it")]
     NoAnswer {
         /// What it was asked.
-        request: Request,
+        op: TableOp,
         /// What it answered; 0: nothing.
         answer: u32,
     },

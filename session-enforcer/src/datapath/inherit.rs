@@ -6,9 +6,9 @@ use aya::Ebpf;
 use session_enforcer_common::table::Key;
 
 use super::{
-    Adoption, BpfError, Kernel, PinDir, PinError,
-    found::{self, Found, FoundLink, MAPS, TORN},
-    larger_table, pins,
+    Adoption, BpfError, Datapath, PinDir, PinError, larger_table,
+    pinned_set::{self, FoundLink, MAPS, PinnedSet, TORN},
+    pins,
     session_reader::SessionReader,
     session_table::{BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind},
@@ -33,20 +33,20 @@ pub enum Inherited {
 /// The pins of a daemon: those that it found, and those that it makes.
 pub(super) struct Pins {
     directory: PinDir,
-    found: Option<Found>,
+    found: Option<PinnedSet>,
     state: Inherited,
-    /// See [`Kernel::inherited_generation`].
+    /// See [`Datapath::inherited_generation`].
     generation: u32,
     /// Where the pins of this daemon are.
     set: PathBuf,
     /// Whether that set has yet to take its place.
     is_staged: bool,
     /// The earlier daemon's sessions, where the map of this one is another.
-    witness: Option<Witness>,
+    previous: Option<PreviousTable>,
 }
 
 /// A session map that another one takes the place of.
-struct Witness {
+struct PreviousTable {
     sessions: SessionReader,
     /// What was copied from it, and when it was established.
     copied: HashMap<u64, u64>,
@@ -54,7 +54,7 @@ struct Witness {
 
 impl Pins {
     /// Looks at what is in the directory, and makes a set beside it.
-    pub(super) fn look(directory: PinDir) -> Result<Self, BpfError> {
+    pub(super) fn inspect(directory: PinDir) -> Result<Self, BpfError> {
         let set = directory.stage()?;
         let mut pins = Self {
             found: None,
@@ -62,10 +62,10 @@ impl Pins {
             generation: 0,
             set,
             is_staged: true,
-            witness: None,
+            previous: None,
             directory,
         };
-        pins.found = found::examine(&pins.directory.current())?;
+        pins.found = pinned_set::examine(&pins.directory.current())?;
         pins.state = match &mut pins.found {
             None => Inherited::Nothing,
             Some(found) if found.is_running() => Inherited::Running,
@@ -90,7 +90,7 @@ impl Pins {
     /// Whether the table of a daemon that has stopped has as many sessions as it says. Too few counted
     /// ones would fill it beyond its room, too many would keep room that nobody has.
     fn is_counted(&self) -> Result<bool, BpfError> {
-        let Some(Found { set, table, .. }) = &self.found else {
+        let Some(PinnedSet { set, table, .. }) = &self.found else {
             return Ok(true);
         };
         let there = SessionReader::open(set, table.key)?.cookies()?.len();
@@ -119,7 +119,7 @@ impl Pins {
         Ok(())
     }
 
-    /// See [`Kernel::inherited_generation`].
+    /// See [`Datapath::inherited_generation`].
     pub(super) fn generation(&self) -> u32 {
         self.generation
     }
@@ -156,7 +156,7 @@ impl Pins {
     pub(super) fn pin_maps(&self, ebpf: &Ebpf) -> Result<(), BpfError> {
         for map in &MAPS {
             let loaded = ebpf.map(map.name).ok_or(BpfError::Missing(map.name))?;
-            found::pin_map(loaded, &self.set.join(map.name))?;
+            pinned_set::pin_map(loaded, &self.set.join(map.name))?;
         }
         Ok(())
     }
@@ -259,8 +259,8 @@ impl Pins {
     }
 
     /// Whether the earlier daemon's programs have a map of their own.
-    pub(super) fn has_witness(&self) -> bool {
-        self.witness.is_some()
+    pub(super) fn has_previous(&self) -> bool {
+        self.previous.is_some()
     }
 }
 
@@ -279,7 +279,7 @@ impl Drop for Pins {
     }
 }
 
-impl Kernel {
+impl Datapath {
     /// In which state an earlier daemon's sessions were found.
     pub fn inherited(&self) -> Inherited {
         let pins = self.pins.as_ref();
@@ -308,19 +308,19 @@ impl Kernel {
             found.table.capacity
         );
         let sessions = SessionReader::open(&found.set, found.table.key)?;
-        let mut witness = Witness {
+        let mut previous = PreviousTable {
             sessions,
             copied: HashMap::new(),
         };
-        for cookie in witness.sessions.cookies()? {
-            if let Some(session) = witness.sessions.session(cookie)?
+        for cookie in previous.sessions.cookies()? {
+            if let Some(session) = previous.sessions.session(cookie)?
                 && self.adopt(cookie, &session)? == Adoption::Inserted
             {
-                witness.copied.insert(cookie, session.established_ns);
+                previous.copied.insert(cookie, session.established_ns);
             }
         }
         if let Some(pins) = self.pins.as_mut().filter(|_| running) {
-            pins.witness = Some(witness);
+            pins.previous = Some(previous);
         }
         Ok(())
     }
@@ -332,18 +332,18 @@ impl Kernel {
     ///
     /// Where a map cannot be read or written.
     pub fn compare_sessions(&mut self) -> Result<(), BpfError> {
-        let Some(witness) = self.pins.as_mut().and_then(|pins| pins.witness.take()) else {
+        let Some(previous) = self.pins.as_mut().and_then(|pins| pins.previous.take()) else {
             return Ok(());
         };
         for _ in 0..MAX_COMPARISONS {
             // The earlier programs may be at a packet.
             grace_period::wait_for_programs();
-            if self.compare_once(&witness)? == 0 {
+            if self.compare_once(&previous)? == 0 {
                 break;
             }
         }
-        for (cookie, established_ns) in &witness.copied {
-            if witness.sessions.session(*cookie)?.is_none() {
+        for (cookie, established_ns) in &previous.copied {
+            if previous.sessions.session(*cookie)?.is_none() {
                 self.remove(*cookie, *established_ns)?;
             }
         }
@@ -351,22 +351,22 @@ impl Kernel {
     }
 
     /// Returns how many sessions differed.
-    fn compare_once(&mut self, witness: &Witness) -> Result<usize, BpfError> {
+    fn compare_once(&mut self, previous: &PreviousTable) -> Result<usize, BpfError> {
         let mut differed = 0;
-        for cookie in witness.sessions.cookies()? {
-            let Some(before) = witness.sessions.session(cookie)? else {
+        for cookie in previous.sessions.cookies()? {
+            let Some(before) = previous.sessions.session(cookie)? else {
                 continue;
             };
             match self.session(cookie)? {
                 Some(now) => {
                     // Each has the stamps of what it was there for.
                     let mut newest = now;
-                    newest.join(&before.traffic());
-                    if newest != now && self.amend(cookie, &newest)? {
+                    newest.merge_activity(&before.traffic());
+                    if newest != now && self.update(cookie, &newest)? {
                         differed += 1;
                     }
                 }
-                None if !witness.copied.contains_key(&cookie) => {
+                None if !previous.copied.contains_key(&cookie) => {
                     let adopted = self.adopt(cookie, &before)?;
                     differed += usize::from(adopted == Adoption::Inserted);
                 }

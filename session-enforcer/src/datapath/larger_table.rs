@@ -17,9 +17,9 @@ use session_enforcer_common::{Session, table::TableHead};
 use tokio::sync::oneshot;
 
 use super::{
-    Adoption, BpfError, Kernel, LoadOptions, PinError, found,
+    Adoption, BpfError, Datapath, LoadOptions, PinError,
     inherit::Pins,
-    load_object,
+    load_object, pinned_set,
     port_filter::{self, Ports},
     random_key, reader_of,
     session_table::{BUCKETS, SESSIONS, SessionTable, TABLE},
@@ -154,7 +154,7 @@ pub struct Larger {
     options: LoadOptions,
 }
 
-impl Kernel {
+impl Datapath {
     /// Whether the table can be made larger, as far as is known: not where that was tried in vain.
     pub fn can_grow(&self) -> bool {
         let is_pinned = self.pins.as_ref().is_some_and(|pins| !pins.is_staged());
@@ -208,7 +208,7 @@ impl Kernel {
         let pins = self.pins.as_ref().ok_or(BpfError::NoLoader)?;
         for name in [BUCKETS, SESSIONS, TABLE] {
             let map = ebpf.map(name).ok_or(BpfError::Missing(name))?;
-            found::pin_map(map, &pins.staged().join(name))?;
+            pinned_set::pin_map(map, &pins.staged().join(name))?;
         }
         let sessions = table_of(&mut ebpf, options.capacity)?;
         let copied = HashMap::new();
@@ -329,7 +329,7 @@ impl Kernel {
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn join_before(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
+    pub fn merge_previous(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
         let Some(before) = &mut self.before else {
             return Ok(0);
         };
@@ -340,8 +340,8 @@ impl Kernel {
             let (Some(from), Some(now)) = (from, now) else {
                 continue;
             };
-            let joined = joined(now, &from);
-            if joined != now && self.sessions.amend(*cookie, &joined)? {
+            let joined = merged(now, &from);
+            if joined != now && self.sessions.update(*cookie, &joined)? {
                 differed += 1;
             }
         }
@@ -364,7 +364,7 @@ impl Kernel {
     }
 
     /// The records of both tables, while there are two.
-    pub(super) fn join_all(
+    pub(super) fn merge_all(
         &self,
         cookies: &[u64],
         sessions: &mut [Option<Session>],
@@ -374,7 +374,7 @@ impl Kernel {
         };
         for (now, from) in sessions.iter_mut().zip(before.sessions.sessions(cookies)?) {
             if let (Some(now), Some(from)) = (now, from) {
-                *now = joined(*now, &from);
+                *now = merged(*now, &from);
             }
         }
         Ok(())
@@ -387,9 +387,9 @@ impl Kernel {
 }
 
 /// A record with what has passed on the same session by another one.
-fn joined(mut now: Session, from: &Session) -> Session {
+fn merged(mut now: Session, from: &Session) -> Session {
     if now.established_ns == from.established_ns {
-        now.join(&from.traffic());
+        now.merge_activity(&from.traffic());
     }
     now
 }
@@ -407,7 +407,7 @@ fn carry_over(
         match (from, there) {
             (Some(from), Some(there)) if there.established_ns == from.established_ns => {
                 if there != *from {
-                    to.amend(*cookie, from)?;
+                    to.update(*cookie, from)?;
                 }
             }
             (Some(from), there) => {

@@ -5,10 +5,10 @@ mod attach;
 mod bpf_error;
 mod bpffs;
 mod events;
-mod found;
 mod inherit;
 mod larger_table;
 mod pin_error;
+mod pinned_set;
 mod pins;
 mod port_filter;
 mod reset_journal;
@@ -32,8 +32,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use session_enforcer_common::{
-    Ancestors, ErrorKind, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, Policy, RULE_EXEMPT,
-    RuleCounters, Session, Table, Way,
+    Ancestors, ErrorKind, Limits, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Owner, PacketDirection,
+    RULE_EXEMPT, RuleCounters, Session, Table,
     table::{Key, TableHead, WAYS, buckets_for},
 };
 use tokio::io::unix::AsyncFd;
@@ -46,7 +46,7 @@ pub use larger_table::{Larger, Loading};
 pub use pin_error::PinError;
 pub use pins::PinDir;
 pub use port_filter::Narrowing;
-pub use reset_journal::{Journal, Place};
+pub use reset_journal::{Journal, JournalSlot};
 pub use session_reader::{Cursor, SessionReader, TableInUse};
 
 use attach::Attached;
@@ -101,14 +101,14 @@ pub enum Adoption {
     Inserted,
     /// The kernel had it already.
     Known,
-    /// The table has no place for the rule's sessions, or both buckets of the cookie are full.
+    /// The table has no slot for the rule's sessions, or both buckets of the cookie are full.
     Full,
-    /// The sessions of its rule have as many places as it allows them.
+    /// The sessions of its rule have as many slots as it allows them.
     RuleFull,
 }
 
 /// The loaded programs and the maps that the daemon reads.
-pub struct Kernel {
+pub struct Datapath {
     ebpf: Ebpf,
     options: Options,
     attached: Vec<Attached>,
@@ -133,22 +133,22 @@ pub struct Kernel {
     match_entries: Array<MapData, MatchEntry>,
     match_tables: Array<MapData, Table>,
     active_table: Array<MapData, u32>,
-    policies: Array<MapData, Policy>,
+    policies: Array<MapData, Limits>,
     ports: Ports,
-    /// Places that rules whose sessions have many leave to the others.
+    /// Slots that rules whose sessions have many leave to the others.
     reserve: u32,
     owners: SkStorage<MapData, Owner>,
     ancestors: HashMap<MapData, u64, Ancestors>,
     journal: Arc<Journal>,
     /// Index of the match table in force.
     active: u32,
-    /// Number of places of rules that are in use.
-    places: u32,
+    /// Numbers of rules that are in use.
+    rule_ids: u32,
     /// Policies that have come into force.
     policies_put: u64,
 }
 
-impl Kernel {
+impl Datapath {
     /// Loads maps and programs; nothing is attached yet. With a pin directory, the programs work on
     /// the sessions that an earlier daemon left there.
     ///
@@ -156,7 +156,7 @@ impl Kernel {
     ///
     /// Where the kernel refuses a map, a program or a pin.
     pub fn load(options: Options, directory: Option<PinDir>) -> Result<Self, BpfError> {
-        let pins = directory.map(Pins::look).transpose()?;
+        let pins = directory.map(Pins::inspect).transpose()?;
         let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
         // Without pins, the programs of a larger table could not be given the maps of those before.
         let capacity = match &pins {
@@ -208,7 +208,7 @@ impl Kernel {
             ancestors: take_map(&mut ebpf, "ANCESTORS")?,
             journal: take_journal(&mut ebpf)?,
             active: 0,
-            places: 0,
+            rule_ids: 0,
             policies_put: 0,
             ebpf,
             options,
@@ -226,7 +226,7 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// Puts a policy into force: the match table of this generation, and the limits by place of the
+    /// Puts a policy into force: the match table of this generation, and the limits by the number of the
     /// rule. At no moment does a connection or a packet meet a part of it, or a rule without limits.
     /// The programs see every packet then, until [`narrow_ports`](Self::narrow_ports).
     ///
@@ -237,15 +237,15 @@ impl Kernel {
         &mut self,
         generation: u32,
         entries: &[MatchEntry],
-        policies: &[Policy],
+        policies: &[Limits],
     ) -> Result<(), BpfError> {
         let count = u32::try_from(entries.len())
             .ok()
             .filter(|count| *count <= MAX_MATCH_ENTRIES)
             .ok_or(BpfError::TooManyEntries(entries.len()))?;
-        let places = u32::try_from(policies.len())
+        let rule_ids = u32::try_from(policies.len())
             .ok()
-            .filter(|places| *places <= MAX_RULES)
+            .filter(|ids| *ids <= MAX_RULES)
             .ok_or(BpfError::TooManyRules(policies.len()))?;
         let next = (self.active + 1) % Table::COUNT;
         self.policies_put += 1;
@@ -277,7 +277,7 @@ impl Kernel {
             .map_err(map_error("MATCH_TABLES"))?;
         for (index, policy) in (next * MAX_RULES..).zip(policies) {
             let gate = if has_gates { policy.gate } else { 0 };
-            let (map, policy) = (&mut self.policies, Policy { gate, ..*policy });
+            let (map, policy) = (&mut self.policies, Limits { gate, ..*policy });
             map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
         }
         // The tables are written before the number that says which are in force, for the programs on other processors
@@ -285,7 +285,7 @@ impl Kernel {
         fence(Ordering::Release);
         let active = &mut self.active_table;
         active.set(0, next, 0).map_err(map_error("ACTIVE_TABLE"))?;
-        (self.active, self.places) = (next, places);
+        (self.active, self.rule_ids) = (next, rule_ids);
         Ok(())
     }
 
@@ -372,7 +372,7 @@ impl Kernel {
     /// Where the kernel refuses.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let mut session = [self.sessions.session(cookie)?];
-        self.join_all(&[cookie], &mut session)?;
+        self.merge_all(&[cookie], &mut session)?;
         Ok(session[0])
     }
 
@@ -384,7 +384,7 @@ impl Kernel {
     /// Where the kernel refuses.
     pub fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut sessions = self.sessions.sessions(cookies)?;
-        self.join_all(cookies, &mut sessions)?;
+        self.merge_all(cookies, &mut sessions)?;
         Ok(sessions)
     }
 
@@ -398,7 +398,7 @@ impl Kernel {
     pub fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut shut = self.sessions.shut(sessions)?;
         let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
-        self.join_all(&cookies, &mut shut)?;
+        self.merge_all(&cookies, &mut shut)?;
         // For a session that is not there yet, the copy is of one that is shut.
         if let Some(larger) = self.larger() {
             larger.shut(sessions)?;
@@ -448,16 +448,16 @@ impl Kernel {
     }
 
     /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
-    /// session was read stays in the record ([`Session::join`]).
+    /// session was read stays in the record ([`Session::merge_activity`]).
     ///
     /// # Errors
     ///
     /// Where the kernel refuses.
-    pub fn amend(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
+    pub fn update(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         if let Some(larger) = self.larger() {
-            larger.amend(cookie, session)?;
+            larger.update(cookie, session)?;
         }
-        self.sessions.amend(cookie, session)
+        self.sessions.update(cookie, session)
     }
 
     /// Removes the session of this cookie that was established at this time, and none that has begun
@@ -534,7 +534,7 @@ impl Kernel {
                     closed: sum.closed + c.closed,
                 }))
         };
-        (0..self.places).map(sum).collect()
+        (0..self.rule_ids).map(sum).collect()
     }
 
     /// Errors of the programs, by [`ErrorKind`].
@@ -550,14 +550,14 @@ impl Kernel {
         Ok(counts)
     }
 
-    /// Packets that the gate dropped, by [`Way`].
+    /// Packets that the gate dropped, by [`PacketDirection`].
     ///
     /// # Errors
     ///
     /// Where the map cannot be read.
-    pub fn gate_drops(&self) -> Result<[u64; Way::COUNT as usize], BpfError> {
-        let mut counts = [0; Way::COUNT as usize];
-        for way in Way::ALL {
+    pub fn gate_drops(&self) -> Result<[u64; PacketDirection::COUNT as usize], BpfError> {
+        let mut counts = [0; PacketDirection::COUNT as usize];
+        for way in PacketDirection::ALL {
             let per_cpu = self
                 .gate_drops
                 .get(&(way as u32), 0)
@@ -648,7 +648,7 @@ fn begin_table(ebpf: &mut Ebpf, capacity: u32, key: Key) -> Result<(), BpfError>
 /// The session table for so many sessions that these programs work on.
 fn table_of(ebpf: &mut Ebpf, capacity: u32) -> Result<SessionTable, BpfError> {
     let bucket_count = buckets_for(capacity);
-    let program = attach::program_fd(ebpf, attach::SERVE)?;
+    let program = attach::program_fd(ebpf, attach::TABLE_OPS)?;
     let program = program.as_fd().try_clone_to_owned();
     let mut take = |name| match ebpf.take_map(name) {
         Some(Map::Array(map)) => Ok(map),

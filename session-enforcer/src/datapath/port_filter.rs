@@ -3,7 +3,7 @@
 use aya::maps::{Array, MapData};
 use session_enforcer_common::{MatchEntry, PortFilter, PortFilters};
 
-use super::{BpfError, Kernel, map_error};
+use super::{BpfError, Datapath, map_error};
 
 /// The section of the programs' object that is the map.
 pub(super) const SECTION: &str = ".bss.ports";
@@ -55,7 +55,7 @@ pub struct Narrowing {
     policy: u64,
 }
 
-impl Kernel {
+impl Datapath {
     /// Begins a filter for packets that no rule in force can be about.
     pub fn begin_narrowing(&self) -> Narrowing {
         Narrowing {

@@ -18,16 +18,16 @@ use super::session_table::Mapping;
 /// The map, as it is named in the object and as a pin.
 pub(super) const JOURNAL: &str = "JOURNAL";
 
-/// The entries. One thread puts them in; any may free its place.
+/// The entries. One thread puts them in; any may free its slot.
 #[derive(Debug)]
 pub struct Journal {
     entries: Mapping<JournalEntry>,
-    /// Where a free place is looked for first.
+    /// Where a free slot is looked for first.
     next: AtomicU32,
     is_closed: AtomicBool,
 }
 
-// SAFETY: an entry is written by the thread that has just taken its place, before anybody else knows the place;
+// SAFETY: an entry is written by the thread that has just taken its place, before anybody else knows the slot;
 // of others only `is_used` is touched, atomically.
 unsafe impl Send for Journal {}
 // SAFETY: as above.
@@ -43,20 +43,20 @@ impl Journal {
         }))
     }
 
-    /// What an earlier daemon left. Each entry stays until its place is dropped.
-    pub fn left(self: &Arc<Self>) -> Vec<(Arc<Place>, JournalEntry)> {
+    /// What an earlier daemon left. Each entry stays until its slot is dropped.
+    pub fn left(self: &Arc<Self>) -> Vec<(Arc<JournalSlot>, JournalEntry)> {
         let used =
             (0..MAX_JOURNAL).filter(|number| self.is_used(*number).load(Ordering::Acquire) != 0);
         used.map(|number| {
             // SAFETY: within the mapping; nobody else writes.
             let entry = unsafe { self.entries.at(number as usize).read() };
-            (self.place(number), entry)
+            (self.slot(number), entry)
         })
         .collect()
     }
 
     /// Notes a session that is to be reset. None where there is no room.
-    pub fn put(self: &Arc<Self>, entry: &JournalEntry) -> Option<Arc<Place>> {
+    pub fn put(self: &Arc<Self>, entry: &JournalEntry) -> Option<Arc<JournalSlot>> {
         let first = self.next.load(Ordering::Relaxed);
         let mut numbers = (0..MAX_JOURNAL).map(|offset| (first + offset) % MAX_JOURNAL);
         let number = numbers.find(|number| self.is_used(*number).load(Ordering::Acquire) == 0)?;
@@ -65,10 +65,10 @@ impl Journal {
             is_used: 0,
             ..*entry
         };
-        // SAFETY: within the mapping, at a place that is free.
+        // SAFETY: within the mapping, at a slot that is free.
         unsafe { self.entries.at(number as usize).write(unused) };
         self.is_used(number).store(1, Ordering::Release);
-        Some(self.place(number))
+        Some(self.slot(number))
     }
 
     /// Leaves what is in it to the next daemon.
@@ -76,8 +76,8 @@ impl Journal {
         self.is_closed.store(true, Ordering::Relaxed);
     }
 
-    fn place(self: &Arc<Self>, number: u32) -> Arc<Place> {
-        Arc::new(Place {
+    fn slot(self: &Arc<Self>, number: u32) -> Arc<JournalSlot> {
+        Arc::new(JournalSlot {
             journal: Arc::clone(self),
             number,
         })
@@ -90,18 +90,18 @@ impl Journal {
     }
 }
 
-/// The place of an entry. It is free when this is dropped.
+/// The slot of an entry. It is free when this is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct JournalSlot {
     journal: Arc<Journal>,
     number: u32,
 }
 
-impl Place {
+impl JournalSlot {
     /// Notes what the kernel has answered: that the session was reset, or that it had gone by itself.
     pub fn answer(&self, was_gone: bool, answered_ns: u64) {
         let entry = self.journal.entries.at(self.number as usize);
-        // SAFETY: within the mapping; the place is this one's.
+        // SAFETY: within the mapping; the slot is this one's.
         unsafe {
             (&raw mut (*entry).was_gone).write_volatile(u16::from(was_gone));
             (&raw mut (*entry).answered_ns).write_volatile(answered_ns);
@@ -109,7 +109,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for JournalSlot {
     fn drop(&mut self) {
         if !self.journal.is_closed.load(Ordering::Relaxed) && !std::thread::panicking() {
             self.journal

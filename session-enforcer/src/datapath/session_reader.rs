@@ -104,20 +104,20 @@ impl SessionReader {
     ///
     /// Where the kernel refuses.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        let mut place = self.place(cookie)?;
-        while let Some(before) = place {
+        let mut slot = self.slot(cookie)?;
+        while let Some(before) = slot {
             let session = self.record(before)?;
             // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
             // socket was connected again.
-            place = self.place(cookie)?;
-            if place == Some(before) {
+            slot = self.slot(cookie)?;
+            if slot == Some(before) {
                 return Ok(Some(session));
             }
         }
         Ok(None)
     }
 
-    fn place(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
+    fn slot(&self, cookie: u64) -> Result<Option<u32>, BpfError> {
         if !is_cookie(cookie) {
             return Ok(None);
         }
@@ -132,9 +132,9 @@ impl SessionReader {
 
     /// A record, after the tag that was read before and before one that is read then. The system calls have no such
     /// order of themselves; on x86-64 every read has it.
-    fn record(&self, place: u32) -> Result<Session, BpfError> {
+    fn record(&self, slot: u32) -> Result<Session, BpfError> {
         fence(Ordering::Acquire);
-        let session = self.sessions.get(&place, 0).map_err(map_error(SESSIONS));
+        let session = self.sessions.get(&slot, 0).map_err(map_error(SESSIONS));
         fence(Ordering::Acquire);
         session
     }

@@ -1,4 +1,4 @@
-//! The session table, as the daemon works with it: this one's through the program `serve`, an earlier
+//! The session table, as the daemon works with it: this one's through the program `table_ops`, an earlier
 //! daemon's by reading its maps. `session_enforcer_common::table` says how it is made.
 
 use std::{
@@ -13,7 +13,7 @@ use aya::maps::{Array, Map, MapData, MapError};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use session_enforcer_common::{
     Session,
-    table::{CLAIMED, Exchange, MAX_REQUESTS, Request, TableHead, WAYS, answer},
+    table::{CLAIMED, MAX_REQUESTS, TableHead, TableOp, TableRequest, WAYS, answer},
 };
 
 use super::{Adoption, BpfError, sys};
@@ -28,13 +28,13 @@ pub(super) const TABLE: &str = "TABLE";
 /// Between the shutting of a gate and the reading of its record. A packet looks whether the gate was shut
 /// without a barrier after its stamp: its processor may look before others can see the stamp, and makes the
 /// stamp visible within this. `docs/design/exact-deadlines.md` has the measurement.
-const SETTLE: Duration = Duration::from_micros(20);
+const STAMP_VISIBLE: Duration = Duration::from_micros(20);
 
 /// This daemon's session table. All that is done to it is done by a program in the kernel, which runs to
 /// its end: nothing is left half done, whatever becomes of the daemon.
 pub(super) struct SessionTable {
     program: OwnedFd,
-    exchanges: Mapping<Exchange>,
+    exchanges: Mapping<TableRequest>,
     buckets: MapData,
     bucket_count: u32,
 }
@@ -63,8 +63,8 @@ impl SessionTable {
 
     /// The session as the kernel has it now.
     pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
-        let exchange = self.ask(cookie, Request::Read, None)?;
-        Ok((exchange.answer == answer::DONE).then_some(exchange.session))
+        let request = self.ask(cookie, TableOp::Read, None)?;
+        Ok((request.answer == answer::DONE).then_some(request.session))
     }
 
     /// The sessions of these cookies as the kernel has them now, in their order.
@@ -72,12 +72,12 @@ impl SessionTable {
         let mut sessions = Vec::with_capacity(cookies.len());
         for cookies in cookies.chunks(MAX_REQUESTS as usize) {
             for (index, cookie) in cookies.iter().enumerate() {
-                self.put(index, *cookie, Request::Read, None);
+                self.put(index, *cookie, TableOp::Read, None);
             }
-            self.serve(cookies.len())?;
+            self.run(cookies.len())?;
             for (index, cookie) in cookies.iter().enumerate() {
-                let exchange = self.answered(index, *cookie, Request::Read)?;
-                sessions.push((exchange.answer == answer::DONE).then_some(exchange.session));
+                let request = self.answered(index, *cookie, TableOp::Read)?;
+                sessions.push((request.answer == answer::DONE).then_some(request.session));
             }
         }
         Ok(sessions)
@@ -88,12 +88,12 @@ impl SessionTable {
         let mut adopted = Vec::with_capacity(sessions.len());
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
             for (index, (cookie, session)) in sessions.iter().enumerate() {
-                self.put(index, *cookie, Request::Adopt, Some(session));
+                self.put(index, *cookie, TableOp::Adopt, Some(session));
             }
-            self.serve(sessions.len())?;
+            self.run(sessions.len())?;
             for (index, (cookie, _)) in sessions.iter().enumerate() {
-                let exchange = self.answered(index, *cookie, Request::Adopt)?;
-                adopted.push(match exchange.answer {
+                let request = self.answered(index, *cookie, TableOp::Adopt)?;
+                adopted.push(match request.answer {
                     answer::DONE => Adoption::Inserted,
                     answer::PRESENT => Adoption::Known,
                     answer::RULE_FULL => Adoption::RuleFull,
@@ -105,20 +105,20 @@ impl SessionTable {
     }
 
     /// Writes a session that is there; whether it was.
-    pub(super) fn amend(&self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
-        let exchange = self.ask(cookie, Request::Amend, Some(session))?;
-        Ok(exchange.answer == answer::DONE)
+    pub(super) fn update(&self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
+        let request = self.ask(cookie, TableOp::Update, Some(session))?;
+        Ok(request.answer == answer::DONE)
     }
 
     /// Gives sessions, each named by cookie and time of establishment, rule and generation.
     pub(super) fn decide(&self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
             for (index, (cookie, session)) in sessions.iter().enumerate() {
-                self.put(index, *cookie, Request::Decide, Some(session));
+                self.put(index, *cookie, TableOp::Decide, Some(session));
             }
-            self.serve(sessions.len())?;
+            self.run(sessions.len())?;
             for (index, (cookie, _)) in sessions.iter().enumerate() {
-                self.answered(index, *cookie, Request::Decide)?;
+                self.answered(index, *cookie, TableOp::Decide)?;
             }
         }
         Ok(())
@@ -128,8 +128,8 @@ impl SessionTable {
     pub(super) fn remove(&self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
         // SAFETY: as in `put`.
         unsafe { (*self.exchanges.at(0)).session.established_ns = established_ns };
-        let exchange = self.ask(cookie, Request::Remove, None)?;
-        Ok(exchange.answer == answer::DONE)
+        let request = self.ask(cookie, TableOp::Remove, None)?;
+        Ok(request.answer == answer::DONE)
     }
 
     /// Shuts the gate of sessions, each named by cookie and time of establishment, and reads them after
@@ -137,9 +137,9 @@ impl SessionTable {
     pub(super) fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut shut = Vec::with_capacity(sessions.len());
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
-            self.set_gates(sessions, Request::Shut)?;
+            self.set_gates(sessions, TableOp::Shut)?;
             let shut_at = Instant::now();
-            while shut_at.elapsed() < SETTLE {
+            while shut_at.elapsed() < STAMP_VISIBLE {
                 hint::spin_loop();
             }
             let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
@@ -153,18 +153,18 @@ impl SessionTable {
 
     /// Opens the gate of a session that was shut, if it is there.
     pub(super) fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
-        self.set_gates(&[(cookie, established_ns)], Request::Reopen)
+        self.set_gates(&[(cookie, established_ns)], TableOp::Reopen)
     }
 
-    fn set_gates(&self, sessions: &[(u64, u64)], request: Request) -> Result<(), BpfError> {
+    fn set_gates(&self, sessions: &[(u64, u64)], op: TableOp) -> Result<(), BpfError> {
         for (index, (cookie, established_ns)) in sessions.iter().enumerate() {
             // SAFETY: as in `put`.
             unsafe { (*self.exchanges.at(index)).session.established_ns = *established_ns };
-            self.put(index, *cookie, request, None);
+            self.put(index, *cookie, op, None);
         }
-        self.serve(sessions.len())?;
+        self.run(sessions.len())?;
         for (index, (cookie, _)) in sessions.iter().enumerate() {
-            self.answered(index, *cookie, request)?;
+            self.answered(index, *cookie, op)?;
         }
         Ok(())
     }
@@ -177,21 +177,21 @@ impl SessionTable {
     fn ask(
         &self,
         cookie: u64,
-        request: Request,
+        op: TableOp,
         session: Option<&Session>,
-    ) -> Result<Exchange, BpfError> {
-        self.put(0, cookie, request, session);
-        self.serve(1)?;
-        self.answered(0, cookie, request)
+    ) -> Result<TableRequest, BpfError> {
+        self.put(0, cookie, op, session);
+        self.run(1)?;
+        self.answered(0, cookie, op)
     }
 
-    fn put(&self, index: usize, cookie: u64, request: Request, session: Option<&Session>) {
+    fn put(&self, index: usize, cookie: u64, op: TableOp, session: Option<&Session>) {
         let at = self.exchanges.at(index);
         // SAFETY: within the mapping, which nothing reads or writes meanwhile: the program only runs
-        // in `serve`, and the mapping keeps this value to one thread.
+        // in `table_ops`, and the mapping keeps this value to one thread.
         unsafe {
             (*at).cookie = cookie;
-            (*at).request = request as u32;
+            (*at).op = op as u32;
             (*at).answer = 0;
             if let Some(session) = session {
                 (*at).session = *session;
@@ -199,36 +199,36 @@ impl SessionTable {
         }
     }
 
-    fn serve(&self, requests: usize) -> Result<(), BpfError> {
+    fn run(&self, requests: usize) -> Result<(), BpfError> {
         sys::run_raw_tracepoint(&self.program, requests as u64).map_err(BpfError::Table)
     }
 
-    fn answered(&self, index: usize, cookie: u64, request: Request) -> Result<Exchange, BpfError> {
+    fn answered(&self, index: usize, cookie: u64, op: TableOp) -> Result<TableRequest, BpfError> {
         // SAFETY: as above; any bit pattern is valid.
-        let exchange = unsafe { self.exchanges.at(index).read() };
-        if exchange.cookie == cookie && is_answer(request, exchange.answer) {
-            Ok(exchange)
+        let request = unsafe { self.exchanges.at(index).read() };
+        if request.cookie == cookie && is_answer(op, request.answer) {
+            Ok(request)
         } else {
             Err(BpfError::NoAnswer {
-                request,
-                answer: exchange.answer,
+                op,
+                answer: request.answer,
             })
         }
     }
 }
 
 /// Whether a program of this version would answer so.
-fn is_answer(request: Request, given: u32) -> bool {
-    match request {
-        Request::Read
-        | Request::Amend
-        | Request::Remove
-        | Request::Shut
-        | Request::Reopen
-        | Request::Decide => {
+fn is_answer(op: TableOp, given: u32) -> bool {
+    match op {
+        TableOp::Read
+        | TableOp::Update
+        | TableOp::Remove
+        | TableOp::Shut
+        | TableOp::Reopen
+        | TableOp::Decide => {
             matches!(given, answer::DONE | answer::MISSING)
         }
-        Request::Adopt => matches!(
+        TableOp::Adopt => matches!(
             given,
             answer::DONE | answer::PRESENT | answer::FULL | answer::RULE_FULL
         ),
@@ -244,20 +244,20 @@ pub(super) fn head(map: OwnedFd) -> Result<TableHead, MapError> {
 /// The tags are read where the kernel has them, in a mapping that is gone again afterwards: it would
 /// count as the daemon's memory.
 fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
-    let places = count as usize * WAYS as usize;
-    let tags: Mapping<u64> = Mapping::new(buckets.fd().as_fd(), places, ProtFlags::PROT_READ)?;
+    let slots = count as usize * WAYS as usize;
+    let tags: Mapping<u64> = Mapping::new(buckets.fd().as_fd(), slots, ProtFlags::PROT_READ)?;
     // SAFETY: within the mapping. Volatile: the kernel changes it.
     let tag = |index| unsafe { tags.at(index).read_volatile() };
-    Ok(cleaned((0..places).map(tag)))
+    Ok(cleaned((0..slots).map(tag)))
 }
 
-/// Whether a tag is that of a session; the others are of places that are free, or being written.
+/// Whether a tag is that of a session; the others are of slots that are free, or being written.
 pub(super) const fn is_cookie(tag: u64) -> bool {
     tag != 0 && tag != CLAIMED
 }
 
 /// The cookies among these tags, each once: a socket that is connected again is put in again, perhaps at
-/// another place.
+/// another slot.
 pub(super) fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
     let mut cookies: Vec<u64> = tags.filter(|tag| is_cookie(*tag)).collect();
     cookies.sort_unstable();
@@ -312,27 +312,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn free_and_claimed_places_are_no_cookies_and_each_cookie_is_one() {
+    fn free_and_claimed_slots_are_no_cookies_and_each_cookie_is_one() {
         assert_eq!(cleaned([7, 0, CLAIMED, 3, 7, 0].into_iter()), [3, 7]);
     }
 
     #[test]
     fn only_what_a_program_of_this_version_answers_is_an_answer() {
-        for request in [
-            Request::Read,
-            Request::Amend,
-            Request::Remove,
-            Request::Adopt,
-            Request::Shut,
-            Request::Reopen,
-            Request::Decide,
+        for op in [
+            TableOp::Read,
+            TableOp::Update,
+            TableOp::Remove,
+            TableOp::Adopt,
+            TableOp::Shut,
+            TableOp::Reopen,
+            TableOp::Decide,
         ] {
-            assert!(is_answer(request, answer::DONE));
-            assert!(!is_answer(request, 0) && !is_answer(request, 6));
+            assert!(is_answer(op, answer::DONE));
+            assert!(!is_answer(op, 0) && !is_answer(op, 6));
         }
         for full in [answer::FULL, answer::RULE_FULL] {
-            assert!(is_answer(Request::Adopt, full) && !is_answer(Request::Read, full));
+            assert!(is_answer(TableOp::Adopt, full) && !is_answer(TableOp::Read, full));
         }
-        assert!(!is_answer(Request::Adopt, answer::MISSING));
+        assert!(!is_answer(TableOp::Adopt, answer::MISSING));
     }
 }

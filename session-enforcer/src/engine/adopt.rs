@@ -4,7 +4,7 @@
 use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
-    Address, Ancestors, Direction, Facts, MatchEntry, Owner, Policy, RULE_EXEMPT, Session,
+    Address, Ancestors, Direction, Facts, Limits, MatchEntry, Owner, RULE_EXEMPT, Session,
     first_possible, flags,
 };
 
@@ -19,7 +19,7 @@ pub struct Adopter<'a> {
     /// The match table, in force in the kernel too.
     pub entries: &'a [MatchEntry],
     /// The limits of each rule by its place.
-    pub policies: &'a [Policy],
+    pub limits_of_rules: &'a [Limits],
     /// Generation of both.
     pub generation: u32,
     /// How much later than its age tells an event may have been: [`crate::host::clock::coarse_lag_ns`].
@@ -69,12 +69,12 @@ impl Adopter<'_> {
         let info = socket.info?;
         let direction = direction(socket, &info, listeners);
         let (facts, owner, rule) = self.chosen(socket, listeners, direction)?;
-        let policy = self.policies.get(usize::from(rule));
+        let limits = self.limits_of_rules.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns, self.lag_ns);
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: answered_ns(owes_answer(facts.direction, &info, policy), sent),
+            answered_ns: answered_ns(owes_answer(facts.direction, &info, limits), sent),
             bytes_received: payload_received(socket, &info),
             bytes_sent: payload_sent(socket, &info, facts.direction as u8),
             open_until_ns: 0,
@@ -159,15 +159,15 @@ fn facts(socket: &Socket, direction: Direction, owner: &Owner) -> Facts {
 
 /// Whether this host owes the answer to what it received. Where both ages are the same, the kernel
 /// does not tell which was last: then whatever lets the session live longer.
-fn owes_answer(direction: Direction, info: &Info, policy: Option<&Policy>) -> bool {
+fn owes_answer(direction: Direction, info: &Info, limits: Option<&Limits>) -> bool {
     if direction != Direction::Inbound || info.bytes_received == 0 {
         return false;
     }
     match info.last_data_received_ms.cmp(&info.last_data_sent_ms) {
         Ordering::Less => true,
         Ordering::Greater => false,
-        Ordering::Equal => policy.is_some_and(|policy| {
-            policy.idle_timeout_ns != 0 && policy.response_timeout_ns >= policy.idle_timeout_ns
+        Ordering::Equal => limits.is_some_and(|limits| {
+            limits.idle_timeout_ns != 0 && limits.response_timeout_ns >= limits.idle_timeout_ns
         }),
     }
 }
@@ -224,7 +224,7 @@ fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
 
 /// A session whose socket was asked what it has taken and sent of the payload that was waited for. What it has not
 /// is no activity.
-pub fn settled(session: &Session, socket: &Socket, policy: Option<&Policy>) -> Session {
+pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) -> Session {
     let Some(info) = socket.info else {
         return *session;
     };
@@ -232,7 +232,7 @@ pub fn settled(session: &Session, socket: &Socket, policy: Option<&Policy>) -> S
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
     let new = received.saturating_sub(session.bytes_received);
-    let counts = policy.is_none_or(|policy| new >= u64::from(policy.min_payload));
+    let counts = limits.is_none_or(|limits| new >= u64::from(limits.min_payload));
     let has_received = new > 0 && counts;
     // What could be read is counted already.
     let is_counted = session.flags & flags::SENT_UNREAD == 0;
@@ -244,7 +244,7 @@ pub fn settled(session: &Session, socket: &Socket, policy: Option<&Policy>) -> S
     if !has_sent {
         now.went_ns = 0;
     }
-    now.settled()
+    now.with_candidate()
 }
 
 /// A session brought up to date with its socket, after a time in which packets were not stamped. The
@@ -253,7 +253,7 @@ pub fn settled(session: &Session, socket: &Socket, policy: Option<&Policy>) -> S
 pub fn caught_up(
     session: &Session,
     socket: &Socket,
-    policy: Option<&Policy>,
+    limits: Option<&Limits>,
     now_ns: u64,
     lag_ns: u64,
 ) -> Session {
@@ -288,7 +288,7 @@ pub fn caught_up(
     }
     if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
         let owes = match (has_received, has_sent) {
-            (true, true) => owes_answer(Direction::Inbound, &info, policy),
+            (true, true) => owes_answer(Direction::Inbound, &info, limits),
             (has_received, _) => has_received,
         };
         now.answered_ns = match (owes, has_sent) {
@@ -344,7 +344,7 @@ mod tests {
     use session_enforcer_common::PortRange;
 
     use super::*;
-    use crate::reaper::diag::{Queued, Target};
+    use crate::reaper::diag::{Queued, SocketId};
 
     const MS: u64 = 1_000_000;
 
@@ -356,7 +356,7 @@ mod tests {
         Socket {
             state,
             is_mini: false,
-            target: Target {
+            target: SocketId {
                 local: if state == state::LISTEN {
                     v4([0; 4])
                 } else {
@@ -401,7 +401,7 @@ mod tests {
     fn adopt(entries: &[MatchEntry], scope: &Scope, sockets: &[Socket]) -> Vec<(u64, Session)> {
         let adopter = Adopter {
             entries,
-            policies: &[],
+            limits_of_rules: &[],
             generation: 1,
             lag_ns: 0,
             scope,
@@ -583,16 +583,16 @@ mod tests {
             last_data_sent_ms: sent_ms,
             ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
         };
-        let policy = |idle_timeout_ns, response_timeout_ns| Policy {
+        let limits = |idle_timeout_ns, response_timeout_ns| Limits {
             idle_timeout_ns,
             response_timeout_ns,
-            ..Policy::default()
+            ..Limits::default()
         };
         let owes =
-            |info: Info, policy: Policy| owes_answer(Direction::Inbound, &info, Some(&policy));
-        assert!(owes(info(5, 6), policy(9, 1)) && !owes(info(6, 5), policy(1, 9)));
-        assert!(owes(info(5, 5), policy(1, 9)) && !owes(info(5, 5), policy(9, 1)));
-        assert!(!owes(info(5, 5), policy(0, 9)));
+            |info: Info, limits: Limits| owes_answer(Direction::Inbound, &info, Some(&limits));
+        assert!(owes(info(5, 6), limits(9, 1)) && !owes(info(6, 5), limits(1, 9)));
+        assert!(owes(info(5, 5), limits(1, 9)) && !owes(info(5, 5), limits(9, 1)));
+        assert!(!owes(info(5, 5), limits(0, 9)));
     }
 
     #[test]
@@ -614,12 +614,12 @@ mod tests {
         (info.last_data_received_ms, info.last_data_sent_ms) = (500, 400);
         change(&mut info);
         later.info = Some(info);
-        let policy = Policy {
+        let limits = Limits {
             idle_timeout_ns: 9,
             response_timeout_ns: 1,
-            ..Policy::default()
+            ..Limits::default()
         };
-        let now = caught_up(&before, &later, Some(&policy), 20_000 * MS, 0);
+        let now = caught_up(&before, &later, Some(&limits), 20_000 * MS, 0);
         (before, now)
     }
 
@@ -714,11 +714,11 @@ mod tests {
         (session.came_ns, session.went_ns) = (9_000 * MS, 8_000 * MS);
         change(&mut session, &mut info);
         of.info = Some(info);
-        let policy = Policy {
+        let limits = Limits {
             min_payload,
-            ..Policy::default()
+            ..Limits::default()
         };
-        [session, settled(&session, &of, Some(&policy))]
+        [session, confirmed(&session, &of, Some(&limits))]
     }
 
     #[test]
@@ -783,7 +783,7 @@ mod tests {
         let socket = socket(state::ESTABLISHED, 5432, 1);
         let adopter = Adopter {
             entries: &[entry(0, 5432, 3)],
-            policies: &[],
+            limits_of_rules: &[],
             generation: 1,
             lag_ns: 8 * MS,
             scope: &Scope::All,

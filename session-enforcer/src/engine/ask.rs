@@ -7,7 +7,7 @@ use super::context::Context;
 use crate::{
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Detail, MAX_BATCH, Socket, Target},
+        diag::{Detail, MAX_BATCH, Socket, SocketId},
         pool::{Condition, Exchange, Next, Purpose},
         protocol::{Problem, Reply, Request},
     },
@@ -43,7 +43,7 @@ pub(super) enum Answer {
 pub(super) async fn query(
     context: &Rc<Context>,
     netns_cookie: u64,
-    targets: &[Target],
+    targets: &[SocketId],
     detail: Detail,
 ) -> Result<Vec<Answer>, String> {
     if context.state().hanging.is_diag_blocked {
@@ -113,7 +113,7 @@ pub(super) async fn query(
 pub(super) async fn query_until_locked(
     context: &Rc<Context>,
     netns_cookie: u64,
-    targets: &[Target],
+    targets: &[SocketId],
     detail: Detail,
 ) -> Result<(Vec<Option<Answer>>, Option<(Exchange, usize)>), String> {
     if context.state().hanging.is_diag_blocked {
@@ -155,7 +155,7 @@ impl Part {
     async fn ask(
         context: &Rc<Context>,
         netns_cookie: u64,
-        targets: Vec<Target>,
+        targets: Vec<SocketId>,
         detail: Detail,
     ) -> Result<Self, String> {
         let began_ns = monotonic_ns();
@@ -362,7 +362,7 @@ pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
 }
 
 /// A socket that there is none of: port 0 is nobody's.
-const NOBODY: Target = Target {
+const NOBODY: SocketId = SocketId {
     local: session_enforcer_common::Address([0, 0, 0, 0]),
     remote: session_enforcer_common::Address([0, 0, 0, 0]),
     local_port: 0,

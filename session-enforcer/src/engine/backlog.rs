@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::backoff::{Backoff, Need};
-use crate::report::health::Trouble;
+use crate::report::health::DegradedCause;
 
 /// What the daemon knows to have missed, and what became of it.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ impl Backlog {
     pub(super) fn troubles(
         &self,
         has_room: bool,
-    ) -> impl Iterator<Item = (Trouble, Option<&'static str>)> + use<> {
+    ) -> impl Iterator<Item = (DegradedCause, Option<&'static str>)> + use<> {
         let untracked = match (self.has_sessions(), has_room) {
             (false, _) if self.has_sessions_of_full_rules() => Some(
                 "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are \
@@ -135,13 +135,13 @@ impl Backlog {
              log says which and why",
         );
         // Until a sync has ended, what the one before it left may be left by this one too.
-        let is_settled = self.under_way.is_none();
+        let is_over = self.under_way.is_none();
         let both = [
-            (Trouble::Untracked, untracked),
-            (Trouble::Namespace, namespace),
+            (DegradedCause::Untracked, untracked),
+            (DegradedCause::Namespace, namespace),
         ];
         both.into_iter()
-            .filter(move |(_, what)| is_settled || what.is_some())
+            .filter(move |(_, what)| is_over || what.is_some())
     }
 }
 
@@ -199,7 +199,10 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_and_taken_back_when_a_sync_has_ended() {
         let mut backlog = Backlog::from(0);
-        let none = [(Trouble::Untracked, None), (Trouble::Namespace, None)];
+        let none = [
+            (DegradedCause::Untracked, None),
+            (DegradedCause::Namespace, None),
+        ];
         assert!(backlog.troubles(true).eq(none));
         backlog.refused = 1;
         let said: Vec<_> = backlog.troubles(true).collect();
@@ -211,7 +214,7 @@ mod tests {
         // Meanwhile only what is still so is said.
         backlog.begin();
         let said: Vec<_> = backlog.troubles(true).collect();
-        assert!(said.len() == 1 && said[0].0 == Trouble::Untracked);
+        assert!(said.len() == 1 && said[0].0 == DegradedCause::Untracked);
         end(&mut backlog);
         assert!(backlog.troubles(true).eq(none));
     }
@@ -226,7 +229,7 @@ mod tests {
         assert_eq!(backlog.need(true), Need::Mend);
         let said: Vec<_> = backlog.troubles(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("max_sessions")));
-        assert_eq!(said[1], (Trouble::Namespace, None));
+        assert_eq!(said[1], (DegradedCause::Namespace, None));
     }
 
     #[test]

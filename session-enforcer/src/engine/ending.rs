@@ -5,13 +5,13 @@
 use std::{collections::BTreeMap, rc::Rc, time::Duration};
 
 use anyhow::Result;
-use session_enforcer_common::{Owner, Policy, Session};
+use session_enforcer_common::{Limits, Owner, Session};
 use tokio::time::Instant;
 
-use super::{ask, context::Context, judge::Judgement, owner, state::State};
+use super::{ask, context::Context, judge::Judgement, owner_search, state::State};
 use crate::{
     reaper::{
-        diag::{MAX_BATCH, Target},
+        diag::{MAX_BATCH, SocketId},
         protocol::{Reply, Request, SocketOwner},
     },
     report::audit::Process,
@@ -39,12 +39,12 @@ pub(super) struct Holding {
 
 /// When a session of these limits is to be looked at that can be due at this time: half of its shortest limit before
 /// that, so that the processes have settled who holds it.
-pub(super) fn ahead_of(due_ns: u64, policy: &Policy) -> u64 {
+pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
     let limits = [
-        policy.idle_timeout_ns,
-        policy.max_lifetime_ns,
-        policy.response_timeout_ns,
-        policy.half_closed_timeout_ns,
+        limits.idle_timeout_ns,
+        limits.max_lifetime_ns,
+        limits.response_timeout_ns,
+        limits.half_closed_timeout_ns,
     ];
     let shortest_ns = limits.into_iter().filter(|limit| *limit != 0).min();
     due_ns.saturating_sub((shortest_ns.unwrap_or(0) / 2).min(MAX_AHEAD_NS))
@@ -75,7 +75,7 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
         let mut used = Duration::ZERO;
         for (netns_cookie, sessions) in by_namespace {
             for some in sessions.chunks(MAX_BATCH) {
-                used += look_at(context, netns_cookie, some, everywhere).await?;
+                used += find_holders(context, netns_cookie, some, everywhere).await?;
             }
         }
         if everywhere {
@@ -87,7 +87,7 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
 }
 
 /// How long a reaper has used a processor for the look.
-async fn look_at(
+async fn find_holders(
     context: &Rc<Context>,
     netns_cookie: u64,
     sessions: &[(u64, Session)],
@@ -96,7 +96,7 @@ async fn look_at(
     if context.state().hanging.is_diag_blocked {
         return Ok(Duration::ZERO);
     }
-    let target = |(cookie, session): &(u64, Session)| Target::of(*cookie, session);
+    let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);
     let (netns, handle) = context.state().handles.netns(netns_cookie);
     let request = Request::Owners {
         netns,
@@ -112,7 +112,7 @@ async fn look_at(
     });
     let (found, used_ns) = found.unwrap_or_default();
     let cgroups = found.iter().flatten().filter_map(|owner| owner.cgroup_id);
-    owner::note_cgroups(context, cgroups.collect()).await?;
+    owner_search::note_cgroups(context, cgroups.collect()).await?;
     let mut state = context.state();
     for ((cookie, session), owner) in sessions.iter().zip(found) {
         let Some(owner) = owner.filter(|_| state.tracker.contains(*cookie)) else {
@@ -149,7 +149,7 @@ impl State {
     fn take_ending(&mut self) -> Result<BTreeMap<u64, Vec<(u64, Session)>>> {
         let cookies = std::mem::take(&mut self.ending);
         let mut by_namespace: BTreeMap<u64, Vec<(u64, Session)>> = BTreeMap::new();
-        for (cookie, session) in cookies.iter().zip(self.kernel.sessions(&cookies)?) {
+        for (cookie, session) in cookies.iter().zip(self.datapath.sessions(&cookies)?) {
             if let Some(session) = session {
                 let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
                 of_namespace.push((*cookie, session));
@@ -159,7 +159,7 @@ impl State {
     }
 
     /// Has a session that lives looked at again, and before that its holder looked for; whether that is now.
-    pub(super) fn look_ahead(
+    pub(super) fn recheck_ahead(
         &mut self,
         cookie: u64,
         (due_ns, ahead_ns): (u64, u64),
@@ -203,12 +203,12 @@ mod tests {
 
     #[test]
     fn a_session_is_looked_at_half_of_its_shortest_limit_ahead() {
-        let mut policy = Policy {
+        let mut limits = Limits {
             idle_timeout_ns: 60 * S,
-            ..Policy::default()
+            ..Limits::default()
         };
-        assert_eq!(ahead_of(100 * S, &policy), 98 * S);
-        policy.half_closed_timeout_ns = S;
-        assert_eq!(ahead_of(100 * S, &policy), 100 * S - S / 2);
+        assert_eq!(ahead_of(100 * S, &limits), 98 * S);
+        limits.half_closed_timeout_ns = S;
+        assert_eq!(ahead_of(100 * S, &limits), 100 * S - S / 2);
     }
 }

@@ -6,7 +6,7 @@ use std::{rc::Rc, time::Duration};
 use anyhow::Result;
 use tokio::time::sleep;
 
-use super::{ask, context::Context, owner::MAX_COMPARISONS, reload};
+use super::{ask, context::Context, owner_search::MAX_COMPARISONS, reload};
 use crate::reaper::diag::MAX_BATCH;
 
 /// How often the sessions are copied before the larger table is used: the second time, what has passed during the
@@ -20,8 +20,8 @@ const REST: Duration = Duration::from_secs(60);
 pub(super) fn begin_if_half_full(context: &Rc<Context>) {
     let is_due = {
         let state = context.state();
-        let is_half_full = 2 * state.tracker.len() > state.kernel.capacity();
-        state.is_enforcing && is_half_full && state.kernel.can_grow()
+        let is_half_full = 2 * state.tracker.len() > state.datapath.capacity();
+        state.is_enforcing && is_half_full && state.datapath.can_grow()
     };
     if is_due && !context.is_growing.replace(true) {
         let grown = grow(Rc::clone(context));
@@ -32,7 +32,7 @@ pub(super) fn begin_if_half_full(context: &Rc<Context>) {
 async fn grow(context: Rc<Context>) -> Result<()> {
     while let Err(error) = fill_larger(&context).await {
         tracing::warn!("the session table cannot be made larger, which is tried again: {error:#}");
-        if let Err(error) = context.state().kernel.give_up_growth() {
+        if let Err(error) = context.state().datapath.give_up_growth() {
             tracing::warn!("what was made of a larger session table is left: {error}");
         }
         // Until then the table counts as one that does not grow: it is full where it is full.
@@ -51,14 +51,14 @@ async fn fill_larger(context: &Rc<Context>) -> Result<()> {
         tracing::info!(
             "the session table is made larger: {sessions} sessions are half of its room"
         );
-        state.kernel.load_larger()?
+        state.datapath.load_larger()?
     };
     let larger = loading.finished().await?;
-    context.state().kernel.begin_growth(larger)?;
+    context.state().datapath.begin_growth(larger)?;
     for _ in 0..COPIES {
-        let cookies = context.state().kernel.cookies()?;
+        let cookies = context.state().datapath.cookies()?;
         for some in cookies.chunks(MAX_BATCH) {
-            context.state().kernel.copy_to_larger(some)?;
+            context.state().datapath.copy_to_larger(some)?;
             tokio::task::yield_now().await;
         }
     }
@@ -71,7 +71,7 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
     {
         let mut state = context.state();
         state.put_gates(false)?;
-        state.kernel.change_over()?;
+        state.datapath.change_over()?;
     }
     for _ in 0..MAX_COMPARISONS {
         // A program of those before may be at a packet.
@@ -82,11 +82,11 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
     }
     {
         let mut state = context.state();
-        state.kernel.end_growth()?;
+        state.datapath.end_growth()?;
         state.put_gates(true)?;
         // What ended before its session was in the table that is used now, nobody has reported.
         state.backlog.events = true;
-        let capacity = state.kernel.capacity();
+        let capacity = state.datapath.capacity();
         tracing::info!("the session table has room for {capacity} sessions now");
     }
     reload::narrow_ports(context).await?;
@@ -95,10 +95,10 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
 }
 
 async fn compare(context: &Rc<Context>) -> Result<usize> {
-    let cookies = context.state().kernel.cookies_before()?;
+    let cookies = context.state().datapath.cookies_before()?;
     let mut differed = 0;
     for some in cookies.chunks(MAX_BATCH) {
-        differed += context.state().kernel.join_before(some)?;
+        differed += context.state().datapath.merge_previous(some)?;
         tokio::task::yield_now().await;
     }
     Ok(differed)

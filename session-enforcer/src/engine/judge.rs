@@ -1,7 +1,7 @@
 //! Is a session late, why, and since when? Pure: the record, the rule in force, what was decided before,
 //! and the time are arguments.
 
-use session_enforcer_common::{Policy, Reason, Session, Verdict, verdict};
+use session_enforcer_common::{Expiry, Limits, Reason, Session, expiry};
 
 use super::tracker::Phase;
 
@@ -46,16 +46,14 @@ pub(super) enum Judgement {
 pub(super) fn judge(
     cookie: u64,
     session: &Session,
-    (rule, limits): (u16, &Policy),
+    (rule, limits): (u16, &Limits),
     phase: Option<&Phase>,
     now_ns: u64,
     by_change: impl FnOnce(u64) -> Option<u64>,
 ) -> Judgement {
-    match verdict(session, limits, now_ns) {
-        Verdict::Alive { look_again_ns } => Judgement::Alive {
-            recheck_ns: look_again_ns,
-        },
-        Verdict::Expired {
+    match expiry(session, limits, now_ns) {
+        Expiry::Alive { recheck_ns } => Judgement::Alive { recheck_ns },
+        Expiry::Expired {
             reason,
             deadline_ns: reached_ns,
         } => {
@@ -77,7 +75,7 @@ pub(super) fn judge(
 }
 
 /// The limit of this session that the reason speaks of; 0 for a change of the policy.
-fn limit_ns(reason: Reason, limits: &Policy, session: &Session) -> u64 {
+fn limit_ns(reason: Reason, limits: &Limits, session: &Session) -> u64 {
     match reason {
         Reason::IdleTimeout => limits.idle_timeout_ns,
         Reason::MaxLifetime => limits.lifetime_ns(session),
@@ -104,17 +102,17 @@ fn known_cause(phase: Option<&Phase>, reached_ns: u64) -> Option<(Reason, u64)> 
 
 /// When an observed session that was recorded is looked at again: what passes after the decision makes
 /// a new deadline no sooner than this; the lifetime ends when it ends.
-pub(super) fn next_observation(expired: &Expired, policy: &Policy) -> u64 {
+pub(super) fn next_observation(expired: &Expired, limits: &Limits) -> u64 {
     let now_ns = expired.decided_ns;
-    let next_activity_ns = policy.next_activity_deadline_ns(now_ns);
-    match verdict(&expired.session, &only_lifetime(policy), now_ns) {
+    let next_activity_ns = limits.next_activity_deadline_ns(now_ns);
+    match expiry(&expired.session, &only_lifetime(limits), now_ns) {
         // A session does not become younger: there is nothing more to record, only its end to see.
-        Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns => {
+        Expiry::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns => {
             now_ns + SLOW_RECHECK_NS
         }
         // It was late before, by another limit. With the next payload it is late by its age.
-        Verdict::Expired { .. } => next_activity_ns.min(now_ns + SLOW_RECHECK_NS),
-        Verdict::Alive { look_again_ns } => look_again_ns.min(next_activity_ns),
+        Expiry::Expired { .. } => next_activity_ns.min(now_ns + SLOW_RECHECK_NS),
+        Expiry::Alive { recheck_ns } => recheck_ns.min(next_activity_ns),
     }
 }
 
@@ -123,12 +121,12 @@ pub(super) fn next_observation(expired: &Expired, policy: &Policy) -> u64 {
 const SLOW_RECHECK_NS: u64 = 60_000_000_000;
 
 /// What a policy says about lifetimes.
-pub(super) fn only_lifetime(policy: &Policy) -> Policy {
-    Policy {
+pub(super) fn only_lifetime(limits: &Limits) -> Limits {
+    Limits {
         idle_timeout_ns: 0,
         response_timeout_ns: 0,
         half_closed_timeout_ns: 0,
-        ..*policy
+        ..*limits
     }
 }
 
@@ -141,10 +139,10 @@ mod tests {
 
     const S: u64 = 1_000_000_000;
 
-    fn idle(limit_s: u64) -> Policy {
-        Policy {
+    fn idle(limit_s: u64) -> Limits {
+        Limits {
             idle_timeout_ns: limit_s * S,
-            ..Policy::default()
+            ..Limits::default()
         }
     }
 
@@ -231,7 +229,7 @@ mod tests {
 
     #[test]
     fn an_observed_session_is_looked_at_again_when_something_new_can_be_late() {
-        let both = Policy {
+        let both = Limits {
             max_lifetime_ns: 100 * S,
             ..idle(10)
         };
@@ -240,7 +238,7 @@ mod tests {
         assert_eq!(next_observation(&at(11 * S), &both), 21 * S);
         assert_eq!(next_observation(&at(95 * S), &both), 100 * S);
         // Too old for ever: only its end is to be seen.
-        let old = Policy {
+        let old = Limits {
             idle_timeout_ns: 0,
             ..both
         };
@@ -257,7 +255,7 @@ mod tests {
         // It was idle before it was too old: the next payload makes it late by its age, and it is looked at
         // soon enough to see its end.
         assert_eq!(next_observation(&at(101 * S), &both), 111 * S);
-        let patient = Policy {
+        let patient = Limits {
             max_lifetime_ns: 100 * S,
             ..idle(70)
         };
@@ -269,7 +267,7 @@ mod tests {
 
     #[test]
     fn of_a_policy_only_the_lifetime_is_left() {
-        let all = Policy {
+        let all = Limits {
             max_lifetime_ns: 3,
             response_timeout_ns: 2,
             ..idle(1)
@@ -292,17 +290,17 @@ mod tests {
             reached_s in 0_u64..20,
             has_changed: bool,
         ) {
-            let policy = Policy { max_lifetime_ns: lifetime_s * S, ..idle(idle_s) };
+            let limits = Limits { max_lifetime_ns: lifetime_s * S, ..idle(idle_s) };
             let session = Session { last_sent_ns: last_s * S, ..session() };
             let changed_ns = changed_ns.min(now_ns);
             let phase = Phase::LateByPolicy { changed_ns, reached_ns: reached_s * S };
             for phase in [None, Some(&phase)] {
-                let judged = judge(1, &session, (0, &policy), phase, now_ns, |_| has_changed.then_some(changed_ns));
-                match (verdict(&session, &policy, now_ns), judged) {
-                    (Verdict::Alive { look_again_ns }, Judgement::Alive { recheck_ns }) => {
-                        prop_assert_eq!(look_again_ns, recheck_ns);
+                let judged = judge(1, &session, (0, &limits), phase, now_ns, |_| has_changed.then_some(changed_ns));
+                match (expiry(&session, &limits, now_ns), judged) {
+                    (Expiry::Alive { recheck_ns }, Judgement::Alive { recheck_ns: judged_ns }) => {
+                        prop_assert_eq!(recheck_ns, judged_ns);
                     }
-                    (Verdict::Expired { deadline_ns, .. }, Judgement::Late(expired)) => {
+                    (Expiry::Expired { deadline_ns, .. }, Judgement::Late(expired)) => {
                         prop_assert_eq!(deadline_ns, expired.reached_ns);
                         prop_assert!(expired.deadline_ns <= now_ns);
                         let counted_from_ns = expired.deadline_ns - expired.limit_ns;
@@ -314,7 +312,7 @@ mod tests {
                         let is_by_policy = expired.reason == Reason::Policy;
                         prop_assert!(is_by_policy || expired.deadline_ns == deadline_ns);
                     }
-                    (verdict, judged) => prop_assert!(false, "{verdict:?} {judged:?}"),
+                    (expiry, judged) => prop_assert!(false, "{expiry:?} {judged:?}"),
                 }
             }
         }

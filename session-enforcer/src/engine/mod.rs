@@ -10,9 +10,7 @@ pub mod adopt;
 mod ask;
 mod backlog;
 mod backoff;
-mod book;
 mod context;
-pub mod directory;
 mod ending;
 #[cfg(test)]
 mod fixtures;
@@ -21,10 +19,12 @@ mod handles;
 mod hanging;
 mod judge;
 mod kills;
-mod owner;
+pub mod owner_resolver;
+mod owner_search;
 mod records;
 mod reload;
 mod requests;
+mod rule_set;
 mod schedule;
 mod state;
 mod sync;
@@ -42,7 +42,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-pub use book::{RuleBook, TooManyRules};
+pub use rule_set::{RuleSet, TooManyRules};
 pub use state::Parts;
 pub use takeover::Begun;
 
@@ -52,7 +52,7 @@ use state::State;
 use crate::{
     config::{Config, NetworkNamespaces},
     datapath::{Events, KernelLog},
-    engine::directory::UserError,
+    engine::owner_resolver::UserError,
     host::{cgroup::Cgroup, clock::monotonic_ns, timer::Timer, watch::Watch},
     reaper::pool::Pool,
     report::{
@@ -201,7 +201,7 @@ impl Engine {
 
     /// Puts the first policy into force, attaches the programs, and runs until SIGTERM or SIGINT; then detaches
     /// and flushes. `attached` is called when the programs are attached, `begun` when the connections that are
-    /// older have been adopted, and `serve` then, or a little later where that lasts.
+    /// older have been adopted, and `table_ops` then, or a little later where that lasts.
     ///
     /// # Errors
     ///
@@ -251,7 +251,7 @@ impl Engine {
             _ => state.stop().context("detaching the programs"),
         };
         state.records.audit.close();
-        state.kernel.journal().close();
+        state.datapath.journal().close();
         result.and(stopped)
     }
 
@@ -274,7 +274,7 @@ impl Engine {
             if self.reloading.has_changed.take() {
                 self.cgroups_due = Some(self.cgroups_paused_until.get().max(Instant::now()));
             }
-            owner::find_cgroups(&self.context);
+            owner_search::find_cgroups(&self.context);
             growth::begin_if_half_full(&self.context);
             self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
@@ -380,7 +380,7 @@ impl Engine {
         let mut state = self.context.state();
         let is_waited_for = !state.scrapes.is_empty();
         state.answer(requests);
-        if !state.directory.is_asking() {
+        if !state.owner_resolver.is_asking() {
             state.answer_scrapes(self.context.pool.counts());
         } else if !state.scrapes.is_empty() && !is_waited_for {
             self.context
@@ -399,7 +399,7 @@ impl Engine {
                 "the cgroup of daemon.cgroup was removed: connections of one that is made anew are \
                  not tracked; restart the daemon",
             )
-        } else if !state.kernel.is_attached() {
+        } else if !state.datapath.is_attached() {
             Some(
                 "the programs were detached by someone else: no session is tracked any more; \
                  restart the daemon",
@@ -407,15 +407,15 @@ impl Engine {
         } else {
             None
         };
-        let detached = crate::report::health::Trouble::Detached;
+        let detached = crate::report::health::DegradedCause::Detached;
         state.records.health.set(detached, what);
     }
 }
 
 async fn answer_scrapes_later(context: Rc<Context>) -> Result<()> {
     let until = Instant::now() + CGROUPS_PATIENCE;
-    while context.state().directory.is_asking() && Instant::now() < until {
-        owner::find_cgroups(&context);
+    while context.state().owner_resolver.is_asking() && Instant::now() < until {
+        owner_search::find_cgroups(&context);
         tokio::time::sleep(CGROUPS_LOOK).await;
     }
     context.state().answer_scrapes(context.pool.counts());
@@ -483,7 +483,7 @@ impl Engine {
             self.cgroups_paused_until.set(pause);
         }
         // Watched first: one that comes between is found by the look.
-        let mut directories = self.context.state().directory.directories();
+        let mut directories = self.context.state().owner_resolver.directories();
         for _ in 0..MAX_WATCH_ROUNDS {
             if let Err(error) = self.watch.set(&directories) {
                 tracing::error!(
@@ -493,7 +493,7 @@ impl Engine {
                 break;
             }
             // One that fits a pattern may have come before it could be watched for what comes below it.
-            let now = self.context.state().directory.directories();
+            let now = self.context.state().owner_resolver.directories();
             let before = std::mem::replace(&mut directories, now);
             if before == directories {
                 break;
@@ -503,7 +503,7 @@ impl Engine {
         if self.reloading.is_under_way.get() {
             return;
         }
-        let come = self.context.state().directory.look_again();
+        let come = self.context.state().owner_resolver.refresh();
         if come.is_empty() {
             return;
         }
@@ -533,11 +533,14 @@ async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) 
         let state = &mut *state;
         // The same policy, of the same generation: what was decided about other sessions stands.
         let config = reload.config.borrow();
-        state.book.set_owners(&config, state.directory.owners());
-        let (entries, policies) = (&state.book.entries, state.book.policies());
         state
-            .kernel
-            .put_policy(state.book.generation, entries, &policies)?;
+            .rule_set
+            .set_owners(&config, state.owner_resolver.owners());
+        let (entries, limits_of_rules) =
+            (&state.rule_set.entries, state.rule_set.limits_of_rules());
+        state
+            .datapath
+            .put_policy(state.rule_set.generation, entries, &limits_of_rules)?;
     }
     let redecided = reload::redecide_below(context, come).await?;
     reload::narrow_ports(context).await?;

@@ -12,7 +12,7 @@ use crate::{
     report::{
         audit::{Audit, End, Outcome, Receipt, RequestedBy, Termination},
         control::KillResult,
-        health::{Health, Trouble},
+        health::{DegradedCause, Health},
         metrics::Metrics,
     },
 };
@@ -31,7 +31,7 @@ impl Records {
             "audit records are lost, they cannot be written; the log says why, and that they are \
              written again",
         );
-        self.health.set(Trouble::Audit, what);
+        self.health.set(DegradedCause::Audit, what);
     }
 
     /// Records that the enforcement begins, under this policy.
@@ -60,7 +60,7 @@ impl State {
     pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
         let outcome = end.outcome();
         let place = match outcome {
-            Outcome::Reset | Outcome::Gone => self.tracker.take_place(expired),
+            Outcome::Reset | Outcome::Gone => self.tracker.take_journal_slot(expired),
             Outcome::Failed | Outcome::Observed => None,
         };
         if let Some(place) = &place {
@@ -69,7 +69,7 @@ impl State {
         let session = &expired.session;
         let holding = self.holding(expired.cookie, session);
         let process = holding.and_then(|holding| holding.process);
-        let rule = &self.book.rules[usize::from(session.rule)];
+        let rule = &self.rule_set.rules[usize::from(session.rule)];
         let kill = self.kills.of(expired.cookie, session);
         let kill = kill.filter(|_| expired.reason == Reason::Admin);
         let termination = Termination {
@@ -88,11 +88,11 @@ impl State {
             idle_since_ns: expired.idle_since_ns,
             answered_ns: at_ns,
             process,
-            cgroup: self.directory.path(session.owner.cgroup_id),
-            user: self.directory.user_name(session.owner.uid),
+            cgroup: self.owner_resolver.path(session.owner.cgroup_id),
+            user: self.owner_resolver.user_name(session.owner.uid),
             requested_by: kill.map(|kill| RequestedBy {
                 requester: &kill.by,
-                user: self.directory.user_name(kill.by.uid),
+                user: self.owner_resolver.user_name(kill.by.uid),
             }),
         };
         let receipt = place.map(|place| Box::new(place) as Receipt);

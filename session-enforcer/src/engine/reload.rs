@@ -10,17 +10,17 @@ use session_enforcer_common::Session;
 
 use super::{
     ask,
-    book::RuleBook,
     context::Context,
     judge::Expired,
-    owner,
+    owner_search,
+    rule_set::RuleSet,
     state::{Change, State},
     sync::{Aim, sync},
     tracker::{Phase, group_of},
 };
 use crate::{
     config::{Config, OnFull, User},
-    engine::{directory::Users, schedule::Group},
+    engine::{owner_resolver::Users, schedule::Group},
     host::clock::monotonic_ns,
     reaper::{
         diag::MAX_BATCH,
@@ -85,14 +85,14 @@ pub(super) async fn change_policy(
     context.read_events()?;
     {
         let mut state = context.state();
-        let (asked, asks) = (state.kernel.notes_owners(), config.asks_owner());
+        let (asked, asks) = (state.datapath.notes_owners(), config.asks_owner());
         // Before there is a rule for it: what is made from then on is noted.
-        state.kernel.note_owners(asked || asks, &context.cgroup)?;
+        state.datapath.note_owners(asked || asks, &context.cgroup)?;
         let before = state.put_policy(config, &users);
         let asks = if before.is_ok() { asks } else { asked };
-        state.kernel.note_owners(asks, &context.cgroup)?;
+        state.datapath.note_owners(asks, &context.cgroup)?;
         let before = before?;
-        let user = by.and_then(|by| state.directory.user_name(by.uid));
+        let user = by.and_then(|by| state.owner_resolver.user_name(by.uid));
         let user = user.map(str::to_owned);
         let by = by.map(|requester| RequestedBy {
             requester,
@@ -119,13 +119,13 @@ pub(super) async fn change_policy(
 pub(super) async fn narrow_ports(context: &Rc<Context>) -> Result<()> {
     let (mut narrowing, cookies) = {
         let state = context.state();
-        (state.kernel.begin_narrowing(), state.kernel.cookies()?)
+        (state.datapath.begin_narrowing(), state.datapath.cookies()?)
     };
     for some in cookies.chunks(MAX_BATCH) {
-        context.state().kernel.keep_ports(&mut narrowing, some)?;
+        context.state().datapath.keep_ports(&mut narrowing, some)?;
         tokio::task::yield_now().await;
     }
-    Ok(context.state().kernel.narrow_ports(&narrowing)?)
+    Ok(context.state().datapath.narrow_ports(&narrowing)?)
 }
 
 /// Adopts the connections that no rule matched before the policy changed. Those that are past a
@@ -147,14 +147,14 @@ pub(super) async fn adopt_by_change(context: &Rc<Context>) -> Result<usize> {
 /// Those that are late now are made due, and ended by the passes that follow.
 async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
     let mut redecided = Redecided::default();
-    let cookies = context.state().kernel.cookies()?;
+    let cookies = context.state().datapath.cookies()?;
     let mut open = Vec::new();
     for some in cookies.chunks(MAX_BATCH) {
         {
             let mut state = context.state();
             let now_ns = monotonic_ns();
             let mut read = Vec::with_capacity(some.len());
-            for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+            for (cookie, session) in some.iter().zip(state.datapath.sessions(some)?) {
                 let Some(session) = session else {
                     continue;
                 };
@@ -177,10 +177,10 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
         tokio::task::yield_now().await;
     }
     let asked = open.len();
-    let settled = owner::settle(context, open).await?;
+    let resolved = owner_search::resolve(context, open).await?;
     // Those that have ended meanwhile.
-    redecided.released += asked - settled.len();
-    for (cookie, session) in settled {
+    redecided.released += asked - resolved.len();
+    for (cookie, session) in resolved {
         let mut state = context.state();
         let now_ns = monotonic_ns();
         let session = state.still_there(cookie, &session)?;
@@ -196,12 +196,12 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
 ///
 /// Where the session map cannot be read or written.
 pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Result<usize> {
-    let cookies = context.state().kernel.cookies()?;
+    let cookies = context.state().datapath.cookies()?;
     let mut open = Vec::new();
     for some in cookies.chunks(MAX_BATCH) {
         {
             let state = context.state();
-            for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+            for (cookie, session) in some.iter().zip(state.datapath.sessions(some)?) {
                 let Some(session) = session else {
                     continue;
                 };
@@ -215,7 +215,7 @@ pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Re
         tokio::task::yield_now().await;
     }
     let count = open.len();
-    for (cookie, _) in owner::settle(context, open).await? {
+    for (cookie, _) in owner_search::resolve(context, open).await? {
         context.state().tracker.rearm(cookie, 0);
     }
     context.wake.notify_one();
@@ -228,33 +228,33 @@ impl State {
     /// # Errors
     ///
     /// Where there are too many rules, a user is not there, or the kernel refuses.
-    pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleBook> {
-        let found = self.directory.look_up(config, users)?;
-        let next = self.book.next(config, &found.owners)?;
-        self.kernel
-            .put_policy(next.generation, &next.entries, &next.policies())?;
-        self.directory.keep(found);
+    pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleSet> {
+        let found = self.owner_resolver.resolve(config, users)?;
+        let next = self.rule_set.next(config, &found.owners)?;
+        self.datapath
+            .put_policy(next.generation, &next.entries, &next.limits_of_rules())?;
+        self.owner_resolver.keep(found);
         self.records.metrics.set_rules(&next.names());
         self.in_force_since_ns = monotonic_ns();
         self.backlog.set_interval(config.reconcile_interval);
         self.backlog.resets = config.on_full == OnFull::Reset;
-        Ok(std::mem::replace(&mut self.book, next))
+        Ok(std::mem::replace(&mut self.rule_set, next))
     }
 
     /// Writes the rules of sessions into their records, where they are of the policy before: there the programs count
     /// them.
     pub(super) fn write_rules(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
-        let generation = self.book.generation;
+        let generation = self.rule_set.generation;
         sessions.retain_mut(|(_, session)| {
             let is_of_before = session.generation != 0 && session.generation != generation;
-            if !is_of_before || self.book.needs_owner_of(session) {
+            if !is_of_before || self.rule_set.needs_owner_of(session) {
                 return false;
             }
             let rule = self.rule_of(session);
             (session.rule, session.generation) = (rule.unwrap_or_default(), generation);
             rule.is_some()
         });
-        Ok(self.kernel.decide(&sessions)?)
+        Ok(self.datapath.decide(&sessions)?)
     }
 
     /// Whether a reaper or a sync has the session.

@@ -7,9 +7,9 @@ use session_enforcer_common::{Ancestors, Reason, Session};
 
 use super::{
     Reload,
-    book::RuleBook,
     context::Context,
     judge::{Expired, Judgement},
+    rule_set::RuleSet,
     state::State,
     tracker::{Phase, group_of},
 };
@@ -40,7 +40,7 @@ pub(super) fn answer(
             let config = reload.config.borrow();
             let _ = reply.send(state.status(context, &config)?);
         }
-        Request::Rules(reply) => drop(reply.send(Box::new(state.book.clone()))),
+        Request::Rules(reply) => drop(reply.send(Box::new(state.rule_set.clone()))),
         Request::Owners {
             cgroups,
             users,
@@ -57,19 +57,19 @@ pub(super) fn answer(
     Ok(())
 }
 
-impl Rules for RuleBook {
+impl Rules for RuleSet {
     fn rule_of(
         &self,
         session: &Session,
         ancestors: &dyn Fn(u64) -> Option<Ancestors>,
     ) -> Option<RuleInForce<'_>> {
-        let place = RuleBook::rule_of(self, session, ancestors)?;
+        let place = RuleSet::rule_of(self, session, ancestors)?;
         let rule = self.rule(place)?;
         Some(RuleInForce {
             place,
             name: &rule.name,
             mode: rule.mode,
-            policy: &rule.policy,
+            limits: &rule.limits,
         })
     }
 
@@ -81,10 +81,10 @@ impl Rules for RuleBook {
 impl State {
     fn owner_names(&self, cgroups: &[u64], users: &[u32]) -> OwnerNames {
         let cgroup = |id: &u64| {
-            let path = self.directory.path(*id).map(str::to_owned);
+            let path = self.owner_resolver.path(*id).map(str::to_owned);
             (*id, path, self.ancestors_of(*id))
         };
-        let user = |uid: &u32| (*uid, self.directory.user_name(*uid).map(str::to_owned));
+        let user = |uid: &u32| (*uid, self.owner_resolver.user_name(*uid).map(str::to_owned));
         OwnerNames {
             cgroups: cgroups.iter().map(cgroup).collect(),
             users: users.iter().map(user).collect(),
@@ -95,7 +95,7 @@ impl State {
     fn kill(&mut self, request: &KillRequest) -> anyhow::Result<()> {
         let now_ns = monotonic_ns();
         let cookies: Vec<u64> = request.sessions.iter().map(|(cookie, _)| *cookie).collect();
-        let read = self.kernel.sessions(&cookies)?;
+        let read = self.datapath.sessions(&cookies)?;
         for ((cookie, established_ns), session) in request.sessions.iter().zip(read) {
             let session = session.filter(|session| session.established_ns == *established_ns);
             let tell = |result| {
@@ -150,11 +150,11 @@ impl State {
         now_ns: u64,
     ) -> Option<Expired> {
         let asked_ns = self.kills.of(cookie, session)?.asked_ns;
-        let is_rule = |place: &u16| self.book.rule(*place).is_some();
+        let is_rule = |place: &u16| self.rule_set.rule(*place).is_some();
         let rule = self
             .rule_of(session)
             .or(Some(session.rule).filter(is_rule))?;
-        let policy = &self.book.rule(rule)?.policy;
+        let limits = &self.rule_set.rule(rule)?.limits;
         let late = Judgement::Late(Expired {
             cookie,
             session: Session { rule, ..*session },
@@ -163,7 +163,7 @@ impl State {
             reached_ns: asked_ns,
             decided_ns: now_ns,
             limit_ns: 0,
-            idle_since_ns: policy.idle_since(session),
+            idle_since_ns: limits.idle_since(session),
         });
         match self.with_holder(late) {
             Judgement::Late(expired) => Some(expired),
@@ -177,7 +177,7 @@ impl State {
         let at = |ns| clock.at(ns).to_string();
         let troubles = self.records.health.list();
         let audit = &self.records.audit;
-        let counters = self.kernel.rule_counters()?;
+        let counters = self.datapath.rule_counters()?;
         let (opened_total, closed_total) = self.records.metrics.turnover(&counters);
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -194,7 +194,7 @@ impl State {
                 .collect(),
             mode: mode_name(config.mode).to_owned(),
             cgroup: context.cgroup.path().display().to_string(),
-            attached: self.is_enforcing && self.kernel.is_attached() && !context.cgroup.is_gone(),
+            attached: self.is_enforcing && self.datapath.is_attached() && !context.cgroup.is_gone(),
             config: ConfigInForce {
                 file: config
                     .file
@@ -205,7 +205,7 @@ impl State {
                 last_reload_successful: !self.records.metrics.is_config_refused(),
             },
             sessions: self.tracker.len() as u64,
-            max_sessions: self.kernel.max_sessions().into(),
+            max_sessions: self.datapath.max_sessions().into(),
             opened_total,
             closed_total,
             quarantined: self.tracker.quarantined() as u64,
@@ -217,7 +217,7 @@ impl State {
 
     fn rule_statuses(&self, config: &Config) -> Vec<RuleStatus> {
         let sessions = self.tracker.sessions_of();
-        let rules = self.book.rules.iter().enumerate();
+        let rules = self.rule_set.rules.iter().enumerate();
         rules
             .map(|(place, rule)| {
                 let configured = config.rules.iter().find(|known| known.name == rule.name);

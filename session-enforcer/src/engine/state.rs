@@ -8,24 +8,24 @@ use session_enforcer_common::{Ancestors, ErrorKind, Event, EventKind, RuleCounte
 
 use super::{
     backlog::Backlog,
-    book::RuleBook,
     ending::{self, Holding},
     handles::Handles,
     hanging::Hanging,
     judge::{Expired, Judgement, judge},
     kills::Kills,
     records::Records,
+    rule_set::RuleSet,
     tracker::{Phase, Tracker, group_of, group_of_event},
 };
 use crate::{
     config::{Config, Mode},
-    datapath::{BpfError, Kernel},
-    engine::directory::Directory,
+    datapath::{BpfError, Datapath},
+    engine::owner_resolver::OwnerResolver,
     host::{boot, clock::monotonic_ns},
     reaper::{diag::MAX_BATCH, pool},
     report::{
         audit::Audit,
-        health::{Health, Trouble},
+        health::{DegradedCause, Health},
         http::{Request, Scrape},
         metrics::{KernelSnapshot, Metrics, Repair},
         service_manager::Standing,
@@ -45,13 +45,13 @@ pub(super) const RECHECK_NS: u64 = 200_000_000;
 /// What a [`State`] is made of.
 pub struct Parts {
     /// The programs, loaded.
-    pub kernel: Kernel,
+    pub datapath: Datapath,
     /// The audit's writer.
     pub audit: Audit,
     /// Every metric.
     pub metrics: Metrics,
     /// Whose sessions are.
-    pub directory: Directory,
+    pub owner_resolver: OwnerResolver,
     /// How far the kernel's time stamps may lag behind the events.
     pub lag_ns: u64,
     /// The daemon's own network namespace.
@@ -60,11 +60,11 @@ pub struct Parts {
 
 /// What the engine knows.
 pub(super) struct State {
-    pub(super) kernel: Kernel,
+    pub(super) datapath: Datapath,
     pub(super) records: Records,
-    pub(super) directory: Directory,
+    pub(super) owner_resolver: OwnerResolver,
     pub(super) lag_ns: u64,
-    pub(super) book: RuleBook,
+    pub(super) rule_set: RuleSet,
     /// The change of the policy that is under way.
     pub(super) change: Option<Change>,
     pub(super) tracker: Tracker,
@@ -78,9 +78,9 @@ pub(super) struct State {
     /// Sessions whose owner has to be found before they are judged.
     pub(super) without_owner: Vec<(u64, Session)>,
     /// Sessions that are only observed, and late unless their sockets have taken or sent payload that is waited for.
-    pub(super) unsettled: Vec<Expired>,
+    pub(super) candidates: Vec<Expired>,
     /// Sessions whose end the kernel does not report, and that may have ended.
-    pub(super) looked_for: Vec<LookedFor>,
+    pub(super) maybe_ended: Vec<MaybeEnded>,
     /// Events that the kernel could not deliver, as far as they were made up for.
     repaired_losses: u64,
     /// Who waits for the metrics.
@@ -98,14 +98,14 @@ pub(super) struct State {
 /// Sessions are decided about anew by another policy.
 pub(super) struct Change {
     /// The policy before.
-    pub(super) before: RuleBook,
+    pub(super) before: RuleSet,
     /// When the other came into force.
     pub(super) at_ns: u64,
 }
 
 /// A session whose socket is looked for: it may have ended without a report.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LookedFor {
+pub(super) struct MaybeEnded {
     pub(super) cookie: u64,
     pub(super) session: Session,
     pub(super) cause: Cause,
@@ -126,25 +126,25 @@ impl State {
     /// Without rules and sessions yet.
     pub(super) fn new(parts: Parts) -> Self {
         let Parts {
-            kernel,
+            datapath,
             audit,
             metrics,
-            directory,
+            owner_resolver,
             lag_ns,
             own_netns,
         } = parts;
         // The generations go on: a session of an earlier daemon must not seem to be of this one.
-        let book = RuleBook::after(kernel.inherited_generation(), boot::key());
+        let rule_set = RuleSet::after(datapath.inherited_generation(), boot::key());
         Self {
-            kernel,
+            datapath,
             records: Records {
                 audit,
                 metrics,
                 health: Health::of_a_start(),
             },
-            directory,
+            owner_resolver,
             lag_ns,
-            book,
+            rule_set,
             change: None,
             tracker: Tracker::default(),
             backlog: Backlog::from(monotonic_ns()),
@@ -153,8 +153,8 @@ impl State {
             has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
-            unsettled: Vec::new(),
-            looked_for: Vec::new(),
+            candidates: Vec::new(),
+            maybe_ended: Vec::new(),
             repaired_losses: 0,
             scrapes: Vec::new(),
             ending: Vec::new(),
@@ -178,7 +178,7 @@ impl State {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.tracker.len() < self.kernel.common_capacity()
+        self.tracker.len() < self.datapath.common_capacity()
     }
 }
 
@@ -187,19 +187,19 @@ impl State {
     /// The cgroups above one, the kernel's word first: it remembers those that are no more. None of one that
     /// has gone and is remembered by nobody.
     pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Option<Ancestors> {
-        let known = self.kernel.ancestors(cgroup_id).ok().flatten();
-        known.or_else(|| self.directory.ancestors(cgroup_id))
+        let known = self.datapath.ancestors(cgroup_id).ok().flatten();
+        known.or_else(|| self.owner_resolver.ancestors(cgroup_id))
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does.
     pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
-        self.book.rule_of(session, |id| self.ancestors_of(id))
+        self.rule_set.rule_of(session, |id| self.ancestors_of(id))
     }
 
     /// The same as far as it is known now: of a session whose owner is still to be found, a rule
     /// that there is.
     pub(super) fn provisional_rule(&self, session: &Session) -> Option<u16> {
-        if self.book.needs_owner_of(session) {
+        if self.rule_set.needs_owner_of(session) {
             return Some(0);
         }
         self.rule_of(session)
@@ -227,7 +227,7 @@ impl State {
     }
 }
 
-/// Events of the kernel.
+/// Events of the datapath.
 impl State {
     /// Takes in what the kernel reports.
     pub(super) fn handle(&mut self, kind: EventKind, event: &Event) {
@@ -258,15 +258,15 @@ impl State {
     }
 
     fn opened(&mut self, event: &Event) {
-        self.directory.remember(event.cgroup_id);
-        let Some(rule) = self.book.rule(event.rule) else {
+        self.owner_resolver.remember(event.cgroup_id);
+        let Some(rule) = self.rule_set.rule(event.rule) else {
             tracing::error!("the kernel reports a session of rule {}", event.rule);
             return;
         };
-        let due_ns = if event.generation == self.book.generation as u16 {
+        let due_ns = if event.generation == self.rule_set.generation as u16 {
             ending::ahead_of(
-                rule.policy.first_deadline_ns(event.established_ns),
-                &rule.policy,
+                rule.limits.first_deadline_ns(event.established_ns),
+                &rule.limits,
             )
         } else {
             // Of an earlier policy: it is decided about anew.
@@ -311,7 +311,7 @@ impl State {
     /// The record of a session as it is now, if the session is there still.
     pub(super) fn still_there(&self, cookie: u64, session: &Session) -> Result<Option<Session>> {
         let is_same = |now: &Session| now.established_ns == session.established_ns;
-        Ok(self.kernel.session(cookie)?.filter(is_same))
+        Ok(self.datapath.session(cookie)?.filter(is_same))
     }
 
     /// Lets go of a session: takes it out of the session map, where the kernel does not. One that was
@@ -320,7 +320,7 @@ impl State {
         // The rule in the record may be one of an earlier daemon's.
         let group = self.tracker.group(cookie);
         let rule = group.map_or(session.rule, |group| group.rule);
-        let removed = self.kernel.remove(cookie, session.established_ns)?;
+        let removed = self.datapath.remove(cookie, session.established_ns)?;
         // Before the attachment, what an earlier daemon has counted as opened is not this one's to count.
         if removed && session.generation != 0 && self.is_enforcing {
             self.records.metrics.removed(usize::from(rule));
@@ -337,8 +337,8 @@ impl State {
 
     /// Makes up for what the kernel programs could not do.
     pub(super) fn repair(&mut self) -> Result<()> {
-        self.backlog.refused = self.kernel.error_count(ErrorKind::MapFull)?;
-        self.backlog.refused_by_rules = self.kernel.error_count(ErrorKind::RuleFull)?;
+        self.backlog.refused = self.datapath.error_count(ErrorKind::MapFull)?;
+        self.backlog.refused_by_rules = self.datapath.error_count(ErrorKind::RuleFull)?;
         self.note_backlog();
         self.repair_lost_events()
     }
@@ -346,7 +346,7 @@ impl State {
     /// Makes up for events that the kernel could not deliver: schedules what is in the session map
     /// and not in the schedule. What has closed is found by the comparison that follows.
     fn repair_lost_events(&mut self) -> Result<()> {
-        let lost = self.kernel.error_count(ErrorKind::EventLost)?;
+        let lost = self.datapath.error_count(ErrorKind::EventLost)?;
         if lost == self.repaired_losses {
             return Ok(());
         }
@@ -356,11 +356,11 @@ impl State {
         );
         self.repaired_losses = lost;
         self.backlog.events = true;
-        for cookie in self.kernel.cookies()? {
+        for cookie in self.datapath.cookies()? {
             if self.tracker.contains(cookie) || self.tracker.phase_of_cookie(cookie).is_some() {
                 continue;
             }
-            if let Some(session) = self.kernel.session(cookie)? {
+            if let Some(session) = self.datapath.session(cookie)? {
                 // Due at once: the pass that follows works out its deadline.
                 self.tracker.add(cookie, group_of(&session), 0);
                 self.records.metrics.repaired(Repair::Unscheduled);
@@ -383,7 +383,7 @@ impl State {
         let now_ns = monotonic_ns();
         let due = self.tracker.take_due(now_ns, count);
         let mut late = Vec::new();
-        for (cookie, session) in due.iter().zip(self.kernel.sessions(&due)?) {
+        for (cookie, session) in due.iter().zip(self.datapath.sessions(&due)?) {
             match session {
                 Some(session) if self.needs_owner(*cookie, &session) => {
                     self.without_owner.push((*cookie, session));
@@ -398,7 +398,7 @@ impl State {
     pub(super) fn needs_owner(&self, cookie: u64, session: &Session) -> bool {
         let was_reset = matches!(self.tracker.phase(cookie, session), Some(Phase::Reset));
         let is_asked_for = self.kills.of(cookie, session).is_some();
-        !was_reset && !is_asked_for && self.book.needs_owner_of(session)
+        !was_reset && !is_asked_for && self.rule_set.needs_owner_of(session)
     }
 
     /// Decides about a session that is scheduled without a time, by its record as it was read not before
@@ -432,31 +432,31 @@ impl State {
             self.release(cookie, &session)?;
             return Ok(None);
         };
-        let Some(active) = self.book.rule(rule) else {
+        let Some(active) = self.rule_set.rule(rule) else {
             anyhow::bail!("the session map names rule {rule}, which is none");
         };
-        let (policy, mode) = (active.policy, active.mode);
+        let (limits, mode) = (active.limits, active.mode);
         let phase = self.tracker.phase(cookie, &session);
         let by_change =
             |reached_ns| self.late_by_change(&session, phase, reached_ns, mode == Mode::Enforce);
-        let judged = judge(cookie, &session, (rule, &policy), phase, now_ns, by_change);
+        let judged = judge(cookie, &session, (rule, &limits), phase, now_ns, by_change);
         match self.with_holder(judged) {
             Judgement::Alive { recheck_ns } => {
-                // Whatever was asked of the kernel, it was not done.
+                // Whatever was asked of the datapath, it was not done.
                 self.tracker.clear_phase(cookie);
                 if session.is_shut() {
-                    self.kernel.reopen(cookie, session.established_ns)?;
+                    self.datapath.reopen(cookie, session.established_ns)?;
                 }
-                let times = (recheck_ns, ending::ahead_of(recheck_ns, &policy));
-                let is_looked_for = self.look_ahead(cookie, times, now_ns);
+                let times = (recheck_ns, ending::ahead_of(recheck_ns, &limits));
+                let is_looked_for = self.recheck_ahead(cookie, times, now_ns);
                 if session.end_is_unreported() && !is_looked_for {
-                    self.look_for(cookie, session, Cause::Unreported);
+                    self.query_later(cookie, session, Cause::Unreported);
                 }
                 Ok(None)
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
-            Judgement::Late(expired) if session.is_unsettled() => {
-                self.unsettled.push(expired);
+            Judgement::Late(expired) if session.has_candidate() => {
+                self.candidates.push(expired);
                 Ok(None)
             }
             Judgement::Late(expired) => {
@@ -469,14 +469,14 @@ impl State {
     /// Records a session that is only observed and late, if it is there.
     pub(super) fn note_observed(&mut self, expired: &Expired) {
         if expired.session.end_is_unreported() {
-            self.look_for(expired.cookie, expired.session, Cause::Observed(*expired));
+            self.query_later(expired.cookie, expired.session, Cause::Observed(*expired));
         } else {
             self.observe(expired);
         }
     }
 
-    pub(super) fn look_for(&mut self, cookie: u64, session: Session, cause: Cause) {
-        self.looked_for.push(LookedFor {
+    pub(super) fn query_later(&mut self, cookie: u64, session: Session, cause: Cause) {
+        self.maybe_ended.push(MaybeEnded {
             cookie,
             session,
             cause,
@@ -522,13 +522,13 @@ impl State {
     }
 
     fn snapshot(&self, reapers: pool::Counts) -> Result<KernelSnapshot> {
-        let rules: Vec<RuleCounters> = self.kernel.rule_counters().context("reading counters")?;
+        let rules: Vec<RuleCounters> = self.datapath.rule_counters().context("reading counters")?;
         Ok(KernelSnapshot {
             rules,
             sessions: self.tracker.sessions_of().to_vec(),
-            map_entries: self.kernel.session_count()?,
-            errors: self.kernel.errors()?,
-            gate_drops: self.kernel.gate_drops()?,
+            map_entries: self.datapath.session_count()?,
+            errors: self.datapath.errors()?,
+            gate_drops: self.datapath.gate_drops()?,
             audit_lost: self.records.audit.lost(),
             troubles: self.records.health.troubles(),
             quarantined: self.tracker.quarantined(),
@@ -539,7 +539,7 @@ impl State {
     /// Takes the programs out of the kernel and records that the enforcement ends.
     pub(super) fn stop(&mut self) -> Result<(), BpfError> {
         self.is_enforcing = false;
-        self.kernel.detach()?;
+        self.datapath.detach()?;
         tracing::info!("the programs are detached");
         self.records.audit.stopped();
         Ok(())
@@ -547,11 +547,13 @@ impl State {
 
     /// Notes what is known to be missed.
     pub(super) fn note_backlog(&mut self) {
-        let has_room = self.has_room() || self.kernel.can_grow();
+        let has_room = self.has_room() || self.datapath.can_grow();
         for (trouble, what) in self.backlog.troubles(has_room) {
             self.records.health.set(trouble, what);
         }
         let stuck = self.hanging.trouble(self.tracker.quarantined());
-        self.records.health.set(Trouble::Stuck, stuck.as_deref());
+        self.records
+            .health
+            .set(DegradedCause::Stuck, stuck.as_deref());
     }
 }

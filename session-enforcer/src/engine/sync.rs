@@ -13,14 +13,14 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Ancestors, MatchEntry, Policy, Session, Verdict, verdict};
+use session_enforcer_common::{Ancestors, Expiry, Limits, MatchEntry, Session, expiry};
 
 use super::{
     ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
     backoff::Need,
     context::Context,
     ending,
-    owner::{self, CaughtUp},
+    owner_search::{self, CaughtUp},
     state::{RECHECK_NS, State},
     terminate,
     tracker::{Phase, group_of},
@@ -30,7 +30,7 @@ use crate::{
     engine::adopt::{self, Adopter, Listeners},
     host::{cgroup::Scope, clock::monotonic_ns},
     reaper::{
-        diag::{Detail, Info, MAX_BATCH, Socket, Target, state},
+        diag::{Detail, Info, MAX_BATCH, Socket, SocketId, state},
         pool::{Condition, Exchange, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
@@ -83,7 +83,7 @@ struct Sync<'a> {
     number: u64,
     scope: Scope,
     entries: Vec<MatchEntry>,
-    policies: Vec<Policy>,
+    limits_of_rules: Vec<Limits>,
     generation: u32,
     lag_ns: u64,
     /// By cgroup, those above it.
@@ -150,9 +150,9 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
             } else {
                 Scope::Only(HashSet::new())
             },
-            entries: state.book.entries.clone(),
-            policies: state.book.policies(),
-            generation: state.book.generation,
+            entries: state.rule_set.entries.clone(),
+            limits_of_rules: state.rule_set.limits_of_rules(),
+            generation: state.rule_set.generation,
             lag_ns: state.lag_ns,
             ancestors: HashMap::new(),
             unseen,
@@ -193,7 +193,7 @@ impl Sync<'_> {
     fn adopter(&self) -> Adopter<'_> {
         Adopter {
             entries: &self.entries,
-            policies: &self.policies,
+            limits_of_rules: &self.limits_of_rules,
             generation: self.generation,
             lag_ns: self.lag_ns,
             scope: &self.scope,
@@ -291,7 +291,7 @@ impl Sync<'_> {
                 Reply::WholeNamespace => {
                     self.take_listeners(&mut listening).await?;
                     self.adopt_wanted().await?;
-                    self.look_for_unseen().await?;
+                    self.find_unseen().await?;
                     if self.unconfirmed.is_empty() {
                         self.context.state().give_up_if_unused(self.netns_cookie);
                     }
@@ -333,7 +333,7 @@ impl Sync<'_> {
         if ids.is_empty() {
             return Ok(());
         }
-        owner::note_cgroups(self.context, ids.clone()).await?;
+        owner_search::note_cgroups(self.context, ids.clone()).await?;
         let state = self.context.state();
         let known = |id| Some((id, state.ancestors_of(id)?));
         self.ancestors.extend(ids.into_iter().filter_map(known));
@@ -381,7 +381,7 @@ impl Sync<'_> {
             let mut state = self.context.state();
             for ((_, owner), (reply, fd)) in some.iter().zip(replies) {
                 // What it accepts is asked about one by one where this fails.
-                let noted = fd.map(|fd| state.kernel.note_owner(&fd, owner));
+                let noted = fd.map(|fd| state.datapath.note_owner(&fd, owner));
                 tracing::debug!("owner of a listener: {noted:?} {reply:?}");
             }
         }
@@ -434,7 +434,7 @@ impl Sync<'_> {
                 .collect();
             let mut state = self.context.state();
             for cookie in others {
-                if let Some(session) = state.kernel.session(cookie)? {
+                if let Some(session) = state.datapath.session(cookie)? {
                     state.release(cookie, &session)?;
                 }
             }
@@ -443,11 +443,11 @@ impl Sync<'_> {
             return Ok(());
         }
         for some in sockets.chunks(MAX_BATCH) {
-            let targets: Vec<Target> = some.iter().map(|socket| socket.target).collect();
+            let targets: Vec<SocketId> = some.iter().map(|socket| socket.target).collect();
             let answers = self.query(&targets, Detail::Activity).await;
             let mut state = self.context.state();
             for (target, answer) in targets.iter().zip(answers) {
-                let Some(session) = state.kernel.session(target.cookie)? else {
+                let Some(session) = state.datapath.session(target.cookie)? else {
                     continue;
                 };
                 if let CaughtUp::Written(_) = state.catch_up(target.cookie, &session, answer)? {
@@ -460,7 +460,7 @@ impl Sync<'_> {
     }
 
     /// Asks about sockets of the namespace. What cannot be asked about counts as in use.
-    async fn query(&mut self, targets: &[Target], detail: Detail) -> Vec<Answer> {
+    async fn query(&mut self, targets: &[SocketId], detail: Detail) -> Vec<Answer> {
         let asked = ask::query(self.context, self.netns_cookie, targets, detail).await;
         asked.unwrap_or_else(|error| {
             self.unlisted(&error);
@@ -472,7 +472,7 @@ impl Sync<'_> {
     async fn adopt_wanted(&mut self) -> Result<()> {
         let wanted = std::mem::take(&mut self.wanted);
         for some in wanted.chunks(MAX_BATCH) {
-            let targets: Vec<Target> = some.iter().map(|socket| socket.target).collect();
+            let targets: Vec<SocketId> = some.iter().map(|socket| socket.target).collect();
             let answers = self.query(&targets, Detail::Activity).await;
             let mut sessions = Vec::with_capacity(some.len());
             for (socket, answer) in some.iter().zip(answers) {
@@ -505,7 +505,7 @@ impl Sync<'_> {
             state.tracker.contains(cookie) || phase.is_some_and(Phase::is_in_other_hands)
         };
         sessions.retain(|(cookie, _)| !is_known(&state, *cookie));
-        let answers = state.kernel.adopt_all(&sessions)?;
+        let answers = state.datapath.adopt_all(&sessions)?;
         let (mut refused, mut refused_by_rules) = (0, 0);
         let mut untracked = Vec::new();
         for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
@@ -524,7 +524,7 @@ impl Sync<'_> {
                         Adoption::RuleFull => (&mut refused_by_rules, Untracked::RuleFull),
                         _ => (&mut refused, Untracked::MapFull),
                     };
-                    let is_growing = answer == Adoption::Full && state.kernel.can_grow();
+                    let is_growing = answer == Adoption::Full && state.datapath.can_grow();
                     if state.resets_untracked(session.rule) && !is_growing {
                         untracked.push((cookie, session));
                         continue;
@@ -540,7 +540,7 @@ impl Sync<'_> {
         terminate::reset_untracked(self.context, &mut state, untracked)?;
         state.backlog.left_out_by_rules += refused_by_rules;
         let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
-        if refused > 0 && is_first && !state.kernel.can_grow() {
+        if refused > 0 && is_first && !state.datapath.can_grow() {
             tracing::error!(
                 "connections are not tracked, the session map is full: raise daemon.max_sessions"
             );
@@ -567,8 +567,8 @@ impl Sync<'_> {
         for (netns_cookie, sessions) in by_namespace {
             self.netns_cookie = netns_cookie;
             for some in sessions.chunks(MAX_BATCH) {
-                let target = |(cookie, session): &(u64, Session)| Target::of(*cookie, session);
-                let targets: Vec<Target> = some.iter().map(target).collect();
+                let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);
+                let targets: Vec<SocketId> = some.iter().map(target).collect();
                 let answers = self.query(&targets, Detail::Activity).await;
                 for ((cookie, session), answer) in some.iter().zip(answers) {
                     self.confirm_one(*cookie, *session, answer)?;
@@ -599,15 +599,15 @@ impl Sync<'_> {
         let is_there = match (answer, open) {
             (Answer::Known(..), None) => {
                 // The socket may have been connected again, under the same cookie: the kernel tracks it.
-                state.kernel.remove(cookie, session.established_ns)?;
+                state.datapath.remove(cookie, session.established_ns)?;
                 false
             }
             (_, Some((socket, at_ns))) => {
-                let policy = self.policies.get(usize::from(session.rule));
-                let told = adopt::caught_up(&session, &socket, policy, at_ns, self.lag_ns);
+                let limits = self.limits_of_rules.get(usize::from(session.rule));
+                let told = adopt::caught_up(&session, &socket, limits, at_ns, self.lag_ns);
                 // What was stamped since the first look stays.
                 told == session
-                    || state.kernel.amend(cookie, &told)?
+                    || state.datapath.update(cookie, &told)?
                         && state.count_as_active(cookie, &mut session)?
             }
             (Answer::Locked, None) => state.count_as_active(cookie, &mut session)?,
@@ -620,10 +620,10 @@ impl Sync<'_> {
             state.records.metrics.repaired(Repair::Missed);
         }
         state.records.metrics.adopted();
-        let policy = state.book.rules[usize::from(session.rule)].policy;
+        let limits = state.rule_set.rules[usize::from(session.rule)].limits;
         let is_asked_for = state.kills.of(cookie, &session).is_some();
-        let due_ns = if session.generation == state.book.generation && !is_asked_for {
-            ending::ahead_of(policy.first_deadline_ns(session.established_ns), &policy)
+        let due_ns = if session.generation == state.rule_set.generation && !is_asked_for {
+            ending::ahead_of(limits.first_deadline_ns(session.established_ns), &limits)
         } else {
             // The policy has changed meanwhile, or it is to be reset.
             0
@@ -634,7 +634,7 @@ impl Sync<'_> {
         }
         let changed_ns = monotonic_ns();
         if self.aim.by_change
-            && let Verdict::Expired { deadline_ns, .. } = verdict(&session, &policy, changed_ns)
+            && let Expiry::Expired { deadline_ns, .. } = expiry(&session, &limits, changed_ns)
         {
             let late = Phase::LateByPolicy {
                 changed_ns,
@@ -647,7 +647,7 @@ impl Sync<'_> {
 
     /// Looks for the sockets of the sessions that the whole list of their namespace does not have: a list may
     /// leave out one while others come and go.
-    async fn look_for_unseen(&mut self) -> Result<()> {
+    async fn find_unseen(&mut self) -> Result<()> {
         self.context.read_events()?;
         let unseen = self.unseen.remove(&self.netns_cookie).unwrap_or_default();
         let unseen: Vec<u64> = unseen.into_iter().collect();
@@ -655,7 +655,7 @@ impl Sync<'_> {
             let sessions = {
                 let mut state = self.context.state();
                 let mut sessions = Vec::new();
-                for (cookie, session) in some.iter().zip(state.kernel.sessions(some)?) {
+                for (cookie, session) in some.iter().zip(state.datapath.sessions(some)?) {
                     match session {
                         Some(session) => sessions.push((*cookie, session)),
                         None if state.tracker.contains(*cookie) => {
@@ -667,7 +667,8 @@ impl Sync<'_> {
                 }
                 sessions
             };
-            let targets: Vec<Target> = sessions.iter().map(|(c, s)| Target::of(*c, s)).collect();
+            let targets: Vec<SocketId> =
+                sessions.iter().map(|(c, s)| SocketId::of(*c, s)).collect();
             let answers = self.query(&targets, Detail::Names).await;
             for ((cookie, session), answer) in sessions.iter().zip(answers) {
                 let Answer::Known(socket, _) = answer else {

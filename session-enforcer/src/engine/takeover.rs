@@ -8,14 +8,15 @@ use anyhow::Result;
 use super::{
     ask,
     context::Context,
-    owner::MAX_COMPARISONS,
+    owner_search::MAX_COMPARISONS,
     reload,
     state::State,
     sync::{Aim, sync},
     unrecorded,
 };
 use crate::{
-    datapath::Inherited, engine::schedule::Group, reaper::diag::MAX_BATCH, report::health::Trouble,
+    datapath::Inherited, engine::schedule::Group, reaper::diag::MAX_BATCH,
+    report::health::DegradedCause,
 };
 
 /// Sessions that a daemon begins with.
@@ -34,7 +35,7 @@ pub struct Begun {
 ///
 /// Where the kernel refuses a program, a map or a pin.
 pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
-    let inherited = context.state().kernel.inherited();
+    let inherited = context.state().datapath.inherited();
     let is_stopped = inherited == Inherited::Stopped;
     if inherited != Inherited::Nothing {
         let own = context.state().handles.own();
@@ -52,8 +53,8 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     }
     {
         let mut state = context.state();
-        state.kernel.attach(&context.cgroup)?;
-        state.kernel.compare_sessions()?;
+        state.datapath.attach(&context.cgroup)?;
+        state.datapath.compare_sessions()?;
     }
     if inherited != Inherited::Nothing {
         write_rules(context).await?;
@@ -82,11 +83,11 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
 
 /// The programs of the earlier daemon counted the sessions of its rules. From the attachment on these do.
 async fn write_rules(context: &Rc<Context>) -> Result<()> {
-    let cookies = context.state().kernel.cookies()?;
+    let cookies = context.state().datapath.cookies()?;
     for some in cookies.chunks(MAX_BATCH) {
         {
             let mut state = context.state();
-            let read = some.iter().copied().zip(state.kernel.sessions(some)?);
+            let read = some.iter().copied().zip(state.datapath.sessions(some)?);
             let there = read.filter_map(|(cookie, session)| Some((cookie, session?)));
             let there = there.collect();
             state.write_rules(there)?;
@@ -111,7 +112,7 @@ async fn catch_up(context: &Rc<Context>) -> Result<usize> {
 ///
 /// As above.
 pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
-    let inherited = context.state().kernel.inherited();
+    let inherited = context.state().datapath.inherited();
     let aim = Aim {
         adopts: true,
         is_thorough: true,
@@ -120,28 +121,32 @@ pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
         ..Aim::default()
     };
     let adopted = sync(context, aim).await?.adopted;
-    context.state().kernel.commit()?;
+    context.state().datapath.commit()?;
     reload::narrow_ports(context).await?;
     let mut state = context.state();
-    state.records.health.set(Trouble::NotAdopted, None);
+    state.records.health.set(DegradedCause::NotAdopted, None);
     Ok(adopted)
 }
 
 impl State {
     /// Puts the policy in force into force again, with gates or without.
     pub(super) fn put_gates(&mut self, stand: bool) -> Result<()> {
-        let mut policies = self.book.policies();
+        let mut limits_of_rules = self.rule_set.limits_of_rules();
         if !stand {
-            policies.iter_mut().for_each(|policy| policy.gate = 0);
+            limits_of_rules
+                .iter_mut()
+                .for_each(|limits| limits.gate = 0);
         }
-        let (generation, entries) = (self.book.generation, &self.book.entries);
-        Ok(self.kernel.put_policy(generation, entries, &policies)?)
+        let (generation, entries) = (self.rule_set.generation, &self.rule_set.entries);
+        Ok(self
+            .datapath
+            .put_policy(generation, entries, &limits_of_rules)?)
     }
 
     /// Schedules every session in the map; what no rule matches any more is let go.
     fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<()> {
-        for cookie in self.kernel.cookies()? {
-            let Some(session) = self.kernel.session(cookie)? else {
+        for cookie in self.datapath.cookies()? {
+            let Some(session) = self.datapath.session(cookie)? else {
                 continue;
             };
             let netns_cookie = session.netns_cookie;
@@ -150,7 +155,7 @@ impl State {
             // What the earlier daemon had not decided about is adopted in a moment, as every connection that
             // nobody has decided about.
             let Some(rule) = rule.filter(|_| session.generation != 0) else {
-                self.kernel.remove(cookie, session.established_ns)?;
+                self.datapath.remove(cookie, session.established_ns)?;
                 self.forget(cookie);
                 continue;
             };

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_common::{Ancestors, Reason, Session, Verdict, flags, verdict};
+use session_enforcer_common::{Ancestors, Expiry, Reason, Session, expiry, flags};
 
 use super::{
     adopt,
@@ -17,14 +17,14 @@ use super::{
     handles::Searching,
     hanging::{Culprit, Room},
     judge::{Expired, next_observation, only_lifetime},
-    state::{Cause, LookedFor, RECHECK_NS, RETRY_NS, State},
+    state::{Cause, MaybeEnded, RECHECK_NS, RETRY_NS, State},
     tracker::Phase,
 };
 use crate::{
     config::Mode,
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Destroyed, Detail, MAX_BATCH, Queued, Socket, Target, state},
+        diag::{Destroyed, Detail, MAX_BATCH, Queued, Socket, SocketId, state},
         pool::{Condition, Exchange, Next, Purpose, STALL},
         protocol::{
             Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
@@ -68,7 +68,7 @@ const NO_ROOM: &str =
 
 /// How a batch is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Way {
+enum ResetMethod {
     /// `SOCK_DESTROY`.
     Destroy,
     /// Through descriptors.
@@ -78,7 +78,7 @@ enum Way {
 }
 
 /// Which sessions a batch has.
-type Lot = (u64, Way, Option<u64>);
+type Lot = (u64, ResetMethod, Option<u64>);
 
 /// Ends what is due, as much as one pass may.
 ///
@@ -94,11 +94,11 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
         dispatch(context, &mut state, late)?;
     }
     state.records.audit.flush();
-    let unsettled = std::mem::take(&mut state.unsettled);
-    settle_all(context, &state, unsettled);
+    let candidates = std::mem::take(&mut state.candidates);
+    confirm_all(context, &state, candidates);
     drop(state);
-    look_for_unreported(context);
-    super::owner::find(context);
+    query_unreported(context);
+    super::owner_search::find(context);
     super::ending::find(context);
     Ok(())
 }
@@ -115,7 +115,7 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
 
 /// Has sessions that are late reset, or their sockets asked first.
 fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
-    let (mut unsettled, mut settled) = (Vec::new(), Vec::new());
+    let (mut candidates, mut confirmed) = (Vec::new(), Vec::new());
     for expired in state.shut(late)? {
         let is_tried = state
             .tracker
@@ -124,16 +124,16 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
         // One that was tried before was asked before, and nothing has passed since. What passes saves none that somebody
         // wants to be reset.
         let may_live = expired.reason != Reason::Admin && !is_tried;
-        if expired.session.is_unsettled() && may_live {
+        if expired.session.has_candidate() && may_live {
             let (cookie, session) = (expired.cookie, &expired.session);
-            state.tracker.set_phase(cookie, session, Phase::Unsettled);
-            unsettled.push(expired);
+            state.tracker.set_phase(cookie, session, Phase::Candidate);
+            candidates.push(expired);
         } else {
-            settled.push(expired);
+            confirmed.push(expired);
         }
     }
-    settle_all(context, state, unsettled);
-    hand_over(context, state, settled)
+    confirm_all(context, state, candidates);
+    hand_over(context, state, confirmed)
 }
 
 /// Has sessions reset that are not in the session map, which has no place for them.
@@ -167,16 +167,16 @@ pub(super) fn reset_untracked(
 }
 
 /// Has the sockets of late sessions asked, in the background. Those of a cgroup wait for nobody else's.
-fn settle_all(context: &Rc<Context>, state: &State, unsettled: Vec<Expired>) {
+fn confirm_all(context: &Rc<Context>, state: &State, candidates: Vec<Expired>) {
     let mut lots: BTreeMap<(u64, u64, bool), Vec<Expired>> = BTreeMap::new();
-    for expired in unsettled {
+    for expired in candidates {
         let session = &expired.session;
-        let may_live = state.would_live(&expired, &session.settled());
+        let may_live = state.would_live(&expired, &session.with_candidate());
         let lot = (session.netns_cookie, session.owner.cgroup_id, may_live);
         lots.entry(lot).or_default().push(expired);
     }
     for ((netns_cookie, _, may_live), lot) in lots {
-        context.spawn(settle_lot(Rc::clone(context), netns_cookie, may_live, lot));
+        context.spawn(confirm_lot(Rc::clone(context), netns_cookie, may_live, lot));
     }
 }
 
@@ -185,7 +185,7 @@ fn settle_all(context: &Rc<Context>, state: &State, unsettled: Vec<Expired>) {
 ///
 /// A socket that its process keeps locked does not answer. It holds a reaper, as a reset would, and the others are asked
 /// by another one, as long as the cgroup may hang so many.
-async fn settle_lot(
+async fn confirm_lot(
     context: Rc<Context>,
     netns_cookie: u64,
     may_live: bool,
@@ -198,8 +198,8 @@ async fn settle_lot(
         let culprit = culprit(&context.state(), &first.session);
         let has_room = context.state().hanging.room(culprit) == Room::Free;
         let began_ns = monotonic_ns();
-        let target = |expired: &Expired| Target::of(expired.cookie, &expired.session);
-        let targets: Vec<Target> = lot.iter().map(target).collect();
+        let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
+        let targets: Vec<SocketId> = lot.iter().map(target).collect();
         let asked = match has_room {
             true => {
                 ask::query_until_locked(&context, netns_cookie, &targets, Detail::Activity).await
@@ -216,7 +216,7 @@ async fn settle_lot(
         for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
             let is_locked = hung.as_ref().is_none_or(|(_, locked)| *locked == index);
             match answer.or_else(|| is_locked.then_some(Answer::Locked)) {
-                Some(answer) => late.extend(state.settle(expired, answer, began_ns)?),
+                Some(answer) => late.extend(state.confirm(expired, answer, began_ns)?),
                 None => rest.push(*expired),
             }
         }
@@ -248,17 +248,17 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
             state.has_no_room(&expired, now_ns);
             continue;
         }
-        let way = state.way_to(&expired.session, now_ns);
+        let method = state.method_for(&expired.session, now_ns);
         // Those of a cgroup in which a reset hangs do not hold up others.
         let apart = state.hanging.is_suspect(cgroup_id).then_some(cgroup_id);
-        let lot = (expired.session.netns_cookie, way, apart);
+        let lot = (expired.session.netns_cookie, method, apart);
         lots.entry(lot).or_default().push(expired);
     }
-    for ((netns_cookie, way, apart), lot) in lots {
+    for ((netns_cookie, method, apart), lot) in lots {
         let existed_ns = lot.iter().map(|expired| expired.session.established_ns);
         let existed_ns = existed_ns.min().unwrap_or(0);
-        let searching = match way {
-            Way::ByCookie => Searching::Not,
+        let searching = match method {
+            ResetMethod::ByCookie => Searching::Not,
             _ => state.handles.search(netns_cookie, existed_ns, now_ns),
         };
         if searching == Searching::Waits {
@@ -273,7 +273,7 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
         }
         let batch = Batch {
             netns_cookie,
-            way,
+            method,
             searches: searching == Searching::Begins,
             sessions: lot,
         };
@@ -298,7 +298,7 @@ fn culprit(state: &State, session: &Session) -> Culprit {
     Culprit::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
 }
 
-/// What a batch takes up as long as it is under way.
+/// What a batch takes up as long as it is under method.
 enum Slot {
     /// One of the batches that are waited for.
     OfAll { _waited: Waited },
@@ -328,7 +328,7 @@ impl Drop for Waited {
 /// Sessions of one network namespace that are reset in one way.
 struct Batch {
     netns_cookie: u64,
-    way: Way,
+    method: ResetMethod,
     /// Whether the whole host is searched for the namespace.
     searches: bool,
     sessions: Vec<Expired>,
@@ -348,7 +348,7 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
         Err(error) => {
             tracing::error!("sessions are not reset: {error:#}");
             for expired in &batch.sessions {
-                settle(&context, expired, None, began_ns)?;
+                conclude(&context, expired, None, began_ns)?;
             }
             return Ok(());
         }
@@ -356,9 +356,9 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
     let attempt = Attempt {
         exchange,
         netns_cookie: batch.netns_cookie,
-        way: batch.way,
+        method: batch.method,
         sessions: batch.sessions,
-        settled: 0,
+        concluded: 0,
         began_ns,
     };
     let rest = attempt.run(&context, slot).await?;
@@ -392,19 +392,19 @@ fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
 impl State {
     /// Whether a connection of this rule that finds no place in the session map is reset.
     pub(super) fn resets_untracked(&self, rule: u16) -> bool {
-        let rule = self.book.rule(rule);
+        let rule = self.rule_set.rule(rule);
         self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
     }
 
-    fn way_to(&self, session: &Session, now_ns: u64) -> Way {
+    fn method_for(&self, session: &Session, now_ns: u64) -> ResetMethod {
         let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
         let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
         if self.hanging.is_diag_blocked || searching == Searching::InVain {
-            Way::ByCookie
+            ResetMethod::ByCookie
         } else if self.has_no_destroy || session.is_mptcp_subflow() {
-            Way::Disconnect
+            ResetMethod::Disconnect
         } else {
-            Way::Destroy
+            ResetMethod::Destroy
         }
     }
 
@@ -418,15 +418,15 @@ impl State {
     }
 
     fn request_in(&self, netns: Netns, batch: &Batch) -> Request {
-        match batch.way {
-            Way::Destroy => {
-                let target = |e: &Expired| Target::of(e.cookie, &e.session);
+        match batch.method {
+            ResetMethod::Destroy => {
+                let target = |e: &Expired| SocketId::of(e.cookie, &e.session);
                 Request::Destroy {
                     netns,
                     targets: batch.sessions.iter().map(target).collect(),
                 }
             }
-            Way::Disconnect | Way::ByCookie => Request::Disconnect {
+            ResetMethod::Disconnect | ResetMethod::ByCookie => Request::Disconnect {
                 netns,
                 sessions: batch.sessions.iter().map(|e| self.held(e, batch)).collect(),
             },
@@ -436,8 +436,8 @@ impl State {
     fn held(&self, expired: &Expired, batch: &Batch) -> Held {
         let session = &expired.session;
         Held {
-            target: Target::of(expired.cookie, session),
-            how: if batch.way == Way::ByCookie {
+            target: SocketId::of(expired.cookie, session),
+            how: if batch.method == ResetMethod::ByCookie {
                 let everywhere = batch.searches || self.hanging.is_diag_blocked;
                 Disconnect::ByCookie { everywhere }
             } else if session.is_mptcp_subflow() {
@@ -450,19 +450,20 @@ impl State {
     }
 
     fn cgroup_of(&self, session: &Session) -> Option<PathBuf> {
-        self.directory.cgroup_directory(session.owner.cgroup_id)
+        self.owner_resolver
+            .cgroup_directory(session.owner.cgroup_id)
     }
 
     /// A subflow can be idle in a busy connection, which has others. But a connection is at least as
     /// old as any of its subflows.
     fn extent(&self, expired: &Expired) -> Extent {
-        let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+        let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
         if expired.reason == Reason::Admin {
             return Extent::Connection;
         }
-        match verdict(&expired.session, &only_lifetime(policy), monotonic_ns()) {
-            Verdict::Expired { .. } => Extent::Connection,
-            Verdict::Alive { .. } => Extent::Subflow,
+        match expiry(&expired.session, &only_lifetime(limits), monotonic_ns()) {
+            Expiry::Expired { .. } => Extent::Connection,
+            Expiry::Alive { .. } => Extent::Subflow,
         }
     }
 }
@@ -471,10 +472,10 @@ impl State {
 struct Attempt {
     exchange: Exchange,
     netns_cookie: u64,
-    way: Way,
+    method: ResetMethod,
     sessions: Vec<Expired>,
-    /// How many of them are settled: those before.
-    settled: usize,
+    /// How many of them have their outcome: those before.
+    concluded: usize,
     began_ns: u64,
 }
 
@@ -511,7 +512,7 @@ impl Attempt {
                     } else {
                         let claimed = self.exchange.stop();
                         let rest = self.sessions.split_off(claimed);
-                        self.settle_answered(context)?;
+                        self.conclude_answered(context)?;
                         self.exchange.leave_behind();
                         let Some(hung) = self.sessions.last().copied() else {
                             return Ok(rest);
@@ -531,7 +532,7 @@ impl Attempt {
     /// Whether the machine is busy, and no socket holds the reaper up: another one would wait as long. Only
     /// `SOCK_DESTROY` takes no long way to a socket.
     fn waits_for_a_processor(&self) -> bool {
-        self.way == Way::Destroy && self.exchange.can_run()
+        self.method == ResetMethod::Destroy && self.exchange.can_run()
     }
 
     /// Takes in a reply; whether it was the last.
@@ -552,11 +553,11 @@ impl Attempt {
                 Ok(false)
             }
             Reply::Disconnected { outcome, at_ns } => {
-                self.settle_next(context, Some(Said::Outcome(outcome)), at_ns)?;
+                self.conclude_next(context, Some(Said::Outcome(outcome)), at_ns)?;
                 Ok(false)
             }
             Reply::Done { at_ns, error, .. } => {
-                self.settle_answered(context)?;
+                self.conclude_answered(context)?;
                 if let Some(problem) = error {
                     note_problem(context, self.netns_cookie, &problem, self.began_ns);
                     return self.broken_off(context, &problem, at_ns).map(|()| true);
@@ -568,32 +569,37 @@ impl Attempt {
     }
 
     /// Takes in what the kernel has answered so far.
-    fn settle_answered(&mut self, context: &Rc<Context>) -> Result<()> {
+    fn conclude_answered(&mut self, context: &Rc<Context>) -> Result<()> {
         let now_ns = monotonic_ns();
         while let Some(Destroyed { code, queued }) = self
             .exchange
-            .answered(self.settled)
-            .filter(|_| self.settled < self.sessions.len())
+            .answered(self.concluded)
+            .filter(|_| self.concluded < self.sessions.len())
         {
-            self.settle_next(context, Some(Said::Destroyed(code, queued)), now_ns)?;
+            self.conclude_next(context, Some(Said::Destroyed(code, queued)), now_ns)?;
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
-        look_for_unreported(context);
+        query_unreported(context);
         Ok(())
     }
 
-    fn settle_next(&mut self, context: &Rc<Context>, said: Option<Said>, at_ns: u64) -> Result<()> {
-        let Some(expired) = self.sessions.get(self.settled) else {
+    fn conclude_next(
+        &mut self,
+        context: &Rc<Context>,
+        said: Option<Said>,
+        at_ns: u64,
+    ) -> Result<()> {
+        let Some(expired) = self.sessions.get(self.concluded) else {
             return Ok(());
         };
-        self.settled += 1;
-        settle(context, expired, said, at_ns)
+        self.concluded += 1;
+        conclude(context, expired, said, at_ns)
     }
 
     /// The kernel or the namespace could not be asked to the end.
     fn broken_off(&mut self, context: &Rc<Context>, problem: &Problem, at_ns: u64) -> Result<()> {
-        let rest = &self.sessions[self.settled..];
+        let rest = &self.sessions[self.concluded..];
         match problem {
             // Then it is searched for in the whole host.
             Problem::Namespace {
@@ -613,7 +619,7 @@ impl Attempt {
             } => {
                 let batch = Batch {
                     netns_cookie: self.netns_cookie,
-                    way: Way::ByCookie,
+                    method: ResetMethod::ByCookie,
                     searches: true,
                     sessions: rest.to_vec(),
                 };
@@ -636,7 +642,7 @@ impl Attempt {
                     "the kernel's answers broke off, the sessions are looked at again: {error}"
                 );
                 for expired in rest {
-                    settle(context, expired, None, at_ns)?;
+                    conclude(context, expired, None, at_ns)?;
                 }
             }
         }
@@ -649,10 +655,10 @@ impl Attempt {
     fn ended(&mut self, context: &Rc<Context>) -> Result<Vec<Expired>> {
         let claimed = self.exchange.stop().min(self.sessions.len());
         let rest = self.sessions.split_off(claimed);
-        self.settle_answered(context)?;
+        self.conclude_answered(context)?;
         let now_ns = monotonic_ns();
-        while self.settled < self.sessions.len() {
-            self.settle_next(context, None, now_ns)?;
+        while self.concluded < self.sessions.len() {
+            self.conclude_next(context, None, now_ns)?;
         }
         Ok(rest)
     }
@@ -675,15 +681,15 @@ impl Attempt {
                 }
                 Next::Silent => {
                     let is_stuck = self.exchange.condition() == Condition::Stuck;
-                    if is_stuck && !has_asked_again && self.way == Way::Destroy {
+                    if is_stuck && !has_asked_again && self.method == ResetMethod::Destroy {
                         has_asked_again = true;
                         if ask::is_diag_blocked(&context).await {
-                            // Another socket may be the one that is locked. What comes of this way is recorded.
+                            // Another socket may be the one that is locked. What comes of this is recorded.
                             is_recorded = true;
                             drop(hangs.take());
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
-                                way: Way::ByCookie,
+                                method: ResetMethod::ByCookie,
                                 searches: false,
                                 sessions: vec![hung],
                             };
@@ -692,7 +698,7 @@ impl Attempt {
                             continue;
                         }
                     }
-                    if is_stuck && !is_recorded && self.settled + 1 == self.sessions.len() {
+                    if is_stuck && !is_recorded && self.concluded + 1 == self.sessions.len() {
                         is_recorded = true;
                         context.state().quarantine(&hung);
                     }
@@ -730,7 +736,12 @@ impl Drop for Hangs {
 }
 
 /// Takes in what is known about a session that a reaper was asked to reset.
-fn settle(context: &Rc<Context>, expired: &Expired, said: Option<Said>, at_ns: u64) -> Result<()> {
+fn conclude(
+    context: &Rc<Context>,
+    expired: &Expired,
+    said: Option<Said>,
+    at_ns: u64,
+) -> Result<()> {
     let mut state = context.state();
     if !state.answered(expired) {
         // Reset in another way meanwhile, and recorded.
@@ -776,14 +787,14 @@ impl State {
             .iter()
             .map(|expired| (expired.cookie, expired.session.established_ns))
             .collect();
-        let mut records = self.kernel.shut(&named)?.into_iter();
+        let mut records = self.datapath.shut(&named)?.into_iter();
         late.retain_mut(|expired| {
-            let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+            let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
             let still_late = records.next().flatten().filter(|session| {
                 expired.reason == Reason::Admin
                     || matches!(
-                        verdict(session, policy, expired.decided_ns),
-                        Verdict::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
+                        expiry(session, limits, expired.decided_ns),
+                        Expiry::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
                     )
             });
             match still_late {
@@ -794,7 +805,7 @@ impl State {
                         owner,
                         ..session
                     };
-                    expired.idle_since_ns = policy.idle_since(&session);
+                    expired.idle_since_ns = limits.idle_since(&session);
                 }
                 None if self.tracker.contains(expired.cookie) => {
                     self.tracker.rearm(expired.cookie, 0);
@@ -809,16 +820,16 @@ impl State {
 
     /// Whether a late session would be within its limits, were this its record.
     fn would_live(&self, expired: &Expired, session: &Session) -> bool {
-        let policy = &self.book.rules[usize::from(expired.session.rule)].policy;
+        let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
         matches!(
-            verdict(session, policy, expired.decided_ns),
-            Verdict::Alive { .. }
+            expiry(session, limits, expired.decided_ns),
+            Expiry::Alive { .. }
         )
     }
 
     /// Takes in what the socket of a late session has taken and sent; the session where it is to be reset. A socket that
     /// its process keeps locked tells nothing, and what is waited for does not put the end off.
-    fn settle(
+    fn confirm(
         &mut self,
         expired: &Expired,
         answer: Answer,
@@ -826,7 +837,7 @@ impl State {
     ) -> Result<Option<Expired>> {
         let cookie = expired.cookie;
         let phase = self.tracker.phase(cookie, &expired.session);
-        let is_enforced = matches!(phase, Some(Phase::Unsettled));
+        let is_enforced = matches!(phase, Some(Phase::Candidate));
         if is_enforced {
             self.tracker.clear_phase(cookie);
         }
@@ -837,14 +848,14 @@ impl State {
             Answer::Known(socket, _) => socket.filter(|socket| !socket.is_mini),
             Answer::Locked => None,
         };
-        let policy = self.book.rules[usize::from(expired.session.rule)].policy;
-        let settled = match &socket {
-            Some(socket) => adopt::settled(&now, socket, Some(&policy)),
+        let limits = self.rule_set.rules[usize::from(expired.session.rule)].limits;
+        let confirmed = match &socket {
+            Some(socket) => adopt::confirmed(&now, socket, Some(&limits)),
             None => now,
         };
-        let lives = self.would_live(expired, &settled);
+        let lives = self.would_live(expired, &confirmed);
         if lives {
-            self.kernel.amend(cookie, &settled)?;
+            self.datapath.update(cookie, &confirmed)?;
         }
         // What has passed since the socket was asked, it was not asked about.
         if lives || now.came_ns.max(now.went_ns) >= began_ns {
@@ -853,7 +864,7 @@ impl State {
         }
         let rule = expired.session.rule;
         let late = Expired {
-            session: Session { rule, ..settled },
+            session: Session { rule, ..confirmed },
             ..*expired
         };
         if is_enforced {
@@ -892,9 +903,9 @@ impl State {
             let at_ns = expired.decided_ns.max(session.last_activity_ns());
             self.record(expired, at_ns, End::Observed);
         }
-        let policy = self.book.rules[usize::from(session.rule)].policy;
+        let limits = self.rule_set.rules[usize::from(session.rule)].limits;
         self.tracker
-            .rearm(cookie, next_observation(expired, &policy));
+            .rearm(cookie, next_observation(expired, &limits));
     }
 
     /// A session was reset. The kernel has taken it out of the map by now and the event of its end may be
@@ -922,7 +933,7 @@ impl State {
     fn not_found(&mut self, expired: &Expired) -> Result<()> {
         let (cookie, session) = (expired.cookie, expired.session);
         if self.still_there(cookie, &session)?.is_some() {
-            self.look_for(cookie, session, Cause::NotFound(*expired));
+            self.query_later(cookie, session, Cause::NotFound(*expired));
             return Ok(());
         }
         // A reaper that told nothing more may have reset it.
@@ -939,8 +950,8 @@ impl State {
     }
 
     /// No socket of a session is there any more.
-    fn has_ended(&mut self, looked_for: &LookedFor) -> Result<()> {
-        let (cookie, session) = (looked_for.cookie, &looked_for.session);
+    fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
+        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         match self.still_there(cookie, session)? {
             // It may have ended long ago: nothing was terminated now, but where an answer is missing.
             Some(_) => self.drop_stale(cookie, session),
@@ -949,17 +960,17 @@ impl State {
     }
 
     /// The socket of a session is there; by the name that the record has, or by another.
-    fn is_there(&mut self, looked_for: &LookedFor, found: &Socket) -> Result<()> {
-        let (cookie, session) = (looked_for.cookie, &looked_for.session);
+    fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
+        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         let Some(now) = self.still_there(cookie, session)? else {
             return Ok(());
         };
         let ifindex = found.target.ifindex;
         if ifindex != now.ifindex {
-            self.kernel.amend(cookie, &Session { ifindex, ..now })?;
+            self.datapath.update(cookie, &Session { ifindex, ..now })?;
         }
         let now_ns = monotonic_ns();
-        match &looked_for.cause {
+        match &maybe_ended.cause {
             Cause::Unreported if state::is_closing(found.state) => {
                 self.tracker.hasten(cookie, now_ns + CLOSING_NS);
             }
@@ -971,13 +982,13 @@ impl State {
     }
 
     /// Whether the socket of a session is there cannot be told now.
-    fn may_be_there(&mut self, looked_for: &LookedFor) -> Result<()> {
+    fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let now_ns = monotonic_ns();
-        match &looked_for.cause {
+        match &maybe_ended.cause {
             Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
             cause => {
-                self.tracker.hasten(looked_for.cookie, now_ns + RETRY_NS);
-                let is_there = self.still_there(looked_for.cookie, &looked_for.session)?;
+                self.tracker.hasten(maybe_ended.cookie, now_ns + RETRY_NS);
+                let is_there = self.still_there(maybe_ended.cookie, &maybe_ended.session)?;
                 if let (Cause::Observed(expired), Some(_)) = (cause, is_there) {
                     self.observe(expired);
                 }
@@ -988,7 +999,7 @@ impl State {
 
     /// Forgets a session that is no more, but for another one of the same socket, which was connected again.
     fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        let now = self.kernel.session(cookie)?;
+        let now = self.datapath.session(cookie)?;
         if now.is_none_or(|now| now.established_ns == session.established_ns) {
             self.forget(cookie);
         }
@@ -1101,15 +1112,19 @@ impl State {
 }
 
 /// Looks for the sockets of sessions that may have ended without a report.
-fn look_for_unreported(context: &Rc<Context>) {
-    let sessions = std::mem::take(&mut context.state().looked_for);
-    let mut by_namespace: BTreeMap<u64, Vec<LookedFor>> = BTreeMap::new();
+fn query_unreported(context: &Rc<Context>) {
+    let sessions = std::mem::take(&mut context.state().maybe_ended);
+    let mut by_namespace: BTreeMap<u64, Vec<MaybeEnded>> = BTreeMap::new();
     for session in sessions {
         let netns = session.session.netns_cookie;
         by_namespace.entry(netns).or_default().push(session);
     }
     for (netns_cookie, sessions) in by_namespace {
-        context.spawn(look_for(Rc::clone(context), netns_cookie, sessions));
+        context.spawn(query_maybe_ended(
+            Rc::clone(context),
+            netns_cookie,
+            sessions,
+        ));
     }
 }
 
@@ -1117,22 +1132,26 @@ fn look_for_unreported(context: &Rc<Context>) {
 /// interface since it was established (`SO_BINDTODEVICE` asks neither for a state nor for a privilege), and
 /// another `sock_ops` program may have overwritten the flag by which the kernel reports the end: only the whole
 /// table tells which of these it is.
-async fn look_for(context: Rc<Context>, netns_cookie: u64, sessions: Vec<LookedFor>) -> Result<()> {
-    let target = |s: &LookedFor| Target::of(s.cookie, &s.session);
-    let targets: Vec<Target> = sessions.iter().map(target).collect();
+async fn query_maybe_ended(
+    context: Rc<Context>,
+    netns_cookie: u64,
+    sessions: Vec<MaybeEnded>,
+) -> Result<()> {
+    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
+    let targets: Vec<SocketId> = sessions.iter().map(target).collect();
     let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
     let answers = answers.unwrap_or_else(|error| {
         tracing::warn!("looking for {} sessions: {error}", sessions.len());
         vec![Answer::Locked; sessions.len()]
     });
     let mut unnamed = Vec::new();
-    for (looked_for, answer) in sessions.into_iter().zip(answers) {
+    for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
         let mut state = context.state();
         match answer {
-            Answer::Known(None, _) => unnamed.push(looked_for),
-            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&looked_for)?,
-            Answer::Known(Some(socket), _) => state.is_there(&looked_for, &socket)?,
-            Answer::Locked => state.may_be_there(&looked_for)?,
+            Answer::Known(None, _) => unnamed.push(maybe_ended),
+            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&maybe_ended)?,
+            Answer::Known(Some(socket), _) => state.is_there(&maybe_ended, &socket)?,
+            Answer::Locked => state.may_be_there(&maybe_ended)?,
         }
     }
     for sessions in unnamed.chunks(MAX_BATCH) {
@@ -1142,9 +1161,9 @@ async fn look_for(context: Rc<Context>, netns_cookie: u64, sessions: Vec<LookedF
     Ok(())
 }
 
-async fn search(context: &Rc<Context>, netns_cookie: u64, sessions: &[LookedFor]) -> Result<()> {
+async fn search(context: &Rc<Context>, netns_cookie: u64, sessions: &[MaybeEnded]) -> Result<()> {
     let (netns, handle) = context.state().handles.netns(netns_cookie);
-    let target = |s: &LookedFor| Target::of(s.cookie, &s.session);
+    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
     let targets = sessions.iter().map(target).collect();
     let request = Request::Search { netns, targets };
     let replies = ask::ask(context, &request, handle.as_deref()).await;

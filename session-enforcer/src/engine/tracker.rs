@@ -7,7 +7,7 @@ use session_enforcer_common::{Event, Session};
 
 use super::judge::Expired;
 use crate::{
-    datapath::Place,
+    datapath::JournalSlot,
     engine::schedule::{Group, Schedule},
 };
 
@@ -34,7 +34,7 @@ pub(super) enum Phase {
         decided_ns: u64,
     },
     /// It is late, unless its socket has taken or sent payload that its record waits for. The socket is asked.
-    Unsettled,
+    Candidate,
     /// Reapers were asked to reset it.
     Tried(Box<Tried>),
     /// It was reset; the kernel's report of its end is still to come.
@@ -57,12 +57,12 @@ pub(super) struct Tried {
     /// Whether the reset hangs on the socket's lock.
     pub(super) is_quarantined: bool,
     /// Where the journal has it, if it does.
-    pub(super) place: Option<Arc<Place>>,
+    pub(super) place: Option<Arc<JournalSlot>>,
 }
 
 impl Tried {
     /// An earlier daemon had asked, and has gone with the answer.
-    pub(super) fn unanswered(expired: Expired, place: Arc<Place>) -> Self {
+    pub(super) fn unanswered(expired: Expired, place: Arc<JournalSlot>) -> Self {
         Self {
             unanswered: 1,
             place: Some(place),
@@ -95,7 +95,7 @@ impl Phase {
     /// Whether nothing is to be decided about the session: a reaper or a sync has it.
     pub(super) fn is_in_other_hands(&self) -> bool {
         match self {
-            Self::Adopting { .. } | Self::Unsettled => true,
+            Self::Adopting { .. } | Self::Candidate => true,
             Self::Tried(tried) => tried.asked > 0,
             _ => false,
         }
@@ -233,7 +233,7 @@ impl Tracker {
     }
 
     /// Where the journal has a session that was asked about, for its record. Nobody else frees the place then.
-    pub(super) fn take_place(&mut self, expired: &Expired) -> Option<Arc<Place>> {
+    pub(super) fn take_journal_slot(&mut self, expired: &Expired) -> Option<Arc<JournalSlot>> {
         self.tried(expired.cookie, &expired.session)?.place.take()
     }
 

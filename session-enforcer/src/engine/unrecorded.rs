@@ -9,13 +9,13 @@ use session_enforcer_common::{JournalEntry, MAX_RULE_NAME, Reason, Session};
 use super::{
     context::Context,
     judge::Expired,
-    owner,
+    owner_search,
     state::State,
     tracker::{Phase, Tried},
 };
 use crate::{
     config::Mode,
-    datapath::{Inherited, Place},
+    datapath::{Inherited, JournalSlot},
     host::clock::monotonic_ns,
     report::audit::{End, Termination},
 };
@@ -50,12 +50,12 @@ const fn number_of(reason: Reason) -> u16 {
 ///
 /// Where the kernel's maps cannot be read.
 pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
-    let left = context.state().kernel.journal().left();
+    let left = context.state().datapath.journal().left();
     if left.is_empty() {
         return Ok(());
     }
     let cgroups = left.iter().map(|(_, entry)| entry.session.owner.cgroup_id);
-    owner::note_cgroups(context, cgroups.filter(|id| *id != 0).collect()).await?;
+    owner_search::note_cgroups(context, cgroups.filter(|id| *id != 0).collect()).await?;
     let mut state = context.state();
     let recorded = state.records.audit.recorded();
     let before = state.records.audit.sequence();
@@ -77,7 +77,7 @@ pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
 impl State {
     /// Notes a session that reapers are about to be asked to reset.
     pub(super) fn note_reset(&mut self, expired: &Expired) {
-        let rule = &self.book.rules[usize::from(expired.session.rule)];
+        let rule = &self.rule_set.rules[usize::from(expired.session.rule)];
         let mut name = [0; MAX_RULE_NAME];
         for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
             *place = byte;
@@ -98,12 +98,12 @@ impl State {
         if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
             // The place of an attempt before is free first.
             tried.place = None;
-            tried.place = self.kernel.journal().put(&entry);
+            tried.place = self.datapath.journal().put(&entry);
         }
     }
 
     /// Takes in an entry of an earlier daemon. One that says nothing of use is dropped.
-    fn recover(&mut self, place: Arc<Place>, entry: &JournalEntry) -> Result<()> {
+    fn recover(&mut self, place: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
         let name = entry.rule.split(|byte| *byte == 0).next();
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
         let reason = REASONS.get(usize::from(entry.reason)).copied();
@@ -118,8 +118,13 @@ impl State {
             self.record_left(entry, (name, reason), monotonic_ns(), place);
             return Ok(());
         };
-        let is_end_seen = self.kernel.inherited() == Inherited::Running && !now.end_is_unreported();
-        let rule = self.book.rules.iter().position(|rule| rule.name == name);
+        let is_end_seen =
+            self.datapath.inherited() == Inherited::Running && !now.end_is_unreported();
+        let rule = self
+            .rule_set
+            .rules
+            .iter()
+            .position(|rule| rule.name == name);
         // It lives where its end would have been reported, and is looked at as every other session.
         let Some(rule) = rule.filter(|_| !is_end_seen) else {
             return Ok(());
@@ -148,7 +153,7 @@ impl State {
         entry: &JournalEntry,
         (rule, reason): (&str, Reason),
         answered_ns: u64,
-        place: Arc<Place>,
+        place: Arc<JournalSlot>,
     ) {
         let was_reset = entry.answered_ns != 0 && entry.was_gone == 0;
         let session = &entry.session;
@@ -168,8 +173,8 @@ impl State {
             idle_since_ns: entry.idle_since_ns,
             answered_ns,
             process: None,
-            cgroup: self.directory.path(session.owner.cgroup_id),
-            user: self.directory.user_name(session.owner.uid),
+            cgroup: self.owner_resolver.path(session.owner.cgroup_id),
+            user: self.owner_resolver.user_name(session.owner.uid),
             requested_by: None,
         };
         self.records

@@ -4,7 +4,7 @@ use std::{panic::resume_unwind, thread};
 
 /// Has this thread and up to `others` more do `work` at the same time, and returns what each made of
 /// it. Where there can be no other thread, this one does it alone.
-pub fn together<T: Send>(name: &str, others: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
+pub fn run_parallel<T: Send>(name: &str, others: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
     thread::scope(|scope| {
         let spawn = |_| {
             let builder = thread::Builder::new().name(name.to_owned());
@@ -37,7 +37,7 @@ mod tests {
                 }
             }
         };
-        let made = together("test", 3, take_some);
+        let made = run_parallel("test", 3, take_some);
         assert_eq!(made.len(), 4);
         let mut all = made.concat();
         all.sort_unstable();
@@ -48,7 +48,7 @@ mod tests {
     fn a_panic_of_another_thread_is_not_lost() {
         let first = AtomicUsize::new(0);
         let panicked = std::panic::catch_unwind(|| {
-            together("test", 1, || {
+            run_parallel("test", 1, || {
                 assert_ne!(first.fetch_add(1, Ordering::Relaxed), 1);
             })
         });

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use thiserror::Error;
 
 use super::{
-    diag::{Detail, DiagSocket, SockDiagError, Socket, Target, state},
+    diag::{Detail, DiagSocket, SockDiagError, Socket, SocketId, state},
     processes::Descriptors,
     protocol::{Disconnect, Extent, Held, Holder},
 };
@@ -117,7 +117,7 @@ impl Holders {
     }
 
     /// Looks at the processes of the whole host, if nobody has asked for that yet.
-    pub fn look_at_all(&mut self) {
+    pub fn scan_all(&mut self) {
         self.of_all();
     }
 
@@ -188,7 +188,7 @@ pub enum DisconnectError {
 /// Where that is not possible; the connection is then as it was.
 pub fn reset_tcp(
     diag: &mut DiagSocket,
-    target: &Target,
+    target: &SocketId,
     cgroup: Option<&Path>,
     holders: &mut Holders,
 ) -> Result<Answer, DisconnectError> {
@@ -233,7 +233,7 @@ fn is_session(socket: &OwnedFd) -> bool {
 /// Where that is not possible; the connection is then as it was.
 pub fn reset_mptcp(
     diag: &mut DiagSocket,
-    target: &Target,
+    target: &SocketId,
     extent: Extent,
     cgroup: Option<&Path>,
     holders: &mut Holders,
@@ -270,7 +270,7 @@ pub fn reset_mptcp(
     disconnect(diag, target, pid, &fd)
 }
 
-fn open_socket(diag: &mut DiagSocket, target: &Target) -> Result<Option<Socket>, SockDiagError> {
+fn open_socket(diag: &mut DiagSocket, target: &SocketId) -> Result<Option<Socket>, SockDiagError> {
     let found = diag.query(target, Detail::Names)?;
     Ok(found.filter(|socket| !socket.is_mini))
 }
@@ -307,7 +307,7 @@ fn take(
     }
 }
 
-fn destroy(diag: &mut DiagSocket, target: &Target) -> Result<Answer, DisconnectError> {
+fn destroy(diag: &mut DiagSocket, target: &SocketId) -> Result<Answer, DisconnectError> {
     match diag.destroy(target)?.code {
         0 => Ok(Answer::Reset),
         libc::ENOENT => Ok(Answer::Gone),
@@ -379,7 +379,7 @@ fn option<T>(
 /// Ends the connection of a process's socket with a reset, and looks whether that is so.
 fn disconnect(
     diag: &mut DiagSocket,
-    target: &Target,
+    target: &SocketId,
     pid: u32,
     socket: &OwnedFd,
 ) -> Result<Answer, DisconnectError> {

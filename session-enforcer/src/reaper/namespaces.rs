@@ -60,7 +60,7 @@ pub enum NetnsError {
 /// A network namespace that was found: its socket table, the file that stood for it, and a descriptor
 /// of it.
 #[derive(Debug)]
-pub struct Found {
+pub struct FoundNamespace {
     /// Its socket table.
     pub diag: DiagSocket,
     /// Where it was.
@@ -90,13 +90,13 @@ pub fn find(
     seen_at: Option<&Path>,
     search: Search,
     mut met: impl FnMut(u64, &Path),
-) -> Result<Found, NetnsError> {
+) -> Result<FoundNamespace, NetnsError> {
     if let Some(path) = seen_at
         && let Ok((found, diag, handle)) = enter(path)
         && found == cookie
     {
         let path = path.to_owned();
-        return Ok(Found { diag, path, handle });
+        return Ok(FoundNamespace { diag, path, handle });
     }
     let files = match search {
         Search::Nowhere => Vec::new(),
@@ -113,7 +113,7 @@ pub fn find(
         };
         seen.inodes.insert(inode);
         if found == cookie {
-            return Ok(Found { diag, path, handle });
+            return Ok(FoundNamespace { diag, path, handle });
         }
         met(found, &path);
     }
@@ -122,7 +122,10 @@ pub fn find(
 
 /// Enters the namespaces of these files, one after the other and each once, and hands over each with its
 /// cookie. What cannot be entered is returned.
-pub fn visit_all(files: Vec<PathBuf>, mut visit: impl FnMut(u64, Found)) -> Vec<NetnsError> {
+pub fn visit_all(
+    files: Vec<PathBuf>,
+    mut visit: impl FnMut(u64, FoundNamespace),
+) -> Vec<NetnsError> {
     let mut errors = Vec::new();
     let mut seen = Seen::none();
     for path in files {
@@ -136,7 +139,7 @@ pub fn visit_all(files: Vec<PathBuf>, mut visit: impl FnMut(u64, Found)) -> Vec<
         }
         seen.inodes.insert(inode);
         match entered {
-            Ok((cookie, diag, handle)) => visit(cookie, Found { diag, path, handle }),
+            Ok((cookie, diag, handle)) => visit(cookie, FoundNamespace { diag, path, handle }),
             Err(error) => errors.push(error),
         }
     }

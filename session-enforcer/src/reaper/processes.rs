@@ -18,7 +18,7 @@ use std::{
 use nix::fcntl::readlinkat;
 
 use super::protocol::Holder;
-use crate::host::threads::together;
+use crate::host::threads::run_parallel;
 
 /// What the descriptors of all processes stood for at one time.
 #[derive(Debug, Default)]
@@ -45,7 +45,7 @@ impl Descriptors {
         let next = AtomicUsize::new(0);
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         let others = processors.min(MAX_LOOKERS).min(pids.len().max(1)) - 1;
-        let found = together("processes", others, || Self::of_some(pids, &next));
+        let found = run_parallel("processes", others, || Self::of_some(pids, &next));
         let mut all = Self::default();
         found.into_iter().for_each(|some| all.merge(some));
         all

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use super::diag::{Detail, MAX_BATCH, Socket, Target};
+use super::diag::{Detail, MAX_BATCH, Socket, SocketId};
 
 /// Changes with every change of a message.
 pub const VERSION: u16 = 2;
@@ -73,7 +73,7 @@ pub enum Disconnect {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     /// Its socket.
-    pub target: Target,
+    pub target: SocketId,
     /// In which way.
     pub how: Disconnect,
     /// Directory of its cgroup: its processes are looked at first.
@@ -101,7 +101,7 @@ pub enum Request {
         /// The namespace.
         netns: Netns,
         /// The sockets.
-        targets: Vec<Target>,
+        targets: Vec<SocketId>,
     },
     /// Reset these sessions through descriptors, each claimed first. A [`Reply::Disconnected`] for each,
     /// then [`Reply::Done`].
@@ -117,7 +117,7 @@ pub enum Request {
         /// The namespace.
         netns: Netns,
         /// The sockets.
-        targets: Vec<Target>,
+        targets: Vec<SocketId>,
         /// What to tell.
         detail: Detail,
     },
@@ -127,7 +127,7 @@ pub enum Request {
         /// The namespace.
         netns: Netns,
         /// The sockets.
-        targets: Vec<Target>,
+        targets: Vec<SocketId>,
     },
     /// Say whose these sockets of a namespace are, and find a process that holds each: among those of its cgroup, and
     /// then, where it is to be looked for everywhere, among all of the host. [`Reply::Owners`] with as many as were
@@ -136,7 +136,7 @@ pub enum Request {
         /// The namespace.
         netns: Netns,
         /// The sockets.
-        targets: Vec<Target>,
+        targets: Vec<SocketId>,
         /// Whether the descriptors of all processes may be looked at.
         everywhere: bool,
     },
@@ -417,7 +417,7 @@ mod tests {
     use super::*;
 
     fn request(sockets: usize) -> Request {
-        let target = Target {
+        let target = SocketId {
             local: session_enforcer_common::Address([u32::MAX; 4]),
             remote: session_enforcer_common::Address([u32::MAX; 4]),
             local_port: u16::MAX,

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use session_enforcer_common::Address;
 
 use super::{
-    diag::{DiagSocket, Target},
+    diag::{DiagSocket, SocketId},
     disconnect::{self, Answer, Holders},
     protocol::Probed,
 };
@@ -53,13 +53,13 @@ fn try_destroy() -> anyhow::Result<i32> {
     Ok(code)
 }
 
-fn target_of(stream: &TcpStream) -> anyhow::Result<Target> {
+fn target_of(stream: &TcpStream) -> anyhow::Result<SocketId> {
     let address = |address: SocketAddr| match address {
         SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
         SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
     };
     let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
-    Ok(Target {
+    Ok(SocketId {
         local: address(local),
         remote: address(remote),
         local_port: local.port(),

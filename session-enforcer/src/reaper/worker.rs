@@ -21,7 +21,7 @@ use nix::{
 
 use super::{
     channel,
-    diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, Target, state},
+    diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, SocketId, state},
     disconnect::{self, Answer, DisconnectError, Holders},
     namespaces::{self, NetnsError},
     processes::Descriptors,
@@ -255,7 +255,7 @@ impl Worker {
         &mut self,
         netns: &Netns,
         lent: Option<OwnedFd>,
-        targets: &[Target],
+        targets: &[SocketId],
     ) -> Result<(), Broken> {
         self.with(netns, lent, |worker, diag| {
             for (index, target) in targets.iter().enumerate() {
@@ -320,7 +320,7 @@ impl Worker {
         &mut self,
         netns: &Netns,
         lent: Option<OwnedFd>,
-        targets: &[Target],
+        targets: &[SocketId],
         detail: Detail,
     ) -> Result<(), Broken> {
         self.with(netns, lent, |worker, diag| {
@@ -342,7 +342,7 @@ impl Worker {
         &mut self,
         netns: &Netns,
         lent: Option<OwnedFd>,
-        targets: &[Target],
+        targets: &[SocketId],
         everywhere: bool,
     ) -> Result<(), Broken> {
         let began_ns = processor_ns();

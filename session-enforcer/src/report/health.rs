@@ -3,7 +3,7 @@
 
 /// A trouble that lasts until something is mended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum DegradedCause {
     /// The connections that are older than the daemon are not adopted yet.
     NotAdopted,
     /// Sessions that a rule matches are not tracked.
@@ -18,7 +18,7 @@ pub enum Trouble {
     Stuck,
 }
 
-impl Trouble {
+impl DegradedCause {
     /// Number of troubles.
     pub const COUNT: usize = Self::ALL.len();
 
@@ -48,24 +48,24 @@ impl Trouble {
 /// The troubles that there are, each with what it is and what to do.
 #[derive(Debug, Default)]
 pub struct Health {
-    now: [Option<String>; Trouble::COUNT],
+    now: [Option<String>; DegradedCause::COUNT],
 }
 
 impl Health {
     /// The health of a daemon that starts. As every start does, it has a trouble that is no error.
     pub fn of_a_start() -> Self {
         let mut health = Self::default();
-        health.now[Trouble::NotAdopted as usize] =
+        health.now[DegradedCause::NotAdopted as usize] =
             Some("the connections that are older than the daemon are not adopted yet".to_owned());
         health
     }
 
     /// Notes whether there is such a trouble; it is logged when it begins and when it ends.
-    pub fn set(&mut self, trouble: Trouble, what: Option<&str>) {
+    pub fn set(&mut self, trouble: DegradedCause, what: Option<&str>) {
         let before = &mut self.now[trouble as usize];
         match (&before, what) {
             (None, Some(what)) => tracing::error!("{what}"),
-            (Some(_), None) if trouble != Trouble::NotAdopted => {
+            (Some(_), None) if trouble != DegradedCause::NotAdopted => {
                 tracing::info!("mended: {}", trouble.name());
             }
             _ => {}
@@ -76,13 +76,13 @@ impl Health {
     }
 
     /// Which troubles there are, by number.
-    pub fn troubles(&self) -> [bool; Trouble::COUNT] {
+    pub fn troubles(&self) -> [bool; DegradedCause::COUNT] {
         std::array::from_fn(|number| self.now[number].is_some())
     }
 
     /// The troubles that there are, each with what it is and what to do.
-    pub fn list(&self) -> Vec<(Trouble, &str)> {
-        let all = Trouble::ALL.into_iter().zip(&self.now);
+    pub fn list(&self) -> Vec<(DegradedCause, &str)> {
+        let all = DegradedCause::ALL.into_iter().zip(&self.now);
         all.filter_map(|(trouble, what)| Some((trouble, what.as_deref()?)))
             .collect()
     }
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn the_list_is_in_the_order_of_the_numbers() {
-        for (number, trouble) in Trouble::ALL.into_iter().enumerate() {
+        for (number, trouble) in DegradedCause::ALL.into_iter().enumerate() {
             assert_eq!(trouble as usize, number);
         }
     }
@@ -116,25 +116,25 @@ mod tests {
     fn every_trouble_is_said_until_it_is_mended() {
         let mut health = Health::default();
         assert_eq!(health.ready(), Ok(()));
-        health.set(Trouble::Audit, Some("the disk is full"));
-        health.set(Trouble::Untracked, Some("the map is full"));
+        health.set(DegradedCause::Audit, Some("the disk is full"));
+        health.set(DegradedCause::Untracked, Some("the map is full"));
         assert_eq!(
             health.ready(),
             Err("the map is full; the disk is full".to_owned())
         );
-        assert!(health.troubles()[Trouble::Audit as usize]);
-        health.set(Trouble::Untracked, None);
-        health.set(Trouble::Audit, Some("the disk is gone"));
+        assert!(health.troubles()[DegradedCause::Audit as usize]);
+        health.set(DegradedCause::Untracked, None);
+        health.set(DegradedCause::Audit, Some("the disk is gone"));
         assert_eq!(health.ready(), Err("the disk is gone".to_owned()));
-        health.set(Trouble::Audit, None);
+        health.set(DegradedCause::Audit, None);
         assert_eq!(health.ready(), Ok(()));
-        assert_eq!(health.troubles(), [false; Trouble::COUNT]);
+        assert_eq!(health.troubles(), [false; DegradedCause::COUNT]);
     }
 
     #[test]
     fn the_page_for_operators_says_what_to_do_about_each() {
         let page = include_str!("../../docs/operations.md");
-        for trouble in Trouble::ALL {
+        for trouble in DegradedCause::ALL {
             let row = format!("\n| `{}` | ", trouble.name());
             assert!(page.contains(&row), "{row}");
         }

@@ -12,14 +12,14 @@ use prometheus::{
     process_collector::ProcessCollector,
     proto::{LabelPair, MetricFamily},
 };
-use session_enforcer_common::{ErrorKind, Reason, RuleCounters, Way};
+use session_enforcer_common::{ErrorKind, PacketDirection, Reason, RuleCounters};
 
 use crate::{
     config::Mode,
     reaper::pool::Counts,
     report::{
         audit::{Outcome, Termination, mode_name, reason_name},
-        health::Trouble,
+        health::DegradedCause,
     },
 };
 
@@ -108,12 +108,12 @@ pub struct KernelSnapshot {
     pub map_entries: u64,
     /// By [`ErrorKind`].
     pub errors: [u64; ErrorKind::COUNT as usize],
-    /// Packets that the gate dropped, by [`Way`].
-    pub gate_drops: [u64; Way::COUNT as usize],
+    /// Packets that the gate dropped, by [`PacketDirection`].
+    pub gate_drops: [u64; PacketDirection::COUNT as usize],
     /// Audit records that could not be written.
     pub audit_lost: u64,
-    /// By [`Trouble`].
-    pub troubles: [bool; Trouble::COUNT],
+    /// By [`DegradedCause`].
+    pub troubles: [bool; DegradedCause::COUNT],
     /// Sessions whose reset hangs.
     pub quarantined: usize,
     /// The reapers.
@@ -392,10 +392,10 @@ impl Metrics {
         for cause in causes.into_iter().chain(FORMER_CAUSES) {
             self.untracked.with_label_values(&[cause]);
         }
-        for trouble in Trouble::ALL {
+        for trouble in DegradedCause::ALL {
             self.degraded.with_label_values(&[trouble.name()]);
         }
-        for way in Way::ALL {
+        for way in PacketDirection::ALL {
             self.gate_dropped.with_label_values(&[way.name()]);
         }
         for repair in Repair::ALL {
@@ -566,7 +566,7 @@ impl Metrics {
         }
         self.map_entries.set(clamp(snapshot.map_entries));
         raise(&self.audit_lost, snapshot.audit_lost);
-        for (trouble, is_there) in Trouble::ALL.into_iter().zip(snapshot.troubles) {
+        for (trouble, is_there) in DegradedCause::ALL.into_iter().zip(snapshot.troubles) {
             let gauge = self.degraded.with_label_values(&[trouble.name()]);
             gauge.set(i64::from(is_there));
         }
@@ -581,7 +581,7 @@ impl Metrics {
             gauge.set(clamp(count as u64));
         }
         raise(&self.reaper_restarts, reapers.restarts);
-        for way in Way::ALL {
+        for way in PacketDirection::ALL {
             let dropped = snapshot.gate_drops[way as usize];
             raise(&self.gate_dropped.with_label_values(&[way.name()]), dropped);
         }
@@ -713,9 +713,9 @@ mod tests {
             sessions: vec![opened, 0],
             map_entries: opened - closed.min(opened),
             errors,
-            gate_drops: [0; Way::COUNT as usize],
+            gate_drops: [0; PacketDirection::COUNT as usize],
             audit_lost: 0,
-            troubles: [false; Trouble::COUNT],
+            troubles: [false; DegradedCause::COUNT],
             quarantined: 0,
             reapers: Counts::default(),
         }
@@ -941,7 +941,7 @@ mod tests {
             Outcome::Failed,
             Outcome::Observed,
         ];
-        let ways = Way::ALL.map(Way::name).into_iter();
+        let ways = PacketDirection::ALL.map(PacketDirection::name).into_iter();
         let causes = [
             Untracked::MapFull,
             Untracked::RuleFull,

@@ -3,7 +3,7 @@
 use session_enforcer::{
     commands::check,
     config::{Action, Config, Owners},
-    engine::RuleBook,
+    engine::RuleSet,
 };
 use session_enforcer_common::{MAX_MATCH_ENTRIES, MAX_RULES, RULE_EXEMPT};
 
@@ -43,15 +43,15 @@ fn use_it(config: &Config) {
     let text = String::from_utf8(text).expect("a description is text");
     for rule in &config.rules {
         assert!(text.contains(&rule.name), "{text}");
-        let policy = rule.policy();
-        assert!(policy.lifetime_jitter_ns <= policy.max_lifetime_ns);
-        let first = policy.first_deadline_ns(1);
+        let limits = rule.limits();
+        assert!(limits.lifetime_jitter_ns <= limits.max_lifetime_ns);
+        let first = limits.first_deadline_ns(1);
         let has_limit = rule.idle_timeout.is_some()
             || rule.max_lifetime.is_some()
             || rule.response_timeout.is_some()
             || rule.half_closed_timeout.is_some();
         assert_eq!(has_limit, first != u64::MAX, "{rule:?}");
     }
-    let book = RuleBook::default().next(config, &owners);
+    let book = RuleSet::default().next(config, &owners);
     assert!(book.is_ok() || config.rules.len() > MAX_RULES as usize);
 }

@@ -11,7 +11,7 @@ use session_enforcer::{
         wire::{Body, next_message},
     },
 };
-use session_enforcer_common::{MatchEntry, Policy};
+use session_enforcer_common::{Limits, MatchEntry};
 
 /// The least length of a message: that of its header.
 const HEADER: usize = 16;
@@ -48,15 +48,15 @@ pub fn run(data: &[u8]) {
 }
 
 fn adopt(sockets: &[Socket]) {
-    let policy = Policy {
+    let limits = Limits {
         idle_timeout_ns: 1_000_000_000,
         response_timeout_ns: 2_000_000_000,
         half_closed_timeout_ns: 1_000_000_000,
-        ..Policy::default()
+        ..Limits::default()
     };
     let adopter = Adopter {
         entries: &[MatchEntry::any(0)],
-        policies: &[policy],
+        limits_of_rules: &[limits],
         generation: 1,
         lag_ns: 8_000_000,
         scope: &Scope::All,

@@ -6,13 +6,13 @@ use std::{sync::LazyLock, time::Duration};
 use serde_json::Value;
 use session_enforcer::{
     config::{Config, Mode, Owners},
-    engine::RuleBook,
+    engine::RuleSet,
     host::clock::WallClock,
-    reaper::diag::{Queued, Target, wire},
+    reaper::diag::{Queued, SocketId, wire},
     report::audit::{End, Place, Process, Termination},
 };
 use session_enforcer_common::{
-    Ancestors, Event, Facts, MatchEntry, Policy, Reason, Session, Verdict, matches, verdict,
+    Ancestors, Event, Expiry, Facts, Limits, MatchEntry, Reason, Session, expiry, matches,
 };
 
 use super::bytes::Bytes;
@@ -26,16 +26,16 @@ pub fn run(data: &[u8]) {
     event(data);
     let mut bytes = Bytes(data);
     let session: Session = bytes.value();
-    let policy: Policy = bytes.value();
+    let limits: Limits = bytes.value();
     let entry: MatchEntry = bytes.value();
     let now_ns: u64 = bytes.value();
-    decide(&session, &policy, now_ns);
+    decide(&session, &limits, now_ns);
     let facts = Facts::of(&session);
     let ancestors: Ancestors = bytes.value();
     if matches(&facts, &ancestors, &entry) {
         assert!(entry.local_ports.contains(session.local_port));
         let asks = entry.asks_user != 0 || entry.cgroup_id != 0;
-        assert!(asks || !entry.is_open(&facts));
+        assert!(asks || !entry.needs_owner(&facts));
     }
     assert!(
         matches(&facts, &ancestors, &MatchEntry::any(0)),
@@ -56,39 +56,39 @@ fn event(data: &[u8]) {
     }
 }
 
-fn decide(session: &Session, policy: &Policy, now_ns: u64) {
-    match verdict(session, policy, now_ns) {
-        Verdict::Alive { look_again_ns } => {
-            if let Some(before) = look_again_ns.checked_sub(1).filter(|at| *at > now_ns) {
-                let still = verdict(session, policy, before);
+fn decide(session: &Session, limits: &Limits, now_ns: u64) {
+    match expiry(session, limits, now_ns) {
+        Expiry::Alive { recheck_ns } => {
+            if let Some(before) = recheck_ns.checked_sub(1).filter(|at| *at > now_ns) {
+                let still = expiry(session, limits, before);
                 assert!(
-                    matches!(still, Verdict::Alive { .. }),
-                    "{session:?} {policy:?}"
+                    matches!(still, Expiry::Alive { .. }),
+                    "{session:?} {limits:?}"
                 );
             }
         }
-        Verdict::Expired { deadline_ns, .. } => {
+        Expiry::Expired { deadline_ns, .. } => {
             assert!(deadline_ns <= now_ns);
-            let later = verdict(session, policy, u64::MAX);
+            let later = expiry(session, limits, u64::MAX);
             assert_eq!(
                 later,
-                verdict(session, policy, now_ns),
+                expiry(session, limits, now_ns),
                 "a session does not rise again"
             );
         }
     }
-    assert!(policy.lifetime_ns(session) <= policy.max_lifetime_ns);
-    let first = policy.first_deadline_ns(now_ns);
+    assert!(limits.lifetime_ns(session) <= limits.max_lifetime_ns);
+    let first = limits.first_deadline_ns(now_ns);
     assert!(first >= now_ns);
-    assert!(policy.next_activity_deadline_ns(now_ns) >= now_ns);
+    assert!(limits.next_activity_deadline_ns(now_ns) >= now_ns);
 }
 
 /// Two rules. Made once, since that takes longer than all the rest.
-static BOOK: LazyLock<RuleBook> = LazyLock::new(|| {
+static BOOK: LazyLock<RuleSet> = LazyLock::new(|| {
     let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
                 [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
     let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
-    let book = RuleBook::default().next(&config, &Owners::default());
+    let book = RuleSet::default().next(&config, &Owners::default());
     book.expect("two rules have places")
 });
 
@@ -163,7 +163,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
 
 fn destroy(session: &Session, cookie: u64) {
     let mut request = Default::default();
-    wire::put_destroy(&mut request, 1, &Target::of(cookie, session));
+    wire::put_destroy(&mut request, 1, &SocketId::of(cookie, session));
     let length = (request.len() as u32).to_ne_bytes();
     assert!(
         request.starts_with(&length),

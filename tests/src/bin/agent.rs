@@ -1,4 +1,4 @@
-//! Moves itself to a cgroup and a network namespace, and there makes sockets for a test (`serve`,
+//! Moves itself to a cgroup and a network namespace, and there makes sockets for a test (`table_ops`,
 //! over standard input) or becomes another program (`exec`).
 
 use std::{

@@ -11,7 +11,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use session_enforcer_common::Way;
+use session_enforcer_common::PacketDirection;
 
 use super::{
     book::Book,
@@ -119,7 +119,7 @@ impl<'a> Host<'a> {
     }
 
     /// What is dropped comes later: the kernel sends it again.
-    fn drop_packets(&self, way: Way, time: Duration) -> Result<()> {
+    fn drop_packets(&self, way: PacketDirection, time: Duration) -> Result<()> {
         let _dropping = drop_packets_longer_than(&self.lab.cgroup, way, LITTLE)?;
         thread::sleep(time);
         Ok(())

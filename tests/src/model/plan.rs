@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use session_enforcer_common::Way;
+use session_enforcer_common::PacketDirection;
 
 use super::book::{Book, End, PORTS};
 use crate::random::Random;
@@ -137,7 +137,7 @@ pub(super) enum Blow {
     /// Reapers stand still from now on.
     StopReapers(Which),
     /// Another program drops packets with more than a little payload for so long, behind the daemon's.
-    Drop(Way, Duration),
+    Drop(PacketDirection, Duration),
 }
 
 /// Which of the reapers something happens to.
@@ -202,7 +202,7 @@ impl Blow {
                 frozen: random.once_in(2).then_some(long),
             },
             26..30 => Self::StopReapers(Which::random(random)),
-            _ => Self::Drop(random.one_of(&Way::ALL), pause / 3),
+            _ => Self::Drop(random.one_of(&PacketDirection::ALL), pause / 3),
         };
         (pause, blow)
     }

@@ -8,7 +8,7 @@ use crate::{
     commands::run as daemon,
     config::{Config, User},
     datapath::PinDir,
-    engine::directory as owners,
+    engine::owner_resolver as owners,
     host::trust,
     reaper::worker,
     report::{audit, control, http},

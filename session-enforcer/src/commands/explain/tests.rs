@@ -458,7 +458,7 @@ fn kernel_matches(question: &Question<'_>, rule: Rule, direction: Direction) -> 
     alone
         .match_entries(&question.owners)
         .iter()
-        .any(|entry| matches(&facts, &question.ancestors(), entry) && !entry.is_open(&facts))
+        .any(|entry| matches(&facts, &question.ancestors(), entry) && !entry.needs_owner(&facts))
 }
 
 /// The rule without its conditions of these places in [`refusals`].

@@ -255,11 +255,11 @@ fn a_rule_has_limits_or_is_exempt() {
         ),
     ]);
     assert_eq!(
-        rule("action = 'exempt'").policy(),
-        Policy {
+        rule("action = 'exempt'").limits(),
+        Limits {
             min_payload: 1,
             min_answer: 1,
-            ..Policy::default()
+            ..Limits::default()
         }
     );
 }
@@ -351,17 +351,17 @@ fn the_quick_form_is_checked_too() {
     let problem = Config::from_quick(many, second, None).unwrap_err();
     assert!(matches!(problem, Problem::ManyEntries { .. }));
     let config = Config::from_quick(vec![port(1)], None, second).unwrap();
-    assert_eq!(config.rules[0].policy().max_lifetime_ns, 1_000_000_000);
+    assert_eq!(config.rules[0].limits().max_lifetime_ns, 1_000_000_000);
 }
 
 #[test]
 fn limits_reach_the_kernel_in_nanoseconds() {
-    let policy = rule(
+    let limits = rule(
         "idle_timeout = '1500ms'\nmax_lifetime = '36500d'\nlifetime_jitter = '25%'\n\
          response_timeout = '2s'\nhalf_closed_timeout = '3s'\nactivity = 'sent'\nmin_payload = 1400\nmin_answer = 1048576",
     )
-    .policy();
-    let expected = Policy {
+    .limits();
+    let expected = Limits {
         idle_timeout_ns: 1_500_000_000,
         max_lifetime_ns: 36_500 * 86_400 * 1_000_000_000,
         lifetime_jitter_ns: 36_500 * 86_400 * 250_000_000,
@@ -375,7 +375,7 @@ fn limits_reach_the_kernel_in_nanoseconds() {
         gate: 0,
         jitter_key: 0,
     };
-    assert_eq!(policy, expected);
+    assert_eq!(limits, expected);
 }
 
 #[test]

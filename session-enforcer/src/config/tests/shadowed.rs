@@ -3,7 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::config::hidden_rules::{self, rules_within};
+use crate::config::shadowed_rules::{self, rules_within};
 
 use super::match_entries::{any_rule, connection, rule_matches};
 use super::*;
@@ -22,7 +22,7 @@ fn printed(conditions: &[&str]) -> Vec<String> {
     warnings.iter().map(ToString::to_string).collect()
 }
 
-fn hidden_by(conditions: &[&str]) -> Vec<Vec<String>> {
+fn shadowed_by(conditions: &[&str]) -> Vec<Vec<String>> {
     let by = |warning: Warning| match warning.doubt {
         Doubt::Hidden { by } => by,
         other => panic!("{other}"),
@@ -31,7 +31,7 @@ fn hidden_by(conditions: &[&str]) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn a_hidden_rule_is_named_with_its_place_and_those_that_hide_it() {
+fn a_shadowed_rule_is_named_with_its_place_and_those_that_hide_it() {
     assert_eq!(
         printed(&[
             "local_ports = ['1-100']",
@@ -96,7 +96,7 @@ fn rules_can_hide_another_together_in_every_dimension() {
             "cgroups = ['/c', '/a/b-*', '/a/bc', '/a/b/d']",
         ],
     ] {
-        assert_eq!(hidden_by(&conditions), [["a", "b"]], "{conditions:?}");
+        assert_eq!(shadowed_by(&conditions), [["a", "b"]], "{conditions:?}");
     }
 }
 
@@ -107,11 +107,11 @@ fn one_rule_that_hides_alone_is_named_alone() {
         "local_ports = ['1-99']",
         "local_ports = ['2-19']",
     ];
-    assert_eq!(hidden_by(&conditions), [["b"]]);
+    assert_eq!(shadowed_by(&conditions), [["b"]]);
 }
 
 #[test]
-fn a_rule_with_anything_left_is_not_hidden() {
+fn a_rule_with_anything_left_is_not_shadowed() {
     for conditions in [
         [
             "local_ports = ['1-10']",
@@ -154,13 +154,13 @@ fn a_rule_with_anything_left_is_not_hidden() {
         ],
         ["cgroups = ['/a/*/c']", "users = [1]", "cgroups = ['/a/b']"],
     ] {
-        assert_eq!(hidden_by(&conditions), [[""; 0]; 0], "{conditions:?}");
+        assert_eq!(shadowed_by(&conditions), [[""; 0]; 0], "{conditions:?}");
     }
 }
 
 #[test]
-fn a_rule_twice_is_hidden_and_hides() {
-    assert_eq!(hidden_by(&["local_ports = [1]"; 3]), [["a"], ["a"]]);
+fn a_rule_twice_is_shadowed_and_hides() {
+    assert_eq!(shadowed_by(&["local_ports = [1]"; 3]), [["a"], ["a"]]);
 }
 
 #[test]
@@ -174,27 +174,27 @@ fn the_search_is_bounded_and_then_says_nothing() {
 
 proptest! {
     #[test]
-    fn a_rule_that_is_called_hidden_never_decides(
+    fn a_rule_that_is_called_shadowed_never_decides(
         rules in vec(any_rule(), 2..8),
         connections in vec(connection(), 200),
     ) {
-        for (index, by) in hidden_rules::rules(&rules) {
+        for (index, by) in shadowed_rules::rules(&rules) {
             prop_assert!(by.iter().all(|earlier| *earlier < index));
             for connection in &connections {
-                let hidden = rule_matches(&rules[index], connection);
+                let shadowed = rule_matches(&rules[index], connection);
                 let earlier = by.iter().any(|i| rule_matches(&rules[*i], connection));
-                prop_assert!(!hidden || earlier, "{:?} is decided by {}", connection, index);
+                prop_assert!(!shadowed || earlier, "{:?} is decided by {}", connection, index);
             }
         }
     }
 
     #[test]
-    fn a_rule_that_repeats_an_earlier_one_is_hidden(rules in vec(any_rule(), 1..6)) {
+    fn a_rule_that_repeats_an_earlier_one_is_shadowed(rules in vec(any_rule(), 1..6)) {
         let last = rules.len();
         let rules: Vec<Rule> = rules.iter().cloned().chain([rules[0].clone()]).collect();
-        let hidden = hidden_rules::rules(&rules);
+        let shadowed = shadowed_rules::rules(&rules);
         let matches_something = entries::check_families(&rules[0]).is_ok();
-        prop_assert_eq!(hidden.iter().any(|(index, _)| *index == last), matches_something);
+        prop_assert_eq!(shadowed.iter().any(|(index, _)| *index == last), matches_something);
     }
 }
 

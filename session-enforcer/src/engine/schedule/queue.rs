@@ -17,30 +17,30 @@ pub(super) struct Queue {
     due_ns: Vec<u64>,
     slots: Vec<u32>,
     /// Where in the heap each slot is.
-    places: Vec<u32>,
+    heap_indexes: Vec<u32>,
 }
 
 impl Queue {
     /// Adds the slot that follows the last.
     pub(super) fn push(&mut self, due_ns: u64) {
-        let slot = self.places.len() as u32;
-        self.places.push(NOWHERE);
+        let slot = self.heap_indexes.len() as u32;
+        self.heap_indexes.push(NOWHERE);
         self.set(slot, due_ns);
     }
 
     /// Removes a slot. The last slot takes its number.
     pub(super) fn swap_remove(&mut self, slot: u32) {
         self.set(slot, u64::MAX);
-        self.places.swap_remove(slot as usize);
-        if let Some(place) = self.place(slot) {
-            self.slots[place] = slot;
+        self.heap_indexes.swap_remove(slot as usize);
+        if let Some(heap_index) = self.heap_index(slot) {
+            self.slots[heap_index] = slot;
         }
     }
 
     /// When the slot is due.
     pub(super) fn due_ns(&self, slot: u32) -> u64 {
-        self.place(slot)
-            .map_or(u64::MAX, |place| self.due_ns[place])
+        self.heap_index(slot)
+            .map_or(u64::MAX, |heap_index| self.due_ns[heap_index])
     }
 
     /// The slot that is due first, and when.
@@ -50,16 +50,16 @@ impl Queue {
 
     /// Moves a slot to another time.
     pub(super) fn set(&mut self, slot: u32, due_ns: u64) {
-        match self.place(slot) {
+        match self.heap_index(slot) {
             None if due_ns == u64::MAX => {}
             None => {
                 let last = self.slots.len();
                 self.due_ns.push(due_ns);
                 self.slots.push(slot);
-                self.settle(last, due_ns, slot);
+                self.move_to_order(last, due_ns, slot);
             }
-            Some(place) if due_ns == u64::MAX => self.vacate(place),
-            Some(place) => self.settle(place, due_ns, slot),
+            Some(heap_index) if due_ns == u64::MAX => self.vacate(heap_index),
+            Some(heap_index) => self.move_to_order(heap_index, due_ns, slot),
         }
     }
 
@@ -67,35 +67,35 @@ impl Queue {
     pub(super) fn shrink_to(&mut self, capacity: usize) {
         self.due_ns.shrink_to(capacity);
         self.slots.shrink_to(capacity);
-        self.places.shrink_to(capacity);
+        self.heap_indexes.shrink_to(capacity);
     }
 
     /// Where the slot is in the heap; none also for a slot that there is not.
-    fn place(&self, slot: u32) -> Option<usize> {
-        let place = *self.places.get(slot as usize)?;
-        (place != NOWHERE).then_some(place as usize)
+    fn heap_index(&self, slot: u32) -> Option<usize> {
+        let heap_index = *self.heap_indexes.get(slot as usize)?;
+        (heap_index != NOWHERE).then_some(heap_index as usize)
     }
 
     /// Takes the entry at this place out of the heap.
-    fn vacate(&mut self, place: usize) {
-        self.places[self.slots[place] as usize] = NOWHERE;
+    fn vacate(&mut self, heap_index: usize) {
+        self.heap_indexes[self.slots[heap_index] as usize] = NOWHERE;
         let (Some(due_ns), Some(slot)) = (self.due_ns.pop(), self.slots.pop()) else {
             return;
         };
-        if place < self.slots.len() {
-            self.settle(place, due_ns, slot);
+        if heap_index < self.slots.len() {
+            self.move_to_order(heap_index, due_ns, slot);
         }
     }
 
     /// Puts an entry where the heap's order wants it, beginning at a place that is free for it.
-    fn settle(&mut self, free: usize, due_ns: u64, slot: u32) {
+    fn move_to_order(&mut self, free: usize, due_ns: u64, slot: u32) {
         let raised = self.raise(free, due_ns);
-        let place = if raised == free {
+        let heap_index = if raised == free {
             self.lower(free, due_ns)
         } else {
             raised
         };
-        self.put(place, due_ns, slot);
+        self.put(heap_index, due_ns, slot);
     }
 
     /// Moves the free place towards the first as long as later entries are before it.
@@ -122,8 +122,8 @@ impl Queue {
         free
     }
 
-    fn earliest_child(&self, place: usize) -> Option<(u64, usize)> {
-        let first = place * CHILDREN + 1;
+    fn earliest_child(&self, heap_index: usize) -> Option<(u64, usize)> {
+        let first = heap_index * CHILDREN + 1;
         let end = self.due_ns.len().min(first + CHILDREN);
         let children = self.due_ns.get(first..end)?.iter();
         children
@@ -132,10 +132,10 @@ impl Queue {
             .min_by_key(|(due_ns, _)| *due_ns)
     }
 
-    fn put(&mut self, place: usize, due_ns: u64, slot: u32) {
-        self.due_ns[place] = due_ns;
-        self.slots[place] = slot;
-        self.places[slot as usize] = place as u32;
+    fn put(&mut self, heap_index: usize, due_ns: u64, slot: u32) {
+        self.due_ns[heap_index] = due_ns;
+        self.slots[heap_index] = slot;
+        self.heap_indexes[slot as usize] = heap_index as u32;
     }
 }
 
@@ -143,7 +143,7 @@ impl Queue {
 impl Queue {
     /// Bytes that the vectors have for their elements.
     pub(super) fn allocated(&self) -> usize {
-        8 * self.due_ns.capacity() + 4 * (self.slots.capacity() + self.places.capacity())
+        8 * self.due_ns.capacity() + 4 * (self.slots.capacity() + self.heap_indexes.capacity())
     }
 
     /// Number of slots in the heap.
@@ -153,15 +153,18 @@ impl Queue {
 
     /// Checks that the entries are in order, and that slots and entries point to each other.
     pub(super) fn assert_sound(&self, slots: usize) {
-        assert_eq!(self.places.len(), slots);
+        assert_eq!(self.heap_indexes.len(), slots);
         assert_eq!(self.due_ns.len(), self.slots.len());
-        for place in 0..self.slots.len() {
-            assert_eq!(self.place(self.slots[place]), Some(place));
-            let parent = place.saturating_sub(1) / CHILDREN;
-            assert!(self.due_ns[parent] <= self.due_ns[place]);
-            assert_ne!(self.due_ns[place], u64::MAX);
+        for heap_index in 0..self.slots.len() {
+            assert_eq!(self.heap_index(self.slots[heap_index]), Some(heap_index));
+            let parent = heap_index.saturating_sub(1) / CHILDREN;
+            assert!(self.due_ns[parent] <= self.due_ns[heap_index]);
+            assert_ne!(self.due_ns[heap_index], u64::MAX);
         }
-        let waiting = self.places.iter().filter(|place| **place != NOWHERE);
+        let waiting = self
+            .heap_indexes
+            .iter()
+            .filter(|heap_index| **heap_index != NOWHERE);
         assert_eq!(waiting.count(), self.slots.len());
     }
 }
@@ -178,7 +181,7 @@ mod tests {
     }
 
     fn drained(mut queue: Queue) -> Vec<u64> {
-        let slots = queue.places.len();
+        let slots = queue.heap_indexes.len();
         let mut times = Vec::new();
         while let Some((due_ns, slot)) = queue.first() {
             times.push(due_ns);

@@ -22,7 +22,9 @@ use nix::{
 };
 use thiserror::Error;
 
-use super::wire::{self, Body, Detail, Family, Message, Ports, Queued, Socket, Target, WireError};
+use super::wire::{
+    self, Body, Detail, Family, Message, Ports, Queued, Socket, SocketId, WireError,
+};
 
 /// Sockets in one request to a reaper at most.
 pub const MAX_BATCH: usize = 128;
@@ -153,7 +155,7 @@ impl DiagSocket {
     /// # Errors
     ///
     /// Where the exchange fails; what became of the socket is then unknown.
-    pub fn destroy(&mut self, target: &Target) -> Result<Destroyed, SockDiagError> {
+    pub fn destroy(&mut self, target: &SocketId) -> Result<Destroyed, SockDiagError> {
         let query = self.begin();
         wire::put_query(&mut self.out, query, target, Detail::Names);
         let destroy = self.next_sequence();
@@ -192,7 +194,7 @@ impl DiagSocket {
     /// Where the exchange fails; whether the socket is there is then unknown.
     pub fn query(
         &mut self,
-        target: &Target,
+        target: &SocketId,
         detail: Detail,
     ) -> Result<Option<Socket>, SockDiagError> {
         let sequence = self.begin();
@@ -206,13 +208,13 @@ impl DiagSocket {
     /// # Errors
     ///
     /// As above.
-    pub fn search(&mut self, targets: &[Target]) -> Result<Vec<Option<Socket>>, SockDiagError> {
+    pub fn search(&mut self, targets: &[SocketId]) -> Result<Vec<Option<Socket>>, SockDiagError> {
         // What the kernel leaves out where one is searched for, which is nearly always.
         let ports = match targets {
             [target] => [target.local_port, target.remote_port],
             _ => [0, 0],
         };
-        let place = |(index, target): (usize, &Target)| (target.cookie, index);
+        let place = |(index, target): (usize, &SocketId)| (target.cookie, index);
         let places: HashMap<u64, usize> = targets.iter().enumerate().map(place).collect();
         let mut found = vec![None; targets.len()];
         self.list(wire::state::SESSIONS, ports, &mut |sockets| {
@@ -426,7 +428,7 @@ mod tests {
     fn the_own_namespace_has_a_cookie_and_no_socket_of_a_made_up_name() {
         let mut diag = DiagSocket::open().unwrap();
         assert_ne!(diag.netns_cookie().unwrap(), 0);
-        let nobody = Target {
+        let nobody = SocketId {
             local: session_enforcer_common::Address::from_ipv4(u32::from_ne_bytes([127, 0, 0, 1])),
             remote: session_enforcer_common::Address::from_ipv4(u32::from_ne_bytes([127, 0, 0, 1])),
             local_port: 1,

@@ -108,7 +108,7 @@ impl Family {
 /// Names one socket exactly: by tuple and by cookie. The kernel finds it by the tuple and refuses
 /// it where the cookie differs, so that a later connection with the same tuple is safe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Target {
+pub struct SocketId {
     /// This host's address.
     #[serde(with = "Words")]
     pub local: Address,
@@ -125,7 +125,7 @@ pub struct Target {
     pub cookie: u64,
 }
 
-impl Target {
+impl SocketId {
     /// The socket of a session.
     pub const fn of(cookie: u64, session: &Session) -> Self {
         Self {
@@ -152,7 +152,7 @@ pub struct Socket {
     /// Whether it is a mini-socket: what is left of a session that is over.
     pub is_mini: bool,
     /// The socket's name, the cookie included.
-    pub target: Target,
+    pub target: SocketId,
     /// The user that it belongs to; 0 too where no process has accepted it yet.
     pub uid: u32,
     /// Inode number of the socket, which the descriptors of its processes show; 0 where no process
@@ -262,13 +262,13 @@ pub enum Body {
 
 /// Appends a request to destroy the socket. The kernel answers it only where it refuses
 /// (`netlink_rcv_skb()`).
-pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &Target) {
+pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &SocketId) {
     put_header(out, PLAIN, SOCK_DESTROY, NLM_F_REQUEST, sequence);
     put_exact(out, target, 0);
 }
 
 /// Appends a request for what the kernel knows of one socket.
-pub fn put_query(out: &mut BytesMut, sequence: u32, target: &Target, detail: Detail) {
+pub fn put_query(out: &mut BytesMut, sequence: u32, target: &SocketId, detail: Detail) {
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
     put_exact(out, target, detail.extensions());
 }
@@ -343,7 +343,7 @@ fn put_request_start(out: &mut impl BufMut, family: Family, extensions: u8, stat
     out.put_u32_ne(states);
 }
 
-fn put_exact(out: &mut BytesMut, target: &Target, extensions: u8) {
+fn put_exact(out: &mut BytesMut, target: &SocketId, extensions: u8) {
     // The kernel finds an IPv6 socket with IPv4-mapped addresses by its IPv4 addresses too.
     let ipv4 = target.local.is_ipv4() && target.remote.is_ipv4();
     let family = if ipv4 { Family::Ipv4 } else { Family::Ipv6 };
@@ -432,7 +432,7 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
     let mut socket = Socket {
         state,
         is_mini: timer == TIMER_TIME_WAIT || state == state::TIME_WAIT,
-        target: Target {
+        target: SocketId {
             local,
             remote,
             local_port,

@@ -103,7 +103,7 @@ enum Own<'a> {
     Lifecycle {
         version: &'static str,
     },
-    Policy {
+    Limits {
         version: &'static str,
         mode: &'static str,
         rules: &'a [String],
@@ -352,7 +352,7 @@ pub(super) fn policy(
     clock: &WallClock,
     out: &mut Vec<u8>,
 ) {
-    let own = Own::Policy {
+    let own = Own::Limits {
         version: env!("CARGO_PKG_VERSION"),
         mode: mode_name(mode),
         rules,

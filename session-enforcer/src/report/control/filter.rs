@@ -7,7 +7,7 @@ use session_enforcer_common::Session;
 
 use super::{
     messages::end,
-    row::{Found, deadline, ip},
+    row::{Listed, deadline, ip},
 };
 use crate::config::{
     User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
@@ -83,8 +83,8 @@ impl Filter {
     }
 
     /// Whether a session is meant.
-    pub(super) fn matches(&self, found: &Found<'_>, now_ns: u64) -> bool {
-        let (session, policy) = (found.session, found.rule.policy);
+    pub(super) fn matches(&self, found: &Listed<'_>, now_ns: u64) -> bool {
+        let (session, limits) = (found.session, found.rule.limits);
         let longer = |since_ns: u64, limit: &Duration| {
             u128::from(now_ns.saturating_sub(since_ns)) >= limit.as_nanos()
         };
@@ -107,13 +107,13 @@ impl Filter {
             && self
                 .idle_over
                 .as_ref()
-                .is_none_or(|limit| longer(policy.idle_since(session), limit))
+                .is_none_or(|limit| longer(limits.idle_since(session), limit))
             && self
                 .older_than
                 .as_ref()
                 .is_none_or(|limit| longer(session.established_ns, limit))
             && self.ends_within.as_ref().is_none_or(|limit| {
-                deadline(session, policy).is_some_and(|(_, ns)| {
+                deadline(session, limits).is_some_and(|(_, ns)| {
                     u128::from(ns.saturating_sub(now_ns)) <= limit.as_nanos()
                 })
             })
@@ -121,7 +121,7 @@ impl Filter {
 }
 
 /// Whether what a list shows of a session has this text in it.
-fn shows(found: &Found<'_>, text: &str) -> bool {
+fn shows(found: &Listed<'_>, text: &str) -> bool {
     let session = found.session;
     let has = |shown: &str| shown.to_lowercase().contains(text);
     has(found.rule.name)
@@ -192,12 +192,12 @@ impl SortKey {
     }
 
     /// Numbers by which the sessions are in this order.
-    pub(super) fn rank(self, found: &Found<'_>) -> (u64, u64) {
-        let (session, policy) = (found.session, found.rule.policy);
-        let ends_ns = deadline(session, policy).map_or(u64::MAX, |(_, ns)| ns);
+    pub(super) fn rank(self, found: &Listed<'_>) -> (u64, u64) {
+        let (session, limits) = (found.session, found.rule.limits);
+        let ends_ns = deadline(session, limits).map_or(u64::MAX, |(_, ns)| ns);
         match self {
             Self::Left => (ends_ns, found.id),
-            Self::Idle => (policy.idle_since(session), found.id),
+            Self::Idle => (limits.idle_since(session), found.id),
             Self::Age => (session.established_ns, found.id),
             Self::Bytes => {
                 let bytes = session.bytes_received.saturating_add(session.bytes_sent);
@@ -266,7 +266,7 @@ impl Selection {
 
 #[cfg(test)]
 mod tests {
-    use session_enforcer_common::{Owner, Policy};
+    use session_enforcer_common::{Limits, Owner};
 
     use super::*;
     use crate::{
@@ -276,23 +276,23 @@ mod tests {
 
     const S: u64 = 1_000_000_000;
 
-    fn policy() -> Policy {
-        Policy {
+    fn limits() -> Limits {
+        Limits {
             idle_timeout_ns: 60 * S,
-            ..Policy::default()
+            ..Limits::default()
         }
     }
 
     fn is_meant(query: &str, session: &Session) -> bool {
-        let policy = policy();
-        let found = Found {
+        let limits = limits();
+        let found = Listed {
             id: 7,
             session,
             rule: RuleInForce {
                 place: 0,
                 name: "postgres",
                 mode: Mode::Enforce,
-                policy: &policy,
+                limits: &limits,
             },
             user: Some("postgres"),
             cgroup: Some("/system.slice/postgresql.service"),

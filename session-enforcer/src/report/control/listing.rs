@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     filter::{Selection, SortKey},
     messages::{OwnerNames, Request, Rules},
-    row::Found,
+    row::Listed,
 };
 use crate::{
     datapath::{Cursor, SessionReader},
@@ -118,12 +118,12 @@ impl Scan {
     }
 
     /// A session with its rule and names; none where no rule matches it any more.
-    pub(super) fn found<'a>(&'a self, id: u64, session: &'a Session) -> Option<Found<'a>> {
+    pub(super) fn found<'a>(&'a self, id: u64, session: &'a Session) -> Option<Listed<'a>> {
         let cgroup = self.cgroups.get(&session.owner.cgroup_id);
         let above = cgroup.and_then(|(_, above)| *above);
         let rule = self.rules.rule_of(session, &|_| above)?;
         let user = self.users.get(&session.owner.uid);
-        Some(Found {
+        Some(Listed {
             id,
             session,
             rule,

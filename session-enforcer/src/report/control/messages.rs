@@ -3,7 +3,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use session_enforcer_common::{Ancestors, Policy, Session};
+use session_enforcer_common::{Ancestors, Limits, Session};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use super::row::End;
@@ -59,7 +59,7 @@ pub struct RuleInForce<'a> {
     /// Whether it enforces.
     pub mode: Mode,
     /// Its limits.
-    pub policy: &'a Policy,
+    pub limits: &'a Limits,
 }
 
 /// What the engine knows of owners.

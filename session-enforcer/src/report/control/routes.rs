@@ -29,7 +29,7 @@ use super::{
         KillLine, KillRequest, KillResult, Killed, Outcome, Refusal, ReloadRequest, Request,
     },
     order::Order,
-    row::Found,
+    row::Listed,
 };
 use crate::{
     datapath::TableInUse,
@@ -486,7 +486,7 @@ impl Kill {
 }
 
 /// A session that is to be reset, or would be.
-fn line(found: &Found<'_>) -> KillLine {
+fn line(found: &Listed<'_>) -> KillLine {
     let row = found.row(&WallClock::now(), monotonic_ns());
     KillLine {
         id: found.id,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use session_enforcer_common::{Address, Direction, Policy, Reason, Session, Verdict, verdict};
+use session_enforcer_common::{Address, Direction, Expiry, Limits, Reason, Session, expiry};
 
 use super::messages::{RuleInForce, end};
 use crate::{
@@ -145,7 +145,7 @@ pub struct Carried {
 
 /// A session of the table, with its rule and the names of its owner.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Found<'a> {
+pub(super) struct Listed<'a> {
     pub(super) id: u64,
     pub(super) session: &'a Session,
     pub(super) rule: RuleInForce<'a>,
@@ -154,22 +154,22 @@ pub(super) struct Found<'a> {
 }
 
 /// Which limit a session reaches first if nothing passes, and when; none where it has none.
-pub(super) fn deadline(session: &Session, policy: &Policy) -> Option<(Reason, u64)> {
+pub(super) fn deadline(session: &Session, limits: &Limits) -> Option<(Reason, u64)> {
     // The decision of the end of time: by then each has reached its limit.
-    match verdict(session, policy, u64::MAX) {
-        Verdict::Expired {
+    match expiry(session, limits, u64::MAX) {
+        Expiry::Expired {
             reason,
             deadline_ns,
         } => Some((reason, deadline_ns)),
-        Verdict::Alive { .. } => None,
+        Expiry::Alive { .. } => None,
     }
 }
 
-impl<'a> Found<'a> {
+impl<'a> Listed<'a> {
     /// The session as it is listed at this time.
     pub(super) fn row(&self, clock: &WallClock, now_ns: u64) -> Row<'a> {
         let session = self.session;
-        let deadline = deadline(session, self.rule.policy);
+        let deadline = deadline(session, self.rule.limits);
         let at = |ns: u64| clock.at(ns).to_string();
         let is_younger = !session.end_is_unreported();
         let passed = |bytes: u64, ns: u64| {
@@ -194,7 +194,7 @@ impl<'a> Found<'a> {
             last_received: passed(session.bytes_received, session.last_received_ns),
             last_sent: passed(session.bytes_sent, session.last_sent_ns),
             age_seconds: seconds(session.established_ns, now_ns),
-            idle_seconds: seconds(self.rule.policy.idle_since(session), now_ns),
+            idle_seconds: seconds(self.rule.limits.idle_since(session), now_ns),
             clock: deadline.map(|(reason, _)| Cow::Borrowed(reason_name(reason))),
             deadline: deadline.map(|(_, ns)| at(ns)),
             left_seconds: deadline.map(|(_, ns)| seconds(now_ns, ns)),

@@ -6,8 +6,8 @@ fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
 }
 
-fn target() -> Target {
-    Target {
+fn target() -> SocketId {
+    SocketId {
         local: v4([10, 0, 0, 5]),
         remote: v4([10, 0, 0, 7]),
         local_port: 5432,
@@ -91,7 +91,7 @@ fn a_destroy_request_is_these_bytes() {
 fn an_ipv6_request_carries_whole_addresses() {
     let mut out = BytesMut::new();
     let local = Address::from_octets([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
-    let target = Target { local, ..target() };
+    let target = SocketId { local, ..target() };
     put_query(&mut out, 1, &target, Detail::Activity);
     assert_eq!(out[HEADER], libc::AF_INET6 as u8);
     assert_eq!(out[HEADER + 12..HEADER + 28], local.octets());

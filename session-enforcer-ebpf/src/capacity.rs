@@ -1,4 +1,4 @@
-//! Who has how many places of the session table: each rule has a share that the sessions of others leave it, and may
+//! Who has how many slots of the session table: each rule has a share that the sessions of others leave it, and may
 //! have a limit of its own.
 
 use core::intrinsics::{AtomicOrdering::SeqCst, atomic_xadd};
@@ -7,34 +7,34 @@ use session_enforcer_common::Choice;
 
 use crate::{
     maps::{FIRST_GENERATION, HELD, MATCH_TABLES, MAX_SESSIONS, TABLE},
-    policy,
-    table::Refusal,
+    policy_tables,
+    slots::Refusal,
 };
 
 const ONE_LESS: u64 = u64::MAX;
 
-/// Takes a place for a session.
+/// Takes a slot for a session.
 #[inline(always)]
 pub(crate) fn take(choice: Choice) -> Result<(), Refusal> {
-    match take_place(choice.0) {
+    match take_slot(choice.0) {
         TAKEN => Ok(()),
         RULE_FULL => Err(Refusal::RuleFull),
         _ => Err(Refusal::Full),
     }
 }
 
-/// What [`take_place`] answers.
+/// What [`take_slot`] answers.
 const TAKEN: u32 = 0;
 const RULE_FULL: u32 = 1;
 const FULL: u32 = 2;
 
-/// Counts before the session is there, so that no two get the last place.
+/// Counts before the session is there, so that no two get the last slot.
 ///
 /// With names of their own for the linker this one and the next are global functions, which the verifier follows once
 /// and not at each call.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn take_place(choice: u64) -> u32 {
+extern "C" fn take_slot(choice: u64) -> u32 {
     let all = count(1) as i64;
     let held = count_of(Choice(choice), 1);
     let answer = answer(Choice(choice), all, held);
@@ -48,25 +48,25 @@ extern "C" fn take_place(choice: u64) -> u32 {
 #[inline(always)]
 fn answer(choice: Choice, all: i64, held: u64) -> u32 {
     // Signed: should what is pinned count too few, the table is not shut for ever.
-    let places = i64::from(MAX_SESSIONS.load());
-    if all >= places {
+    let slots = i64::from(MAX_SESSIONS.load());
+    if all >= slots {
         return FULL;
     }
     if !is_counted(choice) && choice.generation() != 0 {
         // Of another daemon, which had room for it.
         return TAKEN;
     }
-    let Some(table) = MATCH_TABLES.get(policy::active_table()) else {
+    let Some(table) = MATCH_TABLES.get(policy_tables::active_table()) else {
         return TAKEN;
     };
-    if all >= places - i64::from(table.reserve)
+    if all >= slots - i64::from(table.reserve)
         && (choice.generation() == 0 || held >= u64::from(table.share))
     {
         return FULL;
     }
-    match policy::limits(choice.rule()) {
-        Some(policy) if choice.generation() != 0 => {
-            let most = u64::from(policy.max_sessions);
+    match policy_tables::limits(choice.rule()) {
+        Some(limits) if choice.generation() != 0 => {
+            let most = u64::from(limits.max_sessions);
             if most != 0 && held >= most {
                 RULE_FULL
             } else {
@@ -77,15 +77,15 @@ fn answer(choice: Choice, all: i64, held: u64) -> u32 {
     }
 }
 
-/// The place of a session is free, or was not used.
+/// The slot of a session is free, or was not used.
 #[inline(always)]
 pub(crate) fn give_back(choice: Choice) {
-    give_place_back(choice.0);
+    give_slot_back(choice.0);
 }
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn give_place_back(choice: u64) -> u32 {
+extern "C" fn give_slot_back(choice: u64) -> u32 {
     count_less(Choice(choice));
     0
 }

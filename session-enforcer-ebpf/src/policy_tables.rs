@@ -4,14 +4,14 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::{
-    Ancestors, Choice, ErrorKind, Facts, MAX_MATCH_ENTRIES, MAX_RULES, Policy, Session, Table,
+    Ancestors, Choice, ErrorKind, Facts, Limits, MAX_MATCH_ENTRIES, MAX_RULES, Session, Table,
     matches,
 };
 
 use crate::{
-    counters,
+    capacity, count,
     maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
-    places, table, words,
+    slots, words,
 };
 
 /// What a table says about a connection.
@@ -22,7 +22,7 @@ pub(crate) struct Decision {
     pub generation: u32,
     /// Whether the entry asks for what is not known of the owner. Then it is for the daemon to find
     /// out, and to decide.
-    pub is_open: bool,
+    pub needs_owner: bool,
 }
 
 /// Index of the table in force.
@@ -39,9 +39,9 @@ pub(crate) fn active_table() -> u32 {
 /// the daemon's to find; or it was never decided about, and is counted as opened when the daemon decides;
 /// or a map cannot be read, and errors are on the side of life.
 #[inline(always)]
-pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
+pub(crate) fn of(session: &mut Session) -> Option<&'static Limits> {
     let Some(policy) = limits(session.rule) else {
-        counters::error(ErrorKind::TableUnreadable);
+        count::error(ErrorKind::TableUnreadable);
         return None;
     };
     if policy.generation == session.generation {
@@ -52,7 +52,7 @@ pub(crate) fn of(session: &mut Session) -> Option<&'static Policy> {
 
 /// The limits of a rule; none for an exempting one.
 #[inline(always)]
-pub(crate) fn limits(rule: u16) -> Option<&'static Policy> {
+pub(crate) fn limits(rule: u16) -> Option<&'static Limits> {
     let rule = u32::from(rule);
     if rule >= MAX_RULES {
         return None;
@@ -61,22 +61,22 @@ pub(crate) fn limits(rule: u16) -> Option<&'static Policy> {
 }
 
 #[inline(never)]
-fn of_rule_anew(session: &mut Session) -> Option<&'static Policy> {
+fn of_rule_anew(session: &mut Session) -> Option<&'static Limits> {
     if session.generation == 0 {
         return None;
     }
     // SAFETY: from a reference. Volatile: the daemon's program changes it.
     let before_ns = unsafe { ptr::read_volatile(&raw const session.open_until_ns) };
     let decision = decide(session)?;
-    if decision.is_open {
+    if decision.needs_owner {
         return None;
     }
     let policy = limits(decision.rule)?;
     let before = Choice::of(session);
     let after = before.by(decision.rule, decision.generation);
     // Where a packet of the other direction changes its flags meanwhile, the next one decides.
-    if words::exchange(table::choice_word(session), before.0, after.0) {
-        places::moved(before, after);
+    if words::exchange(slots::choice_word(session), before.0, after.0) {
+        capacity::moved(before, after);
     }
     // A gate that the daemon has shut is the daemon's to open.
     if before_ns != Session::SHUT {
@@ -104,7 +104,7 @@ struct Search {
 pub(crate) fn decide(session: &Session) -> Option<Decision> {
     let active = active_table();
     let Some(table) = MATCH_TABLES.get(active) else {
-        counters::error(ErrorKind::TableUnreadable);
+        count::error(ErrorKind::TableUnreadable);
         return None;
     };
     let (generation, entries) = (table.generation, table.entries);
@@ -130,11 +130,11 @@ pub(crate) fn decide(session: &Session) -> Option<Decision> {
             0,
         )
     };
-    let (rule, is_open) = search.found?;
+    let (rule, needs_owner) = search.found?;
     Some(Decision {
         rule,
         generation,
-        is_open,
+        needs_owner,
     })
 }
 
@@ -143,7 +143,7 @@ extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
     // SAFETY: the pointer that `decide` gave.
     let search = unsafe { &mut *search.cast::<Search>() };
     let Some(entry) = MATCH_ENTRIES.get(search.base + index) else {
-        counters::error(ErrorKind::TableUnreadable);
+        count::error(ErrorKind::TableUnreadable);
         return 1;
     };
     // SAFETY: a pointer that the map gave, valid while the program runs. Should the element be freed
@@ -156,6 +156,6 @@ extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
     ) {
         return 0;
     }
-    search.found = Some((entry.rule, entry.is_open(&search.facts)));
+    search.found = Some((entry.rule, entry.needs_owner(&search.facts)));
     1
 }

@@ -158,7 +158,7 @@ pub(super) struct FoundLink {
 }
 
 /// A set of pins that this version can use.
-pub(super) struct Found {
+pub(super) struct PinnedSet {
     pub(super) set: PathBuf,
     /// What its session table says of itself.
     pub(super) table: TableHead,
@@ -171,11 +171,11 @@ pub(super) struct Found {
 }
 
 /// Looks at the set; nothing where there is none, or, after a warning, where it cannot be used.
-pub(super) fn examine(set: &Path) -> Result<Option<Found>, PinError> {
+pub(super) fn examine(set: &Path) -> Result<Option<PinnedSet>, PinError> {
     if !set.exists() {
         return Ok(None);
     }
-    match Found::in_set(set) {
+    match PinnedSet::in_set(set) {
         Ok(found) => Ok(Some(found)),
         Err(Refusal::Unusable(why)) => {
             tracing::warn!(
@@ -202,7 +202,7 @@ impl From<PinError> for Refusal {
     }
 }
 
-impl Found {
+impl PinnedSet {
     fn in_set(set: &Path) -> Result<Self, Refusal> {
         let mut found = Self {
             set: set.to_owned(),
@@ -211,7 +211,7 @@ impl Found {
             links: Vec::new(),
             unknown: unknown(set)?,
         };
-        let (mut buckets, mut places) = (0, 0);
+        let (mut buckets, mut slots) = (0, 0);
         for map in &MAPS {
             let object = open(set, map.name, Kind::Map)?
                 .ok_or_else(|| Refusal::Unusable(format!("the map {} is missing", map.name)))?;
@@ -220,7 +220,7 @@ impl Found {
             map.check(&info).map_err(Refusal::Unusable)?;
             match map.name {
                 BUCKETS => buckets = info.capacity,
-                SESSIONS => places = info.capacity,
+                SESSIONS => slots = info.capacity,
                 TABLE => {
                     let head = session_table::head(object).map_err(io::Error::other);
                     found.table = head.map_err(PinError::io("reading", &path))?;
@@ -232,7 +232,7 @@ impl Found {
                 _ => {}
             }
         }
-        check_table(&found.table, buckets, places).map_err(Refusal::Unusable)?;
+        check_table(&found.table, buckets, slots).map_err(Refusal::Unusable)?;
         for program in &PROGRAMS {
             if let Some(link) = open(set, program.name, Kind::Link)? {
                 let path = set.join(program.name);
@@ -297,11 +297,11 @@ fn unknown(set: &Path) -> Result<Vec<PathBuf>, PinError> {
 }
 
 /// What is wrong with a table whose head this is and whose maps are of these sizes, if anything.
-fn check_table(head: &TableHead, buckets: u32, places: u32) -> Result<(), String> {
+fn check_table(head: &TableHead, buckets: u32, slots: u32) -> Result<(), String> {
     let expected = u32::try_from(head.capacity).map(buckets_for);
-    if expected != Ok(buckets) || buckets.checked_mul(WAYS) != Some(places) {
+    if expected != Ok(buckets) || buckets.checked_mul(WAYS) != Some(slots) {
         return Err(format!(
-            "a session table for {} sessions has {buckets} buckets and {places} records",
+            "a session table for {} sessions has {buckets} buckets and {slots} records",
             head.capacity
         ));
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Owner, Session, Verdict, verdict};
+use session_enforcer_common::{Expiry, Owner, Session, expiry};
 
 use super::{
     ask::{self, Answer},
@@ -20,7 +20,7 @@ use crate::{
     engine::adopt::{self, Listeners},
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Detail, MAX_BATCH, Socket, Target},
+        diag::{Detail, MAX_BATCH, Socket, SocketId},
         protocol::{Cgroup, Reply, Request},
     },
 };
@@ -68,7 +68,7 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
             return Ok(());
         }
         let began = std::time::Instant::now();
-        for (cookie, _) in settle(context, some).await? {
+        for (cookie, _) in resolve(context, some).await? {
             context.state().tracker.rearm(cookie, 0);
         }
         context.wake.notify_one();
@@ -82,20 +82,20 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
 /// # Errors
 ///
 /// Where the session map cannot be read or written.
-pub(super) async fn settle(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
+pub(super) async fn resolve(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
     let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
     for (cookie, session) in sessions {
         let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
         of_namespace.push((cookie, session));
     }
-    let mut settled = Vec::new();
+    let mut resolved = Vec::new();
     for (netns_cookie, sessions) in by_namespace {
-        settled.extend(settle_in(context, netns_cookie, sessions).await?);
+        resolved.extend(resolve_in(context, netns_cookie, sessions).await?);
     }
-    compare(context, settled).await
+    compare(context, resolved).await
 }
 
-async fn settle_in(
+async fn resolve_in(
     context: &Rc<Context>,
     netns_cookie: u64,
     sessions: Vec<Tracked>,
@@ -123,7 +123,7 @@ async fn settle_in(
             let mut state = context.state();
             for (cookie, session) in &sessions {
                 // A session that a rule limits already is judged when that says.
-                if state.book.needs_owner_of(session) {
+                if state.rule_set.needs_owner_of(session) {
                     state.go_on_without_owner(*cookie, session)?;
                 }
             }
@@ -135,7 +135,7 @@ async fn settle_in(
         _ => None,
     });
     note_cgroups(context, sockets.collect()).await?;
-    let mut settled = Vec::new();
+    let mut resolved = Vec::new();
     let mut state = context.state();
     for ((cookie, session), answer) in sessions.iter().zip(answers) {
         let owner = match answer {
@@ -158,9 +158,9 @@ async fn settle_in(
             state.go_on_without_owner(*cookie, session)?;
             continue;
         }
-        settled.extend(state.set_owner(*cookie, session, owner)?);
+        resolved.extend(state.set_owner(*cookie, session, owner)?);
     }
-    Ok(settled)
+    Ok(resolved)
 }
 
 async fn sockets_of(
@@ -169,8 +169,8 @@ async fn sockets_of(
     sessions: &[Tracked],
     detail: Detail,
 ) -> Result<Vec<Answer>, String> {
-    let target = |(cookie, session): &Tracked| Target::of(*cookie, session);
-    let targets: Vec<Target> = sessions.iter().map(target).collect();
+    let target = |(cookie, session): &Tracked| SocketId::of(*cookie, session);
+    let targets: Vec<SocketId> = sessions.iter().map(target).collect();
     ask::query(context, netns_cookie, &targets, detail).await
 }
 
@@ -204,7 +204,7 @@ async fn listeners(
 ///
 /// Where the kernel's map refuses.
 pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Result<()> {
-    let unknown = context.state().directory.unknown_among(ids);
+    let unknown = context.state().owner_resolver.unknown_among(ids);
     for some in unknown.chunks(MAX_BATCH) {
         let request = Request::Cgroups { ids: some.to_vec() };
         let replies = ask::ask(context, &request, None).await;
@@ -224,13 +224,13 @@ pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Re
 
 /// Finds out where the cgroups are that sessions were opened in.
 pub(super) fn find_cgroups(context: &Rc<Context>) {
-    let Some(ids) = context.state().directory.take_unknown() else {
+    let Some(ids) = context.state().owner_resolver.take_unknown() else {
         return;
     };
     let task = Rc::clone(context);
     context.spawn(async move {
         let noted = note_cgroups(&task, ids).await;
-        task.state().directory.has_asked();
+        task.state().owner_resolver.has_asked();
         noted
     });
 }
@@ -287,11 +287,11 @@ impl State {
     /// Notes where a cgroup is and what is above it.
     fn note_cgroup(&mut self, cgroup: Cgroup) -> Result<()> {
         let id = cgroup.id;
-        self.directory.note(cgroup);
-        if self.kernel.ancestors(id)?.is_none()
-            && let Some(ancestors) = self.directory.ancestors(id)
+        self.owner_resolver.note(cgroup);
+        if self.datapath.ancestors(id)?.is_none()
+            && let Some(ancestors) = self.owner_resolver.ancestors(id)
         {
-            self.kernel.note_ancestors(id, &ancestors)?;
+            self.datapath.note_ancestors(id, &ancestors)?;
         }
         Ok(())
     }
@@ -304,13 +304,15 @@ impl State {
             generation: 0,
             ..*session
         };
-        let rule = self.rule_of(&open).and_then(|rule| self.book.rule(rule));
-        match rule.map(|rule| verdict(session, &rule.policy, now_ns)) {
-            Some(Verdict::Alive { look_again_ns }) => {
-                let due_ns = look_again_ns.min(now_ns + RETRY_NS);
+        let rule = self
+            .rule_of(&open)
+            .and_then(|rule| self.rule_set.rule(rule));
+        match rule.map(|rule| expiry(session, &rule.limits, now_ns)) {
+            Some(Expiry::Alive { recheck_ns }) => {
+                let due_ns = recheck_ns.min(now_ns + RETRY_NS);
                 self.tracker.rearm(cookie, due_ns);
             }
-            Some(Verdict::Expired { .. }) | None => {
+            Some(Expiry::Expired { .. }) | None => {
                 if self.set_owner(cookie, session, session.owner)?.is_some() {
                     self.tracker.rearm(cookie, 0);
                 }
@@ -334,19 +336,19 @@ impl State {
             self.tracker.rearm(cookie, monotonic_ns() + RETRY_NS);
             return Ok(None);
         };
-        let mut settled = Session {
+        let mut resolved = Session {
             owner,
             // The gate has not looked at it under the rule to be found, which is not that of before.
             open_until_ns: 0,
             generation: 0,
             ..session
         };
-        let Some(rule) = self.rule_of(&settled) else {
+        let Some(rule) = self.rule_of(&resolved) else {
             self.release(cookie, &session)?;
             return Ok(None);
         };
-        (settled.rule, settled.generation) = (rule, self.book.generation);
-        if !self.kernel.amend(cookie, &settled)? {
+        (resolved.rule, resolved.generation) = (rule, self.rule_set.generation);
+        if !self.datapath.update(cookie, &resolved)? {
             self.forget(cookie);
             return Ok(None);
         }
@@ -354,8 +356,8 @@ impl State {
         if session.generation == 0 {
             self.records.metrics.opened(usize::from(rule));
         }
-        self.tracker.add(cookie, group_of(&settled), u64::MAX);
-        Ok(Some((cookie, settled)))
+        self.tracker.add(cookie, group_of(&resolved), u64::MAX);
+        Ok(Some((cookie, resolved)))
     }
 
     /// Compares the record of a session with what its socket said, and writes it where they differ.
@@ -391,12 +393,12 @@ impl State {
             Answer::Known(_, at_ns) => at_ns,
             Answer::Locked => monotonic_ns(),
         };
-        let policy = self.book.rule(now.rule).map(|rule| rule.policy);
-        let caught_up = adopt::caught_up(&now, &socket, policy.as_ref(), at_ns, self.lag_ns);
+        let limits = self.rule_set.rule(now.rule).map(|rule| rule.limits);
+        let caught_up = adopt::caught_up(&now, &socket, limits.as_ref(), at_ns, self.lag_ns);
         if caught_up == now {
             return Ok(CaughtUp::Agrees(now));
         }
-        if self.kernel.amend(cookie, &caught_up)? {
+        if self.datapath.update(cookie, &caught_up)? {
             return Ok(CaughtUp::Written(caught_up));
         }
         self.forget(cookie);
@@ -416,6 +418,6 @@ impl State {
             last_sent_ns: found.last_sent_ns.max(now_ns),
             ..found
         };
-        Ok(self.kernel.amend(cookie, session)?)
+        Ok(self.datapath.update(cookie, session)?)
     }
 }

@@ -1,9 +1,9 @@
 //! The session table: find, put in, take out. `session_enforcer_common::table` says how it is made.
 //!
-//! Once it is made only these programs write to it, for the daemon too (`serve`): a program runs to its
+//! Once it is made only these programs write to it, for the daemon too (`table_ops`): a program runs to its
 //! end, so whatever becomes of the daemon, no change is ever left half done.
 //!
-//! A tag is changed by compare-and-exchange alone, so that no two programs get one place. As with a
+//! A tag is changed by compare-and-exchange alone, so that no two programs get one slot. As with a
 //! hash map of the kernel's, a record may be another session's by the time that a program writes to it
 //! which found it before: see `activity::track`.
 //!
@@ -22,12 +22,12 @@ use session_enforcer_common::{
 };
 
 use crate::{
+    capacity,
     maps::{BUCKET_COUNT, BUCKETS, SESSIONS, TABLE_KEY},
-    places,
     words::{self, exchange},
 };
 
-/// How often a session is put in at most where other programs take the place that was free.
+/// How often a session is put in at most where other programs take the slot that was free.
 const ATTEMPTS: u32 = 3;
 
 /// Copies of a record that are made in search of one that is whole.
@@ -48,21 +48,21 @@ pub(crate) enum Refusal {
 /// of.
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
-    let place = place_of(cookie)?;
+    let slot = slot_of(cookie)?;
     // The tag was read before the record is.
     words::order();
-    SESSIONS.get_ptr_mut(place)
+    SESSIONS.get_ptr_mut(slot)
 }
 
 /// Where the session of a cookie lies, for what is done a few times in its life: without a branch for each
 /// tag, whose combinations the verifier would follow.
 #[inline(always)]
-pub(crate) fn look_for(cookie: u64) -> Option<Looked> {
+pub(crate) fn scan(cookie: u64) -> Option<Scanned> {
     if cookie == 0 {
         return None;
     }
-    let looked = Looked::into(buckets_of(cookie), cookie);
-    looked.place().is_some().then_some(looked)
+    let scanned = Scanned::into(buckets_of(cookie), cookie);
+    scanned.slot().is_some().then_some(scanned)
 }
 
 /// Puts in a session that is not there.
@@ -72,16 +72,16 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     if matches!(cookie, 0 | CLAIMED | u64::MAX) {
         return Err(Refusal::Full);
     }
-    let looked = Looked::into(buckets_of(cookie), cookie);
-    if looked.place().is_some() {
+    let scanned = Scanned::into(buckets_of(cookie), cookie);
+    if scanned.slot().is_some() {
         return Err(Refusal::Present);
     }
     let choice = Choice::of(session);
-    places::take(choice)?;
-    if put(looked, cookie, session) {
+    capacity::take(choice)?;
+    if put(scanned, cookie, session) {
         return Ok(());
     }
-    places::give_back(choice);
+    capacity::give_back(choice);
     Err(Refusal::Full)
 }
 
@@ -94,11 +94,11 @@ const CHOICE: usize = offset_of!(Session, generation) / size_of::<u64>();
 /// Changes a session that is there, word by word and in place: what a packet changes in the same moment is the
 /// packet's. What passed since the daemon read the record is kept. Whether the session is there then.
 #[inline(never)]
-pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
-    let Some(place) = look_for(cookie).and_then(Looked::place) else {
+pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
+    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
         return false;
     };
-    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+    let Some(record) = SESSIONS.get_ptr_mut(slot) else {
         return false;
     };
     let mut before = MaybeUninit::<Session>::uninit();
@@ -107,13 +107,13 @@ pub(crate) fn amend(cookie: u64, session: &mut Session) -> bool {
         words::copy::<u64, _>(record, before.as_mut_ptr());
         before.assume_init_ref()
     };
-    session.join(&before.traffic());
-    if !is_session(place, cookie, before.established_ns) {
+    session.merge_activity(&before.traffic());
+    if !is_session(slot, cookie, before.established_ns) {
         return false;
     }
     change(record, before, session);
     let choice = Choice::of(session);
-    if choose(place, cookie, choice, flags::PEER_HAS_ENDED) {
+    if choose(slot, cookie, choice, flags::PEER_HAS_ENDED) {
         return true;
     }
     // It has ended meanwhile. The record may be another session's by now, which gets back what it had.
@@ -147,13 +147,13 @@ fn change(record: *mut Session, before: &Session, after: &Session) {
 /// Gives a session the rule and the generation of a choice, and its flags besides those to be kept; whether it is there
 /// then. Where a packet changes the flags meanwhile, the next attempt meets it no more. No loop: see [`change`].
 #[inline(always)]
-fn choose(place: u32, cookie: u64, choice: Choice, kept: u8) -> bool {
-    let mut outcome = choose_once(place, cookie, choice.0, kept);
+fn choose(slot: u32, cookie: u64, choice: Choice, kept: u8) -> bool {
+    let mut outcome = choose_once(slot, cookie, choice.0, kept);
     if outcome == CHANGED_MEANWHILE {
-        outcome = choose_once(place, cookie, choice.0, kept);
+        outcome = choose_once(slot, cookie, choice.0, kept);
     }
     if outcome == CHANGED_MEANWHILE {
-        outcome = choose_once(place, cookie, choice.0, kept);
+        outcome = choose_once(slot, cookie, choice.0, kept);
     }
     outcome == CHOSEN
 }
@@ -163,18 +163,18 @@ const CHOSEN: u32 = 0;
 const HAS_ENDED: u32 = 1;
 const CHANGED_MEANWHILE: u32 = 2;
 
-/// Between the look at the place and the change it may have become another session's, which gets its choice back.
+/// Between the look at the slot and the change it may have become another session's, which gets its choice back.
 /// Where that is not there any more, the session has ended since, by the choice that it was given.
 ///
 /// With a name of its own for the linker it is a global function, which the verifier follows once.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn choose_once(place: u32, cookie: u64, choice: u64, kept: u8) -> u32 {
-    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+extern "C" fn choose_once(slot: u32, cookie: u64, choice: u64, kept: u8) -> u32 {
+    let Some(record) = SESSIONS.get_ptr_mut(slot) else {
         return HAS_ENDED;
     };
     let before = choice_of(record);
-    if before == Choice::ENDED || !is_at(place, cookie) {
+    if before == Choice::ENDED || !is_at(slot, cookie) {
         return HAS_ENDED;
     }
     let after = Choice(choice).keeping(before, kept);
@@ -182,28 +182,28 @@ extern "C" fn choose_once(place: u32, cookie: u64, choice: u64, kept: u8) -> u32
     if !exchange(word, before.0, after.0) {
         return CHANGED_MEANWHILE;
     }
-    if !is_at(place, cookie) && exchange(word, after.0, before.0) {
+    if !is_at(slot, cookie) && exchange(word, after.0, before.0) {
         return HAS_ENDED;
     }
-    places::moved(before, after);
+    capacity::moved(before, after);
     CHOSEN
 }
 
-/// Gives the session that was established then a rule. The gate has not looked at it under that.
+/// Gives the session that was established then a rule. The gate has not checked it under that yet.
 #[inline(never)]
 pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u32) -> bool {
-    let Some(place) = look_for(cookie).and_then(Looked::place) else {
+    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
         return false;
     };
-    let Some(record) = SESSIONS.get_ptr_mut(place) else {
+    let Some(record) = SESSIONS.get_ptr_mut(slot) else {
         return false;
     };
-    if !is_session(place, cookie, established_ns) {
+    if !is_session(slot, cookie, established_ns) {
         return false;
     }
     // SAFETY: a pointer that the map gave. Volatile: packets change it.
     let open_until_ns = unsafe { ptr::read_volatile(&raw const (*record).open_until_ns) };
-    let chosen = choose(place, cookie, Choice(0).by(rule, generation), u8::MAX);
+    let chosen = choose(slot, cookie, Choice(0).by(rule, generation), u8::MAX);
     if chosen && open_until_ns != Session::SHUT {
         // SAFETY: a pointer that the map gave.
         exchange(
@@ -231,21 +231,21 @@ pub(crate) fn choice_of(record: *mut Session) -> Choice {
 
 /// Whether the session of a cookie lies there, and was established then.
 #[inline(always)]
-fn is_session(place: u32, cookie: u64, established_ns: u64) -> bool {
-    let Some(record) = SESSIONS.get_ptr(place) else {
+fn is_session(slot: u32, cookie: u64, established_ns: u64) -> bool {
+    let Some(record) = SESSIONS.get_ptr(slot) else {
         return false;
     };
     // SAFETY: a pointer that the map gave. Volatile: others change it.
     let found_ns = unsafe { ptr::read_volatile(&raw const (*record).established_ns) };
     // What was read of the record until now was read before the tag is.
     words::order();
-    found_ns == established_ns && is_at(place, cookie)
+    found_ns == established_ns && is_at(slot, cookie)
 }
 
 #[inline(always)]
-fn is_at(place: u32, cookie: u64) -> bool {
+fn is_at(slot: u32, cookie: u64) -> bool {
     // SAFETY: a pointer that the map gave. Volatile: others change it.
-    tag_of(place).is_some_and(|tag| unsafe { ptr::read_volatile(tag) } == cookie)
+    tag_of(slot).is_some_and(|tag| unsafe { ptr::read_volatile(tag) } == cookie)
 }
 
 /// A copy of the record of a session, as it was at one moment; whether it is there.
@@ -255,10 +255,10 @@ fn is_at(place: u32, cookie: u64) -> bool {
 /// so often that none agrees is not that of an idle session, and no copy of it says so.
 #[inline(never)]
 pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
-    let Some(place) = look_for(cookie).and_then(Looked::place) else {
+    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
         return false;
     };
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr(place)) else {
+    let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr(slot)) else {
         return false;
     };
     for _ in 0..MAX_COPIES {
@@ -293,10 +293,10 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
 /// Shuts the gate of the session that was established then, or opens it again; whether it is there.
 #[inline(never)]
 pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool {
-    let Some(looked) = look_for(cookie) else {
+    let Some(scanned) = scan(cookie) else {
         return false;
     };
-    let (Some(place), Some(session)) = (looked.place(), looked.record()) else {
+    let (Some(slot), Some(session)) = (scanned.slot(), scanned.record()) else {
         return false;
     };
     // SAFETY: pointers that the maps gave, valid while the program runs. Volatile: others change them.
@@ -313,29 +313,29 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
         atomic_xchg::<u64, { SeqCst }>(word, Session::SHUT);
         // The record may have become another session's, whose gate is open. Its tag tells so before any of its words
         // is written; one of the same cookie was established at another time, which was written before the tag.
-        let is_there = is_at(place, cookie);
+        let is_there = is_at(slot, cookie);
         words::order();
         is_there && is_meant() || !exchange(word, Session::SHUT, 0)
     }
 }
 
-/// What [`clear_all`] returns where every place was another's by then.
+/// What [`clear_all`] returns where every slot was another's by then.
 pub(crate) const NONE_CLEARED: u64 = u64::MAX;
 
-/// Frees the places in which a session was found. There are two where the daemon adopted a socket in the moment in
+/// Frees the slots in which a session was found. There are two where the daemon adopted a socket in the moment in
 /// which it was connected again.
 ///
 /// Returns the generation and, in the lower 16 bits, the rule by which the session was judged at its end; of two the
 /// older.
 #[inline(never)]
-pub(crate) fn clear_all(looked: Looked, cookie: u64) -> u64 {
+pub(crate) fn clear_all(scanned: Scanned, cookie: u64) -> u64 {
     let mut oldest = NONE_CLEARED;
     for index in 0..2 {
-        let mut ways = of_cookie(looked.ways[index]);
+        let mut ways = of_cookie(scanned.ways[index]);
         for _ in 0..2 {
             if ways != 0 {
-                let place = looked.buckets[index] * WAYS + lowest(ways);
-                oldest = oldest.min(clear(place, cookie));
+                let slot = scanned.buckets[index] * WAYS + lowest(ways);
+                oldest = oldest.min(clear(slot, cookie));
                 ways &= ways - 1;
             }
         }
@@ -343,11 +343,11 @@ pub(crate) fn clear_all(looked: Looked, cookie: u64) -> u64 {
     oldest
 }
 
-/// Frees the place of a session, if that is still there; see [`clear_all`]. Whoever is about to change its choice
+/// Frees the slot of a session, if that is still there; see [`clear_all`]. Whoever is about to change its choice
 /// finds that it has ended.
 #[inline(always)]
-fn clear(place: u32, cookie: u64) -> u64 {
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
+fn clear(slot: u32, cookie: u64) -> u64 {
+    let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr_mut(slot)) else {
         return NONE_CLEARED;
     };
     if !exchange(tag, cookie, CLAIMED) {
@@ -359,30 +359,30 @@ fn clear(place: u32, cookie: u64) -> u64 {
         atomic_xchg::<u64, { SeqCst }>(tag, 0);
         Choice(choice)
     };
-    places::give_back(choice);
+    capacity::give_back(choice);
     u64::from(choice.generation()) << 16 | u64::from(choice.rule())
 }
 
-/// Puts a session into a free place, if there is one.
+/// Puts a session into a free slot, if there is one.
 #[inline(never)]
-fn put(mut looked: Looked, cookie: u64, session: &Session) -> bool {
+fn put(mut scanned: Scanned, cookie: u64, session: &Session) -> bool {
     for attempt in 0..ATTEMPTS {
         if attempt != 0 {
-            looked = Looked::into(looked.buckets, cookie);
+            scanned = Scanned::into(scanned.buckets, cookie);
         }
-        if put_once(looked, cookie, session, attempt) {
+        if put_once(scanned, cookie, session, attempt) {
             return true;
         }
     }
     false
 }
 
-/// Puts a session into a free place of the bucket that is to have it. Fails where both are full, and where
-/// another program takes that place first: the next attempt begins elsewhere.
+/// Puts a session into a free slot of the bucket that is to have it. Fails where both are full, and where
+/// another program takes that slot first: the next attempt begins elsewhere.
 #[inline(always)]
-fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> bool {
-    let [first, second] = looked.buckets;
-    let [free, others] = looked.ways.map(free_of);
+fn put_once(scanned: Scanned, cookie: u64, session: &Session, attempt: u32) -> bool {
+    let [first, second] = scanned.buckets;
+    let [free, others] = scanned.ways.map(free_of);
     let (bucket, free) = if prefers_second(free.count_ones(), others.count_ones()) {
         (second, others)
     } else {
@@ -392,22 +392,22 @@ fn put_once(looked: Looked, cookie: u64, session: &Session, attempt: u32) -> boo
         return false;
     }
     // Sockets that are made one after the other may be established at the same moment on several
-    // processors: those that have a bucket in common begin at places of their own. At first close to each
-    // other, since a packet looks from the first place on.
+    // processors: those that have a bucket in common begin at slots of their own. At first close to each
+    // other, since a packet looks from the first slot on.
     let start = if attempt == 0 {
         cookie as u32 % IN_A_ROW
     } else {
         cookie as u32 % IN_A_ROW * (WAYS / IN_A_ROW)
     };
     let rotated = (free | free << WAYS) >> start;
-    let place = bucket * WAYS + (lowest(rotated) + start) % WAYS;
-    let (Some(tag), Some(record)) = (tag_of(place), SESSIONS.get_ptr_mut(place)) else {
+    let slot = bucket * WAYS + (lowest(rotated) + start) % WAYS;
+    let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr_mut(slot)) else {
         return false;
     };
     if !exchange(tag, 0, CLAIMED) {
         return false;
     }
-    // SAFETY: pointers that the maps gave; the place is this program's. The record is written before
+    // SAFETY: pointers that the maps gave; the slot is this program's. The record is written before
     // others can find it: an exchange is a barrier.
     unsafe {
         words::copy::<u64, _>(session, record);
@@ -421,19 +421,19 @@ fn buckets_of(cookie: u64) -> [u32; 2] {
     TABLE_KEY.load().buckets(cookie, BUCKET_COUNT.load())
 }
 
-/// The place of a session: the index of its record.
+/// The slot of a session: the index of its record.
 #[inline(always)]
-fn place_of(cookie: u64) -> Option<u32> {
+fn slot_of(cookie: u64) -> Option<u32> {
     // A socket without a cookie; the tag of a free record is no cookie either.
     if cookie == 0 {
         return None;
     }
     let [first, second] = buckets_of(cookie);
-    place_in(first, cookie).or_else(|| place_in(second, cookie))
+    slot_in(first, cookie).or_else(|| slot_in(second, cookie))
 }
 
 #[inline(always)]
-fn place_in(bucket: u32, cookie: u64) -> Option<u32> {
+fn slot_in(bucket: u32, cookie: u64) -> Option<u32> {
     let tags = tags_of(bucket)?;
     (0..WAYS)
         .find(|way| read(tags, *way) == cookie)
@@ -442,30 +442,30 @@ fn place_in(bucket: u32, cookie: u64) -> Option<u32> {
 
 /// What was found in the two buckets of a cookie.
 #[derive(Clone, Copy)]
-pub(crate) struct Looked {
+pub(crate) struct Scanned {
     buckets: [u32; 2],
     ways: [u32; 2],
 }
 
-impl Looked {
+impl Scanned {
     #[inline(always)]
     fn into(buckets: [u32; 2], cookie: u64) -> Self {
         let [first, second] = buckets;
         Self {
             buckets,
-            ways: [look(first, cookie), look(second, cookie)],
+            ways: [scan_bucket(first, cookie), scan_bucket(second, cookie)],
         }
     }
 
     /// The record of the session; valid while the program runs.
     #[inline(always)]
     pub(crate) fn record(self) -> Option<*mut Session> {
-        SESSIONS.get_ptr_mut(self.place()?)
+        SESSIONS.get_ptr_mut(self.slot()?)
     }
 
-    /// The place of the session.
+    /// The slot of the session.
     #[inline(always)]
-    fn place(self) -> Option<u32> {
+    fn slot(self) -> Option<u32> {
         let ([first, second], [here, there]) = (self.buckets, self.ways.map(of_cookie));
         if here != 0 {
             Some(first * WAYS + lowest(here))
@@ -477,14 +477,14 @@ impl Looked {
     }
 }
 
-/// The places of a bucket, a bit for each: in the lower half of the word those that are free, in the
-/// upper those of the cookie. No branch for each: see `look_for`.
+/// The slots of a bucket, a bit for each: in the lower half of the word those that are free, in the
+/// upper those of the cookie. No branch for each: see `scan`.
 ///
 /// With a name of its own for the linker it is a global function, which the verifier follows once and not
 /// at each call.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub(crate) extern "C" fn look(bucket: u32, cookie: u64) -> u32 {
+pub(crate) extern "C" fn scan_bucket(bucket: u32, cookie: u64) -> u32 {
     let Some(tags) = tags_of(bucket) else {
         return 0;
     };
@@ -521,13 +521,13 @@ fn tags_of(bucket: u32) -> Option<*mut u64> {
 }
 
 #[inline(always)]
-fn tag_of(place: u32) -> Option<*mut u64> {
-    let tags = tags_of(place / WAYS)?;
+fn tag_of(slot: u32) -> Option<*mut u64> {
+    let tags = tags_of(slot / WAYS)?;
     // What the compiler knows of the way it does not check, and the verifier does not know it.
     // SAFETY: a variable.
-    let place = unsafe { ptr::read_volatile(&raw const place) };
+    let slot = unsafe { ptr::read_volatile(&raw const slot) };
     // SAFETY: within the element that the map gave.
-    Some(unsafe { tags.add((place % WAYS) as usize) })
+    Some(unsafe { tags.add((slot % WAYS) as usize) })
 }
 
 #[inline(always)]

@@ -16,7 +16,7 @@ use aya_ebpf::{
 use session_enforcer_common::{Ancestors, ErrorKind, MAX_CGROUP_LEVELS, Owner};
 
 use crate::{
-    counters,
+    count,
     maps::{ANCESTORS, OWNERS},
     words,
 };
@@ -46,7 +46,7 @@ pub(crate) fn note(ctx: &SockContext) {
         )
     };
     if stored.is_null() {
-        counters::error(ErrorKind::OwnerNotKept);
+        count::error(ErrorKind::OwnerNotKept);
     }
 }
 
@@ -76,7 +76,7 @@ fn note_ancestors(cgroup_id: u64) {
         .insert(cgroup_id, ancestors, u64::from(BPF_ANY))
         .is_err()
     {
-        counters::error(ErrorKind::OwnerNotKept);
+        count::error(ErrorKind::OwnerNotKept);
     }
 }
 

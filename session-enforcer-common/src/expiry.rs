@@ -18,7 +18,7 @@ pub enum Activity {
 /// The limits that one rule sets. A limit of 0 is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Policy {
+pub struct Limits {
     /// Longest time without activity, in nanoseconds.
     pub idle_timeout_ns: u64,
     /// Longest time since establishment, in nanoseconds.
@@ -52,14 +52,14 @@ pub struct Policy {
 }
 
 const _: () = {
-    assert!(size_of::<Policy>() == 64 && align_of::<Policy>() == 8);
-    assert!(core::mem::offset_of!(Policy, generation) == 48);
-    assert!(core::mem::offset_of!(Policy, gate) == 55);
+    assert!(size_of::<Limits>() == 64 && align_of::<Limits>() == 8);
+    assert!(core::mem::offset_of!(Limits, generation) == 48);
+    assert!(core::mem::offset_of!(Limits, gate) == 55);
 };
 
 // SAFETY: integers only, no padding (the size is asserted above), any bit pattern is valid.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Policy {}
+unsafe impl aya::Pod for Limits {}
 
 /// Why a session is terminated. The names are those of the metrics and the audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,22 +73,22 @@ pub enum Reason {
     /// No activity for the rule's `half_closed_timeout` since a FIN.
     HalfClosedTimeout,
     /// A new policy came into force, and the session was past its limits already. Never a
-    /// [`verdict`]: the daemon says so when it loads a policy.
+    /// [`expiry`]: the daemon says so when it loads a policy.
     Policy,
-    /// There is no place for it in the session table (`daemon.on_full = "reset"`). Never a [`verdict`] either.
+    /// There is no place for it in the session table (`daemon.on_full = "reset"`). Never a [`expiry`] either.
     Untracked,
-    /// Somebody asked for it over the control socket. Never a [`verdict`].
+    /// Somebody asked for it over the control socket. Never a [`expiry`].
     Admin,
 }
 
-/// The answer of [`verdict`].
+/// The answer of [`expiry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Expiry {
     /// The session lives.
     Alive {
         /// Whatever happens to the session, it does not expire before this; `u64::MAX` where there
         /// is no limit.
-        look_again_ns: u64,
+        recheck_ns: u64,
     },
     /// The session is past its limit.
     Expired {
@@ -99,7 +99,7 @@ pub enum Verdict {
     },
 }
 
-impl Policy {
+impl Limits {
     /// The longest life of this session: the maximum less its share of the jitter. 0 is no limit.
     #[inline]
     pub const fn lifetime_ns(&self, session: &Session) -> u64 {
@@ -138,16 +138,16 @@ impl Policy {
     }
 
     /// Until when the gate is open whatever passes until then; 0 where the session is past its limits at
-    /// `now_ns`. Payload from now on is stamped [`Session::next_stamp_ns`] or later, so a [`verdict`] of this time
+    /// `now_ns`. Payload from now on is stamped [`Session::next_stamp_ns`] or later, so a [`expiry`] of this time
     /// says when to look again.
     #[inline]
     pub fn open_until_ns(&self, session: &Session, now_ns: u64) -> u64 {
         if self.gate != 1 {
             return u64::MAX;
         }
-        match verdict(session, self, now_ns) {
-            Verdict::Alive { look_again_ns } => look_again_ns,
-            Verdict::Expired { .. } => 0,
+        match expiry(session, self, now_ns) {
+            Expiry::Alive { recheck_ns } => recheck_ns,
+            Expiry::Expired { .. } => 0,
         }
     }
 
@@ -198,45 +198,45 @@ const fn earlier(a: u64, b: u64) -> u64 {
 }
 
 #[inline]
-fn expired(session: &Session, policy: &Policy, now_ns: u64) -> bool {
-    matches!(verdict(session, policy, now_ns), Verdict::Expired { .. })
+fn expired(session: &Session, limits: &Limits, now_ns: u64) -> bool {
+    matches!(expiry(session, limits, now_ns), Expiry::Expired { .. })
 }
 
 /// Whether the session is past its limits at `now_ns`: binary, without grace.
 // Always inlined: as a function it returns the address of the answer on its caller's stack, and the verifier
 // says "cannot return stack pointer to the caller".
 #[inline(always)]
-pub fn verdict(session: &Session, policy: &Policy, now_ns: u64) -> Verdict {
-    let waiting = policy.response_timeout_ns != 0 && session.owes_answer();
+pub fn expiry(session: &Session, limits: &Limits, now_ns: u64) -> Expiry {
+    let waiting = limits.response_timeout_ns != 0 && session.owes_answer();
     let (clock, clock_reason) = if waiting {
         (
-            policy.deadline(session.last_received_ns, policy.response_timeout_ns),
+            limits.deadline(session.last_received_ns, limits.response_timeout_ns),
             Reason::ResponseTimeout,
         )
     } else {
-        policy.idle_deadline(session)
+        limits.idle_deadline(session)
     };
-    let lifetime = policy.deadline(session.established_ns, policy.lifetime_ns(session));
+    let lifetime = limits.deadline(session.established_ns, limits.lifetime_ns(session));
     let (deadline_ns, reason) = if lifetime < clock {
         (lifetime, Reason::MaxLifetime)
     } else {
         (clock, clock_reason)
     };
     if deadline_ns != u64::MAX && now_ns >= deadline_ns {
-        return Verdict::Expired {
+        return Expiry::Expired {
             reason,
             deadline_ns,
         };
     }
     // With other clocks beside the idle one they change places: an answer starts the idle clock, a request the
     // other, a FIN the third, and each may end before the one that runs now.
-    let look_again_ns = if policy.response_timeout_ns | policy.half_closed_timeout_ns == 0 {
+    let recheck_ns = if limits.response_timeout_ns | limits.half_closed_timeout_ns == 0 {
         deadline_ns
     } else {
         let stamp_ns = session.next_stamp_ns(now_ns);
-        earlier(deadline_ns, policy.next_activity_deadline_ns(stamp_ns))
+        earlier(deadline_ns, limits.next_activity_deadline_ns(stamp_ns))
     };
-    Verdict::Alive { look_again_ns }
+    Expiry::Alive { recheck_ns }
 }
 
 #[cfg(test)]
@@ -248,26 +248,23 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
-    fn policy(idle: u64, lifetime: u64) -> Policy {
-        Policy {
+    fn limits(idle: u64, lifetime: u64) -> Limits {
+        Limits {
             idle_timeout_ns: idle * SECOND,
             max_lifetime_ns: lifetime * SECOND,
-            ..Policy::default()
+            ..Limits::default()
         }
     }
 
     #[test]
     fn the_deadline_itself_is_expired_and_the_nanosecond_before_is_not() {
         let s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
-        let p = policy(5, 0);
+        let p = limits(5, 0);
         let at = 17 * SECOND;
+        assert_eq!(expiry(&s, &p, at - 1), Expiry::Alive { recheck_ns: at });
         assert_eq!(
-            verdict(&s, &p, at - 1),
-            Verdict::Alive { look_again_ns: at }
-        );
-        assert_eq!(
-            verdict(&s, &p, at),
-            Verdict::Expired {
+            expiry(&s, &p, at),
+            Expiry::Expired {
                 reason: Reason::IdleTimeout,
                 deadline_ns: at
             }
@@ -277,11 +274,11 @@ mod tests {
     #[test]
     fn the_earlier_limit_names_the_reason() {
         let s = session(10 * SECOND, 12 * SECOND, 10 * SECOND);
-        let Verdict::Expired { reason, .. } = verdict(&s, &policy(5, 6), 30 * SECOND) else {
+        let Expiry::Expired { reason, .. } = expiry(&s, &limits(5, 6), 30 * SECOND) else {
             panic!("must be expired")
         };
         assert_eq!(reason, Reason::MaxLifetime);
-        let Verdict::Expired { reason, .. } = verdict(&s, &policy(5, 8), 30 * SECOND) else {
+        let Expiry::Expired { reason, .. } = expiry(&s, &limits(5, 8), 30 * SECOND) else {
             panic!("must be expired")
         };
         assert_eq!(reason, Reason::IdleTimeout);
@@ -290,9 +287,9 @@ mod tests {
     #[test]
     fn of_limits_that_end_at_once_it_is_not_the_lifetime_that_ends_the_session() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
-        let p = Policy {
+        let p = Limits {
             response_timeout_ns: 8 * SECOND,
-            ..policy(8, 10)
+            ..limits(8, 10)
         };
         assert_eq!(expires(&s, &p, 20), Some(Reason::IdleTimeout));
         s.answered_ns = 0;
@@ -309,11 +306,11 @@ mod tests {
 
     #[test]
     fn from_the_first_fin_on_its_limit_takes_the_place_of_the_idle_one() {
-        let p = |idle, half_closed| Policy {
+        let p = |idle, half_closed| Limits {
             half_closed_timeout_ns: half_closed * SECOND,
-            ..policy(idle, 0)
+            ..limits(idle, 0)
         };
-        let reached = |s: &Session, p: &Policy, at| expires(s, p, at);
+        let reached = |s: &Session, p: &Limits, at| expires(s, p, at);
         let (idle, by_fin) = (Some(Reason::IdleTimeout), Some(Reason::HalfClosedTimeout));
         // It runs from the FIN or from later payload, and is shorter, longer or the only one.
         let s = half_closed(10, 12, 11, 20);
@@ -326,8 +323,8 @@ mod tests {
         assert_eq!(reached(&s, &p(15, 0), 27), idle);
         let open = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         assert_eq!(reached(&open, &p(15, 3), 27), idle);
-        let alive = verdict(&open, &p(0, 3), 1 << 60);
-        assert!(matches!(alive, Verdict::Alive { .. }));
+        let alive = expiry(&open, &p(0, 3), 1 << 60);
+        assert!(matches!(alive, Expiry::Alive { .. }));
         // A FIN at the deadline comes too late.
         let late = half_closed(10, 12, 11, 27);
         assert_eq!(reached(&late, &p(15, 3), 27), idle);
@@ -337,7 +334,7 @@ mod tests {
     fn a_half_closed_session_that_owes_the_answer_has_the_limit_of_that() {
         let mut s = half_closed(10, 12, 11, 12);
         s.answered_ns = 0;
-        let p = Policy {
+        let p = Limits {
             half_closed_timeout_ns: 3 * SECOND,
             ..with_response(15, 60, Activity::Any)
         };
@@ -349,25 +346,22 @@ mod tests {
     #[test]
     fn a_session_is_looked_at_before_a_fin_can_have_made_it_late() {
         let s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
-        let p = Policy {
+        let p = Limits {
             half_closed_timeout_ns: 3 * SECOND,
-            ..policy(15, 0)
+            ..limits(15, 0)
         };
-        let look_again_ns = 16 * SECOND;
-        assert_eq!(
-            verdict(&s, &p, 13 * SECOND),
-            Verdict::Alive { look_again_ns }
-        );
+        let recheck_ns = 16 * SECOND;
+        assert_eq!(expiry(&s, &p, 13 * SECOND), Expiry::Alive { recheck_ns });
     }
 
     #[test]
     fn the_first_deadline_is_that_of_the_shortest_limit() {
         let first = |idle, response, half_closed, lifetime, jitter| {
-            let p = Policy {
+            let p = Limits {
                 half_closed_timeout_ns: half_closed * SECOND,
                 lifetime_jitter_ns: jitter * SECOND,
                 response_timeout_ns: response * SECOND,
-                ..policy(idle, lifetime)
+                ..limits(idle, lifetime)
             };
             p.first_deadline_ns(10 * SECOND)
         };
@@ -393,10 +387,10 @@ mod tests {
     #[test]
     fn no_limit_never_expires() {
         let s = session(0, 0, 0);
-        let alive = Verdict::Alive {
-            look_again_ns: u64::MAX,
+        let alive = Expiry::Alive {
+            recheck_ns: u64::MAX,
         };
-        assert_eq!(verdict(&s, &policy(0, 0), u64::MAX), alive);
+        assert_eq!(expiry(&s, &limits(0, 0), u64::MAX), alive);
     }
 
     proptest! {
@@ -410,14 +404,14 @@ mod tests {
             now: u64,
         ) {
             let s = session(established, received, sent);
-            let p = Policy {
+            let p = Limits {
                 idle_timeout_ns: idle,
                 max_lifetime_ns: lifetime,
-                ..Policy::default()
+                ..Limits::default()
             };
             let idle_over = idle > 0 && now >= received.max(sent) + idle;
             let lifetime_over = lifetime > 0 && now >= established + lifetime;
-            let expired = matches!(verdict(&s, &p, now), Verdict::Expired { .. });
+            let expired = matches!(expiry(&s, &p, now), Expiry::Expired { .. });
             prop_assert_eq!(expired, idle_over || lifetime_over);
         }
 
@@ -430,37 +424,37 @@ mod tests {
             now in 0..1u64 << 60,
         ) {
             let s = session(established, received, established);
-            let p = Policy {
+            let p = Limits {
                 idle_timeout_ns: idle,
                 max_lifetime_ns: lifetime,
-                ..Policy::default()
+                ..Limits::default()
             };
-            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
-                prop_assert!(look_again_ns > now);
-                let before = verdict(&s, &p, look_again_ns - 1);
-                let expired = matches!(verdict(&s, &p, look_again_ns), Verdict::Expired { .. });
-                prop_assert_eq!(before, Verdict::Alive { look_again_ns });
+            if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
+                prop_assert!(recheck_ns > now);
+                let before = expiry(&s, &p, recheck_ns - 1);
+                let expired = matches!(expiry(&s, &p, recheck_ns), Expiry::Expired { .. });
+                prop_assert_eq!(before, Expiry::Alive { recheck_ns });
                 prop_assert!(expired);
             }
         }
     }
 
-    fn with_response(idle: u64, response: u64, activity: Activity) -> Policy {
-        Policy {
+    fn with_response(idle: u64, response: u64, activity: Activity) -> Limits {
+        Limits {
             response_timeout_ns: response * SECOND,
             activity: activity as u8,
-            ..policy(idle, 0)
+            ..limits(idle, 0)
         }
     }
 
-    fn expires(session: &Session, policy: &Policy, at: u64) -> Option<Reason> {
+    fn expires(session: &Session, limits: &Limits, at: u64) -> Option<Reason> {
         let deadline = at * SECOND;
         assert!(matches!(
-            verdict(session, policy, deadline - 1),
-            Verdict::Alive { .. }
+            expiry(session, limits, deadline - 1),
+            Expiry::Alive { .. }
         ));
-        match verdict(session, policy, deadline) {
-            Verdict::Expired {
+        match expiry(session, limits, deadline) {
+            Expiry::Expired {
                 reason,
                 deadline_ns,
             } if deadline_ns == deadline => Some(reason),
@@ -505,17 +499,17 @@ mod tests {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
-        let Verdict::Alive { look_again_ns } = verdict(&s, &p, 13 * SECOND) else {
+        let Expiry::Alive { recheck_ns } = expiry(&s, &p, 13 * SECOND) else {
             panic!("must be alive")
         };
-        assert_eq!(look_again_ns, 18 * SECOND);
+        assert_eq!(recheck_ns, 18 * SECOND);
     }
 
     #[test]
     fn the_jitter_shortens_a_life_by_at_most_itself_and_always_the_same() {
-        let p = Policy {
+        let p = Limits {
             lifetime_jitter_ns: 20 * SECOND,
-            ..policy(0, 100)
+            ..limits(0, 100)
         };
         let of_port = |remote_port| {
             let s = Session {
@@ -543,7 +537,7 @@ mod tests {
     }
 
     proptest! {
-        /// The gate is the verdict, whether or not it remembers until when it is open.
+        /// The gate is the expiry, whether or not it remembers until when it is open.
         #[test]
         fn the_gate_refuses_exactly_what_has_expired(
             times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
@@ -562,7 +556,7 @@ mod tests {
                 remote_port,
                 ..session(times.0, times.1, times.2)
             };
-            let p = Policy {
+            let p = Limits {
                 // Jitter is in steps of a 65,536th, so lifetimes are long.
                 max_lifetime_ns: limits.2 << 16,
                 lifetime_jitter_ns: (limits.2 << 16) / 100 * jitter,
@@ -571,10 +565,10 @@ mod tests {
                 half_closed_timeout_ns: limits.3,
                 activity,
                 gate,
-                ..Policy::default()
+                ..Limits::default()
             };
             for now in [now, now << 16] {
-                let is_past = matches!(verdict(&s, &p, now), Verdict::Expired { .. });
+                let is_past = matches!(expiry(&s, &p, now), Expiry::Expired { .. });
                 prop_assert_eq!(p.refuses(&s, now), gate == 1 && is_past);
                 let by_two_steps = p.open_until_ns(&s, now) <= now && p.refuses(&s, now);
                 prop_assert_eq!(by_two_steps, p.refuses(&s, now));
@@ -591,11 +585,11 @@ mod tests {
         ) {
             let s = session(0, received, 0);
             for response_timeout_ns in [0, response] {
-                let p = Policy {
+                let p = Limits {
                     idle_timeout_ns: idle,
                     response_timeout_ns,
                         gate: 1,
-                    ..Policy::default()
+                    ..Limits::default()
                 };
                 let asks = p.open_until_ns(&s, now) <= now;
                 prop_assert_eq!(asks, now >= received + idle);
@@ -617,14 +611,14 @@ mod tests {
             if owes && times.0 > times.1 {
                 s.answered_ns = 0;
             }
-            let p = Policy {
+            let p = Limits {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
                 half_closed_timeout_ns: limits.3,
                 max_lifetime_ns: limits.2 * 10,
                 activity,
                 gate: 1,
-                ..Policy::default()
+                ..Limits::default()
             };
             let until = p.open_until_ns(&s, now);
             let mut at = now;
@@ -657,18 +651,18 @@ mod tests {
             if owes && received > sent {
                 s.answered_ns = 0;
             }
-            let p = Policy {
+            let p = Limits {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
                 half_closed_timeout_ns: limits.3,
                 max_lifetime_ns: limits.2 * 10,
                 activity,
-                ..Policy::default()
+                ..Limits::default()
             };
-            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
+            if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
                 pass(&mut s, then, now + later);
-                if let Verdict::Expired { deadline_ns, .. } = verdict(&s, &p, u64::MAX - 1) {
-                    prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
+                if let Expiry::Expired { deadline_ns, .. } = expiry(&s, &p, u64::MAX - 1) {
+                    prop_assert!(deadline_ns >= recheck_ns, "{deadline_ns} {recheck_ns}");
                 }
             }
         }
@@ -690,17 +684,17 @@ mod tests {
                 s.answered_ns = 0;
             }
             (s.came_ns, s.went_ns) = (now - waits.0, now - waits.1);
-            let p = Policy {
+            let p = Limits {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
                 activity,
-                ..Policy::default()
+                ..Limits::default()
             };
-            if let Verdict::Alive { look_again_ns } = verdict(&s, &p, now) {
+            if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
                 s.came_ns *= u64::from(is_taken.0);
                 s.went_ns *= u64::from(is_taken.1);
-                if let Verdict::Expired { deadline_ns, .. } = verdict(&s.settled(), &p, u64::MAX - 1) {
-                    prop_assert!(deadline_ns >= look_again_ns, "{deadline_ns} {look_again_ns}");
+                if let Expiry::Expired { deadline_ns, .. } = expiry(&s.with_candidate(), &p, u64::MAX - 1) {
+                    prop_assert!(deadline_ns >= recheck_ns, "{deadline_ns} {recheck_ns}");
                 }
             }
         }

@@ -22,7 +22,7 @@ type Box8 = [Interval; 8];
 /// entries that cut each other in pieces come to that, and then no warning is given.
 const MAX_COMPARISONS: usize = 10_000_000;
 
-/// The indices of the hidden rules, each with those of the earlier rules that hide it.
+/// The indices of the shadowed rules, each with those of the earlier rules that hide it.
 pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
     rules_within(rules, MAX_COMPARISONS)
 }
@@ -30,16 +30,16 @@ pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
 /// As many of them as are found with so many comparisons.
 pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize, Vec<usize>)> {
     let mut earlier: Vec<(usize, Box8)> = Vec::new();
-    let mut hidden = Vec::new();
+    let mut shadowed = Vec::new();
     let named = Named::in_rules(rules);
     for (index, rule) in rules.iter().enumerate() {
         let boxes = boxes(rule, &named);
         if let Some(by) = hiders(&boxes, &earlier, &mut comparisons) {
-            hidden.push((index, by));
+            shadowed.push((index, by));
         }
         earlier.extend(boxes.into_iter().map(|b| (index, b)));
     }
-    hidden
+    shadowed
 }
 
 /// The rules whose boxes leave nothing of these. One that does so alone is named alone.

@@ -56,7 +56,7 @@ pub enum UserError {
 
 /// What the host tells about owners.
 #[derive(Debug)]
-pub struct Directory {
+pub struct OwnerResolver {
     tree: Tree,
     names: Names,
     /// Cgroups by identity. A session may live longer than its cgroup.
@@ -126,7 +126,7 @@ impl NamedCgroups {
     }
 }
 
-impl Directory {
+impl OwnerResolver {
     /// A directory of no owners yet.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl Directory {
     /// # Errors
     ///
     /// Where a user is not there. A cgroup need not be: services come and go.
-    pub fn look_up(&self, config: &Config, users: &Users) -> Result<Found, UserError> {
+    pub fn resolve(&self, config: &Config, users: &Users) -> Result<Resolved, UserError> {
         let mut names = Names::read();
         let mut owners = Owners::default();
         for (rule, at) in config.rules.iter().zip(&config.users_at) {
@@ -166,8 +166,8 @@ impl Directory {
         }
         owners.cgroups.clone_from(&self.owners.cgroups);
         let mut named = NamedCgroups::of(config);
-        look_for_cgroups(&self.tree, &mut named, &mut owners);
-        Ok(Found {
+        update_cgroups(&self.tree, &mut named, &mut owners);
+        Ok(Resolved {
             names,
             owners,
             named,
@@ -175,13 +175,13 @@ impl Directory {
     }
 
     /// Keeps what was found for a configuration that is in force now.
-    pub fn keep(&mut self, found: Found) {
+    pub fn keep(&mut self, found: Resolved) {
         (self.names, self.owners, self.named) = (found.names, found.owners, found.named);
     }
 
     /// Looks again for the cgroups that the rules name; the identities of those that have come.
-    pub fn look_again(&mut self) -> Vec<u64> {
-        look_for_cgroups(&self.tree, &mut self.named, &mut self.owners)
+    pub fn refresh(&mut self) -> Vec<u64> {
+        update_cgroups(&self.tree, &mut self.named, &mut self.owners)
     }
 
     /// The owners as they were found last.
@@ -269,7 +269,7 @@ impl Directory {
 
 /// What the host has of the owners that a configuration names.
 #[derive(Debug)]
-pub struct Found {
+pub struct Resolved {
     names: Names,
     /// Their numbers.
     pub owners: Owners,
@@ -278,7 +278,7 @@ pub struct Found {
 
 /// Adds the identities of the cgroups that are there and were not before; which. Those that fitted a pattern
 /// and have gone are forgotten, as is what no rule names.
-fn look_for_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
+fn update_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
     let wanted = named.wanted(tree, owners);
     owners.cgroups.retain(|path, _| wanted.contains(path));
     for path in wanted {

@@ -1,6 +1,6 @@
 //! Counting in per-CPU maps.
 
-use session_enforcer_common::{ErrorKind, RuleCounters, Way};
+use session_enforcer_common::{ErrorKind, PacketDirection, RuleCounters};
 
 use crate::maps::{ERRORS, GATE_DROPS, RULE_COUNTERS};
 
@@ -16,7 +16,7 @@ pub(crate) fn error(kind: ErrorKind) {
 
 /// Counts a packet that the gate dropped.
 #[inline(always)]
-pub(crate) fn gate_drop(way: Way) {
+pub(crate) fn gate_drop(way: PacketDirection) {
     if let Some(count) = GATE_DROPS.get_ptr_mut(way as u32) {
         // SAFETY: as above.
         unsafe { *count += 1 };

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use session_enforcer_common::PortFilter;
 
-use crate::{maps::PORTS, policy::active_table};
+use crate::{maps::PORTS, policy_tables::active_table};
 
 /// Whether the connection of the packet can have a session. A packet for a listening socket has the
 /// remote port 0; it has none.

@@ -1,14 +1,14 @@
-//! The policy in force: the rules in their places, and the match table. Pure.
+//! The policy in force: the rules by their ids, and the match table. Pure.
 
 use session_enforcer_common::{
-    Ancestors, Facts, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, Policy, RULE_EXEMPT, Session,
-    Verdict, first_possible, verdict,
+    Ancestors, Expiry, Facts, Limits, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, RULE_EXEMPT,
+    Session, expiry, first_possible,
 };
 use thiserror::Error;
 
 use crate::config::{Config, Mode, Owners, Rule};
 
-/// More names of rules than there are places for them.
+/// More names of rules than there are rule ids.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "more than {MAX_RULES} names of rules since the daemon started, each of which keeps its \
@@ -21,7 +21,7 @@ pub struct TooManyRules;
 pub(super) struct ActiveRule {
     pub(super) name: String,
     pub(super) mode: Mode,
-    pub(super) policy: Policy,
+    pub(super) limits: Limits,
 }
 
 impl ActiveRule {
@@ -30,34 +30,34 @@ impl ActiveRule {
         Self {
             name: rule.name.clone(),
             mode,
-            policy: Policy {
+            limits: Limits {
                 generation,
                 gate: u8::from(mode == Mode::Enforce),
-                ..rule.policy()
+                ..rule.limits()
             },
         }
     }
 }
 
-/// One policy. A rule keeps its place, the number by which kernel, sessions and counters know it,
+/// One policy. A rule keeps its id, the number by which kernel, sessions and counters know it,
 /// under its name: from one policy to the next it is the same rule, whatever changes in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RuleBook {
-    /// By place. Rules that are no more keep theirs, for their counters.
+pub struct RuleSet {
+    /// By rule id. Rules that are no more keep theirs, for their counters.
     pub(super) rules: Vec<ActiveRule>,
     /// The match table.
     pub(super) entries: Vec<MatchEntry>,
     /// Whether the rules ask for owners, those who are not there too.
     pub(super) asks_owner: bool,
-    /// The places of the rules, in the order of the configuration.
-    places: Vec<u16>,
+    /// The ids of the rules, in the order of the configuration.
+    rule_ids: Vec<u16>,
     /// Counts the policies.
     pub(super) generation: u32,
     /// Of the hash for the jitter.
     jitter_key: u64,
 }
 
-impl RuleBook {
+impl RuleSet {
     /// No policy yet; the first one follows this generation.
     pub(super) fn after(generation: u32, jitter_key: u64) -> Self {
         Self {
@@ -71,24 +71,24 @@ impl RuleBook {
     ///
     /// # Errors
     ///
-    /// Where there are more rules, with those that are no more, than places.
+    /// Where there are more rules, with those that are no more, than ids.
     pub fn next(&self, config: &Config, owners: &Owners) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
         for rule in &mut rules {
-            rule.policy.generation = generation;
+            rule.limits.generation = generation;
         }
-        let mut places = Vec::new();
+        let mut rule_ids = Vec::new();
         for rule in &config.rules {
             let mut active = ActiveRule::new(config, rule, generation);
-            active.policy.jitter_key = self.jitter_key;
-            let place = rules.iter().position(|known| known.name == rule.name);
-            let place = place.unwrap_or(rules.len());
-            match rules.get_mut(place) {
+            active.limits.jitter_key = self.jitter_key;
+            let rule_id = rules.iter().position(|known| known.name == rule.name);
+            let rule_id = rule_id.unwrap_or(rules.len());
+            match rules.get_mut(rule_id) {
                 Some(known) => *known = active,
                 None => rules.push(active),
             }
-            places.push(u16::try_from(place).map_err(|_| TooManyRules)?);
+            rule_ids.push(u16::try_from(rule_id).map_err(|_| TooManyRules)?);
         }
         if rules.len() > MAX_RULES as usize {
             return Err(TooManyRules);
@@ -97,7 +97,7 @@ impl RuleBook {
             rules,
             entries: Vec::new(),
             asks_owner: config.asks_owner(),
-            places,
+            rule_ids,
             generation,
             jitter_key: self.jitter_key,
         };
@@ -107,9 +107,9 @@ impl RuleBook {
 
     /// Fills the match table anew, where the rules are the same and the owners are found elsewhere.
     pub(super) fn set_owners(&mut self, config: &Config, owners: &Owners) {
-        let in_place = |entry: MatchEntry| MatchEntry {
+        let with_rule_id = |entry: MatchEntry| MatchEntry {
             rule: self
-                .places
+                .rule_ids
                 .get(usize::from(entry.rule))
                 .copied()
                 .unwrap_or(RULE_EXEMPT),
@@ -120,7 +120,7 @@ impl RuleBook {
             // What the configuration was admitted with always fits.
             entries = config.match_entries(&owners.without_former());
         }
-        self.entries = entries.into_iter().map(in_place).collect();
+        self.entries = entries.into_iter().map(with_rule_id).collect();
     }
 
     /// The rule of a session; none where no rule matches it any more, or an exempting one does. `ancestors` tells
@@ -142,7 +142,7 @@ impl RuleBook {
                     facts.known |= Facts::CGROUP;
                     above = known;
                 }
-                None if session.generation != 0 && self.places.contains(&session.rule) => {
+                None if session.generation != 0 && self.rule_ids.contains(&session.rule) => {
                     return Some(session.rule);
                 }
                 None => {}
@@ -169,10 +169,7 @@ impl RuleBook {
         let rule = self.rule_of(session, ancestors);
         let rule = rule.and_then(|rule| self.rule(rule));
         rule.is_none_or(|rule| {
-            matches!(
-                verdict(session, &rule.policy, now_ns),
-                Verdict::Alive { .. }
-            )
+            matches!(expiry(session, &rule.limits, now_ns), Expiry::Alive { .. })
         })
     }
 
@@ -187,17 +184,17 @@ impl RuleBook {
             .is_some_and(|rule| rule.mode == Mode::Observe)
     }
 
-    /// The rule in a place.
-    pub(super) fn rule(&self, place: u16) -> Option<&ActiveRule> {
-        self.rules.get(usize::from(place))
+    /// The rule of an id.
+    pub(super) fn rule(&self, rule_id: u16) -> Option<&ActiveRule> {
+        self.rules.get(usize::from(rule_id))
     }
 
-    /// The limits by place.
-    pub(super) fn policies(&self) -> Vec<Policy> {
-        self.rules.iter().map(|rule| rule.policy).collect()
+    /// The limits by rule id.
+    pub(super) fn limits_of_rules(&self) -> Vec<Limits> {
+        self.rules.iter().map(|rule| rule.limits).collect()
     }
 
-    /// The names and modes by place.
+    /// The names and modes by rule id.
     pub(super) fn names(&self) -> Vec<(String, Mode)> {
         let name = |rule: &ActiveRule| (rule.name.clone(), rule.mode);
         self.rules.iter().map(name).collect()
@@ -232,7 +229,7 @@ mod tests {
         Some(Ancestors::UNKNOWN)
     }
 
-    fn next(book: &RuleBook, config: &Config) -> Result<RuleBook, TooManyRules> {
+    fn next(book: &RuleSet, config: &Config) -> Result<RuleSet, TooManyRules> {
         book.next(config, &Owners::numbered(&config.rules))
     }
 
@@ -242,7 +239,7 @@ mod tests {
     fn a_record_with_a_rule_that_there_is_none_of_is_matched_again() {
         let limits = "idle_timeout = '5s'";
         let rules = config(&[("a", 22, limits), ("b", 23, limits)]);
-        let book = next(&RuleBook::default(), &rules).unwrap();
+        let book = next(&RuleSet::default(), &rules).unwrap();
         let rule_of = |session| book.rule_of(&session, no_ancestors);
         assert_eq!(rule_of(session(23, 1, book.generation)), Some(1));
         assert_eq!(rule_of(session(23, 2, book.generation)), Some(1));
@@ -262,7 +259,7 @@ mod tests {
             rule("free-port", "local_ports = [24]\naction = 'exempt'"),
         ];
         let rules = Config::parse("x.toml", &text.concat()).unwrap();
-        let book = next(&RuleBook::default(), &rules).unwrap();
+        let book = next(&RuleSet::default(), &rules).unwrap();
         let rule_of = |port, owner| {
             let session = Session {
                 owner,
@@ -275,15 +272,16 @@ mod tests {
             cgroup_id: 7,
             ..Owner::UNKNOWN
         };
-        let places = |port| [Owner::UNKNOWN, of(1000), of(1002)].map(|owner| rule_of(port, owner));
-        let place = |name: &str| {
+        let rule_ids =
+            |port| [Owner::UNKNOWN, of(1000), of(1002)].map(|owner| rule_of(port, owner));
+        let rule_id = |name: &str| {
             let names = book.names();
             let at = names.iter().position(|(known, _)| known == name);
             at.and_then(|at| u16::try_from(at).ok())
         };
-        assert_eq!(places(22), [place("ours"), None, place("rest")]);
-        assert_eq!(places(23), [place("rest"), None, place("rest")]);
-        assert_eq!(places(24), [None; 3]);
+        assert_eq!(rule_ids(22), [rule_id("ours"), None, rule_id("rest")]);
+        assert_eq!(rule_ids(23), [rule_id("rest"), None, rule_id("rest")]);
+        assert_eq!(rule_ids(24), [None; 3]);
     }
 
     #[test]
@@ -295,52 +293,52 @@ mod tests {
             );
             Config::parse("x.toml", &text).unwrap()
         };
-        let first = next(&RuleBook::default(), &rules("one")).unwrap();
-        let place = first.places[1];
+        let first = next(&RuleSet::default(), &rules("one")).unwrap();
+        let rule_id = first.rule_ids[1];
         let owner = Owner {
             cgroup_id: 4711,
             ..Owner::UNKNOWN
         };
         let of = |generation| Session {
             owner,
-            ..session(22, place, generation)
+            ..session(22, rule_id, generation)
         };
         let nobody = |_| None;
         let same = next(&first, &rules("one")).unwrap();
-        assert_eq!(same.rule_of(&of(1), nobody), Some(place));
+        assert_eq!(same.rule_of(&of(1), nobody), Some(rule_id));
         assert_eq!(same.rule_of(&of(1), no_ancestors), None);
         // Without an earlier decision, or where its rule is no more: the first that could be meant.
-        assert_eq!(same.rule_of(&of(0), nobody), Some(place));
+        assert_eq!(same.rule_of(&of(0), nobody), Some(rule_id));
         let other = next(&first, &rules("other")).unwrap();
-        assert_eq!(other.rule_of(&of(1), nobody), Some(other.places[1]));
+        assert_eq!(other.rule_of(&of(1), nobody), Some(other.rule_ids[1]));
     }
 
     #[test]
-    fn a_rule_keeps_its_place_under_its_name() {
+    fn a_rule_keeps_its_id_under_its_name() {
         let first = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let first = next(&RuleBook::default(), &first).unwrap();
+        let first = next(&RuleSet::default(), &first).unwrap();
         let second = config(&[("c", 3, IDLE), ("b", 2, "idle_timeout = '7s'")]);
         let second = next(&first, &second).unwrap();
         let names: Vec<String> = second.names().into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["a", "b", "c"]);
-        let places: Vec<u16> = second.entries.iter().map(|entry| entry.rule).collect();
-        assert_eq!(places, [2, 1]);
+        let rule_ids: Vec<u16> = second.entries.iter().map(|entry| entry.rule).collect();
+        assert_eq!(rule_ids, [2, 1]);
         assert_eq!(
-            second.rule(1).unwrap().policy.idle_timeout_ns,
+            second.rule(1).unwrap().limits.idle_timeout_ns,
             7_000_000_000
         );
         assert!(
             second
-                .policies()
+                .limits_of_rules()
                 .iter()
-                .all(|policy| policy.generation == 2)
+                .all(|limits| limits.generation == 2)
         );
     }
 
     #[test]
     fn a_session_of_an_earlier_policy_is_matched_again() {
         let first = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let first = next(&RuleBook::default(), &first).unwrap();
+        let first = next(&RuleSet::default(), &first).unwrap();
         let second = config(&[("all", 1, IDLE), ("b", 2, "action = 'exempt'")]);
         let second = next(&first, &second).unwrap();
         assert_eq!(first.rule_of(&session(1, 0, 1), no_ancestors), Some(0));
@@ -354,14 +352,11 @@ mod tests {
     #[test]
     fn the_gate_stands_where_a_rule_enforces_and_falls_with_the_mode() {
         let gates = |text: &str| {
-            let book = next(
-                &RuleBook::default(),
-                &Config::parse("x.toml", text).unwrap(),
-            );
-            let policies = book.unwrap().policies();
-            policies
+            let book = next(&RuleSet::default(), &Config::parse("x.toml", text).unwrap());
+            let limits_of_rules = book.unwrap().limits_of_rules();
+            limits_of_rules
                 .iter()
-                .map(|policy| policy.gate)
+                .map(|limits| limits.gate)
                 .collect::<Vec<_>>()
         };
         let rules = "[[rule]]\nname = 'a'\nlocal_ports = [1]\nidle_timeout = '5s'\n\
@@ -386,7 +381,7 @@ mod tests {
                 cgroups: [("/a".to_owned(), ids)].into(),
                 ..Owners::default()
             };
-            let book = RuleBook::default().next(&config, &owners).unwrap();
+            let book = RuleSet::default().next(&config, &owners).unwrap();
             let last = book.entries.last().unwrap().cgroup_id;
             (book.entries.len(), last)
         };
@@ -395,14 +390,18 @@ mod tests {
     }
 
     #[test]
-    fn the_places_of_an_earlier_daemon_s_rules_mean_nothing() {
+    fn the_rule_ids_of_an_earlier_daemon_s_rules_mean_nothing() {
         let rules = config(&[("a", 1, IDLE), ("b", 2, IDLE)]);
-        let book = next(&RuleBook::after(7, 3), &rules).unwrap();
-        assert!(book.policies().iter().all(|policy| policy.jitter_key == 3));
+        let book = next(&RuleSet::after(7, 3), &rules).unwrap();
+        assert!(
+            book.limits_of_rules()
+                .iter()
+                .all(|limits| limits.jitter_key == 3)
+        );
         assert_eq!(book.generation, 8);
-        for (place, generation) in [(0, 7), (999, 7), (0, 3)] {
+        for (rule_id, generation) in [(0, 7), (999, 7), (0, 3)] {
             assert_eq!(
-                book.rule_of(&session(2, place, generation), no_ancestors),
+                book.rule_of(&session(2, rule_id, generation), no_ancestors),
                 Some(1)
             );
         }
@@ -410,8 +409,8 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_no_more_take_places_until_there_are_none() {
-        let mut book = RuleBook::default();
+    fn names_that_are_no_more_take_rule_ids_until_there_are_none() {
+        let mut book = RuleSet::default();
         for n in 0..MAX_RULES {
             book = next(&book, &config(&[(&format!("r{n}"), 1, IDLE)])).unwrap();
         }

@@ -1,0 +1,76 @@
+//! What the daemon does to the session table (`BPF_PROG_TEST_RUN` of a program that is attached to
+//! nothing). Many sessions in one system call, each in one go.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::helpers::bpf_loop;
+use session_enforcer_common::table::{MAX_REQUESTS, TableOp, TableRequest, answer};
+
+use crate::{
+    maps::EXCHANGES,
+    slots::{self, Refusal},
+};
+
+/// Answers the first so many requests.
+#[inline(always)]
+pub(crate) fn run(requests: u64) {
+    let requests = (requests as u32).min(MAX_REQUESTS);
+    // SAFETY: the callback has the signature that the helper asks for, and needs no context.
+    unsafe { bpf_loop(requests, one as *mut c_void, ptr::null_mut(), 0) };
+}
+
+/// Returns 0 to go on.
+extern "C" fn one(index: u32, _context: *mut c_void) -> i64 {
+    if let Some(request) = EXCHANGES.get_ptr_mut(index) {
+        // SAFETY: a pointer that the map gave; the daemon waits until the program has ended.
+        let request = unsafe { &mut *request };
+        request.answer = answer_to(request);
+    }
+    0
+}
+
+#[inline(always)]
+fn answer_to(request: &mut TableRequest) -> u32 {
+    let cookie = request.cookie;
+    if request.op == TableOp::Adopt as u32 {
+        return match slots::insert(cookie, &request.session) {
+            Ok(()) => answer::DONE,
+            Err(Refusal::Present) => answer::PRESENT,
+            Err(Refusal::Full) => answer::FULL,
+            Err(Refusal::RuleFull) => answer::RULE_FULL,
+        };
+    }
+    let is_done = if request.op == TableOp::Remove as u32 {
+        remove(cookie, request.session.established_ns)
+    } else if request.op == TableOp::Update as u32 {
+        slots::update(cookie, &mut request.session)
+    } else if request.op == TableOp::Decide as u32 {
+        let (rule, generation) = (request.session.rule, request.session.generation);
+        slots::decide(cookie, request.session.established_ns, rule, generation)
+    } else if request.op == TableOp::Shut as u32 {
+        slots::set_gate(cookie, request.session.established_ns, false)
+    } else if request.op == TableOp::Reopen as u32 {
+        slots::set_gate(cookie, request.session.established_ns, true)
+    } else {
+        slots::read_whole(cookie, &raw mut request.session)
+    };
+    if is_done {
+        answer::DONE
+    } else {
+        answer::MISSING
+    }
+}
+
+/// Takes out the session that the daemon means, and not one that has begun under its cookie since.
+#[inline(always)]
+fn remove(cookie: u64, established_ns: u64) -> bool {
+    let Some(scanned) = slots::scan(cookie) else {
+        return false;
+    };
+    let Some(session) = scanned.record() else {
+        return false;
+    };
+    // SAFETY: a pointer that the map gave, valid while the program runs.
+    let is_meant = unsafe { (*session).established_ns == established_ns };
+    is_meant && slots::clear_all(scanned, cookie) != slots::NONE_CLEARED
+}
