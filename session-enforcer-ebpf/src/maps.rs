@@ -32,7 +32,7 @@ pub(crate) static SESSIONS: Array<Session, 1> = Array::new();
 #[btf_map]
 pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
 
-/// Sessions in the table, by the slot of their rule.
+/// Sessions in the table, by the id of their rule.
 #[btf_map]
 pub(crate) static HELD: Array<u64, { MAX_RULES as usize }> = Array::new();
 
@@ -125,7 +125,7 @@ pub(crate) static TABLE_KEY: Global<Key> = Global::new(Key(0));
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
 
 /// Generation of this daemon's first policy. A session of an earlier one was written under another
-/// daemon, and the slot of its rule means nothing here. Set by the daemon at load.
+/// daemon, and the id of its rule means nothing here. Set by the daemon at load.
 #[unsafe(no_mangle)]
 pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 

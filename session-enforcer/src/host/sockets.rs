@@ -1,4 +1,4 @@
-//! How many TCP sockets the host has.
+//! How many TCP sockets the host and a network namespace have, by the kernel's own counters (`net/ipv4/proc.c`).
 
 use std::fs;
 
@@ -7,26 +7,60 @@ use std::fs;
 /// `alloc` of `/proc/net/sockstat` is a number of the whole host, unlike `inuse` (`sockstat_seq_show` of
 /// `net/ipv4/proc.c`: `proto_sockets_allocated_sum_positive`).
 pub fn allocated() -> Option<u32> {
-    parse(&fs::read_to_string("/proc/self/net/sockstat").ok()?)
+    number(
+        &fs::read_to_string("/proc/self/net/sockstat").ok()?,
+        "TCP:",
+        "alloc",
+    )
 }
 
-fn parse(text: &str) -> Option<u32> {
-    let tcp = text.lines().find_map(|line| line.strip_prefix("TCP:"))?;
+/// Whether the calling thread's network namespace has TCP sockets with a port. True where the kernel does not tell.
+///
+/// The kernel keeps `inuse` for each processor, and its sum can miss a socket while others are opened on one processor
+/// and closed on another. So a namespace counts as empty when it was empty twice.
+pub fn has_tcp_sockets() -> bool {
+    (0..2).any(|_| in_use() != Some(0))
+}
+
+fn in_use() -> Option<u32> {
+    let of = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+    let ipv4 = number(&of("sockstat").ok()?, "TCP:", "inuse")?;
+    // Without IPv6 there is no such file.
+    let ipv6 = of("sockstat6").map_or(Some(0), |text| number(&text, "TCP6:", "inuse"))?;
+    Some(ipv4 + ipv6)
+}
+
+/// The number after a key of the line that begins so.
+fn number(text: &str, line: &str, key: &str) -> Option<u32> {
+    let tcp = text.lines().find_map(|found| found.strip_prefix(line))?;
     let mut words = tcp.split_whitespace();
-    words.find(|word| *word == "alloc")?;
+    words.find(|word| *word == key)?;
     words.next()?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]
-    fn the_number_of_all_sockets_is_found() {
+    fn numbers_are_found_by_line_and_key() {
         let text =
             "sockets: used 120\nTCP: inuse 5 orphan 0 tw 2 alloc 8 mem 3\nUDP: inuse 2 mem 0\n";
-        assert_eq!(parse(text), Some(8));
-        assert_eq!(parse("TCP: inuse 5"), None);
+        assert_eq!(number(text, "TCP:", "alloc"), Some(8));
+        assert_eq!(number(text, "TCP:", "inuse"), Some(5));
+        assert_eq!(number("TCP6: inuse 3\n", "TCP6:", "inuse"), Some(3));
+        assert_eq!(number("TCP: inuse 5", "TCP:", "alloc"), None);
+        assert_eq!(number(text, "TCP6:", "inuse"), None);
         assert!(allocated().is_some());
+    }
+
+    #[test]
+    fn a_namespace_with_a_listener_has_tcp_sockets() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let _listener = TcpListener::bind(address).unwrap();
+            assert!(has_tcp_sockets(), "{address}");
+        }
     }
 }

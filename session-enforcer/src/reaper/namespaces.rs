@@ -20,7 +20,10 @@ use super::{
     diag::{DiagSocket, SockDiagError},
     protocol::Search,
 };
-use crate::host::cgroup::{mountinfo, unescape};
+use crate::host::{
+    cgroup::{mountinfo, unescape},
+    sockets::has_tcp_sockets,
+};
 
 /// Why a namespace could not be entered.
 #[derive(Debug, Error)]
@@ -67,6 +70,9 @@ pub struct FoundNamespace {
     pub path: PathBuf,
     /// Keeps the namespace alive.
     pub handle: OwnedFd,
+    /// Whether it has TCP sockets. Each list of sockets goes through the socket table of the whole host, which all
+    /// namespaces share: some 2 ms, whatever the namespace has.
+    pub has_tcp_sockets: bool,
 }
 
 /// The socket table of the namespace that a descriptor stands for.
@@ -76,7 +82,7 @@ pub struct FoundNamespace {
 /// Where it cannot be entered.
 pub fn enter_handle(handle: OwnedFd) -> Result<DiagSocket, NetnsError> {
     let path = PathBuf::from("a descriptor of it");
-    Ok(enter_file(File::from(handle), &path)?.0)
+    Ok(enter_file(File::from(handle), &path)?.diag)
 }
 
 /// Looks for the namespace with this cookie: where it was last seen, and where it is to be searched for. The
@@ -92,11 +98,10 @@ pub fn find(
     mut met: impl FnMut(u64, &Path),
 ) -> Result<FoundNamespace, NetnsError> {
     if let Some(path) = seen_at
-        && let Ok((found, diag, handle)) = enter(path)
-        && found == cookie
+        && let Ok((seen, found)) = enter(path)
+        && seen == cookie
     {
-        let path = path.to_owned();
-        return Ok(FoundNamespace { diag, path, handle });
+        return Ok(found);
     }
     let files = match search {
         Search::Nowhere => Vec::new(),
@@ -108,14 +113,14 @@ pub fn find(
         let Some(inode) = seen.unseen(&path) else {
             continue;
         };
-        let Ok((found, diag, handle)) = enter(&path) else {
+        let Ok((other, found)) = enter(&path) else {
             continue;
         };
         seen.inodes.insert(inode);
-        if found == cookie {
-            return Ok(FoundNamespace { diag, path, handle });
+        if other == cookie {
+            return Ok(found);
         }
-        met(found, &path);
+        met(other, &path);
     }
     Err(NetnsError::NotFound(cookie))
 }
@@ -139,7 +144,7 @@ pub fn visit_all(
         }
         seen.inodes.insert(inode);
         match entered {
-            Ok((cookie, diag, handle)) => visit(cookie, FoundNamespace { diag, path, handle }),
+            Ok((cookie, found)) => visit(cookie, found),
             Err(error) => errors.push(error),
         }
     }
@@ -179,25 +184,32 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// Enters the namespace that a file stands for: its cookie, its socket table, and a descriptor of it.
-fn enter(path: &Path) -> Result<(u64, DiagSocket, OwnedFd), NetnsError> {
+/// Enters the namespace that a file stands for. Returns its cookie and what was found.
+fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
     let file = open(path).map_err(|source| NetnsError::Open {
         path: path.to_owned(),
         source,
     })?;
-    let (diag, file) = enter_file(file, path)?;
-    let cookie = diag.netns_cookie().map_err(|source| NetnsError::Diag {
+    let found = enter_file(file, path)?;
+    let cookie = found.diag.netns_cookie();
+    let cookie = cookie.map_err(|source| NetnsError::Diag {
         path: path.to_owned(),
         source,
     })?;
-    Ok((cookie, diag, file.into()))
+    Ok((cookie, found))
 }
 
 /// On a thread of its own, which ends at once: the calling one never leaves its namespace.
-fn enter_file(file: File, path: &Path) -> Result<(DiagSocket, File), NetnsError> {
-    let inside = move || -> Result<(DiagSocket, File), EnterError> {
+fn enter_file(file: File, path: &Path) -> Result<FoundNamespace, NetnsError> {
+    let owned = path.to_owned();
+    let inside = move || -> Result<FoundNamespace, EnterError> {
         setns(&file, CloneFlags::CLONE_NEWNET).map_err(EnterError::Setns)?;
-        Ok((DiagSocket::open().map_err(EnterError::Diag)?, file))
+        Ok(FoundNamespace {
+            diag: DiagSocket::open().map_err(EnterError::Diag)?,
+            path: owned,
+            handle: file.into(),
+            has_tcp_sockets: has_tcp_sockets(),
+        })
     };
     let result = thread::Builder::new()
         .name("enter-netns".to_owned())

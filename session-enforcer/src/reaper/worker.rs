@@ -23,7 +23,7 @@ use super::{
     channel,
     diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, SocketId, state},
     disconnect::{self, Answer, DisconnectError, Holders},
-    namespaces::{self, NetnsError},
+    namespaces::{self, FoundNamespace, NetnsError},
     processes::Descriptors,
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS, Netns,
@@ -396,7 +396,14 @@ impl Worker {
             let diag = DiagSocket::open()?;
             let cookie = diag.netns_cookie()?;
             let path = PathBuf::from("/proc/self/ns/net");
-            return self.list(cookie, path, diag, None, &holders);
+            self.reply(
+                &Reply::Namespace {
+                    cookie,
+                    path: path.clone(),
+                },
+                None,
+            )?;
+            return self.list(&path, diag, &holders);
         }
         let mut broken = Ok(());
         let files = if reach == Reach::Every && with_holders {
@@ -409,8 +416,7 @@ impl Worker {
         };
         let errors = namespaces::visit_all(files, |cookie, found| {
             if !self.failed && broken.is_ok() {
-                let handle = Some(&found.handle);
-                broken = self.list(cookie, found.path, found.diag, handle, &holders);
+                broken = self.visit(cookie, found, &holders);
             }
         });
         broken?;
@@ -435,16 +441,26 @@ impl Worker {
         }
     }
 
-    fn list(
+    fn visit(
         &mut self,
         cookie: u64,
-        path: PathBuf,
-        mut diag: DiagSocket,
-        handle: Option<&OwnedFd>,
+        found: FoundNamespace,
         holders: &Descriptors,
     ) -> Result<(), Broken> {
-        let name = path.display().to_string();
-        self.reply(&Reply::Namespace { cookie, path }, handle)?;
+        let path = found.path.clone();
+        self.reply(&Reply::Namespace { cookie, path }, Some(&found.handle))?;
+        if found.has_tcp_sockets {
+            return self.list(&found.path, found.diag, holders);
+        }
+        self.reply(&Reply::WholeNamespace, None)
+    }
+
+    fn list(
+        &mut self,
+        path: &Path,
+        mut diag: DiagSocket,
+        holders: &Descriptors,
+    ) -> Result<(), Broken> {
         let listening = diag.listed(state::bit(state::LISTEN), [0, 0]);
         let listed = listening.and_then(|listening| {
             for some in listening.chunks(MAX_BATCH) {
@@ -463,7 +479,7 @@ impl Worker {
         match listed {
             Ok(()) => self.reply(&Reply::WholeNamespace, None),
             Err(error) => {
-                let error = format!("network namespace {name}: {error}");
+                let error = format!("network namespace {}: {error}", path.display());
                 self.reply(&Reply::Unlisted(error), None)
             }
         }
