@@ -27,6 +27,8 @@ fn main() -> Result<()> {
         // Linux has it since 5.12. `aya-build` leaves no room for more flags of the compiler.
         env::set_var("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true");
         env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3");
+        // The programs are the same in each profile of the daemon's.
+        env::set_var("CARGO_PROFILE_RELEASE_LTO", "thin");
         // Where this was built is nothing that the programs have to tell: their debug information
         // names the same paths on every machine.
         env::set_var("CARGO_UNSTABLE_TRIM_PATHS", "true");

@@ -205,6 +205,7 @@ impl Release<'_> {
         ];
         let mut cargo = self.checkout.cargo();
         cargo
+            .env("CARGO_PROFILE_RELEASE_LTO", "thin")
             .args(["build", "--locked", "--release", "--package", NAME])
             .arg("--target")
             .arg(arch.triple())
