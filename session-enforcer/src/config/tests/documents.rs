@@ -203,7 +203,13 @@ fn pages() -> BTreeMap<PathBuf, String> {
         let entries = std::fs::read_dir(root.join(folder)).into_iter().flatten();
         entries.map(move |entry| Path::new(folder).join(entry.unwrap().file_name()))
     };
-    let above = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from);
+    let above = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ]
+    .map(PathBuf::from);
     let folders = [DOCS, "session-enforcer/docs/design"];
     let pages = folders.into_iter().flat_map(in_folder).chain(above);
     let read = |path: PathBuf| {
