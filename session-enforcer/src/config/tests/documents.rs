@@ -9,6 +9,7 @@ const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
 const FAULTS: &str = include_str!("../../../docs/faults.md");
 const REPORTS: &str = include_str!("../../../docs/design/reports.md");
 const README: &str = include_str!("../../../../README.md");
+const TOUR: &str = include_str!("../../../docs/tour.md");
 
 /// The folder of the pages that the README leads to.
 const DOCS: &str = "session-enforcer/docs";
@@ -202,7 +203,13 @@ fn pages() -> BTreeMap<PathBuf, String> {
         let entries = std::fs::read_dir(root.join(folder)).into_iter().flatten();
         entries.map(move |entry| Path::new(folder).join(entry.unwrap().file_name()))
     };
-    let above = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(PathBuf::from);
+    let above = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ]
+    .map(PathBuf::from);
     let folders = [DOCS, "session-enforcer/docs/design"];
     let pages = folders.into_iter().flat_map(in_folder).chain(above);
     let read = |path: PathBuf| {
@@ -285,5 +292,24 @@ fn the_architecture_is_a_map_that_leads_to_each_design_note() {
     for note in pages.keys().filter(|path| path.parent() == Some(&folder)) {
         let link = format!("]({})", note.display());
         assert!(map.contains(&link), "{link}");
+    }
+}
+
+#[test]
+fn each_of_the_ten_stops_of_the_tour_leads_to_a_function() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let stops: Vec<_> = TOUR.split("\n## ").skip(1).collect();
+    assert_eq!(stops.len(), 10);
+    for stop in stops {
+        let title = stop.lines().next().unwrap();
+        let links: Vec<_> = stop.split("[`").skip(1).collect();
+        assert!(!links.is_empty(), "{title}");
+        for link in links {
+            let (name, rest) = link.split_once("`](").unwrap();
+            let path = docs.join(rest.split(')').next().unwrap());
+            let source = std::fs::read_to_string(&path).unwrap_or_default();
+            let defined = source.contains(&format!("fn {name}("));
+            assert!(defined, "{title}: {name} in {}", path.display());
+        }
     }
 }
