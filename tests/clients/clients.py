@@ -1,4 +1,4 @@
-"""A client with a pool of connections, for tests/tests/clients.rs: NAME.
+"""A client with a pool of connections, for tests/tests/services/clients.rs: NAME.
 
 It uses its pool and says `ready`; then, for each line that it reads, it uses it
 again and says `ok` or the error.

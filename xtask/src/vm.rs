@@ -32,7 +32,7 @@ use self::machine::{Accelerator, Machine};
 use self::plan::{
     BOOTS, Boot, FAULTS, Hierarchy, OUTCOMES, Outcome, PLAN, Plan, Program, outcomes,
 };
-use self::programs::{Built, HOST};
+use self::programs::{Built, Chosen, HOST};
 use self::report::{Ran, Results};
 use crate::arch::Arch;
 use crate::build::{Profile, daemon, static_daemon};
@@ -85,8 +85,8 @@ pub(crate) struct Args {
     /// Never install anything: fail and name what is missing.
     #[arg(long)]
     no_install: bool,
-    /// Test programs, or `PROGRAM::PART` for the tests whose names contain the part; of whole hosts
-    /// `host::MODULE` or `host::MODULE::START`. Without any, all.
+    /// Modules of the tests such as `idle`, or `MODULE::START` for the tests whose names begin so; whole test programs such as
+    /// `sessions`; of whole hosts `host::MODULE` or `host::MODULE::START`. Without any, all.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
 }
@@ -135,6 +135,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let _alone = alone_in(&folder)?;
     let (names, tests, machines) = args.choice();
     check_modules(&tests)?;
+    let chosen = programs::chosen(&programs::parts(workspace)?, &tests)?;
     let missing = Missing::unless(args.no_install);
     let foreign = (args.arch != Arch::HOST).then_some(args.arch);
     if foreign.is_none() {
@@ -168,7 +169,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
             Some(arch) => static_daemon(workspace, arch)?,
             None => daemon(workspace, Profile::Release)?,
         },
-        chosen: programs::chosen(&programs::build(workspace, foreign, &tests)?, &tests)?,
+        chosen: programs::build(workspace, foreign, chosen, tests.is_empty())?,
         folder,
         machines,
         args,
@@ -251,7 +252,7 @@ struct Job<'a> {
     accelerator: Accelerator,
     inside: Inside,
     daemon: PathBuf,
-    chosen: Vec<(Built, Vec<String>)>,
+    chosen: Chosen<Built>,
     machines: usize,
     folder: PathBuf,
     args: &'a Args,
@@ -398,7 +399,7 @@ impl Job<'_> {
         if !self.is_below_floor(kernel) {
             return self.boots_of_suite();
         }
-        let host = self.chosen.iter().find(|(built, _)| built.name == HOST);
+        let host = self.chosen.iter().find(|(built, _)| built.name() == HOST);
         host.map(|(host, _)| BELOW_FLOOR.boot(host, &[]))
             .into_iter()
             .collect()
@@ -406,7 +407,7 @@ impl Job<'_> {
 
     /// The suite on a system as systemd leaves it, then the tests of whole hosts.
     fn boots_of_suite(&self) -> Vec<Boot> {
-        let suite = self.chosen.iter().filter(|(built, _)| built.name != HOST);
+        let suite = self.chosen.iter().filter(|(built, _)| built.name() != HOST);
         let threads = self.accelerator.tests_at_once();
         let suite = suite.map(|(built, words)| built.program(threads, words));
         let mut boots = vec![Boot {
@@ -416,7 +417,7 @@ impl Job<'_> {
             at_once: self.accelerator.programs_at_once(),
             programs: suite.collect(),
         }];
-        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name == HOST) {
+        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name() == HOST) {
             boots.extend(STAGES.iter().map(|stage| stage.boot(host, words)));
         }
         boots.retain(|boot| !boot.programs.is_empty());

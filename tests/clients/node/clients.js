@@ -1,4 +1,4 @@
-// A client of Node's, for tests/tests/clients_node.rs: NAME HOST PORT.
+// A client of Node's, for tests/tests/services/clients_node.rs: NAME HOST PORT.
 //
 // It connects and says `ready`; then, for each line that it reads, it does something again and says `ok` or the error. What
 // happens in between it says too.

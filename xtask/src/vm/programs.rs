@@ -1,6 +1,9 @@
 //! The test programs: built here, run inside.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -14,32 +17,121 @@ use crate::workspace::Workspace;
 /// The tests that need a machine for themselves.
 pub(super) const HOST: &str = "host";
 
-/// After this a program is killed, in seconds. Under emulation the longest takes a tenth of it.
+/// After this a program is killed, in seconds. Under emulation the longest of the parts takes a tenth of it.
 const LIMIT_SECONDS: u64 = 1200;
 
-/// A test program.
+/// What is run by itself: a test program, or a module of one that has a file for each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    program: String,
+    module: Option<String>,
+    /// Modules of the program that libtest takes for this one, too: it looks for words anywhere in the names of tests.
+    others: Vec<String>,
+}
+
+impl Part {
+    /// Of a program without modules.
+    fn whole(program: &str) -> Self {
+        Self {
+            program: program.to_owned(),
+            module: None,
+            others: Vec::new(),
+        }
+    }
+
+    /// The module's, of a module. No module and no program has the name of another.
+    pub(super) fn name(&self) -> &str {
+        self.module.as_ref().unwrap_or(&self.program)
+    }
+
+    /// What it is started with, to run those of its tests that words ask for.
+    fn filters(&self, words: &[String]) -> Vec<String> {
+        let Some(module) = &self.module else {
+            return words.to_vec();
+        };
+        let of_module = |start: &str| format!("{module}::{start}");
+        let mut filters: Vec<String> = if words.is_empty() {
+            vec![of_module("")]
+        } else {
+            words.iter().map(|word| of_module(word)).collect()
+        };
+        for other in &self.others {
+            filters.extend(["--skip".to_owned(), format!("{other}::")]);
+        }
+        filters
+    }
+}
+
+/// All that there is: where tests are a folder, its `main.rs` names its modules. The sources are asked, since not every
+/// program can be run here.
+pub(super) fn parts(workspace: &Workspace) -> Result<Vec<Part>> {
+    let folder = workspace.root().join("tests").join("tests");
+    let mut parts = Vec::new();
+    let read = || -> io::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(&folder)?;
+        entries.map(|entry| Ok(entry?.path())).collect()
+    };
+    let mut paths = read().with_context(|| format!("cannot read {}", folder.display()))?;
+    paths.sort();
+    for path in paths {
+        let name = path.file_stem().and_then(OsStr::to_str);
+        let program = name.context("a test has a strange name")?;
+        if path.is_file() {
+            parts.push(Part::whole(program));
+        } else if let Ok(main) = fs::read_to_string(path.join("main.rs")) {
+            parts.extend(modules(program, &main));
+        }
+    }
+    Ok(parts)
+}
+
+/// The modules of a test program, which its `main.rs` names.
+fn modules(program: &str, main: &str) -> Vec<Part> {
+    let named = |line: &str| {
+        line.strip_prefix("mod ")?
+            .strip_suffix(';')
+            .map(str::to_owned)
+    };
+    let names: Vec<String> = main.lines().filter_map(named).collect();
+    let part = |name: &String| {
+        let others = names
+            .iter()
+            .filter(|other| *other != name && other.ends_with(name));
+        Part {
+            program: program.to_owned(),
+            module: Some(name.clone()),
+            others: others.cloned().collect(),
+        }
+    };
+    names.iter().map(part).collect()
+}
+
+/// A part, built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Built {
-    pub(super) name: String,
+    part: Part,
     path: PathBuf,
 }
 
 impl Built {
-    /// To be run as a whole, or those of its tests whose names contain one of these words, so many
-    /// tests at a time.
+    pub(super) fn name(&self) -> &str {
+        self.part.name()
+    }
+
+    /// To be run as a whole, or those of its tests that words ask for, so many tests at a time.
     pub(super) fn program(&self, threads: usize, words: &[String]) -> Program {
-        self.named(&self.name, threads, words)
+        self.named(self.name(), threads, self.part.filters(words))
     }
 
     /// To be run, under the name of one of its modules, for those of its tests whose names contain one of
     /// these words, one by one.
     pub(super) fn part(&self, module: &str, words: &[String]) -> Program {
-        self.named(&format!("{}-{module}", self.name), 1, words)
+        self.named(&format!("{}-{module}", self.name()), 1, words.to_vec())
     }
 
-    fn named(&self, name: &str, threads: usize, words: &[String]) -> Program {
+    fn named(&self, name: &str, threads: usize, words: Vec<String>) -> Program {
         let mut arguments = vec![format!("--test-threads={threads}")];
-        arguments.extend_from_slice(words);
+        arguments.extend(words);
         Program {
             name: name.to_owned(),
             path: self.path.clone(),
@@ -49,28 +141,49 @@ impl Built {
     }
 }
 
-/// Builds the privileged test programs that words name as [`chosen`] reads them, those of whole hosts too; without a
-/// word, every one. Static ones where they are for another processor.
+/// Parts to be run, and those of their tests that words ask for; without words, all.
+pub(super) type Chosen<T> = Vec<(T, Vec<String>)>;
+
+/// Builds the privileged test programs of what was chosen. Static ones where they are for another processor. Where
+/// everything is, what is not for `cargo test` is left out, but for the tests of whole hosts.
 pub(super) fn build(
     workspace: &Workspace,
     foreign: Option<Arch>,
-    words: &[String],
-) -> Result<Vec<Built>> {
-    let named: BTreeSet<&str> = words.iter().map(|word| program_of(word).0).collect();
-    let mut built = Vec::new();
-    if named.is_empty() {
-        // `--tests` leaves out what is not for `cargo test`.
-        built.extend(build_some(workspace, foreign, &["--tests"])?);
-        built.extend(build_some(workspace, foreign, &["--test", HOST])?);
+    mut chosen: Chosen<Part>,
+    is_all: bool,
+) -> Result<Chosen<Built>> {
+    let mut paths = BTreeMap::new();
+    if is_all {
+        paths.extend(build_some(workspace, foreign, &["--tests"])?);
+        paths.extend(build_some(workspace, foreign, &["--test", HOST])?);
+        // The unit tests of the harness are none of the files.
+        let is_named = |name: &str| chosen.iter().any(|(part, _)| part.program == name);
+        let unnamed = paths.keys().filter(|name| !is_named(name));
+        let unnamed: Vec<_> = unnamed
+            .map(|name| (Part::whole(name), Vec::new()))
+            .collect();
+        chosen.extend(unnamed);
     } else {
-        let which: Vec<&str> = named.iter().flat_map(|name| ["--test", name]).collect();
-        built.extend(build_some(workspace, foreign, &which)?);
+        let programs: BTreeSet<&str> = chosen
+            .iter()
+            .map(|(part, _)| part.program.as_str())
+            .collect();
+        let which: Vec<&str> = programs.iter().flat_map(|name| ["--test", name]).collect();
+        paths.extend(build_some(workspace, foreign, &which)?);
     }
-    built.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(built)
+    let built = chosen.into_iter().filter_map(|(part, words)| {
+        let path = paths.get(&part.program)?.clone();
+        Some((Built { part, path }, words))
+    });
+    Ok(built.collect())
 }
 
-fn build_some(workspace: &Workspace, foreign: Option<Arch>, which: &[&str]) -> Result<Vec<Built>> {
+/// Test programs, by name: where they are.
+fn build_some(
+    workspace: &Workspace,
+    foreign: Option<Arch>,
+    which: &[&str],
+) -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = match foreign {
         Some(arch) => workspace.cargo_for(arch)?,
         None => workspace.cargo(),
@@ -91,7 +204,7 @@ fn build_some(workspace: &Workspace, foreign: Option<Arch>, which: &[&str]) -> R
 }
 
 /// The test program that one of cargo's messages announces.
-fn artifact(line: &str) -> Result<Option<Built>> {
+fn artifact(line: &str) -> Result<Option<(String, PathBuf)>> {
     let message: Value = serde_json::from_str(line).context("a message of cargo is no JSON")?;
     let is_test = message["reason"] == "compiler-artifact" && message["profile"]["test"] == true;
     let (Some(path), Some(name)) = (
@@ -100,73 +213,93 @@ fn artifact(line: &str) -> Result<Option<Built>> {
     ) else {
         return Ok(None);
     };
-    Ok(is_test.then(|| Built {
-        name: name.to_owned(),
-        path: path.into(),
-    }))
+    Ok(is_test.then(|| (name.to_owned(), path.into())))
 }
 
-/// The program that a word names, and the part of its tests' names.
-fn program_of(word: &str) -> (&str, Option<&str>) {
-    match word.split_once("::") {
-        Some((name, part)) => (name, Some(part)),
-        None => (word, None),
-    }
-}
-
-/// The programs that the words on the command line ask for: `PROGRAM`, or `PROGRAM::PART` for those
-/// of its tests whose names contain the part. No word asks for all.
-pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Vec<String>)>> {
+/// What words on the command line ask for: `MODULE` or `PROGRAM`, and `MODULE::START` for those of its tests whose names
+/// begin so; of a program without modules `PROGRAM::PART` for those whose names contain the part. A module's name may follow
+/// that of its program. No word asks for all.
+pub(super) fn chosen(parts: &[Part], words: &[String]) -> Result<Chosen<Part>> {
     if words.is_empty() {
-        return Ok(built.iter().map(|one| (one.clone(), Vec::new())).collect());
+        return Ok(parts.iter().map(|one| (one.clone(), Vec::new())).collect());
     }
-    // Without words of its own a program is run whole.
-    let mut chosen: Vec<(Built, Option<Vec<String>>)> = Vec::new();
+    // Without words of its own a part is run whole.
+    let mut chosen: Vec<(Part, Option<Vec<String>>)> = Vec::new();
     for word in words {
-        let (name, part) = program_of(word);
-        let part = part.map(str::to_owned);
-        let Some(found) = built.iter().find(|one| one.name == name) else {
-            let names: Vec<_> = built.iter().map(|one| one.name.as_str()).collect();
-            bail!(
-                "there is no test program {name}; there are: {}",
-                names.join(", ")
-            );
-        };
-        match chosen.iter_mut().find(|(one, _)| one == found) {
-            Some((_, parts)) => {
-                *parts = parts.take().zip(part).map(|(mut parts, part)| {
-                    parts.push(part);
-                    parts
-                });
+        for (part, rest) in named(parts, word)? {
+            match chosen.iter_mut().find(|(one, _)| one == part) {
+                Some((_, words)) => {
+                    *words = words.take().zip(rest).map(|(mut words, rest)| {
+                        words.push(rest.to_owned());
+                        words
+                    });
+                }
+                None => chosen.push((part.clone(), rest.map(|rest| vec![rest.to_owned()]))),
             }
-            None => chosen.push((found.clone(), part.map(|part| vec![part]))),
         }
     }
     let chosen = chosen.into_iter();
     Ok(chosen
-        .map(|(one, parts)| (one, parts.unwrap_or_default()))
+        .map(|(one, words)| (one, words.unwrap_or_default()))
         .collect())
+}
+
+/// The parts that a word names, and what is said of their tests' names.
+fn named<'a>(parts: &'a [Part], word: &'a str) -> Result<Vec<(&'a Part, Option<&'a str>)>> {
+    let split = |word: &'a str| match word.split_once("::") {
+        Some((name, rest)) => (name, Some(rest)),
+        None => (word, None),
+    };
+    let (first, rest) = split(word);
+    if let Some(part) = parts.iter().find(|part| part.name() == first) {
+        return Ok(vec![(part, rest)]);
+    }
+    let mut of_program: Vec<_> = parts
+        .iter()
+        .filter(|part| part.program == first)
+        .map(|part| (part, None))
+        .collect();
+    if let Some(rest) = rest {
+        let (module, rest) = split(rest);
+        of_program.retain(|(part, _)| part.name() == module);
+        of_program.iter_mut().for_each(|one| one.1 = rest);
+    }
+    if of_program.is_empty() {
+        let names: Vec<_> = parts.iter().map(Part::name).collect();
+        bail!("there is no test {word}; there are: {}", names.join(", "));
+    }
+    Ok(of_program)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn built(name: &str) -> Built {
-        Built {
-            name: name.to_owned(),
-            path: name.into(),
-        }
+    fn some() -> Vec<Part> {
+        let mut parts = modules(
+            "sessions",
+            "//! Doc.\n\nmod gate;\nmod idle;\n\nfn other() {}\n",
+        );
+        parts.push(Part::whole("verifier"));
+        parts
+    }
+
+    fn words(words: &[&str]) -> Vec<String> {
+        words.iter().map(|&word| word.into()).collect()
+    }
+
+    /// Names, and what each is started with.
+    fn asked(asked: &[&str]) -> Vec<(String, Vec<String>)> {
+        let chosen = chosen(&some(), &words(asked)).expect("all are there");
+        let shown = |(part, words): &(Part, Vec<String>)| (part.name().into(), part.filters(words));
+        chosen.iter().map(shown).collect()
     }
 
     #[test]
     fn only_test_programs_are_taken() {
         let test = r#"{"reason":"compiler-artifact","target":{"name":"idle"},"profile":{"test":true},"executable":"/t/idle-1"}"#;
         let found = artifact(test).expect("JSON").expect("a test program");
-        assert_eq!(
-            (found.name.as_str(), found.path),
-            ("idle", "/t/idle-1".into())
-        );
+        assert_eq!(found, ("idle".to_owned(), "/t/idle-1".into()));
         let agent = test.replace("true", "false");
         assert_eq!(artifact(&agent).expect("JSON"), None);
         assert_eq!(
@@ -176,21 +309,78 @@ mod tests {
     }
 
     #[test]
-    fn words_choose_programs_and_parts_of_them() {
-        let all = [built("gate"), built("idle")];
-        let words =
-            |words: &[&str]| -> Vec<String> { words.iter().map(|&word| word.into()).collect() };
-        assert_eq!(chosen(&all, &[]).expect("all").len(), 2);
-        let some = chosen(&all, &words(&["gate::frozen", "gate::late"])).expect("one");
-        assert_eq!(some, [(built("gate"), words(&["frozen", "late"]))]);
-        for whole in [["gate", "gate::frozen"], ["gate::frozen", "gate"]] {
-            let found = chosen(&all, &words(&whole)).expect("one");
-            assert_eq!(found, [(built("gate"), Vec::new())]);
+    fn words_choose_programs_modules_and_tests_of_them() {
+        let gate = || ("gate".to_owned(), words(&["gate::"]));
+        let idle = || ("idle".to_owned(), words(&["idle::"]));
+        let verifier = || ("verifier".to_owned(), Vec::new());
+        assert_eq!(asked(&[]), [gate(), idle(), verifier()]);
+        assert_eq!(asked(&["verifier", "idle"]), [verifier(), idle()]);
+        assert_eq!(asked(&["sessions::idle"]), [idle()]);
+        let two = ("gate".to_owned(), words(&["gate::frozen", "gate::late"]));
+        assert_eq!(asked(&["gate::frozen", "sessions::gate::late"]), [two]);
+        let part = ("verifier".to_owned(), words(&["has"]));
+        assert_eq!(asked(&["verifier::has"]), [part]);
+        for whole in [["sessions", "gate::frozen"], ["gate::frozen", "sessions"]] {
+            assert_eq!(asked(&whole), [gate(), idle()]);
         }
-        let error = chosen(&all, &words(&["gat"])).expect_err("none");
+        for none in ["gat", "sessions::gat", "gat::idle"] {
+            let error = chosen(&some(), &words(&[none])).expect_err("none");
+            assert!(
+                error
+                    .to_string()
+                    .ends_with("there are: gate, idle, verifier"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_module_whose_name_ends_that_of_another_is_run_without_that() {
+        let parts = modules("sessions", "mod activity;\nmod not_activity;\n");
+        let filters: Vec<_> = parts.iter().map(|part| part.filters(&[])).collect();
+        let alone = words(&["activity::", "--skip", "not_activity::"]);
+        assert_eq!(filters, [alone, words(&["not_activity::"])]);
+    }
+
+    /// Or a word would not say which is meant.
+    #[test]
+    fn no_module_has_the_name_of_another_or_of_a_program() {
+        let parts = parts(&Workspace::find().expect("the workspace")).expect("the tests");
+        let modules = parts.iter().map(Part::name);
+        let names: Vec<&str> = modules.chain(suites(&parts)).collect();
         assert!(
-            error.to_string().ends_with("there are: gate, idle"),
-            "{error}"
+            names.contains(&"idle") && names.contains(&HOST),
+            "{names:?}"
         );
+        for (index, name) in names.iter().enumerate() {
+            assert!(!names[..index].contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn each_file_of_a_suite_is_named_in_it() {
+        let workspace = Workspace::find().expect("the workspace");
+        let parts = parts(&workspace).expect("the tests");
+        let mut named = 0;
+        for suite in suites(&parts) {
+            let folder = workspace.root().join("tests").join("tests").join(suite);
+            for file in fs::read_dir(&folder).expect("the suite's folder") {
+                let path = file.expect("a file").path();
+                let name = path.file_stem().and_then(OsStr::to_str);
+                let is_part = |part: &Part| part.program == suite && Some(part.name()) == name;
+                assert!(
+                    name == Some("main") || parts.iter().any(is_part),
+                    "{}",
+                    path.display()
+                );
+                named += 1;
+            }
+        }
+        assert!(named > 60, "{named}");
+    }
+
+    fn suites(parts: &[Part]) -> BTreeSet<&str> {
+        let suites = parts.iter().filter(|part| part.module.is_some());
+        suites.map(|part| part.program.as_str()).collect()
     }
 }

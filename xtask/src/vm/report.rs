@@ -72,9 +72,15 @@ impl Results {
 impl Ran {
     /// From what the program wrote and how it ended.
     pub(super) fn new(outcome: &Outcome, log: &str) -> Self {
+        // Of a module, all have its name before theirs.
+        let module = format!("{}::", outcome.name);
         let of = |result: &str| -> Vec<String> {
             log.lines()
                 .filter_map(|line| test_of(line, result))
+                .map(|test| match test.strip_prefix(&module) {
+                    Some(name) => name.to_owned(),
+                    None => test,
+                })
                 .collect()
         };
         let (passed, failed) = (of("ok"), of("FAILED"));
@@ -228,7 +234,7 @@ mod tests {
         }
     }
 
-    const LOG: &str = "\nrunning 2 tests\ntest a_thing ... ok\ntest another - should panic ... FAILED\n\n\
+    const LOG: &str = "\nrunning 2 tests\ntest gate::a_thing ... ok\ntest gate::another - should panic ... FAILED\n\n\
                        test result: FAILED. 1 passed; 1 failed;\n";
 
     #[test]

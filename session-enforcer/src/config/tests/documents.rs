@@ -99,8 +99,11 @@ fn each_test_that_the_pages_of_faults_and_reports_name_is_there() {
     let (faults, reports) = (named_tests(FAULTS), named_tests(REPORTS));
     assert!(faults.len() > 40, "{}", faults.len());
     assert!(reports.len() >= 10, "{}", reports.len());
+    let tests = package.join("../tests/tests");
+    let folders = std::fs::read_dir(&tests).unwrap();
+    let folders = folders.map(|folder| folder.unwrap().path());
+    let places: Vec<PathBuf> = folders.chain([tests, package.join("src")]).collect();
     for (file, name) in faults.into_iter().chain(reports) {
-        let places = ["../tests/tests", "src"].map(|place| package.join(place));
         let mut sources = places
             .iter()
             .filter_map(|place| std::fs::read_to_string(place.join(format!("{file}.rs"))).ok());

@@ -10,10 +10,10 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const DIRECTORY: &str = include_str!("../clients/directory.py");
-const FTP: &str = include_str!("../clients/ftp.py");
-const GRPC: &str = include_str!("../clients/rpc.py");
-const SUBSCRIBER: &str = include_str!("../clients/subscriber.py");
+const DIRECTORY: &str = include_str!("../../clients/directory.py");
+const FTP: &str = include_str!("../../clients/ftp.py");
+const GRPC: &str = include_str!("../../clients/rpc.py");
+const SUBSCRIBER: &str = include_str!("../../clients/subscriber.py");
 
 /// Longer than a log-in takes on a busy machine.
 fn limit() -> Duration {

@@ -27,6 +27,8 @@ use session_enforcer_tests::{
     reset_on_close, seed, tcp_info,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// Payloads whose fate is compared.
@@ -171,6 +173,7 @@ fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: PacketDirection)
 
 #[test]
 fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
+    let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     bench.put(1, Limits::default())?;
@@ -258,6 +261,7 @@ fn wait_for_deadline() {
 
 #[test]
 fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires() -> Result<()> {
+    let _turn = turn(module_path!());
     const STORM: u64 = 2_000;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -314,6 +318,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
 
 #[test]
 fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(SHORT))?;
     let pair = bench.open()?;
@@ -339,6 +344,7 @@ fn bytes_at(to: &TcpStream) -> Result<u64> {
 
 #[test]
 fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
     let pair = bench.open()?;
@@ -384,6 +390,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
 
 #[test]
 fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     let observes = Limits {
         gate: 0,
@@ -404,6 +411,7 @@ fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
 /// One end sends while the gate is shut: what arrives is in the record that was read after that.
 #[test]
 fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Result<()> {
+    let _turn = turn(module_path!());
     const ROUNDS: u64 = 1_000;
     let seed = seed()?;
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
@@ -517,6 +525,7 @@ fn send_behind_headers(bench: &Bench, pair: &Pair, payload: &[u8]) -> Result<()>
 
 #[test]
 fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
     let mut pair = bench.open()?;
@@ -542,6 +551,7 @@ fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
 
 #[test]
 fn a_fin_is_no_payload_where_the_headers_are_not_walked() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
     let ends: [fn(&Pair) -> &TcpStream; 2] = [|pair| &pair.server, |pair| &pair.client];

@@ -1,5 +1,6 @@
 //! The manifests for Kubernetes and the configurations in them.
 
+#[path = "../schema/mod.rs"]
 mod schema;
 
 use std::{collections::BTreeSet, fs, path::PathBuf};
@@ -8,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use session_enforcer::config::{Config, Mode};
 
-const UNIT: &str = include_str!("../../session-enforcer/packaging/session-enforcer.service");
+const UNIT: &str = include_str!("../../../session-enforcer/packaging/session-enforcer.service");
 
 fn folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../session-enforcer/packaging")

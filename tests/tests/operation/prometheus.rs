@@ -21,9 +21,9 @@ const RULES: &str = "\
 [[rule]]\nname = \"idle\"\nlocal_ports = [PORT]\nidle_timeout = \"LIMITs\"\n\
 [[rule]]\nname = \"other\"\naction = \"observe\"\nlocal_ports = [1]\nmax_lifetime = \"12h\"\n";
 
-const RULES_OF_PROMETHEUS: &str = include_str!("../../session-enforcer/monitoring/rules.yml");
-const CASES: &str = include_str!("../../session-enforcer/monitoring/rules-tests.yml");
-const DASHBOARD: &str = include_str!("../../session-enforcer/monitoring/grafana-dashboard.json");
+const RULES_OF_PROMETHEUS: &str = include_str!("../../../session-enforcer/monitoring/rules.yml");
+const CASES: &str = include_str!("../../../session-enforcer/monitoring/rules-tests.yml");
+const DASHBOARD: &str = include_str!("../../../session-enforcer/monitoring/grafana-dashboard.json");
 
 /// Name, type and labels of every metric that users rely on.
 const METRICS: [(&str, &str, &[&str]); 23] = [

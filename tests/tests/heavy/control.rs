@@ -30,6 +30,8 @@ use session_enforcer_tests::{
     die_with_parent, eventually, patience, run_to_end, whole_answer,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// Nobody reaches these limits while a test runs.
@@ -113,6 +115,7 @@ fn assert_code(finished: &Finished, code: i32) {
 
 #[test]
 fn the_daemon_says_how_it_is_and_who_is_connected() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let first = services.open(&services.first, 3)?;
@@ -176,6 +179,7 @@ fn the_daemon_says_how_it_is_and_who_is_connected() -> Result<()> {
 
 #[test]
 fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let observed = format!("{FAR}action = 'observe'\n");
     let config = services.with_limits(FAR, &observed);
@@ -223,6 +227,7 @@ fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result
 
 #[test]
 fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 2)?;
@@ -267,6 +272,7 @@ fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
 
 #[test]
 fn a_reset_that_hangs_is_told_as_failed_and_done_when_the_socket_is_free() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 2)?;
@@ -300,6 +306,7 @@ fn a_reset_that_hangs_is_told_as_failed_and_done_when_the_socket_is_free() -> Re
 #[test]
 fn thousands_that_are_reset_at_once_are_in_the_audit_in_the_counters_and_at_their_sockets()
 -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?.quiet();
     let kept = services.open(&services.second, 3)?;
@@ -356,6 +363,7 @@ fn wait_for_line(reader: &mut BufReader<UnixStream>, text: &str) -> Result<Strin
 
 #[test]
 fn a_client_that_stops_reading_holds_up_nobody_and_is_closed() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let limits = "idle_timeout = '1s'\n";
     let daemon = services
@@ -381,6 +389,7 @@ fn a_client_that_stops_reading_holds_up_nobody_and_is_closed() -> Result<()> {
 
 #[test]
 fn a_hundred_clients_at_once_are_all_answered() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 200)?;
@@ -414,6 +423,7 @@ fn a_hundred_clients_at_once_are_all_answered() -> Result<()> {
 
 #[test]
 fn requests_of_ten_megabytes_are_refused() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 1)?;
@@ -445,6 +455,7 @@ fn requests_of_ten_megabytes_are_refused() -> Result<()> {
 
 #[test]
 fn only_what_there_is_is_answered() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     for (method, path, status) in [
@@ -467,6 +478,7 @@ fn only_what_there_is_is_answered() -> Result<()> {
 
 #[test]
 fn a_reload_is_waited_for_and_told() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 2)?;
@@ -523,6 +535,7 @@ fn a_reload_is_waited_for_and_told() -> Result<()> {
 
 #[test]
 fn a_configuration_of_the_command_line_is_not_reloaded() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let port = services.first.port().to_string();
     let args = ["--port", &port, "--idle-timeout", "1h"];
@@ -543,6 +556,7 @@ fn a_configuration_of_the_command_line_is_not_reloaded() -> Result<()> {
 
 #[test]
 fn a_live_session_is_explained_by_the_file_in_force() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.second, 1)?;
@@ -581,6 +595,7 @@ fn a_live_session_is_explained_by_the_file_in_force() -> Result<()> {
 
 #[test]
 fn events_come_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let mut daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 1)?;
@@ -628,6 +643,7 @@ fn events_come_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
 
 #[test]
 fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let directory = tempfile::tempdir()?;
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
@@ -682,6 +698,7 @@ fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
 
 #[test]
 fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_for() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let taken = daemon.control_socket();
@@ -724,6 +741,7 @@ fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_f
 
 #[test]
 fn more_than_one_session_is_asked_about_on_a_terminal() -> Result<()> {
+    let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
     let pairs = services.open(&services.first, 2)?;
@@ -778,6 +796,7 @@ fn more_than_one_session_is_asked_about_on_a_terminal() -> Result<()> {
 
 #[test]
 fn an_answer_in_chunks_is_put_together() -> Result<()> {
+    let _turn = turn(module_path!());
     let answer =
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n";
     assert_eq!(whole_answer(answer)?, (200, "abcd".to_owned()));

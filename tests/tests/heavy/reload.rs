@@ -9,6 +9,8 @@ use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{Daemon, Lab, Launch, Pair, Place, Time, unhurried};
 
+use crate::turn;
+
 const HOUR: Duration = Duration::from_secs(3600);
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -38,6 +40,7 @@ fn in_force(daemon: &Daemon) -> Result<f64> {
 
 #[test]
 fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&idle("r", listener.port(), HOUR))?;
@@ -61,6 +64,7 @@ fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives
 
 #[test]
 fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&idle("r", listener.port(), 3 * second()))?;
@@ -73,6 +77,7 @@ fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<(
 
 #[test]
 fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let good = idle("r", listener.port(), 2 * second());
@@ -112,6 +117,7 @@ fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
 
 #[test]
 fn a_session_that_no_rule_matches_any_more_is_released() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let other = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -131,6 +137,7 @@ fn a_session_that_no_rule_matches_any_more_is_released() -> Result<()> {
 
 #[test]
 fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port();
@@ -148,6 +155,7 @@ fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Res
 
 #[test]
 fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port();
@@ -168,6 +176,7 @@ fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives(
 
 #[test]
 fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let config = idle("r", listener.port(), 2 * second());
@@ -184,6 +193,7 @@ fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
 
 #[test]
 fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
+    let _turn = turn(module_path!());
     const SESSIONS: usize = 5_000;
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -230,6 +240,7 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
 #[test]
 fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_below_it() -> Result<()>
 {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let watched = lab.cgroup.child()?;
@@ -256,6 +267,7 @@ fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_bel
 
 #[test]
 fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let config = |timeout| {
@@ -282,6 +294,7 @@ fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
 /// of the refused file.
 #[test]
 fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let unit = slice.path().join("unit");
@@ -308,6 +321,7 @@ fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -
 /// are busy: each of the former ends once and none early, and of the latter none does.
 #[test]
 fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
+    let _turn = turn(module_path!());
     const IDLE: usize = 60;
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -357,6 +371,7 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
 /// not hours after a deadline.
 #[test]
 fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let config = idle("r", listener.port(), second());
@@ -369,6 +384,7 @@ fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Res
 
 #[test]
 fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let port = listener.port();

@@ -11,6 +11,8 @@ use std::{
 use anyhow::Result;
 use session_enforcer_tests::{Lab, Moment, Netns, Pair, assert_all_reset, scaled};
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(3);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
@@ -22,6 +24,7 @@ const P99_BOUND: Duration = Duration::from_secs(1);
 
 #[test]
 fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(RULE)?;
@@ -49,6 +52,7 @@ fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
 #[test]
 fn sessions_of_two_namespaces_that_are_due_together_are_reset_and_recorded_once_each() -> Result<()>
 {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let daemon = lab.daemon(RULE)?;

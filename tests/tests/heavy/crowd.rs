@@ -15,6 +15,8 @@ use session_enforcer_tests::{
     Agent, Cgroups, Daemon, Holders, Lab, Listener, Pair, Place, dial, unhurried,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 fn limit() -> Duration {
@@ -71,6 +73,7 @@ fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize)
 
 #[test]
 fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> Result<()> {
+    let _turn = turn(module_path!());
     const CGROUPS: usize = 1_000;
     let lab = Lab::new(AGENT)?;
     let _crowd = Holders::of_descriptors(4)?;
@@ -96,6 +99,7 @@ fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> 
 
 #[test]
 fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let _crowd = Holders::of_descriptors(4)?;
     let slice = lab.cgroup.child()?;
@@ -134,6 +138,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> R
 
 #[test]
 fn mptcp_connections_that_nobody_accepts_hold_up_nobody_and_are_recorded_once() -> Result<()> {
+    let _turn = turn(module_path!());
     const CONNECTIONS: usize = 100;
     let lab = Lab::new(AGENT)?;
     let _crowd = Holders::of_descriptors(4)?;
@@ -161,6 +166,7 @@ fn mptcp_connections_that_nobody_accepts_hold_up_nobody_and_are_recorded_once() 
 
 #[test]
 fn sessions_without_an_owner_beside_many_listeners_hold_up_nobody() -> Result<()> {
+    let _turn = turn(module_path!());
     const LISTENERS: usize = 2_000;
     const SESSIONS: usize = 200;
     let lab = Lab::new(AGENT)?;

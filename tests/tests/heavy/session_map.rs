@@ -22,6 +22,8 @@ use session_enforcer::{
 use session_enforcer_common::{Address, Direction, Limits, MatchEntry, Owner, Session, flags};
 use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// Connections that stay, and how long others come and go beside them.
@@ -88,6 +90,7 @@ fn fill(kernel: &mut Datapath, room: u64) -> Result<()> {
 
 #[test]
 fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
+    let _turn = turn(module_path!());
     for capacity in [1, 16, 17, 1_000, 20_000] {
         let mut kernel = load(capacity)?;
         let room = u64::from(capacity);
@@ -116,6 +119,7 @@ fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
 /// The daemon writes what it read a while ago, and packets have passed since.
 #[test]
 fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut kernel = load(8)?;
     let read = session(10);
     assert_eq!(kernel.adopt(NOBODY, &read)?, Adoption::Inserted);
@@ -136,6 +140,7 @@ fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> 
 /// one that closes in that very moment by both or by none.
 #[test]
 fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut kernel = load(64)?;
@@ -193,6 +198,7 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
 /// the last for none.
 #[test]
 fn what_is_no_cookie_has_no_session() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut kernel = load(8)?;
     for no_cookie in [0, 1 << 63, u64::MAX] {
         assert_eq!(kernel.adopt(no_cookie, &session(1))?, Adoption::Full);
@@ -206,6 +212,7 @@ fn what_is_no_cookie_has_no_session() -> Result<()> {
 /// The kernel counts some cookies down from the end.
 #[test]
 fn large_cookies_have_sessions_as_others() -> Result<()> {
+    let _turn = turn(module_path!());
     let mut kernel = load(64)?;
     let cookies: Vec<u64> = (u64::MAX - 32..u64::MAX).collect();
     for cookie in &cookies {
@@ -226,6 +233,7 @@ fn large_cookies_have_sessions_as_others() -> Result<()> {
 /// end there is what is there, and room for the rest.
 #[test]
 fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
+    let _turn = turn(module_path!());
     const CAPACITY: u32 = 600;
     let lab = Lab::new(AGENT)?;
     let mut kernel = load(CAPACITY)?;
@@ -296,6 +304,7 @@ fn wait_until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
 
 #[test]
 fn a_session_is_listed_once_however_the_others_come_and_go() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut kernel = load(1024)?;

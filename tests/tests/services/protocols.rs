@@ -10,13 +10,13 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const AMQP: &str = include_str!("../clients/broker.py");
-const FTP: &str = include_str!("../clients/ftp.py");
-const GRPC: &str = include_str!("../clients/rpc.py");
-const LDAP: &str = include_str!("../clients/directory.py");
-const SMTP: &str = include_str!("../clients/smtp.py");
-const VNC: &str = include_str!("../clients/screen.py");
-const WEBSOCKET: &str = include_str!("../clients/websocket.py");
+const AMQP: &str = include_str!("../../clients/broker.py");
+const FTP: &str = include_str!("../../clients/ftp.py");
+const GRPC: &str = include_str!("../../clients/rpc.py");
+const LDAP: &str = include_str!("../../clients/directory.py");
+const SMTP: &str = include_str!("../../clients/smtp.py");
+const VNC: &str = include_str!("../../clients/screen.py");
+const WEBSOCKET: &str = include_str!("../../clients/websocket.py");
 
 /// Longer than a client takes to ask something on a busy machine.
 fn limit() -> Duration {

@@ -21,6 +21,8 @@ use session_enforcer_tests::{
     unhurried,
 };
 
+use crate::turn;
+
 /// One at a time: before Linux 6.9 a locked socket holds up the daemons of all tests.
 static LOCKS: Mutex<()> = Mutex::new(());
 
@@ -73,6 +75,7 @@ fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> R
 
 #[test]
 fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
@@ -118,6 +121,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
 /// The socket cannot be asked whether it takes it.
 #[test]
 fn payload_that_waits_for_a_locked_socket_puts_no_end_off() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
@@ -142,6 +146,7 @@ fn payload_that_waits_for_a_locked_socket_puts_no_end_off() -> Result<()> {
 
 #[test]
 fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [ruled, unruled, others] = [
@@ -185,6 +190,7 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
 
 #[test]
 fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
@@ -226,6 +232,7 @@ fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it(
 
 #[test]
 fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     const CGROUPS: usize = 8;
     const OF_EACH: usize = 8;
@@ -275,6 +282,7 @@ fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Res
 #[test]
 fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_none_twice()
 -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     const ROUNDS: usize = 12;
     const PAIRS: usize = 40;
@@ -326,6 +334,7 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
 
 #[test]
 fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [ruled, unruled] = [listen(&lab.inside)?, listen(&lab.inside)?];
@@ -364,6 +373,7 @@ fn status(pid: u32) -> Result<[u64; 5]> {
 
 #[test]
 fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     // By their numbers in `linux/capability.h`.
     const BPF: u64 = 1 << 39;
@@ -396,6 +406,7 @@ fn nice_of(stat: &str) -> Result<(String, i32)> {
 
 #[test]
 fn resets_go_before_others_that_want_a_processor() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&format!(
         "{OWN}{}",

@@ -18,6 +18,8 @@ use session_enforcer_tests::{
     Daemon, Lab, Listener, Pair, eventually, idle_rule, longer_than_a_start, patience,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// What the daemon says when it begins, and when it is done.
@@ -80,6 +82,7 @@ fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 
 #[test]
 fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
@@ -134,6 +137,7 @@ fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
 
 #[test]
 fn a_table_that_cannot_grow_stays_what_it_is() -> Result<()> {
+    let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
@@ -180,6 +184,7 @@ fn capabilities_of(daemon: &Daemon, thread: &str) -> Result<u64> {
 
 #[test]
 fn the_thread_that_loads_larger_tables_keeps_what_that_takes() -> Result<()> {
+    let _turn = turn(module_path!());
     // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF, by their numbers in `linux/capability.h`.
     const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
     let lab = Lab::new(AGENT)?;
@@ -220,11 +225,13 @@ fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> R
 #[test]
 fn a_daemon_that_is_killed_while_a_larger_table_is_made_leaves_all_sessions_to_the_next()
 -> Result<()> {
+    let _turn = turn(module_path!());
     assert_the_next_has_all(|_, _| Ok(true))
 }
 
 #[test]
 fn a_daemon_that_is_killed_between_two_tables_leaves_all_sessions_to_the_next() -> Result<()> {
+    let _turn = turn(module_path!());
     assert_the_next_has_all(|lab, daemon| {
         // Should it have been too quick to be seen, it has grown.
         let is_between = lab.pins.names()?.iter().any(|name| name == "TORN");

@@ -10,7 +10,7 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-const SCRIPT: &str = include_str!("../clients/clients.py");
+const SCRIPT: &str = include_str!("../../clients/clients.py");
 
 /// More than three times the second that a client with a limit of its own has.
 fn limit() -> Duration {

@@ -25,6 +25,8 @@ use session_enforcer_tests::{
     eventually, patience, reset_on_close, seed, set_option, tcp_info,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// Connections, of two sessions each.
@@ -500,6 +502,7 @@ impl Outcomes {
 
 #[test]
 fn both_find_the_same_rule_for_every_connection() -> Result<()> {
+    let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new()?;
     let mut outcomes = Outcomes::default();
@@ -733,6 +736,7 @@ impl Book {
 
 #[test]
 fn both_agree_what_payload_counts_and_whose_rule_it_is_after_a_change() -> Result<()> {
+    let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new()?;
     let (mut generation, mut counted, mut matched_again) = (0, [0, 0], 0);

@@ -1,0 +1,16 @@
+//! Real servers and clients under the daemon: databases, SSH, the web and other protocols, the cookbook's recipes, and what
+//! people report of such.
+
+mod clients;
+mod clients_node;
+mod clients_rust;
+mod cookbook;
+mod cookbook_databases;
+mod cookbook_ssh;
+mod mariadb;
+mod openssh;
+mod postgresql;
+mod protocols;
+mod redis;
+mod reports;
+mod tls;
