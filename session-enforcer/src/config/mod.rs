@@ -113,9 +113,6 @@ pub struct Config {
     /// In order: the first that matches a connection decides. A rule's index is its number in the
     /// match table and in the sessions.
     pub rules: Vec<Rule>,
-    /// Where each rule names its users, if it does, for a message about one whom the host does not
-    /// know.
-    pub users_at: Vec<Option<Location>>,
     /// What is doubtful, in the order of the file.
     pub warnings: Vec<Warning>,
     /// Whether it stands in for a file that was refused.
@@ -282,6 +279,8 @@ pub struct Rule {
     pub cgroups: Vec<String>,
     /// Users that the socket may belong to; none: every user.
     pub users: Vec<User>,
+    /// Where the file names them, for a message about a user whom the host does not know.
+    pub users_at: Option<Location>,
     /// What happens to a connection that is past a limit.
     pub action: Action,
     /// Longest time without new payload.
@@ -413,8 +412,6 @@ impl Config {
             control: Control::default(),
             audit: AuditTarget::default(),
             audit_sync: false,
-            // As long as the rules, with which it is read side by side.
-            users_at: vec![None; rules.len()],
             rules,
             warnings: Vec::new(),
             is_stand_in: false,
@@ -474,6 +471,7 @@ impl Rule {
             remote: Vec::new(),
             cgroups: Vec::new(),
             users: Vec::new(),
+            users_at: None,
             action: Action::default(),
             idle_timeout: None,
             max_lifetime: None,

@@ -234,7 +234,6 @@ fn read_rules(root: &Section<'_>, config: &mut Config) {
         // What follows compares whole rules.
         return;
     }
-    config.users_at = sections.iter().map(rule::users_at).collect();
     if let Err((index, problem)) = entries::check_count(&config.rules) {
         document.keep::<()>(Err(sections[index].error(problem)));
         return;

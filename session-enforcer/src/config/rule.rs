@@ -129,11 +129,12 @@ fn read(section: &Section<'_>, name: &str, before: usize) -> Rule {
         field.parse(ALLOWED_CGROUP_PATH, parse_rule_cgroup)
     });
     rule.users = list(section, "users", ALLOWED_USERS, read_user);
+    rule.users_at = users_at(section);
     rule
 }
 
 /// Where a table names the users of its rule.
-pub(super) fn users_at(section: &Section<'_>) -> Option<Location> {
+fn users_at(section: &Section<'_>) -> Option<Location> {
     let field = section.field("users")?;
     let location = section
         .document

@@ -12,9 +12,7 @@ use aya::{
     programs::{Program, ProgramError, ProgramFd},
 };
 
-use super::{
-    BpfError, Datapath, Options, bpf_error::Holder, inherit::Pins, pinned_set::FoundLink, sys,
-};
+use super::{BpfError, Datapath, bpf_error::Holder, inherit::Pins, pinned_set::FoundLink, sys};
 use crate::host::{cgroup::Cgroup, threads::run_parallel};
 
 // Flags of an attachment (`linux/bpf.h`).
@@ -31,8 +29,6 @@ pub(super) struct Attachable {
     attach_name: &'static str,
     /// Whether no daemon does without it.
     pub(super) is_always_wanted: bool,
-    /// Whether a daemon that does not always need it does with these options.
-    is_wanted: fn(&Options) -> bool,
 }
 
 impl Attachable {
@@ -42,7 +38,6 @@ impl Attachable {
             attach_type,
             attach_name,
             is_always_wanted: true,
-            is_wanted: |_| true,
         }
     }
 }
@@ -53,7 +48,6 @@ impl Attachable {
 pub(super) const PROGRAMS: [Attachable; 4] = [
     Attachable {
         is_always_wanted: false,
-        is_wanted: |options| options.notes_owners,
         ..Attachable::always(NOTE_OWNER, 2, "cgroup_inet_sock_create")
     },
     Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
@@ -139,7 +133,7 @@ impl Datapath {
         };
         for program in &PROGRAMS {
             let name = program.name;
-            if !(program.is_wanted)(&self.options) {
+            if !program.is_always_wanted && !self.options.notes_owners {
                 self.pins.iter().try_for_each(|pins| pins.unpin(name))?;
                 continue;
             }

@@ -154,9 +154,9 @@ impl OwnerResolver {
     pub fn resolve(&self, config: &Config, users: &Users) -> Result<Resolved, UserError> {
         let mut names = Names::read();
         let mut owners = Owners::default();
-        for (rule, at) in config.rules.iter().zip(&config.users_at) {
+        for rule in &config.rules {
             for user in &rule.users {
-                let (User::Name(name), Some(at)) = (user, at) else {
+                let (User::Name(name), Some(at)) = (user, &rule.users_at) else {
                     continue;
                 };
                 let uid = uid_of(users.get(name), name, at)?;

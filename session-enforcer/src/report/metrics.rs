@@ -23,10 +23,6 @@ use crate::{
     },
 };
 
-/// Causes for which a session was not tracked with earlier versions, whose table could be without memory
-/// or locked. They stay at zero.
-const FORMER_CAUSES: [&str; 2] = ["no_memory", "busy"];
-
 /// From a tenth of a millisecond, below what the timer can do, to a minute.
 const LATENESS_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
@@ -389,7 +385,7 @@ impl Metrics {
             Untracked::RuleFull.name(),
             Untracked::Namespace.name(),
         ];
-        for cause in causes.into_iter().chain(FORMER_CAUSES) {
+        for cause in causes {
             self.untracked.with_label_values(&[cause]);
         }
         for trouble in DegradedCause::ALL {
@@ -949,7 +945,7 @@ mod tests {
         ]
         .map(Untracked::name);
         let words = outcomes.map(Outcome::name).into_iter().chain(ways);
-        for word in words.chain(causes).chain(FORMER_CAUSES) {
+        for word in words.chain(causes) {
             assert!(PAGE.contains(&format!("`{word}`")), "{word}");
         }
     }

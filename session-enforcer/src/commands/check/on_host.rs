@@ -25,9 +25,9 @@ pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
         refused.extend(error.map(|error| error.to_string()));
     };
     note(trust::check(file).map_err(Into::into));
-    for (rule, at) in config.rules.iter().zip(&config.users_at) {
+    for rule in &config.rules {
         for user in &rule.users {
-            if let (User::Name(name), Some(at)) = (user, at) {
+            if let (User::Name(name), Some(at)) = (user, &rule.users_at) {
                 let uid = owners::uid_of(Some(&worker::find_user(name)), name, at);
                 note(uid.map(drop).map_err(Into::into));
             }

@@ -88,15 +88,15 @@ max_sessions = 500
             min_payload: 16,
             min_answer: 1024,
             max_sessions: 500,
-        }],
-        users_at: vec![Some(Location {
-            file: "x.toml".into(),
-            position: Some(Position {
-                line: users_line,
-                column: 9,
+            users_at: Some(Location {
+                file: "x.toml".into(),
+                position: Some(Position {
+                    line: users_line,
+                    column: 9,
+                }),
+                key: Some("rule \"postgres\": users".into()),
             }),
-            key: Some("rule \"postgres\": users".into()),
-        })],
+        }],
         warnings: vec![],
         is_stand_in: false,
         file: Some(SourceFile::new(Path::new("x.toml"), text)),
@@ -128,7 +128,6 @@ fn what_is_not_said_has_its_default() {
         audit: AuditTarget::Stdout,
         audit_sync: false,
         rules: vec![rule],
-        users_at: vec![None],
         warnings: vec![],
         is_stand_in: false,
         file: Some(SourceFile::new(Path::new("x.toml"), text)),
