@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(expires(&s, &p, 20), Some(Reason::ResponseTimeout));
     }
 
-    /// A session of these times, in seconds, that was half-closed at the last.
+    /// A session with these times in seconds; `at` is the time of the first FIN.
     fn half_closed(established: u64, received: u64, sent: u64, at: u64) -> Session {
         Session {
             half_closed_ns: at * SECOND,
@@ -308,20 +308,20 @@ mod tests {
         };
         let reached = |s: &Session, p: &Limits, at| expires(s, p, at);
         let (idle, by_fin) = (Some(Reason::IdleTimeout), Some(Reason::HalfClosedTimeout));
-        // It runs from the FIN or from later payload, and is shorter, longer or the only one.
+        // The timeout starts at the FIN or at later payload; shorter or longer than the idle timeout, or without one.
         let s = half_closed(10, 12, 11, 20);
         assert_eq!(reached(&s, &p(15, 3), 23), by_fin);
         assert_eq!(reached(&s, &p(15, 90), 110), by_fin);
         assert_eq!(reached(&s, &p(0, 3), 23), by_fin);
         let busy = half_closed(10, 22, 12, 20);
         assert_eq!(reached(&busy, &p(15, 3), 25), by_fin);
-        // Without the limit a FIN means nothing, and without a FIN the limit does not.
+        // Without the timeout a FIN has no effect, and without a FIN the timeout has none.
         assert_eq!(reached(&s, &p(15, 0), 27), idle);
         let open = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         assert_eq!(reached(&open, &p(15, 3), 27), idle);
         let alive = expiry(&open, &p(0, 3), 1 << 60);
         assert!(matches!(alive, Expiry::Alive { .. }));
-        // A FIN at the deadline comes too late.
+        // A FIN at the idle deadline does not extend the session.
         let late = half_closed(10, 12, 11, 27);
         assert_eq!(reached(&late, &p(15, 3), 27), idle);
     }
@@ -477,7 +477,7 @@ mod tests {
         s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
         assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
-        // Without the limit the state means nothing.
+        // Without a response timeout an owed answer has no effect.
         let p = with_response(5, 0, Activity::Any);
         assert_eq!(expires(&s, &p, 17), Some(Reason::IdleTimeout));
     }
@@ -523,7 +523,7 @@ mod tests {
         assert!((99 * SECOND..=100 * SECOND).contains(longest.unwrap()));
     }
 
-    /// A request, an answer or a FIN passes.
+    /// Lets a request (0), an answer (1) or a FIN pass.
     fn pass(session: &mut Session, what: u8, at_ns: u64) {
         match what {
             0 => session.stamp_received(at_ns),
@@ -533,7 +533,7 @@ mod tests {
     }
 
     proptest! {
-        /// The gate is the expiry, whether or not it remembers until when it is open.
+        /// The gate agrees with [`expiry`], with or without a remembered `open_until_ns`.
         #[test]
         fn the_gate_refuses_exactly_what_has_expired(
             times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
@@ -553,7 +553,7 @@ mod tests {
                 ..session(times.0, times.1, times.2)
             };
             let p = Limits {
-                // Jitter is in steps of a 65,536th, so lifetimes are long.
+                // Long lifetimes, since the jitter has steps of 1/65,536.
                 max_lifetime_ns: limits.2 << 16,
                 lifetime_jitter_ns: (limits.2 << 16) / 100 * jitter,
                 idle_timeout_ns: limits.0,
@@ -571,7 +571,7 @@ mod tests {
             }
         }
 
-        /// Or else the clock would be read twice for every packet.
+        /// Otherwise each packet would read the clock twice.
         #[test]
         fn the_gate_is_not_asked_twice_before_the_deadline(
             received in 0..1_000u64,
@@ -592,7 +592,7 @@ mod tests {
             }
         }
 
-        /// The kernel remembers until when the gate is open, and does not look before.
+        /// The programs remember `open_until_ns` and do not check the gate before that time.
         #[test]
         fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
             times in (0..1_000u64, 0..1_000u64),
@@ -630,8 +630,8 @@ mod tests {
     }
 
     proptest! {
-        /// The schedule relies on this: whatever passes after the look, no deadline comes before
-        /// the time for the next look.
+        /// The schedule relies on this: whatever passes after a check, no deadline is earlier than
+        /// the time of the next check.
         #[test]
         fn no_event_after_a_look_makes_a_deadline_before_the_next_look(
             received in 0..1_000u64,
@@ -663,7 +663,7 @@ mod tests {
             }
         }
 
-        /// What is waited for is stamped later, with the time at which it passed.
+        /// A candidate is stamped later, with the time at which it passed.
         #[test]
         fn nothing_that_is_waited_for_makes_a_deadline_before_the_next_look(
             received in 0..1_000u64,

@@ -140,7 +140,7 @@ const fn number(hash: u32, number: usize) -> u32 {
 mod tests {
     use super::*;
 
-    /// The test vectors of FNV-1a with 32 bits, as far as these functions can be given them.
+    /// Those test vectors of 32-bit FNV-1a that these functions accept.
     #[test]
     fn the_hash_is_fnv() {
         const BEGINNING: u32 = 0x811c_9dc5;
@@ -148,7 +148,7 @@ mod tests {
         let foobar = b"foobar".iter().fold(BEGINNING, |hash, b| byte(hash, *b));
         assert_eq!(foobar, 0xbf9c_f968);
         assert_eq!(text(BEGINNING, "foobar"), byte(foobar, 0));
-        // A number is its lower two bytes, the lowest first.
+        // A number is hashed as its lower two bytes, in little-endian order.
         let both = byte(byte(BEGINNING, b'f'), b'o');
         assert_eq!(number(BEGINNING, 0x1_6f66), both);
     }

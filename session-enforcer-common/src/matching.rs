@@ -314,10 +314,10 @@ mod tests {
     #[test]
     fn an_eighth_of_the_slots_is_divided_among_the_rules() {
         assert_eq!(Table::shares(0, 1_000), (0, 0));
-        // One has all.
+        // One rule has the whole table.
         assert_eq!(Table::shares(1, 1_000), (125, 0));
         assert_eq!(Table::shares(3, 160), (6, 12));
-        // Too few to divide.
+        // Too few slots for shares.
         assert_eq!(Table::shares(3, 16), (0, 0));
         for rules in 1..=crate::MAX_RULES {
             let (share, reserve) = Table::shares(rules, 262_144);
@@ -457,7 +457,7 @@ mod tests {
                 let other = address(base ^ 1 << (127 - bit));
                 assert_eq!(prefix.contains(&other), bit >= length, "{length} {bit}");
             }
-            // The same difference in two words does not make up for itself.
+            // Equal differences in two words must not cancel out.
             for words in [0b11, 0b101, 0b1001, 0b110, 0b1010, 0b1100, 0b1111_u128] {
                 let difference: u128 = (0..4).map(|word| (words >> word & 1) << (32 * word)).sum();
                 let first = difference.leading_zeros() as u8;

@@ -91,7 +91,7 @@ mod tests {
             ..Owner::UNKNOWN
         };
         assert!(of(1).is_known() && of(u64::MAX).is_known());
-        // The user alone does not tell: 0 is root.
+        // Only the cgroup id marks an owner as known, because uid 0 is root.
         let user = Owner {
             uid: 1000,
             ..Owner::UNKNOWN

@@ -186,7 +186,7 @@ mod tests {
         }
     }
 
-    /// The ports with which the set answers yes.
+    /// The ports that the filter accepts.
     fn ports(filter: &PortFilter, answers: impl Fn(&PortFilter, u16) -> bool) -> Vec<u16> {
         (0..=u16::MAX)
             .filter(|port| answers(filter, *port))
@@ -226,7 +226,7 @@ mod tests {
             assert_eq!(local[0], 0);
             assert_eq!(local[1..], wanted);
             let filter = PortFilter::of(&[entry(PortRange::ANY, range(first, last))]);
-            // Asked with a port on this host that is in no set.
+            // Tested with a local port that is in no set.
             assert_eq!(remote_ports(&filter), wanted);
         }
     }
@@ -282,7 +282,7 @@ mod tests {
     }
 
     fn any_range() -> impl Strategy<Value = PortRange> {
-        // Few ports, so that they meet; empty ranges among them.
+        // Few ports, so that ranges overlap; some ranges are empty.
         let near = (60u16..70, 60u16..70).prop_map(|(first, last)| range(first, last));
         let any = (any::<u16>(), any::<u16>()).prop_map(|(first, last)| range(first, last));
         prop_oneof![near, any, Just(PortRange::ANY)]

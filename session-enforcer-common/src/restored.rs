@@ -92,7 +92,7 @@ mod tests {
         assert_eq!((after.last_received_ns, after.last_sent_ns), (20, 30));
         assert_eq!((after.answered_ns, after.half_closed_ns), (10, 25));
         assert_eq!(after.direction, 2);
-        // Payload came and left that no packet has shown to be taken and sent.
+        // Unconfirmed candidates count.
         let (came_ns, went_ns) = (40, 50);
         let waiting = Session {
             came_ns,
@@ -101,7 +101,7 @@ mod tests {
         };
         let after = inherited(&waiting);
         assert_eq!((after.last_received_ns, after.last_sent_ns), (40, 50));
-        // What was waited for before counts no less than what has passed since.
+        // Older candidates do not set the clocks back.
         let stale = Session {
             came_ns: 5,
             went_ns: 6,

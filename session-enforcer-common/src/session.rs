@@ -486,7 +486,7 @@ mod tests {
             ..tests_support::session(0, 0, 0)
         };
         let choice = Choice::of(&session);
-        // SAFETY: a record of integers, whose fields from here on are eight bytes.
+        // SAFETY: the fields from here on are eight bytes of integers.
         let word = unsafe { (&raw const session.generation).cast::<u64>().read() };
         assert_eq!(choice.0, word);
         assert_eq!((choice.generation(), choice.rule()), (0x0102_0304, 0x0506));
@@ -531,7 +531,7 @@ mod tests {
             counts[usize::from(session.jitter_share(KEY) >> 12)] += 1;
         }
         assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
-        // As well by address, from one port.
+        // Also spread evenly by address, with one port.
         let mut counts = [0u32; 16];
         for host in 0..=u16::MAX {
             session.remote = Address::from_ipv4((0x0a00_0000 | u32::from(host)).to_be());
@@ -579,7 +579,7 @@ mod tests {
         }
     }
 
-    /// A daemon of the next version takes sessions over, and must not move their deadlines.
+    /// A later version that takes over the sessions must not move their deadlines.
     #[test]
     fn the_share_of_a_connection_is_for_ever() {
         let session = Session {
@@ -654,7 +654,7 @@ mod tests {
         assert_eq!(next(now_ns - 3, now_ns - 2), now_ns - 3);
         assert_eq!(next(now_ns - 3, now_ns - 4), now_ns - 4);
         assert_eq!(next(now_ns + 1, 0), now_ns);
-        // What has not been taken for so long never will be.
+        // A candidate that old is never confirmed.
         assert_eq!(next(now_ns - SHORTEST_LIMIT_NS, 0), now_ns);
     }
 
@@ -670,7 +670,7 @@ mod tests {
         assert_eq!((settled.owes_answer(), settled.last_sent_ns), (true, 3));
         session.stamp_sent(3, false);
         assert_eq!((session.owes_answer(), session.last_sent_ns), (true, 3));
-        // The parts of an answer count together, and only since the last request.
+        // The parts of an answer are added up, from the last request on.
         session.bytes_sent = sent;
         assert!(session.is_answered_by(sent + 1, 100));
         session.stamp_received(4);
@@ -701,14 +701,14 @@ mod tests {
                 assert_eq!(joined, after);
             }
         }
-        // What else a record says of the session is its own.
+        // Other fields are not merged.
         let mut joined = read;
         joined.merge_activity(&Traffic {
             flags: u8::MAX,
             ..read.traffic()
         });
         assert_eq!(joined.flags, read.flags | flags::PEER_HAS_ENDED);
-        // At the same time the record's own word counts.
+        // With equal times this record's value is kept.
         let told = Session {
             answered_ns: 6,
             ..owes
@@ -732,7 +732,7 @@ pub(crate) mod tests_support {
     use super::*;
     use crate::Owner;
 
-    /// A session with these times, and nothing else of interest.
+    /// A session with these times.
     pub(crate) fn session(established_ns: u64, received_ns: u64, sent_ns: u64) -> Session {
         Session {
             last_received_ns: received_ns,

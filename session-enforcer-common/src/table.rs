@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(KEYS[2].buckets(7, 1), [0, 0]);
     }
 
-    /// Worked out by another program. Where this changes, [`LAYOUT`](crate::LAYOUT) does.
+    /// Computed by an independent program. A change of these values also changes [`LAYOUT`](crate::LAYOUT).
     #[test]
     fn a_cookie_lies_where_it_did_in_the_version_before() {
         for ((key, cookie, buckets), expected) in [
@@ -263,7 +263,7 @@ mod tests {
         assert_eq!(buckets, [3, 3, 11, 21_301]);
     }
 
-    /// Puts cookies into their buckets; how many found both full.
+    /// Inserts cookies into their buckets; returns how many found both buckets full.
     fn refused(key: Key, cookies: impl Iterator<Item = u64>, sessions: u32) -> usize {
         let buckets = buckets_for(sessions);
         let mut filled = vec![0; buckets as usize];

@@ -451,11 +451,11 @@ mod tests {
         assert_eq!(uid_of(&accepted, &families), 4);
         assert_eq!(uid_of(&ipv6, &families), 6);
         assert_eq!(uid_of(&accepted, &families[..1]), 6);
-        // No listener of all IPv4 addresses accepts IPv6.
+        // A listener on 0.0.0.0 does not accept IPv6.
         assert_eq!(uid_of(&ipv6, &families[1..]), 113);
         let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
         assert_eq!(uid_of(&accepted, &cgroups), 4);
-        // The one that accepted it is no more: its own user is the best that is known.
+        // The accepting listener is gone, so the user of the socket itself is used.
         let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
         assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
     }
@@ -476,11 +476,11 @@ mod tests {
         let with_syn = |info: &mut Info| info.numbers_acknowledged += 1;
         assert_eq!(told(state::ESTABLISHED, |_| {}), accepted);
         assert_eq!(told(state::ESTABLISHED, with_syn), dialled);
-        // This host's FIN was acknowledged.
+        // In FIN_WAIT2 this host's FIN was acknowledged.
         assert_eq!(told(state::FIN_WAIT2, with_syn), accepted);
         let with_both = |info: &mut Info| info.numbers_acknowledged += 2;
         assert_eq!(told(state::FIN_WAIT2, with_both), dialled);
-        // Something is on its way: what has left, with the FIN.
+        // With payload in flight, the numbers of what has left are used, including the FIN.
         let waits = |info: &mut Info| info.is_all_acknowledged = false;
         assert_eq!(told(state::ESTABLISHED, waits), accepted);
         let waits = |info: &mut Info| {
@@ -488,7 +488,7 @@ mod tests {
         };
         assert_eq!(told(state::LAST_ACK, waits), dialled);
         assert_eq!(told(state::ESTABLISHED, waits), unknown);
-        // Some was dropped before it left.
+        // Some payload was dropped before it left.
         assert_eq!(
             told(state::ESTABLISHED, |info| info.bytes_tried += 9),
             unknown
@@ -602,7 +602,7 @@ mod tests {
         assert_eq!(adopted[0].1.bytes_received, 9);
     }
 
-    /// A session that was adopted, and what its socket says later.
+    /// An adopted session, and the same session caught up with a later state of its socket.
     fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
         let sockets = [
             socket(state::LISTEN, 5432, 0),
@@ -630,7 +630,7 @@ mod tests {
 
     #[test]
     fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
-        // A retransmission moves the age of what was sent.
+        // A retransmission changes only the age of the last send.
         let (before, now) = later(|_| {});
         assert_eq!(now, before);
     }
@@ -666,7 +666,7 @@ mod tests {
             assert_eq!(sent(state, Direction::Outbound, |_| {}), 19 - fin);
         }
         assert_eq!(sent(state::LAST_ACK, Direction::Inbound, waits), 20);
-        // The other number was read later.
+        // The sequence numbers were read later than the byte count.
         let later = |info: &mut Info| info.numbers_sent += 100;
         assert_eq!(sent(state::ESTABLISHED, Direction::Inbound, later), 29);
     }
@@ -693,7 +693,7 @@ mod tests {
             ..before
         };
         assert_eq!(now, expected);
-        // Of both the ages tell who was last.
+        // If payload passed both ways, the ages show which was last.
         let both = |info: &mut Info| {
             send(info, 1);
             info.bytes_received += 1;
@@ -706,7 +706,7 @@ mod tests {
         assert!(now.owes_answer());
     }
 
-    /// A session for whose payload the socket is asked, and what it is by the socket's answer.
+    /// A session with candidates, before and after the confirmation by its socket.
     fn asked(change: impl FnOnce(&mut Session, &mut Info), min_payload: u16) -> [Session; 2] {
         let mut of = socket(state::ESTABLISHED, 5432, 1);
         let mut session = adopt(&[entry(0, 5432, 3)], &Scope::All, &[of])[0].1;
@@ -743,9 +743,9 @@ mod tests {
             (stamp > before.last_sent_ns, now.bytes_sent)
         };
         assert_eq!(sent(|_, _| {}), (true, 20));
-        // It was dropped on its way.
+        // The candidate was dropped before it left.
         assert_eq!(sent(|session, _| session.bytes_sent = 25), (false, 20));
-        // How much it was could not be read.
+        // The size of the candidate is unknown.
         let unread = |session: &mut Session, _: &mut Info| session.flags |= flags::SENT_UNREAD;
         assert_eq!(sent(unread), (false, 20));
         let unread = |session: &mut Session, _: &mut Info| {
@@ -774,7 +774,7 @@ mod tests {
         let now = 10_000 * MS;
         assert_eq!(activity(&info, now, 8 * MS), (5_008 * MS, now));
         assert_eq!(activity(&info, now, 0), (5_000 * MS, 9_993 * MS));
-        // Older than the clock.
+        // An age before the boot.
         assert_eq!(activity(&info, MS, 0).0, 0);
     }
 
@@ -829,7 +829,7 @@ mod tests {
             },
         ] {
             let told = told(more);
-            // As old as it was known to be.
+            // The time of establishment does not change.
             assert_eq!(told.established_ns, first.established_ns);
             assert!(told.established_ns < session(more).established_ns);
             assert_eq!(told.last_activity_ns(), session(more).last_activity_ns());

@@ -157,13 +157,13 @@ mod tests {
     fn a_session_that_was_refused_with_room_in_the_map_is_looked_for_soon() {
         let mut backlog = Backlog::from(0);
         assert_eq!(backlog.need(true), Need::Routine);
-        // It was full then.
+        // The table was full at that time.
         backlog.refused = 1;
         assert_eq!(backlog.need(true), Need::Mend);
         assert_eq!(backlog.need(false), Need::TryAgain);
         backlog.begin();
         assert_eq!(backlog.next_sync_ns(true), None);
-        // Another one, while the sync is under way, may have come too late for it.
+        // The sync in progress may have missed a session that is refused now.
         backlog.refused = 2;
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::Mend);
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(backlog.next_sync_ns(true), Some(700 * S));
         backlog.events = true;
         assert_eq!(backlog.next_sync_ns(true), Some(101 * S));
-        // What is left is tried again, ever later.
+        // Unrepaired problems are retried at growing intervals.
         for (unreached, left_out) in [(1, 0), (0, 1)] {
             let mut backlog = Backlog::from(100 * S);
             backlog.set_interval(Duration::from_secs(600));
@@ -211,7 +211,7 @@ mod tests {
         let said: Vec<_> = backlog.troubles(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("is full")));
         assert!(said[1].1.is_some_and(|what| what.contains("namespace")));
-        // Meanwhile only what is still so is said.
+        // During a sync only problems that still exist are reported.
         backlog.begin();
         let said: Vec<_> = backlog.troubles(true).collect();
         assert!(said.len() == 1 && said[0].0 == DegradedCause::Untracked);
@@ -263,13 +263,13 @@ mod tests {
             backlog.begin();
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::Routine);
-            // One that was reset may not be gone.
+            // The reset may not have succeeded yet.
             backlog.begin();
             backlog.to_reset = 1;
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::TryAgain);
             assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
-            // What is only observed was left.
+            // Sessions of observing rules are left out and not reset.
             backlog.begin();
             backlog.left_out = 1;
             end(&mut backlog);
@@ -297,7 +297,7 @@ mod tests {
         backlog.unreached = 1;
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::TryAgain);
-        // What was said lasts until the next one has ended.
+        // The earlier message stays until the next sync has ended.
         backlog.begin();
         assert_eq!(backlog.troubles(true).count(), 0);
     }

@@ -120,7 +120,7 @@ mod tests {
         }
         assert_eq!(waits[..4], [2, 4, 8, 16]);
         assert_eq!(waits[99], 600);
-        // Once there is room, it is mended at once.
+        // A problem that can be repaired is not delayed.
         assert_eq!(backoff.next_ns(Need::Mend), backoff.ended_ns + S);
         backoff.ended(now_ns, Duration::ZERO, true);
         assert_eq!(backoff.next_ns(Need::TryAgain), now_ns + S);

@@ -164,9 +164,9 @@ mod tests {
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
         assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);
-        // What came after it.
+        // The namespace was created after the search.
         assert_eq!(handles.search(7, 3 * S, 3 * S), Searching::Begins);
-        // Met in a search for another.
+        // Found during a search for another namespace.
         handles.note(7, "/x".into());
         assert_eq!(handles.search(7, S, 12 * S), Searching::Not);
         assert_eq!(handles.netns(7).0.search, Search::Processes);

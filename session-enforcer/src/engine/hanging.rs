@@ -137,7 +137,7 @@ mod tests {
     fn what_ends_makes_room_for_one_and_leaves_the_others() {
         let mut hanging = Hanging::default();
         let of_one = culprit(&[1, 2, 3]);
-        // Not below a cgroup of the second level: each is its own.
+        // Without a second-level ancestor the cgroup itself is used.
         assert_eq!((culprit(&[9]).below, of_one.below), (9, 2));
         hanging.begin(of_one);
         hanging.begin(of_one);

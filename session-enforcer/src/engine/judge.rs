@@ -152,7 +152,7 @@ mod tests {
         }
     }
 
-    /// The phase that a first attempt leaves.
+    /// The phase after a first reset attempt.
     fn tried(expired: Expired) -> Phase {
         let mut tracker = Tracker::default();
         tracker.begin_reset(&expired);
@@ -193,7 +193,7 @@ mod tests {
         for phase in [made_late, tried(first)] {
             let again = late(judge(1, &session(), limits, Some(&phase), 20 * S, |_| None));
             assert_eq!((again.reason, again.deadline_ns), (Reason::Policy, 15 * S));
-            // Another limit, which the policy did not make it reach.
+            // Another limit, whose deadline is not that of the policy change.
             let other = late(judge(
                 1,
                 &session(),
@@ -233,17 +233,17 @@ mod tests {
             ..idle(10)
         };
         let at = |now_ns| late(judge(1, &session(), (0, &both), None, now_ns, |_| None));
-        // Its next activity may be late 10 s after now, its age at 100 s.
+        // New activity may be late 10 s from now; the lifetime ends at 100 s.
         assert_eq!(next_observation(&at(11 * S), &both), 21 * S);
         assert_eq!(next_observation(&at(95 * S), &both), 100 * S);
-        // Too old for ever: only its end is to be seen.
+        // The lifetime is over, so only the end of the session can follow.
         let old = Limits {
             idle_timeout_ns: 0,
             ..both
         };
         let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, |_| None));
         assert_eq!(next_observation(&too_old, &old), 101 * S + SLOW_RECHECK_NS);
-        // Also where it may be idle again, which ends nothing that is not late already.
+        // Also if it can become idle again, since it stays late.
         let lately = Session {
             last_sent_ns: 95 * S,
             ..session()
@@ -251,8 +251,8 @@ mod tests {
         let too_old = late(judge(1, &lately, (0, &both), None, 101 * S, |_| None));
         assert_eq!(too_old.reached_ns, 100 * S);
         assert_eq!(next_observation(&too_old, &both), 101 * S + SLOW_RECHECK_NS);
-        // It was idle before it was too old: the next payload makes it late by its age, and it is looked at
-        // soon enough to see its end.
+        // The idle limit was reached before the lifetime: after the next payload the session is late by its lifetime.
+        // The recheck is early enough to detect the session's end.
         assert_eq!(next_observation(&at(101 * S), &both), 111 * S);
         let patient = Limits {
             max_lifetime_ns: 100 * S,
@@ -277,8 +277,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever was decided before: alive is what the kernel's own decision calls alive, and a deadline
-        /// never lies in the future.
+        /// Whatever was decided before: a session is alive exactly if [`expiry`] says so, and a deadline
+        /// is never in the future.
         #[test]
         fn what_was_decided_before_changes_the_cause_and_nothing_else(
             idle_s in 0_u64..20,

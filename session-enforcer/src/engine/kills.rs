@@ -140,7 +140,7 @@ mod tests {
         let failed = KillResult::Failed("locked".to_owned());
         assert_eq!(told(&mut to_first), std::slice::from_ref(&failed));
         assert_eq!(told(&mut to_second), [failed]);
-        // It is tried again, and who asks then is told too.
+        // The reset is tried again; a client that asks now gets the next result.
         kills.ask(7, &session, 30, &requester(3), &second);
         kills.ended(7, &session, &KillResult::Reset);
         assert_eq!(told(&mut to_first), []);

@@ -307,7 +307,7 @@ mod tests {
         let same = next(&first, &rules("one")).unwrap();
         assert_eq!(same.rule_of(&of(1), nobody), Some(rule_id));
         assert_eq!(same.rule_of(&of(1), no_ancestors), None);
-        // Without an earlier decision, or where its rule is no more: the first that could be meant.
+        // Without an earlier decision, or if its rule was removed: the first rule that could match.
         assert_eq!(same.rule_of(&of(0), nobody), Some(rule_id));
         let other = next(&first, &rules("other")).unwrap();
         assert_eq!(other.rule_of(&of(1), nobody), Some(other.rule_ids[1]));
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(second.rule_of(&session(1, 0, 1), no_ancestors), Some(2));
         assert_eq!(second.rule_of(&session(2, 1, 1), no_ancestors), None);
         assert_eq!(second.rule_of(&session(3, 0, 1), no_ancestors), None);
-        // Of the policy in force the kernel's word stands.
+        // A rule that the kernel chose under the active policy is kept.
         assert_eq!(second.rule_of(&session(1, 1, 2), no_ancestors), Some(1));
     }
 

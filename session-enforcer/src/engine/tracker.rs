@@ -426,14 +426,14 @@ mod tests {
         assert_eq!(tracker.next_due_ns(), Some(50));
         tracker.rearm(7, 70);
         assert_eq!(tracker.next_due_ns(), Some(60));
-        // To an earlier time, never to a later one.
+        // `hasten` only moves a session to an earlier time.
         tracker.hasten(7, 40);
         tracker.hasten(8, 90);
         assert_eq!(tracker.take_due(60, 1), [7]);
         assert_eq!(tracker.take_due(60, 1), [8]);
         tracker.may_end(8, 65);
         assert_eq!(tracker.next_due_ns(), Some(65));
-        // What is asked for the first rule only has one number more.
+        // The counts by rule grow as needed.
         let first = Group { rule: 0, ..group };
         let mut tracker = Tracker::default();
         tracker.add(1, first, 1);
@@ -448,13 +448,13 @@ mod tests {
         let asked = expired(100);
         let mut tracker = Tracker::default();
         tracker.begin_reset(&asked);
-        // The event of its end comes before the reaper's answer.
+        // The event of the session's end comes before the reaper's answer.
         assert_eq!(tracker.unrecorded(7), None);
         tracker.forget(7);
         let tried = tracker.tried(7, &asked.session).unwrap();
         assert_eq!(tried.asked, 1);
         (tried.asked, tried.unanswered) = (0, 1);
-        // Nobody will tell what became of it.
+        // No answer is outstanding any more.
         assert_eq!(tracker.unrecorded(7), Some(asked));
         tracker.forget(7);
         assert!(tracker.phase_of_cookie(7).is_none());
@@ -496,23 +496,23 @@ mod tests {
         assert_eq!(tracker.observe(&at(10, 10)), Some(true));
         assert_eq!(tracker.observe(&at(10, 20)), Some(false));
         assert_eq!(tracker.observe(&at(30, 30)), Some(true));
-        // Its reaper stood still meanwhile.
+        // A late answer of a slow reaper.
         assert_eq!(tracker.observe(&at(10, 25)), None);
         assert_eq!(tracker.observe(&at(30, 30)), Some(false));
-        // Another policy may make it late since an earlier time.
+        // Under another policy it may have reached its limit earlier.
         assert_eq!(tracker.observe(&at(5, 40)), Some(true));
-        // Why it is late, or what was tried before, does not keep it from being observed.
+        // Another phase of the session does not prevent the observation.
         let late = Phase::LateByPolicy {
             changed_ns: 45,
             reached_ns: 5,
         };
         tracker.set_phase(7, &expired(100).session, late);
         assert_eq!(tracker.observe(&at(5, 46)), Some(true));
-        // Under yet another one it is being reset.
+        // Another policy enforces, and the session is being reset.
         tracker.begin_reset(&at(5, 50));
         assert_eq!(tracker.observe(&at(5, 45)), None);
         assert!(tracker.is_resetting());
-        // Another session of the same socket.
+        // A later session of the same socket.
         assert_eq!(
             tracker.observe(&Expired {
                 session: expired(200).session,
