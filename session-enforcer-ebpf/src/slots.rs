@@ -3,8 +3,8 @@
 //! After its creation only these programs write to the table, also for the daemon (`table_ops`). A program always runs
 //! to its end, so a killed daemon leaves no partial change.
 //!
-//! Tags are changed only by compare-and-exchange, so two programs never get the same slot. As with the kernel's hash
-//! maps, a slot can be reused between a program's lookup and its write: see `activity::track`.
+//! A slot is claimed only by compare-and-exchange of its tag, so two programs never get the same slot. As with the
+//! kernel's hash maps, a slot can be reused between a program's lookup and its write: see `activity::track`.
 //!
 //! A record is written before its tag; the exchange of the tag orders the two. A reader orders the read of the tag and
 //! the reads of the record by [`words::order`], and so does a reader that checks the tag again after reading the
