@@ -67,7 +67,8 @@ impl Direction {
 /// Bits of [`Session::flags`].
 pub mod flags {
     /// The kernel does not report the end of this session through `sock_ops`. This applies to adopted connections: the
-    /// callback flag can only be set in a callback, and an established socket gets no further one.
+    /// callback flag can only be set in a callback, and an established socket gets no further one. It also applies if
+    /// the kernel refused the callback flag.
     pub const END_UNREPORTED: u8 = 1;
     /// The gate has dropped payload of this session and the daemon has the event
     /// ([`EventKind::Expired`](crate::EventKind::Expired)); further drops send no event. The next payload that passes
@@ -92,10 +93,10 @@ pub mod flags {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Session {
-    /// When payload that counts (see [`Limits::min_payload`](crate::Limits::min_payload)) was last received; the time
-    /// of establishment if there was none.
+    /// When new payload that counts (see [`Limits::min_payload`](crate::Limits::min_payload)) was last received; the
+    /// time of establishment if there was none.
     pub last_received_ns: u64,
-    /// When payload that counts was last sent; the time of establishment if there was none.
+    /// When new payload that counts was last sent; the time of establishment if there was none.
     pub last_sent_ns: u64,
     /// When this host last answered, that is, sent payload after it had received some; the time of establishment if it
     /// has received none. 0 while it owes an answer: on an inbound session, while the last payload was received and not
@@ -250,7 +251,7 @@ impl Session {
         self.open_until_ns == Self::SHUT
     }
 
-    /// When payload that counts last passed in either direction.
+    /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {
         if self.last_received_ns > self.last_sent_ns {
@@ -260,7 +261,7 @@ impl Session {
         }
     }
 
-    /// The packet-path fields of the record.
+    /// The fields of the record that packets change.
     #[inline]
     pub const fn traffic(&self) -> Traffic {
         Traffic {
@@ -281,7 +282,7 @@ impl Session {
     }
 
     /// Merges the activity of another record of the same session. No value goes back: the later of two stamps is kept.
-    /// The record with the later activity determines whether an answer is owed; if both are equal, this record does.
+    /// The record with the later activity determines whether an answer is owed; with equal times this record does.
     #[inline]
     pub fn merge_activity(&mut self, other: &Traffic) {
         let other_ns = other.last_received_ns.max(other.last_sent_ns);

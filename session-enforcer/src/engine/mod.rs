@@ -3,8 +3,9 @@
 //! One loop waits for events, deadlines, signals and requests. Work that needs a reaper runs in separate tasks beside
 //! the loop ([`context`]): resets ([`terminate`]), the comparison of table, schedule and sockets ([`sync`]), owners
 //! ([`owner_search`]), policy changes ([`reload`]), the start ([`takeover`]), and growth ([`growth`]). The decisions
-//! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hanging`]. The engine makes no call that a process, a
-//! user or a file system can block.
+//! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hanging`]. The engine makes no call that a process or
+//! a user can block. The only files that it reads are the configuration, `/etc/passwd`, cgroupfs, and
+//! `/proc/PID/stat` of its reapers.
 
 pub mod adopt;
 mod ask;
