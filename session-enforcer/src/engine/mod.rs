@@ -4,8 +4,7 @@
 //! the loop ([`context`]): resets ([`terminate`]), the comparison of table, schedule and sockets ([`sync`]), owners
 //! ([`owner_search`]), policy changes ([`reload`]), the start ([`takeover`]), and growth ([`growth`]). The decisions
 //! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hanging`]. The engine makes no call that a process or
-//! a user can block. The only files that it reads are the configuration, `/etc/passwd`, cgroupfs, and
-//! `/proc/PID/stat` of its reapers.
+//! a user can block; `docs/design/reapers.md` lists the files that it reads.
 
 pub mod adopt;
 mod ask;

@@ -44,7 +44,7 @@ const AT_A_TIME: usize = 2;
 /// Delay before the first recheck of a session whose reset has no answer. It doubles each time.
 const UNANSWERED_NS: u64 = 10_000_000;
 
-/// After this many consecutive requests without an answer, the reset counts as failed.
+/// Number of consecutive requests without an answer that are retried. The next one counts as a failed reset.
 const MAX_UNANSWERED: u32 = 5;
 
 /// Maximum number of doublings of the retry interval: from 10 s to 320 s.
@@ -1008,8 +1008,8 @@ impl State {
         Ok(())
     }
 
-    /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] such answers in a row the
-    /// reset counts as failed with this error.
+    /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] retries in a row the reset
+    /// counts as failed with this error.
     fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
         let (cookie, session) = (expired.cookie, &expired.session);
         if expired.reason == Reason::Untracked {
