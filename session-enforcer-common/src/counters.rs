@@ -1,12 +1,12 @@
-//! What the kernel programs count, each in a per-CPU map that the daemon sums when it is scraped.
+//! Counters of the kernel programs. Each lies in a per-CPU map, which the daemon sums when its metrics are read.
 
-/// Sessions of one rule.
+/// Session counters of one rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct RuleCounters {
     /// Sessions that were established under the rule.
     pub opened: u64,
-    /// Sessions of the rule that the kernel saw end.
+    /// Sessions of the rule whose close the kernel programs saw.
     pub closed: u64,
 }
 
@@ -14,9 +14,10 @@ pub struct RuleCounters {
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for RuleCounters {}
 
-/// Which hook sees a packet. The number is the index in the map of the packets that the gate dropped.
+/// The hook that sees a packet. The number is the index in the map of dropped packets.
 ///
-/// Not a [`Direction`](crate::Direction), which says who dialled: packets of a session pass both ways.
+/// This is not the [`Direction`](crate::Direction) of a session, which says which side dialled; a session has packets
+/// in both packet directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum PacketDirection {
@@ -27,10 +28,10 @@ pub enum PacketDirection {
 }
 
 impl PacketDirection {
-    /// Both, in the order of their numbers.
+    /// All packet directions, in the order of their numbers.
     pub const ALL: [Self; 2] = [Self::Ingress, Self::Egress];
 
-    /// Number of ways, the size of the map.
+    /// Number of packet directions, the size of the map.
     pub const COUNT: u32 = Self::ALL.len() as u32;
 
     /// The name in metrics.
@@ -42,26 +43,26 @@ impl PacketDirection {
     }
 }
 
-/// What can go wrong in the kernel programs. The number is the index in the error map.
+/// Errors of the kernel programs. The number is the index in the error map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum ErrorKind {
-    /// The session table has no place for the rule's sessions, or both buckets of the cookie are full; the session
-    /// is not tracked.
+    /// The session table has no slot for a session of the rule, or both buckets of the cookie are full. The session is
+    /// not tracked.
     MapFull = 0,
-    /// The ring buffer was full; the event was not delivered.
+    /// The ring buffer was full; the event was lost.
     EventLost = 1,
-    /// A packet's headers could not be read; activity was taken from the socket's counters.
+    /// A packet's headers could not be parsed; activity is taken from the socket's counters.
     HeaderUnreadable = 2,
-    /// A tracked packet had no TCP socket to compare with.
+    /// A packet of a tracked session had no TCP socket, whose counters are needed.
     NoTcpSocket = 3,
-    /// The close callback could not be asked for; the end of the session will not be seen.
+    /// The kernel refused to enable the close callback; the end of the session will not be reported.
     CallbackRefused = 4,
-    /// A map of the programs themselves could not be read.
+    /// An element of a map could not be read.
     TableUnreadable = 5,
-    /// The owner of a socket could not be kept; the daemon has to find it out.
+    /// The owner of a socket could not be stored; the daemon has to resolve it.
     OwnerNotKept = 6,
-    /// The sessions of the rule have as many places as it allows them; the session is not tracked.
+    /// The rule has reached its `max_sessions`. The session is not tracked.
     RuleFull = 7,
 }
 
@@ -78,7 +79,7 @@ impl ErrorKind {
         Self::RuleFull,
     ];
 
-    /// Number of kinds, the size of the error map.
+    /// Number of error kinds, the size of the error map.
     pub const COUNT: u32 = Self::ALL.len() as u32;
 
     /// The name in metrics.

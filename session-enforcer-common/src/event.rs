@@ -1,18 +1,18 @@
-//! What the kernel programs tell the daemon through the ring buffer.
+//! Events that the kernel programs send to the daemon through the ring buffer.
 
-/// What happened to a session.
+/// The event of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum EventKind {
-    /// Established, matched and now in the session map.
+    /// The session was established, matched and inserted into the session table.
     Opened = 1,
-    /// Closed, and no longer in the session map.
+    /// The session has closed and was removed from the session table.
     Closed = 2,
-    /// A session whose end the kernel does not report (see
-    /// [`flags::END_UNREPORTED`](crate::flags::END_UNREPORTED)) passed a FIN or RST: it may end soon, and the
-    /// daemon must look.
+    /// A FIN or RST passed on a session whose end the kernel does not report (see
+    /// [`flags::END_UNREPORTED`](crate::flags::END_UNREPORTED)). The session may end soon, so the daemon must check its
+    /// socket.
     MayEnd = 3,
-    /// The gate refused payload of a session past its deadline.
+    /// The gate dropped payload of a session past its deadline.
     Expired = 4,
 }
 
@@ -20,30 +20,30 @@ pub enum EventKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Event {
-    /// The socket's cookie, the key of the session map.
+    /// The socket cookie, the key of the session table.
     pub cookie: u64,
-    /// The cookie of its network namespace.
+    /// The cookie of the socket's network namespace.
     pub netns_cookie: u64,
-    /// When it was established, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// Time of establishment, in nanoseconds of `CLOCK_BOOTTIME`.
     pub established_ns: u64,
-    /// Identity of its owner's cgroup; 0 where that is not known.
+    /// Cgroup id of the session's owner; 0 if the owner is not known.
     pub cgroup_id: u64,
-    /// [`EventKind`] as a number.
+    /// An [`EventKind`] as a number.
     pub kind: u32,
-    /// Index of its rule.
+    /// Index of the session's rule.
     pub rule: u16,
-    /// The lower half of the generation of the match table that chose the rule.
+    /// The lower 16 bits of the generation of the match table that chose the rule.
     pub generation: u16,
 }
 
 const _: () = assert!(size_of::<Event>() == 40 && align_of::<Event>() == 8);
 
-/// Why a record of the ring buffer was refused.
+/// Why a record of the ring buffer could not be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventError {
-    /// The record is not as long as an [`Event`].
+    /// The record does not have the size of an [`Event`].
     Length(usize),
-    /// The record's kind is none of [`EventKind`].
+    /// The record's kind is not an [`EventKind`].
     Kind(u32),
 }
 
@@ -59,11 +59,11 @@ impl core::fmt::Display for EventError {
 impl core::error::Error for EventError {}
 
 impl Event {
-    /// Reads a record as it lies in the ring buffer.
+    /// Parses a record of the ring buffer.
     ///
     /// # Errors
     ///
-    /// Where the length or the kind is not one that the programs of this version write.
+    /// Fails if the programs of this version do not write records of this length or kind.
     pub fn parse(record: &[u8]) -> Result<(EventKind, Self), EventError> {
         let whole: &[u8; size_of::<Self>()] = record
             .try_into()

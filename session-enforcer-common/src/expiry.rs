@@ -1,8 +1,8 @@
-//! The limits of a rule, and the decision whether a session has outlived them.
+//! The limits of a rule, and the decision whether a session is past them.
 
 use crate::Session;
 
-/// Whose new payload resets the idle clock, as seen from this host.
+/// Which payload resets the idle clock, as seen from this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Activity {
@@ -15,7 +15,7 @@ pub enum Activity {
     Sent = 2,
 }
 
-/// The limits that one rule sets. A limit of 0 is no limit.
+/// The limits of a rule. A limit of 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Limits {
@@ -23,31 +23,29 @@ pub struct Limits {
     pub idle_timeout_ns: u64,
     /// Longest time since establishment, in nanoseconds.
     pub max_lifetime_ns: u64,
-    /// A session's lifetime is up to this much shorter, in nanoseconds; less than the lifetime.
+    /// Maximum reduction of a session's lifetime, in nanoseconds; less than the lifetime.
     pub lifetime_jitter_ns: u64,
-    /// Longest time that this host may owe an answer, in nanoseconds. With it, the idle clock
-    /// stands still as long as the answer is owed.
+    /// Longest time that this host may owe an answer, in nanoseconds. If set, the idle clock stands still while an
+    /// answer is owed.
     pub response_timeout_ns: u64,
-    /// Longest time without activity since either end has sent its FIN, in nanoseconds: then in place of
+    /// Longest time without activity after the first FIN of either side, in nanoseconds. It then replaces
     /// `idle_timeout_ns`.
     pub half_closed_timeout_ns: u64,
-    /// Bytes of payload that this host must send after a request until it has answered.
+    /// Minimum number of payload bytes of an answer.
     pub min_answer: u32,
-    /// Places in the session table that the rule's sessions may have; 0 for no limit of its own.
+    /// Maximum number of the rule's sessions in the session table; 0 means no maximum.
     pub max_sessions: u32,
-    /// Generation of the match table with which this came into force. A session of another one has
-    /// to be matched again.
+    /// Generation of the match table that belongs to these limits. A session of another generation must be matched
+    /// again.
     pub generation: u32,
-    /// Bytes of new payload that a packet must have to count: as activity, as a request, as an
-    /// answer. Less is not seen by any clock.
+    /// Minimum number of new payload bytes in a packet that counts as activity, request or answer. No clock considers
+    /// less.
     pub min_payload: u16,
-    /// [`Activity`] as a number. Any other number is [`Activity::Any`], the one with which a
-    /// session lives longest.
+    /// [`Activity`] as a number. An invalid number counts as [`Activity::Any`], with which a session lives longest.
     pub activity: u8,
-    /// 1 where the gate stands: the rule enforces, and payload past the deadline is refused. Any
-    /// other number is no gate.
+    /// 1 if the rule enforces, so that the gate drops payload past the deadline. Any other value disables the gate.
     pub gate: u8,
-    /// Key of the hash by which sessions have their shares of the jitter.
+    /// Key of the hash for the jitter shares of sessions.
     pub jitter_key: u64,
 }
 
@@ -61,57 +59,56 @@ const _: () = {
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Limits {}
 
-/// Why a session is terminated. The names are those of the metrics and the audit.
+/// Why a session is terminated. The names are those in metrics and audit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// No activity for the rule's `idle_timeout`.
     IdleTimeout,
-    /// Open for the rule's `max_lifetime`.
+    /// The session has reached the rule's `max_lifetime`.
     MaxLifetime,
-    /// No answer from this host for the rule's `response_timeout`.
+    /// This host has not answered for the rule's `response_timeout`.
     ResponseTimeout,
-    /// No activity for the rule's `half_closed_timeout` since a FIN.
+    /// No activity for the rule's `half_closed_timeout` after a FIN.
     HalfClosedTimeout,
-    /// A new policy came into force, and the session was past its limits already. Never a
-    /// [`expiry`]: the daemon says so when it loads a policy.
+    /// The session was already past the limits of a policy when it came into force. [`expiry`] never returns it; the
+    /// daemon uses it when it loads a policy.
     Policy,
-    /// There is no place for it in the session table (`daemon.on_full = "reset"`). Never a [`expiry`] either.
+    /// The session table has no slot for the session (`daemon.on_full = "reset"`). [`expiry`] never returns it.
     Untracked,
-    /// Somebody asked for it over the control socket. Never a [`expiry`].
+    /// Requested over the control socket. [`expiry`] never returns it.
     Admin,
 }
 
-/// The answer of [`expiry`].
+/// The result of [`expiry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expiry {
-    /// The session lives.
+    /// The session is within its limits.
     Alive {
-        /// Whatever happens to the session, it does not expire before this; `u64::MAX` where there
-        /// is no limit.
+        /// The session does not expire before this time, whatever passes; `u64::MAX` if it has no limit.
         recheck_ns: u64,
     },
-    /// The session is past its limit.
+    /// The session is past a limit.
     Expired {
         /// The limit that it reached first.
         reason: Reason,
-        /// When it reached it.
+        /// When it reached that limit.
         deadline_ns: u64,
     },
 }
 
 impl Limits {
-    /// The longest life of this session: the maximum less its share of the jitter. 0 is no limit.
+    /// The maximum lifetime of this session: the rule's maximum minus the session's jitter. 0 means no limit.
     #[inline]
     pub const fn lifetime_ns(&self, session: &Session) -> u64 {
         if self.lifetime_jitter_ns == 0 {
             return self.max_lifetime_ns;
         }
-        // The share is in 65,536ths, and the product fits into 64 bits.
+        // The share is in 65,536ths; the product fits into 64 bits.
         let share = (self.lifetime_jitter_ns >> 16) * session.jitter_share(self.jitter_key) as u64;
         self.max_lifetime_ns.saturating_sub(share)
     }
 
-    /// The earliest deadline that a session of this age can have, whatever passes in it.
+    /// The earliest deadline that a session established at `established_ns` can have, whatever passes.
     pub const fn first_deadline_ns(&self, established_ns: u64) -> u64 {
         let lifetime = self.max_lifetime_ns.saturating_sub(self.lifetime_jitter_ns);
         earlier(
@@ -120,7 +117,7 @@ impl Limits {
         )
     }
 
-    /// The earliest deadline that anything that passes from now on can set.
+    /// The earliest deadline that a packet from now on can set.
     pub const fn next_activity_deadline_ns(&self, now_ns: u64) -> u64 {
         let response = self.deadline(now_ns, self.response_timeout_ns);
         earlier(
@@ -137,9 +134,8 @@ impl Limits {
         since_ns.saturating_add(limit_ns)
     }
 
-    /// Until when the gate is open whatever passes until then; 0 where the session is past its limits at
-    /// `now_ns`. Payload from now on is stamped [`Session::next_stamp_ns`] or later, so a [`expiry`] of this time
-    /// says when to look again.
+    /// Until when the gate can stay open without a new check; 0 if the session is past its limits at `now_ns`. Later
+    /// payload is stamped [`Session::next_stamp_ns`] or later, so the `recheck_ns` of [`expiry`] is a valid bound.
     #[inline]
     pub fn open_until_ns(&self, session: &Session, now_ns: u64) -> u64 {
         if self.gate != 1 {
@@ -151,13 +147,13 @@ impl Limits {
         }
     }
 
-    /// Whether the gate refuses payload of the session at this time of the precise clock.
+    /// Whether the gate drops payload of the session at `now_ns`, a time of the precise clock.
     #[inline]
     pub fn refuses(&self, session: &Session, now_ns: u64) -> bool {
         self.gate == 1 && expired(session, self, now_ns)
     }
 
-    /// Since when the idle clock runs, while it does.
+    /// When the idle clock started, if it is running.
     #[inline]
     pub const fn idle_since(&self, session: &Session) -> u64 {
         let activity = if self.activity == Activity::Received as u8 {
@@ -167,19 +163,19 @@ impl Limits {
         } else {
             session.last_activity_ns()
         };
-        // The clock stood still until the answer, and starts anew with it.
+        // The clock stood still until the answer and restarted with it.
         if self.response_timeout_ns != 0 && session.answered_ns > activity {
             return session.answered_ns;
         }
         activity
     }
 
-    /// When the session has been idle for too long, and by which limit.
+    /// The idle deadline, and the limit that sets it.
     #[inline(always)]
     const fn idle_deadline(&self, session: &Session) -> (u64, Reason) {
         let since_ns = self.idle_since(session);
         let idle_ns = self.deadline(since_ns, self.idle_timeout_ns);
-        // A FIN that comes after the deadline saves nobody.
+        // A FIN after the idle deadline does not extend the session.
         if self.half_closed_timeout_ns == 0 || session.half_closed_ns >= idle_ns {
             return (idle_ns, Reason::IdleTimeout);
         }
@@ -202,9 +198,9 @@ fn expired(session: &Session, limits: &Limits, now_ns: u64) -> bool {
     matches!(expiry(session, limits, now_ns), Expiry::Expired { .. })
 }
 
-/// Whether the session is past its limits at `now_ns`: binary, without grace.
-// Always inlined: as a function it returns the address of the answer on its caller's stack, and the verifier
-// says "cannot return stack pointer to the caller".
+/// Decides whether the session is past its limits at `now_ns`. There is no grace period.
+// Always inlined: an out-of-line function returns the result through the caller's stack, and the verifier refuses it
+// ("cannot return stack pointer to the caller").
 #[inline(always)]
 pub fn expiry(session: &Session, limits: &Limits, now_ns: u64) -> Expiry {
     let waiting = limits.response_timeout_ns != 0 && session.owes_answer();
@@ -228,8 +224,8 @@ pub fn expiry(session: &Session, limits: &Limits, now_ns: u64) -> Expiry {
             deadline_ns,
         };
     }
-    // With other clocks beside the idle one they change places: an answer starts the idle clock, a request the
-    // other, a FIN the third, and each may end before the one that runs now.
+    // With a response or half-closed timeout the running clock can change: an answer starts the idle clock, a request
+    // the response clock, a FIN the half-closed clock. Each may end before the current one.
     let recheck_ns = if limits.response_timeout_ns | limits.half_closed_timeout_ns == 0 {
         deadline_ns
     } else {
@@ -296,7 +292,7 @@ mod tests {
         assert_eq!(expires(&s, &p, 20), Some(Reason::ResponseTimeout));
     }
 
-    /// A session of these times, in seconds, that was half-closed at the last.
+    /// A session with these times in seconds; `at` is the time of the first FIN.
     fn half_closed(established: u64, received: u64, sent: u64, at: u64) -> Session {
         Session {
             half_closed_ns: at * SECOND,
@@ -312,20 +308,20 @@ mod tests {
         };
         let reached = |s: &Session, p: &Limits, at| expires(s, p, at);
         let (idle, by_fin) = (Some(Reason::IdleTimeout), Some(Reason::HalfClosedTimeout));
-        // It runs from the FIN or from later payload, and is shorter, longer or the only one.
+        // The timeout starts at the FIN or at later payload; shorter or longer than the idle timeout, or without one.
         let s = half_closed(10, 12, 11, 20);
         assert_eq!(reached(&s, &p(15, 3), 23), by_fin);
         assert_eq!(reached(&s, &p(15, 90), 110), by_fin);
         assert_eq!(reached(&s, &p(0, 3), 23), by_fin);
         let busy = half_closed(10, 22, 12, 20);
         assert_eq!(reached(&busy, &p(15, 3), 25), by_fin);
-        // Without the limit a FIN means nothing, and without a FIN the limit does not.
+        // Without the timeout a FIN has no effect, and without a FIN the timeout has none.
         assert_eq!(reached(&s, &p(15, 0), 27), idle);
         let open = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         assert_eq!(reached(&open, &p(15, 3), 27), idle);
         let alive = expiry(&open, &p(0, 3), 1 << 60);
         assert!(matches!(alive, Expiry::Alive { .. }));
-        // A FIN at the deadline comes too late.
+        // A FIN at the idle deadline does not extend the session.
         let late = half_closed(10, 12, 11, 27);
         assert_eq!(reached(&late, &p(15, 3), 27), idle);
     }
@@ -481,7 +477,7 @@ mod tests {
         s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
         assert_eq!(expires(&s, &p, 72), Some(Reason::ResponseTimeout));
-        // Without the limit the state means nothing.
+        // Without a response timeout an owed answer has no effect.
         let p = with_response(5, 0, Activity::Any);
         assert_eq!(expires(&s, &p, 17), Some(Reason::IdleTimeout));
     }
@@ -527,7 +523,7 @@ mod tests {
         assert!((99 * SECOND..=100 * SECOND).contains(longest.unwrap()));
     }
 
-    /// A request, an answer or a FIN passes.
+    /// Lets a request (0), an answer (1) or a FIN pass.
     fn pass(session: &mut Session, what: u8, at_ns: u64) {
         match what {
             0 => session.stamp_received(at_ns),
@@ -537,7 +533,7 @@ mod tests {
     }
 
     proptest! {
-        /// The gate is the expiry, whether or not it remembers until when it is open.
+        /// The gate agrees with [`expiry`], with or without a remembered `open_until_ns`.
         #[test]
         fn the_gate_refuses_exactly_what_has_expired(
             times in (0..1_000u64, 0..1_000u64, 0..1_000u64, 0..1_000u64),
@@ -557,7 +553,7 @@ mod tests {
                 ..session(times.0, times.1, times.2)
             };
             let p = Limits {
-                // Jitter is in steps of a 65,536th, so lifetimes are long.
+                // Long lifetimes, since the jitter has steps of 1/65,536.
                 max_lifetime_ns: limits.2 << 16,
                 lifetime_jitter_ns: (limits.2 << 16) / 100 * jitter,
                 idle_timeout_ns: limits.0,
@@ -575,7 +571,7 @@ mod tests {
             }
         }
 
-        /// Or else the clock would be read twice for every packet.
+        /// Otherwise each packet would read the clock twice.
         #[test]
         fn the_gate_is_not_asked_twice_before_the_deadline(
             received in 0..1_000u64,
@@ -596,7 +592,7 @@ mod tests {
             }
         }
 
-        /// The kernel remembers until when the gate is open, and does not look before.
+        /// The programs remember `open_until_ns` and do not check the gate before that time.
         #[test]
         fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
             times in (0..1_000u64, 0..1_000u64),
@@ -634,8 +630,8 @@ mod tests {
     }
 
     proptest! {
-        /// The schedule relies on this: whatever passes after the look, no deadline comes before
-        /// the time for the next look.
+        /// The schedule relies on this: whatever passes after a check, no deadline is earlier than
+        /// the time of the next check.
         #[test]
         fn no_event_after_a_look_makes_a_deadline_before_the_next_look(
             received in 0..1_000u64,
@@ -667,7 +663,7 @@ mod tests {
             }
         }
 
-        /// What is waited for is stamped later, with the time at which it passed.
+        /// A candidate is stamped later, with the time at which it passed.
         #[test]
         fn nothing_that_is_waited_for_makes_a_deadline_before_the_next_look(
             received in 0..1_000u64,

@@ -1,40 +1,40 @@
-//! Sessions that the daemon is about to reset, kept in the kernel: what was reset when it is killed, and not
-//! recorded, is recorded by the next daemon.
+//! Journal of the resets in progress, kept in a BPF map. If the daemon is killed before it has recorded a reset, the
+//! next daemon records it.
 
 use crate::Session;
 
-/// Entries that there are: as many sessions may be reset and not recorded yet. The records of more are lost
-/// where the daemon is killed just then.
+/// Number of journal entries. If more resets are in progress at once, a kill of the daemon loses the records of those
+/// without an entry.
 pub const MAX_JOURNAL: u32 = 4_096;
 
-/// Bytes of the name of a rule, at most.
+/// Maximum length of a rule name, in bytes.
 pub const MAX_RULE_NAME: usize = 64;
 
-/// A session that the daemon resets.
+/// A session that the daemon is resetting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct JournalEntry {
-    /// The session as it was when it was decided about.
+    /// The session as it was at the decision.
     pub session: Session,
-    /// The socket's cookie.
+    /// The socket cookie.
     pub cookie: u64,
-    /// When it had to end.
+    /// The deadline of the session.
     pub deadline_ns: u64,
-    /// When it reached its limit.
+    /// When the session reached its limit.
     pub reached_ns: u64,
-    /// The limit; 0 where a change of the policy ended it.
+    /// The limit; 0 if a policy change ended the session.
     pub limit_ns: u64,
-    /// Since when the idle clock of its rule ran.
+    /// When the idle clock of the rule started.
     pub idle_since_ns: u64,
-    /// When the kernel had answered; 0 where the daemon has not taken in an answer.
+    /// When the kernel answered; 0 if the daemon has not received an answer.
     pub answered_ns: u64,
-    /// 1 where the entry is in use, else 0. Written last.
+    /// 1 if the entry is in use, else 0. Written last.
     pub is_used: u32,
-    /// [`Reason`](crate::Reason) as a number.
+    /// A [`Reason`](crate::Reason) as a number.
     pub reason: u16,
-    /// Whether the answer was that the session had gone by itself: 1, else 0.
+    /// 1 if the kernel answered that the socket no longer existed, else 0.
     pub was_gone: u16,
-    /// Name of its rule, filled with zeroes.
+    /// Name of the rule, padded with zeros.
     pub rule: [u8; MAX_RULE_NAME],
 }
 

@@ -7,10 +7,10 @@ use crate::{
     table::{Bucket, CLAIMED, Key, TableHead, buckets_for},
 };
 
-/// To be raised where a field of a record below changes its meaning and keeps its name and place.
+/// Must be raised if a field of a record below changes its meaning but keeps its name and offset.
 const MEANING: u32 = 4;
 
-/// Goes on with a hash over a record. A field that is left out does not compile.
+/// Extends a hash with a record's name, fields and size. Omitting a field is a compile error.
 macro_rules! layout {
     ($hash:expr, $record:ident { $($field:ident),* $(,)? }) => {{
         const _: fn(&$record) = |record| { let $record { $($field: _),* } = record; };
@@ -20,8 +20,8 @@ macro_rules! layout {
     }};
 }
 
-/// Names the layout of the records in pinned maps: it differs where a field is added, moved, resized
-/// or renamed. A daemon only reads records of its own layout.
+/// Identifies the layout of the records in pinned maps. It changes if a field is added, moved, resized or renamed. A
+/// daemon only reads records of its own layout.
 pub const LAYOUT: u32 = {
     let hash = number(0x811c_9dc5, MEANING as usize);
     let hash = layout!(
@@ -72,7 +72,7 @@ pub const LAYOUT: u32 = {
             key
         }
     );
-    // Where cookies lie: a daemon that would look for them elsewhere is of another layout.
+    // The assignment of cookies to buckets is part of the layout.
     let hash = number(hash, buckets_for(1_000) as usize);
     let hash = number(hash, (CLAIMED >> 48) as usize);
     let hash = places(hash, Key(0x0123_4567_89ab_cdef));
@@ -103,7 +103,7 @@ pub const LAYOUT: u32 = {
     )
 };
 
-/// The buckets of some cookies.
+/// Hashes the buckets of the cookies 1 to 64.
 const fn places(mut hash: u32, key: Key) -> u32 {
     let mut cookie = 1;
     while cookie <= 64 {
@@ -114,7 +114,7 @@ const fn places(mut hash: u32, key: Key) -> u32 {
     hash
 }
 
-/// FNV-1a, byte by byte.
+/// One step of FNV-1a.
 const fn byte(hash: u32, byte: u8) -> u32 {
     (hash ^ byte as u32).wrapping_mul(0x0100_0193)
 }
@@ -126,12 +126,12 @@ const fn text(mut hash: u32, text: &str) -> u32 {
         hash = byte(hash, bytes[at]);
         at += 1;
     }
-    // The end of a name, so that no two lists of names are the same text.
+    // Terminates a name, so different lists of names never hash the same text.
     byte(hash, 0)
 }
 
 const fn number(hash: u32, number: usize) -> u32 {
-    // No record is larger than 64 KiB.
+    // Two bytes suffice: no record is larger than 64 KiB.
     let [low, high, ..] = (number as u32).to_le_bytes();
     byte(byte(hash, low), high)
 }
@@ -140,7 +140,7 @@ const fn number(hash: u32, number: usize) -> u32 {
 mod tests {
     use super::*;
 
-    /// The test vectors of FNV-1a with 32 bits, as far as these functions can be given them.
+    /// Those test vectors of 32-bit FNV-1a that these functions accept.
     #[test]
     fn the_hash_is_fnv() {
         const BEGINNING: u32 = 0x811c_9dc5;
@@ -148,7 +148,7 @@ mod tests {
         let foobar = b"foobar".iter().fold(BEGINNING, |hash, b| byte(hash, *b));
         assert_eq!(foobar, 0xbf9c_f968);
         assert_eq!(text(BEGINNING, "foobar"), byte(foobar, 0));
-        // A number is its lower two bytes, the lowest first.
+        // A number is hashed as its lower two bytes, in little-endian order.
         let both = byte(byte(BEGINNING, b'f'), b'o');
         assert_eq!(number(BEGINNING, 0x1_6f66), both);
     }

@@ -1,11 +1,9 @@
-//! What the kernel programs and the daemon share: the records that lie in BPF maps, and the two
-//! pure decisions, [`matches`](fn@matches) (does a rule's entry apply to a connection?) and [`expiry`] (has a
-//! session outlived its limits?). The kernel programs' reading of [`packet`]s is here too, where it
-//! can be tested.
+//! Shared code of the kernel programs and the daemon: the records in BPF maps, and the two pure decisions.
+//! [`matches`](fn@matches) decides whether a rule's entry applies to a connection; [`expiry`] decides whether a session
+//! is past its limits. The [`packet`] parser of the kernel programs is here too, so it can be tested on the host.
 //!
-//! Both sides compile the same functions, so they cannot disagree. There is no I/O and no clock
-//! here: time is an argument, in nanoseconds of `CLOCK_BOOTTIME`, so that every decision can be
-//! tested without waiting.
+//! Both sides compile the same functions, so they cannot disagree. The crate has no I/O and reads no clock: time is an
+//! argument, in nanoseconds of `CLOCK_BOOTTIME`, so every decision can be tested without waiting.
 #![cfg_attr(not(test), no_std)]
 
 mod counters;
@@ -34,9 +32,9 @@ pub use ports::{PortFilter, PortFilters};
 pub use restored::{Clocks, Ends, MAX_REMEMBERED};
 pub use session::{Address, Choice, Direction, Session, Traffic, flags};
 
-/// Entries that one match table holds: the rules of a configuration after every combination of
-/// their prefixes and port ranges is written out.
+/// Maximum number of entries in one match table. A rule has one entry for each combination of its prefixes, port ranges
+/// and owners.
 pub const MAX_MATCH_ENTRIES: u32 = 4096;
 
-/// Rules that one configuration may have.
+/// Maximum number of rules in a configuration.
 pub const MAX_RULES: u32 = 1024;

@@ -1,16 +1,14 @@
-//! Which rule decides about a connection: the facts, the entries of the match table, and the
-//! function that compares them.
+//! Matching: the facts of a connection, the entries of the match table, and the function that compares them.
 
 use crate::{Address, Ancestors, Direction, Session};
 
-/// Rule number of an entry that takes its connections out of all enforcement: not tracked.
+/// Rule number of an exempting entry: its connections are not tracked.
 pub const RULE_EXEMPT: u16 = u16::MAX;
 
-/// What is known of a connection when it is established, besides the cgroups above its owner's,
-/// which are its [`Ancestors`].
+/// The known facts of a connection at establishment, except its [`Ancestors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// Accepted here or dialled from here.
+    /// Whether this host accepted or dialled the connection.
     pub direction: Direction,
     /// This host's address.
     pub local: Address,
@@ -20,21 +18,20 @@ pub struct Facts {
     pub local_port: u16,
     /// The peer's port, in host byte order.
     pub remote_port: u16,
-    /// The user that the socket belongs to, where [`known`](Self::known) says so.
+    /// The owner's user id; valid if [`known`](Self::known) has [`UID`](Self::UID).
     pub uid: u32,
-    /// What is known of the owner: [`UID`](Self::UID), [`CGROUP`](Self::CGROUP) or their sum.
+    /// Which owner facts are known: [`UID`](Self::UID), [`CGROUP`](Self::CGROUP) or both.
     pub known: u8,
 }
 
 impl Facts {
-    /// In [`known`](Self::known): the user.
+    /// Bit of [`known`](Self::known): the user is known.
     pub const UID: u8 = 1;
-    /// In [`known`](Self::known): the cgroup and those above it.
+    /// Bit of [`known`](Self::known): the cgroup and its ancestors are known.
     pub const CGROUP: u8 = 2;
 
-    /// The facts of a session that is tracked; what is known of its cgroup is for the caller to
-    /// add. A damaged direction counts as inbound, so that it cannot hide a session from the rules
-    /// of a server.
+    /// The facts of a tracked session; the caller adds [`CGROUP`](Self::CGROUP). An invalid direction counts as
+    /// inbound, so it cannot hide a session from a server's rules.
     #[inline(always)]
     pub const fn of(session: &Session) -> Self {
         Self {
@@ -56,15 +53,14 @@ impl Facts {
     }
 }
 
-/// A CIDR prefix: an address with the bits of the mask that count. An IPv4 prefix of length n is
-/// the IPv4-mapped prefix of length 96 + n; the mask of zeroes matches every address of both
-/// families.
+/// A CIDR prefix. An IPv4 prefix of length n is the IPv4-mapped prefix of length 96 + n. The all-zero mask matches
+/// every address of both families.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Prefix {
-    /// Network byte order, zero outside of the mask.
+    /// Network byte order; bits outside the mask are 0.
     pub address: Address,
-    /// One bits where the address must agree.
+    /// The bits that must be equal.
     pub mask: Address,
 }
 
@@ -94,7 +90,7 @@ impl Prefix {
     #[inline(always)]
     pub const fn contains(&self, a: &Address) -> bool {
         let (p, m) = (&self.address.0, &self.mask.0);
-        // One comparison at the end instead of four branches: fewer states for the verifier.
+        // One comparison instead of four branches: fewer states for the verifier.
         ((a.0[0] & m[0]) ^ p[0])
             | ((a.0[1] & m[1]) ^ p[1])
             | ((a.0[2] & m[2]) ^ p[2])
@@ -103,7 +99,7 @@ impl Prefix {
     }
 }
 
-/// Ports from `first` to `last`, both included.
+/// An inclusive port range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PortRange {
@@ -132,8 +128,7 @@ impl PortRange {
     }
 }
 
-/// One entry of the match table: one combination of a rule's directions, prefixes, port ranges and
-/// owners.
+/// One entry of the match table: one combination of a rule's directions, prefixes, port ranges and owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct MatchEntry {
@@ -141,38 +136,38 @@ pub struct MatchEntry {
     pub local: Prefix,
     /// Prefix of the peer's address.
     pub remote: Prefix,
-    /// Identity of the cgroup that the socket's is or lies below; 0 where it does not matter.
+    /// Id of the cgroup that is, or is an ancestor of, the socket's cgroup; 0 matches any cgroup.
     pub cgroup_id: u64,
     /// Ports on this host.
     pub local_ports: PortRange,
     /// Ports of the peer.
     pub remote_ports: PortRange,
-    /// The user that the socket belongs to, where [`asks_user`](Self::asks_user) is not 0.
+    /// User id of the owner; used if [`asks_user`](Self::asks_user) is not 0.
     pub uid: u32,
     /// Index of the rule, or [`RULE_EXEMPT`].
     pub rule: u16,
-    /// [`Direction`]s that match, as the sum of their numbers.
+    /// Matching [`Direction`]s, as the sum of their numbers.
     pub directions: u8,
-    /// Address families that match: [`IPV4`](Self::IPV4), [`IPV6`](Self::IPV6) or their sum. The
-    /// prefixes alone do not tell: the bits of `::/0` cover every IPv4-mapped address too.
+    /// Matching address families: [`IPV4`](Self::IPV4), [`IPV6`](Self::IPV6) or both. The prefixes are not sufficient:
+    /// `::/0` also contains every IPv4-mapped address.
     pub families: u8,
-    /// Whether the user matters: 0 or 1.
+    /// Whether the user must match: 0 or 1.
     pub asks_user: u8,
     /// Always zero.
     pub reserved: [u8; 7],
 }
 
 impl MatchEntry {
-    /// The value of `directions` that matches both.
+    /// The `directions` of an entry that matches both directions.
     pub const BOTH_DIRECTIONS: u8 = Direction::Inbound as u8 | Direction::Outbound as u8;
-    /// The value of `families` that matches IPv4 addresses, in their IPv4-mapped form.
+    /// Bit of `families` for IPv4 addresses, which are stored in IPv4-mapped form.
     pub const IPV4: u8 = 1;
-    /// The value of `families` that matches every other address.
+    /// Bit of `families` for all other addresses.
     pub const IPV6: u8 = 2;
-    /// The value of `families` that matches both.
+    /// The `families` of an entry that matches both families.
     pub const BOTH_FAMILIES: u8 = Self::IPV4 | Self::IPV6;
 
-    /// Applies to every connection, for the rule.
+    /// An entry of the rule that matches every connection.
     pub const fn any(rule: u16) -> Self {
         Self {
             local: Prefix::ANY,
@@ -189,8 +184,7 @@ impl MatchEntry {
         }
     }
 
-    /// Whether the entry asks for something about the owner that the facts do not tell, so that it
-    /// is open whether it applies.
+    /// Whether the entry depends on owner facts that are not known.
     #[inline(always)]
     pub const fn needs_owner(&self, facts: &Facts) -> bool {
         self.asks_user != 0 && facts.known & Facts::UID == 0
@@ -198,26 +192,26 @@ impl MatchEntry {
     }
 }
 
-/// Describes one of the two match tables. One is in force, the other takes the next policy.
+/// Head of one of the two match tables. One table is active; the other receives the next policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Table {
-    /// Counts the policies, on from those of the daemon before where its sessions were taken over.
+    /// Generation of the policy. A daemon that takes over sessions continues the earlier daemon's count.
     pub generation: u32,
     /// Number of valid entries.
     pub entries: u32,
-    /// Slots in the session table that each rule's sessions can have, however many the others' have.
+    /// Slots of the session table that are reserved for each rule.
     pub share: u32,
-    /// Slots that are kept for the shares of all rules but one.
+    /// Slots that are reserved for the shares of all other rules.
     pub reserve: u32,
 }
 
 impl Table {
-    /// Number of tables.
+    /// Number of match tables.
     pub const COUNT: u32 = 2;
 
-    /// The [`share`](Self::share) and [`reserve`](Self::reserve) where so many rules track sessions in a session table
-    /// of so many slots: an eighth of it is divided among them.
+    /// The [`share`](Self::share) and [`reserve`](Self::reserve) for a number of rules that track sessions. An eighth
+    /// of the `slots` of the session table is divided among them.
     pub const fn shares(rules: u32, slots: u32) -> (u32, u32) {
         let Some(share) = (slots / 8).checked_div(rules) else {
             return (0, 0);
@@ -242,8 +236,8 @@ unsafe impl aya::Pod for Table {}
 
 /// Whether the entry applies to the connection. The first entry of a table that applies decides.
 ///
-/// Where the facts do not tell what the entry asks for (it [needs the owner](MatchEntry::needs_owner)), it
-/// counts as applying: a connection must not slip past a rule because its owner is not known yet.
+/// An entry that depends on unknown owner facts ([`MatchEntry::needs_owner`]) counts as applying, so that no connection
+/// escapes a rule because its owner is not known yet.
 #[inline(always)]
 pub fn matches(facts: &Facts, ancestors: &Ancestors, entry: &MatchEntry) -> bool {
     entry.directions & facts.direction as u8 != 0
@@ -258,7 +252,8 @@ pub fn matches(facts: &Facts, ancestors: &Ancestors, entry: &MatchEntry) -> bool
             || ancestors.contains(entry.cgroup_id))
 }
 
-/// The first entry that applies, or could: of what the facts do not tell. Nobody is exempt who is not known.
+/// The first entry that applies, with unknown owner facts counted as matching. An exempting entry only applies if its
+/// owner facts are known.
 pub fn first_possible<'a>(
     entries: &'a [MatchEntry],
     facts: &Facts,
@@ -269,7 +264,7 @@ pub fn first_possible<'a>(
     entries.iter().find(applies)
 }
 
-/// The family of a connection. Both ends are of the same one.
+/// The address family of a connection; both addresses have the same one.
 #[inline(always)]
 fn family(facts: &Facts) -> u8 {
     if facts.remote.is_ipv4() {
@@ -319,10 +314,10 @@ mod tests {
     #[test]
     fn an_eighth_of_the_slots_is_divided_among_the_rules() {
         assert_eq!(Table::shares(0, 1_000), (0, 0));
-        // One has all.
+        // One rule has the whole table.
         assert_eq!(Table::shares(1, 1_000), (125, 0));
         assert_eq!(Table::shares(3, 160), (6, 12));
-        // Too few to divide.
+        // Too few slots for shares.
         assert_eq!(Table::shares(3, 16), (0, 0));
         for rules in 1..=crate::MAX_RULES {
             let (share, reserve) = Table::shares(rules, 262_144);
@@ -462,7 +457,7 @@ mod tests {
                 let other = address(base ^ 1 << (127 - bit));
                 assert_eq!(prefix.contains(&other), bit >= length, "{length} {bit}");
             }
-            // The same difference in two words does not make up for itself.
+            // Equal differences in two words must not cancel out.
             for words in [0b11, 0b101, 0b1001, 0b110, 0b1010, 0b1100, 0b1111_u128] {
                 let difference: u128 = (0..4).map(|word| (words >> word & 1) << (32 * word)).sum();
                 let first = difference.leading_zeros() as u8;

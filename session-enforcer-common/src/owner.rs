@@ -1,20 +1,20 @@
-//! Whose a connection is: the user and the cgroup of the process that made the socket. Of an accepted
-//! connection it is the process that made the listening socket.
+//! Owners of connections: the user and the cgroup of the process that created the socket. For an accepted connection
+//! that is the process that created the listening socket.
 
-/// The owner of a socket, as it was when the socket was made.
+/// The owner of a socket at the socket's creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Owner {
-    /// Identity of the cgroup: the inode number of its directory. 0 where the owner is not known.
+    /// Cgroup id: the inode number of the cgroup's directory. 0 if the owner is not known.
     pub cgroup_id: u64,
-    /// Number of the user, in the initial user namespace.
+    /// User id in the initial user namespace.
     pub uid: u32,
     /// Always 0.
     pub unused: u32,
 }
 
 impl Owner {
-    /// An owner of whom nothing is known.
+    /// The value for an unknown owner.
     pub const UNKNOWN: Self = Self {
         cgroup_id: 0,
         uid: 0,
@@ -28,24 +28,23 @@ impl Owner {
     }
 }
 
-/// Levels of cgroups below the root that rules can name.
+/// Maximum depth below the root of a cgroup that rules can name.
 pub const MAX_CGROUP_LEVELS: usize = 16;
 
-/// Cgroups whose [`Ancestors`] the kernel remembers. More cgroups with sockets at once are beyond a
-/// large host.
+/// Maximum number of cgroups whose [`Ancestors`] the kernel remembers, more than a large host has with sockets at once.
 pub const MAX_CGROUPS: u32 = 8_192;
 
-/// The identities of a cgroup and of those above it, without the root; zeroes where there are no
-/// more. In no order: the identity of a cgroup is unique.
+/// The ids of a cgroup and its ancestors without the root, padded with zeros. Their order does not matter, since cgroup
+/// ids are unique.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Ancestors(pub [u64; MAX_CGROUP_LEVELS]);
 
 impl Ancestors {
-    /// Those of a socket whose cgroup is not known.
+    /// The value for a socket whose cgroup is not known.
     pub const UNKNOWN: Self = Self([0; MAX_CGROUP_LEVELS]);
 
-    /// The first so many of these identities.
+    /// The ancestors with these ids; ids beyond [`MAX_CGROUP_LEVELS`] are ignored.
     pub fn of(ids: &[u64]) -> Self {
         let mut ancestors = Self::UNKNOWN;
         for (place, id) in ancestors.0.iter_mut().zip(ids) {
@@ -54,12 +53,12 @@ impl Ancestors {
         ancestors
     }
 
-    /// Whether the cgroup of this identity, which is not 0, is among them.
+    /// Whether `cgroup_id`, which must not be 0, is among them.
     #[inline(always)]
     pub const fn contains(&self, cgroup_id: u64) -> bool {
         let mut found = false;
         let mut level = 0;
-        // All are compared: no branch for the verifier to follow.
+        // All are compared, so that the verifier has no branches to follow.
         while level < MAX_CGROUP_LEVELS {
             found |= self.0[level] == cgroup_id;
             level += 1;
@@ -92,7 +91,7 @@ mod tests {
             ..Owner::UNKNOWN
         };
         assert!(of(1).is_known() && of(u64::MAX).is_known());
-        // The user alone does not tell: 0 is root.
+        // Only the cgroup id marks an owner as known, because uid 0 is root.
         let user = Owner {
             uid: 1000,
             ..Owner::UNKNOWN

@@ -1,17 +1,16 @@
-//! Reads the few header fields that tell new payload from everything else.
+//! Parses the header fields that are needed to detect new payload.
 //!
-//! The kernel programs and the tests on the host compile the same functions. What differs is how
-//! bytes of the packet are come by: see [`Linear`].
+//! The kernel programs and the tests on the host compile the same functions. Only the access to the packet's bytes
+//! differs: see [`Linear`].
 
-/// `skb->protocol` of an IPv4 packet, as it lies there: in network byte order.
+/// `skb->protocol` of an IPv4 packet, in network byte order as the kernel stores it.
 pub const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 /// `skb->protocol` of an IPv6 packet, in network byte order.
 pub const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// Headers that are walked between the first IP header and the TCP header: IPv6 extension headers,
-/// authentication headers, and IP headers of either family. Linux sends at most hop-by-hop (BIG TCP adds
-/// one), destination and routing headers, and with a route that encapsulates an IP header and a routing
-/// header more.
+/// Maximum number of headers between the first IP header and the TCP header: IPv6 extension headers, authentication
+/// headers and inner IP headers. Linux sends at most hop-by-hop (BIG TCP adds one), destination and routing headers; an
+/// encapsulating route adds an IP header and a routing header.
 pub const MAX_HEADERS: usize = 8;
 
 const IPPROTO_IPIP: u8 = 4;
@@ -21,17 +20,17 @@ const IPV4_HEADER_MIN: usize = 20;
 const IPV6_HEADER: usize = 40;
 const TCP_HEADER_MIN: usize = 20;
 
-/// FIN, as it lies in the byte of TCP flags.
+/// The FIN bit in the byte of TCP flags.
 const FIN: u8 = 0b001;
-/// RST, likewise.
+/// The RST bit in the byte of TCP flags.
 const RST: u8 = 0b100;
 
-/// The part of a packet that can be read in place. It begins with the network header.
+/// The linear part of a packet, which can be read in place. It begins with the network header.
 pub trait Linear {
-    /// Reads the `N` bytes at `offset`, if all of them lie in this part.
+    /// Reads the `N` bytes at `offset`, if the linear part contains all of them.
     ///
-    /// They are lent and not returned: an `Option` of a reference is a pointer that may be null, and
-    /// the kernel programs would check it for that at each header, after the check of the bounds.
+    /// The bytes are passed to a closure. If they were returned, the kernel programs would test each `Option` of a
+    /// reference for null after the bounds check.
     fn read<const N: usize, T>(&self, offset: usize, read: impl FnOnce(&[u8; N]) -> T)
     -> Option<T>;
 }
@@ -46,18 +45,18 @@ impl Linear for [u8] {
     }
 }
 
-/// What a TCP segment, or an aggregate of segments, carries.
+/// The fields of a TCP segment, or of an aggregate of segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Sequence number of the first payload byte.
     pub seq: u32,
-    /// Payload bytes.
+    /// Number of payload bytes.
     pub payload: u32,
-    /// The sequence number that it acknowledges.
+    /// Acknowledgement number.
     pub ack: u32,
-    /// Whether the segment ends its direction (FIN) or the connection (RST).
+    /// Whether the segment has FIN or RST set.
     pub ends: bool,
-    /// Whether it ends its direction, and that alone.
+    /// Whether the segment has FIN and not RST set.
     pub fin: bool,
 }
 
@@ -69,12 +68,10 @@ impl Segment {
     }
 }
 
-/// Reads a packet of the `protocol` (one of the `ETH_P_` numbers). `None` where the headers are not
-/// as expected.
+/// Parses a packet of the `protocol` (one of the `ETH_P_` constants). Returns `None` if the headers cannot be parsed.
 ///
-/// `length` is that of the whole packet, of which `linear` is the first part or all: it is no less.
-/// The length fields of the headers are of no use, since they are 0 in an aggregate of more than
-/// 64 KiB (BIG TCP).
+/// `length` is the length of the whole packet and at least that of `linear`, which is its first part. The length fields
+/// of the headers are not used: they are 0 in an aggregate of more than 64 KiB (BIG TCP).
 #[inline(always)]
 pub fn parse(linear: &(impl Linear + ?Sized), protocol: u32, length: usize) -> Option<Segment> {
     let first = match protocol {
@@ -95,24 +92,25 @@ pub fn parse(linear: &(impl Linear + ?Sized), protocol: u32, length: usize) -> O
     tcp(linear, offset, length)
 }
 
-/// The kind and the offset of the header behind the one of this `kind` at `offset` (RFC 791 section 3.1, RFC
-/// 8200 sections 3 and 4, RFC 4302 section 2.2). `None` for a kind that tells neither.
+/// The kind and offset of the next header after the one of this `kind` at `offset` (RFC 791 section 3.1, RFC 8200
+/// sections 3 and 4, RFC 4302 section 2.2). Returns `None` for an unknown kind.
 ///
-/// A later fragment has no TCP header, but both hooks see whole datagrams: reassembly is before ingress,
-/// fragmentation after egress.
+/// Fragments without a TCP header do not occur: both hooks see whole datagrams, since reassembly comes before ingress
+/// and fragmentation after egress.
 #[inline(always)]
 fn behind(linear: &(impl Linear + ?Sized), kind: u8, offset: usize) -> Option<(u8, usize)> {
-    // As long as the shortest TCP header: no header that one follows ends the packet sooner.
+    // Reads as many bytes as the shortest TCP header has; a TCP header follows each of these headers, so the packet is
+    // long enough.
     let (next, length) = linear.read(offset, |header: &[u8; TCP_HEADER_MIN]| {
         let units = usize::from(header[1]);
         match kind {
             IPPROTO_IPIP => (header[9], usize::from(header[0] & 0x0f) * 4),
             IPPROTO_IPV6 => (header[6], IPV6_HEADER),
-            // Hop-by-hop, routing, destination options, mobility.
+            // Hop-by-hop, routing, destination options and mobility headers.
             0 | 43 | 60 | 135 => (header[0], (units + 1) * 8),
-            // Fragment, of fixed length.
+            // Fragment header, of fixed length.
             44 => (header[0], 8),
-            // Authentication.
+            // Authentication header.
             51 => (header[0], (units + 2) * 4),
             _ => (0, 0),
         }

@@ -1,30 +1,29 @@
-//! Which ports a connection has to have for any rule to match it: what the kernel programs ask
-//! before anything else, since most packets are of connections that no rule is about.
+//! Port filters: whether a connection's ports allow any rule to match it. The kernel programs check them first, since
+//! most packets belong to connections that no rule matches.
 
 use core::ptr;
 
 use crate::{MatchEntry, PortRange, RULE_EXEMPT, Table};
 
-/// Bits in a word of a [`PortSet`].
 const WORD_BITS: usize = u64::BITS as usize;
 
 const WORDS: usize = (u16::MAX as usize + 1) / WORD_BITS;
 
-/// A set of ports, a bit for each.
+/// A set of ports as a bit map.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 struct PortSet([u64; WORDS]);
 
 impl PortSet {
-    /// The port's bit as the lowest one. What the bits above it are does not matter.
+    /// The word of the port's bit, shifted so that the bit is the lowest. The higher bits are arbitrary.
     ///
     /// # Safety
     ///
-    /// The set can be read. It may change meanwhile.
+    /// The set must be readable. It may change during the call.
     #[inline(always)]
     unsafe fn lowest_bit(set: *const Self, port: u16) -> u64 {
         let (word, bit) = (usize::from(port) / WORD_BITS, usize::from(port) % WORD_BITS);
-        // SAFETY: the caller's promise; no port is beyond the last word.
+        // SAFETY: the caller guarantees a readable set, and a port is never beyond its last word.
         unsafe { ptr::read_volatile(set.cast::<u64>().add(word)) >> bit }
     }
 
@@ -33,7 +32,7 @@ impl PortSet {
         if first > last {
             return;
         }
-        // Those of the word that are at or above `first`, and those that are at or below `last`.
+        // The masks for the first and the last word.
         let from = u64::MAX << (first % WORD_BITS);
         let to = u64::MAX >> (WORD_BITS - 1 - last % WORD_BITS);
         let (first, last) = (first / WORD_BITS, last / WORD_BITS);
@@ -45,12 +44,11 @@ impl PortSet {
     }
 }
 
-/// Tells connections by their two ports: those that no entry of a match table can apply to, and
-/// those that one may apply to. It may say yes where none does, for it knows nothing of addresses and
-/// owners, and never says no where one does.
+/// A filter of connections by their two ports. It may accept a connection that no entry of the match table applies to,
+/// since it has no addresses and owners. It never rejects a connection that an entry applies to.
 ///
-/// Each entry is in the one of the two sets in which it takes fewer ports: a rule for a server by the
-/// local one, a rule for a client by the remote one.
+/// Each entry is in the set in which it takes fewer ports: a rule for a server in the local set, a rule for a client in
+/// the remote set.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct PortFilter {
@@ -67,14 +65,14 @@ const _: () = {
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for PortFilter {}
 
-/// The filters that the kernel programs ask.
+/// All filters of the kernel programs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct PortFilters {
-    /// What each match table can match, under its index.
+    /// The filter of each match table, by the table's index.
     pub of_tables: [PortFilter; Table::COUNT as usize],
-    /// Says yes for the packets of whatever has a session, also one of an earlier policy: while the
-    /// policy changes, it says yes for everything.
+    /// Accepts the packets of every connection that has a session, also under an earlier policy. During a policy change
+    /// it accepts every connection.
     pub of_packets: PortFilter,
 }
 
@@ -88,7 +86,7 @@ const _: () = {
 unsafe impl aya::Pod for PortFilters {}
 
 impl PortFilters {
-    /// No rule, and no session.
+    /// Accepts nothing.
     pub const NONE: Self = Self {
         of_tables: [PortFilter::NONE; Table::COUNT as usize],
         of_packets: PortFilter::NONE,
@@ -96,21 +94,20 @@ impl PortFilters {
 }
 
 impl PortFilter {
-    /// Says no for every connection.
+    /// Accepts no connection.
     const NONE: Self = Self {
         local: PortSet([0; WORDS]),
         remote: PortSet([0; WORDS]),
     };
 
-    /// Says yes for every connection.
+    /// Accepts every connection.
     pub const ALL: Self = Self {
         local: PortSet([u64::MAX; WORDS]),
         ..Self::NONE
     };
 
-    /// Says yes for port 0 on this host alone, which no established connection has. A socket that
-    /// closes gives its port back before its RST leaves it, and that RST may be all that tells of the
-    /// end of a session.
+    /// Accepts only local port 0, which no established connection has. A closing socket gives its port back before its
+    /// RST leaves, and that RST may be the only sign of the session's end.
     const CLOSING: Self = {
         let mut filter = Self::NONE;
         filter.local.0[0] = 1;
@@ -119,8 +116,8 @@ impl PortFilter {
 
     /// The filter of a match table with these entries.
     ///
-    /// Entries that exempt do not count: what they leave is for the entries that follow to match, and
-    /// where none of these can, a connection is not tracked, whoever its owner may turn out to be.
+    /// Exempting entries are skipped. If no other entry can match a connection, it is not tracked, whoever its owner
+    /// is.
     pub fn of<'a>(entries: impl IntoIterator<Item = &'a MatchEntry>) -> Self {
         let mut filter = Self::CLOSING;
         for entry in entries {
@@ -136,7 +133,7 @@ impl PortFilter {
         filter
     }
 
-    /// Says yes from now on for this port on this host, whatever the peer's.
+    /// Also accepts this local port, with any remote port.
     pub fn add_local(&mut self, port: u16) {
         self.local.add(PortRange {
             first: port,
@@ -144,22 +141,22 @@ impl PortFilter {
         });
     }
 
-    /// Whether an entry may apply to a connection with these ports, both in host byte order.
+    /// Whether an entry may apply to a connection with these ports, in host byte order.
     #[inline(always)]
     pub fn may_match(&self, local_port: u16, remote_port: u16) -> bool {
-        // SAFETY: a reference can be read.
+        // SAFETY: a reference is readable.
         unsafe { Self::ask(self, local_port, remote_port) }
     }
 
-    /// [`may_match`](Self::may_match) of a filter that others write. Without a branch: this is nearly
-    /// all that a packet of an untracked connection pays for.
+    /// [`may_match`](Self::may_match) for a filter that may change during the call. Branch-free: this is nearly the
+    /// whole cost of a packet of an untracked connection.
     ///
     /// # Safety
     ///
-    /// The filter can be read.
+    /// The filter must be readable.
     #[inline(always)]
     pub unsafe fn ask(filter: *const Self, local_port: u16, remote_port: u16) -> bool {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees a readable filter.
         let bits = unsafe {
             PortSet::lowest_bit(&raw const (*filter).local, local_port)
                 | PortSet::lowest_bit(&raw const (*filter).remote, remote_port)
@@ -189,7 +186,7 @@ mod tests {
         }
     }
 
-    /// The ports with which the set answers yes.
+    /// The ports that the filter accepts.
     fn ports(filter: &PortFilter, answers: impl Fn(&PortFilter, u16) -> bool) -> Vec<u16> {
         (0..=u16::MAX)
             .filter(|port| answers(filter, *port))
@@ -229,7 +226,7 @@ mod tests {
             assert_eq!(local[0], 0);
             assert_eq!(local[1..], wanted);
             let filter = PortFilter::of(&[entry(PortRange::ANY, range(first, last))]);
-            // Asked with a port on this host that is in no set.
+            // Tested with a local port that is in no set.
             assert_eq!(remote_ports(&filter), wanted);
         }
     }
@@ -285,7 +282,7 @@ mod tests {
     }
 
     fn any_range() -> impl Strategy<Value = PortRange> {
-        // Few ports, so that they meet; empty ranges among them.
+        // Few ports, so that ranges overlap; some ranges are empty.
         let near = (60u16..70, 60u16..70).prop_map(|(first, last)| range(first, last));
         let any = (any::<u16>(), any::<u16>()).prop_map(|(first, last)| range(first, last));
         prop_oneof![near, any, Just(PortRange::ANY)]

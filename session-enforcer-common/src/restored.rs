@@ -1,12 +1,12 @@
-//! What outlives a socket that was closed without a word to its peer: another one can take its connection over
-//! (`TCP_REPAIR`, which CRIU uses), and with it the connection's age.
+//! Connections that move to another socket (`TCP_REPAIR`, which CRIU uses). The first socket closes without a FIN, and
+//! the connection keeps its age.
 
 use crate::{Address, Session, expiry::later};
 
-/// Connections that are remembered. Of more than these the ones that closed first are forgotten.
+/// Maximum number of remembered connections. Beyond it, those that closed first are forgotten.
 pub const MAX_REMEMBERED: u32 = 16_384;
 
-/// A connection, whatever socket it has and in whatever namespace that is.
+/// A connection, independent of its socket and network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Ends {
@@ -20,7 +20,7 @@ pub struct Ends {
     pub remote_port: u16,
 }
 
-/// The clocks of a connection, and who dialled.
+/// The clocks and the direction of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Clocks {
@@ -39,8 +39,8 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    /// Those of a session. What nobody has seen its socket take or send before it closed counts: a connection is not
-    /// cut for payload that no packet can confirm any more.
+    /// The clocks of a session. Unconfirmed candidates count as activity here, because no later packet can confirm
+    /// them.
     #[inline(always)]
     pub const fn of(session: &Session) -> Self {
         Self {
@@ -53,7 +53,7 @@ impl Clocks {
         }
     }
 
-    /// Has a session go on with them.
+    /// Copies the clocks into a session.
     #[inline(always)]
     pub const fn give_to(&self, session: &mut Session) {
         session.established_ns = self.established_ns;
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!((after.last_received_ns, after.last_sent_ns), (20, 30));
         assert_eq!((after.answered_ns, after.half_closed_ns), (10, 25));
         assert_eq!(after.direction, 2);
-        // Payload came and left that no packet has shown to be taken and sent.
+        // Unconfirmed candidates count.
         let (came_ns, went_ns) = (40, 50);
         let waiting = Session {
             came_ns,
@@ -101,7 +101,7 @@ mod tests {
         };
         let after = inherited(&waiting);
         assert_eq!((after.last_received_ns, after.last_sent_ns), (40, 50));
-        // What was waited for before counts no less than what has passed since.
+        // Older candidates do not set the clocks back.
         let stale = Session {
             came_ns: 5,
             went_ns: 6,

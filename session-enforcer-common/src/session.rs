@@ -1,9 +1,9 @@
-//! The session record, the value of the session map.
+//! The session record, the value of the session table.
 
 use crate::Owner;
 
-/// An IPv6 address as four words in network byte order, as the kernel keeps it. An IPv4 address
-/// is written as its IPv4-mapped form, so that one comparison serves both families.
+/// An IPv6 address as four words in network byte order, as in the kernel. An IPv4 address is stored in IPv4-mapped
+/// form, so one comparison serves both families.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct Address(pub [u32; 4]);
@@ -17,7 +17,7 @@ impl Address {
         Self([0, 0, Self::MAPPED_MARK, network_order])
     }
 
-    /// From the sixteen bytes of an address on the wire.
+    /// Converts the sixteen bytes of an address in wire order.
     pub const fn from_octets(o: [u8; 16]) -> Self {
         Self([
             u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
@@ -27,7 +27,7 @@ impl Address {
         ])
     }
 
-    /// The sixteen bytes of the address as on the wire.
+    /// The sixteen bytes of the address in wire order.
     pub const fn octets(self) -> [u8; 16] {
         let (a, b) = (self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes());
         let (c, d) = (self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes());
@@ -43,7 +43,7 @@ impl Address {
     }
 }
 
-/// Who opened a connection, as seen from this host.
+/// Which side opened a connection, as seen from this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Direction {
@@ -54,7 +54,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// The direction whose number lies in a record, or nothing where the record is damaged.
+    /// The direction with this number; `None` for an invalid number in a record.
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::Inbound),
@@ -66,62 +66,60 @@ impl Direction {
 
 /// Bits of [`Session::flags`].
 pub mod flags {
-    /// The kernel does not report the end of this session through `sock_ops`. So it is with
-    /// connections that are older than the daemon: the callback flag can only be set from within a
-    /// callback, and an established socket has none to come.
+    /// The kernel does not report the end of this session through `sock_ops`. This applies to adopted connections: the
+    /// callback flag can only be set in a callback, and an established socket gets no further one. It also applies if
+    /// the kernel refused the callback flag.
     pub const END_UNREPORTED: u8 = 1;
-    /// The gate has refused payload of this session and the daemon has been told
-    /// ([`EventKind::Expired`](crate::EventKind::Expired)), so that a flood of late packets is no
-    /// flood of events. Gone with the next payload that passes.
+    /// The gate has dropped payload of this session and the daemon has the event
+    /// ([`EventKind::Expired`](crate::EventKind::Expired)); further drops send no event. The next payload that passes
+    /// clears the flag.
     pub const EXPIRY_REPORTED: u8 = 2;
-    /// The session is a subflow of an MPTCP connection: a TCP connection that no application holds.
-    /// What the application holds is the MPTCP socket, which outlives its subflows.
+    /// The session is a subflow of an MPTCP connection. The application holds the MPTCP socket, which outlives its
+    /// subflows, and not the subflow's socket.
     pub const MPTCP_SUBFLOW: u8 = 4;
-    /// A FIN of the peer has come to the socket, which may not have taken it yet. Missing where it came
-    /// before the session was tracked, or behind headers that are not walked.
+    /// A FIN of the peer has reached the hook, but the socket may not have accepted it. Not set if the FIN came before
+    /// the session was tracked or behind headers that the parser does not walk.
     pub const PEER_HAS_ENDED: u8 = 8;
-    /// The headers of what was last sent could not be read: how much it was the socket tells, where the next packet
-    /// leaves.
+    /// The headers of the last sent packet could not be parsed. The socket's counters show how much it sent when the
+    /// next packet leaves.
     pub const SENT_UNREAD: u8 = 16;
 }
 
-/// One TCP session, from establishment to close. The kernel writes it on the packet path; the
-/// daemon reads it, inserts the sessions that it adopts, and amends those whose owner it finds.
+/// The record of a TCP session, from establishment to close. The packet path writes it. The daemon reads it, inserts
+/// the records of adopted sessions, and updates those whose owner it resolves.
 ///
-/// Times are nanoseconds of `CLOCK_BOOTTIME`, read where the packet is. Those of an adopted session are
-/// known to a few ticks, and never earlier than the event.
-/// The fields that every packet touches come first, together.
+/// Times are nanoseconds of `CLOCK_BOOTTIME`, read in the hook. Those of an adopted session are accurate to a few ticks
+/// and never earlier than the event. The fields that every packet accesses come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Session {
-    /// When new payload that counts (see [`Limits::min_payload`](crate::Limits::min_payload)) last
-    /// arrived; the time of establishment where none has.
+    /// When new payload that counts (see [`Limits::min_payload`](crate::Limits::min_payload)) was last received; the
+    /// time of establishment if there was none.
     pub last_received_ns: u64,
-    /// When new payload that counts was last sent; the time of establishment where none has been.
+    /// When new payload that counts was last sent; the time of establishment if there was none.
     pub last_sent_ns: u64,
-    /// When this host last answered: sent payload after it had received some. The time of
-    /// establishment where it has received none. 0 while it owes the answer: the last payload was
-    /// received and not sent, on an inbound session. Time stamps of one tick would not tell which
-    /// packet was first.
+    /// When this host last answered, that is, sent payload after it had received some; the time of establishment if it
+    /// has received none. 0 while it owes an answer: on an inbound session, while the last payload was received and not
+    /// sent. A separate value, since two stamps of one tick do not show which packet came first.
     pub answered_ns: u64,
-    /// Payload bytes that the socket has taken since establishment, each counted once.
+    /// Payload bytes that the socket has received since establishment, without retransmissions.
     pub bytes_received: u64,
-    /// Payload bytes sent since establishment, each counted once, those among them whose packet is on its way
-    /// through the hook.
+    /// Payload bytes sent since establishment, without retransmissions. Includes the payload of a packet that is still
+    /// in the hook.
     pub bytes_sent: u64,
-    /// When payload last came to the hook that may be new: a candidate, which counts with this time when the
-    /// socket has taken payload ([`bytes_received`](Self::bytes_received) moves). 0 where none is waited for.
+    /// The receive candidate: when possibly new payload last reached the hook. It becomes the stamp when the socket has
+    /// received payload, that is, when [`bytes_received`](Self::bytes_received) advances. 0 if there is none.
     pub came_ns: u64,
-    /// When new payload that counts was last seen to leave: a candidate, which counts with this time when the
-    /// socket has sent it (its `snd_nxt` has come to [`went_until`](Self::went_until)).
+    /// The send candidate: when new payload that counts last left. It becomes the stamp when the socket has sent it,
+    /// that is, when its `snd_nxt` has reached [`went_until`](Self::went_until).
     pub went_ns: u64,
-    /// Until when the gate need not look at the session; see
-    /// [`Limits::open_until_ns`](crate::Limits::open_until_ns). 0 where it has not looked under the
-    /// policy of this generation; [`SHUT`](Self::SHUT) where the daemon has decided to end the session.
+    /// Until when the gate stays open without a new check; see [`Limits::open_until_ns`](crate::Limits::open_until_ns).
+    /// 0 if it has not been checked under the policy of this generation. [`SHUT`](Self::SHUT) if the daemon has decided
+    /// to reset the session.
     pub open_until_ns: u64,
     /// Generation of the match table that chose the rule.
     pub generation: u32,
-    /// Index of the rule that decides.
+    /// Index of the session's rule.
     pub rule: u16,
     /// [`Direction`] as a number.
     pub direction: u8,
@@ -129,7 +127,7 @@ pub struct Session {
     pub flags: u8,
     /// When the connection was established.
     pub established_ns: u64,
-    /// The kernel's cookie of the network namespace (`SO_NETNS_COOKIE`).
+    /// Cookie of the network namespace (`SO_NETNS_COOKIE`).
     pub netns_cookie: u64,
     /// This host's address.
     pub local: Address,
@@ -139,37 +137,35 @@ pub struct Session {
     pub local_port: u16,
     /// The peer's port, in host byte order.
     pub remote_port: u16,
-    /// Interface that the socket is bound to, or 0. The kernel's look-up for `SOCK_DESTROY` needs
-    /// it for sockets bound to a device and for link-local addresses.
+    /// Interface that the socket is bound to, or 0. The kernel's lookup for `SOCK_DESTROY` needs it for sockets bound
+    /// to a device and for link-local addresses.
     pub ifindex: u32,
-    /// Whose it is.
+    /// The owner of the socket.
     pub owner: Owner,
-    /// Segments with payload that TCP had begun to send when its last packet passed, retransmissions among
-    /// them, modulo 2^32.
+    /// The socket's count of segments with payload (including retransmissions, modulo 2^32) when its last packet left.
     pub data_segments_sent: u32,
-    /// The sequence number after what was seen to leave at [`went_ns`](Self::went_ns).
+    /// Sequence number after the payload that left at [`went_ns`](Self::went_ns).
     pub went_until: u32,
-    /// When the first FIN passed, this host's or the peer's; [`NOT_HALF_CLOSED`](Self::NOT_HALF_CLOSED)
-    /// until then. The kernel does not keep it: of a session that was half-closed when it was adopted it is
-    /// the time of that.
+    /// When the first FIN passed, of either side; [`NOT_HALF_CLOSED`](Self::NOT_HALF_CLOSED) until then. The kernel
+    /// does not keep this time: for a session that was adopted half-closed it is the time of adoption.
     pub half_closed_ns: u64,
-    /// Lower half of [`bytes_sent`](Self::bytes_sent) when payload that counts last arrived: what was sent
-    /// since then is the answer, or a part of it.
+    /// The lower half of [`bytes_sent`](Self::bytes_sent) when payload that counts was last received. Bytes sent beyond
+    /// it belong to the answer.
     pub sent_before_answer: u32,
-    /// 1 where what was seen to leave at [`went_ns`](Self::went_ns) is the answer, with what left before it; else 0.
+    /// 1 if the payload that left at [`went_ns`](Self::went_ns) completes an answer, else 0.
     pub went_is_answer: u32,
 }
 
-/// By which rule a session is judged: what lies in a [`Session`] from its generation to its flags, in one word that is
-/// changed in one step.
+/// The fields of a [`Session`] from its generation to its flags, as one word. They determine the rule by which the
+/// session is judged, and are changed in one atomic step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice(pub u64);
 
 impl Choice {
-    /// Of a session that has ended, and whose slot is free in a moment. No policy has this generation.
+    /// Marks a session that has ended and whose slot is about to be freed. No policy has this generation.
     pub const ENDED: Self = Self(u32::MAX as u64);
 
-    /// That of a session.
+    /// The choice in a session's record.
     pub const fn of(session: &Session) -> Self {
         let (direction, flags) = (session.direction as u64, session.flags as u64);
         Self(
@@ -183,20 +179,20 @@ impl Choice {
         self.0 as u32
     }
 
-    /// The rule.
+    /// Index of the rule.
     #[inline(always)]
     pub const fn rule(self) -> u16 {
         (self.0 >> 32) as u16
     }
 
-    /// The same session by another rule.
+    /// This choice with another rule and generation.
     #[inline(always)]
     #[must_use]
     pub const fn by(self, rule: u16, generation: u32) -> Self {
         Self(self.0 >> 48 << 48 | (rule as u64) << 32 | generation as u64)
     }
 
-    /// The same with the direction of the one before, and those of its [`flags`] that are to be kept.
+    /// This choice with the direction of `before`, and those of its [`flags`] that are in `kept`.
     #[inline(always)]
     #[must_use]
     pub const fn keeping(self, before: Self, kept: u8) -> Self {
@@ -205,10 +201,10 @@ impl Choice {
     }
 }
 
-/// The shortest limit that a rule can set.
+/// The shortest limit that a rule can have.
 const SHORTEST_LIMIT_NS: u64 = 1_000_000_000;
 
-/// The part of a [`Session`] that packets change.
+/// The fields of a [`Session`] that packets change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traffic {
     /// See [`Session::last_received_ns`].
@@ -235,19 +231,19 @@ pub struct Traffic {
     pub data_segments_sent: u32,
     /// See [`Session::half_closed_ns`].
     pub half_closed_ns: u64,
-    /// Of [`Session::flags`] those that packets set: [`flags::PEER_HAS_ENDED`].
+    /// The [`Session::flags`] that packets set: [`flags::PEER_HAS_ENDED`].
     pub flags: u8,
 }
 
 impl Session {
-    /// The [`open_until_ns`](Self::open_until_ns) of a session whose gate the daemon has shut, before it
-    /// reads the record by which it resets the session. A program that stamps a packet looks at it
-    /// afterwards and drops the packet, so each packet either has its stamp in that record or does not
-    /// pass. No program writes or lifts it but at the daemon's request. No gate is open until then: it is
-    /// the first nanosecond after the start of the host.
+    /// The [`open_until_ns`](Self::open_until_ns) of a shut gate. The daemon sets it before it reads the record by
+    /// which it decides to reset the session. A program that has stamped a packet checks it afterwards and drops the
+    /// packet. So each packet is either stamped in that record or does not pass; see `docs/design/exact-deadlines.md`.
+    /// Programs change it only at the daemon's request. The value is no valid time for an open gate: it is the first
+    /// nanosecond after the boot.
     pub const SHUT: u64 = 1;
 
-    /// The [`half_closed_ns`](Self::half_closed_ns) of a session of which both directions are open.
+    /// The [`half_closed_ns`](Self::half_closed_ns) of a session without a FIN.
     pub const NOT_HALF_CLOSED: u64 = u64::MAX;
 
     /// Whether the daemon has shut the gate; see [`SHUT`](Self::SHUT).
@@ -265,7 +261,7 @@ impl Session {
         }
     }
 
-    /// What the record says of what has passed.
+    /// The fields of the record that packets change.
     #[inline]
     pub const fn traffic(&self) -> Traffic {
         Traffic {
@@ -285,9 +281,8 @@ impl Session {
         }
     }
 
-    /// Adds what another record of the same session says of what has passed. Nothing goes back: of two
-    /// stamps the later stays, and the later activity tells who owes the answer; at the same time this
-    /// record's.
+    /// Merges the activity of another record of the same session. No value goes back: the later of two stamps is kept.
+    /// The record with the later activity determines whether an answer is owed; with equal times this record does.
     #[inline]
     pub fn merge_activity(&mut self, other: &Traffic) {
         let other_ns = other.last_received_ns.max(other.last_sent_ns);
@@ -324,31 +319,31 @@ impl Session {
         self.flags |= other.flags & flags::PEER_HAS_ENDED;
     }
 
-    /// Whether this host owes the answer to what it received.
+    /// Whether this host owes an answer.
     #[inline]
     pub const fn owes_answer(&self) -> bool {
         self.answered_ns == 0
     }
 
-    /// Whether payload has come of which no packet has shown yet whether the socket has taken it.
+    /// Whether there is a receive candidate that no later packet has confirmed.
     #[inline(always)]
     pub const fn awaits_received(&self) -> bool {
         self.came_ns > self.last_received_ns
     }
 
-    /// Whether payload was seen to leave of which no packet has shown yet whether the socket has sent it.
+    /// Whether there is a send candidate that no later packet has confirmed.
     #[inline(always)]
     pub const fn awaits_sent(&self) -> bool {
         self.went_ns > self.last_sent_ns
     }
 
-    /// Whether the socket may know of more activity than the record.
+    /// Whether the socket may have had activity that is not in the record.
     pub const fn has_candidate(&self) -> bool {
         self.awaits_received() || self.awaits_sent()
     }
 
-    /// The record, were all payload taken and sent that is waited for. An answer does not come before its request:
-    /// of both, what was received is the later.
+    /// The record as if all candidates were confirmed. The received payload counts as the later one, since an answer
+    /// never precedes its request.
     #[must_use]
     pub const fn with_candidate(mut self) -> Self {
         if self.awaits_sent() {
@@ -360,8 +355,8 @@ impl Session {
         self
     }
 
-    /// The earliest stamp that the session can get from `now_ns` on: payload that is waited for is stamped with
-    /// the time at which it passed. It is not waited for longer than the shortest limit.
+    /// The earliest stamp that the session can get from `now_ns` on. A confirmed candidate gets the time at which it
+    /// passed, which is not older than the shortest limit.
     #[inline(always)]
     pub const fn next_stamp_ns(&self, now_ns: u64) -> u64 {
         let mut next_ns = now_ns;
@@ -374,10 +369,10 @@ impl Session {
         next_ns
     }
 
-    /// Stamps payload that counts and was received at `now_ns`, which is not 0.
+    /// Stamps payload that counts as received at `now_ns`, which must not be 0.
     #[inline(always)]
     pub const fn stamp_received(&mut self, now_ns: u64) {
-        // A program that was held up after its look at the clock must not turn it back.
+        // A program that was preempted after it read the clock must not set the stamp back.
         if now_ns > self.last_received_ns {
             self.last_received_ns = now_ns;
         }
@@ -387,15 +382,14 @@ impl Session {
         self.sent_before_answer = self.bytes_sent as u32;
     }
 
-    /// Whether this is an answer: with the packet that makes it so many bytes, this host has sent `least` or
-    /// more since it last received.
+    /// Whether the packet that brings the total to `bytes_sent` completes an answer: this host has then sent at least
+    /// `least` bytes since it last received payload.
     #[inline(always)]
     pub const fn is_answered_by(&self, bytes_sent: u64, least: u32) -> bool {
         (bytes_sent as u32).wrapping_sub(self.sent_before_answer) >= least
     }
 
-    /// Stamps payload that counts and was sent at `now_ns`, which is not 0. It may be the answer to what was
-    /// received before.
+    /// Stamps payload that counts as sent at `now_ns`, which must not be 0.
     #[inline(always)]
     pub const fn stamp_sent(&mut self, now_ns: u64, is_answer: bool) {
         if now_ns > self.last_sent_ns {
@@ -406,13 +400,12 @@ impl Session {
         }
     }
 
-    /// The session's share of its rule's jitter, in 65,536ths. It is made of both ends of the
-    /// connection, so that it is the same for the session's life, whoever reads its record, and
-    /// evenly spread over the connections of a storm, which differ in a port at least. Who does not know the
-    /// key cannot choose an end with a large share or a small one.
+    /// The session's share of its rule's jitter, in 65,536ths. It is a hash of both ends of the connection, so it stays
+    /// the same for the session's life, and is evenly spread over many connections, which differ at least in one port.
+    /// Without the key nobody can choose an end with a particular share.
     #[inline]
     pub const fn jitter_share(&self, key: u64) -> u16 {
-        // Word by word, without an array of them: the stack of the kernel programs is small.
+        // Word by word without an array, because the stack of the kernel programs is small.
         let ports = (self.remote_port as u64) << 16 ^ self.local_port as u64;
         let hash = mix(mix(key ^ self.netns_cookie) ^ ports);
         let hash = mix(hash ^ pair(self.remote.0[0], self.remote.0[1]));
@@ -422,7 +415,7 @@ impl Session {
         (hash >> 48) as u16
     }
 
-    /// Whether the kernel will not report the end of this session; see [`flags`].
+    /// Whether the kernel does not report the end of this session; see [`flags`].
     pub const fn end_is_unreported(&self) -> bool {
         self.flags & flags::END_UNREPORTED != 0
     }
@@ -442,7 +435,7 @@ const fn pair(high: u32, low: u32) -> u64 {
     (high as u64) << 32 | low as u64
 }
 
-/// A round of `SplitMix64`.
+/// One round of `SplitMix64`.
 const fn mix(word: u64) -> u64 {
     let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -494,7 +487,7 @@ mod tests {
             ..tests_support::session(0, 0, 0)
         };
         let choice = Choice::of(&session);
-        // SAFETY: a record of integers, whose fields from here on are eight bytes.
+        // SAFETY: the fields from here on are eight bytes of integers.
         let word = unsafe { (&raw const session.generation).cast::<u64>().read() };
         assert_eq!(choice.0, word);
         assert_eq!((choice.generation(), choice.rule()), (0x0102_0304, 0x0506));
@@ -539,7 +532,7 @@ mod tests {
             counts[usize::from(session.jitter_share(KEY) >> 12)] += 1;
         }
         assert!(counts.iter().all(|n| n.abs_diff(4_096) < 300), "{counts:?}");
-        // As well by address, from one port.
+        // Also spread evenly by address, with one port.
         let mut counts = [0u32; 16];
         for host in 0..=u16::MAX {
             session.remote = Address::from_ipv4((0x0a00_0000 | u32::from(host)).to_be());
@@ -587,7 +580,7 @@ mod tests {
         }
     }
 
-    /// A daemon of the next version takes sessions over, and must not move their deadlines.
+    /// A later version that takes over the sessions must not move their deadlines.
     #[test]
     fn the_share_of_a_connection_is_for_ever() {
         let session = Session {
@@ -662,7 +655,7 @@ mod tests {
         assert_eq!(next(now_ns - 3, now_ns - 2), now_ns - 3);
         assert_eq!(next(now_ns - 3, now_ns - 4), now_ns - 4);
         assert_eq!(next(now_ns + 1, 0), now_ns);
-        // What has not been taken for so long never will be.
+        // A candidate that old is never confirmed.
         assert_eq!(next(now_ns - SHORTEST_LIMIT_NS, 0), now_ns);
     }
 
@@ -678,7 +671,7 @@ mod tests {
         assert_eq!((settled.owes_answer(), settled.last_sent_ns), (true, 3));
         session.stamp_sent(3, false);
         assert_eq!((session.owes_answer(), session.last_sent_ns), (true, 3));
-        // The parts of an answer count together, and only since the last request.
+        // The parts of an answer are added up, from the last request on.
         session.bytes_sent = sent;
         assert!(session.is_answered_by(sent + 1, 100));
         session.stamp_received(4);
@@ -709,14 +702,14 @@ mod tests {
                 assert_eq!(joined, after);
             }
         }
-        // What else a record says of the session is its own.
+        // Other fields are not merged.
         let mut joined = read;
         joined.merge_activity(&Traffic {
             flags: u8::MAX,
             ..read.traffic()
         });
         assert_eq!(joined.flags, read.flags | flags::PEER_HAS_ENDED);
-        // At the same time the record's own word counts.
+        // With equal times this record's value is kept.
         let told = Session {
             answered_ns: 6,
             ..owes
@@ -740,7 +733,7 @@ pub(crate) mod tests_support {
     use super::*;
     use crate::Owner;
 
-    /// A session with these times, and nothing else of interest.
+    /// A session with these times.
     pub(crate) fn session(established_ns: u64, received_ns: u64, sent_ns: u64) -> Session {
         Session {
             last_received_ns: received_ns,

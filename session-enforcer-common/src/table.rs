@@ -1,32 +1,29 @@
-//! The session table: where the session of a cookie lies.
+//! Layout of the session table: the slots that the session of a cookie can have.
 //!
-//! The kernel's hash map costs a packet several calls of kernel functions. The look-up in an array is a
-//! handful of instructions, which the verifier puts into the program. So the table is made of two
-//! arrays: *buckets* of [`WAYS`] tags, and the records, one for each tag. A tag is the cookie of the
-//! session whose record it stands for, 0 where the record is free.
+//! The kernel's hash map costs a packet several kernel function calls, while the verifier inlines an array lookup as a
+//! few instructions. The table therefore consists of two arrays: *buckets* of [`WAYS`] tags, and the records, one for
+//! each tag. A tag is the cookie of the session in the record, or 0 if the record is free.
 //!
-//! A cookie has two buckets. The first follows the order of the cookies, which the kernel counts up, so
-//! that sockets that are made one after the other share the memory that the processor has at hand. The
-//! second comes of a hash with a random key. A session is put into the first while that is half empty at
-//! least, else into the emptier of both. That keeps them so evenly filled that while the table has room
-//! nobody finds both full: in a table of 262,144 sessions that was always full to the last slot, 4 of
-//! 20 million insertions did, by simulation; 28 with two buckets by hash.
+//! A cookie has two buckets. The first follows the order of the cookies, which the kernel counts up, so sockets created
+//! one after another share cache lines. The second results from a hash with a random key. A session goes into the first
+//! bucket if at least half of it is free, else into the emptier one. The buckets fill so evenly that both buckets of a
+//! cookie are almost never full while the table has room: in a simulated table of 262,144 sessions that was always full
+//! to the last slot, this happened to 4 of 20 million insertions (28 with two hashed buckets).
 
 use crate::Session;
 
 /// Tags in a bucket: two cache lines.
 pub const WAYS: u32 = 16;
 
-/// Cookies that follow each other and have the same first bucket. Fewer would share less; with half a
-/// bucket more insertions find both buckets full.
+/// Consecutive cookies with the same first bucket. Fewer would share less of the cache; with 8 (half a bucket) more
+/// insertions find both buckets full.
 pub const IN_A_ROW: u32 = 4;
 
-/// The tag of a record that a program writes at this moment. The kernel counts cookies up from 1, and some
-/// down from 2^64 - 1 (`gen_cookie_next` in `linux/cookie.h`): none of them comes here.
+/// The tag of a record that a program is writing. No cookie has this value: the kernel counts cookies up from 1, and
+/// some down from 2^64 - 1 (`gen_cookie_next` in `linux/cookie.h`).
 pub const CLAIMED: u64 = 1 << 63;
 
-/// 1 where two tags are the same, else 0. By a carry and not by a comparison, of which the compiler would
-/// make a branch.
+/// 1 if both tags are equal, else 0. Computed with a carry, because the compiler would turn a comparison into a branch.
 #[inline(always)]
 pub const fn is_same(tag: u64, other: u64) -> u32 {
     let difference = tag ^ other;
@@ -39,27 +36,25 @@ pub const fn is_same(tag: u64, other: u64) -> u32 {
 #[repr(C)]
 pub struct Bucket(pub [u64; WAYS as usize]);
 
-/// What a table needs to know of itself, the only element of a map of its own.
+/// Head of a session table, the only element of its map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct TableHead {
-    /// Sessions in the table. Only the kernel programs change it.
+    /// Number of sessions. Only the kernel programs change it.
     pub sessions: u64,
-    /// Sessions that it may have.
+    /// Maximum number of sessions.
     pub capacity: u64,
-    /// Where cookies lie in this table.
+    /// Key of the assignment of cookies to buckets.
     pub key: Key,
 }
 
-/// Chosen at random when the table is made, so that nobody can choose sockets whose sessions find
-/// their buckets full.
+/// Random key of a table, so that nobody can choose sockets whose buckets are full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Key(pub u64);
 
 impl Key {
-    /// The two buckets, of so many, in which the session of a cookie can be. They differ where there
-    /// are two.
+    /// The two buckets of a cookie in a table of `buckets` buckets. They differ if the table has at least two.
     #[inline(always)]
     pub const fn buckets(self, cookie: u64, buckets: u32) -> [u32; 2] {
         let order = cookie.wrapping_add(self.0) / IN_A_ROW as u64;
@@ -67,7 +62,7 @@ impl Key {
             Some(first) => first as u32,
             None => 0,
         };
-        // Two rounds of `SplitMix64` without what only improves the lower bits.
+        // Two rounds of `SplitMix64` without the steps that only improve the lower bits.
         let hash = (cookie ^ self.0).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let hash = (hash ^ (hash >> 32)).wrapping_mul(0x94d0_49bb_1331_11eb);
         let distance = share((hash >> 16) as u32, buckets.saturating_sub(1)) + 1;
@@ -80,76 +75,75 @@ impl Key {
     }
 }
 
-/// So many `of` as the hash is of all hashes: by a product, which is faster than a remainder.
+/// Scales a 32-bit hash to the range `0..of`. A product is faster than a remainder.
 #[inline(always)]
 const fn share(hash: u32, of: u32) -> u32 {
     ((hash as u64 * of as u64) >> 32) as u32
 }
 
-/// Whether a session is put into the second of its buckets, by the slots that are free in both.
+/// Whether a session goes into its second bucket, by the free slots of both.
 #[inline(always)]
 pub const fn prefers_second(free_in_first: u32, free_in_second: u32) -> bool {
     free_in_first < WAYS / 2 && free_in_second > free_in_first
 }
 
-/// Buckets of a table that is to hold so many sessions: 1.3 slots for each, and a bucket more, since
-/// the few of a small table are less evenly filled. Their number is odd: what comes in steps of a power
-/// of two comes to all of them.
+/// Number of buckets for a capacity of `sessions`: 1.3 slots for each session and one more bucket, since a few buckets
+/// fill less evenly. The number is odd, so cookies in steps of a power of two reach all buckets.
 pub const fn buckets_for(sessions: u32) -> u32 {
     let slots = (sessions as u64 * 13).div_ceil(10);
-    // At most 2^32 * 1.3 / 16: no cut.
+    // At most 2^32 * 1.3 / 16: fits in 32 bits.
     (slots.div_ceil(WAYS as u64) + 1) as u32 | 1
 }
 
-/// What the daemon asks of a program about the session of a cookie.
+/// Operations of `table_ops` on the session of a cookie. All except `Read`, `Adopt` and `Update` apply only to the
+/// session with the time of establishment in the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum TableOp {
-    /// A copy of the record.
+    /// Copies the record into the request.
     Read = 0,
-    /// To put in a session that is not there.
+    /// Inserts a session that is not in the table.
     Adopt = 1,
-    /// To write a session that is there.
+    /// Updates a session that is in the table.
     Update = 2,
-    /// To take it out, where it is the one that was established at the time in the record.
+    /// Removes the session.
     Remove = 3,
-    /// To shut the gate of the session that was established at that time, to payload that is on its way
-    /// too: see [`Session::SHUT`].
+    /// Shuts the gate of the session, also for payload that is in the hook: see [`Session::SHUT`].
     Shut = 4,
-    /// To undo that.
+    /// Reopens a gate that [`Shut`](Self::Shut) has shut.
     Reopen = 5,
-    /// To give the session that was established at that time the rule and the generation in the record.
+    /// Gives the session the rule and the generation in the request.
     Decide = 6,
 }
 
-/// What a program answers.
+/// Answers of `table_ops`.
 pub mod answer {
-    /// It is done.
+    /// The operation was done.
     pub const DONE: u32 = 1;
-    /// There is no such session.
+    /// The session does not exist.
     pub const MISSING: u32 = 2;
-    /// There is such a session.
+    /// The cookie already has a session.
     pub const PRESENT: u32 = 3;
-    /// There is no room.
+    /// The table has no free slot for the session.
     pub const FULL: u32 = 4;
-    /// The sessions of the rule have as many slots as it allows them.
+    /// The rule has reached its `max_sessions`.
     pub const RULE_FULL: u32 = 5;
 }
 
-/// Requests that a program answers at a time.
+/// Maximum number of requests in one run of `table_ops`.
 pub const MAX_REQUESTS: u32 = 128;
 
-/// A request of the daemon's, and the answer to it.
+/// A request of the daemon and its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct TableRequest {
-    /// Whose session.
+    /// The socket cookie of the session.
     pub cookie: u64,
-    /// [`TableOp`] as a number.
+    /// A [`TableOp`] as a number.
     pub op: u32,
-    /// One of [`answer`].
+    /// One of the constants in [`answer`].
     pub answer: u32,
-    /// What is to be written, or was read.
+    /// The record to write, or the record that was read.
     pub session: Session,
 }
 
@@ -219,7 +213,7 @@ mod tests {
         assert_eq!(KEYS[2].buckets(7, 1), [0, 0]);
     }
 
-    /// Worked out by another program. Where this changes, [`LAYOUT`](crate::LAYOUT) does.
+    /// Computed by an independent program. A change of these values also changes [`LAYOUT`](crate::LAYOUT).
     #[test]
     fn a_cookie_lies_where_it_did_in_the_version_before() {
         for ((key, cookie, buckets), expected) in [
@@ -269,7 +263,7 @@ mod tests {
         assert_eq!(buckets, [3, 3, 11, 21_301]);
     }
 
-    /// Puts cookies into their buckets; how many found both full.
+    /// Inserts cookies into their buckets; returns how many found both buckets full.
     fn refused(key: Key, cookies: impl Iterator<Item = u64>, sessions: u32) -> usize {
         let buckets = buckets_for(sessions);
         let mut filled = vec![0; buckets as usize];

@@ -1,8 +1,8 @@
-//! Stamps a session when new payload passes, unless it comes too late (`cgroup_skb`).
+//! Stamps a session when new payload passes and drops payload that is too late (`cgroup_skb`).
 //!
-//! This runs for every packet of every socket below the cgroup: a packet whose ports no rule is about
-//! costs the look at one bit for each of them, without a call into the kernel. Only where a rule may
-//! be about it does a packet of no session cost a cookie and a look into two buckets of the table.
+//! The programs run for every packet of every socket below the cgroup. If no rule can match the packet's ports, the
+//! packet costs two bit tests and no helper call. Otherwise an untracked packet costs the socket cookie and the scan of
+//! two buckets.
 
 use aya_ebpf::{
     bindings::{
@@ -24,20 +24,21 @@ use crate::{
     slots, words,
 };
 
-/// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload further ahead is
-/// not in the window: the stack will drop it, and it is no activity.
+/// The largest receive window that TCP can offer (RFC 7323 section 2.3). Payload beyond it is outside the window: the
+/// stack drops it, and it is not activity.
 const MAX_WINDOW: u32 = 1 << 30;
 
-/// Bytes that the headers of a packet without payload have at most. A packet that something held back between
-/// TCP and the hook, as a queue of netfilter's, may pass after TCP has counted the payload of another one.
+/// Upper bound of the header bytes of a packet without payload. If a queue between TCP and the hook (such as a
+/// netfilter queue) delays packets, a packet without payload may pass after TCP has counted the payload of another
+/// packet.
 const MOST_HEADERS: u32 = 1024;
 
-/// By what payload is judged.
+/// The limits and the time by which payload is judged.
 #[derive(Clone, Copy)]
 struct Measure {
-    /// The limits of its session; none where nothing is known to limit it.
+    /// The limits of the session; `None` if the session has no known limits.
     limits: Option<&'static Limits>,
-    /// When the packet is here.
+    /// When the packet reached the hook.
     now_ns: u64,
 }
 
@@ -58,11 +59,11 @@ impl Measure {
         }
     }
 
-    /// Whether the daemon has decided to end the session by a record that may lack the stamp.
+    /// Whether the daemon has shut the gate, that is, may have read the record before this packet's stamp.
     #[inline(always)]
     fn came_too_late(&self, session: &Session) -> bool {
-        // After the stamp comes the look at the gate; and what the stack does with the packet, by whose counters a
-        // packet on another processor takes the stamp.
+        // Orders the stamp before the read of the gate, and before the stack's update of its counters, by which a
+        // packet on another processor confirms the stamp.
         words::order();
         match self.limits {
             Some(limits) => gate::is_shut_meanwhile(session, limits),
@@ -70,14 +71,14 @@ impl Measure {
         }
     }
 
-    /// Whether so much new payload counts for the session's rule.
+    /// Whether `new` bytes of payload count as activity under the session's rule.
     #[inline(always)]
     fn counts(&self, new: u32) -> bool {
         self.limits
             .is_none_or(|limits| new >= u32::from(limits.min_payload))
     }
 
-    /// Whether this host has answered with the packet that makes it so many bytes sent.
+    /// Whether the packet that brings the total to `bytes_sent` completes this host's answer.
     #[inline(always)]
     fn is_answer(&self, session: &Session, bytes_sent: u64) -> bool {
         self.limits
@@ -95,13 +96,13 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
     let Some(session) = slots::find(cookie) else {
         return Verdict::Pass;
     };
-    // SAFETY: a pointer that the map gave, valid while the program runs. A close on another CPU may
-    // free the record, and a new session may take it before the lines below write. The new session
-    // then has a stamp of this very moment, which it would have anyway, and may have byte counts, flags
-    // or, just after a change of the policy, a rule that are not its own.
+    // SAFETY: the map lookup returned the pointer, which is valid while the program runs. A close on another CPU may
+    // free the record, and a new session may take it before the writes below. The new session then gets a stamp of the
+    // current time, which is correct for it. It may get wrong byte counts, flags or, just after a policy change, a
+    // wrong rule.
     let session = unsafe { &mut *session };
-    // The session comes first: `bpf_tcp_sock` only looks at the protocol number, and would take a
-    // raw socket of IPPROTO_TCP for a TCP socket. Raw sockets never have a session.
+    // `bpf_tcp_sock` only checks the protocol number and would accept a raw socket of IPPROTO_TCP. The session lookup
+    // must therefore come first: raw sockets never have a session.
     let Some(tcp) = tcp_sock(ctx) else {
         count::error(ErrorKind::NoTcpSocket);
         return Verdict::Pass;
@@ -127,7 +128,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
         }
     }
     if way == PacketDirection::Egress {
-        // Of one whose state changes are not reported, or whose record the daemon was just amending.
+        // Needed if the socket's state changes are not reported, or if the daemon was updating the record when one was.
         if is_half_closed(state(ctx)) {
             note_half_closed(session);
         }
@@ -140,11 +141,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
     Verdict::Pass
 }
 
-/// A packet whose headers could not be read. After the deadline it is dropped, unstamped, where it may carry
-/// payload.
+/// Handles a packet whose headers could not be parsed. After the deadline it is dropped if it may carry payload.
 ///
-/// What comes in may always: the peer writes the headers. What goes out is encapsulated in more headers than
-/// are walked, or encrypted (`IPsec` does so before the hook), and may be the very RST that ends the session,
+/// An ingress packet may always carry payload, because the peer chooses the headers. An egress packet has more headers
+/// than the parser walks, or is encrypted (`IPsec` encrypts before the hook). It may be the RST that ends the session,
 /// which must pass.
 #[inline(always)]
 fn unreadable(
@@ -178,8 +178,8 @@ fn unreadable(
     Verdict::Pass
 }
 
-/// Whether TCP has begun to send payload since its last packet passed: it counts a segment with payload before
-/// the packet leaves (`__tcp_transmit_skb`).
+/// Whether TCP has started to send payload since the last packet of the session. `__tcp_transmit_skb` counts a segment
+/// with payload before the packet leaves.
 #[inline(always)]
 fn has_begun_to_send(session: &mut Session, tcp: &bpf_tcp_sock) -> bool {
     let before = session.data_segments_sent;
@@ -189,8 +189,7 @@ fn has_begun_to_send(session: &mut Session, tcp: &bpf_tcp_sock) -> bool {
 
 #[inline(always)]
 fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
-    // SAFETY: the context of a program of this type; the helper is only given a socket that is
-    // there, and its answer is checked.
+    // SAFETY: the context of a program of this type; the socket is not null, and the helper's result is checked.
     unsafe {
         let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
         if sk.is_null() {
@@ -200,9 +199,10 @@ fn tcp_sock(ctx: &SkBuffContext) -> Option<&bpf_tcp_sock> {
     }
 }
 
-/// Counts what the socket has taken and sent since its last packet, each with the time at which that passed.
+/// Confirms the candidates: counts what the socket has received and sent since its last packet, with the time at which
+/// the candidate passed.
 ///
-/// What was sent comes first: a packet leaves while its socket is locked, and what had been taken by then was
+/// Sent payload is confirmed first. A packet leaves while its socket is locked, so payload received before it was
 /// counted at that packet.
 #[inline(always)]
 fn confirm(
@@ -221,10 +221,10 @@ fn confirm(
     }
 }
 
-/// Whether the socket has sent what was seen to leave.
+/// Whether the socket has sent the candidate.
 ///
-/// On one host the acknowledgement of payload may come before the stack has moved `snd_nxt` over it. It names the very
-/// end; nobody guesses that.
+/// On loopback, the ACK of the payload may arrive before the stack has advanced `snd_nxt`. Such an ACK equals the
+/// candidate's end exactly, which a peer cannot guess.
 #[inline(always)]
 fn has_sent(
     session: &Session,
@@ -232,7 +232,7 @@ fn has_sent(
     way: PacketDirection,
     segment: Option<&Segment>,
 ) -> bool {
-    // The time was read before the end that belongs to it is: see `note_sent`.
+    // Orders the read of `went_ns` before the read of `went_until`: see `note_sent`.
     words::order();
     if way == PacketDirection::Ingress && session.flags & flags::SENT_UNREAD != 0 {
         return false;
@@ -242,13 +242,14 @@ fn has_sent(
         || way == PacketDirection::Ingress && is_acknowledged
 }
 
-/// Counts payload that the socket has taken. What does not count for the rule is no candidate any more. What the hook
-/// has not seen, as payload with the packet that completed the handshake, counts from now, unless it is late by now.
+/// Counts payload that the socket has received. If the amount is below the rule's `min_payload`, the candidate is
+/// discarded. Payload without a candidate (such as payload in the packet that completed the handshake) is stamped with
+/// the current time, unless the deadline is past.
 ///
-/// The count is written last: who reads the record before is told that payload is waited for.
+/// `bytes_received` is written after the stamp: a reader between the two writes still sees a pending candidate.
 #[inline(never)]
 fn take(session: &mut Session, received: u64) {
-    // The socket's counter was read before the candidate is.
+    // Orders the read of the socket's counter before the read of the candidate.
     words::order();
     let new = received - session.bytes_received;
     let limits = policy_tables::of(session);
@@ -266,12 +267,12 @@ fn take(session: &mut Session, received: u64) {
         }
     }
     words::order();
-    // SAFETY: from a reference. Volatile: after the stamp.
+    // SAFETY: derived from a reference. Volatile keeps the write after the stamp.
     unsafe { (&raw mut session.bytes_received).write_volatile(received) };
 }
 
-/// Payload may be new where it ends after what the socket has received so far. That leaves out
-/// retransmissions, duplicates, and keepalives that carry one old byte. The socket tells whether it has taken it.
+/// Notes a candidate if the payload ends after the socket's `rcv_nxt`. This excludes retransmissions, duplicates and
+/// keepalives with one old byte. The socket's counter later confirms or refutes the candidate.
 #[inline(always)]
 fn come(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.rcv_nxt);
@@ -280,15 +281,15 @@ fn come(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &
     }
 }
 
-/// Payload bytes that the socket has received. It counts the peer's FIN as a byte, since that takes a
+/// Payload bytes that the socket has received. The kernel counts the peer's FIN as one byte, because a FIN takes a
 /// sequence number.
 ///
-/// The session follows when the socket answers, at the latest with the ACK: what arrived while a process held
-/// the socket waits in its backlog, uncounted.
+/// Payload that arrives while a process holds the socket lock waits in the socket's backlog and is not counted yet. It
+/// is counted when the socket answers, at the latest with its ACK.
 #[inline(always)]
 fn payload_received(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
-    // The state tells whether the FIN has been received, but where this host has sent one before. Then
-    // the ACK to the peer's leaves while the state is still that of before (`tcp_fin`).
+    // The state shows whether the FIN was received, except if this host sent its FIN first: then the ACK of the peer's
+    // FIN leaves before the state changes (`tcp_fin`).
     let fin = match state(ctx) {
         BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => true,
         BPF_TCP_FIN_WAIT1 | BPF_TCP_FIN_WAIT2 => session.flags & flags::PEER_HAS_ENDED != 0,
@@ -297,8 +298,8 @@ fn payload_received(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) 
     tcp.bytes_received.saturating_sub(u64::from(fin))
 }
 
-/// Payload bytes that the socket has sent. Its numbers count its FIN, too. While that waits for
-/// payload to be sent, this is one byte less than what was sent, and then it is right again.
+/// Payload bytes that the socket has sent. The sequence numbers include this host's FIN. While a FIN waits behind
+/// unsent payload, the result is one byte too low.
 #[inline(always)]
 fn payload_sent(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u64 {
     let fin = matches!(
@@ -308,7 +309,6 @@ fn payload_sent(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u
     sent_until(session, tcp, tcp.snd_nxt).saturating_sub(u64::from(fin))
 }
 
-/// Whether this host or the peer has sent its FIN.
 #[inline(always)]
 fn is_half_closed(state: u32) -> bool {
     matches!(
@@ -321,7 +321,7 @@ fn is_half_closed(state: u32) -> bool {
     )
 }
 
-/// Notes that the session is half-closed from now on, if it was not before.
+/// Records the time of the first FIN, if none was recorded before.
 #[inline(always)]
 pub(crate) fn note_half_closed(session: &mut Session) {
     if session.half_closed_ns == Session::NOT_HALF_CLOSED {
@@ -329,7 +329,7 @@ pub(crate) fn note_half_closed(session: &mut Session) {
     }
 }
 
-/// The state of the packet's socket; 0, which is none, where there is no socket.
+/// The state of the packet's socket; 0 (no valid state) if there is no socket.
 #[inline(always)]
 fn state(ctx: &SkBuffContext) -> u32 {
     // SAFETY: the context of a program of this type; the socket is checked before it is read.
@@ -339,8 +339,8 @@ fn state(ctx: &SkBuffContext) -> u32 {
     }
 }
 
-/// Payload is new where it ends after what the socket has sent so far: the stack moves `snd_nxt` after the packet has
-/// passed this hook, and leaves it where the packet was dropped on its way.
+/// Notes a candidate if the payload ends after the socket's `snd_nxt`. The stack advances `snd_nxt` after the packet
+/// has passed this hook, and does not advance it if the packet is dropped.
 #[inline(always)]
 fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
     let ahead = segment.end().wrapping_sub(tcp.snd_nxt);
@@ -358,11 +358,11 @@ fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Me
     }
 }
 
-/// Notes when payload was seen to leave. The end is written first: a packet on another processor that sees the
-/// time alone would take the payload for sent.
+/// Records when payload left. The end (`went_until`) is written before the time: a packet on another processor that saw
+/// the new time with the old end would count the payload as sent.
 #[inline(always)]
 fn note_sent(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
-    // SAFETY: from a reference. Volatile: in this order.
+    // SAFETY: derived from a reference. Volatile keeps the order of the writes.
     unsafe {
         (&raw mut session.went_is_answer).write_volatile(u32::from(is_answer));
         (&raw mut session.went_until).write_volatile(until);
@@ -371,8 +371,8 @@ fn note_sent(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
     }
 }
 
-/// Payload bytes sent before the sequence number `end`. The socket's counter of acknowledged bytes
-/// begins with the SYN on the side that dialled.
+/// Payload bytes sent before sequence number `end`. On the dialling side the socket's counter of acknowledged bytes
+/// includes the SYN.
 #[inline(always)]
 fn sent_until(session: &Session, tcp: &bpf_tcp_sock, end: u32) -> u64 {
     let syn = u64::from(session.direction == Direction::Outbound as u8);
@@ -380,8 +380,9 @@ fn sent_until(session: &Session, tcp: &bpf_tcp_sock, end: u32) -> u64 {
     (tcp.bytes_acked + unacknowledged).saturating_sub(syn)
 }
 
-/// The clock that goes on while the host sleeps, `CLOCK_BOOTTIME`, and precise. The coarse one costs a third, and lags by as much as a tick comes late: in a
-/// virtual machine whose processors were taken away, sessions ended before their time.
+/// `CLOCK_BOOTTIME`, which continues during suspend; the precise clock. The coarse clock takes a third of the time, but
+/// lags by as much as a tick is late: in a virtual machine without processor time it ended sessions before their
+/// deadline.
 #[inline(always)]
 pub(crate) fn now_ns() -> u64 {
     // SAFETY: no argument, no precondition.

@@ -1,5 +1,5 @@
-//! Who has how many slots of the session table: each rule has a share that the sessions of others leave it, and may
-//! have a limit of its own.
+//! Slot accounting of the session table. Each rule has a reserved share that sessions of other rules cannot use, and
+//! may have a maximum of its own.
 
 use core::intrinsics::{AtomicOrdering::SeqCst, atomic_xadd};
 
@@ -13,7 +13,7 @@ use crate::{
 
 const ONE_LESS: u64 = u64::MAX;
 
-/// Takes a slot for a session.
+/// Reserves a slot for a session.
 #[inline(always)]
 pub(crate) fn take(choice: Choice) -> Result<(), Refusal> {
     match take_slot(choice.0) {
@@ -23,15 +23,15 @@ pub(crate) fn take(choice: Choice) -> Result<(), Refusal> {
     }
 }
 
-/// What [`take_slot`] answers.
+/// Return values of [`take_slot`].
 const TAKEN: u32 = 0;
 const RULE_FULL: u32 = 1;
 const FULL: u32 = 2;
 
-/// Counts before the session is there, so that no two get the last slot.
+/// Counts the session before it is inserted, so two insertions cannot both take the last slot.
 ///
-/// With names of their own for the linker this one and the next are global functions, which the verifier follows once
-/// and not at each call.
+/// The exported names make this function and the next one global functions, which the verifier checks once instead of
+/// at each call.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn take_slot(choice: u64) -> u32 {
@@ -44,16 +44,17 @@ extern "C" fn take_slot(choice: u64) -> u32 {
     answer
 }
 
-/// A rule whose sessions have its share leaves the reserve to the others. What is not decided about is no rule's.
+/// A rule that holds its share may not use the reserve. An undecided session (generation 0) belongs to no rule and may
+/// not use the reserve either.
 #[inline(always)]
 fn answer(choice: Choice, all: i64, held: u64) -> u32 {
-    // Signed: should what is pinned count too few, the table is not shut for ever.
+    // Signed: if the pinned count is too low it can become negative, and the table must not count as full then.
     let slots = i64::from(MAX_SESSIONS.load());
     if all >= slots {
         return FULL;
     }
     if !is_counted(choice) && choice.generation() != 0 {
-        // Of another daemon, which had room for it.
+        // A session of another daemon, which already had room for it.
         return TAKEN;
     }
     let Some(table) = MATCH_TABLES.get(policy_tables::active_table()) else {
@@ -77,7 +78,7 @@ fn answer(choice: Choice, all: i64, held: u64) -> u32 {
     }
 }
 
-/// The slot of a session is free, or was not used.
+/// Releases the slot of a session that was removed or not inserted.
 #[inline(always)]
 pub(crate) fn give_back(choice: Choice) {
     give_slot_back(choice.0);
@@ -96,21 +97,21 @@ fn count_less(choice: Choice) {
     count_of(choice, ONE_LESS);
 }
 
-/// A session goes to another rule.
+/// Moves the count of a session from one rule to another.
 #[inline(always)]
 pub(crate) fn moved(before: Choice, after: Choice) {
     count_of(before, ONE_LESS);
     count_of(after, 1);
 }
 
-/// Whether the number of the rule is this daemon's.
+/// Whether the rule id belongs to this daemon.
 #[inline(always)]
 fn is_counted(choice: Choice) -> bool {
     choice.generation() >= FIRST_GENERATION.load()
         && choice.generation() != Choice::ENDED.generation()
 }
 
-/// Adds to the sessions of a rule, modulo 2^64, and returns what it was.
+/// Adds `more` (modulo 2^64) to the number of the rule's sessions; returns the previous number.
 #[inline(always)]
 fn count_of(choice: Choice, more: u64) -> u64 {
     if !is_counted(choice) {
@@ -119,17 +120,17 @@ fn count_of(choice: Choice, more: u64) -> u64 {
     let Some(held) = HELD.get_ptr_mut(u32::from(choice.rule())) else {
         return 0;
     };
-    // SAFETY: a pointer that the map gave.
+    // SAFETY: the map lookup returned the pointer.
     unsafe { atomic_xadd::<u64, u64, { SeqCst }>(held, more) }
 }
 
-/// Adds to the number of all sessions, modulo 2^64, and returns what it was.
+/// Adds `more` (modulo 2^64) to the number of all sessions; returns the previous number.
 #[inline(always)]
 fn count(more: u64) -> u64 {
     let Some(head) = TABLE.get_ptr_mut(0) else {
-        // Not reached: the array has this element.
+        // Unreachable: the array has one element.
         return 0;
     };
-    // SAFETY: a pointer that the map gave.
+    // SAFETY: the map lookup returned the pointer.
     unsafe { atomic_xadd::<u64, u64, { SeqCst }>(&raw mut (*head).sessions, more) }
 }

@@ -1,2 +1,2 @@
-//! Empty: cargo rebuilds the daemon when this library changes, see `aya-build`.
+//! Empty library target: cargo rebuilds the daemon when it changes, see `aya-build`.
 #![no_std]

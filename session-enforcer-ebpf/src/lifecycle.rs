@@ -1,4 +1,4 @@
-//! Establishment and close (`sock_ops`).
+//! Establishment and close of connections (`sock_ops`).
 
 use core::mem::MaybeUninit;
 
@@ -43,14 +43,14 @@ pub(crate) fn track(ctx: &SockOpsContext) {
 fn opened(ctx: &SockOpsContext) {
     let cookie = cookie(ctx);
     if established(ctx, cookie) == Err(Refusal::Present) {
-        // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie, and the
-        // end of the connection before was not reported. It is counted now.
+        // A socket that was disconnected with AF_UNSPEC and connected again keeps its cookie. The end of its first
+        // connection was not reported, so it is counted now.
         end(cookie, false);
         let _counted = established(ctx, cookie);
     }
 }
 
-/// A socket is half-closed from the first of these two states on, and then goes through others
+/// The first FIN moves a socket into one of these two half-closed states; later states need no further note
 /// (`net/ipv4/tcp_states.h`).
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
@@ -61,17 +61,17 @@ fn state_changed(ctx: &SockOpsContext) {
     }
 }
 
-/// Notes the first FIN, at the moment in which the stack sends or takes it.
+/// Records the time of the first FIN, when the stack sends or receives it.
 #[inline(never)]
 fn half_closed(cookie: u64) {
     let record = slots::scan(cookie).and_then(slots::Scanned::record);
     if let Some(session) = record {
-        // SAFETY: a pointer that the map gave, valid while the program runs.
+        // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
         activity::note_half_closed(unsafe { &mut *session });
     }
 }
 
-/// A function of its own, as is the close: the stack of all frames together is small.
+/// A separate function, as `closed` is, because the stack frames of all functions together are limited to 512 bytes.
 #[inline(never)]
 fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
     if !port_check::may_be_matched(ctx) {
@@ -86,10 +86,10 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
         return Ok(());
     }
     let now = now_ns();
-    // Built here and nowhere else, and the facts made of it: the stack of all frames together is small.
-    // Zeros first, in words: the compiler would call a function that writes bytes.
+    // Only one record is built, and the facts are derived from it, to save stack. It is zeroed word by word: for an
+    // assignment the compiler would call a function that writes bytes.
     let mut record = MaybeUninit::<Session>::uninit();
-    // SAFETY: the record is writable, and one of zeros is valid: integers only.
+    // SAFETY: the record is writable, and all zeros is a valid record: it has only integers.
     let session = unsafe {
         words::clear::<u64, _>(record.as_mut_ptr());
         record.assume_init_mut()
@@ -116,7 +116,7 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
         return Ok(());
     };
     match decision {
-        // No policy has generation 0: the daemon decides as soon as it reads of the session.
+        // Generation 0, which no policy has: the daemon decides as soon as it reads the event.
         Decision {
             needs_owner: true, ..
         } => {}
@@ -127,7 +127,8 @@ fn established(ctx: &SockOpsContext, cookie: u64) -> Result<(), Refusal> {
             rule, generation, ..
         } => (session.rule, session.generation) = (rule, generation),
     }
-    // The close is asked for first: a session in the map whose end nobody reports would be stale.
+    // The close callback is requested before the insertion. Otherwise a session could be in the table without anything
+    // reporting its end.
     let reported = ctx
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
         .is_ok();
@@ -147,7 +148,7 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
     let inserted = slots::insert(cookie, session);
     match inserted {
         Ok(()) => {
-            // One that is not decided about has no rule to be counted for.
+            // An undecided session has no rule to count it under.
             if session.generation != 0 {
                 count::rule(session.rule, |c| c.opened += 1);
             }
@@ -163,27 +164,18 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
     inserted
 }
 
-/// `tcp_set_state()` calls back before the state changes, for orphans and aborts too.
-#[inline(always)]
-fn end(cookie: u64, is_silent: bool) {
-    // The second time for one that the daemon amends meanwhile, which lies elsewhere then: a look can miss
-    // it.
-    if !closed(cookie, is_silent) {
-        closed(cookie, is_silent);
-    }
-}
-
-/// Whether the session was found, and taken out where it was found.
+/// Removes the session of a socket that closes. `tcp_set_state()` calls back before the state changes, also for orphans
+/// and aborts.
 #[inline(never)]
-fn closed(cookie: u64, is_silent: bool) -> bool {
+fn end(cookie: u64, is_silent: bool) {
     let Some(scanned) = slots::scan(cookie) else {
-        return false;
+        return;
     };
     let Some(session) = scanned.record() else {
-        return false;
+        return;
     };
-    // SAFETY: a pointer that the map gave, valid while the program runs. All that is told is read
-    // before the record is free.
+    // SAFETY: the map lookup returned the pointer, which is valid while the program runs. The event is built before the
+    // record is freed.
     let session = unsafe { &*session };
     if is_silent {
         repaired::remember(session);
@@ -194,23 +186,23 @@ fn closed(cookie: u64, is_silent: bool) -> bool {
     }
     let cleared = slots::clear_all(scanned, cookie);
     if cleared == slots::NONE_CLEARED {
-        return false;
+        return;
     }
-    // What was read may be of before an amendment, and what was freed of after it.
+    // The daemon may have changed the rule between the read of the record and the removal; the rule at the removal
+    // counts.
     let generation = (cleared >> 16) as u32;
     if generation >= FIRST_GENERATION.load() {
         event.rule = cleared as u16;
     }
     event.generation = generation as u16;
-    // One that was never decided about was not counted as opened.
+    // An undecided session was not counted as opened.
     if generation != 0 {
         count::rule(event.rule, |c| c.closed += 1);
     }
     send(event);
-    true
 }
 
-/// The rule of a session that another daemon's programs matched, as this daemon counts it.
+/// The rule in this daemon's policy for a session that another daemon's programs matched.
 #[inline(never)]
 fn rule_anew(session: &Session) -> u16 {
     match decide(session) {
@@ -223,7 +215,7 @@ fn rule_anew(session: &Session) -> u16 {
     }
 }
 
-/// Tells the daemon of a session; whether it will hear.
+/// Reports an event to the daemon. Returns whether the ring buffer accepted it.
 #[inline(always)]
 pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
     send(event(kind, cookie, session))
@@ -242,7 +234,7 @@ fn event(kind: EventKind, cookie: u64, session: &Session) -> Event {
     }
 }
 
-/// The ring buffer wakes the daemon only where it has read everything before.
+/// With flags 0 the ring buffer wakes the daemon only if it had consumed all earlier events.
 #[inline(always)]
 fn send(event: Event) -> bool {
     let told = EVENTS.output(event, 0).is_ok();
@@ -258,10 +250,10 @@ fn cookie(ctx: &SockOpsContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.ops.cast()) }
 }
 
-/// Notes this host's address and the peer's; whether the family is one of TCP.
+/// Records both addresses. Returns whether the address family is IPv4 or IPv6.
 ///
-/// Each word is read and written alone and volatile: the verifier refuses a wider access to the context,
-/// which the compiler would make of four, and all words together would take another part of the stack.
+/// Each word is accessed separately and volatile. The compiler would merge four context reads into a wider access,
+/// which the verifier refuses, and a temporary array would take more stack.
 #[inline(always)]
 fn note_addresses(ctx: &SockOpsContext, session: &mut Session) -> bool {
     let ops: *const bpf_sock_ops = ctx.ops;
@@ -269,14 +261,14 @@ fn note_addresses(ctx: &SockOpsContext, session: &mut Session) -> bool {
         AF_INET => {
             (session.local, session.remote) = (Address::from_ipv4(0), Address::from_ipv4(0));
             let (local, remote) = (&raw mut session.local.0[3], &raw mut session.remote.0[3]);
-            // SAFETY: words of the session.
+            // SAFETY: both point into the session.
             unsafe {
                 local.write_volatile(ctx.local_ip4());
                 remote.write_volatile(ctx.remote_ip4());
             }
         }
         AF_INET6 => {
-            // SAFETY: the context is valid, and both places are the session's.
+            // SAFETY: the context is valid, and both targets are fields of the session.
             unsafe {
                 words::copy::<u32, _>(&raw const (*ops).local_ip6, &raw mut session.local.0);
                 words::copy::<u32, _>(&raw const (*ops).remote_ip6, &raw mut session.remote.0);
@@ -287,17 +279,16 @@ fn note_addresses(ctx: &SockOpsContext, session: &mut Session) -> bool {
     true
 }
 
-/// A socket is a subflow from its first packet on, if it ever is one: where the peer does not speak
-/// MPTCP, an accepted socket is plain TCP by now, and a dialled one stays a subflow that has fallen
-/// back.
+/// Returns the MPTCP flag if the socket is a subflow, which is decided before establishment. If the peer does not
+/// support MPTCP, an accepted socket is already plain TCP, and a dialled socket stays a subflow in fallback.
 #[inline(always)]
 fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
-    // A kernel without MPTCP has the helper and lacks its type: the verifier refuses the call where
-    // it can be reached ("invalid return type").
+    // A kernel without MPTCP has the helper but not its return type. The verifier refuses the call if it is reachable
+    // ("invalid return type").
     if HAS_MPTCP.load() == 0 {
         return 0;
     }
-    // SAFETY: the context is valid; the helper is only given a socket that is there.
+    // SAFETY: the context is valid; the helper only gets a socket that is not null.
     unsafe {
         let sk = (*ctx.ops).__bindgen_anon_2.sk;
         if sk.is_null() || bpf_skc_to_mptcp_sock(sk.cast()).is_null() {
@@ -307,28 +298,29 @@ fn mptcp_flag(ctx: &SockOpsContext) -> u8 {
     flags::MPTCP_SUBFLOW
 }
 
-/// Who dialled, as a [`Direction`]: whoever has sent a SYN. The kernel counts its acknowledgement as a byte (`tcp_ack()`
-/// comes before the callback), and an accepted socket begins after its SYN.
+/// Which side dialled, as a [`Direction`]: the side that sent the SYN. The kernel counts the acknowledgement of the SYN
+/// as one byte (`tcp_ack()` runs before the callback). The counter of an accepted socket begins after its SYN.
 ///
-/// The kind of the callback does not tell. Where both ends dial at once both are called passive, and a socket that is
-/// restored by `TCP_REPAIR` is called active.
+/// The kind of callback does not show the side. In a simultaneous open both ends get the passive callback, and a socket
+/// that `TCP_REPAIR` restores gets the active one.
 #[inline(always)]
 fn direction(ctx: &SockOpsContext) -> u8 {
     const { assert!(Direction::Inbound as u8 + 1 == Direction::Outbound as u8) };
     // SAFETY: the context is valid.
     let acked = unsafe { (*ctx.ops).bytes_acked };
-    // By a carry: the verifier would follow each branch of a comparison to the end.
+    // Computed with a carry: the verifier would follow both branches of a comparison to the end of the program.
     Direction::Inbound as u8 + ((acked | acked.wrapping_neg()) >> 63) as u8
 }
 
-/// Whether the connection was made by another socket, whose it was: this one has sent no SYN.
+/// Whether another socket established the connection and this one took it over: an active callback without a SYN of its
+/// own.
 #[inline(always)]
 fn is_restored(ctx: &SockOpsContext, session: &Session) -> bool {
     ctx.op() == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB && session.direction == Direction::Inbound as u8
 }
 
-/// Whether a socket that closes has told its peer nothing that the peer has to have. One in repair mode has not; one that
-/// is reset has, as far as the RST arrives.
+/// Whether the socket closes without a FIN. A socket in repair mode sends nothing to its peer; a reset sends an RST,
+/// which may be lost.
 #[inline(always)]
 fn is_silent(ctx: &SockOpsContext) -> bool {
     matches!(ctx.arg(0), BPF_TCP_ESTABLISHED | BPF_TCP_CLOSE_WAIT)

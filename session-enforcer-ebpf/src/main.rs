@@ -1,17 +1,14 @@
-//! The kernel side of session-enforcer.
+//! The kernel side of session-enforcer: five eBPF programs, four attached to a cgroup and one run by the daemon.
 //!
-//! Four programs, attached to a cgroup, and one that the daemon calls:
+//! - `note_owner` (cgroup `sock_create`) records the user and cgroup of the process that creates a TCP socket.
+//! - `track_lifecycle` (`sock_ops`) matches a connection when it is established, inserts its session into the session
+//!   table, and removes the session when the connection closes.
+//! - `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session for each packet with new payload, and drop
+//!   payload that passes after the session's deadline.
+//! - `table_ops` (raw tracepoint, not attached) executes the daemon's requests to the session table.
 //!
-//! * `note_owner` (cgroup `sock_create`) notes who makes a socket;
-//! * `track_lifecycle` (`sock_ops`) matches a connection when it is established, puts it into the
-//!   session map, and takes it out when it closes;
-//! * `track_ingress` and `track_egress` (`cgroup_skb`) stamp the session of each packet that
-//!   carries new payload, and drop payload of a session that is past its deadline;
-//! * `table_ops` (raw tracepoint, attached to none) does to the session map what the daemon asks for.
-//!
-//! The programs fail open: whatever goes wrong is counted in `ERRORS` and the packet passes. An
-//! enforcer that breaks the network is worse than one that reports what it could not track. The gate
-//! drops where it knows the deadline to be past, and nowhere else.
+//! The programs fail open: an error is counted in `ERRORS` and the packet passes. The gate drops a packet only if the
+//! session's limits are known and its deadline is past.
 #![no_std]
 #![no_main]
 #![expect(
@@ -47,12 +44,12 @@ use session_enforcer_common::PacketDirection;
 
 use crate::gate::Verdict;
 
-/// The reply that lets a packet pass and a socket be made, and that leaves the replies of other
-/// `sock_ops` programs on the same cgroup visible.
+/// The return value that passes a packet or allows a socket. It does not override the return values of other `sock_ops`
+/// programs on the same cgroup.
 const PASS: i32 = 1;
 
-/// The reply that drops a packet. On egress the stack takes it for a send that failed, and does not
-/// move `snd_nxt`.
+/// The return value that drops a packet. On egress TCP treats the drop as a failed transmission and does not advance
+/// `snd_nxt`.
 const DROP: i32 = 0;
 
 #[cgroup_sock(sock_create)]
@@ -96,7 +93,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Some helpers are reserved by the kernel for programs under a GPL-compatible licence.
+/// The kernel offers some helpers only to programs with a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

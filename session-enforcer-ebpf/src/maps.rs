@@ -1,4 +1,4 @@
-//! Every map, its capacity and why.
+//! All maps of the programs, with the reason for each type and capacity.
 
 use core::{cell::UnsafeCell, ffi::c_void, ptr};
 
@@ -17,26 +17,27 @@ use session_enforcer_common::{
     table::{Bucket, Key, MAX_REQUESTS, TableHead, TableRequest},
 };
 
-/// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of
-/// buckets at load, from the sessions that the table is made for, and reads them through a mapping.
+/// The tags of the session table; see `session_enforcer_common::table`. The daemon sets the number of buckets at load,
+/// from the table's session capacity, and reads the tags through a mapping.
 #[btf_map]
 pub(crate) static BUCKETS: Array<Bucket, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// The records of the session table, one for each tag. As an array it has its memory from the start, so
-/// that an insertion in softirq context never waits for any; and nothing is ever put out of it to make
-/// room, as in an LRU map: that would be the idle session, the one to enforce.
+/// The records of the session table, one for each tag.
+///
+/// An array is allocated when it is created, so an insertion in softirq context never allocates. An LRU map would evict
+/// the idle sessions, which are the ones to enforce.
 #[btf_map]
 pub(crate) static SESSIONS: Array<Session, 1> = Array::new();
 
-/// What the session table knows of itself.
+/// The head of the session table: session count, capacity and hash key.
 #[btf_map]
 pub(crate) static TABLE: Array<TableHead, 1> = Array::new();
 
-/// Sessions in the table, by the id of their rule.
+/// Number of sessions in the table, by rule id.
 #[btf_map]
 pub(crate) static HELD: Array<u64, { MAX_RULES as usize }> = Array::new();
 
-/// The daemon's requests to `table_ops`, which it writes and reads through a mapping.
+/// Request buffer of `table_ops`. The daemon writes requests and reads answers through a mapping.
 #[btf_map]
 pub(crate) static EXCHANGES: Array<
     TableRequest,
@@ -44,7 +45,7 @@ pub(crate) static EXCHANGES: Array<
     { BPF_F_MMAPABLE as usize },
 > = Array::new();
 
-/// What the daemon is about to reset, which outlives it. No program looks at it.
+/// Journal of the resets in progress; it outlives the daemon. The programs do not access it.
 #[btf_map]
 pub(crate) static JOURNAL: Array<
     JournalEntry,
@@ -52,35 +53,34 @@ pub(crate) static JOURNAL: Array<
     { BPF_F_MMAPABLE as usize },
 > = Array::new();
 
-/// The entries of both match tables, one behind the other, each in the order of the rules: the
-/// first that applies decides.
+/// The entries of both match tables, one table after the other. The entries of a table follow the order of the rules;
+/// the first entry that matches decides.
 #[btf_map]
 pub(crate) static MATCH_ENTRIES: Array<
     MatchEntry,
     { (Table::COUNT * MAX_MATCH_ENTRIES) as usize },
 > = Array::new();
 
-/// Describes the tables of [`MATCH_ENTRIES`].
+/// Generation, number of entries and session shares of each match table in [`MATCH_ENTRIES`].
 #[btf_map]
 pub(crate) static MATCH_TABLES: Array<Table, { Table::COUNT as usize }> = Array::new();
 
-/// Index of the table in force, of [`MATCH_ENTRIES`] and of [`POLICIES`]; one element. The daemon
-/// fills the other table and then changes this one number, so that no connection and no packet ever
-/// meets half a policy.
+/// Index of the active table in [`MATCH_ENTRIES`] and [`POLICIES`]; one element. The daemon fills the inactive table
+/// and then changes this index, so every connection and packet uses a complete policy.
 #[btf_map]
 pub(crate) static ACTIVE_TABLE: Array<u32, 1> = Array::new();
 
-/// The limits of each rule, for the packet path, in two tables as above: the kernel does not copy an
-/// element in one piece, and the gate must not judge by the half of one.
+/// The limits of each rule, in two tables selected by [`ACTIVE_TABLE`]. The kernel does not copy an array element
+/// atomically, so the daemon never overwrites limits that the gate may be reading.
 #[btf_map]
 pub(crate) static POLICIES: Array<Limits, { (Table::COUNT * MAX_RULES) as usize }> = Array::new();
 
-/// Sessions opened and closed, by rule. Per CPU, so that counting needs no atomic operation.
+/// Sessions opened and closed, by rule. Per CPU, so counting needs no atomic operation.
 #[btf_map]
 pub(crate) static RULE_COUNTERS: PerCpuArray<RuleCounters, { MAX_RULES as usize }> =
     PerCpuArray::new();
 
-/// Errors by [`ErrorKind`].
+/// Errors of the programs, by [`ErrorKind`].
 #[btf_map]
 pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerCpuArray::new();
 
@@ -89,30 +89,30 @@ pub(crate) static ERRORS: PerCpuArray<u64, { ErrorKind::COUNT as usize }> = PerC
 pub(crate) static GATE_DROPS: PerCpuArray<u64, { PacketDirection::COUNT as usize }> =
     PerCpuArray::new();
 
-/// What happens to tracked sessions, for the daemon's schedule. 1 MiB holds 21,800 events
-/// (40 bytes and a header of 8): a fifth of a second at 100,000 events a second, while the
-/// daemon reads every 100 ms at the latest.
+/// Session events for the daemon's schedule. 1 MiB holds 21,800 events (40 bytes plus an 8-byte header), which is 0.2 s
+/// at 100,000 events/s. The daemon reads at least every 100 ms.
 #[btf_map]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 
-/// Who made each TCP socket that is not established yet.
+/// The owner of each TCP socket that is not established yet.
 #[btf_map]
 pub(crate) static OWNERS: ClonedSkStorage<Owner> = ClonedSkStorage::new();
 
-/// By the identity of a cgroup, those above it: an owner tells only its own. LRU, unlike the
-/// sessions: what is lost is noted again with the next socket, and the daemon finds it elsewhere.
+/// The ancestor cgroups of each cgroup, by cgroup id; the owner of a session only has its own cgroup id. An LRU map is
+/// sufficient: the next socket of the cgroup inserts an evicted entry again, and the daemon can resolve the ancestors
+/// itself.
 #[btf_map]
 pub(crate) static ANCESTORS: LruHashMap<u64, Ancestors, { MAX_CGROUPS as usize }> =
     LruHashMap::new();
 
-/// The clocks of connections whose sockets closed without a word to the peer. LRU, unlike the sessions: who has it
-/// forget a connection gains nothing, see `restored`.
+/// The clocks of connections whose sockets closed without a FIN. An LRU map is sufficient: an eviction does not extend
+/// a session's life, see `repaired`.
 #[btf_map]
 pub(crate) static RESTORED: LruHashMap<Ends, Clocks, { MAX_REMEMBERED as usize }> =
     LruHashMap::new();
 
-/// Sessions that the table may hold, its buckets, and where cookies lie in it. Set by the daemon at
-/// load, to what the maps were made with.
+/// Session capacity, number of buckets and hash key of the session table. The daemon sets all three at load, to the
+/// values with which the maps were created.
 #[unsafe(no_mangle)]
 pub(crate) static MAX_SESSIONS: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
@@ -120,31 +120,30 @@ pub(crate) static BUCKET_COUNT: Global<u32> = Global::new(1);
 #[unsafe(no_mangle)]
 pub(crate) static TABLE_KEY: Global<Key> = Global::new(Key(0));
 
-/// Cookie of the only network namespace to track, or 0 for every one. Set by the daemon at load.
+/// Cookie of the only network namespace to track; 0 tracks all namespaces. The daemon sets it at load.
 #[unsafe(no_mangle)]
 pub(crate) static ONLY_NETNS: Global<u64> = Global::new(0);
 
-/// Generation of this daemon's first policy. A session of an earlier one was written under another
-/// daemon, and the id of its rule means nothing here. Set by the daemon at load.
+/// Generation of this daemon's first policy. In a session of an earlier generation the rule id belongs to another
+/// daemon and has no meaning here. The daemon sets it at load.
 #[unsafe(no_mangle)]
 pub(crate) static FIRST_GENERATION: Global<u32> = Global::new(0);
 
-/// Whether the kernel has MPTCP; 0 or 1. Set by the daemon at load.
+/// 1 if the kernel supports MPTCP, else 0. The daemon sets it at load.
 #[unsafe(no_mangle)]
 pub(crate) static HAS_MPTCP: Global<u8> = Global::new(0);
 
-/// The ports of the connections that a rule can match. In a section of its own, which is a map of one
-/// element to the loader: the programs have its address, and need not look it up.
+/// The ports of the connections that a rule can match. The section becomes a map of one element, whose address the
+/// loader puts into the programs, so they need no map lookup.
 #[unsafe(link_section = ".bss.ports")]
 pub(crate) static PORTS: WrittenOutside<PortFilters> =
     WrittenOutside(UnsafeCell::new(PortFilters::NONE));
 
-/// What the daemon writes while the programs run. To be read volatile: the compiler sees nobody
-/// write it.
+/// A value that the daemon writes while the programs run. Reads must be volatile, because the compiler sees no writer.
 #[repr(transparent)]
 pub(crate) struct WrittenOutside<T>(UnsafeCell<T>);
 
-// SAFETY: the programs never write it, and read it volatile alone.
+// SAFETY: the programs only read it, with volatile accesses.
 unsafe impl<T> Sync for WrittenOutside<T> {}
 
 impl<T> WrittenOutside<T> {
@@ -154,9 +153,8 @@ impl<T> WrittenOutside<T> {
     }
 }
 
-/// Socket storage that accepted sockets inherit. `SkStorage` of aya-ebpf has other flags, and they
-/// cannot be changed; the layout is that of its map definitions, from which the loader reads the
-/// types.
+/// Socket storage that accepted sockets inherit (`BPF_F_CLONE`). aya-ebpf's `SkStorage` has fixed flags, so this
+/// repeats the layout of its map definitions, from which the loader reads the types.
 #[repr(C)]
 pub(crate) struct ClonedSkStorage<T> {
     r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
@@ -166,7 +164,7 @@ pub(crate) struct ClonedSkStorage<T> {
     map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
 }
 
-// SAFETY: never read or written; the kernel's helpers take its address and do their own locking.
+// SAFETY: programs never access the fields; the kernel's helpers take the address and do their own locking.
 unsafe impl<T> Sync for ClonedSkStorage<T> {}
 
 impl<T> ClonedSkStorage<T> {
@@ -180,7 +178,7 @@ impl<T> ClonedSkStorage<T> {
         }
     }
 
-    /// What the kernel's helpers take for the map.
+    /// The map's address, as the kernel's helpers expect it.
     #[inline(always)]
     pub(crate) fn as_ptr(&self) -> *mut c_void {
         ptr::from_ref(self).cast_mut().cast()

@@ -1,4 +1,4 @@
-//! Which rule decides about a connection, by the match table in force, and its limits.
+//! Finds the rule and limits of a connection in the active match table.
 
 use core::{ffi::c_void, ptr};
 
@@ -14,18 +14,17 @@ use crate::{
     slots, words,
 };
 
-/// What a table says about a connection.
+/// The result of a match.
 pub(crate) struct Decision {
-    /// The rule of the first entry that applies, `RULE_EXEMPT` among them.
+    /// Rule of the first entry that applies; may be `RULE_EXEMPT`.
     pub rule: u16,
     /// Generation of the table.
     pub generation: u32,
-    /// Whether the entry asks for what is not known of the owner. Then it is for the daemon to find
-    /// out, and to decide.
+    /// The entry depends on owner facts that are not known. The daemon has to resolve the owner and decide.
     pub needs_owner: bool,
 }
 
-/// Index of the table in force.
+/// Index of the active table.
 #[inline(always)]
 pub(crate) fn active_table() -> u32 {
     ACTIVE_TABLE
@@ -33,11 +32,14 @@ pub(crate) fn active_table() -> u32 {
         .map_or(0, |active| active % Table::COUNT)
 }
 
-/// The limits in force of a session, after it was matched again where another policy came into
-/// force since its last payload. `None` where nothing is known to limit it: no rule matches it any
-/// more, or an exempting one does, and it is the daemon's to release; or its owner is not known, and is
-/// the daemon's to find; or it was never decided about, and is counted as opened when the daemon decides;
-/// or a map cannot be read, and errors are on the side of life.
+/// The session's current limits. If the policy has changed since its last payload, the session is matched again first.
+///
+/// Returns `None`, which passes the packet, in these cases:
+///
+/// - no rule, or an exempting entry, matches the session: the daemon will release it;
+/// - its owner is not known: the daemon will resolve it;
+/// - it is still undecided: the daemon will decide and count it as opened;
+/// - a map cannot be read (fail open).
 #[inline(always)]
 pub(crate) fn of(session: &mut Session) -> Option<&'static Limits> {
     let Some(policy) = limits(session.rule) else {
@@ -50,7 +52,7 @@ pub(crate) fn of(session: &mut Session) -> Option<&'static Limits> {
     of_rule_anew(session)
 }
 
-/// The limits of a rule; none for an exempting one.
+/// The limits of a rule; `None` for `RULE_EXEMPT`.
 #[inline(always)]
 pub(crate) fn limits(rule: u16) -> Option<&'static Limits> {
     let rule = u32::from(rule);
@@ -65,7 +67,7 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Limits> {
     if session.generation == 0 {
         return None;
     }
-    // SAFETY: from a reference. Volatile: the daemon's program changes it.
+    // SAFETY: derived from a reference. Volatile: `table_ops` changes it.
     let before_ns = unsafe { ptr::read_volatile(&raw const session.open_until_ns) };
     let decision = decide(session)?;
     if decision.needs_owner {
@@ -74,32 +76,32 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Limits> {
     let policy = limits(decision.rule)?;
     let before = Choice::of(session);
     let after = before.by(decision.rule, decision.generation);
-    // Where a packet of the other direction changes its flags meanwhile, the next one decides.
+    // If a packet of the other direction changes the flags at the same time, the exchange fails and the next packet
+    // tries again.
     if words::exchange(slots::choice_word(session), before.0, after.0) {
         capacity::moved(before, after);
     }
-    // A gate that the daemon has shut is the daemon's to open.
+    // Only the daemon opens a gate that it has shut.
     if before_ns != Session::SHUT {
         words::exchange(&raw mut session.open_until_ns, before_ns, 0);
     }
-    // The policy may have changed again between the two look-ups.
+    // The policy may have changed between the two lookups.
     (policy.generation == decision.generation).then_some(policy)
 }
 
-/// What the loop over the match entries works on.
+/// State of the loop over the match entries.
 struct Search {
     facts: Facts,
-    /// Null where they are not known. Not an `Option`, whose other half the compiler may leave
-    /// unwritten, which the verifier refuses.
+    /// Null if the ancestors are not known. Not an `Option`: the compiler may leave its payload unwritten for `None`,
+    /// which the verifier refuses.
     ancestors: *const Ancestors,
     /// Index of the table's first entry.
     base: u32,
-    /// Rule of the first entry that applies, and whether that is open.
+    /// Rule of the first entry that applies, and whether it needs the owner.
     found: Option<(u16, bool)>,
 }
 
-/// What the table in force says about the connection of an owner in this cgroup, 0 where that is not
-/// known; nothing where no entry applies.
+/// Matches the connection of a session against the active table. Returns `None` if no entry applies.
 #[inline(always)]
 pub(crate) fn decide(session: &Session) -> Option<Decision> {
     let active = active_table();
@@ -121,7 +123,7 @@ pub(crate) fn decide(session: &Session) -> Option<Decision> {
         search.ancestors = ancestors;
         search.facts.known |= Facts::CGROUP;
     }
-    // SAFETY: the callback has the signature that the helper asks for, and the search outlives it.
+    // SAFETY: the callback has the signature that the helper expects, and the search outlives the loop.
     unsafe {
         bpf_loop(
             entries.min(MAX_MATCH_ENTRIES),
@@ -138,16 +140,16 @@ pub(crate) fn decide(session: &Session) -> Option<Decision> {
     })
 }
 
-/// Returns 1 to end the loop, 0 to go on.
+/// Returns 1 to end the loop, 0 to continue.
 extern "C" fn apply_entry(index: u32, search: *mut c_void) -> i64 {
-    // SAFETY: the pointer that `decide` gave.
+    // SAFETY: the pointer that `decide` passed.
     let search = unsafe { &mut *search.cast::<Search>() };
     let Some(entry) = MATCH_ENTRIES.get(search.base + index) else {
         count::error(ErrorKind::TableUnreadable);
         return 1;
     };
-    // SAFETY: a pointer that the map gave, valid while the program runs. Should the element be freed
-    // and be another cgroup's meanwhile, the daemon's own decision corrects this one.
+    // SAFETY: the map lookup returned the pointer, which is valid while the program runs. If the LRU map reuses the
+    // element for another cgroup meanwhile, the daemon's own decision corrects this one.
     let ancestors = unsafe { search.ancestors.as_ref() };
     if !matches(
         &search.facts,

@@ -1,25 +1,25 @@
-//! Connections that go from one socket to another without a word to the peer (`TCP_REPAIR`), and keep their age.
+//! Connections that move to another socket without a FIN or RST (`TCP_REPAIR`) keep their age.
 
 use aya_ebpf::bindings::BPF_ANY;
 use session_enforcer_common::{Clocks, Ends, Session};
 
 use crate::maps::RESTORED;
 
-/// Keeps the clocks of a session whose socket closes without a FIN of its own.
+/// Keeps the clocks of a session whose socket closes without a FIN.
 #[inline(never)]
 pub(crate) fn remember(session: &Session) {
     let clocks = Clocks::of(session);
-    // What does not fit in is forgotten: its connection is past every limit when it is restored.
+    // If the insertion fails, the connection counts as past every limit when it is restored.
     let _ = RESTORED.insert(ends_of(session), clocks, u64::from(BPF_ANY));
 }
 
-/// Gives a session that was not dialled, and not accepted, the clocks of its connection. Nobody remembers some: then
-/// all of its times are those of the boot.
+/// Gives the session of a restored connection the clocks of that connection. If none are stored, all its times are set
+/// to the boot, so that it is past every limit.
 #[inline(never)]
 pub(crate) fn inherit(session: &mut Session) {
     let ends = ends_of(session);
     match RESTORED.get_ptr(ends) {
-        // SAFETY: a pointer that the map gave, valid while the program runs.
+        // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
         Some(clocks) => unsafe { (*clocks).give_to(session) },
         None => {
             session.established_ns = BOOT_NS;
@@ -31,7 +31,7 @@ pub(crate) fn inherit(session: &mut Session) {
     let _ = RESTORED.remove(ends);
 }
 
-/// 0 means something else in some of the times.
+/// Not 0, because 0 has a special meaning in some time fields.
 const BOOT_NS: u64 = 1;
 
 #[inline(always)]

@@ -1,16 +1,16 @@
-//! Direct access to a packet's bytes; what they say is read in `session_enforcer_common::packet`.
+//! Direct access to packet bytes. `session_enforcer_common::packet` parses them.
 
 use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
 use session_enforcer_common::packet::{self, Linear};
 
 pub(crate) use session_enforcer_common::packet::Segment;
 
-/// Reads the packet, whose data begins with the network header on both hooks. `None` where the
-/// headers are not as expected.
+/// Parses the packet, whose data begins with the network header on both hooks. Returns `None` if the headers cannot be
+/// parsed.
 #[inline(always)]
 pub(crate) fn parse(ctx: &SkBuffContext) -> Option<Segment> {
     let skb: *const __sk_buff = ctx.skb.skb;
-    // SAFETY: the context is valid, and these fields may be read on these hooks.
+    // SAFETY: the context is valid, and these fields are readable on both hooks.
     let (data, length, protocol) = unsafe {
         let data = Data {
             start: (*skb).data as usize,
@@ -18,8 +18,8 @@ pub(crate) fn parse(ctx: &SkBuffContext) -> Option<Segment> {
         };
         (data, (*skb).len as usize, (*skb).protocol)
     };
-    // The socket's family does not tell: an IPv6 socket that talks to an IPv4-mapped address
-    // sends and receives IPv4 packets.
+    // `protocol` and not the socket's family: an IPv6 socket with an IPv4-mapped address sends and receives IPv4
+    // packets.
     packet::parse(&data, protocol, length)
 }
 
@@ -37,12 +37,12 @@ impl Linear for Data {
         read: impl FnOnce(&[u8; N]) -> T,
     ) -> Option<T> {
         let from = self.start + offset;
-        // The form in which the verifier knows a check of packet bounds.
+        // The verifier recognises a packet bounds check only in this form.
         if from + N > self.end {
             return None;
         }
-        // SAFETY: the bytes lie before the end of the data, which outlives the program's run, and
-        // bytes may lie at any address.
+        // SAFETY: the bytes end before `data_end`, the packet outlives the program run, and a byte array has no
+        // alignment.
         Some(read(unsafe { &*(from as *const [u8; N]) }))
     }
 }

@@ -1,14 +1,14 @@
-//! The session table: find, put in, take out. `session_enforcer_common::table` says how it is made.
+//! The session table: lookup, insertion and removal. `session_enforcer_common::table` describes its layout.
 //!
-//! Once it is made only these programs write to it, for the daemon too (`table_ops`): a program runs to its
-//! end, so whatever becomes of the daemon, no change is ever left half done.
+//! After its creation only these programs write to the table, also for the daemon (`table_ops`). A program always runs
+//! to its end, so a killed daemon leaves no partial change.
 //!
-//! A tag is changed by compare-and-exchange alone, so that no two programs get one slot. As with a
-//! hash map of the kernel's, a record may be another session's by the time that a program writes to it
-//! which found it before: see `activity::track`.
+//! A slot is claimed only by compare-and-exchange of its tag, so two programs never get the same slot. As with the
+//! kernel's hash maps, a slot can be reused between a program's lookup and its write: see `activity::track`.
 //!
-//! A record is written before its tag, since an exchange orders the two. Who reads a tag and then the record orders
-//! them by [`words::order`], and so does who reads the tag once more to know whose the record was.
+//! A record is written before its tag; the exchange of the tag orders the two. A reader orders the read of the tag and
+//! the reads of the record by [`words::order`], and so does a reader that checks the tag again after reading the
+//! record.
 
 use core::{
     intrinsics::{AtomicOrdering::SeqCst, atomic_xchg},
@@ -27,35 +27,34 @@ use crate::{
     words::{self, exchange},
 };
 
-/// How often a session is put in at most where other programs take the slot that was free.
+/// Attempts to insert a session; an attempt fails if another program takes the free slot first.
 const ATTEMPTS: u32 = 3;
 
-/// Copies of a record that are made in search of one that is whole.
+/// Maximum number of copies that `read_whole` makes to get a consistent one.
 const MAX_COPIES: usize = 8;
 
-/// Why a session was not put in.
+/// Why a session was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// It is there.
+    /// The cookie already has a session.
     Present,
-    /// There is no room.
+    /// The table, or the part of it that the rule may use, is full.
     Full,
-    /// Its rule allows no more.
+    /// The rule has reached its own maximum.
     RuleFull,
 }
 
-/// The record of a session; valid while the program runs. For the packet path, which it becomes a part
-/// of.
+/// Looks up the record of a session; it is valid while the program runs. For the packet path, where it is inlined.
 #[inline(always)]
 pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
     let slot = slot_of(cookie)?;
-    // The tag was read before the record is.
+    // Orders the read of the tag before the reads of the record.
     words::order();
     SESSIONS.get_ptr_mut(slot)
 }
 
-/// Where the session of a cookie lies, for what is done a few times in its life: without a branch for each
-/// tag, whose combinations the verifier would follow.
+/// Finds the slot of a session without a branch for each tag, because the verifier would follow all their combinations.
+/// For the rare operations of a session's life.
 #[inline(always)]
 pub(crate) fn scan(cookie: u64) -> Option<Scanned> {
     if cookie == 0 {
@@ -65,10 +64,11 @@ pub(crate) fn scan(cookie: u64) -> Option<Scanned> {
     scanned.slot().is_some().then_some(scanned)
 }
 
-/// Puts in a session that is not there.
+/// Inserts a session whose cookie is not in the table.
 #[inline(never)]
 pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
-    // These would be taken for something else: the kernel, too, takes the last one for none.
+    // Reserved values: 0 marks a free slot, `CLAIMED` a slot that is being written, and the kernel treats `u64::MAX` as
+    // no cookie.
     if matches!(cookie, 0 | CLAIMED | u64::MAX) {
         return Err(Refusal::Full);
     }
@@ -85,14 +85,14 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     Err(Refusal::Full)
 }
 
-/// Words of a record.
+/// Number of 64-bit words in a record.
 const WORDS: usize = size_of::<Session>() / size_of::<u64>();
 
-/// Which of them the choice is.
+/// Index of the word that holds the choice.
 const CHOICE: usize = offset_of!(Session, generation) / size_of::<u64>();
 
-/// Changes a session that is there, word by word and in place: what a packet changes in the same moment is the
-/// packet's. What passed since the daemon read the record is kept. Whether the session is there then.
+/// Updates an existing session in place, word by word. A word that a packet changes at the same time keeps the packet's
+/// value, and activity since the daemon read the record is merged. Returns whether the session still exists.
 #[inline(never)]
 pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
     let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
@@ -102,7 +102,7 @@ pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
         return false;
     };
     let mut before = MaybeUninit::<Session>::uninit();
-    // SAFETY: pointers that the map gave and to a variable, of integers only.
+    // SAFETY: the map lookup returned one pointer, the other points to a local variable; the record has only integers.
     let before = unsafe {
         words::copy::<u64, _>(record, before.as_mut_ptr());
         before.assume_init_ref()
@@ -116,15 +116,16 @@ pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
     if choose(slot, cookie, choice, flags::PEER_HAS_ENDED) {
         return true;
     }
-    // It has ended meanwhile. The record may be another session's by now, which gets back what it had.
+    // The session has ended since. Another session may have reused the record, so the old words are restored.
     change(record, session, before);
     false
 }
 
-/// Puts the words of `after`, but for the choice, where those of `before` are. The stamps come last: a time is written
-/// after what it is the time of.
+/// Replaces each word of `before`, except the choice, with that of `after` by compare-and-exchange. Stamps come last: a
+/// time is written after the values that it dates.
 ///
-/// No loop: Linux before 6.6 refuses one whose end falls through to its beginning, as the compiler would make it.
+/// Unrolled, because Linux before 6.6 refuses a loop whose end falls through to its beginning, which the compiler would
+/// emit.
 #[inline(never)]
 fn change(record: *mut Session, before: &Session, after: &Session) {
     const { assert!(WORDS == 21 && CHOICE == 8) };
@@ -134,7 +135,7 @@ fn change(record: *mut Session, before: &Session, after: &Session) {
     );
     macro_rules! exchange_words {
         ($($word:literal)*) => {
-            // SAFETY: within the records.
+            // SAFETY: the index is within both records.
             $(unsafe {
                 let (before, after) = (before.add($word).read(), after.add($word).read());
                 exchange(record.cast::<u64>().add($word), before, after);
@@ -144,8 +145,8 @@ fn change(record: *mut Session, before: &Session, after: &Session) {
     exchange_words!(9 10 11 12 13 14 15 16 17 18 19 20 0 1 2 3 4 5 6 7);
 }
 
-/// Gives a session the rule and the generation of a choice, and its flags besides those to be kept; whether it is there
-/// then. Where a packet changes the flags meanwhile, the next attempt meets it no more. No loop: see [`change`].
+/// Gives a session the rule and generation of a choice, and keeps the flags in `kept`. Returns whether the session
+/// still exists. Up to three attempts, since a packet may change the flags at the same time. Unrolled: see [`change`].
 #[inline(always)]
 fn choose(slot: u32, cookie: u64, choice: Choice, kept: u8) -> bool {
     let mut outcome = choose_once(slot, cookie, choice.0, kept);
@@ -158,15 +159,16 @@ fn choose(slot: u32, cookie: u64, choice: Choice, kept: u8) -> bool {
     outcome == CHOSEN
 }
 
-/// What [`choose_once`] answers.
+/// Return values of [`choose_once`].
 const CHOSEN: u32 = 0;
 const HAS_ENDED: u32 = 1;
 const CHANGED_MEANWHILE: u32 = 2;
 
-/// Between the look at the slot and the change it may have become another session's, which gets its choice back.
-/// Where that is not there any more, the session has ended since, by the choice that it was given.
+/// Changes the choice of a session once. Another session may reuse the slot between the check and the change; its
+/// choice is then restored. If the restoration fails, the session has ended since, and its end was counted by the new
+/// choice.
 ///
-/// With a name of its own for the linker it is a global function, which the verifier follows once.
+/// The exported name makes this a global function, which the verifier checks once.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn choose_once(slot: u32, cookie: u64, choice: u64, kept: u8) -> u32 {
@@ -189,7 +191,8 @@ extern "C" fn choose_once(slot: u32, cookie: u64, choice: u64, kept: u8) -> u32 
     CHOSEN
 }
 
-/// Gives the session that was established then a rule. The gate has not checked it under that yet.
+/// Gives the session established at `established_ns` a rule, and resets its gate, which has not checked it under that
+/// rule.
 #[inline(never)]
 pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u32) -> bool {
     let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
@@ -201,11 +204,11 @@ pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u3
     if !is_session(slot, cookie, established_ns) {
         return false;
     }
-    // SAFETY: a pointer that the map gave. Volatile: packets change it.
+    // SAFETY: the map lookup returned the pointer. Volatile: packets change it.
     let open_until_ns = unsafe { ptr::read_volatile(&raw const (*record).open_until_ns) };
     let chosen = choose(slot, cookie, Choice(0).by(rule, generation), u8::MAX);
     if chosen && open_until_ns != Session::SHUT {
-        // SAFETY: a pointer that the map gave.
+        // SAFETY: the map lookup returned the pointer.
         exchange(
             unsafe { &raw mut (*record).open_until_ns },
             open_until_ns,
@@ -215,44 +218,43 @@ pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u3
     chosen
 }
 
-/// The word of a record by which its session is judged.
+/// The word of a record that holds its choice: generation, rule, direction and flags.
 #[inline(always)]
 pub(crate) fn choice_word(record: *mut Session) -> *mut u64 {
-    // SAFETY: within the record, whose fields from here on are one word.
+    // SAFETY: within the record; the fields from here on form one aligned word.
     unsafe { (&raw mut (*record).generation).cast() }
 }
 
-/// What it says.
 #[inline(always)]
 pub(crate) fn choice_of(record: *mut Session) -> Choice {
-    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    // SAFETY: the map lookup returned the pointer. Volatile: others change it.
     Choice(unsafe { ptr::read_volatile(choice_word(record)) })
 }
 
-/// Whether the session of a cookie lies there, and was established then.
+/// Whether the slot holds the session of this cookie and time of establishment.
 #[inline(always)]
 fn is_session(slot: u32, cookie: u64, established_ns: u64) -> bool {
     let Some(record) = SESSIONS.get_ptr(slot) else {
         return false;
     };
-    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    // SAFETY: the map lookup returned the pointer. Volatile: others change it.
     let found_ns = unsafe { ptr::read_volatile(&raw const (*record).established_ns) };
-    // What was read of the record until now was read before the tag is.
+    // Orders the earlier reads of the record before the read of the tag.
     words::order();
     found_ns == established_ns && is_at(slot, cookie)
 }
 
 #[inline(always)]
 fn is_at(slot: u32, cookie: u64) -> bool {
-    // SAFETY: a pointer that the map gave. Volatile: others change it.
+    // SAFETY: the map lookup returned the pointer. Volatile: others change it.
     tag_of(slot).is_some_and(|tag| unsafe { ptr::read_volatile(tag) } == cookie)
 }
 
-/// A copy of the record of a session, as it was at one moment; whether it is there.
+/// Copies a consistent record of a session. Returns whether the session exists.
 ///
-/// Packets change a record meanwhile: an answer that passes could show the stamps from before and the
-/// debt as paid. A copy that the record still agrees with was made when nothing passed. One that changes
-/// so often that none agrees is not that of an idle session, and no copy of it says so.
+/// Packets change the record during the copy. A packet with an answer, for example, could yield a copy with old stamps
+/// in which the answer is no longer owed. The copy is therefore repeated until it equals the record. If no attempt
+/// succeeds, the session is busy, and each copy shows that it is not idle.
 #[inline(never)]
 pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
     let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
@@ -262,25 +264,26 @@ pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
         return false;
     };
     for _ in 0..MAX_COPIES {
-        // SAFETY: pointers that the maps gave, valid while the program runs.
+        // SAFETY: the map lookups returned the pointers, which are valid while the program runs.
         unsafe { words::copy::<u64, _>(record, into) };
-        // All of it was read before any of it is read again.
+        // Orders the whole copy before the second read.
         words::order();
         if agrees(record, into) {
             break;
         }
     }
     words::order();
-    // By now it may be another's.
-    // SAFETY: as above.
+    // Another session may have reused the record during the copy.
+    //
+    // SAFETY: see the copy above.
     unsafe { ptr::read_volatile(tag) == cookie }
 }
 
 #[inline(always)]
 fn agrees(record: *const Session, copy: *const Session) -> bool {
     let (words, copied) = (record.cast::<u64>(), copy.cast::<u64>());
-    for word in 0..size_of::<Session>() / size_of::<u64>() {
-        // SAFETY: within both records. Volatile: the record is to be read a second time.
+    for word in 0..WORDS {
+        // SAFETY: within both records. Volatile: the record must be read a second time.
         let differs =
             unsafe { words.add(word).read_volatile() != copied.add(word).read_volatile() };
         if differs {
@@ -290,7 +293,7 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
     true
 }
 
-/// Shuts the gate of the session that was established then, or opens it again; whether it is there.
+/// Shuts or reopens the gate of the session established at `established_ns`. Returns whether that session exists.
 #[inline(never)]
 pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool {
     let Some(scanned) = scan(cookie) else {
@@ -299,7 +302,8 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
     let (Some(slot), Some(session)) = (scanned.slot(), scanned.record()) else {
         return false;
     };
-    // SAFETY: pointers that the maps gave, valid while the program runs. Volatile: others change them.
+    // SAFETY: the map lookups returned the pointers, which are valid while the program runs. Volatile: others change
+    // them.
     unsafe {
         let word = &raw mut (*session).open_until_ns;
         let is_meant =
@@ -311,22 +315,23 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
             return exchange(word, Session::SHUT, 0);
         }
         atomic_xchg::<u64, { SeqCst }>(word, Session::SHUT);
-        // The record may have become another session's, whose gate is open. Its tag tells so before any of its words
-        // is written; one of the same cookie was established at another time, which was written before the tag.
+        // Another session, whose gate is open, may have reused the record. Its tag is set to `CLAIMED` before its words
+        // are written. A later session of the same cookie has another time of establishment, which was written before
+        // its tag.
         let is_there = is_at(slot, cookie);
         words::order();
         is_there && is_meant() || !exchange(word, Session::SHUT, 0)
     }
 }
 
-/// What [`clear_all`] returns where every slot was another's by then.
+/// Returned by [`clear_all`] if no slot still belonged to the session.
 pub(crate) const NONE_CLEARED: u64 = u64::MAX;
 
-/// Frees the slots in which a session was found. There are two where the daemon adopted a socket in the moment in
-/// which it was connected again.
+/// Frees the slots of a session. There are two if the daemon adopted a socket at the moment in which it was connected
+/// again.
 ///
-/// Returns the generation and, in the lower 16 bits, the rule by which the session was judged at its end; of two the
-/// older.
+/// Returns the generation and, in the lower 16 bits, the rule of the session at its end; of two sessions those of the
+/// older generation.
 #[inline(never)]
 pub(crate) fn clear_all(scanned: Scanned, cookie: u64) -> u64 {
     let mut oldest = NONE_CLEARED;
@@ -343,8 +348,8 @@ pub(crate) fn clear_all(scanned: Scanned, cookie: u64) -> u64 {
     oldest
 }
 
-/// Frees the slot of a session, if that is still there; see [`clear_all`]. Whoever is about to change its choice
-/// finds that it has ended.
+/// Frees one slot if it still belongs to the session; see [`clear_all`]. `Choice::ENDED` tells a concurrent change of
+/// the choice that the session has ended.
 #[inline(always)]
 fn clear(slot: u32, cookie: u64) -> u64 {
     let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr_mut(slot)) else {
@@ -353,7 +358,7 @@ fn clear(slot: u32, cookie: u64) -> u64 {
     if !exchange(tag, cookie, CLAIMED) {
         return NONE_CLEARED;
     }
-    // SAFETY: pointers that the maps gave.
+    // SAFETY: the map lookups returned the pointers.
     let choice = unsafe {
         let choice = atomic_xchg::<u64, { SeqCst }>(choice_word(record), Choice::ENDED.0);
         atomic_xchg::<u64, { SeqCst }>(tag, 0);
@@ -363,7 +368,7 @@ fn clear(slot: u32, cookie: u64) -> u64 {
     u64::from(choice.generation()) << 16 | u64::from(choice.rule())
 }
 
-/// Puts a session into a free slot, if there is one.
+/// Inserts a session into a free slot. Returns whether there was one.
 #[inline(never)]
 fn put(mut scanned: Scanned, cookie: u64, session: &Session) -> bool {
     for attempt in 0..ATTEMPTS {
@@ -377,8 +382,8 @@ fn put(mut scanned: Scanned, cookie: u64, session: &Session) -> bool {
     false
 }
 
-/// Puts a session into a free slot of the bucket that is to have it. Fails where both are full, and where
-/// another program takes that slot first: the next attempt begins elsewhere.
+/// Inserts a session into a free slot of the preferred bucket. Fails if both buckets are full or another program takes
+/// the slot first; the next attempt starts at another slot.
 #[inline(always)]
 fn put_once(scanned: Scanned, cookie: u64, session: &Session, attempt: u32) -> bool {
     let [first, second] = scanned.buckets;
@@ -391,9 +396,9 @@ fn put_once(scanned: Scanned, cookie: u64, session: &Session, attempt: u32) -> b
     if free == 0 {
         return false;
     }
-    // Sockets that are made one after the other may be established at the same moment on several
-    // processors: those that have a bucket in common begin at slots of their own. At first close to each
-    // other, since a packet looks from the first slot on.
+    // Sockets created one after another may be established at the same moment on several processors, and share a
+    // bucket. Each starts its search at a different slot. The first attempt keeps the slots adjacent, because a packet
+    // scans from the first slot.
     let start = if attempt == 0 {
         cookie as u32 % IN_A_ROW
     } else {
@@ -407,8 +412,8 @@ fn put_once(scanned: Scanned, cookie: u64, session: &Session, attempt: u32) -> b
     if !exchange(tag, 0, CLAIMED) {
         return false;
     }
-    // SAFETY: pointers that the maps gave; the slot is this program's. The record is written before
-    // others can find it: an exchange is a barrier.
+    // SAFETY: the map lookups returned the pointers, and this program owns the claimed slot. The exchange is a barrier,
+    // so the record is written before the tag makes it visible.
     unsafe {
         words::copy::<u64, _>(session, record);
         atomic_xchg::<u64, { SeqCst }>(tag, cookie);
@@ -421,10 +426,10 @@ fn buckets_of(cookie: u64) -> [u32; 2] {
     TABLE_KEY.load().buckets(cookie, BUCKET_COUNT.load())
 }
 
-/// The slot of a session: the index of its record.
+/// The slot of a session, which is also the index of its record.
 #[inline(always)]
 fn slot_of(cookie: u64) -> Option<u32> {
-    // A socket without a cookie; the tag of a free record is no cookie either.
+    // 0 is no cookie; it is also the tag of a free slot.
     if cookie == 0 {
         return None;
     }
@@ -440,7 +445,7 @@ fn slot_in(bucket: u32, cookie: u64) -> Option<u32> {
         .map(|way| bucket * WAYS + way)
 }
 
-/// What was found in the two buckets of a cookie.
+/// The result of a scan of a cookie's two buckets.
 #[derive(Clone, Copy)]
 pub(crate) struct Scanned {
     buckets: [u32; 2],
@@ -463,7 +468,6 @@ impl Scanned {
         SESSIONS.get_ptr_mut(self.slot()?)
     }
 
-    /// The slot of the session.
     #[inline(always)]
     fn slot(self) -> Option<u32> {
         let ([first, second], [here, there]) = (self.buckets, self.ways.map(of_cookie));
@@ -477,11 +481,10 @@ impl Scanned {
     }
 }
 
-/// The slots of a bucket, a bit for each: in the lower half of the word those that are free, in the
-/// upper those of the cookie. No branch for each: see `scan`.
+/// Scans a bucket. Returns one bit for each slot: the lower half marks free slots, the upper half slots with this
+/// cookie. Without branches: see `scan`.
 ///
-/// With a name of its own for the linker it is a global function, which the verifier follows once and not
-/// at each call.
+/// The exported name makes this a global function, which the verifier checks once instead of at each call.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn scan_bucket(bucket: u32, cookie: u64) -> u32 {
@@ -490,11 +493,11 @@ pub(crate) extern "C" fn scan_bucket(bucket: u32, cookie: u64) -> u32 {
     };
     let mut ways = 0;
     for way in 0..WAYS {
-        // Read twice: to keep sixteen tags would take a good part of the stack.
+        // Each tag is read twice, because keeping sixteen tags would take much of the stack.
         ways |= is_same(read(tags, way), 0) << way;
         ways |= is_same(read(tags, way), cookie) << (WAYS + way);
     }
-    // The tags were read before a record is.
+    // Orders the reads of the tags before the reads of a record.
     words::order();
     ways
 }
@@ -509,7 +512,7 @@ fn of_cookie(ways: u32) -> u32 {
     ways >> WAYS
 }
 
-/// The lowest of the ways, of which there is one.
+/// Index of the lowest bit that is set; `ways` must not be 0.
 #[inline(always)]
 fn lowest(ways: u32) -> u32 {
     (ways & ways.wrapping_neg()).wrapping_sub(1).count_ones()
@@ -523,15 +526,17 @@ fn tags_of(bucket: u32) -> Option<*mut u64> {
 #[inline(always)]
 fn tag_of(slot: u32) -> Option<*mut u64> {
     let tags = tags_of(slot / WAYS)?;
-    // What the compiler knows of the way it does not check, and the verifier does not know it.
-    // SAFETY: a variable.
+    // The volatile read keeps the bounds check below: the compiler would drop it as redundant, but the verifier needs
+    // it.
+    //
+    // SAFETY: reads a local variable.
     let slot = unsafe { ptr::read_volatile(&raw const slot) };
-    // SAFETY: within the element that the map gave.
+    // SAFETY: within the element that the map lookup returned.
     Some(unsafe { tags.add((slot % WAYS) as usize) })
 }
 
 #[inline(always)]
 fn read(tags: *mut u64, way: u32) -> u64 {
-    // SAFETY: within the element that the map gave. Volatile: others change it.
+    // SAFETY: within the element that the map lookup returned. Volatile: others change it.
     unsafe { ptr::read_volatile(tags.add(way as usize)) }
 }

@@ -1,7 +1,8 @@
-//! Whose a socket is (cgroup `sock_create`): kept with the socket until it is established.
+//! Records the owner of each new TCP socket (cgroup `sock_create`) in socket storage, until the connection is
+//! established.
 //!
-//! Only here, in the system call that makes the socket, does the kernel tell a program who asks. An
-//! accepted socket inherits the facts of the socket that listens.
+//! Only during the system call that creates a socket can a program read the calling process. An accepted socket
+//! inherits the storage of its listener.
 
 use core::ptr;
 
@@ -24,7 +25,7 @@ use crate::{
 const SOCK_STREAM: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
 
-/// Notes who makes the socket.
+/// Records the owner of the socket.
 #[inline(always)]
 pub(crate) fn note(ctx: &SockContext) {
     let socket: *mut bpf_sock = ctx.sock;
@@ -35,8 +36,7 @@ pub(crate) fn note(ctx: &SockContext) {
     }
     let mut owner = current();
     note_ancestors(owner.cgroup_id);
-    // SAFETY: the map is one of socket storage with values of this type, and the socket is that of
-    // the context.
+    // SAFETY: the map is a socket storage map with values of this type, and the socket is the context's.
     let stored = unsafe {
         bpf_sk_storage_get(
             OWNERS.as_ptr(),
@@ -61,7 +61,7 @@ fn current() -> Owner {
     }
 }
 
-/// Notes the cgroups above that of the current process, where that was not done before.
+/// Records the ancestor cgroups of the current process, unless the map has them already.
 #[inline(always)]
 fn note_ancestors(cgroup_id: u64) {
     if ANCESTORS.get_ptr(cgroup_id).is_some() {
@@ -69,7 +69,7 @@ fn note_ancestors(cgroup_id: u64) {
     }
     let mut ancestors = Ancestors::UNKNOWN;
     for (place, level) in ancestors.0.iter_mut().zip(1..=MAX_CGROUP_LEVELS as i32) {
-        // SAFETY: no precondition; 0 below the cgroup's own level.
+        // SAFETY: no precondition; the helper returns 0 below the cgroup's own level.
         *place = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
     }
     if ANCESTORS
@@ -80,13 +80,12 @@ fn note_ancestors(cgroup_id: u64) {
     }
 }
 
-/// Takes the owner from an established socket, which needs it no longer: the storage is larger than
-/// a session. What is there stays where the socket, or the one that listens, is older than the
+/// Moves the owner from the established socket's storage into the session and deletes the storage, which is larger than
+/// a session. `owner` stays unchanged if the socket has no storage, because it or its listener is older than the
 /// programs.
 #[inline(always)]
 pub(crate) fn take(ctx: &SockOpsContext, owner: &mut Owner) {
-    // SAFETY: the context of a program of this type; the socket is checked before it is used, and so is
-    // what is stored.
+    // SAFETY: the context of a program of this type; socket and storage are checked before use.
     unsafe {
         let socket = (*ctx.ops).__bindgen_anon_2.sk;
         if socket.is_null() {
@@ -101,7 +100,7 @@ pub(crate) fn take(ctx: &SockOpsContext, owner: &mut Owner) {
     }
 }
 
-/// Deletes what was kept of the owner of an established socket that no rule can match.
+/// Deletes the storage of an established socket that no rule can match.
 #[inline(always)]
 pub(crate) fn forget(ctx: &SockOpsContext) {
     // SAFETY: the context of a program of this type; the socket is checked before it is used.

@@ -1,5 +1,5 @@
-//! What the daemon does to the session table (`BPF_PROG_TEST_RUN` of a program that is attached to
-//! nothing). Many sessions in one system call, each in one go.
+//! The daemon's operations on the session table. The daemon runs this unattached program with `BPF_PROG_TEST_RUN`; one
+//! system call handles many sessions, and each operation is complete.
 
 use core::{ffi::c_void, ptr};
 
@@ -11,18 +11,18 @@ use crate::{
     slots::{self, Refusal},
 };
 
-/// Answers the first so many requests.
+/// Answers the first `requests` requests of the buffer.
 #[inline(always)]
 pub(crate) fn run(requests: u64) {
     let requests = (requests as u32).min(MAX_REQUESTS);
-    // SAFETY: the callback has the signature that the helper asks for, and needs no context.
+    // SAFETY: the callback has the signature that the helper expects and needs no context.
     unsafe { bpf_loop(requests, one as *mut c_void, ptr::null_mut(), 0) };
 }
 
-/// Returns 0 to go on.
+/// Returns 0 to continue the loop.
 extern "C" fn one(index: u32, _context: *mut c_void) -> i64 {
     if let Some(request) = EXCHANGES.get_ptr_mut(index) {
-        // SAFETY: a pointer that the map gave; the daemon waits until the program has ended.
+        // SAFETY: the map lookup returned the pointer; the daemon waits until the program has ended.
         let request = unsafe { &mut *request };
         request.answer = answer_to(request);
     }
@@ -61,7 +61,7 @@ fn answer_to(request: &mut TableRequest) -> u32 {
     }
 }
 
-/// Takes out the session that the daemon means, and not one that has begun under its cookie since.
+/// Removes the session established at `established_ns`, but not a later session of the same cookie.
 #[inline(always)]
 fn remove(cookie: u64, established_ns: u64) -> bool {
     let Some(scanned) = slots::scan(cookie) else {
@@ -70,7 +70,7 @@ fn remove(cookie: u64, established_ns: u64) -> bool {
     let Some(session) = scanned.record() else {
         return false;
     };
-    // SAFETY: a pointer that the map gave, valid while the program runs.
+    // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
     let is_meant = unsafe { (*session).established_ns == established_ns };
     is_meant && slots::clear_all(scanned, cookie) != slots::NONE_CLEARED
 }

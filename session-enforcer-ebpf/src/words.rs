@@ -1,30 +1,30 @@
-//! What is done to words that others change at the same time.
+//! Access to memory that other processors change concurrently.
 //!
-//! Copies and zeros are written word by word, volatile. What the compiler would make of an assignment
-//! goes byte by byte or by way of the stack, or, from a program's context, in words that the verifier
-//! refuses.
+//! Copies and zeroing use volatile accesses, one word at a time. An assignment may compile to byte accesses, to a copy
+//! through the stack, or to context accesses of a width that the verifier refuses.
 //!
-//! x86-64 shows the reads of a processor in their order, and its writes. Others do so where an operation in between
-//! orders them ([`order`]); `docs/design/session-table.md` names each place that needs it.
+//! x86-64 keeps the order of reads and the order of writes. On other processors [`order`] is needed;
+//! `docs/design/session-table.md` lists each place and its reason.
 
 use core::{
     arch::asm,
     intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg},
 };
 
-/// Nothing that this program reads or writes after this comes before what it reads and writes ahead of it, for
-/// whoever looks from another processor. On x86-64 nothing: what is volatile has that order, but for a read after a write.
+/// A full memory barrier on other processors than x86-64. On x86-64 it emits nothing: volatile accesses are already
+/// ordered there, except a read after a write.
 ///
-/// The instruction set has no barrier that every kernel from 6.1 on takes. An atomic addition that returns what was
-/// there is a full one (kernel documentation, `atomic_t.txt`). The word is the program's own: nobody waits for it.
-/// Written out, since the compiler may take an addition of nothing for a mere read.
+/// The eBPF instruction set has no barrier that all kernels since 6.1 accept. An atomic addition that returns the old
+/// value is a full barrier (kernel documentation, `atomic_t.txt`). It adds 0 to a word on the program's own stack, so
+/// it causes no contention. It is written in assembly because the compiler may replace an addition of 0 with a plain
+/// read.
 #[inline(always)]
 pub(crate) fn order() {
     if cfg!(bpf_target_arch = "x86_64") {
         return;
     }
     let mut word = 0_u64;
-    // SAFETY: adds 0 to a variable.
+    // SAFETY: adds 0 to a local variable.
     unsafe {
         asm!(
             "{nothing} = atomic_fetch_add((u64 *)({word} + 0), {nothing})",
@@ -34,41 +34,41 @@ pub(crate) fn order() {
     }
 }
 
-/// Puts `after` where `before` is, in one step; whether that was there. [Orders](order) what is before and after
-/// where it was.
+/// Replaces `before` with `after` by compare-and-exchange; returns whether it succeeded. A successful exchange is a
+/// full barrier, see [`order`].
 #[inline(always)]
 pub(crate) fn exchange(word: *mut u64, before: u64, after: u64) -> bool {
-    // SAFETY: the callers have it from an element that a map gave.
+    // SAFETY: the callers pass a pointer into an element that a map lookup returned.
     unsafe { atomic_cxchg::<u64, { SeqCst }, { SeqCst }>(word, before, after).1 }
 }
 
-/// Copies a value in words of the type `W`, of which its size is a multiple.
+/// Copies a value in words of type `W`. The size of the value must be a multiple of the word size.
 ///
 /// # Safety
 ///
-/// `from` must be readable and `to` writable for the whole of it, and both aligned as `W` is. Others may
-/// change either meanwhile.
+/// `from` must be readable and `to` writable for the whole value, and both must be aligned for `W`. Other processors
+/// may change either of them during the copy.
 #[inline(always)]
 pub(crate) unsafe fn copy<W, T>(from: *const T, to: *mut T) {
     const { assert!(size_of::<T>().is_multiple_of(size_of::<W>())) };
     let (from, to) = (from.cast::<W>(), to.cast::<W>());
     for word in 0..size_of::<T>() / size_of::<W>() {
-        // SAFETY: the caller's promise.
+        // SAFETY: see the function's contract.
         unsafe { to.add(word).write_volatile(from.add(word).read_volatile()) };
     }
 }
 
-/// Writes zeros in words of the type `W`, of which the value's size is a multiple.
+/// Zeroes a value in words of type `W`. The size of the value must be a multiple of the word size.
 ///
 /// # Safety
 ///
-/// `to` must be writable for the whole of it, and aligned as `W` is.
+/// `to` must be writable for the whole value and aligned for `W`.
 #[inline(always)]
 pub(crate) unsafe fn clear<W: From<u8>, T>(to: *mut T) {
     const { assert!(size_of::<T>().is_multiple_of(size_of::<W>())) };
     let to = to.cast::<W>();
     for word in 0..size_of::<T>() / size_of::<W>() {
-        // SAFETY: the caller's promise.
+        // SAFETY: see the function's contract.
         unsafe { to.add(word).write_volatile(W::from(0)) };
     }
 }

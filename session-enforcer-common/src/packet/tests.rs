@@ -1,5 +1,5 @@
-//! Packets that `etherparse` writes are read as what they are, and whatever is done to them, this
-//! parser and `etherparse` never read two different things.
+//! Packets that `etherparse` writes are parsed correctly, and for any modification of them this
+//! parser and `etherparse` never return different results.
 
 use etherparse::{
     IpAuthHeader, IpNumber, Ipv4Header, Ipv4Options, Ipv6FlowLabel, Ipv6FragmentHeader, Ipv6Header,
@@ -9,7 +9,7 @@ use proptest::{collection::vec, prelude::*, sample::select};
 
 use super::*;
 
-/// What is sent, and what has to be read.
+/// The fields of a segment that is sent and must be parsed.
 #[derive(Clone, Debug)]
 struct Sent {
     seq: u32,
@@ -130,7 +130,7 @@ fn ipv6(extensions: &[Extension], inner: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A packet in another one: behind an IPv4 header, or an IPv6 header and a routing header of `SRv6`.
+/// An encapsulated packet: after an IPv4 header, or after an IPv6 header with a routing header of `SRv6`.
 fn encapsulated(inner: &[u8], in_ipv4: bool) -> Vec<u8> {
     let kind = if inner[0] >> 4 == 4 { 4 } else { 41 };
     let (mut packet, kind_at) = if in_ipv4 {
@@ -150,12 +150,12 @@ fn protocol(packet: &[u8]) -> u32 {
     }
 }
 
-/// Reads a packet of which all is in the linear part.
+/// Parses a packet that is completely linear.
 fn read(packet: &[u8], protocol: u32) -> Option<Segment> {
     parse(packet, protocol, packet.len())
 }
 
-/// What `etherparse` reads, where it reads a TCP header that is not in a fragment.
+/// The result of `etherparse`, if it finds a TCP header that is not in a fragment.
 fn oracle(packet: &[u8]) -> Option<Segment> {
     let sliced = LaxSlicedPacket::from_ip(packet).ok()?;
     if sliced.net.as_ref()?.ip_payload_ref()?.fragmented {
@@ -164,7 +164,7 @@ fn oracle(packet: &[u8]) -> Option<Segment> {
     let Some(TransportSlice::Tcp(tcp)) = sliced.transport else {
         return None;
     };
-    // The rest of the packet by place: the length fields are not believed here.
+    // The payload is the rest of the packet: length fields are not used here.
     let header_at = tcp.slice().as_ptr() as usize - packet.as_ptr() as usize;
     let header_length = tcp.header_slice().len();
     Some(Segment {
@@ -236,7 +236,7 @@ fn as_many_headers_as_are_promised_are_walked_and_no_more() {
 #[test]
 fn payload_outside_of_the_linear_part_counts() {
     let packet = ipv4(0, &plain().tcp());
-    // An aggregate of more than 64 KiB: only its headers lie in the linear part.
+    // An aggregate of more than 64 KiB, with only its headers in the linear part.
     let (headers, length) = (&packet[..40], 40 + 190_000);
     let segment = parse(headers, ETH_P_IP, length);
     assert_eq!(segment.map(|s| s.payload), Some(190_000));
@@ -288,8 +288,8 @@ proptest! {
         prop_assert_eq!(read(&packet, protocol(&packet)), Some(sent.segment()));
     }
 
-    /// Wherever the linear part ends: with the fixed part of the TCP header in it the packet is read
-    /// as a whole, and without it not at all.
+    /// Wherever the linear part ends: the packet is parsed completely if the linear part contains the
+    /// fixed part of the TCP header, and not at all otherwise.
     #[test]
     fn cut_headers_are_never_guessed(
         sent in sent(),
@@ -304,8 +304,8 @@ proptest! {
         prop_assert_eq!(parse(linear, ETH_P_IPV6, packet.len()), expected);
     }
 
-    /// Also where bytes of it are not as they were sent. `etherparse` is stricter about the order of
-    /// extension headers, so that it may read nothing where something is read here.
+    /// Also with modified bytes. `etherparse` is stricter about the order of
+    /// extension headers, so it may find nothing where this parser finds a segment.
     #[test]
     fn a_damaged_packet_is_read_as_etherparse_reads_it(
         sent in sent(),
@@ -320,11 +320,11 @@ proptest! {
             (ipv6(&chain, &sent.tcp()), ETH_P_IPV6)
         };
         for (at, value) in damage {
-            // The version stays: the kernel says it, and `etherparse` reads it.
+            // The version is not modified: the kernel passes it to this parser, and `etherparse` reads it.
             let at = 1 + at % (packet.len() - 1);
             packet[at] = value;
         }
-        // Length fields of 0 have `etherparse` take the length of the packet too.
+        // With length fields of 0 `etherparse` also uses the length of the packet.
         let length_at = if is_ipv4 { 2 } else { 4 };
         packet[length_at..length_at + 2].fill(0);
         let (ours, theirs) = (read(&packet, protocol), oracle(&packet));

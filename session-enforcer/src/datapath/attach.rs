@@ -1,4 +1,4 @@
-//! The programs' attachments: made, taken over from an earlier daemon's programs, detached.
+//! Attachments of the programs: created, taken over from an earlier daemon, detached.
 
 use std::{
     collections::HashMap,
@@ -15,19 +15,19 @@ use aya::{
 use super::{BpfError, Datapath, bpf_error::Holder, inherit::Pins, pinned_set::FoundLink, sys};
 use crate::host::{cgroup::Cgroup, threads::run_parallel};
 
-// Flags of an attachment (`linux/bpf.h`).
+// Attach flags (`linux/bpf.h`).
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
-/// A program and where it is attached.
+/// A program and its attachment.
 pub(super) struct Attachable {
-    /// Its name in the object, and that of its link's pin.
+    /// Name in the object and of the link's pin.
     pub(super) name: &'static str,
     /// `enum bpf_attach_type` of `linux/bpf.h`.
     pub(super) attach_type: u32,
-    /// bpftool's name for that.
+    /// bpftool's name of the attach type.
     attach_name: &'static str,
-    /// Whether no daemon does without it.
+    /// Whether every daemon needs it.
     pub(super) is_always_wanted: bool,
 }
 
@@ -42,9 +42,8 @@ impl Attachable {
     }
 }
 
-/// Every program, in the order in which they are attached. Owners first: no connection is decided
-/// about whose owner could not be noted. Then packets: no session is in the map before the programs
-/// that stamp it run.
+/// All programs in the order of attachment. `note_owner` is first, so that a connection is only matched when its owner
+/// could be recorded. The packet programs precede `track_lifecycle`, so that every session in the table is stamped.
 pub(super) const PROGRAMS: [Attachable; 4] = [
     Attachable {
         is_always_wanted: false,
@@ -55,23 +54,23 @@ pub(super) const PROGRAMS: [Attachable; 4] = [
     LIFECYCLE,
 ];
 
-/// The program that tells of establishments and closes.
+/// The program for establishments and closes.
 const LIFECYCLE: Attachable = Attachable::always("track_lifecycle", 3, "cgroup_sock_ops");
 
-/// The program that notes who makes sockets.
+/// The program that records socket owners.
 const NOTE_OWNER: &str = "note_owner";
 
-/// The program that the daemon runs itself, attached to nothing.
+/// The program that the daemon runs itself; it is not attached.
 pub(super) const TABLE_OPS: &str = "table_ops";
 
-/// An attachment of this daemon. Where it is not pinned, it goes with the descriptor.
+/// An attachment of this daemon. Unless it is pinned, it ends with the descriptor.
 pub(super) struct Attached {
     name: &'static str,
     link: OwnedFd,
 }
 
-/// Loads the programs into the kernel, two at the same time: with each of the larger ones the verifier
-/// keeps a processor busy for as long as the rest of a start takes.
+/// Loads the programs into the kernel, two at a time. Each of the larger ones occupies the verifier for as long as the
+/// rest of a start takes.
 pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
     let mut found: HashMap<_, _> = ebpf.programs_mut().collect();
     let mut waiting = Vec::new();
@@ -80,7 +79,7 @@ pub(super) fn load(ebpf: &mut Ebpf) -> Result<(), BpfError> {
         waiting.push((name, program));
     }
     let waiting = Mutex::new(waiting);
-    // From the end: the small one comes last.
+    // Taken from the end; the small program is loaded last.
     let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
     let load_some = || {
         while let Some((name, program)) = next() {
@@ -103,8 +102,8 @@ fn load_one(name: &'static str, program: &mut Program) -> Result<(), BpfError> {
 }
 
 impl Datapath {
-    /// The programs of other daemons that are attached to the cgroup, with another pin directory or without one,
-    /// by their numbers. None where this process may not look (`CAP_SYS_ADMIN`).
+    /// The ids of programs of other daemons (with another pin directory or without one) that are attached to the
+    /// cgroup. Empty if this process may not query them (`CAP_SYS_ADMIN`).
     pub fn others(&self, cgroup: &Cgroup) -> Vec<u32> {
         let found = sys::attached_programs(cgroup.file(), LIFECYCLE.attach_type);
         let mut ids = found.unwrap_or_default().ids;
@@ -117,14 +116,13 @@ impl Datapath {
         ids
     }
 
-    /// Attaches the programs to the cgroup: from then on each new connection below it is tracked.
-    /// Where an earlier daemon's programs are attached there, these take their place, one by one,
-    /// and no packet passes between the one and the other.
+    /// Attaches the programs to the cgroup. From then on each new connection below it is tracked. An earlier daemon's
+    /// programs on that cgroup are replaced one by one, without a gap.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses. What was attached before that is detached on drop, except in the
-    /// place of an earlier daemon's programs.
+    /// Fails if the kernel refuses an attachment. Earlier attachments of this call are detached on drop, except those
+    /// that have replaced an earlier daemon's programs.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), BpfError> {
         let metadata = cgroup.file().metadata().map_err(BpfError::Cgroup)?;
         let in_place = match &mut self.pins {
@@ -152,7 +150,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Has the programs of another object run in the place of this one's, each where it is attached.
+    /// Replaces the programs of all links with those of another object.
     pub(super) fn update_links(&self, ebpf: &Ebpf) -> Result<(), BpfError> {
         for Attached { name, link } in &self.attached {
             sys::update_link(link, program_fd(ebpf, name)?)
@@ -173,8 +171,9 @@ impl Datapath {
             .map_err(|source| refusal(program, cgroup, source))?;
         if let Some(pins) = &self.pins {
             pins.pin_link(&link, name)?;
-            // Of another cgroup. Two programs on one map would count the end of a session twice or
-            // not at all; with a map of its own the earlier one goes on until all is taken over.
+            // The earlier link is on another cgroup. Two programs on one table would count the end of a session twice
+            // or not at all, so the earlier one is detached. If it has a table of its own, it runs on until the
+            // take-over is complete.
             if let Some(before) = before.filter(|_| !pins.has_previous()) {
                 sys::detach_link(&before.link)
                     .map_err(|source| BpfError::Attach { name, source })?;
@@ -183,19 +182,19 @@ impl Datapath {
         Ok(link)
     }
 
-    /// Whether the program is attached that notes who makes sockets.
+    /// Whether the program that records socket owners is attached.
     pub fn notes_owners(&self) -> bool {
         self.attached
             .iter()
             .any(|attached| attached.name == NOTE_OWNER)
     }
 
-    /// Attaches the program that notes who makes sockets, or detaches it. Without it, a socket costs nothing until it
-    /// is established. Before the first attachment: says which it shall be.
+    /// Attaches or detaches the program that records socket owners. Without it, a socket costs nothing until it is
+    /// established. Before the first attachment this only sets the option.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses; nothing has changed then.
+    /// Fails if the kernel refuses the operation; nothing has changed then.
     pub fn note_owners(&mut self, is_wanted: bool, cgroup: &Cgroup) -> Result<(), BpfError> {
         self.options.notes_owners = is_wanted;
         if self.attached.is_empty() || self.notes_owners() == is_wanted {
@@ -217,21 +216,21 @@ impl Datapath {
         Ok(())
     }
 
-    /// Whether every program is attached still. An administrator may detach them, and they go with
-    /// their cgroup.
+    /// Whether every program is still attached. An administrator may detach a program, and the removal of a cgroup
+    /// detaches its programs.
     pub fn is_attached(&self) -> bool {
         let is_attached = |attached: &Attached| {
-            // Who cannot tell does not claim the contrary.
+            // If the link cannot be read, the program counts as attached.
             sys::link_info(&attached.link).map_or(true, |info| info.cgroup_id != 0)
         };
         self.attached.iter().all(is_attached)
     }
 
-    /// Takes the programs out of the kernel. The sessions stay pinned, for the next daemon.
+    /// Detaches the programs. The sessions stay pinned for the next daemon.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn detach(&mut self) -> Result<(), BpfError> {
         for Attached { name, link } in std::mem::take(&mut self.attached) {
             sys::detach_link(&link).map_err(|source| BpfError::Attach { name, source })?;
@@ -241,8 +240,8 @@ impl Datapath {
     }
 }
 
-/// Why the kernel has refused an attachment: for want of a capability and for the flags of another program
-/// it says EPERM.
+/// Distinguishes the causes of a refused attachment. The kernel returns EPERM both for a missing capability and for
+/// another program's flags.
 fn refusal(program: &Attachable, cgroup: &Cgroup, source: io::Error) -> BpfError {
     let name = program.name;
     if source.raw_os_error() == Some(libc::EPERM)
@@ -253,12 +252,11 @@ fn refusal(program: &Attachable, cgroup: &Cgroup, source: io::Error) -> BpfError
     BpfError::Attach { name, source }
 }
 
-/// The program that lets no other in beside it, in the cgroup or above it.
+/// The program that excludes others, in this cgroup or above it.
 ///
-/// The programs of one cgroup were all attached with the same flags, and one that is attached with
-/// `BPF_F_ALLOW_MULTI` must find those there. Above, the nearest cgroup that has programs decides: they allow
-/// others below them with either flag (`__cgroup_bpf_attach` and `hierarchy_allows_attach` of
-/// `kernel/bpf/cgroup.c`).
+/// All programs of one cgroup have the same attach flags, and a program with `BPF_F_ALLOW_MULTI` can only be added to
+/// programs with that flag. Further up, only the nearest cgroup that has programs counts: either flag allows programs
+/// below it (`__cgroup_bpf_attach` and `hierarchy_allows_attach` of `kernel/bpf/cgroup.c`).
 fn holder(cgroup: &Cgroup, program: &Attachable) -> Option<Holder> {
     let there = cgroup.path().ancestors().map(Cgroup::open);
     for (depth, there) in there.map_while(Result::ok).enumerate() {

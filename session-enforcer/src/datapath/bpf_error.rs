@@ -1,4 +1,4 @@
-//! What can go wrong with the programs and their maps.
+//! Errors of the programs and their maps.
 
 use std::{fmt, io, path::PathBuf};
 
@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::PinError;
 
-/// What can go wrong with the programs and their maps.
+/// An error of the programs or their maps.
 #[derive(Debug, Error)]
 pub enum BpfError {
     /// The object or its maps could not be loaded.
@@ -17,82 +17,82 @@ pub enum BpfError {
     /// The kernel refused a program.
     #[error("loading the eBPF program {name}: {}", chain(.source))]
     Program {
-        /// The program.
+        /// Name of the program.
         name: &'static str,
-        /// What the kernel or the verifier said.
+        /// The error of the kernel or the verifier.
         source: ProgramError,
     },
     /// The kernel refused an attachment.
     #[error("attaching the eBPF program {name}: {source}")]
     Attach {
-        /// The program.
+        /// Name of the program.
         name: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// Another program lets none in beside it.
+    /// Another program excludes further programs on the cgroup.
     #[error("attaching the eBPF program {name}: {holder}")]
     Taken {
-        /// The program that is not attached.
+        /// The program that could not be attached.
         name: &'static str,
-        /// The one that is in its way.
+        /// The program that excludes it.
         holder: Holder,
     },
-    /// The cgroup cannot be looked at.
+    /// The cgroup could not be read.
     #[error("looking at the cgroup: {0}")]
     Cgroup(io::Error),
-    /// Pins could not be made, read or removed.
+    /// A pin could not be created, read or removed.
     #[error(transparent)]
     Pins(#[from] PinError),
     /// A map could not be used.
     #[error("the eBPF map {name}: {}", chain(.source))]
     Map {
-        /// The map.
+        /// Name of the map.
         name: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: MapError,
     },
-    /// The session table could not be read or asked about.
+    /// The session table could not be read, or `table_ops` could not be run.
     #[error("the session table cannot be worked with (CONFIG_BPF_EVENTS is needed): {0}")]
     Table(io::Error),
-    /// The program that works on the session table did not answer as it does.
+    /// `table_ops` gave an answer that does not belong to the operation.
     #[error("the session table: {op:?} was answered by {answer}, which is no answer to it")]
     NoAnswer {
-        /// What it was asked.
+        /// The requested operation.
         op: TableOp,
-        /// What it answered; 0: nothing.
+        /// The answer; 0 if there was none.
         answer: u32,
     },
-    /// The object lacks a map or program: it was built from another version.
+    /// The object lacks a map or program: it is of another version.
     #[error("the eBPF object has no {0}; build the daemon again")]
     Missing(&'static str),
-    /// The object has a map of a kind that a larger table's programs cannot be given.
+    /// The object has a map of a type that cannot be shared with the programs of a larger table.
     #[error("the eBPF object's map {0} is of an unexpected kind; build the daemon again")]
     Unexpected(String),
-    /// The thread that loads programs has ended.
+    /// The loader thread has ended.
     #[error("the thread that loads the programs of a larger session table has ended")]
     NoLoader,
-    /// The log or event channel could not be watched.
+    /// The log or the event ring buffer could not be watched.
     #[error("watching a ring buffer: {0}")]
     Watch(io::Error),
-    /// More rules than a map can have.
+    /// More rules than the maps can hold.
     #[error("{0} rules are too many")]
     TooManyRules(usize),
-    /// More match entries than the table holds.
+    /// More match entries than a match table can hold.
     #[error("{0} match entries, the table holds {MAX_MATCH_ENTRIES}")]
     TooManyEntries(usize),
 }
 
-/// A program of somebody else that was attached without `BPF_F_ALLOW_MULTI`.
+/// Another owner's program, attached without `BPF_F_ALLOW_MULTI`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Its identity, as bpftool shows it.
+    /// Program id, as in bpftool.
     pub id: u32,
-    /// Its name; empty where it has none or the kernel does not tell.
+    /// Program name; empty if it has none or the kernel does not return it.
     pub name: String,
-    /// The cgroup that it is attached to.
+    /// The cgroup that the program is attached to.
     pub cgroup: PathBuf,
-    /// bpftool's name for the place.
+    /// bpftool's name of the attach type.
     pub attach_name: &'static str,
 }
 
@@ -112,7 +112,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// An error and its causes in one line.
+/// The error and its causes in one line.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -123,7 +123,7 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    // The verifier's log has many lines; its last one says why.
+    // The verifier's log has many lines; the reason is in the last one.
     text.lines()
         .filter(|line| !line.trim().is_empty())
         .collect::<Vec<_>>()

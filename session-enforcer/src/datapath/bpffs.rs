@@ -1,4 +1,4 @@
-//! The file system of pins: where it is, and its mount where it is missing.
+//! bpffs, the file system of pins: its location, and its mount if it is missing.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -17,7 +17,7 @@ use nix::{
 
 use super::pin_error::PinError;
 
-/// Where the kernel has a directory for it.
+/// The kernel's directory for the mount.
 const MOUNT_POINT: &str = "/sys/fs/bpf";
 
 /// Whether a directory is on bpffs.
@@ -26,8 +26,7 @@ pub(super) fn is_bpffs(path: &Path) -> io::Result<bool> {
     Ok(found.filesystem_type() == statfs::BPF_FS_MAGIC)
 }
 
-/// Makes the directory on bpffs with all above it, and mounts bpffs at its usual place where that
-/// is missing.
+/// Creates the directory with its parents. Mounts bpffs at its usual place if it is missing.
 pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
     if !can_be_on_bpffs(path)? {
         mount_bpffs()?;
@@ -43,7 +42,7 @@ pub(super) fn make_directory(path: &Path) -> Result<(), PinError> {
         })
 }
 
-/// Whether the directory is on bpffs already, rather than where that can be mounted.
+/// Returns true if the directory is on bpffs, and false if bpffs has to be mounted for it.
 pub(super) fn can_be_on_bpffs(path: &Path) -> Result<bool, PinError> {
     if on_bpffs(path)? {
         return Ok(true);
@@ -54,9 +53,8 @@ pub(super) fn can_be_on_bpffs(path: &Path) -> Result<bool, PinError> {
     Ok(false)
 }
 
-/// Whoever may write to the directory may put maps there for the daemon to believe in. Where bpffs
-/// was mounted for everybody, somebody may have been here first. These `owners` are trusted besides
-/// this process's own user.
+/// Refuses a directory that other users own or may write to: they could place maps there that the daemon would trust.
+/// This can happen if bpffs was mounted writable for everybody. `owners` are trusted besides this process's user.
 pub(super) fn check_owner(path: &Path, owners: &[u32]) -> Result<(), PinError> {
     let found = fs::symlink_metadata(path).map_err(PinError::io("looking at", path))?;
     let is_own = found.uid() == geteuid().as_raw() || owners.contains(&found.uid());
@@ -66,7 +64,7 @@ pub(super) fn check_owner(path: &Path, owners: &[u32]) -> Result<(), PinError> {
     Ok(())
 }
 
-/// Whether the path, or the nearest directory above it that is there, is on bpffs.
+/// Whether the path, or its nearest existing ancestor, is on bpffs.
 fn on_bpffs(path: &Path) -> Result<bool, PinError> {
     for ancestor in path.ancestors() {
         match is_bpffs(ancestor) {
@@ -79,7 +77,7 @@ fn on_bpffs(path: &Path) -> Result<bool, PinError> {
 
 fn mount_bpffs() -> Result<(), PinError> {
     let place = Path::new(MOUNT_POINT);
-    // Of two daemons that start at once one mounts: a second mount would hide the pins of the first.
+    // If two daemons start at once, only one may mount: a second mount would hide the pins of the first.
     let below = File::open(place).map_err(|_| PinError::Unsupported)?;
     let _one = Flock::lock(below, FlockArg::LockExclusive)
         .map_err(|(_, error)| PinError::io("locking", place)(error.into()))?;
@@ -95,18 +93,18 @@ fn mount_bpffs() -> Result<(), PinError> {
     Ok(())
 }
 
-/// Whether bpffs is where the daemon wants it.
+/// State of bpffs at the daemon's mount point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bpffs {
-    /// It is mounted there.
+    /// It is mounted.
     Mounted(PathBuf),
-    /// It is not mounted, and can be.
+    /// It is not mounted, but can be.
     Mountable(PathBuf),
     /// It cannot be mounted.
     Refused(Errno),
 }
 
-/// Finds out, and mounts nothing.
+/// Determines the state without mounting.
 pub fn find() -> Bpffs {
     let place = PathBuf::from(MOUNT_POINT);
     match is_bpffs(&place) {
@@ -119,12 +117,12 @@ pub fn find() -> Bpffs {
     }
 }
 
-/// Opens the file system as a mount would, and lets go of it again.
+/// Opens the file system as a mount would, and closes it again.
 fn try_mount() -> Result<(), Errno> {
-    // SAFETY: the name is a C string, and there are no other pointers.
+    // SAFETY: the name is a C string, and no other pointers are passed.
     let opened = unsafe { libc::syscall(libc::SYS_fsopen, c"bpf".as_ptr(), 1) };
     let opened = i32::try_from(Errno::result(opened)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just made this descriptor for this process, which nothing else knows.
+    // SAFETY: the kernel has just created this descriptor, and nothing else uses it.
     unsafe { libc::close(opened) };
     Ok(())
 }

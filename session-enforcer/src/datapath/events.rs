@@ -1,4 +1,4 @@
-//! What the programs tell the daemon: events of sessions, and their log.
+//! The programs' channels to the daemon: session events and the log.
 
 use std::{
     io,
@@ -10,41 +10,40 @@ use aya_log::EbpfLogger;
 use session_enforcer_common::{Event, EventError, EventKind};
 use tokio::io::unix::AsyncFd;
 
-/// Events of the kernel, in the order in which they happened.
+/// The ring buffer of session events, in the order in which they happened.
 pub struct Events {
     pub(super) ring: AsyncFd<RingBuf<MapData>>,
 }
 
 impl Events {
-    /// Is ready when the kernel has added to a channel that was read to its end.
+    /// Becomes ready when the kernel adds an event after the ring buffer was read to its end.
     ///
     /// # Errors
     ///
-    /// Where the channel cannot be watched any more.
+    /// Fails if the ring buffer can no longer be watched.
     pub fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let ready = self.ring.poll_read_ready_mut(context);
         ready.map_ok(|mut guard| guard.clear_ready())
     }
 
-    /// The next event, or `None` at the end. A record that is none is an error; the next call goes
-    /// on behind it.
+    /// Returns the next event, or `None` at the end. An invalid record is an error; the next call continues after it.
     pub fn read(&mut self) -> Option<Result<(EventKind, Event), EventError>> {
         let item = self.ring.get_mut().next()?;
         Some(Event::parse(&item))
     }
 }
 
-/// The programs' log, which goes to `tracing`.
+/// The programs' log, which is forwarded to `tracing`.
 pub struct KernelLog {
     pub(super) logger: AsyncFd<EbpfLogger<&'static dyn log::Log>>,
 }
 
 impl KernelLog {
-    /// Waits for log records and writes them out.
+    /// Waits for log records and forwards them.
     ///
     /// # Errors
     ///
-    /// Where the channel cannot be watched any more.
+    /// Fails if the log channel can no longer be watched.
     pub async fn forward(&mut self) -> io::Result<()> {
         let mut guard = self.logger.readable_mut().await?;
         guard.get_inner_mut().flush();

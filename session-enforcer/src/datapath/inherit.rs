@@ -1,4 +1,4 @@
-//! What a daemon takes over from an earlier one, and leaves to the next.
+//! Take-over of an earlier daemon's pins, and the pins that this daemon leaves to the next.
 
 use std::{collections::HashMap, fs, iter, os::fd::AsFd, path::PathBuf};
 
@@ -15,45 +15,45 @@ use super::{
 };
 use crate::host::{clock::monotonic_ns, grace_period};
 
-/// How often two maps are compared that both change. Each time fewer sessions differ: those that
-/// had a packet in the moment of the comparison.
+/// Maximum number of comparisons of two tables that both change. Each time fewer sessions differ: those with a packet
+/// during the comparison.
 const MAX_COMPARISONS: usize = 8;
 
-/// In which state an earlier daemon's sessions were found.
+/// State in which an earlier daemon's sessions were found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inherited {
     /// There are none.
     Nothing,
-    /// The programs have gone on without the daemon: the sessions are as they should be.
+    /// The programs ran without the daemon; the sessions are up to date.
     Running,
-    /// Nothing was attached: packets passed, and sessions ended and began, that nobody saw.
+    /// No program was attached. Packets, closes and establishments in that time were not seen.
     Stopped,
 }
 
-/// The pins of a daemon: those that it found, and those that it makes.
+/// The pins of the earlier daemon and of this one.
 pub(super) struct Pins {
     directory: PinDir,
     found: Option<PinnedSet>,
     state: Inherited,
     /// See [`Datapath::inherited_generation`].
     generation: u32,
-    /// Where the pins of this daemon are.
+    /// The directory of this daemon's pins.
     set: PathBuf,
-    /// Whether that set has yet to take its place.
+    /// Whether that set has not replaced the one in use yet.
     is_staged: bool,
-    /// The earlier daemon's sessions, where the map of this one is another.
+    /// The earlier daemon's session table, if this daemon has another one.
     previous: Option<PreviousTable>,
 }
 
-/// A session map that another one takes the place of.
+/// An earlier daemon's session table that is being replaced.
 struct PreviousTable {
     sessions: SessionReader,
-    /// What was copied from it, and when it was established.
+    /// The sessions that were copied from it, with their times of establishment.
     copied: HashMap<u64, u64>,
 }
 
 impl Pins {
-    /// Looks at what is in the directory, and makes a set beside it.
+    /// Examines the pin directory and creates a new set in it.
     pub(super) fn inspect(directory: PinDir) -> Result<Self, BpfError> {
         let set = directory.stage()?;
         let mut pins = Self {
@@ -70,7 +70,7 @@ impl Pins {
             None => Inherited::Nothing,
             Some(found) if found.is_running() => Inherited::Running,
             Some(found) => {
-                // What is left of an attachment in parts tracks nothing whole.
+                // A partial attachment does not track its sessions completely.
                 for link in std::mem::take(&mut found.links) {
                     pins::remove_pin(&found.set.join(link.name))?;
                 }
@@ -87,8 +87,8 @@ impl Pins {
         Ok(pins)
     }
 
-    /// Whether the table of a daemon that has stopped has as many sessions as it says. Too few counted
-    /// ones would fill it beyond its room, too many would keep room that nobody has.
+    /// Whether the table of a stopped daemon holds as many sessions as its count says. Too low a count overfills the
+    /// table; too high a count wastes capacity.
     fn is_counted(&self) -> Result<bool, BpfError> {
         let Some(PinnedSet { set, table, .. }) = &self.found else {
             return Ok(true);
@@ -124,7 +124,7 @@ impl Pins {
         self.generation
     }
 
-    /// For how many sessions the table is made: a larger one than is needed by now stays.
+    /// Capacity of the table. An inherited larger table is kept.
     pub(super) fn capacity(&self, max_sessions: u32) -> u32 {
         let found = self.found.as_ref().map(|found| found.table.capacity);
         let found = found.and_then(|found| u32::try_from(found).ok());
@@ -132,7 +132,7 @@ impl Pins {
         found.map_or(first, |found| found.max(first).min(max_sessions))
     }
 
-    /// Where cookies lie in the earlier daemon's table, if this one's programs work on with that.
+    /// The key of the inherited table, if this daemon uses that table.
     pub(super) fn key(&self, capacity: u32) -> Option<Key> {
         let found = self.found.as_ref();
         found
@@ -140,7 +140,7 @@ impl Pins {
             .map(|found| found.table.key)
     }
 
-    /// The pins of the maps that this daemon's programs work on, too.
+    /// The pins of the maps that this daemon's programs share.
     pub(super) fn shared(&self, capacity: u32) -> Vec<(&'static str, PathBuf)> {
         let Some(found) = &self.found else {
             return Vec::new();
@@ -161,8 +161,8 @@ impl Pins {
         Ok(())
     }
 
-    /// Whether this daemon's programs can take the place of those that are attached, one by one.
-    /// The set in use becomes this daemon's then.
+    /// Whether this daemon's programs can replace the attached ones in place, one link at a time. In that case the set
+    /// in use becomes this daemon's.
     pub(super) fn decide(&mut self, cgroup_id: u64, capacity: u32) -> Result<bool, PinError> {
         let Some(found) = &self.found else {
             return Ok(false);
@@ -189,7 +189,7 @@ impl Pins {
         Ok(true)
     }
 
-    /// The numbers of the programs whose links are pinned in the directory, by daemons of any version.
+    /// The ids of the programs whose links are pinned in the directory by daemons of any version.
     pub(super) fn pinned_programs(&self) -> Vec<u32> {
         let others = self.directory.others().unwrap_or_default();
         let sets = iter::once(self.directory.current()).chain(others);
@@ -206,7 +206,7 @@ impl Pins {
             .collect()
     }
 
-    /// The link of an earlier daemon's program.
+    /// Takes the link of an earlier daemon's program.
     pub(super) fn take_link(&mut self, name: &str) -> Option<FoundLink> {
         let links = &mut self.found.as_mut()?.links;
         let index = links.iter().position(|link| link.name == name)?;
@@ -218,7 +218,7 @@ impl Pins {
         sys::pin(link, &path).map_err(PinError::io("pinning", &path))
     }
 
-    /// Removes the pin of a link, if there is one.
+    /// Removes the pin of a link, if it exists.
     pub(super) fn unpin(&self, name: &str) -> Result<(), PinError> {
         let path = self.set.join(name);
         if path.exists() {
@@ -231,34 +231,34 @@ impl Pins {
         self.is_staged
     }
 
-    /// Makes a directory for the maps of a larger table.
+    /// Creates a directory for the maps of a larger table.
     pub(super) fn stage(&self) -> Result<PathBuf, PinError> {
         self.directory.stage()
     }
 
-    /// That directory.
+    /// The path of that directory.
     pub(super) fn staged(&self) -> PathBuf {
         self.directory.staged()
     }
 
-    /// Removes it, with what is left in it.
+    /// Removes that directory and the `TORN` pin.
     pub(super) fn end_staging(&self) -> Result<(), PinError> {
         pins::remove_set(&self.staged())?;
         self.unpin(TORN)
     }
 
-    /// From now on until the end of the staging the pinned table is not the one in use.
+    /// Creates the `TORN` pin: until [`end_staging`](Self::end_staging) the pinned table is not the one in use.
     pub(super) fn mark_torn(&self, any: &impl AsFd) -> Result<(), PinError> {
         self.pin_link(any, TORN)
     }
 
-    /// Puts a staged pin into the place of the one of this name.
+    /// Replaces the pin of this name with the staged one.
     pub(super) fn replace(&self, name: &str) -> Result<(), PinError> {
         let to = self.set.join(name);
         fs::rename(self.staged().join(name), &to).map_err(PinError::io("putting into place", &to))
     }
 
-    /// Whether the earlier daemon's programs have a map of their own.
+    /// Whether the earlier daemon's programs use a table of their own.
     pub(super) fn has_previous(&self) -> bool {
         self.previous.is_some()
     }
@@ -280,21 +280,22 @@ impl Drop for Pins {
 }
 
 impl Datapath {
-    /// In which state an earlier daemon's sessions were found.
+    /// State in which an earlier daemon's sessions were found.
     pub fn inherited(&self) -> Inherited {
         let pins = self.pins.as_ref();
         pins.map_or(Inherited::Nothing, |pins| pins.state)
     }
 
-    /// A generation that no policy of an earlier daemon had; 0 where there was none.
+    /// A lower bound for this daemon's generations: no policy of an earlier daemon had a higher one. 0 if there was no
+    /// earlier daemon.
     ///
-    /// That of the last one is pinned. But a start that was cut short may have left records in the session
-    /// map whose policy has gone with its pins: no two starts get so far within a tenth of a second.
+    /// The last generation is pinned. An interrupted start may have left records of a policy whose pins are gone. The
+    /// time since boot covers these too, because two starts never get that far within a tenth of a second.
     pub fn inherited_generation(&self) -> u32 {
         self.pins.as_ref().map_or(0, Pins::generation)
     }
 
-    /// Fills the session map from that of an earlier daemon, where it is another.
+    /// Copies the sessions of an earlier daemon's table, if this daemon has another table.
     pub(super) fn copy_sessions(&mut self) -> Result<(), BpfError> {
         let running = self.inherited() == Inherited::Running;
         let pins = self.pins.as_ref();
@@ -325,18 +326,18 @@ impl Datapath {
         Ok(())
     }
 
-    /// Makes up for what passed between the copying of the sessions and the attachment of this
-    /// daemon's programs: the earlier ones have seen it, and still do.
+    /// Merges what passed between the copy of the sessions and the attachment of this daemon's programs. The earlier
+    /// programs recorded it and are still running.
     ///
     /// # Errors
     ///
-    /// Where a map cannot be read or written.
+    /// Fails if a map cannot be read or written.
     pub fn compare_sessions(&mut self) -> Result<(), BpfError> {
         let Some(previous) = self.pins.as_mut().and_then(|pins| pins.previous.take()) else {
             return Ok(());
         };
         for _ in 0..MAX_COMPARISONS {
-            // The earlier programs may be at a packet.
+            // An earlier program may still be processing a packet.
             grace_period::wait_for_programs();
             if self.compare_once(&previous)? == 0 {
                 break;
@@ -350,7 +351,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Returns how many sessions differed.
+    /// Compares the two tables once. Returns how many sessions differed.
     fn compare_once(&mut self, previous: &PreviousTable) -> Result<usize, BpfError> {
         let mut differed = 0;
         for cookie in previous.sessions.cookies()? {
@@ -359,7 +360,7 @@ impl Datapath {
             };
             match self.session(cookie)? {
                 Some(now) => {
-                    // Each has the stamps of what it was there for.
+                    // Each record has the stamps from the time in which its programs ran.
                     let mut newest = now;
                     newest.merge_activity(&before.traffic());
                     if newest != now && self.update(cookie, &newest)? {
@@ -370,19 +371,19 @@ impl Datapath {
                     let adopted = self.adopt(cookie, &before)?;
                     differed += usize::from(adopted == Adoption::Inserted);
                 }
-                // It has ended since.
+                // The session has ended since.
                 None => {}
             }
         }
         Ok(differed)
     }
 
-    /// Ends the take-over: the pins of this daemon take their place, and what other daemons
-    /// attached and pinned is removed.
+    /// Ends the take-over: this daemon's pins replace the earlier set, and all other daemons' pins and attachments are
+    /// removed.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn commit(&mut self) -> Result<(), BpfError> {
         let Some(pins) = &mut self.pins else {
             return Ok(());

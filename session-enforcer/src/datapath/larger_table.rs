@@ -1,5 +1,5 @@
-//! A larger session table takes the place of the one in use while the programs run. `docs/design/session-table.md`
-//! says in which steps, and what each of them is for.
+//! Growth: a larger session table replaces the one in use while the programs run. `docs/design/session-table.md`
+//! describes the steps and their reasons.
 
 use std::{
     collections::HashMap,
@@ -27,14 +27,14 @@ use super::{
 };
 use crate::host::{privilege, sockets};
 
-/// Sessions that the table of an idle host can hold: some 4 MB.
+/// Capacity of the first table on an idle host: about 4 MB.
 const FIRST_CAPACITY: u32 = 16_384;
 
-/// How many times as large the next table is.
+/// Factor by which the table grows.
 const GROWTH: u32 = 4;
 
-/// Maps that belong to one table, or to the programs that work on it. All others are shared by the programs before and
-/// after. aya fills the sections of globals when it opens them, the port filters' too.
+/// Maps that belong to one table or to the programs of one table. The old and the new programs share all other maps.
+/// aya initialises the sections of globals when it loads the object, so the port filters' section is not shared either.
 const OF_ONE_TABLE: [&str; 6] = [
     BUCKETS,
     SESSIONS,
@@ -44,14 +44,14 @@ const OF_ONE_TABLE: [&str; 6] = [
     port_filter::SECTION,
 ];
 
-/// For how many sessions a table is made: twice as many as the host has TCP sockets, within bounds.
+/// Capacity of the first table: twice the number of the host's TCP sockets, within bounds.
 pub(super) fn first_capacity(max_sessions: u32) -> u32 {
     let sockets = sockets::allocated().unwrap_or(0);
     let wanted = sockets.saturating_mul(2).max(FIRST_CAPACITY);
     wanted.min(max_sessions)
 }
 
-/// The maps that the programs of a larger table work on too.
+/// The maps that the programs of a larger table share.
 pub(super) fn shared_maps(ebpf: &Ebpf) -> Result<Vec<(String, OwnedFd)>, BpfError> {
     let mut shared = Vec::new();
     for (name, map) in ebpf.maps() {
@@ -72,12 +72,12 @@ pub(super) fn shared_maps(ebpf: &Ebpf) -> Result<Vec<(String, OwnedFd)>, BpfErro
     Ok(shared)
 }
 
-/// The thread that loads the programs of larger tables, which keeps the capabilities for that.
+/// The thread that loads the programs of larger tables; it keeps the capabilities for that.
 pub(super) struct Loader {
     jobs: mpsc::Sender<Job>,
 }
 
-/// What a larger table is made from.
+/// A request to load the programs of a larger table.
 struct Job {
     options: LoadOptions,
     pins: Vec<(String, PathBuf)>,
@@ -85,7 +85,7 @@ struct Job {
 }
 
 impl Loader {
-    /// To be called before the daemon gives up its capabilities.
+    /// Starts the thread. Must be called before the daemon gives up its capabilities.
     pub(super) fn start() -> Result<Self, BpfError> {
         let (jobs, received) = mpsc::channel::<Job>();
         let work = move || {
@@ -99,7 +99,7 @@ impl Loader {
                     .pins
                     .iter()
                     .map(|(name, path)| (name.as_str(), path.clone()));
-                // Nobody waits where the daemon stops.
+                // The send fails if the daemon is stopping.
                 let _ = job.done.send(load_object(&job.options, pins));
             }
         };
@@ -109,14 +109,14 @@ impl Loader {
     }
 }
 
-/// A larger table that is being made.
+/// A larger table whose programs are being loaded.
 #[derive(Debug)]
 pub struct Loading {
     options: LoadOptions,
     done: oneshot::Receiver<Result<Ebpf, BpfError>>,
 }
 
-/// The table that will be in use.
+/// The larger table while it is being filled.
 pub(super) struct Next {
     ebpf: Ebpf,
     options: LoadOptions,
@@ -124,20 +124,20 @@ pub(super) struct Next {
     copied: HashMap<u64, u64>,
 }
 
-/// The table that was in use, with the programs that worked on it.
+/// The previous table and its programs.
 pub(super) struct Before {
     sessions: SessionTable,
-    /// What was put into the table in use from it, and when it was established.
+    /// The sessions that were copied to the table in use, with their times of establishment.
     copied: HashMap<u64, u64>,
     _programs: Ebpf,
 }
 
 impl Loading {
-    /// Waits for the programs; the verifier takes its time.
+    /// Waits for the verifier to accept the programs.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses a map or a program: memory, most of all.
+    /// Fails if the kernel refuses a map or a program, usually for lack of memory.
     pub async fn finished(self) -> Result<Larger, BpfError> {
         let Self { options, done } = self;
         let loaded = done.await.map_err(|_| BpfError::NoLoader)?;
@@ -148,25 +148,25 @@ impl Loading {
     }
 }
 
-/// A larger table, empty, with its programs.
+/// A larger, empty table with its programs.
 pub struct Larger {
     ebpf: Ebpf,
     options: LoadOptions,
 }
 
 impl Datapath {
-    /// Whether the table can be made larger, as far as is known: not where that was tried in vain.
+    /// Whether growth is possible. False after an attempt has failed.
     pub fn can_grow(&self) -> bool {
         let is_pinned = self.pins.as_ref().is_some_and(|pins| !pins.is_staged());
         let is_larger_allowed = self.load_options.capacity < self.options.max_sessions;
         is_pinned && self.loader.is_some() && is_larger_allowed && !self.has_not_grown
     }
 
-    /// Has a larger table made.
+    /// Starts to load a larger table.
     ///
     /// # Errors
     ///
-    /// Where the table cannot grow, or the kernel refuses a pin.
+    /// Fails if the table cannot grow or the kernel refuses a pin.
     pub fn load_larger(&self) -> Result<Loading, BpfError> {
         let (Some(pins), Some(loader)) = (&self.pins, &self.loader) else {
             return Err(BpfError::NoLoader);
@@ -183,7 +183,7 @@ impl Datapath {
         let staged = pins.stage()?;
         let mut shared = Vec::new();
         for (index, (name, map)) in self.shared.iter().enumerate() {
-            // A dot is against the rules of bpffs.
+            // bpffs does not allow the dot in some of the names.
             let path = staged.join(format!("shared{index}"));
             sys::pin(map, &path).map_err(PinError::io("pinning", &path))?;
             shared.push((name.clone(), path));
@@ -198,11 +198,11 @@ impl Datapath {
         Ok(Loading { options, done })
     }
 
-    /// The larger table is filled from now on. What the daemon changes in a session it changes in both.
+    /// Starts to fill the larger table. From now on the daemon changes sessions in both tables.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn begin_growth(&mut self, larger: Larger) -> Result<(), BpfError> {
         let Larger { mut ebpf, options } = larger;
         let pins = self.pins.as_ref().ok_or(BpfError::NoLoader)?;
@@ -221,22 +221,22 @@ impl Datapath {
         Ok(())
     }
 
-    /// Gives the larger table up that was to be.
+    /// Discards the larger table.
     ///
     /// # Errors
     ///
-    /// Where a pin cannot be removed.
+    /// Fails if a pin cannot be removed.
     pub fn give_up_growth(&mut self) -> Result<(), BpfError> {
         self.next = None;
         self.has_not_grown = true;
         Ok(self.pins.iter().try_for_each(Pins::end_staging)?)
     }
 
-    /// Copies sessions to the larger table, or what has passed on those that are there.
+    /// Copies sessions to the larger table, or updates those that are there.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn copy_to_larger(&mut self, cookies: &[u64]) -> Result<(), BpfError> {
         let Some(next) = &mut self.next else {
             return Ok(());
@@ -245,13 +245,14 @@ impl Datapath {
         carry_over(cookies, &from, &next.sessions, &mut next.copied)
     }
 
-    /// The programs of the larger table take the place of those that run, one after the other. From then on that table
-    /// is in use, and what [`sessions`](Self::sessions) reads are the records of both, until [`end_growth`](Self::end_growth).
-    /// A daemon that is killed before that leaves sessions that the next one brings up to date.
+    /// Replaces the running programs with those of the larger table, one link after the other. From then on the larger
+    /// table is in use, and [`sessions`](Self::sessions) merges the records of both tables until
+    /// [`end_growth`](Self::end_growth). If the daemon is killed in between, the next daemon updates the sessions from
+    /// their sockets.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses: what runs is some of both.
+    /// Fails if the kernel refuses an operation. Old and new programs then run side by side.
     pub fn change_over(&mut self) -> Result<(), BpfError> {
         let (Some(next), Some(pins)) = (self.next.take(), &self.pins) else {
             return Ok(());
@@ -283,7 +284,8 @@ impl Datapath {
         self.compare_cookies()
     }
 
-    /// Takes what has ended in the table before out of the one in use, and puts in what has begun there.
+    /// Removes sessions from the table in use that have ended in the previous table, and inserts those that have begun
+    /// there.
     fn compare_cookies(&mut self) -> Result<(), BpfError> {
         let Some(before) = &mut self.before else {
             return Ok(());
@@ -303,7 +305,7 @@ impl Datapath {
         let there = |(cookie, session): (u64, Option<Session>)| Some((cookie, session?));
         let begun: Vec<_> = begun.into_iter().zip(from).filter_map(there).collect();
         self.sessions.adopt(&begun)?;
-        // What is full or known by now is not put in at the next comparison either.
+        // Sessions that were refused are recorded too, so the next comparison does not try them again.
         let established = begun
             .iter()
             .map(|(cookie, session)| (*cookie, session.established_ns));
@@ -311,11 +313,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// The sessions that the table before has.
+    /// The cookies of the sessions in the previous table.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn cookies_before(&mut self) -> Result<Vec<u64>, BpfError> {
         self.compare_cookies()?;
         self.before
@@ -323,12 +325,12 @@ impl Datapath {
             .map_or(Ok(Vec::new()), |before| before.sessions.cookies())
     }
 
-    /// Adds what the programs before have seen pass; how many sessions differed. To be called when none of them
-    /// runs any more.
+    /// Merges the activity that the previous programs have recorded. Returns how many sessions differed. Must be called
+    /// when none of those programs runs any more.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn merge_previous(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
         let Some(before) = &mut self.before else {
             return Ok(0);
@@ -348,11 +350,11 @@ impl Datapath {
         Ok(differed)
     }
 
-    /// The table before is no more.
+    /// Drops the previous table.
     ///
     /// # Errors
     ///
-    /// Where a pin cannot take its place.
+    /// Fails if a pin cannot be replaced.
     pub fn end_growth(&mut self) -> Result<(), BpfError> {
         let (Some(_), Some(pins)) = (self.before.take(), &self.pins) else {
             return Ok(());
@@ -363,7 +365,7 @@ impl Datapath {
         Ok(pins.end_staging()?)
     }
 
-    /// The records of both tables, while there are two.
+    /// Merges the records of the previous table into `sessions`, while there is one.
     pub(super) fn merge_all(
         &self,
         cookies: &[u64],
@@ -380,13 +382,13 @@ impl Datapath {
         Ok(())
     }
 
-    /// The larger table that is being filled: what the daemon changes in the one in use it changes there too.
+    /// The larger table while it is being filled; changes of the table in use must be applied to it too.
     pub(super) fn larger(&self) -> Option<&SessionTable> {
         self.next.as_ref().map(|next| &next.sessions)
     }
 }
 
-/// A record with what has passed on the same session by another one.
+/// Merges the activity of another record of the same session.
 fn merged(mut now: Session, from: &Session) -> Session {
     if now.established_ns == from.established_ns {
         now.merge_activity(&from.traffic());
@@ -394,7 +396,7 @@ fn merged(mut now: Session, from: &Session) -> Session {
     now
 }
 
-/// Puts sessions into a table that no packet meets yet, and brings those up to date that are there.
+/// Copies sessions to a table that no program uses yet, and updates those that are there.
 fn carry_over(
     cookies: &[u64],
     from: &[Option<Session>],

@@ -1,5 +1,4 @@
-//! The programs in the kernel and their maps: load, attach, pin, take over, read. The only user of
-//! aya.
+//! The kernel programs and their maps: load, attach, pin, take over, read. The only module that uses aya.
 
 mod attach;
 mod bpf_error;
@@ -55,72 +54,72 @@ use larger_table::{Before, Loader, Next};
 use port_filter::Ports;
 use session_table::SessionTable;
 
-/// The object that `build.rs` makes of `session-enforcer-ebpf`.
+/// The object that `build.rs` builds from `session-enforcer-ebpf`.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/session-enforcer-ebpf"));
 
-// Of `linux/bpf.h`.
+// Flag of `linux/bpf.h`.
 const BPF_NOEXIST: u64 = 1;
 
-/// What the programs are loaded with.
+/// Options of the programs.
 #[derive(Debug)]
 pub struct Options {
-    /// Sessions that the session map may hold.
+    /// Maximum number of sessions in the session table.
     pub max_sessions: u32,
-    /// The only network namespace to track; `None` for every one.
+    /// The only network namespace to track; `None` tracks all.
     pub only_netns: Option<u64>,
-    /// Whether who makes a socket is noted from the attachment on.
+    /// Whether socket owners are recorded from the attachment on.
     pub notes_owners: bool,
-    /// Whether the programs report what they do, besides what goes wrong.
+    /// Whether the programs log their actions as well as their errors.
     pub verbose: bool,
 }
 
-/// What the programs of one table are loaded with.
+/// Load-time parameters of the programs of one table.
 #[derive(Clone, Copy, Debug)]
 struct LoadOptions {
-    /// Sessions that the table can hold.
+    /// Maximum number of sessions in the table.
     capacity: u32,
-    /// Where cookies lie in it.
+    /// Key of the assignment of cookies to buckets.
     key: Key,
-    /// Of the daemon's first policy.
+    /// Generation of the daemon's first policy.
     first_generation: u32,
-    /// The only network namespace to track; 0 for every one.
+    /// The only network namespace to track; 0 tracks all.
     only_netns: u64,
     log_level: aya_log::Level,
 }
 
-/// Each network namespace has this directory where the kernel is built with MPTCP.
+/// Whether the kernel has MPTCP; then each network namespace has this directory.
 fn has_mptcp() -> bool {
     Path::new("/proc/sys/net/mptcp").exists()
 }
 
-/// What became of a session that the daemon offered to the session map.
+/// Result of inserting a session of the daemon into the session table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adoption {
-    /// It is in the map now.
+    /// The session was inserted.
     Inserted,
-    /// The kernel had it already.
+    /// The table already has the session.
     Known,
-    /// The table has no slot for the rule's sessions, or both buckets of the cookie are full.
+    /// The table has no slot for a session of the rule, or both buckets of the cookie are full.
     Full,
-    /// The sessions of its rule have as many slots as it allows them.
+    /// The rule has reached its `max_sessions`.
     RuleFull,
 }
 
-/// The loaded programs and the maps that the daemon reads.
+/// The loaded programs and their maps.
 pub struct Datapath {
     ebpf: Ebpf,
     options: Options,
     attached: Vec<Attached>,
-    /// None where nothing is to outlive the daemon.
+    /// `None` if nothing shall outlive the daemon.
     pins: Option<Pins>,
-    /// With what the programs that run were loaded.
+    /// The load options of the running programs.
     load_options: LoadOptions,
-    /// The maps that the programs of a larger table work on too.
+    /// The maps that the programs of a larger table share.
     shared: Vec<(String, OwnedFd)>,
-    /// None where the table has its full size, or cannot grow.
+    /// `None` if the table has its full size or cannot grow.
     loader: Option<Loader>,
-    /// Whether the last attempt to make it larger has failed.
+    /// Whether the last attempt to grow has failed.
     has_not_grown: bool,
     next: Option<Next>,
     before: Option<Before>,
@@ -135,35 +134,35 @@ pub struct Datapath {
     active_table: Array<MapData, u32>,
     policies: Array<MapData, Limits>,
     ports: Ports,
-    /// Slots that rules whose sessions have many leave to the others.
+    /// Slots that a rule which holds its share leaves to the other rules.
     reserve: u32,
     owners: SkStorage<MapData, Owner>,
     ancestors: HashMap<MapData, u64, Ancestors>,
     journal: Arc<Journal>,
-    /// Index of the match table in force.
+    /// Index of the active match table.
     active: u32,
-    /// Numbers of rules that are in use.
+    /// Number of rule ids in use.
     rule_ids: u32,
-    /// Policies that have come into force.
+    /// Number of policies that were put into force.
     policies_put: u64,
 }
 
 impl Datapath {
-    /// Loads maps and programs; nothing is attached yet. With a pin directory, the programs work on
-    /// the sessions that an earlier daemon left there.
+    /// Loads maps and programs without attaching them. With a pin directory, the programs use the sessions that an
+    /// earlier daemon left there.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses a map, a program or a pin.
+    /// Fails if the kernel refuses a map, a program or a pin.
     pub fn load(options: Options, directory: Option<PinDir>) -> Result<Self, BpfError> {
         let pins = directory.map(Pins::inspect).transpose()?;
         let first_generation = pins.as_ref().map_or(0, Pins::generation).saturating_add(1);
-        // Without pins, the programs of a larger table could not be given the maps of those before.
+        // Without pins the programs of a larger table cannot share the existing maps, so the table gets its full size.
         let capacity = match &pins {
             Some(pins) => pins.capacity(options.max_sessions),
             None => options.max_sessions,
         };
-        // Where cookies lie in the table that is used on, or at random in a new one.
+        // The key of the inherited table, or a random key for a new table.
         let key = match pins.as_ref().and_then(|pins| pins.key(capacity)) {
             Some(key) => key,
             None => random_key()?,
@@ -220,19 +219,19 @@ impl Datapath {
             next: None,
             before: None,
         };
-        // Tried before anything depends on it. A socket's cookie is never 0.
+        // Tests the session table before anything depends on it. A socket's cookie is never 0.
         kernel.session(0)?;
         kernel.copy_sessions()?;
         Ok(kernel)
     }
 
-    /// Puts a policy into force: the match table of this generation, and the limits by the number of the
-    /// rule. At no moment does a connection or a packet meet a part of it, or a rule without limits.
-    /// The programs see every packet then, until [`narrow_ports`](Self::narrow_ports).
+    /// Puts a policy into force: the match table of this generation, and the limits by rule id. A connection or packet
+    /// never meets a part of it or a rule without limits. The programs then see every packet until
+    /// [`narrow_ports`](Self::narrow_ports).
     ///
     /// # Errors
     ///
-    /// Where it is too large, or the kernel refuses; the policy before stays in force then.
+    /// Fails if the policy is too large or the kernel refuses a write; the previous policy then stays in force.
     pub fn put_policy(
         &mut self,
         generation: u32,
@@ -256,7 +255,7 @@ impl Datapath {
                 .set(index, entry, 0)
                 .map_err(map_error("MATCH_ENTRIES"))?;
         }
-        // Those that are no more, or exempt, track nothing.
+        // Rules that are removed or exempt track no sessions and get no share.
         let mut tracking: Vec<u16> = entries.iter().map(|entry| entry.rule).collect();
         tracking.retain(|rule| *rule != RULE_EXEMPT);
         tracking.sort_unstable();
@@ -269,7 +268,7 @@ impl Datapath {
             reserve,
         };
         self.reserve = reserve;
-        // The records of two tables are not compared yet: no gate is to judge by one of them.
+        // During growth the records of the two tables are not merged yet, so no gate may judge by one of them.
         let has_gates = self.before.is_none();
         let tables = &mut self.match_tables;
         tables
@@ -280,8 +279,8 @@ impl Datapath {
             let (map, policy) = (&mut self.policies, Limits { gate, ..*policy });
             map.set(index, policy, 0).map_err(map_error("POLICIES"))?;
         }
-        // The tables are written before the number that says which are in force, for the programs on other processors
-        // too: system calls alone do not order that.
+        // The tables must be written before the index that activates them, also as seen from other processors. System
+        // calls alone do not guarantee that order.
         fence(Ordering::Release);
         let active = &mut self.active_table;
         active.set(0, next, 0).map_err(map_error("ACTIVE_TABLE"))?;
@@ -289,23 +288,23 @@ impl Datapath {
         Ok(())
     }
 
-    /// The channel of events; can be taken once.
+    /// Takes the ring buffer of events; possible once.
     ///
     /// # Errors
     ///
-    /// Where it was taken or cannot be watched.
+    /// Fails if it was taken already or cannot be watched.
     pub fn take_events(&mut self) -> Result<Events, BpfError> {
         let ring: RingBuf<MapData> = take_map(&mut self.ebpf, "EVENTS")?;
-        // SAFETY: the ring buffer owns its descriptor and gives the same one until it is dropped.
+        // SAFETY: the ring buffer owns its descriptor and returns the same one until it is dropped.
         let ring = unsafe { AsyncFd::register(ring) }.map_err(|e| BpfError::Watch(e.into()))?;
         Ok(Events { ring })
     }
 
-    /// The channel of the programs' log; can be taken once.
+    /// Takes the channel of the programs' log; possible once.
     ///
     /// # Errors
     ///
-    /// Where it was taken or cannot be watched.
+    /// Fails if it was taken already or cannot be watched.
     pub fn take_log(&mut self) -> Result<KernelLog, BpfError> {
         let logger =
             EbpfLogger::init(&mut self.ebpf).map_err(|_| BpfError::Missing("map AYA_LOGS"))?;
@@ -314,26 +313,26 @@ impl Datapath {
         Ok(KernelLog { logger })
     }
 
-    /// Sessions that the session table may come to hold.
+    /// Maximum number of sessions after all growth.
     pub fn max_sessions(&self) -> u32 {
         self.options.max_sessions
     }
 
-    /// Sessions that the session table can hold now.
+    /// Maximum number of sessions in the current table.
     pub fn capacity(&self) -> usize {
         self.load_options.capacity as usize
     }
 
-    /// Sessions that the session table can hold now where they are of one rule.
+    /// Maximum number of sessions of a single rule in the current table.
     pub fn common_capacity(&self) -> usize {
         self.load_options.capacity.saturating_sub(self.reserve) as usize
     }
 
-    /// Gives sessions, each named by cookie and time of establishment, their rule and generation.
+    /// Sets rule and generation of sessions, each identified by cookie and time of establishment.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn decide(&mut self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
         if let Some(larger) = self.larger() {
             larger.decide(sessions)?;
@@ -341,17 +340,17 @@ impl Datapath {
         self.sessions.decide(sessions)
     }
 
-    /// Sessions in the session map, as its programs count them.
+    /// Number of sessions in the session table, as the programs count them.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn session_count(&self) -> Result<u64, BpfError> {
         let head = self
             .table
             .get(&0, 0)
             .map_err(map_error(session_table::TABLE))?;
-        // Below 0 for a moment where what is pinned counts too few.
+        // Briefly negative if the pinned count was too low.
         Ok(head.sessions.cast_signed().max(0).cast_unsigned())
     }
 
@@ -365,52 +364,51 @@ impl Datapath {
         &self.journal
     }
 
-    /// The session as the kernel has it now.
+    /// The current record of the session.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let mut session = [self.sessions.session(cookie)?];
         self.merge_all(&[cookie], &mut session)?;
         Ok(session[0])
     }
 
-    /// The sessions of these cookies as the kernel has them now, in their order: for many, in a fraction
-    /// of the time.
+    /// The current records of the sessions, in the order of the cookies. Many are read in one system call.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut sessions = self.sessions.sessions(cookies)?;
         self.merge_all(cookies, &mut sessions)?;
         Ok(sessions)
     }
 
-    /// Shuts the gate of sessions that are to be reset, each named by cookie and time of establishment, and
-    /// reads their records after that; in their order, none where one is not there. A packet whose stamp is
-    /// not in the record that this returns does not pass, until the session is [reopened](Self::reopen).
+    /// Shuts the gates of sessions that are to be reset, each identified by cookie and time of establishment, and then
+    /// reads their records. The records are in the order of the sessions, `None` for one that does not exist. A packet
+    /// whose stamp is not in the returned record is dropped, until the session is [reopened](Self::reopen).
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses. Some gates may be shut then.
+    /// Fails if the kernel refuses the operation. Some gates may then be shut.
     pub fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut shut = self.sessions.shut(sessions)?;
         let cookies: Vec<u64> = sessions.iter().map(|(cookie, _)| *cookie).collect();
         self.merge_all(&cookies, &mut shut)?;
-        // For a session that is not there yet, the copy is of one that is shut.
+        // A session that is not in the larger table yet is copied later with its gate shut.
         if let Some(larger) = self.larger() {
             larger.shut(sessions)?;
         }
         Ok(shut)
     }
 
-    /// Opens the gate of a session that was [shut](Self::shut), if it is there and was established then.
+    /// Reopens the gate of a session that was [shut](Self::shut), if the session still exists.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
         if let Some(larger) = self.larger() {
             larger.reopen(cookie, established_ns)?;
@@ -418,41 +416,41 @@ impl Datapath {
         self.sessions.reopen(cookie, established_ns)
     }
 
-    /// The cookie of every session in the session map, once.
+    /// The cookies of all sessions in the session table, without duplicates.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn cookies(&self) -> Result<Vec<u64>, BpfError> {
         self.sessions.cookies()
     }
 
-    /// Inserts a session that the kernel does not have. What the kernel has is left alone: an
-    /// update could lose the stamp of a packet that passes meanwhile.
+    /// Inserts a session that the table does not have. An existing record is not changed: overwriting it could lose the
+    /// stamp of a packet that passes at the same time.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn adopt(&mut self, cookie: u64, session: &Session) -> Result<Adoption, BpfError> {
         let adopted = self.sessions.adopt(&[(cookie, *session)])?;
         Ok(adopted[0])
     }
 
-    /// As [`adopt`](Self::adopt), for many sessions; what became of each, in their order.
+    /// As [`adopt`](Self::adopt) for many sessions. Returns the result for each, in their order.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn adopt_all(&mut self, sessions: &[(u64, Session)]) -> Result<Vec<Adoption>, BpfError> {
         self.sessions.adopt(sessions)
     }
 
-    /// Writes a session that the kernel has; returns whether it still had it. What has passed since the
-    /// session was read stays in the record ([`Session::merge_activity`]).
+    /// Updates an existing session; returns whether it still exists. Activity since the session was read is kept
+    /// ([`Session::merge_activity`]).
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn update(&mut self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         if let Some(larger) = self.larger() {
             larger.update(cookie, session)?;
@@ -460,12 +458,12 @@ impl Datapath {
         self.sessions.update(cookie, session)
     }
 
-    /// Removes the session of this cookie that was established at this time, and none that has begun
-    /// since on the same socket; returns whether it was there.
+    /// Removes the session established at `established_ns`, but not a later session of the same socket. Returns whether
+    /// it existed.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn remove(&mut self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
         if let Some(larger) = self.larger() {
             larger.remove(cookie, established_ns)?;
@@ -473,12 +471,12 @@ impl Datapath {
         self.sessions.remove(cookie, established_ns)
     }
 
-    /// Notes the owner of a socket that is older than the programs. What the kernel has noted is
-    /// left alone.
+    /// Stores the owner of a socket that is older than the programs. An owner that the kernel has recorded is not
+    /// changed.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the operation.
     pub fn note_owner(&mut self, socket: &impl AsRawFd, owner: &Owner) -> Result<(), BpfError> {
         match self.owners.insert(socket, owner, BPF_NOEXIST) {
             Err(source) if os_error(&source) != Some(libc::EEXIST) => {
@@ -488,11 +486,11 @@ impl Datapath {
         }
     }
 
-    /// The cgroups above one, as far as the kernel has noted them.
+    /// The ancestors of a cgroup, if the kernel has recorded them.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn ancestors(&self, cgroup_id: u64) -> Result<Option<Ancestors>, BpfError> {
         match self.ancestors.get(&cgroup_id, 0) {
             Ok(ancestors) => Ok(Some(ancestors)),
@@ -501,11 +499,11 @@ impl Datapath {
         }
     }
 
-    /// Notes the cgroups above one, for sessions that are older than the programs.
+    /// Stores the ancestors of a cgroup, for sessions that are older than the programs.
     ///
     /// # Errors
     ///
-    /// Where the map refuses.
+    /// Fails if the map cannot be written.
     pub fn note_ancestors(
         &mut self,
         cgroup_id: u64,
@@ -516,11 +514,11 @@ impl Datapath {
             .map_err(map_error("ANCESTORS"))
     }
 
-    /// Sessions opened and closed, by rule.
+    /// Session counters by rule id.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn rule_counters(&self) -> Result<Vec<RuleCounters>, BpfError> {
         let sum = |rule| {
             let per_cpu = self
@@ -537,11 +535,11 @@ impl Datapath {
         (0..self.rule_ids).map(sum).collect()
     }
 
-    /// Errors of the programs, by [`ErrorKind`].
+    /// Error counters of the programs, by [`ErrorKind`].
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn errors(&self) -> Result<[u64; ErrorKind::COUNT as usize], BpfError> {
         let mut counts = [0; ErrorKind::COUNT as usize];
         for kind in ErrorKind::ALL {
@@ -554,7 +552,7 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn gate_drops(&self) -> Result<[u64; PacketDirection::COUNT as usize], BpfError> {
         let mut counts = [0; PacketDirection::COUNT as usize];
         for way in PacketDirection::ALL {
@@ -567,11 +565,11 @@ impl Datapath {
         Ok(counts)
     }
 
-    /// Errors of one kind.
+    /// Error counter of one kind.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the map cannot be read.
     pub fn error_count(&self, kind: ErrorKind) -> Result<u64, BpfError> {
         let per_cpu = self
             .errors
@@ -581,7 +579,7 @@ impl Datapath {
     }
 }
 
-/// The programs, loaded, and their maps, of which these are pinned.
+/// Loads the programs and maps; maps with an entry in `pins` are opened from or created at that path.
 fn load_object<'a>(
     options: &LoadOptions,
     pins: impl Iterator<Item = (&'a str, PathBuf)>,
@@ -618,7 +616,7 @@ where
 
 fn random_key() -> Result<Key, BpfError> {
     let mut random = [0; 8];
-    // SAFETY: as many bytes as are there. So few come in one piece.
+    // SAFETY: the buffer has the given length. The kernel returns up to 256 bytes in one piece.
     let read = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
     if usize::try_from(read) != Ok(random.len()) {
         return Err(BpfError::Table(io::Error::last_os_error()));
@@ -626,14 +624,14 @@ fn random_key() -> Result<Key, BpfError> {
     Ok(Key(u64::from_ne_bytes(random)))
 }
 
-/// Notes in a new table what a daemon has to know that will work on with it.
+/// Initialises the head of a new table.
 fn begin_table(ebpf: &mut Ebpf, capacity: u32, key: Key) -> Result<(), BpfError> {
     let map = ebpf.map_mut(session_table::TABLE);
     let map = map.ok_or(BpfError::Missing(session_table::TABLE))?;
     let error = map_error(session_table::TABLE);
     let mut heads: Array<_, TableHead> = Array::try_from(map).map_err(&error)?;
     let before = heads.get(&0, 0).map_err(&error)?;
-    // In a table that is used on it stands already, and the programs count meanwhile.
+    // An inherited table has its head already, and running programs may be changing its count.
     if before.capacity == 0 {
         let head = TableHead {
             sessions: 0,
@@ -645,7 +643,7 @@ fn begin_table(ebpf: &mut Ebpf, capacity: u32, key: Key) -> Result<(), BpfError>
     Ok(())
 }
 
-/// The session table for so many sessions that these programs work on.
+/// The session table of these programs, with this capacity.
 fn table_of(ebpf: &mut Ebpf, capacity: u32) -> Result<SessionTable, BpfError> {
     let bucket_count = buckets_for(capacity);
     let program = attach::program_fd(ebpf, attach::TABLE_OPS)?;
@@ -660,7 +658,7 @@ fn table_of(ebpf: &mut Ebpf, capacity: u32) -> Result<SessionTable, BpfError> {
         .map_err(BpfError::Table)
 }
 
-/// For who only reads this table.
+/// A reader of this table.
 fn reader_of(ebpf: &Ebpf, table: &SessionTable, key: Key) -> Result<SessionReader, BpfError> {
     let Some(Map::Array(records)) = ebpf.map(session_table::SESSIONS) else {
         return Err(BpfError::Missing(session_table::SESSIONS));
@@ -684,7 +682,7 @@ fn map_error(name: &'static str) -> impl Fn(MapError) -> BpfError {
     move |source| BpfError::Map { name, source }
 }
 
-/// The error number that the kernel gave, where it gave one.
+/// The error number of the kernel, if there is one.
 fn os_error(error: &MapError) -> Option<i32> {
     match error {
         MapError::SyscallError(call) => call.io_error.raw_os_error(),

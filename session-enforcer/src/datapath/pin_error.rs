@@ -1,4 +1,4 @@
-//! What can go wrong with the pin directory.
+//! Errors of the pin directory.
 
 use std::{
     io,
@@ -10,25 +10,25 @@ use thiserror::Error;
 
 use crate::{exit::ExitStatus, host::trust::Untrusted};
 
-/// What can go wrong with the pin directory.
+/// An error of the pin directory.
 #[derive(Debug, Error)]
 pub enum PinError {
-    /// It lies on another file system, elsewhere than where the daemon may mount one.
+    /// The directory is on another file system, and not at the place where the daemon may mount bpffs.
     #[error(
         "{0} is not on bpffs; name a directory below /sys/fs/bpf, mount bpffs there (mount -t bpf \
          bpf DIR), or set daemon.pin_dir to \"\", and sessions are adopted anew at each start"
     )]
     NotOnBpffs(PathBuf),
-    /// A name that bpffs does not take.
+    /// bpffs does not accept the name.
     #[error("{0} cannot be made: bpffs takes no names with dots; choose another daemon.pin_dir")]
     Dot(PathBuf),
-    /// Others could have put into it what the daemon would believe.
+    /// Other users could have placed objects in it that the daemon would trust.
     #[error(
         "{0} must be a directory of this user that nobody else may write to (mode 0700); remove it \
          or choose another daemon.pin_dir"
     )]
     NotOwn(PathBuf),
-    /// Others could replace it.
+    /// Other users could replace it.
     #[error(transparent)]
     Untrusted(#[from] Untrusted),
     /// The kernel has no bpffs.
@@ -40,22 +40,22 @@ pub enum PinError {
          /sys/fs/bpf), or set daemon.pin_dir to \"\" to do without pins"
     )]
     Mount(Errno),
-    /// Another process works with it.
+    /// Another process holds the lock.
     #[error("{path} is held by {}: one daemon at a time; stop it, or choose another daemon.pin_dir", holder(*.pid))]
     Held {
         /// The directory.
         path: PathBuf,
-        /// The process that holds it, where the kernel tells.
+        /// The process that holds it, if known.
         pid: Option<u32>,
     },
-    /// A file could not be dealt with.
+    /// An operation on a file failed.
     #[error("{doing} {path}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation.
         doing: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
@@ -77,7 +77,7 @@ impl PinError {
         }
     }
 
-    /// The exit status that goes with it.
+    /// The exit status for the error.
     pub fn status(&self) -> ExitStatus {
         match self {
             Self::NotOnBpffs(_) | Self::Dot(_) | Self::NotOwn(_) | Self::Untrusted(_) => {

@@ -1,5 +1,4 @@
-//! What an earlier daemon left pinned, looked at before it is used: aya takes a pinned map over
-//! without a look.
+//! The pins of an earlier daemon, checked before use: aya takes over a pinned map without a check.
 
 use std::{
     fs, io,
@@ -28,12 +27,11 @@ pub(super) struct PinnedMap {
     map_type: u32,
     key_bytes: usize,
     value_bytes: usize,
-    /// `BPF_F_*` of its making.
+    /// `BPF_F_*` flags of the map.
     flags: u32,
-    /// Number of its elements; none: as the configuration says.
+    /// Number of elements; `None` if it depends on the configuration.
     elements: Option<u32>,
-    /// Whether the next daemon's programs work on it too. Of the others it only reads what it needs
-    /// to know, and has its own.
+    /// Whether the next daemon's programs use this map. The next daemon only reads the other maps and creates its own.
     pub(super) is_shared: bool,
 }
 
@@ -47,9 +45,8 @@ const MMAPABLE: u32 = 0x400;
 /// `BPF_F_NO_PREALLOC` and `BPF_F_CLONE`.
 const OWNERS_FLAGS: u32 = 0x201;
 
-/// Every map that is pinned. What an earlier daemon's rules are is not among them: the new daemon's
-/// programs have tables of their own from the moment on at which they take the place of the others,
-/// so that no rule is ever looked up in the tables of another policy.
+/// All pinned maps. The rule tables of an earlier daemon are not among them. The new programs use their own tables as
+/// soon as they replace the old ones, so no rule id is ever looked up in another policy's tables.
 pub(super) const MAPS: [PinnedMap; 7] = [
     PinnedMap {
         name: BUCKETS,
@@ -78,7 +75,7 @@ pub(super) const MAPS: [PinnedMap; 7] = [
         elements: Some(1),
         is_shared: true,
     },
-    // The owners of sockets that will be established, those that listen among them.
+    // The owners of sockets that are not established, including listeners.
     PinnedMap {
         name: "OWNERS",
         map_type: SK_STORAGE,
@@ -106,7 +103,7 @@ pub(super) const MAPS: [PinnedMap; 7] = [
         elements: Some(MAX_JOURNAL),
         is_shared: true,
     },
-    // Its generations: the next daemon's have to be others.
+    // Holds the generations in use; the next daemon must choose different ones.
     PinnedMap {
         name: "MATCH_TABLES",
         map_type: ARRAY,
@@ -119,7 +116,7 @@ pub(super) const MAPS: [PinnedMap; 7] = [
 ];
 
 impl PinnedMap {
-    /// What is wrong with a map that is pinned under this name, if anything.
+    /// Checks a map that is pinned under this name; the error describes the difference.
     fn check(&self, found: &MapInfo) -> Result<(), String> {
         let expected = MapInfo {
             map_type: self.map_type,
@@ -147,10 +144,10 @@ impl PinnedMap {
     }
 }
 
-/// A pin that is there while a larger table takes the place of the one that is pinned.
+/// A pin that exists while a larger table replaces the pinned one.
 pub(super) const TORN: &str = "TORN";
 
-/// A link that an earlier daemon left.
+/// A link of an earlier daemon.
 pub(super) struct FoundLink {
     pub(super) name: &'static str,
     pub(super) link: OwnedFd,
@@ -160,17 +157,17 @@ pub(super) struct FoundLink {
 /// A set of pins that this version can use.
 pub(super) struct PinnedSet {
     pub(super) set: PathBuf,
-    /// What its session table says of itself.
+    /// Head of its session table.
     pub(super) table: TableHead,
     /// Generation of its last policy.
     pub(super) generation: u32,
-    /// Of the programs that this version knows.
+    /// Links of programs that this version has.
     pub(super) links: Vec<FoundLink>,
     /// Pins that this version does not know.
     pub(super) unknown: Vec<PathBuf>,
 }
 
-/// Looks at the set; nothing where there is none, or, after a warning, where it cannot be used.
+/// Checks a set. Returns `None` if there is none, or, after a warning, if it cannot be used.
 pub(super) fn examine(set: &Path) -> Result<Option<PinnedSet>, PinError> {
     if !set.exists() {
         return Ok(None);
@@ -190,9 +187,9 @@ pub(super) fn examine(set: &Path) -> Result<Option<PinnedSet>, PinError> {
 
 /// Why a set is not used.
 enum Refusal {
-    /// It is not what a daemon of this version left.
+    /// It is not a set that a daemon of this version has left.
     Unusable(String),
-    /// It could not be looked at.
+    /// It could not be read.
     Failed(PinError),
 }
 
@@ -248,7 +245,7 @@ impl PinnedSet {
         Ok(found)
     }
 
-    /// Whether its table is one for so many sessions.
+    /// Whether its session table has a capacity of `max_sessions`.
     pub(super) fn fits(&self, max_sessions: u32) -> bool {
         self.table.capacity == u64::from(max_sessions)
     }
@@ -258,7 +255,7 @@ impl PinnedSet {
         self.links.iter().find(|link| link.name == name)
     }
 
-    /// Whether its programs have tracked every packet and every connection until now.
+    /// Whether its programs have tracked every packet and connection until now.
     pub(super) fn is_running(&self) -> bool {
         !self.set.join(TORN).exists()
             && PROGRAMS.iter().filter(|p| p.is_always_wanted).all(|p| {
@@ -296,7 +293,7 @@ fn unknown(set: &Path) -> Result<Vec<PathBuf>, PinError> {
     Ok(paths)
 }
 
-/// What is wrong with a table whose head this is and whose maps are of these sizes, if anything.
+/// Checks the sizes of a table's maps against its head; the error describes the difference.
 fn check_table(head: &TableHead, buckets: u32, slots: u32) -> Result<(), String> {
     let expected = u32::try_from(head.capacity).map(buckets_for);
     if expected != Ok(buckets) || buckets.checked_mul(WAYS) != Some(slots) {
@@ -308,7 +305,7 @@ fn check_table(head: &TableHead, buckets: u32, slots: u32) -> Result<(), String>
     Ok(())
 }
 
-/// The last generation that a daemon's match tables had.
+/// The highest generation in a daemon's match tables.
 fn last_generation(tables: OwnedFd) -> io::Result<u32> {
     let map = MapData::from_fd(tables)
         .and_then(Map::from_map_data)
@@ -325,7 +322,7 @@ fn last_generation(tables: OwnedFd) -> io::Result<u32> {
         .unwrap_or(0))
 }
 
-/// Pins a map of the new daemon.
+/// Pins a map of this daemon.
 pub(super) fn pin_map(map: &Map, path: &Path) -> Result<(), PinError> {
     map.pin(path)
         .map_err(|error| PinError::io("pinning", path)(io::Error::other(error)))

@@ -1,7 +1,7 @@
-//! The pin directory: who holds it, which sets of pins are in it, and their removal.
+//! The pin directory: its lock, its sets of pins, and their removal.
 //!
-//! Each layout of the records has its set, a directory named after it. A set is built beside the
-//! one in use, under a name of its own, and takes its place in one step.
+//! Each layout of the records has its own set, a directory named after the layout. A new set is built under a temporary
+//! name and then replaces the one in use in one step.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -27,43 +27,43 @@ use super::{
 };
 use crate::host::trust;
 
-/// Begins the name of each set.
+/// Prefix of the name of each set.
 const PREFIX: &str = "layout-";
 
-/// Ends the name of a set that is being built. A dot would be against the rules of bpffs.
+/// Suffix of a set that is being built. bpffs does not allow a dot in a name.
 const STAGED: &str = "-next";
 
-/// The directory, which this process alone works with.
+/// The pin directory, locked by this process.
 #[derive(Debug)]
 pub struct PinDir {
     path: PathBuf,
-    /// Of the directory itself. The kernel lets go of it however the process ends.
+    /// A lock on the directory itself. The kernel releases it however the process ends.
     lock: Flock<File>,
 }
 
 impl PinDir {
-    /// Makes the directory where it is missing, on bpffs that is mounted where that is missing, and
-    /// holds it.
+    /// Locks the directory. Creates it if it is missing, and mounts bpffs if that is missing.
     ///
     /// # Errors
     ///
-    /// Where it cannot be made, others could replace it, or another process holds it, whose id the error has.
+    /// Fails if the directory cannot be created, if others could replace it, or if another process holds the lock. The
+    /// error then has that process's id.
     pub fn hold(path: &Path) -> Result<Self, PinError> {
         check_above(path)?;
         loop {
             bpffs::make_directory(path)?;
-            // `detach` may remove it between the two.
+            // `detach` may remove the directory between the two calls.
             if let Some(held) = Self::hold_as(path, &[])? {
                 return Ok(held);
             }
         }
     }
 
-    /// Whether a daemon could work with the directory, which is not made where it is not there.
+    /// Checks whether a daemon could use the directory, without creating it.
     ///
     /// # Errors
     ///
-    /// Where [`Self::hold`] would refuse the path, whoever holds it.
+    /// Fails if [`Self::hold`] would refuse the path for another reason than the lock.
     pub fn check(path: &Path) -> Result<(), PinError> {
         check_above(path)?;
         bpffs::can_be_on_bpffs(path)?;
@@ -73,17 +73,17 @@ impl PinDir {
         }
     }
 
-    /// Holds the directory if it is there, to remove what is in it. Root may do that for the
-    /// service's user too.
+    /// Locks an existing directory to remove its contents. Root may also do so for the service's user.
     ///
     /// # Errors
     ///
-    /// As above, where it is not on bpffs, and where others may write to it or replace it.
+    /// Fails if another process holds the lock, if the directory is not on bpffs, and if others may write to it or
+    /// replace it.
     pub fn hold_existing(path: &Path) -> Result<Option<Self>, PinError> {
         Self::hold_as(path, &trust::trusted_by_root())
     }
 
-    /// Holds the directory if it is there and belongs to this user, or to one of these.
+    /// Locks the directory if it exists and belongs to this user or one of `owners`.
     fn hold_as(path: &Path, owners: &[u32]) -> Result<Option<Self>, PinError> {
         let directory = OpenOptions::new()
             .read(true)
@@ -107,7 +107,7 @@ impl PinDir {
             }
             locked => locked.map_err(|(_, e)| PinError::io("locking", path)(e.into()))?,
         };
-        // Another process may have removed it, and a third made it anew, before it was held.
+        // Before the lock was taken, another process may have removed the directory and a third one created it again.
         let there = fs::metadata(path).map(|there| (there.dev(), there.ino()));
         if there.ok() != Some(opened) {
             return Ok(None);
@@ -118,8 +118,8 @@ impl PinDir {
         }))
     }
 
-    /// Where the directory is found. /sys/fs/bpf lets only root pass, and the engine of a service that is
-    /// not root gives up the capability to pass after the start: it goes by the open directory.
+    /// The path by which the directory is accessed. `/sys/fs/bpf` can only be traversed by root. The engine of a
+    /// service without root gives up the capability for that after the start and uses the open descriptor.
     fn place(&self) -> PathBuf {
         if geteuid().is_root() {
             return self.path.clone();
@@ -127,26 +127,26 @@ impl PinDir {
         format!("/proc/self/fd/{}", self.lock.as_raw_fd()).into()
     }
 
-    /// Where the set of this version is.
+    /// The path of the set of this version.
     pub(super) fn current(&self) -> PathBuf {
         self.place().join(format!("{PREFIX}{LAYOUT:08x}"))
     }
 
-    /// The directory of a new set.
+    /// The path of a set that is being built.
     pub(super) fn staged(&self) -> PathBuf {
         self.place().join(format!("{PREFIX}{LAYOUT:08x}{STAGED}"))
     }
 
-    /// Makes it.
+    /// Creates the directory of a new set.
     pub(super) fn stage(&self) -> Result<PathBuf, PinError> {
         let path = self.staged();
-        // Of a start that was cut short.
+        // May be left from a start that was interrupted.
         remove_set(&path)?;
         fs::create_dir(&path).map_err(PinError::io("making", &path))?;
         Ok(path)
     }
 
-    /// Puts a new set in the place of the one in use, which is removed with what it attaches.
+    /// Replaces the set in use with a new one. The old set is removed and its links are detached.
     pub(super) fn commit(&self, staged: &Path) -> Result<(), PinError> {
         let current = self.current();
         let moved = if current.exists() {
@@ -158,11 +158,11 @@ impl PinDir {
         remove_set(staged)
     }
 
-    /// The sets of other versions, and what was being built when a start was cut short.
+    /// The sets of other versions, and a staged set.
     ///
     /// # Errors
     ///
-    /// Where the directory cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn others(&self) -> Result<Vec<PathBuf>, PinError> {
         let mut sets = self.sets()?;
         sets.retain(|set| *set != self.current());
@@ -175,7 +175,7 @@ impl PinDir {
         let mut sets = Vec::new();
         for entry in entries {
             let entry = entry.map_err(PinError::io("listing", &self.path))?;
-            // A link could lead to what others have pinned.
+            // A symbolic link could lead to pins of others.
             let is_directory = entry.file_type().is_ok_and(|found| found.is_dir());
             if is_directory && entry.file_name().to_str().is_some_and(is_set) {
                 sets.push(entry.path());
@@ -184,17 +184,17 @@ impl PinDir {
         Ok(sets)
     }
 
-    /// Removes the sets of other versions, with what they attach.
+    /// Removes the sets of other versions and detaches their links.
     pub(super) fn remove_others(&self) -> Result<(), PinError> {
         self.others()?.iter().try_for_each(|set| remove_set(set))
     }
 
-    /// Removes every set, with what it attaches, and the directory, where nothing else is in it;
-    /// the number of sets.
+    /// Removes all sets, detaches their links, and removes the directory if it is then empty. Returns the number of
+    /// sets.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses an operation.
     pub fn remove(self) -> Result<usize, PinError> {
         let sets = self.sets()?;
         sets.iter().try_for_each(|set| remove_set(set))?;
@@ -207,20 +207,20 @@ impl PinDir {
     }
 }
 
-/// Refuses a directory that somebody else could replace. Who may write to the directory itself is another
-/// question, with a stricter answer.
+/// Refuses a directory that other users could replace. Write access to the directory itself is checked separately, with
+/// stricter rules.
 fn check_above(path: &Path) -> Result<(), PinError> {
     Ok(path.parent().map_or(Ok(()), trust::check)?)
 }
 
-/// Whether the name is that of a set, of whatever version.
+/// Whether the name is that of a set of any version.
 fn is_set(name: &str) -> bool {
     let layout = name.strip_prefix(PREFIX);
     let layout = layout.map(|rest| rest.strip_suffix(STAGED).unwrap_or(rest));
     layout.is_some_and(|hex| hex.len() == 8 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-/// Removes a set, if it is there. What it attaches is detached.
+/// Removes a set, if it exists, and detaches its links.
 pub(super) fn remove_set(set: &Path) -> Result<(), PinError> {
     let entries = match fs::read_dir(set) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -232,8 +232,8 @@ pub(super) fn remove_set(set: &Path) -> Result<(), PinError> {
     fs::remove_dir(set).map_err(PinError::io("removing", set))
 }
 
-/// Removes a pin, and detaches a link: the kernel itself does that some time after the last one has
-/// let go of it.
+/// Removes a pin. A link is detached explicitly, because the kernel detaches it only some time after the last reference
+/// is gone.
 pub(super) fn remove_pin(path: &Path) -> Result<(), PinError> {
     let object = sys::open_pin(path).map_err(PinError::io("opening", path))?;
     if sys::kind(&object).map_err(PinError::io("looking at", path))? == Kind::Link {
@@ -257,7 +257,7 @@ fn holder((device, inode): (u64, u64)) -> Option<u32> {
     parse_holder(&locks, &id)
 }
 
-/// Format: proc(5), `/proc/locks`. A line of somebody who waits has an arrow in its second field.
+/// Format: proc(5), `/proc/locks`. A line of a waiting process has an arrow as its second field.
 fn parse_holder(locks: &str, id: &str) -> Option<u32> {
     locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();

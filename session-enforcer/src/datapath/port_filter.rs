@@ -1,11 +1,11 @@
-//! The filters by which the programs leave alone what no rule can be about (`PORTS` of the programs).
+//! The port filters (`PORTS` in the programs), by which the programs ignore connections that no rule can match.
 
 use aya::maps::{Array, MapData};
 use session_enforcer_common::{MatchEntry, PortFilter, PortFilters};
 
 use super::{BpfError, Datapath, map_error};
 
-/// The section of the programs' object that is the map.
+/// The section of the programs' object that becomes the map.
 pub(super) const SECTION: &str = ".bss.ports";
 
 /// The filters, and their map of one element.
@@ -22,7 +22,7 @@ impl Ports {
         }
     }
 
-    /// Those of programs that will take the place of others: they see everything until a policy is announced.
+    /// The filters of programs that will replace others: they accept every packet until a policy is announced.
     pub(super) fn seeing_all(map: Array<MapData, PortFilters>) -> Result<Self, BpfError> {
         let mut ports = Self::new(map);
         ports.filters.of_packets = PortFilter::ALL;
@@ -31,32 +31,31 @@ impl Ports {
         Ok(ports)
     }
 
-    /// Before the match table of this index is filled and comes into force. From now on the programs
-    /// see every packet: sessions of the policy before stay what they are until they are decided
-    /// about.
+    /// Must be called before the match table with this index is filled and activated. From now on the programs see
+    /// every packet, so that sessions of the previous policy are stamped until they are redecided.
     pub(super) fn announce(&mut self, table: u32, entries: &[MatchEntry]) -> Result<(), BpfError> {
         self.filters.of_packets = PortFilter::ALL;
         self.filters.of_tables[table as usize] = PortFilter::of(entries);
         self.write()
     }
 
-    /// The kernel does not copy an element in one piece. What the filters before and after both say
-    /// yes for is seen all the same: a bit that is in both never changes.
+    /// The kernel does not copy the element atomically. This is safe: a bit that is set in both the old and the new
+    /// filter never changes.
     fn write(&mut self) -> Result<(), BpfError> {
         let written = self.map.set(0, self.filters.as_ref(), 0);
         written.map_err(map_error(SECTION))
     }
 }
 
-/// A filter for packets in the making.
+/// A packet filter that is being built.
 pub struct Narrowing {
     filter: Box<PortFilter>,
-    /// The policy that it is of.
+    /// Number of the policy that the filter belongs to.
     policy: u64,
 }
 
 impl Datapath {
-    /// Begins a filter for packets that no rule in force can be about.
+    /// Starts to build a packet filter for the active rules.
     pub fn begin_narrowing(&self) -> Narrowing {
         Narrowing {
             filter: Box::new(self.ports.filters.of_tables[self.active as usize]),
@@ -64,12 +63,12 @@ impl Datapath {
         }
     }
 
-    /// Has it say yes for sessions that are in the map although no rule can be about them, since it could not be found
-    /// out whose they are: one whose packets were not seen would seem to be idle.
+    /// Adds the ports of sessions that no active rule can match but that are still in the table, because their owner
+    /// could not be resolved. If their packets were ignored, they would seem idle.
     ///
     /// # Errors
     ///
-    /// Where the map cannot be read.
+    /// Fails if the session table cannot be read.
     pub fn keep_ports(&self, narrowing: &mut Narrowing, cookies: &[u64]) -> Result<(), BpfError> {
         let filter = &mut narrowing.filter;
         for session in self.sessions(cookies)?.into_iter().flatten() {
@@ -80,14 +79,14 @@ impl Datapath {
         Ok(())
     }
 
-    /// Has the programs leave packets alone that no rule in force can be about, once it was decided
-    /// about the sessions of the policy before. Those that are still in the map although none can be
-    /// about them must be [kept](Self::keep_ports). Nothing where another policy has come into force since
-    /// the filter was begun: that has its own.
+    /// Activates the packet filter, so that the programs ignore packets that no active rule can match. Call it after
+    /// the sessions of the previous policy were redecided. The ports of sessions that remain without a possible rule
+    /// must be [kept](Self::keep_ports). Does nothing if another policy has come into force since the filter was begun;
+    /// that policy gets its own filter.
     ///
     /// # Errors
     ///
-    /// Where a map cannot be written; the programs see every packet then.
+    /// Fails if the map cannot be written; the programs then continue to see every packet.
     pub fn narrow_ports(&mut self, narrowing: &Narrowing) -> Result<(), BpfError> {
         if narrowing.policy != self.policies_put {
             return Ok(());

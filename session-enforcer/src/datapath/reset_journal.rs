@@ -1,4 +1,5 @@
-//! The journal of resets ([`JournalEntry`]), in memory that the kernel keeps where the daemon is killed.
+//! The journal of resets in progress ([`JournalEntry`]). It lies in a map, so the kernel keeps it if the daemon is
+//! killed.
 
 use std::{
     io,
@@ -15,20 +16,20 @@ use session_enforcer_common::{JournalEntry, MAX_JOURNAL};
 
 use super::session_table::Mapping;
 
-/// The map, as it is named in the object and as a pin.
+/// Name of the map in the object and of its pin.
 pub(super) const JOURNAL: &str = "JOURNAL";
 
-/// The entries. One thread puts them in; any may free its slot.
+/// The journal. One thread adds entries; any thread may free a slot.
 #[derive(Debug)]
 pub struct Journal {
     entries: Mapping<JournalEntry>,
-    /// Where a free slot is looked for first.
+    /// Where the search for a free slot starts.
     next: AtomicU32,
     is_closed: AtomicBool,
 }
 
-// SAFETY: an entry is written by the thread that has just taken its place, before anybody else knows the slot;
-// of others only `is_used` is touched, atomically.
+// SAFETY: an entry is written by the thread that has just taken its slot, before other threads know the slot. Other
+// threads only access `is_used`, atomically.
 unsafe impl Send for Journal {}
 // SAFETY: as above.
 unsafe impl Sync for Journal {}
@@ -43,19 +44,19 @@ impl Journal {
         }))
     }
 
-    /// What an earlier daemon left. Each entry stays until its slot is dropped.
+    /// The entries of an earlier daemon. Each entry stays in use until its slot is dropped.
     pub fn left(self: &Arc<Self>) -> Vec<(Arc<JournalSlot>, JournalEntry)> {
         let used =
             (0..MAX_JOURNAL).filter(|number| self.is_used(*number).load(Ordering::Acquire) != 0);
         used.map(|number| {
-            // SAFETY: within the mapping; nobody else writes.
+            // SAFETY: within the mapping; nothing else writes.
             let entry = unsafe { self.entries.at(number as usize).read() };
             (self.slot(number), entry)
         })
         .collect()
     }
 
-    /// Notes a session that is to be reset. None where there is no room.
+    /// Adds a session that is about to be reset. Returns `None` if the journal is full.
     pub fn put(self: &Arc<Self>, entry: &JournalEntry) -> Option<Arc<JournalSlot>> {
         let first = self.next.load(Ordering::Relaxed);
         let mut numbers = (0..MAX_JOURNAL).map(|offset| (first + offset) % MAX_JOURNAL);
@@ -65,13 +66,13 @@ impl Journal {
             is_used: 0,
             ..*entry
         };
-        // SAFETY: within the mapping, at a slot that is free.
+        // SAFETY: within the mapping, at a free slot.
         unsafe { self.entries.at(number as usize).write(unused) };
         self.is_used(number).store(1, Ordering::Release);
         Some(self.slot(number))
     }
 
-    /// Leaves what is in it to the next daemon.
+    /// Keeps the remaining entries for the next daemon: dropped slots no longer free them.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Relaxed);
     }
@@ -85,12 +86,12 @@ impl Journal {
 
     fn is_used(&self, number: u32) -> &AtomicU32 {
         let entry = self.entries.at(number as usize);
-        // SAFETY: a word of the mapping, which lives as long as this; all touch it atomically.
+        // SAFETY: a word of the mapping, which lives as long as `self`; all accesses are atomic.
         unsafe { AtomicU32::from_ptr(&raw mut (*entry).is_used) }
     }
 }
 
-/// The slot of an entry. It is free when this is dropped.
+/// The slot of an entry. Dropping it frees the entry.
 #[derive(Debug)]
 pub struct JournalSlot {
     journal: Arc<Journal>,
@@ -98,10 +99,10 @@ pub struct JournalSlot {
 }
 
 impl JournalSlot {
-    /// Notes what the kernel has answered: that the session was reset, or that it had gone by itself.
+    /// Records the kernel's answer: the session was reset, or it was already gone.
     pub fn answer(&self, was_gone: bool, answered_ns: u64) {
         let entry = self.journal.entries.at(self.number as usize);
-        // SAFETY: within the mapping; the slot is this one's.
+        // SAFETY: within the mapping; this value owns the slot.
         unsafe {
             (&raw mut (*entry).was_gone).write_volatile(u16::from(was_gone));
             (&raw mut (*entry).answered_ns).write_volatile(answered_ns);

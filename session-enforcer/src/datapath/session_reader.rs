@@ -1,5 +1,5 @@
-//! A session table for who only reads it, without the help of the programs: this daemon's on another thread than the
-//! engine's, and that which an earlier daemon left, which its programs may still change.
+//! Read-only access to a session table without the help of the programs. Other threads use it for this daemon's table.
+//! The take-over uses it for the table of an earlier daemon, whose programs may still change it.
 
 use std::{
     fmt,
@@ -22,17 +22,17 @@ use super::{
     session_table::{BUCKETS, SESSIONS, cleaned, is_cookie},
 };
 
-/// Buckets that one step reads at most: some 100 us where all are full.
+/// Maximum number of buckets read in one step: about 100 us if all are full.
 const STEP: u32 = 64;
 
-/// Reads sessions.
+/// A reader of a session table.
 pub struct SessionReader {
     buckets: Array<MapData, Bucket>,
     sessions: Array<MapData, Session>,
     key: Key,
 }
 
-/// The table that is in use, which another one may take the place of.
+/// The session table in use; growth replaces it.
 #[derive(Debug)]
 pub struct TableInUse(Mutex<Arc<SessionReader>>);
 
@@ -41,7 +41,7 @@ impl TableInUse {
         Self(Mutex::new(Arc::new(reader)))
     }
 
-    /// For who reads it from its beginning.
+    /// A reader that starts at the beginning of the table.
     pub fn reader(&self) -> Arc<SessionReader> {
         Arc::clone(&self.lock())
     }
@@ -55,7 +55,7 @@ impl TableInUse {
     }
 }
 
-/// How far a reading of the whole table has come.
+/// Position of a scan of the whole table.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cursor {
     next: u32,
@@ -69,12 +69,12 @@ impl fmt::Debug for SessionReader {
 }
 
 impl SessionReader {
-    /// Of maps that are open.
+    /// Uses maps that are open.
     pub(super) fn new(buckets: OwnedFd, sessions: OwnedFd, key: Key) -> Result<Self, BpfError> {
         Self::of(MapData::from_fd(buckets), MapData::from_fd(sessions), key)
     }
 
-    /// Opens the pins of a set that was looked at.
+    /// Opens the maps pinned in a set that was checked.
     pub(super) fn open(set: &Path, key: Key) -> Result<Self, BpfError> {
         let map = |name| MapData::from_pin(set.join(name));
         Self::of(map(BUCKETS), map(SESSIONS), key)
@@ -98,17 +98,17 @@ impl SessionReader {
         })
     }
 
-    /// The session as the kernel has it now.
+    /// The current record of the session.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the read.
     pub fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let mut slot = self.slot(cookie)?;
         while let Some(before) = slot {
             let session = self.record(before)?;
-            // It may have ended meanwhile, and the record be another's; or lie elsewhere, where the
-            // socket was connected again.
+            // Meanwhile the session may have ended and its slot may have been reused. If the socket was connected
+            // again, its new session may be in another slot.
             slot = self.slot(cookie)?;
             if slot == Some(before) {
                 return Ok(Some(session));
@@ -130,8 +130,8 @@ impl SessionReader {
         Ok(None)
     }
 
-    /// A record, after the tag that was read before and before one that is read then. The system calls have no such
-    /// order of themselves; on x86-64 every read has it.
+    /// Reads a record between the caller's reads of its tag before and after. System calls do not order these reads by
+    /// themselves on every processor; x86-64 orders all reads.
     fn record(&self, slot: u32) -> Result<Session, BpfError> {
         fence(Ordering::Acquire);
         let session = self.sessions.get(&slot, 0).map_err(map_error(SESSIONS));
@@ -143,7 +143,7 @@ impl SessionReader {
         self.buckets.get(&bucket, 0).map_err(map_error(BUCKETS))
     }
 
-    /// The cookie of every session, once.
+    /// The cookies of all sessions, without duplicates.
     pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
         let mut cookies = Vec::new();
         for bucket in self.buckets.iter() {
@@ -152,13 +152,13 @@ impl SessionReader {
         Ok(cleaned(cookies.into_iter()))
     }
 
-    /// The next sessions, some hundreds at most and perhaps none; nothing at the end of the table. Nobody copies the
-    /// whole table. A session that is there from the beginning to the end is read, once but where its socket is
-    /// connected again meanwhile.
+    /// Reads the next sessions: at most some hundreds, possibly none. Returns `None` at the end of the table. The table
+    /// is never copied as a whole. A session that exists during the whole scan is returned once, or more often if its
+    /// socket is connected again meanwhile.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses the read.
     pub fn next(&self, cursor: &mut Cursor) -> Result<Option<Vec<(u64, Session)>>, BpfError> {
         if cursor.is_at_end {
             return Ok(None);
@@ -173,7 +173,7 @@ impl SessionReader {
         Ok(Some(found))
     }
 
-    /// The records of a bucket, each of which is that of the same cookie after it was read too.
+    /// Reads the records of a bucket. A record is dropped if its tag has changed since.
     fn read_bucket(&self, bucket: u32, found: &mut Vec<(u64, Session)>) -> Result<(), BpfError> {
         let mut read = Vec::new();
         for (way, cookie) in self.tags(bucket)?.0.into_iter().enumerate() {

@@ -1,5 +1,5 @@
-//! The session table, as the daemon works with it: this one's through the program `table_ops`, an earlier
-//! daemon's by reading its maps. `session_enforcer_common::table` says how it is made.
+//! The daemon's access to the session table through the program `table_ops`. `session_enforcer_common::table` describes
+//! the table's layout.
 
 use std::{
     hint, io,
@@ -18,20 +18,20 @@ use session_enforcer_common::{
 
 use super::{Adoption, BpfError, sys};
 
-/// The maps that a table consists of, as they are named in the object and as pins.
+/// The maps of a session table, by their names in the object and of their pins.
 pub(super) const BUCKETS: &str = "BUCKETS";
 /// The records.
 pub(super) const SESSIONS: &str = "SESSIONS";
-/// What a table knows of itself.
+/// The head of the table.
 pub(super) const TABLE: &str = "TABLE";
 
-/// Between the shutting of a gate and the reading of its record. A packet looks whether the gate was shut
-/// without a barrier after its stamp: its processor may look before others can see the stamp, and makes the
-/// stamp visible within this. `docs/design/exact-deadlines.md` has the measurement.
+/// Wait between shutting a gate and reading the record. A packet checks the gate after its stamp without a barrier, so
+/// its processor may read the gate before the stamp is visible to others. The stamp becomes visible within this time;
+/// `docs/design/exact-deadlines.md` has the measurement.
 const STAMP_VISIBLE: Duration = Duration::from_micros(20);
 
-/// This daemon's session table. All that is done to it is done by a program in the kernel, which runs to
-/// its end: nothing is left half done, whatever becomes of the daemon.
+/// This daemon's session table. All changes are made by a program in the kernel, which runs to its end, so a killed
+/// daemon leaves no partial change.
 pub(super) struct SessionTable {
     program: OwnedFd,
     exchanges: Mapping<TableRequest>,
@@ -40,7 +40,7 @@ pub(super) struct SessionTable {
 }
 
 impl SessionTable {
-    /// Of the maps as they were loaded, with the program that works on them.
+    /// Uses the loaded maps and the program `table_ops`.
     pub(super) fn new(
         program: OwnedFd,
         exchanges: &MapData,
@@ -56,18 +56,18 @@ impl SessionTable {
         })
     }
 
-    /// For who only reads them.
+    /// A descriptor of the buckets for a reader.
     pub(super) fn buckets_fd(&self) -> io::Result<OwnedFd> {
         self.buckets.fd().as_fd().try_clone_to_owned()
     }
 
-    /// The session as the kernel has it now.
+    /// The current record of the session.
     pub(super) fn session(&self, cookie: u64) -> Result<Option<Session>, BpfError> {
         let request = self.ask(cookie, TableOp::Read, None)?;
         Ok((request.answer == answer::DONE).then_some(request.session))
     }
 
-    /// The sessions of these cookies as the kernel has them now, in their order.
+    /// The current records of the sessions, in the order of the cookies.
     pub(super) fn sessions(&self, cookies: &[u64]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut sessions = Vec::with_capacity(cookies.len());
         for cookies in cookies.chunks(MAX_REQUESTS as usize) {
@@ -83,7 +83,7 @@ impl SessionTable {
         Ok(sessions)
     }
 
-    /// Puts in sessions that are not there; what became of each, in their order.
+    /// Inserts sessions that are not in the table. Returns the result for each, in their order.
     pub(super) fn adopt(&self, sessions: &[(u64, Session)]) -> Result<Vec<Adoption>, BpfError> {
         let mut adopted = Vec::with_capacity(sessions.len());
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
@@ -104,13 +104,13 @@ impl SessionTable {
         Ok(adopted)
     }
 
-    /// Writes a session that is there; whether it was.
+    /// Updates an existing session; returns whether it exists.
     pub(super) fn update(&self, cookie: u64, session: &Session) -> Result<bool, BpfError> {
         let request = self.ask(cookie, TableOp::Update, Some(session))?;
         Ok(request.answer == answer::DONE)
     }
 
-    /// Gives sessions, each named by cookie and time of establishment, rule and generation.
+    /// Sets rule and generation of sessions, each identified by cookie and time of establishment.
     pub(super) fn decide(&self, sessions: &[(u64, Session)]) -> Result<(), BpfError> {
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
             for (index, (cookie, session)) in sessions.iter().enumerate() {
@@ -124,7 +124,7 @@ impl SessionTable {
         Ok(())
     }
 
-    /// Takes out the session that was established then; whether it was there.
+    /// Removes the session established at `established_ns`; returns whether it existed.
     pub(super) fn remove(&self, cookie: u64, established_ns: u64) -> Result<bool, BpfError> {
         // SAFETY: as in `put`.
         unsafe { (*self.exchanges.at(0)).session.established_ns = established_ns };
@@ -132,8 +132,9 @@ impl SessionTable {
         Ok(request.answer == answer::DONE)
     }
 
-    /// Shuts the gate of sessions, each named by cookie and time of establishment, and reads them after
-    /// that: a packet whose stamp is not in its record does not pass. None where one is not there.
+    /// Shuts the gates of sessions, each identified by cookie and time of establishment, and then reads their records.
+    /// A packet whose stamp is not in the returned record is dropped. The result is `None` for a session that does not
+    /// exist.
     pub(super) fn shut(&self, sessions: &[(u64, u64)]) -> Result<Vec<Option<Session>>, BpfError> {
         let mut shut = Vec::with_capacity(sessions.len());
         for sessions in sessions.chunks(MAX_REQUESTS as usize) {
@@ -151,7 +152,7 @@ impl SessionTable {
         Ok(shut)
     }
 
-    /// Opens the gate of a session that was shut, if it is there.
+    /// Reopens the gate of a session, if the session exists.
     pub(super) fn reopen(&self, cookie: u64, established_ns: u64) -> Result<(), BpfError> {
         self.set_gates(&[(cookie, established_ns)], TableOp::Reopen)
     }
@@ -169,7 +170,7 @@ impl SessionTable {
         Ok(())
     }
 
-    /// The cookie of every session, once.
+    /// The cookies of all sessions, without duplicates.
     pub(super) fn cookies(&self) -> Result<Vec<u64>, BpfError> {
         cookies(&self.buckets, self.bucket_count).map_err(BpfError::Table)
     }
@@ -187,8 +188,8 @@ impl SessionTable {
 
     fn put(&self, index: usize, cookie: u64, op: TableOp, session: Option<&Session>) {
         let at = self.exchanges.at(index);
-        // SAFETY: within the mapping, which nothing reads or writes meanwhile: the program only runs
-        // in `table_ops`, and the mapping keeps this value to one thread.
+        // SAFETY: within the mapping, which nothing accesses at the same time: the program only runs within `run`, and
+        // `Mapping` confines this value to one thread.
         unsafe {
             (*at).cookie = cookie;
             (*at).op = op as u32;
@@ -204,7 +205,7 @@ impl SessionTable {
     }
 
     fn answered(&self, index: usize, cookie: u64, op: TableOp) -> Result<TableRequest, BpfError> {
-        // SAFETY: as above; any bit pattern is valid.
+        // SAFETY: as in `put`; any bit pattern is valid.
         let request = unsafe { self.exchanges.at(index).read() };
         if request.cookie == cookie && is_answer(op, request.answer) {
             Ok(request)
@@ -217,7 +218,7 @@ impl SessionTable {
     }
 }
 
-/// Whether a program of this version would answer so.
+/// Whether a program of this version can give this answer to the operation.
 fn is_answer(op: TableOp, given: u32) -> bool {
     match op {
         TableOp::Read
@@ -235,14 +236,13 @@ fn is_answer(op: TableOp, given: u32) -> bool {
     }
 }
 
-/// The head of a table.
+/// Reads the head of a table.
 pub(super) fn head(map: OwnedFd) -> Result<TableHead, MapError> {
     let map = MapData::from_fd(map).and_then(Map::from_map_data)?;
     Array::try_from(map)?.get(&0, 0)
 }
 
-/// The tags are read where the kernel has them, in a mapping that is gone again afterwards: it would
-/// count as the daemon's memory.
+/// Reads the tags through a temporary mapping, which would otherwise count as the daemon's memory.
 fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
     let slots = count as usize * WAYS as usize;
     let tags: Mapping<u64> = Mapping::new(buckets.fd().as_fd(), slots, ProtFlags::PROT_READ)?;
@@ -251,12 +251,12 @@ fn cookies(buckets: &MapData, count: u32) -> io::Result<Vec<u64>> {
     Ok(cleaned((0..slots).map(tag)))
 }
 
-/// Whether a tag is that of a session; the others are of slots that are free, or being written.
+/// Whether a tag is the cookie of a session; otherwise its slot is free or is being written.
 pub(super) const fn is_cookie(tag: u64) -> bool {
     tag != 0 && tag != CLAIMED
 }
 
-/// The cookies among these tags, each once: a socket that is connected again is put in again, perhaps at
+/// The cookies among the tags, without duplicates. A socket that is connected again is inserted again, possibly in
 /// another slot.
 pub(super) fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
     let mut cookies: Vec<u64> = tags.filter(|tag| is_cookie(*tag)).collect();
@@ -265,7 +265,7 @@ pub(super) fn cleaned(tags: impl Iterator<Item = u64>) -> Vec<u64> {
     cookies
 }
 
-/// The elements of a map in this process's memory. Not to be shared between threads.
+/// The elements of a map, mapped into this process's memory. It must not be shared between threads.
 #[derive(Debug)]
 pub(super) struct Mapping<T> {
     start: NonNull<T>,
@@ -283,7 +283,7 @@ impl<T> Mapping<T> {
             .checked_mul(size_of::<T>())
             .and_then(NonZeroUsize::new)
             .ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: a new mapping, of elements whose size is the map's: nothing else lies there.
+        // SAFETY: a new mapping of elements with the map's value size; it overlaps nothing.
         let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map, 0) }?;
         Ok(Self {
             start: start.cast(),
@@ -301,7 +301,7 @@ impl<T> Mapping<T> {
 
 impl<T> Drop for Mapping<T> {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's, and what `at` gave is not used any more.
+        // SAFETY: this value owns the mapping, and the pointers that `at` returned are no longer used.
         let unmapped = unsafe { munmap(self.start.cast(), self.bytes.get()) };
         debug_assert_eq!(unmapped, Ok(()));
     }

@@ -1,6 +1,5 @@
-//! The calls of bpf(2) that aya does not make: pins of any kind of object, links whose program
-//! is replaced while they stay attached, what others have attached, and runs of a program that allocate
-//! nothing.
+//! Calls of bpf(2) that aya does not provide: pins of any kind of object, replacement of a link's program, queries of
+//! attached programs, and program runs without allocation.
 
 use std::{
     ffi::CString,
@@ -25,7 +24,7 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
-/// What a pinned object is.
+/// Kind of a pinned object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Map,
@@ -33,7 +32,7 @@ pub(super) enum Kind {
     Other,
 }
 
-/// What a map was made with: the start of `struct bpf_map_info`.
+/// Properties of a map: the start of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MapInfo {
@@ -46,7 +45,7 @@ pub(super) struct MapInfo {
     pub(super) flags: u32,
 }
 
-/// What a link is attached to: the start of `struct bpf_link_info`, of a link to a cgroup.
+/// Properties of a cgroup link: the start of `struct bpf_link_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkInfo {
@@ -54,19 +53,19 @@ pub(super) struct LinkInfo {
     id: u32,
     pub(super) program_id: u32,
     padding: u32,
-    /// The cgroup's identity, the inode number of its directory; 0 where it has gone.
+    /// Cgroup id, the inode number of the cgroup's directory; 0 if the cgroup was removed.
     pub(super) cgroup_id: u64,
     /// `enum bpf_attach_type`.
     pub(super) attach_type: u32,
     more_padding: u32,
 }
 
-/// What is attached to a cgroup itself.
+/// The programs attached directly to a cgroup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct AttachedPrograms {
-    /// The flags with which all of them were attached (`BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`).
+    /// The attach flags that all of them share (`BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`).
     pub(super) flags: u32,
-    /// Their identities, as bpftool shows them.
+    /// Program ids, as in bpftool.
     pub(super) ids: Vec<u32>,
 }
 
@@ -74,11 +73,11 @@ pub(super) struct AttachedPrograms {
 #[repr(C)]
 #[derive(Default)]
 struct ProgramInfo {
-    /// Type, identity, tag, lengths of the code.
+    /// Type, id, tag, lengths of the code.
     numbers: [u32; 6],
-    /// Addresses of the code, time of loading.
+    /// Addresses of the code, load time.
     more: [u64; 3],
-    /// User, number of maps.
+    /// User id, number of maps.
     counts: [u32; 2],
     maps: u64,
     name: [u8; 16],
@@ -110,7 +109,7 @@ struct InfoAttributes {
     info: u64,
 }
 
-/// The start of those of a run, as far as a raw tracepoint takes them.
+/// The start of the attributes of `BPF_PROG_TEST_RUN`, up to the last field that raw tracepoints use.
 #[repr(C)]
 #[derive(Default)]
 struct RunAttributes {
@@ -128,13 +127,13 @@ struct RunAttributes {
     padding: u32,
 }
 
-/// Those of link creation and link update have the same shape.
+/// The attributes of link creation and link update have the same shape.
 #[repr(C)]
 struct LinkAttributes([u32; 4]);
 
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the kernel reads and writes at most the given length of a value of that size, and
-    // what that points to, which the callers below keep alive.
+    // SAFETY: the kernel accesses at most `size_of::<T>()` bytes of the attributes and the memory that they point to,
+    // which the callers keep alive.
     let status = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -151,12 +150,12 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long>
 
 fn descriptor(number: libc::c_long) -> io::Result<OwnedFd> {
     let number = i32::try_from(number).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just created this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 fn number(fd: &impl AsFd) -> u32 {
-    // A descriptor that is open is not negative.
+    // An open descriptor is never negative.
     fd.as_fd().as_raw_fd().cast_unsigned()
 }
 
@@ -164,7 +163,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Gives an object a name on bpffs, which must be free.
+/// Pins an object on bpffs; the path must not exist.
 pub(super) fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     let mut attributes = PathAttributes {
@@ -187,8 +186,8 @@ pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     descriptor(bpf(BPF_OBJ_GET, &mut attributes)?)
 }
 
-/// What an object is. The kernel answers a question about a map for any object, so the kind comes
-/// first.
+/// Determines the kind of an object. This must come before a query for map information, which the kernel answers for
+/// any kind of object.
 pub(super) fn kind(object: &OwnedFd) -> io::Result<Kind> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", object.as_raw_fd()))?;
     let has = |field| text.lines().any(|line| line.starts_with(field));
@@ -212,17 +211,17 @@ fn info<T: Default>(object: &OwnedFd) -> io::Result<T> {
     Ok(found)
 }
 
-/// What a map was made with.
+/// Reads the properties of a map.
 pub(super) fn map_info(map: &OwnedFd) -> io::Result<MapInfo> {
     info(map)
 }
 
-/// What a link is attached to.
+/// Reads the properties of a link.
 pub(super) fn link_info(link: &OwnedFd) -> io::Result<LinkInfo> {
     info(link)
 }
 
-/// The programs of one type that are attached to a cgroup itself; of more than [`MAX_ATTACHED`], so many.
+/// The programs of an attach type that are attached directly to a cgroup, at most [`MAX_ATTACHED`].
 pub(super) fn attached_programs(
     cgroup: &impl AsFd,
     attach_type: u32,
@@ -243,11 +242,10 @@ pub(super) fn attached_programs(
     })
 }
 
-/// Programs of one type that the kernel lets one cgroup have (`BPF_CGROUP_MAX_PROGS` of
-/// `linux/bpf-cgroup.h`).
+/// The kernel's maximum of programs per cgroup and attach type (`BPF_CGROUP_MAX_PROGS` of `linux/bpf-cgroup.h`).
 const MAX_ATTACHED: usize = 64;
 
-/// The name of a program, which is empty where it was given none.
+/// The name of a program; empty if it has none.
 pub(super) fn program_name(id: u32) -> io::Result<String> {
     let mut attributes = [id, 0, 0];
     let program = descriptor(bpf(BPF_PROG_GET_FD_BY_ID, &mut attributes)?)?;
@@ -256,8 +254,7 @@ pub(super) fn program_name(id: u32) -> io::Result<String> {
     Ok(String::from_utf8_lossy(name).into_owned())
 }
 
-/// Attaches a program to a cgroup, beside those that are attached already, as long as the link
-/// lives.
+/// Attaches a program to a cgroup in addition to those already attached, for as long as the link exists.
 pub(super) fn create_link(
     program: &impl AsFd,
     cgroup: &impl AsFd,
@@ -267,23 +264,23 @@ pub(super) fn create_link(
     descriptor(bpf(BPF_LINK_CREATE, &mut attributes)?)
 }
 
-/// Puts a program in the place of the one that a link attaches, in one step: each event meets the
-/// one or the other. ENOLINK where the cgroup has gone.
+/// Atomically replaces the program of a link: each event runs either the old or the new program. Fails with ENOLINK if
+/// the cgroup was removed.
 pub(super) fn update_link(link: &OwnedFd, program: &impl AsFd) -> io::Result<()> {
     let mut attributes = LinkAttributes([number(link), number(program), 0, 0]);
     bpf(BPF_LINK_UPDATE, &mut attributes)?;
     Ok(())
 }
 
-/// Detaches a link at once, whoever else holds it.
+/// Detaches a link immediately, even if others hold references to it.
 pub(super) fn detach_link(link: &OwnedFd) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut number(link))?;
     Ok(())
 }
 
-/// Runs a program of the type of raw tracepoints once, on this processor, and waits until it has ended.
+/// Runs a raw tracepoint program once on this processor and waits until it has ended.
 pub(super) fn run_raw_tracepoint(program: &impl AsFd, argument: u64) -> io::Result<()> {
-    // The kernel asks for as many as the program may read.
+    // The kernel requires as many arguments as a program may read.
     let arguments = [argument; 12];
     let mut attributes = RunAttributes {
         program: number(program),
@@ -295,7 +292,7 @@ pub(super) fn run_raw_tracepoint(program: &impl AsFd, argument: u64) -> io::Resu
     Ok(())
 }
 
-/// Gives each of two files the other's name, in one step. nix has this call for glibc only.
+/// Atomically exchanges two paths. nix provides this call only for glibc.
 pub(super) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     let [one, other] = [c_path(one)?, c_path(other)?];
     // SAFETY: both paths are C strings that live until the call returns.

@@ -1,5 +1,5 @@
-//! Adoption: which of the connections that exist when the daemon starts become sessions, and with
-//! which times. Pure: from what `sock_diag` lists to session records.
+//! Adoption: which existing connections become sessions, and with which times. Pure: computes session records from the
+//! sockets that `sock_diag` lists.
 
 use std::{cmp::Ordering, collections::HashMap};
 
@@ -13,32 +13,33 @@ use crate::{
     reaper::diag::{Info, Socket, state},
 };
 
-/// Chooses the sockets to adopt.
+/// Selects the sockets to adopt.
 #[derive(Debug)]
 pub struct Adopter<'a> {
-    /// The match table, in force in the kernel too.
+    /// The match table, which is also active in the kernel.
     pub entries: &'a [MatchEntry],
-    /// The limits of each rule by its place.
+    /// The limits by rule id.
     pub limits_of_rules: &'a [Limits],
     /// Generation of both.
     pub generation: u32,
-    /// How much later than its age tells an event may have been: [`crate::host::clock::coarse_lag_ns`].
+    /// By how much an event may be later than its age says: [`crate::host::clock::coarse_lag_ns`].
     pub lag_ns: u64,
     /// The cgroups that the attachment covers.
     pub scope: &'a Scope,
-    /// Of each cgroup that a socket of the lists may have, those above it.
+    /// The ancestors of each cgroup that a listed socket may have.
     pub ancestors: &'a HashMap<u64, Ancestors>,
 }
 
 impl Adopter<'_> {
-    /// Whether a socket may be a session of some rule. What passed in it need not be known, and so not who dialled.
+    /// Whether a rule may track the socket. It is tested in both directions, because the direction is only known with
+    /// INFO.
     pub fn wants(&self, socket: &Socket, listeners: &Listeners) -> bool {
         [Direction::Inbound, Direction::Outbound]
             .iter()
             .any(|direction| self.chosen(socket, listeners, *direction).is_some())
     }
 
-    /// The facts of a session, its owner, and the place of its rule; none where no rule tracks it.
+    /// The facts, owner and rule id of a session; `None` if no rule tracks it.
     fn chosen(
         &self,
         socket: &Socket,
@@ -58,7 +59,7 @@ impl Adopter<'_> {
         (entry.rule != RULE_EXEMPT).then_some((facts, owner, entry.rule))
     }
 
-    /// The session of a socket, seen at `now_ns`; none where no rule tracks it.
+    /// The session of a socket as it was at `now_ns`; `None` if no rule tracks it.
     pub fn session(
         &self,
         socket: &Socket,
@@ -78,8 +79,8 @@ impl Adopter<'_> {
             bytes_received: payload_received(socket, &info),
             bytes_sent: payload_sent(socket, &info, facts.direction as u8),
             open_until_ns: 0,
-            // The kernel does not keep the time of establishment. Both ages begin with it, so the
-            // older one is the least age that the connection has.
+            // The kernel does not keep the time of establishment. Both ages start at the establishment, so the older
+            // one is a lower bound of the connection's age.
             established_ns: received.min(sent),
             netns_cookie,
             local: facts.local,
@@ -97,7 +98,7 @@ impl Adopter<'_> {
             owner,
             data_segments_sent: info.data_segments_sent,
             half_closed_ns: half_closed_ns(socket, now_ns),
-            // How much of it was an answer the kernel does not tell.
+            // The kernel does not show how much of it belongs to an answer.
             sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
             went_is_answer: 0,
             came_ns: 0,
@@ -107,11 +108,11 @@ impl Adopter<'_> {
     }
 }
 
-/// The owner of a socket, as the programs would have noted it: of an accepted socket, that of the
-/// socket that listens. The process is not known.
+/// The owner of a socket, as the programs would have recorded it: for an accepted socket that of its listener. The
+/// process is not known.
 pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
     let maker = listeners.accepting(socket);
-    // The listener that has accepted it may be no more, and another one be in its place.
+    // The listener that accepted it may be gone and replaced by another one.
     let maker = maker.filter(|maker| maker.cgroup_id == socket.cgroup_id);
     let maker = maker.unwrap_or(socket);
     match maker.cgroup_id {
@@ -124,11 +125,11 @@ pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
     }
 }
 
-/// Who dialled. The SYN takes a sequence number, so whoever has sent one has had one number more acknowledged than it
-/// has sent bytes of payload. A socket that was restored by `TCP_REPAIR` has sent none.
+/// Which side dialled. A SYN takes a sequence number, so the side that sent one has one more number acknowledged than
+/// payload bytes sent. A socket that `TCP_REPAIR` restored has sent none.
 ///
-/// While payload is on its way, or where some was dropped before it left, the numbers may tell nothing. Then whoever
-/// has a listener on the port has not dialled.
+/// While payload is in flight, or if some was dropped before it left, the numbers may be inconclusive. A socket with a
+/// listener on its port then counts as inbound.
 fn direction(socket: &Socket, info: &Info, listeners: &Listeners) -> Direction {
     let numbers = if info.is_all_acknowledged {
         let fin = u64::from(socket.state == state::FIN_WAIT2);
@@ -157,8 +158,8 @@ fn facts(socket: &Socket, direction: Direction, owner: &Owner) -> Facts {
     }
 }
 
-/// Whether this host owes the answer to what it received. Where both ages are the same, the kernel
-/// does not tell which was last: then whatever lets the session live longer.
+/// Whether this host owes an answer. If both ages are equal, the kernel does not show which event was last; the
+/// alternative with the longer life is then assumed.
 fn owes_answer(direction: Direction, info: &Info, limits: Option<&Limits>) -> bool {
     if direction != Direction::Inbound || info.bytes_received == 0 {
         return false;
@@ -172,12 +173,12 @@ fn owes_answer(direction: Direction, info: &Info, limits: Option<&Limits>) -> bo
     }
 }
 
-/// When this host answered, as a [`Session`] has it.
+/// The value of [`Session::answered_ns`].
 fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
     if owes_answer { 0 } else { sent_ns.max(1) }
 }
 
-/// When a socket was half-closed at the latest, as a [`Session`] has it.
+/// The value of [`Session::half_closed_ns`]: the latest possible time.
 fn half_closed_ns(socket: &Socket, now_ns: u64) -> u64 {
     if state::is_closed_here(socket.state) || state::is_closed_there(socket.state) {
         now_ns
@@ -186,31 +187,31 @@ fn half_closed_ns(socket: &Socket, now_ns: u64) -> u64 {
     }
 }
 
-/// Payload bytes received. The kernel counts the peer's FIN as one.
+/// Payload bytes received. The kernel counts the peer's FIN as one byte.
 fn payload_received(socket: &Socket, info: &Info) -> u64 {
     let ended = state::is_closed_there(socket.state);
     info.bytes_received.saturating_sub(u64::from(ended))
 }
 
-/// Payload bytes sent, as the packet path counts them: those that have left. What is dropped before, by
-/// the gate too, is tried again and again, and moves no sequence number.
+/// Payload bytes sent, counted like in the packet path: those that have left. Segments that are dropped before they
+/// leave (by the gate, for example) are retransmitted and advance no sequence number.
 fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
     let syn = u64::from(direction == Direction::Outbound as u8);
     let fin = fin_sent(socket, info);
-    // The parts of one are not read at the same moment, and may have too much; but no more has left than
-    // was tried.
+    // The kernel does not read these values at the same moment, so the sequence numbers may be too high; the number of
+    // bytes tried is an upper bound.
     info.bytes_tried
         .min(info.numbers_sent.saturating_sub(syn + fin))
 }
 
-/// The sequence number of the FIN, where it has left.
+/// The sequence number of this host's FIN, if the FIN has left.
 fn fin_sent(socket: &Socket, info: &Info) -> u64 {
     u64::from(state::is_closed_here(socket.state) && info.is_all_sent)
 }
 
-/// When payload was last received and sent, by ages that were read before `now_ns`. The kernel counts them in
-/// ticks, so an event may have been up to `lag_ns` later than its age tells: it is taken to have been, and
-/// no session ends early.
+/// When payload was last received and sent, computed from ages that were read before `now_ns`. The kernel counts ages
+/// in ticks, so an event may be up to `lag_ns` later than its age says. The later time is used, so no session ends
+/// early.
 fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
     let before = |age_ms: u32| {
         let age_ns = u64::from(age_ms) * 1_000_000;
@@ -222,8 +223,8 @@ fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
     )
 }
 
-/// A session whose socket was asked what it has taken and sent of the payload that was waited for. What it has not
-/// is no activity.
+/// Applies a socket's counters to the candidates of a session. A candidate that the socket does not confirm is
+/// discarded.
 pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) -> Session {
     let Some(info) = socket.info else {
         return *session;
@@ -234,7 +235,7 @@ pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) ->
     let new = received.saturating_sub(session.bytes_received);
     let counts = limits.is_none_or(|limits| new >= u64::from(limits.min_payload));
     let has_received = new > 0 && counts;
-    // What could be read is counted already.
+    // Payload whose headers were readable is in `bytes_sent` already.
     let is_counted = session.flags & flags::SENT_UNREAD == 0;
     let has_sent = sent > session.bytes_sent || is_counted && sent == session.bytes_sent;
     (now.bytes_received, now.bytes_sent) = (session.bytes_received + new, sent);
@@ -247,9 +248,8 @@ pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) ->
     now.with_candidate()
 }
 
-/// A session brought up to date with its socket, after a time in which packets were not stamped. The
-/// byte counts tell whether any payload passed, the ages when. Of how much came with each packet
-/// nothing is known: all of it counts.
+/// Updates a session from its socket after a time in which packets were not stamped. The byte counts show whether
+/// payload passed, the ages show when. The size of each packet is unknown, so all payload counts.
 pub fn caught_up(
     session: &Session,
     socket: &Socket,
@@ -263,7 +263,7 @@ pub fn caught_up(
     let mut now = *session;
     now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
-    // An age tells the time of a packet that the programs have seen less exactly than they do.
+    // For a packet that the programs have seen, their time is more accurate than the age.
     let is_seen = session.came_ns <= received_ns && received_ns - session.came_ns <= 2 * lag_ns;
     let received_ns = if is_seen {
         session.came_ns
@@ -300,7 +300,7 @@ pub fn caught_up(
     now
 }
 
-/// The sockets on which a namespace accepts connections: an accepted one belongs to whom its listener belongs.
+/// The listeners of a namespace. An accepted socket has the owner of its listener.
 #[derive(Debug, Default)]
 pub struct Listeners {
     by_port: HashMap<u16, Vec<Socket>>,
@@ -319,9 +319,9 @@ impl Listeners {
         Self { by_port }
     }
 
-    /// The listener that accepted a connection. An accepted socket has the cgroup of its listener, so
-    /// one of that cgroup goes first; then one of the very address before one of all IPv4 addresses
-    /// and one of both families, as in the kernel.
+    /// The listener that accepted a connection. An accepted socket has the cgroup of its listener, so listeners of that
+    /// cgroup are preferred. Among them the order is that of the kernel: the exact address, then all IPv4 addresses,
+    /// then both families.
     fn accepting(&self, socket: &Socket) -> Option<&Socket> {
         let address = socket.target.local;
         let all_ipv4 = address.is_ipv4().then_some(Address::from_ipv4(0));
@@ -451,11 +451,11 @@ mod tests {
         assert_eq!(uid_of(&accepted, &families), 4);
         assert_eq!(uid_of(&ipv6, &families), 6);
         assert_eq!(uid_of(&accepted, &families[..1]), 6);
-        // No listener of all IPv4 addresses accepts IPv6.
+        // A listener on 0.0.0.0 does not accept IPv6.
         assert_eq!(uid_of(&ipv6, &families[1..]), 113);
         let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
         assert_eq!(uid_of(&accepted, &cgroups), 4);
-        // The one that accepted it is no more: its own user is the best that is known.
+        // The accepting listener is gone, so the user of the socket itself is used.
         let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
         assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
     }
@@ -476,11 +476,11 @@ mod tests {
         let with_syn = |info: &mut Info| info.numbers_acknowledged += 1;
         assert_eq!(told(state::ESTABLISHED, |_| {}), accepted);
         assert_eq!(told(state::ESTABLISHED, with_syn), dialled);
-        // This host's FIN was acknowledged.
+        // In FIN_WAIT2 this host's FIN was acknowledged.
         assert_eq!(told(state::FIN_WAIT2, with_syn), accepted);
         let with_both = |info: &mut Info| info.numbers_acknowledged += 2;
         assert_eq!(told(state::FIN_WAIT2, with_both), dialled);
-        // Something is on its way: what has left, with the FIN.
+        // With payload in flight, the numbers of what has left are used, including the FIN.
         let waits = |info: &mut Info| info.is_all_acknowledged = false;
         assert_eq!(told(state::ESTABLISHED, waits), accepted);
         let waits = |info: &mut Info| {
@@ -488,7 +488,7 @@ mod tests {
         };
         assert_eq!(told(state::LAST_ACK, waits), dialled);
         assert_eq!(told(state::ESTABLISHED, waits), unknown);
-        // Some was dropped before it left.
+        // Some payload was dropped before it left.
         assert_eq!(
             told(state::ESTABLISHED, |info| info.bytes_tried += 9),
             unknown
@@ -602,7 +602,7 @@ mod tests {
         assert_eq!(adopted[0].1.bytes_received, 9);
     }
 
-    /// A session that was adopted, and what its socket says later.
+    /// An adopted session, and the same session caught up with a later state of its socket.
     fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
         let sockets = [
             socket(state::LISTEN, 5432, 0),
@@ -630,7 +630,7 @@ mod tests {
 
     #[test]
     fn a_socket_without_new_payload_leaves_its_session_as_it_was() {
-        // A retransmission moves the age of what was sent.
+        // A retransmission changes only the age of the last send.
         let (before, now) = later(|_| {});
         assert_eq!(now, before);
     }
@@ -666,7 +666,7 @@ mod tests {
             assert_eq!(sent(state, Direction::Outbound, |_| {}), 19 - fin);
         }
         assert_eq!(sent(state::LAST_ACK, Direction::Inbound, waits), 20);
-        // The other number was read later.
+        // The sequence numbers were read later than the byte count.
         let later = |info: &mut Info| info.numbers_sent += 100;
         assert_eq!(sent(state::ESTABLISHED, Direction::Inbound, later), 29);
     }
@@ -693,7 +693,7 @@ mod tests {
             ..before
         };
         assert_eq!(now, expected);
-        // Of both the ages tell who was last.
+        // If payload passed both ways, the ages show which was last.
         let both = |info: &mut Info| {
             send(info, 1);
             info.bytes_received += 1;
@@ -706,7 +706,7 @@ mod tests {
         assert!(now.owes_answer());
     }
 
-    /// A session for whose payload the socket is asked, and what it is by the socket's answer.
+    /// A session with candidates, before and after the confirmation by its socket.
     fn asked(change: impl FnOnce(&mut Session, &mut Info), min_payload: u16) -> [Session; 2] {
         let mut of = socket(state::ESTABLISHED, 5432, 1);
         let mut session = adopt(&[entry(0, 5432, 3)], &Scope::All, &[of])[0].1;
@@ -743,9 +743,9 @@ mod tests {
             (stamp > before.last_sent_ns, now.bytes_sent)
         };
         assert_eq!(sent(|_, _| {}), (true, 20));
-        // It was dropped on its way.
+        // The candidate was dropped before it left.
         assert_eq!(sent(|session, _| session.bytes_sent = 25), (false, 20));
-        // How much it was could not be read.
+        // The size of the candidate is unknown.
         let unread = |session: &mut Session, _: &mut Info| session.flags |= flags::SENT_UNREAD;
         assert_eq!(sent(unread), (false, 20));
         let unread = |session: &mut Session, _: &mut Info| {
@@ -774,7 +774,7 @@ mod tests {
         let now = 10_000 * MS;
         assert_eq!(activity(&info, now, 8 * MS), (5_008 * MS, now));
         assert_eq!(activity(&info, now, 0), (5_000 * MS, 9_993 * MS));
-        // Older than the clock.
+        // An age before the boot.
         assert_eq!(activity(&info, MS, 0).0, 0);
     }
 
@@ -829,7 +829,7 @@ mod tests {
             },
         ] {
             let told = told(more);
-            // As old as it was known to be.
+            // The time of establishment does not change.
             assert_eq!(told.established_ns, first.established_ns);
             assert!(told.established_ns < session(more).established_ns);
             assert_eq!(told.last_activity_ns(), session(more).last_activity_ns());

@@ -1,5 +1,5 @@
-//! Questions to reapers that are not resets. One that hangs at a socket is left behind; the others of the
-//! request are asked about elsewhere.
+//! Requests to reapers other than resets. If a reaper hangs at a socket, it is left behind, and another reaper is asked
+//! about the remaining sockets.
 
 use std::{os::fd::OwnedFd, rc::Rc, time::Duration};
 
@@ -13,33 +13,32 @@ use crate::{
     },
 };
 
-/// How often a silent reaper is looked at.
+/// Poll interval of a silent reaper.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 
-/// How often a question is asked again because the reaper ended.
+/// Maximum number of attempts if reapers end early.
 pub(super) const ATTEMPTS: u32 = 3;
 
-/// For how long a question that names no socket may be without an answer: a search of the whole host takes
-/// seconds where it is large.
+/// How long a request that names no socket may stay without an answer: a search of a large host takes seconds.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Why nothing is asked.
+/// The error while `sock_diag` is blocked.
 const BLOCKED: &str = "the kernel's socket tables do not answer";
 
-/// What is known of a socket.
+/// The state of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// It is there, or, without one, gone; so it was at this time.
+    /// The socket, or `None` if it is gone, at this time.
     Known(Option<Socket>, u64),
-    /// Its process keeps it locked: it is in use.
+    /// Its process keeps it locked, so it is in use.
     Locked,
 }
 
-/// Asks about sockets of one namespace; the answers in their order.
+/// Queries sockets of one namespace; returns the answers in their order.
 ///
 /// # Errors
 ///
-/// Where the namespace or the kernel cannot be asked.
+/// Fails if the namespace or the kernel cannot be queried.
 pub(super) async fn query(
     context: &Rc<Context>,
     netns_cookie: u64,
@@ -92,7 +91,7 @@ pub(super) async fn query(
                 return Err(BLOCKED.to_owned());
             }
             End::Silent => {
-                // The last one that it has claimed is locked; what it has not told of the others is asked again.
+                // The socket that was claimed last is locked. The others without an answer are queried again.
                 let locked = part.indices.pop();
                 left.extend(part.indices.drain(part.answered..));
                 if let Some(locked) = locked {
@@ -104,12 +103,12 @@ pub(super) async fn query(
     }
 }
 
-/// Asks about sockets of one namespace, one reaper once. Where that hangs at one of them, the exchange and the socket's
-/// index come along; those behind it have no answer.
+/// Queries sockets of one namespace once with one reaper. If the reaper hangs at a socket, the exchange and the index
+/// of that socket are returned; sockets without an answer are `None`.
 ///
 /// # Errors
 ///
-/// As above.
+/// Fails if the namespace or the kernel cannot be queried.
 pub(super) async fn query_until_locked(
     context: &Rc<Context>,
     netns_cookie: u64,
@@ -132,21 +131,21 @@ pub(super) async fn query_until_locked(
     Ok((answers, locked))
 }
 
-/// A part of a query, with one reaper.
+/// A part of a query, handled by one reaper.
 struct Part {
     exchange: Exchange,
     netns_cookie: u64,
     began_ns: u64,
-    /// Of the sockets that it was asked about and keeps.
+    /// Indices of the sockets that the reaper was asked about and still has.
     indices: Vec<usize>,
-    /// How many of them it has told of.
+    /// Number of sockets that it has answered.
     answered: usize,
 }
 
-/// Why a part does not go on.
+/// Why the handling of a part has stopped.
 enum End {
     Done,
-    /// It is silent, or, where it was waited for longer, stuck.
+    /// The reaper is silent or, if it was given more time, stuck.
     Silent,
     Ended,
 }
@@ -177,7 +176,7 @@ impl Part {
         })
     }
 
-    /// Takes in what the reaper says, until it is done, has ended, or is silent in the midst of sockets.
+    /// Handles replies until the reaper is done, has ended, or is silent at a socket.
     async fn go_on(
         &mut self,
         answers: &mut [Option<Answer>],
@@ -232,7 +231,7 @@ impl Part {
     }
 }
 
-/// Notes what a reaper could not find.
+/// Notes that a reaper did not find a namespace.
 pub(super) fn note_problem(
     context: &Rc<Context>,
     netns_cookie: u64,
@@ -245,8 +244,8 @@ pub(super) fn note_problem(
     }
 }
 
-/// Waits in the background for the end of an exchange that nobody needs any more, so that the reaper counts
-/// as stuck meanwhile and is used again after it.
+/// Waits in the background for the end of an exchange that is not needed any more. Meanwhile the reaper counts as
+/// stuck; afterwards it is used again.
 pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
     exchange.leave_behind();
     context.spawn(async move {
@@ -268,12 +267,12 @@ pub(super) async fn end_of(mut exchange: Exchange) {
     }
 }
 
-/// Asks for something; all replies to it, in their order, with the descriptors that came along. Where a reaper
-/// ends in the midst of them, another one begins anew, and nothing of the first is among them.
+/// Sends a request; returns all replies in their order, with their descriptors. If a reaper ends early, its replies are
+/// discarded and another reaper is asked.
 ///
 /// # Errors
 ///
-/// Where it cannot be had in time.
+/// Fails if there is no complete answer in time.
 pub(super) async fn ask(
     context: &Rc<Context>,
     request: &Request,
@@ -315,8 +314,8 @@ pub(super) async fn ask(
     Err("reapers end without an answer".to_owned())
 }
 
-/// Whether the kernel's socket tables do not answer: a query that takes no lock of any socket hangs too. It is
-/// waited for in the background, and its answer ends that state.
+/// Whether `sock_diag` as a whole is blocked, so that even a query that takes no socket lock hangs. That query is
+/// awaited in the background; its answer ends the state.
 pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
     if context.state().hanging.is_diag_blocked {
         return true;
@@ -353,7 +352,7 @@ pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
         end_of(exchange).await;
         let mut state = background.state();
         state.hanging.is_diag_blocked = false;
-        // What could not be adopted meanwhile is.
+        // Requests a sync, which adopts what could not be adopted meanwhile.
         state.backlog.events = true;
         state.note_backlog();
         Ok(())
@@ -361,7 +360,7 @@ pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
     true
 }
 
-/// A socket that there is none of: port 0 is nobody's.
+/// A socket that cannot exist: no socket has port 0.
 const NOBODY: SocketId = SocketId {
     local: session_enforcer_common::Address([0, 0, 0, 0]),
     remote: session_enforcer_common::Address([0, 0, 0, 0]),
@@ -371,8 +370,8 @@ const NOBODY: SocketId = SocketId {
     cookie: 1,
 };
 
-/// Waits until no program runs any more that may have found a record where it was, or none, and a query of
-/// its packet's socket tells of the packet (an RCU grace period).
+/// Waits for an RCU grace period. Afterwards no program runs that has looked up an old record or none, and sockets have
+/// counted the packets of those programs.
 pub(super) async fn wait_for_programs(context: &Rc<Context>) {
     let waited = ask(context, &Request::GracePeriod, None).await;
     if let Err(error) = waited {

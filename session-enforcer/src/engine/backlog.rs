@@ -1,38 +1,38 @@
-//! What is left to mend, and when a sync mends it. Pure.
+//! What a sync has to repair, and when the next sync begins. Pure.
 
 use std::time::Duration;
 
 use super::backoff::{Backoff, Need};
 use crate::report::health::DegradedCause;
 
-/// What the daemon knows to have missed, and what became of it.
+/// Known gaps in the tracking, and the state of their repair.
 #[derive(Debug)]
 pub(super) struct Backlog {
-    /// Whether events were lost since a sync began.
+    /// Whether events were lost since the last sync began.
     pub(super) events: bool,
-    /// Sessions that the kernel programs refused since they were loaded, for want of a place in the session map.
+    /// Sessions that the kernel programs have refused since they were loaded, because the table had no slot.
     pub(super) refused: u64,
-    /// The same, where their rule allows no more.
+    /// Sessions that they have refused because the rule had reached its maximum.
     pub(super) refused_by_rules: u64,
-    /// As many of both as a sync has dealt with.
+    /// The values of both counters for which a sync was done.
     dealt_with: [u64; 2],
-    /// Sessions that the last sync found no room for.
+    /// Sessions for which the last sync found no slot.
     pub(super) left_out: usize,
-    /// Sessions that it left out since their rule allows no more.
+    /// Sessions that the last sync left out because the rule had reached its maximum.
     pub(super) left_out_by_rules: usize,
-    /// Whether what no place can be had for is reset.
+    /// Whether sessions without a slot are reset (`daemon.on_full`).
     pub(super) resets: bool,
-    /// Sessions that the last sync had reset for that: whether they are gone, the next one shows.
+    /// Sessions without a slot that the last sync gave to reapers; the next sync shows whether they are gone.
     pub(super) to_reset: usize,
-    /// Namespaces, or sockets of one, that the last sync could not ask about.
+    /// Namespaces, or groups of sockets, that the last sync could not query.
     pub(super) unreached: usize,
-    /// A sync that was begun and has not ended: sessions that had been refused then.
+    /// While a sync is in progress: the values of both counters at its beginning.
     under_way: Option<[u64; 2]>,
     backoff: Backoff,
 }
 
 impl Backlog {
-    /// Nothing is missed yet.
+    /// A backlog with nothing to repair.
     pub(super) fn from(now_ns: u64) -> Self {
         Self {
             events: false,
@@ -49,7 +49,7 @@ impl Backlog {
         }
     }
 
-    /// Sets the time after which there is a sync where nothing is known to be wrong.
+    /// Sets the interval between routine syncs.
     pub(super) fn set_interval(&mut self, interval: Duration) {
         self.backoff.set_interval(interval);
     }
@@ -62,19 +62,19 @@ impl Backlog {
         !self.resets && self.refused_by_rules != self.dealt_with[1] || self.left_out_by_rules > 0
     }
 
-    /// Whether sessions are to be reset that no sync has met.
+    /// Whether sessions were refused that must be reset and that no sync has found yet.
     fn has_sessions_to_reset(&self) -> bool {
         self.resets && self.dealt_with != [self.refused, self.refused_by_rules]
     }
 
-    /// A sync begins. It finds what is not tracked and what has ended.
+    /// Notes the beginning of a sync, which finds all untracked connections and ended sessions.
     pub(super) fn begin(&mut self) {
         (self.left_out, self.left_out_by_rules, self.to_reset) = (0, 0, 0);
         (self.unreached, self.events) = (0, false);
         self.under_way = Some([self.refused, self.refused_by_rules]);
     }
 
-    /// It has ended, and has used a processor for so long.
+    /// Notes the end of a sync and the processor time that it used.
     pub(super) fn end(&mut self, now_ns: u64, used: Duration) {
         if let Some(refused) = self.under_way.take() {
             self.dealt_with = refused;
@@ -89,7 +89,7 @@ impl Backlog {
         self.backoff.ended(now_ns, used, is_nothing_left);
     }
 
-    /// Why there is to be a sync, where the session map has room for another session or not.
+    /// The need for a sync; `has_room` is whether the session table has a free slot.
     pub(super) fn need(&self, has_room: bool) -> Need {
         if self.events || self.has_sessions() && has_room || self.has_sessions_to_reset() {
             Need::Mend
@@ -104,13 +104,13 @@ impl Backlog {
         }
     }
 
-    /// When the next sync begins; none while one is under way.
+    /// When the next sync begins; `None` while one is in progress.
     pub(super) fn next_sync_ns(&self, has_room: bool) -> Option<u64> {
         let need = self.need(has_room);
         self.under_way.is_none().then(|| self.backoff.next_ns(need))
     }
 
-    /// What there is to say about it.
+    /// The health messages for what is known to be missing.
     pub(super) fn troubles(
         &self,
         has_room: bool,
@@ -134,7 +134,7 @@ impl Backlog {
             "sockets of a network namespace cannot be listed, its sessions may not be tracked; the \
              log says which and why",
         );
-        // Until a sync has ended, what the one before it left may be left by this one too.
+        // While a sync is in progress, the messages of the previous one stay: the new sync may find the same problems.
         let is_over = self.under_way.is_none();
         let both = [
             (DegradedCause::Untracked, untracked),
@@ -157,13 +157,13 @@ mod tests {
     fn a_session_that_was_refused_with_room_in_the_map_is_looked_for_soon() {
         let mut backlog = Backlog::from(0);
         assert_eq!(backlog.need(true), Need::Routine);
-        // It was full then.
+        // The table was full at that time.
         backlog.refused = 1;
         assert_eq!(backlog.need(true), Need::Mend);
         assert_eq!(backlog.need(false), Need::TryAgain);
         backlog.begin();
         assert_eq!(backlog.next_sync_ns(true), None);
-        // Another one, while the sync is under way, may have come too late for it.
+        // The sync in progress may have missed a session that is refused now.
         backlog.refused = 2;
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::Mend);
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(backlog.next_sync_ns(true), Some(700 * S));
         backlog.events = true;
         assert_eq!(backlog.next_sync_ns(true), Some(101 * S));
-        // What is left is tried again, ever later.
+        // Unrepaired problems are retried at growing intervals.
         for (unreached, left_out) in [(1, 0), (0, 1)] {
             let mut backlog = Backlog::from(100 * S);
             backlog.set_interval(Duration::from_secs(600));
@@ -211,7 +211,7 @@ mod tests {
         let said: Vec<_> = backlog.troubles(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("is full")));
         assert!(said[1].1.is_some_and(|what| what.contains("namespace")));
-        // Meanwhile only what is still so is said.
+        // During a sync only problems that still exist are reported.
         backlog.begin();
         let said: Vec<_> = backlog.troubles(true).collect();
         assert!(said.len() == 1 && said[0].0 == DegradedCause::Untracked);
@@ -263,13 +263,13 @@ mod tests {
             backlog.begin();
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::Routine);
-            // One that was reset may not be gone.
+            // The reset may not have succeeded yet.
             backlog.begin();
             backlog.to_reset = 1;
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::TryAgain);
             assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
-            // What is only observed was left.
+            // Sessions of observing rules are left out and not reset.
             backlog.begin();
             backlog.left_out = 1;
             end(&mut backlog);
@@ -297,7 +297,7 @@ mod tests {
         backlog.unreached = 1;
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::TryAgain);
-        // What was said lasts until the next one has ended.
+        // The earlier message stays until the next sync has ended.
         backlog.begin();
         assert_eq!(backlog.troubles(true).count(), 0);
     }

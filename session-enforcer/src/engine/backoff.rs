@@ -1,37 +1,37 @@
-//! When sessions and sockets are compared. Pure.
+//! The times of comparisons between sessions and sockets. Pure.
 
 use std::time::Duration;
 
-/// The least time between two comparisons, in nanoseconds.
+/// Minimum pause between two comparisons, in nanoseconds.
 const MIN_PAUSE_NS: u64 = 1_000_000_000;
 
-/// How many times as long as a comparison uses a processor there is none after it, however much is to
-/// be mended: so it is a tenth of one at most.
+/// The pause after a comparison is at least this multiple of its processor time, so comparisons use at most a tenth of
+/// a processor.
 const REST: u32 = 10;
 
-/// Why there is to be a comparison.
+/// Why a comparison is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
-    /// Nothing is known to be wrong.
+    /// No problem is known.
     Routine,
-    /// Something is, which a comparison mends.
+    /// A problem is known that a comparison repairs.
     Mend,
-    /// Something is, which the last comparison did not mend and the next one may not either.
+    /// A problem is known that the last comparison did not repair; the next one may fail too.
     TryAgain,
 }
 
-/// How often there may be a comparison, and how often there must be.
+/// The pauses between comparisons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Backoff {
     interval_ns: u64,
     ended_ns: u64,
     pause_ns: u64,
-    /// Comparisons, one after the other, that did not mend everything.
+    /// Number of consecutive comparisons that did not repair everything.
     in_vain: u32,
 }
 
 impl Backoff {
-    /// As if there had been a comparison now.
+    /// Starts as if a comparison had ended at `now_ns`.
     pub(super) fn from(now_ns: u64) -> Self {
         Self {
             interval_ns: u64::MAX,
@@ -41,13 +41,12 @@ impl Backoff {
         }
     }
 
-    /// Sets the time after which there is a comparison where nothing is known to be wrong.
+    /// Sets the interval of routine comparisons.
     pub(super) fn set_interval(&mut self, interval: Duration) {
         self.interval_ns = nanoseconds(interval);
     }
 
-    /// Notes the end of a comparison, how long it has used a processor, and whether it has mended
-    /// everything.
+    /// Notes the end of a comparison, the processor time that it used, and whether everything is repaired.
     pub(super) fn ended(&mut self, now_ns: u64, used: Duration, all_mended: bool) {
         self.ended_ns = now_ns;
         self.pause_ns = nanoseconds(used * REST).max(MIN_PAUSE_NS);
@@ -121,7 +120,7 @@ mod tests {
         }
         assert_eq!(waits[..4], [2, 4, 8, 16]);
         assert_eq!(waits[99], 600);
-        // Once there is room, it is mended at once.
+        // A problem that can be repaired is not delayed.
         assert_eq!(backoff.next_ns(Need::Mend), backoff.ended_ns + S);
         backoff.ended(now_ns, Duration::ZERO, true);
         assert_eq!(backoff.next_ns(Need::TryAgain), now_ns + S);

@@ -1,5 +1,5 @@
-//! What the engine's tasks share. All run on one thread: between two of its waits a task has the state to
-//! itself.
+//! Shared context of the engine's tasks. All tasks run on one thread, so a task has exclusive access to the state
+//! between two `await` points.
 
 use std::{
     cell::{Cell, RefCell, RefMut},
@@ -16,34 +16,34 @@ use tokio::{
 use super::state::State;
 use crate::{datapath::Events, host::cgroup::Cgroup, reaper::pool::Pool};
 
-/// How long the daemon leaves events in the ring buffer after it has read some. It bounds the
-/// wake-ups of a host with many short connections to ten a second, most of which have ended by
-/// then. The shortest limit is ten times as long, so no deadline is missed by it.
+/// How long events are left in the ring buffer after some were read. It limits the wake-ups on a host with many short
+/// connections to ten per second; most of these have closed within that time. The shortest limit is ten times as long,
+/// so no deadline is missed.
 const READ_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the tasks share.
+/// The shared context of the tasks.
 pub(super) struct Context {
     state: RefCell<State>,
     events: RefCell<Events>,
-    /// Until when events are left alone.
+    /// End of the pause between two reads of events.
     pub(super) paused_until: Cell<Option<Instant>>,
     pub(super) pool: Pool,
-    /// What the programs are attached to.
+    /// The cgroup that the programs are attached to.
     pub(super) cgroup: Cgroup,
     pub(super) all_namespaces: bool,
-    /// Batches of resets that are waited for.
+    /// Number of reset batches in progress.
     pub(super) resets_under_way: Cell<usize>,
-    /// Whether a task looks for owners.
+    /// Whether a task is resolving owners.
     pub(super) is_finding_owners: Cell<bool>,
-    /// Whether a task makes the session table larger.
+    /// Whether a task is growing the session table.
     pub(super) is_growing: Cell<bool>,
-    /// Whether a task looks for the holders of sessions.
+    /// Whether a task is searching for the holders of sessions.
     pub(super) is_finding_holders: Cell<bool>,
-    /// Until when it does not look at all processes.
+    /// Until when that task must not search all processes.
     pub(super) all_rest_until: Cell<Instant>,
-    /// Counts the syncs: one that is not the last breaks off.
+    /// Number of syncs begun. A sync stops when a newer one has begun.
     pub(super) syncs: Cell<u64>,
-    /// Told where the loop has something to look at again.
+    /// Notified when the loop has to re-evaluate its state.
     pub(super) wake: Notify,
     failure: RefCell<Option<anyhow::Error>>,
 }
@@ -74,12 +74,12 @@ impl Context {
         })
     }
 
-    /// The state, until the task waits. To hold it over a wait is an error that a lint finds.
+    /// The state. The borrow must not be held across an `await`; a lint checks that.
     pub(super) fn state(&self) -> RefMut<'_, State> {
         self.state.borrow_mut()
     }
 
-    /// Starts a task. Where it fails, so does the engine: without the programs' maps nothing can be enforced.
+    /// Starts a task. If it fails, the engine fails: without the programs' maps nothing can be enforced.
     pub(super) fn spawn(self: &Rc<Self>, task: impl Future<Output = Result<()>> + 'static) {
         let context = Rc::clone(self);
         tokio::task::spawn_local(async move {
@@ -90,7 +90,7 @@ impl Context {
         });
     }
 
-    /// What a task has failed with.
+    /// Returns the error of a task that failed.
     pub(super) fn take_failure(&self) -> Result<()> {
         self.failure.borrow_mut().take().map_or(Ok(()), Err)
     }
@@ -104,7 +104,7 @@ impl Context {
         std::future::poll_fn(|context| self.events.borrow_mut().poll(context)).await
     }
 
-    /// Reads all events that the kernel has sent by now.
+    /// Handles all events in the ring buffer.
     pub(super) fn read_events(&self) -> Result<()> {
         let mut events = self.events.borrow_mut();
         let mut state = self.state();

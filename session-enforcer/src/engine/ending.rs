@@ -1,6 +1,6 @@
-//! Whose the connections are that end soon, for their records: who holds one at its end need not be who made its
-//! socket. A reaper looks before the deadline, since the process closes the socket when it is reset, and no reset
-//! waits for it. What is not found by then is left out.
+//! Finds the processes that hold connections that will end soon, for their audit records. The holder at the end may be
+//! another process than the creator of the socket. A reaper searches before the deadline, because the process closes
+//! the socket when it is reset. No reset waits for the search; a holder that is not found in time is omitted.
 
 use std::{collections::BTreeMap, rc::Rc, time::Duration};
 
@@ -17,19 +17,19 @@ use crate::{
     report::audit::Process,
 };
 
-/// How long before its deadline a session is looked at, at most.
+/// Maximum time before its deadline at which the holder of a session is searched for.
 const MAX_AHEAD_NS: u64 = 2_000_000_000;
 
-/// How many times as long as a look used a processor none is begun after it: anybody can have many descriptors.
+/// The pause after a search is this multiple of its processor time, because any user can have many descriptors.
 const REST: u32 = 9;
 
-/// The least of these rests.
+/// Minimum pause after a search.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The same for a look at the descriptors of the whole host.
+/// The multiple for a search of the whole host's descriptors.
 const REST_OF_ALL: u32 = 19;
 
-/// Who holds a connection.
+/// The holder of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Holding {
     established_ns: u64,
@@ -37,8 +37,8 @@ pub(super) struct Holding {
     pub(super) process: Option<Process>,
 }
 
-/// When a session of these limits is to be looked at that can be due at this time: half of its shortest limit before
-/// that, so that the processes have settled who holds it.
+/// When the holder of a session must be searched for, if the session can be due at `due_ns`: half of the shortest limit
+/// earlier. By then a new connection has usually reached the process that will hold it.
 pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
     let limits = [
         limits.idle_timeout_ns,
@@ -50,7 +50,7 @@ pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
     due_ns.saturating_sub((shortest_ns.unwrap_or(0) / 2).min(MAX_AHEAD_NS))
 }
 
-/// Looks for the holders of the sessions that wait for that, one task at a time.
+/// Starts the task that searches for the holders of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
     if context.is_finding_holders.get() || context.state().ending.is_empty() {
         return;
@@ -86,7 +86,7 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
     }
 }
 
-/// How long a reaper has used a processor for the look.
+/// Searches for the holders of sessions; returns the processor time of the reaper.
 async fn find_holders(
     context: &Rc<Context>,
     netns_cookie: u64,
@@ -103,7 +103,7 @@ async fn find_holders(
         targets: sessions.iter().map(target).collect(),
         everywhere,
     };
-    // A namespace that is not found is met, and said, when the sessions are reset.
+    // An error is ignored here: it is reported when the sessions are reset.
     let replies = ask::ask(context, &request, handle.as_deref()).await;
     let mut replies = replies.unwrap_or_default().into_iter();
     let found = replies.find_map(|(reply, _)| match reply {
@@ -120,7 +120,7 @@ async fn find_holders(
         };
         state.holdings.insert(*cookie, Holding::of(session, &owner));
         if owner.holder.is_none() && !everywhere {
-            // It waits for its turn to be looked for everywhere, or for its end.
+            // The session waits for a search of the whole host, or for its end.
             state.ending.push(*cookie);
         }
     }
@@ -145,7 +145,7 @@ impl Holding {
 }
 
 impl State {
-    /// The sessions that wait for that and are there still, by their namespaces.
+    /// Takes the waiting sessions that still exist, by namespace.
     fn take_ending(&mut self) -> Result<BTreeMap<u64, Vec<(u64, Session)>>> {
         let cookies = std::mem::take(&mut self.ending);
         let mut by_namespace: BTreeMap<u64, Vec<(u64, Session)>> = BTreeMap::new();
@@ -158,7 +158,8 @@ impl State {
         Ok(by_namespace)
     }
 
-    /// Has a session that lives looked at again, and before that its holder looked for; whether that is now.
+    /// Schedules the next check of a session that lives: first for the search for its holder, then for its deadline.
+    /// Returns whether the search is due now.
     pub(super) fn recheck_ahead(
         &mut self,
         cookie: u64,
@@ -176,7 +177,7 @@ impl State {
         is_soon
     }
 
-    /// A session that is late, with the owner that its socket has where the programs did not note any.
+    /// Adds the owner that the search has found to a late session, if the programs have not recorded one.
     pub(super) fn with_holder(&self, judged: Judgement) -> Judgement {
         let Judgement::Late(mut expired) = judged else {
             return judged;
@@ -188,7 +189,7 @@ impl State {
         Judgement::Late(expired)
     }
 
-    /// What is known of who holds a session, or held it when it was looked for last.
+    /// The last known holder of a session.
     pub(super) fn holding(&self, cookie: u64, session: &Session) -> Option<&Holding> {
         let holding = self.holdings.get(&cookie);
         holding.filter(|holding| holding.established_ns == session.established_ns)

@@ -1,8 +1,8 @@
-//! What the tests of the engine's pure files begin with.
+//! Fixtures for the tests of the engine's pure modules.
 
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
-/// An incoming session that was established at 0 and has carried nothing.
+/// An inbound session that was established at 0 and has carried no payload.
 pub(super) fn session() -> Session {
     Session {
         last_received_ns: 0,

@@ -1,5 +1,5 @@
-//! The session table grows while the programs run: when it is half full, a larger one takes its place.
-//! `docs/design/session-table.md` says how.
+//! Growth of the session table while the programs run: when the table is half full, a larger one replaces it.
+//! `docs/design/session-table.md` describes the steps.
 
 use std::{rc::Rc, time::Duration};
 
@@ -9,14 +9,14 @@ use tokio::time::sleep;
 use super::{ask, context::Context, owner_search::MAX_COMPARISONS, reload};
 use crate::reaper::diag::MAX_BATCH;
 
-/// How often the sessions are copied before the larger table is used: the second time, what has passed during the
+/// Number of copies of the sessions before the larger table is used. The second copy transfers what passed during the
 /// first.
 const COPIES: usize = 2;
 
-/// The pause after a larger table could not be had.
+/// Pause after a failed attempt to grow.
 const REST: Duration = Duration::from_secs(60);
 
-/// Begins with it where it is time.
+/// Starts the growth if the table is half full.
 pub(super) fn begin_if_half_full(context: &Rc<Context>) {
     let is_due = {
         let state = context.state();
@@ -35,7 +35,7 @@ async fn grow(context: Rc<Context>) -> Result<()> {
         if let Err(error) = context.state().datapath.give_up_growth() {
             tracing::warn!("what was made of a larger session table is left: {error}");
         }
-        // Until then the table counts as one that does not grow: it is full where it is full.
+        // During the pause the table counts as one that cannot grow, so a full table is reported as full.
         sleep(REST).await;
     }
     change_over(&context).await?;
@@ -43,7 +43,7 @@ async fn grow(context: Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// Makes a larger table and copies the sessions. The one in use stays what it is.
+/// Creates a larger table and copies the sessions to it. The table in use is not changed.
 async fn fill_larger(context: &Rc<Context>) -> Result<()> {
     let loading = {
         let state = context.state();
@@ -65,8 +65,8 @@ async fn fill_larger(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// The larger table takes the place of the one in use. Where that fails, so does the engine: the next one begins with
-/// what is there.
+/// Replaces the table in use with the larger one. If that fails, the engine fails, and the next daemon continues with
+/// the existing records.
 async fn change_over(context: &Rc<Context>) -> Result<()> {
     {
         let mut state = context.state();
@@ -74,7 +74,7 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
         state.datapath.change_over()?;
     }
     for _ in 0..MAX_COMPARISONS {
-        // A program of those before may be at a packet.
+        // A program of the previous table may still be processing a packet.
         ask::wait_for_programs(context).await;
         if compare(context).await? == 0 {
             break;
@@ -84,7 +84,7 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
         let mut state = context.state();
         state.datapath.end_growth()?;
         state.put_gates(true)?;
-        // What ended before its session was in the table that is used now, nobody has reported.
+        // The kernel has not reported sessions that ended before they were in the new table; a sync finds them.
         state.backlog.events = true;
         let capacity = state.datapath.capacity();
         tracing::info!("the session table has room for {capacity} sessions now");

@@ -1,5 +1,5 @@
-//! The network namespaces in which there are sessions: a descriptor that keeps each reachable, and where each
-//! was seen. Reapers find them; nothing is entered here.
+//! The network namespaces that have sessions: a descriptor that keeps each one reachable, and the path where it was
+//! found. Reapers search for namespaces and enter them; the engine does neither.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,42 +10,42 @@ use std::{
 
 use crate::reaper::protocol::{Netns, Search};
 
-/// Descriptors that are kept at most. A namespace beyond is searched for where it was seen.
+/// Maximum number of descriptors. A namespace without one is opened at its known path.
 const MAX_HANDLES: usize = 4_096;
 
-/// Places that are remembered at most.
+/// Maximum number of known paths.
 const MAX_PLACES: usize = 65_536;
 
-/// For how long the whole host is not searched again where that found nothing.
+/// How long a failed search of the whole host is not repeated.
 const SEARCH_AGAIN_NS: u64 = 10_000_000_000;
 
-/// Namespaces that are remembered as not found among the processes.
+/// Maximum number of namespaces noted as not found among the processes.
 const MAX_MISSED: usize = 4_096;
 
-/// The namespaces. A handle keeps its namespace alive, so it is given up with its last session.
+/// The known namespaces. A handle keeps its namespace alive, so it is dropped with the last session.
 #[derive(Debug)]
 pub(super) struct Handles {
     own: u64,
     held: HashMap<u64, Rc<OwnedFd>>,
     seen_at: HashMap<u64, PathBuf>,
-    /// Those that were not found among the processes.
+    /// Namespaces that were not found among the processes.
     missed: HashSet<u64>,
-    /// When the last search of the whole host that found nothing began.
+    /// When the last search of the whole host without result began.
     searched_ns: Option<u64>,
-    /// Whether a search of the whole host is under way.
+    /// Whether a search of the whole host is in progress.
     pub(super) is_searching: bool,
 }
 
-/// What a request about a namespace has to do with a search of the whole host.
+/// Whether a request needs a search of the whole host for its namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Searching {
-    /// Nothing.
+    /// It needs none.
     Not,
-    /// It is one.
+    /// It starts the search.
     Begins,
-    /// It waits for one that is under way.
+    /// It waits until the search in progress has ended.
     Waits,
-    /// One has found nothing a moment ago.
+    /// A recent search has found nothing.
     InVain,
 }
 
@@ -66,8 +66,8 @@ impl Handles {
         self.own
     }
 
-    /// A namespace as a reaper is told it, to be searched for among the processes at most, and the descriptor
-    /// that goes with it.
+    /// Describes a namespace for a reaper, with its descriptor if there is one. The reaper searches for it at most
+    /// among the processes.
     pub(super) fn netns(&self, cookie: u64) -> (Netns, Option<Rc<OwnedFd>>) {
         let is_found_there = cookie != self.own && !self.missed.contains(&cookie);
         let netns = Netns {
@@ -82,9 +82,9 @@ impl Handles {
         (netns, self.held.get(&cookie).cloned())
     }
 
-    /// Whether a namespace has to be searched for in the whole host. That is expensive, and anybody can make
-    /// namespaces that nothing finds: there is one search at a time, and what was there, at `existed_ns`, when
-    /// one found nothing is not searched for again for a while.
+    /// Whether the whole host must be searched for a namespace. Such a search is expensive, and any user can create
+    /// namespaces that cannot be found. So there is only one search at a time. After a search without result,
+    /// namespaces that existed at its beginning (`existed_ns`) are not searched for again for [`SEARCH_AGAIN_NS`].
     pub(super) fn search(&self, cookie: u64, existed_ns: u64, now_ns: u64) -> Searching {
         let was_missed = self.searched_ns.is_some_and(|began_ns| {
             existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
@@ -100,12 +100,12 @@ impl Handles {
         }
     }
 
-    /// Whether a namespace was not found among the processes.
+    /// Whether the namespace was not found among the processes.
     pub(super) fn is_missed(&self, cookie: u64) -> bool {
         self.missed.contains(&cookie)
     }
 
-    /// Notes where a namespace was met.
+    /// Notes the path of a namespace.
     pub(super) fn note(&mut self, cookie: u64, path: PathBuf) {
         if self.seen_at.len() >= MAX_PLACES {
             self.seen_at.clear();
@@ -114,7 +114,7 @@ impl Handles {
         self.seen_at.insert(cookie, path);
     }
 
-    /// Notes where a namespace is, and keeps it reachable.
+    /// Notes the path of a namespace and keeps its descriptor.
     pub(super) fn keep(&mut self, cookie: u64, path: PathBuf, handle: Option<OwnedFd>) {
         if cookie == self.own {
             return;
@@ -125,12 +125,12 @@ impl Handles {
         }
     }
 
-    /// Lets a namespace end that has no sessions any more.
+    /// Drops the descriptor of a namespace without sessions.
     pub(super) fn give_up(&mut self, cookie: u64) {
         self.held.remove(&cookie);
     }
 
-    /// A search that began at this time did not find a namespace.
+    /// Notes that a search that began at `began_ns` did not find the namespace.
     pub(super) fn note_missed(&mut self, cookie: u64, searched: Search, began_ns: u64) {
         if self.missed.len() >= MAX_MISSED {
             self.missed.clear();
@@ -164,9 +164,9 @@ mod tests {
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
         assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);
-        // What came after it.
+        // The namespace was created after the search.
         assert_eq!(handles.search(7, 3 * S, 3 * S), Searching::Begins);
-        // Met in a search for another.
+        // Found during a search for another namespace.
         handles.note(7, "/x".into());
         assert_eq!(handles.search(7, S, 12 * S), Searching::Not);
         assert_eq!(handles.netns(7).0.search, Search::Processes);

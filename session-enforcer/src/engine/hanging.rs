@@ -1,34 +1,34 @@
-//! Resets that hang: how many for one cgroup, for what lies below one cgroup, and in all. Pure.
+//! Limits on hanging resets: for one cgroup, for a second-level cgroup, and in total. Pure.
 //!
-//! Each takes a reaper, which is gone until the kernel lets go of it. Whoever keeps sockets locked is to
-//! run out of room before anybody else does.
+//! Each hanging reset occupies a reaper until the kernel releases it. Whoever keeps sockets locked must reach a limit
+//! before others are affected.
 
 use std::collections::HashMap;
 
 use session_enforcer_common::Ancestors;
 
-/// Resets that may hang for one cgroup.
+/// Maximum number of hanging resets for one cgroup.
 const MAX_OF_CGROUP: usize = 4;
 
-/// Resets that may hang for all that lies below a cgroup of the second level, which is a user's slice, a
-/// service or a container.
+/// Maximum number of hanging resets for everything below one second-level cgroup, which is a user's slice, a service or
+/// a container.
 const MAX_BELOW: usize = 32;
 
-/// Resets that may hang in all.
+/// Maximum number of hanging resets in total.
 const MAX_IN_ALL: usize = 256;
 
-/// Whom a reset is counted for.
+/// The cgroups that a reset is counted under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Culprit {
     cgroup_id: u64,
-    /// The cgroup of the second level above it, or itself.
+    /// Its second-level ancestor, or the cgroup itself.
     below: u64,
 }
 
 impl Culprit {
-    /// The one whose session is in this cgroup.
+    /// The culprit for a session in this cgroup.
     pub(super) fn of(cgroup_id: u64, ancestors: &Ancestors) -> Self {
-        // The first level is the system's slices; 0 where the cgroup does not lie so deep.
+        // The first level has the system's slices. 0 if the cgroup is not deep enough.
         let second = ancestors.0[1];
         Self {
             cgroup_id,
@@ -37,34 +37,34 @@ impl Culprit {
     }
 }
 
-/// What may be done about a session of somebody.
+/// Whether another reset may be started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Room {
-    /// It may be reset.
+    /// A reset may be started.
     Free,
-    /// Too many of his resets hang.
+    /// A limit is reached.
     Taken,
 }
 
-/// Resets that do not come back at once.
+/// The resets that do not return at once.
 #[derive(Debug, Default)]
 pub(super) struct Hanging {
     of_cgroup: HashMap<u64, usize>,
     below: HashMap<u64, usize>,
     in_all: usize,
-    /// Whether the kernel's socket tables do not answer at all.
+    /// Whether `sock_diag` as a whole does not answer.
     pub(super) is_diag_blocked: bool,
 }
 
 impl Hanging {
-    /// A reset is left behind.
+    /// Counts a reset that hangs.
     pub(super) fn begin(&mut self, culprit: Culprit) {
         *self.of_cgroup.entry(culprit.cgroup_id).or_default() += 1;
         *self.below.entry(culprit.below).or_default() += 1;
         self.in_all += 1;
     }
 
-    /// It has come back.
+    /// Counts a reset that has returned.
     pub(super) fn end(&mut self, culprit: Culprit) {
         for (counts, id) in [
             (&mut self.of_cgroup, culprit.cgroup_id),
@@ -80,12 +80,12 @@ impl Hanging {
         self.in_all -= 1;
     }
 
-    /// Whether some reset of a cgroup hangs: its sessions go to reapers of their own.
+    /// Whether a reset of the cgroup hangs. Its sessions then go to separate reapers.
     pub(super) fn is_suspect(&self, cgroup_id: u64) -> bool {
         self.of_cgroup.contains_key(&cgroup_id)
     }
 
-    /// Whether another reset may be begun for somebody.
+    /// Whether another reset may be started for the culprit.
     pub(super) fn room(&self, culprit: Culprit) -> Room {
         let of = |counts: &HashMap<u64, usize>, id| counts.get(&id).copied().unwrap_or(0);
         let is_taken = of(&self.of_cgroup, culprit.cgroup_id) >= MAX_OF_CGROUP
@@ -94,7 +94,7 @@ impl Hanging {
         if is_taken { Room::Taken } else { Room::Free }
     }
 
-    /// What is wrong, for people; `quarantined` resets count as stuck.
+    /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
     pub(super) fn trouble(&self, quarantined: usize) -> Option<String> {
         if self.is_diag_blocked {
             return Some(
@@ -137,7 +137,7 @@ mod tests {
     fn what_ends_makes_room_for_one_and_leaves_the_others() {
         let mut hanging = Hanging::default();
         let of_one = culprit(&[1, 2, 3]);
-        // Not below a cgroup of the second level: each is its own.
+        // Without a second-level ancestor the cgroup itself is used.
         assert_eq!((culprit(&[9]).below, of_one.below), (9, 2));
         hanging.begin(of_one);
         hanging.begin(of_one);

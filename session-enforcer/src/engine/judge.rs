@@ -1,48 +1,48 @@
-//! Is a session late, why, and since when? Pure: the record, the rule in force, what was decided before,
-//! and the time are arguments.
+//! The decision whether a session is late, why, and since when. Pure: its arguments are the record, the active rule,
+//! the session's phase and the time.
 
 use session_enforcer_common::{Expiry, Limits, Reason, Session, expiry};
 
 use super::tracker::Phase;
 
-/// A session that is past its limit.
+/// A session that is past a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Expired {
     pub(super) cookie: u64,
-    /// As the kernel has it, but with the rule that the policy in force says.
+    /// The session's record, with the rule of the active policy.
     pub(super) session: Session,
     pub(super) reason: Reason,
-    /// When it had to end: when it reached its limit, or when a change of the policy made it late.
+    /// The deadline: when it reached its limit, or when a policy change made it late.
     pub(super) deadline_ns: u64,
     /// When it reached its limit.
     pub(super) reached_ns: u64,
-    /// When it was decided to be late. Its record was read after this.
+    /// When it was found to be late. Its record was read after this time.
     pub(super) decided_ns: u64,
-    /// The limit that it reached, by the policy that was in force then; 0 where a change of the policy made it late.
+    /// The limit that it reached, by the policy in force at that time; 0 if a policy change made it late.
     pub(super) limit_ns: u64,
-    /// Since when the idle clock of its rule ran.
+    /// When the idle clock of its rule started.
     pub(super) idle_since_ns: u64,
 }
 
-/// What is decided about a session.
+/// The decision about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(
     clippy::large_enum_variant,
     reason = "one lives on the stack for a moment"
 )]
 pub(super) enum Judgement {
-    /// It is within its limits, and is to be looked at again at this time.
+    /// It is within its limits.
     Alive {
-        /// The earliest time at which anything that passes can have made it late.
+        /// The earliest time at which it can be late, whatever passes; it is rechecked then.
         recheck_ns: u64,
     },
-    /// It is late.
+    /// It is past a limit.
     Late(Expired),
 }
 
-/// Decides about a session of the rule with this number and these limits, whose record was read not before
-/// `now_ns`. `by_change` tells when a change of the policy that is under way made a session late which is past its
-/// limit since the time that it is given.
+/// Judges a session under the rule with this id and these limits. Its record must have been read at `now_ns` or later.
+/// `by_change` gets the time at which the session reached its limit; it returns the time of a policy change in progress
+/// if that change made the session late.
 pub(super) fn judge(
     cookie: u64,
     session: &Session,
@@ -74,7 +74,7 @@ pub(super) fn judge(
     }
 }
 
-/// The limit of this session that the reason speaks of; 0 for a change of the policy.
+/// The length of the limit that belongs to the reason; 0 for reasons without a limit.
 fn limit_ns(reason: Reason, limits: &Limits, session: &Session) -> u64 {
     match reason {
         Reason::IdleTimeout => limits.idle_timeout_ns,
@@ -85,8 +85,8 @@ fn limit_ns(reason: Reason, limits: &Limits, session: &Session) -> u64 {
     }
 }
 
-/// Why and since when a session is late, where that was found before for the same limit: at an attempt
-/// that was refused or has no answer, or when the policy changed.
+/// Reason and deadline from an earlier decision about the same limit: from a reset that failed or has no answer, or
+/// from a policy change.
 fn known_cause(phase: Option<&Phase>, reached_ns: u64) -> Option<(Reason, u64)> {
     let phase = phase?;
     if let Phase::LateByPolicy {
@@ -100,27 +100,26 @@ fn known_cause(phase: Option<&Phase>, reached_ns: u64) -> Option<(Reason, u64)> 
     (tried.reached_ns == reached_ns).then_some((tried.reason, tried.deadline_ns))
 }
 
-/// When an observed session that was recorded is looked at again: what passes after the decision makes
-/// a new deadline no sooner than this; the lifetime ends when it ends.
+/// When an observed session that was recorded is rechecked. Activity after the decision sets a new deadline no earlier
+/// than this. The end of the lifetime is fixed.
 pub(super) fn next_observation(expired: &Expired, limits: &Limits) -> u64 {
     let now_ns = expired.decided_ns;
     let next_activity_ns = limits.next_activity_deadline_ns(now_ns);
     match expiry(&expired.session, &only_lifetime(limits), now_ns) {
-        // A session does not become younger: there is nothing more to record, only its end to see.
+        // The lifetime is over and recorded. The recheck only detects the session's end.
         Expiry::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns => {
             now_ns + SLOW_RECHECK_NS
         }
-        // It was late before, by another limit. With the next payload it is late by its age.
+        // Another limit was reached first. After the next payload the session is late by its lifetime.
         Expiry::Expired { .. } => next_activity_ns.min(now_ns + SLOW_RECHECK_NS),
         Expiry::Alive { recheck_ns } => recheck_ns.min(next_activity_ns),
     }
 }
 
-/// When an observed session with nothing more to record is looked at, in case that its end was not
-/// reported.
+/// Recheck interval of an observed session with nothing more to record, for the case that its end was not reported.
 const SLOW_RECHECK_NS: u64 = 60_000_000_000;
 
-/// What a policy says about lifetimes.
+/// The limits without all but the lifetime.
 pub(super) fn only_lifetime(limits: &Limits) -> Limits {
     Limits {
         idle_timeout_ns: 0,
@@ -153,7 +152,7 @@ mod tests {
         }
     }
 
-    /// The phase that a first attempt leaves.
+    /// The phase after a first reset attempt.
     fn tried(expired: Expired) -> Phase {
         let mut tracker = Tracker::default();
         tracker.begin_reset(&expired);
@@ -194,7 +193,7 @@ mod tests {
         for phase in [made_late, tried(first)] {
             let again = late(judge(1, &session(), limits, Some(&phase), 20 * S, |_| None));
             assert_eq!((again.reason, again.deadline_ns), (Reason::Policy, 15 * S));
-            // Another limit, which the policy did not make it reach.
+            // Another limit, whose deadline is not that of the policy change.
             let other = late(judge(
                 1,
                 &session(),
@@ -234,17 +233,17 @@ mod tests {
             ..idle(10)
         };
         let at = |now_ns| late(judge(1, &session(), (0, &both), None, now_ns, |_| None));
-        // Its next activity may be late 10 s after now, its age at 100 s.
+        // New activity may be late 10 s from now; the lifetime ends at 100 s.
         assert_eq!(next_observation(&at(11 * S), &both), 21 * S);
         assert_eq!(next_observation(&at(95 * S), &both), 100 * S);
-        // Too old for ever: only its end is to be seen.
+        // The lifetime is over, so only the end of the session can follow.
         let old = Limits {
             idle_timeout_ns: 0,
             ..both
         };
         let too_old = late(judge(1, &session(), (0, &old), None, 101 * S, |_| None));
         assert_eq!(next_observation(&too_old, &old), 101 * S + SLOW_RECHECK_NS);
-        // Also where it may be idle again, which ends nothing that is not late already.
+        // Also if it can become idle again, since it stays late.
         let lately = Session {
             last_sent_ns: 95 * S,
             ..session()
@@ -252,8 +251,8 @@ mod tests {
         let too_old = late(judge(1, &lately, (0, &both), None, 101 * S, |_| None));
         assert_eq!(too_old.reached_ns, 100 * S);
         assert_eq!(next_observation(&too_old, &both), 101 * S + SLOW_RECHECK_NS);
-        // It was idle before it was too old: the next payload makes it late by its age, and it is looked at
-        // soon enough to see its end.
+        // The idle limit was reached before the lifetime: after the next payload the session is late by its lifetime.
+        // The recheck is early enough to detect the session's end.
         assert_eq!(next_observation(&at(101 * S), &both), 111 * S);
         let patient = Limits {
             max_lifetime_ns: 100 * S,
@@ -278,8 +277,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever was decided before: alive is what the kernel's own decision calls alive, and a deadline
-        /// never lies in the future.
+        /// Whatever was decided before: a session is alive exactly if [`expiry`] says so, and a deadline
+        /// is never in the future.
         #[test]
         fn what_was_decided_before_changes_the_cause_and_nothing_else(
             idle_s in 0_u64..20,

@@ -1,4 +1,4 @@
-//! Sessions that somebody has asked to be reset now, over the control socket. Pure.
+//! Sessions that clients of the control socket have asked to be reset. Pure.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -10,26 +10,26 @@ use crate::report::{
     control::{KillResult, Killed},
 };
 
-/// Whom the results go to: a client that asks for at most so many at a time.
+/// The channel of a client for results. The number of sessions in a request is limited.
 pub(super) type Results = UnboundedSender<Killed>;
 
-/// The sessions. Each is tracked: there are no more than the session table holds.
+/// The requested sessions. All of them are tracked, so there are never more than the session table holds.
 #[derive(Debug, Default)]
 pub(super) struct Kills(HashMap<u64, Kill>);
 
-/// A session that is to be reset.
+/// A session that must be reset.
 #[derive(Debug)]
 pub(super) struct Kill {
     established_ns: u64,
-    /// When it was asked for.
+    /// When the reset was requested.
     pub(super) asked_ns: u64,
-    /// Who asked first.
+    /// The first client that requested it.
     pub(super) by: Arc<Requester>,
     waiting: Vec<Results>,
 }
 
 impl Kills {
-    /// Notes that a session is to be reset.
+    /// Adds a session that must be reset.
     pub(super) fn ask(
         &mut self,
         cookie: u64,
@@ -46,7 +46,7 @@ impl Kills {
             waiting: Vec::new(),
         });
         if kill.established_ns != established_ns {
-            // The socket was connected again.
+            // The socket was connected again, so the requested session is gone.
             tell(cookie, &mut kill.waiting, &KillResult::Gone);
             (kill.established_ns, kill.asked_ns) = (established_ns, now_ns);
             kill.by = Arc::clone(by);
@@ -54,9 +54,9 @@ impl Kills {
         kill.waiting.push(results.clone());
     }
 
-    /// What was asked for about a session, if anything was.
+    /// The request for a session, if there is one.
     pub(super) fn of(&self, cookie: u64, session: &Session) -> Option<&Kill> {
-        // Most sessions end without it, and an empty map need not work out a hash.
+        // Skips the hash: the map is usually empty.
         if self.0.is_empty() {
             return None;
         }
@@ -64,7 +64,7 @@ impl Kills {
         (kill.established_ns == session.established_ns).then_some(kill)
     }
 
-    /// The session has ended so.
+    /// Reports the result of a session that has ended.
     pub(super) fn ended(&mut self, cookie: u64, session: &Session, result: &KillResult) {
         if self.of(cookie, session).is_some()
             && let Some(mut kill) = self.0.remove(&cookie)
@@ -73,7 +73,7 @@ impl Kills {
         }
     }
 
-    /// The session could not be reset, which is tried again.
+    /// Reports that the reset has failed; it will be tried again.
     pub(super) fn failed(&mut self, cookie: u64, session: &Session, why: &str) {
         if self.of(cookie, session).is_some()
             && let Some(kill) = self.0.get_mut(&cookie)
@@ -86,7 +86,7 @@ impl Kills {
         }
     }
 
-    /// The session is no more, whatever it was.
+    /// Reports that the session of a cookie is gone, for whatever reason.
     pub(super) fn forgotten(&mut self, cookie: u64) {
         if !self.0.is_empty()
             && let Some(mut kill) = self.0.remove(&cookie)
@@ -96,7 +96,7 @@ impl Kills {
     }
 }
 
-/// Who has gone need not be told.
+/// Sends the result to all waiting clients. A client that has gone needs no handling.
 fn tell(cookie: u64, waiting: &mut Vec<Results>, result: &KillResult) {
     for results in waiting.drain(..) {
         let _ = results.send(Killed {
@@ -140,7 +140,7 @@ mod tests {
         let failed = KillResult::Failed("locked".to_owned());
         assert_eq!(told(&mut to_first), std::slice::from_ref(&failed));
         assert_eq!(told(&mut to_second), [failed]);
-        // It is tried again, and who asks then is told too.
+        // The reset is tried again; a client that asks now gets the next result.
         kills.ask(7, &session, 30, &requester(3), &second);
         kills.ended(7, &session, &KillResult::Reset);
         assert_eq!(told(&mut to_first), []);

@@ -1,10 +1,10 @@
-//! The engine: decides, and never waits for anybody but the kernel's own answers about its maps.
+//! The engine decides and never waits for another process; it only waits for the kernel's answers about its own maps.
 //!
-//! One loop waits for events, deadlines, signals and requests. What takes a reaper is a task of its own beside
-//! it ([`context`]): resets ([`terminate`]), the agreement of map, schedule and sockets ([`sync`]), owners
-//! ([`owner`]), a change of the policy ([`reload`]), the start ([`takeover`]), a larger table ([`growth`]). What is
-//! decided is pure: [`judge`], [`tracker`], [`book`], [`backlog`], [`hanging`]. Nothing here makes a call that a process, a
-//! user or a file system can hold up.
+//! One loop waits for events, deadlines, signals and requests. Work that needs a reaper runs in separate tasks beside
+//! the loop ([`context`]): resets ([`terminate`]), the comparison of table, schedule and sockets ([`sync`]), owners
+//! ([`owner_search`]), policy changes ([`reload`]), the start ([`takeover`]), and growth ([`growth`]). The decisions
+//! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hanging`]. The engine makes no call that a process or
+//! a user can block; `docs/design/reapers.md` lists the files that it reads.
 
 pub mod adopt;
 mod ask;
@@ -63,94 +63,96 @@ use crate::{
     },
 };
 
-/// For how long the metrics are not served while connections are adopted. Then they say that it lasts.
+/// How long the HTTP server waits for the adoption to end. After that it serves and reports that the adoption is in
+/// progress.
 const ADOPTION_PATIENCE: Duration = Duration::from_secs(1);
 
-/// For how long a stop waits for resets that were asked for.
+/// How long a stop waits for outstanding resets.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// The least time between two looks at the cgroups that the rules name. Whoever may make one may make it
-/// again and again.
+/// Minimum pause between two lookups of the cgroups that the rules name, because a user who may create one can do so
+/// repeatedly.
 const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
 
-/// For how long the metrics wait for the cgroups of new connections to be found.
+/// How long the metrics wait for the lookup of new connections' cgroups.
 const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How often they look whether they are.
+/// Poll interval of that wait.
 const CGROUPS_LOOK: Duration = Duration::from_millis(2);
 
-/// How many times as long as the answers to requests took none are given after them: anybody may ask.
+/// The pause after answering requests is this multiple of the time that the answers took, because any user may send
+/// requests.
 const ANSWERS_REST: u32 = 4;
 
-/// The longest of these rests: a daemon that was stopped while it answered took long.
+/// Maximum of that pause, for the case that the daemon was stopped while it answered.
 const MAX_ANSWERS_REST: Duration = Duration::from_secs(1);
 
-/// Requests that are answered at once.
+/// Maximum number of requests that are answered together.
 const MAX_ANSWERS: usize = 64;
 
-/// How many times as long as a look at them took there is none after it.
+/// The pause after handling new cgroups is this multiple of the time that it took.
 const CGROUPS_REST: u32 = 10;
 
-/// How often the cgroups of the rules are looked for in a row until what is watched is all that there is.
+/// Maximum number of lookups in a row until all existing cgroups of the rules are watched.
 const MAX_WATCH_ROUNDS: usize = 8;
 
-/// Where the configuration comes from.
+/// The source of the configuration.
 pub struct Source {
-    /// Reads it once more.
+    /// Reads the configuration again.
     pub read: Box<dyn Fn() -> Result<Config>>,
-    /// Is called when what was read last has come into force.
+    /// Called when the configuration that was read last is active.
     pub in_force: Box<dyn Fn()>,
 }
 
-/// What a reload needs.
+/// The inputs of a reload.
 pub struct Reloading {
-    /// Reads the configuration; none where it came from the command line.
+    /// Reads the configuration; `None` if it came from the command line.
     pub source: Option<Source>,
-    /// What is in force.
+    /// The active configuration.
     pub config: Config,
 }
 
-/// The loop and what it waits for.
+/// The loop and its inputs.
 pub struct Engine {
     context: Rc<Context>,
     reloading: Rc<Reload>,
     log: KernelLog,
     timer: Timer,
     requests: mpsc::Receiver<Request>,
-    /// Until when requests wait.
+    /// Requests are not answered before this time.
     answers_rest_until: Instant,
-    /// Told when records are on the disk.
+    /// Notified when audit records are on disk.
     audit_written: Arc<Notify>,
     signals: Signals,
     watch: Watch,
     manager: Rc<ServiceManager>,
     beat: Beat,
-    /// When the cgroups that the rules name are looked at next, where something has changed there.
+    /// When the cgroups of the rules are looked up next; `None` if nothing has changed.
     cgroups_due: Option<Instant>,
-    /// Whether that is so because something was seen to come or go.
+    /// Whether an inotify event has caused the lookup.
     has_cgroup_event: bool,
     cgroups_paused_until: Rc<Cell<Instant>>,
 }
 
-/// SIGHUP, and what is under way of it.
+/// State of reloads.
 struct Reload {
     source: Option<Source>,
     config: std::cell::RefCell<Config>,
     is_under_way: Cell<bool>,
     is_wanted: Cell<bool>,
-    /// Who waits for the next one over the control socket.
+    /// Clients of the control socket that wait for the next reload.
     waiting: std::cell::RefCell<Vec<ReloadRequest>>,
-    /// Whether the cgroups that the rules name may be others.
+    /// Whether the set of cgroups that the rules name may have changed.
     has_changed: Cell<bool>,
 }
 
-/// What the engine is made of.
+/// The engine's event sources.
 pub struct Channels {
     /// The kernel's events.
     pub events: Events,
     /// The programs' log.
     pub log: KernelLog,
-    /// Requests of the HTTP server.
+    /// Requests of the HTTP server and the control socket.
     pub requests: mpsc::Receiver<Request>,
     /// Signals.
     pub signals: Signals,
@@ -161,7 +163,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Where a timer cannot be had, or the service manager cannot be told.
+    /// Fails if no timer can be created or the service manager cannot be notified.
     pub fn new(
         parts: Parts,
         pool: Pool,
@@ -178,7 +180,7 @@ impl Engine {
             reloading: Rc::new(Reload {
                 source: reloading.source,
                 config: std::cell::RefCell::new(reloading.config),
-                // The start.
+                // The start counts as a reload in progress.
                 is_under_way: Cell::new(true),
                 is_wanted: Cell::new(false),
                 waiting: std::cell::RefCell::default(),
@@ -199,14 +201,14 @@ impl Engine {
         })
     }
 
-    /// Puts the first policy into force, attaches the programs, and runs until SIGTERM or SIGINT; then detaches
-    /// and flushes. `attached` is called when the programs are attached, `begun` when the connections that are
-    /// older have been adopted, and `table_ops` then, or a little later where that lasts.
+    /// Activates the first policy, attaches the programs, and runs until SIGTERM or SIGINT; then detaches and flushes.
+    /// `attached` is called when the programs are attached, `begun` when the existing connections are adopted. `serve`
+    /// is called at the end of the adoption, or after `ADOPTION_PATIENCE` if that takes longer.
     ///
     /// # Errors
     ///
-    /// Where the programs cannot be attached, the kernel's channels cannot be watched any more, or the
-    /// programs' maps cannot be read: without them nothing can be enforced.
+    /// Fails if the programs cannot be attached, the kernel's channels cannot be watched any more, or the programs'
+    /// maps cannot be read, without which nothing can be enforced.
     pub async fn run(
         mut self,
         attached: impl FnOnce() -> Result<()> + 'static,
@@ -225,12 +227,12 @@ impl Engine {
         let (context, manager) = (Rc::clone(&self.context), Rc::clone(&self.manager));
         let reload = Rc::clone(&self.reloading);
         self.context.spawn(async move {
-            // Nobody is served where the programs could not be attached.
+            // The channel is closed without a message if the programs could not be attached.
             if let Ok(mut adopting) = served.await {
                 let adopted = tokio::time::timeout(ADOPTION_PATIENCE, &mut adopting).await;
                 serve()?;
                 if adopted.is_err() {
-                    // It ends with the adoption, whatever comes of that.
+                    // The sender is dropped at the end of the adoption; the error carries no information.
                     let _ = adopting.await;
                 }
                 manager.ready(|| context.state().standing(&reload.config.borrow()));
@@ -246,7 +248,7 @@ impl Engine {
         }
         let mut state = self.context.state();
         let stopped = match &result {
-            // Nothing is taken out of the kernel that this daemon did not put there.
+            // This daemon has not attached anything, so it detaches nothing.
             Err(_) if !was_enforcing => Ok(()),
             _ => state.stop().context("detaching the programs"),
         };
@@ -255,8 +257,7 @@ impl Engine {
         result.and(stopped)
     }
 
-    /// Waits for the answers about sessions that reapers were asked to reset, so that what they did is recorded.
-    /// Nothing more is begun.
+    /// Waits for outstanding resets, so that their results are recorded. No new reset is started.
     async fn finish_resets(&self) {
         self.context.state().is_enforcing = false;
         let until = Instant::now() + STOP_PATIENCE;
@@ -304,7 +305,7 @@ impl Engine {
                 }
                 requests = waiting(&mut self.requests, self.answers_rest_until) => {
                     let began = Instant::now();
-                    // An answer is about now, and not about the last time that events were read.
+                    // The answer must reflect the present, so pending events are read first.
                     self.context.read_events()?;
                     self.note_attachment();
                     let requests = self.answer_control(requests)?;
@@ -328,35 +329,30 @@ impl Engine {
         }
     }
 
-    /// When there is something to do next.
+    /// The time of the next timer event.
     fn next_ns(&self) -> Option<u64> {
         let state = self.context.state();
         let may_end = state.is_enforcing && terminate::may_end_more(&self.context, &state);
         let due_ns = state.tracker.next_due_ns().filter(|_| may_end);
-        let may_sync = state.is_enforcing && !state.hanging.is_diag_blocked;
-        let sync_ns = state.backlog.next_sync_ns(state.has_room());
-        due_ns.into_iter().chain(sync_ns.filter(|_| may_sync)).min()
+        due_ns.into_iter().chain(state.next_sync_ns()).min()
     }
 
     fn sync_if_due(&mut self) {
-        let (aim, is_due) = {
+        let (aim, next_ns) = {
             let state = self.context.state();
-            let next_ns = state.backlog.next_sync_ns(state.has_room());
-            let may_sync = state.is_enforcing && !state.hanging.is_diag_blocked;
-            let is_due = next_ns.is_some_and(|next_ns| next_ns <= monotonic_ns());
-            (sync::routine(&state), may_sync && is_due)
+            (sync::routine(&state), state.next_sync_ns())
         };
-        if is_due {
+        if next_ns.is_some_and(|next_ns| next_ns <= monotonic_ns()) {
             self.note_attachment();
             let context = Rc::clone(&self.context);
             self.context
                 .spawn(async move { sync::sync(&context, aim).await.map(drop) });
-            // It is under way from now on, and not from when its task runs.
+            // Marked here and not when the task runs, so that it is not started twice.
             self.context.state().backlog.begin();
         }
     }
 
-    /// Answers requests of the control socket; the others.
+    /// Answers requests of the control socket; returns the other requests.
     fn answer_control(&self, requests: Vec<Request>) -> Result<Vec<Request>> {
         let mut others = Vec::new();
         for request in requests {
@@ -374,8 +370,8 @@ impl Engine {
         Ok(others)
     }
 
-    /// Answers requests of the HTTP server. What the metrics count, the audit can name: cgroups that
-    /// connections have come from are found first.
+    /// Answers requests of the HTTP server. The metrics wait until the cgroups of new connections are known, so that
+    /// the audit can name them.
     fn answer(&self, requests: Vec<Request>) {
         let mut state = self.context.state();
         let is_waited_for = !state.scrapes.is_empty();
@@ -388,7 +384,7 @@ impl Engine {
         }
     }
 
-    /// Notes whether the programs still see the connections that they are meant to see.
+    /// Updates the health with whether the programs are still attached to the right cgroup.
     fn note_attachment(&self) {
         let mut state = self.context.state();
         if !state.is_enforcing {
@@ -422,12 +418,12 @@ async fn answer_scrapes_later(context: Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// The requests that wait by then, one at least.
+/// Waits until `until`, and then for at least one request; returns all that are waiting.
 async fn waiting(requests: &mut mpsc::Receiver<Request>, until: Instant) -> Vec<Request> {
     sleep_until(until).await;
     let mut waiting = Vec::new();
     if requests.recv_many(&mut waiting, MAX_ANSWERS).await == 0 {
-        // Nobody serves.
+        // No server is running.
         std::future::pending::<()>().await;
     }
     waiting
@@ -440,7 +436,7 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-/// The start: the first policy, what an earlier daemon left, the attachment, the adoption.
+/// The start: the first policy, the take-over, the attachment, the adoption.
 async fn start(
     context: Rc<Context>,
     reload: Rc<Reload>,
@@ -456,7 +452,7 @@ async fn start(
     let taken_over = takeover::attach(&context).await?;
     attached()?;
     let (is_adopted, adopting) = tokio::sync::oneshot::channel::<()>();
-    // Nobody waits for it where the daemon stops.
+    // The receiver is gone if the daemon is stopping.
     let _ = serve.send(adopting);
     let adopted = takeover::adopt(&context).await?;
     context.state().records.started(&config);
@@ -475,14 +471,14 @@ async fn start(
 
 /// The cgroups that the rules name.
 impl Engine {
-    /// Looks at them, and watches for them to come and go.
+    /// Looks up the cgroups and watches for their creation and removal.
     fn follow_cgroups(&mut self) {
         self.cgroups_due = None;
         if std::mem::take(&mut self.has_cgroup_event) {
             let pause = Instant::now() + CGROUPS_PAUSE;
             self.cgroups_paused_until.set(pause);
         }
-        // Watched first: one that comes between is found by the look.
+        // Watched before the lookup, so that a cgroup created in between is found.
         let mut directories = self.context.state().owner_resolver.directories();
         for _ in 0..MAX_WATCH_ROUNDS {
             if let Err(error) = self.watch.set(&directories) {
@@ -492,14 +488,14 @@ impl Engine {
                 );
                 break;
             }
-            // One that fits a pattern may have come before it could be watched for what comes below it.
+            // A cgroup that fits a pattern may have been created before its directory was watched for children.
             let now = self.context.state().owner_resolver.directories();
             let before = std::mem::replace(&mut directories, now);
             if before == directories {
                 break;
             }
         }
-        // A start and a reload adopt everybody, and have this looked at when they have ended.
+        // A start and a reload adopt all connections, and request this lookup at their end.
         if self.reloading.is_under_way.get() {
             return;
         }
@@ -509,7 +505,7 @@ impl Engine {
         }
         let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));
         let paused_until = Rc::clone(&self.cgroups_paused_until);
-        // Not again before it has ended.
+        // Blocks further lookups until the task has ended.
         let far = Instant::now() + Duration::from_secs(3_600);
         self.cgroups_paused_until.set(far);
         self.context.spawn(async move {
@@ -523,15 +519,15 @@ impl Engine {
     }
 }
 
-/// The sockets of cgroups that have come are matched from now on, those that they have already are adopted, and
-/// those that a rule further down has taken meanwhile are decided about anew.
+/// Handles new cgroups: matches their sockets from now on, adopts their existing connections, and redecides connections
+/// that a later rule has taken meanwhile.
 async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) -> Result<()> {
-    // What was opened before is known when connections are adopted.
+    // Sessions opened earlier must be known before the adoption.
     context.read_events()?;
     {
         let mut state = context.state();
         let state = &mut *state;
-        // The same policy, of the same generation: what was decided about other sessions stands.
+        // The policy keeps its generation, so decisions about other sessions stay valid.
         let config = reload.config.borrow();
         state
             .rule_set
@@ -556,10 +552,9 @@ async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) 
     Ok(())
 }
 
-/// SIGHUP.
+/// Reloads.
 impl Engine {
-    /// Opens the audit file again, and puts the configuration into force if it is good. A wrong one
-    /// changes nothing.
+    /// SIGHUP: reopens the audit file and reloads the configuration. An invalid configuration changes nothing.
     fn hangup(&self) {
         if self.reloading.source.is_none() {
             self.context.state().records.audit.reopen();
@@ -569,7 +564,7 @@ impl Engine {
         self.reload();
     }
 
-    /// The same for whoever asked for it by now.
+    /// Reopens the audit file and reloads the configuration for all clients that wait.
     fn reload(&self) {
         self.context.state().records.audit.reopen();
         if self.reloading.is_under_way.replace(true) {
@@ -588,19 +583,19 @@ impl Engine {
     }
 }
 
-/// Reloads as often as that was asked for by now. Neither a start nor another reload is under way then.
+/// Reloads until no further reload is requested. Neither a start nor another reload may be in progress.
 async fn reload_while_wanted(context: &Rc<Context>, reload: &Rc<Reload>) -> Result<()> {
     while reload.is_wanted.take() {
         let waiting = reload.waiting.take();
         let by = waiting.first().map(|request| request.by.clone());
         let reloaded = reload_once(context, reload, by.as_ref()).await?;
         for request in waiting {
-            // Who has gone need not be told.
+            // The receiver is gone if the client has disconnected.
             let _ = request.reply.send(reloaded.clone());
         }
     }
     reload.is_under_way.set(false);
-    // What came and went meanwhile was left to this.
+    // Cgroup changes during the reload were left for this lookup.
     reload.has_changed.set(true);
     Ok(())
 }
@@ -671,7 +666,7 @@ impl Reload {
         }
     }
 
-    /// Refuses a configuration that only a restart can put into force: it would be so by half.
+    /// Refuses a configuration that needs a restart, since a reload would only activate a part of it.
     fn accept(&self, config: Config, cgroup: &Cgroup) -> Result<Config> {
         let now = self.config.borrow();
         let changed = [
@@ -707,13 +702,13 @@ impl Reload {
             "{} cannot change while the daemon runs; restart it",
             changed.join(" and ")
         );
-        // Its connections would be looked for, and others be found.
+        // Otherwise connections would be searched for in a cgroup that has replaced the attached one.
         cgroup.check_there()?;
         Ok(config)
     }
 }
 
-/// The signals that the daemon obeys.
+/// The signals that the daemon handles.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -722,11 +717,11 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over from their default actions.
+    /// Installs handlers for the signals.
     ///
     /// # Errors
     ///
-    /// Where the system refuses.
+    /// Fails if the system refuses a handler.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -746,7 +741,7 @@ impl Signals {
     }
 }
 
-/// What a signal asks for.
+/// The action that a signal requests.
 enum Received {
     Stop(&'static str),
     Hangup,

@@ -1,5 +1,5 @@
-//! Whom the rules mean on this host: the numbers of users and cgroups, and the names of those that
-//! own sessions. Reapers find users and cgroups; here is what they found.
+//! Resolves session owners (users, cgroups): the ids that the rules' names stand for on this host, and the names for
+//! the ids of sessions. Reapers query them; this keeps the results.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -18,23 +18,23 @@ use crate::{
     reaper::protocol::{Cgroup, FoundUser},
 };
 
-/// Former identities of a cgroup that are kept: a service that was restarted so often has hardly a
-/// connection left from before.
+/// Maximum number of former ids of a cgroup. A service that was restarted more often has hardly a connection left from
+/// before.
 const MAX_FORMER: usize = 8;
 
-/// Cgroups that are remembered. Of those beyond, the ones that were noted first are forgotten.
+/// Maximum number of remembered cgroups. Beyond it, those noted first are forgotten.
 const MAX_CGROUPS: usize = 16_384;
 
-/// Cgroups that may wait to be asked about. Those beyond are not known.
+/// Maximum number of cgroups that wait to be looked up. Cgroups beyond it stay unknown.
 const MAX_UNKNOWN: usize = 16_384;
 
-/// What the names of users stand for.
+/// Query results by user name.
 pub type Users = HashMap<String, FoundUser>;
 
-/// A rule names a user that the host does not have.
+/// A user in a rule cannot be resolved.
 #[derive(Debug, Error)]
 pub enum UserError {
-    /// Nobody has the name.
+    /// No user has the name.
     #[error("{at}: there is no user \"{user}\" on this host; create it, or give the uid")]
     Unknown {
         /// File, line and key.
@@ -42,7 +42,7 @@ pub enum UserError {
         /// The name.
         user: String,
     },
-    /// The user database could not be asked.
+    /// The user database could not be queried.
     #[error("{at}: looking for the user \"{user}\": {what}; give the uid")]
     Database {
         /// File, line and key.
@@ -54,16 +54,16 @@ pub enum UserError {
     },
 }
 
-/// What the host tells about owners.
+/// What is known about owners on this host.
 #[derive(Debug)]
 pub struct OwnerResolver {
     tree: Tree,
     names: Names,
-    /// Cgroups by identity. A session may live longer than its cgroup.
+    /// Cgroups by id. A session may outlive its cgroup.
     cgroups: HashMap<u64, Cgroup>,
-    /// Their identities in the order in which they were noted.
+    /// Cgroup ids in the order in which they were noted.
     noted: VecDeque<u64>,
-    /// Those that nobody has asked about yet.
+    /// Ids that were not looked up yet.
     unknown: HashSet<u64>,
     is_asking: bool,
     owners: Owners,
@@ -73,13 +73,13 @@ pub struct OwnerResolver {
 /// The cgroups that rules name.
 #[derive(Clone, Debug, Default)]
 struct NamedCgroups {
-    /// By their paths.
+    /// Paths.
     paths: BTreeSet<String>,
-    /// By patterns, each with the match entries that a cgroup takes which fits it.
+    /// Patterns, each with the number of match entries that a matching cgroup takes.
     patterns: Vec<(String, usize)>,
-    /// Match entries that are free for all that fit patterns.
+    /// Number of match entries available for cgroups that match patterns.
     free_entries: usize,
-    /// How many that fit had no room at the last look.
+    /// Number of matching cgroups without room at the last lookup.
     left_out: usize,
 }
 
@@ -95,8 +95,8 @@ impl NamedCgroups {
         }
     }
 
-    /// The paths of all that are there or may come, those that are known already first. What there is no
-    /// room for is left out.
+    /// The paths of all cgroups that exist or may be created. Known cgroups come first; those that exceed the available
+    /// match entries are left out.
     fn wanted(&mut self, tree: &Tree, known: &Owners) -> BTreeSet<String> {
         let fitting = self.patterns.iter().flat_map(|(pattern, cost)| {
             let (paths, _) = tree.fitting(pattern);
@@ -127,11 +127,11 @@ impl NamedCgroups {
 }
 
 impl OwnerResolver {
-    /// A directory of no owners yet.
+    /// Creates a resolver without owners.
     ///
     /// # Errors
     ///
-    /// Where cgroup v2 is not mounted.
+    /// Fails if cgroup v2 is not mounted.
     pub fn new() -> Result<Self, CgroupError> {
         Ok(Self {
             tree: Tree::open()?,
@@ -145,12 +145,12 @@ impl OwnerResolver {
         })
     }
 
-    /// The owners that the rules name, with the numbers of users that were found, and the names of all users.
-    /// Nothing changes before they are [kept](Self::keep).
+    /// Resolves the owners that the rules name, and the names of all users. Nothing changes before the result is
+    /// [kept](Self::keep).
     ///
     /// # Errors
     ///
-    /// Where a user is not there. A cgroup need not be: services come and go.
+    /// Fails if a user does not exist. A cgroup may be missing, since services come and go.
     pub fn resolve(&self, config: &Config, users: &Users) -> Result<Resolved, UserError> {
         let mut names = Names::read();
         let mut owners = Owners::default();
@@ -174,22 +174,22 @@ impl OwnerResolver {
         })
     }
 
-    /// Keeps what was found for a configuration that is in force now.
+    /// Keeps the result for a configuration that is now active.
     pub fn keep(&mut self, found: Resolved) {
         (self.names, self.owners, self.named) = (found.names, found.owners, found.named);
     }
 
-    /// Looks again for the cgroups that the rules name; the identities of those that have come.
+    /// Looks up the cgroups of the rules again; returns the ids of new ones.
     pub fn refresh(&mut self) -> Vec<u64> {
         update_cgroups(&self.tree, &mut self.named, &mut self.owners)
     }
 
-    /// The owners as they were found last.
+    /// The owners of the last lookup.
     pub fn owners(&self) -> &Owners {
         &self.owners
     }
 
-    /// The directories of the cgroups that the rules name, whether they are there or not.
+    /// The directories of the cgroups that the rules name, whether they exist or not.
     pub fn directories(&self) -> Vec<PathBuf> {
         let paths = self.named.paths.iter();
         let directories = paths.map(|path| self.tree.directory(path));
@@ -198,13 +198,13 @@ impl OwnerResolver {
         directories.chain(awaited).collect()
     }
 
-    /// The identities of a cgroup and of those above it, where they are known.
+    /// The ids of a cgroup and its ancestors, if known.
     pub fn ancestors(&self, cgroup_id: u64) -> Option<Ancestors> {
         let cgroup = self.cgroups.get(&cgroup_id)?;
         (!cgroup.ancestors.is_empty()).then(|| Ancestors::of(&cgroup.ancestors))
     }
 
-    /// Sees to it that a cgroup is asked about, while it is there.
+    /// Queues a cgroup for lookup, if it is not known.
     pub fn remember(&mut self, cgroup_id: u64) {
         let is_new = cgroup_id != 0 && !self.cgroups.contains_key(&cgroup_id);
         if is_new && self.unknown.len() < MAX_UNKNOWN {
@@ -212,7 +212,7 @@ impl OwnerResolver {
         }
     }
 
-    /// The cgroups that are to be asked about; none while that is done, or where there are none.
+    /// Takes the queued cgroups; `None` if a lookup is in progress or the queue is empty.
     pub fn take_unknown(&mut self) -> Option<HashSet<u64>> {
         if self.is_asking || self.unknown.is_empty() {
             return None;
@@ -221,23 +221,23 @@ impl OwnerResolver {
         Some(std::mem::take(&mut self.unknown))
     }
 
-    /// Whether there are cgroups that nobody has told of yet.
+    /// Whether cgroups are queued or being looked up.
     pub fn is_asking(&self) -> bool {
         self.is_asking || !self.unknown.is_empty()
     }
 
-    /// They were asked about.
+    /// Notes the end of a lookup.
     pub fn has_asked(&mut self) {
         self.is_asking = false;
     }
 
-    /// Of these cgroups, those that are not known.
+    /// The ids of those cgroups that are not known.
     pub fn unknown_among(&self, ids: HashSet<u64>) -> Vec<u64> {
         let is_unknown = |id: &u64| *id != 0 && !self.cgroups.contains_key(id);
         ids.into_iter().filter(is_unknown).collect()
     }
 
-    /// Remembers where a cgroup is, for the time when it is no more.
+    /// Stores a cgroup, so that its path is known after its removal.
     pub fn note(&mut self, cgroup: Cgroup) {
         if self.noted.len() >= MAX_CGROUPS
             && let Some(first) = self.noted.pop_front()
@@ -251,7 +251,7 @@ impl OwnerResolver {
         }
     }
 
-    /// Where a cgroup is, or was.
+    /// The current or last path of a cgroup.
     pub fn path(&self, cgroup_id: u64) -> Option<&str> {
         self.cgroups.get(&cgroup_id)?.path.as_deref()
     }
@@ -267,17 +267,17 @@ impl OwnerResolver {
     }
 }
 
-/// What the host has of the owners that a configuration names.
+/// The owners that a configuration names, resolved on this host.
 #[derive(Debug)]
 pub struct Resolved {
     names: Names,
-    /// Their numbers.
+    /// Ids of users and cgroups.
     pub owners: Owners,
     named: NamedCgroups,
 }
 
-/// Adds the identities of the cgroups that are there and were not before; which. Those that fitted a pattern
-/// and have gone are forgotten, as is what no rule names.
+/// Adds the ids of cgroups that have appeared; returns the new ids. Cgroups that matched a pattern and are gone, and
+/// those that no rule names, are forgotten.
 fn update_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
     let wanted = named.wanted(tree, owners);
     owners.cgroups.retain(|path, _| wanted.contains(path));
@@ -298,11 +298,11 @@ fn update_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) ->
     come
 }
 
-/// The number of a user whom a rule names at this place.
+/// The uid of a user that a rule names at this location.
 ///
 /// # Errors
 ///
-/// Where the host knows no such user.
+/// Fails if the host has no such user.
 pub(crate) fn uid_of(
     found: Option<&FoundUser>,
     name: &str,

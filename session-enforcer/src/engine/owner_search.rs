@@ -1,5 +1,5 @@
-//! Whose the sessions are, where the kernel does not know: sockets older than the programs. A reaper is asked
-//! for the socket and for those that listen on its port.
+//! Resolves session owners that the kernel programs have not recorded, because the socket is older than the programs. A
+//! reaper queries the socket and the listeners on its port.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -13,7 +13,7 @@ use session_enforcer_common::{Expiry, Owner, Session, expiry};
 use super::{
     ask::{self, Answer},
     context::Context,
-    state::{RETRY_NS, State},
+    state::{MAX_PASS, RETRY_NS, State},
     tracker::group_of,
 };
 use crate::{
@@ -25,24 +25,22 @@ use crate::{
     },
 };
 
-/// How often sessions are compared with their sockets while packets pass. Each time fewer differ:
-/// those that had a packet in the moment of the comparison.
+/// Maximum number of comparisons of records with their sockets while packets pass. Each time fewer differ: those with a
+/// packet during the comparison.
 pub(super) const MAX_COMPARISONS: usize = 8;
 
-/// Ports whose listeners are asked for one by one. For more of them all of the namespace are listed once.
+/// Up to this number of ports the listeners are queried port by port; above it all listeners of the namespace are
+/// listed once.
 const MAX_PORTS: usize = 4;
 
-/// Sessions of one pass.
-const MAX_PASS: usize = 8 * MAX_BATCH;
-
-/// How many times as long as it took to find owners none are looked for after it: anybody can make sockets
-/// whose owner has to be found.
+/// The pause after a search is this multiple of its time, because any user can create sockets whose owner must be
+/// resolved.
 const REST: u32 = 2;
 
-/// A session and its cookie.
+/// A session with its cookie.
 pub(super) type Tracked = (u64, Session);
 
-/// Looks for the owners of the sessions that wait for that, one task at a time.
+/// Starts the task that resolves the owners of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
     if context.is_finding_owners.get() || context.state().without_owner.is_empty() {
         return;
@@ -76,12 +74,12 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
     }
 }
 
-/// Finds the owners of these sessions, and the rules that are then theirs. Those that are returned are
-/// scheduled without a time, and can be judged: their records say what their sockets say.
+/// Resolves the owners of sessions, and then their rules. The returned sessions are scheduled without a due time and
+/// can be judged: their records agree with their sockets.
 ///
 /// # Errors
 ///
-/// Where the session map cannot be read or written.
+/// Fails if the session table cannot be read or written.
 pub(super) async fn resolve(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
     let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
     for (cookie, session) in sessions {
@@ -122,7 +120,7 @@ async fn resolve_in(
             );
             let mut state = context.state();
             for (cookie, session) in &sessions {
-                // A session that a rule limits already is judged when that says.
+                // If a rule already limits the session, its normal recheck applies; otherwise retry in 10 s.
                 if state.rule_set.needs_owner_of(session) {
                     state.go_on_without_owner(*cookie, session)?;
                 }
@@ -148,7 +146,7 @@ async fn resolve_in(
             },
             Answer::Locked => Owner::UNKNOWN,
         };
-        // The kernel's word tells the process too.
+        // The owner that the programs recorded is preferred, because it is the process that created the socket.
         let owner = if session.owner.is_known() {
             session.owner
         } else {
@@ -174,7 +172,7 @@ async fn sockets_of(
     ask::query(context, netns_cookie, &targets, detail).await
 }
 
-/// The sockets that listen on these ports of a namespace.
+/// Queries the listeners on these ports of a namespace.
 async fn listeners(
     context: &Rc<Context>,
     netns_cookie: u64,
@@ -198,11 +196,11 @@ async fn listeners(
     Ok(Listeners::among(&listening))
 }
 
-/// Finds out where cgroups are, for the audit, and what is above each, for the kernel.
+/// Queries the paths of cgroups (for the audit) and their ancestors (for the kernel programs).
 ///
 /// # Errors
 ///
-/// Where the kernel's map refuses.
+/// Fails if the kernel's map cannot be written.
 pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Result<()> {
     let unknown = context.state().owner_resolver.unknown_among(ids);
     for some in unknown.chunks(MAX_BATCH) {
@@ -222,7 +220,7 @@ pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Re
     Ok(())
 }
 
-/// Finds out where the cgroups are that sessions were opened in.
+/// Starts a task that looks up the cgroups of newly opened sessions.
 pub(super) fn find_cgroups(context: &Rc<Context>) {
     let Some(ids) = context.state().owner_resolver.take_unknown() else {
         return;
@@ -235,15 +233,15 @@ pub(super) fn find_cgroups(context: &Rc<Context>) {
     });
 }
 
-/// Records that were written, once they say all that their sockets tell. Without those that have ended meanwhile, which
-/// were dealt with.
+/// Compares updated records with their sockets until they agree. Sessions that have ended meanwhile are handled and not
+/// returned.
 async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec<Tracked>> {
     let mut whole = Vec::new();
     for _ in 0..MAX_COMPARISONS {
         if written.is_empty() {
             break;
         }
-        // A packet that is in the hook may not be counted by its socket yet.
+        // The socket may not have counted a packet yet that is still in the hook.
         ask::wait_for_programs(context).await;
         let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
         for (cookie, session) in std::mem::take(&mut written) {
@@ -273,18 +271,18 @@ async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec
     Ok(whole)
 }
 
-/// What became of a session's record when it was compared with its socket.
+/// The result of comparing a session's record with its socket.
 pub(super) enum CaughtUp {
-    /// It says what the socket says.
+    /// The record agrees with the socket.
     Agrees(Session),
-    /// It did not, and was written.
+    /// The record differed and was updated.
     Written(Session),
-    /// The session has ended, and was dealt with.
+    /// The session has ended and was handled.
     Ended,
 }
 
 impl State {
-    /// Notes where a cgroup is and what is above it.
+    /// Notes the path and the ancestors of a cgroup.
     fn note_cgroup(&mut self, cgroup: Cgroup) -> Result<()> {
         let id = cgroup.id;
         self.owner_resolver.note(cgroup);
@@ -296,8 +294,8 @@ impl State {
         Ok(())
     }
 
-    /// The owner of a session cannot be found: it is looked for again, and until then the session has the limits
-    /// of the first rule that could be meant.
+    /// Handles a session whose owner cannot be resolved: the search is repeated later. Until then the session has the
+    /// limits of the first rule that could match it, and when it is past them, that rule decides.
     fn go_on_without_owner(&mut self, cookie: u64, session: &Session) -> Result<()> {
         let now_ns = monotonic_ns();
         let open = Session {
@@ -321,24 +319,24 @@ impl State {
         Ok(())
     }
 
-    /// Puts the owner of a session, and the rule that is then its own, into the session map. What is returned is
-    /// scheduled without a time, and to be compared with its socket before it is judged. None, after it was
-    /// dealt with, where the session is not to be judged now.
+    /// Writes the owner of a session, and the rule that results, into the session table. The returned session is
+    /// scheduled without a due time and must be compared with its socket before it is judged. Returns `None` if the
+    /// session must not be judged now; it is then already handled.
     fn set_owner(
         &mut self,
         cookie: u64,
         session: &Session,
         owner: Owner,
     ) -> Result<Option<Tracked>> {
-        // The record may say more by now.
+        // The record may have changed meanwhile.
         let Some(session) = self.still_there(cookie, session)? else {
-            // It has ended, and its event is still to be read.
+            // It has ended; its event was not read yet.
             self.tracker.rearm(cookie, monotonic_ns() + RETRY_NS);
             return Ok(None);
         };
         let mut resolved = Session {
             owner,
-            // The gate has not looked at it under the rule to be found, which is not that of before.
+            // The gate has not checked it under the new rule.
             open_until_ns: 0,
             generation: 0,
             ..session
@@ -352,7 +350,7 @@ impl State {
             self.forget(cookie);
             return Ok(None);
         }
-        // From here on its end is counted, whoever sees it.
+        // From here on its end is counted as closed, so its opening is counted too.
         if session.generation == 0 {
             self.records.metrics.opened(usize::from(rule));
         }
@@ -360,7 +358,7 @@ impl State {
         Ok(Some((cookie, resolved)))
     }
 
-    /// Compares the record of a session with what its socket said, and writes it where they differ.
+    /// Compares the record of a session with its socket, and updates the record if they differ.
     pub(super) fn catch_up(
         &mut self,
         cookie: u64,
@@ -368,10 +366,10 @@ impl State {
         answer: Answer,
     ) -> Result<CaughtUp> {
         let mut session = *session;
-        let socket = match answer {
-            Answer::Known(socket, _) => socket.filter(|socket| !socket.is_mini),
+        let (socket, at_ns) = match answer {
+            Answer::Known(socket, at_ns) => (socket.filter(|socket| !socket.is_mini), at_ns),
             Answer::Locked => {
-                // Its process is just using it.
+                // A locked socket is in use.
                 return Ok(if self.count_as_active(cookie, &mut session)? {
                     CaughtUp::Agrees(session)
                 } else {
@@ -384,14 +382,10 @@ impl State {
             self.release(cookie, &session)?;
             return Ok(CaughtUp::Ended);
         };
-        // Read after the socket has told: what passes in between is in the record alone.
+        // Read after the socket was queried: activity in between is only in the record.
         let Some(now) = self.still_there(cookie, &session)? else {
             self.forget(cookie);
             return Ok(CaughtUp::Ended);
-        };
-        let at_ns = match answer {
-            Answer::Known(_, at_ns) => at_ns,
-            Answer::Locked => monotonic_ns(),
         };
         let limits = self.rule_set.rule(now.rule).map(|rule| rule.limits);
         let caught_up = adopt::caught_up(&now, &socket, limits.as_ref(), at_ns, self.lag_ns);
@@ -405,10 +399,10 @@ impl State {
         Ok(CaughtUp::Ended)
     }
 
-    /// Counts a session as active at this moment: later than any packet that was not stamped, so never
-    /// early. Whether it is in the map then, as `session` says.
+    /// Counts a session as active at this moment. That is later than any packet that was not stamped, so the session
+    /// does not end early. Returns whether the session still exists, and updates `session`.
     pub(super) fn count_as_active(&mut self, cookie: u64, session: &mut Session) -> Result<bool> {
-        // Before the record is read: what is stamped after that is later, and stays.
+        // Taken before the record is read; later stamps are higher and are kept.
         let now_ns = monotonic_ns();
         let Some(found) = self.still_there(cookie, session)? else {
             return Ok(false);

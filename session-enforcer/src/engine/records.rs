@@ -1,5 +1,4 @@
-//! What people see: audit records, counters, and what is wrong now. A termination is recorded and counted
-//! in one place.
+//! Audit records, metrics and health. A termination is recorded and counted in one place.
 
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use crate::{
     },
 };
 
-/// The audit, the metrics and the health.
+/// Audit, metrics and health.
 pub(super) struct Records {
     pub(super) audit: Audit,
     pub(super) metrics: Metrics,
@@ -25,7 +24,7 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Notes whether records are lost.
+    /// Updates the health if audit records are being lost.
     pub(super) fn note_audit(&mut self) {
         let what = self.audit.is_failing().then_some(
             "audit records are lost, they cannot be written; the log says why, and that they are \
@@ -34,21 +33,21 @@ impl Records {
         self.health.set(DegradedCause::Audit, what);
     }
 
-    /// Records that the enforcement begins, under this policy.
+    /// Records the start of enforcement under this policy.
     pub(super) fn started(&mut self, config: &Config) {
         self.audit.started();
         self.policy_loaded(config, None);
         self.audit.flush();
     }
 
-    /// Writes the record of a termination and counts it: the one place where either is done. The receipt is
-    /// dropped when the record is written.
+    /// Writes the audit record of a termination and counts it. No other function does either. The receipt is dropped
+    /// when the record is written.
     pub(super) fn termination(&mut self, termination: &Termination<'_>, receipt: Option<Receipt>) {
         self.audit.termination(termination, receipt);
         self.metrics.ended(termination);
     }
 
-    /// Records that a policy is in force, and who asked for that.
+    /// Records that a policy came into force, and who requested it.
     pub(super) fn policy_loaded(&mut self, config: &Config, by: Option<RequestedBy<'_>>) {
         let names: Vec<String> = config.rules.iter().map(|rule| rule.name.clone()).collect();
         self.audit.policy_loaded(config.mode, &names, by);
@@ -56,7 +55,7 @@ impl Records {
 }
 
 impl State {
-    /// Records what became of a session.
+    /// Records the outcome for a session.
     pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
         let outcome = end.outcome();
         let place = match outcome {
@@ -77,7 +76,7 @@ impl State {
             session,
             rule: &rule.name,
             reason: expired.reason,
-            // The rule may say something else by now.
+            // The mode at the time of the decision; the rule may have another mode now.
             mode: match outcome {
                 Outcome::Observed => Mode::Observe,
                 _ => Mode::Enforce,
@@ -107,7 +106,7 @@ impl State {
         }
     }
 
-    /// Records a session that was gone when it was to be destroyed.
+    /// Records a session that was already gone when it should have been reset.
     pub(super) fn record_gone(&mut self, expired: &Expired) {
         self.record(expired, monotonic_ns(), End::Gone);
     }

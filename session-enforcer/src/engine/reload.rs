@@ -1,4 +1,4 @@
-//! A policy comes into force: the first one, and those that follow.
+//! Activation of policies: the first one and reloads.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -29,10 +29,10 @@ use crate::{
     report::audit::{RequestedBy, Requester},
 };
 
-/// What a change of the policy did to the sessions.
+/// The effect of a policy change on the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Redecided {
-    /// Sessions that are tracked on.
+    /// Sessions that are still tracked.
     pub(super) kept: usize,
     /// Sessions that were tracked and that no rule matches any more.
     pub(super) released: usize,
@@ -40,7 +40,7 @@ pub(super) struct Redecided {
     pub(super) expired: usize,
 }
 
-/// Asks for the numbers of the users that a configuration names.
+/// Queries the uids of the user names in a configuration.
 pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users {
     let names = config.rules.iter().flat_map(|rule| &rule.users);
     let names = names.filter_map(|user| match user {
@@ -70,12 +70,12 @@ pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users 
     users
 }
 
-/// Puts another policy into force, and decides anew about every session that is tracked. The record names who asked.
+/// Activates another policy and redecides every tracked session. The audit record names the requester.
 ///
 /// # Errors
 ///
-/// Where there are too many rules, a user is not there, or the kernel refuses; nothing has changed then. Also
-/// where the session map cannot be read.
+/// Fails if there are too many rules, a user does not exist, or the kernel refuses the policy; nothing has changed
+/// then. Also fails if the session table cannot be read.
 pub(super) async fn change_policy(
     context: &Rc<Context>,
     config: &Config,
@@ -86,7 +86,7 @@ pub(super) async fn change_policy(
     {
         let mut state = context.state();
         let (asked, asks) = (state.datapath.notes_owners(), config.asks_owner());
-        // Before there is a rule for it: what is made from then on is noted.
+        // Attached before a rule needs it, so that the owners of all new sockets are recorded.
         state.datapath.note_owners(asked || asks, &context.cgroup)?;
         let before = state.put_policy(config, &users);
         let asks = if before.is_ok() { asks } else { asked };
@@ -110,12 +110,11 @@ pub(super) async fn change_policy(
     redecided
 }
 
-/// Has the programs leave packets alone that no rule in force can be about, once it was decided about the sessions of
-/// the policy before.
+/// Activates the packet filter of the active rules, after the sessions of the previous policy were redecided.
 ///
 /// # Errors
 ///
-/// Where a map cannot be read or written.
+/// Fails if a map cannot be read or written.
 pub(super) async fn narrow_ports(context: &Rc<Context>) -> Result<()> {
     let (mut narrowing, cookies) = {
         let state = context.state();
@@ -128,12 +127,11 @@ pub(super) async fn narrow_ports(context: &Rc<Context>) -> Result<()> {
     Ok(context.state().datapath.narrow_ports(&narrowing)?)
 }
 
-/// Adopts the connections that no rule matched before the policy changed. Those that are past a
-/// limit are so by the change.
+/// Adopts connections that no rule of the previous policy matched. Those past a limit are late by the policy change.
 ///
 /// # Errors
 ///
-/// As [`sync`].
+/// See [`sync`].
 pub(super) async fn adopt_by_change(context: &Rc<Context>) -> Result<usize> {
     let aim = Aim {
         adopts: true,
@@ -144,7 +142,7 @@ pub(super) async fn adopt_by_change(context: &Rc<Context>) -> Result<usize> {
     Ok(sync(context, aim).await?.adopted)
 }
 
-/// Those that are late now are made due, and ended by the passes that follow.
+/// Redecides all sessions. Late ones become due, and the following passes terminate them.
 async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
     let mut redecided = Redecided::default();
     let cookies = context.state().datapath.cookies()?;
@@ -178,7 +176,7 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
     }
     let asked = open.len();
     let resolved = owner_search::resolve(context, open).await?;
-    // Those that have ended meanwhile.
+    // Sessions that have ended meanwhile.
     redecided.released += asked - resolved.len();
     for (cookie, session) in resolved {
         let mut state = context.state();
@@ -190,11 +188,11 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
     Ok(redecided)
 }
 
-/// Decides anew about the sessions of these cgroups and of those below; how many.
+/// Redecides the sessions of these cgroups and their descendants; returns their number.
 ///
 /// # Errors
 ///
-/// Where the session map cannot be read or written.
+/// Fails if the session table cannot be read or written.
 pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Result<usize> {
     let cookies = context.state().datapath.cookies()?;
     let mut open = Vec::new();
@@ -223,11 +221,11 @@ pub(super) async fn redecide_below(context: &Rc<Context>, cgroups: &[u64]) -> Re
 }
 
 impl State {
-    /// Puts the rules of a configuration into force, whole or not at all; the policy before.
+    /// Activates the rules of a configuration completely or not at all; returns the previous policy.
     ///
     /// # Errors
     ///
-    /// Where there are too many rules, a user is not there, or the kernel refuses.
+    /// Fails if there are too many rules, a user does not exist, or the kernel refuses the policy.
     pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleSet> {
         let found = self.owner_resolver.resolve(config, users)?;
         let next = self.rule_set.next(config, &found.owners)?;
@@ -241,8 +239,8 @@ impl State {
         Ok(std::mem::replace(&mut self.rule_set, next))
     }
 
-    /// Writes the rules of sessions into their records, where they are of the policy before: there the programs count
-    /// them.
+    /// Writes the rules of sessions into records that still have the previous policy, because the programs count
+    /// sessions by the rule in the record.
     pub(super) fn write_rules(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
         let generation = self.rule_set.generation;
         sessions.retain_mut(|(_, session)| {
@@ -257,13 +255,13 @@ impl State {
         Ok(self.datapath.decide(&sessions)?)
     }
 
-    /// Whether a reaper or a sync has the session.
+    /// Whether a reaper or a sync is handling the session.
     fn is_in_other_hands(&self, cookie: u64, session: &Session) -> bool {
         let phase = self.tracker.phase(cookie, session);
         phase.is_some_and(Phase::is_in_other_hands)
     }
 
-    /// Counts what became of a session; one that is late is made due.
+    /// Counts the result for a session; a late one becomes due.
     fn note_redecided(&mut self, redecided: &mut Redecided, cookie: u64, expired: Option<Expired>) {
         match expired {
             Some(expired) => {
@@ -287,7 +285,7 @@ impl State {
         self.tracker.rearm(expired.cookie, 0);
     }
 
-    /// Moves a session to the rule that is now its own, without a time.
+    /// Moves a session to its current rule, without a due time.
     fn reschedule(&mut self, cookie: u64, session: &Session) {
         let before = self.tracker.group(cookie).map(|group| group.rule);
         let rule = self.provisional_rule(session).or(before);

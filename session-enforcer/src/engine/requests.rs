@@ -1,5 +1,5 @@
-//! What is asked over the control socket, as far as only the engine knows or may do it. Each answer takes little
-//! time: whoever lists sessions reads their table on another thread.
+//! Requests of the control socket that need the engine. Each answer is quick: session lists are read from the table on
+//! another thread.
 
 use std::rc::Rc;
 
@@ -28,7 +28,7 @@ use crate::{
     },
 };
 
-/// Answers a request, all but a reload. A client that has gone needs no answer.
+/// Answers a request other than a reload. A failed send means that the client has gone and needs no handling.
 pub(super) fn answer(
     context: &Rc<Context>,
     reload: &Reload,
@@ -51,7 +51,7 @@ pub(super) fn answer(
             context.wake.notify_one();
         }
         Request::Events(reply) => drop(reply.send(state.records.audit.subscribe())),
-        // The loop has begun it.
+        // The loop has started it.
         Request::Reload(_) => {}
     }
     Ok(())
@@ -91,7 +91,7 @@ impl State {
         }
     }
 
-    /// Has sessions reset now. They are due from now on, and go the way of all that are late.
+    /// Requests the reset of sessions now. They become due and are handled like all late sessions.
     fn kill(&mut self, request: &KillRequest) -> anyhow::Result<()> {
         let now_ns = monotonic_ns();
         let cookies: Vec<u64> = request.sessions.iter().map(|(cookie, _)| *cookie).collect();
@@ -109,7 +109,7 @@ impl State {
                 continue;
             };
             match self.tracker.phase(*cookie, &session) {
-                // The kernel's report of its end is still to come.
+                // It was reset already; the kernel's report of its end is outstanding.
                 Some(Phase::Reset) => {
                     tell(KillResult::Gone);
                     continue;
@@ -130,19 +130,19 @@ impl State {
 
     fn make_due_by_request(&mut self, cookie: u64, session: &Session) {
         if let Some(tried) = self.tracker.tried(cookie, session) {
-            // That it fails again is recorded again, with who asked.
+            // Cleared so that another failure is recorded again, with the name of the requester.
             tried.error = None;
         }
         let phase = self.tracker.phase(cookie, session);
         if self.tracker.contains(cookie) {
             self.tracker.hasten(cookie, 0);
         } else if !phase.is_some_and(Phase::is_in_other_hands) {
-            // Its opening was lost.
+            // Its opening event was lost.
             self.tracker.add(cookie, group_of(session), 0);
         }
     }
 
-    /// A session that somebody has asked to be reset, whatever its rule says of it.
+    /// The decision about a session that a client has asked to be reset, regardless of its limits.
     pub(super) fn late_by_request(
         &self,
         cookie: u64,

@@ -1,4 +1,4 @@
-//! The policy in force: the rules by their ids, and the match table. Pure.
+//! The active policy: the rules by their ids, and the match table. Pure.
 
 use session_enforcer_common::{
     Ancestors, Expiry, Facts, Limits, MAX_MATCH_ENTRIES, MAX_RULES, MatchEntry, RULE_EXEMPT,
@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::config::{Config, Mode, Owners, Rule};
 
-/// More names of rules than there are rule ids.
+/// There are more rule names than rule ids.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "more than {MAX_RULES} names of rules since the daemon started, each of which keeps its \
@@ -16,7 +16,7 @@ use crate::config::{Config, Mode, Owners, Rule};
 )]
 pub struct TooManyRules;
 
-/// A rule with what is worked out from it once.
+/// A rule with its computed limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ActiveRule {
     pub(super) name: String,
@@ -39,26 +39,26 @@ impl ActiveRule {
     }
 }
 
-/// One policy. A rule keeps its id, the number by which kernel, sessions and counters know it,
-/// under its name: from one policy to the next it is the same rule, whatever changes in it.
+/// One policy. A rule keeps its id, by which kernel, sessions and counters identify it, as long as its name stays the
+/// same.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RuleSet {
-    /// By rule id. Rules that are no more keep theirs, for their counters.
+    /// By rule id. Removed rules keep their ids for their counters.
     pub(super) rules: Vec<ActiveRule>,
     /// The match table.
     pub(super) entries: Vec<MatchEntry>,
-    /// Whether the rules ask for owners, those who are not there too.
+    /// Whether any rule names owners, including owners that do not exist.
     pub(super) asks_owner: bool,
-    /// The ids of the rules, in the order of the configuration.
+    /// The ids of the configured rules, in the order of the configuration.
     rule_ids: Vec<u16>,
-    /// Counts the policies.
+    /// Number of the policy.
     pub(super) generation: u32,
-    /// Of the hash for the jitter.
+    /// Key of the hash for the jitter.
     jitter_key: u64,
 }
 
 impl RuleSet {
-    /// No policy yet; the first one follows this generation.
+    /// An empty policy; the first real policy gets the generation after this one.
     pub(super) fn after(generation: u32, jitter_key: u64) -> Self {
         Self {
             generation,
@@ -71,7 +71,7 @@ impl RuleSet {
     ///
     /// # Errors
     ///
-    /// Where there are more rules, with those that are no more, than ids.
+    /// Fails if there are more rule names, including those of removed rules, than ids.
     pub fn next(&self, config: &Config, owners: &Owners) -> Result<Self, TooManyRules> {
         let generation = self.generation.wrapping_add(1).max(1);
         let mut rules = self.rules.clone();
@@ -105,7 +105,7 @@ impl RuleSet {
         Ok(next)
     }
 
-    /// Fills the match table anew, where the rules are the same and the owners are found elsewhere.
+    /// Rebuilds the match table for the same rules with new owner ids.
     pub(super) fn set_owners(&mut self, config: &Config, owners: &Owners) {
         let with_rule_id = |entry: MatchEntry| MatchEntry {
             rule: self
@@ -117,20 +117,20 @@ impl RuleSet {
         };
         let mut entries = config.match_entries(owners);
         if entries.len() > MAX_MATCH_ENTRIES as usize {
-            // What the configuration was admitted with always fits.
+            // The configuration was accepted only because it fits without former ids.
             entries = config.match_entries(&owners.without_former());
         }
         self.entries = entries.into_iter().map(with_rule_id).collect();
     }
 
-    /// The rule of a session; none where no rule matches it any more, or an exempting one does. `ancestors` tells
-    /// the cgroups above one. Where it does not any more, what was decided before stands.
+    /// The rule of a session; `None` if no rule, or an exempting entry, matches it. `ancestors` looks up the ancestors
+    /// of a cgroup. If they are not known any more, the earlier decision stays.
     pub fn rule_of(
         &self,
         session: &Session,
         ancestors: impl Fn(u64) -> Option<Ancestors>,
     ) -> Option<u16> {
-        // A damaged record may name a rule that there is none of: then it is matched again.
+        // A corrupt record may have an invalid rule id; it is matched again.
         if session.generation == self.generation && self.rule(session.rule).is_some() {
             return Some(session.rule);
         }
@@ -152,8 +152,8 @@ impl RuleSet {
         (entry.rule != RULE_EXEMPT).then_some(entry.rule)
     }
 
-    /// Whether it takes more than is known of the session to find its rule. So it does for each that was
-    /// never decided about, whatever the rules ask for by now.
+    /// Whether the session's owner must be resolved to find its rule. This is always the case for a session that is
+    /// still undecided, even if no rule names owners any more.
     pub(super) fn needs_owner_of(&self, session: &Session) -> bool {
         let is_unknown = self.asks_owner && !session.owner.is_known();
         session.generation == 0 || is_unknown && session.generation != self.generation
@@ -173,7 +173,7 @@ impl RuleSet {
         })
     }
 
-    /// Whether this policy lets the session live whatever its limits.
+    /// Whether the session's rule only observes under this policy.
     pub(super) fn only_observes(
         &self,
         session: &Session,
@@ -184,17 +184,17 @@ impl RuleSet {
             .is_some_and(|rule| rule.mode == Mode::Observe)
     }
 
-    /// The rule of an id.
+    /// The rule with this id.
     pub(super) fn rule(&self, rule_id: u16) -> Option<&ActiveRule> {
         self.rules.get(usize::from(rule_id))
     }
 
-    /// The limits by rule id.
+    /// The limits of all rules, by rule id.
     pub(super) fn limits_of_rules(&self) -> Vec<Limits> {
         self.rules.iter().map(|rule| rule.limits).collect()
     }
 
-    /// The names and modes by rule id.
+    /// The names and modes of all rules, by rule id.
     pub(super) fn names(&self) -> Vec<(String, Mode)> {
         let name = |rule: &ActiveRule| (rule.name.clone(), rule.mode);
         self.rules.iter().map(name).collect()
@@ -307,7 +307,7 @@ mod tests {
         let same = next(&first, &rules("one")).unwrap();
         assert_eq!(same.rule_of(&of(1), nobody), Some(rule_id));
         assert_eq!(same.rule_of(&of(1), no_ancestors), None);
-        // Without an earlier decision, or where its rule is no more: the first that could be meant.
+        // Without an earlier decision, or if its rule was removed: the first rule that could match.
         assert_eq!(same.rule_of(&of(0), nobody), Some(rule_id));
         let other = next(&first, &rules("other")).unwrap();
         assert_eq!(other.rule_of(&of(1), nobody), Some(other.rule_ids[1]));
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(second.rule_of(&session(1, 0, 1), no_ancestors), Some(2));
         assert_eq!(second.rule_of(&session(2, 1, 1), no_ancestors), None);
         assert_eq!(second.rule_of(&session(3, 0, 1), no_ancestors), None);
-        // Of the policy in force the kernel's word stands.
+        // A rule that the kernel chose under the active policy is kept.
         assert_eq!(second.rule_of(&session(1, 1, 2), no_ancestors), Some(1));
     }
 

@@ -1,5 +1,5 @@
-//! What the engine knows, and what it does about it at once: events, sessions that are due, requests of the
-//! HTTP server. What takes a reaper is begun elsewhere.
+//! The engine's state and the actions that need no reaper: events, due sessions, HTTP requests. Tasks in other modules
+//! do what takes a reaper.
 
 use std::collections::HashMap;
 
@@ -32,78 +32,78 @@ use crate::{
     },
 };
 
-/// Sessions that one pass looks at before other work has its turn: some 10 ms, where none is late.
+/// Maximum number of sessions in one pass before other work gets its turn: about 10 ms if none is late.
 pub(super) const MAX_PASS: usize = 8 * MAX_BATCH;
 
-/// When a session that could not be looked at is tried again.
+/// Retry interval for a session whose check failed.
 pub(super) const RETRY_NS: u64 = 10_000_000_000;
 
-/// How long after a FIN or RST the daemon looks whether a session has ended that the kernel does
-/// not report: a few round trips. Also how long it waits for the report of a reset.
+/// Delay between a FIN or RST and the check whether an unreported session has ended: a few round trips. Also the time
+/// to wait for the report of a reset.
 pub(super) const RECHECK_NS: u64 = 200_000_000;
 
-/// What a [`State`] is made of.
+/// The parts from which a [`State`] is built.
 pub struct Parts {
-    /// The programs, loaded.
+    /// The loaded programs.
     pub datapath: Datapath,
-    /// The audit's writer.
+    /// The audit writer.
     pub audit: Audit,
-    /// Every metric.
+    /// All metrics.
     pub metrics: Metrics,
-    /// Whose sessions are.
+    /// Resolves session owners (users, cgroups).
     pub owner_resolver: OwnerResolver,
-    /// How far the kernel's time stamps may lag behind the events.
+    /// By how much the kernel's time stamps may lag behind the events.
     pub lag_ns: u64,
-    /// The daemon's own network namespace.
+    /// Cookie of the daemon's own network namespace.
     pub own_netns: u64,
 }
 
-/// What the engine knows.
+/// The engine's state.
 pub(super) struct State {
     pub(super) datapath: Datapath,
     pub(super) records: Records,
     pub(super) owner_resolver: OwnerResolver,
     pub(super) lag_ns: u64,
     pub(super) rule_set: RuleSet,
-    /// The change of the policy that is under way.
+    /// The policy change in progress.
     pub(super) change: Option<Change>,
     pub(super) tracker: Tracker,
     pub(super) backlog: Backlog,
     pub(super) handles: Handles,
     pub(super) hanging: Hanging,
-    /// Whether the kernel was found to have no `SOCK_DESTROY`.
+    /// Whether the kernel was found to lack `SOCK_DESTROY`.
     pub(super) has_no_destroy: bool,
-    /// Whether sessions that are due are ended: from the attachment on.
+    /// Whether due sessions are terminated; true from the attachment on.
     pub(super) is_enforcing: bool,
-    /// Sessions whose owner has to be found before they are judged.
+    /// Sessions whose owner must be resolved before they are judged.
     pub(super) without_owner: Vec<(u64, Session)>,
-    /// Sessions that are only observed, and late unless their sockets have taken or sent payload that is waited for.
+    /// Observed sessions that are late unless their sockets confirm a candidate.
     pub(super) candidates: Vec<Expired>,
-    /// Sessions whose end the kernel does not report, and that may have ended.
+    /// Sessions that may have ended without a report of the kernel.
     pub(super) maybe_ended: Vec<MaybeEnded>,
-    /// Events that the kernel could not deliver, as far as they were made up for.
+    /// Number of lost events for which the repair was done.
     repaired_losses: u64,
-    /// Who waits for the metrics.
+    /// Clients that wait for the metrics.
     pub(super) scrapes: Vec<Scrape>,
-    /// Sessions that end soon, whose holders are to be looked for.
+    /// Sessions that end soon and whose holders must be searched for.
     pub(super) ending: Vec<u64>,
-    /// Who holds those for which that was done.
+    /// The holders that were found.
     pub(super) holdings: HashMap<u64, Holding>,
-    /// Sessions that somebody has asked to be reset.
+    /// Sessions that a client has asked to be reset.
     pub(super) kills: Kills,
-    /// When the policy in force came into force.
+    /// When the active policy came into force.
     pub(super) in_force_since_ns: u64,
 }
 
-/// Sessions are decided about anew by another policy.
+/// A policy change in progress.
 pub(super) struct Change {
-    /// The policy before.
+    /// The previous policy.
     pub(super) before: RuleSet,
-    /// When the other came into force.
+    /// When the new policy came into force.
     pub(super) at_ns: u64,
 }
 
-/// A session whose socket is looked for: it may have ended without a report.
+/// A session whose socket is queried, because it may have ended without a report.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MaybeEnded {
     pub(super) cookie: u64,
@@ -111,19 +111,19 @@ pub(super) struct MaybeEnded {
     pub(super) cause: Cause,
 }
 
-/// Why a socket is looked for.
+/// Why a socket is queried.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Cause {
-    /// Its end would not be reported.
+    /// The kernel does not report the session's end.
     Unreported,
-    /// The same, and the session is to be recorded if it is there: it is late, and only observed.
+    /// As above; if the socket exists, the session is late and must be recorded (its rule only observes).
     Observed(Expired),
-    /// The kernel did not find it when it was to be reset.
+    /// The kernel did not find the socket when the session should have been reset.
     NotFound(Expired),
 }
 
 impl State {
-    /// Without rules and sessions yet.
+    /// A state without rules and sessions.
     pub(super) fn new(parts: Parts) -> Self {
         let Parts {
             datapath,
@@ -133,7 +133,7 @@ impl State {
             lag_ns,
             own_netns,
         } = parts;
-        // The generations go on: a session of an earlier daemon must not seem to be of this one.
+        // Continues the earlier daemon's generations, so that none of its sessions seems to be of this daemon's policy.
         let rule_set = RuleSet::after(datapath.inherited_generation(), boot::key());
         Self {
             datapath,
@@ -164,7 +164,7 @@ impl State {
         }
     }
 
-    /// The status line of the service.
+    /// The status line for the service manager.
     pub(super) fn standing(&self, config: &Config) -> String {
         let standing = Standing {
             mode: config.mode,
@@ -177,27 +177,33 @@ impl State {
         standing.line()
     }
 
+    /// The time of the next sync; none while there must be none.
+    pub(super) fn next_sync_ns(&self) -> Option<u64> {
+        let next_ns = self.backlog.next_sync_ns(self.has_room());
+        next_ns.filter(|_| self.is_enforcing && !self.hanging.is_diag_blocked)
+    }
+
     pub(super) fn has_room(&self) -> bool {
         self.tracker.len() < self.datapath.common_capacity()
     }
 }
 
-/// Whose sessions are, and which rule is theirs.
+/// Owners and rules of sessions.
 impl State {
-    /// The cgroups above one, the kernel's word first: it remembers those that are no more. None of one that
-    /// has gone and is remembered by nobody.
+    /// The ancestors of a cgroup. The kernel's map comes first, since it may still have removed cgroups. Returns `None`
+    /// if a removed cgroup is not known any more.
     pub(super) fn ancestors_of(&self, cgroup_id: u64) -> Option<Ancestors> {
         let known = self.datapath.ancestors(cgroup_id).ok().flatten();
         known.or_else(|| self.owner_resolver.ancestors(cgroup_id))
     }
 
-    /// The rule of a session; none where no rule matches it any more, or an exempting one does.
+    /// The rule of a session; `None` if no rule, or an exempting entry, matches it.
     pub(super) fn rule_of(&self, session: &Session) -> Option<u16> {
         self.rule_set.rule_of(session, |id| self.ancestors_of(id))
     }
 
-    /// The same as far as it is known now: of a session whose owner is still to be found, a rule
-    /// that there is.
+    /// The rule of a session as far as it is known. A session whose owner must still be resolved gets an arbitrary
+    /// valid rule.
     pub(super) fn provisional_rule(&self, session: &Session) -> Option<u16> {
         if self.rule_set.needs_owner_of(session) {
             return Some(0);
@@ -205,8 +211,8 @@ impl State {
         self.rule_of(session)
     }
 
-    /// When the change of the policy that is under way made a session late, which is past its limit since
-    /// `reached_ns`: by the policy before it would live, within its limits, or only observed.
+    /// Returns the time of the policy change in progress if that change made the session late: the session had reached
+    /// its new limit before the change, and the previous policy would have let it live or only observed it.
     fn late_by_change(
         &self,
         session: &Session,
@@ -227,9 +233,9 @@ impl State {
     }
 }
 
-/// Events of the datapath.
+/// Events of the kernel programs.
 impl State {
-    /// Takes in what the kernel reports.
+    /// Handles an event.
     pub(super) fn handle(&mut self, kind: EventKind, event: &Event) {
         match kind {
             EventKind::Opened => self.opened(event),
@@ -241,10 +247,10 @@ impl State {
         }
     }
 
-    /// The gate refused payload of a session: it is due, whatever the schedule says.
+    /// The gate has dropped payload of the session, so it is due regardless of the schedule.
     fn gate_refused(&mut self, event: &Event) {
         match self.tracker.phase_of_cookie(event.cookie) {
-            // Somebody is about it, or it stands behind the gate until it is tried again.
+            // A reaper has it, or its reset has failed and it waits behind the gate for its next attempt.
             Some(Phase::Tried(tried)) if tried.error.is_some() => return,
             Some(phase) if phase.is_in_other_hands() => return,
             _ => {}
@@ -253,7 +259,7 @@ impl State {
             self.tracker.hasten(event.cookie, 0);
             return;
         }
-        // Its opening was lost, or it has ended since: its record tells.
+        // The opening event was lost, or the session has ended since; its record shows which.
         self.tracker.add(event.cookie, group_of_event(event), 0);
     }
 
@@ -269,11 +275,11 @@ impl State {
                 &rule.limits,
             )
         } else {
-            // Of an earlier policy: it is decided about anew.
+            // Opened under an earlier policy: due at once, to be decided anew.
             0
         };
         if due_ns == 0 && self.tracker.contains(event.cookie) {
-            // It was decided about when the policy changed.
+            // It was already decided when the policy changed.
             self.tracker.hasten(event.cookie, due_ns);
             return;
         }
@@ -281,15 +287,15 @@ impl State {
             .add(event.cookie, group_of_event(event), due_ns);
     }
 
-    /// Forgets a session that has ended. One whose reset has no answer was reset by the daemon or has ended
-    /// by itself: nobody knows.
+    /// Removes a session that has ended. If its reset has no answer, it is recorded as gone, because the reset may or
+    /// may not have ended it.
     pub(super) fn forget(&mut self, cookie: u64) {
         let netns_cookie = self.tracker.group(cookie).map(|group| group.netns_cookie);
         if let Some(expired) = self.tracker.unrecorded(cookie) {
             self.record_gone(&expired);
         }
         self.tracker.forget(cookie);
-        // The record of a session that is being reset comes later.
+        // If a reset is outstanding, its record still needs these.
         if self.tracker.phase_of_cookie(cookie).is_none() {
             if !self.holdings.is_empty() {
                 self.holdings.remove(&cookie);
@@ -301,27 +307,27 @@ impl State {
         }
     }
 
-    /// A handle keeps its namespace alive: that of one without sessions is given up.
+    /// Drops the handle of a namespace without sessions; a handle keeps its namespace alive.
     pub(super) fn give_up_if_unused(&mut self, netns_cookie: u64) {
         if !self.tracker.has_sessions_in(netns_cookie) {
             self.handles.give_up(netns_cookie);
         }
     }
 
-    /// The record of a session as it is now, if the session is there still.
+    /// The current record of the session, if the session still exists.
     pub(super) fn still_there(&self, cookie: u64, session: &Session) -> Result<Option<Session>> {
         let is_same = |now: &Session| now.established_ns == session.established_ns;
         Ok(self.datapath.session(cookie)?.filter(is_same))
     }
 
-    /// Lets go of a session: takes it out of the session map, where the kernel does not. One that was
-    /// never decided about was not counted as opened, and is not as closed.
+    /// Removes a session from the session table and stops tracking it. An undecided session was not counted as opened,
+    /// so it is not counted as closed.
     pub(super) fn release(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        // The rule in the record may be one of an earlier daemon's.
+        // The rule in the record may belong to an earlier daemon.
         let group = self.tracker.group(cookie);
         let rule = group.map_or(session.rule, |group| group.rule);
         let removed = self.datapath.remove(cookie, session.established_ns)?;
-        // Before the attachment, what an earlier daemon has counted as opened is not this one's to count.
+        // Before the attachment, openings were counted by the earlier daemon.
         if removed && session.generation != 0 && self.is_enforcing {
             self.records.metrics.removed(usize::from(rule));
         }
@@ -329,13 +335,13 @@ impl State {
         Ok(())
     }
 
-    /// Removes a session that ended without the kernel's report.
+    /// Removes a session that ended without a report of the kernel.
     pub(super) fn drop_stale(&mut self, cookie: u64, session: &Session) -> Result<()> {
         self.records.metrics.repaired(Repair::Stale);
         self.release(cookie, session)
     }
 
-    /// Makes up for what the kernel programs could not do.
+    /// Repairs what the kernel programs could not do.
     pub(super) fn repair(&mut self) -> Result<()> {
         self.backlog.refused = self.datapath.error_count(ErrorKind::MapFull)?;
         self.backlog.refused_by_rules = self.datapath.error_count(ErrorKind::RuleFull)?;
@@ -343,8 +349,8 @@ impl State {
         self.repair_lost_events()
     }
 
-    /// Makes up for events that the kernel could not deliver: schedules what is in the session map
-    /// and not in the schedule. What has closed is found by the comparison that follows.
+    /// Repairs lost events: schedules the sessions that are in the table but not in the schedule. The sync that follows
+    /// finds sessions that have closed.
     fn repair_lost_events(&mut self) -> Result<()> {
         let lost = self.datapath.error_count(ErrorKind::EventLost)?;
         if lost == self.repaired_losses {
@@ -361,7 +367,7 @@ impl State {
                 continue;
             }
             if let Some(session) = self.datapath.session(cookie)? {
-                // Due at once: the pass that follows works out its deadline.
+                // Due at once: the next pass computes the deadline.
                 self.tracker.add(cookie, group_of(&session), 0);
                 self.records.metrics.repaired(Repair::Unscheduled);
             }
@@ -370,7 +376,7 @@ impl State {
     }
 }
 
-/// Sessions that are due.
+/// Due sessions.
 impl State {
     /// Whether a session is due now.
     pub(super) fn is_due(&self) -> bool {
@@ -378,7 +384,7 @@ impl State {
         due_ns.is_some_and(|due_ns| due_ns <= monotonic_ns())
     }
 
-    /// Looks at up to `count` due sessions; those that are late, and how many it looked at.
+    /// Judges up to `count` due sessions. Returns those that are late, and how many were checked.
     pub(super) fn take_due(&mut self, count: usize) -> Result<(Vec<Expired>, usize)> {
         let now_ns = monotonic_ns();
         let due = self.tracker.take_due(now_ns, count);
@@ -394,15 +400,15 @@ impl State {
         Ok((late, due.len()))
     }
 
-    /// Whether the session cannot be judged before its owner is found.
+    /// Whether the session's owner must be resolved before it is judged.
     pub(super) fn needs_owner(&self, cookie: u64, session: &Session) -> bool {
         let was_reset = matches!(self.tracker.phase(cookie, session), Some(Phase::Reset));
         let is_asked_for = self.kills.of(cookie, session).is_some();
         !was_reset && !is_asked_for && self.rule_set.needs_owner_of(session)
     }
 
-    /// Decides about a session that is scheduled without a time, by its record as it was read not before
-    /// `now_ns`. One that lives is re-armed here.
+    /// Judges a session that is scheduled without a due time. Its record must have been read at `now_ns` or later. A
+    /// session that lives is rescheduled here.
     pub(super) fn judge(
         &mut self,
         cookie: u64,
@@ -410,15 +416,15 @@ impl State {
         now_ns: u64,
     ) -> Result<Option<Expired>> {
         let Some(session) = session else {
-            // It has closed; its event is still to be read, or was lost.
+            // It has closed; its event was not read yet or was lost.
             self.forget(cookie);
             return Ok(None);
         };
         match self.tracker.phase(cookie, &session) {
             Some(phase) if phase.is_in_other_hands() => return Ok(None),
             Some(Phase::Reset) => {
-                // Its end was not reported: another `sock_ops` program has undone that it is, or the
-                // kernel (6.1 before 6.1.158) has said that it destroyed what it did not.
+                // Its end was not reported: another `sock_ops` program has cleared the callback flag, or the kernel
+                // (6.1 before 6.1.158) has acknowledged a `SOCK_DESTROY` that it did not do.
                 self.release(cookie, &session)?;
                 return Ok(None);
             }
@@ -442,7 +448,7 @@ impl State {
         let judged = judge(cookie, &session, (rule, &limits), phase, now_ns, by_change);
         match self.with_holder(judged) {
             Judgement::Alive { recheck_ns } => {
-                // Whatever was asked of the datapath, it was not done.
+                // If a reset was requested, it was not done.
                 self.tracker.clear_phase(cookie);
                 if session.is_shut() {
                     self.datapath.reopen(cookie, session.established_ns)?;
@@ -466,7 +472,7 @@ impl State {
         }
     }
 
-    /// Records a session that is only observed and late, if it is there.
+    /// Records a late session whose rule only observes, if its socket exists.
     pub(super) fn note_observed(&mut self, expired: &Expired) {
         if expired.session.end_is_unreported() {
             self.query_later(expired.cookie, expired.session, Cause::Observed(*expired));
@@ -484,24 +490,24 @@ impl State {
     }
 }
 
-/// What others ask.
+/// Requests of clients.
 impl State {
-    /// Answers requests of the HTTP server, all but those for the metrics.
+    /// Answers requests of the HTTP server except those for the metrics, which are queued.
     pub(super) fn answer(&mut self, requests: Vec<Request>) {
         self.records.note_audit();
         for request in requests {
-            // A client that has gone needs no answer.
+            // A send fails if the client has gone, which needs no handling.
             match request {
                 Request::Metrics(scrape) => self.scrapes.push(scrape),
                 Request::Ready(reply) => drop(reply.send(self.records.health.ready())),
                 Request::Live(reply) => drop(reply.send(())),
-                // The loop has answered those.
+                // The loop has answered these.
                 Request::Control(_) => {}
             }
         }
     }
 
-    /// Sends the metrics to all who wait for them.
+    /// Sends the metrics to all waiting clients.
     pub(super) fn answer_scrapes(&mut self, reapers: pool::Counts) {
         let scrapes = std::mem::take(&mut self.scrapes);
         if scrapes.is_empty() {
@@ -536,7 +542,7 @@ impl State {
         })
     }
 
-    /// Takes the programs out of the kernel and records that the enforcement ends.
+    /// Detaches the programs and records the end of the enforcement.
     pub(super) fn stop(&mut self) -> Result<(), BpfError> {
         self.is_enforcing = false;
         self.datapath.detach()?;
@@ -545,7 +551,7 @@ impl State {
         Ok(())
     }
 
-    /// Notes what is known to be missed.
+    /// Updates the health with what is known to be missed.
     pub(super) fn note_backlog(&mut self) {
         let has_room = self.has_room() || self.datapath.can_grow();
         for (trouble, what) in self.backlog.troubles(has_room) {

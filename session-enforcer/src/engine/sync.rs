@@ -1,10 +1,9 @@
-//! Makes session map, schedule and sockets agree: at a start, after a change of the policy, when a cgroup of
-//! the rules comes, after events were lost, and at a slow interval. What is missing is adopted, what has ended
-//! is dropped, what an earlier daemon did not stamp is brought up to date; each is counted.
+//! Makes session table, schedule and sockets agree. It runs at a start, after a policy change, when a cgroup of the
+//! rules appears, after lost events, and at an interval. Untracked connections are adopted, ended sessions are removed,
+//! and records that were not stamped are updated; each is counted. See `docs/design/sync.md`.
 //!
-//! A reaper lists the sockets, without what takes their locks. It is asked for more about single sockets: those
-//! that are to be adopted and those that were not listed. The engine takes all in bit by bit, and enforces
-//! meanwhile.
+//! A reaper lists the sockets without taking their locks, and is asked for details only of sockets to adopt and of
+//! sessions that were not listed. The engine handles the list in parts and enforces meanwhile.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -37,72 +36,71 @@ use crate::{
     report::metrics::{Repair, Untracked},
 };
 
-/// Sessions that were put into the map and are not confirmed yet. Each confirmation waits for some 10 ms.
+/// Maximum number of adopted sessions that wait for their confirmation. Each confirmation takes about 10 ms of waiting.
 const MAX_UNCONFIRMED: usize = 16_384;
 
-/// Sessions that are noted at a time, between which what is due has its turn.
+/// Number of sessions that are collected before other work gets its turn.
 const AT_ONCE: usize = 4_096;
 
-/// For how long a reaper may list without a word: first it may look at every descriptor of the host.
+/// How long a reaper may list without an answer; it may first search every descriptor of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a sync is for.
+/// What a sync does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Aim {
-    /// Whether connections that are not tracked are adopted.
+    /// Adopt connections that are not tracked.
     pub(super) adopts: bool,
-    /// Whether sessions of the map are brought up to date with their sockets: nobody has stamped them.
+    /// Update records from their sockets, because no program has stamped them.
     pub(super) catches_up: bool,
-    /// Whether what is adopted had to be tracked already.
+    /// Count adopted sessions as missed: the programs should have tracked them.
     pub(super) repairs: bool,
-    /// Whether processes and namespaces are looked for in every descriptor of the host.
+    /// Search every descriptor of the host for processes and namespaces.
     pub(super) is_thorough: bool,
-    /// Whether what is past a limit is so by the policy, which has changed.
+    /// Count adopted sessions that are past a limit as late by the policy change.
     pub(super) by_change: bool,
-    /// Whether sessions of sockets that the attachment does not cover are let go.
+    /// Release sessions of sockets outside the attached cgroup.
     pub(super) releases_others: bool,
 }
 
-/// What a sync did.
+/// The result of a sync.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Synced {
-    /// Connections that were adopted.
+    /// Number of connections adopted.
     pub(super) adopted: usize,
-    /// Sessions that were brought up to date or had ended.
+    /// Number of sessions that were updated or had ended.
     pub(super) changed: usize,
 }
 
-/// A socket that listens, and a process that holds it.
+/// A listening socket and a process that holds it.
 type Listening = (Socket, Option<Holder>);
 
-/// A sync that is under way.
+/// A sync in progress.
 struct Sync<'a> {
     context: &'a Rc<Context>,
     aim: Aim,
-    /// The number of this one; another one has begun where it is not the last.
+    /// Number of this sync; a newer sync has begun if it is not the last one.
     number: u64,
     scope: Scope,
     entries: Vec<MatchEntry>,
     limits_of_rules: Vec<Limits>,
     generation: u32,
     lag_ns: u64,
-    /// By cgroup, those above it.
+    /// Ancestors by cgroup id.
     ancestors: HashMap<u64, Ancestors>,
-    /// By namespace, sessions that were scheduled when it began and whose sockets were not listed so far.
+    /// By namespace, the sessions that were scheduled at the beginning and whose sockets were not listed yet.
     unseen: HashMap<u64, HashSet<u64>>,
-    /// The namespace whose sockets come now.
+    /// The namespace that is being listed.
     netns_cookie: u64,
     listeners: Listeners,
     wanted: Vec<Socket>,
-    /// Sessions that are in the map and not counted yet.
+    /// Sessions that were inserted and are not confirmed yet.
     unconfirmed: Vec<(u64, Session)>,
     visited: HashSet<u64>,
     is_whole: bool,
     synced: Synced,
 }
 
-/// Whether the comparison that is due now goes to every descriptor of the host: only where something is known
-/// to be wrong.
+/// The aim of a routine sync. It only searches every descriptor of the host if something is known to be wrong.
 pub(super) fn routine(state: &State) -> Aim {
     let need = state.backlog.need(state.has_room());
     Aim {
@@ -113,11 +111,11 @@ pub(super) fn routine(state: &State) -> Aim {
     }
 }
 
-/// Makes map, schedule and sockets agree. One that is under way breaks off.
+/// Makes session table, schedule and sockets agree. A sync in progress is stopped.
 ///
 /// # Errors
 ///
-/// Where the session map cannot be read or written. What cannot be listed is counted and logged instead.
+/// Fails if the session table cannot be read or written. Sockets that cannot be listed are counted and logged instead.
 pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
     let number = context.syncs.get() + 1;
     context.syncs.set(number);
@@ -166,12 +164,9 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
         }
     };
     let listed = sync.list().await;
-    // What is in the map and not counted must be, whatever has gone wrong.
+    // Sessions that were inserted must be confirmed and counted even after an error.
     let confirmed = sync.confirm().await;
-    let used = match listed.and_then(|used| confirmed.map(|()| used)) {
-        Ok(used) => used,
-        Err(error) => return Err(error),
-    };
+    let used = listed.and_then(|used| confirmed.map(|()| used))?;
     let synced = sync.synced;
     if sync.is_last() {
         let mut state = context.state();
@@ -201,8 +196,8 @@ impl Sync<'_> {
         }
     }
 
-    /// Takes in what a reaper lists; how long it has used a processor. Where it ends in the midst of that, another
-    /// one begins anew: who is told that the sync has ended takes all for adopted.
+    /// Handles the list of a reaper; returns its processor time. If the reaper ends early, another one starts the list
+    /// again, because the caller treats the end of the sync as the end of the adoption.
     async fn list(&mut self) -> Result<Duration> {
         let reach = match (self.context.all_namespaces, self.aim.is_thorough) {
             (false, _) => Reach::Own,
@@ -211,7 +206,7 @@ impl Sync<'_> {
         };
         let is_gone = self.context.cgroup.is_gone();
         if is_gone {
-            // What may be under its name now is another one.
+            // Its path may belong to another cgroup by now.
             let path = self.context.cgroup.path().display();
             tracing::warn!(
                 "connections are not adopted: cgroup {path} was removed; restart the daemon"
@@ -235,14 +230,14 @@ impl Sync<'_> {
             if let Some(used) = self.take_list(exchange, is_gone).await? {
                 return Ok(used);
             }
-            // It is listed again.
+            // The list starts again.
             self.wanted.clear();
         }
         self.unlisted("their list broke off");
         Ok(Duration::ZERO)
     }
 
-    /// The same of one reaper; none where it has ended.
+    /// Handles the list of one reaper; returns `None` if the reaper has ended early.
     async fn take_list(
         &mut self,
         mut exchange: Exchange,
@@ -275,7 +270,7 @@ impl Sync<'_> {
             };
             match reply {
                 Reply::Scope { ids } if !is_gone => self.widen_scope(ids),
-                // Then there is only to see which sessions have ended.
+                // The sync then only finds sessions that have ended.
                 Reply::NoScope(error) => tracing::warn!("connections are not adopted: {error}"),
                 Reply::Namespace { cookie, .. } => {
                     self.netns_cookie = cookie;
@@ -318,7 +313,7 @@ impl Sync<'_> {
         }
     }
 
-    /// Counts a namespace, or sockets of one, that cannot be asked about.
+    /// Counts a namespace, or sockets of one, that cannot be queried.
     fn unlisted(&mut self, error: &str) {
         self.is_whole = false;
         let mut state = self.context.state();
@@ -340,7 +335,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// The sockets that listen in the namespace, which tell whose and of which direction its sessions are.
+    /// Handles the listeners of the namespace, which determine owner and direction of its sessions.
     async fn take_listeners(&mut self, listening: &mut Vec<Listening>) -> Result<()> {
         if listening.is_empty() {
             return Ok(());
@@ -356,7 +351,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Notes the owners of sockets that listen, for those that they will accept.
+    /// Stores the owners of listeners, so that accepted sockets inherit them.
     async fn note_owners(&mut self, listening: &[Listening]) -> Result<()> {
         let alone = Listeners::default();
         let mut held = Vec::new();
@@ -380,7 +375,7 @@ impl Sync<'_> {
             });
             let mut state = self.context.state();
             for ((_, owner), (reply, fd)) in some.iter().zip(replies) {
-                // What it accepts is asked about one by one where this fails.
+                // If this fails, the owner of each accepted socket is resolved separately.
                 let noted = fd.map(|fd| state.datapath.note_owner(&fd, owner));
                 tracing::debug!("owner of a listener: {noted:?} {reply:?}");
             }
@@ -388,7 +383,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Takes in some sessions of the namespace.
+    /// Handles a part of the namespace's list.
     async fn take_sessions(&mut self, sockets: Vec<Socket>) -> Result<()> {
         let mut known = Vec::new();
         let mut unknown = Vec::new();
@@ -423,7 +418,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Sessions of the map whose sockets were listed.
+    /// Handles listed sockets that have a session.
     async fn take_known(&mut self, sockets: &[Socket]) -> Result<()> {
         if self.aim.releases_others {
             let elsewhere = |socket: &&Socket| !self.scope.contains(socket.cgroup_id);
@@ -459,7 +454,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Asks about sockets of the namespace. What cannot be asked about counts as in use.
+    /// Queries sockets of the namespace. Those that cannot be queried count as locked, that is, as in use.
     async fn query(&mut self, targets: &[SocketId], detail: Detail) -> Vec<Answer> {
         let asked = ask::query(self.context, self.netns_cookie, targets, detail).await;
         asked.unwrap_or_else(|error| {
@@ -468,7 +463,7 @@ impl Sync<'_> {
         })
     }
 
-    /// Puts the connections that were wanted into the session map, as they are now.
+    /// Inserts the wanted connections into the session table with their current state.
     async fn adopt_wanted(&mut self) -> Result<()> {
         let wanted = std::mem::take(&mut self.wanted);
         for some in wanted.chunks(MAX_BATCH) {
@@ -486,7 +481,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// The session of a socket; none where it has closed.
+    /// The session of a socket; `None` if it has closed.
     fn session_of(&self, listed: &Socket, answer: Answer) -> Option<(u64, Session)> {
         let (socket, at_ns) = match answer {
             Answer::Known(socket, at_ns) => (socket?, at_ns),
@@ -499,7 +494,7 @@ impl Sync<'_> {
 
     fn insert(&mut self, mut sessions: Vec<(u64, Session)>) -> Result<()> {
         let mut state = self.context.state();
-        // One that opened a moment ago: its event has come. Or a reaper has one that is reset for want of a place.
+        // Skips a connection that has opened since the list (its event has been read), and one that a reaper has.
         let is_known = |state: &State, cookie: u64| {
             let phase = state.tracker.phase_of_cookie(cookie);
             state.tracker.contains(cookie) || phase.is_some_and(Phase::is_in_other_hands)
@@ -517,7 +512,7 @@ impl Sync<'_> {
                     state.tracker.set_phase(cookie, &session, adopting);
                     self.unconfirmed.push((cookie, session));
                 }
-                // Its event will come.
+                // Its event will follow.
                 Adoption::Known => {}
                 Adoption::Full | Adoption::RuleFull => {
                     let (count, cause) = match answer {
@@ -549,14 +544,14 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Asks once more about the sessions that were put into the map: a packet that came before its session was
-    /// there was stamped by nobody. Then they are scheduled.
+    /// Queries the inserted sessions once more and then schedules them. A packet that passed before its session was
+    /// inserted was not stamped.
     async fn confirm(&mut self) -> Result<()> {
         let unconfirmed = std::mem::take(&mut self.unconfirmed);
         if unconfirmed.is_empty() {
             return Ok(());
         }
-        // Such a packet may not be counted by its socket yet.
+        // The socket may not have counted such a packet yet.
         ask::wait_for_programs(self.context).await;
         let mut by_namespace: HashMap<u64, Vec<(u64, Session)>> = HashMap::new();
         for (cookie, session) in unconfirmed {
@@ -594,18 +589,19 @@ impl Sync<'_> {
             Answer::Known(socket, at_ns) => socket.filter(|s| !s.is_mini).map(|s| (s, at_ns)),
             Answer::Locked => None,
         };
-        // Its FIN may have come before it was in the map, and nobody was told.
+        // A FIN may have passed before the session was inserted, so no event reported it.
         let is_closing = open.is_some_and(|(socket, _)| state::is_closing(socket.state));
         let is_there = match (answer, open) {
             (Answer::Known(..), None) => {
-                // The socket may have been connected again, under the same cookie: the kernel tracks it.
+                // If the socket was connected again under the same cookie, the kernel programs track the new
+                // connection.
                 state.datapath.remove(cookie, session.established_ns)?;
                 false
             }
             (_, Some((socket, at_ns))) => {
                 let limits = self.limits_of_rules.get(usize::from(session.rule));
                 let told = adopt::caught_up(&session, &socket, limits, at_ns, self.lag_ns);
-                // What was stamped since the first look stays.
+                // Stamps since the first query are kept.
                 told == session
                     || state.datapath.update(cookie, &told)?
                         && state.count_as_active(cookie, &mut session)?
@@ -625,7 +621,7 @@ impl Sync<'_> {
         let due_ns = if session.generation == state.rule_set.generation && !is_asked_for {
             ending::ahead_of(limits.first_deadline_ns(session.established_ns), &limits)
         } else {
-            // The policy has changed meanwhile, or it is to be reset.
+            // The policy has changed meanwhile, or a client has asked for the reset.
             0
         };
         state.tracker.add(cookie, group_of(&session), due_ns);
@@ -645,8 +641,8 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Looks for the sockets of the sessions that the whole list of their namespace does not have: a list may
-    /// leave out one while others come and go.
+    /// Queries the sockets of sessions that the complete list of their namespace did not contain. The kernel's list may
+    /// omit a socket while others open and close.
     async fn find_unseen(&mut self) -> Result<()> {
         self.context.read_events()?;
         let unseen = self.unseen.remove(&self.netns_cookie).unwrap_or_default();
@@ -688,7 +684,7 @@ impl Sync<'_> {
     }
 }
 
-/// A socket that its process keeps locked: it is in use at this moment.
+/// A locked socket, with the ages of a socket that is in use at this moment.
 fn in_use(listed: &Socket) -> Socket {
     let info = Info {
         last_data_sent_ms: 0,

@@ -1,5 +1,5 @@
-//! The start: sessions of an earlier daemon are scheduled and brought up to date, the programs attached, and
-//! connections that have no session adopted. The loop runs meanwhile.
+//! The start: sessions of an earlier daemon are scheduled and updated, the programs are attached, and untracked
+//! connections are adopted. The loop runs meanwhile.
 
 use std::rc::Rc;
 
@@ -19,36 +19,36 @@ use crate::{
     report::health::DegradedCause,
 };
 
-/// Sessions that a daemon begins with.
+/// The sessions that a daemon starts with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Begun {
-    /// Of the earlier daemon.
+    /// Sessions of the earlier daemon.
     pub taken_over: usize,
-    /// Of no daemon.
+    /// Adopted connections.
     pub adopted: usize,
 }
 
-/// Takes over the sessions of an earlier daemon and attaches the programs. From then on each new
-/// connection below the cgroup is tracked, and sessions that are due are ended.
+/// Takes over the sessions of an earlier daemon and attaches the programs. From then on each new connection below the
+/// cgroup is tracked, and due sessions are terminated.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses a program, a map or a pin.
+/// Fails if the kernel refuses a program, a map or a pin.
 pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     let inherited = context.state().datapath.inherited();
     let is_stopped = inherited == Inherited::Stopped;
     if inherited != Inherited::Nothing {
         let own = context.state().handles.own();
         let only = (!context.all_namespaces).then_some(own);
-        // First: what no rule matches any more is let go then, and lives.
+        // Must come first: the next step releases sessions that no rule matches any more.
         unrecorded::recover(context).await?;
         context.state().schedule_inherited(only)?;
     }
     if is_stopped {
-        // Nothing was attached since the earlier daemon ended: no packet is to meet a session with the
-        // stamps of that time.
+        // No program was attached since the earlier daemon ended. The records are updated so that no packet meets a
+        // session with stamps of that time.
         catch_up(context).await?;
-        // What passes from now on until the attachment is not stamped: the gate must not judge by that.
+        // Packets until the attachment are not stamped, so the gate must not judge by these records.
         context.state().put_gates(false)?;
     }
     {
@@ -60,8 +60,8 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         write_rules(context).await?;
     }
     if is_stopped {
-        // What passed between the list of the sockets and the attachment, and whatever was stamped while a
-        // record was written.
+        // Covers packets between the list of the sockets and the attachment, and stamps written while a record was
+        // being updated.
         for _ in 0..MAX_COMPARISONS {
             ask::wait_for_programs(context).await;
             if catch_up(context).await? == 0 {
@@ -70,7 +70,7 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         }
         context.state().put_gates(true)?;
     }
-    // Without those that had ended.
+    // Sessions that had ended are not counted.
     let taken_over = {
         let mut state = context.state();
         state.is_enforcing = true;
@@ -81,7 +81,8 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     Ok(taken_over)
 }
 
-/// The programs of the earlier daemon counted the sessions of its rules. From the attachment on these do.
+/// Writes this daemon's rules into the inherited records. The earlier daemon's programs counted the sessions under its
+/// rules; from now on this daemon's programs count them.
 async fn write_rules(context: &Rc<Context>) -> Result<()> {
     let cookies = context.state().datapath.cookies()?;
     for some in cookies.chunks(MAX_BATCH) {
@@ -106,11 +107,11 @@ async fn catch_up(context: &Rc<Context>) -> Result<usize> {
     Ok(sync(context, aim).await?.changed)
 }
 
-/// Adopts the connections that have no session, and keeps what outlives the daemon.
+/// Adopts the untracked connections and makes this daemon's pins permanent.
 ///
 /// # Errors
 ///
-/// As above.
+/// Fails if the kernel refuses a program, a map or a pin.
 pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
     let inherited = context.state().datapath.inherited();
     let aim = Aim {
@@ -129,7 +130,7 @@ pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
 }
 
 impl State {
-    /// Puts the policy in force into force again, with gates or without.
+    /// Activates the current policy again, with or without gates.
     pub(super) fn put_gates(&mut self, stand: bool) -> Result<()> {
         let mut limits_of_rules = self.rule_set.limits_of_rules();
         if !stand {
@@ -143,7 +144,7 @@ impl State {
             .put_policy(generation, entries, &limits_of_rules)?)
     }
 
-    /// Schedules every session in the map; what no rule matches any more is let go.
+    /// Schedules every session in the table and releases those that no rule matches.
     fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<()> {
         for cookie in self.datapath.cookies()? {
             let Some(session) = self.datapath.session(cookie)? else {
@@ -152,14 +153,14 @@ impl State {
             let netns_cookie = session.netns_cookie;
             let is_wanted = only_netns.is_none_or(|only| only == netns_cookie);
             let rule = self.provisional_rule(&session).filter(|_| is_wanted);
-            // What the earlier daemon had not decided about is adopted in a moment, as every connection that
-            // nobody has decided about.
+            // Sessions that the earlier daemon had not decided about are removed here. The adoption that follows
+            // handles them like other untracked connections.
             let Some(rule) = rule.filter(|_| session.generation != 0) else {
                 self.datapath.remove(cookie, session.established_ns)?;
                 self.forget(cookie);
                 continue;
             };
-            // Due at once: the first look works out the deadline, and ends what came due meanwhile.
+            // Due at once: the first pass computes the deadline, and terminates sessions that are already late.
             self.tracker.add(cookie, Group { netns_cookie, rule }, 0);
         }
         Ok(())

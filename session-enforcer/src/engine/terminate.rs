@@ -1,8 +1,9 @@
-//! What is done about an expired session: a reaper resets it and it is recorded, or, where the rule only
-//! observes, it is recorded.
+//! Termination of late sessions: a reaper resets the session and the result is recorded. If the rule only observes, the
+//! session is only recorded.
 //!
-//! Of a reset that hangs, the sockets that its reaper has not claimed go to another at once. The one that it
-//! hangs at is recorded when the reaper counts as stuck, and again when it comes back.
+//! If a reset hangs, the sockets that its reaper has not claimed go to another reaper at once. The session at which it
+//! hangs is recorded as failed when the reaper counts as stuck, and recorded again when the reset returns. See
+//! `docs/design/reapers.md`.
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
 
@@ -36,55 +37,54 @@ use crate::{
     },
 };
 
-/// Batches that reapers work on at a time, besides those that are left behind. With the second, sessions
-/// that are due at once are gone some 6 % sooner on two processors.
+/// Number of batches in progress at a time, besides hanging ones. The second one makes sessions that are due at once
+/// end about 6 % sooner on two processors.
 const AT_A_TIME: usize = 2;
 
-/// When a session whose fate is unknown is looked at again, the first time. Each time takes twice as
-/// long.
+/// Delay before the first recheck of a session whose reset has no answer. It doubles each time.
 const UNANSWERED_NS: u64 = 10_000_000;
 
-/// After so many requests without an answer the session could not be reset.
+/// Number of consecutive requests without an answer that are retried. The next one counts as a failed reset.
 const MAX_UNANSWERED: u32 = 5;
 
-/// How often the time between two attempts to reset a session doubles: from 10 s to 320 s.
+/// Maximum number of doublings of the retry interval: from 10 s to 320 s.
 const MAX_DOUBLINGS: u32 = 5;
 
-/// When a session is looked at again for which a reset must not be begun now.
+/// Retry interval while too many resets hang to start another.
 const NO_ROOM_NS: u64 = 20_000_000;
 
-/// For how long there may be no room before that counts as a failure.
+/// How long a reset may be delayed by hanging ones before it counts as failed.
 const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 
-/// When a session that closes and has not closed is looked at again.
+/// Recheck interval of a session whose socket is closing.
 const CLOSING_NS: u64 = 1_000_000_000;
 
-/// Why a session is not reset, where it is not.
+/// The recorded errors of sessions that were not reset.
 const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
 const NOT_FOUND: &str = "SOCK_DESTROY: the kernel does not find the socket of an open session";
 const LOCKED: &str = "the reset waits for the socket, which its process keeps locked in the kernel";
 const NO_ROOM: &str =
     "too many resets of its cgroup hang on sockets that their processes keep locked";
 
-/// How a batch is reset.
+/// The method of a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum ResetMethod {
     /// `SOCK_DESTROY`.
     Destroy,
-    /// Through descriptors.
+    /// Through a descriptor of the process that holds the socket.
     Disconnect,
-    /// The same, where no socket table can be asked whose they are: by the socket's cookie.
+    /// As `Disconnect`, but without `sock_diag`: the socket is found by its cookie.
     ByCookie,
 }
 
-/// Which sessions a batch has.
+/// The key of a batch: namespace, method, and the cgroup if its sessions are kept separate.
 type Lot = (u64, ResetMethod, Option<u64>);
 
-/// Ends what is due, as much as one pass may.
+/// Terminates due sessions, up to the limit of one pass.
 ///
 /// # Errors
 ///
-/// Where the session map cannot be read.
+/// Fails if the session table cannot be read.
 pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
     let mut looked_at = 0;
     let mut state = context.state();
@@ -103,8 +103,8 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// Whether another batch can be given away: the look at a session comes right before its reset. Where the audit
-/// is synced, the records of the batch before are on the disk.
+/// Whether another batch may be started. The limit keeps the check of a session close to its reset. With a synced
+/// audit, the records of the previous batch must be on disk.
 pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     let (under_way, audit) = (context.resets_under_way.get(), &state.records.audit);
     if audit.is_synced() {
@@ -113,7 +113,7 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     under_way < AT_A_TIME
 }
 
-/// Has sessions that are late reset, or their sockets asked first.
+/// Starts the resets of late sessions, or first queries the sockets of those with a candidate.
 fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let (mut candidates, mut confirmed) = (Vec::new(), Vec::new());
     for expired in state.shut(late)? {
@@ -121,8 +121,8 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
             .tracker
             .tried(expired.cookie, &expired.session)
             .is_some();
-        // One that was tried before was asked before, and nothing has passed since. What passes saves none that somebody
-        // wants to be reset.
+        // After an earlier attempt the candidate was already checked, and its gate has been shut since. An
+        // administrator's request does not depend on activity.
         let may_live = expired.reason != Reason::Admin && !is_tried;
         if expired.session.has_candidate() && may_live {
             let (cookie, session) = (expired.cookie, &expired.session);
@@ -136,7 +136,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
     hand_over(context, state, confirmed)
 }
 
-/// Has sessions reset that are not in the session map, which has no place for them.
+/// Resets sessions for which the session table has no slot.
 pub(super) fn reset_untracked(
     context: &Rc<Context>,
     state: &mut State,
@@ -166,7 +166,8 @@ pub(super) fn reset_untracked(
     Ok(())
 }
 
-/// Has the sockets of late sessions asked, in the background. Those of a cgroup wait for nobody else's.
+/// Starts queries of the sockets of late sessions. Each cgroup has its own queries, so that a locked socket does not
+/// delay other cgroups.
 fn confirm_all(context: &Rc<Context>, state: &State, candidates: Vec<Expired>) {
     let mut lots: BTreeMap<(u64, u64, bool), Vec<Expired>> = BTreeMap::new();
     for expired in candidates {
@@ -180,11 +181,11 @@ fn confirm_all(context: &Rc<Context>, state: &State, candidates: Vec<Expired>) {
     }
 }
 
-/// Asks what sockets have taken and sent of the payload that their sessions wait for. Where that can let one live, a
-/// packet that has passed the hook must have come to its socket before.
+/// Queries whether sockets have received or sent the candidates of their sessions. If a confirmation could let a
+/// session live, the query waits first until packets that have passed the hook have reached their sockets.
 ///
-/// A socket that its process keeps locked does not answer. It holds a reaper, as a reset would, and the others are asked
-/// by another one, as long as the cgroup may hang so many.
+/// A socket that its process keeps locked does not answer. It occupies a reaper as a hanging reset would; another
+/// reaper queries the remaining sockets, within the cgroup's limit.
 async fn confirm_lot(
     context: Rc<Context>,
     netns_cookie: u64,
@@ -238,7 +239,7 @@ async fn confirm_lot(
     Ok(())
 }
 
-/// Gives sessions that are late, and whose gate is shut, to reapers.
+/// Gives late sessions, whose gates are shut, to reapers.
 fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let mut lots: BTreeMap<Lot, Vec<Expired>> = BTreeMap::new();
     let now_ns = monotonic_ns();
@@ -249,7 +250,7 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
             continue;
         }
         let method = state.method_for(&expired.session, now_ns);
-        // Those of a cgroup in which a reset hangs do not hold up others.
+        // Sessions of a cgroup with a hanging reset must not delay others.
         let apart = state.hanging.is_suspect(cgroup_id).then_some(cgroup_id);
         let lot = (expired.session.netns_cookie, method, apart);
         lots.entry(lot).or_default().push(expired);
@@ -279,7 +280,7 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
         };
         state.handles.is_searching |= batch.searches;
         let slot = match batch.sessions.first() {
-            // One of those that may hang, from now on.
+            // Counts as possibly hanging from now on.
             Some(first) if apart.is_some() => {
                 Slot::Apart(Hangs::begin(context, state, &first.session))
             }
@@ -298,15 +299,15 @@ fn culprit(state: &State, session: &Session) -> Culprit {
     Culprit::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
 }
 
-/// What a batch takes up as long as it is under method.
+/// What a batch occupies while it is in progress.
 enum Slot {
-    /// One of the batches that are waited for.
+    /// One of the regular batches.
     OfAll { _waited: Waited },
-    /// One of the resets that may hang for its cgroup.
+    /// One of the hanging resets that its cgroup may have.
     Apart(Hangs),
 }
 
-/// A batch that is waited for, until this is dropped.
+/// Counts a regular batch until it is dropped.
 struct Waited(Rc<Context>);
 
 impl Waited {
@@ -325,7 +326,7 @@ impl Drop for Waited {
     }
 }
 
-/// Sessions of one network namespace that are reset in one way.
+/// Sessions of one network namespace with the same reset method.
 struct Batch {
     netns_cookie: u64,
     method: ResetMethod,
@@ -334,7 +335,7 @@ struct Batch {
     sessions: Vec<Expired>,
 }
 
-/// Has a batch reset. What a reaper leaves when it hangs or ends goes to others.
+/// Resets a batch. Sessions that the reaper has not claimed when it hangs or ends go to other reapers.
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
     let _search = batch.searches.then(|| SearchUnderWay::begin(&context));
@@ -365,7 +366,7 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
     give_away_again(&context, rest)
 }
 
-/// A search of the whole host, until this is dropped.
+/// Marks a search of the whole host as in progress until it is dropped.
 struct SearchUnderWay(Rc<Context>);
 
 impl SearchUnderWay {
@@ -381,7 +382,7 @@ impl Drop for SearchUnderWay {
     }
 }
 
-/// Sessions that a reaper has not touched go to others.
+/// Gives sessions that a reaper has not claimed to others.
 fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
     let untouched = |expired: &Expired| state.answered(expired);
@@ -390,7 +391,7 @@ fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
 }
 
 impl State {
-    /// Whether a connection of this rule that finds no place in the session map is reset.
+    /// Whether a connection of this rule is reset if the session table has no slot for it.
     pub(super) fn resets_untracked(&self, rule: u16) -> bool {
         let rule = self.rule_set.rule(rule);
         self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
@@ -408,7 +409,7 @@ impl State {
         }
     }
 
-    /// The request to reset a batch, and the descriptor that goes with it.
+    /// The request to reset a batch, and the namespace descriptor that goes with it.
     fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>) {
         let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
         if batch.searches {
@@ -454,8 +455,8 @@ impl State {
             .cgroup_directory(session.owner.cgroup_id)
     }
 
-    /// A subflow can be idle in a busy connection, which has others. But a connection is at least as
-    /// old as any of its subflows.
+    /// What to reset for an MPTCP subflow. A subflow can be idle in a busy connection, so only the subflow is reset. If
+    /// its lifetime is over, the connection is reset, which is at least as old.
     fn extent(&self, expired: &Expired) -> Extent {
         let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
         if expired.reason == Reason::Admin {
@@ -474,22 +475,23 @@ struct Attempt {
     netns_cookie: u64,
     method: ResetMethod,
     sessions: Vec<Expired>,
-    /// How many of them have their outcome: those before.
+    /// Number of sessions with an outcome; they are the first in the list.
     concluded: usize,
     began_ns: u64,
 }
 
-/// What a reaper says about a session.
+/// A reaper's answer about a session.
 enum Said {
-    /// The kernel's answer, and what waited in the socket where it told that.
+    /// The kernel's error code, and the unsent or unread data of the socket if known.
     Destroyed(i32, Option<Queued>),
     Outcome(Disconnected),
 }
 
 impl Attempt {
-    /// Goes on until the reaper is done, or hangs and the rest is taken back; that rest.
+    /// Runs until the reaper is done, or until it hangs or ends and the unclaimed sessions are taken back. Returns the
+    /// unclaimed sessions.
     async fn run(mut self, context: &Rc<Context>, slot: Option<Slot>) -> Result<Vec<Expired>> {
-        // One of the batches that are waited for, as long as this has it.
+        // Held while this is one of the regular batches.
         let mut slot = slot;
         let mut claimed_before = 0;
         loop {
@@ -503,7 +505,7 @@ impl Attempt {
                 Next::Silent => {
                     let claimed = self.exchange.claimed();
                     if claimed == 0 {
-                        // It looks for the namespace: only the sessions there wait for it.
+                        // The reaper is searching for the namespace; only sessions in that namespace wait for it.
                         drop(slot.take());
                         self.exchange.leave_behind();
                         self.exchange.condition();
@@ -529,13 +531,13 @@ impl Attempt {
         }
     }
 
-    /// Whether the machine is busy, and no socket holds the reaper up: another one would wait as long. Only
-    /// `SOCK_DESTROY` takes no long way to a socket.
+    /// Whether the reaper waits for a processor and not for a socket: another reaper would wait as long. Only for
+    /// `SOCK_DESTROY`, because the other methods may run long before they reach a socket.
     fn waits_for_a_processor(&self) -> bool {
         self.method == ResetMethod::Destroy && self.exchange.can_run()
     }
 
-    /// Takes in a reply; whether it was the last.
+    /// Handles a reply; returns whether it was the last.
     fn take_in(
         &mut self,
         context: &Rc<Context>,
@@ -568,7 +570,7 @@ impl Attempt {
         }
     }
 
-    /// Takes in what the kernel has answered so far.
+    /// Handles the kernel's answers in the shared page.
     fn conclude_answered(&mut self, context: &Rc<Context>) -> Result<()> {
         let now_ns = monotonic_ns();
         while let Some(Destroyed { code, queued }) = self
@@ -597,11 +599,11 @@ impl Attempt {
         conclude(context, expired, said, at_ns)
     }
 
-    /// The kernel or the namespace could not be asked to the end.
+    /// Handles the sessions that are left when the kernel or the namespace could not be asked any further.
     fn broken_off(&mut self, context: &Rc<Context>, problem: &Problem, at_ns: u64) -> Result<()> {
         let rest = &self.sessions[self.concluded..];
         match problem {
-            // Then it is searched for in the whole host.
+            // The next attempt searches the whole host for it.
             Problem::Namespace {
                 searched: Search::Processes,
                 ..
@@ -612,7 +614,7 @@ impl Attempt {
                     state.tracker.rearm(expired.cookie, 0);
                 }
             }
-            // Its sockets may lead to what no file leads to.
+            // Its sockets can still be found through their processes.
             Problem::Namespace {
                 searched: Search::Everywhere,
                 ..
@@ -650,8 +652,8 @@ impl Attempt {
         Ok(())
     }
 
-    /// The reaper has ended without an answer: what it had claimed and not answered may be done or not; the
-    /// rest is to be reset still.
+    /// Handles a reaper that has ended early. Sessions that it had claimed without an answer may have been reset or
+    /// not. Returns the unclaimed sessions.
     fn ended(&mut self, context: &Rc<Context>) -> Result<Vec<Expired>> {
         let claimed = self.exchange.stop().min(self.sessions.len());
         let rest = self.sessions.split_off(claimed);
@@ -663,7 +665,7 @@ impl Attempt {
         Ok(rest)
     }
 
-    /// Waits for the end of a reset that hangs, or is slow.
+    /// Waits for the end of a reset that hangs or is slow.
     async fn wait_out(mut self, context: Rc<Context>, hung: Expired, hangs: Hangs) -> Result<()> {
         let mut hangs = Some(hangs);
         let mut is_recorded = false;
@@ -684,7 +686,8 @@ impl Attempt {
                     if is_stuck && !has_asked_again && self.method == ResetMethod::Destroy {
                         has_asked_again = true;
                         if ask::is_diag_blocked(&context).await {
-                            // Another socket may be the one that is locked. What comes of this is recorded.
+                            // Another socket may be the locked one, so the session is also reset by its cookie. The
+                            // result of that attempt is recorded.
                             is_recorded = true;
                             drop(hangs.take());
                             let batch = Batch {
@@ -708,7 +711,7 @@ impl Attempt {
     }
 }
 
-/// A reset that hangs, or may, until this is dropped.
+/// Counts a reset that hangs, or may hang, until it is dropped.
 struct Hangs {
     context: Rc<Context>,
     culprit: Culprit,
@@ -735,7 +738,7 @@ impl Drop for Hangs {
     }
 }
 
-/// Takes in what is known about a session that a reaper was asked to reset.
+/// Handles the result for a session that a reaper was asked to reset.
 fn conclude(
     context: &Rc<Context>,
     expired: &Expired,
@@ -744,13 +747,13 @@ fn conclude(
 ) -> Result<()> {
     let mut state = context.state();
     if !state.answered(expired) {
-        // Reset in another way meanwhile, and recorded.
+        // Another attempt has reset and recorded it meanwhile.
         return Ok(());
     }
     match said {
         Some(Said::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
         Some(Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
-        // The other one may have reset it.
+        // The other reaper may have reset it.
         Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone))
             if state.is_asked_of_another(expired) =>
         {
@@ -760,7 +763,7 @@ fn conclude(
             state.not_found(expired)
         }
         Some(Said::Destroyed(libc::EOPNOTSUPP, _)) => {
-            // From now on it is not asked.
+            // The kernel lacks `SOCK_DESTROY`; it is not used from now on.
             state.has_no_destroy = true;
             dispatch(context, &mut state, vec![*expired])
         }
@@ -777,11 +780,10 @@ fn conclude(
     }
 }
 
-/// What becomes of a session in the state.
+/// Results for sessions.
 impl State {
-    /// Shuts the gate of sessions, and returns those that are late by the record that is read after that:
-    /// the stamp of a packet that was in the hook may have come too late for the record by which they were
-    /// judged. The others are judged again.
+    /// Shuts the gates of sessions and returns those that are still late by the records read afterwards. A packet that
+    /// was in the hook may have been stamped after the first read. Sessions that are no longer late are judged again.
     fn shut(&mut self, mut late: Vec<Expired>) -> Result<Vec<Expired>> {
         let named: Vec<(u64, u64)> = late
             .iter()
@@ -810,7 +812,7 @@ impl State {
                 None if self.tracker.contains(expired.cookie) => {
                     self.tracker.rearm(expired.cookie, 0);
                 }
-                // It has ended, or never had a place in the session map: then the next sync meets it again.
+                // It has ended, or never had a slot; in the latter case the next sync finds it again.
                 None => self.forget(expired.cookie),
             }
             still_late.is_some()
@@ -818,7 +820,7 @@ impl State {
         Ok(late)
     }
 
-    /// Whether a late session would be within its limits, were this its record.
+    /// Whether a late session would be within its limits with this record.
     fn would_live(&self, expired: &Expired, session: &Session) -> bool {
         let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
         matches!(
@@ -827,8 +829,8 @@ impl State {
         )
     }
 
-    /// Takes in what the socket of a late session has taken and sent; the session where it is to be reset. A socket that
-    /// its process keeps locked tells nothing, and what is waited for does not put the end off.
+    /// Handles the state of a late session's socket. Returns the session if it must be reset. A locked socket gives no
+    /// answer, and its candidate does not delay the reset.
     fn confirm(
         &mut self,
         expired: &Expired,
@@ -857,7 +859,7 @@ impl State {
         if lives {
             self.datapath.update(cookie, &confirmed)?;
         }
-        // What has passed since the socket was asked, it was not asked about.
+        // A packet after the query is not covered by the answer.
         if lives || now.came_ns.max(now.went_ns) >= began_ns {
             self.tracker.rearm(cookie, 0);
             return Ok(None);
@@ -874,8 +876,8 @@ impl State {
         Ok(None)
     }
 
-    /// A reaper that was asked about a session has answered; whether that still matters. It does not where
-    /// another one has reset it. The event of its end may have come first.
+    /// Counts the answer of a reaper. Returns false if the answer no longer matters, because another reaper has reset
+    /// the session. The event of its end may have come first.
     fn answered(&mut self, expired: &Expired) -> bool {
         let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) else {
             return false;
@@ -885,15 +887,15 @@ impl State {
         true
     }
 
-    /// Whether the answer of another reaper is still to come.
+    /// Whether the answer of another reaper is outstanding.
     fn is_asked_of_another(&mut self, expired: &Expired) -> bool {
         let tried = self.tracker.tried(expired.cookie, &expired.session);
         tried.is_some_and(|tried| tried.asked > 0)
     }
 
-    /// Records a session that would be terminated, once for each deadline that it reaches. What has
-    /// passed since it was read is not in the record, which is therefore of the moment of the decision.
-    /// One that is too old may have been active until it was read: then of that of its last activity.
+    /// Records an observed session, once for each deadline that it reaches. The record shows the session at the time of
+    /// the decision; later activity is not in it. A session past its lifetime may have been active until its record was
+    /// read; its last activity is then the time of the audit record.
     pub(super) fn observe(&mut self, expired: &Expired) {
         let (cookie, session) = (expired.cookie, &expired.session);
         let Some(is_new) = self.tracker.observe(expired) else {
@@ -908,8 +910,8 @@ impl State {
             .rearm(cookie, next_observation(expired, &limits));
     }
 
-    /// A session was reset. The kernel has taken it out of the map by now and the event of its end may be
-    /// still to be read, except where it does not report the end.
+    /// Handles a session that was reset. The kernel has already removed it from the table, and its event may not have
+    /// been read yet. A session whose end is not reported is removed here.
     fn was_reset(&mut self, expired: &Expired, at_ns: u64, queued: Option<Queued>) -> Result<()> {
         let (cookie, session) = (expired.cookie, &expired.session);
         self.record(expired, at_ns, End::Reset(queued));
@@ -921,22 +923,22 @@ impl State {
             return self.forget_unless_another(cookie, session);
         }
         if self.tracker.contains(cookie) {
-            // Should the event not come, this lets go of it. Where the same socket was connected again, that
-            // session is looked at early, and is as any other.
+            // If the event does not come, the recheck removes the session. If the socket was connected again, its new
+            // session is merely judged early.
             self.tracker.set_phase(cookie, session, Phase::Reset);
             self.tracker.hasten(cookie, at_ns + RECHECK_NS);
         }
         Ok(())
     }
 
-    /// The kernel knows no such socket.
+    /// Handles a session whose socket the kernel did not find.
     fn not_found(&mut self, expired: &Expired) -> Result<()> {
         let (cookie, session) = (expired.cookie, expired.session);
         if self.still_there(cookie, &session)?.is_some() {
             self.query_later(cookie, session, Cause::NotFound(*expired));
             return Ok(());
         }
-        // A reaper that told nothing more may have reset it.
+        // An earlier reaper without an answer may have reset it.
         let tried = self.tracker.tried(cookie, &session);
         let may_have_been_reset = tried.is_some_and(|tried| tried.unanswered > 0);
         if session.end_is_unreported() && !may_have_been_reset {
@@ -949,17 +951,17 @@ impl State {
         self.forget_unless_another(cookie, &session)
     }
 
-    /// No socket of a session is there any more.
+    /// Handles a session whose socket does not exist any more.
     fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         match self.still_there(cookie, session)? {
-            // It may have ended long ago: nothing was terminated now, but where an answer is missing.
+            // It may have ended long ago, so this is no termination, unless an earlier reset has no answer.
             Some(_) => self.drop_stale(cookie, session),
             None => Ok(()),
         }
     }
 
-    /// The socket of a session is there; by the name that the record has, or by another.
+    /// Handles a session whose socket exists, with the interface in its record or with another one.
     fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
         let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         let Some(now) = self.still_there(cookie, session)? else {
@@ -981,7 +983,7 @@ impl State {
         Ok(())
     }
 
-    /// Whether the socket of a session is there cannot be told now.
+    /// Handles a session whose socket could not be queried.
     fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let now_ns = monotonic_ns();
         match &maybe_ended.cause {
@@ -997,7 +999,7 @@ impl State {
         Ok(())
     }
 
-    /// Forgets a session that is no more, but for another one of the same socket, which was connected again.
+    /// Removes a session that has ended, but not a later session of the same socket.
     fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
         let now = self.datapath.session(cookie)?;
         if now.is_none_or(|now| now.established_ns == session.established_ns) {
@@ -1006,20 +1008,20 @@ impl State {
         Ok(())
     }
 
-    /// The kernel did not answer, its answer was lost, or it was asked about another socket. After some
-    /// attempts the session could not be reset, and this is the error.
+    /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] retries in a row the reset
+    /// counts as failed with this error.
     fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
         let (cookie, session) = (expired.cookie, &expired.session);
         if expired.reason == Reason::Untracked {
-            // The session map never had it, and says nothing. The next sync meets it if it is there.
+            // The session table has no record of it. If the connection still exists, the next sync finds it again.
             self.fail(expired, now_ns, error);
             return;
         }
-        // It has ended, or a change of the policy has let it go meanwhile: nobody looks at it again.
+        // It has ended or was released by a policy change, so it is not rechecked.
         if !matches!(self.still_there(cookie, session), Ok(Some(_))) {
             self.record_gone(expired);
             self.tracker.clear_phase(cookie);
-            // A failure to read shows again at once.
+            // A read error shows again in the next pass.
             let _ = self.forget_unless_another(cookie, session);
             return;
         }
@@ -1036,8 +1038,8 @@ impl State {
         self.tracker.rearm(cookie, now_ns + pause_ns);
     }
 
-    /// A session could not be reset. It stands behind the gate until it is tried again. That is recorded once for
-    /// each reason.
+    /// Handles a failed reset. The session stays behind the gate until the next attempt. The failure is recorded once
+    /// for each consecutive error text.
     fn fail(&mut self, expired: &Expired, at_ns: u64, error: &str) {
         let (cookie, session) = (expired.cookie, &expired.session);
         if self.tracker.tried(cookie, session).is_none() {
@@ -1059,12 +1061,12 @@ impl State {
         }
         self.kills.failed(cookie, session, error);
         if !self.tracker.contains(cookie) {
-            // It has no place in the session map: the next sync meets it again.
+            // It has no slot in the table: the next sync finds it again.
             self.tracker.clear_phase(cookie);
         }
     }
 
-    /// A reset hangs on the socket's lock.
+    /// Handles a reset that hangs on the socket lock.
     fn quarantine(&mut self, expired: &Expired) {
         let (cookie, session) = (expired.cookie, &expired.session);
         let Some(tried) = self.tracker.tried(cookie, session) else {
@@ -1082,7 +1084,7 @@ impl State {
         self.note_backlog();
     }
 
-    /// A reset must not be begun, since too many hang. Where those are only slow, they end in a moment.
+    /// Delays a reset because too many hang. If those are only slow, they end soon.
     fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
         let since_ns = now_ns.saturating_sub(expired.deadline_ns);
         if since_ns > NO_ROOM_FOR_NS {
@@ -1092,10 +1094,10 @@ impl State {
         }
     }
 
-    /// Neither its namespace nor a process that holds it was found, or the process or the kernel refused.
+    /// Handles a session whose namespace or process was not found, or whose reset the process or the kernel refused.
     fn not_reset(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
         let (cookie, session) = (expired.cookie, &expired.session);
-        // The sockets of a namespace that vanished close with it.
+        // The sockets of a vanished namespace close with it.
         if self.still_there(cookie, session)?.is_none() {
             self.tracker.clear_phase(cookie);
             return self.forget_unless_another(cookie, session);
@@ -1111,7 +1113,7 @@ impl State {
     }
 }
 
-/// Looks for the sockets of sessions that may have ended without a report.
+/// Queries the sockets of sessions that may have ended without a report.
 fn query_unreported(context: &Rc<Context>) {
     let sessions = std::mem::take(&mut context.state().maybe_ended);
     let mut by_namespace: BTreeMap<u64, Vec<MaybeEnded>> = BTreeMap::new();
@@ -1128,10 +1130,10 @@ fn query_unreported(context: &Rc<Context>) {
     }
 }
 
-/// First by their names, which costs little. The process of one that is not found may have bound it to another
-/// interface since it was established (`SO_BINDTODEVICE` asks neither for a state nor for a privilege), and
-/// another `sock_ops` program may have overwritten the flag by which the kernel reports the end: only the whole
-/// table tells which of these it is.
+/// Queries the sockets by tuple first, which is cheap. Those that are not found are searched for in the whole socket
+/// table. A process may have bound its socket to another interface since (`SO_BINDTODEVICE` depends on no state and
+/// needs no privilege), or another `sock_ops` program may have cleared the callback flag, so that the end was not
+/// reported.
 async fn query_maybe_ended(
     context: Rc<Context>,
     netns_cookie: u64,

@@ -1,5 +1,4 @@
-//! Which sessions there are, when each is to be looked at, and what is out of the ordinary about it.
-//! Pure: no clock, no I/O.
+//! The tracked sessions, when each is due, and the phase of those in an exceptional state. Pure: no clock, no I/O.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -11,57 +10,58 @@ use crate::{
     engine::schedule::{Group, Schedule},
 };
 
-/// What is out of the ordinary about a session. Most have none.
+/// The exceptional state of a session. Most sessions have none.
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
-    /// It is in the kernel's table and not counted yet: a sync adopts it.
+    /// A sync has inserted it into the session table but has not confirmed it yet; it is not counted.
     Adopting {
-        /// Whether a FIN or RST has come meanwhile.
+        /// Whether a FIN or RST has passed since.
         may_have_ended: bool,
     },
-    /// A change of the policy made it late. It is due.
+    /// A policy change made it late. It is due.
     LateByPolicy {
         /// When the policy changed.
         changed_ns: u64,
-        /// Since when it was past the limit.
+        /// When it reached the limit.
         reached_ns: u64,
     },
-    /// It would have been reset, and that was recorded for this deadline.
+    /// Its rule only observes; its deadline was recorded.
     Observed {
-        /// The deadline.
+        /// The recorded deadline.
         reached_ns: u64,
-        /// When that was decided last.
+        /// Time of the last decision.
         decided_ns: u64,
     },
-    /// It is late, unless its socket has taken or sent payload that its record waits for. The socket is asked.
+    /// It is late unless its socket confirms a candidate. A reaper is asking the socket.
     Candidate,
     /// Reapers were asked to reset it.
     Tried(Box<Tried>),
-    /// It was reset; the kernel's report of its end is still to come.
+    /// It was reset; the kernel has not reported its end yet.
     Reset,
 }
 
 /// The attempts to reset a session.
 #[derive(Clone, Debug)]
 pub(super) struct Tried {
-    /// What was decided about it last.
+    /// The last decision about it.
     pub(super) expired: Expired,
-    /// Reapers that were asked and have not answered.
+    /// Number of reapers that were asked and have not answered.
     pub(super) asked: u32,
-    /// Answers in a row that were lost, the last one too: whether it was reset is not known then.
+    /// Number of consecutive lost answers, up to the last attempt. After a lost answer it is unknown whether the
+    /// session was reset.
     pub(super) unanswered: u32,
-    /// How often it could not be reset.
+    /// Number of failed attempts.
     pub(super) refusals: u32,
-    /// Why it could not be reset, as it was recorded last.
+    /// The error that was recorded last.
     pub(super) error: Option<String>,
-    /// Whether the reset hangs on the socket's lock.
+    /// Whether the reset hangs on the socket lock.
     pub(super) is_quarantined: bool,
-    /// Where the journal has it, if it does.
+    /// Its slot in the journal, if it has one.
     pub(super) place: Option<Arc<JournalSlot>>,
 }
 
 impl Tried {
-    /// An earlier daemon had asked, and has gone with the answer.
+    /// An earlier daemon had asked for the reset, and its answer is lost.
     pub(super) fn unanswered(expired: Expired, place: Arc<JournalSlot>) -> Self {
         Self {
             unanswered: 1,
@@ -84,7 +84,7 @@ impl Tried {
 }
 
 impl Phase {
-    /// The attempt to reset the session, where there was one.
+    /// The decision that the attempts belong to, if there were attempts.
     pub(super) fn expired(&self) -> Option<&Expired> {
         match self {
             Self::Tried(tried) => Some(&tried.expired),
@@ -92,7 +92,7 @@ impl Phase {
         }
     }
 
-    /// Whether nothing is to be decided about the session: a reaper or a sync has it.
+    /// Whether a reaper or a sync is handling the session, so that the engine must not decide about it.
     pub(super) fn is_in_other_hands(&self) -> bool {
         match self {
             Self::Adopting { .. } | Self::Candidate => true,
@@ -102,24 +102,24 @@ impl Phase {
     }
 }
 
-/// A phase belongs to a session, not to a cookie: a socket that was connected again keeps its cookie.
+/// A phase belongs to a session and not to a cookie, because a socket that is connected again keeps its cookie.
 #[derive(Clone, Debug)]
 struct Entry {
     established_ns: u64,
     phase: Phase,
 }
 
-/// The sessions.
+/// The tracked sessions.
 #[derive(Debug, Default)]
 pub(super) struct Tracker {
     schedule: Schedule,
-    /// Scheduled sessions by their rule.
+    /// Number of scheduled sessions by rule id.
     sessions_of: Vec<u64>,
     phases: HashMap<u64, Entry>,
 }
 
 impl Tracker {
-    /// Schedules a session, in place of what was scheduled for the same cookie.
+    /// Schedules a session; replaces an earlier schedule of the same cookie.
     pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
         let place = usize::from(group.rule);
         if self.sessions_of.len() <= place {
@@ -131,7 +131,8 @@ impl Tracker {
         }
     }
 
-    /// Forgets a session. Where an answer is still to come, that tells what became of it.
+    /// Removes a session. If an answer of a reaper is outstanding, the phase is kept so that the answer can be
+    /// recorded.
     pub(super) fn forget(&mut self, cookie: u64) {
         if let Some(group) = self.schedule.remove(cookie) {
             self.sessions_of[usize::from(group.rule)] -= 1;
@@ -142,8 +143,7 @@ impl Tracker {
         }
     }
 
-    /// The attempt to reset a session whose answer did not come, or that was recorded as failed: its end is to be
-    /// recorded.
+    /// The decision about a session whose reset had no answer or was recorded as failed. Its end must be recorded.
     pub(super) fn unrecorded(&self, cookie: u64) -> Option<Expired> {
         match self.phase_of_cookie(cookie)? {
             Phase::Tried(tried) if tried.asked > 0 => None,
@@ -154,22 +154,22 @@ impl Tracker {
         }
     }
 
-    /// What is out of the ordinary about a session.
+    /// The phase of a session.
     pub(super) fn phase(&self, cookie: u64, session: &Session) -> Option<&Phase> {
         let entry = self.phases.get(&cookie)?;
         (entry.established_ns == session.established_ns).then_some(&entry.phase)
     }
 
-    /// The same, whichever session the cookie stands for.
+    /// The phase of any session with this cookie.
     pub(super) fn phase_of_cookie(&self, cookie: u64) -> Option<&Phase> {
-        // Most have nothing, and an empty map need not work out a hash for each that ends.
+        // Skips the hash: the map is usually empty when a session ends.
         if self.phases.is_empty() {
             return None;
         }
         self.phases.get(&cookie).map(|entry| &entry.phase)
     }
 
-    /// Notes what is out of the ordinary about a session.
+    /// Sets the phase of a session.
     pub(super) fn set_phase(&mut self, cookie: u64, session: &Session, phase: Phase) {
         let established_ns = session.established_ns;
         let entry = Entry {
@@ -179,16 +179,15 @@ impl Tracker {
         self.phases.insert(cookie, entry);
     }
 
-    /// A session is as any other.
+    /// Clears the phase of a cookie.
     pub(super) fn clear_phase(&mut self, cookie: u64) {
         if !self.phases.is_empty() {
             self.phases.remove(&cookie);
         }
     }
 
-    /// A session that is only observed was decided to be late; whether that is new, for this deadline. None where
-    /// something that was decided later is noted, or the session is in other hands: what a slow reaper was asked
-    /// for has come too late.
+    /// Notes that an observed session is late; returns whether this deadline is new. Returns `None` if a later decision
+    /// is noted already or a reaper or sync has the session: the answer of a slow reaper is then out of date.
     pub(super) fn observe(&mut self, expired: &Expired) -> Option<bool> {
         let (reached_ns, decided_ns) = (expired.reached_ns, expired.decided_ns);
         let before = match self.phase(expired.cookie, &expired.session) {
@@ -210,7 +209,7 @@ impl Tracker {
         Some(before.is_none_or(|(before_ns, _)| before_ns != reached_ns))
     }
 
-    /// A reaper is asked to reset a session.
+    /// Notes that a reaper is being asked to reset a session.
     pub(super) fn begin_reset(&mut self, expired: &Expired) {
         let (cookie, session) = (expired.cookie, &expired.session);
         if self.tried(cookie, session).is_none() {
@@ -223,7 +222,7 @@ impl Tracker {
         }
     }
 
-    /// The attempts to reset a session, where there are any.
+    /// The attempts to reset a session, if any.
     pub(super) fn tried(&mut self, cookie: u64, session: &Session) -> Option<&mut Tried> {
         let entry = self.phases.get_mut(&cookie)?;
         match &mut entry.phase {
@@ -232,18 +231,18 @@ impl Tracker {
         }
     }
 
-    /// Where the journal has a session that was asked about, for its record. Nobody else frees the place then.
+    /// Takes the journal slot of a session for its audit record, so that nothing else frees it.
     pub(super) fn take_journal_slot(&mut self, expired: &Expired) -> Option<Arc<JournalSlot>> {
         self.tried(expired.cookie, &expired.session)?.place.take()
     }
 
-    /// Whether an answer is still to come about a reset that does not hang.
+    /// Whether an answer is outstanding, except from resets that hang.
     pub(super) fn is_resetting(&self) -> bool {
         let is_it = |entry: &Entry| matches!(&entry.phase, Phase::Tried(t) if t.asked > 0 && !t.is_quarantined);
         self.phases.values().any(is_it)
     }
 
-    /// Sessions whose reset hangs.
+    /// Number of sessions whose reset hangs.
     pub(super) fn quarantined(&self) -> usize {
         let hangs = |entry: &&Entry| matches!(&entry.phase, Phase::Tried(t) if t.is_quarantined && t.asked > 0);
         self.phases.values().filter(hangs).count()
@@ -254,7 +253,7 @@ impl Tracker {
         self.schedule.len()
     }
 
-    /// By rule, how many sessions there are.
+    /// Number of sessions by rule id.
     pub(super) fn sessions_of(&self) -> &[u64] {
         &self.sessions_of
     }
@@ -264,27 +263,27 @@ impl Tracker {
         self.schedule.contains(cookie)
     }
 
-    /// What a scheduled session belongs to.
+    /// The group of a scheduled session.
     pub(super) fn group(&self, cookie: u64) -> Option<Group> {
         self.schedule.group(cookie)
     }
 
-    /// Every session with what it belongs to.
+    /// All sessions with their groups.
     pub(super) fn sessions(&self) -> impl Iterator<Item = (u64, Group)> {
         self.schedule.sessions()
     }
 
-    /// Whether a session of this network namespace is scheduled.
+    /// Whether the namespace has scheduled sessions.
     pub(super) fn has_sessions_in(&self, netns_cookie: u64) -> bool {
         self.schedule.has_sessions_in(netns_cookie)
     }
 
-    /// Moves a session to another time.
+    /// Sets the due time of a session.
     pub(super) fn rearm(&mut self, cookie: u64, due_ns: u64) {
         self.schedule.rearm(cookie, due_ns);
     }
 
-    /// A FIN or RST has come to a session whose end is not reported: it is to be looked for then.
+    /// A FIN or RST has passed on a session whose end is not reported; its socket is checked at `due_ns`.
     pub(super) fn may_end(&mut self, cookie: u64, due_ns: u64) {
         self.hasten(cookie, due_ns);
         if let Some(Entry {
@@ -296,24 +295,24 @@ impl Tracker {
         }
     }
 
-    /// Moves a session to an earlier time.
+    /// Moves the due time of a session forward, if `due_ns` is earlier.
     pub(super) fn hasten(&mut self, cookie: u64, due_ns: u64) {
         self.schedule.hasten(cookie, due_ns);
     }
 
-    /// When the next session is due.
+    /// Due time of the next session.
     pub(super) fn next_due_ns(&self) -> Option<u64> {
         self.schedule.next_due_ns()
     }
 
-    /// Takes up to `count` sessions that are due at `now_ns`. Each stays scheduled, without a time.
+    /// Takes up to `count` sessions that are due at `now_ns`. They stay scheduled without a due time.
     pub(super) fn take_due(&mut self, now_ns: u64, count: usize) -> Vec<u64> {
         let due = std::iter::from_fn(|| self.schedule.take_due(now_ns));
         due.take(count).collect()
     }
 }
 
-/// What a session belongs to, as the kernel has it.
+/// The group of a session, from its record.
 pub(super) fn group_of(session: &Session) -> Group {
     Group {
         netns_cookie: session.netns_cookie,
@@ -321,7 +320,7 @@ pub(super) fn group_of(session: &Session) -> Group {
     }
 }
 
-/// What the session of an event belongs to.
+/// The group of a session, from its event.
 pub(super) fn group_of_event(event: &Event) -> Group {
     Group {
         netns_cookie: event.netns_cookie,
@@ -427,14 +426,14 @@ mod tests {
         assert_eq!(tracker.next_due_ns(), Some(50));
         tracker.rearm(7, 70);
         assert_eq!(tracker.next_due_ns(), Some(60));
-        // To an earlier time, never to a later one.
+        // `hasten` only moves a session to an earlier time.
         tracker.hasten(7, 40);
         tracker.hasten(8, 90);
         assert_eq!(tracker.take_due(60, 1), [7]);
         assert_eq!(tracker.take_due(60, 1), [8]);
         tracker.may_end(8, 65);
         assert_eq!(tracker.next_due_ns(), Some(65));
-        // What is asked for the first rule only has one number more.
+        // The counts by rule grow as needed.
         let first = Group { rule: 0, ..group };
         let mut tracker = Tracker::default();
         tracker.add(1, first, 1);
@@ -449,13 +448,13 @@ mod tests {
         let asked = expired(100);
         let mut tracker = Tracker::default();
         tracker.begin_reset(&asked);
-        // The event of its end comes before the reaper's answer.
+        // The event of the session's end comes before the reaper's answer.
         assert_eq!(tracker.unrecorded(7), None);
         tracker.forget(7);
         let tried = tracker.tried(7, &asked.session).unwrap();
         assert_eq!(tried.asked, 1);
         (tried.asked, tried.unanswered) = (0, 1);
-        // Nobody will tell what became of it.
+        // No answer is outstanding any more.
         assert_eq!(tracker.unrecorded(7), Some(asked));
         tracker.forget(7);
         assert!(tracker.phase_of_cookie(7).is_none());
@@ -497,23 +496,23 @@ mod tests {
         assert_eq!(tracker.observe(&at(10, 10)), Some(true));
         assert_eq!(tracker.observe(&at(10, 20)), Some(false));
         assert_eq!(tracker.observe(&at(30, 30)), Some(true));
-        // Its reaper stood still meanwhile.
+        // A late answer of a slow reaper.
         assert_eq!(tracker.observe(&at(10, 25)), None);
         assert_eq!(tracker.observe(&at(30, 30)), Some(false));
-        // Another policy may make it late since an earlier time.
+        // Under another policy it may have reached its limit earlier.
         assert_eq!(tracker.observe(&at(5, 40)), Some(true));
-        // Why it is late, or what was tried before, does not keep it from being observed.
+        // Another phase of the session does not prevent the observation.
         let late = Phase::LateByPolicy {
             changed_ns: 45,
             reached_ns: 5,
         };
         tracker.set_phase(7, &expired(100).session, late);
         assert_eq!(tracker.observe(&at(5, 46)), Some(true));
-        // Under yet another one it is being reset.
+        // Another policy enforces, and the session is being reset.
         tracker.begin_reset(&at(5, 50));
         assert_eq!(tracker.observe(&at(5, 45)), None);
         assert!(tracker.is_resetting());
-        // Another session of the same socket.
+        // A later session of the same socket.
         assert_eq!(
             tracker.observe(&Expired {
                 session: expired(200).session,

@@ -1,5 +1,5 @@
-//! What the next daemon records where this one is killed between a reset and the writing of its record, and what
-//! an earlier one has left so.
+//! Resets without an audit record. If the daemon is killed between a reset and its record, the next daemon records the
+//! reset from the journal.
 
 use std::{rc::Rc, sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use crate::{
     report::audit::{End, Termination},
 };
 
-/// By their numbers in the journal.
+/// The reasons by their numbers in the journal.
 const REASONS: [Reason; 7] = [
     Reason::IdleTimeout,
     Reason::MaxLifetime,
@@ -31,7 +31,7 @@ const REASONS: [Reason; 7] = [
     Reason::Admin,
 ];
 
-/// The place of a reason among them.
+/// The number of a reason in the journal.
 const fn number_of(reason: Reason) -> u16 {
     match reason {
         Reason::IdleTimeout => 0,
@@ -44,11 +44,11 @@ const fn number_of(reason: Reason) -> u16 {
     }
 }
 
-/// Records what an earlier daemon has reset and not recorded, before anything is reset.
+/// Records the resets that an earlier daemon has made but not recorded. Must run before any reset.
 ///
 /// # Errors
 ///
-/// Where the kernel's maps cannot be read.
+/// Fails if a map cannot be read.
 pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
     let left = context.state().datapath.journal().left();
     if left.is_empty() {
@@ -75,7 +75,7 @@ pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
 }
 
 impl State {
-    /// Notes a session that reapers are about to be asked to reset.
+    /// Adds a session to the journal before reapers are asked to reset it.
     pub(super) fn note_reset(&mut self, expired: &Expired) {
         let rule = &self.rule_set.rules[usize::from(expired.session.rule)];
         let mut name = [0; MAX_RULE_NAME];
@@ -96,13 +96,13 @@ impl State {
             rule: name,
         };
         if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
-            // The place of an attempt before is free first.
+            // Frees the slot of an earlier attempt first.
             tried.place = None;
             tried.place = self.datapath.journal().put(&entry);
         }
     }
 
-    /// Takes in an entry of an earlier daemon. One that says nothing of use is dropped.
+    /// Handles a journal entry of an earlier daemon. An invalid entry is dropped.
     fn recover(&mut self, place: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
         let name = entry.rule.split(|byte| *byte == 0).next();
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
@@ -125,7 +125,7 @@ impl State {
             .rules
             .iter()
             .position(|rule| rule.name == name);
-        // It lives where its end would have been reported, and is looked at as every other session.
+        // If its end would have been reported, the session was not reset; it is judged like every other session.
         let Some(rule) = rule.filter(|_| !is_end_seen) else {
             return Ok(());
         };
@@ -142,7 +142,7 @@ impl State {
             limit_ns: entry.limit_ns,
             idle_since_ns: entry.idle_since_ns,
         };
-        // Its socket tells, when it is looked for.
+        // It counts as asked without an answer; a later query of its socket shows whether it was reset.
         let tried = Phase::Tried(Box::new(Tried::unanswered(expired, place)));
         self.tracker.set_phase(entry.cookie, &now, tried);
         Ok(())

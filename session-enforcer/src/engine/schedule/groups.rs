@@ -1,23 +1,23 @@
-//! What sessions belong to, each known by a small number.
+//! The groups of sessions, each identified by a small number.
 
 use std::collections::HashMap;
 
 use super::Group;
 
-/// The groups that have sessions. There are few beside the sessions, which know theirs by its
-/// number; that of one without sessions is used again.
+/// The groups that have sessions. There are few of them compared to sessions, which refer to them by number. The number
+/// of a group without sessions is reused.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
-    /// By number, a group and how many sessions it has.
+    /// Group and number of its sessions, by group number.
     used: Vec<(Group, u32)>,
     free: Vec<u32>,
     numbers: HashMap<Group, u32>,
-    /// By cookie, how many groups a network namespace has.
+    /// Number of groups, by namespace cookie.
     namespaces: HashMap<u64, u32>,
 }
 
 impl Groups {
-    /// Counts a session in; the number of its group.
+    /// Counts a new session in its group; returns the group number.
     pub(super) fn enter(&mut self, group: Group) -> u32 {
         let number = match self.numbers.get(&group) {
             Some(number) => *number,
@@ -38,7 +38,7 @@ impl Groups {
         number
     }
 
-    /// Counts a session out; its group.
+    /// Counts a session out of its group; returns the group.
     pub(super) fn leave(&mut self, number: u32) -> Group {
         let (group, sessions) = &mut self.used[number as usize];
         let group = *group;
@@ -60,12 +60,12 @@ impl Groups {
         }
     }
 
-    /// The group of this number.
+    /// The group with this number.
     pub(super) fn group(&self, number: u32) -> Group {
         self.used[number as usize].0
     }
 
-    /// Whether a group of this network namespace has sessions.
+    /// Whether a group of this namespace has sessions.
     pub(super) fn has_namespace(&self, netns_cookie: u64) -> bool {
         self.namespaces.contains_key(&netns_cookie)
     }

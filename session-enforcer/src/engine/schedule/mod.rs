@@ -1,8 +1,8 @@
-//! When to look at which session: cookies by the time that they are due. Pure: no clock, no I/O.
+//! The schedule: cookies by due time. Pure: no clock, no I/O.
 //!
-//! A session's entry is at the earliest moment at which the session can have expired. Activity
-//! moves the true deadline and not the entry: when the entry is due, the engine reads the session
-//! and re-arms it. So a busy session costs one look per timeout, and a packet costs nothing here.
+//! An entry has the earliest time at which its session can have expired. Activity moves the deadline but not the entry:
+//! when the entry is due, the engine reads the session and reschedules it. So a busy session costs one check per
+//! timeout, and a packet costs nothing here.
 
 mod groups;
 mod queue;
@@ -12,12 +12,11 @@ mod tests;
 
 use self::{groups::Groups, queue::Queue, sessions::Sessions};
 
-/// Sessions by due time. The end of time, `u64::MAX`, stands for "never".
+/// Sessions by due time. `u64::MAX` means never.
 ///
-/// A session takes 28 bytes in the vectors, and 6 to 12 in the hash table: a bucket of 5 bytes, of
-/// which 7/16 to 7/8 are full. Vectors and table grow by doubling. What a large vector has and does
-/// not use is address space only, since pages are the process's when they are written to; the
-/// table is written to everywhere.
+/// A session takes 28 bytes in the vectors and 6 to 12 bytes in the hash table (buckets of 5 bytes, 7/16 to 7/8 of them
+/// full). Vectors and table grow by doubling. Unused capacity of a large vector is only address space, since a page is
+/// allocated when it is first written. The table is written everywhere.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
     sessions: Sessions,
@@ -25,12 +24,12 @@ pub(super) struct Schedule {
     groups: Groups,
 }
 
-/// What a session belongs to.
+/// Namespace and rule of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Group {
     /// Cookie of its network namespace.
     pub(super) netns_cookie: u64,
-    /// Place of its rule.
+    /// Rule id.
     pub(super) rule: u16,
 }
 
@@ -45,27 +44,26 @@ impl Schedule {
         self.sessions.slot(cookie).is_some()
     }
 
-    /// Every session with what it belongs to.
+    /// All sessions with their groups.
     pub(super) fn sessions(&self) -> impl Iterator<Item = (u64, Group)> {
         let sessions = self.sessions.iter();
         sessions.map(|(cookie, number)| (cookie, self.groups.group(number)))
     }
 
-    /// What a scheduled session belongs to.
+    /// The group of a scheduled session.
     pub(super) fn group(&self, cookie: u64) -> Option<Group> {
         let slot = self.sessions.slot(cookie)?;
         Some(self.groups.group(self.sessions.group(slot)))
     }
 
-    /// Whether a session of this network namespace is scheduled.
+    /// Whether the namespace has scheduled sessions.
     pub(super) fn has_sessions_in(&self, netns_cookie: u64) -> bool {
         self.groups.has_namespace(netns_cookie)
     }
 
-    /// Schedules a session, in place of what was scheduled for the same cookie; what that belonged
-    /// to.
+    /// Schedules a session. Replaces an earlier schedule of the same cookie and returns its group.
     pub(super) fn insert(&mut self, cookie: u64, group: Group, due_ns: u64) -> Option<Group> {
-        // Before it leaves the old group, which may be the same.
+        // Must come before leaving the old group, which may be the same.
         let number = self.groups.enter(group);
         let Some(slot) = self.sessions.slot(cookie) else {
             self.sessions.push(cookie, number);
@@ -77,14 +75,14 @@ impl Schedule {
         Some(self.groups.leave(before))
     }
 
-    /// Moves a session to another time; a session that is not scheduled stays so.
+    /// Sets the due time of a session, if it is scheduled.
     pub(super) fn rearm(&mut self, cookie: u64, due_ns: u64) {
         if let Some(slot) = self.sessions.slot(cookie) {
             self.queue.set(slot, due_ns);
         }
     }
 
-    /// Moves a session to an earlier time; one that is due before that stays as it is.
+    /// Moves the due time of a session forward, if `due_ns` is earlier.
     pub(super) fn hasten(&mut self, cookie: u64, due_ns: u64) {
         if let Some(slot) = self.sessions.slot(cookie)
             && due_ns < self.queue.due_ns(slot)
@@ -93,7 +91,7 @@ impl Schedule {
         }
     }
 
-    /// Forgets a session, and returns what it belonged to.
+    /// Removes a session; returns its group.
     pub(super) fn remove(&mut self, cookie: u64) -> Option<Group> {
         let (slot, number) = self.sessions.swap_remove(cookie)?;
         self.queue.swap_remove(slot);
@@ -101,13 +99,13 @@ impl Schedule {
         Some(self.groups.leave(number))
     }
 
-    /// When the next session is due; none where none ever is.
+    /// Due time of the next session; `None` if no session has one.
     pub(super) fn next_due_ns(&self) -> Option<u64> {
         Some(self.queue.first()?.0)
     }
 
-    /// Takes one session that is due at `now_ns`. It stays scheduled, without a time, until it is
-    /// re-armed or removed: the caller must do one of both.
+    /// Takes one session that is due at `now_ns`. It stays scheduled without a due time; the caller must reschedule or
+    /// remove it.
     pub(super) fn take_due(&mut self, now_ns: u64) -> Option<u64> {
         let (due_ns, slot) = self.queue.first()?;
         if due_ns > now_ns {
@@ -117,8 +115,8 @@ impl Schedule {
         Some(self.sessions.cookie(slot))
     }
 
-    /// Gives memory back where a great crowd has gone. The pages of what was, once written to, would
-    /// stay. Room for as many again is left, so that a number that changes little costs nothing.
+    /// Releases memory when many sessions have gone, because pages that were written stay allocated. Twice the needed
+    /// capacity is kept, so small changes cost nothing.
     fn give_back(&mut self) {
         const SLACK: usize = 1024;
         if self.sessions.capacity() > 4 * self.len() + 4 * SLACK {

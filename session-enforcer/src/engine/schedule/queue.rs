@@ -1,27 +1,26 @@
-//! Slots by the time that they are due: a heap in which every slot knows its place, so that one
-//! that is moved or taken out leaves nothing behind.
+//! Slots by due time: a heap in which each slot knows its heap index, so a moved or removed slot leaves no stale entry.
 
-/// With four children a heap is half as deep as with two. Each level that an entry moves is a write
-/// to a place somewhere in memory, and the times of four children lie side by side.
+/// A heap with four children per node has half the depth of a binary heap. Each level that an entry moves costs a write
+/// to a random memory location, while the times of four children are adjacent.
 const CHILDREN: usize = 4;
 
-/// The place of a slot that is not in the heap.
+/// The heap index of a slot that is not in the heap.
 const NOWHERE: u32 = u32::MAX;
 
-/// Slots by due time. What is due at `u64::MAX` is never due, and takes no place in the heap.
+/// Slots by due time. A slot with due time `u64::MAX` is never due and not in the heap.
 ///
-/// The slots are numbered from 0 without a gap. Time and slot of a heap entry are in vectors of
-/// their own: 12 bytes, where a pair would take 16.
+/// Slots are numbered from 0 without gaps. The time and the slot of an entry are in separate vectors: 12 bytes, where a
+/// pair would take 16.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     due_ns: Vec<u64>,
     slots: Vec<u32>,
-    /// Where in the heap each slot is.
+    /// Heap index by slot.
     heap_indexes: Vec<u32>,
 }
 
 impl Queue {
-    /// Adds the slot that follows the last.
+    /// Adds the slot after the last.
     pub(super) fn push(&mut self, due_ns: u64) {
         let slot = self.heap_indexes.len() as u32;
         self.heap_indexes.push(NOWHERE);
@@ -43,12 +42,12 @@ impl Queue {
             .map_or(u64::MAX, |heap_index| self.due_ns[heap_index])
     }
 
-    /// The slot that is due first, and when.
+    /// The slot with the earliest due time, and that time.
     pub(super) fn first(&self) -> Option<(u64, u32)> {
         Some((*self.due_ns.first()?, *self.slots.first()?))
     }
 
-    /// Moves a slot to another time.
+    /// Sets the due time of a slot.
     pub(super) fn set(&mut self, slot: u32, due_ns: u64) {
         match self.heap_index(slot) {
             None if due_ns == u64::MAX => {}
@@ -63,20 +62,20 @@ impl Queue {
         }
     }
 
-    /// Gives back memory that was for many more slots.
+    /// Releases memory beyond `capacity` slots.
     pub(super) fn shrink_to(&mut self, capacity: usize) {
         self.due_ns.shrink_to(capacity);
         self.slots.shrink_to(capacity);
         self.heap_indexes.shrink_to(capacity);
     }
 
-    /// Where the slot is in the heap; none also for a slot that there is not.
+    /// The heap index of a slot; `None` if the slot is not in the heap or does not exist.
     fn heap_index(&self, slot: u32) -> Option<usize> {
         let heap_index = *self.heap_indexes.get(slot as usize)?;
         (heap_index != NOWHERE).then_some(heap_index as usize)
     }
 
-    /// Takes the entry at this place out of the heap.
+    /// Removes the entry at this index from the heap.
     fn vacate(&mut self, heap_index: usize) {
         self.heap_indexes[self.slots[heap_index] as usize] = NOWHERE;
         let (Some(due_ns), Some(slot)) = (self.due_ns.pop(), self.slots.pop()) else {
@@ -87,7 +86,7 @@ impl Queue {
         }
     }
 
-    /// Puts an entry where the heap's order wants it, beginning at a place that is free for it.
+    /// Inserts an entry in heap order, starting at the free index `free`.
     fn move_to_order(&mut self, free: usize, due_ns: u64, slot: u32) {
         let raised = self.raise(free, due_ns);
         let heap_index = if raised == free {
@@ -98,7 +97,7 @@ impl Queue {
         self.put(heap_index, due_ns, slot);
     }
 
-    /// Moves the free place towards the first as long as later entries are before it.
+    /// Moves the free index up while the parent is later than `due_ns`.
     fn raise(&mut self, mut free: usize, due_ns: u64) -> usize {
         while free > 0 {
             let parent = (free - 1) / CHILDREN;
@@ -111,7 +110,7 @@ impl Queue {
         free
     }
 
-    /// Moves the free place towards the last as long as earlier entries are behind it.
+    /// Moves the free index down while a child is earlier than `due_ns`.
     fn lower(&mut self, mut free: usize, due_ns: u64) -> usize {
         while let Some((earliest_ns, child)) = self.earliest_child(free)
             && earliest_ns < due_ns
@@ -141,7 +140,7 @@ impl Queue {
 
 #[cfg(test)]
 impl Queue {
-    /// Bytes that the vectors have for their elements.
+    /// Allocated bytes of the vectors.
     pub(super) fn allocated(&self) -> usize {
         8 * self.due_ns.capacity() + 4 * (self.slots.capacity() + self.heap_indexes.capacity())
     }
@@ -151,7 +150,7 @@ impl Queue {
         self.slots.len()
     }
 
-    /// Checks that the entries are in order, and that slots and entries point to each other.
+    /// Checks the heap order, and that slots and entries refer to each other.
     pub(super) fn assert_sound(&self, slots: usize) {
         assert_eq!(self.heap_indexes.len(), slots);
         assert_eq!(self.due_ns.len(), self.slots.len());

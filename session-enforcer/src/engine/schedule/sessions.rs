@@ -1,16 +1,16 @@
-//! The sessions by cookie: each has a slot, a number by which other parts of the schedule know it.
+//! The sessions by cookie. Each has a slot, the number by which the other parts of the schedule identify it.
 
 use hashbrown::HashTable;
 
-/// The sessions, in slots that are numbered from 0 without a gap: the session in the last slot
-/// takes that of one that is removed. So no slot is empty, and memory can be given back.
+/// The sessions, in slots numbered from 0 without gaps. If a session is removed, the session in the last slot takes its
+/// slot. So no slot is empty, and memory can be released.
 ///
-/// The hash table holds the slots only, and compares cookies where they are.
+/// The hash table holds only slots; cookies are compared in `cookies`.
 #[derive(Debug, Default)]
 pub(super) struct Sessions {
     slots: HashTable<u32>,
     cookies: Vec<u64>,
-    /// By slot, the number of the group.
+    /// Group number by slot.
     groups: Vec<u32>,
 }
 
@@ -36,15 +36,15 @@ impl Sessions {
         self.groups[slot as usize]
     }
 
-    /// Every session with the number of its group.
+    /// All sessions with their group numbers.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, u32)> {
         let groups = self.groups.iter().copied();
         self.cookies.iter().copied().zip(groups)
     }
 
-    /// Adds a session that there is not yet, in the slot that follows the last.
+    /// Adds a session that is not scheduled yet, in the slot after the last.
     pub(super) fn push(&mut self, cookie: u64, group: u32) {
-        // The session map's capacity is an u32 too.
+        // The capacity of the session table is a u32 too.
         let slot = self.cookies.len() as u32;
         self.refill();
         self.cookies.push(cookie);
@@ -54,12 +54,12 @@ impl Sessions {
         self.slots.insert_unique(mixed(cookie), slot, hash);
     }
 
-    /// Moves a session to another group; the number of the one that it leaves.
+    /// Moves a session to another group; returns the number of its previous group.
     pub(super) fn regroup(&mut self, slot: u32, group: u32) -> u32 {
         std::mem::replace(&mut self.groups[slot as usize], group)
     }
 
-    /// Removes a session; its slot, which the session in the last slot has now, and its group.
+    /// Removes a session. Returns its slot, which the session of the last slot now has, and its group number.
     pub(super) fn swap_remove(&mut self, cookie: u64) -> Option<(u32, u32)> {
         let Self {
             slots,
@@ -76,9 +76,9 @@ impl Sessions {
         Some((slot, groups.swap_remove(slot as usize)))
     }
 
-    /// Fills the table anew where removals have used up its free buckets: one amid full ones is not
-    /// free when it is left, and with none free the table would double. It may where nearly all are
-    /// full, since the next filling would follow soon.
+    /// Rebuilds the table if removals have used up its free buckets. A bucket that is freed between full ones stays
+    /// marked as used, and without free buckets the table would double. It is allowed to double if nearly all buckets
+    /// are really full, because the next rebuild would follow soon.
     fn refill(&mut self) {
         let Self { slots, cookies, .. } = self;
         let buckets = slots.num_buckets();
@@ -92,12 +92,12 @@ impl Sessions {
         }
     }
 
-    /// For how many sessions there is memory.
+    /// Number of sessions for which memory is allocated.
     pub(super) fn capacity(&self) -> usize {
         self.cookies.capacity()
     }
 
-    /// Gives back memory that was for many more sessions.
+    /// Releases memory beyond `capacity` sessions.
     pub(super) fn shrink_to(&mut self, capacity: usize) {
         self.cookies.shrink_to(capacity);
         self.groups.shrink_to(capacity);
@@ -107,12 +107,11 @@ impl Sessions {
     }
 }
 
-/// The hash of a cookie: the last step of `SplitMix64`, in which every bit of the cookie changes
-/// half of the bits, since the table takes some from either end.
+/// The hash of a cookie: the finalizer of `SplitMix64`. Each bit of the cookie changes half of the hash bits; the table
+/// uses bits of both ends.
 ///
-/// It needs no secret. The kernel counts the cookies up, so whoever makes connections can only
-/// close those that do not suit: for each that is in the way of another, as many connections as
-/// the table has buckets.
+/// No secret is needed. The kernel counts cookies up, so an attacker can only open many connections and close those
+/// with unsuitable cookies. Each collision then costs as many connections as the table has buckets.
 fn mixed(cookie: u64) -> u64 {
     let once = (cookie ^ (cookie >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let twice = (once ^ (once >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -121,12 +120,12 @@ fn mixed(cookie: u64) -> u64 {
 
 #[cfg(test)]
 impl Sessions {
-    /// Bytes that table and vectors have for their elements.
+    /// Allocated bytes of table and vectors.
     pub(super) fn allocated(&self) -> usize {
         self.slots.allocation_size() + 8 * self.cookies.capacity() + 4 * self.groups.capacity()
     }
 
-    /// Checks that every session is found in its slot, and nothing else.
+    /// Checks that the table finds exactly the sessions, each in its slot.
     pub(super) fn assert_sound(&self) {
         assert_eq!(self.slots.len(), self.cookies.len());
         assert_eq!(self.groups.len(), self.cookies.len());

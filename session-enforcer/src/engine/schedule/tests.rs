@@ -1,4 +1,4 @@
-//! The schedule against what is expected of it, and against a plain model.
+//! Tests of the schedule, with examples and against a simple model.
 
 use std::collections::BTreeMap;
 
@@ -101,7 +101,7 @@ fn a_namespace_is_known_while_it_has_sessions() {
     s.remove(12);
     assert!(!s.has_sessions_in(2));
     s.insert(4, group(4), 10);
-    // A session that comes again in another namespace has left the first.
+    // A session that is scheduled again in another namespace has left the first one.
     s.insert(4, group(1), 10);
     assert!(!s.has_sessions_in(4));
     assert_eq!(s.group(4), Some(group(1)));
@@ -133,7 +133,7 @@ fn a_session_that_is_moved_away_and_back_is_due_once() {
     assert_eq!(s.take_due(1_000), None);
 }
 
-/// A schedule of so many sessions whose times are in no order.
+/// A schedule of many sessions with unordered times.
 fn crowd(count: u64) -> Schedule {
     let mut s = Schedule::default();
     for cookie in 0..count {
@@ -150,7 +150,7 @@ fn allocated(schedule: &Schedule) -> usize {
 fn a_session_takes_at_most_48_bytes() {
     for count in [100_000, 500_000] {
         let mut s = crowd(count);
-        // Closed, opened, and looked at: nothing of that may leave anything behind.
+        // Sessions that are closed, opened or checked must leave no stale data.
         for cookie in 0..count {
             s.remove(cookie);
             s.insert(cookie + count, group(1), cookie);
@@ -175,7 +175,7 @@ fn the_memory_of_a_crowd_comes_back_when_it_has_gone() {
     assert_eq!(all_due(&mut s, 100_000).len(), 1_000);
 }
 
-/// Checks that the parts of a schedule say the same.
+/// Checks that the parts of a schedule agree.
 fn assert_sound(schedule: &Schedule) {
     schedule.sessions.assert_sound();
     schedule.queue.assert_sound(schedule.len());
@@ -205,7 +205,7 @@ fn operations() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// What a schedule should do, by the session's group and time.
+/// A model of the schedule: group and time by session.
 #[derive(Debug, Default)]
 struct Model(BTreeMap<u64, (Group, u64)>);
 
@@ -219,7 +219,7 @@ impl Model {
         self.0.entry(cookie).and_modify(|(_, due)| *due = due_ns);
     }
 
-    /// Checks that the schedule took a session that is due first, and takes it too.
+    /// Checks that the schedule took one of the sessions that are due first, and takes it from the model.
     fn take(&mut self, taken: Option<u64>, now_ns: u64) {
         let due_ns = self.next_due_ns().filter(|due_ns| *due_ns <= now_ns);
         assert_eq!(taken.map(|cookie| self.0[&cookie].1), due_ns);
