@@ -1,4 +1,4 @@
-//! The test programs: built here, run inside.
+//! Builds the test programs for the machines.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -11,13 +11,13 @@ use super::plan::Program;
 use crate::arch::Arch;
 use crate::workspace::Workspace;
 
-/// The tests that need a machine for themselves.
+/// The test program that needs a machine of its own.
 pub(super) const HOST: &str = "host";
 
-/// After this a program is killed, in seconds. Under emulation the longest takes a tenth of it.
+/// The time limit of a program in seconds. Under emulation the longest program takes a tenth of it.
 const LIMIT_SECONDS: u64 = 1200;
 
-/// A test program.
+/// A built test program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Built {
     pub(super) name: String,
@@ -25,14 +25,12 @@ pub(super) struct Built {
 }
 
 impl Built {
-    /// To be run as a whole, or those of its tests whose names contain one of these words, so many
-    /// tests at a time.
+    /// Runs the whole program, or its tests whose names contain one of these words, with this many threads.
     pub(super) fn program(&self, threads: usize, words: &[String]) -> Program {
         self.named(&self.name, threads, words)
     }
 
-    /// To be run, under the name of one of its modules, for those of its tests whose names contain one of
-    /// these words, one by one.
+    /// Runs the tests whose names contain one of these words, one at a time, under the name of a module.
     pub(super) fn part(&self, module: &str, words: &[String]) -> Program {
         self.named(&format!("{}-{module}", self.name), 1, words)
     }
@@ -49,8 +47,8 @@ impl Built {
     }
 }
 
-/// Builds the privileged test programs that words name as [`chosen`] reads them, those of whole hosts too; without a
-/// word, every one. Static ones where they are for another processor.
+/// Builds the privileged test programs that the words name (see [`chosen`]), including those of whole hosts;
+/// without words, all of them. For another architecture they are static.
 pub(super) fn build(
     workspace: &Workspace,
     foreign: Option<Arch>,
@@ -59,7 +57,7 @@ pub(super) fn build(
     let named: BTreeSet<&str> = words.iter().map(|word| program_of(word).0).collect();
     let mut built = Vec::new();
     if named.is_empty() {
-        // `--tests` leaves out what is not for `cargo test`.
+        // `--tests` excludes programs that are not for `cargo test`.
         built.extend(build_some(workspace, foreign, &["--tests"])?);
         built.extend(build_some(workspace, foreign, &["--test", HOST])?);
     } else {
@@ -90,7 +88,7 @@ fn build_some(workspace: &Workspace, foreign: Option<Arch>, which: &[&str]) -> R
         .collect()
 }
 
-/// The test program that one of cargo's messages announces.
+/// The test program that a message of cargo announces.
 fn artifact(line: &str) -> Result<Option<Built>> {
     let message: Value = serde_json::from_str(line).context("a message of cargo is no JSON")?;
     let is_test = message["reason"] == "compiler-artifact" && message["profile"]["test"] == true;
@@ -106,7 +104,7 @@ fn artifact(line: &str) -> Result<Option<Built>> {
     }))
 }
 
-/// The program that a word names, and the part of its tests' names.
+/// Splits a word into the program and the part of its tests' names.
 fn program_of(word: &str) -> (&str, Option<&str>) {
     match word.split_once("::") {
         Some((name, part)) => (name, Some(part)),
@@ -114,13 +112,13 @@ fn program_of(word: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// The programs that the words on the command line ask for: `PROGRAM`, or `PROGRAM::PART` for those
-/// of its tests whose names contain the part. No word asks for all.
+/// The programs that the command line requests: `PROGRAM`, or `PROGRAM::PART` for its tests whose names
+/// contain the part. Without words, all programs.
 pub(super) fn chosen(built: &[Built], words: &[String]) -> Result<Vec<(Built, Vec<String>)>> {
     if words.is_empty() {
         return Ok(built.iter().map(|one| (one.clone(), Vec::new())).collect());
     }
-    // Without words of its own a program is run whole.
+    // `None` runs the whole program.
     let mut chosen: Vec<(Built, Option<Vec<String>>)> = Vec::new();
     for word in words {
         let (name, part) = program_of(word);
