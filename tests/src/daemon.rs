@@ -218,7 +218,8 @@ impl<'a> Launch<'a> {
         Ok(daemon)
     }
 
-    /// Starts the daemon and waits until its metrics are served; it need not be ready.
+    /// Starts the daemon and waits until its log names the address of the metrics, which follows the attachment
+    /// and the first adoption. The daemon need not be ready.
     ///
     /// # Errors
     ///

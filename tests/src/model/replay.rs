@@ -393,8 +393,8 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// When sessions of a connection were adopted: a policy came into force that tracks them, and the
-/// one before it did not.
+/// The adoptions of a connection's sessions: each time when a policy that tracks them replaced one that did
+/// not.
 fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {
