@@ -102,7 +102,7 @@ fn confine(wanted: &[Capability]) -> Result<()> {
     if has.contains(&Capability::CAP_BPF) {
         keep(wanted)?;
     } else {
-        // `CAP_SYS_ADMIN` includes `CAP_BPF` (capabilities(7)).
+        // For bpf(2), `CAP_SYS_ADMIN` includes the others (capabilities(7)).
         keep(&[Capability::CAP_SYS_ADMIN])?;
     }
     caps::clear(None, CapSet::Ambient).context("PR_CAP_AMBIENT_CLEAR_ALL")?;

@@ -238,7 +238,8 @@ impl Traffic {
         Ok(())
     }
 
-    /// Records ended sockets: of all connections, or only of those that poll(2) reports all the time.
+    /// Records ended sockets: of all connections, or only of those that are shut down here and therefore not
+    /// polled.
     fn take_ends(&mut self, of_all: bool) -> Result<()> {
         for slot in 0..self.slots.len() {
             let is_due = |live: &mut Live| of_all || live.shut.contains(&true);
