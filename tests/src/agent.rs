@@ -1,9 +1,9 @@
-//! A process that makes sockets for the test in the cgroup and the network namespace that it is in.
+//! An agent: a process that opens sockets for the test in its own cgroup and network namespace.
 //!
-//! A socket belongs to the cgroup and the namespace of the process that makes it, whoever holds it
-//! later, and an accepted one to those of its listener. The test programs run their tests as
-//! threads of one process, which cannot be in several cgroups: so each place has its agent, which
-//! passes the sockets back over a socket of the family `AF_UNIX`.
+//! A socket belongs to the cgroup and the namespace of the process that creates it, whoever holds it later.
+//! An accepted socket belongs to those of its listener. The test programs run their tests as threads of one
+//! process, which cannot be in several cgroups. So each place has an agent, which passes its sockets back
+//! over an `AF_UNIX` socket.
 
 use std::{
     fs::{self, File},
@@ -30,10 +30,11 @@ use nix::{
 
 use crate::{cgroup::Cgroup, netns::Netns, pace::patience, process::die_with_parent};
 
-/// A request is the three arguments of socket(2); an answer is an error number or 0 with a socket.
+/// The length of a request: the three arguments of socket(2). An answer is an error number, or 0 with a
+/// socket.
 const REQUEST: usize = 12;
 
-/// Where sockets are made. The default is where the test itself is.
+/// The cgroup, namespaces and user of an agent. The default is those of the test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {
     cgroup: Option<PathBuf>,
@@ -44,62 +45,62 @@ pub struct Place {
 }
 
 impl Place {
-    /// Where the test itself is.
+    /// The place of the test.
     pub fn here() -> Self {
         Self::default()
     }
 
-    /// The same place in this cgroup.
+    /// The same place, but in this cgroup.
     #[must_use]
     pub fn in_cgroup(mut self, cgroup: &Cgroup) -> Self {
         self.cgroup = Some(cgroup.path().to_owned());
         self
     }
 
-    /// The same place in the cgroup of this directory.
+    /// The same place, but in the cgroup with this directory.
     #[must_use]
     pub fn in_directory(mut self, cgroup: &Path) -> Self {
         self.cgroup = Some(cgroup.to_owned());
         self
     }
 
-    /// The same place in this network namespace.
+    /// The same place, but in this network namespace.
     #[must_use]
     pub fn in_netns(self, netns: &Netns) -> Self {
         self.in_netns_at(netns.path())
     }
 
-    /// The same place in the network namespace of this file.
+    /// The same place, but in the network namespace of this file.
     #[must_use]
     pub fn in_netns_at(mut self, path: PathBuf) -> Self {
         self.netns = Some(path);
         self
     }
 
-    /// The same place as this user, who has no capabilities then.
+    /// The same place, but as this user, without capabilities.
     #[must_use]
     pub fn as_user(mut self, uid: u32) -> Self {
         self.uid = Some(uid);
         self
     }
 
-    /// The same place with the rights of this user, as a program has them that is set to the user's
-    /// id: the process stays the user's who started it.
+    /// The same place, but with this effective UID, as in a set-user-ID program. The real UID stays that of
+    /// the user who started the process.
     #[must_use]
     pub fn with_rights_of(mut self, uid: u32) -> Self {
         self.effective_uid = Some(uid);
         self
     }
 
-    /// The same place in a user namespace of its own, in which no user has a number.
+    /// The same place, but in a new user namespace without user mappings.
     #[must_use]
     pub fn in_own_user_namespace(mut self) -> Self {
         self.own_user_namespace = true;
         self
     }
 
-    /// A command that runs `program` there, for real servers and clients. `agent` is the path of
-    /// the agent's binary. The program dies with the thread that starts it.
+    /// A command that runs `program` at this place, for real servers and clients. `agent` is the path of the
+    /// agent's binary. The program dies with the thread that starts it.
     pub fn command(&self, agent: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.agent_command(agent, "exec");
         command.arg("--").arg(program);
@@ -131,7 +132,7 @@ impl Place {
 ///
 /// # Errors
 ///
-/// Where a part of it is not there, or root's rights are missing.
+/// Fails if a part of the place does not exist, or without root's privileges.
 pub fn enter(place: &Place) -> Result<()> {
     if let Some(path) = &place.netns {
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
@@ -139,7 +140,7 @@ pub fn enter(place: &Place) -> Result<()> {
             .with_context(|| format!("entering {}", path.display()))?;
     }
     if let Some(path) = &place.cgroup {
-        // 0 is the process that writes.
+        // 0 means the writing process.
         fs::write(path.join("cgroup.procs"), "0")
             .with_context(|| format!("entering the cgroup {}", path.display()))?;
     }
@@ -152,7 +153,7 @@ pub fn enter(place: &Place) -> Result<()> {
     if place.own_user_namespace {
         unshare(CloneFlags::CLONE_NEWUSER).context("making a user namespace")?;
     }
-    // The change of the user has cleared this.
+    // The change of the user has cleared the signal.
     set_pdeathsig(Signal::SIGKILL)?;
     Ok(())
 }
@@ -165,20 +166,20 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts the agent's binary at a place.
+    /// Starts the agent at a place.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started. What it says later is on the test's standard error.
+    /// Fails if the agent cannot be started. The agent writes later errors to the test's standard error.
     pub fn start(binary: &Path, place: &Place) -> Result<Self> {
         Self::start_with(place.agent_command(binary, "serve"))
     }
 
-    /// Starts the agent by a command that leads to its binary, with the argument `table_ops`.
+    /// Starts the agent through a command that runs its binary with the argument `serve`.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started.
+    /// Fails if the agent cannot be started.
     pub fn start_with(mut command: Command) -> Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
         control.set_read_timeout(Some(patience()))?;
@@ -187,21 +188,21 @@ impl Agent {
             .spawn()
             .with_context(|| format!("starting {command:?}"))?;
         let agent = Self { child, control };
-        // Its first answer shows that it is where it should be.
+        // The first answer proves that the agent has reached its place.
         agent.socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
         Ok(agent)
     }
 
-    /// Its process id.
+    /// The agent's PID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// A socket that belongs to the agent's place, made with the arguments of socket(2).
+    /// Creates a socket at the agent's place with the arguments of socket(2).
     ///
     /// # Errors
     ///
-    /// What the kernel says in that place, or where the agent has gone.
+    /// The kernel's error at that place, or the failure of an agent that has ended.
     pub fn socket(&self, domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
         let mut request = [0; REQUEST];
         for (bytes, argument) in request.chunks_mut(4).zip([domain, kind, protocol]) {
@@ -221,7 +222,7 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // It may have been killed with its cgroup.
+        // The agent may have been killed with its cgroup.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -237,7 +238,7 @@ fn receive(control: &UnixStream) -> Result<(i32, Option<OwnedFd>)> {
     let mut passed = Vec::new();
     for item in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = item {
-            // SAFETY: the kernel has just made these descriptors for this process.
+            // SAFETY: the kernel has just opened these descriptors for this process.
             passed.extend(
                 fds.into_iter()
                     .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
@@ -247,11 +248,11 @@ fn receive(control: &UnixStream) -> Result<(i32, Option<OwnedFd>)> {
     Ok((i32::from_ne_bytes(code), passed.pop()))
 }
 
-/// The agent's side: makes the sockets that are asked for, until the test closes its end.
+/// The agent's side: creates the requested sockets until the test closes its end.
 ///
 /// # Errors
 ///
-/// Where the test cannot be answered.
+/// Fails if the answer cannot be sent.
 pub fn serve(control: &UnixStream) -> Result<()> {
     let mut request = [0; REQUEST];
     while (&mut &*control).read_exact(&mut request).is_ok() {
@@ -263,14 +264,14 @@ pub fn serve(control: &UnixStream) -> Result<()> {
                 request[at + 3],
             ])
         };
-        // SAFETY: a system call without pointers.
+        // SAFETY: the system call takes no pointers.
         let fd =
             unsafe { libc::socket(argument(0), argument(4) | libc::SOCK_CLOEXEC, argument(8)) };
         if fd < 0 {
             answer(control, Errno::last_raw(), None)?;
             continue;
         }
-        // SAFETY: the kernel has just made this descriptor.
+        // SAFETY: the kernel has just opened this descriptor.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         answer(control, 0, Some(&socket))?;
     }

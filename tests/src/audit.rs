@@ -1,4 +1,4 @@
-//! The audit records, as the tests ask for them.
+//! Audit records, with accessors for the tests.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::{clock::Moment, pace::late_ticks};
 
-/// How much a time of the audit may be off: the daemon works it out from two clocks, and allows
-/// for the ticks in which the kernel counts the ages of adopted sessions.
+/// The tolerance for times of the audit. The daemon converts them between two clocks, and the kernel counts
+/// the ages of adopted sessions in ticks.
 const SLACK: Duration = Duration::from_millis(50);
 
 /// One line of the audit.
@@ -16,18 +16,18 @@ const SLACK: Duration = Duration::from_millis(50);
 pub struct Record(Value);
 
 impl Record {
-    /// Reads a line.
+    /// Parses a line.
     pub(crate) fn parse(line: &str) -> Result<Self> {
         let value = serde_json::from_str(line).with_context(|| format!("audit line {line:?}"))?;
         Ok(Self(value))
     }
 
-    /// What stands at a path such as `event.action`; null where nothing does.
+    /// The value at a path such as `event.action`. Null if there is none.
     pub fn at(&self, path: &str) -> &Value {
         path.split('.').fold(&self.0, |value, key| &value[key])
     }
 
-    /// The text at a path; empty where there is none.
+    /// The text at a path. Empty if there is none.
     pub fn text(&self, path: &str) -> &str {
         self.at(path).as_str().unwrap_or_default()
     }
@@ -39,7 +39,7 @@ impl Record {
         number.unwrap_or_else(|| panic!("no number at {path} in {}", self.0))
     }
 
-    /// Whether it is about the termination of a session, done, failed or only observed.
+    /// Whether the record reports a termination: done, failed or only observed.
     pub fn is_termination(&self) -> bool {
         let actions = [
             "session-terminated",
@@ -49,7 +49,7 @@ impl Record {
         actions.contains(&self.text("event.action"))
     }
 
-    /// Rule, reason, mode and result, the labels of the counter that goes with the record.
+    /// Rule, reason, mode and result: the labels of the counter for the record.
     pub fn labels(&self) -> [&str; 4] {
         let paths = [
             "rule.name",
@@ -60,22 +60,22 @@ impl Record {
         paths.map(|path| self.text(path))
     }
 
-    /// Payload bytes from the end that dialled, and to it.
+    /// Payload bytes sent by the connecting endpoint, and received by it.
     pub fn bytes(&self) -> [u64; 2] {
         ["source.bytes", "destination.bytes"].map(|path| self.at(path).as_u64().unwrap_or(0))
     }
 
-    /// The ports of the end that dialled and of the other.
+    /// The ports of the connecting endpoint and of its peer.
     pub fn ports(&self) -> [u16; 2] {
         let port = |path| self.at(path).as_u64().and_then(|port| port.try_into().ok());
         ["source.port", "destination.port"].map(|path| port(path).unwrap_or(0))
     }
 
-    /// Asserts that this session was reset for this reason, not before its deadline, and that its
-    /// deadline is the limit after the moment.
+    /// Asserts that this session was reset for this reason, not before its deadline, and that its deadline is
+    /// the limit after the moment.
     ///
-    /// Where the machine is busy the reset may come late and the moment may be long, and this
-    /// still tells whether the daemon reckoned from the right event.
+    /// On a busy machine the reset may be late and the moment long. The check still proves that the daemon
+    /// counted from the right event.
     #[track_caller]
     pub fn assert_reset(&self, reason: &str, since: &Moment, limit: Duration) {
         assert_eq!(
@@ -88,7 +88,7 @@ impl Record {
         self.assert_due(reason, since, limit);
     }
 
-    /// Asserts the reason and the deadline alone, for a session that is observed, too.
+    /// Asserts only the reason and the deadline, also for an observed session.
     #[track_caller]
     pub fn assert_due(&self, reason: &str, since: &Moment, limit: Duration) {
         assert_eq!(self.text("event.reason"), reason, "{}", self.0);
@@ -118,7 +118,7 @@ impl Record {
     }
 }
 
-/// Reads `2026-01-01T12:00:00.000000000Z`.
+/// Parses `2026-01-01T12:00:00.000000000Z`.
 fn parse_time(text: &str) -> Option<Duration> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let (clock, fraction) = time.split_once('.').unwrap_or((time, "0"));
@@ -134,7 +134,7 @@ fn numbers(text: &str, separator: char) -> Option<[u64; 3]> {
     numbers?.try_into().ok()
 }
 
-/// The Gregorian calendar, from 1970 on.
+/// The number of days in the Gregorian calendar since 1970.
 fn days_since_epoch(year: u64, month: u64, day: u64) -> u64 {
     const DAYS_BEFORE_MONTH: [u64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
     let leap_days_before = |year: u64| (year - 1) / 4 - (year - 1) / 100 + (year - 1) / 400;
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn times_are_read_to_the_nanosecond() {
-        // As `date -ud ... +%s` says.
+        // The expected values are from `date -ud ... +%s`.
         for (text, seconds, nanos) in [
             ("1970-01-01T00:00:00Z", 0, 0),
             ("2000-02-29T12:00:00.5Z", 951_825_600, 500_000_000),

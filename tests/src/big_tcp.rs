@@ -1,4 +1,4 @@
-//! Packets of more than 64 KiB (BIG TCP), which a network device must be told to allow.
+//! Packets of more than 64 KiB (BIG TCP), which must be enabled on a network device.
 
 use std::os::fd::AsRawFd as _;
 
@@ -13,19 +13,19 @@ use crate::{
     netns::{Netns, Veth},
 };
 
-/// The most that is allowed then, payload and headers.
+/// The enabled maximum size of payload and headers.
 const SIZE: u32 = 180_000;
 
 // iproute2 has had words for these since 6.3 only.
 const GSO_IPV4_MAX_SIZE: u16 = 63;
 const GRO_IPV4_MAX_SIZE: u16 = 64;
 
-/// Allows them on the namespace's end of the cable, for both families where the kernel knows them for
-/// both. The agent is one of that namespace.
+/// Enables BIG TCP on the namespace's end of the veth pair, also for IPv4 if the kernel supports it. The
+/// agent must be in that namespace.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn allow_big_tcp(netns: &Netns, agent: &Agent) -> Result<()> {
     let interface = Veth::INTERFACE;
     netns.ip(&format!(
@@ -39,15 +39,15 @@ pub fn allow_big_tcp(netns: &Netns, agent: &Agent) -> Result<()> {
     .context("allowing packets of more than 64 KiB for IPv4")
 }
 
-/// Whether the kernel knows such packets for IPv4, as it has since Linux 6.3: the attributes of a
-/// network device tell. An older one takes what [`allow_big_tcp`] sets, and ignores it.
+/// Whether the kernel supports BIG TCP for IPv4 (Linux 6.3), which the attributes of a network device show.
+/// An older kernel accepts the settings of [`allow_big_tcp`] and ignores them.
 ///
 /// # Errors
 ///
-/// Where the kernel does not tell.
+/// Fails if the kernel does not answer.
 pub fn has_ipv4_big_tcp(netns: &Netns, agent: &Agent) -> Result<bool> {
     let link = request(agent, libc::RTM_GETLINK, index(netns)?, &[])?;
-    // The header of the message, and that of a link.
+    // Skip the headers of the message and of the link.
     let mut rest = link.get(32..).context("a short answer")?;
     while let [low, high, kind_low, kind_high, ..] = *rest {
         let length = usize::from(u16::from_ne_bytes([low, high]));
@@ -60,24 +60,24 @@ pub fn has_ipv4_big_tcp(netns: &Netns, agent: &Agent) -> Result<bool> {
     Ok(false)
 }
 
-/// The number of the namespace's end of the cable.
+/// The index of the namespace's end of the veth pair.
 fn index(netns: &Netns) -> Result<i32> {
     let shown = netns.ip(&format!("-o link show {}", Veth::INTERFACE))?;
     let index = shown.split(':').next();
     Ok(index.context("`ip link show` names no index")?.parse()?)
 }
 
-/// Sets attributes of a network device, whose values are numbers (rtnetlink(7)).
+/// Sets numeric attributes of a network device (rtnetlink(7)).
 fn set_link(agent: &Agent, index: i32, attributes: &[(u16, u32)]) -> Result<()> {
     let answer = request(agent, libc::RTM_NEWLINK, index, attributes)?;
     ensure!(answer.len() >= 20, "an answer of {} bytes", answer.len());
-    // The header, and then a negative error number or 0.
+    // After the header: a negative error number, or 0.
     let code = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
     ensure!(code == 0, "{}", Errno::from_raw(-code));
     Ok(())
 }
 
-/// Sends a message about a network device; the first one that answers.
+/// Sends a message about a network device and returns the first answer.
 fn request(agent: &Agent, kind: u16, index: i32, attributes: &[(u16, u32)]) -> Result<Vec<u8>> {
     const NLM_F_REQUEST_AND_ACK: u16 = 5;
     let mut body = vec![0; 4];

@@ -1,4 +1,4 @@
-//! A child cgroup of the test's own: the only thing that a test's daemon is attached to.
+//! A test's own child cgroup: a test's daemon is never attached to another one.
 
 use std::{
     fs::{self, File},
@@ -13,24 +13,24 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{clock::eventually, names, pace::scaled, process::require_root};
 
-/// How long the processes of a cgroup take to die, at most, before it is left behind.
+/// The maximum wait for the processes of a cgroup to die. After it the cgroup is left behind.
 const DYING: Duration = Duration::from_secs(10);
 
-/// How many programs a daemon attaches whose rules name no owner. Where one does, there is another.
+/// The number of programs that a daemon attaches if no rule names owners. With owners there is one more.
 pub const PROGRAMS: u32 = 3;
 
-/// A new child of the cgroup-v2 root. On drop its processes are killed and it is removed.
+/// A new child of the cgroup-v2 root. Dropping it kills its processes and removes it.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    /// Makes one.
+    /// Creates a cgroup.
     ///
     /// # Errors
     ///
-    /// Without root's rights, or where no cgroup v2 is mounted.
+    /// Fails without root's privileges, or if cgroup v2 is not mounted.
     pub fn new() -> Result<Self> {
         static SWEEP: Once = Once::new();
         require_root()?;
@@ -39,11 +39,11 @@ impl Cgroup {
         Self::make(&mount)
     }
 
-    /// Makes one below this one, which must outlive it.
+    /// Creates a child of this cgroup, which must outlive it.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn child(&self) -> Result<Self> {
         Self::make(&self.path)
     }
@@ -54,44 +54,44 @@ impl Cgroup {
         Ok(Self { path })
     }
 
-    /// Its path from the root of the hierarchy, as the configuration names it.
+    /// The path from the root of the hierarchy, as in the configuration.
     ///
     /// # Errors
     ///
-    /// Where no cgroup v2 is mounted.
+    /// Fails if cgroup v2 is not mounted.
     pub fn name(&self) -> Result<String> {
         let below = self.path.strip_prefix(mount_point()?)?;
         Ok(format!("/{}", below.display()))
     }
 
-    /// The identity that the kernel knows it by.
+    /// The cgroup ID.
     ///
     /// # Errors
     ///
-    /// Where it is no more.
+    /// Fails if the cgroup was removed.
     pub fn id(&self) -> Result<u64> {
         Ok(fs::metadata(&self.path)?.ino())
     }
 
-    /// Its directory.
+    /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// How many eBPF programs of the kinds that the daemon uses are attached to it.
+    /// The number of attached eBPF programs of the kinds that the daemon uses.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the kernel does not report them.
     pub fn attached_programs(&self) -> Result<u32> {
         Ok(u32::try_from(self.program_ids()?.len())?)
     }
 
-    /// The identities of these programs.
+    /// The IDs of these programs.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the kernel does not report them.
     pub fn program_ids(&self) -> Result<Vec<u32>> {
         let directory = File::open(&self.path)?;
         let mut ids = Vec::new();
@@ -115,8 +115,8 @@ impl Drop for Cgroup {
     }
 }
 
-/// Kills what runs in the cgroup, and removes it with all below it. A killed process leaves it only
-/// when it has been taken down, which takes a moment.
+/// Kills the processes of the cgroup and removes it with its children. A killed process leaves the cgroup
+/// only when its teardown is complete, which takes a moment.
 fn remove(path: &Path) -> Result<()> {
     fs::write(path.join("cgroup.kill"), "1")?;
     for entry in fs::read_dir(path)? {
@@ -138,12 +138,13 @@ fn remove(path: &Path) -> Result<()> {
 
 fn sweep(mount: &Path) {
     for name in names::left_behind(mount) {
-        // Another run may sweep too: who comes second finds nothing.
+        // Another run may sweep at the same time, so a failure does not matter.
         let _ = remove(&mount.join(name));
     }
 }
 
-/// The mount of cgroup v2; on a hybrid hierarchy it is not `/sys/fs/cgroup`. Format: proc(5).
+/// The mount of cgroup v2. On a hybrid hierarchy it is not `/sys/fs/cgroup`. The format is described in
+/// proc(5).
 fn mount_point() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let is_cgroup2 = |line: &&str| line.contains(" - cgroup2 ");
@@ -172,7 +173,7 @@ struct ProgQuery {
     prog_attach_flags: u64,
 }
 
-/// The programs of one kind that are attached to a cgroup: not more than the kernel lets be.
+/// The programs of one kind that are attached to a cgroup, up to the kernel's maximum.
 fn attached(directory: &File, attach_type: u32) -> Result<Vec<u32>> {
     const BPF_PROG_QUERY: libc::c_long = 16;
     /// `BPF_CGROUP_MAX_PROGS` of `kernel/bpf/cgroup.c`.
@@ -186,8 +187,8 @@ fn attached(directory: &File, attach_type: u32) -> Result<Vec<u32>> {
         prog_cnt: MAX_PROGRAMS as u32,
         ..ProgQuery::default()
     };
-    // SAFETY: the kernel reads and writes at most the given length of a value of that size, and at
-    // most as many identities as the place for them, which outlives the call, is said to have.
+    // SAFETY: the kernel accesses at most the given length, which is the size of the value, and writes at
+    // most `MAX_PROGRAMS` IDs into `ids`, which outlives the call.
     let status = unsafe {
         libc::syscall(
             libc::SYS_bpf,

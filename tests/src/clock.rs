@@ -1,4 +1,4 @@
-//! When something happened, as exactly as a test can know it.
+//! Times of events, as precise as a test can know them.
 
 use std::{
     thread,
@@ -7,18 +7,18 @@ use std::{
 
 use anyhow::{Result, bail};
 
-/// One instant, on the clock that deadlines are reckoned with (`CLOCK_MONOTONIC`, which `Instant`
-/// reads on Linux) and on the clock that the audit writes.
+/// One instant on two clocks: the one of the deadlines (`CLOCK_MONOTONIC`, which `Instant` reads on Linux)
+/// and the one of the audit.
 #[derive(Clone, Copy, Debug)]
 pub struct Time {
-    /// On the monotonic clock.
+    /// The time on the monotonic clock.
     pub at: Instant,
-    /// Time since the epoch.
+    /// The time since the epoch.
     pub wall: Duration,
 }
 
 impl Time {
-    /// This instant.
+    /// The present instant.
     pub fn now() -> Self {
         let wall = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -30,22 +30,22 @@ impl Time {
     }
 }
 
-/// When something happened: between two readings of the clock. On a busy machine they lie far
-/// apart, and what is reckoned from them is still true.
+/// The time of an event as an interval between two readings of the clock. On a busy machine the interval is
+/// long, but conclusions from it stay valid.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
-    /// Not before this.
+    /// The event was not earlier.
     pub earliest: Time,
-    /// Not after this.
+    /// The event was not later.
     pub latest: Time,
 }
 
 impl Moment {
-    /// The moment of an action, with what it returns.
+    /// Runs an action and returns its moment and its value.
     ///
     /// # Errors
     ///
-    /// Those of the action.
+    /// The errors of the action.
     pub fn of<T>(action: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
         let earliest = Time::now();
         let value = action()?;
@@ -58,7 +58,7 @@ impl Moment {
         ))
     }
 
-    /// This long ago, give or take `error`.
+    /// A moment this long ago, with a tolerance of `error`.
     pub fn before_now(age: Duration, error: Duration) -> Self {
         let now = Time::now();
         let ago = |age| Time {
@@ -71,7 +71,7 @@ impl Moment {
         }
     }
 
-    /// From the beginning of this one to the end of the other.
+    /// The moment from the start of this one to the end of the other.
     #[must_use]
     pub fn until(self, other: Self) -> Self {
         Self {
@@ -80,22 +80,22 @@ impl Moment {
         }
     }
 
-    /// Time from this moment to now, at least.
+    /// The minimum time since this moment.
     pub fn elapsed(&self) -> Duration {
         self.latest.at.elapsed()
     }
 
-    /// Waits until this much time has certainly passed since.
+    /// Waits until at least this time has passed since the moment.
     pub fn wait(&self, duration: Duration) {
         thread::sleep(duration.saturating_sub(self.elapsed()));
     }
 }
 
-/// Waits until `look` finds something. `what` is for the error.
+/// Waits until `look` finds something. `what` names it in the error.
 ///
 /// # Errors
 ///
-/// Those of `look`, and where it finds nothing for as long as `bound`.
+/// The errors of `look`, or a timeout after `bound`.
 pub fn eventually<T>(
     what: &str,
     bound: Duration,

@@ -1,7 +1,7 @@
-//! A host of containers: podman in namespaces of its own, to run the image in.
+//! A host of containers: podman in separate namespaces, which runs the image.
 //!
-//! Its cgroups are below one of the test's own, its network, its processes, its bpffs and podman's storage are
-//! its own. All of it goes away with the process at its top.
+//! It has its own cgroups (below one of the test), network, processes, bpffs and podman storage. All of it is
+//! removed with its top process.
 
 use std::{
     fs,
@@ -19,11 +19,11 @@ use crate::{
     process::{Finished, die_with_parent, run_to_end},
 };
 
-/// Names the archive of the image.
+/// This variable names the archive of the image.
 const IMAGE: &str = "SESSION_ENFORCER_IMAGE";
 
-/// Run by a shell in namespaces of its own, with a scratch folder. A tmpfs, so that nothing is left of podman's
-/// storage.
+/// A shell runs this script in new namespaces, with a scratch folder. A tmpfs keeps podman's storage from
+/// being left behind.
 const PREPARE: &str = r#"
 umount --recursive /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -39,8 +39,8 @@ touch "$1/prepared"
 exec sleep infinity
 "#;
 
-/// Begins a line that runs in it. crun refuses a hierarchy without controllers, and such a hierarchy cannot bound
-/// how many processes there are.
+/// The prefix of each line that runs in the host. crun refuses a hierarchy without controllers, and such a
+/// hierarchy cannot limit the number of processes.
 const PODMAN: &str = r#"
 podman() {
     command podman --root "$SCRATCH/storage" --runroot /run/podman --storage-driver vfs \
@@ -51,23 +51,23 @@ start() {
 }
 "#;
 
-/// The host. On drop it is gone, with its containers.
+/// The host. Dropping it removes it with its containers.
 #[derive(Debug)]
 pub struct ContainerHost {
     top: Child,
-    /// The first process within.
+    /// The first process in its PID namespace.
     init: u32,
     scratch: TempDir,
     cgroup: Cgroup,
 }
 
 impl ContainerHost {
-    /// Makes one, and loads the image that the environment names as `session-enforcer`. There is another image,
+    /// Creates a host and loads the image of the environment variable as `session-enforcer`. Another image is
     /// `busybox`.
     ///
     /// # Errors
     ///
-    /// Where the environment names no image, or podman does not take it.
+    /// Fails if the environment names no image, or if podman refuses it.
     pub fn new() -> Result<Self> {
         let image = required(IMAGE)?;
         let cgroup = Cgroup::new()?;
@@ -123,12 +123,12 @@ impl ContainerHost {
         fs::read_to_string(self.scratch.path().join("log")).unwrap_or_default()
     }
 
-    /// Runs a line of shell in it, to its end. `podman` is there, and `start`, which is `podman run` of one that
-    /// stays.
+    /// Runs a shell command in the host to its end. The functions `podman` and `start` are available; `start`
+    /// is `podman run` of a container that keeps running.
     ///
     /// # Errors
     ///
-    /// Where it does not end.
+    /// Fails if the command does not end.
     pub fn run(&self, line: &str) -> Result<Finished> {
         let mounts = self.scratch.path().join("mounts");
         let mut command = Command::new("sh");
@@ -146,11 +146,11 @@ impl ContainerHost {
         run_to_end(command, scaled(patience()))
     }
 
-    /// The same, for what it prints.
+    /// Runs a command and returns its output.
     ///
     /// # Errors
     ///
-    /// Where it fails.
+    /// Fails if the command fails.
     pub fn ask(&self, line: &str) -> Result<String> {
         let Finished {
             code,
@@ -164,7 +164,7 @@ impl ContainerHost {
 
 impl Drop for ContainerHost {
     fn drop(&mut self) {
-        // Its child is the first of its process namespace: the kernel kills all the others.
+        // The child is the init of its PID namespace, so the kernel kills all other processes of it.
         let killed = self.top.kill().and_then(|()| self.top.wait());
         if let Err(error) = killed {
             eprintln!("the host of containers is left running: {error}");

@@ -1,4 +1,4 @@
-//! The real daemon, attached to a cgroup of the test's own.
+//! The real daemon, attached to a cgroup of the test.
 
 use std::{
     env,
@@ -31,13 +31,13 @@ use crate::{
     tcp::Pair,
 };
 
-/// The control socket, in the daemon's directory.
+/// The control socket in the daemon's directory.
 const CONTROL: &str = "control.sock";
 
-/// Names the daemon's binary; `cargo xtask test` sets it.
+/// This variable names the daemon's binary. `cargo xtask test` sets it.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
 
-/// A configuration of one rule, `idle`, with this limit in whole seconds for every connection.
+/// A configuration with one rule, `idle`, that has this limit in whole seconds and matches every connection.
 pub fn idle_rule(timeout: Duration) -> String {
     format!(
         "[[rule]]\nname = \"idle\"\nidle_timeout = \"{}s\"\n",
@@ -45,14 +45,14 @@ pub fn idle_rule(timeout: Duration) -> String {
     )
 }
 
-/// A command that runs the real daemon, without arguments yet.
+/// A command for the real daemon, without arguments.
 ///
 /// # Errors
 ///
-/// Where it has not been built.
+/// Fails if the daemon is not built.
 pub fn daemon_command() -> Result<Command> {
     let mut command = Command::new(binary()?);
-    // The log is read here: no colours, and what the caller's environment asks for is not for it.
+    // The tests read the log, so disable colours and the caller's log settings.
     command.env("NO_COLOR", "1").env_remove("RUST_LOG");
     Ok(command)
 }
@@ -61,7 +61,7 @@ fn binary() -> Result<PathBuf> {
     if let Some(path) = env::var_os(BINARY) {
         return Ok(path.into());
     }
-    // A test program is target/PROFILE/deps/NAME; the newer of the builds is the one meant.
+    // A test program is target/PROFILE/deps/NAME. Use the newest build of the daemon.
     let own = env::current_exe()?;
     let target = own
         .ancestors()
@@ -78,7 +78,7 @@ fn binary() -> Result<PathBuf> {
     })
 }
 
-/// What a daemon is started with.
+/// The parameters of a daemon.
 #[derive(Debug)]
 pub struct Launch<'a> {
     cgroup: &'a Path,
@@ -106,7 +106,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// With a file of this configuration, in TOML.
+    /// Sets the configuration, in TOML.
     #[must_use]
     pub fn config(self, text: &'a str) -> Self {
         Self {
@@ -115,7 +115,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// With pins in this directory. Without, nothing outlives the daemon.
+    /// Sets the directory of the pins. Without one, nothing outlives the daemon.
     #[must_use]
     pub fn pinned(self, pins: &'a Pins) -> Self {
         Self {
@@ -124,13 +124,13 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// With these arguments more.
+    /// Adds these arguments.
     #[must_use]
     pub fn args(self, args: &'a [&'a str]) -> Self {
         Self { args, ..self }
     }
 
-    /// With these capabilities alone, by their numbers in `linux/capability.h`.
+    /// Limits the daemon to these capabilities, numbered as in `linux/capability.h`.
     #[must_use]
     pub fn capabilities(self, bits: &'a [u8]) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// By a parent that has blocked these signals, a mask that the daemon inherits.
+    /// Blocks these signals in the parent, so that the daemon inherits the mask.
     #[must_use]
     pub fn blocked(self, signals: &'a [Signal]) -> Self {
         Self {
@@ -148,7 +148,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// Among the mounts of this process.
+    /// Runs the daemon in the mount namespace of this process.
     #[must_use]
     pub fn mounts_of(self, pid: u32) -> Self {
         Self {
@@ -157,7 +157,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// With something done to the command at last.
+    /// Calls `prepare` with the final command.
     #[must_use]
     pub fn prepared(self, prepare: fn(&mut Command)) -> Self {
         Self {
@@ -175,7 +175,7 @@ impl<'a> Launch<'a> {
             command.arg("--config").arg(path);
         }
         let (audit, control) = (directory.join("audit.json"), directory.join(CONTROL));
-        // A file that names its socket is to be obeyed.
+        // A configured control socket takes precedence.
         let names_control = self.config.is_some_and(|text| text.contains("[control]"));
         if !names_control && !self.args.contains(&"--control-socket") {
             command.arg("--control-socket").arg(control);
@@ -208,7 +208,7 @@ impl<'a> Launch<'a> {
     ///
     /// # Errors
     ///
-    /// Where it ends or is not ready in time, with its log.
+    /// Fails with the daemon's log if it ends or is not ready in time.
     pub fn start(&self) -> Result<Daemon> {
         let mut daemon = self.start_unready()?;
         daemon.when_running("the daemon is ready", |daemon| {
@@ -218,22 +218,23 @@ impl<'a> Launch<'a> {
         Ok(daemon)
     }
 
-    /// Starts the daemon and waits until everything is attached and adopted, as far as that can be.
+    /// Starts the daemon and waits until its log names the address of the metrics, which follows the attachment
+    /// and the first adoption. The daemon need not be ready.
     ///
     /// # Errors
     ///
-    /// Where it ends or does not come so far in time, with its log.
+    /// Fails with the daemon's log if it ends or does not serve them in time.
     pub fn start_unready(&self) -> Result<Daemon> {
         let mut daemon = self.spawn()?;
         daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
         Ok(daemon)
     }
 
-    /// Starts the daemon with something that decides about some of its system calls.
+    /// Starts the daemon with an interposer for some of its system calls.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`Launch::start_unready`] does.
     pub fn start_interposed(self) -> Result<(Daemon, Interposer)> {
         let mut daemon = self.prepared(ask_about_calls).spawn()?;
         let interposer = Interposer::of(daemon.pid())?;
@@ -242,11 +243,11 @@ impl<'a> Launch<'a> {
         Ok((daemon, interposer))
     }
 
-    /// Starts the daemon and waits for nothing: its metrics need not be served at an address.
+    /// Starts the daemon without waiting. Its metrics need not be served at an address.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started.
+    /// Fails if the daemon cannot be started.
     pub fn spawn(&self) -> Result<Daemon> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
@@ -267,12 +268,11 @@ impl<'a> Launch<'a> {
         })
     }
 
-    /// Starts the daemon, kills it after this time, wherever it is then, and returns its records of
-    /// terminations.
+    /// Starts the daemon, kills it after this time, and returns its records of terminations.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started.
+    /// Fails if the daemon cannot be started.
     pub fn cut_short(&self, after: Duration) -> Result<Vec<Record>> {
         let directory = tempfile::tempdir()?;
         let mut command = self.command(directory.path())?;
@@ -297,22 +297,22 @@ impl<'a> Launch<'a> {
     ///
     /// # Errors
     ///
-    /// Where it runs.
+    /// Fails if the daemon runs.
     pub fn refused(&self) -> Result<Finished> {
         let directory = tempfile::tempdir()?;
         run_to_end(self.command(directory.path())?, patience())
     }
 }
 
-/// The state of a process (proc(5), `/proc/pid/stat`); none where it has gone.
+/// The state of a process (proc(5), `/proc/pid/stat`). `None` if it has ended.
 pub fn state_of(pid: u32) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Behind the name, which may have any character.
+    // The state follows the process name, which may contain any character.
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
-/// A running daemon. On drop it is killed, and its log and audit go to the test's output, which
-/// is shown where the test fails.
+/// A running daemon. Dropping it kills it and prints its log and audit, which the test runner shows if the
+/// test fails.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
@@ -322,7 +322,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Leaves the log and the audit out of the output on drop.
+    /// Does not print the log and the audit when dropped.
     #[must_use]
     pub fn quiet(mut self) -> Self {
         self.quiet = true;
@@ -343,7 +343,7 @@ impl Daemon {
         found.with_context(|| format!("the daemon's log:\n{}", self.log()))
     }
 
-    /// Where the metrics are, from the log.
+    /// The address of the metrics, from the log.
     fn served_at(&self) -> Result<Option<SocketAddr>> {
         let log = self.log();
         let after = log.split_once("metrics at http://").map(|(_, after)| after);
@@ -351,21 +351,21 @@ impl Daemon {
         Ok(address.map(|(address, _)| address.parse()).transpose()?)
     }
 
-    /// Gives the daemon another configuration, and waits until it has put it into force or refused
-    /// it, which it says in its log; the new part of the log.
+    /// Changes the configuration and waits until the log reports that it is in force or refused. Returns the
+    /// new part of the log.
     ///
     /// # Errors
     ///
-    /// Where it says neither in time.
+    /// Fails if the log reports neither in time.
     pub fn reload(&self, config: &str) -> Result<String> {
         self.reload_within(config, patience())
     }
 
-    /// The same with another bound, for very many sessions.
+    /// The same with another time limit, for very many sessions.
     ///
     /// # Errors
     ///
-    /// Where it says neither in time.
+    /// Fails if the log reports neither in time.
     pub fn reload_within(&self, config: &str, bound: Duration) -> Result<String> {
         let before = self.log().len();
         self.reload_soon(config)?;
@@ -376,23 +376,23 @@ impl Daemon {
         })
     }
 
-    /// Gives the daemon another configuration, and does not wait.
+    /// Changes the configuration without waiting.
     ///
     /// # Errors
     ///
-    /// Where it has ended.
+    /// Fails if the daemon has ended.
     pub fn reload_soon(&self, config: &str) -> Result<()> {
         self.write_config(config)?;
         self.signal(Signal::SIGHUP)
     }
 
-    /// Writes another configuration, and does not say so to the daemon.
+    /// Writes another configuration without a signal to the daemon.
     ///
     /// # Errors
     ///
-    /// Where it cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write_config(&self, config: &str) -> Result<()> {
-        // Whole or not at all, as an operator should write it: the daemon may read at any time.
+        // Replace the file atomically, because the daemon may read it at any time.
         let (path, next) = (
             self.directory.path().join("config.toml"),
             self.directory.path().join("config.toml.next"),
@@ -406,16 +406,16 @@ impl Daemon {
         self.metrics
     }
 
-    /// Process id.
+    /// The daemon's PID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Process ids of its reapers.
+    /// The PIDs of its reapers.
     ///
     /// # Errors
     ///
-    /// Where it has ended.
+    /// Fails if the daemon has ended.
     pub fn reapers(&self) -> Result<Vec<u32>> {
         let mut reapers = Vec::new();
         for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
@@ -425,17 +425,17 @@ impl Daemon {
         Ok(reapers)
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }
 
-    /// Waits until it has logged a text. The log is written by a thread of its own: it may come after what
-    /// it is about.
+    /// Waits until the log contains a text. A separate thread writes the log, so a line may appear after its
+    /// event.
     ///
     /// # Errors
     ///
-    /// Where it does not log it in time, with its log.
+    /// Fails with the log if the text does not appear in time.
     pub fn wait_for_log(&self, text: &str) -> Result<()> {
         eventually("a line in the log", patience(), || {
             Ok(self.log().contains(text).then_some(()))
@@ -443,41 +443,41 @@ impl Daemon {
         .with_context(|| format!("{text:?} is not in the log:\n{}", self.log()))
     }
 
-    /// What it has written to standard output so far.
+    /// The standard output so far.
     pub fn stdout(&self) -> String {
         fs::read_to_string(self.directory.path().join("stdout")).unwrap_or_default()
     }
 
-    /// The audit file.
+    /// The path of the audit file.
     pub fn audit_path(&self) -> PathBuf {
         self.directory.path().join("audit.json")
     }
 
-    /// Every audit record so far.
+    /// All audit records so far.
     ///
     /// # Errors
     ///
-    /// Where a line is not JSON.
+    /// Fails if a line is not JSON.
     pub fn audit(&self) -> Result<Vec<Record>> {
         records(&self.audit_path())
     }
 
-    /// The records of terminations so far, those that failed or were only observed included.
+    /// The records of terminations so far, including failed and observed ones.
     ///
     /// # Errors
     ///
-    /// Where a line is not JSON.
+    /// Fails if a line is not JSON.
     pub fn terminations(&self) -> Result<Vec<Record>> {
         let mut records = self.audit()?;
         records.retain(Record::is_termination);
         Ok(records)
     }
 
-    /// Waits until there are at least this many records of terminations.
+    /// Waits for at least this number of records of terminations.
     ///
     /// # Errors
     ///
-    /// Where they do not come.
+    /// Fails if they do not appear in time.
     pub fn wait_for_terminations(&self, count: usize) -> Result<Vec<Record>> {
         eventually("terminations in the audit", patience(), || {
             let records = self.terminations()?;
@@ -486,11 +486,11 @@ impl Daemon {
         .with_context(|| format!("{count} records, the daemon's log:\n{}", self.log()))
     }
 
-    /// Waits for the record of the only termination that there must be.
+    /// Waits for the record of the only termination.
     ///
     /// # Errors
     ///
-    /// Where there is none or are several.
+    /// Fails if there is none or more than one.
     pub fn wait_for_termination(&self) -> Result<Record> {
         let mut records = self.wait_for_terminations(1)?;
         ensure!(
@@ -504,7 +504,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where there is none or are several.
+    /// Fails if there is none or more than one.
     pub fn wait_for_termination_of(&self, pair: &Pair) -> Result<Record> {
         let mut records = eventually("a termination in the audit", patience(), || {
             let records = self.terminations_of(pair)?;
@@ -517,11 +517,11 @@ impl Daemon {
         records.pop().context("one record")
     }
 
-    /// Waits until there are so many records of this connection's terminations.
+    /// Waits for this number of records of this connection's terminations.
     ///
     /// # Errors
     ///
-    /// Where they do not come.
+    /// Fails if they do not appear in time.
     pub fn wait_for_terminations_of(&self, pair: &Pair, count: usize) -> Result<Vec<Record>> {
         eventually("terminations in the audit", patience(), || {
             let records = self.terminations_of(pair)?;
@@ -533,7 +533,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where a line is not JSON.
+    /// Fails if a line is not JSON.
     pub fn terminations_of(&self, pair: &Pair) -> Result<Vec<Record>> {
         let ports = [pair.client_address.port(), pair.server_address.port()];
         let mut records = self.terminations()?;
@@ -545,18 +545,18 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where the daemon does not serve them.
+    /// Fails if the daemon does not serve them.
     pub fn metrics(&self) -> Result<Metrics> {
         let (status, body) = self.get("/metrics")?;
         ensure!(status == 200, "/metrics: {status} {body}");
         Ok(Metrics::new(body))
     }
 
-    /// The sum of the samples of a metric, now.
+    /// The present sum of a metric's samples.
     ///
     /// # Errors
     ///
-    /// Where there is no such metric.
+    /// Fails if the metric does not exist.
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         self.metrics()?.get(name, labels)
     }
@@ -565,7 +565,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where it does not come to it.
+    /// Fails if the metric does not reach the value in time.
     pub fn wait_for_metric(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result<()> {
         let mut last = f64::NAN;
         eventually("the value of a metric", patience(), || {
@@ -575,11 +575,11 @@ impl Daemon {
         .with_context(|| format!("{name} {labels:?}: {last} and not {value}"))
     }
 
-    /// Whether the daemon says that it is in this trouble, by the metric and by `/readyz`.
+    /// Whether the metric and `/readyz` report this degradation.
     ///
     /// # Errors
     ///
-    /// Where the two do not agree.
+    /// Fails if they disagree.
     pub fn is_degraded(&self, cause: &str) -> Result<bool> {
         let name = "session_enforcer_degraded";
         let all = self.metric(name, &[])?;
@@ -593,11 +593,11 @@ impl Daemon {
         Ok(degraded == 1.0)
     }
 
-    /// Waits until the daemon is in this trouble, or is not.
+    /// Waits until the daemon has, or does not have, this degradation.
     ///
     /// # Errors
     ///
-    /// Where that does not come.
+    /// Fails if that does not happen in time.
     pub fn wait_for_trouble(&self, cause: &str, wanted: bool) -> Result<()> {
         eventually("a trouble to begin or end", patience(), || {
             Ok((self.is_degraded(cause)? == wanted).then_some(()))
@@ -605,15 +605,15 @@ impl Daemon {
         .with_context(|| format!("{cause}: not {wanted}"))
     }
 
-    /// Asks the HTTP server; the status and the body.
+    /// Sends a request to the HTTP server. Returns the status and the body.
     ///
     /// # Errors
     ///
-    /// Where it does not answer.
+    /// Fails if the server does not answer.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = TcpStream::connect(self.metrics).context("connecting to the daemon")?;
         stream.set_read_timeout(Some(patience()))?;
-        // In one piece: the daemon does not wait long for the rest of a request.
+        // Send the request in one piece, because the daemon does not wait long for the rest.
         let request =
             format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes())?;
@@ -631,16 +631,16 @@ impl Daemon {
         Ok((status.parse()?, body.to_owned()))
     }
 
-    /// The control socket.
+    /// The path of the control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.directory.path().join(CONTROL)
     }
 
-    /// Asks the control socket; the status and the body.
+    /// Sends a request to the control socket. Returns the status and the body.
     ///
     /// # Errors
     ///
-    /// Where it does not answer.
+    /// Fails if the daemon does not answer.
     pub fn ask(&self, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
         let mut stream = UnixStream::connect(self.control_socket())?;
         stream.set_read_timeout(Some(patience()))?;
@@ -656,20 +656,20 @@ impl Daemon {
         whole_answer(&answer)
     }
 
-    /// Runs a command that asks this daemon, to its end.
+    /// Runs a client command against this daemon to its end.
     ///
     /// # Errors
     ///
-    /// Where it does not end.
+    /// Fails if the command does not end.
     pub fn command(&self, args: &[&str]) -> Result<Finished> {
         run_to_end(self.command_for(args)?, patience())
     }
 
-    /// The same command, not run yet.
+    /// Builds the same command without running it.
     ///
     /// # Errors
     ///
-    /// Where the program is not built.
+    /// Fails if the program is not built.
     pub fn command_for(&self, args: &[&str]) -> Result<Command> {
         let mut command = daemon_command()?;
         command
@@ -683,7 +683,7 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where the daemon has gone.
+    /// Fails if the daemon has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(
             Pid::from_raw(i32::try_from(self.child.id())?),
@@ -691,11 +691,11 @@ impl Daemon {
         )?)
     }
 
-    /// Stops the daemon with SIGSTOP, and waits until it stands still.
+    /// Stops the daemon with SIGSTOP and waits until it is stopped.
     ///
     /// # Errors
     ///
-    /// Where it has gone.
+    /// Fails if the daemon has ended.
     pub fn freeze(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
         eventually("the daemon stands still", patience(), || {
@@ -703,11 +703,11 @@ impl Daemon {
         })
     }
 
-    /// Lets a daemon that was frozen go on.
+    /// Continues a stopped daemon.
     ///
     /// # Errors
     ///
-    /// Where it has gone.
+    /// Fails if the daemon has ended.
     pub fn thaw(&self) -> Result<()> {
         self.signal(Signal::SIGCONT)
     }
@@ -716,30 +716,30 @@ impl Daemon {
     ///
     /// # Errors
     ///
-    /// Where it runs on.
+    /// Fails if the daemon keeps running.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         eventually("the daemon ends", patience(), || {
             Ok(self.child.try_wait()?)
         })
     }
 
-    /// Kills it, as a crash would.
+    /// Kills the daemon with SIGKILL, like a crash.
     ///
     /// # Errors
     ///
-    /// Where it does not die.
+    /// Fails if the daemon does not end.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
         self.wait()?;
         Ok(())
     }
 
-    /// Stops it with SIGTERM, and makes sure that it ends with status 0. The audit and the log
-    /// can still be read.
+    /// Stops the daemon with SIGTERM and checks that it exits with status 0. The audit and the log stay
+    /// readable.
     ///
     /// # Errors
     ///
-    /// Where it ends otherwise.
+    /// Fails if the daemon ends in another way.
     pub fn stop(&mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
         let status = self.wait()?;
@@ -755,7 +755,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The daemon may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if !self.quiet {
@@ -770,11 +770,11 @@ impl Drop for Daemon {
     }
 }
 
-/// The status and the body of an HTTP answer, which may have come in chunks.
+/// The status and the body of an HTTP answer, which may use chunked encoding.
 ///
 /// # Errors
 ///
-/// Where it is no whole answer.
+/// Fails if the answer is incomplete.
 pub fn whole_answer(answer: &[u8]) -> Result<(u16, String)> {
     let text = std::str::from_utf8(answer)?;
     let (head, mut body) = text
@@ -800,11 +800,12 @@ pub fn whole_answer(answer: &[u8]) -> Result<(u16, String)> {
     }
 }
 
-/// The records of an audit file. Its last line may be half written, and a daemon that was killed may have cut one.
+/// The records of an audit file. Incomplete lines are skipped: the last one may be half written, and a killed
+/// daemon may have cut one.
 ///
 /// # Errors
 ///
-/// Where a whole line is not JSON.
+/// Fails if a complete line is not JSON.
 pub fn records(path: &Path) -> Result<Vec<Record>> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     let written = text.rsplit_once('\n').map_or("", |(whole, _)| whole);

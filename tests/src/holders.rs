@@ -1,4 +1,4 @@
-//! A crowded host: many descriptors, cgroups and network namespaces that are nobody's business.
+//! A crowded host: many descriptors, cgroups and network namespaces that no test uses.
 
 use std::{
     fs, io,
@@ -11,23 +11,23 @@ use anyhow::{Context as _, Result};
 
 use crate::{cgroup::Cgroup, process::die_with_parent};
 
-/// Descriptors of each process that holds many: a process may have 20,000.
+/// The number of descriptors of each process. A process may have 20,000.
 const DESCRIPTORS: usize = 15_000;
 
-/// Processes that hold something, and end with this.
+/// Processes that hold descriptors or namespaces. Dropping this kills them.
 #[derive(Debug, Default)]
 pub struct Holders(Vec<Child>);
 
 impl Holders {
-    /// Processes with 15,000 descriptors each.
+    /// Starts processes with 15,000 descriptors each.
     ///
     /// # Errors
     ///
-    /// Where the host gives no more processes or descriptors.
+    /// Fails if the host's limit of processes or descriptors is reached.
     pub fn of_descriptors(processes: usize) -> Result<Self> {
         let fill = || {
             for _ in 0..DESCRIPTORS {
-                // SAFETY: a call without pointers, between fork and exec.
+                // SAFETY: the system call takes no pointers; it runs between fork and exec.
                 if unsafe { libc::dup(0) } < 0 {
                     return Err(io::Error::last_os_error());
                 }
@@ -37,14 +37,14 @@ impl Holders {
         Self::start(processes, fill)
     }
 
-    /// Processes with a network namespace each.
+    /// Starts processes with a network namespace each.
     ///
     /// # Errors
     ///
-    /// Where the host gives no more processes or namespaces.
+    /// Fails if the host's limit of processes or namespaces is reached.
     pub fn of_namespaces(processes: usize) -> Result<Self> {
         let unshare = || {
-            // SAFETY: a call without pointers, between fork and exec.
+            // SAFETY: the system call takes no pointers; it runs between fork and exec.
             if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -61,7 +61,7 @@ impl Holders {
         for _ in 0..processes {
             let mut command = Command::new("sleep");
             command.arg("3600").stdin(Stdio::null());
-            // SAFETY: only system calls are made between fork and exec.
+            // SAFETY: the closure makes only system calls between fork and exec.
             unsafe { command.pre_exec(prepare.clone()) };
             let child = die_with_parent(&mut command).spawn();
             holders.0.push(child.context("a process that holds")?);
@@ -73,23 +73,23 @@ impl Holders {
 impl Drop for Holders {
     fn drop(&mut self) {
         for child in &mut self.0 {
-            // It may have ended.
+            // The process may have ended.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// Many empty cgroups below one, removed with this.
+/// Many empty cgroups below one cgroup. Dropping this removes them.
 #[derive(Debug)]
 pub struct Cgroups(Vec<PathBuf>);
 
 impl Cgroups {
-    /// Makes them.
+    /// Creates the cgroups.
     ///
     /// # Errors
     ///
-    /// Where the kernel makes no more.
+    /// Fails if the kernel refuses.
     pub fn below(parent: &Cgroup, count: usize) -> Result<Self> {
         let mut made = Self(Vec::new());
         for number in 0..count {

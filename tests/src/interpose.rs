@@ -1,5 +1,5 @@
-//! Faults in the daemon's system calls: `seccomp` asks the test about some of them, and the test lets
-//! them go on, holds them, or has them fail.
+//! Injects faults into the daemon's system calls. `seccomp` asks the test about some of them, and the test
+//! lets each one pass, delays it, or makes it fail.
 
 use std::{
     fs::File,
@@ -20,20 +20,22 @@ use nix::errno::Errno;
 
 use crate::{clock::eventually, pace::patience};
 
-/// The descriptor of the questions in the daemon, out of the way of its own.
+/// The descriptor of seccomp's notifications in the daemon. The number is high, so that it does not collide
+/// with the daemon's own.
 const QUESTIONS: RawFd = 900;
 
-/// `SOCK_DESTROY` of `linux/sock_diag.h`, the kind of a netlink message.
+/// `SOCK_DESTROY` of `linux/sock_diag.h`, a netlink message type.
 const SOCK_DESTROY: u16 = 21;
 
-/// How long a netlink message about one socket is, and where its kind is. That to destroy is the last that is sent.
+/// The length of a netlink message about one socket, and the offset of its type. The destroy message is the
+/// last one of a send.
 const MESSAGE: u64 = 72;
 const KIND_AT: u64 = 4;
 
-/// Where `msg_control` is in `struct msghdr`.
+/// The offset of `msg_control` in `struct msghdr`.
 const CONTROL_AT: u64 = 32;
 
-/// Where system call number and fourth argument are in `struct seccomp_data`.
+/// The offsets of the system call number and of the fourth argument in `struct seccomp_data`.
 const NUMBER_AT: u32 = 0;
 const FLAGS_AT: u32 = 40;
 
@@ -42,37 +44,37 @@ const LOAD: u16 = 0x20;
 const JUMP_IF_EQUAL: u16 = 0x15;
 const RETURN: u16 = 0x06;
 
-/// A system call of the daemon that can be interfered with.
+/// A system call of the daemon that the test can intercept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
-    /// The request to destroy sockets is sent.
+    /// Sending the request to destroy sockets.
     Destroy,
-    /// Answers of the kernel's socket table are received.
+    /// Receiving answers of the kernel's socket table.
     Answer,
-    /// A network namespace is entered.
+    /// Entering a network namespace.
     EnterNamespace,
-    /// The audit is written to the disk.
+    /// Writing the audit to the disk.
     Sync,
 }
 
-/// Kinds of calls.
+/// The number of kinds.
 const KINDS: usize = 4;
 
-/// What becomes of the calls of a kind.
+/// The treatment of a kind of call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// They go on.
+    /// The calls proceed.
     Pass,
-    /// They wait until they have another fate.
+    /// The calls wait until the treatment changes.
     Wait,
-    /// They fail.
+    /// The calls fail with this error.
     Fail(Errno),
 }
 
 #[derive(Debug)]
 struct State {
     fates: [Fate; KINDS],
-    /// Calls that were made wait, or fail.
+    /// The number of calls that had to wait or failed.
     met: [u32; KINDS],
 }
 
@@ -93,7 +95,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What becomes of a call, after it has waited as long as it must.
+    /// Returns the error for a call, or `None`, after the call has waited as long as required.
     fn decide(&self, call: Call) -> Option<Errno> {
         let number = call as usize;
         let mut state = self.lock();
@@ -122,8 +124,8 @@ const fn instruction(code: u16, k: u32, jump_true: u8, jump_false: u8) -> sock_f
     }
 }
 
-/// Asks about setns(2), fdatasync(2), recvmsg(2), and sendto(2) without flags, with which only the requests to the
-/// socket table are sent.
+/// Asks about setns(2), fdatasync(2), recvmsg(2), and sendto(2) without flags. Only requests to the socket
+/// table are sent without flags.
 const FILTER: [sock_filter; 9] = [
     instruction(LOAD, NUMBER_AT, 0, 0),
     instruction(JUMP_IF_EQUAL, libc::SYS_setns as u32, 6, 0),
@@ -136,8 +138,8 @@ const FILTER: [sock_filter; 9] = [
     instruction(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
 ];
 
-/// Has the command's process ask about its calls; for [`Launch::prepared`](crate::Launch::prepared).
-/// It stands still at the first until there is an [`Interposer`].
+/// Installs the filter in the command's process; for [`Launch::prepared`](crate::Launch::prepared). The
+/// process blocks at its first intercepted call until an [`Interposer`] exists.
 pub fn ask_about_calls(command: &mut Command) {
     let install = || {
         let filter = FILTER;
@@ -145,7 +147,7 @@ pub fn ask_about_calls(command: &mut Command) {
             len: filter.len() as u16,
             filter: filter.as_ptr().cast_mut(),
         };
-        // SAFETY: the kernel reads a program of that length, which lives until it has returned.
+        // SAFETY: the kernel reads a program of that length, which lives until the call has returned.
         let questions = unsafe {
             libc::syscall(
                 libc::SYS_seccomp,
@@ -157,24 +159,24 @@ pub fn ask_about_calls(command: &mut Command) {
         if questions < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a system call without pointers. The copy stays open in the program to come.
+        // SAFETY: the system call takes no pointers. The copy stays open after exec.
         let copied = unsafe { libc::dup2(questions as c_int, QUESTIONS) };
         if copied < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: the closure makes only system calls between fork and exec and allocates nothing.
     unsafe { command.pre_exec(install) };
 }
 
 impl Interposer {
-    /// Decides about the calls of a process that was told to ask, from now on: it has just been
-    /// started. All pass at first.
+    /// Decides from now on about the calls of a process that was just started with [`ask_about_calls`]. At
+    /// first all calls pass.
     ///
     /// # Errors
     ///
-    /// Where the process does not ask.
+    /// Fails if the process has no filter.
     pub fn of(pid: u32) -> Result<Self> {
         let questions = take_descriptor(pid)?;
         let shared = Arc::new(Shared {
@@ -186,27 +188,27 @@ impl Interposer {
         });
         let deciding = Arc::clone(&shared);
         let questions = Arc::new(questions);
-        // Ends when the process has.
+        // The thread ends with the process.
         thread::spawn(move || while answer_one(&questions, &deciding).is_ok() {});
         Ok(Self { shared })
     }
 
-    /// Decides about the calls of a kind, those that wait too.
+    /// Sets the treatment of a kind of call, also for calls that are waiting.
     pub fn set(&self, call: Call, fate: Fate) {
         self.shared.lock().fates[call as usize] = fate;
         self.shared.changed.notify_all();
     }
 
-    /// How often a call of this kind was made wait, or fail.
+    /// The number of calls of this kind that had to wait or failed.
     pub fn met(&self, call: Call) -> u32 {
         self.shared.lock().met[call as usize]
     }
 
-    /// Waits until a call of this kind was made wait, or fail, `count` times in all.
+    /// Waits until `count` calls of this kind in total had to wait or failed.
     ///
     /// # Errors
     ///
-    /// Where none comes.
+    /// Fails if they do not happen in time.
     pub fn wait_for(&self, call: Call, count: u32) -> Result<()> {
         eventually("a system call of the daemon", patience(), || {
             Ok((self.met(call) >= count).then_some(()))
@@ -217,7 +219,7 @@ impl Interposer {
 
 impl Drop for Interposer {
     fn drop(&mut self) {
-        // Whatever waits goes on, so that the daemon can end.
+        // Let all waiting calls pass, so that the daemon can end.
         for call in [
             Call::Destroy,
             Call::Answer,
@@ -229,18 +231,18 @@ impl Drop for Interposer {
     }
 }
 
-/// The descriptor through which the process asks, as soon as it has it.
+/// Takes the notification descriptor of the process as soon as it exists.
 fn take_descriptor(pid: u32) -> Result<OwnedFd> {
-    // SAFETY: system calls without pointers.
+    // SAFETY: the system call takes no pointers.
     let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just opened this descriptor for this process.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as RawFd) };
     eventually("the process asks", Duration::from_secs(20), || {
         let fd = pidfd.as_raw_fd();
-        // SAFETY: as above.
+        // SAFETY: the system call takes no pointers.
         let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, fd, QUESTIONS, 0) };
         match Errno::result(taken) {
-            // SAFETY: as above.
+            // SAFETY: the kernel has just opened this descriptor for this process.
             Ok(taken) => Ok(Some(unsafe { OwnedFd::from_raw_fd(taken as RawFd) })),
             Err(Errno::EBADF) => Ok(None),
             Err(error) => bail!("taking the descriptor: {error}"),
@@ -248,16 +250,16 @@ fn take_descriptor(pid: u32) -> Result<OwnedFd> {
     })
 }
 
-/// Takes a question of the process, and has it answered: one that waits holds up no other.
+/// Receives a notification and answers it on another thread, so that a waiting call delays no other.
 fn answer_one(questions: &Arc<OwnedFd>, shared: &Arc<Shared>) -> Result<()> {
-    // SAFETY: a structure of integers, for which zeroes are a value.
+    // SAFETY: the structure consists of integers, for which zeroes are valid.
     let mut question: seccomp_notif = unsafe { std::mem::zeroed() };
     let fd = questions.as_raw_fd();
-    // SAFETY: the kernel writes a question to a place of that type.
+    // SAFETY: the kernel writes a notification into a value of that type.
     let received = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut question) };
     match Errno::result(received) {
         Ok(_) => {}
-        // The thread that asked was killed meanwhile.
+        // The thread that made the call was killed meanwhile.
         Err(Errno::EINTR | Errno::ENOENT) if is_alive(questions)? => return Ok(()),
         Err(error) => return Err(error.into()),
     }
@@ -267,7 +269,7 @@ fn answer_one(questions: &Arc<OwnedFd>, shared: &Arc<Shared>) -> Result<()> {
 }
 
 fn answer(questions: &OwnedFd, question: &seccomp_notif, shared: &Shared) {
-    // SAFETY: as above.
+    // SAFETY: the structure consists of integers, for which zeroes are valid.
     let mut answer: seccomp_notif_resp = unsafe { std::mem::zeroed() };
     answer.id = question.id;
     match call(question).and_then(|call| shared.decide(call)) {
@@ -275,11 +277,12 @@ fn answer(questions: &OwnedFd, question: &seccomp_notif, shared: &Shared) {
         None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
     }
     let fd = questions.as_raw_fd();
-    // SAFETY: the kernel reads an answer from a place of that type. Whoever asked may have been killed.
+    // SAFETY: the kernel reads an answer from a value of that type. The call fails if the asking thread was
+    // killed.
     let _ = unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
 }
 
-/// Whether anybody can still ask.
+/// Whether the process still exists.
 fn is_alive(questions: &OwnedFd) -> Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use std::os::fd::AsFd as _;
@@ -294,8 +297,8 @@ fn call(question: &seccomp_notif) -> Option<Call> {
         libc::SYS_setns => Some(Call::EnterNamespace),
         libc::SYS_fdatasync => Some(Call::Sync),
         libc::SYS_recvmsg => {
-            // The daemon's processes talk to each other with room for a descriptor; of the kernel none is
-            // asked for.
+            // The engine and its reapers receive with a buffer for a descriptor. Receives from the kernel
+            // have none.
             let mut control = [0; 8];
             let memory = File::open(format!("/proc/{}/mem", question.pid)).ok()?;
             let at = question.data.args[1] + CONTROL_AT;

@@ -1,4 +1,4 @@
-//! What nearly every test begins with.
+//! The common setup of nearly every test.
 
 use std::path::{Path, PathBuf};
 
@@ -12,30 +12,29 @@ use crate::{
     pins::Pins,
 };
 
-/// A cgroup for the daemon to watch, and sockets in it and beside it.
+/// A cgroup for the daemon to watch, with agents in it and outside.
 ///
-/// Held until the end of the test, before the daemon in the order of declaration, so that the
-/// daemon goes first.
+/// Declare it before the daemon and hold it until the end of the test, so that the daemon is dropped first.
 #[derive(Debug)]
 pub struct Lab {
-    /// Makes sockets in the cgroup: the daemon sees them.
+    /// Creates sockets in the cgroup, which the daemon sees.
     pub inside: Agent,
-    /// Makes sockets where the test is: the daemon does not see them.
+    /// Creates sockets at the place of the test, which the daemon does not see.
     pub outside: Agent,
     /// The cgroup.
     pub cgroup: Cgroup,
-    /// For a daemon that is to leave something to the next.
+    /// The pins, through which one daemon leaves its state to the next.
     pub pins: Pins,
     agent: PathBuf,
 }
 
 impl Lab {
-    /// Sets one up. `agent` is the path of the agent's binary: within the tests
+    /// Sets up a lab. `agent` is the path of the agent's binary: in the tests
     /// `env!("CARGO_BIN_EXE_session-enforcer-test-agent")`.
     ///
     /// # Errors
     ///
-    /// Without root's rights.
+    /// Fails without root's privileges.
     pub fn new(agent: impl AsRef<Path>) -> Result<Self> {
         let agent = agent.as_ref().to_owned();
         let cgroup = Cgroup::new()?;
@@ -50,25 +49,25 @@ impl Lab {
         })
     }
 
-    /// The agent's binary.
+    /// The path of the agent's binary.
     pub fn agent_binary(&self) -> &Path {
         &self.agent
     }
 
-    /// Makes sockets at another place.
+    /// Starts an agent at another place.
     ///
     /// # Errors
     ///
-    /// Where the agent cannot be started.
+    /// Fails if the agent cannot be started.
     pub fn at(&self, place: &Place) -> Result<Agent> {
         Agent::start(&self.agent, place)
     }
 
-    /// Makes sockets in the cgroup and in a network namespace.
+    /// Starts an agent in the cgroup and in a network namespace.
     ///
     /// # Errors
     ///
-    /// Where the agent cannot be started.
+    /// Fails if the agent cannot be started.
     pub fn inside_in(&self, netns: &Netns) -> Result<Agent> {
         Agent::start(
             &self.agent,
@@ -76,34 +75,34 @@ impl Lab {
         )
     }
 
-    /// Makes sockets in a network namespace, not in the cgroup.
+    /// Starts an agent in a network namespace, outside the cgroup.
     ///
     /// # Errors
     ///
-    /// Where the agent cannot be started.
+    /// Fails if the agent cannot be started.
     pub fn outside_in(&self, netns: &Netns) -> Result<Agent> {
         self.at(&Place::here().in_netns(netns))
     }
 
-    /// A daemon to be started on the cgroup.
+    /// The launch parameters of a daemon on the cgroup.
     pub fn launch(&self) -> Launch<'_> {
         Launch::on(self.cgroup.path())
     }
 
-    /// Starts the daemon on the cgroup, with this configuration and with pins.
+    /// Starts a daemon on the cgroup with this configuration and with pins.
     ///
     /// # Errors
     ///
-    /// Where it is not ready in time.
+    /// Fails if it is not ready in time.
     pub fn pinned_daemon(&self, config: &str) -> Result<Daemon> {
         self.launch().pinned(&self.pins).config(config).start()
     }
 
-    /// Starts the daemon on the cgroup, with this configuration.
+    /// Starts a daemon on the cgroup with this configuration.
     ///
     /// # Errors
     ///
-    /// Where it is not ready in time.
+    /// Fails if it is not ready in time.
     pub fn daemon(&self, config: &str) -> Result<Daemon> {
         Launch::on(self.cgroup.path()).config(config).start()
     }

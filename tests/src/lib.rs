@@ -1,12 +1,12 @@
-//! Harness of the privileged tests, and of the demo.
+//! The harness of the privileged tests and of the demo.
 //!
-//! A test makes a [`Lab`]: a child cgroup, and an [`Agent`] in it that makes sockets which belong
-//! to that cgroup. It starts the real daemon on the cgroup ([`Daemon`]), opens connections
-//! ([`Pair`]), and compares what the sockets see and what the audit says with its own clock
-//! ([`Moment`]). Everything that it makes goes away with it, also where it panics.
+//! A test creates a [`Lab`]: a child cgroup, and an [`Agent`] in it whose sockets belong to that cgroup. It
+//! starts the real daemon on the cgroup ([`Daemon`]), opens connections ([`Pair`]), and compares the sockets'
+//! state and the audit with its own clock ([`Moment`]). Dropping removes everything that the test has
+//! created, also after a panic.
 //!
-//! What keeps these tests from hurting the machine: the daemon is always attached to a cgroup that
-//! the test made, and the traffic is on loopback or between network namespaces that it made.
+//! The tests do not disturb the machine: the daemon is only attached to a cgroup of the test, and the traffic
+//! uses loopback or network namespaces of the test.
 
 mod agent;
 mod audit;

@@ -1,4 +1,4 @@
-//! Sockets that their process keeps locked in the kernel: a send from memory whose page fault nobody answers.
+//! Locks sockets in the kernel: a thread sends from memory whose page fault nobody answers.
 
 use std::{
     fs, io,
@@ -28,37 +28,37 @@ const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 /// Keeps a socket locked until it is dropped.
 #[derive(Debug)]
 pub struct Locked {
-    /// While it is open, faults in the page wait for it.
+    /// While this descriptor is open, page faults wait for it.
     faults: Option<OwnedFd>,
     page: NonNull<libc::c_void>,
     sender: Option<JoinHandle<()>>,
 }
 
-// SAFETY: the page is only touched by the sender, and unmapped by whoever drops this.
+// SAFETY: only the sender's thread accesses the page, and only `drop` unmaps it.
 unsafe impl Send for Locked {}
 
 impl Locked {
-    /// Locks a socket, which stays open meanwhile: a thread sends from a page that is never there.
+    /// Locks a socket, which must stay open meanwhile: a thread sends from a page that never becomes present.
     ///
     /// # Errors
     ///
-    /// Where the kernel has no `userfaultfd`, or gives none.
+    /// Fails if the kernel has no `userfaultfd` or refuses it.
     pub fn new(socket: &impl AsRawFd) -> Result<Self> {
-        // SAFETY: a call without pointers.
+        // SAFETY: the system call takes no pointers.
         let faults = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         let faults = Errno::result(faults).context("userfaultfd(2)")?;
-        // SAFETY: the kernel has just made this descriptor for this process.
+        // SAFETY: the kernel has just opened this descriptor for this process.
         let faults = unsafe { OwnedFd::from_raw_fd(faults as RawFd) };
         control(&faults, UFFDIO_API, &mut [UFFD_API, 0, 0])?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping at no given place.
+        // SAFETY: this is a new mapping at an address that the kernel chooses.
         let page = unsafe { mmap_anonymous(None, PAGE, access, MapFlags::MAP_PRIVATE) }?;
         let at = page.as_ptr() as u64;
         let range = [at, PAGE.get() as u64, UFFDIO_REGISTER_MODE_MISSING, 0];
         control(&faults, UFFDIO_REGISTER, &mut { range })?;
         let socket = socket.as_raw_fd();
         let sender = thread::spawn(move || {
-            // SAFETY: the page is mapped until this thread has ended. What is sent does not matter.
+            // SAFETY: the page stays mapped until this thread has ended. The content does not matter.
             unsafe { libc::send(socket, at as *const libc::c_void, 1, libc::MSG_NOSIGNAL) };
         });
         let locked = Self {
@@ -70,17 +70,17 @@ impl Locked {
         Ok(locked)
     }
 
-    /// Whether a lock keeps the kernel's socket tables from answering anybody, as before Linux 6.9.
+    /// Whether a socket lock blocks the kernel's socket tables for everybody, as before Linux 6.9.
     ///
     /// # Errors
     ///
-    /// Where the kernel tells no release.
+    /// Fails if the kernel's release is unknown.
     pub fn blocks_socket_tables() -> Result<bool> {
         is_kernel_before(6, 9)
     }
 
-    /// Waits for the fault: `tcp_sendmsg()` takes the lock before it copies. Where there is nothing to send on,
-    /// there is none.
+    /// Waits for the page fault, because `tcp_sendmsg()` takes the lock before it copies. Without a
+    /// connection to send on there is no fault.
     fn wait(&self) -> Result<()> {
         use std::os::fd::AsFd as _;
         let faults = self.faults.as_ref().context("it is open until the drop")?;
@@ -96,21 +96,21 @@ impl Locked {
 
 impl Drop for Locked {
     fn drop(&mut self) {
-        // The fault is answered as any other then.
+        // Without the descriptor the kernel resolves the fault normally.
         self.faults = None;
         if let Some(sender) = self.sender.take() {
             let _ = sender.join();
         }
-        // SAFETY: the mapping of `new`, which nobody uses any more.
+        // SAFETY: this is the mapping of `new`, which nobody uses any more.
         let _ = unsafe { munmap(self.page, PAGE.get()) };
     }
 }
 
-/// Whether the kernel is older than this.
+/// Whether the kernel is older than this version.
 ///
 /// # Errors
 ///
-/// Where it tells no release.
+/// Fails if the kernel's release is unknown.
 pub fn is_kernel_before(major: u32, minor: u32) -> Result<bool> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
@@ -123,9 +123,9 @@ fn control<const N: usize>(
     request: libc::c_ulong,
     argument: &mut [u64; N],
 ) -> Result<()> {
-    // C libraries give it different types.
+    // The type of a request differs between C libraries.
     let request = request as libc::Ioctl;
-    // SAFETY: the kernel reads and writes a structure of so many numbers.
+    // SAFETY: the kernel reads and writes a structure of `N` numbers.
     let status = unsafe { libc::ioctl(faults.as_raw_fd(), request, argument.as_mut_ptr()) };
     if status < 0 {
         return Err(io::Error::last_os_error()).context("ioctl of a userfaultfd");

@@ -1,8 +1,7 @@
-//! A machine with systemd, to install the package in: a container of `systemd-nspawn --boot`.
+//! A machine with systemd for tests of the package: a container of `systemd-nspawn --boot`.
 //!
-//! Its root is an overlay on a Debian root that `cargo xtask dist --test` made, its cgroups are
-//! below one of the test's own, its network is its own loopback, its bpffs is its own. All of it
-//! goes away with the process at its top.
+//! Its root is an overlay on a Debian root of `cargo xtask dist --test`. It has its own cgroups (below one of
+//! the test), loopback network and bpffs. All of it is removed with its top process.
 
 use std::{
     env, fs,
@@ -21,10 +20,10 @@ use crate::{
     process::{Finished, die_with_parent, run_to_end},
 };
 
-/// Names the Debian root.
+/// This variable names the Debian root.
 const ROOT: &str = "SESSION_ENFORCER_MACHINE";
 
-/// Run by a shell in namespaces of its own, with the scratch folder, the root and the machine's name.
+/// A shell runs this script in new namespaces, with the scratch folder, the root and the machine's name.
 const BOOT: &str = r#"
 umount --recursive /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -42,22 +41,22 @@ exec systemd-nspawn --quiet --directory="$1/root" --machine="$3" --register=no -
     --system-call-filter='bpf perf_event_open pidfd_getfd' --boot
 "#;
 
-/// The machine. On drop it is powered off, hard.
+/// The machine. Dropping it powers it off without a shutdown.
 #[derive(Debug)]
 pub struct Machine {
     top: Child,
-    /// The process number 1 of the machine, as it is seen from here.
+    /// The host's PID of the machine's process 1.
     init: u32,
     scratch: TempDir,
     _cgroup: Cgroup,
 }
 
 impl Machine {
-    /// Boots one.
+    /// Boots a machine.
     ///
     /// # Errors
     ///
-    /// Where the environment does not name its root, or it does not come up.
+    /// Fails if the environment does not name the root, or if the machine does not come up.
     pub fn boot() -> Result<Self> {
         let root = required(ROOT)?;
         let cgroup = Cgroup::new()?;
@@ -97,13 +96,13 @@ impl Machine {
     fn wait_until_up(&mut self) -> Result<()> {
         eventually("the machine is up", scaled(patience()), || {
             ensure!(self.top.try_wait()?.is_none(), "it ended");
-            // unshare, systemd-nspawn, and then the machine's own.
+            // The processes are unshare, systemd-nspawn, and then the machine's init.
             let nspawn = child_of(self.top.id());
             let Some(init) = nspawn.and_then(child_of) else {
                 return Ok(None);
             };
             self.init = init;
-            // Before its namespaces are made, this is another process or another system.
+            // Before its namespaces exist, the PID may lead to another process or system.
             let state = self.run("systemctl is-system-running")?;
             let is_up = ["running", "degraded"].contains(&state.stdout.trim());
             Ok(is_up.then_some(()))
@@ -114,11 +113,11 @@ impl Machine {
         fs::read_to_string(self.scratch.path().join("console")).unwrap_or_default()
     }
 
-    /// Runs a line of shell in the machine, to its end.
+    /// Runs a shell command in the machine to its end.
     ///
     /// # Errors
     ///
-    /// Where it does not end.
+    /// Fails if the command does not end.
     pub fn run(&self, line: &str) -> Result<Finished> {
         let mut command = Command::new("nsenter");
         command
@@ -134,11 +133,11 @@ impl Machine {
         run_to_end(command, scaled(patience()))
     }
 
-    /// The same, for what it prints.
+    /// Runs a command and returns its output.
     ///
     /// # Errors
     ///
-    /// Where it fails.
+    /// Fails if the command fails.
     pub fn ask(&self, line: &str) -> Result<String> {
         let Finished {
             code,
@@ -153,23 +152,23 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// Where it cannot be written.
+    /// Fails if the file cannot be written.
     pub fn write(&self, path: &str, text: &str) -> Result<()> {
         fs::write(self.outside(path), text).with_context(|| format!("writing {path}"))
     }
 
-    /// Puts the file that a variable of the environment names into the machine.
+    /// Copies the file that an environment variable names into the machine.
     ///
     /// # Errors
     ///
-    /// Where there is no such variable or file, or it cannot be written.
+    /// Fails if the variable or the file is missing, or if the copy cannot be written.
     pub fn put(&self, variable: &str, path: &str) -> Result<()> {
         let from = required(variable)?;
         let copied = fs::copy(from, self.outside(path));
         copied.map(drop).with_context(|| format!("writing {path}"))
     }
 
-    /// Where a file of the machine is, as it is seen from here.
+    /// The host's path of a file in the machine.
     fn outside(&self, path: &str) -> PathBuf {
         format!("/proc/{}/root{path}", self.init).into()
     }
@@ -177,7 +176,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Its child is the first of its process namespace: the kernel kills all the others.
+        // The child is the init of its PID namespace, so the kernel kills all other processes of it.
         let killed = self.top.kill().and_then(|()| self.top.wait());
         if let Err(error) = killed {
             eprintln!("the machine is left running: {error}");

@@ -1,4 +1,4 @@
-//! The Prometheus text format, as far as the tests read it.
+//! The parts of the Prometheus text format that the tests read.
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -12,13 +12,13 @@ impl Metrics {
         Self(text)
     }
 
-    /// The sum of the samples of a metric that have all of these labels.
+    /// The sum of a metric's samples that have all of these labels.
     ///
     /// # Errors
     ///
-    /// Where there is no metric of the name: a misspelt one is not 0.
+    /// Fails if there is no metric of this name, so that a misspelt one does not count as 0.
     pub fn get(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
-        // The parts of a histogram are under its name.
+        // The parts of a histogram are listed under its name.
         let family = ["_count", "_sum"]
             .into_iter()
             .find_map(|part| name.strip_suffix(part));

@@ -1,4 +1,4 @@
-//! Names of what a test makes on the machine, and the removal of what killed tests left behind.
+//! Names for everything that a test creates on the machine, and the names that killed tests left behind.
 
 use std::{
     fs,
@@ -9,16 +9,14 @@ use std::{
 
 const PREFIX: &str = "session-enforcer-test-";
 
-/// A name that nothing else on the machine has: those of parallel tests differ in the counter,
-/// those of parallel runs in the process.
+/// A unique name. Parallel tests differ by the counter, parallel runs by the process.
 pub(crate) fn unique() -> String {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let count = COUNTER.fetch_add(1, Ordering::Relaxed);
     format!("{PREFIX}{}-{count}", process::id())
 }
 
-/// The names in a directory that tests made whose process has gone: it was killed, and its `Drop`
-/// did not run.
+/// The names in a directory that belong to killed test processes, whose `Drop` did not run.
 pub(crate) fn left_behind(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());

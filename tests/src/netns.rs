@@ -1,4 +1,4 @@
-//! Network namespaces of the test's own, and cables between them.
+//! Network namespaces of the test, and veth pairs between them.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
@@ -15,19 +15,19 @@ use crate::{
 
 const MOUNTS: &str = "/run/netns";
 
-/// A new network namespace whose loopback interface is up. On drop its name is deleted; it ends
-/// when its last process and socket have gone.
+/// A new network namespace with loopback enabled. Dropping it deletes its name. The namespace ends with its
+/// last process and socket.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
 }
 
 impl Netns {
-    /// Makes one.
+    /// Creates a namespace.
     ///
     /// # Errors
     ///
-    /// Without root's rights or without iproute2.
+    /// Fails without root's privileges or without iproute2.
     pub fn new() -> Result<Self> {
         static SWEEP: Once = Once::new();
         require_root()?;
@@ -39,32 +39,32 @@ impl Netns {
         Ok(netns)
     }
 
-    /// Its name, as iproute2 knows it.
+    /// The name for iproute2.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that stands for it.
+    /// The file of the namespace.
     pub fn path(&self) -> PathBuf {
         Path::new(MOUNTS).join(&self.name)
     }
 
-    /// Runs `ip` in it, with these words.
+    /// Runs `ip` in the namespace with these arguments.
     ///
     /// # Errors
     ///
-    /// Where `ip` refuses.
+    /// Fails if `ip` fails.
     pub fn ip(&self, words: &str) -> Result<String> {
         let mut args = vec!["-n", &self.name];
         args.extend(words.split_whitespace());
         ip(&args)
     }
 
-    /// Sets one of its `/proc/sys/net` parameters.
+    /// Sets a `/proc/sys/net` parameter of the namespace.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn set_parameter(&self, name: &str, value: &str) -> Result<()> {
         let write = format!("echo {value} > /proc/sys/net/{name}");
         ip(&["netns", "exec", &self.name, "sh", "-c", &write]).map(drop)
@@ -74,7 +74,7 @@ impl Netns {
     ///
     /// # Errors
     ///
-    /// Where `ip` refuses.
+    /// Fails if `ip` fails.
     pub fn delete(self) -> Result<()> {
         let name = self.name.clone();
         std::mem::forget(self);
@@ -104,41 +104,41 @@ fn ip(args: &[&str]) -> Result<String> {
 
 fn sweep() {
     for name in names::left_behind(Path::new(MOUNTS)) {
-        // Another run may sweep too: who comes second finds nothing.
+        // Another run may sweep at the same time, so a failure does not matter.
         let _ = ip(&["netns", "delete", &name]);
     }
 }
 
-/// A cable between two namespaces: the interface `veth0` in each, with addresses of both families.
-/// It ends with either namespace.
+/// A veth pair between two namespaces: the interface `veth0` in each, with IPv4 and IPv6 addresses. It ends
+/// with either namespace.
 #[derive(Clone, Copy, Debug)]
 pub struct Veth {
-    /// Index of the interface at the left end, the scope of link-local addresses there.
+    /// The index of the left interface, which is the scope of its link-local addresses.
     left_index: u32,
 }
 
 impl Veth {
     /// The interface's name at both ends.
     pub const INTERFACE: &str = "veth0";
-    /// IPv4 address of the left end.
+    /// The IPv4 address of the left end.
     pub const LEFT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 1));
-    /// IPv4 address of the right end.
+    /// The IPv4 address of the right end.
     pub const RIGHT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
-    /// IPv6 address of the left end.
+    /// The IPv6 address of the left end.
     pub const LEFT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1));
-    /// IPv6 address of the right end.
+    /// The IPv6 address of the right end.
     pub const RIGHT_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2));
 
-    /// IPv4 address behind the right end; see [`Self::lay_on`].
+    /// An IPv4 address behind the right end; see [`Self::lay_on`].
     pub const BEYOND: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 78, 0, 1));
-    /// IPv6 address behind the right end.
+    /// An IPv6 address behind the right end.
     pub const BEYOND_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, 0, 0, 0, 0, 1));
 
-    /// Makes the addresses behind the right end, which takes packets out of `SRv6` encapsulations.
+    /// Adds the addresses behind the right end, which removes `SRv6` encapsulations.
     ///
     /// # Errors
     ///
-    /// Where `ip` or the kernel refuses.
+    /// Fails if `ip` or the kernel refuses.
     pub fn lay_on(left: &Netns, right: &Netns) -> Result<()> {
         for interface in ["all", "lo", Self::INTERFACE] {
             right.set_parameter(&format!("ipv6/conf/{interface}/seg6_enabled"), "1")?;
@@ -153,11 +153,11 @@ impl Veth {
         Ok(())
     }
 
-    /// Has the left end put what it sends to those addresses into so many `SRv6` encapsulations.
+    /// Makes the left end encapsulate packets to those addresses in this number of `SRv6` headers.
     ///
     /// # Errors
     ///
-    /// Where `ip` or the kernel refuses.
+    /// Fails if `ip` or the kernel refuses.
     pub fn encapsulate(left: &Netns, right: &Netns, depth: u8) -> Result<()> {
         let mut segment = Self::RIGHT_V6;
         for number in 1..depth {
@@ -172,11 +172,11 @@ impl Veth {
         Ok(())
     }
 
-    /// Lays one.
+    /// Creates a veth pair.
     ///
     /// # Errors
     ///
-    /// Where `ip` refuses.
+    /// Fails if `ip` fails.
     pub fn between(left: &Netns, right: &Netns) -> Result<Self> {
         let interface = Self::INTERFACE;
         left.ip(&format!(
@@ -184,7 +184,7 @@ impl Veth {
             right.name
         ))?;
         for (end, number) in [(left, 1), (right, 2)] {
-            // Addresses of the test's own choice only, usable at once.
+            // Use only the test's addresses, and use them at once.
             end.ip(&format!("link set {interface} addrgenmode none up"))?;
             end.ip(&format!("addr add 10.77.0.{number}/24 dev {interface}"))?;
             end.ip(&format!("addr add fd77::{number}/64 dev {interface} nodad"))?;
@@ -200,7 +200,7 @@ impl Veth {
         })
     }
 
-    /// The link-local address of the right end, as the left end dials it.
+    /// The right end's link-local address, as the left end connects to it.
     pub fn right_link_local(&self, port: u16) -> SocketAddr {
         let address = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
         SocketAddrV6::new(address, port, 0, self.left_index).into()

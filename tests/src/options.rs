@@ -1,4 +1,4 @@
-//! Socket options, as setsockopt(2) has them.
+//! Socket options through setsockopt(2) and getsockopt(2).
 
 use std::{
     io, mem,
@@ -10,11 +10,11 @@ use anyhow::{Result, bail};
 use libc::c_int;
 use nix::errno::Errno;
 
-/// Sets an option whose value is a number.
+/// Sets a numeric option.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn set_option(socket: &impl AsFd, level: c_int, name: c_int, value: c_int) -> Result<()> {
     set_bytes_option(socket, level, name, &value.to_ne_bytes())
 }
@@ -23,10 +23,10 @@ pub fn set_option(socket: &impl AsFd, level: c_int, name: c_int, value: c_int) -
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn set_bytes_option(socket: &impl AsFd, level: c_int, name: c_int, value: &[u8]) -> Result<()> {
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel reads at most `value.len()` bytes at that place.
+    // SAFETY: the kernel reads at most `value.len()` bytes at `value`.
     let status = unsafe {
         libc::setsockopt(
             fd,
@@ -45,15 +45,15 @@ pub fn set_bytes_option(socket: &impl AsFd, level: c_int, name: c_int, value: &[
     Ok(())
 }
 
-/// The value of an option that is a number.
+/// Reads a numeric option.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
     let (mut value, mut length) = (0 as c_int, size_of::<c_int>() as libc::socklen_t);
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    // SAFETY: the kernel writes at most `length` bytes, and `value` has that size.
     let status =
         unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut length) };
     if status != 0 {
@@ -65,15 +65,15 @@ pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
     Ok(value)
 }
 
-/// The kernel's name of a socket.
+/// Reads the socket's cookie.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn cookie(socket: &impl AsFd) -> Result<u64> {
     let (mut value, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    // SAFETY: the kernel writes at most `length` bytes, and `value` has that size.
     let status = unsafe {
         let value = (&raw mut value).cast();
         libc::getsockopt(
@@ -90,21 +90,21 @@ pub fn cookie(socket: &impl AsFd) -> Result<u64> {
     Ok(value)
 }
 
-/// Takes the error that the kernel keeps for a socket, if there is one.
+/// Takes the pending error of a socket, if there is one.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn last_error(socket: &impl AsFd) -> Result<Option<Errno>> {
     let code = option(socket, libc::SOL_SOCKET, libc::SO_ERROR)?;
     Ok((code != 0).then(|| Errno::from_raw(code)))
 }
 
-/// Has the kernel send keepalive probes, the first after `interval` without traffic.
+/// Enables keepalive probes, the first after `interval` without traffic.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn keep_alive(socket: &impl AsFd, interval: Duration) -> Result<()> {
     let seconds = c_int::try_from(interval.as_secs())?;
     set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
@@ -112,22 +112,22 @@ pub fn keep_alive(socket: &impl AsFd, interval: Duration) -> Result<()> {
     set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, seconds)
 }
 
-/// Has close(2) reset the connection, which leaves nothing behind, not even the tuple.
+/// Makes close(2) reset the connection, which leaves nothing behind, not even the tuple.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn reset_on_close(socket: &impl AsFd) -> Result<()> {
-    // struct linger: on, for no time.
+    // The fields of `struct linger`: enabled, no time.
     let linger = [1 as c_int, 0].map(c_int::to_ne_bytes).concat();
     set_bytes_option(socket, libc::SOL_SOCKET, libc::SO_LINGER, &linger)
 }
 
-/// Ties a socket to one interface.
+/// Binds a socket to one interface.
 ///
 /// # Errors
 ///
-/// Where there is no such interface in its namespace.
+/// Fails if the interface does not exist in the socket's namespace.
 pub fn bind_to_device(socket: &impl AsFd, interface: &str) -> Result<()> {
     set_bytes_option(
         socket,
@@ -137,17 +137,17 @@ pub fn bind_to_device(socket: &impl AsFd, interface: &str) -> Result<()> {
     )
 }
 
-/// What the kernel says about a connection.
+/// Reads the kernel's data about a connection.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn tcp_info(socket: &impl AsFd) -> Result<libc::tcp_info> {
-    // SAFETY: a structure of integers, for which zeroes are a value.
+    // SAFETY: the structure consists of integers, for which zeroes are valid.
     let mut info: libc::tcp_info = unsafe { mem::zeroed() };
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+    // SAFETY: the kernel writes at most `length` bytes, and `info` has that size.
     let status = unsafe {
         let value = (&raw mut info).cast();
         libc::getsockopt(

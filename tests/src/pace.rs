@@ -1,14 +1,13 @@
-//! How fast the machine is. `cargo xtask vm` says in the environment how many times slower than a
-//! real one its machines are, and every bound that depends on it is here.
+//! The speed of the machine. `cargo xtask vm` sets in the environment how many times slower its machines are
+//! than real ones. Every time limit that depends on it is here.
 
 use std::{env, sync::LazyLock, time::Duration};
 
-/// Names the factor.
+/// This variable has the factor.
 const SLOWER: &str = "SESSION_ENFORCER_SLOWER";
 
-/// By how much the clock ticks of a machine that is emulated may come late, divided by how many
-/// times slower it is. The kernel's time stamps lag as far behind. 140 ms were measured on one that
-/// was ten times slower.
+/// The maximum delay of an emulated machine's clock ticks, divided by its factor. The kernel's time stamps
+/// lag by the same amount. 140 ms were measured on a machine that was ten times slower.
 const LATE_TICKS: Duration = Duration::from_millis(25);
 
 static FACTOR: LazyLock<Option<u32>> = LazyLock::new(|| {
@@ -19,30 +18,29 @@ static FACTOR: LazyLock<Option<u32>> = LazyLock::new(|| {
     )
 });
 
-/// How long a test waits for what must come: long enough for a busy machine, and an end for a
-/// test that would hang.
+/// The time limit for an expected event. It suffices for a busy machine and ends a test that would hang.
 pub fn patience() -> Duration {
     scaled(Duration::from_secs(20))
 }
 
-/// An upper bound of another kind, which a slower machine needs more of.
+/// Scales another upper bound by the factor.
 pub fn scaled(bound: Duration) -> Duration {
     bound * FACTOR.unwrap_or(1)
 }
 
-/// A limit within which a test does something, again and again or once. A machine that is held up for
-/// a second needs a longer one, but not one as much longer as the machine is slower.
+/// Scales a limit within which a test acts once or repeatedly. A machine that stalls for a second needs a
+/// longer limit, but not by the whole factor.
 pub fn unhurried(limit: Duration) -> Duration {
     limit * FACTOR.map_or(1, |factor| factor.div_ceil(3))
 }
 
-/// A limit longer than a daemon takes to start, for what must live through a start.
+/// A limit that exceeds the start of a daemon, for sessions that must survive a start.
 pub fn longer_than_a_start() -> Duration {
     scaled(Duration::from_secs(3))
 }
 
-/// How far the kernel's time stamps may lag behind the events beyond what the daemon allows for:
-/// not at all, but where the processors of a machine do not run all the time.
+/// The maximum lag of the kernel's time stamps beyond the daemon's own tolerance. It is zero unless the
+/// machine's processors do not run all the time.
 pub fn late_ticks() -> Duration {
     FACTOR.map_or(Duration::ZERO, |factor| LATE_TICKS * factor)
 }

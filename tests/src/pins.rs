@@ -1,4 +1,4 @@
-//! A pin directory of the test's own.
+//! A pin directory of the test.
 
 use std::{
     ffi::CString,
@@ -21,24 +21,24 @@ use nix::{
 
 use crate::names;
 
-/// Where the daemon mounts bpffs.
+/// The mount point at which the daemon mounts bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// A directory that a daemon makes for its pins. On drop it is removed with all that is in it, and
-/// what that kept attached is detached: it must outlive the daemon.
+/// A directory in which a daemon creates its pins. Dropping it removes it with its content, which detaches
+/// the pinned programs. So it must outlive the daemon.
 #[derive(Debug)]
 pub struct Pins {
     path: PathBuf,
 }
 
 impl Pins {
-    /// Chooses one; nothing is made.
+    /// Chooses a path without creating anything.
     pub fn new() -> Self {
         static SWEEP: Once = Once::new();
         let bpffs = Path::new(BPFFS);
         SWEEP.call_once(|| {
             for name in names::left_behind(bpffs) {
-                // Another run may sweep too: who comes second finds nothing.
+                // Another run may sweep at the same time, so a failure does not matter.
                 let _ = remove(&bpffs.join(name));
             }
         });
@@ -47,16 +47,16 @@ impl Pins {
         }
     }
 
-    /// Where it is, once a daemon has made it.
+    /// The path, which exists once a daemon has created it.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The directories of sets of pins in it.
+    /// The directories of the pin sets.
     ///
     /// # Errors
     ///
-    /// Where it cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn sets(&self) -> Result<Vec<PathBuf>> {
         let mut sets = list(&self.path)?;
         sets.sort();
@@ -67,7 +67,7 @@ impl Pins {
     ///
     /// # Errors
     ///
-    /// Where it cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn names(&self) -> Result<Vec<String>> {
         let mut names = Vec::new();
         for set in self.sets()? {
@@ -104,7 +104,7 @@ fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// Removes a directory with all below it.
+/// Removes a directory with its content.
 fn remove(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -117,17 +117,17 @@ fn remove(directory: &Path) -> io::Result<()> {
     fs::remove_dir(directory)
 }
 
-/// Gives the command a mount namespace of its own, in which bpffs is not mounted.
+/// Gives the command a mount namespace without bpffs.
 pub fn without_bpffs(command: &mut Command) {
     let prepare = || {
         unshare(CloneFlags::CLONE_NEWNS)?;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
-        // Every mount that lies there, one over the other.
+        // Unmount every mount that is stacked there.
         while umount2(BPFFS, MntFlags::MNT_DETACH).is_ok() {}
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: the closure makes only system calls between fork and exec and allocates nothing.
     unsafe { command.pre_exec(prepare) };
 }
 
@@ -140,7 +140,7 @@ struct MapCreate {
     max_entries: u32,
 }
 
-/// The same for `BPF_OBJ_PIN`.
+/// The start of `union bpf_attr` for `BPF_OBJ_PIN`.
 #[repr(C)]
 struct ObjectPin {
     path: u64,
@@ -148,11 +148,11 @@ struct ObjectPin {
     flags: u32,
 }
 
-/// Pins a new map of this `enum bpf_map_type` and these sizes.
+/// Pins a new map with this `enum bpf_map_type` and these sizes.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn plant_map(path: &Path, map_type: u32, key: u32, value: u32, entries: u32) -> Result<()> {
     const BPF_MAP_CREATE: libc::c_long = 0;
     const BPF_OBJ_PIN: libc::c_long = 6;
@@ -163,7 +163,7 @@ pub fn plant_map(path: &Path, map_type: u32, key: u32, value: u32, entries: u32)
         max_entries: entries,
     };
     let fd = bpf(BPF_MAP_CREATE, &mut create).context("making a map")?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just opened this descriptor for this process.
     let map = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) };
     let name = CString::new(path.as_os_str().as_bytes())?;
     let mut pin = ObjectPin {
@@ -175,9 +175,9 @@ pub fn plant_map(path: &Path, map_type: u32, key: u32, value: u32, entries: u32)
     Ok(())
 }
 
-/// A call of bpf(2).
+/// Calls bpf(2).
 pub(crate) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> Result<libc::c_long, Errno> {
     let attributes = std::ptr::from_mut(attributes);
-    // SAFETY: the kernel reads and writes at most the given length of a value of that size.
+    // SAFETY: the kernel accesses at most the given length, which is the size of the value.
     Errno::result(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })
 }

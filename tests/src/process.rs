@@ -1,4 +1,4 @@
-//! Running other programs, none of which outlives the test.
+//! Runs other programs. None of them outlives the test.
 
 use std::{
     ffi::OsStr,
@@ -22,7 +22,7 @@ use nix::{
 
 use crate::clock::eventually;
 
-/// Fails where the privileged tests cannot run. They never skip.
+/// Fails if the privileged tests cannot run. They are never skipped.
 pub(crate) fn require_root() -> Result<()> {
     let remedy = "run `cargo xtask test`, which asks for root's rights where it needs them";
     ensure!(
@@ -32,10 +32,10 @@ pub(crate) fn require_root() -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel kill the command's process when the thread that starts it ends.
+/// Makes the kernel kill the command's process when the thread that starts it ends.
 pub fn die_with_parent(command: &mut Command) -> &mut Command {
     let set = || prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
-    // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
+    // SAFETY: the closure makes only a system call between fork and exec and allocates nothing.
     unsafe { command.pre_exec(set) }
 }
 
@@ -45,44 +45,44 @@ pub fn block_signals(command: &mut Command, signals: &[Signal]) {
     for signal in signals {
         mask.add(*signal);
     }
-    // SAFETY: between fork and exec only a system call is made.
+    // SAFETY: the closure makes only a system call between fork and exec.
     unsafe { command.pre_exec(move || Ok(mask.thread_block()?)) };
 }
 
-/// Has the command's process, and what it starts, run on this processor only.
+/// Runs the command's process and its children only on this processor.
 ///
 /// # Errors
 ///
-/// Where the kernel cannot have so many processors.
+/// Fails if the number exceeds the kernel's maximum.
 pub fn pin_to_cpu(command: &mut Command, cpu: usize) -> Result<&mut Command> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu)?;
     let pin = move || Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?);
-    // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
+    // SAFETY: the closure makes only a system call between fork and exec and allocates nothing.
     Ok(unsafe { command.pre_exec(pin) })
 }
 
-/// Leaves the command's process no capabilities but these, by their numbers.
+/// Reduces the capabilities of the command's process to these numbers.
 ///
-/// The others leave the bounding set, which is all that the program gets, although it is root's.
+/// The others are removed from the bounding set, which limits the capabilities that a program of root gets.
 pub fn keep_capabilities<'a>(command: &'a mut Command, bits: &[u8]) -> &'a mut Command {
     let others: Vec<u8> = (0..64).filter(|bit| !bits.contains(bit)).collect();
     let drop_others = move || {
         for bit in &others {
-            // SAFETY: a system call without pointers.
+            // SAFETY: the system call takes no pointers.
             let status = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(*bit)) };
-            // The kernel knows fewer than 64.
+            // The kernel has fewer than 64 capabilities.
             if status != 0 && Errno::last() != Errno::EINVAL {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: the closure makes only system calls between fork and exec and allocates nothing.
     unsafe { command.pre_exec(drop_others) }
 }
 
-/// Runs a tool of the system, for what it prints.
+/// Runs a system tool and returns its output.
 pub(crate) fn output_of<S: AsRef<OsStr>>(
     program: &str,
     package: &str,
@@ -100,14 +100,14 @@ pub(crate) fn output_of<S: AsRef<OsStr>>(
     Ok(text(&output.stdout))
 }
 
-/// What a program that has ended left behind.
+/// The results of an ended program.
 #[derive(Debug)]
 pub struct Finished {
-    /// Its exit status; -1 where a signal ended it.
+    /// The exit status. -1 if a signal ended the program.
     pub code: i32,
-    /// What it wrote to standard output.
+    /// The standard output.
     pub stdout: String,
-    /// What it wrote to standard error.
+    /// The standard error.
     pub stderr: String,
 }
 
@@ -115,9 +115,9 @@ pub struct Finished {
 ///
 /// # Errors
 ///
-/// Where it cannot be started or has not ended after `bound`; it is killed then.
+/// Fails if the program cannot be started, or if it is still running after `bound`; it is killed then.
 pub fn run_to_end(mut command: Command, bound: Duration) -> Result<Finished> {
-    // Files, not pipes: nobody has to read while the program runs.
+    // Use files instead of pipes, so that nobody must read while the program runs.
     let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
     command
         .stdin(Stdio::null())

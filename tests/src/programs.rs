@@ -1,4 +1,4 @@
-//! Programs of others on the same cgroup, as other tools attach them.
+//! Programs on the same cgroup, as other tools attach them.
 
 use std::{
     fs::File,
@@ -23,7 +23,7 @@ const BPF_CGROUP_INET_INGRESS: u32 = 0;
 const BPF_CGROUP_INET_EGRESS: u32 = 1;
 const BPF_CGROUP_SOCK_OPS: u32 = 3;
 
-/// `struct bpf_insn` as a number: operation, registers, offset, constant.
+/// A `struct bpf_insn` as a number: operation, registers, offset, constant.
 const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> u64 {
     code as u64
         | (registers as u64) << 8
@@ -31,7 +31,7 @@ const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> u64
         | (constant as u32 as u64) << 32
 }
 
-/// When a connection is established: `bpf_sock_ops_cb_flags_set(ctx, 0)`, helper 59.
+/// Calls `bpf_sock_ops_cb_flags_set(ctx, 0)` (helper 59) when a connection is established.
 const OVERWRITE_FLAGS: [u64; 10] = [
     // r6 = ctx; r1 = ctx->op
     instruction(0xbf, 0x16, 0, 0),
@@ -66,18 +66,18 @@ struct ProgLoad {
     expected_attach_type: u32,
 }
 
-/// A program that is attached as long as this lives.
+/// A program that is attached while this value lives.
 #[derive(Debug)]
 pub struct OtherProgram {
     _link: OwnedFd,
 }
 
-/// Attaches a `sock_ops` program behind those that are there, which asks for no callbacks of the
-/// connections that are established: whatever was asked for before is undone.
+/// Attaches a `sock_ops` program after the existing ones. It clears the callback flags of each established
+/// connection, which undoes earlier requests for callbacks.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
     let mut load = ProgLoad {
         prog_type: BPF_PROG_TYPE_SOCK_OPS,
@@ -90,20 +90,20 @@ pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
     attach_behind(cgroup, &mut load)
 }
 
-/// Attaches a program behind those that are there, which drops every packet that comes in or goes out.
+/// Attaches a program after the existing ones that drops every incoming or outgoing packet.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn drop_packets(cgroup: &Cgroup, way: PacketDirection) -> Result<OtherProgram> {
     drop_packets_longer_than(cgroup, way, -1)
 }
 
-/// The same for packets of more bytes than that, network header and all.
+/// The same for packets that are longer than this number of bytes, including the network header.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub(crate) fn drop_packets_longer_than(
     cgroup: &Cgroup,
     way: PacketDirection,
@@ -141,32 +141,32 @@ fn attach_behind(cgroup: &Cgroup, load: &mut ProgLoad) -> Result<OtherProgram> {
     Ok(OtherProgram { _link: link })
 }
 
-/// What a program that is attached lets others do beside it and below it.
+/// The programs that an attached program permits beside and below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allow {
-    /// Nothing, as bpftool attaches it.
+    /// None, as bpftool attaches it.
     Nothing,
-    /// One below may take its place (`BPF_F_ALLOW_OVERRIDE`).
+    /// A cgroup below may replace it (`BPF_F_ALLOW_OVERRIDE`).
     Override,
-    /// Others may be attached with it (`BPF_F_ALLOW_MULTI`).
+    /// Others may be attached in addition (`BPF_F_ALLOW_MULTI`).
     Multi,
 }
 
-/// A program named `other` that lets each packet come in. It is attached without a link, as other tools do,
-/// and is detached on drop.
+/// A program named `other` that lets each incoming packet pass. It is attached without a link, as other tools
+/// do. Dropping it detaches it.
 #[derive(Debug)]
 pub struct PlainProgram {
-    /// Its identity.
+    /// The program's ID.
     pub id: u32,
     program: OwnedFd,
     directory: File,
 }
 
-/// Attaches one to the cgroup.
+/// Attaches such a program to the cgroup.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
     // return 1
     let instructions = [instruction(0xb7, 0x00, 0, 1), instruction(0x95, 0, 0, 0)];
@@ -194,7 +194,7 @@ pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
     })
 }
 
-/// Cgroup, program, place, flags.
+/// Cgroup, program, attach type, flags.
 fn attach_attributes(directory: &File, program: &OwnedFd) -> [u32; 4] {
     let [program, target] = [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
     [target, program, BPF_CGROUP_INET_INGRESS, 0]
@@ -209,11 +209,11 @@ impl Drop for PlainProgram {
     }
 }
 
-/// Detaches the links of these numbers by force, as an administrator can.
+/// Detaches the links with these IDs by force, as an administrator can.
 ///
 /// # Errors
 ///
-/// Where there are none, or the kernel refuses.
+/// Fails if a link does not exist or the kernel refuses.
 pub fn detach_by_force(ids: &[u32]) -> Result<()> {
     for id in ids {
         let mut by_id = [*id, 0, 0, 0];
@@ -226,6 +226,6 @@ pub fn detach_by_force(ids: &[u32]) -> Result<()> {
 
 fn descriptor(made: Result<libc::c_long, Errno>) -> Result<OwnedFd> {
     let number = i32::try_from(made?)?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just opened this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

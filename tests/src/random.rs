@@ -1,4 +1,4 @@
-//! Random cases that a seed repeats.
+//! Random cases that can be repeated with a seed.
 
 use std::{
     env,
@@ -7,15 +7,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// The variable of the environment whose number repeats a run.
+/// The environment variable with the seed of a run.
 pub const SEED: &str = "SESSION_ENFORCER_SEED";
 
-/// `splitmix64`: enough for a test, and the same everywhere.
+/// `splitmix64`: good enough for tests, and the same on every machine.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The numbers of one case of a run.
+    /// The generator for one case of a run.
     pub fn of(seed: u64, case: u64) -> Self {
         let mut random = Self(seed);
         Self(random.next() ^ case.wrapping_mul(0xd134_2543_de82_ef95))
@@ -31,12 +31,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Less than `bound`.
+    /// A number below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    /// True once in `n` times.
+    /// True with a probability of 1/`n`.
     pub fn once_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
@@ -46,7 +46,7 @@ impl Random {
         self.below(1 << 16) as u16
     }
 
-    /// Puts the elements into any order.
+    /// Shuffles the elements.
     pub fn shuffle<T>(&mut self, all: &mut [T]) {
         for n in (1..all.len()).rev() {
             all.swap(n, self.below(n as u64 + 1) as usize);
@@ -59,11 +59,11 @@ impl Random {
     }
 }
 
-/// The seed of this run, for all to see.
+/// The seed of this run, which is also printed.
 ///
 /// # Errors
 ///
-/// Where the environment's is no number.
+/// Fails if the variable is not a number.
 pub fn seed() -> Result<u64> {
     let seed = match env::var(SEED) {
         Ok(text) => text.parse().with_context(|| format!("{SEED}={text}"))?,

@@ -1,4 +1,4 @@
-//! Packets that no TCP socket would send now, and a look at those that pass.
+//! Sends packets that no TCP socket would send, and captures packets.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
@@ -16,12 +16,12 @@ use crate::{
     options::{option, set_option},
 };
 
-/// Where a connection stands.
+/// The sequence numbers of one end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequence {
-    /// Sequence number of the next byte that this end sends.
+    /// The sequence number of the next byte that this end sends.
     pub to_send: u32,
-    /// Sequence number of the next byte that it expects.
+    /// The sequence number of the next byte that this end expects.
     pub to_receive: u32,
 }
 
@@ -30,13 +30,13 @@ impl Sequence {
     const RECEIVE_QUEUE: i32 = 1;
     const SEND_QUEUE: i32 = 2;
 
-    /// Asks the kernel, through the interface for moving sockets between machines.
+    /// Reads them from the kernel through `TCP_REPAIR`.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_ADMIN`.
+    /// Fails without `CAP_NET_ADMIN`.
     pub fn of(stream: &TcpStream) -> Result<Self> {
-        // linux/tcp.h; off without a window probe, so that nothing is sent.
+        // linux/tcp.h. This value ends the repair mode without a window probe, so that nothing is sent.
         const OFF_NO_PROBE: i32 = -1;
         let set = |name, value| set_option(stream, libc::IPPROTO_TCP, name, value);
         set(libc::TCP_REPAIR, 1)?;
@@ -53,7 +53,7 @@ impl Sequence {
     }
 }
 
-/// Sends TCP segments of the test's own making, over IPv4.
+/// Sends handmade TCP segments over IPv4.
 #[derive(Debug)]
 pub struct RawTcp {
     socket: OwnedFd,
@@ -64,17 +64,17 @@ impl RawTcp {
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_RAW`.
+    /// Fails without `CAP_NET_RAW`.
     pub fn new(agent: &Agent) -> Result<Self> {
         let socket = agent.socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_TCP)?;
         Ok(Self { socket })
     }
 
-    /// Sends a segment with the ACK flag that seems to come from `from`, to its peer.
+    /// Sends a segment with the ACK flag that claims to come from `from`, to its peer.
     ///
     /// # Errors
     ///
-    /// What the kernel says, and where the connection is not IPv4.
+    /// The kernel's error, or that the connection is not IPv4.
     pub fn send(&self, from: &TcpStream, at: Sequence, payload: &[u8]) -> Result<()> {
         let (source, target) = (ipv4(from.local_addr()?)?, ipv4(from.peer_addr()?)?);
         let mut segment = Vec::new();
@@ -120,27 +120,27 @@ fn checksum(source: Ipv4Addr, target: Ipv4Addr, segment: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Sees the packets of a network namespace. For one of the test's own: it sees them all.
+/// Captures all packets of a network namespace, which should be one of the test.
 #[derive(Debug)]
 pub struct Sniffer {
     socket: OwnedFd,
 }
 
-/// The beginning of a packet, and how long it was.
+/// The start of a packet, and its length.
 #[derive(Clone, Debug)]
 pub struct Packet {
-    /// The network header and some of what follows.
+    /// The network header and some of the following bytes.
     pub start: Vec<u8>,
-    /// Length from the network header on.
+    /// The length including the network header.
     pub length: usize,
 }
 
 impl Sniffer {
-    /// Sees the packets of the agent's namespace from now on.
+    /// Captures the packets of the agent's namespace from now on.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_RAW`.
+    /// Fails without `CAP_NET_RAW`.
     pub fn new(agent: &Agent) -> Result<Self> {
         let all = i32::from((libc::ETH_P_ALL as u16).to_be());
         let socket = agent.socket(libc::AF_PACKET, libc::SOCK_DGRAM, all)?;
@@ -148,16 +148,16 @@ impl Sniffer {
         Ok(Self { socket })
     }
 
-    /// The packets since the last call, as many as the buffer held.
+    /// The packets since the last call, as far as the socket buffer held them.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn packets(&self) -> Result<Vec<Packet>> {
         let mut packets = Vec::new();
         let mut buffer = [0; 96];
         loop {
-            // MSG_TRUNC: the whole length is returned, whatever fits.
+            // With MSG_TRUNC the kernel returns the whole length, even if the buffer is shorter.
             let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
             let fd = self.socket.as_raw_fd();
             // SAFETY: the kernel writes at most as many bytes as the buffer has.

@@ -1,15 +1,16 @@
-//! The configurations that are shipped, with limits short enough for a test.
+//! The shipped configurations, with limits that are short enough for a test.
 
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Where they are.
+/// The folder of the configurations.
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../session-enforcer/examples");
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A shipped configuration that enforces, with each limit divided by a number and with the addresses and ports of a test.
+/// A shipped enforcing configuration. Its limits are divided by a number, and it can get the addresses and
+/// ports of a test.
 #[derive(Clone, Debug)]
 pub struct Recipe {
     text: String,
@@ -18,12 +19,12 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads `NAME.toml`. A limit is divided by `shorter`, a lifetime by `shorter_lifetimes`: beside an idle limit of minutes
-    /// a lifetime of a day would be too long for a test.
+    /// Reads `NAME.toml`. Limits are divided by `shorter`, lifetimes by `shorter_lifetimes`: with the same
+    /// divisor, a lifetime of a day would be too long for a test with an idle limit of minutes.
     ///
     /// # Errors
     ///
-    /// Where there is no such file, or a limit in it is not written as `15m`.
+    /// Fails if the file does not exist, or if a limit is not written like `15m`.
     pub fn new(name: &str, [shorter, shorter_lifetimes]: [u32; 2]) -> Result<Self> {
         let path = Path::new(EXAMPLES).join(name).with_extension("toml");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -41,11 +42,11 @@ impl Recipe {
         Self { text, ..recipe }.with("mode = \"observe\"", "mode = \"enforce\"")
     }
 
-    /// The same with something else in the place of a text, which it must have.
+    /// Replaces a text that the configuration must contain.
     ///
     /// # Errors
     ///
-    /// Where it has not.
+    /// Fails if the text is missing.
     pub fn with(mut self, shipped: &str, own: &str) -> Result<Self> {
         ensure!(
             self.text.contains(shipped),
@@ -56,12 +57,12 @@ impl Recipe {
         Ok(self)
     }
 
-    /// What so many minutes of a limit are here.
+    /// The test's equivalent of this number of minutes of a limit.
     pub fn minutes(&self, minutes: u32) -> Duration {
         MINUTE * minutes / self.shorter
     }
 
-    /// What so many hours of a lifetime are here.
+    /// The test's equivalent of this number of hours of a lifetime.
     pub fn lifetime(&self, hours: u32) -> Duration {
         MINUTE * 60 * hours / self.shorter_lifetimes
     }
@@ -86,7 +87,7 @@ impl Recipe {
     }
 }
 
-/// Reads a whole number and its unit.
+/// Parses a whole number with its unit.
 fn parse(time: &str) -> Option<Duration> {
     let (number, unit) = time.split_at_checked(time.len().checked_sub(1)?)?;
     let unit = match unit {

@@ -1,4 +1,4 @@
-//! Connections that go from one socket to another without a word to the peer (`TCP_REPAIR`), as CRIU moves them.
+//! Moves connections from one socket to another without notice to the peer (`TCP_REPAIR`), as CRIU does.
 
 use std::{
     net::{SocketAddr, TcpStream},
@@ -23,7 +23,7 @@ const WINDOW_SCALE: u32 = 3;
 const SACK: u32 = 4;
 const TIMESTAMPS: u32 = 8;
 
-/// What another socket needs to go on with a connection.
+/// The state that another socket needs to continue a connection.
 #[derive(Debug)]
 pub struct Saved {
     local: SocketAddr,
@@ -35,11 +35,11 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Closes a socket of which the peer is to notice nothing.
+    /// Saves a connection and closes its socket without notice to the peer.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_ADMIN`.
+    /// Fails without `CAP_NET_ADMIN`.
     pub fn of(socket: TcpStream) -> Result<Self> {
         set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
         let sequence = |queue| {
@@ -60,11 +60,11 @@ impl Saved {
         Ok(saved)
     }
 
-    /// Goes on with the connection by a socket of this agent.
+    /// Restores the connection in a socket of this agent.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_ADMIN`.
+    /// Fails without `CAP_NET_ADMIN`.
     pub fn restore(&self, agent: &Agent) -> Result<TcpStream> {
         let socket: OwnedFd = agent.tcp(self.local)?;
         set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
@@ -84,7 +84,7 @@ impl Saved {
         set_bytes_option(&restored, TCP, libc::TCP_REPAIR_OPTIONS, &bytes.concat())?;
         set_option(&restored, TCP, libc::TCP_TIMESTAMP, self.timestamp)?;
         set_option(&restored, TCP, libc::TCP_REPAIR_QUEUE, 0)?;
-        // A probe goes out, from whose answer the socket knows the window.
+        // The end of the repair mode sends a probe, whose answer tells the socket the window.
         set_option(&restored, TCP, libc::TCP_REPAIR, 0)?;
         Ok(restored)
     }

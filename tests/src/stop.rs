@@ -1,4 +1,4 @@
-//! Ctrl-C and its like: noticed between two steps of the demo or of a benchmark, so that it always
+//! Detects Ctrl-C and similar signals between two steps of the demo or of a benchmark, so that it always
 //! cleans up.
 
 use std::{
@@ -20,14 +20,14 @@ use nix::{
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
-/// The number of the last such signal; 0 is none.
+/// The number of the last such signal, or 0.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
 extern "C" fn catch(signal: c_int) {
     CAUGHT.store(signal, Ordering::Relaxed);
 }
 
-/// Somebody wants it to end.
+/// The error after such a signal.
 #[derive(Debug)]
 pub struct Interrupted(Signal);
 
@@ -39,35 +39,35 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// The signals that end it early.
+/// The signals that end the program early.
 ///
-/// They are blocked but for the moments of waiting. A terminal sends Ctrl-C to the children, too:
-/// those inherit the block, and none dies halfway through making or removing a namespace.
+/// They are blocked except while waiting. A terminal also sends Ctrl-C to the children. They inherit the
+/// block, so none dies while it creates or removes a namespace.
 #[derive(Debug)]
 pub struct Stop(SigSet);
 
 impl Stop {
-    /// From here on those signals no longer end the process by themselves.
+    /// From now on these signals do not end the process.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn listen() -> Result<Self> {
         let set: SigSet = SIGNALS.into_iter().collect();
         let action = SigAction::new(SigHandler::Handler(catch), SaFlags::SA_RESTART, set);
         for signal in SIGNALS {
-            // SAFETY: all that the handler does is to store into an atomic.
+            // SAFETY: the handler only stores into an atomic.
             unsafe { sigaction(signal, &action) }?;
         }
         set.thread_block()?;
         Ok(Self(set))
     }
 
-    /// Starts a program that has to receive those signals itself.
+    /// Starts a program that must receive these signals itself.
     ///
     /// # Errors
     ///
-    /// Those of the start, and [`Interrupted`].
+    /// The errors of the start, and [`Interrupted`].
     pub fn unblocked<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
         self.0.thread_unblock()?;
         let started = start();
@@ -76,11 +76,11 @@ impl Stop {
         started
     }
 
-    /// Waits for something to happen to one of these; fails where such a signal comes.
+    /// Waits for an event of these descriptors. Fails if such a signal arrives.
     ///
     /// # Errors
     ///
-    /// [`Interrupted`], or where the kernel refuses.
+    /// [`Interrupted`], or an error of the kernel.
     pub fn wait(&self, fds: &mut [PollFd<'_>], timeout: Duration) -> Result<()> {
         let nothing_blocked = Some(SigSet::empty());
         match ppoll(fds, Some(TimeSpec::from_duration(timeout)), nothing_blocked) {
@@ -89,11 +89,11 @@ impl Stop {
         }
     }
 
-    /// Lets this much time pass; fails where such a signal comes.
+    /// Waits for this time. Fails if such a signal arrives.
     ///
     /// # Errors
     ///
-    /// [`Interrupted`], or where the kernel refuses.
+    /// [`Interrupted`], or an error of the kernel.
     pub fn pause(&self, duration: Duration) -> Result<()> {
         let end = Instant::now() + duration;
         while Instant::now() < end {
@@ -102,11 +102,11 @@ impl Stop {
         self.check()
     }
 
-    /// Fails with [`Interrupted`] where such a signal has come.
+    /// Checks whether such a signal has arrived.
     ///
     /// # Errors
     ///
-    /// [`Interrupted`].
+    /// [`Interrupted`] if one has.
     pub fn check(&self) -> Result<()> {
         match CAUGHT.load(Ordering::Relaxed) {
             0 => Ok(()),

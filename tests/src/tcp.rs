@@ -1,4 +1,4 @@
-//! Connections whose both ends the test holds.
+//! Connections of which the test holds both ends.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -23,11 +23,11 @@ use crate::{
 };
 
 impl Agent {
-    /// A TCP socket of this family at the agent's place, neither bound nor connected.
+    /// Creates an unbound, unconnected TCP socket of this address family at the agent's place.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn tcp(&self, like: SocketAddr) -> Result<OwnedFd> {
         let family = if like.is_ipv4() {
             libc::AF_INET
@@ -41,7 +41,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn listen(&self, address: impl Into<SocketAddr>) -> Result<Listener> {
         let address = address.into();
         Listener::on(self.tcp(address)?, address)
@@ -52,16 +52,16 @@ impl Agent {
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    /// Where it listens.
+    /// The socket's address.
     pub address: SocketAddr,
 }
 
 impl Listener {
-    /// Has a socket listen. Port 0 is one of the kernel's choice.
+    /// Makes a socket listen. With port 0 the kernel chooses a port.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn on(socket: OwnedFd, address: SocketAddr) -> Result<Self> {
         set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
@@ -72,16 +72,16 @@ impl Listener {
         Ok(Self { listener, address })
     }
 
-    /// Its port.
+    /// The socket's port.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// The next connection.
+    /// Accepts the next connection.
     ///
     /// # Errors
     ///
-    /// Where none comes.
+    /// Fails if no connection arrives in time.
     pub fn accept(&self) -> Result<TcpStream> {
         let mut fds = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(patience())?;
@@ -94,11 +94,11 @@ impl Listener {
         bounded(stream)
     }
 
-    /// The connections that wait, as many as there are.
+    /// Accepts all pending connections.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn accept_waiting(&self) -> Result<Vec<TcpStream>> {
         let mut waiting = Vec::new();
         loop {
@@ -111,18 +111,18 @@ impl Listener {
     }
 }
 
-/// Dials. The socket may have been bound and given options before.
+/// Connects a socket, which may have been bound and configured before.
 ///
 /// # Errors
 ///
-/// What the kernel says.
+/// The kernel's error.
 pub fn dial(socket: OwnedFd, to: SocketAddr) -> Result<TcpStream> {
     connect(socket.as_raw_fd(), &SockaddrStorage::from(to))
         .with_context(|| format!("connecting to {to}"))?;
     bounded(TcpStream::from(socket))
 }
 
-/// A read or a write that would never end fails instead.
+/// Sets time limits, so that a read or a write that would block forever fails.
 fn bounded(stream: TcpStream) -> Result<TcpStream> {
     stream.set_read_timeout(Some(patience()))?;
     stream.set_write_timeout(Some(patience()))?;
@@ -133,44 +133,44 @@ fn bounded(stream: TcpStream) -> Result<TcpStream> {
 /// Both ends of one connection.
 #[derive(Debug)]
 pub struct Pair {
-    /// The end that dialled.
+    /// The end that connected.
     pub client: TcpStream,
     /// The end that accepted.
     pub server: TcpStream,
-    /// Address of the end that dialled, which the kernel forgets when the connection ends.
+    /// The address of the end that connected. The kernel forgets it when the connection ends.
     pub client_address: SocketAddr,
-    /// Address of the end that accepted.
+    /// The address of the end that accepted.
     pub server_address: SocketAddr,
-    /// When it was established, at both ends.
+    /// The time of the establishment at both ends.
     pub opened: Moment,
 }
 
 impl Pair {
-    /// A connection from the agent's place to the listener.
+    /// Opens a connection from the agent's place to the listener.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn open(client: &Agent, listener: &Listener) -> Result<Self> {
         Self::dial(client.tcp(listener.address)?, listener, listener.address)
     }
 
-    /// A connection of a prepared socket to the listener, by this address.
+    /// Connects a prepared socket to the listener at this address.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn dial(socket: OwnedFd, listener: &Listener, to: SocketAddr) -> Result<Self> {
         let ends = || Ok((dial(socket, to)?, listener.accept()?));
         let (opened, (client, server)) = Moment::of(ends)?;
         Self::of(client, server, opened)
     }
 
-    /// The two ends of a connection that was made otherwise.
+    /// Combines the two ends of an existing connection.
     ///
     /// # Errors
     ///
-    /// Where they are not of one connection.
+    /// Fails if they belong to different connections.
     pub fn of(client: TcpStream, server: TcpStream, opened: Moment) -> Result<Self> {
         let (client_address, server_address) = (client.local_addr()?, server.local_addr()?);
         let accepted = server.peer_addr()?;
@@ -187,38 +187,38 @@ impl Pair {
         })
     }
 
-    /// Sends payload to the server and has it read there; when that was.
+    /// Sends payload to the server and reads it there. Returns the time.
     ///
     /// # Errors
     ///
-    /// Where the connection has ended.
+    /// Fails if the connection has ended.
     pub fn to_server(&self, payload: &[u8]) -> Result<Moment> {
         pass(&self.client, &self.server, payload)
     }
 
-    /// Sends payload to the client and has it read there; when that was.
+    /// Sends payload to the client and reads it there. Returns the time.
     ///
     /// # Errors
     ///
-    /// Where the connection has ended.
+    /// Fails if the connection has ended.
     pub fn to_client(&self, payload: &[u8]) -> Result<Moment> {
         pass(&self.server, &self.client, payload)
     }
 
-    /// A round trip; when it was.
+    /// Makes a round trip and returns its time.
     ///
     /// # Errors
     ///
-    /// Where the connection has ended.
+    /// Fails if the connection has ended.
     pub fn round_trip(&self) -> Result<Moment> {
         Ok(self.to_server(b"ping")?.until(self.to_client(b"pong")?))
     }
 
-    /// Round trips, much more often than the shortest limit, until this much time has passed.
+    /// Makes round trips for this time, at intervals far below the shortest limit.
     ///
     /// # Errors
     ///
-    /// Where the connection has ended.
+    /// Fails if the connection has ended.
     pub fn keep_busy(&self, duration: Duration) -> Result<Moment> {
         let start = Instant::now();
         loop {
@@ -230,12 +230,11 @@ impl Pair {
         }
     }
 
-    /// Round trips until the connection ends: the end, as the end that dialled or the one that
-    /// accepted sees it first.
+    /// Makes round trips until the connection ends. Returns the end as the first socket sees it.
     ///
     /// # Errors
     ///
-    /// Where it lives for as long as [`patience()`].
+    /// Fails if the connection still exists after [`patience()`].
     pub fn keep_busy_until_end(&self) -> Result<End> {
         let start = Instant::now();
         while start.elapsed() < patience() {
@@ -254,11 +253,11 @@ impl Pair {
         bail!("the busy connection lives after {:?}", patience())
     }
 
-    /// Waits for the end of both ends: the client's, then the server's.
+    /// Waits for the end of both sockets: the client's, then the server's.
     ///
     /// # Errors
     ///
-    /// Where one of them lives for as long as [`patience()`].
+    /// Fails if one of them still exists after [`patience()`].
     pub fn ends(&self) -> Result<[End; 2]> {
         let ends = ends_of(&[&self.client, &self.server])?;
         <[End; 2]>::try_from(ends)
@@ -277,25 +276,25 @@ fn pass(mut from: &TcpStream, mut to: &TcpStream, payload: &[u8]) -> Result<Mome
     Ok(moment)
 }
 
-/// The end of a connection, as one socket sees it.
+/// The end of a connection as one socket sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct End {
-    /// What the socket says; nothing where it was closed in the orderly way.
+    /// The socket's error. `None` if it was closed normally.
     pub error: Option<Errno>,
-    /// When the test saw it.
+    /// The time when the test saw it.
     pub seen: Time,
 }
 
 impl End {
-    /// Asserts that this is a reset, seen with this error, and not before the limit had passed
-    /// since the moment: the last activity, or the establishment.
+    /// Asserts that this is a reset with this error and not earlier than the limit after the moment of the
+    /// last activity or of the establishment.
     #[track_caller]
     pub fn assert_reset(&self, error: Errno, since: &Moment, limit: Duration) {
         assert_eq!(self.error, Some(error));
         self.assert_not_early(since, limit);
     }
 
-    /// Asserts that the end came not before the limit had passed since the moment.
+    /// Asserts that the end was not earlier than the limit after the moment.
     #[track_caller]
     pub fn assert_not_early(&self, since: &Moment, limit: Duration) {
         let after = self.seen.at - since.earliest.at;
@@ -307,16 +306,16 @@ impl End {
     }
 }
 
-/// Waits until each connection has ended at its client, and asserts that it was reset there, and not
-/// sooner than `limit` after it was opened.
+/// Waits until each connection has ended at its client. Asserts that it was reset there, not earlier than
+/// `limit` after it was opened.
 ///
 /// # Errors
 ///
-/// Where one of them lives for as long as [`patience()`].
+/// Fails if one of them still exists after [`patience()`].
 ///
 /// # Panics
 ///
-/// Where one ended in another way, or early.
+/// Panics if one of them ended in another way or too early.
 pub fn assert_all_reset(pairs: &[Pair], limit: Duration) -> Result<()> {
     let clients: Vec<_> = pairs.iter().map(|pair| &pair.client).collect();
     for (end, pair) in ends_of(&clients)?.iter().zip(pairs) {
@@ -325,17 +324,17 @@ pub fn assert_all_reset(pairs: &[Pair], limit: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Waits until each of the sockets has ended.
+/// Waits until each socket has ended.
 ///
 /// # Errors
 ///
-/// Where one of them lives for as long as [`patience()`].
+/// Fails if one of them still exists after [`patience()`].
 pub fn ends_of(sockets: &[&TcpStream]) -> Result<Vec<End>> {
     let deadline = Instant::now() + patience();
     let mut ends = vec![None; sockets.len()];
     while ends.iter().any(Option::is_none) {
         let open: Vec<usize> = (0..ends.len()).filter(|n| ends[*n].is_none()).collect();
-        // Without events asked for, only errors and the end of both directions are reported.
+        // Without requested events poll(2) reports only errors and the end of both directions.
         let poll_fd = |n: &usize| PollFd::new(sockets[*n].as_fd(), PollFlags::empty());
         let mut fds: Vec<PollFd<'_>> = open.iter().map(poll_fd).collect();
         let left = deadline.saturating_duration_since(Instant::now());

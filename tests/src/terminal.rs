@@ -1,4 +1,4 @@
-//! Programs on a terminal.
+//! Runs programs on a pseudo-terminal.
 
 use std::{
     fs::File,
@@ -17,11 +17,11 @@ use nix::{
 
 use crate::process::die_with_parent;
 
-/// Runs a program with its output on a terminal of this width, to its end; what it has written there.
+/// Runs a program to its end with its output on a terminal of this width. Returns the output.
 ///
 /// # Errors
 ///
-/// Where it cannot be started, fails, or has not ended after `bound`.
+/// Fails if the program cannot be started, fails, or has not ended after `bound`.
 pub fn run_on_terminal(mut command: Command, columns: u16, bound: Duration) -> Result<String> {
     let size = Winsize {
         ws_row: 24,
@@ -35,7 +35,7 @@ pub fn run_on_terminal(mut command: Command, columns: u16, bound: Duration) -> R
         .stdout(Stdio::from(terminal.slave.try_clone()?))
         .stderr(Stdio::from(terminal.slave));
     let mut child = die_with_parent(&mut command).spawn()?;
-    // The last copies of that side are the child's.
+    // From now on only the child holds the terminal's other side.
     drop(command);
     let mut master = File::from(terminal.master);
     let mut output = Vec::new();
@@ -51,7 +51,7 @@ pub fn run_on_terminal(mut command: Command, columns: u16, bound: Duration) -> R
         match master.read(&mut bytes) {
             Ok(0) => break true,
             Ok(read) => output.extend_from_slice(&bytes[..read]),
-            // Nobody has the other side open any more (pty(7)).
+            // No process has the other side open any longer (pty(7)).
             Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => break true,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(error.into()),

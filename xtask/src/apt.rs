@@ -1,8 +1,7 @@
-//! Fetches single Debian packages, without touching the system's apt.
+//! Fetches single Debian packages without changing the system's apt.
 //!
-//! The machine's own sources are left as they are: this apt has its lists, its cache and its sources
-//! in a folder of the project. From the machine it takes where the mirror is and how to reach it
-//! (proxies, certificates), and the archive's keys.
+//! This apt has its own sources, lists and cache in a folder of the project. It takes from the machine's
+//! configuration only the mirrors, how to reach them (proxies, certificates), and the archive's keys.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::arch::Arch;
 use crate::process::{find_program, output_of, say};
 
-/// Suites that carry recent compilers, the likeliest and smallest first. Debian's own names for
-/// "the current one", which hold true after the next release too.
+/// Suites with recent compilers, the most likely and smallest ones first. These names of Debian stay valid
+/// after its next release.
 const SUITES: [&str; 5] = [
     "stable-backports",
     "unstable",
@@ -23,24 +22,24 @@ const SUITES: [&str; 5] = [
     "oldstable-backports",
 ];
 
-/// The keys of Debian's archive, as the package debian-archive-keyring installs them.
+/// The keys of Debian's archive, as installed by the package debian-archive-keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// An apt with a state of its own.
+/// An apt with its own state.
 pub(crate) struct PrivateApt {
     folder: PathBuf,
     mirrors: Vec<String>,
-    /// Whose packages it fetches; without one, those of this machine.
+    /// The architecture of the packages. `None` for that of this machine.
     arch: Option<Arch>,
 }
 
 impl PrivateApt {
-    /// For this machine's packages.
+    /// An apt for packages of this machine's architecture.
     pub(crate) fn new(folder: PathBuf) -> Result<Self> {
         Self::made(folder, None)
     }
 
-    /// For the packages of a processor.
+    /// An apt for packages of another architecture.
     pub(crate) fn of(folder: PathBuf, arch: Arch) -> Result<Self> {
         Self::made(folder, Some(arch))
     }
@@ -51,7 +50,7 @@ impl PrivateApt {
                 bail!("this is no Debian-like system: there is no {program}");
             }
         }
-        // Prints what an update would fetch; works for any user and without any list.
+        // This prints the URIs of an update. It works for any user and needs no lists.
         let listing = output_of(Command::new("apt-get").args([
             "--print-uris",
             "-o",
@@ -77,7 +76,7 @@ impl PrivateApt {
         Ok(apt)
     }
 
-    /// Downloads `package` of the upstream version `release` from the first suite that has it.
+    /// Downloads `package` in the upstream version `release` from the first suite that has it.
     pub(crate) fn download(&self, package: &str, release: &str) -> Result<PathBuf> {
         let mut tried = Vec::new();
         for mirror in &self.mirrors {
@@ -88,7 +87,7 @@ impl PrivateApt {
                         return self.fetch(&format!("{package}={version}"));
                     }
                     Ok(None) => tried.push(format!("{suite} of {mirror} has another version")),
-                    // No reason to stop: most mirrors lack some of the suites.
+                    // Most mirrors lack some of the suites, so continue.
                     Err(error) => tried.push(format!("{suite} of {mirror}: {error:#}")),
                 }
             }
@@ -99,7 +98,7 @@ impl PrivateApt {
         )
     }
 
-    /// Looks into one suite; its lists are the ones that `fetch` then uses.
+    /// Finds the version in one suite. `fetch` then uses the lists of this suite.
     fn version_in(
         &self,
         mirror: &str,
@@ -112,7 +111,7 @@ impl PrivateApt {
         Ok(version_of(&offered, release).map(str::to_owned))
     }
 
-    /// Reads a suite's list from the first mirror that has it; `names` and `fetch` use it then.
+    /// Reads a suite's lists from the first mirror that has them. `names` and `fetch` then use this suite.
     pub(crate) fn open(&self, suite: &str) -> Result<()> {
         let mut tried = Vec::new();
         for mirror in &self.mirrors {
@@ -126,12 +125,12 @@ impl PrivateApt {
 
     fn open_at(&self, mirror: &str, suite: &str) -> Result<()> {
         self.write("sources/one.sources", &source(mirror, suite))?;
-        // Left alone, apt takes a mirror that cannot be reached for a success.
+        // By default apt treats an unreachable mirror as a success.
         let strict = ["-o", "APT::Update::Error-Mode=any"];
         output_of(self.tool("apt-get").args(strict).arg("update")).map(drop)
     }
 
-    /// The names, in the suite that is open, of the packages that match a regular expression.
+    /// The names of the open suite's packages that match a regular expression.
     pub(crate) fn names(&self, expression: &str) -> Result<Vec<String>> {
         let mut search = self.tool("apt-cache");
         let found = output_of(search.args(["search", "--names-only", expression]))?;
@@ -139,7 +138,7 @@ impl PrivateApt {
         Ok(names.map(str::to_owned).collect())
     }
 
-    /// Removes lists, cache and package once they have served.
+    /// Removes lists, cache and packages after use.
     pub(crate) fn remove(&self) {
         if let Err(error) = fs::remove_dir_all(&self.folder) {
             say!(
@@ -149,10 +148,10 @@ impl PrivateApt {
         }
     }
 
-    /// Downloads a package, `NAME` or `NAME=VERSION`, from the suite that is open.
+    /// Downloads a package, `NAME` or `NAME=VERSION`, from the open suite.
     pub(crate) fn fetch(&self, package: &str) -> Result<PathBuf> {
         let place = self.folder.join("packages").join(package);
-        // What a download that was cut short left there would be taken for the package.
+        // The remains of an aborted download would be taken for the package.
         let _ = fs::remove_dir_all(&place);
         fs::create_dir_all(&place).with_context(|| format!("cannot create {}", place.display()))?;
         let mut download = self.tool("apt-get");
@@ -165,10 +164,10 @@ impl PrivateApt {
             .with_context(|| format!("apt-get left no package in {}", place.display()))
     }
 
-    /// Downloads packages and all that they depend on, from the suite that is open.
+    /// Downloads packages with all their dependencies from the open suite.
     pub(crate) fn fetch_whole(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         let mut install = self.tool("apt-get");
-        // Nothing is installed, so nothing of the system is locked.
+        // Nothing is installed, so the system's lock is not needed.
         install
             .args(["--yes", "--no-install-recommends", "--download-only"])
             .args(["-o", "Debug::NoLocking=1", "install"])
@@ -207,12 +206,12 @@ impl PrivateApt {
             ("Dir::Cache", at("cache")),
             ("Dir::Etc::sourcelist", "/dev/null".to_owned()),
             ("Dir::Etc::sourceparts", at("sources")),
-            // The machine's files are not read a second time: their hooks run as root on its state.
+            // Do not read the machine's files again: their hooks would run as root on the machine's state.
             ("Dir::Etc::main", "/dev/null".to_owned()),
             ("Dir::Etc::parts", "/dev/null".to_owned()),
             ("Dir::Etc::preferences", "/dev/null".to_owned()),
             ("Dir::Etc::preferencesparts", "/dev/null".to_owned()),
-            // The folder may be unreadable to apt's own user; signatures are checked all the same.
+            // apt's own user may be unable to read the folder. Signatures are checked in any case.
             ("APT::Sandbox::User", "root".to_owned()),
         ];
         let mut text = transport(&machine);
@@ -232,7 +231,7 @@ impl PrivateApt {
     }
 }
 
-/// The mirrors in what `apt-get --print-uris update` prints, in the machine's order.
+/// Parses the mirrors from the output of `apt-get --print-uris update`, in the machine's order.
 fn mirrors(listing: &str) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for line in listing.lines() {
@@ -245,7 +244,7 @@ fn mirrors(listing: &str) -> Vec<String> {
         let Some((mirror, _)) = uri.split_once("/dists/") else {
             continue;
         };
-        // The archive of security updates has no suites of the kind that is looked for.
+        // The security archive has none of the wanted suites.
         if !mirror.ends_with("-security") && !found.iter().any(|known| known == mirror) {
             found.push(mirror.to_owned());
         }
@@ -253,7 +252,7 @@ fn mirrors(listing: &str) -> Vec<String> {
     found
 }
 
-/// What `apt-config dump` says on how to reach a mirror, less the list of what to fetch from it.
+/// The settings of `apt-config dump` for reaching a mirror, without the index targets.
 fn transport(dump: &str) -> String {
     dump.lines()
         .filter(|line| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets"))
@@ -264,14 +263,14 @@ fn transport(dump: &str) -> String {
 /// One entry of apt's sources.
 fn source(mirror: &str, suite: &str) -> String {
     let mut entry = format!("Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\n");
-    // Without that file, the keys that apt trusts for all sources decide.
+    // Without the file, the keys that apt trusts for all sources apply.
     if Path::new(KEYRING).is_file() {
         entry.push_str(&format!("Signed-By: {KEYRING}\n"));
     }
     entry
 }
 
-/// The package version, among those that `apt-cache madison` lists, of an upstream release.
+/// The package version of an upstream release, from the output of `apt-cache madison`.
 fn version_of<'a>(offered: &'a str, release: &str) -> Option<&'a str> {
     offered
         .lines()

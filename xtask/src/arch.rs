@@ -1,4 +1,4 @@
-//! The processors that releases and virtual machines are made for.
+//! The processor architectures of releases and virtual machines.
 
 use std::process::Command;
 
@@ -19,17 +19,17 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
-    /// All of them.
+    /// All architectures.
     pub(crate) const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
 
-    /// This machine's.
+    /// The architecture of this machine.
     pub(crate) const HOST: Self = if cfg!(target_arch = "aarch64") {
         Self::Aarch64
     } else {
         Self::X86_64
     };
 
-    /// As the kernel and RPM call it.
+    /// The name that the kernel and RPM use.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
@@ -37,7 +37,7 @@ impl Arch {
         }
     }
 
-    /// As Debian calls it.
+    /// The name that Debian uses.
     pub(crate) const fn debian(self) -> &'static str {
         match self {
             Self::X86_64 => "amd64",
@@ -45,7 +45,7 @@ impl Arch {
         }
     }
 
-    /// The target triple: static binaries that need no C library.
+    /// The target triple of static binaries, which need no C library.
     pub(crate) fn triple(self) -> String {
         format!("{}-unknown-linux-musl", self.name())
     }
@@ -69,8 +69,8 @@ impl Arch {
         output_of(rustup.args(["target", "add"]).arg(self.triple())).map(drop)
     }
 
-    /// The name and the value of the variable that gives cargo the linker for the triple: the toolchain's own, so
-    /// that no compiler for the processor has to be there.
+    /// The name and value of the variable that sets cargo's linker for the triple. It is the toolchain's own
+    /// linker, so no compiler for the architecture is needed.
     pub(crate) fn linker(self) -> (String, &'static str) {
         let triple = self.triple().to_uppercase().replace('-', "_");
         (format!("CARGO_TARGET_{triple}_LINKER"), "rust-lld")

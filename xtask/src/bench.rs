@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: figures, beside those of the peers.
+//! `cargo xtask bench`: measures the daemon and its peers.
 
 use std::env;
 use std::ffi::OsString;
@@ -15,10 +15,10 @@ use crate::process::{as_root, is_root, run, say};
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// The program that measures, and the one that starts others in a cgroup and a namespace for it.
+/// The benchmark program, and the agent that starts programs in a cgroup and a namespace.
 const PROGRAMS: [&str; 2] = ["session-enforcer-bench", "session-enforcer-test-agent"];
 
-/// Tells the harness which daemon to run.
+/// This variable names the daemon for the harness.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// What `bench` is asked for.
@@ -38,7 +38,7 @@ pub(crate) struct Args {
     names: Vec<String>,
 }
 
-/// Builds what is needed, then becomes the benchmarks.
+/// Builds the programs, then replaces this process with the benchmarks.
 pub(crate) fn bench(workspace: &Workspace, args: &Args) -> Result<()> {
     if args.list {
         let bench = programs(workspace)?;
@@ -75,7 +75,7 @@ fn peers(no_install: bool) -> Result<()> {
     packages::ensure(&packages::PEERS, Missing::Install)
 }
 
-/// Builds the programs; where the first is.
+/// Builds the programs and returns the path of the first.
 fn programs(workspace: &Workspace) -> Result<PathBuf> {
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--release", "--package", "session-enforcer-tests"]);
@@ -86,7 +86,7 @@ fn programs(workspace: &Workspace) -> Result<PathBuf> {
     Ok(workspace.target().join("release").join(PROGRAMS[0]))
 }
 
-/// Makes the file for the figures, which so is the caller's and not root's.
+/// Creates the report file as the calling user, so that it does not belong to root.
 fn report(workspace: &Workspace) -> Result<PathBuf> {
     let folder = workspace.target().join("bench");
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
@@ -97,7 +97,7 @@ fn report(workspace: &Workspace) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What the benchmarks need of the environment, which sudo would drop, as arguments of env(1).
+/// The variables that the benchmarks need and that sudo would drop, as arguments of env(1).
 fn environment(daemon: &Path) -> [OsString; 2] {
     let word = |name: &str, value: OsString| {
         let mut word = OsString::from(format!("{name}="));

@@ -1,4 +1,4 @@
-//! `cargo xtask build`: the daemon, with the eBPF programs in it.
+//! `cargo xtask build`: builds the daemon with the embedded eBPF programs.
 
 use std::path::PathBuf;
 
@@ -20,14 +20,14 @@ pub(crate) struct Args {
     debug: bool,
 }
 
-/// How the daemon is compiled.
+/// The build profile of the daemon.
 #[derive(Clone, Copy)]
 pub(crate) enum Profile {
     Release,
     Debug,
 }
 
-/// Builds the daemon and prints where it is.
+/// Builds the daemon and prints the path of its binary.
 pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
     setup(workspace)?;
     let profile = if args.debug {
@@ -39,7 +39,7 @@ pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the daemon, with an eBPF toolchain that is ready, and says where it is.
+/// Builds the daemon with a prepared eBPF toolchain and returns the path of its binary.
 pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--package", "session-enforcer"]);
@@ -54,7 +54,7 @@ pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf>
     Ok(workspace.target().join(folder).join("session-enforcer"))
 }
 
-/// Builds the daemon as it is released for a processor, and says where it is.
+/// Builds the release binary for an architecture and returns its path.
 pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
     let mut cargo = workspace.cargo_for(arch)?;
     run(cargo.args(["build", "--release", "--package", "session-enforcer"]))?;

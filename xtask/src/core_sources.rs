@@ -1,7 +1,7 @@
-//! The sources of `core`, of exactly the compiler's version.
+//! Provides the sources of `core` in exactly the compiler's version.
 //!
-//! There is no built `core` for the bpf target, so that cargo builds it (`-Z build-std=core`) and
-//! looks for its sources in the toolchain, where rustup's component `rust-src` puts them.
+//! There is no prebuilt `core` for the bpf target, so cargo builds it (`-Z build-std=core`). cargo expects
+//! its sources in the toolchain, where rustup's component `rust-src` installs them.
 
 use std::fs;
 use std::io;
@@ -16,16 +16,16 @@ use crate::process::{find_program, output_of, say};
 use crate::rustc::{Rustc, add_component};
 use crate::workspace::Workspace;
 
-/// How the names of folders of unpacked sources begin.
+/// The name prefix of folders with unpacked sources.
 const KEPT: &str = "rust-src-";
 
-/// The sources that are still missing, and where they belong.
+/// The missing sources and their destination.
 struct Missing<'a> {
     rustc: &'a Rustc,
     place: PathBuf,
 }
 
-/// Makes sure that the toolchain has the sources of `core`.
+/// Ensures that the toolchain has the sources of `core`.
 pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
     let missing = Missing {
         rustc,
@@ -58,12 +58,11 @@ pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
 
 impl Missing<'_> {
     fn arrived(&self) -> bool {
-        // cargo resolves the standard library by its own lock file and refuses to go on without it.
+        // cargo resolves the standard library with its own lock file and refuses to build without it.
         has_core(&self.place.join("library")) && self.place.join("library/Cargo.lock").is_file()
     }
 
-    /// Removes the link of an earlier set-up whose target directory has been deleted, or whose
-    /// toolchain has been updated since.
+    /// Removes the link of an earlier setup if its target directory was deleted or its toolchain was updated.
     fn remove_stale_link(&self) -> Result<()> {
         let Ok(target) = fs::read_link(&self.place) else {
             return Ok(());
@@ -94,7 +93,7 @@ impl Missing<'_> {
         Ok(())
     }
 
-    /// Takes the distribution's package `rust-src`, unpacked and not installed; says where it is.
+    /// Unpacks the distribution's package `rust-src` without installing it. Returns the folder.
     fn ask_distribution(&self, workspace: &Workspace) -> Result<PathBuf> {
         let release = &self.rustc.release;
         let kept = workspace.toolchain().join(kept_name(release));
@@ -132,12 +131,12 @@ impl Missing<'_> {
     }
 }
 
-/// The name of the folder of unpacked sources.
+/// The folder name of unpacked sources.
 fn kept_name(release: &str) -> String {
     format!("{KEPT}{release}")
 }
 
-/// Whether a link leads to sources that a set-up unpacked for another compiler.
+/// Whether a link leads to sources that a setup unpacked for another compiler.
 fn is_of_another_release(target: &Path, release: &str) -> bool {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     name.starts_with(KEPT) && name != kept_name(release)
@@ -147,7 +146,7 @@ fn has_core(library: &Path) -> bool {
     library.join("core/src/lib.rs").is_file()
 }
 
-/// Unpacks the folder `library` of a rust-src package (a sixth of it) to `kept/library`.
+/// Unpacks the folder `library` of a rust-src package (a sixth of the package) to `kept/library`.
 fn unpack(package: &Path, kept: &Path) -> Result<()> {
     let half = kept.with_extension("partial");
     remove(&half)?;
@@ -160,7 +159,7 @@ fn unpack(package: &Path, kept: &Path) -> Result<()> {
         .spawn()
         .context("cannot start dpkg-deb")?;
     let archive = reader.stdout.take().context("dpkg-deb has no output")?;
-    // ./usr/src/rustc-1.95.0/library/core/...: the first four are of no use here.
+    // Strip the first four components of ./usr/src/rustc-1.95.0/library/core/...
     let unpacked = Command::new("tar")
         .args([
             "--extract",
@@ -180,7 +179,7 @@ fn unpack(package: &Path, kept: &Path) -> Result<()> {
             package.display()
         );
     }
-    // Only what is whole gets the name that the next set-up looks for.
+    // Rename the folder only when it is complete; the next setup looks for this name.
     fs::rename(&half, kept).with_context(|| format!("cannot rename to {}", kept.display()))
 }
 

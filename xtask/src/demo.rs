@@ -1,8 +1,8 @@
-//! `cargo xtask demo`: the real daemon at work on real connections, in under half a minute.
+//! `cargo xtask demo`: shows the real daemon with real connections in under half a minute.
 //!
-//! Everything is built as the user. For the show xtask runs itself again, as root: it needs
-//! network namespaces, a cgroup and eBPF. The daemon is attached to that cgroup only, and all
-//! traffic is between those namespaces.
+//! The user builds everything. For the show, xtask starts itself again as root, because the show needs
+//! network namespaces, a cgroup and eBPF. The daemon is attached only to that cgroup, and all traffic stays
+//! within those namespaces.
 
 mod cast;
 mod client;
@@ -23,13 +23,13 @@ use crate::process::{as_root, find_program, is_root, run as run_program, say};
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// The harness's program that makes sockets in the show's namespaces and cgroup.
+/// The harness's agent, which opens sockets in the show's namespaces and cgroup.
 const AGENT: &str = "session-enforcer-test-agent";
 
-/// Tells the harness which daemon to run.
+/// This variable names the daemon for the harness.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
 
-/// Installs packages; the one of `packages.rs`, which says more about it.
+/// The script that installs packages; see `packages.rs`.
 const INSTALLER: &str = include_str!("install.sh");
 
 /// What `demo` is asked for.
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     show: Option<PathBuf>,
 }
 
-/// Builds what is needed, then becomes the show.
+/// Builds the programs, then replaces this process with the show.
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
     if let Some(agent) = &args.show {
         return show::show(agent);
@@ -49,7 +49,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
     Err(show.exec()).context("cannot start the show")
 }
 
-/// Builds what is needed; the command that is the show.
+/// Builds the programs and returns the command of the show.
 pub(crate) fn prepare(workspace: &Workspace) -> Result<Command> {
     let ip = ip()?;
     setup(workspace)?;
@@ -65,7 +65,7 @@ pub(crate) fn prepare(workspace: &Workspace) -> Result<Command> {
     Ok(command)
 }
 
-/// iproute2's `ip`, installed where it is missing.
+/// The path of iproute2's `ip`. Installs it if it is missing.
 fn ip() -> Result<PathBuf> {
     let find = || find_program("ip", &[]);
     if let Some(path) = find() {
@@ -94,14 +94,14 @@ fn agent(workspace: &Workspace) -> Result<PathBuf> {
     Ok(workspace.target().join("debug").join(AGENT))
 }
 
-/// What the show needs of the environment, which sudo would drop, as arguments of env(1).
+/// The variables that the show needs and that sudo would drop, as arguments of env(1).
 fn environment(daemon: &Path, ip: &Path) -> Vec<OsString> {
     let variable = |name: &str, value: &Path| {
         let mut word = OsString::from(format!("{name}="));
         word.push(value);
         word
     };
-    // `ip` is the only program that the show looks up.
+    // The show looks up no program but `ip`.
     let folder = ip.parent().unwrap_or(Path::new("/usr/sbin"));
     let mut words = vec![variable(BINARY, daemon), variable("PATH", folder)];
     if let Some(value) = env::var_os("NO_COLOR") {

@@ -1,8 +1,8 @@
-//! `cargo xtask dist`: what is published of a release.
+//! `cargo xtask dist`: builds the published files of a release.
 //!
-//! Static binaries with their debug information beside them, a Debian package, an RPM, a tarball
-//! with an install script, an image for containers, an SBOM, and the checksums of all. The same sources give the same bytes,
-//! whatever folder they are built in.
+//! These are static binaries with separate debug information, a Debian package, an RPM, a tarball with an
+//! install script, a container image, an SBOM, and checksums. The build is reproducible: the same sources
+//! give the same bytes in any folder.
 
 mod image;
 mod sbom;
@@ -40,7 +40,7 @@ pub(crate) struct Args {
     test: bool,
 }
 
-/// Makes the release, in the target directory.
+/// Builds the release in the target directory.
 pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     let archs = args.arch.map_or(Arch::ALL.to_vec(), |one| vec![one]);
     if args.test {
@@ -61,7 +61,7 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Makes the release of a checkout.
+/// Builds the release of a checkout.
 fn build(
     checkout: &Workspace,
     tools: &tools::Tools,
@@ -75,7 +75,7 @@ fn build(
         tools,
         epoch: epoch.to_owned(),
         version: version(checkout)?,
-        // Not among what is published.
+        // The stage folder is not published.
         stage: checkout.target().join("dist-stage"),
         out: out.to_owned(),
     };
@@ -83,7 +83,7 @@ fn build(
     release.make(archs)
 }
 
-/// Builds a copy of the sources, and compares.
+/// Builds a copy of the sources and compares the results.
 fn build_again(
     workspace: &Workspace,
     tools: &tools::Tools,
@@ -114,21 +114,21 @@ fn build_again(
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
-/// The files that two lists of checksums do not agree about, those that one of them lacks too.
+/// The files whose checksums differ between two lists, or that one list lacks.
 fn differing<'a>(one: &'a str, other: &'a str) -> Vec<&'a str> {
     let lines = |sums: &'a str| sums.lines().collect::<BTreeSet<_>>();
     let (one, other) = (lines(one), lines(other));
-    // A line is the checksum, two spaces, and the name.
+    // Each line has the checksum, two spaces and the name.
     let name = |line: &&'a str| line.split_once("  ").map_or(*line, |(_, name)| name);
     let names: BTreeSet<_> = one.symmetric_difference(&other).map(name).collect();
     names.into_iter().collect()
 }
 
-/// One release in the making.
+/// A release that is being built.
 struct Release<'a> {
     checkout: &'a Workspace,
     tools: &'a tools::Tools,
-    /// The time that files and packages are given, in seconds since 1970.
+    /// The time stamp of all files and packages, in seconds since 1970.
     epoch: String,
     version: String,
     stage: PathBuf,
@@ -150,7 +150,7 @@ impl Release<'_> {
         self.checksums()
     }
 
-    /// The library knows its command line and its keys; a page is written by what reads them.
+    /// Generates the pages from the library, which knows the command line and the configuration keys.
     fn pages(&self, pages: &Path) -> Result<()> {
         let mut cargo = self.checkout.cargo();
         cargo.args(["run", "--quiet", "--package", NAME, "--example", "pages"]);
@@ -179,7 +179,7 @@ impl Release<'_> {
 
     fn one(&self, arch: Arch, pages: &Path) -> Result<()> {
         let binary = self.binary(arch)?;
-        // Both packagers look for what is built in TARGET_DIR/TRIPLE/release.
+        // Both packagers expect the binary in TARGET_DIR/TRIPLE/release.
         let folder = self.stage.join(arch.triple()).join("release");
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
@@ -191,7 +191,7 @@ impl Release<'_> {
         self.image(arch, &folder.join(NAME))
     }
 
-    /// Builds the daemon, without a word in it about where it was built.
+    /// Builds the daemon without paths of the build machine in the binary.
     fn binary(&self, arch: Arch) -> Result<PathBuf> {
         arch.ensure_target()?;
         let rustc = Rustc::find()?;
@@ -215,7 +215,7 @@ impl Release<'_> {
         Ok(folder.join("release").join(NAME))
     }
 
-    /// Puts the debug information into a file of its own, for the debugger to find beside the binary.
+    /// Moves the debug information into a separate file that debuggers find beside the binary.
     fn strip(&self, arch: Arch, binary: &Path, stripped: &Path) -> Result<()> {
         let rustc = Rustc::find()?;
         let objcopy = rustc
@@ -319,7 +319,7 @@ impl Release<'_> {
     }
 }
 
-/// Makes an empty folder.
+/// Creates an empty folder.
 fn renew(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)
@@ -328,7 +328,7 @@ fn renew(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }
 
-/// The files of a folder, in the order of their names.
+/// The files of a folder, sorted by name.
 fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
@@ -339,7 +339,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// What cargo knows of the daemon's package.
+/// cargo's metadata of the daemon's package.
 fn package(checkout: &Workspace) -> Result<serde_json::Value> {
     let mut cargo = checkout.cargo();
     let text = output_of(cargo.args(["metadata", "--locked", "--no-deps", "--format-version=1"]))?;
@@ -364,7 +364,7 @@ fn maintainer(checkout: &Workspace) -> Result<String> {
         .to_owned())
 }
 
-/// The time of the sources: `SOURCE_DATE_EPOCH`, else that of the last commit.
+/// The time of the sources: `SOURCE_DATE_EPOCH`, otherwise that of the last commit.
 fn source_date(workspace: &Workspace) -> Result<String> {
     if let Some(epoch) = env::var_os("SOURCE_DATE_EPOCH") {
         return Ok(epoch.to_string_lossy().into_owned());

@@ -1,8 +1,8 @@
-//! `cargo xtask fuzz`: the fuzz targets, each from its seeds.
+//! `cargo xtask fuzz`: runs each fuzz target from its seeds.
 //!
-//! cargo-fuzz builds the targets with libFuzzer; what it needs of an unstable compiler, a stable one
-//! takes where `RUSTC_BOOTSTRAP=1` is set. The programs are started here and not by cargo-fuzz, which
-//! would put what it finds beside the sources: all of it goes into the target directory.
+//! cargo-fuzz builds the targets with libFuzzer. A stable compiler accepts the unstable options with
+//! `RUSTC_BOOTSTRAP=1`. This command starts the programs itself, because cargo-fuzz would write its findings
+//! beside the sources; here everything goes into the target directory.
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::rustc::Rustc;
 use crate::setup::{lock, setup};
 use crate::workspace::{Workspace, install, without_flags};
 
-// The same file that the seeds' test is compiled from.
+// The seeds' test is compiled from the same file.
 #[expect(
     unreachable_pub,
     reason = "it is public in the crate of the fuzz targets"
@@ -26,10 +26,10 @@ mod seeds;
 
 const VERSION: &str = "0.13.2";
 
-/// Longest input: of more than that, nothing new is to be learnt.
+/// The maximum length of an input. Longer inputs reach nothing new.
 const MAX_INPUT_BYTES: u32 = 4096;
 
-/// Time for one input, after which the target counts as one that does not end.
+/// After this time one input counts as a hang.
 const MAX_SECONDS_EACH: u32 = 10;
 
 /// What is fuzzed.
@@ -68,7 +68,7 @@ pub(crate) struct Args {
     seconds: u32,
 }
 
-/// Runs the targets, all of them, then fails if any found something.
+/// Runs all targets, then fails if one has found something.
 pub(crate) fn fuzz(workspace: &Workspace, args: &Args) -> Result<()> {
     setup(workspace)?;
     let cargo_fuzz = ensure_cargo_fuzz(workspace)?;
@@ -99,15 +99,15 @@ pub(crate) fn fuzz(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Where a target's inputs are.
+/// The folders of a target's inputs.
 struct Places {
-    /// The seeds as the target takes them.
+    /// The seeds in the target's input format.
     seeds: PathBuf,
-    /// Inputs that reach something new, from this run and earlier ones.
+    /// Inputs of this and earlier runs that reach new code.
     corpus: PathBuf,
     /// Inputs at which the target failed.
     found: PathBuf,
-    /// Words that belong to the target's language, if it has one.
+    /// The dictionary of the target's format, if it has one.
     dictionary: PathBuf,
 }
 
@@ -137,7 +137,7 @@ impl Places {
 
     fn command(&self, program: &Path, seconds: u32) -> Command {
         let mut command = Command::new(program);
-        // libFuzzer puts what is new into the first folder.
+        // libFuzzer writes new inputs into the first folder.
         command.arg(&self.corpus).arg(&self.seeds);
         let mut prefix = OsString::from("-artifact_prefix=");
         prefix.push(self.found.join(""));
@@ -157,7 +157,7 @@ impl Places {
     }
 }
 
-/// Makes sure that there is cargo-fuzz, of the pinned version.
+/// Ensures that cargo-fuzz is installed in the pinned version.
 fn ensure_cargo_fuzz(workspace: &Workspace) -> Result<PathBuf> {
     if find_program("c++", &[]).is_none() {
         bail!(

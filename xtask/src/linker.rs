@@ -1,7 +1,7 @@
-//! bpf-linker, built against the compiler's own LLVM.
+//! Builds bpf-linker against the compiler's own LLVM.
 //!
-//! It reads the bitcode that rustc writes, so that its LLVM must be rustc's: the library that lies
-//! in the toolchain is linked, and no LLVM package is needed.
+//! bpf-linker reads rustc's bitcode, so it needs rustc's LLVM. It is linked with the library in the
+//! toolchain; no LLVM package is needed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -18,11 +18,11 @@ use crate::workspace::{Workspace, cargo_install};
 
 const VERSION: &str = "0.13.0";
 
-/// Makes sure that there is a linker, of the pinned version, made for this compiler, that starts.
+/// Ensures that a working linker of the pinned version exists that was built for this compiler.
 pub(crate) fn ensure(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
     let stamp = workspace.toolchain().join("bpf-linker.stamp");
     let wanted = format!("bpf-linker {VERSION}\n{}", rustc.identity);
-    // It does not start when the toolchain or the target directory has moved.
+    // The linker does not start after the toolchain or the target directory was moved.
     let stands = fs::read_to_string(&stamp).is_ok_and(|made| made == wanted)
         && starts(&workspace.linker()).is_ok();
     if stands {
@@ -53,7 +53,7 @@ fn install(workspace: &Workspace, rustc: &Rustc) -> Result<()> {
         };
         format!("cannot build bpf-linker, which comes from the crates registry{compiler}")
     })?;
-    // Some 300 MB that nothing reads again.
+    // The scratch folder has about 300 MB and is not used again.
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
@@ -69,9 +69,9 @@ fn install_command(workspace: &Workspace, rustc: &Rustc, prefix: &Path, scratch:
     command
 }
 
-/// A folder laid out as an installed LLVM, whose library is the toolchain's own.
+/// Creates a folder with the layout of an installed LLVM, whose library is the toolchain's.
 ///
-/// The linker gets this folder as its run path: it stays.
+/// The folder must stay, because it is the linker's run path.
 fn llvm_prefix(workspace: &Workspace, rustc: &Rustc) -> Result<PathBuf> {
     let libraries = rustc.sysroot.join("lib");
     let library = libllvm(&libraries)?;
@@ -82,7 +82,7 @@ fn llvm_prefix(workspace: &Workspace, rustc: &Rustc) -> Result<PathBuf> {
             fs::remove_dir_all(&prefix)?;
         }
         fs::create_dir_all(prefix.join("lib"))?;
-        // The first name is the one that is asked for at link time, the second the one at run time.
+        // The first name is used at link time, the second one at run time.
         for link in [OsStr::new("libLLVM.so"), name] {
             symlink(&library, prefix.join("lib").join(link))?;
         }
@@ -92,7 +92,7 @@ fn llvm_prefix(workspace: &Workspace, rustc: &Rustc) -> Result<PathBuf> {
     Ok(prefix)
 }
 
-/// The toolchain's LLVM.
+/// The path of the toolchain's LLVM.
 fn libllvm(folder: &Path) -> Result<PathBuf> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
@@ -105,7 +105,7 @@ fn libllvm(folder: &Path) -> Result<PathBuf> {
             found.push(path);
         }
     }
-    // Should there be more than one, the name with the soname in it is the one that is loaded.
+    // If there are several, the name with the soname is the one that is loaded.
     found.sort_by_key(|path| !has_soname(path));
     found.into_iter().next().with_context(|| {
         format!(
@@ -126,7 +126,7 @@ fn has_soname(path: &Path) -> bool {
     name.starts_with("libLLVM.so.")
 }
 
-/// Whether a file is a real library: beside it lies a text of the same sort of name, for the linker.
+/// Whether a file is an ELF library. A linker script with a similar name lies beside it.
 fn is_elf(path: &Path) -> Result<bool> {
     let mut magic = [0; 4];
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
@@ -137,7 +137,7 @@ fn is_elf(path: &Path) -> Result<bool> {
 mod tests {
     use super::*;
 
-    /// A folder of small files, removed at the end.
+    /// A folder of small files that is removed when dropped.
     struct Folder(PathBuf);
 
     impl Folder {

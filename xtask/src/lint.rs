@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting, clippy, documentation and dependencies, the same as CI.
+//! `cargo xtask lint`: the same checks of formatting, clippy, documentation and dependencies as in CI.
 
 mod dependencies;
 
@@ -19,7 +19,7 @@ pub(crate) struct Args {
     no_install: bool,
 }
 
-/// Checks the whole workspace; every check runs, whatever the one before it found.
+/// Runs all checks of the workspace, even after one has failed.
 pub(crate) fn lint(workspace: &Workspace, args: &Args) -> Result<()> {
     for component in ["rustfmt", "clippy"] {
         ensure_component(workspace, component)?;
@@ -72,7 +72,7 @@ fn clippy(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// Not a test for `cargo test`, and so none of all targets.
+/// Checks the `host` test, which is not part of all targets because it is not for `cargo test`.
 fn clippy_host(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["clippy", "--package", "session-enforcer-tests"]);
@@ -83,7 +83,7 @@ fn clippy_host(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// The programs have no operating system under them and compile for the bpf target only.
+/// The eBPF programs have no operating system and compile only for the bpf target.
 fn clippy_ebpf(workspace: &Workspace) -> Command {
     let target = if cfg!(target_endian = "big") {
         "bpfeb-unknown-none"
@@ -100,7 +100,7 @@ fn clippy_ebpf(workspace: &Workspace) -> Command {
     ]);
     cargo.args(["-Z", "build-std=core", "--", "--deny", "warnings"]);
     cargo.env("RUSTC_BOOTSTRAP", "1");
-    // A folder of its own: crates that look at RUSTC_BOOTSTRAP would be built again and again.
+    // Use a separate folder: crates that depend on RUSTC_BOOTSTRAP would otherwise be rebuilt each time.
     cargo.env("CARGO_TARGET_DIR", workspace.target().join("ebpf-lint"));
     cargo
 }
@@ -112,8 +112,8 @@ fn formatting_fuzz(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// Without libFuzzer, so that no C++ compiler is needed, and in the folder of the other crates'
-/// check, which has built most of it already.
+/// Checks the fuzz targets without libFuzzer, so that no C++ compiler is needed. Uses the folder of the
+/// workspace check, which has most crates built already.
 fn clippy_fuzz(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["clippy", "--no-default-features", "--manifest-path"]);
@@ -122,7 +122,7 @@ fn clippy_fuzz(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// A link from a public item to a private one is text in the documentation, and a link in an editor.
+/// Links from public to private items are allowed: rustdoc shows them as text, and editors follow them.
 fn documentation(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     cargo.args(["doc", "--no-deps", "--workspace"]);
@@ -132,7 +132,7 @@ fn documentation(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// Adds a component of rustup's that cargo lacks.
+/// Adds a rustup component that cargo lacks.
 fn ensure_component(workspace: &Workspace, component: &str) -> Result<()> {
     let subcommand = if component == "rustfmt" {
         "fmt"

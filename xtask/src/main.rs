@@ -1,7 +1,7 @@
 //! The project's own commands: `cargo xtask --help`.
 //!
-//! One file a command; what several of them need is in `workspace` (where things are), `process`
-//! (running programs) and `rustc` (what compiler this is).
+//! Each command has a file. Shared code is in `workspace` (paths), `process` (running programs) and `rustc`
+//! (the compiler).
 
 mod apt;
 mod arch;

@@ -1,4 +1,4 @@
-//! The packages of npm's that the tests use as clients, in a folder of the target directory.
+//! The npm packages that the tests use as clients, in a folder of the target directory.
 
 use std::fs;
 use std::process::Command;
@@ -9,18 +9,18 @@ use crate::packages::Missing;
 use crate::process::{run, say};
 use crate::workspace::Workspace;
 
-/// Where they are named, from the root of the workspace.
+/// The folder of `package.json`, from the root of the workspace.
 const NAMED: &str = "tests/clients/node";
-/// Where they are put, in the target directory; the tests look there.
+/// The folder of the installed packages in the target directory, where the tests look for them.
 const FOLDER: &str = "node-clients";
 const LOCK: &str = "package-lock.json";
 
-/// Makes sure that they are there, in the versions of the lock file.
+/// Ensures that the packages are installed in the versions of the lock file.
 pub(crate) fn ensure(workspace: &Workspace, policy: Missing) -> Result<()> {
     let named = workspace.root().join(NAMED);
     let folder = workspace.target().join(FOLDER);
     let wanted = fs::read(named.join(LOCK)).context("reading the lock file of npm")?;
-    // Written when all is there.
+    // This file is written last.
     let done = folder.join("installed");
     if fs::read(&done).is_ok_and(|found| found == wanted) {
         return Ok(());

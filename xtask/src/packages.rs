@@ -1,4 +1,4 @@
-//! The programs that tests, benchmarks and virtual machines run: real servers and clients.
+//! The real servers and clients that tests, benchmarks and virtual machines run.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::arch::Arch;
 use crate::process::{as_root, find_program, run, say};
 
-/// A program or a module of Python, the Debian package that has it, and what it is needed for.
+/// A program or Python module, the Debian package that contains it, and its purpose.
 #[derive(Clone, Copy)]
 pub(crate) struct Need {
     kind: Kind,
@@ -52,8 +52,8 @@ const fn server(module: &'static str, package: &'static str) -> Need {
     }
 }
 
-/// What the privileged tests run. Looked for by program and not by package, so that another
-/// distribution's, or one's own, serves.
+/// The programs of the privileged tests. They are looked up by program and not by package, so that other
+/// distributions' or self-built ones are accepted.
 pub(crate) const TESTS: [Need; 41] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
@@ -146,7 +146,7 @@ pub(crate) const TESTS: [Need; 41] = [
     client("redis", "python3-redis"),
 ];
 
-/// What no benchmark does without.
+/// The programs that every benchmark needs.
 pub(crate) const BENCH: [Need; 2] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
@@ -156,7 +156,7 @@ pub(crate) const BENCH: [Need; 2] = [
     ),
 ];
 
-/// What the benchmarks compare with.
+/// The programs for comparison.
 pub(crate) const PEERS: [Need; 3] = [
     need("haproxy", "haproxy", "a proxy with timeouts, to compare"),
     need(
@@ -167,7 +167,7 @@ pub(crate) const PEERS: [Need; 3] = [
     need("nft", "nftables", "connection tracking, to compare"),
 ];
 
-/// What emulates each processor.
+/// The emulator of each architecture.
 const QEMU: [Need; 2] = [
     need(
         "qemu-system-x86_64",
@@ -181,7 +181,7 @@ const QEMU: [Need; 2] = [
     ),
 ];
 
-/// What runs the virtual machines of a processor.
+/// The program that runs virtual machines of an architecture.
 pub(crate) const fn qemu(arch: Arch) -> Need {
     match arch {
         Arch::X86_64 => QEMU[0],
@@ -196,17 +196,17 @@ impl Need {
     }
 }
 
-/// What `cargo xtask vm` needs besides.
+/// Further programs of `cargo xtask vm`.
 pub(crate) const VIRTUAL_MACHINES: [Need; 3] = [
     need("busybox", "busybox-static", "starting in an initramfs"),
     need("modprobe", "kmod", "the modules of a kernel"),
     need("xz", "xz-utils", "unpacking the modules of a kernel"),
 ];
 
-/// What `cargo xtask dist` needs for the image.
+/// The programs that `cargo xtask dist` needs for the image.
 pub(crate) const IMAGES: [Need; 1] = [need("buildah", "buildah", "the image for containers")];
 
-/// What `cargo xtask dist --test` needs.
+/// The programs of `cargo xtask dist --test`.
 pub(crate) const MACHINES: [Need; 8] = [
     need(
         "kubectl",
@@ -230,25 +230,25 @@ pub(crate) const MACHINES: [Need; 8] = [
     ),
 ];
 
-/// What it needs then: with an older QEMU it has come already, and there is no such package.
+/// Also needed for virtual machines. Older QEMU packages contain it, and no separate package exists for them.
 pub(crate) const SHARING: [Need; 1] = [need(
     "virtiofsd",
     "virtiofsd",
     "sharing this machine's files with virtual machines",
 )];
 
-/// Where virtiofsd is: in a package of its own, and in QEMU's before there was one.
+/// The folders of virtiofsd: that of its own package and that of older QEMU packages.
 pub(crate) const VIRTIOFSD: [&str; 2] = ["/usr/libexec", "/usr/lib/qemu"];
 
-/// Installs packages without leaving a service behind that runs.
+/// The script installs packages without leaving a running service behind.
 const INSTALLER: &str = include_str!("install.sh");
 
-/// What to do about a program that is missing.
+/// The policy for missing programs.
 #[derive(Clone, Copy)]
 pub(crate) enum Missing {
-    /// Install it with the system's package manager.
+    /// Install them with the system's package manager.
     Install,
-    /// Fail, and name it.
+    /// Fail and name them.
     Refuse,
 }
 
@@ -263,7 +263,7 @@ impl Missing {
     }
 }
 
-/// Makes sure that each of these programs is there.
+/// Ensures that each of these programs is installed.
 pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
     let missing = missing(needs);
     if missing.is_empty() {
@@ -304,7 +304,7 @@ fn has_module(name: &str) -> bool {
     found.is_ok_and(|found| found.status.success())
 }
 
-/// Debian keeps each PostgreSQL version's server programs in a folder outside of PATH.
+/// Debian keeps the server programs of each PostgreSQL version in a folder outside PATH.
 fn postgresql_folders() -> Vec<PathBuf> {
     let Ok(versions) = fs::read_dir("/usr/lib/postgresql") else {
         return Vec::new();
@@ -343,7 +343,7 @@ fn install(missing: &[Need]) -> Result<()> {
     })
 }
 
-/// Each package once, in the order of the table.
+/// The packages without duplicates, in the order of the table.
 fn packages_of(needs: &[Need]) -> Vec<&'static str> {
     let mut packages = Vec::new();
     for need in needs {

@@ -1,4 +1,4 @@
-//! `cargo xtask picture`: the pictures in the documentation, made from what they show.
+//! `cargo xtask picture`: generates the pictures of the documentation.
 
 mod dashboard;
 mod recording;
@@ -17,16 +17,16 @@ use crate::demo;
 use crate::process::say;
 use crate::workspace::Workspace;
 
-/// Where the pictures are, from the root of the project.
+/// The folder of the pictures, from the root of the repository.
 const FOLDER: &str = "session-enforcer/docs/pictures";
 
-/// Columns of the terminal that the demo runs in: its lists are 100 wide and indented by 4.
+/// The terminal width of the demo: its lists are 100 wide and indented by 4.
 const COLUMNS: NonZero<u16> = NonZero::new(104).expect("not 0");
 
-/// How long the demo may take.
+/// The time limit of the demo.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What of the demo is in the picture: from this heading on, up to that one.
+/// The picture shows the demo's output from the first heading up to the second.
 const PART: [&str; 2] = ["session-enforcer list", "The audit's line"];
 
 /// What there is a picture of.
@@ -45,7 +45,7 @@ pub(crate) struct Args {
     subject: Option<Subject>,
 }
 
-/// Makes the pictures anew and prints the path of each.
+/// Generates the pictures and prints the path of each.
 pub(crate) fn picture(workspace: &Workspace, args: &Args) -> Result<()> {
     let wanted = |subject| args.subject.is_none_or(|asked| asked == subject);
     let folder = workspace.root().join(FOLDER);
@@ -60,7 +60,7 @@ pub(crate) fn picture(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Runs the demo in a terminal of its own, and draws a part of what it has written.
+/// Runs the demo in a pseudo-terminal and draws a part of its output.
 fn demo_svg(workspace: &Workspace) -> Result<String> {
     let show = demo::prepare(workspace)?;
     say!("the demo, in a terminal of {COLUMNS} columns");

@@ -1,4 +1,4 @@
-//! Running other programs: what failed is always said, and root's rights are asked for in one place.
+//! Runs other programs, reports their failures, and requests root privileges.
 
 use std::env;
 use std::fs;
@@ -8,13 +8,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-/// Says on stderr what is being done, and why.
+/// Prints progress to stderr.
 macro_rules! say {
     ($($text:tt)*) => { eprintln!("xtask: {}", format_args!($($text)*)) };
 }
 pub(crate) use say;
 
-/// Runs a program that has the terminal for itself.
+/// Runs a program with the terminal.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command
         .status()
@@ -25,7 +25,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program for what it prints; what it says on stderr becomes part of the error.
+/// Runs a program and returns its output. Its stderr becomes part of the error.
 pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
@@ -44,7 +44,7 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
         .with_context(|| format!("{} printed bytes that are no text", shown(command)))
 }
 
-/// What a program calls an error, in cargo's, rustup's and apt's way; all of it if it does not.
+/// The lines that cargo, rustup or apt mark as errors. All lines if none is marked.
 fn gist(stderr: &str) -> String {
     let is_error = |line: &&str| line.starts_with("error") || line.starts_with("E: ");
     let errors: Vec<_> = stderr.lines().filter(is_error).collect();
@@ -54,9 +54,9 @@ fn gist(stderr: &str) -> String {
     errors.join("; ")
 }
 
-/// A command that runs as root, through sudo where this process is not root.
+/// A command that runs as root, through sudo if this process is not root.
 ///
-/// The environment is sudo's choice: what the program needs is to be passed with `env`.
+/// sudo resets the environment, so pass variables with `env`.
 pub(crate) fn as_root(program: impl AsRef<Path>) -> Result<Command> {
     let program = program.as_ref();
     if is_root()? {
@@ -75,14 +75,15 @@ pub(crate) fn as_root(program: impl AsRef<Path>) -> Result<Command> {
 
 /// Whether this process runs as root.
 pub(crate) fn is_root() -> Result<bool> {
-    // The owner of a process's own folder in /proc is its effective user.
+    // The owner of a process's folder in /proc is its effective user.
     let own = fs::metadata("/proc/self").context("cannot read /proc/self: is /proc mounted?")?;
     Ok(own.uid() == 0)
 }
 
-/// Finds a program in `PATH`, the folders of system programs and the given ones.
+/// Finds a program in `PATH`, in the system folders and in the given folders.
 pub(crate) fn find_program(name: &str, more: &[PathBuf]) -> Option<PathBuf> {
-    // An ordinary user's PATH often lacks the sbin folders, root's at the time of use does not.
+    // An ordinary user's PATH often lacks the sbin folders. Root's PATH, which applies when the program runs,
+    // has them.
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -96,7 +97,7 @@ fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
-/// A command as one would type it.
+/// The command line as a user would type it.
 fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();

@@ -1,4 +1,4 @@
-//! `cargo xtask release-check`: whether a release can be made of this checkout.
+//! `cargo xtask release-check`: checks whether this checkout can be released.
 
 use std::fmt::Display;
 use std::fs;
@@ -11,10 +11,10 @@ use crate::process::output_of;
 use crate::workspace::Workspace;
 use crate::{dist, lint};
 
-/// Where the changes of each version are.
+/// The changes of each version.
 const CHANGELOG: &str = "CHANGELOG.md";
 
-/// Both workspaces have a file of the versions that they are built with.
+/// The lock files of both workspaces.
 const LOCKS: [&str; 2] = ["Cargo.lock", "tests/fuzz/Cargo.lock"];
 
 /// What `release-check` is asked for.
@@ -25,7 +25,7 @@ pub(crate) struct Args {
     quick: bool,
 }
 
-/// Makes every check, whatever the one before it found, and fails where one has failed.
+/// Runs all checks and fails if one has failed.
 pub(crate) fn release_check(workspace: &Workspace, args: &Args) -> Result<()> {
     let root = workspace.root();
     let version = dist::version(workspace)?;
@@ -40,7 +40,7 @@ pub(crate) fn release_check(workspace: &Workspace, args: &Args) -> Result<()> {
         let built = dist::dist(workspace, &dist::Args::default());
         list.add("dist", built.map(|()| "packages in target/dist".to_owned()));
     }
-    // The last: what has run before may have written them.
+    // Check the lock files last, because earlier checks may have changed them.
     list.add("locks", locks(workspace));
     ensure!(
         list.failed == 0,
@@ -55,7 +55,7 @@ pub(crate) fn release_check(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The checks that were made, each a line on the terminal.
+/// The results of the checks; prints one line for each.
 #[derive(Default)]
 struct List {
     made: u32,
@@ -95,7 +95,7 @@ fn clean_tree(root: &Path) -> Result<String> {
     ))
 }
 
-/// The first few of many.
+/// The first names of a list.
 fn some(names: &[&str]) -> String {
     const SHOWN: usize = 5;
     let shown = names[..names.len().min(SHOWN)].join(", ");
@@ -105,7 +105,7 @@ fn some(names: &[&str]) -> String {
     }
 }
 
-/// Every file that names a version of the project names this one.
+/// Checks that every file that names a version of the project names this one.
 fn one_version(root: &Path, version: &str) -> Result<String> {
     let fuzz = fs::read_to_string(root.join("tests/fuzz/Cargo.toml"))
         .context("cannot read tests/fuzz/Cargo.toml")?;
@@ -117,10 +117,10 @@ fn one_version(root: &Path, version: &str) -> Result<String> {
     );
     let files = git(root, &["ls-files", "-z"])?;
     let mut named = 0;
-    // The changelog names each version, and the tests below need others.
+    // The changelog names every version, and the tests below need other ones.
     let is_checked = |file: &&str| ![CHANGELOG, file!()].contains(file);
     for file in files.split_terminator('\0').filter(is_checked) {
-        // What is no text names none, and what is removed and not committed is told of already.
+        // A binary file names no version. A removed, uncommitted file is reported by another check.
         let Ok(text) = fs::read_to_string(root.join(file)) else {
             continue;
         };
@@ -139,8 +139,8 @@ fn one_version(root: &Path, version: &str) -> Result<String> {
     ))
 }
 
-/// The versions of session-enforcer in a line: `session-enforcer:1.2.3`, also after `-`, `_` or a space, and the
-/// `newTag` of a manifest.
+/// The versions of session-enforcer in a line: `session-enforcer:1.2.3`, also after `-`, `_` or a space, and
+/// the `newTag` of a manifest.
 fn versions_in(line: &str) -> Vec<&str> {
     let mut versions = Vec::new();
     for name in ["session-enforcer", "newTag:"] {
@@ -163,7 +163,8 @@ fn changelog(root: &Path, version: &str) -> Result<String> {
     section_of(&text, version, today.trim())
 }
 
-/// The head of the version's section, which has to be the first, dated, not of the future and not empty.
+/// The heading of the version's section. The section must be the first, dated, not in the future, and not
+/// empty.
 fn section_of(changelog: &str, version: &str, today: &str) -> Result<String> {
     let mut sections = changelog.split("\n## ").skip(1);
     let first = sections.next().unwrap_or_default();
@@ -176,7 +177,7 @@ fn section_of(changelog: &str, version: &str, today: &str) -> Result<String> {
         is_date(date),
         "{date:?} in {CHANGELOG} is no date; {remedy}"
     );
-    // Dates of this form are in the order of their letters.
+    // Dates of this form sort alphabetically.
     ensure!(
         date <= today,
         "{CHANGELOG} dates {version} {date}, which is to come; {remedy}"
@@ -189,7 +190,7 @@ fn section_of(changelog: &str, version: &str, today: &str) -> Result<String> {
     Ok(format!("{head}, {entries} entries"))
 }
 
-/// Whether it looks like 2026-01-31.
+/// Whether the text has the form 2026-01-31.
 fn is_date(text: &str) -> bool {
     let shape = text
         .chars()
@@ -207,7 +208,7 @@ fn no_tag(root: &Path, version: &str) -> Result<String> {
     Ok(format!("{tag} is free"))
 }
 
-/// Neither is out of date, nor changed and not committed.
+/// Checks that the lock files are up to date and committed.
 fn locks(workspace: &Workspace) -> Result<String> {
     for lock in LOCKS {
         fresh_lock(workspace.cargo(), lock)?;
@@ -215,7 +216,7 @@ fn locks(workspace: &Workspace) -> Result<String> {
     unchanged_locks(workspace.root())
 }
 
-/// Fails where cargo would change this file, which it does whenever it builds without `--locked`.
+/// Fails if cargo would change this lock file, as every build without `--locked` would.
 fn fresh_lock(mut cargo: Command, lock: &str) -> Result<()> {
     let manifest = Path::new(lock).with_extension("toml");
     cargo.args(["metadata", "--locked", "--format-version=1"]);

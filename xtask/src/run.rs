@@ -1,4 +1,4 @@
-//! `cargo xtask run`: the daemon, built and run as root.
+//! `cargo xtask run`: builds the daemon and runs it as root.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -18,7 +18,8 @@ pub(crate) struct Args {
     arguments: Vec<OsString>,
 }
 
-/// Builds the daemon and becomes it: signals go to it, and its exit status is the command's.
+/// Builds the daemon and replaces this process with it, so that it gets signals and its exit status is the
+/// command's.
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<()> {
     setup(workspace)?;
     let binary = daemon(workspace, Profile::Release)?;

@@ -1,4 +1,4 @@
-//! What compiler this is: all of the eBPF toolchain has to match it.
+//! Identifies the compiler, which the whole eBPF toolchain must match.
 
 use std::env;
 use std::path::PathBuf;
@@ -8,17 +8,17 @@ use anyhow::{Context as _, Result};
 
 use crate::process::output_of;
 
-/// The compiler that is in use.
+/// The compiler in use.
 pub(crate) struct Rustc {
-    /// All that `rustc -vV` says: two compilers that say the same are the same.
+    /// The output of `rustc -vV`. Compilers with the same output are identical.
     pub(crate) identity: String,
     /// The version, such as `1.95.0`.
     pub(crate) release: String,
-    /// The machine that it builds for by default, as a target triple.
+    /// The target triple of the host.
     pub(crate) host: String,
     /// The major version of its LLVM.
     pub(crate) llvm_major: u32,
-    /// Where the toolchain is installed.
+    /// The folder of the toolchain.
     pub(crate) sysroot: PathBuf,
 }
 
@@ -53,10 +53,10 @@ impl Rustc {
     }
 }
 
-/// `rustup component add`, for the toolchain in use.
+/// `rustup component add` for the toolchain in use.
 pub(crate) fn add_component(component: &str) -> Command {
     let mut rustup = Command::new("rustup");
-    // Its reason is one line; a trace of its own code would bury it.
+    // Without a backtrace the reason of a failure is a single line.
     rustup
         .args(["component", "add", component])
         .env("RUST_BACKTRACE", "0");

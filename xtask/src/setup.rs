@@ -1,7 +1,7 @@
-//! `cargo xtask setup`: what the eBPF programs are built with.
+//! `cargo xtask setup`: prepares the toolchain of the eBPF programs.
 //!
-//! A stable toolchain lacks two things for them: the sources of `core` (there is no built `core` for
-//! the bpf target) and a linker for BPF.
+//! A stable toolchain lacks two parts: the sources of `core` (there is no prebuilt `core` for the bpf target)
+//! and a BPF linker.
 
 use std::fs::{self, File};
 
@@ -12,7 +12,7 @@ use crate::rustc::Rustc;
 use crate::workspace::Workspace;
 use crate::{core_sources, linker};
 
-/// Makes the eBPF toolchain ready; does nothing where it is.
+/// Prepares the eBPF toolchain if it is not ready.
 pub(crate) fn setup(workspace: &Workspace) -> Result<()> {
     let rustc = Rustc::find()?;
     let _lock = lock(workspace)?;
@@ -20,7 +20,7 @@ pub(crate) fn setup(workspace: &Workspace) -> Result<()> {
     linker::ensure(workspace, &rustc)
 }
 
-/// Keeps a second xtask (a test run beside a build) from making the same files at the same time.
+/// Prevents a second xtask (such as a test run beside a build) from creating the same files at the same time.
 pub(crate) fn lock(workspace: &Workspace) -> Result<File> {
     let folder = workspace.toolchain();
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;

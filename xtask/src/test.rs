@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test there is.
+//! `cargo xtask test`: runs every test.
 
 use std::env;
 use std::ffi::OsString;
@@ -14,11 +14,10 @@ use crate::rustc::Rustc;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// Tells the privileged tests which daemon to test.
+/// This variable names the daemon for the privileged tests.
 pub(crate) const BINARY: &str = "SESSION_ENFORCER_BIN";
 
-/// How the names of those variables begin that sudo would drop and that the tests, or somebody who
-/// looks for the reason of a failure, need.
+/// Prefixes of the variables that sudo would drop and that tests or debugging need.
 const PASSED_ON: [&str; 3] = ["PATH", "RUST_", "SESSION_ENFORCER_"];
 
 /// What `test` is asked for.
@@ -32,7 +31,7 @@ pub(crate) struct Args {
     filter: Vec<OsString>,
 }
 
-/// Runs the tests that need no privilege, then the others as root; all of them, then fails if any
+/// Runs the tests that need no privileges, then the others as root. Runs all of them, then fails if one
 /// failed.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     packages::ensure(&packages::TESTS, Missing::unless(args.no_install))?;
@@ -89,7 +88,7 @@ fn privileged(workspace: &Workspace, args: &Args, binary: &Path) -> Result<()> {
             .arg("--config")
             .arg(sudo_runner(&host, passed_on.chain([own])));
     }
-    // They wait for deadlines most of the time: more at once than there are processors.
+    // The tests mostly wait for deadlines, so run more of them than there are processors.
     cargo.args(["--", "--test-threads=6"]).args(&args.filter);
     run(&mut cargo)
 }
@@ -100,11 +99,11 @@ fn is_passed_on(name: &str) -> bool {
         .any(|beginning| name.starts_with(beginning))
 }
 
-/// cargo's setting that has it start test programs through sudo, with these variables.
+/// cargo's setting that starts test programs through sudo with these variables.
 fn sudo_runner(host: &str, variables: impl Iterator<Item = (String, String)>) -> String {
     let words = ["sudo", "--", "env"].map(str::to_owned).into_iter();
     let words = words.chain(variables.map(|(name, value)| format!("{name}={value}")));
-    // The escapes of Rust's strings are those of TOML's where paths and settings use any.
+    // Rust's string escapes equal TOML's for the characters that paths and settings contain.
     let quoted: Vec<_> = words.map(|word| format!("{word:?}")).collect();
     format!("target.{host}.runner = [{}]", quoted.join(", "))
 }

@@ -1,9 +1,8 @@
-//! `cargo xtask vm`: the privileged tests on other kernels, in virtual machines.
+//! `cargo xtask vm`: runs the privileged tests on other kernels in virtual machines.
 //!
-//! The machine inside has this one's files as its root, read-only below a layer in memory, so that
-//! every service and every test program is there at once. Where its processor is another, the root is a
-//! Debian for that, in which the folders of the project are this machine's. What the machine writes comes
-//! back through a folder of its own.
+//! The machine's root is this machine's file system, read-only below a layer in memory, so that it has every
+//! service and test program. For another architecture, the root is a Debian for it that contains this
+//! machine's project folders. The machine writes its results into a shared folder.
 
 mod debugger;
 mod guest;
@@ -45,12 +44,12 @@ use crate::workspace::Workspace;
 
 pub(crate) use self::guest::guest;
 
-/// What `--ci` runs, and on which kernels: the oldest and the newest, each way in which the daemon
-/// meets the kernel once, and whole hosts.
+/// The kernels and tests of `--ci`: the oldest and the newest kernel; tests that use each kernel interface of
+/// the daemon once; and whole hosts.
 const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
 const CI_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
 
-/// The file with the results of the last run.
+/// The results of the last run.
 const RESULTS: &str = "results.json";
 
 /// What `vm` is asked for.
@@ -92,7 +91,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The kernels, the tests, and how many machines run at the same time.
+    /// The kernels, the tests, and the number of machines that run at the same time.
     fn choice(&self) -> (Vec<String>, Vec<String>, usize) {
         let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
         if self.ci {
@@ -108,14 +107,14 @@ impl Args {
         } else {
             self.kernel.clone()
         };
-        // Each has one folder.
+        // Each kernel has one folder, so remove duplicates.
         let mut named = HashSet::new();
         kernels.retain(|name| named.insert(name.clone()));
         (kernels, tests, self.machines.into())
     }
 }
 
-/// Runs the tests on each kernel, then fails if one failed that must pass.
+/// Runs the tests on each kernel, then fails if a required one failed.
 pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let folder = folder(workspace, args.arch);
     if args.list {
@@ -151,7 +150,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     for name in &names {
         match kernels::kernel(&folder, args.arch, name, args.update) {
             Ok(kernel) => kernels.push(kernel),
-            // The others can be tried all the same.
+            // The other kernels can still be tested.
             Err(error) => {
                 say!("{error:#}");
                 let must_pass = kernels::is_meant(name) || args.kernel.contains(name);
@@ -178,7 +177,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     report(&job.folder, &all)
 }
 
-/// Where everything of the machines of a processor is.
+/// The folder of all machines of an architecture.
 fn folder(workspace: &Workspace, arch: Arch) -> PathBuf {
     let all = workspace.target().join("vm");
     if arch == Arch::HOST {
@@ -188,7 +187,7 @@ fn folder(workspace: &Workspace, arch: Arch) -> PathBuf {
     }
 }
 
-/// This machine's files, or a root for another processor with xtask and the project's folders in it.
+/// This machine's files, or a root file system for another architecture with xtask and the project folders.
 fn inside(workspace: &Workspace, foreign: Option<Arch>, folder: &Path) -> Result<Inside> {
     let Some(arch) = foreign else {
         return Ok(Inside {
@@ -207,8 +206,8 @@ fn inside(workspace: &Workspace, foreign: Option<Arch>, folder: &Path) -> Result
     })
 }
 
-/// Makes the folder this run's own, without the results of the one before: two runs would take each
-/// other's machines' files away.
+/// Locks the folder for this run and removes the results of the previous run. Two runs would delete each
+/// other's files.
 fn alone_in(folder: &Path) -> Result<File> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let path = folder.join("lock");
@@ -247,7 +246,7 @@ fn report(folder: &Path, all: &[Results]) -> Result<()> {
     Ok(())
 }
 
-/// What is done on each kernel.
+/// The work on each kernel.
 struct Job<'a> {
     accelerator: Accelerator,
     inside: Inside,
@@ -259,7 +258,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// All kernels, some at a time: where one has ended, the next begins. Results are in the order given.
+    /// Runs all kernels, some at a time. Results are in the given order.
     fn run_all(&self, kernels: &[Kernel]) -> Result<Vec<Results>> {
         let next = AtomicUsize::new(0);
         let run_some = || -> Vec<(usize, Results)> {
@@ -285,7 +284,7 @@ impl Job<'_> {
         Ok(all.into_iter().map(|(_, results)| results).collect())
     }
 
-    /// One kernel; that it could not be tried is a result, too, beside those of the others.
+    /// Runs one kernel. A failure to run it is also a result.
     fn tried(&self, kernel: &Kernel) -> Results {
         self.run(kernel).unwrap_or_else(|error| {
             say!("{}: {error:#}", kernel.release);
@@ -298,7 +297,7 @@ impl Job<'_> {
         })
     }
 
-    /// One kernel. What happens in the machine is a result; an error is that it was not tried.
+    /// Runs one kernel. Failures in the machine are results; an error means that it was not tested.
     fn run(&self, kernel: &Kernel) -> Result<Results> {
         let shared = self.folder.join("runs").join(&kernel.name);
         let initramfs = self.prepare(kernel, &shared)?;
@@ -345,7 +344,7 @@ impl Job<'_> {
         })
     }
 
-    /// An empty folder for the run, and the archive that the kernel starts from.
+    /// Creates an empty folder for the run and the initramfs.
     fn prepare(&self, kernel: &Kernel, shared: &Path) -> Result<PathBuf> {
         if shared.exists() {
             fs::remove_dir_all(shared)
@@ -385,12 +384,12 @@ impl Job<'_> {
         })
     }
 
-    /// Whether what is run is what the daemon says on a kernel that it is known to refuse.
+    /// Whether the run tests the daemon's refusal on an unsupported kernel.
     fn is_below_floor(&self, kernel: &Kernel) -> bool {
         kernel.refused && self.args.tests.is_empty()
     }
 
-    /// Whether tests that do not pass fail the run.
+    /// Whether failed tests fail the run.
     fn must_pass(&self, kernel: &Kernel) -> bool {
         kernel.supported || self.is_below_floor(kernel)
     }
@@ -405,7 +404,7 @@ impl Job<'_> {
             .collect()
     }
 
-    /// The suite on a system as systemd leaves it, then the tests of whole hosts.
+    /// The test suite on a system like one with systemd, then the tests of whole hosts.
     fn boots_of_suite(&self) -> Vec<Boot> {
         let suite = self.chosen.iter().filter(|(built, _)| built.name() != HOST);
         let threads = self.accelerator.tests_at_once();
@@ -425,14 +424,14 @@ impl Job<'_> {
     }
 }
 
-/// A start of the machine for tests of whole hosts, and those of their modules that it is for.
+/// A boot for tests of whole hosts, with the test modules that belong to it.
 struct Stage {
     modules: &'static [&'static str],
     hierarchy: Hierarchy,
     sock_destroy: bool,
 }
 
-/// In this order. On none of them is bpffs mounted: the daemon's doing is part of the test.
+/// The boots in order. None has bpffs mounted, because the tests include that the daemon mounts it.
 const STAGES: [Stage; 4] = [
     Stage {
         modules: &["hybrid"],
@@ -456,7 +455,7 @@ const STAGES: [Stage; 4] = [
     },
 ];
 
-/// On a kernel that is older than those that are supported.
+/// The boot for kernels older than the supported ones.
 const BELOW_FLOOR: Stage = Stage {
     modules: &["below_floor"],
     hierarchy: Hierarchy::Unified,
@@ -474,7 +473,7 @@ impl Stage {
         }
     }
 
-    /// Its modules' tests; of those, where there are words, the ones that words ask for.
+    /// The tests of its modules; with `words`, only those that match.
     fn programs(&self, host: &Built, words: &[String]) -> Vec<Program> {
         let of_module = |module: &&str| {
             let whole = format!("{module}::");
@@ -489,7 +488,7 @@ impl Stage {
     }
 }
 
-/// That the tests of whole hosts that are asked for are in modules that a stage is for.
+/// Checks that a boot exists for the requested tests of whole hosts.
 fn check_modules(tests: &[String]) -> Result<()> {
     let modules: Vec<&str> = STAGES
         .iter()
@@ -520,7 +519,7 @@ fn ran(shared: &Path, outcome: &Outcome) -> Ran {
     Ran::new(outcome, &String::from_utf8_lossy(&log))
 }
 
-/// How many boots have begun; none where the number is just being written.
+/// The number of started boots. `None` if the number is just being written.
 fn begun_boots(shared: &Path) -> Option<usize> {
     let text = fs::read_to_string(shared.join(BOOTS)).ok()?;
     text.trim().parse().ok()
@@ -531,7 +530,7 @@ fn ended_programs(shared: &Path) -> Vec<Outcome> {
     outcomes(&text).unwrap_or_default()
 }
 
-/// Says which programs have ended since; how many it has been told of then.
+/// Reports newly ended programs. Returns the total number of reported ones.
 fn tell(kernel: &Kernel, shared: &Path, told: usize) -> usize {
     let ended = ended_programs(shared);
     for outcome in ended.iter().skip(told) {

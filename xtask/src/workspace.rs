@@ -1,4 +1,4 @@
-//! Where the project's things are, and how cargo is called on them.
+//! The paths of the project, and the cargo commands.
 
 use std::env;
 use std::fs;
@@ -33,13 +33,13 @@ impl Workspace {
         Ok(Self { root, target })
     }
 
-    /// The checkout.
+    /// The root of the checkout.
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Copies what git tracks or would track into a folder, with the eBPF toolchain of this
-    /// workspace for its builds.
+    /// Copies the files that git tracks or would track into a folder. Builds there use this workspace's eBPF
+    /// toolchain.
     pub(crate) fn copy_sources(&self, folder: &Path) -> Result<Self> {
         let mut list = Command::new("git");
         list.args([
@@ -67,12 +67,12 @@ impl Workspace {
         Ok(copy)
     }
 
-    /// Where cargo puts what it builds.
+    /// cargo's target directory.
     pub(crate) fn target(&self) -> &Path {
         &self.target
     }
 
-    /// Where `cargo xtask setup` keeps what it makes.
+    /// The folder of `cargo xtask setup`.
     pub(crate) fn toolchain(&self) -> PathBuf {
         self.target.join("ebpf-toolchain")
     }
@@ -82,26 +82,26 @@ impl Workspace {
         self.toolchain().join("bin").join("bpf-linker")
     }
 
-    /// The crate of the fuzz targets, a workspace of its own.
+    /// The crate of the fuzz targets, which is a separate workspace.
     pub(crate) fn fuzz_crate(&self) -> PathBuf {
         self.root.join("tests").join("fuzz")
     }
 
-    /// `cargo`, of the toolchain that built xtask, in the checkout.
+    /// A `cargo` command of the toolchain that built xtask, in the checkout.
     ///
-    /// It needs no word on where the linker is: `session-enforcer`'s build script finds the one in
-    /// the target directory, for a plain `cargo build` too.
+    /// It need not name the linker: the build script of `session-enforcer` finds the linker in the target
+    /// directory, also for a plain `cargo build`.
     pub(crate) fn cargo(&self) -> Command {
         let mut cargo = cargo();
         cargo
             .current_dir(&self.root)
             .env("CARGO_TARGET_DIR", &self.target)
-            // The daemon is for this machine, and its binary where `build` says it is.
+            // The daemon is built for this machine, and `build` expects its binary there.
             .env_remove("CARGO_BUILD_TARGET");
         cargo
     }
 
-    /// The same, for static programs for a processor.
+    /// The same for static programs of an architecture.
     pub(crate) fn cargo_for(&self, arch: Arch) -> Result<Command> {
         arch.ensure_target()?;
         let (variable, linker) = arch.linker();
@@ -112,15 +112,15 @@ impl Workspace {
         Ok(cargo)
     }
 
-    /// Where cargo puts those.
+    /// The target folder of those programs.
     pub(crate) fn target_for(&self, arch: Arch) -> PathBuf {
         self.target.join(arch.triple())
     }
 }
 
-/// The command that builds a program of the crates registry, of one version, into `folder`.
+/// The command that builds one version of a crate from the registry into `folder`.
 ///
-/// It is run outside of the checkout, whose configuration is not meant for it.
+/// It runs outside the checkout, whose cargo configuration is not for it.
 pub(crate) fn cargo_install(name: &str, version: &str, folder: &Path, scratch: &Path) -> Command {
     let mut command = cargo();
     command
@@ -133,7 +133,7 @@ pub(crate) fn cargo_install(name: &str, version: &str, folder: &Path, scratch: &
     command
 }
 
-/// Builds such a program, and keeps nothing of the build.
+/// Builds such a program and removes the build files.
 pub(crate) fn install(name: &str, version: &str, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let scratch = folder.join("build");
@@ -142,7 +142,7 @@ pub(crate) fn install(name: &str, version: &str, folder: &Path) -> Result<()> {
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }
 
-/// The caller's flags are meant for other builds.
+/// Removes the caller's compiler flags, which are for other builds.
 pub(crate) fn without_flags(command: &mut Command) {
     for flag in [
         "RUSTFLAGS",
@@ -154,7 +154,7 @@ pub(crate) fn without_flags(command: &mut Command) {
     }
 }
 
-/// `cargo`, of the toolchain that built xtask.
+/// A `cargo` command of the toolchain that built xtask.
 pub(crate) fn cargo() -> Command {
     let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     Command::new(program)

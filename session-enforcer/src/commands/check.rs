@@ -1,5 +1,4 @@
-//! `session-enforcer check`: all that is wrong in a configuration, or how the daemon understands it, in plain
-//! words and in JSON.
+//! `session-enforcer check`: reports all errors of a configuration, or describes its effect, as text or JSON.
 
 mod json;
 mod on_host;
@@ -16,12 +15,13 @@ use crate::config::{
     format_duration,
 };
 
-/// Validates a file, and prints what it says and what `run` would refuse on this host.
+/// Validates a file. Prints a description of it and what `run` would refuse on this host.
 ///
 /// # Errors
 ///
-/// Where the file is wrong ([`ConfigErrors`](crate::config::ConfigErrors), exit status 78), or `out`
-/// does not take the text. What this host lacks is no error: the file may be meant for another one.
+/// Fails if the file is invalid ([`ConfigErrors`](crate::config::ConfigErrors), exit status 78), or if `out`
+/// cannot be written. A missing prerequisite of this host is no error, because the file may be for another
+/// host.
 pub fn check(path: &Path, as_json: bool, out: &mut impl Write) -> anyhow::Result<()> {
     let loaded = Config::load_all(path);
     let refused = loaded
@@ -44,11 +44,11 @@ fn describe_refusals(refused: &[String], out: &mut impl Write) -> io::Result<()>
     refused.try_for_each(|why| writeln!(out, "warning: run refuses this on this host: {why}"))
 }
 
-/// Prints a configuration: the daemon's settings, each rule in order, the warnings.
+/// Describes a configuration: the daemon's settings, each rule in order, the warnings.
 ///
 /// # Errors
 ///
-/// Where `out` does not take the text.
+/// Fails if `out` cannot be written.
 pub fn describe(config: &Config, out: &mut impl Write) -> io::Result<()> {
     describe_daemon(config, out)?;
     writeln!(out, "\nRules, the first that matches a connection decides:")?;
@@ -146,7 +146,7 @@ fn describe_rule(
     writeln!(out, "       {}", action_words(config, rule))
 }
 
-/// Which connections a rule is for, as far as its direction says.
+/// Describes the rule's direction.
 pub(crate) fn direction_words(rule: &Rule) -> &'static str {
     match rule.direction {
         None => "connections accepted here or dialled from here",
@@ -155,7 +155,7 @@ pub(crate) fn direction_words(rule: &Rule) -> &'static str {
     }
 }
 
-/// The conditions that a rule has besides its direction, each with at most so many values.
+/// Describes the rule's other conditions, each with at most `most` values.
 pub(crate) fn condition_words(rule: &Rule, most: usize) -> Vec<String> {
     let conditions = [
         ("with local port", port_list(&rule.local_ports, most)),
@@ -169,7 +169,7 @@ pub(crate) fn condition_words(rule: &Rule, most: usize) -> Vec<String> {
     conditions.into_iter().filter_map(words).collect()
 }
 
-/// What happens to the connections of a rule, and when.
+/// Describes what happens to the connections of a rule, and when.
 pub(crate) fn action_words(config: &Config, rule: &Rule) -> String {
     let happens = match config.effective_action(rule) {
         Action::Enforce => "are reset",
@@ -208,7 +208,7 @@ const HALF_CLOSED: &str = "once either end has sent its FIN";
 
 fn response_words(rule: &Rule) -> Option<String> {
     let time = format_duration(rule.response_timeout?);
-    // On a connection that was dialled from here, this host never owes the answer.
+    // This host owes no answer on an outbound connection.
     let which = match rule.direction {
         None => ", if they are inbound,",
         Some(_) => "",
@@ -232,7 +232,7 @@ fn lifetime_words(rule: &Rule) -> Option<String> {
     Some(format!("{time}{jitter} after they were established"))
 }
 
-/// The ports and ranges of a condition, at most so many; nothing where there is no condition.
+/// Joins the ports and ranges of a condition, at most `most`. `None` if there is no condition.
 pub(crate) fn port_list(ranges: &[PortRange], most: usize) -> Option<String> {
     let text = |range: &PortRange| match (range.first, range.last) {
         (first, last) if first == last => first.to_string(),
@@ -241,7 +241,7 @@ pub(crate) fn port_list(ranges: &[PortRange], most: usize) -> Option<String> {
     or_list(ranges.iter().map(text).collect(), most)
 }
 
-/// The prefixes of a condition, at most so many; nothing where there is no condition.
+/// Joins the prefixes of a condition, at most `most`. `None` if there is no condition.
 pub(crate) fn prefix_list(nets: &[IpNet], most: usize) -> Option<String> {
     let text = |net: &IpNet| {
         if net.prefix_len() == net.max_prefix_len() {
@@ -253,12 +253,12 @@ pub(crate) fn prefix_list(nets: &[IpNet], most: usize) -> Option<String> {
     or_list(nets.iter().map(text).collect(), most)
 }
 
-/// The users or cgroups of a condition, at most so many; nothing where there is no condition.
+/// Joins the users or cgroups of a condition, at most `most`. `None` if there is no condition.
 pub(crate) fn word_list(words: &[impl ToString], most: usize) -> Option<String> {
     or_list(words.iter().map(ToString::to_string).collect(), most)
 }
 
-/// `a, b or c`, or `a, b or 7 others`; nothing for no value.
+/// Returns `a, b or c`, or `a, b or 7 others`. `None` for an empty list.
 fn or_list(mut texts: Vec<String>, most: usize) -> Option<String> {
     if texts.len() > most {
         let others = texts.len() - most;

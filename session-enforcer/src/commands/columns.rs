@@ -1,4 +1,4 @@
-//! Tables for people, and columns for programs.
+//! Tables for people, and tab-separated columns for programs.
 
 use std::io::{self, Write};
 
@@ -6,16 +6,17 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets::NOTHING};
 
 use crate::report::control::Row;
 
-/// A column of sessions.
+/// A column of the session table.
 struct Column {
     title: &'static str,
-    /// Those with the lowest numbers are left out last, where there is no room.
+    /// Columns with the highest number are dropped first if the terminal is too narrow. Columns with 0 always
+    /// stay.
     importance: u8,
     is_number: bool,
     value: fn(&Row<'_>) -> String,
 }
 
-/// What a terminal shows. The narrowest that is meant has 80 columns.
+/// The columns on a terminal. They are designed for at least 80 characters.
 const COLUMNS: [Column; 12] = [
     column("ID", 0, true, |row| row.id.to_string()),
     column("RULE", 0, false, |row| row.rule.to_string()),
@@ -45,7 +46,7 @@ const fn column(
     }
 }
 
-/// The names of the columns that programs read, in their order.
+/// The names of the columns for programs, in order.
 pub(crate) const STABLE: [&str; 15] = [
     "id",
     "rule",
@@ -64,7 +65,7 @@ pub(crate) const STABLE: [&str; 15] = [
     "sent",
 ];
 
-/// Writes a session for programs: its columns with tabs between, times in seconds, `-` where nothing is known.
+/// Writes a session for programs: columns separated by tabs, times in seconds, `-` for unknown values.
 pub(crate) fn write_stable(row: &Row<'_>, out: &mut impl Write) -> io::Result<()> {
     let user = row.user.as_ref().map_or("-", |owner| owner.label());
     let left = row.left_seconds;
@@ -92,16 +93,16 @@ fn or_dash(text: &str) -> String {
     if text.is_empty() { "-" } else { text }.to_owned()
 }
 
-/// Sessions as text, with the columns that a width has room for.
+/// Sessions as text, with the columns that fit the width.
 pub(crate) struct Fitted {
     pub(crate) titles: Vec<&'static str>,
-    /// Of the widest cell.
+    /// The width of each column's widest cell.
     pub(crate) widths: Vec<usize>,
     pub(crate) is_number: Vec<bool>,
     pub(crate) rows: Vec<Vec<String>>,
 }
 
-/// Leaves out the less important columns where there is no room for all.
+/// Drops the columns with the highest numbers until the rest fits.
 pub(crate) fn fit(rows: &[Row<'_>], width: usize) -> Fitted {
     let cells: Vec<Vec<String>> = rows
         .iter()
@@ -135,7 +136,7 @@ pub(crate) fn fit(rows: &[Row<'_>], width: usize) -> Fitted {
     }
 }
 
-/// The sessions as a table of at most this width, as far as their columns can be left out.
+/// Formats sessions as a table of at most this width, as far as columns can be dropped.
 pub(crate) fn table(rows: &[Row<'_>], width: usize) -> String {
     let fitted = fit(rows, width);
     let mut table = plain();
@@ -156,10 +157,10 @@ pub(crate) fn table(rows: &[Row<'_>], width: usize) -> String {
     lines(&table)
 }
 
-/// Between two columns.
+/// The number of spaces between two columns.
 const GAP: usize = 2;
 
-/// Which columns there is room for, in their order.
+/// The indexes of the columns that fit, in order.
 fn shown(widths: &[usize], room: usize) -> Vec<usize> {
     let mut shown: Vec<usize> = (0..widths.len()).collect();
     loop {
@@ -178,7 +179,7 @@ fn shown(widths: &[usize], room: usize) -> Vec<usize> {
     }
 }
 
-/// A table without lines.
+/// A table without borders.
 pub(crate) fn plain() -> Table {
     let mut table = Table::new();
     table
@@ -187,14 +188,14 @@ pub(crate) fn plain() -> Table {
     table
 }
 
-/// Its lines, without what is blank at their ends.
+/// The lines of a table without trailing spaces.
 pub(crate) fn lines(table: &Table) -> String {
     table
         .lines()
         .fold(String::new(), |text, line| text + line.trim_end() + "\n")
 }
 
-/// Text from elsewhere has no control over the terminal.
+/// Replaces control characters, so that foreign text cannot control the terminal.
 pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
@@ -232,7 +233,7 @@ pub(crate) fn left(row: &Row<'_>) -> String {
     }
 }
 
-/// A time in its two largest units.
+/// Formats a time in its two largest units.
 pub(crate) fn short(seconds: f64) -> String {
     const UNITS: [(&str, u64); 3] = [("d", 86_400), ("h", 3_600), ("m", 60)];
     if seconds < 10.0 {
@@ -253,7 +254,7 @@ pub(crate) fn short(seconds: f64) -> String {
     }
 }
 
-/// A number of bytes in three digits.
+/// Formats a number of bytes with three digits.
 pub(crate) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["k", "M", "G", "T", "P", "E"];
     if bytes < 1_000 {

@@ -1,4 +1,4 @@
-//! Asks a running daemon over its control socket.
+//! The client of a running daemon's control socket.
 
 use std::{
     future::Future,
@@ -19,16 +19,16 @@ use crate::{
     report::control::Refusal,
 };
 
-/// The longest line of an answer.
+/// The maximum length of a line in bytes.
 const MAX_LINE: usize = 16 << 20;
 
-/// A daemon.
+/// A client of one daemon.
 #[derive(Clone, Debug)]
 pub(crate) struct DaemonClient {
     socket: PathBuf,
 }
 
-/// Runs what asks the daemon.
+/// Runs a request to the daemon to its end.
 pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
@@ -37,7 +37,7 @@ pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     runtime.block_on(work)
 }
 
-/// The path with a query of these pairs.
+/// Appends these pairs to the path as a query.
 pub(crate) fn with_query(path: &str, pairs: &[(&str, &str)]) -> String {
     if pairs.is_empty() {
         return path.to_owned();
@@ -54,14 +54,14 @@ impl DaemonClient {
         }
     }
 
-    /// Asks for a value.
+    /// Requests a value.
     pub(crate) async fn value<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T> {
         let answer = self.ask(method, path, Bytes::new()).await?;
         let text = answer.collect().await.context(BROKEN_OFF)?.to_bytes();
         serde_json::from_slice(&text).context(ANOTHER_VERSION)
     }
 
-    /// Asks for lines.
+    /// Requests lines.
     pub(crate) async fn lines(&self, method: Method, path: &str, body: Bytes) -> Result<Lines> {
         Ok(Lines {
             body: self.ask(method, path, body).await?,
@@ -75,7 +75,7 @@ impl DaemonClient {
         let stream = stream.map_err(|error| self.unreachable(&error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(async move {
-            // What goes wrong shows in the answer.
+            // Errors of the connection also appear in the answer.
             let _ = connection.await;
         });
         let request = Request::builder()
@@ -136,16 +136,16 @@ fn exit_status(status: StatusCode) -> ExitStatus {
     }
 }
 
-/// The lines of an answer, as they come.
+/// The lines of an answer, as they arrive.
 pub(crate) struct Lines {
     body: Incoming,
     waiting: Vec<u8>,
-    /// Where the next line begins.
+    /// The start of the next line.
     next: usize,
 }
 
 impl Lines {
-    /// The next line without its end; none after the last.
+    /// Returns the next line without its newline, or `None` at the end.
     pub(crate) async fn next(&mut self) -> Result<Option<&[u8]>> {
         let mut looked_at = self.next;
         loop {
@@ -175,7 +175,7 @@ impl Lines {
     }
 }
 
-/// What a line says.
+/// Parses a line.
 pub(crate) fn parse<'a, T: serde::Deserialize<'a>>(line: &'a [u8]) -> Result<T> {
     serde_json::from_slice(line).context(ANOTHER_VERSION)
 }

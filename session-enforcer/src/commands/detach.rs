@@ -1,4 +1,4 @@
-//! `detach`: takes out of the kernel what daemons of any version left there.
+//! `detach`: removes everything that daemons of any version left in the kernel.
 
 use std::{io::Write, path::Path};
 
@@ -9,12 +9,11 @@ use crate::{
     exit::Failure,
 };
 
-/// Removes every pin, and detaches what they keep attached. Where there is none, that is said and is
-/// no error.
+/// Removes every pin, which detaches the pinned programs. If there is no pin, says so and succeeds.
 ///
 /// # Errors
 ///
-/// Where a daemon holds the directory, the kernel refuses, or the output cannot be written.
+/// Fails if a daemon holds the directory, the kernel refuses, or `out` cannot be written.
 pub fn detach(directory: Option<&Path>, out: &mut impl Write) -> Result<()> {
     let Some(path) = directory else {
         writeln!(out, "daemon.pin_dir is \"\": nothing is pinned")?;
@@ -29,7 +28,7 @@ pub fn detach(directory: Option<&Path>, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// The failure that an error of the pins ends the program with.
+/// Converts an error of the pins into the failure that ends the program.
 pub fn failure(error: &PinError) -> Failure {
     Failure::new(error.status(), format!("daemon.pin_dir: {error}"))
 }

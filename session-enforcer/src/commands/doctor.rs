@@ -1,4 +1,4 @@
-//! `doctor`: prints what [`probe`] finds.
+//! `doctor`: prints the checks of [`probe`].
 
 use std::io::{self, Write};
 
@@ -9,11 +9,12 @@ use crate::{
     exit::ExitStatus,
 };
 
-/// Prints every check, for a daemon that enforces all network namespaces or its own alone; returns the exit status that `run` would have.
+/// Prints all checks for a daemon that enforces all network namespaces or only its own. Returns the exit
+/// status that `run` would have.
 ///
 /// # Errors
 ///
-/// Where the output cannot be written.
+/// Fails if `out` cannot be written.
 pub fn doctor(
     as_json: bool,
     all_namespaces: bool,

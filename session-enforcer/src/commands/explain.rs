@@ -1,8 +1,7 @@
-//! `session-enforcer explain`: which rule decides about a connection, and why the earlier ones do
-//! not.
+//! `session-enforcer explain`: which rule decides about a connection, and why earlier rules do not.
 //!
-//! The decision is that of [`matches`](fn@matches) over the match table, as in the kernel. The reasons come from
-//! the conditions of the rules; the tests show that the two never disagree.
+//! As in the kernel, [`matches`](fn@matches) over the match table decides. The reasons come from the
+//! conditions of the rules; tests prove that both always agree.
 
 mod live_session;
 
@@ -21,7 +20,7 @@ use crate::commands::check::{
 use crate::config::{Action, Config, NetworkNamespaces, Owners, Rule, User, is_below, is_pattern};
 use crate::host::users;
 
-/// Values of a condition that are named. More make a line that nobody reads.
+/// The maximum number of printed values of a condition. A longer line would be hard to read.
 const MAX_VALUES: usize = 8;
 
 fn address(ip: IpAddr) -> Address {
@@ -36,8 +35,8 @@ fn address(ip: IpAddr) -> Address {
 ///
 /// # Errors
 ///
-/// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), no daemon answers or it has
-/// no such session, or `out` does not take the text.
+/// Fails if the file is invalid ([`ConfigError`](crate::config::ConfigError), exit status 78), no daemon
+/// answers or has the session, or `out` cannot be written.
 pub fn explain(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<()> {
     match args.session {
         Some(id) => live_session::explain(args, id, out),
@@ -50,13 +49,12 @@ pub fn explain(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<()> {
     }
 }
 
-/// Reads a file and prints which of its rules decides about a connection; without a direction, for
-/// both directions.
+/// Reads a file and prints which of its rules decides about a connection; without a direction, for both.
 ///
 /// # Errors
 ///
-/// Where the file is wrong ([`ConfigError`](crate::config::ConfigError), exit status 78), or `out`
-/// does not take the text.
+/// Fails if the file is invalid ([`ConfigError`](crate::config::ConfigError), exit status 78), or `out`
+/// cannot be written.
 fn explain_file(
     path: &Path,
     ends: &Ends,
@@ -89,7 +87,7 @@ fn describe(
     describe_scope(config, out)
 }
 
-/// A connection, and the match table with the rule that each of its entries is of.
+/// A connection, and the match table with the rule of each entry.
 struct Question<'a> {
     config: &'a Config,
     ends: &'a Ends,
@@ -100,19 +98,19 @@ struct Question<'a> {
     rules: Vec<usize>,
 }
 
-/// What the table says.
+/// The decision of the match table.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Answer {
-    /// Rules that decide if the owner, who is not known, is theirs.
+    /// Rules that decide if the unknown owner matches them.
     perhaps: Vec<usize>,
-    /// The rule that decides otherwise; none where no rule matches.
+    /// The rule that decides otherwise. `None` if no rule matches.
     decider: Option<usize>,
 }
 
 impl<'a> Question<'a> {
     fn new(config: &'a Config, ends: &'a Ends, circumstances: &'a Circumstances) -> Self {
-        // The entries of all exempt rules have one number. The same table without exemptions has
-        // the number of each rule.
+        // All exempt rules share one index in the entries. Without exemptions each entry has the index of its
+        // rule.
         let mut numbered = config.clone();
         for rule in &mut numbered.rules {
             rule.action = Action::Enforce;
@@ -145,7 +143,7 @@ impl<'a> Question<'a> {
         }
     }
 
-    /// The cgroup, as far as the rules name it and those above it.
+    /// The IDs of the cgroup and its ancestors, as far as the rules name them.
     fn ancestors(&self) -> Ancestors {
         let Some(cgroup) = self.cgroup else {
             return Ancestors::UNKNOWN;
@@ -173,13 +171,13 @@ impl<'a> Question<'a> {
     }
 }
 
-/// Numbers for the owners that the rules name and for the one that is asked about: those of this
-/// host where it has them, for a name and a number may mean one user.
+/// Numbers for the owners that the rules and the question name. Owners that this host has get their real
+/// numbers, because a user may be written by name and by number.
 fn owners(config: &Config, asked: &Circumstances) -> Owners {
     let mut named = config.rules.clone();
     if let Some(rule) = named.first_mut() {
         rule.users.extend(asked.user.clone());
-        // Those above it may fit patterns of the rules.
+        // Patterns of the rules may match ancestors of the cgroup.
         let cgroup = asked.cgroup.as_deref().unwrap_or_default();
         let ends = cgroup.match_indices('/').skip(1).map(|(end, _)| end);
         let paths = ends
@@ -196,7 +194,7 @@ fn owners(config: &Config, asked: &Circumstances) -> Owners {
     owners
 }
 
-/// What is decided for one direction, or for both where they do not differ.
+/// The decision for one direction, or for both if they do not differ.
 fn section(
     question: &Question<'_>,
     direction: Option<Direction>,
@@ -249,7 +247,7 @@ fn section(
     )
 }
 
-/// The options that would tell what is open.
+/// The options that would resolve an undecided question.
 fn missing(question: &Question<'_>, answer: &Answer) -> String {
     let rules = || answer.perhaps.iter().map(|i| &question.config.rules[*i]);
     let user = question.user.is_none() && rules().any(|rule| !rule.users.is_empty());
@@ -292,7 +290,7 @@ fn decision(config: &Config, rule: &Rule) -> String {
     format!("{word} by rule \"{}\"{more}", rule.name)
 }
 
-/// Says what else must hold of a connection, which its ends do not tell.
+/// Describes further conditions of a connection, which do not depend on its endpoints.
 fn describe_scope(config: &Config, out: &mut impl Write) -> io::Result<()> {
     if let Some(cgroup) = &config.cgroup {
         let cgroup = cgroup.display();
@@ -310,8 +308,8 @@ fn describe_scope(config: &Config, out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// What each condition has against the connection: direction, local port, remote port, local
-/// address, remote address, user, cgroup. What is not known, it has nothing against.
+/// The mismatch, if any, of each condition with the connection: direction, local port, remote port, local
+/// address, remote address, user, cgroup. An unknown property causes no mismatch.
 fn refusals(
     question: &Question<'_>,
     rule: &Rule,

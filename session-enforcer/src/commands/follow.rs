@@ -1,4 +1,4 @@
-//! `session-enforcer events`: the audit's records as they are made.
+//! `session-enforcer events`: prints the audit records live.
 
 use std::io::Write;
 
@@ -14,12 +14,11 @@ use super::{
 };
 use crate::cli::WatchArgs;
 
-/// Prints the records until the daemon stops or nobody reads them any more.
+/// Prints audit records until the daemon stops or the reader of the output is gone.
 ///
 /// # Errors
 ///
-/// Where no daemon answers, records were left out because they were not read fast enough, or `out` does not take the
-/// text.
+/// Fails if no daemon answers, if the client fell behind and was cut off, or if `out` cannot be written.
 pub fn events(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     let client = DaemonClient::new(&args.daemon.socket);
     block_on(async {
@@ -44,7 +43,7 @@ pub fn events(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     })
 }
 
-/// A record in one line.
+/// Formats a record as one line.
 pub(super) fn words(record: &Value) -> String {
     let text = |path: &str| {
         record
@@ -59,7 +58,7 @@ pub(super) fn words(record: &Value) -> String {
         Some(std::net::SocketAddr::new(ip, port).to_string())
     };
     let time = text("/@timestamp");
-    // Milliseconds say enough to people.
+    // Milliseconds are precise enough for people.
     let time = time
         .get(..23)
         .map_or_else(|| time.to_owned(), |time| format!("{time}Z"));

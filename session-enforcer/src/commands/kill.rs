@@ -21,18 +21,18 @@ use crate::{
     report::control::{KillLine, Outcome, Row},
 };
 
-/// Sessions that a request names at most: its bytes are bounded.
+/// The maximum number of session IDs in one request, whose length is limited.
 const IDS_AT_ONCE: usize = 10_000;
 
-/// Sessions that are shown before the question.
+/// The number of sessions that are shown before the confirmation.
 const SHOWN: usize = 10;
 
-/// Resets sessions, and prints what became of each.
+/// Resets sessions and prints the result of each.
 ///
 /// # Errors
 ///
-/// Where no daemon answers, something asked for is not understood, some were not reset (status 75), or `out` does not
-/// take the text.
+/// Fails if no daemon answers, an argument is invalid, some sessions were not reset (status 75), or `out`
+/// cannot be written.
 pub fn kill(args: &KillArgs, out: &mut impl Write) -> Result<()> {
     let client = DaemonClient::new(&args.daemon.socket);
     block_on(async {
@@ -47,12 +47,12 @@ pub fn kill(args: &KillArgs, out: &mut impl Write) -> Result<()> {
     })
 }
 
-/// Whether somebody is there to be asked.
+/// Whether to ask for confirmation: a person is at the terminal.
 fn asks_first(args: &KillArgs) -> bool {
     !args.yes && !args.dry_run && io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-/// The sessions that are to be reset, after a question where they are several; none where the answer is no.
+/// The IDs of the sessions to reset, after a confirmation if there are several. `None` if the user declines.
 async fn confirmed(args: &KillArgs, client: &DaemonClient) -> Result<Option<Vec<u64>>> {
     if args.ids.len() == 1 {
         return Ok(Some(args.ids.clone()));
@@ -70,7 +70,7 @@ async fn confirmed(args: &KillArgs, client: &DaemonClient) -> Result<Option<Vec<
             shown.push(line.to_vec());
         }
     }
-    // Those that are not there are told as such.
+    // The daemon reports IDs without a session as not found.
     let missing = args.ids.iter().filter(|id| !ids.contains(id));
     let missing: Vec<u64> = missing.copied().collect();
     if ids.len() > 1 {

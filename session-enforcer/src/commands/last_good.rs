@@ -1,5 +1,4 @@
-//! The configuration that was in force last is kept, so that a start with a wrong file leaves the host
-//! enforced.
+//! Keeps a copy of the last valid configuration, so that a start with an invalid file still enforces.
 
 use std::{
     fs::{self, File},
@@ -11,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{cli::RunArgs, config::Config, exit::ExitStatus};
 
-/// Keeps a copy of the file, which has come into force, where the arguments say. A thread does it: a disk
+/// Copies the file, which has come into force, to the path of the arguments. Uses a thread, because a disk
 /// may be slow.
 pub fn keep(args: &RunArgs) {
     let (Some(path), Some(copy)) = (args.config_path(), args.last_good.clone()) else {
@@ -32,7 +31,7 @@ fn warn(error: &anyhow::Error) {
     );
 }
 
-/// The configuration that was in force last, where a start has failed for its configuration.
+/// Returns the last valid configuration if the start failed because of an invalid one.
 pub fn stand_in(args: &RunArgs, error: &anyhow::Error) -> Option<Config> {
     let copy = args.last_good.as_deref()?;
     if ExitStatus::of(error) != ExitStatus::Configuration || !copy.exists() {
@@ -55,7 +54,7 @@ pub fn stand_in(args: &RunArgs, error: &anyhow::Error) -> Option<Config> {
     })
 }
 
-/// Puts a copy of the file in the place of the one before, where it is valid as it was read this time.
+/// Replaces the previous copy if the file is still valid when it is read again.
 fn copy_valid(args: &RunArgs, path: &Path, copy: &Path) -> Result<()> {
     let new = copy.with_extension("new");
     let write = || -> Result<()> {
@@ -124,7 +123,7 @@ mod tests {
         let kept = stand_in(&host.args, &error).unwrap();
         assert!(kept.is_stand_in);
         assert_eq!(kept.rules[0].name, "a");
-        // Of another kind of failure, another configuration is no remedy.
+        // Another configuration does not help against other failures.
         assert!(stand_in(&host.args, &anyhow::anyhow!("no memory")).is_none());
     }
 

@@ -1,4 +1,4 @@
-//! `session-enforcer list`: the live sessions.
+//! `session-enforcer list`: prints the live sessions.
 
 use std::{
     cmp::Ordering,
@@ -22,14 +22,14 @@ use crate::{
 /// The longest list that the daemon sorts.
 const MAX_SORTED: u64 = 10_000;
 
-/// The width of a terminal that does not tell it.
+/// The width of a terminal that does not report it.
 const WIDTH: usize = 80;
 
-/// Prints the sessions: a table on a terminal, else columns with tabs between them, or JSON.
+/// Prints the sessions: a table on a terminal, otherwise tab-separated columns, or JSON.
 ///
 /// # Errors
 ///
-/// Where no daemon answers, something asked for is not understood, or `out` does not take the text.
+/// Fails if no daemon answers, an argument is invalid, or `out` cannot be written.
 pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<()> {
     let limit = args.limit.map(|limit| limit.to_string());
     let mut pairs = args.filter.pairs();
@@ -51,13 +51,13 @@ pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<(
     print(args, &listed, out)
 }
 
-/// A session in the daemon's answer. The whole line is parsed only where its other fields are printed.
+/// A session of the daemon's answer. The complete line is parsed again only if its other fields are printed.
 struct Listed {
     numbers: Numbers,
     line: Box<[u8]>,
 }
 
-/// The fields of a [`Row`] by which a list can be sorted.
+/// The fields of a [`Row`] that a list can be sorted by.
 #[derive(Deserialize)]
 struct Numbers {
     id: u64,
@@ -68,7 +68,7 @@ struct Numbers {
     bytes: Carried,
 }
 
-/// Whoever reads has had enough.
+/// Ignores a broken pipe: the reader has closed the output.
 pub(super) fn unless_closed(error: io::Error) -> Result<()> {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Ok(()),
@@ -76,7 +76,7 @@ pub(super) fn unless_closed(error: io::Error) -> Result<()> {
     }
 }
 
-/// Parses each line when it arrives: the daemon makes the next ones meanwhile.
+/// Parses each line when it arrives, while the daemon produces the next ones.
 async fn collect(mut lines: Lines) -> Result<Vec<Listed>> {
     let mut all = Vec::new();
     while let Some(line) = lines.next().await? {
@@ -113,7 +113,7 @@ fn print_columns(rows: &[Row<'_>], out: &mut (impl Write + TerminalOrNot)) -> io
     out.flush()
 }
 
-/// The order of a list. What has no such number comes last.
+/// Compares sessions in this order. A session without a deadline sorts last.
 fn compare(sort: SortKey, a: &Numbers, b: &Numbers) -> Ordering {
     let left = |row: &Numbers| row.left_seconds.unwrap_or(f64::INFINITY);
     let by = match sort {
@@ -130,9 +130,9 @@ fn compare(sort: SortKey, a: &Numbers, b: &Numbers) -> Ordering {
     by.then(a.id.cmp(&b.id))
 }
 
-/// Where text is printed to.
+/// An output that may be a terminal.
 pub trait TerminalOrNot {
-    /// How many characters a line of the terminal has; none where it is no terminal.
+    /// The width of the terminal in characters, or `None` if the output is no terminal.
     fn width(&self) -> Option<usize>;
 }
 

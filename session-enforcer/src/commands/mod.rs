@@ -1,7 +1,7 @@
-//! What the program can be asked to do: a file a command.
+//! The commands of the program, one file each.
 //!
-//! Each takes the arguments that [`cli`](crate::cli) has read, says what it has to say, and returns what the
-//! exit status is made of. Only `main` calls them. Nothing here decides about a session.
+//! A command takes the arguments that [`cli`](crate::cli) has parsed, prints its output, and returns the
+//! basis of the exit status. Only `main` calls commands. This module takes no decision about a session.
 
 pub mod check;
 mod columns;

@@ -1,7 +1,7 @@
-//! What this kernel and these privileges allow, found by trying and not by version numbers.
+//! Tests what this kernel and these privileges allow, by trying and not by version numbers.
 //!
-//! `run` asks before it starts and `doctor` prints the answers. Every trial is on sockets and maps
-//! of the daemon's own.
+//! `run` tests before it starts; `doctor` prints the results. Every test uses only sockets and maps of this
+//! process.
 
 use std::{fs, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::{
     reaper::{diag::DiagSocket, protocol::Probed, trial},
 };
 
-/// A capability and what it is needed for (`linux/capability.h`).
+/// A capability and its purpose (`linux/capability.h`).
 struct Capability {
     bit: u32,
     name: &'static str,
@@ -22,18 +22,19 @@ struct Capability {
     need: Need,
 }
 
-/// Who needs a capability.
+/// Which daemons need a capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Need {
-    /// Everybody.
+    /// All daemons.
     Always,
-    /// Who enforces other network namespaces than the daemon's own; for the others this goes without it.
+    /// Daemons that enforce other network namespaces than their own. The value describes what does not work
+    /// without it for the others.
     AllNamespaces(Option<&'static str>),
-    /// Nobody; this goes without it.
+    /// No daemon. The value describes what does not work without it.
     Never(&'static str),
 }
 
-/// In the order in which they are asked for.
+/// In the order of the checks.
 const CAPABILITIES: [Capability; 6] = [
     Capability {
         bit: 39,
@@ -83,16 +84,16 @@ const CAPABILITIES: [Capability; 6] = [
 const SYS_ADMIN_BIT: u32 = 21;
 const IN_SYS_ADMIN: [u32; 2] = [38, 39];
 
-/// The answer to one question.
+/// The result of one check.
 #[derive(Clone, Debug)]
 pub(super) struct Check {
-    /// What was asked, in a few words.
+    /// The name of the check.
     pub name: String,
-    /// What was found.
+    /// The finding.
     pub found: String,
-    /// What is wrong and what to do, and the exit status that `run` has then; `None`: it runs.
+    /// The problem with its remedy and the exit status of `run`. `None` if `run` would start.
     pub problem: Option<Failure>,
-    /// What is less than it could be, and what to do; `run` runs and says so.
+    /// A restriction with its remedy. `run` logs it and starts.
     pub warning: Option<String>,
 }
 
@@ -118,7 +119,7 @@ impl Check {
     }
 }
 
-/// Asks everything, for a daemon that enforces all network namespaces or its own alone.
+/// Runs all checks, for a daemon that enforces all network namespaces or only its own.
 pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
     let mut checks = vec![Check::good("kernel", boot::kernel_release())];
     checks.extend(capabilities(all_namespaces));
@@ -133,22 +134,22 @@ pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
     checks
 }
 
-/// The first thing that keeps the daemon from its work; what only hinders it is logged. The programs
-/// are left out: the daemon loads its own at once. So are resets, which a reaper tries.
+/// Returns the first problem that prevents the daemon's start, and logs restrictions. Does not check the
+/// programs, because the daemon loads its own at once, and not resets, because a reaper tests them.
 ///
 /// # Errors
 ///
-/// The failure to end with.
+/// The failure that ends the daemon.
 pub(super) fn require(all_namespaces: bool) -> Result<(), Failure> {
     let checks = capabilities(all_namespaces).into_iter();
     checks.chain([netns_cookie()]).try_for_each(require_one)
 }
 
-/// The same of what a reaper has found out about resets.
+/// The same for a reaper's test of resets.
 ///
 /// # Errors
 ///
-/// As above.
+/// Fails as [`require`] does.
 pub(super) fn require_resets(probed: &Probed) -> Result<(), Failure> {
     require_one(resets(probed))
 }
@@ -200,7 +201,7 @@ fn check_capability(capability: &Capability, effective: u64, all_namespaces: boo
     )
 }
 
-/// Format: proc(5), `/proc/pid/status`.
+/// The format is that of `/proc/pid/status` in proc(5).
 fn parse_effective(status: &str) -> Option<u64> {
     let hex = status
         .lines()
@@ -265,7 +266,7 @@ fn netns_cookie() -> Check {
     }
 }
 
-/// What a trial says.
+/// The check for the result of a test reset.
 fn resets(probed: &Probed) -> Check {
     const NAME: &str = "SOCK_DESTROY";
     match probed {
@@ -292,7 +293,7 @@ fn resets(probed: &Probed) -> Check {
     }
 }
 
-/// What a kernel without it is good for, by whether a connection was reset through its process.
+/// The check for a kernel without `SOCK_DESTROY`, depending on whether a reset through a descriptor worked.
 fn without_destroy(name: &str, tried: &Result<(), String>) -> Check {
     const REMEDY: &str = "a kernel built with CONFIG_INET_DIAG_DESTROY has it";
     let found = "not supported";
@@ -314,7 +315,7 @@ fn without_destroy(name: &str, tried: &Result<(), String>) -> Check {
     }
 }
 
-/// Loads the programs, small, and attaches them to nothing.
+/// Loads the programs with small maps and attaches them to nothing.
 fn programs() -> Check {
     const NAME: &str = "eBPF programs";
     let options = Options {

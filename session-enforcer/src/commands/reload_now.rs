@@ -1,4 +1,4 @@
-//! `session-enforcer reload`: has the daemon read its configuration, and says what became of it.
+//! `session-enforcer reload`: lets the daemon read its configuration again and prints the result.
 
 use std::io::Write;
 
@@ -8,11 +8,12 @@ use hyper::Method;
 use super::daemon_client::{DaemonClient, block_on};
 use crate::{cli::WatchArgs, report::control::PolicyChange};
 
-/// Reloads, waits, and prints what became of the sessions.
+/// Requests a reload, waits for it, and prints its effect on the sessions.
 ///
 /// # Errors
 ///
-/// Where no daemon answers, the configuration is refused (status 78, with the reason), or `out` does not take the text.
+/// Fails if no daemon answers, the configuration is refused (status 78, with the reason), or `out` cannot be
+/// written.
 pub fn reload(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     let client = DaemonClient::new(&args.daemon.socket);
     let change: PolicyChange = block_on(client.value(Method::POST, "/v1/reload"))?;

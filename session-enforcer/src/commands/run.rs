@@ -1,5 +1,4 @@
-//! `run`: opens everything in an order in which a failure leaves nothing behind, and starts the
-//! engine.
+//! `run`: opens everything in an order in which a failure leaves nothing behind, and starts the engine.
 
 use std::{
     io,
@@ -39,23 +38,23 @@ use crate::{
     },
 };
 
-/// How long the trial of a reset may take before the start goes on without its answer.
+/// The start waits this long for the test reset and then continues without its result.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How often, and after which pauses, it is looked whether another daemon's programs have gone.
+/// How often, and at which interval, the start checks whether another daemon's programs are gone.
 const OTHERS_LOOKS: u32 = 50;
 const OTHERS_PAUSE: Duration = Duration::from_millis(20);
 
-/// Requests of the HTTP server that may wait for the engine, which answers as many at once.
+/// The maximum number of HTTP requests in the engine's queue, which it answers together.
 const WAITING_REQUESTS: usize = 64;
 
-/// Runs the daemon until it is told to stop. `source` reads the configuration again at SIGHUP. It starts beside
-/// another daemon on the same cgroup only where that `is_forced`.
+/// Runs the daemon until a signal stops it. `source` reads the configuration again at SIGHUP. With
+/// `is_forced` the daemon starts even if another daemon is attached to the same cgroup.
 ///
 /// # Errors
 ///
-/// Where something that it needs is missing or taken. Nothing is attached then, but what an earlier
-/// daemon that was killed had attached.
+/// Fails if a prerequisite is missing or in use. Nothing is attached then, except what a killed daemon had
+/// left attached.
 pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
@@ -64,13 +63,13 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
     probe::require(all_namespaces)?;
     raise_file_limit();
     let cgroup = open_cgroup(config)?;
-    // Before anything that another daemon may have: who it is says more than what it has.
+    // Take the lock of the pins before any other shared resource: its error names the other daemon.
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
     let pins = pins.map_err(|error| detach::failure(&error))?;
     let listener = config.metrics_listen.as_ref().map(http::bind).transpose();
     let listener = listener.map_err(bind_failure)?;
     let control = bind_control(&config.control)?;
-    // Its thread is to have no more privileges than the engine after the start.
+    // The audit's thread must have no more privileges than the engine has after the start.
     let audit = privilege::unprivileged(|| Audit::open(&config.audit, config.audit_sync))?;
     let audit = audit.map_err(audit_failure)?;
     privilege::go_first();
@@ -101,8 +100,8 @@ async fn serve(
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     unblock_signals();
-    // Reapers that have ended are waited for by the datapath.
-    // SAFETY: to ignore a signal runs no code.
+    // While SIGCHLD is ignored, the kernel itself reaps child processes that have ended.
+    // SAFETY: ignoring a signal installs no handler code.
     let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
     let pool = Pool::start()?;
     try_a_reset(&pool).await?;
@@ -156,8 +155,8 @@ async fn serve(
     run.await.map_err(start_failure)
 }
 
-/// Refuses to start beside another daemon: each would reset the other's sessions, and record them as gone. The
-/// kernel takes a moment to free what a daemon that was killed had attached.
+/// Refuses to start beside another daemon: each would reset the other's sessions and record them as gone.
+/// Retries, because the kernel takes a moment to detach the programs of a killed daemon.
 async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failure> {
     let mut others = datapath.others(cgroup);
     for _ in 0..OTHERS_LOOKS {
@@ -178,7 +177,8 @@ async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failu
     Err(Failure::new(ExitStatus::Other, message))
 }
 
-/// Looks whether this kernel resets connections. One that does not answer is met in time: the reapers say so.
+/// Tests whether this kernel resets connections. If the test does not answer in time, the start continues; a
+/// hanging reaper is reported later.
 async fn try_a_reset(pool: &Pool) -> Result<()> {
     let asked = pool.ask(Purpose::Others, &Request::Probe, None).await;
     let mut exchange = asked.context("asking a reaper")?;
@@ -210,7 +210,7 @@ fn own_netns() -> Result<u64, Failure> {
     cookie.or_exit(ExitStatus::Unavailable)
 }
 
-/// What the kernel refuses at the start, and a user that is not there, have an exit status.
+/// Errors of the kernel at the start, and unknown users, have their own exit statuses.
 fn start_failure(error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
         Some(error) => load_failure(error).into(),
@@ -232,11 +232,11 @@ fn announce(config: &Config, cgroup: &Path, begun: Begun) {
     );
 }
 
-/// A socket that listens, and the group whose members may connect.
+/// The listening socket, and the group whose members may connect.
 type ControlSocket = (UnixListener, Option<u32>);
 
-/// Without a key of its own in the configuration, the control socket is only wished for: the daemon enforces without
-/// it, too.
+/// Binds the control socket. If the configuration does not name one, a failure to bind is only logged: the
+/// daemon enforces without it.
 fn bind_control(wanted: &config::Control) -> Result<Option<ControlSocket>> {
     match control::bind(wanted) {
         Ok(bound) => Ok(bound),
@@ -253,7 +253,7 @@ fn bind_control(wanted: &config::Control) -> Result<Option<ControlSocket>> {
     }
 }
 
-/// What clients send is read by a thread without privileges.
+/// Starts the HTTP thread without privileges, because it reads data from clients.
 fn start_http(
     listener: Option<http::Listener>,
     control: Option<control::Server>,
@@ -299,8 +299,9 @@ fn metrics(config: &Config) -> Result<Metrics> {
     .context("preparing the metrics")
 }
 
-/// Each network namespace with sessions takes a descriptor: the usual soft limit of 1,024 is too few
-/// for a large container host. What cannot be raised is met later, and named, where it is met.
+/// Raises the limit of open files. Each network namespace with sessions takes a descriptor, and the usual
+/// soft limit of 1,024 is too low for a large container host. If the limit cannot be raised, the later
+/// failure to open a descriptor is reported.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
@@ -310,30 +311,30 @@ fn raise_file_limit() {
     }
 }
 
-/// Has a hangup and SIGUSR1 wait until there are handlers for them: each would end the process before. Threads that
-/// begin from here on leave it to this one.
+/// Blocks SIGHUP and SIGUSR1 until their handlers exist, because their default action would end the process.
+/// Threads that are started later inherit the mask, so the main thread receives them.
 ///
 /// # Errors
 ///
-/// Where the system refuses.
+/// Fails if the system refuses.
 pub fn hold_hangups() -> Result<()> {
     let held = SigSet::from_iter([Signal::SIGHUP, Signal::SIGUSR1]);
     held.thread_block().context("blocking SIGHUP and SIGUSR1")
 }
 
-/// Lets in what waited for the handlers. A parent, too, may have blocked the signals that stop the
-/// daemon, and a mask is inherited.
+/// Unblocks the signals after their handlers exist. Also unblocks signals that stop the daemon, which a
+/// parent may have blocked: the mask is inherited.
 fn unblock_signals() {
     if let Err(error) = SigSet::empty().thread_set_mask() {
         tracing::warn!("unblocking signals: {error}");
     }
 }
 
-/// The cgroup that a configuration names, or the whole host's.
+/// Opens the cgroup of the configuration, or the root cgroup.
 ///
 /// # Errors
 ///
-/// Where it is not there.
+/// Fails if the cgroup does not exist.
 pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     let (path, status): (PathBuf, _) = match &config.cgroup {
         Some(path) => (path.clone(), ExitStatus::Configuration),
@@ -345,8 +346,8 @@ pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
 }
 
-/// An audit that others could change, or that promises less than is asked for, is an error of the
-/// configuration, which names it.
+/// An audit file that others could change, and `audit.sync` with the journal, are errors of the
+/// configuration.
 fn audit_failure(error: AuditError) -> anyhow::Error {
     match error {
         AuditError::Untrusted(_) | AuditError::SyncedJournal => {
@@ -356,7 +357,7 @@ fn audit_failure(error: AuditError) -> anyhow::Error {
     }
 }
 
-/// A socket in a place that others could change is an error of the configuration, which names it.
+/// A Unix socket that others could replace is an error of the configuration.
 fn bind_failure(error: BindError) -> anyhow::Error {
     match error {
         BindError::Untrusted(_) => {
@@ -366,7 +367,7 @@ fn bind_failure(error: BindError) -> anyhow::Error {
     }
 }
 
-/// A user whom the configuration names and the host does not have is an error of the configuration.
+/// A user that the host does not have is an error of the configuration.
 fn policy_failure(error: anyhow::Error) -> anyhow::Error {
     match error.downcast::<UserError>() {
         Ok(error) => Failure::new(ExitStatus::Configuration, error.to_string()).into(),
@@ -374,7 +375,7 @@ fn policy_failure(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// The kernel refuses programs for want of privileges or for want of a feature.
+/// The kernel refuses programs for lack of privileges or of a feature; each has its own exit status.
 fn load_failure(error: &BpfError) -> Failure {
     if let BpfError::Pins(error) = error {
         return detach::failure(error);
@@ -391,7 +392,7 @@ fn load_failure(error: &BpfError) -> Failure {
     Failure::new(ExitStatus::Unavailable, message)
 }
 
-/// Whether an error comes from missing privileges.
+/// Whether missing privileges caused the error.
 pub(crate) fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(error), |error| error.source()).any(|cause| {
         let io = cause.downcast_ref::<io::Error>();

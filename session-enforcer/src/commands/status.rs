@@ -1,4 +1,4 @@
-//! `session-enforcer status`: how the running daemon is.
+//! `session-enforcer status`: prints the status of the running daemon.
 
 use std::io::Write;
 
@@ -14,11 +14,11 @@ use crate::{
     report::control::{RuleStatus, Status},
 };
 
-/// Prints how the daemon is.
+/// Prints the status of the daemon.
 ///
 /// # Errors
 ///
-/// Where no daemon answers, or `out` does not take the text.
+/// Fails if no daemon answers, or `out` cannot be written.
 pub fn status(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     let client = DaemonClient::new(&args.daemon.socket);
     let status: Status = block_on(client.value(Method::GET, "/v1/status"))?;

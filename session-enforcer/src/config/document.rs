@@ -1,5 +1,5 @@
-//! A walk over the text's tables that knows, for each value, its place and its key, so that every
-//! error points at both.
+//! Walks the tables of the text and knows the position and the key of each value, so that every error names
+//! both.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -11,11 +11,11 @@ use toml::de::{DeTable, DeValue};
 use super::error::{Location, Position, quoted};
 use super::{ConfigError, Problem};
 
-/// The text of a configuration, the name of its file, and what is wrong in it.
+/// The text of a configuration, its file name, and the errors found so far.
 pub(super) struct Document<'a> {
     file: &'a Path,
     text: &'a str,
-    /// In the order in which they were found.
+    /// In the order of their discovery.
     errors: RefCell<Vec<ConfigError>>,
 }
 
@@ -25,8 +25,8 @@ impl<'a> Document<'a> {
         Self { file, text, errors }
     }
 
-    /// The tables of the text; none where it is not TOML. What the parser makes of the rest of a text that
-    /// is not could only mislead.
+    /// Parses the text into tables. `None` if it is not TOML: the parser's reading of the rest of an invalid
+    /// text could only mislead.
     pub(super) fn tables(&self) -> Option<DeTable<'a>> {
         let (parsed, errors) = DeTable::parse_recoverable(self.text);
         let errors: Vec<_> = errors.iter().map(|error| self.syntax(error)).collect();
@@ -37,23 +37,23 @@ impl<'a> Document<'a> {
         None
     }
 
-    /// What was read; nothing where it is wrong, which is noted, and the reading goes on.
+    /// Returns the value, or notes the error and returns `None`, so that reading continues.
     pub(super) fn keep<T>(&self, read: Result<T, ConfigError>) -> Option<T> {
         read.map_err(|error| self.errors.borrow_mut().push(error))
             .ok()
     }
 
-    /// How much was found to be wrong so far.
+    /// The number of errors found so far.
     pub(super) fn error_count(&self) -> usize {
         self.errors.borrow().len()
     }
 
-    /// Everything that is wrong, in the order of the text.
+    /// All errors, in the order of the text.
     pub(super) fn into_errors(self) -> Vec<ConfigError> {
         let mut errors = self.errors.into_inner();
         let place = |error: &ConfigError| {
             let at = error.location.position;
-            // What is wrong with the file as a whole comes last.
+            // Errors about the whole file come last.
             (at.is_none(), at.map(|at| (at.line, at.column)))
         };
         errors.sort_by_key(place);
@@ -63,8 +63,7 @@ impl<'a> Document<'a> {
     fn syntax(&self, error: &toml::de::Error) -> ConfigError {
         let span = error.span().unwrap_or_default();
         let text = self.text.get(span.clone()).unwrap_or_default();
-        // The parser's message is one of these two words or a sentence; nothing but the wording
-        // depends on it.
+        // The parser's message is one of these two words or a sentence. Only the wording depends on it.
         if error.message() == "duplicate key" {
             let problem = match text {
                 "rule" => Problem::SingleRule,
@@ -83,7 +82,7 @@ impl<'a> Document<'a> {
         self.error(Some(span.start), None, Problem::Syntax { message, found })
     }
 
-    /// An error at this byte of the text.
+    /// Creates an error at this byte of the text.
     pub(super) fn error(
         &self,
         offset: Option<usize>,
@@ -94,7 +93,7 @@ impl<'a> Document<'a> {
         ConfigError { location, problem }
     }
 
-    /// The place of this byte of the text.
+    /// The location of this byte of the text.
     pub(super) fn location(&self, offset: Option<usize>, key: Option<String>) -> Location {
         Location {
             file: self.file.to_owned(),
@@ -104,7 +103,7 @@ impl<'a> Document<'a> {
     }
 }
 
-/// Line and column of a byte of the text, which is valid UTF-8 up to there.
+/// The line and column of a byte of the text, which must be valid UTF-8 up to there.
 pub(super) fn position(text: &[u8], offset: usize) -> Position {
     let before = &text[..offset.min(text.len())];
     let newlines = before.iter().filter(|b| **b == b'\n').count();
@@ -124,14 +123,14 @@ pub(super) fn position(text: &[u8], offset: usize) -> Position {
 pub(super) struct Keys {
     /// The table's header.
     pub(super) header: &'static str,
-    /// The keys that this version knows.
+    /// The keys that this version supports.
     pub(super) known: &'static [&'static str],
-    /// The keys of the contract that come later.
+    /// Documented keys that a later version will support.
     pub(super) later: &'static [&'static str],
 }
 
 impl Keys {
-    /// What is wrong with a key of this table, if anything. `others` are the other tables.
+    /// The problem with a key of this table, if any. `others` are the other tables.
     fn problem(&self, key: &str, others: &'static [Self]) -> Option<Problem> {
         if self.known.contains(&key) {
             return None;
@@ -152,14 +151,14 @@ impl Keys {
     }
 }
 
-/// The known key that a slip of the finger turns into this one.
+/// The known key that this one probably misspells.
 fn nearest(key: &str, known: &[&'static str]) -> Option<&'static str> {
     let distances = known.iter().map(|name| (distance(key, name), *name));
     let (edits, name) = distances.min_by_key(|(edits, _)| *edits)?;
     (edits <= 2 && edits <= name.len() / 2).then_some(name)
 }
 
-/// Characters to insert, remove or replace to turn one text into the other (Levenshtein).
+/// The number of characters to insert, remove or replace to turn one text into the other (Levenshtein).
 fn distance(from: &str, to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let mut row: Vec<usize> = (0..=to.len()).collect();
@@ -178,16 +177,15 @@ fn distance(from: &str, to: &str) -> usize {
 /// One table of the document.
 pub(super) struct Section<'a> {
     pub(super) document: &'a Document<'a>,
-    /// What stands before the name of a key in messages: nothing, or such as
-    /// `daemon.` and `rule "x": `.
+    /// The prefix of key names in messages: empty, or for example `daemon.` or `rule "x": `.
     pub(super) label: String,
     pub(super) table: &'a DeTable<'a>,
-    /// Where the table begins.
+    /// The start of the table.
     pub(super) offset: usize,
 }
 
 impl<'a> Section<'a> {
-    /// Refuses each key that has no place in this table.
+    /// Reports each key that does not belong to this table.
     pub(super) fn check_keys(&self, keys: &Keys, others: &'static [Keys]) {
         for key in self.table.keys() {
             if let Some(problem) = keys.problem(key.get_ref(), others) {
@@ -198,12 +196,12 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// As [`Document::keep`].
+    /// Calls [`Document::keep`].
     pub(super) fn keep<T>(&self, read: Result<T, ConfigError>) -> Option<T> {
         self.document.keep(read)
     }
 
-    /// The value of a key, as `read` has it, if it is there and right.
+    /// The value of a key as `read` parses it, if it is present and valid.
     pub(super) fn read<T>(
         &self,
         name: &str,
@@ -212,31 +210,31 @@ impl<'a> Section<'a> {
         self.field(name).and_then(|field| self.keep(read(&field)))
     }
 
-    /// Whether the key is there, right or wrong.
+    /// Whether the key is present, valid or not.
     pub(super) fn has(&self, name: &str) -> bool {
         self.table.contains_key(name)
     }
 
-    /// The value of a key, if it is there.
+    /// The value of a key, if it is present.
     pub(super) fn field(&self, name: &str) -> Option<Field<'a>> {
         let value = self.table.get(name)?;
         let key = format!("{}{name}", self.label);
         Some(Field::new(self.document, key, value))
     }
 
-    /// An error about the table as a whole.
+    /// Creates an error about the whole table.
     pub(super) fn error(&self, problem: Problem) -> ConfigError {
         let label = self.label.trim_end_matches([':', '.', ' ']).to_owned();
         self.document.error(Some(self.offset), Some(label), problem)
     }
 }
 
-/// One value of the document, and the key that it belongs to.
+/// One value of the document, and its key.
 pub(super) struct Field<'a> {
     pub(super) document: &'a Document<'a>,
     pub(super) key: String,
     pub(super) offset: usize,
-    /// The value as it is written.
+    /// The value's source text.
     written: &'a str,
     value: &'a DeValue<'a>,
 }
@@ -252,7 +250,7 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// An error about this value.
+    /// Creates an error about this value.
     pub(super) fn error(&self, problem: Problem) -> ConfigError {
         ConfigError {
             location: self.location(),
@@ -260,30 +258,30 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// The place of this value.
+    /// The location of this value.
     pub(super) fn location(&self) -> Location {
         self.document
             .location(Some(self.offset), Some(self.key.clone()))
     }
 
-    /// The error that the value is not one of those allowed.
+    /// Creates the error that the value is not allowed.
     pub(super) fn not_allowed(&self, allowed: &'static str) -> ConfigError {
         let found = describe(self.value);
         self.error(Problem::NotAllowed { found, allowed })
     }
 
-    /// The line that the value is in.
+    /// The line of the value.
     pub(super) fn line(&self) -> u32 {
         position(self.document.text.as_bytes(), self.offset).line
     }
 
-    /// The value, which must be text.
+    /// The value as text.
     pub(super) fn text(&self, allowed: &'static str) -> Result<&'a str, ConfigError> {
         self.value.as_str().ok_or_else(|| self.not_allowed(allowed))
     }
 
-    /// Refuses a path in double quotes in which `\x2d` and the like stand for a character (TOML 1.1):
-    /// systemd has them in the names themselves.
+    /// Refuses a path in double quotes that contains an escape such as `\x2d`. TOML 1.1 decodes it, but
+    /// systemd's unit names contain it literally.
     pub(super) fn check_path_is_literal(&self) -> Result<(), ConfigError> {
         if has_byte_escape(self.written) {
             return Err(self.error(Problem::ByteEscape));
@@ -291,19 +289,19 @@ impl<'a> Field<'a> {
         Ok(())
     }
 
-    /// The value as an integer, if it is one; `i128::MAX` where it is beyond all use.
+    /// The value as an integer, if it is one. `i128::MAX` if it is too large.
     pub(super) fn integer(&self) -> Option<i128> {
         let integer = self.value.as_integer()?;
         Some(i128::from_str_radix(integer.as_str(), integer.radix()).unwrap_or(i128::MAX))
     }
 
-    /// The value, which must be true or false.
+    /// The value as a boolean.
     pub(super) fn truth(&self) -> Result<bool, ConfigError> {
         let truth = self.value.as_bool();
         truth.ok_or_else(|| self.not_allowed("true or false"))
     }
 
-    /// The value, which must be text that `parse` accepts.
+    /// The value as text that `parse` accepts.
     pub(super) fn parse<T>(
         &self,
         allowed: &'static str,
@@ -312,7 +310,7 @@ impl<'a> Field<'a> {
         parse(self.text(allowed)?).map_err(|problem| self.error(problem))
     }
 
-    /// The value, which must be one of these texts.
+    /// The value as one of these texts.
     pub(super) fn choice<T: Copy>(
         &self,
         allowed: &'static str,
@@ -325,7 +323,7 @@ impl<'a> Field<'a> {
             .ok_or_else(|| self.not_allowed(allowed))
     }
 
-    /// The elements of the value, which must be a list; all have its key.
+    /// The elements of the value, which must be a list. Each gets the list's key.
     pub(super) fn elements(&self, allowed: &'static str) -> Result<Vec<Self>, ConfigError> {
         let array = self
             .value
@@ -339,7 +337,7 @@ impl<'a> Field<'a> {
         Ok(array.iter().map(element).collect())
     }
 
-    /// The value, which must be a table. Its keys get the label.
+    /// The value as a table. The label prefixes its keys.
     pub(super) fn section(
         &self,
         label: String,
@@ -358,7 +356,7 @@ impl<'a> Field<'a> {
     }
 }
 
-/// Whether text in double quotes has an escape of two hexadecimal digits.
+/// Whether text in double quotes contains an escape of two hexadecimal digits.
 fn has_byte_escape(written: &str) -> bool {
     let mut chars = written.chars();
     if chars.next() != Some('"') {

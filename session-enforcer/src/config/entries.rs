@@ -1,5 +1,5 @@
-//! From rules to the flat match table that the kernel walks: every combination of a rule's
-//! prefixes, port ranges and owners is one entry.
+//! Converts rules to the flat match table that the kernel walks. Every combination of a rule's prefixes, port
+//! ranges and owners is one entry.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,10 @@ use super::error::EntryCount;
 use super::owners::{cgroup_ids, is_pattern, uids};
 use super::{Action, Owners, Problem, Rule};
 
-/// One prefix of one end of a connection.
+/// A prefix of one endpoint's address.
 ///
-/// In the match table an IPv4 address is its IPv4-mapped form, so that the bits of `::/0` cover it.
-/// In a rule `::/0` means the IPv6 addresses, as everywhere else; "any" is a side of its own.
+/// The match table stores an IPv4 address in its IPv4-mapped form, so the bits of `::/0` cover it. In a rule,
+/// `::/0` means only IPv6 addresses, as everywhere else. So "any address" is a separate variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     /// Every address of both families.
@@ -50,7 +50,7 @@ impl Side {
     }
 }
 
-/// The prefixes without those that others contain, and with adjacent ones joined.
+/// The prefixes without those that another one contains, and with adjacent ones merged.
 pub(super) fn sides(nets: &[IpNet]) -> Vec<Side> {
     let merged = IpNet::aggregate(&nets.to_vec());
     let everything = merged.len() == 2 && merged.iter().all(|net| net.prefix_len() == 0);
@@ -64,7 +64,7 @@ pub(super) fn sides(nets: &[IpNet]) -> Vec<Side> {
     merged.into_iter().map(side).collect()
 }
 
-/// The ranges in order, overlapping and adjacent ones joined.
+/// The ranges in order, with overlapping and adjacent ones merged.
 pub(super) fn ports(ranges: &[PortRange]) -> Vec<PortRange> {
     if ranges.is_empty() {
         return vec![PortRange::ANY];
@@ -83,8 +83,7 @@ pub(super) fn ports(ranges: &[PortRange]) -> Vec<PortRange> {
     joined
 }
 
-/// The entries of one rule, made as they are asked for: a rule may come to far more than the table
-/// can hold.
+/// The entries of one rule as a lazy iterator, because a rule may produce far more than the table can hold.
 pub(super) fn of_rule(
     rule: &Rule,
     index: u16,
@@ -98,7 +97,8 @@ pub(super) fn of_rule(
     let (local_ports, remote_ports) = (ports(&rule.local_ports), ports(&rule.remote_ports));
     let ranges = product(local_ports, remote_ports);
     let owners = product(uids(rule, owners), cgroup_ids(rule, owners));
-    // Both ends of a connection are of one family: an IPv4 and an IPv6 prefix never match together.
+    // Both endpoints of a connection have the same family, so an IPv4 and an IPv6 prefix never match
+    // together.
     product(local, remote)
         .map(|(local, remote)| (local, remote, local.families() & remote.families()))
         .filter(|(_, _, families)| *families != 0)
@@ -121,7 +121,7 @@ pub(super) fn of_rule(
         )
 }
 
-/// Each of the first with each of the second.
+/// The Cartesian product of two lists.
 pub(super) fn product<A: Copy, B: Copy>(
     first: Vec<A>,
     second: Vec<B>,
@@ -130,7 +130,7 @@ pub(super) fn product<A: Copy, B: Copy>(
     first.into_iter().flat_map(each)
 }
 
-/// Refuses a rule whose two ends are of different families.
+/// Refuses a rule whose endpoints have different families.
 pub(super) fn check_families(rule: &Rule) -> Result<(), Problem> {
     let pairs = product(sides(&rule.local), sides(&rule.remote));
     let mut agreeing = pairs.filter(|(local, remote)| local.families() & remote.families() != 0);
@@ -140,8 +140,7 @@ pub(super) fn check_families(rule: &Rule) -> Result<(), Problem> {
     }
 }
 
-/// Refuses rules that come to more entries than the table holds, with the index of the rule at
-/// which they do.
+/// Refuses rules that produce more entries than the table holds, with the index of the rule that exceeds it.
 pub(super) fn check_count(rules: &[Rule]) -> Result<(), (usize, Problem)> {
     let most = MAX_MATCH_ENTRIES as usize;
     let owners = Owners::numbered(rules);
@@ -157,7 +156,7 @@ pub(super) fn check_count(rules: &[Rule]) -> Result<(), (usize, Problem)> {
     Ok(())
 }
 
-/// For each pattern of cgroups the entries that one cgroup takes which fits it, and how many are free.
+/// For each cgroup pattern, the number of entries per matching cgroup; and the number of free entries.
 pub(super) fn pattern_room(rules: &[Rule]) -> (Vec<(String, usize)>, usize) {
     let owners = Owners::numbered(rules);
     let mut costs = BTreeMap::new();

@@ -1,5 +1,4 @@
-//! What can be wrong in a configuration: each with its place, what was found and what is allowed,
-//! in one line.
+//! The errors of a configuration. Each has its location, what was found and what is allowed, in one line.
 
 use std::fmt;
 use std::io;
@@ -11,21 +10,21 @@ use session_enforcer_common::{MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES, MAX_RULES};
 
 use super::DEFAULT_METRICS_PORT;
 
-/// A place in the text of a file, counted from 1.
+/// A position in the text of a file, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     /// The line.
     pub line: u32,
-    /// The character in the line.
+    /// The character within the line.
     pub column: u32,
 }
 
-/// Where in a configuration something was found.
+/// The location of an error or a warning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
     /// The file.
     pub file: PathBuf,
-    /// The place in the file; none where the whole file is meant.
+    /// The position in the file. `None` for the whole file.
     pub position: Option<Position>,
     /// The key, such as `daemon.mode` or `rule "postgres": idle_timeout`.
     pub key: Option<String>,
@@ -44,17 +43,17 @@ impl fmt::Display for Location {
     }
 }
 
-/// A configuration that cannot be used. It is printed as one line.
+/// An error of a configuration. It prints as one line.
 #[derive(Debug, thiserror::Error)]
 #[error("{location}: {problem}")]
 pub struct ConfigError {
-    /// Where.
+    /// The location.
     pub location: Location,
-    /// What is wrong, and what is allowed.
+    /// The error, and what is allowed.
     pub problem: Problem,
 }
 
-/// All that is wrong in a configuration, in the order of its text: one thing at least.
+/// All errors of a configuration, in the order of its text. There is at least one.
 #[derive(Debug, thiserror::Error)]
 pub struct ConfigErrors {
     first: Box<ConfigError>,
@@ -62,7 +61,7 @@ pub struct ConfigErrors {
 }
 
 impl ConfigErrors {
-    /// Nothing where nothing is wrong.
+    /// `None` if there is no error.
     pub(super) fn new(errors: Vec<ConfigError>) -> Option<Self> {
         let mut errors = errors.into_iter();
         Some(Self {
@@ -71,12 +70,12 @@ impl ConfigErrors {
         })
     }
 
-    /// The first of them.
+    /// The first error.
     pub fn into_first(self) -> ConfigError {
         *self.first
     }
 
-    /// Each of them.
+    /// All errors.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         std::iter::once(&*self.first).chain(&self.others)
     }
@@ -91,7 +90,7 @@ impl From<ConfigError> for ConfigErrors {
     }
 }
 
-/// One line for each.
+/// One line per error.
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.first)?;
@@ -101,12 +100,12 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
-/// A configuration that can be used, but hardly says what its author means. One line, too.
+/// A valid but doubtful setting. It prints as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
-    /// Where.
+    /// The location.
     pub location: Location,
-    /// What is doubtful.
+    /// The doubt.
     pub doubt: Doubt,
 }
 
@@ -116,32 +115,32 @@ impl fmt::Display for Warning {
     }
 }
 
-/// What a [`Warning`] says.
+/// The doubt of a [`Warning`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Doubt {
-    /// Each connection that the rule would match is matched by one of these rules before.
+    /// Earlier rules match each connection that this rule would match.
     Hidden {
-        /// Names of the earlier rules.
+        /// The names of the earlier rules.
         by: Vec<String>,
     },
-    /// The cgroups of the rule are neither below the one that is watched nor above it.
+    /// The rule's cgroups are neither below the watched cgroup nor above it.
     Beside {
-        /// Directory of the one that is watched.
+        /// The directory of the watched cgroup.
         watched: PathBuf,
     },
-    /// Others than this host's can read the metrics.
+    /// Other hosts can read the metrics.
     Exposed {
-        /// Where they are served.
+        /// The address of the metrics.
         address: SocketAddr,
     },
-    /// No connection has such an address.
+    /// No connection can have this address.
     NoEnd {
-        /// The key that has it.
+        /// The key with the address.
         key: &'static str,
         /// The prefix.
         net: IpNet,
     },
-    /// The name of a cgroup has what is a pattern elsewhere, and is none here.
+    /// A cgroup name contains a character of other pattern languages, which is literal here.
     NoPattern {
         /// The path.
         path: String,
@@ -201,75 +200,75 @@ impl fmt::Display for Doubt {
     }
 }
 
-/// What is wrong with a file, a key or a value.
+/// The error in a file, a key or a value.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     /// The operating system refused the file.
     #[error("cannot be read: {0}; give a file that exists and that this user may read")]
     Unreadable(io::Error),
-    /// The path is that of a directory.
+    /// The path is a directory.
     #[error("is a directory; give the path of a file")]
     Directory,
     /// The file is larger than any configuration.
     #[error("is larger than {0} bytes, which no configuration is; give another file")]
     TooLarge(u64),
-    /// The file has bytes that are not text.
+    /// The file contains bytes that are not UTF-8.
     #[error("is not UTF-8 text from here on; save the file as UTF-8")]
     NotUtf8,
     /// The text is not TOML.
     #[error("is not TOML: {message}; found {found}")]
     Syntax {
-        /// The parser's words.
+        /// The parser's message.
         message: String,
-        /// The text at the place.
+        /// The text at the position.
         found: String,
     },
-    /// A key or table is there twice.
+    /// A key or table occurs twice.
     #[error("is here for the second time; keep one")]
     DuplicateKey,
-    /// `[rule]` beside `[[rule]]`.
+    /// `[rule]` instead of `[[rule]]`.
     #[error("found [rule]; allowed: {ALLOWED_RULES}")]
     SingleRule,
 
-    /// Nothing has this name.
+    /// The key is unknown.
     #[error("is not a known key; {}", suggestion(.nearest, .known))]
     UnknownKey {
-        /// The known key that looks most like it.
+        /// The most similar known key.
         nearest: Option<&'static str>,
-        /// All that are known here.
+        /// All known keys of the table.
         known: &'static [&'static str],
     },
-    /// Something has this name, but elsewhere.
+    /// The key belongs to another table.
     #[error("is not a known key here; it belongs under {under}")]
     MisplacedKey {
-        /// The header of the table where it is known.
+        /// The header of the key's table.
         under: &'static str,
     },
-    /// A later version knows this key.
+    /// A later version will support this key.
     #[error("is not supported yet by this version; remove it")]
     KeyNotSupportedYet,
-    /// `audit.sync` beside `audit.path = "journald"`.
+    /// `audit.sync` together with `audit.path = "journald"`.
     #[error(
         "found true beside path = \"journald\", which itself decides when records are on the disk \
          (SyncIntervalSec= in journald.conf); remove it, or name a file as path"
     )]
     SyncedJournal,
 
-    /// A value of the wrong type, or out of its range, or none of the choices.
+    /// The value has the wrong type, is out of range, or is not one of the choices.
     #[error("found {found}; allowed: {allowed}")]
     NotAllowed {
         /// The value.
         found: String,
-        /// What may stand there.
+        /// The allowed values.
         allowed: &'static str,
     },
-    /// A list with more elements than the match table can hold.
+    /// The list has more elements than the match table can hold.
     #[error("has {found} elements; at most {MAX_MATCH_ENTRIES} are allowed")]
     LongList {
-        /// Elements of the list.
+        /// The number of elements.
         found: usize,
     },
-    /// The first port of a range is above the last.
+    /// The first port of a range exceeds the last.
     #[error("the range \"{first}-{last}\" runs backwards; write \"{last}-{first}\"")]
     BackwardRange {
         /// The first, higher, port.
@@ -277,115 +276,115 @@ pub enum Problem {
         /// The last, lower, port.
         last: u16,
     },
-    /// A prefix with bits beyond its length.
+    /// The prefix has bits set after its length.
     #[error(
         "\"{0}\" has bits set after its prefix; write \"{trunc}\", or \"{addr}\" alone",
         trunc = .0.trunc(),
         addr = .0.addr()
     )]
     HostBits(IpNet),
-    /// An address to listen on without a port.
+    /// The listen address has no port.
     #[error(
         "\"{0}\" has no port; write \"{example}\"",
         example = SocketAddr::new(*.0, DEFAULT_METRICS_PORT)
     )]
     NoPort(IpAddr),
-    /// A path in double quotes with an escape that systemd has in names themselves.
+    /// The path in double quotes has an escape that systemd uses literally in names.
     #[error(
         "has \\x within double quotes, where it stands for another character; names of systemd have it \
          as it is: write the path in single quotes"
     )]
     ByteEscape,
-    /// A cgroup further down the tree than the kernel programs look.
+    /// The cgroup is deeper than the kernel programs can compare.
     #[error("has {levels} levels; at most {MAX_CGROUP_LEVELS} are looked at, name one above it")]
     DeepCgroup {
-        /// Levels of the path.
+        /// The number of levels.
         levels: usize,
     },
-    /// A number where a time must be.
+    /// A duration without a unit.
     #[error("{number} has no unit; write \"{number}s\" for seconds, or m, h or d after it")]
     NoUnit {
         /// The number.
         number: String,
     },
-    /// A limit that is too short to be enforced in time.
+    /// The limit is too short to be enforced precisely.
     #[error("{found} is shorter than 1s, the shortest limit; for no limit, leave it out")]
     ShortLimit {
         /// The value.
         found: String,
     },
-    /// A limit that no connection will reach.
+    /// The limit is so long that no connection reaches it.
     #[error("{found} is longer than 36500d, the longest limit; for no limit, leave it out")]
     LongLimit {
         /// The value.
         found: String,
     },
 
-    /// A file without a rule.
+    /// The file has no rule.
     #[error("there is none, so nothing would be enforced; add a rule, headed by [[rule]]")]
     NoRule,
-    /// More rules than the daemon keeps counters for.
+    /// There are more rules than the daemon has counters for.
     #[error("there are {found}; at most {MAX_RULES} are allowed")]
     ManyRules {
-        /// Rules in the file.
+        /// The number of rules.
         found: usize,
     },
-    /// A rule without a name.
+    /// The rule has no name.
     #[error("is missing; every rule has a name of its own")]
     NoName,
-    /// Two rules of one name.
+    /// Two rules have the same name.
     #[error("\"{name}\" is the name of the rule in line {line}; every rule has a name of its own")]
     DuplicateName {
         /// The name.
         name: String,
-        /// Where the other rule has its name.
+        /// The line of the other rule's name.
         line: u32,
     },
-    /// A rule that would enforce nothing.
+    /// The rule would enforce nothing.
     #[error(
         "has no limit; add idle_timeout, max_lifetime, response_timeout or half_closed_timeout, or action = \
          \"exempt\""
     )]
     NoLimit,
-    /// A limit that would not be enforced.
+    /// The limit would not be enforced.
     #[error("is a limit, and an exempt rule has none; remove it, or action = \"exempt\"")]
     LimitOnExempt,
-    /// A key that says how a limit is meant that is not there.
+    /// The key modifies a limit that the rule does not have.
     #[error("has no effect without {limit}; add it, or remove this")]
     WithoutLimit {
-        /// The keys of which one must be there.
+        /// The keys of which the rule needs one.
         limit: &'static str,
     },
-    /// A response timeout where this host never owes an answer.
+    /// A response timeout on a rule for outbound connections, where this host never owes an answer.
     #[error(
         "is for inbound connections, where this host owes the answer; remove it, or \
          direction = \"outbound\""
     )]
     ResponseOutbound,
-    /// A jitter that could leave less than the shortest limit.
+    /// The jitter could shorten the lifetime below the shortest limit.
     #[error("could shorten max_lifetime to less than 1s, the shortest limit; use a smaller share")]
     JitterTooLarge,
-    /// Addresses that no connection has at once.
+    /// No connection can have both addresses.
     #[error(
         "can never match: a connection has IPv4 addresses at both ends or IPv6 addresses at both, \
          and local and remote here have none of the same kind; make them agree"
     )]
     MixedFamilies,
-    /// The table that the kernel walks would be too long.
+    /// The rules produce more entries than the match table holds.
     #[error(
         "the rules up to this one come to more than {MAX_MATCH_ENTRIES} combinations of \
          prefixes, port ranges and owners, the most allowed (this one: {rule}, those before it: \
          {before}); use wider prefixes and ranges"
     )]
     ManyEntries {
-        /// Entries of the rules before.
+        /// The entries of the earlier rules.
         before: usize,
-        /// Entries of this rule.
+        /// The entries of this rule.
         rule: EntryCount,
     },
 }
 
-/// How many match entries a rule comes to, counted no further than one above the most allowed.
+/// The number of match entries of a rule. Counting stops one above the maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryCount(pub usize);
 
@@ -400,7 +399,7 @@ impl fmt::Display for EntryCount {
     }
 }
 
-/// How rules are written.
+/// The allowed form of rules.
 pub(super) const ALLOWED_RULES: &str = "each rule under a header of its own, [[rule]]";
 
 fn suggestion(nearest: &Option<&str>, known: &[&str]) -> String {
@@ -415,7 +414,7 @@ fn list(names: &[impl fmt::Display]) -> String {
     quoted.join(", ")
 }
 
-/// The text in one line and without terminal control: what stands in a file is not trusted.
+/// The text in one line without terminal control characters, because a file's content is not trusted.
 fn printable(text: &str) -> String {
     let escape = |c: char| -> String {
         if c.is_control() {
@@ -427,7 +426,7 @@ fn printable(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-/// The text in quotes, in one line, cut where it is too long to be read there.
+/// The text in quotes and in one line, cut if it is too long.
 pub(super) fn quoted(text: &str) -> String {
     const LONGEST: usize = 60;
     if text.chars().count() <= LONGEST {

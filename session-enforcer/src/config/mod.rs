@@ -1,9 +1,8 @@
-//! The configuration: from TOML, or from the quick form of the command line, to values that are
-//! valid by the time anything else sees them.
+//! The configuration: parses TOML, or the quick form of the command line, into values that are valid when
+//! other modules see them.
 //!
-//! A file is validated whole before any of it is used. What is wrong is said in one line with the
-//! file, the line, the key, what was found and what is allowed. No syscall but the reading of the
-//! file happens here.
+//! A file is validated completely before any of it is used. Each error is one line with the file, the line,
+//! the key, what was found and what is allowed. The only system calls here read the file.
 
 mod document;
 mod entries;
@@ -39,99 +38,101 @@ pub use value::{
 
 use document::Document;
 
-/// Capacity of the session map where the file does not say.
+/// The default capacity of the session table.
 pub const DEFAULT_MAX_SESSIONS: u32 = 262_144;
 
-/// Largest capacity of the session map: at 200 bytes a session, more than 3 GB of kernel memory.
+/// The maximum capacity of the session table. At 200 bytes per session it uses more than 3 GB of kernel
+/// memory.
 pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
 
-/// Where sessions and programs outlive the daemon where the file does not say.
+/// The default bpffs directory of the pins, through which sessions and programs outlive the daemon.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/session-enforcer";
 
-/// How often sessions and sockets are compared where the file does not say: a comparison of 100,000
-/// sessions uses a processor for a quarter of a second.
+/// The default interval of syncs between the session table and the sockets. A sync of 100,000 sessions uses a
+/// processor for a quarter of a second.
 pub const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(900);
 
-/// The port of the metrics where the file does not say.
+/// The default port of the metrics.
 pub(crate) const DEFAULT_METRICS_PORT: u16 = 9847;
 
-/// Where the metrics are served where the file does not say.
+/// The default address of the metrics.
 pub const DEFAULT_METRICS_LISTEN: MetricsListen = MetricsListen::Tcp(SocketAddr::V4(
     SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_METRICS_PORT),
 ));
 
-/// The control socket where the file does not say.
+/// The default control socket.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/session-enforcer/control.sock";
 
-/// Bytes of new payload that count where the file does not say: any.
+/// The default number of new payload bytes that count as activity: any.
 pub const DEFAULT_MIN_PAYLOAD: u16 = 1;
 
-/// Largest `min_payload`: more than a packet on the wire ever carries would make every session idle.
+/// The maximum of `min_payload`. With more than the payload of a packet on the wire, every session would be
+/// idle.
 pub const MAX_MIN_PAYLOAD: u16 = 1_400;
 
-/// Bytes of an answer where the file does not say: any.
+/// The default number of bytes of an answer: any.
 pub const DEFAULT_MIN_ANSWER: u32 = 1;
 
-/// Largest `min_answer`: what a service always sends before its answer is less.
+/// The maximum of `min_answer`. Services send less than that before an answer.
 pub const MAX_MIN_ANSWER: u32 = 1 << 20;
 
-/// Largest `lifetime_jitter`, in percent: what is left of the lifetime is still a lifetime.
+/// The maximum of `lifetime_jitter` in percent, so that a useful part of the lifetime remains.
 pub const MAX_LIFETIME_JITTER_PERCENT: u8 = 90;
 
-/// Name of the rule of the quick form.
+/// The name of the quick form's rule.
 pub const QUICK_RULE: &str = "cli";
 
-/// Largest file that is read: a thousand rules with all their prefixes are a tenth of it. It keeps
-/// a wrong path, such as that of a device, from filling the memory.
+/// The maximum size of a file; a thousand rules with all their prefixes need a tenth of it. It prevents a
+/// wrong path, such as that of a device, from filling the memory.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// A valid configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Directory of the control group to attach to; none: the mount of cgroup2.
+    /// The directory of the cgroup to attach to. `None` for the cgroup-v2 mount.
     pub cgroup: Option<PathBuf>,
-    /// What the daemon does to an expired session.
+    /// The treatment of expired sessions.
     pub mode: Mode,
-    /// Capacity of the session map.
+    /// The capacity of the session table.
     pub max_sessions: u32,
-    /// What happens to a connection that a rule enforces and no place can be had for.
+    /// The treatment of a connection that an enforcing rule matches when the session table is full.
     pub on_full: OnFull,
-    /// Directory on bpffs where sessions and programs outlive the daemon, if they do.
+    /// The bpffs directory of the pins, if sessions and programs should outlive the daemon.
     pub pin_dir: Option<PathBuf>,
-    /// Whose connections are looked at.
+    /// The network namespaces whose connections are enforced.
     pub network_namespaces: NetworkNamespaces,
-    /// How often sessions and sockets are compared where nothing is known to be wrong.
+    /// The interval of syncs between the session table and the sockets if no error is known.
     pub reconcile_interval: Duration,
-    /// Where the metrics are served, if at all.
+    /// The address of the metrics, if they are served.
     pub metrics_listen: Option<MetricsListen>,
-    /// Where commands and programs ask the daemon, and who may.
+    /// The control socket and its users.
     pub control: Control,
-    /// Where the audit records go.
+    /// The target of the audit records.
     pub audit: AuditTarget,
-    /// Whether each record is to be on the disk before the next batch of resets is asked for.
+    /// Whether each record must be on the disk before the next batch of resets is requested.
     pub audit_sync: bool,
-    /// In order: the first that matches a connection decides. A rule's index is its number in the
-    /// match table and in the sessions.
+    /// The rules in order: the first rule that matches a connection decides. A rule's index is its number in
+    /// the match table and in the sessions.
     pub rules: Vec<Rule>,
-    /// What is doubtful, in the order of the file.
+    /// The warnings, in the order of the file.
     pub warnings: Vec<Warning>,
-    /// Whether it stands in for a file that was refused.
+    /// Whether this configuration replaces a refused file.
     pub is_stand_in: bool,
-    /// The file that it was read from; none of the quick form.
+    /// The file of the configuration. `None` for the quick form.
     pub file: Option<SourceFile>,
 }
 
 /// A file that was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceFile {
-    /// Where it was.
+    /// The path.
     pub path: PathBuf,
-    /// The SHA-256 of its text, in hexadecimal.
+    /// The SHA-256 of the text, in hexadecimal.
     pub sha256: String,
 }
 
 impl SourceFile {
-    /// A file with this text.
+    /// Describes a file with this text.
     pub fn new(path: &Path, text: &str) -> Self {
         let digest = Sha256::digest(text);
         Self {
@@ -141,29 +142,29 @@ impl SourceFile {
     }
 }
 
-/// The control socket.
+/// The settings of the control socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Control {
-    /// Where it is.
+    /// The location of the socket.
     pub socket: ControlSocket,
     /// The group whose members may use it, besides root and the daemon's user.
     pub group: Option<String>,
 }
 
-/// Where the control socket is.
+/// The location of the control socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ControlSocket {
-    /// At [`DEFAULT_CONTROL_SOCKET`], if that can be had.
+    /// [`DEFAULT_CONTROL_SOCKET`], if it can be created.
     #[default]
     Default,
-    /// On this path.
+    /// This path.
     At(PathBuf),
-    /// There is none.
+    /// No control socket.
     Nowhere,
 }
 
 impl ControlSocket {
-    /// The path, where there is to be a socket.
+    /// The path, if there is to be a socket.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Default => Some(Path::new(DEFAULT_CONTROL_SOCKET)),
@@ -173,47 +174,47 @@ impl ControlSocket {
     }
 }
 
-/// What the daemon does to an expired session.
+/// The treatment of expired sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// It resets it.
+    /// Reset the session.
     #[default]
     Enforce,
-    /// It records it, and leaves it alone.
+    /// Record the session, but do not reset it.
     Observe,
 }
 
-/// Whose connections are looked at.
+/// The network namespaces whose connections are enforced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NetworkNamespaces {
-    /// Those of every network namespace of the host.
+    /// All network namespaces of the host.
     #[default]
     All,
-    /// Those of the daemon's own network namespace.
+    /// The daemon's own network namespace.
     Own,
 }
 
-/// What happens to a connection that a rule enforces and no place in the session map can be had for.
+/// The treatment of a connection that an enforcing rule matches when the session table is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnFull {
-    /// It is not tracked, and lives.
+    /// Do not track the connection, so it has no limit.
     #[default]
     Leave,
-    /// It is reset.
+    /// Reset the connection.
     Reset,
 }
 
-/// Where the metrics are served.
+/// The address of the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MetricsListen {
-    /// On this address and port.
+    /// This address and port.
     Tcp(SocketAddr),
-    /// On a Unix socket of this path.
+    /// A Unix socket with this path.
     Unix(PathBuf),
 }
 
 impl MetricsListen {
-    /// Why this is doubtful, if it is: whoever reaches another address than loopback reads the metrics.
+    /// The warning, if any: every host that reaches a non-loopback address can read the metrics.
     pub(crate) fn doubt(&self) -> Option<Doubt> {
         match self {
             Self::Tcp(address) if !address.ip().to_canonical().is_loopback() => {
@@ -224,7 +225,7 @@ impl MetricsListen {
     }
 }
 
-/// As the file has it.
+/// Formats the address as in a file.
 impl fmt::Display for MetricsListen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -234,22 +235,22 @@ impl fmt::Display for MetricsListen {
     }
 }
 
-/// The journal's name as a place for the audit.
+/// The value of `audit.path` for the journal.
 const JOURNALD: &str = "journald";
 
-/// Where the audit records go.
+/// The target of the audit records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum AuditTarget {
     /// Standard output.
     #[default]
     Stdout,
-    /// systemd's journal, an entry each.
+    /// systemd's journal, one entry per record.
     Journald,
-    /// A file, to whose end they are added.
+    /// This file, to which records are appended.
     File(PathBuf),
 }
 
-/// As the file has it.
+/// Formats the target as in a file.
 impl fmt::Display for AuditTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -260,58 +261,58 @@ impl fmt::Display for AuditTarget {
     }
 }
 
-/// Which connections, and what happens to them.
+/// A rule: its conditions, and the treatment of the connections that match.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// Unique in the configuration.
+    /// The name, unique in the configuration.
     pub name: String,
-    /// Who opened the connection; none: either.
+    /// The direction of the connection. `None` for both.
     pub direction: Option<Direction>,
-    /// Ports on this host; none: every port.
+    /// Ports of this host. Empty for every port.
     pub local_ports: Vec<PortRange>,
-    /// Ports of the peer; none: every port.
+    /// Ports of the peer. Empty for every port.
     pub remote_ports: Vec<PortRange>,
-    /// Addresses of this host; none: every address.
+    /// Addresses of this host. Empty for every address.
     pub local: Vec<IpNet>,
-    /// Addresses of the peer; none: every address.
+    /// Addresses of the peer. Empty for every address.
     pub remote: Vec<IpNet>,
-    /// Cgroups that the socket's is or lies below, as paths from the root; none: every cgroup.
+    /// Cgroups, as paths from the root. Each also covers the cgroups below it. Empty for every cgroup.
     pub cgroups: Vec<String>,
-    /// Users that the socket may belong to; none: every user.
+    /// Users who own the socket. Empty for every user.
     pub users: Vec<User>,
-    /// Where the file names them, for a message about a user whom the host does not know.
+    /// The location of the users in the file, for an error about a user that the host does not have.
     pub users_at: Option<Location>,
-    /// What happens to a connection that is past a limit.
+    /// The treatment of sessions that exceed a limit.
     pub action: Action,
-    /// Longest time without new payload.
+    /// The maximum time without new payload.
     pub idle_timeout: Option<Duration>,
-    /// Longest time since establishment.
+    /// The maximum time since establishment.
     pub max_lifetime: Option<Duration>,
-    /// Each session's lifetime is up to this share of it shorter, in percent.
+    /// The lifetime of each session is shortened by up to this percentage.
     pub lifetime_jitter_percent: u8,
-    /// Whose new payload is activity.
+    /// The direction whose new payload counts as activity.
     pub activity: Activity,
-    /// Longest time that this host owes an answer; meanwhile `idle_timeout` does not run.
+    /// The maximum time that this host owes an answer. `idle_timeout` does not run during that time.
     pub response_timeout: Option<Duration>,
-    /// Takes the place of `idle_timeout` once either end has sent its FIN.
+    /// Replaces `idle_timeout` after either side has sent its FIN.
     pub half_closed_timeout: Option<Duration>,
-    /// Bytes of new payload that a packet must have to count.
+    /// The minimum number of new payload bytes in a packet that counts.
     pub min_payload: u16,
-    /// Bytes that this host must send after a request until it has answered.
+    /// The number of bytes that this host must send after a request for its answer to count.
     pub min_answer: u32,
-    /// Sessions that are tracked at a time; 0 for no limit but the session map's.
+    /// The maximum number of tracked sessions of the rule. 0 means only the session table limits them.
     pub max_sessions: u32,
 }
 
-/// What happens to the connections of a rule.
+/// The treatment of a rule's connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Action {
-    /// Past a limit they are reset.
+    /// Reset sessions that exceed a limit.
     #[default]
     Enforce,
-    /// Past a limit they are recorded, and left alone.
+    /// Record sessions that exceed a limit, but do not reset them.
     Observe,
-    /// They are not tracked at all.
+    /// Do not track the connections.
     Exempt,
 }
 
@@ -320,7 +321,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read or anything in it is wrong: the first such thing.
+    /// The first error, if the file cannot be read or is invalid.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         Self::load_all(path).map_err(ConfigErrors::into_first)
     }
@@ -329,7 +330,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read, or anything in it is wrong: all that is.
+    /// All errors, if the file cannot be read or is invalid.
     pub fn load_all(path: impl AsRef<Path>) -> Result<Self, ConfigErrors> {
         let path = path.as_ref();
         let whole = |problem| file_error(path, None, problem);
@@ -347,11 +348,11 @@ impl Config {
         Self::parse_all(path, text)
     }
 
-    /// Validates a text. The name of its file is for the messages.
+    /// Validates a text. The file name appears in messages.
     ///
     /// # Errors
     ///
-    /// Where anything in it is wrong: the first such thing.
+    /// The first error, if the text is invalid.
     pub fn parse(file: impl AsRef<Path>, text: &str) -> Result<Self, ConfigError> {
         Self::parse_all(file, text).map_err(ConfigErrors::into_first)
     }
@@ -360,7 +361,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Where anything in it is wrong: all that is.
+    /// All errors, if the text is invalid.
     pub fn parse_all(file: impl AsRef<Path>, text: &str) -> Result<Self, ConfigErrors> {
         let document = Document::new(file.as_ref(), text);
         let config = read::config(&document);
@@ -373,12 +374,12 @@ impl Config {
         }
     }
 
-    /// The configuration of the quick form: one rule, [`QUICK_RULE`], for the connections that are
+    /// Builds the configuration of the quick form: one rule, [`QUICK_RULE`], for connections that are
     /// accepted on these ports.
     ///
     /// # Errors
     ///
-    /// Where there is neither limit, or there are more ports than the match table can hold.
+    /// Fails if there is no limit, or if there are more ports than the match table can hold.
     pub fn from_quick(
         ports: Vec<PortRange>,
         idle_timeout: Option<Duration>,
@@ -419,9 +420,8 @@ impl Config {
         }
     }
 
-    /// The match table: the entries of every rule, in the order of the rules. The first that
-    /// matches a connection is of the rule that decides. A rule of an owner who is not there has no
-    /// entry.
+    /// The match table: the entries of all rules, in the order of the rules. The first entry that matches a
+    /// connection determines its rule. An owner that does not exist gets no entry.
     pub fn match_entries(&self, owners: &Owners) -> Vec<MatchEntry> {
         let numbered = (0u16..).zip(&self.rules);
         numbered
@@ -429,20 +429,20 @@ impl Config {
             .collect()
     }
 
-    /// What the match table has room for beside what the rules come to: for each pattern of cgroups the
-    /// entries that one cgroup takes which fits it, and how many entries are free for all of them.
+    /// The number of match entries that each cgroup pattern takes per matching cgroup, and the number of free
+    /// entries for all patterns.
     pub fn pattern_room(&self) -> (Vec<(String, usize)>, usize) {
         entries::pattern_room(&self.rules)
     }
 
-    /// Whether a rule asks for an owner.
+    /// Whether any rule has an owner condition.
     pub fn asks_owner(&self) -> bool {
         let asks = |rule: &Rule| !rule.cgroups.is_empty() || !rule.users.is_empty();
         self.rules.iter().any(asks)
     }
 
-    /// Whether the connections of a rule are reset or only recorded, its action and the daemon's
-    /// mode considered. Those of an exempt rule are neither.
+    /// Whether the rule's sessions are reset or only recorded, given its action and the daemon's mode.
+    /// Meaningless for an exempt rule.
     pub fn mode_of(&self, rule: &Rule) -> Mode {
         match self.effective_action(rule) {
             Action::Enforce => Mode::Enforce,
@@ -450,7 +450,7 @@ impl Config {
         }
     }
 
-    /// What happens to the connections of a rule of this configuration, its mode considered.
+    /// The treatment of the rule's connections, given its action and the daemon's mode.
     pub fn effective_action(&self, rule: &Rule) -> Action {
         match (self.mode, rule.action) {
             (Mode::Observe, Action::Enforce) => Action::Observe,
@@ -460,7 +460,7 @@ impl Config {
 }
 
 impl Rule {
-    /// A rule without any condition or limit.
+    /// A rule without conditions and limits.
     fn named(name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -485,8 +485,8 @@ impl Rule {
         }
     }
 
-    /// The limits as the kernel and the daemon compare them, of no generation and without a key yet, and without
-    /// the gate, which takes the daemon's mode too. No limits for an exempt rule.
+    /// The limits in the form that the kernel and the daemon compare. Generation and key are not set yet. The
+    /// gate is not set either, because it also depends on the daemon's mode. An exempt rule has no limits.
     pub fn limits(&self) -> Limits {
         let max_lifetime_ns = nanoseconds(self.max_lifetime);
         Limits {
@@ -505,7 +505,7 @@ impl Rule {
         }
     }
 
-    /// Refuses a rule that would track connections for nothing.
+    /// Refuses a rule that tracks connections without a limit.
     fn check_limits(&self) -> Result<(), Problem> {
         let limits = [
             self.idle_timeout,
@@ -520,14 +520,14 @@ impl Rule {
     }
 }
 
-/// A limit as the kernel knows it: 0 is none.
+/// A limit in nanoseconds; 0 means no limit.
 fn nanoseconds(limit: Option<Duration>) -> u64 {
     limit.map_or(0, |limit| {
         u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX)
     })
 }
 
-/// The bytes of the file, and one more than is allowed where there are more.
+/// Reads the file, up to one byte more than the maximum.
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path)?;

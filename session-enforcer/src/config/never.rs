@@ -1,4 +1,4 @@
-//! Conditions of a rule that no connection meets, whatever the other rules say.
+//! Finds conditions of a rule that no connection can meet, independent of other rules.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Doubt, Rule};
 
-/// Addresses that no end of a TCP connection has: those that stand for any, multicast, broadcast.
+/// Addresses that no endpoint of a TCP connection has: unspecified, multicast, broadcast.
 const NO_ENDS: [IpNet; 5] = [
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 32)),
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4)),
@@ -18,11 +18,10 @@ const NO_ENDS: [IpNet; 5] = [
     )),
 ];
 
-/// Characters that patterns have elsewhere, and that systemd and container runtimes never have in the name of
-/// a cgroup.
+/// Characters of other pattern languages that systemd and container runtimes never use in cgroup names.
 const PATTERN: [&str; 5] = ["**", "?", "[", "]", "{"];
 
-/// What of the rule can never match.
+/// The rule's conditions that can never match.
 pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
     let ends = [("local", &rule.local), ("remote", &rule.remote)];
     let ends = ends.into_iter().flat_map(|(key, nets)| {

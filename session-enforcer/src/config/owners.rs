@@ -1,5 +1,4 @@
-//! The owners that rules ask for: users and cgroups, as people name them and as the kernel numbers
-//! them.
+//! The owners in rules: users and cgroups, by name and by the kernel's numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,22 +13,22 @@ pub(super) const ALLOWED_USER: &str = "the name of a user such as \"postgres\", 
 pub(super) const ALLOWED_CGROUP_PATH: &str = "a cgroup's path from the root of the hierarchy, as in /proc/PID/cgroup, such as \
      \"/system.slice/postgresql.service\"";
 
-/// Where the hierarchy is mounted by custom. A path below it is that of the file system, and not of
-/// the cgroup.
+/// The usual mount point of the cgroup hierarchy. A path below it is a file-system path and not a cgroup
+/// path.
 const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
-/// Where it is in a hybrid hierarchy, beside those of cgroup v1.
+/// The mount point in a hybrid hierarchy, beside those of cgroup v1.
 const HYBRID_MOUNT: &str = "/sys/fs/cgroup/unified";
 
-/// Longest name of a user (`LOGIN_NAME_MAX` of Linux).
+/// The maximum length of a user name (`LOGIN_NAME_MAX` of Linux).
 const MAX_USER_CHARS: usize = 256;
 
-/// A user that a rule names.
+/// A user in a rule.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum User {
-    /// By number.
+    /// A UID.
     Uid(u32),
-    /// By name.
+    /// A user name.
     Name(String),
 }
 
@@ -42,11 +41,11 @@ impl fmt::Display for User {
     }
 }
 
-/// A user's name, or a number as text.
+/// Parses a user name or a UID.
 ///
 /// # Errors
 ///
-/// Where the text cannot be either.
+/// Fails if the text is neither.
 pub fn parse_user(text: &str) -> Result<User, Problem> {
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         let uid = text.parse().ok().and_then(uid);
@@ -67,17 +66,17 @@ fn not_a_user(text: &str) -> Problem {
     }
 }
 
-/// The user of a number; the highest number stands for "no user" (POSIX).
+/// The user with this UID. The highest number means "no user" (POSIX).
 pub(super) fn uid(number: i128) -> Option<User> {
     let uid = u32::try_from(number).ok()?;
     (uid != u32::MAX).then_some(User::Uid(uid))
 }
 
-/// A cgroup's path from the root of the hierarchy, without a slash at its end; the root is `/`.
+/// Parses a cgroup's path from the root of the hierarchy, without a trailing slash. The root is `/`.
 ///
 /// # Errors
 ///
-/// Where the text is no such path.
+/// Fails if the text is no such path.
 pub fn parse_cgroup(text: &str) -> Result<String, Problem> {
     let not_allowed = || Problem::NotAllowed {
         found: quoted(text),
@@ -100,7 +99,8 @@ pub fn parse_cgroup(text: &str) -> Result<String, Problem> {
     Ok(path)
 }
 
-/// The path of a cgroup that a rule may name. Sockets may lie deeper: those above them decide.
+/// Parses the path of a cgroup in a rule. Its depth is limited, but sockets may be in deeper cgroups, because
+/// ancestors match too.
 pub(super) fn parse_rule_cgroup(text: &str) -> Result<String, Problem> {
     let path = parse_cgroup(text)?;
     let levels = path.split('/').skip(1).count();
@@ -110,19 +110,19 @@ pub(super) fn parse_rule_cgroup(text: &str) -> Result<String, Problem> {
     Ok(path)
 }
 
-/// Whether a path has `*` in it, and stands for every cgroup that it fits.
+/// Whether a path contains `*`, so that it names all matching cgroups.
 pub fn is_pattern(path: &str) -> bool {
     path.contains('*')
 }
 
-/// Whether the name of a cgroup fits one in which `*` stands for any characters, or none.
+/// Whether a cgroup name matches a pattern, in which `*` stands for any number of characters.
 pub fn fits(name: &str, pattern: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else {
         return name == pattern;
     };
     let (between, end) = rest.rsplit_once('*').unwrap_or(("", rest));
     let mut left = name.strip_prefix(start);
-    // Each part as early as it can be: what is left for the next is the longest.
+    // Match each part as early as possible, which leaves the most text for the next one.
     for part in between.split('*') {
         left = left
             .and_then(|left| left.split_at_checked(left.find(part)? + part.len()))
@@ -131,22 +131,22 @@ pub fn fits(name: &str, pattern: &str) -> bool {
     left.is_some_and(|left| left.ends_with(end))
 }
 
-/// Whether the cgroup is `above`, which may be a pattern, or one below that. Of two patterns: whether each
-/// cgroup that fits the one is or lies below one that fits the other.
+/// Whether the cgroup matches `above` or is below a cgroup that matches it. If both are patterns: whether
+/// that holds for each cgroup that matches the first one.
 pub fn is_below(cgroup: &str, above: &str) -> bool {
     let mut names = cgroup.split('/');
     let is_name_below = |wanted| names.next().is_some_and(|name| fits(name, wanted));
     above == "/" || cgroup != "/" && above.split('/').all(is_name_below)
 }
 
-/// Whether one of two paths, which may be patterns, can lie below the other.
+/// Whether one of two paths or patterns can be below the other.
 fn may_meet(one: &str, other: &str) -> bool {
     let mut pairs = one.split('/').zip(other.split('/'));
     one == "/" || other == "/" || pairs.all(|(a, b)| fits(a, b) || fits(b, a))
 }
 
-/// Whether no socket of the rule's cgroups is in the watched directory or below, wherever of the usual
-/// places the hierarchy is mounted.
+/// Whether no socket of the rule's cgroups can be in the watched directory or below it, at either usual mount
+/// point of the hierarchy.
 pub(super) fn all_beside(rule: &Rule, watched: &Path) -> bool {
     let watched = watched.to_string_lossy();
     let watched = watched.trim_end_matches('/');
@@ -162,20 +162,20 @@ pub(super) fn all_beside(rule: &Rule, watched: &Path) -> bool {
     !names.is_empty() && !rule.cgroups.is_empty() && rule.cgroups.iter().all(is_beside)
 }
 
-/// The numbers by which the kernel knows the users and cgroups that rules name.
+/// The kernel's numbers of the users and cgroups in rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owners {
-    /// Of each cgroup the identities: none where it is not there, several where it was removed and
-    /// made again, as the sockets of the former one may live on. Those that fit a pattern are here under
-    /// their own paths.
+    /// The IDs of each cgroup: none if it does not exist, and several if it was removed and created again,
+    /// because sockets of the former one may still exist. Cgroups that match a pattern are listed under their
+    /// own paths.
     pub cgroups: BTreeMap<String, Vec<u64>>,
-    /// Of each user that is named by name.
+    /// The UID of each user that is given by name.
     pub users: BTreeMap<String, u32>,
 }
 
 impl Owners {
-    /// Numbers that stand for themselves: one for each path, and one for each name that is no uid
-    /// of the rules. For everything that only compares rules with each other.
+    /// Assigns distinct placeholder numbers: one to each path, and one to each name, different from the UIDs
+    /// in the rules. They suffice to compare rules with each other.
     pub fn numbered(rules: &[Rule]) -> Self {
         let paths: BTreeSet<&String> = rules.iter().flat_map(|rule| &rule.cgroups).collect();
         let ids = (1..).map(|id| vec![id]);
@@ -199,7 +199,7 @@ impl Owners {
         }
     }
 
-    /// The same with the last identity of each cgroup alone.
+    /// A copy with only the last ID of each cgroup.
     #[must_use]
     pub fn without_former(&self) -> Self {
         let last = |(path, ids): (&String, &Vec<u64>)| {
@@ -212,7 +212,7 @@ impl Owners {
         }
     }
 
-    /// The number of a user; none where the name is not known.
+    /// The UID of a user. `None` if the name is unknown.
     pub fn uid(&self, user: &User) -> Option<u32> {
         match user {
             User::Uid(uid) => Some(*uid),
@@ -220,7 +220,7 @@ impl Owners {
         }
     }
 
-    /// The identities of a cgroup, or of all that fit a pattern.
+    /// The IDs of a cgroup, or of all cgroups that match a pattern.
     fn cgroup_ids(&self, path: &str) -> Vec<u64> {
         if !is_pattern(path) {
             return self.cgroups.get(path).cloned().unwrap_or_default();
@@ -232,7 +232,7 @@ impl Owners {
     }
 }
 
-/// What a rule asks of the user: one choice of none where any will do.
+/// The UIDs that a rule allows. A single `None` if it allows any.
 pub(super) fn uids(rule: &Rule, owners: &Owners) -> Vec<Option<u32>> {
     if rule.users.is_empty() {
         return vec![None];
@@ -241,7 +241,7 @@ pub(super) fn uids(rule: &Rule, owners: &Owners) -> Vec<Option<u32>> {
     uids.into_iter().map(Some).collect()
 }
 
-/// What a rule asks of the cgroup: one choice of 0 where any will do.
+/// The cgroup IDs that a rule allows. A single 0 if it allows any.
 pub(super) fn cgroup_ids(rule: &Rule, owners: &Owners) -> Vec<u64> {
     let Some(paths) = outermost(&rule.cgroups) else {
         return vec![0];
@@ -251,8 +251,7 @@ pub(super) fn cgroup_ids(rule: &Rule, owners: &Owners) -> Vec<u64> {
     ids.into_iter().collect()
 }
 
-/// The cgroups of a rule without those that lie below others; nothing where they are all that there
-/// are.
+/// The cgroups of a rule without those below another one. `None` if the rule allows any cgroup.
 pub(super) fn outermost(paths: &[String]) -> Option<Vec<&str>> {
     if paths.is_empty() || paths.iter().any(|path| path == "/") {
         return None;

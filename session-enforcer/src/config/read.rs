@@ -1,4 +1,4 @@
-//! From the document to the configuration: the tables of the daemon, and the list of rules.
+//! Converts the document to the configuration: the daemon's tables and the list of rules.
 
 use super::document::{Document, Field, Keys, Section};
 use super::value::{
@@ -21,7 +21,7 @@ const ALLOWED_NAMESPACES: &str = "\"all\" or \"own\"";
 
 const _: () = assert!(MAX_MAX_SESSIONS == 16_777_216, "the text above says so");
 
-/// Every table of the contract with its keys. The order is that of the constants below.
+/// Every documented table with its keys, in the order of the constants below.
 pub(super) static TABLES: [Keys; 6] = [
     Keys {
         header: "no header, at the top of the file",
@@ -88,7 +88,7 @@ const AUDIT: usize = 3;
 const CONTROL: usize = 4;
 const RULE: usize = 5;
 
-/// The configuration that the document describes, as far as nothing in it is wrong.
+/// The configuration that the document describes. Invalid parts keep their defaults.
 pub(super) fn config(document: &Document<'_>) -> Config {
     let mut config = Config::with_rules(Vec::new());
     let Some(tables) = document.tables() else {
@@ -124,7 +124,7 @@ pub(super) fn config(document: &Document<'_>) -> Config {
     config
 }
 
-/// A table of the top level, if it is there, whose unknown keys are refused.
+/// The top-level table of this name, if it is present. Reports its unknown keys.
 fn table<'a>(root: &Section<'a>, name: &'static str, keys: usize) -> Option<Section<'a>> {
     let section = root.read(name, |field| {
         field.section(format!("{name}."), ALLOWED_TABLE)
@@ -167,7 +167,8 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
     }
 }
 
-/// Whether records are to be on the disk, which the journal promises nobody.
+/// Reads `audit.sync`, which is invalid with the journal: journald does not report when a record is on the
+/// disk.
 fn read_sync(field: &Field<'_>, target: &AuditTarget) -> Result<bool, ConfigError> {
     let is_synced = field.truth()?;
     if is_synced && *target == AuditTarget::Journald {
@@ -190,7 +191,7 @@ fn read_control(control: &Section<'_>, config: &mut Config) {
     }
 }
 
-/// Where the metrics are served, and what is doubtful about it.
+/// Reads the metrics' address, with a possible warning.
 fn read_listen(field: &Field<'_>) -> Result<(Option<MetricsListen>, Vec<Warning>), ConfigError> {
     let listen = field.parse(ALLOWED_LISTEN, parse_listen)?;
     let doubt = listen.as_ref().and_then(MetricsListen::doubt);
@@ -231,7 +232,7 @@ fn read_rules(root: &Section<'_>, config: &mut Config) {
     let (rules, sections) = rule::read_all(&sources, &TABLES[RULE], &TABLES);
     config.rules = rules;
     if document.error_count() > 0 {
-        // What follows compares whole rules.
+        // The checks below compare complete rules.
         return;
     }
     if let Err((index, problem)) = entries::check_count(&config.rules) {
@@ -249,7 +250,7 @@ fn read_rules(root: &Section<'_>, config: &mut Config) {
     config.warnings.sort_by_key(line);
 }
 
-/// What is doubtful about the rules, by their index and in their order.
+/// The warnings about rules, by their index and in their order.
 fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
     let name = |index: usize| config.rules[index].name.clone();
     let shadowed = |(index, by): (usize, Vec<usize>)| {

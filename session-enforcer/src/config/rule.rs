@@ -1,4 +1,4 @@
-//! One rule, from its table in the document.
+//! Reads one rule from its table of the document.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -31,7 +31,7 @@ const ALLOWED_MIN_ANSWER: &str = "a number of bytes from 1 to 1048576";
 const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
 const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
 
-/// Longest name of a rule. It is a label of every metric and stands in every audit record.
+/// The maximum length of a rule's name, which is a label of metrics and a field of every audit record.
 const MAX_NAME_CHARS: usize = 64;
 
 /// The elements of the list of rules.
@@ -47,8 +47,7 @@ pub(super) fn sources<'a>(list: &Field<'a>) -> Result<Vec<Field<'a>>, ConfigErro
     }
 }
 
-/// The rules that the elements describe, each with its table. Where none of them is wrong, there are as many
-/// of both.
+/// Reads the rules with their tables. If none has an error, both lists have the same length.
 pub(super) fn read_all<'a>(
     elements: &[Field<'a>],
     keys: &Keys,
@@ -69,7 +68,7 @@ pub(super) fn read_all<'a>(
             None => numbered,
         };
         section.check_keys(keys, others);
-        // A misspelt key may be the very name.
+        // A misspelt key may be the name.
         if !section.has("name") && document.error_count() == before {
             let key = Some(format!("{}name", section.label));
             let missing = document.error(Some(section.offset), key, Problem::NoName);
@@ -80,7 +79,7 @@ pub(super) fn read_all<'a>(
     (1..).zip(elements).filter_map(&mut read_one).unzip()
 }
 
-/// The name of a rule, if it is right and no other has it. `lines` has the names so far and where they stand.
+/// The name of a rule, if it is valid and unique. `lines` maps the names so far to their lines.
 fn read_name<'a>(section: &Section<'a>, lines: &mut HashMap<&'a str, u32>) -> Option<&'a str> {
     section.read("name", |field| {
         let name = checked_name(field)?;
@@ -102,8 +101,8 @@ fn checked_name<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
     Ok(name)
 }
 
-/// The rule that a table describes. `before` is how much was wrong in the document before this rule: what is
-/// wrong with a rule as a whole is said where no key of it can be the cause.
+/// Reads a rule from its table. `before` is the number of errors before this rule: an error about the whole
+/// rule is reported only if none of its keys can be the cause.
 fn read(section: &Section<'_>, name: &str, before: usize) -> Rule {
     let document = section.document;
     let mut rule = Rule::named(name);
@@ -133,7 +132,7 @@ fn read(section: &Section<'_>, name: &str, before: usize) -> Rule {
     rule
 }
 
-/// Where a table names the users of its rule.
+/// The location of the rule's users.
 fn users_at(section: &Section<'_>) -> Option<Location> {
     let field = section.field("users")?;
     let location = section
@@ -160,7 +159,7 @@ fn read_action(field: &Field<'_>) -> Result<Action, ConfigError> {
     field.choice(ALLOWED_ACTION, &choices)
 }
 
-/// The elements of a list, each through `read`; an absent list is an empty one.
+/// Reads each element of a list. A missing list is empty.
 fn list<T>(
     section: &Section<'_>,
     key: &str,
@@ -198,7 +197,7 @@ fn read_user(field: &Field<'_>) -> Result<User, ConfigError> {
     uid(number).ok_or_else(|| field.not_allowed(ALLOWED_USER))
 }
 
-/// The limits, and the keys that say how they are meant.
+/// Reads the limits and the keys that modify them.
 fn read_limits(section: &Section<'_>, rule: &mut Rule) {
     rule.idle_timeout = read_limit(section, "idle_timeout", rule.action);
     rule.max_lifetime = read_limit(section, "max_lifetime", rule.action);
@@ -251,7 +250,7 @@ fn read_limits(section: &Section<'_>, rule: &mut Rule) {
     rule.max_sessions = max_sessions.unwrap_or_default();
 }
 
-/// Refuses a key that says how a limit is meant where none of these is there, right or wrong.
+/// Refuses a key that modifies a limit if none of these limits is present, valid or not.
 fn require_limit(
     field: &Field<'_>,
     section: &Section<'_>,
@@ -283,7 +282,7 @@ where
         .ok_or_else(|| field.not_allowed(allowed))
 }
 
-/// Reads `"10%"`. What it leaves of the lifetime is a limit like any other.
+/// Reads `"10%"`. The remaining lifetime must be a valid limit.
 fn read_jitter(field: &Field<'_>, lifetime: Option<Duration>) -> Result<u8, ConfigError> {
     let percent = field
         .text(ALLOWED_JITTER)?

@@ -1,8 +1,8 @@
-//! Finds rules that never decide because earlier ones match all of their connections.
+//! Finds rules that never decide because earlier rules match all of their connections.
 //!
-//! A connection is a point in a space of eight dimensions: direction, family, two addresses, two
-//! ports, user, cgroup. A rule is a set of boxes in it. What the boxes of earlier rules leave of the boxes of a
-//! rule is what the rule decides: a rule is named only where nothing is left.
+//! A connection is a point in a space of eight dimensions: direction, family, two addresses, two ports, user,
+//! cgroup. A rule is a set of boxes in this space. Subtracting the boxes of earlier rules leaves the
+//! connections that the rule decides. The rule is reported only if nothing remains.
 
 use std::collections::BTreeSet;
 
@@ -12,22 +12,22 @@ use super::entries::{Side, ports, product, sides};
 use super::owners::{is_below, outermost, uids};
 use super::{Owners, Rule};
 
-/// First and last of an interval.
+/// The first and the last value of an interval.
 type Interval = (u128, u128);
 
 /// Direction, family, local address, remote address, local port, remote port, user, cgroup.
 type Box8 = [Interval; 8];
 
-/// The search stops after so many comparisons of boxes, a fraction of a second. Only thousands of
-/// entries that cut each other in pieces come to that, and then no warning is given.
+/// The search stops after this number of box comparisons, which takes a fraction of a second. Only thousands
+/// of overlapping entries reach it. Then no warning is given.
 const MAX_COMPARISONS: usize = 10_000_000;
 
-/// The indices of the shadowed rules, each with those of the earlier rules that hide it.
+/// The indexes of the shadowed rules, each with the indexes of the earlier rules that shadow it.
 pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
     rules_within(rules, MAX_COMPARISONS)
 }
 
-/// As many of them as are found with so many comparisons.
+/// The same, as far as this number of comparisons permits.
 pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize, Vec<usize>)> {
     let mut earlier: Vec<(usize, Box8)> = Vec::new();
     let mut shadowed = Vec::new();
@@ -42,7 +42,7 @@ pub(super) fn rules_within(rules: &[Rule], mut comparisons: usize) -> Vec<(usize
     shadowed
 }
 
-/// The rules whose boxes leave nothing of these. One that does so alone is named alone.
+/// The rules whose boxes cover all of these. If one rule alone covers them, only that one.
 fn hiders(
     boxes: &[Box8],
     earlier: &[(usize, Box8)],
@@ -62,7 +62,8 @@ fn hiders(
     Some(together.into_iter().collect())
 }
 
-/// The rules that took a part, where all of the boxes is taken.
+/// The rules that together cover all of the boxes. `None` if a part remains, or if the comparisons are used
+/// up.
 fn cover(
     boxes: &[Box8],
     earlier: &[(usize, Box8)],
@@ -91,7 +92,7 @@ fn overlap(a: &Box8, b: &Box8) -> bool {
     a.iter().zip(b).all(|(a, b)| a.0 <= b.1 && b.0 <= a.1)
 }
 
-/// What the hole leaves of the box: along each dimension the part below and the part above it.
+/// The parts of the box outside the hole: along each dimension one below and one above it.
 fn subtract(whole: &Box8, hole: &Box8) -> Vec<Box8> {
     if !overlap(whole, hole) {
         return vec![*whole];
@@ -116,11 +117,11 @@ fn subtract(whole: &Box8, hole: &Box8) -> Vec<Box8> {
     left
 }
 
-/// The owners that the rules name. Two names may be those of one user, and no more is known of
-/// them here: they count as different, which leaves a warning out and never makes one up.
+/// The owners in the rules. Two different names may mean the same user, which is unknown here. They count as
+/// different, which can suppress a warning but never causes a wrong one.
 struct Named {
     owners: Owners,
-    /// In the order of a walk down the tree: those below one follow it.
+    /// In depth-first order, so that the cgroups below a cgroup follow it.
     cgroups: Vec<String>,
 }
 
@@ -128,7 +129,7 @@ impl Named {
     fn in_rules(rules: &[Rule]) -> Self {
         let owners = Owners::numbered(rules);
         let mut cgroups: Vec<String> = owners.cgroups.keys().cloned().collect();
-        // By their levels: a path comes right before those below it.
+        // Compare level by level, so that a path directly precedes those below it.
         cgroups.sort_by(|a, b| a.split('/').cmp(b.split('/')));
         Self { owners, cgroups }
     }
@@ -141,8 +142,8 @@ impl Named {
         uids(rule, &self.owners).into_iter().map(interval).collect()
     }
 
-    /// The places of the named cgroups that are or lie below those of the rule. The place of a
-    /// cgroup stands for it and for all below it that nobody names; 0 for all others.
+    /// The positions of the named cgroups that the rule covers. A named cgroup's position also stands for the
+    /// unnamed cgroups below it. Position 0 stands for all others.
     fn cgroups(&self, rule: &Rule) -> Vec<Interval> {
         let Some(paths) = outermost(&rule.cgroups) else {
             return vec![(0, u128::MAX)];
@@ -175,7 +176,7 @@ fn boxes(rule: &Rule, named: &Named) -> Vec<Box8> {
     let owners = product(named.uids(rule), named.cgroups(rule));
     let ranges = product(ranges.collect(), owners.collect());
     let (local, remote) = (addresses(&rule.local), addresses(&rule.remote));
-    // The two ends of a connection are of one family.
+    // The endpoints of a connection have the same family.
     let pairs = product(local, remote).filter(|((a, _), (b, _))| a == b);
     pairs
         .flat_map(|((family, local), (_, remote))| {
@@ -194,7 +195,7 @@ enum Family {
     V6,
 }
 
-/// The intervals of the addresses, none with addresses of both families.
+/// The intervals of the addresses. No interval spans both families.
 fn addresses(nets: &[IpNet]) -> Vec<(Family, Interval)> {
     sides(nets).into_iter().flat_map(side_intervals).collect()
 }

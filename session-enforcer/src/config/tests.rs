@@ -10,21 +10,21 @@ mod values;
 
 use super::*;
 
-/// The error of a text, which is one line.
+/// The error of a text. It must be one line.
 fn refused(text: &str) -> String {
     let message = Config::parse("x.toml", text).unwrap_err().to_string();
     assert!(!message.contains('\n'), "{message:?}");
     message
 }
 
-/// Each text with the error that it gives.
+/// Checks each text with its expected error.
 fn all_refused(cases: &[(&str, &str)]) {
     for (text, message) in cases {
         assert_eq!(refused(text), *message, "in:\n{text}");
     }
 }
 
-/// The rule of a text of conditions and limits.
+/// Parses a rule from the text of its conditions and limits.
 fn rule(text: &str) -> Rule {
     let text = format!("[[rule]]\nname = 'a'\n{text}\n");
     match Config::parse("x.toml", &text) {

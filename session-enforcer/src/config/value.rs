@@ -1,5 +1,5 @@
-//! The values that are written as text, in the file and on the command line: ports, prefixes,
-//! times, addresses, and where the audit goes.
+//! Parses values that are written as text in the file and on the command line: ports, prefixes, times,
+//! addresses, and the target of the audit.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -23,15 +23,16 @@ pub(super) const ALLOWED_CONTROL_SOCKET: &str = "the absolute path of a Unix soc
 pub(super) const ALLOWED_GROUP: &str = "the name of a group such as \"netops\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str = "\"-\" for standard output, \"journald\", or a file's absolute path such as \"/var/log/sessions.json\"";
 
-/// Shortest limit of a rule: below it, the ticks in which the kernel counts the age of an adopted session would show.
+/// The shortest limit of a rule. Below it, the tick granularity of an adopted session's age would be
+/// noticeable.
 pub const MIN_LIMIT: Duration = Duration::from_secs(1);
 
-/// Longest limit of a rule, 36500d: a hundred years in nanoseconds still fit in 63 bits, so that
-/// no sum of a limit and a time stamp overflows.
+/// The longest limit of a rule, 36500d. A hundred years in nanoseconds fit in 63 bits, so the sum of a limit
+/// and a time stamp never overflows.
 pub const MAX_LIMIT: Duration = Duration::from_secs(36_500 * 86_400);
 
-/// Units of time and their milliseconds, longest first. There is no month and no year: `M` beside
-/// `m` is a trap, and neither has a fixed length.
+/// Units of time in milliseconds, longest first. There is no month and no year: `M` could be confused with
+/// `m`, and neither has a fixed length.
 const UNITS: [(&str, u64); 5] = [
     ("d", 86_400_000),
     ("h", 3_600_000),
@@ -45,11 +46,11 @@ fn not_allowed(text: &str, allowed: &'static str) -> Problem {
     Problem::NotAllowed { found, allowed }
 }
 
-/// A port, or a range of ports, as in `5432` and `6000-6010`.
+/// Parses a port or a range of ports, as in `5432` and `6000-6010`.
 ///
 /// # Errors
 ///
-/// Where the text is neither, a port is 0 or above 65535, or the range runs backwards.
+/// Fails if the text is neither, a port is 0 or above 65535, or the range runs backwards.
 pub fn parse_ports(text: &str) -> Result<PortRange, Problem> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let (Some(first), Some(last)) = (port(first), port(last)) else {
@@ -62,18 +63,18 @@ pub fn parse_ports(text: &str) -> Result<PortRange, Problem> {
 }
 
 fn port(text: &str) -> Option<u16> {
-    // `u16::from_str` would take a sign too.
+    // `u16::from_str` would also accept a sign.
     let digits = text.bytes().all(|b| b.is_ascii_digit());
     let number = text.parse().ok()?;
     (digits && number > 0).then_some(number)
 }
 
-/// A prefix as in `10.0.0.0/8`, or an address as the prefix of that address alone. A prefix of
-/// IPv4-mapped addresses is the IPv4 prefix that it stands for.
+/// Parses a prefix as in `10.0.0.0/8`. An address alone is the prefix that contains only it. A prefix of
+/// IPv4-mapped addresses becomes the IPv4 prefix.
 ///
 /// # Errors
 ///
-/// Where the text is neither, or a bit after the prefix is set.
+/// Fails if the text is neither, or if a bit after the prefix is set.
 pub fn parse_prefix(text: &str) -> Result<IpNet, Problem> {
     let net = match (text.parse::<IpNet>(), text.parse::<IpAddr>()) {
         (Ok(net), _) => net,
@@ -96,12 +97,12 @@ fn ipv4_of(net: Ipv6Net) -> Option<Ipv4Net> {
     Ipv4Net::new(net.addr().to_ipv4_mapped()?, length).ok()
 }
 
-/// A time as in `90s`, `15m`, `12h` or `1h30m`: whole numbers, each with a unit of `d`, `h`, `m`,
-/// `s` or `ms`, the longer unit first.
+/// Parses a time as in `90s`, `15m`, `12h` or `1h30m`: whole numbers with the units `d`, `h`, `m`, `s` or
+/// `ms`, longer units first.
 ///
 /// # Errors
 ///
-/// Where the text is not such a time, has no unit, or is longer than [`MAX_LIMIT`].
+/// Fails if the text is no such time, has no unit, or is longer than [`MAX_LIMIT`].
 pub fn parse_duration(text: &str) -> Result<Duration, Problem> {
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         let number = text.to_owned();
@@ -122,7 +123,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, Problem> {
     Ok(duration)
 }
 
-/// The numbers of a time with the milliseconds of their units, or nothing where it is not a time.
+/// The numbers of a time with the milliseconds of their units. `None` if the text is not a time.
 fn time_parts(text: &str) -> Option<Vec<(&str, u64)>> {
     let mut units = UNITS.iter();
     let mut parts = Vec::new();
@@ -130,7 +131,7 @@ fn time_parts(text: &str) -> Option<Vec<(&str, u64)>> {
     while !rest.is_empty() || parts.is_empty() {
         let (number, after) = split_at_first(rest, |c| !c.is_ascii_digit())?;
         let (unit, after) = split_at_first(after, |c| !c.is_ascii_alphabetic())?;
-        // The iterator goes on where it stopped: each unit once, and the longer one first.
+        // The iterator continues after the last unit, so each unit occurs once and longer units come first.
         let (_, unit_ms) = units.find(|(name, _)| *name == unit)?;
         parts.push((number, *unit_ms));
         rest = after.strip_prefix(' ').unwrap_or(after);
@@ -138,17 +139,17 @@ fn time_parts(text: &str) -> Option<Vec<(&str, u64)>> {
     Some(parts)
 }
 
-/// The text before the first such character and the rest; nothing where the former is empty.
+/// Splits the text before the first such character. `None` if nothing precedes it.
 fn split_at_first(text: &str, stop: impl Fn(char) -> bool) -> Option<(&str, &str)> {
     let at = text.find(stop).unwrap_or(text.len());
     (at > 0).then(|| text.split_at(at))
 }
 
-/// A time that may be the limit of a rule: [`MIN_LIMIT`] to [`MAX_LIMIT`].
+/// Parses a time that is a valid limit of a rule: [`MIN_LIMIT`] to [`MAX_LIMIT`].
 ///
 /// # Errors
 ///
-/// As [`parse_duration`], and where it is shorter than [`MIN_LIMIT`].
+/// Fails as [`parse_duration`] does, and if the time is shorter than [`MIN_LIMIT`].
 pub fn parse_limit(text: &str) -> Result<Duration, Problem> {
     let duration = parse_duration(text)?;
     if duration < MIN_LIMIT {
@@ -158,7 +159,7 @@ pub fn parse_limit(text: &str) -> Result<Duration, Problem> {
     Ok(duration)
 }
 
-/// The time as [`parse_duration`] reads it, in whole milliseconds.
+/// Formats the time for [`parse_duration`], in whole milliseconds.
 pub fn format_duration(duration: Duration) -> String {
     let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let mut text = String::new();
@@ -174,11 +175,11 @@ pub fn format_duration(duration: Duration) -> String {
     text
 }
 
-/// Where the metrics are served: an address with a port, or nothing for the empty text.
+/// Parses the metrics' address: an address with a port, or `None` for the empty text.
 ///
 /// # Errors
 ///
-/// Where the text is neither.
+/// Fails if the text is neither.
 pub fn parse_listen(text: &str) -> Result<Option<MetricsListen>, Problem> {
     if text.is_empty() {
         return Ok(None);
@@ -196,11 +197,11 @@ pub fn parse_listen(text: &str) -> Result<Option<MetricsListen>, Problem> {
         .map_err(|_| not_allowed(text, ALLOWED_LISTEN))
 }
 
-/// Where the audit goes: `-` is standard output, `journald` the journal, anything else an absolute path.
+/// Parses the audit's target: `-` is standard output, `journald` the journal, anything else an absolute path.
 ///
 /// # Errors
 ///
-/// Where the path is relative.
+/// Fails if the path is relative.
 pub fn parse_audit(text: &str) -> Result<AuditTarget, Problem> {
     match text {
         "-" => Ok(AuditTarget::Stdout),
@@ -210,11 +211,11 @@ pub fn parse_audit(text: &str) -> Result<AuditTarget, Problem> {
     }
 }
 
-/// Where pins are: an absolute path, or "" for nowhere.
+/// Parses the directory of the pins: an absolute path, or `None` for the empty text.
 ///
 /// # Errors
 ///
-/// Where the path is relative.
+/// Fails if the path is relative.
 pub fn parse_pin_dir(text: &str) -> Result<Option<PathBuf>, Problem> {
     match text {
         "" => Ok(None),
@@ -223,11 +224,11 @@ pub fn parse_pin_dir(text: &str) -> Result<Option<PathBuf>, Problem> {
     }
 }
 
-/// Where the control socket is: an absolute path, or "" for nowhere.
+/// Parses the control socket's location: an absolute path, or "" for no socket.
 ///
 /// # Errors
 ///
-/// Where the path is relative.
+/// Fails if the path is relative.
 pub fn parse_control_socket(text: &str) -> Result<ControlSocket, Problem> {
     match text {
         "" => Ok(ControlSocket::Nowhere),
@@ -236,7 +237,7 @@ pub fn parse_control_socket(text: &str) -> Result<ControlSocket, Problem> {
     }
 }
 
-/// The name of a group, or "" for none.
+/// Parses the name of a group, or "" for no group.
 pub(super) fn parse_group(text: &str) -> Result<Option<String>, Problem> {
     let strange = |c: char| c.is_control() || c.is_whitespace() || matches!(c, ':' | ',' | '/');
     match text {
@@ -246,8 +247,8 @@ pub(super) fn parse_group(text: &str) -> Result<Option<String>, Problem> {
     }
 }
 
-/// Whether the text is a path that means the same wherever the daemon was started.
+/// Whether the text is an absolute path, which does not depend on the working directory.
 pub(super) fn is_absolute(text: &str) -> bool {
-    // The kernel ends a path at the first zero byte.
+    // A path with a zero byte would be cut there by the kernel.
     Path::new(text).is_absolute() && !text.contains('\0')
 }

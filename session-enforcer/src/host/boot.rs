@@ -1,23 +1,23 @@
-//! Which boot of the host this is.
+//! Identifies the current boot of the host.
 
 use std::fs;
 
-/// The kernel's name of this boot, another after each.
+/// The kernel's boot ID, which changes with each boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The name of this boot, 32 hexadecimal digits; empty where the kernel does not tell.
+/// Returns the boot ID as 32 hexadecimal digits, or an empty string if the kernel does not report it.
 pub fn id() -> String {
     let id = fs::read_to_string(BOOT_ID).unwrap_or_default();
     id.trim().replace('-', "")
 }
 
-/// A number that is the same for every daemon of this boot, and that nobody beyond the host knows.
+/// A number that all daemons of this boot share and that nobody outside the host knows.
 pub fn key() -> u64 {
     let id = u128::from_str_radix(&id(), 16).unwrap_or_default();
     (id >> 64) as u64 ^ (id as u64).rotate_left(1)
 }
 
-/// The kernel's release, as `uname -r` prints it.
+/// The kernel release, as `uname -r` prints it.
 pub fn kernel_release() -> String {
     nix::sys::utsname::uname()
         .map(|names| names.release().to_string_lossy().into_owned())

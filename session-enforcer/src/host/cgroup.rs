@@ -1,4 +1,4 @@
-//! Finds the cgroup-v2 mount, and tells which cgroups lie below one.
+//! Finds the cgroup-v2 mount, cgroups by path, pattern or ID, and the cgroups below a directory.
 
 use std::{
     collections::HashSet,
@@ -20,13 +20,13 @@ use thiserror::Error;
 
 use crate::config::{fits, is_pattern};
 
-/// Cgroups of one level that can fit a pattern: more have no room in the match table.
+/// The maximum number of cgroups of one level that match a pattern. The match table has no room for more.
 const MAX_FITTING: usize = MAX_MATCH_ENTRIES as usize;
 
-/// What can be wrong with a cgroup.
+/// Errors about a cgroup.
 #[derive(Debug, Error)]
 pub enum CgroupError {
-    /// No mount of cgroup v2.
+    /// No cgroup-v2 file system is mounted.
     #[error("no cgroup2 file system is mounted; mount one: mount -t cgroup2 none /sys/fs/cgroup")]
     NotMounted,
     /// A file could not be read.
@@ -34,16 +34,16 @@ pub enum CgroupError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// The cgroup that was opened is no more.
+    /// The opened cgroup was removed.
     #[error(
         "cgroup {0} was removed, and what may be under its name now is another one that nothing is \
          attached to; restart the daemon"
     )]
     Gone(PathBuf),
-    /// The directory is not on cgroup v2.
+    /// The directory is not in a cgroup-v2 file system.
     #[error("{0} is not a cgroup-v2 directory; name one, or leave daemon.cgroup out")]
     NotCgroup2(PathBuf),
 }
@@ -55,12 +55,11 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
     }
 }
 
-/// The first mount of cgroup v2 that shows its root. On a hybrid system this is not
-/// `/sys/fs/cgroup`.
+/// Returns the first cgroup-v2 mount. On a hybrid system that is not `/sys/fs/cgroup`.
 ///
 /// # Errors
 ///
-/// Where there is none.
+/// Fails if cgroup v2 is not mounted.
 pub fn mount_point() -> Result<PathBuf, CgroupError> {
     let mounts = mountinfo().map_err(io_error(Path::new(MOUNTINFO)))?;
     parse_mount_point(&mounts).ok_or(CgroupError::NotMounted)
@@ -69,13 +68,13 @@ pub fn mount_point() -> Result<PathBuf, CgroupError> {
 /// The mounts that this process sees.
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// The text of the mounts. Users may mount (FUSE) under any name: one that is no UTF-8 must not hide the
-/// others.
+/// Reads the mount table. Users can mount (FUSE) under any name, so invalid UTF-8 in one line must not make
+/// the whole table unreadable.
 pub(crate) fn mountinfo() -> io::Result<String> {
     Ok(String::from_utf8_lossy(&fs::read(MOUNTINFO)?).into_owned())
 }
 
-/// Format: proc(5), `/proc/pid/mountinfo`.
+/// The format is that of `/proc/pid/mountinfo` in proc(5).
 fn parse_mount_point(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (before, after) = line.split_once(" - ")?;
@@ -84,7 +83,7 @@ fn parse_mount_point(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
-/// Space, tab, newline and backslash are written as three octal digits in mountinfo.
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
 pub(crate) fn unescape(field: &str) -> String {
     [
         ("\\040", " "),
@@ -98,21 +97,21 @@ pub(crate) fn unescape(field: &str) -> String {
     })
 }
 
-/// A cgroup-v2 directory that was opened.
+/// An open cgroup-v2 directory.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
     file: fs::File,
-    /// Whether it contains every socket, those of removed cgroups too.
+    /// Whether this is the root cgroup, which contains every socket, also those of removed cgroups.
     is_root: bool,
 }
 
 impl Cgroup {
-    /// Opens a directory on cgroup v2.
+    /// Opens a cgroup-v2 directory.
     ///
     /// # Errors
     ///
-    /// Where it is not there, or is not one.
+    /// Fails if the directory does not exist or is not in a cgroup-v2 file system.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
         let file = fs::File::open(path).map_err(io_error(path))?;
         let kind = statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
@@ -122,34 +121,34 @@ impl Cgroup {
         Ok(Self {
             path: path.to_owned(),
             file,
-            // Every cgroup but the root has this file. Asked once, while the path is certainly that
-            // of the opened directory: the path of a removed cgroup has no such file either.
+            // Every cgroup but the root has this file. The check is made once, while the path certainly leads
+            // to the open directory: for a removed cgroup the file is missing too.
             is_root: !path.join("cgroup.events").exists(),
         })
     }
 
-    /// The open directory, to attach to.
+    /// The open directory, for attaching programs.
     pub fn file(&self) -> &fs::File {
         &self.file
     }
 
-    /// Where it is.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is no longer what its path names: it was removed.
+    /// Whether the cgroup was removed, so that its path no longer leads to it.
     pub fn is_gone(&self) -> bool {
         let opened = self.file.metadata().map(|opened| opened.ino());
         let there = fs::metadata(&self.path).map(|there| there.ino());
         !self.is_root && (opened.is_err() || there.ok() != opened.ok())
     }
 
-    /// Fails where it was removed: an attachment here does not cover what may be under its name now.
+    /// Fails if the cgroup was removed. An attachment to it does not cover a new cgroup of the same name.
     ///
     /// # Errors
     ///
-    /// That it was.
+    /// [`CgroupError::Gone`] if it was removed.
     pub fn check_there(&self) -> Result<(), CgroupError> {
         if self.is_gone() {
             return Err(CgroupError::Gone(self.path.clone()));
@@ -157,18 +156,18 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Whether an attachment here covers every socket of the host.
+    /// Whether an attachment to this cgroup covers every socket of the host.
     pub fn is_root(&self) -> bool {
         self.is_root
     }
 }
 
 impl Scope {
-    /// The cgroups that an attachment to this directory covers.
+    /// Lists the cgroups that an attachment to this directory covers.
     ///
     /// # Errors
     ///
-    /// Where the directory cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn below(directory: &Path) -> Result<Self, CgroupError> {
         let root = fs::metadata(directory).map_err(io_error(directory))?.ino();
         let mut ids = HashSet::from([root]);
@@ -181,10 +180,10 @@ impl Scope {
     }
 }
 
-/// Hands over every cgroup below a directory, by its identity, which is the inode number of its directory,
-/// and the names that lead to it, until one is taken. Goes from one directory to the next and holds one
-/// open at a time: whoever may make cgroups may make them deeper than a path can name. One that is removed
-/// meanwhile is passed over.
+/// Calls `take` for every cgroup below a directory until it returns true. Its arguments are the cgroup ID
+/// (the inode number of the directory) and the names of the path. The walk opens each directory relative to
+/// the previous one and holds only one open at a time, because users can nest cgroups deeper than a path can
+/// express. A cgroup that is removed during the walk is skipped.
 fn walk(root: &Path, mut take: impl FnMut(u64, &[OsString]) -> bool) -> io::Result<()> {
     let mut here = fs::File::open(root)?;
     let (mut way, mut waiting) = (Vec::new(), vec![below(&here)?]);
@@ -220,7 +219,7 @@ fn open_directory(at: &fs::File, name: &OsStr) -> io::Result<fs::File> {
     Ok(openat(at, name, flags, Mode::empty())?.into())
 }
 
-/// The directories in one, with their inode numbers.
+/// Lists the child directories with their inode numbers.
 fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
     let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?.flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
@@ -229,14 +228,14 @@ fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
         .collect())
 }
 
-/// The whole hierarchy, to find cgroups by their paths from its root and by their identities.
+/// The whole cgroup hierarchy; finds cgroups by path and by ID.
 #[derive(Debug)]
 pub struct Tree {
     mount: PathBuf,
     root: fs::File,
 }
 
-/// `struct file_handle` of a cgroup: its identity (`linux/fcntl.h`, `linux/exportfs.h`).
+/// A `struct file_handle` for a cgroup (`linux/fcntl.h`, `linux/exportfs.h`). `id` is the cgroup ID.
 #[repr(C)]
 struct CgroupHandle {
     bytes: u32,
@@ -248,11 +247,11 @@ struct CgroupHandle {
 const HANDLE_OF_KERNFS: i32 = 0xfe;
 
 impl Tree {
-    /// Opens the mount of cgroup v2.
+    /// Opens the cgroup-v2 mount.
     ///
     /// # Errors
     ///
-    /// Where there is none.
+    /// Fails if cgroup v2 is not mounted.
     pub fn open() -> Result<Self, CgroupError> {
         Self::at(mount_point()?)
     }
@@ -262,19 +261,19 @@ impl Tree {
         Ok(Self { mount, root })
     }
 
-    /// The directory of a cgroup that is named by its path from the root.
+    /// The directory of the cgroup with this path from the root.
     pub fn directory(&self, path: &str) -> PathBuf {
         self.mount.join(path.trim_start_matches('/'))
     }
 
-    /// The identity of the cgroup that is there now under a path from the root.
+    /// The ID of the cgroup that currently has this path from the root.
     pub fn id(&self, path: &str) -> Option<u64> {
         let metadata = fs::metadata(self.directory(path)).ok()?;
         metadata.is_dir().then(|| metadata.ino())
     }
 
-    /// The cgroups that are there and fit a pattern, and the directories whose parents are to be watched for
-    /// others. Of one level no more than [`MAX_FITTING`].
+    /// Returns the cgroups that match a pattern, and the directories whose parents must be watched for
+    /// further matches. At most [`MAX_FITTING`] of one level.
     pub fn fitting(&self, pattern: &str) -> (Vec<String>, Vec<PathBuf>) {
         let mut found = vec![String::new()];
         let mut awaited = Vec::new();
@@ -287,8 +286,8 @@ impl Tree {
         (found, awaited)
     }
 
-    /// The cgroups right below one whose names fit. One that has gone meanwhile has none. A name that is no
-    /// UTF-8 fits nothing.
+    /// Returns the child cgroups whose names match. A removed cgroup has none. A name that is not UTF-8
+    /// matches nothing.
     fn named(&self, above: &str, name: &str) -> Vec<String> {
         if !is_pattern(name) {
             let path = format!("{above}/{name}");
@@ -306,17 +305,17 @@ impl Tree {
             .collect()
     }
 
-    /// The path from the root of the cgroup with this identity; none where it is no more.
+    /// The path from the root of the cgroup with this ID. `None` if it no longer exists.
     pub fn path(&self, id: u64) -> Option<String> {
         let directory = self.find(id)?;
         let path = directory.strip_prefix(&self.mount).ok()?;
         Some(format!("/{}", path.to_string_lossy()))
     }
 
-    /// The directory of the cgroup with this identity.
+    /// The directory of the cgroup with this ID.
     fn find(&self, id: u64) -> Option<PathBuf> {
         let found = match self.link(id) {
-            // Without the capability to open by handle (`CAP_DAC_READ_SEARCH`).
+            // Without `CAP_DAC_READ_SEARCH` the process may not open by handle; then search the whole tree.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let is_root = self.root.metadata().is_ok_and(|root| root.ino() == id);
                 if is_root {
@@ -327,19 +326,20 @@ impl Tree {
             }
             other => other.ok(),
         };
-        // To the name of one that was removed the kernel adds a mark, which may be a part of a name, too.
+        // The kernel appends " (deleted)" to the name of a removed cgroup. A real name can end like that too,
+        // so compare the inode number.
         let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.ino() == id);
         found.filter(is_it)
     }
 
-    /// The name that the kernel has for the cgroup with this identity.
+    /// Resolves the cgroup ID to the kernel's path.
     fn link(&self, id: u64) -> io::Result<PathBuf> {
         let handle = CgroupHandle {
             bytes: size_of::<u64>() as u32,
             kind: HANDLE_OF_KERNFS,
             id,
         };
-        // SAFETY: a handle with as many bytes as it says, and an open descriptor.
+        // SAFETY: the handle has as many bytes as its header says, and the descriptor is open.
         let fd = unsafe {
             libc::syscall(
                 libc::SYS_open_by_handle_at,
@@ -349,20 +349,20 @@ impl Tree {
             )
         };
         let fd = nix::errno::Errno::result(fd)?;
-        // SAFETY: the system call has just opened it for this process.
+        // SAFETY: the system call has just opened the descriptor for this process.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
         fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
     }
 
-    /// The identities of the cgroup and of those above it, but for the root, which is only among its own. None
-    /// of one that is no more.
+    /// The IDs of the cgroup and of its ancestors, without the root (the root itself has only its own ID).
+    /// `None` if the cgroup no longer exists.
     pub fn ancestors(&self, id: u64) -> Option<Ancestors> {
         let directory = self.find(id)?;
         let path = directory.strip_prefix(&self.mount).ok()?;
         if path.as_os_str().is_empty() {
             return Some(Ancestors::of(&[id]));
         }
-        // As in the kernel, the levels next to the root are kept of a cgroup that lies deeper.
+        // For a deep cgroup only the levels next to the root are kept, as in the eBPF programs.
         let mut above = self.mount.clone();
         let mut ids = Vec::new();
         for name in path.components().take(MAX_CGROUP_LEVELS) {
@@ -373,7 +373,7 @@ impl Tree {
     }
 }
 
-/// The directory with this inode number below one.
+/// Searches a directory tree for the cgroup with this ID.
 fn search(directory: &Path, wanted: u64) -> Option<PathBuf> {
     let mut found = None;
     let searched = walk(directory, |id, way| {
@@ -385,18 +385,17 @@ fn search(directory: &Path, wanted: u64) -> Option<PathBuf> {
     searched.ok().and(found)
 }
 
-/// The cgroups below one.
+/// The cgroups that an attachment covers.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Every cgroup.
     All,
-    /// Those with these identities.
+    /// The cgroups with these IDs.
     Only(HashSet<u64>),
 }
 
 impl Scope {
-    /// Whether a socket of the cgroup is in scope; of one whose cgroup is not known only `All` can
-    /// say so.
+    /// Whether a socket of the cgroup is in scope. If the socket's cgroup is unknown, only `All` contains it.
     pub fn contains(&self, cgroup_id: Option<u64>) -> bool {
         match (self, cgroup_id) {
             (Self::All, _) => true,

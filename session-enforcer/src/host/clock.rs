@@ -1,4 +1,4 @@
-//! The clocks: `CLOCK_BOOTTIME` for every decision, the wall clock for what people read.
+//! The clocks. `CLOCK_BOOTTIME` serves every decision; the wall clock is only for people.
 
 use std::{fmt, time::Duration};
 
@@ -9,25 +9,25 @@ use nix::{
 };
 use serde::{Serialize, Serializer};
 
-/// The tick where the kernel does not tell it: that of the slowest configuration, `HZ=100`.
+/// The tick length if the kernel does not report it: that of the slowest configuration, `HZ=100`.
 const LONGEST_TICK_NS: u64 = 10_000_000;
 
-/// Nanoseconds of `CLOCK_BOOTTIME`, the clock of the programs' time stamps. It is monotonic, and goes on
-/// while the host sleeps: a night in suspend is idle time.
+/// `CLOCK_BOOTTIME` in nanoseconds, the clock of the eBPF programs' time stamps. It is monotonic and
+/// continues during suspend, so a suspended night counts as idle time.
 pub fn monotonic_ns() -> u64 {
     // The clock exists on every Linux, so the call cannot fail.
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, nanoseconds)
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`, for systemd, which wants that one.
+/// `CLOCK_MONOTONIC` in nanoseconds, which systemd's protocol requires.
 pub fn awake_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
 }
 
-/// How far an age that is counted in the kernel's coarse time, as those of a connection that is older than
-/// the daemon, may exceed the true one: two ticks. It goes on at a tick, by whole ticks of the clock
-/// source, whose beginnings lie elsewhere: right after a tick it is up to one behind already (6.8 ms
-/// were measured with ticks of 4 ms, Linux 6.18). Where a tick comes late, it is behind by as much.
+/// The maximum error of an age that the kernel measures in coarse time, as for a connection older than the
+/// daemon: two ticks. Coarse time advances at each tick, by whole ticks of the clock source. Those ticks have
+/// another phase, so the clock can lag by one tick right after an update. With ticks of 4 ms a lag of 6.8 ms
+/// was measured (Linux 6.18). A delayed tick increases the lag by its delay.
 pub fn coarse_lag_ns() -> u64 {
     2 * clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_or(LONGEST_TICK_NS, nanoseconds)
 }
@@ -36,8 +36,8 @@ fn nanoseconds(time: TimeSpec) -> u64 {
     u64::try_from(Duration::from(time).as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The wall clock and the monotonic clock at one moment, to turn the one into the other. The wall
-/// clock may be set at any time, so a pair is only good for the records of that moment.
+/// The wall clock and the monotonic clock at one moment, for converting monotonic times. The wall clock can
+/// be set at any time, so a pair is valid only for the records of that moment.
 #[derive(Clone, Copy, Debug)]
 pub struct WallClock {
     realtime_ns: i128,
@@ -45,7 +45,7 @@ pub struct WallClock {
 }
 
 impl WallClock {
-    /// Both clocks now.
+    /// Reads both clocks.
     pub fn now() -> Self {
         let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, nanoseconds);
         Self {
@@ -54,7 +54,7 @@ impl WallClock {
         }
     }
 
-    /// The moment of the monotonic clock as RFC 3339 in UTC, with nanoseconds.
+    /// Converts a monotonic time to a wall-clock time.
     pub fn at(&self, monotonic_ns: u64) -> Moment {
         let distance = i128::from(monotonic_ns) - i128::from(self.monotonic_ns);
         let time = Timestamp::from_nanosecond(self.realtime_ns + distance);
@@ -62,7 +62,7 @@ impl WallClock {
     }
 }
 
-/// A moment of the wall clock: RFC 3339 in UTC, with nanoseconds.
+/// A wall-clock time. It prints as RFC 3339 in UTC with nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment(Timestamp);
 
@@ -114,7 +114,7 @@ mod tests {
         );
     }
 
-    /// The files of a directory and of those below it.
+    /// The files of a directory tree.
     fn files(directory: &Path) -> Vec<PathBuf> {
         let entries = fs::read_dir(directory).unwrap();
         let below = entries.map(|entry| entry.unwrap().path());
@@ -129,8 +129,8 @@ mod tests {
             .collect()
     }
 
-    /// The system's clock may be set back and forth: it is for what people read, in the records of
-    /// the audit and in the time of the last reload.
+    /// The wall clock can be set back and forth. Only times for people may use it: those in audit records and
+    /// the time of the last reload.
     #[test]
     fn nothing_is_decided_by_a_clock_that_can_be_set() {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -159,7 +159,8 @@ mod tests {
         assert_eq!(found, known);
     }
 
-    /// Programs and daemon read the one clock: two of them differ by all the time that the host has slept.
+    /// The eBPF programs and the daemon must use the same clock: `CLOCK_MONOTONIC` differs from
+    /// `CLOCK_BOOTTIME` by the time that the host was suspended.
     #[test]
     fn nothing_is_decided_by_a_clock_that_stands_still_while_the_host_sleeps() {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));

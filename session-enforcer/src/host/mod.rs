@@ -1,6 +1,6 @@
-//! What the host is asked for besides sockets: cgroups, users, clocks, privileges, whom files belong to.
+//! Services of the host besides sockets: cgroups, users, clocks, privileges, file ownership.
 //!
-//! Nothing here knows of sessions or rules.
+//! This module knows no sessions and no rules.
 
 pub mod boot;
 pub mod cgroup;

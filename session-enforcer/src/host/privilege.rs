@@ -1,10 +1,9 @@
-//! What engine and reapers may do after the start: few capabilities, an empty bounding set,
-//! `no_new_privs`, and a filter of system calls.
+//! Restricts the engine and the reapers after the start: few capabilities, an empty bounding set,
+//! `no_new_privs`, and a seccomp filter.
 //!
-//! Capabilities belong to threads. The engine's own and its writers' keep [`ENGINE`]. One thread,
-//! which does nothing but start reapers, keeps [`REAPER`]: the engine could not replace a reaper that
-//! was killed otherwise. Another one, which does nothing but load the programs of a larger session table, keeps
-//! [`LOADER`].
+//! Capabilities belong to threads. The engine's thread keeps [`ENGINE`]. One thread only starts reapers and
+//! keeps [`REAPER`]; without it the engine could not replace a killed reaper. Another thread only loads the
+//! programs of a larger session table and keeps [`LOADER`].
 
 use std::{collections::BTreeMap, thread};
 
@@ -12,18 +11,18 @@ use anyhow::{Context as _, Result, anyhow};
 use caps::{CapSet, Capability, CapsHashSet};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
-/// What the engine's calls of `bpf(2)` need after the programs are loaded and attached.
+/// The capability for the engine's bpf(2) calls after the programs are loaded and attached.
 pub const ENGINE: [Capability; 1] = [Capability::CAP_BPF];
 
-/// What it takes to load the programs (`bpf_prog_load` of `kernel/bpf/syscall.c`).
+/// The capabilities for loading the programs (`bpf_prog_load` in `kernel/bpf/syscall.c`).
 pub const LOADER: [Capability; 3] = [
     Capability::CAP_BPF,
     Capability::CAP_NET_ADMIN,
     Capability::CAP_PERFMON,
 ];
 
-/// What reapers need: to destroy sockets, to enter namespaces, to look into processes and take their
-/// sockets, and to find a cgroup by its identity.
+/// The capabilities of reapers: to destroy sockets, enter namespaces, inspect processes and duplicate their
+/// sockets, and find a cgroup by its ID.
 pub const REAPER: [Capability; 4] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_SYS_ADMIN,
@@ -31,7 +30,7 @@ pub const REAPER: [Capability; 4] = [
     Capability::CAP_DAC_READ_SEARCH,
 ];
 
-/// System calls that neither engine nor reaper makes and that would serve whoever takes one over.
+/// System calls that neither the engine nor a reaper makes, but that an attacker in either process could use.
 const FORBIDDEN_TO_ALL: [i64; 24] = [
     libc::SYS_acct,
     libc::SYS_add_key,
@@ -59,7 +58,7 @@ const FORBIDDEN_TO_ALL: [i64; 24] = [
     libc::SYS_settimeofday,
 ];
 
-/// What only reapers do.
+/// System calls that only reapers make.
 const FORBIDDEN_TO_ENGINE: [i64; 6] = [
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -69,30 +68,31 @@ const FORBIDDEN_TO_ENGINE: [i64; 6] = [
     libc::SYS_setns,
 ];
 
-/// Nine times the weight of an ordinary process (`sched_prio_to_weight`).
+/// This nice value has nine times the weight of an ordinary process (`sched_prio_to_weight`).
 const FIRST: i32 = -10;
 
-/// That of an ordinary one.
+/// The nice value of an ordinary process.
 const ORDINARY: i32 = 0;
 
-/// What only the engine does.
+/// System calls that only the engine makes.
 const FORBIDDEN_TO_REAPER: [i64; 3] = [libc::SYS_bpf, libc::SYS_execve, libc::SYS_execveat];
 
-/// Leaves the calling thread what the engine needs after the start. Threads that it starts later have
-/// no more.
+/// Reduces the calling thread to the engine's privileges after the start. Threads that it starts later
+/// inherit the restriction.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn confine_engine() -> Result<()> {
     confine(&ENGINE)
 }
 
-/// Leaves the calling thread what loading the programs needs, and threads that it starts later no more.
+/// Reduces the calling thread to the privileges for loading programs. Threads that it starts later inherit
+/// the restriction.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn confine_loader() -> Result<()> {
     confine(&LOADER)
 }
@@ -102,7 +102,7 @@ fn confine(wanted: &[Capability]) -> Result<()> {
     if has.contains(&Capability::CAP_BPF) {
         keep(wanted)?;
     } else {
-        // It includes the others (capabilities(7)).
+        // For bpf(2), `CAP_SYS_ADMIN` includes the others (capabilities(7)).
         keep(&[Capability::CAP_SYS_ADMIN])?;
     }
     caps::clear(None, CapSet::Ambient).context("PR_CAP_AMBIENT_CLEAR_ALL")?;
@@ -110,11 +110,11 @@ fn confine(wanted: &[Capability]) -> Result<()> {
     forbid(&FORBIDDEN_TO_ENGINE)
 }
 
-/// Leaves the calling thread, which a reaper's only one is, what reapers need.
+/// Reduces the calling thread, the only thread of a reaper, to a reaper's privileges.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn confine_reaper() -> Result<()> {
     keep(&REAPER)?;
     caps::clear(None, CapSet::Ambient).context("PR_CAP_AMBIENT_CLEAR_ALL")?;
@@ -122,33 +122,33 @@ pub fn confine_reaper() -> Result<()> {
     forbid(&FORBIDDEN_TO_REAPER)
 }
 
-/// Has the calling thread, and those that it starts from now on, go before others that want its processor: nobody is to
-/// put off resets by keeping the processors busy. Without `CAP_SYS_NICE` nothing changes.
+/// Raises the priority of the calling thread and of the threads that it starts later, so that busy processors
+/// cannot delay resets. Has no effect without `CAP_SYS_NICE`.
 pub fn go_first() {
     set_priority(FIRST);
 }
 
-/// Has the calling thread be one of many again: what it does takes long, or is done for others. There is no way back.
+/// Returns the calling thread to normal priority for long or secondary work. It cannot raise it again.
 pub fn give_way() {
     set_priority(ORDINARY);
 }
 
-/// Of the calling thread alone, as Linux has it.
+/// Linux applies the nice value to the calling thread alone.
 fn set_priority(nice: i32) {
-    // SAFETY: numbers only.
+    // SAFETY: the call takes no pointers.
     let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
 }
 
-/// Leaves the calling thread, which starts reapers, what they need, so that they get it whoever's the
-/// process is. The bounding set does not matter to what is inherited so.
+/// Reduces the calling thread, which starts reapers, to their capabilities, and makes those ambient, so that
+/// reapers inherit them under any user. The bounding set does not limit that inheritance.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn prepare_to_start_reapers() -> Result<()> {
     let has = caps::read(None, CapSet::Permitted).context("capget")?;
     let inherited = REAPER.into_iter().filter(|c| has.contains(c)).collect();
-    // While they are in the bounding set.
+    // Raise the inheritable set before the bounding set is emptied, which limits it.
     caps::set(None, CapSet::Inheritable, &inherited).context("capset")?;
     for capability in keep(&REAPER)? {
         caps::raise(None, CapSet::Ambient, capability).context("PR_CAP_AMBIENT_RAISE")?;
@@ -156,12 +156,12 @@ pub fn prepare_to_start_reapers() -> Result<()> {
     no_new_privileges()
 }
 
-/// Runs something on a thread that has no capabilities and the engine's filter: threads that it starts
-/// have neither more.
+/// Runs `work` on a new thread that has no capabilities and has the engine's filter. Threads that it starts
+/// inherit both.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
+/// Fails if the kernel refuses.
 pub fn unprivileged<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     let confined = || {
         keep(&[])?;
@@ -172,8 +172,8 @@ pub fn unprivileged<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     done.map_err(|_| anyhow!("a thread panicked"))?
 }
 
-/// Reduces the calling thread's capabilities to those of these that it has, and empties its bounding set
-/// where it may (`CAP_SETPCAP`); what it has then.
+/// Reduces the calling thread's capabilities to those of `wanted` that it has, and empties its bounding set
+/// if it has `CAP_SETPCAP`. Returns the capabilities that it keeps.
 fn keep(wanted: &[Capability]) -> Result<CapsHashSet> {
     let has = caps::read(None, CapSet::Permitted).context("capget")?;
     let kept: CapsHashSet = wanted.iter().copied().filter(|c| has.contains(c)).collect();
@@ -191,7 +191,7 @@ fn no_new_privileges() -> Result<()> {
     nix::sys::prctl::set_no_new_privs().context("PR_SET_NO_NEW_PRIVS")
 }
 
-/// Has these system calls fail with EPERM on the calling thread, besides those that nobody makes.
+/// Makes these system calls, and those of [`FORBIDDEN_TO_ALL`], fail with EPERM on the calling thread.
 fn forbid(calls: &[i64]) -> Result<()> {
     no_new_privileges()?;
     let calls = FORBIDDEN_TO_ALL.iter().chain(calls);
@@ -217,7 +217,7 @@ mod tests {
         .unwrap();
         assert!(permitted.is_empty());
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
-        // The calling thread keeps what it had.
+        // The calling thread keeps its privileges.
         assert!(
             std::process::Command::new("true")
                 .status()
@@ -230,7 +230,7 @@ mod tests {
     fn a_reaper_may_do_nothing_with_programs_of_the_kernel() {
         let done = thread::spawn(|| {
             confine_reaper().unwrap();
-            // SAFETY: a call that the filter ends before anything is read.
+            // SAFETY: the filter rejects the call before the kernel reads any argument.
             let status = unsafe { libc::syscall(libc::SYS_bpf, 0, 0, 0) };
             (status, std::io::Error::last_os_error().raw_os_error())
         });

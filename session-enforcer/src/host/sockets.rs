@@ -1,10 +1,11 @@
-//! How many TCP sockets the host and a network namespace have, by the kernel's own counters (`net/ipv4/proc.c`).
+//! The number of TCP sockets of the host and of a network namespace, from the kernel's counters
+//! (`net/ipv4/proc.c`).
 
 use std::fs;
 
-/// TCP sockets of all network namespaces. None where the kernel does not tell.
+/// The number of TCP sockets in all network namespaces. `None` if the kernel does not report it.
 ///
-/// `alloc` of `/proc/net/sockstat` is a number of the whole host, unlike `inuse` (`sockstat_seq_show` of
+/// `alloc` of `/proc/net/sockstat` counts the whole host, unlike `inuse` (`sockstat_seq_show` of
 /// `net/ipv4/proc.c`: `proto_sockets_allocated_sum_positive`).
 pub fn allocated() -> Option<u32> {
     number(
@@ -14,10 +15,11 @@ pub fn allocated() -> Option<u32> {
     )
 }
 
-/// Whether the calling thread's network namespace has TCP sockets with a port. True where the kernel does not tell.
+/// Whether the calling thread's network namespace has TCP sockets that are bound to a port. True if the
+/// kernel does not report it.
 ///
-/// The kernel keeps `inuse` for each processor, and its sum can miss a socket while others are opened on one processor
-/// and closed on another. So a namespace counts as empty when it was empty twice.
+/// The kernel keeps `inuse` per processor. The sum can miss a socket while others are opened on one processor
+/// and closed on another. So a namespace counts as empty only if two reads in a row give 0.
 pub fn has_tcp_sockets() -> bool {
     (0..2).any(|_| in_use() != Some(0))
 }
@@ -25,12 +27,12 @@ pub fn has_tcp_sockets() -> bool {
 fn in_use() -> Option<u32> {
     let of = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
     let ipv4 = number(&of("sockstat").ok()?, "TCP:", "inuse")?;
-    // Without IPv6 there is no such file.
+    // The file does not exist if the kernel has no IPv6.
     let ipv6 = of("sockstat6").map_or(Some(0), |text| number(&text, "TCP6:", "inuse"))?;
     Some(ipv4 + ipv6)
 }
 
-/// The number after a key of the line that begins so.
+/// The number that follows a key in the line with this prefix.
 fn number(text: &str, line: &str, key: &str) -> Option<u32> {
     let tcp = text.lines().find_map(|found| found.strip_prefix(line))?;
     let mut words = tcp.split_whitespace();

@@ -1,9 +1,9 @@
-//! Work on several threads, while the caller waits for it.
+//! Runs work on several threads while the caller waits.
 
 use std::{panic::resume_unwind, thread};
 
-/// Has this thread and up to `others` more do `work` at the same time, and returns what each made of
-/// it. Where there can be no other thread, this one does it alone.
+/// Runs `work` on the calling thread and on up to `others` more at the same time, and returns their results.
+/// If no thread can be started, the calling thread runs it alone.
 pub fn run_parallel<T: Send>(name: &str, others: usize, work: impl Fn() -> T + Sync) -> Vec<T> {
     thread::scope(|scope| {
         let spawn = |_| {

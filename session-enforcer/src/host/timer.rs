@@ -1,5 +1,5 @@
-//! One timer on `CLOCK_BOOTTIME`, the clock of the sessions' deadlines. A `timerfd` and not the
-//! runtime's own timer, whose resolution is a millisecond.
+//! A `timerfd` on `CLOCK_BOOTTIME`, the clock of the sessions' deadlines. The async runtime's own timer has a
+//! resolution of only one millisecond.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use nix::sys::{
 };
 use tokio::io::unix::AsyncFd;
 
-/// The runtime watches what has a raw descriptor.
+/// Gives tokio the raw descriptor of the timer.
 struct Descriptor(TimerFd);
 
 impl AsRawFd for Descriptor {
@@ -22,22 +22,22 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// A timer that is set to one moment, or to none.
+/// A timer that is armed for one moment, or disarmed.
 pub struct Timer {
     fd: AsyncFd<Descriptor>,
     set_to_ns: Option<u64>,
 }
 
 impl Timer {
-    /// A timer that is not set.
+    /// Creates a disarmed timer.
     ///
     /// # Errors
     ///
-    /// Where the kernel gives none.
+    /// Fails if the kernel refuses the timer.
     pub fn new() -> io::Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, flags)?;
-        // SAFETY: the timer owns its descriptor and gives the same one until it is dropped.
+        // SAFETY: the timer owns its descriptor, which stays the same until it is dropped.
         let fd = unsafe { AsyncFd::register(Descriptor(timer)) }?;
         Ok(Self {
             fd,
@@ -45,17 +45,17 @@ impl Timer {
         })
     }
 
-    /// Sets the timer to a moment; one in the past expires at once.
+    /// Arms the timer for a moment, or disarms it (`None`). A moment in the past expires at once.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses.
+    /// Fails if the kernel refuses.
     pub fn set(&mut self, at_ns: Option<u64>) -> io::Result<()> {
         if self.set_to_ns == at_ns {
             return Ok(());
         }
         match at_ns {
-            // A timerfd that is set to zero is disarmed.
+            // A timerfd that is set to zero is disarmed, so use 1 ns at least.
             Some(ns) => self.fd.get_ref().0.set(
                 Expiration::OneShot(TimeSpec::from(Duration::from_nanos(ns.max(1)))),
                 TimerSetTimeFlags::TFD_TIMER_ABSTIME,
@@ -66,11 +66,11 @@ impl Timer {
         Ok(())
     }
 
-    /// Waits for the moment. The timer is not set then.
+    /// Waits until the timer expires. The timer is disarmed afterwards.
     ///
     /// # Errors
     ///
-    /// Where the timer cannot be watched any more.
+    /// Fails if the runtime can no longer watch the timer.
     pub async fn expired(&mut self) -> io::Result<()> {
         loop {
             let mut guard = self.fd.readable().await?;

@@ -1,12 +1,12 @@
-//! Whether somebody else could write to or replace a file that the daemon believes or that others
-//! believe the daemon about: its configuration, its audit, its pins.
+//! Checks whether another user could write to or replace a file that the daemon relies on, or that others
+//! rely on: the configuration, the audit file, the pins.
 //!
-//! A path is trusted where each directory on its way and the file at its end belong to root or to the
-//! user of this process, and nobody else may write to them. Root trusts the service's user as well, who has
-//! root's capabilities. A directory that others may write to is
-//! accepted where it is sticky, as /tmp is: there, only its owner and that of an entry can replace the
-//! entry. A group that may write is somebody else, root's group too: its members are not root. An access
-//! control list that lets others write shows in the bits of the group (acl(5), the mask).
+//! A path is trusted if each directory on it and the file belong to root or to the user of this process, and
+//! nobody else may write to them. Root also trusts the service's user, which has root's capabilities. A
+//! directory that others may write to is accepted if it is sticky, as /tmp is: there, only the owner of an
+//! entry or of the directory can replace the entry. A group with write permission counts as somebody else,
+//! even root's group: its members are not root. An access control list that lets others write shows in the
+//! group bits (acl(5), the mask).
 
 use std::{
     collections::VecDeque,
@@ -22,20 +22,20 @@ use thiserror::Error;
 
 use crate::host::users::{Names, uid_of};
 
-/// The user of the service that the packages install.
+/// The user of the packaged service.
 const SERVICE_USER: &str = "session-enforcer";
 
-/// Symbolic links on one way, as many as the kernel follows (`MAXSYMLINKS` of `linux/namei.h`).
+/// The maximum number of symbolic links on one path, as in the kernel (`MAXSYMLINKS` of `linux/namei.h`).
 const MAX_LINKS: usize = 40;
 
 const GROUP_MAY_WRITE: u32 = 0o020;
 const ALL_MAY_WRITE: u32 = 0o002;
 const STICKY: u32 = 0o1000;
 
-/// A path that somebody who is not root or the daemon's user could have changed.
+/// The reasons why a path is not trusted.
 #[derive(Debug, Error)]
 pub enum Untrusted {
-    /// A part of the path belongs to somebody else.
+    /// A part of the path belongs to another user.
     #[error(
         "{path}: {part} belongs to {owner}, who could change what the daemon relies on; chown {root} \
          {part}, or choose a path that only root may write to",
@@ -46,12 +46,12 @@ pub enum Untrusted {
         path: String,
         /// The directory, link or file.
         part: String,
-        /// Name of the owner, or the number.
+        /// The owner's name, or UID if it has no name.
         owner: String,
-        /// Who should own it: the user of this process.
+        /// The expected owner: the user of this process.
         wanted: u32,
     },
-    /// A part of the path may be written to by somebody else.
+    /// Another user may write to a part of the path.
     #[error(
         "{path}: {part} may be written to by {writer} (mode {mode:04o}), who could change what the daemon \
          relies on; chmod {bits} {part}, or choose a path that only root may write to"
@@ -63,19 +63,19 @@ pub enum Untrusted {
         part: String,
         /// Who may write to it.
         writer: String,
-        /// Its permissions.
+        /// Its permission bits.
         mode: u32,
-        /// What chmod(1) is to do.
+        /// The argument for chmod(1).
         bits: &'static str,
     },
-    /// A part of the path cannot be looked at.
+    /// The permissions of a part of the path could not be read.
     #[error("{path}: who may write to {part} cannot be found out: {source}")]
     Unknown {
         /// The whole path.
         path: String,
         /// The directory, link or file.
         part: String,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
 }
@@ -86,21 +86,21 @@ fn owner_words(uid: u32) -> String {
         .map_or_else(|| uid.to_string(), str::to_owned)
 }
 
-/// Refuses a path that somebody else could change. What is not there is passed over: who relies on a
-/// file that he makes himself asks again when it is there.
+/// Refuses a path that another user could change. A missing file is accepted; a caller that creates the file
+/// checks again afterwards.
 ///
-/// A descriptor that this process was started with (`/dev/stdin`, `/proc/self/fd/3`) is trusted, since
-/// whoever started the daemon chose it. So are character devices at the end of a path, such as
-/// `/dev/null`: they keep nothing that could be changed.
+/// A descriptor that this process inherited (`/dev/stdin`, `/proc/self/fd/3`) is trusted, because whoever
+/// started the daemon chose it. Character devices at the end of a path, such as `/dev/null`, are trusted too:
+/// they store nothing.
 ///
 /// # Errors
 ///
-/// Where the path is not trusted, with the part of it that is to blame and what to do.
+/// Fails if the path is not trusted. The error names the part of the path and a remedy.
 pub fn check(path: &Path) -> Result<(), Untrusted> {
     walk(path, geteuid().as_raw())
 }
 
-/// The user of the service that the packages install, where this process is root's.
+/// The UID of the packaged service's user if this process runs as root; otherwise empty.
 pub fn trusted_by_root() -> Vec<u32> {
     let service = match geteuid().is_root() {
         true => uid_of(SERVICE_USER).unwrap_or_default(),
@@ -126,7 +126,7 @@ fn walk(path: &Path, own: u32) -> Result<(), Untrusted> {
     while let Some(name) = waiting.pop_front() {
         if name == ".." {
             at.pop();
-            // It was judged on the way down, all but this.
+            // The directory was checked on the way down; only its sticky state must be read again.
             is_shared = fs::symlink_metadata(&at).is_ok_and(|above| self::is_shared(&above));
             continue;
         }
@@ -144,7 +144,7 @@ fn walk(path: &Path, own: u32) -> Result<(), Untrusted> {
             at = entry;
             continue;
         }
-        // Who owns a link may replace it where everybody may write beside it, and nowhere else.
+        // The owner of a link can replace it only in a sticky directory that others may write to.
         if is_shared {
             judge_owner(path, &entry, &found, own)?;
         }
@@ -164,7 +164,7 @@ fn walk(path: &Path, own: u32) -> Result<(), Untrusted> {
     Ok(())
 }
 
-/// The names to follow, from the left.
+/// Splits the path into names, from the left.
 fn names(path: &Path) -> VecDeque<OsString> {
     let name = |part: Component<'_>| match part {
         Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
@@ -180,7 +180,7 @@ fn is_missing(error: &io::Error) -> bool {
     )
 }
 
-/// Whether the directory is that of this process's open files (proc(5)).
+/// Whether this is the directory of this process's open files (proc(5)).
 fn is_own_descriptors(directory: &Path) -> bool {
     let own = ["/proc/self/fd", "/proc/thread-self/fd"];
     directory.starts_with("/proc")
@@ -189,14 +189,14 @@ fn is_own_descriptors(directory: &Path) -> bool {
             .any(|own| fs::canonicalize(own).is_ok_and(|own| own == directory))
 }
 
-/// Whether it is a directory in which others may make entries, and may not replace those of others.
+/// Whether others may create entries in the directory but not replace those of other users.
 fn is_shared(found: &Metadata) -> bool {
     found.is_dir()
         && found.mode() & STICKY != 0
         && found.mode() & (GROUP_MAY_WRITE | ALL_MAY_WRITE) != 0
 }
 
-/// Refuses what belongs to others or may be written to by others.
+/// Refuses a file or directory that belongs to others or that others may write to.
 fn judge(path: &Path, part: &Path, found: &Metadata, own: u32) -> Result<(), Untrusted> {
     if found.file_type().is_char_device() {
         return Ok(());
@@ -248,7 +248,7 @@ mod tests {
 
     use super::*;
 
-    /// A number that no user of a test machine has.
+    /// A UID that no user of a test machine has.
     const STRANGER: u32 = 61_234;
 
     fn own() -> u32 {
@@ -259,7 +259,7 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
-    /// A file below two directories that nobody else may write to.
+    /// Creates a file below two directories that only this user may write to.
     fn place() -> (tempfile::TempDir, PathBuf) {
         let top = tempfile::tempdir().unwrap();
         fs::create_dir(top.path().join("below")).unwrap();
@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn what_belongs_to_somebody_else_is_refused() {
         let (top, file) = place();
-        // The walk of another user: whatever is not root's is not his.
+        // The walk of another user trusts only root's and that user's own files.
         if own() != 0 {
             assert!(matches!(
                 walk(&file, STRANGER),

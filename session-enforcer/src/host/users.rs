@@ -1,38 +1,38 @@
-//! The users of this host, by name and by number.
+//! The users and groups of this host, by name and by number.
 
 use std::{collections::HashMap, fs, io};
 
 use nix::unistd::User;
 
-/// The number of the user of this name; none where the host knows no such user.
+/// Returns the UID of a user name, or `None` if the host has no such user.
 ///
 /// # Errors
 ///
-/// Where the host's user database cannot be asked.
+/// Fails if the host's user database cannot be queried.
 pub fn uid_of(name: &str) -> io::Result<Option<u32>> {
     let user = User::from_name(name)?;
     Ok(user.map(|user| user.uid.as_raw()))
 }
 
-/// Names by number, for the audit and for messages.
+/// User or group names by number, for the audit and for messages.
 ///
-/// Only those of the file: a database beyond it may be on the network, and nothing may hold up the
-/// enforcement. A user without a name here is recorded by number.
+/// The names come only from the local file: another user database may be on the network, and no query may
+/// delay the enforcement. A user without a name in the file is recorded by number.
 #[derive(Debug, Default)]
 pub struct Names(HashMap<u32, String>);
 
 impl Names {
-    /// Reads the file of users (passwd(5)). Without it, there are no names.
+    /// Reads the users of /etc/passwd (passwd(5)). If the file is missing, no number has a name.
     pub fn read() -> Self {
         Self::of(&fs::read("/etc/passwd").unwrap_or_default())
     }
 
-    /// Reads the file of groups (group(5)), which has name and number in the same fields.
+    /// Reads the groups of /etc/group (group(5)), which has name and number in the same fields.
     pub fn read_groups() -> Self {
         Self::of(&fs::read("/etc/group").unwrap_or_default())
     }
 
-    /// A field of somebody that is no UTF-8 must not hide the names of the others.
+    /// Invalid UTF-8 in one line must not hide the names of other users.
     fn of(passwd: &[u8]) -> Self {
         Self::parse(&String::from_utf8_lossy(passwd))
     }
@@ -45,19 +45,19 @@ impl Names {
                 continue;
             };
             if let Ok(uid) = uid.parse() {
-                // Of several names of a number, the first is the one that programs show.
+                // If a number has several names, programs show the first one.
                 names.entry(uid).or_insert_with(|| name.to_owned());
             }
         }
         Self(names)
     }
 
-    /// Adds a name that was found elsewhere.
+    /// Adds a name from another source.
     pub fn add(&mut self, uid: u32, name: &str) {
         self.0.entry(uid).or_insert_with(|| name.to_owned());
     }
 
-    /// The user's name.
+    /// The name of the user or group.
     pub fn name(&self, uid: u32) -> Option<&str> {
         self.0.get(&uid).map(String::as_str)
     }

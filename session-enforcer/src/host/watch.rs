@@ -1,4 +1,4 @@
-//! Tells when cgroups come and go that rules name (inotify).
+//! Reports when cgroups that rules name are created or removed (inotify).
 
 use std::{
     io,
@@ -12,14 +12,14 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A watch on the parents of directories. Without any directory it takes nothing from the system.
+/// An inotify watch on the parents of directories. Without directories it uses no inotify instance.
 #[derive(Default)]
 pub struct Watch {
     inotify: Option<AsyncFd<Instance>>,
     watched: Vec<WatchDescriptor>,
 }
 
-/// What tokio asks for, which nix does not give.
+/// Gives tokio the raw descriptor, which nix's type does not.
 struct Instance(Inotify);
 
 impl AsRawFd for Instance {
@@ -29,13 +29,13 @@ impl AsRawFd for Instance {
 }
 
 impl Watch {
-    /// Watches for these directories to come and go, and for nothing else any more. A directory
-    /// whose parent is not there either is waited for from further up.
+    /// Watches for the creation and removal of these directories, and stops all other watches. If a
+    /// directory's parent does not exist either, the nearest existing ancestor is watched.
     ///
     /// # Errors
     ///
-    /// Where the system gives no more watches (`fs.inotify.max_user_instances` and
-    /// `fs.inotify.max_user_watches`). The watch is as it was then, or a part of what was asked for.
+    /// Fails if the system's limit of watches is reached (`fs.inotify.max_user_instances` and
+    /// `fs.inotify.max_user_watches`). The watch is then unchanged or covers only some of the directories.
     pub fn set(&mut self, directories: &[PathBuf]) -> io::Result<()> {
         if directories.is_empty() {
             *self = Self::default();
@@ -47,7 +47,7 @@ impl Watch {
         };
         let Instance(instance) = self.inotify.insert(inotify).get_ref();
         let mut watched = nearest(instance, directories)?;
-        // A parent may have come while this looked.
+        // A parent may have been created in the meantime, so repeat until nothing changes.
         loop {
             let again = nearest(instance, directories)?;
             if again == watched {
@@ -58,25 +58,25 @@ impl Watch {
         }
         for old in std::mem::replace(&mut self.watched, watched) {
             if !self.watched.contains(&old) {
-                // Of a directory that has gone, the watch has too.
+                // The kernel has removed the watch already if its directory was removed.
                 let _ = instance.rm_watch(old);
             }
         }
         Ok(())
     }
 
-    /// Waits until something has come or gone beside one of the directories.
+    /// Waits until an entry beside one of the directories is created or removed.
     ///
     /// # Errors
     ///
-    /// Where the watch cannot be read any more.
+    /// Fails if the watch can no longer be read.
     pub async fn changed(&mut self) -> io::Result<()> {
         let Some(inotify) = &mut self.inotify else {
             return std::future::pending().await;
         };
         loop {
             let mut guard = inotify.readable_mut().await?;
-            // What it was does not matter: the directories are looked at.
+            // The events' content does not matter: the caller checks the directories.
             let read = guard.try_io(|inotify| Ok(inotify.get_ref().0.read_events()?));
             match read {
                 Ok(events) => return events.map(drop),
@@ -88,14 +88,14 @@ impl Watch {
 
 fn open() -> io::Result<AsyncFd<Instance>> {
     let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-    // SAFETY: the instance owns its descriptor and gives the same one until it is dropped.
+    // SAFETY: the instance owns its descriptor, which stays the same until it is dropped.
     let registered =
         unsafe { AsyncFd::register_with_interest(Instance(inotify), Interest::READABLE) };
     Ok(registered?)
 }
 
-/// Watches, for each directory, the one next above it that is there, and the one above that: cgroupfs does
-/// not tell of a directory itself that it has gone (no `IN_DELETE_SELF`), only to its parent.
+/// Watches, for each directory, its nearest existing ancestor and that one's parent. The parent is needed
+/// because cgroupfs reports a removed directory only to its parent (it sends no `IN_DELETE_SELF`).
 fn nearest(inotify: &Inotify, directories: &[PathBuf]) -> nix::Result<Vec<WatchDescriptor>> {
     let nearest = |directory: &PathBuf| {
         let there = |parent: &Path| match add(inotify, parent) {
@@ -127,7 +127,7 @@ mod tests {
     const SOON: Duration = Duration::from_secs(20);
     const NEVER: Duration = Duration::from_millis(50);
 
-    /// An empty directory below one that nobody else makes anything in: that is watched too.
+    /// An empty directory below a private one: the watch covers that parent too.
     fn directory() -> (tempfile::TempDir, PathBuf) {
         let above = tempfile::tempdir().unwrap();
         let top = above.path().join("top");

@@ -1,4 +1,4 @@
-//! The socket pair between engine and reaper: whole messages, some with a descriptor.
+//! The socket pair between the engine and a reaper. Each message arrives whole and may carry a descriptor.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -15,16 +15,16 @@ use nix::{
 
 use super::protocol::MAX_MESSAGE;
 
-/// Both ends of a channel. The first, the engine's, does not block.
+/// Returns both ends of a channel: the engine's end, which is non-blocking, and the reaper's end.
 ///
 /// # Errors
 ///
-/// Where there is no descriptor left.
+/// Fails if the process has no free descriptor.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
     let (engine, reaper) = socketpair(AddressFamily::Unix, kind, None, flags)?;
     for end in [&engine, &reaper] {
-        // Room for a message and the kernel's own part of it, whatever the system's default is.
+        // The buffer fits one message plus the kernel's overhead, independent of the system's default size.
         setsockopt(end, sockopt::SndBuf, &(2 * MAX_MESSAGE))?;
     }
     let nonblocking = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
@@ -32,11 +32,11 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((engine, reaper))
 }
 
-/// Sends a message, with a descriptor where one is given.
+/// Sends a message and, if given, a descriptor.
 ///
 /// # Errors
 ///
-/// EPIPE where the other side has ended, EAGAIN where it does not block and there is no room.
+/// EPIPE if the other side has ended. EAGAIN if a non-blocking channel has no room.
 pub fn send(channel: &impl AsFd, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Result<()> {
     let fds: Vec<RawFd> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
@@ -58,12 +58,12 @@ pub fn send(channel: &impl AsFd, bytes: &[u8], fd: Option<&OwnedFd>) -> io::Resu
     }
 }
 
-/// Receives a message into the buffer: its length, 0 where the other side has ended, and the
+/// Receives one message into the buffer. Returns its length (0 if the other side has ended) and the
 /// descriptor that came with it.
 ///
 /// # Errors
 ///
-/// EAGAIN where it does not block and there is none, EMSGSIZE where it does not fit.
+/// EAGAIN if a non-blocking channel has no message. EMSGSIZE if the message does not fit into the buffer.
 pub fn receive(channel: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = nix::cmsg_space!(RawFd);
     let raw = channel.as_fd().as_raw_fd();
@@ -79,7 +79,7 @@ pub fn receive(channel: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Opt
                 return Ok((message.bytes, fd));
             }
             Err(Errno::EINTR) => {}
-            // As at the end of a process that had not read everything.
+            // The other process ended with unread messages in its queue.
             Err(Errno::ECONNRESET) => return Ok((0, None)),
             Err(error) => return Err(error.into()),
         }
@@ -93,7 +93,7 @@ fn descriptor(messages: impl Iterator<Item = ControlMessageOwned>) -> Option<Own
             _ => None,
         })
         .flatten()
-        // SAFETY: the kernel has just made these descriptors for this process.
+        // SAFETY: the kernel has just opened these descriptors for this process.
         .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let first = fds.next();
     fds.for_each(drop);

@@ -1,9 +1,9 @@
-//! Resets a connection through a descriptor of a process that holds it: `pidfd_getfd` and
-//! `connect(AF_UNSPEC)`. For what `SOCK_DESTROY` does not serve: MPTCP connections, of which it
-//! resets one subflow and tells neither application, and kernels without it.
+//! Resets a connection through a descriptor of the process that holds it: `pidfd_getfd` and
+//! `connect(AF_UNSPEC)`. This serves kernels without `SOCK_DESTROY`, and MPTCP connections: there
+//! `SOCK_DESTROY` resets one subflow, and neither application notices.
 //!
-//! The descriptor is only used where its socket has the very cookie that the kernel's socket table
-//! gives for the connection: a process may have closed it since, and its number stand for another.
+//! The process may have closed the socket and reused its descriptor number. So the descriptor is used only if
+//! its socket has the cookie that the kernel's socket table reports for the connection.
 
 use std::{
     collections::HashMap,
@@ -30,38 +30,38 @@ const MPTCP_TCPINFO: libc::c_int = 2;
 /// `PIDFD_THREAD` of `linux/pidfd.h` (Linux 6.9).
 const PIDFD_THREAD: libc::c_int = libc::O_EXCL;
 
-/// Subflows that are asked about. The kernel lets a connection have 8 beside its first.
+/// The maximum number of subflows in a query. The kernel allows 8 besides the first one.
 const MAX_SUBFLOWS: usize = 32;
 
-/// What the kernel said.
+/// The outcome of a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The connection was reset.
     Reset,
-    /// There is no such connection any more.
+    /// The connection no longer exists.
     Gone,
-    /// The answer was lost.
+    /// The kernel's answer was lost.
     Unknown,
 }
 
-/// The processes that may hold a connection: those of its cgroup first, and only where none of them does
-/// all of the host. Each is looked at once, when it is asked for.
+/// The processes that may hold a connection: first those of its cgroup and, if none of them holds it, all
+/// processes of the host. Each set is scanned once, on first use.
 #[derive(Debug, Default)]
 pub struct Holders {
     of_cgroups: HashMap<PathBuf, Descriptors>,
     of_all: Option<Descriptors>,
-    /// By cgroup, and of all, the sockets by their cookies, where they were asked for.
+    /// For each scanned cgroup, and for the whole host (`None`): the holders of sockets by cookie.
     cookies: HashMap<Option<PathBuf>, HashMap<u64, Holder>>,
 }
 
 impl Holders {
-    /// A process that holds the socket with this inode number.
+    /// Returns a process that holds the socket with this inode number.
     fn holder(&mut self, inode: u32, cgroup: Option<&Path>) -> Option<Holder> {
         let found = cgroup.and_then(|directory| self.of_cgroup(directory).holder(inode));
         found.or_else(|| self.of_all().holder(inode))
     }
 
-    /// The same, of the whole host only where that is wanted.
+    /// The same, but scans the whole host only if `everywhere` is set.
     pub fn found(
         &mut self,
         inode: u32,
@@ -74,7 +74,7 @@ impl Holders {
         self.of_cgroup(&cgroup?).holder(inode)
     }
 
-    /// A process's socket with this cookie, for this process.
+    /// Duplicates the socket with this cookie from the process that holds it.
     fn socket(
         &mut self,
         wanted: u64,
@@ -84,7 +84,7 @@ impl Holders {
         let among = |cookies: &HashMap<u64, Holder>| {
             let holder = cookies.get(&wanted)?;
             let fd = duplicate(holder).ok()?;
-            // It may stand for another socket by now.
+            // The descriptor number may meanwhile belong to another socket.
             (cookie(&fd).ok()? == wanted).then_some((holder.pid, fd))
         };
         if cgroup.is_some()
@@ -95,7 +95,7 @@ impl Holders {
         everywhere.then(|| among(self.cookies(None))).flatten()
     }
 
-    /// The sockets of a cgroup's processes, or of all, by their cookies.
+    /// The sockets of a cgroup's processes, or of all processes, by cookie.
     fn cookies(&mut self, directory: Option<&Path>) -> &HashMap<u64, Holder> {
         let place = directory.map(Path::to_owned);
         if !self.cookies.contains_key(&place) {
@@ -116,7 +116,7 @@ impl Holders {
             .or_insert_with(|| Descriptors::of_cgroup(directory))
     }
 
-    /// Looks at the processes of the whole host, if nobody has asked for that yet.
+    /// Scans the processes of the whole host unless that was done before.
     pub fn scan_all(&mut self) {
         self.of_all();
     }
@@ -127,56 +127,56 @@ impl Holders {
     }
 }
 
-/// Why a connection could not be reset.
+/// The reasons why a connection could not be reset.
 #[derive(Debug, Error)]
 pub enum DisconnectError {
-    /// The socket table could not be asked.
+    /// The query to the socket table failed.
     #[error(transparent)]
     Diag(#[from] SockDiagError),
-    /// The kernel shows a subflow and not its connection.
+    /// The kernel lists a subflow but not its MPTCP connection.
     #[error(
         "the kernel does not list the MPTCP connection of the subflow; it must be built with \
          CONFIG_INET_MPTCP_DIAG"
     )]
     NotListed,
-    /// It is established and waits for a process to accept it.
+    /// The connection is established, and no process has accepted it yet.
     #[error("no process has accepted the connection yet, and the kernel resets it for nobody else")]
     NotAccepted,
-    /// It belongs to none of the processes that could be looked into.
+    /// None of the processes that could be scanned holds the connection.
     #[error(
         "no process is found that holds the connection: it was closed, is on its way between \
          processes, or CAP_SYS_PTRACE is missing"
     )]
     NotHeld,
-    /// The process does not give its descriptor.
+    /// The kernel refused to duplicate the process's descriptor.
     #[error("taking the socket of process {pid}: {source}; pidfd_getfd needs CAP_SYS_PTRACE")]
     Refused {
         /// The process.
         pid: u32,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The process has closed it meanwhile.
+    /// The process has closed the socket and reused its descriptor number.
     #[error("process {pid} has put another socket into the place of the connection's")]
     Another {
         /// The process.
         pid: u32,
     },
-    /// The kernel refused.
+    /// The kernel refused the `connect(AF_UNSPEC)`.
     #[error("connect(AF_UNSPEC) on the socket of process {pid}: {source}")]
     Disconnect {
         /// The process.
         pid: u32,
-        /// What it said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The kernel refused to destroy what no process has to give.
+    /// The kernel refused to destroy a subflow that no process holds.
     #[error("SOCK_DESTROY: {}", .0.desc())]
     Destroy(Errno),
-    /// The kernel claimed success.
+    /// The kernel reported success, but the connection still exists.
     #[error("the connection lives after connect(AF_UNSPEC) on the socket of process {pid}")]
     Lives {
-        /// The process that holds it.
+        /// The process that holds the connection.
         pid: u32,
     },
 }
@@ -185,7 +185,7 @@ pub enum DisconnectError {
 ///
 /// # Errors
 ///
-/// Where that is not possible; the connection is then as it was.
+/// Fails if the reset is not possible. The connection is then unchanged.
 pub fn reset_tcp(
     diag: &mut DiagSocket,
     target: &SocketId,
@@ -199,11 +199,11 @@ pub fn reset_tcp(
     disconnect(diag, target, pid, &fd)
 }
 
-/// Resets a TCP connection without asking a socket table anything: the socket is found by its cookie.
+/// Resets a TCP connection without a query to a socket table; finds the socket by its cookie.
 ///
 /// # Errors
 ///
-/// Where no process is found that holds it, which may be because it has ended.
+/// Fails if no process holds the connection; it may have ended.
 pub fn reset_by_cookie(held: &Held, holders: &mut Holders) -> Result<Answer, DisconnectError> {
     let everywhere = held.how == Disconnect::ByCookie { everywhere: true };
     let found = holders.socket(held.target.cookie, held.cgroup.as_deref(), everywhere);
@@ -225,12 +225,12 @@ fn is_session(socket: &OwnedFd) -> bool {
     told.is_ok() && state::SESSIONS & state::bit(now) != 0
 }
 
-/// Resets a subflow of an MPTCP connection of the namespace of `diag`, and as much of the connection as
-/// `extent` says.
+/// Resets a subflow of an MPTCP connection in the namespace of `diag`, or the whole connection, as `extent`
+/// requests.
 ///
 /// # Errors
 ///
-/// Where that is not possible; the connection is then as it was.
+/// Fails if the reset is not possible. The connection is then unchanged.
 pub fn reset_mptcp(
     diag: &mut DiagSocket,
     target: &SocketId,
@@ -238,7 +238,8 @@ pub fn reset_mptcp(
     cgroup: Option<&Path>,
     holders: &mut Holders,
 ) -> Result<Answer, DisconnectError> {
-    // The token comes with what passed (`inet_sk_diag_fill()`), for which the kernel takes the lock.
+    // The kernel reports the token only together with `tcp_info` (`inet_sk_diag_fill()`), which takes the
+    // socket's lock.
     let subflow = |diag: &mut DiagSocket| -> Result<_, SockDiagError> {
         let found = diag.query(target, Detail::Activity)?;
         Ok(found.filter(|socket| !socket.is_mini))
@@ -248,17 +249,18 @@ pub fn reset_mptcp(
         return Ok(Answer::Gone);
     };
     let Some(token) = subflow.mptcp_token else {
-        // Its connection has let go of it: plain TCP that no process holds.
+        // The subflow was detached from its MPTCP connection. It is plain TCP, and no process holds it.
         return destroy(diag, target);
     };
     let connection = match diag.query_mptcp(token)? {
         Some(connection) if !is_orphan(&connection) => connection,
         None if is_open(subflow.state) => return Err(DisconnectError::NotListed),
-        // No application is left on this host that would have to know.
+        // No process on this host holds the connection, so nobody needs the reset's error.
         _ => return destroy(diag, target),
     };
     let (pid, fd) = take(&connection, cgroup, holders)?;
-    // A token may go to another connection when its own has ended, but this one has it still.
+    // The kernel may reuse a token after its connection has ended, so check that the subflow still has this
+    // token.
     match now(diag)? {
         Some(now) if now == Some(token) => {}
         Some(_) => return Err(DisconnectError::Another { pid }),
@@ -275,18 +277,18 @@ fn open_socket(diag: &mut DiagSocket, target: &SocketId) -> Result<Option<Socket
     Ok(found.filter(|socket| !socket.is_mini))
 }
 
-/// Whether every process has closed it. One that nobody has accepted yet has no inode either, and
-/// is still open.
+/// Whether every process has closed the socket. A connection that no process has accepted yet also has no
+/// inode, but it is still open.
 fn is_orphan(socket: &Socket) -> bool {
     socket.inode == 0 && !is_open(socket.state)
 }
 
-/// Whether neither process nor kernel has closed it here.
+/// Whether neither a process nor the kernel has closed the socket on this host.
 fn is_open(state: u8) -> bool {
     matches!(state, state::ESTABLISHED | state::CLOSE_WAIT)
 }
 
-/// The socket's descriptor, from a process that has it.
+/// Duplicates the socket's descriptor from a process that holds it.
 fn take(
     held: &Socket,
     cgroup: Option<&Path>,
@@ -302,7 +304,7 @@ fn take(
     let fd = duplicate(&holder).map_err(refused)?;
     match cookie(&fd) {
         Ok(cookie) if cookie == held.target.cookie => Ok((pid, fd)),
-        // What is no socket has no cookie.
+        // `SO_COOKIE` fails if the descriptor is no socket.
         _ => Err(DisconnectError::Another { pid }),
     }
 }
@@ -315,15 +317,15 @@ fn destroy(diag: &mut DiagSocket, target: &SocketId) -> Result<Answer, Disconnec
     }
 }
 
-/// Whether an MPTCP connection has open subflows beside this one.
+/// Whether the MPTCP connection has open subflows besides this one.
 fn has_others(connection: &OwnedFd, subflow: &Socket) -> bool {
-    // A connection that has fallen back to TCP has no such option, and one subflow.
+    // A connection that has fallen back to TCP does not have the option and has one subflow.
     let states = subflow_states(connection).unwrap_or_default();
     let open = |state: u8| usize::from(state == state::ESTABLISHED);
     states.into_iter().map(open).sum::<usize>() > open(subflow.state)
 }
 
-/// The TCP states of the subflows of an MPTCP connection.
+/// Returns the TCP states of an MPTCP connection's subflows.
 fn subflow_states(connection: &OwnedFd) -> io::Result<Vec<u8>> {
     /// `struct mptcp_subflow_data`, and the first byte of each subflow's `struct tcp_info`.
     #[repr(C)]
@@ -346,18 +348,18 @@ fn subflow_states(connection: &OwnedFd) -> io::Result<Vec<u8>> {
     Ok(answer.states[..subflows].to_vec())
 }
 
-/// The kernel's name of a socket, which no other has until the next boot.
+/// Reads the socket's cookie, which is unique until the next boot.
 ///
 /// # Errors
 ///
-/// Where the descriptor stands for no socket.
+/// Fails if the descriptor is no socket.
 pub fn cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     let mut cookie = 0;
     option(socket, libc::SOL_SOCKET, libc::SO_COOKIE, &mut cookie)?;
     Ok(cookie)
 }
 
-/// Reads a socket option into a place of integers.
+/// Reads a socket option into a value that consists of integers.
 fn option<T>(
     socket: &impl AsRawFd,
     level: libc::c_int,
@@ -366,8 +368,8 @@ fn option<T>(
 ) -> io::Result<()> {
     let mut length = size_of::<T>() as libc::socklen_t;
     let place = std::ptr::from_mut(value).cast();
-    // SAFETY: the kernel writes at most `length` bytes to a place of that size, which is made of
-    // integers only.
+    // SAFETY: the kernel writes at most `length` bytes, and `value` has that size and consists of integers
+    // only.
     let status =
         unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, place, &raw mut length) };
     if status == 0 {
@@ -376,7 +378,7 @@ fn option<T>(
     Err(io::Error::last_os_error())
 }
 
-/// Ends the connection of a process's socket with a reset, and looks whether that is so.
+/// Disconnects a process's socket, which sends a reset, and checks that the connection is gone.
 fn disconnect(
     diag: &mut DiagSocket,
     target: &SocketId,
@@ -390,7 +392,7 @@ fn disconnect(
     }
 }
 
-/// `tcp_disconnect()` and `mptcp_disconnect()` send a reset where the connection is open.
+/// `tcp_disconnect()` and `mptcp_disconnect()` send a reset if the connection is open.
 fn connect_to_nobody(socket: &OwnedFd) -> io::Result<()> {
     let nobody = libc::sockaddr {
         sa_family: libc::AF_UNSPEC as libc::sa_family_t,
@@ -405,13 +407,13 @@ fn connect_to_nobody(socket: &OwnedFd) -> io::Result<()> {
     Err(io::Error::last_os_error())
 }
 
-/// A descriptor of a process's socket for this process (`pidfd_getfd`, Linux 5.6).
+/// Duplicates a process's socket for this process (`pidfd_getfd`, Linux 5.6).
 ///
 /// # Errors
 ///
-/// Where the process has ended or closed it, or may not be looked into.
+/// Fails if the process has ended, has closed the socket, or may not be inspected.
 pub fn duplicate(holder: &Holder) -> io::Result<OwnedFd> {
-    // A single thread's table is reached from Linux 6.9 on.
+    // Linux 6.9 and later reach the descriptor table of a single thread.
     let flags = if holder.thread == holder.pid {
         0
     } else {
@@ -425,10 +427,10 @@ pub fn duplicate(holder: &Holder) -> io::Result<OwnedFd> {
     owned(fd)
 }
 
-/// The descriptor that a system call has opened for this process.
+/// Takes ownership of a descriptor that a system call has just opened.
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     match RawFd::try_from(result) {
-        // SAFETY: as the caller says.
+        // SAFETY: the callers pass the result of a system call that has just opened the descriptor.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }

@@ -1,10 +1,11 @@
-//! All that can wait for somebody else, in processes of its own: lists of sockets, queries about one, resets,
-//! searches of `/proc` and of namespaces, the name service.
+//! Reapers: processes that make every call that may block. They list, query and reset sockets, search `/proc`
+//! and network namespaces, and ask the name service.
 //!
-//! [`pool`] is the engine's side. It starts reapers, asks each for one thing at a time ([`protocol`]),
-//! and sees where one hangs ([`shared`]). [`worker`] is the other side, the same program started
-//! again. Nothing here decides anything, and a reaper holds no BPF object, no port and no lock of the
-//! daemon's. Only the engine calls [`pool`]; only [`worker`] uses the rest, besides the commands that try what the host allows.
+//! [`pool`] is the engine's side. It starts reapers, sends each one request at a time ([`protocol`]), and
+//! detects reapers that hang ([`shared`]). [`worker`] is the reaper's side: the same program, started again.
+//! This module takes no decisions. A reaper holds no BPF object, no port and none of the daemon's locks. Only
+//! the engine calls [`pool`]. The other modules are used by [`worker`] and by the commands that probe the
+//! host.
 
 pub mod channel;
 pub mod diag;

@@ -1,4 +1,4 @@
-//! Finds the network namespaces of the host, and opens the socket table of each.
+//! Finds the network namespaces of the host and opens the socket table of each.
 
 use std::{
     collections::HashSet,
@@ -25,72 +25,71 @@ use crate::host::{
     sockets::has_tcp_sockets,
 };
 
-/// Why a namespace could not be entered.
+/// The reasons why a namespace could not be entered.
 #[derive(Debug, Error)]
 pub enum NetnsError {
-    /// The file that stands for it could not be opened.
+    /// The namespace's file could not be opened.
     #[error("opening network namespace {path}: {source}")]
     Open {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// The kernel refused.
+    /// The kernel refused to enter the namespace.
     #[error("entering network namespace {path}: {source} (CAP_SYS_ADMIN is needed)")]
     Enter {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: nix::Error,
     },
-    /// The thread could not be made.
+    /// The thread that enters the namespace could not be started.
     #[error("starting a thread to enter a network namespace: {0}")]
     Thread(io::Error),
-    /// Its socket table could not be opened.
+    /// The namespace's socket table could not be opened.
     #[error("network namespace {path}: {source}")]
     Diag {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: SockDiagError,
     },
-    /// No file on the host stands for it.
+    /// No file on the host refers to the namespace.
     #[error("network namespace {0} is not found in /proc or among the mounts")]
     NotFound(u64),
 }
 
-/// A network namespace that was found: its socket table, the file that stood for it, and a descriptor
-/// of it.
+/// A network namespace that was found.
 #[derive(Debug)]
 pub struct FoundNamespace {
     /// Its socket table.
     pub diag: DiagSocket,
-    /// Where it was.
+    /// The file that referred to it.
     pub path: PathBuf,
-    /// Keeps the namespace alive.
+    /// A descriptor of the namespace, which keeps it alive.
     pub handle: OwnedFd,
-    /// Whether it has TCP sockets. Each list of sockets goes through the socket table of the whole host, which all
-    /// namespaces share: some 2 ms, whatever the namespace has.
+    /// Whether it has TCP sockets. A dump of an empty namespace still costs about 2 ms, because the kernel
+    /// walks one hash table that all namespaces of the host share.
     pub has_tcp_sockets: bool,
 }
 
-/// The socket table of the namespace that a descriptor stands for.
+/// Opens the socket table of the namespace that a descriptor refers to.
 ///
 /// # Errors
 ///
-/// Where it cannot be entered.
+/// Fails if the namespace cannot be entered.
 pub fn enter_handle(handle: OwnedFd) -> Result<DiagSocket, NetnsError> {
     let path = PathBuf::from("a descriptor of it");
     Ok(enter_file(File::from(handle), &path)?.diag)
 }
 
-/// Looks for the namespace with this cookie: where it was last seen, and where it is to be searched for. The
-/// others that are met are handed over.
+/// Finds the namespace with this cookie: first at the file where it was last seen, then where `search`
+/// permits. Passes other namespaces that it enters on the way to `met`.
 ///
 /// # Errors
 ///
-/// Where it is not found.
+/// Fails if the namespace is not found.
 pub fn find(
     cookie: u64,
     seen_at: Option<&Path>,
@@ -125,8 +124,8 @@ pub fn find(
     Err(NetnsError::NotFound(cookie))
 }
 
-/// Enters the namespaces of these files, one after the other and each once, and hands over each with its
-/// cookie. What cannot be entered is returned.
+/// Enters the namespaces of these files, each once and one after the other, and passes each with its cookie
+/// to `visit`. Returns the errors of those that could not be entered.
 pub fn visit_all(
     files: Vec<PathBuf>,
     mut visit: impl FnMut(u64, FoundNamespace),
@@ -138,7 +137,7 @@ pub fn visit_all(
             continue;
         };
         let entered = enter(&path);
-        // The process may have ended since it was listed; another file may lead there.
+        // The process may have ended since it was listed. Another file may lead to the same namespace.
         if matches!(&entered, Err(NetnsError::Open { source, .. }) if is_gone(source)) {
             continue;
         }
@@ -151,16 +150,16 @@ pub fn visit_all(
     errors
 }
 
-/// The namespaces that one search has come to, so that each is entered once.
+/// The namespaces that one search has visited, so that each is entered once.
 #[derive(Debug)]
 pub struct Seen {
-    /// That of all namespaces' files.
+    /// The device number of all namespace files (nsfs).
     device: Option<u64>,
     inodes: HashSet<u64>,
 }
 
 impl Seen {
-    /// None yet.
+    /// An empty set.
     pub fn none() -> Self {
         Self {
             device: fs::metadata("/proc/self/ns/net")
@@ -170,9 +169,9 @@ impl Seen {
         }
     }
 
-    /// The inode number of the namespace that the file stands for, which tells it from others while they
-    /// exist; none where that was seen. A descriptor may have come to stand for something else since
-    /// it was found.
+    /// Returns the inode number of the namespace that the file refers to, or `None` if it was visited before.
+    /// Inode numbers are unique among existing namespaces. Also `None` if the file is no longer a namespace:
+    /// a descriptor may have been reused since it was listed.
     fn unseen(&self, path: &Path) -> Option<u64> {
         let file = fs::metadata(path).ok()?;
         let is_unseen = Some(file.dev()) == self.device && !self.inodes.contains(&file.ino());
@@ -184,7 +183,7 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// Enters the namespace that a file stands for. Returns its cookie and what was found.
+/// Enters the namespace that a file refers to. Returns its cookie and its data.
 fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
     let file = open(path).map_err(|source| NetnsError::Open {
         path: path.to_owned(),
@@ -199,7 +198,7 @@ fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
     Ok((cookie, found))
 }
 
-/// On a thread of its own, which ends at once: the calling one never leaves its namespace.
+/// Enters the namespace on a new thread, which ends at once, so that the calling thread never leaves its own.
 fn enter_file(file: File, path: &Path) -> Result<FoundNamespace, NetnsError> {
     let owned = path.to_owned();
     let inside = move || -> Result<FoundNamespace, EnterError> {
@@ -229,9 +228,9 @@ fn enter_file(file: File, path: &Path) -> Result<FoundNamespace, NetnsError> {
     })
 }
 
-/// Opens a file of a namespace, and nothing else. Who owns a process may change what its
-/// descriptors stand for at any time: the opening of a FIFO would wait for its other end, and that of a
-/// terminal could make it the daemon's own, with its ^C. So nothing is opened before it is known.
+/// Opens the file only if it is a namespace. The owner of a process can change its descriptors at any time.
+/// Opening a FIFO would block until somebody opens its other end, and opening a terminal could make it the
+/// daemon's controlling terminal, with its ^C. So the file is opened with `O_PATH` and checked first.
 fn open(path: &Path) -> io::Result<File> {
     let found = fs::OpenOptions::new()
         .read(true)
@@ -248,8 +247,8 @@ enum EnterError {
     Diag(SockDiagError),
 }
 
-/// The files of the network namespaces that a process is in or that are mounted somewhere, and
-/// also, where it is to be thorough, that a single thread is in or that a process holds open.
+/// Lists the files of the network namespaces that processes are in or that are mounted. With `thorough`, also
+/// those of single threads and those that processes hold open.
 pub fn files(thorough: bool) -> Vec<PathBuf> {
     if !thorough {
         let of_processes = processes()
@@ -266,8 +265,8 @@ pub fn files(thorough: bool) -> Vec<PathBuf> {
     files
 }
 
-/// The same without those that are only held open, for which each descriptor of the host has to be
-/// looked at.
+/// The same thorough list, but without namespaces that are only held open: to find those, every descriptor of
+/// the host must be read.
 pub fn unopened_files() -> Vec<PathBuf> {
     let of_process = |process: PathBuf| {
         let threads = namespaces_of_threads(&process);
@@ -303,7 +302,7 @@ fn open_namespaces(process: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).filter(is_netns).collect()
 }
 
-/// Namespaces bound to a file (`ip netns add` does so), as the daemon's mount namespace sees them.
+/// Lists namespaces that are bound to a file (as `ip netns add` does) in the daemon's mount namespace.
 fn mounted_namespaces() -> Vec<PathBuf> {
     let mounts = mountinfo();
     if let Err(error) = &mounts {
@@ -397,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_is_no_namespace_is_not_opened() {
-        // A FIFO's other end would see that.
+        // The writer's non-blocking open would succeed if the FIFO had a reader.
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -1,7 +1,7 @@
-//! The engine's side: reapers that are idle, busy, or left behind where they hang.
+//! The engine's side: the pool of reapers. A reaper is idle, busy, or left behind because it hangs.
 //!
-//! At least [`SPARES`] are idle, so that a reset never waits for one to start, and requests other than
-//! resets leave [`RESERVED`] of them alone.
+//! At least [`SPARES`] reapers are idle, so that a reset never waits for one to start. Requests other than
+//! resets leave [`RESERVED`] of the idle ones alone.
 
 use std::{
     cell::{Cell, RefCell},
@@ -34,96 +34,97 @@ use super::{
 };
 use crate::host::privilege;
 
-/// Reapers that are idle at least, or on their way to be.
+/// The minimum number of idle reapers, including those that are being started.
 const SPARES: usize = 2;
 
-/// Idle reapers that are left to resets.
+/// The number of idle reapers that only resets may use.
 const RESERVED: usize = 1;
 
-/// Idle reapers at most. What a time of trouble has made more of ends after it.
+/// The maximum number of idle reapers. Reapers beyond it end when they become idle.
 const MAX_IDLE: usize = 4;
 
-/// The subcommand that a reaper is.
+/// The hidden subcommand that runs a reaper.
 pub const SUBCOMMAND: &str = "reaper";
 
-/// Reapers that are idle, start, or work and say so. More would only take each other's processors.
+/// The maximum number of reapers that are idle, starting or working. More would only compete for processors.
+/// Reapers that were left behind do not count.
 const MAX_WORKING: usize = 6;
 
-/// Reapers at most, those that were left behind included.
+/// The maximum number of reapers, including those that were left behind.
 const MAX_REAPERS: usize = 320;
 
-/// How long a reaper may be silent before the rest of its request goes to another. A guess that costs
-/// nothing where it is wrong: what is claimed stays with the first.
+/// After this silence the rest of a reaper's request goes to another reaper. A false alarm is harmless: the
+/// sockets that the first reaper has claimed stay with it.
 pub const STALL: Duration = Duration::from_millis(1);
 
-/// How long a reaper must have waited in the kernel, in a sleep that nothing interrupts, to count as stuck.
+/// A reaper counts as stuck after this time in uninterruptible sleep.
 const STUCK_AFTER: Duration = Duration::from_millis(250);
 
-/// How long one that stands still otherwise may do so before it is killed.
+/// A reaper that makes no progress in any other state is killed after this time.
 const KILLED_AFTER: Duration = Duration::from_secs(5);
 
-/// The state in which no signal ends a process.
+/// The process state in which no signal ends a process (uninterruptible sleep).
 const UNINTERRUPTIBLE: u8 = b'D';
 
-/// The state of a process that runs, or could.
+/// The process state of a process that is running or runnable.
 const RUNNING: u8 = b'R';
 
-/// The state of a process that a signal has stopped, which does nothing more.
+/// The process state of a process that a signal has stopped.
 const STOPPED: u8 = b'T';
 
-/// Pause after a reaper could not be started.
+/// The pause after a reaper could not be started.
 const START_PAUSE: Duration = Duration::from_millis(200);
 
 thread_local! {
-    /// What is received goes through one buffer.
+    /// The receive buffer that all reapers share.
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_MESSAGE]);
 }
 
-/// What a reaper is wanted for.
+/// The purpose of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Sessions that are due.
+    /// Resets of sessions that are due.
     Resets,
-    /// Everything else.
+    /// All other requests.
     Others,
 }
 
-/// Reapers by what they do.
+/// The number of reapers by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Waiting for a request.
+    /// Reapers that wait for a request.
     pub idle: usize,
-    /// At work.
+    /// Reapers that work.
     pub busy: usize,
-    /// Hanging in the kernel.
+    /// Reapers that hang in the kernel.
     pub stuck: usize,
-    /// Started in place of one that has ended or hangs, since the start.
+    /// Reapers that were started since the daemon's start to replace one that ended or hangs.
     pub restarts: u64,
 }
 
-/// The reapers of a daemon. Cheap to clone.
+/// The reapers of a daemon. A clone is cheap.
 #[derive(Clone)]
 pub struct Pool(Rc<Inner>);
 
 struct Inner {
     start: threads::Sender<()>,
     idle: RefCell<VecDeque<Reaper>>,
-    /// Being started.
+    /// Reapers that are being started.
     starting: Cell<usize>,
-    /// At work, those that hang included.
+    /// Reapers that work, including those that hang.
     busy: Cell<usize>,
-    /// Of those, whose request nobody waits for any more before he goes on.
+    /// Busy reapers that were left behind: the engine no longer waits for their requests.
     left_behind: Cell<usize>,
     stuck: Cell<usize>,
     /// Requests that wait for a reaper.
     waiting: Cell<usize>,
     started: Cell<u64>,
-    /// Ended after a long request.
+    /// Reapers that ended after a long request.
     spent: Cell<u64>,
     arrived: Notify,
 }
 
-/// A reaper, as the engine has it. It is killed with this.
+/// The engine's handle to a reaper. Dropping it kills the reaper.
 struct Reaper {
     channel: AsyncFd<OwnedFd>,
     page: SharedPage,
@@ -131,7 +132,7 @@ struct Reaper {
     pid: u32,
 }
 
-/// What the thread that starts reapers hands over.
+/// A new reaper, as the starting thread hands it over.
 struct Started {
     channel: OwnedFd,
     page: SharedPage,
@@ -140,12 +141,12 @@ struct Started {
 }
 
 impl Pool {
-    /// Starts the first reapers, and the thread that starts them. To be called before the daemon gives
-    /// up its privileges, in a runtime whose tasks stay on one thread.
+    /// Starts the thread that starts reapers, and the first reapers. Call it before the daemon drops its
+    /// privileges, in a runtime that keeps its tasks on one thread.
     ///
     /// # Errors
     ///
-    /// Where there can be no thread, or it cannot keep what reapers need.
+    /// Fails if the thread cannot be started, or cannot keep the capabilities that reapers need.
     pub fn start() -> Result<Self> {
         let (start, asked) = threads::channel();
         let (started, arrivals) = mpsc::unbounded_channel();
@@ -181,7 +182,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Reapers by what they do.
+    /// Returns the number of reapers by state.
     pub fn counts(&self) -> Counts {
         let inner = &self.0;
         Counts {
@@ -220,8 +221,8 @@ impl Pool {
         self.0.arrived.notify_waiters();
     }
 
-    /// Gives up the idle reapers that a signal has stopped: whatever has stopped another one may have stopped
-    /// them, and each would hold up a request for as long.
+    /// Drops the idle reapers that a signal has stopped: the sender may have stopped all reapers. Each
+    /// stopped reaper would delay a request until it is killed.
     fn give_up_stopped(&self) {
         let mut idle = self.0.idle.borrow_mut();
         idle.retain(|reaper| reaper.state() != Some(STOPPED));
@@ -237,13 +238,13 @@ impl Pool {
         let room = MAX_WORKING.saturating_sub(working);
         let room = room.min(MAX_REAPERS.saturating_sub(has + inner.busy.get()));
         for _ in 0..wanted.saturating_sub(has).min(room) {
-            // The thread lives as long as the process.
+            // The send cannot fail: the starting thread lives as long as the process.
             let _ = inner.start.send(());
             inner.starting.set(inner.starting.get() + 1);
         }
     }
 
-    /// An idle reaper, as soon as there is one.
+    /// Returns an idle reaper; waits until one is free.
     async fn take(&self, purpose: Purpose) -> Reaper {
         let left = match purpose {
             Purpose::Resets => 0,
@@ -256,7 +257,7 @@ impl Pool {
             arrived.as_mut().enable();
             let found = {
                 let mut idle = self.0.idle.borrow_mut();
-                // The one that came back last has what it needs in the caches.
+                // The most recently used reaper has warm caches.
                 (idle.len() > left).then(|| idle.pop_back()).flatten()
             };
             if let Some(reaper) = found {
@@ -271,11 +272,11 @@ impl Pool {
         }
     }
 
-    /// Asks a reaper, as soon as there is one. `fd` goes with the request.
+    /// Sends a request to an idle reaper; waits until one is free. `fd` is passed with the request.
     ///
     /// # Errors
     ///
-    /// Where the request is too long, or there is no reaper after several attempts.
+    /// Fails if the request is too long, or if reapers repeatedly end before they accept it.
     pub async fn ask(
         &self,
         purpose: Purpose,
@@ -283,7 +284,7 @@ impl Pool {
         fd: Option<&OwnedFd>,
     ) -> Result<Exchange> {
         let bytes = encode(request)?;
-        // One that was killed while it was idle is met here.
+        // The send fails with EPIPE if the reaper was killed while it was idle; then try another one.
         for _ in 0..MAX_REAPERS {
             let reaper = self.take(purpose).await;
             reaper.page.begin();
@@ -309,7 +310,7 @@ impl Pool {
     }
 }
 
-/// Counts a request that waits for a reaper.
+/// Counts a waiting request while the value lives.
 struct Waiting<'a>(&'a Cell<usize>);
 
 impl<'a> Waiting<'a> {
@@ -325,56 +326,57 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// What comes next of an exchange.
+/// The next event of an exchange.
 #[derive(Debug)]
 pub enum Next {
-    /// The reaper has said something, and may have sent a descriptor.
+    /// The reaper has sent a reply and possibly a descriptor.
     Reply(Reply, Option<OwnedFd>),
-    /// It has said nothing for as long as that.
+    /// The reaper has sent nothing within the patience.
     Silent,
-    /// It has ended without an answer: it was killed, or is none of ours.
+    /// The reaper has ended before its last reply (it was killed), or has violated the protocol.
     Ended,
 }
 
-/// How a silent reaper is.
+/// The condition of a silent reaper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// It may go on at any moment.
+    /// The reaper may continue at any moment.
     Slow,
-    /// It hangs in the kernel, where not even a signal reaches it.
+    /// The reaper is in uninterruptible sleep, where no signal reaches it.
     Stuck,
 }
 
-/// How far an exchange has come.
+/// The progress of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
     UnderWay,
-    /// The reaper can have another request.
+    /// The reaper is ready for another request.
     Done,
-    /// It is no more.
+    /// The reaper has ended.
     Ended,
 }
 
-/// A request that a reaper works on. Dropped before its end, it takes the reaper along.
+/// A request that a reaper works on. If the exchange is dropped before its end, the reaper is killed.
 pub struct Exchange {
     pool: Pool,
-    /// There until this is dropped.
+    /// `Some` until the exchange is dropped.
     reaper: Option<Reaper>,
     progress: Progress,
-    /// Whether the reaper has given way to others, which it cannot take back.
+    /// Whether the request is long. The reaper has then lowered its priority, cannot raise it again, and is
+    /// not reused.
     is_long: bool,
     is_left_behind: bool,
     is_stuck: bool,
-    /// Sockets that were claimed when it was last looked.
+    /// The number of claimed sockets at the last check.
     claimed_before: usize,
-    /// When it last said something or claimed a socket, as far as was looked.
+    /// The time of the last message or of the last check that found a new claim.
     silent_since: Instant,
-    /// Since when it was found in a sleep that nothing interrupts.
+    /// The first check that found the reaper in its current uninterruptible sleep.
     asleep_since: Option<Instant>,
 }
 
 impl Exchange {
-    /// Waits for what the reaper says, `patience` at most. Nothing comes after [`Reply::Done`] and
+    /// Waits at most `patience` for a reply. After [`Reply::Done`] or [`Next::Ended`] every call returns
     /// [`Next::Ended`].
     pub async fn next(&mut self, patience: Duration) -> Next {
         let (Progress::UnderWay, Some(reaper)) = (self.progress, &self.reaper) else {
@@ -407,8 +409,8 @@ impl Exchange {
         }
     }
 
-    /// How the reaper is, which has been silent. One that stands still for long, and not in the kernel, is
-    /// killed, and has ended next.
+    /// Checks the condition of a silent reaper. A reaper that is stopped, or makes no progress for
+    /// `KILLED_AFTER` outside uninterruptible sleep, is killed; the next event is then [`Next::Ended`].
     pub fn condition(&mut self) -> Condition {
         let claimed = self.claimed();
         if claimed != std::mem::replace(&mut self.claimed_before, claimed) {
@@ -421,7 +423,7 @@ impl Exchange {
         let state = reaper.state();
         if state != Some(UNINTERRUPTIBLE) {
             self.asleep_since = None;
-            // One that computes is at work.
+            // A running reaper is not killed: it makes progress.
             let is_idle = state != Some(RUNNING) && now - self.silent_since > KILLED_AFTER;
             if is_idle || state == Some(STOPPED) {
                 reaper.kill();
@@ -439,13 +441,13 @@ impl Exchange {
         Condition::Stuck
     }
 
-    /// Whether the reaper runs, or would if it had a processor.
+    /// Whether the reaper is running or runnable.
     pub fn can_run(&self) -> bool {
         let reaper = self.reaper.as_ref();
         reaper.is_some_and(|reaper| reaper.state() == Some(RUNNING))
     }
 
-    /// Nobody waits for it before he goes on: another reaper may be started in its place.
+    /// Marks the reaper as left behind: it no longer counts as working, so another one may be started.
     pub fn leave_behind(&mut self) {
         if !std::mem::replace(&mut self.is_left_behind, true) {
             let left = &self.pool.0.left_behind;
@@ -454,19 +456,19 @@ impl Exchange {
         }
     }
 
-    /// How many sockets of the request are claimed.
+    /// The number of claimed sockets of the request.
     pub fn claimed(&self) -> usize {
         let reaper = self.reaper.as_ref();
         reaper.map_or(0, |reaper| reaper.page.claimed())
     }
 
-    /// Takes back the sockets that are not claimed; how many are.
+    /// Takes back the unclaimed sockets. Returns the number of claimed ones.
     pub fn stop(&self) -> usize {
         let reaper = self.reaper.as_ref();
         reaper.map_or(0, |reaper| reaper.page.stop())
     }
 
-    /// The kernel's answer about a socket of a [`Request::Destroy`], where it has come.
+    /// The kernel's answer for a socket of a [`Request::Destroy`], if it has arrived.
     pub fn answered(&self, index: usize) -> Option<Destroyed> {
         self.reaper.as_ref()?.page.answered(index)
     }
@@ -499,7 +501,7 @@ impl Reaper {
             process,
             pid,
         } = started;
-        // SAFETY: the descriptor owns itself and is the same until it is dropped.
+        // SAFETY: the channel owns its descriptor, which stays the same until it is dropped.
         let channel = unsafe { AsyncFd::register(channel) }.map_err(io::Error::from)?;
         Ok(Self {
             channel,
@@ -509,7 +511,7 @@ impl Reaper {
         })
     }
 
-    /// What it says next; none where it has ended.
+    /// Receives the next message, or `None` if the reaper has ended.
     async fn receive(&self) -> Result<Option<(Reply, Option<OwnedFd>)>, ReceiveError> {
         loop {
             let mut ready = self.channel.readable().await?;
@@ -531,10 +533,10 @@ impl Reaper {
         }
     }
 
-    /// Its state (proc(5), `/proc/pid/stat`). Reading that takes no lock that the process holds meanwhile.
+    /// Reads the process state (proc(5), `/proc/pid/stat`). The read takes no lock that the reaper can hold.
     fn state(&self) -> Option<u8> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
-        // Behind the name, which may have any character.
+        // The state follows the process name, which may contain any character.
         let (_, rest) = stat.rsplit_once(") ")?;
         rest.bytes().next()
     }
@@ -542,7 +544,8 @@ impl Reaper {
     fn kill(&self) {
         let (process, signal) = (self.process.as_raw_fd(), Signal::SIGKILL as libc::c_int);
         let info = std::ptr::null::<libc::siginfo_t>();
-        // SAFETY: an open descriptor, numbers, and no structure. One that has ended needs no signal.
+        // SAFETY: the arguments are an open descriptor, numbers and a null pointer. The result is ignored
+        // because a reaper that has ended needs no signal.
         let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process, signal, info, 0) };
     }
 }
@@ -553,7 +556,7 @@ impl Drop for Reaper {
     }
 }
 
-/// Why what a reaper says cannot be taken in.
+/// The reasons why a message of a reaper could not be received.
 #[derive(Debug, thiserror::Error)]
 enum ReceiveError {
     #[error(transparent)]
@@ -562,7 +565,7 @@ enum ReceiveError {
     Protocol(#[from] ProtocolError),
 }
 
-/// The thread that starts reapers, each when it is asked for.
+/// The loop of the thread that starts one reaper per request.
 fn start_reapers(
     asked: &threads::Receiver<()>,
     started: &mpsc::UnboundedSender<io::Result<Started>>,
@@ -584,11 +587,11 @@ fn start_reaper() -> io::Result<Started> {
         .stdout(Stdio::from(file))
         .spawn()?;
     let pid = child.id();
-    // SAFETY: numbers only.
+    // SAFETY: the arguments are numbers.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let process = RawFd::try_from(process).ok().filter(|fd| *fd >= 0);
     let process = process.ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just opened this descriptor for this process.
     let process = unsafe { OwnedFd::from_raw_fd(process) };
     Ok(Started {
         channel,

@@ -1,6 +1,6 @@
-//! Which process holds which socket, and which network namespaces are held open. Nothing that is read here
-//! takes a lock which the process itself can hold for long (`mmap_lock` guards `cmdline`, `environ` and
-//! `maps` alone).
+//! Finds the processes that hold sockets, and the network namespaces that processes hold open. It reads no
+//! file whose lock the inspected process can hold for long (`mmap_lock` guards only `cmdline`, `environ` and
+//! `maps`).
 
 use std::{
     cell::LazyCell,
@@ -20,23 +20,23 @@ use nix::fcntl::readlinkat;
 use super::protocol::Holder;
 use crate::host::threads::run_parallel;
 
-/// What the descriptors of all processes stood for at one time.
+/// The sockets and namespaces that the descriptors of all processes referred to at one time.
 #[derive(Debug, Default)]
 pub struct Descriptors {
     sockets: HashMap<u32, Holder>,
     namespaces: Vec<PathBuf>,
 }
 
-/// Threads that look, at most: each link of `/proc` takes some microseconds of a processor.
+/// The maximum number of threads that scan: each link of `/proc` takes some microseconds of processor time.
 const MAX_LOOKERS: usize = 4;
 
 impl Descriptors {
-    /// Looks at the descriptors of every process. What cannot be looked at has no holders.
+    /// Scans the descriptors of every process. A process that cannot be inspected is skipped.
     pub fn of_all_processes() -> Self {
         Self::of(&all_processes())
     }
 
-    /// Looks at the descriptors of the processes of a cgroup.
+    /// Scans the descriptors of a cgroup's processes.
     pub fn of_cgroup(directory: &Path) -> Self {
         Self::of(&processes_of_cgroup(directory))
     }
@@ -51,7 +51,7 @@ impl Descriptors {
         all
     }
 
-    /// The sockets of those processes that no other thread looks at. `next` is the first of them.
+    /// Scans the processes that no other thread has taken. `next` is the index of the next free one.
     fn of_some(pids: &[u32], next: &AtomicUsize) -> Self {
         let mut sockets = Self::default();
         while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -60,9 +60,9 @@ impl Descriptors {
         sockets
     }
 
-    /// Looks at the descriptors of a process, and at those of its threads that have a table of their own.
+    /// Scans the descriptors of a process and of those of its threads that have a table of their own.
     fn add_process(&mut self, pid: u32) {
-        // Read once, and only of a process that has sockets: a server has thousands.
+        // The name is read once, and only for a process with sockets: a server has thousands of them.
         let name = LazyCell::new(|| comm(pid));
         for thread in iter::once(pid).chain(threads_apart(pid)) {
             self.add_table(pid, thread, &name);
@@ -75,7 +75,7 @@ impl Descriptors {
         thread: u32,
         name: &LazyCell<[u8; 16], impl FnOnce() -> [u8; 16]>,
     ) {
-        // A process may end while it is looked at.
+        // The process may end during the scan.
         let path = if thread == pid {
             format!("/proc/{pid}/fd")
         } else {
@@ -89,7 +89,7 @@ impl Descriptors {
             let Some(fd) = number(&name_of_fd.to_string_lossy()) else {
                 continue;
             };
-            // From the directory on: the way to it is longer than what is asked.
+            // A path relative to the open directory is faster to resolve.
             let link = readlinkat(&directory, name_of_fd.as_os_str());
             let Ok(link) = link else {
                 continue;
@@ -109,8 +109,7 @@ impl Descriptors {
         }
     }
 
-    /// Of several holders the one with the lowest number, as a rule the one that the others are
-    /// children of.
+    /// If several processes hold a socket, the lowest PID is kept: it is usually the parent of the others.
     fn add(&mut self, inode: u32, holder: Holder) {
         let known = self.sockets.entry(inode).or_insert(holder);
         if holder.pid < known.pid {
@@ -129,17 +128,17 @@ impl Descriptors {
         }
     }
 
-    /// A process that held the socket with this inode number.
+    /// Returns a process that held the socket with this inode number.
     pub fn holder(&self, inode: u32) -> Option<Holder> {
         self.sockets.get(&inode).copied()
     }
 
-    /// Every socket that was held.
+    /// All sockets that were held.
     pub fn holders(&self) -> impl Iterator<Item = Holder> {
         self.sockets.values().copied()
     }
 
-    /// Files of network namespaces that processes held open.
+    /// The files of network namespaces that processes held open.
     pub fn namespaces(&self) -> &[PathBuf] {
         &self.namespaces
     }
@@ -154,16 +153,16 @@ fn all_processes() -> Vec<u32> {
         .collect()
 }
 
-/// The processes of a cgroup, without those of cgroups below. One whose own have all gone has none.
+/// Lists the processes of a cgroup, without those of its child cgroups. A removed cgroup has none.
 fn processes_of_cgroup(directory: &Path) -> Vec<u32> {
     let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-    // A process of another process namespace is shown as 0.
+    // A process of another PID namespace is shown as 0.
     let pids = text.lines().filter_map(|line| line.parse().ok());
     pids.filter(|pid| *pid != 0).collect()
 }
 
-/// The threads of a process that do not share the table of its first one (`CLONE_FILES`), which may have ended
-/// before them.
+/// Lists the threads of a process that do not share its main thread's descriptor table (`CLONE_FILES`). The
+/// main thread may have ended before them.
 fn threads_apart(pid: u32) -> Vec<u32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
     let names = tasks.into_iter().flatten().flatten();
@@ -176,9 +175,9 @@ fn threads_apart(pid: u32) -> Vec<u32> {
 /// `KCMP_FILES` of `linux/kcmp.h`.
 const KCMP_FILES: libc::c_int = 2;
 
-/// Whether two threads have one table of descriptors. So it is taken to be where the kernel does not tell.
+/// Whether two threads share one descriptor table. Returns true if the kernel does not report it.
 fn shares_descriptors(one: u32, other: u32) -> bool {
-    // SAFETY: a system call without pointers.
+    // SAFETY: the system call takes no pointers.
     let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) };
     order <= 0
 }
@@ -187,7 +186,7 @@ fn number(name: &str) -> Option<RawFd> {
     name.parse().ok()
 }
 
-/// Reads `socket:[4711]`.
+/// Parses the inode number of `socket:[4711]`.
 fn inode(link: &OsStr) -> Option<u32> {
     let number = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
     number.parse().ok()
@@ -234,7 +233,7 @@ mod tests {
         assert_eq!(same.local_addr().unwrap(), listener.local_addr().unwrap());
     }
 
-    /// The thread has a table of its own, in which its socket is alone.
+    /// The thread unshares its descriptor table, so only that table has the socket.
     #[test]
     fn a_socket_in_the_table_of_a_single_thread_is_found() {
         let (tell, told) = std::sync::mpsc::channel();
@@ -252,7 +251,7 @@ mod tests {
         let holder = found.holder(inode).unwrap();
         assert_eq!(holder.pid, std::process::id());
         assert_ne!(holder.thread, holder.pid);
-        // Before Linux 6.9 the kernel gives no descriptor of a single thread.
+        // Before Linux 6.9, `pidfd_getfd` cannot reach the table of a single thread.
         if let Ok(same) = duplicate(&holder) {
             assert_eq!(TcpListener::from(same).local_addr().unwrap(), address);
         }

@@ -1,9 +1,9 @@
-//! What engine and reaper say to each other: one request at a time to each reaper, answered by one or
-//! more replies, each a message of its own (`SOCK_SEQPACKET`).
+//! The messages between the engine and a reaper. A reaper handles one request at a time and answers with one
+//! or more replies, each a message of its own (`SOCK_SEQPACKET`).
 //!
-//! Both are the same program, so the version only guards against a reaper of another build. Every
-//! message is bounded by [`MAX_MESSAGE`]; what does not decode ends the reaper, or has the engine
-//! give it up.
+//! Both sides are the same program, so the version only guards against a reaper of another build. No message
+//! exceeds [`MAX_MESSAGE`] bytes. A reaper ends if it cannot decode a request; the engine gives a reaper up
+//! if it cannot decode a reply.
 
 use std::path::PathBuf;
 
@@ -12,59 +12,60 @@ use thiserror::Error;
 
 use super::diag::{Detail, MAX_BATCH, Socket, SocketId};
 
-/// Changes with every change of a message.
+/// Increase it with every change of a message.
 pub const VERSION: u16 = 2;
 
-/// Bytes of a message at most. A long [`Reply::Scope`] is cut into several.
+/// The maximum length of a message in bytes. A long [`Reply::Scope`] is split into several messages.
 pub const MAX_MESSAGE: usize = 128 << 10;
 
-/// Sockets in one request or reply at most.
+/// The maximum number of sockets in one request or reply.
 pub const MAX_SOCKETS: usize = MAX_BATCH;
 
-/// Numbers in one message at most, 10 bytes each at the most.
+/// The maximum number of integers in one message. Each takes at most 10 bytes.
 pub const MAX_NUMBERS: usize = 8 << 10;
 
-/// A network namespace. The engine may lend a descriptor of it with the request.
+/// A network namespace. The engine may pass a descriptor of it with the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Netns {
-    /// Its cookie (`SO_NETNS_COOKIE`).
+    /// The namespace's cookie (`SO_NETNS_COOKIE`).
     pub cookie: u64,
-    /// Where it was last seen, a file of `nsfs`.
+    /// The nsfs file at which the namespace was last seen.
     pub seen_at: Option<PathBuf>,
-    /// Where to search for it where it is not there.
+    /// Where to search if that file does not lead to the namespace.
     pub search: Search,
 }
 
-/// Where a network namespace is searched for.
+/// Where to search for a network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Search {
-    /// Nowhere.
+    /// Do not search.
     Nowhere,
-    /// Among those that a process is in or that are mounted: nearly all, and at little cost.
+    /// Search the namespaces that a process is in or that are mounted. That finds nearly all of them at low
+    /// cost.
     Processes,
-    /// Also in every thread and every descriptor of the host.
+    /// Also search every thread and every descriptor of the host.
     Everywhere,
 }
 
-/// How much of a connection is to end.
+/// How much of an MPTCP connection to reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Extent {
-    /// The subflow of an MPTCP connection; the connection too where it has no other that is open.
+    /// One subflow. If the connection has no other open subflow, the whole connection.
     Subflow,
     /// The connection with all its subflows.
     Connection,
 }
 
-/// How a session is reset through a descriptor of its process.
+/// How to reset a session through a descriptor of its process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Disconnect {
-    /// A TCP socket that `sock_diag` shows, where the kernel has no `SOCK_DESTROY`.
+    /// A TCP socket that `sock_diag` lists, on a kernel without `SOCK_DESTROY`.
     Tcp,
     /// A subflow of an MPTCP connection.
     Mptcp(Extent),
-    /// A TCP socket, found by its cookie alone: no socket table tells whose it is.
+    /// A TCP socket that is found by its cookie alone, without `sock_diag`.
     ByCookie {
-        /// Whether among the processes of the whole host, or only of its cgroup.
+        /// Whether to search the processes of the whole host, or only those of the session's cgroup.
         everywhere: bool,
     },
 }
@@ -72,119 +73,120 @@ pub enum Disconnect {
 /// A session to reset through a descriptor of its process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
-    /// Its socket.
+    /// The session's socket.
     pub target: SocketId,
-    /// In which way.
+    /// The method.
     pub how: Disconnect,
-    /// Directory of its cgroup: its processes are looked at first.
+    /// The directory of the session's cgroup. Its processes are searched first.
     pub cgroup: Option<PathBuf>,
 }
 
-/// Which network namespaces a survey visits.
+/// The network namespaces that a survey visits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reach {
-    /// The daemon's own.
+    /// The daemon's own namespace.
     Own,
-    /// Those that a process is in or that are mounted: nearly all, at little cost.
+    /// The namespaces that a process is in or that are mounted. These are nearly all, at low cost.
     Usual,
-    /// Also those that are held by a single thread or by an open file.
+    /// Also the namespaces that only a single thread or an open file keeps alive.
     Every,
 }
 
-/// What the engine asks for.
+/// A request of the engine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// Destroy these sockets of a namespace, one after the other. Each is claimed first, and its
-    /// answer is in the shared page as soon as the kernel has given it
-    /// ([`SharedPage`](super::shared::SharedPage)). Ends with [`Reply::Done`].
+    /// Destroy these sockets of a namespace, one after the other. The reaper claims each socket first and
+    /// writes the kernel's answer into the shared page at once ([`SharedPage`](super::shared::SharedPage)).
+    /// Ends with [`Reply::Done`].
     Destroy {
         /// The namespace.
         netns: Netns,
         /// The sockets.
         targets: Vec<SocketId>,
     },
-    /// Reset these sessions through descriptors, each claimed first. A [`Reply::Disconnected`] for each,
-    /// then [`Reply::Done`].
+    /// Reset these sessions through descriptors; claim each first. Answered by one [`Reply::Disconnected`]
+    /// for each, then [`Reply::Done`].
     Disconnect {
         /// The namespace.
         netns: Netns,
         /// The sessions.
         sessions: Vec<Held>,
     },
-    /// Say what the kernel knows of these sockets, each claimed first. [`Reply::Sockets`] with as many as
-    /// were asked about, in their order, then [`Reply::Done`].
+    /// Query these sockets; claim each first. Answered by [`Reply::Sockets`] with one entry per target in
+    /// their order, then [`Reply::Done`].
     Query {
         /// The namespace.
         netns: Netns,
         /// The sockets.
         targets: Vec<SocketId>,
-        /// What to tell.
+        /// The amount of data to return.
         detail: Detail,
     },
-    /// Search a namespace for sockets by their cookies, whatever interface they are bound to by now.
-    /// [`Reply::Sockets`] with as many, then [`Reply::Done`].
+    /// Search a namespace for sockets by cookie, whichever interface they are bound to now. Answered by
+    /// [`Reply::Sockets`] with one entry per target, then [`Reply::Done`].
     Search {
         /// The namespace.
         netns: Netns,
         /// The sockets.
         targets: Vec<SocketId>,
     },
-    /// Say whose these sockets of a namespace are, and find a process that holds each: among those of its cgroup, and
-    /// then, where it is to be looked for everywhere, among all of the host. [`Reply::Owners`] with as many as were
-    /// asked about, in their order, then [`Reply::Done`].
+    /// Find the owners of these sockets of a namespace, and for each socket a process that holds it: first
+    /// among the processes of its cgroup and then, with `everywhere`, among all processes of the host.
+    /// Answered by [`Reply::Owners`] with one entry per target in their order, then [`Reply::Done`].
     Owners {
         /// The namespace.
         netns: Netns,
         /// The sockets.
         targets: Vec<SocketId>,
-        /// Whether the descriptors of all processes may be looked at.
+        /// Whether the reaper may scan the descriptors of all processes.
         everywhere: bool,
     },
-    /// List the sockets that listen on this port of a namespace. [`Reply::Sockets`], then [`Reply::Done`].
+    /// List the sockets of a namespace that listen on this port. Answered by [`Reply::Sockets`], then
+    /// [`Reply::Done`].
     Listeners {
         /// The namespace.
         netns: Netns,
         /// The port, in host byte order.
         port: u16,
     },
-    /// List the sockets of many namespaces: [`Reply::Scope`] first, for each namespace
-    /// [`Reply::Namespace`], its [`Reply::Listeners`] and [`Reply::Sessions`], [`Reply::WholeNamespace`]
-    /// where all came, and [`Reply::Done`].
+    /// List the sockets of many namespaces. Answered by [`Reply::Scope`]; for each namespace by
+    /// [`Reply::Namespace`], [`Reply::Listeners`], [`Reply::Sessions`] and, if its list is complete,
+    /// [`Reply::WholeNamespace`]; and by [`Reply::Done`].
     Survey {
-        /// Which.
+        /// The namespaces to visit.
         reach: Reach,
-        /// Directory of the watched cgroup; none where its attachment covers every socket.
+        /// The directory of the watched cgroup. `None` if the attachment covers every socket of the host.
         cgroup: Option<PathBuf>,
-        /// Whether the processes that hold the sockets are to be found first: a look at every descriptor
-        /// of the host.
+        /// Whether to find the processes that hold the sockets first, which reads every descriptor of the
+        /// host.
         with_holders: bool,
     },
-    /// Say where these cgroups are. [`Reply::Cgroup`] for each, then [`Reply::Done`].
+    /// Find the paths of these cgroups. Answered by one [`Reply::Cgroup`] for each, then [`Reply::Done`].
     Cgroups {
-        /// Their identities.
+        /// The cgroup IDs.
         ids: Vec<u64>,
     },
-    /// Duplicate these sockets of processes. [`Reply::Duplicate`] for each, with a descriptor, then
-    /// [`Reply::Done`].
+    /// Duplicate these sockets of other processes. Answered by one [`Reply::Duplicate`] for each, which
+    /// carries a descriptor, then [`Reply::Done`].
     Duplicate {
-        /// The holder and the cookie that its socket must have.
+        /// The holder of each socket, and the cookie that the socket must have.
         sockets: Vec<(Holder, u64)>,
     },
-    /// Find the numbers of these users. [`Reply::Users`], then [`Reply::Done`].
+    /// Find the UIDs of these users. Answered by [`Reply::Users`], then [`Reply::Done`].
     Users {
-        /// Their names.
+        /// The user names.
         names: Vec<String>,
     },
-    /// Wait for an RCU grace period, then [`Reply::Done`].
+    /// Wait for an RCU grace period. Answered by [`Reply::Done`].
     GracePeriod,
-    /// Destroy a connection of the reaper's own, then [`Reply::Done`], which says what the kernel
-    /// did ([`Reply::Probed`]).
+    /// Destroy a connection that the reaper makes for the test. Answered by [`Reply::Probed`], then
+    /// [`Reply::Done`].
     Probe,
 }
 
 impl Request {
-    /// Whether it takes as long as the host is large. A reaper gives way to all others with such a request, and has no
-    /// other one after it.
+    /// Whether the duration grows with the number of sockets or processes of the host. The reaper lowers its
+    /// priority for such a request, and gets no other request after it.
     pub const fn is_long(&self) -> bool {
         matches!(
             self,
@@ -198,165 +200,166 @@ impl Request {
     }
 }
 
-/// A process that holds a socket, and its descriptor of it.
+/// A process that holds a socket, and its descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// Number of the process, in the daemon's process namespace.
+    /// The PID in the daemon's PID namespace.
     pub pid: u32,
-    /// Number of the thread in whose table it is: the process's own, but where a thread has a table for itself.
+    /// The thread whose descriptor table has the socket: equal to `pid`, unless a thread has a table of its
+    /// own.
     pub thread: u32,
-    /// Number of the descriptor in that table.
+    /// The descriptor number in that table.
     pub fd: i32,
-    /// Its name, cut and filled with zeroes as the kernel keeps it; empty where it has ended.
+    /// The process name, truncated and zero-padded as the kernel stores it. Empty if the process has ended.
     pub comm: [u8; 16],
 }
 
-/// Whose a socket is.
+/// The owner of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketOwner {
-    /// The user that it belongs to.
+    /// The UID.
     pub uid: u32,
-    /// Identity of its cgroup, where the kernel told it.
+    /// The ID of the socket's cgroup, if the kernel reported it.
     pub cgroup_id: Option<u64>,
-    /// A process that holds it, where one was found.
+    /// A process that holds the socket, if one was found.
     pub holder: Option<Holder>,
 }
 
-/// Where a cgroup is.
+/// The location of a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// Its identity.
+    /// The cgroup ID.
     pub id: u64,
-    /// Its path from the root of the hierarchy; none where it is no more.
+    /// The path from the root of the hierarchy. `None` if the cgroup no longer exists.
     pub path: Option<String>,
-    /// Its identity and those of the cgroups above it, from the root down, filled with zeroes; empty
-    /// of one that is no more.
+    /// The IDs of the cgroup and of its ancestors, from the root down, zero-padded. Empty if the cgroup no
+    /// longer exists.
     pub ancestors: Vec<u64>,
 }
 
-/// What became of a session that was reset through a descriptor.
+/// The outcome of a reset through a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Disconnected {
     /// The connection was reset.
     Reset,
-    /// There is no such connection any more.
+    /// The connection no longer exists.
     Gone,
-    /// The answer was lost.
+    /// The kernel's answer was lost.
     Unknown,
-    /// It was not possible, for this reason.
+    /// The reset was not possible, for this reason.
     Failed(String),
 }
 
-/// What a user's name stands for.
+/// The result of looking up a user name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FoundUser {
-    /// A user with this number.
+    /// The user has this UID.
     Uid(u32),
-    /// Nobody.
+    /// The user does not exist.
     Unknown,
-    /// The user database could not be asked.
+    /// The user database could not be queried.
     Failed(String),
 }
 
-/// What a reaper answers.
+/// A reply of a reaper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// The request is done, or was broken off.
+    /// The request is complete, or was aborted.
     Done {
-        /// The time after the last answer of the kernel, in nanoseconds of `CLOCK_BOOTTIME`.
+        /// The time after the kernel's last answer, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
-        /// How long the reaper has used a processor for the request, in nanoseconds.
+        /// The processor time of the request, in nanoseconds.
         used_ns: u64,
-        /// Why it was broken off.
+        /// The reason if the request was aborted.
         error: Option<Problem>,
     },
-    /// Where another namespace is that was met on the way.
+    /// The location of another namespace that the search entered.
     Met {
-        /// Its cookie.
+        /// The namespace's cookie.
         cookie: u64,
-        /// A file that stands for it.
+        /// A file that refers to the namespace.
         path: PathBuf,
     },
-    /// Where a namespace is that had to be searched for; comes with a descriptor of it.
+    /// The location of a namespace that had to be searched for. The message carries a descriptor of it.
     Found {
-        /// A file that stands for it.
+        /// A file that refers to the namespace.
         path: PathBuf,
     },
-    /// What became of the next session.
+    /// The outcome for the next session of the request.
     Disconnected {
         /// The outcome.
         outcome: Disconnected,
-        /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
+        /// The time after the kernel's answer, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
     },
-    /// What the kernel knows of the next sockets that were asked about; none is one that is gone.
+    /// The kernel's data about the next sockets of the request. `None` for a socket that no longer exists.
     Sockets {
         /// The sockets.
         sockets: Vec<Option<Socket>>,
-        /// The time after the answer to the last, in nanoseconds of `CLOCK_BOOTTIME`.
+        /// The time after the last answer, in nanoseconds of `CLOCK_BOOTTIME`.
         at_ns: u64,
     },
-    /// Some cgroups that the watched one covers.
+    /// Some of the cgroups that the watched cgroup covers.
     Scope {
-        /// Their identities.
+        /// The cgroup IDs.
         ids: Vec<u64>,
     },
-    /// Whose sockets are meant could not be found out.
+    /// The cgroups that the watched one covers could not be listed.
     NoScope(String),
-    /// A network namespace; comes with a descriptor of it, but for the daemon's own.
+    /// A network namespace. The message carries a descriptor of it, except for the daemon's own namespace.
     Namespace {
-        /// Its cookie.
+        /// The namespace's cookie.
         cookie: u64,
-        /// A file that stands for it.
+        /// A file that refers to the namespace.
         path: PathBuf,
     },
-    /// Some sockets that listen in it, with their processes where those were asked for.
+    /// Some listeners of the namespace, with their processes if the request asked for them.
     Listeners(Vec<(Socket, Option<Holder>)>),
-    /// Some of its sessions, without what passed in them.
+    /// Some sessions of the namespace, without [`Socket::info`].
     Sessions(Vec<Socket>),
-    /// All of its sessions were there.
+    /// All listeners and sessions of the namespace were sent.
     WholeNamespace,
-    /// A namespace could not be listed, or not to its end: this went wrong.
+    /// A namespace could not be listed, or only in part, for this reason.
     Unlisted(String),
-    /// Whose the sockets are that were asked about; none is one that is gone.
+    /// The owners of the sockets of the request. `None` for a socket that no longer exists.
     Owners {
-        /// Their owners.
+        /// The owners.
         owners: Vec<Option<SocketOwner>>,
-        /// How long the reaper has used a processor for that, in nanoseconds.
+        /// The processor time of the search, in nanoseconds.
         used_ns: u64,
     },
-    /// A cgroup.
+    /// The location of a cgroup.
     Cgroup(Cgroup),
-    /// A descriptor comes with this, or this went wrong.
+    /// The message carries a descriptor (`None`), or the duplication failed for this reason.
     Duplicate(Option<String>),
-    /// The users, in the order of their names.
+    /// The results for the users, in the order of the names.
     Users(Vec<FoundUser>),
-    /// What the kernel answered to [`Request::Probe`].
+    /// The outcome of a [`Request::Probe`].
     Probed(Probed),
 }
 
-/// What the kernel said to a request to destroy a connection of the reaper's own.
+/// The outcome of destroying a connection that the reaper made for the test.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Probed {
     /// 0 or an error number.
     Destroyed(i32),
-    /// `SOCK_DESTROY` is not supported: whether it was reset through its process instead.
+    /// `SOCK_DESTROY` is not supported. The value says whether the reset through a descriptor worked instead.
     NotSupported(Result<(), String>),
-    /// There was no connection, or no answer.
+    /// The connection could not be made, or the kernel did not answer.
     Failed(String),
 }
 
-/// Why a request was broken off.
+/// The reason why a request was aborted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Problem {
-    /// The namespace is not found, or cannot be entered.
+    /// The namespace was not found or could not be entered.
     Namespace {
-        /// What went wrong.
+        /// The error.
         error: String,
-        /// Where it was searched for in vain.
+        /// Where the search failed to find it.
         searched: Search,
     },
-    /// The exchange with the kernel.
+    /// The exchange with `sock_diag` failed.
     Diag(String),
 }
 
@@ -368,25 +371,25 @@ impl std::fmt::Display for Problem {
     }
 }
 
-/// A message that is not one of this protocol.
+/// A message that violates the protocol.
 #[derive(Debug, Error)]
 pub enum ProtocolError {
-    /// It is too long.
+    /// The message is too long.
     #[error("a message of {0} bytes, more than {MAX_MESSAGE}")]
     TooLong(usize),
-    /// It is of another version.
+    /// The message is of another version.
     #[error("a message of version {0}, this is {VERSION}")]
     Version(u16),
-    /// It is malformed.
+    /// The message cannot be decoded.
     #[error("a message is not understood: {0}")]
     Malformed(#[from] postcard::Error),
 }
 
-/// The bytes of a message.
+/// Encodes a message.
 ///
 /// # Errors
 ///
-/// Where it is longer than [`MAX_MESSAGE`].
+/// Fails if the message is longer than [`MAX_MESSAGE`].
 pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, ProtocolError> {
     let bytes = postcard::to_extend(message, VERSION.to_le_bytes().to_vec())?;
     if bytes.len() > MAX_MESSAGE {
@@ -395,11 +398,11 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, ProtocolError> {
     Ok(bytes)
 }
 
-/// Reads a message.
+/// Decodes a message.
 ///
 /// # Errors
 ///
-/// Where it is none of this version.
+/// Fails if the bytes are no valid message of this version.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
     if bytes.len() > MAX_MESSAGE {
         return Err(ProtocolError::TooLong(bytes.len()));

@@ -1,9 +1,9 @@
-//! The page that an engine shares with one reaper: how far a request has come, also while the reaper
-//! hangs in the kernel and can say nothing.
+//! The memory page that the engine shares with one reaper. It shows the progress of a request even while the
+//! reaper hangs in the kernel and cannot send.
 //!
-//! A reaper *claims* the sockets of a request one by one before it touches them. The engine can take
-//! back at any time what is not claimed yet: claim and stop are one atomic word, so each socket
-//! is either the reaper's or the engine's.
+//! A reaper *claims* the sockets of a request one by one before it touches them. The engine can take back the
+//! unclaimed ones at any time. Claim and stop are one atomic word, so each socket belongs either to the
+//! reaper or to the engine.
 
 use std::{
     io,
@@ -23,13 +23,13 @@ use super::{
     protocol::MAX_SOCKETS,
 };
 
-/// Set in the claims where the engine has taken back the rest.
+/// This bit of `claims` is set when the engine has taken back the rest.
 const STOPPED: u32 = 1 << 31;
 
-/// An answer that has not come: no error number of the kernel.
+/// The code of a slot without an answer. The kernel's codes are not negative.
 const UNANSWERED: i32 = -1;
 
-/// Of a queue, that the kernel did not tell it.
+/// Marks queue lengths that the kernel did not report.
 const UNKNOWN: u32 = u32::MAX;
 
 #[repr(C)]
@@ -38,7 +38,7 @@ struct Page {
     answers: [Slot; MAX_SOCKETS],
 }
 
-/// A [`Destroyed`]. Its code is written last and read first.
+/// A [`Destroyed`]. The reaper writes `code` last, and the engine reads it first.
 #[repr(C)]
 struct Slot {
     code: AtomicI32,
@@ -48,45 +48,47 @@ struct Slot {
 
 const BYTES: NonZeroUsize = NonZeroUsize::new(size_of::<Page>()).unwrap();
 
-/// The page, in the engine or in the reaper.
+/// The mapped page, in the engine or in the reaper.
 #[derive(Debug)]
 pub struct SharedPage {
     at: NonNull<Page>,
 }
 
-// SAFETY: the page holds atomic numbers only, and stays mapped as long as this value.
+// SAFETY: the page consists of atomics and stays mapped as long as this value lives.
 unsafe impl Send for SharedPage {}
 
 impl SharedPage {
-    /// A new page and the file for the other process.
+    /// Creates the page, and the file that the other process maps.
     ///
     /// # Errors
     ///
-    /// Where there is no memory or no descriptor left.
+    /// Fails if there is no memory or no free descriptor.
     pub fn create() -> io::Result<(Self, OwnedFd)> {
         let file = memfd_create(c"session-enforcer-reaper", MFdFlags::MFD_CLOEXEC)?;
         nix::unistd::ftruncate(&file, BYTES.get() as i64)?;
         Ok((Self::map(&file)?, file))
     }
 
-    /// The page of a file that the other process has made.
+    /// Maps the page of a file that the other process has created.
     ///
     /// # Errors
     ///
-    /// Where it cannot be mapped.
+    /// Fails if the file cannot be mapped.
     pub fn map(file: &impl AsFd) -> io::Result<Self> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping, at no given place, of a file that is as long as the page.
+        // SAFETY: this is a new mapping at an address that the kernel chooses, and the file is as long as the
+        // page.
         let at = unsafe { mmap(None, BYTES, access, MapFlags::MAP_SHARED, file, 0) }?;
         Ok(Self { at: at.cast() })
     }
 
     fn page(&self) -> &Page {
-        // SAFETY: mapped as long as this value, aligned as a page, and zeroes are a value.
+        // SAFETY: the page stays mapped as long as this value lives, is page-aligned, and all-zero bytes are
+        // a valid `Page`.
         unsafe { self.at.as_ref() }
     }
 
-    /// Engine: prepares the page for the next request. The reaper is idle.
+    /// Engine: resets the page for the next request. The reaper must be idle.
     pub fn begin(&self) {
         for answer in &self.page().answers {
             answer.code.store(UNANSWERED, Ordering::Relaxed);
@@ -94,8 +96,8 @@ impl SharedPage {
         self.page().claims.store(0, Ordering::Release);
     }
 
-    /// Reaper: claims the next socket, whose index this is; false where the engine has taken back the
-    /// rest.
+    /// Reaper: claims the socket with this index, which must be the next one. Returns false if the engine has
+    /// taken back the rest.
     pub fn claim(&self, index: usize) -> bool {
         let (now, next) = (index as u32, index as u32 + 1);
         let claimed =
@@ -105,17 +107,17 @@ impl SharedPage {
         claimed.is_ok()
     }
 
-    /// Engine: how many sockets are claimed.
+    /// Engine: returns the number of claimed sockets.
     pub fn claimed(&self) -> usize {
         (self.page().claims.load(Ordering::Acquire) & !STOPPED) as usize
     }
 
-    /// Engine: takes back what is not claimed; how many are.
+    /// Engine: takes back the unclaimed sockets. Returns the number of claimed ones.
     pub fn stop(&self) -> usize {
         (self.page().claims.fetch_or(STOPPED, Ordering::AcqRel) & !STOPPED) as usize
     }
 
-    /// Reaper: notes the kernel's answer about a socket.
+    /// Reaper: stores the kernel's answer for a socket.
     pub fn answer(&self, index: usize, destroyed: Destroyed) {
         let queued = destroyed.queued.map(|queued| (queued.send, queued.receive));
         let (send, receive) = queued.unwrap_or((UNKNOWN, UNKNOWN));
@@ -126,7 +128,7 @@ impl SharedPage {
         }
     }
 
-    /// Engine: the kernel's answer about a socket, where it has come.
+    /// Engine: returns the kernel's answer for a socket, if it has arrived.
     pub fn answered(&self, index: usize) -> Option<Destroyed> {
         let answer = self.page().answers.get(index)?;
         let code = answer.code.load(Ordering::Acquire);
@@ -143,7 +145,8 @@ impl SharedPage {
 
 impl Drop for SharedPage {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `map` made, of that length. It cannot fail for one that is there.
+        // SAFETY: this unmaps the mapping that `map` made, with its length. `munmap` of an existing mapping
+        // cannot fail.
         let _ = unsafe { munmap(self.at.cast(), BYTES.get()) };
     }
 }

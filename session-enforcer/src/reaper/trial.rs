@@ -1,4 +1,4 @@
-//! Whether connections can be reset on this host: tried on one that is made for it.
+//! Tests whether this host can reset connections, on a loopback connection that is made for the test.
 
 use std::{
     io::{ErrorKind, Read as _},
@@ -15,7 +15,7 @@ use super::{
     protocol::Probed,
 };
 
-/// Has the kernel destroy a loopback connection of its own, and looks whether that is so.
+/// Lets the kernel destroy a loopback connection of this process and checks that it is gone.
 pub fn try_reset() -> Probed {
     match try_destroy() {
         Ok(libc::EOPNOTSUPP) => {
@@ -26,7 +26,7 @@ pub fn try_reset() -> Probed {
     }
 }
 
-/// Resets a connection that this function makes, in the way of kernels without `SOCK_DESTROY`.
+/// Resets a connection of this process with the method for kernels without `SOCK_DESTROY`.
 pub(crate) fn try_disconnect() -> anyhow::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
@@ -37,7 +37,7 @@ pub(crate) fn try_disconnect() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kernel's answer to the destruction of a connection that this function makes.
+/// Destroys a connection of this process and returns the kernel's answer.
 fn try_destroy() -> anyhow::Result<i32> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut client = TcpStream::connect(listener.local_addr()?)?;

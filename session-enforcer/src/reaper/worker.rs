@@ -1,8 +1,8 @@
-//! The reaper's side: a process that does one request after the other, and may hang in each.
+//! The reaper's side: a process that handles one request after the other and may hang in each.
 //!
-//! It has its channel as standard input and the shared page as standard output. It ends when the engine
-//! does: at the end of the channel, or by the signal that the kernel sends then; one that hangs on
-//! a lock ends when it has got that.
+//! Its standard input is the channel, its standard output the shared page. It ends with the engine: at the
+//! end of the channel, or by the signal that the kernel sends when the engine ends (`PR_SET_PDEATHSIG`). A
+//! reaper that hangs on a lock ends as soon as it gets the lock.
 
 use std::{
     io,
@@ -41,15 +41,15 @@ use crate::{
     },
 };
 
-/// Answers to a query that are sent together: what a reaper that hangs has and has not sent is asked
-/// for again.
+/// The number of query answers in one message. If the reaper hangs, the engine asks again for those that it
+/// has not received.
 const FLUSH: usize = 32;
 
-/// Does requests until the engine ends.
+/// Handles requests until the engine ends.
 ///
 /// # Errors
 ///
-/// Where it was not started by the daemon.
+/// Fails if the process was not started by the daemon.
 pub fn run() -> Result<ExitCode, Failure> {
     let not_ours = |_| {
         let message = "reaper: is started by the daemon, and by nobody else; see --help";
@@ -57,23 +57,23 @@ pub fn run() -> Result<ExitCode, Failure> {
     };
     let page = SharedPage::map(&io::stdout().as_fd()).map_err(not_ours)?;
     let channel = io::stdin().as_fd().try_clone_to_owned().map_err(not_ours)?;
-    // As ps(1) and top(1) show it.
+    // The name that ps(1) and top(1) show.
     let _ = prctl::set_name(c"session-reaper");
-    // It ends with the engine, which these are meant for, and not before.
+    // These signals are meant for the engine; a reaper outlives them and ends with the engine.
     for name in [
         Signal::SIGHUP,
         Signal::SIGINT,
         Signal::SIGTERM,
         Signal::SIGUSR1,
     ] {
-        // SAFETY: to ignore a signal runs no code.
+        // SAFETY: ignoring a signal installs no handler code.
         let _ = unsafe { signal(name, SigHandler::SigIgn) };
     }
     if let Err(error) = privilege::confine_reaper() {
         let message = format!("reaper: giving up privileges: {error}");
         return Err(Failure::new(ExitStatus::NoPermission, message));
     }
-    // After the last change of its credentials, which would undo it.
+    // Set it after the last change of credentials, which would clear it.
     let _ = prctl::set_pdeathsig(Signal::SIGKILL);
     let worker = Worker {
         channel,
@@ -87,16 +87,16 @@ pub fn run() -> Result<ExitCode, Failure> {
 struct Worker {
     channel: OwnedFd,
     page: SharedPage,
-    /// The socket table of the daemon's own namespace, and its cookie.
+    /// The cookie and the socket table of the daemon's own namespace.
     own: Option<(u64, DiagSocket)>,
-    /// Whether the engine takes no replies any more.
+    /// Whether a reply could not be sent: the engine has ended.
     failed: bool,
 }
 
-/// Why a request is not done to its end.
+/// The reasons why a request is aborted.
 enum Broken {
     Problem(Problem),
-    /// The engine has gone.
+    /// The engine has ended.
     Channel,
 }
 
@@ -124,7 +124,7 @@ impl Worker {
             let error = match self.perform(request, lent) {
                 Ok(()) => None,
                 Err(Broken::Problem(problem)) => {
-                    // Answers that were not read would be taken for those to come.
+                    // Unread answers in this socket would be taken for answers to the next request.
                     self.own = None;
                     Some(problem)
                 }
@@ -203,7 +203,7 @@ impl Worker {
 
 /// Requests about sockets of one namespace.
 impl Worker {
-    /// Does something with the socket table of a namespace.
+    /// Runs `act` with the socket table of a namespace.
     fn with<T>(
         &mut self,
         netns: &Netns,
@@ -246,7 +246,7 @@ impl Worker {
             let _ = self.reply(&Reply::Met { cookie, path }, None);
         })?;
         let path = found.path;
-        // That the engine has gone is met with the next reply.
+        // The next reply detects that the engine has ended.
         let _ = self.reply(&Reply::Found { path }, Some(&found.handle));
         Ok(found.diag)
     }
@@ -389,7 +389,7 @@ impl Worker {
         with_holders: bool,
     ) -> Result<(), Broken> {
         self.tell_scope(cgroup)?;
-        // Before the sockets: the holder of one that comes meanwhile is not known.
+        // The scan precedes the lists, so a socket that is opened in between has no known holder.
         let holders = with_holders.then(Descriptors::of_all_processes);
         let holders = holders.unwrap_or_default();
         if reach == Reach::Own {
@@ -407,7 +407,7 @@ impl Worker {
         }
         let mut broken = Ok(());
         let files = if reach == Reach::Every && with_holders {
-            // Every descriptor was looked at already.
+            // The scan for holders has read every descriptor already.
             let mut files = namespaces::unopened_files();
             files.extend_from_slice(holders.namespaces());
             files
@@ -488,7 +488,7 @@ impl Worker {
     fn duplicate(&mut self, sockets: &[(Holder, u64)]) -> Result<(), Broken> {
         for (holder, cookie) in sockets {
             let found = disconnect::duplicate(holder).and_then(|fd| {
-                // By now the number may stand for another file.
+                // The descriptor number may meanwhile belong to another file.
                 if disconnect::cookie(&fd)? != *cookie {
                     return Err(io::Error::other("its descriptor is another's"));
                 }
@@ -535,7 +535,7 @@ pub(crate) fn find_user(name: &str) -> FoundUser {
     }
 }
 
-/// How long this process has used a processor.
+/// The processor time that this process has used, in nanoseconds.
 fn processor_ns() -> u64 {
     let used = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID);
     let used = used.map_or(std::time::Duration::ZERO, std::time::Duration::from);

@@ -1,28 +1,27 @@
-//! What keeps the daemon from enforcing everything that it should, for `/readyz` and the metrics.
-//! Pure.
+//! The reasons why the daemon does not enforce or record everything, for `/readyz` and the metrics. Pure.
 
-/// A trouble that lasts until something is mended.
+/// A degradation that lasts until its cause is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DegradedCause {
-    /// The connections that are older than the daemon are not adopted yet.
+    /// Connections that are older than the daemon are not adopted yet.
     NotAdopted,
-    /// Sessions that a rule matches are not tracked.
+    /// Some sessions that a rule matches are not tracked.
     Untracked,
     /// The sockets of a network namespace cannot be listed.
     Namespace,
     /// Audit records are lost.
     Audit,
-    /// The programs are attached to nothing any more.
+    /// The programs are no longer attached to an existing cgroup.
     Detached,
-    /// Resets hang on sockets that their processes keep locked.
+    /// Resets hang because processes keep their sockets locked.
     Stuck,
 }
 
 impl DegradedCause {
-    /// Number of troubles.
+    /// The number of causes.
     pub const COUNT: usize = Self::ALL.len();
 
-    /// Every trouble, in the order of its number.
+    /// Every cause, in the order of its discriminant.
     pub const ALL: [Self; 6] = [
         Self::NotAdopted,
         Self::Untracked,
@@ -45,14 +44,14 @@ impl DegradedCause {
     }
 }
 
-/// The troubles that there are, each with what it is and what to do.
+/// The present causes, each with a description and a remedy.
 #[derive(Debug, Default)]
 pub struct Health {
     now: [Option<String>; DegradedCause::COUNT],
 }
 
 impl Health {
-    /// The health of a daemon that starts. As every start does, it has a trouble that is no error.
+    /// The health of a starting daemon: not ready until the first adoption, which is no error.
     pub fn of_a_start() -> Self {
         let mut health = Self::default();
         health.now[DegradedCause::NotAdopted as usize] =
@@ -60,7 +59,7 @@ impl Health {
         health
     }
 
-    /// Notes whether there is such a trouble; it is logged when it begins and when it ends.
+    /// Sets or clears a cause. Logs when it begins and when it ends.
     pub fn set(&mut self, trouble: DegradedCause, what: Option<&str>) {
         let before = &mut self.now[trouble as usize];
         match (&before, what) {
@@ -75,23 +74,23 @@ impl Health {
         }
     }
 
-    /// Which troubles there are, by number.
+    /// The present causes, by discriminant.
     pub fn troubles(&self) -> [bool; DegradedCause::COUNT] {
         std::array::from_fn(|number| self.now[number].is_some())
     }
 
-    /// The troubles that there are, each with what it is and what to do.
+    /// The present causes, each with a description and a remedy.
     pub fn list(&self) -> Vec<(DegradedCause, &str)> {
         let all = DegradedCause::ALL.into_iter().zip(&self.now);
         all.filter_map(|(trouble, what)| Some((trouble, what.as_deref()?)))
             .collect()
     }
 
-    /// Whether all is well.
+    /// Whether no cause is present.
     ///
     /// # Errors
     ///
-    /// What is not, in one line.
+    /// The descriptions of the present causes, in one line.
     pub fn ready(&self) -> Result<(), String> {
         let all: Vec<&str> = self.now.iter().flatten().map(String::as_str).collect();
         if all.is_empty() {

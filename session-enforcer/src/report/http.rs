@@ -1,5 +1,5 @@
-//! `/metrics`, `/healthz`, `/readyz` and a page for people at `/`, by a thread of their own. What they answer comes from the engine, so that
-//! an answer means that the engine is alive.
+//! Serves `/metrics`, `/healthz`, `/readyz` and a landing page at `/` from a separate thread. The answers
+//! come from the engine, so an answer proves that the engine is alive.
 
 use std::{
     collections::VecDeque,
@@ -49,16 +49,16 @@ use crate::{
     report::control,
 };
 
-/// How long a client may take to send its request's headers.
+/// The time limit for the request headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What clients may take up.
+/// The limits for clients.
 #[derive(Clone, Copy)]
 struct Bounds {
-    /// Connections at once. Of more, the oldest is closed that has sent no whole request, or else the oldest:
-    /// whoever holds connections keeps nobody out.
+    /// The maximum number of connections. Beyond it, the oldest connection without a complete request is
+    /// closed, otherwise the oldest one. So no client can keep others out by holding connections.
     connections: usize,
-    /// How long one may last: the headers, the engine's answer, and some time to take it.
+    /// The maximum lifetime of a connection: the headers, the engine's answer, and time to read the answer.
     lifetime: Duration,
 }
 
@@ -67,35 +67,35 @@ const BOUNDS: Bounds = Bounds {
     lifetime: Duration::from_secs(15),
 };
 
-/// How long the engine may take to answer before it counts as stuck.
+/// If the engine does not answer within this time, it counts as stuck.
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pause after a connection could not be accepted, for want of descriptors for instance.
+/// The pause after a failed accept, for example without free descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Who may connect to a Unix socket: the daemon's user and group.
+/// The daemon's user and group may connect to a Unix socket.
 const SOCKET_MODE: u32 = 0o660;
 
-/// What the server asks the engine.
+/// A request of the server to the engine.
 #[derive(Debug)]
 pub enum Request {
     /// The metrics in Prometheus' text format.
     Metrics(Scrape),
-    /// Whether everything is attached and adopted, or why not.
+    /// Whether the daemon is ready, or the reasons why it is not.
     Ready(oneshot::Sender<Result<(), String>>),
     /// Whether the engine is alive.
     Live(oneshot::Sender<()>),
-    /// What is asked over the control socket.
+    /// A request of the control socket.
     Control(control::Request),
 }
 
-/// Where the metrics are sent to.
+/// The channel for the metrics.
 pub type Scrape = oneshot::Sender<Result<String, String>>;
 
-/// Why the metrics cannot be served.
+/// The reasons why the metrics cannot be served.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// The address is taken, or none of this host; or the socket cannot be made.
+    /// The address is in use or not local, or the socket cannot be created.
     #[error(
         "metrics.listen: {listen}: {source}; choose another address, stop the program that has it, or \"\" for \
          none"
@@ -103,29 +103,29 @@ pub enum BindError {
     Bind {
         /// The address.
         listen: MetricsListen,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// Somebody else could put a socket in the place of this one.
+    /// Another user could replace the socket.
     #[error("metrics.listen: {0}")]
     Untrusted(#[source] Untrusted),
 }
 
-/// A socket that listens and is not served yet.
+/// A listening socket that is not served yet.
 #[derive(Debug)]
 pub enum Listener {
-    /// On an address.
+    /// A TCP socket.
     Tcp(std::net::TcpListener),
-    /// On a path.
+    /// A Unix socket.
     Unix(StdUnixListener),
 }
 
-/// Listens.
+/// Starts to listen.
 ///
 /// # Errors
 ///
-/// Where the address is taken or is no address of this host, where a Unix socket cannot be made, and where others
-/// could replace it.
+/// Fails if the address is in use or not local, if a Unix socket cannot be created, or if other users could
+/// replace it.
 pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
     let bound = match listen {
         MetricsListen::Tcp(address) => bind_tcp(*address),
@@ -140,7 +140,8 @@ pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
     })
 }
 
-/// The directory of a Unix socket. Who may write to the socket may only connect to it.
+/// The directory of a Unix socket, whose writers could replace the socket. Writers of the socket itself can
+/// only connect.
 fn place(socket: &Path) -> &Path {
     socket.parent().unwrap_or(socket)
 }
@@ -151,7 +152,8 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     Ok(Listener::Tcp(listener))
 }
 
-/// A Unix socket with these permissions. One that nobody listens on is what a daemon has left that ended.
+/// Creates a Unix socket with these permissions. An existing socket without a listener is left over from a
+/// daemon that has ended and is replaced.
 pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket && StdUnixStream::connect(path).is_err() {
@@ -163,12 +165,12 @@ pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
     Ok(listener)
 }
 
-/// Whether this host has the address, on any port: the daemon that runs may have taken the configured one.
-/// Of a Unix socket whether its directory is there, and nobody else's.
+/// Checks whether the TCP address is local. The port is ignored, because a running daemon may use it. For a
+/// Unix socket, checks whether its directory exists and is trusted.
 ///
 /// # Errors
 ///
-/// Where [`bind`] would fail for want of that.
+/// Fails if [`bind`] would fail for these reasons.
 pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
     let found = match listen {
         MetricsListen::Tcp(address) => {
@@ -188,12 +190,12 @@ pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
     })
 }
 
-/// Starts the thread that serves the metrics and the control socket until the process ends. It has the privileges of
-/// the calling one.
+/// Starts the thread that serves the metrics and the control socket until the process ends. It inherits the
+/// privileges of the calling thread.
 ///
 /// # Errors
 ///
-/// Where the system has no thread for it.
+/// Fails if the thread cannot be started.
 pub fn start(
     listener: Option<Listener>,
     control: Option<control::Server>,
@@ -228,13 +230,13 @@ pub fn start(
     Ok(())
 }
 
-/// A listener that is served.
+/// A listener in the server's runtime.
 enum Accepting {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
 
-/// A client.
+/// A client's stream.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
@@ -268,7 +270,7 @@ async fn serve_within(bounds: Bounds, listener: Accepting, requests: mpsc::Sende
                 let served = connection(stream, requests.clone(), Arc::clone(&has_asked));
                 let task = tokio::spawn(timeout(bounds.lifetime, served)).abort_handle();
                 clients.push_back(Client { task, has_asked });
-                // What it has sent is read before another one comes.
+                // Let the new connection read its request before the next one is accepted.
                 tokio::task::yield_now().await;
             }
             Err(error) => {
@@ -282,7 +284,7 @@ async fn serve_within(bounds: Bounds, listener: Accepting, requests: mpsc::Sende
 /// A connection that is served.
 struct Client {
     task: AbortHandle,
-    /// Whether a whole request has come.
+    /// Whether a complete request has arrived.
     has_asked: Arc<AtomicBool>,
 }
 
@@ -290,7 +292,7 @@ fn close_one(clients: &mut VecDeque<Client>) {
     let has_asked = |client: &Client| client.has_asked.load(Ordering::Relaxed);
     let oldest = clients.iter().position(|client| !has_asked(client));
     if let Some(client) = clients.remove(oldest.unwrap_or(0)) {
-        // Dropping the connection closes it.
+        // Aborting the task drops the connection, which closes it.
         client.task.abort();
     }
 }
@@ -307,13 +309,13 @@ async fn connection(
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        // One request a connection: a scrape every few seconds gains nothing from more, and the
-        // longest time of a connection never cuts a second request short.
+        // One request per connection. A scrape every few seconds gains nothing from keep-alive, and this way
+        // the lifetime limit never cuts a second request short.
         .keep_alive(false)
         .header_read_timeout(HEADER_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
-        // Whatever a client does wrong is its own affair.
+        // Errors of a client do not concern the operator.
         tracing::debug!("an HTTP connection: {error}");
     }
 }
@@ -360,7 +362,7 @@ async fn metrics(requests: &mpsc::Sender<Request>) -> Answer {
     }
 }
 
-/// For people: also where something is wrong, its status is 200.
+/// Answers with status 200 even if the daemon is not ready, because the page is for people.
 async fn landing_page(requests: &mpsc::Sender<Request>) -> Answer {
     let readiness = match ask(requests, Request::Ready).await {
         Some(Ok(())) => Readiness::Ready,
@@ -371,13 +373,13 @@ async fn landing_page(requests: &mpsc::Sender<Request>) -> Answer {
     let headers = answer.headers_mut();
     let kind = HeaderValue::from_static("text/html; charset=utf-8");
     headers.insert(CONTENT_TYPE, kind);
-    // Nothing is loaded or run, whatever gets into the page.
+    // The page loads and runs nothing, even if foreign text gets into it.
     let policy = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
     headers.insert(CONTENT_SECURITY_POLICY, policy);
     answer
 }
 
-/// The engine's answer; `None` where it does not answer.
+/// Sends a request to the engine. `None` if it does not answer.
 pub(super) async fn ask<T>(
     requests: &mpsc::Sender<Request>,
     request: impl FnOnce(oneshot::Sender<T>) -> Request,
@@ -414,7 +416,7 @@ mod tests {
 
     use super::*;
 
-    /// A socket on a port of the system's choice, and its address.
+    /// A socket on a free port, and its address.
     fn listen() -> (Listener, SocketAddr) {
         let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let Listener::Tcp(tcp) = &listener else {
@@ -424,7 +426,7 @@ mod tests {
         (listener, address)
     }
 
-    /// Starts a server whose engine answers these.
+    /// Starts a server with an engine that gives these answers.
     async fn begin(ready: Result<(), String>) -> SocketAddr {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
@@ -522,7 +524,7 @@ mod tests {
         assert!(answer.contains("connection: close"));
     }
 
-    /// Each client holds a connection, and more of them than there are wait before the last one.
+    /// Opens more connections than the limit, each of which stalls, before the last client asks.
     async fn standing_still(request: &str) {
         let (listener, address) = listen();
         let listener = Accepting::of(listener).unwrap();
@@ -532,7 +534,7 @@ mod tests {
             lifetime: Duration::from_millis(300),
         };
         tokio::spawn(serve_within(bounds, listener, sender));
-        // More than the socket buffers of both ends hold.
+        // The answer exceeds the socket buffers of both ends.
         tokio::spawn(engine(requests, "a 1\n".repeat(4 << 20), Ok(())));
         let mut clients = Vec::new();
         for _ in 0..2 * bounds.connections {
@@ -540,7 +542,7 @@ mod tests {
             client.write_all(request.as_bytes()).await.unwrap();
             clients.push(client);
         }
-        // Sooner than the time for the headers would help.
+        // This is shorter than the header time limit, so that limit cannot be the reason for success.
         let other = timeout(Duration::from_secs(3), get(address, "/healthz"));
         assert!(other.await.unwrap().ends_with("ok\n"));
     }

@@ -1,11 +1,11 @@
-//! The page at `/`, for people who look. It has no address and no user of anybody. Pure.
+//! The landing page at `/`. It shows no addresses and no user names. Pure.
 
-/// What is known of the daemon's readiness.
+/// The daemon's readiness.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Readiness {
-    /// Everything is attached and adopted.
+    /// The daemon is ready.
     Ready,
-    /// It is not, for this reason.
+    /// The daemon is not ready, for this reason.
     NotReady(String),
     /// The engine does not answer.
     Stuck,
@@ -25,7 +25,7 @@ impl Readiness {
     }
 }
 
-/// The page, in HTML. It loads nothing.
+/// The HTML of the page. It loads nothing.
 pub(super) fn html(readiness: &Readiness) -> String {
     format!(
         r#"<!DOCTYPE html>

@@ -1,6 +1,6 @@
-//! Every metric of the daemon, in one struct. Nobody else registers any.
+//! Every metric of the daemon, in one struct. No other module registers a metric.
 //!
-//! Labels are rule names and the finite names of enums: no address, user or process id.
+//! Label values are rule names and the finite names of enums, never addresses, users or process IDs.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,31 +23,31 @@ use crate::{
     },
 };
 
-/// From a tenth of a millisecond, below what the timer can do, to a minute.
+/// From 0.1 ms, which is below the timer's precision, to one minute.
 const LATENESS_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
     15.0, 60.0,
 ];
 
-/// From the shortest limit to a week, with the limits that controls ask for.
+/// From the shortest limit to one week, including the limits that compliance controls require.
 const AGE_BUCKETS: &[f64] = &[
     1.0, 5.0, 15.0, 60.0, 300.0, 600.0, 900.0, 1_800.0, 3_600.0, 14_400.0, 43_200.0, 86_400.0,
     604_800.0,
 ];
 
-/// What a repair mended.
+/// The kind of inconsistency that a sync repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
-    /// A session whose opening was not reported: it was in the map and had no deadline.
+    /// A session in the table had no deadline, because the event of its opening was lost.
     Unscheduled,
-    /// A session that had ended without a report: it was in the map and had no socket.
+    /// A session in the table had no socket, because its end was not reported.
     Stale,
-    /// A session that had passed payload while no program was attached.
+    /// A session had passed payload while no program was attached.
     Behind,
-    /// A session that was not in the map: it could not be tracked when it opened, or nothing was
-    /// attached then.
+    /// A session was not in the table: it could not be tracked when it opened, or no program was attached
+    /// then.
     Missed,
-    /// A session that had ended, and was in the schedule still: the event was lost.
+    /// A session had ended but was still scheduled, because the event of its end was lost.
     Unreported,
 }
 
@@ -71,15 +71,14 @@ impl Repair {
     }
 }
 
-/// Why a session is not tracked, as far as the daemon finds out. What the kernel finds out is in
-/// its own counters.
+/// Causes that the daemon finds for untracked sessions. The kernel programs count their own causes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Untracked {
-    /// The session map is full.
+    /// The session table is full.
     MapFull,
-    /// The sessions of its rule have as many places as it allows them.
+    /// The rule has reached its maximum number of sessions.
     RuleFull,
-    /// Its network namespace cannot be entered.
+    /// The session's network namespace cannot be entered.
     Namespace,
 }
 
@@ -93,14 +92,14 @@ impl Untracked {
     }
 }
 
-/// What the kernel has counted since the programs were loaded.
+/// The counters and states at the time of a scrape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelSnapshot {
-    /// By place of the rule.
+    /// By rule index.
     pub rules: Vec<RuleCounters>,
-    /// Sessions of each rule by its place, as the daemon has them scheduled.
+    /// The number of scheduled sessions, by rule index.
     pub sessions: Vec<u64>,
-    /// Sessions in the session map.
+    /// The number of sessions in the session table.
     pub map_entries: u64,
     /// By [`ErrorKind`].
     pub errors: [u64; ErrorKind::COUNT as usize],
@@ -112,7 +111,7 @@ pub struct KernelSnapshot {
     pub troubles: [bool; DegradedCause::COUNT],
     /// Sessions whose reset hangs.
     pub quarantined: usize,
-    /// The reapers.
+    /// The number of reapers by state.
     pub reapers: Counts,
 }
 
@@ -148,7 +147,7 @@ pub struct Metrics {
     rule_full_by_daemon: u64,
 }
 
-/// What the daemon itself did to the sessions of a rule.
+/// The daemon's part of a rule's session counts.
 #[derive(Clone, Copy, Debug, Default)]
 struct DaemonCounts {
     opened: u64,
@@ -156,11 +155,11 @@ struct DaemonCounts {
 }
 
 impl Metrics {
-    /// The metrics of a daemon with these rules, each with its mode, all at zero.
+    /// Creates the metrics for these rules and their modes, all at zero.
     ///
     /// # Errors
     ///
-    /// Where two metrics have the same name, which a test rules out.
+    /// Fails if two metrics have the same name, which a test excludes.
     pub fn new(
         rules: &[(String, Mode)],
         map_capacity: u32,
@@ -320,7 +319,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Sets the rules by their places. Those that are no more keep their series.
+    /// Sets the rules by index. The series of removed rules stay.
     pub fn set_rules(&mut self, rules: &[(String, Mode)]) {
         self.rules = rules.iter().map(|(name, _)| name.clone()).collect();
         self.daemon.resize_with(rules.len(), DaemonCounts::default);
@@ -335,7 +334,7 @@ impl Metrics {
         }
     }
 
-    /// Notes that the configuration that was read last came into force, now.
+    /// Records that the last configuration that was read came into force now.
     pub fn config_loaded(&self) {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -344,12 +343,12 @@ impl Metrics {
         self.loaded_at.set(now.as_secs_f64());
     }
 
-    /// Notes that the configuration that was read last did not come into force.
+    /// Records that the last configuration that was read was refused.
     pub fn config_refused(&self) {
         self.loaded.set(0);
     }
 
-    /// Whether the configuration that was read last did not come into force.
+    /// Whether the last configuration that was read was refused.
     pub fn is_config_refused(&self) -> bool {
         self.loaded.get() == 0
     }
@@ -377,8 +376,7 @@ impl Metrics {
         r.register(Box::new(Process(ProcessCollector::for_self())))
     }
 
-    /// Every series that can be known exists from the start, at zero: a rate needs a point before
-    /// the first event.
+    /// Creates every foreseeable series at zero, because a rate needs a sample before the first event.
     fn begin_series(&self) {
         let causes = [
             Untracked::MapFull.name(),
@@ -417,7 +415,7 @@ impl Metrics {
                 self.terminations.with_label_values(&labels);
             }
         }
-        // Whatever the mode, what somebody asks to be reset is reset.
+        // A client can request a reset under a rule of any mode.
         for outcome in [Outcome::Reset, Outcome::Gone, Outcome::Failed] {
             let labels = [
                 rule,
@@ -429,7 +427,7 @@ impl Metrics {
         }
     }
 
-    /// The terminations of a rule so far, by reason and result; none that there were none of.
+    /// The terminations of a rule so far, by reason and result, without zero counts.
     pub fn terminations_of(&self, rule: &str) -> Vec<(String, String, u64)> {
         let families = self.terminations.collect();
         let series = families.iter().flat_map(MetricFamily::get_metric);
@@ -452,7 +450,7 @@ impl Metrics {
         found
     }
 
-    /// How many sessions of all rules were opened, and how many closed.
+    /// The numbers of opened and of closed sessions of all rules.
     pub fn turnover(&self, kernel: &[RuleCounters]) -> (u64, u64) {
         let rules = kernel.iter().zip(&self.daemon);
         let each = rules.map(|(kernel, daemon)| {
@@ -466,7 +464,7 @@ impl Metrics {
         (opened.iter().sum::<u64>() + adopted, closed.iter().sum())
     }
 
-    /// Counts the end of a session, or what would have been its end.
+    /// Counts the termination of a session, or what would have been its termination in enforce mode.
     pub fn ended(&self, ended: &Termination<'_>) {
         let (reason, mode) = (reason_name(ended.reason), mode_name(ended.mode));
         let outcome = ended.end.outcome();
@@ -487,7 +485,7 @@ impl Metrics {
         }
     }
 
-    /// Sessions that were reset, of every rule.
+    /// The number of reset sessions of all rules.
     pub fn resets(&self) -> u64 {
         let families = self.terminations.collect();
         let series = families.iter().flat_map(MetricFamily::get_metric);
@@ -496,7 +494,7 @@ impl Metrics {
         resets.map(|one| one.get_counter().get_value() as u64).sum()
     }
 
-    /// Counts a session whose rule it took the daemon to find.
+    /// Counts an opened session whose rule only the daemon could determine.
     pub fn opened(&mut self, rule: usize) {
         if let Some(counts) = self.daemon.get_mut(rule) {
             counts.opened += 1;
@@ -513,7 +511,7 @@ impl Metrics {
         self.taken_over.inc_by(sessions as u64);
     }
 
-    /// Counts a session that the daemon took out of the map, because the kernel does not.
+    /// Counts a session that the daemon removed from the table. The kernel programs do not count it.
     pub fn removed(&mut self, rule: usize) {
         if let Some(counts) = self.daemon.get_mut(rule) {
             counts.removed += 1;
@@ -523,23 +521,23 @@ impl Metrics {
     /// Counts sessions that the daemon could not track.
     pub fn untracked(&mut self, cause: Untracked) {
         match cause {
-            // The same series takes the kernel's count: `render` adds them.
+            // The kernel's count goes into the same series; `render` adds both.
             Untracked::MapFull => self.map_full_by_daemon += 1,
             Untracked::RuleFull => self.rule_full_by_daemon += 1,
             Untracked::Namespace => self.untracked.with_label_values(&[cause.name()]).inc(),
         }
     }
 
-    /// Counts something that was mended.
+    /// Counts a repair.
     pub fn repaired(&self, repair: Repair) {
         self.repaired.with_label_values(&[repair.name()]).inc();
     }
 
-    /// The metrics in Prometheus' text format.
+    /// Renders the metrics in Prometheus' text format.
     ///
     /// # Errors
     ///
-    /// Where the encoder refuses a metric, which a test rules out.
+    /// Fails if the encoder refuses a metric, which a test excludes.
     pub fn render(&self, snapshot: &KernelSnapshot) -> prometheus::Result<String> {
         self.take_in(snapshot);
         let mut text = Vec::new();
@@ -606,9 +604,8 @@ impl Metrics {
     }
 }
 
-/// The library's metrics of the process, with the processor time to the nanosecond. The library
-/// gives whole seconds, and a daemon that uses a thousandth of a core needs a quarter of an hour
-/// for one.
+/// The library's process metrics, but with processor time in nanoseconds. The library reports whole seconds,
+/// and a daemon that uses a thousandth of a core needs a quarter of an hour for one second.
 struct Process(ProcessCollector);
 
 impl Collector for Process {
@@ -618,7 +615,7 @@ impl Collector for Process {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let mut families = self.0.collect();
-        // Without a reading the library's whole seconds stand.
+        // Without a reading, keep the library's whole seconds.
         let Ok(used) = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from) else {
             return families;
         };
@@ -636,7 +633,7 @@ impl Collector for Process {
     }
 }
 
-/// Brings a counter to a total that was counted elsewhere. It never goes back.
+/// Raises a counter to an external total. It never decreases.
 fn raise(counter: &IntCounter, total: u64) {
     counter.inc_by(total.saturating_sub(counter.get()));
 }
@@ -876,7 +873,7 @@ mod tests {
 
     const PAGE: &str = include_str!("../../docs/metrics.md");
 
-    /// Name, type and labels of each metric that the page has.
+    /// The name, type and labels of each metric in the documentation page.
     fn documented() -> BTreeSet<(String, String, BTreeSet<String>)> {
         let rows = PAGE.lines().filter(|line| {
             line.starts_with("| `session_enforcer_") || line.starts_with("| `process_")
@@ -959,7 +956,7 @@ mod tests {
         let there: BTreeSet<String> = documented().into_iter().map(|(name, ..)| name).collect();
         let part = |c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | ':'));
         for word in pages.iter().flat_map(|page| page.split(part)) {
-            // What a rule records has colons in its name.
+            // The names of recording rules contain colons.
             let is_metric = word.starts_with("session_enforcer_") || word.starts_with("process_");
             let name = word.strip_suffix("_bucket").unwrap_or(word);
             assert!(!is_metric || there.contains(name), "{word}");

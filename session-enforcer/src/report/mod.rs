@@ -1,7 +1,7 @@
-//! What the daemon says of itself and of its sessions: audit records, metrics, health, readiness.
+//! The daemon's reports: audit records, metrics, health, readiness.
 //!
-//! The engine hands over what has happened, and asks for nothing. Nothing here waits for whoever reads: the
-//! audit and the log have threads of their own, and lose and count what nobody takes.
+//! The engine passes events to this module and requests nothing from it. Nothing here waits for a reader: the
+//! audit and the log have their own threads, which count and drop data that nobody reads.
 
 pub mod audit;
 pub mod control;

@@ -1,7 +1,7 @@
-//! The service manager's side of the daemon: `sd_notify(3)`.
+//! Notifies the service manager (`sd_notify(3)`).
 //!
-//! Without `NOTIFY_SOCKET` in the environment nothing is sent. A message never waits: where the
-//! manager's queue is full, it is lost, and the next beat repeats what it said.
+//! Without `NOTIFY_SOCKET` in the environment nothing is sent. Sending never blocks: if the manager's queue
+//! is full, the message is lost, and the next beat repeats its state.
 
 use std::{
     cell::Cell,
@@ -23,16 +23,16 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::{config::Mode, host::clock::awake_ns};
 
-/// The longest time between two status lines.
+/// The maximum interval of status lines.
 const STATUS_PERIOD: Duration = Duration::from_secs(10);
 
-/// Beats in one watchdog period: two may be lost.
+/// The number of beats in one watchdog period, of which two may be lost.
 const BEATS_PER_PERIOD: u32 = 3;
 
-/// What the daemon tells the service manager that started it, if one did.
+/// The connection to the service manager that started the daemon, if one did.
 pub struct ServiceManager {
     link: Option<Link>,
-    /// Whether the daemon enforces, and no reload is under way.
+    /// Whether the daemon enforces and no reload is in progress.
     is_ready: Cell<bool>,
 }
 
@@ -42,11 +42,11 @@ struct Link {
 }
 
 impl ServiceManager {
-    /// The manager that the environment names.
+    /// Opens the socket that the environment names.
     ///
     /// # Errors
     ///
-    /// Where `NOTIFY_SOCKET` is not the address of a socket, or no socket can be made.
+    /// Fails if `NOTIFY_SOCKET` is not a socket address, or if no socket can be opened.
     pub fn from_env() -> io::Result<Self> {
         let link = env::var_os("NOTIFY_SOCKET").map(|address| Link::new(&address));
         Ok(Self::new(link.transpose()?))
@@ -59,26 +59,26 @@ impl ServiceManager {
         }
     }
 
-    /// Says that the daemon enforces, with a status line. Also the end of a reload.
+    /// Reports that the daemon enforces, with a status line. Also ends a reload.
     pub fn ready(&self, status: impl FnOnce() -> String) {
         self.is_ready.set(true);
         self.beat(status);
     }
 
-    /// Says that the loop goes round, with a status line.
+    /// Reports that the engine's loop is alive, with a status line.
     pub fn beat(&self, status: impl FnOnce() -> String) {
         let ready = if self.is_ready.get() { "READY=1\n" } else { "" };
         self.send(|| format!("{ready}STATUS={}\nWATCHDOG=1", status()));
     }
 
-    /// Says that a reload has begun. systemd wants the time of it (`systemd.service(5)`,
+    /// Reports that a reload has begun. systemd requires its time (`systemd.service(5)`,
     /// `Type=notify-reload`).
     pub fn reloading(&self) {
         self.is_ready.set(false);
         self.send(|| format!("RELOADING=1\nMONOTONIC_USEC={}", awake_ns() / 1_000));
     }
 
-    /// Says that the daemon ends.
+    /// Reports that the daemon is stopping.
     pub fn stopping(&self) {
         self.send(|| "STOPPING=1\nSTATUS=stopping".to_owned());
     }
@@ -106,11 +106,11 @@ impl Link {
     }
 }
 
-/// When the service manager is to be told next.
+/// The interval of the beats.
 pub struct Beat(Option<Interval>);
 
 impl Beat {
-    /// As the environment asks for it: within the watchdog's period, where there is one.
+    /// Derives the interval from the environment, shorter than the watchdog period if there is one.
     pub fn from_env() -> Self {
         let is_told = env::var_os("NOTIFY_SOCKET").is_some();
         let watchdog = watchdog_period(
@@ -120,7 +120,7 @@ impl Beat {
         Self(is_told.then(|| every(watchdog)))
     }
 
-    /// Waits for it; without end where no service manager is told.
+    /// Waits for the next beat; forever without a service manager.
     pub async fn due(&mut self) {
         match &mut self.0 {
             Some(interval) => drop(interval.tick().await),
@@ -136,31 +136,31 @@ fn every(watchdog: Option<Duration>) -> Interval {
     beat
 }
 
-/// The watchdog's period, where it is meant for this process (`sd_watchdog_enabled(3)`).
+/// The watchdog period if it is meant for this process (`sd_watchdog_enabled(3)`).
 fn watchdog_period(usec: Option<&str>, pid: Option<&str>) -> Option<Duration> {
     let is_own = pid.is_none_or(|pid| pid.parse() == Ok(std::process::id()));
     let usec = usec?.parse().ok().filter(|usec| *usec > 0 && is_own)?;
     Some(Duration::from_micros(usec))
 }
 
-/// The numbers of a status line.
+/// The content of a status line.
 pub struct Standing {
-    /// What the daemon does to an expired session.
+    /// The mode of the policy.
     pub mode: Mode,
-    /// Rules in force.
+    /// The number of rules in force.
     pub rules: usize,
-    /// Sessions that are tracked.
+    /// The number of tracked sessions.
     pub sessions: usize,
-    /// Sessions that this daemon has reset.
+    /// The number of sessions that this daemon has reset.
     pub resets: u64,
-    /// Whether the configuration that was read last is not in force.
+    /// Whether the last configuration that was read was refused.
     pub is_refused: bool,
-    /// What is not as it should be, if anything.
+    /// The present degradations, if any.
     pub trouble: Option<String>,
 }
 
 impl Standing {
-    /// The line, as `systemctl status` shows it.
+    /// The status line, as `systemctl status` shows it.
     pub fn line(&self) -> String {
         let mode = match self.mode {
             Mode::Enforce => "enforcing",
@@ -174,7 +174,7 @@ impl Standing {
             line += "; the configuration file is refused, what was in force before stays";
         }
         if let Some(trouble) = &self.trouble {
-            // A line feed would begin another field of the message.
+            // A newline would begin another field of the message.
             line += &format!("; degraded: {}", trouble.replace('\n', " "));
         }
         line
@@ -225,7 +225,7 @@ mod tests {
         let path = directory.path().join("notify");
         let _unread = UnixDatagram::bind(&path).unwrap();
         let manager = ServiceManager::new(Some(Link::new(path.as_os_str()).unwrap()));
-        // More than net.unix.max_dgram_qlen.
+        // This exceeds net.unix.max_dgram_qlen.
         for _ in 0..2_000 {
             manager.ready(String::new);
         }

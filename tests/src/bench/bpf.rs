@@ -1,5 +1,5 @@
-//! What the benchmarks ask of bpf(2): programs that do next to nothing, the kernel's statistics about
-//! programs, and entries in the daemon's maps.
+//! The bpf(2) calls of the benchmarks: minimal programs, the kernel's run statistics, and entries in the
+//! daemon's maps.
 
 use std::{
     fs::{self, File},
@@ -36,12 +36,12 @@ pub(crate) enum Hook {
     Egress,
     /// Each new socket.
     SocketMade,
-    /// Establishment and end of each connection.
+    /// The establishment and the end of each connection.
     Lifecycle,
 }
 
 impl Hook {
-    /// Every one.
+    /// All hooks.
     pub(crate) const ALL: [Self; 4] = [
         Self::Ingress,
         Self::Egress,
@@ -72,10 +72,10 @@ impl Hook {
     }
 }
 
-/// `call` with attributes of the shape that the command takes.
+/// Calls bpf(2) with attributes of the type that the command takes.
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the kernel reads and writes at most the given length of a value of that size, and
-    // what that points to, which the callers below keep alive.
+    // SAFETY: the kernel accesses at most the given length, which is the size of the value, and the memory
+    // that the value points to, which the callers below keep alive.
     let status = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -92,20 +92,20 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long>
 
 fn descriptor(number: libc::c_long) -> Result<OwnedFd> {
     let number = i32::try_from(number)?;
-    // SAFETY: the kernel has just made this descriptor for this process.
+    // SAFETY: the kernel has just opened this descriptor for this process.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 fn number(fd: &impl AsFd) -> u32 {
-    // A descriptor that is open is not negative.
+    // An open descriptor is not negative.
     fd.as_fd().as_raw_fd().cast_unsigned()
 }
 
-/// The kernel measures every run of a program, as long as this lives.
+/// The kernel measures every run of a program while this value lives.
 pub(crate) struct Statistics(#[expect(dead_code, reason = "ends on drop")] OwnedFd);
 
 impl Statistics {
-    /// Turns them on.
+    /// Enables the statistics.
     pub(crate) fn on() -> Result<Self> {
         const RUN_TIME: u32 = 0;
         let fd = bpf(ENABLE_STATS, &mut { RUN_TIME }).context("the kernel's statistics")?;
@@ -113,31 +113,31 @@ impl Statistics {
     }
 }
 
-/// What programs for comparison do with each packet.
+/// The work of a comparison program for each packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
-    /// Nothing.
+    /// No work.
     Nothing,
-    /// It asks for the time, by the precise clock.
+    /// Reads the precise clock.
     Clock,
-    /// It asks for the time, by the coarse clock.
+    /// Reads the coarse clock.
     CoarseClock,
-    /// It asks for the socket's cookie.
+    /// Reads the socket's cookie.
     Cookie,
-    /// It asks for the cookie and looks that up in a map of the daemon's size, in vain.
+    /// Reads the cookie and looks it up in a map of the daemon's size without finding it.
     LookUp,
-    /// It asks for what is kept with the socket, in vain.
+    /// Looks up the socket storage without finding an entry.
     StorageMissed,
-    /// It asks for what is kept with the socket, and gets it.
+    /// Looks up the socket storage and finds an entry.
     StorageFound,
-    /// It asks for the cookie, the socket's counters and the time. Besides, something is kept with each
-    /// socket when it is made, and deleted when that is established. No program can do without these
-    /// calls of the kernel's functions that is to know how long a session has been idle, and whose it is.
+    /// Reads the cookie, the socket's counters and the time. In addition, an entry is stored with each new
+    /// socket and deleted when the socket is established. Every program that measures a session's idle time
+    /// and finds its owner needs these calls of kernel functions.
     Calls,
 }
 
 impl Body {
-    /// Every one that does something.
+    /// All of them except `Nothing`.
     pub(crate) const ALL: [Self; 7] = [
         Self::Clock,
         Self::CoarseClock,
@@ -149,13 +149,13 @@ impl Body {
     ];
 }
 
-/// Programs on every hook of a cgroup that let everything pass, and do nothing else or only what no
-/// program that looks sessions up can do without. Detached on drop.
+/// Programs on every hook of a cgroup that let everything pass and do only the work of `body`. Dropping them
+/// detaches them.
 #[derive(Debug)]
 pub(crate) struct PlainPrograms(#[expect(dead_code, reason = "detached on drop")] Vec<OwnedFd>);
 
 impl PlainPrograms {
-    /// Loads and attaches them.
+    /// Loads and attaches the programs.
     pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
         let directory = File::open(cgroup)?;
         let map = match body {
@@ -179,7 +179,7 @@ impl PlainPrograms {
     }
 }
 
-/// A map as that of the sessions, for a program to find nothing in.
+/// A map like that of the sessions, for lookups that find nothing.
 fn empty_map() -> Result<OwnedFd> {
     const HASH: u32 = 1;
     // Type, bytes of a key and of a value, capacity, flags.
@@ -187,7 +187,7 @@ fn empty_map() -> Result<OwnedFd> {
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
 }
 
-/// A map whose entries are kept with sockets, of 8 bytes each, and which accepted sockets inherit.
+/// A map of socket storage with entries of 8 bytes, which accepted sockets inherit.
 fn socket_storage() -> Result<OwnedFd> {
     const SK_STORAGE: u32 = 24;
     const NO_PREALLOC: u32 = 1;
@@ -195,12 +195,12 @@ fn socket_storage() -> Result<OwnedFd> {
     let types = load_types()?;
     let mut attributes = [0_u32; 15];
     attributes[..5].copy_from_slice(&[SK_STORAGE, 4, 8, 0, NO_PREALLOC | CLONE]);
-    // Behind the name: the types, and which of them are those of the key and of the value.
+    // After the name: the BTF object, and its types of the key and of the value.
     attributes[12..].copy_from_slice(&[number(&types), 1, 2]);
     descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map of socket storage")?)
 }
 
-/// Two types in the format of BTF, without which there is no socket storage: `int` and `u64`.
+/// Loads the two BTF types that socket storage requires: `int` and `u64`.
 fn load_types() -> Result<OwnedFd> {
     const INT: u32 = 1 << 24;
     const SIGNED: u32 = 1 << 24;
@@ -214,8 +214,8 @@ fn load_types() -> Result<OwnedFd> {
         log_level: u32,
         padding: u32,
     }
-    // Magic number and version, length of the header, where types and names begin and how long
-    // they are; then for each type its name, kind, size and bits.
+    // The header has magic number and version, its own length, and the offsets and lengths of types and
+    // names. Each type has its name, kind, size and bits.
     let header = [0x0001_eb9f, 24, 0, 32, 32, NAMES.len() as u32];
     let types = [[1, INT, 4, SIGNED | 32], [5, INT, 8, 64]];
     let words = header.iter().chain(types.as_flattened());
@@ -232,11 +232,11 @@ fn load_types() -> Result<OwnedFd> {
     descriptor(bpf(BTF_LOAD, &mut attributes).context("loading types")?)
 }
 
-/// As `struct bpf_insn` has it.
+/// The layout is that of `struct bpf_insn`.
 type Instruction = [u8; 8];
 
 fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
-    // r0 = bpf_get_socket_cookie(r1), the context being in r1 at the beginning.
+    // r0 = bpf_get_socket_cookie(r1); the program starts with the context in r1
     const COOKIE: Instruction = [0x85, 0, 0, 0, 46, 0, 0, 0];
     // *(u64 *)(r10 - 8) = r0; r2 = r10; r2 += -8
     const KEY: [Instruction; 3] = [
@@ -244,7 +244,7 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
         [0xbf, 0xa2, 0, 0, 0, 0, 0, 0],
         [0x07, 0x02, 0, 0, 0xf8, 0xff, 0xff, 0xff],
     ];
-    // r2 = r1->sk; if it is 0, skip the five that follow
+    // r2 = r1->sk; if it is 0, skip the next five
     const SOCKET: [Instruction; 2] = [
         [0x79, 0x12, 168, 0, 0, 0, 0, 0],
         [0x15, 0x02, 5, 0, 0, 0, 0, 0],
@@ -261,10 +261,10 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     const CLOCK: Instruction = [0x85, 0, 0, 0, 125, 0, 0, 0];
     // r0 = bpf_ktime_get_coarse_ns()
     const COARSE_CLOCK: Instruction = [0x85, 0, 0, 0, 160, 0, 0, 0];
-    // r2 = r1, which is the socket to a program on the hook for new ones
+    // r2 = r1; in a program for new sockets r1 is the socket
     const NEW_SOCKET: Instruction = [0xbf, 0x12, 0, 0, 0, 0, 0, 0];
-    // r0 = r1->op; if it is BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB or the one behind it, r2 = r1->sk; else, and
-    // where that is 0, skip the three that follow
+    // r0 = r1->op; if it is BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB or the next value, r2 = r1->sk; otherwise, or
+    // if r2 is 0, skip the next three
     const ESTABLISHED: [Instruction; 5] = [
         [0x61, 0x10, 0, 0, 0, 0, 0, 0],
         [0xa5, 0x00, 6, 0, 4, 0, 0, 0],
@@ -276,9 +276,9 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     const DELETE: Instruction = [0x85, 0, 0, 0, 108, 0, 0, 0];
     // r0 = bpf_map_lookup_elem(r1, r2)
     const LOOK_UP: Instruction = [0x85, 0, 0, 0, 1, 0, 0, 0];
-    // r0 = 1, which lets everything pass at each of these hooks; exit
+    // r0 = 1, which lets everything pass at each hook; exit
     const PASS: [Instruction; 2] = [[0xb7, 0, 0, 0, 1, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
-    // r1 = the map, in two halves.
+    // r1 = the map, as an instruction of two halves
     let [a, b, c, d] = number(map).to_ne_bytes();
     let map: [Instruction; 2] = [[0x18, 0x11, 0, 0, a, b, c, d], [0; 8]];
     let mut code = match (body, hook) {
@@ -297,7 +297,7 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     code
 }
 
-/// r0 = `bpf_sk_storage_get`(r1, r2, 0, flags); the flag 1 makes what is not there.
+/// r0 = `bpf_sk_storage_get`(r1, r2, 0, flags); the flag 1 creates a missing entry.
 const fn storage(flags: u8) -> [Instruction; 3] {
     [
         [0xb7, 3, 0, 0, 0, 0, 0, 0],
@@ -306,7 +306,7 @@ const fn storage(flags: u8) -> [Instruction; 3] {
     ]
 }
 
-/// `union bpf_attr` for `BPF_PROG_LOAD`, up to what is needed.
+/// The used part of `union bpf_attr` for `BPF_PROG_LOAD`.
 #[repr(C)]
 struct ProgramLoad {
     program_type: u32,
@@ -341,17 +341,17 @@ fn load(hook: Hook, instructions: &[Instruction]) -> Result<OwnedFd> {
     descriptor(bpf(PROG_LOAD, &mut attributes)?)
 }
 
-/// What the programs of a kind have cost so far.
+/// The cost so far of the programs of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spent {
-    /// Time in them.
+    /// The time in the programs.
     pub(crate) nanoseconds: u64,
-    /// How often they ran.
+    /// The number of runs.
     pub(crate) runs: u64,
 }
 
 impl Spent {
-    /// What came after `before`.
+    /// The cost after `before`.
     pub(crate) fn since(self, before: Self) -> Self {
         Self {
             nanoseconds: self.nanoseconds - before.nanoseconds,
@@ -359,13 +359,13 @@ impl Spent {
         }
     }
 
-    /// Nanoseconds of one run; of none where there was none.
+    /// Nanoseconds per run; 0 without runs.
     pub(crate) fn per_run(self) -> f64 {
         self.nanoseconds as f64 / self.runs.max(1) as f64
     }
 }
 
-/// `struct bpf_prog_info`, up to what is needed.
+/// The used part of `struct bpf_prog_info`.
 #[repr(C)]
 #[derive(Default)]
 struct ProgramInfo {
@@ -407,12 +407,13 @@ fn info<T>(object: &OwnedFd, found: &mut T) -> io::Result<()> {
     Ok(())
 }
 
-/// Programs in the kernel that are attached to a cgroup.
+/// The programs that are attached to a cgroup.
 #[derive(Debug)]
 pub(crate) struct Programs(Vec<(Hook, OwnedFd)>);
 
 impl Programs {
-    /// Those of the cgroup, one on a hook at most: there is none for new sockets where no rule names owners.
+    /// The cgroup's programs, at most one per hook. If no rule names owners, the hook for new sockets has
+    /// none.
     pub(crate) fn of(cgroup: &Path) -> Result<Self> {
         let directory = File::open(cgroup)?;
         let mut programs = Vec::new();
@@ -425,7 +426,7 @@ impl Programs {
         Ok(Self(programs))
     }
 
-    /// What the program on this hook has cost so far, while the statistics were on.
+    /// The cost of the program on this hook while the statistics were enabled.
     pub(crate) fn spent(&self, hook: Hook) -> Result<Spent> {
         let Some(program) = self.program(hook) else {
             return Ok(Spent::default());
@@ -438,7 +439,7 @@ impl Programs {
         })
     }
 
-    /// Every map that these programs use.
+    /// All maps that these programs use.
     pub(crate) fn maps(&self) -> Result<Vec<Map>> {
         let mut ids = Vec::new();
         for (_, program) in &self.0 {
@@ -456,7 +457,7 @@ impl Programs {
         ids.into_iter().map(Map::open).collect()
     }
 
-    /// The table of the sessions.
+    /// The session table.
     pub(crate) fn sessions(&self) -> Result<Sessions> {
         let mut maps = self.maps()?;
         let mut take = |name| {
@@ -508,7 +509,7 @@ fn attached(cgroup: &File, hook: Hook) -> Result<Option<OwnedFd>> {
 }
 
 fn by_id(command: libc::c_long, id: u32) -> Result<OwnedFd> {
-    // The id, where a walk would go on, flags.
+    // The ID, the next ID of a walk, flags.
     descriptor(bpf(command, &mut [id, 0_u32, 0])?)
 }
 
@@ -516,9 +517,9 @@ fn by_id(command: libc::c_long, id: u32) -> Result<OwnedFd> {
 #[derive(Debug)]
 pub(crate) struct Map {
     fd: OwnedFd,
-    /// Its name.
+    /// The map's name.
     pub(crate) name: String,
-    /// How many elements it can have.
+    /// The maximum number of elements.
     capacity: u32,
     value_bytes: usize,
 }
@@ -547,7 +548,7 @@ impl Map {
         })
     }
 
-    /// Bytes of the kernel's memory that it takes, as the kernel reckons them.
+    /// The kernel memory of the map in bytes, as the kernel reports it.
     pub(crate) fn memory(&self) -> Result<u64> {
         let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
         let text = fs::read_to_string(path)?;
@@ -555,7 +556,7 @@ impl Map {
         Ok(line.context("memlock in fdinfo")?.trim().parse()?)
     }
 
-    /// The value of an element of an array.
+    /// The value of an array element.
     fn get(&self, index: u32) -> Result<Vec<u8>> {
         let mut value = vec![0; self.value_bytes];
         let mut attributes = self.element(&index, &mut value);
@@ -571,7 +572,7 @@ impl Map {
         Ok(())
     }
 
-    /// Its elements, each of numbers.
+    /// An array element as numbers.
     fn numbers(&self, index: u32) -> Result<Vec<u64>> {
         let value = self.get(index)?;
         let (numbers, _) = value.as_chunks();
@@ -594,7 +595,7 @@ impl Map {
     }
 }
 
-/// The session table of a daemon, as `session_enforcer_common::table` describes it.
+/// The session table of a daemon; see `session_enforcer_common::table`.
 #[derive(Debug)]
 pub(crate) struct Sessions {
     buckets: Map,
@@ -603,12 +604,12 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// Bytes of the kernel's memory that it takes, as the kernel reckons them.
+    /// The kernel memory of the table in bytes, as the kernel reports it.
     pub(crate) fn memory(&self) -> Result<u64> {
         Ok(self.buckets.memory()? + self.records.memory()? + self.head.memory()?)
     }
 
-    /// The record of some session.
+    /// The record of any session.
     pub(crate) fn some_record(&self) -> Result<Vec<u8>> {
         for bucket in 0..self.buckets.capacity {
             let tags = self.buckets.numbers(bucket)?;
@@ -619,10 +620,10 @@ impl Sessions {
         bail!("there is no session")
     }
 
-    /// Adds so many sessions with this record, under cookies that no socket ever has. Nothing else may
-    /// change the table meanwhile.
+    /// Adds this number of sessions with this record, under cookies that no socket can have. Nothing else may
+    /// change the table at the same time.
     pub(crate) fn invent(&self, count: u64, record: &[u8]) -> Result<()> {
-        // The kernel counts cookies up from 1.
+        // The kernel numbers cookies from 1.
         const FIRST: u64 = 1 << 62;
         let head = self.head.numbers(0)?;
         let &[sessions, capacity, key] = head.as_slice() else {
@@ -659,7 +660,7 @@ mod tests {
 
     #[test]
     fn the_layouts_are_those_of_the_kernel() {
-        // As `pahole` shows `struct bpf_prog_info` and `struct bpf_map_info`.
+        // The offsets are those that `pahole` shows for `struct bpf_prog_info` and `struct bpf_map_info`.
         assert_eq!(std::mem::offset_of!(ProgramInfo, map_ids), 56);
         assert_eq!(std::mem::offset_of!(ProgramInfo, run_nanoseconds), 192);
         assert_eq!(std::mem::offset_of!(MapInfo, name), 24);

@@ -1,4 +1,4 @@
-//! Many connections at once, held by as many workers as it takes.
+//! Many simultaneous connections, held by as many workers as they need.
 
 use anyhow::{Context as _, Result};
 use session_enforcer_tests::{Cgroup, Netns, Place};
@@ -8,13 +8,13 @@ use crate::{
     worker::{MAX_PAIRS, Worker},
 };
 
-/// Where the first worker listens; the others behind it.
+/// The first worker's port. The others use the following ports.
 pub(crate) const FIRST_PORT: u16 = 7000;
 
-/// Where the last may listen: from here on are the clients' ports.
+/// The last worker's port. Higher ports belong to the clients.
 pub(crate) const LAST_PORT: u16 = 9999;
 
-/// Connections in a cgroup and a network namespace of their own.
+/// Connections in a separate cgroup and network namespace.
 pub(crate) struct Crowd {
     workers: Vec<Worker>,
     /// The cgroup of both ends.
@@ -24,12 +24,12 @@ pub(crate) struct Crowd {
 }
 
 impl Crowd {
-    /// Without any connection yet.
+    /// A crowd without connections.
     pub(crate) fn new() -> Result<Self> {
         Self::in_cgroup(Cgroup::new()?)
     }
 
-    /// The same, in a cgroup of its own below this one.
+    /// The same, in a new child of this cgroup.
     pub(crate) fn below(parent: &Cgroup) -> Result<Self> {
         Self::in_cgroup(parent.child()?)
     }
@@ -42,12 +42,12 @@ impl Crowd {
         })
     }
 
-    /// Opens so many connections more, by workers of their own, which all do so at the same time.
+    /// Opens this number of further connections with new workers, which all start at the same time.
     pub(crate) fn open(&mut self, pairs: usize, bench: &Bench) -> Result<()> {
         self.open_by(pairs, bench, |share| format!("open {share}"))
     }
 
-    /// The same, evenly over this many milliseconds.
+    /// The same, spread evenly over this time.
     pub(crate) fn spread(&mut self, pairs: usize, milliseconds: u64, bench: &Bench) -> Result<()> {
         let request = |share| format!("spread {share} {milliseconds}");
         self.open_by(pairs, bench, request)
@@ -79,14 +79,14 @@ impl Crowd {
         Ok(worker)
     }
 
-    /// Has every worker watch for the end of its connections.
+    /// Lets every worker watch for the end of its connections.
     pub(crate) fn watch(&mut self) -> Result<()> {
         self.workers
             .iter_mut()
             .try_for_each(|worker| worker.begin("ends"))
     }
 
-    /// Waits until all connections have ended; how long each has lived, in nanoseconds.
+    /// Waits until all connections have ended and returns the lifetime of each in nanoseconds.
     pub(crate) fn ends(&mut self, bench: &Bench) -> Result<Vec<f64>> {
         let mut lives = Vec::new();
         for worker in &mut self.workers {

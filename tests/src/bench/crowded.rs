@@ -1,4 +1,4 @@
-//! What a crowded host costs: one with many descriptors, network namespaces and cgroups that no rule is about.
+//! Measures a crowded host: many descriptors, network namespaces and cgroups that no rule matches.
 
 use std::time::{Duration, Instant};
 
@@ -15,16 +15,16 @@ use crate::{
     start::Taken,
 };
 
-/// How long a reload may take on a busy machine.
+/// The time limit of a reload on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Seconds until the daemon is ready, and until another policy is in force.
+/// The budget in seconds until the daemon is ready, and until another policy is in force.
 const SOON: f64 = 1.0;
 
-/// Milliseconds after the limit within which 99 of 100 of the others are reset.
+/// The budget in milliseconds for the lateness of 99 % of the other sessions.
 const LATE: f64 = 5.0;
 
-/// Starts, reloads, and sessions that are due during reloads.
+/// Measures starts, reloads, and sessions that are due during reloads.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let _descriptors = Holders::of_descriptors(bench.pick(2, 12))?;
     let _namespaces = Holders::of_namespaces(bench.pick(50, 1_000))?;

@@ -1,4 +1,4 @@
-//! How exact the end of a session is, and how fast many end.
+//! Measures how precise the end of a session is, and how fast many sessions end.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use crate::{
 
 const MILLISECOND: f64 = 1e6;
 
-/// How many times as fast as `ss -K` many sessions are to end.
+/// The budget for the speed relative to `ss -K`.
 const FASTER: f64 = 2.5;
 
-/// Of every connection the accepted end, so that no end goes with the other.
+/// A rule for the accepted ends only, so that one reset does not end two sessions.
 pub(crate) fn accepted(limit: Duration) -> String {
     format!(
         "[[rule]]\nname = \"accepted\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n",
@@ -27,11 +27,11 @@ pub(crate) fn accepted(limit: Duration) -> String {
     )
 }
 
-/// Sessions whose deadlines are spread evenly over some time.
+/// Measures sessions whose deadlines are spread evenly over some time.
 pub(crate) fn lateness(bench: &Bench) -> Result<Vec<Row>> {
     let sessions = bench.pick(5_000, 10_000);
     let spread = Duration::from_secs(bench.pick(5, 10));
-    // None is due before the last is open and all are watched.
+    // No session is due before the last is open and all are watched.
     let limit = spread + Duration::from_secs(2);
     let mut crowd = Crowd::new()?;
     let daemon = daemon(&crowd.cgroup, &accepted(limit), &bench.stop)?;
@@ -48,7 +48,7 @@ pub(crate) fn lateness(bench: &Bench) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// How much later than the limit the clients see their ends.
+/// The delays between the limit and the ends that the clients see.
 pub(crate) fn after_the_limit(lives: &[f64], limit: Duration, when: &str) -> Vec<Row> {
     let late = |life: &f64| (life - limit.as_nanos() as f64) / MILLISECOND;
     let seen = sorted(&lives.iter().map(late).collect::<Vec<_>>());
@@ -68,7 +68,7 @@ fn distribution(what: &str, sorted: &[f64]) -> Vec<Row> {
     ]
 }
 
-/// The records of as many resets, and of nothing else.
+/// Waits for this number of reset records, and fails on other terminations.
 fn reset(daemon: &Daemon, count: usize) -> Result<Vec<Record>> {
     let records = daemon.wait_for_terminations(count)?;
     let is_reset = |record: &&Record| record.text("session_enforcer.result") == "reset";
@@ -81,12 +81,12 @@ fn reset(daemon: &Daemon, count: usize) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-/// What it took to end many sessions.
+/// The effort for ending many sessions.
 #[derive(Clone, Copy)]
 struct Effort {
     /// Sessions per second.
     rate: f64,
-    /// Microseconds of processor time for one.
+    /// Microseconds of processor time per session.
     processor: f64,
 }
 
@@ -99,7 +99,7 @@ impl Effort {
     }
 }
 
-/// Sessions that are all due when the daemon gets to look, beside `ss -K` on as many.
+/// Measures sessions that are all due when the daemon resumes, compared with `ss -K` on the same number.
 pub(crate) fn instant(bench: &Bench) -> Result<Vec<Row>> {
     const SESSIONS: usize = 20_000;
     let mut efforts = [Vec::new(), Vec::new()];
@@ -129,8 +129,8 @@ pub(crate) fn instant(bench: &Bench) -> Result<Vec<Row>> {
     ])
 }
 
-/// How long nobody looks at the ends of the connections. Applications that wake up with every reset would
-/// take processors from both who are compared; afterwards, it is seen that none is left.
+/// Nobody watches the connections during this time. Applications that wake up at every reset would take
+/// processor time from both programs. Afterwards a check shows that no connection is left.
 const UNDISTURBED: Duration = Duration::from_secs(2);
 
 fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
@@ -139,7 +139,7 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     let daemon = daemon(&crowd.cgroup, &accepted(limit), &bench.stop)?;
     crowd.open(sessions, bench)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], sessions as f64)?;
-    // All of them become due while it stands still.
+    // All sessions become due while the daemon is stopped.
     daemon.freeze()?;
     let early = daemon.terminations()?.len();
     ensure!(early == 0, "{early} sessions ended before all were open");
@@ -159,7 +159,7 @@ fn by_the_daemon(sessions: usize, bench: &Bench) -> Result<Effort> {
     ))
 }
 
-/// `ss -K` destroys while it lists, and may leave out a socket: what counts is what it has destroyed.
+/// `ss -K` destroys sockets while it lists them and may miss some, so only the destroyed ones count.
 fn by_ss(sessions: usize, bench: &Bench) -> Result<Effort> {
     let mut crowd = Crowd::new()?;
     crowd.open(sessions, bench)?;

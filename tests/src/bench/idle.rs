@@ -1,5 +1,5 @@
-//! What sessions cost while nothing happens on them: processor time and memory, beside a script that
-//! looks at all of them every second.
+//! Measures the cost of idle sessions in processor time and memory, compared with a script that lists all of
+//! them every second.
 
 use std::{fs, time::Duration};
 
@@ -16,14 +16,14 @@ use crate::{
     statistics::ratios,
 };
 
-/// Room for all sessions of the largest measurement.
+/// The capacity for all sessions of the largest measurement.
 const CAPACITY: usize = 1 << 19;
 
-/// How long the daemon is watched at a time, and how long one turn of the script may last.
+/// The time over which the daemon is measured, and the time limit of one run of the script.
 const WINDOW: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_secs(60);
 
-/// Bytes of a connection with both ends in the kernel and its files, generously.
+/// A generous estimate of a connection's memory for both ends in the kernel, with their files.
 const PAIR_BYTES: u64 = 16 << 10;
 
 const CPU_PERCENT: f64 = 0.05;
@@ -31,7 +31,7 @@ const KERNEL_BYTES: f64 = 200.0;
 const DAEMON_BYTES: f64 = 64.0;
 const RESIDENT_MB: f64 = 20.0;
 
-/// One turn of the script: whoever has neither sent nor received for an hour is killed.
+/// One run of the script: it kills each connection that has neither sent nor received for an hour.
 const SCRIPT: &str = r#"
 ss -tinHO state established | awk '{
     sent = received = 0
@@ -81,7 +81,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The memory of a daemon with the capacity that it has where nobody says otherwise.
+/// Measures the memory of a daemon with the default capacity.
 fn at_rest(bench: &Bench) -> Result<Vec<Row>> {
     let crowd = Crowd::new()?;
     let daemon = daemon(&crowd.cgroup, EVERYTHING, &bench.stop)?;
@@ -106,9 +106,9 @@ fn at_rest(bench: &Bench) -> Result<Vec<Row>> {
     ])
 }
 
-/// The processor time that the daemon takes, in percent of one processor, and that of the script.
+/// Measures the processor time of the daemon and of the script in percent of one processor.
 fn at_work(sessions: usize, crowd: &Crowd, daemon: &Daemon, bench: &Bench) -> Result<Vec<Row>> {
-    // What the opening left to do is done.
+    // Wait until the work of opening the connections is done.
     bench.stop.pause(Duration::from_secs(2))?;
     let (mut own, mut script) = (Vec::new(), Vec::new());
     for _ in 0..bench.pick(2, 4) {
@@ -129,7 +129,7 @@ fn at_work(sessions: usize, crowd: &Crowd, daemon: &Daemon, bench: &Bench) -> Re
     Ok(vec![row, Row::new(what, unit, &script)])
 }
 
-/// Processor time of one turn of the script.
+/// The processor time of one run of the script.
 fn poll(crowd: &Crowd, bench: &Bench) -> Result<Duration> {
     let mut command = Place::here()
         .in_netns(&crowd.netns)
@@ -141,7 +141,7 @@ fn poll(crowd: &Crowd, bench: &Bench) -> Result<Duration> {
     Ok(children_time()? - before)
 }
 
-/// Whether so many bytes leave half of the free memory to others.
+/// Whether this number of bytes leaves half of the free memory unused.
 fn fits(bytes: u64) -> Result<bool> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text

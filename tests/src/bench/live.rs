@@ -1,4 +1,4 @@
-//! What it costs to look at many sessions: `list` and `top`, and what others feel of it.
+//! Measures `list` and `top` with many sessions, and their effect on the enforcement.
 
 use std::{
     fs::File,
@@ -21,22 +21,22 @@ use crate::{
     report::{Budget, Row},
 };
 
-/// Seconds that a list of all may take.
+/// The budget in seconds for a list of all sessions.
 const SOON: f64 = 1.0;
 
-/// Bytes that the daemon may take more meanwhile.
+/// The budget in bytes for additional memory of the daemon.
 const MORE: f64 = 8e6;
 
-/// Percent of a processor that `top` may take.
+/// The budget for `top` in percent of a processor.
 const SHARE: f64 = 5.0;
 
-/// Milliseconds after the limit within which 99 of 100 of the others are reset.
+/// The budget in milliseconds for the lateness of 99 % of the other sessions.
 const LATE: f64 = 5.0;
 
-/// The pause between two looks at the daemon's memory.
+/// The interval of reading the daemon's memory.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Lists of all, with sessions that are due meanwhile; then `top`.
+/// Measures lists of all sessions while sessions are due, and `top`.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     let all = bench.pick(20_000, 100_000);
     let spread = Duration::from_secs(bench.pick(3, 10));
@@ -71,7 +71,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Sessions that are due while so many connections are opened that the table grows twice.
+/// Measures sessions that are due while the table grows twice because of new connections.
 pub(crate) fn growth(bench: &Bench) -> Result<Vec<Row>> {
     let spread = Duration::from_secs(bench.pick(5, 10));
     let limit = spread + Duration::from_secs(2);
@@ -83,7 +83,7 @@ pub(crate) fn growth(bench: &Bench) -> Result<Vec<Row>> {
     let daemon = bench.stop.unblocked(|| launch.start())?.quiet();
     due.spread(bench.pick(2_000, 5_000), spread.as_millis() as u64, bench)?;
     due.watch()?;
-    // Two sessions each.
+    // Each connection has two sessions.
     many.open(bench.pick(10_000, 40_000), bench)?;
     let late = after_the_limit(&due.ends(bench)?, limit, "while the table grows");
     let times = daemon.log().matches("has room for").count();
@@ -94,7 +94,7 @@ pub(crate) fn growth(bench: &Bench) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What is due soon, and what is not.
+/// A configuration with a rule for sessions that are due soon, and one for the others.
 fn two_rules(due: &Crowd, limit: Duration, many: &Crowd) -> Result<String> {
     Ok(format!(
         "[[rule]]\nname = \"due\"\ndirection = \"inbound\"\ncgroups = [{:?}]\nidle_timeout = \"{}s\"\n\
@@ -105,7 +105,7 @@ fn two_rules(due: &Crowd, limit: Duration, many: &Crowd) -> Result<String> {
     ))
 }
 
-/// Reads a whole list; the seconds that it took, and the most memory that the daemon had meanwhile.
+/// Reads a complete list. Returns its duration in seconds and the daemon's maximum memory meanwhile.
 fn list(daemon: &Daemon, all: usize) -> Result<(f64, u64)> {
     let mut command = daemon.command_for(&["list", "--json"])?;
     let start = Instant::now();
@@ -128,10 +128,10 @@ fn list(daemon: &Daemon, all: usize) -> Result<(f64, u64)> {
     Ok((seconds, most))
 }
 
-/// What `top` takes of a processor, in percent: the daemon for it, and it itself.
+/// Measures the processor time of `top` in percent: that of the daemon and its own.
 fn top(daemon: &Daemon, time: Duration) -> Result<Vec<Row>> {
     let mut top = OnTerminal::start(daemon.command_for(&["top"])?)?;
-    // It has drawn itself once.
+    // `top` has drawn its first screen by then.
     thread::sleep(Duration::from_secs(2));
     let pid = top.0.id();
     let (before, own_before) = (daemon_time(daemon)?, cpu_time(pid)?);
@@ -147,7 +147,7 @@ fn top(daemon: &Daemon, time: Duration) -> Result<Vec<Row>> {
     ])
 }
 
-/// A program on a terminal that somebody reads.
+/// A program on a pseudo-terminal whose output is read.
 struct OnTerminal(Child);
 
 impl OnTerminal {
@@ -176,7 +176,7 @@ impl OnTerminal {
 
 impl Drop for OnTerminal {
     fn drop(&mut self) {
-        // It may have ended.
+        // The program may have ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -1,23 +1,23 @@
-//! Where the figures come from.
+//! Describes the machine of the measurements.
 
 use std::{fs, thread};
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
-/// The machine, as far as figures depend on it.
+/// The properties of the machine that influence the figures.
 #[derive(Debug)]
 pub(crate) struct Machine {
     kernel: String,
     processor: String,
     processors: usize,
     memory_gb: f64,
-    /// How many processes wanted to run during the minute before.
+    /// The load average of the last minute.
     load: String,
 }
 
 impl Machine {
-    /// This one, now.
+    /// Reads the properties of this machine.
     pub(crate) fn find() -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
         let meminfo = fs::read_to_string("/proc/meminfo")?;
@@ -35,7 +35,7 @@ impl Machine {
         })
     }
 
-    /// In a sentence.
+    /// The description as a sentence.
     pub(crate) fn sentence(&self) -> String {
         format!(
             "Linux {}, {} ({} processors), {:.0} GB; the load before was {}",
@@ -43,14 +43,14 @@ impl Machine {
         )
     }
 
-    /// For programs.
+    /// The description as JSON.
     pub(crate) fn json(&self) -> Value {
         json!({"kernel": self.kernel, "processor": self.processor,
                "processors": self.processors, "memory_gb": self.memory_gb, "load": self.load})
     }
 }
 
-/// The first value of a name in a file of lines `name: value`.
+/// The first value of this name in a file of lines `name: value`.
 fn field(text: &str, name: &str) -> Option<String> {
     let values = text.lines().filter_map(|line| line.split_once(':'));
     let mut named = values.filter(|(found, _)| found.trim() == name);

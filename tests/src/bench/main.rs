@@ -1,8 +1,8 @@
-//! `cargo xtask bench`: what session-enforcer costs and how exact it is, beside its peers.
+//! `cargo xtask bench`: measures the cost and the precision of session-enforcer, compared with its peers.
 //!
-//! Every figure is the median over rounds in which those that are compared take turns, with the
-//! quartiles; a comparison is made within each round. Nothing is asserted about time: the table says
-//! whether a budget is met, the exit status only whether everything ran.
+//! Every figure is the median over several rounds, with the quartiles. In each round the compared programs
+//! take turns, and ratios are computed within a round. Slow results do not fail the run: the table shows
+//! whether a budget is met, and the exit status only whether everything ran.
 
 mod bpf;
 mod crowd;
@@ -31,7 +31,7 @@ use crate::{
     report::{Row, Section},
 };
 
-/// A benchmark: name, what it measures, how.
+/// A benchmark: its name, its description, its function.
 struct Benchmark {
     name: &'static str,
     about: &'static str,
@@ -109,20 +109,20 @@ const ALL: [Benchmark; 12] = [
     ),
 ];
 
-/// What every benchmark needs.
+/// The common parameters of all benchmarks.
 pub(crate) struct Bench {
-    /// The agent's binary.
+    /// The path of the agent's binary.
     pub(crate) agent: PathBuf,
-    /// Whether it is to be over soon.
+    /// Whether to run the short version.
     pub(crate) quick: bool,
-    /// The processor for all whose latency is compared.
+    /// The processor for everything whose latency is compared.
     pub(crate) cpu: usize,
     /// Ctrl-C.
     pub(crate) stop: Stop,
 }
 
 impl Bench {
-    /// The first where it is to be over soon, else the second.
+    /// Returns the first value in the short version, otherwise the second.
     pub(crate) fn pick<T>(&self, quick: T, full: T) -> T {
         if self.quick { quick } else { full }
     }
@@ -151,7 +151,7 @@ impl Args {
         Ok(args)
     }
 
-    /// Those benchmarks that have one of the words in their name; all where there are none.
+    /// The benchmarks whose names contain one of the words. Without words, all.
     fn chosen(&self) -> Vec<&'static Benchmark> {
         let is_named = |benchmark: &Benchmark| {
             let mut names = self.names.iter();
@@ -206,7 +206,7 @@ fn perform(args: &Args) -> Result<()> {
                 println!("{}", section.table());
                 sections.push(section);
             }
-            // What was measured before it was interrupted is not lost.
+            // Write the measurements that were made before the interruption.
             Err(error) => {
                 write_json(args, &machine, &sections)?;
                 return Err(error);
@@ -222,7 +222,7 @@ fn perform(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Runs one. Its failure is part of the report, and the others run all the same.
+/// Runs one benchmark. Its failure becomes part of the report, and the others still run.
 fn measure(benchmark: &'static Benchmark, bench: &Bench) -> Result<Section> {
     eprintln!("measuring {}", benchmark.name);
     let start = Instant::now();

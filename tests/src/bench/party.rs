@@ -1,4 +1,4 @@
-//! Who is compared: the same traffic with nobody watching, with session-enforcer, with its peers.
+//! The compared parties: the same traffic without a watcher, with session-enforcer, and with its peers.
 
 use std::{fs, path::Path};
 
@@ -18,35 +18,35 @@ use crate::{
     worker::Worker,
 };
 
-/// Where the worker of a party listens.
+/// The port of a party's worker.
 const BACKEND: u16 = 7000;
 
-/// Where a proxy listens.
+/// The port of a proxy.
 const PROXY: u16 = 7001;
 
-/// Every connection at both ends, none of which ends while the benchmark runs.
+/// A rule for both ends of every connection, with a limit that no connection reaches.
 pub(crate) const EVERYTHING: &str = "[[rule]]\nname = \"all\"\nidle_timeout = \"1h\"\n";
 
-/// None of the benchmark's connections.
+/// A rule that matches none of the benchmark's connections.
 const NOTHING: &str = "[[rule]]\nname = \"other\"\nlocal_ports = [1]\ndirection = \"inbound\"\n\
                        idle_timeout = \"1h\"\n";
 
-/// None of them either, but that takes a look at each session: no port tells.
+/// The same, but the rule does not exclude them by port, so the programs must look up each session.
 const ELSEWHERE: &str =
     "[[rule]]\nname = \"other\"\nremote = [\"192.0.2.0/24\"]\nidle_timeout = \"1h\"\n";
 
-/// What watches the connections.
+/// The watcher of the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Nobody.
+    /// No watcher.
     Bare,
-    /// Programs on the same hooks that do nothing, or next to nothing.
+    /// Programs on the same hooks that do little or nothing.
     Plain(Body),
-    /// The daemon, which tracks both ends.
+    /// A daemon that tracks both ends.
     Tracked,
-    /// The daemon, which tracks connections of other ports.
+    /// A daemon that tracks connections to other ports.
     Untracked,
-    /// The daemon, which tracks connections of other addresses and of any port.
+    /// A daemon that tracks connections to other addresses on any port.
     Elsewhere,
     /// The kernel's connection tracking.
     Conntrack,
@@ -60,7 +60,7 @@ impl Kind {
     /// Programs that do nothing.
     pub(crate) const NULL: Self = Self::Plain(Body::Nothing);
 
-    /// Every one that is compared by time; what they are compared with comes first.
+    /// All kinds that are compared by time. The baselines come first.
     pub(crate) const ALL: [Self; 8] = [
         Self::Bare,
         Self::NULL,
@@ -72,12 +72,12 @@ impl Kind {
         Self::Nginx,
     ];
 
-    /// Whether it is another program, which need not be here.
+    /// Whether it is a third-party program, which may be missing.
     pub(crate) const fn is_a_peer(self) -> bool {
         matches!(self, Self::Conntrack | Self::Haproxy | Self::Nginx)
     }
 
-    /// Its name in the table.
+    /// The name in the table.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare",
@@ -99,7 +99,7 @@ impl Kind {
     }
 }
 
-/// Held for its end.
+/// Keeps the watcher alive.
 #[derive(Debug)]
 enum Watcher {
     Nobody,
@@ -108,13 +108,13 @@ enum Watcher {
     Proxy((Program, TempDir)),
 }
 
-/// A worker in a cgroup and a network namespace of its own, and what watches there. All of it runs on
-/// one processor, so that whatever is done for a connection is in the time that it takes.
+/// A worker in a separate cgroup and network namespace, with its watcher. All of it runs on one processor, so
+/// the elapsed time includes all work for a connection.
 #[derive(Debug)]
 pub(crate) struct Party {
-    /// Which it is.
+    /// The kind of watcher.
     pub(crate) kind: Kind,
-    /// Makes the connections.
+    /// The worker, which opens the connections.
     pub(crate) worker: Worker,
     watcher: Watcher,
     /// The cgroup of the worker and of a proxy.
@@ -123,7 +123,7 @@ pub(crate) struct Party {
 }
 
 impl Party {
-    /// Sets one up on this processor. `agent` is the path of the agent's binary.
+    /// Sets up a party on this processor. `agent` is the path of the agent's binary.
     pub(crate) fn set_up(kind: Kind, agent: &Path, cpu: usize, stop: &Stop) -> Result<Self> {
         stop.check()?;
         let (cgroup, netns) = (Cgroup::new()?, namespace()?);
@@ -156,7 +156,7 @@ impl Party {
         })
     }
 
-    /// Every process whose work is for its connections.
+    /// The PIDs of all processes that work for its connections.
     pub(crate) fn processes(&self) -> impl Iterator<Item = u32> + use<> {
         let watcher = match &self.watcher {
             Watcher::Nobody | Watcher::Plain(_) => None,
@@ -166,7 +166,7 @@ impl Party {
         [self.worker.pid()].into_iter().chain(watcher)
     }
 
-    /// The daemon, where it has one.
+    /// The daemon, if the party has one.
     pub(crate) fn daemon(&self) -> Option<&Daemon> {
         match &self.watcher {
             Watcher::Daemon(daemon) => Some(daemon),
@@ -175,7 +175,7 @@ impl Party {
     }
 }
 
-/// A network namespace in which many connections can be made one after the other.
+/// A network namespace with enough ports for many connections in a row.
 pub(crate) fn namespace() -> Result<Netns> {
     let netns = Netns::new()?;
     netns.set_parameter("ipv4/ip_local_port_range", "'10000 65535'")?;
@@ -183,7 +183,7 @@ pub(crate) fn namespace() -> Result<Netns> {
     Ok(netns)
 }
 
-/// A daemon that watches the cgroup, and answers signals.
+/// Starts a daemon that watches the cgroup and handles signals.
 pub(crate) fn daemon(cgroup: &Cgroup, config: &str, stop: &Stop) -> Result<Daemon> {
     let launch = Launch::on(cgroup.path()).config(config);
     Ok(stop.unblocked(|| launch.start())?.quiet())

@@ -1,7 +1,7 @@
-//! What the programs cost, run by run, as the kernel measures it.
+//! Measures the cost of the eBPF programs per run, as reported by the kernel.
 //!
-//! The kernel looks at the clock before and after each run, which is in the figures of every
-//! program, the null program's too: the difference is what ours does.
+//! The kernel reads the clock before and after each run. That overhead is in the figures of every program,
+//! including the null program, so the difference is the program's own cost.
 
 use anyhow::{Context as _, Result};
 
@@ -13,12 +13,12 @@ use crate::{
     statistics::{differences, ratios, turns},
 };
 
-/// How many sessions there are in the map at least.
+/// Minimum numbers of sessions in the table.
 const FEW: u64 = 1;
 const SOME: u64 = 10_000;
 const MANY: u64 = 250_000;
 
-/// How many times what the necessary calls cost.
+/// The budgets: the ratio to the cost of the necessary calls, and nanoseconds.
 const TRACKED: f64 = 1.6;
 const UNTRACKED_NS: f64 = 6.0;
 
@@ -26,7 +26,7 @@ const UNTRACKED_NS: f64 = 6.0;
 struct Subject {
     party: Party,
     programs: Programs,
-    /// Sessions in the map that nobody has.
+    /// The number of invented sessions in the table.
     invented: u64,
 }
 
@@ -78,7 +78,7 @@ fn open(subjects: &mut [Subject], count: usize, bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-/// Fills the maps of the daemons up with sessions that nobody has.
+/// Fills the daemons' tables with invented sessions.
 fn fill(subjects: &mut [Subject], sessions: u64) -> Result<()> {
     let is_tracked = |subject: &&Subject| subject.party.kind == Kind::Tracked;
     let tracked = subjects.iter().find(is_tracked).context("a session")?;
@@ -94,8 +94,8 @@ fn fill(subjects: &mut [Subject], sessions: u64) -> Result<()> {
     Ok(())
 }
 
-/// The cost of packets that go over so many connections in turn: over one, what it touches stays in
-/// the processor's nearest caches.
+/// Measures packets that use this number of connections in turn. With one connection its data stays in the
+/// processor's first-level caches.
 fn packets(
     subjects: &mut [Subject],
     warmth: &str,
@@ -142,7 +142,7 @@ fn packets(
                 Kind::Elsewhere => {
                     row("untracked, rule without ports").budget(Budget::AtMost(UNTRACKED_NS))
                 }
-                // They only show what cannot be done without, and know no sessions.
+                // The other kinds show only the unavoidable cost and know no sessions.
                 kind => Row::new(format!("{name}, {}, {warmth}", kind.name()), "ns", &more),
             };
             rows.push(row);
@@ -156,8 +156,7 @@ fn spent(subject: &Subject) -> Result<[Spent; 2]> {
     Ok([ingress?, egress?])
 }
 
-/// The cost of the programs that run for each connection and for each socket, by connection with
-/// both its ends.
+/// Measures the programs that run for each connection and for each socket, per connection with both ends.
 fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
     let count = bench.pick(300, 1_000);
     let rounds = bench.pick(5, 11);
@@ -181,7 +180,7 @@ fn connections(subjects: &mut [Subject], bench: &Bench) -> Result<Vec<Row>> {
     for (subject, costs_of) in compared.filter(|(subject, _)| subject.party.daemon().is_some()) {
         let names = ["establishment and end", "new sockets"];
         for (n, name) in names.into_iter().enumerate() {
-            // Where no rule names owners nothing runs for a new socket.
+            // If no rule names owners, no program runs for a new socket.
             if costs_of[n].iter().all(|cost| *cost == 0.0) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! What a process has used.
+//! The resource usage of processes.
 
 use std::{fs, time::Duration};
 
@@ -14,8 +14,8 @@ use nix::{
 };
 use session_enforcer_tests::Daemon;
 
-/// The processor on which everything runs whose latency is compared: the last that is allowed, which
-/// has the fewest interrupts on most machines.
+/// The processor for everything whose latency is compared: the last allowed one, which has the fewest
+/// interrupts on most machines.
 pub(crate) fn pinned_cpu() -> Result<usize> {
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
@@ -23,28 +23,28 @@ pub(crate) fn pinned_cpu() -> Result<usize> {
     cpus.find(is_allowed).context("a processor that is allowed")
 }
 
-/// Time that the process has run, with threads that have ended, to the nanosecond.
+/// The processor time of the process in nanosecond resolution, including ended threads.
 pub(crate) fn cpu_time(pid: u32) -> Result<Duration> {
     let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))?;
     Ok(clock_gettime(clock)?.into())
 }
 
-/// Time that the daemon and the reapers that it has now have run.
+/// The processor time of the daemon and its present reapers.
 pub(crate) fn daemon_time(daemon: &Daemon) -> Result<Duration> {
-    // One that ends meanwhile has no time.
+    // A reaper that ends meanwhile counts as zero.
     let reapers = daemon.reapers()?.into_iter();
     let reapers: Duration = reapers.filter_map(|pid| cpu_time(pid).ok()).sum();
     Ok(cpu_time(daemon.pid())? + reapers)
 }
 
-/// Bytes of memory that the daemon and its reapers take, what they share counted once.
+/// The memory of the daemon and its reapers in bytes. Shared memory counts once.
 pub(crate) fn daemon_bytes(daemon: &Daemon) -> Result<u64> {
     let reapers = daemon.reapers()?.into_iter();
     let reapers: u64 = reapers.filter_map(|pid| proportional_bytes(pid).ok()).sum();
     Ok(proportional_bytes(daemon.pid())? + reapers)
 }
 
-/// Time that the children of this process that have ended have run, with theirs.
+/// The processor time of this process's ended children and of their children.
 pub(crate) fn children_time() -> Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let duration = |time: TimeVal| -> Result<Duration> {
@@ -54,7 +54,7 @@ pub(crate) fn children_time() -> Result<Duration> {
     Ok(duration(usage.user_time())? + duration(usage.system_time())?)
 }
 
-/// Bytes of the process that are in memory, its share of those that others have too (`Pss` of proc(5)).
+/// The resident memory of the process in bytes, with its share of shared pages (`Pss` of proc(5)).
 fn proportional_bytes(pid: u32) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));

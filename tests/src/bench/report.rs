@@ -1,4 +1,4 @@
-//! What the benchmarks found: a table for the terminal, and JSON. Pure.
+//! The results of the benchmarks: a table for the terminal, and JSON. Pure.
 
 use std::fmt::Write as _;
 
@@ -6,16 +6,16 @@ use serde_json::{Value, json};
 
 use crate::statistics::Summary;
 
-/// What the design allows.
+/// The budget of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Budget {
-    /// The measured value, at most.
+    /// A maximum of the measured value.
     AtMost(f64),
-    /// The measured value, at least.
+    /// A minimum of the measured value.
     AtLeast(f64),
-    /// The ratio to what stands beside it, at most.
+    /// A maximum of the ratio to the compared value.
     RatioAtMost(f64),
-    /// The ratio to what stands beside it, at least.
+    /// A minimum of the ratio to the compared value.
     RatioAtLeast(f64),
 }
 
@@ -30,7 +30,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// What was measured, in which unit.
+    /// A row of measured values.
     pub(crate) fn new(what: impl Into<String>, unit: &'static str, values: &[f64]) -> Self {
         Self {
             what: what.into(),
@@ -41,7 +41,7 @@ impl Row {
         }
     }
 
-    /// What could not be measured here, and why.
+    /// A row for something that could not be measured here, with the reason.
     pub(crate) fn unavailable(what: impl Into<String>, reason: &str) -> Self {
         Self {
             what: what.into(),
@@ -52,14 +52,14 @@ impl Row {
         }
     }
 
-    /// How it compares with something else, round by round.
+    /// Adds a comparison with another party, round by round.
     #[must_use]
     pub(crate) fn beside(self, what: impl Into<String>, ratios: &[f64]) -> Self {
         let beside = Summary::of(ratios).map(|summary| (what.into(), summary));
         Self { beside, ..self }
     }
 
-    /// What it may be.
+    /// Adds a budget.
     #[must_use]
     pub(crate) fn budget(self, budget: Budget) -> Self {
         Self {
@@ -68,7 +68,7 @@ impl Row {
         }
     }
 
-    /// Whether the median is within the budget; nothing where there is none, or no figure.
+    /// Whether the median is within the budget. `None` without a budget or a figure.
     pub(crate) fn is_met(&self) -> Option<bool> {
         let value = self.found.as_ref().ok()?.median;
         let ratio = self.beside.as_ref().map(|(_, ratio)| ratio.median);
@@ -134,16 +134,16 @@ impl Row {
     }
 }
 
-/// What one benchmark found.
+/// The results of one benchmark.
 #[derive(Debug)]
 pub(crate) struct Section {
     /// The benchmark's name.
     pub(crate) name: &'static str,
-    /// What it measures, in a sentence.
+    /// The benchmark's description, in a sentence.
     pub(crate) about: &'static str,
-    /// The figures, or why there are none.
+    /// The figures, or the reason why there are none.
     pub(crate) rows: Result<Vec<Row>, String>,
-    /// How long it took.
+    /// The duration in seconds.
     pub(crate) seconds: f64,
 }
 
@@ -160,7 +160,7 @@ impl Section {
         text
     }
 
-    /// The same for programs.
+    /// The results as JSON.
     pub(crate) fn json(&self) -> Value {
         let mut value = json!({"name": self.name, "about": self.about, "seconds": self.seconds});
         match &self.rows {
@@ -213,7 +213,7 @@ fn shown(summary: &Summary) -> String {
     )
 }
 
-/// A number with about three digits that matter.
+/// Formats a number with about three significant digits.
 fn figure(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 100.0 => 0,

@@ -1,4 +1,4 @@
-//! How long the daemon takes to start, and to take another policy, where there are many sessions.
+//! Measures how long the daemon takes to start and to change its policy with many sessions.
 
 use std::time::{Duration, Instant};
 
@@ -15,17 +15,17 @@ use crate::{
 
 const SESSIONS: usize = 100_000;
 
-/// Seconds until a daemon on so many sockets is ready.
+/// The budget in seconds until a daemon with this number of sockets is ready.
 const START: f64 = 1.0;
 
-/// How long a reload may take on a busy machine.
+/// The time limit of a reload on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn rule(name: &str) -> String {
     format!("[[rule]]\nname = \"{name}\"\nidle_timeout = \"1h\"\n")
 }
 
-/// How long something took, and how much of it the daemon ran, in seconds.
+/// Durations in seconds, and the daemon's processor time within them.
 #[derive(Default)]
 pub(crate) struct Taken {
     elapsed: Vec<f64>,
@@ -50,7 +50,8 @@ impl Taken {
     }
 }
 
-/// Until `/readyz` says that all is attached and adopted: with no socket, and with many.
+/// Measures the time until `/readyz` reports that everything is attached and adopted, with no socket and with
+/// many.
 pub(crate) fn start(bench: &Bench) -> Result<Vec<Row>> {
     let rounds = bench.pick(2, 7);
     let mut crowd = Crowd::new()?;
@@ -79,8 +80,7 @@ fn sessions_of(daemon: &Daemon, rule: &str) -> Result<usize> {
     Ok(daemon.metric("session_enforcer_sessions", &[("rule", rule)])? as usize)
 }
 
-/// From the signal until the daemon says that the other policy is in force and every session has
-/// been decided about, by a rule of another name.
+/// Measures the time from the signal until the new policy is in force and every session has a rule of it.
 pub(crate) fn reload(bench: &Bench) -> Result<Vec<Row>> {
     let mut crowd = Crowd::new()?;
     let daemon = daemon(&crowd.cgroup, &rule("first"), &bench.stop)?;

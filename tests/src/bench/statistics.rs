@@ -1,20 +1,20 @@
-//! Medians and their spread. Pure.
+//! Medians and quartiles. Pure.
 
-/// What many measurements say.
+/// The summary of several measurements.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Summary {
-    /// Half of the values are below it.
+    /// The median.
     pub(crate) median: f64,
-    /// A quarter of the values is below it.
+    /// The lower quartile.
     pub(crate) low: f64,
-    /// A quarter of the values is above it.
+    /// The upper quartile.
     pub(crate) high: f64,
-    /// How many values there are.
+    /// The number of values.
     pub(crate) count: usize,
 }
 
 impl Summary {
-    /// Of these values; none where there are none.
+    /// Summarizes these values. `None` if there are none.
     pub(crate) fn of(values: &[f64]) -> Option<Self> {
         let sorted = sorted(values);
         Some(Self {
@@ -26,14 +26,14 @@ impl Summary {
     }
 }
 
-/// The values in order.
+/// Sorts the values.
 pub(crate) fn sorted(values: &[f64]) -> Vec<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted
 }
 
-/// The value that this share of the sorted values does not exceed, interpolated.
+/// The interpolated quantile of sorted values.
 pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
     let place = last as f64 * share.clamp(0.0, 1.0);
@@ -42,8 +42,7 @@ pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     Some(sorted[below] + (sorted[above] - sorted[below]) * (place - below as f64))
 }
 
-/// How each value compares with its counterpart of the same round. What slows a whole round down
-/// is in both.
+/// The ratio of each value to its counterpart of the same round. A disturbance of a whole round affects both.
 pub(crate) fn ratios(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
     let pairs = values.iter().zip(counterparts);
     pairs
@@ -51,7 +50,7 @@ pub(crate) fn ratios(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// What each value has more than its counterpart of the same round.
+/// The difference of each value and its counterpart of the same round.
 pub(crate) fn differences(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
     let pairs = values.iter().zip(counterparts);
     pairs
@@ -59,14 +58,14 @@ pub(crate) fn differences(values: &[f64], counterparts: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// In which order so many take their turns in a round. In as many rounds as there are of them each has
-/// each place once, and in twice as many each comes right behind each other one twice (Williams, 1949): who
-/// leaves caches or clocks in a bad state does not do so to always the same.
+/// The order in which `count` parties take turns in a round (Williams, 1949). In `count` rounds each party
+/// has each position once. In twice as many rounds each party follows each other party twice. So the state of
+/// caches and clocks that one party leaves does not always affect the same one.
 pub(crate) fn turns(count: usize, round: usize) -> impl Iterator<Item = usize> {
     let is_back = round / count % 2 == 1;
     (0..count).map(move |turn| {
         let turn = if is_back { count - 1 - turn } else { turn };
-        // 0, 1, -1, 2, -2 and so on.
+        // The sequence 0, 1, -1, 2, -2 and so on.
         let step = if turn % 2 == 0 {
             count - turn / 2
         } else {

@@ -1,9 +1,9 @@
-//! The same traffic with and without those who watch: round trips, connections, bulk data.
+//! Measures the same traffic with and without watchers: round trips, connections, bulk data.
 //!
-//! Everything runs on one processor. So what takes time takes processor time of the worker, in whose
-//! system calls packets are handled, or of whoever watches, and their sum is the elapsed time on a
-//! machine that does nothing else. Both are measured: other programs slow the first down, but not the
-//! second, by which the budget is judged.
+//! Everything runs on one processor. Packets are handled within the worker's system calls, so all time is
+//! processor time of the worker or of the watcher. On an otherwise idle machine their sum is the elapsed
+//! time. Both are measured: other programs increase the elapsed time but not the processor time, which is
+//! compared with the budget.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use crate::{
     statistics::{ratios, turns},
 };
 
-/// How long a daemon leaves events lie, and some more: after that it has done what was to be done.
+/// Longer than the daemon leaves events in the ring buffer. After this time its work is done.
 const SETTLED: Duration = Duration::from_millis(150);
 
-/// One byte there and one back, over one connection of which one thread holds both ends.
+/// Measures round trips of one byte over one connection, with both ends in one thread.
 pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
     let count = bench.pick(8_000, 20_000);
     let compared = Compared {
@@ -34,7 +34,7 @@ pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
     compared.rows(bench)
 }
 
-/// Connections one after the other, each for one byte.
+/// Measures connections in a row, each for one byte.
 pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
     let count = bench.pick(1_500, 4_000);
     let compared = Compared {
@@ -48,7 +48,7 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
     compared.rows(bench)
 }
 
-/// Much data in one direction over one connection.
+/// Measures bulk data in one direction over one connection.
 pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
     let mebibytes = bench.pick(256, 1_024);
     let compared = Compared {
@@ -67,12 +67,12 @@ struct Compared<Figure> {
     rounds: usize,
     unit: &'static str,
     budget: Option<Budget>,
-    /// What a worker is asked for before each round. A connection of its own for each: how fast one
-    /// is depends on where it lies in memory and how its windows have grown.
+    /// The requests to the worker before each round. Each round has a new connection, because the speed of
+    /// one depends on its memory addresses and window sizes.
     prepare: &'static [&'static str],
-    /// What it is asked for then; it answers with nanoseconds.
+    /// The measured request. The worker answers with nanoseconds.
     request: String,
-    /// What nanoseconds mean.
+    /// Converts nanoseconds to the figure.
     figure: Figure,
 }
 
@@ -84,11 +84,11 @@ struct Times {
 }
 
 impl<Figure: Fn(f64) -> f64> Compared<Figure> {
-    /// Measures them in turns.
+    /// Measures the parties in turns.
     fn rows(&self, bench: &Bench) -> Result<Vec<Row>> {
         let (mut parties, mut missing) = set_up(bench)?;
         let mut times = vec![Vec::new(); parties.len()];
-        // The first round finds caches and memory as they are at the beginning.
+        // The first round is discarded, because caches and memory are cold.
         for round in 0..=self.rounds {
             for turn in turns(parties.len(), round.saturating_sub(1)) {
                 let measured = self.measure(&mut parties[turn], bench)?;
@@ -145,7 +145,7 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
     }
 }
 
-/// Every party that can be had here, and a row for each that cannot.
+/// All parties that are available here, and a row for each that is not.
 fn set_up(bench: &Bench) -> Result<(Vec<Party>, Vec<Row>)> {
     let (mut parties, mut missing) = (Vec::new(), Vec::new());
     for kind in Kind::ALL {
@@ -161,14 +161,14 @@ fn set_up(bench: &Bench) -> Result<(Vec<Party>, Vec<Row>)> {
     Ok((parties, missing))
 }
 
-/// Nanoseconds that the processes of a party have run.
+/// The processor time of a party's processes in nanoseconds.
 fn processor_time(party: &Party) -> Result<f64> {
     let times = party.processes().map(cpu_time);
     Ok(times.sum::<Result<Duration>>()?.as_nanos() as f64)
 }
 
-/// Nanoseconds that the daemon works for connections that have ended: it leaves events lie for a
-/// while. It is part of their cost, and must not become part of the next party's.
+/// The daemon's processor time in nanoseconds for connections that have ended, because it reads events with a
+/// delay. It counts for this party and must not fall into the next party's time.
 fn what_the_daemon_does_after(party: &Party, bench: &Bench) -> Result<f64> {
     let Some(daemon) = party.daemon() else {
         return Ok(0.0);

@@ -1,5 +1,5 @@
-//! Moves itself to a cgroup and a network namespace, and there makes sockets for a test (`table_ops`,
-//! over standard input) or becomes another program (`exec`).
+//! Moves itself to a cgroup and a network namespace. There it creates sockets for a test (`serve`, over
+//! standard input) or replaces itself with another program (`exec`).
 
 use std::{
     env,
@@ -52,12 +52,12 @@ fn number(text: &OsString) -> Result<u32> {
     text.to_str().context(USAGE)?.parse().context(USAGE)
 }
 
-/// A name is one of iproute2's.
+/// The file of a namespace that iproute2 created under this name.
 fn netns_path(name: &OsString) -> PathBuf {
     Path::new("/run/netns").join(name)
 }
 
-/// Standard input, which the test has made one end of a pair of sockets.
+/// Standard input, which is one end of the test's socket pair.
 fn control() -> Result<UnixStream> {
     let stdin: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
     Ok(stdin.into())

@@ -1,24 +1,25 @@
-//! The rules of a run: which there are is random, and what they say is known. Pure.
+//! The random but known rules of a run. Pure.
 
 use std::{fmt::Write as _, time::Duration};
 
 use crate::random::Random;
 
-/// How many ports the rules tell apart. Each is a pair of listeners, one in the cgroup, one not.
+/// The number of ports that the rules distinguish. Each port is a pair of listeners, one inside the cgroup
+/// and one outside.
 pub(super) const PORTS: usize = 12;
 
 /// The longest limit that a run reaches.
 pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
 
-/// A limit that no run reaches: whom it lets live, another policy may end.
+/// A limit that no run reaches. A later policy may still end such sessions.
 pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
-/// One end of a connection. Below the cgroup it is a session.
+/// One end of a connection. An end inside the cgroup is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
-    /// The one that dialled.
+    /// The end that connected.
     Client,
-    /// The one that accepted.
+    /// The end that accepted.
     Server,
 }
 
@@ -40,7 +41,7 @@ pub(super) enum Action {
     Exempt,
 }
 
-/// Whose payload the idle clock heeds.
+/// The direction whose payload the idle clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Activity {
     Any,
@@ -48,14 +49,14 @@ pub(super) enum Activity {
     Sent,
 }
 
-/// What a rule says, as the documentation has it.
+/// A rule with its documented keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Rule {
     pub(super) name: String,
     pub(super) action: Action,
     pub(super) idle: Option<Duration>,
     pub(super) lifetime: Option<Duration>,
-    /// A lifetime is up to so many hundredths shorter.
+    /// The lifetime is shortened by up to this percentage.
     pub(super) jitter_percent: u32,
     pub(super) response: Option<Duration>,
     pub(super) activity: Activity,
@@ -77,12 +78,12 @@ impl Rule {
         }
     }
 
-    /// The rule of a port for one end; none where no rule matches it.
+    /// A random rule of a port for one end. `None` if no rule matches it.
     fn random(random: &mut Random, port: usize, end: End) -> Option<Self> {
         if random.once_in(10) {
             return None;
         }
-        // Two names for each, so that a session gets another rule now and then.
+        // Two names per port and end make sessions change their rule from time to time.
         let letter = random.one_of(&["a", "b"]);
         let mut rule = Self::named(&format!("p{port}-{}-{letter}", end.direction()));
         if random.once_in(12) {
@@ -123,7 +124,7 @@ impl Rule {
         }
     }
 
-    /// Whether so much payload in one packet counts.
+    /// Whether a packet with this number of payload bytes counts.
     pub(super) const fn counts(&self, bytes: u64) -> bool {
         bytes >= self.min_payload
     }
@@ -167,7 +168,7 @@ impl End {
         }
     }
 
-    /// Whose number the port is, as seen from this end.
+    /// The configuration key of the port, as seen from this end.
     const fn ports_key(self) -> &'static str {
         match self {
             Self::Client => "remote_ports",
@@ -176,7 +177,7 @@ impl End {
     }
 }
 
-/// One policy: a rule, or none, for each end of the connections to each port.
+/// One policy: a rule or none for each end of the connections to each port.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Book {
     pub(super) rules: Vec<[Option<Rule>; 2]>,
@@ -191,7 +192,7 @@ impl Book {
         book.with_constant_rules()
     }
 
-    /// With two rules that every policy has, so that each run shows what they do.
+    /// Adds two rules that every policy has, so that each run shows their effects.
     fn with_constant_rules(mut self) -> Self {
         let idle = Some(Duration::from_secs(1));
         let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
@@ -205,7 +206,7 @@ impl Book {
         self
     }
 
-    /// The same with about a third of the rules made anew.
+    /// A copy with about a third of the rules replaced.
     pub(super) fn changed(&self, random: &mut Random) -> Self {
         let mut book = self.clone();
         for (port, rules) in book.rules.iter_mut().enumerate() {
@@ -218,14 +219,13 @@ impl Book {
         book.with_constant_rules()
     }
 
-    /// The rule by which the sessions of a port's connections are tracked at this end; none where
-    /// they are not.
+    /// The rule that tracks the sessions at this end of a port's connections. `None` if they are not tracked.
     pub(super) fn rule(&self, port: usize, end: End) -> Option<&Rule> {
         let rule = self.rules.get(port)?[end as usize].as_ref();
         rule.filter(|rule| rule.action != Action::Exempt)
     }
 
-    /// The configuration; `numbers` has the port numbers of a port.
+    /// The configuration. `numbers` returns the port numbers of a port.
     pub(super) fn toml(&self, numbers: impl Fn(usize) -> [u16; 2]) -> String {
         let mut text = String::new();
         for (port, rules) in self.rules.iter().enumerate() {
@@ -233,7 +233,7 @@ impl Book {
                 let Some(rule) = rule else { continue };
                 let (name, direction, key) = (&rule.name, end.direction(), end.ports_key());
                 let numbers = numbers(port);
-                // To write to a text never fails.
+                // Writing to a string never fails.
                 let _ = writeln!(
                     text,
                     "[[rule]]\nname = \"{name}\"\ndirection = \"{direction}\"\n{key} = {numbers:?}"

@@ -1,4 +1,4 @@
-//! Holds one connection, with all that was seen of it, to the model. Pure.
+//! Compares one connection and everything that was observed of it with the model. Pure.
 
 use std::time::Duration;
 
@@ -15,10 +15,10 @@ use super::{
 };
 use crate::pace::scaled;
 
-/// How long a session may live after it was due, with a daemon that runs, on a busy machine.
+/// The maximum time after its deadline that a session may live while a daemon runs, on a busy machine.
 const LATEST: Duration = Duration::from_secs(10);
 
-/// How long a record may be on its way when its daemon is killed.
+/// The maximum time that a record may be in flight when its daemon is killed.
 fn on_its_way() -> Duration {
     scaled(Duration::from_millis(500))
 }
@@ -28,7 +28,7 @@ pub(super) struct Case<'a> {
     seen: &'a Seen<'a>,
     connection: &'a Connection,
     replay: Replay<'a>,
-    /// Each with the number of the daemon that wrote it.
+    /// Each record with the number of the daemon that wrote it.
     records: &'a [(usize, Termination)],
     pub(super) wrong: Vec<String>,
 }
@@ -67,13 +67,13 @@ impl Case<'_> {
         book.rule(self.connection.port, end)
     }
 
-    /// The rule by which a session is reset at its limits.
+    /// The enforcing rule of a session, if it has one.
     fn enforced<'b>(&self, book: &'b Book, end: End) -> Option<&'b Rule> {
         let rule = self.rule(book, end);
         rule.filter(|rule| rule.action == Action::Enforce)
     }
 
-    /// Whether a session of the connection may have reached a limit at some moment of the span.
+    /// Whether a session of the connection may have reached a limit within the span.
     fn may_have_expired(&self, span: Span) -> bool {
         let mut books = self.seen.timeline.books(span);
         books.any(|book| {
@@ -85,7 +85,7 @@ impl Case<'_> {
     }
 }
 
-/// What passed, and how it ended.
+/// Checks of the payload and of the end.
 impl Case<'_> {
     fn check_payloads(&mut self) {
         for late in self.replay.passed_late.clone() {
@@ -93,14 +93,14 @@ impl Case<'_> {
         }
         let closed = |fate: &Fate| matches!(fate, Fate::Closed(_));
         if self.connection.fates.iter().any(closed) {
-            // What was on its way to it is not seen any more.
+            // Payload to a closed end is no longer observed.
             return;
         }
         let broken = self.connection.broken();
         let end = broken.map_or(self.seen.finished, |span| span.to);
         let lost = self.connection.payloads().find(|p| p.arrived.is_none());
         if let Some(lost) = lost.copied() {
-            // What a lock has held up may come after the reset of the other end.
+            // Payload that a lock has delayed may arrive after the reset of the other end.
             let from = broken.map_or(lost.written.from, |span| span.from.min(lost.written.from));
             let since = Span { from, to: end };
             if !self.may_have_expired(since) {
@@ -140,8 +140,8 @@ impl Case<'_> {
         self.check_errors();
     }
 
-    /// Whether a reset that was right when it was asked for may have come with the end of a lock, after what the
-    /// lock had held up has passed: nothing takes it back, and where its daemon has been stopped there is no gate.
+    /// Whether a justified reset may have hung on a lock and come after the payload that the lock had
+    /// delayed. Such a reset is not withdrawn, and a stopped daemon leaves no gate that drops the payload.
     fn may_have_hung(&self, broken: Span) -> bool {
         self.connection.sessions().any(|end| {
             let mut locks = self.connection.locks(end);
@@ -167,8 +167,8 @@ impl Case<'_> {
         records.filter(|record| record.result == "reset")
     }
 
-    /// Whether nobody may have heard of a reset: its daemon was killed, and the next one has found the session gone.
-    /// The reset that a reaper hangs in comes when the lock is let go of, whatever has become of its daemon.
+    /// Whether a reset may have no record: its daemon was killed, and the next one recorded the session as
+    /// gone. A reset that hangs in a reaper happens when the lock is released, even without its daemon.
     fn may_be_unrecorded(&self, broken: Span) -> bool {
         let timeline = &self.seen.timeline;
         let recent = |end: &Span| Span {
@@ -193,13 +193,13 @@ impl Case<'_> {
         hung || was_killed && records.any(|(_, record)| record.result == "gone")
     }
 
-    /// Whether a session was reset by a reaper that was killed, or stands still, before it could say so: the daemon
-    /// has found it gone.
+    /// Whether a reaper reset the session but was killed or stopped before its answer, so that the daemon
+    /// recorded the session as gone.
     fn was_reset_untold(&self, end: End) -> bool {
         self.untold_by(end).is_some()
     }
 
-    /// Which reapers have reset a session and not said so; which of [`Timeline::struck`].
+    /// The index in [`Timeline::struck`] of the reapers that reset a session without answering.
     ///
     /// [`Timeline::struck`]: super::timeline::Timeline::struck
     pub(super) fn untold_by(&self, end: End) -> Option<usize> {
@@ -215,8 +215,8 @@ impl Case<'_> {
         struck.iter().position(|struck| struck.when.meets(&when))
     }
 
-    /// The end of a session that was reset reads ECONNABORTED, and the other one that the connection
-    /// was reset, or, where it had read the end of the stream, that there is none to write to.
+    /// Checks the socket errors. The reset session gets ECONNABORTED. The peer gets ECONNRESET, or EPIPE if
+    /// it had read the end of the stream.
     fn check_errors(&mut self) {
         let untold = End::BOTH.into_iter().any(|end| self.was_reset_untold(end));
         if self.resets().count() == 0 && !untold {
@@ -238,7 +238,7 @@ impl Case<'_> {
         }
     }
 
-    /// None lives long after it was due while a daemon runs.
+    /// Checks that no session lives long after its deadline while a daemon runs.
     fn check_overdue(&mut self) {
         let broken = self.connection.broken().map(|span| span.to);
         let at = match (broken, self.connection.is_open()) {
@@ -268,7 +268,7 @@ impl Case<'_> {
     }
 }
 
-/// The records.
+/// Checks of the records.
 impl Case<'_> {
     fn check_records(&mut self) {
         let records = self.records;
@@ -329,8 +329,8 @@ impl Case<'_> {
         self.check_bytes(record, adopted.unwrap_or(Truth::No), counted.is_some())
     }
 
-    /// When the daemon may have counted the session as active since it could not ask the socket, which was locked or
-    /// whose reaper was struck at the moment that the record has for its last activity.
+    /// The time at which the daemon may have counted the session as active because it could not query the
+    /// socket: at the record's last activity the socket was locked, or its reaper was killed or stopped.
     fn counted_as_active(&self, record: &Termination) -> Option<Span> {
         let when = around(record.last_activity?);
         let mut locks = self.connection.locks(record.end);
@@ -340,8 +340,8 @@ impl Case<'_> {
         is_unknown.then_some(when)
     }
 
-    /// Whether a daemon has decided about the session that was gone when the next one began: it goes by what was
-    /// known then.
+    /// Whether an earlier daemon may have decided about a session that was gone when the next one started.
+    /// The record then has the state at the decision.
     fn was_decided_before(&self, record: &Termination) -> bool {
         let since = Span {
             from: record.deadline.min(record.recorded().from),
@@ -351,14 +351,14 @@ impl Case<'_> {
         record.result == "gone" && outages.any(|outage| outage.meets(&since))
     }
 
-    /// Whether a reset hung on the session's lock, and the record says so.
+    /// Whether a reset hung on the session's lock and the record says so.
     fn was_locked(&self, record: &Termination) -> bool {
         let mut locks = self.connection.locks(record.end);
         record.error.contains("keeps locked") && locks.any(|lock| lock.meets(&record.recorded()))
     }
 
-    /// When it may have been decided that the session is to be reset. A reaper that hangs, or stands still, tells
-    /// what became of it later.
+    /// The time of the decision to reset the session. A reaper that hangs or is stopped reports the result
+    /// later.
     fn decided(&self, record: &Termination) -> Span {
         let recorded = record.recorded();
         let since = Span {
@@ -372,7 +372,7 @@ impl Case<'_> {
         if was_late { since } else { recorded }
     }
 
-    /// Whether the session was there to be reset.
+    /// Whether the session existed and could be reset.
     fn was_reset(&self, record: &Termination) -> bool {
         match self.connection.fate(record.end) {
             Fate::Broken(..) => true,
@@ -381,7 +381,7 @@ impl Case<'_> {
         }
     }
 
-    /// Whether the session, with these clocks, was due as the record has it.
+    /// Whether the session was due with these clocks, as the record says.
     fn is_due(&self, record: &Termination, clocks: &Clocks) -> bool {
         let mode = match record.is_observed() {
             true => Action::Observe,
@@ -402,7 +402,8 @@ impl Case<'_> {
         })
     }
 
-    /// A new policy ends what the one before it lets live, in the moment that it comes into force.
+    /// Whether a new policy ended a session that the previous one permitted, at the moment when it came into
+    /// force.
     fn is_due_by_change(&self, record: &Termination, clocks: &Clocks, rule: &Rule) -> bool {
         let at = around(record.deadline);
         let mut changes = self.seen.timeline.changes.windows(2);
@@ -430,13 +431,13 @@ impl Case<'_> {
             (Some(true), Truth::No | Truth::Perhaps) | (None, Truth::Yes | Truth::Perhaps) => {
                 Ok(())
             }
-            // Observed before it was let go and adopted again.
+            // The session was observed before it was released and adopted again.
             (Some(true), Truth::Yes) if record.is_observed() => Ok(()),
             _ => Err("an establishment that is not the session's"),
         }
     }
 
-    /// Of a session that was adopted without asking its socket nobody knows what had passed.
+    /// For a session that was adopted without a query of its socket, the earlier payload is unknown.
     fn check_bytes(
         &self,
         record: &Termination,
@@ -449,7 +450,7 @@ impl Case<'_> {
             let before = |p: &&Payload| p.arrived.is_some_and(|at| at < record.recorded().from);
             let arrived: u64 = of.clone().filter(before).map(|p| p.bytes).sum();
             let written: u64 = of.map(|p| p.bytes).sum();
-            // Of a session that was adopted nobody may have seen the peer's FIN, which then is a byte.
+            // The peer's FIN of an adopted session may have been missed; it then counts as one byte.
             let fin = u64::from(adopted != Truth::No);
             if told < arrived && !is_unknown || told > written + fin {
                 return Err("other bytes than the session's");
@@ -458,7 +459,7 @@ impl Case<'_> {
         Ok(())
     }
 
-    /// What was only observed at last has a record of the last daemon, and none twice.
+    /// Checks that no daemon records the same observed termination twice.
     fn check_observed(&mut self) {
         let records = self.records;
         for (n, (life, record)) in records.iter().enumerate() {
@@ -500,7 +501,7 @@ impl Case<'_> {
             counts.failed += usize::from(record.is_failed());
             counts.by_policy += usize::from(record.reason == "policy");
             if record.result == "reset" {
-                // What came due while no daemon ran, or under another policy, waits for one.
+                // A session that became due without a daemon, or under another policy, waits for a daemon.
                 let steady = self.seen.timeline.steady_since(record.at);
                 let late = record.at.saturating_sub(record.deadline.max(steady));
                 counts.latest = counts.latest.max(late);
@@ -509,7 +510,7 @@ impl Case<'_> {
     }
 }
 
-/// Whether the record is of this deadline.
+/// Whether the record reports this deadline.
 fn is_reached(record: &Termination, deadline: &Deadline) -> bool {
     let [shortest, longest] = deadline.limit.map(|limit| limit.as_secs_f64());
     let of_limit = record
@@ -518,7 +519,7 @@ fn is_reached(record: &Termination, deadline: &Deadline) -> bool {
     deadline.reason == record.reason && of_limit && deadline.at.meets(&around(record.deadline))
 }
 
-/// What does not go through the wall clock is exact.
+/// The idle time does not depend on the wall clock, so it is compared without tolerance.
 fn was_idle_enough(record: &Termination, rule: &Rule) -> bool {
     let heeds_all = rule.activity == Activity::Any && record.reason == "idle_timeout";
     !heeds_all
@@ -533,7 +534,7 @@ fn is_of_activity(record: &Termination, clocks: &Clocks) -> bool {
     told.is_none_or(|told| last.meets(&around(told)))
 }
 
-/// Whether two records of one daemon are of the same limit reached.
+/// Whether two records of one daemon report the same reached limit.
 fn is_the_same(one: &Termination, other: &Termination) -> bool {
     one.reason == other.reason
         && one.rule == other.rule

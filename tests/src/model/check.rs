@@ -1,4 +1,4 @@
-//! Holds all that was seen of a run to the model. Pure.
+//! Compares everything that was observed in a run with the model. Pure.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -13,10 +13,10 @@ use super::{
 };
 use crate::{audit::Record, clock::Time};
 
-/// All that was seen.
+/// The observations of a run.
 pub(super) struct Seen<'a> {
     pub(super) start: Time,
-    /// When nothing more was done.
+    /// The time after which nothing more was done.
     pub(super) finished: Duration,
     pub(super) connections: &'a [Connection],
     pub(super) timeline: &'a Timeline,
@@ -43,7 +43,7 @@ impl Seen<'_> {
             }
         }
         for (struck, untold) in self.timeline.struck.iter().zip(untold) {
-            // Each has one session at a time.
+            // A reaper works on one session at a time.
             if untold > struck.reapers {
                 let wrong = format!("{untold} resets were not told of by {struck:?}");
                 report.wrong.push(wrong);
@@ -53,7 +53,7 @@ impl Seen<'_> {
         report
     }
 
-    /// The terminations by connection. Those that no connection had are wrong.
+    /// Groups the terminations by connection. A record without a connection is an error.
     fn records(&self, report: &mut Report) -> HashMap<[u16; 2], Vec<(usize, Termination)>> {
         let known = self.connections.iter().map(|connection| connection.ports);
         let mut records: HashMap<_, Vec<_>> = known.map(|ports| (ports, Vec::new())).collect();
@@ -68,7 +68,8 @@ impl Seen<'_> {
         records
     }
 
-    /// Each counter is the number of the records with its labels, and there are no others.
+    /// Checks that each counter equals the number of records with its labels and that there are no other
+    /// counters.
     fn check_counters(&self, report: &mut Report) {
         for life in self.lives {
             for labels in labels_of(&life.records) {
@@ -80,8 +81,8 @@ impl Seen<'_> {
         }
     }
 
-    /// A counter is not less than the records that were read before it, nor more than those that were
-    /// written in the end.
+    /// Checks that a counter is at least the number of records that were read before it, and at most the
+    /// number of all written records.
     fn check_counter(&self, life: &Life, labels: &[(&str, &str)], report: &mut Report) {
         let Some((before, metrics)) = &life.asked else {
             return;
@@ -95,7 +96,7 @@ impl Seen<'_> {
         };
         let count = |records: &[Record]| records.iter().filter(of_them).count() as f64;
         let (least, most) = match life.ending {
-            // What was counted and not yet written went with it.
+            // A killed daemon may have counted records that it did not write.
             Ending::Killed => (count(before), f64::INFINITY),
             Ending::Stopped | Ending::Last => (count(before), count(&life.records)),
         };

@@ -1,4 +1,4 @@
-//! Where the connections of a run are: namespaces, processes in the cgroup and beside it, listeners.
+//! The environment of a run's connections: namespaces, processes inside and outside the cgroup, listeners.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
@@ -20,22 +20,22 @@ use crate::{
     tcp::{Listener, Pair},
 };
 
-/// The listeners' ports, below the cgroup and not; the ports from which is dialled are lower.
+/// The first ports of the listeners inside and outside the cgroup. Client ports are lower.
 const FIRST_PORTS: [u16; 2] = [61_000, 62_000];
 
-/// The ports from which is dialled, each once: a port tells the connection.
+/// The client ports. Each is used once, so a port identifies its connection.
 const DIALLING: std::ops::Range<u16> = 1_024..60_000;
 
-/// The numbers of a port of the rules, one of each listener.
+/// The port numbers of a rule's port, one for each of its listeners.
 pub(super) fn port_numbers(port: usize) -> [u16; 2] {
     FIRST_PORTS.map(|first| first + port as u16)
 }
 
-/// Everything that makes connections.
+/// Everything that opens connections.
 pub(super) struct Field {
-    /// By port, not below the cgroup and below it.
+    /// By port: outside and inside the cgroup.
     listeners: Vec<[Listener; 2]>,
-    /// In the listeners' namespace and in the other, not below the cgroup and below it.
+    /// In the listeners' namespace and in the other one: outside and inside the cgroup.
     dialers: [[Agent; 2]; 2],
     /// In both namespaces.
     spoofers: [RawTcp; 2],
@@ -71,7 +71,7 @@ impl Field {
         })
     }
 
-    /// Opens a connection from a port that none had before.
+    /// Opens a connection from an unused port.
     pub(super) fn open(&mut self, opening: &Opening) -> Result<Pair> {
         let inside = |end| usize::from(opening.inside[end as usize]);
         let listener = &self.listeners[opening.port][inside(End::Server)];
@@ -92,7 +92,8 @@ impl Field {
 }
 
 impl Field {
-    /// Sends a segment that seems to come from an end, and from where it is, to the other. Over IPv6 nothing.
+    /// Sends a forged segment that claims to be from one end, from that end's namespace, to the other end.
+    /// Does nothing for IPv6.
     pub(super) fn spoof(
         &self,
         opening: &Opening,

@@ -1,4 +1,4 @@
-//! What the test did to a connection, and what it saw of it. Pure.
+//! What the test did to a connection and observed of it. Pure.
 
 use std::{fmt, time::Duration};
 
@@ -6,56 +6,56 @@ use nix::errno::Errno;
 
 use super::{book::End, timeline::Span};
 
-/// Payload that one end was given to send, in one call.
+/// The payload of one send call at one end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Payload {
     pub(super) from: End,
     pub(super) bytes: u64,
-    /// Bytes that this end was given so far, these included.
+    /// The number of bytes that this end has sent so far, including these.
     pub(super) through: u64,
-    /// Whether all that was sent before had arrived: nothing can share a packet with it.
+    /// Whether all earlier payload had arrived, so that this payload has a packet of its own.
     pub(super) alone: bool,
-    /// When the call was made.
+    /// The time of the call.
     pub(super) written: Span,
-    /// When the test saw it at the other end.
+    /// The time when the test saw it at the other end.
     pub(super) arrived: Option<Duration>,
 }
 
-/// What the test did.
+/// An action of the test.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
     Payload(Payload),
-    /// Shut the sending direction.
+    /// Shut down the sending direction.
     Finished(End),
-    /// Closed it, with nothing unread.
+    /// Closed the socket, with nothing unread.
     Closed(End, Span),
-    /// Closed it in a way that resets the connection.
+    /// Closed the socket in a way that resets the connection.
     Aborted,
-    /// Kept it locked. What it has sent then is payload of its own.
+    /// Kept the socket locked. The lock's own send is a separate payload.
     Locked(End, Span),
 }
 
-/// What became of an end.
+/// The state of an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     /// It is open.
     Open,
     /// The test closed it.
     Closed(Span),
-    /// Both directions were shut in the orderly way.
+    /// Both directions were shut down normally.
     Ended(Span),
-    /// It was reset: what its socket said, and when.
+    /// It was reset: the socket's error and the time.
     Broken(Errno, Span),
 }
 
 /// One connection.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
-    /// Which port it is to, by number of the rules.
+    /// The destination port, by index of the rules.
     pub(super) port: usize,
-    /// Which ends are below the cgroup.
+    /// Which ends are inside the cgroup.
     pub(super) inside: [bool; 2],
-    /// Port numbers of both ends.
+    /// The port numbers of both ends.
     pub(super) ports: [u16; 2],
     pub(super) opened: Span,
     pub(super) events: Vec<Event>,
@@ -74,7 +74,7 @@ impl Connection {
         self.fates[end as usize]
     }
 
-    /// When an end was locked.
+    /// The times when an end was locked.
     pub(super) fn locks(&self, end: End) -> impl Iterator<Item = Span> {
         self.events.iter().filter_map(move |event| match event {
             Event::Locked(locked, span) if *locked == end => Some(*span),
@@ -82,19 +82,19 @@ impl Connection {
         })
     }
 
-    /// The ends that are below the cgroup.
+    /// The ends inside the cgroup.
     pub(super) fn sessions(&self) -> impl Iterator<Item = End> {
         End::BOTH
             .into_iter()
             .filter(|end| self.inside[*end as usize])
     }
 
-    /// Those of them that are open.
+    /// The open ends inside the cgroup.
     pub(super) fn open_sessions(&self) -> impl Iterator<Item = End> {
         self.sessions().filter(|end| self.fate(*end) == Fate::Open)
     }
 
-    /// The latest that an end can have lived.
+    /// The latest time until which an end can have lived.
     pub(super) fn lived_until(&self, end: End) -> Duration {
         match self.fate(end) {
             Fate::Open => Duration::MAX,
@@ -103,7 +103,7 @@ impl Connection {
         }
     }
 
-    /// When payload passed both ends, if it did.
+    /// The time when payload passed both ends.
     pub(super) fn passing(&self, payload: &Payload) -> Span {
         let lived = End::BOTH.map(|end| self.lived_until(end));
         Span {
@@ -117,19 +117,19 @@ impl Connection {
         self.fates.contains(&Fate::Open)
     }
 
-    /// Whether payload from this end may be on its way.
+    /// Whether payload from this end may be in flight.
     pub(super) fn has_pending(&self, end: End) -> bool {
         self.payloads()
             .any(|payload| payload.from == end && payload.arrived.is_none())
     }
 
-    /// Whether an end that was closed may live on, until payload of its own is delivered, or until the
-    /// other end acknowledges its FIN: with payload that is refused, the acknowledgement is, too.
+    /// Whether a closed end may still exist, until its payload is delivered or its FIN is acknowledged. If
+    /// the gate drops a packet of the peer, the acknowledgement in it is lost too.
     pub(super) fn is_held_up(&self) -> bool {
         End::BOTH.into_iter().any(|end| self.has_pending(end))
     }
 
-    /// When the first end to be reset was reset.
+    /// The time when the first end was reset.
     pub(super) fn broken(&self) -> Option<Span> {
         let spans = self.fates.iter().filter_map(|fate| match fate {
             Fate::Broken(_, span) => Some(*span),
@@ -138,8 +138,8 @@ impl Connection {
         spans.min_by_key(|span| span.to)
     }
 
-    /// Whether nothing tells an end when the other one is destroyed: both have shut their direction, and
-    /// payload of the other is on its way. From the state `LAST_ACK` the kernel sends no RST.
+    /// Whether an end may not notice the destruction of the other one. That happens if both have shut down
+    /// their direction and payload of the other is in flight: the kernel sends no RST from `LAST_ACK`.
     pub(super) fn may_stay_open(&self, end: End) -> bool {
         let is_finished = |by: End| {
             let finished = |event: &Event| matches!(event, Event::Finished(end) if *end == by);
@@ -148,7 +148,7 @@ impl Connection {
         End::BOTH.into_iter().all(is_finished) && self.has_pending(end.peer())
     }
 
-    /// Whether what the test did may have reset it: an abort, or payload for an end that was closed.
+    /// Whether an action of the test may have reset the connection: an abort, or payload to a closed end.
     pub(super) fn may_have_reset_itself(&self) -> bool {
         self.events.iter().any(|event| match event {
             Event::Aborted => true,
@@ -160,7 +160,7 @@ impl Connection {
     }
 }
 
-/// For a failure: the last of what happened.
+/// Prints the last events for a failure message.
 impl fmt::Display for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 12;

@@ -1,4 +1,4 @@
-//! The daemon of a run: does to it what the plan says, and writes down when.
+//! The daemon of a run: does to it what the plan requires and records the times.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -33,31 +33,31 @@ use crate::{
 /// The counter of the sessions that reached a limit.
 pub(super) const TERMINATIONS: &str = "session_enforcer_terminations_total";
 
-/// More than headers are, with a few bytes of payload.
+/// More than the length of the headers, plus a few bytes of payload.
 const LITTLE: i32 = 150;
 
-/// One daemon, from its start to its end.
+/// One daemon from its start to its end.
 pub(super) struct Life {
     /// Its records of terminations.
     pub(super) records: Vec<Record>,
-    /// Its records and its metrics shortly before its end, where it could be asked then.
+    /// Its records and metrics shortly before its end, if they could be read.
     pub(super) asked: Option<(Vec<Record>, Metrics)>,
     pub(super) ending: Ending,
 }
 
-/// How a daemon ended.
+/// The way in which a daemon ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ending {
     Killed,
     Stopped,
-    /// It ran until nothing more happened.
+    /// It ran until the end of the run.
     Last,
 }
 
-/// The running daemon, and those before it.
+/// The running daemon and its predecessors.
 pub(super) struct Host<'a> {
     lab: &'a Lab,
-    /// Set where all connections are to be tried at once, which clears it.
+    /// Set to request that all connections are used at once. The traffic clears it.
     alarm: &'a AtomicBool,
     start: Instant,
     random: Random,
@@ -96,7 +96,7 @@ impl<'a> Host<'a> {
         })
     }
 
-    /// Does the next thing to the daemon, after a while. It runs afterwards.
+    /// Performs the next blow on the daemon after a pause. The daemon runs afterwards.
     pub(super) fn strike(&mut self) -> Result<()> {
         let (pause, blow) = Blow::random(&mut self.random, self.blows, &self.book);
         thread::sleep(pause);
@@ -118,7 +118,7 @@ impl<'a> Host<'a> {
         }
     }
 
-    /// What is dropped comes later: the kernel sends it again.
+    /// The kernel retransmits dropped packets later.
     fn drop_packets(&self, way: PacketDirection, time: Duration) -> Result<()> {
         let _dropping = drop_packets_longer_than(&self.lab.cgroup, way, LITTLE)?;
         thread::sleep(time);
@@ -177,8 +177,8 @@ impl<'a> Host<'a> {
         Ok(())
     }
 
-    /// Waits until reapers are in one of these states, or are no more. One that hangs at a locked socket comes
-    /// to it when that is let go of.
+    /// Waits until the reapers are in one of these states or have ended. A reaper that hangs on a locked
+    /// socket gets there when the lock is released.
     fn wait_for_reapers(&self, reapers: &[u32], states: &[char]) -> Result<Duration> {
         eventually("reapers obey the signal", patience(), || {
             let obeys = |pid: &u32| state_of(*pid).is_none_or(|state| states.contains(&state));
@@ -187,7 +187,7 @@ impl<'a> Host<'a> {
         Ok(self.start.elapsed())
     }
 
-    /// Has all connections tried, while nobody resets what has expired.
+    /// Uses all connections while no daemon resets expired sessions.
     fn try_all(&self) -> Result<()> {
         self.alarm.store(true, Ordering::Relaxed);
         eventually("all connections were tried", patience(), || {
@@ -203,7 +203,7 @@ impl<'a> Host<'a> {
         } else {
             self.daemon.kill()?;
         }
-        // What it did last was within this.
+        // The last actions of the daemon were within this span.
         let to = self.start.elapsed();
         self.timeline.kills.push(Span { from, to });
         if frozen {
@@ -223,7 +223,7 @@ impl<'a> Host<'a> {
         let to = self.start.elapsed();
         self.timeline.stops.push(Span { from, to });
         self.end_life(Some(asked), Ending::Stopped)?;
-        // Nothing is attached.
+        // No program is attached then.
         self.timeline.changes.push(Change {
             when: Span { from, to },
             book: Book::default(),
@@ -233,7 +233,7 @@ impl<'a> Host<'a> {
         self.start_next(from, next, true)
     }
 
-    /// The records and then the metrics, which count them all.
+    /// Reads the records and then the metrics, which count at least these records.
     fn ask(&self) -> Result<(Vec<Record>, Metrics)> {
         let records = self.daemon.terminations()?;
         Ok((records, self.daemon.metrics()?))
@@ -303,20 +303,20 @@ impl<'a> Host<'a> {
         });
     }
 
-    /// The daemon that runs.
+    /// The running daemon.
     pub(super) const fn daemon(&self) -> &Daemon {
         &self.daemon
     }
 
-    /// The last daemon's records and metrics, once they are the same number, or will not be.
+    /// Reads the last daemon's records and metrics when their numbers agree, or after a timeout.
     pub(super) fn finish(&mut self) -> Result<()> {
-        // Whatever is still observed may be recorded between the two answers.
+        // An observed session may be recorded between the two reads.
         let agreeing = eventually("audit and counters agree", patience(), || {
             let (records, metrics) = self.ask()?;
             let counted = metrics.get(TERMINATIONS, &[])?;
             Ok((counted == records.len() as f64).then_some((records, metrics)))
         });
-        // Where they do not, the check finds out which.
+        // If they do not agree, the check reports the difference.
         let (records, metrics) = agreeing.or_else(|_| self.ask())?;
         self.lives.push(Life {
             records: records.clone(),
@@ -327,10 +327,10 @@ impl<'a> Host<'a> {
     }
 }
 
-/// Sends a signal to reapers; those that were there.
+/// Sends a signal to reapers. Returns those that existed.
 fn signal_reapers(daemon: &Daemon, which: Which, signal: Signal) -> Result<Vec<u32>> {
     let mut reapers = which.of(&daemon.reapers()?);
-    // One that has ended meanwhile is none of ours.
+    // Ignore a reaper that has ended meanwhile.
     reapers.retain(|pid| kill(Pid::from_raw(pid.cast_signed()), signal).is_ok());
     Ok(reapers)
 }

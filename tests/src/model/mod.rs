@@ -1,13 +1,12 @@
-//! A run of random operations on real sockets, and a model that says what must become of each session.
+//! A run of random operations on real sockets, and a model of the expected outcome of each session.
 //!
-//! The plan is made from a seed alone ([`plan`]): connections are opened, talk, are half closed,
-//! closed, aborted and locked, and get forged segments, while the daemon is frozen, killed and started anew, and given other policies,
-//! good and bad, its reapers are killed and stopped, and packets are dropped.
-//! What was done and seen is written down ([`history`], [`timeline`]). Afterwards the
-//! model works out what the clocks of every session showed ([`replay`]), and each connection, record
-//! and counter is held to it ([`check`]).
+//! The plan depends only on a seed ([`plan`]). Connections are opened, used, half closed, closed, aborted and
+//! locked, and get forged segments. Meanwhile the daemon is stopped, killed and restarted, and gets valid and
+//! invalid policies; its reapers are killed and stopped; and packets are dropped. The run records its actions
+//! and observations ([`history`], [`timeline`]). Afterwards the model computes the clocks of every session
+//! ([`replay`]), and each connection, record and counter is compared with it ([`check`]).
 //!
-//! The system's clock is not set here, as that would be the whole machine's.
+//! A run does not set the system clock, because that would affect the whole machine.
 
 mod book;
 mod case;
@@ -54,23 +53,23 @@ use crate::{
     random::Random,
 };
 
-/// Together these seeds have all that can happen to a daemon.
+/// Together these seeds cover every kind of blow to the daemon.
 pub const SEEDS: [u64; 3] = [54, 70, 75];
 
-/// How many operations a seed has where nothing else is said.
+/// The default number of operations of a seed.
 pub const DEFAULT_OPERATIONS: usize = 2_000;
 
-/// How many operations on connections there are for one on the daemon.
+/// The number of operations on connections per blow to the daemon.
 const TO_ONE_BLOW: usize = 350;
 
-/// How many of the things that are wrong a failure shows.
+/// The maximum number of errors in a failure message.
 const SHOWN: usize = 5;
 
-/// Runs so many operations of a seed; how many there were, and in words what they showed.
+/// Runs this number of operations of a seed. Returns the number performed and a summary in words.
 ///
 /// # Errors
 ///
-/// Where anything is not as the model says, or the run cannot go on.
+/// Fails if an observation contradicts the model, or if the run cannot continue.
 pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)> {
     let lab = Lab::new(agent)?;
     let field = Field::new(&lab)?;
@@ -83,7 +82,7 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     let done = traffic.operations + host.blows;
     let is_doomed = |connection: &&Connection| is_doomed(connection, &host.timeline);
     traffic.look_until(patience(), |open| !open.iter().any(is_doomed))?;
-    // What is only observed reaches its limits, too.
+    // Observed sessions must reach their limits, too.
     traffic.look_until(LONGEST_LIMIT + Duration::from_secs(1), |_| false)?;
     let survivors = check_survivors(&host, &traffic, start.at.elapsed());
     traffic.pass_a_byte()?;
@@ -114,9 +113,9 @@ pub fn run(agent: &Path, seed: u64, operations: usize) -> Result<(usize, String)
     Ok((done, format!("{report}; {spoofed} forged segments")))
 }
 
-/// The operations on the connections. All of them are tried whenever the alarm is set, until the daemon
-/// was `struck` for the last time. A third of the operations is left for then: whom a daemon has missed,
-/// the next one finds, and a new policy does.
+/// Performs the operations on the connections. All connections are used whenever the alarm is set, until the
+/// last blow was `struck`. A third of the operations follows the last blow, because the next daemon or a new
+/// policy finds sessions that an earlier one missed.
 fn talk(
     (traffic, alarm): (&mut Traffic, &AtomicBool),
     struck: &AtomicBool,
@@ -140,7 +139,8 @@ fn talk(
     Ok(())
 }
 
-/// Strikes the daemon, which does not outlive this thread, while another one talks.
+/// Performs the blows on the daemon, while another thread performs the operations. The daemon does not
+/// outlive this thread.
 fn operate(
     host: &mut Host<'_>,
     blows: usize,
@@ -156,8 +156,8 @@ fn operate(
     })
 }
 
-/// The sessions of a connection that are open and tracked with this action, each with the time from
-/// which it is past a limit; the end of time where it is not known to reach one.
+/// The open sessions of a connection that are tracked with this action, each with the time from which it is
+/// past a limit. [`Duration::MAX`] if it is not known to reach one.
 fn due_sessions(
     connection: &Connection,
     timeline: &Timeline,
@@ -178,8 +178,8 @@ fn is_doomed(connection: &Connection, timeline: &Timeline) -> bool {
     enforced.iter().any(|(_, due)| *due < ENDLESS)
 }
 
-/// What lives when everything has come due: the daemon knows these sessions and no others, those that
-/// are only observed were recorded, and nothing was lost.
+/// Checks the state after all limits were reached: the daemon tracks exactly the remaining sessions, observed
+/// ones are recorded, and nothing was lost.
 fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<()> {
     let daemon = host.daemon();
     let book = host.timeline.last().context("a policy")?;
@@ -192,7 +192,7 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
     let tracked: usize = open.iter().map(tracked).sum();
     daemon.wait_for_metric("session_enforcer_map_entries", &[], tracked as f64)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], tracked as f64)?;
-    // Nothing hangs any more, and who stood still was left behind.
+    // No reaper hangs any longer, and stopped ones were killed.
     for state in ["busy", "stuck"] {
         daemon.wait_for_metric("session_enforcer_reapers", &[("state", state)], 0.0)?;
     }
@@ -217,7 +217,7 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
     Ok(())
 }
 
-/// A daemon records what it observes anew after a restart: each has a record of the last one.
+/// A restarted daemon records observed sessions again, so each has a record of the last daemon.
 fn wait_for_observation(daemon: &Daemon, connection: &Connection, end: End) -> Result<()> {
     let is_of_it =
         |record: &Record| record.ports() == connection.ports && Termination::end_of(record) == end;

@@ -1,4 +1,4 @@
-//! What a run does, by its seed: the same seed does the same, in the same order. Pure.
+//! The plan of a run. The same seed gives the same operations in the same order. Pure.
 
 use std::time::Duration;
 
@@ -7,33 +7,33 @@ use session_enforcer_common::PacketDirection;
 use super::book::{Book, End, PORTS};
 use crate::random::Random;
 
-/// How many connections there are at a time.
+/// The number of simultaneous connections.
 pub(super) const SLOTS: usize = 120;
 
-/// One operation on one of the connections.
+/// One operation on a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operation {
-    /// On which.
+    /// The index of the connection.
     pub(super) slot: usize,
-    /// What is opened where there is none.
+    /// The connection to open if the slot is empty.
     pub(super) opening: Opening,
-    /// What is done where there is one.
+    /// The action if the slot has a connection.
     pub(super) action: Act,
-    /// Time until the next.
+    /// The pause before the next operation.
     pub(super) pause: Duration,
 }
 
-/// A connection to be opened.
+/// A connection to open.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Opening {
     pub(super) port: usize,
     pub(super) inside: [bool; 2],
-    /// Between two network namespaces and not on loopback.
+    /// Whether it connects two network namespaces instead of using loopback.
     pub(super) far: bool,
     pub(super) is_ipv4: bool,
 }
 
-/// What is done to a connection at one of its ends.
+/// An action at one end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Act {
     Send(End, usize),
@@ -41,10 +41,10 @@ pub(super) enum Act {
     Finish(End),
     Close(End),
     Abort(End),
-    /// Its process keeps it locked for so long.
+    /// The process keeps the socket locked for this time.
     Lock(End, Duration),
-    /// Somebody who does not see its packets sends it a segment with these sequence numbers, which seems to be the
-    /// peer's.
+    /// An attacker who does not see the packets sends a segment with these sequence numbers that claims to be
+    /// the peer's.
     Spoof(End, [u32; 2]),
 }
 
@@ -59,7 +59,7 @@ impl Operation {
     }
 }
 
-/// Half of the operations are on a few: these live, and most of the others do not.
+/// Half of the operations use a few connections, which stay alive. Most others expire.
 fn slot(random: &mut Random) -> usize {
     let among = if random.once_in(2) { SLOTS / 6 } else { SLOTS };
     random.below(among as u64) as usize
@@ -105,46 +105,46 @@ impl Act {
     }
 }
 
-/// What happens to the daemon.
+/// A blow to the daemon.
 #[derive(Clone, Debug)]
 pub(super) enum Blow {
-    /// It stands still for so long.
+    /// The daemon is stopped for this time.
     Freeze(Duration),
-    /// It is killed, while it runs or stands still, and the next comes so much later, perhaps with
+    /// The daemon is killed while it runs or is stopped. The next one starts after this time, possibly with
     /// another policy.
     Kill {
         frozen: bool,
         down: Duration,
         next: Option<Book>,
     },
-    /// It is stopped in the orderly way, and the next comes so much later.
+    /// The daemon is stopped normally. The next one starts after this time.
     Stop { down: Duration, next: Option<Book> },
-    /// Another policy; all reapers are killed so long after the daemon was told of it.
+    /// The policy changes. All reapers are killed this long after the signal to the daemon.
     Reload {
         book: Book,
         kill_after: Option<Duration>,
     },
-    /// A file that is wrong.
+    /// The new configuration is invalid.
     WrongReload,
-    /// Reapers are killed, so many times. Where the daemon stood still before for so long, they have much to
-    /// do then.
+    /// Reapers are killed this number of times. If the daemon was stopped before, they have much work then.
     KillReapers {
         which: Which,
         times: u64,
         pause: Duration,
         frozen: Option<Duration>,
     },
-    /// Reapers stand still from now on.
+    /// Reapers are stopped and not continued.
     StopReapers(Which),
-    /// Another program drops packets with more than a little payload for so long, behind the daemon's.
+    /// Another program drops packets with more than a little payload for this time, after the daemon's
+    /// programs.
     Drop(PacketDirection, Duration),
 }
 
-/// Which of the reapers something happens to.
+/// The reapers that a blow hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Which {
     All,
-    /// The one at this place, counted round and round.
+    /// The one with this index, modulo their number.
     One(usize),
 }
 
@@ -167,7 +167,7 @@ impl Which {
 }
 
 impl Blow {
-    /// The one of this number, and how long it is until then. What every run is about comes first.
+    /// The blow with this number and the pause before it. The first blows are the same kinds in every run.
     pub(super) fn random(random: &mut Random, number: usize, book: &Book) -> (Duration, Self) {
         let mut ms = |from: u64, below: u64| Duration::from_millis(from + random.below(below));
         let (pause, long, down) = (ms(300, 1_200), ms(1_000, 2_000), ms(0, 2_000));

@@ -1,9 +1,8 @@
-//! The model: what the clocks of a connection's sessions showed, from what the test did. Pure.
+//! The model: computes the clocks of a connection's sessions from the actions of the test. Pure.
 //!
-//! The test knows when something happened only as a span of time, and so the model knows each clock
-//! as one. What follows from the early end of a deadline's span is what must not happen before; what
-//! follows from the late end is what must have happened. Where the test cannot know whether something
-//! happened at all, a span is as wide as both answers together.
+//! The test knows the time of an event only as a span, so the model's clocks are spans too. The early end of
+//! a deadline's span says what must not happen before it, the late end what must have happened by then. If it
+//! is unknown whether an event happened, the span covers both cases.
 
 use std::time::Duration;
 
@@ -14,11 +13,11 @@ use super::{
 };
 use crate::pace::late_ticks;
 
-/// How much later than it was the activity of an adopted session may be taken to have been: two ticks of the
-/// slowest kernels, and as much again, since its age is counted in ticks.
+/// The maximum error of an adopted session's last activity: two ticks of the slowest kernels, doubled because
+/// the age is counted in ticks too.
 const LAG: Duration = Duration::from_millis(40);
 
-/// What is known of something that is either so or not.
+/// Whether something is true, as far as the test knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Truth {
     No,
@@ -27,7 +26,7 @@ pub(super) enum Truth {
 }
 
 impl Truth {
-    /// What holds for all of them, or for none, or neither.
+    /// The common value of all, or `Perhaps` if they differ.
     fn of_all(all: impl Iterator<Item = Self>) -> Self {
         let all: Vec<Self> = all.collect();
         match all.first() {
@@ -40,10 +39,10 @@ impl Truth {
 /// A limit that a session may reach next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Deadline {
-    /// As the audit names it.
+    /// The reason in the audit.
     pub(super) reason: &'static str,
     pub(super) at: Span,
-    /// The limit, and the shortest that jitter makes of it.
+    /// The shortest limit with jitter, and the full limit.
     pub(super) limit: [Duration; 2],
 }
 
@@ -52,14 +51,14 @@ pub(super) struct Deadline {
 pub(super) struct Clocks {
     end: End,
     pub(super) established: Span,
-    /// What counted.
+    /// The times of the last counted payload.
     pub(super) received: Span,
     pub(super) sent: Span,
     answered: Span,
     owes: Truth,
-    /// Whether it is older than its tracking.
+    /// Whether the session is older than its tracking.
     pub(super) adopted: Truth,
-    /// What passed, whether it counted or not.
+    /// The times of the last payload, counted or not.
     passed: [Span; 2],
 }
 
@@ -77,7 +76,7 @@ impl Clocks {
         }
     }
 
-    /// The same, had payload counted in both directions at that time.
+    /// A copy as if payload had counted in both directions at that time.
     pub(super) const fn active_at(self, at: Span) -> Self {
         Self {
             received: at,
@@ -87,7 +86,7 @@ impl Clocks {
         }
     }
 
-    /// The limits that may be the next to be reached under a rule.
+    /// The limits that the session may reach next under a rule.
     pub(super) fn deadlines(&self, rule: &Rule) -> Vec<Deadline> {
         let lifetime = self.lifetime(rule);
         let [response, idle] = [self.response(rule), self.idle(rule)];
@@ -127,13 +126,13 @@ impl Clocks {
         Some(Deadline::since(since, "idle_timeout", limit))
     }
 
-    /// Before when the session has not reached a limit of the rule, and from when it has.
+    /// The span of the time when the session reaches a limit of the rule.
     pub(super) fn due(&self, rule: &Rule) -> Span {
         let all = self.deadlines(rule);
         let from = all.iter().map(|deadline| deadline.at.from).min();
         let to_of = |found: Option<Deadline>| found.map_or(Duration::MAX, |found| found.at.to);
         let [response, idle] = [to_of(self.response(rule)), to_of(self.idle(rule))];
-        // Where it is not known which of the two clocks runs, the later one may.
+        // If it is unknown which of the two clocks runs, the later one may.
         let clock = match (rule.response, self.owes) {
             (Some(_), Truth::Yes) => response,
             (Some(_), Truth::Perhaps) => response.max(idle),
@@ -145,7 +144,7 @@ impl Clocks {
         }
     }
 
-    /// Payload passed this end in the span, if it did, and counted, if it did.
+    /// Applies payload that passed this end within the span, as far as it passed and counted.
     fn pass(&mut self, by: End, span: Span, passed: Truth, counted: Truth) {
         let later = |stamp: Span, truth| match truth {
             Truth::Yes => stamp.later(span),
@@ -164,7 +163,7 @@ impl Clocks {
         }
     }
 
-    /// Payload was received: the server's end owes an answer.
+    /// Applies received payload, after which the server's end owes an answer.
     fn ask(&mut self, span: Span, counted: Truth) {
         let in_order = self.sent.to < span.from;
         if self.end == End::Server && counted != Truth::No && self.owes != Truth::Yes {
@@ -172,7 +171,7 @@ impl Clocks {
         }
     }
 
-    /// Payload was sent, which pays the debt.
+    /// Applies sent payload, which answers the request.
     fn answer(&mut self, span: Span, counted: Truth) {
         if self.owes == Truth::No || counted == Truth::No {
             return;
@@ -187,8 +186,8 @@ impl Clocks {
         self.owes = if is_paid { Truth::No } else { Truth::Perhaps };
     }
 
-    /// It was taken over in this time from a daemon that had been stopped, or adopted, where that did
-    /// not know it. What passed meanwhile is made up for from the socket table.
+    /// Applies a restart within this window: the session is taken over from a stopped daemon, or adopted if
+    /// that daemon did not know it. The socket table provides the activity in between.
     fn resume(&mut self, window: Span) {
         let before = *self;
         self.adopt(window);
@@ -198,11 +197,11 @@ impl Clocks {
         self.answered = before.answered.perhaps_later(self.answered);
     }
 
-    /// It was adopted in this time, with what the kernel's socket table says of it: the ages to the
-    /// millisecond, reckoned back from the end of the listing; all payload counts; the age since the
-    /// oldest activity for the time of establishment.
+    /// Applies an adoption within this window from the kernel's socket table. Ages have millisecond precision
+    /// and count back from the end of the listing. All payload counts. The age of the oldest activity
+    /// replaces the time of establishment.
     fn adopt(&mut self, window: Span) {
-        // The ages are counted in ticks, of which a machine that is held up has some late.
+        // The ages are counted in ticks, and a stalled machine has late ticks.
         let rounded = |stamp: Span| Span {
             from: stamp.from.saturating_sub(late_ticks()),
             to: stamp.to.saturating_add(window.to - window.from + LAG),
@@ -226,7 +225,7 @@ impl Clocks {
         }
     }
 
-    /// Something passed while it was adopted: both directions may count as active at its end.
+    /// Applies payload during an adoption: both directions may count as active at its end.
     fn pass_during_adoption(&mut self, window: Span) {
         for stamp in [&mut self.received, &mut self.sent, &mut self.answered] {
             stamp.to = stamp.to.max(window.to);
@@ -253,7 +252,7 @@ enum Step<'a> {
     Adoption(&'a Adoption),
 }
 
-/// When a session may have been adopted or taken over.
+/// The time when a session may have been adopted or taken over.
 #[derive(Clone, Copy)]
 struct Adoption {
     end: End,
@@ -265,13 +264,13 @@ struct Adoption {
 pub(super) struct Replay<'a> {
     connection: &'a Connection,
     timeline: &'a Timeline,
-    /// When sessions of the connection may have been adopted.
+    /// The times when its sessions may have been adopted.
     adoptions: Vec<Adoption>,
-    /// By end, one after the other.
+    /// For each end, its clocks in chronological order.
     states: [Vec<Clocks>; 2],
-    /// Payload that passed a session that had expired.
+    /// Payload that passed an expired session.
     pub(super) passed_late: Vec<Payload>,
-    /// How many payloads were refused, since a session had expired.
+    /// The number of payloads that were refused because a session had expired.
     pub(super) refused: usize,
 }
 
@@ -306,7 +305,8 @@ impl<'a> Replay<'a> {
                             clocks.adopt(adoption.window);
                         }
                         if is_locked {
-                            // Whose process uses it at that moment counts as active.
+                            // The adoption cannot query a socket that is locked at that moment, so it counts
+                            // as active.
                             clocks.pass_during_adoption(adoption.window);
                         }
                     });
@@ -316,13 +316,13 @@ impl<'a> Replay<'a> {
         replay
     }
 
-    /// The clocks of an end, at last.
+    /// The last clocks of an end.
     pub(super) fn clocks(&self, end: End) -> Clocks {
         let states = &self.states[end as usize];
         states[states.len() - 1]
     }
 
-    /// The clocks of an end as they were at any time, and what they were before that.
+    /// All clocks of an end in chronological order.
     pub(super) fn all_clocks(&self, end: End) -> impl Iterator<Item = &Clocks> {
         self.states[end as usize].iter()
     }
@@ -364,8 +364,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Whether a session had expired when payload was given to its connection, under every policy
-    /// that may have been in force until it passed.
+    /// Whether a session had expired when the payload was sent, under every policy that may have been in
+    /// force until it passed.
     fn has_expired(&self, end: End, payload: &Payload) -> bool {
         let clocks = self.clocks(end);
         let port = self.connection.port;
@@ -384,7 +384,7 @@ impl<'a> Replay<'a> {
         let counts = |rule: Option<&Rule>| match rule {
             Some(rule) if rule.counts(payload.bytes) => Truth::Yes,
             Some(_) if payload.alone => Truth::No,
-            // It may share a packet with what was sent before.
+            // It may share a packet with earlier payload.
             Some(_) => Truth::Perhaps,
             None => Truth::Yes,
         };
@@ -393,8 +393,8 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// When sessions of a connection were adopted: a policy came into force that tracks them, and the
-/// one before it did not.
+/// The adoptions of a connection's sessions: each time when a policy that tracks them replaced one that did
+/// not.
 fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {

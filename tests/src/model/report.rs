@@ -1,42 +1,42 @@
-//! What a run showed.
+//! The findings of a run.
 
 use std::{fmt, time::Duration};
 
-/// What a run showed.
+/// The findings of a run.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    /// What must not be, each with all that is known of it.
+    /// The violations of the model, each with its details.
     pub(super) wrong: Vec<String>,
     pub(super) counts: Counts,
 }
 
-/// How often what occurred: a run in which little happens shows little.
+/// The numbers of events. A run with few events proves little.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) connections: usize,
     pub(super) payloads: usize,
-    /// Reset by a daemon.
+    /// Sessions that a daemon reset.
     pub(super) reset: usize,
-    /// Of these, those whose record went with a daemon that was killed.
+    /// Of these, the ones whose record was lost with a killed daemon.
     pub(super) unrecorded: usize,
-    /// Of these, those of which a reaper that was struck did not tell: recorded as gone.
+    /// Of these, the ones that a killed or stopped reaper did not report, so that they are recorded as gone.
     pub(super) untold: usize,
-    /// Reset by what the test did.
+    /// Connections that an action of the test reset.
     pub(super) reset_by_test: usize,
-    /// Closed or ended in the orderly way.
+    /// Connections that were closed or shut down normally.
     pub(super) ended: usize,
-    /// Open at last.
+    /// Connections that were open at the end.
     pub(super) open: usize,
     pub(super) adopted: usize,
-    /// Payloads that did not pass an expired session.
+    /// Payloads that an expired session refused.
     pub(super) refused: usize,
     pub(super) observed: usize,
     pub(super) gone: usize,
-    /// How often an end was locked, and how often a reset that hung on that was recorded.
+    /// Locked ends, and recorded resets that hung on a lock.
     pub(super) locked: usize,
     pub(super) failed: usize,
     pub(super) by_policy: usize,
-    /// How late a daemon that ran reset a session.
+    /// The greatest lateness of a reset by a running daemon.
     pub(super) latest: Duration,
 }
 
@@ -70,7 +70,7 @@ impl fmt::Display for Report {
 }
 
 impl Report {
-    /// Whether all that a run is about occurred in it.
+    /// Whether every kind of event occurred.
     pub(super) fn is_mixed(&self) -> bool {
         let c = &self.counts;
         [

@@ -1,12 +1,12 @@
-//! A record of the audit, in the terms of the model. Pure.
+//! An audit record in the terms of the model. Pure.
 
 use std::time::Duration;
 
 use super::{book::End, timeline::Span};
 use crate::{audit::Record, clock::Time};
 
-/// How far times of the audit may be off, which go through the wall clock: the test and the daemon
-/// each read two clocks one after the other, and the rate of one of them may be being adjusted.
+/// The tolerance for times of the audit, which depend on the wall clock. The test and the daemon each read
+/// two clocks one after the other, and the rate of one of them may be under adjustment.
 pub(super) const SLACK: Duration = Duration::from_millis(100);
 
 /// The termination of one session, done or observed.
@@ -18,16 +18,16 @@ pub(super) struct Termination {
     pub(super) reason: String,
     pub(super) mode: String,
     pub(super) result: String,
-    /// Why it could not be reset; empty where it could.
+    /// The reason of a failed reset; otherwise empty.
     pub(super) error: String,
-    /// When it was recorded.
+    /// The time of the record.
     pub(super) at: Duration,
     pub(super) deadline: Duration,
-    /// None where nothing is known to have passed.
+    /// `None` if no payload is known to have passed.
     pub(super) last_activity: Option<Duration>,
-    /// None where it is not known.
+    /// `None` if unknown.
     pub(super) established: Option<Duration>,
-    /// In seconds; none where a change of the policy is the reason.
+    /// In seconds. `None` if a change of the policy is the reason.
     pub(super) limit: Option<f64>,
     pub(super) idle_seconds: f64,
     pub(super) lateness_seconds: f64,
@@ -36,7 +36,7 @@ pub(super) struct Termination {
 }
 
 impl Termination {
-    /// `start` is the beginning of the run.
+    /// Converts a record. `start` is the beginning of the run.
     pub(super) fn of(record: &Record, start: &Time) -> Self {
         let time = |path: &str| record.time(path).saturating_sub(start.wall);
         let is_there = |path: &str| !record.at(path).is_null();
@@ -65,7 +65,7 @@ impl Termination {
         }
     }
 
-    /// The end of the session that a record is of.
+    /// The end whose session the record reports.
     pub(super) fn end_of(record: &Record) -> End {
         match record.text("network.direction") {
             "outbound" => End::Client,
@@ -73,7 +73,7 @@ impl Termination {
         }
     }
 
-    /// When it was recorded, give or take the slack.
+    /// The time of the record with the tolerance.
     pub(super) fn recorded(&self) -> Span {
         around(self.at)
     }
@@ -82,18 +82,18 @@ impl Termination {
         self.mode == "observe"
     }
 
-    /// Whether it says that the session could not be reset.
+    /// Whether the record reports a failed reset.
     pub(super) fn is_failed(&self) -> bool {
         self.result == "failed"
     }
 
-    /// Whether it says that the session is no more.
+    /// Whether the record reports the end of the session.
     pub(super) fn is_end(&self) -> bool {
         !self.is_observed() && !self.is_failed()
     }
 }
 
-/// A time of the audit, give or take the slack.
+/// A time of the audit with the tolerance.
 pub(super) fn around(at: Duration) -> Span {
     Span {
         from: at.saturating_sub(SLACK),

@@ -1,4 +1,4 @@
-//! What the check must find, on histories made by hand.
+//! Errors that the check must find in handmade histories.
 
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// A connection to a server below the cgroup, with an idle timeout of a second, that was opened at
-/// 0.5 s, talked at 1 s and was reset at 2.01 s; a run that ended 20 s later.
+/// A run with one connection to a server inside the cgroup, with an idle timeout of 1 s. The connection was
+/// opened at 0.5 s, had payload at 1 s and was reset at 2.01 s. The run ended 20 s later.
 struct Run {
     connection: Connection,
     timeline: Timeline,
@@ -62,7 +62,7 @@ impl Run {
         run
     }
 
-    /// What the check finds.
+    /// The violations that the check finds.
     fn wrong(&self) -> Vec<String> {
         let records: Vec<Record> = self
             .records
@@ -138,7 +138,7 @@ fn payload(written: u64, arrived: Option<u64>) -> Event {
     })
 }
 
-/// A record of the good run's end, with this rule, reason and deadline.
+/// A record of the reset in the good run, but with this rule, reason and deadline.
 fn record(rule: &str, reason: &str, deadline: u64) -> String {
     outcome(rule, reason, deadline, "reset")
 }
@@ -182,7 +182,7 @@ fn a_session_that_is_missed_is_found() {
         run.counted = 0;
     };
     Run::with(missed).assert_wrong("the Server's session was missed");
-    // Not where nothing limits it, or no daemon runs.
+    // It is no violation if no rule limits the session or if no daemon runs.
     Run::with(|run| {
         missed(run);
         run.timeline.changes[0] = change(0, None);
@@ -277,7 +277,7 @@ fn a_reset_that_is_recorded_as_gone_is_only_right_where_a_reaper_was_struck() {
             None => run.assert_right(),
         }
     }
-    // Without any record it is lost.
+    // Without any record the reset is unexplained.
     Run::with(|run| {
         run.records.clear();
         run.timeline.struck.push(struck(2_010, 1));
@@ -324,7 +324,7 @@ fn a_lock_does_not_excuse_a_reset_that_nobody_records() {
         run.connection.events.push(lock);
     };
     Run::with(unrecorded).assert_wrong("no record says so");
-    // But where the daemon ended meanwhile, its reaper goes on when it is let go of.
+    // If the daemon ended meanwhile, its reaper continues when the lock is released.
     Run::with(|run| {
         unrecorded(run);
         run.timeline.stops.push(Span::at(ms(1_300)));
@@ -334,7 +334,7 @@ fn a_lock_does_not_excuse_a_reset_that_nobody_records() {
 
 #[test]
 fn a_reset_that_hung_is_right_by_what_was_known_when_it_was_asked_for() {
-    // A byte that the lock had held up passes when nothing is attached any more.
+    // A byte that the lock had delayed passes when no program is attached any longer.
     let stopped = |run: &mut Run| {
         let none = Change {
             when: Span::at(ms(2_100)),

@@ -1,6 +1,6 @@
-//! When which policy was in force, and when the daemon did not run. Pure.
+//! The times at which each policy was in force, and at which the daemon did not run. Pure.
 //!
-//! Times are those of `CLOCK_MONOTONIC` since the run began.
+//! Times are those of `CLOCK_MONOTONIC` since the start of the run.
 
 use std::{fmt, time::Duration};
 
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::book::Book;
 
-/// When something happened: not before the one, not after the other.
+/// The time of an event, as an interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) from: Duration,
@@ -20,12 +20,12 @@ impl Span {
         Self { from: at, to: at }
     }
 
-    /// Whether both may be of the same moment.
+    /// Whether both may be the same moment.
     pub(super) fn meets(&self, other: &Self) -> bool {
         self.from <= other.to && other.from <= self.to
     }
 
-    /// When the later of two things happened.
+    /// The time of the later of two events.
     #[must_use]
     pub(super) fn later(self, other: Self) -> Self {
         Self {
@@ -34,7 +34,7 @@ impl Span {
         }
     }
 
-    /// When the last of two things happened, of which the second may not have happened at all.
+    /// The time of the last of two events, of which the second may not have happened.
     #[must_use]
     pub(super) fn perhaps_later(self, other: Self) -> Self {
         Self {
@@ -43,7 +43,7 @@ impl Span {
         }
     }
 
-    /// So much later.
+    /// The span shifted by a delay.
     #[must_use]
     pub(super) fn after(self, delay: Duration) -> Self {
         Self {
@@ -53,41 +53,41 @@ impl Span {
     }
 }
 
-/// A policy came into force; the empty one where a daemon was stopped.
+/// A policy came into force. The policy is empty if a daemon was stopped.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
     pub(super) when: Span,
     pub(super) book: Book,
-    /// Whether it came with a daemon that took over what a stopped one had left.
+    /// Whether the daemon took over the state of a stopped one.
     pub(super) resumes: bool,
 }
 
-/// What happened to the daemon.
+/// The events of the daemon.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Timeline {
-    /// In the order of time; the first is of before the first connection.
+    /// In chronological order. The first one precedes the first connection.
     pub(super) changes: Vec<Change>,
-    /// When the daemon may not have run, frozen or dead.
+    /// The times when the daemon may not have run: stopped or dead.
     pub(super) outages: Vec<Span>,
-    /// When it did its last before it was killed.
+    /// The times of the last actions of killed daemons.
     pub(super) kills: Vec<Span>,
-    /// When it was stopped in the orderly way.
+    /// The times of normal stops.
     pub(super) stops: Vec<Span>,
-    /// When reapers were killed or stopped.
+    /// The times when reapers were killed or stopped.
     pub(super) struck: Vec<Struck>,
 }
 
-/// Reapers were killed, or stopped for good. What each of them had asked the kernel for last, and had not told,
-/// the daemon does not know.
+/// Reapers were killed, or stopped for good. The daemon does not know the outcome of the last, unreported
+/// request of each.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Struck {
-    /// When they did their last.
+    /// The time of their last actions.
     pub(super) when: Span,
     pub(super) reapers: usize,
     pub(super) signal: Signal,
 }
 
-/// For a failure: all of it, but the rules.
+/// Prints everything except the rules, for a failure message.
 impl fmt::Display for Timeline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for Change { when, resumes, .. } in &self.changes {
@@ -112,12 +112,12 @@ impl Timeline {
             .map(|(change, _)| &change.book)
     }
 
-    /// The policy that was in force last.
+    /// The last policy.
     pub(super) fn last(&self) -> Option<&Book> {
         self.changes.last().map(|change| &change.book)
     }
 
-    /// Since when, until `at`, the daemon has run and the policy has been the same.
+    /// The start of the period up to `at` during which the daemon ran and the policy did not change.
     pub(super) fn steady_since(&self, at: Duration) -> Duration {
         let changes = self.changes.iter().map(|change| change.when);
         let disturbances = changes.chain(self.outages.iter().copied());

@@ -1,4 +1,4 @@
-//! The connections: does what the plan says, and writes down what is seen.
+//! The connections: performs the planned operations and records the observations.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -28,37 +28,36 @@ use crate::{
     random::Random,
 };
 
-/// How much may wait unread at an end, so that its window never shuts.
+/// The maximum number of unread bytes at an end, so that its window never closes.
 const MOST_UNREAD: u64 = 16 << 10;
 
-/// How often the arrival of payload is looked for after it was sent, with longer and longer pauses:
-/// what arrives has done so long before the last.
+/// The number of checks for the arrival of sent payload, with growing pauses. Payload that arrives does so
+/// long before the last check.
 const LOOKS: u32 = 6;
 
-/// The state of a socket that has ended (`linux/tcp_states.h`).
+/// The TCP state of an ended socket (`linux/tcp_states.h`).
 const TCP_CLOSE: u8 = 7;
 
-/// How many connections are locked at a time: fewer than resets of one cgroup may hang.
+/// The maximum number of locked connections, which is below the number of resets that may hang in one cgroup.
 const MOST_LOCKED: usize = 2;
 
 /// A connection and its sockets.
 struct Live {
     history: Connection,
     opening: Opening,
-    /// None where it was closed, or has ended.
+    /// `None` if the socket was closed or has ended.
     sockets: [Option<TcpStream>; 2],
-    /// Whether both directions are shut here, and a FIN is still on its way: poll(2) says so all the
-    /// time.
+    /// Whether both directions are shut down here while a FIN is still in flight. poll(2) then reports it all
+    /// the time.
     shut: [bool; 2],
-    /// Bytes that the test gave this end to send, and bytes that it read here.
+    /// The number of bytes that the test wrote at each end, and read at each end.
     written: [u64; 2],
     read: [u64; 2],
-    /// What a lock has sent, which is 0: from which end, and at which place.
+    /// Bytes that a lock sent, which have the value 0: the sending end and the position.
     blank: Vec<(End, u64)>,
 }
 
-/// A connection of which one end is locked. Whatever asks its socket for something waits, so nothing is done to
-/// it, and it is not looked at.
+/// A connection with a locked end. Calls on its socket would block, so it is neither used nor checked.
 struct Held {
     slot: usize,
     live: Live,
@@ -73,14 +72,14 @@ pub(super) struct Traffic {
     field: Field,
     start: Instant,
     slots: Vec<Option<Live>>,
-    /// Those of which one end has ended and the other is open.
+    /// Connections with one ended and one open end.
     ending: Vec<Live>,
     ended: Vec<Connection>,
     held: Vec<Held>,
-    /// When all that had not ended was looked at last.
+    /// The time of the last check of all open connections.
     looked: Duration,
     pub(super) operations: usize,
-    /// Forged segments that were sent.
+    /// The number of forged segments.
     pub(super) spoofed: usize,
 }
 
@@ -99,7 +98,7 @@ impl Traffic {
         }
     }
 
-    /// Does one operation, and looks at all connections until the next.
+    /// Performs one operation and checks all connections until the next one.
     pub(super) fn perform(&mut self, operation: &Operation) -> Result<()> {
         self.operations += 1;
         let is_held = self.held.iter().any(|held| held.slot == operation.slot);
@@ -124,7 +123,7 @@ impl Traffic {
         self.look(operation.pause)
     }
 
-    /// Sends something on half of the connections, in one direction or the other.
+    /// Sends payload on half of the connections, in a random direction.
     pub(super) fn try_all(&mut self, random: &mut Random) -> Result<()> {
         for slot in 0..self.slots.len() {
             let end = random.one_of(&End::BOTH);
@@ -167,7 +166,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Locks an end for so long, where that can be.
+    /// Locks an end for this time, if possible.
     fn lock(&mut self, slot: usize, mut live: Live, end: End, time: Duration) -> Result<()> {
         live.look_for_arrivals(self.start)?;
         let is_pending = End::BOTH.iter().any(|by| live.history.has_pending(*by));
@@ -175,7 +174,7 @@ impl Traffic {
         let from = self.looked;
         let lock = match &live.sockets[end as usize] {
             Some(socket) if is_open && !is_pending && self.held.len() < MOST_LOCKED => {
-                // One that has just been reset has nothing to send.
+                // A socket that was just reset has nothing to send on.
                 Locked::new(socket).ok()
             }
             _ => None,
@@ -194,7 +193,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Lets go of what was locked for long enough, or of everything.
+    /// Releases the locks whose time is over, or all locks.
     fn release(&mut self, all: bool) -> Result<()> {
         let now = self.start.elapsed();
         let is_over = |held: &mut Held| all || held.until <= now;
@@ -207,7 +206,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Keeps a connection where it belongs now.
+    /// Stores a connection according to its state.
     fn put(&mut self, slot: usize, live: Live) {
         let broken = |fate: &Fate| matches!(fate, Fate::Ended(_) | Fate::Broken(..));
         if !live.history.is_open() {
@@ -219,14 +218,14 @@ impl Traffic {
         }
     }
 
-    /// Looks for connections that end, for so long or until one does.
+    /// Checks for ended connections during this time or until one ends.
     pub(super) fn look(&mut self, within: Duration) -> Result<()> {
         self.release(false)?;
         let before = self.start.elapsed();
         let lives = self.slots.iter().flatten().chain(&self.ending);
         let any_shut = lives.clone().any(|live| live.shut.contains(&true));
         let sockets = lives.flat_map(Live::sockets_to_poll);
-        // Without events asked for, only errors and the end of both directions are reported.
+        // Without requested events poll(2) reports only errors and the end of both directions.
         let mut fds: Vec<_> = sockets
             .map(|socket| PollFd::new(socket.as_fd(), PollFlags::empty()))
             .collect();
@@ -239,7 +238,8 @@ impl Traffic {
         Ok(())
     }
 
-    /// Of all of them, or of those that poll(2) does not tell of.
+    /// Records ended sockets: of all connections, or only of those that are shut down here and therefore not
+    /// polled.
     fn take_ends(&mut self, of_all: bool) -> Result<()> {
         for slot in 0..self.slots.len() {
             let is_due = |live: &mut Live| of_all || live.shut.contains(&true);
@@ -259,14 +259,14 @@ impl Traffic {
         Ok(())
     }
 
-    /// Those that have not ended.
+    /// The connections that have not ended.
     pub(super) fn open_connections(&self) -> Vec<&Connection> {
         let held = self.held.iter().map(|held| &held.live);
         let open = self.slots.iter().flatten().chain(&self.ending);
         open.chain(held).map(|live| &live.history).collect()
     }
 
-    /// Looks at all of them until `done` says so of those that are open, or the time is over.
+    /// Checks all connections until `done` returns true for the open ones, or until the time is over.
     pub(super) fn look_until(
         &mut self,
         bound: Duration,
@@ -282,7 +282,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Passes a byte in each direction of the connections that are open.
+    /// Passes a byte in each direction of the open connections.
     pub(super) fn pass_a_byte(&mut self) -> Result<()> {
         self.release(true)?;
         for slot in 0..self.slots.len() {
@@ -296,7 +296,7 @@ impl Traffic {
         self.look(Duration::from_millis(100))
     }
 
-    /// All connections, with what is known of them now.
+    /// All connections with their final observations.
     pub(super) fn finish(mut self) -> Result<Vec<Connection>> {
         for live in self.slots.iter_mut().flatten().chain(&mut self.ending) {
             live.look_for_arrivals(self.start)?;
@@ -316,7 +316,7 @@ impl Live {
             Act::Finish(end) => self.shut(end),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
-            // The traffic does that.
+            // The traffic performs these itself.
             Act::Lock(..) | Act::Spoof(..) => Ok(()),
         }
     }
@@ -364,7 +364,7 @@ impl Live {
         self.wait_for_arrival(end, start)
     }
 
-    /// What is sent at a place of a direction, so that what arrives tells whether it is that.
+    /// The byte at a position of a direction. It allows the receiver to verify the position.
     fn byte(&self, from: End, place: u64) -> u8 {
         if self.blank.contains(&(from, place)) {
             return 0;
@@ -384,7 +384,7 @@ impl Live {
         Ok(())
     }
 
-    /// Writes down which payload has arrived.
+    /// Records which payload has arrived.
     fn look_for_arrivals(&mut self, start: Instant) -> Result<()> {
         for to in End::BOTH {
             let Some(socket) = &self.sockets[to as usize] else {
@@ -415,7 +415,7 @@ impl Live {
         };
         let mut data = [0; 4096];
         loop {
-            // The look for ends finds out about errors.
+            // The check for ended sockets detects errors.
             let waiting = unread(socket)?.min(data.len() as u64) as usize;
             if waiting == 0 {
                 return Ok(());
@@ -439,7 +439,7 @@ impl Live {
         };
         match socket.shutdown(Shutdown::Write) {
             Ok(()) => {}
-            // It has just been reset: the next look finds that.
+            // The socket was just reset; the next check detects that.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(()),
             Err(error) => return Err(error).context("shutting one direction"),
         }
@@ -451,7 +451,7 @@ impl Live {
         let Some(socket) = &self.sockets[end as usize] else {
             return Ok(());
         };
-        // To close what has something unread resets it.
+        // Closing a socket with unread data resets the connection.
         if unread(socket)? > 0 {
             return self.abort(end, start);
         }
@@ -479,7 +479,7 @@ impl Live {
         Span { from, to }
     }
 
-    /// Writes down which ends have ended.
+    /// Records which ends have ended.
     fn take_ends(&mut self, start: Instant, looked: Duration) -> Result<()> {
         for end in End::BOTH {
             let Some(socket) = &self.sockets[end as usize] else {
@@ -501,7 +501,7 @@ impl Live {
         sockets.filter_map(|(socket, shut)| socket.as_ref().filter(|_| !shut))
     }
 
-    /// An end has ended, by an error or in the orderly way.
+    /// Records that an end has ended, by an error or normally.
     fn end(
         &mut self,
         end: End,
@@ -522,7 +522,7 @@ impl Live {
 }
 
 impl Held {
-    /// Lets go of the lock: what is sent with it is sent now.
+    /// Releases the lock. The locked send proceeds now.
     fn release(self, start: Instant) -> Result<Live> {
         let Self {
             mut live,
@@ -549,10 +549,10 @@ fn errno(error: &io::Error) -> Result<Option<Errno>> {
     Ok(Some(Errno::from_raw(code)))
 }
 
-/// Bytes that have arrived and were not read.
+/// The number of bytes that have arrived and are unread.
 fn unread(socket: &TcpStream) -> Result<u64> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the kernel writes a number to a place of that size.
+    // SAFETY: the kernel writes a number into a value of that size.
     let status = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(status).context("asking for what is unread")?;
     Ok(u64::try_from(bytes)?)

@@ -1,4 +1,4 @@
-//! Connection tracking by the kernel's packet filter, as a firewall has it.
+//! The kernel's connection tracking, configured as by a firewall.
 
 use std::{fs, path::Path};
 
@@ -14,11 +14,11 @@ table inet tracked {
 }
 ";
 
-/// Has the namespace track connections and let through what belongs to one.
+/// Makes the namespace track connections and accept packets that belong to one.
 ///
 /// # Errors
 ///
-/// Where nftables is not installed, or the kernel has no connection tracking.
+/// Fails if nftables is not installed, or if the kernel has no connection tracking.
 pub fn track_connections(agent: &Path, netns: &Netns) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("rules.nft");

@@ -1,4 +1,4 @@
-//! A HAProxy that passes connections on, with an idle timeout.
+//! A HAProxy that forwards connections with an idle timeout.
 
 use std::{fs, path::Path};
 
@@ -8,12 +8,12 @@ use tempfile::TempDir;
 use super::program::{self, Program};
 use crate::{agent::Place, process::pin_to_cpu};
 
-/// Starts one on the processor, from `port` to `backend`, both on 127.0.0.1 of the place; the
-/// directory is its own. `agent` is the path of the agent's binary.
+/// Starts a HAProxy on this processor. It forwards from `port` to `backend`, both on 127.0.0.1 of the place,
+/// and uses the directory alone. `agent` is the path of the agent's binary.
 ///
 /// # Errors
 ///
-/// Where HAProxy is not installed or does not start, with what it says.
+/// Fails with its output if HAProxy is not installed or does not start.
 pub fn haproxy(
     agent: &Path,
     place: &Place,
@@ -25,7 +25,7 @@ pub fn haproxy(
     fs::write(&file, configuration(port, backend))?;
     let haproxy = program::find("haproxy", "haproxy", &[])?;
     let mut command = place.command(agent, haproxy);
-    // In the foreground: one process, which ends with the caller.
+    // Run one process in the foreground, which ends with the caller.
     command.args(["-db", "-f"]).arg(&file);
     pin_to_cpu(&mut command, cpu)?;
     let server = Program::listening("haproxy", command, port)?;

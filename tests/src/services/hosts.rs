@@ -1,4 +1,4 @@
-//! Two hosts with a cable between them, for a server and its clients.
+//! Two connected hosts for a server and its clients.
 
 use std::{ffi::OsStr, process::Command};
 
@@ -10,39 +10,40 @@ use crate::{
     netns::{Netns, Veth},
 };
 
-/// Where a program runs.
+/// The place of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// On the server's host and in the cgroup.
+    /// The server's host, inside the cgroup.
     Server,
-    /// On the server's host, beside the cgroup.
+    /// The server's host, outside the cgroup.
     Near,
-    /// On the other host.
+    /// The other host.
     Far,
 }
 
-/// Two network namespaces, of which the first has the address [`Veth::LEFT`], the second [`Veth::RIGHT`]. Every port is free.
+/// Two network namespaces. The first has the address [`Veth::LEFT`], the second [`Veth::RIGHT`]. Every port
+/// is free.
 #[derive(Debug)]
 pub struct Hosts {
-    /// The server's.
+    /// The server's host.
     pub near: Netns,
-    /// The other.
+    /// The other host.
     pub far: Netns,
 }
 
 impl Hosts {
-    /// Makes them.
+    /// Creates the hosts.
     ///
     /// # Errors
     ///
-    /// Where `ip` refuses.
+    /// Fails if `ip` fails.
     pub fn new() -> Result<Self> {
         let (near, far) = (Netns::new()?, Netns::new()?);
         Veth::between(&near, &far)?;
         Ok(Self { near, far })
     }
 
-    /// A command that runs a program on one of them.
+    /// A command for a program on one of the hosts.
     pub fn command(&self, lab: &Lab, host: Host, program: impl AsRef<OsStr>) -> Command {
         let place = match host {
             Host::Server => Place::here().in_cgroup(&lab.cgroup).in_netns(&self.near),

@@ -1,4 +1,4 @@
-//! A systemd-journald of the test's own.
+//! A systemd-journald of the test.
 
 use std::{
     fs::File,
@@ -20,15 +20,15 @@ use crate::{clock::eventually, daemon::state_of, pace::patience};
 
 const PACKAGE: &str = "systemd";
 
-/// Where the distributions keep it.
+/// The folders of journald in the distributions.
 const FOLDERS: [&str; 2] = ["/usr/lib/systemd", "/lib/systemd"];
 
-/// What explains the daemon's entries.
+/// The catalogue that explains the daemon's entries.
 const CATALOGUE: &str =
     include_str!("../../../session-enforcer/packaging/session-enforcer.catalog");
 
-/// Run by a shell in a mount namespace of its own: no file of the machine is changed, and none of its sockets is
-/// reached. The kernel's log and its audit are left alone.
+/// A shell runs this script in a new mount namespace: it changes no file of the machine and reaches none of
+/// its sockets. The kernel's log and audit are not read.
 const PREPARE: &str = r#"
 mount -t tmpfs tmpfs /run
 mkdir -p /run/log/journal /run/etc /run/catalogues /run/state
@@ -45,7 +45,7 @@ echo prepared
 exec sleep infinity
 "#;
 
-/// A mount namespace with a journal. On drop journald is killed, and all that it wrote is gone.
+/// A mount namespace with a journal. Dropping it kills journald and removes everything that it wrote.
 #[derive(Debug)]
 pub struct Journal {
     journald: Option<Program>,
@@ -53,11 +53,11 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Prepares the namespace; journald does not run yet.
+    /// Prepares the namespace without starting journald.
     ///
     /// # Errors
     ///
-    /// Where the kernel or systemd's tools refuse.
+    /// Fails if the kernel or systemd's tools refuse.
     pub fn stopped() -> Result<Self> {
         program::find("journalctl", PACKAGE, &[])?;
         let mut command = Command::new("unshare");
@@ -74,22 +74,22 @@ impl Journal {
         })
     }
 
-    /// The same, and starts journald.
+    /// Prepares the namespace and starts journald.
     ///
     /// # Errors
     ///
-    /// Where it does not come up.
+    /// Fails if journald does not start.
     pub fn start() -> Result<Self> {
         let mut journal = Self::stopped()?;
         journal.begin()?;
         Ok(journal)
     }
 
-    /// Starts journald, and waits until it takes entries.
+    /// Starts journald and waits until it accepts entries.
     ///
     /// # Errors
     ///
-    /// Where it does not.
+    /// Fails if journald does not start.
     pub fn begin(&mut self) -> Result<()> {
         let path = program::find("systemd-journald", PACKAGE, &FOLDERS.map(PathBuf::from))?;
         let mut command = Command::new(path);
@@ -105,7 +105,7 @@ impl Journal {
         })
     }
 
-    /// A process in the namespace, which [`Launch::mounts_of`](crate::Launch::mounts_of) takes.
+    /// The PID of a process in the namespace, for [`Launch::mounts_of`](crate::Launch::mounts_of).
     pub fn pid(&self) -> u32 {
         self.namespace.pid()
     }
@@ -115,11 +115,11 @@ impl Journal {
         self.journald = None;
     }
 
-    /// Has journald stand still, or go on.
+    /// Stops or continues journald.
     ///
     /// # Errors
     ///
-    /// Where it does not run.
+    /// Fails if journald does not run.
     pub fn freeze(&self, is_frozen: bool) -> Result<()> {
         let journald = self.journald.as_ref().context("journald does not run")?;
         let pid = Pid::from_raw(i32::try_from(journald.pid())?);
@@ -134,11 +134,11 @@ impl Journal {
         })
     }
 
-    /// What `journalctl` prints.
+    /// The output of `journalctl`.
     ///
     /// # Errors
     ///
-    /// Where it fails.
+    /// Fails if `journalctl` fails.
     pub fn ask(&self, args: &[&str]) -> Result<String> {
         let mut command = Command::new("journalctl");
         command.args(["--quiet", "--no-pager"]).args(args);
@@ -147,22 +147,22 @@ impl Journal {
         program::succeed(command)
     }
 
-    /// The entries that match, from the oldest on.
+    /// The matching entries, oldest first.
     ///
     /// # Errors
     ///
-    /// Where `journalctl` fails, or prints what is no JSON.
+    /// Fails if `journalctl` fails or its output is not JSON.
     pub fn entries(&self, matches: &[&str]) -> Result<Vec<Value>> {
         let printed = self.ask(&[&["--output=json"], matches].concat())?;
         let parse = |line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}"));
         printed.lines().map(parse).collect()
     }
 
-    /// Waits until so many entries match.
+    /// Waits until this number of entries match.
     ///
     /// # Errors
     ///
-    /// Where they do not come.
+    /// Fails if they do not appear in time.
     pub fn wait_for_entries(&self, matches: &[&str], count: usize) -> Result<Vec<Value>> {
         let mut found = 0;
         eventually("entries in the journal", patience(), || {
@@ -174,17 +174,17 @@ impl Journal {
     }
 }
 
-/// Has the command's process see the mounts of another process.
+/// Runs the command's process in the mount namespace of another process.
 ///
 /// # Errors
 ///
-/// Where that has ended.
+/// Fails if that process has ended.
 pub fn enter_mounts(command: &mut Command, pid: u32) -> Result<()> {
     let path = Path::new("/proc").join(pid.to_string()).join("ns/mnt");
     let namespace = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-    // It is in the root directory then (setns(2)).
+    // setns(2) also changes the working directory to the root.
     let enter = move || Ok(setns(&namespace, CloneFlags::CLONE_NEWNS)?);
-    // SAFETY: between fork and exec only a system call is made, and nothing is allocated.
+    // SAFETY: the closure makes only a system call between fork and exec and allocates nothing.
     unsafe { command.pre_exec(enter) };
     Ok(())
 }

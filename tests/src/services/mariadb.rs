@@ -1,4 +1,4 @@
-//! A `MariaDB` of the test's own.
+//! A `MariaDB` of the test.
 
 use std::{os::unix::fs::chown, path::Path};
 
@@ -12,32 +12,32 @@ use super::{
 };
 use crate::{lab::Lab, netns::Veth};
 
-/// `MariaDB` refuses to be root.
+/// `MariaDB` refuses to run as root.
 const OWNER: &str = "nobody";
 const READY: &str = "ready for connections";
 
-/// A client that says `port: NUMBER` and then does what each line that it reads says.
+/// A client that prints `port: NUMBER` and then executes each line that it reads.
 const CLIENT: &str = include_str!("../../clients/mysql.py");
 
-/// A running `MariaDB` on a host of its own, without accounts.
+/// A running `MariaDB` on a separate host, without accounts.
 #[derive(Debug)]
 pub struct MariaDb {
     server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     hosts: Hosts,
     _directory: TempDir,
 }
 
 impl MariaDb {
-    /// Its port.
+    /// The server's port.
     pub const PORT: u16 = 3306;
 
     /// Starts a server in a new cgroup. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where `MariaDB` is not installed or does not start, with its log.
+    /// Fails with the log if `MariaDB` is not installed or does not start.
     pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
         let (lab, hosts) = (Lab::new(agent)?, Hosts::new()?);
         let directory = tempfile::tempdir()?;
@@ -47,7 +47,7 @@ impl MariaDb {
         let ids = ids.map(|id| id.to_string());
         let mut command = hosts.command(&lab, Host::Server, "setpriv");
         command.args(["--reuid", &ids[0], "--regid", &ids[1], "--clear-groups"]);
-        // The change of the user clears it.
+        // The change of the user would clear the parent-death signal.
         command.args(["--pdeathsig", "KILL", "--"]);
         command.arg(program::find("mariadbd", "mariadb-server", &[])?);
         let path = |name: &str| directory.path().join(name).display().to_string();
@@ -59,7 +59,7 @@ impl MariaDb {
             format!("--port={}", Self::PORT),
             "--bind-address=0.0.0.0".to_owned(),
         ]);
-        // Without tables of accounts it listens on a port only where it is told to.
+        // Without account tables the server listens on a port only if it is told to.
         command.args(["--skip-grant-tables", "--skip-networking=0"]);
         command.args(["--skip-name-resolve", "--innodb-fast-shutdown=2"]);
         command.args(["--innodb-buffer-pool-size=16M", "--innodb-log-file-size=8M"]);
@@ -72,26 +72,26 @@ impl MariaDb {
         })
     }
 
-    /// What the server has logged.
+    /// The server's log.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// A client of Node's on the other host.
+    /// Starts a Node client on the other host.
     ///
     /// # Errors
     ///
-    /// Where it is not installed, or cannot connect.
+    /// Fails if Node is not installed, or if the client cannot connect.
     pub fn node_client(&self, name: &str) -> Result<Program> {
         let [host, port] = [Veth::LEFT.to_string(), Self::PORT.to_string()];
         node_client(&self.lab, Some(&self.hosts.far), [name, &host, &port])
     }
 
-    /// A client on the other host that is typed to; its port.
+    /// Starts a client on the other host that reads commands. Returns it with its port.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed, or the server does not answer.
+    /// Fails if Python is not installed, or if the server does not answer.
     pub fn client(&self, name: &str) -> Result<(Program, u16)> {
         let python = program::find(PYTHON, "python3", &[])?;
         let mut command = self.hosts.command(&self.lab, Host::Far, python);

@@ -1,8 +1,7 @@
-//! Real servers and clients, from the system's packages, for the tests that show the daemon at
-//! work on them.
+//! Real servers and clients from the system's packages, for tests of the daemon with them.
 //!
-//! Each server keeps everything in a temporary directory of its own, never in the system's, and
-//! runs in the test's cgroup: what it forks is killed with that, also where the test panics.
+//! Each server keeps all its files in a temporary directory and runs in the test's cgroup. Its children are
+//! killed with the cgroup, even after a panic of the test.
 
 mod conntrack;
 mod haproxy;
@@ -46,10 +45,10 @@ pub use scripted::Scripted;
 pub use tls::TlsServer;
 pub use web::WebServer;
 
-/// A port of 127.0.0.1 that nobody else on the machine is given by the kernel.
+/// A port of 127.0.0.1 that the kernel assigns to no other program.
 ///
-/// A server that is told its port sets `SO_REUSEADDR`, and so may bind what is bound here and does
-/// not listen; to all who ask for any free port, or dial, this one is in use.
+/// The server sets `SO_REUSEADDR`, so it can bind the port although it is bound here, because this socket
+/// does not listen. For programs that request any free port, or connect, the port is in use.
 #[derive(Debug)]
 struct ReservedPort {
     number: u16,
@@ -57,7 +56,7 @@ struct ReservedPort {
 }
 
 impl ReservedPort {
-    /// Takes one.
+    /// Reserves a port.
     fn take(agent: &Agent) -> Result<Self> {
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let socket = agent.tcp(any)?;
@@ -72,12 +71,12 @@ impl ReservedPort {
     }
 }
 
-/// Payload bytes that the local socket with these ports has sent and received, as `ss` says: a
-/// second opinion on what the daemon counts.
+/// The payload bytes that the local socket with these ports has sent and received, as reported by `ss`. They
+/// verify the daemon's counts.
 ///
 /// # Errors
 ///
-/// Where there is no such connection.
+/// Fails if the connection does not exist.
 pub fn payload_bytes(port: u16, peer_port: u16) -> Result<[u64; 2]> {
     let (port, peer_port) = (format!(":{port}"), format!(":{peer_port}"));
     let filter = ["sport", "=", &port, "and", "dport", "=", &peer_port];
@@ -86,7 +85,7 @@ pub fn payload_bytes(port: u16, peer_port: u16) -> Result<[u64; 2]> {
         let value = line
             .split_whitespace()
             .find_map(|word| word.strip_prefix(name));
-        // What is zero is left out.
+        // `ss` omits zero values.
         value.map_or(Ok(0), str::parse::<u64>).context(line.clone())
     };
     ensure!(

@@ -1,4 +1,4 @@
-//! An nginx that passes connections on, with an idle timeout.
+//! An nginx that forwards connections with an idle timeout.
 
 use std::{fs, path::Path};
 
@@ -8,15 +8,15 @@ use tempfile::TempDir;
 use super::program::{self, Program};
 use crate::{agent::Place, process::pin_to_cpu};
 
-/// Where Debian's package libnginx-mod-stream puts what other builds have in the program.
+/// The module of Debian's package libnginx-mod-stream, which other builds have in the program.
 const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// Starts one on the processor, from `port` to `backend`, both on 127.0.0.1 of the place; the
-/// directory is its own. `agent` is the path of the agent's binary.
+/// Starts an nginx on this processor. It forwards from `port` to `backend`, both on 127.0.0.1 of the place,
+/// and uses the directory alone. `agent` is the path of the agent's binary.
 ///
 /// # Errors
 ///
-/// Where nginx or its stream module is not installed or does not start, with what it says.
+/// Fails with its output if nginx or its stream module is not installed or does not start.
 pub fn nginx(
     agent: &Path,
     place: &Place,
@@ -38,7 +38,7 @@ pub fn nginx(
     Ok((server.quiet(), directory))
 }
 
-/// One process in the foreground, which ends with the caller.
+/// Runs one process in the foreground, which ends with the caller.
 fn configuration(directory: &Path, port: u16, backend: u16) -> String {
     let module = if Path::new(STREAM_MODULE).exists() {
         format!("load_module {STREAM_MODULE};\n")

@@ -1,4 +1,4 @@
-//! Clients of Node's, from npm's packages.
+//! Node clients from npm packages.
 
 use std::{env, process::Command};
 
@@ -8,14 +8,15 @@ use super::program::{self, Program};
 use crate::{agent::Place, lab::Lab, netns::Netns};
 
 const SCRIPT: &str = include_str!("../../clients/node/clients.js");
-/// Where `cargo xtask test` has npm put them, in the target directory.
+/// The folder in the target directory in which `cargo xtask test` installs the packages.
 const FOLDER: &str = "node-clients/node_modules";
 
-/// Starts a client outside of the cgroup, where the test is or in a namespace, and waits until it is connected.
+/// Starts a client outside the cgroup, at the place of the test or in a namespace, and waits until it is
+/// connected.
 ///
 /// # Errors
 ///
-/// Where Node or its packages are not installed, or it cannot connect.
+/// Fails if Node or its packages are not installed, or if the client cannot connect.
 pub fn node_client(
     lab: &Lab,
     netns: Option<&Netns>,

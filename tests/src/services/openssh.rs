@@ -1,4 +1,4 @@
-//! An OpenSSH server of the test's own.
+//! An OpenSSH server of the test.
 
 use std::{
     fs::{self, Permissions},
@@ -13,8 +13,8 @@ use tempfile::TempDir;
 use super::program::{self, PYTHON, Program, succeed};
 use crate::{agent::Place, lab::Lab, netns::Netns};
 
-/// Debian's sshd insists on a directory in `/run`, on accounts of the system, and writes logins to
-/// `/var/log`. In a mount namespace of its own it finds and writes the test's.
+/// Debian's sshd requires a directory in `/run` and system accounts, and writes logins to `/var/log`. In a
+/// new mount namespace it uses those of the test.
 const IN_OWN_MOUNTS: &str = "\
 set -eu
 mount -t tmpfs none /run
@@ -26,7 +26,7 @@ shift
 exec \"$@\"
 ";
 
-/// The ids are those of nobody and the one before, which every user namespace maps.
+/// The IDs are that of nobody and the one before it, which every user namespace maps.
 const PASSWD: &str = "\
 root:x:0:0::/:/bin/sh
 sshd:x:65533:65534::/:/bin/false
@@ -36,31 +36,30 @@ const SHADOW: &str = "root:*::0:99999:7:::\nsshd:*::0:99999:7:::\ntester:*::0:99
 
 const READY: &str = "Server listening on";
 
-/// A running sshd, on 127.0.0.1 in a network namespace of its own, where the kernel's keepalive
-/// probes go out every second.
+/// A running sshd on 127.0.0.1 in a separate network namespace, in which the kernel sends keepalive probes
+/// every second.
 #[derive(Debug)]
 pub struct OpenSsh {
     server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     netns: Netns,
     directory: TempDir,
 }
 
 impl OpenSsh {
-    /// Its port.
+    /// The server's port.
     pub const PORT: u16 = 22;
-    /// Its address.
+    /// The server's address.
     pub const ADDRESS: &str = "127.0.0.1";
-    /// Another address of the same host, for clients (`BindAddress`) and the server behind this one.
+    /// Another address of the host, for clients (`BindAddress`) and for the server behind this one.
     pub const BEHIND: &str = "127.0.0.2";
 
-    /// Makes keys and an account, and starts a server in a new cgroup. `agent` as for
-    /// [`Lab::new`].
+    /// Creates keys and an account, and starts a server in a new cgroup. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where OpenSSH is not installed or does not start, with its log.
+    /// Fails with the log if OpenSSH is not installed or does not start.
     pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
         Self::start_with(agent, &[])
     }
@@ -69,7 +68,7 @@ impl OpenSsh {
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`OpenSsh::start`] does.
     pub fn start_with(agent: impl AsRef<Path>, options: &[&str]) -> Result<Self> {
         let lab = Lab::new(agent)?;
         let netns = Netns::new()?;
@@ -88,24 +87,23 @@ impl OpenSsh {
         })
     }
 
-    /// Logs in, from outside of the cgroup, to a shell on a terminal. `options` as in
-    /// `ssh_config(5)`.
+    /// Logs in from outside the cgroup to a shell on a terminal. `options` as in `ssh_config(5)`.
     ///
     /// # Errors
     ///
-    /// Where the login fails.
+    /// Fails if the login fails.
     pub fn login(&self, name: &str, options: &[&str]) -> Result<Login> {
         let mut command = self.client("ssh", options)?;
         command.args(["-tt", &Self::account(Self::ADDRESS)]);
         Login::new(Program::client(name, command)?)
     }
 
-    /// The same to the host behind this one, through it: what `ProxyJump` does. `first` are options of the connection
-    /// to this host.
+    /// Logs in to the host behind this one, through this one, as `ProxyJump` does. `first` are options of the
+    /// connection to this host.
     ///
     /// # Errors
     ///
-    /// Where the login fails.
+    /// Fails if the login fails.
     pub fn login_behind(&self, name: &str, first: &[&str]) -> Result<Login> {
         let mut jump = self.client("ssh", first)?;
         jump.args(["-W", "%h:%p", &Self::account(Self::ADDRESS)]);
@@ -117,11 +115,11 @@ impl OpenSsh {
         Login::new(Program::client(name, command)?)
     }
 
-    /// Starts a server that stands for a host behind this one: not in the cgroup, at [`Self::BEHIND`].
+    /// Starts a server for the host behind this one: outside the cgroup, at [`Self::BEHIND`].
     ///
     /// # Errors
     ///
-    /// Where it does not start, with its log.
+    /// Fails with the log if it does not start.
     pub fn start_behind(&self) -> Result<Program> {
         let listens = format!("ListenAddress={}:{}", Self::BEHIND, Self::PORT);
         let place = Place::here().in_netns(&self.netns);
@@ -132,7 +130,7 @@ impl OpenSsh {
     ///
     /// # Errors
     ///
-    /// Where ssh is not installed.
+    /// Fails if ssh is not installed.
     pub fn forward(&self, name: &str, [port, to]: [u16; 2]) -> Result<Program> {
         let mut command = self.client("ssh", &["ExitOnForwardFailure=yes"])?;
         let forward = format!("127.0.0.1:{port}:127.0.0.1:{to}");
@@ -142,12 +140,12 @@ impl OpenSsh {
         Ok(forwarding)
     }
 
-    /// An sftp that is typed to, which moves so many bytes a second at most. It asks for four blocks of 16 kB ahead, and
-    /// not for 64 of 256 kB as it would by itself: those are a whole file of a test.
+    /// Starts an sftp that reads commands and transfers at most this number of bytes per second. It requests
+    /// four blocks of 16 kB ahead. Its default of 64 blocks of 256 kB would be a whole test file.
     ///
     /// # Errors
     ///
-    /// Where sftp is not installed.
+    /// Fails if sftp is not installed.
     pub fn sftp(&self, name: &str, bytes_per_second: u32) -> Result<Program> {
         let mut command = self.client("sftp", &[])?;
         let kilobits = (bytes_per_second * 8 / 1_000).to_string();
@@ -163,11 +161,11 @@ impl OpenSsh {
         Program::client(name, command)
     }
 
-    /// A Python script on the server's host, not in the cgroup.
+    /// Starts a Python script on the server's host, outside the cgroup.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed.
+    /// Fails if Python is not installed.
     pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
         let python = program::find(PYTHON, "python3", &[])?;
         let place = Place::here().in_netns(&self.netns);
@@ -185,7 +183,7 @@ impl OpenSsh {
         format!("tester@{address}")
     }
 
-    /// A client of OpenSSH's, outside of the cgroup, without its last argument, the host.
+    /// A command for an OpenSSH client outside the cgroup, without its last argument, the host.
     fn client(&self, program: &str, options: &[&str]) -> Result<Command> {
         let place = Place::here().in_netns(&self.netns);
         let client = program::find(program, "openssh-client", &[])?;
@@ -202,7 +200,7 @@ impl OpenSsh {
             "BatchMode=yes",
             "TCPKeepAlive=yes",
             "UpdateHostKeys=no",
-            // From 9.5 on, ssh hides when one types by sending for a while what nobody typed.
+            // ssh 9.5 and later hides keystrokes by sending additional data for a while.
             "IgnoreUnknown=ObscureKeystrokeTiming",
             "ObscureKeystrokeTiming=no",
         ];
@@ -216,16 +214,16 @@ impl OpenSsh {
         Ok(command)
     }
 
-    /// What the server has logged.
+    /// The server's log.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// The keepalive probes that the kernel has sent in its network namespace.
+    /// The number of keepalive probes that the kernel has sent in the server's network namespace.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the kernel does not report it.
     pub fn keepalive_probes(&self) -> Result<u64> {
         let shown = in_netns(&self.lab, &self.netns, "cat /proc/net/netstat")?;
         let mut lines = shown
@@ -246,9 +244,9 @@ impl OpenSsh {
 /// A login to a shell.
 #[derive(Debug)]
 pub struct Login {
-    /// The ssh, to be typed to.
+    /// The ssh process, which reads commands.
     pub client: Program,
-    /// Process id of the shell.
+    /// The PID of the shell.
     pub shell: u64,
     /// The client's port.
     pub port: u16,
@@ -257,8 +255,8 @@ pub struct Login {
 
 impl Login {
     fn new(mut client: Program) -> Result<Self> {
-        // The variable is: address and port of the client, address and port of the server. There
-        // is no prompt, which would be payload after the answer.
+        // The variable has the client's address and port and the server's address and port. The prompt is
+        // empty, because it would be payload after the answer.
         client.say("PS1=; set -- $SSH_CONNECTION; echo shell: $$ $2")?;
         let [shell, port] = client.numbers_after("shell:")?;
         Ok(Self {
@@ -269,11 +267,11 @@ impl Login {
         })
     }
 
-    /// Types a command, and waits for its answer.
+    /// Sends a command and waits for its answer.
     ///
     /// # Errors
     ///
-    /// Where the login has ended.
+    /// Fails if the login has ended.
     pub fn round_trip(&mut self) -> Result<()> {
         self.typed += 1;
         let typed = self.typed;
@@ -282,7 +280,7 @@ impl Login {
     }
 }
 
-/// Starts a server with these options more.
+/// Starts a server with these additional options.
 fn start_server(lab: &Lab, place: &Place, directory: &Path, options: &[&str]) -> Result<Program> {
     let mut sshd = place.command(lab.agent_binary(), "unshare");
     let private = ["--mount", "--propagation", "private"];
@@ -311,9 +309,9 @@ fn in_netns(lab: &Lab, netns: &Netns, script: &str) -> Result<String> {
     succeed(shell)
 }
 
-/// Keys, configuration and account.
+/// Creates keys, configuration and account.
 fn furnish(directory: &Path) -> Result<()> {
-    // The server reads the user's keys with the user's rights.
+    // The server reads the user's keys as the user.
     fs::set_permissions(directory, Permissions::from_mode(0o755))?;
     let path = |name: &str| directory.join(name);
     let write =
@@ -339,8 +337,8 @@ fn furnish(directory: &Path) -> Result<()> {
     write("sshd_config", &configuration(directory))
 }
 
-/// The keepalives of the kernel are on, those of SSH off: those are payload, encrypted like all
-/// the rest, and nobody between the two ends can tell them from somebody typing.
+/// The kernel's keepalives are on, and those of SSH are off. SSH's keepalives are encrypted payload, which
+/// only the two ends can distinguish from keystrokes.
 fn configuration(directory: &Path) -> String {
     let directory = directory.display();
     format!(

@@ -1,4 +1,4 @@
-//! A PostgreSQL cluster of the test's own.
+//! A PostgreSQL cluster of the test.
 
 use std::{
     fs,
@@ -18,63 +18,63 @@ use super::{
 };
 use crate::{agent::Place, lab::Lab, netns::Veth};
 
-/// Debian keeps each version's programs in a folder outside of PATH, and a script that looks for a
-/// system's cluster under the same names in PATH.
+/// Debian keeps each version's programs in a folder outside PATH. In PATH, the same names are a script that
+/// searches for a system cluster.
 const VERSIONS: &str = "/usr/lib/postgresql";
 const PACKAGE: &str = "postgresql";
 const READY: &str = "database system is ready to accept connections";
 
 const QUIETLY: [&str; 4] = ["--no-psqlrc", "--no-align", "--tuples-only", "--quiet"];
 
-/// Whoever comes is trusted.
+/// Every client is trusted.
 const ACCESS: &str = "\
 host all all 127.0.0.1/32 trust
 host all all 10.77.0.0/24 trust
 host replication all 10.77.0.0/24 trust
 ";
 
-/// PostgreSQL refuses to be root.
+/// PostgreSQL refuses to run as root.
 const OWNER: &str = "nobody";
 
-/// A running PostgreSQL, with the database and the superuser `postgres`.
+/// A running PostgreSQL with the database and the superuser `postgres`.
 #[derive(Debug)]
 pub struct Postgres {
     server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     network: Network,
     directory: TempDir,
 }
 
-/// Where the server listens.
+/// The addresses of the server.
 #[derive(Debug)]
 enum Network {
-    /// On this port of 127.0.0.1, where the test is.
+    /// This port of 127.0.0.1, at the place of the test.
     Here(ReservedPort),
-    /// On the usual port of every address of the server's host.
+    /// The usual port of every address of the server's host.
     Hosts(Hosts),
 }
 
 impl Postgres {
-    /// Its port where it is on a host of its own.
+    /// The port on a separate host.
     pub const PORT: u16 = 5432;
 
-    /// Makes a new cluster, and starts its server in a new cgroup, on 127.0.0.1. `agent` as for [`Lab::new`].
+    /// Creates a cluster and starts its server in a new cgroup, on 127.0.0.1. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where PostgreSQL is not installed or does not start, with its log.
+    /// Fails with the log if PostgreSQL is not installed or does not start.
     pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
         let lab = Lab::new(agent)?;
         let port = ReservedPort::take(&lab.outside)?;
         Self::start_on(lab, Network::Here(port))
     }
 
-    /// The same on a host of its own, at its usual port, with another host beside it.
+    /// The same on a separate host, at the usual port, connected to another host.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`Postgres::start`] does.
     pub fn start_on_host(agent: impl AsRef<Path>) -> Result<Self> {
         Self::start_on(Lab::new(agent)?, Network::Hosts(Hosts::new()?))
     }
@@ -113,7 +113,7 @@ impl Postgres {
         })
     }
 
-    /// Its port.
+    /// The server's port.
     pub fn port(&self) -> u16 {
         match &self.network {
             Network::Here(port) => port.number,
@@ -121,11 +121,11 @@ impl Postgres {
         }
     }
 
-    /// Its host and the other one.
+    /// The server's host and the other one.
     ///
     /// # Errors
     ///
-    /// Where it is not on a host of its own.
+    /// Fails if the server is not on a separate host.
     pub fn hosts(&self) -> Result<&Hosts> {
         match &self.network {
             Network::Here(_) => bail!("this server is not on a host of its own"),
@@ -133,29 +133,29 @@ impl Postgres {
         }
     }
 
-    /// A `psql` on one of the hosts.
+    /// Starts a `psql` on one of the hosts.
     ///
     /// # Errors
     ///
-    /// Where it is not installed, or the server has no host.
+    /// Fails if it is not installed, or if the server is not on a separate host.
     pub fn psql_at(&self, host: Host) -> Result<Program> {
         let mut psql = self.client_at(host, "psql")?;
         psql.args(QUIETLY);
         Program::client("psql", psql)
     }
 
-    /// A pooler on the other host: `PgBouncer` with connections of its own to this server.
+    /// Starts a pooler on the other host: `PgBouncer` with its own connections to this server.
     ///
     /// # Errors
     ///
-    /// Where it is not installed or does not start.
+    /// Fails if it is not installed or does not start.
     pub fn start_pooler(&self) -> Result<Program> {
         let path = |name: &str| self.directory.path().join(name);
         fs::write(path("users.txt"), "\"postgres\" \"\"\n")?;
         fs::write(path("pooler.ini"), pooler_configuration(&path("users.txt")))?;
         let pgbouncer = program::find("pgbouncer", "pgbouncer", &[])?;
         let mut command = self.hosts()?.command(&self.lab, Host::Far, "setpriv");
-        // PgBouncer refuses to be root too.
+        // PgBouncer also refuses to run as root.
         command.args(["--reuid", OWNER, "--clear-groups", "--pdeathsig", "KILL"]);
         command.arg(pgbouncer).arg(path("pooler.ini"));
         Program::server("pgbouncer", command, "process up")
@@ -165,7 +165,7 @@ impl Postgres {
     ///
     /// # Errors
     ///
-    /// Those of the database.
+    /// The errors of the database.
     pub fn query_pooler(&self, sql: &str) -> Result<String> {
         let mut psql = self.client_at(Host::Far, "psql")?;
         let pooler = [("PGHOST", "127.0.0.1"), ("PGPORT", "6432")];
@@ -173,12 +173,12 @@ impl Postgres {
         Ok(succeed(psql)?.trim().to_owned())
     }
 
-    /// A program of PostgreSQL's on the other host that receives what the server writes ahead, as a replica does. It
-    /// comes from `source`.
+    /// Starts a program of PostgreSQL on the other host that receives the write-ahead log, as a replica does.
+    /// It connects from `source`.
     ///
     /// # Errors
     ///
-    /// Where it is not installed.
+    /// Fails if it is not installed.
     pub fn start_replica(&self, source: IpAddr) -> Result<Program> {
         let hosts = self.hosts()?;
         let to = IpAddr::from([10, 77, 0, 200]);
@@ -206,58 +206,58 @@ impl Postgres {
         Ok(receiver)
     }
 
-    /// A `psql` outside of the cgroup, connected over TCP as soon as it is typed to.
+    /// Starts a `psql` outside the cgroup. It connects over TCP at its first command.
     ///
     /// # Errors
     ///
-    /// Where it is not installed.
+    /// Fails if it is not installed.
     pub fn psql(&self) -> Result<Program> {
         Program::client("psql", self.psql_command()?)
     }
 
-    /// A Python script outside of the cgroup, whose clients find the server in the environment.
+    /// Starts a Python script outside the cgroup. Its clients find the server through the environment.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed.
+    /// Fails if Python is not installed.
     pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
         let mut python = self.client(PYTHON)?;
         python.args(["-c", script]).args(args);
         Program::client(name, python)
     }
 
-    /// What the server has logged.
+    /// The server's log.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// The answer to a query on a connection of its own, with `|` between columns.
+    /// The answer to a query on a new connection, with `|` between columns.
     ///
     /// # Errors
     ///
-    /// Those of the database.
+    /// The errors of the database.
     pub fn query(&self, sql: &str) -> Result<String> {
         let mut psql = self.psql_command()?;
         psql.args(["--set=ON_ERROR_STOP=1", "--command", sql]);
         Ok(succeed(psql)?.trim().to_owned())
     }
 
-    /// Makes the tables that pgbench works on.
+    /// Creates the tables of pgbench.
     ///
     /// # Errors
     ///
-    /// Where that fails.
+    /// Fails if pgbench fails.
     pub fn prepare_pgbench(&self) -> Result<()> {
         let mut pgbench = self.client("pgbench")?;
         pgbench.args(["--initialize", "--quiet"]);
         succeed(pgbench).map(drop)
     }
 
-    /// Starts a pgbench outside of the cgroup with these arguments.
+    /// Starts a pgbench outside the cgroup with these arguments.
     ///
     /// # Errors
     ///
-    /// Where it is not installed.
+    /// Fails if it is not installed.
     pub fn pgbench(&self, args: &[&str]) -> Result<Program> {
         let mut pgbench = self.client("pgbench")?;
         pgbench.arg("--no-vacuum").args(args);
@@ -275,7 +275,7 @@ impl Postgres {
         Ok(self.told(command, &Veth::LEFT.to_string()))
     }
 
-    /// A client that nothing in the environment of the test diverts to another server.
+    /// A client command that the environment of the test cannot divert to another server.
     fn client(&self, name: &str) -> Result<Command> {
         let command = match &self.network {
             Network::Here(_) => Command::new(find(name)?),
@@ -299,8 +299,8 @@ impl Postgres {
     }
 }
 
-/// Nothing here must survive the machine: no time is spent on getting it to the disk. The kernel
-/// sends keepalive probes every second.
+/// No data must survive a crash of the machine, so nothing waits for the disk. The kernel sends keepalive
+/// probes every second.
 fn configuration(address: &str, port: u16) -> String {
     format!(
         "listen_addresses = '{address}'\nport = {port}\nunix_socket_directories = ''\n\
@@ -311,7 +311,7 @@ fn configuration(address: &str, port: u16) -> String {
     )
 }
 
-/// One connection for each client, which it keeps; its own limits do not end it.
+/// Each client keeps one server connection. The pooler's own limits do not end it.
 fn pooler_configuration(users: &Path) -> String {
     format!(
         "[databases]\npostgres = host={server} port={port}\n\
@@ -328,7 +328,7 @@ fn find(name: &str) -> Result<PathBuf> {
     program::find(name, PACKAGE, &version_folders())
 }
 
-/// The newest version first.
+/// The folders of the versions, newest first.
 fn version_folders() -> Vec<PathBuf> {
     let entries = fs::read_dir(VERSIONS).into_iter().flatten().flatten();
     let mut versions: Vec<(u32, PathBuf)> = entries
@@ -342,14 +342,14 @@ fn version_folders() -> Vec<PathBuf> {
         .collect()
 }
 
-/// A command in the cgroup that runs a program on the data as its owner.
+/// A command in the cgroup that runs a program on the data as the data's owner.
 fn owned_by(owner: &User, lab: &Lab, place: &Place, program: &str, data: &Path) -> Result<Command> {
     let mut command = place.command(lab.agent_binary(), "unshare");
     let ids = [owner.uid.to_string(), owner.gid.to_string()];
-    // The shared memory of a server that is killed ends with the namespace.
+    // The IPC namespace removes the shared memory of a killed server.
     command.args(["--ipc", "setpriv"]);
     command.args(["--reuid", &ids[0], "--regid", &ids[1], "--clear-groups"]);
-    // The change of the user clears it.
+    // The change of the user would clear the parent-death signal.
     command.args(["--pdeathsig", "KILL", "--"]);
     command.arg(find(program)?).arg("-D").arg(data);
     command.current_dir("/").env_remove("PGDATA");

@@ -1,4 +1,4 @@
-//! Programs of the system, found and run.
+//! Finds and runs programs of the system.
 
 use std::{
     env,
@@ -18,17 +18,17 @@ use crate::{
     process::{Finished, die_with_parent, run_to_end},
 };
 
-/// The distribution's Python, for which its packages with clients are.
+/// The distribution's Python, to which the packages with clients belong.
 pub(super) const PYTHON: &str = "/usr/bin/python3";
 
-/// How long a server may take to start, or a command to do its work, on a busy machine.
+/// The time limit for the start of a server or for a command, on a busy machine.
 const STARTING: Duration = Duration::from_secs(120);
 
-/// Finds a program in one of the folders, in PATH, or where administrators' programs are.
+/// Finds a program in one of the folders, in PATH, or in the system folders.
 ///
 /// # Errors
 ///
-/// Where it is not installed: the test fails, it does not skip.
+/// Fails if the program is not installed: the test must not be skipped.
 pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let administration = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
@@ -46,11 +46,11 @@ pub(super) fn find(program: &str, package: &str, folders: &[PathBuf]) -> Result<
     })
 }
 
-/// Runs a command that must succeed, for what it prints.
+/// Runs a command that must succeed, and returns its output.
 ///
 /// # Errors
 ///
-/// Where it fails, with what it says.
+/// Fails with the output if the command fails.
 pub(super) fn succeed(command: Command) -> Result<String> {
     let shown = format!("{command:?}");
     let finished = run_to_end(command, scaled(STARTING))?;
@@ -63,8 +63,8 @@ pub(super) fn succeed(command: Command) -> Result<String> {
     Ok(stdout)
 }
 
-/// A program that runs: a server, or a client that is typed to. On drop it is killed, and what it
-/// wrote goes to the test's output, which is shown where the test fails.
+/// A running program: a server, or a client that reads commands. Dropping it kills it and prints its output,
+/// which the test runner shows if the test fails.
 #[derive(Debug)]
 pub struct Program {
     name: String,
@@ -75,13 +75,13 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts a client, whose standard input stays open until it is told or dropped.
+    /// Starts a client. Its standard input stays open until it is closed or the client is dropped.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started.
+    /// Fails if the client cannot be started.
     pub(super) fn client(name: &str, mut command: Command) -> Result<Self> {
-        // A file, not a pipe: nobody has to read while the program runs.
+        // Use a file instead of a pipe, so that nobody must read while the program runs.
         let output = tempfile::tempfile()?;
         command
             .stdout(output.try_clone()?)
@@ -97,11 +97,11 @@ impl Program {
         })
     }
 
-    /// Starts a server, and waits until its log has this text.
+    /// Starts a server and waits until its log contains this text.
     ///
     /// # Errors
     ///
-    /// Where it cannot be started, ends, or does not come to that, with its log.
+    /// Fails with the log if the server cannot be started, ends, or does not print the text in time.
     pub(super) fn server(name: &str, command: Command, ready: &str) -> Result<Self> {
         let mut server = Self::client(name, command)?;
         server.stdin = None;
@@ -111,21 +111,21 @@ impl Program {
         Ok(server)
     }
 
-    /// Starts a server that says nothing, and waits until somebody listens on this port of 127.0.0.1
-    /// in its network namespace.
+    /// Starts a server that prints nothing, and waits until a socket listens on this port of 127.0.0.1 in its
+    /// network namespace.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`Program::server`] does.
     pub(super) fn listening(name: &str, command: Command, port: u16) -> Result<Self> {
         Self::listening_on("0100007F", name, command, port)
     }
 
-    /// The same on this port of any address.
+    /// The same for this port of any address.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`Program::server`] does.
     pub(super) fn listening_anywhere(name: &str, command: Command, port: u16) -> Result<Self> {
         Self::listening_on("00000000", name, command, port)
     }
@@ -145,68 +145,68 @@ impl Program {
         Ok(server)
     }
 
-    /// Process id.
+    /// The program's PID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Leaves what it wrote out of the output on drop.
+    /// Does not print the output when dropped.
     #[must_use]
     pub fn quiet(mut self) -> Self {
         self.quiet = true;
         self
     }
 
-    /// What it has written so far, to standard output and standard error.
+    /// The standard output and standard error so far.
     pub fn output(&self) -> String {
         let mut bytes = vec![0; self.output.metadata().map_or(0, |file| file.len()) as usize];
-        // Reading from the start must not move the offset, which is the program's too.
+        // `read_at` does not move the file offset, which the program shares.
         let length = self.output.read_at(&mut bytes, 0).unwrap_or(0);
         String::from_utf8_lossy(&bytes[..length]).into_owned()
     }
 
-    /// Types a line.
+    /// Sends a line to the standard input.
     ///
     /// # Errors
     ///
-    /// Where it has ended or was told that nothing more comes.
+    /// Fails if the program has ended or its input was closed.
     pub fn say(&mut self, line: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().context("its input has ended")?;
         writeln!(stdin, "{line}").with_context(|| format!("typing {line:?} to {}", self.name))
     }
 
-    /// Ends its standard input.
+    /// Closes the standard input.
     pub(super) fn say_no_more(&mut self) {
         self.stdin = None;
     }
 
-    /// Waits until it has written this text.
+    /// Waits until the output contains this text.
     ///
     /// # Errors
     ///
-    /// Where it does not, or ends before.
+    /// Fails if it does not in time, or if the program ends before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
         self.wait_until(patience(), text, |output| {
             output.contains(text).then_some(())
         })
     }
 
-    /// Waits until it has written so many lines.
+    /// Waits until the output has this number of lines.
     ///
     /// # Errors
     ///
-    /// Where it does not, or ends before.
+    /// Fails if it does not in time, or if the program ends before.
     pub fn wait_for_lines(&mut self, count: usize) -> Result<()> {
         self.wait_until(patience(), "lines", |output| {
             (output.matches('\n').count() >= count).then_some(())
         })
     }
 
-    /// Waits until it has written so many lines that say how something ended: `ok`, or the error.
+    /// Waits until the output has this number of lines that report an end: `ok`, or the error.
     ///
     /// # Errors
     ///
-    /// Where it does not, or ends before.
+    /// Fails if it does not in time, or if the program ends before.
     pub fn wait_for_said(&mut self, count: usize) -> Result<()> {
         self.wait_until(patience(), "the end of a use", |output| {
             let (whole, _) = output.rsplit_once('\n')?;
@@ -215,15 +215,15 @@ impl Program {
         })
     }
 
-    /// Waits until it has written a line with this prefix and numbers right after it. A terminal
-    /// shows what is typed, too: the prefix in that is followed by something else.
+    /// Waits for a line with this prefix directly followed by numbers. A terminal echoes the input, too, but
+    /// there the prefix is followed by something else.
     ///
     /// # Errors
     ///
-    /// Where it does not, or ends before.
+    /// Fails if it does not appear in time, or if the program ends before.
     pub fn numbers_after<const N: usize>(&mut self, prefix: &str) -> Result<[u64; N]> {
         self.wait_until(patience(), prefix, |output| {
-            // A line without its end may be half of one.
+            // A line without a newline may be incomplete.
             let (whole, _) = output.rsplit_once('\n')?;
             let rests = whole
                 .lines()
@@ -244,7 +244,7 @@ impl Program {
         look: impl Fn(&str) -> Option<T>,
     ) -> Result<T> {
         let found = eventually(what, bound, || {
-            // In this order, what it wrote last before its end is seen.
+            // Check for the end first, so that the program's last output is not missed.
             let ended = self.child.try_wait()?;
             let found = look(&self.output());
             if let (None, Some(status)) = (&found, ended) {
@@ -255,27 +255,28 @@ impl Program {
         found.with_context(|| format!("{} wrote:\n{}", self.name, self.output()))
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the program ends.
     ///
     /// # Errors
     ///
-    /// Where it has not ended after `bound`.
+    /// Fails if it has not ended after `bound`.
     pub fn finish(&mut self, bound: Duration) -> Result<ExitStatus> {
         let ended = eventually("its end", bound, || Ok(self.child.try_wait()?));
         ended.with_context(|| format!("{} wrote:\n{}", self.name, self.output()))
     }
 
-    /// Whether it runs.
+    /// Whether the program runs.
     ///
     /// # Errors
     ///
-    /// Where the kernel does not tell.
+    /// Fails if the kernel does not report it.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 }
 
-/// Whether a table of sockets (proc(5), `/proc/net/tcp`) has one that listens on a port of an address, in its digits.
+/// Whether a socket table (proc(5), `/proc/net/tcp`) has a listener on this port of an address in hexadecimal
+/// digits.
 fn listens(table: &str, address: &str, port: u16) -> bool {
     const LISTEN: &str = "0A";
     let local = format!("{address}:{port:04X}");
@@ -287,7 +288,7 @@ fn listens(table: &str, address: &str, port: u16) -> bool {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The program may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if !self.quiet {

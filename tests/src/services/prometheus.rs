@@ -1,4 +1,4 @@
-//! A Prometheus of the test's own.
+//! A Prometheus of the test.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use crate::{agent::Place, lab::Lab, pace::patience};
 const PACKAGE: &str = "prometheus";
 const READY: &str = "Server is ready to receive web requests";
 
-/// What is shipped for Prometheus, by file name.
+/// The shipped files for Prometheus, by name.
 const SHIPPED: [(&str, &str); 3] = [
     (
         "prometheus.yml",
@@ -37,8 +37,8 @@ const SHIPPED: [(&str, &str); 3] = [
     ),
 ];
 
-/// A running Prometheus, on 127.0.0.1, with the configuration and the rules that are shipped, but it scrapes
-/// one target every second.
+/// A running Prometheus on 127.0.0.1 with the shipped configuration and rules. It scrapes one target every
+/// second.
 #[derive(Debug)]
 pub struct Prometheus {
     _server: Program,
@@ -47,11 +47,11 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one in the cgroup of the test.
+    /// Starts a Prometheus in the test's cgroup.
     ///
     /// # Errors
     ///
-    /// Where Prometheus is not installed or does not start, with its log.
+    /// Fails with the log if Prometheus is not installed or does not start.
     pub fn start(lab: &Lab, target: SocketAddr) -> Result<Self> {
         let port = ReservedPort::take(&lab.outside)?;
         let directory = tempfile::tempdir()?;
@@ -71,11 +71,11 @@ impl Prometheus {
         })
     }
 
-    /// The value that an expression has now; nothing where no series matches.
+    /// The present value of an expression. `None` if no series matches.
     ///
     /// # Errors
     ///
-    /// Where the answer is not one number.
+    /// Fails if the answer is not one number.
     pub fn query(&self, expression: &str) -> Result<Option<f64>> {
         let values = self.query_all(expression)?;
         ensure!(
@@ -85,28 +85,28 @@ impl Prometheus {
         Ok(values.first().copied())
     }
 
-    /// The values that an expression has now, one for each series.
+    /// The present values of an expression, one per series.
     ///
     /// # Errors
     ///
-    /// Where Prometheus does not understand it.
+    /// Fails if Prometheus does not understand the expression.
     pub fn query_all(&self, expression: &str) -> Result<Vec<f64>> {
         let body = self.get(&format!("/api/v1/query?query={}", encode(expression)))?;
         let answer: Value = serde_json::from_str(&body).with_context(|| body.clone())?;
         ensure!(answer["status"] == "success", "{expression}: {body}");
         let series = answer["data"]["result"].as_array().context(body.clone())?;
-        // Time and value.
+        // The pair has the time and the value.
         let values = series
             .iter()
             .map(|series| series["value"][1].as_str().unwrap_or_default());
         Ok(values.map(str::parse).collect::<Result<_, _>>()?)
     }
 
-    /// What it says about its targets.
+    /// The state of the targets.
     ///
     /// # Errors
     ///
-    /// Where it does not answer.
+    /// Fails if Prometheus does not answer.
     pub fn targets(&self) -> Result<String> {
         self.get("/api/v1/targets")
     }
@@ -114,7 +114,7 @@ impl Prometheus {
     fn get(&self, path: &str) -> Result<String> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port.number))?;
         stream.set_read_timeout(Some(patience()))?;
-        // Of this version, the answer ends with the connection and is in one piece.
+        // With HTTP/1.0 the answer is not chunked and ends with the connection.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
         let mut answer = String::new();
         stream
@@ -127,7 +127,7 @@ impl Prometheus {
     }
 }
 
-/// Writes the shipped files into a directory, each through `change`.
+/// Writes the shipped files into a directory, after applying `change`.
 fn write_shipped(directory: &Path, change: impl Fn(&str) -> String) -> Result<()> {
     for (name, text) in SHIPPED {
         fs::write(directory.join(name), change(text))?;
@@ -142,7 +142,7 @@ fn every_second(text: &str, target: SocketAddr) -> String {
     often.replace("127.0.0.1:9847", &target.to_string())
 }
 
-/// Percent-encodes all that could mean something in a URL.
+/// Percent-encodes every character with a meaning in a URL.
 fn encode(text: &str) -> String {
     let encode = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' => char::from(byte).to_string(),
@@ -151,11 +151,11 @@ fn encode(text: &str) -> String {
     text.bytes().map(encode).collect()
 }
 
-/// What `promtool check metrics` finds in an exposition: its exit status and all that it prints.
+/// The exit status and the output of `promtool check metrics` for an exposition.
 ///
 /// # Errors
 ///
-/// Where it is not installed.
+/// Fails if promtool is not installed.
 pub fn promtool_check(exposition: &str) -> Result<(Option<i32>, String)> {
     let directory = tempfile::tempdir()?;
     fs::write(directory.path().join("metrics"), exposition)?;
@@ -163,12 +163,12 @@ pub fn promtool_check(exposition: &str) -> Result<(Option<i32>, String)> {
     promtool(directory.path(), &["check", "metrics"], input.into())
 }
 
-/// What `promtool` says, with these arguments, of the files that are shipped, each through `change`: its exit
-/// status and all that it prints.
+/// The exit status and the output of `promtool` with these arguments for the shipped files, after applying
+/// `change`.
 ///
 /// # Errors
 ///
-/// Where it is not installed.
+/// Fails if promtool is not installed.
 pub fn promtool_of_shipped(
     arguments: &[&str],
     change: impl Fn(&str) -> String,

@@ -1,4 +1,4 @@
-//! A Redis of the test's own.
+//! A Redis of the test.
 
 use std::{net::IpAddr, path::Path, process::Command};
 
@@ -19,12 +19,12 @@ use crate::{
 
 const READY: &str = "Ready to accept connections";
 
-/// A running Redis in a network namespace of its own, with a cable to a second one for clients
-/// from another host. It has the kernel send keepalive probes every second.
+/// A running Redis in a separate network namespace, connected to a second one for remote clients. The kernel
+/// sends keepalive probes every second.
 #[derive(Debug)]
 pub struct Redis {
     server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     near: Netns,
     far: Netns,
@@ -32,18 +32,18 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// Its port.
+    /// The server's port.
     pub const PORT: u16 = 6379;
-    /// Its address.
+    /// The server's address.
     pub const ADDRESS: IpAddr = Veth::LEFT;
-    /// The address of the clients from the other host.
+    /// The address of the remote clients.
     pub const FAR: IpAddr = Veth::RIGHT;
 
     /// Starts a server in a new cgroup. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where Redis is not installed or does not start, with its log.
+    /// Fails with the log if Redis is not installed or does not start.
     pub fn start(agent: impl AsRef<Path>) -> Result<Self> {
         let lab = Lab::new(agent)?;
         let (near, far) = (Netns::new()?, Netns::new()?);
@@ -59,11 +59,11 @@ impl Redis {
         })
     }
 
-    /// A second server beside the first, on another port.
+    /// Starts a second server beside the first one, on another port.
     ///
     /// # Errors
     ///
-    /// Where it does not start, with its log.
+    /// Fails with the log if it does not start.
     pub fn second(&self, port: u16) -> Result<(Program, TempDir)> {
         let place = Place::here()
             .in_cgroup(&self.lab.cgroup)
@@ -71,58 +71,58 @@ impl Redis {
         redis_at(&self.lab, &place, Self::ADDRESS, port)
     }
 
-    /// The answer to a command, on a connection of its own from the other host.
+    /// The answer to a command, on a new connection from the other host.
     ///
     /// # Errors
     ///
-    /// Where the server does not answer.
+    /// Fails if the server does not answer.
     pub fn ask(&self, words: &[&str]) -> Result<String> {
         succeed(self.client_command(&self.far, words)?)
     }
 
-    /// What the server has logged.
+    /// The server's log.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// A client from the same host, not in the cgroup, that is typed to.
+    /// Starts a client on the same host, outside the cgroup, that reads commands.
     ///
     /// # Errors
     ///
-    /// Where it is not installed.
+    /// Fails if it is not installed.
     pub fn near_client(&self, name: &str) -> Result<Program> {
         self.client(name, &self.near, &[])
     }
 
-    /// A client from the other host that does this.
+    /// Starts a client on the other host with these arguments.
     ///
     /// # Errors
     ///
-    /// Where it is not installed.
+    /// Fails if it is not installed.
     pub fn far_client(&self, name: &str, args: &[&str]) -> Result<Program> {
         self.client(name, &self.far, args)
     }
 
-    /// Its host, beside the cgroup.
+    /// The server's host, outside the cgroup.
     pub fn near_place(&self) -> Place {
         Place::here().in_netns(&self.near)
     }
 
-    /// A client of Node's from the same host.
+    /// Starts a Node client on the same host.
     ///
     /// # Errors
     ///
-    /// Where it is not installed, or cannot connect.
+    /// Fails if Node is not installed, or if the client cannot connect.
     pub fn node_client(&self, name: &str) -> Result<Program> {
         let [host, port] = [Self::ADDRESS.to_string(), Self::PORT.to_string()];
         node_client(&self.lab, Some(&self.near), [name, &host, &port])
     }
 
-    /// Waits until so many clients wait in a blocking command.
+    /// Waits until this number of clients wait in a blocking command.
     ///
     /// # Errors
     ///
-    /// Where they do not.
+    /// Fails if they do not in time.
     pub fn wait_for_blocked(&self, count: usize) -> Result<()> {
         eventually("clients are blocked", patience(), || {
             let clients = self.ask(&["INFO", "clients"])?;
@@ -131,11 +131,11 @@ impl Redis {
         })
     }
 
-    /// A Python script from the same host, not in the cgroup.
+    /// Starts a Python script on the same host, outside the cgroup.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed.
+    /// Fails if Python is not installed.
     pub fn python(&self, name: &str, script: &str, args: &[&str]) -> Result<Program> {
         let python = program::find(PYTHON, "python3", &[])?;
         let place = Place::here().in_netns(&self.near);
@@ -163,11 +163,11 @@ impl Redis {
     }
 }
 
-/// Starts a Redis at this place and waits until it is ready; the directory is its own.
+/// Starts a Redis at this place and waits until it is ready. It uses the directory alone.
 ///
 /// # Errors
 ///
-/// Where Redis is not installed or does not start, with its log.
+/// Fails with the log if Redis is not installed or does not start.
 pub fn redis_at(
     lab: &Lab,
     place: &Place,

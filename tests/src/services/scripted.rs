@@ -1,4 +1,4 @@
-//! Servers and clients that the distribution's packages for Python have, each run by a script.
+//! Servers and clients of the distribution's Python packages, each run by a script.
 
 use std::{path::Path, process::Command};
 
@@ -10,23 +10,23 @@ use super::{
 };
 use crate::{lab::Lab, netns::Veth};
 
-/// A running server on a host of its own. Its script is told `server ADDRESS` and says `ready`, or `client ADDRESS` and says
-/// `port: NUMBER`.
+/// A running server on a separate host. Its script gets the arguments `server ADDRESS` and prints `ready`, or
+/// `client ADDRESS` and prints `port: NUMBER`.
 #[derive(Debug)]
 pub struct Scripted {
     server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     hosts: Hosts,
     script: &'static str,
 }
 
 impl Scripted {
-    /// Starts a server in a new cgroup, with these arguments more. `agent` as for [`Lab::new`].
+    /// Starts a server in a new cgroup with these additional arguments. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where Python or a package is not installed, or it does not start.
+    /// Fails if Python or a package is not installed, or if the server does not start.
     pub fn start(agent: impl AsRef<Path>, script: &'static str, args: &[&str]) -> Result<Self> {
         let (lab, hosts) = (Lab::new(agent)?, Hosts::new()?);
         let mut command = python(&lab, &hosts, Host::Server, script, "server")?;
@@ -40,16 +40,16 @@ impl Scripted {
         })
     }
 
-    /// What the server has written.
+    /// The server's output.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// A client on the other host with these arguments more; its port.
+    /// Starts a client on the other host with these additional arguments. Returns it with its port.
     ///
     /// # Errors
     ///
-    /// Where it cannot connect.
+    /// Fails if the client cannot connect.
     pub fn client(&self, name: &str, args: &[&str]) -> Result<(Program, u16)> {
         let mut command = python(&self.lab, &self.hosts, Host::Far, self.script, "client")?;
         command.args(args);

@@ -1,4 +1,4 @@
-//! A TLS 1.3 server of the distribution's Python, which answers late.
+//! A TLS 1.3 server in the distribution's Python that answers with a delay.
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
@@ -11,25 +11,25 @@ use super::{
 };
 use crate::{agent::Place, lab::Lab};
 
-/// Both ends.
+/// The script of both the server and the client.
 const SCRIPT: &str = include_str!("../../clients/tls.py");
 
 /// A server on 127.0.0.1.
 #[derive(Debug)]
 pub struct TlsServer {
     _server: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     port: ReservedPort,
     _directory: TempDir,
 }
 
 impl TlsServer {
-    /// Starts a server in a new cgroup, which answers so long after a request. `agent` as for [`Lab::new`].
+    /// Starts a server in a new cgroup that answers this long after a request. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where Python or OpenSSL is not installed, or it does not start.
+    /// Fails if Python or OpenSSL is not installed, or if the server does not start.
     pub fn start(agent: impl AsRef<Path>, answers_after: Duration) -> Result<Self> {
         let lab = Lab::new(agent)?;
         let port = ReservedPort::take(&lab.outside)?;
@@ -52,16 +52,16 @@ impl TlsServer {
         })
     }
 
-    /// Its port.
+    /// The server's port.
     pub fn port(&self) -> u16 {
         self.port.number
     }
 
-    /// A client outside of the cgroup, whose first request is in the packet that ends its handshake.
+    /// Starts a client outside the cgroup. Its first request is in the last packet of its handshake.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed.
+    /// Fails if Python is not installed.
     pub fn client(&self) -> Result<Program> {
         let mut python = Command::new(program::find(PYTHON, "python3", &[])?);
         python.args(["-c", SCRIPT, "client", &self.port.number.to_string()]);
@@ -69,7 +69,7 @@ impl TlsServer {
     }
 }
 
-/// Makes a key and a certificate for it, in one file.
+/// Creates a key and its certificate in one file.
 fn make_certificate(directory: &Path, into: &Path) -> Result<()> {
     let [key, certificate] = ["key", "certificate"].map(|name| directory.join(name));
     let mut openssl = Command::new(program::find("openssl", "openssl", &[])?);

@@ -1,4 +1,4 @@
-//! An nginx of the test's own that serves HTTP, with a slow application behind it.
+//! An nginx of the test that serves HTTP, with a slow application behind it.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -11,45 +11,45 @@ use super::{
 };
 use crate::{lab::Lab, netns::Veth};
 
-/// The application, and clients.
+/// The script of the application and the clients.
 const SCRIPT: &str = include_str!("../../clients/web.py");
 
-/// A running nginx on a host of its own.
+/// A running nginx on a separate host.
 #[derive(Debug)]
 pub struct WebServer {
     server: Program,
     _backend: Program,
-    /// The cgroup that it is in.
+    /// The lab whose cgroup contains the server.
     pub lab: Lab,
     hosts: Hosts,
     _directory: TempDir,
 }
 
 impl WebServer {
-    /// Its ports for HTTP/1.1, which people use for users and for consoles.
+    /// The ports for HTTP/1.1, which are typical for users and for consoles.
     pub const PORTS: [u16; 2] = [443, 8443];
-    /// Its port for HTTP/2 without TLS.
+    /// The port for HTTP/2 without TLS.
     pub const HTTP2: u16 = 8080;
     /// The application's port.
     pub const BACKEND: u16 = 9000;
-    /// A file of which this many bytes come in a second.
+    /// A file that is sent at this number of bytes per second.
     pub const FILE: &str = "/file";
     const BYTES_PER_SECOND: u64 = 20_000;
 
-    /// Starts one in a new cgroup, whose file takes so long to come. `agent` as for [`Lab::new`].
+    /// Starts a server in a new cgroup whose file takes this long to transfer. `agent` as for [`Lab::new`].
     ///
     /// # Errors
     ///
-    /// Where nginx or Python is not installed or does not start, with what it says.
+    /// Fails with the output if nginx or Python is not installed or does not start.
     pub fn start(agent: impl AsRef<Path>, file_takes: Duration) -> Result<Self> {
         Self::start_at(agent, file_takes, [Host::Server, Host::Near])
     }
 
-    /// The same with the application in the cgroup, and nginx beside it.
+    /// The same with the application inside the cgroup and nginx outside.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`WebServer::start`] does.
     pub fn start_with_backend_in_cgroup(
         agent: impl AsRef<Path>,
         file_takes: Duration,
@@ -86,16 +86,17 @@ impl WebServer {
         })
     }
 
-    /// What the server has logged.
+    /// The server's log.
     pub fn log(&self) -> String {
         self.server.output()
     }
 
-    /// A client on the other host of this kind (`http1`, `http2`), that is typed to; its port.
+    /// Starts a client of this kind (`http1`, `http2`) on the other host that reads commands. Returns it with
+    /// its port.
     ///
     /// # Errors
     ///
-    /// Where Python is not installed, or it cannot connect.
+    /// Fails if Python is not installed, or if the client cannot connect.
     pub fn client(&self, name: &str, kind: &str, port: u16) -> Result<(Program, u16)> {
         let python = program::find(PYTHON, "python3", &[])?;
         let mut command = self.hosts.command(&self.lab, Host::Far, python);
@@ -107,7 +108,7 @@ impl WebServer {
     }
 }
 
-/// One process in the foreground, which closes no idle connection itself.
+/// Runs one process in the foreground, which itself closes no idle connection.
 fn configuration(directory: &Path) -> String {
     let directory = directory.display();
     format!(

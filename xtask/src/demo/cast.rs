@@ -1,4 +1,4 @@
-//! Who plays: the clients, what each does, and what has to become of it.
+//! The clients of the show: what each does, and the expected outcome.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -8,33 +8,33 @@ use session_enforcer_tests::Veth;
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) const MAX_LIFETIME: Duration = Duration::from_secs(6);
 const BUSY_FOR: Duration = Duration::from_secs(7);
-/// Longer than the show.
+/// A duration longer than the show.
 const FOR_EVER: Duration = Duration::from_secs(3600);
 
-/// What a client does once it has said hello.
+/// The behaviour of a client after its first message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Habit {
     Silent,
-    /// Silent, but its kernel sends keepalive probes.
+    /// The client is silent, but its kernel sends keepalive probes.
     Probing,
-    /// Sends every half second, for this long.
+    /// The client sends a message every half second for this long.
     Busy(Duration),
 }
 
-/// What has to become of a client.
+/// The expected outcome of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// Reset when it has been silent for the idle timeout.
+    /// The client is reset when it reaches the idle timeout.
     ResetWhenIdle,
-    /// Reset when it is as old as the maximum lifetime.
+    /// The client is reset when it reaches the maximum lifetime.
     ResetWhenOld,
-    /// Recorded when it has been silent for the idle timeout, and left alone.
+    /// The client is only recorded when it reaches the idle timeout.
     Recorded,
-    /// Left alone.
+    /// The client is neither reset nor recorded.
     Untouched,
 }
 
-/// One client.
+/// The description of one client.
 #[derive(Debug)]
 pub(super) struct Role {
     pub(super) name: &'static str,
@@ -43,7 +43,7 @@ pub(super) struct Role {
     pub(super) rule: &'static str,
     pub(super) habit: Habit,
     pub(super) fate: Fate,
-    /// For the list of who is connected.
+    /// The description in the list of connected clients.
     pub(super) story: &'static str,
 }
 
@@ -53,7 +53,7 @@ impl Role {
     }
 }
 
-/// Connects before the daemon is started.
+/// This client connects before the daemon starts.
 pub(super) const OLDER: Role = Role {
     name: "older",
     server: Veth::RIGHT,
@@ -64,7 +64,7 @@ pub(super) const OLDER: Role = Role {
     story: "came before the daemon, said hello, is silent",
 };
 
-/// Connect when the daemon runs.
+/// These clients connect after the daemon has started.
 pub(super) const NEWER: [Role; 6] = [
     Role {
         name: "idle",
@@ -111,7 +111,7 @@ pub(super) const NEWER: [Role; 6] = [
     },
 ];
 
-/// The rules that they are under.
+/// The configuration of the daemon.
 pub(super) fn config() -> String {
     let (idle, old) = (IDLE_TIMEOUT.as_secs(), MAX_LIFETIME.as_secs());
     format!(

@@ -1,4 +1,4 @@
-//! One client at play: a connection whose both ends the show holds.
+//! One client of the show: a connection of which the show holds both ends.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -10,43 +10,43 @@ use session_enforcer_tests::{End, Moment, Pair, Record, keep_alive};
 use super::cast::{Fate, Habit, IDLE_TIMEOUT, MAX_LIFETIME, Role};
 use super::stage::Stage;
 
-/// Time between two messages of a busy client.
+/// The interval of a busy client's messages.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// A client that is, or was, connected.
+/// A client that is or was connected.
 pub(super) struct Client {
     pub(super) role: &'static Role,
     pub(super) pair: Pair,
-    /// Whether its connection has ended.
+    /// Whether the connection has ended.
     pub(super) ended: bool,
     /// Whether the audit has recorded that it would have been reset.
     pub(super) recorded: bool,
     last_round_trip: Moment,
     round_trips: u32,
-    /// When it sends next, while it is busy.
+    /// The time of the next message of a busy client.
     next: Option<Instant>,
-    /// What a message met in place of its answer.
+    /// The error that a message returned.
     failure: Option<Errno>,
 }
 
-/// What is worth telling of a busy client.
+/// A reportable event of a busy client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Said {
-    /// It has made this many round trips, and lives.
+    /// The client has made this many round trips and continues.
     Lives(u32),
-    /// It has made this many, and will make no more.
+    /// The client has made this many round trips and stops.
     FallsSilent(u32),
 }
 
 impl Client {
-    /// Connects and says hello.
+    /// Connects and exchanges the first message.
     pub(super) fn connect(role: &'static Role, stage: &Stage) -> Result<Self> {
         let pair = stage.connect(role.server())?;
         if role.habit == Habit::Probing {
             keep_alive(&pair.client, Duration::from_secs(1))?;
         }
         let last_round_trip = pair.round_trip()?;
-        // Half a pause off, so that no message meets a deadline, all of which are full seconds.
+        // The offset of half a pause keeps messages away from the deadlines, which are at full seconds.
         let next = matches!(role.habit, Habit::Busy(_)).then(|| Instant::now() + PAUSE / 2);
         Ok(Self {
             role,
@@ -60,7 +60,7 @@ impl Client {
         })
     }
 
-    /// `client -> server`, as addresses.
+    /// The addresses as `client -> server`.
     pub(super) fn route(&self) -> String {
         format!(
             "{} -> {}",
@@ -68,7 +68,7 @@ impl Client {
         )
     }
 
-    /// Whether what has to become of it has happened.
+    /// Whether the expected outcome has happened.
     pub(super) fn is_settled(&self) -> bool {
         match self.role.fate {
             Fate::ResetWhenIdle | Fate::ResetWhenOld => self.ended,
@@ -77,7 +77,7 @@ impl Client {
         }
     }
 
-    /// From when its limit counts, by the clock of the show, and the limit.
+    /// The start of the client's limit, by the clock of the show, and the limit.
     fn limit(&self) -> Option<(Moment, Duration)> {
         match self.role.fate {
             Fate::ResetWhenIdle | Fate::Recorded => Some((self.last_round_trip, IDLE_TIMEOUT)),
@@ -86,29 +86,29 @@ impl Client {
         }
     }
 
-    /// How long ago its limit was reached.
+    /// The time since the client reached its limit.
     pub(super) fn overdue(&self) -> Duration {
         let since_due = |(since, limit): (Moment, Duration)| since.elapsed().saturating_sub(limit);
         self.limit().map(since_due).unwrap_or_default()
     }
 
-    /// From when its limit counts to this end, at the most.
+    /// An upper bound of the time from the start of the limit to this end.
     pub(super) fn time_to(&self, end: &End) -> Duration {
         let until_end = |(since, _): (Moment, _)| end.seen.at - since.earliest.at;
         self.limit().map(until_end).unwrap_or_default()
     }
 
-    /// Time since its last payload, in either direction.
+    /// The time since the last payload in either direction.
     pub(super) fn silent_for(&self) -> Duration {
         self.last_round_trip.elapsed()
     }
 
-    /// When it sends next, while it is busy.
+    /// The time of the next message of a busy client.
     pub(super) fn sends_at(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Sends, where it is a busy one whose time has come.
+    /// Sends a message if the client is busy and its next message is due.
     pub(super) fn talk(&mut self) -> Option<Said> {
         let (Some(next), Habit::Busy(period)) = (self.next, self.role.habit) else {
             return None;
@@ -120,7 +120,7 @@ impl Client {
         match self.pair.round_trip() {
             Ok(moment) => self.last_round_trip = moment,
             Err(error) => {
-                // The connection has just ended: that is looked at, and told, by the caller.
+                // The connection has just ended. The caller detects and reports it.
                 self.failure = errno_of(&error);
                 return None;
             }
@@ -133,17 +133,17 @@ impl Client {
         }
     }
 
-    /// The end, as the client and as the server see it.
+    /// The end of the connection as seen by the client and by the server.
     pub(super) fn ends(&self) -> Result<[End; 2]> {
         let ends = self.pair.ends()?;
-        // The kernel tells a socket's error once: a message that met it has it.
+        // The kernel reports a socket error only once, so a failed message has consumed it.
         Ok(ends.map(|end| End {
             error: end.error.or(self.failure),
             ..end
         }))
     }
 
-    /// Why it has to be reset, as the audit puts it.
+    /// The expected reason of the reset, as in the audit.
     pub(super) fn reason(&self) -> Result<&'static str> {
         match self.role.fate {
             Fate::ResetWhenIdle => Ok("idle_timeout"),
@@ -154,7 +154,7 @@ impl Client {
         }
     }
 
-    /// Fails where its end is not the one that it has to come to.
+    /// Fails unless the client ended as expected.
     pub(super) fn check_reset(&self, ends: &[End; 2], record: &Record) -> Result<()> {
         let name = self.role.name;
         let [client, server] = ends.map(|end| end.error);
@@ -169,13 +169,13 @@ impl Client {
         self.check_time(ends, record)
     }
 
-    /// Fails where the audit says anything else than that it would have been reset.
+    /// Fails unless the audit records that the client would have been reset.
     pub(super) fn check_record(&self, record: &Record) -> Result<()> {
         self.check_labels(record, [self.role.rule, "idle_timeout", "observe", "none"])?;
         self.check_time(&[], record)
     }
 
-    /// Fails where it was not reset when somebody asked for it.
+    /// Fails unless the client was reset on request.
     pub(super) fn check_killed(&self, ends: &[End; 2], asked: &Moment) -> Result<()> {
         let name = self.role.name;
         let [client, server] = ends.map(|end| end.error);
@@ -190,7 +190,7 @@ impl Client {
         Ok(())
     }
 
-    /// Fails where the audit does not say that somebody asked for it.
+    /// Fails unless the audit records the request.
     pub(super) fn check_kill_record(&self, record: &Record) -> Result<()> {
         self.check_labels(record, [self.role.rule, "admin", "enforce", "reset"])?;
         let by = record.text("session_enforcer.requested_by.user");
@@ -211,7 +211,7 @@ impl Client {
         Ok(())
     }
 
-    /// By the daemon's clock, and by the one of whoever holds the sockets.
+    /// Checks the lateness by the daemon's clock and by that of the socket's owner.
     fn check_time(&self, ends: &[End], record: &Record) -> Result<()> {
         let name = self.role.name;
         let lateness = record.number("session_enforcer.lateness_seconds");

@@ -1,4 +1,4 @@
-//! What is printed, and how it looks: colours and the running clock on a terminal only.
+//! Prints the show. Colours and the running clock appear only on a terminal.
 
 use std::env;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
-/// Begins a line anew: what the clock has written goes.
+/// Returns to the start of the line and clears it, which removes the clock.
 const CLEAR: &str = "\r\x1b[2K";
 
-/// How an event's first word stands out.
+/// The kind of an event, which determines its first word and colour.
 #[derive(Clone, Copy)]
 pub(super) enum Kind {
     Ready,
@@ -59,7 +59,7 @@ impl Screen {
         }
     }
 
-    /// From now on the clock counts anew.
+    /// Restarts the clock from zero.
     pub(super) fn start_clock(&mut self) {
         self.zero = Instant::now();
     }
@@ -69,18 +69,18 @@ impl Screen {
         print(&format!("{clear}{text}\n"))
     }
 
-    /// A heading, with an empty line above.
+    /// Prints a heading after an empty line.
     pub(super) fn heading(&self, text: &str) -> Result<()> {
         self.line(&format!("\n{}", self.paint("1", text)))
     }
 
-    /// Lines that are set off.
+    /// Prints indented lines.
     pub(super) fn quote(&self, text: &str) -> Result<()> {
         text.lines()
             .try_for_each(|line| self.line(format!("    {line}").trim_end()))
     }
 
-    /// What happened to whom at `at`; the first line beside the time, the others below it.
+    /// Prints an event at `at`: the first line beside the time, the others below it.
     pub(super) fn event(&self, at: Instant, kind: Kind, who: &str, lines: &[String]) -> Result<()> {
         let time = at.saturating_duration_since(self.zero).as_secs_f64();
         let word = self.paint(kind.colour(), &format!("{:<6}", kind.word()));
@@ -92,21 +92,21 @@ impl Screen {
         Ok(())
     }
 
-    /// The running clock, in the last line; only where such a line can be written again.
+    /// Prints the running clock on the last line, if the output is a terminal.
     pub(super) fn clock(&self, text: &str) -> Result<()> {
         if !self.live {
             return Ok(());
         }
         let time = self.zero.elapsed().as_secs_f64();
         let line = self.paint("2", &format!("t={time:>4.1} s  {text}"));
-        // A narrow terminal cuts the line off and does not wrap it: CLEAR is for one line.
+        // Disable wrapping, so that a narrow terminal cuts the line: CLEAR clears only one line.
         print(&format!("{CLEAR}\x1b[?7l{line}\x1b[?7h"))
     }
 
-    /// Leaves the last line to whoever prints next.
+    /// Clears the clock before other output.
     pub(super) fn stop_clock(&self) {
         if self.live {
-            // Where that fails, nobody looks any more.
+            // The error does not matter, because nobody sees the output.
             let _ = print(CLEAR);
         }
     }
@@ -119,7 +119,7 @@ impl Screen {
     }
 }
 
-/// Not `println!`, which panics where the reader has gone.
+/// Replaces `println!`, which panics if the reader has closed the output.
 fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());

@@ -1,4 +1,4 @@
-//! The show itself: who is connected, and what becomes of each, as it happens.
+//! The show: prints who is connected and what happens to each client.
 
 use std::fs;
 use std::os::fd::AsFd as _;
@@ -18,19 +18,19 @@ use super::screen::{Kind, Screen};
 use super::stage::{Stage, ensure_gone};
 use crate::process::say;
 
-/// How often the clock moves.
+/// The interval of the clock's updates.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How late a reset may be before it counts as missing: the machine may be busy.
+/// A reset that is later than this counts as missing. The machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The width of the terminal that shows the list.
+/// The terminal width for the session list.
 const WIDTH: u16 = 100;
 
-/// How long the older client is connected before the daemon is started.
+/// The older client is connected this long before the daemon starts.
 const HEAD_START: Duration = Duration::from_secs(1);
 
-/// What of the metrics is shown.
+/// The metrics that the show prints.
 const METRICS: [&str; 5] = [
     "session_enforcer_sessions{",
     "session_enforcer_terminations_total{",
@@ -39,7 +39,7 @@ const METRICS: [&str; 5] = [
     "session_enforcer_termination_lateness_seconds_count",
 ];
 
-/// Plays, takes everything down, and fails where anything was not as promised.
+/// Runs the show, removes everything, and fails if an outcome was not as expected.
 pub(super) fn show(agent: &Path) -> Result<()> {
     let stop = Stop::listen()?;
     let servers = NEWER.iter().map(Role::server).collect();
@@ -49,7 +49,7 @@ pub(super) fn show(agent: &Path) -> Result<()> {
     let played = play(&stage, &stop, &mut screen, &mut traces);
     drop(stage);
     let gone = ensure_gone(&traces);
-    // A terminal interrupts the daemon, too: what looks like its failure then is none.
+    // A terminal also interrupts the daemon. Its exit is then no failure.
     let played = stop.check().and(played);
     if let (Err(_), Err(left)) = (&played, &gone) {
         say!("{left:#}");
@@ -111,19 +111,19 @@ fn introduce(stage: &Stage, screen: &Screen, config: &str) -> Result<()> {
     screen.quote(&format!("    --cgroup {cgroup}"))
 }
 
-/// The show while it plays. The daemon goes before the clients do.
+/// The running show. The daemon must be dropped before the clients.
 struct Show<'a> {
     daemon: Daemon,
     clients: Vec<Client>,
     stage: &'a Stage,
     stop: &'a Stop,
     screen: &'a Screen,
-    /// Of each reset, in seconds.
+    /// The lateness of each reset in seconds.
     lateness: Vec<f64>,
 }
 
 impl Show<'_> {
-    /// Plays to the end; what was shown.
+    /// Runs to the end and returns the summary.
     fn run(&mut self) -> Result<String> {
         self.present()?;
         while !self.clients.iter().all(Client::is_settled) {
@@ -155,7 +155,7 @@ impl Show<'_> {
                 .quote(&format!("{name:<8}  {route}, rule {rule}"))?;
             self.screen.quote(&format!("          {story}"))?;
         }
-        // All but the exempt one: the daemon has nothing to do with that.
+        // The daemon does not track the exempt client.
         let tracked = u32::try_from(self.clients.len() - 1)?;
         let wait_for = |name, value| self.daemon.wait_for_metric(name, &[], value);
         wait_for("session_enforcer_sessions_adopted_total", 1.0)?;
@@ -169,7 +169,7 @@ impl Show<'_> {
         self.tell(Instant::now(), Kind::Ready, "daemon", &[line])
     }
 
-    /// What an operator sees.
+    /// Prints the list of sessions that an operator sees.
     fn list(&self) -> Result<()> {
         self.screen.heading("session-enforcer list")?;
         let listed = self.daemon.command_for(&["list"])?;
@@ -180,7 +180,7 @@ impl Show<'_> {
             let port = client.pair.client_address.port();
             let is_listed = listed.contains(&format!(":{port} "));
             let is_exempt = client.role.fate == Fate::Untouched;
-            // On a busy machine one may have been reset before it was listed.
+            // On a busy machine the session may have been reset before the list was made.
             let is_due = client.overdue() > Duration::ZERO;
             let name = client.role.name;
             ensure!(
@@ -191,7 +191,7 @@ impl Show<'_> {
         self.screen.quote(&listed)
     }
 
-    /// An operator resets the one that no limit resets.
+    /// Resets the observed client on request, as an operator would.
     fn end_by_hand(&mut self) -> Result<()> {
         let observed = |client: &&mut Client| client.role.fate == Fate::Recorded;
         let client = self.clients.iter_mut().find(observed);
@@ -236,7 +236,8 @@ impl Show<'_> {
         Ok(())
     }
 
-    /// Waits until connections end, a client has to send, or the clock has to move. Which ended.
+    /// Waits until connections end, a client must send, or the clock must be updated. Returns the ended
+    /// clients.
     fn wait(&self) -> Result<Vec<usize>> {
         let clients = self.clients.iter().enumerate();
         let (numbers, open): (Vec<_>, Vec<_>) = clients.filter(|(_, client)| !client.ended).unzip();
@@ -244,7 +245,7 @@ impl Show<'_> {
         let pause = next.map_or(TICK, |next| {
             next.saturating_duration_since(Instant::now()).min(TICK)
         });
-        // Asked for nothing, poll(2) still reports errors and the end of both directions.
+        // poll(2) reports errors and the end of both directions even without requested events.
         let sockets = open.iter().map(|client| client.pair.client.as_fd());
         let mut fds: Vec<_> = sockets
             .map(|fd| PollFd::new(fd, PollFlags::empty()))
@@ -277,7 +278,7 @@ impl Show<'_> {
         self.tell(ends[0].seen.at, Kind::Reset, name, &lines)
     }
 
-    /// What would have been reset, were it not under a rule that only observes.
+    /// Prints the observed sessions that would have been reset.
     fn tell_records(&mut self) -> Result<()> {
         for number in 0..self.clients.len() {
             let client = &mut self.clients[number];
@@ -312,7 +313,7 @@ impl Show<'_> {
         Ok(())
     }
 
-    /// Those that are still there have to be of use.
+    /// Checks that the remaining connections still work.
     fn tell_survivors(&self) -> Result<()> {
         for client in self.clients.iter().filter(|client| !client.ended) {
             let name = client.role.name;
@@ -329,14 +330,14 @@ impl Show<'_> {
         self.screen.event(at, kind, who, lines)
     }
 
-    /// Who lives, for the clock.
+    /// The names of the connected clients, for the clock.
     fn connected(&self) -> String {
         let open = self.clients.iter().filter(|client| !client.ended);
         let names: Vec<_> = open.map(|client| client.role.name).collect();
         format!("connected: {}", names.join(", "))
     }
 
-    /// The audit's line on the first that came while the daemon ran.
+    /// Prints the audit record of the first client that connected while the daemon was running.
     fn quote_audit(&self) -> Result<()> {
         let client = self.clients.get(1).context("there are several clients")?;
         let (name, port) = (client.role.name, client.pair.client_address.port());
@@ -353,7 +354,7 @@ impl Show<'_> {
         self.screen.heading("Some of the metrics")?;
         let metrics = self.daemon.metrics()?;
         let is_shown = |line: &&str| METRICS.iter().any(|name| line.starts_with(name));
-        // A counter is there for each set of its labels, from the start.
+        // Every counter has a zero series for each set of labels from the start.
         let is_used = |line: &&str| !(line.contains("_total{") && line.ends_with(" 0"));
         let mut lines = metrics.text().lines().filter(is_shown).filter(is_used);
         lines.try_for_each(|line| self.screen.quote(line))
@@ -384,7 +385,7 @@ impl Show<'_> {
     }
 }
 
-/// Which limit was reached, and how exactly.
+/// The limit that was reached, and how precisely.
 fn why(record: &Record) -> String {
     let what = if record.text("event.reason") == "max_lifetime" {
         format!("{:.3} s old", record.number("event.duration") / 1e9)
@@ -402,7 +403,7 @@ fn lateness(record: &Record) -> f64 {
     record.number("session_enforcer.lateness_seconds")
 }
 
-/// When the audit says it was.
+/// The time of the record.
 fn written_at(record: &Record) -> Instant {
     let now = Time::now();
     now.at - now.wall.saturating_sub(record.time("@timestamp"))

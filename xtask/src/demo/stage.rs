@@ -1,4 +1,4 @@
-//! Where the show plays: two network namespaces with a cable between them, and a cgroup.
+//! The environment of the show: two connected network namespaces and a cgroup.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use session_enforcer_tests::{Agent, Cgroup, Listener, Netns, Pair, Place, Veth};
 
-/// Everything goes away with it. The fields are in the order in which that has to happen.
+/// Dropping it removes everything. The order of the fields is the order of removal.
 pub(super) struct Stage {
     servers: Vec<Listener>,
     clients: Agent,
-    /// The servers' sockets belong to it, and the daemon sees no others.
+    /// The servers' sockets belong to it. The daemon sees only these.
     pub(super) cgroup: Cgroup,
     server_side: Netns,
     client_side: Netns,
 }
 
 impl Stage {
-    /// With a server on each of these addresses, which are those of the cable's right end.
+    /// Creates the environment with a server on each of these addresses of the link's right end.
     pub(super) fn build(agent: &Path, servers: &BTreeSet<SocketAddr>) -> Result<Self> {
         let cgroup = Cgroup::new().context("the demo makes a cgroup of its own")?;
         let [client_side, server_side] = [Netns::new()?, Netns::new()?];
@@ -35,7 +35,7 @@ impl Stage {
         })
     }
 
-    /// A connection from a client in the one namespace to a server in the other.
+    /// Connects a client in one namespace to a server in the other.
     pub(super) fn connect(&self, server: SocketAddr) -> Result<Pair> {
         let listener = self
             .servers
@@ -45,19 +45,19 @@ impl Stage {
         Pair::open(&self.clients, listener)
     }
 
-    /// The names of the namespaces: the clients' and the servers'.
+    /// The names of the clients' and of the servers' namespace.
     pub(super) fn namespaces(&self) -> [&str; 2] {
         [self.client_side.name(), self.server_side.name()]
     }
 
-    /// The files that are there as long as the stage is.
+    /// Files that exist as long as the environment does.
     pub(super) fn traces(&self) -> Vec<PathBuf> {
         let cgroup = self.cgroup.path().to_owned();
         vec![cgroup, self.server_side.path(), self.client_side.path()]
     }
 }
 
-/// Fails where one of the files is still there.
+/// Fails if one of the files still exists.
 pub(super) fn ensure_gone(traces: &[PathBuf]) -> Result<()> {
     let left: Vec<_> = traces.iter().filter(|path| path.exists()).collect();
     if !left.is_empty() {

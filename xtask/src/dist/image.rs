@@ -1,4 +1,4 @@
-//! The image for containers, by buildah: the static binary and a configuration. No registry has a part in it.
+//! Builds the container image with buildah: the static binary and a configuration. No registry is used.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,22 +11,21 @@ use crate::arch::Arch;
 use crate::packages::{self, Missing};
 use crate::process::{output_of, run};
 
-/// What goes into one.
+/// The parts of an image.
 pub(super) struct Image<'a> {
     pub(super) arch: Arch,
     pub(super) version: &'a str,
-    /// The time that its files are given, in seconds since 1970.
+    /// The time stamp of its files, in seconds since 1970.
     pub(super) epoch: &'a str,
     pub(super) binary: &'a Path,
     /// The folder of the Containerfile.
     pub(super) source: &'a Path,
-    /// A folder for what is made on the way.
+    /// A folder for intermediate files.
     pub(super) stage: &'a Path,
 }
 
 impl Image<'_> {
-    /// Makes an archive of the image in the layout of the Open Container Initiative, which podman and
-    /// containerd load.
+    /// Writes an archive of the image in the OCI layout, which podman and containerd load.
     pub(super) fn archive(&self, archive: &Path) -> Result<()> {
         packages::ensure(&packages::IMAGES, Missing::Install)?;
         let context = self.stage.join("context");
@@ -38,7 +37,7 @@ impl Image<'_> {
             copy(&self.source.join(name), &context.join(name))?;
         }
         copy(self.binary, &context.join(NAME))?;
-        // It is for everybody to read, whatever the umask of the build.
+        // Everybody may read the files, independent of the build's umask.
         run(Command::new("chmod")
             .arg("-R")
             .arg("u=rwX,go=rX")
@@ -63,7 +62,7 @@ impl Image<'_> {
         self.pack(&layout, archive)
     }
 
-    /// buildah's own archive has the time of its making.
+    /// Packs the layout with tar, because buildah's own archive contains the build time.
     fn pack(&self, layout: &Path, archive: &Path) -> Result<()> {
         let mut tar = Command::new("tar");
         tar.args(["--create", "--sort=name", "--owner=0", "--group=0"]);
@@ -74,7 +73,7 @@ impl Image<'_> {
     }
 }
 
-/// With a storage of its own, which nothing else on this machine sees.
+/// A buildah with private storage.
 fn buildah(storage: &Path) -> Command {
     let mut buildah = Command::new("buildah");
     let folder = |name: &str| -> PathBuf { storage.join(name) };

@@ -1,6 +1,6 @@
-//! The bill of materials: every crate that is in the binary, in the JSON of `CycloneDX`.
+//! The SBOM in `CycloneDX` JSON: every crate in the binary.
 //!
-//! Without a serial number and a time: the same sources have the same bill.
+//! It has no serial number and no time, so that the same sources give the same file.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use super::{Arch, NAME};
 use crate::process::output_of;
 use crate::workspace::Workspace;
 
-/// The bill of the daemon's normal dependencies.
+/// The SBOM of the daemon's normal dependencies.
 pub(super) fn of(checkout: &Workspace) -> Result<String> {
     let mut cargo = checkout.cargo();
     cargo.args(["metadata", "--locked", "--format-version=1"]);
@@ -67,7 +67,7 @@ fn bill(metadata: &Value) -> Result<Value> {
     }))
 }
 
-/// The crates that one is linked with: not those that only build or test it.
+/// The crates that a crate is linked with, without build and test dependencies.
 fn linked(node: &Value) -> BTreeSet<String> {
     let is_normal = |need: &&Value| {
         let kinds = array(&need["dep_kinds"]);
@@ -86,14 +86,14 @@ fn component(package: &Value, kind: &str) -> Value {
         "purl": purl(package),
     });
     if let Some(license) = package["license"].as_str() {
-        // Older crates write "MIT/Apache-2.0", which SPDX writes with OR.
+        // Older crates write "MIT/Apache-2.0" instead of SPDX's OR.
         let parts: Vec<&str> = license.split('/').map(str::trim).collect();
         component["licenses"] = json!([{ "expression": parts.join(" OR ") }]);
     }
     component
 }
 
-/// The crate's name in the language of package URLs.
+/// The package URL of a crate.
 fn purl(package: &Value) -> String {
     format!(
         "pkg:cargo/{}@{}",

@@ -1,4 +1,4 @@
-//! cargo-deb and cargo-generate-rpm, built into the target directory.
+//! Builds cargo-deb and cargo-generate-rpm into the target directory.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,7 +9,7 @@ use crate::process::{output_of, say};
 use crate::setup::lock;
 use crate::workspace::{Workspace, install};
 
-/// A program that makes packages.
+/// A program that builds packages.
 #[derive(Clone, Copy)]
 pub(super) enum Tool {
     Deb,
@@ -34,25 +34,25 @@ impl Tool {
     }
 }
 
-/// The programs, ready for use.
+/// The installed programs.
 pub(super) struct Tools {
     folder: PathBuf,
 }
 
 impl Tools {
-    /// A command that runs one of them.
+    /// A command that runs one of the programs.
     pub(super) fn command(&self, tool: Tool) -> Command {
         Command::new(self.folder.join("bin").join(tool.name()))
     }
 
     fn stands(&self, tool: Tool) -> bool {
-        // Both print their version alone or after their name.
+        // Both programs print the version alone or after their name.
         output_of(self.command(tool).arg("--version"))
             .is_ok_and(|printed| printed.trim().ends_with(tool.version()))
     }
 }
 
-/// Makes sure that they are there, of the pinned versions.
+/// Ensures that the programs are installed in the pinned versions.
 pub(super) fn ensure(workspace: &Workspace) -> Result<Tools> {
     let _lock = lock(workspace)?;
     let tools = Tools {

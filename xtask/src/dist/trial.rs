@@ -1,5 +1,5 @@
-//! Tries what was made, as root: the Debian package in machines with systemd, the image in podman, the RPM by what is
-//! in it.
+//! Tests the built files as root: the Debian package in machines with systemd, the image in podman, and the
+//! RPM by its contents.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,14 +12,14 @@ use crate::packages::{self, Missing};
 use crate::process::{is_root, run, say};
 use crate::workspace::Workspace;
 
-/// The releases of Debian that it is tried in.
+/// The Debian releases for the tests.
 const SUITES: [&str; 2] = ["trixie", "bookworm"];
 
-/// What the tests use in the machine, besides what is always there.
+/// Packages that the tests need in the machine besides the base system.
 const INCLUDED: &str =
     "curl,dbus,logrotate,openssh-client,openssh-server,procps,systemd,systemd-sysv";
 
-/// Fails where the packages of these processors could not be tried here, before they are built.
+/// Fails before the build if the packages of these architectures cannot be tested on this machine.
 pub(super) fn prepare(archs: &[Arch]) -> Result<()> {
     ensure!(
         is_root()?,
@@ -38,7 +38,7 @@ fn includes(archs: &[Arch], own: Arch) -> Result<()> {
     Ok(())
 }
 
-/// This machine's processor.
+/// The architecture of this machine.
 fn own_arch() -> Result<Arch> {
     let own = Arch::ALL
         .into_iter()
@@ -46,7 +46,7 @@ fn own_arch() -> Result<Arch> {
     own.context("no packages are made for this machine's processor: --test cannot be used here")
 }
 
-/// Checks the package, and runs the tests of it in each release.
+/// Checks the package and runs its tests in each release.
 pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
     let own = own_arch()?;
     let package = published(out, &format!("_{}.deb", own.debian()))?;
@@ -74,7 +74,7 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A command that runs a file of tests.
+/// The command that runs a test file.
 fn tests(workspace: &Workspace, name: &str) -> Command {
     let mut cargo = workspace.cargo();
     cargo
@@ -83,14 +83,14 @@ fn tests(workspace: &Workspace, name: &str) -> Command {
     cargo
 }
 
-/// The file whose name ends like this.
+/// The file whose name ends with `end`.
 fn published(out: &Path, end: &str) -> Result<PathBuf> {
     let mut files = list(out)?.into_iter();
     let file = files.find(|path| path.to_string_lossy().ends_with(end));
     file.with_context(|| format!("{} has no *{end}", out.display()))
 }
 
-/// A Debian root, made once and kept.
+/// A Debian root file system, which is created once and kept.
 fn debian(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     let folder = workspace.target().join("machines");
     let root = folder.join(suite);
@@ -99,7 +99,7 @@ fn debian(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     }
     say!("making the root of a Debian {suite} (a minute or so, once)");
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    // One that was cut short must not be taken for whole.
+    // An incomplete root must not be taken for a complete one.
     let unfinished = folder.join(format!("{suite}.unfinished"));
     let _ = fs::remove_dir_all(&unfinished);
     let mut debootstrap = Command::new("mmdebstrap");

@@ -1,5 +1,5 @@
-//! cargo-deny, over the crates that the project depends on: their licences, their sources, what is known
-//! against them. `deny.toml` has the rules.
+//! Runs cargo-deny on the dependencies: their licences, sources and known vulnerabilities. The rules are in
+//! `deny.toml`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::workspace::{Workspace, cargo_install};
 
 const NAME: &str = "cargo-deny";
 
-/// What is built where none is installed.
+/// The version that is built if none is installed.
 const VERSION: &str = "0.20.2";
 
 /// Checks both workspaces.
@@ -53,7 +53,7 @@ fn command(deny: &Path, workspace: &Workspace, manifest: &Path) -> Command {
     command
 }
 
-/// The one that is installed, whatever its version, or one in the target directory.
+/// The installed cargo-deny of any version, otherwise one in the target directory.
 fn ensure(workspace: &Workspace) -> Result<PathBuf> {
     let _lock = lock(workspace)?;
     let folder = workspace.target().join("lint-tools");
@@ -70,7 +70,7 @@ fn ensure(workspace: &Workspace) -> Result<PathBuf> {
     Ok(own)
 }
 
-/// Without optimisation: it runs for seconds, and is built for minutes.
+/// Builds without optimisation: it runs for seconds, but an optimised build takes minutes.
 fn build(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let scratch = folder.join("build");

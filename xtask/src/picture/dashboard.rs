@@ -1,15 +1,15 @@
-//! The layout of the Grafana dashboard: its panels in their places, with titles, units and legends. No Grafana is
-//! needed, and there are no curves: what a panel shows is in its description.
+//! Draws the layout of the Grafana dashboard: its panels with titles, units and legends. It needs no Grafana and
+//! draws no curves; the descriptions of the panels explain those.
 
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
 use super::svg::{Area, BACKGROUND, Svg};
 
-/// The dashboard, from the root of the project.
+/// The dashboard, from the root of the repository.
 pub(super) const JSON: &str = "session-enforcer/monitoring/grafana-dashboard.json";
 
-/// Pixels of a column and a row of Grafana's grid, which has 24 columns; around all; and of a character.
+/// Sizes in pixels: a column and a row of Grafana's grid, which has 24 columns; the margin; a character.
 const COLUMN: u32 = 42;
 const ROW: u32 = 20;
 const MARGIN: u32 = 12;
@@ -86,7 +86,7 @@ fn draw(svg: &mut Svg, panel: &Panel) {
         return;
     }
     let is_plot = panel.kind == "timeseries";
-    // Some pixels stay free between two panels.
+    // A gap of some pixels separates two panels.
     let area = Area {
         x: x + 2,
         y: y + 2,
@@ -121,7 +121,7 @@ fn draw(svg: &mut Svg, panel: &Panel) {
     );
 }
 
-/// What Grafana calls a unit, in words.
+/// Describes one of Grafana's units in words.
 fn unit(name: &str) -> String {
     let words = match name {
         "" | "short" => return String::new(),
@@ -134,7 +134,7 @@ fn unit(name: &str) -> String {
     format!(", {words}")
 }
 
-/// The names of the curves; a label's value is named after the label.
+/// The names of the curves. A label's value is replaced by the label's name.
 fn legend(panel: &Panel) -> String {
     let names = panel
         .targets
@@ -144,7 +144,7 @@ fn legend(panel: &Panel) -> String {
     names.join(", ").replace("{{", "‹").replace("}}", "›")
 }
 
-/// The words of a title, as many in a row as it has room for.
+/// Splits a title into rows of at most this many characters.
 fn wrapped(title: &str, characters: u32) -> Vec<String> {
     let mut rows: Vec<String> = Vec::new();
     for word in title.split(' ') {

@@ -1,4 +1,4 @@
-//! What a program has written to a terminal, as the terminal shows it, and a picture of that.
+//! Renders a program's terminal output as the terminal would show it, and draws it.
 
 use std::num::NonZero;
 
@@ -7,36 +7,36 @@ use vt100::{Cell, Color, Parser};
 
 use super::svg::Svg;
 
-/// Rows of the terminal: more than is written, so that nothing scrolls away.
+/// The number of terminal rows. It exceeds the output, so that nothing scrolls away.
 const ROWS: NonZero<u16> = NonZero::new(400).expect("not 0");
 
-/// Pixels of a character, and around them all.
+/// Sizes in pixels: a character, and the margin.
 const WIDTH: u32 = 8;
 const HEIGHT: u32 = 18;
 const MARGIN: u32 = 16;
 
-/// The names of the first eight colours, in the order of their numbers.
+/// The names of the first eight colours by number.
 const COLOURS: [&str; 8] = [
     "dim", "red", "green", "yellow", "blue", "magenta", "cyan", "",
 ];
 
-/// The screen of a terminal, row by row.
+/// The content of a terminal, row by row.
 pub(super) struct Recording {
     rows: Vec<Vec<Span>>,
 }
 
-/// Characters side by side that look the same.
+/// Adjacent characters of the same style.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Span {
     column: u16,
     columns: u16,
-    /// A class of the picture's, or several.
+    /// One or more CSS classes of the picture.
     class: String,
     text: String,
 }
 
 impl Recording {
-    /// What a terminal of this width shows of a program's output.
+    /// Renders a program's output on a terminal of this width.
     pub(super) fn of(output: &str, columns: NonZero<u16>) -> Result<Self> {
         let mut parser = Parser::new(ROWS, columns, 0);
         parser.process(output.replace('\n', "\r\n").as_bytes());
@@ -54,7 +54,7 @@ impl Recording {
         Ok(Self { rows })
     }
 
-    /// The rows from the one that begins with `from` up to, and without, the one that begins with `to`.
+    /// The rows from the one that starts with `from` up to, but without, the one that starts with `to`.
     pub(super) fn part(mut self, from: &str, to: &str) -> Result<Self> {
         let start = self.find(from, 0)?;
         let end = self.find(to, start)?;
@@ -86,7 +86,7 @@ impl Recording {
                 let x = MARGIN + u32::from(span.column) * WIDTH;
                 let width = u32::from(span.columns) * WIDTH;
                 let class = format!("mono {}", span.class);
-                // The line stands above the room for descenders.
+                // Leave room for descenders below the baseline.
                 let line = y + HEIGHT - 5;
                 svg.text(x, line, Some(width), class.trim_end(), &span.text);
             }
@@ -95,7 +95,8 @@ impl Recording {
     }
 }
 
-/// The spans of a row. Two spaces end one: a reader's font need not have the width of another's.
+/// Splits a row into spans of one style. Two spaces also end a span, because the reader's font may have
+/// another width.
 fn spans(cells: &[&Cell]) -> Result<Vec<Span>> {
     let mut spans: Vec<Span> = Vec::new();
     let mut blanks = 0;
@@ -129,11 +130,11 @@ fn spans(cells: &[&Cell]) -> Result<Vec<Span>> {
     Ok(spans)
 }
 
-/// How a character looks, in the picture's classes. Backgrounds are not drawn: no command has any.
+/// The CSS classes of a character. Backgrounds are not drawn, because no command uses them.
 fn class(cell: &Cell) -> Result<String> {
     let mut classes = match cell.fgcolor() {
         Color::Default => vec![],
-        // The bright ones are those of the picture, which has dark ground.
+        // Bright colours are drawn like the normal ones, because the picture has a dark background.
         Color::Idx(number) if number < 16 => vec![COLOURS[usize::from(number % 8)]],
         other => bail!("{other:?} is none of a terminal's 16 colours: svg.rs has no class for it"),
     };

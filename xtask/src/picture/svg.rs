@@ -1,8 +1,8 @@
-//! A picture made of rectangles and words. It names no font, file or script of another place.
+//! Builds SVG pictures of rectangles and text. They refer to no external font, file or script.
 
 use std::fmt::Write as _;
 
-/// Of every picture: one background of its own, so that the page's may be light or dark.
+/// The style of every picture. It has its own background, so the page may be light or dark.
 const STYLE: &str = "text{fill:#d6d9de;font-size:13px}\
 .mono{font-family:Menlo,Consolas,\"DejaVu Sans Mono\",monospace}\
 .sans{font-family:\"Segoe UI\",\"DejaVu Sans\",sans-serif}\
@@ -13,7 +13,7 @@ const STYLE: &str = "text{fill:#d6d9de;font-size:13px}\
 pub(super) const BACKGROUND: &str = "#161b22";
 pub(super) const EDGE: &str = "#57606a";
 
-/// A picture in the making. All lengths are in pixels.
+/// A picture that is being built. All lengths are in pixels.
 pub(super) struct Svg {
     width: u32,
     height: u32,
@@ -21,7 +21,7 @@ pub(super) struct Svg {
     body: String,
 }
 
-/// A place and a size.
+/// A position and a size.
 #[derive(Clone, Copy)]
 pub(super) struct Area {
     pub(super) x: u32,
@@ -31,7 +31,7 @@ pub(super) struct Area {
 }
 
 impl Svg {
-    /// An empty picture with its background; readers of screens read the title.
+    /// An empty picture with a background. Screen readers read the title.
     pub(super) fn new(width: u32, height: u32, title: &str) -> Self {
         let mut svg = Self {
             width,
@@ -56,15 +56,15 @@ impl Svg {
             width,
             height,
         } = area;
-        // Half a pixel off, so that an edge of one pixel is sharp.
+        // The offset of half a pixel makes edges of one pixel sharp.
         self.push(&format!(
             "<rect x=\"{x}.5\" y=\"{y}.5\" width=\"{width}\" height=\"{height}\" rx=\"4\" \
              fill=\"{fill}\" stroke=\"{EDGE}\"/>"
         ));
     }
 
-    /// Words whose line stands on `y`. With a width they are stretched or pressed to it: columns stay
-    /// in line whatever font the reader has.
+    /// Adds text with the baseline at `y`. With a width the text is stretched to it, so that columns stay
+    /// aligned in any font.
     pub(super) fn text(&mut self, x: u32, y: u32, width: Option<u32>, class: &str, text: &str) {
         let length = width.map_or_else(String::new, |width| {
             format!(" textLength=\"{width}\" lengthAdjust=\"spacingAndGlyphs\"")
@@ -99,7 +99,7 @@ impl Svg {
     }
 }
 
-/// Text as XML has it. Control characters, which XML cannot have, are left out.
+/// Escapes text for XML. Control characters are omitted, because XML cannot contain them.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,9 +1,8 @@
-//! Changes a running kernel from the outside, or resets the machine, by the protocol that QEMU speaks
-//! with a debugger.
+//! Modifies a running kernel from outside, or resets the machine, through QEMU's debugger protocol.
 //!
-//! Debian builds every kernel with `CONFIG_INET_DIAG_DESTROY`. One without has no `destroy` in the
-//! handler that `tcp_diag` registers, and that is all: clearing the pointer makes it such a one. The
-//! handler lies in memory that the kernel itself may not write.
+//! Debian builds every kernel with `CONFIG_INET_DIAG_DESTROY`. Without that option, the only difference is
+//! that `tcp_diag`'s handler has no `destroy` function. Clearing its pointer emulates such a kernel. The
+//! kernel itself cannot do that, because the handler is in read-only memory.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -13,15 +12,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-/// The handler and the function it points to, in hexadecimal: the machine inside asks with it.
+/// The request of the machine: the addresses of the handler and of the function, in hexadecimal.
 pub(super) const ASKED: &str = "clear-destroy";
-/// The answer: what went wrong, or nothing.
+/// The answer: an error, or nothing.
 pub(super) const ANSWERED: &str = "clear-destroy.done";
 
-/// More than the size of `struct inet_diag_handler`, in bytes.
+/// An upper bound of the size of `struct inet_diag_handler` in bytes.
 const HANDLER: usize = 96;
 
-/// Does what the machine inside asks for, once.
+/// Performs the request of the machine once.
 pub(super) fn serve(shared: &Path, socket: &Path) {
     let (asked, answered) = (shared.join(ASKED), shared.join(ANSWERED));
     if answered.exists() || !asked.exists() {
@@ -33,7 +32,7 @@ pub(super) fn serve(shared: &Path, socket: &Path) {
     let said = result
         .err()
         .map_or_else(String::new, |error| format!("{error:#}"));
-    // Where it cannot be written, the machine inside waits in vain and says so.
+    // If the answer cannot be written, the machine reports a timeout.
     let _ = fs::write(answered, said);
 }
 
@@ -44,21 +43,21 @@ fn clear(socket: &Path, asked: &str) -> Result<()> {
     let (Some(Ok(handler)), Some(Ok(destroy))) = (words.next(), words.next()) else {
         bail!("no two addresses: {asked:?}");
     };
-    // The machine stands still from here on, until it is told to go on.
+    // The connection stops the machine until it is told to continue.
     let mut debugger = Debugger::connect(socket)?;
     let cleared = debugger.clear_pointer(handler, destroy);
     debugger.ask("D", "OK")?;
     cleared
 }
 
-/// Does what the reset button of a machine does.
+/// Resets the machine like its reset button.
 pub(super) fn reset(socket: &Path) -> Result<()> {
     let mut debugger = Debugger::connect(socket)?;
     debugger.ask(&monitor("system_reset"), "OK")?;
     debugger.ask("D", "OK")
 }
 
-/// A connection by GDB's remote serial protocol.
+/// A connection with GDB's remote serial protocol.
 struct Debugger(UnixStream);
 
 impl Debugger {
@@ -69,7 +68,7 @@ impl Debugger {
         Ok(Self(stream))
     }
 
-    /// Clears the field of the handler that points to the function.
+    /// Clears the handler's pointer to the function.
     fn clear_pointer(&mut self, handler: u64, function: u64) -> Result<()> {
         let bytes = self.read(handler, HANDLER)?;
         let mut words = (handler..).step_by(8).zip(bytes.chunks(8));
@@ -97,12 +96,12 @@ impl Debugger {
         Ok(())
     }
 
-    /// Sends a packet; the contents of the one that answers.
+    /// Sends a packet and returns the content of the answer.
     fn exchange(&mut self, what: &str) -> Result<String> {
         self.0.write_all(packet(what).as_bytes())?;
         loop {
             let answer = self.receive()?;
-            // The first is that the machine has stopped, which nobody asked.
+            // The first packet reports that the machine has stopped. Nobody requested it.
             if !answer.starts_with('T') {
                 return Ok(answer);
             }
@@ -119,7 +118,7 @@ impl Debugger {
                 b'$' => begun = true,
                 b'#' if begun => break,
                 other if begun => answer.push(char::from(other)),
-                // The acknowledgement of what was sent.
+                // The acknowledgement of the sent packet.
                 _ => {}
             }
         }
@@ -129,7 +128,7 @@ impl Debugger {
     }
 }
 
-/// What has QEMU's monitor run a command.
+/// The packet that makes QEMU's monitor run a command.
 fn monitor(command: &str) -> String {
     let digits = command.bytes().map(|byte| format!("{byte:02x}"));
     format!("qRcmd,{}", digits.collect::<String>())

@@ -1,7 +1,7 @@
-//! The inside of the virtual machine: its first process, once `init.sh` has put the root together.
+//! The first process of the virtual machine after `init.sh` has set up the root.
 //!
-//! It mounts what a system has, runs the programs of the plan for this boot, and restarts the
-//! machine, or switches it off after the last.
+//! It mounts the usual file systems, runs the planned programs of this boot, and restarts the machine, or
+//! powers it off after the last boot.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -27,13 +27,13 @@ use super::plan::{
 
 use crate::process::find_program;
 
-/// Where the folder is that is shared with the machine outside.
+/// The folder that is shared with the host.
 const SHARED: &str = "/run/session-enforcer-vm";
 
 /// The controllers of a hybrid hierarchy, as systemd mounts them.
 const CONTROLLERS: [&str; 4] = ["cpu,cpuacct", "memory", "net_cls,net_prio", "pids"];
 
-/// What the machine has of its own, in place of what lies there outside.
+/// File systems of the machine that replace those of the host.
 const OWN: [(&str, &str); 4] = [
     ("sysfs", "/sys"),
     ("devtmpfs", "/dev"),
@@ -41,20 +41,20 @@ const OWN: [(&str, &str); 4] = [
     ("tmpfs", "/tmp"),
 ];
 
-/// The place below which the machine does not find a folder of the machine outside.
+/// The mount that hides a folder of the host from the machine.
 pub(super) fn hidden_by(folder: &Path) -> Option<&'static str> {
     let mut places = OWN.into_iter().map(|(_, place)| place);
     places.find(|place| folder.starts_with(place))
 }
 
-/// Open files of a process. The kernel gives its first process 1,024, and the tests that open
-/// thousands of connections hold both ends of each.
+/// The limit of open files per process. The kernel gives its first process 1,024, but tests open thousands of
+/// connections and hold both ends of each.
 const OPEN_FILES: u64 = 65_536;
 
-/// How often the programs are looked at.
+/// The interval of checks for ended programs.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// What the first process does. Returns only where it is not the first process of such a machine.
+/// Runs the first process. Returns only if this is not the first process of such a machine.
 pub(crate) fn guest() -> Result<()> {
     if process::id() != 1 {
         bail!("this is what `cargo xtask vm` runs inside of its virtual machines, and nobody else");
@@ -63,7 +63,8 @@ pub(crate) fn guest() -> Result<()> {
         Ok(mode) => mode,
         Err(error) => {
             eprintln!("vm-guest: {error:#}");
-            // After the last program nothing else would show it. There may be no such folder yet.
+            // Record the error: after the last program nothing else would show it. The folder may not exist
+            // yet.
             let told = format!("    vm-guest: {error:#}\n");
             let _ = append(&Path::new(SHARED).join(FAULTS), &told);
             RebootMode::RB_POWER_OFF
@@ -72,7 +73,7 @@ pub(crate) fn guest() -> Result<()> {
     match reboot(mode)? {}
 }
 
-/// One boot, from its mounts to what comes after it.
+/// Runs one boot and returns what follows it.
 fn boot() -> Result<RebootMode> {
     file_system("proc", "proc", "/proc", "")?;
     let words = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
@@ -106,7 +107,7 @@ fn boot() -> Result<RebootMode> {
     })
 }
 
-/// How many boots came before this one.
+/// Returns the number of earlier boots and increments it.
 fn count_boot(path: &Path) -> Result<usize> {
     let before = match fs::read_to_string(path) {
         Ok(text) => text.trim().parse().context("the number of boots")?,
@@ -116,7 +117,7 @@ fn count_boot(path: &Path) -> Result<usize> {
     Ok(before)
 }
 
-/// What a system's init does before its services.
+/// Does what a system's init does before its services.
 fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
     fs::create_dir_all("/lib/modules")?;
     bind(&plan.modules, Path::new("/lib/modules"))?;
@@ -140,13 +141,13 @@ fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
     Ok(())
 }
 
-/// A program of the system, which the kernel has given no whole `PATH`.
+/// The path of a system program; the kernel sets an incomplete `PATH`.
 fn system(name: &str) -> Result<Command> {
     let path = find_program(name, &[]).with_context(|| format!("there is no {name}"))?;
     Ok(Command::new(path))
 }
 
-/// Has the machine outside take the way to destroy sockets from `tcp_diag`.
+/// Asks the host to clear the `destroy` pointer of `tcp_diag`.
 fn forget_destroy(shared: &Path) -> Result<()> {
     let loaded = system("modprobe")?.arg("tcp_diag").status();
     if !loaded.context("cannot start modprobe")?.success() {
@@ -164,7 +165,7 @@ fn forget_destroy(shared: &Path) -> Result<()> {
         address("tcp_diag_handler")?,
         address("tcp_diag_destroy")?
     );
-    // Renamed when it is whole: the other side looks for the name.
+    // Rename the complete file, because the host looks for its name.
     fs::write(shared.join("asked"), asked)?;
     fs::rename(shared.join("asked"), shared.join(ASKED))?;
     let start = Instant::now();
@@ -180,7 +181,7 @@ fn forget_destroy(shared: &Path) -> Result<()> {
     bail!("nobody took the way to destroy sockets from tcp_diag")
 }
 
-/// cgroup v1 as far as the kernel has it, and cgroup v2 beside it.
+/// Mounts the cgroup v1 controllers of the kernel, and cgroup v2 beside them.
 fn hybrid() -> Result<()> {
     file_system("tmpfs", "cgroup", "/sys/fs/cgroup", "")?;
     for controllers in CONTROLLERS {
@@ -217,7 +218,7 @@ fn bind(source: &Path, place: &Path) -> Result<()> {
     .with_context(|| format!("cannot bind {}", source.display()))
 }
 
-/// A program that runs.
+/// A running program.
 struct Running<'a> {
     program: &'a Program,
     child: Child,
@@ -225,7 +226,7 @@ struct Running<'a> {
     killed: bool,
 }
 
-/// Runs the programs of a boot, some at a time, and writes down how each ended.
+/// Runs the programs of a boot, some at a time, and records how each ended.
 fn run_all(plan: &Plan, boot: &Boot, shared: &Path) -> Result<()> {
     let mut waiting: VecDeque<_> = boot.programs.iter().collect();
     let mut running: Vec<Running<'_>> = Vec::new();
@@ -252,8 +253,8 @@ fn run_all(plan: &Plan, boot: &Boot, shared: &Path) -> Result<()> {
 
 fn start<'a>(plan: &Plan, program: &'a Program, shared: &Path) -> Result<Running<'a>> {
     let log = File::create(program.log(shared)).context("cannot create a log")?;
-    // In a session of its own: an orphaned process that ends in the session of init hangs up its whole group
-    // where a member is stopped (`kill_orphaned_pgrp`), and tests stop daemons and orphan reapers.
+    // Use a separate session. When an orphaned process ends in init's session, its process group gets a
+    // hangup if a member is stopped (`kill_orphaned_pgrp`); and tests stop daemons and orphan reapers.
     let mut command = Command::new("/usr/bin/setsid");
     command
         .arg(&program.path)
@@ -317,7 +318,7 @@ fn append(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write to {}", path.display()))
 }
 
-/// How a line of the kernel's log begins that tells of a fault of its own: a warning, an oops.
+/// Prefixes of kernel log lines that report a kernel fault, such as a warning or an oops.
 const FAULT: [&str; 11] = [
     "WARNING: ",
     "BUG: ",
@@ -328,18 +329,18 @@ const FAULT: [&str; 11] = [
     "divide error",
     "invalid opcode",
     "double fault",
-    // On aarch64.
+    // These two are of aarch64.
     "Unable to handle kernel ",
     "Internal error: ",
 ];
 
-/// That a processor stood still is none: those of an emulated machine do.
+/// A stalled processor is no fault, because emulated processors stall.
 const STOOD_STILL: &str = "BUG: workqueue lockup";
 
-/// How long the kernel is given for what it does after a program has ended.
+/// The time for the kernel's work after a program has ended.
 const AFTERMATH: Duration = Duration::from_secs(1);
 
-/// Writes down what the kernel's log tells of faults: a test that passes may have met one.
+/// Records faults in the kernel log: a passing test may have caused one.
 fn note_faults(shared: &Path) -> Result<()> {
     thread::sleep(AFTERMATH);
     let mut log = OpenOptions::new()
@@ -347,7 +348,7 @@ fn note_faults(shared: &Path) -> Result<()> {
         .custom_flags(nix::libc::O_NONBLOCK)
         .open("/dev/kmsg")
         .context("cannot open the kernel's log")?;
-    // One record a read.
+    // Each read returns one record.
     let mut record = [0; 8192];
     let mut faults = String::new();
     loop {
@@ -356,7 +357,7 @@ fn note_faults(shared: &Path) -> Result<()> {
                 let text = String::from_utf8_lossy(&record[..length]);
                 faults.extend(fault_in(&text).map(|fault| format!("    {fault}\n")));
             }
-            // Older ones have been overwritten meanwhile.
+            // Older records were overwritten.
             Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,
             Err(error) => return Err(error).context("cannot read the kernel's log"),
@@ -368,8 +369,8 @@ fn note_faults(shared: &Path) -> Result<()> {
     append(&shared.join(FAULTS), &faults)
 }
 
-/// The fault that a record of the kernel's log tells of: `PRIORITY,NUMBER,TIME,FLAGS;TEXT`. The priority
-/// has the facility in its upper bits, 0 for the kernel: programs can write there, too.
+/// The fault that a kernel log record reports. The format is `PRIORITY,NUMBER,TIME,FLAGS;TEXT`. The upper
+/// bits of the priority are the facility: 0 for the kernel, others for programs.
 fn fault_in(record: &str) -> Option<&str> {
     let (priority, rest) = record.split_once(',')?;
     let is_the_kernels = priority.parse::<u32>().ok()? >> 3 == 0;
@@ -379,11 +380,11 @@ fn fault_in(record: &str) -> Option<&str> {
     (is_the_kernels && tells && !line.starts_with(STOOD_STILL)).then_some(line)
 }
 
-/// Takes note of the end of processes whose parents have ended before: nobody else does.
+/// Reaps orphaned processes, because the machine has no other init.
 fn bury_orphans(running: &[Running<'_>]) {
     let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    // Whoever is found first stays first: one of `running` is left to its `Child`, until then no
-    // other is buried.
+    // waitid returns the same process until it is reaped. If it is in `running`, its `Child` must reap it
+    // first; other processes wait until then.
     while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) = waitid(Id::All, peek)
     {
         let is_ours = |one: &Running<'_>| i32::try_from(one.child.id()) == Ok(pid.as_raw());

@@ -1,4 +1,4 @@
-//! The archive that the kernel starts from: busybox, the modules for the root, and `init.sh`.
+//! Builds the initramfs: busybox, the modules for the root, and `init.sh`.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -13,17 +13,17 @@ use crate::process::find_program;
 
 const INIT: &str = include_str!("init.sh");
 
-/// What the root is made of, where the kernel does not have it built in.
+/// The modules for the root file system, unless they are built into the kernel.
 const MODULES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
 
-/// What the machine inside is made of: files of the machine outside.
+/// The files of the host that make up the machine's root.
 #[derive(Clone, Debug)]
 pub(super) struct Inside {
-    /// The program that goes on in the shared root.
+    /// The program that runs in the shared root.
     pub(super) guest: PathBuf,
-    /// The root, where it is another folder than that of the machine outside.
+    /// The root folder, if it is not that of the host.
     pub(super) system: Option<PathBuf>,
-    /// What that gets from outside, under the same paths.
+    /// Folders of the host that the root contains under the same paths.
     pub(super) folders: Vec<PathBuf>,
 }
 
@@ -35,7 +35,7 @@ impl Inside {
         }
     }
 
-    /// The folders, a line each.
+    /// The folders, one per line.
     fn lines(&self) -> Result<String> {
         let lines = self
             .folders
@@ -50,7 +50,7 @@ fn text(path: &Path) -> Result<&str> {
     text.with_context(|| format!("the path {} is no text", path.display()))
 }
 
-/// Writes the archive for a kernel.
+/// Writes the initramfs for a kernel.
 pub(super) fn write(kernel: &Kernel, inside: &Inside, archive: &Path) -> Result<()> {
     let busybox = inside.busybox()?;
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
@@ -76,7 +76,7 @@ pub(super) fn write(kernel: &Kernel, inside: &Inside, archive: &Path) -> Result<
     for library in libraries(&busybox)? {
         cpio.file_in_folders(&library, &read(&library)?)?;
     }
-    // The order of the names is the order in which they are loaded.
+    // The modules are loaded in the order of their names.
     for (number, module) in modules(kernel)?.iter().enumerate() {
         let name = module.file_stem().unwrap_or_default().to_string_lossy();
         cpio.file(&format!("modules/{number:02}-{name}"), &unpacked(module)?);
@@ -84,15 +84,15 @@ pub(super) fn write(kernel: &Kernel, inside: &Inside, archive: &Path) -> Result<
     fs::write(archive, cpio.end()).with_context(|| format!("writing {}", archive.display()))
 }
 
-/// What a program loads when it starts; nothing where it is a static one.
+/// The libraries that a program loads. Empty for a static program.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    // It fails where there is nothing to load.
+    // `ldd` fails if the program loads no library.
     let output = Command::new("ldd").arg(program).output();
     let output = output.context("cannot start ldd")?;
     Ok(loaded(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// The files that `ldd` names.
+/// Parses the libraries from `ldd`'s output.
 fn loaded(shown: &str) -> Vec<PathBuf> {
     let words = shown.lines().map(str::split_whitespace);
     words
@@ -101,7 +101,7 @@ fn loaded(shown: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The files of the modules, each after those that it needs.
+/// The files of the modules, each after its dependencies.
 fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for module in MODULES {
@@ -120,14 +120,14 @@ fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The files that `modprobe --show-depends` names; what is built in has none.
+/// Parses the files from the output of `modprobe --show-depends`. Built-in modules have no file.
 fn files(shown: &str) -> Vec<PathBuf> {
     let lines = shown.lines().map(str::trim);
     let paths = lines.filter_map(|line| line.strip_prefix("insmod "));
     paths.map(|path| path.trim().into()).collect()
 }
 
-/// A module's content, without the compression that not every kernel undoes by itself.
+/// A module's content without compression, because not every kernel can decompress it.
 fn unpacked(module: &Path) -> Result<Vec<u8>> {
     let extension = module.extension().unwrap_or_default().to_string_lossy();
     match extension.as_ref() {
@@ -144,7 +144,7 @@ fn unpacked(module: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// An archive in the "newc" format of cpio (kernel documentation, `initramfs buffer format`).
+/// An archive in cpio's "newc" format (kernel documentation, `initramfs buffer format`).
 #[derive(Default)]
 struct Cpio {
     bytes: Vec<u8>,
@@ -156,7 +156,7 @@ impl Cpio {
         self.entry(name, 0o040_755, &[]);
     }
 
-    /// A file under its path, and the folders above it.
+    /// Adds a file with its parent folders.
     fn file_in_folders(&mut self, path: &Path, content: &[u8]) -> Result<()> {
         let path = path.strip_prefix("/").context("no absolute path")?;
         let mut above: Vec<_> = path.ancestors().skip(1).collect();

@@ -1,4 +1,4 @@
-//! The kernels: Debian's for clouds, unpacked from their packages and not installed.
+//! Fetches Debian's cloud kernels and unpacks them without installing them.
 
 use std::cmp::Reverse;
 use std::fs;
@@ -11,13 +11,13 @@ use crate::apt::PrivateApt;
 use crate::arch::Arch;
 use crate::process::{find_program, output_of, run, say};
 
-/// One kernel of the matrix: the newest of a series that a suite has.
+/// A kernel of the matrix: the newest release of a series in a suite.
 pub(super) struct Wanted {
     pub(super) name: &'static str,
     suite: &'static str,
-    /// How its version begins; empty for whatever is the newest.
+    /// The prefix of its version. Empty for the newest kernel.
     series: &'static str,
-    /// Whether session-enforcer is meant to work there.
+    /// Whether session-enforcer must work on it.
     pub(super) supported: bool,
 }
 
@@ -30,7 +30,8 @@ const fn wanted(name: &'static str, suite: &'static str, series: &'static str) -
     }
 }
 
-/// The matrix, from the oldest on. Suites by their code names: a release does not change its kernel.
+/// The matrix, oldest first. The suites have code names, so that a new Debian release does not change their
+/// kernels.
 pub(super) const MATRIX: [Wanted; 6] = [
     Wanted {
         supported: false,
@@ -43,7 +44,7 @@ pub(super) const MATRIX: [Wanted; 6] = [
     wanted("experimental", "experimental", ""),
 ];
 
-/// Where a series that is not in the matrix is looked for.
+/// Suites to search for a series outside the matrix.
 const SUITES: [&str; 5] = [
     "trixie-backports",
     "sid",
@@ -52,23 +53,23 @@ const SUITES: [&str; 5] = [
     "bullseye-backports",
 ];
 
-/// Releases of a series that are tried in a suite.
+/// The number of releases of a series to try in a suite.
 const MAX_RELEASES: usize = 5;
 
-/// A kernel on the disk.
+/// An unpacked kernel.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    /// The processor that it is for.
+    /// Its architecture.
     pub(super) arch: Arch,
-    /// What was asked for: a name of the matrix or a series.
+    /// The requested name: a name of the matrix or a series.
     pub(super) name: String,
     /// Its `uname -r`.
     pub(super) release: String,
-    /// Holds `vmlinuz` and `lib/modules`.
+    /// The folder with `vmlinuz` and `lib/modules`.
     pub(super) folder: PathBuf,
-    /// Whether session-enforcer is meant to work there.
+    /// Whether session-enforcer must work on it.
     pub(super) supported: bool,
-    /// Whether session-enforcer is known not to work there.
+    /// Whether session-enforcer is known not to work on it.
     pub(super) refused: bool,
 }
 
@@ -82,8 +83,8 @@ impl Kernel {
     }
 }
 
-/// The kernel of this name, or the newest of this series, for a processor whose machines' folder is `base`; fetched where it is not there yet or
-/// `update` asks for it.
+/// The kernel of this name, or the newest of this series. `base` is the machines' folder of the architecture.
+/// Fetches the kernel if it is missing or if `update` is set.
 pub(super) fn kernel(base: &Path, arch: Arch, name: &str, update: bool) -> Result<Kernel> {
     let folder = folder(base, name);
     if update || known_release(&folder).is_none() {
@@ -101,13 +102,13 @@ pub(super) fn kernel(base: &Path, arch: Arch, name: &str, update: bool) -> Resul
     })
 }
 
-/// Whether session-enforcer is meant to work on the kernel of this name, whatever its release is.
+/// Whether session-enforcer must work on the kernel of this name, whatever its release is.
 pub(super) fn is_meant(name: &str) -> bool {
     let listed = MATRIX.iter().find(|wanted| wanted.name == name);
     listed.map_or_else(|| is_supported(name), |wanted| wanted.supported)
 }
 
-/// Linux 6.1 is the floor.
+/// Linux 6.1 is the oldest supported version.
 fn is_supported(release: &str) -> bool {
     numbers(release) >= vec![6, 1]
 }
@@ -159,7 +160,7 @@ fn fetch(base: &Path, arch: Arch, name: &str, folder: &Path) -> Result<()> {
     fetched
 }
 
-/// Fetches the newest kernel of a series from the first of these suites that has it whole.
+/// Fetches the newest kernel of a series from the first suite that has all of its packages.
 fn fetch_from(
     apt: &PrivateApt,
     arch: Arch,
@@ -169,7 +170,7 @@ fn fetch_from(
 ) -> Result<()> {
     let mut tried = Vec::new();
     for suite in suites {
-        // No reason to stop: mirrors lack some of the suites.
+        // Mirrors may lack some suites, so continue.
         let releases = match apt.open(suite).and_then(|()| releases(apt, arch, series)) {
             Ok(releases) => releases,
             Err(error) => {
@@ -180,7 +181,7 @@ fn fetch_from(
         if releases.is_empty() {
             tried.push(format!("{suite} has none"));
         }
-        // A suite may list a release of which it lacks a part.
+        // A suite may list a release without some of its packages.
         for release in releases.into_iter().take(MAX_RELEASES) {
             match unpack(apt, &release, folder) {
                 Ok(()) => return Ok(()),
@@ -191,7 +192,7 @@ fn fetch_from(
     bail!("no such kernel for clouds: {}", tried.join("; "))
 }
 
-/// Those of a series, from the newest on.
+/// The releases of a series, newest first.
 fn releases(apt: &PrivateApt, arch: Arch, series: &str) -> Result<Vec<String>> {
     let packages = apt.names(&format!("^linux-image-[0-9].*-cloud-{}$", arch.debian()))?;
     let releases = packages.iter().filter_map(|package| release_of(package));
@@ -210,15 +211,15 @@ fn newest_first<'a>(releases: impl Iterator<Item = &'a str>, series: &str) -> Ve
     found
 }
 
-/// The numbers in a release, up to the flavour: what orders them.
+/// The numbers of a release without the flavour, for sorting.
 fn numbers(release: &str) -> Vec<u32> {
     let version = release.split("-cloud").next().unwrap_or(release);
     let groups = version.split(|letter: char| !letter.is_ascii_digit());
-    // In `6.12.107+deb13` the last is Debian's.
+    // In `6.12.107+deb13` the last number is Debian's.
     groups.filter_map(|group| group.parse().ok()).collect()
 }
 
-/// Makes a kernel's folder, or leaves the one that there is.
+/// Creates a kernel's folder, or keeps the existing one.
 fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
     say!(
         "fetching Linux {release}, to unpack it into {}",
@@ -235,8 +236,7 @@ fn unpack(apt: &PrivateApt, release: &str, folder: &Path) -> Result<()> {
     made.inspect_err(|_| drop(remove(&half)))
 }
 
-/// Image, modules with their index, and the name of the release, which is written when all else is
-/// there.
+/// Unpacks image and modules with their index. Writes the release name last, as a mark of completeness.
 fn unpack_into(apt: &PrivateApt, release: &str, half: &Path) -> Result<()> {
     fs::create_dir_all(half).with_context(|| format!("cannot create {}", half.display()))?;
     let package = apt.fetch(&format!("linux-image-{release}"))?;
@@ -251,7 +251,7 @@ fn unpack_into(apt: &PrivateApt, release: &str, half: &Path) -> Result<()> {
     for part in parts(&depends, release) {
         match apt.fetch(part) {
             Ok(package) => extract(&package, half)?,
-            // A suite lacks one now and then, and not every one has what is needed here.
+            // A suite may lack a package that is not needed here.
             Err(error) => lacking.push(format!("{error:#}")),
         }
     }
@@ -265,7 +265,7 @@ fn extract(package: &Path, folder: &Path) -> Result<()> {
         .arg(folder))
 }
 
-/// The packages that newer kernels are divided into, among those that one depends on.
+/// Parses the packages that newer kernels are split into from a package's dependencies.
 fn parts<'a>(depends: &'a str, release: &str) -> Vec<&'a str> {
     let names = depends
         .split(',')
@@ -275,7 +275,7 @@ fn parts<'a>(depends: &'a str, release: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// Puts image and modules where [`Kernel`] says, whichever way the package has them.
+/// Moves image and modules to the places that [`Kernel`] documents, independent of the package's layout.
 fn arrange(folder: &Path, release: &str) -> Result<()> {
     let modules = folder.join("lib/modules");
     if !modules.exists() {

@@ -1,4 +1,4 @@
-//! A virtual machine: QEMU, and what shares this machine's files with it.
+//! Runs a virtual machine: QEMU and the programs that share files with it.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -18,34 +18,34 @@ use crate::arch::Arch;
 use crate::packages::{self, VIRTIOFSD};
 use crate::process::{as_root, find_program, is_root, output_of, say};
 
-/// How often the machine is looked at.
+/// The interval of checks on the machine.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// How much of the console an error shows.
+/// The number of console lines in an error.
 const CONSOLE_LINES: usize = 30;
 
-/// How long a boot may take before the machine has hung: under emulation beside two others it takes
-/// some 20 s. 7.3.4 was seen to spin on both processors forever, with an empty console.
+/// The time limit of a boot. Emulated beside two others, a boot takes about 20 s. Linux 7.3.4 was seen to
+/// spin on both processors forever, with an empty console.
 const BOOT: Duration = Duration::from_secs(180);
 
-/// How often a machine is reset for the same boot before it is given up.
+/// The number of resets for the same boot before the run fails.
 const RESETS: u32 = 2;
 
-/// How long a kernel may take to find that it has nothing to start, where KVM works.
+/// With a working KVM, a kernel panics for lack of a root within this time.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// Who runs the machine's instructions.
+/// The method that runs the machine's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accelerator {
-    /// The processor.
+    /// Hardware virtualisation.
     Kvm,
-    /// QEMU, ten times slower or more.
+    /// Emulation by QEMU, at least ten times slower.
     Emulation,
 }
 
 impl Accelerator {
-    /// KVM where a kernel runs with it: that there is a `/dev/kvm` does not say so. Another processor than this
-    /// machine's is emulated.
+    /// Returns KVM if a kernel really runs with it; the existence of `/dev/kvm` does not prove that. Another
+    /// architecture is emulated.
     pub(super) fn find(kernel: &Kernel) -> Result<Self> {
         if kernel.arch != Arch::HOST {
             return Ok(Self::Emulation);
@@ -71,7 +71,7 @@ impl Accelerator {
         Ok(Self::Emulation)
     }
 
-    /// How many times slower its machines are, for the patience of the tests.
+    /// The slowdown factor for the tests' time limits.
     pub(super) fn slower(self) -> Option<&'static str> {
         match self {
             Self::Kvm => None,
@@ -79,8 +79,8 @@ impl Accelerator {
         }
     }
 
-    /// How many test programs run at the same time: they wait for deadlines most of the time, but
-    /// under emulation the start of each daemon keeps a processor busy for seconds.
+    /// The number of test programs that run at the same time. They mostly wait for deadlines, but under
+    /// emulation each start of a daemon uses a processor for seconds.
     pub(super) fn programs_at_once(self) -> usize {
         match self {
             Self::Kvm => 2,
@@ -88,7 +88,7 @@ impl Accelerator {
         }
     }
 
-    /// How many tests of a program run at the same time, for the same reasons.
+    /// The number of tests of one program that run at the same time, for the same reasons.
     pub(super) fn tests_at_once(self) -> usize {
         match self {
             Self::Kvm => 4,
@@ -96,7 +96,7 @@ impl Accelerator {
         }
     }
 
-    /// QEMU, without any device.
+    /// The QEMU command without devices.
     fn command(self, arch: Arch) -> Result<Command> {
         let program = find_program(packages::qemu(arch).program(), &[]);
         let program = program.context("there is no QEMU")?;
@@ -109,15 +109,15 @@ impl Accelerator {
             Self::Emulation => qemu.args(["-accel", "tcg,thread=multi", "-cpu", emulated(arch)]),
         };
         if arch == Arch::Aarch64 {
-            // There is no machine that all processors of this kind would start on.
+            // QEMU has no default machine for this architecture.
             qemu.args(["-machine", "virt"]);
         }
         Ok(qemu)
     }
 }
 
-/// All that QEMU can emulate of a processor, but for what is slow: five-level page tables, and pointers that are
-/// signed as the architecture does it.
+/// The CPU model: all features that QEMU can emulate, except slow ones (five-level page tables, architectural
+/// pointer signatures).
 const fn emulated(arch: Arch) -> &'static str {
     match arch {
         Arch::X86_64 => "max,la57=off",
@@ -125,7 +125,7 @@ const fn emulated(arch: Arch) -> &'static str {
     }
 }
 
-/// What the kernel calls the machine's serial port.
+/// The kernel's name of the serial port.
 const fn console(arch: Arch) -> &'static str {
     match arch {
         Arch::X86_64 => "ttyS0",
@@ -133,25 +133,25 @@ const fn console(arch: Arch) -> &'static str {
     }
 }
 
-/// A machine that is to be started.
+/// A machine to start.
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Kernel,
     pub(super) accelerator: Accelerator,
     pub(super) initramfs: &'a Path,
-    /// The folder that it can write to. The console's text and the sockets are put there too.
+    /// The folder that the machine can write to. The console log and the sockets are there too.
     pub(super) shared: &'a Path,
     pub(super) processors: u32,
     pub(super) memory_mib: u32,
 }
 
 impl Machine<'_> {
-    /// Runs it until it powers off. `watch` is called now and then, and says which boot is waited
-    /// for, if any. Where one does not come, the machine is reset.
+    /// Runs the machine until it powers off. `watch` is called regularly and returns the boot that is
+    /// awaited, if any. If that boot does not start in time, the machine is reset.
     ///
     /// # Errors
     ///
-    /// Where it does not run or boot, or still runs after `limit`, with the last lines of its
-    /// console.
+    /// Fails if the machine does not start or boot, or still runs after `limit`. The error has the last lines
+    /// of its console.
     pub(super) fn run(
         &self,
         limit: Duration,
@@ -198,7 +198,7 @@ impl Machine<'_> {
         debugger::reset(&self.socket("debugger")).context("cannot reset the machine")
     }
 
-    /// The end of what the console said.
+    /// The last lines of the console.
     pub(super) fn last_words(&self) -> String {
         let text = fs::read(self.console()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -221,7 +221,7 @@ impl Machine<'_> {
         let mut qemu = self.accelerator.command(arch)?;
         qemu.args(["-smp", &self.processors.to_string()])
             .args(["-m", &format!("{memory}M")])
-            // The memory is shared with the programs that share files.
+            // The programs that share files need shared memory.
             .arg("-object")
             .arg(format!(
                 "memory-backend-memfd,id=memory,size={memory}M,share=on"
@@ -251,7 +251,7 @@ impl Machine<'_> {
         Ok(qemu)
     }
 
-    /// Shares a folder under this name, and waits until it is ready.
+    /// Shares a folder under this name and waits until it is ready.
     fn share(&self, name: &str, folder: &Path) -> Result<Running> {
         let socket = self.socket(name);
         let program = find_program("virtiofsd", &VIRTIOFSD.map(PathBuf::from));
@@ -290,11 +290,11 @@ impl Machine<'_> {
     }
 }
 
-/// A boot that is waited for.
+/// An awaited boot.
 struct Awaited {
     boot: Option<usize>,
     since: Instant,
-    /// How often it has not come in time.
+    /// How often the boot was overdue.
     overdue: u32,
 }
 
@@ -307,8 +307,8 @@ impl Awaited {
         }
     }
 
-    /// Whether the boot that is waited for has not come in time, since it was first waited for or
-    /// since this was last said.
+    /// Whether the awaited boot is overdue. The time counts from the first call for this boot, or from the
+    /// last call that returned true.
     fn is_overdue(&mut self, boot: Option<usize>, now: Instant) -> bool {
         if boot != self.boot {
             *self = Self {
@@ -325,7 +325,7 @@ impl Awaited {
     }
 }
 
-/// A program that ends with the machine.
+/// A program that is killed with the machine.
 struct Running(Child);
 
 impl Running {
@@ -345,7 +345,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Those that share files end by themselves with QEMU; root's cannot be killed by others.
+        // File-sharing programs end with QEMU. Those of root cannot be killed by other users.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -362,10 +362,10 @@ mod tests {
         let late = start + BOOT;
         assert!(!awaited.is_overdue(Some(0), start));
         assert!(!awaited.is_overdue(Some(0), late - LOOK));
-        // It has come, and runs for long.
+        // The boot has started and runs for long.
         assert!(!awaited.is_overdue(None, late));
         assert!(!awaited.is_overdue(None, late + BOOT));
-        // The next does not, nor after a reset.
+        // The next boot does not start, and not after a reset either.
         let start = late + BOOT;
         assert!(!awaited.is_overdue(Some(1), start));
         assert!(awaited.is_overdue(Some(1), start + BOOT));

@@ -1,35 +1,35 @@
-//! What the virtual machine is told to do, and what it answers: files in the folder that it shares.
+//! The plan of a virtual machine and its results, as files in the shared folder.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-/// The file that says what to do.
+/// The file of the plan.
 pub(super) const PLAN: &str = "plan.json";
-/// The file that gets a line of JSON for each program that has ended, an [`Outcome`].
+/// The file with an [`Outcome`] as a line of JSON for each ended program.
 pub(super) const OUTCOMES: &str = "outcomes.json";
-/// The file that says how many boots have begun.
+/// The file with the number of started boots.
 pub(super) const BOOTS: &str = "boots";
-/// The file that gets what the kernel, or the guest, reports of faults of its own; there is none without any.
+/// The file with faults of the kernel or the guest. It exists only after a fault.
 pub(super) const FAULTS: &str = "faults.txt";
-/// What this machine's kernel command line says of it. The tests of whole hosts ask for it.
+/// The mark on this machine's kernel command line, which the tests of whole hosts require.
 pub(super) const MARK: &str = "session_enforcer.vm=1";
 
-/// Everything that one virtual machine does.
+/// The plan of one virtual machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
     /// The folder of the kernel's modules, which becomes `/lib/modules`.
     pub(super) modules: PathBuf,
-    /// What the programs find in their environment, and nothing else.
+    /// The complete environment of the programs.
     pub(super) environment: Vec<(String, String)>,
-    /// One after the other, with a restart of the machine between.
+    /// The boots in order, with a restart of the machine after each.
     pub(super) boots: Vec<Boot>,
 }
 
 impl Plan {
-    /// The number of the boot that is to come next, where so many have begun and so many programs
-    /// have ended. None while one runs, and after the last.
+    /// The number of the next boot, given the numbers of started boots and of ended programs. `None` while a
+    /// boot runs, and after the last one.
     pub(super) fn awaited(&self, begun: usize, ended: usize) -> Option<usize> {
         let of_begun = self.boots.get(..begun)?.iter();
         let programs: usize = of_begun.map(|boot| boot.programs.len()).sum();
@@ -37,49 +37,49 @@ impl Plan {
     }
 }
 
-/// What happens between two starts of the machine.
+/// One boot of the machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Boot {
-    /// Where cgroup v2 is.
+    /// The cgroup mounts.
     pub(super) hierarchy: Hierarchy,
     /// Whether bpffs is mounted.
     pub(super) bpffs: bool,
     /// Whether `tcp_diag` can destroy sockets.
     pub(super) sock_destroy: bool,
-    /// How many programs run at the same time.
+    /// The number of programs that run at the same time.
     pub(super) at_once: usize,
     /// The test programs.
     pub(super) programs: Vec<Program>,
 }
 
-/// How the cgroup file systems are mounted.
+/// The layout of the cgroup file systems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Hierarchy {
-    /// cgroup v2 alone, at `/sys/fs/cgroup`.
+    /// Only cgroup v2, at `/sys/fs/cgroup`.
     Unified,
-    /// cgroup v1 controllers, and cgroup v2 without any below them.
+    /// cgroup v1 controllers, and cgroup v2 without controllers below them.
     Hybrid,
 }
 
 /// A test program and its arguments.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Program {
-    /// Names its output: `NAME.log`.
+    /// The name of its output: `NAME.log`.
     pub(super) name: String,
     pub(super) path: PathBuf,
     pub(super) arguments: Vec<String>,
-    /// After this it is killed, in seconds.
+    /// The time limit in seconds, after which it is killed.
     pub(super) limit_seconds: u64,
 }
 
 impl Program {
-    /// Where what it writes is, in the shared folder.
+    /// The path of its output in the shared folder.
     pub(super) fn log(&self, shared: &Path) -> PathBuf {
         shared.join(format!("{}.log", self.name))
     }
 }
 
-/// How a program ended.
+/// The result of a program.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Outcome {
     pub(super) name: String,
@@ -90,17 +90,17 @@ pub(super) struct Outcome {
 /// The end of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum End {
-    /// By itself, with this status.
+    /// The program exited with this status.
     Exit(i32),
-    /// By this signal, which it did not get from here.
+    /// Another process's signal killed the program.
     Signal(i32),
-    /// Killed when its time was over.
+    /// The program was killed at its time limit.
     TimeLimit,
 }
 
-/// Reads the outcomes so far.
+/// Parses the outcomes so far.
 pub(super) fn outcomes(text: &str) -> Result<Vec<Outcome>> {
-    // The last line may be half written.
+    // The last line may be incomplete.
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole
         .lines()

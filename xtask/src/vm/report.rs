@@ -1,4 +1,4 @@
-//! What came of it: each test on each kernel, as a table and as JSON.
+//! The results of each test on each kernel, as a table and as JSON.
 
 use std::fmt::Write as _;
 
@@ -6,29 +6,29 @@ use serde::Serialize;
 
 use super::plan::{End, Outcome};
 
-/// One kernel's results.
+/// The results of one kernel.
 #[derive(Debug, Serialize)]
 pub(super) struct Results {
-    /// Its name in the matrix.
+    /// The kernel's name in the matrix.
     pub(super) kernel: String,
-    /// Its `uname -r`.
+    /// The kernel's `uname -r`.
     pub(super) release: String,
-    /// Whether the run fails where something fails there.
+    /// Whether a failure on this kernel fails the run.
     pub(super) must_pass: bool,
-    /// Why there are not all results, if there are not.
+    /// The reason if results are missing.
     pub(super) error: Option<String>,
-    /// From the start of the machine to its end.
+    /// The duration from the start of the machine to its end.
     pub(super) seconds: f64,
     pub(super) programs: Vec<Ran>,
 }
 
 impl Results {
-    /// Of a kernel that could not be had.
+    /// The result for a kernel that could not be fetched.
     pub(super) fn unfetched(name: &str, must_pass: bool, error: &anyhow::Error) -> Self {
         Self::untried(name, format!("{name} (not fetched)"), must_pass, error)
     }
 
-    /// Of a kernel on which nothing could be tried.
+    /// The result for a kernel on which nothing could be tested.
     pub(super) fn untried(
         name: &str,
         release: String,
@@ -46,19 +46,19 @@ impl Results {
     }
 }
 
-/// A program's results.
+/// The results of one program.
 #[derive(Debug, Serialize)]
 pub(super) struct Ran {
     pub(super) name: String,
     pub(super) seconds: f64,
-    /// How it ended, where its tests do not say all.
+    /// How it ended, if the results of its tests do not explain it.
     pub(super) end: Option<String>,
     pub(super) passed: Vec<String>,
     pub(super) failed: Vec<String>,
 }
 
 impl Results {
-    /// Whether everything that was to run has run and passed.
+    /// Whether all programs ran and passed.
     pub(super) fn is_green(&self) -> bool {
         self.error.is_none() && self.programs.iter().all(Ran::is_green)
     }
@@ -70,7 +70,7 @@ impl Results {
 }
 
 impl Ran {
-    /// From what the program wrote and how it ended.
+    /// Combines the output of a program with its exit.
     pub(super) fn new(outcome: &Outcome, log: &str) -> Self {
         // Of a module, all have its name before theirs.
         let module = format!("{}::", outcome.name);
@@ -88,7 +88,7 @@ impl Ran {
             End::Exit(0) => {
                 failed.is_empty() && !passed.is_empty() && log.contains("test result: ok")
             }
-            // What libtest ends with where a test has failed.
+            // libtest exits with this status if a test failed.
             End::Exit(101) => !failed.is_empty(),
             _ => false,
         };
@@ -116,10 +116,10 @@ impl Ran {
     }
 }
 
-/// The test that a line of libtest's says this result of.
+/// The test for which a line of libtest reports this result.
 fn test_of(line: &str, result: &str) -> Option<String> {
     let (name, said) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
-    // A test that must panic has a note behind its name.
+    // libtest appends a note to the name of a test that must panic.
     let name = name.split(" - ").next().unwrap_or(name);
     (said == result).then(|| name.to_owned())
 }
@@ -132,13 +132,13 @@ fn shown(end: End) -> String {
     }
 }
 
-/// One program's results, in a line.
+/// The results of one program in one line.
 pub(super) fn line(ran: &Ran) -> String {
     let summary = summary(ran.passed.len(), ran.failures());
     format!("{} {summary} ({:.0} s)", ran.name, ran.seconds)
 }
 
-/// Kernels side by side, a line a program, then what failed by name.
+/// A table with one column per kernel and one row per program, followed by the names of failures.
 pub(super) fn table(all: &[Results]) -> String {
     let mut names: Vec<&str> = Vec::new();
     for ran in all.iter().flat_map(|results| &results.programs) {
@@ -178,7 +178,7 @@ fn row(name: &str, first: usize, cells: impl Iterator<Item = String>) -> String 
     line + "\n"
 }
 
-/// `6.12.107+deb13-cloud-amd64` without what they all have.
+/// `6.12.107+deb13-cloud-amd64` without the part that all releases share.
 fn short(release: &str) -> String {
     let version = release.split("-cloud-").next();
     version.unwrap_or(release).to_owned()

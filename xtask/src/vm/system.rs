@@ -1,5 +1,5 @@
-//! The root of a machine whose processor is not this machine's: a small Debian, unpacked from its packages and not
-//! installed. Only the folders of the project come from this machine.
+//! The root of a machine for another architecture: a small Debian, unpacked from its packages without
+//! installation. It contains this machine's project folders.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,10 +12,10 @@ use crate::apt::PrivateApt;
 use crate::arch::Arch;
 use crate::process::{run, say};
 
-/// By its code name, so that a root that is kept does not change.
+/// A code name, so that a kept root does not change with a Debian release.
 const SUITE: &str = "trixie";
 
-/// What the guest and the tests that are run there start.
+/// The packages that the guest and its tests need.
 const PACKAGES: [&str; 10] = [
     "base-files",
     "base-passwd",
@@ -29,13 +29,13 @@ const PACKAGES: [&str; 10] = [
     "util-linux",
 ];
 
-/// Where its programs are.
+/// The `PATH` of its programs.
 pub(super) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Where its busybox is, for the archive that the kernel starts from.
+/// The path of its busybox, for the initramfs.
 pub(super) const BUSYBOX: &str = "usr/bin/busybox";
 
-/// The root for a processor, below its machines' folder; made where it is not there yet.
+/// Returns the root for an architecture below its machines' folder. Creates it if it is missing.
 pub(super) fn ensure(base: &Path, arch: Arch) -> Result<PathBuf> {
     let root = base.join("root");
     if root.is_dir() {
@@ -54,7 +54,7 @@ pub(super) fn ensure(base: &Path, arch: Arch) -> Result<PathBuf> {
     let made = unpack(&apt, &half);
     apt.remove();
     made.context("making a Debian for the virtual machines")?;
-    // Only what is whole gets the name that the next run looks for.
+    // Rename the root only when it is complete; the next run looks for this name.
     fs::rename(&half, &root).with_context(|| format!("cannot rename to {}", root.display()))?;
     Ok(root)
 }
@@ -67,7 +67,7 @@ fn unpack(apt: &PrivateApt, root: &Path) -> Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("base-files_")
     };
-    // It has the links from /bin to /usr/bin and the like, which the others are unpacked through.
+    // Unpack this package first: it has the links from /bin to /usr/bin and the like.
     let (base, others): (Vec<_>, Vec<_>) = packages.iter().partition(|path| is_base(path));
     for package in base.into_iter().chain(others) {
         run(Command::new("dpkg-deb")
@@ -75,7 +75,7 @@ fn unpack(apt: &PrivateApt, root: &Path) -> Result<()> {
             .arg(package)
             .arg(root))?;
     }
-    // What the packages' scripts would make, as far as it is needed here.
+    // Create the needed files that the packages' scripts would create.
     symlink("bash", root.join("usr/bin/sh")).context("cannot make a link to the shell")?;
     for (from, to) in [
         ("usr/share/base-passwd/passwd.master", "etc/passwd"),

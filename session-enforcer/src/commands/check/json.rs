@@ -1,4 +1,4 @@
-//! What `check` finds, as JSON: the keys and values of the file, defaults included.
+//! The report of `check` as JSON: the keys and values of the file, including defaults.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::config::{
     Rule, User, format_duration,
 };
 
-/// The whole report. Of a wrong file, only what is wrong.
+/// Builds the whole report. For an invalid file, only its errors.
 pub(super) fn report(
     file: &Path,
     loaded: &Result<Config, ConfigErrors>,

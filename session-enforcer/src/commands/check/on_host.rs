@@ -1,4 +1,4 @@
-//! What `run` would refuse of a valid configuration on this host, found without making anything.
+//! Predicts what `run` would refuse on this host of a valid configuration, without creating anything.
 
 use std::{error::Error, path::Path};
 
@@ -14,8 +14,8 @@ use crate::{
     report::{audit, control, http},
 };
 
-/// Each refusal in a line, as `run` would say it if this user started it. To others than root, the host does
-/// not tell everything: what it keeps from them is left out.
+/// Returns each refusal as one line, as `run` would report it for this user. A user other than root cannot
+/// check everything; such checks are omitted.
 pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
     let mut refused = Vec::new();
     let mut note = |result: Result<(), Box<dyn Error>>| {
@@ -52,7 +52,7 @@ mod tests {
 
     use super::*;
 
-    /// What is refused of a file of this text, in a directory of this mode.
+    /// The refusals for a file with this text in a directory with this mode.
     fn refused(text: &str, mode: u32) -> Vec<String> {
         let directory = tempfile::tempdir().unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();

@@ -1,4 +1,4 @@
-//! `explain --session`: which rule limits a live session, why, and when it ends.
+//! `explain --session`: which rule limits a live session, why, and when the session ends.
 
 use std::{io::Write, net::SocketAddr, path::PathBuf};
 

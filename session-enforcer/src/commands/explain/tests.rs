@@ -219,7 +219,7 @@ fn a_long_list_is_cut() {
     assert!(printed.contains(line), "{printed}");
 }
 
-/// File, direction, local and remote end; and the decision with the rule.
+/// Each case: file, direction, local and remote endpoint, and the expected decision with its rule.
 #[test]
 fn the_examples_decide_as_the_cookbook_says() {
     let cases = [
@@ -361,7 +361,7 @@ fn a_wrong_file_prints_nothing_and_is_an_error_of_the_configuration() {
     assert_eq!(ExitStatus::of(&error), ExitStatus::Configuration);
 }
 
-/// Prefixes and addresses of both families that often contain each other.
+/// Prefixes and addresses of both families, many of which contain each other.
 const PREFIXES: [&str; 10] = [
     "10.0.0.0/8",
     "10.0.0.1",
@@ -379,7 +379,7 @@ const ADDRESSES_V6: [&str; 5] = ["::", "::1", "2001:db8::", "2001:db8::1", "fd00
 
 const USERS: [&str; 4] = ["root", "0", "7", "nobody-of-this-name"];
 const CGROUPS: [&str; 5] = ["/", "/a", "/a/b", "/a/b/c", "/ab"];
-/// Of some of them.
+/// Patterns of some of the cgroups.
 const PATTERNS: [&str; 4] = ["/*", "/a*", "/*/b", "/a/*/*"];
 
 /// The conditions of a rule, as lines of a file.
@@ -416,7 +416,7 @@ fn config(rules: &[String]) -> Result<Config, crate::config::ConfigError> {
     Config::parse("x.toml", &text)
 }
 
-/// Rules without those that are refused because their ends are of two families.
+/// Random rules, without those that are refused because their endpoints have different families.
 fn configs() -> impl Strategy<Value = Config> {
     vec(conditions(), 1..6).prop_filter_map("no rule is left", |mut rules| {
         rules.retain(|rule| config(std::slice::from_ref(rule)).is_ok());
@@ -450,7 +450,7 @@ fn directions() -> impl Strategy<Value = Direction> {
     select(vec![Direction::Inbound, Direction::Outbound])
 }
 
-/// Whether an entry of the rule matches, as the kernel decides, for certain.
+/// Whether an entry of the rule matches for certain, as the kernel decides.
 fn kernel_matches(question: &Question<'_>, rule: Rule, direction: Direction) -> bool {
     let mut alone = question.config.clone();
     alone.rules = vec![rule];
@@ -461,7 +461,7 @@ fn kernel_matches(question: &Question<'_>, rule: Rule, direction: Direction) -> 
         .any(|entry| matches(&facts, &question.ancestors(), entry) && !entry.needs_owner(&facts))
 }
 
-/// The rule without its conditions of these places in [`refusals`].
+/// The rule without the conditions at these indexes of [`refusals`].
 fn without(rule: &Rule, gone: impl Fn(usize) -> bool) -> Rule {
     let mut rule = rule.clone();
     if gone(0) {
@@ -488,7 +488,7 @@ fn without(rule: &Rule, gone: impl Fn(usize) -> bool) -> Rule {
     rule
 }
 
-/// The names of the rules that are said not to match, and the name of the one that is.
+/// The names of the rules that the text says do not match, and the name of the one that matches.
 fn said(text: &str) -> (Vec<&str>, Option<&str>) {
     let name = |line: &'_ str, word: &str| line.find(word).map(|end| 8..end);
     let lines = || text.lines().filter(|line| line.starts_with("  rule \""));
@@ -543,7 +543,7 @@ proptest! {
             let both = vec![Direction::Inbound, Direction::Outbound];
             let directions = circumstances.direction.map_or(both, |direction| vec![direction]);
             let question = Question::new(&config, ends, &circumstances);
-            // One part for each direction, or one for both.
+            // The text has one part for each direction, or one for both.
             let parts = text.split("\n\n").collect::<Vec<_>>().into_iter().cycle();
             for (direction, part) in directions.into_iter().zip(parts) {
                 let first = config

@@ -1,4 +1,4 @@
-//! What `top` knows, and what a key does. Pure.
+//! The state of `top`, and the effects of keys. Pure.
 
 use std::time::Instant;
 
@@ -10,14 +10,14 @@ use ratatui::{
 
 use crate::report::control::{Row, SortKey, Status};
 
-/// A look at the daemon.
+/// The daemon's status and sessions at one moment.
 pub(super) struct Fetched {
     pub(super) status: Status,
     pub(super) rows: Vec<Row<'static>>,
     pub(super) at: Instant,
 }
 
-/// Per second, between the last two looks.
+/// Rates per second between the last two fetches.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Rates {
     pub(super) opened: f64,
@@ -25,7 +25,7 @@ pub(super) struct Rates {
     pub(super) terminated: f64,
 }
 
-/// What is to be done.
+/// The action that an event requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Nothing,
@@ -34,22 +34,22 @@ pub(super) enum Action {
     Quit,
 }
 
-/// All that is shown.
+/// The displayed state.
 pub(super) struct Board {
     sort: SortKey,
     filter: String,
     pub(super) is_typing: bool,
     pub(super) last: Option<Fetched>,
     pub(super) rates: Rates,
-    /// Why the daemon does not answer.
+    /// The error, if the daemon does not answer.
     pub(super) trouble: Option<String>,
-    /// The session that ended last, and why.
+    /// The session that ended last, and the reason.
     pub(super) ended: Option<String>,
-    /// What became of what the user asked for.
+    /// The result of the user's last request.
     pub(super) message: Option<String>,
-    /// The session that the user is asked about.
+    /// The session whose reset awaits confirmation.
     pub(super) question: Option<u64>,
-    /// The selected session stays so while others come before it.
+    /// The ID of the selected session, which stays selected while the order changes.
     selected: Option<u64>,
     pub(super) table: TableState,
 }
@@ -83,7 +83,7 @@ impl Board {
         self.last.as_ref().map_or(&[], |last| &last.rows)
     }
 
-    /// Takes in a look at the daemon.
+    /// Applies a new fetch.
     pub(super) fn take(&mut self, fetched: Result<Fetched>) {
         let now = match fetched {
             Ok(now) => now,
@@ -126,7 +126,7 @@ impl Board {
         self.select(place.saturating_add_signed(step));
     }
 
-    /// What an event of the terminal asks for.
+    /// Handles an event of the terminal.
     pub(super) fn event(&mut self, event: &Event) -> Action {
         match event {
             Event::Key(key) if key.kind != KeyEventKind::Release => self.key(*key),
@@ -188,7 +188,7 @@ impl Board {
 
 fn rates(before: &Fetched, now: &Fetched) -> Rates {
     let seconds = now.at.saturating_duration_since(before.at).as_secs_f64();
-    // A daemon that was started anew counts anew.
+    // A restarted daemon counts from zero.
     let rate = |count: fn(&Status) -> u64| {
         let more = count(&now.status).saturating_sub(count(&before.status));
         if seconds > 0.0 {
@@ -258,7 +258,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A look some seconds after the first.
+    /// A fetch some seconds after the first.
     pub(in crate::commands::top) fn look(start: Instant, after_s: u64, ids: &[u64]) -> Fetched {
         Fetched {
             status: status(100 * after_s, 10 * after_s),
@@ -287,7 +287,7 @@ pub(super) mod tests {
         press(&mut board, KeyCode::Down);
         board.take(Ok(look(start, 1, &[9, 8, 1, 2, 3])));
         assert_eq!(selected(&board), Some(2));
-        // It has gone: the one in its place.
+        // Session 2 has ended, so the session at its position is selected.
         board.take(Ok(look(start, 2, &[9, 8, 1, 3])));
         assert_eq!(selected(&board), Some(3));
         press(&mut board, KeyCode::End);

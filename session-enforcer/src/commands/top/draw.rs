@@ -1,4 +1,4 @@
-//! How `top` looks. Pure: what is known goes in, and cells of the terminal come out.
+//! Draws `top`. Pure: from the state to terminal cells.
 
 use ratatui::{
     Frame,
@@ -14,7 +14,7 @@ use crate::{
     report::control::Status,
 };
 
-/// A session that ends sooner than this stands out.
+/// Sessions with less time left than this are highlighted.
 const SOON_S: f64 = 60.0;
 const VERY_SOON_S: f64 = 10.0;
 
@@ -44,7 +44,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, board: &mut Board, colour: bool) {
     frame.render_widget(Paragraph::new(foot_line(board, paint)), foot);
 }
 
-/// Styles with and without colours.
+/// Styles with or without colours.
 #[derive(Clone, Copy)]
 struct Paint {
     colour: bool,
@@ -55,7 +55,7 @@ impl Paint {
         Style::new().add_modifier(Modifier::BOLD)
     }
 
-    /// Without colours it is bold.
+    /// Bold replaces the colour if colours are off.
     fn coloured(self, colour: Color) -> Style {
         if self.colour {
             Style::new().fg(colour)
@@ -192,7 +192,7 @@ mod tests {
         board
     }
 
-    /// The lines of a terminal of this size, and which cells have a colour or are reversed.
+    /// The lines of a terminal of this size, and which cells are coloured or reversed.
     fn drawn(
         board: &mut Board,
         width: u16,
@@ -287,7 +287,7 @@ mod tests {
             let (lines, ..) = drawn(&mut board(), width, height, true);
             assert_eq!(lines.len(), usize::from(height));
         }
-        // The wider, the more columns.
+        // A wider terminal shows more columns.
         assert!(drawn(&mut board(), 200, 24, true).0[4].contains("OWNER"));
     }
 }

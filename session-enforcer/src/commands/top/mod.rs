@@ -1,6 +1,7 @@
-//! `session-enforcer top`: the live sessions on the whole terminal.
+//! `session-enforcer top`: shows the live sessions on the whole terminal.
 //!
-//! What is shown and what a key does is pure ([`board`], [`draw`]). Here are the daemon, the keyboard and the signals.
+//! The state and the drawing are pure ([`board`], [`draw`]). This file has the connection to the daemon, the
+//! keyboard and the signals.
 
 mod board;
 mod draw;
@@ -34,23 +35,23 @@ use crate::{
 };
 use board::{Action, Board, Fetched};
 
-/// The least time between two looks at the daemon.
+/// The minimum interval between two fetches.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// How many times as long as a look took there is none after it: of very many sessions a look takes a while.
+/// The pause after a fetch, as a multiple of its duration: a fetch of very many sessions takes a while.
 const REST: u32 = 30;
 
-/// Sessions that are shown at most.
+/// The maximum number of displayed sessions.
 const MAX_ROWS: &str = "500";
 
-/// When the events are followed again after they broke off.
+/// The pause before the event stream is opened again after a failure.
 const FOLLOW_AGAIN: Duration = Duration::from_secs(2);
 
-/// Shows the sessions until the user has seen enough.
+/// Shows the sessions until the user quits.
 ///
 /// # Errors
 ///
-/// Where there is no terminal, or no daemon answers.
+/// Fails if there is no terminal, or no daemon answers.
 pub fn top(args: &TopArgs) -> Result<()> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
         let message = "top needs a terminal; `session-enforcer list` prints the sessions";
@@ -58,7 +59,7 @@ pub fn top(args: &TopArgs) -> Result<()> {
     }
     let client = DaemonClient::new(&args.daemon.socket);
     block_on(async {
-        // Nothing is drawn where nobody answers.
+        // Fail before drawing if no daemon answers.
         client.value::<Status>(Method::GET, "/v1/status").await?;
         let signals = Signals::new().context("taking over signals")?;
         let terminal = ratatui::try_init().context("preparing the terminal")?;
@@ -67,7 +68,7 @@ pub fn top(args: &TopArgs) -> Result<()> {
     })
 }
 
-/// Leaves the terminal as it was.
+/// Restores the terminal when dropped.
 struct Restored;
 
 impl Drop for Restored {
@@ -76,7 +77,7 @@ impl Drop for Restored {
     }
 }
 
-/// What ends the program.
+/// The signals that end the program.
 struct Signals([Signal; 3]);
 
 impl Signals {
@@ -98,7 +99,7 @@ impl Signals {
     }
 }
 
-/// What happens beside the keyboard.
+/// Events other than those of the keyboard.
 enum News {
     Fetched(Box<Result<Fetched>>),
     Ended(String),
@@ -159,7 +160,7 @@ async fn show(
     }
 }
 
-/// The keys that are pressed, and changes of the terminal's size.
+/// Key presses and changes of the terminal's size.
 fn keyboard() -> Result<UnboundedReceiver<event::Event>> {
     let (sender, events) = unbounded_channel();
     let read = move || {
@@ -169,7 +170,7 @@ fn keyboard() -> Result<UnboundedReceiver<event::Event>> {
             }
         }
     };
-    // It ends with the process.
+    // The thread ends with the process.
     let keyboard = thread::Builder::new().name("keyboard".to_owned());
     keyboard.spawn(read).context("reading the keyboard")?;
     Ok(events)
@@ -206,7 +207,7 @@ async fn fetch(client: DaemonClient, path: String, news: UnboundedSender<News>) 
     let _ = news.send(News::Fetched(Box::new(fetched)));
 }
 
-/// Tells of the sessions that end at a limit or because somebody asked.
+/// Reports sessions that end at a limit or at a client's request.
 async fn follow(client: DaemonClient, news: UnboundedSender<News>) {
     loop {
         if let Ok(mut lines) = client.lines(Method::GET, "/v1/events", Bytes::new()).await {

@@ -1,4 +1,4 @@
-//! The keys and configurations that the documentation shows, the tests that it names, and its links.
+//! Tests of the documentation: its keys and configurations, the tests that it names, and its links.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,10 +11,10 @@ const REPORTS: &str = include_str!("../../../docs/design/reports.md");
 const README: &str = include_str!("../../../../README.md");
 const TOUR: &str = include_str!("../../../docs/tour.md");
 
-/// The folder of the pages that the README leads to.
+/// The folder of the pages that the README links to.
 const DOCS: &str = "session-enforcer/docs";
 
-/// The example that the README's first configuration goes with, and no page shows.
+/// The example for the README's first configuration. No page shows it.
 const FIRST: &str = "config.toml";
 
 fn examples() -> BTreeMap<String, String> {
@@ -28,7 +28,7 @@ fn examples() -> BTreeMap<String, String> {
     named.collect()
 }
 
-/// The TOML blocks of a page, each with what was before it.
+/// The TOML blocks of a page, each with the text before it.
 fn blocks(page: &str) -> Vec<(&str, &str)> {
     let mut blocks = Vec::new();
     let mut rest = page;
@@ -86,7 +86,7 @@ fn each_recipe_has_its_parts_and_a_place_in_the_list() {
     }
 }
 
-/// Words of a page that name a test, as file and name.
+/// The file and the name of each test that a page names.
 fn named_tests(page: &str) -> Vec<(&str, &str)> {
     let words = page.split('`').skip(1).step_by(2);
     let tests = words.filter_map(|word| word.split_once("::"));
@@ -125,13 +125,13 @@ fn each_fault_has_a_test() {
     }
 }
 
-/// The rows of the reference, by key such as `rule.name`: the cells after it.
+/// The rows of the reference by key, such as `rule.name`: the other cells of the row.
 fn reference() -> BTreeMap<&'static str, Vec<&'static str>> {
     let rows = CONFIGURATION
         .lines()
         .filter_map(|line| line.strip_prefix("| `")?.strip_suffix(" |"));
     let keys = rows.filter_map(|row| row.split_once("` | "));
-    // Other tables of the page begin with flags.
+    // Rows of other tables of the page begin with flags.
     let keys = keys.filter(|(key, _)| !key.starts_with('-'));
     let cells = keys.map(|(key, cells)| (key, cells.split(" | ").collect()));
     cells.collect()
@@ -199,7 +199,7 @@ fn the_reference_has_the_bounds_and_defaults_of_the_code() {
     }
 }
 
-/// Every page, by its path from the root of the project.
+/// Every page, by its path from the root of the repository.
 fn pages() -> BTreeMap<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let in_folder = |folder: &'static str| {
@@ -225,7 +225,7 @@ fn pages() -> BTreeMap<PathBuf, String> {
         .collect()
 }
 
-/// The path with each `..` taken out, which is only written after a directory here.
+/// Resolves each `..` of the path, which here always follows a directory.
 fn without_parents(path: &Path) -> PathBuf {
     let mut parts = Vec::new();
     for part in path.components() {
@@ -238,7 +238,7 @@ fn without_parents(path: &Path) -> PathBuf {
     parts.into_iter().collect()
 }
 
-/// The anchors of a page, as forges make them of its headings.
+/// The anchors that forges make of a page's headings.
 fn anchors(page: &str) -> BTreeSet<String> {
     let headings = page.lines().filter(|line| line.starts_with('#'));
     let anchor = |heading: &str| {

@@ -1,4 +1,4 @@
-//! Files that cannot be read, and texts that are not TOML.
+//! Tests of unreadable files and of texts that are not TOML.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Unknown keys, keys that come later, and values of the wrong kind.
+//! Tests of unknown keys, keys of later versions, and values of the wrong type.
 
 use session_enforcer_common::Activity;
 

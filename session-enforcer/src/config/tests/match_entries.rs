@@ -1,4 +1,4 @@
-//! The match table against a direct evaluation of the rules.
+//! Compares the match table with a direct evaluation of the rules.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ use session_enforcer_common::{Address, Ancestors, Facts, RULE_EXEMPT, matches};
 
 use super::*;
 
-/// A connection as people write it.
+/// A connection in readable form.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Connection {
     pub(super) direction: Direction,
@@ -20,13 +20,13 @@ pub(super) struct Connection {
     pub(super) cgroup: &'static str,
 }
 
-/// Users of this world by name, the first without a name.
+/// The users of the test world. The first has only a number.
 const USERS: [(&str, u32); 4] = [("1000", 1000), ("root", 0), ("a", 113), ("b", 114)];
 
-/// Its cgroups.
+/// The cgroups of the test world.
 const CGROUPS: [&str; 6] = ["/", "/s", "/s/a", "/s/a/x", "/s/ab", "/t"];
 
-/// Patterns of some of them.
+/// Patterns that match some of the cgroups.
 const PATTERNS: [&str; 5] = ["/*", "/s/*", "/s/a*", "/*/a", "/*/*b"];
 
 pub(super) fn owners() -> Owners {
@@ -76,7 +76,7 @@ fn address(ip: IpAddr) -> Address {
     Address::from_octets(v6.octets())
 }
 
-/// What the documentation says, word by word.
+/// Evaluates the rule literally as documented.
 pub(super) fn rule_matches(rule: &Rule, connection: &Connection) -> bool {
     let port = |ranges: &[PortRange], port: u16| {
         ranges.is_empty()
@@ -100,7 +100,7 @@ pub(super) fn rule_matches(rule: &Rule, connection: &Connection) -> bool {
                 .any(|above| is_below(connection.cgroup, above)))
 }
 
-/// The number of the first rule that matches.
+/// The number of the first matching rule.
 fn decided_by_rules(config: &Config, connection: &Connection) -> Option<u16> {
     let index = config
         .rules
@@ -110,7 +110,7 @@ fn decided_by_rules(config: &Config, connection: &Connection) -> Option<u16> {
     Some(if exempt { RULE_EXEMPT } else { index as u16 })
 }
 
-/// The number of the first entry that matches, as the kernel finds it.
+/// The number of the first matching entry, found like the kernel does.
 fn decided_by_entries(entries: &[MatchEntry], connection: &Connection) -> Option<u16> {
     let (facts, ancestors) = (connection.facts(), connection.ancestors());
     entries
@@ -119,7 +119,7 @@ fn decided_by_entries(entries: &[MatchEntry], connection: &Connection) -> Option
         .map(|entry| entry.rule)
 }
 
-/// Addresses close to each other and to every edge, so that prefixes often contain them.
+/// Addresses close to each other and to the edges, so that prefixes often contain them.
 fn bits_v4() -> impl Strategy<Value = u32> {
     let edges = select(vec![
         0,
@@ -269,7 +269,7 @@ fn a_cgroup_that_was_made_again_has_an_entry_for_each_time() {
     assert_eq!(ids, [5, 9]);
 }
 
-/// Entries of a rule of these conditions.
+/// The number of entries of a rule with these conditions.
 fn count(conditions: &str) -> usize {
     let rule = rule(&format!("{conditions}\nidle_timeout = '1s'"));
     let config = Config::with_rules(vec![rule]);

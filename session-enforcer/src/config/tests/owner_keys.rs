@@ -1,4 +1,4 @@
-//! Whose connections: `cgroups` and `users`.
+//! Tests of the owner conditions `cgroups` and `users`.
 
 use super::*;
 

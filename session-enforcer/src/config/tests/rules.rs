@@ -1,4 +1,4 @@
-//! What can be wrong with a rule, and with the rules together.
+//! Tests of invalid rules and of invalid combinations of rules.
 
 use std::fmt::Write as _;
 
@@ -278,7 +278,7 @@ fn ends_of_different_families_never_meet() {
     }
 }
 
-/// So many rules, each with a port of its own.
+/// This number of rules, each with its own port.
 fn many_rules(count: u32) -> String {
     let mut text = String::new();
     for n in 1..=count {
@@ -302,7 +302,7 @@ fn the_number_of_rules_is_bounded() {
     );
 }
 
-/// A rule with so many local and remote ports, none adjacent to another.
+/// A rule with this number of local and remote ports, none of them adjacent.
 fn with_ports(name: &str, local: u16, remote: u16) -> String {
     let list = |count| {
         let ports: Vec<String> = (1..=count).map(|n: u16| (2 * n).to_string()).collect();

@@ -1,8 +1,8 @@
-//! All that is wrong in a file is found at once, and nothing besides.
+//! All errors of a file are found at once, and no others.
 
 use super::*;
 
-/// Each thing that is wrong in a text, up to the words that only it has.
+/// The locations of the errors of a text.
 fn all_wrong(text: &str) -> Vec<String> {
     let errors = Config::parse_all("x.toml", text).unwrap_err();
     let line = |error: &ConfigError| error.location.to_string();
@@ -66,7 +66,7 @@ activity = 'no'
 #[test]
 fn one_mistake_is_said_once() {
     for (text, place) in [
-        // The limit that is wrong is there.
+        // The limit is present, although invalid.
         (
             "name = 'a'\nidle_timeout = 1\nactivity = 'sent'\nmin_payload = 2\n",
             "3:16",
@@ -75,10 +75,10 @@ fn one_mistake_is_said_once() {
             "name = 'a'\nmax_lifetime = 1\nlifetime_jitter = '9%'\n",
             "3:16",
         ),
-        // The key may be the limit, and the action \"exempt\".
+        // The misspelt key may be the limit, and the misspelt action may be "exempt".
         ("name = 'a'\nidle_timout = '1m'\n", "3:1"),
         ("name = 'a'\naction = 'exemt'\n", "3:10"),
-        // The other address may be of that family.
+        // The invalid address may be of the other family.
         (
             "name = 'a'\nlocal = ['10.0.0.1', 'x']\nremote = ['::1']\nidle_timeout = '1m'\n",
             "3:22",

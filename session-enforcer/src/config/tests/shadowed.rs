@@ -1,4 +1,4 @@
-//! Warnings about rules that never decide.
+//! Tests of warnings about rules that never decide.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -8,7 +8,7 @@ use crate::config::shadowed_rules::{self, rules_within};
 use super::match_entries::{any_rule, connection, rule_matches};
 use super::*;
 
-/// The warnings about rules of these conditions, named a, b, c.
+/// The warnings about rules with these conditions, named a, b, c.
 fn warnings(conditions: &[&str]) -> Vec<Warning> {
     let mut text = String::new();
     for (name, conditions) in ('a'..).zip(conditions) {
@@ -140,7 +140,7 @@ fn a_rule_with_anything_left_is_not_shadowed() {
             "local_ports = ['1-2']\nremote_ports = [1, 2]",
         ],
         ["users = [1]", "users = ['x']", ""],
-        // What lies in the cgroup itself, and in others below it.
+        // Sockets in `/a` itself and in its other children remain.
         [
             "cgroups = ['/a/b']",
             "cgroups = ['/a/c']",
@@ -198,7 +198,7 @@ proptest! {
     }
 }
 
-/// The rules, named a, b, c, of these cgroups that are warned of where a cgroup is watched.
+/// The rules (named a, b, c, with these cgroups) that get a warning if this cgroup is watched.
 fn beside(watched: &str, cgroups: &[&str]) -> Vec<String> {
     let mut text = format!("[daemon]\ncgroup = '{watched}'\n");
     for (name, cgroups) in ('a'..).zip(cgroups) {
@@ -230,7 +230,7 @@ fn a_rule_of_cgroups_beside_the_watched_one_never_decides() {
         beside("/sys/fs/cgroup/system.slice/a/b", &rules[1..]).len(),
         0
     );
-    // All of it is watched, and where the mount is cannot be told.
+    // With these paths everything is watched, or the mount point is unknown.
     for watched in [
         "/sys/fs/cgroup",
         "/sys/fs/cgroup/unified",

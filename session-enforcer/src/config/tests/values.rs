@@ -1,4 +1,4 @@
-//! Ports, prefixes and times that are written as text.
+//! Tests of ports, prefixes and times as text.
 
 use proptest::prelude::*;
 
@@ -84,7 +84,7 @@ proptest! {
         prop_assert_eq!(parse_duration(&format_duration(duration)).unwrap(), duration);
     }
 
-    /// What a stranger can put into the file ends in one line or in a configuration.
+    /// Any text of a stranger gives a one-line error or a configuration.
     #[test]
     fn no_text_is_a_panic_or_two_lines(text in "(?s).{0,200}") {
         if let Err(error) = Config::parse("x.toml", &text) {
@@ -92,7 +92,7 @@ proptest! {
         }
     }
 
-    /// The same with something that the parser of TOML lets through.
+    /// The same with values that pass the TOML parser.
     #[test]
     fn no_value_is_a_panic_or_two_lines(
         key in "(cgroup|mode|max_sessions|pin_dir|network_namespaces|reconcile_interval|listen|path|name|direction|local_ports\

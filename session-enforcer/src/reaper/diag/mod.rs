@@ -1,5 +1,5 @@
-//! The kernel's socket table over netlink: list, look at, and destroy TCP sockets. The only user
-//! of netlink in the project.
+//! The kernel's socket table over netlink: lists, queries and destroys TCP sockets. No other module uses
+//! netlink.
 
 mod netlink;
 pub mod wire;

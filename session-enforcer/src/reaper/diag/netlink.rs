@@ -1,7 +1,7 @@
-//! A netlink socket and the exchanges on it.
+//! A `sock_diag` netlink socket and its requests.
 //!
-//! The network namespace in which the socket is created decides whose sockets it sees, also when
-//! the thread has left that namespace since.
+//! A netlink socket shows the sockets of the network namespace in which it was created, even after the thread
+//! has left that namespace.
 
 use std::{
     collections::HashMap,
@@ -26,63 +26,63 @@ use super::wire::{
     self, Body, Detail, Family, Message, Ports, Queued, Socket, SocketId, WireError,
 };
 
-/// Sockets in one request to a reaper at most.
+/// The maximum number of sockets in one request to a reaper.
 pub const MAX_BATCH: usize = 128;
 
-/// The kernel answers within the send, so an answer that is not there yet will not come.
+/// The kernel answers during the send, so an answer that has not arrived by then will not arrive.
 const ANSWER_TIMEOUT_S: i64 = 1;
 
-/// Asked-for size of the receive buffer; the kernel doubles it.
+/// The requested size of the receive buffer. The kernel doubles it.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
-/// The largest datagram that a dump fills.
+/// The largest datagram that the kernel fills during a dump.
 const DATAGRAM: usize = 1 << 16;
 
-/// Sockets that are handed over at a time where a list comes in bits.
+/// A list hands over its sockets in chunks of this size.
 pub const BIT: usize = 256;
 
-/// Times that a dump is repeated because the kernel's tables changed under it.
+/// A dump is repeated up to this often if the kernel's tables changed during it.
 const DUMP_ATTEMPTS: u32 = 4;
 
-/// What can go wrong with the kernel's socket table.
+/// Errors of the exchange with the kernel's socket table.
 #[derive(Debug, Error)]
 pub enum SockDiagError {
-    /// The netlink socket could not be made.
+    /// The netlink socket could not be opened.
     #[error("opening a sock_diag netlink socket: {0}")]
     Open(Errno),
-    /// A request could not be sent.
+    /// The request could not be sent.
     #[error("sending to sock_diag: {0}")]
     Send(Errno),
-    /// An answer could not be received.
+    /// The answer could not be received.
     #[error("receiving from sock_diag: {0}")]
     Receive(Errno),
-    /// A datagram was longer than the buffer for it.
+    /// A datagram was longer than the receive buffer.
     #[error("an answer of sock_diag was cut by the receive buffer")]
     Truncated,
-    /// An answer was malformed or out of order.
+    /// An answer was malformed or out of sequence.
     #[error("an answer of sock_diag is not understood: {0}")]
     Wire(#[from] WireError),
     /// The kernel refused to list sockets.
     #[error("the kernel refuses to list sockets: {0}")]
     Refused(Errno),
-    /// A list of sockets was never whole.
+    /// No dump was complete: the table changed during each attempt.
     #[error("the kernel's socket table changed during each of {DUMP_ATTEMPTS} attempts to list it")]
     Interrupted,
-    /// The namespace's cookie could not be read.
+    /// The cookie of the network namespace could not be read.
     #[error("reading the network namespace's cookie: {0}")]
     Cookie(io::Error),
 }
 
-/// What the kernel says about a socket that it was asked to destroy.
+/// The kernel's answer to a `SOCK_DESTROY` request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Destroyed {
     /// 0, or an error number.
     pub code: i32,
-    /// What waited in the socket right before, where the kernel told it.
+    /// Bytes in the socket's queues just before the reset, if the kernel reported them.
     pub queued: Option<Queued>,
 }
 
-/// A connection to the socket table of one network namespace.
+/// A netlink connection to the socket table of one network namespace.
 #[derive(Debug)]
 pub struct DiagSocket {
     fd: OwnedFd,
@@ -96,7 +96,7 @@ impl DiagSocket {
     ///
     /// # Errors
     ///
-    /// Where the kernel gives no netlink socket.
+    /// Fails if the kernel refuses the netlink socket.
     pub fn open() -> Result<Self, SockDiagError> {
         let fd = socket(
             AddressFamily::Netlink,
@@ -105,12 +105,13 @@ impl DiagSocket {
             SockProtocol::NetlinkSockDiag,
         )
         .map_err(SockDiagError::Open)?;
-        // Connected to the kernel: anybody in the namespace could send to this socket otherwise, and
-        // forge its answers.
+        // An unconnected netlink socket would accept messages of any process in the namespace, which could
+        // forge the kernel's answers.
         connect(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(SockDiagError::Open)?;
         let timeout = TimeVal::new(ANSWER_TIMEOUT_S, 0);
         setsockopt(&fd, sockopt::ReceiveTimeout, &timeout).map_err(SockDiagError::Open)?;
-        // Past the system's limit where the capability allows it, up to the limit elsewhere.
+        // `SO_RCVBUFFORCE` needs `CAP_NET_ADMIN` and exceeds the system's limit; `SO_RCVBUF` is capped by
+        // that limit.
         if setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             setsockopt(&fd, sockopt::RcvBuf, &RECEIVE_BUFFER).map_err(SockDiagError::Open)?;
         }
@@ -126,11 +127,11 @@ impl DiagSocket {
     ///
     /// # Errors
     ///
-    /// Where the kernel does not have the option.
+    /// Fails if the kernel does not have the option.
     pub fn netns_cookie(&self) -> Result<u64, SockDiagError> {
         let mut cookie = 0u64;
         let mut length = size_of::<u64>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes to a place of that size.
+        // SAFETY: the kernel writes at most `length` bytes, and `cookie` has that size.
         let status = unsafe {
             libc::getsockopt(
                 self.fd.as_raw_fd(),
@@ -146,15 +147,15 @@ impl DiagSocket {
         Ok(cookie)
     }
 
-    /// Destroys a socket, and says what waited in it.
+    /// Destroys a socket and returns the bytes that were in its queues.
     ///
-    /// The kernel takes both requests within the send. It answers that for the reset only where it refuses: no
-    /// message in the receive buffer afterwards is its word that it has destroyed the socket. It reports an
-    /// answer for which it had no memory (`netlink_ack()`, ENOBUFS).
+    /// The kernel processes both requests within the send. It answers the destroy request only if it refuses,
+    /// so an empty receive buffer afterwards means that the socket was destroyed. If the kernel has no memory
+    /// for the refusal, the receive fails with ENOBUFS (`netlink_ack()`).
     ///
     /// # Errors
     ///
-    /// Where the exchange fails; what became of the socket is then unknown.
+    /// Fails if the exchange fails. Whether the socket was destroyed is then unknown.
     pub fn destroy(&mut self, target: &SocketId) -> Result<Destroyed, SockDiagError> {
         let query = self.begin();
         wire::put_query(&mut self.out, query, target, Detail::Names);
@@ -180,18 +181,18 @@ impl DiagSocket {
                 (got, _) => return Err(WireError::Sequence { got }.into()),
             }
         }
-        // What was left of it, in `TIME_WAIT`, is none of a session, although the kernel has destroyed it.
+        // A `TIME_WAIT` remainder is no session, so its destruction does not count as a reset.
         if had_ended {
             destroyed.code = libc::ENOENT;
         }
         Ok(destroyed)
     }
 
-    /// What the kernel knows of the target, or `None` where it is gone.
+    /// Returns the kernel's data about the target, or `None` if the socket no longer exists.
     ///
     /// # Errors
     ///
-    /// Where the exchange fails; whether the socket is there is then unknown.
+    /// Fails if the exchange fails. Whether the socket exists is then unknown.
     pub fn query(
         &mut self,
         target: &SocketId,
@@ -203,13 +204,15 @@ impl DiagSocket {
         Ok(found.filter(|found| found.target.cookie == target.cookie))
     }
 
-    /// The same of several, whatever interface they are bound to by now. The kernel walks its whole table, once.
+    /// Queries several sockets by cookie, whichever interface they are bound to now. The kernel walks its
+    /// whole table once.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`DiagSocket::query`] does.
     pub fn search(&mut self, targets: &[SocketId]) -> Result<Vec<Option<Socket>>, SockDiagError> {
-        // What the kernel leaves out where one is searched for, which is nearly always.
+        // With the ports of a single target the kernel filters the dump itself. Nearly all searches have one
+        // target.
         let ports = match targets {
             [target] => [target.local_port, target.remote_port],
             _ => [0, 0],
@@ -227,19 +230,18 @@ impl DiagSocket {
         Ok(found)
     }
 
-    /// What the kernel knows of the MPTCP socket with this token, or `None` where it is gone.
+    /// Returns the kernel's data about the MPTCP socket with this token, or `None` if it no longer exists.
     ///
     /// # Errors
     ///
-    /// Where the exchange fails, or the kernel cannot list MPTCP sockets
-    /// (`CONFIG_INET_MPTCP_DIAG`).
+    /// Fails if the exchange fails, or if the kernel cannot list MPTCP sockets (`CONFIG_INET_MPTCP_DIAG`).
     pub fn query_mptcp(&mut self, token: u32) -> Result<Option<Socket>, SockDiagError> {
         let sequence = self.begin();
         wire::put_query_mptcp(&mut self.out, sequence, token);
         self.only_socket(sequence)
     }
 
-    /// The answer to a request for one socket.
+    /// Receives the answer to a request for one socket.
     fn only_socket(&mut self, sequence: u32) -> Result<Option<Socket>, SockDiagError> {
         self.send()?;
         let length = self.receive(MsgFlags::empty())?;
@@ -261,14 +263,15 @@ impl DiagSocket {
         }
     }
 
-    /// Hands over every TCP socket of the namespace in one of the `states` (a set of
-    /// [`wire::state::bit`]s) and with these ports (0 is any), in bits of at most [`BIT`], while the list
-    /// goes on. Where the table changed meanwhile they are listed again, and come again.
+    /// Lists the TCP sockets of the namespace that are in one of the `states` (a set of
+    /// [`wire::state::bit`]s) and have these ports (0 matches any). Passes them to `take` in chunks of at
+    /// most [`BIT`] while the dump runs. If the table changed during the dump, the dump is repeated, and
+    /// sockets are handed over again.
     ///
     /// # Errors
     ///
-    /// Where the kernel refuses, the exchange fails, or the table changed at each attempt; what has come
-    /// before is right.
+    /// Fails if the kernel refuses, the exchange fails, or the table changed during each attempt. The sockets
+    /// that were handed over before are valid.
     pub fn list(
         &mut self,
         states: u32,
@@ -292,11 +295,11 @@ impl DiagSocket {
         Ok(())
     }
 
-    /// The same sockets at once.
+    /// Returns the same sockets as one list.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// Fails as [`DiagSocket::list`] does.
     pub fn listed(&mut self, states: u32, ports: Ports) -> Result<Vec<Socket>, SockDiagError> {
         let mut sockets = Vec::new();
         self.list(states, ports, &mut |bit| sockets.extend(bit))?;
@@ -315,7 +318,7 @@ impl DiagSocket {
         Err(SockDiagError::Interrupted)
     }
 
-    /// Returns whether the dump was whole.
+    /// Returns whether the dump was complete.
     fn dump_once(
         &mut self,
         family: Family,
@@ -351,7 +354,7 @@ impl DiagSocket {
         }
     }
 
-    /// Clears the way for a request, and returns its number.
+    /// Clears the output buffer for a new request and returns the request's sequence number.
     fn begin(&mut self) -> u32 {
         self.out.clear();
         self.next_sequence()
@@ -400,7 +403,7 @@ fn check_sequence(message: &Message, expected: u32) -> Result<(), WireError> {
 mod tests {
     use super::*;
 
-    /// The answer about a socket that is not there.
+    /// The answer for a socket that does not exist.
     fn gone() -> Destroyed {
         Destroyed {
             code: libc::ENOENT,

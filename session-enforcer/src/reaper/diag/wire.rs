@@ -1,8 +1,8 @@
 //! The wire format of `sock_diag` and `inet_diag`: pure functions from and to bytes.
 //!
-//! Layouts: `linux/netlink.h`, `linux/inet_diag.h` and `struct tcp_info` of `linux/tcp.h`. They are
-//! kernel interfaces and only ever grow at their ends. Everything that the kernel sends is checked
-//! for length; what does not fit is an error, never a guess.
+//! Layouts: `linux/netlink.h`, `linux/inet_diag.h` and `struct tcp_info` of `linux/tcp.h`. They are stable
+//! kernel interfaces that grow only at their ends. The length of every field from the kernel is checked; a
+//! field that does not fit is an error and never a guess.
 
 use bytes::{Buf as _, BufMut, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -15,46 +15,46 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_DUMP: u16 = 0x300;
-/// The kernel's tables changed during a dump; entries may be missing.
+/// The kernel's tables changed during a dump, so sockets may be missing.
 const NLM_F_DUMP_INTR: u16 = 0x10;
 
 const HEADER: usize = 16;
 const REQUEST: usize = 56;
-/// A request without attributes.
+/// The length of a request without attributes.
 const PLAIN: u32 = (HEADER + REQUEST) as u32;
 const MESSAGE: usize = 72;
 const ATTRIBUTE_HEADER: usize = 4;
 const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_CGROUP_ID: u16 = 21;
-/// Within the ULP's attribute: that of MPTCP, and within it the token of the connection on this host
+/// Attributes nested in the ULP attribute: the one of MPTCP and, within it, the local token of the connection
 /// (`linux/mptcp.h`).
 const INET_ULP_INFO_MPTCP: u16 = 3;
 const MPTCP_SUBFLOW_ATTR_TOKEN_LOC: u16 = 2;
-/// Attribute of a request whose protocol does not fit into the byte for it.
+/// Request attribute for a protocol number that does not fit into the one-byte field.
 const INET_DIAG_REQ_PROTOCOL: u16 = 3;
-/// The upper two bits of an attribute's kind are flags (`NLA_TYPE_MASK`).
+/// Mask for an attribute's kind. The two upper bits are flags (`NLA_TYPE_MASK`).
 const ATTRIBUTE_KIND: u16 = 0x3fff;
-/// `idiag_timer` of a mini-socket in `TIME_WAIT` or in an orphaned `FIN_WAIT2`.
+/// `idiag_timer` of a mini-socket in `TIME_WAIT` or of an orphan in `FIN_WAIT2`.
 const TIMER_TIME_WAIT: u8 = 3;
 
 /// TCP states as the kernel numbers them (`net/tcp_states.h`).
 pub mod state {
     /// Open in both directions.
     pub const ESTABLISHED: u8 = 1;
-    /// Closed here, the peer has not acknowledged it.
+    /// This host has sent its FIN; the peer has not acknowledged it.
     pub const FIN_WAIT1: u8 = 4;
-    /// Closed here and acknowledged; the peer may still send.
+    /// The peer has acknowledged this host's FIN and may still send.
     pub const FIN_WAIT2: u8 = 5;
-    /// Over; only the tuple is kept.
+    /// Closed; the kernel keeps only the tuple.
     pub const TIME_WAIT: u8 = 6;
-    /// Closed by the peer; this host may still send.
+    /// The peer has sent its FIN; this host may still send.
     pub const CLOSE_WAIT: u8 = 8;
-    /// Closed by both, this host's FIN not acknowledged.
+    /// Both sides have sent a FIN; this host's is not acknowledged.
     pub const LAST_ACK: u8 = 9;
-    /// Accepts connections.
+    /// The socket accepts connections.
     pub const LISTEN: u8 = 10;
-    /// Both closed at once.
+    /// Both sides sent their FINs at the same time.
     pub const CLOSING: u8 = 11;
 
     /// The states in which a socket is a session: from establishment to close.
@@ -65,34 +65,34 @@ pub mod state {
         | bit(LAST_ACK)
         | bit(CLOSING);
 
-    /// Whether both ends are on their way to close, and nothing but an answer of the peer is missing.
+    /// Whether the connection is closing, so that only an answer of the peer is outstanding.
     pub const fn is_closing(state: u8) -> bool {
         matches!(state, LAST_ACK | CLOSING | FIN_WAIT1)
     }
 
-    /// Whether this host has closed its direction: its FIN waits to be sent, or was.
+    /// Whether this host has closed its direction: its FIN is queued or sent.
     pub const fn is_closed_here(state: u8) -> bool {
         matches!(state, FIN_WAIT1 | FIN_WAIT2 | CLOSING | LAST_ACK)
     }
 
-    /// Whether the peer has closed its direction: its FIN was received.
+    /// Whether the peer has closed its direction: its FIN has arrived.
     pub const fn is_closed_there(state: u8) -> bool {
         matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING)
     }
 
-    /// The state's bit in a request's set of states; none for a number that no set has room for,
-    /// which is in no set then.
+    /// The bit of the state in a request's set of states. A number beyond the width of the set gives 0, which
+    /// matches nothing.
     pub const fn bit(state: u8) -> u32 {
         1_u32.unbounded_shl(state as u32)
     }
 }
 
-/// Which sockets a dump asks for; the kernel dumps one family at a time.
+/// The address family of a dump. The kernel dumps one family at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4 sockets.
     Ipv4,
-    /// IPv6 sockets, those with IPv4-mapped addresses among them.
+    /// IPv6 sockets, including those with IPv4-mapped addresses.
     Ipv6,
 }
 
@@ -105,8 +105,8 @@ impl Family {
     }
 }
 
-/// Names one socket exactly: by tuple and by cookie. The kernel finds it by the tuple and refuses
-/// it where the cookie differs, so that a later connection with the same tuple is safe.
+/// Identifies one socket by tuple and cookie. The kernel looks the socket up by tuple and refuses the request
+/// if the cookie differs, so a later connection with the same tuple is safe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketId {
     /// This host's address.
@@ -119,7 +119,7 @@ pub struct SocketId {
     pub local_port: u16,
     /// The peer's port.
     pub remote_port: u16,
-    /// Interface the socket is bound to, or 0.
+    /// The interface that the socket is bound to, or 0.
     pub ifindex: u32,
     /// The socket's cookie.
     pub cookie: u64,
@@ -139,7 +139,7 @@ impl SocketId {
     }
 }
 
-/// An [`Address`] as serde knows it.
+/// A mirror of [`Address`] for serde.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Address")]
 struct Words([u32; 4]);
@@ -147,39 +147,39 @@ struct Words([u32; 4]);
 /// One socket of a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Socket {
-    /// See [`state`].
+    /// The TCP state; see [`state`].
     pub state: u8,
-    /// Whether it is a mini-socket: what is left of a session that is over.
+    /// Whether this is a mini-socket, the remainder of a closed session.
     pub is_mini: bool,
-    /// The socket's name, the cookie included.
+    /// The socket's tuple, interface and cookie.
     pub target: SocketId,
-    /// The user that it belongs to; 0 too where no process has accepted it yet.
+    /// The user who owns the socket. Also 0 if no process has accepted the connection yet.
     pub uid: u32,
-    /// Inode number of the socket, which the descriptors of its processes show; 0 where no process
-    /// has it.
+    /// The socket's inode number, which `/proc/pid/fd` shows. 0 if no process holds the socket.
     pub inode: u32,
-    /// What waits in it.
+    /// Bytes in the socket's queues.
     pub queued: Queued,
-    /// Identity of its cgroup, where the kernel told it.
+    /// The ID of the socket's cgroup, if the kernel reported it.
     pub cgroup_id: Option<u64>,
-    /// What `tcp_info` says, where the kernel told it.
+    /// Data of `tcp_info`, if the kernel reported it.
     pub info: Option<Info>,
-    /// Of a subflow, the token by which the kernel knows its MPTCP connection in the namespace.
+    /// For an MPTCP subflow: the token that identifies its connection within the namespace.
     pub mptcp_token: Option<u32>,
 }
 
-/// Payload bytes that wait at this end of a connection.
+/// Payload bytes in the queues of this host's socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queued {
-    /// Written by the process, and not acknowledged by the peer.
+    /// Bytes that the process has written and the peer has not acknowledged.
     pub send: u32,
-    /// Received, and not read by the process.
+    /// Bytes that the kernel has received and the process has not read.
     pub receive: u32,
 }
 
 impl Queued {
-    /// From the sequence numbers that wait (`tcp_diag_get_info()`): a FIN has one until it is acknowledged, or
-    /// the process has read the end.
+    /// Converts the kernel's queue lengths (`tcp_diag_get_info()`) into payload bytes. They include one
+    /// sequence number for a FIN until the peer acknowledges it, or until the process reads the end of the
+    /// stream.
     fn of(state: u8, received: u32, unacknowledged: u32) -> Self {
         Self {
             send: unacknowledged.saturating_sub(state::is_closed_here(state).into()),
@@ -188,52 +188,51 @@ impl Queued {
     }
 }
 
-/// The part of `tcp_info` that an adoption needs.
+/// The fields of `tcp_info` that an adoption needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
-    /// Milliseconds since data was last sent, retransmissions included.
+    /// Milliseconds since data was last sent, including retransmissions.
     pub last_data_sent_ms: u32,
     /// Milliseconds since data was last received.
     pub last_data_received_ms: u32,
-    /// Payload bytes received, each once.
+    /// Payload bytes received, each counted once.
     pub bytes_received: u64,
-    /// Payload bytes sent, each once, and those that were dropped before they left the host, as often
-    /// as the stack tried (`__tcp_transmit_skb()` counts before `queue_xmit`, whatever that returns).
+    /// Payload bytes sent, each counted once. Bytes that were dropped before they left the host count at each
+    /// attempt of the stack (`__tcp_transmit_skb()` counts before `queue_xmit`, whatever that returns).
     pub bytes_tried: u64,
-    /// Sequence numbers that have left: those of payload, of the SYN on the side that dialled, and of
-    /// the FIN.
+    /// Sequence numbers sent. They cover the payload, the FIN and, on the side that connected, the SYN.
     pub numbers_sent: u64,
-    /// Sequence numbers that the peer has acknowledged, of the same.
+    /// Sequence numbers of that kind that the peer has acknowledged.
     pub numbers_acknowledged: u64,
-    /// Whether the peer has acknowledged all that has left.
+    /// Whether the peer has acknowledged everything that was sent.
     pub is_all_acknowledged: bool,
-    /// Whether nothing waits to be sent for the first time, the FIN included.
+    /// Whether the send queue has no unsent data and no unsent FIN.
     pub is_all_sent: bool,
     /// Segments with payload that the stack tried to send, modulo 2^32.
     pub data_segments_sent: u32,
 }
 
-/// An answer of the kernel that is not what the protocol promises.
+/// A message from the kernel that violates the protocol.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum WireError {
     /// The data ends within a message.
     #[error("a message of {claimed} bytes in {present} bytes of data")]
     Cut {
-        /// Length that the message claims, or that its kind has at least.
+        /// The length that the message claims, or the minimum length of its kind.
         claimed: usize,
-        /// Bytes that are there.
+        /// The number of bytes available.
         present: usize,
     },
-    /// The sequence number is none of a request that was sent.
+    /// The sequence number belongs to no pending request.
     #[error("an answer to request {got}, which was not sent or was answered before")]
     Sequence {
         /// The number in the answer.
         got: u32,
     },
-    /// A kind of message that does not belong here.
+    /// A message of an unexpected kind.
     #[error("a message of kind {0}, which does not belong here")]
     Kind(u16),
-    /// An address family that was not asked for.
+    /// An address family that was not requested.
     #[error("a socket of address family {0}")]
     Family(u8),
 }
@@ -241,47 +240,47 @@ pub enum WireError {
 /// One message of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Number of the request that it answers.
+    /// The sequence number of the request.
     pub sequence: u32,
-    /// Whether the kernel says that a dump may have missed sockets.
+    /// Whether the kernel reports that the dump may have missed sockets.
     pub interrupted: bool,
-    /// What it says.
+    /// The content.
     pub body: Body,
 }
 
-/// What a message says.
+/// The content of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// The request was done (0), or refused with this error number.
+    /// The request succeeded (0), or was refused with this error number.
     Answer(i32),
-    /// A dump is complete, or was broken off with this error number.
+    /// The dump is complete (0), or was aborted with this error number.
     Done(i32),
-    /// A socket.
+    /// One socket.
     Socket(Socket),
 }
 
-/// Appends a request to destroy the socket. The kernel answers it only where it refuses
-/// (`netlink_rcv_skb()`).
+/// Appends a request to destroy the socket. The kernel answers only if it refuses (`netlink_rcv_skb()`).
 pub fn put_destroy(out: &mut BytesMut, sequence: u32, target: &SocketId) {
     put_header(out, PLAIN, SOCK_DESTROY, NLM_F_REQUEST, sequence);
     put_exact(out, target, 0);
 }
 
-/// Appends a request for what the kernel knows of one socket.
+/// Appends a query for one socket.
 pub fn put_query(out: &mut BytesMut, sequence: u32, target: &SocketId, detail: Detail) {
     put_header(out, PLAIN, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
     put_exact(out, target, detail.extensions());
 }
 
-/// Appends a request for the MPTCP socket with this token (`mptcp_diag_dump_one()`).
+/// Appends a query for the MPTCP socket with this token (`mptcp_diag_dump_one()`).
 pub fn put_query_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
     const ATTRIBUTE: usize = ATTRIBUTE_HEADER + 4;
     let length = (HEADER + REQUEST + ATTRIBUTE) as u32;
     put_header(out, length, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
-    // The family and the protocol are not looked at, here and where the attribute is.
+    // The kernel ignores the family and the protocol field of this request and reads the protocol from the
+    // attribute.
     put_request_start(out, Family::Ipv4, 0, u32::MAX);
     out.put_bytes(0, REQUEST - 8 - 8);
-    // The token stands where the cookie does, which then says nothing.
+    // The token takes the place of the cookie, which the kernel ignores here.
     out.put_u32_ne(token);
     out.put_u32_ne(0);
     out.put_u16_ne(ATTRIBUTE as u16);
@@ -289,13 +288,13 @@ pub fn put_query_mptcp(out: &mut BytesMut, sequence: u32, token: u32) {
     out.put_u32_ne(libc::IPPROTO_MPTCP as u32);
 }
 
-/// What is told of a socket.
+/// How much data a query or dump requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Detail {
-    /// Who it is: tuple, cookie, state, owner. Takes no lock of the socket.
+    /// Tuple, cookie, state and owner. The kernel takes no socket lock for them.
     Names,
-    /// Also what passed: [`Info`]. Takes the socket's lock (`tcp_get_info()`), which its process may hold
-    /// for as long as it likes.
+    /// The same and [`Info`]. The kernel takes the socket's lock (`tcp_get_info()`), which the socket's
+    /// process can hold for as long as it likes.
     Activity,
 }
 
@@ -308,10 +307,10 @@ impl Detail {
     }
 }
 
-/// The ports that a dump asks for, this host's and the peer's; 0 is any (`inet_diag_dump_icsk()`).
+/// The local and the remote port that a dump filters by; 0 matches any (`inet_diag_dump_icsk()`).
 pub type Ports = [u16; 2];
 
-/// Appends a request for every TCP socket of the family in one of the `states` with these ports.
+/// Appends a request for the TCP sockets of the family that are in one of the `states` and have these ports.
 pub fn put_dump(
     out: &mut BytesMut,
     sequence: u32,
@@ -344,7 +343,7 @@ fn put_request_start(out: &mut impl BufMut, family: Family, extensions: u8, stat
 }
 
 fn put_exact(out: &mut BytesMut, target: &SocketId, extensions: u8) {
-    // The kernel finds an IPv6 socket with IPv4-mapped addresses by its IPv4 addresses too.
+    // The kernel also finds an IPv6 socket with IPv4-mapped addresses by its IPv4 addresses.
     let ipv4 = target.local.is_ipv4() && target.remote.is_ipv4();
     let family = if ipv4 { Family::Ipv4 } else { Family::Ipv6 };
     put_request_start(out, family, extensions, u32::MAX);
@@ -363,11 +362,11 @@ fn put_exact(out: &mut BytesMut, target: &SocketId, extensions: u8) {
     out.put_u32_ne((target.cookie >> 32) as u32);
 }
 
-/// Takes the next message off the front of a datagram; `None` at its end.
+/// Removes the first message of a datagram and returns it, or `None` at the end.
 ///
 /// # Errors
 ///
-/// Where the data is cut or of another kind than these requests are answered with.
+/// Fails if the data is cut or the message is not a reply to these requests.
 pub fn next_message(data: &mut &[u8]) -> Result<Option<Message>, WireError> {
     if data.is_empty() {
         return Ok(None);
@@ -423,7 +422,7 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
     let remote = take_address(&mut fixed, family)?;
     let ifindex = fixed.get_u32_ne();
     let cookie = u64::from(fixed.get_u32_ne()) | u64::from(fixed.get_u32_ne()) << 32;
-    // When its timer expires.
+    // `idiag_expires`.
     fixed.advance(4);
     let received = fixed.get_u32_ne();
     let unacknowledged = fixed.get_u32_ne();
@@ -483,7 +482,7 @@ fn read_attributes(
     Ok(())
 }
 
-/// A listener of MPTCP has the ULP and no token.
+/// An MPTCP listener has the ULP attribute but no token.
 fn parse_mptcp_token(ulp: &[u8]) -> Result<Option<u32>, WireError> {
     let Some(subflow) = find_attribute(ulp, INET_ULP_INFO_MPTCP)? else {
         return Ok(None);
@@ -504,7 +503,7 @@ fn find_attribute(mut rest: &[u8], wanted: u16) -> Result<Option<&[u8]>, WireErr
     Ok(None)
 }
 
-/// Takes the next attribute off the front: its kind and its value.
+/// Removes the first attribute and returns its kind and value.
 fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, WireError> {
     if rest.is_empty() {
         return Ok(None);
@@ -525,8 +524,8 @@ fn next_attribute<'a>(rest: &mut &'a [u8]) -> Result<Option<(u16, &'a [u8])>, Wi
     Ok(Some((kind, value)))
 }
 
-/// Offsets in `struct tcp_info` as of Linux 4.19, which every supported kernel begins with. The sequence
-/// numbers that the peer has not acknowledged are those that were sent and those that were not
+/// The offsets are those of `struct tcp_info` in Linux 4.19, which all supported kernels share.
+/// `unacknowledged` counts the bytes that were sent and not acknowledged and those that were not sent yet
 /// (`tcp_diag_get_info()`).
 fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
     const UNACKNOWLEDGED: usize = 24;
@@ -546,8 +545,8 @@ fn parse_info(info: &[u8], unacknowledged: u32) -> Result<Info, WireError> {
         last_data_received_ms: four(LAST_DATA_RECEIVED),
         bytes_received: eight(BYTES_RECEIVED),
         bytes_tried: eight(BYTES_SENT).saturating_sub(eight(BYTES_RETRANSMITTED)),
-        // They are read before the rest, and the socket is not held then: what the process has written
-        // since is missing in it, and what was acknowledged since counts twice.
+        // The kernel reads `unacknowledged` before `tcp_info` and without the socket's lock. Bytes that the
+        // process writes in between are missing, and bytes that are acknowledged in between count twice.
         numbers_sent: (eight(BYTES_ACKNOWLEDGED).saturating_add(unacknowledged.into()))
             .saturating_sub(four(NOT_SENT).into()),
         numbers_acknowledged: eight(BYTES_ACKNOWLEDGED),
@@ -567,7 +566,7 @@ fn need(data: &[u8], bytes: usize) -> Result<(), WireError> {
     Ok(())
 }
 
-/// Messages and attributes begin at multiples of four.
+/// Messages and attributes are aligned to four bytes.
 const fn align(length: usize) -> usize {
     (length + 3) & !3
 }

@@ -1,7 +1,7 @@
-//! Records in systemd's journal, an entry each, by its native protocol.
+//! Writes audit records to systemd's journal through its native protocol, one entry for each record.
 //!
-//! An entry has the fields of the record under names of its own, so that journalctl(1) finds it by any of them,
-//! and a sentence for people. `packaging/session-enforcer.catalog` explains each kind.
+//! An entry has the record's fields under names of its own, so that journalctl(1) can match each of them, and
+//! a message in plain English. `packaging/session-enforcer.catalog` explains each kind of entry.
 
 use std::{
     io::{self, Write},
@@ -14,22 +14,22 @@ use serde_json::Value;
 
 use super::writer::Sink;
 
-/// Where journald takes entries.
+/// The socket on which journald receives entries.
 pub(super) const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// Begins the name of each field of a record. journald allows names of 64 bytes.
+/// The prefix of each field name. journald allows names of 64 bytes.
 const PREFIX: &str = "SESSION_ENFORCER_";
 
 const IDENTIFIER: &str = "session-enforcer";
 
-/// What the journal knows of a kind of record.
+/// The journal's properties of a kind of record.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
-    /// `event.action`.
+    /// The value of `event.action`.
     action: &'static str,
-    /// `event.reason`, where it makes a kind of its own.
+    /// The value of `event.reason`, if it distinguishes the kind.
     reason: Option<&'static str>,
-    /// The name of its explanation in the catalogue.
+    /// The message ID, which names the entry's explanation in the catalogue.
     message_id: &'static str,
     priority: Priority,
 }
@@ -50,7 +50,7 @@ const fn kind_of_reason(reason: &'static str, kind: Kind) -> Kind {
     }
 }
 
-/// The first that fits a record is its kind.
+/// A record has the first kind that fits.
 const KINDS: [Kind; 7] = [
     kind_of_reason(
         "admin",
@@ -99,16 +99,16 @@ impl Kind {
     }
 }
 
-/// Whether somebody takes entries.
+/// Checks that journald accepts connections on its socket.
 pub(super) fn check() -> io::Result<()> {
     UnixDatagram::unbound()?.connect(SOCKET)
 }
 
-/// The journal. It is given whole records.
+/// The journal as a sink. Each write must contain whole records.
 pub(super) struct Journald;
 
 impl Write for Journald {
-    /// Sends the first of the records. Where journald stands still, it waits.
+    /// Sends the first of the records. Blocks while journald does not read.
     fn write(&mut self, records: &[u8]) -> io::Result<usize> {
         let end = records.iter().position(|byte| *byte == b'\n');
         let end = end.map_or(records.len(), |end| end + 1);
@@ -124,13 +124,14 @@ impl Write for Journald {
 }
 
 impl Sink for Journald {
-    /// journald promises no disk: the configuration that asks for it is refused.
+    /// journald does not report when entries are on the disk. `audit.sync` with the journal is refused
+    /// earlier.
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// An entry of the journal.
+/// A journal entry.
 #[derive(Debug)]
 struct Entry {
     priority: Priority,
@@ -158,7 +159,8 @@ impl Entry {
     }
 }
 
-/// Adds the values of an object, each under its path in capitals: `source.ip` is `SESSION_ENFORCER_SOURCE_IP`.
+/// Adds the values of an object, each under its path in capitals: `source.ip` becomes
+/// `SESSION_ENFORCER_SOURCE_IP`.
 fn flatten(path: &str, value: &Value, fields: &mut Vec<(String, String)>) {
     if let Value::Object(object) = value {
         for (key, value) in object {
@@ -170,7 +172,8 @@ fn flatten(path: &str, value: &Value, fields: &mut Vec<(String, String)>) {
     fields.push((name, plain(value)));
 }
 
-/// The path of a key below another. The record's own object has no name in it, and a rule is its name.
+/// The field path of a key in an object. The object `session_enforcer` adds no name to it, and a rule's
+/// `name` becomes the rule.
 fn below(path: &str, key: &str) -> String {
     let key = key.trim_start_matches('@').to_ascii_uppercase();
     match (path, key.as_str()) {
@@ -181,7 +184,7 @@ fn below(path: &str, key: &str) -> String {
     }
 }
 
-/// The value without quotes. A list is one value, because journald bounds the number of fields.
+/// The value without quotes. A list is one value, because journald limits the number of fields.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -190,7 +193,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// The record in a sentence.
+/// The message of a record.
 fn message(record: &Value) -> String {
     let action = text(record, "/event/action");
     match action {
@@ -228,7 +231,7 @@ fn termination(action: &str, record: &Value) -> String {
     format!("{source} -> {destination} {what}: {why}")
 }
 
-/// An end of the connection, as `ss` prints it.
+/// An endpoint of the connection in the format of `ss`.
 fn end(record: &Value, which: &str) -> String {
     let ip = text(record, &format!("/{which}/ip")).parse::<IpAddr>();
     let port = record.pointer(&format!("/{which}/port"));
@@ -278,7 +281,7 @@ mod tests {
         entry(|out| termination.write_json(&PLACE, &CLOCK, out))
     }
 
-    /// An entry of each kind.
+    /// One entry of each kind.
     fn each() -> Vec<Entry> {
         let session = session();
         let ended = |end| Termination {
@@ -380,7 +383,7 @@ mod tests {
         }
     }
 
-    /// A catalogue's sections: `-- ID`, headers, an empty line, the text.
+    /// The sections of a catalogue: `-- ID`, headers, an empty line, the text.
     fn sections() -> BTreeMap<&'static str, &'static str> {
         let sections = CATALOGUE.split("\n-- ").skip(1);
         sections
@@ -409,7 +412,7 @@ mod tests {
         }
     }
 
-    /// journalctl(1) leaves a name that it does not find as it is.
+    /// journalctl(1) prints a placeholder unchanged if the entry lacks its field.
     #[test]
     fn the_catalogue_names_fields_that_every_entry_of_the_kind_has() {
         let sections = sections();

@@ -1,8 +1,8 @@
-//! The audit: one JSON object a line with ECS field names, or one [entry of the journal](journald), for every
-//! termination and for every one that a rule only observes.
+//! The audit: one record for each termination and for each session that a rule in observe mode would have
+//! terminated. A record is a line of JSON with ECS field names, or one [journal entry](journald).
 //!
-//! Records are made here and written by a [thread](writer) of their own: a log pipe that nobody
-//! reads or a slow disk must not hold up the enforcement.
+//! The engine builds the records; a [separate thread](writer) writes them. So a log pipe that nobody reads,
+//! or a slow disk, cannot delay the enforcement.
 
 mod journald;
 mod record;
@@ -27,20 +27,20 @@ pub use subscription::Subscription;
 use writer::Writer;
 pub use writer::{AuditError, check};
 
-/// How much is handed to the writer at once: it begins to write while the rest is made, and what does
-/// not fit into its queue is lost a little at a time.
+/// The maximum batch for the writer. It starts to write while further records are built, and if its queue is
+/// full, only one batch is lost at a time.
 const MAX_PENDING_BYTES: usize = 256 << 10;
 
-/// What became of an expired session.
+/// The result for an expired session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// The kernel reset it.
+    /// The kernel reset the session.
     Reset,
-    /// It had ended by itself when the kernel looked for it.
+    /// The session had ended before the reset.
     Gone,
     /// The kernel refused, or could not be asked.
     Failed,
-    /// The rule only observes: nothing was done.
+    /// The rule is in observe mode: no reset was tried.
     Observed,
 }
 
@@ -56,21 +56,21 @@ impl Outcome {
     }
 }
 
-/// The same, with what belongs to it.
+/// The result for an expired session, with its details.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End<'a> {
-    /// The kernel reset it, and told what waited in its socket.
+    /// The kernel reset the session and reported the bytes in its socket's queues.
     Reset(Option<Queued>),
     /// See [`Outcome::Gone`].
     Gone,
-    /// This went wrong.
+    /// The reset failed for this reason.
     Failed(&'a str),
     /// See [`Outcome::Observed`].
     Observed,
 }
 
 impl End<'_> {
-    /// What became of the session.
+    /// The result without its details.
     pub const fn outcome(&self) -> Outcome {
         match self {
             Self::Reset(_) => Outcome::Reset,
@@ -105,91 +105,91 @@ pub const fn mode_name(mode: Mode) -> &'static str {
 /// A process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
-    /// Its number.
+    /// The PID.
     pub pid: u32,
-    /// Its name, filled with zeroes.
+    /// The process name, zero-padded.
     pub name: [u8; 16],
 }
 
-/// Who asked for something over the control socket.
+/// The client that sent a request over the control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Requester {
-    /// The user.
+    /// The UID.
     pub uid: u32,
-    /// The process; 0 where this one's namespace does not have it.
+    /// The PID, or 0 if the process is not in the daemon's PID namespace.
     pub pid: u32,
-    /// The name of its program, as the kernel has it; empty where the process has gone.
+    /// The name of the program, as the kernel stores it. Empty if the process has ended.
     pub command: String,
 }
 
-/// The same with the user's name, for a record.
+/// The client with its user name, for a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestedBy<'a> {
-    /// Who.
+    /// The client.
     pub requester: &'a Requester,
-    /// The user's name, where it has one.
+    /// The user name, if the UID has one.
     pub user: Option<&'a str>,
 }
 
-/// The end of a session, or what would have been its end.
+/// The termination of a session, or what would have been its termination in enforce mode.
 #[derive(Clone, Copy, Debug)]
 pub struct Termination<'a> {
     /// The socket's cookie.
     pub cookie: u64,
-    /// The session as it was when it was decided about.
+    /// The session at the time of the decision.
     pub session: &'a Session,
-    /// Name of its rule.
+    /// The name of its rule.
     pub rule: &'a str,
-    /// Which limit it reached.
+    /// The limit that the session reached.
     pub reason: Reason,
-    /// Whether the rule enforces or observes.
+    /// The rule's mode.
     pub mode: Mode,
-    /// What became of it.
+    /// The result.
     pub end: End<'a>,
-    /// The limit; none where a change of the policy ended it.
+    /// The length of the limit. `None` if a change of the policy ended the session.
     pub limit: Option<Duration>,
-    /// When it reached it, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The deadline, in nanoseconds of `CLOCK_BOOTTIME`.
     pub deadline_ns: u64,
-    /// Since when the idle clock of its rule runs, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The start of the rule's idle time, in nanoseconds of `CLOCK_BOOTTIME`.
     pub idle_since_ns: u64,
-    /// When the kernel had answered, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The time of the kernel's answer, in nanoseconds of `CLOCK_BOOTTIME`.
     pub answered_ns: u64,
-    /// The process that holds the connection, where one was found.
+    /// The process that holds the connection, if one was found.
     pub process: Option<Process>,
-    /// Path of the owner's cgroup, where it is known.
+    /// The path of the owner's cgroup, if it is known.
     pub cgroup: Option<&'a str>,
-    /// Name of the owner's user, where it has one.
+    /// The name of the owner's user, if the UID has one.
     pub user: Option<&'a str>,
-    /// Who asked for it, where somebody did.
+    /// The client that requested the termination, if one did.
     pub requested_by: Option<RequestedBy<'a>>,
 }
 
 impl Termination<'_> {
-    /// Appends the record, one line of JSON.
+    /// Appends the record as one line of JSON.
     pub fn write_json(&self, place: &Place<'_>, clock: &WallClock, out: &mut Vec<u8>) {
         record::termination(self, place, clock, out);
     }
 }
 
-/// Where a record stands: with it no two records are the same.
+/// Identifies a record: no two records have the same place.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
-    /// The kernel's name of this boot.
+    /// The kernel's boot ID.
     pub boot: &'a str,
-    /// When this daemon was started, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The start time of this daemon, in nanoseconds of `CLOCK_BOOTTIME`.
     pub run_ns: u64,
-    /// The number of the record in this run of the daemon, from 1 on.
+    /// The number of the record in this run of the daemon, counted from 1.
     pub sequence: u64,
 }
 
-/// The audit's writer.
+/// The engine's side of the audit.
 #[derive(Debug)]
 pub struct Audit {
     writer: Writer,
     pending: Pending,
-    /// The file, where it is one.
+    /// The path, if the target is a file.
     path: Option<PathBuf>,
-    /// Whether records are to be on the disk before more is done.
+    /// Whether the next batch of resets must wait until the records are on the disk.
     is_synced: bool,
     boot: String,
     run_ns: u64,
@@ -197,10 +197,10 @@ pub struct Audit {
     subscribers: Subscribers,
 }
 
-/// What is dropped when a record is written.
+/// This value is dropped when its record is written or lost.
 pub type Receipt = Box<dyn fmt::Debug + Send>;
 
-/// Records that the writer does not have yet.
+/// Records that are not handed to the writer yet.
 #[derive(Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
@@ -209,11 +209,11 @@ struct Pending {
 }
 
 impl Audit {
-    /// Opens the audit. `is_synced` asks for each record on the disk.
+    /// Opens the audit. With `is_synced`, each write must reach the disk.
     ///
     /// # Errors
     ///
-    /// Where the file cannot be opened for appending.
+    /// Fails if the target cannot be opened for appending.
     pub fn open(target: &AuditTarget, is_synced: bool) -> Result<Self, AuditError> {
         let path = match target {
             AuditTarget::Stdout | AuditTarget::Journald => None,
@@ -238,41 +238,41 @@ impl Audit {
         }
     }
 
-    /// Records the end of a session. The receipt is dropped when the record is written, or lost.
+    /// Records the end of a session. The receipt is dropped when the record is written or lost.
     pub fn termination(&mut self, termination: &Termination<'_>, receipt: Option<Receipt>) {
         self.pending.receipts.extend(receipt);
         self.add(|place, clock, out| termination.write_json(place, clock, out));
     }
 
-    /// The name of the record of a session's end.
+    /// The ID of the record of a session's end.
     pub fn id_of_end(&self, cookie: u64, established_ns: u64) -> String {
         record::termination_id(&self.boot, cookie, established_ns, 0)
     }
 
-    /// How many records there are of this run.
+    /// The number of records of this run.
     pub fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// The names of the last records in the file, of whichever daemon: of as many at least as can have been
-    /// written and be in the journal of resets still. None where the audit is no file that can be read.
+    /// The IDs of the last records in the file, whichever daemon wrote them. They include at least all
+    /// records whose resets can still be in the reset journal. Empty if the audit is not a readable file.
     pub fn recorded(&self) -> HashSet<String> {
         let tail = self.path.as_deref().map(writer::tail);
         let lines = tail.and_then(Result::ok).unwrap_or_default();
-        // A record that was cut is none.
+        // Ignore an incomplete last line.
         let lines = lines.split_inclusive(|byte| *byte == b'\n');
         let whole = lines.filter(|line| line.ends_with(b"\n"));
         whole.filter_map(record::id).collect()
     }
 
-    /// Records that the enforcement begins.
+    /// Records that the enforcement has started.
     pub fn started(&mut self) {
         self.add(|place, clock, out| {
             record::lifecycle("enforcer-started", "start", place, clock, out);
         });
     }
 
-    /// Records that a policy is in force from now on, and who asked for it where somebody did.
+    /// Records that a policy is in force from now on and, if a client requested the reload, which one.
     pub fn policy_loaded(
         &mut self,
         mode: Mode,
@@ -282,29 +282,29 @@ impl Audit {
         self.add(|place, clock, out| record::policy(mode, rules, requested_by, place, clock, out));
     }
 
-    /// Records that the enforcement ends.
+    /// Records that the enforcement has stopped.
     pub fn stopped(&mut self) {
         self.add(|place, clock, out| {
             record::lifecycle("enforcer-stopped", "end", place, clock, out);
         });
     }
 
-    /// Whether records are to be on the disk before the next batch of resets is asked for.
+    /// Whether the records must be on the disk before the next batch of resets is requested.
     pub fn is_synced(&self) -> bool {
         self.is_synced
     }
 
-    /// Whether everything that was recorded is written.
+    /// Whether all records are written.
     pub fn is_written(&self) -> bool {
         self.pending.records == 0 && self.writer.is_idle()
     }
 
-    /// Told each time that records were written, where they are synced.
+    /// Notified after each write, if the audit is synced.
     pub fn written(&self) -> Arc<Notify> {
         self.writer.written()
     }
 
-    /// Adds the line that `write` appends.
+    /// Builds a record with `write` and adds it to the pending ones.
     fn add(&mut self, write: impl FnOnce(&Place<'_>, &WallClock, &mut Vec<u8>)) {
         self.sequence += 1;
         let place = Place {
@@ -319,7 +319,7 @@ impl Audit {
         }
     }
 
-    /// Hands what was recorded to the writer.
+    /// Hands the pending records to the writer.
     pub fn flush(&mut self) {
         let pending = std::mem::take(&mut self.pending);
         if pending.records > 0 {
@@ -328,37 +328,37 @@ impl Audit {
         }
     }
 
-    /// The records from now on; none where there are too many readers.
+    /// Subscribes to the records from now on. `None` if there are too many readers.
     pub fn subscribe(&mut self) -> Option<Subscription> {
-        // What was made before is before.
+        // Records that are pending now precede the subscription.
         self.flush();
         self.subscribers.add()
     }
 
-    /// When this run of the daemon began, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The start time of this run, in nanoseconds of `CLOCK_BOOTTIME`.
     pub fn began_ns(&self) -> u64 {
         self.run_ns
     }
 
-    /// Opens the file again, after it was renamed.
+    /// Opens the file again after a log rotation has renamed it.
     pub fn reopen(&mut self) {
         self.flush();
         self.writer.reopen();
     }
 
-    /// Waits until everything is written, a few seconds at most.
+    /// Waits until all records are written, 5 s at most.
     pub fn close(&mut self) {
         self.flush();
         self.subscribers.close();
         self.writer.close();
     }
 
-    /// Whether the last records were lost.
+    /// Whether the writer could not write the last records.
     pub fn is_failing(&self) -> bool {
         self.writer.is_failing()
     }
 
-    /// Records that could not be written.
+    /// The number of records that could not be written.
     pub fn lost(&self) -> u64 {
         self.writer.lost()
     }

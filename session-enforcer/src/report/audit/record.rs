@@ -1,4 +1,4 @@
-//! The records, as they are written. Pure.
+//! Builds the JSON records. Pure.
 
 use std::{
     borrow::Cow,
@@ -95,7 +95,7 @@ struct ErrorFields<'a> {
     message: &'a str,
 }
 
-/// The fields that ECS has no name for.
+/// The fields that ECS does not define.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Own<'a> {
@@ -148,7 +148,7 @@ struct TerminationFields<'a> {
     requested_by: Option<RequestFields<'a>>,
 }
 
-/// The end of a session.
+/// Builds the record of a session's end.
 pub(super) fn termination(
     t: &Termination<'_>,
     place: &Place<'_>,
@@ -159,7 +159,7 @@ pub(super) fn termination(
     let (action, outcome, kind) = match t.end.outcome() {
         Outcome::Reset | Outcome::Gone => ("session-terminated", Some("success"), "end"),
         Outcome::Failed => ("session-termination-failed", Some("failure"), "error"),
-        // Nothing was tried, so nothing has an outcome.
+        // No reset was tried, so the record has no outcome.
         Outcome::Observed => ("session-would-terminate", None, "info"),
     };
     let number = match t.end.outcome() {
@@ -198,12 +198,12 @@ pub(super) fn termination(
     write(&record, out);
 }
 
-/// The name of a session's record. Its end has the number 0, whoever records it.
+/// The ID of a session's record. The record of its end has the number 0, whichever daemon writes it.
 pub(super) fn termination_id(boot: &str, cookie: u64, established_ns: u64, number: u64) -> String {
     format!("{boot}-{cookie:x}-{established_ns:x}-{number:x}")
 }
 
-/// The name of a record that was written.
+/// Parses the ID of a written record.
 pub(super) fn id(line: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Written {
@@ -266,14 +266,14 @@ fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error
     serializer.collect_str(number)
 }
 
-/// When the session was established, where that is known. For a connection that is older than the
-/// daemon there is only the least age that it has, in the field of the same name.
+/// The time of establishment, if it is known. For a connection older than the daemon, `established_ns` holds
+/// only its minimum age.
 fn established_ns(session: &Session) -> Option<u64> {
     (!session.end_is_unreported()).then_some(session.established_ns)
 }
 
-/// When payload that counts last passed in a direction, where some has: until then the stamp is that of the
-/// establishment.
+/// The time of the last counted payload in one direction. `None` if there was none: the stamp then equals the
+/// time of establishment.
 fn passed_ns(session: &Session, bytes: u64, stamp_ns: u64) -> Option<u64> {
     let is_stamped = session.end_is_unreported() || stamp_ns != session.established_ns;
     (bytes > 0 && is_stamped).then_some(stamp_ns)
@@ -284,7 +284,7 @@ fn before(deadline_ns: u64, limit: Duration) -> u64 {
     deadline_ns.saturating_sub(limit_ns)
 }
 
-/// Negative where `to_ns` is the earlier one: a reset before its deadline must not look punctual.
+/// Negative if `to_ns` is earlier than `from_ns`, so that a reset before its deadline shows.
 fn seconds_between(from_ns: u64, to_ns: u64) -> f64 {
     let seconds = Duration::from_nanos(from_ns.abs_diff(to_ns)).as_secs_f64();
     if to_ns < from_ns { -seconds } else { seconds }
@@ -306,7 +306,7 @@ fn network(session: &Session) -> NetworkFields {
     }
 }
 
-/// The end that dialled, and the end that accepted.
+/// Returns the endpoint that connected and the endpoint that accepted.
 fn ends(session: &Session) -> (EndFields, EndFields) {
     let here = EndFields {
         ip: ip(session.local),
@@ -329,7 +329,7 @@ fn ip(address: Address) -> IpAddr {
     Ipv6Addr::from(address.octets()).to_canonical()
 }
 
-/// The daemon's own beginning or end.
+/// Builds the record of the daemon's start or stop.
 pub(super) fn lifecycle(
     action: &'static str,
     kind: &'static str,
@@ -343,7 +343,7 @@ pub(super) fn lifecycle(
     write(&own_record("process", action, kind, place, clock, own), out);
 }
 
-/// The policy that is in force from now on.
+/// Builds the record of a policy that comes into force.
 pub(super) fn policy(
     mode: Mode,
     rules: &[String],
@@ -403,8 +403,8 @@ fn own_record<'a>(
 
 /// Appends the record as one line of JSON.
 fn write(record: &Record<'_>, out: &mut Vec<u8>) {
-    // Strings, numbers and lists of them: there is nothing here that JSON cannot say. A number that
-    // is not finite becomes null. Memory takes whatever comes.
+    // Serialization cannot fail: the record has only strings, numbers and lists of them (a number that is not
+    // finite becomes null), and a write to a `Vec` does not fail.
     let _ = serde_json::to_writer(&mut *out, record);
     out.push(b'\n');
 }

@@ -1,4 +1,4 @@
-//! Readers of the audit's records as they are made. None is waited for: one that does not keep up is cut off.
+//! Live readers of audit records. The audit never waits for a reader; a reader that falls behind is cut off.
 
 use std::sync::{
     Arc,
@@ -8,13 +8,14 @@ use std::sync::{
 use bytes::Bytes;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// Readers at once.
+/// The maximum number of readers.
 const MAX_READERS: usize = 16;
 
-/// Bytes that may wait for a reader. All readers share them: this is the bound of all.
+/// The maximum number of unread bytes of one reader. Readers share the memory of the records, so this also
+/// bounds all readers together.
 const MAX_WAITING_BYTES: usize = 4 << 20;
 
-/// The readers.
+/// The list of readers.
 #[derive(Debug, Default)]
 pub(super) struct Subscribers(Vec<Subscriber>);
 
@@ -30,7 +31,7 @@ struct Shared {
     is_cut_off: AtomicBool,
 }
 
-/// The records from some moment on.
+/// A reader's stream of records.
 #[derive(Debug)]
 pub struct Subscription {
     records: UnboundedReceiver<Bytes>,
@@ -38,7 +39,7 @@ pub struct Subscription {
 }
 
 impl Subscribers {
-    /// Another reader; none where there are too many.
+    /// Adds a reader. `None` if there are too many.
     pub(super) fn add(&mut self) -> Option<Subscription> {
         self.0.retain(|reader| !reader.records.is_closed());
         if self.0.len() >= MAX_READERS {
@@ -53,7 +54,7 @@ impl Subscribers {
         Some(Subscription { records, shared })
     }
 
-    /// Hands whole records to all.
+    /// Sends whole records to all readers.
     pub(super) fn publish(&mut self, records: &[u8]) {
         if self.0.is_empty() {
             return;
@@ -62,14 +63,14 @@ impl Subscribers {
         self.0.retain(|reader| reader.takes(&records));
     }
 
-    /// There are no more records.
+    /// Ends all streams.
     pub(super) fn close(&mut self) {
         self.0.clear();
     }
 }
 
 impl Subscriber {
-    /// Whether the reader is to have more.
+    /// Whether the reader stays subscribed: it is connected and has not fallen behind.
     fn takes(&self, records: &Bytes) -> bool {
         let before = self
             .shared
@@ -84,7 +85,7 @@ impl Subscriber {
 }
 
 impl Subscription {
-    /// The next records, whole lines; none where there are no more.
+    /// Returns the next records as whole lines, or `None` at the end.
     pub async fn next(&mut self) -> Option<Bytes> {
         let records = self.records.recv().await?;
         self.shared
@@ -93,7 +94,7 @@ impl Subscription {
         Some(records)
     }
 
-    /// Whether records were left out because the reader did not keep up. It has no more then.
+    /// Whether the reader fell behind and was cut off. It receives no more records.
     pub fn is_cut_off(&self) -> bool {
         self.shared.is_cut_off.load(Ordering::Relaxed)
     }

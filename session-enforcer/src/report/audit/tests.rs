@@ -75,7 +75,7 @@ pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
     }
 }
 
-/// The wall clock is noon at the moment of the answer.
+/// Renders the record as if the kernel had answered at noon of the wall clock.
 fn line(termination: &Termination<'_>) -> String {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
     written(|out| termination.write_json(&PLACE, &clock, out))
@@ -87,7 +87,7 @@ const PLACE: Place<'_> = Place {
     sequence: 7,
 };
 
-/// The line that `write` appends, without its end.
+/// The line that `write` appends, without the newline.
 fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
     let mut out = Vec::new();
     write(&mut out);
@@ -232,7 +232,7 @@ fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
         "{line}"
     );
     assert!(line.contains(r#""last_received":"2026-01-01T11:44:59.999000000Z""#));
-    // Its stamp may be that of its least age.
+    // The stamp may be the one of the session's minimum age.
     assert!(line.contains(r#""last_sent":"2026-01-01T11:44:59.996000000Z""#));
 }
 
@@ -350,7 +350,7 @@ fn the_daemon_s_own_records_name_version_and_rules() {
     );
 }
 
-/// Takes so many bytes, then fails until it is mended.
+/// Accepts this many bytes, then fails until it gets more room.
 #[derive(Clone, Debug, Default)]
 struct Disk(Arc<Mutex<(Vec<u8>, usize)>>);
 
@@ -387,7 +387,7 @@ impl Disk {
     }
 }
 
-/// Writes the lines, each in a batch of its own; what is on the disk, and how many were lost.
+/// Writes each line as a batch. Returns the content of the disk and the number of lost records.
 fn write_lines(room: usize, lines: &[&str]) -> (String, u64) {
     let disk = Disk::with_room(room);
     let mut output = Output::new(disk.clone(), None);
@@ -443,7 +443,7 @@ fn a_record_that_was_cut_is_ended_once() {
     );
 }
 
-/// A disk that stands still before it takes anything.
+/// A disk that blocks once before the first write.
 struct Slow(Disk, Option<Duration>);
 
 impl Sink for Slow {
@@ -465,7 +465,7 @@ impl Write for Slow {
     }
 }
 
-/// A record of these bytes.
+/// One record with these bytes.
 fn one(bytes: Vec<u8>) -> Pending {
     Pending {
         bytes,
@@ -474,7 +474,7 @@ fn one(bytes: Vec<u8>) -> Pending {
     }
 }
 
-/// Says when it is dropped how much the disk had then.
+/// A receipt that notes, when dropped, how much the disk had received.
 #[derive(Debug)]
 struct Receipted(Disk, Arc<Mutex<Vec<usize>>>);
 
@@ -547,8 +547,8 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
     assert_eq!(disk.text().lines().count(), 32);
 }
 
-/// Else the records of a hundred thousand sessions, late by one change of the policy, would be one
-/// batch that is larger than the queue, and lost whole.
+/// Without the bound, the records of 100,000 sessions that expire with one policy change would form one batch
+/// that exceeds the queue and is lost as a whole.
 #[test]
 fn what_waits_to_be_handed_over_is_bounded() {
     let disk = Disk::with_room(usize::MAX);
@@ -625,21 +625,21 @@ fn a_fifo_is_written_to_where_somebody_reads_it_and_refused_where_nobody_does() 
     let error = Audit::open(&target, false).unwrap_err().to_string();
     assert!(error.contains("nobody reads this FIFO"), "{error}");
     let reads = std::thread::spawn(move || fs::read_to_string(path));
-    // Until the reader has come.
+    // Retry until the reader has opened the FIFO.
     let mut audit = loop {
         match Audit::open(&target, false) {
             Ok(audit) => break audit,
             Err(_) => std::thread::yield_now(),
         }
     };
-    // More than the pipe holds: the writer waits.
+    // The record exceeds the pipe's capacity, so the writer blocks.
     let record = vec![b'x'; 200_000];
     audit.add(|_, _, out| out.extend_from_slice(&record));
     audit.close();
     assert_eq!(reads.join().unwrap().unwrap().len(), record.len());
 }
 
-/// The paths of the fields of a record, such as `event.action`.
+/// The paths of a record's fields, such as `event.action`.
 fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
     let Some(object) = value.as_object() else {
         found.push(path.to_owned());

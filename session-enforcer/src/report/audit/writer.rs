@@ -1,4 +1,4 @@
-//! The thread that writes. It is the only part of the daemon that may wait for a disk or a reader.
+//! The thread that writes the audit. Only this part of the daemon may wait for a disk or a reader.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -34,22 +34,22 @@ use crate::{
     host::trust::{self, Untrusted},
 };
 
-/// Bytes that may wait for the thread before records are lost and counted: some 50,000 records. In
-/// bytes and not in batches, because a batch may be one record, and a disk that stands still for a
-/// moment must not lose the few hundred that come meanwhile.
+/// The maximum number of bytes in the thread's queue (about 50,000 records). Records beyond it are lost and
+/// counted. The limit is not in batches: a batch may be a single record, and a short stall of the disk must
+/// not lose the few hundred records of that time.
 const MAX_WAITING_BYTES: usize = 32 << 20;
 
-/// How long the end of the daemon waits for the thread.
+/// At the end, the daemon waits this long for the thread.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes at the end of the file that are read again: more than as many records as the journal of resets has
-/// places.
+/// The number of bytes that are read from the end of the file. It covers more records than the reset journal
+/// has slots.
 const MAX_TAIL: u64 = 16 << 20;
 
-/// Readable by the group, as system logs are.
+/// The file is readable by its group, as system logs are.
 const MODE: u32 = 0o640;
 
-/// Why the audit could not be opened.
+/// The reasons why the audit could not be opened.
 #[derive(Debug, Error)]
 pub enum AuditError {
     /// The file could not be opened.
@@ -57,10 +57,10 @@ pub enum AuditError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// There is no place for the file.
+    /// The directory of the file does not exist.
     #[error(
         "audit.path: {path}: there is no directory {directory}; make it (mkdir -p {directory}), or name \
          another file"
@@ -71,23 +71,23 @@ pub enum AuditError {
         /// The directory.
         directory: PathBuf,
     },
-    /// Nobody takes the entries of the journal.
+    /// journald does not accept entries.
     #[error(
         "audit.path: journald: {socket}: {source}; start systemd-journald (a container needs the \
          host's socket), or name a file, or -",
         socket = journald::SOCKET
     )]
     NoJournald {
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// Records are to be on the disk, and go to the journal.
+    /// `audit.sync` is set together with the journal.
     #[error(
         "audit.sync: true beside audit.path = \"journald\", which itself decides when records are on \
          the disk (SyncIntervalSec= in journald.conf); set it to false, or name a file"
     )]
     SyncedJournal,
-    /// Somebody else could change the records.
+    /// Another user could change the records.
     #[error("audit.path: {0}")]
     Untrusted(#[source] Untrusted),
     /// The thread could not be started.
@@ -108,11 +108,11 @@ impl AuditError {
     }
 }
 
-/// Whether records could be written there. A file is not made where it is not there.
+/// Checks whether records could be written to the target. Does not create a missing file.
 ///
 /// # Errors
 ///
-/// Where [`Audit::open`](super::Audit::open) would refuse it.
+/// Fails if [`Audit::open`](super::Audit::open) would fail.
 pub fn check(target: &AuditTarget) -> Result<(), AuditError> {
     match target {
         AuditTarget::Stdout => Ok(()),
@@ -161,7 +161,7 @@ pub(super) struct Writer {
     failing: Arc<AtomicBool>,
     waiting_bytes: Arc<AtomicUsize>,
     written: Arc<Notify>,
-    /// Whether the last records were lost, which was logged then.
+    /// Whether the last records were lost. The first loss was logged.
     overflowing: bool,
 }
 
@@ -203,7 +203,7 @@ impl Writer {
                 waiting.fetch_sub(task.len(), Ordering::Relaxed);
                 told.iter().for_each(|written| written.notify_one());
             }
-            // Nobody listens where the daemon did not wait so long.
+            // The daemon may have stopped waiting.
             let _ = finished.send(());
         };
         thread::Builder::new()
@@ -221,7 +221,7 @@ impl Writer {
         })
     }
 
-    /// Hands records over, or counts them as lost where too many wait already.
+    /// Queues records for the thread. If the queue is full, counts them as lost.
     pub(super) fn write(&mut self, pending: Pending) {
         let (bytes, records) = (pending.bytes.len(), pending.records);
         let is_full = self.waiting_bytes.load(Ordering::Relaxed) + bytes > MAX_WAITING_BYTES;
@@ -242,7 +242,7 @@ impl Writer {
     }
 
     fn send(&self, task: Task) -> bool {
-        // Before the thread can take it off again.
+        // Add before sending, because the thread subtracts the same number.
         let bytes = task.len();
         self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
         let sent = self.tasks.as_ref().map(|tasks| tasks.send(task));
@@ -253,7 +253,7 @@ impl Writer {
         is_sent
     }
 
-    /// Ends the thread when it has written everything.
+    /// Ends the thread after it has written everything.
     pub(super) fn close(&mut self) {
         self.tasks = None;
         if self.done.recv_timeout(CLOSE_TIMEOUT).is_err() {
@@ -261,7 +261,7 @@ impl Writer {
         }
     }
 
-    /// Whether the thread has nothing to write.
+    /// Whether the thread's queue is empty.
     pub(super) fn is_idle(&self) -> bool {
         self.waiting_bytes.load(Ordering::Relaxed) == 0
     }
@@ -279,7 +279,7 @@ impl Writer {
     }
 }
 
-/// Of a FIFO the opening would wait for a reader, and the start of the daemon with it: without one it is
+/// Opens a file for appending. Opening a FIFO without a reader would block the daemon's start, so it is
 /// refused.
 fn open(path: &Path) -> io::Result<File> {
     let opened = OpenOptions::new()
@@ -297,7 +297,7 @@ fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// The end of a file: [`MAX_TAIL`] bytes at most, from the beginning of a line on where it is longer.
+/// Reads the last [`MAX_TAIL`] bytes of a file. If the file is longer, the result starts with a whole line.
 pub(super) fn tail(path: &Path) -> io::Result<Vec<u8>> {
     let file = OpenOptions::new()
         .read(true)
@@ -313,13 +313,13 @@ pub(super) fn tail(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Standard output without the buffer of the standard library, which would call records written
-/// that are not.
+/// Standard output without the standard library's buffer. With the buffer, unwritten records would count as
+/// written.
 fn unbuffered_stdout() -> io::Result<File> {
     Ok(io::stdout().as_fd().try_clone_to_owned()?.into())
 }
 
-/// Whether the file ends within a line: the machine or the disk failed while it was written.
+/// Whether the file ends within a line, which happens if the machine or the disk failed during a write.
 fn ends_mid_line(file: &File, path: &Path) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.len() == 0 {
@@ -330,20 +330,20 @@ fn ends_mid_line(file: &File, path: &Path) -> io::Result<bool> {
     Ok(last != *b"\n")
 }
 
-/// Where the records go, and what became of them.
+/// Writes the records and tracks failures.
 pub(super) struct Output {
     sink: Box<dyn Sink>,
     path: Option<PathBuf>,
     lost: Arc<AtomicU64>,
-    /// Whether a record was cut in the middle.
+    /// Whether the last written record is incomplete.
     mid_line: bool,
-    /// Whether the last write failed, which was logged then.
+    /// Whether the last write failed. The first failure was logged.
     failing: Arc<AtomicBool>,
-    /// Whether each write is to reach the disk.
+    /// Whether each write must reach the disk.
     is_synced: bool,
 }
 
-/// Where records are written to.
+/// A target of records.
 pub(super) trait Sink: Write + Send {
     /// Waits until everything is on the disk.
     fn sync(&self) -> io::Result<()>;
@@ -352,7 +352,7 @@ pub(super) trait Sink: Write + Send {
 impl Sink for File {
     fn sync(&self) -> io::Result<()> {
         match self.sync_data() {
-            // A pipe or a terminal, which keeps nothing (fsync(2)).
+            // A pipe or a terminal does not support it (fsync(2)).
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
             synced => synced,
         }
@@ -361,12 +361,12 @@ impl Sink for File {
 
 impl Output {
     fn open(path: &Path) -> Result<Self, AuditError> {
-        // Before the file is made, where others could have the daemon make one elsewhere; and after, when it
-        // is there to be looked at.
+        // Check before the file is created, because others could make the daemon create one elsewhere, and
+        // again afterwards, when the file itself can be checked.
         trust::check(path).map_err(AuditError::Untrusted)?;
         let file = open(path).map_err(|source| AuditError::of(path, source))?;
         trust::check(path).map_err(AuditError::Untrusted)?;
-        // A file that may be written and not read is taken as whole.
+        // A file that is writable but not readable is assumed to end with a whole line.
         let mid_line = ends_mid_line(&file, path).unwrap_or(false);
         Ok(Self {
             mid_line,
@@ -374,7 +374,7 @@ impl Output {
         })
     }
 
-    /// `sink` keeps no buffer: what it took is written.
+    /// `sink` must not buffer: bytes that it has accepted count as written.
     pub(super) fn new(sink: impl Sink + 'static, path: Option<PathBuf>) -> Self {
         Self {
             sink: Box::new(sink),
@@ -400,7 +400,7 @@ impl Output {
 
     /// Writes whole records.
     pub(super) fn write(&mut self, bytes: &[u8], records: u64) {
-        // A record that was cut must not have the next one at its end.
+        // End an incomplete record first, so that the next record is not appended to it.
         let separator: &[u8] = if self.mid_line { b"\n" } else { b"" };
         let (_, separated) = write_some(&mut self.sink, separator);
         let (written, result) = match separated {
@@ -420,7 +420,7 @@ impl Output {
         self.note(result, &bytes[written..], records);
     }
 
-    /// Counts what was lost, and logs when the trouble begins and ends.
+    /// Counts lost records, and logs the begin and the end of a failure.
     fn note(&mut self, result: io::Result<()>, unwritten: &[u8], records: u64) {
         match result {
             Ok(()) => {
@@ -446,7 +446,7 @@ impl Output {
         match Self::open(path) {
             Ok(output) => {
                 self.sink = output.sink;
-                // It may be the file that was open, which may end with a record that was cut.
+                // The path may still be the open file, which may end with an incomplete record.
                 self.mid_line = output.mid_line;
             }
             Err(error) => {
@@ -456,7 +456,7 @@ impl Output {
     }
 }
 
-/// Writes as much as goes; how much that was, and what stopped it.
+/// Writes as much as possible. Returns the number of written bytes and the error that stopped the write.
 fn write_some(sink: &mut impl Write, mut bytes: &[u8]) -> (usize, io::Result<()>) {
     let whole = bytes.len();
     while !bytes.is_empty() {

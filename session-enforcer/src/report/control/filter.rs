@@ -1,4 +1,4 @@
-//! Which sessions are meant, and in which order: as people and programs write it, and as it is looked for.
+//! Filters and sort orders of sessions: parsing them and applying them.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::config::{
     User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
 };
 
-/// The names of the filters in a query.
+/// The filter keys of a query.
 pub const FILTER_KEYS: [&str; 9] = [
     "rule",
     "remote",
@@ -26,10 +26,10 @@ pub const FILTER_KEYS: [&str; 9] = [
     "text",
 ];
 
-/// Sessions that are listed in order at most: they wait in memory.
+/// The maximum number of sessions in a sorted list, which is kept in memory.
 pub(super) const MAX_SORTED: usize = 10_000;
 
-/// Conditions, all of which must hold. Without any, all sessions are meant.
+/// Conditions that must all hold. An empty filter matches all sessions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     rule: Option<String>,
@@ -44,11 +44,11 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Adds a condition; whether the key is one of a filter.
+    /// Adds a condition. Returns whether the key is a filter key.
     ///
     /// # Errors
     ///
-    /// Where the value is none of this key.
+    /// Fails if the value is invalid for the key.
     pub fn add(&mut self, key: &str, value: &str) -> Result<bool, String> {
         let wrong = |what: String| format!("{key}: {what}");
         match key {
@@ -72,17 +72,17 @@ impl Filter {
         Ok(true)
     }
 
-    /// Whether it has no condition.
+    /// Whether the filter has no condition.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// The rule that it names.
+    /// The rule that the filter names.
     pub fn rule(&self) -> Option<&str> {
         self.rule.as_deref()
     }
 
-    /// Whether a session is meant.
+    /// Whether the filter matches a session.
     pub(super) fn matches(&self, found: &Listed<'_>, now_ns: u64) -> bool {
         let (session, limits) = (found.session, found.rule.limits);
         let longer = |since_ns: u64, limit: &Duration| {
@@ -120,7 +120,7 @@ impl Filter {
     }
 }
 
-/// Whether what a list shows of a session has this text in it.
+/// Whether the text appears in a column that a list shows for the session.
 fn shows(found: &Listed<'_>, text: &str) -> bool {
     let session = found.session;
     let has = |shown: &str| shown.to_lowercase().contains(text);
@@ -178,7 +178,7 @@ impl SortKey {
             .map_or("", |(name, _)| name)
     }
 
-    /// The one after this.
+    /// The next sort key in the cycle.
     #[must_use]
     pub fn next(self) -> Self {
         let after = Self::ALL.iter().skip_while(|(_, key)| *key != self).nth(1);
@@ -191,7 +191,7 @@ impl SortKey {
         found.ok_or_else(|| "sort: allowed: left, idle, age, bytes, rule, id".to_owned())
     }
 
-    /// Numbers by which the sessions are in this order.
+    /// The numbers that sort sessions in this order.
     pub(super) fn rank(self, found: &Listed<'_>) -> (u64, u64) {
         let (session, limits) = (found.session, found.rule.limits);
         let ends_ns = deadline(session, limits).map_or(u64::MAX, |(_, ns)| ns);
@@ -209,23 +209,23 @@ impl SortKey {
     }
 }
 
-/// What a query asks for.
+/// The selection of a query.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// Which sessions.
+    /// The filter.
     pub filter: Filter,
-    /// The first so many in this order; all of them in no order where there is none.
+    /// The sort key, and the number of sessions to return. `None` returns all sessions, unsorted.
     pub first: Option<(SortKey, usize)>,
-    /// Whether nothing is to be done.
+    /// Whether to change nothing.
     pub dry_run: bool,
 }
 
 impl Selection {
-    /// Reads a query.
+    /// Parses a query.
     ///
     /// # Errors
     ///
-    /// Where it has a key that there is none of, or a value that is none of its key.
+    /// Fails if a key is unknown or a value is invalid for its key.
     pub fn parse(query: &str) -> Result<Self, String> {
         let mut selection = Self::default();
         let (mut sort, mut limit) = (None, None);
@@ -298,7 +298,7 @@ mod tests {
             cgroup: Some("/system.slice/postgresql.service"),
         };
         let selection = Selection::parse(query).unwrap();
-        // It was active last at 1.003 s.
+        // The session's last activity was at 1.003 s.
         selection.filter.matches(&found, 31 * S)
     }
 

@@ -1,4 +1,4 @@
-//! The sessions of the table, with their rules and the names of their owners.
+//! Lists the sessions of the table with their rules and the names of their owners.
 
 use std::{
     collections::{BTreeSet, BinaryHeap, HashMap},
@@ -22,10 +22,10 @@ use crate::{
     report::http,
 };
 
-/// Bytes that are handed to a client at once.
+/// The number of bytes that are sent to a client at a time.
 const CHUNK: usize = 32 << 10;
 
-/// A reading of the table, of some sessions at a time.
+/// A scan of the session table, in batches.
 pub(super) struct Scan {
     engine: mpsc::Sender<http::Request>,
     sessions: Arc<SessionReader>,
@@ -45,7 +45,7 @@ impl Broken {
 }
 
 impl Scan {
-    /// Begins with the rules in force now.
+    /// Starts a scan with the rules in force.
     pub(super) async fn begin(
         engine: mpsc::Sender<http::Request>,
         sessions: Arc<SessionReader>,
@@ -61,24 +61,24 @@ impl Scan {
         })
     }
 
-    /// Whether there is a rule of this name.
+    /// Whether a rule has this name.
     pub(super) fn has_rule(&self, name: &str) -> bool {
         self.rules.has(name)
     }
 
-    /// The next sessions; nothing at the end.
+    /// Returns the next batch of sessions, or `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Vec<(u64, Session)>>, Broken> {
         let read = self.sessions.next(&mut self.cursor);
         let Some(sessions) = read.map_err(|error| Broken(error.to_string()))? else {
             return Ok(None);
         };
         self.learn(&sessions).await?;
-        // Other clients have their turn.
+        // Let other clients proceed.
         tokio::task::yield_now().await;
         Ok(Some(sessions))
     }
 
-    /// The sessions of these numbers that are there.
+    /// Returns the existing sessions with these IDs.
     pub(super) async fn of(&mut self, ids: &[u64]) -> Result<Vec<(u64, Session)>, Broken> {
         let mut sessions = Vec::new();
         for id in ids {
@@ -91,7 +91,7 @@ impl Scan {
         Ok(sessions)
     }
 
-    /// Asks for the names that are not known yet.
+    /// Asks the engine for owner names that are not known yet.
     async fn learn(&mut self, sessions: &[(u64, Session)]) -> Result<(), Broken> {
         let owners = sessions.iter().map(|(_, session)| session.owner);
         let known: Vec<_> = owners.filter(Owner::is_known).collect();
@@ -117,7 +117,7 @@ impl Scan {
         Ok(())
     }
 
-    /// A session with its rule and names; none where no rule matches it any more.
+    /// Adds the rule and the names to a session. `None` if no rule matches the session any longer.
     pub(super) fn found<'a>(&'a self, id: u64, session: &'a Session) -> Option<Listed<'a>> {
         let cgroup = self.cgroups.get(&session.owner.cgroup_id);
         let above = cgroup.and_then(|(_, above)| *above);
@@ -133,7 +133,7 @@ impl Scan {
     }
 }
 
-/// The engine's answer to a question of this socket; `None` where it does not answer.
+/// Sends a request to the engine. `None` if it does not answer.
 pub(super) async fn ask<T>(
     engine: &mpsc::Sender<http::Request>,
     request: impl FnOnce(tokio::sync::oneshot::Sender<T>) -> Request,
@@ -141,13 +141,13 @@ pub(super) async fn ask<T>(
     http::ask(engine, |reply| http::Request::Control(request(reply))).await
 }
 
-/// Lines that go to a client.
+/// The lines of an answer to a client.
 pub(super) struct Lines {
     client: mpsc::Sender<io::Result<Bytes>>,
     waiting: Vec<u8>,
 }
 
-/// The client has gone.
+/// The client has disconnected.
 pub(super) struct Gone;
 
 impl Lines {
@@ -160,12 +160,12 @@ impl Lines {
 
     /// Adds a line.
     pub(super) fn add(&mut self, line: &impl Serialize) {
-        // Memory takes whatever comes, and there is nothing that JSON cannot say.
+        // Serialization of these types cannot fail, and a write to a `Vec` cannot fail.
         let _ = serde_json::to_writer(&mut self.waiting, line);
         self.waiting.push(b'\n');
     }
 
-    /// Hands over what is worth it, and waits for the client to take it.
+    /// Sends the pending lines if they fill a chunk, and waits until the client accepts it.
     pub(super) async fn pass_on(&mut self) -> Result<(), Gone> {
         if self.waiting.len() < CHUNK {
             return Ok(());
@@ -173,7 +173,7 @@ impl Lines {
         self.flush().await
     }
 
-    /// Hands over everything.
+    /// Sends all pending lines.
     pub(super) async fn flush(&mut self) -> Result<(), Gone> {
         if self.waiting.is_empty() {
             return Ok(());
@@ -182,31 +182,31 @@ impl Lines {
         self.client.send(Ok(lines.into())).await.map_err(|_| Gone)
     }
 
-    /// Hands over lines that are whole already.
+    /// Sends complete lines.
     pub(super) async fn send(&mut self, lines: Bytes) -> Result<(), Gone> {
         self.client.send(Ok(lines)).await.map_err(|_| Gone)
     }
 
-    /// Waits until the client has gone.
+    /// Waits until the client disconnects.
     pub(super) async fn gone(&self) {
         self.client.closed().await;
     }
 
-    /// Ends the answer in the middle: what the client has is not all.
+    /// Aborts the answer, so that the client notices that it is incomplete.
     pub(super) async fn break_off(&mut self, why: Broken) {
         tracing::warn!("an answer on the control socket is broken off: {}", why.0);
         let _ = self.client.send(Err(io::Error::other(why.0))).await;
     }
 }
 
-/// Lists the sessions that are meant.
+/// Lists the sessions that the selection matches.
 pub(super) async fn list(mut scan: Scan, selection: Selection, mut lines: Lines) {
     let listed = match selection.first {
         Some((sort, count)) => list_first(&mut scan, &selection, sort, count, &mut lines).await,
         None => list_all(&mut scan, &selection, &mut lines).await,
     };
     match listed {
-        // Who has gone needs no rest.
+        // A client that has disconnected needs no further lines.
         Ok(Ok(()) | Err(Gone)) => {}
         Err(broken) => lines.break_off(broken).await,
     }
@@ -233,7 +233,7 @@ async fn list_all(
     Ok(lines.flush().await)
 }
 
-/// A session and its place in the order. The last is the greatest, and the first to go.
+/// A session with its sort rank. The heap drops the greatest one first, which is the last in the order.
 struct Ranked {
     rank: (u64, u64),
     id: u64,

@@ -1,4 +1,4 @@
-//! What is asked over the control socket, and what is answered: between the HTTP thread and the engine, and as JSON.
+//! The requests and answers of the control socket, both between the HTTP thread and the engine and as JSON.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -12,132 +12,133 @@ use crate::{
     report::audit::{Requester, Subscription},
 };
 
-/// What the HTTP thread asks the engine.
+/// A request of the HTTP thread to the engine.
 #[derive(Debug)]
 pub enum Request {
-    /// How the daemon is.
+    /// Returns the status of the daemon.
     Status(oneshot::Sender<Status>),
-    /// The rules in force.
+    /// Returns the rules in force.
     Rules(oneshot::Sender<Box<dyn Rules>>),
-    /// Names of cgroups and users.
+    /// Returns names of cgroups and users.
     Owners {
-        /// Identities of cgroups.
+        /// The cgroup IDs.
         cgroups: Vec<u64>,
-        /// Users.
+        /// The UIDs.
         users: Vec<u32>,
-        /// Where the answer goes.
+        /// The channel for the answer.
         reply: oneshot::Sender<OwnerNames>,
     },
-    /// Reset sessions now.
+    /// Resets sessions now.
     Kill(KillRequest),
-    /// Read the configuration again.
+    /// Reads the configuration again.
     Reload(ReloadRequest),
-    /// The audit's records from now on; none where too many have asked.
+    /// Subscribes to the audit records. `None` if there are too many subscribers.
     Events(oneshot::Sender<Option<Subscription>>),
 }
 
-/// The rules in force at one moment.
+/// A snapshot of the rules in force.
 pub trait Rules: Send + Sync + std::fmt::Debug {
-    /// The rule of a session; none where no rule matches it any more. `ancestors` tells the cgroups above one.
+    /// The rule of a session, or `None` if no rule matches it any longer. `ancestors` returns the ancestors
+    /// of a cgroup.
     fn rule_of(
         &self,
         session: &Session,
         ancestors: &dyn Fn(u64) -> Option<Ancestors>,
     ) -> Option<RuleInForce<'_>>;
 
-    /// Whether there is a rule of this name.
+    /// Whether a rule has this name.
     fn has(&self, name: &str) -> bool;
 }
 
-/// A rule as it is in force.
+/// A rule in force.
 #[derive(Clone, Copy, Debug)]
 pub struct RuleInForce<'a> {
-    /// Its number.
+    /// The rule's index.
     pub place: u16,
-    /// Its name.
+    /// The rule's name.
     pub name: &'a str,
-    /// Whether it enforces.
+    /// The rule's mode.
     pub mode: Mode,
-    /// Its limits.
+    /// The rule's limits.
     pub limits: &'a Limits,
 }
 
-/// What the engine knows of owners.
+/// The names that the engine knows of owners.
 #[derive(Clone, Debug, Default)]
 pub struct OwnerNames {
-    /// By the identity of a cgroup, its path and the cgroups above it, as far as they are known.
+    /// For each cgroup ID, its path and its ancestors, if they are known.
     pub cgroups: Vec<(u64, Option<String>, Option<Ancestors>)>,
-    /// Users by their numbers.
+    /// For each UID, the user name, if it is known.
     pub users: Vec<(u32, Option<String>)>,
 }
 
-/// Sessions that are to be reset now.
+/// A request to reset sessions now.
 #[derive(Debug)]
 pub struct KillRequest {
-    /// Each by its cookie and its time of establishment.
+    /// The cookie and the time of establishment of each session.
     pub sessions: Vec<(u64, u64)>,
-    /// Who asks.
+    /// The client.
     pub by: Arc<Requester>,
-    /// One result for each.
+    /// The channel for one result per session.
     pub results: UnboundedSender<Killed>,
 }
 
-/// What became of a session that was to be reset.
+/// The result of a requested reset.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Killed {
-    /// Its cookie.
+    /// The session's cookie.
     pub id: u64,
-    /// What became of it.
+    /// The result.
     pub result: KillResult,
 }
 
-/// The same, as far as the engine tells it.
+/// The results that the engine reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KillResult {
-    /// The kernel has reset it.
+    /// The kernel reset the session.
     Reset,
-    /// It had ended by itself.
+    /// The session had ended before the reset.
     Gone,
-    /// It could not be reset, for this reason. It stands behind the gate, and is tried again.
+    /// The reset failed for this reason. The gate drops the session's packets, and the reset is tried again.
     Failed(String),
 }
 
-/// A line of the answer to a kill.
+/// One line of the answer to a kill request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KillLine {
-    /// The session.
+    /// The session's ID.
     pub id: u64,
-    /// Its rule, where the session was there.
+    /// The session's rule, if the session existed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
-    /// This host's end.
+    /// This host's endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<End>,
-    /// The peer's end.
+    /// The peer's endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<End>,
-    /// What became of it.
+    /// The result.
     pub result: Outcome,
-    /// Why it failed.
+    /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// What became of a session that was to be reset, for people and programs.
+/// The result of a requested reset, for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// The kernel has reset it.
+    /// The kernel reset the session.
     Reset,
-    /// It had ended by itself.
+    /// The session had ended before the reset.
     Gone,
-    /// It could not be reset, and is tried again.
+    /// The reset failed and is tried again.
     Failed,
-    /// There is no session of this number, or it is none of those that the filters choose.
+    /// No session has this ID, or the filters exclude it.
     NotFound,
-    /// There is no answer yet. The daemon goes on.
+    /// The reset is not answered yet. The daemon continues with it.
     Pending,
-    /// It would be reset.
+    /// Dry run: the session would be reset.
     WouldReset,
 }
 
@@ -154,138 +155,139 @@ impl Outcome {
         }
     }
 
-    /// Whether what was asked for is done.
+    /// Whether the result needs no further action.
     pub const fn is_done(self) -> bool {
         matches!(self, Self::Reset | Self::Gone | Self::WouldReset)
     }
 }
 
-/// The configuration is to be read again.
+/// A request to read the configuration again.
 #[derive(Debug)]
 pub struct ReloadRequest {
-    /// Who asks.
+    /// The client.
     pub by: Requester,
-    /// What became of it.
+    /// The channel for the result.
     pub reply: oneshot::Sender<ReloadResult>,
 }
 
-/// What became of a reload.
+/// The result of a reload.
 pub type ReloadResult = Result<PolicyChange, Refusal>;
 
-/// A configuration came into force.
+/// The effect of a new configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyChange {
-    /// Its rules.
+    /// The number of rules.
     pub rules: usize,
-    /// Sessions that are tracked on.
+    /// The number of sessions that stay tracked.
     pub kept: usize,
-    /// Sessions that no rule matches any more.
+    /// The number of sessions that no rule matches any longer.
     pub released: usize,
-    /// Sessions that were past a limit, and are reset.
+    /// The number of sessions that exceed a limit of the new policy and are reset.
     pub expired: usize,
-    /// Connections that a rule matches now and none did before.
+    /// The number of connections that only the new rules match.
     pub adopted: usize,
 }
 
-/// Why something was refused.
+/// The reason why a request was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// What is wrong, where, and what to do.
+    /// The error, its location and a remedy.
     pub error: String,
 }
 
-/// How the daemon is.
+/// The status of the daemon.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Of the daemon.
+    /// The version of the daemon.
     pub version: String,
-    /// Of the kernel.
+    /// The release of the kernel.
     pub kernel: String,
-    /// The daemon's process.
+    /// The daemon's PID.
     pub pid: u32,
-    /// When it was started.
+    /// The start time of the daemon.
     pub started: String,
-    /// Whether everything that should be enforced and recorded is.
+    /// Whether the daemon enforces and records everything that it should.
     pub ready: bool,
-    /// Why it is not.
+    /// The reasons why it is not ready.
     pub troubles: Vec<StatusTrouble>,
     /// `enforce` or `observe`.
     pub mode: String,
-    /// What the programs are attached to.
+    /// The cgroup that the programs are attached to.
     pub cgroup: String,
-    /// Whether they are.
+    /// Whether the programs are attached.
     pub attached: bool,
-    /// Where the configuration came from.
+    /// The configuration in force.
     pub config: ConfigInForce,
-    /// Sessions that are tracked.
+    /// The number of tracked sessions.
     pub sessions: u64,
-    /// How many can be.
+    /// The capacity of the session table.
     pub max_sessions: u64,
-    /// Sessions that were established while tracked, or that the daemon has found later.
+    /// Sessions that were established while tracked or adopted later.
     pub opened_total: u64,
-    /// Sessions that have ended, or that no rule matches any more.
+    /// Sessions that have ended or that no rule matches any longer.
     pub closed_total: u64,
     /// Sessions whose reset hangs.
     pub quarantined: u64,
-    /// Records of this run.
+    /// Audit records of this run.
     pub audit_records: u64,
-    /// Records that could not be written.
+    /// Audit records that could not be written.
     pub audit_records_lost: u64,
-    /// In the order of their numbers; those that are no more come with their counters.
+    /// The rules in the order of their indexes. Rules that are no longer in force are listed with their
+    /// counters.
     pub rules: Vec<RuleStatus>,
 }
 
-/// Something that keeps the daemon from enforcing or recording.
+/// A reason why the daemon does not enforce or record everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusTrouble {
-    /// Its name in the metrics.
+    /// The cause's name in the metrics.
     pub cause: String,
-    /// What it is, and what to do.
+    /// A description with a remedy.
     pub what: String,
 }
 
 /// The configuration in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigInForce {
-    /// The file; none where it came from the command line.
+    /// The file. `None` if the configuration came from the command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// The SHA-256 of its text.
+    /// The SHA-256 of the file's text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// Since when it is in force.
+    /// The time when it came into force.
     pub since: String,
-    /// Whether what was read last is what is in force.
+    /// Whether the last configuration that was read is in force.
     pub last_reload_successful: bool,
 }
 
-/// A rule with its counts.
+/// A rule with its counters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleStatus {
-    /// Its name.
+    /// The rule's name.
     pub name: String,
-    /// `enforce` or `observe`, or `exempt`.
+    /// `enforce`, `observe` or `exempt`.
     pub mode: String,
-    /// Whether the configuration in force has it.
+    /// Whether the configuration in force has the rule.
     pub in_force: bool,
-    /// Sessions that are tracked.
+    /// The number of tracked sessions.
     pub sessions: u64,
-    /// Those that ended, by reason and result.
+    /// The terminations by reason and result.
     pub terminations: Vec<TerminationCount>,
 }
 
-/// How many sessions ended so.
+/// The number of terminations with one reason and result.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TerminationCount {
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// What became of them.
+    /// The result.
     pub result: String,
-    /// How many.
+    /// The count.
     pub count: u64,
 }
 
-/// An address and a port.
+/// Creates an endpoint.
 pub(super) const fn end(ip: IpAddr, port: u16) -> End {
     End { ip, port }
 }

@@ -1,8 +1,9 @@
-//! The control socket: HTTP/1.1 and JSON on a Unix socket, for commands and for programs.
+//! The control socket: HTTP/1.1 and JSON on a Unix socket, for the commands and for other programs.
 //!
-//! The thread of the metrics serves it. Who connects is told by the kernel (`SO_PEERCRED`). Sessions are read from the
-//! kernel's table here, some at a time, and not by the engine; what only the engine knows or may do it is asked for.
-//! A client has bounds on its bytes and its time, and one that stops reading costs its buffers and nobody's wait.
+//! The HTTP thread of the metrics serves it. The kernel identifies each client (`SO_PEERCRED`). This module
+//! reads sessions directly from the kernel's table in batches, without the engine. It asks the engine only
+//! for data and actions that the engine alone has. Requests are limited in size and time; a client that stops
+//! reading holds only its buffers and delays nobody.
 
 mod filter;
 mod listing;

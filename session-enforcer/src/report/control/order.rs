@@ -1,4 +1,4 @@
-//! What a request to reset sessions says, in its query and in its body.
+//! Parses a request to reset sessions: its query and its body.
 
 use std::collections::BTreeSet;
 
@@ -6,21 +6,22 @@ use serde_json::Value;
 
 use super::Selection;
 
-/// Which sessions are to be reset.
+/// The sessions to reset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Order {
-    /// Those that this chooses.
+    /// The filters of the request.
     pub selection: Selection,
-    /// Of those with these numbers only, where there are any.
+    /// If given, only sessions with these IDs.
     pub ids: Option<BTreeSet<u64>>,
 }
 
 impl Order {
-    /// Reads an order. The body may be empty, or an object with `ids`, `dry_run` and the filters of the query.
+    /// Parses a request. The body may be empty, or an object with `ids`, `dry_run` and the filters of the
+    /// query.
     ///
     /// # Errors
     ///
-    /// Where anything in it is not understood, or nothing chooses sessions: all are never meant.
+    /// Fails if a part is invalid, or if there are neither filters nor IDs: no request resets all sessions.
     pub fn parse(query: &str, body: &[u8]) -> Result<Self, String> {
         let mut order = Self {
             selection: Selection::parse(query)?,

@@ -1,4 +1,4 @@
-//! A connection whose client is not waited for without end.
+//! A connection with a time limit for writes.
 
 use std::{
     future::Future as _,
@@ -13,7 +13,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// A stream of which a write that makes no progress for some time fails.
+/// A stream whose writes fail after some time without progress.
 pub(super) struct Patient<S> {
     stream: S,
     patience: Duration,

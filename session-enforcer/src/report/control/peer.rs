@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection, by the kernel's word, and whether he may ask.
+//! Identifies the client of a connection through the kernel and decides whether it may send requests.
 
 use std::{
     fs, io,
@@ -10,13 +10,13 @@ use tokio::net::UnixStream;
 
 use crate::report::audit::Requester;
 
-/// Groups of a process that are looked at: as many as the kernel lets it have (`NGROUPS_MAX`).
+/// The maximum number of groups of a process (`NGROUPS_MAX`).
 const MAX_GROUPS: usize = 65_536;
 
-/// Groups for which there is room at first.
+/// The initial size of the group buffer.
 const FEW_GROUPS: usize = 64;
 
-/// Who may ask.
+/// The clients that may send requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Admission {
     own_uid: u32,
@@ -24,7 +24,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Root, this process's user, and the members of this group.
+    /// Admits root, this process's user, and the members of this group.
     pub fn new(gid: Option<u32>) -> Self {
         Self {
             own_uid: geteuid().as_raw(),
@@ -32,11 +32,11 @@ impl Admission {
         }
     }
 
-    /// Who has connected.
+    /// Identifies the client of a connection.
     ///
     /// # Errors
     ///
-    /// Why he may not ask.
+    /// The reason why the client is not admitted.
     pub(super) fn admit(&self, stream: &UnixStream) -> Result<Requester, String> {
         let peer = stream
             .peer_cred()
@@ -62,20 +62,20 @@ impl Admission {
     }
 }
 
-/// The name of a process's program. No process can hold up who reads it, as it can with its arguments.
+/// The program name of a process. A process cannot block this read, as it can for its arguments.
 fn command(pid: u32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     let name = String::from_utf8_lossy(&name);
     name.trim_end_matches('\n').to_owned()
 }
 
-/// The supplementary groups that a client had when it connected (`SO_PEERGROUPS`).
+/// The supplementary groups that the client had when it connected (`SO_PEERGROUPS`).
 fn groups(socket: RawFd) -> io::Result<Vec<u32>> {
     let mut groups: Vec<u32> = vec![0; FEW_GROUPS];
     loop {
         let size = groups.len() * size_of::<u32>();
         let mut length = libc::socklen_t::try_from(size).map_err(io::Error::other)?;
-        // SAFETY: the kernel writes at most as many bytes as there is room for, and says how many those are.
+        // SAFETY: the kernel writes at most `length` bytes, which fit into the buffer, and updates `length`.
         let status = unsafe {
             libc::getsockopt(
                 socket,

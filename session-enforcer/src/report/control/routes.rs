@@ -1,4 +1,4 @@
-//! What each path answers.
+//! The HTTP routes of the control socket.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -40,33 +40,33 @@ use crate::{
     },
 };
 
-/// Bytes of a request's body.
+/// The maximum length of a request body in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-/// How long a client may take to send them.
+/// The time limit for a request body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Pieces of an answer that wait for the client.
+/// The maximum number of chunks of an answer that wait for the client.
 const WAITING_CHUNKS: usize = 4;
 
-/// Sessions that the engine is asked to reset at once.
+/// The number of sessions in one reset request to the engine.
 const KILL_BATCH: usize = 128;
 
-/// Sessions whose reset has no answer yet.
+/// The maximum number of sessions whose reset is unanswered.
 const MAX_UNANSWERED: usize = 1_024;
 
-/// How long no answer may come before the rest is told as pending. One that hangs on its socket's lock, and one for
-/// which there is no room, is told as failed before.
+/// After this time without an answer the remaining sessions are reported as pending. A session is reported as
+/// failed earlier if its reset hangs on a socket lock, or if too many resets of its cgroup hang already.
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long a reload may take. That of a million connections takes some ten seconds.
+/// The time limit for a reload. With a million connections a reload takes about 10 s.
 const RELOAD_PATIENCE: Duration = Duration::from_secs(300);
 
-/// The last line of the events where the client did not keep up.
+/// The last line of the event stream if the client fell behind.
 const CUT_OFF: &[u8] =
     b"{\"error\":\"records were left out: they were not read fast enough; ask again\"}\n";
 
-/// Who asks, and what answers are made from.
+/// A client and the sources of its answers.
 #[derive(Clone)]
 pub(super) struct Client {
     pub(super) requester: Arc<Result<Requester, String>>,
@@ -74,10 +74,10 @@ pub(super) struct Client {
     pub(super) sessions: Arc<TableInUse>,
 }
 
-/// What is answered: one piece, or pieces as they come.
+/// An answer: one body, or a stream of chunks.
 pub(super) type Answer = Response<Either<Full<Bytes>, Pieces>>;
 
-/// The pieces of an answer.
+/// A stream of chunks.
 pub(super) struct Pieces(mpsc::Receiver<io::Result<Bytes>>);
 
 impl Body for Pieces {
@@ -141,7 +141,7 @@ impl Client {
         begun.map_err(|Broken(why)| Box::new(refusal(StatusCode::SERVICE_UNAVAILABLE, &why)))
     }
 
-    /// A reading of the table for this selection.
+    /// Starts a scan of the table for this selection.
     async fn scan_for(&self, selection: &Selection) -> Result<Scan, Box<Answer>> {
         let scan = self.scan().await?;
         match selection.filter.rule() {
@@ -240,7 +240,7 @@ impl Client {
 const PATHS: &str = "there are GET /v1/status, /v1/sessions, /v1/sessions/ID, /v1/events and POST /v1/sessions/kill, \
                      /v1/reload";
 
-/// The body of a request.
+/// Reads the body of a request.
 async fn read(body: Incoming) -> Result<Bytes, Box<Answer>> {
     let refused = |status, why: &str| Err(Box::new(refusal(status, why)));
     let too_large =
@@ -261,7 +261,7 @@ async fn read(body: Incoming) -> Result<Bytes, Box<Answer>> {
     }
 }
 
-/// An answer of lines that a task of its own makes.
+/// Answers with lines that a separate task produces.
 fn streamed<F: Future<Output = ()> + Send + 'static>(make: impl FnOnce(Lines) -> F) -> Answer {
     let (sender, pieces) = mpsc::channel(WAITING_CHUNKS);
     tokio::spawn(make(Lines::to(sender)));
@@ -301,7 +301,7 @@ fn not_allowed(allowed: &Method) -> Answer {
     answer
 }
 
-/// Hands on the audit's records.
+/// Forwards the audit records to the client.
 async fn follow(mut subscription: Subscription, mut lines: Lines) {
     loop {
         let records = tokio::select! {
@@ -320,7 +320,7 @@ async fn follow(mut subscription: Subscription, mut lines: Lines) {
     }
 }
 
-/// Resets that were asked for, and their answers.
+/// A kill request: the resets and their answers.
 struct Kill {
     engine: mpsc::Sender<http::Request>,
     scan: Scan,
@@ -332,7 +332,7 @@ struct Kill {
     unanswered: HashMap<u64, KillLine>,
 }
 
-/// Why no more sessions are reset.
+/// The reasons why the remaining sessions are not reset.
 enum Ended {
     Broken(Broken),
     Gone,
@@ -407,7 +407,7 @@ impl Kill {
         Ok(self.lines.flush().await?)
     }
 
-    /// Has those of these sessions reset that are meant; which those are.
+    /// Requests the reset of the matching sessions. Returns their IDs.
     async fn reset(
         &mut self,
         sessions: &[(u64, session_enforcer_common::Session)],
@@ -485,7 +485,7 @@ impl Kill {
     }
 }
 
-/// A session that is to be reset, or would be.
+/// The answer line for a session that matches the request.
 fn line(found: &Listed<'_>) -> KillLine {
     let row = found.row(&WallClock::now(), monotonic_ns());
     KillLine {

@@ -1,4 +1,4 @@
-//! A live session as it is listed.
+//! The listed form of a live session.
 
 use std::{
     borrow::Cow,
@@ -15,63 +15,63 @@ use crate::{
     report::audit::{mode_name, reason_name},
 };
 
-/// A session, for people and programs. What is not known is left out.
+/// A listed session. Unknown fields are omitted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row<'a> {
     /// The socket's cookie.
     pub id: u64,
-    /// Name of its rule.
+    /// The name of the session's rule.
     #[serde(borrow)]
     pub rule: Cow<'a, str>,
     /// `enforce` or `observe`.
     #[serde(borrow)]
     pub mode: Cow<'a, str>,
-    /// `open`, `half_closed` (an end has sent its FIN), or `ending` (it is being reset).
+    /// `open`, `half_closed` (one side has sent its FIN), or `ending` (a reset is under way).
     #[serde(borrow)]
     pub state: Cow<'a, str>,
     /// `inbound` or `outbound`.
     #[serde(borrow, default, skip_serializing_if = "str::is_empty")]
     pub direction: Cow<'a, str>,
-    /// This host's end.
+    /// This host's endpoint.
     pub local: End,
-    /// The peer's end.
+    /// The peer's endpoint.
     pub remote: End,
     /// The cookie of the network namespace.
     pub netns: u64,
-    /// Whose the socket is.
+    /// The user who owns the socket.
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub user: Option<Owner<'a>>,
-    /// Path of its cgroup.
+    /// The path of the owner's cgroup.
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<Cow<'a, str>>,
-    /// When it was established; left out where it is older than the daemon.
+    /// The time of establishment. Omitted if the connection is older than the daemon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub established: Option<String>,
-    /// When payload that counts last came.
+    /// The time of the last received payload that counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_received: Option<String>,
-    /// When payload that counts was last sent.
+    /// The time of the last sent payload that counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_sent: Option<String>,
-    /// Since it was established; the least that it can be where that is not known.
+    /// Seconds since the establishment; the minimum age if that time is unknown.
     pub age_seconds: f64,
-    /// Since the activity that the rule counts from.
+    /// Seconds since the activity that the rule counts.
     pub idle_seconds: f64,
-    /// Which limit it reaches first: a reason of the audit.
+    /// The limit that the session reaches first, as an audit reason.
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub clock: Option<Cow<'a, str>>,
-    /// When it reaches it if nothing passes.
+    /// The time when it reaches that limit if no payload passes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<String>,
-    /// The time until then; below 0 where it has passed.
+    /// Seconds until then; negative if the deadline has passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_seconds: Option<f64>,
-    /// Payload.
+    /// Payload bytes.
     pub bytes: Carried,
 }
 
 impl Row<'_> {
-    /// The same, of its own.
+    /// Converts borrowed text into owned text.
     pub fn into_owned(self) -> Row<'static> {
         let own = |text: Cow<'_, str>| Cow::Owned(text.into_owned());
         Row {
@@ -101,10 +101,10 @@ impl Row<'_> {
     }
 }
 
-/// An end of a connection.
+/// An endpoint of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
-    /// The address.
+    /// The IP address.
     pub ip: IpAddr,
     /// The port.
     pub port: u16,
@@ -116,34 +116,34 @@ impl std::fmt::Display for End {
     }
 }
 
-/// Whose a socket is.
+/// The user who owns a socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner<'a> {
-    /// The user's number, as text.
+    /// The UID as text.
     #[serde(borrow)]
     pub id: Cow<'a, str>,
-    /// The user's name, where it has one.
+    /// The user name, if the UID has one.
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub name: Option<Cow<'a, str>>,
 }
 
 impl Owner<'_> {
-    /// The name, or the number.
+    /// The user name, or the UID if it has none.
     pub fn label(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.id)
     }
 }
 
-/// Bytes of payload.
+/// Payload bytes of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carried {
-    /// That this host has received.
+    /// Bytes received by this host.
     pub received: u64,
-    /// That it has sent.
+    /// Bytes sent by this host.
     pub sent: u64,
 }
 
-/// A session of the table, with its rule and the names of its owner.
+/// A session of the table with its rule and the names of its owner.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Listed<'a> {
     pub(super) id: u64,
@@ -153,9 +153,9 @@ pub(super) struct Listed<'a> {
     pub(super) cgroup: Option<&'a str>,
 }
 
-/// Which limit a session reaches first if nothing passes, and when; none where it has none.
+/// The limit that a session reaches first if no payload passes, and its deadline. `None` without a limit.
 pub(super) fn deadline(session: &Session, limits: &Limits) -> Option<(Reason, u64)> {
-    // The decision of the end of time: by then each has reached its limit.
+    // At the end of time every limit is exceeded, so the decision names the earliest one.
     match expiry(session, limits, u64::MAX) {
         Expiry::Expired {
             reason,
@@ -166,7 +166,7 @@ pub(super) fn deadline(session: &Session, limits: &Limits) -> Option<(Reason, u6
 }
 
 impl<'a> Listed<'a> {
-    /// The session as it is listed at this time.
+    /// Converts the session into its listed form at this time.
     pub(super) fn row(&self, clock: &WallClock, now_ns: u64) -> Row<'a> {
         let session = self.session;
         let deadline = deadline(session, self.rule.limits);
@@ -228,7 +228,7 @@ pub(super) fn ip(address: Address) -> IpAddr {
     Ipv6Addr::from(address.octets()).to_canonical()
 }
 
-/// Whole milliseconds; below 0 where `to_ns` is the earlier one.
+/// Seconds, rounded to milliseconds; negative if `to_ns` is earlier than `from_ns`.
 fn seconds(from_ns: u64, to_ns: u64) -> f64 {
     let apart = Duration::from_nanos(from_ns.abs_diff(to_ns));
     let seconds = apart.as_millis() as f64 / 1_000.0;

@@ -1,4 +1,4 @@
-//! The connections of the control socket.
+//! Accepts and serves the connections of the control socket.
 
 use std::{
     collections::VecDeque,
@@ -23,27 +23,28 @@ use tokio::{
 use super::{Admission, patient::Patient, routes::Client};
 use crate::{datapath::TableInUse, report::http};
 
-/// Connections at once. Of more, the oldest is closed that has sent no whole request; where all have, the newest.
+/// The maximum number of connections. Beyond it, the oldest connection without a complete request is closed.
+/// If all have sent one, the new connection is closed.
 const MAX_CONNECTIONS: usize = 128;
 
-/// How long a client may take to send its request's headers.
+/// The time limit for the request headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes of the headers, and of an answer that waits for the client.
+/// The size in bytes of the header buffer and of the buffer of an answer.
 const BUFFER: usize = 64 << 10;
 
-/// How long a client may take none of its answer.
+/// The time limit for a client that reads nothing of its answer.
 const READ_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Pause after a connection could not be accepted.
+/// The pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A socket that listens, and what its answers are made from.
+/// A listening socket and the sources of its answers.
 #[derive(Debug)]
 pub struct Server {
     /// The socket.
     pub listener: StdUnixListener,
-    /// Who may ask.
+    /// The clients that may send requests.
     pub admission: Admission,
     /// The session table.
     pub sessions: Arc<TableInUse>,
@@ -54,11 +55,11 @@ struct Connection {
     has_asked: Arc<AtomicBool>,
 }
 
-/// Serves until the process ends.
+/// Serves connections until the process ends.
 ///
 /// # Errors
 ///
-/// Where the socket cannot be watched.
+/// Fails if the runtime cannot watch the socket.
 pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::Result<()> {
     let listener = UnixListener::from_std(server.listener)?;
     let mut connections: VecDeque<Connection> = VecDeque::new();
@@ -73,7 +74,7 @@ pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::R
         };
         connections.retain(|connection| !connection.task.is_finished());
         if connections.len() >= MAX_CONNECTIONS && !close_one(&mut connections) {
-            // Dropping it closes it.
+            // Dropping the new stream closes it.
             continue;
         }
         let client = Client {
@@ -85,12 +86,12 @@ pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::R
         let served = connection(stream, client, Arc::clone(&has_asked));
         let task = tokio::spawn(served).abort_handle();
         connections.push_back(Connection { task, has_asked });
-        // What it has sent is read before another one comes.
+        // Let the new connection read its request before the next one is accepted.
         tokio::task::yield_now().await;
     }
 }
 
-/// Closes the oldest connection without a whole request; whether there was one.
+/// Closes the oldest connection without a complete request. Returns whether there was one.
 fn close_one(connections: &mut VecDeque<Connection>) -> bool {
     let is_idle = |connection: &Connection| !connection.has_asked.load(Ordering::Relaxed);
     let idle = connections.iter().position(is_idle);

@@ -1,4 +1,4 @@
-//! The socket itself: where it is, and with which permissions.
+//! Creates the control socket with its path and permissions.
 
 use std::{
     fs::{self, DirBuilder},
@@ -19,64 +19,66 @@ use crate::{
     report::http::bind_unix,
 };
 
-/// Root and the daemon's user.
+/// Permissions for root and the daemon's user.
 const MODE: u32 = 0o600;
 
-/// The same and the group.
+/// Permissions with a group.
 const GROUP_MODE: u32 = 0o660;
 
-/// Of the directory of the default socket, where the daemon makes it: whoever may not ask may know that it is there.
+/// Permissions of the default socket's directory, if the daemon creates it. Every user may see the socket.
 const DIRECTORY_MODE: u32 = 0o755;
 
-/// Why there is no control socket.
+/// The reasons why the control socket could not be created.
 #[derive(Debug, Error)]
 pub enum ControlError {
-    /// The socket cannot be made.
+    /// The socket could not be created.
     #[error(
         "control.socket: {path}: {source}; choose another path, stop the daemon that has it, or \"\" for none"
     )]
     Bind {
-        /// Where.
+        /// The path.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
-    /// Somebody else could put a socket in the place of this one.
+    /// Another user could replace the socket.
     #[error("control.socket: {0}")]
     Untrusted(#[source] Untrusted),
-    /// There is no such group.
+    /// The group does not exist.
     #[error(
         "control.group: there is no group \"{group}\" on this host; create it, or \"\" for none"
     )]
     NoGroup {
-        /// Its name.
+        /// The group.
         group: String,
     },
-    /// The group could not be looked for, or given the socket.
+    /// The group could not be looked up, or the socket could not be given to it.
     #[error(
         "control.group: \"{group}\": {source}; a daemon that is not root can only give its socket to a group that \
          its user is a member of (SupplementaryGroups= in its unit)"
     )]
     Group {
-        /// Its name.
+        /// The group.
         group: String,
-        /// What went wrong.
+        /// The error.
         source: io::Error,
     },
 }
 
 impl ControlError {
-    /// Whether the configuration is to blame.
+    /// Whether the configuration is the cause.
     pub fn is_configuration(&self) -> bool {
         matches!(self, Self::Untrusted(_) | Self::NoGroup { .. })
     }
 }
 
-/// Listens, with the number of the group whose members may connect. Without a socket, nothing.
+/// Creates the socket, and returns it with the ID of the group whose members may connect. `None` without a
+/// configured socket.
 ///
 /// # Errors
 ///
-/// Where the socket cannot be made, others could replace it, or the group is not there or cannot be given it.
+/// Fails if the socket cannot be created, if other users could replace it, or if the group does not exist or
+/// cannot be given the socket.
 pub fn bind(control: &Control) -> Result<Option<(UnixListener, Option<u32>)>, ControlError> {
     let Some(path) = control.socket.path() else {
         return Ok(None);
@@ -90,7 +92,7 @@ pub fn bind(control: &Control) -> Result<Option<(UnixListener, Option<u32>)>, Co
         make_directory(place(path)).map_err(refused)?;
     }
     trust::check(place(path)).map_err(ControlError::Untrusted)?;
-    // Nobody else before it is the group's.
+    // Create the socket without group permissions; they are added after the change of its group.
     let listener = bind_unix(path, MODE).map_err(refused)?;
     if let (Some(gid), Some(group)) = (gid, &control.group) {
         let given = chown(path, None, Some(gid))
@@ -103,11 +105,12 @@ pub fn bind(control: &Control) -> Result<Option<(UnixListener, Option<u32>)>, Co
     Ok(Some((listener, gid)))
 }
 
-/// Whether [`bind`] would fail for want of a directory or a group. The default socket is only wished for.
+/// Checks whether [`bind`] would fail because of the directory or the group. The default socket may fail to
+/// bind.
 ///
 /// # Errors
 ///
-/// As [`bind`].
+/// Fails as [`bind`] does.
 pub fn check(control: &Control) -> Result<(), ControlError> {
     if let Some(group) = &control.group {
         gid_of(group)?;
@@ -123,14 +126,15 @@ pub fn check(control: &Control) -> Result<(), ControlError> {
     })
 }
 
-/// The directory of the socket. Who may write to the socket may only connect to it.
+/// The directory of the socket, whose writers could replace the socket. Writers of the socket itself can only
+/// connect.
 fn place(socket: &Path) -> &Path {
     socket.parent().unwrap_or(socket)
 }
 
 fn make_directory(directory: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
-        // The mask of this process may have taken something away.
+        // The process's umask may have removed permissions.
         Ok(()) => fs::set_permissions(directory, fs::Permissions::from_mode(DIRECTORY_MODE)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
@@ -168,7 +172,7 @@ mod tests {
         check(&control).unwrap();
         drop(bind(&control).unwrap().unwrap());
         assert_eq!(mode(), MODE);
-        // What a daemon left that has ended is replaced.
+        // A socket of a daemon that has ended is replaced.
         let own = Group::from_gid(nix::unistd::getegid()).unwrap().unwrap();
         let (listener, gid) = bind(&at(path.clone(), Some(&own.name))).unwrap().unwrap();
         assert_eq!((mode(), gid), (GROUP_MODE, Some(own.gid.as_raw())));

@@ -1,7 +1,7 @@
-//! A process that makes connections and measures on them, in a cgroup and a network namespace.
+//! A process that opens connections in a cgroup and a network namespace and measures them.
 //!
-//! It is this program again. A request is a line on its standard input, the answer a line on its
-//! standard output, and it works on one request at a time: what is measured is not disturbed.
+//! It is this program, started again. A request is a line on its standard input, the answer a line on its
+//! standard output. It handles one request at a time, so nothing disturbs a measurement.
 
 mod serve;
 
@@ -23,13 +23,13 @@ pub(crate) use serve::serve;
 /// The argument that makes this program a worker.
 pub(crate) const ARGUMENT: &str = "worker";
 
-/// How long the longest piece of work may take on a busy machine.
+/// The time limit of the longest request on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// How many connections with both ends one worker can hold: it may have 20,000 files open.
+/// The maximum number of connections of a worker, which holds both ends and may open 20,000 files.
 pub(crate) const MAX_PAIRS: usize = 9_900;
 
-/// A running worker. It ends with this.
+/// A running worker. Dropping it ends the process.
 #[derive(Debug)]
 pub(crate) struct Worker {
     child: Child,
@@ -38,8 +38,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts one at a place; on this processor only, where one is given. `agent` is the path of the
-    /// agent's binary.
+    /// Starts a worker at a place and, if given, only on this processor. `agent` is the path of the agent's
+    /// binary.
     pub(crate) fn start(agent: &Path, place: &Place, cpu: Option<usize>) -> Result<Self> {
         let own = std::env::current_exe()?;
         let mut command = place.command(agent, own);
@@ -57,12 +57,12 @@ impl Worker {
         })
     }
 
-    /// Its process id.
+    /// The worker's PID.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Has it do something, and waits for what it answers.
+    /// Sends a request and waits for the answer.
     pub(crate) fn ask(&mut self, stop: &Stop, request: impl Display) -> Result<Vec<f64>> {
         self.begin(&request)?;
         self.answer(stop)
@@ -76,13 +76,13 @@ impl Worker {
         Ok(answer[0])
     }
 
-    /// Has it begin; [`Self::answer`] has to follow.
+    /// Sends a request. A call of [`Self::answer`] must follow.
     pub(crate) fn begin(&mut self, request: impl Display) -> Result<()> {
         let requests = self.requests.as_mut().context("the worker's input")?;
         writeln!(requests, "{request}").context("asking a worker")
     }
 
-    /// Waits for the answer to what was begun.
+    /// Waits for the answer to the last request.
     pub(crate) fn answer(&mut self, stop: &Stop) -> Result<Vec<f64>> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -108,7 +108,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The worker may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -15,23 +15,23 @@ use nix::sys::{
 };
 use session_enforcer_tests::Random;
 
-/// Open files that a worker may have.
+/// The limit of open files of a worker.
 const FILES: u64 = 20_000;
 
-/// What one transfer writes and reads at a time.
+/// The number of bytes of one write and read of a transfer.
 const CHUNK: usize = 256 << 10;
 
-/// How long a connection that has to end may live on.
+/// The time limit for the end of a connection.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Both ends of a connection, and when it was begun.
+/// Both ends of a connection, and its start.
 struct Pair {
     client: TcpStream,
     server: TcpStream,
     begun: Instant,
 }
 
-/// Answers requests until there are no more.
+/// Answers requests until the input ends.
 pub(crate) fn serve() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, FILES, hard.max(FILES))?;
@@ -52,7 +52,7 @@ pub(crate) fn serve() -> Result<()> {
 #[derive(Default)]
 struct Serving {
     listener: Option<TcpListener>,
-    /// Where clients dial: the listener, or what passes on to it.
+    /// The clients' destination port: that of the listener or of a proxy.
     port: u16,
     pairs: Vec<Pair>,
 }
@@ -93,7 +93,8 @@ impl Serving {
         Ok(())
     }
 
-    /// Opens connections to this worker's own listener, evenly over some time; in which time.
+    /// Opens connections to this worker's listener, spread evenly over some time. Returns the time that it
+    /// took.
     fn open(&mut self, count: usize, spread: Duration) -> Result<Duration> {
         let start = Instant::now();
         for n in 0..count {
@@ -101,7 +102,7 @@ impl Serving {
             thread::sleep(due.saturating_sub(start.elapsed()));
             self.pairs.push(self.pair()?);
         }
-        // In the order of their making they lie one behind the other in memory.
+        // Shuffle, because the sockets lie in memory in the order of their creation.
         Random::of(count as u64, 0).shuffle(&mut self.pairs);
         Ok(start.elapsed())
     }
@@ -128,7 +129,7 @@ impl Serving {
         self.listener.as_ref().context("nothing listens")
     }
 
-    /// So many round trips of one byte, in turn over the first `among` connections.
+    /// Makes this number of round trips of one byte, in turn over the first `among` connections.
     fn ping(&self, count: usize, among: usize) -> Result<Duration> {
         let pairs = self.pairs.get(..among).context("so many connections")?;
         ensure!(!pairs.is_empty(), "no connection to send on");
@@ -140,8 +141,8 @@ impl Serving {
         Ok(start.elapsed())
     }
 
-    /// So many connections, one after the other: established, one byte, closed by the client, then
-    /// by the server.
+    /// Makes this number of connections in a row. Each is established, transfers one byte, and is closed by
+    /// the client and then by the server.
     fn connect(&self, count: usize) -> Result<Duration> {
         let listener = self.listener()?;
         let start = Instant::now();
@@ -157,7 +158,7 @@ impl Serving {
         Ok(start.elapsed())
     }
 
-    /// So many bytes over the first connection, from the client to the server.
+    /// Sends this number of bytes over the first connection, from the client to the server.
     fn transfer(&self, bytes: usize) -> Result<Duration> {
         let pair = self.pairs.first().context("no connection to send on")?;
         let start = Instant::now();
@@ -169,12 +170,11 @@ impl Serving {
         Ok(start.elapsed())
     }
 
-    /// Waits until every connection has ended at the client's end; how long after its beginning each
-    /// has, in nanoseconds.
+    /// Waits until every connection has ended at the client. Returns the lifetime of each in nanoseconds.
     fn ends(&mut self) -> Result<Vec<f64>> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         for (n, pair) in self.pairs.iter().enumerate() {
-            // Errors and the end of both directions are reported without being asked for.
+            // epoll reports errors and the end of both directions without a request.
             epoll.add(
                 pair.client.as_fd(),
                 EpollEvent::new(EpollFlags::empty(), n as u64),

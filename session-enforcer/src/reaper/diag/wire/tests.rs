@@ -17,7 +17,7 @@ fn target() -> SocketId {
     }
 }
 
-/// A socket message as the kernel lays it out.
+/// Builds a socket message with the kernel's layout.
 fn socket_message(sequence: u32, attributes: &[u8]) -> Vec<u8> {
     let mut body = vec![libc::AF_INET as u8, state::ESTABLISHED, 0, 0];
     body.extend(5432u16.to_be_bytes());
@@ -29,7 +29,7 @@ fn socket_message(sequence: u32, attributes: &[u8]) -> Vec<u8> {
     body.extend(3u32.to_ne_bytes());
     body.extend(0x5566_7788u32.to_ne_bytes());
     body.extend(0x1122_3344u32.to_ne_bytes());
-    // Between these a timer, and user and inode number.
+    // A timer precedes the queue lengths; user and inode number follow them.
     body.extend([0; 4]);
     body.extend(60u32.to_ne_bytes());
     body.extend(70u32.to_ne_bytes());
@@ -73,7 +73,7 @@ fn a_destroy_request_is_these_bytes() {
     let mut expected = Vec::new();
     expected.extend(72u32.to_ne_bytes());
     expected.extend(21u16.to_ne_bytes());
-    // Without NLM_F_ACK the kernel only answers where it refuses.
+    // Without NLM_F_ACK the kernel answers only if it refuses.
     expected.extend(1u16.to_ne_bytes());
     expected.extend(9u32.to_ne_bytes());
     expected.extend(0u32.to_ne_bytes());
@@ -95,7 +95,7 @@ fn an_ipv6_request_carries_whole_addresses() {
     put_query(&mut out, 1, &target, Detail::Activity);
     assert_eq!(out[HEADER], libc::AF_INET6 as u8);
     assert_eq!(out[HEADER + 12..HEADER + 28], local.octets());
-    // The peer is in its mapped form then.
+    // The peer's address is IPv4-mapped.
     assert_eq!(out[HEADER + 28..HEADER + 44], v4([10, 0, 0, 7]).octets());
 }
 
@@ -194,7 +194,7 @@ fn every_cut_of_an_answer_is_an_error() {
             "cut to {cut} of {whole} bytes"
         );
     }
-    // A length that claims less than its own header would never end.
+    // A length shorter than the header would never advance the parser.
     data[..4].copy_from_slice(&3u32.to_ne_bytes());
     assert_eq!(
         parse_all(&data),
@@ -258,7 +258,7 @@ fn a_subflow_is_read_with_the_token_of_its_connection() {
     let name = attribute(1, b"mptcp\0");
     let remote = attribute(1, &0u32.to_ne_bytes());
     let local = attribute(MPTCP_SUBFLOW_ATTR_TOKEN_LOC, &4711u32.to_ne_bytes());
-    // With the flag of a nested attribute or without it.
+    // The kind may carry the flag of a nested attribute.
     for kind in [INET_ULP_INFO_MPTCP, INET_ULP_INFO_MPTCP | 0x8000] {
         let subflow = [
             name.clone(),
@@ -266,7 +266,7 @@ fn a_subflow_is_read_with_the_token_of_its_connection() {
         ];
         assert_eq!(token_of(&subflow.concat()), Ok(Some(4711)));
     }
-    // A listener, and a socket of another upper layer, whose attribute has another kind.
+    // A listener has no token. A socket of another upper layer has an attribute of another kind.
     assert_eq!(token_of(&name), Ok(None));
     assert_eq!(token_of(&attribute(2, &local)), Ok(None));
     let cut = attribute(
