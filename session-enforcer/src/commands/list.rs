@@ -16,11 +16,8 @@ use super::{
 };
 use crate::{
     cli::ListArgs,
-    report::control::{Carried, Row, SortKey},
+    report::control::{Carried, MAX_SORTED, Row, SortKey},
 };
-
-/// The longest list that the daemon sorts.
-const MAX_SORTED: u64 = 10_000;
 
 /// The width of a terminal that does not report it.
 const WIDTH: usize = 80;
@@ -35,7 +32,7 @@ pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<(
     let mut pairs = args.filter.pairs();
     if let Some(limit) = limit
         .as_deref()
-        .filter(|_| args.limit.is_some_and(|n| n <= MAX_SORTED))
+        .filter(|_| args.limit.is_some_and(|n| n <= MAX_SORTED as u64))
     {
         pairs.extend([("sort", args.sort.name()), ("limit", limit)]);
     }

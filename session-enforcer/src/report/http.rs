@@ -2,7 +2,6 @@
 //! come from the engine, so an answer proves that the engine is alive.
 
 use std::{
-    collections::VecDeque,
     convert::Infallible,
     fs, io,
     net::SocketAddr,
@@ -11,10 +10,6 @@ use std::{
         net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     thread,
     time::Duration,
 };
@@ -25,21 +20,22 @@ use hyper::{
     Method, Request as HttpRequest, Response, StatusCode,
     body::Incoming,
     header::{ALLOW, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue},
-    server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     runtime,
     sync::{mpsc, oneshot},
-    task::AbortHandle,
     time::timeout,
 };
 
-use super::landing_page::{self, Readiness};
+use super::{
+    connections::{Connections, HasAsked, accept_failed, one_request},
+    landing_page::{self, Readiness},
+};
 use crate::{
     config::MetricsListen,
     host::{
@@ -48,9 +44,6 @@ use crate::{
     },
     report::control,
 };
-
-/// The time limit for the request headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The limits for clients.
 #[derive(Clone, Copy)]
@@ -69,9 +62,6 @@ const BOUNDS: Bounds = Bounds {
 
 /// If the engine does not answer within this time, it counts as stuck.
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The pause after a failed accept, for example without free descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The daemon's user and group may connect to a Unix socket.
 const SOCKET_MODE: u32 = 0o660;
@@ -130,7 +120,7 @@ pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
     let bound = match listen {
         MetricsListen::Tcp(address) => bind_tcp(*address),
         MetricsListen::Unix(path) => {
-            trust::check(place(path)).map_err(BindError::Untrusted)?;
+            trust::check(directory_of(path)).map_err(BindError::Untrusted)?;
             bind_unix(path, SOCKET_MODE).map(Listener::Unix)
         }
     };
@@ -142,7 +132,7 @@ pub fn bind(listen: &MetricsListen) -> Result<Listener, BindError> {
 
 /// The directory of a Unix socket, whose writers could replace the socket. Writers of the socket itself can
 /// only connect.
-fn place(socket: &Path) -> &Path {
+pub(super) fn directory_of(socket: &Path) -> &Path {
     socket.parent().unwrap_or(socket)
 }
 
@@ -180,8 +170,8 @@ pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
             }
         }
         MetricsListen::Unix(path) => {
-            trust::check(place(path)).map_err(BindError::Untrusted)?;
-            fs::metadata(place(path)).map(drop)
+            trust::check(directory_of(path)).map_err(BindError::Untrusted)?;
+            fs::metadata(directory_of(path)).map(drop)
         }
     };
     found.map_err(|source| BindError::Bind {
@@ -258,62 +248,30 @@ impl Accepting {
 }
 
 async fn serve_within(bounds: Bounds, listener: Accepting, requests: mpsc::Sender<Request>) {
-    let mut clients: VecDeque<Client> = VecDeque::new();
+    let mut connections = Connections::at_most(bounds.connections);
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                clients.retain(|client| !client.task.is_finished());
-                if clients.len() == bounds.connections {
-                    close_one(&mut clients);
+                if !connections.make_room() {
+                    connections.close_oldest();
                 }
-                let has_asked = Arc::new(AtomicBool::new(false));
-                let served = connection(stream, requests.clone(), Arc::clone(&has_asked));
-                let task = tokio::spawn(timeout(bounds.lifetime, served)).abort_handle();
-                clients.push_back(Client { task, has_asked });
-                // Let the new connection read its request before the next one is accepted.
-                tokio::task::yield_now().await;
+                let requests = requests.clone();
+                let serve =
+                    |has_asked| timeout(bounds.lifetime, connection(stream, requests, has_asked));
+                connections.serve(serve).await;
             }
-            Err(error) => {
-                tracing::warn!("metrics.listen: accepting a connection: {error}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            Err(error) => accept_failed("metrics.listen", &error).await,
         }
     }
 }
 
-/// A connection that is served.
-struct Client {
-    task: AbortHandle,
-    /// Whether a complete request has arrived.
-    has_asked: Arc<AtomicBool>,
-}
-
-fn close_one(clients: &mut VecDeque<Client>) {
-    let has_asked = |client: &Client| client.has_asked.load(Ordering::Relaxed);
-    let oldest = clients.iter().position(|client| !has_asked(client));
-    if let Some(client) = clients.remove(oldest.unwrap_or(0)) {
-        // Aborting the task drops the connection, which closes it.
-        client.task.abort();
-    }
-}
-
-async fn connection(
-    stream: Box<dyn Stream>,
-    requests: mpsc::Sender<Request>,
-    has_asked: Arc<AtomicBool>,
-) {
+async fn connection(stream: Box<dyn Stream>, requests: mpsc::Sender<Request>, has_asked: HasAsked) {
     let service = service_fn(move |request: HttpRequest<Incoming>| {
-        has_asked.store(true, Ordering::Relaxed);
+        has_asked.note();
         let requests = requests.clone();
         async move { Ok::<_, Infallible>(answer(&request, &requests).await) }
     });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        // One request per connection. A scrape every few seconds gains nothing from keep-alive, and this way
-        // the lifetime limit never cuts a second request short.
-        .keep_alive(false)
-        .header_read_timeout(HEADER_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service);
+    let served = one_request().serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
         // Errors of a client do not concern the operator.
         tracing::debug!("an HTTP connection: {error}");

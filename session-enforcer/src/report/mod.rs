@@ -4,9 +4,19 @@
 //! audit and the log have their own threads, which count and drop data that nobody reads.
 
 pub mod audit;
+mod connections;
 pub mod control;
 pub mod health;
 pub mod http;
 mod landing_page;
 pub mod metrics;
 pub mod service_manager;
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use session_enforcer_common::Address;
+
+/// An address of a session, as IPv4 where it is one.
+pub(crate) fn ip(address: Address) -> IpAddr {
+    Ipv6Addr::from(address.octets()).to_canonical()
+}

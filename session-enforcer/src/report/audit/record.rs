@@ -1,19 +1,16 @@
 //! Builds the JSON records. Pure.
 
-use std::{
-    borrow::Cow,
-    net::{IpAddr, Ipv6Addr},
-    time::Duration,
-};
+use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize, Serializer};
-use session_enforcer_common::{Address, Direction, Session};
+use session_enforcer_common::{Direction, Session};
 
 use super::{End, Outcome, Place, Process, RequestedBy, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
     host::clock::{Moment, WallClock, monotonic_ns},
     reaper::diag::Queued,
+    report::ip,
 };
 
 #[derive(Serialize)]
@@ -323,10 +320,6 @@ fn ends(session: &Session) -> (EndFields, EndFields) {
     } else {
         (there, here)
     }
-}
-
-fn ip(address: Address) -> IpAddr {
-    Ipv6Addr::from(address.octets()).to_canonical()
 }
 
 /// Builds the record of the daemon's start or stop.

@@ -7,11 +7,12 @@ use session_enforcer_common::Session;
 
 use super::{
     messages::end,
-    row::{Listed, deadline, ip},
+    row::{Listed, deadline},
 };
 use crate::config::{
     User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
 };
+use crate::report::ip;
 
 /// The filter keys of a query.
 pub const FILTER_KEYS: [&str; 9] = [
@@ -27,7 +28,7 @@ pub const FILTER_KEYS: [&str; 9] = [
 ];
 
 /// The maximum number of sessions in a sorted list, which is kept in memory.
-pub(super) const MAX_SORTED: usize = 10_000;
+pub const MAX_SORTED: usize = 10_000;
 
 /// Conditions that must all hold. An empty filter matches all sessions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -16,7 +16,7 @@ mod row;
 mod serve;
 mod socket;
 
-pub use filter::{FILTER_KEYS, Filter, Selection, SortKey};
+pub use filter::{FILTER_KEYS, Filter, MAX_SORTED, Selection, SortKey};
 pub use messages::{
     ConfigInForce, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames, PolicyChange,
     Refusal, ReloadRequest, ReloadResult, Request, RuleInForce, RuleStatus, Rules, Status,

@@ -1,18 +1,17 @@
 //! The listed form of a live session.
 
-use std::{
-    borrow::Cow,
-    net::{IpAddr, Ipv6Addr},
-    time::Duration,
-};
+use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use session_enforcer_common::{Address, Direction, Expiry, Limits, Reason, Session, expiry};
+use session_enforcer_common::{Direction, Expiry, Limits, Reason, Session, expiry};
 
 use super::messages::{RuleInForce, end};
 use crate::{
     host::clock::WallClock,
-    report::audit::{mode_name, reason_name},
+    report::{
+        audit::{mode_name, reason_name},
+        ip,
+    },
 };
 
 /// A listed session. Unknown fields are omitted.
@@ -222,10 +221,6 @@ fn direction(session: &Session) -> &'static str {
         Some(Direction::Outbound) => "outbound",
         None => "",
     }
-}
-
-pub(super) fn ip(address: Address) -> IpAddr {
-    Ipv6Addr::from(address.octets()).to_canonical()
 }
 
 /// Seconds, rounded to milliseconds; negative if `to_ns` is earlier than `from_ns`.

@@ -1,43 +1,35 @@
 //! Accepts and serves the connections of the control socket.
 
 use std::{
-    collections::VecDeque,
-    convert::Infallible,
-    io,
-    os::unix::net::UnixListener as StdUnixListener,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    convert::Infallible, io, os::unix::net::UnixListener as StdUnixListener, sync::Arc,
     time::Duration,
 };
 
-use hyper::{Request as HttpRequest, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{Request as HttpRequest, body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::mpsc,
-    task::AbortHandle,
 };
 
 use super::{Admission, patient::Patient, routes::Client};
-use crate::{datapath::TableInUse, report::http};
+use crate::{
+    datapath::TableInUse,
+    report::{
+        connections::{Connections, HasAsked, accept_failed, one_request},
+        http,
+    },
+};
 
 /// The maximum number of connections. Beyond it, the oldest connection without a complete request is closed.
 /// If all have sent one, the new connection is closed.
 const MAX_CONNECTIONS: usize = 128;
-
-/// The time limit for the request headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The size in bytes of the header buffer and of the buffer of an answer.
 const BUFFER: usize = 64 << 10;
 
 /// The time limit for a client that reads nothing of its answer.
 const READ_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The pause after a failed accept.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket and the sources of its answers.
 #[derive(Debug)]
@@ -50,11 +42,6 @@ pub struct Server {
     pub sessions: Arc<TableInUse>,
 }
 
-struct Connection {
-    task: AbortHandle,
-    has_asked: Arc<AtomicBool>,
-}
-
 /// Serves connections until the process ends.
 ///
 /// # Errors
@@ -62,18 +49,16 @@ struct Connection {
 /// Fails if the runtime cannot watch the socket.
 pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::Result<()> {
     let listener = UnixListener::from_std(server.listener)?;
-    let mut connections: VecDeque<Connection> = VecDeque::new();
+    let mut connections = Connections::at_most(MAX_CONNECTIONS);
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!("control.socket: accepting a connection: {error}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                accept_failed("control.socket", &error).await;
                 continue;
             }
         };
-        connections.retain(|connection| !connection.task.is_finished());
-        if connections.len() >= MAX_CONNECTIONS && !close_one(&mut connections) {
+        if !connections.make_room() {
             // Dropping the new stream closes it.
             continue;
         }
@@ -82,36 +67,19 @@ pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::R
             engine: engine.clone(),
             sessions: Arc::clone(&server.sessions),
         };
-        let has_asked = Arc::new(AtomicBool::new(false));
-        let served = connection(stream, client, Arc::clone(&has_asked));
-        let task = tokio::spawn(served).abort_handle();
-        connections.push_back(Connection { task, has_asked });
-        // Let the new connection read its request before the next one is accepted.
-        tokio::task::yield_now().await;
+        let serve = |has_asked| connection(stream, client, has_asked);
+        connections.serve(serve).await;
     }
 }
 
-/// Closes the oldest connection without a complete request. Returns whether there was one.
-fn close_one(connections: &mut VecDeque<Connection>) -> bool {
-    let is_idle = |connection: &Connection| !connection.has_asked.load(Ordering::Relaxed);
-    let idle = connections.iter().position(is_idle);
-    let closed = idle.and_then(|index| connections.remove(index));
-    closed
-        .inspect(|connection| connection.task.abort())
-        .is_some()
-}
-
-async fn connection(stream: UnixStream, client: Client, has_asked: Arc<AtomicBool>) {
+async fn connection(stream: UnixStream, client: Client, has_asked: HasAsked) {
     let service = service_fn(move |request: HttpRequest<Incoming>| {
-        has_asked.store(true, Ordering::Relaxed);
+        has_asked.note();
         let client = client.clone();
         async move { Ok::<_, Infallible>(client.answer(request).await) }
     });
     let stream = Patient::new(stream, READ_PATIENCE);
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .keep_alive(false)
-        .header_read_timeout(HEADER_TIMEOUT)
+    let served = one_request()
         .max_buf_size(BUFFER)
         .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {

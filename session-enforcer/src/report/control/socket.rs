@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::{
     config::{Control, ControlSocket},
     host::trust::{self, Untrusted},
-    report::http::bind_unix,
+    report::http::{bind_unix, directory_of},
 };
 
 /// Permissions for root and the daemon's user.
@@ -89,9 +89,9 @@ pub fn bind(control: &Control) -> Result<Option<(UnixListener, Option<u32>)>, Co
         source,
     };
     if control.socket == ControlSocket::Default {
-        make_directory(place(path)).map_err(refused)?;
+        make_directory(directory_of(path)).map_err(refused)?;
     }
-    trust::check(place(path)).map_err(ControlError::Untrusted)?;
+    trust::check(directory_of(path)).map_err(ControlError::Untrusted)?;
     // Create the socket without group permissions; they are added after the change of its group.
     let listener = bind_unix(path, MODE).map_err(refused)?;
     if let (Some(gid), Some(group)) = (gid, &control.group) {
@@ -118,18 +118,12 @@ pub fn check(control: &Control) -> Result<(), ControlError> {
     let ControlSocket::At(path) = &control.socket else {
         return Ok(());
     };
-    trust::check(place(path)).map_err(ControlError::Untrusted)?;
-    let found = fs::metadata(place(path)).map(drop);
+    trust::check(directory_of(path)).map_err(ControlError::Untrusted)?;
+    let found = fs::metadata(directory_of(path)).map(drop);
     found.map_err(|source| ControlError::Bind {
         path: path.clone(),
         source,
     })
-}
-
-/// The directory of the socket, whose writers could replace the socket. Writers of the socket itself can only
-/// connect.
-fn place(socket: &Path) -> &Path {
-    socket.parent().unwrap_or(socket)
 }
 
 fn make_directory(directory: &Path) -> io::Result<()> {
