@@ -5,12 +5,15 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 mod agreement;
 mod control;
+mod crashes;
 mod crowd;
 mod growth;
 mod many;
 mod reapers;
+mod reconcile;
 mod reload;
 mod session_map;
+mod stalls;
 mod verdict;
 
 /// Whose turn it is, and how many of its tests run.

@@ -8,6 +8,8 @@ use session_enforcer_tests::{
     Daemon, Lab, Netns, Pair, idle_rule, overwrite_callback_flags, reset_on_close, unhurried,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
 
@@ -38,6 +40,7 @@ fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
 
 #[test]
 fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&format!("{EVERY_SECOND}{LONG_RULE}"))?;
@@ -64,6 +67,7 @@ fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Res
 
 #[test]
 fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -87,6 +91,7 @@ fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only(
 
 #[test]
 fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(LONG_RULE)?;
@@ -115,6 +120,7 @@ fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
 
 #[test]
 fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let there = lab.inside_in(&netns)?;
@@ -138,6 +144,7 @@ fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
 
 #[test]
 fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let there = lab.inside_in(&netns)?;
@@ -159,6 +166,7 @@ fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Resul
 
 #[test]
 fn comparisons_while_connections_come_and_go_find_nothing() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&format!("{EVERY_SECOND}{LONG_RULE}"))?;

@@ -18,6 +18,8 @@ use session_enforcer_tests::{
     reset_on_close, unhurried,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 fn limit() -> Duration {
@@ -33,6 +35,7 @@ const TOO_MANY: usize = 14_000;
 
 #[test]
 fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -56,6 +59,7 @@ fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<
 
 #[test]
 fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -87,6 +91,7 @@ fn a_session_whose_event_was_lost_is_found_and_enforced() -> Result<()> {
 
 #[test]
 fn a_log_that_nobody_reads_does_not_hold_up_the_enforcement() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;

@@ -13,6 +13,8 @@ use session_enforcer_tests::{
     Agent, Lab, Listener, Moment, Pair, Place, Record, reset_on_close, unhurried,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 /// It must outlast what is done between two kills.
@@ -73,6 +75,7 @@ fn churn(client: &Agent, listener: &Listener, stop: &AtomicBool) -> Result<usize
 
 #[test]
 fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [idle, old, busy, churned] = [listen()?, listen()?, listen()?, listen()?];
