@@ -316,3 +316,60 @@ fn each_of_the_ten_stops_of_the_tour_leads_to_a_function() {
         }
     }
 }
+
+/// The sources of the daemon, the programs and the types that both share.
+fn sources() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let crates = ["", "-common", "-ebpf"];
+    let mut folders: Vec<PathBuf> = crates
+        .map(|name| root.join(format!("session-enforcer{name}/src")))
+        .into();
+    let mut sources = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let text = std::fs::read_to_string(&path).unwrap();
+                sources.push((path, text));
+            }
+        }
+    }
+    sources
+}
+
+/// Code such as `judge::judge` or `Session::SHUT` in a note: the first name is that of a module's file or of a type,
+/// and a source that defines it, or uses it where it is a type, has the second.
+#[test]
+fn what_the_design_notes_name_is_in_the_code() {
+    let sources = sources();
+    let has = |text: &str, word: &str| {
+        let is_part = |c: char| c.is_alphanumeric() || c == '_';
+        text.split(|c| !is_part(c)).any(|found| found == word)
+    };
+    for (page, text) in pages() {
+        let of_tests = ["reports.md", "testing.md"].map(|name| page.ends_with(name));
+        let is_note = page.starts_with(Path::new(DOCS).join("design")) && of_tests == [false; 2];
+        let codes = text.split('`').skip(1).step_by(2);
+        for code in codes.filter(|_| is_note) {
+            let names: Vec<_> = code.split("::").collect();
+            let [first, second] = names[..] else {
+                continue;
+            };
+            if !code.contains(char::is_alphabetic) || first.starts_with("session_enforcer") {
+                continue;
+            }
+            let is_there = sources.iter().any(|(path, source)| {
+                let is_module = path.file_stem().unwrap() == first
+                    || path.parent().is_some_and(|folder| folder.ends_with(first))
+                    || source.contains(&format!("mod {first} {{"));
+                let is_type = first.starts_with(char::is_uppercase) && has(source, first);
+                (is_module || is_type) && has(source, second)
+            });
+            if !is_there {
+                eprintln!("MISSING {}: `{code}`", page.display());
+            }
+        }
+    }
+}
