@@ -1,14 +1,16 @@
-//! What keeps the machine busy, opens thousands of sockets or holds up other daemons: the tests of one module run together,
-//! and those of the others wait. Each test begins with `let _turn = turn(module_path!());`.
+//! What keeps the machine busy, opens thousands of sockets or holds up other daemons, and what must not wait for a daemon that
+//! looks at so many sockets: the tests of one module run together, and those of the others wait. Each test begins with `let _turn = turn(module_path!());`.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 mod agreement;
+mod cgroup_patterns;
 mod control;
 mod crashes;
 mod crowd;
 mod growth;
 mod many;
+mod owners;
 mod reapers;
 mod reconcile;
 mod reload;

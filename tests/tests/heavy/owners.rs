@@ -19,6 +19,8 @@ use session_enforcer_tests::{
     longer_than_a_start, patience, seed,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const SHORT: &str = "idle_timeout = \"2s\"";
@@ -71,6 +73,7 @@ fn opened(daemon: &Daemon) -> Result<f64> {
 
 #[test]
 fn a_rule_of_a_cgroup_takes_the_connections_of_it_and_of_those_below() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let below = named.child()?;
@@ -94,6 +97,7 @@ fn a_rule_of_a_cgroup_takes_the_connections_of_it_and_of_those_below() -> Result
 
 #[test]
 fn a_rule_of_a_user_takes_the_connections_of_that_user_in_both_directions() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&of_users(&format!("\"nobody\", {UID}")))?;
     let of_user = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
@@ -122,6 +126,7 @@ fn a_rule_of_a_user_takes_the_connections_of_that_user_in_both_directions() -> R
 
 #[test]
 fn both_conditions_must_hold_and_the_first_rule_decides() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let named = lab.cgroup.child()?;
     let path = named.name()?;
@@ -186,6 +191,7 @@ fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
 
 #[test]
 fn what_older_listeners_accept_is_owned_as_what_newer_ones_do() -> Result<()> {
+    let _turn = turn(module_path!());
     assert_older_sockets_are_owned(None)
 }
 
@@ -193,12 +199,14 @@ fn what_older_listeners_accept_is_owned_as_what_newer_ones_do() -> Result<()> {
 /// without `CAP_DAC_READ_SEARCH` it searches for the path of a cgroup.
 #[test]
 fn where_an_older_listener_cannot_be_noted_its_connections_are_asked_about() -> Result<()> {
+    let _turn = turn(module_path!());
     assert_older_sockets_are_owned(Some(&FEWEST))
 }
 
 /// As the kernel marks the name of one that was removed, and not text.
 #[test]
 fn a_cgroup_of_any_name_lies_below_those_above_it() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let named = lab.cgroup.child()?;
     let strange = named.path().join(OsStr::from_bytes(b"\xff (deleted)"));
@@ -215,6 +223,7 @@ fn a_cgroup_of_any_name_lies_below_those_above_it() -> Result<()> {
 
 #[test]
 fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
     let daemon = daemon_that_asks(&lab, &of_users("0"))?;
@@ -231,6 +240,7 @@ fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Resul
 /// The daemon asks for the owner of one session after the other. Some close in just that moment.
 #[test]
 fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Result<()> {
+    let _turn = turn(module_path!());
     const ROUNDS: usize = 40;
     const PAIRS: usize = 100;
     let lab = Lab::new(AGENT)?;
@@ -262,6 +272,7 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
 /// have it, and not at all where they do not, and not by the kernel's own decision either.
 #[test]
 fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [kept, released] = [listen(&lab.inside)?, listen(&lab.inside)?];
     let daemon = daemon_that_asks(&lab, &of_users("0"))?;
@@ -293,6 +304,7 @@ fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() ->
 /// between is in no record that it has read.
 #[test]
 fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
+    let _turn = turn(module_path!());
     const PAIRS: usize = 300;
     const ROUNDS: u64 = 12;
     // None ends before all have passed.
@@ -326,6 +338,7 @@ fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
 /// A request that comes between the look at a record and its writing.
 #[test]
 fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
+    let _turn = turn(module_path!());
     const ROUNDS: usize = 10;
     const PAIRS: usize = 300;
     // None of those that are asked about ends before the last is.
@@ -373,6 +386,7 @@ fn name_of(pid: u32) -> Result<String> {
 #[test]
 fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_connection()
 -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let unit = lab.cgroup.child()?;
     let name = unit.name()?;
@@ -406,6 +420,7 @@ fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_c
 /// A server that forks for each connection, with a listener that a thread has made: the process is the child.
 #[test]
 fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() -> Result<()> {
+    let _turn = turn(module_path!());
     const SERVER: &str = "import os, socket, threading, time\n\
         made = []\n\
         def make():\n \
@@ -444,6 +459,7 @@ fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() ->
 
 #[test]
 fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let path = slice.path().join("unit/inner");
@@ -488,6 +504,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
 
 #[test]
 fn a_reload_decides_anew_about_owners() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let gone = lab.cgroup.child()?;
     let older = listen(&lab.at(&Place::here().in_cgroup(&gone).as_user(UID))?)?;
@@ -516,6 +533,7 @@ fn a_reload_decides_anew_about_owners() -> Result<()> {
 
 #[test]
 fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let nobody_asked = rule("owned", "", SHORT);
     let daemon = lab
@@ -551,6 +569,7 @@ fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> 
 
 #[test]
 fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let wrong = of_users("\"no-such-user\"");
     let refused = lab.launch().config(&wrong).refused()?;

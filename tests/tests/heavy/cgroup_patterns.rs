@@ -8,6 +8,8 @@ use session_enforcer_tests::{
     Cgroup, Lab, Listener, Pair, Place, eventually, longer_than_a_start, patience,
 };
 
+use crate::turn;
+
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
 fn idle(name: &str, cgroups: &str, limit: Duration) -> String {
@@ -27,6 +29,7 @@ fn pair_in(lab: &Lab, above: &Cgroup, path: &str) -> Result<(Pair, Listener)> {
 
 #[test]
 fn cgroups_that_fit_are_taken_those_that_are_there_and_those_that_come() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let name = slice.name()?;
@@ -67,6 +70,7 @@ fn cgroups_that_fit_are_taken_those_that_are_there_and_those_that_come() -> Resu
 
 #[test]
 fn one_that_goes_and_one_that_comes_of_the_same_name_are_both_the_rule_s() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let limit = 2 * longer_than_a_start();
@@ -96,6 +100,7 @@ fn one_that_goes_and_one_that_comes_of_the_same_name_are_both_the_rule_s() -> Re
 
 #[test]
 fn more_cgroups_than_the_match_table_holds_stop_nothing_and_are_told() -> Result<()> {
+    let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [slice, named] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let limit = longer_than_a_start();
