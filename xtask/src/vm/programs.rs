@@ -379,6 +379,22 @@ mod tests {
         assert!(named > 60, "{named}");
     }
 
+    #[test]
+    fn each_test_of_the_heavy_suite_takes_its_turn() {
+        let workspace = Workspace::find().expect("the workspace");
+        let folder = workspace.root().join("tests/tests/heavy");
+        for file in fs::read_dir(&folder).expect("the suite's folder") {
+            let path = file.expect("a file").path();
+            let text = fs::read_to_string(&path).expect("a source");
+            let tests = text.matches("#[test]\n").count();
+            let turns = text
+                .matches("    let _turn = turn(module_path!());\n")
+                .count();
+            let is_main = path.ends_with("main.rs");
+            assert!(is_main || tests == turns, "{}", path.display());
+        }
+    }
+
     fn suites(parts: &[Part]) -> BTreeSet<&str> {
         let suites = parts.iter().filter(|part| part.module.is_some());
         suites.map(|part| part.program.as_str()).collect()
