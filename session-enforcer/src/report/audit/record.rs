@@ -273,10 +273,15 @@ fn established_ns(session: &Session) -> Option<u64> {
 }
 
 /// When payload that counts last passed in a direction, where some has: until then the stamp is that of the
-/// establishment.
-fn passed_ns(session: &Session, bytes: u64, stamp_ns: u64) -> Option<u64> {
-    let is_stamped = session.end_is_unreported() || stamp_ns != session.established_ns;
-    (bytes > 0 && is_stamped).then_some(stamp_ns)
+/// establishment. A socket that has taken over its connection (`TCP_REPAIR`) has the stamps of the one before, and bytes
+/// of its own.
+pub(crate) fn passed_ns(session: &Session, bytes: u64, stamp_ns: u64) -> Option<u64> {
+    let is_stamped = if session.end_is_unreported() {
+        bytes > 0
+    } else {
+        stamp_ns != session.established_ns
+    };
+    is_stamped.then_some(stamp_ns)
 }
 
 fn before(deadline_ns: u64, limit: Duration) -> u64 {

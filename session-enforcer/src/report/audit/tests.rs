@@ -255,6 +255,17 @@ fn what_has_never_passed_has_no_time() {
 }
 
 #[test]
+fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
+    let restored = Session {
+        bytes_received: 0,
+        bytes_sent: 0,
+        ..session()
+    };
+    let line = line(&termination(&restored));
+    assert!(line.contains(r#""last_received":"2026-01-01T11:44:59.999000000Z""#));
+}
+
+#[test]
 fn of_a_limit_the_beginning_is_told_and_of_a_policy_s_change_there_is_none() {
     let session = session();
     let old = Termination {

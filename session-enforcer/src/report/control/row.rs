@@ -12,7 +12,7 @@ use session_enforcer_common::{Address, Direction, Expiry, Limits, Reason, Sessio
 use super::messages::{RuleInForce, end};
 use crate::{
     host::clock::WallClock,
-    report::audit::{mode_name, reason_name},
+    report::audit::{mode_name, passed_ns, reason_name},
 };
 
 /// A session, for people and programs. What is not known is left out.
@@ -172,10 +172,7 @@ impl<'a> Listed<'a> {
         let deadline = deadline(session, self.rule.limits);
         let at = |ns: u64| clock.at(ns).to_string();
         let is_younger = !session.end_is_unreported();
-        let passed = |bytes: u64, ns: u64| {
-            let is_stamped = !is_younger || ns != session.established_ns;
-            (bytes > 0 && is_stamped).then(|| at(ns))
-        };
+        let passed = |bytes: u64, ns: u64| passed_ns(session, bytes, ns).map(at);
         Row {
             id: self.id,
             rule: Cow::Borrowed(self.rule.name),
