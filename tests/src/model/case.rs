@@ -285,6 +285,7 @@ impl Case<'_> {
         for end in End::BOTH {
             let of_end = records.iter().filter(|(_, record)| record.end == end);
             let ends = of_end.clone().filter(|(_, record)| record.is_end());
+            let ends = ends.filter(|(_, record)| !self.was_replaced(record));
             if ends.count() > 1 {
                 self.fail(format!("the {end:?}'s session ended twice"));
             }
@@ -306,11 +307,13 @@ impl Case<'_> {
         match record.result.as_str() {
             "reset" if self.was_reset(record) => {}
             "gone" if self.connection.fate(record.end) != Fate::Open => {}
+            "gone" if self.was_replaced(record) => {}
             "none" if record.is_observed() => {}
             "failed" if self.was_locked(record) => {}
             _ => return Err("a result that the connection does not show"),
         }
-        let mut clocks: Vec<Clocks> = if !record.is_end() || self.was_decided_before(record) {
+        let is_of_last = record.is_end() && !self.was_replaced(record);
+        let mut clocks: Vec<Clocks> = if !is_of_last || self.was_decided_before(record) {
             let all = self.replay.all_clocks(record.end);
             all.copied().collect()
         } else {
@@ -325,14 +328,17 @@ impl Case<'_> {
             return Err("an activity that is not the session's last");
         }
         let adopted = clocks.iter().map(|clocks| clocks.adopted).max();
-        self.check_establishment(record, adopted.unwrap_or(Truth::No))?;
+        self.check_establishment(record, adopted.unwrap_or(Truth::No), &clocks)?;
         self.check_bytes(record, adopted.unwrap_or(Truth::No), counted.is_some())
     }
 
     /// When the daemon may have counted the session as active since it could not ask the socket, which was locked or
-    /// whose reaper was struck at the moment that the record has for its last activity.
+    /// whose reaper was struck at the moment that the record has for its last activity. Where no payload is known of,
+    /// its idle time tells.
     fn counted_as_active(&self, record: &Termination) -> Option<Span> {
-        let when = around(record.last_activity?);
+        let idle = Duration::try_from_secs_f64(record.idle_seconds).unwrap_or_default();
+        let idle_since = record.at.saturating_sub(idle);
+        let when = around(record.last_activity.unwrap_or(idle_since));
         let mut locks = self.connection.locks(record.end);
         let mut struck = self.seen.timeline.struck.iter();
         let is_unknown =
@@ -349,6 +355,13 @@ impl Case<'_> {
         };
         let mut outages = self.seen.timeline.outages.iter();
         record.result == "gone" && outages.any(|outage| outage.meets(&since))
+    }
+
+    /// Whether it says that a socket was gone, and another one took over from it then.
+    fn was_replaced(&self, record: &Termination) -> bool {
+        let decided = self.decided(record);
+        let mut restores = self.connection.restores(record.end);
+        record.result == "gone" && restores.any(|when| when.meets(&decided))
     }
 
     /// Whether a reset hung on the session's lock, and the record says so.
@@ -421,10 +434,14 @@ impl Case<'_> {
         &self,
         record: &Termination,
         adopted: Truth,
+        clocks: &[Clocks],
     ) -> Result<(), &'static str> {
+        let is_restored = self.connection.restores(record.end).next().is_some();
         let told = record.established.map(|established| {
-            let opened = self.connection.opened;
-            around(established).meets(&opened)
+            let established = around(established);
+            let mut inherited = clocks.iter().map(|clocks| clocks.established);
+            established.meets(&self.connection.opened)
+                || is_restored && inherited.any(|since| established.meets(&since))
         });
         match (told, adopted) {
             (Some(true), Truth::No | Truth::Perhaps) | (None, Truth::Yes | Truth::Perhaps) => {
@@ -443,12 +460,23 @@ impl Case<'_> {
         adopted: Truth,
         is_unknown: bool,
     ) -> Result<(), &'static str> {
+        let recorded = record.recorded();
+        // A socket that has taken the connection over counts from then on.
+        let restores = self.connection.restores(record.end);
+        let begun = restores.filter(|when| when.from <= recorded.to);
+        let begun: Vec<Duration> = begun.map(|when| when.to).collect();
+        let settled = begun.iter().filter(|at| **at < recorded.from).max();
+        let [earliest, latest] = [settled, begun.iter().max()].map(|at| at.copied());
         for from in End::BOTH {
             let told = record.bytes[from as usize];
             let of = self.connection.payloads().filter(|p| p.from == from);
-            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < record.recorded().from);
-            let arrived: u64 = of.clone().filter(before).map(|p| p.bytes).sum();
-            let written: u64 = of.map(|p| p.bytes).sum();
+            let since = |from: Option<Duration>| {
+                let from = from.unwrap_or_default();
+                of.clone().filter(move |p| p.written.from >= from)
+            };
+            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from);
+            let arrived: u64 = since(latest).filter(before).map(|p| p.bytes).sum();
+            let written: u64 = since(earliest).map(|p| p.bytes).sum();
             // Of a session that was adopted nobody may have seen the peer's FIN, which then is a byte.
             let fin = u64::from(adopted != Truth::No);
             if told < arrived && !is_unknown || told > written + fin {
@@ -463,7 +491,15 @@ impl Case<'_> {
         let records = self.records;
         for (n, (life, record)) in records.iter().enumerate() {
             let again = |other: &&(usize, Termination)| {
-                other.0 == *life && other.1.end == record.end && is_the_same(&other.1, record)
+                let since = Span {
+                    from: other.1.recorded().from,
+                    to: record.recorded().to,
+                };
+                let mut restores = self.connection.restores(record.end);
+                other.0 == *life
+                    && other.1.end == record.end
+                    && is_the_same(&other.1, record)
+                    && !restores.any(|when| when.meets(&since))
             };
             if record.is_observed() && records[..n].iter().any(|other| again(&other)) {
                 self.fail(format!("recorded twice, {record:?}"));
@@ -479,6 +515,8 @@ impl Case<'_> {
             .into_iter()
             .flat_map(|end| connection.locks(end))
             .count();
+        let ends = End::BOTH.into_iter();
+        counts.restored += ends.flat_map(|end| connection.restores(end)).count();
         counts.refused += self.replay.refused;
         let sessions = connection.sessions();
         let adopted = |end: &End| self.replay.clocks(*end).adopted == Truth::Yes;

@@ -33,6 +33,10 @@ pub(super) enum Event {
     Aborted,
     /// Kept it locked. What it has sent then is payload of its own.
     Locked(End, Span),
+    /// A forged segment was sent to this end.
+    Forged(End, Span),
+    /// Another socket has taken it over at the server's end.
+    Restored(Span),
 }
 
 /// What became of an end.
@@ -78,6 +82,14 @@ impl Connection {
     pub(super) fn locks(&self, end: End) -> impl Iterator<Item = Span> {
         self.events.iter().filter_map(move |event| match event {
             Event::Locked(locked, span) if *locked == end => Some(*span),
+            _ => None,
+        })
+    }
+
+    /// When another socket has taken over an end.
+    pub(super) fn restores(&self, end: End) -> impl Iterator<Item = Span> {
+        self.events.iter().filter_map(move |event| match event {
+            Event::Restored(span) if end == End::Server => Some(*span),
             _ => None,
         })
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{
     book::{Action, Activity, Book, End, Rule},
-    history::{Connection, Payload},
+    history::{Connection, Event, Payload},
     timeline::{Span, Timeline},
 };
 use crate::pace::late_ticks;
@@ -17,6 +17,9 @@ use crate::pace::late_ticks;
 /// How much later than it was the activity of an adopted session may be taken to have been: two ticks of the
 /// slowest kernels, and as much again, since its age is counted in ticks.
 const LAG: Duration = Duration::from_millis(40);
+
+/// How long after payload has passed a packet shows at the latest that the socket has taken or sent it.
+const UNCONFIRMED: Duration = Duration::from_millis(500);
 
 /// What is known of something that is either so or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,6 +64,8 @@ pub(super) struct Clocks {
     pub(super) adopted: Truth,
     /// What passed, whether it counted or not.
     passed: [Span; 2],
+    /// What may have been received, whether it counts or not.
+    came: Span,
 }
 
 impl Clocks {
@@ -74,6 +79,7 @@ impl Clocks {
             owes: Truth::No,
             adopted: Truth::No,
             passed: [opened, opened],
+            came: opened,
         }
     }
 
@@ -100,8 +106,8 @@ impl Clocks {
         Some(Deadline {
             reason: "max_lifetime",
             at: Span {
-                from: self.established.from + shortest,
-                to: self.established.to.saturating_add(longest),
+                from: self.established.after(shortest).from,
+                to: self.established.after(longest).to,
             },
             limit: [shortest, longest],
         })
@@ -159,6 +165,7 @@ impl Clocks {
             self.answer(span, counted);
             self.sent = later(self.sent, counted);
         } else {
+            self.came = later(self.came, passed);
             self.ask(span, counted);
             self.received = later(self.received, counted);
         }
@@ -226,6 +233,38 @@ impl Clocks {
         }
     }
 
+    /// Another socket goes on with the connection. What no packet had shown to be taken by then counts.
+    fn inherit(&mut self, when: Span) {
+        self.received = self.received.perhaps_later(self.came);
+        let is_unconfirmed = |stamp: Span| stamp.to + UNCONFIRMED >= when.from;
+        if self.end == End::Server && [self.came, self.sent].into_iter().any(is_unconfirmed) {
+            self.owes = Truth::Perhaps;
+        }
+        (self.passed, self.came) = ([when, when], when);
+    }
+
+    /// Another socket goes on with the connection. It is not known whether the clocks were remembered, or are those of
+    /// the boot, or of an adoption until `latest`.
+    fn lose(&mut self, when: Span, latest: Duration) {
+        self.inherit(when);
+        for stamp in [
+            &mut self.established,
+            &mut self.received,
+            &mut self.sent,
+            &mut self.answered,
+        ] {
+            let to = stamp.to.max(latest);
+            *stamp = Span {
+                from: Duration::ZERO,
+                to,
+            };
+        }
+        self.adopted = Truth::Perhaps;
+        if self.end == End::Server {
+            self.owes = Truth::Perhaps;
+        }
+    }
+
     /// Something passed while it was adopted: both directions may count as active at its end.
     fn pass_during_adoption(&mut self, window: Span) {
         for stamp in [&mut self.received, &mut self.sent, &mut self.answered] {
@@ -251,6 +290,8 @@ impl Deadline {
 enum Step<'a> {
     Payload(&'a Payload),
     Adoption(&'a Adoption),
+    Forged(End, Span),
+    Restored(Span),
 }
 
 /// When a session may have been adopted or taken over.
@@ -273,6 +314,9 @@ pub(super) struct Replay<'a> {
     pub(super) passed_late: Vec<Payload>,
     /// How many payloads were refused, since a session had expired.
     pub(super) refused: usize,
+    /// When another socket took over a session of which that is perhaps not known: the daemon may believe that the
+    /// session of the socket before is still there.
+    pub(super) left_behind: Vec<Span>,
 }
 
 impl<'a> Replay<'a> {
@@ -285,17 +329,25 @@ impl<'a> Replay<'a> {
             states: End::BOTH.map(start),
             passed_late: Vec::new(),
             refused: 0,
+            left_behind: Vec::new(),
         };
-        let payloads = connection
-            .payloads()
-            .map(|p| (p.written.from, Step::Payload(p)));
+        let events = connection.events.iter().filter_map(|event| match event {
+            Event::Payload(payload) => Some((payload.written.from, Step::Payload(payload))),
+            Event::Forged(end, when) => Some((when.from, Step::Forged(*end, *when))),
+            Event::Restored(when) => Some((when.from, Step::Restored(*when))),
+            _ => None,
+        });
         let adoptions = replay.adoptions.clone();
         let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
-        let mut steps: Vec<_> = payloads.chain(adoptions).collect();
+        let mut steps: Vec<_> = events.chain(adoptions).collect();
         steps.sort_by_key(|(from, _)| *from);
         for (_, step) in steps {
             match step {
                 Step::Payload(payload) => replay.pass(payload),
+                Step::Forged(end, when) => {
+                    replay.change(end, |clocks| clocks.came = clocks.came.perhaps_later(when));
+                }
+                Step::Restored(when) => replay.restore(End::Server, when),
                 Step::Adoption(adoption) => {
                     let mut locks = connection.locks(adoption.end);
                     let is_locked = locks.any(|lock| lock.meets(&adoption.window));
@@ -331,6 +383,26 @@ impl<'a> Replay<'a> {
         let mut clocks = self.clocks(end);
         change(&mut clocks);
         self.states[end as usize].push(clocks);
+    }
+
+    /// Another socket takes an end over. The programs remember the clocks of a session whose end they are told of,
+    /// which is not so with one that was adopted, and forget them with the daemon.
+    fn restore(&mut self, end: End, when: Span) {
+        let port = self.connection.port;
+        let mut books = self.timeline.books(when);
+        let is_untracked = books.all(|book| book.rule(port, end).is_none());
+        let changes = self.timeline.changes.iter().map(|change| change.when);
+        let changing = changes.filter(|change| change.meets(&when));
+        let latest = changing.map(|change| change.to.max(when.to) + LAG).max();
+        let is_reported = self.clocks(end).adopted == Truth::No;
+        self.change(end, |clocks| match latest {
+            None if is_untracked => *clocks = Clocks::new(end, when),
+            None if is_reported => clocks.inherit(when),
+            _ => clocks.lose(when, latest.unwrap_or_default()),
+        });
+        if !is_reported {
+            self.left_behind.push(when);
+        }
     }
 
     fn pass(&mut self, payload: &Payload) {

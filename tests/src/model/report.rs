@@ -28,6 +28,8 @@ pub(super) struct Counts {
     /// Open at last.
     pub(super) open: usize,
     pub(super) adopted: usize,
+    /// How often another socket took a connection over.
+    pub(super) restored: usize,
     /// Payloads that did not pass an expired session.
     pub(super) refused: usize,
     pub(super) observed: usize,
@@ -47,7 +49,7 @@ impl fmt::Display for Report {
             f,
             "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} \
              gone, by a struck reaper; {} by a new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
-             adopted, {} observed, {} gone; {} locked, {} failed meanwhile; {} \
+             adopted, {} observed, {} gone; {} taken over by another socket; {} locked, {} failed meanwhile; {} \
              payloads refused",
             c.connections,
             c.payloads,
@@ -62,6 +64,7 @@ impl fmt::Display for Report {
             c.adopted,
             c.observed,
             c.gone,
+            c.restored,
             c.locked,
             c.failed,
             c.refused

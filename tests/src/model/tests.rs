@@ -315,6 +315,52 @@ fn a_reset_that_failed_is_only_right_where_the_socket_was_locked() {
 }
 
 #[test]
+fn a_connection_that_another_socket_takes_over_keeps_its_clocks_and_not_its_bytes() {
+    let restored = |at, record: String| {
+        Run::with(|run| {
+            run.connection
+                .events
+                .push(Event::Restored(Span::at(ms(at))));
+            run.records = vec![record];
+        })
+    };
+    let with_bytes = |deadline| record("r", "idle_timeout", deadline);
+    let without = |deadline| with_bytes(deadline).replace("\"bytes\":10", "\"bytes\":0");
+    restored(1_500, without(2_008)).assert_right();
+    restored(1_500, with_bytes(2_008)).assert_wrong("other bytes than the session's");
+    restored(1_500, without(2_500)).assert_wrong("deadline that is not the session's");
+    // Nobody remembers what no rule tracked.
+    let forgotten = |book: Option<Rule>| {
+        let mut run = restored(1_500, without(2_008));
+        run.timeline.changes[0] = change(0, book);
+        run.timeline.changes.push(change(1_700, Some(rule("r"))));
+        run
+    };
+    forgotten(Some(rule("r"))).assert_right();
+    forgotten(None).assert_wrong("no session of it had expired");
+}
+
+#[test]
+fn a_forged_segment_counts_where_another_socket_takes_the_connection_over_before_a_packet_shows() {
+    let forged = |then: Event| {
+        Run::with(|run| {
+            let forged = Event::Forged(End::Server, Span::at(ms(1_400)));
+            run.connection.events.extend([forged, then]);
+            let record = record("r", "idle_timeout", 2_408);
+            run.records = vec![record.replace("\"bytes\":10", "\"bytes\":0")];
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = when.after(ms(400));
+                }
+            }
+        })
+    };
+    let wrong = "deadline that is not the session's";
+    forged(Event::Restored(Span::at(ms(1_500)))).assert_right();
+    forged(Event::Finished(End::Client)).assert_wrong(wrong);
+}
+
+#[test]
 fn a_lock_does_not_excuse_a_reset_that_nobody_records() {
     let unrecorded = |run: &mut Run| {
         run.records.clear();

@@ -43,11 +43,15 @@ impl Span {
         }
     }
 
-    /// So much later.
+    /// So much later. What may have been before the run may have been long before it.
     #[must_use]
     pub(super) fn after(self, delay: Duration) -> Self {
+        let from = match self.from {
+            Duration::ZERO => Duration::ZERO,
+            from => from.saturating_add(delay),
+        };
         Self {
-            from: self.from.saturating_add(delay),
+            from,
             to: self.to.saturating_add(delay),
         }
     }

@@ -26,6 +26,7 @@ use crate::{
     locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
     random::Random,
+    repair::Saved,
 };
 
 /// How much may wait unread at an end, so that its window never shuts.
@@ -107,13 +108,21 @@ impl Traffic {
             (None, _) if is_held => {}
             (None, _) => self.open(operation.slot, &operation.opening)?,
             (Some(live), Act::Lock(end, time)) => self.lock(operation.slot, live, end, time)?,
-            (Some(live), Act::Spoof(end, numbers)) => {
+            (Some(mut live), Act::Spoof(end, numbers)) => {
+                let begun = self.start.elapsed();
                 if let [Some(_), Some(_)] = &live.sockets
                     && let Some(from) = &live.sockets[end.peer() as usize]
                 {
                     self.field.spoof(&live.opening, end.peer(), from, numbers)?;
+                    let (from, to) = (begun, self.start.elapsed());
+                    let forged = Event::Forged(end, Span { from, to });
+                    live.history.events.push(forged);
                     self.spoofed += 1;
                 }
+                self.put(operation.slot, live);
+            }
+            (Some(mut live), Act::Restore) => {
+                live.restore(&self.field, self.start)?;
                 self.put(operation.slot, live);
             }
             (Some(mut live), _) => {
@@ -266,6 +275,11 @@ impl Traffic {
         open.chain(held).map(|live| &live.history).collect()
     }
 
+    /// All of them, those that have ended too.
+    pub(super) fn connections(&self) -> impl Iterator<Item = &Connection> {
+        self.open_connections().into_iter().chain(&self.ended)
+    }
+
     /// Looks at all of them until `done` says so of those that are open, or the time is over.
     pub(super) fn look_until(
         &mut self,
@@ -317,7 +331,7 @@ impl Live {
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
             // The traffic does that.
-            Act::Lock(..) | Act::Spoof(..) => Ok(()),
+            Act::Lock(..) | Act::Spoof(..) | Act::Restore => Ok(()),
         }
     }
 
@@ -467,6 +481,40 @@ impl Live {
         reset_on_close(socket)?;
         self.drop_socket(end, start);
         self.history.events.push(Event::Aborted);
+        Ok(())
+    }
+
+    /// Has another socket take the connection over at the server's end, where nothing is on its way.
+    fn restore(&mut self, field: &Field, start: Instant) -> Result<()> {
+        self.look_for_arrivals(start)?;
+        self.read_all(End::Server)?;
+        let any = |is: &dyn Fn(End) -> bool| End::BOTH.into_iter().any(is);
+        let is_busy =
+            any(&|end| self.history.has_pending(end)) || any(&|end| self.is_finished(end));
+        if is_busy || self.history.fates != [Fate::Open; 2] {
+            return Ok(());
+        }
+        let from = start.elapsed();
+        let place = &mut self.sockets[End::Server as usize];
+        let Some(socket) = place else {
+            return Ok(());
+        };
+        let saved = Saved::of_open(socket);
+        if tcp_info(socket)?.tcpi_state == TCP_CLOSE {
+            // It has just been reset: the next look finds that.
+            return Ok(());
+        }
+        *place = None;
+        let saved = saved?;
+        let socket = place.insert(field.establish(&self.opening, &saved)?);
+        let completed = saved.complete(socket);
+        // One that was late is reset before that.
+        if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
+            completed?;
+        }
+        socket.set_nonblocking(true)?;
+        let to = start.elapsed();
+        self.history.events.push(Event::Restored(Span { from, to }));
         Ok(())
     }
 
