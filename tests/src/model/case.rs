@@ -466,7 +466,7 @@ impl Case<'_> {
         let begun = restores.filter(|when| when.from <= recorded.to);
         let begun: Vec<Duration> = begun.map(|when| when.to).collect();
         let settled = begun.iter().filter(|at| **at < recorded.from).max();
-        let [earliest, latest] = [settled, begun.iter().max()].map(|at| at.copied());
+        let [earliest, latest] = [settled, begun.iter().max()].map(Option::<&Duration>::copied);
         for from in End::BOTH {
             let told = record.bytes[from as usize];
             let of = self.connection.payloads().filter(|p| p.from == from);
