@@ -237,6 +237,18 @@ fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
 }
 
 #[test]
+fn the_age_of_a_session_that_was_never_tracked_is_not_invented() {
+    let session = session();
+    let line = line(&Termination {
+        reason: Reason::Untracked,
+        ..termination(&session)
+    });
+    let invented = line.contains("established") || line.contains("duration");
+    assert!(!invented, "{line}");
+    assert!(line.contains(r#""last_sent":"2026-01-01T11:44:59.996000000Z""#));
+}
+
+#[test]
 fn what_has_never_passed_has_no_time() {
     let silent = Session {
         last_received_ns: session().established_ns,
