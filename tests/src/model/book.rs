@@ -13,6 +13,13 @@ pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
 /// A limit that no run reaches: whom it lets live, another policy may end.
 pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
+/// The port whose connections have a rule with few places in the session table, where a run is about that.
+pub(super) const FEW_PORT: usize = 2;
+
+/// The name of this rule, and how many places it has.
+pub(super) const FEW: &str = "few";
+pub(super) const MOST: usize = 8;
+
 /// One end of a connection. Below the cgroup it is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -60,6 +67,8 @@ pub(super) struct Rule {
     pub(super) response: Option<Duration>,
     pub(super) activity: Activity,
     pub(super) min_payload: u64,
+    /// How many sessions of it are tracked at once.
+    pub(super) most: Option<usize>,
 }
 
 impl Rule {
@@ -74,6 +83,7 @@ impl Rule {
             response: None,
             activity: Activity::Any,
             min_payload: 1,
+            most: None,
         }
     }
 
@@ -155,6 +165,9 @@ impl Rule {
         if self.min_payload > 1 {
             writeln!(text, "min_payload = {}", self.min_payload)?;
         }
+        if let Some(most) = self.most {
+            writeln!(text, "max_sessions = {most}")?;
+        }
         Ok(())
     }
 }
@@ -180,6 +193,10 @@ impl End {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Book {
     pub(super) rules: Vec<[Option<Rule>; 2]>,
+    /// Whether one of the rules has few places.
+    pub(super) has_few: bool,
+    /// Whether a session for which its rule has no place is reset.
+    pub(super) resets_untracked: bool,
 }
 
 impl Book {
@@ -187,11 +204,18 @@ impl Book {
         let both = |port| End::BOTH.map(|end| Rule::random(random, port, end));
         let book = Self {
             rules: (0..PORTS).map(both).collect(),
+            ..Self::default()
         };
         book.with_constant_rules()
     }
 
-    /// With two rules that every policy has, so that each run shows what they do.
+    /// The same with a rule that has few places.
+    pub(super) fn with_few(mut self) -> Self {
+        self.has_few = true;
+        self.with_constant_rules()
+    }
+
+    /// With the rules that every policy has, so that each run shows what they do.
     fn with_constant_rules(mut self) -> Self {
         let idle = Some(Duration::from_secs(1));
         let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
@@ -202,12 +226,20 @@ impl Book {
                 ..Rule::named(name)
             });
         }
+        if self.has_few {
+            self.rules[FEW_PORT][End::Server as usize] = Some(Rule {
+                idle: Some(Duration::from_secs(2)),
+                most: Some(MOST),
+                ..Rule::named(FEW)
+            });
+        }
         self
     }
 
     /// The same with about a third of the rules made anew.
     pub(super) fn changed(&self, random: &mut Random) -> Self {
         let mut book = self.clone();
+        book.resets_untracked = self.has_few && !self.resets_untracked;
         for (port, rules) in book.rules.iter_mut().enumerate() {
             for (rule, end) in rules.iter_mut().zip(End::BOTH) {
                 if random.once_in(3) {
@@ -228,6 +260,15 @@ impl Book {
     /// The configuration; `numbers` has the port numbers of a port.
     pub(super) fn toml(&self, numbers: impl Fn(usize) -> [u16; 2]) -> String {
         let mut text = String::new();
+        if self.has_few {
+            let on_full = if self.resets_untracked {
+                "reset"
+            } else {
+                "leave"
+            };
+            // Nothing tells the daemon of a place in a full rule: it looks that often.
+            text = format!("[daemon]\nreconcile_interval = \"2s\"\non_full = \"{on_full}\"\n");
+        }
         for (port, rules) in self.rules.iter().enumerate() {
             for (rule, end) in rules.iter().zip(End::BOTH) {
                 let Some(rule) = rule else { continue };

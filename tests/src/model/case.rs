@@ -79,7 +79,8 @@ impl Case<'_> {
         books.any(|book| {
             self.connection.sessions().any(|end| {
                 let rule = self.enforced(book, end);
-                rule.is_some_and(|rule| self.replay.clocks(end).due(rule).from <= span.to)
+                let clocks = self.replay.clocks(end);
+                rule.is_some_and(|rule| clocks.may_be_reset(book, rule, span.to))
             })
         })
     }
@@ -155,7 +156,9 @@ impl Case<'_> {
                     && books.any(|book| {
                         let rule = self.enforced(book, end);
                         let mut clocks = self.replay.all_clocks(end);
-                        rule.is_some_and(|rule| clocks.any(|c| c.due(rule).from <= lock.to))
+                        rule.is_some_and(|rule| {
+                            clocks.any(|clocks| clocks.may_be_reset(book, rule, lock.to))
+                        })
                     })
             })
         })
@@ -251,6 +254,10 @@ impl Case<'_> {
             if let Fate::Closed(_) = self.connection.fate(end) {
                 continue;
             }
+            // It is reset when there is a place for it.
+            if self.replay.clocks(end).left_out.is_some() && broken.is_some() {
+                continue;
+            }
             let mut books = self.seen.timeline.books(Span {
                 from: steady,
                 to: at,
@@ -312,7 +319,9 @@ impl Case<'_> {
             "failed" if self.was_locked(record) => {}
             _ => return Err("a result that the connection does not show"),
         }
-        let is_of_last = record.is_end() && !self.was_replaced(record);
+        // Of what is not tracked, what passes after its socket was asked is not in the record.
+        let is_untracked = record.reason == "untracked";
+        let is_of_last = record.is_end() && !self.was_replaced(record) && !is_untracked;
         let mut clocks: Vec<Clocks> = if !is_of_last || self.was_decided_before(record) {
             let all = self.replay.all_clocks(record.end);
             all.copied().collect()
@@ -327,9 +336,10 @@ impl Case<'_> {
         if !clocks.iter().any(|clocks| is_of_activity(record, clocks)) {
             return Err("an activity that is not the session's last");
         }
+        let is_unknown = counted.is_some() || is_untracked;
         let adopted = clocks.iter().map(|clocks| clocks.adopted).max();
         self.check_establishment(record, adopted.unwrap_or(Truth::No), &clocks)?;
-        self.check_bytes(record, adopted.unwrap_or(Truth::No), counted.is_some())
+        self.check_bytes(record, adopted.unwrap_or(Truth::No), is_unknown)
     }
 
     /// When the daemon may have counted the session as active since it could not ask the socket, which was locked or
@@ -406,6 +416,10 @@ impl Case<'_> {
             let rule = rule.filter(|rule| rule.name == record.rule && rule.action == mode);
             rule.is_some_and(|rule| match record.reason.as_str() {
                 "policy" => self.is_due_by_change(record, clocks, rule),
+                "untracked" => {
+                    let has_no_place = book.resets_untracked && clocks.left_out.is_some();
+                    has_no_place && record.limit.is_none()
+                }
                 _ => {
                     let deadlines = clocks.deadlines(rule);
                     let reached = deadlines.iter().any(|d| is_reached(record, d));
@@ -425,6 +439,8 @@ impl Case<'_> {
                 let spared = before.action == Action::Observe && rule.action == Action::Enforce;
                 spared || clocks.due(before).to >= at.from
             });
+            // What is adopted with a change is not known to have been late before.
+            let lived = lived || clocks.left_out.is_some();
             lived && pair[1].when.meets(&at)
         });
         changed && record.limit.is_none() && clocks.due(rule).from <= at.to
@@ -515,6 +531,8 @@ impl Case<'_> {
             .into_iter()
             .flat_map(|end| connection.locks(end))
             .count();
+        let left_out = |end: &End| self.replay.clocks(*end).left_out > Some(Duration::ZERO);
+        counts.left_out += connection.sessions().filter(left_out).count();
         let ends = End::BOTH.into_iter();
         counts.restored += ends.flat_map(|end| connection.restores(end)).count();
         counts.refused += self.replay.refused;
@@ -537,7 +555,9 @@ impl Case<'_> {
             counts.gone += usize::from(record.result == "gone");
             counts.failed += usize::from(record.is_failed());
             counts.by_policy += usize::from(record.reason == "policy");
-            if record.result == "reset" {
+            counts.without_place += usize::from(record.reason == "untracked");
+            let left_out = self.replay.clocks(record.end).left_out;
+            if record.result == "reset" && left_out.is_none() {
                 // What came due while no daemon ran, or under another policy, waits for one.
                 let steady = self.seen.timeline.steady_since(record.at);
                 let late = record.at.saturating_sub(record.deadline.max(steady));

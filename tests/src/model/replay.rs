@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{
     book::{Action, Activity, Book, End, Rule},
-    history::{Connection, Event, Payload},
+    history::{Connection, Event, Fate, Payload},
     timeline::{Span, Timeline},
 };
 use crate::pace::late_ticks;
@@ -20,6 +20,9 @@ const LAG: Duration = Duration::from_millis(40);
 
 /// How long after payload has passed a packet shows at the latest that the socket has taken or sent it.
 const UNCONFIRMED: Duration = Duration::from_millis(500);
+
+/// How much later than it was the activity of a session may be taken to have been that is adopted when there is a place.
+const PICKED_UP: Duration = Duration::from_secs(1);
 
 /// What is known of something that is either so or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,6 +69,8 @@ pub(super) struct Clocks {
     passed: [Span; 2],
     /// What may have been received, whether it counts or not.
     came: Span,
+    /// Until when it was not tracked at least, if its rule may have had no place for it at first.
+    pub(super) left_out: Option<Duration>,
 }
 
 impl Clocks {
@@ -80,7 +85,31 @@ impl Clocks {
             adopted: Truth::No,
             passed: [opened, opened],
             came: opened,
+            left_out: None,
         }
+    }
+
+    /// The same, where its rule may have had no place for it until then.
+    const fn left_out_until(self, until: Duration) -> Self {
+        Self {
+            adopted: Truth::Perhaps,
+            left_out: Some(until),
+            ..self
+        }
+    }
+
+    /// As they are if it was adopted at a time that is not known.
+    const fn perhaps_adopted(mut self) -> Self {
+        self.received.to = self.received.to.saturating_add(PICKED_UP);
+        self.sent.to = self.sent.to.saturating_add(PICKED_UP);
+        self.answered.to = self.answered.to.saturating_add(PICKED_UP);
+        self
+    }
+
+    /// Whether it may have been reset at that time.
+    pub(super) fn may_be_reset(&self, book: &Book, rule: &Rule, at: Duration) -> bool {
+        let has_no_place = book.resets_untracked && self.left_out.is_some();
+        has_no_place || self.due(rule).from <= at
     }
 
     /// The same, had payload counted in both directions at that time.
@@ -145,8 +174,9 @@ impl Clocks {
             (Some(_), Truth::Perhaps) => response.max(idle),
             _ => idle,
         };
+        let tracked_from = self.left_out.unwrap_or_default();
         Span {
-            from: from.unwrap_or(Duration::MAX),
+            from: from.unwrap_or(Duration::MAX).max(tracked_from),
             to: to_of(self.lifetime(rule)).min(clock),
         }
     }
@@ -321,7 +351,11 @@ pub(super) struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     pub(super) fn of(connection: &'a Connection, timeline: &'a Timeline) -> Self {
-        let start = |end| vec![Clocks::new(end, connection.opened)];
+        let start = |end| {
+            let clocks = Clocks::new(end, connection.opened);
+            let left_out = left_out(connection, timeline, end);
+            vec![left_out.map_or(clocks, |until| clocks.left_out_until(until))]
+        };
         let mut replay = Self {
             connection,
             timeline,
@@ -363,6 +397,11 @@ impl<'a> Replay<'a> {
                         }
                     });
                 }
+            }
+        }
+        for end in End::BOTH {
+            if replay.clocks(end).left_out.is_some() {
+                replay.change(end, |clocks| *clocks = clocks.perhaps_adopted());
             }
         }
         replay
@@ -440,6 +479,9 @@ impl<'a> Replay<'a> {
     /// that may have been in force until it passed.
     fn has_expired(&self, end: End, payload: &Payload) -> bool {
         let clocks = self.clocks(end);
+        if clocks.left_out.is_some() {
+            return false;
+        }
         let port = self.connection.port;
         self.timeline
             .books(self.connection.passing(payload))
@@ -463,6 +505,27 @@ impl<'a> Replay<'a> {
         let books = self.timeline.books(self.connection.passing(payload));
         Truth::of_all(books.map(|book| counts(book.rule(port, end))))
     }
+}
+
+/// Until when a session was not tracked at least, where its rule may have had no place for it at first. The daemon was
+/// asked now and then.
+fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Duration> {
+    timeline.last()?.rule(connection.port, end)?.most?;
+    let [client, _] = connection.ports;
+    let ended = match connection.fate(end) {
+        Fate::Open => Duration::MAX,
+        Fate::Closed(when) | Fate::Ended(when) | Fate::Broken(_, when) => when.from,
+    };
+    let was_open = |when: Span| connection.opened.to <= when.from && when.to <= ended;
+    let mut until = Duration::ZERO;
+    for list in &timeline.lists {
+        match list.sessions.get(&client) {
+            Some(true) => return None,
+            None if was_open(list.when) => until = until.max(list.when.from),
+            _ => {}
+        }
+    }
+    Some(until)
 }
 
 /// When sessions of a connection were adopted: a policy came into force that tracks them, and the

@@ -2,7 +2,7 @@
 //!
 //! Times are those of `CLOCK_MONOTONIC` since the run began.
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use nix::sys::signal::Signal;
 
@@ -79,6 +79,15 @@ pub(super) struct Timeline {
     pub(super) stops: Vec<Span>,
     /// When reapers were killed or stopped.
     pub(super) struck: Vec<Struck>,
+    /// Which sessions of the rule with few places the daemon had.
+    pub(super) lists: Vec<List>,
+}
+
+/// What the daemon listed: the client's port of each session, and whether it was tracked from its establishment on.
+#[derive(Clone, Debug)]
+pub(super) struct List {
+    pub(super) when: Span,
+    pub(super) sessions: HashMap<u16, bool>,
 }
 
 /// Reapers were killed, or stopped for good. What each of them had asked the kernel for last, and had not told,
