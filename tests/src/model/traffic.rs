@@ -111,7 +111,7 @@ impl Traffic {
             (None, _) if is_held => {}
             (None, _) => {
                 let mut opening = operation.opening;
-                if self.has_few && operation.slot % 3 == 0 {
+                if self.has_few && operation.slot.is_multiple_of(3) {
                     opening.port = FEW_PORT;
                 }
                 self.open(operation.slot, &opening)?;
