@@ -41,23 +41,32 @@ impl Saved {
     ///
     /// Fails without `CAP_NET_ADMIN`.
     pub fn of(socket: TcpStream) -> Result<Self> {
-        set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
+        let saved = Self::of_open(&socket)?;
+        drop(socket);
+        Ok(saved)
+    }
+
+    /// The peer notices nothing when the socket is closed after this.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_ADMIN`, and where the connection has ended.
+    pub fn of_open(socket: &TcpStream) -> Result<Self> {
+        set_option(socket, TCP, libc::TCP_REPAIR, 1)?;
         let sequence = |queue| {
-            set_option(&socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
-            option(&socket, TCP, libc::TCP_QUEUE_SEQ)
+            set_option(socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
+            option(socket, TCP, libc::TCP_QUEUE_SEQ)
         };
         // `tcpi_snd_wscale` and `tcpi_rcv_wscale`, four bits each.
-        let scales = tcp_info(&socket)?.tcpi_snd_rcv_wscale;
-        let saved = Self {
+        let scales = tcp_info(socket)?.tcpi_snd_rcv_wscale;
+        Ok(Self {
             local: socket.local_addr()?,
             peer: socket.peer_addr()?,
             sequences: [sequence(QUEUES[0])?, sequence(QUEUES[1])?],
-            timestamp: option(&socket, TCP, libc::TCP_TIMESTAMP)?,
-            mss: option(&socket, TCP, libc::TCP_MAXSEG)?,
+            timestamp: option(socket, TCP, libc::TCP_TIMESTAMP)?,
+            mss: option(socket, TCP, libc::TCP_MAXSEG)?,
             scales: u32::from(scales & 15) | u32::from(scales >> 4) << 16,
-        };
-        drop(socket);
-        Ok(saved)
+        })
     }
 
     /// Restores the connection in a socket of this agent.
@@ -66,6 +75,17 @@ impl Saved {
     ///
     /// Fails without `CAP_NET_ADMIN`.
     pub fn restore(&self, agent: &Agent) -> Result<TcpStream> {
+        let socket = self.establish(agent)?;
+        self.complete(&socket)?;
+        Ok(socket)
+    }
+
+    /// Makes a socket of this agent that has the connection, but not yet its options. It may be reset from now on.
+    ///
+    /// # Errors
+    ///
+    /// Without `CAP_NET_ADMIN`.
+    pub fn establish(&self, agent: &Agent) -> Result<TcpStream> {
         let socket: OwnedFd = agent.tcp(self.local)?;
         set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(self.local))?;
@@ -73,7 +93,15 @@ impl Saved {
             set_option(&socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
             set_option(&socket, TCP, libc::TCP_QUEUE_SEQ, sequence)?;
         }
-        let restored = dial(socket, self.peer)?;
+        dial(socket, self.peer)
+    }
+
+    /// Has an established socket go on with the connection.
+    ///
+    /// # Errors
+    ///
+    /// Where the connection has ended.
+    pub fn complete(&self, socket: &TcpStream) -> Result<()> {
         let options = [
             (MSS, self.mss.cast_unsigned()),
             (WINDOW_SCALE, self.scales),
@@ -81,11 +109,10 @@ impl Saved {
             (TIMESTAMPS, 0),
         ];
         let bytes = options.map(|(name, value)| [name.to_ne_bytes(), value.to_ne_bytes()].concat());
-        set_bytes_option(&restored, TCP, libc::TCP_REPAIR_OPTIONS, &bytes.concat())?;
-        set_option(&restored, TCP, libc::TCP_TIMESTAMP, self.timestamp)?;
-        set_option(&restored, TCP, libc::TCP_REPAIR_QUEUE, 0)?;
-        // The end of the repair mode sends a probe, whose answer tells the socket the window.
-        set_option(&restored, TCP, libc::TCP_REPAIR, 0)?;
-        Ok(restored)
+        set_bytes_option(socket, TCP, libc::TCP_REPAIR_OPTIONS, &bytes.concat())?;
+        set_option(socket, TCP, libc::TCP_TIMESTAMP, self.timestamp)?;
+        set_option(socket, TCP, libc::TCP_REPAIR_QUEUE, 0)?;
+        // A probe goes out, from whose answer the socket knows the window.
+        set_option(socket, TCP, libc::TCP_REPAIR, 0)
     }
 }

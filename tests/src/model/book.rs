@@ -14,7 +14,14 @@ pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
 /// A limit that no run reaches. A later policy may still end such sessions.
 pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
-/// One end of a connection. An end inside the cgroup is a session.
+/// The port whose connections have a rule with few places in the session table, where a run is about that.
+pub(super) const FEW_PORT: usize = 2;
+
+/// The name of this rule, and how many places it has.
+pub(super) const FEW: &str = "few";
+pub(super) const MOST: usize = 8;
+
+/// One end of a connection. Below the cgroup it is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// The end that connected.
@@ -61,6 +68,8 @@ pub(super) struct Rule {
     pub(super) response: Option<Duration>,
     pub(super) activity: Activity,
     pub(super) min_payload: u64,
+    /// How many sessions of it are tracked at once.
+    pub(super) most: Option<usize>,
 }
 
 impl Rule {
@@ -75,6 +84,7 @@ impl Rule {
             response: None,
             activity: Activity::Any,
             min_payload: 1,
+            most: None,
         }
     }
 
@@ -156,6 +166,9 @@ impl Rule {
         if self.min_payload > 1 {
             writeln!(text, "min_payload = {}", self.min_payload)?;
         }
+        if let Some(most) = self.most {
+            writeln!(text, "max_sessions = {most}")?;
+        }
         Ok(())
     }
 }
@@ -181,6 +194,10 @@ impl End {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Book {
     pub(super) rules: Vec<[Option<Rule>; 2]>,
+    /// Whether one of the rules has few places.
+    pub(super) has_few: bool,
+    /// Whether a session for which its rule has no place is reset.
+    pub(super) resets_untracked: bool,
 }
 
 impl Book {
@@ -188,11 +205,18 @@ impl Book {
         let both = |port| End::BOTH.map(|end| Rule::random(random, port, end));
         let book = Self {
             rules: (0..PORTS).map(both).collect(),
+            ..Self::default()
         };
         book.with_constant_rules()
     }
 
-    /// Adds two rules that every policy has, so that each run shows their effects.
+    /// The same with a rule that has few places.
+    pub(super) fn with_few(mut self) -> Self {
+        self.has_few = true;
+        self.with_constant_rules()
+    }
+
+    /// With the rules that every policy has, so that each run shows what they do.
     fn with_constant_rules(mut self) -> Self {
         let idle = Some(Duration::from_secs(1));
         let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
@@ -203,12 +227,20 @@ impl Book {
                 ..Rule::named(name)
             });
         }
+        if self.has_few {
+            self.rules[FEW_PORT][End::Server as usize] = Some(Rule {
+                idle: Some(Duration::from_secs(2)),
+                most: Some(MOST),
+                ..Rule::named(FEW)
+            });
+        }
         self
     }
 
     /// A copy with about a third of the rules replaced.
     pub(super) fn changed(&self, random: &mut Random) -> Self {
         let mut book = self.clone();
+        book.resets_untracked = self.has_few && !self.resets_untracked;
         for (port, rules) in book.rules.iter_mut().enumerate() {
             for (rule, end) in rules.iter_mut().zip(End::BOTH) {
                 if random.once_in(3) {
@@ -228,6 +260,15 @@ impl Book {
     /// The configuration. `numbers` returns the port numbers of a port.
     pub(super) fn toml(&self, numbers: impl Fn(usize) -> [u16; 2]) -> String {
         let mut text = String::new();
+        if self.has_few {
+            let on_full = if self.resets_untracked {
+                "reset"
+            } else {
+                "leave"
+            };
+            // Nothing tells the daemon of a place in a full rule: it looks that often.
+            text = format!("[daemon]\nreconcile_interval = \"2s\"\non_full = \"{on_full}\"\n");
+        }
         for (port, rules) in self.rules.iter().enumerate() {
             for (rule, end) in rules.iter().zip(End::BOTH) {
                 let Some(rule) = rule else { continue };

@@ -79,7 +79,8 @@ impl Case<'_> {
         books.any(|book| {
             self.connection.sessions().any(|end| {
                 let rule = self.enforced(book, end);
-                rule.is_some_and(|rule| self.replay.clocks(end).due(rule).from <= span.to)
+                let clocks = self.replay.clocks(end);
+                rule.is_some_and(|rule| clocks.may_be_reset(book, rule, span.to))
             })
         })
     }
@@ -155,7 +156,9 @@ impl Case<'_> {
                     && books.any(|book| {
                         let rule = self.enforced(book, end);
                         let mut clocks = self.replay.all_clocks(end);
-                        rule.is_some_and(|rule| clocks.any(|c| c.due(rule).from <= lock.to))
+                        rule.is_some_and(|rule| {
+                            clocks.any(|clocks| clocks.may_be_reset(book, rule, lock.to))
+                        })
                     })
             })
         })
@@ -251,6 +254,10 @@ impl Case<'_> {
             if let Fate::Closed(_) = self.connection.fate(end) {
                 continue;
             }
+            // It is reset when there is a place for it.
+            if self.replay.clocks(end).left_out.is_some() && broken.is_some() {
+                continue;
+            }
             let mut books = self.seen.timeline.books(Span {
                 from: steady,
                 to: at,
@@ -285,6 +292,7 @@ impl Case<'_> {
         for end in End::BOTH {
             let of_end = records.iter().filter(|(_, record)| record.end == end);
             let ends = of_end.clone().filter(|(_, record)| record.is_end());
+            let ends = ends.filter(|(_, record)| !self.was_replaced(record));
             if ends.count() > 1 {
                 self.fail(format!("the {end:?}'s session ended twice"));
             }
@@ -306,11 +314,15 @@ impl Case<'_> {
         match record.result.as_str() {
             "reset" if self.was_reset(record) => {}
             "gone" if self.connection.fate(record.end) != Fate::Open => {}
+            "gone" if self.was_replaced(record) => {}
             "none" if record.is_observed() => {}
             "failed" if self.was_locked(record) => {}
             _ => return Err("a result that the connection does not show"),
         }
-        let mut clocks: Vec<Clocks> = if !record.is_end() || self.was_decided_before(record) {
+        // Of what is not tracked, what passes after its socket was asked is not in the record.
+        let is_untracked = record.reason == "untracked";
+        let is_of_last = record.is_end() && !self.was_replaced(record) && !is_untracked;
+        let mut clocks: Vec<Clocks> = if !is_of_last || self.was_decided_before(record) {
             let all = self.replay.all_clocks(record.end);
             all.copied().collect()
         } else {
@@ -324,15 +336,18 @@ impl Case<'_> {
         if !clocks.iter().any(|clocks| is_of_activity(record, clocks)) {
             return Err("an activity that is not the session's last");
         }
+        let is_unknown = counted.is_some() || is_untracked;
         let adopted = clocks.iter().map(|clocks| clocks.adopted).max();
-        self.check_establishment(record, adopted.unwrap_or(Truth::No))?;
-        self.check_bytes(record, adopted.unwrap_or(Truth::No), counted.is_some())
+        self.check_establishment(record, adopted.unwrap_or(Truth::No), &clocks)?;
+        self.check_bytes(record, adopted.unwrap_or(Truth::No), is_unknown)
     }
 
     /// The time at which the daemon may have counted the session as active because it could not query the
     /// socket: at the record's last activity the socket was locked, or its reaper was killed or stopped.
     fn counted_as_active(&self, record: &Termination) -> Option<Span> {
-        let when = around(record.last_activity?);
+        let idle = Duration::try_from_secs_f64(record.idle_seconds).unwrap_or_default();
+        let idle_since = record.at.saturating_sub(idle);
+        let when = around(record.last_activity.unwrap_or(idle_since));
         let mut locks = self.connection.locks(record.end);
         let mut struck = self.seen.timeline.struck.iter();
         let is_unknown =
@@ -351,7 +366,14 @@ impl Case<'_> {
         record.result == "gone" && outages.any(|outage| outage.meets(&since))
     }
 
-    /// Whether a reset hung on the session's lock and the record says so.
+    /// Whether it says that a socket was gone, and another one took over from it then.
+    fn was_replaced(&self, record: &Termination) -> bool {
+        let decided = self.decided(record);
+        let mut restores = self.connection.restores(record.end);
+        record.result == "gone" && restores.any(|when| when.meets(&decided))
+    }
+
+    /// Whether a reset hung on the session's lock, and the record says so.
     fn was_locked(&self, record: &Termination) -> bool {
         let mut locks = self.connection.locks(record.end);
         record.error.contains("keeps locked") && locks.any(|lock| lock.meets(&record.recorded()))
@@ -393,6 +415,10 @@ impl Case<'_> {
             let rule = rule.filter(|rule| rule.name == record.rule && rule.action == mode);
             rule.is_some_and(|rule| match record.reason.as_str() {
                 "policy" => self.is_due_by_change(record, clocks, rule),
+                "untracked" => {
+                    let has_no_place = book.resets_untracked && clocks.left_out.is_some();
+                    has_no_place && record.limit.is_none()
+                }
                 _ => {
                     let deadlines = clocks.deadlines(rule);
                     let reached = deadlines.iter().any(|d| is_reached(record, d));
@@ -413,6 +439,8 @@ impl Case<'_> {
                 let spared = before.action == Action::Observe && rule.action == Action::Enforce;
                 spared || clocks.due(before).to >= at.from
             });
+            // What is adopted with a change is not known to have been late before.
+            let lived = lived || clocks.left_out.is_some();
             lived && pair[1].when.meets(&at)
         });
         changed && record.limit.is_none() && clocks.due(rule).from <= at.to
@@ -422,10 +450,14 @@ impl Case<'_> {
         &self,
         record: &Termination,
         adopted: Truth,
+        clocks: &[Clocks],
     ) -> Result<(), &'static str> {
+        let is_restored = self.connection.restores(record.end).next().is_some();
         let told = record.established.map(|established| {
-            let opened = self.connection.opened;
-            around(established).meets(&opened)
+            let established = around(established);
+            let mut inherited = clocks.iter().map(|clocks| clocks.established);
+            established.meets(&self.connection.opened)
+                || is_restored && inherited.any(|since| established.meets(&since))
         });
         match (told, adopted) {
             (Some(true), Truth::No | Truth::Perhaps) | (None, Truth::Yes | Truth::Perhaps) => {
@@ -444,13 +476,24 @@ impl Case<'_> {
         adopted: Truth,
         is_unknown: bool,
     ) -> Result<(), &'static str> {
+        let recorded = record.recorded();
+        // A socket that has taken the connection over counts from then on.
+        let restores = self.connection.restores(record.end);
+        let begun = restores.filter(|when| when.from <= recorded.to);
+        let begun: Vec<Duration> = begun.map(|when| when.to).collect();
+        let settled = begun.iter().filter(|at| **at < recorded.from).max();
+        let [earliest, latest] = [settled, begun.iter().max()].map(Option::<&Duration>::copied);
         for from in End::BOTH {
             let told = record.bytes[from as usize];
             let of = self.connection.payloads().filter(|p| p.from == from);
-            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < record.recorded().from);
-            let arrived: u64 = of.clone().filter(before).map(|p| p.bytes).sum();
-            let written: u64 = of.map(|p| p.bytes).sum();
-            // The peer's FIN of an adopted session may have been missed; it then counts as one byte.
+            let since = |from: Option<Duration>| {
+                let from = from.unwrap_or_default();
+                of.clone().filter(move |p| p.written.from >= from)
+            };
+            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from);
+            let arrived: u64 = since(latest).filter(before).map(|p| p.bytes).sum();
+            let written: u64 = since(earliest).map(|p| p.bytes).sum();
+            // Of a session that was adopted nobody may have seen the peer's FIN, which then is a byte.
             let fin = u64::from(adopted != Truth::No);
             if told < arrived && !is_unknown || told > written + fin {
                 return Err("other bytes than the session's");
@@ -464,7 +507,15 @@ impl Case<'_> {
         let records = self.records;
         for (n, (life, record)) in records.iter().enumerate() {
             let again = |other: &&(usize, Termination)| {
-                other.0 == *life && other.1.end == record.end && is_the_same(&other.1, record)
+                let since = Span {
+                    from: other.1.recorded().from,
+                    to: record.recorded().to,
+                };
+                let mut restores = self.connection.restores(record.end);
+                other.0 == *life
+                    && other.1.end == record.end
+                    && is_the_same(&other.1, record)
+                    && !restores.any(|when| when.meets(&since))
             };
             if record.is_observed() && records[..n].iter().any(|other| again(&other)) {
                 self.fail(format!("recorded twice, {record:?}"));
@@ -480,6 +531,10 @@ impl Case<'_> {
             .into_iter()
             .flat_map(|end| connection.locks(end))
             .count();
+        let left_out = |end: &End| self.replay.clocks(*end).left_out > Some(Duration::ZERO);
+        counts.left_out += connection.sessions().filter(left_out).count();
+        let ends = End::BOTH.into_iter();
+        counts.restored += ends.flat_map(|end| connection.restores(end)).count();
         counts.refused += self.replay.refused;
         let sessions = connection.sessions();
         let adopted = |end: &End| self.replay.clocks(*end).adopted == Truth::Yes;
@@ -500,8 +555,10 @@ impl Case<'_> {
             counts.gone += usize::from(record.result == "gone");
             counts.failed += usize::from(record.is_failed());
             counts.by_policy += usize::from(record.reason == "policy");
-            if record.result == "reset" {
-                // A session that became due without a daemon, or under another policy, waits for a daemon.
+            counts.without_place += usize::from(record.reason == "untracked");
+            let left_out = self.replay.clocks(record.end).left_out;
+            if record.result == "reset" && left_out.is_none() {
+                // What came due while no daemon ran, or under another policy, waits for one.
                 let steady = self.seen.timeline.steady_since(record.at);
                 let late = record.at.saturating_sub(record.deadline.max(steady));
                 counts.latest = counts.latest.max(late);

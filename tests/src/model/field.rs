@@ -17,6 +17,7 @@ use crate::{
     lab::Lab,
     netns::{Netns, Veth},
     raw::{RawTcp, Sequence},
+    repair::Saved,
     tcp::{Listener, Pair},
 };
 
@@ -40,7 +41,8 @@ pub(super) struct Field {
     /// In both namespaces.
     spoofers: [RawTcp; 2],
     next_port: u16,
-    _servers: [Agent; 2],
+    /// Not below the cgroup and below it.
+    servers: [Agent; 2],
     _netns: [Netns; 2],
 }
 
@@ -66,7 +68,7 @@ impl Field {
             spoofers: [RawTcp::new(&dialers[0][0])?, RawTcp::new(&dialers[1][0])?],
             dialers,
             next_port: DIALLING.start,
-            _servers: servers,
+            servers,
             _netns: netns,
         })
     }
@@ -92,8 +94,13 @@ impl Field {
 }
 
 impl Field {
-    /// Sends a forged segment that claims to be from one end, from that end's namespace, to the other end.
-    /// Does nothing for IPv6.
+    /// Another socket at the server's end of a connection, which has not its options yet.
+    pub(super) fn establish(&self, opening: &Opening, saved: &Saved) -> Result<TcpStream> {
+        let inside = opening.inside[End::Server as usize];
+        saved.establish(&self.servers[usize::from(inside)])
+    }
+
+    /// Sends a segment that seems to come from an end, and from where it is, to the other. Over IPv6 nothing.
     pub(super) fn spoof(
         &self,
         opening: &Opening,

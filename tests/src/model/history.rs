@@ -33,6 +33,10 @@ pub(super) enum Event {
     Aborted,
     /// Kept the socket locked. The lock's own send is a separate payload.
     Locked(End, Span),
+    /// A forged segment was sent to this end.
+    Forged(End, Span),
+    /// Another socket has taken it over at the server's end.
+    Restored(Span),
 }
 
 /// The state of an end.
@@ -82,7 +86,15 @@ impl Connection {
         })
     }
 
-    /// The ends inside the cgroup.
+    /// When another socket has taken over an end.
+    pub(super) fn restores(&self, end: End) -> impl Iterator<Item = Span> {
+        self.events.iter().filter_map(move |event| match event {
+            Event::Restored(span) if end == End::Server => Some(*span),
+            _ => None,
+        })
+    }
+
+    /// The ends that are below the cgroup.
     pub(super) fn sessions(&self) -> impl Iterator<Item = End> {
         End::BOTH
             .into_iter()

@@ -1,6 +1,7 @@
 //! The daemon of a run: does to it what the plan requires and records the times.
 
 use std::{
+    collections::HashMap,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -11,13 +12,14 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::Value;
 use session_enforcer_common::PacketDirection;
 
 use super::{
-    book::Book,
+    book::{Book, FEW, MOST},
     field::port_numbers,
     plan::{Blow, Which},
-    timeline::{Change, Span, Struck, Timeline},
+    timeline::{Change, List, Span, Struck, Timeline},
 };
 use crate::{
     audit::Record,
@@ -63,6 +65,8 @@ pub(super) struct Host<'a> {
     random: Random,
     book: Book,
     daemon: Daemon,
+    /// When the daemon that runs had started.
+    pub(super) started: Duration,
     pub(super) timeline: Timeline,
     pub(super) lives: Vec<Life>,
     pub(super) blows: usize,
@@ -74,8 +78,12 @@ impl<'a> Host<'a> {
         alarm: &'a AtomicBool,
         start: Instant,
         mut random: Random,
+        has_few: bool,
     ) -> Result<Self> {
-        let book = Book::random(&mut random);
+        let mut book = Book::random(&mut random);
+        if has_few {
+            book = book.with_few();
+        }
         let daemon = launch(lab, &book)?;
         let mut timeline = Timeline::default();
         timeline.changes.push(Change {
@@ -90,6 +98,7 @@ impl<'a> Host<'a> {
             random,
             book,
             daemon,
+            started: start.elapsed(),
             timeline,
             lives: Vec::new(),
             blows: 0,
@@ -101,6 +110,9 @@ impl<'a> Host<'a> {
         let (pause, blow) = Blow::random(&mut self.random, self.blows, &self.book);
         thread::sleep(pause);
         self.blows += 1;
+        if self.book.has_few {
+            self.list_few()?;
+        }
         match blow {
             Blow::Freeze(time) => self.freeze(time),
             Blow::Kill { frozen, down, next } => self.kill(frozen, down, next),
@@ -118,7 +130,31 @@ impl<'a> Host<'a> {
         }
     }
 
-    /// The kernel retransmits dropped packets later.
+    /// Which sessions have a place of the few. More than there are places may be listed where one ends meanwhile.
+    fn list_few(&mut self) -> Result<()> {
+        let list = eventually("no more sessions than places", patience(), || {
+            let from = self.start.elapsed();
+            let path = format!("/v1/sessions?rule={FEW}");
+            let (status, body) = self.daemon.ask("GET", &path, "")?;
+            anyhow::ensure!(status == 200, "{status} {body}");
+            let to = self.start.elapsed();
+            let rows = body.lines().map(serde_json::from_str::<Value>);
+            let sessions = rows.map(|row| {
+                let row = row?;
+                let port = row["remote"]["port"].as_u64().context("a port")?;
+                Ok((u16::try_from(port)?, row["established"].is_string()))
+            });
+            let list = List {
+                when: Span { from, to },
+                sessions: sessions.collect::<Result<HashMap<_, _>>>()?,
+            };
+            Ok((list.sessions.len() <= MOST).then_some(list))
+        })?;
+        self.timeline.lists.push(list);
+        Ok(())
+    }
+
+    /// What is dropped comes later: the kernel sends it again.
     fn drop_packets(&self, way: PacketDirection, time: Duration) -> Result<()> {
         let _dropping = drop_packets_longer_than(&self.lab.cgroup, way, LITTLE)?;
         thread::sleep(time);
@@ -253,6 +289,7 @@ impl<'a> Host<'a> {
         let from = self.start.elapsed();
         self.daemon = launch(self.lab, &book)?;
         let to = self.start.elapsed();
+        self.started = to;
         self.timeline.outages.push(Span {
             from: down_from,
             to,
@@ -336,5 +373,12 @@ fn signal_reapers(daemon: &Daemon, which: Which, signal: Signal) -> Result<Vec<u
 }
 
 fn launch(lab: &Lab, book: &Book) -> Result<Daemon> {
-    Ok(lab.pinned_daemon(&book.toml(port_numbers))?.quiet())
+    let config = book.toml(port_numbers);
+    let launch = lab.launch().pinned(&lab.pins).config(&config);
+    // A daemon that has left sessions out does not say that it is ready.
+    let daemon = match book.has_few {
+        true => launch.start_unready()?,
+        false => launch.start()?,
+    };
+    Ok(daemon.quiet())
 }

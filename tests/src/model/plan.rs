@@ -46,6 +46,8 @@ pub(super) enum Act {
     /// An attacker who does not see the packets sends a segment with these sequence numbers that claims to be
     /// the peer's.
     Spoof(End, [u32; 2]),
+    /// Another socket goes on with the connection at the server's end (`TCP_REPAIR`), and the client notices nothing.
+    Restore,
 }
 
 impl Operation {
@@ -93,6 +95,9 @@ impl Act {
                 end,
                 [random.below(1 << 32) as u32, random.below(1 << 32) as u32],
             );
+        }
+        if random.once_in(40) {
+            return Self::Restore;
         }
         match random.below(100) {
             0..4 => Self::Finish(end),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     book::{Action, Activity, Book, End, Rule},
-    history::{Connection, Payload},
+    history::{Connection, Event, Fate, Payload},
     timeline::{Span, Timeline},
 };
 use crate::pace::late_ticks;
@@ -17,7 +17,13 @@ use crate::pace::late_ticks;
 /// the age is counted in ticks too.
 const LAG: Duration = Duration::from_millis(40);
 
-/// Whether something is true, as far as the test knows.
+/// How long after payload has passed a packet shows at the latest that the socket has taken or sent it.
+const UNCONFIRMED: Duration = Duration::from_millis(500);
+
+/// How much later than it was the activity of a session may be taken to have been that is adopted when there is a place.
+const PICKED_UP: Duration = Duration::from_secs(1);
+
+/// What is known of something that is either so or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Truth {
     No,
@@ -60,6 +66,10 @@ pub(super) struct Clocks {
     pub(super) adopted: Truth,
     /// The times of the last payload, counted or not.
     passed: [Span; 2],
+    /// What may have been received, whether it counts or not.
+    came: Span,
+    /// Until when it was not tracked at least, if its rule may have had no place for it at first.
+    pub(super) left_out: Option<Duration>,
 }
 
 impl Clocks {
@@ -73,10 +83,35 @@ impl Clocks {
             owes: Truth::No,
             adopted: Truth::No,
             passed: [opened, opened],
+            came: opened,
+            left_out: None,
         }
     }
 
-    /// A copy as if payload had counted in both directions at that time.
+    /// The same, where its rule may have had no place for it until then.
+    const fn left_out_until(self, until: Duration) -> Self {
+        Self {
+            adopted: Truth::Perhaps,
+            left_out: Some(until),
+            ..self
+        }
+    }
+
+    /// As they are if it was adopted at a time that is not known.
+    const fn perhaps_adopted(mut self) -> Self {
+        self.received.to = self.received.to.saturating_add(PICKED_UP);
+        self.sent.to = self.sent.to.saturating_add(PICKED_UP);
+        self.answered.to = self.answered.to.saturating_add(PICKED_UP);
+        self
+    }
+
+    /// Whether it may have been reset at that time.
+    pub(super) fn may_be_reset(&self, book: &Book, rule: &Rule, at: Duration) -> bool {
+        let has_no_place = book.resets_untracked && self.left_out.is_some();
+        has_no_place || self.due(rule).from <= at
+    }
+
+    /// The same, had payload counted in both directions at that time.
     pub(super) const fn active_at(self, at: Span) -> Self {
         Self {
             received: at,
@@ -99,8 +134,8 @@ impl Clocks {
         Some(Deadline {
             reason: "max_lifetime",
             at: Span {
-                from: self.established.from + shortest,
-                to: self.established.to.saturating_add(longest),
+                from: self.established.after(shortest).from,
+                to: self.established.after(longest).to,
             },
             limit: [shortest, longest],
         })
@@ -138,8 +173,9 @@ impl Clocks {
             (Some(_), Truth::Perhaps) => response.max(idle),
             _ => idle,
         };
+        let tracked_from = self.left_out.unwrap_or_default();
         Span {
-            from: from.unwrap_or(Duration::MAX),
+            from: from.unwrap_or(Duration::MAX).max(tracked_from),
             to: to_of(self.lifetime(rule)).min(clock),
         }
     }
@@ -158,6 +194,7 @@ impl Clocks {
             self.answer(span, counted);
             self.sent = later(self.sent, counted);
         } else {
+            self.came = later(self.came, passed);
             self.ask(span, counted);
             self.received = later(self.received, counted);
         }
@@ -225,7 +262,39 @@ impl Clocks {
         }
     }
 
-    /// Applies payload during an adoption: both directions may count as active at its end.
+    /// Another socket goes on with the connection. What no packet had shown to be taken by then counts.
+    fn inherit(&mut self, when: Span) {
+        self.received = self.received.perhaps_later(self.came);
+        let is_unconfirmed = |stamp: Span| stamp.to + UNCONFIRMED >= when.from;
+        if self.end == End::Server && [self.came, self.sent].into_iter().any(is_unconfirmed) {
+            self.owes = Truth::Perhaps;
+        }
+        (self.passed, self.came) = ([when, when], when);
+    }
+
+    /// Another socket goes on with the connection. It is not known whether the clocks were remembered, or are those of
+    /// the boot, or of an adoption until `latest`.
+    fn lose(&mut self, when: Span, latest: Duration) {
+        self.inherit(when);
+        for stamp in [
+            &mut self.established,
+            &mut self.received,
+            &mut self.sent,
+            &mut self.answered,
+        ] {
+            let to = stamp.to.max(latest);
+            *stamp = Span {
+                from: Duration::ZERO,
+                to,
+            };
+        }
+        self.adopted = Truth::Perhaps;
+        if self.end == End::Server {
+            self.owes = Truth::Perhaps;
+        }
+    }
+
+    /// Something passed while it was adopted: both directions may count as active at its end.
     fn pass_during_adoption(&mut self, window: Span) {
         for stamp in [&mut self.received, &mut self.sent, &mut self.answered] {
             stamp.to = stamp.to.max(window.to);
@@ -250,6 +319,8 @@ impl Deadline {
 enum Step<'a> {
     Payload(&'a Payload),
     Adoption(&'a Adoption),
+    Forged(End, Span),
+    Restored(Span),
 }
 
 /// The time when a session may have been adopted or taken over.
@@ -272,11 +343,18 @@ pub(super) struct Replay<'a> {
     pub(super) passed_late: Vec<Payload>,
     /// The number of payloads that were refused because a session had expired.
     pub(super) refused: usize,
+    /// When another socket took over a session of which that is perhaps not known: the daemon may believe that the
+    /// session of the socket before is still there.
+    pub(super) left_behind: Vec<Span>,
 }
 
 impl<'a> Replay<'a> {
     pub(super) fn of(connection: &'a Connection, timeline: &'a Timeline) -> Self {
-        let start = |end| vec![Clocks::new(end, connection.opened)];
+        let start = |end| {
+            let clocks = Clocks::new(end, connection.opened);
+            let left_out = left_out(connection, timeline, end);
+            vec![left_out.map_or(clocks, |until| clocks.left_out_until(until))]
+        };
         let mut replay = Self {
             connection,
             timeline,
@@ -284,17 +362,25 @@ impl<'a> Replay<'a> {
             states: End::BOTH.map(start),
             passed_late: Vec::new(),
             refused: 0,
+            left_behind: Vec::new(),
         };
-        let payloads = connection
-            .payloads()
-            .map(|p| (p.written.from, Step::Payload(p)));
+        let events = connection.events.iter().filter_map(|event| match event {
+            Event::Payload(payload) => Some((payload.written.from, Step::Payload(payload))),
+            Event::Forged(end, when) => Some((when.from, Step::Forged(*end, *when))),
+            Event::Restored(when) => Some((when.from, Step::Restored(*when))),
+            _ => None,
+        });
         let adoptions = replay.adoptions.clone();
         let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
-        let mut steps: Vec<_> = payloads.chain(adoptions).collect();
+        let mut steps: Vec<_> = events.chain(adoptions).collect();
         steps.sort_by_key(|(from, _)| *from);
         for (_, step) in steps {
             match step {
                 Step::Payload(payload) => replay.pass(payload),
+                Step::Forged(end, when) => {
+                    replay.change(end, |clocks| clocks.came = clocks.came.perhaps_later(when));
+                }
+                Step::Restored(when) => replay.restore(End::Server, when),
                 Step::Adoption(adoption) => {
                     let mut locks = connection.locks(adoption.end);
                     let is_locked = locks.any(|lock| lock.meets(&adoption.window));
@@ -311,6 +397,11 @@ impl<'a> Replay<'a> {
                         }
                     });
                 }
+            }
+        }
+        for end in End::BOTH {
+            if replay.clocks(end).left_out.is_some() {
+                replay.change(end, |clocks| *clocks = clocks.perhaps_adopted());
             }
         }
         replay
@@ -331,6 +422,26 @@ impl<'a> Replay<'a> {
         let mut clocks = self.clocks(end);
         change(&mut clocks);
         self.states[end as usize].push(clocks);
+    }
+
+    /// Another socket takes an end over. The programs remember the clocks of a session whose end they are told of,
+    /// which is not so with one that was adopted, and forget them with the daemon.
+    fn restore(&mut self, end: End, when: Span) {
+        let port = self.connection.port;
+        let mut books = self.timeline.books(when);
+        let is_untracked = books.all(|book| book.rule(port, end).is_none());
+        let changes = self.timeline.changes.iter().map(|change| change.when);
+        let changing = changes.filter(|change| change.meets(&when));
+        let latest = changing.map(|change| change.to.max(when.to) + LAG).max();
+        let is_reported = self.clocks(end).adopted == Truth::No;
+        self.change(end, |clocks| match latest {
+            None if is_untracked => *clocks = Clocks::new(end, when),
+            None if is_reported => clocks.inherit(when),
+            _ => clocks.lose(when, latest.unwrap_or_default()),
+        });
+        if !is_reported {
+            self.left_behind.push(when);
+        }
     }
 
     fn pass(&mut self, payload: &Payload) {
@@ -368,6 +479,9 @@ impl<'a> Replay<'a> {
     /// force until it passed.
     fn has_expired(&self, end: End, payload: &Payload) -> bool {
         let clocks = self.clocks(end);
+        if clocks.left_out.is_some() {
+            return false;
+        }
         let port = self.connection.port;
         self.timeline
             .books(self.connection.passing(payload))
@@ -393,8 +507,29 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// The adoptions of a connection's sessions: each time when a policy that tracks them replaced one that did
-/// not.
+/// Until when a session was not tracked at least, where its rule may have had no place for it at first. The daemon was
+/// asked now and then.
+fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Duration> {
+    timeline.last()?.rule(connection.port, end)?.most?;
+    let [client, _] = connection.ports;
+    let ended = match connection.fate(end) {
+        Fate::Open => Duration::MAX,
+        Fate::Closed(when) | Fate::Ended(when) | Fate::Broken(_, when) => when.from,
+    };
+    let was_open = |when: Span| connection.opened.to <= when.from && when.to <= ended;
+    let mut until = Duration::ZERO;
+    for list in &timeline.lists {
+        match list.sessions.get(&client) {
+            Some(true) => return None,
+            None if was_open(list.when) => until = until.max(list.when.from),
+            _ => {}
+        }
+    }
+    Some(until)
+}
+
+/// When sessions of a connection were adopted: a policy came into force that tracks them, and the
+/// one before it did not.
 fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {

@@ -28,7 +28,12 @@ pub(super) struct Counts {
     /// Connections that were open at the end.
     pub(super) open: usize,
     pub(super) adopted: usize,
-    /// Payloads that an expired session refused.
+    /// Sessions for which a rule had no place for a while, and those of them that were reset for that.
+    pub(super) left_out: usize,
+    pub(super) without_place: usize,
+    /// How often another socket took a connection over.
+    pub(super) restored: usize,
+    /// Payloads that did not pass an expired session.
     pub(super) refused: usize,
     pub(super) observed: usize,
     pub(super) gone: usize,
@@ -47,7 +52,7 @@ impl fmt::Display for Report {
             f,
             "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} \
              gone, by a struck reaper; {} by a new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
-             adopted, {} observed, {} gone; {} locked, {} failed meanwhile; {} \
+             adopted, {} observed, {} gone; {} left out for a while, {} reset for that; {} taken over by another socket; {} locked, {} failed meanwhile; {} \
              payloads refused",
             c.connections,
             c.payloads,
@@ -62,6 +67,9 @@ impl fmt::Display for Report {
             c.adopted,
             c.observed,
             c.gone,
+            c.left_out,
+            c.without_place,
+            c.restored,
             c.locked,
             c.failed,
             c.refused

@@ -12,7 +12,7 @@ use super::{
     history::{Connection, Event, Fate, Payload},
     host::{Ending, Life},
     plan::{Blow, Which},
-    timeline::{Change, Span, Struck, Timeline},
+    timeline::{Change, List, Span, Struck, Timeline},
 };
 use crate::{audit::Record, clock::Time, metrics::Metrics, random::Random};
 
@@ -75,8 +75,9 @@ impl Run {
             let of_it = |record: &&Record| record.labels()[3] == result;
             (result, records.iter().filter(of_it).count())
         };
+        let reason = records.first().map_or("idle_timeout", |r| r.labels()[1]);
         for (result, count) in [("reset", self.counted), counted("gone"), counted("failed")] {
-            let labels = "rule=\"r\",reason=\"idle_timeout\",mode=\"enforce\"";
+            let labels = format!("rule=\"r\",reason=\"{reason}\",mode=\"enforce\"");
             let line = format!("{name}{{{labels},result=\"{result}\"}} {count}\n");
             text += &line;
         }
@@ -122,6 +123,7 @@ fn change(at: u64, rule: Option<Rule>) -> Change {
         when: Span::at(ms(at)),
         book: Book {
             rules: vec![[None, rule]],
+            ..Book::default()
         },
         resumes: false,
     }
@@ -312,6 +314,95 @@ fn a_reset_that_failed_is_only_right_where_the_socket_was_locked() {
         run.connection.events.push(lock(End::Server));
     })
     .assert_wrong("failed too often");
+}
+
+#[test]
+fn a_connection_that_another_socket_takes_over_keeps_its_clocks_and_not_its_bytes() {
+    let restored = |at, record: String| {
+        Run::with(|run| {
+            run.connection
+                .events
+                .push(Event::Restored(Span::at(ms(at))));
+            run.records = vec![record];
+        })
+    };
+    let with_bytes = |deadline| record("r", "idle_timeout", deadline);
+    let without = |deadline| with_bytes(deadline).replace("\"bytes\":10", "\"bytes\":0");
+    restored(1_500, without(2_008)).assert_right();
+    restored(1_500, with_bytes(2_008)).assert_wrong("other bytes than the session's");
+    restored(1_500, without(2_500)).assert_wrong("deadline that is not the session's");
+    // Nobody remembers what no rule tracked.
+    let forgotten = |book: Option<Rule>| {
+        let mut run = restored(1_500, without(2_008));
+        run.timeline.changes[0] = change(0, book);
+        run.timeline.changes.push(change(1_700, Some(rule("r"))));
+        run
+    };
+    forgotten(Some(rule("r"))).assert_right();
+    forgotten(None).assert_wrong("no session of it had expired");
+}
+
+#[test]
+fn a_forged_segment_counts_where_another_socket_takes_the_connection_over_before_a_packet_shows() {
+    let forged = |then: Event| {
+        Run::with(|run| {
+            let forged = Event::Forged(End::Server, Span::at(ms(1_400)));
+            run.connection.events.extend([forged, then]);
+            let record = record("r", "idle_timeout", 2_408);
+            run.records = vec![record.replace("\"bytes\":10", "\"bytes\":0")];
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = when.after(ms(400));
+                }
+            }
+        })
+    };
+    let wrong = "deadline that is not the session's";
+    forged(Event::Restored(Span::at(ms(1_500)))).assert_right();
+    forged(Event::Finished(End::Client)).assert_wrong(wrong);
+}
+
+#[test]
+fn a_session_for_which_its_rule_has_no_place_is_only_reset_where_that_is_told_or_when_there_is_one()
+{
+    let untracked = outcome("r", "untracked", 1_300, "reset")
+        .replace(r#""limit_seconds":1.0"#, r#""limit_seconds":null"#);
+    let left_out = |listed: Option<bool>, resets_untracked| {
+        Run::with(|run| {
+            let mut few = change(
+                0,
+                Some(Rule {
+                    most: Some(1),
+                    ..rule("r")
+                }),
+            );
+            few.book.resets_untracked = resets_untracked;
+            run.timeline.changes[0] = few;
+            run.timeline.lists.push(List {
+                when: Span::at(ms(1_200)),
+                sessions: listed.map(|tracked| (2_000, tracked)).into_iter().collect(),
+            });
+            run.records = vec![untracked.clone()];
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = Span::at(ms(1_302));
+                }
+            }
+        })
+    };
+    left_out(None, true).assert_right();
+    left_out(None, false).assert_wrong("no session of it had expired");
+    left_out(Some(true), true).assert_wrong("no session of it had expired");
+    // It was late, and the daemon had not begun to track it.
+    let tracked_late = |listed: u64| {
+        let mut run = left_out(None, false);
+        run.connection.fates = Run::good().connection.fates;
+        run.records = vec![record("r", "idle_timeout", 2_008)];
+        run.timeline.lists[0].when = Span::at(ms(listed));
+        run
+    };
+    tracked_late(1_200).assert_right();
+    tracked_late(2_005).assert_right();
 }
 
 #[test]

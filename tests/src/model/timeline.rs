@@ -2,7 +2,7 @@
 //!
 //! Times are those of `CLOCK_MONOTONIC` since the start of the run.
 
-use std::{fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use nix::sys::signal::Signal;
 
@@ -46,8 +46,12 @@ impl Span {
     /// The span shifted by a delay.
     #[must_use]
     pub(super) fn after(self, delay: Duration) -> Self {
+        let from = match self.from {
+            Duration::ZERO => Duration::ZERO,
+            from => from.saturating_add(delay),
+        };
         Self {
-            from: self.from.saturating_add(delay),
+            from,
             to: self.to.saturating_add(delay),
         }
     }
@@ -75,6 +79,15 @@ pub(super) struct Timeline {
     pub(super) stops: Vec<Span>,
     /// The times when reapers were killed or stopped.
     pub(super) struck: Vec<Struck>,
+    /// Which sessions of the rule with few places the daemon had.
+    pub(super) lists: Vec<List>,
+}
+
+/// What the daemon listed: the client's port of each session, and whether it was tracked from its establishment on.
+#[derive(Clone, Debug)]
+pub(super) struct List {
+    pub(super) when: Span,
+    pub(super) sessions: HashMap<u16, bool>,
 }
 
 /// Reapers were killed, or stopped for good. The daemon does not know the outcome of the last, unreported

@@ -16,7 +16,7 @@ use nix::{
 };
 
 use super::{
-    book::End,
+    book::{End, FEW_PORT},
     field::Field,
     history::{Connection, Event, Fate, Payload},
     plan::{Act, Opening, Operation, SLOTS},
@@ -26,6 +26,7 @@ use crate::{
     locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
     random::Random,
+    repair::Saved,
 };
 
 /// The maximum number of unread bytes at an end, so that its window never closes.
@@ -70,6 +71,8 @@ struct Held {
 /// All connections of a run.
 pub(super) struct Traffic {
     field: Field,
+    /// Whether the run is about a rule with few places: then each third connection is to its port.
+    has_few: bool,
     start: Instant,
     slots: Vec<Option<Live>>,
     /// Connections with one ended and one open end.
@@ -84,9 +87,10 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
-    pub(super) fn new(field: Field, start: Instant) -> Self {
+    pub(super) fn new(field: Field, start: Instant, has_few: bool) -> Self {
         Self {
             field,
+            has_few,
             start,
             slots: (0..SLOTS).map(|_| None).collect(),
             ending: Vec::new(),
@@ -104,14 +108,31 @@ impl Traffic {
         let is_held = self.held.iter().any(|held| held.slot == operation.slot);
         match (self.slots[operation.slot].take(), operation.action) {
             (None, _) if is_held => {}
-            (None, _) => self.open(operation.slot, &operation.opening)?,
+            (None, _) => {
+                let mut opening = operation.opening;
+                if self.has_few && operation.slot.is_multiple_of(3) {
+                    opening.port = FEW_PORT;
+                }
+                self.open(operation.slot, &opening)?;
+            }
             (Some(live), Act::Lock(end, time)) => self.lock(operation.slot, live, end, time)?,
-            (Some(live), Act::Spoof(end, numbers)) => {
+            (Some(mut live), Act::Spoof(end, numbers)) => {
+                let begun = self.start.elapsed();
                 if let [Some(_), Some(_)] = &live.sockets
                     && let Some(from) = &live.sockets[end.peer() as usize]
                 {
                     self.field.spoof(&live.opening, end.peer(), from, numbers)?;
+                    let (from, to) = (begun, self.start.elapsed());
+                    let forged = Event::Forged(end, Span { from, to });
+                    live.history.events.push(forged);
                     self.spoofed += 1;
+                }
+                self.put(operation.slot, live);
+            }
+            (Some(mut live), Act::Restore) => {
+                // Where places are few, it would not be known whose clocks are remembered.
+                if live.opening.port != FEW_PORT {
+                    live.restore(&self.field, self.start)?;
                 }
                 self.put(operation.slot, live);
             }
@@ -266,7 +287,12 @@ impl Traffic {
         open.chain(held).map(|live| &live.history).collect()
     }
 
-    /// Checks all connections until `done` returns true for the open ones, or until the time is over.
+    /// All of them, those that have ended too.
+    pub(super) fn connections(&self) -> impl Iterator<Item = &Connection> {
+        self.open_connections().into_iter().chain(&self.ended)
+    }
+
+    /// Looks at all of them until `done` says so of those that are open, or the time is over.
     pub(super) fn look_until(
         &mut self,
         bound: Duration,
@@ -316,8 +342,8 @@ impl Live {
             Act::Finish(end) => self.shut(end),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
-            // The traffic performs these itself.
-            Act::Lock(..) | Act::Spoof(..) => Ok(()),
+            // The traffic does that.
+            Act::Lock(..) | Act::Spoof(..) | Act::Restore => Ok(()),
         }
     }
 
@@ -467,6 +493,45 @@ impl Live {
         reset_on_close(socket)?;
         self.drop_socket(end, start);
         self.history.events.push(Event::Aborted);
+        Ok(())
+    }
+
+    /// Has another socket take the connection over at the server's end, where nothing is on its way.
+    fn restore(&mut self, field: &Field, start: Instant) -> Result<()> {
+        self.look_for_arrivals(start)?;
+        self.read_all(End::Server)?;
+        // A packet that came while no socket is there would reset the connection.
+        let is_quiet = |end: End| {
+            let Some(socket) = &self.sockets[end as usize] else {
+                return anyhow::Ok(false);
+            };
+            let is_acknowledged = tcp_info(socket)?.tcpi_unacked == 0;
+            Ok(is_acknowledged && !self.history.has_pending(end) && !self.is_finished(end))
+        };
+        if !is_quiet(End::Client)? || !is_quiet(End::Server)? {
+            return Ok(());
+        }
+        let from = start.elapsed();
+        let place = &mut self.sockets[End::Server as usize];
+        let Some(socket) = place else {
+            return Ok(());
+        };
+        let saved = Saved::of_open(socket);
+        if tcp_info(socket)?.tcpi_state == TCP_CLOSE {
+            // It has just been reset: the next look finds that.
+            return Ok(());
+        }
+        *place = None;
+        let saved = saved?;
+        let socket = place.insert(field.establish(&self.opening, &saved)?);
+        let completed = saved.complete(socket);
+        // One that was late is reset before that.
+        if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
+            completed?;
+        }
+        socket.set_nonblocking(true)?;
+        let to = start.elapsed();
+        self.history.events.push(Event::Restored(Span { from, to }));
         Ok(())
     }
 

@@ -22,6 +22,7 @@ use crate::{
     },
     reaper::diag::Queued,
 };
+pub(super) use record::passed_ns;
 use subscription::Subscribers;
 pub use subscription::Subscription;
 use writer::Writer;

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize, Serializer};
-use session_enforcer_common::{Direction, Session};
+use session_enforcer_common::{Direction, Reason, Session};
 
 use super::{End, Outcome, Place, Process, RequestedBy, Termination, mode_name, reason_name};
 use crate::{
@@ -173,7 +173,7 @@ pub(super) fn termination(
             action,
             outcome,
             reason: Some(reason_name(t.reason)),
-            duration: established_ns(session).map(|then| t.answered_ns.saturating_sub(then)),
+            duration: established_ns(t).map(|then| t.answered_ns.saturating_sub(then)),
             id: termination_id(place.boot, t.cookie, session.established_ns, number),
             sequence: place.sequence,
         },
@@ -216,17 +216,20 @@ pub(super) fn id(line: &[u8]) -> Option<String> {
 
 fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> TerminationFields<'a> {
     let session = t.session;
+    let established_ns = established_ns(t);
+    let passed = |bytes, stamp_ns| {
+        let passed_ns = passed_ns(established_ns, bytes, stamp_ns);
+        passed_ns.map(|then| clock.at(then))
+    };
     TerminationFields {
         id: t.cookie,
         mode: mode_name(t.mode),
         result: t.end.outcome().name(),
         netns: session.netns_cookie,
         cgroup: t.cgroup,
-        established: established_ns(session).map(|then| clock.at(then)),
-        last_received: passed_ns(session, session.bytes_received, session.last_received_ns)
-            .map(|then| clock.at(then)),
-        last_sent: passed_ns(session, session.bytes_sent, session.last_sent_ns)
-            .map(|then| clock.at(then)),
+        established: established_ns.map(|then| clock.at(then)),
+        last_received: passed(session.bytes_received, session.last_received_ns),
+        last_sent: passed(session.bytes_sent, session.last_sent_ns),
         counted_from: t.limit.map(|limit| clock.at(before(t.deadline_ns, limit))),
         deadline: clock.at(t.deadline_ns),
         limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
@@ -263,17 +266,22 @@ fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error
     serializer.collect_str(number)
 }
 
-/// The time of establishment, if it is known. For a connection older than the daemon, `established_ns` holds
-/// only its minimum age.
-fn established_ns(session: &Session) -> Option<u64> {
-    (!session.end_is_unreported()).then_some(session.established_ns)
+/// When the session was established, where that is known. For a connection that is older than the
+/// daemon, or that was never tracked, there is only the least age that it has, in the field of the same name.
+fn established_ns(t: &Termination<'_>) -> Option<u64> {
+    let is_known = !t.session.end_is_unreported() && t.reason != Reason::Untracked;
+    is_known.then_some(t.session.established_ns)
 }
 
-/// The time of the last counted payload in one direction. `None` if there was none: the stamp then equals the
-/// time of establishment.
-fn passed_ns(session: &Session, bytes: u64, stamp_ns: u64) -> Option<u64> {
-    let is_stamped = session.end_is_unreported() || stamp_ns != session.established_ns;
-    (bytes > 0 && is_stamped).then_some(stamp_ns)
+/// When payload that counts last passed in a direction, where some has: until then the stamp is that of the
+/// establishment. A socket that has taken over its connection (`TCP_REPAIR`) has the stamps of the one before, and bytes
+/// of its own.
+pub(crate) fn passed_ns(established_ns: Option<u64>, bytes: u64, stamp_ns: u64) -> Option<u64> {
+    let is_stamped = match established_ns {
+        Some(established_ns) => stamp_ns != established_ns,
+        None => bytes > 0,
+    };
+    is_stamped.then_some(stamp_ns)
 }
 
 fn before(deadline_ns: u64, limit: Duration) -> u64 {

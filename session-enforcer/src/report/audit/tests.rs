@@ -237,6 +237,18 @@ fn the_age_of_a_session_older_than_the_daemon_is_not_invented() {
 }
 
 #[test]
+fn the_age_of_a_session_that_was_never_tracked_is_not_invented() {
+    let session = session();
+    let line = line(&Termination {
+        reason: Reason::Untracked,
+        ..termination(&session)
+    });
+    let invented = line.contains("established") || line.contains("duration");
+    assert!(!invented, "{line}");
+    assert!(line.contains(r#""last_sent":"2026-01-01T11:44:59.996000000Z""#));
+}
+
+#[test]
 fn what_has_never_passed_has_no_time() {
     let silent = Session {
         last_received_ns: session().established_ns,
@@ -252,6 +264,17 @@ fn what_has_never_passed_has_no_time() {
         assert!(!line.contains("last_received"), "{line}");
         assert!(!line.contains("last_sent"), "{line}");
     }
+}
+
+#[test]
+fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
+    let restored = Session {
+        bytes_received: 0,
+        bytes_sent: 0,
+        ..session()
+    };
+    let line = line(&termination(&restored));
+    assert!(line.contains(r#""last_received":"2026-01-01T11:44:59.999000000Z""#));
 }
 
 #[test]

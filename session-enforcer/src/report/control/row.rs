@@ -9,7 +9,7 @@ use super::messages::{RuleInForce, end};
 use crate::{
     host::clock::WallClock,
     report::{
-        audit::{mode_name, reason_name},
+        audit::{mode_name, passed_ns, reason_name},
         ip,
     },
 };
@@ -171,10 +171,8 @@ impl<'a> Listed<'a> {
         let deadline = deadline(session, self.rule.limits);
         let at = |ns: u64| clock.at(ns).to_string();
         let is_younger = !session.end_is_unreported();
-        let passed = |bytes: u64, ns: u64| {
-            let is_stamped = !is_younger || ns != session.established_ns;
-            (bytes > 0 && is_stamped).then(|| at(ns))
-        };
+        let established_ns = is_younger.then_some(session.established_ns);
+        let passed = |bytes: u64, ns: u64| passed_ns(established_ns, bytes, ns).map(at);
         Row {
             id: self.id,
             rule: Cow::Borrowed(self.rule.name),
@@ -189,7 +187,7 @@ impl<'a> Listed<'a> {
                 name: self.user.map(Cow::Borrowed),
             }),
             cgroup: self.cgroup.map(Cow::Borrowed),
-            established: is_younger.then(|| at(session.established_ns)),
+            established: established_ns.map(at),
             last_received: passed(session.bytes_received, session.last_received_ns),
             last_sent: passed(session.bytes_sent, session.last_sent_ns),
             age_seconds: seconds(session.established_ns, now_ns),
