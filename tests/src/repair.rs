@@ -46,11 +46,11 @@ impl Saved {
         Ok(saved)
     }
 
-    /// The peer notices nothing when the socket is closed after this.
+    /// Saves a connection and leaves its socket open in repair mode. A later close sends nothing to the peer.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_ADMIN`, and where the connection has ended.
+    /// Fails without `CAP_NET_ADMIN`, or if the connection has ended.
     pub fn of_open(socket: &TcpStream) -> Result<Self> {
         set_option(socket, TCP, libc::TCP_REPAIR, 1)?;
         let sequence = |queue| {
@@ -80,11 +80,12 @@ impl Saved {
         Ok(socket)
     }
 
-    /// Makes a socket of this agent that has the connection, but not yet its options. It may be reset from now on.
+    /// Creates a socket of this agent that has the connection. Its TCP options are not restored yet. The daemon may
+    /// reset it from now on.
     ///
     /// # Errors
     ///
-    /// Without `CAP_NET_ADMIN`.
+    /// Fails without `CAP_NET_ADMIN`.
     pub fn establish(&self, agent: &Agent) -> Result<TcpStream> {
         let socket: OwnedFd = agent.tcp(self.local)?;
         set_option(&socket, TCP, libc::TCP_REPAIR, 1)?;
@@ -96,11 +97,11 @@ impl Saved {
         dial(socket, self.peer)
     }
 
-    /// Has an established socket go on with the connection.
+    /// Restores the TCP options of an established socket and ends its repair mode.
     ///
     /// # Errors
     ///
-    /// Where the connection has ended.
+    /// Fails if the connection has ended.
     pub fn complete(&self, socket: &TcpStream) -> Result<()> {
         let options = [
             (MSS, self.mss.cast_unsigned()),
@@ -112,7 +113,7 @@ impl Saved {
         set_bytes_option(socket, TCP, libc::TCP_REPAIR_OPTIONS, &bytes.concat())?;
         set_option(socket, TCP, libc::TCP_TIMESTAMP, self.timestamp)?;
         set_option(socket, TCP, libc::TCP_REPAIR_QUEUE, 0)?;
-        // A probe goes out, from whose answer the socket knows the window.
+        // The kernel then sends a window probe. The socket learns the peer's window from the answer.
         set_option(socket, TCP, libc::TCP_REPAIR, 0)
     }
 }

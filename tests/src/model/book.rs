@@ -14,14 +14,14 @@ pub(super) const LONGEST_LIMIT: Duration = Duration::from_secs(4);
 /// A limit that no run reaches. A later policy may still end such sessions.
 pub(super) const ENDLESS: Duration = Duration::from_secs(3_600);
 
-/// The port whose connections have a rule with few places in the session table, where a run is about that.
+/// The port whose connections have the rule [`FEW`] with a small `max_sessions`, in runs that test a full rule.
 pub(super) const FEW_PORT: usize = 2;
 
-/// The name of this rule, and how many places it has.
+/// The name of the rule with a small `max_sessions`, and this maximum.
 pub(super) const FEW: &str = "few";
 pub(super) const MOST: usize = 8;
 
-/// One end of a connection. Below the cgroup it is a session.
+/// One end of a connection. An end inside the cgroup is a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     /// The end that connected.
@@ -68,7 +68,7 @@ pub(super) struct Rule {
     pub(super) response: Option<Duration>,
     pub(super) activity: Activity,
     pub(super) min_payload: u64,
-    /// How many sessions of it are tracked at once.
+    /// `max_sessions`: the maximum number of sessions that the rule tracks at once. `None` if unlimited.
     pub(super) most: Option<usize>,
 }
 
@@ -194,9 +194,9 @@ impl End {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Book {
     pub(super) rules: Vec<[Option<Rule>; 2]>,
-    /// Whether one of the rules has few places.
+    /// Whether the policy contains the rule [`FEW`].
     pub(super) has_few: bool,
-    /// Whether a session for which its rule has no place is reset.
+    /// Whether the daemon resets a session whose rule is full (`on_full = "reset"`).
     pub(super) resets_untracked: bool,
 }
 
@@ -210,13 +210,13 @@ impl Book {
         book.with_constant_rules()
     }
 
-    /// The same with a rule that has few places.
+    /// Returns this policy with the rule [`FEW`] added.
     pub(super) fn with_few(mut self) -> Self {
         self.has_few = true;
         self.with_constant_rules()
     }
 
-    /// With the rules that every policy has, so that each run shows what they do.
+    /// Adds the rules that every policy has, so that each run tests them.
     fn with_constant_rules(mut self) -> Self {
         let idle = Some(Duration::from_secs(1));
         let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
@@ -266,7 +266,8 @@ impl Book {
             } else {
                 "leave"
             };
-            // Nothing tells the daemon of a place in a full rule: it looks that often.
+            // The daemon gets no event when a full rule has a free slot. It adopts an untracked session at the next
+            // reconciliation, so the interval is short.
             text = format!("[daemon]\nreconcile_interval = \"2s\"\non_full = \"{on_full}\"\n");
         }
         for (port, rules) in self.rules.iter().enumerate() {

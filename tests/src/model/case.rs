@@ -254,7 +254,7 @@ impl Case<'_> {
             if let Fate::Closed(_) = self.connection.fate(end) {
                 continue;
             }
-            // It is reset when there is a place for it.
+            // Its rule was full, so the daemon could not reset it at its deadline, only after it had adopted it.
             if self.replay.clocks(end).left_out.is_some() && broken.is_some() {
                 continue;
             }
@@ -319,7 +319,8 @@ impl Case<'_> {
             "failed" if self.was_locked(record) => {}
             _ => return Err("a result that the connection does not show"),
         }
-        // Of what is not tracked, what passes after its socket was asked is not in the record.
+        // The daemon queries the socket of an untracked session before the reset. Payload after the query is not in
+        // the record.
         let is_untracked = record.reason == "untracked";
         let is_of_last = record.is_end() && !self.was_replaced(record) && !is_untracked;
         let mut clocks: Vec<Clocks> = if !is_of_last || self.was_decided_before(record) {
@@ -366,14 +367,14 @@ impl Case<'_> {
         record.result == "gone" && outages.any(|outage| outage.meets(&since))
     }
 
-    /// Whether it says that a socket was gone, and another one took over from it then.
+    /// Whether the record says that the session was gone, and another socket took over the connection at that time.
     fn was_replaced(&self, record: &Termination) -> bool {
         let decided = self.decided(record);
         let mut restores = self.connection.restores(record.end);
         record.result == "gone" && restores.any(|when| when.meets(&decided))
     }
 
-    /// Whether a reset hung on the session's lock, and the record says so.
+    /// Whether the record reports a reset that failed because the socket was locked, and the test held a lock then.
     fn was_locked(&self, record: &Termination) -> bool {
         let mut locks = self.connection.locks(record.end);
         record.error.contains("keeps locked") && locks.any(|lock| lock.meets(&record.recorded()))
@@ -439,7 +440,8 @@ impl Case<'_> {
                 let spared = before.action == Action::Observe && rule.action == Action::Enforce;
                 spared || clocks.due(before).to >= at.from
             });
-            // What is adopted with a change is not known to have been late before.
+            // The daemon may adopt a session whose rule was full during the change. It does not know then that the
+            // session was overdue under the previous policy.
             let lived = lived || clocks.left_out.is_some();
             lived && pair[1].when.meets(&at)
         });
@@ -477,7 +479,7 @@ impl Case<'_> {
         is_unknown: bool,
     ) -> Result<(), &'static str> {
         let recorded = record.recorded();
-        // A socket that has taken the connection over counts from then on.
+        // A socket that takes over the connection starts its byte counts at zero.
         let restores = self.connection.restores(record.end);
         let begun = restores.filter(|when| when.from <= recorded.to);
         let begun: Vec<Duration> = begun.map(|when| when.to).collect();
@@ -493,7 +495,8 @@ impl Case<'_> {
             let before = |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from);
             let arrived: u64 = since(latest).filter(before).map(|p| p.bytes).sum();
             let written: u64 = since(earliest).map(|p| p.bytes).sum();
-            // Of a session that was adopted nobody may have seen the peer's FIN, which then is a byte.
+            // The kernel programs may have missed the peer's FIN of an adopted session. The byte count then
+            // includes the FIN.
             let fin = u64::from(adopted != Truth::No);
             if told < arrived && !is_unknown || told > written + fin {
                 return Err("other bytes than the session's");
@@ -558,7 +561,8 @@ impl Case<'_> {
             counts.without_place += usize::from(record.reason == "untracked");
             let left_out = self.replay.clocks(record.end).left_out;
             if record.result == "reset" && left_out.is_none() {
-                // What came due while no daemon ran, or under another policy, waits for one.
+                // A session that came due during an outage or under another policy waits for the daemon or for the
+                // new policy. Its lateness counts from then.
                 let steady = self.seen.timeline.steady_since(record.at);
                 let late = record.at.saturating_sub(record.deadline.max(steady));
                 counts.latest = counts.latest.max(late);

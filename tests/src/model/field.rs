@@ -41,7 +41,7 @@ pub(super) struct Field {
     /// In both namespaces.
     spoofers: [RawTcp; 2],
     next_port: u16,
-    /// Not below the cgroup and below it.
+    /// The processes that own the listeners: outside and inside the cgroup.
     servers: [Agent; 2],
     _netns: [Netns; 2],
 }
@@ -94,13 +94,14 @@ impl Field {
 }
 
 impl Field {
-    /// Another socket at the server's end of a connection, which has not its options yet.
+    /// Creates another socket for the server's end of a connection. Its TCP options are not restored yet.
     pub(super) fn establish(&self, opening: &Opening, saved: &Saved) -> Result<TcpStream> {
         let inside = opening.inside[End::Server as usize];
         saved.establish(&self.servers[usize::from(inside)])
     }
 
-    /// Sends a segment that seems to come from an end, and from where it is, to the other. Over IPv6 nothing.
+    /// Sends a forged segment to the peer of an end. The segment has the end's address as its source and is sent from
+    /// the end's network namespace. Does nothing for IPv6.
     pub(super) fn spoof(
         &self,
         opening: &Opening,

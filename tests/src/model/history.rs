@@ -35,7 +35,7 @@ pub(super) enum Event {
     Locked(End, Span),
     /// A forged segment was sent to this end.
     Forged(End, Span),
-    /// Another socket has taken it over at the server's end.
+    /// Another socket took over the connection at the server's end.
     Restored(Span),
 }
 
@@ -86,7 +86,7 @@ impl Connection {
         })
     }
 
-    /// When another socket has taken over an end.
+    /// The times when another socket took over an end.
     pub(super) fn restores(&self, end: End) -> impl Iterator<Item = Span> {
         self.events.iter().filter_map(move |event| match event {
             Event::Restored(span) if end == End::Server => Some(*span),
@@ -94,7 +94,7 @@ impl Connection {
         })
     }
 
-    /// The ends that are below the cgroup.
+    /// The ends inside the cgroup.
     pub(super) fn sessions(&self) -> impl Iterator<Item = End> {
         End::BOTH
             .into_iter()

@@ -65,7 +65,7 @@ pub(super) struct Host<'a> {
     random: Random,
     book: Book,
     daemon: Daemon,
-    /// When the daemon that runs had started.
+    /// The time when the start of the running daemon was complete.
     pub(super) started: Duration,
     pub(super) timeline: Timeline,
     pub(super) lives: Vec<Life>,
@@ -130,7 +130,8 @@ impl<'a> Host<'a> {
         }
     }
 
-    /// Which sessions have a place of the few. More than there are places may be listed where one ends meanwhile.
+    /// Records which sessions of the rule [`FEW`] the daemon lists. A list can exceed [`MOST`] if a session ends during
+    /// the listing and another takes its slot. Such a list is discarded and the query is repeated.
     fn list_few(&mut self) -> Result<()> {
         let list = eventually("no more sessions than places", patience(), || {
             let from = self.start.elapsed();
@@ -154,7 +155,7 @@ impl<'a> Host<'a> {
         Ok(())
     }
 
-    /// What is dropped comes later: the kernel sends it again.
+    /// Drops packets with more than a little payload for this time. The kernel retransmits them later.
     fn drop_packets(&self, way: PacketDirection, time: Duration) -> Result<()> {
         let _dropping = drop_packets_longer_than(&self.lab.cgroup, way, LITTLE)?;
         thread::sleep(time);
@@ -375,7 +376,7 @@ fn signal_reapers(daemon: &Daemon, which: Which, signal: Signal) -> Result<Vec<u
 fn launch(lab: &Lab, book: &Book) -> Result<Daemon> {
     let config = book.toml(port_numbers);
     let launch = lab.launch().pinned(&lab.pins).config(&config);
-    // A daemon that has left sessions out does not say that it is ready.
+    // A daemon does not report readiness while sessions are untracked because their rule is full.
     let daemon = match book.has_few {
         true => launch.start_unready()?,
         false => launch.start()?,

@@ -199,7 +199,7 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
             Ok(expected.contains(&sessions).then_some(()))
         })?;
     }
-    // Nothing hangs any more, and who stood still was left behind.
+    // No reaper hangs on a lock any longer, and the daemon has given up the stopped reapers.
     for state in ["busy", "stuck"] {
         daemon.wait_for_metric("session_enforcer_reapers", &[("state", state)], 0.0)?;
     }
@@ -230,7 +230,7 @@ fn check_survivors(host: &Host<'_>, traffic: &Traffic, now: Duration) -> Result<
     Ok(())
 }
 
-/// The daemon has counted each session for which its rule had no place when it was established.
+/// Checks that the daemon has counted each session whose rule was full when the session was established.
 fn check_refused(host: &Host<'_>, traffic: &Traffic) -> Result<()> {
     let is_refused = |connection: &&Connection| {
         let replay = Replay::of(connection, &host.timeline);
@@ -250,8 +250,8 @@ fn check_refused(host: &Host<'_>, traffic: &Traffic) -> Result<()> {
     Ok(())
 }
 
-/// How many sessions the daemon may still believe to be there, since it was not told that their sockets closed. Each
-/// change of the policy has it look.
+/// The maximum number of sessions that the daemon may still track although their sockets are closed, because the kernel
+/// did not report the close. At each policy change the daemon compares its sessions with the sockets.
 fn left_behind(host: &Host<'_>, traffic: &Traffic) -> usize {
     let changed = host.timeline.changes.last();
     let changed = changed.map(|change| change.when.from);
@@ -262,7 +262,8 @@ fn left_behind(host: &Host<'_>, traffic: &Traffic) -> usize {
     restored.filter(|when| Some(when.to) >= changed).count()
 }
 
-/// A daemon records what it observes anew after a restart: each has a record of the last one.
+/// Waits until the last daemon has recorded the observed termination. A restarted daemon records observed terminations
+/// again, so the last daemon must have a record of each.
 fn wait_for_observation(daemon: &Daemon, connection: &Connection, end: End) -> Result<()> {
     let is_of_it =
         |record: &Record| record.ports() == connection.ports && Termination::end_of(record) == end;

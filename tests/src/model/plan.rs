@@ -46,7 +46,7 @@ pub(super) enum Act {
     /// An attacker who does not see the packets sends a segment with these sequence numbers that claims to be
     /// the peer's.
     Spoof(End, [u32; 2]),
-    /// Another socket goes on with the connection at the server's end (`TCP_REPAIR`), and the client notices nothing.
+    /// Another socket takes over the connection at the server's end (`TCP_REPAIR`). The client notices nothing.
     Restore,
 }
 

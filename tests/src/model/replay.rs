@@ -17,13 +17,14 @@ use crate::pace::late_ticks;
 /// the age is counted in ticks too.
 const LAG: Duration = Duration::from_millis(40);
 
-/// How long after payload has passed a packet shows at the latest that the socket has taken or sent it.
+/// The maximum time from payload until a later packet confirms that the socket accepted or sent it.
 const UNCONFIRMED: Duration = Duration::from_millis(500);
 
-/// How much later than it was the activity of a session may be taken to have been that is adopted when there is a place.
+/// The maximum error of the last activity of a session that is adopted when its full rule has a free slot. The daemon
+/// may take the activity to be this much later than it was.
 const PICKED_UP: Duration = Duration::from_secs(1);
 
-/// What is known of something that is either so or not.
+/// What the model knows about a fact: it is false, possibly true, or true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Truth {
     No,
@@ -66,9 +67,10 @@ pub(super) struct Clocks {
     pub(super) adopted: Truth,
     /// The times of the last payload, counted or not.
     passed: [Span; 2],
-    /// What may have been received, whether it counts or not.
+    /// The time of the last payload or forged segment that the socket may have received, counted or not.
     came: Span,
-    /// Until when it was not tracked at least, if its rule may have had no place for it at first.
+    /// If its rule may have been full at first: a time until which the session was certainly not tracked. Otherwise
+    /// `None`.
     pub(super) left_out: Option<Duration>,
 }
 
@@ -88,7 +90,7 @@ impl Clocks {
         }
     }
 
-    /// The same, where its rule may have had no place for it until then.
+    /// The clocks of a session whose rule may have been full, and which was not tracked until this time.
     const fn left_out_until(self, until: Duration) -> Self {
         Self {
             adopted: Truth::Perhaps,
@@ -97,7 +99,7 @@ impl Clocks {
         }
     }
 
-    /// As they are if it was adopted at a time that is not known.
+    /// The clocks if the session may have been adopted at an unknown time.
     const fn perhaps_adopted(mut self) -> Self {
         self.received.to = self.received.to.saturating_add(PICKED_UP);
         self.sent.to = self.sent.to.saturating_add(PICKED_UP);
@@ -105,13 +107,13 @@ impl Clocks {
         self
     }
 
-    /// Whether it may have been reset at that time.
+    /// Whether the session may have been reset by this time.
     pub(super) fn may_be_reset(&self, book: &Book, rule: &Rule, at: Duration) -> bool {
         let has_no_place = book.resets_untracked && self.left_out.is_some();
         has_no_place || self.due(rule).from <= at
     }
 
-    /// The same, had payload counted in both directions at that time.
+    /// The clocks if payload had counted in both directions at this time.
     pub(super) const fn active_at(self, at: Span) -> Self {
         Self {
             received: at,
@@ -262,7 +264,8 @@ impl Clocks {
         }
     }
 
-    /// Another socket goes on with the connection. What no packet had shown to be taken by then counts.
+    /// Another socket takes over the connection, which keeps its clocks. Payload that no later packet has confirmed
+    /// counts as activity.
     fn inherit(&mut self, when: Span) {
         self.received = self.received.perhaps_later(self.came);
         let is_unconfirmed = |stamp: Span| stamp.to + UNCONFIRMED >= when.from;
@@ -272,8 +275,9 @@ impl Clocks {
         (self.passed, self.came) = ([when, when], when);
     }
 
-    /// Another socket goes on with the connection. It is not known whether the clocks were remembered, or are those of
-    /// the boot, or of an adoption until `latest`.
+    /// Another socket takes over the connection, and the source of its clocks is unknown. They may be those of the old
+    /// socket, if the kernel programs stored them. They may be the boot time, if not. They may come from an adoption
+    /// until `latest`.
     fn lose(&mut self, when: Span, latest: Duration) {
         self.inherit(when);
         for stamp in [
@@ -294,7 +298,7 @@ impl Clocks {
         }
     }
 
-    /// Something passed while it was adopted: both directions may count as active at its end.
+    /// Applies payload that passed during an adoption. Both directions may count as active at the end of the adoption.
     fn pass_during_adoption(&mut self, window: Span) {
         for stamp in [&mut self.received, &mut self.sent, &mut self.answered] {
             stamp.to = stamp.to.max(window.to);
@@ -343,8 +347,8 @@ pub(super) struct Replay<'a> {
     pub(super) passed_late: Vec<Payload>,
     /// The number of payloads that were refused because a session had expired.
     pub(super) refused: usize,
-    /// When another socket took over a session of which that is perhaps not known: the daemon may believe that the
-    /// session of the socket before is still there.
+    /// The takeovers by another socket at which the old session may have been an adopted one. The kernel does not
+    /// report the end of an adopted session, so the daemon may still track it.
     pub(super) left_behind: Vec<Span>,
 }
 
@@ -424,8 +428,8 @@ impl<'a> Replay<'a> {
         self.states[end as usize].push(clocks);
     }
 
-    /// Another socket takes an end over. The programs remember the clocks of a session whose end they are told of,
-    /// which is not so with one that was adopted, and forget them with the daemon.
+    /// Another socket takes over an end. The kernel programs store the clocks of a session when the kernel reports its
+    /// end. The kernel does not report the end of an adopted session. The stored clocks are lost when the daemon ends.
     fn restore(&mut self, end: End, when: Span) {
         let port = self.connection.port;
         let mut books = self.timeline.books(when);
@@ -507,8 +511,9 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// Until when a session was not tracked at least, where its rule may have had no place for it at first. The daemon was
-/// asked now and then.
+/// If the rule of a session may have been full when it was established: the latest time at which the daemon certainly
+/// did not track it, or zero. The daemon's session lists show this. `None` if the rule has no `max_sessions`, or if a
+/// list shows that the session was tracked from its establishment.
 fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Duration> {
     timeline.last()?.rule(connection.port, end)?.most?;
     let [client, _] = connection.ports;
@@ -528,8 +533,8 @@ fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Du
     Some(until)
 }
 
-/// When sessions of a connection were adopted: a policy came into force that tracks them, and the
-/// one before it did not.
+/// The times when sessions of a connection may have been adopted: a policy that tracks them replaced a policy that did
+/// not.
 fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {

@@ -28,12 +28,12 @@ pub(super) struct Counts {
     /// Connections that were open at the end.
     pub(super) open: usize,
     pub(super) adopted: usize,
-    /// Sessions for which a rule had no place for a while, and those of them that were reset for that.
+    /// Sessions that were untracked for a while because their rule was full, and those that were reset for that reason.
     pub(super) left_out: usize,
     pub(super) without_place: usize,
-    /// How often another socket took a connection over.
+    /// The number of times that another socket took over a connection.
     pub(super) restored: usize,
-    /// Payloads that did not pass an expired session.
+    /// Payloads that were dropped because a session had expired.
     pub(super) refused: usize,
     pub(super) observed: usize,
     pub(super) gone: usize,

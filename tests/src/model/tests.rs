@@ -331,7 +331,7 @@ fn a_connection_that_another_socket_takes_over_keeps_its_clocks_and_not_its_byte
     restored(1_500, without(2_008)).assert_right();
     restored(1_500, with_bytes(2_008)).assert_wrong("other bytes than the session's");
     restored(1_500, without(2_500)).assert_wrong("deadline that is not the session's");
-    // Nobody remembers what no rule tracked.
+    // The kernel programs store the clocks of tracked sessions only.
     let forgotten = |book: Option<Rule>| {
         let mut run = restored(1_500, without(2_008));
         run.timeline.changes[0] = change(0, book);
@@ -393,7 +393,7 @@ fn a_session_for_which_its_rule_has_no_place_is_only_reset_where_that_is_told_or
     left_out(None, true).assert_right();
     left_out(None, false).assert_wrong("no session of it had expired");
     left_out(Some(true), true).assert_wrong("no session of it had expired");
-    // It was late, and the daemon had not begun to track it.
+    // The daemon adopts the session after the list and resets it. At 2,005 ms the session is already overdue.
     let tracked_late = |listed: u64| {
         let mut run = left_out(None, false);
         run.connection.fates = Run::good().connection.fates;

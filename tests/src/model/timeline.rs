@@ -79,11 +79,12 @@ pub(super) struct Timeline {
     pub(super) stops: Vec<Span>,
     /// The times when reapers were killed or stopped.
     pub(super) struck: Vec<Struck>,
-    /// Which sessions of the rule with few places the daemon had.
+    /// The daemon's lists of the sessions of the rule with a small `max_sessions`.
     pub(super) lists: Vec<List>,
 }
 
-/// What the daemon listed: the client's port of each session, and whether it was tracked from its establishment on.
+/// A session list of the daemon: for the client's port of each session, whether the session was tracked from its
+/// establishment.
 #[derive(Clone, Debug)]
 pub(super) struct List {
     pub(super) when: Span,

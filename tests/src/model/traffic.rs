@@ -71,7 +71,7 @@ struct Held {
 /// All connections of a run.
 pub(super) struct Traffic {
     field: Field,
-    /// Whether the run is about a rule with few places: then each third connection is to its port.
+    /// Whether the run tests a full rule. If so, every third slot opens connections to the port of that rule.
     has_few: bool,
     start: Instant,
     slots: Vec<Option<Live>>,
@@ -130,7 +130,7 @@ impl Traffic {
                 self.put(operation.slot, live);
             }
             (Some(mut live), Act::Restore) => {
-                // Where places are few, it would not be known whose clocks are remembered.
+                // If the rule may be full, it is unknown whether the kernel programs stored the clocks.
                 if live.opening.port != FEW_PORT {
                     live.restore(&self.field, self.start)?;
                 }
@@ -287,12 +287,12 @@ impl Traffic {
         open.chain(held).map(|live| &live.history).collect()
     }
 
-    /// All of them, those that have ended too.
+    /// All connections, including ended ones.
     pub(super) fn connections(&self) -> impl Iterator<Item = &Connection> {
         self.open_connections().into_iter().chain(&self.ended)
     }
 
-    /// Looks at all of them until `done` says so of those that are open, or the time is over.
+    /// Checks all connections until `done` returns true for the open ones, or until the time is over.
     pub(super) fn look_until(
         &mut self,
         bound: Duration,
@@ -342,7 +342,7 @@ impl Live {
             Act::Finish(end) => self.shut(end),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
-            // The traffic does that.
+            // `Traffic::perform` handles these actions.
             Act::Lock(..) | Act::Spoof(..) | Act::Restore => Ok(()),
         }
     }
@@ -496,11 +496,12 @@ impl Live {
         Ok(())
     }
 
-    /// Has another socket take the connection over at the server's end, where nothing is on its way.
+    /// Makes another socket take over the connection at the server's end. Does nothing if data is in flight or an end
+    /// is shut down or closed.
     fn restore(&mut self, field: &Field, start: Instant) -> Result<()> {
         self.look_for_arrivals(start)?;
         self.read_all(End::Server)?;
-        // A packet that came while no socket is there would reset the connection.
+        // A packet that arrives while the connection has no socket would reset it.
         let is_quiet = |end: End| {
             let Some(socket) = &self.sockets[end as usize] else {
                 return anyhow::Ok(false);
@@ -518,14 +519,14 @@ impl Live {
         };
         let saved = Saved::of_open(socket);
         if tcp_info(socket)?.tcpi_state == TCP_CLOSE {
-            // It has just been reset: the next look finds that.
+            // The socket was just reset; the next check detects that.
             return Ok(());
         }
         *place = None;
         let saved = saved?;
         let socket = place.insert(field.establish(&self.opening, &saved)?);
         let completed = saved.complete(socket);
-        // One that was late is reset before that.
+        // An overdue session may be reset before its options are restored.
         if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
             completed?;
         }

@@ -266,16 +266,16 @@ fn as_text<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error
     serializer.collect_str(number)
 }
 
-/// When the session was established, where that is known. For a connection that is older than the
-/// daemon, or that was never tracked, there is only the least age that it has, in the field of the same name.
+/// The time when the session was established, if known. It is unknown for a connection that is older than the daemon or
+/// was never tracked. [`Session::established_ns`] then holds only the latest possible time.
 fn established_ns(t: &Termination<'_>) -> Option<u64> {
     let is_known = !t.session.end_is_unreported() && t.reason != Reason::Untracked;
     is_known.then_some(t.session.established_ns)
 }
 
-/// When payload that counts last passed in a direction, where some has: until then the stamp is that of the
-/// establishment. A socket that has taken over its connection (`TCP_REPAIR`) has the stamps of the one before, and bytes
-/// of its own.
+/// The time when counted payload last passed in a direction. `None` if none has passed. Until then the stamp equals the
+/// time of establishment. A socket that took over its connection (`TCP_REPAIR`) inherits the stamps of the old socket
+/// but starts its byte counts at zero, so the byte count decides only if the time of establishment is unknown.
 pub(crate) fn passed_ns(established_ns: Option<u64>, bytes: u64, stamp_ns: u64) -> Option<u64> {
     let is_stamped = match established_ns {
         Some(established_ns) => stamp_ns != established_ns,
