@@ -250,6 +250,12 @@ impl<'a> Host<'a> {
         self.end_life(asked, Ending::Killed)?;
         thread::sleep(down);
         self.try_all()?;
+        // Without them the gates are open and nothing is taken over: everything after this would be wrong.
+        let pins = self.lab.pins.names()?;
+        anyhow::ensure!(
+            pins.iter().any(|name| name == "track_ingress"),
+            "something else has removed pins of the killed daemon, there are {pins:?}"
+        );
         self.start_next(from, next, false)
     }
 
@@ -289,6 +295,11 @@ impl<'a> Host<'a> {
         let book = next.unwrap_or_else(|| self.book.clone());
         let from = self.start.elapsed();
         self.daemon = launch(self.lab, &book)?;
+        let log = self.daemon.log();
+        anyhow::ensure!(
+            !log.contains("adopted anew"),
+            "nothing was taken over: {log}"
+        );
         let to = self.start.elapsed();
         self.started = to;
         self.timeline.outages.push(Span {
