@@ -10,6 +10,7 @@ pub mod adopt;
 mod ask;
 mod backlog;
 mod backoff;
+mod batch;
 mod context;
 mod ending;
 #[cfg(test)]
@@ -17,8 +18,10 @@ mod fixtures;
 mod growth;
 mod handles;
 mod hanging;
+mod in_progress;
 mod judge;
 mod kills;
+mod outcome;
 pub mod owner_resolver;
 mod owner_search;
 mod records;
@@ -32,6 +35,7 @@ mod takeover;
 mod terminate;
 mod tracker;
 mod unrecorded;
+mod unreported;
 
 use std::{cell::Cell, io, rc::Rc, sync::Arc, time::Duration};
 

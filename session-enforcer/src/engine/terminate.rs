@@ -5,77 +5,39 @@
 //! hangs is recorded as failed when the reaper counts as stuck, and recorded again when the reset returns. See
 //! `docs/design/reapers.md`.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, rc::Rc};
+use std::{collections::BTreeMap, os::fd::OwnedFd, rc::Rc};
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_common::{Ancestors, Expiry, Reason, Session, expiry, flags};
+use session_enforcer_common::{Expiry, Reason, Session, expiry, flags};
 
 use super::{
     adopt,
     ask::{self, Answer, LOOK, note_problem},
+    batch::{Batch, ResetMethod},
     context::Context,
     handles::Searching,
-    hanging::{Culprit, Room},
-    judge::{Expired, next_observation, only_lifetime},
-    state::{Cause, MaybeEnded, RECHECK_NS, RETRY_NS, State},
+    hanging::Room,
+    in_progress::{Hangs, SearchUnderWay, Slot, Waited, culprit},
+    judge::Expired,
+    outcome::{NO_ROOM, NO_ROOM_NS, UNANSWERED},
+    state::State,
     tracker::Phase,
+    unreported::query_unreported,
 };
 use crate::{
     config::Mode,
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Destroyed, Detail, MAX_BATCH, Queued, Socket, SocketId, state},
+        diag::{Destroyed, Detail, MAX_BATCH, Queued, SocketId},
         pool::{Condition, Exchange, Next, Purpose, STALL},
-        protocol::{
-            Disconnect, Disconnected, Extent, Held, Netns, Problem, Reply, Request, Search,
-        },
-    },
-    report::{
-        audit::End,
-        metrics::{Repair, Untracked},
+        protocol::{Disconnected, Problem, Reply, Search},
     },
 };
 
 /// Number of batches in progress at a time, besides hanging ones. The second one makes sessions that are due at once
 /// end about 6 % sooner on two processors.
 const AT_A_TIME: usize = 2;
-
-/// Delay before the first recheck of a session whose reset has no answer. It doubles each time.
-const UNANSWERED_NS: u64 = 10_000_000;
-
-/// Number of consecutive requests without an answer that are retried. The next one counts as a failed reset.
-const MAX_UNANSWERED: u32 = 5;
-
-/// Maximum number of doublings of the retry interval: from 10 s to 320 s.
-const MAX_DOUBLINGS: u32 = 5;
-
-/// Retry interval while too many resets hang to start another.
-const NO_ROOM_NS: u64 = 20_000_000;
-
-/// How long a reset may be delayed by hanging ones before it counts as failed.
-const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
-
-/// Recheck interval of a session whose socket is closing.
-const CLOSING_NS: u64 = 1_000_000_000;
-
-/// The recorded errors of sessions that were not reset.
-const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
-const NOT_FOUND: &str = "SOCK_DESTROY: the kernel does not find the socket of an open session";
-const LOCKED: &str = "the reset waits for the socket, which its process keeps locked in the kernel";
-const NO_ROOM: &str =
-    "too many resets of its cgroup hang on sockets that their processes keep locked";
-
-/// The method of a reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum ResetMethod {
-    /// `SOCK_DESTROY`.
-    Destroy,
-    /// Through a descriptor of the process that holds the socket.
-    Disconnect,
-    /// As `Disconnect`, but without `sock_diag`: the socket is found by its cookie.
-    ByCookie,
-}
 
 /// The key of a batch: namespace, method, and the cgroup if its sessions are kept separate.
 type Lot = (u64, ResetMethod, Option<u64>);
@@ -293,48 +255,6 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
     Ok(())
 }
 
-fn culprit(state: &State, session: &Session) -> Culprit {
-    let cgroup_id = session.owner.cgroup_id;
-    let ancestors = state.ancestors_of(cgroup_id);
-    Culprit::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
-}
-
-/// What a batch occupies while it is in progress.
-enum Slot {
-    /// One of the regular batches.
-    OfAll { _waited: Waited },
-    /// One of the hanging resets that its cgroup may have.
-    Apart(Hangs),
-}
-
-/// Counts a regular batch until it is dropped.
-struct Waited(Rc<Context>);
-
-impl Waited {
-    fn begin(context: &Rc<Context>) -> Self {
-        let under_way = &context.resets_under_way;
-        under_way.set(under_way.get() + 1);
-        Self(Rc::clone(context))
-    }
-}
-
-impl Drop for Waited {
-    fn drop(&mut self) {
-        let under_way = &self.0.resets_under_way;
-        under_way.set(under_way.get() - 1);
-        self.0.wake.notify_one();
-    }
-}
-
-/// Sessions of one network namespace with the same reset method.
-struct Batch {
-    netns_cookie: u64,
-    method: ResetMethod,
-    /// Whether the whole host is searched for the namespace.
-    searches: bool,
-    sessions: Vec<Expired>,
-}
-
 /// Resets a batch. Sessions that the reaper has not claimed when it hangs or ends go to other reapers.
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
@@ -366,107 +286,12 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
     give_away_again(&context, rest)
 }
 
-/// Marks a search of the whole host as in progress until it is dropped.
-struct SearchUnderWay(Rc<Context>);
-
-impl SearchUnderWay {
-    fn begin(context: &Rc<Context>) -> Self {
-        context.state().handles.is_searching = true;
-        Self(Rc::clone(context))
-    }
-}
-
-impl Drop for SearchUnderWay {
-    fn drop(&mut self) {
-        self.0.state().handles.is_searching = false;
-    }
-}
-
 /// Gives sessions that a reaper has not claimed to others.
 fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
     let untouched = |expired: &Expired| state.answered(expired);
     let rest = rest.into_iter().filter(untouched).collect();
     dispatch(context, &mut state, rest)
-}
-
-impl State {
-    /// Whether a connection of this rule is reset if the session table has no slot for it.
-    pub(super) fn resets_untracked(&self, rule: u16) -> bool {
-        let rule = self.rule_set.rule(rule);
-        self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
-    }
-
-    fn method_for(&self, session: &Session, now_ns: u64) -> ResetMethod {
-        let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
-        let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
-        if self.hanging.is_diag_blocked || searching == Searching::InVain {
-            ResetMethod::ByCookie
-        } else if self.has_no_destroy || session.is_mptcp_subflow() {
-            ResetMethod::Disconnect
-        } else {
-            ResetMethod::Destroy
-        }
-    }
-
-    /// The request to reset a batch, and the namespace descriptor that goes with it.
-    fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>) {
-        let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
-        if batch.searches {
-            netns.search = Search::Everywhere;
-        }
-        (self.request_in(netns, batch), handle)
-    }
-
-    fn request_in(&self, netns: Netns, batch: &Batch) -> Request {
-        match batch.method {
-            ResetMethod::Destroy => {
-                let target = |e: &Expired| SocketId::of(e.cookie, &e.session);
-                Request::Destroy {
-                    netns,
-                    targets: batch.sessions.iter().map(target).collect(),
-                }
-            }
-            ResetMethod::Disconnect | ResetMethod::ByCookie => Request::Disconnect {
-                netns,
-                sessions: batch.sessions.iter().map(|e| self.held(e, batch)).collect(),
-            },
-        }
-    }
-
-    fn held(&self, expired: &Expired, batch: &Batch) -> Held {
-        let session = &expired.session;
-        Held {
-            target: SocketId::of(expired.cookie, session),
-            how: if batch.method == ResetMethod::ByCookie {
-                let everywhere = batch.searches || self.hanging.is_diag_blocked;
-                Disconnect::ByCookie { everywhere }
-            } else if session.is_mptcp_subflow() {
-                Disconnect::Mptcp(self.extent(expired))
-            } else {
-                Disconnect::Tcp
-            },
-            cgroup: self.cgroup_of(session),
-        }
-    }
-
-    fn cgroup_of(&self, session: &Session) -> Option<PathBuf> {
-        self.owner_resolver
-            .cgroup_directory(session.owner.cgroup_id)
-    }
-
-    /// What to reset for an MPTCP subflow. A subflow can be idle in a busy connection, so only the subflow is reset. If
-    /// its lifetime is over, the connection is reset, which is at least as old.
-    fn extent(&self, expired: &Expired) -> Extent {
-        let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
-        if expired.reason == Reason::Admin {
-            return Extent::Connection;
-        }
-        match expiry(&expired.session, &only_lifetime(limits), monotonic_ns()) {
-            Expiry::Expired { .. } => Extent::Connection,
-            Expiry::Alive { .. } => Extent::Subflow,
-        }
-    }
 }
 
 /// A reaper's work on a batch.
@@ -711,33 +536,6 @@ impl Attempt {
     }
 }
 
-/// Counts a reset that hangs, or may hang, until it is dropped.
-struct Hangs {
-    context: Rc<Context>,
-    culprit: Culprit,
-}
-
-impl Hangs {
-    fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
-        let culprit = culprit(state, session);
-        state.hanging.begin(culprit);
-        Self {
-            context: Rc::clone(context),
-            culprit,
-        }
-    }
-}
-
-impl Drop for Hangs {
-    fn drop(&mut self) {
-        let mut state = self.context.state();
-        state.hanging.end(self.culprit);
-        state.note_backlog();
-        drop(state);
-        self.context.wake.notify_one();
-    }
-}
-
 /// Handles the result for a session that a reaper was asked to reset.
 fn conclude(
     context: &Rc<Context>,
@@ -780,8 +578,14 @@ fn conclude(
     }
 }
 
-/// Results for sessions.
+/// Decisions about late sessions.
 impl State {
+    /// Whether a connection of this rule is reset if the session table has no slot for it.
+    pub(super) fn resets_untracked(&self, rule: u16) -> bool {
+        let rule = self.rule_set.rule(rule);
+        self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
+    }
+
     /// Shuts the gates of sessions and returns those that are still late by the records read afterwards. A packet that
     /// was in the hook may have been stamped after the first read. Sessions that are no longer late are judged again.
     fn shut(&mut self, mut late: Vec<Expired>) -> Result<Vec<Expired>> {
@@ -875,319 +679,4 @@ impl State {
         self.note_observed(&late);
         Ok(None)
     }
-
-    /// Counts the answer of a reaper. Returns false if the answer no longer matters, because another reaper has reset
-    /// the session. The event of its end may have come first.
-    fn answered(&mut self, expired: &Expired) -> bool {
-        let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) else {
-            return false;
-        };
-        tried.asked = tried.asked.saturating_sub(1);
-        tried.is_quarantined &= tried.asked > 0;
-        true
-    }
-
-    /// Whether the answer of another reaper is outstanding.
-    fn is_asked_of_another(&mut self, expired: &Expired) -> bool {
-        let tried = self.tracker.tried(expired.cookie, &expired.session);
-        tried.is_some_and(|tried| tried.asked > 0)
-    }
-
-    /// Records an observed session, once for each deadline that it reaches. The record shows the session at the time of
-    /// the decision; later activity is not in it. A session past its lifetime may have been active until its record was
-    /// read; its last activity is then the time of the audit record.
-    pub(super) fn observe(&mut self, expired: &Expired) {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        let Some(is_new) = self.tracker.observe(expired) else {
-            return;
-        };
-        if is_new {
-            let at_ns = expired.decided_ns.max(session.last_activity_ns());
-            self.record(expired, at_ns, End::Observed);
-        }
-        let limits = self.rule_set.rules[usize::from(session.rule)].limits;
-        self.tracker
-            .rearm(cookie, next_observation(expired, &limits));
-    }
-
-    /// Handles a session that was reset. The kernel has already removed it from the table, and its event may not have
-    /// been read yet. A session whose end is not reported is removed here.
-    fn was_reset(&mut self, expired: &Expired, at_ns: u64, queued: Option<Queued>) -> Result<()> {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        self.record(expired, at_ns, End::Reset(queued));
-        self.tracker.clear_phase(cookie);
-        if session.end_is_unreported() {
-            if self.still_there(cookie, session)?.is_some() {
-                return self.release(cookie, session);
-            }
-            return self.forget_unless_another(cookie, session);
-        }
-        if self.tracker.contains(cookie) {
-            // If the event does not come, the recheck removes the session. If the socket was connected again, its new
-            // session is merely judged early.
-            self.tracker.set_phase(cookie, session, Phase::Reset);
-            self.tracker.hasten(cookie, at_ns + RECHECK_NS);
-        }
-        Ok(())
-    }
-
-    /// Handles a session whose socket the kernel did not find.
-    fn not_found(&mut self, expired: &Expired) -> Result<()> {
-        let (cookie, session) = (expired.cookie, expired.session);
-        if self.still_there(cookie, &session)?.is_some() {
-            self.query_later(cookie, session, Cause::NotFound(*expired));
-            return Ok(());
-        }
-        // An earlier reaper without an answer may have reset it.
-        let tried = self.tracker.tried(cookie, &session);
-        let may_have_been_reset = tried.is_some_and(|tried| tried.unanswered > 0);
-        if session.end_is_unreported() && !may_have_been_reset {
-            self.records.metrics.repaired(Repair::Stale);
-        } else {
-            // It closed by itself between the decision and the request.
-            self.record_gone(expired);
-        }
-        self.tracker.clear_phase(cookie);
-        self.forget_unless_another(cookie, &session)
-    }
-
-    /// Handles a session whose socket does not exist any more.
-    fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
-        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
-        match self.still_there(cookie, session)? {
-            // It may have ended long ago, so this is no termination, unless an earlier reset has no answer.
-            Some(_) => self.drop_stale(cookie, session),
-            None => Ok(()),
-        }
-    }
-
-    /// Handles a session whose socket exists, with the interface in its record or with another one.
-    fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
-        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
-        let Some(now) = self.still_there(cookie, session)? else {
-            return Ok(());
-        };
-        let ifindex = found.target.ifindex;
-        if ifindex != now.ifindex {
-            self.datapath.update(cookie, &Session { ifindex, ..now })?;
-        }
-        let now_ns = monotonic_ns();
-        match &maybe_ended.cause {
-            Cause::Unreported if state::is_closing(found.state) => {
-                self.tracker.hasten(cookie, now_ns + CLOSING_NS);
-            }
-            Cause::Unreported => {}
-            Cause::Observed(expired) => self.observe(expired),
-            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
-        }
-        Ok(())
-    }
-
-    /// Handles a session whose socket could not be queried.
-    fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
-        let now_ns = monotonic_ns();
-        match &maybe_ended.cause {
-            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
-            cause => {
-                self.tracker.hasten(maybe_ended.cookie, now_ns + RETRY_NS);
-                let is_there = self.still_there(maybe_ended.cookie, &maybe_ended.session)?;
-                if let (Cause::Observed(expired), Some(_)) = (cause, is_there) {
-                    self.observe(expired);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes a session that has ended, but not a later session of the same socket.
-    fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        let now = self.datapath.session(cookie)?;
-        if now.is_none_or(|now| now.established_ns == session.established_ns) {
-            self.forget(cookie);
-        }
-        Ok(())
-    }
-
-    /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] retries in a row the reset
-    /// counts as failed with this error.
-    fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        if expired.reason == Reason::Untracked {
-            // The session table has no record of it. If the connection still exists, the next sync finds it again.
-            self.fail(expired, now_ns, error);
-            return;
-        }
-        // It has ended or was released by a policy change, so it is not rechecked.
-        if !matches!(self.still_there(cookie, session), Ok(Some(_))) {
-            self.record_gone(expired);
-            self.tracker.clear_phase(cookie);
-            // A read error shows again in the next pass.
-            let _ = self.forget_unless_another(cookie, session);
-            return;
-        }
-        let Some(tried) = self.tracker.tried(cookie, session) else {
-            return;
-        };
-        if tried.unanswered == MAX_UNANSWERED {
-            tried.unanswered = 0;
-            self.fail(expired, now_ns, error);
-            return;
-        }
-        let pause_ns = UNANSWERED_NS << tried.unanswered;
-        tried.unanswered += 1;
-        self.tracker.rearm(cookie, now_ns + pause_ns);
-    }
-
-    /// Handles a failed reset. The session stays behind the gate until the next attempt. The failure is recorded once
-    /// for each consecutive error text.
-    fn fail(&mut self, expired: &Expired, at_ns: u64, error: &str) {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        if self.tracker.tried(cookie, session).is_none() {
-            self.tracker.begin_reset(expired);
-            self.answered(expired);
-        }
-        let Some(tried) = self.tracker.tried(cookie, session) else {
-            return;
-        };
-        tried.unanswered = 0;
-        tried.place = None;
-        let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
-        tried.refusals += 1;
-        let is_recorded = tried.error.as_deref() == Some(error);
-        tried.error = Some(error.to_owned());
-        self.tracker.rearm(cookie, at_ns + pause_ns);
-        if !is_recorded {
-            self.record(expired, at_ns, End::Failed(error));
-        }
-        self.kills.failed(cookie, session, error);
-        if !self.tracker.contains(cookie) {
-            // It has no slot in the table: the next sync finds it again.
-            self.tracker.clear_phase(cookie);
-        }
-    }
-
-    /// Handles a reset that hangs on the socket lock.
-    fn quarantine(&mut self, expired: &Expired) {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        let Some(tried) = self.tracker.tried(cookie, session) else {
-            return;
-        };
-        tried.is_quarantined = true;
-        let is_recorded = tried.error.as_deref() == Some(LOCKED);
-        tried.error = Some(LOCKED.to_owned());
-        if !is_recorded {
-            tracing::error!("session {cookie} is not reset: {LOCKED}");
-            self.record(expired, monotonic_ns(), End::Failed(LOCKED));
-            self.records.audit.flush();
-        }
-        self.kills.failed(cookie, session, LOCKED);
-        self.note_backlog();
-    }
-
-    /// Delays a reset because too many hang. If those are only slow, they end soon.
-    fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
-        let since_ns = now_ns.saturating_sub(expired.deadline_ns);
-        if since_ns > NO_ROOM_FOR_NS {
-            self.fail(expired, now_ns, NO_ROOM);
-        } else {
-            self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
-        }
-    }
-
-    /// Handles a session whose namespace or process was not found, or whose reset the process or the kernel refused.
-    fn not_reset(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
-        let (cookie, session) = (expired.cookie, &expired.session);
-        // The sockets of a vanished namespace close with it.
-        if self.still_there(cookie, session)?.is_none() {
-            self.tracker.clear_phase(cookie);
-            return self.forget_unless_another(cookie, session);
-        }
-        if self.handles.is_missed(session.netns_cookie) {
-            self.records.metrics.untracked(Untracked::Namespace);
-        }
-        tracing::error!(
-            "an expired session is not reset, it stays behind the gate and is tried again: {error}"
-        );
-        self.fail(expired, at_ns, error);
-        Ok(())
-    }
-}
-
-/// Queries the sockets of sessions that may have ended without a report.
-fn query_unreported(context: &Rc<Context>) {
-    let sessions = std::mem::take(&mut context.state().maybe_ended);
-    let mut by_namespace: BTreeMap<u64, Vec<MaybeEnded>> = BTreeMap::new();
-    for session in sessions {
-        let netns = session.session.netns_cookie;
-        by_namespace.entry(netns).or_default().push(session);
-    }
-    for (netns_cookie, sessions) in by_namespace {
-        context.spawn(query_maybe_ended(
-            Rc::clone(context),
-            netns_cookie,
-            sessions,
-        ));
-    }
-}
-
-/// Queries the sockets by tuple first, which is cheap. Those that are not found are searched for in the whole socket
-/// table. A process may have bound its socket to another interface since (`SO_BINDTODEVICE` depends on no state and
-/// needs no privilege), or another `sock_ops` program may have cleared the callback flag, so that the end was not
-/// reported.
-async fn query_maybe_ended(
-    context: Rc<Context>,
-    netns_cookie: u64,
-    sessions: Vec<MaybeEnded>,
-) -> Result<()> {
-    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
-    let targets: Vec<SocketId> = sessions.iter().map(target).collect();
-    let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
-    let answers = answers.unwrap_or_else(|error| {
-        tracing::warn!("looking for {} sessions: {error}", sessions.len());
-        vec![Answer::Locked; sessions.len()]
-    });
-    let mut unnamed = Vec::new();
-    for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
-        let mut state = context.state();
-        match answer {
-            Answer::Known(None, _) => unnamed.push(maybe_ended),
-            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&maybe_ended)?,
-            Answer::Known(Some(socket), _) => state.is_there(&maybe_ended, &socket)?,
-            Answer::Locked => state.may_be_there(&maybe_ended)?,
-        }
-    }
-    for sessions in unnamed.chunks(MAX_BATCH) {
-        search(&context, netns_cookie, sessions).await?;
-    }
-    context.state().records.audit.flush();
-    Ok(())
-}
-
-async fn search(context: &Rc<Context>, netns_cookie: u64, sessions: &[MaybeEnded]) -> Result<()> {
-    let (netns, handle) = context.state().handles.netns(netns_cookie);
-    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
-    let targets = sessions.iter().map(target).collect();
-    let request = Request::Search { netns, targets };
-    let replies = ask::ask(context, &request, handle.as_deref()).await;
-    let mut state = context.state();
-    let replies = match replies {
-        Ok(replies) => replies,
-        Err(error) => {
-            tracing::warn!("searching for {} sessions: {error}", sessions.len());
-            return sessions
-                .iter()
-                .try_for_each(|session| state.may_be_there(session));
-        }
-    };
-    let sockets = replies.into_iter().flat_map(|(reply, _)| match reply {
-        Reply::Sockets { sockets, .. } => sockets,
-        _ => Vec::new(),
-    });
-    for (session, socket) in sessions.iter().zip(sockets) {
-        match socket {
-            Some(socket) => state.is_there(session, &socket)?,
-            None => state.has_ended(session)?,
-        }
-    }
-    Ok(())
 }

@@ -1,0 +1,235 @@
+//! What follows from the result of a reset: a record, another attempt, or a quarantine.
+
+use anyhow::Result;
+use session_enforcer_common::{Reason, Session};
+
+use super::{
+    judge::{Expired, next_observation},
+    state::{Cause, RECHECK_NS, RETRY_NS, State},
+    tracker::Phase,
+};
+use crate::{
+    host::clock::monotonic_ns,
+    reaper::diag::Queued,
+    report::{
+        audit::End,
+        metrics::{Repair, Untracked},
+    },
+};
+
+/// Delay before the first recheck of a session whose reset has no answer. It doubles each time.
+pub(super) const UNANSWERED_NS: u64 = 10_000_000;
+
+/// Number of consecutive requests without an answer that are retried. The next one counts as a failed reset.
+pub(super) const MAX_UNANSWERED: u32 = 5;
+
+/// Maximum number of doublings of the retry interval: from 10 s to 320 s.
+pub(super) const MAX_DOUBLINGS: u32 = 5;
+
+/// Retry interval while too many resets hang to start another.
+pub(super) const NO_ROOM_NS: u64 = 20_000_000;
+
+/// How long a reset may be delayed by hanging ones before it counts as failed.
+pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
+
+/// The recorded errors of sessions that were not reset.
+pub(super) const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
+pub(super) const LOCKED: &str =
+    "the reset waits for the socket, which its process keeps locked in the kernel";
+pub(super) const NO_ROOM: &str =
+    "too many resets of its cgroup hang on sockets that their processes keep locked";
+
+impl State {
+    /// Counts the answer of a reaper. Returns false if the answer no longer matters, because another reaper has reset
+    /// the session. The event of its end may have come first.
+    pub(super) fn answered(&mut self, expired: &Expired) -> bool {
+        let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) else {
+            return false;
+        };
+        tried.asked = tried.asked.saturating_sub(1);
+        tried.is_quarantined &= tried.asked > 0;
+        true
+    }
+
+    /// Whether the answer of another reaper is outstanding.
+    pub(super) fn is_asked_of_another(&mut self, expired: &Expired) -> bool {
+        let tried = self.tracker.tried(expired.cookie, &expired.session);
+        tried.is_some_and(|tried| tried.asked > 0)
+    }
+
+    /// Records an observed session, once for each deadline that it reaches. The record shows the session at the time of
+    /// the decision; later activity is not in it. A session past its lifetime may have been active until its record was
+    /// read; its last activity is then the time of the audit record.
+    pub(super) fn observe(&mut self, expired: &Expired) {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        let Some(is_new) = self.tracker.observe(expired) else {
+            return;
+        };
+        if is_new {
+            let at_ns = expired.decided_ns.max(session.last_activity_ns());
+            self.record(expired, at_ns, End::Observed);
+        }
+        let limits = self.rule_set.rules[usize::from(session.rule)].limits;
+        self.tracker
+            .rearm(cookie, next_observation(expired, &limits));
+    }
+
+    /// Handles a session that was reset. The kernel has already removed it from the table, and its event may not have
+    /// been read yet. A session whose end is not reported is removed here.
+    pub(super) fn was_reset(
+        &mut self,
+        expired: &Expired,
+        at_ns: u64,
+        queued: Option<Queued>,
+    ) -> Result<()> {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        self.record(expired, at_ns, End::Reset(queued));
+        self.tracker.clear_phase(cookie);
+        if session.end_is_unreported() {
+            if self.still_there(cookie, session)?.is_some() {
+                return self.release(cookie, session);
+            }
+            return self.forget_unless_another(cookie, session);
+        }
+        if self.tracker.contains(cookie) {
+            // If the event does not come, the recheck removes the session. If the socket was connected again, its new
+            // session is merely judged early.
+            self.tracker.set_phase(cookie, session, Phase::Reset);
+            self.tracker.hasten(cookie, at_ns + RECHECK_NS);
+        }
+        Ok(())
+    }
+
+    /// Handles a session whose socket the kernel did not find.
+    pub(super) fn not_found(&mut self, expired: &Expired) -> Result<()> {
+        let (cookie, session) = (expired.cookie, expired.session);
+        if self.still_there(cookie, &session)?.is_some() {
+            self.query_later(cookie, session, Cause::NotFound(*expired));
+            return Ok(());
+        }
+        // An earlier reaper without an answer may have reset it.
+        let tried = self.tracker.tried(cookie, &session);
+        let may_have_been_reset = tried.is_some_and(|tried| tried.unanswered > 0);
+        if session.end_is_unreported() && !may_have_been_reset {
+            self.records.metrics.repaired(Repair::Stale);
+        } else {
+            // It closed by itself between the decision and the request.
+            self.record_gone(expired);
+        }
+        self.tracker.clear_phase(cookie);
+        self.forget_unless_another(cookie, &session)
+    }
+
+    /// Removes a session that has ended, but not a later session of the same socket.
+    pub(super) fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        let now = self.datapath.session(cookie)?;
+        if now.is_none_or(|now| now.established_ns == session.established_ns) {
+            self.forget(cookie);
+        }
+        Ok(())
+    }
+
+    /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] retries in a row the reset
+    /// counts as failed with this error.
+    pub(super) fn unanswered(&mut self, expired: &Expired, now_ns: u64, error: &str) {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        if expired.reason == Reason::Untracked {
+            // The session table has no record of it. If the connection still exists, the next sync finds it again.
+            self.fail(expired, now_ns, error);
+            return;
+        }
+        // It has ended or was released by a policy change, so it is not rechecked.
+        if !matches!(self.still_there(cookie, session), Ok(Some(_))) {
+            self.record_gone(expired);
+            self.tracker.clear_phase(cookie);
+            // A read error shows again in the next pass.
+            let _ = self.forget_unless_another(cookie, session);
+            return;
+        }
+        let Some(tried) = self.tracker.tried(cookie, session) else {
+            return;
+        };
+        if tried.unanswered == MAX_UNANSWERED {
+            tried.unanswered = 0;
+            self.fail(expired, now_ns, error);
+            return;
+        }
+        let pause_ns = UNANSWERED_NS << tried.unanswered;
+        tried.unanswered += 1;
+        self.tracker.rearm(cookie, now_ns + pause_ns);
+    }
+
+    /// Handles a failed reset. The session stays behind the gate until the next attempt. The failure is recorded once
+    /// for each consecutive error text.
+    pub(super) fn fail(&mut self, expired: &Expired, at_ns: u64, error: &str) {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        if self.tracker.tried(cookie, session).is_none() {
+            self.tracker.begin_reset(expired);
+            self.answered(expired);
+        }
+        let Some(tried) = self.tracker.tried(cookie, session) else {
+            return;
+        };
+        tried.unanswered = 0;
+        tried.place = None;
+        let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
+        tried.refusals += 1;
+        let is_recorded = tried.error.as_deref() == Some(error);
+        tried.error = Some(error.to_owned());
+        self.tracker.rearm(cookie, at_ns + pause_ns);
+        if !is_recorded {
+            self.record(expired, at_ns, End::Failed(error));
+        }
+        self.kills.failed(cookie, session, error);
+        if !self.tracker.contains(cookie) {
+            // It has no slot in the table: the next sync finds it again.
+            self.tracker.clear_phase(cookie);
+        }
+    }
+
+    /// Handles a reset that hangs on the socket lock.
+    pub(super) fn quarantine(&mut self, expired: &Expired) {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        let Some(tried) = self.tracker.tried(cookie, session) else {
+            return;
+        };
+        tried.is_quarantined = true;
+        let is_recorded = tried.error.as_deref() == Some(LOCKED);
+        tried.error = Some(LOCKED.to_owned());
+        if !is_recorded {
+            tracing::error!("session {cookie} is not reset: {LOCKED}");
+            self.record(expired, monotonic_ns(), End::Failed(LOCKED));
+            self.records.audit.flush();
+        }
+        self.kills.failed(cookie, session, LOCKED);
+        self.note_backlog();
+    }
+
+    /// Delays a reset because too many hang. If those are only slow, they end soon.
+    pub(super) fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
+        let since_ns = now_ns.saturating_sub(expired.deadline_ns);
+        if since_ns > NO_ROOM_FOR_NS {
+            self.fail(expired, now_ns, NO_ROOM);
+        } else {
+            self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
+        }
+    }
+
+    /// Handles a session whose namespace or process was not found, or whose reset the process or the kernel refused.
+    pub(super) fn not_reset(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        // The sockets of a vanished namespace close with it.
+        if self.still_there(cookie, session)?.is_none() {
+            self.tracker.clear_phase(cookie);
+            return self.forget_unless_another(cookie, session);
+        }
+        if self.handles.is_missed(session.netns_cookie) {
+            self.records.metrics.untracked(Untracked::Namespace);
+        }
+        tracing::error!(
+            "an expired session is not reset, it stays behind the gate and is tried again: {error}"
+        );
+        self.fail(expired, at_ns, error);
+        Ok(())
+    }
+}

@@ -1,0 +1,159 @@
+//! Sessions that may have ended without a report: a reaper queries or searches their sockets.
+
+use std::{collections::BTreeMap, rc::Rc};
+
+use anyhow::Result;
+use session_enforcer_common::Session;
+
+use super::{
+    ask::{self, Answer},
+    context::Context,
+    state::{Cause, MaybeEnded, RETRY_NS, State},
+};
+use crate::{
+    host::clock::monotonic_ns,
+    reaper::{
+        diag::{Detail, MAX_BATCH, Socket, SocketId, state},
+        protocol::{Reply, Request},
+    },
+};
+
+/// Recheck interval of a session whose socket is closing.
+pub(super) const CLOSING_NS: u64 = 1_000_000_000;
+
+/// The recorded error of a session whose socket is open and was not found by the kernel.
+pub(super) const NOT_FOUND: &str =
+    "SOCK_DESTROY: the kernel does not find the socket of an open session";
+
+/// Queries the sockets of sessions that may have ended without a report.
+pub(super) fn query_unreported(context: &Rc<Context>) {
+    let sessions = std::mem::take(&mut context.state().maybe_ended);
+    let mut by_namespace: BTreeMap<u64, Vec<MaybeEnded>> = BTreeMap::new();
+    for session in sessions {
+        let netns = session.session.netns_cookie;
+        by_namespace.entry(netns).or_default().push(session);
+    }
+    for (netns_cookie, sessions) in by_namespace {
+        context.spawn(query_maybe_ended(
+            Rc::clone(context),
+            netns_cookie,
+            sessions,
+        ));
+    }
+}
+
+/// Queries the sockets by tuple first, which is cheap. Those that are not found are searched for in the whole socket
+/// table. A process may have bound its socket to another interface since (`SO_BINDTODEVICE` depends on no state and
+/// needs no privilege), or another `sock_ops` program may have cleared the callback flag, so that the end was not
+/// reported.
+pub(super) async fn query_maybe_ended(
+    context: Rc<Context>,
+    netns_cookie: u64,
+    sessions: Vec<MaybeEnded>,
+) -> Result<()> {
+    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
+    let targets: Vec<SocketId> = sessions.iter().map(target).collect();
+    let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
+    let answers = answers.unwrap_or_else(|error| {
+        tracing::warn!("looking for {} sessions: {error}", sessions.len());
+        vec![Answer::Locked; sessions.len()]
+    });
+    let mut unnamed = Vec::new();
+    for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
+        let mut state = context.state();
+        match answer {
+            Answer::Known(None, _) => unnamed.push(maybe_ended),
+            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&maybe_ended)?,
+            Answer::Known(Some(socket), _) => state.is_there(&maybe_ended, &socket)?,
+            Answer::Locked => state.may_be_there(&maybe_ended)?,
+        }
+    }
+    for sessions in unnamed.chunks(MAX_BATCH) {
+        search(&context, netns_cookie, sessions).await?;
+    }
+    context.state().records.audit.flush();
+    Ok(())
+}
+
+pub(super) async fn search(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    sessions: &[MaybeEnded],
+) -> Result<()> {
+    let (netns, handle) = context.state().handles.netns(netns_cookie);
+    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
+    let targets = sessions.iter().map(target).collect();
+    let request = Request::Search { netns, targets };
+    let replies = ask::ask(context, &request, handle.as_deref()).await;
+    let mut state = context.state();
+    let replies = match replies {
+        Ok(replies) => replies,
+        Err(error) => {
+            tracing::warn!("searching for {} sessions: {error}", sessions.len());
+            return sessions
+                .iter()
+                .try_for_each(|session| state.may_be_there(session));
+        }
+    };
+    let sockets = replies.into_iter().flat_map(|(reply, _)| match reply {
+        Reply::Sockets { sockets, .. } => sockets,
+        _ => Vec::new(),
+    });
+    for (session, socket) in sessions.iter().zip(sockets) {
+        match socket {
+            Some(socket) => state.is_there(session, &socket)?,
+            None => state.has_ended(session)?,
+        }
+    }
+    Ok(())
+}
+
+impl State {
+    /// Handles a session whose socket does not exist any more.
+    pub(super) fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
+        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
+        match self.still_there(cookie, session)? {
+            // It may have ended long ago, so this is no termination, unless an earlier reset has no answer.
+            Some(_) => self.drop_stale(cookie, session),
+            None => Ok(()),
+        }
+    }
+
+    /// Handles a session whose socket exists, with the interface in its record or with another one.
+    pub(super) fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
+        let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
+        let Some(now) = self.still_there(cookie, session)? else {
+            return Ok(());
+        };
+        let ifindex = found.target.ifindex;
+        if ifindex != now.ifindex {
+            self.datapath.update(cookie, &Session { ifindex, ..now })?;
+        }
+        let now_ns = monotonic_ns();
+        match &maybe_ended.cause {
+            Cause::Unreported if state::is_closing(found.state) => {
+                self.tracker.hasten(cookie, now_ns + CLOSING_NS);
+            }
+            Cause::Unreported => {}
+            Cause::Observed(expired) => self.observe(expired),
+            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+        }
+        Ok(())
+    }
+
+    /// Handles a session whose socket could not be queried.
+    pub(super) fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
+        let now_ns = monotonic_ns();
+        match &maybe_ended.cause {
+            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+            cause => {
+                self.tracker.hasten(maybe_ended.cookie, now_ns + RETRY_NS);
+                let is_there = self.still_there(maybe_ended.cookie, &maybe_ended.session)?;
+                if let (Cause::Observed(expired), Some(_)) = (cause, is_there) {
+                    self.observe(expired);
+                }
+            }
+        }
+        Ok(())
+    }
+}
