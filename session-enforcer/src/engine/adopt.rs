@@ -145,6 +145,26 @@ fn direction(socket: &Socket, info: &Info, listeners: &Listeners) -> Direction {
     }
 }
 
+/// A socket that its process keeps locked: it is in use at this moment. Its counters cannot be read, so the direction
+/// comes from its listener.
+pub fn in_use(listed: &Socket) -> Socket {
+    let info = Info {
+        last_data_sent_ms: 0,
+        last_data_received_ms: 0,
+        bytes_received: 0,
+        bytes_tried: u64::MAX,
+        numbers_sent: 0,
+        numbers_acknowledged: 0,
+        is_all_acknowledged: false,
+        is_all_sent: false,
+        data_segments_sent: 0,
+    };
+    Socket {
+        info: Some(info),
+        ..*listed
+    }
+}
+
 fn facts(socket: &Socket, direction: Direction, owner: &Owner) -> Facts {
     let target = &socket.target;
     Facts {
@@ -493,6 +513,21 @@ mod tests {
             told(state::ESTABLISHED, |info| info.bytes_tried += 9),
             unknown
         );
+    }
+
+    #[test]
+    fn of_a_locked_socket_nothing_is_counted_and_its_listener_tells_who_dialled() {
+        let listener = socket(state::LISTEN, 5432, 0);
+        let locked = in_use(&socket(state::ESTABLISHED, 5432, 1));
+        for (sockets, direction, bits) in [
+            (vec![listener, locked], Direction::Inbound, 1),
+            (vec![locked], Direction::Outbound, 2),
+        ] {
+            let adopted = adopt(&[entry(0, 5432, bits)], &Scope::All, &sockets);
+            let (_, session) = adopted[0];
+            assert_eq!(session.direction, direction as u8);
+            assert_eq!((session.bytes_received, session.bytes_sent), (0, 0));
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::{
     engine::adopt::{self, Adopter, Listeners},
     host::{cgroup::Scope, clock::monotonic_ns},
     reaper::{
-        diag::{Detail, Info, MAX_BATCH, Socket, SocketId, state},
+        diag::{Detail, MAX_BATCH, Socket, SocketId, state},
         pool::{Condition, Exchange, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
@@ -485,7 +485,7 @@ impl Sync<'_> {
     fn session_of(&self, listed: &Socket, answer: Answer) -> Option<(u64, Session)> {
         let (socket, at_ns) = match answer {
             Answer::Known(socket, at_ns) => (socket?, at_ns),
-            Answer::Locked => (in_use(listed), monotonic_ns()),
+            Answer::Locked => (adopt::in_use(listed), monotonic_ns()),
         };
         let adopter = self.adopter();
         let session = adopter.session(&socket, &self.listeners, self.netns_cookie, at_ns);
@@ -681,24 +681,5 @@ impl Sync<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// A locked socket, with the ages of a socket that is in use at this moment.
-fn in_use(listed: &Socket) -> Socket {
-    let info = Info {
-        last_data_sent_ms: 0,
-        last_data_received_ms: 0,
-        bytes_received: 0,
-        bytes_tried: 0,
-        numbers_sent: 0,
-        numbers_acknowledged: 0,
-        is_all_acknowledged: false,
-        is_all_sent: false,
-        data_segments_sent: 0,
-    };
-    Socket {
-        info: Some(info),
-        ..*listed
     }
 }

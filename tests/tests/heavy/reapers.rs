@@ -189,6 +189,22 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
 }
 
 #[test]
+fn a_locked_socket_that_was_dialled_here_is_adopted_by_a_rule_for_those() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.outside)?;
+    let pair = Pair::open(&lab.inside, &listener)?;
+    let _lock = Locked::new(&pair.client)?;
+    let dialled = rule("dialled", &listener, Duration::from_secs(3_600))
+        .replace("inbound", "outbound")
+        .replace("local_ports", "remote_ports");
+    let config = OWN.to_owned() + &dialled;
+    let daemon = lab.launch().config(&config).start_unready()?;
+    daemon.wait_for_metric("session_enforcer_sessions_adopted_total", &[], 1.0)
+}
+
+#[test]
 fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
