@@ -1,5 +1,7 @@
 //! The session record, the value of the session table.
 
+use core::net::{IpAddr, Ipv6Addr};
+
 use crate::Owner;
 
 /// An IPv6 address as four words in network byte order, as in the kernel. An IPv4 address is stored in IPv4-mapped
@@ -40,6 +42,23 @@ impl Address {
     /// Whether this is an IPv4 address in its IPv4-mapped form.
     pub const fn is_ipv4(self) -> bool {
         self.0[0] == 0 && self.0[1] == 0 && self.0[2] == Self::MAPPED_MARK
+    }
+}
+
+/// An IPv4 address takes its IPv4-mapped form.
+impl From<IpAddr> for Address {
+    fn from(ip: IpAddr) -> Self {
+        Self::from_octets(match ip {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        })
+    }
+}
+
+/// An IPv4-mapped address becomes an IPv4 address.
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        Ipv6Addr::from(address.octets()).to_canonical()
     }
 }
 
@@ -464,6 +483,16 @@ unsafe impl aya::Pod for Session {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_that_of_its_family_there_and_back() {
+        for text in ["192.0.2.7", "0.0.0.0", "2001:db8::7", "::1"] {
+            let ip: IpAddr = text.parse().unwrap();
+            let address = Address::from(ip);
+            assert_eq!(address.is_ipv4(), ip.is_ipv4(), "{text}");
+            assert_eq!(IpAddr::from(address), ip);
+        }
+    }
 
     #[test]
     fn an_ipv4_address_is_its_mapped_form() {

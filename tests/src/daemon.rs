@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use crate::{
     audit::Record,
-    clock::eventually,
+    clock::{Moment, eventually},
     interpose::{Interposer, ask_about_calls},
     metrics::Metrics,
     pace::patience,
@@ -515,6 +515,49 @@ impl Daemon {
             "one termination was expected: {records:#?}"
         );
         records.pop().context("one record")
+    }
+
+    /// Waits for the only record of this connection, and checks it. Neither end may have seen the reset early.
+    ///
+    /// # Errors
+    ///
+    /// See [`wait_for_termination_of`](Self::wait_for_termination_of) and [`Pair::ends`].
+    pub fn assert_reset_of(
+        &self,
+        pair: &Pair,
+        reason: &str,
+        since: &Moment,
+        limit: Duration,
+    ) -> Result<()> {
+        for end in pair.ends()? {
+            end.assert_not_early(since, limit);
+        }
+        let record = self.wait_for_termination_of(pair)?;
+        record.assert_reset(reason, since, limit);
+        Ok(())
+    }
+
+    /// Waits for the record of the connection from this port.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is none in time.
+    pub fn wait_for_termination_from(&self, port: u16) -> Result<Record> {
+        let found = eventually("the end of a session", 2 * patience(), || {
+            let mut records = self.terminations()?.into_iter();
+            Ok(records.find(|record| record.ports()[0] == port))
+        });
+        found.with_context(|| format!("port {port}"))
+    }
+
+    /// The number of repairs of this kind that comparisons have made.
+    ///
+    /// # Errors
+    ///
+    /// See [`metric`](Self::metric).
+    pub fn repaired(&self, kind: &str) -> Result<f64> {
+        let name = "session_enforcer_reconcile_repaired_total";
+        self.metric(name, &[("kind", kind)])
     }
 
     /// Waits for this number of records of this connection's terminations.

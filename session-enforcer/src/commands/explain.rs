@@ -23,14 +23,6 @@ use crate::host::users;
 /// The maximum number of printed values of a condition. A longer line would be hard to read.
 const MAX_VALUES: usize = 8;
 
-fn address(ip: IpAddr) -> Address {
-    let v6 = match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    Address::from_octets(v6.octets())
-}
-
 /// Prints which rule decides about a connection, or about a live session of the running daemon.
 ///
 /// # Errors
@@ -134,8 +126,8 @@ impl<'a> Question<'a> {
         let cgroup = self.cgroup.map_or(0, |_| Facts::CGROUP);
         Facts {
             direction,
-            local: address(local.ip()),
-            remote: address(remote.ip()),
+            local: Address::from(local.ip()),
+            remote: Address::from(remote.ip()),
             local_port: local.port(),
             remote_port: remote.port(),
             uid: uid.unwrap_or_default(),

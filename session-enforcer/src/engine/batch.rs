@@ -59,7 +59,7 @@ impl State {
         (self.request_in(netns, batch), handle)
     }
 
-    pub(super) fn request_in(&self, netns: Netns, batch: &Batch) -> Request {
+    fn request_in(&self, netns: Netns, batch: &Batch) -> Request {
         match batch.method {
             ResetMethod::Destroy => {
                 let target = |e: &Expired| SocketId::of(e.cookie, &e.session);
@@ -75,7 +75,7 @@ impl State {
         }
     }
 
-    pub(super) fn held(&self, expired: &Expired, batch: &Batch) -> Held {
+    fn held(&self, expired: &Expired, batch: &Batch) -> Held {
         let session = &expired.session;
         Held {
             target: SocketId::of(expired.cookie, session),
@@ -91,14 +91,14 @@ impl State {
         }
     }
 
-    pub(super) fn cgroup_of(&self, session: &Session) -> Option<PathBuf> {
+    fn cgroup_of(&self, session: &Session) -> Option<PathBuf> {
         self.owner_resolver
             .cgroup_directory(session.owner.cgroup_id)
     }
 
     /// What to reset for an MPTCP subflow. A subflow can be idle in a busy connection, so only the subflow is reset. If
     /// its lifetime is over, the connection is reset, which is at least as old.
-    pub(super) fn extent(&self, expired: &Expired) -> Extent {
+    fn extent(&self, expired: &Expired) -> Extent {
         let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
         if expired.reason == Reason::Admin {
             return Extent::Connection;

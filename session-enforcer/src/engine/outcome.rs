@@ -121,7 +121,7 @@ impl State {
     }
 
     /// Removes a session that has ended, but not a later session of the same socket.
-    pub(super) fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
+    fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
         let now = self.datapath.session(cookie)?;
         if now.is_none_or(|now| now.established_ns == session.established_ns) {
             self.forget(cookie);

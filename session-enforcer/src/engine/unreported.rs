@@ -110,7 +110,7 @@ pub(super) async fn search(
 
 impl State {
     /// Handles a session whose socket does not exist any more.
-    pub(super) fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
+    fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         match self.still_there(cookie, session)? {
             // It may have ended long ago, so this is no termination, unless an earlier reset has no answer.
@@ -120,7 +120,7 @@ impl State {
     }
 
     /// Handles a session whose socket exists, with the interface in its record or with another one.
-    pub(super) fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
+    fn is_there(&mut self, maybe_ended: &MaybeEnded, found: &Socket) -> Result<()> {
         let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         let Some(now) = self.still_there(cookie, session)? else {
             return Ok(());
@@ -142,7 +142,7 @@ impl State {
     }
 
     /// Handles a session whose socket could not be queried.
-    pub(super) fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
+    fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let now_ns = monotonic_ns();
         match &maybe_ended.cause {
             Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),

@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     io,
+    net::TcpStream,
     os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
@@ -357,6 +358,23 @@ pub fn cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     let mut cookie = 0;
     option(socket, libc::SOL_SOCKET, libc::SO_COOKIE, &mut cookie)?;
     Ok(cookie)
+}
+
+/// Names the socket of a connection of this process. It must not be bound to an interface.
+///
+/// # Errors
+///
+/// Fails if the socket is not connected.
+pub fn socket_id(stream: &TcpStream) -> io::Result<SocketId> {
+    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+    Ok(SocketId {
+        local: local.ip().into(),
+        remote: remote.ip().into(),
+        local_port: local.port(),
+        remote_port: remote.port(),
+        ifindex: 0,
+        cookie: cookie(stream)?,
+    })
 }
 
 /// Reads a socket option into a value that consists of integers.

@@ -2,15 +2,12 @@
 
 use std::{
     io::{ErrorKind, Read as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpListener, TcpStream},
     time::Duration,
 };
 
-use anyhow::Context as _;
-use session_enforcer_common::Address;
-
 use super::{
-    diag::{DiagSocket, SocketId},
+    diag::DiagSocket,
     disconnect::{self, Answer, Holders},
     protocol::Probed,
 };
@@ -30,7 +27,7 @@ pub fn try_reset() -> Probed {
 pub(crate) fn try_disconnect() -> anyhow::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
-    let target = target_of(&client)?;
+    let target = disconnect::socket_id(&client)?;
     let (mut diag, mut holders) = (DiagSocket::open()?, Holders::default());
     let answer = disconnect::reset_tcp(&mut diag, &target, None, &mut holders)?;
     anyhow::ensure!(answer == Answer::Reset, "the connection is not found");
@@ -41,7 +38,7 @@ pub(crate) fn try_disconnect() -> anyhow::Result<()> {
 fn try_destroy() -> anyhow::Result<i32> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut client = TcpStream::connect(listener.local_addr()?)?;
-    let target = target_of(&client)?;
+    let target = disconnect::socket_id(&client)?;
     let code = DiagSocket::open()?.destroy(&target)?.code;
     if code == 0 {
         client.set_read_timeout(Some(Duration::from_secs(1)))?;
@@ -51,20 +48,4 @@ fn try_destroy() -> anyhow::Result<i32> {
         }
     }
     Ok(code)
-}
-
-fn target_of(stream: &TcpStream) -> anyhow::Result<SocketId> {
-    let address = |address: SocketAddr| match address {
-        SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
-        SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
-    };
-    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
-    Ok(SocketId {
-        local: address(local),
-        remote: address(remote),
-        local_port: local.port(),
-        remote_port: remote.port(),
-        ifindex: 0,
-        cookie: disconnect::cookie(stream).context("SO_COOKIE")?,
-    })
 }

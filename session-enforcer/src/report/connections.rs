@@ -55,13 +55,12 @@ impl Connections {
     /// room.
     pub(super) fn make_room(&mut self) -> bool {
         self.served.retain(|served| !served.task.is_finished());
-        let has_asked = |served: &Connection| served.has_asked.0.load(Ordering::Relaxed);
-        if self.served.len() >= self.max {
-            let idle = self.served.iter().position(|served| !has_asked(served));
-            idle.is_some_and(|index| self.close(index))
-        } else {
-            true
+        if self.served.len() < self.max {
+            return true;
         }
+        let has_asked = |served: &Connection| served.has_asked.0.load(Ordering::Relaxed);
+        let idle = self.served.iter().position(|served| !has_asked(served));
+        idle.is_some_and(|index| self.close(index))
     }
 
     /// Closes the oldest connection.

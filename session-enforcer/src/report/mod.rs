@@ -11,12 +11,3 @@ pub mod http;
 mod landing_page;
 pub mod metrics;
 pub mod service_manager;
-
-use std::net::{IpAddr, Ipv6Addr};
-
-use session_enforcer_common::Address;
-
-/// An address of a session, as IPv4 where it is one.
-pub(crate) fn ip(address: Address) -> IpAddr {
-    Ipv6Addr::from(address.octets()).to_canonical()
-}

@@ -111,12 +111,7 @@ fn a_session_that_is_picked_up_while_it_is_busy_is_not_cut_early() -> Result<()>
     let listener = listen(&lab)?;
     let (pair, last) = picked_up_while_busy(&lab, &daemon, &listener)?;
     daemon.wait_for_trouble("untracked", false)?;
-    for end in pair.ends()? {
-        end.assert_not_early(&last, short_limit());
-    }
-    daemon
-        .wait_for_termination_of(&pair)?
-        .assert_reset("idle_timeout", &last, short_limit());
+    daemon.assert_reset_of(&pair, "idle_timeout", &last, short_limit())?;
     Ok(())
 }
 

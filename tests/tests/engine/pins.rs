@@ -29,13 +29,7 @@ fn idle() -> String {
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()> {
-    for end in pair.ends()? {
-        end.assert_not_early(since, limit());
-    }
-    daemon
-        .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", since, limit());
-    Ok(())
+    daemon.assert_reset_of(pair, "idle_timeout", since, limit())
 }
 
 fn detach(directory: &Path) -> Result<Finished> {

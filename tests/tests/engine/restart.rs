@@ -22,18 +22,7 @@ fn lifetime() -> String {
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {
-    for end in pair.ends()? {
-        end.assert_not_early(since, limit());
-    }
-    daemon
-        .wait_for_termination_of(pair)?
-        .assert_reset(reason, since, limit());
-    Ok(())
-}
-
-fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
-    let name = "session_enforcer_reconcile_repaired_total";
-    daemon.metric(name, &[("kind", kind)])
+    daemon.assert_reset_of(pair, reason, since, limit())
 }
 
 #[test]
@@ -93,7 +82,7 @@ fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Re
     sent.opened.wait(Duration::from_secs(2));
     let last = [received.to_server(b"to")?, sent.to_client(b"from")?];
     let second = lab.pinned_daemon(&idle())?;
-    assert_eq!(repaired(&second, "behind")?, 2.0);
+    assert_eq!(second.repaired("behind")?, 2.0);
     assert_reset_for(&second, &quiet, "idle_timeout", &quiet.opened)?;
     assert_reset_for(&second, &received, "idle_timeout", &last[0])?;
     assert_reset_for(&second, &sent, "idle_timeout", &last[1])?;
@@ -176,7 +165,7 @@ fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
     let opened = open()?;
     let second = lab.pinned_daemon(&idle())?;
     let metric = |name: &str| second.metric(&format!("session_enforcer_{name}"), &[]);
-    assert_eq!(repaired(&second, "stale")?, 2.0);
+    assert_eq!(second.repaired("stale")?, 2.0);
     assert_eq!(metric("sessions_taken_over_total")?, 2.0);
     assert_eq!(metric("sessions_adopted_total")?, 1.0);
     assert_eq!(metric("map_entries")?, 3.0);
@@ -208,7 +197,7 @@ fn the_sessions_of_a_namespace_that_is_not_found_any_more_are_kept() -> Result<(
     drop((left, right));
     let second = lab.pinned_daemon(&idle())?;
     // That it is not found proves no end.
-    assert_eq!(repaired(&second, "stale")?, 0.0);
+    assert_eq!(second.repaired("stale")?, 0.0);
     assert_eq!(second.metric("session_enforcer_sessions", &[])?, 1.0);
     let record = second.wait_for_termination()?;
     assert_eq!(record.text("session_enforcer.result"), "failed");

@@ -20,22 +20,11 @@ fn idle() -> String {
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) -> Result<()> {
-    for end in pair.ends()? {
-        end.assert_not_early(since, limit());
-    }
-    daemon
-        .wait_for_termination_of(pair)?
-        .assert_reset(reason, since, limit());
-    Ok(())
+    daemon.assert_reset_of(pair, reason, since, limit())
 }
 
 fn taken_over(daemon: &Daemon) -> Result<f64> {
     daemon.metric("session_enforcer_sessions_taken_over_total", &[])
-}
-
-fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
-    let name = "session_enforcer_reconcile_repaired_total";
-    daemon.metric(name, &[("kind", kind)])
 }
 
 #[test]
@@ -115,8 +104,8 @@ fn what_opened_and_closed_while_no_daemon_ran_is_known_to_the_next() -> Result<(
     }
     let second = lab.pinned_daemon(&idle())?;
     assert_eq!(taken_over(&second)?, 4.0);
-    assert_eq!(repaired(&second, "stale")?, 1.0);
-    assert_eq!(repaired(&second, "missed")?, 0.0);
+    assert_eq!(second.repaired("stale")?, 1.0);
+    assert_eq!(second.repaired("missed")?, 0.0);
     let sessions = || second.metric("session_enforcer_sessions", &[]);
     assert_eq!(sessions()?, 3.0);
     assert_eq!(second.metric("session_enforcer_map_entries", &[])?, 3.0);

@@ -60,13 +60,6 @@ const CLIENT_PORTS: [u16; 2] = [6000, 60_000];
 const CLIENT_UID: u32 = 4_000_000_000;
 const SERVER_UID: u32 = 12_345;
 
-fn address_of(ip: IpAddr) -> Address {
-    Address::from_octets(match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    })
-}
-
 /// The two ends of a connection to be.
 #[derive(Clone, Copy, Debug)]
 struct Ends {
@@ -83,7 +76,7 @@ impl Ends {
             _ => |random: &mut Random| IpAddr::V6(random.one_of(&IPV6)),
         };
         let (client, server) = (ip(random), ip(random));
-        let is_ipv4 = address_of(server).is_ipv4();
+        let is_ipv4 = Address::from(server).is_ipv4();
         let ports = if is_ipv4 && random.once_in(2) {
             IPV4_PORTS
         } else {
@@ -99,7 +92,10 @@ impl Ends {
 
     /// What is known at each end: the one that dials, and the one that accepts.
     fn facts(&self, above: &[Ancestors; 2]) -> [Known; 2] {
-        let (client, server) = (address_of(self.client.ip()), address_of(self.server.ip()));
+        let (client, server) = (
+            Address::from(self.client.ip()),
+            Address::from(self.server.ip()),
+        );
         let outbound = Facts {
             direction: Direction::Outbound,
             local: client,

@@ -26,13 +26,6 @@ const LONG_RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n";
 /// Openings and closings of so many connections are more than the kernel can keep for the daemon.
 const TOO_MANY: usize = 14_000;
 
-fn repaired(daemon: &Daemon, kind: &str) -> Result<f64> {
-    daemon.metric(
-        "session_enforcer_reconcile_repaired_total",
-        &[("kind", kind)],
-    )
-}
-
 fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
     let name = "session_enforcer_reconcile_repaired_total";
     daemon.wait_for_metric(name, &[("kind", kind)], count)
@@ -85,7 +78,7 @@ fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only(
         .assert_reset("idle_timeout", &open.opened, limit());
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)?;
-    assert!(repaired(&daemon, "stale")? >= 1.0);
+    assert!(daemon.repaired("stale")? >= 1.0);
     Ok(())
 }
 
@@ -111,7 +104,7 @@ fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
     // The last events were lost: those openings are known whose closing was lost.
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     assert!(daemon.metric("session_enforcer_events_lost_total", &[])? > 0.0);
-    assert!(repaired(&daemon, "unreported")? >= 1.0);
+    assert!(daemon.repaired("unreported")? >= 1.0);
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 1.0)?;
     kept.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 0);
@@ -138,7 +131,7 @@ fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
         assert_eq!(record.text("session_enforcer.result"), "reset");
     }
     daemon.wait_for_trouble("untracked", false)?;
-    assert_eq!(repaired(&daemon, "missed")?, 1.0);
+    assert_eq!(daemon.repaired("missed")?, 1.0);
     Ok(())
 }
 
@@ -159,7 +152,7 @@ fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Resul
     drop(closed);
     wait_until_repaired(&daemon, "stale", 1.0)?;
     assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 0.0);
-    assert_eq!(repaired(&daemon, "missed")?, 0.0);
+    assert_eq!(daemon.repaired("missed")?, 0.0);
     elsewhere.round_trip()?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io::{IoSlice, IoSliceMut, Read as _, Write as _},
-    net::{Ipv4Addr, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream},
     os::{
         fd::{AsRawFd as _, FromRawFd as _, RawFd},
         unix::net::UnixStream,
@@ -19,6 +19,7 @@ use nix::{
     errno::Errno,
     sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
 };
+use session_enforcer::reaper::namespaces::visit_all;
 use session_enforcer_tests::{
     Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
     longer_than_a_start as limit, patience, reset_on_close,
@@ -46,12 +47,35 @@ fn clients_and_servers_in_other_namespaces_are_enforced() -> Result<()> {
         }
     }
     for (last, pair) in &sessions {
-        for end in pair.ends()? {
-            end.assert_not_early(last, limit());
-        }
-        daemon
-            .wait_for_termination_of(pair)?
-            .assert_reset("idle_timeout", last, limit());
+        daemon.assert_reset_of(pair, "idle_timeout", last, limit())?;
+    }
+    Ok(())
+}
+
+/// A survey lists the sockets of those namespaces only that have some.
+#[test]
+fn a_namespace_tells_whether_it_has_tcp_sockets() -> Result<()> {
+    let netns = Netns::new()?;
+    let has_tcp_sockets = || {
+        let mut found = Vec::new();
+        let errors = visit_all(vec![netns.path()], |_, namespace| {
+            found.push(namespace.has_tcp_sockets);
+        });
+        (found, errors.len())
+    };
+    assert_eq!(has_tcp_sockets(), (vec![false], 0));
+    let lab = Lab::new(AGENT)?;
+    let agent = lab.outside_in(&netns)?;
+    for address in [
+        IpAddr::from(Ipv4Addr::LOCALHOST),
+        Ipv6Addr::LOCALHOST.into(),
+    ] {
+        let listener = agent.listen((address, 0))?;
+        assert_eq!(has_tcp_sockets(), (vec![true], 0));
+        drop(listener);
+        eventually("no socket", patience(), || {
+            Ok((has_tcp_sockets() == (vec![false], 0)).then_some(()))
+        })?;
     }
     Ok(())
 }

@@ -4,8 +4,7 @@ use std::{net::Shutdown, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, Place, Recipe, Record, Veth, dial,
-    eventually, patience,
+    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, Place, Recipe, Veth, dial,
     services::{Program, Redis, WebServer, redis_at},
     unhurried,
 };
@@ -15,14 +14,6 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 /// By how much limits are shorter where so many minutes take so long.
 fn shorter(minutes: u32, time: Duration) -> Result<u32> {
     Ok(minutes * 60 / u32::try_from(unhurried(time).as_secs())?)
-}
-
-fn record_of(daemon: &Daemon, port: u16) -> Result<Record> {
-    let found = eventually("the end of a session", 2 * patience(), || {
-        let mut records = daemon.terminations()?.into_iter();
-        Ok(records.find(|record| record.ports()[0] == port))
-    });
-    found.with_context(|| format!("port {port}"))
 }
 
 fn opened(daemon: &Daemon, rule: &str) -> Result<f64> {
@@ -86,15 +77,21 @@ fn in_the_redis_recipe_blocking_commands_wait_and_subscribers_live_where_they_ar
     assert!(told.is_running()? && told.output().matches("message").count() > 4);
     redis.ask(&["LPUSH", "b", "element"])?;
     blocking.wait_for("element")?;
-    record_of(&daemon, silent_port)?.assert_reset("idle_timeout", &silent_since, idle);
-    record_of(&daemon, idle_port)?.assert_reset("idle_timeout", &idle_since, idle);
+    daemon.wait_for_termination_from(silent_port)?.assert_reset(
+        "idle_timeout",
+        &silent_since,
+        idle,
+    );
+    daemon
+        .wait_for_termination_from(idle_port)?
+        .assert_reset("idle_timeout", &idle_since, idle);
     for port in [told_port, blocking_port] {
-        let record = record_of(&daemon, port)?;
+        let record = daemon.wait_for_termination_from(port)?;
         assert_eq!(record.text("event.reason"), "idle_timeout");
         let counted = record.time("session_enforcer.counted_from");
         assert!(counted > blocked.earliest.wall + 2 * idle, "{record:?}");
     }
-    let record = record_of(&daemon, endless_port)?;
+    let record = daemon.wait_for_termination_from(endless_port)?;
     record.assert_reset("response_timeout", &endless_since, hour);
     assert_eq!(record.text("rule.name"), "clients");
     silent.wait_for("Error")?;
@@ -163,7 +160,7 @@ fn in_the_kubernetes_recipe_pods_have_limits_and_the_node_has_none() -> Result<(
     let api = pair(&from_pod, &api_listener, (right, 6443))?;
 
     busy.keep_busy_until_end()?;
-    let record = record_of(&daemon, idle.local_addr()?.port())?;
+    let record = daemon.wait_for_termination_from(idle.local_addr()?.port())?;
     record.assert_reset("idle_timeout", &last, recipe.minutes(30));
     assert_eq!(record.text("rule.name"), "pod-databases");
     let record = daemon.wait_for_termination_of(&quiet)?;
@@ -304,7 +301,7 @@ fn in_the_fedramp_recipe_of_the_web_only_what_users_send_counts() -> Result<()> 
         ("users-web", events_port, &events_last, 15),
         ("users-web", slow_port, &slow_last, 15),
     ] {
-        let record = record_of(&daemon, port)?;
+        let record = daemon.wait_for_termination_from(port)?;
         record.assert_reset("idle_timeout", last, recipe.minutes(minutes));
         assert_eq!(record.text("rule.name"), rule);
     }

@@ -2,9 +2,9 @@
 
 use std::{thread, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use session_enforcer_tests::{
-    Daemon, Lab, Moment, Record, eventually, patience,
+    Daemon, Lab, Moment,
     services::{Program, Scripted, WebServer},
     unhurried,
 };
@@ -39,16 +39,10 @@ fn long() -> Duration {
     2 * limit() + Duration::from_secs(1)
 }
 
-fn record_of(daemon: &Daemon, port: u16) -> Result<Record> {
-    let found = eventually("the end of a session", 2 * patience(), || {
-        let mut records = daemon.terminations()?.into_iter();
-        Ok(records.find(|record| record.ports()[0] == port))
-    });
-    found.with_context(|| format!("port {port}"))
-}
-
 fn assert_idle(daemon: &Daemon, port: u16, since: &Moment) -> Result<()> {
-    record_of(daemon, port)?.assert_due("idle_timeout", since, limit());
+    daemon
+        .wait_for_termination_from(port)?
+        .assert_due("idle_timeout", since, limit());
     Ok(())
 }
 
@@ -79,7 +73,9 @@ fn over_http_a_slow_page_lives_and_behind_a_pipelined_quick_one_it_does_not() ->
         pipelined.say(&format!("get {slow}"))?;
         pipelined.wait_for("all of /app/0.5/100")
     })?;
-    record_of(&daemon, pipelined_own)?.assert_reset("idle_timeout", &asked, limit());
+    daemon
+        .wait_for_termination_from(pipelined_own)?
+        .assert_reset("idle_timeout", &asked, limit());
     assert!(!pipelined.output().contains(&format!("all of {slow}")));
     let (answered, ()) = Moment::of(|| client.wait_for(&format!("all of {slow}")))?;
     assert_idle(&daemon, own, &answered)
@@ -98,7 +94,9 @@ fn over_http_2_a_slow_call_lives_alone_with_a_minimum_and_beside_quick_ones_it_d
     let (mut beside, beside_own) = web.client("calls beside each other", "http2", port)?;
     beside.say(&format!("get {slow}"))?;
     let quick = done(&mut beside, "get /app/0.5/3000", "all of /app/0.5/3000")?;
-    record_of(&daemon, beside_own)?.assert_reset("idle_timeout", &quick, limit());
+    daemon
+        .wait_for_termination_from(beside_own)?
+        .assert_reset("idle_timeout", &quick, limit());
     assert!(!beside.output().contains(&format!("all of {slow}")));
     let (answered, ()) = Moment::of(|| alone.wait_for(&format!("all of {slow}")))?;
     assert_idle(&daemon, own, &answered)
@@ -181,7 +179,10 @@ fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone()
     let mut first = daemon(&server.lab, 21, SLOW)?;
     let (mut client, own) = server.client("a download", &[])?;
     client.wait_for("ConnectionResetError")?;
-    assert_eq!(record_of(&first, own)?.text("event.reason"), "idle_timeout");
+    assert_eq!(
+        first.wait_for_termination_from(own)?.text("event.reason"),
+        "idle_timeout"
+    );
     first.stop()?;
 
     // As long as the transfer, and what comes after it.
@@ -194,7 +195,7 @@ fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone()
     let (asked, (mut client, own)) = Moment::of(|| server.client("a download", &[]))?;
     client.wait_for("226 ")?;
     // "150" and "226" together are no answer either, so the session may be silent for that long.
-    let record = record_of(&daemon, own)?;
+    let record = daemon.wait_for_termination_from(own)?;
     assert_eq!(record.text("event.reason"), "response_timeout");
     assert!(record.time("session_enforcer.deadline") >= asked.earliest.wall + response);
     Ok(())
@@ -207,7 +208,10 @@ fn a_mail_server_that_scans_a_message_owes_the_answer() -> Result<()> {
     let mut first = daemon(&server.lab, 25, "")?;
     let (mut client, own) = server.client("a mail", &[])?;
     client.wait_for("SMTPServerDisconnected")?;
-    assert_eq!(record_of(&first, own)?.text("event.reason"), "idle_timeout");
+    assert_eq!(
+        first.wait_for_termination_from(own)?.text("event.reason"),
+        "idle_timeout"
+    );
     first.stop()?;
 
     let daemon = daemon(&server.lab, 25, SLOW)?;
@@ -235,7 +239,7 @@ fn ldap_owes_an_answer_but_for_abandon_and_replicas_are_silent() -> Result<()> {
     assert_idle(&daemon, idle_port, &last)?;
     assert_idle(&daemon, slow_port, &answered)?;
     idle.wait_for_lines(3)?;
-    let record = record_of(&daemon, abandons_port)?;
+    let record = daemon.wait_for_termination_from(abandons_port)?;
     record.assert_due("response_timeout", &abandoned, response);
     assert_eq!(daemon.terminations()?.len(), 4);
     Ok(())
@@ -257,7 +261,7 @@ fn a_screen_that_changes_keeps_a_viewer_of_vnc_asking_and_one_that_does_not_is_i
     assert!(client.is_running()?);
     assert_eq!(daemon.terminations()?.len(), 0);
     let (_server, daemon, _viewer, port) = viewer("does not")?;
-    let record = record_of(&daemon, port)?;
+    let record = daemon.wait_for_termination_from(port)?;
     assert_eq!(record.text("event.reason"), "idle_timeout");
     Ok(())
 }
@@ -291,6 +295,8 @@ fn after_a_message_of_amqp_the_broker_owes_an_answer_that_never_comes() -> Resul
     let daemon = daemon(&server.lab, 5672, &more)?;
     let (mut client, port) = server.client("a publisher", &[])?;
     let said = done(&mut client, "publish", "published")?;
-    record_of(&daemon, port)?.assert_due("response_timeout", &said, response);
+    daemon
+        .wait_for_termination_from(port)?
+        .assert_due("response_timeout", &said, response);
     Ok(())
 }

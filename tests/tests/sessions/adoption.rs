@@ -29,13 +29,7 @@ fn adopted(daemon: &Daemon) -> Result<f64> {
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
-    for end in pair.ends()? {
-        end.assert_not_early(last, limit());
-    }
-    daemon
-        .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", last, limit());
-    Ok(())
+    daemon.assert_reset_of(pair, "idle_timeout", last, limit())
 }
 
 #[test]

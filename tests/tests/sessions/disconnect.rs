@@ -4,7 +4,7 @@
 
 use std::{
     io::Read as _,
-    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr},
     os::fd::AsRawFd as _,
     path::Path,
     thread,
@@ -15,10 +15,9 @@ use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::reaper::{
     diag::{Detail, DiagSocket, SocketId, state},
-    disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp},
+    disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp, socket_id},
     protocol::{Disconnect, Held},
 };
-use session_enforcer_common::Address;
 use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -26,22 +25,6 @@ const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
 fn open(lab: &Lab, address: impl Into<SocketAddr>) -> Result<Pair> {
     Pair::open(&lab.outside, &lab.inside.listen(address)?)
-}
-
-fn target(stream: &TcpStream) -> Result<SocketId> {
-    let address = |address: SocketAddr| match address {
-        SocketAddr::V4(v4) => Address::from_octets(v4.ip().to_ipv6_mapped().octets()),
-        SocketAddr::V6(v6) => Address::from_octets(v6.ip().octets()),
-    };
-    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
-    Ok(SocketId {
-        local: address(local),
-        remote: address(remote),
-        local_port: local.port(),
-        remote_port: remote.port(),
-        ifindex: 0,
-        cookie: cookie(stream)?,
-    })
 }
 
 fn reset(target: &SocketId) -> Result<Answer, DisconnectError> {
@@ -61,7 +44,7 @@ fn both_ends_see_the_reset_and_no_other_connection_of_the_process_does() -> Resu
         SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
     ] {
         let [pair, other] = [open(&lab, address)?, open(&lab, address)?];
-        let target = target(&pair.server)?;
+        let target = socket_id(&pair.server)?;
         assert_eq!(reset(&target)?, Answer::Reset);
         let [client, server] = pair.ends()?;
         assert_eq!(client.error, Some(Errno::ECONNRESET));
@@ -76,7 +59,7 @@ fn both_ends_see_the_reset_and_no_other_connection_of_the_process_does() -> Resu
 fn a_thread_that_waits_for_payload_returns() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let pair = open(&lab, LOOPBACK)?;
-    let target = target(&pair.server)?;
+    let target = socket_id(&pair.server)?;
     thread::scope(|scope| {
         let reader = scope.spawn(|| (&pair.server).read(&mut [0]));
         thread::sleep(Duration::from_millis(200));
@@ -95,7 +78,7 @@ fn half_closed_connections_are_reset() -> Result<()> {
     // A reset is EPIPE to who has read the end of the payload (`tcp_reset()`).
     for (client_closes, error) in [(true, Errno::ECONNRESET), (false, Errno::EPIPE)] {
         let pair = open(&lab, LOOPBACK)?;
-        let target = target(&pair.server)?;
+        let target = socket_id(&pair.server)?;
         let closer = if client_closes {
             &pair.client
         } else {
@@ -115,7 +98,7 @@ fn a_connection_of_another_name_is_never_touched() -> Result<()> {
     // The tuple of one with the cookie of the other.
     let mixed = SocketId {
         cookie: cookie(&other.server)?,
-        ..target(&pair.server)?
+        ..socket_id(&pair.server)?
     };
     assert_eq!(reset(&mixed)?, Answer::Gone);
     pair.round_trip()?;
@@ -127,7 +110,7 @@ fn a_connection_of_another_name_is_never_touched() -> Result<()> {
 fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
-    let target = target(&pair.server)?;
+    let target = socket_id(&pair.server)?;
     let mut before = Holders::default();
     before.scan_all();
     // After that the process closes its descriptor, and another socket gets the number.
@@ -174,7 +157,7 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
     let lab = Lab::new(AGENT)?;
     for cgroup in [Some(lab.cgroup.path()), None] {
         let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
-        let target = target(&pair.server)?;
+        let target = socket_id(&pair.server)?;
         let reset = |everywhere| {
             let held = Held {
                 target,
@@ -200,7 +183,7 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
 fn what_is_left_of_a_connection_in_time_wait_is_no_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let Pair { client, server, .. } = open(&lab, LOOPBACK)?;
-    let target = target(&client)?;
+    let target = socket_id(&client)?;
     drop(client);
     // Its FIN has come.
     ensure!((&server).read(&mut [0])? == 0);

@@ -31,13 +31,7 @@ fn segments_sent(stream: &TcpStream) -> Result<(u32, u32)> {
 }
 
 fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
-    for end in pair.ends()? {
-        end.assert_not_early(last, limit());
-    }
-    daemon
-        .wait_for_termination_of(pair)?
-        .assert_reset("idle_timeout", last, limit());
-    Ok(())
+    daemon.assert_reset_of(pair, "idle_timeout", last, limit())
 }
 
 #[test]

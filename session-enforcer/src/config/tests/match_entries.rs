@@ -51,8 +51,8 @@ impl Connection {
     fn facts(&self) -> Facts {
         Facts {
             direction: self.direction,
-            local: address(self.local.0),
-            remote: address(self.remote.0),
+            local: Address::from(self.local.0),
+            remote: Address::from(self.remote.0),
             local_port: self.local.1,
             remote_port: self.remote.1,
             uid: USERS.iter().find(|user| user.0 == self.user).unwrap().1,
@@ -66,14 +66,6 @@ impl Connection {
             .filter(|above| is_below(self.cgroup, above));
         Ancestors::of(&above.map(|above| id(above)).collect::<Vec<_>>())
     }
-}
-
-fn address(ip: IpAddr) -> Address {
-    let v6 = match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    Address::from_octets(v6.octets())
 }
 
 /// Evaluates the rule literally as documented.

@@ -10,7 +10,6 @@ use crate::{
     config::Mode,
     host::clock::{Moment, WallClock, monotonic_ns},
     reaper::diag::Queued,
-    report::ip,
 };
 
 #[derive(Serialize)]
@@ -314,12 +313,12 @@ fn network(session: &Session) -> NetworkFields {
 /// Returns the endpoint that connected and the endpoint that accepted.
 fn ends(session: &Session) -> (EndFields, EndFields) {
     let here = EndFields {
-        ip: ip(session.local),
+        ip: session.local.into(),
         port: session.local_port,
         bytes: session.bytes_sent,
     };
     let there = EndFields {
-        ip: ip(session.remote),
+        ip: session.remote.into(),
         port: session.remote_port,
         bytes: session.bytes_received,
     };

@@ -1,18 +1,14 @@
 //! Filters and sort orders of sessions: parsing them and applying them.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use session_enforcer_common::Session;
 
-use super::{
-    messages::end,
-    row::{Listed, deadline},
-};
+use super::row::{End, Listed, deadline};
 use crate::config::{
     User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
 };
-use crate::report::ip;
 
 /// The filter keys of a query.
 pub const FILTER_KEYS: [&str; 9] = [
@@ -96,7 +92,7 @@ impl Filter {
             && text.is_none_or(|text| shows(found, text))
             && self
                 .remote
-                .is_none_or(|net| net.contains(&ip(session.remote)))
+                .is_none_or(|net| net.contains(&IpAddr::from(session.remote)))
             && self
                 .local_port
                 .is_none_or(|port| port == session.local_port)
@@ -128,8 +124,8 @@ fn shows(found: &Listed<'_>, text: &str) -> bool {
     has(found.rule.name)
         || found.user.is_some_and(has)
         || found.cgroup.is_some_and(has)
-        || has(&end(ip(session.local), session.local_port).to_string())
-        || has(&end(ip(session.remote), session.remote_port).to_string())
+        || has(&End::of(session.local, session.local_port).to_string())
+        || has(&End::of(session.remote, session.remote_port).to_string())
 }
 
 fn time(text: &str) -> Result<Duration, String> {

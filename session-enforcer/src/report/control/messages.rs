@@ -1,6 +1,6 @@
 //! The requests and answers of the control socket, both between the HTTP thread and the engine and as JSON.
 
-use std::{net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use session_enforcer_common::{Ancestors, Limits, Session};
@@ -285,9 +285,4 @@ pub struct TerminationCount {
     pub result: String,
     /// The count.
     pub count: u64,
-}
-
-/// Creates an endpoint.
-pub(super) const fn end(ip: IpAddr, port: u16) -> End {
-    End { ip, port }
 }

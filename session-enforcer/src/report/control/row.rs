@@ -3,15 +3,12 @@
 use std::{borrow::Cow, net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use session_enforcer_common::{Direction, Expiry, Limits, Reason, Session, expiry};
+use session_enforcer_common::{Address, Direction, Expiry, Limits, Reason, Session, expiry};
 
-use super::messages::{RuleInForce, end};
+use super::messages::RuleInForce;
 use crate::{
     host::clock::WallClock,
-    report::{
-        audit::{mode_name, passed_ns, reason_name},
-        ip,
-    },
+    report::audit::{mode_name, passed_ns, reason_name},
 };
 
 /// A listed session. Unknown fields are omitted.
@@ -109,6 +106,15 @@ pub struct End {
     pub port: u16,
 }
 
+impl End {
+    pub(super) fn of(address: Address, port: u16) -> Self {
+        Self {
+            ip: address.into(),
+            port,
+        }
+    }
+}
+
 impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::net::SocketAddr::new(self.ip, self.port).fmt(f)
@@ -179,8 +185,8 @@ impl<'a> Listed<'a> {
             mode: Cow::Borrowed(mode_name(self.rule.mode)),
             state: Cow::Borrowed(state(session)),
             direction: Cow::Borrowed(direction(session)),
-            local: end(ip(session.local), session.local_port),
-            remote: end(ip(session.remote), session.remote_port),
+            local: End::of(session.local, session.local_port),
+            remote: End::of(session.remote, session.remote_port),
             netns: session.netns_cookie,
             user: session.owner.is_known().then(|| Owner {
                 id: Cow::Owned(session.owner.uid.to_string()),
