@@ -50,13 +50,15 @@ impl State {
         }
     }
 
-    /// The request to reset a batch, and the namespace descriptor that goes with it.
-    pub(super) fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>) {
+    /// The request to reset a batch, the namespace descriptor that goes with it, and whether the reaper may search for
+    /// the namespace.
+    pub(super) fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>, bool) {
         let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
         if batch.searches {
             netns.search = Search::Everywhere;
         }
-        (self.request_in(netns, batch), handle)
+        let may_search = handle.is_none() && netns.search != Search::Nowhere;
+        (self.request_in(netns, batch), handle, may_search)
     }
 
     fn request_in(&self, netns: Netns, batch: &Batch) -> Request {

@@ -259,7 +259,7 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
     let _search = batch.searches.then(|| SearchUnderWay::begin(&context));
-    let (request, handle) = context.state().request(&batch);
+    let (request, handle, may_search) = context.state().request(&batch);
     let asked = context
         .pool
         .ask(Purpose::Resets, &request, handle.as_deref())
@@ -278,6 +278,7 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
         exchange,
         netns_cookie: batch.netns_cookie,
         method: batch.method,
+        may_search,
         sessions: batch.sessions,
         concluded: 0,
         began_ns,
@@ -299,6 +300,8 @@ struct Attempt {
     exchange: Exchange,
     netns_cookie: u64,
     method: ResetMethod,
+    /// Whether the reaper may search for the namespace before it claims the first socket.
+    may_search: bool,
     sessions: Vec<Expired>,
     /// Number of sessions with an outcome; they are the first in the list.
     concluded: usize,
@@ -329,13 +332,15 @@ impl Attempt {
                 Next::Ended => return self.ended(context),
                 Next::Silent => {
                     let claimed = self.exchange.claimed();
-                    if claimed == 0 {
-                        // The reaper is searching for the namespace; only sessions in that namespace wait for it.
+                    let searches = claimed == 0 && self.may_search;
+                    if claimed != claimed_before || !searches && self.waits_for_a_processor() {
+                        claimed_before = claimed;
+                    } else if claimed == 0 {
+                        // The reaper is searching for the namespace, or hangs before the first socket. Only sessions in
+                        // that namespace wait for it.
                         drop(slot.take());
                         self.exchange.leave_behind();
                         self.exchange.condition();
-                    } else if claimed != claimed_before || self.waits_for_a_processor() {
-                        claimed_before = claimed;
                     } else {
                         let claimed = self.exchange.stop();
                         let rest = self.sessions.split_off(claimed);

@@ -9,7 +9,6 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
-    thread,
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -24,6 +23,9 @@ use crate::host::{
     cgroup::{mountinfo, unescape},
     sockets::has_tcp_sockets,
 };
+
+/// The network namespace of the calling thread.
+const HOME: &str = "/proc/thread-self/ns/net";
 
 /// The reasons why a namespace could not be entered.
 #[derive(Debug, Error)]
@@ -44,9 +46,6 @@ pub enum NetnsError {
         /// The error.
         source: nix::Error,
     },
-    /// The thread that enters the namespace could not be started.
-    #[error("starting a thread to enter a network namespace: {0}")]
-    Thread(io::Error),
     /// The namespace's socket table could not be opened.
     #[error("network namespace {path}: {source}")]
     Diag {
@@ -198,33 +197,33 @@ fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
     Ok((cookie, found))
 }
 
-/// Enters the namespace on a new thread, which ends at once, so that the calling thread never leaves its own.
+/// Enters the namespace, opens its socket table, and returns to the namespace of before.
+///
+/// # Panics
+///
+/// Panics if the namespace of before cannot be entered, because every later answer would be of the wrong namespace. The
+/// engine starts another reaper then.
 fn enter_file(file: File, path: &Path) -> Result<FoundNamespace, NetnsError> {
-    let owned = path.to_owned();
-    let inside = move || -> Result<FoundNamespace, EnterError> {
-        setns(&file, CloneFlags::CLONE_NEWNET).map_err(EnterError::Setns)?;
-        Ok(FoundNamespace {
-            diag: DiagSocket::open().map_err(EnterError::Diag)?,
-            path: owned,
-            handle: file.into(),
-            has_tcp_sockets: has_tcp_sockets(),
-        })
+    let failed = |source| NetnsError::Enter {
+        path: path.to_owned(),
+        source,
     };
-    let result = thread::Builder::new()
-        .name("enter-netns".to_owned())
-        .spawn(inside)
-        .map_err(NetnsError::Thread)?
-        .join()
-        .map_err(|_| NetnsError::Thread(io::Error::other("the thread panicked")))?;
-    result.map_err(|error| match error {
-        EnterError::Setns(source) => NetnsError::Enter {
-            path: path.to_owned(),
-            source,
-        },
-        EnterError::Diag(source) => NetnsError::Diag {
-            path: path.to_owned(),
-            source,
-        },
+    let home = File::open(HOME).map_err(|source| NetnsError::Open {
+        path: HOME.into(),
+        source,
+    })?;
+    setns(&file, CloneFlags::CLONE_NEWNET).map_err(failed)?;
+    let (diag, has_tcp_sockets) = (DiagSocket::open(), has_tcp_sockets());
+    setns(&home, CloneFlags::CLONE_NEWNET).expect("the reaper's own network namespace is there");
+    let diag = diag.map_err(|source| NetnsError::Diag {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(FoundNamespace {
+        diag,
+        path: path.to_owned(),
+        handle: file.into(),
+        has_tcp_sockets,
     })
 }
 
@@ -240,11 +239,6 @@ fn open(path: &Path) -> io::Result<File> {
         return Err(io::Error::other("is not a namespace"));
     }
     File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
-}
-
-enum EnterError {
-    Setns(nix::Error),
-    Diag(SockDiagError),
 }
 
 /// Lists the files of the network namespaces that processes are in or that are mounted. With `thorough`, also

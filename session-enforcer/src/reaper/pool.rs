@@ -198,18 +198,28 @@ impl Pool {
 
     async fn take_arrivals(self, mut arrivals: mpsc::UnboundedReceiver<io::Result<Started>>) {
         while let Some(started) = arrivals.recv().await {
-            let reaper = started.and_then(Reaper::new);
-            if let Err(error) = &reaper {
-                tracing::error!("a reaper cannot be started: {error}; it is tried again");
-                tokio::time::sleep(START_PAUSE).await;
+            match started.and_then(Reaper::new) {
+                Ok(reaper) => drop(tokio::task::spawn_local(self.clone().take_in(reaper))),
+                Err(error) => {
+                    tracing::error!("a reaper cannot be started: {error}; it is tried again");
+                    tokio::time::sleep(START_PAUSE).await;
+                    self.0.starting.set(self.0.starting.get() - 1);
+                    self.start_spares();
+                }
             }
-            self.0.starting.set(self.0.starting.get() - 1);
-            if let Ok(reaper) = reaper {
-                self.0.started.set(self.0.started.get() + 1);
-                self.give_back(reaper);
-            }
-            self.start_spares();
         }
+    }
+
+    /// Takes in a new reaper when it is ready, so that no request waits for its start. A reaper that has ended is taken
+    /// in, too: [`Pool::ask`] limits the attempts. One that is never ready is killed.
+    async fn take_in(self, reaper: Reaper) {
+        let ready = timeout(KILLED_AFTER, reaper.receive()).await;
+        self.0.starting.set(self.0.starting.get() - 1);
+        if ready.is_ok() {
+            self.0.started.set(self.0.started.get() + 1);
+            self.give_back(reaper);
+        }
+        self.start_spares();
     }
 
     fn give_back(&self, reaper: Reaper) {

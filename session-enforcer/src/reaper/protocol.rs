@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::diag::{Detail, MAX_BATCH, Socket, SocketId};
 
 /// Increase it with every change of a message.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The maximum length of a message in bytes. A long [`Reply::Scope`] is split into several messages.
 pub const MAX_MESSAGE: usize = 128 << 10;
@@ -264,6 +264,8 @@ pub enum FoundUser {
 /// A reply of a reaper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
+    /// The reaper has started and is ready for its first request.
+    Ready,
     /// The request is complete, or was aborted.
     Done {
         /// The time after the kernel's last answer, in nanoseconds of `CLOCK_BOOTTIME`.

@@ -109,6 +109,9 @@ impl From<SockDiagError> for Broken {
 impl Worker {
     fn serve(mut self) -> ExitCode {
         let mut buffer = vec![0; MAX_MESSAGE];
+        if self.reply(&Reply::Ready, None).is_err() {
+            return ExitCode::SUCCESS;
+        }
         loop {
             let (request, lent) = match channel::receive(&self.channel, &mut buffer) {
                 Ok((0, _)) | Err(_) => return ExitCode::SUCCESS,
