@@ -65,17 +65,17 @@ const CAPABILITIES: [Capability; 6] = [
         name: "CAP_SYS_PTRACE",
         needed_for: "finding the namespaces of other users' processes",
         need: Need::AllNamespaces(Some(
-            "MPTCP connections of other users' processes cannot be reset, and no connection of theirs \
-             where the kernel has no SOCK_DESTROY",
+            "connections of other users' processes cannot be reset if they use MPTCP or if the kernel \
+             has no SOCK_DESTROY",
         )),
     },
     Capability {
         bit: 2,
         name: "CAP_DAC_READ_SEARCH",
-        needed_for: "finding a cgroup by its identity",
+        needed_for: "finding a cgroup by its ID",
         need: Need::Never(
-            "the cgroup of each connection is searched for in the whole hierarchy, and not found in a \
-             directory that is closed to the daemon's user",
+            "the daemon searches the whole hierarchy for the cgroup of each connection, and does not find \
+             it in a directory that its user may not read",
         ),
     },
 ];
@@ -182,7 +182,7 @@ fn check_capability(capability: &Capability, effective: u64, all_namespaces: boo
         Need::AllNamespaces(None) if !all_namespaces => {
             return Check::good(
                 capability.name,
-                "missing, and not needed with daemon.network_namespaces = \"own\"",
+                "missing, but not needed with daemon.network_namespaces = \"own\"",
             );
         }
         Need::Always | Need::AllNamespaces(_) => None,
@@ -216,7 +216,7 @@ fn cgroup2() -> Check {
             "cgroup v2",
             ExitStatus::Unavailable,
             error.to_string(),
-            "the programs are attached to a cgroup",
+            "the daemon attaches its programs to a cgroup: mount cgroup2",
         ),
     }
 }
@@ -235,9 +235,9 @@ fn bpffs() -> Check {
                 Errno::EPERM => ExitStatus::NoPermission,
                 _ => ExitStatus::Unavailable,
             },
-            format!("not mounted, and cannot be: {}", error.desc()),
-            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\" and sessions \
-             are adopted anew at each start",
+            format!("not mounted, and cannot be mounted: {}", error.desc()),
+            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\": then each start \
+             adopts all sessions anew",
         ),
     }
 }
@@ -247,8 +247,8 @@ fn clock_lag() -> Check {
     Check::good(
         "time stamps",
         format!(
-            "exact; activity of sessions older than the daemon is known to {lag:?} and taken as so much \
-             later, so that none ends early"
+            "exact; the activity of sessions older than the daemon is known to within {lag:?}, which is \
+             added so that none ends early"
         ),
     )
 }
@@ -256,7 +256,7 @@ fn clock_lag() -> Check {
 fn netns_cookie() -> Check {
     const NAME: &str = "network namespace cookies";
     match DiagSocket::open().and_then(|diag| diag.netns_cookie()) {
-        Ok(cookie) => Check::good(NAME, format!("present, the own one is {cookie}")),
+        Ok(cookie) => Check::good(NAME, format!("present; this namespace has {cookie}")),
         Err(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
@@ -282,13 +282,13 @@ fn resets(probed: &Probed) -> Check {
             NAME,
             ExitStatus::Unavailable,
             nix::Error::from_raw(*code).desc(),
-            "the kernel must be able to destroy sockets",
+            "the daemon needs a kernel that can destroy sockets",
         ),
         Probed::Failed(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
             error.clone(),
-            "a connection over the loopback interface is needed to try it; is it up?",
+            "the test needs a connection over the loopback interface; is the interface up?",
         ),
     }
 }
