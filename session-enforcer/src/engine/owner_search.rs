@@ -2,7 +2,7 @@
 //! reaper queries the socket and the listeners on its port.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeSet, HashSet},
     rc::Rc,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use super::{
     ask::{self, Answer},
     context::Context,
     state::{MAX_PASS, RETRY_NS, State},
-    tracker::group_of,
+    tracker::{by_namespace, group_of},
 };
 use crate::{
     engine::adopt::{self, Listeners},
@@ -81,13 +81,8 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
 ///
 /// Fails if the session table cannot be read or written.
 pub(super) async fn resolve(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
-    let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
-    for (cookie, session) in sessions {
-        let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-        of_namespace.push((cookie, session));
-    }
     let mut resolved = Vec::new();
-    for (netns_cookie, sessions) in by_namespace {
+    for (netns_cookie, sessions) in by_namespace(sessions, |(_, session)| session) {
         resolved.extend(resolve_in(context, netns_cookie, sessions).await?);
     }
     compare(context, resolved).await
@@ -243,12 +238,8 @@ async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec
         }
         // The socket may not have counted a packet yet that is still in the hook.
         ask::wait_for_programs(context).await;
-        let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
-        for (cookie, session) in std::mem::take(&mut written) {
-            let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-            of_namespace.push((cookie, session));
-        }
-        for (netns_cookie, sessions) in by_namespace {
+        let differing = std::mem::take(&mut written);
+        for (netns_cookie, sessions) in by_namespace(differing, |(_, session)| session) {
             let answers = sockets_of(context, netns_cookie, &sessions, Detail::Activity).await;
             let answers = answers.unwrap_or_else(|error| {
                 tracing::warn!(
