@@ -54,30 +54,24 @@ pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
 
 /// Starts the task that searches for the holders of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
-    if context.is_finding_holders.get() || context.state().ending.is_empty() {
-        return;
+    let is_due = !context.state().ending.is_empty();
+    if is_due && !context.is_finding_holders.replace(true) {
+        context.spawn(find_waiting(Rc::clone(context)));
     }
-    context.is_finding_holders.set(true);
-    let context = Rc::clone(context);
-    let task = Rc::clone(&context);
-    context.spawn(async move {
-        let found = find_waiting(&task).await;
-        task.is_finding_holders.set(false);
-        found
-    });
 }
 
-async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+async fn find_waiting(context: Rc<Context>) -> Result<()> {
     loop {
         let ending = context.state().take_ending()?;
         if ending.is_empty() {
+            context.is_finding_holders.set(false);
             return Ok(());
         }
         let everywhere = Instant::now() >= context.all_rest_until.get();
         let mut used = Duration::ZERO;
         for (netns_cookie, sessions) in ending {
             for some in sessions.chunks(MAX_BATCH) {
-                used += find_holders(context, netns_cookie, some, everywhere).await?;
+                used += find_holders(&context, netns_cookie, some, everywhere).await?;
             }
         }
         if everywhere {

@@ -42,20 +42,13 @@ pub(super) type Tracked = (u64, Session);
 
 /// Starts the task that resolves the owners of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
-    if context.is_finding_owners.get() || context.state().without_owner.is_empty() {
-        return;
+    let is_due = !context.state().without_owner.is_empty();
+    if is_due && !context.is_finding_owners.replace(true) {
+        context.spawn(find_waiting(Rc::clone(context)));
     }
-    context.is_finding_owners.set(true);
-    let context = Rc::clone(context);
-    let task = Rc::clone(&context);
-    context.spawn(async move {
-        let found = find_waiting(&task).await;
-        task.is_finding_owners.set(false);
-        found
-    });
 }
 
-async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+async fn find_waiting(context: Rc<Context>) -> Result<()> {
     loop {
         let some = {
             let mut state = context.state();
@@ -63,10 +56,11 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
             state.without_owner.drain(..count).collect::<Vec<_>>()
         };
         if some.is_empty() {
+            context.is_finding_owners.set(false);
             return Ok(());
         }
         let began = std::time::Instant::now();
-        for (cookie, _) in resolve(context, some).await? {
+        for (cookie, _) in resolve(&context, some).await? {
             context.state().tracker.rearm(cookie, 0);
         }
         context.wake.notify_one();
