@@ -377,6 +377,7 @@ fn what_the_design_notes_name_is_in_the_code() {
         let is_part = |c: char| c.is_alphanumeric() || c == '_';
         text.split(|c| !is_part(c)).any(|found| found == word)
     };
+    let mut missing = Vec::new();
     for (page, text) in pages() {
         let of_tests = ["reports.md", "testing.md"].map(|name| page.ends_with(name));
         let is_note = page.starts_with(Path::new(DOCS).join("design")) && of_tests == [false; 2];
@@ -397,8 +398,9 @@ fn what_the_design_notes_name_is_in_the_code() {
                 (is_module || is_type) && has(source, second)
             });
             if !is_there {
-                eprintln!("MISSING {}: `{code}`", page.display());
+                missing.push(format!("{}: {code}", page.display()));
             }
         }
     }
+    assert_eq!(missing, Vec::<String>::new());
 }
