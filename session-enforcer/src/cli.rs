@@ -130,7 +130,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "port")]
     config: Option<PathBuf>,
 
-    /// Keep a copy of the last valid configuration here, and start with it if the file is invalid
+    /// Copy of the last valid configuration, used if the file is invalid at a start
     #[arg(long, value_name = "FILE", conflicts_with = "port")]
     pub last_good: Option<PathBuf>,
 
@@ -167,7 +167,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH", value_parser = audit)]
     audit: Option<AuditTarget>,
 
-    /// Directory on bpffs that keeps sessions and programs while no daemon runs, "" for none
+    /// Directory on bpffs that keeps sessions and programs between two runs, "" for none
     /// [default: /sys/fs/bpf/session-enforcer]
     #[arg(long, value_name = "DIR")]
     pin_dir: Option<PinDir>,
@@ -202,7 +202,7 @@ pub struct ExplainArgs {
     #[arg(value_name = "REMOTE", value_parser = end, required_unless_present = "session")]
     remote: Option<SocketAddr>,
 
-    /// Instead of addresses: ID of a live session of the running daemon, as list prints it
+    /// Explain a live session of the running daemon, by its ID in list, instead of addresses
     #[arg(long, value_name = "ID", conflicts_with_all = ["local", "remote", "direction", "user", "cgroup"])]
     pub session: Option<u64>,
 
@@ -299,8 +299,7 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Network namespaces that the daemon is to enforce: all, or only its own, which needs just three
-    /// capabilities
+    /// Network namespaces to enforce: all, or only the daemon's own (needs three capabilities)
     #[arg(long, value_name = "WHICH", default_value = "all", value_parser = namespaces())]
     pub network_namespaces: NetworkNamespaces,
 }

@@ -38,10 +38,6 @@ pub struct ListArgs {
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// The filters.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
     /// Sort by time left, idle time, age, bytes, rule or ID
     #[arg(long, value_name = "KEY", value_enum, default_value_t = SortKey::Left)]
     pub sort: SortKey,
@@ -53,6 +49,10 @@ pub struct ListArgs {
     /// Print JSON, one object per line
     #[arg(long)]
     pub json: bool,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Arguments of `kill`.
@@ -68,10 +68,6 @@ pub struct KillArgs {
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// The filters.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
     /// Reset nothing; print the sessions that would be reset
     #[arg(long)]
     pub dry_run: bool,
@@ -83,6 +79,10 @@ pub struct KillArgs {
     /// Print JSON, one object per line
     #[arg(long)]
     pub json: bool,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Arguments of `top`.
@@ -93,13 +93,13 @@ pub struct TopArgs {
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// The filters.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
     /// Sort by time left, idle time, age, bytes, rule or ID
     #[arg(long, value_name = "KEY", value_enum, default_value_t = SortKey::Left)]
     pub sort: SortKey,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Conditions on sessions. A session must match all of them.
