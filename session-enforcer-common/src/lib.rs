@@ -30,7 +30,7 @@ pub use matching::{
 pub use owner::{Ancestors, MAX_CGROUP_LEVELS, MAX_CGROUPS, Owner};
 pub use ports::{PortFilter, PortFilters};
 pub use restored::{Clocks, Ends, MAX_REMEMBERED};
-pub use session::{Address, Choice, Direction, Session, Traffic, flags};
+pub use session::{Address, Choice, Direction, SHORTEST_LIMIT_NS, Session, Traffic, flags};
 
 /// Maximum number of entries in one match table. A rule has one entry for each combination of its prefixes, port ranges
 /// and owners.

@@ -221,7 +221,7 @@ impl Choice {
 }
 
 /// The shortest limit that a rule can have.
-const SHORTEST_LIMIT_NS: u64 = 1_000_000_000;
+pub const SHORTEST_LIMIT_NS: u64 = 1_000_000_000;
 
 /// The fields of a [`Session`] that packets change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,9 @@
 use core::{arch::asm, ptr};
 
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
-use session_enforcer_common::{EventKind, Limits, PacketDirection, Session, flags};
+use session_enforcer_common::{
+    EventKind, Limits, PacketDirection, SHORTEST_LIMIT_NS, Session, flags,
+};
 
 use crate::{count, lifecycle, words};
 
@@ -16,11 +18,6 @@ pub(crate) enum Verdict {
     Pass,
     Drop,
 }
-
-/// Upper bound of the interval between two gate checks of a session, in nanoseconds; equal to the shortest limit. If a
-/// slot is reused while a packet is in the hook, the packet may write its result into the record of another session.
-/// This bound limits the effect.
-const LONGEST_UNSEEN_NS: u64 = 1_000_000_000;
 
 /// Whether payload that passes now is too late. The check comes before the packet's stamp, so late payload cannot
 /// revive its session.
@@ -52,7 +49,9 @@ fn recheck(session: &mut Session, limits: &Limits, now_ns: u64) -> bool {
     }
     let until_ns = limits.open_until_ns(session, now_ns);
     if until_ns > now_ns {
-        let until_ns = until_ns.min(now_ns + LONGEST_UNSEEN_NS);
+        // If a slot is reused while a packet is in the hook, the packet may write its result into the record of another
+        // session. This bound on the interval between two checks limits the effect.
+        let until_ns = until_ns.min(now_ns + SHORTEST_LIMIT_NS);
         // The exchange fails if the daemon has shut the gate since; the gate then stays shut.
         if before_ns != Session::SHUT {
             words::exchange(&raw mut session.open_until_ns, before_ns, until_ns);

@@ -27,37 +27,37 @@ use crate::host::trust::{self, Untrusted};
 pub use ends::{Circumstances, Ends};
 pub use live::{FilterArgs, KillArgs, ListArgs, SocketArgs, TopArgs, WatchArgs};
 
-/// Where the configuration is where the command line does not say.
+/// The configuration file if the command line names none.
 pub const DEFAULT_CONFIG: &str = "/etc/session-enforcer/config.toml";
 
-/// What is logged where neither `--log-level` nor `RUST_LOG` says.
+/// The log level without `--log-level` and `RUST_LOG`.
 const DEFAULT_LOG_LEVEL: &str = "info";
 
 const LOG_LEVEL_HELP: &str = "\
-What is logged: error, warn, info, debug, trace, off, or a filter such as
+Log level: error, warn, info, debug, trace or off; or a filter such as
 info,session_enforcer::engine=debug [default: RUST_LOG, else info]";
 
 const EXIT_STATUS_HELP: &str = "\
 Exit status:
-  0   done
-  1   anything else went wrong
+  0   success
+  1   any other error
   2   wrong usage
-  69  this kernel lacks something that is needed, or no daemon answers
-  75  some of what was asked for failed
+  69  the kernel lacks a required feature, or no daemon answers
+  75  part of the request failed
   77  privileges are missing
-  78  the configuration is wrong";
+  78  the configuration is invalid";
 
 const EXAMPLES: &str = "\
 Examples:
   Reset connections to PostgreSQL that are idle for 15 minutes or older than 12 hours:
     session-enforcer run --port 5432 --idle-timeout 15m --max-lifetime 12h
 
-  The same from a file, first validated, then without resetting anything:
+  Validate a configuration file, then run with it without resetting anything:
     session-enforcer check --config config.toml
     session-enforcer run --config config.toml --observe";
 
 const RUN_EXAMPLES: &str = "\
-A file of one rule:
+A configuration file with one rule:
   [[rule]]
   name = \"postgres\"
   direction = \"inbound\"
@@ -65,26 +65,26 @@ A file of one rule:
   idle_timeout = \"15m\"
   max_lifetime = \"12h\"
 
-The same without a file:
+The same limits without a file:
   session-enforcer run --port 5432 --idle-timeout 15m --max-lifetime 12h
 
-Times are written as 90s, 15m, 12h, 7d or 1h30m, from 1s on.";
+Durations are written as 90s, 15m, 12h, 7d or 1h30m. The shortest is 1s.";
 
 const DETACH_HELP: &str = "\
-A daemon that was killed leaves its programs attached, one that was stopped its
-sessions, for the next start. This removes both, of every version of the daemon.
-While a daemon runs it is refused.";
+A killed daemon leaves its programs attached. A stopped daemon leaves its sessions
+for the next start. detach removes both, whichever version of the daemon left them.
+It fails while a daemon runs.";
 
 const EXPLAIN_EXAMPLE: &str = "\
-Example: a client at 10.0.0.9 that has connected to the PostgreSQL of this host, 10.0.0.5:
+Example: a client at 10.0.0.9 is connected to PostgreSQL on this host, 10.0.0.5:
   session-enforcer explain 10.0.0.5:5432 10.0.0.9:50000 --direction inbound --user postgres";
 
-/// Gives every TCP connection of this host a deadline, and resets it when the deadline passes.
+/// Reset TCP connections that are idle or open for too long.
 #[derive(Clone, Debug, PartialEq, Eq, Parser)]
 #[command(name = "session-enforcer", version)]
 #[command(after_help = format!("{EXAMPLES}\n\n{EXIT_STATUS_HELP}"))]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 
@@ -94,31 +94,30 @@ pub struct Cli {
     log_level: Option<LogLevel>,
 }
 
-/// What to do.
+/// A command with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub enum Command {
-    /// Run the daemon in the foreground; logs go to stderr
+    /// Run the daemon in the foreground; it logs to stderr
     Run(RunArgs),
-    /// Validate a configuration, print its rules as they are understood, and say what `run` would
-    /// refuse on this host
+    /// Validate a configuration, print its rules, and report what `run` would refuse on this host
     Check(CheckArgs),
-    /// Say how the running daemon is: ready or why not, its rules with their sessions, its configuration
+    /// Print the state of the running daemon: readiness, configuration, sessions of each rule
     Status(WatchArgs),
-    /// List live sessions: rule, ends, owner, age, idle, which limit comes first and when
+    /// List live sessions: rule, addresses, owner, age, idle time, next limit and time left
     List(ListArgs),
     /// Reset sessions now
     Kill(KillArgs),
-    /// Show the live sessions on the terminal, those that end next first
+    /// Show live sessions in the terminal and update them continuously
     Top(TopArgs),
-    /// Have the running daemon read its configuration, wait, and say what became of it
+    /// Make the running daemon reload its configuration, wait for it, and print the result
     Reload(WatchArgs),
-    /// Follow the audit's records as they are made
+    /// Print audit records as the daemon writes them
     Events(WatchArgs),
-    /// Say which rule decides about a connection, and why the earlier ones do not
+    /// Print which rule applies to a connection, and why the rules before it do not match
     Explain(ExplainArgs),
-    /// Take out of the kernel what a daemon that was killed or stopped left there
+    /// Remove the programs and sessions that a killed or stopped daemon left in the kernel
     Detach(DetachArgs),
-    /// Say what this kernel and these privileges allow, each with what to do about it
+    /// Check the kernel and the privileges, and print a remedy for each problem
     Doctor(DoctorArgs),
 }
 
@@ -127,53 +126,53 @@ pub enum Command {
 #[command(after_help = format!("{RUN_EXAMPLES}\n\n{EXIT_STATUS_HELP}"))]
 #[command(group = ArgGroup::new("limits").multiple(true).requires("port"))]
 pub struct RunArgs {
-    /// The configuration, in TOML [default: /etc/session-enforcer/config.toml]
+    /// Configuration file, in TOML [default: /etc/session-enforcer/config.toml]
     #[arg(long, value_name = "FILE", conflicts_with = "port")]
     config: Option<PathBuf>,
 
-    /// A copy of the last valid configuration is kept here; a start with a wrong one takes the copy
+    /// Copy of the last valid configuration, used if the file is invalid at a start
     #[arg(long, value_name = "FILE", conflicts_with = "port")]
     pub last_good: Option<PathBuf>,
 
-    /// Directory of the cgroup2 control group whose sockets are looked at [default: the whole host]
+    /// Track only sockets of this cgroup2 directory and those below it [default: the whole host]
     #[arg(long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
     cgroup: Option<String>,
 
-    /// Reset nothing; record what would be reset
+    /// Reset nothing; record the sessions that would be reset
     #[arg(long)]
     observe: bool,
 
-    /// In place of a file: one rule, named cli, for connections accepted on these ports
+    /// Instead of a file, use one rule named cli, for connections accepted on these ports
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_ports)]
     #[arg(requires = "limits")]
     port: Vec<PortRange>,
 
-    /// Longest time without new payload, with --port
+    /// With --port: reset a connection after this time without new payload
     #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
     idle_timeout: Option<Duration>,
 
-    /// Longest time since the connection was established, with --port
+    /// With --port: reset a connection this long after it was established
     #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
     max_lifetime: Option<Duration>,
 
-    /// Where the metrics are served: ADDR:PORT, unix:PATH, or "" for nowhere [default: 127.0.0.1:9847]
+    /// Serve metrics at ADDR:PORT or unix:PATH, or nowhere ("") [default: 127.0.0.1:9847]
     #[arg(long, value_name = "LISTEN")]
     metrics_listen: Option<Listen>,
 
-    /// The control socket, "" for none [default: /run/session-enforcer/control.sock]
+    /// Path of the control socket, "" for none [default: /run/session-enforcer/control.sock]
     #[arg(long, value_name = "PATH", value_parser = parse_control_socket)]
     control_socket: Option<ControlSocket>,
 
-    /// Where the audit records go: a file, journald, or - for standard output [default: -]
+    /// Write audit records to a file, to journald, or to standard output (-) [default: -]
     #[arg(long, value_name = "PATH", value_parser = audit)]
     audit: Option<AuditTarget>,
 
-    /// Where sessions and programs outlive the daemon, a directory on bpffs, "" for nowhere
+    /// Directory on bpffs that keeps sessions and programs between two runs, "" for none
     /// [default: /sys/fs/bpf/session-enforcer]
     #[arg(long, value_name = "DIR")]
     pin_dir: Option<PinDir>,
 
-    /// Start also where another daemon's programs are attached to the same cgroup
+    /// Start even if another daemon's programs are attached to the same cgroup
     #[arg(long)]
     pub force: bool,
 }
@@ -182,7 +181,7 @@ pub struct RunArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = EXIT_STATUS_HELP)]
 pub struct CheckArgs {
-    /// The configuration, in TOML
+    /// Configuration file, in TOML
     #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     pub config: PathBuf,
 
@@ -195,62 +194,62 @@ pub struct CheckArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = format!("{EXPLAIN_EXAMPLE}\n\n{EXIT_STATUS_HELP}"))]
 pub struct ExplainArgs {
-    /// This host's end of the connection, as in 10.0.0.5:5432 or as ss -tn prints it; an IPv6 address in
-    /// brackets
+    /// Local address and port, such as 10.0.0.5:5432, or as ss -tn prints it; IPv6 in brackets
     #[arg(value_name = "LOCAL", value_parser = end, required_unless_present = "session")]
     local: Option<SocketAddr>,
 
-    /// The peer's end
+    /// Remote address and port
     #[arg(value_name = "REMOTE", value_parser = end, required_unless_present = "session")]
     remote: Option<SocketAddr>,
 
-    /// In place of the ends: a live session, by its number in list; the running daemon is asked
+    /// Explain a live session of the running daemon, by its ID in list, instead of addresses
     #[arg(long, value_name = "ID", conflicts_with_all = ["local", "remote", "direction", "user", "cgroup"])]
     pub session: Option<u64>,
 
-    /// Which daemon.
+    /// The socket of the daemon.
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// Accepted here (inbound) or dialled from here (outbound) [default: both are explained]
+    /// Accepted by this host (inbound) or dialled by it (outbound) [default: explain both]
     #[arg(long, value_parser = direction())]
     direction: Option<Direction>,
 
-    /// User that the socket belongs to, by name or uid [default: open]
+    /// Owner of the socket: user name or uid [default: unspecified]
     #[arg(long, value_name = "USER", value_parser = parse_user)]
     user: Option<User>,
 
-    /// The socket's control group, as in /system.slice/postgresql.service [default: open]
+    /// The socket's cgroup, such as /system.slice/postgresql.service [default: unspecified]
     #[arg(long, value_name = "PATH", value_parser = parse_cgroup)]
     cgroup: Option<String>,
 
-    /// The configuration, in TOML [default: /etc/session-enforcer/config.toml; of a session that of its daemon]
+    /// Configuration file, in TOML [default: /etc/session-enforcer/config.toml; with --session, the
+    /// daemon's file]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 impl ExplainArgs {
-    /// The two ends.
+    /// Both ends of the connection.
     ///
     /// # Errors
     ///
-    /// Where one is IPv4 and the other IPv6, or there are none: wrong usage.
+    /// Fails with a usage error if one end is IPv4 and the other IPv6, or if the ends are missing.
     pub fn ends(&self) -> Result<Ends, Failure> {
         match (self.local, self.remote) {
             (Some(local), Some(remote)) => Ends::new(local, remote),
             _ => Err(Failure::new(
                 ExitStatus::Usage,
-                "name both ends, or a --session",
+                "give LOCAL and REMOTE, or --session ID",
             )),
         }
     }
 
-    /// The file that is explained.
+    /// The configuration file to explain, unless `--session` is given.
     pub fn config_path(&self) -> &Path {
         self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG))
     }
 
-    /// What is asked about besides them.
+    /// The known properties of the connection besides its ends.
     pub fn circumstances(&self) -> Circumstances {
         Circumstances {
             direction: self.direction,
@@ -264,21 +263,21 @@ impl ExplainArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = format!("{DETACH_HELP}\n\n{EXIT_STATUS_HELP}"))]
 pub struct DetachArgs {
-    /// The configuration that names the directory [default: /etc/session-enforcer/config.toml]
+    /// Configuration file that names the pin directory [default: /etc/session-enforcer/config.toml]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_dir")]
     config: Option<PathBuf>,
 
-    /// The directory [default: that of the configuration]
+    /// Pin directory [default: the one in the configuration]
     #[arg(long, value_name = "DIR")]
     pin_dir: Option<PinDir>,
 }
 
 impl DetachArgs {
-    /// The directory; none where the configuration has none.
+    /// The pin directory. `None` if the configuration turns pinning off.
     ///
     /// # Errors
     ///
-    /// Where the configuration is wrong, or one that was named is not there.
+    /// Fails if the configuration is invalid, or if the named file does not exist.
     pub fn pin_dir(&self) -> anyhow::Result<Option<PathBuf>> {
         if let Some(PinDir(path)) = &self.pin_dir {
             return Ok(path.clone());
@@ -300,8 +299,7 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Which network namespaces the daemon is to enforce: all, or its own, for which three capabilities
-    /// suffice
+    /// Network namespaces to enforce: all, or only the daemon's own (needs three capabilities)
     #[arg(long, value_name = "WHICH", default_value = "all", value_parser = namespaces())]
     pub network_namespaces: NetworkNamespaces,
 }
@@ -335,7 +333,7 @@ impl FromStr for LogLevel {
     }
 }
 
-/// Where the metrics are served, if at all.
+/// The address that serves the metrics, if any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Listen(Option<MetricsListen>);
 
@@ -347,7 +345,7 @@ impl FromStr for Listen {
     }
 }
 
-/// Where pins are, if anywhere.
+/// The pin directory, if any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct PinDir(Option<PathBuf>);
 

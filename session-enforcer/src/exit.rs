@@ -13,17 +13,17 @@ const PROGRAM: &str = "session-enforcer";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ExitStatus {
-    /// Something that has no status of its own.
+    /// Any other error.
     Other = 1,
     /// The command line is wrong.
     Usage = 2,
-    /// This kernel lacks something that is needed, or no daemon answers (`EX_UNAVAILABLE`).
+    /// The kernel lacks a required feature, or no daemon answers (`EX_UNAVAILABLE`).
     Unavailable = 69,
-    /// Some of what was asked for failed (`EX_TEMPFAIL`).
+    /// Part of the request failed (`EX_TEMPFAIL`).
     Partly = 75,
     /// Privileges are missing (`EX_NOPERM`).
     NoPermission = 77,
-    /// The configuration is wrong (`EX_CONFIG`).
+    /// The configuration is invalid (`EX_CONFIG`).
     Configuration = 78,
 }
 
@@ -46,12 +46,12 @@ impl ExitStatus {
     /// What `--help` says about it.
     pub const fn meaning(self) -> &'static str {
         match self {
-            Self::Other => "anything else went wrong",
+            Self::Other => "any other error",
             Self::Usage => "wrong usage",
-            Self::Unavailable => "this kernel lacks something that is needed, or no daemon answers",
-            Self::Partly => "some of what was asked for failed",
+            Self::Unavailable => "the kernel lacks a required feature, or no daemon answers",
+            Self::Partly => "part of the request failed",
             Self::NoPermission => "privileges are missing",
-            Self::Configuration => "the configuration is wrong",
+            Self::Configuration => "the configuration is invalid",
         }
     }
 

@@ -10,7 +10,7 @@ use crate::rustc::Rustc;
 /// A processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Arch {
-    /// 64-bit PCs and servers.
+    /// 64-bit x86.
     #[value(name = "x86_64")]
     X86_64,
     /// 64-bit ARM.

@@ -21,19 +21,19 @@ const PROGRAMS: [&str; 2] = ["session-enforcer-bench", "session-enforcer-test-ag
 /// This variable names the daemon for the harness.
 const BINARY: &str = "SESSION_ENFORCER_BIN";
 
-/// What `bench` is asked for.
+/// Arguments of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fewer and shorter rounds: under 3 minutes instead of some 12, and more noise.
+    /// Run fewer and shorter rounds: less than 3 minutes instead of about 12, with more noise.
     #[arg(long)]
     quick: bool,
-    /// Only name the benchmarks.
+    /// List the benchmarks and run none.
     #[arg(long)]
     list: bool,
-    /// Never install anything: a peer that is missing is named in the table.
+    /// Do not install packages. The table names the missing programs.
     #[arg(long)]
     no_install: bool,
-    /// Parts of the names of the benchmarks to run; all where there are none.
+    /// Benchmarks to run, by a part of their names [default: all].
     #[arg(value_name = "NAME")]
     names: Vec<String>,
 }
@@ -50,12 +50,12 @@ pub(crate) fn bench(workspace: &Workspace, args: &Args) -> Result<()> {
     }
     peers(args.no_install)?;
     setup(workspace)?;
-    say!("the daemon that is measured");
+    say!("building the daemon");
     let daemon = daemon(workspace, Profile::Release)?;
     let bench = programs(workspace)?;
     let report = report(workspace)?;
     if !is_root()? {
-        say!("from here on as root, through sudo: namespaces, cgroups and eBPF need it");
+        say!("continuing as root, with sudo: namespaces, cgroups and eBPF require it");
     }
     let mut command = as_root("env")?;
     command.args(environment(&daemon)).arg(&bench);

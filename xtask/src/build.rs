@@ -9,13 +9,13 @@ use crate::process::run;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// What `build` is asked for.
+/// Arguments of `build`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Optimised, as it is installed (the default).
+    /// Build with optimisation, as for an installation (the default).
     #[arg(long, conflicts_with = "debug")]
     release: bool,
-    /// Not optimised, with debug assertions. The eBPF programs are optimised in any case.
+    /// Build without optimisation and with debug assertions. The eBPF programs are always optimised.
     #[arg(long)]
     debug: bool,
 }

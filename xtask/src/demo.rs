@@ -32,7 +32,7 @@ const BINARY: &str = "SESSION_ENFORCER_BIN";
 /// The script that installs packages; see `packages.rs`.
 const INSTALLER: &str = include_str!("install.sh");
 
-/// What `demo` is asked for.
+/// Arguments of `demo`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The show alone: root's part, with this agent and the daemon that the environment names.
@@ -56,11 +56,11 @@ pub(crate) fn prepare(workspace: &Workspace) -> Result<Command> {
     let daemon = daemon(workspace, Profile::Release)?;
     let agent = agent(workspace)?;
     if !is_root()? {
-        say!("from here on as root, through sudo: namespaces, a cgroup and eBPF need it");
+        say!("continuing as root, with sudo: namespaces, a cgroup and eBPF require it");
     }
     let mut command = as_root("env")?;
     command.args(environment(&daemon, &ip));
-    let own = env::current_exe().context("cannot tell where xtask's own program is")?;
+    let own = env::current_exe().context("cannot determine the path of this program")?;
     command.arg(&own).args(["demo", "--show"]).arg(agent);
     Ok(command)
 }
@@ -71,14 +71,14 @@ fn ip() -> Result<PathBuf> {
     if let Some(path) = find() {
         return Ok(path);
     }
-    let why = "`ip` is missing (package iproute2); the demo makes its network namespaces with it";
+    let why = "`ip` (package iproute2) is missing; the demo creates its network namespaces with it";
     if find_program("apt-get", &[]).is_none() {
-        bail!("{why}. There is no apt-get here: install it with this system's package manager");
+        bail!("{why}. This system has no apt-get: install iproute2 with its package manager");
     }
     say!("{why}: installing it");
     run_program(as_root("sh")?.args(["-c", INSTALLER, "install.sh", "iproute2"]))
         .context("cannot install; remedy: `apt-get install iproute2`")?;
-    find().context("iproute2 is installed, and yet there is no `ip`")
+    find().context("iproute2 is installed, but `ip` is still missing")
 }
 
 fn agent(workspace: &Workspace) -> Result<PathBuf> {

@@ -26,16 +26,16 @@ use crate::workspace::Workspace;
 
 const NAME: &str = "session-enforcer";
 
-/// What `dist` is asked for.
+/// Arguments of `dist`.
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
-    /// The processor; without it, each.
+    /// Architecture to build for [default: all].
     #[arg(long)]
     arch: Option<Arch>,
-    /// Builds a second time, in another folder, and fails where a byte differs; before --test.
+    /// Build again in another folder, and fail if a byte differs. Runs before `--test`.
     #[arg(long)]
     twice: bool,
-    /// Installs the Debian package in machines with systemd and runs the image in podman, as root.
+    /// Install the Debian package in containers with systemd, and run the image in podman. Needs root.
     #[arg(long)]
     test: bool,
 }
@@ -92,7 +92,7 @@ fn build_again(
     first: &Path,
 ) -> Result<()> {
     let folder = workspace.target().join("dist-again");
-    say!("the same once more, in {}", folder.display());
+    say!("building a second time, in {}", folder.display());
     renew(&folder)?;
     let checkout = workspace.copy_sources(&folder)?;
     let second = folder.join("dist");
@@ -110,7 +110,7 @@ fn build_again(
         first.display(),
         second.display()
     );
-    say!("both builds have the same bytes");
+    say!("both builds are identical");
     fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
@@ -372,7 +372,8 @@ fn source_date(workspace: &Workspace) -> Result<String> {
     let mut git = Command::new("git");
     git.args(["log", "-1", "--format=%ct"])
         .current_dir(workspace.root());
-    let epoch = output_of(&mut git).context("set SOURCE_DATE_EPOCH where there is no git")?;
+    let epoch = output_of(&mut git)
+        .context("cannot read the date of the last commit; without git, set SOURCE_DATE_EPOCH")?;
     Ok(epoch.trim().to_owned())
 }
 

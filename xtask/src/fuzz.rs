@@ -35,13 +35,13 @@ const MAX_SECONDS_EACH: u32 = 10;
 /// What is fuzzed.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Target {
-    /// A configuration file, and what is made of it.
+    /// Configuration files.
     Config,
-    /// A datagram of the kernel's socket table.
+    /// Netlink datagrams in which the kernel lists sockets.
     Netlink,
-    /// Records of the ring buffer and of the maps.
+    /// Records in the ring buffer and the maps.
     Records,
-    /// The headers of a packet.
+    /// Packet headers.
     Packet,
 }
 
@@ -58,12 +58,12 @@ impl Target {
     }
 }
 
-/// What `fuzz` is asked for.
+/// Arguments of `fuzz`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The target; without it, each in its turn.
+    /// Target to run [default: all, one after another].
     target: Option<Target>,
-    /// Seconds for each target.
+    /// Time for each target, in seconds.
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
 }

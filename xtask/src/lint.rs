@@ -11,10 +11,10 @@ use crate::rustc::add_component;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// What `lint` is asked for.
+/// Arguments of `lint`.
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
-    /// Do not build cargo-deny where none is installed, which takes minutes: the dependencies are not looked at then
+    /// Do not build cargo-deny if it is not installed. The dependencies are then not checked.
     #[arg(long)]
     no_install: bool,
 }
@@ -142,9 +142,9 @@ fn ensure_component(workspace: &Workspace, component: &str) -> Result<()> {
     if output_of(workspace.cargo().args([subcommand, "--version"])).is_ok() {
         return Ok(());
     }
-    say!("adding rustup's component {component}: `cargo {subcommand}` is not here");
+    say!("adding the rustup component {component}, because `cargo {subcommand}` is missing");
     output_of(&mut add_component(component)).with_context(|| {
-        format!("`cargo {subcommand}` is not here; remedy: install {component} for this toolchain")
+        format!("`cargo {subcommand}` is missing; remedy: install {component} for this toolchain")
     })?;
     Ok(())
 }

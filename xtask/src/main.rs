@@ -32,7 +32,7 @@ use clap::{Parser, Subcommand};
 
 use crate::workspace::Workspace;
 
-/// Builds, runs, shows and tests session-enforcer.
+/// Build, run, show and test session-enforcer.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Cli {
@@ -42,50 +42,52 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Makes ready what the eBPF programs are built with (core's sources, bpf-linker).
+    /// Prepare the eBPF toolchain: the sources of Rust's `core`, and bpf-linker.
     ///
-    /// Everything is kept in the target directory, and nothing that is ready is made again. The
-    /// other commands do this first, by themselves.
+    /// The toolchain is kept in the target directory, and only missing parts are prepared. The other
+    /// commands run this step by themselves.
     Setup,
-    /// Builds the daemon, eBPF programs included, and prints the path of its binary.
+    /// Build the daemon with its eBPF programs, and print the path of the binary.
     Build(build::Args),
-    /// Builds the daemon and runs it as root, through sudo where that is needed.
+    /// Build the daemon and run it as root, with sudo if necessary.
     Run(run::Args),
-    /// Shows session-enforcer at work, in namespaces and a cgroup of its own.
+    /// Show session-enforcer at work, in its own network namespaces and cgroup.
     ///
-    /// Real connections and the real daemon, with limits of a few seconds: who is reset, when, and
-    /// who is not. Ends by itself in under 30 seconds once built, and leaves nothing behind.
+    /// The daemon enforces limits of a few seconds on real connections. The demo shows which
+    /// connections are reset and when, and which are not. After the build it takes less than 30
+    /// seconds. It removes everything it has created.
     Demo(demo::Args),
-    /// Makes the pictures in the documentation anew: the demo in a terminal, the dashboard's panels.
+    /// Redraw the pictures in the documentation: the demo in a terminal, the panels of the dashboard.
     Picture(picture::Args),
-    /// Runs every test: first those that need no privilege, then the others as root.
+    /// Run every test: first those that need no privileges, then the others as root.
     Test(test::Args),
-    /// Measures what session-enforcer costs and how exact it is, beside its peers, as root.
+    /// Measure the cost and the precision of session-enforcer and of similar programs, as root.
     ///
-    /// A table on the terminal, and a JSON file in the target directory. Nothing fails because it is
-    /// slow: the table says whether each budget is met. In a cgroup and namespaces of its own.
+    /// The benchmarks run in their own cgroup and namespaces. The results are a table on the terminal
+    /// and a JSON file in the target directory. The table shows whether each budget is met; a missed
+    /// budget does not fail the command.
     Bench(bench::Args),
-    /// Runs the fuzz targets, each from its seeds for some time; fails if one finds something.
+    /// Run each fuzz target for some time, starting from its seeds; fail if one finds a bug.
     ///
-    /// Needs a C++ compiler besides; cargo-fuzz is made ready in the target directory, where
-    /// everything that is found goes too. Takes no privilege.
+    /// Needs a C++ compiler, but no privileges. cargo-fuzz is built in the target directory, and the
+    /// inputs that fail are written there.
     Fuzz(fuzz::Args),
-    /// Runs the privileged tests on other kernels, in virtual machines.
+    /// Run the privileged tests on other kernels, in virtual machines.
     ///
-    /// Debian's kernels for clouds are fetched into the target directory, which is where everything
-    /// that comes of it is, too. QEMU emulates where there is no KVM, and where the kernels are for another processor
-    /// (`--arch`), and then this takes its time.
+    /// Debian's cloud kernels are downloaded into the target directory, and the results are written
+    /// there. Without KVM, and for another architecture (`--arch`), QEMU emulates the processor, which
+    /// is slow.
     Vm(vm::Args),
-    /// What `vm` starts inside of the virtual machine.
+    /// Run the tests inside a virtual machine that `vm` has started.
     #[command(hide = true)]
     VmGuest,
-    /// Makes a release: static binaries, packages, an image, a tarball, checksums, in the target directory.
+    /// Build a release in the target directory: static binaries, packages, images, tarballs, checksums.
     ///
-    /// For 64-bit PCs and ARM, whatever this machine is. The same sources give the same bytes.
+    /// Builds for 64-bit x86 and ARM, on either of them. The same sources give the same bytes.
     Dist(dist::Args),
-    /// Checks that a release can be made of this checkout; a line for each check, with what to do.
+    /// Check whether this checkout can be released, and print a remedy for each failed check.
     ReleaseCheck(release_check::Args),
-    /// Checks formatting, documentation and dependencies, and runs clippy on every crate, the eBPF programs too.
+    /// Check formatting, documentation and dependencies; run clippy on all crates, also on the eBPF programs.
     Lint(lint::Args),
 }
 

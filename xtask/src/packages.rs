@@ -39,7 +39,7 @@ const fn client(module: &'static str, package: &'static str) -> Need {
         kind: Kind::Module,
         program: module,
         package,
-        why: "a client of Python's, and what it does when its connection is reset",
+        why: "a Python client whose connection is reset",
     }
 }
 
@@ -149,11 +149,7 @@ pub(crate) const TESTS: [Need; 41] = [
 /// The programs that every benchmark needs.
 pub(crate) const BENCH: [Need; 2] = [
     need("ip", "iproute2", "network namespaces and addresses"),
-    need(
-        "ss",
-        "iproute2",
-        "what kills connections by hand, to compare",
-    ),
+    need("ss", "iproute2", "killing connections by hand, to compare"),
 ];
 
 /// The programs for comparison.
@@ -220,7 +216,7 @@ pub(crate) const MACHINES: [Need; 8] = [
         "busybox-static",
         "a container beside that of the daemon",
     ),
-    need("rpm", "rpm", "what is in an RPM, and what it says"),
+    need("rpm", "rpm", "checking the content of the RPM"),
     need("lintian", "lintian", "the rules of Debian's packages"),
     need("mmdebstrap", "mmdebstrap", "the root of a Debian machine"),
     need(
@@ -274,15 +270,15 @@ pub(crate) fn ensure(needs: &[Need], policy: Missing) -> Result<()> {
     }
     if find_program("apt-get", &[]).is_none() {
         bail!(
-            "{}\nThis system has no apt-get: install them with its own package manager (the \
-             packages are named as in Debian)",
+            "{}\nThis system has no apt-get: install them with its package manager (the package \
+             names are those of Debian)",
             complaint(&missing)
         );
     }
     install(&missing)?;
     let still = self::missing(needs);
     if !still.is_empty() {
-        bail!("the installation succeeded, and yet {}", complaint(&still));
+        bail!("the installation succeeded, but {}", complaint(&still));
     }
     Ok(())
 }
@@ -315,7 +311,7 @@ fn postgresql_folders() -> Vec<PathBuf> {
 }
 
 fn complaint(missing: &[Need]) -> String {
-    let mut text = String::from("these programs and modules of Python are missing:");
+    let mut text = String::from("these programs and Python modules are missing:");
     for need in missing {
         text.push_str(&format!(
             "\n  {} (package {}): {}",
@@ -329,7 +325,7 @@ fn install(missing: &[Need]) -> Result<()> {
     let packages = packages_of(missing);
     say!("{}", complaint(missing));
     say!(
-        "installing {}; no service of theirs is started or enabled",
+        "installing {}, without starting or enabling their services",
         packages.join(", ")
     );
     run(as_root("sh")?
@@ -436,7 +432,7 @@ mod tests {
         let text = complaint(&[need("sshd", "openssh-server", "sessions of a real OpenSSH")]);
         assert_eq!(
             text,
-            "these programs and modules of Python are missing:\n  sshd (package openssh-server): sessions of a real OpenSSH"
+            "these programs and Python modules are missing:\n  sshd (package openssh-server): sessions of a real OpenSSH"
         );
     }
 

@@ -29,19 +29,19 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// The picture shows the demo's output from the first heading up to the second.
 const PART: [&str; 2] = ["session-enforcer list", "The audit's line"];
 
-/// What there is a picture of.
+/// The subject of a picture.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Subject {
-    /// `cargo xtask demo`, which is run for it, as root.
+    /// `cargo xtask demo`, which runs as root.
     Demo,
-    /// The panels of the Grafana dashboard, in their places.
+    /// The layout of the Grafana dashboard.
     Dashboard,
 }
 
-/// What `picture` is asked for.
+/// Arguments of `picture`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The picture to make; without it, each.
+    /// Picture to draw [default: all].
     subject: Option<Subject>,
 }
 
@@ -63,7 +63,7 @@ pub(crate) fn picture(workspace: &Workspace, args: &Args) -> Result<()> {
 /// Runs the demo in a pseudo-terminal and draws a part of its output.
 fn demo_svg(workspace: &Workspace) -> Result<String> {
     let show = demo::prepare(workspace)?;
-    say!("the demo, in a terminal of {COLUMNS} columns");
+    say!("running the demo in a terminal of {COLUMNS} columns");
     let written = run_on_terminal(show, COLUMNS.get(), PATIENCE)?;
     let [from, to] = PART;
     Recording::of(&written, COLUMNS)?

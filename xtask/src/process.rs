@@ -41,7 +41,7 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
         );
     }
     String::from_utf8(output.stdout)
-        .with_context(|| format!("{} printed bytes that are no text", shown(command)))
+        .with_context(|| format!("the output of {} is not UTF-8", shown(command)))
 }
 
 /// The lines that cargo, rustup or apt mark as errors. All lines if none is marked.
@@ -64,7 +64,7 @@ pub(crate) fn as_root(program: impl AsRef<Path>) -> Result<Command> {
     }
     if find_program("sudo", &[]).is_none() {
         bail!(
-            "{} has to run as root, and there is no sudo here: run this command as root",
+            "{} must run as root, and sudo is missing: run this command as root",
             program.display()
         );
     }

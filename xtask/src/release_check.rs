@@ -17,10 +17,10 @@ const CHANGELOG: &str = "CHANGELOG.md";
 /// The lock files of both workspaces.
 const LOCKS: [&str; 2] = ["Cargo.lock", "tests/fuzz/Cargo.lock"];
 
-/// What `release-check` is asked for.
+/// Arguments of `release-check`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Leaves out lint and the build of the release, which take minutes.
+    /// Skip lint and the build of the release, which take minutes.
     #[arg(long)]
     quick: bool,
 }
@@ -36,7 +36,7 @@ pub(crate) fn release_check(workspace: &Workspace, args: &Args) -> Result<()> {
     list.add("tag", no_tag(root, &version));
     if !args.quick {
         let linted = lint::lint(workspace, &lint::Args::default());
-        list.add("lint", linted.map(|()| "nothing to say".to_owned()));
+        list.add("lint", linted.map(|()| "no findings".to_owned()));
         let built = dist::dist(workspace, &dist::Args::default());
         list.add("dist", built.map(|()| "packages in target/dist".to_owned()));
     }
@@ -44,12 +44,12 @@ pub(crate) fn release_check(workspace: &Workspace, args: &Args) -> Result<()> {
     list.add("locks", locks(workspace));
     ensure!(
         list.failed == 0,
-        "no release of {version} can be made of this checkout: {} of {} checks failed",
+        "this checkout cannot be released as {version}: {} of {} checks failed",
         list.failed,
         list.made
     );
     println!(
-        "all {} checks are passed; next: CONTRIBUTING.md, A release",
+        "all {} checks passed; the next steps are in CONTRIBUTING.md, section \"A release\"",
         list.made
     );
     Ok(())
@@ -134,9 +134,7 @@ fn one_version(root: &Path, version: &str) -> Result<String> {
             }
         }
     }
-    Ok(format!(
-        "{version}, also in the {named} places that name it"
-    ))
+    Ok(format!("{version}, and in {named} other places"))
 }
 
 /// The versions of session-enforcer in a line: `session-enforcer:1.2.3`, also after `-`, `_` or a space, and
@@ -175,12 +173,12 @@ fn section_of(changelog: &str, version: &str, today: &str) -> Result<String> {
     };
     ensure!(
         is_date(date),
-        "{date:?} in {CHANGELOG} is no date; {remedy}"
+        "{date:?} in {CHANGELOG} is not a date; {remedy}"
     );
     // Dates of this form sort alphabetically.
     ensure!(
         date <= today,
-        "{CHANGELOG} dates {version} {date}, which is to come; {remedy}"
+        "{CHANGELOG} dates {version} {date}, which is in the future; {remedy}"
     );
     let entries = body.lines().filter(|line| line.starts_with("- ")).count();
     ensure!(
@@ -237,10 +235,10 @@ fn unchanged_locks(root: &Path) -> Result<String> {
     let files: Vec<_> = changed.lines().filter_map(|line| line.get(3..)).collect();
     ensure!(
         files.is_empty(),
-        "changed and not committed: {}; remedy: look at the change and commit it",
+        "changed and not committed: {}; remedy: review the change and commit it",
         some(&files)
     );
-    Ok("as they are committed".to_owned())
+    Ok("up to date".to_owned())
 }
 
 #[cfg(test)]
@@ -376,7 +374,7 @@ mod tests {
             ("b", "session-enforcer:1.2.3"),
         ]);
         let found = one_version(folder.path(), "1.2.3").expect("one version");
-        assert_eq!(found, "1.2.3, also in the 1 places that name it");
+        assert_eq!(found, "1.2.3, and in 1 other places");
     }
 
     #[test]
@@ -393,9 +391,9 @@ mod tests {
             ("## 1.2.3\n\n- a\n", "is \"1.2.3\", and not"),
             (
                 "## 1.2.3 - soon\n\n- a\n",
-                "\"soon\" in CHANGELOG.md is no date",
+                "\"soon\" in CHANGELOG.md is not a date",
             ),
-            ("## 1.2.3 - 2026-03-02\n\n- a\n", "which is to come"),
+            ("## 1.2.3 - 2026-03-02\n\n- a\n", "which is in the future"),
             (
                 "## 1.2.3 - 2026-02-28\n\n## 1.2.2 - 2026-01-01\n\n- c\n",
                 "has no entry",

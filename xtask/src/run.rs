@@ -10,10 +10,10 @@ use crate::process::as_root;
 use crate::setup::setup;
 use crate::workspace::Workspace;
 
-/// What `run` is asked for.
+/// Arguments of `run`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Arguments of session-enforcer.
+    /// Arguments for session-enforcer.
     #[arg(last = true)]
     arguments: Vec<OsString>,
 }

@@ -20,13 +20,13 @@ pub(crate) const BINARY: &str = "SESSION_ENFORCER_BIN";
 /// Prefixes of the variables that sudo would drop and that tests or debugging need.
 const PASSED_ON: [&str; 3] = ["PATH", "RUST_", "SESSION_ENFORCER_"];
 
-/// What `test` is asked for.
+/// Arguments of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Never install anything: fail and name what is missing.
+    /// Do not install packages. If any are missing, print their names and fail.
     #[arg(long)]
     no_install: bool,
-    /// Arguments of the test programs, such as a part of the names of the tests to run.
+    /// Arguments for the test programs, such as a part of the names of the tests to run.
     #[arg(last = true, value_name = "FILTER")]
     filter: Vec<OsString>,
 }
@@ -44,16 +44,16 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             failed.push(name);
         }
     };
-    say!("the tests that need no privilege");
+    say!("running the tests that need no privileges");
     record("the unprivileged tests", unprivileged(workspace, args));
-    say!("the daemon that the privileged tests run");
+    say!("building the daemon for the privileged tests");
     match daemon(workspace, Profile::Release) {
         Ok(binary) => {
-            say!("the tests that need root");
+            say!("running the tests that need root");
             record("the privileged tests", privileged(workspace, args, &binary));
         }
         Err(error) => record(
-            "the daemon's build, and so the privileged tests",
+            "the build of the daemon, so the privileged tests did not run",
             Err(error),
         ),
     }

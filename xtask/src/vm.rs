@@ -52,40 +52,41 @@ const CI_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
 /// The results of the last run.
 const RESULTS: &str = "results.json";
 
-/// What `vm` is asked for.
+/// Arguments of `vm`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A kernel of `--list`, or a series such as 6.16; several times for several. Without it, the
-    /// whole matrix.
+    /// Kernel to test: a name from `--list`, or a series such as 6.16. Can be given several times.
+    /// [default: the whole matrix]
     #[arg(long, value_name = "VERSION")]
     kernel: Vec<String>,
-    /// The processor of the machines. Another than this machine's is emulated, with a small Debian for it as the
-    /// machines' root; without named tests, those of `--ci` are run.
+    /// Architecture of the virtual machines. Another one than this machine's is emulated, with a small
+    /// Debian as the root file system, and the default tests are then those of `--ci`.
     #[arg(long, default_value = "x86_64")]
     arch: Arch,
-    /// Names the kernels of the matrix.
+    /// List the kernels of the matrix.
     #[arg(long)]
     list: bool,
-    /// A choice of the tests on the oldest and the newest kernel, both at the same time.
+    /// Run a selection of the tests on the oldest and the newest kernel at the same time.
     #[arg(long, conflicts_with_all = ["kernel", "tests", "machines"])]
     ci: bool,
-    /// Fetches the newest kernels, also where there are some.
+    /// Download the newest kernels, even if older ones have been downloaded.
     #[arg(long)]
     update: bool,
-    /// Machines that run at the same time.
+    /// Number of virtual machines that run at the same time.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     machines: u8,
-    /// Processors of a machine.
+    /// Processors of each virtual machine.
     #[arg(long, value_name = "N", default_value_t = 2)]
     processors: u32,
-    /// Minutes after which a machine has hung.
+    /// Time limit of each virtual machine, in minutes.
     #[arg(long, value_name = "N", default_value_t = 90)]
     minutes: u64,
-    /// Never install anything: fail and name what is missing.
+    /// Do not install packages. If any are missing, print their names and fail.
     #[arg(long)]
     no_install: bool,
-    /// Modules of the tests such as `idle`, or `MODULE::START` for the tests whose names begin so; whole test programs such as
-    /// `sessions`; of whole hosts `host::MODULE` or `host::MODULE::START`. Without any, all.
+    /// Tests to run [default: all]: a test module such as `idle`, or `MODULE::START` for the tests of a
+    /// module whose names begin with START; a test program such as `sessions`; for tests of whole hosts,
+    /// `host::MODULE` or `host::MODULE::START`.
     #[arg(last = true, value_name = "TEST")]
     tests: Vec<String>,
 }
@@ -122,12 +123,12 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         return Ok(());
     }
     if !cfg!(target_arch = "x86_64") {
-        bail!("the virtual machines are made on x86-64, and this machine is none");
+        bail!("this machine is not x86-64: `cargo xtask vm` needs an x86-64 machine");
     }
     if let Some(own) = guest::hidden_by(workspace.target()) {
         bail!(
-            "the machines have a {own} of their own, below which they would not find {}: work in a \
-             folder elsewhere",
+            "the virtual machines mount their own {own}, which hides {}: move the checkout to a folder \
+             outside of {own}",
             workspace.target().display()
         );
     }
@@ -158,7 +159,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
             }
         }
     }
-    let first = kernels.first().context("there is no kernel to try")?;
+    let first = kernels.first().context("no kernel is available")?;
     let accelerator = Accelerator::find(first)?;
     say!("the machines run with {accelerator:?}");
     let job = Job {
@@ -191,7 +192,7 @@ fn folder(workspace: &Workspace, arch: Arch) -> PathBuf {
 fn inside(workspace: &Workspace, foreign: Option<Arch>, folder: &Path) -> Result<Inside> {
     let Some(arch) = foreign else {
         return Ok(Inside {
-            guest: env::current_exe().context("where is this program?")?,
+            guest: env::current_exe().context("cannot determine the path of this program")?,
             system: None,
             folders: Vec::new(),
         });
@@ -215,7 +216,7 @@ fn alone_in(folder: &Path) -> Result<File> {
     match lock.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => bail!(
-            "another `cargo xtask vm` is at work in {}: wait for it",
+            "another `cargo xtask vm` is running in {}: wait for it",
             folder.display()
         ),
         Err(TryLockError::Error(error)) => {
@@ -235,13 +236,16 @@ fn report(folder: &Path, all: &[Results]) -> Result<()> {
     fs::write(&path, serde_json::to_string_pretty(all)?)
         .with_context(|| format!("writing {}", path.display()))?;
     print!("{}", report::table(all));
-    say!("also in {}, and all output beside it", path.display());
+    say!(
+        "results: {}; the output of all programs is in the same folder",
+        path.display()
+    );
     let bad = all
         .iter()
         .filter(|results| results.must_pass && !results.is_green());
     let bad: Vec<_> = bad.map(|results| results.release.as_str()).collect();
     if !bad.is_empty() {
-        bail!("not everything passed on {}", bad.join(", "));
+        bail!("tests failed on {}", bad.join(", "));
     }
     Ok(())
 }
@@ -362,10 +366,10 @@ impl Job<'_> {
         let daemon = self
             .daemon
             .to_str()
-            .context("the daemon's path is no text")?;
+            .context("the path of the daemon is not UTF-8")?;
         let path = match self.inside.system {
             Some(_) => system::PATH.to_owned(),
-            None => env::var("PATH").context("there is no PATH")?,
+            None => env::var("PATH").context("the environment variable PATH is not set")?,
         };
         let variables = [
             (BINARY, daemon),
@@ -505,7 +509,7 @@ fn check_modules(tests: &[String]) -> Result<()> {
         let module = part.split("::").next().unwrap_or(part);
         if !modules.contains(&module) {
             bail!(
-                "{HOST} has no module {module}; it has {}: ask for {HOST}::MODULE or \
+                "{HOST} has no module {module}; it has {}: write {HOST}::MODULE or \
                  {HOST}::MODULE::START",
                 modules.join(", ")
             );

@@ -1,4 +1,4 @@
-//! The connection that `explain` is asked about.
+//! The connection that `explain` explains.
 
 use std::net::SocketAddr;
 
@@ -22,7 +22,7 @@ impl Ends {
     ///
     /// # Errors
     ///
-    /// Where one is IPv4 and the other IPv6.
+    /// Fails if one is IPv4 and the other IPv6.
     pub fn new(local: SocketAddr, remote: SocketAddr) -> Result<Self, Failure> {
         let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
         let (local, remote) = (canonical(local), canonical(remote));
@@ -32,20 +32,19 @@ impl Ends {
                 format!("{} is an {family} address", end.ip())
             };
             let (local, remote) = (words(local), words(remote));
-            let message =
-                format!("{local} and {remote}; both ends of a connection are of one family");
+            let message = format!("{local} and {remote}; both must be of the same family");
             return Err(Failure::new(ExitStatus::Usage, message));
         }
         Ok(Self { local, remote })
     }
 }
 
-/// What is asked about, besides the ends. What is not given is open.
+/// The known properties of a connection besides its ends. `None` means unspecified.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Circumstances {
     /// Who opened the connection.
     pub direction: Option<Direction>,
-    /// The user that the socket belongs to.
+    /// The user who owns the socket.
     pub user: Option<User>,
     /// The socket's cgroup, as a path from the root.
     pub cgroup: Option<String>,

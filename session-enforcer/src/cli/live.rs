@@ -1,4 +1,4 @@
-//! The arguments of the commands that ask a running daemon.
+//! The arguments of the commands that query a running daemon.
 
 use std::path::PathBuf;
 
@@ -9,10 +9,10 @@ use crate::{
     report::control::{FILTER_KEYS, Filter, SortKey},
 };
 
-/// Which daemon is asked.
+/// The socket of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct SocketArgs {
-    /// The daemon's control socket
+    /// Control socket of the daemon
     #[arg(long, value_name = "PATH", default_value = DEFAULT_CONTROL_SOCKET)]
     pub socket: PathBuf,
 }
@@ -21,8 +21,8 @@ pub struct SocketArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = super::EXIT_STATUS_HELP)]
 pub struct WatchArgs {
+    /// The socket of the daemon.
     #[command(flatten)]
-    /// Which daemon.
     pub daemon: SocketArgs,
 
     /// Print JSON
@@ -34,26 +34,25 @@ pub struct WatchArgs {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = format!("{LIST_EXAMPLES}\n\n{}", super::EXIT_STATUS_HELP))]
 pub struct ListArgs {
-    /// Which daemon.
+    /// The socket of the daemon.
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// Which sessions.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
-    /// What comes first: the session that ends next (left), the one that is idle for longest, the oldest
-    /// (age), the one that has carried most; by rule; by number
+    /// Sort by time left, idle time, age, bytes, rule or ID
     #[arg(long, value_name = "KEY", value_enum, default_value_t = SortKey::Left)]
     pub sort: SortKey,
 
-    /// Print at most so many
+    /// Print at most N sessions
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
 
-    /// Print JSON, one object a line
+    /// Print JSON, one object per line
     #[arg(long)]
     pub json: bool,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Arguments of `kill`.
@@ -61,94 +60,94 @@ pub struct ListArgs {
 #[command(after_help = format!("{KILL_EXAMPLES}\n\n{}", super::EXIT_STATUS_HELP))]
 #[command(group = clap::ArgGroup::new("which").multiple(true).required(true).arg("ids").args(FILTER_KEYS))]
 pub struct KillArgs {
-    /// Numbers of sessions, as list prints them
+    /// Session IDs, as list prints them
     #[arg(value_name = "ID")]
     pub ids: Vec<u64>,
 
-    /// Which daemon.
+    /// The socket of the daemon.
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// Which sessions.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
-    /// Reset nothing; print what would be reset
+    /// Reset nothing; print the sessions that would be reset
     #[arg(long)]
     pub dry_run: bool,
 
-    /// Do not ask on a terminal before more than one session is reset
+    /// Do not ask for confirmation before several sessions are reset from a terminal
     #[arg(long)]
     pub yes: bool,
 
-    /// Print JSON, one object a line
+    /// Print JSON, one object per line
     #[arg(long)]
     pub json: bool,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Arguments of `top`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(after_help = super::EXIT_STATUS_HELP)]
 pub struct TopArgs {
-    /// Which daemon.
+    /// The socket of the daemon.
     #[command(flatten)]
     pub daemon: SocketArgs,
 
-    /// Which sessions.
-    #[command(flatten)]
-    pub filter: FilterArgs,
-
-    /// What comes first
+    /// Sort by time left, idle time, age, bytes, rule or ID
     #[arg(long, value_name = "KEY", value_enum, default_value_t = SortKey::Left)]
     pub sort: SortKey,
+
+    /// The filters. They come last, because their heading covers the options that follow.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
-/// Conditions, all of which must hold.
+/// Conditions on sessions. A session must match all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
-#[command(next_help_heading = "Filters, all of which must hold")]
+#[command(next_help_heading = "Filters (a session must match all)")]
 pub struct FilterArgs {
-    /// Of this rule
+    /// Rule that limits the session
     #[arg(long, value_name = "NAME")]
     rule: Option<String>,
 
-    /// Whose peer is in this prefix
+    /// Prefix of the remote address
     #[arg(long, value_name = "CIDR", value_parser = of("remote"))]
     remote: Option<String>,
 
-    /// With this port on this host
+    /// Local port
     #[arg(long, value_name = "PORT", value_parser = of("local_port"))]
     local_port: Option<String>,
 
-    /// Of this user, by name or uid
+    /// Owner of the socket: user name or uid
     #[arg(long, value_name = "USER", value_parser = of("user"))]
     user: Option<String>,
 
-    /// Of this control group, or of one below it
+    /// The socket's cgroup, or one above it
     #[arg(long, value_name = "PATH", value_parser = of("cgroup"))]
     cgroup: Option<String>,
 
-    /// Idle for so long, or longer
+    /// Shortest idle time
     #[arg(long, value_name = "DUR", value_parser = of("idle_over"))]
     idle_over: Option<String>,
 
-    /// Established so long ago, or longer
+    /// Shortest time since the session was established
     #[arg(long, value_name = "DUR", value_parser = of("older_than"))]
     older_than: Option<String>,
 
-    /// Whose limit is reached by then, if nothing passes
+    /// Longest time until the session ends, if no payload passes
     #[arg(long, value_name = "DUR", value_parser = of("ends_within"))]
     ends_within: Option<String>,
 
-    /// Whose rule, ends, user or control group have this text in them, in whichever case
+    /// Text in the rule, an address, the user or the cgroup; case is ignored
     #[arg(long, value_name = "TEXT")]
     text: Option<String>,
 }
 
-/// What is a value of this filter.
+/// Accepts the values of this filter.
 fn of(key: &'static str) -> impl Fn(&str) -> Result<String, String> + Clone + Send + Sync {
     move |text| {
         let read = Filter::default().add(key, text);
-        // The message begins with the name of the flag already.
+        // clap prints the name of the flag, so the message need not begin with the key.
         let prefix = format!("{key}: ");
         read.map(|_| text.to_owned())
             .map_err(|error| error.trim_start_matches(&prefix).to_owned())
@@ -156,7 +155,7 @@ fn of(key: &'static str) -> impl Fn(&str) -> Result<String, String> + Clone + Se
 }
 
 impl FilterArgs {
-    /// The conditions, as in a query.
+    /// The conditions as parameters of a query.
     pub fn pairs(&self) -> Vec<(&'static str, &str)> {
         let all = [
             ("rule", &self.rule),
@@ -177,14 +176,15 @@ impl FilterArgs {
 
 pub(super) const LIST_EXAMPLES: &str = "\
 Examples:
-  Who ends within a minute:
+  Sessions that end within a minute:
     session-enforcer list --ends-within 1m
-  Numbers of the sessions from a network, for a script:
+  Sessions with peers in one network, as JSON for a script:
     session-enforcer list --remote 10.0.0.0/8 --json";
 
 pub(super) const KILL_EXAMPLES: &str = "\
-The client gets a reset, as at a limit; the record of it has the reason admin and
-who asked. Status 75: some were not reset. An MPTCP connection ends as a whole.
+The peer gets a reset, as at a limit. The audit record has the reason admin and the
+user who asked. An MPTCP connection is reset as a whole. Exit status 75 means that
+some sessions were not reset.
 
 Examples:
   session-enforcer kill 4711

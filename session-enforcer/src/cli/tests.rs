@@ -187,8 +187,8 @@ fn ends_of_two_families_are_wrong_usage() {
     let args = explain_args("10.0.0.5:5432 [2001:db8::9]:50000");
     let failure = args.ends().unwrap_err();
     assert_eq!(failure.status, ExitStatus::Usage);
-    let message = "10.0.0.5 is an IPv4 address and 2001:db8::9 is an IPv6 address; both ends of a \
-                   connection are of one family";
+    let message = "10.0.0.5 is an IPv4 address and 2001:db8::9 is an IPv6 address; both must be of \
+                   the same family";
     assert_eq!(failure.message, message);
 }
 

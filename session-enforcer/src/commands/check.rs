@@ -78,7 +78,7 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
     };
     let mode = match config.mode {
         Mode::Enforce => "enforce",
-        Mode::Observe => "observe: nothing is reset, whatever a rule says",
+        Mode::Observe => "observe: nothing is reset, even if a rule enforces",
     };
     let namespaces = match config.network_namespaces {
         NetworkNamespaces::All => "all of this host",
@@ -104,11 +104,11 @@ fn describe_daemon(config: &Config, out: &mut impl Write) -> io::Result<()> {
         None => "none: sessions are adopted anew at each start".to_owned(),
     };
     writeln!(out, "Daemon:")?;
-    writeln!(out, "  control group       {cgroup}")?;
+    writeln!(out, "  cgroup              {cgroup}")?;
     writeln!(out, "  mode                {mode}")?;
     let on_full = match config.on_full {
         OnFull::Leave => "",
-        OnFull::Reset => "; what is enforced and finds no place is reset",
+        OnFull::Reset => "; without room, a connection that a rule enforces is reset",
     };
     let most = config.max_sessions;
     writeln!(out, "  sessions, at most   {most}{on_full}")?;
@@ -163,7 +163,7 @@ pub(crate) fn condition_words(rule: &Rule, most: usize) -> Vec<String> {
         ("with local address in", prefix_list(&rule.local, most)),
         ("with remote address in", prefix_list(&rule.remote, most)),
         ("of user", word_list(&rule.users, most)),
-        ("of control group", word_list(&rule.cgroups, most)),
+        ("of cgroup", word_list(&rule.cgroups, most)),
     ];
     let words = |(what, values): (&str, Option<String>)| Some(format!("{what} {}", values?));
     conditions.into_iter().filter_map(words).collect()
@@ -218,8 +218,8 @@ fn response_words(rule: &Rule) -> Option<String> {
         bytes => format!(" with {bytes} bytes or more"),
     };
     Some(format!(
-        "{time}{which} after a request that this host has not answered{least}, before which they \
-         are not idle"
+        "{time}{which} after a request that this host has not answered{least} (until then they \
+         are not idle)"
     ))
 }
 
@@ -293,7 +293,7 @@ mod tests {
                     lifetime_jitter = '10%'\n";
         let words = "are reset 5s after their last new payload of 16 bytes or more received here, \
                      and at the latest 1m, if they are inbound, after a request that this host has \
-                     not answered with 100 bytes or more, before which they are not idle, and at the \
+                     not answered with 100 bytes or more (until then they are not idle), and at the \
                      latest 12h, or up to 10% sooner, after they were established";
         let text = described(text);
         assert!(text.contains(words), "{text}");
@@ -351,7 +351,7 @@ max_lifetime = "1d"
 "#;
         let expected = "\
 Daemon:
-  control group       /sys/fs/cgroup/web
+  cgroup              /sys/fs/cgroup/web
   mode                enforce
   sessions, at most   1000
   pins                none: sessions are adopted anew at each start
@@ -395,8 +395,8 @@ idle_timeout = "5m"
 "#;
         let printed = described(text);
         for part in [
-            "  control group       the mount of cgroup2\n",
-            "  mode                observe: nothing is reset, whatever a rule says\n",
+            "  cgroup              the mount of cgroup2\n",
+            "  mode                observe: nothing is reset, even if a rule enforces\n",
             "  sessions, at most   262144\n",
             "  pins                /sys/fs/bpf/session-enforcer\n",
             "  network namespaces  all of this host\n",

@@ -9,9 +9,8 @@ use crate::report::control::Row;
 /// A column of the session table.
 struct Column {
     title: &'static str,
-    /// Columns with the highest number are dropped first if the terminal is too narrow. Columns with 0 always
-    /// stay.
-    importance: u8,
+    /// If the terminal is too narrow, columns are dropped from the highest number down. Columns with 0 stay.
+    drop_order: u8,
     is_number: bool,
     value: fn(&Row<'_>) -> String,
 }
@@ -34,13 +33,13 @@ const COLUMNS: [Column; 12] = [
 
 const fn column(
     title: &'static str,
-    importance: u8,
+    drop_order: u8,
     is_number: bool,
     value: fn(&Row<'_>) -> String,
 ) -> Column {
     Column {
         title,
-        importance,
+        drop_order,
         is_number,
         value,
     }
@@ -169,9 +168,9 @@ fn shown(widths: &[usize], room: usize) -> Vec<usize> {
         let last = shown
             .iter()
             .copied()
-            .max_by_key(|index| COLUMNS[*index].importance);
+            .max_by_key(|index| COLUMNS[*index].drop_order);
         match last {
-            Some(last) if needed > room && COLUMNS[last].importance > 0 => {
+            Some(last) if needed > room && COLUMNS[last].drop_order > 0 => {
                 shown.retain(|index| *index != last);
             }
             _ => return shown,

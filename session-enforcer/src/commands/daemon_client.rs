@@ -83,7 +83,7 @@ impl DaemonClient {
             .uri(path)
             .header(HOST, "session-enforcer")
             .body(Full::new(body))
-            .context("making the request")?;
+            .context("building the request")?;
         let answer = sender.send_request(request).await;
         let answer = answer.map_err(|error| {
             let message = format!(
@@ -108,13 +108,13 @@ impl DaemonClient {
         match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 let message = format!(
-                    "{socket}: {error}; ask as root, or as a member of control.group of the configuration"
+                    "{socket}: {error}; run this as root, or as a member of the group in control.group"
                 );
                 Failure::new(ExitStatus::NoPermission, message)
             }
             _ => {
                 let message = format!(
-                    "{socket}: no daemon answers: {error}; start it, or name its socket with --socket"
+                    "{socket}: no daemon answers: {error}; start the daemon, or name its socket with --socket"
                 );
                 Failure::new(ExitStatus::Unavailable, message)
             }
@@ -122,9 +122,9 @@ impl DaemonClient {
     }
 }
 
-const BROKEN_OFF: &str = "the daemon's answer has broken off";
+const BROKEN_OFF: &str = "the connection to the daemon broke during its answer";
 const ANOTHER_VERSION: &str =
-    "the daemon's answer is not understood: it is of another version than this command";
+    "the daemon's answer cannot be parsed: the daemon and this command are of different versions";
 
 fn exit_status(status: StatusCode) -> ExitStatus {
     match status {

@@ -202,7 +202,7 @@ fn section(
     let user = question.user.map(|user| format!(", of user {user}"));
     let cgroup = question
         .cgroup
-        .map(|cgroup| format!(", of control group {cgroup}"));
+        .map(|cgroup| format!(", of cgroup {cgroup}"));
     let (user, cgroup) = (user.unwrap_or_default(), cgroup.unwrap_or_default());
     writeln!(
         out,
@@ -222,19 +222,19 @@ fn section(
             writeln!(out, "  {}", rule_line(config, rule, "yes"))?;
             decision(config, rule)
         }
-        None => "not tracked, as no rule matches".to_owned(),
+        None => "not tracked, because no rule matches".to_owned(),
     };
     match config.rules.len().saturating_sub(earlier + 1) {
         0 => {}
-        1 => writeln!(out, "  1 later rule is not looked at")?,
-        later => writeln!(out, "  {later} later rules are not looked at")?,
+        1 => writeln!(out, "  1 later rule is not compared")?,
+        later => writeln!(out, "  {later} later rules are not compared")?,
     }
     if answer.perhaps.is_empty() {
         return writeln!(out, "  decided: {decision}");
     }
     writeln!(
         out,
-        "  open: it depends on the owner, give {}; if it is none of those above: {decision}",
+        "  undecided: give {}; if the owner is none of those above: {decision}",
         missing(question, answer)
     )
 }
@@ -275,7 +275,7 @@ fn decision(config: &Config, rule: &Rule) -> String {
         (Action::Observe, Action::Observe) => ("observed", ": recorded, not reset"),
         (Action::Observe, _) => (
             "observed",
-            ": recorded, not reset, as the daemon's mode is \"observe\"",
+            ": recorded, not reset, because the daemon's mode is \"observe\"",
         ),
         (Action::Exempt, _) => ("exempt", ": not tracked, never reset"),
     };
@@ -288,7 +288,7 @@ fn describe_scope(config: &Config, out: &mut impl Write) -> io::Result<()> {
         let cgroup = cgroup.display();
         writeln!(
             out,
-            "\nOnly sockets of the control group {cgroup} and those below it are tracked."
+            "\nOnly sockets of cgroup {cgroup} and those below it are tracked."
         )?;
     }
     if config.network_namespaces == NetworkNamespaces::Own {
@@ -332,7 +332,7 @@ fn wrong_user(owners: &Owners, rule: &Rule, user: &User) -> Option<String> {
 fn wrong_cgroup(rule: &Rule, cgroup: &str) -> Option<String> {
     let wanted = word_list(&rule.cgroups, MAX_VALUES)?;
     let within = rule.cgroups.iter().any(|above| is_below(cgroup, above));
-    (!within).then(|| format!("control group {cgroup} is not {wanted}, nor below"))
+    (!within).then(|| format!("cgroup {cgroup} is not {wanted}, nor below"))
 }
 
 fn wrong_direction(rule: &Rule, direction: Direction) -> Option<String> {

@@ -82,7 +82,7 @@ async fn confirmed(args: &KillArgs, client: &DaemonClient) -> Result<Option<Vec<
     }
     ids.extend(missing);
     if ids.is_empty() {
-        eprintln!("no session is meant");
+        eprintln!("no session matches");
         return Ok(None);
     }
     Ok(Some(ids))
@@ -142,7 +142,7 @@ async fn reset(
     }
     let all: usize = counts.values().sum();
     if all == 0 {
-        eprintln!("no session is meant");
+        eprintln!("no session matches");
     } else if all > 1 {
         let words: Vec<String> = counts
             .iter()
@@ -151,7 +151,8 @@ async fn reset(
         eprintln!("{}", words.join(", "));
     }
     if undone > 0 {
-        let message = format!("{undone} of {all} sessions were not reset; their lines say why");
+        let message =
+            format!("{undone} of {all} sessions were not reset; the line of each says why");
         return Err(Failure::new(ExitStatus::Partly, message).into());
     }
     Ok(())

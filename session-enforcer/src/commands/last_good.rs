@@ -27,7 +27,7 @@ pub fn keep(args: &RunArgs) {
 
 fn warn(error: &anyhow::Error) {
     tracing::error!(
-        "a start with a wrong configuration would fail, no copy of this one is kept: {error:#}"
+        "cannot keep a copy of the configuration in force, for a start with an invalid file: {error:#}"
     );
 }
 
@@ -40,12 +40,12 @@ pub fn stand_in(args: &RunArgs, error: &anyhow::Error) -> Option<Config> {
     let kept = match args.config_from(Some(copy)) {
         Ok(kept) => kept,
         Err(wrong) => {
-            tracing::error!("the configuration that was in force last cannot be used: {wrong:#}");
+            tracing::error!("the copy of the last valid configuration cannot be used: {wrong:#}");
             return None;
         }
     };
     tracing::error!(
-        "the configuration that was in force last, {}, is in force: {error:#}",
+        "starting with {}, the copy of the last valid configuration, because of: {error:#}",
         copy.display()
     );
     Some(Config {

@@ -3,8 +3,9 @@
 //! `run` tests before it starts; `doctor` prints the results. Every test uses only sockets and maps of this
 //! process.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 
 use crate::{
@@ -14,10 +15,9 @@ use crate::{
     reaper::{diag::DiagSocket, protocol::Probed, trial},
 };
 
-/// A capability and its purpose (`linux/capability.h`).
-struct Capability {
-    bit: u32,
-    name: &'static str,
+/// A capability and its purpose.
+struct Purpose {
+    capability: Capability,
     needed_for: &'static str,
     need: Need,
 }
@@ -35,54 +35,47 @@ enum Need {
 }
 
 /// In the order of the checks.
-const CAPABILITIES: [Capability; 6] = [
-    Capability {
-        bit: 39,
-        name: "CAP_BPF",
+const CAPABILITIES: [Purpose; 6] = [
+    Purpose {
+        capability: Capability::CAP_BPF,
         needed_for: "loading the eBPF programs and maps",
         need: Need::Always,
     },
-    Capability {
-        bit: 12,
-        name: "CAP_NET_ADMIN",
+    Purpose {
+        capability: Capability::CAP_NET_ADMIN,
         needed_for: "attaching to a cgroup and resetting sockets",
         need: Need::Always,
     },
-    Capability {
-        bit: 38,
-        name: "CAP_PERFMON",
+    Purpose {
+        capability: Capability::CAP_PERFMON,
         needed_for: "eBPF programs that read packets",
         need: Need::Always,
     },
-    Capability {
-        bit: 21,
-        name: "CAP_SYS_ADMIN",
+    Purpose {
+        capability: Capability::CAP_SYS_ADMIN,
         needed_for: "entering other network namespaces",
         need: Need::AllNamespaces(None),
     },
-    Capability {
-        bit: 19,
-        name: "CAP_SYS_PTRACE",
+    Purpose {
+        capability: Capability::CAP_SYS_PTRACE,
         needed_for: "finding the namespaces of other users' processes",
         need: Need::AllNamespaces(Some(
-            "MPTCP connections of other users' processes cannot be reset, and no connection of theirs \
-             where the kernel has no SOCK_DESTROY",
+            "connections of other users' processes cannot be reset if they use MPTCP or if the kernel \
+             has no SOCK_DESTROY",
         )),
     },
-    Capability {
-        bit: 2,
-        name: "CAP_DAC_READ_SEARCH",
-        needed_for: "finding a cgroup by its identity",
+    Purpose {
+        capability: Capability::CAP_DAC_READ_SEARCH,
+        needed_for: "finding a cgroup by its ID",
         need: Need::Never(
-            "the cgroup of each connection is searched for in the whole hierarchy, and not found in a \
-             directory that is closed to the daemon's user",
+            "the daemon searches the whole hierarchy for the cgroup of each connection, and does not find \
+             it in a directory that its user may not read",
         ),
     },
 ];
 
 /// `CAP_SYS_ADMIN` includes `CAP_BPF` and `CAP_PERFMON` (capabilities(7)).
-const SYS_ADMIN_BIT: u32 = 21;
-const IN_SYS_ADMIN: [u32; 2] = [38, 39];
+const IN_SYS_ADMIN: [Capability; 2] = [Capability::CAP_PERFMON, Capability::CAP_BPF];
 
 /// The result of one check.
 #[derive(Clone, Debug)]
@@ -162,51 +155,43 @@ fn require_one(check: Check) -> Result<(), Failure> {
 }
 
 fn capabilities(all_namespaces: bool) -> Vec<Check> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = parse_effective(&status).unwrap_or(0);
+    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
     CAPABILITIES
         .iter()
-        .map(|c| check_capability(c, effective, all_namespaces))
+        .map(|purpose| check_capability(purpose, &effective, all_namespaces))
         .collect()
 }
 
-fn check_capability(capability: &Capability, effective: u64, all_namespaces: bool) -> Check {
-    let has = |bit: u32| effective & (1 << bit) != 0;
-    let included = IN_SYS_ADMIN.contains(&capability.bit) && has(SYS_ADMIN_BIT);
-    if has(capability.bit) || included {
-        return Check::good(capability.name, "present");
+fn check_capability(purpose: &Purpose, effective: &CapsHashSet, all_namespaces: bool) -> Check {
+    let name = &purpose.capability.to_string();
+    let included = IN_SYS_ADMIN.contains(&purpose.capability)
+        && effective.contains(&Capability::CAP_SYS_ADMIN);
+    if effective.contains(&purpose.capability) || included {
+        return Check::good(name, "present");
     }
-    let without = match capability.need {
+    let without = match purpose.need {
         Need::Never(without) => Some(without),
         Need::AllNamespaces(Some(without)) if !all_namespaces => Some(without),
         Need::AllNamespaces(None) if !all_namespaces => {
             return Check::good(
-                capability.name,
-                "missing, and not needed with daemon.network_namespaces = \"own\"",
+                name,
+                "missing, but not needed with daemon.network_namespaces = \"own\"",
             );
         }
         Need::Always | Need::AllNamespaces(_) => None,
     };
     if let Some(without) = without {
         return Check {
-            warning: Some(format!("{}: missing; {without}", capability.name)),
-            ..Check::good(capability.name, "missing")
+            warning: Some(format!("{name}: missing; {without}")),
+            ..Check::good(name, "missing")
         };
     }
     Check::bad(
-        capability.name,
+        name,
         ExitStatus::NoPermission,
-        format!("missing, needed for {}", capability.needed_for),
+        format!("missing, needed for {}", purpose.needed_for),
         "run as root, or give the service this capability",
     )
-}
-
-/// The format is that of `/proc/pid/status` in proc(5).
-fn parse_effective(status: &str) -> Option<u64> {
-    let hex = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(hex.trim(), 16).ok()
 }
 
 fn cgroup2() -> Check {
@@ -216,7 +201,7 @@ fn cgroup2() -> Check {
             "cgroup v2",
             ExitStatus::Unavailable,
             error.to_string(),
-            "the programs are attached to a cgroup",
+            "the daemon attaches its programs to a cgroup: mount cgroup2",
         ),
     }
 }
@@ -235,9 +220,9 @@ fn bpffs() -> Check {
                 Errno::EPERM => ExitStatus::NoPermission,
                 _ => ExitStatus::Unavailable,
             },
-            format!("not mounted, and cannot be: {}", error.desc()),
-            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\" and sessions \
-             are adopted anew at each start",
+            format!("not mounted, and cannot be mounted: {}", error.desc()),
+            "mount it (mount -t bpf bpf /sys/fs/bpf), or set daemon.pin_dir to \"\": then each start \
+             adopts all sessions anew",
         ),
     }
 }
@@ -247,8 +232,8 @@ fn clock_lag() -> Check {
     Check::good(
         "time stamps",
         format!(
-            "exact; activity of sessions older than the daemon is known to {lag:?} and taken as so much \
-             later, so that none ends early"
+            "exact; the activity of sessions older than the daemon is known to within {lag:?}, which is \
+             added so that none ends early"
         ),
     )
 }
@@ -256,7 +241,7 @@ fn clock_lag() -> Check {
 fn netns_cookie() -> Check {
     const NAME: &str = "network namespace cookies";
     match DiagSocket::open().and_then(|diag| diag.netns_cookie()) {
-        Ok(cookie) => Check::good(NAME, format!("present, the own one is {cookie}")),
+        Ok(cookie) => Check::good(NAME, format!("present; this namespace has {cookie}")),
         Err(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
@@ -282,13 +267,13 @@ fn resets(probed: &Probed) -> Check {
             NAME,
             ExitStatus::Unavailable,
             nix::Error::from_raw(*code).desc(),
-            "the kernel must be able to destroy sockets",
+            "the daemon needs a kernel that can destroy sockets",
         ),
         Probed::Failed(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
             error.clone(),
-            "a connection over the loopback interface is needed to try it; is it up?",
+            "the test needs a connection over the loopback interface; is the interface up?",
         ),
     }
 }
@@ -339,55 +324,47 @@ fn programs() -> Check {
 mod tests {
     use super::*;
 
-    #[test]
-    fn effective_capabilities_are_read() {
-        let status = "Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n";
-        assert_eq!(parse_effective(status), Some(0x1ff_ffff_ffff));
-        assert_eq!(parse_effective("Name:\tx\n"), None);
+    /// The check of a capability under these effective ones.
+    fn check(capability: Capability, effective: &CapsHashSet, all_namespaces: bool) -> Check {
+        let find = |purpose: &&Purpose| purpose.capability == capability;
+        let purpose = CAPABILITIES.iter().find(find).unwrap();
+        check_capability(purpose, effective, all_namespaces)
     }
 
     #[test]
     fn a_missing_capability_is_named_with_its_purpose() {
-        let check = check_capability(&CAPABILITIES[1], !(1 << 12), true);
+        let mut effective = caps::all();
+        effective.remove(&Capability::CAP_NET_ADMIN);
+        let check = check(Capability::CAP_NET_ADMIN, &effective, true);
         let failure = check.problem.unwrap();
         assert_eq!(failure.status, ExitStatus::NoPermission);
-        assert!(
-            failure
-                .message
-                .starts_with("CAP_NET_ADMIN: missing, needed for"),
-            "{failure}"
-        );
+        let start = "CAP_NET_ADMIN: missing, needed for";
+        assert!(failure.message.starts_with(start), "{failure}");
     }
 
     #[test]
     fn what_goes_without_a_capability_is_said() {
-        let missing = |bit: u32, all| {
-            let find = |c: &&Capability| c.bit == bit;
-            check_capability(CAPABILITIES.iter().find(find).unwrap(), 0, all)
-        };
+        let missing = |capability, all| check(capability, &CapsHashSet::new(), all);
         for all in [true, false] {
-            assert!(missing(2, all).problem.is_none());
-            assert!(missing(2, all).warning.unwrap().contains("hierarchy"));
-            assert_eq!(missing(19, all).problem.is_some(), all);
-            assert_eq!(missing(19, all).warning.is_some(), !all);
-            assert_eq!(missing(21, all).problem.is_some(), all);
+            let unread = missing(Capability::CAP_DAC_READ_SEARCH, all);
+            assert!(unread.problem.is_none());
+            assert!(unread.warning.unwrap().contains("hierarchy"));
+            let untraced = missing(Capability::CAP_SYS_PTRACE, all);
+            assert_eq!(untraced.problem.is_some(), all);
+            assert_eq!(untraced.warning.is_some(), !all);
+            let not_entered = missing(Capability::CAP_SYS_ADMIN, all);
+            assert_eq!(not_entered.problem.is_some(), all);
         }
-        assert!(missing(39, false).problem.is_some());
+        assert!(missing(Capability::CAP_BPF, false).problem.is_some());
     }
 
     #[test]
     fn sys_admin_stands_for_the_capabilities_that_came_out_of_it() {
-        let only_sys_admin = 1 << SYS_ADMIN_BIT;
-        assert!(
-            check_capability(&CAPABILITIES[0], only_sys_admin, true)
-                .problem
-                .is_none()
-        );
-        assert!(
-            check_capability(&CAPABILITIES[1], only_sys_admin, true)
-                .problem
-                .is_some()
-        );
+        let only_sys_admin = CapsHashSet::from([Capability::CAP_SYS_ADMIN]);
+        let problem = |capability| check(capability, &only_sys_admin, true).problem;
+        assert!(problem(Capability::CAP_BPF).is_none());
+        assert!(problem(Capability::CAP_PERFMON).is_none());
+        assert!(problem(Capability::CAP_NET_ADMIN).is_some());
     }
 
     #[test]

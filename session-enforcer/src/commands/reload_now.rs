@@ -26,5 +26,5 @@ pub fn reload(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
             change.rules, change.kept, change.released, change.expired, change.adopted
         )
     };
-    printed.context("printing what became of the sessions")
+    printed.context("printing the result of the reload")
 }

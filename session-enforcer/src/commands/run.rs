@@ -169,8 +169,8 @@ async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failu
     let numbers: Vec<String> = others.iter().map(ToString::to_string).collect();
     let message = format!(
         "{}: the programs of another session-enforcer are attached here (program {}), with another \
-         daemon.pin_dir: of one that runs, or that was killed; stop it, or `session-enforcer detach --pin-dir \
-         DIR`, or start with --force",
+         daemon.pin_dir: stop its daemon; if it was killed, run `session-enforcer detach --pin-dir DIR`; or \
+         start with --force",
         cgroup.path().display(),
         numbers.join(", ")
     );
@@ -181,17 +181,17 @@ async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failu
 /// hanging reaper is reported later.
 async fn try_a_reset(pool: &Pool) -> Result<()> {
     let asked = pool.ask(Purpose::Others, &Request::Probe, None).await;
-    let mut exchange = asked.context("asking a reaper")?;
+    let mut exchange = asked.context("requesting a test of a reset from a reaper")?;
     loop {
         match exchange.next(PROBE_PATIENCE).await {
             Next::Reply(Reply::Probed(probed), _) => probe::require_resets(&probed)?,
             Next::Reply(Reply::Done { .. }, _) => return Ok(()),
             Next::Reply(..) => {}
-            Next::Ended => anyhow::bail!("a reaper has ended while it tried a reset"),
+            Next::Ended => anyhow::bail!("a reaper ended during the test of a reset"),
             Next::Silent => {
                 tracing::warn!(
                     "SOCK_DESTROY: no answer yet; before Linux 6.9 a process that keeps a socket \
-                     locked holds up all of them"
+                     locked delays all resets"
                 );
                 exchange.leave_behind();
                 tokio::task::spawn_local(async move {
@@ -387,8 +387,9 @@ fn load_failure(error: &BpfError) -> Failure {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);
     }
-    let message =
-        format!("{error}; Linux 6.1 or newer is needed, `session-enforcer doctor` says more");
+    let message = format!(
+        "{error}; Linux 6.1 or newer is needed; `session-enforcer doctor` shows the details"
+    );
     Failure::new(ExitStatus::Unavailable, message)
 }
 

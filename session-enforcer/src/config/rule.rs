@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use session_enforcer_common::{Activity, Direction, MAX_RULES, PortRange};
+use session_enforcer_common::{Activity, Direction, MAX_RULE_NAME, MAX_RULES, PortRange};
 
 use super::document::{Field, Keys, Section};
 use super::error::ALLOWED_RULES;
@@ -30,9 +30,6 @@ const ALLOWED_RULE_SESSIONS: &str = "a number from 1 to 16777216, or 0 for no li
 const ALLOWED_MIN_ANSWER: &str = "a number of bytes from 1 to 1048576";
 const ALLOWED_JITTER: &str = "a share such as \"10%\", from \"0%\" to \"90%\"";
 const ALLOWED_ACTION: &str = "\"enforce\", \"observe\" or \"exempt\"";
-
-/// The maximum length of a rule's name, which is a label of metrics and a field of every audit record.
-const MAX_NAME_CHARS: usize = 64;
 
 /// The elements of the list of rules.
 pub(super) fn sources<'a>(list: &Field<'a>) -> Result<Vec<Field<'a>>, ConfigError> {
@@ -95,7 +92,7 @@ fn read_name<'a>(section: &Section<'a>, lines: &mut HashMap<&'a str, u32>) -> Op
 fn checked_name<'a>(field: &Field<'a>) -> Result<&'a str, ConfigError> {
     let name = field.text(ALLOWED_NAME)?;
     let allowed = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
-    if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.bytes().all(allowed) {
+    if name.is_empty() || name.len() > MAX_RULE_NAME || !name.bytes().all(allowed) {
         return Err(field.not_allowed(ALLOWED_NAME));
     }
     Ok(name)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use session_enforcer_common::PortRange;
+use session_enforcer_common::{PortRange, SHORTEST_LIMIT_NS};
 
 use super::error::quoted;
 use super::{AuditTarget, ControlSocket, JOURNALD, MetricsListen, Problem};
@@ -25,7 +25,7 @@ pub(super) const ALLOWED_AUDIT: &str = "\"-\" for standard output, \"journald\",
 
 /// The shortest limit of a rule. Below it, the tick granularity of an adopted session's age would be
 /// noticeable.
-pub const MIN_LIMIT: Duration = Duration::from_secs(1);
+pub const MIN_LIMIT: Duration = Duration::from_nanos(SHORTEST_LIMIT_NS);
 
 /// The longest limit of a rule, 36500d. A hundred years in nanoseconds fit in 63 bits, so the sum of a limit
 /// and a time stamp never overflows.

@@ -6,6 +6,7 @@ use session_enforcer_common::{Expiry, Reason, Session, expiry};
 
 use super::{
     handles::Searching,
+    in_progress::SearchUnderWay,
     judge::{Expired, only_lifetime},
     state::State,
 };
@@ -32,8 +33,8 @@ pub(super) enum ResetMethod {
 pub(super) struct Batch {
     pub(super) netns_cookie: u64,
     pub(super) method: ResetMethod,
-    /// Whether the whole host is searched for the namespace.
-    pub(super) searches: bool,
+    /// Present if the whole host is searched for the namespace.
+    pub(super) search: Option<SearchUnderWay>,
     pub(super) sessions: Vec<Expired>,
 }
 
@@ -54,7 +55,7 @@ impl State {
     /// the namespace.
     pub(super) fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>, bool) {
         let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
-        if batch.searches {
+        if batch.search.is_some() {
             netns.search = Search::Everywhere;
         }
         let may_search = handle.is_none() && netns.search != Search::Nowhere;
@@ -82,7 +83,7 @@ impl State {
         Held {
             target: SocketId::of(expired.cookie, session),
             how: if batch.method == ResetMethod::ByCookie {
-                let everywhere = batch.searches || self.hanging.is_diag_blocked;
+                let everywhere = batch.search.is_some() || self.hanging.is_diag_blocked;
                 Disconnect::ByCookie { everywhere }
             } else if session.is_mptcp_subflow() {
                 Disconnect::Mptcp(self.extent(expired))

@@ -8,7 +8,9 @@ use anyhow::Result;
 use session_enforcer_common::{Limits, Owner, Session};
 use tokio::time::Instant;
 
-use super::{ask, context::Context, judge::Judgement, owner_search, state::State};
+use super::{
+    ask, context::Context, judge::Judgement, owner_search, state::State, tracker::by_namespace,
+};
 use crate::{
     reaper::{
         diag::{MAX_BATCH, SocketId},
@@ -52,30 +54,24 @@ pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
 
 /// Starts the task that searches for the holders of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
-    if context.is_finding_holders.get() || context.state().ending.is_empty() {
-        return;
+    let is_due = !context.state().ending.is_empty();
+    if is_due && !context.is_finding_holders.replace(true) {
+        context.spawn(find_waiting(Rc::clone(context)));
     }
-    context.is_finding_holders.set(true);
-    let context = Rc::clone(context);
-    let task = Rc::clone(&context);
-    context.spawn(async move {
-        let found = find_waiting(&task).await;
-        task.is_finding_holders.set(false);
-        found
-    });
 }
 
-async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+async fn find_waiting(context: Rc<Context>) -> Result<()> {
     loop {
-        let by_namespace = context.state().take_ending()?;
-        if by_namespace.is_empty() {
+        let ending = context.state().take_ending()?;
+        if ending.is_empty() {
+            context.is_finding_holders.set(false);
             return Ok(());
         }
         let everywhere = Instant::now() >= context.all_rest_until.get();
         let mut used = Duration::ZERO;
-        for (netns_cookie, sessions) in by_namespace {
+        for (netns_cookie, sessions) in ending {
             for some in sessions.chunks(MAX_BATCH) {
-                used += find_holders(context, netns_cookie, some, everywhere).await?;
+                used += find_holders(&context, netns_cookie, some, everywhere).await?;
             }
         }
         if everywhere {
@@ -148,14 +144,10 @@ impl State {
     /// Takes the waiting sessions that still exist, by namespace.
     fn take_ending(&mut self) -> Result<BTreeMap<u64, Vec<(u64, Session)>>> {
         let cookies = std::mem::take(&mut self.ending);
-        let mut by_namespace: BTreeMap<u64, Vec<(u64, Session)>> = BTreeMap::new();
-        for (cookie, session) in cookies.iter().zip(self.datapath.sessions(&cookies)?) {
-            if let Some(session) = session {
-                let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-                of_namespace.push((*cookie, session));
-            }
-        }
-        Ok(by_namespace)
+        let records = self.datapath.sessions(&cookies)?;
+        let sessions = cookies.into_iter().zip(records);
+        let sessions = sessions.filter_map(|(cookie, session)| Some((cookie, session?)));
+        Ok(by_namespace(sessions, |(_, session)| session))
     }
 
     /// Schedules the next check of a session that lives: first for the search for its holder, then for its deadline.

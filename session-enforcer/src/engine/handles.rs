@@ -32,8 +32,8 @@ pub(super) struct Handles {
     missed: HashSet<u64>,
     /// When the last search of the whole host without result began.
     searched_ns: Option<u64>,
-    /// Whether a search of the whole host is in progress.
-    pub(super) is_searching: bool,
+    /// Number of searches of the whole host in progress: one, or two for a moment if one follows another.
+    pub(super) searches: usize,
 }
 
 /// Whether a request needs a search of the whole host for its namespace.
@@ -57,7 +57,7 @@ impl Handles {
             seen_at: HashMap::new(),
             missed: HashSet::new(),
             searched_ns: None,
-            is_searching: false,
+            searches: 0,
         }
     }
 
@@ -93,7 +93,7 @@ impl Handles {
             Searching::Not
         } else if was_missed {
             Searching::InVain
-        } else if self.is_searching {
+        } else if self.searches > 0 {
             Searching::Waits
         } else {
             Searching::Begins
@@ -158,9 +158,9 @@ mod tests {
         handles.note_missed(7, Search::Processes, S);
         assert_eq!(handles.netns(7).0.search, Search::Nowhere);
         assert_eq!(handles.search(7, S, 2 * S), Searching::Begins);
-        handles.is_searching = true;
+        handles.searches = 1;
         assert_eq!(handles.search(7, S, 2 * S), Searching::Waits);
-        handles.is_searching = false;
+        handles.searches = 0;
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
         assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);

@@ -39,19 +39,19 @@ impl Drop for Waited {
     }
 }
 
-/// Marks a search of the whole host as in progress until it is dropped.
+/// Counts a search of the whole host until it is dropped.
 pub(super) struct SearchUnderWay(Rc<Context>);
 
 impl SearchUnderWay {
-    pub(super) fn begin(context: &Rc<Context>) -> Self {
-        context.state().handles.is_searching = true;
+    pub(super) fn begin(context: &Rc<Context>, state: &mut State) -> Self {
+        state.handles.searches += 1;
         Self(Rc::clone(context))
     }
 }
 
 impl Drop for SearchUnderWay {
     fn drop(&mut self) {
-        self.0.state().handles.is_searching = false;
+        self.0.state().handles.searches -= 1;
     }
 }
 

@@ -2,7 +2,7 @@
 //! reaper queries the socket and the listeners on its port.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeSet, HashSet},
     rc::Rc,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use super::{
     ask::{self, Answer},
     context::Context,
     state::{MAX_PASS, RETRY_NS, State},
-    tracker::group_of,
+    tracker::{by_namespace, group_of},
 };
 use crate::{
     engine::adopt::{self, Listeners},
@@ -42,20 +42,13 @@ pub(super) type Tracked = (u64, Session);
 
 /// Starts the task that resolves the owners of waiting sessions, unless it is running.
 pub(super) fn find(context: &Rc<Context>) {
-    if context.is_finding_owners.get() || context.state().without_owner.is_empty() {
-        return;
+    let is_due = !context.state().without_owner.is_empty();
+    if is_due && !context.is_finding_owners.replace(true) {
+        context.spawn(find_waiting(Rc::clone(context)));
     }
-    context.is_finding_owners.set(true);
-    let context = Rc::clone(context);
-    let task = Rc::clone(&context);
-    context.spawn(async move {
-        let found = find_waiting(&task).await;
-        task.is_finding_owners.set(false);
-        found
-    });
 }
 
-async fn find_waiting(context: &Rc<Context>) -> Result<()> {
+async fn find_waiting(context: Rc<Context>) -> Result<()> {
     loop {
         let some = {
             let mut state = context.state();
@@ -63,10 +56,11 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
             state.without_owner.drain(..count).collect::<Vec<_>>()
         };
         if some.is_empty() {
+            context.is_finding_owners.set(false);
             return Ok(());
         }
         let began = std::time::Instant::now();
-        for (cookie, _) in resolve(context, some).await? {
+        for (cookie, _) in resolve(&context, some).await? {
             context.state().tracker.rearm(cookie, 0);
         }
         context.wake.notify_one();
@@ -81,13 +75,8 @@ async fn find_waiting(context: &Rc<Context>) -> Result<()> {
 ///
 /// Fails if the session table cannot be read or written.
 pub(super) async fn resolve(context: &Rc<Context>, sessions: Vec<Tracked>) -> Result<Vec<Tracked>> {
-    let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
-    for (cookie, session) in sessions {
-        let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-        of_namespace.push((cookie, session));
-    }
     let mut resolved = Vec::new();
-    for (netns_cookie, sessions) in by_namespace {
+    for (netns_cookie, sessions) in by_namespace(sessions, |(_, session)| session) {
         resolved.extend(resolve_in(context, netns_cookie, sessions).await?);
     }
     compare(context, resolved).await
@@ -243,12 +232,8 @@ async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec
         }
         // The socket may not have counted a packet yet that is still in the hook.
         ask::wait_for_programs(context).await;
-        let mut by_namespace: BTreeMap<u64, Vec<Tracked>> = BTreeMap::new();
-        for (cookie, session) in std::mem::take(&mut written) {
-            let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-            of_namespace.push((cookie, session));
-        }
-        for (netns_cookie, sessions) in by_namespace {
+        let differing = std::mem::take(&mut written);
+        for (netns_cookie, sessions) in by_namespace(differing, |(_, session)| session) {
             let answers = sockets_of(context, netns_cookie, &sessions, Detail::Activity).await;
             let answers = answers.unwrap_or_else(|error| {
                 tracing::warn!(

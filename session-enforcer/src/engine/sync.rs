@@ -22,7 +22,7 @@ use super::{
     owner_search::{self, CaughtUp},
     state::{RECHECK_NS, State},
     terminate,
-    tracker::{Phase, group_of},
+    tracker::{Phase, by_namespace, group_of},
 };
 use crate::{
     datapath::Adoption,
@@ -553,13 +553,8 @@ impl Sync<'_> {
         }
         // The socket may not have counted such a packet yet.
         ask::wait_for_programs(self.context).await;
-        let mut by_namespace: HashMap<u64, Vec<(u64, Session)>> = HashMap::new();
-        for (cookie, session) in unconfirmed {
-            let of_namespace = by_namespace.entry(session.netns_cookie).or_default();
-            of_namespace.push((cookie, session));
-        }
         let current = self.netns_cookie;
-        for (netns_cookie, sessions) in by_namespace {
+        for (netns_cookie, sessions) in by_namespace(unconfirmed, |(_, session)| session) {
             self.netns_cookie = netns_cookie;
             for some in sessions.chunks(MAX_BATCH) {
                 let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);

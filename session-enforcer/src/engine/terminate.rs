@@ -234,13 +234,13 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
             state.tracker.begin_reset(expired);
             state.note_reset(expired);
         }
+        let begins = searching == Searching::Begins;
         let batch = Batch {
             netns_cookie,
             method,
-            searches: searching == Searching::Begins,
+            search: begins.then(|| SearchUnderWay::begin(context, state)),
             sessions: lot,
         };
-        state.handles.is_searching |= batch.searches;
         let slot = match batch.sessions.first() {
             // Counts as possibly hanging from now on.
             Some(first) if apart.is_some() => {
@@ -258,7 +258,6 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
 /// Resets a batch. Sessions that the reaper has not claimed when it hangs or ends go to other reapers.
 async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result<()> {
     let began_ns = monotonic_ns();
-    let _search = batch.searches.then(|| SearchUnderWay::begin(&context));
     let (request, handle, may_search) = context.state().request(&batch);
     let asked = context
         .pool
@@ -449,10 +448,11 @@ impl Attempt {
                 searched: Search::Everywhere,
                 ..
             } => {
+                let search = SearchUnderWay::begin(context, &mut context.state());
                 let batch = Batch {
                     netns_cookie: self.netns_cookie,
                     method: ResetMethod::ByCookie,
-                    searches: true,
+                    search: Some(search),
                     sessions: rest.to_vec(),
                 };
                 for expired in rest {
@@ -523,7 +523,7 @@ impl Attempt {
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
                                 method: ResetMethod::ByCookie,
-                                searches: false,
+                                search: None,
                                 sessions: vec![hung],
                             };
                             context.state().tracker.begin_reset(&hung);

@@ -1,6 +1,9 @@
 //! The tracked sessions, when each is due, and the phase of those in an exceptional state. Pure: no clock, no I/O.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use session_enforcer_common::{Event, Session};
 
@@ -318,6 +321,19 @@ pub(super) fn group_of(session: &Session) -> Group {
         netns_cookie: session.netns_cookie,
         rule: session.rule,
     }
+}
+
+/// Groups sessions by network namespace.
+pub(super) fn by_namespace<T>(
+    sessions: impl IntoIterator<Item = T>,
+    record: impl Fn(&T) -> &Session,
+) -> BTreeMap<u64, Vec<T>> {
+    let mut groups: BTreeMap<u64, Vec<T>> = BTreeMap::new();
+    for session in sessions {
+        let netns_cookie = record(&session).netns_cookie;
+        groups.entry(netns_cookie).or_default().push(session);
+    }
+    groups
 }
 
 /// The group of a session, from its event.

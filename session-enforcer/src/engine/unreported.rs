@@ -1,6 +1,6 @@
 //! Sessions that may have ended without a report: a reaper queries or searches their sockets.
 
-use std::{collections::BTreeMap, rc::Rc};
+use std::rc::Rc;
 
 use anyhow::Result;
 use session_enforcer_common::Session;
@@ -9,6 +9,7 @@ use super::{
     ask::{self, Answer},
     context::Context,
     state::{Cause, MaybeEnded, RETRY_NS, State},
+    tracker::by_namespace,
 };
 use crate::{
     host::clock::monotonic_ns,
@@ -28,12 +29,7 @@ pub(super) const NOT_FOUND: &str =
 /// Queries the sockets of sessions that may have ended without a report.
 pub(super) fn query_unreported(context: &Rc<Context>) {
     let sessions = std::mem::take(&mut context.state().maybe_ended);
-    let mut by_namespace: BTreeMap<u64, Vec<MaybeEnded>> = BTreeMap::new();
-    for session in sessions {
-        let netns = session.session.netns_cookie;
-        by_namespace.entry(netns).or_default().push(session);
-    }
-    for (netns_cookie, sessions) in by_namespace {
+    for (netns_cookie, sessions) in by_namespace(sessions, |maybe_ended| &maybe_ended.session) {
         context.spawn(query_maybe_ended(
             Rc::clone(context),
             netns_cookie,

@@ -126,11 +126,7 @@ impl Worker {
             let began_ns = processor_ns();
             let error = match self.perform(request, lent) {
                 Ok(()) => None,
-                Err(Broken::Problem(problem)) => {
-                    // Unread answers in this socket would be taken for answers to the next request.
-                    self.own = None;
-                    Some(problem)
-                }
+                Err(Broken::Problem(problem)) => Some(problem),
                 Err(Broken::Channel) => return ExitCode::SUCCESS,
             };
             let done = Reply::Done {
@@ -218,6 +214,7 @@ impl Worker {
             self.own = Some((diag.netns_cookie()?, diag));
         }
         let is_own = |own: &mut (u64, DiagSocket)| own.0 == netns.cookie;
+        // After an error the socket is dropped: its unread answers would be taken for answers to the next request.
         if let Some((cookie, mut diag)) = self.own.take_if(is_own) {
             let done = act(self, &mut diag)?;
             self.own = Some((cookie, diag));

@@ -49,62 +49,58 @@ const fn benchmark(
 const ALL: [Benchmark; 12] = [
     benchmark(
         "per-packet",
-        "one run of a program, in ns more than that of a null program on the same hook",
+        "time of one program run, in ns above a null program on the same hook",
         per_packet::run,
     ),
     benchmark(
         "round-trip",
-        "one byte there and one back over one connection, everything on one processor",
+        "one byte in each direction over one connection, all on one processor",
         traffic::round_trips,
     ),
     benchmark(
         "connect",
-        "a connection that is established, carries one byte and is closed, on one processor",
+        "establish a connection, send one byte and close it, all on one processor",
         traffic::connections,
     ),
     benchmark(
         "bulk",
-        "data in one direction over one connection, everything on one processor",
+        "data in one direction over one connection, all on one processor",
         traffic::bulk,
     ),
     benchmark(
         "lateness",
-        "sessions whose deadlines are spread evenly over some seconds",
+        "sessions with deadlines spread evenly over some seconds",
         exact::lateness,
     ),
     benchmark(
         "instant",
-        "20,000 sessions that are due in one instant",
+        "20,000 sessions with the same deadline",
         exact::instant,
     ),
-    benchmark(
-        "idle",
-        "what sessions cost on which nothing happens",
-        idle::run,
-    ),
+    benchmark("idle", "cost of sessions without traffic", idle::run),
     benchmark(
         "start",
-        "from the start of the daemon until all is attached and adopted",
+        "time from the daemon's start until it has attached and adopted everything",
         start::start,
     ),
     benchmark(
         "reload",
-        "from SIGHUP until another policy is in force for all sessions",
+        "time from SIGHUP until the new policy is in force for all sessions",
         start::reload,
     ),
     benchmark(
         "live",
-        "`list` and `top` of 100,000 sessions, while others are due",
+        "`list` and `top` of 100,000 sessions while others reach their deadlines",
         live::run,
     ),
     benchmark(
         "growth",
-        "sessions that are due while the session table grows",
+        "sessions that reach their deadlines while the session table grows",
         live::growth,
     ),
     benchmark(
         "crowded",
-        "starts, reloads and resets beside 180,000 descriptors, 1,000 network namespaces and 16,000 cgroups",
+        "starts, reloads and resets on a host with 180,000 descriptors, 1,000 network namespaces, 16,000 cgroups",
         crowded::run,
     ),
 ];
@@ -143,8 +139,8 @@ impl Args {
             match word.as_str() {
                 "--quick" => args.quick = true,
                 "--list" => args.list = true,
-                "--json" => args.json = Some(words.next().context("--json FILE")?.into()),
-                flag if flag.starts_with('-') => bail!("the flag {flag} is not known"),
+                "--json" => args.json = Some(words.next().context("--json needs a FILE")?.into()),
+                flag if flag.starts_with('-') => bail!("unknown flag {flag}"),
                 _ => args.names.push(word),
             }
         }
@@ -188,7 +184,7 @@ fn perform(args: &Args) -> Result<()> {
         return Ok(());
     }
     if chosen.is_empty() {
-        bail!("no benchmark has such a name; --list shows them");
+        bail!("no benchmark has a matching name; --list prints the names");
     }
     let own = env::current_exe()?;
     let bench = Bench {
@@ -217,7 +213,7 @@ fn perform(args: &Args) -> Result<()> {
     let failed = sections.iter().filter(|section| section.rows.is_err());
     let failed: Vec<_> = failed.map(|section| section.name).collect();
     if !failed.is_empty() {
-        bail!("did not run: {}", failed.join(", "));
+        bail!("these benchmarks failed: {}", failed.join(", "));
     }
     Ok(())
 }

@@ -254,7 +254,7 @@ fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
     pairs[1].round_trip()?;
     let nobody = daemon.command(&["kill", "--rule", "second"])?;
     assert_code(&nobody, 0);
-    assert!(nobody.stderr.contains("no session is meant"), "{nobody:?}");
+    assert!(nobody.stderr.contains("no session matches"), "{nobody:?}");
     for (args, code) in [
         (&["kill"][..], 2),
         (&["kill", "--remote", "10.0.0.1/8"], 2),

@@ -23,7 +23,7 @@ const INCLUDED: &str =
 pub(super) fn prepare(archs: &[Arch]) -> Result<()> {
     ensure!(
         is_root()?,
-        "the package is tried as root: run `cargo xtask dist --test` as root"
+        "the test of the packages needs root: run `cargo xtask dist --test` as root"
     );
     includes(archs, own_arch()?)?;
     packages::ensure(&packages::MACHINES, Missing::Install)
@@ -32,7 +32,7 @@ pub(super) fn prepare(archs: &[Arch]) -> Result<()> {
 fn includes(archs: &[Arch], own: Arch) -> Result<()> {
     ensure!(
         archs.contains(&own),
-        "only the package for this machine's processor can be tried here: leave --arch out, or say --arch {}",
+        "only the package for this machine's architecture can be tested here: omit --arch, or use --arch {}",
         own.name()
     );
     Ok(())
@@ -43,7 +43,7 @@ fn own_arch() -> Result<Arch> {
     let own = Arch::ALL
         .into_iter()
         .find(|arch| arch.name() == std::env::consts::ARCH);
-    own.context("no packages are made for this machine's processor: --test cannot be used here")
+    own.context("--test cannot be used here: no packages are built for this machine's architecture")
 }
 
 /// Checks the package and runs its tests in each release.
@@ -60,12 +60,12 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
     run(tests(workspace, "rpm")
         .env("SESSION_ENFORCER_RPM", &rpm)
         .env("SESSION_ENFORCER_DEB", &package))?;
-    say!("the image, in podman");
+    say!("testing the image in podman");
     let image = published(out, &format!("-{}.oci.tar", own.name()))?;
     run(tests(workspace, "image").env("SESSION_ENFORCER_IMAGE", &image))?;
     for suite in SUITES {
         let root = debian(workspace, suite)?;
-        say!("the package in Debian {suite}");
+        say!("testing the package in Debian {suite}");
         run(tests(workspace, "package")
             .env("SESSION_ENFORCER_MACHINE", &root)
             .env("SESSION_ENFORCER_DEB", &package)
@@ -97,7 +97,7 @@ fn debian(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     if root.is_dir() {
         return Ok(root);
     }
-    say!("making the root of a Debian {suite} (a minute or so, once)");
+    say!("creating a Debian {suite} root file system (about a minute, once)");
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     // An incomplete root must not be taken for a complete one.
     let unfinished = folder.join(format!("{suite}.unfinished"));
@@ -120,7 +120,7 @@ mod tests {
         includes(&Arch::ALL, Arch::X86_64).expect("it is among all");
         let error = includes(&[Arch::Aarch64], Arch::X86_64).expect_err("another one");
         assert!(
-            error.to_string().ends_with("or say --arch x86_64"),
+            error.to_string().ends_with("or use --arch x86_64"),
             "{error}"
         );
     }

@@ -19,7 +19,7 @@ const VERSION: &str = "0.20.2";
 /// Checks both workspaces.
 pub(super) fn check(workspace: &Workspace, no_install: bool) -> Result<()> {
     if no_install && find_program(NAME, &[]).is_none() {
-        say!("{NAME} is not installed: the dependencies are not looked at");
+        say!("{NAME} is not installed: the dependencies are not checked");
         return Ok(());
     }
     let deny = ensure(workspace)?;
@@ -27,7 +27,7 @@ pub(super) fn check(workspace: &Workspace, no_install: bool) -> Result<()> {
     let [own, _] = &manifests;
     let is_fetched = output_of(command(&deny, workspace, own).args(["fetch", "db"])).is_ok();
     if !is_fetched {
-        say!("the database of advisories cannot be fetched: what it has is not looked at");
+        say!("the advisory database cannot be downloaded: advisories are not checked");
     }
     for manifest in &manifests {
         let mut check = command(&deny, workspace, manifest);
@@ -64,7 +64,7 @@ fn ensure(workspace: &Workspace) -> Result<PathBuf> {
     let stands = output_of(Command::new(&own).arg("--version"))
         .is_ok_and(|printed| printed.trim().ends_with(VERSION));
     if !stands {
-        say!("building {NAME} {VERSION}, which looks at the crates that are used (some minutes)");
+        say!("building {NAME} {VERSION}, which checks the dependencies (some minutes)");
         build(&folder)?;
     }
     Ok(own)

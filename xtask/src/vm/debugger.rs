@@ -27,7 +27,7 @@ pub(super) fn serve(shared: &Path, socket: &Path) {
         return;
     }
     let result = fs::read_to_string(&asked)
-        .context("cannot read what is asked for")
+        .context("cannot read the request")
         .and_then(|text| clear(socket, &text));
     let said = result
         .err()
@@ -41,7 +41,7 @@ fn clear(socket: &Path, asked: &str) -> Result<()> {
         .split_whitespace()
         .map(|word| u64::from_str_radix(word, 16));
     let (Some(Ok(handler)), Some(Ok(destroy))) = (words.next(), words.next()) else {
-        bail!("no two addresses: {asked:?}");
+        bail!("the request does not contain two addresses: {asked:?}");
     };
     // The connection stops the machine until it is told to continue.
     let mut debugger = Debugger::connect(socket)?;

@@ -57,7 +57,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Runs the first process. Returns only if this is not the first process of such a machine.
 pub(crate) fn guest() -> Result<()> {
     if process::id() != 1 {
-        bail!("this is what `cargo xtask vm` runs inside of its virtual machines, and nobody else");
+        bail!("only `cargo xtask vm` runs this command, inside its virtual machines");
     }
     let mode = match boot() {
         Ok(mode) => mode,
@@ -91,7 +91,7 @@ fn boot() -> Result<RebootMode> {
     file_system("virtiofs", "own", SHARED, "")?;
     let shared = Path::new(SHARED);
     let text = fs::read_to_string(shared.join(PLAN)).context("cannot read the plan")?;
-    let plan: Plan = serde_json::from_str(&text).context("the plan is wrong")?;
+    let plan: Plan = serde_json::from_str(&text).context("cannot parse the plan")?;
     let number = count_boot(&shared.join(BOOTS))?;
     let now = plan
         .boots
@@ -110,7 +110,10 @@ fn boot() -> Result<RebootMode> {
 /// Returns the number of earlier boots and increments it.
 fn count_boot(path: &Path) -> Result<usize> {
     let before = match fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().context("the number of boots")?,
+        Ok(text) => text
+            .trim()
+            .parse()
+            .context("cannot parse the number of boots")?,
         Err(_) => 0,
     };
     fs::write(path, (before + 1).to_string()).context("cannot count the boot")?;
@@ -132,7 +135,7 @@ fn prepare(plan: &Plan, boot: &Boot) -> Result<()> {
         forget_destroy(Path::new(SHARED))?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
-        .context("cannot allow more open files")?;
+        .context("cannot raise the limit of open files")?;
     nix::unistd::sethostname("session-enforcer-vm")?;
     let status = system("ip")?.args(["link", "set", "lo", "up"]).status();
     if !status.context("cannot start ip")?.success() {
@@ -174,11 +177,11 @@ fn forget_destroy(shared: &Path) -> Result<()> {
             if said.is_empty() {
                 return Ok(());
             }
-            bail!("tcp_diag keeps its way to destroy sockets: {said}");
+            bail!("cannot remove the destroy function from tcp_diag: {said}");
         }
         thread::sleep(LOOK);
     }
-    bail!("nobody took the way to destroy sockets from tcp_diag")
+    bail!("the host did not remove the destroy function from tcp_diag")
 }
 
 /// Mounts the cgroup v1 controllers of the kernel, and cgroup v2 beside them.

@@ -99,7 +99,7 @@ impl Accelerator {
     /// The QEMU command without devices.
     fn command(self, arch: Arch) -> Result<Command> {
         let program = find_program(packages::qemu(arch).program(), &[]);
-        let program = program.context("there is no QEMU")?;
+        let program = program.context("QEMU is missing")?;
         let mut qemu = Command::new(program);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none"])
             .stdin(Stdio::null())
@@ -255,7 +255,7 @@ impl Machine<'_> {
     fn share(&self, name: &str, folder: &Path) -> Result<Running> {
         let socket = self.socket(name);
         let program = find_program("virtiofsd", &VIRTIOFSD.map(PathBuf::from));
-        let program = program.context("there is no virtiofsd")?;
+        let program = program.context("virtiofsd is missing")?;
         let _ = fs::remove_file(&socket);
         let mut sharer = as_root(&program)?;
         sharer.arg(format!("--socket-path={}", socket.display()));

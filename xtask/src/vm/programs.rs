@@ -75,7 +75,7 @@ pub(super) fn parts(workspace: &Workspace) -> Result<Vec<Part>> {
     paths.sort();
     for path in paths {
         let name = path.file_stem().and_then(OsStr::to_str);
-        let program = name.context("a test has a strange name")?;
+        let program = name.context("the name of a test file is not UTF-8")?;
         if path.is_file() {
             parts.push(Part::whole(program));
         } else if let Ok(main) = fs::read_to_string(path.join("main.rs")) {
@@ -266,7 +266,10 @@ fn named<'a>(parts: &'a [Part], word: &'a str) -> Result<Vec<(&'a Part, Option<&
     }
     if of_program.is_empty() {
         let names: Vec<_> = parts.iter().map(Part::name).collect();
-        bail!("there is no test {word}; there are: {}", names.join(", "));
+        bail!(
+            "there is no test {word}; the tests are: {}",
+            names.join(", ")
+        );
     }
     Ok(of_program)
 }
@@ -328,7 +331,7 @@ mod tests {
             assert!(
                 error
                     .to_string()
-                    .ends_with("there are: gate, idle, verifier"),
+                    .ends_with("the tests are: gate, idle, verifier"),
                 "{error}"
             );
         }

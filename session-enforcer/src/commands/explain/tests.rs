@@ -77,12 +77,11 @@ fn without_an_owner_the_rules_that_ask_for_one_are_open() {
 10.0.0.5:22 with 10.0.0.9:50000, accepted here:
   rule \"replication\": perhaps: connections accepted here, of user root or 7; they are exempt: not \
 tracked, never reset
-  rule \"pods\": perhaps: connections accepted here or dialled from here, of control group \
+  rule \"pods\": perhaps: connections accepted here or dialled from here, of cgroup \
 /kubepods.slice or /machine.slice; they are reset 15m after their last new payload
   rule \"rest\": yes: connections accepted here or dialled from here; they are reset 1h after their \
 last new payload
-  open: it depends on the owner, give --user and --cgroup; if it is none of those above: enforced \
-by rule \"rest\"
+  undecided: give --user and --cgroup; if the owner is none of those above: enforced by rule \"rest\"
 ";
     assert_eq!(described_under(OWNERS, &ends, &of(None, None)), expected);
 }
@@ -91,23 +90,23 @@ by rule \"rest\"
 fn an_owner_decides() {
     let ends = ends("10.0.0.5:22", "10.0.0.9:50000");
     let expected = "\
-10.0.0.5:22 with 10.0.0.9:50000, accepted here, of user 5, of control group \
+10.0.0.5:22 with 10.0.0.9:50000, accepted here, of user 5, of cgroup \
 /kubepods.slice/pod1/c:
   rule \"replication\": no: user 5 is not root or 7
-  rule \"pods\": yes: connections accepted here or dialled from here, of control group \
+  rule \"pods\": yes: connections accepted here or dialled from here, of cgroup \
 /kubepods.slice or /machine.slice; they are reset 15m after their last new payload
-  1 later rule is not looked at
+  1 later rule is not compared
   decided: enforced by rule \"pods\"
 ";
     let pod = of(Some("5"), Some("/kubepods.slice/pod1/c"));
     assert_eq!(described_under(OWNERS, &ends, &pod), expected);
     let elsewhere = described_under(OWNERS, &ends, &of(Some("5"), Some("/kubepods.slice2")));
-    let no = "  rule \"pods\": no: control group /kubepods.slice2 is not /kubepods.slice or \
+    let no = "  rule \"pods\": no: cgroup /kubepods.slice2 is not /kubepods.slice or \
               /machine.slice, nor below\n";
     assert!(elsewhere.contains(no), "{elsewhere}");
     assert!(elsewhere.ends_with("  decided: enforced by rule \"rest\"\n"));
     let half = described_under(OWNERS, &ends, &of(Some("5"), None));
-    assert!(half.contains("  open: it depends on the owner, give --cgroup; if"));
+    assert!(half.contains("  undecided: give --cgroup; if"));
 }
 
 #[test]
@@ -135,7 +134,7 @@ fn the_deciding_rule_and_the_reasons_of_the_earlier_ones_are_said() {
   rule \"replicas\": no: remote address 10.0.0.9 is not in 10.0.0.6 or 10.0.0.7
   rule \"postgres\": yes: connections accepted here, with local port 5432 or 6000-6010; they are \
 reset 15m after their last new payload, and at the latest 12h after they were established
-  1 later rule is not looked at
+  1 later rule is not compared
   decided: enforced by rule \"postgres\"
 ";
     assert_eq!(described(RULES, &ends, Some(Direction::Inbound)), expected);
@@ -148,7 +147,7 @@ fn directions_that_differ_are_explained_one_by_one() {
   rule \"replicas\": no: remote address 2001:db8::9 is not in 10.0.0.6 or 10.0.0.7
   rule \"postgres\": yes: connections accepted here, with local port 5432 or 6000-6010; they are \
 reset 15m after their last new payload, and at the latest 12h after they were established
-  1 later rule is not looked at
+  1 later rule is not compared
   decided: enforced by rule \"postgres\"
 
 [2001:db8::5]:5432 with [2001:db8::9]:50000, dialled from here:
@@ -156,7 +155,7 @@ reset 15m after their last new payload, and at the latest 12h after they were es
   rule \"postgres\": no: dialled from here, not accepted here
   rule \"ssh\": no: dialled from here, not accepted here; local port 5432 is not 22; remote \
 address 2001:db8::9 is not in 10.0.0.0/8
-  decided: not tracked, as no rule matches
+  decided: not tracked, because no rule matches
 ";
     let ends = ends("[2001:db8::5]:5432", "[2001:db8::9]:50000");
     assert_eq!(described(RULES, &ends, None), expected);
@@ -169,7 +168,7 @@ fn directions_that_do_not_differ_are_explained_together() {
   rule \"replicas\": no: remote address 192.0.2.1 is not in 10.0.0.6 or 10.0.0.7
   rule \"postgres\": no: local port 40000 is not 5432 or 6000-6010
   rule \"ssh\": no: local port 40000 is not 22; remote address 192.0.2.1 is not in 10.0.0.0/8
-  decided: not tracked, as no rule matches
+  decided: not tracked, because no rule matches
 ";
     let nobody = ends("10.0.0.5:40000", "192.0.2.1:443");
     assert_eq!(described(RULES, &nobody, None), expected);
@@ -177,7 +176,7 @@ fn directions_that_do_not_differ_are_explained_together() {
 10.0.0.5:5432 with 10.0.0.7:50000, accepted here or dialled from here:
   rule \"replicas\": yes: connections accepted here or dialled from here, with remote address in \
 10.0.0.6 or 10.0.0.7; they are exempt: not tracked, never reset
-  2 later rules are not looked at
+  2 later rules are not compared
   decided: exempt by rule \"replicas\": not tracked, never reset
 ";
     let replica = ends("10.0.0.5:5432", "10.0.0.7:50000");
@@ -197,9 +196,9 @@ fn what_observes_and_what_limits_the_scope_is_said() {
 10.0.0.5:22 with 10.0.0.9:50000, accepted here:
   rule \"all\": yes: connections accepted here or dialled from here; they are recorded, not reset, \
 1h after their last new payload
-  decided: observed by rule \"all\": recorded, not reset, as the daemon's mode is \"observe\"
+  decided: observed by rule \"all\": recorded, not reset, because the daemon's mode is \"observe\"
 
-Only sockets of the control group /c and those below it are tracked.
+Only sockets of cgroup /c and those below it are tracked.
 
 Only sockets of the daemon's own network namespace are tracked.
 ";
@@ -339,7 +338,7 @@ fn the_examples_decide_as_the_cookbook_says() {
         explain_file(&path, &ends(words[2], words[3]), &circumstances, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         let decision = match expected.split_once(' ').unwrap() {
-            ("not", _) => "not tracked, as".to_owned(),
+            ("not", _) => "not tracked, because".to_owned(),
             (word, rule) => format!("{word} by rule \"{rule}\""),
         };
         assert!(
@@ -551,14 +550,14 @@ proptest! {
                     .iter()
                     .position(|rule| kernel_matches(&question, rule.clone(), direction));
                 let perhaps = part.contains("\": perhaps: ");
-                prop_assert_eq!(part.contains("  open: "), perhaps, "{}", part);
+                prop_assert_eq!(part.contains("  undecided: "), perhaps, "{}", part);
                 prop_assert_eq!(part.contains("  decided: "), !perhaps, "{}", part);
                 if circumstances.user.is_some() && circumstances.cgroup.is_some() {
                     prop_assert!(!perhaps, "{}", part);
                 }
                 let exempt = first.is_some_and(|n| config.rules[n].action == Action::Exempt);
                 prop_assert_eq!(part.contains(": exempt by "), exempt, "{}", part);
-                prop_assert_eq!(part.contains(": not tracked, as no"), first.is_none());
+                prop_assert_eq!(part.contains(": not tracked, because no"), first.is_none());
                 let names: Vec<&str> = config.rules.iter().map(|r| r.name.as_str()).collect();
                 let open = |name: &str| part.contains(&format!("rule \"{name}\": perhaps: "));
                 let earlier = &names[..first.unwrap_or(names.len())];

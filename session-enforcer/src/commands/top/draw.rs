@@ -18,7 +18,7 @@ use crate::{
 const SOON_S: f64 = 60.0;
 const VERY_SOON_S: f64 = 10.0;
 
-const KEYS: &str = "up/down select  k end it  / filter  s sort  q quit";
+const KEYS: &str = "up/down select  k reset  / filter  s sort  q quit";
 
 pub(super) fn draw(frame: &mut Frame<'_>, board: &mut Board, colour: bool) {
     let parts = [
@@ -36,7 +36,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, board: &mut Board, colour: bool) {
     let last = board
         .ended
         .as_deref()
-        .unwrap_or("no session was reset since this began");
+        .unwrap_or("no session was reset since top started");
     frame.render_widget(Line::from(format!("last: {}", printable(last))), ended);
     frame.render_widget(filter_line(board, paint), filter);
     let table = table(board, usize::from(sessions.width), paint);

@@ -9,6 +9,7 @@ const COOKBOOK: &str = include_str!("../../../docs/cookbook.md");
 const FAULTS: &str = include_str!("../../../docs/faults.md");
 const REPORTS: &str = include_str!("../../../docs/design/reports.md");
 const README: &str = include_str!("../../../../README.md");
+const PACKAGED: &str = include_str!("../../../packaging/config.toml");
 const TOUR: &str = include_str!("../../../docs/tour.md");
 
 /// The folder of the pages that the README links to.
@@ -63,6 +64,34 @@ fn what_the_pages_show_is_valid_and_without_a_warning() {
         assert_eq!(config.warnings, []);
         assert_eq!(config.mode, Mode::Observe, "what is copied cuts nobody");
     }
+}
+
+#[test]
+fn the_packaged_rules_are_valid_and_ssh_has_the_rule_of_the_readme() {
+    let is_toml = |line: &str| line == "[[rule]]" || line.split_once(" = ").is_some_and(is_key);
+    let uncommented = PACKAGED.lines().flat_map(|line| {
+        let commented = line.strip_prefix("# ").filter(|line| is_toml(line));
+        [commented.unwrap_or(line), "\n"]
+    });
+    let uncommented: String = uncommented.collect();
+    let ssh = |text: &str| {
+        let mut rules = Config::parse("x.toml", text).unwrap().rules.into_iter();
+        rules.find(|rule| rule.name == "ssh").unwrap()
+    };
+    let [(_, readme)] = blocks(README)[..] else {
+        panic!("the README has one configuration");
+    };
+    assert_eq!(
+        Config::parse("x.toml", &uncommented).unwrap().rules.len(),
+        3
+    );
+    for text in [PACKAGED, &uncommented, &examples()[FIRST]] {
+        assert_eq!(ssh(text), ssh(readme));
+    }
+}
+
+fn is_key((name, _): (&str, &str)) -> bool {
+    name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
 }
 
 #[test]
@@ -348,6 +377,7 @@ fn what_the_design_notes_name_is_in_the_code() {
         let is_part = |c: char| c.is_alphanumeric() || c == '_';
         text.split(|c| !is_part(c)).any(|found| found == word)
     };
+    let mut missing = Vec::new();
     for (page, text) in pages() {
         let of_tests = ["reports.md", "testing.md"].map(|name| page.ends_with(name));
         let is_note = page.starts_with(Path::new(DOCS).join("design")) && of_tests == [false; 2];
@@ -368,8 +398,9 @@ fn what_the_design_notes_name_is_in_the_code() {
                 (is_module || is_type) && has(source, second)
             });
             if !is_there {
-                eprintln!("MISSING {}: `{code}`", page.display());
+                missing.push(format!("{}: {code}", page.display()));
             }
         }
     }
+    assert_eq!(missing, Vec::<String>::new());
 }

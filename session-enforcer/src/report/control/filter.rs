@@ -140,21 +140,21 @@ fn is_of(user: &User, session: &Session, name: Option<&str>) -> bool {
         }
 }
 
-/// What a list is sorted by.
+/// The sort key of a list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SortKey {
-    /// The one that ends next is the first.
+    /// Time left, shortest first.
     #[default]
     Left,
-    /// The one that is idle for longest is the first.
+    /// Idle time, longest first.
     Idle,
-    /// The oldest is the first.
+    /// Age, oldest first.
     Age,
-    /// The one that has carried most is the first.
+    /// Bytes in both directions, most first.
     Bytes,
-    /// By rule, and of a rule the one that ends next first.
+    /// Rule name, then time left.
     Rule,
-    /// By number.
+    /// Session ID.
     Id,
 }
 
