@@ -18,8 +18,9 @@ fn idle(name: &str, cgroups: &str, limit: Duration) -> String {
     format!("[[rule]]\nname = \"{name}\"\ncgroups = [{cgroups}]\nidle_timeout = \"{seconds}s\"\n")
 }
 
-/// A connection to a listener in this cgroup, which is created if missing. The listener stays open,
-/// because the cgroup of an adopted connection is read from it.
+/// A connection to a listener in this cgroup, which is created if missing. The caller keeps the
+/// listener open, because the daemon may derive owner and direction of an adopted connection from
+/// it.
 fn pair_in(lab: &Lab, above: &Cgroup, path: &str) -> Result<(Pair, Listener)> {
     let directory = above.path().join(path);
     fs::create_dir_all(&directory)?;

@@ -662,6 +662,7 @@ fn only_root_and_the_members_of_the_group_may_use_the_control_socket() -> Result
         command.args(["status", "--socket"]).arg(&socket);
         let groups = groups.to_vec();
         // `Command::uid` and `Command::gid` would drop these supplementary groups.
+        // SAFETY: the closure only makes system calls and allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 let ids: &[libc::gid_t] = &groups;

@@ -373,7 +373,7 @@ fn a_reload_whose_reaper_is_killed_adopts_every_connection() -> Result<()> {
     pair.round_trip().map(drop)
 }
 
-/// Capabilities, NoNewPrivs and Seccomp of a process, from its `status` (proc(5)).
+/// Capabilities, `NoNewPrivs` and Seccomp of a process, from its `status` (proc(5)).
 fn status(pid: u32) -> Result<[u64; 5]> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = |name: &str| -> Result<String> {

@@ -179,7 +179,7 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
     Ok(())
 }
 
-/// The kernel destroys the TIME_WAIT socket and answers ENOENT, so the daemon counts no reset.
+/// The kernel destroys the `TIME_WAIT` socket and answers ENOENT, so the daemon counts no reset.
 #[test]
 fn a_time_wait_socket_is_no_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
