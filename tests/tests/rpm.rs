@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use session_enforcer_tests::{Finished, patience, run_to_end, scaled};
+use session_enforcer_tests::{patience, run_to_end, scaled};
 
 fn package(variable: &str) -> Result<PathBuf> {
     let value = env::var_os(variable);
@@ -15,13 +15,7 @@ fn package(variable: &str) -> Result<PathBuf> {
 fn ask(program: &str, args: &[&str], variable: &str) -> Result<String> {
     let mut command = Command::new(program);
     command.args(args).arg(package(variable)?);
-    let Finished {
-        code,
-        stdout,
-        stderr,
-    } = run_to_end(command, scaled(patience()))?;
-    ensure!(code == 0, "{program}: {code}: {stderr}");
-    Ok(stdout)
+    run_to_end(command, scaled(patience()))?.output(program)
 }
 
 fn query(format: &str) -> Result<String> {

@@ -4,6 +4,8 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use session_enforcer_tests::{Lab, Listener, Pair, reset_on_close};
+
 mod agreement;
 mod cgroup_patterns;
 mod control;
@@ -49,4 +51,13 @@ impl Drop for Turn {
 
 fn lock() -> MutexGuard<'static, (&'static str, usize)> {
     NOW.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Opens and closes so many connections that their events overflow the ring buffer of a stopped daemon.
+fn overflow_events(lab: &Lab, listener: &Listener) -> anyhow::Result<()> {
+    for _ in 0..14_000 {
+        let pair = Pair::open(&lab.outside, listener)?;
+        reset_on_close(&pair.client)?;
+    }
+    Ok(())
 }

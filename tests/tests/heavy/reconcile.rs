@@ -8,7 +8,7 @@ use session_enforcer_tests::{
     Daemon, Lab, Netns, Pair, idle_rule, overwrite_callback_flags, reset_on_close, unhurried,
 };
 
-use crate::turn;
+use crate::{overflow_events, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
@@ -22,9 +22,6 @@ fn rule() -> String {
 }
 /// No deadline passes during the test, so only a comparison can find the difference.
 const LONG_RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n";
-
-/// Events of this many connections overflow the ring buffer.
-const TOO_MANY: usize = 14_000;
 
 fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
     let name = "session_enforcer_reconcile_repaired_total";
@@ -94,10 +91,7 @@ fn sessions_whose_close_event_was_lost_are_removed_soon() -> Result<()> {
     ];
     daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
     daemon.freeze()?;
-    for _ in 0..TOO_MANY {
-        let pair = Pair::open(&lab.outside, &listener)?;
-        reset_on_close(&pair.client)?;
-    }
+    overflow_events(&lab, &listener)?;
     reset_on_close(&ended.client)?;
     drop(ended);
     daemon.thaw()?;

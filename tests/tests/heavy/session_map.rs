@@ -17,10 +17,9 @@ use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
     datapath::{Adoption, Datapath, Options},
     host::cgroup::Cgroup,
-    reaper::disconnect,
 };
 use session_enforcer_common::{Address, Direction, Limits, MatchEntry, Owner, Session, flags};
-use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
+use session_enforcer_tests::{Lab, Pair, Random, cookie, patience, reset_on_close, seed};
 
 use crate::turn;
 
@@ -170,7 +169,7 @@ fn a_session_that_closes_during_the_decision_is_counted_as_closed_only_if_opened
         while start.elapsed() < 2 * TIME {
             let pair = Pair::open(&lab.outside, &listener)?;
             reset_on_close(&pair.client)?;
-            let cookie = disconnect::cookie(&pair.server)?;
+            let cookie = cookie(&pair.server)?;
             let decided = kernel.session(cookie)?.context("the session")?;
             let undecided = Session {
                 generation: 0,

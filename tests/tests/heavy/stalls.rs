@@ -18,7 +18,7 @@ use session_enforcer_tests::{
     reset_on_close, unhurried,
 };
 
-use crate::turn;
+use crate::{overflow_events, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -29,9 +29,6 @@ fn limit() -> Duration {
 fn rule() -> String {
     idle_rule(limit())
 }
-
-/// Events of this many connections overflow the ring buffer.
-const TOO_MANY: usize = 14_000;
 
 #[test]
 fn sessions_whose_deadline_passes_during_a_stall_are_reset_after_it() -> Result<()> {
@@ -66,10 +63,7 @@ fn a_session_whose_opened_event_was_lost_is_found_and_enforced() -> Result<()> {
     let before = Pair::open(&lab.outside, &listener)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     daemon.signal(Signal::SIGSTOP)?;
-    for _ in 0..TOO_MANY {
-        let pair = Pair::open(&lab.outside, &listener)?;
-        reset_on_close(&pair.client)?;
-    }
+    overflow_events(&lab, &listener)?;
     // The daemon receives no event of this opening and this close.
     let lost = Pair::open(&lab.outside, &listener)?;
     reset_on_close(&before.client)?;

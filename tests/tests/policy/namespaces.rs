@@ -21,8 +21,8 @@ use nix::{
 };
 use session_enforcer::reaper::namespaces::visit_all;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
-    longer_than_a_start as limit, patience, reset_on_close,
+    Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, disconnect, ends_of, eventually,
+    idle_rule, longer_than_a_start as limit, patience, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -382,25 +382,11 @@ fn a_session_of_unknown_owner_has_the_limits_of_the_first_rule_that_could_apply(
     let first = Pair::open(&inside, &listener)?;
     drop((inside, outside));
     netns.delete()?;
-    let Pair { client, .. } = first;
-    disconnect(&client)?;
-    let again = Pair::dial(client.into(), &listener, listener.address)?;
+    let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
     let record = daemon.wait_for_termination_of(&again)?;
     assert_eq!(record.text("session_enforcer.result"), "reset");
     assert_eq!(record.text("rule.name"), "ours");
     record.assert_due("idle_timeout", &again.opened, limit());
     again.ends()?[0].assert_not_early(&again.opened, limit());
     Ok(())
-}
-
-/// Disconnects with `connect(AF_UNSPEC)`, after which the socket can connect again.
-fn disconnect(socket: &TcpStream) -> Result<()> {
-    // SAFETY: an address of zeros has the family `AF_UNSPEC`.
-    let nobody: libc::sockaddr = unsafe { std::mem::zeroed() };
-    let length = size_of_val(&nobody) as libc::socklen_t;
-    // SAFETY: `length` is the size of the address.
-    let status = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, length) };
-    Errno::result(status)
-        .map(drop)
-        .context("connect(AF_UNSPEC)")
 }

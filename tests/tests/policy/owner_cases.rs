@@ -4,7 +4,6 @@
 use std::{
     fs,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -13,8 +12,8 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, eventually,
-    patience, run_to_end, set_option,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, disconnect,
+    eventually, patience, run_to_end, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -222,22 +221,6 @@ fn a_socket_that_connects_again_keeps_its_owner() -> Result<()> {
     let record = assert_owned(&daemon, &dies)?;
     assert_eq!(record.text("user.id"), UID.to_string());
     assert_live(&[&lives])
-}
-
-/// Disconnects with connect(2) and `AF_UNSPEC`: resets the connection and keeps the socket.
-fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
-    // SAFETY: the struct contains only integers, for which zero is valid.
-    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the kernel reads `length` bytes, the size of the value.
-    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
-    anyhow::ensure!(
-        status == 0,
-        "disconnecting: {}",
-        std::io::Error::last_os_error()
-    );
-    Ok(stream.into())
 }
 
 /// Creates a chain of cgroups and returns the innermost.

@@ -2,9 +2,8 @@
 //! reset for the old one's deadline.
 
 use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, OwnedFd},
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -14,7 +13,7 @@ use nix::sys::{
     socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Pair, eventually, idle_rule,
+    Agent, Daemon, Lab, Listener, Moment, Pair, disconnect, eventually, idle_rule,
     longer_than_a_start as limit, patience, reset_on_close, set_option,
 };
 
@@ -108,18 +107,6 @@ fn a_new_connection_is_not_the_old_one_for_a_daemon_that_stalled_past_its_deadli
     let new = open_from(port, &lab.outside, &listener)?;
     daemon.signal(Signal::SIGCONT)?;
     assert_own_clock(&daemon, &opened, &new)
-}
-
-/// Disconnects with connect(2) and `AF_UNSPEC`: resets the connection and keeps the socket.
-fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
-    // SAFETY: the struct contains only integers, for which zero is valid.
-    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the kernel reads `length` bytes, the size of the value.
-    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
-    anyhow::ensure!(status == 0, "disconnecting: {}", io::Error::last_os_error());
-    Ok(stream.into())
 }
 
 #[test]
