@@ -3,15 +3,17 @@
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Once,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use crate::{clock::eventually, names, pace::scaled, process::require_root};
+use crate::{
+    bpf_calls::attached_programs, clock::eventually, names, pace::scaled, process::require_root,
+};
 
 /// The maximum wait for the processes of a cgroup to die. After it the cgroup is left behind.
 const DYING: Duration = Duration::from_secs(10);
@@ -98,7 +100,8 @@ impl Cgroup {
         // BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_SOCK_CREATE and
         // BPF_CGROUP_SOCK_OPS.
         for kind in [0, 1, 2, 3] {
-            ids.extend(attached(&directory, kind)?);
+            let attached = attached_programs(&directory, kind);
+            ids.extend(attached.context("asking for the cgroup's programs")?);
         }
         Ok(ids)
     }
@@ -157,51 +160,4 @@ fn mount_point() -> Result<PathBuf> {
         .nth(4)
         .context("a line of mountinfo has too few fields")?;
     Ok(path.into())
-}
-
-/// The start of `union bpf_attr` for `BPF_PROG_QUERY` (`linux/bpf.h`).
-#[repr(C)]
-#[derive(Default)]
-struct ProgQuery {
-    target_fd: u32,
-    attach_type: u32,
-    query_flags: u32,
-    attach_flags: u32,
-    prog_ids: u64,
-    prog_cnt: u32,
-    reserved: u32,
-    prog_attach_flags: u64,
-}
-
-/// The programs of one kind that are attached to a cgroup, up to the kernel's maximum.
-fn attached(directory: &File, attach_type: u32) -> Result<Vec<u32>> {
-    const BPF_PROG_QUERY: libc::c_long = 16;
-    /// `BPF_CGROUP_MAX_PROGS` of `kernel/bpf/cgroup.c`.
-    const MAX_PROGRAMS: usize = 64;
-    let mut ids = [0; MAX_PROGRAMS];
-    let target_fd = u32::try_from(directory.as_raw_fd())?;
-    let mut query = ProgQuery {
-        target_fd,
-        attach_type,
-        prog_ids: ids.as_mut_ptr().expose_provenance() as u64,
-        prog_cnt: MAX_PROGRAMS as u32,
-        ..ProgQuery::default()
-    };
-    // SAFETY: the kernel accesses at most the given length, which is the size of the value, and writes at
-    // most `MAX_PROGRAMS` IDs into `ids`, which outlives the call.
-    let status = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_QUERY,
-            &raw mut query,
-            size_of::<ProgQuery>(),
-        )
-    };
-    if status != 0 {
-        bail!(
-            "asking for the cgroup's programs: {}",
-            io::Error::last_os_error()
-        );
-    }
-    Ok(ids[..query.prog_cnt as usize].to_vec())
 }

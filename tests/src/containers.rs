@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::{
     cgroup::Cgroup,
     clock::eventually,
-    machine::{child_of, required},
+    machine::{child_of, entering, kill, required},
     pace::{patience, scaled},
     process::{Finished, die_with_parent, run_to_end},
 };
@@ -75,14 +75,8 @@ impl ContainerHost {
         let mounts = scratch.path().join("mounts");
         fs::create_dir(&mounts)?;
         let log = fs::File::create(scratch.path().join("log"))?;
-        let mut command = Command::new("sh");
+        let mut command = entering(cgroup.path());
         command
-            .args([
-                "-euc",
-                "echo 0 >\"$1/cgroup.procs\"; shift; exec \"$@\"",
-                "sh",
-            ])
-            .arg(cgroup.path())
             .args(["unshare", "--mount", "--cgroup", "--net", "--pid", "--fork"])
             .args(["--mount-proc", "--kill-child", "sh", "-euc", PREPARE, "sh"])
             .arg(&mounts)
@@ -131,14 +125,8 @@ impl ContainerHost {
     /// Fails if the command does not end.
     pub fn run(&self, line: &str) -> Result<Finished> {
         let mounts = self.scratch.path().join("mounts");
-        let mut command = Command::new("sh");
+        let mut command = entering(&self.cgroup.path().join("tools"));
         command
-            .args([
-                "-euc",
-                "echo 0 >\"$1/tools/cgroup.procs\"; shift; exec \"$@\"",
-                "sh",
-            ])
-            .arg(self.cgroup.path())
             .args(["nsenter", "--all", "--target", &self.init.to_string(), "--"])
             .args(["bash", "-euc", &format!("{PODMAN}{line}")])
             .env("SCRATCH", &mounts)
@@ -152,22 +140,12 @@ impl ContainerHost {
     ///
     /// Fails if the command fails.
     pub fn ask(&self, line: &str) -> Result<String> {
-        let Finished {
-            code,
-            stdout,
-            stderr,
-        } = self.run(line)?;
-        ensure!(code == 0, "`{line}` failed ({code}): {stdout}{stderr}");
-        Ok(stdout.trim_end().to_owned())
+        self.run(line)?.output(line)
     }
 }
 
 impl Drop for ContainerHost {
     fn drop(&mut self) {
-        // The child is the init of its PID namespace, so the kernel kills all other processes of it.
-        let killed = self.top.kill().and_then(|()| self.top.wait());
-        if let Err(error) = killed {
-            eprintln!("the host of containers is left running: {error}");
-        }
+        kill(&mut self.top, "the host of containers");
     }
 }

@@ -34,8 +34,8 @@ use crate::{
 /// The control socket in the daemon's directory.
 const CONTROL: &str = "control.sock";
 
-/// This variable names the daemon's binary. `cargo xtask test` sets it.
-const BINARY: &str = "SESSION_ENFORCER_BIN";
+/// The environment variable with the path of the daemon's binary. `cargo xtask test` sets it.
+pub const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// A configuration with one rule, `idle`, that has this limit in whole seconds and matches every connection.
 pub fn idle_rule(timeout: Duration) -> String {

@@ -11,6 +11,7 @@
 mod agent;
 mod audit;
 mod big_tcp;
+pub mod bpf_calls;
 mod cgroup;
 mod clock;
 mod containers;
@@ -44,7 +45,9 @@ pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
 pub use cgroup::{Cgroup, PROGRAMS};
 pub use clock::{Moment, Time, eventually};
 pub use containers::ContainerHost;
-pub use daemon::{Daemon, Launch, daemon_command, idle_rule, records, state_of, whole_answer};
+pub use daemon::{
+    BINARY, Daemon, Launch, daemon_command, idle_rule, records, state_of, whole_answer,
+};
 pub use holders::{Cgroups, Holders};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
 pub use lab::Lab;
@@ -70,5 +73,5 @@ pub use raw::{Packet, RawTcp, Sequence, Sniffer};
 pub use recipe::Recipe;
 pub use repair::Saved;
 pub use stop::{Interrupted, Stop};
-pub use tcp::{End, Listener, Pair, assert_all_reset, dial, ends_of};
+pub use tcp::{End, Listener, Pair, assert_all_reset, dial, disconnect, ends_of};
 pub use terminal::run_on_terminal;

@@ -65,14 +65,8 @@ impl Machine {
         let name = names::unique();
         let mounts = scratch.path().join("mounts");
         fs::create_dir(&mounts)?;
-        let mut command = Command::new("sh");
+        let mut command = entering(cgroup.path());
         command
-            .args([
-                "-euc",
-                "echo 0 >\"$1/cgroup.procs\"; shift; exec \"$@\"",
-                "sh",
-            ])
-            .arg(cgroup.path())
             .args(["unshare", "--mount", "--cgroup", "--pid", "--fork"])
             .args(["--mount-proc", "--kill-child", "sh", "-euc", BOOT, "sh"])
             .args([&mounts, &root])
@@ -139,13 +133,7 @@ impl Machine {
     ///
     /// Fails if the command fails.
     pub fn ask(&self, line: &str) -> Result<String> {
-        let Finished {
-            code,
-            stdout,
-            stderr,
-        } = self.run(line)?;
-        ensure!(code == 0, "`{line}` failed ({code}): {stdout}{stderr}");
-        Ok(stdout.trim_end().to_owned())
+        self.run(line)?.output(line)
     }
 
     /// Writes a file in the machine.
@@ -176,11 +164,23 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // The child is the init of its PID namespace, so the kernel kills all other processes of it.
-        let killed = self.top.kill().and_then(|()| self.top.wait());
-        if let Err(error) = killed {
-            eprintln!("the machine is left running: {error}");
-        }
+        kill(&mut self.top, "the machine");
+    }
+}
+
+/// A command that enters the cgroup with this directory and then runs the program of its further arguments.
+pub(crate) fn entering(cgroup: &Path) -> Command {
+    let mut command = Command::new("sh");
+    let script = "echo 0 >\"$1/cgroup.procs\"; shift; exec \"$@\"";
+    command.args(["-euc", script, "sh"]).arg(cgroup);
+    command
+}
+
+/// Kills the `unshare` that started a PID namespace. Its option `--kill-child` ends the namespace's init, and the
+/// kernel then kills all other processes of the namespace.
+pub(crate) fn kill(top: &mut Child, what: &str) {
+    if let Err(error) = top.kill().and_then(|()| top.wait()) {
+        eprintln!("{what} is left running: {error}");
     }
 }
 

@@ -51,18 +51,24 @@ pub fn set_bytes_option(socket: &impl AsFd, level: c_int, name: c_int, value: &[
 ///
 /// Fails if the kernel refuses.
 pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
-    let (mut value, mut length) = (0 as c_int, size_of::<c_int>() as libc::socklen_t);
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes, and `value` has that size.
-    let status =
-        unsafe { libc::getsockopt(fd, level, name, (&raw mut value).cast(), &raw mut length) };
+    let mut value = 0;
+    read_option(socket, level, name, &mut value)?;
+    Ok(value)
+}
+
+/// Reads an option into a value that consists of integers.
+fn read_option<T>(socket: &impl AsFd, level: c_int, name: c_int, value: &mut T) -> Result<()> {
+    let mut length = size_of::<T>() as libc::socklen_t;
+    let (fd, value) = (socket.as_fd().as_raw_fd(), std::ptr::from_mut(value));
+    // SAFETY: the kernel writes at most `length` bytes, and the value has that size.
+    let status = unsafe { libc::getsockopt(fd, level, name, value.cast(), &raw mut length) };
     if status != 0 {
         bail!(
             "reading option {name} of level {level}: {}",
             io::Error::last_os_error()
         );
     }
-    Ok(value)
+    Ok(())
 }
 
 /// Reads the socket's cookie.
@@ -71,22 +77,8 @@ pub fn option(socket: &impl AsFd, level: c_int, name: c_int) -> Result<c_int> {
 ///
 /// Fails if the kernel refuses.
 pub fn cookie(socket: &impl AsFd) -> Result<u64> {
-    let (mut value, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes, and `value` has that size.
-    let status = unsafe {
-        let value = (&raw mut value).cast();
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_COOKIE,
-            value,
-            &raw mut length,
-        )
-    };
-    if status != 0 {
-        bail!("reading SO_COOKIE: {}", io::Error::last_os_error());
-    }
+    let mut value = 0;
+    read_option(socket, libc::SOL_SOCKET, libc::SO_COOKIE, &mut value)?;
     Ok(value)
 }
 
@@ -145,21 +137,6 @@ pub fn bind_to_device(socket: &impl AsFd, interface: &str) -> Result<()> {
 pub fn tcp_info(socket: &impl AsFd) -> Result<libc::tcp_info> {
     // SAFETY: the structure consists of integers, for which zeroes are valid.
     let mut info: libc::tcp_info = unsafe { mem::zeroed() };
-    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes, and `info` has that size.
-    let status = unsafe {
-        let value = (&raw mut info).cast();
-        libc::getsockopt(
-            fd,
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            value,
-            &raw mut length,
-        )
-    };
-    if status != 0 {
-        bail!("reading TCP_INFO: {}", io::Error::last_os_error());
-    }
+    read_option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
     Ok(info)
 }

@@ -3,10 +3,7 @@
 use std::{
     ffi::CString,
     fs, io,
-    os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::{ffi::OsStrExt as _, process::CommandExt as _},
-    },
+    os::unix::{ffi::OsStrExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::Command,
     sync::Once,
@@ -14,12 +11,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use nix::{
-    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
 };
 
-use crate::names;
+use crate::{
+    bpf_calls::{bpf, number, open},
+    names,
+};
 
 /// The mount point at which the daemon mounts bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -131,16 +130,7 @@ pub fn without_bpffs(command: &mut Command) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// The start of `union bpf_attr` for `BPF_MAP_CREATE` (`linux/bpf.h`).
-#[repr(C)]
-struct MapCreate {
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-}
-
-/// The start of `union bpf_attr` for `BPF_OBJ_PIN`.
+/// The start of `union bpf_attr` for `BPF_OBJ_PIN` (`linux/bpf.h`).
 #[repr(C)]
 struct ObjectPin {
     path: u64,
@@ -156,28 +146,14 @@ struct ObjectPin {
 pub fn plant_map(path: &Path, map_type: u32, key: u32, value: u32, entries: u32) -> Result<()> {
     const BPF_MAP_CREATE: libc::c_long = 0;
     const BPF_OBJ_PIN: libc::c_long = 6;
-    let mut create = MapCreate {
-        map_type,
-        key_size: key,
-        value_size: value,
-        max_entries: entries,
-    };
-    let fd = bpf(BPF_MAP_CREATE, &mut create).context("making a map")?;
-    // SAFETY: the kernel has just opened this descriptor for this process.
-    let map = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) };
+    let mut create = [map_type, key, value, entries];
+    let map = open(BPF_MAP_CREATE, &mut create).context("making a map")?;
     let name = CString::new(path.as_os_str().as_bytes())?;
     let mut pin = ObjectPin {
         path: name.as_ptr() as u64,
-        fd: u32::try_from(map.as_raw_fd())?,
+        fd: number(&map),
         flags: 0,
     };
     bpf(BPF_OBJ_PIN, &mut pin).with_context(|| format!("pinning {}", path.display()))?;
     Ok(())
-}
-
-/// Calls bpf(2).
-pub(crate) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> Result<libc::c_long, Errno> {
-    let attributes = std::ptr::from_mut(attributes);
-    // SAFETY: the kernel accesses at most the given length, which is the size of the value.
-    Errno::result(unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) })
 }

@@ -111,6 +111,23 @@ pub struct Finished {
     pub stderr: String,
 }
 
+impl Finished {
+    /// The standard output of a successful program, without the last line break.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the program has failed. The error names it as `what`.
+    pub fn output(self, what: &str) -> Result<String> {
+        let Self {
+            code,
+            stdout,
+            stderr,
+        } = self;
+        ensure!(code == 0, "`{what}` failed ({code}): {stdout}{stderr}");
+        Ok(stdout.trim_end().to_owned())
+    }
+}
+
 /// Runs a program to its end.
 ///
 /// # Errors

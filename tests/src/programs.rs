@@ -1,20 +1,17 @@
 //! Programs on the same cgroup, as other tools attach them.
 
-use std::{
-    fs::File,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-};
+use std::{fs::File, os::fd::OwnedFd};
 
 use anyhow::{Context as _, Result};
-use nix::errno::Errno;
 use session_enforcer_common::PacketDirection;
 
-use crate::{cgroup::Cgroup, pins::bpf};
+use crate::{
+    bpf_calls::{Instruction, bpf, link_program, load_program, number, open},
+    cgroup::Cgroup,
+};
 
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_DETACH: libc::c_long = 9;
-const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
@@ -23,16 +20,14 @@ const BPF_CGROUP_INET_INGRESS: u32 = 0;
 const BPF_CGROUP_INET_EGRESS: u32 = 1;
 const BPF_CGROUP_SOCK_OPS: u32 = 3;
 
-/// A `struct bpf_insn` as a number: operation, registers, offset, constant.
-const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> u64 {
-    code as u64
-        | (registers as u64) << 8
-        | (offset as u16 as u64) << 16
-        | (constant as u32 as u64) << 32
+const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> Instruction {
+    let [a, b] = offset.to_ne_bytes();
+    let [c, d, e, f] = constant.to_ne_bytes();
+    [code, registers, a, b, c, d, e, f]
 }
 
 /// Calls `bpf_sock_ops_cb_flags_set(ctx, 0)` (helper 59) when a connection is established.
-const OVERWRITE_FLAGS: [u64; 10] = [
+const OVERWRITE_FLAGS: [Instruction; 10] = [
     // r6 = ctx; r1 = ctx->op
     instruction(0xbf, 0x16, 0, 0),
     instruction(0x61, 0x61, 0, 0),
@@ -48,24 +43,6 @@ const OVERWRITE_FLAGS: [u64; 10] = [
     instruction(0x95, 0, 0, 0),
 ];
 
-/// The start of `union bpf_attr` for `BPF_PROG_LOAD` (`linux/bpf.h`).
-#[repr(C)]
-#[derive(Default)]
-struct ProgLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-}
-
 /// A program that is attached while this value lives.
 #[derive(Debug)]
 pub struct OtherProgram {
@@ -79,15 +56,11 @@ pub struct OtherProgram {
 ///
 /// Fails if the kernel refuses.
 pub fn overwrite_callback_flags(cgroup: &Cgroup) -> Result<OtherProgram> {
-    let mut load = ProgLoad {
-        prog_type: BPF_PROG_TYPE_SOCK_OPS,
-        insn_cnt: OVERWRITE_FLAGS.len() as u32,
-        insns: OVERWRITE_FLAGS.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        expected_attach_type: BPF_CGROUP_SOCK_OPS,
-        ..ProgLoad::default()
-    };
-    attach_behind(cgroup, &mut load)
+    attach_behind(
+        cgroup,
+        (BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS),
+        &OVERWRITE_FLAGS,
+    )
 }
 
 /// Attaches a program after the existing ones that drops every incoming or outgoing packet.
@@ -117,27 +90,26 @@ pub(crate) fn drop_packets_longer_than(
         instruction(0xb7, 0x00, 0, 0),
         instruction(0x95, 0, 0, 0),
     ];
-    let mut load = ProgLoad {
-        prog_type: BPF_PROG_TYPE_CGROUP_SKB,
-        insn_cnt: instructions.len() as u32,
-        insns: instructions.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        expected_attach_type: match way {
-            PacketDirection::Ingress => BPF_CGROUP_INET_INGRESS,
-            PacketDirection::Egress => BPF_CGROUP_INET_EGRESS,
-        },
-        ..ProgLoad::default()
+    let attach_type = match way {
+        PacketDirection::Ingress => BPF_CGROUP_INET_INGRESS,
+        PacketDirection::Egress => BPF_CGROUP_INET_EGRESS,
     };
-    attach_behind(cgroup, &mut load)
+    attach_behind(
+        cgroup,
+        (BPF_PROG_TYPE_CGROUP_SKB, attach_type),
+        &instructions,
+    )
 }
 
-fn attach_behind(cgroup: &Cgroup, load: &mut ProgLoad) -> Result<OtherProgram> {
-    let program = descriptor(bpf(BPF_PROG_LOAD, load)).context("loading a program")?;
+fn attach_behind(
+    cgroup: &Cgroup,
+    (program_type, attach_type): (u32, u32),
+    instructions: &[Instruction],
+) -> Result<OtherProgram> {
+    let program = load_program(program_type, attach_type, "", instructions);
+    let program = program.context("loading a program")?;
     let directory = File::open(cgroup.path())?;
-    let [program_fd, target_fd] =
-        [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
-    let mut create = [program_fd, target_fd, load.expected_attach_type, 0];
-    let link = descriptor(bpf(BPF_LINK_CREATE, &mut create)).context("attaching a program")?;
+    let link = link_program(&program, &directory, attach_type).context("attaching a program")?;
     Ok(OtherProgram { _link: link })
 }
 
@@ -170,16 +142,9 @@ pub struct PlainProgram {
 pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
     // return 1
     let instructions = [instruction(0xb7, 0x00, 0, 1), instruction(0x95, 0, 0, 0)];
-    let mut load = ProgLoad {
-        prog_type: BPF_PROG_TYPE_CGROUP_SKB,
-        insn_cnt: instructions.len() as u32,
-        insns: instructions.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        prog_name: *b"other\0\0\0\0\0\0\0\0\0\0\0",
-        expected_attach_type: BPF_CGROUP_INET_INGRESS,
-        ..ProgLoad::default()
-    };
-    let program = descriptor(bpf(BPF_PROG_LOAD, &mut load)).context("loading a program")?;
+    let (program_type, attach_type) = (BPF_PROG_TYPE_CGROUP_SKB, BPF_CGROUP_INET_INGRESS);
+    let program = load_program(program_type, attach_type, "other", &instructions);
+    let program = program.context("loading a program")?;
     let directory = File::open(cgroup.path())?;
     let mut attach = attach_attributes(&directory, &program);
     attach[3] = allow as u32;
@@ -196,7 +161,7 @@ pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
 
 /// Cgroup, program, attach type, flags.
 fn attach_attributes(directory: &File, program: &OwnedFd) -> [u32; 4] {
-    let [program, target] = [program.as_raw_fd(), directory.as_raw_fd()].map(i32::cast_unsigned);
+    let (target, program) = (number(directory), number(program));
     [target, program, BPF_CGROUP_INET_INGRESS, 0]
 }
 
@@ -217,15 +182,8 @@ impl Drop for PlainProgram {
 pub fn detach_by_force(ids: &[u32]) -> Result<()> {
     for id in ids {
         let mut by_id = [*id, 0, 0, 0];
-        let link = descriptor(bpf(BPF_LINK_GET_FD_BY_ID, &mut by_id)).context("finding a link")?;
-        let mut number = link.as_raw_fd().cast_unsigned();
-        bpf(BPF_LINK_DETACH, &mut number).context("detaching a link")?;
+        let link = open(BPF_LINK_GET_FD_BY_ID, &mut by_id).context("finding a link")?;
+        bpf(BPF_LINK_DETACH, &mut number(&link)).context("detaching a link")?;
     }
     Ok(())
-}
-
-fn descriptor(made: Result<libc::c_long, Errno>) -> Result<OwnedFd> {
-    let number = i32::try_from(made?)?;
-    // SAFETY: the kernel has just opened this descriptor for this process.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

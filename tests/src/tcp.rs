@@ -48,6 +48,23 @@ impl Agent {
     }
 }
 
+/// Disconnects with connect(2) and `AF_UNSPEC`: resets the connection and keeps the socket, which can connect
+/// again.
+///
+/// # Errors
+///
+/// The kernel's error.
+pub fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
+    // SAFETY: the struct contains only integers, for which zero is valid.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes, the size of the value.
+    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
+    Errno::result(status).context("connect(AF_UNSPEC)")?;
+    Ok(stream.into())
+}
+
 /// A listening socket.
 #[derive(Debug)]
 pub struct Listener {

@@ -1,4 +1,4 @@
-//! The harness itself: what it makes is where it should be, and goes away.
+//! The harness: objects that it creates are in the right place and disappear.
 
 use anyhow::Result;
 use nix::errno::Errno;

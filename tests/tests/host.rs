@@ -1,5 +1,5 @@
-//! Whole hosts: what only a machine of its own can show. `cargo xtask vm` runs these in virtual
-//! machines, a module for each way in which a machine is started; everywhere else they fail.
+//! Tests that need a whole host. `cargo xtask vm` runs them in virtual machines, a module for each
+//! way in which a machine is started; elsewhere they fail.
 
 use std::{
     fs::{self, File},
@@ -26,11 +26,11 @@ const LIMIT: Duration = Duration::from_secs(3);
 const RULE: &str = "[[rule]]\nname = \"idle\"\ndirection = \"inbound\"\nidle_timeout = \"3s\"\n";
 const BPFFS: &str = "/sys/fs/bpf";
 const PINS: &str = "/sys/fs/bpf/session-enforcer";
-/// What outlives the machine's restart.
+/// A directory that survives the restart of the machine.
 const KEPT: &str = "/run/session-enforcer-vm";
 
-/// Fails but on a machine that `cargo xtask vm` has started. A daemon that watches a whole host would
-/// reset the connections of whoever runs the test, so this is asked before anything else.
+/// Fails unless `cargo xtask vm` has started this machine. The tests call it first, because a
+/// daemon that watches a whole host would reset the connections of the person who runs the test.
 fn ensure_own_machine() -> Result<()> {
     let words = fs::read_to_string("/proc/cmdline")?;
     let is_ours = words
@@ -43,7 +43,7 @@ fn ensure_own_machine() -> Result<()> {
     Ok(())
 }
 
-/// A lab on such a machine.
+/// A lab on a machine of `cargo xtask vm`.
 fn lab() -> Result<Lab> {
     ensure_own_machine()?;
     Lab::new(AGENT)
@@ -61,7 +61,7 @@ fn root_cgroup() -> Result<PathBuf> {
 }
 
 fn without_bpffs() {
-    // Every mount that lies there, one over the other.
+    // Unmount all file systems that are mounted on top of each other.
     while umount2(BPFFS, MntFlags::MNT_DETACH).is_ok() {}
 }
 
@@ -72,7 +72,7 @@ fn is_mounted(place: &str) -> Result<bool> {
         .any(|line| line.split(' ').nth(1) == Some(place)))
 }
 
-/// A connection of this agent to itself is reset at both ends when it has been idle.
+/// Asserts that an idle connection of this agent to itself is reset at both ends.
 fn assert_enforced(daemon: &Daemon, agent: &Agent) -> Result<()> {
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(agent, &listener)?;
@@ -85,7 +85,7 @@ fn assert_enforced(daemon: &Daemon, agent: &Agent) -> Result<()> {
     Ok(())
 }
 
-/// One that lives in namespaces of its own, as a container does.
+/// An agent in its own namespaces, as in a container.
 fn contained() -> Result<Agent> {
     let mut command = Command::new("unshare");
     command
@@ -95,8 +95,8 @@ fn contained() -> Result<Agent> {
     Agent::start_with(command)
 }
 
-/// The daemon on the root cgroup sees sockets everywhere: in a child cgroup, in its own, in another
-/// network namespace, in a container.
+/// Asserts that the daemon on the root cgroup enforces everywhere: in a child cgroup, in its own
+/// cgroup, in another network namespace, and in a container.
 fn assert_whole_host_is_enforced(daemon: &Daemon, lab: &Lab) -> Result<()> {
     let netns = Netns::new()?;
     for agent in [
@@ -111,15 +111,15 @@ fn assert_whole_host_is_enforced(daemon: &Daemon, lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// What `doctor` says.
+/// The output of `doctor`.
 fn doctor() -> Result<Finished> {
     let mut command = daemon_command()?;
     command.arg("doctor");
     run_to_end(command, patience())
 }
 
-/// `doctor` finds nothing wrong.
-fn assert_doctor_is_content() -> Result<()> {
+/// Asserts that `doctor` finds no problem.
+fn assert_doctor_finds_no_problem() -> Result<()> {
     let report = doctor()?;
     ensure!(report.code == 0, "{}{}", report.stdout, report.stderr);
     Ok(())
@@ -129,15 +129,15 @@ mod unified {
     use super::*;
 
     #[test]
-    fn at_the_root_of_cgroup_v2_every_connection_of_the_host_is_enforced() -> Result<()> {
+    fn a_daemon_at_the_root_cgroup_enforces_every_connection_of_the_host() -> Result<()> {
         let lab = lab()?;
         let daemon = Launch::on(&root_cgroup()?).config(RULE).start()?;
         assert_whole_host_is_enforced(&daemon, &lab)?;
-        assert_doctor_is_content()
+        assert_doctor_finds_no_problem()
     }
 
     #[test]
-    fn without_bpffs_the_daemon_mounts_it_and_a_crash_is_taken_over() -> Result<()> {
+    fn without_bpffs_the_daemon_mounts_it_and_the_next_one_takes_over() -> Result<()> {
         let lab = lab()?;
         without_bpffs();
         ensure!(!is_mounted(BPFFS)?);
@@ -152,7 +152,7 @@ mod unified {
         assert_detached()
     }
 
-    /// `detach` leaves nothing of the daemons before.
+    /// Asserts that `detach` removes everything that the earlier daemons left.
     fn assert_detached() -> Result<()> {
         let mut command = daemon_command()?;
         command.args(["detach", "--pin-dir", PINS]);
@@ -163,7 +163,7 @@ mod unified {
     }
 
     #[test]
-    fn a_user_without_privileges_is_told_what_is_missing() -> Result<()> {
+    fn a_user_without_privileges_sees_the_missing_capabilities() -> Result<()> {
         let lab = lab()?;
         let mut command = Place::here()
             .as_user(65534)
@@ -180,7 +180,7 @@ mod unified {
         Ok(daemon_command()?.get_program().into())
     }
 
-    /// Sets the wall clock forward, or back where `forward` is false.
+    /// Sets the wall clock forward or back.
     fn set_clock(by: Duration, forward: bool) -> Result<()> {
         let now = Duration::from(clock_gettime(ClockId::CLOCK_REALTIME)?);
         let then = if forward { now + by } else { now - by };
@@ -189,7 +189,7 @@ mod unified {
     }
 
     #[test]
-    fn a_wall_clock_that_is_set_moves_no_deadline_and_the_audit_follows_it() -> Result<()> {
+    fn setting_the_wall_clock_moves_no_deadline_and_the_audit_follows_it() -> Result<()> {
         const JUMP: Duration = Duration::from_secs(7200);
         let lab = lab()?;
         let daemon = Launch::on(&root_cgroup()?).config(RULE).start()?;
@@ -207,7 +207,7 @@ mod unified {
                 seen.at - last.latest.at
             );
             let record = daemon.wait_for_termination_of(&pair)?;
-            // The moment in the audit is one of the new clock, and so are those before it.
+            // All times in the record are on the new clock, even earlier ones.
             let told = record.time("session_enforcer.deadline");
             ensure!(
                 told.abs_diff(seen.wall) < scaled(Duration::from_secs(10)),
@@ -241,7 +241,7 @@ mod unified {
         Ok(())
     }
 
-    /// A daemon in network, process, mount and cgroup namespaces that are not the machine's.
+    /// A daemon in its own network, process, mount and cgroup namespaces.
     struct ContainedDaemon(Child);
 
     impl ContainedDaemon {
@@ -263,7 +263,7 @@ mod unified {
                 .stderr(File::create(&log)?);
             let child = die_with_parent(&mut command).spawn()?;
             let daemon = Self(child);
-            eventually("the daemon enforces", patience(), || {
+            eventually("the start of the daemon", patience(), || {
                 let said = fs::read_to_string(&log)?;
                 Ok(said.contains("metrics at").then_some(()))
             })
@@ -284,17 +284,17 @@ mod hybrid {
     use super::*;
 
     #[test]
-    fn beside_cgroup_v1_every_connection_of_the_host_is_enforced() -> Result<()> {
+    fn with_cgroup_v1_mounted_every_connection_of_the_host_is_enforced() -> Result<()> {
         let lab = lab()?;
         let root = root_cgroup()?;
         assert_eq!(root, Path::new("/sys/fs/cgroup/unified"));
         let daemon = Launch::on(&root).config(RULE).start()?;
         assert_whole_host_is_enforced(&daemon, &lab)?;
-        assert_doctor_is_content()
+        assert_doctor_finds_no_problem()
     }
 }
 
-/// The machine is switched off, in effect, while a killed daemon's programs stand.
+/// Afterwards the machine is switched off while the programs of a killed daemon are still attached.
 mod before_restart {
     use super::*;
 
@@ -340,15 +340,15 @@ mod after_restart {
         let after = fs::read_to_string(&audit)?;
         let new = after
             .strip_prefix(&before)
-            .context("the audit begins with what it had")?;
+            .context("the audit has lost its earlier records")?;
         for action in ["enforcer-started", "session-terminated", "enforcer-stopped"] {
-            ensure!(new.contains(action), "there is no {action}: {new}");
+            ensure!(new.contains(action), "no {action}: {new}");
         }
         Ok(())
     }
 }
 
-/// The kernel's `tcp_diag` has lost its way to destroy sockets, as where it is built without
+/// The `tcp_diag` of this machine cannot destroy sockets, like a kernel without
 /// `CONFIG_INET_DIAG_DESTROY`.
 mod without_destroy {
     use super::*;
@@ -370,14 +370,14 @@ mod without_destroy {
     }
 
     #[test]
-    fn doctor_says_so() -> Result<()> {
+    fn doctor_reports_the_missing_sock_destroy() -> Result<()> {
         lab()?;
         let report = doctor()?;
         let line = report
             .stdout
             .lines()
             .find(|line| line.contains("SOCK_DESTROY"));
-        let line = line.context("doctor does not tell of SOCK_DESTROY")?;
+        let line = line.context("doctor does not mention SOCK_DESTROY")?;
         ensure!(!line.starts_with("ok"), "{line}");
         Ok(())
     }
@@ -388,7 +388,7 @@ mod below_floor {
 
     const FLOOR: &str = "Linux 6.1 or newer";
 
-    /// Leaves what was said beside the log, for whoever wants to know what exactly is missing.
+    /// Keeps the output beside the log, so that one can read which feature is missing.
     fn keep(name: &str, text: &str) -> Result<()> {
         Ok(fs::write(Path::new(KEPT).join(name), text)?)
     }
@@ -407,7 +407,7 @@ mod below_floor {
     }
 
     #[test]
-    fn doctor_says_what_it_lacks() -> Result<()> {
+    fn doctor_reports_the_missing_features() -> Result<()> {
         ensure_own_machine()?;
         let report = doctor()?;
         keep("doctor.txt", &format!("{}{}", report.stdout, report.stderr))?;

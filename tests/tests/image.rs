@@ -1,4 +1,5 @@
-//! The image, run by podman, and the manifests of Kubernetes, put together by kustomize: `cargo xtask dist --test`.
+//! The container image, run by podman, and the Kubernetes manifests, built by kustomize. `cargo
+//! xtask dist --test` runs these tests.
 
 mod schema;
 
@@ -8,13 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use session_enforcer_tests::{ContainerHost, eventually, patience, run_to_end};
 
-/// As the documentation has it, but for the file that is mounted.
+/// The command of the documentation, without the mount of the configuration file.
 const START: &str = "start --name enforcer --network host --pid host --cgroupns host --read-only \
                      --cap-drop all --cap-add BPF,PERFMON,NET_ADMIN,SYS_ADMIN,SYS_PTRACE,DAC_READ_SEARCH \
                      --volume /sys/fs/cgroup:/sys/fs/cgroup:ro --volume /sys/fs/bpf:/sys/fs/bpf";
 
-/// A server and a client in a network namespace of their own. The server takes the request and never answers; the
-/// client says what became of its connection.
+/// A server and a client in their own network namespace. The server reads the request and never
+/// answers. The client prints how its connection ended.
 const NEIGHBOUR: &str = "start --name neighbour --network none busybox /bin/busybox sh -c \
                          '/bin/busybox mkfifo /silence; /bin/busybox nc -l -p 7 127.0.0.1 <>/silence >/dev/null & \
                           until /bin/busybox netstat -ltn | /bin/busybox grep -q :7; do /bin/busybox sleep 0.1; done; \
@@ -32,7 +33,7 @@ fn metric(host: &ContainerHost, path: &str) -> Result<Option<String>> {
 }
 
 fn is_ready(host: &ContainerHost) -> Result<()> {
-    let ready = eventually("the daemon is ready", patience(), || {
+    let ready = eventually("the readiness of the daemon", patience(), || {
         metric(host, "/readyz")
     });
     ready.map(drop).with_context(|| {
@@ -42,7 +43,7 @@ fn is_ready(host: &ContainerHost) -> Result<()> {
 }
 
 #[test]
-fn six_capabilities_and_no_privilege_enforce_the_container_beside() -> Result<()> {
+fn an_unprivileged_container_with_six_capabilities_enforces_other_containers() -> Result<()> {
     let host = ContainerHost::new()?;
     host.ask(&format!(
         "printf '{}' >\"$SCRATCH/config.toml\"; {START} \
@@ -59,7 +60,7 @@ fn six_capabilities_and_no_privilege_enforce_the_container_beside() -> Result<()
     let id = host.ask(NEIGHBOUR)?;
     let code = host.ask("podman wait neighbour")?;
     let said = host.run("podman logs neighbour")?;
-    // Of the two ends, the one that was reset first has the second.
+    // The end that is reset first reports the second error.
     let errors = [
         "Connection reset by peer",
         "Software caused connection abort",
@@ -77,7 +78,7 @@ fn six_capabilities_and_no_privilege_enforce_the_container_beside() -> Result<()
         .iter()
         .filter(|record| record["event"]["action"] == "session-terminated")
         .collect();
-    // Both ends are sockets of this host.
+    // Both ends are sockets of this host, so there may be two records.
     ensure!(!ended.is_empty() && ended.len() <= 2, "{log}");
     for record in ended {
         assert_eq!(record["rule"]["name"], "neighbours");
@@ -91,7 +92,7 @@ fn six_capabilities_and_no_privilege_enforce_the_container_beside() -> Result<()
 }
 
 #[test]
-fn without_a_file_the_image_observes_and_doctor_says_what_a_container_lacks() -> Result<()> {
+fn without_a_file_the_image_observes_and_doctor_reports_missing_privileges() -> Result<()> {
     let host = ContainerHost::new()?;
     host.ask(&format!("{START} session-enforcer"))?;
     is_ready(&host)?;
@@ -111,9 +112,9 @@ fn without_a_file_the_image_observes_and_doctor_says_what_a_container_lacks() ->
     Ok(())
 }
 
-/// Each document of what kustomize puts together is one that the API takes.
+/// Each document that kustomize builds fits the schema of the API.
 #[test]
-fn kustomize_puts_whole_manifests_together() -> Result<()> {
+fn kustomize_builds_valid_manifests() -> Result<()> {
     let folder = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../session-enforcer/packaging/kubernetes"
@@ -139,7 +140,7 @@ fn kustomize_puts_whole_manifests_together() -> Result<()> {
             .filter_map(|it| it["kind"].as_str())
             .collect();
         assert_eq!(found, kinds);
-        // The daemon set has the very configuration that is made with it.
+        // The DaemonSet refers to the ConfigMap that was built with it.
         let volumes = &documents[2]["spec"]["template"]["spec"]["volumes"];
         assert_eq!(
             volumes[0]["configMap"]["name"],

@@ -1,8 +1,9 @@
-//! Random operations on real sockets, and a model that says for each session when it must die and when
-//! it must not: see [`session_enforcer_tests::model`].
+//! Random operations on real sockets, and a model that says for each session when it must end and
+//! when it must not: see [`session_enforcer_tests::model`].
 //!
-//! `SESSION_ENFORCER_MODEL_OPERATIONS` says how many operations a seed has; `SESSION_ENFORCER_SEED` is
-//! the seed of the last of these tests, which takes another one each time otherwise.
+//! `SESSION_ENFORCER_MODEL_OPERATIONS` sets the number of operations for each seed.
+//! `SESSION_ENFORCER_SEED` sets the seed of the last of these tests, which otherwise uses a new one
+//! each time.
 
 use std::{
     env,
@@ -15,7 +16,7 @@ use session_enforcer_tests::{SEED, model, seed};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Names how many operations a seed has.
+/// The environment variable with the number of operations.
 const OPERATIONS: &str = "SESSION_ENFORCER_MODEL_OPERATIONS";
 
 fn run(seed: u64) -> Result<()> {
@@ -26,8 +27,8 @@ fn run(seed: u64) -> Result<()> {
     let repeat =
         format!("{SEED}={seed} {OPERATIONS}={operations} cargo xtask test -- any_other_seed");
     let (done, showed) = model::run(Path::new(AGENT), seed, operations)
-        .with_context(|| format!("to do the same again: {repeat}"))?;
-    // Around the capture of the test's output: it is of interest where the test passes.
+        .with_context(|| format!("to repeat this run: {repeat}"))?;
+    // Writes past the output capture, because the numbers matter when the test passes, too.
     writeln!(io::stderr(), "seed {seed}, {done} operations: {showed}")?;
     Ok(())
 }

@@ -1,21 +1,22 @@
-//! The Debian package and the tarball, installed in a machine with systemd: `cargo xtask dist --test`.
+//! The Debian package and the tarball, installed in a machine with systemd. `cargo xtask dist
+//! --test` runs these tests.
 
 use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer_tests::{Finished, Machine, eventually, patience};
 
-/// Installs the package, or the same one over it.
+/// Installs the package, or reinstalls the same version.
 const INSTALL: &str = "dpkg -i /root/session-enforcer.deb";
 
 const CONFIG: &str = "/etc/session-enforcer/config.toml";
 const UNIT: &str = "session-enforcer.service";
 
-/// An OpenSSH login that nobody types in.
+/// An OpenSSH login in which nobody types.
 const LOGIN: &str = "ssh -o BatchMode=yes -o StrictHostKeyChecking=accept-new root@127.0.0.1 \
                      'echo in; exec sleep 600'";
 
-/// A machine where the package is installed and the service runs, and logins work.
+/// A machine with the installed package, a running service and working logins.
 struct Host(Machine);
 
 impl Host {
@@ -30,7 +31,7 @@ impl Host {
         Ok(host)
     }
 
-    /// With one rule that resets idle logins.
+    /// A host with one rule that resets idle logins.
     fn enforcing(idle_seconds: u32) -> Result<Self> {
         let host = Self::new()?;
         host.configure(&rule(idle_seconds))?;
@@ -47,7 +48,7 @@ impl Host {
             .ask(&format!("systemctl show --property={name} --value {UNIT}"))
     }
 
-    /// Waits until the manager says this of the service.
+    /// Waits until a property of the service has this value.
     fn wait_for(&self, name: &str, value: &str) -> Result<()> {
         let what = format!("{name} is {value}");
         eventually(&what, patience(), || {
@@ -55,7 +56,7 @@ impl Host {
         })
     }
 
-    /// A metric without labels.
+    /// The value of a metric without labels.
     fn metric(&self, name: &str) -> Result<f64> {
         let text = self
             .0
@@ -69,7 +70,7 @@ impl Host {
             .parse()?)
     }
 
-    /// The line of the journal that matches, once it is there.
+    /// The line of the journal that matches, once it appears.
     fn journal(&self, pattern: &str) -> Result<String> {
         let what = format!("the journal has {pattern}");
         let line = format!("journalctl --unit={UNIT} --output=cat | grep '{pattern}'");
@@ -84,7 +85,7 @@ impl Host {
     }
 }
 
-/// A machine that has the package and has not installed it.
+/// A machine with the package file, not installed.
 fn with_package() -> Result<Machine> {
     let machine = Machine::boot()?;
     machine.put("SESSION_ENFORCER_DEB", "/root/session-enforcer.deb")?;
@@ -98,7 +99,7 @@ fn rule(idle_seconds: u32) -> String {
     )
 }
 
-/// The client's words for a reset differ from release to release.
+/// The client's message for a reset depends on its release.
 fn assert_reset(login: &Finished) -> Result<()> {
     let words = ["Connection reset by peer", "Broken pipe"];
     let is_told = words.iter().any(|word| login.stderr.contains(word));
@@ -110,14 +111,14 @@ fn assert_reset(login: &Finished) -> Result<()> {
 }
 
 #[test]
-fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
+fn two_commands_start_the_enforcement_and_the_journal_has_the_record() -> Result<()> {
     let machine = with_package()?;
     machine.ask(INSTALL)?;
     let idle = machine.run(&format!("systemctl is-active {UNIT}"))?;
     assert_eq!(
         idle.stdout.trim(),
         "inactive",
-        "an installation starts nothing"
+        "the installation has started the service"
     );
     drop(machine);
 
@@ -145,7 +146,7 @@ fn two_commands_enforce_and_the_journal_says_why() -> Result<()> {
 }
 
 #[test]
-fn the_journal_finds_a_record_by_its_fields_and_explains_it() -> Result<()> {
+fn journalctl_finds_a_record_by_its_fields_and_explains_it() -> Result<()> {
     let host = Host::new()?;
     host.configure(&format!("[audit]\npath = \"journald\"\n{}", rule(2)))?;
     host.0.ask(&format!("systemctl restart {UNIT}"))?;
@@ -177,7 +178,7 @@ fn the_journal_finds_a_record_by_its_fields_and_explains_it() -> Result<()> {
 }
 
 #[test]
-fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Result<()> {
+fn an_invalid_file_fails_the_reload_and_a_restart_uses_the_last_valid_one() -> Result<()> {
     let host = Host::enforcing(2)?;
     let before = host.property("MainPID")?;
     host.configure("[[rule]]\nname = \"ssh\"\nidle_timeout = \"never\"\n")?;
@@ -205,13 +206,13 @@ fn a_wrong_file_fails_the_reload_and_a_restart_leaves_the_host_enforced() -> Res
 
     host.configure(&rule(2))?;
     host.0.ask(&format!("systemctl reload {UNIT}"))?;
-    eventually("the file is in force", patience(), || {
+    eventually("the reload of the file", patience(), || {
         Ok((host.metric(loaded)? == 1.0).then_some(()))
     })
 }
 
 #[test]
-fn a_daemon_that_is_killed_or_stands_still_comes_back() -> Result<()> {
+fn a_daemon_that_is_killed_or_stalls_is_restarted() -> Result<()> {
     let host = Host::enforcing(2)?;
     host.0
         .ask("kill -KILL $(systemctl show -P MainPID session-enforcer)")?;
@@ -219,7 +220,7 @@ fn a_daemon_that_is_killed_or_stands_still_comes_back() -> Result<()> {
     host.wait_for("ActiveState", "active")?;
     host.assert_login_is_reset()?;
 
-    // The unit's own period is half a minute.
+    // The unit itself has 30 s.
     let folder = format!("/run/systemd/system/{UNIT}.d");
     host.0.ask(&format!("mkdir -p {folder}"))?;
     host.0.write(
@@ -229,7 +230,7 @@ fn a_daemon_that_is_killed_or_stands_still_comes_back() -> Result<()> {
     host.0.ask(&format!(
         "systemctl daemon-reload && systemctl restart {UNIT}"
     ))?;
-    // Three of its periods: it is not killed while it beats.
+    // Three watchdog periods: a running daemon is not killed.
     thread::sleep(Duration::from_secs(9));
     assert_eq!(host.property("NRestarts")?, "0");
     host.0
@@ -247,7 +248,7 @@ fn an_upgrade_takes_the_sessions_over() -> Result<()> {
     let login = thread::scope(|scope| {
         let login = scope.spawn(|| host.0.run(LOGIN));
         let upgraded = (|| -> Result<()> {
-            eventually("the login is a session", patience(), || {
+            eventually("the session of the login", patience(), || {
                 let sessions = host.metric("session_enforcer_sessions{rule=\"ssh\"}")?;
                 Ok((sessions == 1.0).then_some(()))
             })?;
@@ -260,13 +261,14 @@ fn an_upgrade_takes_the_sessions_over() -> Result<()> {
             );
             Ok(())
         })();
-        let login = login.join().expect("the login does not panic");
+        let login = login.join().expect("the thread of the login panicked");
         upgraded.and(login)
     })?;
     assert_reset(&login)?;
     let record = host.journal("session-terminated")?;
     let record: serde_json::Value = serde_json::from_str(&record)?;
-    // Its clock began before the upgrade: a session whose clock had started anew would be due later.
+    // The clock began before the upgrade: after a restart of the clock, the idle time in the record
+    // would be shorter.
     let idle = record["session_enforcer"]["idle_seconds"].as_f64();
     assert!(
         idle.is_some_and(|idle| idle >= f64::from(LIMIT)),
@@ -280,7 +282,7 @@ fn logrotate_moves_the_audit_file_and_the_daemon_opens_a_new_one() -> Result<()>
     const FILE: &str = "/var/log/session-enforcer/audit.jsonl";
     let host = Host::new()?;
     host.configure(&format!("[audit]\npath = \"{FILE}\"\n{}", rule(2)))?;
-    // By root, of what belongs to the service's user.
+    // Run as root, while the files belong to the service's user.
     host.0.ask("session-enforcer check")?;
     host.0.ask(&format!("systemctl restart {UNIT}"))?;
     host.assert_login_is_reset()?;
@@ -310,7 +312,7 @@ fn a_purge_leaves_nothing() -> Result<()> {
     drop(machine);
     let host = Host::enforcing(2)?;
     host.assert_login_is_reset()?;
-    // What a daemon that was killed has left attached goes too.
+    // The purge must also remove the programs of a killed daemon.
     host.0.ask(&format!(
         "systemctl kill --signal=KILL {UNIT}; dpkg --purge session-enforcer"
     ))?;
@@ -324,7 +326,7 @@ fn a_purge_leaves_nothing() -> Result<()> {
 }
 
 #[test]
-fn the_tarball_installs_a_service_and_takes_it_out_again() -> Result<()> {
+fn the_tarball_installs_and_uninstalls_a_service() -> Result<()> {
     let machine = Machine::boot()?;
     machine.put("SESSION_ENFORCER_TARBALL", "/root/session-enforcer.tar.gz")?;
     machine.ask("tar -C /root -xf /root/session-enforcer.tar.gz")?;
@@ -334,7 +336,7 @@ fn the_tarball_installs_a_service_and_takes_it_out_again() -> Result<()> {
     assert_eq!(host.property("ActiveState")?, "active");
     host.0
         .ask("curl --silent --fail http://127.0.0.1:9847/readyz")?;
-    // Over what is there, as an upgrade does.
+    // Installs again, as an upgrade does.
     let before = host.property("MainPID")?;
     host.0.ask("/root/session-enforcer-*/install.sh")?;
     assert_ne!(host.property("MainPID")?, before);

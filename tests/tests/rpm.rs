@@ -1,9 +1,9 @@
-//! The RPM, held to the Debian package: `cargo xtask dist --test`.
+//! The RPM, compared with the Debian package. `cargo xtask dist --test` runs these tests.
 
 use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use session_enforcer_tests::{Finished, patience, run_to_end, scaled};
+use session_enforcer_tests::{patience, run_to_end, scaled};
 
 fn package(variable: &str) -> Result<PathBuf> {
     let value = env::var_os(variable);
@@ -15,13 +15,7 @@ fn package(variable: &str) -> Result<PathBuf> {
 fn ask(program: &str, args: &[&str], variable: &str) -> Result<String> {
     let mut command = Command::new(program);
     command.args(args).arg(package(variable)?);
-    let Finished {
-        code,
-        stdout,
-        stderr,
-    } = run_to_end(command, scaled(patience()))?;
-    ensure!(code == 0, "{program}: {code}: {stderr}");
-    Ok(stdout)
+    run_to_end(command, scaled(patience()))?.output(program)
 }
 
 fn query(format: &str) -> Result<String> {
@@ -32,7 +26,7 @@ fn query(format: &str) -> Result<String> {
     )
 }
 
-/// The files, each with its permissions.
+/// The files of the package and their modes.
 fn files_of_rpm() -> Result<BTreeMap<String, String>> {
     let listed = query("[%{FILENAMES} %{FILEMODES:perms} %{FILEUSERNAME}:%{FILEGROUPNAME}\n]")?;
     let files = listed.lines().map(|line| {
@@ -40,8 +34,8 @@ fn files_of_rpm() -> Result<BTreeMap<String, String>> {
         let (name, mode, owner) = (words.next(), words.next(), words.next());
         ensure!(owner == Some("root:root"), "{line}");
         Ok((
-            name.context("a name")?.to_owned(),
-            mode.context("a mode")?.to_owned(),
+            name.context("no name")?.to_owned(),
+            mode.context("no mode")?.to_owned(),
         ))
     });
     files.collect()
@@ -53,26 +47,28 @@ fn files_of_deb() -> Result<BTreeMap<String, String>> {
     let files = files.map(|line| {
         let mut words = line.split_whitespace();
         let (mode, name) = (words.next(), words.nth(4));
-        let name = name.context("a name")?.trim_start_matches('.');
-        Ok((name.to_owned(), mode.context("a mode")?.to_owned()))
+        let name = name.context("no name")?.trim_start_matches('.');
+        Ok((name.to_owned(), mode.context("no mode")?.to_owned()))
     });
     files.collect()
 }
 
-/// Where the other distributions keep what Debian keeps here.
-fn elsewhere(name: &str) -> String {
+/// The path of a file in other distributions, from its path in Debian.
+fn path_in_other_distributions(name: &str) -> String {
     name.replace("/zsh/vendor-completions/", "/zsh/site-functions/")
 }
 
 #[test]
-fn it_has_the_files_of_the_debian_package_with_the_same_modes() -> Result<()> {
+fn the_rpm_has_the_files_and_modes_of_the_debian_package() -> Result<()> {
     let rpm = files_of_rpm()?;
-    // Debian's own bookkeeping.
+    // Debian's copyright and changelog files.
     let is_kept = |name: &String| !name.starts_with("/usr/share/doc/");
     let deb = files_of_deb()?
         .into_iter()
         .filter(|(name, _)| is_kept(name));
-    let deb: BTreeMap<String, String> = deb.map(|(name, mode)| (elsewhere(&name), mode)).collect();
+    let deb: BTreeMap<String, String> = deb
+        .map(|(name, mode)| (path_in_other_distributions(&name), mode))
+        .collect();
     ensure!(deb.len() > 10, "{deb:#?}");
     let is_licence = |name: &String| name.starts_with("/usr/share/licenses/");
     let both = rpm
@@ -86,7 +82,7 @@ fn it_has_the_files_of_the_debian_package_with_the_same_modes() -> Result<()> {
 }
 
 #[test]
-fn the_administrator_s_files_are_kept_at_an_upgrade() -> Result<()> {
+fn an_upgrade_keeps_the_administrator_s_files() -> Result<()> {
     let listed = query("[%{FILENAMES} %{FILEFLAGS:fflags}\n]")?;
     let kept = listed.lines().filter_map(|line| line.strip_suffix(" cn"));
     let kept: Vec<&str> = kept.collect();
@@ -99,7 +95,7 @@ fn the_administrator_s_files_are_kept_at_an_upgrade() -> Result<()> {
 }
 
 #[test]
-fn it_says_what_it_is_and_needs_no_library() -> Result<()> {
+fn the_rpm_has_its_metadata_and_needs_no_library() -> Result<()> {
     let version = env!("CARGO_PKG_VERSION");
     let arch = env::consts::ARCH;
     let said = query("%{NAME} %{VERSION} %{RELEASE} %{ARCH} %{OS} %{LICENSE}")?;
@@ -124,7 +120,7 @@ fn it_says_what_it_is_and_needs_no_library() -> Result<()> {
 }
 
 #[test]
-fn its_scripts_are_sound_and_a_removal_leaves_nothing_in_the_kernel() -> Result<()> {
+fn the_scripts_parse_and_a_removal_detaches_the_programs() -> Result<()> {
     for (tag, words) in [
         ("POSTIN", "systemd-sysusers session-enforcer.conf"),
         ("PREUN", "session-enforcer detach"),

@@ -1,7 +1,7 @@
-//! What the kernel's verifier has to do for each program, beside what it had to do before.
+//! The work of the kernel's verifier for each program, compared with a table of earlier figures.
 //!
-//! `verifier.txt` is the table: a line for each kernel and program. This test writes the lines of
-//! the kernel that it runs on to standard error, also where it passes.
+//! The table `verifier.txt` has a line for each kernel and program. This test writes the lines of
+//! the running kernel to standard error, even when it passes.
 
 use std::{
     arch::asm,
@@ -17,30 +17,31 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer::datapath::{Datapath, Options};
 
-/// The table, compiled in: the test may run where there is no checkout.
+/// The table is compiled in, because the test may run on a machine without a checkout.
 const TABLE: &str = include_str!("../verifier.txt");
 
-/// Compilers differ by this much, in percent, and nothing is wrong.
+/// Figures may differ by this percentage between compilers.
 const TOLERANCE: u64 = 20;
 
-/// Most instructions that the verifier follows for one program (`kernel/bpf/verifier.c`).
+/// The largest number of instructions that the verifier follows for one program
+/// (`kernel/bpf/verifier.c`).
 const MOST_INSTRUCTIONS: u64 = 1_000_000;
 
-/// What was loaded.
+/// The loaded programs.
 static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
 
-/// A program that was loaded.
+/// A loaded program.
 #[derive(Debug)]
 struct Loaded {
     name: String,
-    /// What the verifier has said of it.
+    /// The verifier's log.
     text: String,
-    /// Instructions in its first function that are a barrier: see `words::order` of the programs.
+    /// The number of barriers in its first function: see `words::order` of the programs.
     barriers: usize,
 }
 
-/// libc's `syscall`, through which aya calls bpf(2): asks for the verifier's figures with each program
-/// that is loaded, which aya itself only does where one is refused.
+/// Replaces libc's `syscall`, through which aya calls bpf(2). It requests the verifier's figures
+/// for each loaded program; aya itself requests a log only after a failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn syscall(
     number: c_long,
@@ -54,18 +55,18 @@ pub extern "C" fn syscall(
     if let Some(mut load) = ProgramLoad::of(number, first, second, third) {
         let attributes = load.attributes.as_mut_ptr() as c_long;
         let result = call(number, [first, attributes, third, fourth, fifth, sixth]);
-        // Where one is refused the log says why, instead of the one that the daemon's error has.
+        // If the load fails, this log has the reason, and the daemon's error has none.
         load.remember();
         return result;
     }
     call(number, [first, second, third, fourth, fifth, sixth])
 }
 
-/// What libc's does. There is no other one in a static program.
+/// A system call, as libc's `syscall` makes it. A static program has no second `syscall` to call.
 fn call(number: c_long, arguments: [c_long; 6]) -> c_long {
     let [first, second, third, fourth, fifth, sixth] = arguments;
     let result: c_long;
-    // SAFETY: a system call of the caller's, with what it is to have.
+    // SAFETY: the caller's system call with the caller's arguments.
     unsafe {
         #[cfg(target_arch = "x86_64")]
         asm!(
@@ -85,16 +86,16 @@ fn call(number: c_long, arguments: [c_long; 6]) -> c_long {
             options(nostack),
         );
     }
-    // The kernel's convention for errors, and that of C.
+    // The kernel returns negative error numbers; C returns -1 and sets errno.
     let Ok(error @ 1..4096) = libc::c_int::try_from(-result) else {
         return result;
     };
-    // SAFETY: this thread's own variable.
+    // SAFETY: errno is a variable of this thread.
     unsafe { *libc::__errno_location() = error };
     -1
 }
 
-/// A call of bpf(2) that loads a program, with a log of its own.
+/// A bpf(2) call that loads a program, with its own log buffer.
 struct ProgramLoad {
     attributes: Vec<u8>,
     log: Vec<u8>,
@@ -102,15 +103,17 @@ struct ProgramLoad {
 
 impl ProgramLoad {
     const BPF_PROG_LOAD: c_long = 5;
-    /// Only the figures.
+    /// Log only the figures.
     const BPF_LOG_STATS: u32 = 4;
-    /// Where `union bpf_attr` has the level, size and place of the log, and the program's name.
+    /// Offsets in `union bpf_attr`: the log (level, size, address) and the program's name.
     const LOG: usize = 24;
     const NAME: usize = 48;
-    /// Where it has the number and place of the instructions, and the place and number of what is said of functions.
+    /// Offsets of the count and address of the instructions, and of the address and count of the
+    /// function records.
     const INSTRUCTIONS: (usize, usize) = (4, 8);
     const FUNCTIONS: (usize, usize) = (80, 88);
-    /// An atomic operation on 64 bits (`BPF_STX | BPF_ATOMIC | BPF_DW`), and which: `BPF_ADD | BPF_FETCH`.
+    /// An atomic operation on 64 bits (`BPF_STX | BPF_ATOMIC | BPF_DW`), and its kind: `BPF_ADD |
+    /// BPF_FETCH`.
     const ATOMIC: u64 = 0xdb;
     const FETCH_ADD: u64 = 1;
 
@@ -119,7 +122,7 @@ impl ProgramLoad {
             return None;
         }
         let size = usize::try_from(size).ok()?;
-        // SAFETY: the caller gives bpf(2) a value of this size.
+        // SAFETY: the caller passes the address and size of a value to bpf(2).
         let given = unsafe { std::slice::from_raw_parts(attributes as *const u8, size) };
         let mut load = Self {
             attributes: given.to_vec(),
@@ -162,8 +165,8 @@ impl ProgramLoad {
         if u32::from_ne_bytes(self.number(of_functions)?) < 2 {
             return None;
         }
-        // SAFETY: the caller gives bpf(2) so many instructions, and a record of two numbers for each function, of which
-        // there are more than the first one.
+        // SAFETY: the caller passes this many instructions to bpf(2), and a record of two numbers
+        // for each function. There are at least two functions.
         let (instructions, [end, _]) =
             unsafe { (std::slice::from_raw_parts(place, count), *functions.add(1)) };
         let first = instructions.get(..end as usize)?;
@@ -177,12 +180,12 @@ impl ProgramLoad {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Figures {
     program: String,
-    /// Instructions followed, on all paths.
+    /// Instructions followed on all paths.
     instructions: u64,
-    /// States of registers and stack that were kept to compare with.
+    /// States of registers and stack that the verifier kept.
     states: u64,
-    /// Bytes of stack: of the program, and of each function that it calls; or of the longest chain
-    /// of calls alone.
+    /// Bytes of stack of the program and of each function that it calls, or only the sum of the
+    /// longest call chain.
     stack: Vec<u64>,
 }
 
@@ -194,7 +197,8 @@ impl Figures {
             Ok(digits.unwrap_or_default().parse()?)
         };
         let after = text.split_once("stack depth ").context("no stack depth")?.1;
-        // Linux 7.3 says `max` and the longest chain; those before, the program and its functions.
+        // Linux 7.3 prints `max` and the longest chain; earlier kernels print the program and its
+        // functions.
         let mut words = after.split_whitespace().skip_while(|word| *word == "max");
         let stack = words.next().unwrap_or_default();
         Ok(Self {
@@ -205,8 +209,8 @@ impl Figures {
         })
     }
 
-    /// The stack of all: no less than the longest chain of calls has, for which the verifier allows
-    /// 512.
+    /// The sum of all stacks, which is at least that of the longest call chain. The verifier allows
+    /// 512 bytes for that chain.
     fn whole_stack(&self) -> u64 {
         self.stack.iter().sum()
     }
@@ -225,7 +229,7 @@ impl Figures {
     fn of_line(line: &str) -> Result<(&str, Self)> {
         let words: Vec<_> = line.split_whitespace().collect();
         let ["verifier", kernel, program, instructions, states, stack] = words[..] else {
-            anyhow::bail!("a line of the table has six words: {line}");
+            anyhow::bail!("not six words in a line of the table: {line}");
         };
         let figures = Self {
             program: program.to_owned(),
@@ -236,7 +240,7 @@ impl Figures {
         Ok((kernel, figures))
     }
 
-    /// What is too much, beside the table's line.
+    /// The figures that exceed the limits or the table's line.
     fn complaints(&self, before: Option<&Self>) -> String {
         let mut text = String::new();
         let mut compare = |what: &str, now: u64, most: Option<u64>, before: Option<u64>| {
@@ -271,8 +275,8 @@ impl Figures {
     }
 }
 
-/// `6.12` of `6.12.107+deb13-cloud-amd64`, and `6.12-aarch64` on such a processor: the programs are not the same there
-/// (`words::order`).
+/// `6.12` of `6.12.107+deb13-cloud-amd64`, and `6.12-aarch64` on that processor, which runs other
+/// programs (`words::order`).
 fn kernel_series() -> Result<String> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(['.', '-', '+']);
@@ -284,7 +288,7 @@ fn kernel_series() -> Result<String> {
     })
 }
 
-/// The figures of every program of the daemon.
+/// The figures of all programs of the daemon.
 fn figures() -> Result<Vec<Figures>> {
     let options = Options {
         max_sessions: 1024,
@@ -292,14 +296,14 @@ fn figures() -> Result<Vec<Figures>> {
         notes_owners: true,
         verbose: false,
     };
-    // The ring buffer belongs to an event loop.
+    // The ring buffer needs an event loop.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
     let loaded = runtime.block_on(async { Datapath::load(options, None).map(drop) });
     let all = LOADED.lock().expect("no test panics with it");
     loaded.with_context(|| format!("{all:?}"))?;
-    // aya's own trials of what the kernel knows have no name, or one of aya's.
+    // aya's feature probes have no name or a name of aya's.
     let of_aya = |name: &str| name.is_empty() || name.starts_with("aya_");
     all.iter()
         .filter(|loaded| !of_aya(&loaded.name))
@@ -309,12 +313,13 @@ fn figures() -> Result<Vec<Figures>> {
         .collect()
 }
 
-/// What runs for each packet has barriers where the processor needs them, and none on x86-64.
+/// Asserts that the programs that run for each packet have barriers on processors that need them,
+/// and none on x86-64.
 fn check_barriers() -> Result<()> {
     let all = LOADED.lock().expect("no test panics with it");
     for name in ["track_ingress", "track_egress"] {
         let loaded = all.iter().find(|loaded| loaded.name == name);
-        let barriers = loaded.context("it is loaded")?.barriers;
+        let barriers = loaded.context("not loaded")?.barriers;
         let is_right = match env::consts::ARCH {
             "x86_64" => barriers == 0,
             _ => barriers >= 4,
@@ -325,7 +330,7 @@ fn check_barriers() -> Result<()> {
 }
 
 #[test]
-fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
+fn the_verifier_follows_no_more_instructions_than_the_table_says() -> Result<()> {
     let series = kernel_series()?;
     let table = TABLE
         .lines()
@@ -340,7 +345,7 @@ fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
     assert_eq!(
         loaded,
         listed.collect(),
-        "the programs, and those of the table"
+        "the loaded programs are not those of the table"
     );
     for now in &figures {
         let is_same = |(kernel, before): &&(&str, Figures)| {
@@ -351,11 +356,11 @@ fn the_verifier_has_no_more_to_do_than_the_table_says() -> Result<()> {
         writeln!(lines, "{}", now.line(&series))?;
     }
     check_barriers()?;
-    // Around the capture of the test's output: these lines are for the table.
+    // Writes past the output capture, because these lines are for the table.
     write!(io::stderr(), "{lines}")?;
     ensure!(
         complaints.is_empty(),
-        "{complaints}Where that is meant, these lines belong into tests/verifier.txt:\n{lines}"
+        "{complaints}If this is intended, put these lines into tests/verifier.txt:\n{lines}"
     );
     Ok(())
 }

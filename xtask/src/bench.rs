@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
+use session_enforcer_tests::BINARY;
 
 use crate::build::{Profile, daemon};
 use crate::packages::{self, Missing};
@@ -17,9 +18,6 @@ use crate::workspace::Workspace;
 
 /// The benchmark program, and the agent that starts programs in a cgroup and a namespace.
 const PROGRAMS: [&str; 2] = ["session-enforcer-bench", "session-enforcer-test-agent"];
-
-/// This variable names the daemon for the harness.
-const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// Arguments of `bench`.
 #[derive(clap::Args)]

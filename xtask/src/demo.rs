@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use session_enforcer_tests::BINARY;
 
 use crate::build::{Profile, daemon};
 use crate::process::{as_root, find_program, is_root, run as run_program, say};
@@ -25,9 +26,6 @@ use crate::workspace::Workspace;
 
 /// The harness's agent, which opens sockets in the show's namespaces and cgroup.
 const AGENT: &str = "session-enforcer-test-agent";
-
-/// This variable names the daemon for the harness.
-const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// The script that installs packages; see `packages.rs`.
 const INSTALLER: &str = include_str!("install.sh");

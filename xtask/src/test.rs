@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use session_enforcer_tests::BINARY;
 
 use crate::build::{Profile, daemon};
 use crate::node;
@@ -13,9 +14,6 @@ use crate::process::{is_root, run, say};
 use crate::rustc::Rustc;
 use crate::setup::setup;
 use crate::workspace::Workspace;
-
-/// This variable names the daemon for the privileged tests.
-pub(crate) const BINARY: &str = "SESSION_ENFORCER_BIN";
 
 /// Prefixes of the variables that sudo would drop and that tests or debugging need.
 const PASSED_ON: [&str; 3] = ["PATH", "RUST_", "SESSION_ENFORCER_"];

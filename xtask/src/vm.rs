@@ -24,6 +24,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use session_enforcer_tests::BINARY;
 
 use self::initramfs::Inside;
 use self::kernels::{Kernel, MATRIX};
@@ -39,7 +40,6 @@ use crate::node;
 use crate::packages::{self, Missing};
 use crate::process::{run, say};
 use crate::setup::setup;
-use crate::test::BINARY;
 use crate::workspace::Workspace;
 
 pub(crate) use self::guest::guest;

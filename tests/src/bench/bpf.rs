@@ -3,28 +3,28 @@
 
 use std::{
     fs::{self, File},
-    io,
-    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, OwnedFd},
     path::Path,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
 use session_enforcer_common::{
     Session,
     table::{Key, WAYS, prefers_second},
+};
+use session_enforcer_tests::bpf_calls::{
+    Instruction, attached_programs, bpf, link_program, load_program, number, open,
 };
 
 // `enum bpf_cmd` of `linux/bpf.h`.
 const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
-const PROG_LOAD: libc::c_long = 5;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-const PROG_QUERY: libc::c_long = 16;
 const BTF_LOAD: libc::c_long = 18;
-const LINK_CREATE: libc::c_long = 28;
 const ENABLE_STATS: libc::c_long = 32;
 
 /// A hook that the daemon uses.
@@ -72,35 +72,6 @@ impl Hook {
     }
 }
 
-/// Calls bpf(2) with attributes of the type that the command takes.
-fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the kernel accesses at most the given length, which is the size of the value, and the memory
-    // that the value points to, which the callers below keep alive.
-    let status = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_mut(attributes),
-            size_of::<T>(),
-        )
-    };
-    if status < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(status)
-}
-
-fn descriptor(number: libc::c_long) -> Result<OwnedFd> {
-    let number = i32::try_from(number)?;
-    // SAFETY: the kernel has just opened this descriptor for this process.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-fn number(fd: &impl AsFd) -> u32 {
-    // An open descriptor is not negative.
-    fd.as_fd().as_raw_fd().cast_unsigned()
-}
-
 /// The kernel measures every run of a program while this value lives.
 pub(crate) struct Statistics(#[expect(dead_code, reason = "ends on drop")] OwnedFd);
 
@@ -108,8 +79,8 @@ impl Statistics {
     /// Enables the statistics.
     pub(crate) fn on() -> Result<Self> {
         const RUN_TIME: u32 = 0;
-        let fd = bpf(ENABLE_STATS, &mut { RUN_TIME }).context("the kernel's statistics")?;
-        Ok(Self(descriptor(fd)?))
+        let enabled = open(ENABLE_STATS, &mut { RUN_TIME });
+        Ok(Self(enabled.context("the kernel's statistics")?))
     }
 }
 
@@ -163,15 +134,11 @@ impl PlainPrograms {
             _ => empty_map()?,
         };
         let attach = |hook: Hook| -> Result<OwnedFd> {
-            let program = load(hook, &instructions(body, hook, &map));
+            let (program_type, attach_type) = (hook.program_type(), hook.attach_type());
+            let instructions = instructions(body, hook, &map);
+            let program = load_program(program_type, attach_type, "bench_plain", &instructions);
             let program = program.with_context(|| format!("a program for the hook {hook:?}"))?;
-            let mut attributes = [
-                number(&program),
-                number(&directory),
-                hook.attach_type(),
-                0_u32,
-            ];
-            descriptor(bpf(LINK_CREATE, &mut attributes).context("attaching a program")?)
+            link_program(&program, &directory, attach_type).context("attaching a program")
         };
         Ok(Self(
             Hook::ALL.into_iter().map(attach).collect::<Result<_>>()?,
@@ -184,7 +151,7 @@ fn empty_map() -> Result<OwnedFd> {
     const HASH: u32 = 1;
     // Type, bytes of a key and of a value, capacity, flags.
     let mut attributes = [HASH, 8, size_of::<Session>() as u32, 1 << 18, 0];
-    descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map")?)
+    open(MAP_CREATE, &mut attributes).context("making a map")
 }
 
 /// A map of socket storage with entries of 8 bytes, which accepted sockets inherit.
@@ -197,7 +164,7 @@ fn socket_storage() -> Result<OwnedFd> {
     attributes[..5].copy_from_slice(&[SK_STORAGE, 4, 8, 0, NO_PREALLOC | CLONE]);
     // After the name: the BTF object, and its types of the key and of the value.
     attributes[12..].copy_from_slice(&[number(&types), 1, 2]);
-    descriptor(bpf(MAP_CREATE, &mut attributes).context("making a map of socket storage")?)
+    open(MAP_CREATE, &mut attributes).context("making a map of socket storage")
 }
 
 /// Loads the two BTF types that socket storage requires: `int` and `u64`.
@@ -229,11 +196,8 @@ fn load_types() -> Result<OwnedFd> {
         log_level: 0,
         padding: 0,
     };
-    descriptor(bpf(BTF_LOAD, &mut attributes).context("loading types")?)
+    open(BTF_LOAD, &mut attributes).context("loading types")
 }
-
-/// The layout is that of `struct bpf_insn`.
-type Instruction = [u8; 8];
 
 fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     // r0 = bpf_get_socket_cookie(r1); the program starts with the context in r1
@@ -306,41 +270,6 @@ const fn storage(flags: u8) -> [Instruction; 3] {
     ]
 }
 
-/// The used part of `union bpf_attr` for `BPF_PROG_LOAD`.
-#[repr(C)]
-struct ProgramLoad {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_bytes: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    ifindex: u32,
-    attach_type: u32,
-}
-
-fn load(hook: Hook, instructions: &[Instruction]) -> Result<OwnedFd> {
-    let mut attributes = ProgramLoad {
-        program_type: hook.program_type(),
-        instruction_count: instructions.len() as u32,
-        instructions: instructions.as_ptr() as u64,
-        license: c"Dual MIT/GPL".as_ptr() as u64,
-        log_level: 0,
-        log_bytes: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-        name: *b"bench_plain\0\0\0\0\0",
-        ifindex: 0,
-        attach_type: hook.attach_type(),
-    };
-    descriptor(bpf(PROG_LOAD, &mut attributes)?)
-}
-
 /// The cost so far of the programs of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Spent {
@@ -391,7 +320,7 @@ struct MapInfo {
     name: [u8; 16],
 }
 
-fn info<T>(object: &OwnedFd, found: &mut T) -> io::Result<()> {
+fn info<T>(object: &OwnedFd, found: &mut T) -> Result<(), Errno> {
     #[repr(C)]
     struct Attributes {
         fd: u32,
@@ -480,37 +409,17 @@ impl Programs {
 
 /// The only program of a hook, if there is one.
 fn attached(cgroup: &File, hook: Hook) -> Result<Option<OwnedFd>> {
-    #[repr(C)]
-    struct Query {
-        target: u32,
-        attach_type: u32,
-        query_flags: u32,
-        attach_flags: u32,
-        program_ids: u64,
-        program_count: u32,
-        reserved: u32,
-    }
-    let mut ids = [0_u32; 8];
-    let mut query = Query {
-        target: number(cgroup),
-        attach_type: hook.attach_type(),
-        query_flags: 0,
-        attach_flags: 0,
-        program_ids: ids.as_mut_ptr() as u64,
-        program_count: ids.len() as u32,
-        reserved: 0,
-    };
-    bpf(PROG_QUERY, &mut query).context("asking for the cgroup's programs")?;
-    match query.program_count {
-        0 => Ok(None),
-        1 => by_id(PROG_GET_FD_BY_ID, ids[0]).map(Some),
-        several => bail!("{several} programs on the hook {hook:?}"),
+    let ids = attached_programs(cgroup, hook.attach_type());
+    match ids.context("asking for the cgroup's programs")?[..] {
+        [] => Ok(None),
+        [id] => by_id(PROG_GET_FD_BY_ID, id).map(Some),
+        [..] => bail!("several programs on the hook {hook:?}"),
     }
 }
 
 fn by_id(command: libc::c_long, id: u32) -> Result<OwnedFd> {
     // The ID, the next ID of a walk, flags.
-    descriptor(bpf(command, &mut [id, 0_u32, 0])?)
+    Ok(open(command, &mut [id, 0_u32, 0])?)
 }
 
 /// A map in the kernel.
@@ -664,7 +573,6 @@ mod tests {
         assert_eq!(std::mem::offset_of!(ProgramInfo, map_ids), 56);
         assert_eq!(std::mem::offset_of!(ProgramInfo, run_nanoseconds), 192);
         assert_eq!(std::mem::offset_of!(MapInfo, name), 24);
-        assert_eq!(std::mem::offset_of!(ProgramLoad, attach_type), 68);
     }
 
     #[test]

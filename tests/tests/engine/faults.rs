@@ -1,5 +1,5 @@
-//! Faults of the kernel's interfaces, and what others do to the programs: no session is cut early, none
-//! is counted twice, and each fault is said.
+//! Faults of kernel interfaces and interference with the programs: no session is reset early, none
+//! is counted twice, and each fault is reported.
 
 use std::{
     fs,
@@ -28,8 +28,8 @@ fn results(daemon: &Daemon) -> Result<[f64; 3]> {
     Ok([count("reset")?, count("gone")?, count("failed")?])
 }
 
-/// A session of which the daemon has decided that it is due, and whose reset waits to be sent.
-fn decided_about(lab: &Lab) -> Result<(Daemon, Interposer, Pair)> {
+/// A session that the daemon has found late, and whose `SOCK_DESTROY` request is held back.
+fn found_late(lab: &Lab) -> Result<(Daemon, Interposer, Pair)> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
     interposer.set(Call::Destroy, Fate::Wait);
@@ -41,7 +41,7 @@ fn decided_about(lab: &Lab) -> Result<(Daemon, Interposer, Pair)> {
 #[test]
 fn a_session_that_closes_between_decision_and_reset_is_recorded_once_as_gone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let (daemon, interposer, pair) = decided_about(&lab)?;
+    let (daemon, interposer, pair) = found_late(&lab)?;
     reset_on_close(&pair.client)?;
     let Pair {
         client,
@@ -50,7 +50,7 @@ fn a_session_that_closes_between_decision_and_reset_is_recorded_once_as_gone() -
         ..
     } = pair;
     drop(client);
-    // A machine that is busy may take its time until the server's socket has the client's RST.
+    // On a busy machine the client's RST may take a while to arrive.
     let read = (&server).read(&mut [0]).map_err(|error| error.kind());
     assert_eq!(read, Err(ErrorKind::ConnectionReset));
     drop(server);
@@ -65,9 +65,9 @@ fn a_session_that_closes_between_decision_and_reset_is_recorded_once_as_gone() -
 }
 
 #[test]
-fn payload_between_decision_and_reset_does_not_pass_and_saves_nobody() -> Result<()> {
+fn payload_between_decision_and_reset_does_not_pass_and_does_not_save_the_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let (daemon, interposer, pair) = decided_about(&lab)?;
+    let (daemon, interposer, pair) = found_late(&lab)?;
     (&pair.client).write_all(b"late")?;
     (&pair.server).write_all(b"late")?;
     thread::sleep(Duration::from_millis(300));
@@ -89,7 +89,7 @@ fn payload_between_decision_and_reset_does_not_pass_and_saves_nobody() -> Result
 #[test]
 fn a_reset_whose_answer_is_lost_is_recorded_once() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let (daemon, interposer, pair) = decided_about(&lab)?;
+    let (daemon, interposer, pair) = found_late(&lab)?;
     interposer.set(Call::Answer, Fate::Fail(Errno::ENOBUFS));
     interposer.set(Call::Destroy, Fate::Pass);
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
@@ -97,21 +97,21 @@ fn a_reset_whose_answer_is_lost_is_recorded_once() -> Result<()> {
     interposer.set(Call::Answer, Fate::Pass);
     let record = daemon.wait_for_termination()?;
     record.assert_due("idle_timeout", &pair.opened, LIMIT);
-    // Whether the daemon has reset it cannot be known any more.
+    // Without the answer the daemon cannot know whether it reset the session or the peer did.
     assert_eq!(record.text("session_enforcer.result"), "gone");
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     assert_eq!(results(&daemon)?, [0.0, 1.0, 0.0]);
     daemon.wait_for_log("No buffer space available")
 }
 
-/// More than one exchange with the kernel ends.
+/// More sessions than one netlink exchange resets.
 #[test]
 fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
     const SESSIONS: usize = 400;
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
-    // To open so many may take longer than the limit.
+    // Opening so many connections may take longer than the limit.
     daemon.freeze()?;
     let open = |_| Pair::open(&lab.outside, &listener);
     let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
@@ -124,7 +124,7 @@ fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
     assert_all_reset(&pairs, LIMIT)?;
     let result = |r: &Record| r.text("session_enforcer.result").to_owned();
     let gone = records.iter().filter(|r| result(r) == "gone").count();
-    assert!(gone > 0, "all answers were received");
+    assert!(gone > 0, "no answer was lost");
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     let count = [(SESSIONS - gone) as f64, gone as f64, 0.0];
     assert_eq!(results(&daemon)?, count);
@@ -132,11 +132,11 @@ fn many_resets_whose_answers_are_lost_are_recorded_once_each() -> Result<()> {
     Ok(())
 }
 
-/// While the kernel cannot be asked to reset a session, that is a failure that is recorded and tried
-/// again, and no flood of attempts.
+/// While reset requests fail with `error`, the failure is recorded, and the daemon retries at a
+/// limited rate.
 fn refused_then_reset(error: Errno) -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let (daemon, interposer, pair) = decided_about(&lab)?;
+    let (daemon, interposer, pair) = found_late(&lab)?;
     interposer.set(Call::Destroy, Fate::Fail(error));
     let failed = daemon.wait_for_termination()?;
     assert_eq!(failed.text("event.action"), "session-termination-failed");
@@ -144,7 +144,7 @@ fn refused_then_reset(error: Errno) -> Result<()> {
     daemon.wait_for_log("broke off")?;
     let attempts = daemon.log().matches("broke off").count();
     assert!((1..=10).contains(&attempts), "{attempts} attempts");
-    // The gate keeps shut what could not be reset.
+    // The gate stays shut for a session whose reset failed.
     (&pair.client).write_all(b"late")?;
     interposer.set(Call::Destroy, Fate::Pass);
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, LIMIT);
@@ -155,14 +155,14 @@ fn refused_then_reset(error: Errno) -> Result<()> {
 }
 
 #[test]
-fn a_request_that_is_not_permitted_is_a_failure_and_is_tried_again() -> Result<()> {
+fn a_reset_that_is_not_permitted_is_recorded_as_failed_and_retried() -> Result<()> {
     refused_then_reset(Errno::EPERM)
 }
 
 #[test]
-fn a_session_that_could_not_be_reset_and_closes_by_itself_is_recorded_as_gone() -> Result<()> {
+fn a_session_whose_reset_failed_and_that_closes_by_itself_is_recorded_as_gone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let (daemon, interposer, pair) = decided_about(&lab)?;
+    let (daemon, interposer, pair) = found_late(&lab)?;
     interposer.set(Call::Destroy, Fate::Fail(Errno::EPERM));
     daemon.wait_for_metric(
         "session_enforcer_terminations_total",
@@ -180,12 +180,13 @@ fn a_session_that_could_not_be_reset_and_closes_by_itself_is_recorded_as_gone() 
 }
 
 #[test]
-fn a_request_for_which_there_is_no_buffer_is_a_failure_and_is_tried_again() -> Result<()> {
+fn a_reset_without_buffer_space_is_recorded_as_failed_and_retried() -> Result<()> {
     refused_then_reset(Errno::ENOBUFS)
 }
 
 #[test]
-fn a_namespace_that_cannot_be_entered_is_said_and_enforced_through_its_processes() -> Result<()> {
+fn a_namespace_that_cannot_be_entered_is_reported_and_enforced_through_its_processes() -> Result<()>
+{
     let lab = Lab::new(AGENT)?;
     let config = format!("{EVERY_SECOND}{RULE}");
     let (daemon, interposer) = lab.launch().config(&config).start_interposed()?;
@@ -196,7 +197,7 @@ fn a_namespace_that_cannot_be_entered_is_said_and_enforced_through_its_processes
     daemon.wait_for_trouble("namespace", true)?;
     let cause = [("cause", "namespace")];
     assert!(daemon.metric("session_enforcer_sessions_untracked_total", &cause)? >= 1.0);
-    // Its process gives its socket.
+    // The daemon resets the session through a descriptor from its process.
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &pair.opened, LIMIT);
     pair.ends()?[0].assert_not_early(&pair.opened, LIMIT);
@@ -205,8 +206,7 @@ fn a_namespace_that_cannot_be_entered_is_said_and_enforced_through_its_processes
 }
 
 #[test]
-fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enforced() -> Result<()>
-{
+fn the_removal_of_the_watched_cgroup_is_reported_and_its_sessions_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let watched = lab.cgroup.child()?;
     let agent = lab.at(&Place::here().in_cgroup(&watched))?;
@@ -218,7 +218,7 @@ fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enfo
     let config = format!("{EVERY_SECOND}{RULE}{named}");
     let daemon = Launch::on(&path).config(&config).start()?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    // Its sockets are the test's, and outlive it.
+    // The sockets belong to the test process and outlive the cgroup.
     drop((agent, watched));
     daemon.wait_for_trouble("detached", true)?;
     let (status, body) = daemon.get("/readyz")?;
@@ -228,20 +228,20 @@ fn a_cgroup_that_is_removed_under_the_programs_is_said_and_its_sessions_are_enfo
     daemon
         .wait_for_termination()?
         .assert_reset("idle_timeout", &pair.opened, LIMIT);
-    // One of the same name is another.
+    // A new cgroup of the same name does not replace the removed one.
     fs::create_dir_all(path.join("named"))?;
     daemon.wait_for_log("connections are not adopted")?;
-    // Comparisons go on, and the daemon with them.
+    // Comparisons and the daemon continue.
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(daemon.get("/healthz")?.0, 200);
     Ok(())
 }
 
-/// The numbers of the links that the daemon holds.
+/// The ids of the links that the daemon holds.
 fn links_of(daemon: &Daemon) -> Result<Vec<u32>> {
     let mut links = Vec::new();
     for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid()))? {
-        // Descriptors of the moment come and go.
+        // The descriptor may have been closed meanwhile.
         let Ok(text) = fs::read_to_string(entry?.path()) else {
             continue;
         };
@@ -252,13 +252,13 @@ fn links_of(daemon: &Daemon) -> Result<Vec<u32>> {
 }
 
 #[test]
-fn programs_that_someone_else_detaches_are_missed() -> Result<()> {
+fn programs_that_someone_else_detaches_are_reported() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(RULE)?;
     assert!(!daemon.is_degraded("detached")?);
     let links = links_of(&daemon)?;
     assert_eq!(links.len(), PROGRAMS as usize);
-    detach_by_force(links.last().map(std::slice::from_ref).context("a link")?)?;
+    detach_by_force(links.last().map(std::slice::from_ref).context("no link")?)?;
     assert!(daemon.is_degraded("detached")?);
     let (_, body) = daemon.get("/readyz")?;
     assert!(body.contains("detached by someone else"), "{body}");

@@ -1,10 +1,10 @@
-//! The daemon's life: starts, stops and faults of what it stands on, a table that is full, and what it leaves to the next
-//! one.
+//! The engine: start, stop, take-over, pins, faults, a full session table, and records that a
+//! killed daemon left.
 
+mod exclusive_program;
 mod faults;
 mod map_full;
 mod pins;
-mod place_taken;
 mod restart;
 mod shutdown;
 mod takeover;

@@ -1,5 +1,5 @@
-//! A session map that is too small is said, what fits into it is enforced, and what did not fit is
-//! picked up when there is room.
+//! A full session table: the daemon reports it, enforces the tracked sessions, and adopts the
+//! others once there is room.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -11,7 +11,7 @@ use session_enforcer_tests::{
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Long enough to look at what is not tracked before the first session ends, on a busy machine too.
+/// Long enough to check the untracked sessions before the first one ends, even on a busy machine.
 fn limit() -> Duration {
     longer_than_a_start() + Duration::from_secs(5)
 }
@@ -20,7 +20,7 @@ fn short_limit() -> Duration {
     unhurried(Duration::from_secs(2))
 }
 
-/// A map of so many sessions.
+/// A session table with this capacity.
 fn config(capacity: u32, limit: Duration) -> String {
     let daemon = format!("[daemon]\nmax_sessions = {capacity}\n");
     let limit = limit.as_secs();
@@ -36,8 +36,8 @@ fn open_many(lab: &Lab, listener: &Listener, count: usize) -> Result<Vec<Pair>> 
     (0..count).map(open).collect()
 }
 
-/// Of twenty sessions eight do not fit, which is said. The others are reset, which makes room, and
-/// so are those then, none before its time.
+/// Of 20 sessions 8 do not fit, which the daemon reports. The other 12 are reset, which makes room;
+/// then the 8 are adopted and reset. None is reset early.
 fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     assert!(daemon.is_degraded("untracked")?);
     let (status, body) = daemon.get("/readyz")?;
@@ -54,7 +54,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
             end.assert_not_early(&pair.opened, limit());
         }
         let record = daemon.wait_for_termination_of(pair)?;
-        // Of one that was adopted on a busy machine the deadline may be a little later.
+        // On a busy machine the deadline of an adopted session may be a little later.
         assert_eq!(record.text("session_enforcer.result"), "reset");
         assert_eq!(record.text("event.reason"), "idle_timeout");
     }
@@ -72,7 +72,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 }
 
 #[test]
-fn sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -> Result<()> {
+fn sessions_beyond_the_capacity_are_counted_and_adopted_once_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&config(12, limit()))?;
     let listener = listen(&lab)?;
@@ -83,7 +83,7 @@ fn sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -
 }
 
 #[test]
-fn older_sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_room() -> Result<()> {
+fn older_sessions_beyond_the_capacity_are_counted_and_adopted_once_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab)?;
     let pairs = open_many(&lab, &listener, 20)?;
@@ -91,11 +91,12 @@ fn older_sessions_beyond_the_capacity_are_counted_and_picked_up_when_there_is_ro
     assert_all_twenty_are_reset(&daemon, &pairs)
 }
 
-/// How a session goes on that was picked up: by what passed while nobody stamped its packets.
-fn picked_up_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result<(Pair, Moment)> {
+/// A session that is adopted after the table was full, and its last payload. Payload from before
+/// the adoption was not stamped.
+fn adopted_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result<(Pair, Moment)> {
     let mut pairs = open_many(lab, listener, 2)?.into_iter();
     let [Some(tracked), Some(refused)] = [pairs.next(), pairs.next()] else {
-        anyhow::bail!("two connections were opened");
+        anyhow::bail!("not two connections");
     };
     daemon.wait_for_trouble("untracked", true)?;
     refused.keep_busy(short_limit() / 2)?;
@@ -105,17 +106,17 @@ fn picked_up_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Resu
 }
 
 #[test]
-fn a_session_that_is_picked_up_while_it_is_busy_is_not_cut_early() -> Result<()> {
+fn a_session_that_is_adopted_while_it_is_busy_is_not_reset_early() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&config(1, short_limit()))?;
     let listener = listen(&lab)?;
-    let (pair, last) = picked_up_while_busy(&lab, &daemon, &listener)?;
+    let (pair, last) = adopted_while_busy(&lab, &daemon, &listener)?;
     daemon.wait_for_trouble("untracked", false)?;
     daemon.assert_reset_of(&pair, "idle_timeout", &last, short_limit())?;
     Ok(())
 }
 
-/// Rules of these names, each for the port of its listener.
+/// Rules with these names, each for the port of its listener.
 fn rules(listeners: &[(&str, &Listener)], limits: &str) -> String {
     let rule = |(name, listener): &(&str, &Listener)| {
         let port = listener.port();
@@ -133,7 +134,7 @@ fn wait_for_sessions(daemon: &Daemon, rule: &str, count: f64) -> Result<()> {
 }
 
 #[test]
-fn sessions_of_full_rules_leave_each_other_rule_its_share() -> Result<()> {
+fn a_full_rule_leaves_each_other_rule_its_share_of_the_table() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [one, two, other] = [listen(&lab)?, listen(&lab)?, listen(&lab)?];
     let daemon = format!(
@@ -144,7 +145,7 @@ fn sessions_of_full_rules_leave_each_other_rule_its_share() -> Result<()> {
         )
     );
     let daemon = lab.daemon(&daemon)?;
-    // An eighth is divided among three: 6 for each.
+    // An eighth of the table is reserved and divided among three rules: 6 slots for each.
     let _many = open_many(&lab, &one, 150)?;
     wait_for_sessions(&daemon, "one", 148.0)?;
     let _more = open_many(&lab, &two, 10)?;
@@ -156,7 +157,7 @@ fn sessions_of_full_rules_leave_each_other_rule_its_share() -> Result<()> {
         daemon.metric("session_enforcer_sessions_untracked_total", &cause)?,
         6.0
     );
-    // A place that one of them gives back is its own again.
+    // A slot that the rule frees is available to it again.
     drop(last);
     let again = open_many(&lab, &other, 6)?;
     wait_for_sessions(&daemon, "other", 6.0)?;
@@ -166,7 +167,7 @@ fn sessions_of_full_rules_leave_each_other_rule_its_share() -> Result<()> {
 
 const MOST: &str = "idle_timeout = \"60s\"\nmax_sessions = 4";
 
-/// Of six connections of a rule that allows four, so many are tracked.
+/// Of six connections of a rule with `max_sessions = 4`, four are tracked.
 fn assert_four_are_tracked(daemon: &Daemon, rule: &str) -> Result<()> {
     wait_for_sessions(daemon, rule, 4.0)?;
     assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 4.0);
@@ -174,8 +175,7 @@ fn assert_four_are_tracked(daemon: &Daemon, rule: &str) -> Result<()> {
 }
 
 #[test]
-fn a_rule_tracks_as_many_as_it_allows_also_by_another_daemon_and_under_another_name() -> Result<()>
-{
+fn max_sessions_of_a_rule_holds_across_a_new_daemon_and_a_new_name() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab)?;
     let config = rules(&[("few", &listener)], MOST);
@@ -199,16 +199,16 @@ fn a_rule_tracks_as_many_as_it_allows_also_by_another_daemon_and_under_another_n
     assert_four_are_tracked(&second, "another")?;
     let _seventh = Pair::open(&lab.outside, &listener)?;
     wait_for_sessions(&second, "another", 4.0)?;
-    // With the two that the change of the policy met.
+    // One new refusal, besides the two after the reload.
     second.wait_for_metric(untracked, &[("cause", "rule_full")], 3.0)?;
-    // The first four were tracked. With them gone the others are.
+    // The first four were tracked. Once they close, the others are.
     pairs.drain(..4);
     wait_for_sessions(&second, "another", 3.0)?;
     second.wait_for_trouble("untracked", false)
 }
 
 #[test]
-fn what_no_place_can_be_had_for_is_reset_where_the_daemon_is_told_so() -> Result<()> {
+fn with_on_full_reset_sessions_that_do_not_fit_are_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [enforced, observed] = [listen(&lab)?, listen(&lab)?];
     let limits = "idle_timeout = \"60s\"\nmax_sessions = 2";
@@ -217,7 +217,7 @@ fn what_no_place_can_be_had_for_is_reset_where_the_daemon_is_told_so() -> Result
         rules(&[("enforced", &enforced)], limits),
         rules(&[("observed", &observed)], limits)
     );
-    // One is older than the daemon.
+    // One of these does not fit, and it is older than the daemon.
     let mut pairs = open_many(&lab, &enforced, 3)?;
     let daemon = lab.launch().config(&config).start_unready()?;
     let left = open_many(&lab, &observed, 3)?;
@@ -255,7 +255,7 @@ fn what_no_place_can_be_had_for_is_reset_where_the_daemon_is_told_so() -> Result
 }
 
 #[test]
-fn what_no_place_can_be_had_for_and_could_not_be_reset_is_tried_again() -> Result<()> {
+fn with_on_full_reset_a_failed_reset_is_retried() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab)?;
     let limits = "idle_timeout = \"60s\"\nmax_sessions = 1";

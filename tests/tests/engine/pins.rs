@@ -1,4 +1,4 @@
-//! The pin directory: who holds it, what is not believed, how it is emptied, where it lies.
+//! The pin directory: its lock, pins that are not trusted, `detach`, and where it may be.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use session_enforcer_tests::{
     longer_than_a_start as limit, patience, plant_map, run_to_end, without_bpffs,
 };
 
-/// Those of a running daemon: each of its programs, and the maps that outlive it.
+/// The pins of a running daemon: its programs and the maps that outlive it.
 const PINS: usize = PROGRAMS as usize + 7;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -38,16 +38,17 @@ fn detach(directory: &Path) -> Result<Finished> {
     run_to_end(command, patience())
 }
 
-/// The only set of pins.
+/// The only pin set of the lab.
 fn set(lab: &Lab) -> Result<std::path::PathBuf> {
     let sets = lab.pins.sets()?;
-    ensure!(sets.len() == 1, "one set was expected: {sets:?}");
-    sets.into_iter().next().context("one set")
+    ensure!(sets.len() == 1, "expected one set: {sets:?}");
+    sets.into_iter().next().context("no set")
 }
 
-/// What such a start leaves in the session map is of its policy, which goes with its pins.
+/// Sessions that an interrupted start left in the table carry its generation. The next start must
+/// not use the same number, because its policy differs.
 #[test]
-fn the_generation_of_a_start_that_is_cut_short_is_not_that_of_the_next() -> Result<()> {
+fn an_interrupted_start_and_the_next_one_have_different_generations() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.stop()?;
     let load = || -> Result<Datapath> {
@@ -63,7 +64,7 @@ fn the_generation_of_a_start_that_is_cut_short_is_not_that_of_the_next() -> Resu
         )?)
     };
     let cut_short = load()?.inherited_generation() + 1;
-    // It must have attached its programs before.
+    // Wait until the start must have attached its programs.
     thread::sleep(Duration::from_millis(100));
     let next = load()?.inherited_generation() + 1;
     assert!(next > cut_short, "{next} and {cut_short}");
@@ -76,7 +77,7 @@ fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
     let mut first = lab.pinned_daemon(&idle())?;
     let config = idle();
     let launch = lab.launch().pinned(&lab.pins).config(&config);
-    // One that stands still holds it, too.
+    // A stopped process keeps the lock, too.
     first.signal(Signal::SIGSTOP)?;
     let refused = launch.refused()?;
     let said = refused.stderr.trim();
@@ -97,7 +98,7 @@ fn a_second_daemon_is_refused_with_the_process_id_of_the_first() -> Result<()> {
 }
 
 #[test]
-fn daemons_with_pin_directories_of_their_own_do_not_meet() -> Result<()> {
+fn daemons_with_separate_pin_directories_do_not_disturb_each_other() -> Result<()> {
     let labs = [Lab::new(AGENT)?, Lab::new(AGENT)?];
     let daemons = [
         labs[0].pinned_daemon(&idle())?,
@@ -113,11 +114,11 @@ fn daemons_with_pin_directories_of_their_own_do_not_meet() -> Result<()> {
 }
 
 #[test]
-fn detach_removes_everything_and_may_be_repeated() -> Result<()> {
+fn detach_removes_everything_and_can_be_repeated() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     lab.pinned_daemon(&idle())?.kill()?;
-    // One of another version, and what a start left that was cut short.
+    // A set of another version, and a set that an interrupted start left.
     let other = lab.pins.path().join("layout-00000000");
     fs::rename(set(&lab)?, &other)?;
     fs::create_dir(lab.pins.path().join("layout-00000000-next"))?;
@@ -175,7 +176,7 @@ fn detach_is_refused_while_a_daemon_runs() -> Result<()> {
 }
 
 #[test]
-fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
+fn detach_leaves_other_pins_and_files_alone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.kill()?;
     let foreign = lab.pins.path().join("someone-else");
@@ -186,7 +187,7 @@ fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
     assert_eq!(detach(lab.pins.path())?.code, 0);
     assert_eq!(lab.pins.sets()?, [link, foreign.clone()]);
     assert!(foreign.join("map").exists());
-    // Not on bpffs at all.
+    // A directory that is not on bpffs.
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("layout-00000000/SESSIONS");
     fs::create_dir(file.parent().context("a file has a parent")?)?;
@@ -201,8 +202,8 @@ fn detach_leaves_alone_what_is_not_its_own() -> Result<()> {
     Ok(())
 }
 
-/// Starts a daemon on pins that something has happened to, and looks whether it says this and
-/// enforces, its connections adopted.
+/// Starts a daemon on damaged pins. Asserts that it reports the damage, adopts the connections and
+/// enforces.
 fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -216,7 +217,7 @@ fn assert_adopted_anew(damage: impl FnOnce(&Path) -> Result<()>, said: &[&str]) 
         said.iter().all(|part| log.contains(part)),
         "{said:?} in {log}"
     );
-    // Those of the first have gone, and so have their pins.
+    // The programs and pins of the first daemon have been replaced.
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS);
     let current = set(&lab)?;
     assert_ne!(current.file_name(), Some("layout-00000000".as_ref()));
@@ -244,7 +245,7 @@ fn a_pinned_map_of_another_kind_is_not_used() -> Result<()> {
 }
 
 #[test]
-fn a_session_table_whose_parts_do_not_fit_is_not_used() -> Result<()> {
+fn a_session_table_whose_maps_do_not_fit_together_is_not_used() -> Result<()> {
     let replace = |set: &Path| {
         let path = set.join("SESSIONS");
         fs::remove_file(&path)?;
@@ -255,7 +256,7 @@ fn a_session_table_whose_parts_do_not_fit_is_not_used() -> Result<()> {
 }
 
 #[test]
-fn a_session_table_that_counts_wrong_is_not_used_after_a_stop() -> Result<()> {
+fn a_session_table_with_a_wrong_count_is_not_used_after_a_stop() -> Result<()> {
     for wrong in [0, 1 << 40, u64::MAX] {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -281,7 +282,7 @@ fn a_session_table_that_counts_wrong_is_not_used_after_a_stop() -> Result<()> {
 }
 
 #[test]
-fn a_missing_map_or_one_that_is_none_is_not_used() -> Result<()> {
+fn pins_with_a_missing_map_or_a_pin_of_another_kind_are_not_used() -> Result<()> {
     assert_adopted_anew(
         |set| Ok(fs::remove_file(set.join("SESSIONS"))?),
         &["SESSIONS is missing", "adopted anew"],
@@ -308,7 +309,7 @@ fn a_missing_map_or_one_that_is_none_is_not_used() -> Result<()> {
 }
 
 #[test]
-fn what_another_version_pinned_is_adopted_anew_and_removed() -> Result<()> {
+fn pins_of_another_version_are_removed_and_connections_are_adopted_anew() -> Result<()> {
     assert_adopted_anew(
         |set| Ok(fs::rename(set, set.with_file_name("layout-00000000"))?),
         &["layout-00000000 is of another version", "adopted anew"],
@@ -316,10 +317,10 @@ fn what_another_version_pinned_is_adopted_anew_and_removed() -> Result<()> {
 }
 
 #[test]
-fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result<()> {
+fn an_unknown_pin_is_removed() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.kill()?;
-    // A program of a later version, with the same records.
+    // A pin of a later version that uses the same records.
     let set = set(&lab)?;
     plant_map(&set.join("LATER"), 2, 4, 4, 1)?;
     let _second = lab.pinned_daemon(&idle())?;
@@ -329,7 +330,7 @@ fn a_pin_that_this_version_does_not_know_is_removed_with_its_program() -> Result
 }
 
 #[test]
-fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
+fn an_interrupted_start_leaves_nothing_behind() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.kill()?;
     let set = set(&lab)?;
@@ -348,7 +349,7 @@ fn a_start_that_was_cut_short_leaves_no_trace() -> Result<()> {
 }
 
 #[test]
-fn a_directory_that_others_may_write_to_is_refused() -> Result<()> {
+fn a_pin_directory_that_others_may_write_to_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(&idle())?.stop()?;
     fs::set_permissions(lab.pins.path(), fs::Permissions::from_mode(0o777))?;
@@ -362,7 +363,7 @@ fn a_directory_that_others_may_write_to_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_directory_where_no_pins_can_be_is_refused() -> Result<()> {
+fn a_pin_directory_that_cannot_hold_pins_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let directory = tempfile::tempdir()?;
     let link = directory.path().join("link");
@@ -384,7 +385,7 @@ fn a_directory_where_no_pins_can_be_is_refused() -> Result<()> {
 }
 
 #[test]
-fn bpffs_is_mounted_where_it_is_missing() -> Result<()> {
+fn bpffs_is_mounted_if_it_is_missing() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let mut daemon = lab
         .launch()
@@ -400,9 +401,9 @@ fn bpffs_is_mounted_where_it_is_missing() -> Result<()> {
 }
 
 #[test]
-fn where_bpffs_cannot_be_mounted_it_is_said() -> Result<()> {
+fn an_error_says_that_bpffs_cannot_be_mounted() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    // Of all that the daemon needs, CAP_SYS_ADMIN alone is missing.
+    // Only CAP_SYS_ADMIN is missing.
     let launch = lab
         .launch()
         .pinned(&lab.pins)

@@ -1,4 +1,4 @@
-//! A daemon that is stopped enforces nothing, and the next one goes on with the true ages.
+//! A stopped daemon enforces nothing, and the next one continues with the true ages.
 
 use std::{io::Write as _, net::Ipv4Addr, time::Duration};
 
@@ -26,7 +26,7 @@ fn assert_reset_for(daemon: &Daemon, pair: &Pair, reason: &str, since: &Moment) 
 }
 
 #[test]
-fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
+fn a_stopped_daemon_leaves_its_maps_and_no_program() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut daemon = lab.pinned_daemon(&idle())?;
@@ -51,7 +51,7 @@ fn a_stopped_daemon_leaves_its_sessions_and_nothing_that_acts() -> Result<()> {
 }
 
 #[test]
-fn the_age_of_a_busy_session_is_kept_from_stop_to_start() -> Result<()> {
+fn a_busy_session_keeps_its_age_from_stop_to_start() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut first = lab.pinned_daemon(&lifetime())?;
@@ -72,7 +72,7 @@ fn the_age_of_a_busy_session_is_kept_from_stop_to_start() -> Result<()> {
 }
 
 #[test]
-fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Result<()> {
+fn payload_while_no_program_is_attached_counts_as_activity() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
@@ -93,7 +93,7 @@ fn a_session_that_was_active_while_nothing_was_attached_is_not_cut_early() -> Re
 }
 
 #[test]
-fn only_the_direction_that_was_active_meanwhile_is_active() -> Result<()> {
+fn payload_while_no_program_is_attached_counts_in_its_direction_only() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = idle() + "activity = \"sent\"\n";
@@ -107,7 +107,7 @@ fn only_the_direction_that_was_active_meanwhile_is_active() -> Result<()> {
 }
 
 #[test]
-fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<()> {
+fn a_request_while_no_program_is_attached_is_owed_an_answer() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = idle() + "response_timeout = \"1h\"\n";
@@ -129,7 +129,7 @@ fn a_request_that_came_while_nothing_was_attached_is_owed_an_answer() -> Result<
 }
 
 #[test]
-fn what_could_not_leave_while_nothing_was_attached_is_no_activity() -> Result<()> {
+fn payload_that_could_not_leave_while_no_program_is_attached_is_no_activity() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
@@ -141,8 +141,8 @@ fn what_could_not_leave_while_nothing_was_attached_is_no_activity() -> Result<()
     left.ip(&format!("route add blackhole {}/32", Veth::RIGHT))?;
     last.wait(Duration::from_secs(1));
     pair.client.write_all(b"stays")?;
-    // The socket counts each attempt.
-    eventually("the stack has tried", patience(), || {
+    // The socket counts every attempt to send.
+    eventually("an attempt to send", patience(), || {
         Ok((tcp_info(&pair.client)?.tcpi_bytes_sent > 4).then_some(()))
     })?;
     let second = lab.pinned_daemon(&idle())?;
@@ -153,7 +153,7 @@ fn what_could_not_leave_while_nothing_was_attached_is_no_activity() -> Result<()
 }
 
 #[test]
-fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
+fn connections_that_closed_and_opened_between_stop_and_start_are_found() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
@@ -169,7 +169,8 @@ fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
     assert_eq!(metric("sessions_taken_over_total")?, 2.0);
     assert_eq!(metric("sessions_adopted_total")?, 1.0);
     assert_eq!(metric("map_entries")?, 3.0);
-    // The kernel still reports the end of what it began to watch for the first daemon.
+    // The kernel still reports the close of a session whose callback flag the first daemon's
+    // program set.
     drop(closed_later);
     second.wait_for_metric("session_enforcer_sessions_closed_total", &[], 1.0)?;
     second.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
@@ -181,7 +182,7 @@ fn what_closed_and_opened_between_stop_and_start_is_put_right() -> Result<()> {
 }
 
 #[test]
-fn the_sessions_of_a_namespace_that_is_not_found_any_more_are_kept() -> Result<()> {
+fn sessions_of_a_namespace_that_is_unreachable_after_a_restart_are_kept() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
@@ -196,7 +197,7 @@ fn the_sessions_of_a_namespace_that_is_not_found_any_more_are_kept() -> Result<(
     }
     drop((left, right));
     let second = lab.pinned_daemon(&idle())?;
-    // That it is not found proves no end.
+    // A session in an unreachable namespace may still be open.
     assert_eq!(second.repaired("stale")?, 0.0);
     assert_eq!(second.metric("session_enforcer_sessions", &[])?, 1.0);
     let record = second.wait_for_termination()?;
@@ -205,7 +206,7 @@ fn the_sessions_of_a_namespace_that_is_not_found_any_more_are_kept() -> Result<(
 }
 
 #[test]
-fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Result<()> {
+fn a_session_map_of_another_size_takes_over_the_sessions_of_a_stopped_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = |size: u32| format!("[daemon]\nmax_sessions = {size}\n{}", lifetime());
@@ -228,7 +229,7 @@ fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Res
                 .is_ok_and(|p| p.client_address.port() == record.ports()[0])
         };
         let Some(Ok(pair)) = pairs.iter().find(of) else {
-            panic!("a record of no session: {record:?}");
+            panic!("a record without a session: {record:?}");
         };
         record.assert_reset("max_lifetime", &pair.opened, limit());
     }
@@ -236,13 +237,13 @@ fn a_session_map_of_another_size_takes_the_sessions_of_a_stopped_daemon() -> Res
 }
 
 #[test]
-fn an_attachment_of_which_a_part_is_missing_is_made_whole() -> Result<()> {
+fn an_incomplete_attachment_is_completed() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut first = lab.pinned_daemon(&lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
-    // As where a daemon was killed while it stopped.
+    // As if a daemon was killed during its stop.
     for set in lab.pins.sets()? {
         std::fs::remove_file(set.join("track_egress"))?;
     }

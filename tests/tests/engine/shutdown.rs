@@ -1,4 +1,4 @@
-//! How the daemon ends, and what signals make it do.
+//! How the daemon stops, and which signals it obeys.
 
 use std::{
     fs, net::Ipv4Addr, os::unix::process::CommandExt as _, process::Command, time::Duration,
@@ -24,7 +24,7 @@ fn rule() -> String {
 }
 
 #[test]
-fn a_daemon_that_is_stopped_detaches_and_leaves_all_connections_alone() -> Result<()> {
+fn a_stopped_daemon_detaches_and_leaves_all_connections_alone() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut daemon = lab.daemon(&rule())?;
@@ -76,8 +76,8 @@ fn a_parent_that_blocks_signals_does_not_keep_the_daemon_from_stopping() -> Resu
     daemon.stop()
 }
 
-/// Has a hangup wait for the command's process, which it would end.
-fn hung_up(command: &mut Command) {
+/// Makes a SIGHUP pending for the command before its exec. Unhandled, it would end the process.
+fn with_a_pending_hangup(command: &mut Command) {
     let hang_up = || {
         let mut hangup = SigSet::empty();
         hangup.add(Signal::SIGHUP);
@@ -85,14 +85,18 @@ fn hung_up(command: &mut Command) {
         raise(Signal::SIGHUP)?;
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
     unsafe { command.pre_exec(hang_up) };
 }
 
 #[test]
-fn a_hangup_that_comes_before_the_daemon_is_ready_for_it_is_obeyed_later() -> Result<()> {
+fn a_hangup_before_the_daemon_is_ready_is_obeyed_later() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let mut daemon = lab.launch().config(&rule()).prepared(hung_up).start()?;
+    let mut daemon = lab
+        .launch()
+        .config(&rule())
+        .prepared(with_a_pending_hangup)
+        .start()?;
     daemon.wait_for_log("rule(s) in force")?;
     daemon.stop()
 }
@@ -114,7 +118,7 @@ fn a_daemon_that_is_killed_leaves_nothing_attached() -> Result<()> {
 }
 
 #[test]
-fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
+fn a_restarted_daemon_adopts_the_sessions_of_the_first_one() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let rule = idle_rule(3 * limit());
@@ -131,21 +135,21 @@ fn a_restarted_daemon_takes_over_what_the_first_one_watched() -> Result<()> {
 }
 
 #[test]
-fn a_hangup_makes_the_daemon_open_its_audit_file_and_read_its_configuration() -> Result<()> {
+fn a_hangup_makes_the_daemon_reopen_its_audit_file_and_read_its_configuration() -> Result<()> {
     let actions = audit_after(Signal::SIGHUP)?;
     assert_eq!(actions, ["policy-loaded other", "session-terminated other"]);
     Ok(())
 }
 
 #[test]
-fn sigusr1_makes_the_daemon_open_its_audit_file_and_nothing_else() -> Result<()> {
+fn sigusr1_makes_the_daemon_reopen_its_audit_file_and_nothing_else() -> Result<()> {
     let actions = audit_after(Signal::SIGUSR1)?;
     assert_eq!(actions, ["session-terminated idle"]);
     Ok(())
 }
 
-/// Renames the audit file, changes the name of the rule in the configuration, and signals the daemon; what is in
-/// the new audit file after the end of a session.
+/// Renames the audit file, renames the rule in the configuration, and sends the signal. Returns the
+/// actions in the new audit file after a session has ended.
 fn audit_after(signal: Signal) -> Result<Vec<String>> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -178,7 +182,7 @@ fn audit_after(signal: Signal) -> Result<Vec<String>> {
 }
 
 #[test]
-fn the_audit_goes_to_standard_output_where_it_is_asked_for() -> Result<()> {
+fn the_audit_goes_to_standard_output_if_configured() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut daemon = lab

@@ -1,4 +1,4 @@
-//! A daemon that is killed leaves its programs and sessions to the next one.
+//! A daemon that is killed leaves its programs attached and its sessions to the next one.
 
 use std::{
     net::Ipv4Addr,
@@ -87,11 +87,11 @@ fn a_session_that_came_due_while_no_daemon_ran_is_reset_at_once_with_its_true_la
 }
 
 #[test]
-fn what_opened_and_closed_while_no_daemon_ran_is_known_to_the_next() -> Result<()> {
+fn connections_that_opened_and_closed_while_no_daemon_ran_are_known_to_the_next() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let open = || Pair::open(&lab.outside, &listener);
-    // Its end is not reported by the kernel: it is older than the first daemon.
+    // Adopted sessions: the kernel does not report their close.
     let [older, older_closed] = [open()?, open()?];
     let mut first = lab.pinned_daemon(&idle())?;
     let [closed, kept] = [open()?, open()?];
@@ -119,7 +119,7 @@ fn what_opened_and_closed_while_no_daemon_ran_is_known_to_the_next() -> Result<(
 }
 
 #[test]
-fn a_session_that_was_taken_over_and_closes_is_counted_to_its_rule() -> Result<()> {
+fn the_close_of_a_session_that_was_taken_over_is_counted_for_its_rule() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listeners = [0, 1].map(|_| lab.inside.listen((Ipv4Addr::LOCALHOST, 0)));
     let [a, b] = listeners;
@@ -130,10 +130,10 @@ fn a_session_that_was_taken_over_and_closes_is_counted_to_its_rule() -> Result<(
     let first_rules = rule("a", a.port()) + &rule("b", b.port());
     let mut first = lab.pinned_daemon(&first_rules)?;
     let pairs = [Pair::open(&lab.outside, &a)?, Pair::open(&lab.outside, &b)?];
-    // No packet has it matched again before it closes.
+    // No packet of this session matches it against the new policy before it closes.
     let quiet = Pair::open(&lab.outside, &a)?;
     first.kill()?;
-    // The places of the rules are others now.
+    // The rules have other ids in the new policy.
     let second_rules = rule("new", 1) + &rule("b", b.port()) + &rule("a", a.port());
     let second = lab.pinned_daemon(&second_rules)?;
     let of = |name: &str, rule: &str| second.metric(name, &[("rule", rule)]);
@@ -189,7 +189,7 @@ fn sessions_follow_the_rules_of_the_daemon_that_takes_over() -> Result<()> {
 }
 
 #[test]
-fn a_reload_is_no_hindrance_to_the_next_daemon() -> Result<()> {
+fn reloads_do_not_disturb_the_next_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let other = "[[rule]]\nname = \"other\"\nremote_ports = [1]\nidle_timeout = \"1h\"\n";
@@ -199,7 +199,7 @@ fn a_reload_is_no_hindrance_to_the_next_daemon() -> Result<()> {
     }
     let pair = Pair::open(&lab.outside, &listener)?;
     first.kill()?;
-    // The place of its rule has become that of another one.
+    // The rule id of the session now belongs to another rule.
     let second = lab.pinned_daemon(&(idle() + other))?;
     assert_reset_for(&second, &pair, "idle_timeout", &pair.opened)?;
     assert_eq!(second.wait_for_termination()?.text("rule.name"), "idle");
@@ -207,7 +207,7 @@ fn a_reload_is_no_hindrance_to_the_next_daemon() -> Result<()> {
 }
 
 #[test]
-fn a_session_map_of_another_size_takes_the_sessions_of_the_running_one() -> Result<()> {
+fn a_session_map_of_another_size_takes_over_the_sessions_of_a_killed_daemon() -> Result<()> {
     for (before, after) in [(64, 32), (32, 64)] {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -232,7 +232,7 @@ fn a_session_map_of_another_size_takes_the_sessions_of_the_running_one() -> Resu
 }
 
 #[test]
-fn a_daemon_of_another_cgroup_takes_over_what_is_in_that_one() -> Result<()> {
+fn a_daemon_of_another_cgroup_takes_over_the_sessions_in_that_cgroup() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let child = lab.cgroup.child()?;
     let inner = lab.at(&Place::here().in_cgroup(&child))?;
@@ -258,7 +258,7 @@ fn a_daemon_of_another_cgroup_takes_over_what_is_in_that_one() -> Result<()> {
 }
 
 #[test]
-fn attachments_to_a_cgroup_that_has_gone_are_replaced() -> Result<()> {
+fn attachments_to_a_removed_cgroup_are_replaced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let gone = Cgroup::new()?;
     let config = idle();
@@ -273,14 +273,14 @@ fn attachments_to_a_cgroup_that_has_gone_are_replaced() -> Result<()> {
 }
 
 #[test]
-fn the_attachment_has_no_gap_while_it_is_taken_over() -> Result<()> {
+fn a_take_over_leaves_no_gap_in_the_attachment() -> Result<()> {
     for (size, most) in [(64, PROGRAMS), (32, 2 * PROGRAMS)] {
         let lab = Lab::new(AGENT)?;
         let config = |size| format!("[daemon]\nmax_sessions = {size}\n{}", idle());
         lab.pinned_daemon(&config(64))?.kill()?;
         let stop = AtomicBool::new(false);
         let counts = thread::scope(|scope| {
-            let looking = scope.spawn(|| -> Result<Vec<u32>> {
+            let counting = scope.spawn(|| -> Result<Vec<u32>> {
                 let mut counts = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
                     counts.push(lab.cgroup.attached_programs()?);
@@ -289,7 +289,7 @@ fn the_attachment_has_no_gap_while_it_is_taken_over() -> Result<()> {
             });
             let daemon = lab.pinned_daemon(&config(size));
             stop.store(true, Ordering::Relaxed);
-            let counts = looking.join().expect("the look at the cgroup");
+            let counts = counting.join().expect("the thread that counts programs");
             daemon.and(counts)
         })?;
         let within = |count: &u32| (PROGRAMS..=most).contains(count);

@@ -1,4 +1,5 @@
-//! A daemon that is killed between a reset and the writing of its record: the next one records it, once.
+//! A daemon is killed after a reset and before it writes the record: the next daemon writes the
+//! record, once.
 
 use std::{
     collections::BTreeSet,
@@ -32,7 +33,7 @@ fn starts(records: &[Record]) -> usize {
     records.iter().filter(is_start).count()
 }
 
-/// Starts the next daemon, which is ready, and reads what it and those before have recorded of sessions.
+/// Starts the next daemon and returns all termination records of sessions so far.
 fn next(lab: &Lab, config: &str, audit: &str) -> Result<(Daemon, Vec<Record>)> {
     let path = Path::new(audit);
     let before = if path.exists() {
@@ -43,7 +44,7 @@ fn next(lab: &Lab, config: &str, audit: &str) -> Result<(Daemon, Vec<Record>)> {
     let args = ["--audit", audit];
     let launch = lab.launch().pinned(&lab.pins).config(config).args(&args);
     let daemon = launch.start()?;
-    // Everything that was left is recorded before the beginning.
+    // The daemon writes records that were left over before the record of its own start.
     let mut recorded = eventually("the start in the audit", patience(), || {
         let records = records(path)?;
         Ok((starts(&records) > before).then_some(records))
@@ -52,9 +53,10 @@ fn next(lab: &Lab, config: &str, audit: &str) -> Result<(Daemon, Vec<Record>)> {
     Ok((daemon, recorded))
 }
 
-/// The kernel has reset the session, and nobody has heard of it: the reaper is killed with the daemon.
+/// The kernel has reset the session, but the answer reached nobody: the reaper is killed together
+/// with the daemon.
 #[test]
-fn a_reset_whose_answer_died_with_the_daemon_is_recorded_once() -> Result<()> {
+fn a_reset_whose_answer_was_lost_with_the_daemon_is_recorded_once() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
@@ -69,14 +71,14 @@ fn a_reset_whose_answer_died_with_the_daemon_is_recorded_once() -> Result<()> {
         let (mut daemon, ended) = next(&lab, RULE, &audit)?;
         ensure!(ended.len() == 1, "{ended:#?}");
         ended[0].assert_due("idle_timeout", &pair.opened, LIMIT);
-        // Whether it had closed by itself is not known any more.
+        // Without the answer the next daemon cannot know whether the session had closed by itself.
         assert_eq!(ended[0].text("session_enforcer.result"), "gone");
         daemon.kill()?;
     }
     Ok(())
 }
 
-/// Fills a pipe, so that the daemon's next record waits.
+/// Fills a pipe, so that the daemon's next record cannot be written.
 fn fill(path: &Path) -> Result<File> {
     let options = || {
         let mut options = OpenOptions::new();
@@ -97,7 +99,7 @@ fn fill(path: &Path) -> Result<File> {
 }
 
 #[test]
-fn a_reset_whose_record_was_not_written_is_recorded_as_it_was() -> Result<()> {
+fn a_reset_whose_record_was_not_written_is_recorded_in_full() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
@@ -117,12 +119,12 @@ fn a_reset_whose_record_was_not_written_is_recorded_as_it_was() -> Result<()> {
     ensure!(ended.len() == 1, "{ended:#?}");
     ended[0].assert_reset("idle_timeout", &pair.opened, LIMIT);
     assert_eq!(ended[0].text("rule.name"), "idle");
-    // Of this daemon's records and counters the number is the same.
+    // The counter of the second daemon agrees with its audit.
     daemon.wait_for_metric("session_enforcer_terminations_total", &reset, 1.0)
 }
 
 #[test]
-fn a_record_that_was_written_when_the_daemon_died_is_not_written_again() -> Result<()> {
+fn a_record_that_was_already_written_is_not_written_again() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let directory = tempfile::tempdir()?;
@@ -139,7 +141,7 @@ fn a_record_that_was_written_when_the_daemon_died_is_not_written_again() -> Resu
     Ok(())
 }
 
-/// A session that a daemon was about to reset when it was killed, and the port that it is of.
+/// A session that a daemon was about to reset when it was killed, and its local port.
 fn killed_before_a_reset(lab: &Lab, audit: &str) -> Result<(Pair, u16)> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let (mut daemon, interposer) = interposed(lab, RULE, audit)?;
@@ -151,7 +153,7 @@ fn killed_before_a_reset(lab: &Lab, audit: &str) -> Result<(Pair, u16)> {
 }
 
 #[test]
-fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> Result<()> {
+fn a_session_that_was_about_to_be_reset_is_reset_by_the_next_daemon() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let directory = tempfile::tempdir()?;
     let audit = directory.path().join("audit.json").display().to_string();
@@ -168,9 +170,9 @@ fn a_session_that_was_not_reset_when_the_daemon_died_is_reset_by_the_next() -> R
     Ok(())
 }
 
-/// Nobody has ended it, and nobody says so.
+/// The session was not reset, so there is nothing to record.
 #[test]
-fn a_session_that_was_not_reset_and_that_no_rule_matches_any_more_is_let_go_without_a_word()
+fn a_session_that_was_about_to_be_reset_is_not_recorded_if_no_rule_matches_it_any_more()
 -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let directory = tempfile::tempdir()?;
@@ -184,9 +186,9 @@ fn a_session_that_was_not_reset_and_that_no_rule_matches_any_more_is_let_go_with
     Ok(())
 }
 
-/// Some older than the daemon, whose end the kernel does not report.
+/// Some sessions are older than the daemon, so the kernel does not report their close.
 #[test]
-fn of_a_burst_of_resets_in_which_the_daemon_is_killed_each_is_recorded_once() -> Result<()> {
+fn each_reset_of_a_burst_is_recorded_once_though_the_daemon_is_killed_meanwhile() -> Result<()> {
     const SESSIONS: usize = 300;
     const KILLS: u64 = 4;
     let lab = Lab::new(AGENT)?;
@@ -215,7 +217,7 @@ fn of_a_burst_of_resets_in_which_the_daemon_is_killed_each_is_recorded_once() ->
     }
     daemon.kill()?;
     let (_daemon, _) = next(&lab, RULE, &audit)?;
-    let ended = eventually("all in the audit", patience(), || {
+    let ended = eventually("a record of each session", patience(), || {
         let mut ended = records(Path::new(&audit))?;
         ended.retain(Record::is_termination);
         Ok((ended.len() >= pairs.len()).then_some(ended))

@@ -1,5 +1,5 @@
-//! Files that somebody else could change: the daemon starts with none of them, and says who could and what
-//! to do.
+//! Files that another user could change: the daemon does not start, and its message names the file
+//! and the remedy.
 
 use std::{
     fs::{self, Permissions},
@@ -13,14 +13,14 @@ use session_enforcer_tests::{Finished, Lab, daemon_command, eventually, patience
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
 
-/// A number that no user of a test machine has.
+/// A user id that no test machine uses.
 const STRANGER: u32 = 61_234;
 
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
     Ok(fs::set_permissions(path, Permissions::from_mode(mode))?)
 }
 
-/// What the daemon says of a part of a path when it refuses it.
+/// Asserts that the daemon refuses this part of a path and names the remedy.
 #[track_caller]
 fn assert_refused(lab: &Lab, refused: &Finished, part: &Path, remedy: &str) {
     assert_eq!(refused.code, 78, "{}", refused.stderr);
@@ -54,7 +54,7 @@ fn a_configuration_that_others_may_change_is_refused() -> Result<()> {
     set_mode(&directory, 0o755)?;
     chown(&file, Some(STRANGER), None)?;
     assert_refused(&lab, &run(&file)?, &file, "chown root");
-    // `check` says so, and that the file itself is right.
+    // `check` warns about the mode and accepts the contents.
     let mut check = daemon_command()?;
     check.arg("check").arg("--config").arg(&file);
     let checked = run_to_end(check, patience())?;
@@ -68,7 +68,7 @@ fn a_configuration_that_others_may_change_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_configuration_that_others_may_change_by_now_is_not_put_into_force() -> Result<()> {
+fn a_configuration_that_others_may_change_is_refused_at_a_reload() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let top = tempfile::tempdir()?;
     let file = top.path().join("config.toml");
@@ -85,7 +85,7 @@ fn a_configuration_that_others_may_change_by_now_is_not_put_into_force() -> Resu
 }
 
 #[test]
-fn an_audit_that_others_may_change_is_refused_and_not_made() -> Result<()> {
+fn an_audit_file_that_others_may_change_is_refused_and_not_created() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let top = tempfile::tempdir()?;
     let file = top.path().join("audit.json");
@@ -109,7 +109,7 @@ fn an_audit_that_others_may_change_is_refused_and_not_made() -> Result<()> {
     fs::write(&file, "")?;
     set_mode(&file, 0o660)?;
     assert_refused(&lab, &run()?, &file, "chmod g-w");
-    // Where everybody may make files, somebody has made this one first.
+    // In a directory where everybody may create files, another user has created this one first.
     set_mode(&file, 0o640)?;
     set_mode(top.path(), 0o1777)?;
     chown(&file, Some(STRANGER), None)?;
@@ -119,7 +119,7 @@ fn an_audit_that_others_may_change_is_refused_and_not_made() -> Result<()> {
 }
 
 #[test]
-fn an_audit_that_has_become_another_s_is_not_opened_anew() -> Result<()> {
+fn an_audit_file_that_now_belongs_to_another_user_is_not_opened() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let top = tempfile::tempdir()?;
     let file = top.path().join("audit.json");
@@ -135,7 +135,7 @@ fn an_audit_that_has_become_another_s_is_not_opened_anew() -> Result<()> {
     chown(&file, Some(STRANGER), None)?;
     daemon.reload(RULE)?;
     daemon.wait_for_log("the file that was open goes on")?;
-    eventually("the old file goes on", patience(), || {
+    eventually("records in the old file", patience(), || {
         let records = fs::read_to_string(&rotated)?
             .matches("policy-loaded")
             .count();

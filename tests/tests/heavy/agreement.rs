@@ -1,8 +1,8 @@
-//! Kernel and daemon agree: the programs that run in the kernel decide about real connections, and
-//! the functions that the daemon calls decide about the same facts. Random policies, connections
-//! and payloads; no difference.
+//! Kernel and daemon decide alike: the programs decide about real connections, and the functions of
+//! the daemon decide about the same facts. Policies, connections and payloads are random.
 //!
-//! `SESSION_ENFORCER_SEED` repeats a run. Each case is made of the seed and its number alone.
+//! `SESSION_ENFORCER_SEED` repeats a run. Each case depends only on the seed and the number of the
+//! case.
 
 use std::{
     collections::HashMap,
@@ -29,16 +29,17 @@ use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Connections, of two sessions each.
+/// Connections with two sessions each.
 const CONNECTIONS: u64 = 10_000;
-/// Connections on which payload passes, and how often.
+/// Connections with payload, and the number of payloads on each.
 const TALKS: u64 = 300;
 const PAYLOADS: usize = 6;
 
-/// Places of rules.
-const PLACES: u16 = 8;
+/// The number of rules.
+const RULES: u16 = 8;
 
-/// IPv6 addresses of the test's namespace. Some differ in one bit, and one looks like IPv4.
+/// IPv6 addresses of the test's namespace. Some differ in one bit, and one resembles an IPv4-mapped
+/// address.
 const IPV6: [Ipv6Addr; 5] = [
     Ipv6Addr::LOCALHOST,
     Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1),
@@ -47,20 +48,20 @@ const IPV6: [Ipv6Addr; 5] = [
     Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0xffff, 0x7f00, 1),
 ];
 
-/// Ports of the listeners that take IPv4 alone and both families: not among those of the clients,
-/// and at the ends of the range, too.
+/// Ports of the IPv4 listeners and of the dual-stack listeners. They include both ends of the range
+/// and differ from the clients' ports.
 const IPV4_PORTS: [u16; 2] = [1, 5432];
 const DUAL_PORTS: [u16; 2] = [5433, u16::MAX];
-/// Those whose listeners are older than the programs: nothing is known of the owner of what they
-/// accept.
+/// Ports of listeners that are older than the programs. The owner of a connection that they accept
+/// is unknown.
 const UNKNOWN_PORTS: [u16; 2] = [5432, u16::MAX];
 const CLIENT_PORTS: [u16; 2] = [6000, 60_000];
 
-/// The users that make the sockets.
+/// The users that create the sockets.
 const CLIENT_UID: u32 = 4_000_000_000;
 const SERVER_UID: u32 = 12_345;
 
-/// The two ends of a connection to be.
+/// The two ends of a new connection.
 #[derive(Clone, Copy, Debug)]
 struct Ends {
     client: SocketAddr,
@@ -68,7 +69,7 @@ struct Ends {
 }
 
 impl Ends {
-    /// IPv4 by a socket of its family or of the other, which writes IPv4-mapped addresses, or IPv6.
+    /// IPv4 over an IPv4 socket, IPv4 over an IPv6 socket (mapped addresses), or IPv6.
     fn random(random: &mut Random) -> Self {
         let ip = match random.below(3) {
             0 => |random: &mut Random| IpAddr::V4(random_ipv4(random)),
@@ -90,7 +91,7 @@ impl Ends {
         }
     }
 
-    /// What is known at each end: the one that dials, and the one that accepts.
+    /// The facts at each end: first the end that dials, then the end that accepts.
     fn facts(&self, above: &[Ancestors; 2]) -> [Known; 2] {
         let (client, server) = (
             Address::from(self.client.ip()),
@@ -126,14 +127,14 @@ impl Ends {
     }
 }
 
-/// What is known at one end.
+/// The facts at one end.
 #[derive(Clone, Copy, Debug)]
 struct Known {
     facts: Facts,
     ancestors: Ancestors,
 }
 
-/// Of 127.0.0.0/8, often with few bits that are not zero.
+/// An address of 127.0.0.0/8, in half of the cases with few bits set.
 fn random_ipv4(random: &mut Random) -> Ipv4Addr {
     let bits = random.next() as u32;
     let bits = if random.once_in(2) {
@@ -144,7 +145,7 @@ fn random_ipv4(random: &mut Random) -> Ipv4Addr {
     Ipv4Addr::from_bits(0x7f00_0000 | (bits & 0x00ff_ffff).max(1))
 }
 
-/// A policy as the daemon hands it to the kernel.
+/// A policy as the daemon gives it to the kernel.
 struct Book {
     generation: u32,
     entries: Vec<MatchEntry>,
@@ -152,10 +153,10 @@ struct Book {
 }
 
 impl Book {
-    /// A policy about connections like these. What it asks of them is near the truth and on both
-    /// sides of it.
+    /// A policy whose conditions match these connections or just miss them.
     fn random(random: &mut Random, known: &[Known; 2], generation: u32) -> Self {
-        // How often a condition is wrong: the first entry decides, or a later one, or none.
+        // How often a condition misses. It decides whether the first entry applies, a later one, or
+        // none.
         let strictness = random.one_of(&[2, 8, 32]);
         let length = if random.once_in(100) { 400 } else { 12 };
         let count = random.below(length + 1);
@@ -166,7 +167,7 @@ impl Book {
             min_payload: random_minimum(random),
             ..Limits::default()
         };
-        let policies = (0..PLACES).map(limits).collect();
+        let policies = (0..RULES).map(limits).collect();
         Self {
             generation,
             entries,
@@ -174,15 +175,15 @@ impl Book {
         }
     }
 
-    /// The same with the table full to its last place: these are the last entries.
+    /// The same policy in a full match table, with its entries last.
     fn filled(mut self) -> Self {
         let before = MAX_MATCH_ENTRIES as usize - self.entries.len();
         self.entries.splice(0..0, vec![nothing(); before]);
         self
     }
 
-    /// Puts the policy into force and, every other time, lets the programs leave alone what it is
-    /// not about: nothing else may be different then.
+    /// Puts the policy into force. In half of the cases it also narrows the port filter, which must
+    /// not change any decision.
     fn put_and_narrow(&self, kernel: &mut Datapath, random: &mut Random) -> Result<()> {
         kernel.put_policy(self.generation, &self.entries, &self.policies)?;
         if random.once_in(2) {
@@ -193,8 +194,8 @@ impl Book {
         Ok(())
     }
 
-    /// Whether the kernel looks at the connection at all. It need not where only an entry that
-    /// exempts can apply; this says so too where the owner is not known.
+    /// Whether the port filter lets the programs see the connection. The filter leaves out ports
+    /// that only exempting entries name, even if the owner is unknown.
     fn sees(&self, known: &Known) -> bool {
         let Facts {
             local_port,
@@ -204,7 +205,7 @@ impl Book {
         PortFilter::of(&self.entries).may_match(local_port, remote_port)
     }
 
-    /// The rule of the first entry that applies, exempting ones among them.
+    /// The decision of the first entry that applies, exempting entries included.
     fn decision(&self, known: &Known) -> Option<Decision> {
         let Known { facts, ancestors } = known;
         let mut entries = self.entries.iter();
@@ -217,22 +218,22 @@ impl Book {
     }
 }
 
-/// What a policy says about a connection.
+/// A policy's decision about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Decision {
-    /// This rule decides.
+    /// This rule applies.
     Rule(u16),
-    /// It is not tracked.
+    /// The connection is exempt, so it is not tracked.
     Exempt,
-    /// The daemon has to find its owner.
+    /// The daemon has to resolve the owner first.
     Open,
 }
 
-/// An entry about one of the two ends.
+/// An entry for one of the two ends.
 fn random_entry(random: &mut Random, ends: &[Known; 2], strictness: u64) -> MatchEntry {
     let Known { facts, .. } = random.one_of(ends);
     let (asks_user, uid) = random_user(random, &facts, strictness);
-    // Every value of both, those that match nothing among them; all of them match most often.
+    // All four values, including 0, which matches nothing. Most often 3, which matches everything.
     let bits = |random: &mut Random| {
         if random.once_in(3) {
             random.below(4) as u8
@@ -252,14 +253,14 @@ fn random_entry(random: &mut Random, ends: &[Known; 2], strictness: u64) -> Matc
         rule: if random.once_in(5) {
             RULE_EXEMPT
         } else {
-            random.below(u64::from(PLACES)) as u16
+            random.below(u64::from(RULES)) as u16
         },
         directions: bits(random),
         families: bits(random),
     }
 }
 
-/// An entry that applies to no connection.
+/// An entry that matches no connection.
 fn nothing() -> MatchEntry {
     MatchEntry {
         remote_ports: PortRange { first: 1, last: 0 },
@@ -267,7 +268,7 @@ fn nothing() -> MatchEntry {
     }
 }
 
-/// Mostly none; else the user of the end, or another.
+/// No user in most cases, otherwise the user of the end or another one.
 fn random_user(random: &mut Random, facts: &Facts, strictness: u64) -> (u8, u32) {
     match (random.once_in(4), random.once_in(strictness)) {
         (false, _) => (0, random.next() as u32),
@@ -276,7 +277,7 @@ fn random_user(random: &mut Random, facts: &Facts, strictness: u64) -> (u8, u32)
     }
 }
 
-/// Mostly none; else one that is above an end, or another.
+/// No cgroup in most cases, otherwise an ancestor of an end or another one.
 fn random_cgroup(random: &mut Random, ends: &[Known; 2], strictness: u64) -> u64 {
     if !random.once_in(4) {
         return 0;
@@ -289,7 +290,7 @@ fn random_cgroup(random: &mut Random, ends: &[Known; 2], strictness: u64) -> u64
     above[random.below(levels) as usize]
 }
 
-/// A prefix of the address, or one that differs from it in one bit, mostly near its end.
+/// A prefix of the address, or a prefix that differs in one of its last bits.
 fn random_prefix(random: &mut Random, address: Address, strictness: u64) -> Prefix {
     if random.once_in(3) {
         return Prefix::ANY;
@@ -303,7 +304,7 @@ fn random_prefix(random: &mut Random, address: Address, strictness: u64) -> Pref
     Prefix::new(Address::from_octets(bits.to_be_bytes()), length)
 }
 
-/// A range that begins or ends with the port, or right beside it, or anywhere.
+/// A range that begins or ends at the port, just misses it, or is arbitrary.
 fn random_ports(random: &mut Random, port: u16, strictness: u64) -> PortRange {
     let any = random.port();
     let miss = random.once_in(strictness);
@@ -312,7 +313,7 @@ fn random_ports(random: &mut Random, port: u16, strictness: u64) -> PortRange {
         (0, false) => range(port, port),
         (1, false) => range(port, any.max(port)),
         (2, false) => range(any.min(port), port),
-        // One that is empty matches nothing.
+        // An empty range matches nothing.
         (0, true) => range(port.saturating_add(1), port),
         (1, true) => range(port.saturating_add(1), u16::MAX),
         (2, true) => range(0, port.saturating_sub(1)),
@@ -321,7 +322,7 @@ fn random_ports(random: &mut Random, port: u16, strictness: u64) -> PortRange {
     }
 }
 
-/// Bytes up to which a payload goes in one packet on loopback, whose packets are of 64 KiB.
+/// The largest payload that loopback, with its packets of 64 KiB, surely carries in one packet.
 const LARGEST: u64 = 16_000;
 
 fn random_minimum(random: &mut Random) -> u16 {
@@ -332,14 +333,14 @@ fn random_minimum(random: &mut Random) -> u16 {
     }
 }
 
-/// The programs, attached to a cgroup of the test's own, and sockets in it.
+/// The programs, attached to a cgroup of the test, and sockets in it.
 ///
-/// In this order: the programs are detached before the cgroup goes.
+/// Fields are dropped in this order: the programs are detached before the cgroup is removed.
 struct Bench {
     kernel: Datapath,
     listeners: Vec<Listener>,
     agent: Agent,
-    /// The cgroups above the sockets that dial, and above those that listen.
+    /// The ancestors of the cgroups of the clients and of the listeners.
     above: [Ancestors; 2],
     _netns: Netns,
     _cgroups: [CgroupOfTest; 3],
@@ -399,20 +400,25 @@ impl Bench {
         })
     }
 
-    /// A connection that is established at both ends, for the kernel as well.
+    /// Opens a connection and waits until it is established at both ends.
     fn connect(&self, ends: &Ends) -> Result<Connection> {
         let listens = |listener: &&Listener| listener.port() == ends.server.port();
         let listener = self.listeners.iter().find(listens);
         let socket = self.agent.tcp(ends.client)?;
         set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         bind(socket.as_raw_fd(), &SockaddrStorage::from(ends.client))?;
-        let pair = Pair::dial(socket, listener.context("a listener")?, ends.server)?;
+        let pair = Pair::dial(
+            socket,
+            listener.context("no listener on this port")?,
+            ends.server,
+        )?;
         for end in [&pair.client, &pair.server] {
-            // Or else it leaves a TIME_WAIT behind.
+            // A reset at the close leaves no TIME_WAIT.
             reset_on_close(end)?;
         }
-        // It can be accepted a little before; the callback is before the change of the state.
-        eventually("it is established", patience(), || {
+        // accept(2) may return a little before the state changes, and the callback comes before
+        // that.
+        eventually("an established connection", patience(), || {
             let state = tcp_info(&pair.server)?.tcpi_state;
             Ok((state == TCP_ESTABLISHED).then_some(()))
         })?;
@@ -425,14 +431,15 @@ impl Bench {
         Ok([self.kernel.session(client)?, self.kernel.session(server)?])
     }
 
-    /// Nothing was refused, and nothing is left. The events are not read here, and so get lost.
+    /// Asserts that the programs counted no error and that no session is left. Lost events are
+    /// allowed, because nothing reads them here.
     fn assert_clean(&self) -> Result<()> {
         for kind in ErrorKind::ALL {
             if kind != ErrorKind::EventLost {
                 assert_eq!(self.kernel.error_count(kind)?, 0, "{kind:?}");
             }
         }
-        eventually("all sessions have ended", patience(), || {
+        eventually("the end of all sessions", patience(), || {
             Ok(self.kernel.cookies()?.is_empty().then_some(()))
         })
     }
@@ -440,26 +447,27 @@ impl Bench {
 
 const TCP_ESTABLISHED: u8 = 1;
 
-/// A connection, and the kernel's names of its ends: the one that dialled, the one that accepted.
+/// A connection and the cookies of the end that dialled and of the end that accepted.
 struct Connection {
     pair: Pair,
     cookies: [u64; 2],
 }
 
-/// How often each outcome occurred: a test in which everything ends the same way shows nothing.
+/// How often each outcome occurred. The test asserts a mixture, since a run with one outcome would
+/// show nothing.
 #[derive(Debug, Default)]
 struct Outcomes {
-    /// By direction and family, how many sessions were tracked and how many were not.
+    /// By direction and family: the numbers of sessions not tracked and tracked.
     by_kind: HashMap<(Direction, bool), [u32; 2]>,
-    /// Not tracked for an exempting entry.
+    /// Not tracked because of an exempting entry.
     exempt: u32,
-    /// Left to the daemon.
+    /// Left to the daemon, which has to resolve the owner.
     open: u32,
-    /// Decided by an entry that asks for a user or a cgroup.
+    /// Decided by an entry with a user or a cgroup.
     by_owner: u32,
-    /// Decided by another entry than the first.
+    /// Decided by an entry after the first.
     later: u32,
-    /// Told by their ports alone to be no rule's.
+    /// Skipped by the port filter.
     unseen: u32,
 }
 
@@ -497,7 +505,7 @@ impl Outcomes {
 }
 
 #[test]
-fn both_find_the_same_rule_for_every_connection() -> Result<()> {
+fn kernel_and_daemon_find_the_same_rule_for_every_connection() -> Result<()> {
     let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new()?;
@@ -538,21 +546,21 @@ fn both_find_the_same_rule_for_every_connection() -> Result<()> {
     bench.assert_clean()
 }
 
-/// What the host expects of a session.
+/// A session as the functions of the daemon compute it.
 struct Expected {
     session: Session,
     known: Known,
-    /// How many payloads counted, and how many did not.
+    /// The numbers of payloads that counted and that did not.
     counted: [u32; 2],
-    /// How often the session got another rule.
+    /// How often another rule applied after a change of the policy.
     matched_again: u32,
 }
 
-/// The time before and after something happened.
+/// The times just before and after an action.
 struct Stamp([u64; 2]);
 
 impl Expected {
-    /// Takes what the documents say into the session: payload of this length has passed.
+    /// Applies a payload of this length to the session. Returns whether it counts as activity.
     fn pass(&mut self, received: bool, length: u64, book: &Book) -> bool {
         let counts = length >= self.minimum(book);
         let session = &mut self.session;
@@ -566,16 +574,18 @@ impl Expected {
         counts
     }
 
-    /// The smallest payload that counts, after the session was matched again if it has to be.
+    /// The smallest payload that counts, after the session has been matched against the new policy
+    /// if necessary.
     fn minimum(&mut self, book: &Book) -> u64 {
         let session = &mut self.session;
         if session.generation == 0 {
-            // The daemon decides first, who counts it as opened then.
+            // The daemon decides about this session first.
             return 0;
         }
         if session.generation != book.generation {
             match book.decision(&self.known) {
-                // The daemon releases it, or finds its owner; until then all counts.
+                // The daemon releases the session or resolves its owner. Until then every payload
+                // counts.
                 None | Some(Decision::Exempt | Decision::Open) => return 0,
                 Some(Decision::Rule(rule)) => {
                     self.matched_again += u32::from(rule != session.rule);
@@ -586,8 +596,8 @@ impl Expected {
         u64::from(book.policies[usize::from(session.rule)].min_payload)
     }
 
-    /// The whole session as the kernel has it now must be what is expected; a stamp that moved is
-    /// taken over from there, if it is of the time.
+    /// Asserts that the session in the kernel equals the expected one. Time stamps that the payload
+    /// moved are taken from the kernel if they lie within `at`.
     fn compare(&mut self, received: bool, counts: bool, found: &Session, at: &Stamp) {
         let session = &mut self.session;
         let inbound = session.direction == Direction::Inbound as u8;
@@ -603,7 +613,7 @@ impl Expected {
                 session.answered_ns = at.of(found.answered_ns);
             }
         }
-        // When the gate looks again is the kernel's own business, and so is what it waits for.
+        // These fields are internal to the gate and are not compared.
         session.open_until_ns = found.open_until_ns;
         (session.came_ns, session.went_ns) = (found.came_ns, found.went_ns);
         session.went_until = found.went_until;
@@ -625,7 +635,7 @@ impl Stamp {
     }
 }
 
-/// One connection with its two sessions, as far as they are tracked.
+/// A connection and its sessions, if they are tracked.
 struct Talk {
     connection: Connection,
     known: [Known; 2],
@@ -658,9 +668,9 @@ impl Talk {
         })
     }
 
-    /// A length beside the minimum of one end, or anywhere.
+    /// A length near the minimum of one end, or an arbitrary one.
     fn length(&mut self, random: &mut Random) -> u64 {
-        let place = random.below(u64::from(PLACES)) as usize;
+        let place = random.below(u64::from(RULES)) as usize;
         let rules = self.known.map(|known| match self.book.decision(&known) {
             Some(Decision::Rule(rule)) => usize::from(rule),
             _ => place,
@@ -676,7 +686,7 @@ impl Talk {
         }
     }
 
-    /// Payload from one end to the other: both kernel sessions are what the host expects.
+    /// Sends a payload and compares both sessions with the expected ones.
     fn pass(&mut self, bench: &Bench, random: &mut Random) -> Result<()> {
         let to_server = random.once_in(2);
         let length = self.length(random);
@@ -689,14 +699,14 @@ impl Talk {
             pair.to_client(&payload)?;
         }
         let at = Stamp([from, monotonic_ns()]);
-        // The acknowledgement shows to both that it was taken.
+        // With the acknowledgement, both sides know that the payload was received.
         let receiver = if to_server {
             &pair.server
         } else {
             &pair.client
         };
         set_option(receiver, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1)?;
-        let found = eventually("it is counted", patience(), || {
+        let found = eventually("the count of the payload", patience(), || {
             let found = bench.sessions(&self.connection)?;
             let is_settled = found
                 .iter()
@@ -706,13 +716,13 @@ impl Talk {
         })?;
         for (end, (expected, found)) in self.expected.iter_mut().zip(found).enumerate() {
             let Some(expected) = expected else {
-                // The packet path makes no session.
+                // Packets never create a session.
                 assert_eq!(found, None);
                 continue;
             };
             let received = (end == 1) == to_server;
             let counts = expected.pass(received, length, &self.book);
-            let found = found.context("the session has gone")?;
+            let found = found.context("the session is gone")?;
             expected.compare(received, counts, &found, &at);
         }
         Ok(())
@@ -720,10 +730,10 @@ impl Talk {
 }
 
 impl Book {
-    /// With a last entry that most often matches what the others leave.
+    /// Adds, in most cases, a last entry that matches all remaining connections.
     fn and_the_rest(mut self, random: &mut Random) -> Self {
         if !random.once_in(4) {
-            let rule = random.below(u64::from(PLACES)) as u16;
+            let rule = random.below(u64::from(RULES)) as u16;
             self.entries.push(MatchEntry::any(rule));
         }
         self
@@ -731,7 +741,8 @@ impl Book {
 }
 
 #[test]
-fn both_agree_what_payload_counts_and_whose_rule_it_is_after_a_change() -> Result<()> {
+fn kernel_and_daemon_agree_which_payload_counts_and_which_rule_applies_after_a_change() -> Result<()>
+{
     let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new()?;

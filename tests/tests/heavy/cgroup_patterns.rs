@@ -1,4 +1,5 @@
-//! Rules of cgroups whose names are not known before they are there: `*` stands for any characters of a name.
+//! Patterns in `cgroups`: `*` stands for any characters of one name, so a rule can name cgroups
+//! that do not exist yet.
 
 use std::{fs, net::Ipv4Addr, time::Duration};
 
@@ -17,8 +18,9 @@ fn idle(name: &str, cgroups: &str, limit: Duration) -> String {
     format!("[[rule]]\nname = \"{name}\"\ncgroups = [{cgroups}]\nidle_timeout = \"{seconds}s\"\n")
 }
 
-/// A connection to a listener in a cgroup of this path below one, which is made where it is missing. Who
-/// dialled an adopted connection is told by the listener.
+/// A connection to a listener in this cgroup, which is created if missing. The caller keeps the
+/// listener open, because the daemon may derive owner and direction of an adopted connection from
+/// it.
 fn pair_in(lab: &Lab, above: &Cgroup, path: &str) -> Result<(Pair, Listener)> {
     let directory = above.path().join(path);
     fs::create_dir_all(&directory)?;
@@ -28,7 +30,7 @@ fn pair_in(lab: &Lab, above: &Cgroup, path: &str) -> Result<(Pair, Listener)> {
 }
 
 #[test]
-fn cgroups_that_fit_are_taken_those_that_are_there_and_those_that_come() -> Result<()> {
+fn a_pattern_matches_existing_cgroups_and_later_ones() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
@@ -56,7 +58,8 @@ fn cgroups_that_fit_are_taken_those_that_are_there_and_those_that_come() -> Resu
         pairs.push(pair_in(&lab, &slice, path)?);
     }
     for (pair, _) in &pairs {
-        // What was opened before the daemon knew of the cgroup has the idle time of its socket.
+        // A connection that was opened before the daemon knew the cgroup is adopted with the idle
+        // time of its socket.
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", &pair.opened, limit);
         assert_eq!(record.text("rule.name"), "owned");
@@ -69,7 +72,7 @@ fn cgroups_that_fit_are_taken_those_that_are_there_and_those_that_come() -> Resu
 }
 
 #[test]
-fn one_that_goes_and_one_that_comes_of_the_same_name_are_both_the_rule_s() -> Result<()> {
+fn a_rule_applies_to_a_removed_cgroup_and_to_the_next_of_the_same_name() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
@@ -79,7 +82,7 @@ fn one_that_goes_and_one_that_comes_of_the_same_name_are_both_the_rule_s() -> Re
     let mut pairs = Vec::new();
     for is_late in [false, true, true, false] {
         if is_late {
-            // It has gone and come before the daemon looks again.
+            // The cgroup is removed and created again before the daemon looks.
             daemon.signal(Signal::SIGSTOP)?;
         }
         pairs.push(pair_in(&lab, &slice, "box")?);
@@ -99,12 +102,12 @@ fn one_that_goes_and_one_that_comes_of_the_same_name_are_both_the_rule_s() -> Re
 }
 
 #[test]
-fn more_cgroups_than_the_match_table_holds_stop_nothing_and_are_told() -> Result<()> {
+fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [slice, named] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let limit = longer_than_a_start();
-    // Some 1,300 prefixes for each cgroup: three of them fill the table.
+    // About 1,300 prefixes for each cgroup, so three cgroups fill the match table.
     let prefixes: Vec<_> = (0..1_300)
         .map(|n| format!("\"127.{}.{}.0/32\"", n / 250, n % 250))
         .collect();
@@ -124,7 +127,7 @@ fn more_cgroups_than_the_match_table_holds_stop_nothing_and_are_told() -> Result
         fs::create_dir(slice.path().join(format!("box-{number}")))?;
     }
     daemon.wait_for_log("cgroups that fit patterns of the rules are left out")?;
-    // A rule further down is in the table still.
+    // A later rule is still in the table.
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &pair.opened, limit);
     assert_eq!(record.text("rule.name"), "named");

@@ -1,4 +1,4 @@
-//! The control socket, and the commands that use it.
+//! The control socket and the commands that use it.
 
 use std::{
     collections::BTreeSet,
@@ -34,16 +34,16 @@ use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Nobody reaches these limits while a test runs.
+/// Limits that no session reaches during a test.
 const FAR: &str = "idle_timeout = '1h'\nmax_lifetime = '12h'\n";
 
-/// A user without rights of its own.
+/// A user without privileges.
 const NOBODY: u32 = 65_534;
 
-/// Sessions whose list is larger than the buffers between a daemon and a client that does not read.
+/// Sessions whose list exceeds the buffers between the daemon and a client that does not read.
 const MANY: usize = 3_000;
 
-/// Two services, each with a rule.
+/// Two listeners with a rule each.
 struct Services {
     lab: Lab,
     first: Listener,
@@ -76,7 +76,7 @@ impl Services {
             rule("first", &self.first, first),
             rule("second", &self.second, second),
         ];
-        // A table that many clients read in a moment.
+        // A small table, so that many clients can read it in a short time.
         format!("[daemon]\nmax_sessions = 8192\n{}", rules.concat())
     }
 
@@ -86,7 +86,7 @@ impl Services {
     }
 }
 
-/// The objects of an answer, one a line.
+/// The JSON objects of an answer, one in each line.
 fn objects(text: &str) -> Result<Vec<Value>> {
     text.lines()
         .map(|line| serde_json::from_str(line).with_context(|| format!("{line:?}")))
@@ -100,7 +100,7 @@ fn sessions(daemon: &Daemon, query: &str) -> Result<Vec<Value>> {
     objects(&body)
 }
 
-/// The number of the session of a connection's server.
+/// The id of the session of a connection's server.
 fn id_of(daemon: &Daemon, pair: &Pair) -> Result<u64> {
     let port = pair.client_address.port();
     let rows = sessions(daemon, "")?;
@@ -114,7 +114,7 @@ fn assert_code(finished: &Finished, code: i32) {
 }
 
 #[test]
-fn the_daemon_says_how_it_is_and_who_is_connected() -> Result<()> {
+fn status_and_list_show_the_state_and_the_sessions() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -152,7 +152,7 @@ fn the_daemon_says_how_it_is_and_who_is_connected() -> Result<()> {
     let (status, _) = daemon.ask("GET", "/v1/sessions/1", "")?;
     assert_eq!(status, 404);
 
-    // Filters, an order, and what is left of both on the command line.
+    // Filters and sort order, by HTTP and on the command line.
     assert_eq!(sessions(&daemon, "?rule=second")?.len(), 2);
     assert_eq!(sessions(&daemon, "?rule=second&idle_over=1h")?.len(), 0);
     let oldest = sessions(&daemon, "?sort=age&limit=1")?;
@@ -178,7 +178,7 @@ fn the_daemon_says_how_it_is_and_who_is_connected() -> Result<()> {
 }
 
 #[test]
-fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result<()> {
+fn kill_resets_a_session_and_the_audit_names_the_requester() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let observed = format!("{FAR}action = 'observe'\n");
@@ -186,7 +186,7 @@ fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result
     let daemon = services.lab.daemon(&config)?;
     let pairs = services.open(&services.first, 2)?;
     let observed = services.open(&services.second, 1)?;
-    // In the filter of what is unsettled, too.
+    // Both filters must find the session before the daemon has handled all its events.
     pairs[0].to_server(b"hello")?;
     let id = id_of(&daemon, &pairs[0])?;
     let dry = daemon.command(&["kill", &id.to_string(), "--dry-run"])?;
@@ -207,11 +207,11 @@ fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result
     record.assert_due("admin", &asked, Duration::ZERO);
     assert_eq!(record.text("session_enforcer.result"), "reset");
     assert_eq!(record.text("session_enforcer.requested_by.user"), "root");
-    // As the kernel has it, 15 bytes.
+    // The kernel keeps only 15 bytes of the name.
     let command = record.text("session_enforcer.requested_by.command");
     assert_eq!(command, "session-enforce");
     assert!(record.number("session_enforcer.requested_by.pid") > 1.0);
-    // A rule that observes ends nobody at a limit. A person does.
+    // An observing rule resets nothing at a limit, but an administrator may.
     let (asked, answer) = Moment::of(|| daemon.ask("POST", "/v1/sessions/kill?rule=second", ""))?;
     assert_eq!(answer.0, 200);
     assert_eq!(objects(&answer.1)?[0]["result"], "reset", "{}", answer.1);
@@ -220,13 +220,13 @@ fn a_session_is_reset_when_it_is_asked_for_and_who_asked_is_recorded() -> Result
     assert_eq!(record.labels(), ["second", "admin", "enforce", "reset"]);
     let labels = [("reason", "admin"), ("result", "reset")];
     daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 2.0)?;
-    // Nobody else was touched.
+    // No other session was reset.
     pairs[1].round_trip()?;
     Ok(())
 }
 
 #[test]
-fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
+fn kill_reports_the_result_of_each_session() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -246,7 +246,7 @@ fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
             (id, "\"reset\"".to_owned())
         ]
     );
-    // A session that the filters leave out is not meant.
+    // The filter excludes this session.
     let id = id_of(&daemon, &pairs[1])?;
     let other = daemon.command(&["kill", &id.to_string(), "--rule", "second"])?;
     assert_code(&other, 75);
@@ -271,7 +271,8 @@ fn what_cannot_be_reset_is_told_one_by_one() -> Result<()> {
 }
 
 #[test]
-fn a_reset_that_hangs_is_told_as_failed_and_done_when_the_socket_is_free() -> Result<()> {
+fn a_reset_that_hangs_is_reported_as_failed_and_completes_when_the_socket_is_unlocked() -> Result<()>
+{
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -304,8 +305,7 @@ fn a_reset_that_hangs_is_told_as_failed_and_done_when_the_socket_is_free() -> Re
 }
 
 #[test]
-fn thousands_that_are_reset_at_once_are_in_the_audit_in_the_counters_and_at_their_sockets()
--> Result<()> {
+fn thousands_of_resets_at_once_are_in_the_audit_the_counters_and_the_events() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?.quiet();
@@ -340,7 +340,7 @@ fn thousands_that_are_reset_at_once_are_in_the_audit_in_the_counters_and_at_thei
     for pair in &kept {
         pair.round_trip()?;
     }
-    // Who follows the events has read each of them.
+    // A client that follows the events receives each of them.
     let mut followed = 0;
     while followed < MANY {
         let line = wait_for_line(&mut events, "\"reason\":\"admin\"")?;
@@ -349,7 +349,7 @@ fn thousands_that_are_reset_at_once_are_in_the_audit_in_the_counters_and_at_thei
     Ok(())
 }
 
-/// The next line with this text.
+/// The next line that contains this text.
 fn wait_for_line(reader: &mut BufReader<UnixStream>, text: &str) -> Result<String> {
     reader.get_ref().set_read_timeout(Some(patience()))?;
     loop {
@@ -362,7 +362,7 @@ fn wait_for_line(reader: &mut BufReader<UnixStream>, text: &str) -> Result<Strin
 }
 
 #[test]
-fn a_client_that_stops_reading_holds_up_nobody_and_is_closed() -> Result<()> {
+fn a_client_that_stops_reading_delays_no_reset_and_is_disconnected() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let limits = "idle_timeout = '1s'\n";
@@ -382,7 +382,7 @@ fn a_client_that_stops_reading_holds_up_nobody_and_is_closed() -> Result<()> {
     assert_eq!(poll(&mut hung_up, wait)?, 1, "the connection is open still");
     let mut rest = Vec::new();
     still.read_to_end(&mut rest)?;
-    // Whoever reads on sees that it is not all.
+    // The missing last chunk shows the reader that the answer is incomplete.
     assert!(!rest.ends_with(b"0\r\n\r\n"));
     Ok(())
 }
@@ -438,7 +438,7 @@ fn requests_of_ten_megabytes_are_refused() -> Result<()> {
         client.set_read_timeout(Some(patience()))?;
         client.set_write_timeout(Some(patience()))?;
         client.write_all(head.as_bytes())?;
-        // It is closed before it is sent whole.
+        // The daemon closes the connection before it has read everything.
         let sent = client.write_all(&megabytes);
         assert!(sent.is_err(), "{head}");
         let mut answer = Vec::new();
@@ -454,7 +454,7 @@ fn requests_of_ten_megabytes_are_refused() -> Result<()> {
 }
 
 #[test]
-fn only_what_there_is_is_answered() -> Result<()> {
+fn unknown_paths_methods_and_parameters_are_refused() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -477,7 +477,7 @@ fn only_what_there_is_is_answered() -> Result<()> {
 }
 
 #[test]
-fn a_reload_is_waited_for_and_told() -> Result<()> {
+fn reload_waits_for_the_change_and_reports_it() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -513,7 +513,7 @@ fn a_reload_is_waited_for_and_told() -> Result<()> {
     let status = daemon.command(&["status", "--json"])?;
     let status: Value = serde_json::from_str(&status.stdout)?;
     assert_eq!(status["config"]["last_reload_successful"], false);
-    // Under a limit that is past already.
+    // A new limit that the sessions have already passed.
     thread::sleep(Duration::from_millis(1_100));
     daemon.write_config(&only_first.replace("1h", "1s"))?;
     let (status, body) = daemon.ask("POST", "/v1/reload", "")?;
@@ -555,7 +555,7 @@ fn a_configuration_of_the_command_line_is_not_reloaded() -> Result<()> {
 }
 
 #[test]
-fn a_live_session_is_explained_by_the_file_in_force() -> Result<()> {
+fn explain_uses_the_configuration_file_for_a_live_session() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -594,7 +594,7 @@ fn a_live_session_is_explained_by_the_file_in_force() -> Result<()> {
 }
 
 #[test]
-fn events_come_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
+fn events_are_shown_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let mut daemon = services.lab.daemon(&services.config())?;
@@ -603,10 +603,10 @@ fn events_come_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
     let mut follower = die_with_parent(&mut command)
         .stdout(Stdio::piped())
         .spawn()?;
-    let output = follower.stdout.take().context("a pipe")?;
+    let output = follower.stdout.take().context("no pipe")?;
     let mut lines = BufReader::new(output).lines();
     let id = id_of(&daemon, &pairs[0])?.to_string();
-    // Until it is there, what it has missed is recorded anew.
+    // Each iteration causes another event, until the follower has connected and received one.
     let pairs = services.open(&services.first, 50)?;
     let mut killed = pairs.iter();
     let (first, next) = thread::scope(|scope| {
@@ -642,7 +642,7 @@ fn events_come_as_they_are_recorded_until_the_daemon_stops() -> Result<()> {
 }
 
 #[test]
-fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
+fn only_root_and_the_members_of_the_group_may_use_the_control_socket() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let directory = tempfile::tempdir()?;
@@ -661,8 +661,8 @@ fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
         let mut command = daemon_command()?;
         command.args(["status", "--socket"]).arg(&socket);
         let groups = groups.to_vec();
-        // After `uid` and `gid` these would be dropped.
-        // SAFETY: only system calls, and nothing is allocated.
+        // `Command::uid` and `Command::gid` would drop these supplementary groups.
+        // SAFETY: the closure only makes system calls and allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 let ids: &[libc::gid_t] = &groups;
@@ -684,7 +684,7 @@ fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
     let refused = ask(NOBODY, &[7])?;
     assert_code(&refused, 77);
     assert!(refused.stderr.contains("control.group"), "{refused:?}");
-    // The kernel's word counts where the mode lets everybody connect.
+    // Even if the mode lets everybody connect, the daemon checks the peer's credentials.
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o666))?;
     let refused = ask(NOBODY, &[7])?;
     assert_code(&refused, 77);
@@ -697,7 +697,7 @@ fn only_root_and_the_members_of_the_group_may_ask() -> Result<()> {
 }
 
 #[test]
-fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_for() -> Result<()> {
+fn a_control_socket_in_use_is_an_error_and_an_impossible_default_one_is_not() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -708,7 +708,7 @@ fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_f
     let refused = other.launch().config(&config).args(&args).refused()?;
     assert_code(&refused, 1);
     assert!(refused.stderr.contains("control.socket: "), "{refused:?}");
-    // No directory can be made there.
+    // A file system at /run where no directory can be created.
     fn read_only_run(command: &mut Command) {
         let set = || {
             let none = None::<&Path>;
@@ -723,7 +723,7 @@ fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_f
             )?;
             Ok(())
         };
-        // SAFETY: between fork and exec only system calls are made.
+        // SAFETY: between fork and exec the closure only makes system calls.
         unsafe { command.pre_exec(set) };
     }
     let config = format!("[control]\n{config}");
@@ -740,7 +740,7 @@ fn a_socket_that_another_daemon_has_is_an_error_and_the_default_is_only_wished_f
 }
 
 #[test]
-fn more_than_one_session_is_asked_about_on_a_terminal() -> Result<()> {
+fn kill_of_several_sessions_asks_for_confirmation_on_a_terminal() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;
@@ -753,7 +753,7 @@ fn more_than_one_session_is_asked_about_on_a_terminal() -> Result<()> {
             .stderr(Stdio::from(terminal.slave))
             .stdout(Stdio::piped());
         let mut child = die_with_parent(&mut command).spawn()?;
-        // The slave's last copies are the child's.
+        // The child now has the only copies of the slave.
         drop(command);
         let mut terminal = fs::File::from(terminal.master);
         let mut shown = String::new();
@@ -795,7 +795,7 @@ fn more_than_one_session_is_asked_about_on_a_terminal() -> Result<()> {
 }
 
 #[test]
-fn an_answer_in_chunks_is_put_together() -> Result<()> {
+fn chunked_answers_are_decoded() -> Result<()> {
     let _turn = turn(module_path!());
     let answer =
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n";

@@ -1,4 +1,5 @@
-//! A daemon that is killed again and again while connections come, go and talk.
+//! A daemon that is killed again and again under load: no clock restarts, and nothing is recorded
+//! twice.
 
 use std::{
     env,
@@ -17,12 +18,12 @@ use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// It must outlast what is done between two kills.
+/// Longer than the work between two kills.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(3))
 }
 
-/// How often it is killed where `SESSION_ENFORCER_KILLS` does not say.
+/// The number of kills if `SESSION_ENFORCER_KILLS` is not set.
 const KILLS: usize = 6;
 
 fn kills() -> Result<usize> {
@@ -32,7 +33,7 @@ fn kills() -> Result<usize> {
     }
 }
 
-/// One connection whose end is known beforehand.
+/// A connection with the reason and the start of the limit that will end it.
 struct Watched {
     pair: Pair,
     reason: &'static str,
@@ -40,7 +41,8 @@ struct Watched {
 }
 
 impl Watched {
-    /// Its records; it must not have ended early, and each record must have its true deadline.
+    /// The number of its records. Asserts that it did not end early and that the record has its
+    /// true deadline.
     fn check(&self, records: &[Record]) -> Result<usize> {
         for end in self.pair.ends()? {
             end.assert_not_early(&self.since, limit());
@@ -58,13 +60,14 @@ impl Watched {
     }
 }
 
-/// Opens and closes connections until it is told to stop; how many.
+/// Opens and closes connections until `stop` is set. Returns their number.
 fn churn(client: &Agent, listener: &Listener, stop: &AtomicBool) -> Result<usize> {
     let mut opened = 0;
     while !stop.load(Ordering::Relaxed) {
         let pair = Pair::open(client, listener)?;
         pair.round_trip()?;
-        // An orderly end keeps the port for a minute, and there are not so many.
+        // An orderly close would keep the port in TIME_WAIT for a minute, and there are not enough
+        // ports.
         if opened % 16 != 0 {
             reset_on_close(&pair.client)?;
         }
@@ -105,21 +108,22 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
         });
         let mut killed = || -> Result<_> {
             for round in 0..kills()? {
-                // Somewhere in the take-over itself, or just after it.
+                // A kill during the take-over or just after it.
                 let start = Duration::from_millis(29 * round as u64 % 500);
                 let launch = lab.launch().pinned(&lab.pins).config(&config);
                 records.extend(launch.cut_short(start)?);
                 let mut daemon = lab.pinned_daemon(&config)?.quiet();
-                // Each connection was seen when it began, by the programs before or by these.
+                // The programs saw every connection from its establishment, so none is adopted.
                 let adopted = "session_enforcer_sessions_adopted_total";
                 assert_eq!(daemon.metric(adopted, &[])?, 0.0, "{}", daemon.log());
                 let idle_pair = Pair::open(&lab.outside, &idle)?;
                 let old_pair = Pair::open(&lab.outside, &old)?;
-                // At another moment of the daemon's life each time.
+                // A kill at a different moment in each round.
                 thread::sleep(Duration::from_millis(37 * round as u64 % 400));
                 daemon.kill()?;
                 records.extend(daemon.terminations()?);
-                // Seen by the programs alone. It moves the one clock and not the other.
+                // Only the programs see this round trip. It moves the idle clock and not the
+                // lifetime.
                 let since = idle_pair.round_trip()?;
                 old_pair.round_trip()?;
                 let established = old_pair.opened;
@@ -148,8 +152,8 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
         println!("{} kills, {opened} connections came and went", kills()?);
         daemon
     })?;
-    // A daemon that is killed between the kernel's answer and the record takes the record with it. The
-    // last one is not killed, and these two lived when the one before was.
+    // If a daemon is killed between the kernel's answer and the record, that record may be lost.
+    // The last daemon is not killed, and these two sessions were alive when the previous one was.
     for watched in watched.iter().rev().take(2) {
         last.wait_for_termination_of(&watched.pair)?;
     }
@@ -162,7 +166,7 @@ fn no_clock_restarts_however_often_the_daemon_is_killed_under_load() -> Result<(
     assert!(rounds.load(Ordering::Relaxed) > 0);
     busy_pair.round_trip()?;
     assert_eq!(records.len(), recorded, "others were reset: {records:#?}");
-    // What came and went is forgotten, to the last one.
+    // All connections that came and went have left the table.
     last.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     last.wait_for_metric("session_enforcer_map_entries", &[], 1.0)
 }

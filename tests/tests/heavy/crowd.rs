@@ -1,5 +1,5 @@
-//! A host that is crowded, or that a user keeps changing: the daemon is made to look at much of it, and everybody
-//! else's sessions are reset in time.
+//! A host with many sockets and cgroups, or one where a user keeps changing them: sessions of
+//! others are still reset in time.
 
 use std::{
     fs,
@@ -23,12 +23,13 @@ fn limit() -> Duration {
     unhurried(Duration::from_secs(1))
 }
 
-/// A start, a reload, or a reset takes no longer, also on a machine that does much else.
+/// The longest time of a start or a reload, even on a busy machine.
 fn soon() -> Duration {
     unhurried(Duration::from_secs(20))
 }
 
-/// How late a reset may be on such a machine. A search of the host on the engine's thread took 1 to 5 s.
+/// The largest lateness of a reset. A search of the host on the engine's thread would take 1 to 5
+/// s.
 const LATE_SECONDS: f64 = 0.5;
 
 fn listen(agent: &Agent) -> Result<Listener> {
@@ -48,8 +49,8 @@ fn of_port(name: &str, listener: &Listener, limit: Duration) -> String {
     idle_rule(name, &conditions, limit)
 }
 
-/// Opens connections, one after the other, while something else goes on, and asserts that each is reset in time
-/// and that the daemon answers.
+/// Opens connections one after the other. Asserts that each is reset in time and that the daemon
+/// answers meanwhile.
 fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize) -> Result<()> {
     let mut pairs = Vec::new();
     for _ in 0..count {
@@ -72,7 +73,7 @@ fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize)
 }
 
 #[test]
-fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> Result<()> {
+fn a_start_and_a_reload_with_many_descriptors_and_cgroups_delay_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     const CGROUPS: usize = 1_000;
     let lab = Lab::new(AGENT)?;
@@ -98,7 +99,7 @@ fn a_start_and_a_reload_beside_many_descriptors_and_cgroups_hold_up_nobody() -> 
 }
 
 #[test]
-fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> Result<()> {
+fn a_cgroup_of_the_rules_that_comes_and_goes_constantly_delays_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let _crowd = Holders::of_descriptors(4)?;
@@ -127,7 +128,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> R
         assert!(churn.join().expect("the thread that churns")? > 10);
         victims
     })?;
-    // It is found where it stays.
+    // A cgroup that stays is found.
     fs::create_dir(&unit)?;
     let agent = lab.at(&Place::here().in_directory(&unit))?;
     let pair = Pair::open(&lab.outside, &listen(&agent)?)?;
@@ -137,7 +138,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_all_the_time_holds_up_nobody() -> R
 }
 
 #[test]
-fn mptcp_connections_that_nobody_accepts_hold_up_nobody_and_are_recorded_once() -> Result<()> {
+fn unaccepted_mptcp_connections_delay_no_reset_and_are_recorded_once() -> Result<()> {
     let _turn = turn(module_path!());
     const CONNECTIONS: usize = 100;
     let lab = Lab::new(AGENT)?;
@@ -158,19 +159,19 @@ fn mptcp_connections_that_nobody_accepts_hold_up_nobody_and_are_recorded_once() 
     let failed = [("rule", "unaccepted"), ("result", "failed")];
     let name = "session_enforcer_terminations_total";
     daemon.wait_for_metric(name, &failed, CONNECTIONS as f64)?;
-    // The next attempt fails for the same reason.
+    // The second attempt fails for the same reason and is not recorded again.
     thread::sleep(unhurried(Duration::from_secs(11)));
     assert_eq!(daemon.metric(name, &failed)?, CONNECTIONS as f64);
     Ok(())
 }
 
 #[test]
-fn sessions_without_an_owner_beside_many_listeners_hold_up_nobody() -> Result<()> {
+fn sessions_of_unknown_owner_with_many_listeners_delay_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     const LISTENERS: usize = 2_000;
     const SESSIONS: usize = 200;
     let lab = Lab::new(AGENT)?;
-    // Older than the programs: nobody has noted their owners.
+    // These sockets are older than the programs, which have not recorded their owners.
     let many = (0..LISTENERS).map(|_| listen(&lab.outside));
     let many = many.collect::<Result<Vec<_>>>()?;
     let [server, listener] = [listen(&lab.outside)?, listen(&lab.inside)?];

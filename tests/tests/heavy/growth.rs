@@ -1,5 +1,5 @@
-//! The session table begins small and grows while connections are opened, used and closed: none of them is lost, cut
-//! early, or counted wrongly.
+//! The session table starts small and grows while connections are opened, used and closed. No
+//! session is lost, reset early or counted wrongly.
 
 use std::{
     fs,
@@ -22,14 +22,14 @@ use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// What the daemon says when it begins, and when it is done.
+/// The daemon's log messages at the begin and at the end of the growth.
 const BEGINS: &str = "is made larger";
 const DONE: &str = "has room for";
 
-/// Both ends of a connection are sessions. The test holds both, of 20,000 descriptors.
+/// The test holds both ends of each connection, with at most 20,000 descriptors.
 const MOST: usize = 9_000;
 
-/// What ends during the test, and what does not.
+/// A rule whose sessions end during the test and a rule whose sessions do not.
 fn config(limit: Duration, short: &Listener) -> String {
     let short = short.port();
     format!(
@@ -39,7 +39,8 @@ fn config(limit: Duration, short: &Listener) -> String {
     )
 }
 
-/// For who opens so many connections: two that do so would have too many descriptors.
+/// Serialises tests that open so many connections: two of them would exceed the limit of
+/// descriptors.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -49,8 +50,9 @@ fn listen(lab: &Lab) -> Result<Listener> {
     lab.inside.listen((Ipv4Addr::LOCALHOST, 0))
 }
 
-/// Opens connections, and closes some of them, until the daemon says so; as many as it opens, when the table has begun to
-/// grow, so that no machine is too slow for it. A host with many sockets has a larger table to begin with.
+/// Opens connections, and closes some, until the log contains `said`. Once the growth has begun it
+/// closes as many as it opens, so that a slow machine does not fill the table first. On a host with
+/// many sockets the table is larger from the start.
 fn fill_until(daemon: &Daemon, lab: &Lab, listener: &Listener, said: &str) -> Result<Vec<Pair>> {
     const AT_ONCE: usize = 50;
     let mut pairs = Vec::new();
@@ -69,7 +71,7 @@ fn fill_until(daemon: &Daemon, lab: &Lab, listener: &Listener, said: &str) -> Re
     Ok(pairs)
 }
 
-/// Every session of the long rule is there, and each is known once.
+/// Asserts that every session of the rule `long` is tracked and none was refused.
 fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     let both = 2.0 * pairs.len() as f64;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "long")], both)?;
@@ -81,7 +83,7 @@ fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 }
 
 #[test]
-fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
+fn a_table_that_grows_loses_no_session_and_no_payload() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -105,12 +107,12 @@ fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
         });
         let pairs = fill_until(&daemon, &lab, &long, DONE);
         is_over.store(true, Ordering::Relaxed);
-        let last = used.join().expect("a thread that does not panic")?;
+        let last = used.join().expect("the thread panicked")?;
         let pairs: Vec<Pair> = pairs?;
         anyhow::Ok((pairs, last))
     })?;
     assert_all_are_tracked(&daemon, &pairs)?;
-    // What is told of both was partly written into the table before.
+    // Parts of both records were written into the smaller table.
     for (pair, since) in [(&silent, &silent.opened), (&busy, &last)] {
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", since, limit);
@@ -120,7 +122,7 @@ fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
     }
     let record = daemon.wait_for_termination_of(&busy)?;
     assert_eq!(record.bytes(), [4 * trips; 2]);
-    // The counters went on.
+    // The counters continue.
     let of_long = [("rule", "long")];
     let opened = daemon.metric("session_enforcer_sessions_opened_total", &of_long)?;
     let closed = daemon.metric("session_enforcer_sessions_closed_total", &of_long)?;
@@ -136,16 +138,16 @@ fn a_table_that_grows_loses_nothing_of_what_passes_meanwhile() -> Result<()> {
 }
 
 #[test]
-fn a_table_that_cannot_grow_stays_what_it_is() -> Result<()> {
+fn a_table_that_cannot_grow_keeps_its_sessions() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
     let limit = longer_than_a_start();
     let daemon = lab.pinned_daemon(&config(limit, &short))?;
-    // Where the maps of a larger table would be pinned is something that the daemon did not put there.
+    // A foreign directory where the daemon would pin the maps of the larger table.
     let [set] = &lab.pins.sets()?[..] else {
-        anyhow::bail!("a set");
+        anyhow::bail!("not one set of pins");
     };
     let mut in_the_way = set.clone().into_os_string();
     in_the_way.push("-next");
@@ -153,7 +155,7 @@ fn a_table_that_cannot_grow_stays_what_it_is() -> Result<()> {
     let mut pairs = fill_until(&daemon, &lab, &long, "cannot be made larger")?;
     fs::remove_dir_all(&in_the_way)?;
     assert_all_are_tracked(&daemon, &pairs)?;
-    // It is full where it is full, and nobody is told to wait.
+    // The smaller table fills up, and the message says what to do.
     while !daemon.is_degraded("untracked")? {
         ensure!(pairs.len() < MOST, "the table is not full");
         for _ in 0..200 {
@@ -169,7 +171,7 @@ fn a_table_that_cannot_grow_stays_what_it_is() -> Result<()> {
     Ok(())
 }
 
-/// The capabilities of the daemon's thread of this name (`/proc/PID/task/TID/status`).
+/// The permitted capabilities of the daemon's thread with this name (`/proc/PID/task/TID/status`).
 fn capabilities_of(daemon: &Daemon, thread: &str) -> Result<u64> {
     for task in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
         let task = task?.path();
@@ -179,13 +181,13 @@ fn capabilities_of(daemon: &Daemon, thread: &str) -> Result<u64> {
             return Ok(u64::from_str_radix(line.context("CapPrm")?.trim(), 16)?);
         }
     }
-    anyhow::bail!("there is no thread {thread}");
+    anyhow::bail!("no thread {thread}");
 }
 
 #[test]
-fn the_thread_that_loads_larger_tables_keeps_what_that_takes() -> Result<()> {
+fn the_thread_that_loads_larger_tables_keeps_three_capabilities() -> Result<()> {
     let _turn = turn(module_path!());
-    // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF, by their numbers in `linux/capability.h`.
+    // CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF (`linux/capability.h`).
     const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
     let lab = Lab::new(AGENT)?;
     let daemon = lab.pinned_daemon(&idle_rule(Duration::from_secs(60)))?;
@@ -193,8 +195,11 @@ fn the_thread_that_loads_larger_tables_keeps_what_that_takes() -> Result<()> {
     Ok(())
 }
 
-/// A daemon is killed when this is so, after its table has begun to grow.
-fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> Result<()> {
+/// Kills the daemon once the growth has begun and `is_time` holds. Asserts that the next daemon has
+/// all sessions.
+fn assert_the_next_daemon_has_all_sessions(
+    is_time: impl Fn(&Lab, &Daemon) -> Result<bool>,
+) -> Result<()> {
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
     let [short, long] = [listen(&lab)?, listen(&lab)?];
@@ -212,7 +217,7 @@ fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> R
     assert_all_are_tracked(&second, &pairs)?;
     let record = second.wait_for_termination_of(&used)?;
     record.assert_reset("idle_timeout", &last, limit);
-    // It has made room for all at its start, and so has the next.
+    // The second and the third daemon make the table large enough at their start.
     second.stop()?;
     let third = lab.pinned_daemon(&config)?;
     assert_all_are_tracked(&third, &pairs)?;
@@ -223,17 +228,16 @@ fn assert_the_next_has_all(is_time: impl Fn(&Lab, &Daemon) -> Result<bool>) -> R
 }
 
 #[test]
-fn a_daemon_that_is_killed_while_a_larger_table_is_made_leaves_all_sessions_to_the_next()
--> Result<()> {
+fn a_daemon_killed_while_it_makes_a_larger_table_leaves_all_sessions_to_the_next() -> Result<()> {
     let _turn = turn(module_path!());
-    assert_the_next_has_all(|_, _| Ok(true))
+    assert_the_next_daemon_has_all_sessions(|_, _| Ok(true))
 }
 
 #[test]
-fn a_daemon_that_is_killed_between_two_tables_leaves_all_sessions_to_the_next() -> Result<()> {
+fn a_daemon_killed_between_two_tables_leaves_all_sessions_to_the_next() -> Result<()> {
     let _turn = turn(module_path!());
-    assert_the_next_has_all(|lab, daemon| {
-        // Should it have been too quick to be seen, it has grown.
+    assert_the_next_daemon_has_all_sessions(|lab, daemon| {
+        // If the growth is too fast to be observed, it is over.
         let is_between = lab.pins.names()?.iter().any(|name| name == "TORN");
         Ok(is_between || daemon.log().contains(DONE))
     })

@@ -1,13 +1,17 @@
-//! What keeps the machine busy, opens thousands of sockets or holds up other daemons, and what must not wait for a daemon that
-//! looks at so many sockets: the tests of one module run together, and those of the others wait. Each test begins with `let _turn = turn(module_path!());`.
+//! Tests that load the machine, open thousands of sockets or disturb other daemons, and tests that
+//! such load would disturb. The tests of one module run in parallel, and other modules wait. Each
+//! test begins with `let _turn = turn(module_path!());`.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use session_enforcer_tests::{Lab, Listener, Pair, reset_on_close};
 
 mod agreement;
 mod cgroup_patterns;
 mod control;
 mod crashes;
 mod crowd;
+mod gate_and_expiry;
 mod growth;
 mod many;
 mod owners;
@@ -16,17 +20,17 @@ mod reconcile;
 mod reload;
 mod session_map;
 mod stalls;
-mod verdict;
 
-/// Whose turn it is, and how many of its tests run.
+/// The module that runs, and the number of its running tests.
 static NOW: Mutex<(&str, usize)> = Mutex::new(("", 0));
-/// That nobody has a turn.
+/// Signals that no test runs.
 static OVER: Condvar = Condvar::new();
 
-/// While there is one, tests of other modules wait.
+/// While a test holds this, tests of other modules wait.
 struct Turn;
 
-/// Waits until no test of another module runs. The tests are started in the order of their names, module after module.
+/// Waits until no test of another module runs. Tests are started in the order of their names,
+/// module by module.
 fn turn(module: &'static str) -> Turn {
     let is_anothers = |now: &mut (&str, usize)| now.1 > 0 && now.0 != module;
     let now = OVER.wait_while(lock(), is_anothers);
@@ -47,4 +51,13 @@ impl Drop for Turn {
 
 fn lock() -> MutexGuard<'static, (&'static str, usize)> {
     NOW.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Opens and closes so many connections that their events overflow the ring buffer of a stopped daemon.
+fn overflow_events(lab: &Lab, listener: &Listener) -> anyhow::Result<()> {
+    for _ in 0..14_000 {
+        let pair = Pair::open(&lab.outside, listener)?;
+        reset_on_close(&pair.client)?;
+    }
+    Ok(())
 }

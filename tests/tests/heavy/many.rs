@@ -1,4 +1,4 @@
-//! Many sessions at once.
+//! Many sessions that are due at the same time.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +19,7 @@ const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"3s\"\n";
 const SESSIONS: usize = 2_000;
 const TOGETHER: usize = 300;
 
-/// How late a hundredth of the sessions may be on a machine that does other things, too.
+/// The bound of the 99th percentile of the lateness, on a machine with other load.
 const P99_BOUND: Duration = Duration::from_secs(1);
 
 #[test]
@@ -48,10 +48,9 @@ fn two_thousand_sessions_at_once_are_reset_and_none_early() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
 }
 
-/// More than one exchange with the kernel ends, in each of two namespaces.
+/// More sessions in each of two namespaces than one netlink exchange resets.
 #[test]
-fn sessions_of_two_namespaces_that_are_due_together_are_reset_and_recorded_once_each() -> Result<()>
-{
+fn sessions_of_two_namespaces_due_at_once_are_reset_and_recorded_once_each() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
@@ -93,12 +92,12 @@ fn sessions_of_two_namespaces_that_are_due_together_are_reset_and_recorded_once_
     Ok(())
 }
 
-/// The lateness that so many of a hundred sessions do not exceed.
+/// A percentile of the lateness.
 fn at(lateness: &[f64], percent: usize) -> f64 {
     lateness[(lateness.len() * percent).div_ceil(100) - 1]
 }
 
-/// Around the capture of the test's output: the numbers are of interest where the test passes.
+/// Writes past the output capture, because the numbers matter when the test passes, too.
 fn print_distribution(lateness: &[f64]) -> Result<()> {
     let ms = |percent| at(lateness, percent) * 1_000.0;
     writeln!(

@@ -1,5 +1,5 @@
-//! Rules of an owner: the user and the cgroup of the process that made the socket, or, of an
-//! accepted connection, of the one that made the socket which listens.
+//! Rules with an owner: the user and the cgroup of the process that created the socket. For an
+//! accepted connection this is the listener's creator.
 
 use std::{
     ffi::OsStr,
@@ -24,12 +24,12 @@ use crate::turn;
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const SHORT: &str = "idle_timeout = \"2s\"";
-/// Users without a name, one of them beyond 31 bits.
+/// Users without a name, one with a number above 2^31.
 const UID: u32 = 3_999_999_999;
 const OTHER_UID: u32 = 12_345;
 
-/// `CAP_NET_ADMIN`, `CAP_PERFMON` and `CAP_BPF` (linux/capability.h), with which the daemon runs in
-/// its own network namespace.
+/// `CAP_NET_ADMIN`, `CAP_PERFMON` and `CAP_BPF` (linux/capability.h): enough for a daemon that
+/// enforces only in its own network namespace.
 const FEWEST: [u8; 3] = [12, 38, 39];
 const OWN_NAMESPACE: &str = "[daemon]\nnetwork_namespaces = \"own\"\n";
 
@@ -61,8 +61,9 @@ fn assert_reset(daemon: &Daemon, pair: &Pair) -> Result<Record> {
     Ok(record)
 }
 
-/// One that cannot note the owners of older listeners, and so asks for that of each connection.
-fn daemon_that_asks(lab: &Lab, rules: &str) -> Result<Daemon> {
+/// A daemon that lacks the capabilities to record the owners of older listeners at its start, so it
+/// resolves the owner of each connection.
+fn daemon_that_resolves_owners(lab: &Lab, rules: &str) -> Result<Daemon> {
     let config = OWN_NAMESPACE.to_owned() + rules;
     lab.launch().config(&config).capabilities(&FEWEST).start()
 }
@@ -72,7 +73,7 @@ fn opened(daemon: &Daemon) -> Result<f64> {
 }
 
 #[test]
-fn a_rule_of_a_cgroup_takes_the_connections_of_it_and_of_those_below() -> Result<()> {
+fn a_rule_with_a_cgroup_applies_to_it_and_to_those_below() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
@@ -96,12 +97,12 @@ fn a_rule_of_a_cgroup_takes_the_connections_of_it_and_of_those_below() -> Result
 }
 
 #[test]
-fn a_rule_of_a_user_takes_the_connections_of_that_user_in_both_directions() -> Result<()> {
+fn a_rule_with_a_user_applies_to_connections_in_both_directions() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&of_users(&format!("\"nobody\", {UID}")))?;
     let of_user = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
-    let nobody = nix::unistd::User::from_name("nobody")?.context("a user nobody")?;
+    let nobody = nix::unistd::User::from_name("nobody")?.context("no user nobody")?;
     let [by_number, by_name, other] = [
         of_user(UID)?,
         of_user(nobody.uid.as_raw())?,
@@ -143,8 +144,7 @@ fn both_conditions_must_hold_and_the_first_rule_decides() -> Result<()> {
     Ok(())
 }
 
-/// Of sockets that are older than the daemon: a connection, and one that listens, with what it
-/// accepts later.
+/// Sockets older than the daemon: a connection, and a listener that accepts further ones later.
 fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let named = lab.cgroup.child()?;
@@ -190,22 +190,22 @@ fn assert_older_sockets_are_owned(capabilities: Option<&[u8]>) -> Result<()> {
 }
 
 #[test]
-fn what_older_listeners_accept_is_owned_as_what_newer_ones_do() -> Result<()> {
+fn connections_of_older_listeners_have_owners() -> Result<()> {
     let _turn = turn(module_path!());
     assert_older_sockets_are_owned(None)
 }
 
-/// Without `CAP_SYS_PTRACE` the daemon cannot note the owners of older listeners at its start, and
-/// without `CAP_DAC_READ_SEARCH` it searches for the path of a cgroup.
+/// Without `CAP_SYS_PTRACE` the daemon cannot record the owners of older listeners at its start.
+/// Without `CAP_DAC_READ_SEARCH` it has to search for the path of a cgroup.
 #[test]
-fn where_an_older_listener_cannot_be_noted_its_connections_are_asked_about() -> Result<()> {
+fn without_cap_sys_ptrace_connections_of_older_listeners_have_owners() -> Result<()> {
     let _turn = turn(module_path!());
     assert_older_sockets_are_owned(Some(&FEWEST))
 }
 
-/// As the kernel marks the name of one that was removed, and not text.
+/// The name is not UTF-8 and ends as the kernel marks removed cgroups.
 #[test]
-fn a_cgroup_of_any_name_lies_below_those_above_it() -> Result<()> {
+fn a_cgroup_whose_name_is_not_utf8_is_below_its_ancestors() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let named = lab.cgroup.child()?;
@@ -222,11 +222,11 @@ fn a_cgroup_of_any_name_lies_below_those_above_it() -> Result<()> {
 }
 
 #[test]
-fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Result<()> {
+fn a_connection_that_closes_before_its_owner_is_resolved_leaves_nothing() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
+    let daemon = daemon_that_resolves_owners(&lab, &of_users("0"))?;
     for _ in 0..50 {
         drop(Pair::open(&lab.outside, &listener)?);
     }
@@ -237,24 +237,25 @@ fn a_connection_that_closes_before_it_is_decided_about_leaves_nothing() -> Resul
     Ok(())
 }
 
-/// The daemon asks for the owner of one session after the other. Some close in just that moment.
+/// The daemon resolves the owner of one session after the other, and some close at that moment.
 #[test]
-fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Result<()> {
+fn sessions_that_close_while_owners_are_resolved_are_counted_as_opened_and_as_closed() -> Result<()>
+{
     let _turn = turn(module_path!());
     const ROUNDS: usize = 40;
     const PAIRS: usize = 100;
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
+    let daemon = daemon_that_resolves_owners(&lab, &of_users("0"))?;
     let mut random = Random::of(seed()?, 0);
     for _ in 0..ROUNDS {
         daemon.freeze()?;
         let open = |_| Pair::open(&lab.outside, &listener);
         let mut pairs = (0..PAIRS).map(open).collect::<Result<Vec<_>>>()?;
-        // The daemon asks in the order in which they were made.
+        // A random order, because the daemon resolves owners in the order of establishment.
         random.shuffle(&mut pairs);
         daemon.thaw()?;
-        // While it asks, and not before.
+        // The connections close while the daemon resolves owners.
         for pair in pairs {
             drop(pair);
             thread::sleep(Duration::from_micros(100));
@@ -268,14 +269,14 @@ fn what_closes_while_owners_are_found_is_counted_as_opened_and_as_closed() -> Re
     Ok(())
 }
 
-/// What the daemon has not decided about when the rules change: it is counted as opened where the new ones
-/// have it, and not at all where they do not, and not by the kernel's own decision either.
+/// A session without a resolved owner when the rules change is counted as opened only if a new rule
+/// applies to it. The programs' own matching must not count it again.
 #[test]
-fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() -> Result<()> {
+fn undecided_sessions_are_counted_once_or_never_when_the_rules_change() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let [kept, released] = [listen(&lab.inside)?, listen(&lab.inside)?];
-    let daemon = daemon_that_asks(&lab, &of_users("0"))?;
+    let daemon = daemon_that_resolves_owners(&lab, &of_users("0"))?;
     daemon.freeze()?;
     let listeners = [&kept, &released].into_iter().cycle().take(40);
     let open = |listener| Pair::open(&lab.outside, listener);
@@ -284,7 +285,7 @@ fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() ->
     let rules = rule("of_port", &of_port, "idle_timeout = \"1h\"");
     daemon.reload_soon(&(OWN_NAMESPACE.to_owned() + &rules))?;
     daemon.thaw()?;
-    // Packets meanwhile: the programs match sessions of an older policy themselves.
+    // Packets during the reload: the programs match sessions of an older policy again.
     for _ in 0..50 {
         for pair in &pairs {
             pair.to_server(b"x")?;
@@ -300,18 +301,19 @@ fn what_is_not_decided_about_when_the_rules_change_is_counted_once_or_never() ->
     Ok(())
 }
 
-/// The daemon reads sessions 128 at a time, and finds their owners one after the other: what passes
-/// between is in no record that it has read.
+/// The daemon reads sessions in batches of 128 and then resolves their owners. Payload that arrives
+/// after the read is in none of those records and must still count.
 #[test]
-fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
+fn payload_while_owners_are_resolved_is_activity() -> Result<()> {
     let _turn = turn(module_path!());
     const PAIRS: usize = 300;
     const ROUNDS: u64 = 12;
-    // None ends before all have passed.
+    // No session ends before the last payload.
     let limit = 3 * longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
-    let daemon = daemon_that_asks(&lab, &rule("owned", "users = [0]", &idle_for(limit)))?;
+    let daemon =
+        daemon_that_resolves_owners(&lab, &rule("owned", "users = [0]", &idle_for(limit)))?;
     daemon.freeze()?;
     let mut random = Random::of(seed()?, 0);
     let mut pairs = Vec::new();
@@ -335,18 +337,18 @@ fn what_passes_while_owners_are_found_is_activity() -> Result<()> {
     Ok(())
 }
 
-/// A request that comes between the look at a record and its writing.
+/// A request arrives between the read of a record and its update.
 #[test]
-fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
+fn a_request_while_owners_are_resolved_is_owed_an_answer() -> Result<()> {
     let _turn = turn(module_path!());
     const ROUNDS: usize = 10;
     const PAIRS: usize = 300;
-    // None of those that are asked about ends before the last is.
+    // No answered session ends before the last request.
     let limit = 2 * longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
     let limits = idle_for(limit) + "\nresponse_timeout = \"1h\"";
-    let daemon = daemon_that_asks(&lab, &rule("owned", "users = [0]", &limits))?;
+    let daemon = daemon_that_resolves_owners(&lab, &rule("owned", "users = [0]", &limits))?;
     let mut random = Random::of(seed()?, 0);
     let mut asked = Vec::new();
     for _ in 0..ROUNDS {
@@ -356,7 +358,7 @@ fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
         random.shuffle(&mut pairs);
         daemon.thaw()?;
         for pair in pairs {
-            // All together about as long as the daemon takes.
+            // These pauses add up to about the time that the daemon takes.
             thread::sleep(Duration::from_micros(random.below(40)));
             pair.to_server(b"x")?;
             asked.push(pair);
@@ -372,20 +374,19 @@ fn what_is_asked_while_owners_are_found_is_owed_an_answer() -> Result<()> {
     record.assert_reset("idle_timeout", &answered, limit);
     answered.wait(limit + Duration::from_secs(1));
     let ended = daemon.terminations()?.len();
-    assert_eq!(ended, 1, "the others are owed theirs");
+    assert_eq!(ended, 1, "a session that is owed an answer has ended");
     Ok(())
 }
 
-/// The name of a process that the audit has: that of its first thread, the first 15 characters.
+/// The name that the audit has of a process: the `comm` of its main thread, at most 15 characters.
 fn name_of(pid: u32) -> Result<String> {
     let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
     Ok(name.trim_end().to_owned())
 }
 
-/// The sockets are made by an agent, and held by a thread of the test.
+/// An agent creates the sockets, and the test process holds them.
 #[test]
-fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_connection()
--> Result<()> {
+fn the_audit_names_an_owner_that_is_gone_and_the_process_that_holds_the_connection() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let unit = lab.cgroup.child()?;
@@ -397,8 +398,9 @@ fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_c
     let listener = listen(&agent)?;
     let accepted = Pair::open(&lab.outside, &listener)?;
     let dialled = Pair::open(&agent, &listen(&lab.outside)?)?;
-    // The daemon has read of them, and found the cgroup, before all is gone.
-    eventually("a name of the cgroup", patience(), || {
+    // The daemon has read the sessions and resolved the cgroup before the agent and the cgroup are
+    // gone.
+    eventually("the resolved cgroup", patience(), || {
         let (_, sessions) = daemon.ask("GET", &format!("/v1/sessions?cgroup={name}"), "")?;
         Ok((sessions.lines().count() == 2).then_some(()))
     })?;
@@ -417,9 +419,10 @@ fn the_audit_knows_the_owner_when_that_has_gone_and_the_process_that_holds_the_c
     Ok(())
 }
 
-/// A server that forks for each connection, with a listener that a thread has made: the process is the child.
+/// A server whose listener a thread has created, and which forks for each connection. The audit
+/// must name the child.
 #[test]
-fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() -> Result<()> {
+fn the_audit_names_the_forked_backend_and_not_the_server() -> Result<()> {
     let _turn = turn(module_path!());
     const SERVER: &str = "import os, socket, threading, time\n\
         made = []\n\
@@ -438,7 +441,7 @@ fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() ->
     let mut command = place.command(lab.agent_binary(), "python3");
     command.args(["-c", SERVER]).stdout(Stdio::piped());
     let mut server = command.spawn()?;
-    let output = server.stdout.take().context("the server's output")?;
+    let output = server.stdout.take().context("no output of the server")?;
     let mut lines = BufReader::new(output).lines();
     let mut number = || -> Result<u32> { Ok(lines.next().context("a line")??.parse()?) };
     let port = u16::try_from(number()?)?;
@@ -458,13 +461,13 @@ fn the_process_in_the_audit_is_the_backend_and_not_the_server_or_its_thread() ->
 }
 
 #[test]
-fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
+fn a_cgroup_that_is_created_later_is_found_each_time() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let path = slice.path().join("unit/inner");
     let conditions = format!("cgroups = [\"{}/unit/inner\"]", slice.name()?);
-    // None ends before the last is there.
+    // No session ends before the last connection is open.
     let limit = 3 * longer_than_a_start();
     let daemon = lab.daemon(&rule("owned", &conditions, &idle_for(limit)))?;
     let (mut listeners, mut pairs) = (Vec::new(), Vec::new());
@@ -477,7 +480,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
         (false, Duration::ZERO),
     ] {
         if is_late {
-            // The connection is there before the daemon knows of the cgroup: it is adopted.
+            // The connection is opened before the daemon knows the cgroup, so it is adopted.
             daemon.signal(Signal::SIGSTOP)?;
         }
         fs::create_dir_all(&path)?;
@@ -489,11 +492,11 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
         daemon.wait_for_metric("session_enforcer_sessions", &[], pairs.len() as f64)?;
         drop(agent);
         remove(&path)?;
-        // Where there is time, the daemon watches for it below the parent, which then goes too.
+        // With a pause, the daemon begins to watch the parent, which is then removed too.
         thread::sleep(pause);
         fs::remove_dir(path.parent().context("a parent")?)?;
     }
-    // Those of the former ones stay theirs.
+    // Sessions of removed cgroups keep their rule.
     for pair in &pairs {
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", &pair.opened, limit);
@@ -503,7 +506,7 @@ fn a_cgroup_that_comes_later_is_found_each_time() -> Result<()> {
 }
 
 #[test]
-fn a_reload_decides_anew_about_owners() -> Result<()> {
+fn a_reload_matches_owners_anew() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let gone = lab.cgroup.child()?;
@@ -521,7 +524,7 @@ fn a_reload_decides_anew_about_owners() -> Result<()> {
     assert_eq!(record.text("rule.name"), "owned");
     theirs.round_trip()?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
-    // Back: the other is tracked again.
+    // Under another rule the second connection is tracked again.
     let limit = longer_than_a_start();
     let conditions = format!("users = [{OTHER_UID}]");
     daemon.reload(&rule("owned", &conditions, &idle_for(limit)))?;
@@ -532,7 +535,7 @@ fn a_reload_decides_anew_about_owners() -> Result<()> {
 }
 
 #[test]
-fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> {
+fn owners_are_recorded_only_while_a_rule_names_an_owner() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let nobody_asked = rule("owned", "", SHORT);
@@ -545,7 +548,7 @@ fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> 
     let agent = lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(UID))?;
     let older = listen(&agent)?;
     let by_socket = Pair::open(&agent, &listen(&lab.outside)?)?;
-    // Its socket tells whose it is.
+    // The owner comes from the socket.
     let record = assert_reset(&daemon, &by_socket)?;
     assert_eq!(record.text("user.id"), UID.to_string());
     assert_eq!(record.text("session_enforcer.cgroup"), lab.cgroup.name()?);
@@ -558,7 +561,7 @@ fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> 
         assert_reset(&daemon, pair)?;
     }
     others.round_trip()?;
-    // A policy that is refused changes nothing.
+    // A refused policy changes nothing.
     let refused = rule("a", "users = [\"nobody-of-this-name\"]", SHORT);
     assert!(daemon.reload(&refused)?.contains("there is no user"));
     assert_eq!(lab.cgroup.attached_programs()?, PROGRAMS + 1);
@@ -568,7 +571,7 @@ fn who_makes_a_socket_is_noted_only_while_a_rule_names_an_owner() -> Result<()> 
 }
 
 #[test]
-fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() -> Result<()> {
+fn an_unknown_user_is_refused_at_the_start_and_at_a_reload() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let wrong = of_users("\"no-such-user\"");
@@ -585,7 +588,7 @@ fn a_user_who_is_not_there_is_refused_and_a_reload_with_one_changes_nothing() ->
     Ok(())
 }
 
-/// Removes a cgroup as soon as its processes have left it.
+/// Removes a cgroup once its processes have left it.
 fn remove(path: &std::path::Path) -> Result<()> {
     eventually("the cgroup is removed", patience(), || {
         Ok(fs::remove_dir(path).is_ok().then_some(()))

@@ -1,5 +1,5 @@
-//! Processes that keep sockets of their own locked in the kernel, and reapers that hang, are killed or stopped:
-//! everybody else's sessions are reset when they are due, and each reset is recorded once.
+//! Sockets that a process keeps locked in the kernel, and reapers that hang, are killed or stopped:
+//! sessions of others are reset on time, and each reset is recorded once.
 
 use std::{
     collections::HashSet,
@@ -23,7 +23,7 @@ use session_enforcer_tests::{
 
 use crate::turn;
 
-/// One at a time: before Linux 6.9 a locked socket holds up the daemons of all tests.
+/// Serialises the tests: before Linux 6.9 a locked socket blocks the daemons of all tests.
 static LOCKS: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -37,7 +37,7 @@ fn limit() -> Duration {
     unhurried(Duration::from_secs(2))
 }
 
-/// An answer of `/healthz` that a machine under load can give.
+/// The longest time of an answer of `/healthz`, even under load.
 fn promptly() -> Duration {
     unhurried(Duration::from_millis(500))
 }
@@ -46,7 +46,7 @@ fn listen(agent: &Agent) -> Result<Listener> {
     agent.listen((Ipv4Addr::LOCALHOST, 0))
 }
 
-/// A rule for the connections to this listener.
+/// A rule for connections to this listener.
 fn rule(name: &str, listener: &Listener, limit: Duration) -> String {
     format!(
         "[[rule]]\nname = \"{name}\"\ndirection = \"inbound\"\nlocal_ports = [{}]\nidle_timeout = \
@@ -58,7 +58,7 @@ fn rule(name: &str, listener: &Listener, limit: Duration) -> String {
 
 const OWN: &str = "[daemon]\nnetwork_namespaces = \"own\"\n";
 
-/// Connections that are due with the limit are reset, and the daemon answers meanwhile.
+/// Asserts that due connections are reset and that the daemon answers meanwhile.
 fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result<()> {
     let open = |_| Pair::open(&lab.outside, listener);
     let pairs = (0..10).map(open).collect::<Result<Vec<_>>>()?;
@@ -74,7 +74,7 @@ fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> R
 }
 
 #[test]
-fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() -> Result<()> {
+fn a_session_that_its_process_keeps_locked_is_quarantined_and_delays_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -83,7 +83,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
     let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
     let pair = Pair::open(&lab.outside, &locked)?;
     let lock = Locked::new(&pair.server)?;
-    // Before it is due, when it is, and after it.
+    // Once before and once after the locked session is due.
     for _ in 0..2 {
         assert_others_are_reset(&lab, &daemon, &others)?;
     }
@@ -98,7 +98,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
     assert_eq!(status, 503);
     assert!(body.contains("locked"), "{body}");
     drop(lock);
-    // The reset that hung was asked for once, and comes now.
+    // The pending reset was requested once. It completes when the lock is released.
     let records = eventually("the second record", patience(), || {
         let records = daemon.terminations_of(&pair)?;
         Ok((records.len() == 2).then_some(records))
@@ -118,9 +118,9 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_holds_up_nobody() 
     )
 }
 
-/// The socket cannot be asked whether it takes it.
+/// A locked socket cannot be queried, so payload that waits for it does not delay the reset.
 #[test]
-fn payload_that_waits_for_a_locked_socket_puts_no_end_off() -> Result<()> {
+fn payload_that_waits_for_a_locked_socket_does_not_delay_the_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -145,7 +145,7 @@ fn payload_that_waits_for_a_locked_socket_puts_no_end_off() -> Result<()> {
 }
 
 #[test]
-fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
+fn a_start_and_a_reload_with_locked_sockets_adopt_every_connection() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -167,7 +167,8 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
     let rules = |ruled_for| {
         OWN.to_owned() + &rule("ruled", &ruled, ruled_for) + &rule("others", &others, limit())
     };
-    // Before Linux 6.9 it says that the socket tables do not answer, and is not ready until they do.
+    // Before Linux 6.9 a locked socket blocks the socket tables, so this daemon is not ready until
+    // the lock is released.
     let daemon = if Locked::blocks_socket_tables()? {
         lab.launch().config(&rules(hour)).start_unready()?
     } else {
@@ -180,16 +181,16 @@ fn a_start_and_a_reload_beside_locked_sockets_adopt_everybody() -> Result<()> {
     daemon.reload(&rules(2 * hour))?;
     assert!(asked.elapsed() < unhurried(Duration::from_secs(5)));
     assert_others_are_reset(&lab, &daemon, &others)?;
-    // What is adopted while its process uses it is active at that moment.
+    // A locked socket counts as active at the moment of its adoption.
     drop(locks);
     assert_eq!(daemon.terminations_of(&pairs[0])?.len(), 0);
-    // What the lock has sent.
+    // Read the byte that the lock has sent.
     (&pairs[0].client).read_exact(&mut [0])?;
     pairs[0].round_trip().map(drop)
 }
 
 #[test]
-fn a_locked_socket_that_was_dialled_here_is_adopted_by_a_rule_for_those() -> Result<()> {
+fn a_locked_socket_that_was_dialled_here_is_adopted_as_outbound() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -205,7 +206,7 @@ fn a_locked_socket_that_was_dialled_here_is_adopted_by_a_rule_for_those() -> Res
 }
 
 #[test]
-fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it() -> Result<()> {
+fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -237,7 +238,7 @@ fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it(
     let daemon = launch.start_unready()?;
     assert_others_are_reset(&lab, &daemon, &others)?;
     drop(locks);
-    // What hung ends, and leaves nothing.
+    // The hanging reapers of earlier daemons end.
     eventually("the reapers of earlier daemons end", patience(), || {
         let alive = hanging
             .iter()
@@ -247,7 +248,7 @@ fn a_daemon_ends_at_once_while_a_reaper_hangs_and_the_next_one_starts_beside_it(
 }
 
 #[test]
-fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Result<()> {
+fn locked_sessions_of_many_cgroups_are_bounded_and_delay_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     const CGROUPS: usize = 8;
@@ -279,12 +280,13 @@ fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Res
     let locked = CGROUPS * OF_EACH;
     daemon.wait_for_terminations(locked)?;
     let quarantined = daemon.metric("session_enforcer_quarantined_sessions", &[])?;
-    // Four of each cgroup, and those of batches that were on their way when the first were seen to hang.
+    // At most four of each cgroup, plus those in batches that were already sent when the first hang
+    // was detected.
     let most = (6 * CGROUPS) as f64;
     assert!(quarantined > 0.0 && quarantined <= most, "{quarantined}");
     drop(locks);
-    // Those that hung are reset now, and the others when they are tried again.
-    eventually("resets of what was locked", 3 * patience(), || {
+    // Pending resets complete, and the other sessions are reset at the next attempt.
+    eventually("resets of the unlocked sessions", 3 * patience(), || {
         let reset = daemon.terminations()?.into_iter().filter(|record| {
             record.text("session_enforcer.result") == "reset"
                 && record.text("rule.name").starts_with("locked")
@@ -296,8 +298,7 @@ fn locked_sessions_of_many_cgroups_have_bounded_room_and_hold_up_nobody() -> Res
 }
 
 #[test]
-fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_none_twice()
--> Result<()> {
+fn reapers_killed_or_stopped_at_any_moment_lose_no_reset_and_record_none_twice() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     const ROUNDS: usize = 12;
@@ -311,7 +312,8 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
             pairs.push(Pair::open(&lab.outside, &others)?);
         }
         thread::sleep(scaled(Duration::from_millis(160)));
-        // All at once, or one of them; killed, or standing still.
+        // Every third round all reapers, otherwise one. Every fourth round they are stopped,
+        // otherwise killed.
         let reapers = daemon.reapers()?;
         let some = if round % 3 == 0 { reapers.len() } else { 1 };
         let signal = if round % 4 == 3 {
@@ -320,7 +322,7 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
             Signal::SIGKILL
         };
         for pid in reapers.into_iter().take(some) {
-            // One that has ended meanwhile is none of ours.
+            // The reaper may have ended meanwhile.
             let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
         }
     }
@@ -329,14 +331,14 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
     }
     let records = daemon.wait_for_terminations(pairs.len())?;
     assert_eq!(records.len(), pairs.len());
-    // By their cookies: on a slow machine a port is another connection's by now.
+    // Compare cookies, because on a slow machine a port may already belong to another connection.
     let cookies: HashSet<u64> = records
         .iter()
         .map(|record| record.number("session_enforcer.id") as u64)
         .collect();
     assert_eq!(cookies.len(), pairs.len());
     for record in &records {
-        // A reset whose reaper was killed before it told is one that nobody knows of.
+        // If a reaper was killed before it reported a reset, the result is `gone`.
         assert_ne!(
             record.text("session_enforcer.result"),
             "failed",
@@ -349,7 +351,7 @@ fn reapers_that_are_killed_or_stopped_at_any_moment_lose_no_reset_and_record_non
 }
 
 #[test]
-fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<()> {
+fn a_reload_whose_reaper_is_killed_adopts_every_connection() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
     let lab = Lab::new(AGENT)?;
@@ -358,7 +360,7 @@ fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<(
     let before = OWN.to_owned() + &rule("ruled", &ruled, hour);
     let daemon = lab.daemon(&before)?;
     let pair = Pair::open(&lab.outside, &unruled)?;
-    // Whichever is asked for the list stands still, and is killed after its time.
+    // The stopped reaper that is asked for the list is killed after its timeout.
     for pid in daemon.reapers()? {
         kill(Pid::from_raw(pid.cast_signed()), Signal::SIGSTOP)?;
     }
@@ -371,12 +373,15 @@ fn a_reload_whose_list_breaks_off_with_its_reaper_adopts_everybody() -> Result<(
     pair.round_trip().map(drop)
 }
 
-/// The capabilities of a thread, by their numbers, and other lines of its `status` (proc(5)).
+/// Capabilities, `NoNewPrivs` and Seccomp of a process, from its `status` (proc(5)).
 fn status(pid: u32) -> Result<[u64; 5]> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = |name: &str| -> Result<String> {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
-        Ok(line.context("a line of the status")?.trim().to_owned())
+        Ok(line
+            .context("no such line in the status")?
+            .trim()
+            .to_owned())
     };
     Ok([
         u64::from_str_radix(&line("CapEff:")?, 16)?,
@@ -388,10 +393,10 @@ fn status(pid: u32) -> Result<[u64; 5]> {
 }
 
 #[test]
-fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
+fn engine_and_reapers_keep_only_the_privileges_they_need() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
-    // By their numbers in `linux/capability.h`.
+    // Numbers of capabilities in `linux/capability.h`.
     const BPF: u64 = 1 << 39;
     const OF_REAPERS: u64 = 1 << 2 | 1 << 12 | 1 << 19 | 1 << 21;
     let lab = Lab::new(AGENT)?;
@@ -401,27 +406,27 @@ fn engine_and_reapers_keep_what_they_need_and_nothing_else() -> Result<()> {
     let reapers = daemon.reapers()?;
     assert!(reapers.len() >= 2);
     for pid in reapers {
-        eventually("the reaper has given up the rest", patience(), || {
+        eventually("a reaper with reduced privileges", patience(), || {
             let is_confined = status(pid)? == [OF_REAPERS, OF_REAPERS, 0, 1, 2];
             Ok(is_confined.then_some(()))
         })?;
     }
-    // With that it enforces, reloads, and adopts.
+    // These privileges suffice to enforce, reload and adopt.
     assert_others_are_reset(&lab, &daemon, &others)?;
     daemon.reload(&rule("others", &others, 2 * limit()))?;
     Ok(())
 }
 
-/// The nice value of a thread (proc(5)), and its name.
+/// The name and the nice value of a thread, from its `stat` (proc(5)).
 fn nice_of(stat: &str) -> Result<(String, i32)> {
     let (start, rest) = stat.rsplit_once(") ").context("a name")?;
     let (_, name) = start.split_once('(').context("a name")?;
-    let nice = rest.split(' ').nth(16).context("a nice value")?;
+    let nice = rest.split(' ').nth(16).context("no nice value")?;
     Ok((name.to_owned(), nice.parse()?))
 }
 
 #[test]
-fn resets_go_before_others_that_want_a_processor() -> Result<()> {
+fn engine_and_reapers_have_a_raised_priority() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&format!(
@@ -436,7 +441,7 @@ fn resets_go_before_others_that_want_a_processor() -> Result<()> {
     for thread in std::fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
         let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
         let (name, nice) = nice_of(&stat)?;
-        // Whoever sends requests makes it work.
+        // The HTTP thread has no priority, because clients decide how much it works.
         let expected = if name == "http" { 0 } else { -10 };
         if ["http", "session-enforce"].contains(&&*name) {
             assert_eq!(nice, expected, "{name}");

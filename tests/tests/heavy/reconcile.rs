@@ -1,4 +1,4 @@
-//! Session map, schedule and sockets are compared while the daemon runs, and what differs is mended.
+//! The comparison of session table, schedule and sockets at run time repairs every difference.
 
 use std::{net::Ipv4Addr, time::Duration};
 
@@ -8,7 +8,7 @@ use session_enforcer_tests::{
     Daemon, Lab, Netns, Pair, idle_rule, overwrite_callback_flags, reset_on_close, unhurried,
 };
 
-use crate::turn;
+use crate::{overflow_events, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const EVERY_SECOND: &str = "[daemon]\nreconcile_interval = \"1s\"\n";
@@ -20,11 +20,8 @@ fn limit() -> Duration {
 fn rule() -> String {
     idle_rule(limit())
 }
-/// No deadline comes that would find what is wrong.
+/// No deadline passes during the test, so only a comparison can find the difference.
 const LONG_RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n";
-
-/// Openings and closings of so many connections are more than the kernel can keep for the daemon.
-const TOO_MANY: usize = 14_000;
 
 fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
     let name = "session_enforcer_reconcile_repaired_total";
@@ -32,7 +29,7 @@ fn wait_until_repaired(daemon: &Daemon, kind: &str, count: f64) -> Result<()> {
 }
 
 #[test]
-fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Result<()> {
+fn sessions_whose_close_another_program_hides_are_removed_at_the_interval() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -59,7 +56,7 @@ fn sessions_whose_end_another_program_hides_are_dropped_at_the_interval() -> Res
 }
 
 #[test]
-fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only() -> Result<()> {
+fn a_session_whose_close_another_program_hides_is_not_recorded_as_terminated() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -83,7 +80,7 @@ fn a_session_whose_end_another_program_hides_is_terminated_when_it_is_open_only(
 }
 
 #[test]
-fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
+fn sessions_whose_close_event_was_lost_are_removed_soon() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -94,14 +91,11 @@ fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
     ];
     daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
     daemon.freeze()?;
-    for _ in 0..TOO_MANY {
-        let pair = Pair::open(&lab.outside, &listener)?;
-        reset_on_close(&pair.client)?;
-    }
+    overflow_events(&lab, &listener)?;
     reset_on_close(&ended.client)?;
     drop(ended);
     daemon.thaw()?;
-    // The last events were lost: those openings are known whose closing was lost.
+    // The last events were lost: some openings arrived without their closings.
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
     assert!(daemon.metric("session_enforcer_events_lost_total", &[])? > 0.0);
     assert!(daemon.repaired("unreported")? >= 1.0);
@@ -112,7 +106,7 @@ fn sessions_whose_end_was_lost_are_forgotten_soon() -> Result<()> {
 }
 
 #[test]
-fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
+fn a_missed_session_of_another_namespace_is_adopted() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
@@ -127,7 +121,7 @@ fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
     for pair in [&tracked, &refused] {
         pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
         let record = daemon.wait_for_termination_of(pair)?;
-        // Of one that was adopted on a busy machine the deadline may be a little later.
+        // On a busy machine the deadline of an adopted session may be a little later.
         assert_eq!(record.text("session_enforcer.result"), "reset");
     }
     daemon.wait_for_trouble("untracked", false)?;
@@ -136,7 +130,7 @@ fn a_missed_session_of_another_namespace_is_picked_up() -> Result<()> {
 }
 
 #[test]
-fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Result<()> {
+fn with_network_namespaces_own_no_other_namespace_is_compared() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
@@ -144,7 +138,7 @@ fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Resul
     let own = "network_namespaces = \"own\"\n";
     let daemon = lab.daemon(&format!("{EVERY_SECOND}{own}{LONG_RULE}"))?;
     let elsewhere = Pair::open(&there, &there.listen((Ipv4Addr::LOCALHOST, 0))?)?;
-    // A comparison that mends something has certainly taken place after that.
+    // A repair proves that a comparison has taken place since.
     let _other = overwrite_callback_flags(&lab.cgroup)?;
     let closed = Pair::open(&lab.outside, &lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?)?;
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 1.0)?;
@@ -158,7 +152,7 @@ fn only_the_own_namespace_is_compared_where_the_configuration_says_so() -> Resul
 }
 
 #[test]
-fn comparisons_while_connections_come_and_go_find_nothing() -> Result<()> {
+fn comparisons_under_churn_find_no_difference() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;

@@ -1,4 +1,4 @@
-//! SIGHUP: another policy comes into force for connections that live, whole or not at all.
+//! Reload (SIGHUP): a new policy applies to live connections, completely or not at all.
 
 use std::{
     thread,
@@ -14,7 +14,7 @@ use crate::turn;
 const HOUR: Duration = Duration::from_secs(3600);
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// A configuration of one rule.
+/// A configuration with one rule.
 fn rule(name: &str, port: u16, rest: &str) -> String {
     format!(
         "[[rule]]\nname = \"{name}\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n{rest}\n"
@@ -29,7 +29,7 @@ fn idle_for(timeout: Duration) -> String {
     format!("idle_timeout = \"{}s\"", timeout.as_secs())
 }
 
-/// By which the limits here are reckoned.
+/// The unit of the limits in these tests.
 fn second() -> Duration {
     unhurried(Duration::from_secs(1))
 }
@@ -55,7 +55,7 @@ fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives
     assert_eq!(record.text("event.reason"), "policy");
     let labels = [("rule", "r"), ("reason", "policy"), ("result", "reset")];
     daemon.wait_for_metric("session_enforcer_terminations_total", &labels, 1.0)?;
-    // The active one has the new limit too, from its last activity on.
+    // The new limit also applies to the active session, counted from its last activity.
     let last = active.round_trip()?;
     let record = daemon.wait_for_termination_of(&active)?;
     record.assert_reset("idle_timeout", &last, second());
@@ -63,7 +63,7 @@ fn a_session_that_is_past_its_new_limit_is_reset_at_once_and_an_active_one_lives
 }
 
 #[test]
-fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<()> {
+fn a_longer_limit_replaces_the_shorter_one_for_a_live_session() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -76,7 +76,7 @@ fn a_longer_limit_reaches_a_session_before_the_shorter_one_ends_it() -> Result<(
 }
 
 #[test]
-fn a_wrong_file_changes_nothing_and_says_so() -> Result<()> {
+fn a_reload_with_an_invalid_file_is_reported_and_changes_nothing() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -136,7 +136,7 @@ fn a_session_that_no_rule_matches_any_more_is_released() -> Result<()> {
 }
 
 #[test]
-fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Result<()> {
+fn a_connection_that_a_new_rule_matches_is_adopted_with_its_true_idle_time() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -154,7 +154,7 @@ fn a_session_that_a_rule_matches_now_is_adopted_with_its_true_idle_time() -> Res
 }
 
 #[test]
-fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives() -> Result<()> {
+fn the_minimum_payload_of_another_rule_applies_to_a_live_session() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -175,7 +175,7 @@ fn another_rule_with_another_minimum_of_payload_counts_for_a_session_that_lives(
 }
 
 #[test]
-fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
+fn a_change_to_observe_applies_to_live_sessions() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -192,7 +192,7 @@ fn observing_comes_into_force_for_sessions_that_live() -> Result<()> {
 }
 
 #[test]
-fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
+fn a_reload_matches_five_thousand_sessions_anew() -> Result<()> {
     let _turn = turn(module_path!());
     const SESSIONS: usize = 5_000;
     let lab = Lab::new(AGENT)?;
@@ -213,7 +213,7 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
     );
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "renamed")], entries)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "r")], 0.0)?;
-    // Some are active afterwards, and only the others are past the limit that comes then.
+    // 100 sessions are active afterwards; the others are past the next limit.
     thread::sleep(3 * second());
     let active = &pairs[..100];
     for pair in active {
@@ -238,8 +238,7 @@ fn five_thousand_sessions_are_decided_about_anew_at_once() -> Result<()> {
 }
 
 #[test]
-fn after_the_watched_cgroup_was_removed_no_other_connection_is_taken_for_one_below_it() -> Result<()>
-{
+fn after_the_watched_cgroup_was_removed_a_reload_adopts_no_other_connection() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -283,17 +282,17 @@ fn an_observed_session_that_a_new_policy_ends_is_recorded_once() -> Result<()> {
     let records = daemon.terminations_of(&pair)?;
     assert_eq!(records.len(), 1, "{records:#?}");
     assert_eq!(records[0].text("event.reason"), "policy");
-    // Under yet another limit it is late by that limit, and no more by the change that was recorded.
+    // Under another limit the lateness counts from that limit. The change of the policy was already
+    // recorded as the cause.
     daemon.reload(&config(2 * second()))?;
     let record = daemon.wait_for_terminations(2)?.remove(1);
     record.assert_due("idle_timeout", &pair.opened, 2 * second());
     Ok(())
 }
 
-/// A reload that is refused leaves the owners as they were too: of its own rules, and not of those
-/// of the refused file.
+/// A refused reload does not affect the owners and cgroups of the rules in force.
 #[test]
-fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -> Result<()> {
+fn after_a_refused_reload_a_later_cgroup_of_the_rules_in_force_is_still_found() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
@@ -305,7 +304,7 @@ fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -
         idle_for(2 * second()),
     );
     let daemon = lab.daemon(&owned)?;
-    // With the one in force, there are more names of rules than places.
+    // Together with the rule in force, these exceed the number of rule names.
     let other = |n| format!("[[rule]]\nname = \"r{n}\"\nremote_ports = [1]\naction = \"exempt\"\n");
     let log = daemon.reload(&(0..1024).map(other).collect::<String>())?;
     assert!(log.contains("more than 1024 names of rules"), "{log}");
@@ -317,16 +316,16 @@ fn after_a_refused_reload_a_cgroup_of_the_rules_in_force_is_still_waited_for() -
     Ok(())
 }
 
-/// Many reloads, of which the last comes into force, while sessions reach their deadlines and others
-/// are busy: each of the former ends once and none early, and of the latter none does.
+/// Many reloads while sessions reach their deadlines and others are busy. Each idle session is
+/// reset once and not early; a busy session is not reset.
 #[test]
-fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
+fn during_many_reloads_each_session_ends_once_and_not_early() -> Result<()> {
     let _turn = turn(module_path!());
     const IDLE: usize = 60;
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let (port, cgroup) = (listener.port(), lab.cgroup.name()?);
-    // The same limits by rules of other names, at other places, of other conditions.
+    // Rules with the same limits but other names, positions and conditions.
     let limits = idle_for(2 * second());
     let configs = [
         idle("a", port, 2 * second()) + &idle("b", 1, HOUR),
@@ -349,7 +348,7 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
         reloads += 1;
         thread::sleep(Duration::from_millis(20));
     }
-    // Some of the storm may be under way still: only the last has three rules.
+    // Earlier reloads may still be in progress. Only the last configuration has three rules.
     daemon.reload_soon(&(configs[0].clone() + &idle("e", 2, HOUR)))?;
     daemon.wait_for_log(" 3 rule(s) in force")?;
     busy.round_trip()?;
@@ -367,10 +366,10 @@ fn a_storm_of_reloads_ends_no_session_early_twice_or_never() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_map_entries", &[], 0.0)
 }
 
-/// The way in which an operator introduces a policy. What was let live is ended by the change, now, and
-/// not hours after a deadline.
+/// The usual introduction of a policy: observe first, then enforce. The change ends the session, so
+/// its deadline is the change and not hours ago.
 #[test]
-fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Result<()> {
+fn a_session_observed_past_its_deadline_ends_by_the_change_to_enforce() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -383,7 +382,7 @@ fn what_was_observed_past_its_deadline_ends_by_the_policy_that_enforces() -> Res
 }
 
 #[test]
-fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Result<()> {
+fn an_exempt_connection_past_its_new_limit_ends_by_the_change_of_the_policy() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
@@ -394,7 +393,7 @@ fn what_was_exempt_past_its_new_limit_ends_by_the_policy_that_adopts_it() -> Res
     assert_ended_by_change(&daemon, &pair, &idle("r", port, second()))
 }
 
-/// The deadline of a session that a change of the policy ends is that change.
+/// Asserts that the recorded deadline of the session is the change of the policy.
 fn assert_ended_by_change(daemon: &Daemon, pair: &Pair, config: &str) -> Result<()> {
     let before = daemon.terminations()?.len();
     let change = Time::now();

@@ -1,4 +1,4 @@
-//! What the daemon reads of the session map while the kernel changes it.
+//! The session table: the daemon reads and writes it while the programs change it.
 
 use std::{
     collections::HashSet,
@@ -17,20 +17,19 @@ use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
     datapath::{Adoption, Datapath, Options},
     host::cgroup::Cgroup,
-    reaper::disconnect,
 };
 use session_enforcer_common::{Address, Direction, Limits, MatchEntry, Owner, Session, flags};
-use session_enforcer_tests::{Lab, Pair, Random, patience, reset_on_close, seed};
+use session_enforcer_tests::{Lab, Pair, Random, cookie, patience, reset_on_close, seed};
 
 use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Connections that stay, and how long others come and go beside them.
+/// The number of lasting connections, and the duration of the churn.
 const CONNECTIONS: usize = 50;
 const TIME: Duration = Duration::from_secs(2);
 
-/// The kernel counts cookies up from 1: these are no socket's.
+/// The first of a range of cookies that no socket has: the kernel counts cookies up from 1.
 const NOBODY: u64 = 1 << 62;
 
 fn load(max_sessions: u32) -> Result<Datapath> {
@@ -43,7 +42,7 @@ fn load(max_sessions: u32) -> Result<Datapath> {
     Ok(Datapath::load(options, None)?)
 }
 
-/// A session that its number can be told by.
+/// A session whose fields identify its number.
 fn session(number: u64) -> Session {
     Session {
         last_received_ns: number,
@@ -77,7 +76,7 @@ fn session(number: u64) -> Session {
     }
 }
 
-/// Fills the map up; whether exactly so many had room.
+/// Fills the table. Asserts that `room` sessions fit and no more.
 fn fill(kernel: &mut Datapath, room: u64) -> Result<()> {
     for number in 0..room {
         let adopted = kernel.adopt(NOBODY + number, &session(number))?;
@@ -89,7 +88,7 @@ fn fill(kernel: &mut Datapath, room: u64) -> Result<()> {
 }
 
 #[test]
-fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
+fn a_table_holds_exactly_its_capacity() -> Result<()> {
     let _turn = turn(module_path!());
     for capacity in [1, 16, 17, 1_000, 20_000] {
         let mut kernel = load(capacity)?;
@@ -100,12 +99,15 @@ fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
         assert_eq!(kernel.cookies()?, cookies);
         let all = (0..room).map(|number| Some(session(number)));
         assert_eq!(kernel.sessions(&cookies)?, all.collect::<Vec<_>>());
-        // The last makes room for another.
+        // Removing the last session makes room for another.
         let last = NOBODY + room - 1;
         let later = room + 9;
         assert!(kernel.update(last, &session(later))?);
         assert_eq!(kernel.session(last)?, Some(session(later)));
-        assert!(!kernel.remove(last, 8)?, "one that began at another time");
+        assert!(
+            !kernel.remove(last, 8)?,
+            "removed a session of another time"
+        );
         assert!(kernel.remove(last, later)? && !kernel.remove(last, later)?);
         assert!(!kernel.update(last, &session(later))?);
         assert_eq!(kernel.sessions(&[last, last + 1])?, [None, None]);
@@ -116,9 +118,9 @@ fn a_map_takes_as_many_as_it_is_made_for_and_keeps_each_apart() -> Result<()> {
     Ok(())
 }
 
-/// The daemon writes what it read a while ago, and packets have passed since.
+/// The daemon writes back a record that it read earlier, and packets have passed since.
 #[test]
-fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> {
+fn an_update_keeps_activity_since_the_record_was_read() -> Result<()> {
     let _turn = turn(module_path!());
     let mut kernel = load(8)?;
     let read = session(10);
@@ -136,10 +138,10 @@ fn an_amendment_keeps_what_has_passed_since_the_record_was_read() -> Result<()> 
     Ok(())
 }
 
-/// A session that was decided about is counted as opened by whoever decided, and as closed by its end;
-/// one that closes in that very moment by both or by none.
+/// The daemon's decision counts a session as opened, and its close counts it as closed. A session
+/// that closes at that moment is counted by both or by neither.
 #[test]
-fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<()> {
+fn a_session_that_closes_during_the_decision_is_counted_as_closed_only_if_opened() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -158,7 +160,7 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
                 }
                 wait(turns);
                 drop(pair);
-                // Nobody listens any more where the other thread has failed.
+                // The receiver is gone if the other thread has failed.
                 let _ = tell.send(());
             }
         });
@@ -167,7 +169,7 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
         while start.elapsed() < 2 * TIME {
             let pair = Pair::open(&lab.outside, &listener)?;
             reset_on_close(&pair.client)?;
-            let cookie = disconnect::cookie(&pair.server)?;
+            let cookie = cookie(&pair.server)?;
             let decided = kernel.session(cookie)?.context("the session")?;
             let undecided = Session {
                 generation: 0,
@@ -178,7 +180,7 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
             to_closer.send((pair, Arc::clone(&go), random.below(200)))?;
             thread::yield_now();
             go.store(true, Ordering::Release);
-            // About as long as the end takes from its system call on.
+            // About as long as a close takes.
             wait(random.below(1_500));
             opened += u64::from(kernel.update(cookie, &decided)?);
             has_closed.recv()?;
@@ -194,10 +196,10 @@ fn what_closes_while_it_is_decided_about_is_closed_if_it_was_opened() -> Result<
     Ok(())
 }
 
-/// A free place has the tag 0, one that is being written another that no socket has, and the kernel takes
-/// the last for none.
+/// 0 marks a free slot, another reserved value marks a slot that is being written, and the kernel
+/// reserves the last value. None is a cookie.
 #[test]
-fn what_is_no_cookie_has_no_session() -> Result<()> {
+fn reserved_values_have_no_session() -> Result<()> {
     let _turn = turn(module_path!());
     let mut kernel = load(8)?;
     for no_cookie in [0, 1 << 63, u64::MAX] {
@@ -209,9 +211,9 @@ fn what_is_no_cookie_has_no_session() -> Result<()> {
     fill(&mut kernel, 8)
 }
 
-/// The kernel counts some cookies down from the end.
+/// The kernel counts some cookies down from the end of the range.
 #[test]
-fn large_cookies_have_sessions_as_others() -> Result<()> {
+fn large_cookies_have_sessions_like_others() -> Result<()> {
     let _turn = turn(module_path!());
     let mut kernel = load(64)?;
     let cookies: Vec<u64> = (u64::MAX - 32..u64::MAX).collect();
@@ -229,10 +231,10 @@ fn large_cookies_have_sessions_as_others() -> Result<()> {
     fill(&mut kernel, 64)
 }
 
-/// Connections are opened and closed on every processor while the daemon puts in and takes out: in the
-/// end there is what is there, and room for the rest.
+/// Connections open and close on all processors while the daemon inserts and removes sessions. At
+/// the end the table has exactly the open connections and room for the rest.
 #[test]
-fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
+fn concurrent_writes_lose_no_session_and_no_slot() -> Result<()> {
     let _turn = turn(module_path!());
     const CAPACITY: u32 = 600;
     let lab = Lab::new(AGENT)?;
@@ -292,7 +294,7 @@ fn nothing_is_lost_and_no_place_either_while_all_write_at_once() -> Result<()> {
     fill(&mut kernel, free)
 }
 
-/// The other end's reset may be on its way.
+/// Waits for `holds`. The reset of the other end may still be on its way.
 fn wait_until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !holds()? {
@@ -303,7 +305,7 @@ fn wait_until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
 }
 
 #[test]
-fn a_session_is_listed_once_however_the_others_come_and_go() -> Result<()> {
+fn a_session_is_listed_once_while_others_come_and_go() -> Result<()> {
     let _turn = turn(module_path!());
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;

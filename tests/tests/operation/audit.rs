@@ -1,5 +1,5 @@
-//! What the records say, that each has its place among them, and that an audit which cannot be written holds
-//! nothing up: what is lost is counted, and said.
+//! The audit: contents and numbering of the records. An audit that cannot be written delays no
+//! reset; lost records are counted and reported.
 
 use std::{
     collections::BTreeSet,
@@ -24,10 +24,10 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
 
-/// A directory that every system has, over which the daemon gets a small disk of its own.
+/// A directory that exists on every system. The daemon gets a small file system mounted there.
 const DISK: &str = "/mnt";
 
-/// Gives the command a mount namespace of its own, with a disk of 64 KiB.
+/// Gives the command its own mount namespace, with a file system of 64 KiB.
 fn on_a_small_disk(command: &mut Command) {
     let prepare = || {
         unshare(CloneFlags::CLONE_NEWNS)?;
@@ -37,11 +37,11 @@ fn on_a_small_disk(command: &mut Command) {
         mount(kind, DISK, kind, MsFlags::empty(), options)?;
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
     unsafe { command.pre_exec(prepare) };
 }
 
-/// The disk, from outside of the daemon's mount namespace.
+/// The small file system, as seen from outside of the daemon's mount namespace.
 fn disk_of(daemon: &Daemon) -> PathBuf {
     format!("/proc/{}/root{DISK}", daemon.pid()).into()
 }
@@ -73,24 +73,24 @@ fn reset_and_lost(daemon: &Daemon) -> Result<[f64; 2]> {
 }
 
 #[test]
-fn what_waits_at_this_end_when_a_session_is_reset_is_in_its_record() -> Result<()> {
+fn the_queued_bytes_of_a_session_that_is_reset_are_in_its_record() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(RULE)?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let (last, ()) = Moment::of(|| Ok((&pair.client).write_all(b"unread")?))?;
-    // The FIN is no byte.
+    // The FIN must not count as a byte.
     pair.client.shutdown(Shutdown::Write)?;
     daemon.freeze()?;
     last.wait(LIMIT);
-    // Past the deadline the gate lets none of it pass.
+    // After the deadline the gate drops all of this.
     (&pair.server).write_all(b"unacknowledged")?;
     daemon.thaw()?;
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &last, LIMIT);
     let queued = |side| record.number(&format!("session_enforcer.queued_bytes.{side}"));
     assert_eq!([queued("send"), queued("receive")], [14.0, 6.0]);
-    // What came before the reset is not lost.
+    // Payload that arrived before the reset can still be read.
     let mut unread = [0; 6];
     (&pair.server).read_exact(&mut unread)?;
     assert_eq!(&unread, b"unread");
@@ -98,7 +98,7 @@ fn what_waits_at_this_end_when_a_session_is_reset_is_in_its_record() -> Result<(
 }
 
 #[test]
-fn a_full_disk_holds_up_no_termination_and_is_said_until_there_is_room() -> Result<()> {
+fn a_full_disk_delays_no_reset_and_is_reported_until_there_is_room() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let audit = format!("{DISK}/audit.json");
@@ -111,7 +111,7 @@ fn a_full_disk_holds_up_no_termination_and_is_said_until_there_is_room() -> Resu
         disk_of(&daemon).join("audit.json"),
     );
     fill(&filler)?;
-    // The page of the disk that the file has already may take some records more.
+    // The last allocated page of the file may still take some records.
     while reset_and_lost(&daemon)?[1] == 0.0 {
         terminate_one(&lab, &listener)?;
         let [reset, _] = reset_and_lost(&daemon)?;
@@ -130,7 +130,7 @@ fn a_full_disk_holds_up_no_termination_and_is_said_until_there_is_room() -> Resu
 }
 
 #[test]
-fn an_audit_that_never_takes_a_record_holds_up_no_termination() -> Result<()> {
+fn an_audit_that_cannot_be_written_delays_no_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let args = ["--audit", "/dev/full"];
@@ -142,13 +142,13 @@ fn an_audit_that_never_takes_a_record_holds_up_no_termination() -> Result<()> {
         &[("result", "reset")],
         1.0,
     )?;
-    // The start, the policy, and the termination.
+    // Three records: the start, the policy, and the termination.
     daemon.wait_for_metric("session_enforcer_audit_records_lost_total", &[], 3.0)?;
     daemon.wait_for_log("audit records are lost")?;
     Ok(())
 }
 
-/// That an auditor can work the deadline out, and that the idle time is that of the clock which ran.
+/// Asserts that the deadline of the record is `counted_from` plus the limit.
 fn assert_counted(record: &Record, reason: &str, limit: Duration) {
     assert_eq!(record.text("event.reason"), reason);
     let [from, deadline] =
@@ -159,7 +159,7 @@ fn assert_counted(record: &Record, reason: &str, limit: Duration) {
 }
 
 #[test]
-fn what_a_limit_is_counted_from_is_told_whatever_passes_the_other_way() -> Result<()> {
+fn a_record_says_from_when_the_limit_was_counted() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [pushed, old, asked] = [listen()?, listen()?, listen()?];
@@ -179,7 +179,7 @@ fn what_a_limit_is_counted_from_is_told_whatever_passes_the_other_way() -> Resul
     ];
     let (input, ()) = Moment::of(|| Ok((&pushed.client).write_all(b"input")?))?;
     (&asked.client).write_all(b"request")?;
-    // The server goes on until the session ends.
+    // The server sends until the session ends.
     while (&pushed.server).write_all(b"screen").is_ok() {
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -203,7 +203,7 @@ fn what_a_limit_is_counted_from_is_told_whatever_passes_the_other_way() -> Resul
 }
 
 #[test]
-fn a_limit_that_a_reload_changes_while_the_reset_is_under_way_is_told_as_it_was() -> Result<()> {
+fn a_reload_during_a_reset_does_not_change_the_limit_in_the_record() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let (daemon, interposer) = lab.launch().config(RULE).start_interposed()?;
@@ -221,7 +221,7 @@ fn a_limit_that_a_reload_changes_while_the_reset_is_under_way_is_told_as_it_was(
 }
 
 #[test]
-fn records_have_names_of_their_own_and_numbers_without_gaps() -> Result<()> {
+fn records_have_unique_ids_and_consecutive_numbers() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let mut names = BTreeSet::new();
@@ -232,7 +232,7 @@ fn records_have_names_of_their_own_and_numbers_without_gaps() -> Result<()> {
         terminate_one(&lab, &listener)?;
         daemon.stop()?;
         let records = daemon.audit()?;
-        // Start, policy, end, policy, end, stop.
+        // Start, policy, termination, policy, termination, stop.
         assert_eq!(records.len(), 6);
         for (record, number) in records.iter().zip(1..) {
             assert_eq!(record.number("event.sequence"), f64::from(number));
@@ -244,7 +244,7 @@ fn records_have_names_of_their_own_and_numbers_without_gaps() -> Result<()> {
 }
 
 #[test]
-fn with_sync_no_reset_is_asked_for_before_the_records_are_on_the_disk() -> Result<()> {
+fn with_sync_the_next_resets_wait_until_records_are_on_the_disk() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = format!("[audit]\nsync = true\n{RULE}");

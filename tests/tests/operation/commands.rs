@@ -1,4 +1,4 @@
-//! The commands that look and change nothing: `check` and `doctor`.
+//! `check`, `doctor`, `--help` and `--version`, which change nothing.
 
 use std::fs;
 
@@ -36,7 +36,7 @@ fn check_prints_the_rules_as_understood() -> Result<()> {
 }
 
 #[test]
-fn check_refuses_what_run_would_refuse() -> Result<()> {
+fn check_refuses_a_configuration_that_run_refuses() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("config.toml");
     fs::write(&path, "[[rule]]\nname = \"db\"\nidle_timeout = 5\n")?;
@@ -56,7 +56,7 @@ fn check_refuses_what_run_would_refuse() -> Result<()> {
 }
 
 #[test]
-fn check_says_all_that_is_wrong_each_in_a_line() -> Result<()> {
+fn check_reports_each_error_in_a_line() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("config.toml");
     let path_text = path.to_string_lossy();
@@ -88,11 +88,11 @@ fn check_says_all_that_is_wrong_each_in_a_line() -> Result<()> {
 }
 
 #[test]
-fn check_says_what_run_refuses_on_this_host_and_run_does() -> Result<()> {
+fn check_warns_of_settings_that_run_refuses_on_this_host() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let here = format!("cgroup = \"{}\"", lab.cgroup.path().display());
     let none = "session-enforcer-none";
-    // Cgroup, pin directory, address of the metrics, audit, users; what is wrong with one of them.
+    // Each case has one wrong key among cgroup, pin directory, metrics address, audit and users.
     let (pins, users) = ("pin_dir = \"\"", "users = []");
     let (metrics, audit) = ("listen = \"\"", "path = \"-\"");
     for (keys, code, says) in [
@@ -177,8 +177,8 @@ fn check_says_what_run_refuses_on_this_host_and_run_does() -> Result<()> {
 }
 
 #[test]
-fn doctor_finds_nothing_wrong_here_and_attaches_nothing() -> Result<()> {
-    // Where the privileged tests run, the daemon runs.
+fn doctor_finds_no_problem_on_this_host_and_attaches_nothing() -> Result<()> {
+    // On a host that can run the privileged tests, the daemon can run.
     let lab = Lab::new(AGENT)?;
     let text = run(&["doctor"])?;
     assert_eq!(text.code, 0, "{}{}", text.stdout, text.stderr);
@@ -195,7 +195,7 @@ fn doctor_finds_nothing_wrong_here_and_attaches_nothing() -> Result<()> {
 }
 
 #[test]
-fn doctor_names_what_is_missing_and_what_to_do() -> Result<()> {
+fn doctor_names_missing_capabilities() -> Result<()> {
     for args in [&["doctor", "--json"][..], &["doctor"]] {
         let mut command = daemon_command()?;
         keep_capabilities(command.args(args), &[]);
@@ -210,7 +210,7 @@ fn doctor_names_what_is_missing_and_what_to_do() -> Result<()> {
 }
 
 #[test]
-fn help_and_version_are_no_errors() -> Result<()> {
+fn help_and_version_exit_with_0() -> Result<()> {
     for args in [&["--help"][..], &["--version"], &["run", "--help"]] {
         let printed = run(args)?;
         assert_eq!((printed.code, printed.stderr.as_str()), (0, ""), "{args:?}");

@@ -1,4 +1,4 @@
-//! The metrics server, beside the enforcement.
+//! The metrics server, and that it does not disturb the enforcement.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ fn health_and_metrics_are_served_and_nothing_else() -> Result<()> {
 }
 
 #[test]
-fn the_page_for_people_follows_the_readiness_and_names_nobody() -> Result<()> {
+fn the_html_page_shows_the_readiness_and_no_addresses_or_users() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let config = "[daemon]\nmax_sessions = 1\n[[rule]]\nname = \"idle\"\nusers = [\"root\"]\n\
@@ -45,7 +45,7 @@ fn the_page_for_people_follows_the_readiness_and_names_nobody() -> Result<()> {
         ensure!(page.contains(&format!("href=\"{link}\"")), "{page}");
         assert_eq!(daemon.get(&format!("/{link}"))?.0, 200, "{link}");
     }
-    // The second session finds the table full.
+    // The table has room for one session.
     let _first = Pair::open(&lab.outside, &listener)?;
     let _second = Pair::open(&lab.outside, &listener)?;
     daemon.wait_for_trouble("untracked", true)?;
@@ -64,7 +64,7 @@ fn the_page_for_people_follows_the_readiness_and_names_nobody() -> Result<()> {
 }
 
 #[test]
-fn clients_that_stand_still_stop_neither_the_enforcement_nor_other_clients() -> Result<()> {
+fn clients_that_stall_block_neither_the_enforcement_nor_other_clients() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(RULE)?;
@@ -79,7 +79,7 @@ fn clients_that_stand_still_stop_neither_the_enforcement_nor_other_clients() -> 
     daemon.wait_for_metric("session_enforcer_terminations_total", &[], 1.0)
 }
 
-/// Keeps 300 requests open that are never finished: a connection that the daemon closes is made again at once.
+/// Keeps 300 unfinished requests open. A connection that the daemon closes is opened again.
 fn hold_half_requests(address: SocketAddr, is_done: &AtomicBool) -> Result<()> {
     let open = || -> Result<TcpStream> {
         let mut stream = TcpStream::connect(address)?;
@@ -111,7 +111,7 @@ fn answered_in_time(daemon: &Daemon, path: &str) -> Result<()> {
 }
 
 #[test]
-fn half_requests_that_come_again_and_again_keep_nobody_out() -> Result<()> {
+fn clients_that_keep_sending_unfinished_requests_do_not_block_others() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(RULE)?;
     let is_done = AtomicBool::new(false);
@@ -129,7 +129,7 @@ fn half_requests_that_come_again_and_again_keep_nobody_out() -> Result<()> {
     })
 }
 
-/// Asks for the metrics as often as they are answered.
+/// Scrapes the metrics in a loop.
 fn flood(address: SocketAddr, is_done: &AtomicBool) -> Result<()> {
     while !is_done.load(Ordering::Relaxed) {
         let mut stream = TcpStream::connect(address)?;
@@ -165,7 +165,7 @@ fn a_flood_of_scrapes_delays_no_reset() -> Result<()> {
 }
 
 #[test]
-fn metrics_are_served_on_a_unix_socket_also_by_the_daemon_that_follows_a_kill() -> Result<()> {
+fn metrics_are_served_on_a_unix_socket_even_after_a_kill_left_it_behind() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("metrics.sock");
@@ -186,13 +186,16 @@ fn metrics_are_served_on_a_unix_socket_also_by_the_daemon_that_follows_a_kill() 
             "{answer}"
         );
         daemon.kill()?;
-        ensure!(fs::metadata(&path).is_ok(), "what a kill leaves");
+        ensure!(
+            fs::metadata(&path).is_ok(),
+            "the killed daemon removed its socket"
+        );
     }
     Ok(())
 }
 
 #[test]
-fn an_address_that_others_reach_is_warned_of() -> Result<()> {
+fn a_metrics_address_that_others_can_reach_causes_a_warning() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let args = ["--metrics-listen", "0.0.0.0:0"];
     let mut daemon = lab.launch().config(RULE).args(&args).start_unready()?;

@@ -23,7 +23,7 @@ fn launch<'a>(lab: &'a Lab, journal: &Journal) -> Launch<'a> {
     launch.mounts_of(journal.pid())
 }
 
-/// A field of an entry, which journalctl prints as text.
+/// A field of an entry, as text.
 fn field<'a>(entry: &'a Value, name: &str) -> Result<&'a str> {
     let value = entry[name].as_str();
     value.with_context(|| format!("no {name} in {entry:#}"))
@@ -79,7 +79,7 @@ fn each_record_is_an_entry_that_journalctl_finds_and_explains() -> Result<()> {
 }
 
 #[test]
-fn what_a_journald_that_ended_does_not_take_is_counted_until_it_is_back() -> Result<()> {
+fn records_are_counted_as_lost_while_journald_is_down() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let mut journal = Journal::start()?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -95,7 +95,7 @@ fn what_a_journald_that_ended_does_not_take_is_counted_until_it_is_back() -> Res
     taken.ends()?[0].assert_reset(Errno::ECONNRESET, &taken.opened, LIMIT);
     daemon.wait_for_trouble("audit", false)?;
     let entry = journal.wait_for_entries(&[OF_RULE], 1)?.remove(0);
-    // The gap in the numbers shows the loss to whoever reads the journal.
+    // The gap in the sequence numbers shows a reader of the journal that a record was lost.
     assert_eq!(field(&entry, "SESSION_ENFORCER_EVENT_SEQUENCE")?, "4");
     assert_eq!(
         daemon.metric("session_enforcer_audit_records_lost_total", &[])?,
@@ -105,8 +105,8 @@ fn what_a_journald_that_ended_does_not_take_is_counted_until_it_is_back() -> Res
 }
 
 #[test]
-fn a_journald_that_stands_still_holds_up_no_reset_and_then_has_every_record() -> Result<()> {
-    // More than the socket takes while nobody reads it: its buffer is 208 KiB, an entry a KiB and more.
+fn a_stopped_journald_delays_no_reset_and_receives_every_record_later() -> Result<()> {
+    // More entries than fit into the socket's buffer of 208 KiB while journald does not read.
     const COUNT: u16 = 300;
     let lab = Lab::new(AGENT)?;
     let journal = Journal::start()?;
@@ -142,7 +142,7 @@ fn a_host_without_journald_is_refused_before_anything_is_attached() -> Result<()
     ensure!(refused.stderr.contains(complaint), "{refused:?}");
     assert_eq!(lab.cgroup.attached_programs()?, 0);
 
-    // On the disk at once, and from the journal nobody has that.
+    // `audit.sync` is refused, because journald does not say when a record is on the disk.
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("config.toml");
     let run = |args: &[&str], text: &str| {

@@ -1,4 +1,4 @@
-//! The manifests for Kubernetes and the configurations in them.
+//! The Kubernetes manifests and the configurations in them.
 
 #[path = "../schema/mod.rs"]
 mod schema;
@@ -29,13 +29,13 @@ fn daemon_set() -> Result<Value> {
 }
 
 #[test]
-fn the_api_takes_each_manifest() -> Result<()> {
+fn each_manifest_fits_the_schema_of_the_api() -> Result<()> {
     schema::check(&manifest("base/namespace.yaml")?)?;
     schema::check(&daemon_set()?)
 }
 
 #[test]
-fn the_schema_refuses_slips() -> Result<()> {
+fn the_schema_refuses_wrong_manifests() -> Result<()> {
     let container = "/spec/template/spec/containers/0";
     for (below, key, value) in [
         ("/securityContext", "readonlyRootFilesystem", json!(true)),
@@ -45,14 +45,14 @@ fn the_schema_refuses_slips() -> Result<()> {
     ] {
         let mut wrong = daemon_set()?;
         let place = wrong.pointer_mut(&format!("{container}{below}"));
-        place.context("there is no such place")?[key] = value;
+        place.context("no such path in the manifest")?[key] = value;
         ensure!(schema::check(&wrong).is_err(), "{below}: {key}");
     }
     Ok(())
 }
 
 #[test]
-fn each_kustomization_names_files_that_are_there() -> Result<()> {
+fn each_kustomization_names_existing_files() -> Result<()> {
     for name in ["base", "with-pod-monitor"] {
         let kustomization = manifest(&format!("{name}/kustomization.yaml"))?;
         let listed = |key: &str| kustomization[key].as_array().cloned().unwrap_or_default();
@@ -63,7 +63,7 @@ fn each_kustomization_names_files_that_are_there() -> Result<()> {
         let all: Vec<Value> = all.chain(files.flatten().cloned()).collect();
         ensure!(all.len() >= 3, "{name}: {all:?}");
         for file in all {
-            let file = file.as_str().context("a name")?;
+            let file = file.as_str().context("the name of a file is not text")?;
             let path = folder().join("kubernetes").join(name).join(file);
             ensure!(path.exists(), "{} names {file}", path.display());
         }
@@ -71,9 +71,9 @@ fn each_kustomization_names_files_that_are_there() -> Result<()> {
     Ok(())
 }
 
-/// The six capabilities of the service, and nothing that makes them needless.
+/// The pod has the six capabilities of the systemd service and is not privileged.
 #[test]
-fn the_pod_is_not_privileged_and_has_the_service_s_capabilities() -> Result<()> {
+fn the_pod_is_not_privileged_and_has_the_capabilities_of_the_service() -> Result<()> {
     let manifest = daemon_set()?;
     let container = &manifest["spec"]["template"]["spec"]["containers"][0];
     let security = &container["securityContext"];
@@ -82,12 +82,14 @@ fn the_pod_is_not_privileged_and_has_the_service_s_capabilities() -> Result<()> 
     assert_eq!(security["capabilities"]["drop"], json!(["ALL"]));
     let added = security["capabilities"]["add"]
         .as_array()
-        .context("a list")?;
+        .context("capabilities.add is not a list")?;
     let added: BTreeSet<&str> = added.iter().filter_map(Value::as_str).collect();
     let line = UNIT
         .lines()
         .find_map(|it| it.strip_prefix("AmbientCapabilities="));
-    let of_service = line.context("the unit has them")?.split(' ');
+    let of_service = line
+        .context("the unit has no AmbientCapabilities")?
+        .split(' ');
     let of_service: BTreeSet<&str> = of_service
         .filter_map(|it| it.strip_prefix("CAP_"))
         .collect();
@@ -96,7 +98,7 @@ fn the_pod_is_not_privileged_and_has_the_service_s_capabilities() -> Result<()> 
 }
 
 #[test]
-fn the_image_is_that_of_this_version() -> Result<()> {
+fn the_manifest_names_the_image_of_this_version() -> Result<()> {
     let manifest = daemon_set()?;
     let image = &manifest["spec"]["template"]["spec"]["containers"][0]["image"];
     let version = env!("CARGO_PKG_VERSION");
@@ -105,13 +107,13 @@ fn the_image_is_that_of_this_version() -> Result<()> {
 }
 
 #[test]
-fn the_configurations_observe_the_hierarchy_that_is_mounted() -> Result<()> {
+fn the_configurations_observe_the_mounted_cgroup_hierarchy() -> Result<()> {
     for name in ["container/config.toml", "kubernetes/base/config.toml"] {
         let config = Config::parse(name, &text(name)?)?;
         assert_eq!(config.mode, Mode::Observe, "{name}");
         let cgroup = config
             .cgroup
-            .context("a container's own mount is another")?;
+            .context("no cgroup; the default is wrong inside a container")?;
         assert_eq!(cgroup.to_str(), Some("/sys/fs/cgroup"), "{name}");
         ensure!(config.warnings.is_empty(), "{name}: {:?}", config.warnings);
     }

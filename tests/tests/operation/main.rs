@@ -1,5 +1,4 @@
-//! What an operator has before them: commands, refusals, audit and journal, metrics, `top`, and the manifests of
-//! Kubernetes.
+//! Operation: commands, errors, audit and journal, metrics, `top`, and Kubernetes manifests.
 
 mod audit;
 mod commands;

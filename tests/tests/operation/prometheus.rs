@@ -1,4 +1,4 @@
-//! The metrics, as Prometheus and its own checker see them.
+//! Metrics, alerts and dashboard, checked with Prometheus and promtool.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-/// A target is found within 5 s, and then scraped every second.
+/// Prometheus finds a target within 5 s, then scrapes it every second.
 const SCRAPED: Duration = Duration::from_secs(60);
 const RULES: &str = "\
 [[rule]]\nname = \"idle\"\nlocal_ports = [PORT]\nidle_timeout = \"LIMITs\"\n\
@@ -25,7 +25,7 @@ const RULES_OF_PROMETHEUS: &str = include_str!("../../../session-enforcer/monito
 const CASES: &str = include_str!("../../../session-enforcer/monitoring/rules-tests.yml");
 const DASHBOARD: &str = include_str!("../../../session-enforcer/monitoring/grafana-dashboard.json");
 
-/// Name, type and labels of every metric that users rely on.
+/// Name, type and labels of each metric that the documentation promises.
 const METRICS: [(&str, &str, &[&str]); 23] = [
     ("session_enforcer_sessions", "gauge", &["rule"]),
     (
@@ -111,7 +111,7 @@ impl Scene {
     fn set() -> Result<Self> {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-        // Longer than it takes to open a connection and look at its addresses.
+        // Long enough to open a connection and read its addresses.
         let limit = unhurried(Duration::from_secs(1)).as_secs();
         let rules = RULES
             .replace("PORT", &listener.port().to_string())
@@ -126,7 +126,7 @@ impl Scene {
         Ok(scene)
     }
 
-    /// A Prometheus that has scraped the daemon.
+    /// A Prometheus that has scraped the daemon at least once.
     fn prometheus(&self) -> Result<Prometheus> {
         let prometheus = Prometheus::start(&self.lab, self.daemon.metrics_address())?;
         eventually("a scrape", scaled(SCRAPED), || {
@@ -136,7 +136,7 @@ impl Scene {
         Ok(prometheus)
     }
 
-    /// Has one more session run into its limit.
+    /// Opens a session and waits until the daemon resets it.
     fn reset_one(&self) -> Result<()> {
         let before = self.daemon.terminations()?.len();
         Pair::open(&self.lab.outside, &self.listener)?.ends()?;
@@ -146,7 +146,7 @@ impl Scene {
     }
 }
 
-/// A line with a value.
+/// One sample line of the exposition.
 struct Sample<'a> {
     name: &'a str,
     labels: BTreeMap<&'a str, &'a str>,
@@ -177,7 +177,7 @@ impl<'a> Sample<'a> {
         })
     }
 
-    /// Whether it is one of a metric's: a histogram has samples of three names.
+    /// Whether the sample belongs to this metric. A histogram has samples with three suffixes.
     fn is_of(&self, metric: &str, kind: &str) -> bool {
         let suffix = self.name.strip_prefix(metric);
         match kind {
@@ -188,10 +188,10 @@ impl<'a> Sample<'a> {
 }
 
 #[test]
-fn prometheus_scrapes_the_daemon_and_answers_with_the_number_of_the_audit() -> Result<()> {
+fn prometheus_and_the_audit_have_the_same_number_of_terminations() -> Result<()> {
     let scene = Scene::set()?;
     let prometheus = scene.prometheus()?;
-    // A scrape that takes too long leaves no numbers until the next.
+    // A scrape that times out leaves no samples until the next one.
     let answers = |query: &str, number| {
         eventually("the number of the audit", scaled(SCRAPED), || {
             Ok((prometheus.query(query)? == Some(number)).then_some(()))
@@ -199,7 +199,7 @@ fn prometheus_scrapes_the_daemon_and_answers_with_the_number_of_the_audit() -> R
     };
     let scraped = |count| answers("sum(session_enforcer_terminations_total)", count);
     scraped(1.0)?;
-    // And it goes on.
+    // Later scrapes see the next termination.
     scene.reset_one()?;
     scraped(2.0)?;
     assert_eq!(scene.daemon.terminations()?.len(), 2);
@@ -211,11 +211,11 @@ fn prometheus_scrapes_the_daemon_and_answers_with_the_number_of_the_audit() -> R
 }
 
 #[test]
-fn promtool_finds_nothing_to_say_about_the_metrics() -> Result<()> {
+fn promtool_accepts_the_metrics() -> Result<()> {
     let scene = Scene::set()?;
     let metrics = scene.daemon.metrics()?;
     assert_eq!(promtool_check(metrics.text())?, (Some(0), String::new()));
-    // It would have: a counter's name ends so.
+    // promtool does complain if a counter's name does not end in `_total`.
     let wrong = metrics.text().replace("terminations_total", "terminations");
     let (status, found) = promtool_check(&wrong)?;
     assert_ne!(status, Some(0));
@@ -224,7 +224,7 @@ fn promtool_finds_nothing_to_say_about_the_metrics() -> Result<()> {
 }
 
 #[test]
-fn every_metric_of_the_contract_is_there_with_its_type_and_labels() -> Result<()> {
+fn every_documented_metric_is_served_with_its_type_and_labels() -> Result<()> {
     let scene = Scene::set()?;
     let metrics = scene.daemon.metrics()?;
     let samples = Sample::all(metrics.text())?;
@@ -291,14 +291,14 @@ fn no_address_user_or_process_is_a_label() -> Result<()> {
 }
 
 #[test]
-fn the_alerts_fire_and_rest_as_promtool_is_told() -> Result<()> {
+fn the_alerts_pass_their_promtool_tests() -> Result<()> {
     let unchanged = |text: &str| text.to_owned();
     let check = promtool_of_shipped(&["check", "config", "prometheus.yml"], unchanged)?;
     assert_eq!(check.0, Some(0), "{}", check.1);
     let test = ["test", "rules", "rules-tests.yml"];
     let (status, said) = promtool_of_shipped(&test, unchanged)?;
     assert_eq!(status, Some(0), "{said}");
-    // It would say that an alert does not fire, and that one does.
+    // promtool does complain if the alert never fires or always fires.
     let refused = "session_enforcer_config_last_reload_successful == 0";
     for never_or_always in [
         "session_enforcer_config_last_reload_successful == 2",
@@ -313,14 +313,14 @@ fn the_alerts_fire_and_rest_as_promtool_is_told() -> Result<()> {
 }
 
 #[test]
-fn each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_rests() {
+fn each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() {
     let names = |text: &'static str, key: &str| -> Vec<&'static str> {
         let lines = text.lines().map(str::trim_start);
         lines.filter_map(|line| line.strip_prefix(key)).collect()
     };
     let alerts = names(RULES_OF_PROMETHEUS, "- alert: ");
     assert!(alerts.len() > 10, "{alerts:?}");
-    // What follows a name, up to the next case.
+    // The text of a case, from its alert's name to the next case.
     let cases: Vec<_> = CASES.split("- alertname: ").skip(1).collect();
     for alert in alerts {
         let of_alert = cases
@@ -332,7 +332,7 @@ fn each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_rests() {
     }
 }
 
-/// The panels of the dashboard, without the rows between them.
+/// The panels of the dashboard, without rows.
 fn panels(dashboard: &Value) -> Vec<&Value> {
     let panels = dashboard["panels"].as_array().expect("a list");
     panels
@@ -341,7 +341,7 @@ fn panels(dashboard: &Value) -> Vec<&Value> {
         .collect()
 }
 
-/// The queries of the dashboard, its variables' among them.
+/// The queries of the panels and of the variables.
 fn queries(dashboard: &Value) -> Vec<String> {
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let of_panel = |panel: &Value| -> Vec<String> {
@@ -352,7 +352,7 @@ fn queries(dashboard: &Value) -> Vec<String> {
     let of_variables = variables
         .iter()
         .filter(|variable| variable["type"] == "query");
-    // Grafana itself makes this of the values of a label.
+    // The query that Grafana makes of `label_values`.
     let as_query = |variable: &Value| {
         let definition = text(&variable["definition"]);
         let inner = definition
@@ -374,7 +374,7 @@ fn each_query_of_the_dashboard_has_series_and_no_alert_fires() -> Result<()> {
     assert!(queries.len() > 25, "{queries:#?}");
     let scene = Scene::set()?;
     let prometheus = scene.prometheus()?;
-    // What Prometheus has seen from the beginning has no rate.
+    // A counter has a rate only once Prometheus has seen it change.
     scene.reset_one()?;
     for query in queries {
         let query = query
@@ -403,10 +403,11 @@ fn each_query_of_the_dashboard_has_series_and_no_alert_fires() -> Result<()> {
 }
 
 #[test]
-fn a_refused_reload_and_a_dead_daemon_are_on_their_way_to_an_alert() -> Result<()> {
+fn a_refused_reload_and_a_dead_daemon_make_alerts_pending() -> Result<()> {
     let mut scene = Scene::set()?;
     let prometheus = scene.prometheus()?;
-    // The alerts wait for a minute and more before they fire, which promtool's clock shows.
+    // The alerts fire after a minute or more, which `rules-tests.yml` covers. Here they only become
+    // pending.
     let pending = |alert: &str| {
         let series = format!("ALERTS{{alertname=\"{alert}\",alertstate=\"pending\"}}");
         eventually("a pending alert", scaled(SCRAPED), || {
@@ -423,12 +424,16 @@ fn a_refused_reload_and_a_dead_daemon_are_on_their_way_to_an_alert() -> Result<(
 #[test]
 fn the_panels_of_the_dashboard_are_described_and_do_not_overlap() -> Result<()> {
     let dashboard: Value = serde_json::from_str(DASHBOARD)?;
-    let all = dashboard["panels"].as_array().context("panels")?;
+    let all = dashboard["panels"].as_array().context("no panels")?;
     let ids: BTreeSet<_> = all.iter().map(|panel| panel["id"].as_u64()).collect();
     assert_eq!(ids.len(), all.len());
     let mut taken = BTreeSet::new();
     for panel in all {
-        let side = |name: &str| panel["gridPos"][name].as_u64().expect("a number");
+        let side = |name: &str| {
+            panel["gridPos"][name]
+                .as_u64()
+                .expect("gridPos has a number")
+        };
         assert!(side("x") + side("w") <= 24, "{}", panel["title"]);
         for y in side("y")..side("y") + side("h") {
             for x in side("x")..side("x") + side("w") {

@@ -1,5 +1,5 @@
-//! What the daemon refuses: it says what is wrong, where, and what to do, in one line and with the
-//! exit status of the contract, and attaches nothing.
+//! Errors at the start: one line that says what is wrong, where, and what to do; the documented
+//! exit status; nothing attached.
 
 use std::{net::TcpListener, path::Path, process::Command};
 
@@ -16,7 +16,7 @@ const SYS_ADMIN: u8 = 21;
 const PERFMON: u8 = 38;
 const BPF: u8 = 39;
 
-/// The one line that the daemon says, where it ends with this status.
+/// Asserts that the command failed with this status and wrote one line. Returns that line.
 #[track_caller]
 fn complaint(lab: &Lab, refused: &Finished, code: i32) -> String {
     let Finished {
@@ -97,7 +97,7 @@ fn a_wrong_configuration_is_refused_with_file_line_and_key() -> Result<()> {
 }
 
 #[test]
-fn a_key_that_this_version_does_not_know_is_refused_and_not_ignored() -> Result<()> {
+fn an_unknown_key_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let text = format!("{RULE}[control]\nsockets = \"/run/x\"\n");
     let said = complaint(&lab, &lab.launch().config(&text).refused()?, 78);
@@ -109,7 +109,7 @@ fn a_key_that_this_version_does_not_know_is_refused_and_not_ignored() -> Result<
 }
 
 #[test]
-fn a_configuration_that_is_not_there_is_refused() -> Result<()> {
+fn a_missing_configuration_file_is_refused() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let args = ["--config", "/nonexistent/session-enforcer.toml"];
     let said = complaint(&lab, &lab.launch().args(&args).refused()?, 78);
@@ -160,7 +160,7 @@ fn a_missing_capability_is_named() -> Result<()> {
 }
 
 #[test]
-fn the_named_capabilities_are_enough() -> Result<()> {
+fn the_documented_capabilities_suffice() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let own = format!("[daemon]\nnetwork_namespaces = \"own\"\n{RULE}");
     let all: &[u8] = &[BPF, NET_ADMIN, PERFMON, SYS_ADMIN, SYS_PTRACE];
@@ -219,7 +219,7 @@ fn an_audit_file_that_cannot_be_opened_is_an_error_before_anything_is_attached()
     Ok(())
 }
 
-/// The quick form's arguments, on the lab's cgroup.
+/// The arguments of a start without a configuration file, with the lab's cgroup.
 fn quick_form(lab: &Lab) -> Vec<String> {
     let cgroup = lab.cgroup.path().display().to_string();
     [
@@ -238,9 +238,10 @@ fn quick_form(lab: &Lab) -> Vec<String> {
 }
 
 #[test]
-fn where_destroying_a_socket_cannot_be_tried_the_kernel_lacks_it() -> Result<()> {
+fn a_failed_trial_of_sock_destroy_is_an_error() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    // A network namespace of its own, without a loopback interface that is up.
+    // A new network namespace, in which the loopback interface is down, so the test reset of
+    // `SOCK_DESTROY` fails.
     let mut command = Command::new("unshare");
     command.arg("--net").arg(daemon_command()?.get_program());
     command.args(quick_form(&lab));
@@ -250,10 +251,10 @@ fn where_destroying_a_socket_cannot_be_tried_the_kernel_lacks_it() -> Result<()>
 }
 
 #[test]
-fn a_system_without_cgroup_v2_is_told_to_mount_it() -> Result<()> {
+fn without_cgroup_v2_the_error_says_to_mount_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    // In a mount namespace of its own. Without a cgroup on the command line the daemon would take
-    // the root, so it is only started where it certainly finds none.
+    // A mount namespace without cgroup2. The script starts the daemon only if none is mounted:
+    // without `--cgroup` the daemon would watch the root cgroup.
     let script = "umount --lazy \"$1\" && ! grep -q ' - cgroup2 ' /proc/self/mountinfo \
                   && exec \"$2\" run --observe --pin-dir '' --port 1 --idle-timeout 1h";
     let mut command = Command::new("unshare");

@@ -1,4 +1,4 @@
-//! `session-enforcer top` in a real terminal, that of tmux.
+//! `session-enforcer top` in a real terminal (tmux).
 
 use std::{
     fs,
@@ -17,20 +17,21 @@ use tempfile::TempDir;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// What the terminal shows before and after.
+/// Shown in the terminal before `top` starts and again after it ends.
 const MARK: &str = "the terminal as it was";
 
-/// Nobody reaches these limits while a test runs.
+/// Limits that no session reaches during a test.
 const CONFIG: &str = "[daemon]\nmax_sessions = 8192\n[[rule]]\nname = 'first'\nremote = ['127.0.0.1']\n\
                       direction = 'inbound'\nidle_timeout = '1h'\n";
 
-/// A terminal of this size, with `top` in it.
+/// A terminal of tmux in which `top` runs.
 struct Terminal {
     directory: TempDir,
 }
 
 impl Terminal {
-    /// Starts a server of tmux's own, and `top` in its only window. When it has ended, the window says with which status.
+    /// Starts a separate tmux server with `top` in its only window. When `top` ends, the window
+    /// shows its exit status.
     fn new(daemon: &Daemon, environment: &str) -> Result<Self> {
         let terminal = Self {
             directory: tempfile::tempdir()?,
@@ -76,13 +77,13 @@ impl Terminal {
         self.tmux(&["capture-pane", "-p"])
     }
 
-    /// Whether anything that it shows has a colour other than the default: one of the palette.
+    /// Whether the screen has a colour of the palette.
     fn has_colours(&self) -> Result<bool> {
         let shown = self.tmux(&["capture-pane", "-p", "-e"])?;
         Ok(shown.contains("\x1b[38;5;"))
     }
 
-    /// Waits until the terminal shows something.
+    /// Waits until the screen satisfies `look`.
     fn wait_for(&self, what: &str, look: impl Fn(&str) -> bool) -> Result<String> {
         let mut last = String::new();
         let found = eventually(what, patience(), || {
@@ -98,14 +99,14 @@ impl Terminal {
         self.tmux(&args).map(drop)
     }
 
-    /// Waits until the program has ended, and makes sure that the terminal is as it was.
+    /// Waits until `top` has ended. Asserts that it restored the terminal.
     fn wait_for_end(&self) -> Result<()> {
         let screen = self.wait_for("the program's end", |screen| {
             screen.contains("ended with 0")
         })?;
         ensure!(
             screen.contains(MARK),
-            "what was shown before is gone:\n{screen}"
+            "the earlier contents are gone:\n{screen}"
         );
         ensure!(!screen.contains("sorted by"), "{screen}");
         let modes = |name| fs::read_to_string(self.file(name));
@@ -115,7 +116,7 @@ impl Terminal {
         Ok(())
     }
 
-    /// The process of `top`.
+    /// The process id of `top`.
     fn program(&self) -> Result<u32> {
         let shell = fs::read_to_string(self.file("pid"))?;
         let shell = shell.trim();
@@ -130,7 +131,7 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The server may have ended already.
         let _ = Command::new("tmux")
             .arg("-S")
             .arg(self.file("tmux.sock"))
@@ -149,7 +150,7 @@ fn open(lab: &Lab, count: usize) -> Result<Vec<Pair>> {
 }
 
 #[test]
-fn sessions_are_shown_filtered_sorted_and_ended_and_the_terminal_is_as_it_was() -> Result<()> {
+fn top_shows_filters_sorts_and_resets_sessions_and_restores_the_terminal() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(CONFIG)?;
     let pairs = open(&lab, 3)?;
@@ -171,7 +172,7 @@ fn sessions_are_shown_filtered_sorted_and_ended_and_the_terminal_is_as_it_was() 
     assert!(terminal.has_colours()?);
     terminal.press(&["s"])?;
     terminal.wait_for("another order", |screen| screen.contains("sorted by idle"))?;
-    // As one types.
+    // Type a filter, key by key.
     terminal.press(&["/"])?;
     let port = ports[1].trim();
     terminal.press(&["-l", port])?;
@@ -186,19 +187,21 @@ fn sessions_are_shown_filtered_sorted_and_ended_and_the_terminal_is_as_it_was() 
     terminal.wait_for("one session", one)?;
     terminal.press(&["Enter"])?;
     terminal.press(&["k"])?;
-    terminal.wait_for("the question", |screen| screen.contains("Reset session "))?;
+    terminal.wait_for("the confirmation prompt", |screen| {
+        screen.contains("Reset session ")
+    })?;
     let (asked, ()) = Moment::of(|| terminal.press(&["y"]))?;
     pairs[1].ends()?[0].assert_reset(Errno::ECONNRESET, &asked, Duration::ZERO);
     let record = daemon.wait_for_termination_of(&pairs[1])?;
     assert_eq!(record.text("event.reason"), "admin");
     terminal.wait_for("the answer", |screen| screen.contains(": reset"))?;
-    terminal.wait_for("who ended last", |screen| {
+    terminal.wait_for("the last termination", |screen| {
         screen.contains("session-terminated  first  admin")
     })?;
     terminal.press(&["Escape"])?;
     let others = |screen: &str| screen.contains(&ports[0]) && screen.contains(&ports[2]);
-    terminal.wait_for("the others", others)?;
-    // Larger, with more columns, and smaller.
+    terminal.wait_for("the other sessions", others)?;
+    // A larger terminal shows more columns, a smaller one fewer.
     terminal.tmux(&["resize-window", "-x", "160", "-y", "40"])?;
     terminal.wait_for("more columns", |screen| screen.contains("CLOCK"))?;
     terminal.tmux(&["resize-window", "-x", "60", "-y", "12"])?;
@@ -210,7 +213,7 @@ fn sessions_are_shown_filtered_sorted_and_ended_and_the_terminal_is_as_it_was() 
 }
 
 #[test]
-fn a_signal_leaves_the_terminal_as_it_was() -> Result<()> {
+fn a_signal_ends_top_and_restores_the_terminal() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(CONFIG)?;
     let _pairs = open(&lab, 1)?;
@@ -232,13 +235,13 @@ fn a_signal_leaves_the_terminal_as_it_was() -> Result<()> {
 }
 
 #[test]
-fn a_daemon_that_goes_and_comes_is_told_and_without_one_nothing_is_drawn() -> Result<()> {
+fn top_reports_a_stopped_daemon_and_refuses_to_start_without_a_terminal() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let mut daemon = lab.daemon(CONFIG)?;
     let terminal = Terminal::new(&daemon, "")?;
     terminal.wait_for("the daemon", |screen| screen.contains("  ready"))?;
     daemon.stop()?;
-    terminal.wait_for("that it has gone", |screen| {
+    terminal.wait_for("the message that no daemon answers", |screen| {
         screen.contains("no daemon answers")
     })?;
     terminal.press(&["q"])?;

@@ -1,4 +1,4 @@
-//! The daemon watches a cgroup and all that is below it, whatever becomes of the processes.
+//! The daemon watches a cgroup and all cgroups below it.
 
 use std::{net::Ipv4Addr, os::unix::process::CommandExt as _, process::Command, time::Duration};
 
@@ -59,8 +59,8 @@ fn sessions_of_cgroups_beside_and_above_the_watched_one_are_untouched() -> Resul
     Ok(())
 }
 
-/// Mounts a file system under a name that is no text, in a mount namespace of the command's own.
-fn beside_a_strange_mount(command: &mut Command) {
+/// Mounts a file system at a path that is not UTF-8, in a mount namespace of the command.
+fn with_a_mount_that_is_not_utf8(command: &mut Command) {
     let prepare = || {
         unshare(CloneFlags::CLONE_NEWNS)?;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -71,19 +71,19 @@ fn beside_a_strange_mount(command: &mut Command) {
         mount(kind, c"/mnt/\xff", kind, MsFlags::empty(), None::<&str>)?;
         Ok(())
     };
-    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
     unsafe { command.pre_exec(prepare) };
 }
 
 #[test]
-fn a_mount_whose_name_is_no_text_hides_no_other() -> Result<()> {
+fn a_mount_whose_path_is_not_utf8_does_not_hide_other_mounts() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let named = Netns::new()?;
     let agent = lab.inside_in(&named)?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside_in(&named)?, &listener)?;
     let launch = lab.launch().config(RULE);
-    let daemon = launch.prepared(beside_a_strange_mount).start()?;
+    let daemon = launch.prepared(with_a_mount_that_is_not_utf8).start()?;
     daemon
         .wait_for_termination_of(&pair)?
         .assert_reset("idle_timeout", &pair.opened, LIMIT);
@@ -91,8 +91,7 @@ fn a_mount_whose_name_is_no_text_hides_no_other() -> Result<()> {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_cgroup_starts_by_force_alone_and_takes_nothing_from_the_first()
--> Result<()> {
+fn a_second_daemon_on_the_same_cgroup_needs_force_and_does_not_disturb_the_first() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let enforcing = lab.pinned_daemon(RULE)?;
@@ -121,7 +120,7 @@ fn a_second_daemon_on_the_same_cgroup_starts_by_force_alone_and_takes_nothing_fr
 }
 
 #[test]
-fn what_a_killed_daemon_left_attached_with_another_pin_directory_is_said() -> Result<()> {
+fn programs_that_a_killed_daemon_left_with_another_pin_directory_are_reported() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     lab.pinned_daemon(RULE)?.kill()?;
     let elsewhere = Pins::new();
@@ -133,7 +132,7 @@ fn what_a_killed_daemon_left_attached_with_another_pin_directory_is_said() -> Re
             "{refused:?}"
         );
     }
-    // With its own it is the same daemon, started again.
+    // With the pin directory of the killed daemon the start succeeds.
     lab.pinned_daemon(RULE)?;
     Ok(())
 }

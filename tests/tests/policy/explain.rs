@@ -1,5 +1,5 @@
-//! `explain` says what the daemon does: random rules with every condition, real connections, and
-//! for each end of them the rule that `explain` names beside the one that the audit names.
+//! `explain` agrees with the daemon: with random rules and real connections, it names for each end
+//! the same rule as the audit record.
 //!
 //! `SESSION_ENFORCER_SEED` repeats a run.
 
@@ -21,14 +21,14 @@ use session_enforcer_tests::{
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const CONNECTIONS: usize = 40;
 const RULES: usize = 24;
-/// A user with a name on every host, and one without.
+/// A user that exists on every host, and a user id without a name.
 const NOBODY: &str = "nobody";
 const UID: u32 = 3_999_999_997;
 
-/// Somebody who makes sockets.
+/// A user and cgroup that create sockets.
 struct Owner {
     agent: Agent,
-    /// As a rule and `--user` name it; either form.
+    /// The user's name and number. Rules and `--user` take either.
     users: [String; 2],
     cgroup: String,
 }
@@ -44,7 +44,7 @@ impl Owner {
     }
 }
 
-/// Each rule asks for an owner, and for one or two other things.
+/// A rule with an owner and random other conditions.
 fn random_rule(random: &mut Random, index: usize, owners: &[Owner], ports: &[u16]) -> String {
     let mut rule = format!("[[rule]]\nname = \"r{index}\"\n");
     let mut add = |line: String| {
@@ -102,7 +102,7 @@ fn random_rule(random: &mut Random, index: usize, owners: &[Owner], ports: &[u16
     rule
 }
 
-/// One end of a connection, as a question.
+/// One end of a connection, for `explain`.
 struct Question<'a> {
     local: SocketAddr,
     remote: SocketAddr,
@@ -111,7 +111,8 @@ struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// The rule that `explain` says tracks it; none where it is exempt or no rule matches.
+    /// The rule that tracks this end according to `explain`. `None` if the end is exempt or no rule
+    /// matches.
     fn explained(&self, config: &Path, random: &mut Random) -> Result<Option<String>> {
         let user = &self.owner.users[random.below(2) as usize];
         let mut command = daemon_command()?;
@@ -133,7 +134,7 @@ impl Question<'_> {
     }
 }
 
-/// The addresses of the end that dialled and of the other, as the audit has them.
+/// The addresses of the end that dialled and of the end that accepted, from the audit record.
 fn addresses(record: &Record) -> Result<[SocketAddr; 2]> {
     let [source, destination] = record.ports();
     let ip = |path| record.text(path).parse::<IpAddr>().context(path);
@@ -149,7 +150,7 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let outer = lab.cgroup.child()?;
     let inner = outer.child()?;
-    let nobody = nix::unistd::User::from_name(NOBODY)?.context("a user nobody")?;
+    let nobody = nix::unistd::User::from_name(NOBODY)?.context("no user nobody")?;
     let owners = [
         Owner::new(&lab, lab.cgroup.path(), lab.cgroup.name()?, "root", 0)?,
         Owner::new(
@@ -183,7 +184,8 @@ fn explain_names_the_rule_that_decides_about_real_connections() -> Result<()> {
     fs::write(&config, &text)?;
     let daemon = lab.daemon(&text)?;
     let mut pairs = Vec::new();
-    // By addresses too: a port may serve two connections to different ones.
+    // The keys have addresses besides ports, because one port may be in two connections with
+    // different addresses.
     let mut expected: BTreeMap<([SocketAddr; 2], &str), Option<String>> = BTreeMap::new();
     for _ in 0..CONNECTIONS {
         let (listener, server) = &listeners[random.below(listeners.len() as u64) as usize];

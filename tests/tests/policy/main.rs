@@ -1,5 +1,5 @@
-//! Which rule decides about which session: its conditions, cgroups, owners and network namespaces, what `explain` says of
-//! that, and a policy that only observes.
+//! Which rule applies to a session: conditions, cgroups, owners, network namespaces, `explain`, and
+//! observing rules.
 
 mod cgroups;
 mod explain;

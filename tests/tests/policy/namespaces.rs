@@ -1,4 +1,4 @@
-//! Network namespaces: one attachment covers every one of them, they come and go, and the daemon
+//! Network namespaces: one attachment covers all of them. They may come and go, and the daemon
 //! keeps none alive.
 
 use std::{
@@ -21,8 +21,8 @@ use nix::{
 };
 use session_enforcer::reaper::namespaces::visit_all;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, ends_of, eventually, idle_rule,
-    longer_than_a_start as limit, patience, reset_on_close,
+    Agent, Daemon, Lab, Netns, Pair, Veth, assert_all_reset, disconnect, ends_of, eventually,
+    idle_rule, longer_than_a_start as limit, patience, reset_on_close,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -52,9 +52,9 @@ fn clients_and_servers_in_other_namespaces_are_enforced() -> Result<()> {
     Ok(())
 }
 
-/// A survey lists the sockets of those namespaces only that have some.
+/// A survey lists sockets only in namespaces that have TCP sockets.
 #[test]
-fn a_namespace_tells_whether_it_has_tcp_sockets() -> Result<()> {
+fn a_survey_knows_whether_a_namespace_has_tcp_sockets() -> Result<()> {
     let netns = Netns::new()?;
     let has_tcp_sockets = || {
         let mut found = Vec::new();
@@ -95,12 +95,12 @@ fn a_busy_client_in_another_namespace_lives() -> Result<()> {
 }
 
 #[test]
-fn only_the_own_namespace_is_enforced_where_the_configuration_says_so() -> Result<()> {
+fn with_network_namespaces_own_no_other_namespace_is_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let there = lab.inside_in(&netns)?;
     let listen = |agent: &Agent| agent.listen((Ipv4Addr::LOCALHOST, 0));
-    // One that is older than the daemon and a new one.
+    // One connection from before the start and one from after it.
     let older = Pair::open(&there, &listen(&there)?)?;
     let daemon = lab.daemon(&format!(
         "[daemon]\nnetwork_namespaces = \"own\"\n{}",
@@ -121,7 +121,7 @@ fn only_the_own_namespace_is_enforced_where_the_configuration_says_so() -> Resul
 }
 
 #[test]
-fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
+fn a_namespace_that_disappears_with_its_sessions_is_no_failure() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&rule())?;
     let netns = Netns::new()?;
@@ -137,7 +137,7 @@ fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
     drop((agent, listener));
     netns.delete()?;
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
-    // The deadlines of those sessions pass, and a new session is enforced after them.
+    // The deadlines of those sessions pass, then a new session is enforced.
     let pair = Pair::open(&lab.outside, &lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?)?;
     pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
     assert_eq!(
@@ -150,7 +150,7 @@ fn a_namespace_that_vanishes_with_its_sessions_is_no_failure() -> Result<()> {
 }
 
 #[test]
-fn a_session_whose_peer_vanished_with_its_namespace_is_reset() -> Result<()> {
+fn a_session_whose_peer_disappeared_with_its_namespace_is_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
     Veth::between(&left, &right)?;
@@ -178,7 +178,7 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
     Veth::between(&left, &right)?;
     let agent = lab.inside_in(&right)?;
     let listener = agent.listen((Ipv4Addr::LOCALHOST, 0))?;
-    // Adopted, and closed by itself; new, and reset by the daemon.
+    // An adopted session that closes by itself, and a new one that the daemon resets.
     let older = Pair::open(&lab.outside_in(&right)?, &listener)?;
     let daemon = lab.daemon(&rule())?;
     assert_eq!(
@@ -190,7 +190,7 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
     newer.ends()?;
     drop((newer, agent, listener));
     right.delete()?;
-    // A cable goes with the namespace of either end.
+    // A veth pair disappears together with the namespace of either end.
     let cable = format!("link show {}", Veth::INTERFACE);
     eventually("the namespace ends", patience(), || match left.ip(&cable) {
         Ok(_) => Ok(None),
@@ -202,13 +202,13 @@ fn a_namespace_without_sessions_is_not_kept_alive() -> Result<()> {
 }
 
 #[test]
-fn a_connection_in_a_namespace_that_is_only_held_open_is_adopted() -> Result<()> {
+fn a_connection_in_a_namespace_that_only_a_descriptor_keeps_alive_is_adopted() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&outside, &listener)?;
-    // The sockets are this process's, which is in another namespace.
+    // The sockets belong to this process, which is in another namespace.
     let _held = File::open(format!("/proc/{}/ns/net", inside.pid()))?;
     drop((inside, outside));
     netns.delete()?;
@@ -219,10 +219,10 @@ fn a_connection_in_a_namespace_that_is_only_held_open_is_adopted() -> Result<()>
     Ok(())
 }
 
-/// The daemon has it open since it ended the first, and both times more are due than one exchange with the
-/// kernel ends.
+/// The daemon has kept its netlink socket in the namespace since it reset the first sessions. Each
+/// time more sessions are due than one netlink exchange resets.
 #[test]
-fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset() -> Result<()> {
+fn sessions_in_a_namespace_that_only_the_daemon_s_netlink_socket_reaches_are_reset() -> Result<()> {
     const SESSIONS: usize = 200;
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
@@ -256,7 +256,8 @@ fn sessions_of_a_namespace_to_which_only_the_daemon_s_own_socket_leads_are_reset
     Ok(())
 }
 
-/// Sockets that keep their namespace alive, and to which no file leads.
+/// A session in a namespace that only its sockets keep alive: neither a mount nor a process leads
+/// to it.
 fn hidden(lab: &Lab, daemon: impl FnOnce() -> Result<Daemon>) -> Result<(Daemon, Pair)> {
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
@@ -277,14 +278,14 @@ fn assert_reset_through_its_process(daemon: &Daemon, pair: &Pair) -> Result<()> 
 }
 
 #[test]
-fn a_session_in_a_namespace_that_nothing_names_is_reset_through_its_process() -> Result<()> {
+fn a_session_in_an_unreachable_namespace_is_reset_through_its_process() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let (daemon, pair) = hidden(&lab, || lab.daemon(&rule()))?;
     assert_reset_through_its_process(&daemon, &pair)
 }
 
 #[test]
-fn a_session_in_a_namespace_that_nothing_names_is_taken_over() -> Result<()> {
+fn a_session_in_an_unreachable_namespace_is_taken_over() -> Result<()> {
     for is_killed in [true, false] {
         let lab = Lab::new(AGENT)?;
         let (mut first, pair) = hidden(&lab, || Ok(lab.pinned_daemon(&rule())?.quiet()))?;
@@ -299,14 +300,14 @@ fn a_session_in_a_namespace_that_nothing_names_is_taken_over() -> Result<()> {
     Ok(())
 }
 
-/// Puts the sockets where no process has them: into a message that is not read.
+/// Moves the sockets into an unread message, so that no process holds them.
 fn send_away(pair: Pair) -> Result<UnixStream> {
     let (here, there) = UnixStream::pair()?;
     let sockets = [pair.client.as_raw_fd(), pair.server.as_raw_fd()];
     let bytes = [IoSlice::new(b"s")];
     let rights = [ControlMessage::ScmRights(&sockets)];
     sendmsg::<()>(there.as_raw_fd(), &bytes, &rights, MsgFlags::empty(), None)?;
-    // Closed with this, which leaves what it has sent.
+    // Closing the sending end does not discard the message.
     drop((pair, there));
     Ok(here)
 }
@@ -320,19 +321,23 @@ fn get_back(from: &UnixStream) -> Result<[TcpStream; 2]> {
     let mut sockets = Vec::new();
     for received in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = received {
-            // SAFETY: the kernel has just made these descriptors for this process.
+            // SAFETY: the kernel has just created these descriptors for this process.
             sockets.extend(
                 fds.into_iter()
                     .map(|fd| unsafe { TcpStream::from_raw_fd(fd) }),
             );
         }
     }
-    sockets.try_into().ok().context("two sockets")
+    sockets
+        .try_into()
+        .ok()
+        .context("not two sockets in the message")
 }
 
-/// No process has the sockets when they are due, and the daemon that knew where they are stops.
+/// No process holds the sockets when the session is due, and the daemon that knew the namespace
+/// stops.
 #[test]
-fn a_session_to_which_nothing_leads_stays_behind_the_gate_also_after_a_restart() -> Result<()> {
+fn a_session_that_no_process_holds_stays_behind_the_gate_even_after_a_restart() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let (mut first, pair) = hidden(&lab, || Ok(lab.pinned_daemon(&rule())?.quiet()))?;
     let opened = pair.opened;
@@ -346,24 +351,23 @@ fn a_session_to_which_nothing_leads_stays_behind_the_gate_also_after_a_restart()
     first.wait_for_metric(untracked, &cause, 1.0)?;
     first.stop()?;
     let second = lab.pinned_daemon(&rule())?;
-    // It tries, and shuts the gate, which nothing has kept meanwhile.
+    // The second daemon tries to reset it and shuts the gate. Nothing kept the gate shut meanwhile.
     second.wait_for_metric(untracked, &cause, 1.0)?;
     let [client, server] = get_back(&away)?;
     (&client).write_all(b"late")?;
     server.set_read_timeout(Some(Duration::from_millis(300)))?;
     let mut received = [0; 4];
     assert!((&server).read(&mut received).is_err(), "{received:?}");
-    // Now that its process has it again.
+    // The process holds the sockets again, so the next attempt succeeds.
     let ends = ends_of(&[&client, &server])?;
     assert!(ends.iter().all(|end| end.error.is_some()), "{ends:?}");
     Ok(())
 }
 
-/// The socket of a session has no owner that the kernel knows once it is connected again, and its namespace is
-/// one that nothing names.
+/// After `connect(AF_UNSPEC)` the kernel does not know the owner of the socket any more, and no
+/// mount or process leads to its namespace.
 #[test]
-fn a_session_whose_owner_is_not_found_has_the_limits_of_the_first_rule_that_could_be_meant()
--> Result<()> {
+fn a_session_of_unknown_owner_has_the_limits_of_the_first_rule_that_could_apply() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
@@ -378,25 +382,11 @@ fn a_session_whose_owner_is_not_found_has_the_limits_of_the_first_rule_that_coul
     let first = Pair::open(&inside, &listener)?;
     drop((inside, outside));
     netns.delete()?;
-    let Pair { client, .. } = first;
-    disconnect(&client)?;
-    let again = Pair::dial(client.into(), &listener, listener.address)?;
+    let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
     let record = daemon.wait_for_termination_of(&again)?;
     assert_eq!(record.text("session_enforcer.result"), "reset");
     assert_eq!(record.text("rule.name"), "ours");
     record.assert_due("idle_timeout", &again.opened, limit());
     again.ends()?[0].assert_not_early(&again.opened, limit());
     Ok(())
-}
-
-/// `connect(AF_UNSPEC)`: the socket can be connected again.
-fn disconnect(socket: &TcpStream) -> Result<()> {
-    // SAFETY: an address of zeros is one of this family.
-    let nobody: libc::sockaddr = unsafe { std::mem::zeroed() };
-    let length = size_of_val(&nobody) as libc::socklen_t;
-    // SAFETY: the address is that of the value, which is as long as told.
-    let status = unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, length) };
-    Errno::result(status)
-        .map(drop)
-        .context("connect(AF_UNSPEC)")
 }

@@ -1,4 +1,4 @@
-//! Where it only observes, the daemon resets nothing and records everything, once a deadline.
+//! Observing: the daemon resets nothing and records each deadline once.
 
 use std::{
     io::{Read as _, Write as _},
@@ -30,8 +30,8 @@ fn observed_lifetime() -> String {
     )
 }
 
-/// Two deadlines are reached, one after the establishment and one after payload, and the
-/// connection lives on.
+/// Lets two deadlines pass, the first counted from the establishment and the second from payload.
+/// Both are recorded, and the connection still exists.
 fn assert_observed(daemon: &Daemon, pair: &Pair) -> Result<()> {
     daemon.wait_for_termination_of(pair)?;
     pair.opened.wait(3 * limit());
@@ -93,7 +93,7 @@ fn the_flag_makes_a_daemon_observe() -> Result<()> {
 }
 
 #[test]
-fn a_rule_that_observes_stands_beside_one_that_enforces() -> Result<()> {
+fn an_observing_rule_and_an_enforcing_rule_work_side_by_side() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listen = || lab.inside.listen((Ipv4Addr::LOCALHOST, 0));
     let [observed, enforced] = [listen()?, listen()?];
@@ -132,12 +132,12 @@ fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
 }
 
 #[test]
-fn a_record_of_a_session_that_never_rests_is_not_older_than_what_it_tells() -> Result<()> {
+fn the_record_of_a_session_with_constant_traffic_has_no_negative_idle_time() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&observed_lifetime())?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    // The more there are to look at in one moment, the longer that is.
+    // More sessions to judge at one moment make that moment longer.
     let open = |_| Pair::open(&lab.outside, &listener);
     let others = (0..100).map(open).collect::<Result<Vec<_>>>()?;
     daemon.freeze()?;
@@ -163,7 +163,7 @@ fn a_record_of_a_session_that_never_rests_is_not_older_than_what_it_tells() -> R
 }
 
 #[test]
-fn a_session_that_was_idle_too_long_and_then_too_old_is_late_by_its_age_once_it_goes_on()
+fn after_an_observed_idle_timeout_the_lifetime_is_recorded_once_the_session_is_active_again()
 -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -185,16 +185,16 @@ fn a_session_that_was_idle_too_long_and_then_too_old_is_late_by_its_age_once_it_
 }
 
 #[test]
-fn a_record_says_what_had_passed_when_it_was_decided() -> Result<()> {
+fn a_record_has_the_bytes_of_the_moment_of_the_decision() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    // Of a session that is older than itself the daemon asks the socket table, before it records it.
+    // Before the daemon records an adopted session, it queries the socket.
     let pair = Pair::open(&lab.outside, &listener)?;
     let limit = longer_than_a_start() + Duration::from_secs(2);
     let rule = idle_rule(limit);
     let launch = lab.launch().config(&rule).args(&["--observe"]);
     let (daemon, interposer) = launch.start_interposed()?;
-    // By then it has compared all sockets, about which it asks too.
+    // By then the comparison after the start, which queries sockets too, is over.
     pair.opened.wait(limit * 3 / 4);
     interposer.set(Call::Answer, Fate::Wait);
     interposer.wait_for(Call::Answer, 1)?;

@@ -1,10 +1,9 @@
-//! Owners that are not plain to see: sockets that change hands, processes that move or are not what
-//! they seem, listeners that share a port, cgroups that lie deep or come late.
+//! Owners of sessions in unusual cases: shared ports, MPTCP, reconnected sockets, processes that
+//! move, deep cgroups, user namespaces and set-user-ID programs.
 
 use std::{
     fs,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -13,15 +12,15 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, eventually,
-    patience, run_to_end, set_option,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, disconnect,
+    eventually, patience, run_to_end, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const UID: u32 = 3_999_999_998;
 const OTHER_UID: u32 = 12_346;
-/// The number that a user namespace shows for who has none in it.
+/// The user id that a user namespace shows for an unmapped user.
 const NOBODY_THERE: u32 = 65_534;
 /// More levels of cgroups than rules can name.
 const DEEP: usize = 20;
@@ -47,14 +46,14 @@ fn listen(agent: &Agent) -> Result<Listener> {
 
 fn assert_owned(daemon: &Daemon, pair: &Pair) -> Result<Record> {
     let record = daemon.wait_for_termination_of(pair)?;
-    // Not when: of sockets older than the daemon that depends on how long it takes to list them all.
+    // The time is not asserted: for adopted sockets it depends on how long the listing takes.
     assert_eq!(record.text("event.action"), "session-terminated");
     assert_eq!(record.text("event.reason"), "idle_timeout");
     assert_eq!(record.text("rule.name"), "owned");
     Ok(record)
 }
 
-/// None of these is reset, though they are idle for longer than the limit.
+/// Asserts that none of these is reset, though all are idle for longer than the limit.
 fn assert_live(pairs: &[&Pair]) -> Result<()> {
     for pair in pairs {
         pair.opened.wait(2 * LIMIT);
@@ -64,7 +63,7 @@ fn assert_live(pairs: &[&Pair]) -> Result<()> {
 }
 
 #[test]
-fn a_connection_faster_than_the_look_for_its_cgroup_is_still_its_rule_s() -> Result<()> {
+fn a_connection_opened_before_its_cgroup_is_resolved_still_gets_its_rule() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let slice = lab.cgroup.child()?;
     let (exempt, owned) = (slice.path().join("exempt"), slice.path().join("owned"));
@@ -74,7 +73,8 @@ fn a_connection_faster_than_the_look_for_its_cgroup_is_still_its_rule_s() -> Res
         rule("owned", &format!("cgroups = [\"{above}/owned\"]")),
         "[[rule]]\nname = \"others\"\nidle_timeout = \"1s\"\n",
     ))?;
-    // The daemon sleeps while cgroups and connections come: the rule of all others takes them.
+    // The daemon is stopped while cgroups and connections are created. Until it resolves the
+    // cgroups, the rule `others` applies.
     daemon.signal(Signal::SIGSTOP)?;
     let open_in = |path: &Path| {
         fs::create_dir(path)?;
@@ -92,7 +92,8 @@ fn a_connection_faster_than_the_look_for_its_cgroup_is_still_its_rule_s() -> Res
 }
 
 #[test]
-fn of_older_listeners_that_share_a_port_each_connection_has_its_own() -> Result<()> {
+fn adopted_connections_of_listeners_that_share_a_port_have_the_owner_of_their_listener()
+-> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let (mut address, mut listeners, mut agents) = (
@@ -109,18 +110,18 @@ fn of_older_listeners_that_share_a_port_each_connection_has_its_own() -> Result<
         listeners.push(listener);
         agents.push(agent);
     }
-    // The kernel spreads them over both.
+    // The kernel distributes the connections over both listeners.
     let dial = |_| session_enforcer_tests::dial(lab.outside.tcp(address)?, address);
     let _dialled: Vec<TcpStream> = (0..40).map(dial).collect::<Result<_>>()?;
     let (mut others, mut owned) = (Vec::new(), Vec::new());
-    eventually("all are accepted", patience(), || {
+    eventually("all connections are accepted", patience(), || {
         others.extend(listeners[0].accept_waiting()?);
         owned.extend(listeners[1].accept_waiting()?);
         Ok((others.len() + owned.len() == 40).then_some(()))
     })?;
     assert!(
         !others.is_empty() && !owned.is_empty(),
-        "one of them has all"
+        "one listener accepted all connections"
     );
     let port = |stream: &TcpStream| Ok(stream.peer_addr()?.port());
     let lives: Vec<u16> = others.iter().map(port).collect::<Result<_>>()?;
@@ -136,7 +137,7 @@ fn of_older_listeners_that_share_a_port_each_connection_has_its_own() -> Result<
 }
 
 #[test]
-fn older_listeners_of_both_families_on_one_port_are_told_apart() -> Result<()> {
+fn adopted_connections_of_an_ipv4_and_an_ipv6_listener_on_one_port_are_told_apart() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let at = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
     let (owner, other) = (at(UID)?, at(OTHER_UID)?);
@@ -154,7 +155,7 @@ fn older_listeners_of_both_families_on_one_port_are_told_apart() -> Result<()> {
     assert_live(&[&ipv6])
 }
 
-/// Older and newer than the daemon, of listeners that are.
+/// Connections from before and after the start, through listeners from before and after it.
 #[test]
 fn mptcp_connections_have_the_owner_of_their_listener() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -191,7 +192,7 @@ fn mptcp_connections_have_the_owner_of_their_listener() -> Result<()> {
 }
 
 #[test]
-fn a_socket_that_is_older_than_the_daemon_and_dials_later_is_owned() -> Result<()> {
+fn a_socket_that_was_created_before_the_daemon_and_dials_later_has_its_owner() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let at = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
     let (owner, other) = (at(UID)?, at(OTHER_UID)?);
@@ -206,7 +207,7 @@ fn a_socket_that_is_older_than_the_daemon_and_dials_later_is_owned() -> Result<(
 }
 
 #[test]
-fn a_socket_that_connects_again_is_still_its_owner_s() -> Result<()> {
+fn a_socket_that_connects_again_keeps_its_owner() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let at = |uid| lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(uid));
     let (owner, other) = (at(UID)?, at(OTHER_UID)?);
@@ -222,23 +223,7 @@ fn a_socket_that_connects_again_is_still_its_owner_s() -> Result<()> {
     assert_live(&[&lives])
 }
 
-/// connect(2) with the family `AF_UNSPEC`: the connection is reset, and the socket stays.
-fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
-    // SAFETY: a structure of integers, for which zeroes are a value.
-    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the kernel reads `length` bytes of a value of that size.
-    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
-    anyhow::ensure!(
-        status == 0,
-        "disconnecting: {}",
-        std::io::Error::last_os_error()
-    );
-    Ok(stream.into())
-}
-
-/// Makes a chain of cgroups; its end.
+/// Creates a chain of cgroups and returns the innermost.
 fn deep_below(cgroup: &Cgroup) -> Result<PathBuf> {
     let mut path = cgroup.path().to_owned();
     for _ in 0..DEEP {
@@ -249,7 +234,7 @@ fn deep_below(cgroup: &Cgroup) -> Result<PathBuf> {
 }
 
 #[test]
-fn a_rule_of_a_cgroup_takes_what_lies_deeper_than_rules_can_name() -> Result<()> {
+fn a_rule_of_a_cgroup_applies_to_deeper_cgroups_than_rules_can_name() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let at = |cgroup: &Cgroup| lab.at(&Place::here().in_directory(&deep_below(cgroup)?));
@@ -293,7 +278,7 @@ fn explain(config: &str, pair: &Pair, more: &[&str]) -> Result<String> {
 }
 
 #[test]
-fn a_process_that_moves_leaves_its_sockets_where_they_were_made() -> Result<()> {
+fn sockets_of_a_process_that_moves_keep_the_cgroup_in_which_they_were_created() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
     let [comes, goes] = [
@@ -314,9 +299,9 @@ fn a_process_that_moves_leaves_its_sockets_where_they_were_made() -> Result<()> 
     assert_live(&others.each_ref())
 }
 
-/// In a user namespace a user may have another number. Rules speak of the numbers of the host.
+/// A user can have another number inside a user namespace. Rules mean the numbers of the host.
 #[test]
-fn a_user_in_a_user_namespace_is_known_by_the_number_on_the_host() -> Result<()> {
+fn a_user_in_a_user_namespace_has_the_number_of_the_host() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let place = Place::here().in_cgroup(&lab.cgroup).as_user(UID);
     let agent = lab.at(&place.in_own_user_namespace())?;
@@ -334,10 +319,11 @@ fn a_user_in_a_user_namespace_is_known_by_the_number_on_the_host() -> Result<()>
     Ok(())
 }
 
-/// The user of a process is the one that started it, also where the program has another's rights
-/// (set-user-ID, seteuid(2)). Of sockets older than the programs the kernel only keeps the latter.
+/// The owner is the user that started the process, even if the program runs with another user's
+/// rights (set-user-ID, seteuid(2)). For sockets older than the programs, the kernel only knows the
+/// effective user.
 #[test]
-fn a_program_with_another_user_s_rights_is_still_the_user_s_who_started_it() -> Result<()> {
+fn the_owner_of_a_set_user_id_program_is_the_user_who_started_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let place = Place::here().in_cgroup(&lab.cgroup).with_rights_of(UID);
     let agent = lab.at(&place)?;

@@ -1,4 +1,4 @@
-//! Which rule decides about a connection, and the connections about which none does.
+//! Which rule applies to a connection, and which connections no rule applies to.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use session_enforcer_tests::{Lab, Pair, idle_rule, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than it takes to open a connection and look at its addresses.
+/// Long enough to open a connection and read its addresses.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(1))
 }

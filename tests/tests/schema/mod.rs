@@ -1,4 +1,4 @@
-//! Manifests of Kubernetes, held to the schema of its API.
+//! Checks Kubernetes manifests against the schema of the API.
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::{
@@ -10,20 +10,20 @@ use k8s_openapi::{
 };
 use serde_json::Value;
 
-/// Reads a document of YAML.
+/// Reads a YAML document.
 pub(crate) fn read(text: &str) -> Result<Value> {
-    serde_saphyr::from_str(text).with_context(|| format!("no YAML: {text}"))
+    serde_saphyr::from_str(text).with_context(|| format!("invalid YAML: {text}"))
 }
 
-/// Refuses a manifest that the API would not take as it is meant: values of other types, keys that are missing, and
-/// keys that it does not know, which it would drop.
+/// Refuses a manifest that the API would reject or change: wrong types, missing keys, and unknown
+/// keys, which the API drops.
 pub(crate) fn check(manifest: &Value) -> Result<()> {
     let kind = manifest["kind"].as_str().unwrap_or_default();
     match kind {
         "ConfigMap" => check_as::<ConfigMap>(manifest),
         "DaemonSet" => check_as::<DaemonSet>(manifest),
         "Namespace" => check_as::<Namespace>(manifest),
-        // Of the operator, whose definition is no part of the API.
+        // A resource of the Prometheus operator, which is not part of the API.
         "PodMonitor" => Ok(()),
         _ => Err(anyhow::anyhow!("no schema for {kind:?}")),
     }
@@ -33,6 +33,6 @@ pub(crate) fn check(manifest: &Value) -> Result<()> {
 fn check_as<T: DeserializeOwned + Serialize>(manifest: &Value) -> Result<()> {
     let typed: T = serde_json::from_value(manifest.clone())?;
     let taken = serde_json::to_value(&typed)?;
-    ensure!(taken == *manifest, "the API takes this of it: {taken:#}");
+    ensure!(taken == *manifest, "the API keeps only this: {taken:#}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What clients do after their idle connection was reset: docs/clients.md has it from here.
+//! Python clients after a reset of their idle connection. `docs/clients.md` has these results.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use session_enforcer_tests::{
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SCRIPT: &str = include_str!("../../clients/clients.py");
 
-/// More than three times the second that a client with a limit of its own has.
+/// More than three times the idle limit of 1 s that some clients have themselves.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(6))
 }
@@ -22,8 +22,8 @@ fn rule(port: u16) -> String {
     format!("[[rule]]\nname = \"pools\"\nlocal_ports = [{port}]\nidle_timeout = \"{limit}s\"\n")
 }
 
-/// Has the clients use their connections after those have ended; what each says about
-/// three uses.
+/// Waits until the sessions have ended, then has each client use its connection three times.
+/// Returns the output of each.
 fn uses(daemon: &Daemon, clients: &mut [Program]) -> Result<Vec<String>> {
     for client in &mut *clients {
         client.wait_for("ready\n")?;
@@ -43,7 +43,7 @@ fn uses(daemon: &Daemon, clients: &mut [Program]) -> Result<Vec<String>> {
 #[test]
 fn pools_of_postgresql_recover_and_some_fail_once() -> Result<()> {
     let expected = [
-        // Once for each connection of its pool.
+        // One failure for each of the two connections in the pool.
         (
             "psycopg_pool",
             "error: OperationalError, error: OperationalError, ok",
@@ -62,7 +62,8 @@ fn pools_of_postgresql_recover_and_some_fail_once() -> Result<()> {
         .into_iter()
         .collect::<Result<Vec<_>>>()?;
     assert_eq!(uses(&daemon, &mut clients)?, expected.map(|(_, says)| says));
-    // Two of the first, none of the second, whose own limit is shorter, and one of each other.
+    // Two resets of `psycopg_pool`, none of the variant whose own limit is shorter, and one of each
+    // other client.
     let resets = 2 + (expected.len() - 2);
     assert_eq!(daemon.terminations()?.len(), resets);
     let log = database.log();
@@ -72,7 +73,7 @@ fn pools_of_postgresql_recover_and_some_fail_once() -> Result<()> {
 }
 
 #[test]
-fn a_client_of_redis_connects_again_without_an_error() -> Result<()> {
+fn redis_py_reconnects_without_an_error() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = redis.lab.daemon(&rule(Redis::PORT))?;
     let address = Redis::ADDRESS.to_string();

@@ -1,4 +1,4 @@
-//! What clients of Node's do after their idle connection was reset: docs/clients.md has it from here.
+//! Node.js clients after a reset of their idle connection. `docs/clients.md` has these results.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use session_enforcer_tests::{
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// More than the second that a client with a limit of its own has, and longer than some clients take to connect.
+/// More than the idle limit of 1 s that some clients have themselves, and longer than any takes to
+/// connect.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(4))
 }
@@ -23,7 +24,8 @@ fn rule(port: u16, more: &str) -> String {
     )
 }
 
-/// What a client says of two uses after its connection has ended.
+/// Waits until the session has ended, then has the client use its connection twice. Returns its
+/// output.
 fn two_uses(daemon: &Daemon, client: &mut Program) -> Result<String> {
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
     for uses in 1..=2 {
@@ -35,7 +37,7 @@ fn two_uses(daemon: &Daemon, client: &mut Program) -> Result<String> {
 }
 
 #[test]
-fn a_process_with_a_pool_of_pg_ends_unless_it_hears_of_errors_or_closes_earlier() -> Result<()> {
+fn a_process_with_a_pg_pool_crashes_unless_it_handles_errors_or_closes_earlier() -> Result<()> {
     let database = Postgres::start(AGENT)?;
     let port = database.port();
     let daemon = database.lab.daemon(&rule(port, ""))?;
@@ -52,7 +54,7 @@ fn a_process_with_a_pool_of_pg_ends_unless_it_hears_of_errors_or_closes_earlier(
 }
 
 #[test]
-fn a_pool_of_mysql2_connects_again_and_a_connection_without_a_pool_does_not() -> Result<()> {
+fn a_mysql2_pool_reconnects_and_a_mysql2_connection_does_not() -> Result<()> {
     let database = MariaDb::start(AGENT)?;
     let daemon = database.lab.daemon(&rule(MariaDb::PORT, ""))?;
     let mut pool = database.node_client("mysql2, pool")?;
@@ -65,7 +67,7 @@ fn a_pool_of_mysql2_connects_again_and_a_connection_without_a_pool_does_not() ->
 }
 
 #[test]
-fn ioredis_connects_again_by_itself() -> Result<()> {
+fn ioredis_reconnects_by_itself() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = redis.lab.daemon(&rule(Redis::PORT, ""))?;
     let mut client = redis.node_client("ioredis")?;
@@ -77,7 +79,7 @@ fn ioredis_connects_again_by_itself() -> Result<()> {
 }
 
 #[test]
-fn a_blocking_command_of_ioredis_is_asked_again_on_the_next_connection() -> Result<()> {
+fn ioredis_repeats_a_blocking_command_on_the_next_connection() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = redis.lab.daemon(&rule(Redis::PORT, ""))?;
     let mut client = redis.node_client("ioredis, blocking")?;

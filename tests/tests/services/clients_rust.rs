@@ -1,4 +1,4 @@
-//! What clients of Rust's do after their idle connection was reset: docs/clients.md has it from here.
+//! Rust clients after a reset of their idle connection. `docs/clients.md` has these results.
 
 use std::{thread, time::Duration};
 
@@ -34,14 +34,14 @@ fn runtime() -> Result<runtime::Runtime> {
         .build()?)
 }
 
-/// Waits until so many sessions have ended. The loop of the clients runs meanwhile, as that of an application does.
+/// Waits for `count` terminations while the clients' event loop runs, as in an application.
 async fn have_ended(daemon: &Daemon, count: usize) -> Result<()> {
     let ended = async {
-        // In a namespace the metrics are out of reach, and the audit is not.
+        // Uses the audit, because the metrics cannot be reached from inside a namespace.
         while daemon.terminations()?.len() < count {
             sleep(Duration::from_millis(50)).await;
         }
-        // What the kernel has told the clients they must have had time to read.
+        // Gives the clients time to read the reset.
         sleep(Duration::from_millis(500)).await;
         Ok(())
     };
@@ -55,7 +55,7 @@ async fn ask(pool: &Pool) -> Result<()> {
 }
 
 #[test]
-fn a_pool_of_deadpool_connects_again_without_an_error_if_its_loop_runs() -> Result<()> {
+fn a_deadpool_pool_reconnects_without_an_error_if_its_event_loop_runs() -> Result<()> {
     let database = Postgres::start(AGENT)?;
     let daemon = database.lab.daemon(&rule(database.port()))?;
     let mut config = tokio_postgres::Config::new();
@@ -90,8 +90,8 @@ fn a_pool_of_deadpool_connects_again_without_an_error_if_its_loop_runs() -> Resu
     })
 }
 
-/// What a pool says about two uses, where its loop had no time to read that its connection has ended.
-fn after_a_busy_loop(method: RecyclingMethod) -> Result<[bool; 2]> {
+/// Whether two uses of a pool succeed if its event loop had no time to read the reset.
+fn after_a_blocked_event_loop(method: RecyclingMethod) -> Result<[bool; 2]> {
     let database = Postgres::start(AGENT)?;
     let daemon = database.lab.daemon(&rule(database.port()))?;
     let mut config = tokio_postgres::Config::new();
@@ -104,7 +104,7 @@ fn after_a_busy_loop(method: RecyclingMethod) -> Result<[bool; 2]> {
     let pool = Pool::builder(manager).max_size(1).build()?;
     runtime()?.block_on(async {
         ask(&pool).await?;
-        // Without a wait of the loop.
+        // Blocks the event loop while it waits.
         daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
         let first = ask(&pool).await.is_ok();
         Ok([first, ask(&pool).await.is_ok()])
@@ -112,14 +112,20 @@ fn after_a_busy_loop(method: RecyclingMethod) -> Result<[bool; 2]> {
 }
 
 #[test]
-fn a_pool_of_deadpool_fails_once_after_a_busy_loop_unless_it_verifies() -> Result<()> {
-    assert_eq!(after_a_busy_loop(RecyclingMethod::Fast)?, [false, true]);
-    assert_eq!(after_a_busy_loop(RecyclingMethod::Verified)?, [true, true]);
+fn a_deadpool_pool_fails_once_after_a_blocked_event_loop_unless_it_verifies() -> Result<()> {
+    assert_eq!(
+        after_a_blocked_event_loop(RecyclingMethod::Fast)?,
+        [false, true]
+    );
+    assert_eq!(
+        after_a_blocked_event_loop(RecyclingMethod::Verified)?,
+        [true, true]
+    );
     Ok(())
 }
 
 #[test]
-fn the_connection_manager_of_redis_fails_once_and_a_plain_connection_for_ever() -> Result<()> {
+fn a_redis_connection_manager_fails_once_and_a_plain_connection_for_ever() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = redis.lab.daemon(&rule(Redis::PORT))?;
     let client = redis::Client::open((Redis::ADDRESS.to_string(), Redis::PORT))?;
@@ -143,7 +149,7 @@ fn the_connection_manager_of_redis_fails_once_and_a_plain_connection_for_ever() 
             anyhow::Ok((managed, unmanaged))
         })
     };
-    // The namespace is the thread's.
+    // setns(2) changes the namespace of this thread only.
     let (managed, unmanaged) =
         thread::scope(|scope| scope.spawn(uses).join()).map_err(|panic| anyhow!("{panic:?}"))??;
     assert_eq!(

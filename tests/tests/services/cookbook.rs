@@ -1,4 +1,5 @@
-//! The cookbook's other recipes, as they are shipped but with shorter limits.
+//! The cookbook's recipes for Redis, Kubernetes, inbound connections and the web, as shipped but
+//! with shorter limits.
 
 use std::{net::Shutdown, thread, time::Duration};
 
@@ -11,7 +12,7 @@ use session_enforcer_tests::{
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// By how much limits are shorter where so many minutes take so long.
+/// The factor by which limits are shortened so that `minutes` last `time`.
 fn shorter(minutes: u32, time: Duration) -> Result<u32> {
     Ok(minutes * 60 / u32::try_from(unhurried(time).as_secs())?)
 }
@@ -21,7 +22,7 @@ fn opened(daemon: &Daemon, rule: &str) -> Result<f64> {
     daemon.metric("session_enforcer_sessions_opened_total", &labels)
 }
 
-/// The port of a `redis-cli` that has said something.
+/// The local port of a `redis-cli`, from `CLIENT INFO`.
 fn port_of(client: &mut Program) -> Result<u16> {
     client.say("CLIENT INFO")?;
     client.wait_for(" laddr=")?;
@@ -32,8 +33,7 @@ fn port_of(client: &mut Program) -> Result<u16> {
 }
 
 #[test]
-fn in_the_redis_recipe_blocking_commands_wait_and_subscribers_live_where_they_are_exempt()
--> Result<()> {
+fn in_the_redis_recipe_blocking_commands_may_wait_and_exempt_subscribers_live() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let (mut pubsub, _directory) = redis.second(6380)?;
     let recipe = Recipe::new("redis-pubsub", [shorter(10, Duration::from_secs(4))?, 1])?
@@ -105,7 +105,7 @@ fn in_the_redis_recipe_blocking_commands_wait_and_subscribers_live_where_they_ar
     Ok(())
 }
 
-/// Two ends in namespaces, of which the client dials an address.
+/// Opens a connection from `client` to this address.
 fn pair(client: &Agent, listener: &Listener, to: (std::net::IpAddr, u16)) -> Result<Pair> {
     Pair::dial(client.tcp(to.into())?, listener, to.into())
 }
@@ -133,7 +133,7 @@ fn in_the_kubernetes_recipe_pods_have_limits_and_the_node_has_none() -> Result<(
     let (_of_node, _its_directory) = redis_at(&lab, &place(&node), local, 6379)?;
     let daemon = lab.daemon(recipe.text())?;
 
-    // To the databases.
+    // Connections to the databases.
     let outside = lab.outside_in(&other)?;
     let ask = |agent: &Agent, address| -> Result<(std::net::TcpStream, Moment)> {
         use std::io::{Read as _, Write as _};
@@ -148,7 +148,7 @@ fn in_the_kubernetes_recipe_pods_have_limits_and_the_node_has_none() -> Result<(
     };
     let (idle, last) = ask(&outside, left)?;
     let (of_node, _) = ask(&lab.outside_in(&pod)?, local)?;
-    // From a pod to the outside, to another pod, and to the API server.
+    // Connections from a pod to the outside, to another pod, and to the API server.
     let from_pod = lab.at(&place(&pods))?;
     let listener = outside.listen((right, 8000))?;
     let quiet = pair(&from_pod, &listener, (right, 8000))?;
@@ -182,12 +182,12 @@ fn in_the_kubernetes_recipe_pods_have_limits_and_the_node_has_none() -> Result<(
     Ok(())
 }
 
-/// A server's host with a peer and somebody else.
+/// A server with a peer that the recipe exempts and another client.
 struct Inbound {
     recipe: Recipe,
     daemon: Daemon,
     server: Agent,
-    /// Whose address is the server's own.
+    /// A client with the server's own address.
     client: Agent,
     peer: Agent,
     _lab: Lab,
@@ -214,8 +214,7 @@ fn everything_inbound(lifetimes: u32) -> Result<Inbound> {
 }
 
 #[test]
-fn in_the_recipe_for_everything_inbound_exceptions_live_and_all_else_has_four_limits() -> Result<()>
-{
+fn in_the_everything_inbound_recipe_all_but_the_exempt_have_four_limits() -> Result<()> {
     let lifetime = unhurried(Duration::from_secs(20));
     let inbound = everything_inbound(u32::try_from(7 * 24 * 3_600 / lifetime.as_secs())?)?;
     let Inbound { recipe, daemon, .. } = &inbound;
@@ -242,7 +241,7 @@ fn in_the_recipe_for_everything_inbound_exceptions_live_and_all_else_has_four_li
     record(&idle)?.assert_reset("idle_timeout", &last, recipe.minutes(60));
     let record = record(&busy)?;
     assert_eq!(record.text("event.reason"), "max_lifetime");
-    // 5.6 to 7 days.
+    // The jitter: 5.6 to 7 days in the recipe.
     let limit = record.number("session_enforcer.limit_seconds");
     assert!(limit >= lifetime.as_secs_f64() * 0.8 && limit <= lifetime.as_secs_f64());
     for pair in &exempt {
@@ -253,7 +252,7 @@ fn in_the_recipe_for_everything_inbound_exceptions_live_and_all_else_has_four_li
 }
 
 #[test]
-fn in_the_recipe_for_everything_inbound_an_answer_may_take_four_hours() -> Result<()> {
+fn in_the_everything_inbound_recipe_an_answer_may_take_four_hours() -> Result<()> {
     let inbound = everything_inbound(1)?;
     let listener = inbound.server.listen((Veth::LEFT, 0))?;
     let owed = pair(&inbound.client, &listener, (Veth::LEFT, listener.port()))?;
@@ -265,7 +264,7 @@ fn in_the_recipe_for_everything_inbound_an_answer_may_take_four_hours() -> Resul
 }
 
 #[test]
-fn in_the_fedramp_recipe_of_the_web_only_what_users_send_counts() -> Result<()> {
+fn in_the_fedramp_recipe_for_the_web_only_payload_from_users_counts() -> Result<()> {
     let fifteen_minutes = Duration::from_secs(6);
     let web = WebServer::start(AGENT, 3 * unhurried(fifteen_minutes))?;
     let recipe = Recipe::new("fedramp", [shorter(15, fifteen_minutes)?, 1])?;
@@ -307,7 +306,7 @@ fn in_the_fedramp_recipe_of_the_web_only_what_users_send_counts() -> Result<()> 
     }
     download.wait_for("ConnectionResetError")?;
     assert!(!download.output().contains("all of"));
-    // docs/clients.md says what is in the log.
+    // `docs/clients.md` quotes this line of the log.
     let abort = "recv() failed (103: Software caused connection abort) while keepalive";
     assert!(web.log().contains(abort), "{}", web.log());
     assert_eq!(daemon.terminations()?.len(), 4);

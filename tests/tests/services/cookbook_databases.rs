@@ -1,4 +1,4 @@
-//! The cookbook's recipes for databases, as they are shipped but with shorter limits: what clients do under them.
+//! The cookbook's recipes for databases, as shipped but with shorter limits.
 
 use std::time::Duration;
 
@@ -10,25 +10,26 @@ use session_enforcer_tests::{
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
-/// More than the server puts into one packet.
+/// More than the server sends in one packet.
 const ROW: &str = "repeat('x', 10000)";
 
-/// 15 minutes of the recipes: longer than a client takes to connect and ask on a busy machine.
+/// What 15 minutes of the recipes last here: longer than a client takes to connect and query on a
+/// busy machine.
 fn fifteen_minutes() -> Duration {
     unhurried(Duration::from_secs(6))
 }
 
-/// By how much limits are shorter.
+/// The factor by which limits are shortened.
 fn shorter() -> Result<u32> {
     Ok((15 * 60 / fifteen_minutes().as_secs()).try_into()?)
 }
 
-/// The same for a lifetime of so many hours that must be so long.
+/// The factor by which a lifetime of `hours` is shortened so that it lasts `lifetime`.
 fn to_last(hours: u32, lifetime: Duration) -> Result<u32> {
     Ok(hours * 3_600 / u32::try_from(lifetime.as_secs())?)
 }
 
-/// A client with what it did last.
+/// A psql and the time of its last activity.
 struct Client {
     psql: Program,
     port: u16,
@@ -36,15 +37,15 @@ struct Client {
 }
 
 impl Client {
-    /// Asks something whose answer, if there is one, is not waited for.
+    /// Sends a command and does not wait for its result.
     fn ask(database: &Postgres, host: Host, sql: &str) -> Result<Self> {
         let mut psql = database.psql_at(host)?.quiet();
         psql.say("SELECT 'port: ' || inet_client_port();")?;
         let [port] = psql.numbers_after("port: ")?;
         let (last, ()) = Moment::of(|| {
             psql.say(sql)?;
-            // Its command has been read, whether it is through or not.
-            eventually("the client has asked", patience(), || {
+            // The server has read the command, whether it has finished or not.
+            eventually("the command at the server", patience(), || {
                 let asked = "SELECT query <> '' AND query NOT LIKE '%inet_client_port%' \
                              FROM pg_stat_activity WHERE client_port = ";
                 Ok((database.query(&format!("{asked}{port}"))? == "t").then_some(()))
@@ -54,14 +55,14 @@ impl Client {
         Ok(Self { psql, port, last })
     }
 
-    /// A query that computes for so long before it sends anything.
+    /// A query that sends nothing for `duration`.
     fn slow(database: &Postgres, host: Host, duration: Duration) -> Result<Self> {
         let seconds = duration.as_secs_f64();
         let sql = format!("SELECT 'answer: ' || 42 FROM pg_sleep({seconds});");
         Self::ask(database, host, &sql)
     }
 
-    /// A result whose first rows come at once, and the last after so long.
+    /// A result whose last row comes after a pause of `duration`.
     fn paused(database: &Postgres, host: Host, duration: Duration) -> Result<Self> {
         let seconds = duration.as_secs_f64();
         let rows = "generate_series(1, 21) AS row";
@@ -75,14 +76,14 @@ impl Client {
         )
     }
 
-    /// A dump that flows for so long: a row every tenth of a second.
+    /// A result with a row every tenth of a second, for `duration`.
     fn dump(database: &Postgres, host: Host, duration: Duration) -> Result<Self> {
         let rows = format!("generate_series(1, {})", duration.as_secs() * 10);
         let sql = format!("COPY (SELECT pg_sleep(0.1), {ROW} FROM {rows}) TO STDOUT;");
         Self::ask(database, host, &sql)
     }
 
-    /// The record of its end.
+    /// The termination record of this client.
     fn record(&self, daemon: &Daemon) -> Result<Record> {
         let found = eventually("the end of a client", 3 * patience(), || {
             let records = daemon.terminations()?;
@@ -99,7 +100,7 @@ impl Client {
         Ok(())
     }
 
-    /// Asks something short.
+    /// Asserts that the session is not terminated, and makes a short query.
     fn round_trip(&mut self, daemon: &Daemon, word: &str) -> Result<()> {
         assert_eq!(
             daemon
@@ -119,7 +120,8 @@ impl Client {
 }
 
 #[test]
-fn in_the_pooler_recipe_slow_queries_live_for_an_hour_and_the_pooler_for_four() -> Result<()> {
+fn in_the_pooler_recipe_slow_queries_may_take_an_hour_and_pooled_connections_live_for_four()
+-> Result<()> {
     let replica = "10.77.0.6";
     let database = Postgres::start_on_host(AGENT)?;
     let lifetime = unhurried(Duration::from_secs(16));
@@ -143,7 +145,7 @@ fn in_the_pooler_recipe_slow_queries_live_for_an_hour_and_the_pooler_for_four() 
     paused.assert_idle(&daemon, "direct", idle)?;
     let record = endless.record(&daemon)?;
     record.assert_reset("response_timeout", &endless.last, hour);
-    // They were answered; what came after that was an idle end.
+    // The answers came within the response timeout; after them the sessions were idle.
     for client in [&mut slow, &mut dump] {
         let record = client.record(&daemon)?;
         assert_eq!(record.text("event.reason"), "idle_timeout");
@@ -157,7 +159,10 @@ fn in_the_pooler_recipe_slow_queries_live_for_an_hour_and_the_pooler_for_four() 
 
     let records = daemon.terminations()?;
     let pooler = |record: &&Record| record.text("rule.name") == "pooler";
-    let record = records.iter().find(pooler).context("the pooler's end")?;
+    let record = records
+        .iter()
+        .find(pooler)
+        .context("no record of the pooler")?;
     assert_eq!(record.text("event.reason"), "max_lifetime");
     assert!(recipe.lifetime(4) == lifetime && lifetime > 2 * idle);
     let limit = record.number("session_enforcer.limit_seconds");
@@ -176,7 +181,8 @@ fn in_the_pooler_recipe_slow_queries_live_for_an_hour_and_the_pooler_for_four() 
     Ok(())
 }
 
-/// Under a recipe for a control: what flows lives, and what is silent for so many minutes ends, whatever it is.
+/// Asserts that the recipe resets every silent session after `minutes`, whatever was sent last, and
+/// that a session with constant payload lives.
 fn assert_holds(recipe: &Recipe, rule: &str, host: Host, minutes: u32) -> Result<()> {
     let database = Postgres::start_on_host(AGENT)?;
     let daemon = database.lab.daemon(recipe.text())?;
@@ -204,7 +210,7 @@ fn assert_holds(recipe: &Recipe, rule: &str, host: Host, minutes: u32) -> Result
 }
 
 #[test]
-fn the_pci_dss_recipe_holds_its_15_minutes_and_leaves_the_applications_pool_alone() -> Result<()> {
+fn the_pci_dss_recipe_resets_after_15_minutes_and_exempts_the_applications_pool() -> Result<()> {
     let recipe = Recipe::new("pci-dss", [shorter()?, 200])?.with("10.10.1.0/24", "10.77.0.2/32")?;
     assert_holds(&recipe, "databases", Host::Near, 15)?;
     let database = Postgres::start_on_host(AGENT)?;
@@ -215,14 +221,14 @@ fn the_pci_dss_recipe_holds_its_15_minutes_and_leaves_the_applications_pool_alon
 }
 
 #[test]
-fn the_fedramp_recipe_holds_10_minutes_for_administrators_and_15_for_others() -> Result<()> {
+fn the_fedramp_recipe_resets_administrators_after_10_minutes_and_others_after_15() -> Result<()> {
     let recipe = Recipe::new("fedramp", [shorter()?, 1])?.with("10.9.0.0/24", "10.77.0.2/32")?;
     assert_holds(&recipe, "privileged-networks", Host::Far, 10)?;
     assert_holds(&recipe, "users-database", Host::Near, 15)
 }
 
 #[test]
-fn the_nist_recipe_holds_its_30_minutes_and_its_12_hours() -> Result<()> {
+fn the_nist_recipe_resets_after_30_minutes_and_after_12_hours() -> Result<()> {
     let recipe = Recipe::new("nist-800-63b", [2 * shorter()?, 200])?;
     assert_holds(&recipe, "aal2", Host::Near, 30)?;
     let lifetime = unhurried(Duration::from_secs(10));
@@ -241,7 +247,7 @@ fn the_nist_recipe_holds_its_30_minutes_and_its_12_hours() -> Result<()> {
 }
 
 #[test]
-fn the_first_configuration_holds_its_15_minutes() -> Result<()> {
+fn the_first_configuration_resets_after_15_minutes() -> Result<()> {
     let recipe = Recipe::new("config", [shorter()?, 200])?;
     assert_holds(&recipe, "postgres", Host::Near, 15)
 }

@@ -1,4 +1,4 @@
-//! The cookbook's recipes for SSH, as they are shipped but with shorter limits: what people do under them.
+//! The cookbook's recipes for SSH, as shipped but with shorter limits.
 
 use std::{fs, thread, time::Duration};
 
@@ -12,12 +12,12 @@ use session_enforcer_tests::{
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const TYPING: Duration = Duration::from_millis(500);
 
-/// 15 minutes of the recipes: longer than a log-in takes on a busy machine.
+/// What 15 minutes of the recipes last here: longer than a login takes on a busy machine.
 fn fifteen_minutes() -> Duration {
     unhurried(Duration::from_secs(6))
 }
 
-/// By how much limits are shorter.
+/// The factor by which limits are shortened.
 fn shorter() -> Result<u32> {
     Ok((15 * 60 / fifteen_minutes().as_secs()).try_into()?)
 }
@@ -27,8 +27,8 @@ fn bastion(lifetimes: u32) -> Result<Recipe> {
     recipe.with("10.20.0.10", OpenSsh::BEHIND)
 }
 
-/// A login to which nothing is typed after this, and on which something scrolls by.
-fn scrolling(mut login: Login) -> Result<(Moment, Login)> {
+/// Starts a command with constant output in a login. Nothing is typed afterwards.
+fn login_with_output(mut login: Login) -> Result<(Moment, Login)> {
     let (typed, ()) = Moment::of(|| {
         let client = &mut login.client;
         client.say("i=0; while sleep 0.2; do i=$((i+1)); echo line-$i:; done")?;
@@ -37,7 +37,7 @@ fn scrolling(mut login: Login) -> Result<(Moment, Login)> {
     Ok((typed, login))
 }
 
-/// Types until so much time has passed since.
+/// Types until `duration` has passed since `since`.
 fn type_for(login: &mut Login, since: &Moment, duration: Duration) -> Result<()> {
     while since.elapsed() < duration {
         login.round_trip()?;
@@ -52,14 +52,14 @@ fn assert_has_ended(login: &mut Login) -> Result<()> {
 }
 
 #[test]
-fn in_the_bastion_recipe_what_people_type_counts_and_what_scrolls_by_does_not() -> Result<()> {
+fn in_the_bastion_recipe_typing_counts_and_output_does_not() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     let recipe = bastion(200)?;
     let daemon = openssh.lab.daemon(recipe.text())?;
-    let (typed, mut idle) = scrolling(openssh.login("the ssh with a screen", &[])?)?;
+    let (typed, mut idle) = login_with_output(openssh.login("the ssh with a screen", &[])?)?;
     let from_deployment = format!("BindAddress={}", OpenSsh::BEHIND);
     let mut automation = openssh.login("the deployment host", &[&from_deployment])?;
-    // The cookbook warns of these.
+    // The cookbook warns that keepalives and large output count as received payload.
     let keepalives = &["ServerAliveInterval=1"];
     let (opened, mut kept) = Moment::of(|| openssh.login("the ssh with keepalives", keepalives))?;
     let mut flooded = openssh.login("the ssh with much output", &[])?;
@@ -83,9 +83,10 @@ fn in_the_bastion_recipe_what_people_type_counts_and_what_scrolls_by_does_not() 
 }
 
 #[test]
-fn in_the_bastion_recipe_nobody_outlives_the_lifetime() -> Result<()> {
+fn in_the_bastion_recipe_no_login_outlives_the_lifetime() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
-    // Longer than the time in which the deployment host is idle for too long, were it a person.
+    // Longer than the 15 minutes after which the deployment host would be idle under the rule for
+    // people.
     let recipe = bastion(12 * 60 * 60 / unhurried(Duration::from_secs(7)).as_secs() as u32)?;
     let daemon = openssh.lab.daemon(recipe.text())?;
     let from_deployment = format!("BindAddress={}", OpenSsh::BEHIND);
@@ -108,15 +109,17 @@ fn in_the_bastion_recipe_nobody_outlives_the_lifetime() -> Result<()> {
 }
 
 #[test]
-fn in_the_bastion_recipe_the_way_onward_is_limited_by_what_is_sent_there() -> Result<()> {
+fn in_the_bastion_recipe_onward_connections_are_limited_by_what_is_sent_through_them() -> Result<()>
+{
     let openssh = OpenSsh::start(AGENT)?;
     let _behind = openssh.start_behind()?;
     let recipe = bastion(200)?;
     let daemon = openssh.lab.daemon(recipe.text())?;
-    // Its keepalives keep the way to the bastion open, so that the way onward shows its own limit.
+    // Keepalives keep the connection to the bastion alive, so that only the onward connection
+    // reaches its limit.
     let first = &["ServerAliveInterval=1"];
     let login = openssh.login_behind("the ssh with a screen", first)?;
-    let (typed, mut idle) = scrolling(login)?;
+    let (typed, mut idle) = login_with_output(login)?;
     let (opened, mut typing) = Moment::of(|| openssh.login_behind("the ssh that types", &[]))?;
     type_for(&mut typing, &opened, 2 * recipe.minutes(15) + TYPING)?;
 
@@ -129,7 +132,7 @@ fn in_the_bastion_recipe_the_way_onward_is_limited_by_what_is_sent_there() -> Re
     typing.round_trip()
 }
 
-/// Sends a byte every 0.3 s to whoever has connected.
+/// Server: sends a byte every 0.3 s.
 const SENDS: &str = "
 import socket, sys, time
 listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))
@@ -140,7 +143,7 @@ while True:
     time.sleep(0.3)
 ";
 
-/// Says what it receives, and sends a byte every 0.3 s itself where it is told to.
+/// Client: reads, and replies if its second argument is `answers`.
 const CLIENT: &str = "
 import socket, sys, time
 stream = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
@@ -151,7 +154,7 @@ while stream.recv(100):
 print('ended', flush=True)
 ";
 
-/// A forwarding by which something comes, and a client that answers or does not; when it had been set up.
+/// A forwarding through which a server sends, with a client that replies or only reads.
 fn forwarding(openssh: &OpenSsh, ports: [u16; 2], how: &str) -> Result<[Program; 3]> {
     let [port, to] = ports.map(|port| port.to_string());
     let mut server = openssh.python("the server", SENDS, &[&to])?;
@@ -163,7 +166,7 @@ fn forwarding(openssh: &OpenSsh, ports: [u16; 2], how: &str) -> Result<[Program;
 }
 
 #[test]
-fn under_received_a_forwarding_lives_while_its_client_sends() -> Result<()> {
+fn with_activity_received_a_forwarding_lives_while_its_client_sends() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     let recipe = bastion(200)?;
     let daemon = openssh.lab.daemon(recipe.text())?;
@@ -182,35 +185,36 @@ fn under_received_a_forwarding_lives_while_its_client_sends() -> Result<()> {
 }
 
 #[test]
-fn under_received_sftp_lives_in_both_directions_as_its_client_asks_for_each_block() -> Result<()> {
+fn with_activity_received_an_sftp_download_lives_as_its_client_requests_each_block() -> Result<()> {
     const BYTES_PER_SECOND: u32 = 50_000;
     let openssh = OpenSsh::start(AGENT)?;
     let recipe = bastion(200)?;
     let daemon = openssh.lab.daemon(recipe.text())?;
-    // It takes three limits.
+    // The download takes three limits.
     let length = 3 * recipe.minutes(15).as_secs() * u64::from(BYTES_PER_SECOND);
     let (there, here) = (openssh.home().join("big"), openssh.home().join("here"));
     fs::write(&there, vec![b'x'; length.try_into()?])?;
     let mut download = openssh.sftp("the sftp", BYTES_PER_SECOND)?;
     download.say(&format!("get {} {}", there.display(), here.display()))?;
-    eventually("the file is there", 2 * patience(), || {
+    eventually("the whole file", 2 * patience(), || {
         assert!(download.is_running()?);
         let got = fs::metadata(&here).map_or(0, |file| file.len());
         Ok((got == length).then_some(()))
     })?;
     assert_eq!(daemon.terminations()?.len(), 0);
-    // And then it is idle.
+    // After the download the session is idle.
     let record = daemon.wait_for_termination()?;
     assert_eq!(record.text("event.reason"), "idle_timeout");
     assert!(record.bytes()[1] > length);
     Ok(())
 }
 
-/// A login on which something scrolls by, under a recipe for a control: it ends so many minutes after what was typed last.
+/// Asserts that a login with output, to which nobody types, is reset after `minutes` under the
+/// recipe.
 fn assert_holds(openssh: &OpenSsh, [name, rule]: [&str; 2], minutes: u32) -> Result<()> {
     let recipe = Recipe::new(name, [minutes * shorter()? / 15, 200])?;
     let daemon: Daemon = openssh.lab.daemon(recipe.text())?;
-    let (typed, mut idle) = scrolling(openssh.login("the ssh with a screen", &[])?)?;
+    let (typed, mut idle) = login_with_output(openssh.login("the ssh with a screen", &[])?)?;
     let record = daemon.wait_for_termination()?;
     record.assert_reset("idle_timeout", &typed, recipe.minutes(minutes));
     assert_eq!(record.text("rule.name"), rule);
@@ -218,7 +222,7 @@ fn assert_holds(openssh: &OpenSsh, [name, rule]: [&str; 2], minutes: u32) -> Res
 }
 
 #[test]
-fn the_recipes_for_controls_end_a_login_to_which_nobody_types() -> Result<()> {
+fn the_compliance_recipes_reset_a_login_in_which_nobody_types() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     assert_holds(&openssh, ["pci-dss", "ssh"], 15)?;
     assert_holds(&openssh, ["fedramp", "privileged-ports"], 10)?;
@@ -226,7 +230,7 @@ fn the_recipes_for_controls_end_a_login_to_which_nobody_types() -> Result<()> {
 }
 
 #[test]
-fn the_first_configuration_ends_a_login_in_which_nothing_passes_for_30_minutes() -> Result<()> {
+fn the_first_configuration_resets_a_login_after_30_minutes_without_payload() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     let recipe = Recipe::new("config", [2 * shorter()?, 1])?;
     let daemon = openssh.lab.daemon(recipe.text())?;

@@ -1,5 +1,5 @@
-//! Real servers and clients under the daemon: databases, SSH, the web and other protocols, the cookbook's recipes, and what
-//! people report of such.
+//! Real servers and clients: databases, SSH, the web and other protocols, the cookbook's recipes,
+//! and reported problems of other projects.
 
 mod clients;
 mod clients_node;

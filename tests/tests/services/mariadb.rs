@@ -1,4 +1,4 @@
-//! `MariaDB` under the daemon: some of its commands have no answer.
+//! `MariaDB`: some commands of its protocol have no answer.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ fn rule(more: &str) -> String {
     )
 }
 
-/// A client that has just done this.
+/// A client that has just executed this command.
 fn did(database: &MariaDb, what: &str) -> Result<(Program, u16, Moment)> {
     let (mut client, port) = database.client(what)?;
     let (last, ()) = Moment::of(|| {
@@ -41,7 +41,7 @@ fn record(daemon: &Daemon, port: u16) -> Result<Record> {
 }
 
 #[test]
-fn after_a_prepared_statement_is_closed_the_server_owes_an_answer_that_never_comes() -> Result<()> {
+fn closing_a_prepared_statement_counts_as_a_request_that_is_never_answered() -> Result<()> {
     let database = MariaDb::start(AGENT)?;
     let response = 4 * limit();
     let more = format!("response_timeout = \"{}s\"", response.as_secs());
@@ -55,7 +55,7 @@ fn after_a_prepared_statement_is_closed_the_server_owes_an_answer_that_never_com
 }
 
 #[test]
-fn with_a_minimum_of_10_bytes_it_is_no_request_and_a_slow_query_still_is() -> Result<()> {
+fn with_a_minimum_of_10_bytes_the_close_is_no_request_and_a_slow_query_still_is() -> Result<()> {
     let database = MariaDb::start(AGENT)?;
     let daemon = database
         .lab
@@ -66,7 +66,7 @@ fn with_a_minimum_of_10_bytes_it_is_no_request_and_a_slow_query_still_is() -> Re
     slow.say(&format!("query SELECT SLEEP({seconds})"))?;
     record(&daemon, prepared_port)?.assert_reset("idle_timeout", &closed, limit());
     slow.wait_for("done")?;
-    // A ping is no request either, but its answer of 11 bytes is activity.
+    // A ping is too small for a request, but its answer of 11 bytes is activity.
     closed.wait(2 * limit() + limit() / 2);
     let (pinged, ()) = Moment::of(|| {
         slow.say("ping")?;
@@ -77,7 +77,7 @@ fn with_a_minimum_of_10_bytes_it_is_no_request_and_a_slow_query_still_is() -> Re
 }
 
 #[test]
-fn the_pci_dss_recipe_holds_its_15_minutes_whatever_was_sent() -> Result<()> {
+fn the_pci_dss_recipe_resets_after_15_minutes_whatever_was_sent() -> Result<()> {
     let shorter = (15 * 60 / limit().as_secs()).try_into()?;
     let recipe = Recipe::new("pci-dss", [shorter, shorter])?;
     let database = MariaDb::start(AGENT)?;
@@ -92,7 +92,7 @@ fn the_pci_dss_recipe_holds_its_15_minutes_whatever_was_sent() -> Result<()> {
         record.assert_due("idle_timeout", since, recipe.minutes(15));
     }
     slow.wait_for("ConnectionResetError")?;
-    // docs/clients.md says what is in the log.
+    // `docs/clients.md` quotes this line of the log.
     let (log, aborted) = (database.log(), "Got an error reading communication packets");
     assert!(log.contains(aborted), "{log}");
     Ok(())

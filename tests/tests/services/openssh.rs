@@ -1,4 +1,4 @@
-//! OpenSSH under the daemon: an idle login is cut on both sides, one that types lives.
+//! OpenSSH: an idle login is reset at both ends, and a login in which somebody types lives.
 
 use std::{collections::BTreeSet, fs, thread, time::Duration};
 
@@ -8,7 +8,7 @@ use session_enforcer_tests::{Daemon, Moment, eventually, patience, scaled, servi
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const TYPING: Duration = Duration::from_millis(500);
 
-/// Longer than a log-in takes: one login waits for another's.
+/// Longer than a login takes; one waits for another.
 fn limit() -> Duration {
     scaled(Duration::from_secs(4))
 }
@@ -21,8 +21,7 @@ fn daemon(openssh: &OpenSsh) -> Result<Daemon> {
     ))
 }
 
-/// The processes in the cgroup. Those that have ended are not there, even before their parent has
-/// asked after them.
+/// The processes in the cgroup, without zombies.
 fn processes(openssh: &OpenSsh) -> Result<BTreeSet<u64>> {
     let processes = fs::read_to_string(openssh.lab.cgroup.path().join("cgroup.procs"))?;
     Ok(processes
@@ -32,7 +31,7 @@ fn processes(openssh: &OpenSsh) -> Result<BTreeSet<u64>> {
 }
 
 #[test]
-fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()> {
+fn an_idle_login_ends_with_its_processes_and_one_with_typing_lives() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     let daemon = daemon(&openssh)?;
     let mut typing = openssh.login("the ssh that types", &[])?;
@@ -48,11 +47,11 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
     let record = daemon.wait_for_termination()?;
     record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.ports(), [idle.port, OpenSsh::PORT]);
-    // What the kernel sends to see whether the other side is there did not save it.
+    // TCP keepalive probes did not count as activity.
     assert!(openssh.keepalive_probes()? > 0);
     let status = idle.client.finish(patience())?;
     assert_eq!(status.code(), Some(255));
-    // Which of the two depends on whether it reads or writes first.
+    // The message depends on whether the client reads or writes first.
     let output = idle.client.output();
     let says = |text| output.contains(text);
     assert!(
@@ -70,10 +69,10 @@ fn an_idle_login_ends_with_its_processes_and_one_that_types_lives() -> Result<()
     Ok(())
 }
 
-/// They are encrypted payload, like all the rest: nobody between the two ends can tell them from
-/// typing. Who wants idle logins to end turns them off, at the client and at the server.
+/// SSH's own keepalives are encrypted payload, which nothing on the way can distinguish from
+/// typing. To end idle logins, turn them off in the client and in the server.
 #[test]
-fn the_keepalives_of_ssh_itself_are_payload_and_keep_a_login_alive() -> Result<()> {
+fn ssh_keepalives_are_payload_and_keep_a_login_alive() -> Result<()> {
     let openssh = OpenSsh::start(AGENT)?;
     let daemon = daemon(&openssh)?;
     let (opened, mut login) =

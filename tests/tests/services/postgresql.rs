@@ -1,5 +1,5 @@
-//! PostgreSQL under the daemon: what idles or is too old is cut, its transaction is rolled back,
-//! and who works beside it notices nothing.
+//! PostgreSQL: an idle or too old session is reset and its transaction is rolled back; clients in
+//! use are not affected.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const QUERY: Duration = Duration::from_secs(20);
 const QUERY_LIMIT: Duration = Duration::from_secs(5);
 
-/// Longer than a question to the server takes, which a pgbench keeps busy.
+/// Longer than a query takes while pgbench keeps the server busy.
 fn limit() -> Duration {
     longer_than_a_start().max(Duration::from_secs(6))
 }
 
-/// A psql in a transaction that has written and is not committed.
+/// A psql with an open transaction that has written.
 struct OpenTransaction {
     psql: Program,
     backend: u64,
@@ -47,7 +47,8 @@ impl OpenTransaction {
         })
     }
 
-    /// What the server says about it: its state, its locks, and the rows that others see.
+    /// The server's view of the session: its state, whether it has locks, and the rows that others
+    /// see.
     fn seen_by_others(&self, database: &Postgres) -> Result<String> {
         let backend = self.backend;
         database.query(&format!(
@@ -79,12 +80,12 @@ fn rule(database: &Postgres, limit: &str) -> String {
     )
 }
 
-/// The end of a pgbench whose every transaction succeeded.
+/// Asserts that pgbench ended and that all its transactions succeeded.
 fn assert_no_error(pgbench: &mut Program, running: Duration) -> Result<()> {
     let status = pgbench.finish(running + patience())?;
     let output = pgbench.output();
     assert_eq!(status.code(), Some(0), "{output}");
-    // Versions before 15 do not say that none failed.
+    // Versions before 15 do not print the number of failed transactions.
     let output = output.replace("number of failed transactions: 0 (0.000%)", "");
     for bad in ["failed", "aborted", "error"] {
         assert!(!output.to_lowercase().contains(bad), "{output}");
@@ -98,7 +99,7 @@ fn assert_no_error(pgbench: &mut Program, running: Duration) -> Result<()> {
 }
 
 #[test]
-fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -> Result<()> {
+fn an_idle_psql_is_reset_and_rolled_back_while_pgbench_sees_no_error() -> Result<()> {
     let database = Postgres::start(AGENT)?;
     database.prepare_pgbench()?;
     database.query("CREATE TABLE account (id integer PRIMARY KEY)")?;
@@ -117,10 +118,10 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
     record.assert_reset("idle_timeout", &idle.last, limit);
     assert_record(&record, idle.client_port, &database);
     assert_eq!(record.bytes(), payload);
-    eventually("the transaction has ended", patience(), || {
+    eventually("the end of the transaction", patience(), || {
         Ok((idle.seen_by_others(&database)? == "gone|f|0").then_some(()))
     })?;
-    // Were the row or its lock still there, this would fail or wait.
+    // This would fail or wait if the row or its lock still existed.
     database.query("SET lock_timeout = '1s'; INSERT INTO account VALUES (42)")?;
     assert_lost(&mut idle.psql)?;
 
@@ -133,7 +134,7 @@ fn an_idle_psql_is_cut_and_rolled_back_while_pgbench_beside_it_sees_no_error() -
     Ok(())
 }
 
-/// A psql whose connection has ended says so at its next command, and ends.
+/// Asserts that psql finds its connection lost at the next command, and exits.
 fn assert_lost(psql: &mut Program) -> Result<()> {
     psql.say("COMMIT;")?;
     let status = psql.finish(patience())?;
@@ -142,23 +143,24 @@ fn assert_lost(psql: &mut Program) -> Result<()> {
         "{}",
         psql.output()
     );
-    // As psql(1) has it: the connection went bad and the session was not interactive.
+    // Exit status 2: the connection was lost and psql is not interactive (psql(1)).
     assert_eq!(status.code(), Some(2));
     Ok(())
 }
 
 #[test]
-fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> Result<()> {
-    // Longer than any connection of those that dial again takes.
+fn busy_connections_are_reset_when_they_are_too_old_and_younger_ones_are_not() -> Result<()> {
+    // Longer than a connection of the pgbench that connects for each transaction.
     let lifetime = unhurried(Duration::from_secs(3));
     let limit = format!("max_lifetime = \"{}s\"", lifetime.as_secs());
     let database = Postgres::start(AGENT)?;
     database.prepare_pgbench()?;
     let daemon = database.lab.daemon(&rule(&database, &limit))?;
-    // Nothing ends the first but the daemon; the second dials again for each transaction.
+    // Connections of the first pgbench only end by a reset. The second pgbench connects for each
+    // transaction.
     let (opened, mut old) = Moment::of(|| {
         let old = database.pgbench(&["-c", "2", "-j", "2", "-T", "600", "--rate=50"])?;
-        // It looks at the database on a connection of its own before the clients dial.
+        // pgbench first reads the database over a connection of its own.
         daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 3.0)?;
         Ok(old)
     })?;
@@ -183,11 +185,11 @@ fn busy_connections_are_cut_when_they_are_too_old_and_younger_ones_are_not() -> 
     Ok(())
 }
 
-/// A psql that waits for the answer to a query of 20 s.
+/// A psql that waits for the result of a query of 20 s.
 struct LongQuery {
     psql: Program,
     client_port: u16,
-    /// When the server was asked.
+    /// When the query was sent.
     asked: Moment,
 }
 
@@ -227,7 +229,7 @@ impl LongQuery {
 }
 
 #[test]
-fn a_long_query_finishes_under_a_response_timeout_and_its_session_is_cut_when_idle() -> Result<()> {
+fn with_a_response_timeout_a_long_query_finishes_and_its_idle_session_is_reset() -> Result<()> {
     let database = Postgres::start(AGENT)?;
     let limits = "idle_timeout = \"5s\"\nresponse_timeout = \"60s\"";
     let daemon = database.lab.daemon(&rule(&database, limits))?;
@@ -236,7 +238,7 @@ fn a_long_query_finishes_under_a_response_timeout_and_its_session_is_cut_when_id
     assert_eq!(daemon.terminations()?.len(), 0);
     let (mut answered, [answer]) = Moment::of(|| query.psql.numbers_after("answer: "))?;
     assert_eq!(answer, 42);
-    // pg_sleep() is never early.
+    // pg_sleep() never returns early, which bounds the time of the answer.
     let asked = query.asked.earliest;
     answered.earliest = Time {
         at: asked.at + QUERY,
@@ -247,14 +249,14 @@ fn a_long_query_finishes_under_a_response_timeout_and_its_session_is_cut_when_id
 }
 
 #[test]
-fn a_long_query_is_cut_where_there_is_no_response_timeout() -> Result<()> {
+fn without_a_response_timeout_a_long_query_is_reset() -> Result<()> {
     let database = Postgres::start(AGENT)?;
     let daemon = database
         .lab
         .daemon(&rule(&database, "idle_timeout = \"5s\""))?;
     let mut query = LongQuery::ask(&database)?;
     query.assert_cut(&daemon, &database, &query.asked)?;
-    // It waits for the answer, and learns of the end without another command.
+    // psql waits for the answer, so it sees the reset without another command.
     assert_eq!(query.psql.finish(patience())?.code(), Some(2));
     let output = query.psql.output();
     assert!(output.contains("connection to server was lost"), "{output}");

@@ -1,4 +1,4 @@
-//! What the clocks see of common protocols: docs/protocols.md has it from here.
+//! What the limits mean for common protocols. `docs/protocols.md` has these results.
 
 use std::{thread, time::Duration};
 
@@ -18,12 +18,13 @@ const SMTP: &str = include_str!("../../clients/smtp.py");
 const VNC: &str = include_str!("../../clients/screen.py");
 const WEBSOCKET: &str = include_str!("../../clients/websocket.py");
 
-/// Longer than a client takes to ask something on a busy machine.
+/// Longer than a client takes to make a request on a busy machine.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(4))
 }
 
-/// A daemon with one rule, for what is accepted on a port, with an idle timeout and more.
+/// A daemon with one rule for connections accepted on a port: an idle timeout and the lines of
+/// `more`.
 fn daemon(lab: &Lab, port: u16, more: &str) -> Result<Daemon> {
     let limit = limit().as_secs();
     lab.daemon(&format!(
@@ -32,7 +33,7 @@ fn daemon(lab: &Lab, port: u16, more: &str) -> Result<Daemon> {
     ))
 }
 
-/// What lets slow answers live.
+/// A line that allows slow answers.
 const SLOW: &str = "response_timeout = \"1h\"";
 
 fn long() -> Duration {
@@ -46,7 +47,7 @@ fn assert_idle(daemon: &Daemon, port: u16, since: &Moment) -> Result<()> {
     Ok(())
 }
 
-/// Has a client do something, and waits for what it says then.
+/// Has a client do something and waits for its output.
 fn done(client: &mut Program, what: &str, says: &str) -> Result<Moment> {
     let (moment, ()) = Moment::of(|| {
         client.say(what)?;
@@ -60,7 +61,7 @@ fn slow_page() -> String {
 }
 
 #[test]
-fn over_http_a_slow_page_lives_and_behind_a_pipelined_quick_one_it_does_not() -> Result<()> {
+fn a_slow_http_response_lives_unless_it_is_pipelined_behind_a_quick_one() -> Result<()> {
     let web = WebServer::start(AGENT, limit())?;
     let [port, _] = WebServer::PORTS;
     let daemon = daemon(&web.lab, port, SLOW)?;
@@ -82,14 +83,14 @@ fn over_http_a_slow_page_lives_and_behind_a_pipelined_quick_one_it_does_not() ->
 }
 
 #[test]
-fn over_http_2_a_slow_call_lives_alone_with_a_minimum_and_beside_quick_ones_it_does_not()
--> Result<()> {
+fn a_slow_http_2_call_needs_a_minimum_and_no_quick_calls_beside_it() -> Result<()> {
     let web = WebServer::start(AGENT, limit())?;
     let port = WebServer::HTTP2;
     let daemon = daemon(&web.lab, port, &format!("{SLOW}\nmin_answer = 1024"))?;
     let slow = slow_page();
     let (mut alone, own) = web.client("a slow call", "http2", port)?;
-    // Before the server has said anything: what it says by itself comes after the request.
+    // Requests at once: the server's SETTINGS frame comes after the request, and must not count as
+    // its answer.
     alone.say(&format!("get {slow}"))?;
     let (mut beside, beside_own) = web.client("calls beside each other", "http2", port)?;
     beside.say(&format!("get {slow}"))?;
@@ -102,7 +103,7 @@ fn over_http_2_a_slow_call_lives_alone_with_a_minimum_and_beside_quick_ones_it_d
     assert_idle(&daemon, own, &answered)
 }
 
-/// Pings every half second for longer than the limit; whether the connection lives.
+/// Whether a connection lives longer than the limit if the client pings every half second.
 fn lives_by_pings(more: &str) -> Result<bool> {
     let web = WebServer::start(AGENT, limit())?;
     let port = WebServer::HTTP2;
@@ -122,14 +123,14 @@ fn lives_by_pings(more: &str) -> Result<bool> {
 }
 
 #[test]
-fn over_http_2_pings_keep_a_connection_alive_unless_they_are_too_small_to_count() -> Result<()> {
+fn http_2_pings_keep_a_connection_alive_unless_they_are_below_the_minimum() -> Result<()> {
     assert!(lives_by_pings("")?);
     assert!(!lives_by_pings("min_payload = 18")?);
     Ok(())
 }
 
 #[test]
-fn a_slow_call_of_grpc_lives_and_an_unused_channel_lives_by_its_keepalives() -> Result<()> {
+fn a_slow_grpc_call_lives_and_keepalives_keep_an_unused_channel_alive() -> Result<()> {
     let server = Scripted::start(AGENT, GRPC, &[])?;
     let daemon = daemon(&server.lab, 50051, &format!("{SLOW}\nmin_answer = 1024"))?;
     let (mut slow, _) = server.client("a slow call", &[])?;
@@ -141,20 +142,20 @@ fn a_slow_call_of_grpc_lives_and_an_unused_channel_lives_by_its_keepalives() -> 
 }
 
 #[test]
-fn an_unused_channel_of_grpc_is_cut_where_its_keepalives_are_too_small_to_count() -> Result<()> {
+fn an_unused_grpc_channel_is_reset_if_its_keepalives_are_below_the_minimum() -> Result<()> {
     let server = Scripted::start(AGENT, GRPC, &[])?;
     let daemon = daemon(&server.lab, 50051, "min_payload = 18")?;
     let (mut client, own) = server.client("an unused channel", &[])?;
     let called = done(&mut client, "0", "answered")?;
     assert_idle(&daemon, own, &called)?;
-    // The channel connects again by itself.
+    // The channel reconnects by itself.
     client.say("0")?;
     client.wait_for_lines(3)?;
     Ok(())
 }
 
 #[test]
-fn pings_keep_a_websocket_alive_unless_they_are_too_small_to_count() -> Result<()> {
+fn pings_keep_a_websocket_alive_unless_they_are_below_the_minimum() -> Result<()> {
     let server = Scripted::start(AGENT, WEBSOCKET, &[])?;
     let mut daemon = daemon(&server.lab, 8000, "")?;
     let (mut client, _) = server.client("one that pings", &[])?;
@@ -173,7 +174,7 @@ fn pings_keep_a_websocket_alive_unless_they_are_too_small_to_count() -> Result<(
 }
 
 #[test]
-fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone() -> Result<()> {
+fn an_ftp_control_connection_lives_through_a_transfer_only_with_a_minimum() -> Result<()> {
     let seconds = long().as_secs().to_string();
     let server = Scripted::start(AGENT, FTP, &[&seconds])?;
     let mut first = daemon(&server.lab, 21, SLOW)?;
@@ -185,7 +186,7 @@ fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone()
     );
     first.stop()?;
 
-    // As long as the transfer, and what comes after it.
+    // Longer than the transfer.
     let response = 2 * long();
     let more = format!(
         "response_timeout = \"{}s\"\nmin_answer = 100",
@@ -194,7 +195,8 @@ fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone()
     let daemon = daemon(&server.lab, 21, &more)?;
     let (asked, (mut client, own)) = Moment::of(|| server.client("a download", &[]))?;
     client.wait_for("226 ")?;
-    // "150" and "226" together are no answer either, so the session may be silent for that long.
+    // The replies 150 and 226 together are smaller than `min_answer`, so the request still waits
+    // for its answer.
     let record = daemon.wait_for_termination_from(own)?;
     assert_eq!(record.text("event.reason"), "response_timeout");
     assert!(record.time("session_enforcer.deadline") >= asked.earliest.wall + response);
@@ -202,7 +204,7 @@ fn the_control_connection_of_ftp_lives_through_a_transfer_with_a_minimum_alone()
 }
 
 #[test]
-fn a_mail_server_that_scans_a_message_owes_the_answer() -> Result<()> {
+fn a_mail_server_that_scans_a_message_owes_an_answer() -> Result<()> {
     let seconds = long().as_secs().to_string();
     let server = Scripted::start(AGENT, SMTP, &[&seconds])?;
     let mut first = daemon(&server.lab, 25, "")?;
@@ -221,7 +223,7 @@ fn a_mail_server_that_scans_a_message_owes_the_answer() -> Result<()> {
 }
 
 #[test]
-fn ldap_owes_an_answer_but_for_abandon_and_replicas_are_silent() -> Result<()> {
+fn ldap_has_answers_except_for_abandon_and_synchronisation_is_silent() -> Result<()> {
     let seconds = long().as_secs().to_string();
     let server = Scripted::start(AGENT, LDAP, &[&seconds])?;
     let response = 2 * long();
@@ -233,7 +235,8 @@ fn ldap_owes_an_answer_but_for_abandon_and_replicas_are_silent() -> Result<()> {
     let (mut idle, idle_port) = server.client("one that is idle", &[])?;
     let abandoned = done(&mut abandons, "abandon", "abandoned")?;
     let last = done(&mut idle, "search", "found")?;
-    // On a connection of its own, which the daemon cuts: the client says how it ended.
+    // The daemon also resets the client's separate connection for synchronisation, and the client
+    // prints how it ended.
     idle.say("synchronise")?;
     let (answered, ()) = Moment::of(|| slow.wait_for("found"))?;
     assert_idle(&daemon, idle_port, &last)?;
@@ -245,7 +248,7 @@ fn ldap_owes_an_answer_but_for_abandon_and_replicas_are_silent() -> Result<()> {
     Ok(())
 }
 
-/// A viewer of a screen that changes or does not, under `activity = "received"`.
+/// A viewer under `activity = "received"`, of a screen that changes or not.
 fn viewer(changes: &str) -> Result<(Scripted, Daemon, Program, u16)> {
     let server = Scripted::start(AGENT, VNC, &[changes])?;
     let daemon = daemon(&server.lab, 5900, "activity = \"received\"")?;
@@ -254,8 +257,7 @@ fn viewer(changes: &str) -> Result<(Scripted, Daemon, Program, u16)> {
 }
 
 #[test]
-fn a_screen_that_changes_keeps_a_viewer_of_vnc_asking_and_one_that_does_not_is_idle() -> Result<()>
-{
+fn a_vnc_viewer_of_a_changing_screen_is_active_and_of_a_still_screen_idle() -> Result<()> {
     let (opened, (_server, daemon, mut client, _)) = Moment::of(|| viewer("changes"))?;
     opened.wait(2 * long());
     assert!(client.is_running()?);
@@ -267,7 +269,7 @@ fn a_screen_that_changes_keeps_a_viewer_of_vnc_asking_and_one_that_does_not_is_i
 }
 
 #[test]
-fn heartbeats_keep_amqp_alive_unless_they_are_too_small_to_count() -> Result<()> {
+fn heartbeats_keep_amqp_alive_unless_they_are_below_the_minimum() -> Result<()> {
     let server = Scripted::start(AGENT, AMQP, &[])?;
     let mut daemon = daemon(&server.lab, 5672, "")?;
     let (mut client, _) = server.client("one with heartbeats", &[])?;
@@ -285,7 +287,7 @@ fn heartbeats_keep_amqp_alive_unless_they_are_too_small_to_count() -> Result<()>
 }
 
 #[test]
-fn after_a_message_of_amqp_the_broker_owes_an_answer_that_never_comes() -> Result<()> {
+fn publishing_over_amqp_counts_as_a_request_that_is_never_answered() -> Result<()> {
     let server = Scripted::start(AGENT, AMQP, &[])?;
     let response = 2 * limit();
     let more = format!(

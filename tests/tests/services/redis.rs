@@ -1,5 +1,5 @@
-//! Redis under the daemon: a subscriber under an exempt rule waits as long as it likes, beside
-//! clients that may not.
+//! Redis: a subscriber of an exempt rule may be idle for any time, while other idle clients are
+//! reset.
 
 use std::{
     thread,
@@ -27,7 +27,7 @@ fn daemon(redis: &Redis) -> Result<Daemon> {
     ))
 }
 
-/// At no time has the exempt rule a session.
+/// Asserts that the exempt rule never has a session.
 fn assert_exempt(daemon: &Daemon, duration: Duration) -> Result<()> {
     let start = Instant::now();
     loop {
@@ -47,7 +47,7 @@ fn assert_exempt(daemon: &Daemon, duration: Duration) -> Result<()> {
 }
 
 #[test]
-fn an_exempt_subscriber_gets_its_message_after_an_idle_client_has_been_cut() -> Result<()> {
+fn an_exempt_subscriber_gets_its_message_after_an_idle_client_was_reset() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = daemon(&redis)?;
     let mut subscriber = redis.far_client("the subscriber", &["SUBSCRIBE", "news"])?;
@@ -67,7 +67,7 @@ fn an_exempt_subscriber_gets_its_message_after_an_idle_client_has_been_cut() -> 
     assert_eq!(record.ports()[1], Redis::PORT);
     idle.say("ECHO again")?;
     idle.wait_for("Error: ")?;
-    // It dials again, and nothing has happened to the subscriber.
+    // The client reconnects, and the subscriber still receives messages.
     idle.say("PUBLISH news hello")?;
     subscriber.wait_for("message\nnews\nhello\n")?;
     assert!(subscriber.is_running()? && !subscriber.output().contains("Error"));

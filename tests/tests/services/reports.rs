@@ -1,4 +1,5 @@
-//! What people report about connections that idle, tried: session-enforcer/docs/design/reports.md has the list.
+//! Idle-connection problems that users of other projects reported, reproduced.
+//! `session-enforcer/docs/design/reports.md` lists them.
 
 use std::{thread, time::Duration};
 
@@ -15,7 +16,7 @@ const FTP: &str = include_str!("../../clients/ftp.py");
 const GRPC: &str = include_str!("../../clients/rpc.py");
 const SUBSCRIBER: &str = include_str!("../../clients/subscriber.py");
 
-/// Longer than a log-in takes on a busy machine.
+/// Longer than a login takes on a busy machine.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(5))
 }
@@ -32,10 +33,11 @@ fn daemon(lab: &Lab, port: u16, more: &str) -> Result<Daemon> {
     ))
 }
 
-/// openssh/openssh-portable#129, ComplianceAsCode/content#6170, turnkeylinux/common#126: sshd's `ClientAliveInterval` is
-/// taken for an idle timeout, and is none, as the client answers. It keeps a login alive here too.
+/// openssh/openssh-portable#129, ComplianceAsCode/content#6170, turnkeylinux/common#126: users take
+/// sshd's `ClientAliveInterval` for an idle timeout. It is none, because the client answers each
+/// probe. The answers also keep a login alive here.
 #[test]
-fn the_questions_of_sshd_end_no_idle_login_and_keep_it_alive() -> Result<()> {
+fn client_alive_probes_of_sshd_keep_an_idle_login_alive() -> Result<()> {
     let asks = &["ClientAliveInterval=1", "ClientAliveCountMax=2"];
     let openssh = OpenSsh::start_with(AGENT, asks)?;
     let mut without = daemon(&openssh.lab, OpenSsh::PORT, "activity = \"received\"")?;
@@ -50,7 +52,7 @@ fn the_questions_of_sshd_end_no_idle_login_and_keep_it_alive() -> Result<()> {
     let daemon = daemon(&openssh.lab, OpenSsh::PORT, &lifetime)?;
     let (opened, mut login) = Moment::of(|| openssh.login("the idle ssh", &[]))?;
     let record = daemon.wait_for_terminations(1)?;
-    // The first login is adopted with what is known of its age.
+    // The first login is adopted, with its true age.
     assert!(
         record
             .iter()
@@ -61,12 +63,13 @@ fn the_questions_of_sshd_end_no_idle_login_and_keep_it_alive() -> Result<()> {
     Ok(())
 }
 
-/// grpc/grpc#11043, grpc/grpc-java#12112, grpc/grpc-java#7851: the first call after an idle time fails with UNAVAILABLE
-/// where something on the way has dropped the connection. Here it does so at most in the moment of the reset.
+/// grpc/grpc#11043, grpc/grpc-java#12112, grpc/grpc-java#7851: the first call after an idle time
+/// fails with UNAVAILABLE if a middlebox has dropped the connection silently. After a reset, a call
+/// fails only if it is made at that moment.
 #[test]
-fn a_channel_of_grpc_connects_again_after_one_failure_at_most() -> Result<()> {
+fn a_grpc_channel_reconnects_after_one_failure_at_most() -> Result<()> {
     let server = Scripted::start(AGENT, GRPC, &[])?;
-    // Its keepalives are left out.
+    // With this minimum, the keepalives of gRPC do not count.
     let daemon = daemon(&server.lab, 50051, "min_payload = 18")?;
     let (mut client, _) = server.client("a channel", &[])?;
     client.say("0")?;
@@ -74,7 +77,7 @@ fn a_channel_of_grpc_connects_again_after_one_failure_at_most() -> Result<()> {
     daemon.wait_for_terminations(1)?;
     client.say("0")?;
     client.wait_for_lines(3)?;
-    // So soon, the channel may not have been told.
+    // The channel may not have seen the reset yet.
     let failed = client.output().contains("UNAVAILABLE");
     client.say("0")?;
     client.wait_for_lines(4)?;
@@ -83,10 +86,10 @@ fn a_channel_of_grpc_connects_again_after_one_failure_at_most() -> Result<()> {
     Ok(())
 }
 
-/// cannatag/ldap3#418, benningm/mtpolicyd#27, authelia/authelia#58: an LDAP connection that is kept fails for ever after the
-/// server's idle timeout.
+/// cannatag/ldap3#418, benningm/mtpolicyd#27, authelia/authelia#58: an LDAP connection that the
+/// application keeps fails for ever after the server's idle timeout.
 #[test]
-fn a_connection_of_ldap3_fails_for_ever_and_one_that_restarts_does_not() -> Result<()> {
+fn an_ldap3_connection_fails_for_ever_and_a_restartable_one_does_not() -> Result<()> {
     let server = Scripted::start(AGENT, DIRECTORY, &["0"])?;
     let daemon = daemon(&server.lab, 389, "")?;
     let mut said = Vec::new();
@@ -115,10 +118,10 @@ fn a_connection_of_ldap3_fails_for_ever_and_one_that_restarts_does_not() -> Resu
     Ok(())
 }
 
-/// LuckPerms/LuckPerms#4303, redis/node-redis#197, celery/kombu#2590: a subscriber that is idle is cut, and misses what is
-/// published until it has noticed. One that pings lives.
+/// LuckPerms/LuckPerms#4303, redis/node-redis#197, celery/kombu#2590: an idle subscriber is
+/// disconnected and misses messages until it notices. A subscriber that pings lives.
 #[test]
-fn a_subscriber_of_redis_misses_messages_unless_it_pings() -> Result<()> {
+fn a_redis_subscriber_misses_messages_unless_it_pings() -> Result<()> {
     let redis = Redis::start(AGENT)?;
     let daemon = daemon(&redis.lab, Redis::PORT, "")?;
     let start = |name: &str, interval: &str| -> Result<Program> {
@@ -141,10 +144,10 @@ fn a_subscriber_of_redis_misses_messages_unless_it_pings() -> Result<()> {
     Ok(())
 }
 
-/// patrickjuchli/basic-ftp#16, mscdex/node-ftp#151, lavv17/lftp#423, QuorumDMS/ftp-srv#387: the control connection of FTP is
-/// idle during a transfer, and some clients send NOOP meanwhile.
+/// patrickjuchli/basic-ftp#16, mscdex/node-ftp#151, lavv17/lftp#423, QuorumDMS/ftp-srv#387: the
+/// control connection of FTP is idle during a transfer. Some clients send NOOP meanwhile.
 #[test]
-fn a_client_of_ftp_that_sends_noop_during_a_transfer_needs_no_setting() -> Result<()> {
+fn an_ftp_client_that_sends_noop_during_a_transfer_needs_no_setting() -> Result<()> {
     let seconds = long().as_secs().to_string();
     let server = Scripted::start(AGENT, FTP, &[&seconds])?;
     let daemon = daemon(&server.lab, 21, "")?;
@@ -154,8 +157,9 @@ fn a_client_of_ftp_that_sends_noop_during_a_transfer_needs_no_setting() -> Resul
     Ok(())
 }
 
-/// openresty/lua-resty-core#65, haproxy/haproxy#1423, jetty/jetty.project#2306: a proxy takes a connection to its backend that
-/// the backend's idle timeout has ended, and its client reads 502. After a reset the proxy has been told.
+/// openresty/lua-resty-core#65, haproxy/haproxy#1423, jetty/jetty.project#2306: a proxy reuses a
+/// backend connection that the backend's idle timeout has closed, and its client gets a 502. A
+/// reset tells the proxy before the next request.
 #[test]
 fn nginx_does_not_use_a_connection_to_its_backend_that_was_reset() -> Result<()> {
     let web = WebServer::start_with_backend_in_cgroup(AGENT, limit())?;

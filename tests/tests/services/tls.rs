@@ -1,5 +1,4 @@
-//! TLS 1.3 under the daemon: what a server says by itself is taken for an answer, unless a rule says how many bytes
-//! are one.
+//! TLS 1.3: session tickets of the server count as an answer unless `min_answer` is larger.
 
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ fn start(more: &str) -> Result<(TlsServer, Daemon)> {
 }
 
 #[test]
-fn session_tickets_are_taken_for_the_answer_to_the_first_request() -> Result<()> {
+fn session_tickets_count_as_the_answer_to_the_first_request() -> Result<()> {
     let (server, daemon) = start("")?;
     let mut client = server.client()?;
     client.wait_for("ConnectionResetError")?;
@@ -35,7 +34,7 @@ fn session_tickets_are_taken_for_the_answer_to_the_first_request() -> Result<()>
 }
 
 #[test]
-fn with_a_minimum_they_are_not_and_the_slow_answer_comes() -> Result<()> {
+fn with_a_minimum_session_tickets_are_no_answer_and_the_slow_answer_arrives() -> Result<()> {
     let (server, daemon) = start("min_answer = 1024")?;
     let mut client = server.client()?;
     let (answered, ()) = Moment::of(|| client.wait_for("answered"))?;

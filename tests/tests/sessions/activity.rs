@@ -1,4 +1,5 @@
-//! Whose payload counts, how much of it, and the time in which this host owes an answer.
+//! `activity`, `min_payload`, `min_answer`, `response_timeout` and `lifetime_jitter`: which payload
+//! counts as activity, and how long this host may take to answer.
 
 use std::{
     net::Shutdown,
@@ -19,7 +20,7 @@ fn idle() -> Duration {
     unhurried(Duration::from_secs(1))
 }
 
-/// How long this host may owe an answer, and the configuration of that.
+/// The response timeout, as a duration and as a line of the configuration.
 fn response() -> (Duration, String) {
     let limit = 4 * idle();
     (
@@ -28,7 +29,7 @@ fn response() -> (Duration, String) {
     )
 }
 
-/// A daemon with one rule on the listener's port.
+/// A daemon with one rule, for inbound connections to the listener's port.
 fn daemon_for(lab: &Lab, listener: &Listener, limits: &str) -> Result<Daemon> {
     let port = listener.port();
     lab.daemon(&format!(
@@ -36,7 +37,7 @@ fn daemon_for(lab: &Lab, listener: &Listener, limits: &str) -> Result<Daemon> {
     ))
 }
 
-/// The same with the idle timeout, and more.
+/// The same, with the idle timeout and further lines.
 fn idle_daemon_for(lab: &Lab, listener: &Listener, more: &str) -> Result<Daemon> {
     let idle = idle().as_secs();
     daemon_for(
@@ -46,7 +47,8 @@ fn idle_daemon_for(lab: &Lab, listener: &Listener, more: &str) -> Result<Daemon>
     )
 }
 
-/// Calls `pass` several times a timeout until it fails or the time is over; the last success.
+/// Calls `pass` every 50 ms until it fails or `duration` is over. Returns the last success and the
+/// result.
 fn repeat(
     duration: Duration,
     mut pass: impl FnMut() -> Result<Moment>,
@@ -63,17 +65,17 @@ fn repeat(
     (last, Ok(()))
 }
 
-/// Asserts that a session on which only `pass` happens is cut one timeout after it was opened.
+/// Asserts that `pass` is no activity: the session is reset one idle timeout after it was opened.
 fn assert_cut(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
     let (_, result) = repeat(patience(), pass);
-    assert!(result.is_err(), "it lives on");
+    assert!(result.is_err(), "the session was not reset");
     let record = daemon.wait_for_termination_of(pair)?;
     record.assert_reset("idle_timeout", &pair.opened, idle());
     Ok(())
 }
 
-/// Asserts that a session on which only `pass` happens lives for several timeouts, and is cut one
-/// timeout after the last.
+/// Asserts that `pass` is activity: the session lives for several idle timeouts and is reset one
+/// timeout after the last call.
 fn assert_lives(daemon: &Daemon, pair: &Pair, pass: impl FnMut() -> Result<Moment>) -> Result<()> {
     let (last, result) = repeat(3 * idle(), pass);
     result?;
@@ -92,7 +94,7 @@ fn ping(pair: &Pair) -> Result<Moment> {
 }
 
 #[test]
-fn what_is_sent_does_not_count_where_only_what_is_received_does() -> Result<()> {
+fn sent_payload_does_not_count_if_activity_is_received() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let limits = "activity = \"received\"";
@@ -104,7 +106,7 @@ fn what_is_sent_does_not_count_where_only_what_is_received_does() -> Result<()> 
 }
 
 #[test]
-fn what_is_received_does_not_count_where_only_what_is_sent_does() -> Result<()> {
+fn received_payload_does_not_count_if_activity_is_sent() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let limits = "activity = \"sent\"";
@@ -116,7 +118,7 @@ fn what_is_received_does_not_count_where_only_what_is_sent_does() -> Result<()> 
 }
 
 #[test]
-fn either_counts_where_any_does() -> Result<()> {
+fn payload_in_either_direction_counts_if_activity_is_any() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let limits = "activity = \"any\"";
@@ -128,7 +130,7 @@ fn either_counts_where_any_does() -> Result<()> {
 }
 
 #[test]
-fn payload_below_the_minimum_does_not_count_and_its_bytes_are_told() -> Result<()> {
+fn payload_below_the_minimum_is_no_activity_but_its_bytes_are_recorded() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = idle_daemon_for(&lab, &listener, "min_payload = 16")?;
@@ -147,7 +149,7 @@ fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
     let pair = Pair::open(&lab.outside, &listener)?;
-    // Answered at once, and asked again within the same tick: the later question counts.
+    // A round trip first, then a request within the same tick. The request is the later of the two.
     pair.round_trip()?;
     let asked = ping(&pair)?;
     asked.wait(2 * idle() + idle() / 2);
@@ -161,13 +163,13 @@ fn while_this_host_owes_the_answer_the_session_is_not_idle() -> Result<()> {
 }
 
 #[test]
-fn less_than_an_answer_is_none_and_its_parts_count_together_since_the_last_request() -> Result<()> {
+fn an_answer_below_the_minimum_is_none_and_its_parts_since_the_last_request_add_up() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let (limit, response) = response();
     let daemon = idle_daemon_for(&lab, &listener, &(response + "min_answer = 100"))?;
     let answered = Pair::open(&lab.outside, &listener)?;
-    // Such as what a server says by itself at the beginning.
+    // Like the banner that a server sends without a request.
     let small = |pair: &Pair| pair.to_client(&[b'x'; 60]);
     ping(&answered)?;
     small(&answered)?;
@@ -185,7 +187,7 @@ fn less_than_an_answer_is_none_and_its_parts_count_together_since_the_last_reque
 }
 
 #[test]
-fn an_answer_that_never_comes_has_a_limit_of_its_own() -> Result<()> {
+fn a_missing_answer_has_its_own_limit() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
@@ -224,12 +226,13 @@ fn a_segment_that_the_stack_refuses_is_no_request() -> Result<()> {
 }
 
 #[test]
-fn what_was_sent_counts_when_it_was_sent_before_it_is_acknowledged() -> Result<()> {
+fn unacknowledged_payload_counts_from_the_time_at_which_it_was_sent() -> Result<()> {
     assert_counts_without_an_answer("")?;
     assert_counts_without_an_answer("[daemon]\nmode = \"observe\"\n")
 }
 
-/// The peer does not answer, and nothing is sent again before the deadline: no packet shows that it was sent.
+/// The peer does not acknowledge, and the RTO is so long that nothing is retransmitted before the
+/// deadline. So no packet shows that the payload was sent; the daemon must query the socket.
 fn assert_counts_without_an_answer(mode: &str) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];
@@ -255,7 +258,7 @@ fn assert_counts_without_an_answer(mode: &str) -> Result<()> {
 }
 
 #[test]
-fn the_answer_starts_the_idle_clock_also_where_only_what_is_received_counts() -> Result<()> {
+fn an_answer_starts_the_idle_clock_even_if_activity_is_received() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let limits = format!("{}activity = \"received\"", response().1);
@@ -263,16 +266,16 @@ fn the_answer_starts_the_idle_clock_also_where_only_what_is_received_counts() ->
     let pair = Pair::open(&lab.outside, &listener)?;
     ping(&pair)?.wait(2 * idle());
     let answered = push(&pair)?;
-    // What is pushed after the answer is no activity.
+    // Payload that the server sends after the answer is no activity.
     let (_, result) = repeat(patience(), || push(&pair));
-    assert!(result.is_err(), "it lives on");
+    assert!(result.is_err(), "the session was not reset");
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &answered, idle());
     Ok(())
 }
 
 #[test]
-fn a_session_nobody_asked_anything_on_is_idle_whatever_the_response_timeout() -> Result<()> {
+fn a_session_without_a_request_is_idle_whatever_the_response_timeout() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = idle_daemon_for(&lab, &listener, &response().1)?;
@@ -308,7 +311,8 @@ fn lifetimes_are_spread_within_the_jitter_and_none_is_longer() -> Result<()> {
         limits.iter().all(|limit| (2.0..=4.0).contains(limit)),
         "{limits:?}"
     );
-    // Of sixty evenly spread lives, the chance that one quarter of the range has none is 10^-7.
+    // If 60 lifetimes are evenly distributed, a quarter of the range is empty with a probability of
+    // 10^-7.
     for quarter in 0..4 {
         let start = 2.0 + 0.5 * f64::from(quarter);
         let range = start..start + 0.5;
@@ -320,7 +324,7 @@ fn lifetimes_are_spread_within_the_jitter_and_none_is_longer() -> Result<()> {
     Ok(())
 }
 
-/// The place of a session within the jitter is its own for as long as it lives.
+/// The share of a session in the jitter never changes.
 #[test]
 fn the_share_of_the_jitter_is_the_same_after_a_reload_and_a_restart() -> Result<()> {
     const SESSIONS: usize = 8;
@@ -344,7 +348,7 @@ fn the_share_of_the_jitter_is_the_same_after_a_reload_and_a_restart() -> Result<
         };
         pairs.iter().map(share).collect()
     };
-    // The step of a share is a 65,536th.
+    // Shares have a resolution of 1/65,536.
     let assert_same = |now: Vec<f64>, before: &[f64]| {
         for (now, before) in now.iter().zip(before) {
             assert!((now - before).abs() < 1e-4, "{now} is not {before}");
@@ -355,7 +359,7 @@ fn the_share_of_the_jitter_is_the_same_after_a_reload_and_a_restart() -> Result<
     daemon.reload(&config("second", "3s"))?;
     daemon.wait_for_terminations(2 * SESSIONS)?;
     assert_same(shares(&daemon, 3.0)?, &first);
-    // Without pins, the next one knows nothing of the first.
+    // Without pins, the next daemon has no data of the first.
     daemon.stop()?;
     let daemon = lab.daemon(&config("third", "2s"))?;
     daemon.wait_for_terminations(SESSIONS)?;

@@ -33,8 +33,7 @@ fn assert_reset_for(daemon: &Daemon, pair: &Pair, last: &Moment) -> Result<()> {
 }
 
 #[test]
-fn an_adopted_session_is_reset_when_its_idleness_from_before_and_after_the_start_is_enough()
--> Result<()> {
+fn the_idle_time_of_an_adopted_session_includes_the_time_before_the_start() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let far = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -56,10 +55,10 @@ fn an_adopted_session_is_reset_when_its_idleness_from_before_and_after_the_start
     Ok(())
 }
 
-/// As of a transparent proxy, whose connections have the ports of others: nobody listens on the port of the first, and
-/// somebody does on the second's.
+/// As with a transparent proxy, a listener on the local port does not decide the direction: the
+/// accepted connection has lost its listener, and the dialled one shares its port with a listener.
 #[test]
-fn who_dialled_is_known_whoever_listens() -> Result<()> {
+fn the_direction_of_an_adopted_session_does_not_depend_on_listeners() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let gone = lab.inside.listen(anywhere)?;
@@ -128,7 +127,7 @@ fn sessions_of_other_namespaces_are_adopted() -> Result<()> {
     Veth::between(&left, &right)?;
     let clients = [lab.inside_in(&left)?, lab.outside_in(&left)?];
     let servers = [lab.outside_in(&right)?, lab.inside_in(&right)?];
-    // A port with a listener is how the daemon knows who dialled.
+    // The listeners live until the daemon has adopted the connections.
     let (mut pairs, mut listeners) = (Vec::new(), Vec::new());
     for address in [Veth::RIGHT, Veth::RIGHT_V6] {
         for (client, server) in clients.iter().zip(&servers) {
@@ -160,7 +159,7 @@ fn an_adopted_session_that_ends_by_itself_is_forgotten_without_a_record() -> Res
     let (reset_by_server, other_end) = (reset_here.server, reset_here.client);
     drop((closed, reset, reset_by_server, other_end));
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)?;
-    // Their deadlines pass.
+    // By then the deadlines of the three closed sessions have passed.
     let pair = open()?;
     assert_reset_for(&daemon, &pair, &pair.opened)?;
     assert_eq!(daemon.terminations()?.len(), 1);
@@ -190,7 +189,7 @@ fn a_half_closed_session_is_adopted() -> Result<()> {
 }
 
 #[test]
-fn an_adopted_session_is_half_closed_without_being_forgotten() -> Result<()> {
+fn a_fin_does_not_end_an_adopted_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside, &listener)?;
@@ -240,11 +239,12 @@ fn an_adopted_session_is_reset_on_both_ends() -> Result<()> {
 }
 
 #[test]
-fn an_adopted_session_of_which_nobody_knows_who_was_last_has_the_longer_limit() -> Result<()> {
+fn an_adopted_session_has_the_longer_limit_if_the_last_sender_is_unknown() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let answered = Pair::open(&lab.outside, &listener)?;
-    // Within the same millisecond, as every server that answers at once does.
+    // Question and answer within the same millisecond, as from every server that answers at once.
+    // `TCP_INFO` does not tell which was later.
     let last = answered.round_trip()?;
     let limits = "idle_timeout = \"1h\"\nresponse_timeout = \"2s\"";
     let daemon = lab.daemon(&format!("[[rule]]\nname = \"r\"\n{limits}\n"))?;
@@ -255,8 +255,8 @@ fn an_adopted_session_of_which_nobody_knows_who_was_last_has_the_longer_limit() 
     Ok(())
 }
 
-/// Nobody reports the end of a socket that closes between the list in which it is found and its
-/// insertion.
+/// No event reports the close of a socket that closes after it was listed and before it was
+/// inserted into the table.
 #[test]
 fn connections_that_close_while_they_are_adopted_leave_nothing() -> Result<()> {
     const PAIRS: usize = 1_500;
@@ -269,7 +269,7 @@ fn connections_that_close_while_they_are_adopted_leave_nothing() -> Result<()> {
     let (daemon, pairs) = thread::scope(|scope| {
         let churn = scope.spawn(|| -> Result<Vec<Pair>> {
             while !started.load(Ordering::Relaxed) {
-                // Another comes for each that closes: they do not run out.
+                // Each closed connection is replaced, so the number stays the same.
                 let index = random.below(PAIRS as u64) as usize;
                 if random.once_in(2) {
                     reset_on_close(&pairs[index].client)?;

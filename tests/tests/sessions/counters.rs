@@ -1,4 +1,4 @@
-//! The counters, the audit and what happened are the same numbers.
+//! Metrics and audit records agree with the sessions that were opened, closed and reset.
 
 use std::{collections::BTreeMap, net::Ipv4Addr, time::Duration};
 
@@ -9,8 +9,8 @@ use session_enforcer_tests::{
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Each termination in the audit is one in the counter with the labels that it names, and there
-/// are no others.
+/// The counter of terminations has the same numbers as the audit records, for each set of labels
+/// and in all.
 fn assert_audit_is_counted(daemon: &Daemon, count: f64) -> Result<()> {
     let mut by_labels = BTreeMap::<_, f64>::new();
     let records = daemon.terminations()?;
@@ -96,8 +96,8 @@ fn sessions_in_both_directions_of_one_connection_are_two() -> Result<()> {
         pair.ends()?;
     }
     daemon.wait_for_metric("session_enforcer_sessions_closed_total", &[], 100.0)?;
-    // An end that the reset of the other has closed may be found gone, or be forgotten before its
-    // turn comes; the audit and the counter agree in any case.
+    // The reset of one end closes the other. The daemon may find the other end gone, or forget it
+    // before its reset. In both cases audit and counter agree.
     std::thread::sleep(Duration::from_millis(500));
     let count = daemon.terminations()?.len();
     assert!((50..=100).contains(&count), "{count}");

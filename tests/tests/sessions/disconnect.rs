@@ -1,6 +1,6 @@
-//! The way of kernels without `SOCK_DESTROY`: plain TCP is reset through a descriptor of the
-//! process that holds it. This kernel has `SOCK_DESTROY`, so the daemon does not go it here, and
-//! the test does.
+//! Kernels without `SOCK_DESTROY`: a plain TCP connection is reset through a descriptor that is
+//! taken from its process. The daemon uses `SOCK_DESTROY` on this kernel, so the tests call that
+//! code directly.
 
 use std::{
     io::Read as _,
@@ -66,7 +66,7 @@ fn a_thread_that_waits_for_payload_returns() -> Result<()> {
         assert_eq!(reset(&target)?, Answer::Reset);
         let read = reader.join().expect("the thread that reads");
         let error = read.expect_err("an error and no payload");
-        // With `WouldBlock` the reader's patience would have ended, and not its connection.
+        // `WouldBlock` would mean that the read timed out and that the connection still exists.
         assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock);
         Ok(())
     })
@@ -75,7 +75,7 @@ fn a_thread_that_waits_for_payload_returns() -> Result<()> {
 #[test]
 fn half_closed_connections_are_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    // A reset is EPIPE to who has read the end of the payload (`tcp_reset()`).
+    // After a FIN from the peer, a reset is reported as EPIPE (`tcp_reset()`).
     for (client_closes, error) in [(true, Errno::ECONNRESET), (false, Errno::EPIPE)] {
         let pair = open(&lab, LOOPBACK)?;
         let target = socket_id(&pair.server)?;
@@ -92,10 +92,10 @@ fn half_closed_connections_are_reset() -> Result<()> {
 }
 
 #[test]
-fn a_connection_of_another_name_is_never_touched() -> Result<()> {
+fn a_connection_with_another_cookie_is_never_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
-    // The tuple of one with the cookie of the other.
+    // The tuple of one connection with the cookie of the other.
     let mixed = SocketId {
         cookie: cookie(&other.server)?,
         ..socket_id(&pair.server)?
@@ -107,15 +107,16 @@ fn a_connection_of_another_name_is_never_touched() -> Result<()> {
 }
 
 #[test]
-fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()> {
+fn a_descriptor_that_refers_to_another_socket_now_is_not_used() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     let target = socket_id(&pair.server)?;
     let mut before = Holders::default();
     before.scan_all();
-    // After that the process closes its descriptor, and another socket gets the number.
+    // After the scan, the process closes its descriptor, and another socket gets the same number.
     let kept = pair.server.try_clone()?;
-    // SAFETY: both are open, and stay so: the second stands for another socket from then on.
+    // SAFETY: both descriptors are open and stay open; the second refers to another socket
+    // afterwards.
     let status = unsafe { libc::dup2(other.server.as_raw_fd(), pair.server.as_raw_fd()) };
     ensure!(status >= 0, "dup2: {}", Errno::last());
     let result = reset_tcp(&mut DiagSocket::open()?, &target, None, &mut before);
@@ -130,12 +131,12 @@ fn a_descriptor_that_stands_for_another_socket_by_now_is_not_used() -> Result<()
 }
 
 #[test]
-fn what_nobody_has_accepted_is_nobody_s_to_give() -> Result<()> {
+fn a_connection_can_be_reset_only_once_a_process_has_accepted_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(LOOPBACK)?;
     let client = dial(lab.outside.tcp(listener.address)?, listener.address)?;
     let port = client.local_addr()?.port();
-    // It is there when the handshake's last segment has come.
+    // The kernel lists the connection once the last segment of the handshake has arrived.
     let waiting = eventually("the connection that waits", patience(), || {
         let table = DiagSocket::open()?.listed(state::SESSIONS, [0, 0])?;
         let mut table = table.into_iter();
@@ -166,26 +167,26 @@ fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Re
             };
             reset_by_cookie(&held, &mut Holders::default())
         };
-        // This process has it, which is in another cgroup.
+        // This process holds the descriptor, and it is in another cgroup than the searched one.
         assert!(matches!(reset(false), Err(DisconnectError::NotHeld)));
         let reset = || reset(true);
         assert_eq!(reset()?, Answer::Reset);
         assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
-        // The process has the socket still, which is none of a connection any more.
+        // The process still has the socket, which is not connected any more.
         assert_eq!(reset()?, Answer::Gone);
         other.round_trip()?;
     }
     Ok(())
 }
 
-/// The kernel destroys what is left of it, and says so.
+/// The kernel destroys the `TIME_WAIT` socket and answers ENOENT, so the daemon counts no reset.
 #[test]
-fn what_is_left_of_a_connection_in_time_wait_is_no_session() -> Result<()> {
+fn a_time_wait_socket_is_no_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let Pair { client, server, .. } = open(&lab, LOOPBACK)?;
     let target = socket_id(&client)?;
     drop(client);
-    // Its FIN has come.
+    // Wait for the client's FIN.
     ensure!((&server).read(&mut [0])? == 0);
     drop(server);
     let mut diag = DiagSocket::open()?;

@@ -1,5 +1,5 @@
-//! IPv4 and IPv6 in every form in which a socket and a packet can have them. Payload counts in each
-//! of them, and the reset finds the socket.
+//! IPv4 and IPv6 in all forms of sockets and packets: payload counts, and the reset finds the
+//! socket.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -24,7 +24,8 @@ fn rule() -> String {
     idle_rule(limit())
 }
 
-/// Payload half a limit after the establishment moves each deadline, and each session is reset then.
+/// Sends payload half a limit after the establishment. Each session is reset one limit after that
+/// payload.
 fn assert_enforced(daemon: &Daemon, pairs: &[Pair], kind: &str) -> Result<()> {
     for pair in pairs {
         pair.opened.wait(limit() / 2);
@@ -50,7 +51,7 @@ fn assert_enforced(daemon: &Daemon, pairs: &[Pair], kind: &str) -> Result<()> {
     Ok(())
 }
 
-/// Either end of a connection by this address is tracked.
+/// Two connections to this address: the tracked end dials the first and accepts the second.
 fn either_end(lab: &Lab, address: SocketAddr) -> Result<[Pair; 2]> {
     let [outside, inside] = [lab.outside.listen(address)?, lab.inside.listen(address)?];
     Ok([
@@ -82,7 +83,7 @@ fn ipv4_sessions_of_ipv6_sockets_are_enforced() -> Result<()> {
     let mapped = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0));
     let daemon = lab.daemon(&rule())?;
     let mut pairs = Vec::from(either_end(&lab, mapped)?);
-    // An IPv6 socket with an IPv4 one, the IPv6 one tracked.
+    // One IPv6 socket and one IPv4 socket; the IPv6 socket is tracked.
     let listener = lab.outside.listen(plain)?;
     let to = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), listener.port()));
     pairs.push(Pair::dial(lab.inside.tcp(to)?, &listener, to)?);
@@ -107,7 +108,7 @@ fn a_rule_for_an_ipv4_prefix_applies_to_ipv6_sockets_with_such_an_address() -> R
     Ok(())
 }
 
-/// Two ends of a cable; one end of each connection over it is tracked.
+/// Two namespaces that a veth pair connects. One end of each connection between them is tracked.
 struct Cabled {
     lab: Lab,
     left: Netns,
@@ -128,7 +129,8 @@ impl Cabled {
         })
     }
 
-    /// For each of the two ends, the agents where that one is tracked.
+    /// Pairs of agents, left and right: first with the left one tracked, then with the right one
+    /// tracked.
     fn agents(&self) -> Result<[[Agent; 2]; 2]> {
         let (lab, left, right) = (&self.lab, &self.left, &self.right);
         Ok([
@@ -138,8 +140,8 @@ impl Cabled {
     }
 }
 
-/// An extension header of the two kinds that hold options, filled with padding (RFC 8200
-/// section 4.2). The kernel fills in what follows it.
+/// An options header (hop-by-hop or destination) that holds only padding (RFC 8200 section 4.2).
+/// The kernel sets the number of the next header.
 const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
 const HOP_BY_HOP: u8 = 0;
 const DESTINATION: u8 = 60;
@@ -181,11 +183,11 @@ fn payload_behind_ipv6_extension_headers_is_activity() -> Result<()> {
 }
 
 #[test]
-fn payload_in_another_packet_is_activity() -> Result<()> {
+fn encapsulated_payload_is_activity() -> Result<()> {
     for (address, kind, depth) in [
         (Veth::BEYOND, "ipv4", 1),
         (Veth::BEYOND_V6, "ipv6", 1),
-        // In more headers than are walked.
+        // More headers than the programs parse.
         (Veth::BEYOND_V6, "ipv6", 5),
     ] {
         let cabled = Cabled::new()?;
@@ -239,7 +241,7 @@ fn sessions_of_sockets_bound_to_a_device_are_enforced() -> Result<()> {
     Ok(())
 }
 
-/// The kernel asks neither for the state of the socket nor for a privilege.
+/// The kernel permits `SO_BINDTODEVICE` in every state and without privileges.
 #[test]
 fn sessions_of_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -258,7 +260,8 @@ fn sessions_of_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
     Ok(())
 }
 
-/// The end of these would not be reported, so that what the kernel does not find might have ended.
+/// No event reports the close of an adopted socket. So a lookup that does not find the socket could
+/// mean that it has closed.
 #[test]
 fn sessions_of_older_sockets_bound_to_a_device_later_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;

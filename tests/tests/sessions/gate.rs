@@ -1,6 +1,6 @@
-//! The gate: no byte of payload passes after a deadline, whatever the daemon is doing.
+//! The gate: no payload passes after a deadline, whatever the daemon does.
 //!
-//! The daemon is frozen before a connection is opened: what happens to it is the kernel's doing alone.
+//! The daemon is frozen before a connection is opened, so only the programs can stop the payload.
 
 use std::{
     io::{Read as _, Write as _},
@@ -27,7 +27,7 @@ const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1s\"\n";
 /// The state in `TCP_INFO` of a socket whose connection has ended (`net/tcp_states.h`).
 const TCP_CLOSE: u8 = 7;
 
-/// How long a test waits for what must not come.
+/// How long a test waits to see that nothing arrives.
 const WHILE: Duration = Duration::from_secs(1);
 
 const DROPPED: &str = "session_enforcer_gate_dropped_packets_total";
@@ -38,7 +38,7 @@ fn dropped(daemon: &Daemon) -> Result<[f64; 2]> {
     Ok([of("ingress")?, of("egress")?])
 }
 
-/// Bytes and segments with payload that the stack has let in at both ends.
+/// Bytes of payload and segments with payload that both ends have received.
 fn received(pair: &Pair) -> Result<[(u64, u32); 2]> {
     let of = |stream| {
         let info = tcp_info(stream)?;
@@ -47,7 +47,7 @@ fn received(pair: &Pair) -> Result<[(u64, u32); 2]> {
     Ok([of(&pair.client)?, of(&pair.server)?])
 }
 
-/// Whether something comes to one of the sockets: payload, the end, an error.
+/// Whether one of the sockets becomes readable: payload, a FIN or an error.
 fn comes(sockets: &[&TcpStream], within: Duration) -> Result<bool> {
     let mut fds: Vec<_> = sockets
         .iter()
@@ -56,7 +56,7 @@ fn comes(sockets: &[&TcpStream], within: Duration) -> Result<bool> {
     Ok(poll(&mut fds, PollTimeout::try_from(within)?)? > 0)
 }
 
-/// Both ends send, and not a byte arrives at either.
+/// Both ends send, and neither receives a byte.
 fn assert_shut(pair: &Pair) -> Result<()> {
     let before = received(pair)?;
     (&pair.client).write_all(b"late")?;
@@ -66,7 +66,7 @@ fn assert_shut(pair: &Pair) -> Result<()> {
     Ok(())
 }
 
-/// The daemon goes on, resets both ends, and its record has the true deadline and lateness.
+/// Thaws the daemon, which resets both ends and records the true deadline and lateness.
 fn assert_reset_when_thawed(
     daemon: &Daemon,
     pair: &Pair,
@@ -84,7 +84,7 @@ fn assert_reset_when_thawed(
     Ok(())
 }
 
-/// Opens a connection while the daemon is frozen, and lets its deadline pass.
+/// Opens a connection while the daemon is frozen, and waits for its deadline.
 fn open_and_pass_deadline(lab: &Lab, listener: &Listener, daemon: &Daemon) -> Result<Pair> {
     daemon.freeze()?;
     let pair = Pair::open(&lab.outside, listener)?;
@@ -92,8 +92,8 @@ fn open_and_pass_deadline(lab: &Lab, listener: &Listener, daemon: &Daemon) -> Re
     Ok(pair)
 }
 
-/// Of two connections by this address, one with the tracked end accepting and one with it dialling,
-/// nothing passes, and both packets of each are counted.
+/// Opens two connections to this address; the tracked end accepts the first and dials the second.
+/// Asserts that the gate drops payload in both directions and counts the packets.
 fn assert_gated(address: impl Into<SocketAddr>) -> Result<()> {
     let address = address.into();
     let lab = Lab::new(AGENT)?;
@@ -128,10 +128,10 @@ fn nothing_passes_an_idle_ipv4_session_of_ipv6_sockets_while_the_daemon_is_froze
     assert_gated((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0))
 }
 
-/// Root of a container may set such a route at any time. In more headers than are walked, too, no payload passes,
-/// and the RST does.
+/// Root of a container can set such a route at any time. If there are more headers than the
+/// programs parse, payload is dropped too, and a RST passes.
 #[test]
-fn nothing_passes_in_another_packet() -> Result<()> {
+fn no_encapsulated_payload_passes() -> Result<()> {
     for depth in [1, 5] {
         for address in [Veth::BEYOND, Veth::BEYOND_V6] {
             let lab = Lab::new(AGENT)?;
@@ -154,7 +154,8 @@ fn nothing_passes_in_another_packet() -> Result<()> {
     Ok(())
 }
 
-/// Sends byte by byte until one does not arrive; when the last that arrived was about to be sent.
+/// Sends bytes until one does not arrive. Returns a time just before the last byte that arrived was
+/// sent.
 fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
     let mut last = None;
     let start = Instant::now();
@@ -169,7 +170,7 @@ fn send_until_shut(from: &TcpStream, to: &TcpStream) -> Result<Instant> {
         last = Some(about_to_send);
         thread::sleep(Duration::from_millis(1));
     }
-    anyhow::bail!("the gate is open after {:?}", patience())
+    anyhow::bail!("the gate is still open after {:?}", patience())
 }
 
 #[test]
@@ -194,37 +195,37 @@ fn a_busy_session_passes_payload_until_its_lifetime_ends_and_not_after() -> Resu
     Ok(())
 }
 
-/// A connection whose client sends a byte at each deadline, just before it or just after.
+/// A connection whose client sends a byte just before or just after each deadline.
 struct Racer {
     pair: Pair,
     sent: Vec<Moment>,
-    /// When the session is due, as far as the client can tell.
+    /// The deadline as the client knows it.
     due: Instant,
 }
 
 impl Racer {
-    /// Sends a byte so long after the deadline less `early`.
+    /// Sends a byte at the deadline, minus `early`, plus `after`.
     fn send(&mut self, early: Duration, after: Duration) {
         let at = self.due - early + after;
         thread::sleep(at.saturating_duration_since(Instant::now() + early));
         while Instant::now() < at {
             std::hint::spin_loop();
         }
-        // Where it has ended there is nothing more to send.
+        // Writing fails once the session has been reset.
         if let Ok((moment, ())) = Moment::of(|| Ok((&self.pair.client).write_all(b"x")?)) {
             self.due = moment.latest.at + LIMIT;
             self.sent.push(moment);
         }
     }
 
-    /// The last byte that arrived has its stamp in the record by which the session was reset.
+    /// The activity in the audit record includes the last byte that arrived.
     fn check(&self, record: &Record) -> Result<usize> {
         let arrived = tcp_info(&self.pair.server)?.tcpi_bytes_received as usize;
         let told = record.number("source.bytes");
         ensure!(arrived as f64 <= told, "{arrived} arrived, {record:?}");
         if let Some(last) = arrived.checked_sub(1).map(|last| &self.sent[last]) {
             let activity = record.time("session_enforcer.last_received");
-            // The audit works its times out from two clocks.
+            // The audit computes wall-clock times from two clocks, which adds a small error.
             let is_known = activity + Duration::from_millis(1) >= last.earliest.wall;
             ensure!(is_known, "{last:?} is not the last activity of {record:?}");
         }
@@ -259,7 +260,7 @@ fn a_byte_at_the_deadline_renews_the_session_or_does_not_arrive() -> Result<()> 
         let (client, server) = (&racer.pair.client_address, &racer.pair.server_address);
         let ports = [client.port(), server.port()];
         let record = records.iter().find(|record| record.ports() == ports);
-        arrived += racer.check(record.context("a record of each")?)?;
+        arrived += racer.check(record.context("no record of a racer")?)?;
     }
     let sent: usize = racers.iter().map(|racer| racer.sent.len()).sum();
     println!("of {sent} bytes {arrived} arrived in time");
@@ -317,7 +318,7 @@ fn an_observed_session_has_no_gate() -> Result<()> {
 fn an_active_session_has_no_gate_while_the_daemon_is_frozen() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    // So long that the busiest machine keeps it active.
+    // Long enough that even a busy machine sends in time.
     let daemon = lab.daemon(&RULE.replace("1s", "4s"))?;
     daemon.freeze()?;
     let pair = Pair::open(&lab.outside, &listener)?;
@@ -380,7 +381,7 @@ fn payload_with_a_fin_waits_behind_the_gate() -> Result<()> {
     let daemon = lab.daemon(RULE)?;
     let pair = open_and_pass_deadline(&lab, &listener, &daemon)?;
     assert_shut(&pair)?;
-    // The stack puts the FIN on the last segment that has not been taken.
+    // The stack sets the FIN on the last unacknowledged segment.
     pair.client.shutdown(Shutdown::Write)?;
     pair.server.shutdown(Shutdown::Write)?;
     assert!(!comes(&[&pair.client, &pair.server], WHILE)?);
@@ -391,8 +392,7 @@ fn payload_with_a_fin_waits_behind_the_gate() -> Result<()> {
     Ok(())
 }
 
-/// Sends a byte that does not count as activity, again and again, until the connection ends or the
-/// time is over.
+/// Sends single bytes, which `min_payload` ignores, until the connection ends or the time is over.
 fn chatter(mut stream: &TcpStream, duration: Duration) {
     let start = Instant::now();
     while start.elapsed() < duration && stream.write_all(b"x").is_ok() {
@@ -405,7 +405,7 @@ fn quiet_rule(timeout: &str) -> String {
 }
 
 #[test]
-fn a_session_that_a_new_policy_ends_has_that_reason_whoever_refuses_it_first() -> Result<()> {
+fn a_session_that_a_new_policy_ends_has_that_reason_even_if_the_gate_drops_first() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let daemon = lab.daemon(&quiet_rule("1h"))?;
@@ -422,8 +422,8 @@ fn a_session_that_a_new_policy_ends_has_that_reason_whoever_refuses_it_first() -
 }
 
 #[test]
-fn a_session_that_cannot_be_reset_stands_behind_the_gate_and_is_tried_again_as_it_was() -> Result<()>
-{
+fn a_session_whose_reset_fails_stays_behind_the_gate_and_is_retried_for_the_same_reason()
+-> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let hour = quiet_rule("1h");
@@ -436,13 +436,13 @@ fn a_session_that_cannot_be_reset_stands_behind_the_gate_and_is_tried_again_as_i
     assert_eq!(first.text("event.action"), "session-termination-failed");
     assert_eq!(first.text("event.reason"), "policy");
     interposer.set(Call::Destroy, Fate::Pass);
-    // What the gate reports does not hasten the next attempt.
+    // The gate's events do not bring the next attempt forward.
     assert_shut(&pair)?;
     assert_eq!(daemon.terminations_of(&pair)?.len(), 1);
     let second = eventually("the next attempt", patience(), || {
         Ok(daemon.terminations_of(&pair)?.into_iter().nth(1))
     })?;
-    // By the records: a machine may take its time to show them.
+    // The times come from the records, because a busy machine may show them late.
     let apart = second.time("@timestamp") - first.time("@timestamp");
     assert!(apart >= Duration::from_secs(8), "{apart:?}");
     assert_eq!(second.text("session_enforcer.result"), "reset");

@@ -1,4 +1,4 @@
-//! Sessions that one end has closed for writing are sessions still, which can have a limit of their own.
+//! Half-closed sessions: they remain sessions, and `half_closed_timeout` limits them.
 
 use std::{
     io::Write as _,
@@ -21,7 +21,7 @@ fn rule() -> String {
     idle_rule(limit())
 }
 
-/// A rule with the limit for half-closed sessions alone, and with these others.
+/// A rule with `half_closed_timeout` and the lines of `others`.
 fn half_closed_rule(others: &str) -> String {
     let limit = limit().as_secs();
     format!("[[rule]]\nname = \"r\"\nhalf_closed_timeout = \"{limit}s\"\n{others}\n")
@@ -49,7 +49,7 @@ fn a_session_that_the_client_half_closed_is_reset_when_idle() -> Result<()> {
     let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
-    // The FIN is no activity.
+    // A FIN is no activity.
     last.wait(limit() / 4);
     pair.client.shutdown(Shutdown::Write)?;
     let [client, server] = pair.ends()?;
@@ -71,7 +71,7 @@ fn a_session_that_the_server_half_closed_is_reset_when_idle() -> Result<()> {
     last.wait(limit() / 4);
     pair.server.shutdown(Shutdown::Write)?;
     let [client, server] = pair.ends()?;
-    // What a reset is called where the peer had already closed its direction.
+    // After a FIN from the peer, a reset is reported as EPIPE.
     client.assert_reset(Errno::EPIPE, &last, limit());
     server.assert_reset(Errno::ECONNABORTED, &last, limit());
     daemon
@@ -118,7 +118,7 @@ fn a_session_that_only_the_client_closed_is_reset_when_idle() -> Result<()> {
 }
 
 #[test]
-fn the_bytes_of_a_half_closed_session_are_those_of_its_payload() -> Result<()> {
+fn fins_are_not_counted_as_bytes() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -131,14 +131,15 @@ fn the_bytes_of_a_half_closed_session_are_those_of_its_payload() -> Result<()> {
 }
 
 #[test]
-fn the_fin_of_a_client_that_does_not_read_is_no_byte() -> Result<()> {
+fn the_fin_of_a_client_that_does_not_read_is_not_counted_as_a_byte() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     pair.server.set_nonblocking(true)?;
     while (&pair.server).write(&[0; 1 << 16]).is_ok() {}
-    // The server's FIN waits behind what the client has no room for, so the client's comes first.
+    // The client does not read, so its receive window is full and the server's FIN cannot be sent.
+    // The client's FIN comes first.
     pair.server.shutdown(Shutdown::Write)?;
     pair.server.set_nonblocking(false)?;
     pair.to_server(b"hello")?;
@@ -174,7 +175,7 @@ fn whichever_end_closes_first_the_limit_counts_from_its_fin_and_both_are_reset()
 }
 
 #[test]
-fn payload_puts_the_limit_of_a_half_closed_session_off() -> Result<()> {
+fn payload_restarts_the_limit_of_a_half_closed_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&half_closed_rule(""))?;
@@ -189,7 +190,7 @@ fn payload_puts_the_limit_of_a_half_closed_session_off() -> Result<()> {
 }
 
 #[test]
-fn a_session_that_is_open_in_both_directions_has_no_such_limit() -> Result<()> {
+fn a_session_that_is_open_in_both_directions_has_no_half_closed_timeout() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&half_closed_rule(""))?;
@@ -204,7 +205,7 @@ fn a_session_that_is_open_in_both_directions_has_no_such_limit() -> Result<()> {
 }
 
 #[test]
-fn a_fin_saves_nobody_who_is_idle_already() -> Result<()> {
+fn a_fin_does_not_save_a_session_that_is_already_idle_for_too_long() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&(rule() + "half_closed_timeout = \"1h\"\n"))?;
@@ -248,14 +249,14 @@ fn a_half_closed_session_may_owe_the_answer() -> Result<()> {
 }
 
 #[test]
-fn an_adopted_session_has_the_limit_from_its_fin_or_its_adoption_on() -> Result<()> {
+fn the_limit_of_an_adopted_session_counts_from_its_fin_or_its_adoption() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let open = || Pair::open(&lab.outside, &listener);
     let (by_client, by_server, before) = (open()?, open()?, open()?);
     close(&before.client)?;
     let (started, daemon) = Moment::of(|| lab.daemon(&half_closed_rule("")))?;
-    // What closes has sent something: its FIN is acknowledged with that at once.
+    // Both ends have sent payload, so the FIN is acknowledged at once.
     by_client.round_trip()?;
     by_server.round_trip()?;
     let fins = [close(&by_client.client)?, close(&by_server.server)?];
@@ -265,7 +266,7 @@ fn an_adopted_session_has_the_limit_from_its_fin_or_its_adoption_on() -> Result<
 }
 
 #[test]
-fn a_fin_that_came_while_no_daemon_ran_counts_from_the_start() -> Result<()> {
+fn a_fin_that_arrives_while_no_daemon_runs_counts_from_the_next_start() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let rule = half_closed_rule("idle_timeout = \"1h\"");

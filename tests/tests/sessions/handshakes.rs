@@ -1,4 +1,4 @@
-//! Connections that come into being in unusual ways are sessions like the others.
+//! Connections that are established in unusual ways are tracked like all others.
 
 use std::{
     io::{Read as _, Write as _},
@@ -38,7 +38,7 @@ fn payload_that_completes_a_deferred_accept_is_counted() -> Result<()> {
     let listener = listen_with(&lab.inside, libc::TCP_DEFER_ACCEPT, 5)?;
     let daemon = lab.daemon(RULE)?;
     let mut client = dial(lab.outside.tcp(listener.address)?, listener.address)?;
-    // The server's socket comes into being with the first payload.
+    // The kernel creates the server's socket when the first payload arrives.
     thread::sleep(Duration::from_millis(500));
     let (last, mut server) = Moment::of(|| {
         client.write_all(b"hello")?;
@@ -59,7 +59,8 @@ fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
     let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
     let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
     let daemon = lab.daemon(RULE)?;
-    // The first connection gets the cookie that lets the second one carry payload at once.
+    // The first connection obtains the Fast Open cookie, with which the second sends payload in its
+    // SYN.
     let first = dial_with(&outside, &listener, b"first")?;
     let second = dial_with(&outside, &listener, b"second")?;
     assert_ne!(
@@ -76,7 +77,8 @@ fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
     Ok(())
 }
 
-/// The socket has its payload before the connection is established, or with it, and no hook sees that.
+/// The payload arrives before the connection is established or together with it, so no hook sees
+/// it.
 #[test]
 fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -90,7 +92,8 @@ fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
          response_timeout = \"3s\"\n",
     )?;
     let pairs = [
-        // With the third packet, and the second time with the first.
+        // The payload comes with the ACK of the handshake, with the SYN, and to a listener that waits
+        // for payload before it creates a socket.
         dial_with(&outside, &listener, b"first")?,
         dial_with(&outside, &listener, b"second")?,
         dial_with(&outside, &deferred, b"third")?,
@@ -103,7 +106,7 @@ fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
     Ok(())
 }
 
-/// Connects and sends in one call (TCP Fast Open); payload and establishment are one moment.
+/// Connects and sends in one call (TCP Fast Open), so payload and establishment have one time.
 fn dial_with(client: &Agent, listener: &Listener, payload: &[u8]) -> Result<Pair> {
     let socket = client.tcp(listener.address)?;
     let to = SockaddrStorage::from(listener.address);
@@ -117,9 +120,10 @@ fn dial_with(client: &Agent, listener: &Listener, payload: &[u8]) -> Result<Pair
     Pair::of(socket.into(), server, opened)
 }
 
-/// The kernel calls it active. Older than the daemon or not, it has not dialled.
+/// The kernel reports an active establishment for a restored socket. Adopted or new, it must not
+/// count as dialled.
 #[test]
-fn a_connection_that_is_restored_was_not_dialled_from_here() -> Result<()> {
+fn a_restored_connection_does_not_count_as_dialled() -> Result<()> {
     let limit = longer_than_a_start();
     let lab = Lab::new(AGENT)?;
     let rule = idle_rule(limit).replace("idle_timeout", "direction = \"inbound\"\nidle_timeout");
@@ -128,7 +132,7 @@ fn a_connection_that_is_restored_was_not_dialled_from_here() -> Result<()> {
         let pair = Pair::open(&lab.outside, &listener)?;
         pair.round_trip()?;
         drop(listener);
-        // Whatever came while there is no socket would be answered with a RST.
+        // While the connection has no socket, the kernel would answer every packet with a RST.
         set_option(&pair.client, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1)?;
         eventually("nothing is on its way", patience(), || {
             Ok((tcp_info(&pair.server)?.tcpi_unacked == 0).then_some(()))
@@ -156,7 +160,7 @@ fn a_connection_that_is_restored_was_not_dialled_from_here() -> Result<()> {
 fn sessions_that_a_syn_cookie_made_are_enforced() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
-    // For every connection, and not only for those of a flood.
+    // SYN cookies for every connection, even without a SYN flood.
     netns.set_parameter("ipv4/tcp_syncookies", "2")?;
     let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
     let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
@@ -181,7 +185,7 @@ fn a_connection_that_nobody_accepts_is_reset_when_idle() -> Result<()> {
     daemon
         .wait_for_termination()?
         .assert_reset("idle_timeout", &opened, LIMIT);
-    // The listener lives, and hands out what is left of the connection first.
+    // The listener still works. accept(2) returns the reset connection first.
     drop(listener.accept()?);
     Pair::open(&lab.outside, &listener)?.round_trip()?;
     Ok(())

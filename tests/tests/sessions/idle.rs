@@ -1,5 +1,4 @@
-//! The idle timeout: a session without new payload is reset at its deadline, never before, and one
-//! with payload lives.
+//! The idle timeout: a session is reset one timeout after its last new payload, never earlier.
 
 use std::{
     thread,
@@ -60,8 +59,8 @@ fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Res
     let pair = Pair::open(&lab.inside, &listener)?;
     let last = pair.round_trip()?;
     let ends = pair.ends()?;
-    // Both are due at the same time. The first to be destroyed resets the other, whose own end
-    // comes before its destruction or after it.
+    // Both ends are due at the same time. The reset of one also resets the other, before or after
+    // the daemon destroys it.
     assert!(
         ends.iter()
             .any(|end| end.error == Some(Errno::ECONNABORTED)),

@@ -1,4 +1,4 @@
-//! The maximum lifetime: a session is reset when it is too old, however busy it is.
+//! The maximum lifetime: a session is reset at this age, however busy it is.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn a_busy_session_is_reset_when_it_is_too_old() -> Result<()> {
     let pair = Pair::open(&lab.outside, &listener)?;
     let end = pair.keep_busy_until_end()?;
     end.assert_not_early(&pair.opened, LONG);
-    // Who notices first: the client that writes or reads, or the server.
+    // The client sees an error when it writes or reads, or the server sees one.
     let expected = [Errno::ECONNRESET, Errno::EPIPE, Errno::ECONNABORTED];
     assert!(
         end.error.is_some_and(|error| expected.contains(&error)),
@@ -29,7 +29,7 @@ fn a_busy_session_is_reset_when_it_is_too_old() -> Result<()> {
     Ok(())
 }
 
-/// From one time of a record to another, in nanoseconds.
+/// Nanoseconds between two times of a record.
 fn between(record: &Record, from: &str, to: &str) -> i128 {
     let at = |name: &str| record.time(&format!("session_enforcer.{name}")).as_nanos() as i128;
     at(to) - at(from)
@@ -55,7 +55,7 @@ fn the_limit_that_is_reached_first_is_the_reason() -> Result<()> {
     let record = daemon.wait_for_termination_of(&idle)?;
     record.assert_reset("idle_timeout", &idle.opened, SHORT);
     assert_eq!(record.text("rule.name"), "a");
-    // Nothing is added to a limit.
+    // No margin is added to a limit.
     let limit = |limit: Duration| limit.as_nanos() as i128;
     assert_eq!(between(&record, "counted_from", "deadline"), limit(SHORT));
     let record = daemon.wait_for_termination_of(&old)?;

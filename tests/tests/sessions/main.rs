@@ -1,5 +1,5 @@
-//! What a session is and when it ends: the clocks and what moves them, connections that come into being, close, are handed
-//! on or are told apart in every way there is, and how each is reset.
+//! Sessions: what counts as activity, the limits, the gate, how connections are established,
+//! closed, adopted and restored, and how each kind is reset.
 
 mod activity;
 mod adoption;

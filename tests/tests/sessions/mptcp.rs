@@ -1,4 +1,4 @@
-//! MPTCP: applications hold the connection, and each of its subflows is a session.
+//! MPTCP: the application holds one connection, and each of its subflows is a session.
 
 use std::{
     io::{Read as _, Write as _},
@@ -30,7 +30,7 @@ fn rule() -> String {
 const TERMINATIONS: &str = "session_enforcer_terminations_total";
 const LOCALHOST: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
-/// An MPTCP socket of the agent, which fails where the kernel has none.
+/// An MPTCP socket of the agent. Fails on a kernel without MPTCP.
 fn mptcp(agent: &Agent) -> Result<OwnedFd> {
     agent
         .socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)
@@ -41,7 +41,7 @@ fn listen(agent: &Agent, address: impl Into<SocketAddr>) -> Result<Listener> {
     Listener::on(mptcp(agent)?, address.into())
 }
 
-/// A connection that speaks MPTCP at both ends.
+/// A connection that uses MPTCP at both ends.
 fn open(client: &Agent, listener: &Listener) -> Result<Pair> {
     let pair = Pair::dial(mptcp(client)?, listener, listener.address)?;
     for end in [&pair.client, &pair.server] {
@@ -51,7 +51,7 @@ fn open(client: &Agent, listener: &Listener) -> Result<Pair> {
     Ok(pair)
 }
 
-/// The end of the connection on the host that ends it is no error there, and nobody can use it.
+/// The end that was reset on this host reads no error, but it cannot send any more.
 fn assert_ended_here(end: &End, stream: &TcpStream, last: &Moment) {
     end.assert_not_early(last, limit());
     assert_eq!(end.error, None);
@@ -130,11 +130,11 @@ fn of_two_connections_of_one_process_only_the_expired_one_is_reset() -> Result<(
     let last = busy.round_trip()?;
     let record = daemon.wait_for_termination_of(&idle)?;
     record.assert_reset("idle_timeout", &idle.opened, limit());
-    // Plain TCP in the same batch goes the way that it always does.
+    // The plain TCP connection in the same batch is reset with `SOCK_DESTROY` as usual.
     let [client, server] = tcp.ends()?;
     client.assert_reset(Errno::ECONNRESET, &tcp.opened, limit());
     server.assert_reset(Errno::ECONNABORTED, &tcp.opened, limit());
-    // The listener lives.
+    // The listener still works.
     let later = open(&lab.outside, &listener)?;
     later.round_trip()?;
     busy.ends()?[0].assert_reset(Errno::ECONNRESET, &last, limit());
@@ -147,8 +147,8 @@ fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
     let plain_server = lab.outside.listen(LOCALHOST)?;
     let server = listen(&lab.inside, LOCALHOST)?;
     let daemon = lab.daemon(&rule())?;
-    // An MPTCP socket of which the peer knows no MPTCP, and the socket that an MPTCP listener has
-    // for a peer without it.
+    // An MPTCP socket that dialled a plain TCP server, and an accepted socket of an MPTCP listener
+    // whose client is plain TCP.
     let dialled = mptcp(&lab.inside)?;
     let dialled = Pair::dial(dialled, &plain_server, plain_server.address)?;
     let accepted = Pair::open(&lab.outside, &server)?;
@@ -164,7 +164,7 @@ fn a_connection_that_has_fallen_back_to_tcp_is_reset() -> Result<()> {
 }
 
 #[test]
-fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_does() -> Result<()> {
+fn an_unaccepted_connection_stays_behind_the_gate_and_is_reset_once_accepted() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
     let daemon = lab.daemon(&rule())?;
@@ -177,7 +177,7 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
     daemon.wait_for_log(said)?;
     (&client).write_all(b"late")?;
     let server = listener.accept()?;
-    // The next attempt.
+    // The daemon's next attempt succeeds.
     let ends = ends_of(&[&client, &server])?;
     assert_eq!(ends[0].error, Some(Errno::ECONNRESET));
     let mut late = [0];
@@ -191,12 +191,13 @@ fn a_connection_that_nobody_has_accepted_stays_behind_the_gate_until_someone_doe
     Ok(())
 }
 
-/// Other tests of this process would find what they close still open in this thread's table of descriptors.
+/// Closes every other descriptor in this thread's table. The table is a copy: without this, sockets
+/// that other tests close would stay open in it.
 fn close_all_others(kept: &impl AsRawFd) -> Result<()> {
     let kept = libc::c_uint::try_from(kept.as_raw_fd())?;
     for (first, last) in [(3, kept - 1), (kept + 1, libc::c_uint::MAX)] {
         if first <= last {
-            // SAFETY: a call without pointers; nobody uses what the thread's own table has besides.
+            // SAFETY: the call takes no pointers, and nothing else uses this thread's own table.
             let status = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
             Errno::result(status).context("close_range(2)")?;
         }
@@ -210,7 +211,7 @@ fn a_connection_in_the_descriptor_table_of_a_single_thread_is_reset() -> Result<
     let listener = listen(&lab.inside, LOCALHOST)?;
     let daemon = lab.daemon(&rule())?;
     let (opened, client) = Moment::of(|| dial(mptcp(&lab.outside)?, listener.address))?;
-    // `pidfd_open()` takes a thread from Linux 6.9 on.
+    // `pidfd_open()` accepts a thread from Linux 6.9 on.
     let is_out_of_reach = is_kernel_before(6, 9)?;
     let (end, ended) = std::sync::mpsc::channel::<()>();
     thread::scope(|scope| {
@@ -224,7 +225,7 @@ fn a_connection_in_the_descriptor_table_of_a_single_thread_is_reset() -> Result<
         });
         let result = if is_out_of_reach { "failed" } else { "reset" };
         let is_it = |record: &Record| record.text("session_enforcer.result") == result;
-        // On a slow machine a reset that lasts may count as one that hangs, before it comes.
+        // On a slow machine a long reset may first be recorded as hanging.
         let record = eventually("the record", patience(), || {
             Ok(daemon.terminations()?.into_iter().find(is_it))
         });
@@ -245,7 +246,7 @@ fn a_connection_that_its_process_has_closed_is_reset() -> Result<()> {
     let listener = listen(&lab.inside, LOCALHOST)?;
     let daemon = lab.daemon(&rule())?;
     let Pair { client, server, .. } = open(&lab.outside, &listener)?;
-    // The client has its end of the connection still, and nobody resets that within the test.
+    // The client still holds its end, which nothing resets during the test.
     drop(server);
     let record = daemon.wait_for_termination()?;
     assert_eq!(record.text("session_enforcer.result"), "reset");
@@ -255,7 +256,7 @@ fn a_connection_that_its_process_has_closed_is_reset() -> Result<()> {
 }
 
 #[test]
-fn without_the_right_to_look_into_processes_the_termination_fails_and_says_so() -> Result<()> {
+fn without_cap_sys_ptrace_the_termination_fails_and_the_error_names_it() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
     let config = format!("[daemon]\nnetwork_namespaces = \"own\"\n{}", rule());
@@ -275,8 +276,8 @@ fn without_the_right_to_look_into_processes_the_termination_fails_and_says_so() 
     daemon.wait_for_metric(TERMINATIONS, &[("result", "failed")], 1.0)
 }
 
-/// Two namespaces between which each connection gets a second subflow, which carries nothing while
-/// the first can.
+/// Two namespaces in which each connection gets a second subflow. It is a backup: it carries
+/// nothing while the first one works.
 struct Backup {
     listener: Listener,
     inside: Agent,
@@ -302,10 +303,10 @@ impl Backup {
         })
     }
 
-    /// A connection of two sessions.
+    /// A connection with two subflows, so two sessions.
     fn open(&self, daemon: &Daemon) -> Result<Pair> {
         let pair = open(&self.inside, &self.listener)?;
-        // The second one comes when the first is fully established.
+        // The kernel adds the second subflow once the first is fully established.
         pair.round_trip()?;
         daemon.wait_for_metric("session_enforcer_sessions", &[], 2.0)?;
         Ok(pair)
@@ -323,7 +324,7 @@ fn an_idle_subflow_of_a_busy_connection_is_reset_alone_and_the_last_one_with_the
     let records = daemon.wait_for_terminations(1)?;
     let [source, _] = records[0].ports();
     assert_ne!(source, pair.client_address.port(), "the busy subflow");
-    // That of the second subflow began when it was established.
+    // The idle time of the second subflow began at its establishment.
     records[0].assert_reset("idle_timeout", &opening, limit());
     let last = pair.round_trip()?;
     let [client, server] = pair.ends()?;

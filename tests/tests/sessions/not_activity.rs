@@ -1,4 +1,4 @@
-//! Only new payload is activity. Everything else that TCP sends leaves the idle clock alone.
+//! Only new payload is activity. Keepalives, probes, retransmissions and refused segments are not.
 
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -24,7 +24,7 @@ fn rule() -> String {
     idle_rule(limit())
 }
 
-/// Segments of all kinds that a socket has sent, and those of them with payload.
+/// The number of all segments that a socket has sent, and of those with payload.
 fn segments_sent(stream: &TcpStream) -> Result<(u32, u32)> {
     let info = tcp_info(stream)?;
     Ok((info.tcpi_segs_out, info.tcpi_data_segs_out))
@@ -60,8 +60,8 @@ fn keepalives_of_either_end_do_not_save_an_idle_session() -> Result<()> {
     assert_reset_for(&daemon, &pairs[1], &last[1])
 }
 
-/// Sends to the tracked end what a peer could send, `forge` times of its making, for most of the
-/// limit.
+/// Sends forged segments to the tracked end, as a peer could, during most of the limit. `forged`
+/// makes them.
 fn forge(lab: &Lab, pair: &Pair, forged: impl Fn(Sequence) -> (Sequence, Vec<u8>)) -> Result<()> {
     let raw = RawTcp::new(&lab.outside)?;
     let at = Sequence::of(&pair.client)?;
@@ -80,7 +80,7 @@ fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result
     let daemon = lab.daemon(&rule())?;
     let pair = Pair::open(&lab.outside, &listener)?;
     let last = pair.round_trip()?;
-    // The probes of BSD (RFC 9293 section 3.8.4).
+    // BSD's keepalive probes carry one old byte (RFC 9293 section 3.8.4).
     let probe = |at: Sequence| {
         (
             Sequence {
@@ -95,7 +95,7 @@ fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result
 }
 
 #[test]
-fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()> {
+fn a_duplicate_segment_does_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
     let daemon = lab.daemon(&rule())?;
@@ -114,7 +114,8 @@ fn payload_that_was_received_before_does_not_save_an_idle_session() -> Result<()
     assert_reset_for(&daemon, &pair, &last)
 }
 
-/// Who knows the addresses and ports alone finds, with four segments, one that may be ahead.
+/// An attacker who knows only addresses and ports can, with four sequence numbers, hit one that may
+/// be ahead of the receiver's.
 #[test]
 fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -138,7 +139,7 @@ fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
     Ok(())
 }
 
-/// As a firewall of systemd's does, which comes after the connection.
+/// A program that was attached later drops the payload, as systemd's firewall does.
 #[test]
 fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<()> {
     for way in PacketDirection::ALL {
@@ -154,7 +155,7 @@ fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<
         };
         let before = segments_sent(from)?;
         from.write_all(b"again")?;
-        eventually("it is sent again", patience(), || {
+        eventually("three retransmissions", patience(), || {
             Ok((segments_sent(from)?.1 >= before.1 + 3).then_some(()))
         })?;
         let record = daemon.wait_for_termination_of(&pair)?;
@@ -171,7 +172,7 @@ fn a_forged_segment_with_new_payload_is_activity() -> Result<()> {
     let daemon = lab.daemon(&rule())?;
     let mut pair = Pair::open(&lab.outside, &listener)?;
     pair.round_trip()?.wait(Duration::from_secs(1));
-    // What the two tests above send arrives, then, and is understood.
+    // This shows that forged segments of the tests above reach the socket.
     let at = Sequence::of(&pair.client)?;
     let forge = || RawTcp::new(&lab.outside)?.send(&pair.client, at, b"new");
     let (last, ()) = Moment::of(forge)?;
@@ -181,7 +182,7 @@ fn a_forged_segment_with_new_payload_is_activity() -> Result<()> {
     assert_reset_for(&daemon, &pair, &last)
 }
 
-/// Fills the receiver's window. Returns when the sender has to wait.
+/// Fills the receiver's window until the sender would block.
 fn fill_window(pair: &mut Pair) -> Result<()> {
     pair.client.set_nonblocking(true)?;
     loop {
@@ -193,8 +194,8 @@ fn fill_window(pair: &mut Pair) -> Result<()> {
     }
 }
 
-/// Waits until the socket has sent segments, none of which carries payload. The timer that sends
-/// probes first sends what little fits into the window.
+/// Waits until the socket has sent three segments without payload. Before it probes, the timer may
+/// send payload that fits into the rest of the window.
 fn wait_for_probes(stream: &TcpStream) -> Result<()> {
     let mut since = segments_sent(stream)?;
     eventually("window probes", patience(), || {
@@ -218,7 +219,8 @@ fn window_probes_do_not_save_a_session_whose_receiver_does_not_read() -> Result<
     fill_window(&mut pair)?;
     wait_for_probes(&pair.client)?;
     let info = tcp_info(&pair.client)?;
-    // Ticks, and a probe for a lost tail, which is payload that was sent before and makes the age shorter.
+    // Errors: ticks, and a tail loss probe, which repeats old payload and makes the age look
+    // shorter.
     let error = Duration::from_millis(30);
     let age = Duration::from_millis(info.tcpi_last_data_sent.into());
     let last = Moment::before_now(age, error);
@@ -226,11 +228,11 @@ fn window_probes_do_not_save_a_session_whose_receiver_does_not_read() -> Result<
 }
 
 #[test]
-fn reading_late_does_not_save_an_idle_session() -> Result<()> {
+fn a_window_update_does_not_save_an_idle_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
     let socket = lab.inside.tcp(anywhere)?;
-    // A buffer that does not grow.
+    // A fixed size turns off the growth of the receive buffer.
     set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, 131_072)?;
     let listener = Listener::on(socket, anywhere)?;
     let daemon = lab.daemon(&rule())?;
@@ -239,7 +241,7 @@ fn reading_late_does_not_save_an_idle_session() -> Result<()> {
     let mut written = Vec::new();
     let last = loop {
         let (last, window) = Moment::of(|| send_piece(&mut pair.client, &mut written))?;
-        // To have it twice as large again is worth a message to the receiver.
+        // Once this much is read, the window doubles, and the kernel sends a window update.
         if written.len() > 3 * window as usize {
             break last;
         }
@@ -255,8 +257,7 @@ fn reading_late_does_not_save_an_idle_session() -> Result<()> {
     assert_reset_for(&daemon, &pair, &last)
 }
 
-/// Sends some more, waits until all is acknowledged, and returns how many bytes the receiver takes
-/// after them.
+/// Sends another piece, waits until all is acknowledged, and returns the receiver's window.
 fn send_piece(client: &mut TcpStream, written: &mut Vec<u8>) -> Result<u32> {
     let piece = [7; 8192];
     client.write_all(&piece)?;
@@ -268,7 +269,7 @@ fn send_piece(client: &mut TcpStream, written: &mut Vec<u8>) -> Result<u32> {
     })
 }
 
-/// A client sends into a namespace that cannot answer, and so sends again and again.
+/// A client sends to a namespace that cannot answer, so it retransmits.
 fn retransmit(client: &Agent, server: &Agent, right: &Netns, daemon: &Daemon) -> Result<()> {
     let listener = server.listen((Veth::RIGHT, 0))?;
     let pair = Pair::open(client, &listener)?;

@@ -1,4 +1,4 @@
-//! Who dialled decides whether a rule of one direction applies.
+//! The `direction` of a rule: a session is outbound if this host dialled.
 
 use std::{os::fd::AsRawFd as _, time::Duration};
 
@@ -11,13 +11,13 @@ use session_enforcer_tests::{Lab, Moment, Pair, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Longer than it takes to open a connection and look at its addresses.
+/// Long enough to open a connection and read its addresses.
 fn limit() -> Duration {
     unhurried(Duration::from_secs(1))
 }
 
 #[test]
-fn an_outbound_rule_resets_what_was_dialled_to_its_remote_ports_and_nothing_else() -> Result<()> {
+fn an_outbound_rule_resets_only_connections_dialled_to_its_remote_ports() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listen = || lab.outside.listen(([127, 0, 0, 1], 0));
     let [named, other] = [listen()?, listen()?];
@@ -48,9 +48,9 @@ fn an_outbound_rule_resets_what_was_dialled_to_its_remote_ports_and_nothing_else
     Ok(())
 }
 
-/// For the kernel it has accepted, as either end has where both dial at once.
+/// With a simultaneous open, the kernel reports an accepted connection at both ends.
 #[test]
-fn a_socket_that_dials_itself_has_dialled() -> Result<()> {
+fn a_socket_that_connects_to_itself_is_outbound() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let daemon = lab.daemon(&format!(
         "[[rule]]\nname = \"out\"\ndirection = \"outbound\"\nidle_timeout = \"{}s\"\n",
@@ -81,7 +81,7 @@ fn an_inbound_rule_leaves_the_end_that_dialled_alone() -> Result<()> {
     ))?;
     let dialled = Pair::open(&lab.inside, &outside)?;
     let both = Pair::open(&lab.inside, &inside)?;
-    // Of the connection within the cgroup, the end that accepted is the session.
+    // Both ends are in the cgroup. Only the end that accepted is a session of this rule.
     let [client, server] = both.ends()?;
     client.assert_reset(Errno::ECONNRESET, &both.opened, limit());
     server.assert_reset(Errno::ECONNABORTED, &both.opened, limit());

@@ -1,5 +1,5 @@
-//! What the ports of a connection tell before anything else is asked: packets that no rule is about
-//! pass unseen, and all others are seen.
+//! The port filter: packets whose ports no rule names pass without a look at the session table, and
+//! all others are tracked.
 
 use std::{net::SocketAddr, os::fd::AsFd, time::Duration};
 
@@ -20,12 +20,12 @@ fn limit() -> Duration {
     unhurried(Duration::from_secs(2))
 }
 
-/// The limit as a rule has it.
+/// The limit as text for the configuration.
 fn text() -> String {
     format!("{}s", limit().as_secs())
 }
 
-/// IPv4, IPv6, and IPv4 by sockets of IPv6.
+/// IPv4, IPv6, and IPv4 over IPv6 sockets.
 const ADDRESSES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
 
 fn rule(name: &str, conditions: &str, timeout: &str) -> String {
@@ -42,7 +42,7 @@ fn local(listener: &Listener, timeout: &str) -> String {
 
 fn remote(listener: &Listener, timeout: &str) -> String {
     let port = listener.port();
-    // A range: from the port to itself.
+    // A range that contains a single port.
     let conditions = format!("direction = \"outbound\"\nremote_ports = [\"{port}-{port}\"]");
     rule(&format!("remote-{port}"), &conditions, timeout)
 }
@@ -51,7 +51,7 @@ fn listen(agent: &Agent) -> Result<Listener> {
     agent.listen(([127, 0, 0, 1], 0))
 }
 
-/// Stamped in both directions, reset after that, and at no other time.
+/// Activity counts in both directions, and the session is reset one limit after it.
 #[test]
 fn a_port_of_either_end_is_enough_in_every_family_and_other_ports_are_untouched() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -96,9 +96,10 @@ fn a_port_of_either_end_is_enough_in_every_family_and_other_ports_are_untouched(
     Ok(())
 }
 
-/// Of what passes under a policy that is not about the connection, the next policy knows.
+/// Payload that passes while no rule names the ports is still known to the next policy, from the
+/// socket.
 #[test]
-fn a_connection_that_no_rule_was_about_for_a_while_is_not_ended_early() -> Result<()> {
+fn payload_that_passed_while_no_rule_named_the_ports_counts() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [here, there] = [listen(&lab.inside)?, listen(&lab.outside)?];
     let about = local(&here, &text()) + &remote(&there, &text());
@@ -120,10 +121,10 @@ fn a_connection_that_no_rule_was_about_for_a_while_is_not_ended_early() -> Resul
     Ok(())
 }
 
-/// A socket that closes gives its port back before its RST leaves it, and of an adopted session the
-/// RST is all that tells of the end.
+/// A closing socket gives up its port before it sends the RST. The RST is the only sign that an
+/// adopted session has ended.
 #[test]
-fn the_reset_with_which_an_adopted_session_closes_is_seen() -> Result<()> {
+fn the_rst_of_a_closing_adopted_session_is_seen() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside)?;
     let pair = Pair::open(&lab.outside, &listener)?;
@@ -133,9 +134,9 @@ fn the_reset_with_which_an_adopted_session_closes_is_seen() -> Result<()> {
     reset_on_close(&pair.server)?;
     drop(pair.server);
     daemon.wait_for_metric("session_enforcer_sessions", &[], 1.0)?;
-    // What was never read is another reason for a reset.
+    // Closing with unread payload also sends a RST.
     std::io::Write::write_all(&mut &unread.client, b"unread")?;
-    eventually("it has come", patience(), || {
+    eventually("the payload arrives", patience(), || {
         let mut byte = [0];
         Ok((unread.server.peek(&mut byte)? == 1).then_some(()))
     })?;
@@ -143,7 +144,7 @@ fn the_reset_with_which_an_adopted_session_closes_is_seen() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_sessions", &[], 0.0)
 }
 
-/// The owners that a daemon with pins has noted.
+/// The map of owners, from the pins of the daemon.
 fn owners(lab: &Lab) -> Result<SkStorage<MapData, Owner>> {
     let set = lab.pins.sets()?.pop().context("a set of pins")?;
     let map = Map::from_map_data(MapData::from_pin(set.join("OWNERS"))?)?;
@@ -159,10 +160,10 @@ fn has_owner(owners: &SkStorage<MapData, Owner>, socket: &impl AsFd) -> Result<b
 }
 
 #[test]
-fn what_was_kept_of_an_owner_goes_with_the_establishment_whatever_the_ports() -> Result<()> {
+fn the_owner_of_a_socket_is_removed_at_its_establishment_whatever_the_ports() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let tracked = listen(&lab.outside)?;
-    // Owners are noted only where a rule names some.
+    // The programs record owners only if a rule names some.
     let named =
         "[[rule]]\nname = \"named\"\nusers = [4711]\nlocal_ports = [1]\nidle_timeout = \"1h\"\n";
     let daemon: Daemon = lab.pinned_daemon(&(remote(&tracked, "1h") + named))?;
@@ -172,7 +173,7 @@ fn what_was_kept_of_an_owner_goes_with_the_establishment_whatever_the_ports() ->
         assert!(has_owner(&owners, &socket)?);
         let pair = Pair::dial(socket, &listener, listener.address)?;
         assert!(!has_owner(&owners, &pair.client)?);
-        // Inherited where it was accepted in the cgroup.
+        // An accepted socket inherits the owner of its listener.
         assert!(!has_owner(&owners, &pair.server)?);
     }
     assert_eq!(
@@ -182,24 +183,24 @@ fn what_was_kept_of_an_owner_goes_with_the_establishment_whatever_the_ports() ->
     Ok(())
 }
 
-/// Received and sent, as the kernel has it.
+/// Bytes received and sent, from the session table.
 fn bytes(kernel: &Datapath, cookie: u64) -> Result<[u64; 2]> {
     let session = kernel.session(cookie)?.context("a session")?;
     Ok([session.bytes_received, session.bytes_sent])
 }
 
-/// As the daemon does it when it has decided about every session.
+/// Narrows the port filter as the daemon does once it has decided about every session.
 fn narrow(kernel: &mut Datapath) -> Result<()> {
     let mut narrowing = kernel.begin_narrowing();
     kernel.keep_ports(&mut narrowing, &kernel.cookies()?)?;
     Ok(kernel.narrow_ports(&narrowing)?)
 }
 
-/// The two ways in which a session can be beside the rules' ports: put there afterwards, as no daemon
-/// does, it shows that such packets pass unseen; one that is there when the filter is narrowed, since
-/// nobody could decide about it, is seen.
+/// A session whose ports no rule names. If the filter does not contain its ports, its payload is
+/// not counted; the test inserts such a session, which the daemon never does. If the session exists
+/// when the filter is narrowed, its ports are kept and its payload is counted.
 #[test]
-fn packets_that_no_rule_is_about_pass_unseen_unless_there_is_a_session() -> Result<()> {
+fn packets_whose_ports_no_rule_names_pass_unseen_unless_the_filter_keeps_a_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let options = Options {
         max_sessions: 16,

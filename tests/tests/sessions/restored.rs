@@ -1,5 +1,5 @@
-//! Connections that one socket takes over from another without a word to the peer (`TCP_REPAIR`), as CRIU does it,
-//! and as root of a container may to have its clock start anew.
+//! Connections that move to another socket without a packet to the peer (`TCP_REPAIR`). CRIU does
+//! this; root of a container could do it to restart the clocks of a session.
 
 use std::{
     fs,
@@ -69,20 +69,22 @@ fn an_accepted_connection_that_is_restored_is_still_accepted_and_as_idle_as_it_w
     assert_both_reset(&client, &server)
 }
 
-/// Whoever has it forgotten gains nothing.
+/// If the programs have lost the clocks of a connection, restoring it gains no time.
 #[test]
-fn a_restored_connection_that_nobody_remembers_is_past_its_limits() -> Result<()> {
+fn a_restored_connection_without_stored_clocks_is_past_its_limits() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let Pair { client, server, .. } = Pair::open(&lab.outside, &listener)?;
     let saved = Saved::of(server)?;
-    // It counts as opened when the host was booted, and that may be a moment ago.
+    // The restored session gets the boot as its establishment, and the host may have booted a
+    // moment ago.
     let idle = seconds(
         "idle_timeout",
         uptime()?.min(Duration::from_secs(7_200)) / 2,
     );
     let daemon = lab.daemon(&(rule("inbound", &idle) + &rule("outbound", &idle)))?;
-    // It is late when it is there, and not restored to the end then.
+    // The session is late once it exists, and the daemon must not reset it before it is fully
+    // restored.
     daemon.freeze()?;
     let server = saved.restore(&lab.inside)?;
     daemon.thaw()?;
@@ -91,7 +93,7 @@ fn a_restored_connection_that_nobody_remembers_is_past_its_limits() -> Result<()
     assert_both_reset(&client, &server)
 }
 
-/// For how long the host runs.
+/// The uptime of the host.
 fn uptime() -> Result<Duration> {
     let text = fs::read_to_string("/proc/uptime")?;
     let seconds = text.split(' ').next().context("a number")?;
@@ -106,11 +108,12 @@ fn assert_both_reset(client: &TcpStream, server: &TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// A socket that closes without a word for another reason leaves nothing to a new connection.
+/// A socket that closes without a FIN for another reason leaves no clocks to a new connection of
+/// the same ports.
 #[test]
 fn a_new_connection_of_the_same_ports_has_clocks_of_its_own() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    // In which nobody else takes the port.
+    // Its own namespace, so that no other process takes the port.
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = outside.listen((Ipv4Addr::LOCALHOST, 0))?;

@@ -1,4 +1,4 @@
-//! Payload in aggregates of every size: each byte is counted once.
+//! Large transfers in aggregates of all sizes: every byte is counted once.
 
 use std::{
     io::{Read as _, Write as _},
@@ -16,7 +16,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(2);
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
 
-/// Not a multiple of anything that the network knows.
+/// Odd sizes, so that no packet size divides them.
 const TO_SERVER: usize = 9_000_001;
 const TO_CLIENT: usize = 7_000_003;
 
@@ -41,7 +41,7 @@ fn receive(mut stream: &TcpStream, mut count: usize) -> Result<()> {
     Ok(())
 }
 
-/// Several megabytes both ways at the same time.
+/// Several megabytes in both directions at the same time.
 fn transfer(pair: &Pair) -> Result<Moment> {
     let (client, server) = (&pair.client, &pair.server);
     let (moment, ()) = Moment::of(|| {
@@ -60,7 +60,7 @@ fn transfer(pair: &Pair) -> Result<Moment> {
     Ok(moment)
 }
 
-/// A transfer over each connection, and both counts in the audit are exact.
+/// Transfers over each connection. The audit has the exact number of bytes for both directions.
 fn assert_exact(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     for pair in pairs {
         let last = transfer(pair)?;
@@ -90,8 +90,8 @@ fn every_byte_of_a_big_transfer_over_loopback_is_counted_once() -> Result<()> {
     assert_exact(&daemon, &[pair])
 }
 
-/// Transfers over a cable that carries packets of more than 64 KiB, whose headers do not tell
-/// their length, where the kernel has such packets for the address's family.
+/// Transfers over a veth pair with packets of more than 64 KiB (BIG TCP), whose headers do not
+/// contain the length. Older kernels have them only for IPv6.
 fn big_tcp(address: IpAddr) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];

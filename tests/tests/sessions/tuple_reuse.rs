@@ -1,10 +1,9 @@
-//! A connection between the addresses and ports of one that has gone is another session: what was
-//! due for the old one never hits it.
+//! A new connection with the addresses and ports of a closed one is a new session: it is never
+//! reset for the old one's deadline.
 
 use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::fd::{AsRawFd as _, OwnedFd},
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -14,7 +13,7 @@ use nix::sys::{
     socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Pair, eventually, idle_rule,
+    Agent, Daemon, Lab, Listener, Moment, Pair, disconnect, eventually, idle_rule,
     longer_than_a_start as limit, patience, reset_on_close, set_option,
 };
 
@@ -24,7 +23,7 @@ fn rule() -> String {
     idle_rule(limit())
 }
 
-/// A connection from this port; 0 is one of the kernel's choice.
+/// A connection from this local port. With 0 the kernel chooses the port.
 fn open_from(port: u16, agent: &Agent, listener: &Listener) -> Result<Pair> {
     let from = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let socket = agent.tcp(from)?;
@@ -33,8 +32,8 @@ fn open_from(port: u16, agent: &Agent, listener: &Listener) -> Result<Pair> {
     Pair::dial(socket, listener, listener.address)
 }
 
-/// Ends a connection so that its tuple is free. A process that another test is just starting may have a
-/// copy of the socket until it has begun with its program: then it closes a moment later.
+/// Resets a connection so that its tuple is free. A child that another test has just forked may
+/// hold a copy of the socket until its exec, so the close may come a moment later.
 fn end(pair: Pair) -> Result<()> {
     reset_on_close(&pair.client)?;
     let Pair { client, server, .. } = pair;
@@ -43,10 +42,10 @@ fn end(pair: Pair) -> Result<()> {
         let error = server.take_error()?;
         Ok(error.is_some().then_some(()))
     };
-    eventually("the reset has come", patience(), gone)
+    eventually("the reset arrives", patience(), gone)
 }
 
-/// The new connection has its own clock, and the old one left no record.
+/// The new connection has its own clock, and the old one has no record.
 fn assert_own_clock(daemon: &Daemon, old: &Moment, new: &Pair) -> Result<()> {
     assert!(new.opened.earliest.at - old.earliest.at > Duration::from_secs(1));
     for end in new.ends()? {
@@ -110,18 +109,6 @@ fn a_new_connection_is_not_the_old_one_for_a_daemon_that_stalled_past_its_deadli
     assert_own_clock(&daemon, &opened, &new)
 }
 
-/// connect(2) with the family `AF_UNSPEC`: the connection is reset, and the socket stays.
-fn disconnect(stream: TcpStream) -> Result<OwnedFd> {
-    // SAFETY: a structure of integers, for which zeroes are a value.
-    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: the kernel reads `length` bytes of a value of that size.
-    let status = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
-    anyhow::ensure!(status == 0, "disconnecting: {}", io::Error::last_os_error());
-    Ok(stream.into())
-}
-
 #[test]
 fn a_socket_that_connects_again_begins_another_session() -> Result<()> {
     let lab = Lab::new(AGENT)?;
@@ -130,7 +117,7 @@ fn a_socket_that_connects_again_begins_another_session() -> Result<()> {
     let old = Pair::open(&lab.inside, &listener)?;
     let opened = old.opened;
     opened.wait(Duration::from_millis(1200));
-    // The socket is the same and keeps its cookie.
+    // It is the same socket with the same cookie.
     let new = Pair::dial(disconnect(old.client)?, &listener, listener.address)?;
     assert_own_clock(&daemon, &opened, &new)?;
     assert_eq!(
@@ -150,7 +137,7 @@ fn an_adopted_socket_that_connects_again_leaves_one_session_in_the_map() -> Resu
     let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let old = Pair::open(&lab.inside, &listener)?;
     let daemon = lab.daemon("[[rule]]\nname = \"idle\"\nidle_timeout = \"1h\"\n")?;
-    // Nothing reports the end of the connection before.
+    // No event reports the end of an adopted connection.
     let new = Pair::dial(disconnect(old.client)?, &listener, listener.address)?;
     daemon.wait_for_metric("session_enforcer_sessions_opened_total", &[], 1.0)?;
     for name in ["sessions_adopted_total", "map_entries", "sessions"] {

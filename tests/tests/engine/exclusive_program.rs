@@ -1,5 +1,5 @@
-//! Another program has been attached without `BPF_F_ALLOW_MULTI` and lets no other in beside it: the daemon
-//! names it.
+//! Another program is attached without `BPF_F_ALLOW_MULTI`, so the kernel attaches no further one:
+//! the daemon refuses to start and names that program.
 
 use anyhow::Result;
 use session_enforcer_tests::{Allow, Lab, Launch, attach_other};
@@ -8,7 +8,7 @@ const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
 
 #[test]
-fn the_program_that_holds_the_place_is_named() -> Result<()> {
+fn a_program_that_forbids_others_is_named_in_the_error() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let below = lab.cgroup.child()?;
     for (watched, allow) in [
@@ -34,7 +34,7 @@ fn the_program_that_holds_the_place_is_named() -> Result<()> {
         ] {
             assert!(refused.stderr.contains(&part), "{part}: {}", refused.stderr);
         }
-        // What was attached before it is detached again.
+        // The programs that the daemon had attached before the failure are detached again.
         assert_eq!(lab.cgroup.program_ids()?, [other.id]);
         assert_eq!(below.attached_programs()?, 0);
     }

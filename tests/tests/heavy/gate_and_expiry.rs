@@ -1,6 +1,6 @@
-//! Kernel and daemon agree when a session has expired: what the gate in the kernel does to payload on
-//! real sockets is what `expiry` says on the host, for random sessions, limits and times. And what
-//! the packet path does around that: events, policies, headers.
+//! Kernel and daemon agree on when a session expires: for random sessions, limits and times, the
+//! gate passes or drops payload on real sockets as `expiry` says. Also the packet path around it:
+//! events, policies, headers.
 
 use std::{
     collections::BTreeMap,
@@ -31,15 +31,15 @@ use crate::turn;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
-/// Payloads whose fate is compared.
+/// The number of payloads in the comparison.
 const CASES: u64 = 20_000;
 
 const MS: u64 = 1_000_000;
 const HOUR: u64 = 3_600_000 * MS;
 
-/// The programs, attached to a cgroup of the test's own without a daemon, and a listener in it.
+/// The programs, attached to a cgroup of the test without a daemon, and a listener in it.
 ///
-/// In this order: the programs are detached before the cgroup goes.
+/// Fields are dropped in this order: the programs are detached before the cgroup is removed.
 struct Bench {
     kernel: Datapath,
     listener: Listener,
@@ -76,7 +76,7 @@ impl Bench {
         Ok(pair)
     }
 
-    /// Puts one rule for everything into force.
+    /// Puts a policy with one rule for all connections into force.
     fn put(&mut self, generation: u32, limits: Limits) -> Result<()> {
         let limits = Limits {
             generation,
@@ -91,9 +91,9 @@ impl Bench {
         session.context("the connection is not tracked")
     }
 
-    /// Gives a session of this test other times than it has.
+    /// Replaces a session by one with other times.
     fn replace(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        let before = self.kernel.session(cookie)?.context("a session")?;
+        let before = self.kernel.session(cookie)?.context("no session")?;
         self.kernel.remove(cookie, before.established_ns)?;
         let adopted = self.kernel.adopt(cookie, session)?;
         ensure!(adopted == Adoption::Inserted, "{adopted:?}");
@@ -105,19 +105,21 @@ impl Bench {
     }
 }
 
-/// A limit that ends near `now` for a time stamp of `since`, on either side, or anywhere, or none.
+/// A limit for a time stamp of this age: none, one that ends just before or after now, or an
+/// arbitrary one.
 fn random_limit(random: &mut Random, age: u64) -> u64 {
     match random.below(8) {
         0 | 1 => 0,
         2 => 1 + random.below(HOUR),
-        // Just before or after now.
+        // Ends just before or after now.
         3 | 4 => age.saturating_sub(10 * MS).max(1) + random.below(20 * MS),
         5 => age.saturating_sub(random.below(HOUR)).max(1),
         _ => age + random.below(HOUR),
     }
 }
 
-/// Limits and times of a session, such that about half are past the deadline, and some just at it.
+/// Random limits and times. About half of the sessions are past the deadline, and some just reach
+/// it.
 fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Limits) {
     let ago = |random: &mut Random| now.saturating_sub(random.below(HOUR));
     let mut times = [0; 4].map(|_| ago(random));
@@ -152,7 +154,7 @@ fn random_case(random: &mut Random, session: Session, now: u64) -> (Session, Lim
     (session, limits)
 }
 
-/// Sends a payload; whether it arrived or the gate dropped it, one of which happens at once.
+/// Sends a payload. Returns whether it arrived; otherwise the gate has dropped it.
 fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: PacketDirection) -> Result<bool> {
     let before = bench.dropped(way)?;
     let (mut from, mut to) = (from, to);
@@ -172,7 +174,7 @@ fn passes(bench: &Bench, from: &TcpStream, to: &TcpStream, way: PacketDirection)
 }
 
 #[test]
-fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
+fn the_gate_agrees_with_expiry_at_random_times() -> Result<()> {
     let _turn = turn(module_path!());
     let seed = seed()?;
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
@@ -185,7 +187,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
         let cookie = cookie(&pair.server)?;
         let own = bench.session(&pair.server)?;
         let (session, limits) = random_case(&mut random, own, monotonic_ns());
-        // Of the policy in force, or matched again by the packet that the gate sees.
+        // The session has the current policy, or an older one, so that the packet matches it again.
         let session = Session {
             generation: if random.once_in(2) {
                 generation
@@ -208,7 +210,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
         let passed = passes(&bench, from, to, way)?;
         let after = shut(monotonic_ns());
         let told = || format!("{SEED}={seed}, case {case}, {way:?}, {session:#?}, {limits:#?}");
-        // Where the deadline passed meanwhile, both are right.
+        // If the deadline passed during the test, both results are correct.
         ensure!(
             before != after || passed != before,
             "kernel and host differ: {}",
@@ -241,7 +243,7 @@ fn the_gate_does_what_the_verdict_says_at_random_times() -> Result<()> {
     Ok(())
 }
 
-/// Limits after which a session is idle at once, and those of one that is not.
+/// Limits with this idle timeout.
 fn idle_for(limit: Duration) -> Limits {
     Limits {
         idle_timeout_ns: limit.as_nanos() as u64,
@@ -254,13 +256,13 @@ fn idle_for(limit: Duration) -> Limits {
 const SHORT: Duration = Duration::from_millis(50);
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Waits until the session is idle for certain under the short limit.
+/// Waits until the session is certainly idle under the short limit.
 fn wait_for_deadline() {
     thread::sleep(SHORT + Duration::from_millis(30));
 }
 
 #[test]
-fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires() -> Result<()> {
+fn many_late_packets_cause_one_event_for_each_expiry() -> Result<()> {
     let _turn = turn(module_path!());
     const STORM: u64 = 2_000;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -283,7 +285,8 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
     let raw = RawTcp::new(&bench.lab.outside)?;
     for round in 0..2 {
         wait_for_deadline();
-        // New payload, old payload, and the old byte of a keepalive of BSD: none of them passes.
+        // New payload, duplicate payload, and a keepalive with an old byte. The gate drops all of
+        // them.
         let at = Sequence::of(&pair.client)?;
         let before = bench.dropped(PacketDirection::Ingress)?;
         for number in 0..STORM {
@@ -296,7 +299,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
             };
             raw.send(&pair.client, at, &payload[..length])?;
         }
-        eventually("all were dropped", patience(), || {
+        eventually("the drop of all packets", patience(), || {
             let dropped = bench.dropped(PacketDirection::Ingress)? - before;
             Ok((dropped == STORM).then_some(()))
         })?;
@@ -305,7 +308,7 @@ fn a_storm_of_late_packets_is_one_event_for_each_time_that_the_session_expires()
             bench.session(&pair.server)?.flags & flags::EXPIRY_REPORTED,
             0
         );
-        // A policy that gives it more time opens the gate, and the next expiry is told again.
+        // A policy with a longer limit opens the gate, and the next expiry is reported again.
         bench.put(2 + 2 * round, idle_for(LONG))?;
         pair.round_trip()?;
         assert_eq!(bench.session(&pair.server)?.flags, 0);
@@ -337,13 +340,13 @@ fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
     Ok(())
 }
 
-/// Bytes that have come to a socket.
+/// The number of payload bytes that a socket has received.
 fn bytes_at(to: &TcpStream) -> Result<u64> {
     Ok(tcp_info(to)?.tcpi_bytes_received)
 }
 
 #[test]
-fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
+fn only_the_daemon_opens_a_gate_that_it_has_shut() -> Result<()> {
     let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
@@ -351,7 +354,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
     pair.round_trip()?;
     let before = bench.session(&pair.server)?;
     let named = (cookie(&pair.server)?, before.established_ns);
-    // Another session's time of establishment: nothing is shut.
+    // With another time of establishment the request names another session, so nothing is shut.
     assert_eq!(bench.kernel.shut(&[(named.0, named.1 + 1)])?, [None]);
     assert_eq!(bench.session(&pair.server)?, before);
     let shut = bench.kernel.shut(&[named])?;
@@ -360,7 +363,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
         ..before
     };
     assert_eq!(shut, [Some(expected)]);
-    // Within its limits, and under another policy too, nothing passes.
+    // Nothing passes, even within the limits and under another policy.
     for generation in [1, 2] {
         bench.put(generation, idle_for(LONG))?;
         for (from, to, way) in [
@@ -370,7 +373,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
             let (dropped, arrived) = (bench.dropped(way)?, bytes_at(to)?);
             let mut from = from;
             from.write_all(b"x")?;
-            eventually("it was dropped", patience(), || {
+            eventually("the drop of the payload", patience(), || {
                 Ok((bench.dropped(way)? > dropped).then_some(()))
             })?;
             assert_eq!(bytes_at(to)?, arrived);
@@ -379,8 +382,8 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
         assert!(now.is_shut() && now.generation == generation, "{now:#?}");
     }
     bench.kernel.reopen(named.0, named.1)?;
-    // What was dropped is sent again.
-    eventually("it has arrived", patience(), || {
+    // The stack retransmits the dropped payload.
+    eventually("the retransmitted payload", patience(), || {
         let arrived = [bytes_at(&pair.client)?, bytes_at(&pair.server)?];
         Ok((arrived == [b"pongxx".len() as u64; 2]).then_some(()))
     })?;
@@ -389,7 +392,7 @@ fn a_gate_that_the_daemon_has_shut_is_the_daemon_s_to_open() -> Result<()> {
 }
 
 #[test]
-fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
+fn an_observing_rule_shuts_no_gate() -> Result<()> {
     let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
     let observes = Limits {
@@ -408,9 +411,10 @@ fn where_a_rule_only_observes_nothing_is_shut() -> Result<()> {
     Ok(())
 }
 
-/// One end sends while the gate is shut: what arrives is in the record that was read after that.
+/// One end sends while the gate is being shut. All payload that arrives must be in the record that
+/// was read after the shutting.
 #[test]
-fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Result<()> {
+fn payload_that_passes_while_the_gate_is_shut_is_in_the_record() -> Result<()> {
     let _turn = turn(module_path!());
     const ROUNDS: u64 = 1_000;
     let seed = seed()?;
@@ -466,7 +470,7 @@ fn no_payload_passes_a_gate_that_is_shut_without_a_stamp_in_the_record() -> Resu
     Ok(())
 }
 
-/// Lets so much time pass without giving up the processor.
+/// Waits without giving up the processor.
 fn spin(time: Duration) {
     let start = Instant::now();
     while start.elapsed() < time {
@@ -474,7 +478,7 @@ fn spin(time: Duration) {
     }
 }
 
-/// A TCP segment over IPv6 behind more extension headers than the packet path walks.
+/// Sends a TCP segment behind more IPv6 extension headers than the programs parse.
 fn send_behind_headers(bench: &Bench, pair: &Pair, payload: &[u8]) -> Result<()> {
     const HEADERS: usize = 9;
     const DESTINATION: u8 = 60;
@@ -524,24 +528,24 @@ fn send_behind_headers(bench: &Bench, pair: &Pair, payload: &[u8]) -> Result<()>
 }
 
 #[test]
-fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
+fn payload_behind_unparsed_headers_is_gated() -> Result<()> {
     let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
     let mut pair = bench.open()?;
     let unreadable = |bench: &Bench| bench.kernel.error_count(ErrorKind::HeaderUnreadable);
-    // Within the deadline it passes.
+    // Before the deadline it passes.
     send_behind_headers(&bench, &pair, b"new")?;
     let mut received = [0; 3];
     pair.server.read_exact(&mut received)?;
     assert_eq!(&received, b"new");
     assert_eq!(unreadable(&bench)?, 1);
-    // What the client's own stack does not know it sent is answered, and otherwise does no harm.
+    // The client's stack did not send this payload. It only answers the acknowledgement.
     bench.put(2, idle_for(SHORT))?;
     wait_for_deadline();
     let before = tcp_info(&pair.server)?.tcpi_bytes_received;
     send_behind_headers(&bench, &pair, b"newlate")?;
-    eventually("it was dropped", patience(), || {
+    eventually("the drop of the payload", patience(), || {
         Ok((bench.dropped(PacketDirection::Ingress)? == 1).then_some(()))
     })?;
     assert_eq!(unreadable(&bench)?, 2);
@@ -550,7 +554,7 @@ fn payload_cannot_hide_behind_headers_that_are_not_walked() -> Result<()> {
 }
 
 #[test]
-fn a_fin_is_no_payload_where_the_headers_are_not_walked() -> Result<()> {
+fn a_fin_is_no_payload_behind_unparsed_headers() -> Result<()> {
     let _turn = turn(module_path!());
     let mut bench = Bench::new((Ipv6Addr::LOCALHOST, 0))?;
     bench.put(1, idle_for(LONG))?;
@@ -561,14 +565,14 @@ fn a_fin_is_no_payload_where_the_headers_are_not_walked() -> Result<()> {
         end(&pair).shutdown(Shutdown::Write)?;
         let seen = bench.kernel.error_count(ErrorKind::HeaderUnreadable)?;
         send_behind_headers(&bench, &pair, b"")?;
-        eventually("the packet has come", patience(), || {
+        eventually("the packet in the programs", patience(), || {
             let now = bench.kernel.error_count(ErrorKind::HeaderUnreadable)?;
             Ok((now > seen).then_some(()))
         })?;
         let after = bench.session(&pair.server)?;
         assert!(after.half_closed_ns >= before.established_ns);
         assert_eq!(before.half_closed_ns, Session::NOT_HALF_CLOSED);
-        // That one end has closed is no payload.
+        // A FIN does not count as payload.
         let payload = |session: &Session| Traffic {
             came_ns: 0,
             flags: 0,
