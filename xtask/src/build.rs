@@ -1,6 +1,7 @@
 //! `cargo xtask build`: builds the daemon with the embedded eBPF programs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::Result;
 
@@ -41,7 +42,23 @@ pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
 
 /// Builds the daemon with a prepared eBPF toolchain and returns the path of its binary.
 pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
-    let mut cargo = workspace.cargo();
+    build_with(workspace.cargo(), workspace.target(), profile)
+}
+
+/// Builds the static binary for an architecture and returns its path.
+pub(crate) fn static_daemon(
+    workspace: &Workspace,
+    arch: Arch,
+    profile: Profile,
+) -> Result<PathBuf> {
+    build_with(
+        workspace.cargo_for(arch)?,
+        &workspace.target_for(arch),
+        profile,
+    )
+}
+
+fn build_with(mut cargo: Command, target: &Path, profile: Profile) -> Result<PathBuf> {
     cargo.args(["build", "--package", "session-enforcer"]);
     let folder = match profile {
         Profile::Release => {
@@ -51,12 +68,5 @@ pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf>
         Profile::Debug => "debug",
     };
     run(&mut cargo)?;
-    Ok(workspace.target().join(folder).join("session-enforcer"))
-}
-
-/// Builds the release binary for an architecture and returns its path.
-pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
-    let mut cargo = workspace.cargo_for(arch)?;
-    run(cargo.args(["build", "--release", "--package", "session-enforcer"]))?;
-    Ok(workspace.target_for(arch).join("release/session-enforcer"))
+    Ok(target.join(folder).join("session-enforcer"))
 }

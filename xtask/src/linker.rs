@@ -65,7 +65,9 @@ fn install_command(workspace: &Workspace, rustc: &Rustc, prefix: &Path, scratch:
             "--features",
             &format!("llvm-{}", rustc.llvm_major),
         ])
-        .env("LLVM_PREFIX", prefix);
+        .env("LLVM_PREFIX", prefix)
+        // LLVM does the work.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0");
     command
 }
 

@@ -166,8 +166,8 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         accelerator,
         inside: inside(workspace, foreign, &folder)?,
         daemon: match foreign {
-            Some(arch) => static_daemon(workspace, arch)?,
-            None => daemon(workspace, Profile::Release)?,
+            Some(arch) => static_daemon(workspace, arch, Profile::Debug)?,
+            None => daemon(workspace, Profile::Debug)?,
         },
         chosen: programs::build(workspace, foreign, chosen, tests.is_empty())?,
         folder,

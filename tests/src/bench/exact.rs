@@ -1,6 +1,6 @@
 //! Measures how precise the end of a session is, and how fast many sessions end.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer_tests::{Daemon, Place, Record, Time, run_to_end};
@@ -71,12 +71,17 @@ fn distribution(what: &str, sorted: &[f64]) -> Vec<Row> {
 /// Waits for this number of reset records, and fails on other terminations.
 fn reset(daemon: &Daemon, count: usize) -> Result<Vec<Record>> {
     let records = daemon.wait_for_terminations(count)?;
-    let is_reset = |record: &&Record| record.text("session_enforcer.result") == "reset";
-    let reset = records.iter().filter(is_reset).count();
+    let mut results: BTreeMap<&str, usize> = BTreeMap::new();
+    for record in &records {
+        let error = record.text("error.message");
+        let result = record.text("session_enforcer.result");
+        *results
+            .entry(if error.is_empty() { result } else { error })
+            .or_default() += 1;
+    }
     ensure!(
-        reset == count && records.len() == count,
-        "{reset} of {} records are resets, {count} were expected",
-        records.len()
+        results == BTreeMap::from([("reset", count)]),
+        "the terminations are {results:?}, {count} resets were expected"
     );
     Ok(records)
 }
