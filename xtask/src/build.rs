@@ -1,7 +1,6 @@
 //! `cargo xtask build`: builds the daemon with the embedded eBPF programs.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use anyhow::Result;
 
@@ -42,23 +41,7 @@ pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
 
 /// Builds the daemon with a prepared eBPF toolchain and returns the path of its binary.
 pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
-    build_with(workspace.cargo(), workspace.target(), profile)
-}
-
-/// Builds the static binary for an architecture and returns its path.
-pub(crate) fn static_daemon(
-    workspace: &Workspace,
-    arch: Arch,
-    profile: Profile,
-) -> Result<PathBuf> {
-    build_with(
-        workspace.cargo_for(arch)?,
-        &workspace.target_for(arch),
-        profile,
-    )
-}
-
-fn build_with(mut cargo: Command, target: &Path, profile: Profile) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo();
     cargo.args(["build", "--package", "session-enforcer"]);
     let folder = match profile {
         Profile::Release => {
@@ -68,5 +51,12 @@ fn build_with(mut cargo: Command, target: &Path, profile: Profile) -> Result<Pat
         Profile::Debug => "debug",
     };
     run(&mut cargo)?;
-    Ok(target.join(folder).join("session-enforcer"))
+    Ok(workspace.target().join(folder).join("session-enforcer"))
+}
+
+/// Builds the release binary for an architecture and returns its path.
+pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo_for(arch)?;
+    run(cargo.args(["build", "--release", "--package", "session-enforcer"]))?;
+    Ok(workspace.target_for(arch).join("release/session-enforcer"))
 }

@@ -44,10 +44,21 @@ use crate::workspace::Workspace;
 
 pub(crate) use self::guest::guest;
 
-/// The kernels and tests of `--ci`: the oldest and the newest kernel; tests that use each kernel interface of
-/// the daemon once; and whole hosts.
-const CI_KERNELS: [&str; 2] = ["6.1", "backports"];
-const CI_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
+/// Some kernels of the matrix, and the tests on each.
+type Choice = &'static [(&'static str, &'static [&'static str])];
+
+/// The choice of `--ci` for this machine's architecture: on the oldest kernel the tests that use each kernel interface
+/// of the daemon once, on the newest one whole hosts.
+const CI: Choice = &[
+    ("6.1", &["verifier", "idle", "gate::nothing_passes"]),
+    ("backports", &["verifier", HOST]),
+];
+
+/// The choice of `--ci` for another architecture, whose emulation is slower.
+const CI_FOREIGN: Choice = &[("backports", &["verifier", "idle"])];
+
+/// The tests on another architecture if none are named.
+const FOREIGN_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
 
 /// The results of the last run.
 const RESULTS: &str = "results.json";
@@ -60,13 +71,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "VERSION")]
     kernel: Vec<String>,
     /// Architecture of the virtual machines. Another one than this machine's is emulated, with a small
-    /// Debian as the root file system, and the default tests are then those of `--ci`.
+    /// Debian as the root file system, and the default is then a selection of the tests.
     #[arg(long, default_value = "x86_64")]
     arch: Arch,
     /// List the kernels of the matrix.
     #[arg(long)]
     list: bool,
-    /// Run a selection of the tests on the oldest and the newest kernel at the same time.
+    /// Run a selection of the tests on the oldest and the newest kernel at the same time; for another
+    /// architecture on the newest one.
     #[arg(long, conflicts_with_all = ["kernel", "tests", "machines"])]
     ci: bool,
     /// Download the newest kernels, even if older ones have been downloaded.
@@ -92,16 +104,40 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// The choice of `--ci`, if that is asked for.
+    fn ci_choice(&self) -> Option<Choice> {
+        let choice = if self.arch == Arch::HOST {
+            CI
+        } else {
+            CI_FOREIGN
+        };
+        self.ci.then_some(choice)
+    }
+
+    /// Whether this kernel runs the tests of this name.
+    fn includes(&self, kernel: &str, test: &str) -> bool {
+        let Some(ci) = self.ci_choice() else {
+            return true;
+        };
+        let is_it = |word: &&str| word.split("::").next() == Some(test);
+        ci.iter()
+            .any(|(name, tests)| *name == kernel && tests.iter().any(is_it))
+    }
+
     /// The kernels, the tests, and the number of machines that run at the same time.
     fn choice(&self) -> (Vec<String>, Vec<String>, usize) {
         let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
-        if self.ci {
-            return (owned(&CI_KERNELS), owned(&CI_TESTS), CI_KERNELS.len());
+        if let Some(ci) = self.ci_choice() {
+            let kernels: Vec<&str> = ci.iter().map(|(kernel, _)| *kernel).collect();
+            let mut tests: Vec<&str> = ci.iter().flat_map(|(_, tests)| *tests).copied().collect();
+            tests.sort_unstable();
+            tests.dedup();
+            return (owned(&kernels), owned(&tests), kernels.len());
         }
         let tests = if self.arch == Arch::HOST || !self.tests.is_empty() {
             self.tests.clone()
         } else {
-            owned(&CI_TESTS)
+            owned(&FOREIGN_TESTS)
         };
         let mut kernels = if self.kernel.is_empty() {
             owned(&MATRIX.map(|wanted| wanted.name))
@@ -166,8 +202,8 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         accelerator,
         inside: inside(workspace, foreign, &folder)?,
         daemon: match foreign {
-            Some(arch) => static_daemon(workspace, arch, Profile::Debug)?,
-            None => daemon(workspace, Profile::Debug)?,
+            Some(arch) => static_daemon(workspace, arch)?,
+            None => daemon(workspace, Profile::Release)?,
         },
         chosen: programs::build(workspace, foreign, chosen, tests.is_empty())?,
         folder,
@@ -400,7 +436,7 @@ impl Job<'_> {
 
     fn boots(&self, kernel: &Kernel) -> Vec<Boot> {
         if !self.is_below_floor(kernel) {
-            return self.boots_of_suite();
+            return self.boots_of_suite(kernel);
         }
         let host = self.chosen.iter().find(|(built, _)| built.name() == HOST);
         host.map(|(host, _)| BELOW_FLOOR.boot(host, &[]))
@@ -409,10 +445,14 @@ impl Job<'_> {
     }
 
     /// The test suite on a system like one with systemd, then the tests of whole hosts.
-    fn boots_of_suite(&self) -> Vec<Boot> {
-        let suite = self.chosen.iter().filter(|(built, _)| built.name() != HOST);
+    fn boots_of_suite(&self, kernel: &Kernel) -> Vec<Boot> {
+        let chosen = self.chosen.iter();
+        let chosen = chosen.filter(|(built, _)| self.args.includes(&kernel.name, built.name()));
+        let (hosts, suite): (Vec<_>, Vec<_>) = chosen.partition(|(built, _)| built.name() == HOST);
         let threads = self.accelerator.tests_at_once();
-        let suite = suite.map(|(built, words)| built.program(threads, words));
+        let suite = suite
+            .iter()
+            .map(|(built, words)| built.program(threads, words));
         let mut boots = vec![Boot {
             hierarchy: Hierarchy::Unified,
             bpffs: true,
@@ -420,7 +460,7 @@ impl Job<'_> {
             at_once: self.accelerator.programs_at_once(),
             programs: suite.collect(),
         }];
-        if let Some((host, words)) = self.chosen.iter().find(|(built, _)| built.name() == HOST) {
+        for (host, words) in hosts {
             boots.extend(STAGES.iter().map(|stage| stage.boot(host, words)));
         }
         boots.retain(|boot| !boot.programs.is_empty());
