@@ -43,41 +43,65 @@ pub(super) enum Room {
     /// A reset may be started.
     Free,
     /// A limit is reached.
-    Taken,
+    Taken {
+        /// When a reset began or ended last within this limit.
+        since_ns: u64,
+    },
+}
+
+/// The hanging resets within a limit.
+#[derive(Clone, Copy, Debug, Default)]
+struct Occupancy {
+    count: usize,
+    /// When a reset began or ended last.
+    changed_ns: u64,
+}
+
+impl Occupancy {
+    fn begin(&mut self, now_ns: u64) {
+        self.count += 1;
+        self.changed_ns = now_ns;
+    }
+
+    fn end(&mut self, now_ns: u64) {
+        self.count -= 1;
+        self.changed_ns = now_ns;
+    }
 }
 
 /// The resets that do not return at once.
 #[derive(Debug, Default)]
 pub(super) struct Hanging {
-    of_cgroup: HashMap<u64, usize>,
-    below: HashMap<u64, usize>,
-    in_all: usize,
+    of_cgroup: HashMap<u64, Occupancy>,
+    below: HashMap<u64, Occupancy>,
+    in_all: Occupancy,
     /// Whether `sock_diag` as a whole does not answer.
     pub(super) is_diag_blocked: bool,
 }
 
 impl Hanging {
-    /// Counts a reset that hangs.
-    pub(super) fn begin(&mut self, culprit: Culprit) {
-        *self.of_cgroup.entry(culprit.cgroup_id).or_default() += 1;
-        *self.below.entry(culprit.below).or_default() += 1;
-        self.in_all += 1;
+    /// Counts a reset that hangs from now on.
+    pub(super) fn begin(&mut self, culprit: Culprit, now_ns: u64) {
+        let of_cgroup = self.of_cgroup.entry(culprit.cgroup_id).or_default();
+        of_cgroup.begin(now_ns);
+        self.below.entry(culprit.below).or_default().begin(now_ns);
+        self.in_all.begin(now_ns);
     }
 
     /// Counts a reset that has returned.
-    pub(super) fn end(&mut self, culprit: Culprit) {
-        for (counts, id) in [
+    pub(super) fn end(&mut self, culprit: Culprit, now_ns: u64) {
+        for (occupied, id) in [
             (&mut self.of_cgroup, culprit.cgroup_id),
             (&mut self.below, culprit.below),
         ] {
-            if let Some(count) = counts.get_mut(&id) {
-                *count -= 1;
-                if *count == 0 {
-                    counts.remove(&id);
+            if let Some(occupancy) = occupied.get_mut(&id) {
+                occupancy.end(now_ns);
+                if occupancy.count == 0 {
+                    occupied.remove(&id);
                 }
             }
         }
-        self.in_all -= 1;
+        self.in_all.end(now_ns);
     }
 
     /// Whether a reset of the cgroup hangs. Its sessions then go to separate reapers.
@@ -87,11 +111,19 @@ impl Hanging {
 
     /// Whether another reset may be started for the culprit.
     pub(super) fn room(&self, culprit: Culprit) -> Room {
-        let of = |counts: &HashMap<u64, usize>, id| counts.get(&id).copied().unwrap_or(0);
-        let is_taken = of(&self.of_cgroup, culprit.cgroup_id) >= MAX_OF_CGROUP
-            || of(&self.below, culprit.below) >= MAX_BELOW
-            || self.in_all >= MAX_IN_ALL;
-        if is_taken { Room::Taken } else { Room::Free }
+        let of = |occupied: &HashMap<u64, Occupancy>, id| occupied.get(&id).copied();
+        let limits = [
+            (of(&self.of_cgroup, culprit.cgroup_id), MAX_OF_CGROUP),
+            (of(&self.below, culprit.below), MAX_BELOW),
+            (Some(self.in_all), MAX_IN_ALL),
+        ];
+        let mut reached = limits.into_iter().filter_map(|(occupancy, limit)| {
+            let occupancy = occupancy?;
+            (occupancy.count >= limit).then_some(occupancy.changed_ns)
+        });
+        reached
+            .next()
+            .map_or(Room::Free, |since_ns| Room::Taken { since_ns })
     }
 
     /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
@@ -139,43 +171,45 @@ mod tests {
         let of_one = culprit(&[1, 2, 3]);
         // Without a second-level ancestor the cgroup itself is used.
         assert_eq!((culprit(&[9]).below, of_one.below), (9, 2));
-        hanging.begin(of_one);
-        hanging.begin(of_one);
-        hanging.end(of_one);
+        hanging.begin(of_one, 1);
+        hanging.begin(of_one, 2);
+        hanging.end(of_one, 3);
         assert!(hanging.is_suspect(3));
-        assert_eq!((hanging.in_all, hanging.below[&2]), (1, 1));
-        hanging.end(of_one);
+        assert_eq!((hanging.in_all.count, hanging.below[&2].count), (1, 1));
+        hanging.end(of_one, 4);
         assert!(hanging.of_cgroup.is_empty() && hanging.below.is_empty());
-        assert_eq!(hanging.in_all, 0);
+        assert_eq!(hanging.in_all.count, 0);
     }
 
     #[test]
     fn a_cgroup_a_user_and_all_together_have_so_much_room() {
         let mut hanging = Hanging::default();
         let first = culprit(&[1, 2, 3, 10]);
-        (0..MAX_OF_CGROUP).for_each(|_| hanging.begin(first));
-        assert_eq!(hanging.room(first), Room::Taken);
+        (0..MAX_OF_CGROUP as u64).for_each(|now_ns| hanging.begin(first, now_ns));
+        let since_ns = MAX_OF_CGROUP as u64 - 1;
+        assert_eq!(hanging.room(first), Room::Taken { since_ns });
         assert!(hanging.is_suspect(10) && !hanging.is_suspect(11));
         // Another cgroup of the same user.
         for id in 11.. {
             let next = culprit(&[1, 2, 3, id]);
-            if hanging.room(next) == Room::Taken {
+            if hanging.room(next) != Room::Free {
+                assert_eq!(hanging.room(next), Room::Taken { since_ns: id - 1 });
                 break;
             }
-            hanging.begin(next);
+            hanging.begin(next, id);
         }
-        assert_eq!(hanging.in_all, MAX_BELOW);
+        assert_eq!(hanging.in_all.count, MAX_BELOW);
         // Another user.
         let other = culprit(&[1, 4, 10_000]);
         assert_eq!(hanging.room(other), Room::Free);
-        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(first));
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(first, 0));
         assert!(!hanging.is_suspect(10));
         assert_eq!(hanging.room(first), Room::Free);
         let mut id = 20_000;
         while hanging.room(culprit(&[id])) == Room::Free {
-            hanging.begin(culprit(&[id]));
+            hanging.begin(culprit(&[id]), id);
             id += 1;
         }
-        assert_eq!(hanging.in_all, MAX_IN_ALL);
+        assert_eq!(hanging.in_all.count, MAX_IN_ALL);
     }
 }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use session_enforcer_common::{Ancestors, Session};
 
 use super::{context::Context, hanging::Culprit, state::State};
+use crate::host::clock::monotonic_ns;
 
 pub(super) fn culprit(state: &State, session: &Session) -> Culprit {
     let cgroup_id = session.owner.cgroup_id;
@@ -64,7 +65,7 @@ pub(super) struct Hangs {
 impl Hangs {
     pub(super) fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
         let culprit = culprit(state, session);
-        state.hanging.begin(culprit);
+        state.hanging.begin(culprit, monotonic_ns());
         Self {
             context: Rc::clone(context),
             culprit,
@@ -75,7 +76,7 @@ impl Hangs {
 impl Drop for Hangs {
     fn drop(&mut self) {
         let mut state = self.context.state();
-        state.hanging.end(self.culprit);
+        state.hanging.end(self.culprit, monotonic_ns());
         state.note_backlog();
         drop(state);
         self.context.wake.notify_one();

@@ -29,7 +29,7 @@ pub(super) const MAX_DOUBLINGS: u32 = 5;
 /// Retry interval while too many resets hang to start another.
 pub(super) const NO_ROOM_NS: u64 = 20_000_000;
 
-/// How long a reset may be delayed by hanging ones before it counts as failed.
+/// How long hanging resets may delay another one, without a change among them, before it counts as failed.
 pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 
 /// The recorded errors of sessions that were not reset.
@@ -205,10 +205,11 @@ impl State {
         self.note_backlog();
     }
 
-    /// Delays a reset because too many hang. If those are only slow, they end soon.
-    pub(super) fn has_no_room(&mut self, expired: &Expired, now_ns: u64) {
-        let since_ns = now_ns.saturating_sub(expired.deadline_ns);
-        if since_ns > NO_ROOM_FOR_NS {
+    /// Delays a reset because too many hang, the last change among them at `since_ns`. If they are only slow, they end
+    /// soon. The deadline can be long past without a fault of theirs: the daemon was stopped, or the host suspended.
+    pub(super) fn has_no_room(&mut self, expired: &Expired, since_ns: u64, now_ns: u64) {
+        let hindered_ns = now_ns.saturating_sub(expired.deadline_ns.max(since_ns));
+        if hindered_ns > NO_ROOM_FOR_NS {
             self.fail(expired, now_ns, NO_ROOM);
         } else {
             self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);

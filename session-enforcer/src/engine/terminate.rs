@@ -207,8 +207,9 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        if state.hanging.room(culprit(state, &expired.session)) == Room::Taken {
-            state.has_no_room(&expired, now_ns);
+        let room = state.hanging.room(culprit(state, &expired.session));
+        if let Room::Taken { since_ns } = room {
+            state.has_no_room(&expired, since_ns, now_ns);
             continue;
         }
         let method = state.method_for(&expired.session, now_ns);

@@ -17,8 +17,8 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Locked, Pair, Place, eventually, patience, scaled, state_of,
-    unhurried,
+    Agent, Daemon, Lab, Listener, Locked, Pair, Place, Record, eventually, patience, scaled,
+    state_of, unhurried,
 };
 
 use crate::turn;
@@ -295,6 +295,39 @@ fn locked_sessions_of_many_cgroups_are_bounded_and_delay_no_reset() -> Result<()
     })?;
     drop(pairs);
     Ok(())
+}
+
+/// The deadlines are long past when the daemon resumes, but the hanging resets have delayed nothing yet.
+#[test]
+fn sessions_that_became_due_in_a_stopped_daemon_wait_for_hanging_resets_before_they_count_as_failed()
+-> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let daemon = lab.daemon(&(OWN.to_owned() + &rule("locked", &listener, limit())))?;
+    let open = |_| Pair::open(&lab.outside, &listener);
+    let pairs = (0..8).map(open).collect::<Result<Vec<_>>>()?;
+    daemon.wait_for_metric("session_enforcer_sessions", &[], 8.0)?;
+    daemon.freeze()?;
+    let lock = |pair: &Pair| Locked::new(&pair.server);
+    let locks = pairs.iter().map(lock).collect::<Result<Vec<_>>>()?;
+    // Longer than a reset may be delayed before it counts as failed.
+    thread::sleep(limit() + Duration::from_secs(6));
+    daemon.thaw()?;
+    // The limit of a cgroup.
+    daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 4.0)?;
+    drop(locks);
+    eventually("resets of all sessions", patience(), || {
+        let records = daemon.terminations()?;
+        let delayed = |record: &&Record| record.text("error.message").contains("too many resets");
+        ensure!(
+            !records.iter().any(|record| delayed(&record)),
+            "{records:?}"
+        );
+        let reset = |record: &&Record| record.text("session_enforcer.result") == "reset";
+        Ok((records.iter().filter(reset).count() == pairs.len()).then_some(()))
+    })
 }
 
 #[test]
