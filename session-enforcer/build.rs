@@ -14,23 +14,23 @@ fn main() -> Result<()> {
         "/../session-enforcer-common/src"
     );
     println!("cargo:rerun-if-changed={common}");
-    // The toolchain that builds the daemon also builds the programs; `-Z build-std` is asked of a
-    // stable compiler (see docs/design/ebpf-build.md).
+    // The toolchain of the daemon also builds the programs. A stable compiler accepts `-Z build-std` with
+    // `RUSTC_BOOTSTRAP` (see docs/design/ebpf-build.md).
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     // SAFETY: a build script's main thread, before any other thread exists.
     unsafe {
         env::set_var("RUSTC_BOOTSTRAP", "1");
-        // `aya-build` repeats each line of the inner cargo as a warning.
+        // `aya-build` turns each line of the inner cargo into a warning.
         env::set_var("CARGO_TERM_QUIET", "true");
         env::set_var("PATH", search_path()?);
-        // The third instruction set has the atomic operations that return what was there before;
-        // Linux has it since 5.12. `aya-build` leaves no room for more flags of the compiler.
+        // Version 3 of the instruction set has atomic operations that return the previous value; Linux has
+        // it since 5.12. `aya-build` sets RUSTFLAGS itself, so the flag goes into the profile.
         env::set_var("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true");
         env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3");
-        // The programs are the same in each profile of the daemon's.
+        // The programs are the same in each profile of the daemon.
         env::set_var("CARGO_PROFILE_RELEASE_LTO", "thin");
-        // Where this was built is nothing that the programs have to tell: their debug information
-        // names the same paths on every machine.
+        // The debug information of the programs names the same paths on every machine, so that a release can
+        // be reproduced.
         env::set_var("CARGO_UNSTABLE_TRIM_PATHS", "true");
         env::set_var("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all");
         env::set_var(

@@ -1,4 +1,4 @@
-//! The test programs: built here, run inside.
+//! The test programs. They are built on this machine and run in the virtual one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -14,23 +14,23 @@ use super::plan::Program;
 use crate::arch::Arch;
 use crate::workspace::Workspace;
 
-/// The tests that need a machine for themselves.
+/// The test program of whole hosts. Its tests need a machine each.
 pub(super) const HOST: &str = "host";
 
-/// After this a program is killed, in seconds. Under emulation the longest of the parts takes a tenth of it.
+/// Time limit of a program, in seconds. Under emulation the longest part takes a tenth of it.
 const LIMIT_SECONDS: u64 = 1200;
 
-/// What is run by itself: a test program, or a module of one that has a file for each.
+/// A test program without modules, or one module of a suite. Each part runs as a process of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Part {
     program: String,
     module: Option<String>,
-    /// Modules of the program that libtest takes for this one, too: it looks for words anywhere in the names of tests.
+    /// Modules of the program whose tests libtest would also run, because it looks for the filter anywhere in a name.
     others: Vec<String>,
 }
 
 impl Part {
-    /// Of a program without modules.
+    /// A program without modules.
     fn whole(program: &str) -> Self {
         Self {
             program: program.to_owned(),
@@ -39,12 +39,12 @@ impl Part {
         }
     }
 
-    /// The module's, of a module. No module and no program has the name of another.
+    /// The name of the module, or of the program if it has no modules. All names differ.
     pub(super) fn name(&self) -> &str {
         self.module.as_ref().unwrap_or(&self.program)
     }
 
-    /// What it is started with, to run those of its tests that words ask for.
+    /// The filter arguments for the tests that `words` select.
     fn filters(&self, words: &[String]) -> Vec<String> {
         let Some(module) = &self.module else {
             return words.to_vec();
@@ -62,8 +62,8 @@ impl Part {
     }
 }
 
-/// All that there is: where tests are a folder, its `main.rs` names its modules. The sources are asked, since not every
-/// program can be run here.
+/// All parts. The `main.rs` of a suite names its modules. They are read from the sources, because programs for another
+/// architecture cannot list their tests here.
 pub(super) fn parts(workspace: &Workspace) -> Result<Vec<Part>> {
     let folder = workspace.root().join("tests").join("tests");
     let mut parts = Vec::new();
@@ -106,7 +106,7 @@ fn modules(program: &str, main: &str) -> Vec<Part> {
     names.iter().map(part).collect()
 }
 
-/// A part, built.
+/// A part with the path of its program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Built {
     part: Part,
@@ -118,13 +118,12 @@ impl Built {
         self.part.name()
     }
 
-    /// To be run as a whole, or those of its tests that words ask for, so many tests at a time.
+    /// The process that runs the tests that `words` select (all if there are none), `threads` at a time.
     pub(super) fn program(&self, threads: usize, words: &[String]) -> Program {
         self.named(self.name(), threads, self.part.filters(words))
     }
 
-    /// To be run, under the name of one of its modules, for those of its tests whose names contain one of
-    /// these words, one by one.
+    /// The process that runs the tests of a module whose names contain one of these words, one after the other.
     pub(super) fn part(&self, module: &str, words: &[String]) -> Program {
         self.named(&format!("{}-{module}", self.name()), 1, words.to_vec())
     }
@@ -141,11 +140,11 @@ impl Built {
     }
 }
 
-/// Parts to be run, and those of their tests that words ask for; without words, all.
+/// The selected parts, each with the words that select its tests; without words, all of its tests.
 pub(super) type Chosen<T> = Vec<(T, Vec<String>)>;
 
-/// Builds the privileged test programs of what was chosen. Static ones where they are for another processor. Where
-/// everything is, what is not for `cargo test` is left out, but for the tests of whole hosts.
+/// Builds the test programs of the selected parts; static ones for another architecture. If everything was selected,
+/// programs that `cargo test` does not run are left out, except the tests of whole hosts.
 pub(super) fn build(
     workspace: &Workspace,
     foreign: Option<Arch>,
@@ -178,7 +177,7 @@ pub(super) fn build(
     Ok(built.collect())
 }
 
-/// Test programs, by name: where they are.
+/// Builds test programs. Returns their names and paths.
 fn build_some(
     workspace: &Workspace,
     foreign: Option<Arch>,
@@ -203,7 +202,7 @@ fn build_some(
         .collect()
 }
 
-/// The test program that one of cargo's messages announces.
+/// The test program in a message of cargo, if it announces one.
 fn artifact(line: &str) -> Result<Option<(String, PathBuf)>> {
     let message: Value = serde_json::from_str(line).context("a message of cargo is no JSON")?;
     let is_test = message["reason"] == "compiler-artifact" && message["profile"]["test"] == true;
@@ -216,14 +215,14 @@ fn artifact(line: &str) -> Result<Option<(String, PathBuf)>> {
     Ok(is_test.then(|| (name.to_owned(), path.into())))
 }
 
-/// What words on the command line ask for: `MODULE` or `PROGRAM`, and `MODULE::START` for those of its tests whose names
-/// begin so; of a program without modules `PROGRAM::PART` for those whose names contain the part. A module's name may follow
-/// that of its program. No word asks for all.
+/// Selects parts by the words of the command line: `MODULE` or `PROGRAM`; `MODULE::START` for the tests of a module
+/// whose names begin with START; `PROGRAM::PART`, for a program without modules, for the tests whose names contain PART.
+/// The name of a module may follow that of its program. Without words everything is selected.
 pub(super) fn chosen(parts: &[Part], words: &[String]) -> Result<Chosen<Part>> {
     if words.is_empty() {
         return Ok(parts.iter().map(|one| (one.clone(), Vec::new())).collect());
     }
-    // Without words of its own a part is run whole.
+    // A part without words of its own runs all of its tests.
     let mut chosen: Vec<(Part, Option<Vec<String>>)> = Vec::new();
     for word in words {
         for (part, rest) in named(parts, word)? {
@@ -244,7 +243,7 @@ pub(super) fn chosen(parts: &[Part], words: &[String]) -> Result<Chosen<Part>> {
         .collect())
 }
 
-/// The parts that a word names, and what is said of their tests' names.
+/// The parts that a word names, with the filter for the names of their tests.
 fn named<'a>(parts: &'a [Part], word: &'a str) -> Result<Vec<(&'a Part, Option<&'a str>)>> {
     let split = |word: &'a str| match word.split_once("::") {
         Some((name, rest)) => (name, Some(rest)),
