@@ -131,7 +131,7 @@ fn nothing_passes_an_idle_ipv4_session_of_ipv6_sockets_while_the_daemon_is_froze
 /// Root of a container can set such a route at any time. If there are more headers than the
 /// programs parse, payload is dropped too, and a RST passes.
 #[test]
-fn no_encapsulated_payload_passes() -> Result<()> {
+fn nothing_passes_in_an_encapsulated_packet() -> Result<()> {
     for depth in [1, 5] {
         for address in [Veth::BEYOND, Veth::BEYOND_V6] {
             let lab = Lab::new(AGENT)?;
