@@ -211,11 +211,19 @@ impl Pool {
     }
 
     /// Takes in a new reaper when it is ready, so that no request waits for its start. A reaper that has ended is taken
-    /// in, too: [`Pool::ask`] limits the attempts. One that is never ready is killed.
+    /// in, too: [`Pool::ask`] limits the attempts. One that can run may take long on a busy host and is waited for; one
+    /// that cannot is killed.
     async fn take_in(self, reaper: Reaper) {
-        let ready = timeout(KILLED_AFTER, reaper.receive()).await;
+        let can_run = || matches!(reaper.state(), Some(RUNNING | UNINTERRUPTIBLE));
+        let is_kept = loop {
+            match timeout(KILLED_AFTER, reaper.receive()).await {
+                Ok(_ready_or_ended) => break true,
+                Err(_elapsed) if !can_run() => break false,
+                Err(_elapsed) => {}
+            }
+        };
         self.0.starting.set(self.0.starting.get() - 1);
-        if ready.is_ok() {
+        if is_kept {
             self.0.started.set(self.0.started.get() + 1);
             self.give_back(reaper);
         }
