@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{SockaddrStorage, bind};
 use session_enforcer::{
-    datapath::{Datapath, Options},
+    datapath::Datapath,
     host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
@@ -25,7 +25,7 @@ use session_enforcer_tests::{
     eventually, patience, reset_on_close, seed, set_option, tcp_info,
 };
 
-use crate::turn;
+use crate::{load, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -376,15 +376,7 @@ impl Bench {
             addresses.partition(|address| UNKNOWN_PORTS.contains(&address.port()));
         let listen = |address| server.listen(address);
         let mut listeners: Vec<Listener> = older.into_iter().map(listen).collect::<Result<_>>()?;
-        let mut kernel = Datapath::load(
-            Options {
-                max_sessions: 1024,
-                only_netns: None,
-                notes_owners: true,
-                verbose: false,
-            },
-            None,
-        )?;
+        let mut kernel = load(1024)?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
         for address in newer {
             listeners.push(server.listen(address)?);

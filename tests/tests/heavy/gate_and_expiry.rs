@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::socket::{MsgFlags, SockaddrIn6, sendto};
 use session_enforcer::{
-    datapath::{Adoption, Datapath, Options},
+    datapath::{Adoption, Datapath},
     host::{cgroup::Cgroup, clock::monotonic_ns},
 };
 use session_enforcer_common::{
@@ -27,7 +27,7 @@ use session_enforcer_tests::{
     reset_on_close, seed, tcp_info,
 };
 
-use crate::turn;
+use crate::{load, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -50,15 +50,7 @@ impl Bench {
     fn new(address: impl Into<SocketAddr>) -> Result<Self> {
         let lab = Lab::new(AGENT)?;
         let listener = lab.inside.listen(address)?;
-        let mut kernel = Datapath::load(
-            Options {
-                max_sessions: 1024,
-                only_netns: None,
-                notes_owners: true,
-                verbose: false,
-            },
-            None,
-        )?;
+        let mut kernel = load(1024)?;
         kernel.attach(&Cgroup::open(lab.cgroup.path())?)?;
         Ok(Self {
             kernel,

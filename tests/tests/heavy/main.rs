@@ -4,6 +4,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use session_enforcer::datapath::{Datapath, Options};
 use session_enforcer_tests::{Lab, Listener, Pair, reset_on_close};
 
 mod agreement;
@@ -60,4 +61,15 @@ fn overflow_events(lab: &Lab, listener: &Listener) -> anyhow::Result<()> {
         reset_on_close(&pair.client)?;
     }
     Ok(())
+}
+
+/// Loads the programs without a daemon; they note the owners of sockets.
+fn load(max_sessions: u32) -> anyhow::Result<Datapath> {
+    let options = Options {
+        max_sessions,
+        only_netns: None,
+        notes_owners: true,
+        verbose: false,
+    };
+    Ok(Datapath::load(options, None)?)
 }

@@ -15,13 +15,13 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use session_enforcer::{
-    datapath::{Adoption, Datapath, Options},
+    datapath::{Adoption, Datapath},
     host::cgroup::Cgroup,
 };
 use session_enforcer_common::{Address, Direction, Limits, MatchEntry, Owner, Session, flags};
 use session_enforcer_tests::{Lab, Pair, Random, cookie, patience, reset_on_close, seed};
 
-use crate::turn;
+use crate::{load, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -31,16 +31,6 @@ const TIME: Duration = Duration::from_secs(2);
 
 /// The first of a range of cookies that no socket has: the kernel counts cookies up from 1.
 const NOBODY: u64 = 1 << 62;
-
-fn load(max_sessions: u32) -> Result<Datapath> {
-    let options = Options {
-        max_sessions,
-        only_netns: None,
-        notes_owners: true,
-        verbose: false,
-    };
-    Ok(Datapath::load(options, None)?)
-}
 
 /// A session whose fields identify its number.
 fn session(number: u64) -> Session {
