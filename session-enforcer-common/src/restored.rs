@@ -1,7 +1,7 @@
 //! Connections that move to another socket (`TCP_REPAIR`, which CRIU uses). The first socket closes without a FIN, and
 //! the connection keeps its age.
 
-use crate::{Address, Session, expiry::later};
+use crate::{Address, Direction, Session, expiry::later};
 
 /// Maximum number of remembered connections. Beyond it, those that closed first are forgotten.
 pub const MAX_REMEMBERED: u32 = 16_384;
@@ -61,7 +61,11 @@ impl Clocks {
         session.last_sent_ns = self.last_sent_ns;
         session.answered_ns = self.answered_ns;
         session.half_closed_ns = self.half_closed_ns;
-        session.direction = self.direction as u8;
+        session.direction = if self.direction == Direction::Outbound as u64 {
+            Direction::DIALLED_BEFORE
+        } else {
+            self.direction as u8
+        };
     }
 }
 
@@ -91,7 +95,10 @@ mod tests {
         assert_eq!(after.established_ns, 10);
         assert_eq!((after.last_received_ns, after.last_sent_ns), (20, 30));
         assert_eq!((after.answered_ns, after.half_closed_ns), (10, 25));
-        assert_eq!(after.direction, 2);
+        assert_eq!(after.direction, Direction::DIALLED_BEFORE);
+        // However often it moves, and an accepted one stays accepted.
+        assert_eq!(inherited(&after).direction, Direction::DIALLED_BEFORE);
+        assert_eq!(inherited(&session(10, 20, 30)).direction, 1);
         // Unconfirmed candidates count.
         let (came_ns, went_ns) = (40, 50);
         let waiting = Session {

@@ -73,11 +73,15 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// The number of a connection that another socket of this host dialled (`TCP_REPAIR`). The present socket has sent
+    /// no SYN, so its sequence numbers include none.
+    pub const DIALLED_BEFORE: u8 = 3;
+
     /// The direction with this number; `None` for an invalid number in a record.
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::Inbound),
-            2 => Some(Self::Outbound),
+            2 | Self::DIALLED_BEFORE => Some(Self::Outbound),
             _ => None,
         }
     }
@@ -140,7 +144,7 @@ pub struct Session {
     pub generation: u32,
     /// Index of the session's rule.
     pub rule: u16,
-    /// [`Direction`] as a number.
+    /// [`Direction`] as a number, or [`Direction::DIALLED_BEFORE`].
     pub direction: u8,
     /// See [`flags`].
     pub flags: u8,
@@ -753,7 +757,8 @@ mod tests {
         assert_eq!(Direction::from_number(1), Some(Direction::Inbound));
         assert_eq!(Direction::from_number(2), Some(Direction::Outbound));
         assert_eq!(Direction::from_number(0), None);
-        assert_eq!(Direction::from_number(3), None);
+        assert_eq!(Direction::from_number(3), Some(Direction::Outbound));
+        assert_eq!(Direction::from_number(4), None);
     }
 }
 

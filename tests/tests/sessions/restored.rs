@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::Write as _,
     net::{Ipv4Addr, TcpStream},
     os::fd::AsRawFd as _,
     time::Duration,
@@ -47,9 +48,12 @@ fn a_lifetime_goes_on_however_often_the_connection_is_re_created() -> Result<()>
         opened.wait(limit() * part / 4);
         client = Saved::of(client)?.restore(&lab.inside)?;
     }
+    client.write_all(b"ten bytes.")?;
     let record = daemon.wait_for_termination()?;
     record.assert_reset("max_lifetime", &opened, limit());
     assert_eq!(record.text("network.direction"), "outbound");
+    // The last socket has sent them, and no SYN.
+    assert_eq!(record.number("source.bytes"), 10.0);
     assert_both_reset(&client, &server)
 }
 

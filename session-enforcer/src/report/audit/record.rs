@@ -322,7 +322,7 @@ fn ends(session: &Session) -> (EndFields, EndFields) {
         port: session.remote_port,
         bytes: session.bytes_received,
     };
-    if session.direction == Direction::Outbound as u8 {
+    if Direction::from_number(session.direction) == Some(Direction::Outbound) {
         (here, there)
     } else {
         (there, here)
