@@ -6,12 +6,17 @@ use std::{
 };
 
 use anyhow::Result;
-use nix::sys::socket::{SockaddrStorage, bind};
+use nix::{
+    errno::Errno,
+    sys::socket::{SockaddrStorage, bind, connect},
+};
 
 use crate::{
     agent::Agent,
+    clock::eventually,
     options::{option, set_bytes_option, set_option, tcp_info},
-    tcp::dial,
+    pace::patience,
+    tcp::bounded,
 };
 
 const TCP: i32 = libc::IPPROTO_TCP;
@@ -94,7 +99,15 @@ impl Saved {
             set_option(&socket, TCP, libc::TCP_REPAIR_QUEUE, queue)?;
             set_option(&socket, TCP, libc::TCP_QUEUE_SEQ, sequence)?;
         }
-        dial(socket, self.peer)
+        // A process that another thread starts has a copy of the saved socket, which is open until it executes its
+        // program.
+        eventually("the saved socket is closed", patience(), || {
+            match connect(socket.as_raw_fd(), &SockaddrStorage::from(self.peer)) {
+                Err(Errno::EADDRNOTAVAIL) => Ok(None),
+                outcome => Ok(Some(outcome?)),
+            }
+        })?;
+        bounded(TcpStream::from(socket))
     }
 
     /// Restores the TCP options of an established socket and ends its repair mode.

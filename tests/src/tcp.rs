@@ -140,7 +140,7 @@ pub fn dial(socket: OwnedFd, to: SocketAddr) -> Result<TcpStream> {
 }
 
 /// Sets time limits, so that a read or a write that would block forever fails.
-fn bounded(stream: TcpStream) -> Result<TcpStream> {
+pub(crate) fn bounded(stream: TcpStream) -> Result<TcpStream> {
     stream.set_read_timeout(Some(patience()))?;
     stream.set_write_timeout(Some(patience()))?;
     stream.set_nodelay(true)?;
