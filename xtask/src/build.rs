@@ -15,7 +15,7 @@ pub(crate) struct Args {
     /// Build with optimisation, as for an installation (the default).
     #[arg(long, conflicts_with = "debug")]
     release: bool,
-    /// Build without optimisation and with debug assertions. The eBPF programs are always optimised.
+    /// Build quickly and with debug assertions, as for the tests. The eBPF programs are always optimised.
     #[arg(long)]
     debug: bool,
 }
@@ -54,9 +54,9 @@ pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf>
     Ok(workspace.target().join(folder).join("session-enforcer"))
 }
 
-/// Builds the release binary for an architecture and returns its path.
+/// Builds a static binary for the tests on an architecture and returns its path.
 pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
     let mut cargo = workspace.cargo_for(arch)?;
-    run(cargo.args(["build", "--release", "--package", "session-enforcer"]))?;
-    Ok(workspace.target_for(arch).join("release/session-enforcer"))
+    run(cargo.args(["build", "--package", "session-enforcer"]))?;
+    Ok(workspace.target_for(arch).join("debug/session-enforcer"))
 }

@@ -45,7 +45,8 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     say!("running the tests that need no privileges");
     record("the unprivileged tests", unprivileged(workspace, args));
     say!("building the daemon for the privileged tests");
-    match daemon(workspace, Profile::Release) {
+    // Its dependencies are those of the test programs.
+    match daemon(workspace, Profile::Debug) {
         Ok(binary) => {
             say!("running the tests that need root");
             record("the privileged tests", privileged(workspace, args, &binary));

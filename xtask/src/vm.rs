@@ -203,7 +203,7 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
         inside: inside(workspace, foreign, &folder)?,
         daemon: match foreign {
             Some(arch) => static_daemon(workspace, arch)?,
-            None => daemon(workspace, Profile::Release)?,
+            None => daemon(workspace, Profile::Debug)?,
         },
         chosen: programs::build(workspace, foreign, chosen, tests.is_empty())?,
         folder,
