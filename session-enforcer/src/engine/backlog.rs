@@ -1,6 +1,6 @@
 //! What a sync has to repair, and when the next sync begins. Pure.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use super::backoff::{Backoff, Need};
 use crate::report::health::DegradedCause;
@@ -18,8 +18,10 @@ pub(super) struct Backlog {
     dealt_with: [u64; 2],
     /// Sessions for which the last sync found no slot.
     pub(super) left_out: usize,
-    /// Sessions that the last sync left out because the rule had reached its maximum.
-    pub(super) left_out_by_rules: usize,
+    /// Rules of which the last sync left sessions out because they had reached their maximum.
+    full_rules: HashSet<u16>,
+    /// Whether a session of such a rule has ended since.
+    has_room_in_rules: bool,
     /// Whether sessions without a slot are reset (`daemon.on_full`).
     pub(super) resets: bool,
     /// Sessions without a slot that the last sync gave to reapers; the next sync shows whether they are gone.
@@ -40,7 +42,8 @@ impl Backlog {
             refused_by_rules: 0,
             dealt_with: [0; 2],
             left_out: 0,
-            left_out_by_rules: 0,
+            full_rules: HashSet::new(),
+            has_room_in_rules: false,
             resets: false,
             to_reset: 0,
             unreached: 0,
@@ -59,7 +62,7 @@ impl Backlog {
     }
 
     fn has_sessions_of_full_rules(&self) -> bool {
-        !self.resets && self.refused_by_rules != self.dealt_with[1] || self.left_out_by_rules > 0
+        !self.resets && self.refused_by_rules != self.dealt_with[1] || !self.full_rules.is_empty()
     }
 
     /// Whether sessions were refused that must be reset and that no sync has found yet.
@@ -69,8 +72,9 @@ impl Backlog {
 
     /// Notes the beginning of a sync, which finds all untracked connections and ended sessions.
     pub(super) fn begin(&mut self) {
-        (self.left_out, self.left_out_by_rules, self.to_reset) = (0, 0, 0);
-        (self.unreached, self.events) = (0, false);
+        (self.left_out, self.to_reset, self.unreached) = (0, 0, 0);
+        self.full_rules.clear();
+        (self.has_room_in_rules, self.events) = (false, false);
         self.under_way = Some([self.refused, self.refused_by_rules]);
     }
 
@@ -81,7 +85,7 @@ impl Backlog {
         }
         let left = [
             self.left_out,
-            self.left_out_by_rules,
+            self.full_rules.len(),
             self.to_reset,
             self.unreached,
         ];
@@ -89,9 +93,20 @@ impl Backlog {
         self.backoff.ended(now_ns, used, is_nothing_left);
     }
 
+    /// Notes a session that a sync left out because its rule had reached its maximum.
+    pub(super) fn left_out_by_rule(&mut self, rule: u16) {
+        self.full_rules.insert(rule);
+    }
+
+    /// Notes that a session of a rule has ended.
+    pub(super) fn closed(&mut self, rule: u16) {
+        self.has_room_in_rules |= self.full_rules.contains(&rule);
+    }
+
     /// The need for a sync; `has_room` is whether the session table has a free slot.
     pub(super) fn need(&self, has_room: bool) -> Need {
-        if self.events || self.has_sessions() && has_room || self.has_sessions_to_reset() {
+        let has_sessions_with_room = self.has_sessions() && has_room || self.has_room_in_rules;
+        if self.events || has_sessions_with_room || self.has_sessions_to_reset() {
             Need::Mend
         } else if self.has_sessions()
             || self.has_sessions_of_full_rules()
@@ -244,9 +259,14 @@ mod tests {
                 .is_some_and(|what| what.contains("its max_sessions"))
         );
         backlog.begin();
-        backlog.left_out_by_rules = 2;
+        backlog.left_out_by_rule(3);
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::TryAgain);
+        // A closing makes room in its own rule.
+        backlog.closed(4);
+        assert_eq!(backlog.need(true), Need::TryAgain);
+        backlog.closed(3);
+        assert_eq!(backlog.need(true), Need::Mend);
         backlog.begin();
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::Routine);

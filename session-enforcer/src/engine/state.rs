@@ -239,7 +239,10 @@ impl State {
     pub(super) fn handle(&mut self, kind: EventKind, event: &Event) {
         match kind {
             EventKind::Opened => self.opened(event),
-            EventKind::Closed => self.forget(event.cookie),
+            EventKind::Closed => {
+                self.backlog.closed(event.rule);
+                self.forget(event.cookie);
+            }
             EventKind::MayEnd => self
                 .tracker
                 .may_end(event.cookie, monotonic_ns() + RECHECK_NS),

@@ -501,7 +501,7 @@ impl Sync<'_> {
         };
         sessions.retain(|(cookie, _)| !is_known(&state, *cookie));
         let answers = state.datapath.adopt_all(&sessions)?;
-        let (mut refused, mut refused_by_rules) = (0, 0);
+        let mut refused = 0;
         let mut untracked = Vec::new();
         for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
             match answer {
@@ -515,16 +515,18 @@ impl Sync<'_> {
                 // Its event will follow.
                 Adoption::Known => {}
                 Adoption::Full | Adoption::RuleFull => {
-                    let (count, cause) = match answer {
-                        Adoption::RuleFull => (&mut refused_by_rules, Untracked::RuleFull),
-                        _ => (&mut refused, Untracked::MapFull),
-                    };
                     let is_growing = answer == Adoption::Full && state.datapath.can_grow();
                     if state.resets_untracked(session.rule) && !is_growing {
                         untracked.push((cookie, session));
                         continue;
                     }
-                    *count += 1;
+                    let cause = if answer == Adoption::RuleFull {
+                        state.backlog.left_out_by_rule(session.rule);
+                        Untracked::RuleFull
+                    } else {
+                        refused += 1;
+                        Untracked::MapFull
+                    };
                     if !self.aim.repairs {
                         state.records.metrics.untracked(cause);
                     }
@@ -533,7 +535,6 @@ impl Sync<'_> {
         }
         state.backlog.to_reset += untracked.len();
         terminate::reset_untracked(self.context, &mut state, untracked)?;
-        state.backlog.left_out_by_rules += refused_by_rules;
         let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
         if refused > 0 && is_first && !state.datapath.can_grow() {
             tracing::error!(
