@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, Ipv6Addr};
 
-use crate::Owner;
+use crate::{Owner, expiry::later};
 
 /// An IPv6 address as four words in network byte order, as in the kernel. An IPv4 address is stored in IPv4-mapped
 /// form, so one comparison serves both families.
@@ -273,11 +273,7 @@ impl Session {
     /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {
-        if self.last_received_ns > self.last_sent_ns {
-            self.last_received_ns
-        } else {
-            self.last_sent_ns
-        }
+        later(self.last_received_ns, self.last_sent_ns)
     }
 
     /// The fields of the record that packets change.
