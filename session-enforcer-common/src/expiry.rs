@@ -348,6 +348,12 @@ mod tests {
         };
         let recheck_ns = 16 * SECOND;
         assert_eq!(expiry(&s, &p, 13 * SECOND), Expiry::Alive { recheck_ns });
+        // Also if the response timeout is equal.
+        let p = Limits {
+            response_timeout_ns: 3 * SECOND,
+            ..p
+        };
+        assert_eq!(expiry(&s, &p, 13 * SECOND), Expiry::Alive { recheck_ns });
     }
 
     #[test]

@@ -140,6 +140,13 @@ const fn number(hash: u32, number: usize) -> u32 {
 mod tests {
     use super::*;
 
+    /// A daemon continues the sessions of the version before if this number is the same. A change of a record changes
+    /// the number here too.
+    #[test]
+    fn the_records_are_those_of_the_version_before() {
+        assert_eq!(LAYOUT, 0xc0e6_4029);
+    }
+
     /// Those test vectors of 32-bit FNV-1a that these functions accept.
     #[test]
     fn the_hash_is_fnv() {

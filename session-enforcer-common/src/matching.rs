@@ -420,6 +420,41 @@ mod tests {
     }
 
     #[test]
+    fn the_first_entry_that_may_apply_is_chosen_and_nobody_unknown_is_exempt() {
+        let exempt = MatchEntry {
+            rule: RULE_EXEMPT,
+            ..of_user(1000)
+        };
+        let entries = [
+            exempt,
+            MatchEntry {
+                rule: 1,
+                ..of_user(5)
+            },
+            MatchEntry::any(2),
+        ];
+        let chosen = |entries: &[MatchEntry], known, uid| {
+            let f = Facts {
+                uid,
+                known,
+                ..facts()
+            };
+            first_possible(entries, &f, &Ancestors::UNKNOWN).map(|entry| entry.rule)
+        };
+        assert_eq!(chosen(&entries, 0, 1000), Some(1));
+        assert_eq!(chosen(&entries, Facts::UID, 1000), Some(RULE_EXEMPT));
+        assert_eq!(chosen(&entries, Facts::UID, 5), Some(1));
+        assert_eq!(chosen(&entries, Facts::UID, 6), Some(2));
+        assert_eq!(chosen(&entries[..2], Facts::UID, 6), None);
+        // An exemption that asks for no owner holds for all.
+        let all = MatchEntry {
+            rule: RULE_EXEMPT,
+            ..entry()
+        };
+        assert_eq!(chosen(&[all], 0, 0), Some(RULE_EXEMPT));
+    }
+
+    #[test]
     fn a_family_is_told_apart_also_where_the_prefix_covers_both() {
         let ipv6 = Facts {
             local: v6("2001:db8::1"),

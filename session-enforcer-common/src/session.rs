@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, Ipv6Addr};
 
-use crate::Owner;
+use crate::{Owner, expiry::later};
 
 /// An IPv6 address as four words in network byte order, as in the kernel. An IPv4 address is stored in IPv4-mapped
 /// form, so one comparison serves both families.
@@ -277,11 +277,7 @@ impl Session {
     /// When new payload that counts last passed in either direction.
     #[inline]
     pub const fn last_activity_ns(&self) -> u64 {
-        if self.last_received_ns > self.last_sent_ns {
-            self.last_received_ns
-        } else {
-            self.last_sent_ns
-        }
+        later(self.last_received_ns, self.last_sent_ns)
     }
 
     /// The fields of the record that packets change.
@@ -748,8 +744,28 @@ mod tests {
             ..owes
         };
         let mut joined = told;
-        joined.merge_activity(&owes.traffic());
+        joined.merge_activity(&Traffic {
+            sent_before_answer: 9,
+            went_until: 9,
+            went_is_answer: 0,
+            ..owes.traffic()
+        });
         assert_eq!(joined, told);
+    }
+
+    #[test]
+    fn a_count_of_segments_is_later_if_it_is_less_than_half_a_round_ahead() {
+        let counted = |data_segments_sent| Session {
+            data_segments_sent,
+            ..tests_support::session(1, 1, 1)
+        };
+        for before in [0, 7, u32::MAX] {
+            for (ahead, taken) in [(0, 0), ((1 << 31) - 1, (1 << 31) - 1), (1 << 31, 0)] {
+                let mut joined = counted(before);
+                joined.merge_activity(&counted(before.wrapping_add(ahead)).traffic());
+                assert_eq!(joined.data_segments_sent, before.wrapping_add(taken));
+            }
+        }
     }
 
     #[test]

@@ -673,7 +673,7 @@ fn reader_of(ebpf: &Ebpf, table: &SessionTable, key: Key) -> Result<SessionReade
 
 fn take_journal(ebpf: &mut Ebpf) -> Result<Arc<Journal>, BpfError> {
     match ebpf.take_map(reset_journal::JOURNAL) {
-        Some(Map::Array(map)) => Journal::new(&map).map_err(BpfError::Table),
+        Some(Map::Array(map)) => Journal::new(map.fd().as_fd()).map_err(BpfError::Table),
         _ => Err(BpfError::Missing(reset_journal::JOURNAL)),
     }
 }

@@ -3,14 +3,13 @@
 
 use std::{
     io,
-    os::fd::AsFd as _,
+    os::fd::BorrowedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
-use aya::maps::MapData;
 use nix::sys::mman::ProtFlags;
 use session_enforcer_common::{JournalEntry, MAX_JOURNAL};
 
@@ -35,10 +34,10 @@ unsafe impl Send for Journal {}
 unsafe impl Sync for Journal {}
 
 impl Journal {
-    pub(super) fn new(map: &MapData) -> io::Result<Arc<Self>> {
+    pub(super) fn new(map: BorrowedFd<'_>) -> io::Result<Arc<Self>> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         Ok(Arc::new(Self {
-            entries: Mapping::new(map.fd().as_fd(), MAX_JOURNAL as usize, access)?,
+            entries: Mapping::new(map, MAX_JOURNAL as usize, access)?,
             next: AtomicU32::new(0),
             is_closed: AtomicBool::new(false),
         }))
@@ -107,6 +106,19 @@ impl JournalSlot {
             (&raw mut (*entry).was_gone).write_volatile(u16::from(was_gone));
             (&raw mut (*entry).answered_ns).write_volatile(answered_ns);
         }
+    }
+}
+
+#[cfg(test)]
+impl JournalSlot {
+    /// A slot of a journal in a file instead of a map.
+    pub(crate) fn in_file() -> Arc<Self> {
+        use std::os::fd::AsFd as _;
+
+        let file = tempfile::tempfile().unwrap();
+        let bytes = size_of::<JournalEntry>() * MAX_JOURNAL as usize;
+        file.set_len(bytes as u64).unwrap();
+        Journal::new(file.as_fd()).unwrap().slot(0)
     }
 }
 

@@ -266,14 +266,17 @@ mod tests {
 
     #[test]
     fn of_a_policy_only_the_lifetime_is_left() {
-        let all = Limits {
+        let lifetime = Limits {
             max_lifetime_ns: 3,
-            response_timeout_ns: 2,
-            ..idle(1)
+            ..Limits::default()
         };
-        let only = only_lifetime(&all);
-        let limits = [only.idle_timeout_ns, only.response_timeout_ns];
-        assert_eq!((limits, only.max_lifetime_ns), ([0, 0], 3));
+        let all = Limits {
+            idle_timeout_ns: 1,
+            response_timeout_ns: 2,
+            half_closed_timeout_ns: 4,
+            ..lifetime
+        };
+        assert_eq!(only_lifetime(&all), lifetime);
     }
 
     proptest! {

@@ -460,6 +460,18 @@ mod tests {
     }
 
     #[test]
+    fn each_namespace_has_its_sessions_in_the_order_in_which_they_came() {
+        let of = |netns_cookie, established_ns| Session {
+            netns_cookie,
+            ..expired(established_ns).session
+        };
+        let (first, second, third) = (of(4, 9), of(3, 8), of(4, 7));
+        let groups = by_namespace([first, second, third], |session| session);
+        let expected = [(3, vec![second]), (4, vec![first, third])];
+        assert_eq!(groups, BTreeMap::from(expected));
+    }
+
+    #[test]
     fn an_attempt_that_is_under_way_outlives_the_session() {
         let asked = expired(100);
         let mut tracker = Tracker::default();
@@ -486,6 +498,41 @@ mod tests {
         assert_eq!(tracker.unrecorded(7), Some(refused));
         tracker.forget(7);
         assert!(tracker.phase_of_cookie(7).is_none());
+    }
+
+    #[test]
+    fn a_reset_is_unrecorded_if_its_answer_was_lost_or_an_error_was_recorded() {
+        let mut tracker = Tracker::default();
+        let late = expired(100);
+        for (asked, unanswered, error, is_unrecorded) in [
+            (0, 0, None, false),
+            (0, 1, None, true),
+            (0, 0, Some("refused"), true),
+            // The answer to the last attempt is to come.
+            (1, 1, None, false),
+            (1, 0, Some("refused"), false),
+        ] {
+            let tried = Tried {
+                asked,
+                unanswered,
+                error: error.map(str::to_owned),
+                ..Tried::new(late)
+            };
+            tracker.set_phase(7, &late.session, Phase::Tried(Box::new(tried)));
+            assert_eq!(tracker.unrecorded(7), is_unrecorded.then_some(late));
+        }
+    }
+
+    #[test]
+    fn a_reset_of_an_earlier_daemon_has_lost_its_answer_and_keeps_its_slot() {
+        let mut tracker = Tracker::default();
+        let left = expired(100);
+        let tried = Tried::unanswered(left, JournalSlot::in_file());
+        tracker.set_phase(7, &left.session, Phase::Tried(Box::new(tried)));
+        assert_eq!(tracker.unrecorded(7), Some(left));
+        assert!(tracker.take_journal_slot(&expired(200)).is_none());
+        assert!(tracker.take_journal_slot(&left).is_some());
+        assert!(tracker.take_journal_slot(&left).is_none());
     }
 
     #[test]
