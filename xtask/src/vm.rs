@@ -55,7 +55,7 @@ const CI: Choice = &[
 ];
 
 /// The choice of `--ci` for another architecture, whose emulation is slower.
-const CI_FOREIGN: Choice = &[("backports", &["verifier", "idle"])];
+const CI_FOREIGN: Choice = &[("backports", &["verifier", "idle::an_idle_session"])];
 
 /// The tests on another architecture if none are named.
 const FOREIGN_TESTS: [&str; 4] = ["verifier", "idle", "gate::nothing_passes", HOST];
