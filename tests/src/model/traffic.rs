@@ -16,7 +16,7 @@ use nix::{
 };
 
 use super::{
-    book::{End, FEW_PORT},
+    book::{End, FEW_PORT, FEW_PORTS, Scarce},
     field::Field,
     history::{Connection, Event, Fate, Payload},
     plan::{Act, Opening, Operation, SLOTS},
@@ -71,8 +71,9 @@ struct Held {
 /// All connections of a run.
 pub(super) struct Traffic {
     field: Field,
-    /// Whether the run tests a full rule. If so, every third slot opens connections to the port of that rule.
-    has_few: bool,
+    /// If it is a rule, every third slot opens connections to the port of that rule. If it is the table, all slots open
+    /// connections to a few ports, with a session at the server's end.
+    scarce: Scarce,
     start: Instant,
     slots: Vec<Option<Live>>,
     /// Connections with one ended and one open end.
@@ -87,10 +88,10 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
-    pub(super) fn new(field: Field, start: Instant, has_few: bool) -> Self {
+    pub(super) fn new(field: Field, start: Instant, scarce: Scarce) -> Self {
         Self {
             field,
-            has_few,
+            scarce,
             start,
             slots: (0..SLOTS).map(|_| None).collect(),
             ending: Vec::new(),
@@ -110,8 +111,13 @@ impl Traffic {
             (None, _) if is_held => {}
             (None, _) => {
                 let mut opening = operation.opening;
-                if self.has_few && operation.slot.is_multiple_of(3) {
-                    opening.port = FEW_PORT;
+                match self.scarce {
+                    Scarce::Rule if operation.slot.is_multiple_of(3) => opening.port = FEW_PORT,
+                    Scarce::Table => {
+                        opening.port %= FEW_PORTS;
+                        opening.inside[End::Server as usize] = true;
+                    }
+                    Scarce::Nothing | Scarce::Rule => {}
                 }
                 self.open(operation.slot, &opening)?;
             }
@@ -130,8 +136,13 @@ impl Traffic {
                 self.put(operation.slot, live);
             }
             (Some(mut live), Act::Restore) => {
-                // If the rule may be full, it is unknown whether the kernel programs stored the clocks.
-                if live.opening.port != FEW_PORT {
+                // If there may be no slot, it is unknown whether the kernel programs stored the clocks.
+                let may_be_left_out = match self.scarce {
+                    Scarce::Table => true,
+                    Scarce::Rule => live.opening.port == FEW_PORT,
+                    Scarce::Nothing => false,
+                };
+                if !may_be_left_out {
                     live.restore(&self.field, self.start)?;
                 }
                 self.put(operation.slot, live);
