@@ -23,8 +23,10 @@ use super::{
     timeline::Span,
 };
 use crate::{
+    clock::eventually,
     locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
+    pace::patience,
     random::Random,
     repair::Saved,
 };
@@ -535,7 +537,16 @@ impl Live {
         }
         *place = None;
         let saved = saved?;
-        let socket = place.insert(field.establish(&self.opening, &saved)?);
+        // A process that is being started has a copy of the socket before it runs its program. The address is in use
+        // until then.
+        let socket = eventually("the earlier socket is closed", patience(), || {
+            let established = field.establish(&self.opening, &saved);
+            match established {
+                Err(error) if is_in_use(&error) => Ok(None),
+                established => established.map(Some),
+            }
+        })?;
+        let socket = place.insert(socket);
         let completed = saved.complete(socket);
         // An overdue session may be reset before its options are restored.
         if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
@@ -619,6 +630,11 @@ impl Held {
         live.has_sent(end, 1, written, start)?;
         Ok(live)
     }
+}
+
+/// Whether the kernel refused to connect because a socket has the connection.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    error.downcast_ref() == Some(&Errno::EADDRNOTAVAIL)
 }
 
 fn errno(error: &io::Error) -> Result<Option<Errno>> {
