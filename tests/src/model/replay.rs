@@ -101,14 +101,17 @@ impl Clocks {
 
     /// The clocks if the session may have been adopted at an unknown time: see [`Clocks::adopt`].
     fn perhaps_adopted(mut self) -> Self {
-        let picked_up = |stamp: Span, passed: Span| Span {
-            from: stamp.from.saturating_sub(late_ticks()),
-            to: stamp.to.max(passed.to).saturating_add(PICKED_UP),
-        };
+        // Payload in one direction between the daemon's two queries of the socket makes both directions count as active
+        // at the second query.
         let [received, sent] = self.passed;
-        self.received = picked_up(self.received, received);
-        self.sent = picked_up(self.sent, sent);
-        self.answered = picked_up(self.answered, sent);
+        let latest = received.to.max(sent.to);
+        let picked_up = |stamp: Span| Span {
+            from: stamp.from.saturating_sub(late_ticks()),
+            to: stamp.to.max(latest).saturating_add(PICKED_UP),
+        };
+        self.received = picked_up(self.received);
+        self.sent = picked_up(self.sent);
+        self.answered = picked_up(self.answered);
         self.established.to = self.established.to.max(self.received.to.min(self.sent.to));
         if self.end == End::Server {
             self.owes = Truth::Perhaps;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     DEFAULT_OPERATIONS, SEEDS, TO_ONE_BLOW,
-    book::{Action, Book, End, Rule, Scarce},
+    book::{Action, Activity, Book, End, Rule, Scarce},
     check::{Seen, UNTRACKED},
     history::{Connection, Event, Fate, Payload},
     host::{Ending, Life},
@@ -474,6 +474,31 @@ fn a_session_that_a_new_policy_tracks_may_find_no_slot_in_a_small_table() {
     // A policy with a slot for every session.
     let ample = change(1_200, Some(rule("r")));
     adopted([untracked(0), ample], &[before]).assert_wrong("no session of it had expired");
+}
+
+#[test]
+fn payload_of_one_direction_during_a_late_adoption_counts_in_both() {
+    // The daemon queried the socket before and after the payload at 1.9 s, the second time at 2 s.
+    let adopted = |listed: Option<bool>| {
+        Run::with(|run| {
+            let mut small = few_slots(0, Scarce::Table, false);
+            let rule = small.book.rules[0][End::Server as usize].as_mut();
+            rule.unwrap().activity = Activity::Sent;
+            run.timeline.changes[0] = small;
+            run.timeline.lists.push(list(1_200, listed));
+            run.connection.events = vec![payload(1_900, Some(1_900))];
+            let received = "\"last_received\":\"2026-01-01T12:00:0";
+            let record = record("r", "idle_timeout", 3_000);
+            run.records = vec![record.replace(&format!("{received}1"), &format!("{received}2"))];
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = Span::at(ms(3_002));
+                }
+            }
+        })
+    };
+    adopted(None).assert_right();
+    adopted(Some(true)).assert_wrong("deadline that is not the session's");
 }
 
 #[test]
