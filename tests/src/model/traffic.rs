@@ -200,21 +200,16 @@ impl Traffic {
         Ok(())
     }
 
-    /// Locks an end for this time, if possible.
+    /// Locks an end for this time, if possible. If the end was just reset, the attempt takes the error from its socket.
     fn lock(&mut self, slot: usize, mut live: Live, end: End, time: Duration) -> Result<()> {
         live.look_for_arrivals(self.start)?;
         let is_pending = End::BOTH.iter().any(|by| live.history.has_pending(*by));
         let is_open = live.history.fates == [Fate::Open; 2] && !live.is_finished(end);
         let from = self.looked;
-        let lock = match &live.sockets[end as usize] {
-            Some(socket) if is_open && !is_pending && self.held.len() < MOST_LOCKED => {
-                // A socket that was just reset has nothing to send on.
-                Locked::new(socket).ok()
-            }
-            _ => None,
-        };
-        match lock {
-            Some(lock) => self.held.push(Held {
+        let socket = live.sockets[end as usize].as_ref();
+        let is_allowed = is_open && !is_pending && self.held.len() < MOST_LOCKED;
+        match socket.filter(|_| is_allowed).map(Locked::new) {
+            Some(Ok(lock)) => self.held.push(Held {
                 slot,
                 live,
                 end,
@@ -222,6 +217,12 @@ impl Traffic {
                 from,
                 until: self.start.elapsed() + time,
             }),
+            Some(Err(error)) => {
+                let errno = error.downcast_ref().copied();
+                ensure!(errno.is_some_and(is_of_end), error);
+                live.end(end, errno, self.start, self.looked)?;
+                self.put(slot, live);
+            }
             None => self.put(slot, live),
         }
         Ok(())
@@ -630,6 +631,14 @@ impl Held {
         live.has_sent(end, 1, written, start)?;
         Ok(live)
     }
+}
+
+/// Whether a send fails with this error because its connection has ended.
+const fn is_of_end(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ECONNABORTED | Errno::ECONNRESET | Errno::EPIPE
+    )
 }
 
 /// Whether the kernel refused to connect because a socket has the connection.
