@@ -479,6 +479,7 @@ impl Case<'_> {
         is_unknown: bool,
     ) -> Result<(), &'static str> {
         let recorded = record.recorded();
+        let decided_before = self.was_decided_before(record);
         // A socket that takes over the connection starts its byte counts at zero.
         let restores = self.connection.restores(record.end);
         let begun = restores.filter(|when| when.from <= recorded.to);
@@ -492,7 +493,14 @@ impl Case<'_> {
                 let from = from.unwrap_or_default();
                 of.clone().filter(move |p| p.written.from >= from)
             };
-            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from);
+            // No program counts payload after a stop, and a socket that is gone cannot be queried.
+            let is_counted = |payload: &Payload| {
+                let passing = self.connection.passing(payload);
+                let mut books = self.seen.timeline.books(passing);
+                !decided_before || books.all(|book| self.rule(book, record.end).is_some())
+            };
+            let before =
+                |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from) && is_counted(p);
             let arrived: u64 = since(latest).filter(before).map(|p| p.bytes).sum();
             let written: u64 = since(earliest).map(|p| p.bytes).sum();
             // The kernel programs may have missed the peer's FIN of an adopted session. The byte count then

@@ -569,6 +569,39 @@ fn a_reset_that_hung_is_right_by_what_was_known_when_it_was_asked_for() {
 }
 
 #[test]
+fn payload_after_a_stop_is_not_in_the_record_of_a_session_that_is_gone() {
+    // A hanging reset lets one more payload pass. The next daemon records the session as gone.
+    let passed = |stopped: u64| {
+        Run::with(|run| {
+            let none = Change {
+                when: Span::at(ms(stopped)),
+                book: Book::default(),
+                resumes: false,
+            };
+            run.timeline.changes.push(none);
+            run.timeline.stops.push(Span::at(ms(2_100)));
+            let [from, to] = [ms(2_100), ms(4_000)];
+            run.timeline.outages.push(Span { from, to });
+            let gone = outcome("r", "idle_timeout", 2_008, "gone");
+            run.records = vec![gone.replace("12:00:02.009Z", "12:00:04.009Z")];
+            run.counted = 0;
+            let [from, to] = [ms(1_200), ms(3_000)];
+            let lock = Event::Locked(End::Server, Span { from, to });
+            run.connection
+                .events
+                .extend([lock, payload(3_000, Some(3_000))]);
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = Span::at(ms(3_002));
+                }
+            }
+        })
+    };
+    passed(2_100).assert_right();
+    passed(3_500).assert_wrong("other bytes than the session's");
+}
+
+#[test]
 fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
     let kind = |blow: &Blow| match blow {
         Blow::Freeze(_) => "freeze".to_owned(),
