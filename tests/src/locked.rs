@@ -31,7 +31,8 @@ pub struct Locked {
     /// While this descriptor is open, page faults wait for it.
     faults: Option<OwnedFd>,
     page: NonNull<libc::c_void>,
-    sender: Option<JoinHandle<()>>,
+    /// Returns the error of its send.
+    sender: Option<JoinHandle<Option<Errno>>>,
 }
 
 // SAFETY: only the sender's thread accesses the page, and only `drop` unmaps it.
@@ -42,10 +43,13 @@ impl Locked {
     ///
     /// # Errors
     ///
-    /// Fails if the kernel has no `userfaultfd` or refuses it.
+    /// Fails if the kernel has no `userfaultfd` or refuses it. Fails with the [`Errno`] of the send if the socket has no
+    /// connection to send on; the send has then taken the error from the socket.
     pub fn new(socket: &impl AsRawFd) -> Result<Self> {
+        // poll(2) reports an error, and no page fault, for a descriptor that is not `O_NONBLOCK`.
+        let options = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: the system call takes no pointers.
-        let faults = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        let faults = unsafe { libc::syscall(libc::SYS_userfaultfd, options) };
         let faults = Errno::result(faults).context("userfaultfd(2)")?;
         // SAFETY: the kernel has just opened this descriptor for this process.
         let faults = unsafe { OwnedFd::from_raw_fd(faults as RawFd) };
@@ -59,9 +63,11 @@ impl Locked {
         let socket = socket.as_raw_fd();
         let sender = thread::spawn(move || {
             // SAFETY: the page stays mapped until this thread has ended. The content does not matter.
-            unsafe { libc::send(socket, at as *const libc::c_void, 1, libc::MSG_NOSIGNAL) };
+            let sent =
+                unsafe { libc::send(socket, at as *const libc::c_void, 1, libc::MSG_NOSIGNAL) };
+            Errno::result(sent).err()
         });
-        let locked = Self {
+        let mut locked = Self {
             faults: Some(faults),
             page,
             sender: Some(sender),
@@ -81,15 +87,18 @@ impl Locked {
 
     /// Waits for the page fault, because `tcp_sendmsg()` takes the lock before it copies. Without a
     /// connection to send on there is no fault.
-    fn wait(&self) -> Result<()> {
+    fn wait(&mut self) -> Result<()> {
         use std::os::fd::AsFd as _;
         let faults = self.faults.as_ref().context("it is open until the drop")?;
         eventually("the send waits for its page", patience(), || {
-            let has_ended = self.sender.as_ref().is_none_or(JoinHandle::is_finished);
+            let ended = self.sender.take_if(|sender| sender.is_finished());
+            if let Some(Ok(Some(error))) = ended.map(JoinHandle::join) {
+                return Err(error).context("sending on the socket to lock");
+            }
             let mut fds = [PollFd::new(faults.as_fd(), PollFlags::POLLIN)];
-            let ready = poll(&mut fds, PollTimeout::from(10_u16))?;
-            anyhow::ensure!(ready == 1 || !has_ended, "the socket sends nothing");
-            Ok((ready == 1).then_some(()))
+            poll(&mut fds, PollTimeout::from(10_u16))?;
+            let is_there = fds[0].revents() == Some(PollFlags::POLLIN);
+            Ok(is_there.then_some(()))
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Netns, Pair, Place, Veth, patience, run_to_end};
+use session_enforcer_tests::{Lab, Locked, Netns, Pair, Place, Veth, patience, run_to_end};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -42,6 +42,18 @@ fn sockets_belong_to_the_namespace_of_their_agent() -> Result<()> {
         other_family.unwrap_err().downcast_ref(),
         Some(&Errno::EPROTONOSUPPORT)
     );
+    Ok(())
+}
+
+#[test]
+fn a_socket_that_sends_nothing_is_not_taken_for_locked() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    Locked::new(&pair.client)?;
+    pair.client.shutdown(std::net::Shutdown::Write)?;
+    let refused = Locked::new(&pair.client).map(drop).unwrap_err();
+    assert_eq!(refused.downcast_ref(), Some(&Errno::EPIPE));
     Ok(())
 }
 

@@ -21,8 +21,47 @@ pub(super) const FEW_PORT: usize = 2;
 pub(super) const FEW: &str = "few";
 pub(super) const MOST: usize = 8;
 
+/// The capacity of the session table in runs that test a full table.
+const SMALL_TABLE: usize = 32;
+
+/// The number of ports in such a run, and the maximum number of rules. So few rules each have a share of the table.
+pub(super) const FEW_PORTS: usize = 3;
+const FEW_RULES: usize = 4;
+
+const _: () = assert!(SMALL_TABLE / 8 >= FEW_RULES, "a share is at least one slot");
+
+/// What has fewer slots than sessions in a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Scarce {
+    #[default]
+    Nothing,
+    /// The rule [`FEW`], by its `max_sessions`.
+    Rule,
+    /// The session table, by `daemon.max_sessions`.
+    Table,
+}
+
+impl Scarce {
+    pub(super) const fn of(seed: u64) -> Self {
+        match seed % 4 {
+            0 => Self::Table,
+            2 => Self::Nothing,
+            _ => Self::Rule,
+        }
+    }
+
+    /// The `cause` of `session_enforcer_sessions_untracked_total`.
+    pub(super) const fn cause(self) -> Option<&'static str> {
+        match self {
+            Self::Nothing => None,
+            Self::Rule => Some("rule_full"),
+            Self::Table => Some("map_full"),
+        }
+    }
+}
+
 /// One end of a connection. An end inside the cgroup is a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum End {
     /// The end that connected.
     Client,
@@ -194,9 +233,8 @@ impl End {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Book {
     pub(super) rules: Vec<[Option<Rule>; 2]>,
-    /// Whether the policy contains the rule [`FEW`].
-    pub(super) has_few: bool,
-    /// Whether the daemon resets a session whose rule is full (`on_full = "reset"`).
+    pub(super) scarce: Scarce,
+    /// Whether the daemon resets a session for which there is no slot (`on_full = "reset"`).
     pub(super) resets_untracked: bool,
 }
 
@@ -210,13 +248,21 @@ impl Book {
         book.with_constant_rules()
     }
 
-    /// Returns this policy with the rule [`FEW`] added.
-    pub(super) fn with_few(mut self) -> Self {
-        self.has_few = true;
+    /// Returns this policy with few slots.
+    pub(super) fn with(mut self, scarce: Scarce) -> Self {
+        self.scarce = scarce;
         self.with_constant_rules()
     }
 
-    /// Adds the rules that every policy has, so that each run tests them.
+    /// Returns this policy with a slot for every session.
+    pub(super) fn with_ample_slots(&self) -> Self {
+        Self {
+            rules: self.rules.clone(),
+            ..Self::default()
+        }
+    }
+
+    /// Adds the rules that every policy of the run has, so that each run tests them.
     fn with_constant_rules(mut self) -> Self {
         let idle = Some(Duration::from_secs(1));
         let constant = [("short", Action::Enforce), ("watched", Action::Observe)];
@@ -227,12 +273,21 @@ impl Book {
                 ..Rule::named(name)
             });
         }
-        if self.has_few {
-            self.rules[FEW_PORT][End::Server as usize] = Some(Rule {
-                idle: Some(Duration::from_secs(2)),
-                most: Some(MOST),
-                ..Rule::named(FEW)
-            });
+        match self.scarce {
+            Scarce::Nothing => {}
+            Scarce::Rule => {
+                self.rules[FEW_PORT][End::Server as usize] = Some(Rule {
+                    idle: Some(Duration::from_secs(2)),
+                    most: Some(MOST),
+                    ..Rule::named(FEW)
+                });
+            }
+            Scarce::Table => {
+                for port in [0, 2] {
+                    self.rules[port][End::Client as usize] = None;
+                }
+                self.rules[FEW_PORTS..].fill([None, None]);
+            }
         }
         self
     }
@@ -240,7 +295,7 @@ impl Book {
     /// A copy with about a third of the rules replaced.
     pub(super) fn changed(&self, random: &mut Random) -> Self {
         let mut book = self.clone();
-        book.resets_untracked = self.has_few && !self.resets_untracked;
+        book.resets_untracked = self.scarce != Scarce::Nothing && !self.resets_untracked;
         for (port, rules) in book.rules.iter_mut().enumerate() {
             for (rule, end) in rules.iter_mut().zip(End::BOTH) {
                 if random.once_in(3) {
@@ -257,18 +312,49 @@ impl Book {
         rule.filter(|rule| rule.action != Action::Exempt)
     }
 
+    /// Whether there may be no slot for a session that a rule tracks.
+    pub(super) fn may_refuse(&self, port: usize, end: End) -> bool {
+        let is_small = self.scarce == Scarce::Table;
+        let rule = self.rule(port, end);
+        rule.is_some_and(|rule| is_small || rule.most.is_some())
+    }
+
+    /// The maximum number of sessions that the daemon lists of what is scarce. `None` if nothing is.
+    pub(super) const fn slots(&self) -> Option<usize> {
+        match self.scarce {
+            Scarce::Nothing => None,
+            Scarce::Rule => Some(MOST),
+            Scarce::Table => Some(SMALL_TABLE),
+        }
+    }
+
+    /// The number of slots that a rule can use if it has more sessions than its share: the other rules' shares of the
+    /// small table are reserved for them.
+    pub(super) fn common_slots(&self) -> Option<usize> {
+        let slots = self.slots()?;
+        let rules = self.rules.iter().flatten().flatten();
+        let rules = rules.filter(|rule| rule.action != Action::Exempt).count();
+        let is_small = self.scarce == Scarce::Table;
+        let share = (slots / 8).checked_div(rules).filter(|_| is_small);
+        let reserve = share.map_or(0, |share| share * (rules - 1));
+        Some(slots - reserve)
+    }
+
     /// The configuration. `numbers` returns the port numbers of a port.
     pub(super) fn toml(&self, numbers: impl Fn(usize) -> [u16; 2]) -> String {
         let mut text = String::new();
-        if self.has_few {
+        if self.scarce != Scarce::Nothing {
             let on_full = if self.resets_untracked {
                 "reset"
             } else {
                 "leave"
             };
-            // The daemon gets no event when a full rule has a free slot. It adopts an untracked session at the next
+            // The daemon gets no event when there is a free slot again. It adopts an untracked session at the next
             // reconciliation, so the interval is short.
             text = format!("[daemon]\nreconcile_interval = \"2s\"\non_full = \"{on_full}\"\n");
+        }
+        if self.scarce == Scarce::Table {
+            let _ = writeln!(text, "max_sessions = {SMALL_TABLE}");
         }
         for (port, rules) in self.rules.iter().enumerate() {
             for (rule, end) in rules.iter().zip(End::BOTH) {

@@ -254,7 +254,7 @@ impl Case<'_> {
             if let Fate::Closed(_) = self.connection.fate(end) {
                 continue;
             }
-            // Its rule was full, so the daemon could not reset it at its deadline, only after it had adopted it.
+            // There was no slot for it, so the daemon could not reset it at its deadline, only after it had adopted it.
             if self.replay.clocks(end).left_out.is_some() && broken.is_some() {
                 continue;
             }
@@ -417,8 +417,8 @@ impl Case<'_> {
             rule.is_some_and(|rule| match record.reason.as_str() {
                 "policy" => self.is_due_by_change(record, clocks, rule),
                 "untracked" => {
-                    let has_no_place = book.resets_untracked && clocks.left_out.is_some();
-                    has_no_place && record.limit.is_none()
+                    let has_no_slot = book.resets_untracked && clocks.left_out.is_some();
+                    has_no_slot && record.limit.is_none()
                 }
                 _ => {
                     let deadlines = clocks.deadlines(rule);
@@ -440,8 +440,8 @@ impl Case<'_> {
                 let spared = before.action == Action::Observe && rule.action == Action::Enforce;
                 spared || clocks.due(before).to >= at.from
             });
-            // The daemon may adopt a session whose rule was full during the change. It does not know then that the
-            // session was overdue under the previous policy.
+            // The daemon may adopt a session during the change that had no slot before. It does not know then that
+            // the session was overdue under the previous policy.
             let lived = lived || clocks.left_out.is_some();
             lived && pair[1].when.meets(&at)
         });
@@ -479,6 +479,7 @@ impl Case<'_> {
         is_unknown: bool,
     ) -> Result<(), &'static str> {
         let recorded = record.recorded();
+        let decided_before = self.was_decided_before(record);
         // A socket that takes over the connection starts its byte counts at zero.
         let restores = self.connection.restores(record.end);
         let begun = restores.filter(|when| when.from <= recorded.to);
@@ -492,7 +493,14 @@ impl Case<'_> {
                 let from = from.unwrap_or_default();
                 of.clone().filter(move |p| p.written.from >= from)
             };
-            let before = |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from);
+            // No program counts payload after a stop, and a socket that is gone cannot be queried.
+            let is_counted = |payload: &Payload| {
+                let passing = self.connection.passing(payload);
+                let mut books = self.seen.timeline.books(passing);
+                !decided_before || books.all(|book| self.rule(book, record.end).is_some())
+            };
+            let before =
+                |p: &&Payload| p.arrived.is_some_and(|at| at < recorded.from) && is_counted(p);
             let arrived: u64 = since(latest).filter(before).map(|p| p.bytes).sum();
             let written: u64 = since(earliest).map(|p| p.bytes).sum();
             // The kernel programs may have missed the peer's FIN of an adopted session. The byte count then
@@ -536,6 +544,8 @@ impl Case<'_> {
             .count();
         let left_out = |end: &End| self.replay.clocks(*end).left_out > Some(Duration::ZERO);
         counts.left_out += connection.sessions().filter(left_out).count();
+        let unlisted = |end: &End| self.replay.clocks(*end).left_out == Some(Duration::ZERO);
+        counts.unlisted += connection.sessions().filter(unlisted).count();
         let ends = End::BOTH.into_iter();
         counts.restored += ends.flat_map(|end| connection.restores(end)).count();
         counts.refused += self.replay.refused;
@@ -558,7 +568,7 @@ impl Case<'_> {
             counts.gone += usize::from(record.result == "gone");
             counts.failed += usize::from(record.is_failed());
             counts.by_policy += usize::from(record.reason == "policy");
-            counts.without_place += usize::from(record.reason == "untracked");
+            counts.without_slot += usize::from(record.reason == "untracked");
             let left_out = self.replay.clocks(record.end).left_out;
             if record.result == "reset" && left_out.is_none() {
                 // A session that came due during an outage or under another policy waits for the daemon or for the

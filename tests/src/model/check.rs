@@ -3,15 +3,19 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    book::End,
+    book::{End, Scarce},
     case::Case,
     history::Connection,
     host::{Ending, Life, TERMINATIONS},
+    replay::Replay,
     report::Report,
     termination::Termination,
     timeline::Timeline,
 };
 use crate::{audit::Record, clock::Time};
+
+/// The counter of the sessions that could not be tracked.
+pub(super) const UNTRACKED: &str = "session_enforcer_sessions_untracked_total";
 
 /// The observations of a run.
 pub(super) struct Seen<'a> {
@@ -50,7 +54,44 @@ impl Seen<'_> {
             }
         }
         self.check_counters(&mut report);
+        self.check_left_out(&mut report);
+        report.counts.lists = self.timeline.lists.len();
+        let full = self.timeline.lists.iter().filter(|list| list.is_full);
+        report.counts.full_lists = full.count();
         report
+    }
+
+    /// Checks that each daemon has counted the sessions for which there was no slot when they were established.
+    fn check_left_out(&self, report: &mut Report) {
+        let scarce = self.timeline.changes.first().map(|c| c.book.scarce);
+        let Some(cause) = scarce.and_then(Scarce::cause) else {
+            return;
+        };
+        for life in self.lives {
+            let Some((_, metrics)) = &life.asked else {
+                continue;
+            };
+            // The daemon was asked after the last list of its sessions.
+            let is_left_out = |replay: &Replay<'_>, end| {
+                let left_out = replay.first_clocks(end).left_out.unwrap_or_default();
+                left_out > Duration::ZERO && left_out <= life.ran.to
+            };
+            let opened = self.connections.iter();
+            let opened = opened.filter(|connection| connection.opened.from > life.ran.from);
+            let left_out: usize = opened
+                .map(|connection| {
+                    let replay = Replay::of(connection, self.timeline);
+                    let sessions = connection.sessions();
+                    sessions.filter(|end| is_left_out(&replay, *end)).count()
+                })
+                .sum();
+            let counted = metrics.get(UNTRACKED, &[("cause", cause)]);
+            let is_right = counted.as_ref().is_ok_and(|c| *c >= left_out as f64);
+            if !is_right {
+                let wrong = format!("{left_out} sessions found no slot, {counted:?} counted");
+                report.wrong.push(wrong);
+            }
+        }
     }
 
     /// Groups the terminations by connection. A record without a connection is an error.

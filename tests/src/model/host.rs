@@ -16,7 +16,7 @@ use serde_json::Value;
 use session_enforcer_common::PacketDirection;
 
 use super::{
-    book::{Book, FEW, MOST},
+    book::{Book, End, FEW, Scarce},
     field::port_numbers,
     plan::{Blow, Which},
     timeline::{Change, List, Span, Struck, Timeline},
@@ -35,6 +35,9 @@ use crate::{
 /// The counter of the sessions that reached a limit.
 pub(super) const TERMINATIONS: &str = "session_enforcer_terminations_total";
 
+/// The pause between two lists of the daemon's sessions.
+const BETWEEN_LISTS: Duration = Duration::from_millis(200);
+
 /// More than the length of the headers, plus a few bytes of payload.
 const LITTLE: i32 = 150;
 
@@ -45,6 +48,8 @@ pub(super) struct Life {
     /// Its records and metrics shortly before its end, if they could be read.
     pub(super) asked: Option<(Vec<Record>, Metrics)>,
     pub(super) ending: Ending,
+    /// From the time when its start was complete to its end.
+    pub(super) ran: Span,
 }
 
 /// The way in which a daemon ended.
@@ -66,7 +71,7 @@ pub(super) struct Host<'a> {
     book: Book,
     daemon: Daemon,
     /// The time when the start of the running daemon was complete.
-    pub(super) started: Duration,
+    started: Duration,
     pub(super) timeline: Timeline,
     pub(super) lives: Vec<Life>,
     pub(super) blows: usize,
@@ -78,12 +83,9 @@ impl<'a> Host<'a> {
         alarm: &'a AtomicBool,
         start: Instant,
         mut random: Random,
-        has_few: bool,
+        scarce: Scarce,
     ) -> Result<Self> {
-        let mut book = Book::random(&mut random);
-        if has_few {
-            book = book.with_few();
-        }
+        let book = Book::random(&mut random).with(scarce);
         let daemon = launch(lab, &book)?;
         let mut timeline = Timeline::default();
         timeline.changes.push(Change {
@@ -108,11 +110,8 @@ impl<'a> Host<'a> {
     /// Performs the next blow on the daemon after a pause. The daemon runs afterwards.
     pub(super) fn strike(&mut self) -> Result<()> {
         let (pause, blow) = Blow::random(&mut self.random, self.blows, &self.book);
-        thread::sleep(pause);
+        self.pause(pause)?;
         self.blows += 1;
-        if self.book.has_few {
-            self.list_few()?;
-        }
         match blow {
             Blow::Freeze(time) => self.freeze(time),
             Blow::Kill { frozen, down, next } => self.kill(frozen, down, next),
@@ -130,26 +129,62 @@ impl<'a> Host<'a> {
         }
     }
 
-    /// Records which sessions of the rule [`FEW`] the daemon lists. A list can exceed [`MOST`] if a session ends during
-    /// the listing and another takes its slot. Such a list is discarded and the query is repeated.
-    fn list_few(&mut self) -> Result<()> {
-        let list = eventually("no more sessions than places", patience(), || {
+    /// If the table is small, the next daemon replaces it by one in which every session has a slot. The daemon runs
+    /// afterwards.
+    pub(super) fn enlarge_table(&mut self) -> Result<()> {
+        if self.book.scarce != Scarce::Table {
+            return Ok(());
+        }
+        self.blows += 1;
+        self.kill(false, Duration::ZERO, Some(self.book.with_ample_slots()))
+    }
+
+    /// Waits. If there are fewer slots than sessions, records which ones are tracked meanwhile.
+    fn pause(&mut self, pause: Duration) -> Result<()> {
+        let end = Instant::now() + pause;
+        loop {
+            self.list()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            thread::sleep(left.min(BETWEEN_LISTS));
+        }
+    }
+
+    /// Records which sessions the daemon lists of what is scarce. A list can exceed the number of slots if a session
+    /// ends during the listing and another takes its slot. Such a list is discarded and the query is repeated.
+    fn list(&mut self) -> Result<()> {
+        let (Some(slots), Some(common)) = (self.book.slots(), self.book.common_slots()) else {
+            return Ok(());
+        };
+        let path = match self.book.scarce {
+            Scarce::Rule => format!("/v1/sessions?rule={FEW}"),
+            _ => "/v1/sessions".to_owned(),
+        };
+        let list = eventually("no more sessions than slots", patience(), || {
             let from = self.start.elapsed();
-            let path = format!("/v1/sessions?rule={FEW}");
             let (status, body) = self.daemon.ask("GET", &path, "")?;
             anyhow::ensure!(status == 200, "{status} {body}");
             let to = self.start.elapsed();
             let rows = body.lines().map(serde_json::from_str::<Value>);
             let sessions = rows.map(|row| {
                 let row = row?;
-                let port = row["remote"]["port"].as_u64().context("a port")?;
-                Ok((u16::try_from(port)?, row["established"].is_string()))
+                let (end, client) = match row["direction"].as_str() {
+                    Some("outbound") => (End::Client, "local"),
+                    _ => (End::Server, "remote"),
+                };
+                let port = row[client]["port"].as_u64().context("a port")?;
+                let is_known = row["established"].is_string();
+                Ok(((u16::try_from(port)?, end), is_known))
             });
+            let sessions = sessions.collect::<Result<HashMap<_, _>>>()?;
             let list = List {
                 when: Span { from, to },
-                sessions: sessions.collect::<Result<HashMap<_, _>>>()?,
+                is_full: sessions.len() >= common,
+                sessions,
             };
-            Ok((list.sessions.len() <= MOST).then_some(list))
+            Ok((list.sessions.len() <= slots).then_some(list))
         })?;
         self.timeline.lists.push(list);
         Ok(())
@@ -287,8 +322,16 @@ impl<'a> Host<'a> {
             records: self.daemon.terminations()?,
             asked,
             ending,
+            ran: self.ran(),
         });
         Ok(())
+    }
+
+    fn ran(&self) -> Span {
+        Span {
+            from: self.started,
+            to: self.start.elapsed(),
+        }
     }
 
     fn start_next(&mut self, down_from: Duration, next: Option<Book>, resumes: bool) -> Result<()> {
@@ -371,6 +414,7 @@ impl<'a> Host<'a> {
             records: records.clone(),
             asked: Some((records, metrics)),
             ending: Ending::Last,
+            ran: self.ran(),
         });
         Ok(())
     }
@@ -387,10 +431,10 @@ fn signal_reapers(daemon: &Daemon, which: Which, signal: Signal) -> Result<Vec<u
 fn launch(lab: &Lab, book: &Book) -> Result<Daemon> {
     let config = book.toml(port_numbers);
     let launch = lab.launch().pinned(&lab.pins).config(&config);
-    // A daemon does not report readiness while sessions are untracked because their rule is full.
-    let daemon = match book.has_few {
-        true => launch.start_unready()?,
-        false => launch.start()?,
+    // A daemon does not report readiness while there is no slot for a session.
+    let daemon = match book.scarce {
+        Scarce::Nothing => launch.start()?,
+        Scarce::Rule | Scarce::Table => launch.start_unready()?,
     };
     Ok(daemon.quiet())
 }

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::{
-    book::{Action, Activity, Book, End, Rule},
+    book::{Action, Activity, Book, End, Rule, Scarce},
     history::{Connection, Event, Fate, Payload},
     timeline::{Span, Timeline},
 };
@@ -20,8 +20,8 @@ const LAG: Duration = Duration::from_millis(40);
 /// The maximum time from payload until a later packet confirms that the socket accepted or sent it.
 const UNCONFIRMED: Duration = Duration::from_millis(500);
 
-/// The maximum error of the last activity of a session that is adopted when its full rule has a free slot. The daemon
-/// may take the activity to be this much later than it was.
+/// The maximum error of the last activity of a session that is adopted when there is a free slot for it. The daemon may
+/// take the activity to be this much later than it was.
 const PICKED_UP: Duration = Duration::from_secs(1);
 
 /// What the model knows about a fact: it is false, possibly true, or true.
@@ -69,8 +69,8 @@ pub(super) struct Clocks {
     passed: [Span; 2],
     /// The time of the last payload or forged segment that the socket may have received, counted or not.
     came: Span,
-    /// If its rule may have been full at first: a time until which the session was certainly not tracked. Otherwise
-    /// `None`.
+    /// If there may have been no slot for it at first, or at its adoption: a time until which the session was certainly
+    /// not tracked. Otherwise `None`.
     pub(super) left_out: Option<Duration>,
 }
 
@@ -90,20 +90,32 @@ impl Clocks {
         }
     }
 
-    /// The clocks of a session whose rule may have been full, and which was not tracked until this time.
-    const fn left_out_until(self, until: Duration) -> Self {
+    /// The clocks of a session for which there may have been no slot, and which was not tracked until this time.
+    fn left_out_until(self, until: Duration) -> Self {
         Self {
-            adopted: Truth::Perhaps,
+            adopted: self.adopted.max(Truth::Perhaps),
             left_out: Some(until),
             ..self
         }
     }
 
-    /// The clocks if the session may have been adopted at an unknown time.
-    const fn perhaps_adopted(mut self) -> Self {
-        self.received.to = self.received.to.saturating_add(PICKED_UP);
-        self.sent.to = self.sent.to.saturating_add(PICKED_UP);
-        self.answered.to = self.answered.to.saturating_add(PICKED_UP);
+    /// The clocks if the session may have been adopted at an unknown time: see [`Clocks::adopt`].
+    fn perhaps_adopted(mut self) -> Self {
+        // Payload in one direction between the daemon's two queries of the socket makes both directions count as active
+        // at the second query.
+        let [received, sent] = self.passed;
+        let latest = received.to.max(sent.to);
+        let picked_up = |stamp: Span| Span {
+            from: stamp.from.saturating_sub(late_ticks()),
+            to: stamp.to.max(latest).saturating_add(PICKED_UP),
+        };
+        self.received = picked_up(self.received);
+        self.sent = picked_up(self.sent);
+        self.answered = picked_up(self.answered);
+        self.established.to = self.established.to.max(self.received.to.min(self.sent.to));
+        if self.end == End::Server {
+            self.owes = Truth::Perhaps;
+        }
         self
     }
 
@@ -333,6 +345,9 @@ struct Adoption {
     end: End,
     window: Span,
     resumes: bool,
+    /// `None` if the daemon has kept the session's record, so that it needs no slot. Otherwise the result of
+    /// [`left_out`].
+    left_out: Option<Option<Duration>>,
 }
 
 /// A connection with the clocks of its sessions.
@@ -354,15 +369,16 @@ pub(super) struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     pub(super) fn of(connection: &'a Connection, timeline: &'a Timeline) -> Self {
+        let adoptions = adoptions(connection, timeline);
         let start = |end| {
             let clocks = Clocks::new(end, connection.opened);
-            let left_out = left_out(connection, timeline, end);
+            let left_out = left_out_at_first(connection, timeline, end, &adoptions);
             vec![left_out.map_or(clocks, |until| clocks.left_out_until(until))]
         };
         let mut replay = Self {
             connection,
             timeline,
-            adoptions: adoptions(connection, timeline),
+            adoptions: adoptions.clone(),
             states: End::BOTH.map(start),
             passed_late: Vec::new(),
             refused: 0,
@@ -374,7 +390,6 @@ impl<'a> Replay<'a> {
             Event::Restored(when) => Some((when.from, Step::Restored(*when))),
             _ => None,
         });
-        let adoptions = replay.adoptions.clone();
         let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
         let mut steps: Vec<_> = events.chain(adoptions).collect();
         steps.sort_by_key(|(from, _)| *from);
@@ -394,6 +409,9 @@ impl<'a> Replay<'a> {
                         } else {
                             clocks.adopt(adoption.window);
                         }
+                        if let Some(left_out) = adoption.left_out {
+                            clocks.left_out = left_out;
+                        }
                         if is_locked {
                             // The adoption cannot query a socket that is locked at that moment, so it counts
                             // as active.
@@ -404,11 +422,26 @@ impl<'a> Replay<'a> {
             }
         }
         for end in End::BOTH {
-            if replay.clocks(end).left_out.is_some() {
-                replay.change(end, |clocks| *clocks = clocks.perhaps_adopted());
-            }
+            replay.add_perhaps_adopted(end);
         }
         replay
+    }
+
+    /// Adds the clocks of a session that was perhaps adopted at an unknown time. A record of an observed termination may
+    /// have any of its clocks, not only the last. Only a small table leaves out observed sessions.
+    fn add_perhaps_adopted(&mut self, end: End) {
+        let mut changes = self.timeline.changes.iter();
+        let is_small = changes.any(|change| change.book.scarce == Scarce::Table);
+        let states = &mut self.states[end as usize];
+        let first = if is_small { 0 } else { states.len() - 1 };
+        let left_out = states[first..].iter().filter(|c| c.left_out.is_some());
+        let adopted: Vec<Clocks> = left_out.map(|clocks| clocks.perhaps_adopted()).collect();
+        states.extend(adopted);
+    }
+
+    /// The first clocks of an end.
+    pub(super) fn first_clocks(&self, end: End) -> Clocks {
+        self.states[end as usize][0]
     }
 
     /// The last clocks of an end.
@@ -511,22 +544,55 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// If the rule of a session may have been full when it was established: the latest time at which the daemon certainly
-/// did not track it, or zero. The daemon's session lists show this. `None` if the rule has no `max_sessions`, or if a
-/// list shows that the session was tracked from its establishment.
-fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Duration> {
-    timeline.last()?.rule(connection.port, end)?.most?;
+/// Whether there was no slot for a session when it was established: see [`left_out`]. Each adoption needs a slot anew, so
+/// lists after the first one say nothing about the time before.
+fn left_out_at_first(
+    connection: &Connection,
+    timeline: &Timeline,
+    end: End,
+    adoptions: &[Adoption],
+) -> Option<Duration> {
+    let mut books = timeline.books(connection.opened);
+    if !books.any(|book| book.may_refuse(connection.port, end)) {
+        return None;
+    }
+    let adoptions = adoptions.iter().filter(|a| a.end == end);
+    let mut anew = adoptions.filter(|adoption| adoption.left_out.is_some());
+    let until = anew.next().map(|adoption| adoption.window.from);
+    let span = Span {
+        from: Duration::ZERO,
+        to: until.unwrap_or(Duration::MAX),
+    };
+    left_out(connection, timeline, end, span)
+}
+
+/// For a session for which there may have been no slot at the beginning of the span: the latest time within the span at
+/// which the daemon certainly did not track it, or zero. The daemon's session lists show this. `None` if a list shows
+/// that the session was tracked from its establishment.
+fn left_out(
+    connection: &Connection,
+    timeline: &Timeline,
+    end: End,
+    span: Span,
+) -> Option<Duration> {
     let [client, _] = connection.ports;
     let ended = match connection.fate(end) {
         Fate::Open => Duration::MAX,
         Fate::Closed(when) | Fate::Ended(when) | Fate::Broken(_, when) => when.from,
     };
     let was_open = |when: Span| connection.opened.to <= when.from && when.to <= ended;
+    let is_wanted = |when: Span| {
+        let mut books = timeline.books(when);
+        when.to <= span.to && books.all(|book| book.rule(connection.port, end).is_some())
+    };
     let mut until = Duration::ZERO;
-    for list in &timeline.lists {
-        match list.sessions.get(&client) {
+    let lists = timeline.lists.iter();
+    for list in lists.filter(|list| list.when.from >= span.from) {
+        match list.sessions.get(&(client, end)) {
             Some(true) => return None,
-            None if was_open(list.when) => until = until.max(list.when.from),
+            None if was_open(list.when) && is_wanted(list.when) => {
+                until = until.max(list.when.from);
+            }
             _ => {}
         }
     }
@@ -538,19 +604,30 @@ fn left_out(connection: &Connection, timeline: &Timeline, end: End) -> Option<Du
 fn adoptions(connection: &Connection, timeline: &Timeline) -> Vec<Adoption> {
     let mut found = Vec::new();
     for end in connection.sessions() {
-        for pair in timeline.changes.windows(2) {
+        let tracks = |book: &Book| book.rule(connection.port, end).is_some();
+        for (number, pair) in timeline.changes.windows(2).enumerate() {
             let [before, after] = [&pair[0], &pair[1]];
-            let tracks = |book: &Book| book.rule(connection.port, end).is_some();
             let begins = !tracks(&before.book) && tracks(&after.book);
             let lived = Span {
                 from: connection.opened.from,
                 to: connection.lived_until(end),
+            };
+            // The daemon before the stop.
+            let stopped = timeline.changes[..number].last().filter(|_| after.resumes);
+            let is_kept = stopped.is_some_and(|stopped| tracks(&stopped.book))
+                && connection.opened.to < before.when.from;
+            let may_be_left_out = after.book.may_refuse(connection.port, end);
+            let since = Span {
+                from: after.when.from,
+                to: Duration::MAX,
             };
             if begins && after.when.meets(&lived) {
                 found.push(Adoption {
                     end,
                     window: after.when,
                     resumes: after.resumes,
+                    left_out: (may_be_left_out && !is_kept)
+                        .then(|| left_out(connection, timeline, end, since)),
                 });
             }
         }

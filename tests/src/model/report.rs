@@ -28,9 +28,14 @@ pub(super) struct Counts {
     /// Connections that were open at the end.
     pub(super) open: usize,
     pub(super) adopted: usize,
-    /// Sessions that were untracked for a while because their rule was full, and those that were reset for that reason.
+    /// Sessions that were untracked for a while because there was no slot, and those that were reset for that reason.
     pub(super) left_out: usize,
-    pub(super) without_place: usize,
+    pub(super) without_slot: usize,
+    /// Sessions that were perhaps untracked for a while: no list shows it.
+    pub(super) unlisted: usize,
+    /// The daemon's lists of its sessions, and those of a full table or rule.
+    pub(super) lists: usize,
+    pub(super) full_lists: usize,
     /// The number of times that another socket took over a connection.
     pub(super) restored: usize,
     /// Payloads that were dropped because a session had expired.
@@ -52,7 +57,7 @@ impl fmt::Display for Report {
             f,
             "{} connections, {} payloads: {} reset ({} of them unrecorded, by a killed daemon; {} \
              gone, by a struck reaper; {} by a new policy; at most {:?} late), {} reset by the test, {} ended, {} open; {} sessions \
-             adopted, {} observed, {} gone; {} left out for a while, {} reset for that; {} taken over by another socket; {} locked, {} failed meanwhile; {} \
+             adopted, {} observed, {} gone; {} left out for a while, {} reset for that, {} perhaps left out, {} of {} lists full; {} taken over by another socket; {} locked, {} failed meanwhile; {} \
              payloads refused",
             c.connections,
             c.payloads,
@@ -68,7 +73,10 @@ impl fmt::Display for Report {
             c.observed,
             c.gone,
             c.left_out,
-            c.without_place,
+            c.without_slot,
+            c.unlisted,
+            c.full_lists,
+            c.lists,
             c.restored,
             c.locked,
             c.failed,
@@ -91,5 +99,10 @@ impl Report {
         ]
         .iter()
         .all(|count| *count > 0)
+    }
+
+    /// Whether there were fewer slots than sessions.
+    pub(super) const fn is_scarce(&self) -> bool {
+        self.counts.left_out > 0 && self.counts.full_lists > 0
     }
 }

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::{
     DEFAULT_OPERATIONS, SEEDS, TO_ONE_BLOW,
-    book::{Action, Book, End, Rule},
-    check::Seen,
+    book::{Action, Activity, Book, End, Rule, Scarce},
+    check::{Seen, UNTRACKED},
     history::{Connection, Event, Fate, Payload},
     host::{Ending, Life},
     plan::{Blow, Which},
@@ -27,6 +27,8 @@ struct Run {
     timeline: Timeline,
     records: Vec<String>,
     counted: usize,
+    /// The counter of the sessions for which there was no slot.
+    untracked: usize,
 }
 
 impl Run {
@@ -53,6 +55,7 @@ impl Run {
             },
             records: vec![record("r", "idle_timeout", 2_008)],
             counted: 1,
+            untracked: 1,
         }
     }
 
@@ -81,10 +84,17 @@ impl Run {
             let line = format!("{name}{{{labels},result=\"{result}\"}} {count}\n");
             text += &line;
         }
+        let untracked = self.untracked;
+        text += &format!("# TYPE {UNTRACKED} counter\n");
+        text += &format!("{UNTRACKED}{{cause=\"map_full\"}} {untracked}\n");
         let life = Life {
             records: records.clone(),
             asked: Some((records, Metrics::new(text))),
             ending: Ending::Last,
+            ran: Span {
+                from: ms(0),
+                to: ms(22_000),
+            },
         };
         let mut start = Time::now();
         start.wall = Duration::from_secs(1_767_268_800);
@@ -362,47 +372,148 @@ fn a_forged_segment_counts_where_another_socket_takes_the_connection_over_before
     forged(Event::Finished(End::Client)).assert_wrong(wrong);
 }
 
+/// A policy with this rule and a small table, or with the rule's `max_sessions`.
+fn few_slots(at: u64, scarce: Scarce, resets_untracked: bool) -> Change {
+    let most = (scarce == Scarce::Rule).then_some(1);
+    let mut few = change(at, Some(Rule { most, ..rule("r") }));
+    few.book.scarce = if most.is_some() {
+        Scarce::Nothing
+    } else {
+        scarce
+    };
+    few.book.resets_untracked = resets_untracked;
+    few
+}
+
+/// A list that has the session with this knowledge of its establishment, or has it not.
+fn list(at: u64, session: Option<bool>) -> List {
+    let session = session.map(|is_known| ((2_000, End::Server), is_known));
+    List {
+        when: Span::at(ms(at)),
+        sessions: session.into_iter().collect(),
+        is_full: true,
+    }
+}
+
+/// The session is reset at 1.3 s, because there is no slot for it.
+fn reset_untracked(run: &mut Run) {
+    let mut untracked = outcome("r", "untracked", 1_300, "reset");
+    for unknown in [
+        r#""limit_seconds":1.0"#,
+        r#""established":"2026-01-01T12:00:00.500Z""#,
+    ] {
+        assert!(untracked.contains(unknown), "{untracked}");
+        let key = unknown.split_once(':').unwrap().0;
+        untracked = untracked.replace(unknown, &format!("{key}:null"));
+    }
+    run.records = vec![untracked];
+    for fate in &mut run.connection.fates {
+        if let Fate::Broken(_, when) = fate {
+            *when = Span::at(ms(1_302));
+        }
+    }
+}
+
 #[test]
-fn a_session_for_which_its_rule_has_no_place_is_only_reset_where_that_is_told_or_when_there_is_one()
-{
-    let untracked = outcome("r", "untracked", 1_300, "reset")
-        .replace(r#""limit_seconds":1.0"#, r#""limit_seconds":null"#);
-    let left_out = |listed: Option<bool>, resets_untracked| {
+fn a_session_for_which_there_is_no_slot_is_only_reset_where_that_is_told_or_when_there_is_one() {
+    for scarce in [Scarce::Rule, Scarce::Table] {
+        let left_out = |listed: Option<bool>, resets_untracked| {
+            Run::with(|run| {
+                run.timeline.changes[0] = few_slots(0, scarce, resets_untracked);
+                run.timeline.lists.push(list(1_200, listed));
+                reset_untracked(run);
+            })
+        };
+        left_out(None, true).assert_right();
+        left_out(None, false).assert_wrong("no session of it had expired");
+        left_out(Some(true), true).assert_wrong("no session of it had expired");
+        // The daemon adopts the session after the list and resets it. At 2,005 ms the session is already overdue.
+        let tracked_late = |listed: u64| {
+            let mut run = left_out(None, false);
+            run.connection.fates = Run::good().connection.fates;
+            run.records = vec![record("r", "idle_timeout", 2_008)];
+            run.timeline.lists[0].when = Span::at(ms(listed));
+            run
+        };
+        tracked_late(1_200).assert_right();
+        tracked_late(2_005).assert_right();
+    }
+}
+
+#[test]
+fn a_session_that_a_new_policy_tracks_may_find_no_slot_in_a_small_table() {
+    let adopted = |policies: [Change; 2], lists: &[List]| {
         Run::with(|run| {
-            let mut few = change(
-                0,
-                Some(Rule {
-                    most: Some(1),
-                    ..rule("r")
-                }),
-            );
-            few.book.resets_untracked = resets_untracked;
-            run.timeline.changes[0] = few;
-            run.timeline.lists.push(List {
-                when: Span::at(ms(1_200)),
-                sessions: listed.map(|tracked| (2_000, tracked)).into_iter().collect(),
-            });
-            run.records = vec![untracked.clone()];
+            run.timeline.changes = policies.to_vec();
+            run.timeline.lists = lists.to_vec();
+            reset_untracked(run);
+        })
+    };
+    let small = |at| few_slots(at, Scarce::Table, true);
+    let untracked = |at| {
+        let mut none = change(at, None);
+        none.book.scarce = Scarce::Table;
+        none
+    };
+    let [before, after] = [list(600, None), list(1_250, None)];
+    let begun = adopted(
+        [untracked(0), small(1_200)],
+        &[before.clone(), after.clone()],
+    );
+    begun.assert_right();
+    // It was tracked from its establishment, and released in between.
+    let again = [small(0), untracked(700)];
+    let again = |lists: &[List]| {
+        let mut run = adopted(again.clone(), lists);
+        run.timeline.changes.push(small(1_200));
+        run
+    };
+    again(&[list(600, Some(true)), after]).assert_right();
+    // The list after the change shows the record from the establishment, so the session was tracked throughout.
+    again(&[list(1_250, Some(true))]).assert_wrong("no session of it had expired");
+    // A policy with a slot for every session.
+    let ample = change(1_200, Some(rule("r")));
+    adopted([untracked(0), ample], &[before]).assert_wrong("no session of it had expired");
+}
+
+#[test]
+fn payload_of_one_direction_during_a_late_adoption_counts_in_both() {
+    // The daemon queried the socket before and after the payload at 1.9 s, the second time at 2 s.
+    let adopted = |listed: Option<bool>| {
+        Run::with(|run| {
+            let mut small = few_slots(0, Scarce::Table, false);
+            let rule = small.book.rules[0][End::Server as usize].as_mut();
+            rule.unwrap().activity = Activity::Sent;
+            run.timeline.changes[0] = small;
+            run.timeline.lists.push(list(1_200, listed));
+            run.connection.events = vec![payload(1_900, Some(1_900))];
+            let received = "\"last_received\":\"2026-01-01T12:00:0";
+            let record = record("r", "idle_timeout", 3_000);
+            run.records = vec![record.replace(&format!("{received}1"), &format!("{received}2"))];
             for fate in &mut run.connection.fates {
                 if let Fate::Broken(_, when) = fate {
-                    *when = Span::at(ms(1_302));
+                    *when = Span::at(ms(3_002));
                 }
             }
         })
     };
-    left_out(None, true).assert_right();
-    left_out(None, false).assert_wrong("no session of it had expired");
-    left_out(Some(true), true).assert_wrong("no session of it had expired");
-    // The daemon adopts the session after the list and resets it. At 2,005 ms the session is already overdue.
-    let tracked_late = |listed: u64| {
-        let mut run = left_out(None, false);
-        run.connection.fates = Run::good().connection.fates;
-        run.records = vec![record("r", "idle_timeout", 2_008)];
-        run.timeline.lists[0].when = Span::at(ms(listed));
-        run
+    adopted(None).assert_right();
+    adopted(Some(true)).assert_wrong("deadline that is not the session's");
+}
+
+#[test]
+fn a_session_that_found_no_slot_and_is_not_counted_is_found() {
+    let left_out = |at| {
+        Run::with(|run| {
+            run.timeline.changes[0] = few_slots(0, Scarce::Table, true);
+            run.timeline.lists.push(list(at, None));
+            run.untracked = 0;
+            reset_untracked(run);
+        })
     };
-    tracked_late(1_200).assert_right();
-    tracked_late(2_005).assert_right();
+    left_out(1_200).assert_wrong("1 sessions found no slot");
+    // The session was not established yet.
+    left_out(400).assert_right();
 }
 
 #[test]
@@ -458,6 +569,39 @@ fn a_reset_that_hung_is_right_by_what_was_known_when_it_was_asked_for() {
 }
 
 #[test]
+fn payload_after_a_stop_is_not_in_the_record_of_a_session_that_is_gone() {
+    // A hanging reset lets one more payload pass. The next daemon records the session as gone.
+    let passed = |stopped: u64| {
+        Run::with(|run| {
+            let none = Change {
+                when: Span::at(ms(stopped)),
+                book: Book::default(),
+                resumes: false,
+            };
+            run.timeline.changes.push(none);
+            run.timeline.stops.push(Span::at(ms(2_100)));
+            let [from, to] = [ms(2_100), ms(4_000)];
+            run.timeline.outages.push(Span { from, to });
+            let gone = outcome("r", "idle_timeout", 2_008, "gone");
+            run.records = vec![gone.replace("12:00:02.009Z", "12:00:04.009Z")];
+            run.counted = 0;
+            let [from, to] = [ms(1_200), ms(3_000)];
+            let lock = Event::Locked(End::Server, Span { from, to });
+            run.connection
+                .events
+                .extend([lock, payload(3_000, Some(3_000))]);
+            for fate in &mut run.connection.fates {
+                if let Fate::Broken(_, when) = fate {
+                    *when = Span::at(ms(3_002));
+                }
+            }
+        })
+    };
+    passed(2_100).assert_right();
+    passed(3_500).assert_wrong("other bytes than the session's");
+}
+
+#[test]
 fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
     let kind = |blow: &Blow| match blow {
         Blow::Freeze(_) => "freeze".to_owned(),
@@ -495,6 +639,8 @@ fn the_seeds_of_the_tests_have_all_that_can_happen_to_a_daemon() {
     kinds.dedup();
     let all = 1 + 2 + 1 + 2 + 1 + 4 + 2 + 1;
     assert_eq!(kinds.len(), all, "{kinds:#?}");
+    let scarce = SEEDS.map(Scarce::of);
+    assert_eq!(scarce, [Scarce::Table, Scarce::Nothing, Scarce::Rule]);
 }
 
 #[test]

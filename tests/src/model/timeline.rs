@@ -6,7 +6,7 @@ use std::{collections::HashMap, fmt, time::Duration};
 
 use nix::sys::signal::Signal;
 
-use super::book::Book;
+use super::book::{Book, End};
 
 /// The time of an event, as an interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,16 +79,19 @@ pub(super) struct Timeline {
     pub(super) stops: Vec<Span>,
     /// The times when reapers were killed or stopped.
     pub(super) struck: Vec<Struck>,
-    /// The daemon's lists of the sessions of the rule with a small `max_sessions`.
+    /// The daemon's lists of its sessions, if there are fewer slots than sessions: those of the rule with a small
+    /// `max_sessions`, or all.
     pub(super) lists: Vec<List>,
 }
 
-/// A session list of the daemon: for the client's port of each session, whether the session was tracked from its
-/// establishment.
+/// A session list of the daemon: for the client's port and the end of each session, whether the session was tracked
+/// from its establishment.
 #[derive(Clone, Debug)]
 pub(super) struct List {
     pub(super) when: Span,
-    pub(super) sessions: HashMap<u16, bool>,
+    pub(super) sessions: HashMap<(u16, End), bool>,
+    /// Whether only a rule below its share can have found a slot.
+    pub(super) is_full: bool,
 }
 
 /// Reapers were killed, or stopped for good. The daemon does not know the outcome of the last, unreported

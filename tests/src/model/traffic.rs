@@ -16,15 +16,17 @@ use nix::{
 };
 
 use super::{
-    book::{End, FEW_PORT},
+    book::{End, FEW_PORT, FEW_PORTS, Scarce},
     field::Field,
     history::{Connection, Event, Fate, Payload},
     plan::{Act, Opening, Operation, SLOTS},
     timeline::Span,
 };
 use crate::{
+    clock::eventually,
     locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
+    pace::patience,
     random::Random,
     repair::Saved,
 };
@@ -71,8 +73,9 @@ struct Held {
 /// All connections of a run.
 pub(super) struct Traffic {
     field: Field,
-    /// Whether the run tests a full rule. If so, every third slot opens connections to the port of that rule.
-    has_few: bool,
+    /// If it is a rule, every third slot opens connections to the port of that rule. If it is the table, all slots open
+    /// connections to a few ports, with a session at the server's end.
+    scarce: Scarce,
     start: Instant,
     slots: Vec<Option<Live>>,
     /// Connections with one ended and one open end.
@@ -87,10 +90,10 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
-    pub(super) fn new(field: Field, start: Instant, has_few: bool) -> Self {
+    pub(super) fn new(field: Field, start: Instant, scarce: Scarce) -> Self {
         Self {
             field,
-            has_few,
+            scarce,
             start,
             slots: (0..SLOTS).map(|_| None).collect(),
             ending: Vec::new(),
@@ -110,8 +113,13 @@ impl Traffic {
             (None, _) if is_held => {}
             (None, _) => {
                 let mut opening = operation.opening;
-                if self.has_few && operation.slot.is_multiple_of(3) {
-                    opening.port = FEW_PORT;
+                match self.scarce {
+                    Scarce::Rule if operation.slot.is_multiple_of(3) => opening.port = FEW_PORT,
+                    Scarce::Table => {
+                        opening.port %= FEW_PORTS;
+                        opening.inside[End::Server as usize] = true;
+                    }
+                    Scarce::Nothing | Scarce::Rule => {}
                 }
                 self.open(operation.slot, &opening)?;
             }
@@ -130,8 +138,13 @@ impl Traffic {
                 self.put(operation.slot, live);
             }
             (Some(mut live), Act::Restore) => {
-                // If the rule may be full, it is unknown whether the kernel programs stored the clocks.
-                if live.opening.port != FEW_PORT {
+                // If there may be no slot, it is unknown whether the kernel programs stored the clocks.
+                let may_be_left_out = match self.scarce {
+                    Scarce::Table => true,
+                    Scarce::Rule => live.opening.port == FEW_PORT,
+                    Scarce::Nothing => false,
+                };
+                if !may_be_left_out {
                     live.restore(&self.field, self.start)?;
                 }
                 self.put(operation.slot, live);
@@ -187,21 +200,16 @@ impl Traffic {
         Ok(())
     }
 
-    /// Locks an end for this time, if possible.
+    /// Locks an end for this time, if possible. If the end was just reset, the attempt takes the error from its socket.
     fn lock(&mut self, slot: usize, mut live: Live, end: End, time: Duration) -> Result<()> {
         live.look_for_arrivals(self.start)?;
         let is_pending = End::BOTH.iter().any(|by| live.history.has_pending(*by));
         let is_open = live.history.fates == [Fate::Open; 2] && !live.is_finished(end);
         let from = self.looked;
-        let lock = match &live.sockets[end as usize] {
-            Some(socket) if is_open && !is_pending && self.held.len() < MOST_LOCKED => {
-                // A socket that was just reset has nothing to send on.
-                Locked::new(socket).ok()
-            }
-            _ => None,
-        };
-        match lock {
-            Some(lock) => self.held.push(Held {
+        let socket = live.sockets[end as usize].as_ref();
+        let is_allowed = is_open && !is_pending && self.held.len() < MOST_LOCKED;
+        match socket.filter(|_| is_allowed).map(Locked::new) {
+            Some(Ok(lock)) => self.held.push(Held {
                 slot,
                 live,
                 end,
@@ -209,6 +217,12 @@ impl Traffic {
                 from,
                 until: self.start.elapsed() + time,
             }),
+            Some(Err(error)) => {
+                let errno = error.downcast_ref().copied();
+                ensure!(errno.is_some_and(is_of_end), error);
+                live.end(end, errno, self.start, self.looked)?;
+                self.put(slot, live);
+            }
             None => self.put(slot, live),
         }
         Ok(())
@@ -524,7 +538,16 @@ impl Live {
         }
         *place = None;
         let saved = saved?;
-        let socket = place.insert(field.establish(&self.opening, &saved)?);
+        // A process that is being started has a copy of the socket before it runs its program. The address is in use
+        // until then.
+        let socket = eventually("the earlier socket is closed", patience(), || {
+            let established = field.establish(&self.opening, &saved);
+            match established {
+                Err(error) if is_in_use(&error) => Ok(None),
+                established => established.map(Some),
+            }
+        })?;
+        let socket = place.insert(socket);
         let completed = saved.complete(socket);
         // An overdue session may be reset before its options are restored.
         if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
@@ -608,6 +631,19 @@ impl Held {
         live.has_sent(end, 1, written, start)?;
         Ok(live)
     }
+}
+
+/// Whether a send fails with this error because its connection has ended.
+const fn is_of_end(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ECONNABORTED | Errno::ECONNRESET | Errno::EPIPE
+    )
+}
+
+/// Whether the kernel refused to connect because a socket has the connection.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    error.downcast_ref() == Some(&Errno::EADDRNOTAVAIL)
 }
 
 fn errno(error: &io::Error) -> Result<Option<Errno>> {
