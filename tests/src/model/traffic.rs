@@ -23,10 +23,8 @@ use super::{
     timeline::Span,
 };
 use crate::{
-    clock::eventually,
     locked::Locked,
     options::{last_error, reset_on_close, tcp_info},
-    pace::patience,
     random::Random,
     repair::Saved,
 };
@@ -538,16 +536,7 @@ impl Live {
         }
         *place = None;
         let saved = saved?;
-        // A process that is being started has a copy of the socket before it runs its program. The address is in use
-        // until then.
-        let socket = eventually("the earlier socket is closed", patience(), || {
-            let established = field.establish(&self.opening, &saved);
-            match established {
-                Err(error) if is_in_use(&error) => Ok(None),
-                established => established.map(Some),
-            }
-        })?;
-        let socket = place.insert(socket);
+        let socket = place.insert(field.establish(&self.opening, &saved)?);
         let completed = saved.complete(socket);
         // An overdue session may be reset before its options are restored.
         if tcp_info(socket)?.tcpi_state != TCP_CLOSE {
@@ -639,11 +628,6 @@ const fn is_of_end(errno: Errno) -> bool {
         errno,
         Errno::ECONNABORTED | Errno::ECONNRESET | Errno::EPIPE
     )
-}
-
-/// Whether the kernel refused to connect because a socket has the connection.
-fn is_in_use(error: &anyhow::Error) -> bool {
-    error.downcast_ref() == Some(&Errno::EADDRNOTAVAIL)
 }
 
 fn errno(error: &io::Error) -> Result<Option<Errno>> {
