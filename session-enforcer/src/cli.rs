@@ -14,7 +14,7 @@ use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser, TypedValueP
 use clap::error::ErrorKind;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use session_enforcer_common::{Direction, PortRange};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::config::{
     AuditTarget, Config, ControlSocket, DEFAULT_PIN_DIR, Doubt, Location, MetricsListen, Mode,
@@ -319,9 +319,9 @@ impl FromStr for LogLevel {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // `EnvFilter` takes any word for the name of a module, and with it a misspelt level.
-        let plain = tracing_subscriber::filter::LevelFilter::from_str(text).is_ok();
-        let filter = text.contains('=') && EnvFilter::try_new(text).is_ok();
+        // `Targets` takes any word for the name of a module, and with it a misspelt level.
+        let plain = LevelFilter::from_str(text).is_ok();
+        let filter = text.contains('=') && Targets::from_str(text).is_ok();
         if text.is_empty() || !(plain || filter) {
             return Err(
                 "allowed: error, warn, info, debug, trace, off, or a filter such as \
@@ -415,16 +415,16 @@ impl Cli {
     /// # Errors
     ///
     /// Where `RUST_LOG` is not a filter.
-    pub fn log_filter(&self) -> Result<EnvFilter, Failure> {
-        self.log_filter_or(std::env::var(EnvFilter::DEFAULT_ENV).ok())
+    pub fn log_filter(&self) -> Result<Targets, Failure> {
+        self.log_filter_or(std::env::var("RUST_LOG").ok())
     }
 
-    fn log_filter_or(&self, environment: Option<String>) -> Result<EnvFilter, Failure> {
+    fn log_filter_or(&self, environment: Option<String>) -> Result<Targets, Failure> {
         let flag = self.log_level.as_ref().map(|level| level.0.clone());
         let text = flag.or(environment).filter(|text| !text.is_empty());
         let text = text.as_deref().unwrap_or(DEFAULT_LOG_LEVEL);
         // The flag was tried when it was read: what fails here is the variable.
-        EnvFilter::try_new(text).map_err(|error| {
+        Targets::from_str(text).map_err(|error| {
             let message = format!("RUST_LOG={text:?} is not a filter: {error}; try RUST_LOG=info");
             Failure::new(ExitStatus::Usage, message)
         })

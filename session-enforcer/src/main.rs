@@ -19,7 +19,9 @@ use session_enforcer::{
     reaper::{pool, worker},
 };
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 fn main() -> ExitCode {
     // Before anything that costs memory: there are several of them.
@@ -109,14 +111,16 @@ const WAITING_LINES: usize = 4_096;
 /// Logs to stderr: stdout is the audit's. A thread writes, and loses lines rather than wait: a
 /// reader of the log that stands still must not hold up the enforcement. What is returned has the
 /// last lines written when it is dropped.
-fn start_log(filter: EnvFilter) -> WorkerGuard {
+fn start_log(filter: Targets) -> WorkerGuard {
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(WAITING_LINES)
         .finish(io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = fmt::layer()
         .with_writer(writer)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal());
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
         .init();
     guard
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::arch::Arch;
 use crate::process::run;
 use crate::setup::setup;
 use crate::workspace::Workspace;
@@ -54,9 +53,15 @@ pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf>
     Ok(workspace.target().join(folder).join("session-enforcer"))
 }
 
-/// Builds a static binary for the tests on an architecture and returns its path.
-pub(crate) fn static_daemon(workspace: &Workspace, arch: Arch) -> Result<PathBuf> {
-    let mut cargo = workspace.cargo_for(arch)?;
-    run(cargo.args(["build", "--package", "session-enforcer"]))?;
-    Ok(workspace.target_for(arch).join("debug/session-enforcer"))
+/// An integration test in the daemon's package.
+pub(crate) const TEST_OF_DAEMON: &str = "fuzz_seeds";
+
+/// Builds the daemon of the tests, by the build of `cargo test`: that of an integration test includes the binaries of
+/// its package. cargo chooses the features of all dependencies by what it builds, so `cargo build` would build many of
+/// them, and the daemon, a second time.
+pub(crate) fn daemon_of_tests(workspace: &Workspace) -> Result<PathBuf> {
+    run(workspace
+        .cargo()
+        .args(["test", "--no-run", "--test", TEST_OF_DAEMON]))?;
+    Ok(workspace.target().join("debug/session-enforcer"))
 }

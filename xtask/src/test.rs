@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use session_enforcer_tests::BINARY;
 
-use crate::build::{Profile, daemon};
+use crate::build::daemon_of_tests;
 use crate::node;
 use crate::packages::{self, Missing};
 use crate::process::{is_root, run, say};
@@ -45,8 +45,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     say!("running the tests that need no privileges");
     record("the unprivileged tests", unprivileged(workspace, args));
     say!("building the daemon for the privileged tests");
-    // Its dependencies are those of the test programs.
-    match daemon(workspace, Profile::Debug) {
+    match daemon_of_tests(workspace) {
         Ok(binary) => {
             say!("running the tests that need root");
             record("the privileged tests", privileged(workspace, args, &binary));

@@ -35,7 +35,7 @@ use self::plan::{
 use self::programs::{Built, Chosen, HOST};
 use self::report::{Ran, Results};
 use crate::arch::Arch;
-use crate::build::{Profile, daemon, static_daemon};
+use crate::build::daemon_of_tests;
 use crate::node;
 use crate::packages::{self, Missing};
 use crate::process::{run, say};
@@ -198,14 +198,16 @@ pub(crate) fn vm(workspace: &Workspace, args: &Args) -> Result<()> {
     let first = kernels.first().context("no kernel is available")?;
     let accelerator = Accelerator::find(first)?;
     say!("the machines run with {accelerator:?}");
+    let inside = inside(workspace, foreign, &folder)?;
+    let chosen = programs::build(workspace, foreign, chosen, tests.is_empty())?;
     let job = Job {
         accelerator,
-        inside: inside(workspace, foreign, &folder)?,
+        inside,
         daemon: match foreign {
-            Some(arch) => static_daemon(workspace, arch)?,
-            None => daemon(workspace, Profile::Debug)?,
+            Some(arch) => workspace.target_for(arch).join("debug/session-enforcer"),
+            None => daemon_of_tests(workspace)?,
         },
-        chosen: programs::build(workspace, foreign, chosen, tests.is_empty())?,
+        chosen,
         folder,
         machines,
         args,

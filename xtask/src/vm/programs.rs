@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::plan::Program;
 use crate::arch::Arch;
+use crate::build::TEST_OF_DAEMON;
 use crate::workspace::Workspace;
 
 /// The test program of whole hosts. Its tests need a machine each.
@@ -143,7 +144,7 @@ impl Built {
 /// The selected parts, each with the words that select its tests; without words, all of its tests.
 pub(super) type Chosen<T> = Vec<(T, Vec<String>)>;
 
-/// Builds the test programs of the selected parts; static ones for another architecture. If everything was selected,
+/// Builds the test programs of the selected parts; static ones for another architecture, and its daemon. If everything was selected,
 /// programs that `cargo test` does not run are left out, except the tests of whole hosts.
 pub(super) fn build(
     workspace: &Workspace,
@@ -189,7 +190,12 @@ fn build_some(
     };
     cargo
         .args(["test", "--no-run", "--package", "session-enforcer-tests"])
-        .args(which)
+        .args(which);
+    if foreign.is_some() {
+        // One build for both: that of an integration test includes the binaries of its package.
+        cargo.args(["--package", "session-enforcer", "--test", TEST_OF_DAEMON]);
+    }
+    cargo
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
     let output = cargo.output().context("cannot start cargo")?;
