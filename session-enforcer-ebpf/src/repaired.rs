@@ -15,10 +15,12 @@ pub(crate) fn remember(session: &Session) {
 
 /// Gives the session of a restored connection the clocks of that connection. If none are stored, all its times are set
 /// to the boot, so that it is past every limit.
+///
+/// The clocks stay stored: a socket with the same ends in another network namespace could take them away otherwise. The
+/// next socket that closes without a FIN replaces them.
 #[inline(never)]
 pub(crate) fn inherit(session: &mut Session) {
-    let ends = ends_of(session);
-    match RESTORED.get_ptr(ends) {
+    match RESTORED.get_ptr(ends_of(session)) {
         // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
         Some(clocks) => unsafe { (*clocks).give_to(session) },
         None => {
@@ -28,7 +30,6 @@ pub(crate) fn inherit(session: &mut Session) {
             session.answered_ns = BOOT_NS;
         }
     }
-    let _ = RESTORED.remove(ends);
 }
 
 /// Not 0, because 0 has a special meaning in some time fields.

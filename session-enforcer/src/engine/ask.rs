@@ -36,10 +36,64 @@ pub(super) enum Answer {
 
 /// Queries sockets of one namespace; returns the answers in their order.
 ///
+/// A socket is asked for by its addresses, ports and interface, which is cheap. One that is not found is searched for in
+/// the whole socket table: its process may have bound it to another interface since (`SO_BINDTODEVICE` depends on no
+/// state and needs no privilege). The socket in the answer then has another interface than the target.
+///
 /// # Errors
 ///
 /// Fails if the namespace or the kernel cannot be queried.
 pub(super) async fn query(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[SocketId],
+    detail: Detail,
+) -> Result<Vec<Answer>, String> {
+    let mut answers = query_by_name(context, netns_cookie, targets, detail).await?;
+    let missing =
+        (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
+    let missing: Vec<usize> = missing.collect();
+    for missing in missing.chunks(MAX_BATCH) {
+        let of_missing = missing.iter().map(|index| targets[*index]).collect();
+        let found = search(context, netns_cookie, of_missing)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::warn!("searching for {} sockets: {error}", missing.len());
+                missing.iter().map(|index| Some(targets[*index])).collect()
+            });
+        let found = missing.iter().zip(found);
+        let (indices, found): (Vec<usize>, Vec<SocketId>) = found
+            .filter_map(|(index, target)| Some((*index, target?)))
+            .unzip();
+        let again = query_by_name(context, netns_cookie, &found, detail).await?;
+        for (index, answer) in indices.into_iter().zip(again) {
+            // It was there, and is being bound again and again, or was not searched for.
+            let is_lost = matches!(answer, Answer::Known(None, _));
+            answers[index] = if is_lost { Answer::Locked } else { answer };
+        }
+    }
+    Ok(answers)
+}
+
+/// Searches for sockets in the whole socket table of a namespace; returns their present names, in the order of the
+/// targets.
+async fn search(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: Vec<SocketId>,
+) -> Result<Vec<Option<SocketId>>, String> {
+    let (netns, handle) = context.state().handles.netns(netns_cookie);
+    let request = Request::Search { netns, targets };
+    let replies = ask(context, &request, handle.as_deref()).await?;
+    let sockets = replies.into_iter().flat_map(|(reply, _)| match reply {
+        Reply::Sockets { sockets, .. } => sockets,
+        _ => Vec::new(),
+    });
+    Ok(sockets.map(|socket| Some(socket?.target)).collect())
+}
+
+/// Queries sockets by their addresses, ports and interface.
+async fn query_by_name(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],

@@ -109,9 +109,13 @@ impl Hanging {
         self.of_cgroup.contains_key(&cgroup_id)
     }
 
-    /// Whether another reset may be started for the culprit.
+    /// Whether another reset may be started for the culprit. A session whose cgroup is not known (0) counts only in all:
+    /// it may be anybody's.
     pub(super) fn room(&self, culprit: Culprit) -> Room {
-        let of = |occupied: &HashMap<u64, Occupancy>, id| occupied.get(&id).copied();
+        let of = |occupied: &HashMap<u64, Occupancy>, id| {
+            let occupancy = occupied.get(&id).filter(|_| id != 0);
+            occupancy.copied()
+        };
         let limits = [
             (of(&self.of_cgroup, culprit.cgroup_id), MAX_OF_CGROUP),
             (of(&self.below, culprit.below), MAX_BELOW),
@@ -205,6 +209,10 @@ mod tests {
         (0..MAX_OF_CGROUP).for_each(|_| hanging.end(first, 0));
         assert!(!hanging.is_suspect(10));
         assert_eq!(hanging.room(first), Room::Free);
+        // Nobody takes the room of those whose cgroup is not known.
+        let unknown = Culprit::of(0, &Ancestors::UNKNOWN);
+        (0..=MAX_BELOW).for_each(|_| hanging.begin(unknown, 0));
+        assert_eq!(hanging.room(unknown), Room::Free);
         let mut id = 20_000;
         while hanging.room(culprit(&[id])) == Room::Free {
             hanging.begin(culprit(&[id]), id);

@@ -611,8 +611,9 @@ impl Sync<'_> {
         if self.aim.repairs {
             state.records.metrics.repaired(Repair::Missed);
         }
-        state.records.metrics.adopted();
-        let limits = state.rule_set.rules[usize::from(session.rule)].limits;
+        let rule = &state.rule_set.rules[usize::from(session.rule)];
+        let limits = rule.limits;
+        state.records.metrics.adopted(&rule.name);
         let is_asked_for = state.kills.of(cookie, &session).is_some();
         let due_ns = if session.generation == state.rule_set.generation && !is_asked_for {
             ending::ahead_of(limits.first_deadline_ns(session.established_ns), &limits)

@@ -13,10 +13,7 @@ use super::{
 };
 use crate::{
     host::clock::monotonic_ns,
-    reaper::{
-        diag::{Detail, MAX_BATCH, Socket, SocketId, state},
-        protocol::{Reply, Request},
-    },
+    reaper::diag::{Detail, Socket, SocketId, state},
 };
 
 /// Recheck interval of a session whose socket is closing.
@@ -38,10 +35,7 @@ pub(super) fn query_unreported(context: &Rc<Context>) {
     }
 }
 
-/// Queries the sockets by tuple first, which is cheap. Those that are not found are searched for in the whole socket
-/// table. A process may have bound its socket to another interface since (`SO_BINDTODEVICE` depends on no state and
-/// needs no privilege), or another `sock_ops` program may have cleared the callback flag, so that the end was not
-/// reported.
+/// Queries the sockets. Another `sock_ops` program may have cleared the callback flag, so that the end was not reported.
 pub(super) async fn query_maybe_ended(
     context: Rc<Context>,
     netns_cookie: u64,
@@ -54,53 +48,16 @@ pub(super) async fn query_maybe_ended(
         tracing::warn!("looking for {} sessions: {error}", sessions.len());
         vec![Answer::Locked; sessions.len()]
     });
-    let mut unnamed = Vec::new();
     for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
         let mut state = context.state();
         match answer {
-            Answer::Known(None, _) => unnamed.push(maybe_ended),
+            Answer::Known(None, _) => state.has_ended(&maybe_ended)?,
             Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&maybe_ended)?,
             Answer::Known(Some(socket), _) => state.is_there(&maybe_ended, &socket)?,
             Answer::Locked => state.may_be_there(&maybe_ended)?,
         }
     }
-    for sessions in unnamed.chunks(MAX_BATCH) {
-        search(&context, netns_cookie, sessions).await?;
-    }
     context.state().records.audit.flush();
-    Ok(())
-}
-
-pub(super) async fn search(
-    context: &Rc<Context>,
-    netns_cookie: u64,
-    sessions: &[MaybeEnded],
-) -> Result<()> {
-    let (netns, handle) = context.state().handles.netns(netns_cookie);
-    let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
-    let targets = sessions.iter().map(target).collect();
-    let request = Request::Search { netns, targets };
-    let replies = ask::ask(context, &request, handle.as_deref()).await;
-    let mut state = context.state();
-    let replies = match replies {
-        Ok(replies) => replies,
-        Err(error) => {
-            tracing::warn!("searching for {} sessions: {error}", sessions.len());
-            return sessions
-                .iter()
-                .try_for_each(|session| state.may_be_there(session));
-        }
-    };
-    let sockets = replies.into_iter().flat_map(|(reply, _)| match reply {
-        Reply::Sockets { sockets, .. } => sockets,
-        _ => Vec::new(),
-    });
-    for (session, socket) in sessions.iter().zip(sockets) {
-        match socket {
-            Some(socket) => state.is_there(session, &socket)?,
-            None => state.has_ended(session)?,
-        }
-    }
     Ok(())
 }
 

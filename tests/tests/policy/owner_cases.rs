@@ -12,8 +12,8 @@ use std::{
 use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, daemon_command, disconnect,
-    eventually, patience, run_to_end, set_option,
+    Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, bind_to_device, daemon_command,
+    disconnect, eventually, patience, run_to_end, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -221,6 +221,24 @@ fn a_socket_that_connects_again_keeps_its_owner() -> Result<()> {
     let record = assert_owned(&daemon, &dies)?;
     assert_eq!(record.text("user.id"), UID.to_string());
     assert_live(&[&lives])
+}
+
+/// The daemon looks for the owner of such a session by the addresses, ports and interface that its record has.
+#[test]
+fn a_socket_that_connects_again_and_is_bound_to_an_interface_keeps_its_owner() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let owner = lab.at(&Place::here().in_cgroup(&lab.cgroup).as_user(UID))?;
+    let listener = listen(&lab.outside)?;
+    let daemon = lab.daemon(&of_user(UID))?;
+    let first = Pair::open(&owner, &listener)?;
+    // Without the daemon, since it must not look before the socket is bound.
+    daemon.freeze()?;
+    let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
+    bind_to_device(&again.client, "lo")?;
+    daemon.thaw()?;
+    let record = assert_owned(&daemon, &again)?;
+    assert_eq!(record.text("user.id"), UID.to_string());
+    Ok(())
 }
 
 /// Creates a chain of cgroups and returns the innermost.

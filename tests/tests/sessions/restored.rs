@@ -73,6 +73,28 @@ fn an_accepted_connection_that_is_restored_is_still_accepted_and_as_idle_as_it_w
     assert_both_reset(&client, &server)
 }
 
+/// Any user can make a network namespace of his own, and a connection with these addresses and ports in it.
+#[test]
+fn a_socket_of_another_namespace_takes_no_clocks_away() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [netns, other] = [Netns::new()?, Netns::new()?];
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&rule("inbound", &seconds("idle_timeout", limit())))?;
+    let pair = Pair::open(&outside, &listener)?;
+    let last = pair.round_trip()?;
+    last.wait(limit() / 3);
+    let Pair { client, server, .. } = pair;
+    let saved = Saved::of(server)?;
+    // In repair mode it sends nothing, so no RST ends it.
+    let _copy = saved.establish(&lab.inside_in(&other)?)?;
+    let server = saved.restore(&inside)?;
+    for record in daemon.wait_for_terminations(2)? {
+        record.assert_reset("idle_timeout", &last, limit());
+    }
+    assert_both_reset(&client, &server)
+}
+
 /// If the programs have lost the clocks of a connection, restoring it gains no time.
 #[test]
 fn a_restored_connection_without_stored_clocks_is_past_its_limits() -> Result<()> {
