@@ -139,7 +139,7 @@ pub struct FilterArgs {
     ends_within: Option<String>,
 
     /// Text in the rule, an address, the user or the cgroup; case is ignored
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = of("text"))]
     text: Option<String>,
 }
 

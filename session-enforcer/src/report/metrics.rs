@@ -202,8 +202,7 @@ impl Metrics {
             )
         });
         let (opened, closed): (Vec<u64>, Vec<u64>) = each.unzip();
-        let adopted = self.sessions.adopted.get() + self.sessions.taken_over.get();
-        (opened.iter().sum::<u64>() + adopted, closed.iter().sum())
+        (opened.iter().sum(), closed.iter().sum())
     }
 
     /// Counts the termination of a session, or what would have been its termination in enforce mode.
@@ -224,8 +223,8 @@ impl Metrics {
     }
 
     /// Counts a session that the daemon adopted.
-    pub fn adopted(&self) {
-        self.sessions.adopted.inc();
+    pub fn adopted(&self, rule: &str) {
+        self.sessions.adopted.with_label_values(&[rule]).inc();
     }
 
     /// Counts the sessions that an earlier daemon left.

@@ -38,7 +38,11 @@ const METRICS: [(&str, &str, &[&str]); 23] = [
         "counter",
         &["rule"],
     ),
-    ("session_enforcer_sessions_adopted_total", "counter", &[]),
+    (
+        "session_enforcer_sessions_adopted_total",
+        "counter",
+        &["rule"],
+    ),
     (
         "session_enforcer_terminations_total",
         "counter",

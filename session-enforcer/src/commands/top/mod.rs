@@ -180,6 +180,7 @@ fn path(board: &Board, filters: &[(String, String)]) -> String {
     let mut pairs: Vec<(&str, &str)> = filters
         .iter()
         .map(|(key, value)| (&**key, &**value))
+        .filter(|(key, _)| *key != "text" || board.filter().is_empty())
         .collect();
     pairs.extend([("sort", board.sort().name()), ("limit", MAX_ROWS)]);
     if !board.filter().is_empty() {

@@ -45,26 +45,49 @@ impl Filter {
     ///
     /// # Errors
     ///
-    /// Fails if the value is invalid for the key.
+    /// Fails if the value is invalid for the key, or if the filter has the key already.
     pub fn add(&mut self, key: &str, value: &str) -> Result<bool, String> {
         let wrong = |what: String| format!("{key}: {what}");
-        match key {
-            "rule" => self.rule = Some(value.to_owned()),
-            "remote" => self.remote = Some(parse_prefix(value).map_err(|e| wrong(e.to_string()))?),
+        let is_there = match key {
+            "rule" => self.rule.replace(value.to_owned()).is_some(),
+            "remote" => {
+                let remote = parse_prefix(value).map_err(|e| wrong(e.to_string()))?;
+                self.remote.replace(remote).is_some()
+            }
             "local_port" => {
                 let ports = parse_ports(value).map_err(|e| wrong(e.to_string()))?;
                 if ports.first != ports.last {
                     return Err(wrong("one port is allowed".to_owned()));
                 }
-                self.local_port = Some(ports.first);
+                self.local_port.replace(ports.first).is_some()
             }
-            "user" => self.user = Some(parse_user(value).map_err(|e| wrong(e.to_string()))?),
-            "cgroup" => self.cgroup = Some(parse_cgroup(value).map_err(|e| wrong(e.to_string()))?),
-            "idle_over" => self.idle_over = Some(time(value).map_err(wrong)?),
-            "older_than" => self.older_than = Some(time(value).map_err(wrong)?),
-            "ends_within" => self.ends_within = Some(time(value).map_err(wrong)?),
-            "text" => self.text = Some(value.to_lowercase()),
+            "user" => {
+                let user = parse_user(value).map_err(|e| wrong(e.to_string()))?;
+                self.user.replace(user).is_some()
+            }
+            "cgroup" => {
+                let cgroup = parse_cgroup(value).map_err(|e| wrong(e.to_string()))?;
+                self.cgroup.replace(cgroup).is_some()
+            }
+            "idle_over" => self
+                .idle_over
+                .replace(time(value).map_err(wrong)?)
+                .is_some(),
+            "older_than" => self
+                .older_than
+                .replace(time(value).map_err(wrong)?)
+                .is_some(),
+            "ends_within" => self
+                .ends_within
+                .replace(time(value).map_err(wrong)?)
+                .is_some(),
+            // Every session has an empty text: `kill --text "$UNSET"` would reset all of them.
+            "text" if value.is_empty() => return Err(wrong("at least one character".to_owned())),
+            "text" => self.text.replace(value.to_lowercase()).is_some(),
             _ => return Ok(false),
+        };
+        if is_there {
+            return Err(wrong("is given twice".to_owned()));
         }
         Ok(true)
     }

@@ -56,9 +56,14 @@ impl Order {
                     self.ids = Some(ids.ok_or("ids: a list of numbers is allowed")?);
                 }
                 ("dry_run", Value::Bool(dry_run)) => self.selection.dry_run = dry_run,
+                ("dry_run", _) => return Err("dry_run: true or false is allowed".to_owned()),
+                ("ids", _) => return Err("ids: a list of numbers is allowed".to_owned()),
                 (key, Value::String(text)) => self.filter(key, &text)?,
                 (key, Value::Number(number)) => self.filter(key, &number.to_string())?,
-                (key, _) => return Err(format!("{key}: a text or a number is allowed")),
+                (key, _) if super::FILTER_KEYS.contains(&key) => {
+                    return Err(format!("{key}: a text or a number is allowed"));
+                }
+                (key, _) => self.filter(key, "")?,
             }
         }
         Ok(())
@@ -107,10 +112,13 @@ mod tests {
             ("", "[1]", "the body is not an object"),
             ("", "{", "the body is not JSON"),
             ("", "{\"ids\":[-1]}", "ids: "),
-            ("", "{\"ids\":1}", "ids: there is no such key"),
-            ("", "{\"id\":[1]}", "id: "),
+            ("", "{\"ids\":1}", "ids: a list of numbers"),
+            ("", "{\"id\":[1]}", "id: there is no such key"),
+            ("", "{\"rule\":[1]}", "rule: a text or a number"),
+            ("text=", "", "text: at least one character"),
+            ("rule=a", "{\"rule\":\"b\"}", "rule: is given twice"),
             ("", "{\"ids\":[1],\"rulez\":\"a\"}", "rulez: "),
-            ("", "{\"ids\":[1],\"dry_run\":\"yes\"}", "dry_run: "),
+            ("", "{\"ids\":[1],\"dry_run\":\"yes\"}", "dry_run: true or"),
             ("rule=a&limit=1", "", "sort, limit: "),
         ] {
             let error = Order::parse(query, body.as_bytes()).unwrap_err();

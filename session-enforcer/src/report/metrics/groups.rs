@@ -105,7 +105,7 @@ pub(super) struct Sessions {
     pub(super) tracked: IntGaugeVec,
     pub(super) opened: IntCounterVec,
     pub(super) closed: IntCounterVec,
-    pub(super) adopted: IntCounter,
+    pub(super) adopted: IntCounterVec,
     pub(super) taken_over: IntCounter,
     pub(super) untracked: IntCounterVec,
 }
@@ -124,9 +124,10 @@ impl Sessions {
                 "Tracked sessions that ended, or that no rule matches any more.",
                 &["rule"],
             )?,
-            adopted: registrar.counter(
+            adopted: registrar.counters(
                 "sessions_adopted_total",
                 "Sessions that were adopted: older than the daemon, matched by a rule since, or missed when they opened.",
+                &["rule"],
             )?,
             taken_over: registrar.counter(
                 "sessions_taken_over_total",
@@ -146,6 +147,7 @@ impl Sessions {
         self.tracked.with_label_values(&[rule]);
         self.opened.with_label_values(&[rule]);
         self.closed.with_label_values(&[rule]);
+        self.adopted.with_label_values(&[rule]);
     }
 }
 

@@ -34,7 +34,7 @@ fn snapshot(opened: u64, closed: u64, map_full: u64) -> KernelSnapshot {
 fn the_entries_of_the_map_are_what_the_kernel_counts() {
     let metrics = metrics();
     metrics.taken_over(4);
-    metrics.adopted();
+    metrics.adopted("pg");
     let counted = KernelSnapshot {
         map_entries: 7,
         ..snapshot(3, 0, 0)
@@ -94,7 +94,7 @@ fn processor_time_is_told_in_fractions_of_a_second() {
 fn what_the_daemon_removed_has_closed() {
     let mut metrics = metrics();
     for _ in 0..3 {
-        metrics.adopted();
+        metrics.adopted("pg");
     }
     metrics.removed(0);
     let text = metrics.render(&snapshot(10, 4, 0)).unwrap();
@@ -103,7 +103,10 @@ fn what_the_daemon_removed_has_closed() {
         &text,
         "session_enforcer_sessions_closed_total{rule=\"pg\"} 5"
     ));
-    assert!(has(&text, "session_enforcer_sessions_adopted_total 3"));
+    assert!(has(
+        &text,
+        "session_enforcer_sessions_adopted_total{rule=\"pg\"} 3"
+    ));
 }
 
 #[test]
@@ -111,13 +114,13 @@ fn a_rule_that_comes_later_has_its_series_and_one_that_goes_keeps_them() {
     let mut metrics = metrics();
     let rules = ["pg", "ssh", "web"].map(|name| (name.to_owned(), Mode::Enforce));
     metrics.set_rules(&rules);
-    metrics.adopted();
+    metrics.adopted("pg");
     metrics.config_refused();
     let text = metrics.render(&snapshot(0, 0, 0)).unwrap();
     for line in [
         "session_enforcer_sessions{rule=\"ssh\"} 0",
         "session_enforcer_sessions{rule=\"web\"} 0",
-        "session_enforcer_sessions_adopted_total 1",
+        "session_enforcer_sessions_adopted_total{rule=\"pg\"} 1",
         "session_enforcer_config_last_reload_successful 0",
     ] {
         assert!(has(&text, line), "{line} is missing in\n{text}");
