@@ -349,8 +349,8 @@ impl Book {
             } else {
                 "leave"
             };
-            // The daemon gets no event when there is a free slot again. It adopts an untracked session at the next
-            // reconciliation, so the interval is short.
+            // The daemon adopts an untracked session at a comparison. While nothing makes room they come at growing
+            // intervals, so the longest is short.
             text = format!("[daemon]\nreconcile_interval = \"2s\"\non_full = \"{on_full}\"\n");
         }
         if self.scarce == Scarce::Table {

@@ -144,8 +144,8 @@ impl Built {
 /// The selected parts, each with the words that select its tests; without words, all of its tests.
 pub(super) type Chosen<T> = Vec<(T, Vec<String>)>;
 
-/// Builds the test programs of the selected parts; static ones for another architecture, and its daemon. If everything was selected,
-/// programs that `cargo test` does not run are left out, except the tests of whole hosts.
+/// Builds the test programs of the selected parts; static ones for another architecture, and its daemon. If everything
+/// was selected, programs that `cargo test` does not run are left out, except the tests of whole hosts.
 pub(super) fn build(
     workspace: &Workspace,
     foreign: Option<Arch>,
