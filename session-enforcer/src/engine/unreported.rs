@@ -51,9 +51,10 @@ pub(super) async fn query_maybe_ended(
     for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
         let mut state = context.state();
         match answer {
-            Answer::Known(None, _) => state.has_ended(&maybe_ended)?,
-            Answer::Known(Some(socket), _) if socket.is_mini => state.has_ended(&maybe_ended)?,
-            Answer::Known(Some(socket), _) => state.is_there(&maybe_ended, &socket)?,
+            Answer::Known(Some(socket), _) if !socket.is_mini => {
+                state.is_there(&maybe_ended, &socket)?;
+            }
+            Answer::Known(..) => state.has_ended(&maybe_ended)?,
             Answer::Locked => state.may_be_there(&maybe_ended)?,
         }
     }
