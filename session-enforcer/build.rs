@@ -1,4 +1,4 @@
-//! Builds the eBPF programs into `OUT_DIR`, from where `bpf` includes them.
+//! Builds the eBPF programs into `OUT_DIR`, from where `datapath` includes them.
 
 use std::{
     env,

@@ -106,6 +106,9 @@ pub mod flags {
     /// The headers of the last sent packet could not be parsed. The socket's counters show how much it sent when the
     /// next packet leaves.
     pub const SENT_UNREAD: u8 = 16;
+    /// The daemon has the event that this session may have ended ([`EventKind::MayEnd`](crate::EventKind::MayEnd)), and
+    /// has not looked yet. Further packets that may end it send no event: a peer can send any number of them.
+    pub const END_REPORTED: u8 = 32;
 }
 
 /// The record of a TCP session, from establishment to close. The packet path writes it. The daemon reads it, inserts

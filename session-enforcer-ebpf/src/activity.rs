@@ -17,9 +17,9 @@ use session_enforcer_common::{
 };
 
 use crate::{
-    count,
+    count, event_ring,
     gate::{self, Verdict},
-    lifecycle, policy_tables, port_check,
+    policy_tables, port_check,
     skb::{self, Segment},
     slots, words,
 };
@@ -135,8 +135,10 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
     } else if segment.fin && segment.end().wrapping_sub(tcp.rcv_nxt) <= MAX_WINDOW {
         session.flags |= flags::PEER_HAS_ENDED;
     }
-    if segment.ends && session.flags & flags::END_UNREPORTED != 0 {
-        lifecycle::notify(EventKind::MayEnd, cookie, session);
+    let report = session.flags & (flags::END_UNREPORTED | flags::END_REPORTED);
+    if segment.ends && report == flags::END_UNREPORTED {
+        session.flags |= flags::END_REPORTED;
+        event_ring::notify(EventKind::MayEnd, cookie, session);
     }
     Verdict::Pass
 }

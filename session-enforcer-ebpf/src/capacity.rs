@@ -5,13 +5,22 @@ use core::intrinsics::{AtomicOrdering::SeqCst, atomic_xadd};
 
 use session_enforcer_common::Choice;
 
-use crate::{
-    maps::{FIRST_GENERATION, HELD, MATCH_TABLES, MAX_SESSIONS, TABLE},
-    policy_tables,
-    slots::Refusal,
+use crate::maps::{
+    FIRST_GENERATION, HELD, MATCH_TABLES, MAX_SESSIONS, TABLE, active_table, limits_of,
 };
 
 const ONE_LESS: u64 = u64::MAX;
+
+/// Why a session was not inserted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// The cookie already has a session.
+    Present,
+    /// The table, or the part of it that the rule may use, is full.
+    Full,
+    /// The rule has reached its own maximum.
+    RuleFull,
+}
 
 /// Reserves a slot for a session.
 #[inline(always)]
@@ -57,7 +66,7 @@ fn answer(choice: Choice, all: i64, held: u64) -> u32 {
         // A session of another daemon, which already had room for it.
         return TAKEN;
     }
-    let Some(table) = MATCH_TABLES.get(policy_tables::active_table()) else {
+    let Some(table) = MATCH_TABLES.get(active_table()) else {
         return TAKEN;
     };
     if all >= slots - i64::from(table.reserve)
@@ -65,7 +74,7 @@ fn answer(choice: Choice, all: i64, held: u64) -> u32 {
     {
         return FULL;
     }
-    match policy_tables::limits(choice.rule()) {
+    match limits_of(choice.rule()) {
         Some(limits) if choice.generation() != 0 => {
             let most = u64::from(limits.max_sessions);
             if most != 0 && held >= most {

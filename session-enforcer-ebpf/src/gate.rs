@@ -10,7 +10,7 @@ use session_enforcer_common::{
     EventKind, Limits, PacketDirection, SHORTEST_LIMIT_NS, Session, flags,
 };
 
-use crate::{count, lifecycle, words};
+use crate::{count, event_ring, words};
 
 /// The decision about a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ fn refuses(session: *const Session, limits: &Limits) -> bool {
 pub(crate) fn drop_packet(session: &mut Session, cookie: u64, way: PacketDirection) -> Verdict {
     count::gate_drop(way);
     if session.flags & flags::EXPIRY_REPORTED == 0
-        && lifecycle::notify(EventKind::Expired, cookie, session)
+        && event_ring::notify(EventKind::Expired, cookie, session)
     {
         session.flags |= flags::EXPIRY_REPORTED;
     }

@@ -13,18 +13,17 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use session_enforcer_common::{
-    Address, Direction, ErrorKind, Event, EventKind, RULE_EXEMPT, Session, flags,
+    Address, Direction, ErrorKind, EventKind, RULE_EXEMPT, Session, flags,
 };
 
 use crate::{
     activity,
     activity::now_ns,
-    count,
-    maps::{EVENTS, FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
+    capacity::Refusal,
+    count, event_ring,
+    maps::{FIRST_GENERATION, HAS_MPTCP, ONLY_NETNS},
     policy_tables::{Decision, decide},
-    port_check, repaired,
-    slots::{self, Refusal},
-    socket_owner, words,
+    port_check, repaired, slots, socket_owner, words,
 };
 
 const AF_INET: u32 = 2;
@@ -152,7 +151,7 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
             if session.generation != 0 {
                 count::rule(session.rule, |c| c.opened += 1);
             }
-            notify(EventKind::Opened, cookie, session);
+            event_ring::notify(EventKind::Opened, cookie, session);
         }
         Err(Refusal::Present) => {}
         Err(Refusal::Full) => {
@@ -180,7 +179,7 @@ fn end(cookie: u64, is_silent: bool) {
     if is_silent {
         repaired::remember(session);
     }
-    let mut event = event(EventKind::Closed, cookie, session);
+    let mut event = event_ring::event(EventKind::Closed, cookie, session);
     if session.generation < FIRST_GENERATION.load() {
         event.rule = rule_anew(session);
     }
@@ -199,7 +198,7 @@ fn end(cookie: u64, is_silent: bool) {
     if generation != 0 {
         count::rule(event.rule, |c| c.closed += 1);
     }
-    send(event);
+    event_ring::send(event);
 }
 
 /// The rule in this daemon's policy for a session that another daemon's programs matched.
@@ -213,35 +212,6 @@ fn rule_anew(session: &Session) -> u16 {
         }) => rule,
         _ => RULE_EXEMPT,
     }
-}
-
-/// Reports an event to the daemon. Returns whether the ring buffer accepted it.
-#[inline(always)]
-pub(crate) fn notify(kind: EventKind, cookie: u64, session: &Session) -> bool {
-    send(event(kind, cookie, session))
-}
-
-#[inline(always)]
-fn event(kind: EventKind, cookie: u64, session: &Session) -> Event {
-    Event {
-        cookie,
-        netns_cookie: session.netns_cookie,
-        established_ns: session.established_ns,
-        cgroup_id: session.owner.cgroup_id,
-        kind: kind as u32,
-        rule: session.rule,
-        generation: session.generation as u16,
-    }
-}
-
-/// With flags 0 the ring buffer wakes the daemon only if it had consumed all earlier events.
-#[inline(always)]
-fn send(event: Event) -> bool {
-    let told = EVENTS.output(event, 0).is_ok();
-    if !told {
-        count::error(ErrorKind::EventLost);
-    }
-    told
 }
 
 #[inline(always)]

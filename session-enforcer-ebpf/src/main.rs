@@ -24,6 +24,7 @@
 mod activity;
 mod capacity;
 mod count;
+mod event_ring;
 mod gate;
 mod lifecycle;
 mod maps;

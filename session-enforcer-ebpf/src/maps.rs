@@ -184,3 +184,21 @@ impl<T> ClonedSkStorage<T> {
         ptr::from_ref(self).cast_mut().cast()
     }
 }
+
+/// Index of the active table.
+#[inline(always)]
+pub(crate) fn active_table() -> u32 {
+    ACTIVE_TABLE
+        .get(0)
+        .map_or(0, |active| active % Table::COUNT)
+}
+
+/// The limits of a rule; `None` for `RULE_EXEMPT`.
+#[inline(always)]
+pub(crate) fn limits_of(rule: u16) -> Option<&'static Limits> {
+    let rule = u32::from(rule);
+    if rule >= MAX_RULES {
+        return None;
+    }
+    POLICIES.get(active_table() * MAX_RULES + rule)
+}

@@ -4,14 +4,13 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::{
-    Ancestors, Choice, ErrorKind, Facts, Limits, MAX_MATCH_ENTRIES, MAX_RULES, Session, Table,
-    matches,
+    Ancestors, Choice, ErrorKind, Facts, Limits, MAX_MATCH_ENTRIES, Session, matches,
 };
 
 use crate::{
     capacity, count,
-    maps::{ACTIVE_TABLE, ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, POLICIES},
-    slots, words,
+    maps::{ANCESTORS, MATCH_ENTRIES, MATCH_TABLES, active_table, limits_of},
+    words,
 };
 
 /// The result of a match.
@@ -24,14 +23,6 @@ pub(crate) struct Decision {
     pub needs_owner: bool,
 }
 
-/// Index of the active table.
-#[inline(always)]
-pub(crate) fn active_table() -> u32 {
-    ACTIVE_TABLE
-        .get(0)
-        .map_or(0, |active| active % Table::COUNT)
-}
-
 /// The session's current limits. If the policy has changed since its last payload, the session is matched again first.
 ///
 /// Returns `None`, which passes the packet, in these cases:
@@ -42,7 +33,7 @@ pub(crate) fn active_table() -> u32 {
 /// - a map cannot be read (fail open).
 #[inline(always)]
 pub(crate) fn of(session: &mut Session) -> Option<&'static Limits> {
-    let Some(policy) = limits(session.rule) else {
+    let Some(policy) = limits_of(session.rule) else {
         count::error(ErrorKind::TableUnreadable);
         return None;
     };
@@ -50,16 +41,6 @@ pub(crate) fn of(session: &mut Session) -> Option<&'static Limits> {
         return Some(policy);
     }
     of_rule_anew(session)
-}
-
-/// The limits of a rule; `None` for `RULE_EXEMPT`.
-#[inline(always)]
-pub(crate) fn limits(rule: u16) -> Option<&'static Limits> {
-    let rule = u32::from(rule);
-    if rule >= MAX_RULES {
-        return None;
-    }
-    POLICIES.get(active_table() * MAX_RULES + rule)
 }
 
 #[inline(never)]
@@ -73,12 +54,12 @@ fn of_rule_anew(session: &mut Session) -> Option<&'static Limits> {
     if decision.needs_owner {
         return None;
     }
-    let policy = limits(decision.rule)?;
+    let policy = limits_of(decision.rule)?;
     let before = Choice::of(session);
     let after = before.by(decision.rule, decision.generation);
     // If a packet of the other direction changes the flags at the same time, the exchange fails and the next packet
     // tries again.
-    if words::exchange(slots::choice_word(session), before.0, after.0) {
+    if words::exchange(words::choice_word(session), before.0, after.0) {
         capacity::moved(before, after);
     }
     // Only the daemon opens a gate that it has shut.

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use session_enforcer_common::PortFilter;
 
-use crate::{maps::PORTS, policy_tables::active_table};
+use crate::maps::{PORTS, active_table};
 
 /// Whether the packet's connection can have a session. A packet for a listening socket has remote port 0 and no
 /// session.

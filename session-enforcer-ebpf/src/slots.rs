@@ -22,7 +22,7 @@ use session_enforcer_common::{
 };
 
 use crate::{
-    capacity,
+    capacity::{self, Refusal},
     maps::{BUCKET_COUNT, BUCKETS, SESSIONS, TABLE_KEY},
     words::{self, exchange},
 };
@@ -32,17 +32,6 @@ const ATTEMPTS: u32 = 3;
 
 /// Maximum number of copies that `read_whole` makes to get a consistent one.
 const MAX_COPIES: usize = 8;
-
-/// Why a session was not inserted.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// The cookie already has a session.
-    Present,
-    /// The table, or the part of it that the rule may use, is full.
-    Full,
-    /// The rule has reached its own maximum.
-    RuleFull,
-}
 
 /// Looks up the record of a session; it is valid while the program runs. For the packet path, where it is inlined.
 #[inline(always)]
@@ -180,7 +169,7 @@ extern "C" fn choose_once(slot: u32, cookie: u64, choice: u64, kept: u8) -> u32 
         return HAS_ENDED;
     }
     let after = Choice(choice).keeping(before, kept);
-    let word = choice_word(record);
+    let word = words::choice_word(record);
     if !exchange(word, before.0, after.0) {
         return CHANGED_MEANWHILE;
     }
@@ -218,17 +207,10 @@ pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u3
     chosen
 }
 
-/// The word of a record that holds its choice: generation, rule, direction and flags.
-#[inline(always)]
-pub(crate) fn choice_word(record: *mut Session) -> *mut u64 {
-    // SAFETY: within the record; the fields from here on form one aligned word.
-    unsafe { (&raw mut (*record).generation).cast() }
-}
-
 #[inline(always)]
 pub(crate) fn choice_of(record: *mut Session) -> Choice {
     // SAFETY: the map lookup returned the pointer. Volatile: others change it.
-    Choice(unsafe { ptr::read_volatile(choice_word(record)) })
+    Choice(unsafe { ptr::read_volatile(words::choice_word(record)) })
 }
 
 /// Whether the slot holds the session of this cookie and time of establishment.
@@ -360,7 +342,7 @@ fn clear(slot: u32, cookie: u64) -> u64 {
     }
     // SAFETY: the map lookups returned the pointers.
     let choice = unsafe {
-        let choice = atomic_xchg::<u64, { SeqCst }>(choice_word(record), Choice::ENDED.0);
+        let choice = atomic_xchg::<u64, { SeqCst }>(words::choice_word(record), Choice::ENDED.0);
         atomic_xchg::<u64, { SeqCst }>(tag, 0);
         Choice(choice)
     };

@@ -6,10 +6,7 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::helpers::bpf_loop;
 use session_enforcer_common::table::{MAX_REQUESTS, TableOp, TableRequest, answer};
 
-use crate::{
-    maps::EXCHANGES,
-    slots::{self, Refusal},
-};
+use crate::{capacity::Refusal, maps::EXCHANGES, slots};
 
 /// Answers the first `requests` requests of the buffer.
 #[inline(always)]

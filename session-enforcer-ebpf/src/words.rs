@@ -11,6 +11,8 @@ use core::{
     intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg},
 };
 
+use session_enforcer_common::Session;
+
 /// A full memory barrier on other processors than x86-64. On x86-64 it emits nothing: volatile accesses are already
 /// ordered there, except a read after a write.
 ///
@@ -71,4 +73,11 @@ pub(crate) unsafe fn clear<W: From<u8>, T>(to: *mut T) {
         // SAFETY: see the function's contract.
         unsafe { to.add(word).write_volatile(W::from(0)) };
     }
+}
+
+/// The word of a record that holds its choice: generation, rule, direction and flags.
+#[inline(always)]
+pub(crate) fn choice_word(record: *mut Session) -> *mut u64 {
+    // SAFETY: within the record; the fields from here on form one aligned word.
+    unsafe { (&raw mut (*record).generation).cast() }
 }

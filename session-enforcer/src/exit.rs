@@ -109,13 +109,23 @@ pub trait OrExit<T> {
 
 impl<T, E: Into<anyhow::Error>> OrExit<T> for Result<T, E> {
     fn or_exit(self, status: ExitStatus) -> Result<T, Failure> {
-        self.map_err(|error| Failure::new(status, format!("{:#}", error.into())))
+        self.map_err(|error| Failure::new(status, causes(&error.into())))
     }
+}
+
+/// The error with its causes. A cause that the text before it contains is left out: many messages name theirs.
+pub fn causes(error: &anyhow::Error) -> String {
+    let all = error.chain().map(ToString::to_string);
+    let joined = all.reduce(|text, cause| match text.contains(&cause) {
+        true => text,
+        false => format!("{text}: {cause}"),
+    });
+    joined.unwrap_or_default()
 }
 
 /// The error, with its causes, in the one line that goes to stderr.
 pub fn line(error: &anyhow::Error) -> String {
-    let text = format!("{error:#}");
+    let text = causes(error);
     // A cause that came from elsewhere may have several lines; a log reader expects one.
     let parts: Vec<&str> = text.lines().map(str::trim).collect();
     format!("{PROGRAM}: {}", parts.join(" ").trim_end())
@@ -169,6 +179,16 @@ mod tests {
         assert_eq!(failure.status, ExitStatus::Unavailable);
         let printed = line(&failure.into());
         assert_eq!(printed, "session-enforcer: verifying: first second");
+    }
+
+    #[test]
+    fn a_cause_that_its_message_names_is_said_once() {
+        let error = |path: &str| crate::host::cgroup::Cgroup::open(path.as_ref()).unwrap_err();
+        let missing = "/nonexistent: No such file or directory (os error 2)";
+        let printed = line(&anyhow::Error::from(error("/nonexistent")).context("reloading"));
+        assert_eq!(printed, format!("session-enforcer: reloading: {missing}"));
+        let failure = Err::<(), _>(error("/nonexistent")).or_exit(ExitStatus::Unavailable);
+        assert_eq!(failure.unwrap_err().message, missing);
     }
 
     #[test]

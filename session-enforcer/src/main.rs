@@ -9,8 +9,8 @@ use anyhow::Result;
 use session_enforcer::{
     cli::{Cli, Command, RunArgs},
     commands::{
-        check, detach, doctor, explain, follow, kill, last_good, list, reload_now, run as daemon,
-        status, top,
+        check, detach, doctor, explain, follow, kill, last_good, list, printed, reload_now,
+        run as daemon, status, top,
     },
     config::NetworkNamespaces,
     engine::Source,
@@ -54,31 +54,30 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             run_daemon(args)?;
         }
         Command::Check(args) => {
-            check::check(&args.config, args.json, &mut io::stdout().lock())?;
+            printed(stdout(), |out| check::check(&args.config, args.json, out))?;
         }
-        Command::Status(args) => status::status(args, &mut stdout())?,
-        Command::List(args) => list::list(args, &mut stdout())?,
-        Command::Kill(args) => kill::kill(args, &mut stdout())?,
+        Command::Status(args) => printed(stdout(), |out| status::status(args, out))?,
+        Command::List(args) => printed(stdout(), |out| list::list(args, out))?,
+        Command::Kill(args) => printed(stdout(), |out| kill::kill(args, out))?,
         Command::Top(args) => top::top(args)?,
-        Command::Reload(args) => reload_now::reload(args, &mut stdout())?,
-        Command::Events(args) => follow::events(args, &mut stdout())?,
-        Command::Explain(args) => explain::explain(args, &mut stdout())?,
+        Command::Reload(args) => printed(stdout(), |out| reload_now::reload(args, out))?,
+        Command::Events(args) => printed(stdout(), |out| follow::events(args, out))?,
+        Command::Explain(args) => printed(stdout(), |out| explain::explain(args, out))?,
         Command::Detach(args) => {
-            detach::detach(args.pin_dir()?.as_deref(), &mut io::stdout().lock())?;
+            let pins = args.pin_dir()?;
+            printed(stdout(), |out| detach::detach(pins.as_deref(), out))?;
         }
         Command::Doctor(args) => {
-            let problem = {
-                let all = args.network_namespaces == NetworkNamespaces::All;
-                doctor::doctor(args.json, all, &mut io::stdout().lock())?
-            };
+            let all = args.network_namespaces == NetworkNamespaces::All;
+            let problem = printed(stdout(), |out| Ok(doctor::doctor(args.json, all, out)?))?;
             return Ok(problem.map_or(ExitCode::SUCCESS, ExitCode::from));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn stdout() -> io::BufWriter<io::StdoutLock<'static>> {
-    io::BufWriter::new(io::stdout().lock())
+fn stdout() -> io::StdoutLock<'static> {
+    io::stdout().lock()
 }
 
 fn run_daemon(args: &RunArgs) -> Result<()> {

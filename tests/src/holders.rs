@@ -1,10 +1,11 @@
 //! A crowded host: many descriptors, cgroups and network namespaces that no test uses.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::unix::process::CommandExt as _,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
 };
 
 use anyhow::{Context as _, Result};
@@ -25,6 +26,15 @@ impl Holders {
     ///
     /// Fails if the host's limit of processes or descriptors is reached.
     pub fn of_descriptors(processes: usize) -> Result<Self> {
+        Self::of_descriptors_to("/dev/null", processes)
+    }
+
+    /// The same, but the descriptors refer to this file.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be opened, or as above.
+    pub fn of_descriptors_to(file: &str, processes: usize) -> Result<Self> {
         let fill = || {
             for _ in 0..DESCRIPTORS {
                 // SAFETY: the system call takes no pointers; it runs between fork and exec.
@@ -34,7 +44,7 @@ impl Holders {
             }
             Ok(())
         };
-        Self::start(processes, fill)
+        Self::start(file, processes, fill)
     }
 
     /// Starts processes with a network namespace each.
@@ -50,17 +60,33 @@ impl Holders {
             }
             Ok(())
         };
-        Self::start(processes, unshare)
+        Self::start("/dev/null", processes, unshare)
+    }
+
+    /// Moves the processes to a cgroup, which must outlive them.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses.
+    pub fn enter(&self, cgroup: &Cgroup) -> Result<()> {
+        for child in &self.0 {
+            let pid = child.id().to_string();
+            fs::write(cgroup.path().join("cgroup.procs"), pid).context("entering a cgroup")?;
+        }
+        Ok(())
     }
 
     fn start(
+        file: &str,
         processes: usize,
         prepare: impl FnMut() -> io::Result<()> + Send + Sync + Clone + 'static,
     ) -> Result<Self> {
         let mut holders = Self::default();
         for _ in 0..processes {
             let mut command = Command::new("sleep");
-            command.arg("3600").stdin(Stdio::null());
+            command
+                .arg("3600")
+                .stdin(File::open(file).context(file.to_owned())?);
             // SAFETY: the closure makes only system calls between fork and exec.
             unsafe { command.pre_exec(prepare.clone()) };
             let child = die_with_parent(&mut command).spawn();

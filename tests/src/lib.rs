@@ -65,7 +65,7 @@ pub use process::{
     Finished, block_signals, die_with_parent, keep_capabilities, pin_to_cpu, run_to_end,
 };
 pub use programs::{
-    Allow, OtherProgram, PlainProgram, attach_other, detach_by_force, drop_packets,
+    Allow, OtherProgram, Passing, PlainProgram, attach_other, detach_by_force, drop_packets,
     overwrite_callback_flags,
 };
 pub use random::{Random, SEED, seed};

@@ -15,9 +15,11 @@ const BPF_PROG_DETACH: libc::c_long = 9;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
+const BPF_PROG_TYPE_CGROUP_SOCK: u32 = 9;
 const BPF_PROG_TYPE_SOCK_OPS: u32 = 13;
 const BPF_CGROUP_INET_INGRESS: u32 = 0;
 const BPF_CGROUP_INET_EGRESS: u32 = 1;
+const BPF_CGROUP_INET_SOCK_CREATE: u32 = 2;
 const BPF_CGROUP_SOCK_OPS: u32 = 3;
 
 const fn instruction(code: u8, registers: u8, offset: i16, constant: i32) -> Instruction {
@@ -124,13 +126,23 @@ pub enum Allow {
     Multi,
 }
 
-/// A program named `other` that lets each incoming packet pass. It is attached without a link, as other tools
-/// do. Dropping it detaches it.
+/// What a [`PlainProgram`] lets pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passing {
+    /// Each incoming packet.
+    Packets,
+    /// Each new socket.
+    Sockets,
+}
+
+/// A program named `other` that lets everything pass. It is attached without a link, as other tools do. Dropping
+/// it detaches it.
 #[derive(Debug)]
 pub struct PlainProgram {
     /// The program's ID.
     pub id: u32,
     program: OwnedFd,
+    attach_type: u32,
     directory: File,
 }
 
@@ -139,35 +151,39 @@ pub struct PlainProgram {
 /// # Errors
 ///
 /// Fails if the kernel refuses.
-pub fn attach_other(cgroup: &Cgroup, allow: Allow) -> Result<PlainProgram> {
+pub fn attach_other(cgroup: &Cgroup, passing: Passing, allow: Allow) -> Result<PlainProgram> {
     // return 1
     let instructions = [instruction(0xb7, 0x00, 0, 1), instruction(0x95, 0, 0, 0)];
-    let (program_type, attach_type) = (BPF_PROG_TYPE_CGROUP_SKB, BPF_CGROUP_INET_INGRESS);
+    let (program_type, attach_type) = match passing {
+        Passing::Packets => (BPF_PROG_TYPE_CGROUP_SKB, BPF_CGROUP_INET_INGRESS),
+        Passing::Sockets => (BPF_PROG_TYPE_CGROUP_SOCK, BPF_CGROUP_INET_SOCK_CREATE),
+    };
     let program = load_program(program_type, attach_type, "other", &instructions);
     let program = program.context("loading a program")?;
     let directory = File::open(cgroup.path())?;
-    let mut attach = attach_attributes(&directory, &program);
+    let before = cgroup.program_ids()?;
+    let mut attach = attach_attributes(&directory, &program, attach_type);
     attach[3] = allow as u32;
     bpf(BPF_PROG_ATTACH, &mut attach).context("attaching a program")?;
-    let [id] = cgroup.program_ids()?[..] else {
-        anyhow::bail!("the cgroup has other programs too");
-    };
+    let ids = cgroup.program_ids()?;
+    let id = ids.into_iter().find(|id| !before.contains(id));
     Ok(PlainProgram {
-        id,
+        id: id.context("the program is not attached")?,
         program,
+        attach_type,
         directory,
     })
 }
 
 /// Cgroup, program, attach type, flags.
-fn attach_attributes(directory: &File, program: &OwnedFd) -> [u32; 4] {
+fn attach_attributes(directory: &File, program: &OwnedFd, attach_type: u32) -> [u32; 4] {
     let (target, program) = (number(directory), number(program));
-    [target, program, BPF_CGROUP_INET_INGRESS, 0]
+    [target, program, attach_type, 0]
 }
 
 impl Drop for PlainProgram {
     fn drop(&mut self) {
-        let mut attributes = attach_attributes(&self.directory, &self.program);
+        let mut attributes = attach_attributes(&self.directory, &self.program, self.attach_type);
         if let Err(error) = bpf(BPF_PROG_DETACH, &mut attributes) {
             eprintln!("the program {} stays attached: {error}", self.id);
         }

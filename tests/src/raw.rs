@@ -76,14 +76,28 @@ impl RawTcp {
     ///
     /// The kernel's error, or that the connection is not IPv4.
     pub fn send(&self, from: &TcpStream, at: Sequence, payload: &[u8]) -> Result<()> {
+        self.send_with(0, from, at, payload)
+    }
+
+    /// Sends such a segment with the FIN flag.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub fn send_fin(&self, from: &TcpStream, at: Sequence) -> Result<()> {
+        const FIN: u8 = 1;
+        self.send_with(FIN, from, at, &[])
+    }
+
+    fn send_with(&self, flags: u8, from: &TcpStream, at: Sequence, payload: &[u8]) -> Result<()> {
         let (source, target) = (ipv4(from.local_addr()?)?, ipv4(from.peer_addr()?)?);
         let mut segment = Vec::new();
         segment.extend(source.port().to_be_bytes());
         segment.extend(target.port().to_be_bytes());
         segment.extend(at.to_send.to_be_bytes());
         segment.extend(at.to_receive.to_be_bytes());
-        // Five words of header, the ACK flag, a window, no checksum yet, no urgent data.
-        segment.extend([0x50, 0x10, 0x20, 0x00, 0, 0, 0, 0]);
+        // Five words of header, the flags, a window, no checksum yet, no urgent data.
+        segment.extend([0x50, 0x10 | flags, 0x20, 0x00, 0, 0, 0, 0]);
         segment.extend(payload);
         let sum = checksum(*source.ip(), *target.ip(), &segment);
         segment[16..18].copy_from_slice(&sum.to_be_bytes());

@@ -3,7 +3,7 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     thread,
     time::{Duration, Instant},
 };
@@ -71,6 +71,12 @@ pub struct Listener {
     listener: TcpListener,
     /// The socket's address.
     pub address: SocketAddr,
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
 }
 
 impl Listener {

@@ -103,6 +103,9 @@ fn without_a_file_the_image_observes_and_doctor_reports_missing_privileges() -> 
     );
     host.ask(&format!("podman exec {READY} check"))?;
     host.ask(&format!("podman exec {READY} doctor"))?;
+    let status = host.ask(&format!("podman exec {READY} status --json"))?;
+    let status: Value = serde_json::from_str(&status)?;
+    assert_eq!(status["ready"], true, "{status:#}");
 
     let refused = host.run(
         "podman run --rm --network none --pids-limit -1 --ulimit nofile=1024:4096 --ulimit nproc=1024:4096 \

@@ -54,12 +54,17 @@ const fn server(module: &'static str, package: &'static str) -> Need {
 
 /// The programs of the privileged tests. They are looked up by program and not by package, so that other
 /// distributions' or self-built ones are accepted.
-pub(crate) const TESTS: [Need; 41] = [
+pub(crate) const TESTS: [Need; 42] = [
     need("ip", "iproute2", "network namespaces and addresses"),
     need(
         "ss",
         "iproute2",
         "a second opinion on what the kernel's sockets are",
+    ),
+    need(
+        "nft",
+        "nftables",
+        "packet filter rules of a user's network namespace",
     ),
     need("tmux", "tmux", "a terminal for `session-enforcer top`"),
     need(
@@ -390,6 +395,7 @@ mod tests {
             packages_of(&TESTS),
             [
                 "iproute2",
+                "nftables",
                 "tmux",
                 "postgresql",
                 "pgbouncer",

@@ -1,9 +1,11 @@
 //! The client of a running daemon's control socket.
 
 use std::{
+    fmt,
     future::Future,
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -12,7 +14,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, StatusCode, body::Incoming, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
-use tokio::{net::UnixStream, runtime};
+use tokio::{net::UnixStream, runtime, time::timeout};
 
 use crate::{
     exit::{ExitStatus, Failure},
@@ -21,6 +23,12 @@ use crate::{
 
 /// The maximum length of a line in bytes.
 const MAX_LINE: usize = 16 << 20;
+
+/// How long the first answer to a question may take.
+const READ_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long the first answer to a kill or a reload may take. A reload of very many sessions takes some seconds.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A client of one daemon.
 #[derive(Clone, Debug)]
@@ -73,6 +81,11 @@ impl DaemonClient {
     async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Incoming> {
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| self.unreachable(&error))?;
+        let patience = if method == Method::GET {
+            READ_PATIENCE
+        } else {
+            CHANGE_PATIENCE
+        };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(async move {
             // Errors of the connection also appear in the answer.
@@ -84,14 +97,18 @@ impl DaemonClient {
             .header(HOST, "session-enforcer")
             .body(Full::new(body))
             .context("building the request")?;
-        let answer = sender.send_request(request).await;
-        let answer = answer.map_err(|error| {
-            let message = format!(
-                "{}: the daemon does not answer: {error}",
-                self.socket.display()
-            );
+        let silent = |why: &dyn fmt::Display| {
+            let socket = self.socket.display();
+            let message = format!("{socket}: the daemon does not answer: {why}");
             Failure::new(ExitStatus::Unavailable, message)
+        };
+        let answer = timeout(patience, sender.send_request(request)).await;
+        let answer = answer.map_err(|_elapsed| {
+            silent(&format_args!(
+                "nothing came in {patience:?}; is it stopped? It may still do what was asked"
+            ))
         })?;
+        let answer = answer.map_err(|error| silent(&error))?;
         let status = answer.status();
         let body = answer.into_body();
         if status == StatusCode::OK {

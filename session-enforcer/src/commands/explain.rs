@@ -17,6 +17,7 @@ use crate::cli::{Circumstances, Ends, ExplainArgs};
 use crate::commands::check::{
     action_words, condition_words, direction_words, port_list, prefix_list, word_list,
 };
+use crate::commands::columns::printable;
 use crate::config::{Action, Config, NetworkNamespaces, Owners, Rule, User, is_below, is_pattern};
 use crate::host::users;
 
@@ -202,7 +203,7 @@ fn section(
     let user = question.user.map(|user| format!(", of user {user}"));
     let cgroup = question
         .cgroup
-        .map(|cgroup| format!(", of cgroup {cgroup}"));
+        .map(|cgroup| format!(", of cgroup {}", printable(cgroup)));
     let (user, cgroup) = (user.unwrap_or_default(), cgroup.unwrap_or_default());
     writeln!(
         out,
@@ -332,7 +333,7 @@ fn wrong_user(owners: &Owners, rule: &Rule, user: &User) -> Option<String> {
 fn wrong_cgroup(rule: &Rule, cgroup: &str) -> Option<String> {
     let wanted = word_list(&rule.cgroups, MAX_VALUES)?;
     let within = rule.cgroups.iter().any(|above| is_below(cgroup, above));
-    (!within).then(|| format!("cgroup {cgroup} is not {wanted}, nor below"))
+    (!within).then(|| format!("cgroup {} is not {wanted}, nor below", printable(cgroup)))
 }
 
 fn wrong_direction(rule: &Rule, direction: Direction) -> Option<String> {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{
     columns::printable,
     daemon_client::{DaemonClient, block_on, parse},
-    list::unless_closed,
+    unless_closed,
 };
 use crate::cli::WatchArgs;
 

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{
     columns::{printable, table},
     daemon_client::{DaemonClient, block_on, parse, with_query},
-    list::unless_closed,
+    unless_closed,
 };
 use crate::{
     cli::KillArgs,
@@ -151,8 +151,9 @@ async fn reset(
         eprintln!("{}", words.join(", "));
     }
     if undone > 0 {
+        let what = if args.dry_run { "found" } else { "reset" };
         let message =
-            format!("{undone} of {all} sessions were not reset; the line of each says why");
+            format!("{undone} of {all} sessions were not {what}; the line of each says why");
         return Err(Failure::new(ExitStatus::Partly, message).into());
     }
     Ok(())

@@ -8,7 +8,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{cli::RunArgs, config::Config, exit::ExitStatus};
+use crate::{
+    cli::RunArgs,
+    config::Config,
+    exit::{self, ExitStatus},
+};
 
 /// Copies the file, which has come into force, to the path of the arguments. Uses a thread, because a disk
 /// may be slow.
@@ -27,7 +31,8 @@ pub fn keep(args: &RunArgs) {
 
 fn warn(error: &anyhow::Error) {
     tracing::error!(
-        "cannot keep a copy of the configuration in force, for a start with an invalid file: {error:#}"
+        "cannot keep a copy of the configuration in force, for a start with an invalid file: {}",
+        exit::causes(error)
     );
 }
 
@@ -40,16 +45,20 @@ pub fn stand_in(args: &RunArgs, error: &anyhow::Error) -> Option<Config> {
     let kept = match args.config_from(Some(copy)) {
         Ok(kept) => kept,
         Err(wrong) => {
-            tracing::error!("the copy of the last valid configuration cannot be used: {wrong:#}");
+            tracing::error!(
+                "the copy of the last valid configuration cannot be used: {}",
+                exit::causes(&wrong)
+            );
             return None;
         }
     };
+    let error = exit::causes(error);
     tracing::error!(
-        "starting with {}, the copy of the last valid configuration, because of: {error:#}",
+        "starting with {}, the copy of the last valid configuration, because of: {error}",
         copy.display()
     );
     Some(Config {
-        is_stand_in: true,
+        stands_in_for: Some(error),
         ..kept
     })
 }
@@ -121,7 +130,7 @@ mod tests {
         host.write("x");
         let error = host.read().unwrap_err();
         let kept = stand_in(&host.args, &error).unwrap();
-        assert!(kept.is_stand_in);
+        assert_eq!(kept.stands_in_for, Some(exit::causes(&error)));
         assert_eq!(kept.rules[0].name, "a");
         // Another configuration does not help against other failures.
         assert!(stand_in(&host.args, &anyhow::anyhow!("no memory")).is_none());

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use super::{
     columns::{table, write_stable},
     daemon_client::{DaemonClient, Lines, block_on, parse, with_query},
+    unless_closed,
 };
 use crate::{
     cli::ListArgs,
@@ -63,14 +64,6 @@ struct Numbers {
     idle_seconds: f64,
     left_seconds: Option<f64>,
     bytes: Carried,
-}
-
-/// Ignores a broken pipe: the reader has closed the output.
-pub(super) fn unless_closed(error: io::Error) -> Result<()> {
-    match error.kind() {
-        io::ErrorKind::BrokenPipe => Ok(()),
-        _ => Err(anyhow::Error::new(error).context("printing the sessions")),
-    }
 }
 
 /// Parses each line when it arrives, while the daemon produces the next ones.

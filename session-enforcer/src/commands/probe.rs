@@ -119,6 +119,7 @@ pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
     checks.extend([
         cgroup2(),
         bpffs(),
+        clock_of_host(),
         clock_lag(),
         netns_cookie(),
         resets(&trial::try_reset()),
@@ -135,7 +136,8 @@ pub(super) fn all(all_namespaces: bool) -> Vec<Check> {
 /// The failure that ends the daemon.
 pub(super) fn require(all_namespaces: bool) -> Result<(), Failure> {
     let checks = capabilities(all_namespaces).into_iter();
-    checks.chain([netns_cookie()]).try_for_each(require_one)
+    let mut checks = checks.chain([clock_of_host(), netns_cookie()]);
+    checks.try_for_each(require_one)
 }
 
 /// The same for a reaper's test of resets.
@@ -227,6 +229,19 @@ fn bpffs() -> Check {
     }
 }
 
+fn clock_of_host() -> Check {
+    const NAME: &str = "clock";
+    if clock::is_of_host() {
+        return Check::good(NAME, "the host's");
+    }
+    Check::bad(
+        NAME,
+        ExitStatus::Unavailable,
+        "this time namespace has an offset, so ages of connections would be wrong",
+        "start the daemon in the host's time namespace",
+    )
+}
+
 fn clock_lag() -> Check {
     let lag = Duration::from_nanos(clock::coarse_lag_ns());
     Check::good(
@@ -269,12 +284,25 @@ fn resets(probed: &Probed) -> Check {
             nix::Error::from_raw(*code).desc(),
             "the daemon needs a kernel that can destroy sockets",
         ),
-        Probed::Failed(error) => Check::bad(
+        Probed::NotDestroyed(error) => Check::bad(
             NAME,
             ExitStatus::Unavailable,
             error.clone(),
-            "the test needs a connection over the loopback interface; is the interface up?",
+            "the daemon needs a kernel that can destroy sockets",
         ),
+        Probed::Failed(error) => untested(NAME, error),
+    }
+}
+
+/// The check for a test that could not be made. It does not show that the kernel cannot reset connections: any local
+/// user can take all ports.
+fn untested(name: &str, error: &str) -> Check {
+    Check {
+        warning: Some(format!(
+            "{name}: not tested: {error}; the test needs a connection over the loopback interface: is the \
+             interface up, and does it have free ports (ss -tan, net.ipv4.ip_local_port_range)?"
+        )),
+        ..Check::good(name, "not tested")
     }
 }
 
@@ -323,6 +351,7 @@ fn programs() -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reaper::trial::Trial;
 
     /// The check of a capability under these effective ones.
     fn check(capability: Capability, effective: &CapsHashSet, all_namespaces: bool) -> Check {
@@ -369,10 +398,8 @@ mod tests {
 
     #[test]
     fn without_sock_destroy_the_daemon_runs_where_processes_give_their_sockets() {
-        let check = without_destroy(
-            "SOCK_DESTROY",
-            &trial::try_disconnect().map_err(|error| error.to_string()),
-        );
+        let tried = Trial::new().and_then(Trial::disconnect);
+        let check = without_destroy("SOCK_DESTROY", &tried.map_err(|error| error.to_string()));
         assert!(check.problem.is_none());
         let warning = check.warning.unwrap();
         assert!(warning.contains("CONFIG_INET_DIAG_DESTROY"), "{warning}");
@@ -383,5 +410,16 @@ mod tests {
             failure.message.contains("EPERM; a kernel built"),
             "{failure}"
         );
+    }
+
+    #[test]
+    fn a_test_that_cannot_be_made_is_a_warning_and_a_kernel_that_lies_is_an_error() {
+        let in_use = Errno::EADDRINUSE.desc().to_owned();
+        let check = resets(&Probed::Failed(in_use.clone()));
+        assert!(check.problem.is_none());
+        let warning = check.warning.unwrap();
+        assert!(warning.contains(&in_use) && warning.contains("free ports"));
+        let check = resets(&Probed::NotDestroyed("it lives".to_owned()));
+        assert_eq!(check.problem.unwrap().status, ExitStatus::Unavailable);
     }
 }

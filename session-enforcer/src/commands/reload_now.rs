@@ -4,11 +4,12 @@ use std::io::Write;
 
 use anyhow::{Context as _, Result};
 use hyper::Method;
+use serde_json::json;
 
 use super::daemon_client::{DaemonClient, block_on};
-use crate::{cli::WatchArgs, report::control::PolicyChange};
+use crate::{cli::WatchArgs, exit::causes, report::control::PolicyChange};
 
-/// Requests a reload, waits for it, and prints its effect on the sessions.
+/// Requests a reload, waits for it, and prints its effect on the sessions. With `--json`, prints an error too.
 ///
 /// # Errors
 ///
@@ -16,15 +17,17 @@ use crate::{cli::WatchArgs, report::control::PolicyChange};
 /// written.
 pub fn reload(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     let client = DaemonClient::new(&args.daemon.socket);
-    let change: PolicyChange = block_on(client.value(Method::POST, "/v1/reload"))?;
-    let printed = if args.json {
-        writeln!(out, "{}", serde_json::to_string(&change)?)
-    } else {
-        writeln!(
+    let reloaded = block_on(client.value::<PolicyChange>(Method::POST, "/v1/reload"));
+    let printed = match &reloaded {
+        Ok(change) if args.json => writeln!(out, "{}", serde_json::to_string(change)?),
+        Ok(change) => writeln!(
             out,
             "{} rule(s) in force; of the sessions {} kept, {} released, {} expired, {} adopted",
             change.rules, change.kept, change.released, change.expired, change.adopted
-        )
+        ),
+        Err(error) if args.json => writeln!(out, "{}", json!({ "error": causes(error) })),
+        Err(_) => Ok(()),
     };
-    printed.context("printing the result of the reload")
+    printed.context("printing the result of the reload")?;
+    reloaded.map(drop)
 }

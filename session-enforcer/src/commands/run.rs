@@ -4,6 +4,7 @@ use std::{
     io,
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
+    sync,
     time::Duration,
 };
 
@@ -35,6 +36,7 @@ use crate::{
         control::{self, Admission},
         http::{self, BindError},
         metrics::Metrics,
+        to_engine,
     },
 };
 
@@ -44,6 +46,9 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// How often, and at which interval, the start checks whether another daemon's programs are gone.
 const OTHERS_LOOKS: u32 = 50;
 const OTHERS_PAUSE: Duration = Duration::from_millis(20);
+
+/// A stop waits this long for the clients of the control socket to take the rest of their answers.
+const ANSWERS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The maximum number of HTTP requests in the engine's queue, which it answers together.
 const WAITING_REQUESTS: usize = 64;
@@ -66,8 +71,8 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
     // Take the lock of the pins before any other shared resource: its error names the other daemon.
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
     let pins = pins.map_err(|error| detach::failure(&error))?;
-    let listener = config.metrics_listen.as_ref().map(http::bind).transpose();
-    let listener = listener.map_err(bind_failure)?;
+    let metrics = config.metrics_listen.as_ref().map(bind_metrics);
+    let metrics = metrics.transpose()?;
     let control = bind_control(&config.control)?;
     // The audit's thread must have no more privileges than the engine has after the start.
     let audit = privilege::unprivileged(|| Audit::open(&config.audit, config.audit_sync))?;
@@ -82,7 +87,7 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
         source,
         cgroup,
         pins,
-        (listener, control),
+        (metrics, control),
         audit,
         is_forced,
     );
@@ -94,7 +99,7 @@ async fn serve(
     source: Option<Source>,
     cgroup: Cgroup,
     pins: Option<PinDir>,
-    (listener, control): (Option<http::Listener>, Option<ControlSocket>),
+    (address, control): (Option<http::Address>, Option<ControlSocket>),
     audit: Audit,
     is_forced: bool,
 ) -> Result<()> {
@@ -150,9 +155,13 @@ async fn serve(
     let announced = (config.clone(), cgroup.path().to_owned());
     let engine = Engine::new(parts, pool, cgroup, channels, reloading)?;
     let begun = move |begun| announce(&announced.0, &announced.1, begun);
-    let served = move || start_http(listener, control, requests_in);
+    let (ended, answers) = sync::mpsc::channel::<()>();
+    let served = move || start_http(address, control, requests_in, ended);
     let run = engine.run(privilege::confine_engine, begun, served);
-    run.await.map_err(start_failure)
+    let result = run.await.map_err(start_failure);
+    // An error means that the thread has ended, that a client does not read, or that nothing was served.
+    let _ = answers.recv_timeout(ANSWERS_PATIENCE);
+    result
 }
 
 /// Refuses to start beside another daemon: each would reset the other's sessions and record them as gone.
@@ -168,9 +177,9 @@ async fn refuse_others(datapath: &Datapath, cgroup: &Cgroup) -> Result<(), Failu
     }
     let numbers: Vec<String> = others.iter().map(ToString::to_string).collect();
     let message = format!(
-        "{}: the programs of another session-enforcer are attached here (program {}), with another \
-         daemon.pin_dir: stop its daemon; if it was killed, run `session-enforcer detach --pin-dir DIR`; or \
-         start with --force",
+        "{}: the programs of another session-enforcer are attached here (program {}): stop its daemon; if \
+         it was killed, run `session-enforcer detach --pin-dir DIR` with its daemon.pin_dir; or start with \
+         --force",
         cgroup.path().display(),
         numbers.join(", ")
     );
@@ -235,6 +244,21 @@ fn announce(config: &Config, cgroup: &Path, begun: Begun) {
 /// The listening socket, and the group whose members may connect.
 type ControlSocket = (UnixListener, Option<u32>);
 
+/// Binds the address of the metrics. If another program listens there, the daemon enforces without metrics until
+/// the address is free: any local user can take a port while no daemon runs.
+fn bind_metrics(listen: &config::MetricsListen) -> Result<http::Address> {
+    match http::bind(listen) {
+        Ok(listener) => Ok(http::Address::Bound(listener)),
+        Err(error) if error.is_in_use() => {
+            tracing::error!(
+                "{error}; the daemon enforces without metrics until the address is free"
+            );
+            Ok(http::Address::InUse(listen.clone()))
+        }
+        Err(error) => Err(bind_failure(error)),
+    }
+}
+
 /// Binds the control socket. If the configuration does not name one, a failure to bind is only logged: the
 /// daemon enforces without it.
 fn bind_control(wanted: &config::Control) -> Result<Option<ControlSocket>> {
@@ -255,35 +279,20 @@ fn bind_control(wanted: &config::Control) -> Result<Option<ControlSocket>> {
 
 /// Starts the HTTP thread without privileges, because it reads data from clients.
 fn start_http(
-    listener: Option<http::Listener>,
+    address: Option<http::Address>,
     control: Option<control::Server>,
-    requests: mpsc::Sender<http::Request>,
+    requests: mpsc::Sender<to_engine::Request>,
+    ended: sync::mpsc::Sender<()>,
 ) -> Result<()> {
-    match &listener {
-        Some(http::Listener::Tcp(tcp)) => {
-            let address = tcp.local_addr().context("metrics.listen")?;
-            tracing::info!("metrics at http://{address}/metrics");
-        }
-        Some(http::Listener::Unix(socket)) => {
-            let path = path_of(socket).context("metrics.listen")?;
-            tracing::info!("metrics at {}, a Unix socket", path.display());
-        }
-        None => {}
-    }
     if let Some(control) = &control {
-        let path = path_of(&control.listener).context("control.socket")?;
+        let path = http::path_of(&control.listener).context("control.socket")?;
         tracing::info!("control socket at {}", path.display());
     }
-    if listener.is_none() && control.is_none() {
+    if address.is_none() && control.is_none() {
         return Ok(());
     }
-    let started = privilege::unprivileged(|| http::start(listener, control, requests))?;
+    let started = privilege::unprivileged(|| http::start(address, control, requests, ended))?;
     started.context("starting the thread that serves the metrics and the control socket")
-}
-
-fn path_of(socket: &UnixListener) -> io::Result<PathBuf> {
-    let address = socket.local_addr()?;
-    Ok(address.as_pathname().unwrap_or(Path::new("")).to_owned())
 }
 
 fn metrics(config: &Config) -> Result<Metrics> {
@@ -346,14 +355,11 @@ pub(crate) fn open_cgroup(config: &Config) -> Result<Cgroup, Failure> {
     Cgroup::open(&path).map_err(|error| Failure::new(status, format!("daemon.cgroup: {error}")))
 }
 
-/// An audit file that others could change, and `audit.sync` with the journal, are errors of the
-/// configuration.
+/// An audit that cannot be opened is an error of the configuration, which names it.
 fn audit_failure(error: AuditError) -> anyhow::Error {
     match error {
-        AuditError::Untrusted(_) | AuditError::SyncedJournal => {
-            Failure::new(ExitStatus::Configuration, error.to_string()).into()
-        }
-        other => other.into(),
+        AuditError::Thread(_) => error.into(),
+        named => Failure::new(ExitStatus::Configuration, named.to_string()).into(),
     }
 }
 
@@ -387,16 +393,29 @@ fn load_failure(error: &BpfError) -> Failure {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);
     }
+    if has_errno(error, |errno| SHORTAGES.contains(&errno)) {
+        let message = format!(
+            "{error}; raise the limit: LimitNOFILE=, LimitMEMLOCK=, or the memory of the service's cgroup"
+        );
+        return Failure::new(ExitStatus::Other, message);
+    }
     let message = format!(
         "{error}; Linux 6.1 or newer is needed; `session-enforcer doctor` shows the details"
     );
     Failure::new(ExitStatus::Unavailable, message)
 }
 
-/// Whether missing privileges caused the error.
-pub(crate) fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+/// The errors of a kernel that lacks no feature, but descriptors or memory.
+const SHORTAGES: [i32; 3] = [libc::EMFILE, libc::ENFILE, libc::ENOMEM];
+
+fn has_errno(error: &(dyn std::error::Error + 'static), is_meant: impl Fn(i32) -> bool) -> bool {
     std::iter::successors(Some(error), |error| error.source()).any(|cause| {
         let io = cause.downcast_ref::<io::Error>();
-        io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied)
+        io.and_then(io::Error::raw_os_error).is_some_and(&is_meant)
     })
+}
+
+/// Whether missing privileges caused the error.
+pub(crate) fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    has_errno(error, |errno| [libc::EPERM, libc::EACCES].contains(&errno))
 }

@@ -61,8 +61,8 @@ fn words(status: &Status) -> String {
     );
     text += &format!("  configuration  {config}\n");
     text += &format!("  in force since {}\n", status.config.since);
-    if !status.config.last_reload_successful {
-        text += "  last reload    refused, the log says why\n";
+    if let Some(error) = &status.config.last_reload_error {
+        text += &format!("  last reload    refused: {}\n", printable(error));
     }
     text += &format!(
         "  sessions       {} of {}\n",

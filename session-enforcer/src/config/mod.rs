@@ -116,8 +116,8 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// The warnings, in the order of the file.
     pub warnings: Vec<Warning>,
-    /// Whether this configuration replaces a refused file.
-    pub is_stand_in: bool,
+    /// The error of the refused file that this configuration replaces.
+    pub stands_in_for: Option<String>,
     /// The file of the configuration. `None` for the quick form.
     pub file: Option<SourceFile>,
 }
@@ -415,7 +415,7 @@ impl Config {
             audit_sync: false,
             rules,
             warnings: Vec::new(),
-            is_stand_in: false,
+            stands_in_for: None,
             file: None,
         }
     }

@@ -20,11 +20,11 @@ type Box8 = [Interval; 8];
 
 /// The search stops after this number of box comparisons, which takes a fraction of a second. Only thousands
 /// of overlapping entries reach it. Then no warning is given.
-const MAX_COMPARISONS: usize = 10_000_000;
+const MAX_RULE_COMPARISONS: usize = 10_000_000;
 
 /// The indexes of the shadowed rules, each with the indexes of the earlier rules that shadow it.
 pub(super) fn rules(rules: &[Rule]) -> Vec<(usize, Vec<usize>)> {
-    rules_within(rules, MAX_COMPARISONS)
+    rules_within(rules, MAX_RULE_COMPARISONS)
 }
 
 /// The same, as far as this number of comparisons permits.

@@ -12,56 +12,19 @@ use aya::{
     programs::{Program, ProgramError, ProgramFd},
 };
 
-use super::{BpfError, Datapath, bpf_error::Holder, inherit::Pins, pinned_set::FoundLink, sys};
+use super::{
+    BpfError, Datapath,
+    attachable::{Attachable, LIFECYCLE, NOTE_OWNER, PROGRAMS, TABLE_OPS},
+    bpf_error::Holder,
+    inherit::Pins,
+    pinned_set::FoundLink,
+    sys,
+};
 use crate::host::{cgroup::Cgroup, threads::run_parallel};
 
 // Attach flags (`linux/bpf.h`).
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
 const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// A program and its attachment.
-pub(super) struct Attachable {
-    /// Name in the object and of the link's pin.
-    pub(super) name: &'static str,
-    /// `enum bpf_attach_type` of `linux/bpf.h`.
-    pub(super) attach_type: u32,
-    /// bpftool's name of the attach type.
-    attach_name: &'static str,
-    /// Whether every daemon needs it.
-    pub(super) is_always_wanted: bool,
-}
-
-impl Attachable {
-    const fn always(name: &'static str, attach_type: u32, attach_name: &'static str) -> Self {
-        Self {
-            name,
-            attach_type,
-            attach_name,
-            is_always_wanted: true,
-        }
-    }
-}
-
-/// All programs in the order of attachment. `note_owner` is first, so that a connection is only matched when its owner
-/// could be recorded. The packet programs precede `track_lifecycle`, so that every session in the table is stamped.
-pub(super) const PROGRAMS: [Attachable; 4] = [
-    Attachable {
-        is_always_wanted: false,
-        ..Attachable::always(NOTE_OWNER, 2, "cgroup_inet_sock_create")
-    },
-    Attachable::always("track_ingress", 0, "cgroup_inet_ingress"),
-    Attachable::always("track_egress", 1, "cgroup_inet_egress"),
-    LIFECYCLE,
-];
-
-/// The program for establishments and closes.
-const LIFECYCLE: Attachable = Attachable::always("track_lifecycle", 3, "cgroup_sock_ops");
-
-/// The program that records socket owners.
-const NOTE_OWNER: &str = "note_owner";
-
-/// The program that the daemon runs itself; it is not attached.
-pub(super) const TABLE_OPS: &str = "table_ops";
 
 /// An attachment of this daemon. Unless it is pinned, it ends with the descriptor.
 pub(super) struct Attached {
@@ -196,23 +159,24 @@ impl Datapath {
     ///
     /// Fails if the kernel refuses the operation; nothing has changed then.
     pub fn note_owners(&mut self, is_wanted: bool, cgroup: &Cgroup) -> Result<(), BpfError> {
-        self.options.notes_owners = is_wanted;
         if self.attached.is_empty() || self.notes_owners() == is_wanted {
+            self.options.notes_owners = is_wanted;
             return Ok(());
         }
-        if !is_wanted {
+        if is_wanted {
+            let program = PROGRAMS.iter().find(|program| program.name == NOTE_OWNER);
+            let program = program.ok_or(BpfError::Missing(NOTE_OWNER))?;
+            let link = self.attach_anew(program, cgroup, None)?;
+            let name = program.name;
+            self.attached.push(Attached { name, link });
+        } else {
             let others = |attached: &Attached| attached.name != NOTE_OWNER;
             self.attached.retain(others);
             self.pins
                 .iter()
                 .try_for_each(|pins| pins.unpin(NOTE_OWNER))?;
-            return Ok(());
         }
-        let program = PROGRAMS.iter().find(|program| program.name == NOTE_OWNER);
-        let program = program.ok_or(BpfError::Missing(NOTE_OWNER))?;
-        let link = self.attach_anew(program, cgroup, None)?;
-        let name = program.name;
-        self.attached.push(Attached { name, link });
+        self.options.notes_owners = is_wanted;
         Ok(())
     }
 

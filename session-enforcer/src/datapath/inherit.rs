@@ -6,18 +6,21 @@ use aya::Ebpf;
 use session_enforcer_common::table::Key;
 
 use super::{
-    Adoption, BpfError, Datapath, PinDir, PinError, larger_table,
+    Adoption, BpfError, Datapath, PinDir, PinError,
     pinned_set::{self, FoundLink, MAPS, PinnedSet, TORN},
     pins,
     session_reader::SessionReader,
     session_table::{BUCKETS, SESSIONS, TABLE},
     sys::{self, Kind},
 };
-use crate::host::{clock::monotonic_ns, grace_period};
+use crate::host::{clock::monotonic_ns, grace_period, sockets};
 
 /// Maximum number of comparisons of two tables that both change. Each time fewer sessions differ: those with a packet
 /// during the comparison.
-const MAX_COMPARISONS: usize = 8;
+const MAX_TABLE_COMPARISONS: usize = 8;
+
+/// Capacity of the first table on an idle host: about 4 MB.
+const FIRST_CAPACITY: u32 = 16_384;
 
 /// State in which an earlier daemon's sessions were found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,13 @@ struct PreviousTable {
     sessions: SessionReader,
     /// The sessions that were copied from it, with their times of establishment.
     copied: HashMap<u64, u64>,
+}
+
+/// Capacity of the first table: twice the number of the host's TCP sockets, within bounds.
+fn first_capacity(max_sessions: u32) -> u32 {
+    let sockets = sockets::allocated().unwrap_or(0);
+    let wanted = sockets.saturating_mul(2).max(FIRST_CAPACITY);
+    wanted.min(max_sessions)
 }
 
 impl Pins {
@@ -128,7 +138,7 @@ impl Pins {
     pub(super) fn capacity(&self, max_sessions: u32) -> u32 {
         let found = self.found.as_ref().map(|found| found.table.capacity);
         let found = found.and_then(|found| u32::try_from(found).ok());
-        let first = larger_table::first_capacity(max_sessions);
+        let first = first_capacity(max_sessions);
         found.map_or(first, |found| found.max(first).min(max_sessions))
     }
 
@@ -336,7 +346,7 @@ impl Datapath {
         let Some(previous) = self.pins.as_mut().and_then(|pins| pins.previous.take()) else {
             return Ok(());
         };
-        for _ in 0..MAX_COMPARISONS {
+        for _ in 0..MAX_TABLE_COMPARISONS {
             // An earlier program may still be processing a packet.
             grace_period::wait_for_programs();
             if self.compare_once(&previous)? == 0 {
@@ -362,7 +372,9 @@ impl Datapath {
                 Some(now) => {
                     // Each record has the stamps from the time in which its programs ran.
                     let mut newest = now;
-                    newest.merge_activity(&before.traffic());
+                    if now.established_ns == before.established_ns {
+                        newest.merge_activity(&before.traffic());
+                    }
                     if newest != now && self.update(cookie, &newest)? {
                         differed += 1;
                     }

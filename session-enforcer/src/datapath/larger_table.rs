@@ -25,10 +25,7 @@ use super::{
     session_table::{BUCKETS, SESSIONS, SessionTable, TABLE},
     sys, table_of, take_map,
 };
-use crate::host::{privilege, sockets};
-
-/// Capacity of the first table on an idle host: about 4 MB.
-const FIRST_CAPACITY: u32 = 16_384;
+use crate::host::privilege;
 
 /// Factor by which the table grows.
 const GROWTH: u32 = 4;
@@ -43,13 +40,6 @@ const OF_ONE_TABLE: [&str; 6] = [
     "EXCHANGES",
     port_filter::SECTION,
 ];
-
-/// Capacity of the first table: twice the number of the host's TCP sockets, within bounds.
-pub(super) fn first_capacity(max_sessions: u32) -> u32 {
-    let sockets = sockets::allocated().unwrap_or(0);
-    let wanted = sockets.saturating_mul(2).max(FIRST_CAPACITY);
-    wanted.min(max_sessions)
-}
 
 /// The maps that the programs of a larger table share.
 pub(super) fn shared_maps(ebpf: &Ebpf) -> Result<Vec<(String, OwnedFd)>, BpfError> {

@@ -1,6 +1,7 @@
 //! The kernel programs and their maps: load, attach, pin, take over, read. The only module that uses aya.
 
 mod attach;
+mod attachable;
 mod bpf_error;
 mod bpffs;
 mod events;
@@ -646,7 +647,7 @@ fn begin_table(ebpf: &mut Ebpf, capacity: u32, key: Key) -> Result<(), BpfError>
 /// The session table of these programs, with this capacity.
 fn table_of(ebpf: &mut Ebpf, capacity: u32) -> Result<SessionTable, BpfError> {
     let bucket_count = buckets_for(capacity);
-    let program = attach::program_fd(ebpf, attach::TABLE_OPS)?;
+    let program = attach::program_fd(ebpf, attachable::TABLE_OPS)?;
     let program = program.as_fd().try_clone_to_owned();
     let mut take = |name| match ebpf.take_map(name) {
         Some(Map::Array(map)) => Ok(map),

@@ -13,7 +13,7 @@ use session_enforcer_common::{
 };
 
 use super::{
-    attach::PROGRAMS,
+    attachable::PROGRAMS,
     pin_error::PinError,
     reset_journal::JOURNAL,
     session_table::{self, BUCKETS, SESSIONS, TABLE},

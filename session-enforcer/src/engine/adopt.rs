@@ -50,7 +50,7 @@ impl Adopter<'_> {
         if !is_session || !self.scope.contains(socket.cgroup_id) {
             return None;
         }
-        let owner = owner(socket, listeners);
+        let owner = owner(socket, direction, listeners);
         let (mut facts, ancestors) = (facts(socket, direction, &owner), self.ancestors);
         let ancestors = ancestors.get(&owner.cgroup_id);
         facts.known |= ancestors.map_or(0, |_| Facts::CGROUP);
@@ -110,8 +110,10 @@ impl Adopter<'_> {
 
 /// The owner of a socket, as the programs would have recorded it: for an accepted socket that of its listener. The
 /// process is not known.
-pub fn owner(socket: &Socket, listeners: &Listeners) -> Owner {
-    let maker = listeners.accepting(socket);
+pub fn owner(socket: &Socket, direction: Direction, listeners: &Listeners) -> Owner {
+    // Whoever listens on the port of a socket that was dialled has not made it.
+    let accepting = listeners.accepting(socket);
+    let maker = accepting.filter(|_| direction == Direction::Inbound);
     // The listener that accepted it may be gone and replaced by another one.
     let maker = maker.filter(|maker| maker.cgroup_id == socket.cgroup_id);
     let maker = maker.unwrap_or(socket);
@@ -347,7 +349,8 @@ impl Listeners {
         let all_ipv4 = address.is_ipv4().then_some(Address::from_ipv4(0));
         let wanted = [Some(address), all_ipv4, Some(Address([0; 4]))];
         let listening = self.by_port.get(&socket.target.local_port)?;
-        let ranked = listening.iter().filter_map(|listener| {
+        let takes = |listener: &&Socket| !(address.is_ipv4() && listener.is_v6_only);
+        let ranked = listening.iter().filter(takes).filter_map(|listener| {
             let bound = Some(listener.target.local);
             let rank = wanted.iter().position(|wanted| *wanted == bound)?;
             Some((listener.cgroup_id != socket.cgroup_id, rank, listener))
@@ -403,6 +406,7 @@ mod tests {
                 is_all_sent: true,
                 data_segments_sent: 1,
             }),
+            is_v6_only: false,
             mptcp_token: None,
         }
     }
@@ -465,8 +469,11 @@ mod tests {
         let accepted = socket(state::ESTABLISHED, 5432, 1);
         let mut ipv6 = accepted;
         ipv6.target.local = Address([1; 4]);
-        let uid_of =
-            |socket: &Socket, listeners: &[Socket]| owner(socket, &Listeners::among(listeners)).uid;
+        let owner_of =
+            |socket: &Socket, listeners: &Listeners| owner(socket, Direction::Inbound, listeners);
+        let uid_of = |socket: &Socket, listeners: &[Socket]| {
+            owner_of(socket, &Listeners::among(listeners)).uid
+        };
         let families = [listener(7, both_families, 6), listener(7, all_ipv4, 4)];
         assert_eq!(uid_of(&accepted, &families), 4);
         assert_eq!(uid_of(&ipv6, &families), 6);
@@ -476,8 +483,15 @@ mod tests {
         let cgroups = [listener(8, v4([10, 0, 0, 5]), 8), listener(7, all_ipv4, 4)];
         assert_eq!(uid_of(&accepted, &cgroups), 4);
         // The accepting listener is gone, so the user of the socket itself is used.
-        let stranger = owner(&accepted, &Listeners::among(&cgroups[..1]));
+        let stranger = owner_of(&accepted, &Listeners::among(&cgroups[..1]));
         assert_eq!((stranger.uid, stranger.cgroup_id), (113, 7));
+        let mut ipv6_only = listener(7, both_families, 6);
+        ipv6_only.is_v6_only = true;
+        assert_eq!(uid_of(&accepted, &[ipv6_only]), 113);
+        assert_eq!(uid_of(&ipv6, &[ipv6_only]), 6);
+        // Another user may listen on the port of a connection that was dialled.
+        let beside = Listeners::among(&families);
+        assert_eq!(owner(&accepted, Direction::Outbound, &beside).uid, 113);
     }
 
     #[test]

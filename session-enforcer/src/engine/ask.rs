@@ -8,12 +8,12 @@ use crate::{
     host::clock::monotonic_ns,
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, SocketId},
-        pool::{Condition, Exchange, Next, Purpose},
+        pool::{Condition, Exchange, Next, Purpose, STALL},
         protocol::{Problem, Reply, Request},
     },
 };
 
-/// Poll interval of a silent reaper.
+/// Longest poll interval of a silent reaper.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 
 /// Maximum number of attempts if reapers end early.
@@ -123,10 +123,7 @@ async fn query_by_name(
                     }
                 }
                 End::Ended => {
-                    attempts += 1;
-                    if attempts > ATTEMPTS {
-                        return Err("reapers end without an answer".to_owned());
-                    }
+                    note_lost(&mut attempts)?;
                     left.splice(0..0, part.indices.drain(part.answered..));
                 }
             }
@@ -139,7 +136,10 @@ async fn query_by_name(
         };
         match part.go_on(&mut answers, context, false).await? {
             End::Done => {}
-            End::Ended => left.extend(part.indices.drain(part.answered..)),
+            End::Ended => {
+                note_lost(&mut attempts)?;
+                left.extend(part.indices.drain(part.answered..));
+            }
             End::Silent if is_diag_blocked(context).await => {
                 wait_out(context, part.exchange);
                 return Err(BLOCKED.to_owned());
@@ -157,32 +157,61 @@ async fn query_by_name(
     }
 }
 
-/// Queries sockets of one namespace once with one reaper. If the reaper hangs at a socket, the exchange and the index
-/// of that socket are returned; sockets without an answer are `None`.
+/// Counts an attempt whose reaper has ended early.
+fn note_lost(attempts: &mut u32) -> Result<(), String> {
+    *attempts += 1;
+    if *attempts > ATTEMPTS {
+        return Err("reapers end without an answer".to_owned());
+    }
+    Ok(())
+}
+
+/// Queries sockets of one namespace once with one reaper. If the reaper is silent at a socket, it is left behind, and
+/// what it has left to answer is returned; sockets without an answer are `None`.
 ///
 /// # Errors
 ///
 /// Fails if the namespace or the kernel cannot be queried.
-pub(super) async fn query_until_locked(
+pub(super) async fn query_until_silent(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],
     detail: Detail,
-) -> Result<(Vec<Option<Answer>>, Option<(Exchange, usize)>), String> {
+) -> Result<(Vec<Option<Answer>>, Option<Silent>), String> {
     if context.state().hanging.is_diag_blocked {
         return Err(BLOCKED.to_owned());
     }
     let mut answers = vec![None; targets.len()];
     let mut part = Part::ask(context, netns_cookie, targets.to_vec(), detail).await?;
     part.indices = (0..targets.len()).collect();
-    let locked = match part.go_on(&mut answers, context, false).await? {
+    let silent = match part.go_on(&mut answers, context, true).await? {
         End::Silent => {
             let claimed = part.exchange.stop().min(targets.len());
-            claimed.checked_sub(1).map(|index| (part.exchange, index))
+            part.exchange.leave_behind();
+            let index = claimed.checked_sub(1);
+            index.map(|index| Silent { part, index })
         }
         End::Done | End::Ended => None,
     };
-    Ok((answers, locked))
+    Ok((answers, silent))
+}
+
+/// A reaper that is silent at a socket of its query.
+pub(super) struct Silent {
+    part: Part,
+    /// The index of that socket among the targets.
+    pub(super) index: usize,
+}
+
+impl Silent {
+    /// Waits until the reaper answers or counts as stuck. A stuck one is returned with the answer.
+    pub(super) async fn wait(mut self, context: &Rc<Context>) -> (Answer, Option<Exchange>) {
+        let mut answers = vec![None; self.part.indices.len()];
+        let ended = self.part.go_on(&mut answers, context, false).await;
+        let answer = answers.get(self.index).copied().flatten();
+        let stuck = matches!(ended, Ok(End::Silent)).then_some(self.part.exchange);
+        (answer.unwrap_or(Answer::Locked), stuck)
+    }
 }
 
 /// A part of a query, handled by one reaper.
@@ -237,9 +266,11 @@ impl Part {
         context: &Rc<Context>,
         is_first: bool,
     ) -> Result<End, String> {
-        let mut silent_looks = 0;
+        let mut silent = Duration::ZERO;
+        let mut wait = if is_first { STALL } else { LOOK };
+        let mut claimed_before = 0;
         loop {
-            match self.exchange.next(LOOK).await {
+            match self.exchange.next(wait).await {
                 Next::Reply(Reply::Sockets { sockets, at_ns }, _) => {
                     for (index, socket) in self.indices[self.answered..].iter().zip(&sockets) {
                         answers[*index] = Some(Answer::Known(*socket, at_ns));
@@ -252,6 +283,7 @@ impl Part {
                 Next::Reply(Reply::Found { path }, handle) => {
                     let mut state = context.state();
                     state.handles.keep(self.netns_cookie, path, handle);
+                    state.give_up_if_unused(self.netns_cookie);
                 }
                 Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(End::Done),
                 Next::Reply(
@@ -268,15 +300,20 @@ impl Part {
                 Next::Ended => return Ok(End::Ended),
                 Next::Silent => {
                     let condition = self.exchange.condition();
-                    silent_looks += 1;
-                    let is_searching = self.exchange.claimed() == 0;
-                    if condition == Condition::Stuck && !is_searching {
+                    silent += wait;
+                    wait = LOOK.min(wait * 2);
+                    let claimed = self.exchange.claimed();
+                    let is_at_socket = claimed > self.answered;
+                    let moves = std::mem::replace(&mut claimed_before, claimed) != claimed;
+                    if condition == Condition::Stuck && is_at_socket {
                         return Ok(End::Silent);
                     }
-                    if is_searching && LOOK * silent_looks > PATIENCE {
+                    if !is_at_socket && silent > PATIENCE {
                         return Err("the namespace is not found in time".to_owned());
                     }
-                    if is_first && !is_searching {
+                    // Another reaper would wait for a processor as long.
+                    let is_busy = moves || self.exchange.can_run();
+                    if is_first && is_at_socket && !is_busy {
                         return Ok(End::Silent);
                     }
                 }
@@ -332,14 +369,35 @@ pub(super) async fn ask(
     request: &Request,
     handle: Option<&OwnedFd>,
 ) -> Result<Vec<(Reply, Option<OwnedFd>)>, String> {
+    let mut replies = Vec::new();
+    each(context, request, handle, |index, reply, fd| {
+        replies.truncate(index);
+        replies.push((reply, fd));
+    })
+    .await?;
+    Ok(replies)
+}
+
+/// Sends a request, and passes each reply to `take` as soon as it comes, with its index and its descriptor. If a reaper
+/// ends early, another reaper is asked, whose replies begin at index 0 again.
+///
+/// # Errors
+///
+/// Fails if there is no complete answer in time.
+pub(super) async fn each(
+    context: &Rc<Context>,
+    request: &Request,
+    handle: Option<&OwnedFd>,
+    mut take: impl FnMut(usize, Reply, Option<OwnedFd>),
+) -> Result<(), String> {
     for _ in 0..ATTEMPTS {
         let asked = context.pool.ask(Purpose::Others, request, handle).await;
         let mut exchange = asked.map_err(|error| format!("{error:#}"))?;
-        let mut replies = Vec::new();
+        let mut index = 0;
         let mut silent_looks = 0;
         loop {
             match exchange.next(LOOK).await {
-                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(replies),
+                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(()),
                 Next::Reply(
                     Reply::Done {
                         error: Some(problem),
@@ -351,13 +409,15 @@ pub(super) async fn ask(
                 }
                 Next::Reply(reply, fd) => {
                     silent_looks = 0;
-                    replies.push((reply, fd));
+                    take(index, reply, fd);
+                    index += 1;
                 }
                 Next::Ended => break,
                 Next::Silent => {
                     exchange.condition();
                     silent_looks += 1;
                     if LOOK * silent_looks > PATIENCE {
+                        exchange.kill();
                         wait_out(context, exchange);
                         return Err("there is no answer".to_owned());
                     }

@@ -5,6 +5,14 @@ use std::{collections::HashSet, time::Duration};
 use super::backoff::{Backoff, Need};
 use crate::report::health::DegradedCause;
 
+/// The health message while a rule has its maximum of sessions.
+pub(super) const FULL_RULE: &str = "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are picked up when \
+     there is room";
+
+/// The health message while new cgroups are not reported.
+const UNWATCHED: &str = "connections of a cgroup of the rules that comes are tracked a second late, the kernel gives no inotify watch: raise \
+     fs.inotify.max_user_instances or fs.inotify.max_user_watches";
+
 /// Known gaps in the tracking, and the state of their repair.
 #[derive(Debug)]
 pub(super) struct Backlog {
@@ -24,6 +32,10 @@ pub(super) struct Backlog {
     has_room_in_rules: bool,
     /// Whether sessions without a slot are reset (`daemon.on_full`).
     pub(super) resets: bool,
+    /// Whether cgroups that match patterns have no room in the match table, so that their sessions match no rule.
+    pub(super) has_left_out_cgroups: bool,
+    /// Whether cgroups of the rules that come are not reported, and only found by lookups.
+    pub(super) is_unwatched: bool,
     /// Sessions without a slot that the last sync gave to reapers; the next sync shows whether they are gone.
     pub(super) to_reset: usize,
     /// Namespaces, or groups of sockets, that the last sync could not query.
@@ -45,6 +57,8 @@ impl Backlog {
             full_rules: HashSet::new(),
             has_room_in_rules: false,
             resets: false,
+            has_left_out_cgroups: false,
+            is_unwatched: false,
             to_reset: 0,
             unreached: 0,
             under_way: None,
@@ -98,6 +112,11 @@ impl Backlog {
         self.full_rules.insert(rule);
     }
 
+    /// The rules of which the last sync left sessions out.
+    pub(super) fn full_rules(&self) -> impl Iterator<Item = u16> {
+        self.full_rules.iter().copied()
+    }
+
     /// Notes that a session of a rule has ended.
     pub(super) fn closed(&mut self, rule: u16) {
         self.has_room_in_rules |= self.full_rules.contains(&rule);
@@ -131,10 +150,12 @@ impl Backlog {
         has_room: bool,
     ) -> impl Iterator<Item = (DegradedCause, Option<&'static str>)> + use<> {
         let untracked = match (self.has_sessions(), has_room) {
-            (false, _) if self.has_sessions_of_full_rules() => Some(
-                "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are \
-                 picked up when there is room",
+            (false, _) if self.has_sessions_of_full_rules() => Some(FULL_RULE),
+            (false, _) if self.has_left_out_cgroups => Some(
+                "sessions of cgroups that fit patterns of the rules are not tracked, the match table is full: name a \
+                 cgroup above them, or have fewer prefixes and ports in the rules; the log says how many cgroups",
             ),
+            (false, _) if self.is_unwatched => Some(UNWATCHED),
             (false, _) => None,
             (true, true) => Some(
                 "sessions that a rule matches were refused by the session map and are not tracked; \
@@ -270,6 +291,27 @@ mod tests {
         backlog.begin();
         end(&mut backlog);
         assert_eq!(backlog.need(true), Need::Routine);
+    }
+
+    #[test]
+    fn cgroups_without_room_in_the_match_table_are_said_until_there_are_none() {
+        let mut backlog = Backlog::from(0);
+        backlog.has_left_out_cgroups = true;
+        for _ in 0..2 {
+            let said: Vec<_> = backlog.troubles(true).collect();
+            let (cause, what) = said[0];
+            assert_eq!(cause, DegradedCause::Untracked);
+            assert!(what.is_some_and(|what| what.contains("match table is full")));
+            // A sync does not find their sessions.
+            assert_eq!(backlog.need(true), Need::Routine);
+            backlog.begin();
+        }
+        end(&mut backlog);
+        backlog.has_left_out_cgroups = false;
+        assert_eq!(
+            backlog.troubles(true).next(),
+            Some((DegradedCause::Untracked, None))
+        );
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Batches of late sessions: how each is reset, and the request to the reaper.
 
-use std::{os::fd::OwnedFd, path::PathBuf, rc::Rc};
+use std::{os::fd::OwnedFd, rc::Rc};
 
-use session_enforcer_common::{Expiry, Reason, Session, expiry};
+use session_enforcer_common::{Expiry, Reason, expiry};
 
 use super::{
     handles::Searching,
     in_progress::SearchUnderWay,
-    judge::{Expired, only_lifetime},
+    judge::only_lifetime,
+    phase::{Expired, Phase},
     state::State,
 };
 use crate::{
@@ -33,16 +34,17 @@ pub(super) enum ResetMethod {
 pub(super) struct Batch {
     pub(super) netns_cookie: u64,
     pub(super) method: ResetMethod,
-    /// Present if the whole host is searched for the namespace.
+    /// The search for the namespace, if one is needed.
     pub(super) search: Option<SearchUnderWay>,
     pub(super) sessions: Vec<Expired>,
 }
 
 impl State {
-    pub(super) fn method_for(&self, session: &Session, now_ns: u64) -> ResetMethod {
+    pub(super) fn method_for(&self, expired: &Expired, now_ns: u64) -> ResetMethod {
+        let session = &expired.session;
         let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
         let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
-        if self.hanging.is_diag_blocked || searching == Searching::InVain {
+        if self.needs_search(expired) || searching == Searching::InVain {
             ResetMethod::ByCookie
         } else if self.has_no_destroy || session.is_mptcp_subflow() {
             ResetMethod::Disconnect
@@ -51,18 +53,25 @@ impl State {
         }
     }
 
+    /// Whether `sock_diag` cannot reach the session's socket: it is blocked, or finds another socket under that name.
+    fn needs_search(&self, expired: &Expired) -> bool {
+        let phase = self.tracker.phase(expired.cookie, &expired.session);
+        let is_hidden = matches!(phase, Some(Phase::Tried(tried)) if tried.is_hidden);
+        is_hidden || self.hanging.is_diag_blocked
+    }
+
     /// The request to reset a batch, the namespace descriptor that goes with it, and whether the reaper may search for
     /// the namespace.
-    pub(super) fn request(&self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>, bool) {
+    pub(super) fn request(&mut self, batch: &Batch) -> (Request, Option<Rc<OwnedFd>>, bool) {
         let (mut netns, handle) = self.handles.netns(batch.netns_cookie);
-        if batch.search.is_some() {
-            netns.search = Search::Everywhere;
+        if let Some(under_way) = &batch.search {
+            netns.search = under_way.search;
         }
         let may_search = handle.is_none() && netns.search != Search::Nowhere;
         (self.request_in(netns, batch), handle, may_search)
     }
 
-    fn request_in(&self, netns: Netns, batch: &Batch) -> Request {
+    fn request_in(&mut self, netns: Netns, batch: &Batch) -> Request {
         match batch.method {
             ResetMethod::Destroy => {
                 let target = |e: &Expired| SocketId::of(e.cookie, &e.session);
@@ -78,25 +87,19 @@ impl State {
         }
     }
 
-    fn held(&self, expired: &Expired, batch: &Batch) -> Held {
+    fn held(&mut self, expired: &Expired, batch: &Batch) -> Held {
         let session = &expired.session;
         Held {
             target: SocketId::of(expired.cookie, session),
             how: if batch.method == ResetMethod::ByCookie {
-                let everywhere = batch.search.is_some() || self.hanging.is_diag_blocked;
-                Disconnect::ByCookie { everywhere }
+                Disconnect::ByCookie
             } else if session.is_mptcp_subflow() {
                 Disconnect::Mptcp(self.extent(expired))
             } else {
                 Disconnect::Tcp
             },
-            cgroup: self.cgroup_of(session),
+            holder: self.take_holder(expired),
         }
-    }
-
-    fn cgroup_of(&self, session: &Session) -> Option<PathBuf> {
-        self.owner_resolver
-            .cgroup_directory(session.owner.cgroup_id)
     }
 
     /// What to reset for an MPTCP subflow. A subflow can be idle in a busy connection, so only the subflow is reset. If

@@ -13,7 +13,7 @@ use tokio::{
     time::{Duration, Instant},
 };
 
-use super::state::State;
+use super::{holder_searches::HolderSearches, state::State, sync::Aim};
 use crate::{datapath::Events, host::cgroup::Cgroup, reaper::pool::Pool};
 
 /// How long events are left in the ring buffer after some were read. It limits the wake-ups on a host with many short
@@ -37,12 +37,12 @@ pub(super) struct Context {
     pub(super) is_finding_owners: Cell<bool>,
     /// Whether a task is growing the session table.
     pub(super) is_growing: Cell<bool>,
-    /// Whether a task is searching for the holders of sessions.
-    pub(super) is_finding_holders: Cell<bool>,
-    /// Until when that task must not search all processes.
-    pub(super) all_rest_until: Cell<Instant>,
+    /// The searches for the holders of sessions.
+    pub(super) holder_searches: RefCell<HolderSearches>,
     /// Number of syncs begun. A sync stops when a newer one has begun.
     pub(super) syncs: Cell<u64>,
+    /// The aim of the sync under way.
+    pub(super) sync_under_way: Cell<Option<Aim>>,
     /// Notified when the loop has to re-evaluate its state.
     pub(super) wake: Notify,
     failure: RefCell<Option<anyhow::Error>>,
@@ -66,9 +66,9 @@ impl Context {
             resets_under_way: Cell::new(0),
             is_finding_owners: Cell::new(false),
             is_growing: Cell::new(false),
-            is_finding_holders: Cell::new(false),
-            all_rest_until: Cell::new(Instant::now()),
+            holder_searches: RefCell::default(),
             syncs: Cell::new(0),
+            sync_under_way: Cell::new(None),
             wake: Notify::new(),
             failure: RefCell::new(None),
         })

@@ -1,141 +1,226 @@
-//! Finds the processes that hold connections that will end soon, for their audit records. The holder at the end may be
-//! another process than the creator of the socket. A reaper searches before the deadline, because the process closes
-//! the socket when it is reset. No reset waits for the search; a holder that is not found in time is omitted.
+//! Finds the processes that hold connections: for the audit records of sessions that will end soon, and for resets
+//! through a descriptor. The holder at the end may be another process than the creator of the socket. For the audit a
+//! reaper searches before the deadline, because the process closes the socket when it is reset. No reset waits for that
+//! search; a holder that is not found in time is omitted.
+//!
+//! Any user can have millions of descriptors. So each search has a budget of processor time and is followed by a rest.
+//! The processes of a session's cgroup are searched first, each cgroup by itself, and then those of the host, in parts.
+//! See `docs/design/reapers.md`.
 
-use std::{collections::BTreeMap, rc::Rc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    rc::Rc,
+    time::Duration,
+};
 
 use anyhow::Result;
-use session_enforcer_common::{Limits, Owner, Session};
+use session_enforcer_common::{Owner, Session};
 use tokio::time::Instant;
 
 use super::{
-    ask, context::Context, judge::Judgement, owner_search, state::State, tracker::by_namespace,
+    ask::{self, Answer},
+    context::Context,
+    holder_searches::{HOST, Holding, Name, Sought},
+    judge::Judgement,
+    owner_search,
+    phase::Expired,
+    seek::add,
+    state::State,
+    terminate::hand_over,
+    tracker::by_namespace,
 };
 use crate::{
+    host::clock::monotonic_ns,
     reaper::{
-        diag::{MAX_BATCH, SocketId},
-        protocol::{Reply, Request, SocketOwner},
+        diag::{Detail, MAX_BATCH, Socket, SocketId},
+        disconnect::DisconnectError,
+        protocol::{Holder, Place, Reply, Request, SocketKey},
     },
     report::audit::Process,
 };
 
-/// Maximum time before its deadline at which the holder of a session is searched for.
-const MAX_AHEAD_NS: u64 = 2_000_000_000;
+/// Maximum processor time of a search for the holders of a cgroup's sessions.
+const BUDGET: Duration = Duration::from_millis(100);
 
-/// The pause after a search is this multiple of its processor time, because any user can have many descriptors.
-const REST: u32 = 9;
+/// The same for a search of the whole host, or a part of it.
+const BUDGET_OF_ALL: Duration = Duration::from_secs(1);
 
-/// Minimum pause after a search.
+/// Minimum pause between two searches.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// The multiple for a search of the whole host's descriptors.
-const REST_OF_ALL: u32 = 19;
-
-/// The holder of a connection.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Holding {
-    established_ns: u64,
-    pub(super) owner: Owner,
-    pub(super) process: Option<Process>,
-}
-
-/// When the holder of a session must be searched for, if the session can be due at `due_ns`: half of the shortest limit
-/// earlier. By then a new connection has usually reached the process that will hold it.
-pub(super) fn ahead_of(due_ns: u64, limits: &Limits) -> u64 {
-    let limits = [
-        limits.idle_timeout_ns,
-        limits.max_lifetime_ns,
-        limits.response_timeout_ns,
-        limits.half_closed_timeout_ns,
-    ];
-    let shortest_ns = limits.into_iter().filter(|limit| *limit != 0).min();
-    due_ns.saturating_sub((shortest_ns.unwrap_or(0) / 2).min(MAX_AHEAD_NS))
-}
-
-/// Starts the task that searches for the holders of waiting sessions, unless it is running.
+/// Starts the tasks that search for the holders of waiting sessions, unless they run.
 pub(super) fn find(context: &Rc<Context>) {
-    let is_due = !context.state().ending.is_empty();
-    if is_due && !context.is_finding_holders.replace(true) {
-        context.spawn(find_waiting(Rc::clone(context)));
+    let is_ending = !context.state().ending.is_empty();
+    for of_host in [false, true] {
+        let mut searches = context.holder_searches.borrow_mut();
+        let is_due = searches.has(of_host) || is_ending && !of_host;
+        let is_running = &mut searches.is_running[usize::from(of_host)];
+        if is_due && !std::mem::replace(is_running, true) {
+            context.spawn(find_waiting(Rc::clone(context), of_host));
+        }
     }
 }
 
-async fn find_waiting(context: Rc<Context>) -> Result<()> {
+async fn find_waiting(context: Rc<Context>, of_host: bool) -> Result<()> {
     loop {
-        let ending = context.state().take_ending()?;
-        if ending.is_empty() {
-            context.is_finding_holders.set(false);
+        if !of_host {
+            note_ending(&context).await?;
+        }
+        if let Some((place, slice)) = next_place(&context, of_host) {
+            search(&context, place, slice).await?;
+            find(&context);
+        }
+        tokio::time::sleep(PAUSE).await;
+        let is_ending = !of_host && !context.state().ending.is_empty();
+        let mut searches = context.holder_searches.borrow_mut();
+        if !is_ending && !searches.has(of_host) {
+            searches.is_running[usize::from(of_host)] = false;
             return Ok(());
         }
-        let everywhere = Instant::now() >= context.all_rest_until.get();
-        let mut used = Duration::ZERO;
-        for (netns_cookie, sessions) in ending {
-            for some in sessions.chunks(MAX_BATCH) {
-                used += find_holders(&context, netns_cookie, some, everywhere).await?;
-            }
-        }
-        if everywhere {
-            let until = Instant::now() + used * REST_OF_ALL;
-            context.all_rest_until.set(until);
-        }
-        tokio::time::sleep((used * REST).max(PAUSE)).await;
     }
 }
 
-/// Searches for the holders of sessions; returns the processor time of the reaper.
-async fn find_holders(
-    context: &Rc<Context>,
-    netns_cookie: u64,
-    sessions: &[(u64, Session)],
-    everywhere: bool,
-) -> Result<Duration> {
-    if context.state().hanging.is_diag_blocked {
-        return Ok(Duration::ZERO);
-    }
-    let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);
-    let (netns, handle) = context.state().handles.netns(netns_cookie);
-    let request = Request::Owners {
-        netns,
-        targets: sessions.iter().map(target).collect(),
-        everywhere,
+fn next_place(context: &Context, of_host: bool) -> Option<(u64, u64)> {
+    let state = context.state();
+    let slice_of = |cgroup_id| {
+        let ancestors = state
+            .ancestors_of(cgroup_id)
+            .map(|ancestors| ancestors.0[1]);
+        ancestors.filter(|slice| *slice != 0).unwrap_or(cgroup_id)
     };
-    // An error is ignored here: it is reported when the sessions are reset.
-    let replies = ask::ask(context, &request, handle.as_deref()).await;
-    let mut replies = replies.unwrap_or_default().into_iter();
-    let found = replies.find_map(|(reply, _)| match reply {
-        Reply::Owners { owners, used_ns } => Some((owners, used_ns)),
-        _ => None,
-    });
-    let (found, used_ns) = found.unwrap_or_default();
-    let cgroups = found.iter().flatten().filter_map(|owner| owner.cgroup_id);
-    owner_search::note_cgroups(context, cgroups.collect()).await?;
-    let mut state = context.state();
-    for ((cookie, session), owner) in sessions.iter().zip(found) {
-        let Some(owner) = owner.filter(|_| state.tracker.contains(*cookie)) else {
-            continue;
-        };
-        state.holdings.insert(*cookie, Holding::of(session, &owner));
-        if owner.holder.is_none() && !everywhere {
-            // The session waits for a search of the whole host, or for its end.
-            state.ending.push(*cookie);
+    let mut searches = context.holder_searches.borrow_mut();
+    let place = searches.next(of_host, Instant::now(), slice_of)?;
+    Some((place, slice_of(place)))
+}
+
+/// Queries the owners of the sessions that will end soon, and adds those sessions to the searches.
+async fn note_ending(context: &Rc<Context>) -> Result<()> {
+    let ending = context.state().take_ending()?;
+    for (netns_cookie, sessions) in ending {
+        for some in sessions.chunks(MAX_BATCH) {
+            let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);
+            let targets: Vec<SocketId> = some.iter().map(target).collect();
+            let answers =
+                ask::query_until_silent(context, netns_cookie, &targets, Detail::Names).await;
+            // An error is ignored here: it is reported when the sessions are reset.
+            let (answers, _) = answers.unwrap_or_default();
+            let sockets = answers.into_iter().map(|answer| match answer {
+                Some(Answer::Known(socket, _)) => socket.filter(|socket| !socket.is_mini),
+                _ => None,
+            });
+            let found: Vec<_> = some.iter().zip(sockets).collect();
+            let cgroups = found.iter().filter_map(|(_, socket)| (*socket)?.cgroup_id);
+            owner_search::note_cgroups(context, cgroups.collect::<HashSet<_>>()).await?;
+            let mut state = context.state();
+            for ((cookie, session), socket) in found {
+                let Some(socket) = socket.filter(|_| state.tracker.contains(*cookie)) else {
+                    continue;
+                };
+                state
+                    .holdings
+                    .insert(*cookie, Holding::of(session, &socket));
+                if socket.inode != 0 {
+                    let sought = Sought {
+                        key: SocketKey::Inode(socket.inode),
+                        to_reset: None,
+                        has_begun: false,
+                    };
+                    let name = (*cookie, session.established_ns);
+                    let cgroup_id = socket.cgroup_id.unwrap_or(HOST);
+                    add(context, &state, cgroup_id, name, sought);
+                }
+            }
         }
     }
-    Ok(Duration::from_nanos(used_ns))
+    Ok(())
+}
+
+/// Searches a cgroup's processes, or a part of the host's, for the holders of the sessions that wait for it.
+async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
+    let mut sought = context.holder_searches.borrow_mut().take(place);
+    let is_there = |cookie: u64| context.state().tracker.contains(cookie);
+    sought.retain(|((cookie, _), sought)| sought.to_reset.is_some() || is_there(*cookie));
+    if sought.is_empty() {
+        return Ok(());
+    }
+    let from = context.holder_searches.borrow().from;
+    let directory = context.state().owner_resolver.cgroup_directory(place);
+    let (processes, budget) = match place {
+        HOST => (Place::Host { from }, BUDGET_OF_ALL),
+        // A cgroup that is forgotten has no processes.
+        _ => (Place::Cgroup(directory.unwrap_or_default()), BUDGET),
+    };
+    let request = Request::Holders {
+        sought: sought.iter().map(|(_, sought)| sought.key).collect(),
+        place: processes,
+        budget,
+    };
+    let began = Instant::now();
+    let replies = ask::ask(context, &request, None).await.unwrap_or_default();
+    let answer = replies.into_iter().find_map(|(reply, _)| match reply {
+        Reply::Holders {
+            found,
+            next,
+            used_ns,
+        } => Some((found, next, Duration::from_nanos(used_ns))),
+        _ => None,
+    });
+    // A search without an answer counts as long as it took. That of the host goes on at the same process.
+    let (found, next, used) = answer.unwrap_or_else(|| (Vec::new(), Some(from), began.elapsed()));
+    let found: HashMap<SocketKey, Holder> = found.into_iter().collect();
+    let mut not_held = Vec::new();
+    let mut searches = context.holder_searches.borrow_mut();
+    searches.rest(place, slice, used, Instant::now());
+    // A search that has found all begins anew at the same process: others may be held there.
+    let is_found = |(_, sought): &(Name, Sought)| found.contains_key(&sought.key);
+    if place == HOST && !sought.iter().all(is_found) {
+        searches.from = next.unwrap_or(0);
+    }
+    for (name, sought) in &sought {
+        let is_missing = !found.contains_key(&sought.key);
+        if is_missing && searches.missed(place, *name, *sought, (from, next)) {
+            not_held.extend(sought.to_reset);
+        }
+    }
+    drop(searches);
+    let mut state = context.state();
+    for (name, sought) in sought {
+        if let Some(holder) = found.get(&sought.key) {
+            state.note_holder(name, &sought, holder);
+            if let Some(expired) = sought.to_reset.filter(|expired| state.answered(expired)) {
+                // It is judged again, because the search may have taken long; but not while another reset of it hangs, nor
+                // if the session table has no slot for it.
+                let is_free = !state.is_asked_of_another(&expired);
+                if is_free && state.tracker.contains(expired.cookie) {
+                    state.tracker.rearm(expired.cookie, 0);
+                } else {
+                    hand_over(context, &mut state, vec![expired])?;
+                }
+            }
+        }
+    }
+    for expired in not_held {
+        if state.answered(&expired) {
+            let error = DisconnectError::NotHeld.to_string();
+            state.not_reset(&expired, monotonic_ns(), &error)?;
+        }
+    }
+    state.records.audit.flush();
+    context.wake.notify_one();
+    Ok(())
 }
 
 impl Holding {
-    fn of(session: &Session, owner: &SocketOwner) -> Self {
+    fn of(session: &Session, socket: &Socket) -> Self {
         Self {
             established_ns: session.established_ns,
             owner: Owner {
-                cgroup_id: owner.cgroup_id.unwrap_or(0),
-                uid: owner.uid,
+                cgroup_id: socket.cgroup_id.unwrap_or(0),
+                uid: socket.uid,
                 ..Owner::UNKNOWN
             },
-            process: owner.holder.map(|holder| Process {
-                pid: holder.pid,
-                name: holder.comm,
-            }),
+            process: None,
+            holder: None,
         }
     }
 }
@@ -181,27 +266,38 @@ impl State {
         Judgement::Late(expired)
     }
 
+    /// Notes a holder that was found.
+    fn note_holder(&mut self, (cookie, established_ns): Name, sought: &Sought, holder: &Holder) {
+        let known = self.holdings.get(&cookie);
+        let known = known.filter(|holding| holding.established_ns == established_ns);
+        let owner = sought.to_reset.map(|expired| expired.session.owner);
+        // A session that is active again needs no holder.
+        let Some(owner) = known.map(|holding| holding.owner).or(owner) else {
+            return;
+        };
+        let holding = Holding {
+            established_ns,
+            owner,
+            process: Some(Process {
+                pid: holder.pid,
+                name: holder.comm,
+            }),
+            // The process may put the socket elsewhere, so only a reset that waits for it uses it.
+            holder: sought.to_reset.map(|_| *holder),
+        };
+        self.holdings.insert(cookie, holding);
+    }
+
+    /// Takes the holder that was found for the reset of a session. If that reset fails, it is searched for again.
+    pub(super) fn take_holder(&mut self, expired: &Expired) -> Option<Holder> {
+        let holding = self.holdings.get_mut(&expired.cookie)?;
+        let is_its = holding.established_ns == expired.session.established_ns;
+        holding.holder.take().filter(|_| is_its)
+    }
+
     /// The last known holder of a session.
     pub(super) fn holding(&self, cookie: u64, session: &Session) -> Option<&Holding> {
         let holding = self.holdings.get(&cookie);
         holding.filter(|holding| holding.established_ns == session.established_ns)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const S: u64 = 1_000_000_000;
-
-    #[test]
-    fn a_session_is_looked_at_half_of_its_shortest_limit_ahead() {
-        let mut limits = Limits {
-            idle_timeout_ns: 60 * S,
-            ..Limits::default()
-        };
-        assert_eq!(ahead_of(100 * S, &limits), 98 * S);
-        limits.half_closed_timeout_ns = S;
-        assert_eq!(ahead_of(100 * S, &limits), 100 * S - S / 2);
     }
 }

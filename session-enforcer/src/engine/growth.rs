@@ -7,7 +7,7 @@ use anyhow::Result;
 use tokio::time::sleep;
 
 use super::{ask, context::Context, owner_search::MAX_COMPARISONS, reload};
-use crate::reaper::diag::MAX_BATCH;
+use crate::{exit, reaper::diag::MAX_BATCH};
 
 /// Number of copies of the sessions before the larger table is used. The second copy transfers what passed during the
 /// first.
@@ -31,7 +31,10 @@ pub(super) fn begin_if_half_full(context: &Rc<Context>) {
 
 async fn grow(context: Rc<Context>) -> Result<()> {
     while let Err(error) = fill_larger(&context).await {
-        tracing::warn!("the session table cannot be made larger, which is tried again: {error:#}");
+        tracing::warn!(
+            "the session table cannot be made larger, which is tried again: {}",
+            exit::causes(&error)
+        );
         if let Err(error) = context.state().datapath.give_up_growth() {
             tracing::warn!("what was made of a larger session table is left: {error}");
         }

@@ -32,18 +32,18 @@ pub(super) struct Handles {
     missed: HashSet<u64>,
     /// When the last search of the whole host without result began.
     searched_ns: Option<u64>,
-    /// Number of searches of the whole host in progress: one, or two for a moment if one follows another.
-    pub(super) searches: usize,
+    /// Number of searches in progress, by [`Search`].
+    pub(super) searches: [usize; 3],
 }
 
-/// Whether a request needs a search of the whole host for its namespace.
+/// Whether a reset needs a search for its namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Searching {
     /// It needs none.
     Not,
-    /// It starts the search.
-    Begins,
-    /// It waits until the search in progress has ended.
+    /// It starts this search.
+    Begins(Search),
+    /// It waits until the search in progress has ended, which may find its namespace too.
     Waits,
     /// A recent search has found nothing.
     InVain,
@@ -57,7 +57,7 @@ impl Handles {
             seen_at: HashMap::new(),
             missed: HashSet::new(),
             searched_ns: None,
-            searches: 0,
+            searches: [0; 3],
         }
     }
 
@@ -82,27 +82,40 @@ impl Handles {
         (netns, self.held.get(&cookie).cloned())
     }
 
-    /// Whether the whole host must be searched for a namespace. Such a search is expensive, and any user can create
-    /// namespaces that cannot be found. So there is only one search at a time. After a search without result,
-    /// namespaces that existed at its beginning (`existed_ns`) are not searched for again for [`SEARCH_AGAIN_NS`].
+    /// Whether a namespace must be searched for, among the processes or on the whole host. Any user can create
+    /// namespaces, also such that cannot be found. So there is only one search of each kind at a time, and it notes all
+    /// that it meets. After a search of the host without result, namespaces that existed at its beginning (`existed_ns`)
+    /// are not searched for again for [`SEARCH_AGAIN_NS`].
     pub(super) fn search(&self, cookie: u64, existed_ns: u64, now_ns: u64) -> Searching {
         let was_missed = self.searched_ns.is_some_and(|began_ns| {
             existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
         });
-        if !self.is_missed(cookie) || self.held.contains_key(&cookie) {
-            Searching::Not
-        } else if was_missed {
-            Searching::InVain
-        } else if self.searches > 0 {
-            Searching::Waits
-        } else {
-            Searching::Begins
+        let is_known = cookie == self.own || self.seen_at.contains_key(&cookie);
+        let wanted = match self.is_missed(cookie) {
+            _ if self.held.contains_key(&cookie) => return Searching::Not,
+            true if was_missed => return Searching::InVain,
+            true => Search::Everywhere,
+            false if is_known => return Searching::Not,
+            false => Search::Processes,
+        };
+        match self.searches[wanted as usize] {
+            0 => Searching::Begins(wanted),
+            _ => Searching::Waits,
         }
     }
 
     /// Whether the namespace was not found among the processes.
     pub(super) fn is_missed(&self, cookie: u64) -> bool {
         self.missed.contains(&cookie)
+    }
+
+    /// Names a namespace in a message.
+    pub(super) fn name(&self, cookie: u64) -> String {
+        match self.seen_at.get(&cookie) {
+            Some(path) => format!("network namespace {}", path.display()),
+            None if cookie == self.own => "the daemon's own network namespace".to_owned(),
+            None => format!("the network namespace with cookie {cookie}"),
+        }
     }
 
     /// Notes the path of a namespace.
@@ -154,20 +167,32 @@ mod tests {
         let mut handles = Handles::new(3);
         assert_eq!(handles.netns(7).0.search, Search::Processes);
         assert_eq!(handles.netns(3).0.search, Search::Nowhere);
-        assert_eq!(handles.search(7, S, 2 * S), Searching::Not);
+        assert_eq!(handles.search(3, S, 2 * S), Searching::Not);
+        let (of_processes, of_all) = (
+            Searching::Begins(Search::Processes),
+            Searching::Begins(Search::Everywhere),
+        );
+        assert_eq!(handles.search(7, S, 2 * S), of_processes);
+        handles.searches[Search::Everywhere as usize] = 1;
+        assert_eq!(handles.search(7, S, 2 * S), of_processes);
         handles.note_missed(7, Search::Processes, S);
         assert_eq!(handles.netns(7).0.search, Search::Nowhere);
-        assert_eq!(handles.search(7, S, 2 * S), Searching::Begins);
-        handles.searches = 1;
         assert_eq!(handles.search(7, S, 2 * S), Searching::Waits);
-        handles.searches = 0;
+        handles.searches[Search::Everywhere as usize] = 0;
+        assert_eq!(handles.search(7, S, 2 * S), of_all);
+        handles.searches[Search::Processes as usize] = 1;
+        assert_eq!(handles.search(8, S, 2 * S), Searching::Waits);
+        assert_eq!(handles.search(7, S, 2 * S), of_all);
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
-        assert_eq!(handles.search(7, S, 12 * S), Searching::Begins);
+        assert_eq!(handles.search(7, S, 12 * S), of_all);
         // The namespace was created after the search.
-        assert_eq!(handles.search(7, 3 * S, 3 * S), Searching::Begins);
+        assert_eq!(handles.search(7, 3 * S, 3 * S), of_all);
         // Found during a search for another namespace.
+        assert_eq!(handles.name(7), "the network namespace with cookie 7");
         handles.note(7, "/x".into());
+        assert_eq!(handles.name(7), "network namespace /x");
+        assert_eq!(handles.name(3), "the daemon's own network namespace");
         assert_eq!(handles.search(7, S, 12 * S), Searching::Not);
         assert_eq!(handles.netns(7).0.search, Search::Processes);
     }
@@ -180,9 +205,10 @@ mod tests {
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.netns(7).0.cookie, 7);
         let search = |existed_ns, now_ns| handles.search(7, existed_ns, now_ns);
-        assert_eq!(search(2 * S, 2 * S), Searching::Begins);
+        let of_all = Searching::Begins(Search::Everywhere);
+        assert_eq!(search(2 * S, 2 * S), of_all);
         assert_eq!(search(2 * S - 1, 12 * S - 1), Searching::InVain);
-        assert_eq!(search(2 * S - 1, 12 * S), Searching::Begins);
+        assert_eq!(search(2 * S - 1, 12 * S), of_all);
     }
 
     #[test]

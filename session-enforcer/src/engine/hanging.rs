@@ -1,7 +1,8 @@
-//! Limits on hanging resets: for one cgroup, for a second-level cgroup, and in total. Pure.
+//! Limits on hanging resets: for one cgroup, for each cgroup above it, and in total. Pure.
 //!
 //! Each hanging reset occupies a reaper until the kernel releases it. Whoever keeps sockets locked must reach a limit
-//! before others are affected.
+//! before others are affected, whoever that is: a process, a user's slice, a pod, or all pods of a class. So the cgroups
+//! below one cgroup share its room: each may take half of what the others have left.
 
 use std::collections::HashMap;
 
@@ -10,30 +11,32 @@ use session_enforcer_common::Ancestors;
 /// Maximum number of hanging resets for one cgroup.
 const MAX_OF_CGROUP: usize = 4;
 
-/// Maximum number of hanging resets for everything below one second-level cgroup, which is a user's slice, a service or
-/// a container.
-const MAX_BELOW: usize = 32;
-
 /// Maximum number of hanging resets in total.
 const MAX_IN_ALL: usize = 256;
 
-/// The cgroups that a reset is counted under.
+/// What a reset is counted under, from the top down: the cgroups above its session, that of the session, and the
+/// processes of that cgroup. Nothing if the cgroup is not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Culprit(Vec<Level>);
+
+/// What shares the room of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Culprit {
-    cgroup_id: u64,
-    /// Its second-level ancestor, or the cgroup itself.
-    below: u64,
+enum Level {
+    /// A cgroup with all below it.
+    Below(u64),
+    /// The processes of a cgroup.
+    Of(u64),
 }
 
 impl Culprit {
     /// The culprit for a session in this cgroup.
     pub(super) fn of(cgroup_id: u64, ancestors: &Ancestors) -> Self {
-        // The first level has the system's slices. 0 if the cgroup is not deep enough.
-        let second = ancestors.0[1];
-        Self {
-            cgroup_id,
-            below: if second == 0 { cgroup_id } else { second },
+        if cgroup_id == 0 {
+            return Self(Vec::new());
         }
+        let known = ancestors.0.into_iter().filter(|id| *id != 0);
+        let all = known.map(Level::Below).chain([Level::Of(cgroup_id)]);
+        Self(all.collect())
     }
 }
 
@@ -72,62 +75,81 @@ impl Occupancy {
 /// The resets that do not return at once.
 #[derive(Debug, Default)]
 pub(super) struct Hanging {
-    of_cgroup: HashMap<u64, Occupancy>,
-    below: HashMap<u64, Occupancy>,
+    levels: HashMap<Level, Occupancy>,
     in_all: Occupancy,
+    /// The number of those, by cgroup, whose reapers are silent.
+    silent: HashMap<u64, usize>,
     /// Whether `sock_diag` as a whole does not answer.
     pub(super) is_diag_blocked: bool,
+    /// Whether no reaper is free and none can be started.
+    pub(super) is_short: bool,
 }
 
 impl Hanging {
-    /// Counts a reset that hangs from now on.
-    pub(super) fn begin(&mut self, culprit: Culprit, now_ns: u64) {
-        let of_cgroup = self.of_cgroup.entry(culprit.cgroup_id).or_default();
-        of_cgroup.begin(now_ns);
-        self.below.entry(culprit.below).or_default().begin(now_ns);
+    /// Counts a reset, or a query, that may hang from now on.
+    pub(super) fn begin(&mut self, culprit: &Culprit, now_ns: u64) {
+        for level in &culprit.0 {
+            self.levels.entry(*level).or_default().begin(now_ns);
+        }
         self.in_all.begin(now_ns);
     }
 
-    /// Counts a reset that has returned.
-    pub(super) fn end(&mut self, culprit: Culprit, now_ns: u64) {
-        for (occupied, id) in [
-            (&mut self.of_cgroup, culprit.cgroup_id),
-            (&mut self.below, culprit.below),
-        ] {
-            if let Some(occupancy) = occupied.get_mut(&id) {
+    /// Counts one that has returned.
+    pub(super) fn end(&mut self, culprit: &Culprit, now_ns: u64) {
+        for level in &culprit.0 {
+            if let Some(occupancy) = self.levels.get_mut(level) {
                 occupancy.end(now_ns);
                 if occupancy.count == 0 {
-                    occupied.remove(&id);
+                    self.levels.remove(level);
                 }
             }
         }
         self.in_all.end(now_ns);
     }
 
-    /// Whether a reset of the cgroup hangs. Its sessions then go to separate reapers.
-    pub(super) fn is_suspect(&self, cgroup_id: u64) -> bool {
-        self.of_cgroup.contains_key(&cgroup_id)
+    /// Notes that the reaper of one of the cgroup is silent.
+    pub(super) fn note_silent(&mut self, cgroup_id: u64) {
+        *self.silent.entry(cgroup_id).or_default() += 1;
     }
 
-    /// Whether another reset may be started for the culprit. A session whose cgroup is not known (0) counts only in all:
-    /// it may be anybody's.
-    pub(super) fn room(&self, culprit: Culprit) -> Room {
-        let of = |occupied: &HashMap<u64, Occupancy>, id| {
-            let occupancy = occupied.get(&id).filter(|_| id != 0);
-            occupancy.copied()
-        };
-        let limits = [
-            (of(&self.of_cgroup, culprit.cgroup_id), MAX_OF_CGROUP),
-            (of(&self.below, culprit.below), MAX_BELOW),
-            (Some(self.in_all), MAX_IN_ALL),
-        ];
-        let mut reached = limits.into_iter().filter_map(|(occupancy, limit)| {
-            let occupancy = occupancy?;
-            (occupancy.count >= limit).then_some(occupancy.changed_ns)
-        });
-        reached
-            .next()
-            .map_or(Room::Free, |since_ns| Room::Taken { since_ns })
+    /// Notes that such a reaper has returned.
+    pub(super) fn note_returned(&mut self, cgroup_id: u64) {
+        if let Some(count) = self.silent.get_mut(&cgroup_id) {
+            *count -= 1;
+            if *count == 0 {
+                self.silent.remove(&cgroup_id);
+            }
+        }
+    }
+
+    /// Whether a reaper is silent at a socket of the cgroup. Its sessions then go to separate reapers.
+    pub(super) fn is_suspect(&self, cgroup_id: u64) -> bool {
+        cgroup_id != 0 && self.silent.contains_key(&cgroup_id)
+    }
+
+    /// Whether another reset may be started for the culprit. A session whose cgroup is not known counts only in all: it
+    /// may be anybody's.
+    pub(super) fn room(&self, culprit: &Culprit) -> Room {
+        let (mut limit, mut above) = (MAX_IN_ALL, self.in_all);
+        for level in &culprit.0 {
+            let here = self.levels.get(level).copied().unwrap_or_default();
+            // Those that began before the cgroup's ancestors were known count here only.
+            let of_others = above.count.saturating_sub(here.count);
+            limit = limit.saturating_sub(of_others).div_ceil(2);
+            if let Level::Of(_) = level {
+                limit = limit.min(MAX_OF_CGROUP);
+            }
+            above = here;
+            if here.count >= limit {
+                break;
+            }
+        }
+        if above.count < limit && self.in_all.count < MAX_IN_ALL {
+            return Room::Free;
+        }
+        Room::Taken {
+            since_ns: above.changed_ns,
+        }
     }
 
     /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
@@ -139,6 +161,11 @@ impl Hanging {
                  processes meanwhile, and nothing is adopted; the audit says which session hangs"
                     .to_owned(),
             );
+        }
+        if self.is_short {
+            let what = "no reaper is free and none can be started, so nothing is reset: leave room for processes \
+                        (TasksMax=, podPidsLimit, kernel.threads-max); the log says why";
+            return Some(what.to_owned());
         }
         (quarantined > 0).then(|| {
             "resets hang on sockets that their processes keep locked; those sessions stay behind the gate; \
@@ -156,6 +183,32 @@ mod tests {
         Culprit::of(*ids.last().unwrap(), &Ancestors::of(ids))
     }
 
+    /// Starts resets that hang in new cgroups below these, until there is no room. Returns their number.
+    fn take_all(hanging: &mut Hanging, above: &[u64]) -> usize {
+        let of = |id| culprit(&[above, &[id]].concat());
+        let first = 1_000 * (1 + hanging.in_all.count as u64);
+        let taken = (first..).take_while(|id| {
+            let is_free = hanging.room(&of(*id)) == Room::Free;
+            if is_free {
+                hanging.begin(&of(*id), 0);
+            }
+            is_free
+        });
+        taken.count()
+    }
+
+    #[test]
+    fn resets_that_began_before_the_ancestors_were_known_count_for_their_cgroup() {
+        let mut hanging = Hanging::default();
+        let of_unknown = Culprit::of(7, &Ancestors::UNKNOWN);
+        for _ in 0..MAX_OF_CGROUP {
+            hanging.begin(&of_unknown, 0);
+        }
+        let of_known = culprit(&[1, 2, 7]);
+        assert!(matches!(hanging.room(&of_known), Room::Taken { .. }));
+        assert_eq!(hanging.room(&culprit(&[1, 2, 8])), Room::Free);
+    }
+
     #[test]
     fn what_hangs_is_said_and_what_blocks_everything_first() {
         let mut hanging = Hanging::default();
@@ -165,6 +218,12 @@ mod tests {
                 .trouble(1)
                 .is_some_and(|what| what.contains("locked"))
         );
+        hanging.is_short = true;
+        assert!(
+            hanging
+                .trouble(1)
+                .is_some_and(|what| what.contains("TasksMax="))
+        );
         hanging.is_diag_blocked = true;
         assert!(hanging.trouble(0).is_some_and(|what| what.contains("6.9")));
     }
@@ -173,51 +232,55 @@ mod tests {
     fn what_ends_makes_room_for_one_and_leaves_the_others() {
         let mut hanging = Hanging::default();
         let of_one = culprit(&[1, 2, 3]);
-        // Without a second-level ancestor the cgroup itself is used.
-        assert_eq!((culprit(&[9]).below, of_one.below), (9, 2));
-        hanging.begin(of_one, 1);
-        hanging.begin(of_one, 2);
-        hanging.end(of_one, 3);
+        hanging.begin(&of_one, 1);
+        hanging.begin(&of_one, 2);
+        hanging.end(&of_one, 3);
+        assert!(!hanging.is_suspect(3));
+        hanging.note_silent(3);
+        hanging.note_silent(3);
+        hanging.note_returned(3);
         assert!(hanging.is_suspect(3));
-        assert_eq!((hanging.in_all.count, hanging.below[&2].count), (1, 1));
-        hanging.end(of_one, 4);
-        assert!(hanging.of_cgroup.is_empty() && hanging.below.is_empty());
+        hanging.note_returned(3);
+        assert!(!hanging.is_suspect(3));
+        let above = hanging.levels[&Level::Below(2)];
+        assert_eq!((hanging.in_all.count, above.count), (1, 1));
+        hanging.end(&of_one, 4);
+        assert!(hanging.levels.is_empty());
         assert_eq!(hanging.in_all.count, 0);
     }
 
     #[test]
-    fn a_cgroup_a_user_and_all_together_have_so_much_room() {
+    fn a_cgroup_has_so_much_room_of_its_own() {
         let mut hanging = Hanging::default();
         let first = culprit(&[1, 2, 3, 10]);
-        (0..MAX_OF_CGROUP as u64).for_each(|now_ns| hanging.begin(first, now_ns));
+        (0..MAX_OF_CGROUP as u64).for_each(|now_ns| hanging.begin(&first, now_ns));
         let since_ns = MAX_OF_CGROUP as u64 - 1;
-        assert_eq!(hanging.room(first), Room::Taken { since_ns });
-        assert!(hanging.is_suspect(10) && !hanging.is_suspect(11));
-        // Another cgroup of the same user.
-        for id in 11.. {
-            let next = culprit(&[1, 2, 3, id]);
-            if hanging.room(next) != Room::Free {
-                assert_eq!(hanging.room(next), Room::Taken { since_ns: id - 1 });
-                break;
-            }
-            hanging.begin(next, id);
+        assert_eq!(hanging.room(&first), Room::Taken { since_ns });
+        for other in [&[1, 2, 3, 11][..], &[1, 2, 3]] {
+            assert_eq!(hanging.room(&culprit(other)), Room::Free);
         }
-        assert_eq!(hanging.in_all.count, MAX_BELOW);
-        // Another user.
-        let other = culprit(&[1, 4, 10_000]);
-        assert_eq!(hanging.room(other), Room::Free);
-        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(first, 0));
-        assert!(!hanging.is_suspect(10));
-        assert_eq!(hanging.room(first), Room::Free);
-        // Nobody takes the room of those whose cgroup is not known.
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(&first, 0));
+        assert_eq!(hanging.room(&first), Room::Free);
+    }
+
+    #[test]
+    fn whatever_shares_a_cgroup_at_any_level_leaves_half_of_its_room_to_the_others() {
+        let mut hanging = Hanging::default();
+        // One pod of a class, then another one, then another class, then a user, then a service.
+        for above in [&[1, 2, 3][..], &[1, 2, 4], &[1, 5, 6], &[7, 8], &[9]] {
+            let taken = take_all(&mut hanging, above);
+            assert!(taken >= 2 * MAX_OF_CGROUP, "{above:?}: {taken}");
+        }
+    }
+
+    #[test]
+    fn those_whose_cgroup_is_not_known_have_all_the_room() {
+        let mut hanging = Hanging::default();
         let unknown = Culprit::of(0, &Ancestors::UNKNOWN);
-        (0..=MAX_BELOW).for_each(|_| hanging.begin(unknown, 0));
-        assert_eq!(hanging.room(unknown), Room::Free);
-        let mut id = 20_000;
-        while hanging.room(culprit(&[id])) == Room::Free {
-            hanging.begin(culprit(&[id]), id);
-            id += 1;
-        }
-        assert_eq!(hanging.in_all.count, MAX_IN_ALL);
+        (1..MAX_IN_ALL).for_each(|_| hanging.begin(&unknown, 0));
+        assert_eq!(hanging.room(&unknown), Room::Free);
+        hanging.begin(&unknown, 5);
+        assert_eq!(hanging.room(&unknown), Room::Taken { since_ns: 5 });
+        assert_eq!(hanging.room(&culprit(&[1])), Room::Taken { since_ns: 0 });
     }
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use session_enforcer_common::{Ancestors, Session};
 
 use super::{context::Context, hanging::Culprit, state::State};
-use crate::host::clock::monotonic_ns;
+use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
 
 pub(super) fn culprit(state: &State, session: &Session) -> Culprit {
     let cgroup_id = session.owner.cgroup_id;
@@ -19,6 +19,35 @@ pub(super) enum Slot {
     OfAll { _waited: Waited },
     /// One of the hanging resets that its cgroup may have.
     Apart(Hangs),
+    /// The turn of its network namespace, which is slow.
+    InTurn { _turn: Turn },
+}
+
+/// The turn of a slow network namespace until it is dropped.
+pub(super) struct Turn {
+    context: Rc<Context>,
+    netns_cookie: u64,
+}
+
+impl Turn {
+    /// Begins a turn; `None` while the namespace's last one, or too many others, have not ended.
+    pub(super) fn begin(
+        context: &Rc<Context>,
+        state: &mut State,
+        netns_cookie: u64,
+    ) -> Option<Self> {
+        state.slow.begin_turn(netns_cookie).then(|| Self {
+            context: Rc::clone(context),
+            netns_cookie,
+        })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.context.state().slow.end_turn(self.netns_cookie);
+        self.context.wake.notify_one();
+    }
 }
 
 /// Counts a regular batch until it is dropped.
@@ -40,43 +69,64 @@ impl Drop for Waited {
     }
 }
 
-/// Counts a search of the whole host until it is dropped.
-pub(super) struct SearchUnderWay(Rc<Context>);
+/// Counts a search for a namespace until it is dropped.
+pub(super) struct SearchUnderWay {
+    context: Rc<Context>,
+    pub(super) search: Search,
+}
 
 impl SearchUnderWay {
-    pub(super) fn begin(context: &Rc<Context>, state: &mut State) -> Self {
-        state.handles.searches += 1;
-        Self(Rc::clone(context))
+    pub(super) fn begin(context: &Rc<Context>, state: &mut State, search: Search) -> Self {
+        state.handles.searches[search as usize] += 1;
+        Self {
+            context: Rc::clone(context),
+            search,
+        }
     }
 }
 
 impl Drop for SearchUnderWay {
     fn drop(&mut self) {
-        self.0.state().handles.searches -= 1;
+        self.context.state().handles.searches[self.search as usize] -= 1;
     }
 }
 
-/// Counts a reset that hangs, or may hang, until it is dropped.
+/// Counts a reset or a query that hangs, or may hang, until it is dropped.
 pub(super) struct Hangs {
     context: Rc<Context>,
     culprit: Culprit,
+    cgroup_id: u64,
+    is_silent: bool,
 }
 
 impl Hangs {
     pub(super) fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
         let culprit = culprit(state, session);
-        state.hanging.begin(culprit, monotonic_ns());
+        state.hanging.begin(&culprit, monotonic_ns());
         Self {
             context: Rc::clone(context),
             culprit,
+            cgroup_id: session.owner.cgroup_id,
+            is_silent: false,
         }
+    }
+
+    /// Notes that the reaper is silent.
+    pub(super) fn silent(mut self) -> Self {
+        if !std::mem::replace(&mut self.is_silent, true) {
+            self.context.state().hanging.note_silent(self.cgroup_id);
+        }
+        self
     }
 }
 
 impl Drop for Hangs {
     fn drop(&mut self) {
         let mut state = self.context.state();
-        state.hanging.end(self.culprit, monotonic_ns());
+        state.hanging.end(&self.culprit, monotonic_ns());
+        if self.is_silent {
+            state.hanging.note_returned(self.cgroup_id);
+        }
         state.note_backlog();
         drop(state);
         self.context.wake.notify_one();

@@ -3,26 +3,7 @@
 
 use session_enforcer_common::{Expiry, Limits, Reason, Session, expiry};
 
-use super::tracker::Phase;
-
-/// A session that is past a limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Expired {
-    pub(super) cookie: u64,
-    /// The session's record, with the rule of the active policy.
-    pub(super) session: Session,
-    pub(super) reason: Reason,
-    /// The deadline: when it reached its limit, or when a policy change made it late.
-    pub(super) deadline_ns: u64,
-    /// When it reached its limit.
-    pub(super) reached_ns: u64,
-    /// When it was found to be late. Its record was read after this time.
-    pub(super) decided_ns: u64,
-    /// The limit that it reached, by the policy in force at that time; 0 if a policy change made it late.
-    pub(super) limit_ns: u64,
-    /// When the idle clock of its rule started.
-    pub(super) idle_since_ns: u64,
-}
+use super::phase::{Expired, Phase};
 
 /// The decision about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,17 +18,22 @@ mod fixtures;
 mod growth;
 mod handles;
 mod hanging;
+mod holder_searches;
 mod in_progress;
 mod judge;
 mod kills;
+mod named_cgroups;
 mod outcome;
 pub mod owner_resolver;
 mod owner_search;
+mod phase;
 mod records;
 mod reload;
 mod requests;
 mod rule_set;
 mod schedule;
+mod seek;
+mod slow;
 mod state;
 mod sync;
 mod takeover;
@@ -56,14 +61,14 @@ use state::State;
 use crate::{
     config::{Config, NetworkNamespaces},
     datapath::{Events, KernelLog},
-    engine::owner_resolver::UserError,
+    exit,
     host::{cgroup::Cgroup, clock::monotonic_ns, timer::Timer, watch::Watch},
     reaper::pool::Pool,
     report::{
         audit::Requester,
         control::{self, PolicyChange, Refusal, ReloadRequest, ReloadResult},
-        http::Request,
         service_manager::{Beat, ServiceManager},
+        to_engine::Request,
     },
 };
 
@@ -77,6 +82,9 @@ const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// Minimum pause between two lookups of the cgroups that the rules name, because a user who may create one can do so
 /// repeatedly.
 const CGROUPS_PAUSE: Duration = Duration::from_millis(100);
+
+/// The pause while the kernel gives no watch, so that only lookups find new ones.
+const CGROUPS_POLL: Duration = Duration::from_secs(1);
 
 /// How long the metrics wait for the lookup of new connections' cgroups.
 const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
@@ -96,9 +104,6 @@ const MAX_ANSWERS: usize = 64;
 
 /// The pause after handling new cgroups is this multiple of the time that it took.
 const CGROUPS_REST: u32 = 10;
-
-/// Maximum number of lookups in a row until all existing cgroups of the rules are watched.
-const MAX_WATCH_ROUNDS: usize = 8;
 
 /// The source of the configuration.
 pub struct Source {
@@ -128,13 +133,12 @@ pub struct Engine {
     /// Notified when audit records are on disk.
     audit_written: Arc<Notify>,
     signals: Signals,
-    watch: Watch,
+    watch: Rc<Watch>,
     manager: Rc<ServiceManager>,
     beat: Beat,
-    /// When the cgroups of the rules are looked up next; `None` if nothing has changed.
-    cgroups_due: Option<Instant>,
-    /// Whether an inotify event has caused the lookup.
-    has_cgroup_event: bool,
+    /// Whether the cgroups of the rules must be looked up again.
+    are_cgroups_wanted: bool,
+    /// They are not looked up before this time.
     cgroups_paused_until: Rc<Cell<Instant>>,
 }
 
@@ -142,6 +146,8 @@ pub struct Engine {
 struct Reload {
     source: Option<Source>,
     config: std::cell::RefCell<Config>,
+    /// The error of the last configuration that was read, if it was refused.
+    refused: std::cell::RefCell<Option<String>>,
     is_under_way: Cell<bool>,
     is_wanted: Cell<bool>,
     /// Clients of the control socket that wait for the next reload.
@@ -183,6 +189,7 @@ impl Engine {
             context,
             reloading: Rc::new(Reload {
                 source: reloading.source,
+                refused: std::cell::RefCell::new(reloading.config.stands_in_for.clone()),
                 config: std::cell::RefCell::new(reloading.config),
                 // The start counts as a reload in progress.
                 is_under_way: Cell::new(true),
@@ -196,11 +203,10 @@ impl Engine {
             answers_rest_until: Instant::now(),
             audit_written,
             signals: channels.signals,
-            watch: Watch::default(),
+            watch: Rc::default(),
             manager: Rc::new(ServiceManager::from_env().context("NOTIFY_SOCKET")?),
             beat: Beat::from_env(),
-            cgroups_due: None,
-            has_cgroup_event: false,
+            are_cgroups_wanted: false,
             cgroups_paused_until: Rc::new(Cell::new(Instant::now())),
         })
     }
@@ -261,7 +267,7 @@ impl Engine {
         result.and(stopped)
     }
 
-    /// Waits for outstanding resets, so that their results are recorded. No new reset is started.
+    /// Waits for outstanding resets, so that their results are recorded. The loop starts no new ones.
     async fn finish_resets(&self) {
         self.context.state().is_enforcing = false;
         let until = Instant::now() + STOP_PATIENCE;
@@ -276,11 +282,17 @@ impl Engine {
     async fn serve(&mut self) -> Result<()> {
         loop {
             self.context.take_failure()?;
-            if self.reloading.has_changed.take() {
-                self.cgroups_due = Some(self.cgroups_paused_until.get().max(Instant::now()));
-            }
+            self.are_cgroups_wanted |= self.reloading.has_changed.take();
+            let look_up_at = Some(self.cgroups_paused_until.get());
+            let look_up_at = look_up_at.filter(|_| self.are_cgroups_wanted);
             owner_search::find_cgroups(&self.context);
             growth::begin_if_half_full(&self.context);
+            ending::find(&self.context);
+            owner_search::find(&self.context);
+            terminate::end_waiting(&self.context);
+            terminate::confirm_observed(&self.context);
+            unreported::query_unreported(&self.context);
+            terminate::end_untracked(&self.context)?;
             self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
             self.timer.set(next_ns).context("setting the timer")?;
@@ -319,11 +331,9 @@ impl Engine {
                 }
                 changed = self.watch.changed() => {
                     changed.context("watching the cgroups of the rules")?;
-                    let at = self.cgroups_paused_until.get().max(Instant::now());
-                    self.cgroups_due.get_or_insert(at);
-                    self.has_cgroup_event = true;
+                    self.are_cgroups_wanted = true;
                 }
-                () = at(self.cgroups_due) => self.follow_cgroups(),
+                () = at(look_up_at) => self.follow_cgroups(),
                 forwarded = self.log.forward() => {
                     forwarded.context("waiting for the kernel programs' log")?;
                 }
@@ -409,6 +419,8 @@ impl Engine {
         };
         let detached = crate::report::health::DegradedCause::Detached;
         state.records.health.set(detached, what);
+        state.hanging.is_short = self.context.pool.is_short();
+        state.note_backlog();
     }
 }
 
@@ -450,7 +462,9 @@ async fn start(
 ) -> Result<()> {
     let config = reload.config.borrow().clone();
     let users = reload::find_users(&context, &config).await;
-    context.state().put_policy(&config, &users)?;
+    let cgroups = owner_search::look_up(&context, &owner_resolver::cgroup_names(&config)).await;
+    let cgroups = cgroups.as_ref();
+    context.state().put_policy(&config, &users, cgroups)?;
     reload.has_changed.set(true);
     context.wake.notify_one();
     let taken_over = takeover::attach(&context).await?;
@@ -460,7 +474,7 @@ async fn start(
     let _ = serve.send(adopting);
     let adopted = takeover::adopt(&context).await?;
     context.state().records.started(&config);
-    if config.is_stand_in {
+    if config.stands_in_for.is_some() {
         context.state().records.metrics.config_refused();
     } else {
         reload.note_in_force();
@@ -475,85 +489,34 @@ async fn start(
 
 /// The cgroups that the rules name.
 impl Engine {
-    /// Looks up the cgroups and watches for their creation and removal.
+    /// Starts the task that looks them up and handles those that have come.
     fn follow_cgroups(&mut self) {
-        self.cgroups_due = None;
-        if std::mem::take(&mut self.has_cgroup_event) {
-            let pause = Instant::now() + CGROUPS_PAUSE;
-            self.cgroups_paused_until.set(pause);
-        }
-        // Watched before the lookup, so that a cgroup created in between is found.
-        let mut directories = self.context.state().owner_resolver.directories();
-        for _ in 0..MAX_WATCH_ROUNDS {
-            if let Err(error) = self.watch.set(&directories) {
-                tracing::error!(
-                    "a cgroup of the rules that comes later is not seen before the next SIGHUP, no \
-                     inotify watch: {error}; raise fs.inotify.max_user_instances or max_user_watches"
-                );
-                break;
-            }
-            // A cgroup that fits a pattern may have been created before its directory was watched for children.
-            let now = self.context.state().owner_resolver.directories();
-            let before = std::mem::replace(&mut directories, now);
-            if before == directories {
-                break;
-            }
-        }
-        // A start and a reload adopt all connections, and request this lookup at their end.
+        self.are_cgroups_wanted = false;
+        // A start and a reload look them up and adopt all connections, and request this lookup at their end.
         if self.reloading.is_under_way.get() {
             return;
         }
-        let come = self.context.state().owner_resolver.refresh();
-        if come.is_empty() {
-            return;
-        }
         let (context, reload) = (Rc::clone(&self.context), Rc::clone(&self.reloading));
-        let paused_until = Rc::clone(&self.cgroups_paused_until);
+        let (watch, paused_until) = (
+            Rc::clone(&self.watch),
+            Rc::clone(&self.cgroups_paused_until),
+        );
         // Blocks further lookups until the task has ended.
         let far = Instant::now() + Duration::from_secs(3_600);
         self.cgroups_paused_until.set(far);
         self.context.spawn(async move {
             let began = Instant::now();
-            let followed = cgroups_came(&context, &reload, &come).await;
-            let rest = (began.elapsed() * CGROUPS_REST).max(CGROUPS_PAUSE);
+            let followed = named_cgroups::follow(&context, &reload, &watch).await;
+            let pause = if context.state().backlog.is_unwatched {
+                CGROUPS_POLL
+            } else {
+                CGROUPS_PAUSE
+            };
+            let rest = (began.elapsed() * CGROUPS_REST).max(pause);
             paused_until.set(Instant::now() + rest);
-            reload.has_changed.set(true);
             followed
         });
     }
-}
-
-/// Handles new cgroups: matches their sockets from now on, adopts their existing connections, and redecides connections
-/// that a later rule has taken meanwhile.
-async fn cgroups_came(context: &Rc<Context>, reload: &Rc<Reload>, come: &[u64]) -> Result<()> {
-    // Sessions opened earlier must be known before the adoption.
-    context.read_events()?;
-    {
-        let mut state = context.state();
-        let state = &mut *state;
-        // The policy keeps its generation, so decisions about other sessions stay valid.
-        let config = reload.config.borrow();
-        state
-            .rule_set
-            .set_owners(&config, state.owner_resolver.owners());
-        let (entries, limits_of_rules) =
-            (&state.rule_set.entries, state.rule_set.limits_of_rules());
-        state
-            .datapath
-            .put_policy(state.rule_set.generation, entries, &limits_of_rules)?;
-    }
-    let redecided = reload::redecide_below(context, come).await?;
-    reload::narrow_ports(context).await?;
-    let aim = sync::Aim {
-        adopts: true,
-        ..sync::Aim::default()
-    };
-    let adopted = sync::sync(context, aim).await?.adopted;
-    tracing::info!(
-        "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
-         adopted"
-    );
-    Ok(())
 }
 
 /// Reloads.
@@ -617,9 +580,10 @@ async fn reload_once(
         ),
     };
     let refused = |error: &anyhow::Error| {
-        tracing::error!("{what}: the configuration in force stays: {error:#}");
+        let error = exit::causes(error);
+        tracing::error!("{what}: the configuration in force stays: {error}");
         context.state().records.metrics.config_refused();
-        let error = format!("{error:#}");
+        *reload.refused.borrow_mut() = Some(error.clone());
         Ok(Err(Refusal { error }))
     };
     let Some(source) = &reload.source else {
@@ -636,13 +600,12 @@ async fn reload_once(
     }
     let redecided = match reload::change_policy(context, &config, by).await {
         Ok(redecided) => redecided,
-        Err(error) if error.is::<TooManyRules>() || error.is::<UserError>() => {
-            return refused(&error);
-        }
+        Err(error) if reload::is_refusal(&error) => return refused(&error),
         Err(error) => return Err(error),
     };
     let rules = config.rules.len();
     *reload.config.borrow_mut() = config;
+    *reload.refused.borrow_mut() = None;
     let adopted = reload::adopt_by_change(context).await?;
     context.state().records.metrics.config_loaded();
     reload.note_in_force();

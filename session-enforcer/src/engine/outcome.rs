@@ -1,18 +1,22 @@
 //! What follows from the result of a reset: a record, another attempt, or a quarantine.
 
+use std::time::Duration;
+
 use anyhow::Result;
-use session_enforcer_common::{Reason, Session};
+use session_enforcer_common::Reason;
 
 use super::{
-    judge::{Expired, next_observation},
+    judge::next_observation,
+    phase::{Expired, Phase},
     state::{Cause, RECHECK_NS, RETRY_NS, State},
-    tracker::Phase,
 };
 use crate::{
+    config::Mode,
     host::clock::monotonic_ns,
     reaper::diag::Queued,
     report::{
-        audit::End,
+        audit::{End, Outcome, Receipt, RequestedBy, Termination},
+        control::KillResult,
         metrics::{Repair, Untracked},
     },
 };
@@ -36,7 +40,7 @@ pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 pub(super) const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
 pub(super) const LOCKED: &str =
     "the reset waits for the socket, which its process keeps locked in the kernel";
-pub(super) const NO_ROOM: &str =
+const NO_ROOM: &str =
     "too many resets of its cgroup hang on sockets that their processes keep locked";
 
 impl State {
@@ -104,8 +108,7 @@ impl State {
     pub(super) fn not_found(&mut self, expired: &Expired) -> Result<()> {
         let (cookie, session) = (expired.cookie, expired.session);
         if self.still_there(cookie, &session)?.is_some() {
-            self.query_later(cookie, session, Cause::NotFound(*expired));
-            return Ok(());
+            return self.query_later(cookie, session, Cause::NotFound(*expired));
         }
         // An earlier reaper without an answer may have reset it.
         let tried = self.tracker.tried(cookie, &session);
@@ -118,15 +121,6 @@ impl State {
         }
         self.tracker.clear_phase(cookie);
         self.forget_unless_another(cookie, &session)
-    }
-
-    /// Removes a session that has ended, but not a later session of the same socket.
-    fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
-        let now = self.datapath.session(cookie)?;
-        if now.is_none_or(|now| now.established_ns == session.established_ns) {
-            self.forget(cookie);
-        }
-        Ok(())
     }
 
     /// Handles a lost answer, or an answer about another socket. After [`MAX_UNANSWERED`] retries in a row the reset
@@ -171,6 +165,7 @@ impl State {
             return;
         };
         tried.unanswered = 0;
+        tried.is_hidden = false;
         tried.place = None;
         let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
         tried.refusals += 1;
@@ -216,11 +211,31 @@ impl State {
         }
     }
 
+    /// Delays the confirmation of sessions for the same reason.
+    pub(super) fn wait_for_room(&mut self, candidates: &[Expired], since_ns: u64) {
+        let now_ns = monotonic_ns();
+        for expired in candidates {
+            let cookie = expired.cookie;
+            if let Some(Phase::Candidate) = self.tracker.phase(cookie, &expired.session) {
+                self.tracker.clear_phase(cookie);
+                self.has_no_room(expired, since_ns, now_ns);
+            } else {
+                self.tracker.rearm(cookie, now_ns + NO_ROOM_NS);
+            }
+        }
+    }
+
     /// Handles a session whose namespace or process was not found, or whose reset the process or the kernel refused.
     pub(super) fn not_reset(&mut self, expired: &Expired, at_ns: u64, error: &str) -> Result<()> {
         let (cookie, session) = (expired.cookie, &expired.session);
+        // The session table has no record of an untracked one.
+        let is_tracked = expired.reason != Reason::Untracked;
         // The sockets of a vanished namespace close with it.
-        if self.still_there(cookie, session)?.is_none() {
+        if is_tracked && self.still_there(cookie, session)?.is_none() {
+            let tried = self.tracker.tried(cookie, session);
+            if tried.is_some_and(|tried| tried.unanswered > 0 || tried.error.is_some()) {
+                self.record_gone(expired);
+            }
             self.tracker.clear_phase(cookie);
             return self.forget_unless_another(cookie, session);
         }
@@ -232,5 +247,64 @@ impl State {
         );
         self.fail(expired, at_ns, error);
         Ok(())
+    }
+}
+
+/// Records.
+impl State {
+    /// Records the outcome for a session.
+    pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
+        let outcome = end.outcome();
+        let place = match outcome {
+            Outcome::Reset | Outcome::Gone => self.tracker.take_journal_slot(expired),
+            Outcome::Failed | Outcome::Observed => None,
+        };
+        if let Some(place) = &place {
+            place.answer(outcome == Outcome::Gone, at_ns);
+        }
+        let session = &expired.session;
+        let holding = self.holding(expired.cookie, session);
+        let process = holding.and_then(|holding| holding.process);
+        let rule = &self.rule_set.rules[usize::from(session.rule)];
+        let kill = self.kills.of(expired.cookie, session);
+        let kill = kill.filter(|_| expired.reason == Reason::Admin);
+        let termination = Termination {
+            cookie: expired.cookie,
+            session,
+            rule: &rule.name,
+            reason: expired.reason,
+            // The mode at the time of the decision; the rule may have another mode now.
+            mode: match outcome {
+                Outcome::Observed => Mode::Observe,
+                _ => Mode::Enforce,
+            },
+            end,
+            limit: (expired.limit_ns != 0).then(|| Duration::from_nanos(expired.limit_ns)),
+            deadline_ns: expired.deadline_ns,
+            idle_since_ns: expired.idle_since_ns,
+            answered_ns: at_ns,
+            process,
+            cgroup: self.owner_resolver.path(session.owner.cgroup_id),
+            user: self.owner_resolver.user_name(session.owner.uid),
+            requested_by: kill.map(|kill| RequestedBy {
+                requester: &kill.by,
+                user: self.owner_resolver.user_name(kill.by.uid),
+            }),
+        };
+        let receipt = place.map(|place| Box::new(place) as Receipt);
+        self.records.termination(&termination, receipt);
+        if matches!(outcome, Outcome::Reset | Outcome::Gone) {
+            self.holdings.remove(&expired.cookie);
+            let result = match outcome {
+                Outcome::Reset => KillResult::Reset,
+                _ => KillResult::Gone,
+            };
+            self.kills.ended(expired.cookie, &expired.session, &result);
+        }
+    }
+
+    /// Records a session that was already gone when it should have been reset.
+    pub(super) fn record_gone(&mut self, expired: &Expired) {
+        self.record(expired, monotonic_ns(), End::Gone);
     }
 }

@@ -2,7 +2,7 @@
 //! the ids of sessions. Reapers query them; this keeps the results.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     path::PathBuf,
 };
 
@@ -27,6 +27,15 @@ const MAX_CGROUPS: usize = 16_384;
 
 /// Maximum number of cgroups that wait to be looked up. Cgroups beyond it stay unknown.
 const MAX_UNKNOWN: usize = 16_384;
+
+/// The cgroups that a reaper has found for the names in the rules.
+#[derive(Debug, Default)]
+pub struct FoundCgroups {
+    /// By path or pattern: the paths and ids of the cgroups that match it.
+    pub fitting: HashMap<String, Vec<(String, u64)>>,
+    /// The directories where a cgroup that matches may appear.
+    pub awaited: Vec<PathBuf>,
+}
 
 /// Query results by user name.
 pub type Users = HashMap<String, FoundUser>;
@@ -95,22 +104,30 @@ impl NamedCgroups {
         }
     }
 
-    /// The paths of all cgroups that exist or may be created. Known cgroups come first; those that exceed the available
-    /// match entries are left out.
-    fn wanted(&mut self, tree: &Tree, known: &Owners) -> BTreeSet<String> {
+    /// The paths and patterns.
+    fn names(&self) -> Vec<String> {
+        let patterns = self.patterns.iter().map(|(pattern, _)| pattern);
+        self.paths.iter().chain(patterns).cloned().collect()
+    }
+
+    /// The paths of all cgroups that exist or may be created, with the ids of those that exist. Known cgroups come
+    /// first; those that exceed the available match entries are left out.
+    fn wanted(&mut self, found: &FoundCgroups, known: &Owners) -> BTreeMap<String, Option<u64>> {
+        let of = |name: &str| found.fitting.get(name).into_iter().flatten();
         let fitting = self.patterns.iter().flat_map(|(pattern, cost)| {
-            let (paths, _) = tree.fitting(pattern);
-            paths.into_iter().map(|path| (path, *cost))
+            let costly = |(path, id): &(String, u64)| (path.clone(), *id, *cost);
+            of(pattern).map(costly)
         });
         let mut fitting: Vec<_> = fitting.collect();
-        fitting.sort_by_key(|(path, _)| !known.cgroups.contains_key(path));
-        let mut wanted = self.paths.clone();
+        fitting.sort_by_key(|(path, ..)| !known.cgroups.contains_key(path));
+        let named = |path: &String| (path.clone(), of(path).next().map(|(_, id)| *id));
+        let mut wanted: BTreeMap<_, _> = self.paths.iter().map(named).collect();
         let (mut free, mut left_out) = (self.free_entries, 0);
-        for (path, cost) in fitting {
+        for (path, id, cost) in fitting {
             match free.checked_sub(cost) {
                 Some(left) => {
                     free = left;
-                    wanted.insert(path);
+                    wanted.insert(path, Some(id));
                 }
                 None => left_out += 1,
             }
@@ -146,12 +163,17 @@ impl OwnerResolver {
     }
 
     /// Resolves the owners that the rules name, and the names of all users. Nothing changes before the result is
-    /// [kept](Self::keep).
+    /// [kept](Self::keep). Without `cgroups` those that are known stay.
     ///
     /// # Errors
     ///
     /// Fails if a user does not exist. A cgroup may be missing, since services come and go.
-    pub fn resolve(&self, config: &Config, users: &Users) -> Result<Resolved, UserError> {
+    pub fn resolve(
+        &self,
+        config: &Config,
+        users: &Users,
+        cgroups: Option<&FoundCgroups>,
+    ) -> Result<Resolved, UserError> {
         let mut names = Names::read();
         let mut owners = Owners::default();
         for rule in &config.rules {
@@ -166,7 +188,9 @@ impl OwnerResolver {
         }
         owners.cgroups.clone_from(&self.owners.cgroups);
         let mut named = NamedCgroups::of(config);
-        update_cgroups(&self.tree, &mut named, &mut owners);
+        if let Some(found) = cgroups {
+            update_cgroups(found, &mut named, &mut owners);
+        }
         Ok(Resolved {
             names,
             owners,
@@ -179,9 +203,9 @@ impl OwnerResolver {
         (self.names, self.owners, self.named) = (found.names, found.owners, found.named);
     }
 
-    /// Looks up the cgroups of the rules again; returns the ids of new ones.
-    pub fn refresh(&mut self) -> Vec<u64> {
-        update_cgroups(&self.tree, &mut self.named, &mut self.owners)
+    /// Takes in what was found of the cgroups that the rules name; returns the ids of new ones.
+    pub fn refresh(&mut self, found: &FoundCgroups) -> Vec<u64> {
+        update_cgroups(found, &mut self.named, &mut self.owners)
     }
 
     /// The owners of the last lookup.
@@ -189,13 +213,14 @@ impl OwnerResolver {
         &self.owners
     }
 
-    /// The directories of the cgroups that the rules name, whether they exist or not.
-    pub fn directories(&self) -> Vec<PathBuf> {
-        let paths = self.named.paths.iter();
-        let directories = paths.map(|path| self.tree.directory(path));
-        let patterns = self.named.patterns.iter();
-        let awaited = patterns.flat_map(|(pattern, _)| self.tree.fitting(pattern).1);
-        directories.chain(awaited).collect()
+    /// The paths and patterns by which the active rules name cgroups.
+    pub fn cgroup_names(&self) -> Vec<String> {
+        self.named.names()
+    }
+
+    /// Whether cgroups that match patterns have no room in the match table.
+    pub fn has_left_out(&self) -> bool {
+        self.named.left_out > 0
     }
 
     /// The ids of a cgroup and its ancestors, if known.
@@ -267,6 +292,11 @@ impl OwnerResolver {
     }
 }
 
+/// The paths and patterns by which the rules of a configuration name cgroups.
+pub fn cgroup_names(config: &Config) -> Vec<String> {
+    NamedCgroups::of(config).names()
+}
+
 /// The owners that a configuration names, resolved on this host.
 #[derive(Debug)]
 pub struct Resolved {
@@ -278,15 +308,13 @@ pub struct Resolved {
 
 /// Adds the ids of cgroups that have appeared; returns the new ids. Cgroups that matched a pattern and are gone, and
 /// those that no rule names, are forgotten.
-fn update_cgroups(tree: &Tree, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
-    let wanted = named.wanted(tree, owners);
-    owners.cgroups.retain(|path, _| wanted.contains(path));
-    for path in wanted {
-        owners.cgroups.entry(path).or_default();
-    }
+fn update_cgroups(found: &FoundCgroups, named: &mut NamedCgroups, owners: &mut Owners) -> Vec<u64> {
+    let wanted = named.wanted(found, owners);
+    owners.cgroups.retain(|path, _| wanted.contains_key(path));
     let mut come = Vec::new();
-    for (path, ids) in &mut owners.cgroups {
-        let Some(id) = tree.id(path).filter(|id| ids.last() != Some(id)) else {
+    for (path, id) in wanted {
+        let ids = owners.cgroups.entry(path).or_default();
+        let Some(id) = id.filter(|id| ids.last() != Some(id)) else {
             continue;
         };
         ids.retain(|former| *former != id);

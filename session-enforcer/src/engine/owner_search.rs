@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Expiry, Owner, Session, expiry};
+use session_enforcer_common::{Direction, Expiry, Owner, Session, expiry};
 
 use super::{
     ask::{self, Answer},
@@ -17,12 +17,16 @@ use super::{
     tracker::{by_namespace, group_of},
 };
 use crate::{
-    engine::adopt::{self, Listeners},
+    engine::{
+        adopt::{self, Listeners},
+        owner_resolver::FoundCgroups,
+    },
     host::clock::monotonic_ns,
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, SocketId},
-        protocol::{Cgroup, Reply, Request},
+        protocol::{Cgroup, MAX_PATHS, Reply, Request},
     },
+    report::metrics::Untracked,
 };
 
 /// Maximum number of comparisons of records with their sockets while packets pass. Each time fewer differ: those with a
@@ -127,7 +131,11 @@ async fn resolve_in(
     for ((cookie, session), answer) in sessions.iter().zip(answers) {
         let owner = match answer {
             Answer::Known(socket, _) => match socket.filter(|socket| !socket.is_mini) {
-                Some(socket) => adopt::owner(&socket, &listeners),
+                Some(socket) => {
+                    let direction = Direction::from_number(session.direction);
+                    let direction = direction.unwrap_or(Direction::Inbound);
+                    adopt::owner(&socket, direction, &listeners)
+                }
                 None => {
                     state.release(*cookie, session)?;
                     continue;
@@ -207,6 +215,29 @@ pub(super) async fn note_cgroups(context: &Rc<Context>, ids: HashSet<u64>) -> Re
         }
     }
     Ok(())
+}
+
+/// Looks up cgroups by path or pattern. Returns `None`, with a message in the log, if there is no answer.
+pub(super) async fn look_up(context: &Rc<Context>, names: &[String]) -> Option<FoundCgroups> {
+    let mut found = FoundCgroups::default();
+    for some in names.chunks(MAX_PATHS) {
+        let request = Request::NamedCgroups {
+            names: some.to_vec(),
+        };
+        let replies = ask::ask(context, &request, None).await;
+        let replies = replies
+            .inspect_err(|error| tracing::warn!("cgroups of the rules are not looked up: {error}"));
+        for (reply, _) in replies.ok()? {
+            match reply {
+                Reply::Fitting { name, cgroups } => {
+                    found.fitting.entry(name).or_default().extend(cgroups);
+                }
+                Reply::Awaited(directories) => found.awaited.extend(directories),
+                _ => {}
+            }
+        }
+    }
+    Some(found)
 }
 
 /// Starts a task that looks up the cgroups of newly opened sessions.
@@ -315,8 +346,7 @@ impl State {
     ) -> Result<Option<Tracked>> {
         // The record may have changed meanwhile.
         let Some(session) = self.still_there(cookie, session)? else {
-            // It has ended; its event was not read yet.
-            self.tracker.rearm(cookie, monotonic_ns() + RETRY_NS);
+            self.forget_unless_another(cookie, session)?;
             return Ok(None);
         };
         let mut resolved = Session {
@@ -331,8 +361,13 @@ impl State {
             return Ok(None);
         };
         (resolved.rule, resolved.generation) = (rule, self.rule_set.generation);
+        if session.generation == 0 && self.is_full(rule, cookie) {
+            self.release(cookie, &session)?;
+            self.leave_out(cookie, &resolved);
+            return Ok(None);
+        }
         if !self.datapath.update(cookie, &resolved)? {
-            self.forget(cookie);
+            self.forget_unless_another(cookie, &session)?;
             return Ok(None);
         }
         // From here on its end is counted as closed, so its opening is counted too.
@@ -341,6 +376,28 @@ impl State {
         }
         self.tracker.add(cookie, group_of(&resolved), u64::MAX);
         Ok(Some((cookie, resolved)))
+    }
+
+    /// Whether the rule has its maximum of sessions without this one. The programs count a session under its rule only
+    /// when that is decided.
+    fn is_full(&self, rule: u16, cookie: u64) -> bool {
+        let sessions = self.tracker.sessions_of().get(usize::from(rule));
+        let group = self.tracker.group(cookie);
+        let own = u64::from(group.is_some_and(|group| group.rule == rule));
+        let others = sessions.copied().unwrap_or(0).saturating_sub(own);
+        let rule = self.rule_set.rule(rule);
+        let most = rule.map_or(0, |rule| u64::from(rule.limits.max_sessions));
+        most != 0 && others >= most
+    }
+
+    /// Handles a session that its rule has no room for.
+    fn leave_out(&mut self, cookie: u64, session: &Session) {
+        if self.resets_untracked(session.rule) {
+            self.untracked.push((cookie, *session));
+        } else {
+            self.records.metrics.untracked(Untracked::RuleFull);
+            self.backlog.left_out_by_rule(session.rule);
+        }
     }
 
     /// Compares the record of a session with its socket, and updates the record if they differ.
@@ -358,7 +415,7 @@ impl State {
                 return Ok(if self.count_as_active(cookie, &mut session)? {
                     CaughtUp::Agrees(session)
                 } else {
-                    self.forget(cookie);
+                    self.forget_unless_another(cookie, &session)?;
                     CaughtUp::Ended
                 });
             }
@@ -369,7 +426,7 @@ impl State {
         };
         // Read after the socket was queried: activity in between is only in the record.
         let Some(now) = self.still_there(cookie, &session)? else {
-            self.forget(cookie);
+            self.forget_unless_another(cookie, &session)?;
             return Ok(CaughtUp::Ended);
         };
         let limits = self.rule_set.rule(now.rule).map(|rule| rule.limits);
@@ -380,7 +437,7 @@ impl State {
         if self.datapath.update(cookie, &caught_up)? {
             return Ok(CaughtUp::Written(caught_up));
         }
-        self.forget(cookie);
+        self.forget_unless_another(cookie, &session)?;
         Ok(CaughtUp::Ended)
     }
 

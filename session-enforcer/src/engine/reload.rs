@@ -5,22 +5,26 @@ use std::{
     rc::Rc,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use session_enforcer_common::Session;
 
 use super::{
     ask,
     context::Context,
-    judge::Expired,
-    owner_search,
-    rule_set::RuleSet,
+    owner_search::{self, look_up},
+    phase::{Expired, Phase},
+    rule_set::{RuleSet, TooManyRules},
     state::{Change, State},
     sync::{Aim, sync},
-    tracker::{Phase, group_of},
+    tracker::group_of,
 };
 use crate::{
     config::{Config, OnFull, User},
-    engine::{owner_resolver::Users, schedule::Group},
+    datapath::BpfError,
+    engine::{
+        owner_resolver::{FoundCgroups, UserError, Users, cgroup_names},
+        schedule::Group,
+    },
     host::clock::monotonic_ns,
     reaper::{
         diag::MAX_BATCH,
@@ -28,6 +32,11 @@ use crate::{
     },
     report::audit::{RequestedBy, Requester},
 };
+
+/// Why the program that records owners could not be attached. The engine has no right any more to ask for the others.
+const NO_OWNERS: &str = "a rule names users or cgroups, which needs one more program on the cgroup; \
+                         a program that was attached without BPF_F_ALLOW_MULTI forbids it \
+                         (`bpftool cgroup show`)";
 
 /// The effect of a policy change on the sessions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,6 +79,15 @@ pub(super) async fn find_users(context: &Rc<Context>, config: &Config) -> Users 
     users
 }
 
+/// Whether the error of [`change_policy`] refuses the policy, so that nothing has changed.
+pub(super) fn is_refusal(error: &anyhow::Error) -> bool {
+    let is_of_program =
+        |error: &BpfError| matches!(error, BpfError::Attach { .. } | BpfError::Taken { .. });
+    error.is::<TooManyRules>()
+        || error.is::<UserError>()
+        || error.downcast_ref().is_some_and(is_of_program)
+}
+
 /// Activates another policy and redecides every tracked session. The audit record names the requester.
 ///
 /// # Errors
@@ -82,13 +100,15 @@ pub(super) async fn change_policy(
     by: Option<&Requester>,
 ) -> Result<Redecided> {
     let users = find_users(context, config).await;
+    let cgroups = look_up(context, &cgroup_names(config)).await;
     context.read_events()?;
     {
         let mut state = context.state();
         let (asked, asks) = (state.datapath.notes_owners(), config.asks_owner());
         // Attached before a rule needs it, so that the owners of all new sockets are recorded.
-        state.datapath.note_owners(asked || asks, &context.cgroup)?;
-        let before = state.put_policy(config, &users);
+        let noted = state.datapath.note_owners(asked || asks, &context.cgroup);
+        noted.context(NO_OWNERS)?;
+        let before = state.put_policy(config, &users, cgroups.as_ref());
         let asks = if before.is_ok() { asks } else { asked };
         state.datapath.note_owners(asks, &context.cgroup)?;
         let before = before?;
@@ -181,8 +201,12 @@ async fn redecide(context: &Rc<Context>) -> Result<Redecided> {
     for (cookie, session) in resolved {
         let mut state = context.state();
         let now_ns = monotonic_ns();
-        let session = state.still_there(cookie, &session)?;
-        let expired = state.judge(cookie, session, now_ns)?;
+        let Some(now) = state.still_there(cookie, &session)? else {
+            state.forget_unless_another(cookie, &session)?;
+            redecided.released += 1;
+            continue;
+        };
+        let expired = state.judge(cookie, Some(now), now_ns)?;
         state.note_redecided(&mut redecided, cookie, expired);
     }
     Ok(redecided)
@@ -226,8 +250,13 @@ impl State {
     /// # Errors
     ///
     /// Fails if there are too many rules, a user does not exist, or the kernel refuses the policy.
-    pub(super) fn put_policy(&mut self, config: &Config, users: &Users) -> Result<RuleSet> {
-        let found = self.owner_resolver.resolve(config, users)?;
+    pub(super) fn put_policy(
+        &mut self,
+        config: &Config,
+        users: &Users,
+        cgroups: Option<&FoundCgroups>,
+    ) -> Result<RuleSet> {
+        let found = self.owner_resolver.resolve(config, users, cgroups)?;
         let next = self.rule_set.next(config, &found.owners)?;
         self.datapath
             .put_policy(next.generation, &next.entries, &next.limits_of_rules())?;

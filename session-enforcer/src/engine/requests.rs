@@ -8,10 +8,11 @@ use session_enforcer_common::{Ancestors, Reason, Session};
 use super::{
     Reload,
     context::Context,
-    judge::{Expired, Judgement},
+    judge::Judgement,
+    phase::{Expired, Phase},
     rule_set::RuleSet,
     state::State,
-    tracker::{Phase, group_of},
+    tracker::group_of,
 };
 use crate::{
     config::{Config, Mode},
@@ -37,8 +38,7 @@ pub(super) fn answer(
     let mut state = context.state();
     match request {
         Request::Status(reply) => {
-            let config = reload.config.borrow();
-            let _ = reply.send(state.status(context, &config)?);
+            let _ = reply.send(state.status(context, reload)?);
         }
         Request::Rules(reply) => drop(reply.send(Box::new(state.rule_set.clone()))),
         Request::Owners {
@@ -75,6 +75,10 @@ impl Rules for RuleSet {
 
     fn has(&self, name: &str) -> bool {
         self.rules.iter().any(|rule| rule.name == name)
+    }
+
+    fn name_owners(&self) -> bool {
+        self.asks_owner
     }
 }
 
@@ -171,7 +175,8 @@ impl State {
         }
     }
 
-    fn status(&mut self, context: &Context, config: &Config) -> anyhow::Result<Status> {
+    fn status(&mut self, context: &Context, reload: &Reload) -> anyhow::Result<Status> {
+        let config = reload.config.borrow();
         self.records.note_audit();
         let clock = WallClock::now();
         let at = |ns| clock.at(ns).to_string();
@@ -202,7 +207,8 @@ impl State {
                     .map(|file| file.path.display().to_string()),
                 sha256: config.file.as_ref().map(|file| file.sha256.clone()),
                 since: at(self.in_force_since_ns),
-                last_reload_successful: !self.records.metrics.is_config_refused(),
+                last_reload_successful: reload.refused.borrow().is_none(),
+                last_reload_error: reload.refused.borrow().clone(),
             },
             sessions: self.tracker.len() as u64,
             max_sessions: self.datapath.max_sessions().into(),
@@ -211,7 +217,7 @@ impl State {
             quarantined: self.tracker.quarantined() as u64,
             audit_records: audit.sequence(),
             audit_records_lost: audit.lost(),
-            rules: self.rule_statuses(config),
+            rules: self.rule_statuses(&config),
         })
     }
 

@@ -1,21 +1,25 @@
 //! The engine's state and the actions that need no reaper: events, due sessions, HTTP requests. Tasks in other modules
 //! do what takes a reaper.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::{Context as _, Result};
-use session_enforcer_common::{Ancestors, ErrorKind, Event, EventKind, RuleCounters, Session};
+use session_enforcer_common::{
+    Ancestors, ErrorKind, Event, EventKind, RuleCounters, Session, flags,
+};
 
 use super::{
-    backlog::Backlog,
-    ending::{self, Holding},
+    backlog::{Backlog, FULL_RULE},
     handles::Handles,
     hanging::Hanging,
-    judge::{Expired, Judgement, judge},
+    holder_searches::{Holding, ahead_of},
+    judge::{Judgement, judge},
     kills::Kills,
+    phase::{Expired, Phase},
     records::Records,
     rule_set::RuleSet,
-    tracker::{Phase, Tracker, group_of, group_of_event},
+    slow::SlowNamespaces,
+    tracker::{Tracker, group_of, group_of_event},
 };
 use crate::{
     config::{Config, Mode},
@@ -26,9 +30,9 @@ use crate::{
     report::{
         audit::Audit,
         health::{DegradedCause, Health},
-        http::{Request, Scrape},
         metrics::{KernelSnapshot, Metrics, Repair},
         service_manager::Standing,
+        to_engine::{Request, Scrape},
     },
 };
 
@@ -71,12 +75,15 @@ pub(super) struct State {
     pub(super) backlog: Backlog,
     pub(super) handles: Handles,
     pub(super) hanging: Hanging,
+    pub(super) slow: SlowNamespaces,
     /// Whether the kernel was found to lack `SOCK_DESTROY`.
     pub(super) has_no_destroy: bool,
     /// Whether due sessions are terminated; true from the attachment on.
     pub(super) is_enforcing: bool,
     /// Sessions whose owner must be resolved before they are judged.
     pub(super) without_owner: Vec<(u64, Session)>,
+    /// Sessions to reset that their rules have no room for.
+    pub(super) untracked: Vec<(u64, Session)>,
     /// Observed sessions that are late unless their sockets confirm a candidate.
     pub(super) candidates: Vec<Expired>,
     /// Sessions that may have ended without a report of the kernel.
@@ -150,9 +157,11 @@ impl State {
             backlog: Backlog::from(monotonic_ns()),
             handles: Handles::new(own_netns),
             hanging: Hanging::default(),
+            slow: SlowNamespaces::default(),
             has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
+            untracked: Vec::new(),
             candidates: Vec::new(),
             maybe_ended: Vec::new(),
             repaired_losses: 0,
@@ -273,7 +282,7 @@ impl State {
             return;
         };
         let due_ns = if event.generation == self.rule_set.generation as u16 {
-            ending::ahead_of(
+            ahead_of(
                 rule.limits.first_deadline_ns(event.established_ns),
                 &rule.limits,
             )
@@ -310,6 +319,15 @@ impl State {
         }
     }
 
+    /// Stops tracking a session that has ended, but not a later session of the same socket.
+    pub(super) fn forget_unless_another(&mut self, cookie: u64, session: &Session) -> Result<()> {
+        let now = self.datapath.session(cookie)?;
+        if now.is_none_or(|now| now.established_ns == session.established_ns) {
+            self.forget(cookie);
+        }
+        Ok(())
+    }
+
     /// Drops the handle of a namespace without sessions; a handle keeps its namespace alive.
     pub(super) fn give_up_if_unused(&mut self, netns_cookie: u64) {
         if !self.tracker.has_sessions_in(netns_cookie) {
@@ -334,8 +352,7 @@ impl State {
         if removed && session.generation != 0 && self.is_enforcing {
             self.records.metrics.removed(usize::from(rule));
         }
-        self.forget(cookie);
-        Ok(())
+        self.forget_unless_another(cookie, session)
     }
 
     /// Removes a session that ended without a report of the kernel.
@@ -456,10 +473,10 @@ impl State {
                 if session.is_shut() {
                     self.datapath.reopen(cookie, session.established_ns)?;
                 }
-                let times = (recheck_ns, ending::ahead_of(recheck_ns, &limits));
+                let times = (recheck_ns, ahead_of(recheck_ns, &limits));
                 let is_looked_for = self.recheck_ahead(cookie, times, now_ns);
                 if session.end_is_unreported() && !is_looked_for {
-                    self.query_later(cookie, session, Cause::Unreported);
+                    self.query_later(cookie, session, Cause::Unreported)?;
                 }
                 Ok(None)
             }
@@ -469,27 +486,41 @@ impl State {
                 Ok(None)
             }
             Judgement::Late(expired) => {
-                self.note_observed(&expired);
+                self.note_observed(&expired)?;
                 Ok(None)
             }
         }
     }
 
     /// Records a late session whose rule only observes, if its socket exists.
-    pub(super) fn note_observed(&mut self, expired: &Expired) {
+    pub(super) fn note_observed(&mut self, expired: &Expired) -> Result<()> {
         if expired.session.end_is_unreported() {
-            self.query_later(expired.cookie, expired.session, Cause::Observed(*expired));
-        } else {
-            self.observe(expired);
+            return self.query_later(expired.cookie, expired.session, Cause::Observed(*expired));
         }
+        self.observe(expired);
+        Ok(())
     }
 
-    pub(super) fn query_later(&mut self, cookie: u64, session: Session, cause: Cause) {
+    /// Has the socket of a session queried. From now on the programs report again that it may have ended: a packet after
+    /// the query is reported.
+    pub(super) fn query_later(
+        &mut self,
+        cookie: u64,
+        session: Session,
+        cause: Cause,
+    ) -> Result<()> {
+        if session.flags & flags::END_REPORTED != 0
+            && let Some(now) = self.still_there(cookie, &session)?
+        {
+            let flags = now.flags & !flags::END_REPORTED;
+            self.datapath.update(cookie, &Session { flags, ..now })?;
+        }
         self.maybe_ended.push(MaybeEnded {
             cookie,
             session,
             cause,
         });
+        Ok(())
     }
 }
 
@@ -554,11 +585,38 @@ impl State {
         Ok(())
     }
 
+    /// Notes whether new cgroups of the rules are reported, and why not.
+    pub(super) fn note_watch(&mut self, error: Option<&std::io::Error>) {
+        let was_unwatched = std::mem::replace(&mut self.backlog.is_unwatched, error.is_some());
+        if let Some(error) = error.filter(|_| !was_unwatched) {
+            tracing::error!("watching for cgroups of the rules: {error}");
+        }
+        self.note_backlog();
+    }
+
+    /// The names of the rules that have their maximum, as far as a sync has found them.
+    fn full_rules(&self) -> String {
+        let rules = self.backlog.full_rules();
+        let names = rules.filter_map(|rule| Some(self.rule_set.rule(rule)?.name.as_str()));
+        let names: BTreeSet<&str> = names.collect();
+        match names.is_empty() {
+            true => String::new(),
+            false => format!(": {}", Vec::from_iter(names).join(", ")),
+        }
+    }
+
     /// Updates the health with what is known to be missed.
     pub(super) fn note_backlog(&mut self) {
         let has_room = self.has_room() || self.datapath.can_grow();
+        self.backlog.has_left_out_cgroups = self.owner_resolver.has_left_out();
         for (trouble, what) in self.backlog.troubles(has_room) {
-            self.records.health.set(trouble, what);
+            match what {
+                Some(FULL_RULE) => {
+                    let what = format!("{FULL_RULE}{}", self.full_rules());
+                    self.records.health.set(trouble, Some(&what));
+                }
+                _ => self.records.health.set(trouble, what),
+            }
         }
         let stuck = self.hanging.trouble(self.tracker.quarantined());
         self.records

@@ -8,21 +8,22 @@
 use std::{
     collections::{HashMap, HashSet},
     rc::Rc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
-use session_enforcer_common::{Ancestors, Expiry, Limits, MatchEntry, Session, expiry};
+use session_enforcer_common::{Ancestors, Direction, Expiry, Limits, MatchEntry, Session, expiry};
 
 use super::{
     ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
     backoff::Need,
     context::Context,
-    ending,
+    holder_searches::ahead_of,
     owner_search::{self, CaughtUp},
+    phase::Phase,
     state::{RECHECK_NS, State},
     terminate,
-    tracker::{Phase, by_namespace, group_of},
+    tracker::{by_namespace, group_of},
 };
 use crate::{
     datapath::Adoption,
@@ -36,14 +37,19 @@ use crate::{
     report::metrics::{Repair, Untracked},
 };
 
-/// Maximum number of adopted sessions that wait for their confirmation. Each confirmation takes about 10 ms of waiting.
-const MAX_UNCONFIRMED: usize = 16_384;
+/// Maximum time for which an adopted session waits for others, to be confirmed together: a confirmation takes about
+/// 10 ms of waiting. Later namespaces can take long to list, and belong to somebody else.
+const CONFIRMED_AFTER: Duration = Duration::from_millis(50);
 
 /// Number of sessions that are collected before other work gets its turn.
 const AT_ONCE: usize = 4_096;
 
 /// How long a reaper may list without an answer; it may first search every descriptor of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The reason if that time has passed, and what to do.
+const NO_LIST: &str = "the kernel does not list its sockets, as while a process keeps a socket locked; this is tried \
+                       again; if it stays, end the process (the audit may name it), or use Linux 6.9 or newer";
 
 /// What a sync does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,6 +66,21 @@ pub(super) struct Aim {
     pub(super) by_change: bool,
     /// Release sessions of sockets outside the attached cgroup.
     pub(super) releases_others: bool,
+}
+
+impl Aim {
+    /// The aim of a sync that takes the place of another one.
+    const fn in_place_of(self, other: Self) -> Self {
+        Self {
+            adopts: self.adopts || other.adopts,
+            catches_up: self.catches_up || other.catches_up,
+            // An adopted session may be one that only the other sync should find.
+            repairs: self.repairs && other.repairs,
+            is_thorough: self.is_thorough || other.is_thorough,
+            by_change: self.by_change || other.by_change,
+            releases_others: self.releases_others || other.releases_others,
+        }
+    }
 }
 
 /// The result of a sync.
@@ -95,8 +116,9 @@ struct Sync<'a> {
     wanted: Vec<Socket>,
     /// Sessions that were inserted and are not confirmed yet.
     unconfirmed: Vec<(u64, Session)>,
+    /// When they are confirmed, if the list does not end before.
+    confirmed_at: Instant,
     visited: HashSet<u64>,
-    is_whole: bool,
     synced: Synced,
 }
 
@@ -111,7 +133,7 @@ pub(super) fn routine(state: &State) -> Aim {
     }
 }
 
-/// Makes session table, schedule and sockets agree. A sync in progress is stopped.
+/// Makes session table, schedule and sockets agree. A sync in progress is stopped, and its aims are added.
 ///
 /// # Errors
 ///
@@ -119,6 +141,9 @@ pub(super) fn routine(state: &State) -> Aim {
 pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
     let number = context.syncs.get() + 1;
     context.syncs.set(number);
+    let stopped = context.sync_under_way.get();
+    let aim = stopped.map_or(aim, |stopped| aim.in_place_of(stopped));
+    context.sync_under_way.set(Some(aim));
     context.read_events()?;
     let scheduled: Vec<(u64, u64)> = {
         let mut state = context.state();
@@ -158,8 +183,8 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
             listeners: Listeners::default(),
             wanted: Vec::new(),
             unconfirmed: Vec::new(),
+            confirmed_at: Instant::now(),
             visited: HashSet::new(),
-            is_whole: true,
             synced: Synced::default(),
         }
     };
@@ -169,6 +194,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
     let used = listed.and_then(|used| confirmed.map(|()| used))?;
     let synced = sync.synced;
     if sync.is_last() {
+        context.sync_under_way.set(None);
         let mut state = context.state();
         state.backlog.end(monotonic_ns(), used);
         state.note_backlog();
@@ -246,6 +272,9 @@ impl Sync<'_> {
         let mut listening: Vec<Listening> = Vec::new();
         let mut silent_looks = 0;
         while self.is_last() {
+            if self.confirmed_at <= Instant::now() {
+                self.confirm().await?;
+            }
             let reply = match exchange.next(LOOK).await {
                 Next::Reply(reply, handle) => {
                     silent_looks = 0;
@@ -264,7 +293,8 @@ impl Sync<'_> {
                         continue;
                     }
                     wait_out(self.context, exchange);
-                    self.unlisted("the kernel does not answer");
+                    let netns = self.context.state().handles.name(self.netns_cookie);
+                    self.unlisted(&format!("{netns}: {NO_LIST}"));
                     return Ok(Some(Duration::ZERO));
                 }
             };
@@ -315,7 +345,6 @@ impl Sync<'_> {
 
     /// Counts a namespace, or sockets of one, that cannot be queried.
     fn unlisted(&mut self, error: &str) {
-        self.is_whole = false;
         let mut state = self.context.state();
         state.backlog.unreached += 1;
         state.records.metrics.untracked(Untracked::Namespace);
@@ -359,7 +388,7 @@ impl Sync<'_> {
             let Some(holder) = holder.filter(|_| self.scope.contains(socket.cgroup_id)) else {
                 continue;
             };
-            let owner = adopt::owner(socket, &alone);
+            let owner = adopt::owner(socket, Direction::Inbound, &alone);
             if owner.is_known() {
                 held.push(((holder, socket.target.cookie), owner));
             }
@@ -368,16 +397,17 @@ impl Sync<'_> {
             let request = Request::Duplicate {
                 sockets: some.iter().map(|(held, _)| *held).collect(),
             };
-            let replies = ask::ask(self.context, &request, None).await;
-            let replies = replies.unwrap_or_else(|error| {
-                tracing::warn!("owners of sockets that listen are not noted: {error}");
-                Vec::new()
-            });
-            let mut state = self.context.state();
-            for ((_, owner), (reply, fd)) in some.iter().zip(replies) {
+            // Each duplicate is closed here before the request ends: the reaper has it open until then. If this close were
+            // the last one, the owner could have it wait for unsent data (`SO_LINGER`).
+            let noted = ask::each(self.context, &request, None, |index, reply, fd| {
+                let mut state = self.context.state();
                 // If this fails, the owner of each accepted socket is resolved separately.
-                let noted = fd.map(|fd| state.datapath.note_owner(&fd, owner));
+                let noted = some.get(index).zip(fd);
+                let noted = noted.map(|((_, owner), fd)| state.datapath.note_owner(&fd, owner));
                 tracing::debug!("owner of a listener: {noted:?} {reply:?}");
+            });
+            if let Err(error) = noted.await {
+                tracing::warn!("owners of sockets that listen are not noted: {error}");
             }
         }
         Ok(())
@@ -422,13 +452,19 @@ impl Sync<'_> {
     async fn take_known(&mut self, sockets: &[Socket]) -> Result<()> {
         if self.aim.releases_others {
             let elsewhere = |socket: &&Socket| !self.scope.contains(socket.cgroup_id);
-            let others: Vec<u64> = sockets
-                .iter()
-                .filter(elsewhere)
-                .map(|socket| socket.target.cookie)
-                .collect();
+            let others: Vec<Socket> = sockets.iter().filter(elsewhere).copied().collect();
+            let cgroups = others.iter().filter_map(|socket| socket.cgroup_id);
+            owner_search::note_cgroups(self.context, cgroups.collect()).await?;
             let mut state = self.context.state();
-            for cookie in others {
+            let own = self.context.cgroup.id();
+            for socket in others {
+                // Its cgroup may have come since the scope was read.
+                let above = socket.cgroup_id.and_then(|id| state.ancestors_of(id));
+                let is_below = |(above, own): (Ancestors, u64)| above.contains(own);
+                if above.zip(own).is_some_and(is_below) {
+                    continue;
+                }
+                let cookie = socket.target.cookie;
                 if let Some(session) = state.datapath.session(cookie)? {
                     state.release(cookie, &session)?;
                 }
@@ -475,9 +511,6 @@ impl Sync<'_> {
             }
             self.insert(sessions)?;
         }
-        if self.unconfirmed.len() >= MAX_UNCONFIRMED {
-            self.confirm().await?;
-        }
         Ok(())
     }
 
@@ -510,6 +543,9 @@ impl Sync<'_> {
                         may_have_ended: false,
                     };
                     state.tracker.set_phase(cookie, &session, adopting);
+                    if self.unconfirmed.is_empty() {
+                        self.confirmed_at = Instant::now() + CONFIRMED_AFTER;
+                    }
                     self.unconfirmed.push((cookie, session));
                 }
                 // Its event will follow.
@@ -533,7 +569,6 @@ impl Sync<'_> {
                 }
             }
         }
-        state.backlog.to_reset += untracked.len();
         terminate::reset_untracked(self.context, &mut state, untracked)?;
         let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
         if refused > 0 && is_first && !state.datapath.can_grow() {
@@ -605,7 +640,7 @@ impl Sync<'_> {
             (Answer::Locked, None) => state.count_as_active(cookie, &mut session)?,
         };
         if !is_there {
-            return Ok(());
+            return state.forget_unless_another(cookie, &session);
         }
         self.synced.adopted += 1;
         if self.aim.repairs {
@@ -616,7 +651,7 @@ impl Sync<'_> {
         state.records.metrics.adopted(&rule.name);
         let is_asked_for = state.kills.of(cookie, &session).is_some();
         let due_ns = if session.generation == state.rule_set.generation && !is_asked_for {
-            ending::ahead_of(limits.first_deadline_ns(session.established_ns), &limits)
+            ahead_of(limits.first_deadline_ns(session.established_ns), &limits)
         } else {
             // The policy has changed meanwhile, or a client has asked for the reset.
             0
@@ -641,10 +676,11 @@ impl Sync<'_> {
     /// Queries the sockets of sessions that the complete list of their namespace did not contain. The kernel's list may
     /// omit a socket while others open and close.
     async fn find_unseen(&mut self) -> Result<()> {
-        self.context.read_events()?;
         let unseen = self.unseen.remove(&self.netns_cookie).unwrap_or_default();
         let unseen: Vec<u64> = unseen.into_iter().collect();
         for some in unseen.chunks(MAX_BATCH) {
+            // Sessions whose end was reported meanwhile do not count as unreported.
+            self.context.read_events()?;
             let sessions = {
                 let mut state = self.context.state();
                 let mut sessions = Vec::new();
@@ -678,5 +714,34 @@ impl Sync<'_> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_in_place_of_another_does_what_both_were_to_do() {
+        let reload = Aim {
+            adopts: true,
+            is_thorough: true,
+            by_change: true,
+            ..Aim::default()
+        };
+        let follow = Aim {
+            adopts: true,
+            ..Aim::default()
+        };
+        assert_eq!(follow.in_place_of(reload), reload);
+        assert_eq!(reload.in_place_of(follow), reload);
+        let routine = Aim {
+            adopts: true,
+            repairs: true,
+            ..Aim::default()
+        };
+        assert_eq!(routine.in_place_of(routine), routine);
+        // What the routine one finds may be what the policy change has brought.
+        assert_eq!(routine.in_place_of(reload), reload);
     }
 }

@@ -37,9 +37,9 @@ pub struct Begun {
 pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
     let inherited = context.state().datapath.inherited();
     let is_stopped = inherited == Inherited::Stopped;
+    let own = context.state().handles.own();
+    let only = (!context.all_namespaces).then_some(own);
     if inherited != Inherited::Nothing {
-        let own = context.state().handles.own();
-        let only = (!context.all_namespaces).then_some(own);
         // Must come first: the next step releases sessions that no rule matches any more.
         unrecorded::recover(context).await?;
         context.state().schedule_inherited(only)?;
@@ -57,6 +57,8 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         state.datapath.compare_sessions()?;
     }
     if inherited != Inherited::Nothing {
+        // The earlier programs may have opened sessions since, of which no event reaches this daemon.
+        context.state().schedule_inherited(only)?;
         write_rules(context).await?;
     }
     if is_stopped {
@@ -144,23 +146,25 @@ impl State {
             .put_policy(generation, entries, &limits_of_rules)?)
     }
 
-    /// Schedules every session in the table and releases those that no rule matches.
+    /// Schedules every session in the table that is not scheduled, and releases those that no rule matches.
     fn schedule_inherited(&mut self, only_netns: Option<u64>) -> Result<()> {
         for cookie in self.datapath.cookies()? {
+            if self.tracker.contains(cookie) {
+                continue;
+            }
             let Some(session) = self.datapath.session(cookie)? else {
                 continue;
             };
             let netns_cookie = session.netns_cookie;
             let is_wanted = only_netns.is_none_or(|only| only == netns_cookie);
             let rule = self.provisional_rule(&session).filter(|_| is_wanted);
-            // Sessions that the earlier daemon had not decided about are removed here. The adoption that follows
-            // handles them like other untracked connections.
-            let Some(rule) = rule.filter(|_| session.generation != 0) else {
+            let Some(rule) = rule else {
                 self.datapath.remove(cookie, session.established_ns)?;
                 self.forget(cookie);
                 continue;
             };
-            // Due at once: the first pass computes the deadline, and terminates sessions that are already late.
+            // Due at once: the first pass computes the deadline, terminates sessions that are already late, and has the
+            // owners searched for of those that the earlier daemon had not decided about.
             self.tracker.add(cookie, Group { netns_cookie, rule }, 0);
         }
         Ok(())

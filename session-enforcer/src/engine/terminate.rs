@@ -13,16 +13,16 @@ use session_enforcer_common::{Expiry, Reason, Session, expiry, flags};
 
 use super::{
     adopt,
-    ask::{self, Answer, LOOK, note_problem},
+    ask::{self, ATTEMPTS, Answer, LOOK, note_problem},
     batch::{Batch, ResetMethod},
     context::Context,
     handles::Searching,
     hanging::Room,
-    in_progress::{Hangs, SearchUnderWay, Slot, Waited, culprit},
-    judge::Expired,
-    outcome::{NO_ROOM, NO_ROOM_NS, UNANSWERED},
+    in_progress::{Hangs, SearchUnderWay, Slot, Turn, Waited, culprit},
+    outcome::{NO_ROOM_NS, UNANSWERED},
+    phase::{Expired, Phase},
+    seek::seek,
     state::State,
-    tracker::Phase,
     unreported::query_unreported,
 };
 use crate::{
@@ -38,6 +38,13 @@ use crate::{
 /// Number of batches in progress at a time, besides hanging ones. The second one makes sessions that are due at once
 /// end about 6 % sooner on two processors.
 const AT_A_TIME: usize = 2;
+
+/// How long a socket may delay the ACK of what it has taken (`TCP_DELACK_MAX` of include/net/tcp.h).
+const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
+
+/// A batch of ordinary resets takes some milliseconds. One that takes twice this long, and uses the processor for half
+/// of it, must not keep others waiting.
+const SLOW_NS: u64 = 5_000_000;
 
 /// The key of a batch: namespace, method, and the cgroup if its sessions are kept separate.
 type Lot = (u64, ResetMethod, Option<u64>);
@@ -55,14 +62,29 @@ pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
         looked_at += count;
         dispatch(context, &mut state, late)?;
     }
-    state.records.audit.flush();
+    Ok(())
+}
+
+/// Has sessions judged again that have waited for the turn of their namespace.
+pub(super) fn end_waiting(context: &Context) {
+    let mut state = context.state();
+    loop {
+        let next = state.slow.next(MAX_BATCH);
+        for cookie in &next {
+            state.tracker.rearm(*cookie, 0);
+        }
+        // Sessions that have ended meanwhile become due no more, so others follow at once.
+        if next.is_empty() || next.iter().any(|cookie| state.tracker.contains(*cookie)) {
+            return;
+        }
+    }
+}
+
+/// Queries the sockets of observed sessions with a candidate.
+pub(super) fn confirm_observed(context: &Rc<Context>) {
+    let mut state = context.state();
     let candidates = std::mem::take(&mut state.candidates);
     confirm_all(context, &state, candidates);
-    drop(state);
-    query_unreported(context);
-    super::owner_search::find(context);
-    super::ending::find(context);
-    Ok(())
 }
 
 /// Whether another batch may be started. The limit keeps the check of a session close to its reset. With a synced
@@ -98,12 +120,32 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
     hand_over(context, state, confirmed)
 }
 
+/// Resets the sessions that their rules have no room for.
+///
+/// # Errors
+///
+/// As [`reset_untracked`].
+pub(super) fn end_untracked(context: &Rc<Context>) -> Result<()> {
+    let mut state = context.state();
+    let sessions = std::mem::take(&mut state.untracked);
+    if sessions.is_empty() {
+        return Ok(());
+    }
+    reset_untracked(context, &mut state, sessions)
+}
+
 /// Resets sessions for which the session table has no slot.
+///
+/// # Errors
+///
+/// Fails if the session table cannot be read.
 pub(super) fn reset_untracked(
     context: &Rc<Context>,
     state: &mut State,
     sessions: Vec<(u64, Session)>,
 ) -> Result<()> {
+    // The next sync shows whether they are gone.
+    state.backlog.to_reset += sessions.len();
     let now_ns = monotonic_ns();
     let untracked = |(cookie, session): (u64, Session)| Expired {
         cookie,
@@ -146,8 +188,8 @@ fn confirm_all(context: &Rc<Context>, state: &State, candidates: Vec<Expired>) {
 /// Queries whether sockets have received or sent the candidates of their sessions. If a confirmation could let a
 /// session live, the query waits first until packets that have passed the hook have reached their sockets.
 ///
-/// A socket that its process keeps locked does not answer. It occupies a reaper as a hanging reset would; another
-/// reaper queries the remaining sockets, within the cgroup's limit.
+/// A socket that its process keeps locked does not answer. Its reaper is left behind and counts as a hanging reset;
+/// another reaper queries the remaining sockets at once, within the limits on those.
 async fn confirm_lot(
     context: Rc<Context>,
     netns_cookie: u64,
@@ -157,62 +199,105 @@ async fn confirm_lot(
     if may_live {
         ask::wait_for_programs(&context).await;
     }
+    let mut lost_reapers = 0;
     while let Some(first) = lot.first() {
         let culprit = culprit(&context.state(), &first.session);
-        let has_room = context.state().hanging.room(culprit) == Room::Free;
+        let hangs = {
+            let mut state = context.state();
+            if let Room::Taken { since_ns } = state.hanging.room(&culprit) {
+                state.wait_for_room(&lot, since_ns);
+                return Ok(());
+            }
+            Hangs::begin(&context, &mut state, &first.session)
+        };
         let began_ns = monotonic_ns();
         let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
         let targets: Vec<SocketId> = lot.iter().map(target).collect();
-        let asked = match has_room {
-            true => {
-                ask::query_until_locked(&context, netns_cookie, &targets, Detail::Activity).await
-            }
-            false => Err(NO_ROOM.to_owned()),
-        };
-        let (answers, hung) = asked.unwrap_or_else(|error| {
+        let asked =
+            ask::query_until_silent(&context, netns_cookie, &targets, Detail::Activity).await;
+        let (answers, silent) = asked.unwrap_or_else(|error| {
             tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
+            if may_live {
+                let mut state = context.state();
+                lot.retain(|expired| !state.waits_for_ack(expired));
+            }
             (vec![Some(Answer::Locked); lot.len()], None)
         });
+        let silent_at = silent.as_ref().map(|silent| silent.index);
+        let is_lost = silent_at.is_none() && answers.contains(&None);
+        lost_reapers += u32::from(is_lost);
         let mut rest = Vec::new();
         let mut state = context.state();
         let mut late = Vec::new();
         for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
-            let is_locked = hung.as_ref().is_none_or(|(_, locked)| *locked == index);
-            match answer.or_else(|| is_locked.then_some(Answer::Locked)) {
-                Some(answer) => late.extend(state.confirm(expired, answer, began_ns)?),
-                None => rest.push(*expired),
+            match (answer, silent_at) {
+                (Some(answer), _) => late.extend(state.confirm(expired, answer, began_ns)?),
+                (None, Some(silent_at)) if silent_at == index => {}
+                (None, None) if lost_reapers > ATTEMPTS => {
+                    late.extend(state.confirm(expired, Answer::Locked, began_ns)?);
+                }
+                (None, _) => rest.push(*expired),
             }
         }
         hand_over(&context, &mut state, late)?;
         state.records.audit.flush();
-        if let Some((mut exchange, locked)) = hung {
-            let hangs = Hangs::begin(&context, &mut state, &lot[locked].session);
-            exchange.leave_behind();
-            context.spawn(async move {
-                ask::end_of(exchange).await;
-                drop(hangs);
-                Ok(())
-            });
-        }
         drop(state);
+        if let Some(silent) = silent {
+            let expired = lot[silent.index];
+            let confirmed = confirm_silent(
+                Rc::clone(&context),
+                expired,
+                silent,
+                began_ns,
+                hangs.silent(),
+            );
+            context.spawn(confirmed);
+        }
         context.wake.notify_one();
         lot = rest;
     }
     Ok(())
 }
 
+/// Confirms a session at whose socket a reaper is silent, as soon as that answers or counts as stuck.
+async fn confirm_silent(
+    context: Rc<Context>,
+    expired: Expired,
+    silent: ask::Silent,
+    began_ns: u64,
+    hangs: Hangs,
+) -> Result<()> {
+    let (answer, stuck) = silent.wait(&context).await;
+    {
+        let mut state = context.state();
+        let late = state.confirm(&expired, answer, began_ns)?;
+        hand_over(&context, &mut state, late.into_iter().collect())?;
+        state.records.audit.flush();
+    }
+    context.wake.notify_one();
+    if let Some(exchange) = stuck {
+        ask::end_of(exchange).await;
+    }
+    drop(hangs);
+    Ok(())
+}
+
 /// Gives late sessions, whose gates are shut, to reapers.
-fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
+pub(super) fn hand_over(
+    context: &Rc<Context>,
+    state: &mut State,
+    late: Vec<Expired>,
+) -> Result<()> {
     let mut lots: BTreeMap<Lot, Vec<Expired>> = BTreeMap::new();
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        let room = state.hanging.room(culprit(state, &expired.session));
+        let room = state.hanging.room(&culprit(state, &expired.session));
         if let Room::Taken { since_ns } = room {
             state.has_no_room(&expired, since_ns, now_ns);
             continue;
         }
-        let method = state.method_for(&expired.session, now_ns);
+        let method = state.method_for(&expired, now_ns);
         // Sessions of a cgroup with a hanging reset must not delay others.
         let apart = state.hanging.is_suspect(cgroup_id).then_some(cgroup_id);
         let lot = (expired.session.netns_cookie, method, apart);
@@ -231,25 +316,37 @@ fn hand_over(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Re
             }
             continue;
         }
+        let slot = if state.slow.contains(netns_cookie, now_ns) {
+            let Some(turn) = Turn::begin(context, state, netns_cookie) else {
+                let cookies = lot.iter().map(|expired| expired.cookie);
+                state.slow.wait(netns_cookie, cookies);
+                continue;
+            };
+            Slot::InTurn { _turn: turn }
+        } else {
+            match lot.first() {
+                // Counts as possibly hanging from now on.
+                Some(first) if apart.is_some() => {
+                    Slot::Apart(Hangs::begin(context, state, &first.session))
+                }
+                _ => Slot::OfAll {
+                    _waited: Waited::begin(context),
+                },
+            }
+        };
         for expired in &lot {
             state.tracker.begin_reset(expired);
             state.note_reset(expired);
         }
-        let begins = searching == Searching::Begins;
+        let search = match searching {
+            Searching::Begins(search) => Some(search),
+            _ => None,
+        };
         let batch = Batch {
             netns_cookie,
             method,
-            search: begins.then(|| SearchUnderWay::begin(context, state)),
+            search: search.map(|search| SearchUnderWay::begin(context, state, search)),
             sessions: lot,
-        };
-        let slot = match batch.sessions.first() {
-            // Counts as possibly hanging from now on.
-            Some(first) if apart.is_some() => {
-                Slot::Apart(Hangs::begin(context, state, &first.session))
-            }
-            _ => Slot::OfAll {
-                _waited: Waited::begin(context),
-            },
         };
         context.spawn(reset(Rc::clone(context), batch, Some(slot)));
     }
@@ -287,6 +384,17 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
     give_away_again(&context, rest)
 }
 
+/// Notes that the batches of a namespace must not keep others waiting.
+fn note_slow(context: &Rc<Context>, netns_cookie: u64) {
+    let mut state = context.state();
+    if state.slow.note(netns_cookie, monotonic_ns()) {
+        let netns = state.handles.name(netns_cookie);
+        tracing::warn!(
+            "{netns}: the kernel takes long to reset connections there; they are reset one batch at a time"
+        );
+    }
+}
+
 /// Gives sessions that a reaper has not claimed to others.
 fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
@@ -322,10 +430,16 @@ impl Attempt {
         // Held while this is one of the regular batches.
         let mut slot = slot;
         let mut claimed_before = 0;
+        let mut wait = STALL;
+        let mut ran_before = None;
         loop {
-            match self.exchange.next(STALL).await {
+            match self.exchange.next(wait).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(context, reply, handle)? {
+                        let is_turn = matches!(slot, Some(Slot::InTurn { .. }));
+                        if is_turn && monotonic_ns() < self.began_ns + SLOW_NS {
+                            context.state().slow.forget(self.netns_cookie);
+                        }
                         return Ok(Vec::new());
                     }
                 }
@@ -333,12 +447,19 @@ impl Attempt {
                 Next::Silent => {
                     let claimed = self.exchange.claimed();
                     let searches = claimed == 0 && self.may_search;
-                    if claimed != claimed_before || !searches && self.waits_for_a_processor() {
+                    let is_regular = matches!(slot, Some(Slot::OfAll { .. }));
+                    let is_slow = is_regular && claimed > 0 && self.is_slow(&mut ran_before);
+                    if is_slow {
+                        note_slow(context, self.netns_cookie);
+                    }
+                    let waits = !searches && self.waits_for_a_processor();
+                    if !is_slow && (claimed != claimed_before || waits) {
                         claimed_before = claimed;
                     } else if claimed == 0 {
                         // The reaper is searching for the namespace, or hangs before the first socket. Only sessions in
                         // that namespace wait for it.
                         drop(slot.take());
+                        wait = LOOK;
                         self.exchange.leave_behind();
                         self.exchange.condition();
                     } else {
@@ -353,12 +474,22 @@ impl Attempt {
                             Some(Slot::Apart(hangs)) => hangs,
                             _ => Hangs::begin(context, &mut context.state(), &hung.session),
                         };
-                        context.spawn(self.wait_out(Rc::clone(context), hung, hangs));
+                        context.spawn(self.wait_out(Rc::clone(context), hung, hangs.silent()));
                         return Ok(rest);
                     }
                 }
             }
         }
+    }
+
+    /// Whether the kernel takes long for the resets, so that others must not wait for them: the batch has lasted for
+    /// some time, and the reaper has then used the processor for as long. `ran_before` has what it had used until then.
+    fn is_slow(&self, ran_before: &mut Option<u64>) -> bool {
+        if self.method != ResetMethod::Destroy || monotonic_ns() < self.began_ns + SLOW_NS {
+            return false;
+        }
+        let ran_ns = self.exchange.ran_ns();
+        ran_ns.saturating_sub(*ran_before.get_or_insert(ran_ns)) > SLOW_NS
     }
 
     /// Whether the reaper waits for a processor and not for a socket: another reaper would wait as long. Only for
@@ -382,6 +513,8 @@ impl Attempt {
             Reply::Found { path } => {
                 let mut state = context.state();
                 state.handles.keep(self.netns_cookie, path, handle);
+                // Its last session may have ended during the search.
+                state.give_up_if_unused(self.netns_cookie);
                 Ok(false)
             }
             Reply::Disconnected { outcome, at_ns } => {
@@ -441,7 +574,12 @@ impl Attempt {
                 let mut state = context.state();
                 for expired in rest {
                     state.answered(expired);
-                    state.tracker.rearm(expired.cookie, 0);
+                    if state.tracker.contains(expired.cookie) {
+                        state.tracker.rearm(expired.cookie, 0);
+                    } else {
+                        // It has no slot in the table: the next sync finds it again.
+                        state.tracker.clear_phase(expired.cookie);
+                    }
                 }
             }
             // Its sockets can still be found through their processes.
@@ -449,11 +587,10 @@ impl Attempt {
                 searched: Search::Everywhere,
                 ..
             } => {
-                let search = SearchUnderWay::begin(context, &mut context.state());
                 let batch = Batch {
                     netns_cookie: self.netns_cookie,
                     method: ResetMethod::ByCookie,
-                    search: Some(search),
+                    search: None,
                     sessions: rest.to_vec(),
                 };
                 for expired in rest {
@@ -470,7 +607,7 @@ impl Attempt {
                     state.not_reset(expired, at_ns, error)?;
                 }
             }
-            Problem::Diag(error) => {
+            Problem::Diag(error) | Problem::Cgroups(error) => {
                 tracing::warn!(
                     "the kernel's answers broke off, the sessions are looked at again: {error}"
                 );
@@ -577,6 +714,10 @@ fn conclude(
             Ok(())
         }
         Some(Said::Outcome(Disconnected::Failed(error))) => state.not_reset(expired, at_ns, &error),
+        Some(Said::Outcome(Disconnected::NeedsHolder(key))) => {
+            seek(context, &mut state, expired, key);
+            Ok(())
+        }
         Some(Said::Outcome(Disconnected::Unknown)) | None => {
             state.unanswered(expired, at_ns, UNANSWERED);
             Ok(())
@@ -639,6 +780,22 @@ impl State {
         )
     }
 
+    /// Puts off the end of a session whose socket cannot be asked until the ACK of its candidate must have passed.
+    /// Returns whether it did.
+    fn waits_for_ack(&mut self, expired: &Expired) -> bool {
+        let (cookie, session) = (expired.cookie, &expired.session);
+        let acked_ns = session.came_ns.max(session.went_ns) + LONGEST_ACK_DELAY_NS;
+        if monotonic_ns() >= acked_ns {
+            return false;
+        }
+        if let Some(Phase::Candidate) = self.tracker.phase(cookie, session) {
+            self.tracker.clear_phase(cookie);
+        }
+        // The socket may have another session by now.
+        self.tracker.hasten(cookie, acked_ns);
+        true
+    }
+
     /// Handles the state of a late session's socket. Returns the session if it must be reset. A locked socket gives no
     /// answer, and its candidate does not delay the reset.
     fn confirm(
@@ -656,6 +813,11 @@ impl State {
         let Some(now) = self.still_there(cookie, &expired.session)? else {
             return Ok(None);
         };
+        if self.in_force_since_ns >= expired.decided_ns {
+            // Another policy decides about it.
+            self.tracker.rearm(cookie, 0);
+            return Ok(None);
+        }
         let socket = match answer {
             Answer::Known(socket, _) => socket.filter(|socket| !socket.is_mini),
             Answer::Locked => None,
@@ -682,7 +844,7 @@ impl State {
         if is_enforced {
             return Ok(Some(late));
         }
-        self.note_observed(&late);
+        self.note_observed(&late)?;
         Ok(None)
     }
 }

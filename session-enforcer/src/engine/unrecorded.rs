@@ -8,10 +8,9 @@ use session_enforcer_common::{JournalEntry, MAX_RULE_NAME, Reason, Session};
 
 use super::{
     context::Context,
-    judge::Expired,
     owner_search,
+    phase::{Expired, Phase, Tried},
     state::State,
-    tracker::{Phase, Tried},
 };
 use crate::{
     config::Mode,

@@ -67,7 +67,9 @@ impl State {
     fn has_ended(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let (cookie, session) = (maybe_ended.cookie, &maybe_ended.session);
         match self.still_there(cookie, session)? {
-            // It may have ended long ago, so this is no termination, unless an earlier reset has no answer.
+            // It may have ended long ago, so this is no termination, unless an earlier reset has no answer. The end of an
+            // adopted session is never reported, so nothing is repaired.
+            Some(_) if session.end_is_unreported() => self.release(cookie, session),
             Some(_) => self.drop_stale(cookie, session),
             None => Ok(()),
         }
@@ -99,7 +101,12 @@ impl State {
     fn may_be_there(&mut self, maybe_ended: &MaybeEnded) -> Result<()> {
         let now_ns = monotonic_ns();
         match &maybe_ended.cause {
-            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+            Cause::NotFound(expired) => {
+                if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
+                    tried.is_hidden = true;
+                }
+                self.unanswered(expired, now_ns, NOT_FOUND);
+            }
             cause => {
                 self.tracker.hasten(maybe_ended.cookie, now_ns + RETRY_NS);
                 let is_there = self.still_there(maybe_ended.cookie, &maybe_ended.session)?;

@@ -115,7 +115,8 @@ impl Cgroup {
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
         let file = fs::File::open(path).map_err(io_error(path))?;
         let kind = statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
-        if kind.filesystem_type() != statfs::CGROUP2_SUPER_MAGIC {
+        let is_directory = file.metadata().map_err(io_error(path))?.is_dir();
+        if kind.filesystem_type() != statfs::CGROUP2_SUPER_MAGIC || !is_directory {
             return Err(CgroupError::NotCgroup2(path.to_owned()));
         }
         Ok(Self {
@@ -135,6 +136,12 @@ impl Cgroup {
     /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The ID of the opened cgroup.
+    pub fn id(&self) -> Option<u64> {
+        let opened = self.file.metadata().ok()?;
+        Some(opened.ino())
     }
 
     /// Whether the cgroup was removed, so that its path no longer leads to it.
@@ -272,15 +279,19 @@ impl Tree {
         metadata.is_dir().then(|| metadata.ino())
     }
 
-    /// Returns the cgroups that match a pattern, and the directories whose parents must be watched for
-    /// further matches. At most [`MAX_FITTING`] of one level.
-    pub fn fitting(&self, pattern: &str) -> (Vec<String>, Vec<PathBuf>) {
-        let mut found = vec![String::new()];
+    /// Returns the cgroups that match a path or a pattern, with their IDs, and the directories whose parents
+    /// must be watched for further matches. At most [`MAX_FITTING`] of one level.
+    pub fn fitting(&self, pattern: &str) -> (Vec<(String, u64)>, Vec<PathBuf>) {
+        if !is_pattern(pattern) {
+            let found = self.id(pattern).map(|id| (pattern.to_owned(), id));
+            return (found.into_iter().collect(), vec![self.directory(pattern)]);
+        }
+        let mut found = vec![(String::new(), 0)];
         let mut awaited = Vec::new();
         for name in pattern.split('/').skip(1) {
-            let place = |above: &String| self.directory(&format!("{above}/{name}"));
+            let place = |(above, _): &(String, u64)| self.directory(&format!("{above}/{name}"));
             awaited.extend(found.iter().map(place));
-            let below = found.iter().flat_map(|above| self.named(above, name));
+            let below = found.iter().flat_map(|(above, _)| self.named(above, name));
             found = below.take(MAX_FITTING).collect();
         }
         (found, awaited)
@@ -288,20 +299,21 @@ impl Tree {
 
     /// Returns the child cgroups whose names match. A removed cgroup has none. A name that is not UTF-8
     /// matches nothing.
-    fn named(&self, above: &str, name: &str) -> Vec<String> {
+    fn named(&self, above: &str, name: &str) -> Vec<(String, u64)> {
         if !is_pattern(name) {
             let path = format!("{above}/{name}");
-            return self.id(&path).map(|_| path).into_iter().collect();
+            return self.id(&path).map(|id| (path, id)).into_iter().collect();
         }
         let entries = fs::read_dir(self.directory(above)).into_iter().flatten();
         let directories = entries.flatten().filter(|entry| {
             let kind = entry.file_type();
             kind.is_ok_and(|kind| kind.is_dir())
         });
-        let names = directories.filter_map(|entry| entry.file_name().into_string().ok());
+        let names = directories
+            .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.ino())));
         names
-            .filter(|found| fits(found, name))
-            .map(|found| format!("{above}/{found}"))
+            .filter(|(found, _)| fits(found, name))
+            .map(|(found, id)| (format!("{above}/{found}"), id))
             .collect()
     }
 
@@ -446,7 +458,8 @@ mod tests {
         fs::write(mount.path().join("s/a-file"), "").unwrap();
         let tree = Tree::at(mount.path().to_owned()).unwrap();
         let fitting = |pattern: &str| {
-            let (mut paths, awaited) = tree.fitting(pattern);
+            let (found, awaited) = tree.fitting(pattern);
+            let mut paths: Vec<String> = found.into_iter().map(|(path, _)| path).collect();
             paths.sort();
             let awaited = awaited.into_iter().map(|path| {
                 let below = path.strip_prefix(mount.path()).unwrap();
@@ -467,6 +480,11 @@ mod tests {
             found("/t/a-3/x", "* s/a-3 t/a-3 t/a-3/*")
         );
         assert_eq!(fitting("/none/*"), found("", "none"));
+        assert_eq!(fitting("/s/a-1/x"), found("/s/a-1/x", "s/a-1/x"));
+        assert_eq!(fitting("/none/x"), found("", "none/x"));
+        let id = |path: &str| tree.id(path).unwrap();
+        let (found, _) = tree.fitting("/s/*/x");
+        assert!(found.iter().all(|(path, found)| *found == id(path)));
     }
 
     #[test]

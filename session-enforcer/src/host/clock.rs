@@ -19,9 +19,28 @@ pub fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, nanoseconds)
 }
 
+/// Whether `CLOCK_BOOTTIME` of this process is the host's, by which the kernel stamps packets. In a time namespace it
+/// can have an offset (`/proc/pid/timens_offsets`).
+pub fn is_of_host() -> bool {
+    // The file does not exist if the kernel has no time namespaces.
+    has_no_offset(&std::fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default())
+}
+
+fn has_no_offset(offsets: &str) -> bool {
+    let boottime = offsets
+        .lines()
+        .find_map(|line| line.strip_prefix("boottime"));
+    boottime.is_none_or(|offset| offset.split_whitespace().all(|number| number == "0"))
+}
+
 /// `CLOCK_MONOTONIC` in nanoseconds, which systemd's protocol requires.
 pub fn awake_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, nanoseconds)
+}
+
+/// The processor time that all threads of this process have used, in nanoseconds.
+pub fn processor_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(0, nanoseconds)
 }
 
 /// The maximum error of an age that the kernel measures in coarse time, as for a connection older than the
@@ -96,6 +115,17 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn an_offset_of_a_time_namespace_is_noticed() {
+        assert!(is_of_host());
+        let offsets =
+            |boottime| format!("monotonic           0         0\nboottime   {boottime}\n");
+        assert!(has_no_offset(&offsets("        0         0")));
+        assert!(!has_no_offset(&offsets("   100000         0")));
+        assert!(!has_no_offset(&offsets("       -1 500000000")));
+        assert!(has_no_offset(""));
+    }
 
     #[test]
     fn moments_before_and_after_the_pair_are_told() {

@@ -1,6 +1,8 @@
-//! Runs work on several threads while the caller waits.
+//! Runs work on other threads while the caller waits.
 
 use std::{panic::resume_unwind, thread};
+
+use super::privilege;
 
 /// Runs `work` on the calling thread and on up to `others` more at the same time, and returns their results.
 /// If no thread can be started, the calling thread runs it alone.
@@ -17,6 +19,21 @@ pub fn run_parallel<T: Send>(name: &str, others: usize, work: impl Fn() -> T + S
         }
         made
     })
+}
+
+/// Runs `work`, and the threads that it starts, with the priority of an ordinary process. The calling thread keeps its
+/// own, which it could not raise again. If no thread can be started, the calling thread runs it with its own priority.
+pub fn run_aside<T: Send>(work: impl Fn() -> T + Sync) -> T {
+    let aside = || {
+        privilege::give_way();
+        work()
+    };
+    thread::scope(
+        |scope| match thread::Builder::new().spawn_scoped(scope, aside) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_no_thread) => work(),
+        },
+    )
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Reports when cgroups that rules name are created or removed (inotify).
 
 use std::{
+    cell::{OnceCell, RefCell},
+    collections::BTreeSet,
     io,
     os::fd::{AsFd as _, AsRawFd, RawFd},
     path::{Path, PathBuf},
@@ -8,15 +10,15 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// An inotify watch on the parents of directories. Without directories it uses no inotify instance.
+/// An inotify watch on the parents of directories. Before the first directory it uses no inotify instance.
 #[derive(Default)]
 pub struct Watch {
-    inotify: Option<AsyncFd<Instance>>,
-    watched: Vec<WatchDescriptor>,
+    inotify: OnceCell<AsyncFd<Instance>>,
+    watched: RefCell<BTreeSet<WatchDescriptor>>,
 }
 
 /// Gives tokio the raw descriptor, which nix's type does not.
@@ -30,39 +32,30 @@ impl AsRawFd for Instance {
 
 impl Watch {
     /// Watches for the creation and removal of these directories, and stops all other watches. If a
-    /// directory's parent does not exist either, the nearest existing ancestor is watched.
+    /// directory's parent does not exist either, the nearest existing ancestor is watched. Returns whether a
+    /// directory is watched that was not watched before.
     ///
     /// # Errors
     ///
     /// Fails if the system's limit of watches is reached (`fs.inotify.max_user_instances` and
     /// `fs.inotify.max_user_watches`). The watch is then unchanged or covers only some of the directories.
-    pub fn set(&mut self, directories: &[PathBuf]) -> io::Result<()> {
-        if directories.is_empty() {
-            *self = Self::default();
-            return Ok(());
-        }
-        let inotify = match self.inotify.take() {
+    pub fn set(&self, directories: &[PathBuf]) -> io::Result<bool> {
+        let inotify = match self.inotify.get() {
             Some(inotify) => inotify,
-            None => open()?,
+            None if directories.is_empty() => return Ok(false),
+            None => {
+                let opened = open()?;
+                self.inotify.get_or_init(|| opened)
+            }
         };
-        let Instance(instance) = self.inotify.insert(inotify).get_ref();
-        let mut watched = nearest(instance, directories)?;
-        // A parent may have been created in the meantime, so repeat until nothing changes.
-        loop {
-            let again = nearest(instance, directories)?;
-            if again == watched {
-                break;
-            }
-            self.watched.extend(watched);
-            watched = again;
+        let Instance(instance) = inotify.get_ref();
+        let watched = nearest(instance, directories)?;
+        let before = self.watched.replace(watched.clone());
+        for old in before.difference(&watched) {
+            // The kernel has removed the watch already if its directory was removed.
+            let _ = instance.rm_watch(*old);
         }
-        for old in std::mem::replace(&mut self.watched, watched) {
-            if !self.watched.contains(&old) {
-                // The kernel has removed the watch already if its directory was removed.
-                let _ = instance.rm_watch(old);
-            }
-        }
-        Ok(())
+        Ok(!watched.is_subset(&before))
     }
 
     /// Waits until an entry beside one of the directories is created or removed.
@@ -70,15 +63,18 @@ impl Watch {
     /// # Errors
     ///
     /// Fails if the watch can no longer be read.
-    pub async fn changed(&mut self) -> io::Result<()> {
-        let Some(inotify) = &mut self.inotify else {
+    pub async fn changed(&self) -> io::Result<()> {
+        let Some(inotify) = self.inotify.get() else {
             return std::future::pending().await;
         };
         loop {
-            let mut guard = inotify.readable_mut().await?;
-            // The events' content does not matter: the caller checks the directories.
+            let mut guard = inotify.readable().await?;
             let read = guard.try_io(|inotify| Ok(inotify.get_ref().0.read_events()?));
+            // The caller checks the directories. `IN_IGNORED` is the end of a watch: one that `set` has ended, or one
+            // of a removed directory, which its parent reports.
+            let is_news = |event: &InotifyEvent| event.mask != AddWatchFlags::IN_IGNORED;
             match read {
+                Ok(Ok(events)) if !events.iter().any(is_news) => {}
                 Ok(events) => return events.map(drop),
                 Err(_would_block) => {}
             }
@@ -96,7 +92,7 @@ fn open() -> io::Result<AsyncFd<Instance>> {
 
 /// Watches, for each directory, its nearest existing ancestor and that one's parent. The parent is needed
 /// because cgroupfs reports a removed directory only to its parent (it sends no `IN_DELETE_SELF`).
-fn nearest(inotify: &Inotify, directories: &[PathBuf]) -> nix::Result<Vec<WatchDescriptor>> {
+fn nearest(inotify: &Inotify, directories: &[PathBuf]) -> nix::Result<BTreeSet<WatchDescriptor>> {
     let nearest = |directory: &PathBuf| {
         let there = |parent: &Path| match add(inotify, parent) {
             Err(Errno::ENOENT) => None,
@@ -135,7 +131,7 @@ mod tests {
         (above, top)
     }
 
-    async fn has_changed(watch: &mut Watch, within: Duration) -> bool {
+    async fn has_changed(watch: &Watch, within: Duration) -> bool {
         timeout(within, watch.changed()).await.is_ok()
     }
 
@@ -143,25 +139,26 @@ mod tests {
     async fn directories_are_waited_for_from_wherever_their_path_ends() {
         let (_above, top) = directory();
         let wanted = [top.join("a/b/c")];
-        let mut watch = Watch::default();
+        let watch = Watch::default();
         watch.set(&wanted).unwrap();
-        assert!(!has_changed(&mut watch, NEVER).await);
+        assert!(!watch.set(&wanted).unwrap());
+        assert!(!has_changed(&watch, NEVER).await);
         for part in ["a", "a/b", "a/b/c"] {
             fs::create_dir(top.join(part)).unwrap();
-            assert!(has_changed(&mut watch, SOON).await, "{part}");
-            watch.set(&wanted).unwrap();
+            assert!(has_changed(&watch, SOON).await, "{part}");
+            assert!(watch.set(&wanted).unwrap() || part == "a/b/c");
         }
         fs::remove_dir(top.join("a/b/c")).unwrap();
-        assert!(has_changed(&mut watch, SOON).await);
+        assert!(has_changed(&watch, SOON).await);
     }
 
     #[tokio::test]
     async fn what_is_not_asked_for_any_more_is_not_watched() {
         let (_above, top) = directory();
-        let mut watch = Watch::default();
+        let watch = Watch::default();
         watch.set(&[top.join("a")]).unwrap();
         watch.set(&[]).unwrap();
         fs::create_dir(top.join("a")).unwrap();
-        assert!(!has_changed(&mut watch, NEVER).await);
+        assert!(!has_changed(&watch, NEVER).await);
     }
 }

@@ -6,11 +6,9 @@
 //! its socket has the cookie that the kernel's socket table reports for the connection.
 
 use std::{
-    collections::HashMap,
     io,
     net::TcpStream,
     os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd},
-    path::{Path, PathBuf},
 };
 
 use nix::errno::Errno;
@@ -18,8 +16,7 @@ use thiserror::Error;
 
 use super::{
     diag::{Detail, DiagSocket, SockDiagError, Socket, SocketId, state},
-    processes::Descriptors,
-    protocol::{Disconnect, Extent, Held, Holder},
+    protocol::{Extent, Holder, SocketKey},
 };
 
 /// The level of MPTCP's socket options (`linux/socket.h`).
@@ -45,89 +42,6 @@ pub enum Answer {
     Unknown,
 }
 
-/// The processes that may hold a connection: first those of its cgroup and, if none of them holds it, all
-/// processes of the host. Each set is scanned once, on first use.
-#[derive(Debug, Default)]
-pub struct Holders {
-    of_cgroups: HashMap<PathBuf, Descriptors>,
-    of_all: Option<Descriptors>,
-    /// For each scanned cgroup, and for the whole host (`None`): the holders of sockets by cookie.
-    cookies: HashMap<Option<PathBuf>, HashMap<u64, Holder>>,
-}
-
-impl Holders {
-    /// Returns a process that holds the socket with this inode number.
-    fn holder(&mut self, inode: u32, cgroup: Option<&Path>) -> Option<Holder> {
-        let found = cgroup.and_then(|directory| self.of_cgroup(directory).holder(inode));
-        found.or_else(|| self.of_all().holder(inode))
-    }
-
-    /// The same, but scans the whole host only if `everywhere` is set.
-    pub fn found(
-        &mut self,
-        inode: u32,
-        cgroup: Option<PathBuf>,
-        everywhere: bool,
-    ) -> Option<Holder> {
-        if everywhere {
-            return self.holder(inode, cgroup.as_deref());
-        }
-        self.of_cgroup(&cgroup?).holder(inode)
-    }
-
-    /// Duplicates the socket with this cookie from the process that holds it.
-    fn socket(
-        &mut self,
-        wanted: u64,
-        cgroup: Option<&Path>,
-        everywhere: bool,
-    ) -> Option<(u32, OwnedFd)> {
-        let among = |cookies: &HashMap<u64, Holder>| {
-            let holder = cookies.get(&wanted)?;
-            let fd = duplicate(holder).ok()?;
-            // The descriptor number may meanwhile belong to another socket.
-            (cookie(&fd).ok()? == wanted).then_some((holder.pid, fd))
-        };
-        if cgroup.is_some()
-            && let Some(found) = among(self.cookies(cgroup))
-        {
-            return Some(found);
-        }
-        everywhere.then(|| among(self.cookies(None))).flatten()
-    }
-
-    /// The sockets of a cgroup's processes, or of all processes, by cookie.
-    fn cookies(&mut self, directory: Option<&Path>) -> &HashMap<u64, Holder> {
-        let place = directory.map(Path::to_owned);
-        if !self.cookies.contains_key(&place) {
-            let descriptors = match directory {
-                Some(directory) => self.of_cgroup(directory),
-                None => self.of_all(),
-            };
-            let cookie = |holder: Holder| Some((cookie(&duplicate(&holder).ok()?).ok()?, holder));
-            let cookies = descriptors.holders().filter_map(cookie).collect();
-            self.cookies.insert(place.clone(), cookies);
-        }
-        &self.cookies[&place]
-    }
-
-    fn of_cgroup(&mut self, directory: &Path) -> &Descriptors {
-        self.of_cgroups
-            .entry(directory.to_owned())
-            .or_insert_with(|| Descriptors::of_cgroup(directory))
-    }
-
-    /// Scans the processes of the whole host unless that was done before.
-    pub fn scan_all(&mut self) {
-        self.of_all();
-    }
-
-    fn of_all(&mut self) -> &Descriptors {
-        self.of_all
-            .get_or_insert_with(Descriptors::of_all_processes)
-    }
-}
-
 /// The reasons why a connection could not be reset.
 #[derive(Debug, Error)]
 pub enum DisconnectError {
@@ -143,6 +57,9 @@ pub enum DisconnectError {
     /// The connection is established, and no process has accepted it yet.
     #[error("no process has accepted the connection yet, and the kernel resets it for nobody else")]
     NotAccepted,
+    /// The process that holds this socket must be searched for first.
+    #[error("the process that holds the connection is not known yet")]
+    NeedsHolder(SocketKey),
     /// None of the processes that could be scanned holds the connection.
     #[error(
         "no process is found that holds the connection: it was closed, is on its way between \
@@ -190,25 +107,22 @@ pub enum DisconnectError {
 pub fn reset_tcp(
     diag: &mut DiagSocket,
     target: &SocketId,
-    cgroup: Option<&Path>,
-    holders: &mut Holders,
+    holder: Option<&Holder>,
 ) -> Result<Answer, DisconnectError> {
     let Some(socket) = open_socket(diag, target)? else {
         return Ok(Answer::Gone);
     };
-    let (pid, fd) = take(&socket, cgroup, holders)?;
+    let (pid, fd) = take_listed(&socket, holder)?;
     disconnect(diag, target, pid, &fd)
 }
 
-/// Resets a TCP connection without a query to a socket table; finds the socket by its cookie.
+/// Resets a TCP connection without a query to a socket table; its cookie identifies the socket.
 ///
 /// # Errors
 ///
-/// Fails if no process holds the connection; it may have ended.
-pub fn reset_by_cookie(held: &Held, holders: &mut Holders) -> Result<Answer, DisconnectError> {
-    let everywhere = held.how == Disconnect::ByCookie { everywhere: true };
-    let found = holders.socket(held.target.cookie, held.cgroup.as_deref(), everywhere);
-    let (pid, fd) = found.ok_or(DisconnectError::NotHeld)?;
+/// Fails if the reset is not possible. The connection is then unchanged.
+pub fn reset_by_cookie(cookie: u64, holder: Option<&Holder>) -> Result<Answer, DisconnectError> {
+    let (pid, fd) = take(SocketKey::Cookie(cookie), cookie, holder)?;
     if !is_session(&fd) {
         return Ok(Answer::Gone);
     }
@@ -223,7 +137,7 @@ pub fn reset_by_cookie(held: &Held, holders: &mut Holders) -> Result<Answer, Dis
 fn is_session(socket: &OwnedFd) -> bool {
     let mut now = 0_u8;
     let told = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut now);
-    told.is_ok() && state::SESSIONS & state::bit(now) != 0
+    told.is_ok() && state::TRACKED & state::bit(now) != 0
 }
 
 /// Resets a subflow of an MPTCP connection in the namespace of `diag`, or the whole connection, as `extent`
@@ -236,8 +150,7 @@ pub fn reset_mptcp(
     diag: &mut DiagSocket,
     target: &SocketId,
     extent: Extent,
-    cgroup: Option<&Path>,
-    holders: &mut Holders,
+    holder: Option<&Holder>,
 ) -> Result<Answer, DisconnectError> {
     // The kernel reports the token only together with `tcp_info` (`inet_sk_diag_fill()`), which takes the
     // socket's lock.
@@ -259,7 +172,7 @@ pub fn reset_mptcp(
         // No process on this host holds the connection, so nobody needs the reset's error.
         _ => return destroy(diag, target),
     };
-    let (pid, fd) = take(&connection, cgroup, holders)?;
+    let (pid, fd) = take_listed(&connection, holder)?;
     // The kernel may reuse a token after its connection has ended, so check that the subflow still has this
     // token.
     match now(diag)? {
@@ -289,22 +202,29 @@ fn is_open(state: u8) -> bool {
     matches!(state, state::ESTABLISHED | state::CLOSE_WAIT)
 }
 
-/// Duplicates the socket's descriptor from a process that holds it.
-fn take(
-    held: &Socket,
-    cgroup: Option<&Path>,
-    holders: &mut Holders,
+/// Duplicates the descriptor of a listed socket from the process that holds it.
+fn take_listed(
+    socket: &Socket,
+    holder: Option<&Holder>,
 ) -> Result<(u32, OwnedFd), DisconnectError> {
-    if held.inode == 0 && is_open(held.state) {
-        return Err(DisconnectError::NotAccepted);
+    match socket.inode {
+        0 if is_open(socket.state) => Err(DisconnectError::NotAccepted),
+        0 => Err(DisconnectError::NotHeld),
+        inode => take(SocketKey::Inode(inode), socket.target.cookie, holder),
     }
-    let holder = holders.holder(held.inode, cgroup);
-    let holder = holder.ok_or(DisconnectError::NotHeld)?;
+}
+
+/// Duplicates the descriptor of the socket with this cookie from the process that holds it.
+fn take(
+    key: SocketKey,
+    wanted: u64,
+    holder: Option<&Holder>,
+) -> Result<(u32, OwnedFd), DisconnectError> {
+    let holder = holder.ok_or(DisconnectError::NeedsHolder(key))?;
     let pid = holder.pid;
-    let refused = |source| DisconnectError::Refused { pid, source };
-    let fd = duplicate(&holder).map_err(refused)?;
+    let fd = duplicate(holder).map_err(|source| DisconnectError::Refused { pid, source })?;
     match cookie(&fd) {
-        Ok(cookie) if cookie == held.target.cookie => Ok((pid, fd)),
+        Ok(cookie) if cookie == wanted => Ok((pid, fd)),
         // `SO_COOKIE` fails if the descriptor is no socket.
         _ => Err(DisconnectError::Another { pid }),
     }

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::{
     diag::{DiagSocket, SockDiagError},
+    processes::open_namespaces,
     protocol::Search,
 };
 use crate::host::{
@@ -68,9 +69,14 @@ pub struct FoundNamespace {
     pub path: PathBuf,
     /// A descriptor of the namespace, which keeps it alive.
     pub handle: OwnedFd,
+}
+
+impl FoundNamespace {
     /// Whether it has TCP sockets. A dump of an empty namespace still costs about 2 ms, because the kernel
-    /// walks one hash table that all namespaces of the host share.
-    pub has_tcp_sockets: bool,
+    /// walks one hash table that all namespaces of the host share. True if the namespace cannot be entered.
+    pub fn has_tcp_sockets(&self) -> bool {
+        within(self.handle.as_fd(), &self.path, has_tcp_sockets).unwrap_or(true)
+    }
 }
 
 /// Opens the socket table of the namespace that a descriptor refers to.
@@ -78,13 +84,13 @@ pub struct FoundNamespace {
 /// # Errors
 ///
 /// Fails if the namespace cannot be entered.
-pub fn enter_handle(handle: OwnedFd) -> Result<DiagSocket, NetnsError> {
-    let path = PathBuf::from("a descriptor of it");
-    Ok(enter_file(File::from(handle), &path)?.diag)
+pub fn enter_handle(handle: BorrowedFd) -> Result<DiagSocket, NetnsError> {
+    open_diag(handle, Path::new("a descriptor of it"))
 }
 
 /// Finds the namespace with this cookie: first at the file where it was last seen, then where `search`
-/// permits. Passes other namespaces that it enters on the way to `met`.
+/// permits. A search goes to its end and passes the other namespaces to `met`, so that many namespaces take one search
+/// and not one each.
 ///
 /// # Errors
 ///
@@ -106,7 +112,7 @@ pub fn find(
         Search::Processes => files(false),
         Search::Everywhere => files(true),
     };
-    let mut seen = Seen::none();
+    let (mut wanted, mut seen) = (None, Seen::none());
     for path in files {
         let Some(inode) = seen.unseen(&path) else {
             continue;
@@ -116,11 +122,12 @@ pub fn find(
         };
         seen.inodes.insert(inode);
         if other == cookie {
-            return Ok(found);
+            wanted = Some(found);
+        } else {
+            met(other, &path);
         }
-        met(other, &path);
     }
-    Err(NetnsError::NotFound(cookie))
+    wanted.ok_or(NetnsError::NotFound(cookie))
 }
 
 /// Enters the namespaces of these files, each once and one after the other, and passes each with its cookie
@@ -188,43 +195,45 @@ fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
         path: path.to_owned(),
         source,
     })?;
-    let found = enter_file(file, path)?;
-    let cookie = found.diag.netns_cookie();
-    let cookie = cookie.map_err(|source| NetnsError::Diag {
+    let diag = open_diag(file.as_fd(), path)?;
+    let cookie = diag.netns_cookie().map_err(|source| NetnsError::Diag {
         path: path.to_owned(),
         source,
     })?;
+    let found = FoundNamespace {
+        diag,
+        path: path.to_owned(),
+        handle: file.into(),
+    };
     Ok((cookie, found))
 }
 
-/// Enters the namespace, opens its socket table, and returns to the namespace of before.
+/// Opens the socket table of a namespace.
+fn open_diag(namespace: BorrowedFd, path: &Path) -> Result<DiagSocket, NetnsError> {
+    within(namespace, path, DiagSocket::open)?.map_err(|source| NetnsError::Diag {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Acts within the namespace, and returns to the namespace of before.
 ///
 /// # Panics
 ///
 /// Panics if the namespace of before cannot be entered, because every later answer would be of the wrong namespace. The
 /// engine starts another reaper then.
-fn enter_file(file: File, path: &Path) -> Result<FoundNamespace, NetnsError> {
-    let failed = |source| NetnsError::Enter {
-        path: path.to_owned(),
-        source,
-    };
+fn within<T>(namespace: BorrowedFd, path: &Path, act: impl FnOnce() -> T) -> Result<T, NetnsError> {
     let home = File::open(HOME).map_err(|source| NetnsError::Open {
         path: HOME.into(),
         source,
     })?;
-    setns(&file, CloneFlags::CLONE_NEWNET).map_err(failed)?;
-    let (diag, has_tcp_sockets) = (DiagSocket::open(), has_tcp_sockets());
-    setns(&home, CloneFlags::CLONE_NEWNET).expect("the reaper's own network namespace is there");
-    let diag = diag.map_err(|source| NetnsError::Diag {
+    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(|source| NetnsError::Enter {
         path: path.to_owned(),
         source,
     })?;
-    Ok(FoundNamespace {
-        diag,
-        path: path.to_owned(),
-        handle: file.into(),
-        has_tcp_sockets,
-    })
+    let done = act();
+    setns(&home, CloneFlags::CLONE_NEWNET).expect("the reaper's own network namespace is there");
+    Ok(done)
 }
 
 /// Opens the file only if it is a namespace. The owner of a process can change its descriptors at any time.
@@ -251,11 +260,7 @@ pub fn files(thorough: bool) -> Vec<PathBuf> {
         return of_processes.chain(mounted_namespaces()).collect();
     }
     let mut files = unopened_files();
-    files.extend(
-        processes()
-            .iter()
-            .flat_map(|process| open_namespaces(process)),
-    );
+    files.extend(open_namespaces());
     files
 }
 
@@ -283,17 +288,6 @@ fn namespaces_of_threads(process: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(process.join("task"));
     let entries = entries.into_iter().flatten().flatten();
     entries.map(|entry| entry.path().join("ns/net")).collect()
-}
-
-fn open_namespaces(process: &Path) -> Vec<PathBuf> {
-    let is_netns = |path: &PathBuf| {
-        fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("net:["))
-    };
-    let entries = fs::read_dir(process.join("fd"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    entries.map(|entry| entry.path()).filter(is_netns).collect()
 }
 
 /// Lists namespaces that are bound to a file (as `ip netns add` does) in the daemon's mount namespace.
@@ -354,10 +348,10 @@ mod tests {
 
     #[test]
     fn a_namespace_that_only_a_thread_is_in_is_found_where_it_is_looked_for_thoroughly() {
-        let found = files(true);
-        assert!(found.len() >= files(false).len());
-        let own = namespaces_of_threads(Path::new("/proc/self"));
-        assert!(!own.is_empty() && own.iter().all(|path| path.exists()));
+        let (process, thread) = (std::process::id(), nix::unistd::gettid());
+        let own = PathBuf::from(format!("/proc/{process}/task/{thread}/ns/net"));
+        assert!(files(true).contains(&own));
+        assert!(!files(false).contains(&own));
     }
 
     fn own_cookie() -> u64 {
@@ -370,7 +364,7 @@ mod tests {
         let found = find(own_cookie(), Some(own), Search::Nowhere, |_, _| {}).unwrap();
         assert_eq!(found.diag.netns_cookie().unwrap(), own_cookie());
         assert_eq!(found.path, own);
-        let again = enter_handle(found.handle).unwrap();
+        let again = enter_handle(found.handle.as_fd()).unwrap();
         assert_eq!(again.netns_cookie().unwrap(), own_cookie());
         for search in [Search::Processes, Search::Everywhere] {
             assert!(find(own_cookie(), None, search, |_, _| {}).is_ok());

@@ -98,7 +98,7 @@ pub struct Counts {
     pub busy: usize,
     /// Reapers that hang in the kernel.
     pub stuck: usize,
-    /// Reapers that were started since the daemon's start to replace one that ended or hangs.
+    /// Reapers that were started after the first ones: one had ended or hung, or requests waited.
     pub restarts: u64,
 }
 
@@ -111,6 +111,8 @@ struct Inner {
     idle: RefCell<VecDeque<Reaper>>,
     /// Reapers that are being started.
     starting: Cell<usize>,
+    /// Whether the last one could not be started.
+    has_failed: Cell<bool>,
     /// Reapers that work, including those that hang.
     busy: Cell<usize>,
     /// Busy reapers that were left behind: the engine no longer waits for their requests.
@@ -169,6 +171,7 @@ impl Pool {
             start,
             idle: RefCell::default(),
             starting: Cell::new(0),
+            has_failed: Cell::new(false),
             busy: Cell::new(0),
             left_behind: Cell::new(0),
             stuck: Cell::new(0),
@@ -196,11 +199,17 @@ impl Pool {
         }
     }
 
+    /// Whether no reaper is idle and the last one could not be started.
+    pub fn is_short(&self) -> bool {
+        self.0.has_failed.get() && self.0.idle.borrow().is_empty()
+    }
+
     async fn take_arrivals(self, mut arrivals: mpsc::UnboundedReceiver<io::Result<Started>>) {
         while let Some(started) = arrivals.recv().await {
             match started.and_then(Reaper::new) {
                 Ok(reaper) => drop(tokio::task::spawn_local(self.clone().take_in(reaper))),
                 Err(error) => {
+                    self.0.has_failed.set(true);
                     tracing::error!("a reaper cannot be started: {error}; it is tried again");
                     tokio::time::sleep(START_PAUSE).await;
                     self.0.starting.set(self.0.starting.get() - 1);
@@ -224,6 +233,7 @@ impl Pool {
         };
         self.0.starting.set(self.0.starting.get() - 1);
         if is_kept {
+            self.0.has_failed.set(false);
             self.0.started.set(self.0.started.get() + 1);
             self.give_back(reaper);
         }
@@ -459,10 +469,22 @@ impl Exchange {
         Condition::Stuck
     }
 
+    /// Kills the reaper, because nobody needs its answers any more. The exchange ends when the kernel lets go of it.
+    pub fn kill(&self) {
+        if let Some(reaper) = &self.reaper {
+            reaper.kill();
+        }
+    }
+
     /// Whether the reaper is running or runnable.
     pub fn can_run(&self) -> bool {
         let reaper = self.reaper.as_ref();
         reaper.is_some_and(|reaper| reaper.state() == Some(RUNNING))
+    }
+
+    /// The processor time that the reaper has used, in nanoseconds.
+    pub fn ran_ns(&self) -> u64 {
+        self.reaper.as_ref().map_or(0, Reaper::ran_ns)
     }
 
     /// Marks the reaper as left behind: it no longer counts as working, so another one may be started.
@@ -557,6 +579,14 @@ impl Reaper {
         // The state follows the process name, which may contain any character.
         let (_, rest) = stat.rsplit_once(") ")?;
         rest.bytes().next()
+    }
+
+    /// The processor time that it has used (`/proc/pid/schedstat`, Documentation/scheduler/sched-stats.rst); 0 if the
+    /// kernel does not report it.
+    fn ran_ns(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid));
+        let first = |stat: String| stat.split(' ').next()?.parse().ok();
+        stat.ok().and_then(first).unwrap_or(0)
     }
 
     fn kill(&self) {

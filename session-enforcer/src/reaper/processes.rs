@@ -1,76 +1,222 @@
 //! Finds the processes that hold sockets, and the network namespaces that processes hold open. It reads no
 //! file whose lock the inspected process can hold for long (`mmap_lock` guards only `cmdline`, `environ` and
 //! `maps`).
+//!
+//! Any user can have millions of descriptors. So a scan keeps what is wanted and nothing else, and a search
+//! for sockets ends when it has used its processor time.
 
 use std::{
     cell::LazyCell,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::OsStr,
     fs::{self, File},
     iter,
     num::NonZero,
-    os::{fd::RawFd, unix::ffi::OsStrExt as _},
+    os::fd::RawFd,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
+    time::Duration,
 };
 
 use nix::fcntl::readlinkat;
 
-use super::protocol::Holder;
-use crate::host::threads::run_parallel;
+use super::{
+    disconnect::{cookie, duplicate},
+    protocol::{Holder, Place, SocketKey},
+};
+use crate::host::{
+    clock::{monotonic_ns, processor_ns},
+    threads::run_parallel,
+};
 
-/// The sockets and namespaces that the descriptors of all processes referred to at one time.
+/// The sockets and namespaces that the descriptors of processes referred to at one time.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    sockets: HashMap<u32, Holder>,
-    namespaces: Vec<PathBuf>,
+    sockets: HashMap<SocketKey, Holder>,
+    /// A file for each namespace, by inode number.
+    namespaces: HashMap<u32, PathBuf>,
+}
+
+/// What a scan keeps.
+#[derive(Debug)]
+enum Wanted {
+    /// All sockets and network namespaces.
+    All,
+    /// The network namespaces.
+    Namespaces,
+    /// These sockets. The scan ends when it has found all of them.
+    Sockets {
+        keys: HashSet<SocketKey>,
+        has_cookies: bool,
+    },
 }
 
 /// The maximum number of threads that scan: each link of `/proc` takes some microseconds of processor time.
 const MAX_LOOKERS: usize = 4;
 
+/// The maximum processor time of a scan of every process. It suffices for more than a million descriptors.
+const BUDGET_OF_ALL: Duration = Duration::from_secs(5);
+
+/// The processor time is read after this number of descriptors.
+const CHECKED_EVERY: usize = 64;
+
 impl Descriptors {
-    /// Scans the descriptors of every process. A process that cannot be inspected is skipped.
-    pub fn of_all_processes() -> Self {
-        Self::of(&all_processes())
+    /// Scans the descriptors of every process. A process that cannot be inspected is skipped. Also returns whether the
+    /// processor time sufficed.
+    pub fn of_all_processes() -> (Self, bool) {
+        Self::kept(&Wanted::All)
     }
 
-    /// Scans the descriptors of a cgroup's processes.
-    pub fn of_cgroup(directory: &Path) -> Self {
-        Self::of(&processes_of_cgroup(directory))
+    fn kept(wanted: &Wanted) -> (Self, bool) {
+        let mut pids = all_processes();
+        // Another one comes first each time, so that several scans together reach all of them.
+        let first = monotonic_ns() as usize % pids.len().max(1);
+        pids.rotate_left(first);
+        let (found, next) = Scan::new(&pids, wanted, until_ns(BUDGET_OF_ALL)).run();
+        (found, next.is_none())
     }
 
-    fn of(pids: &[u32]) -> Self {
-        let next = AtomicUsize::new(0);
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let others = processors.min(MAX_LOOKERS).min(pids.len().max(1)) - 1;
-        let found = run_parallel("processes", others, || Self::of_some(pids, &next));
-        let mut all = Self::default();
-        found.into_iter().for_each(|some| all.merge(some));
-        all
+    /// Returns a process that held the socket with this inode number.
+    pub fn holder(&self, inode: u32) -> Option<Holder> {
+        self.sockets.get(&SocketKey::Inode(inode)).copied()
     }
 
-    /// Scans the processes that no other thread has taken. `next` is the index of the next free one.
-    fn of_some(pids: &[u32], next: &AtomicUsize) -> Self {
-        let mut sockets = Self::default();
-        while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
-            sockets.add_process(*pid);
+    /// A file for each network namespace that processes held open.
+    pub fn namespaces(&self) -> impl Iterator<Item = PathBuf> {
+        self.namespaces.values().cloned()
+    }
+
+    /// If several processes hold a socket, the lowest PID is kept: it is usually the parent of the others.
+    fn add(&mut self, key: SocketKey, holder: Holder) {
+        let known = self.sockets.entry(key).or_insert(holder);
+        if holder.pid < known.pid {
+            *known = holder;
         }
-        sockets
+    }
+}
+
+/// Scans the descriptors of every process; returns a file for each network namespace that is held open, as far as the
+/// processor time sufficed.
+pub fn open_namespaces() -> impl Iterator<Item = PathBuf> {
+    let (found, _) = Descriptors::kept(&Wanted::Namespaces);
+    found.namespaces.into_values()
+}
+
+/// The processor time of this process when it has used this much more.
+fn until_ns(budget: Duration) -> u64 {
+    let budget_ns = u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX);
+    processor_ns().saturating_add(budget_ns)
+}
+
+/// Searches for the processes that hold these sockets, until all are found or the processor time is used up.
+/// Also returns the process at which a search of the whole host must go on, unless it has seen the last one.
+pub fn find_holders(
+    keys: Vec<SocketKey>,
+    place: &Place,
+    budget: Duration,
+) -> (HashMap<SocketKey, Holder>, Option<u32>) {
+    let until_ns = until_ns(budget);
+    let pids = match place {
+        Place::Cgroup(directory) => processes_of_cgroup(directory),
+        Place::Host { from } => {
+            let mut pids = all_processes();
+            pids.retain(|pid| pid >= from);
+            pids
+        }
+    };
+    let wanted = Wanted::Sockets {
+        has_cookies: keys.iter().any(|key| matches!(key, SocketKey::Cookie(_))),
+        keys: keys.into_iter().collect(),
+    };
+    let (found, next) = Scan::new(&pids, &wanted, until_ns).run();
+    (found.sockets, next)
+}
+
+/// A scan in progress, shared by its threads.
+struct Scan<'a> {
+    pids: &'a [u32],
+    wanted: &'a Wanted,
+    /// The processor time of this process at which the scan ends.
+    until_ns: u64,
+    /// The index of the next process that no thread has taken.
+    next: AtomicUsize,
+    /// The lowest index of a process whose scan was broken off.
+    broken_off: AtomicUsize,
+    found: Mutex<Descriptors>,
+}
+
+impl<'a> Scan<'a> {
+    fn new(pids: &'a [u32], wanted: &'a Wanted, until_ns: u64) -> Self {
+        Self {
+            pids,
+            wanted,
+            until_ns,
+            next: AtomicUsize::new(0),
+            broken_off: AtomicUsize::new(usize::MAX),
+            found: Mutex::default(),
+        }
+    }
+
+    /// Also returns the first process that was not scanned to its end. A process that takes the whole processor time
+    /// alone is passed over, so that the next scan reaches the others.
+    fn run(self) -> (Descriptors, Option<u32>) {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let others = processors.min(MAX_LOOKERS).min(self.pids.len().max(1)) - 1;
+        run_parallel("processes", others, || self.scan_some());
+        let first = self.broken_off.into_inner().min(self.next.into_inner());
+        let found = self.found.into_inner();
+        (
+            found.unwrap_or_else(PoisonError::into_inner),
+            self.pids.get(first.max(1)).copied(),
+        )
+    }
+
+    /// Scans the processes that no other thread has taken. A process that was begun is scanned to its end even if all
+    /// sockets are found: it may have a lower PID.
+    fn scan_some(&self) {
+        while !self.has_all() && !self.is_over() {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(pid) = self.pids.get(index) else {
+                return;
+            };
+            self.scan_process(*pid);
+            if self.is_over() {
+                self.broken_off.fetch_min(index, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn has_all(&self) -> bool {
+        let Wanted::Sockets { keys, .. } = self.wanted else {
+            return false;
+        };
+        self.with_found(|found| found.sockets.len() == keys.len())
+    }
+
+    fn is_over(&self) -> bool {
+        processor_ns() >= self.until_ns
+    }
+
+    fn with_found<T>(&self, act: impl FnOnce(&mut Descriptors) -> T) -> T {
+        act(&mut self.found.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Scans the descriptors of a process and of those of its threads that have a table of their own.
-    fn add_process(&mut self, pid: u32) {
-        // The name is read once, and only for a process with sockets: a server has thousands of them.
+    fn scan_process(&self, pid: u32) {
+        // The name is read once, and only for a process with such a socket: a server has thousands of them.
         let name = LazyCell::new(|| comm(pid));
-        for thread in iter::once(pid).chain(threads_apart(pid)) {
-            self.add_table(pid, thread, &name);
+        let tables = iter::once(pid).chain(threads_apart(pid));
+        for thread in tables.take_while(|_| !self.is_over()) {
+            self.scan_table(pid, thread, &name);
         }
     }
 
-    fn add_table(
-        &mut self,
+    fn scan_table(
+        &self,
         pid: u32,
         thread: u32,
         name: &LazyCell<[u8; 16], impl FnOnce() -> [u8; 16]>,
@@ -84,81 +230,76 @@ impl Descriptors {
         let (Ok(directory), Ok(descriptors)) = (File::open(&path), fs::read_dir(&path)) else {
             return;
         };
-        for entry in descriptors.flatten() {
+        for (count, entry) in descriptors.flatten().enumerate() {
+            if count % CHECKED_EVERY == CHECKED_EVERY - 1 && self.is_over() {
+                return;
+            }
             let name_of_fd = entry.file_name();
             let Some(fd) = number(&name_of_fd.to_string_lossy()) else {
                 continue;
             };
             // A path relative to the open directory is faster to resolve.
-            let link = readlinkat(&directory, name_of_fd.as_os_str());
-            let Ok(link) = link else {
+            let Ok(link) = readlinkat(&directory, name_of_fd.as_os_str()) else {
                 continue;
             };
-            if let Some(inode) = inode(&link) {
-                let comm = **name;
+            if let Some(inode) = inode(&link, "socket:[") {
                 let holder = Holder {
                     pid,
                     thread,
                     fd,
-                    comm,
+                    comm: [0; 16],
                 };
-                self.add(inode, holder);
-            } else if is_netns(&link) {
-                self.namespaces.push(entry.path());
+                if let Some(key) = self.wanted.key(inode, &holder) {
+                    let comm = **name;
+                    self.with_found(|found| found.add(key, Holder { comm, ..holder }));
+                }
+            } else if let Some(inode) = inode(&link, "net:[")
+                && !matches!(self.wanted, Wanted::Sockets { .. })
+            {
+                self.with_found(|found| {
+                    let path = || entry.path();
+                    found.namespaces.entry(inode).or_insert_with(path);
+                });
             }
         }
     }
+}
 
-    /// If several processes hold a socket, the lowest PID is kept: it is usually the parent of the others.
-    fn add(&mut self, inode: u32, holder: Holder) {
-        let known = self.sockets.entry(inode).or_insert(holder);
-        if holder.pid < known.pid {
-            *known = holder;
+impl Wanted {
+    /// The key of a socket that is wanted.
+    fn key(&self, inode: u32, holder: &Holder) -> Option<SocketKey> {
+        let key = SocketKey::Inode(inode);
+        match self {
+            Self::All => Some(key),
+            Self::Namespaces => None,
+            Self::Sockets { keys, .. } if keys.contains(&key) => Some(key),
+            Self::Sockets { keys, has_cookies } if *has_cookies => {
+                let key = SocketKey::Cookie(cookie(&duplicate(holder).ok()?).ok()?);
+                keys.contains(&key).then_some(key)
+            }
+            Self::Sockets { .. } => None,
         }
-    }
-
-    fn merge(&mut self, other: Self) {
-        self.namespaces.extend(other.namespaces);
-        if self.sockets.is_empty() {
-            self.sockets = other.sockets;
-            return;
-        }
-        for (inode, holder) in other.sockets {
-            self.add(inode, holder);
-        }
-    }
-
-    /// Returns a process that held the socket with this inode number.
-    pub fn holder(&self, inode: u32) -> Option<Holder> {
-        self.sockets.get(&inode).copied()
-    }
-
-    /// All sockets that were held.
-    pub fn holders(&self) -> impl Iterator<Item = Holder> {
-        self.sockets.values().copied()
-    }
-
-    /// The files of network namespaces that processes held open.
-    pub fn namespaces(&self) -> &[PathBuf] {
-        &self.namespaces
     }
 }
 
+/// Lists the processes of the host in ascending order.
 fn all_processes() -> Vec<u32> {
-    let Ok(processes) = fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    processes
+    let processes = fs::read_dir("/proc").into_iter().flatten();
+    let mut pids: Vec<u32> = processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect()
+        .collect();
+    pids.sort_unstable();
+    pids
 }
 
-/// Lists the processes of a cgroup, without those of its child cgroups. A removed cgroup has none.
+/// Lists the processes of a cgroup in ascending order, without those of its child cgroups. A removed cgroup has none.
 fn processes_of_cgroup(directory: &Path) -> Vec<u32> {
     let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
     // A process of another PID namespace is shown as 0.
     let pids = text.lines().filter_map(|line| line.parse().ok());
-    pids.filter(|pid| *pid != 0).collect()
+    let mut pids: Vec<u32> = pids.filter(|pid| *pid != 0).collect();
+    pids.sort_unstable();
+    pids
 }
 
 /// Lists the threads of a process that do not share its main thread's descriptor table (`CLONE_FILES`). The
@@ -186,14 +327,10 @@ fn number(name: &str) -> Option<RawFd> {
     name.parse().ok()
 }
 
-/// Parses the inode number of `socket:[4711]`.
-fn inode(link: &OsStr) -> Option<u32> {
-    let number = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+/// Parses the inode number of `socket:[4711]`, where `kind` is `socket:[`.
+fn inode(link: &OsStr, kind: &str) -> Option<u32> {
+    let number = link.to_str()?.strip_prefix(kind)?.strip_suffix(']')?;
     number.parse().ok()
-}
-
-fn is_netns(link: &OsStr) -> bool {
-    link.as_bytes().starts_with(b"net:[")
 }
 
 /// The name of a process.
@@ -216,12 +353,11 @@ mod tests {
     };
 
     use super::*;
-    use crate::reaper::disconnect::duplicate;
 
     #[test]
     fn a_socket_leads_to_its_process_and_its_descriptor() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let found = Descriptors::of_all_processes();
+        let (found, _) = Descriptors::of_all_processes();
         let holder = found.holder(inode_of(&listener)).unwrap();
         assert_eq!(
             (holder.pid, holder.fd),
@@ -247,7 +383,7 @@ mod tests {
             let _ = ended.recv();
         });
         let (inode, address) = told.recv().unwrap();
-        let found = Descriptors::of_all_processes();
+        let (found, _) = Descriptors::of_all_processes();
         let holder = found.holder(inode).unwrap();
         assert_eq!(holder.pid, std::process::id());
         assert_ne!(holder.thread, holder.pid);
@@ -264,12 +400,54 @@ mod tests {
         u32::try_from(fs::metadata(path).unwrap().ino()).unwrap()
     }
 
+    const LONG: Duration = Duration::from_secs(60);
+
     #[test]
-    fn a_namespace_that_is_held_open_is_found() {
+    fn of_many_descriptors_of_a_namespace_one_is_kept() {
         let netns = File::open("/proc/self/ns/net").unwrap();
-        let found = Descriptors::of_all_processes();
-        let path = format!("/proc/{}/fd/{}", std::process::id(), netns.as_raw_fd());
-        assert!(found.namespaces().contains(&PathBuf::from(path)));
+        let _others: Vec<File> = (0..100).map(|_| netns.try_clone().unwrap()).collect();
+        let path = format!("/proc/self/fd/{}", netns.as_raw_fd());
+        let own = inode(fs::read_link(path).unwrap().as_os_str(), "net:[").unwrap();
+        let (found, _) = Descriptors::of_all_processes();
+        let file = fs::read_link(&found.namespaces[&own]).unwrap();
+        assert_eq!(inode(file.as_os_str(), "net:["), Some(own));
+        assert!(open_namespaces().any(|file| {
+            fs::read_link(file).is_ok_and(|link| inode(link.as_os_str(), "net:[") == Some(own))
+        }));
+    }
+
+    #[test]
+    fn a_search_finds_what_it_is_asked_for_and_nothing_else() {
+        let [one, other] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let by_inode = SocketKey::Inode(inode_of(&one));
+        let by_cookie = SocketKey::Cookie(cookie(&other).unwrap());
+        let keys = vec![by_inode, by_cookie, SocketKey::Cookie(u64::MAX)];
+        let cgroup = tempfile::tempdir().unwrap();
+        let pid = std::process::id().to_string();
+        fs::write(cgroup.path().join("cgroup.procs"), pid).unwrap();
+        let (found, next) = find_holders(keys, &Place::Cgroup(cgroup.path().into()), LONG);
+        assert_eq!((found.len(), next), (2, None));
+        assert_eq!(found[&by_inode].fd, one.as_raw_fd());
+        assert_eq!(found[&by_cookie].fd, other.as_raw_fd());
+        assert_ne!(found[&by_inode].comm, [0; 16]);
+    }
+
+    #[test]
+    fn a_search_that_has_used_its_time_goes_on_at_the_next_process() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let key = SocketKey::Inode(inode_of(&listener));
+        let (mut from, mut parts) = (0, 0);
+        let search = |from, budget| find_holders(vec![key], &Place::Host { from }, budget);
+        while let (found, Some(next)) = search(from, Duration::ZERO) {
+            assert!(found.is_empty() && next > from);
+            (from, parts) = (next, parts + 1);
+        }
+        // Each passes over a process.
+        assert!(parts > 0);
+        let (found, _) = search(0, LONG);
+        assert_eq!(found[&key].pid, std::process::id());
+        let (found, next) = search(std::process::id() + 1, LONG);
+        assert!(found.is_empty() && next.is_none());
     }
 
     #[test]
@@ -280,27 +458,22 @@ mod tests {
             fd: 3,
             comm: [0; 16],
         };
-        let sockets = |pids: &[u32]| {
-            let mut sockets = Descriptors::default();
-            for pid in pids {
-                sockets.add(4711, holder(*pid));
-            }
-            sockets
-        };
-        for [one, other] in [[&[7, 5][..], &[6]], [&[6], &[5, 7]], [&[], &[6, 5]]] {
-            let mut all = sockets(one);
-            all.merge(sockets(other));
+        for pids in [[7, 5, 6], [6, 5, 7], [5, 6, 7]] {
+            let mut all = Descriptors::default();
+            let key = SocketKey::Inode(4711);
+            pids.into_iter().for_each(|pid| all.add(key, holder(pid)));
             assert_eq!(all.holder(4711), Some(holder(5)));
         }
     }
 
     #[test]
     fn what_is_no_socket_is_passed_over() {
-        assert!(is_netns(OsStr::new("net:[4026532300]")));
-        assert!(!is_netns(OsStr::new("mnt:[4026532301]")));
-        assert_eq!(inode(OsStr::new("socket:[4711]")), Some(4711));
+        let of = |link, kind| inode(OsStr::new(link), kind);
+        assert_eq!(of("net:[4026532300]", "net:["), Some(4_026_532_300));
+        assert_eq!(of("mnt:[4026532301]", "net:["), None);
+        assert_eq!(of("socket:[4711]", "socket:["), Some(4711));
         for other in ["socket:4711", "socket:[]", "pipe:[4711]", "/dev/null"] {
-            assert_eq!(inode(OsStr::new(other)), None);
+            assert_eq!(of(other, "socket:["), None);
         }
     }
 

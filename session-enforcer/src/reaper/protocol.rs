@@ -5,7 +5,7 @@
 //! exceeds [`MAX_MESSAGE`] bytes. A reaper ends if it cannot decode a request; the engine gives a reaper up
 //! if it cannot decode a reply.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::diag::{Detail, MAX_BATCH, Socket, SocketId};
 
 /// Increase it with every change of a message.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The maximum length of a message in bytes. A long [`Reply::Scope`] is split into several messages.
 pub const MAX_MESSAGE: usize = 128 << 10;
@@ -21,8 +21,14 @@ pub const MAX_MESSAGE: usize = 128 << 10;
 /// The maximum number of sockets in one request or reply.
 pub const MAX_SOCKETS: usize = MAX_BATCH;
 
+/// The maximum number of sockets in one search for holders. Each takes at most 50 bytes of the reply.
+pub const MAX_SOUGHT: usize = 2 << 10;
+
 /// The maximum number of integers in one message. Each takes at most 10 bytes.
 pub const MAX_NUMBERS: usize = 8 << 10;
+
+/// The maximum number of paths in a message. A path has at most 4 KiB.
+pub const MAX_PATHS: usize = 16;
 
 /// A network namespace. The engine may pass a descriptor of it with the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,10 +70,7 @@ pub enum Disconnect {
     /// A subflow of an MPTCP connection.
     Mptcp(Extent),
     /// A TCP socket that is found by its cookie alone, without `sock_diag`.
-    ByCookie {
-        /// Whether to search the processes of the whole host, or only those of the session's cgroup.
-        everywhere: bool,
-    },
+    ByCookie,
 }
 
 /// A session to reset through a descriptor of its process.
@@ -77,8 +80,29 @@ pub struct Held {
     pub target: SocketId,
     /// The method.
     pub how: Disconnect,
-    /// The directory of the session's cgroup. Its processes are searched first.
-    pub cgroup: Option<PathBuf>,
+    /// The process that holds it, if a [`Request::Holders`] has found it.
+    pub holder: Option<Holder>,
+}
+
+/// The name of a socket in a search for its holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SocketKey {
+    /// The inode number, as `/proc` shows it. It needs no look at the socket.
+    Inode(u32),
+    /// The cookie.
+    Cookie(u64),
+}
+
+/// The processes that a search for holders scans.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// The processes of the cgroup with this directory.
+    Cgroup(PathBuf),
+    /// The processes of the host.
+    Host {
+        /// The lowest PID to scan: a long search is made in parts.
+        from: u32,
+    },
 }
 
 /// The network namespaces that a survey visits.
@@ -130,16 +154,14 @@ pub enum Request {
         /// The sockets.
         targets: Vec<SocketId>,
     },
-    /// Find the owners of these sockets of a namespace, and for each socket a process that holds it: first
-    /// among the processes of its cgroup and then, with `everywhere`, among all processes of the host.
-    /// Answered by [`Reply::Owners`] with one entry per target in their order, then [`Reply::Done`].
-    Owners {
-        /// The namespace.
-        netns: Netns,
-        /// The sockets.
-        targets: Vec<SocketId>,
-        /// Whether the reaper may scan the descriptors of all processes.
-        everywhere: bool,
+    /// Find a process that holds each of these sockets. Answered by [`Reply::Holders`], then [`Reply::Done`].
+    Holders {
+        /// The sockets, at most [`MAX_SOUGHT`].
+        sought: Vec<SocketKey>,
+        /// The processes to scan.
+        place: Place,
+        /// The processor time after which the search ends.
+        budget: Duration,
     },
     /// List the sockets of a namespace that listen on this port. Answered by [`Reply::Sockets`], then
     /// [`Reply::Done`].
@@ -166,6 +188,12 @@ pub enum Request {
         /// The cgroup IDs.
         ids: Vec<u64>,
     },
+    /// Find the cgroups that rules name. Answered by [`Reply::Fitting`] and [`Reply::Awaited`], then
+    /// [`Reply::Done`].
+    NamedCgroups {
+        /// Paths from the root, or patterns.
+        names: Vec<String>,
+    },
     /// Duplicate these sockets of other processes. Answered by one [`Reply::Duplicate`] for each, which
     /// carries a descriptor, then [`Reply::Done`].
     Duplicate {
@@ -185,17 +213,12 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether the duration grows with the number of sockets or processes of the host. The reaper lowers its
-    /// priority for such a request, and gets no other request after it.
+    /// Whether the duration grows with the number of sockets or processes of the host, or the reaper keeps sockets of
+    /// other processes. The reaper lowers its priority for such a request, and gets no other request after it.
     pub const fn is_long(&self) -> bool {
         matches!(
             self,
-            Self::Survey { .. }
-                | Self::Search { .. }
-                | Self::Owners {
-                    everywhere: true,
-                    ..
-                }
+            Self::Survey { .. } | Self::Search { .. } | Self::Duplicate { .. }
         )
     }
 }
@@ -212,17 +235,6 @@ pub struct Holder {
     pub fd: i32,
     /// The process name, truncated and zero-padded as the kernel stores it. Empty if the process has ended.
     pub comm: [u8; 16],
-}
-
-/// The owner of a socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SocketOwner {
-    /// The UID.
-    pub uid: u32,
-    /// The ID of the socket's cgroup, if the kernel reported it.
-    pub cgroup_id: Option<u64>,
-    /// A process that holds the socket, if one was found.
-    pub holder: Option<Holder>,
 }
 
 /// The location of a cgroup.
@@ -248,6 +260,8 @@ pub enum Disconnected {
     Unknown,
     /// The reset was not possible, for this reason.
     Failed(String),
+    /// The process that holds this socket must be searched for first.
+    NeedsHolder(SocketKey),
 }
 
 /// The result of looking up a user name.
@@ -323,15 +337,26 @@ pub enum Reply {
     WholeNamespace,
     /// A namespace could not be listed, or only in part, for this reason.
     Unlisted(String),
-    /// The owners of the sockets of the request. `None` for a socket that no longer exists.
-    Owners {
-        /// The owners.
-        owners: Vec<Option<SocketOwner>>,
+    /// The holders of the sockets of the request that were found.
+    Holders {
+        /// The holders.
+        found: Vec<(SocketKey, Holder)>,
+        /// The PID at which a search of the host must go on. `None` if it has seen the last process.
+        next: Option<u32>,
         /// The processor time of the search, in nanoseconds.
         used_ns: u64,
     },
     /// The location of a cgroup.
     Cgroup(Cgroup),
+    /// Some of the cgroups that match a name of the request: their paths from the root, and their IDs.
+    Fitting {
+        /// The name.
+        name: String,
+        /// The cgroups.
+        cgroups: Vec<(String, u64)>,
+    },
+    /// Some of the directories to watch, because a cgroup that matches a name may appear there.
+    Awaited(Vec<PathBuf>),
     /// The message carries a descriptor (`None`), or the duplication failed for this reason.
     Duplicate(Option<String>),
     /// The results for the users, in the order of the names.
@@ -345,6 +370,8 @@ pub enum Reply {
 pub enum Probed {
     /// 0 or an error number.
     Destroyed(i32),
+    /// The kernel reported success, and the connection still exists.
+    NotDestroyed(String),
     /// `SOCK_DESTROY` is not supported. The value says whether the reset through a descriptor worked instead.
     NotSupported(Result<(), String>),
     /// The connection could not be made, or the kernel did not answer.
@@ -363,12 +390,16 @@ pub enum Problem {
     },
     /// The exchange with `sock_diag` failed.
     Diag(String),
+    /// The cgroups cannot be read.
+    Cgroups(String),
 }
 
 impl std::fmt::Display for Problem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Namespace { error, .. } | Self::Diag(error) => f.write_str(error),
+            Self::Namespace { error, .. } | Self::Diag(error) | Self::Cgroups(error) => {
+                f.write_str(error)
+            }
         }
     }
 }
@@ -448,6 +479,18 @@ mod tests {
         assert_eq!(decode::<Request>(&bytes).unwrap(), request);
         let reply = Reply::Scope {
             ids: vec![u64::MAX; MAX_NUMBERS],
+        };
+        assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
+        let holder = Holder {
+            pid: u32::MAX,
+            thread: u32::MAX,
+            fd: i32::MIN,
+            comm: [u8::MAX; 16],
+        };
+        let reply = Reply::Holders {
+            found: vec![(SocketKey::Cookie(u64::MAX), holder); MAX_SOUGHT],
+            next: Some(u32::MAX),
+            used_ns: u64::MAX,
         };
         assert_eq!(decode::<Reply>(&encode(&reply).unwrap()).unwrap(), reply);
     }

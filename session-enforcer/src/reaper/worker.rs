@@ -9,25 +9,23 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
-use nix::{
-    sys::{
-        prctl,
-        signal::{SigHandler, Signal, signal},
-    },
-    time::{ClockId, clock_gettime},
+use nix::sys::{
+    prctl,
+    signal::{SigHandler, Signal, signal},
 };
 
 use super::{
     channel,
     diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, SocketId, state},
-    disconnect::{self, Answer, DisconnectError, Holders},
+    disconnect::{self, Answer, DisconnectError},
     namespaces::{self, FoundNamespace, NetnsError},
-    processes::Descriptors,
+    processes::{Descriptors, find_holders},
     protocol::{
-        Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS, Netns,
-        Problem, Reach, Reply, Request, Search, SocketOwner, decode, encode,
+        Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS,
+        MAX_PATHS, Netns, Place, Problem, Reach, Reply, Request, Search, SocketKey, decode, encode,
     },
     shared::SharedPage,
     trial,
@@ -35,9 +33,11 @@ use super::{
 use crate::{
     exit::{ExitStatus, Failure},
     host::{
-        cgroup::{Scope, Tree},
-        clock::monotonic_ns,
-        grace_period, privilege, users,
+        cgroup::{CgroupError, Scope, Tree},
+        clock::{monotonic_ns, processor_ns},
+        grace_period, privilege,
+        threads::run_aside,
+        users,
     },
 };
 
@@ -79,6 +79,7 @@ pub fn run() -> Result<ExitCode, Failure> {
         channel,
         page,
         own: None,
+        duplicates: Vec::new(),
         failed: false,
     };
     Ok(worker.serve())
@@ -89,6 +90,9 @@ struct Worker {
     page: SharedPage,
     /// The cookie and the socket table of the daemon's own namespace.
     own: Option<(u64, DiagSocket)>,
+    /// The sockets of other processes that the engine was given. They stay open until this process ends: that does not
+    /// wait for a socket's unsent data (`SO_LINGER`), unlike a close.
+    duplicates: Vec<OwnedFd>,
     /// Whether a reply could not be sent: the engine has ended.
     failed: bool,
 }
@@ -162,11 +166,11 @@ impl Worker {
                 let found = self.with(&netns, lent, |_, diag| Ok(diag.search(&targets)?))?;
                 self.tell_sockets(found)
             }
-            Request::Owners {
-                netns,
-                targets,
-                everywhere,
-            } => self.owners(&netns, lent, &targets, everywhere),
+            Request::Holders {
+                sought,
+                place,
+                budget,
+            } => self.holders(&sought, &place, budget),
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);
                 let found = self.with(&netns, lent, |_, diag| {
@@ -184,6 +188,7 @@ impl Worker {
             } => self.survey(reach, cgroup.as_deref(), with_holders),
             Request::Duplicate { sockets } => self.duplicate(&sockets),
             Request::Cgroups { ids } => self.cgroups(&ids),
+            Request::NamedCgroups { names } => self.named_cgroups(names),
             Request::Users { names } => {
                 let found = names.iter().map(|name| find_user(name)).collect();
                 self.reply(&Reply::Users(found), None)
@@ -221,7 +226,7 @@ impl Worker {
             return Ok(done);
         }
         let entered = match lent {
-            Some(handle) => namespaces::enter_handle(handle),
+            Some(handle) => namespaces::enter_handle(handle.as_fd()),
             None => self.find(netns),
         };
         let mut diag = entered.map_err(|error| {
@@ -274,22 +279,20 @@ impl Worker {
         lent: Option<OwnedFd>,
         sessions: &[Held],
     ) -> Result<(), Broken> {
-        let mut holders = Holders::default();
-        let by_cookie = |held: &Held| matches!(held.how, Disconnect::ByCookie { .. });
-        if sessions.iter().all(by_cookie) {
+        if sessions.iter().all(|held| held.how == Disconnect::ByCookie) {
             return self.each(sessions, |held| {
-                disconnect::reset_by_cookie(held, &mut holders)
+                disconnect::reset_by_cookie(held.target.cookie, held.holder.as_ref())
             });
         }
         self.with(netns, lent, |worker, diag| {
             worker.each(sessions, |held| {
-                let (target, cgroup) = (&held.target, held.cgroup.as_deref());
+                let (target, holder) = (&held.target, held.holder.as_ref());
                 match held.how {
-                    Disconnect::Tcp => disconnect::reset_tcp(diag, target, cgroup, &mut holders),
+                    Disconnect::Tcp => disconnect::reset_tcp(diag, target, holder),
                     Disconnect::Mptcp(extent) => {
-                        disconnect::reset_mptcp(diag, target, extent, cgroup, &mut holders)
+                        disconnect::reset_mptcp(diag, target, extent, holder)
                     }
-                    Disconnect::ByCookie { .. } => disconnect::reset_by_cookie(held, &mut holders),
+                    Disconnect::ByCookie => disconnect::reset_by_cookie(target.cookie, holder),
                 }
             })
         })
@@ -308,6 +311,7 @@ impl Worker {
                 Ok(Answer::Reset) => Disconnected::Reset,
                 Ok(Answer::Gone) => Disconnected::Gone,
                 Ok(Answer::Unknown) => Disconnected::Unknown,
+                Err(DisconnectError::NeedsHolder(key)) => Disconnected::NeedsHolder(key),
                 Err(error) => Disconnected::Failed(error.to_string()),
             };
             let at_ns = monotonic_ns();
@@ -338,47 +342,15 @@ impl Worker {
         })
     }
 
-    fn owners(
-        &mut self,
-        netns: &Netns,
-        lent: Option<OwnedFd>,
-        targets: &[SocketId],
-        everywhere: bool,
-    ) -> Result<(), Broken> {
-        let began_ns = processor_ns();
-        let sockets = self.with(netns, lent, |_, diag| {
-            let found = targets
-                .iter()
-                .map(|target| diag.query(target, Detail::Names));
-            Ok(found.collect::<Result<Vec<_>, _>>()?)
-        })?;
-        let tree = Tree::open().ok();
-        let mut holders = Holders::default();
-        let mut owner = |socket: Socket| {
-            let directory = tree.as_ref().zip(socket.cgroup_id);
-            let directory = directory.and_then(|(tree, id)| Some(tree.directory(&tree.path(id)?)));
-            let holder =
-                (socket.inode != 0).then(|| holders.found(socket.inode, directory, everywhere));
-            SocketOwner {
-                uid: socket.uid,
-                cgroup_id: socket.cgroup_id,
-                holder: holder.flatten(),
-            }
-        };
-        let open = |socket: Option<Socket>| socket.filter(|socket| !socket.is_mini);
-        let owners = sockets
-            .into_iter()
-            .map(|socket| open(socket).map(&mut owner));
-        let owners = owners.collect();
-        let used_ns = processor_ns().saturating_sub(began_ns);
-        self.reply(&Reply::Owners { owners, used_ns }, None)
-    }
-
     fn tell_sockets(&mut self, sockets: Vec<Option<Socket>>) -> Result<(), Broken> {
         let at_ns = monotonic_ns();
         self.reply(&Reply::Sockets { sockets, at_ns }, None)
     }
 }
+
+/// Told when a scan of all descriptors has used up its processor time.
+const MANY_DESCRIPTORS: &str = "the processes have too many descriptors to read them all at once; a namespace that only a \
+                                descriptor keeps may be missing, the next comparison begins at another process";
 
 /// Requests about the host.
 impl Worker {
@@ -390,8 +362,8 @@ impl Worker {
     ) -> Result<(), Broken> {
         self.tell_scope(cgroup)?;
         // The scan precedes the lists, so a socket that is opened in between has no known holder.
-        let holders = with_holders.then(Descriptors::of_all_processes);
-        let holders = holders.unwrap_or_default();
+        let scan = with_holders.then(Descriptors::of_all_processes);
+        let (holders, is_whole) = scan.unwrap_or((Descriptors::default(), true));
         if reach == Reach::Own {
             let diag = DiagSocket::open()?;
             let cookie = diag.netns_cookie()?;
@@ -409,7 +381,7 @@ impl Worker {
         let files = if reach == Reach::Every && with_holders {
             // The scan for holders has read every descriptor already.
             let mut files = namespaces::unopened_files();
-            files.extend_from_slice(holders.namespaces());
+            files.extend(holders.namespaces());
             files
         } else {
             namespaces::files(reach == Reach::Every)
@@ -420,8 +392,10 @@ impl Worker {
             }
         });
         broken?;
-        for error in errors {
-            self.reply(&Reply::Unlisted(error.to_string()), None)?;
+        let errors = errors.iter().map(ToString::to_string);
+        let cut = (!is_whole).then(|| MANY_DESCRIPTORS.to_owned());
+        for error in errors.chain(cut) {
+            self.reply(&Reply::Unlisted(error), None)?;
         }
         Ok(())
     }
@@ -449,7 +423,7 @@ impl Worker {
     ) -> Result<(), Broken> {
         let path = found.path.clone();
         self.reply(&Reply::Namespace { cookie, path }, Some(&found.handle))?;
-        if found.has_tcp_sockets {
+        if found.has_tcp_sockets() {
             return self.list(&found.path, found.diag, holders);
         }
         self.reply(&Reply::WholeNamespace, None)
@@ -485,6 +459,24 @@ impl Worker {
         }
     }
 
+    fn holders(
+        &mut self,
+        sought: &[SocketKey],
+        place: &Place,
+        budget: Duration,
+    ) -> Result<(), Broken> {
+        let began_ns = processor_ns();
+        let (found, next) = run_aside(|| find_holders(sought.to_vec(), place, budget));
+        let used_ns = processor_ns().saturating_sub(began_ns);
+        let found = found.into_iter().collect();
+        let reply = Reply::Holders {
+            found,
+            next,
+            used_ns,
+        };
+        self.reply(&reply, None)
+    }
+
     fn duplicate(&mut self, sockets: &[(Holder, u64)]) -> Result<(), Broken> {
         for (holder, cookie) in sockets {
             let found = disconnect::duplicate(holder).and_then(|fd| {
@@ -495,7 +487,10 @@ impl Worker {
                 Ok(fd)
             });
             match found {
-                Ok(fd) => self.reply(&Reply::Duplicate(None), Some(&fd))?,
+                Ok(fd) => {
+                    self.reply(&Reply::Duplicate(None), Some(&fd))?;
+                    self.duplicates.push(fd);
+                }
                 Err(error) => self.reply(&Reply::Duplicate(Some(error.to_string())), None)?,
             }
         }
@@ -517,6 +512,22 @@ impl Worker {
         }
         Ok(())
     }
+
+    fn named_cgroups(&mut self, names: Vec<String>) -> Result<(), Broken> {
+        let unreadable = |error: CgroupError| Problem::Cgroups(error.to_string());
+        let tree = Tree::open().map_err(|error| Broken::Problem(unreadable(error)))?;
+        for name in names {
+            let (found, awaited) = tree.fitting(&name);
+            for some in found.chunks(MAX_PATHS) {
+                let (name, cgroups) = (name.clone(), some.to_vec());
+                self.reply(&Reply::Fitting { name, cgroups }, None)?;
+            }
+            for some in awaited.chunks(MAX_PATHS) {
+                self.reply(&Reply::Awaited(some.to_vec()), None)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn with_holders(sockets: &[Socket], holders: &Descriptors) -> Vec<(Socket, Option<Holder>)> {
@@ -533,11 +544,4 @@ pub(crate) fn find_user(name: &str) -> FoundUser {
         Ok(None) => FoundUser::Unknown,
         Err(error) => FoundUser::Failed(error.to_string()),
     }
-}
-
-/// The processor time that this process has used, in nanoseconds.
-fn processor_ns() -> u64 {
-    let used = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID);
-    let used = used.map_or(std::time::Duration::ZERO, std::time::Duration::from);
-    u64::try_from(used.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -13,7 +13,7 @@ use std::{
 
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioTimer;
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 
 /// The time limit for the request headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,7 +28,7 @@ pub(super) struct Connections {
 }
 
 struct Connection {
-    task: AbortHandle,
+    task: JoinHandle<()>,
     has_asked: HasAsked,
 }
 
@@ -77,12 +77,22 @@ impl Connections {
     /// Serves another connection. Lets it read its request before the next one is accepted.
     pub(super) async fn serve<T>(&mut self, serve: impl FnOnce(HasAsked) -> T)
     where
-        T: Future<Output: Send> + Send + 'static,
+        T: Future + Send + 'static,
     {
         let has_asked = HasAsked::default();
-        let task = tokio::spawn(serve(has_asked.clone())).abort_handle();
+        let serving = serve(has_asked.clone());
+        let task = tokio::spawn(async move { drop(serving.await) });
         self.served.push_back(Connection { task, has_asked });
         tokio::task::yield_now().await;
+    }
+
+    /// Waits for the ends of all answers.
+    pub(super) async fn finish(self) {
+        let has_asked = |served: &Connection| served.has_asked.0.load(Ordering::Relaxed);
+        for served in self.served.into_iter().filter(has_asked) {
+            // Only the end counts, also that of an aborted task.
+            let _ = served.task.await;
+        }
     }
 }
 

@@ -5,11 +5,12 @@ use std::{
     convert::Infallible,
     fs, io,
     net::SocketAddr,
+    os::fd::{AsRawFd as _, OwnedFd},
     os::unix::{
         fs::{FileTypeExt as _, PermissionsExt as _},
-        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+        net::UnixListener as StdUnixListener,
     },
-    path::Path,
+    path::{Path, PathBuf},
     thread,
     time::Duration,
 };
@@ -23,18 +24,23 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
+};
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     runtime,
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     time::timeout,
 };
 
 use super::{
     connections::{Connections, HasAsked, accept_failed, one_request},
     landing_page::{self, Readiness},
+    to_engine::{Request, ask},
 };
 use crate::{
     config::MetricsListen,
@@ -60,27 +66,11 @@ const BOUNDS: Bounds = Bounds {
     lifetime: Duration::from_secs(15),
 };
 
-/// If the engine does not answer within this time, it counts as stuck.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often an address that another program has is tried again.
+const RETRY: Duration = Duration::from_secs(3);
 
 /// The daemon's user and group may connect to a Unix socket.
 const SOCKET_MODE: u32 = 0o660;
-
-/// A request of the server to the engine.
-#[derive(Debug)]
-pub enum Request {
-    /// The metrics in Prometheus' text format.
-    Metrics(Scrape),
-    /// Whether the daemon is ready, or the reasons why it is not.
-    Ready(oneshot::Sender<Result<(), String>>),
-    /// Whether the engine is alive.
-    Live(oneshot::Sender<()>),
-    /// A request of the control socket.
-    Control(control::Request),
-}
-
-/// The channel for the metrics.
-pub type Scrape = oneshot::Sender<Result<String, String>>;
 
 /// The reasons why the metrics cannot be served.
 #[derive(Debug, Error)]
@@ -99,6 +89,30 @@ pub enum BindError {
     /// Another user could replace the socket.
     #[error("metrics.listen: {0}")]
     Untrusted(#[source] Untrusted),
+}
+
+impl BindError {
+    /// Whether another program listens at the address.
+    pub fn is_in_use(&self) -> bool {
+        let Self::Bind { listen, source } = self else {
+            return false;
+        };
+        source.kind() == io::ErrorKind::AddrInUse
+            && match listen {
+                MetricsListen::Tcp(_) => true,
+                // The kernel gives the same error for a file that is no socket.
+                MetricsListen::Unix(path) => is_socket(path) || !path.exists(),
+            }
+    }
+}
+
+/// The address of the metrics.
+#[derive(Debug)]
+pub enum Address {
+    /// The daemon listens at it.
+    Bound(Listener),
+    /// Another program listens at it. It is tried again until it is free.
+    InUse(MetricsListen),
 }
 
 /// A listening socket that is not served yet.
@@ -145,14 +159,41 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
 /// Creates a Unix socket with these permissions. An existing socket without a listener is left over from a
 /// daemon that has ended and is replaced.
 pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    if is_socket && StdUnixStream::connect(path).is_err() {
+    if is_socket(path) && !has_listener(path) {
         fs::remove_file(path)?;
     }
     let listener = StdUnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+}
+
+/// Whether a process listens at a Unix socket.
+fn has_listener(path: &Path) -> bool {
+    // EAGAIN: the listener's queue is full.
+    matches!(connect_at_once(path), Ok(_) | Err(Errno::EAGAIN))
+}
+
+/// Connects, but does not wait for a process that accepts no connections.
+fn connect_at_once(path: &Path) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let client = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(client.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(client)
+}
+
+/// The path of a Unix socket.
+///
+/// # Errors
+///
+/// Fails if the kernel does not return it.
+pub fn path_of(socket: &StdUnixListener) -> io::Result<PathBuf> {
+    let address = socket.local_addr()?;
+    Ok(address.as_pathname().unwrap_or(Path::new("")).to_owned())
 }
 
 /// Checks whether the TCP address is local. The port is ignored, because a running daemon may use it. For a
@@ -180,30 +221,30 @@ pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
     })
 }
 
-/// Starts the thread that serves the metrics and the control socket until the process ends. It inherits the
-/// privileges of the calling thread.
+/// Starts the thread that serves the metrics and the control socket until the engine, which has the other end of
+/// `requests`, has ended. `ended` is dropped when the clients of the control socket have the rest of their answers.
+/// The thread inherits the privileges of the calling thread.
 ///
 /// # Errors
 ///
 /// Fails if the thread cannot be started.
 pub fn start(
-    listener: Option<Listener>,
+    address: Option<Address>,
     control: Option<control::Server>,
     requests: mpsc::Sender<Request>,
+    ended: impl Send + 'static,
 ) -> io::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let accepting = {
-        let _within = runtime.enter();
-        listener.map(Accepting::of).transpose()?
-    };
     let work = move || {
         privilege::give_way();
         runtime.block_on(async move {
             let metrics = async {
-                if let Some(accepting) = accepting {
-                    serve_within(BOUNDS, accepting, requests.clone()).await;
+                if let Some(address) = address
+                    && let Err(error) = serve_metrics(address, requests.clone()).await
+                {
+                    tracing::error!("metrics.listen is not served: {error}");
                 }
             };
             let control = async {
@@ -215,9 +256,51 @@ pub fn start(
             };
             tokio::join!(metrics, control);
         });
+        drop(ended);
     };
     thread::Builder::new().name("http".to_owned()).spawn(work)?;
     Ok(())
+}
+
+async fn serve_metrics(address: Address, requests: mpsc::Sender<Request>) -> io::Result<()> {
+    let listener = match address {
+        Address::Bound(listener) => listener,
+        Address::InUse(listen) => match bind_when_free(&listen, &requests).await {
+            Some(listener) => listener,
+            None => return Ok(()),
+        },
+    };
+    match &listener {
+        Listener::Tcp(tcp) => tracing::info!("metrics at http://{}/metrics", tcp.local_addr()?),
+        Listener::Unix(socket) => {
+            let path = path_of(socket)?;
+            tracing::info!("metrics at {}, a Unix socket", path.display());
+        }
+    }
+    serve_within(BOUNDS, Accepting::of(listener)?, requests).await;
+    Ok(())
+}
+
+/// Listens at an address as soon as no other program does. `None` if the engine ends before.
+async fn bind_when_free(
+    listen: &MetricsListen,
+    requests: &mpsc::Sender<Request>,
+) -> Option<Listener> {
+    let mut is_logged = false;
+    loop {
+        match bind(listen) {
+            Ok(listener) => return Some(listener),
+            Err(error) if error.is_in_use() || is_logged => {}
+            // A port below 1024, for example, which this thread may not bind.
+            Err(error) => {
+                tracing::error!("{error}; once the address is free, restart the daemon");
+                is_logged = true;
+            }
+        }
+        if timeout(RETRY, requests.closed()).await.is_ok() {
+            return None;
+        }
+    }
 }
 
 /// A listener in the server's runtime.
@@ -250,7 +333,11 @@ impl Accepting {
 async fn serve_within(bounds: Bounds, listener: Accepting, requests: mpsc::Sender<Request>) {
     let mut connections = Connections::at_most(bounds.connections);
     loop {
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = requests.closed() => return,
+        };
+        match accepted {
             Ok(stream) => {
                 if !connections.make_room() {
                     connections.close_oldest();
@@ -337,19 +424,6 @@ async fn landing_page(requests: &mpsc::Sender<Request>) -> Answer {
     answer
 }
 
-/// Sends a request to the engine. `None` if it does not answer.
-pub(super) async fn ask<T>(
-    requests: &mpsc::Sender<Request>,
-    request: impl FnOnce(oneshot::Sender<T>) -> Request,
-) -> Option<T> {
-    let exchange = async {
-        let (reply, answer) = oneshot::channel();
-        requests.send(request(reply)).await.ok()?;
-        answer.await.ok()
-    };
-    timeout(ENGINE_TIMEOUT, exchange).await.ok().flatten()
-}
-
 fn stuck() -> Answer {
     text(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -367,12 +441,16 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
+    use nix::sys::socket::Backlog;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::{TcpStream, UnixStream},
     };
 
     use super::*;
+    use crate::report::to_engine::ENGINE_TIMEOUT;
 
     /// A socket on a free port, and its address.
     fn listen() -> (Listener, SocketAddr) {
@@ -388,7 +466,7 @@ mod tests {
     async fn begin(ready: Result<(), String>) -> SocketAddr {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        start(Some(listener), None, sender).unwrap();
+        start(Some(Address::Bound(listener)), None, sender, ()).unwrap();
         tokio::spawn(engine(requests, "a 1\n".to_owned(), ready));
         address
     }
@@ -519,29 +597,70 @@ mod tests {
     async fn an_engine_that_is_stuck_is_told() {
         let (listener, address) = listen();
         let (sender, requests) = mpsc::channel(1);
-        start(Some(listener), None, sender).unwrap();
+        start(Some(Address::Bound(listener)), None, sender, ()).unwrap();
         let answer = get(address, "/metrics").await;
         assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
         drop(requests);
     }
 
-    #[tokio::test]
-    async fn an_engine_that_has_gone_is_told() {
-        let (listener, address) = listen();
+    #[test]
+    fn the_thread_ends_when_the_engine_has_gone() {
+        let (listener, _) = listen();
         let (sender, requests) = mpsc::channel(1);
+        let (ended, has_ended) = std::sync::mpsc::channel::<()>();
+        start(Some(Address::Bound(listener)), None, sender, ended).unwrap();
         drop(requests);
-        start(Some(listener), None, sender).unwrap();
-        assert!(get(address, "/healthz").await.starts_with("HTTP/1.1 503"));
+        let waited = has_ended.recv_timeout(ENGINE_TIMEOUT);
+        assert_eq!(waited, Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
     }
 
     #[test]
     fn a_taken_address_is_named_with_the_key() {
         let (_taken, address) = listen();
-        let error = bind(&MetricsListen::Tcp(address)).unwrap_err().to_string();
+        let error = bind(&MetricsListen::Tcp(address)).unwrap_err();
+        assert!(error.is_in_use());
+        let error = error.to_string();
         assert!(
             error.starts_with(&format!("metrics.listen: {address}: ")),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn an_address_in_use_is_served_once_it_is_free() {
+        let (taken, address) = listen();
+        let (sender, requests) = mpsc::channel(1);
+        let listen = MetricsListen::Tcp(address);
+        start(Some(Address::InUse(listen)), None, sender, ()).unwrap();
+        tokio::spawn(engine(requests, String::new(), Ok(())));
+        drop(taken);
+        while TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(get(address, "/healthz").await.ends_with("ok\n"));
+    }
+
+    #[test]
+    fn the_thread_that_waits_for_an_address_ends_with_the_engine() {
+        let (_taken, address) = listen();
+        let (sender, requests) = mpsc::channel(1);
+        let (ended, has_ended) = std::sync::mpsc::channel::<()>();
+        let in_use = Address::InUse(MetricsListen::Tcp(address));
+        start(Some(in_use), None, sender, ended).unwrap();
+        drop(requests);
+        let waited = has_ended.recv_timeout(RETRY / 2);
+        assert_eq!(waited, Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nothing_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.sock");
+        let listener = bind_unix(&path, SOCKET_MODE).unwrap();
+        nix::sys::socket::listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let clients: Vec<_> = iter::from_fn(|| connect_at_once(&path).ok()).collect();
+        assert!(!clients.is_empty());
+        assert!(bind(&MetricsListen::Unix(path)).unwrap_err().is_in_use());
     }
 
     #[tokio::test]
@@ -552,7 +671,13 @@ mod tests {
         check(&socket).unwrap();
         drop(bind(&socket).unwrap());
         let (sender, requests) = mpsc::channel(1);
-        start(Some(bind(&socket).unwrap()), None, sender).unwrap();
+        start(
+            Some(Address::Bound(bind(&socket).unwrap())),
+            None,
+            sender,
+            (),
+        )
+        .unwrap();
         tokio::spawn(engine(requests, String::new(), Ok(())));
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, SOCKET_MODE);
@@ -562,7 +687,9 @@ mod tests {
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.ends_with("ok\n"), "{answer}");
-        let error = bind(&socket).unwrap_err().to_string();
+        let error = bind(&socket).unwrap_err();
+        assert!(error.is_in_use());
+        let error = error.to_string();
         let start = format!("metrics.listen: unix:{}: ", path.display());
         assert!(error.starts_with(&start), "{error}");
     }
@@ -572,7 +699,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a-file");
         fs::write(&path, "kept").unwrap();
-        bind(&MetricsListen::Unix(path.clone())).unwrap_err();
+        let error = bind(&MetricsListen::Unix(path.clone())).unwrap_err();
+        assert!(!error.is_in_use(), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"kept");
         let nowhere = MetricsListen::Unix(directory.path().join("none/metrics.sock"));
         assert!(check(&nowhere).is_err() && bind(&nowhere).is_err());

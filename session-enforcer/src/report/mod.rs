@@ -11,3 +11,4 @@ pub mod http;
 mod landing_page;
 pub mod metrics;
 pub mod service_manager;
+pub mod to_engine;

@@ -42,7 +42,7 @@ pub(crate) enum Hook {
 
 impl Hook {
     /// All hooks.
-    pub(crate) const ALL: [Self; 4] = [
+    const ALL: [Self; 4] = [
         Self::Ingress,
         Self::Egress,
         Self::SocketMade,
@@ -101,14 +101,16 @@ pub(crate) enum Body {
     StorageMissed,
     /// Looks up the socket storage and finds an entry.
     StorageFound,
-    /// Reads the cookie, the socket's counters and the time. In addition, an entry is stored with each new
-    /// socket and deleted when the socket is established. Every program that measures a session's idle time
-    /// and finds its owner needs these calls of kernel functions.
+    /// Reads the cookie, the socket's counters and the time. Every program that measures a session's idle time
+    /// needs these calls of kernel functions.
     Calls,
+    /// The same. In addition, an entry is stored with each new socket and deleted when the socket is established,
+    /// as is needed to find a session's owner.
+    OwnerCalls,
 }
 
 impl Body {
-    /// All of them except `Nothing`.
+    /// Those that differ in the work for a packet, without `Nothing`.
     pub(crate) const ALL: [Self; 7] = [
         Self::Clock,
         Self::CoarseClock,
@@ -120,7 +122,7 @@ impl Body {
     ];
 }
 
-/// Programs on every hook of a cgroup that let everything pass and do only the work of `body`. Dropping them
+/// Programs on the hooks of a cgroup that let everything pass and do only the work of `body`. Dropping them
 /// detaches them.
 #[derive(Debug)]
 pub(crate) struct PlainPrograms(#[expect(dead_code, reason = "detached on drop")] Vec<OwnedFd>);
@@ -130,7 +132,7 @@ impl PlainPrograms {
     pub(crate) fn attach(cgroup: &Path, body: Body) -> Result<Self> {
         let directory = File::open(cgroup)?;
         let map = match body {
-            Body::StorageMissed | Body::StorageFound | Body::Calls => socket_storage()?,
+            Body::StorageMissed | Body::StorageFound | Body::OwnerCalls => socket_storage()?,
             _ => empty_map()?,
         };
         let attach = |hook: Hook| -> Result<OwnedFd> {
@@ -140,9 +142,10 @@ impl PlainPrograms {
             let program = program.with_context(|| format!("a program for the hook {hook:?}"))?;
             link_program(&program, &directory, attach_type).context("attaching a program")
         };
-        Ok(Self(
-            Hook::ALL.into_iter().map(attach).collect::<Result<_>>()?,
-        ))
+        // Like the daemon, which has no program for new sockets if no rule names an owner.
+        let is_used = |hook: &Hook| *hook != Hook::SocketMade || body == Body::OwnerCalls;
+        let hooks = Hook::ALL.into_iter().filter(is_used);
+        Ok(Self(hooks.map(attach).collect::<Result<_>>()?))
     }
 }
 
@@ -246,8 +249,8 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
     let [a, b, c, d] = number(map).to_ne_bytes();
     let map: [Instruction; 2] = [[0x18, 0x11, 0, 0, a, b, c, d], [0; 8]];
     let mut code = match (body, hook) {
-        (Body::Calls, Hook::SocketMade) => [&[NEW_SOCKET][..], &map, &storage(1)].concat(),
-        (Body::Calls, Hook::Lifecycle) => [&ESTABLISHED[..], &map, &[DELETE]].concat(),
+        (Body::OwnerCalls, Hook::SocketMade) => [&[NEW_SOCKET][..], &map, &storage(1)].concat(),
+        (Body::OwnerCalls, Hook::Lifecycle) => [&ESTABLISHED[..], &map, &[DELETE]].concat(),
         (Body::Nothing, _) | (_, Hook::SocketMade | Hook::Lifecycle) => Vec::new(),
         (Body::Clock, _) => vec![CLOCK],
         (Body::CoarseClock, _) => vec![COARSE_CLOCK],
@@ -255,7 +258,7 @@ fn instructions(body: Body, hook: Hook, map: &OwnedFd) -> Vec<Instruction> {
         (Body::LookUp, _) => [&[COOKIE][..], &KEY, &map, &[LOOK_UP]].concat(),
         (Body::StorageMissed, _) => [&SOCKET[..], &map, &storage(0)].concat(),
         (Body::StorageFound, _) => [&SOCKET[..], &map, &storage(1)].concat(),
-        (Body::Calls, _) => [&[KEEP, COOKIE][..], &COUNTERS, &[CLOCK]].concat(),
+        (Body::Calls | Body::OwnerCalls, _) => [&[KEEP, COOKIE][..], &COUNTERS, &[CLOCK]].concat(),
     };
     code.extend(PASS);
     code

@@ -27,6 +27,9 @@ const PROXY: u16 = 7001;
 /// A rule for both ends of every connection, with a limit that no connection reaches.
 pub(crate) const EVERYTHING: &str = "[[rule]]\nname = \"all\"\nidle_timeout = \"1h\"\n";
 
+/// The same rule for the owner of every connection.
+const OWNED: &str = "[[rule]]\nname = \"all\"\nusers = [0]\nidle_timeout = \"1h\"\n";
+
 /// A rule that matches none of the benchmark's connections.
 const NOTHING: &str = "[[rule]]\nname = \"other\"\nlocal_ports = [1]\ndirection = \"inbound\"\n\
                        idle_timeout = \"1h\"\n";
@@ -44,6 +47,8 @@ pub(crate) enum Kind {
     Plain(Body),
     /// A daemon that tracks both ends.
     Tracked,
+    /// A daemon that tracks both ends by a rule that names their owner.
+    Owned,
     /// A daemon that tracks connections to other ports.
     Untracked,
     /// A daemon that tracks connections to other addresses on any port.
@@ -60,7 +65,7 @@ impl Kind {
     /// Programs that do nothing.
     pub(crate) const NULL: Self = Self::Plain(Body::Nothing);
 
-    /// All kinds that are compared by time. The baselines come first.
+    /// The kinds that are compared by time. The baselines come first.
     pub(crate) const ALL: [Self; 8] = [
         Self::Bare,
         Self::NULL,
@@ -71,6 +76,9 @@ impl Kind {
         Self::Haproxy,
         Self::Nginx,
     ];
+
+    /// Those that differ from these for each connection only.
+    pub(crate) const OWNERS: [Self; 2] = [Self::Plain(Body::OwnerCalls), Self::Owned];
 
     /// Whether it is a third-party program, which may be missing.
     pub(crate) const fn is_a_peer(self) -> bool {
@@ -89,7 +97,9 @@ impl Kind {
             Self::Plain(Body::StorageMissed) => "socket storage alone, nothing there",
             Self::Plain(Body::StorageFound) => "socket storage alone, found",
             Self::Plain(Body::Calls) => "necessary calls alone",
+            Self::Plain(Body::OwnerCalls) => "necessary calls alone, with the owner",
             Self::Tracked => "session-enforcer, both ends tracked",
+            Self::Owned => "session-enforcer, both ends tracked by owner",
             Self::Untracked => "session-enforcer, not tracked",
             Self::Elsewhere => "session-enforcer, rule without ports, not tracked",
             Self::Conntrack => "conntrack",
@@ -133,6 +143,7 @@ impl Party {
             Kind::Bare => Watcher::Nobody,
             Kind::Plain(body) => Watcher::Plain(PlainPrograms::attach(cgroup.path(), body)?),
             Kind::Tracked => Watcher::Daemon(pinned_daemon(&cgroup, EVERYTHING, cpu, stop)?),
+            Kind::Owned => Watcher::Daemon(pinned_daemon(&cgroup, OWNED, cpu, stop)?),
             Kind::Untracked => Watcher::Daemon(pinned_daemon(&cgroup, NOTHING, cpu, stop)?),
             Kind::Elsewhere => Watcher::Daemon(pinned_daemon(&cgroup, ELSEWHERE, cpu, stop)?),
             Kind::Conntrack => {

@@ -26,7 +26,8 @@ pub(crate) fn round_trips(bench: &Bench) -> Result<Vec<Row>> {
     let compared = Compared {
         rounds: bench.pick(16, 40),
         unit: "us",
-        budget: Some(Budget::RatioAtMost(1.06)),
+        owners: &[],
+        budgets: &[(Kind::Tracked, 1.06)],
         prepare: &["close", "open 1", "ping 500 1"],
         request: format!("ping {count} 1"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
@@ -40,7 +41,8 @@ pub(crate) fn connections(bench: &Bench) -> Result<Vec<Row>> {
     let compared = Compared {
         rounds: bench.pick(8, 24),
         unit: "us",
-        budget: Some(Budget::RatioAtMost(1.08)),
+        owners: &Kind::OWNERS,
+        budgets: &[(Kind::Tracked, 1.08), (Kind::Owned, 1.15)],
         prepare: &["connect 100"],
         request: format!("connect {count}"),
         figure: |nanoseconds| nanoseconds / 1e3 / f64::from(count),
@@ -54,7 +56,8 @@ pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
     let compared = Compared {
         rounds: bench.pick(8, 16),
         unit: "GB/s",
-        budget: None,
+        owners: &[],
+        budgets: &[],
         prepare: &["close", "open 1", "transfer 32"],
         request: format!("transfer {mebibytes}"),
         figure: |nanoseconds| f64::from(mebibytes << 10) * 1_024.0 / nanoseconds,
@@ -66,7 +69,10 @@ pub(crate) fn bulk(bench: &Bench) -> Result<Vec<Row>> {
 struct Compared<Figure> {
     rounds: usize,
     unit: &'static str,
-    budget: Option<Budget>,
+    /// Further parties.
+    owners: &'static [Kind],
+    /// The greatest ratios to the bare party.
+    budgets: &'static [(Kind, f64)],
     /// The requests to the worker before each round. Each round has a new connection, because the speed of
     /// one depends on its memory addresses and window sizes.
     prepare: &'static [&'static str],
@@ -86,7 +92,7 @@ struct Times {
 impl<Figure: Fn(f64) -> f64> Compared<Figure> {
     /// Measures the parties in turns.
     fn rows(&self, bench: &Bench) -> Result<Vec<Row>> {
-        let (mut parties, mut missing) = set_up(bench)?;
+        let (mut parties, mut missing) = set_up(self.owners, bench)?;
         let mut times = vec![Vec::new(); parties.len()];
         // The first round is discarded, because caches and memory are cold.
         for round in 0..=self.rounds {
@@ -98,10 +104,10 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
             }
         }
         let kinds: Vec<Kind> = parties.iter().map(|party| party.kind).collect();
-        let mut rows = self.table(&kinds, &times, "", |times| times.elapsed, None);
+        let mut rows = self.table(&kinds, &times, "", |times| times.elapsed, &[]);
         rows.append(&mut missing);
         let processor = |times: &Times| times.processor;
-        rows.extend(self.table(&kinds, &times, ", processor time", processor, self.budget));
+        rows.extend(self.table(&kinds, &times, ", processor time", processor, self.budgets));
         Ok(rows)
     }
 
@@ -124,7 +130,7 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
         times: &[Vec<Times>],
         what: &str,
         which: impl Fn(&Times) -> f64,
-        budget: Option<Budget>,
+        budgets: &[(Kind, f64)],
     ) -> Vec<Row> {
         let figures = |of: &Vec<Times>| -> Vec<f64> {
             of.iter().map(|times| (self.figure)(which(times))).collect()
@@ -133,12 +139,13 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
         let row = |(kind, own): (&Kind, &Vec<Times>)| {
             let own = figures(own);
             let row = Row::new(format!("{}{what}", kind.name()), self.unit, &own);
-            match (kind, budget) {
-                (Kind::Bare, _) => row,
-                (Kind::Tracked, Some(budget)) => row
-                    .beside(Kind::Bare.name(), &ratios(&own, &bare))
-                    .budget(budget),
-                _ => row.beside(Kind::Bare.name(), &ratios(&own, &bare)),
+            if *kind == Kind::Bare {
+                return row;
+            }
+            let row = row.beside(Kind::Bare.name(), &ratios(&own, &bare));
+            match budgets.iter().find(|(of, _)| of == kind) {
+                Some((_, most)) => row.budget(Budget::RatioAtMost(*most)),
+                None => row,
             }
         };
         kinds.iter().zip(times).map(row).collect()
@@ -146,9 +153,9 @@ impl<Figure: Fn(f64) -> f64> Compared<Figure> {
 }
 
 /// All parties that are available here, and a row for each that is not.
-fn set_up(bench: &Bench) -> Result<(Vec<Party>, Vec<Row>)> {
+fn set_up(owners: &[Kind], bench: &Bench) -> Result<(Vec<Party>, Vec<Row>)> {
     let (mut parties, mut missing) = (Vec::new(), Vec::new());
-    for kind in Kind::ALL {
+    for kind in Kind::ALL.into_iter().chain(owners.iter().copied()) {
         match Party::set_up(kind, &bench.agent, bench.cpu, &bench.stop) {
             Ok(party) => parties.push(party),
             Err(error) if kind.is_a_peer() => {

@@ -3,11 +3,11 @@
 //! Each server keeps all its files in a temporary directory and runs in the test's cgroup. Its children are
 //! killed with the cgroup, even after a panic of the test.
 
-mod conntrack;
 mod haproxy;
 mod hosts;
 mod journal;
 mod mariadb;
+mod nft;
 mod nginx;
 mod node;
 mod openssh;
@@ -29,11 +29,11 @@ use nix::sys::socket::{SockaddrStorage, bind, getsockname};
 
 use crate::{agent::Agent, options::set_option, process::output_of};
 
-pub use conntrack::track_connections;
 pub use haproxy::haproxy;
 pub use hosts::{Host, Hosts};
 pub use journal::{Journal, enter_mounts};
 pub use mariadb::MariaDb;
+pub use nft::{filter_packets, track_connections};
 pub use nginx::nginx;
 pub use node::node_client;
 pub use openssh::{Login, OpenSsh};

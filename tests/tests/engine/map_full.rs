@@ -6,7 +6,7 @@ use std::{net::Ipv4Addr, time::Duration};
 use anyhow::Result;
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Call, Daemon, Fate, Lab, Listener, Moment, Pair, longer_than_a_start, unhurried,
+    Call, Daemon, Fate, Lab, Listener, Moment, Pair, disconnect, longer_than_a_start, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -252,6 +252,32 @@ fn with_on_full_reset_sessions_that_do_not_fit_are_reset() -> Result<()> {
     );
     assert_eq!(sessions_of(&daemon, "observed")?, 2.0);
     daemon.wait_for_trouble("untracked", true)
+}
+
+/// A socket that connects again has no known owner at first, so its session is decided about later.
+#[test]
+fn a_rule_s_maximum_holds_for_sessions_that_are_decided_later() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&format!(
+        "[daemon]\non_full = \"reset\"\n[[rule]]\nname = \"few\"\nusers = [0]\ndirection = \"outbound\"\n\
+         remote_ports = [{}]\nidle_timeout = \"60s\"\nmax_sessions = 2\n",
+        listener.port()
+    ))?;
+    let mut pairs = Vec::new();
+    for _ in 0..5 {
+        let first = Pair::open(&lab.inside, &listener)?;
+        pairs.push(Pair::dial(
+            disconnect(first.client)?,
+            &listener,
+            listener.address,
+        )?);
+    }
+    let records = daemon.wait_for_terminations(3)?;
+    for record in &records {
+        assert_eq!(record.labels(), ["few", "untracked", "enforce", "reset"]);
+    }
+    wait_for_sessions(&daemon, "few", 2.0)
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn connections_that_opened_and_closed_while_no_daemon_ran_are_known_to_the_next(
     }
     let second = lab.pinned_daemon(&idle())?;
     assert_eq!(taken_over(&second)?, 4.0);
-    assert_eq!(second.repaired("stale")?, 1.0);
+    assert_eq!(second.repaired("stale")?, 0.0);
     assert_eq!(second.repaired("missed")?, 0.0);
     let sessions = || second.metric("session_enforcer_sessions", &[]);
     assert_eq!(sessions()?, 3.0);

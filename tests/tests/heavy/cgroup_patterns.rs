@@ -3,7 +3,7 @@
 
 use std::{fs, net::Ipv4Addr, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
     Cgroup, Lab, Listener, Pair, Place, eventually, longer_than_a_start, patience,
@@ -127,6 +127,12 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
         fs::create_dir(slice.path().join(format!("box-{number}")))?;
     }
     daemon.wait_for_log("cgroups that fit patterns of the rules are left out")?;
+    daemon.wait_for_trouble("untracked", true)?;
+    let (_, said) = daemon.get("/readyz")?;
+    ensure!(
+        said.contains("the match table is full: name a cgroup above them"),
+        "{said}"
+    );
     // A later rule is still in the table.
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &pair.opened, limit);
@@ -135,5 +141,8 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
     daemon
         .wait_for_termination_of(&newer)?
         .assert_reset("idle_timeout", &newer.opened, limit);
-    Ok(())
+    for number in 2..6 {
+        fs::remove_dir(slice.path().join(format!("box-{number}")))?;
+    }
+    daemon.wait_for_trouble("untracked", false)
 }

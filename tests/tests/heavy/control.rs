@@ -10,7 +10,7 @@ use std::{
         unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     },
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
@@ -259,6 +259,9 @@ fn kill_reports_the_result_of_each_session() -> Result<()> {
         (&["kill"][..], 2),
         (&["kill", "--remote", "10.0.0.1/8"], 2),
         (&["kill", "--rule", "third"], 1),
+        // No rule names users or cgroups.
+        (&["kill", "--user", "root"], 2),
+        (&["list", "--cgroup", "/"], 2),
         (&["list", "--idle-over", "5"], 2),
     ] {
         let refused = daemon.command(args)?;
@@ -510,14 +513,30 @@ fn reload_waits_for_the_change_and_reports_it() -> Result<()> {
         "{refused:?}"
     );
     assert_eq!(refused.stderr.lines().count(), 1);
+    let error = refused
+        .stderr
+        .trim_end()
+        .trim_start_matches("session-enforcer: ");
+    let as_json = daemon.command(&["reload", "--json"])?;
+    assert_code(&as_json, 78);
+    let said: Value = serde_json::from_str(&as_json.stdout)?;
+    assert_eq!(said, serde_json::json!({ "error": error }));
     let status = daemon.command(&["status", "--json"])?;
     let status: Value = serde_json::from_str(&status.stdout)?;
     assert_eq!(status["config"]["last_reload_successful"], false);
+    assert_eq!(status["config"]["last_reload_error"], error);
+    let status = daemon.command(&["status"])?.stdout;
+    assert!(
+        status.contains(&format!("last reload    refused: {error}\n")),
+        "{status}"
+    );
     // A new limit that the sessions have already passed.
     thread::sleep(Duration::from_millis(1_100));
     daemon.write_config(&only_first.replace("1h", "1s"))?;
     let (status, body) = daemon.ask("POST", "/v1/reload", "")?;
     assert_eq!(status, 200, "{body}");
+    let status = daemon.command(&["status"])?.stdout;
+    assert!(!status.contains("last reload"), "{status}");
     let change: Value = serde_json::from_str(&body)?;
     assert_eq!(
         (change["expired"].as_u64(), change["rules"].as_u64()),
@@ -639,6 +658,90 @@ fn events_are_shown_as_they_are_recorded_until_the_daemon_stops() -> Result<()> 
     assert!(last.contains("enforcer-stopped"), "{rest:?}");
     assert_eq!(follower.wait()?.code(), Some(0));
     Ok(())
+}
+
+#[test]
+fn every_follower_of_the_events_gets_the_last_record_and_ends_with_0() -> Result<()> {
+    let _turn = turn(module_path!());
+    let services = Services::new()?;
+    let mut daemon = services.lab.daemon(&services.config())?;
+    let follow = |_| {
+        let mut command = daemon.command_for(&["events"])?;
+        let follower = die_with_parent(command.stdout(Stdio::piped())).spawn()?;
+        anyhow::Ok(follower)
+    };
+    let followers = (0..12).map(follow).collect::<Result<Vec<_>>>()?;
+    // A follower that has printed a record is connected.
+    let connected = |mut follower: Child| {
+        let mut output = BufReader::new(follower.stdout.take().context("no pipe")?);
+        let mut hung_up = [PollFd::new(output.get_ref().as_fd(), PollFlags::POLLIN)];
+        eventually("a record", patience(), || {
+            assert_code(&daemon.command(&["reload"])?, 0);
+            let ready = poll(&mut hung_up, PollTimeout::from(50u8))?;
+            Ok((ready == 1).then_some(()))
+        })?;
+        let mut first = String::new();
+        output.read_line(&mut first)?;
+        anyhow::Ok((follower, output))
+    };
+    let followers = followers.into_iter().map(connected);
+    let followers = followers.collect::<Result<Vec<_>>>()?;
+    daemon.stop()?;
+    for (mut follower, mut output) in followers {
+        let mut rest = String::new();
+        output.read_to_string(&mut rest)?;
+        assert!(rest.trim_end().ends_with("enforcer-stopped"), "{rest}");
+        assert_eq!(follower.wait()?.code(), Some(0));
+    }
+    Ok(())
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() -> Result<()> {
+    let _turn = turn(module_path!());
+    let services = Services::new()?;
+    let daemon = services.lab.daemon(&services.config())?;
+    let pairs = services.open(&services.first, 1)?;
+    let id = id_of(&daemon, &pairs[0])?.to_string();
+    let all: [&[&str]; 6] = [
+        &["status"],
+        &["status", "--json"],
+        &["list"],
+        &["reload"],
+        &["explain", "--session", &id],
+        &["kill", "--dry-run", &id],
+    ];
+    for args in all {
+        let mut command = daemon.command_for(args)?;
+        let full = fs::File::options().write(true).open("/dev/full")?;
+        let failed = command.stdout(full).output()?;
+        let stderr = String::from_utf8_lossy(&failed.stderr);
+        assert_eq!(failed.status.code(), Some(1), "{args:?} {stderr}");
+        let why = ": No space left on device (os error 28)\n";
+        assert!(stderr.ends_with(why), "{args:?} {stderr}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_request_names_and_is_not_there_is_told_in_plain_words() -> Result<()> {
+    let _turn = turn(module_path!());
+    let services = Services::new()?;
+    let daemon = services.lab.daemon(&services.config())?;
+    let unknown = daemon.command(&["list", "--rule", "third"])?;
+    assert_code(&unknown, 1);
+    let why =
+        "there is no rule \"third\"; `session-enforcer status` shows the names of the rules\n";
+    assert!(unknown.stderr.ends_with(why), "{unknown:?}");
+    let dry_run = daemon.command(&["kill", "--dry-run", "1"])?;
+    assert_code(&dry_run, 75);
+    assert_eq!(dry_run.stdout, "1\tnot found\n");
+    assert!(
+        dry_run.stderr.contains("1 of 1 sessions were not found"),
+        "{dry_run:?}"
+    );
+    assert_code(&daemon.command(&["kill", "1", "2", "--rule", "first"])?, 75);
+    daemon.wait_for_log("asks for a reset of the sessions 1, 2 with rule=first")
 }
 
 #[test]

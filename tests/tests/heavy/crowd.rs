@@ -11,11 +11,13 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Cgroups, Daemon, Holders, Lab, Listener, Pair, Place, dial, unhurried,
+    Agent, Cgroups, Daemon, Holders, Lab, Listener, Netns, Pair, Place, dial, eventually, patience,
+    services::filter_packets, unhurried,
 };
 
-use crate::turn;
+use crate::{Killed, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -51,7 +53,8 @@ fn of_port(name: &str, listener: &Listener, limit: Duration) -> String {
 
 /// Opens connections one after the other. Asserts that each is reset in time and that the daemon
 /// answers meanwhile.
-fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize) -> Result<()> {
+/// Returns the median of their lateness.
+fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize) -> Result<f64> {
     let mut pairs = Vec::new();
     for _ in 0..count {
         pairs.push(Pair::open(&lab.outside, listener)?);
@@ -60,16 +63,19 @@ fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize)
         assert!(asked.elapsed() < unhurried(Duration::from_secs(1)));
         thread::sleep(Duration::from_millis(100));
     }
+    let mut lates = Vec::new();
     for pair in &pairs {
         let record = daemon.wait_for_termination_of(pair)?;
         record.assert_reset("idle_timeout", &pair.opened, limit());
         let late = record.number("session_enforcer.lateness_seconds");
+        lates.push(late);
         assert!(
             late < unhurried(Duration::from_secs(1)).as_secs_f64() * LATE_SECONDS,
             "{late}"
         );
     }
-    Ok(())
+    lates.sort_by(f64::total_cmp);
+    Ok(lates[count / 2])
 }
 
 #[test]
@@ -101,12 +107,14 @@ fn a_start_and_a_reload_with_many_descriptors_and_cgroups_delay_no_reset() -> Re
 #[test]
 fn a_cgroup_of_the_rules_that_comes_and_goes_constantly_delays_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
+    const BESIDE: usize = 2_000;
     let lab = Lab::new(AGENT)?;
     let _crowd = Holders::of_descriptors(4)?;
     let slice = lab.cgroup.child()?;
+    let cgroups = Cgroups::below(&slice, BESIDE)?;
     let unit = slice.path().join("unit");
     let listener = listen(&lab.inside)?;
-    let named = format!("cgroups = [\"{}/unit\"]", slice.name()?);
+    let named = format!("cgroups = [\"{}/un*\"]", slice.name()?);
     let hour = Duration::from_secs(3_600);
     let rules = idle_rule("named", &named, hour) + &of_port("victims", &listener, limit());
     let daemon = lab.daemon(&rules)?;
@@ -133,7 +141,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_constantly_delays_no_reset() -> Res
     let agent = lab.at(&Place::here().in_directory(&unit))?;
     let pair = Pair::open(&lab.outside, &listen(&agent)?)?;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "named")], 1.0)?;
-    drop((pair, agent));
+    drop((pair, agent, cgroups));
     Ok(())
 }
 
@@ -165,6 +173,121 @@ fn unaccepted_mptcp_connections_delay_no_reset_and_are_recorded_once() -> Result
     Ok(())
 }
 
+/// Connections are opened until the test ends, so that some are always due.
+#[test]
+fn mptcp_connections_of_a_user_with_very_many_descriptors_delay_no_reset() -> Result<()> {
+    let _turn = turn(module_path!());
+    const AT_ONCE: usize = 40;
+    // 0.1 to 1.8 s when each reset searched for itself, 0.001 s since.
+    const MEDIAN_SECONDS: f64 = 0.05;
+    let lab = Lab::new(AGENT)?;
+    let user = lab.cgroup.child()?;
+    let users = lab.at(&Place::here().in_cgroup(&user))?;
+    let mptcp = |agent: &Agent| -> Result<OwnedFd> {
+        agent.socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)
+    };
+    let hoard = Listener::on(mptcp(&users)?, (Ipv4Addr::LOCALHOST, 0).into())?;
+    let listener = listen(&lab.inside)?;
+    let rules = of_port("hoard", &hoard, limit()) + &of_port("victims", &listener, limit());
+    // A start would read all descriptors.
+    let daemon = lab.daemon(&rules)?;
+    let crowd = Holders::of_descriptors(40)?;
+    crowd.enter(&user)?;
+    let stop = AtomicBool::new(false);
+    let (late, hoarded) = thread::scope(|scope| {
+        let hoarder = scope.spawn(|| -> Result<Vec<Pair>> {
+            let mut hoarded = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                for _ in 0..AT_ONCE {
+                    hoarded.push(Pair::dial(mptcp(&lab.outside)?, &hoard, hoard.address)?);
+                }
+                thread::sleep(Duration::from_millis(500));
+            }
+            Ok(hoarded)
+        });
+        let victims = assert_in_time(&lab, &daemon, &listener, 20);
+        stop.store(true, Ordering::Relaxed);
+        let hoarded = hoarder.join().expect("the thread that hoards");
+        anyhow::Ok((victims?, hoarded?))
+    })?;
+    assert!(late < MEDIAN_SECONDS, "{late}");
+    // The test mostly has a lower PID than the crowd, so that the first part of the search comes to it. Where the
+    // numbers have begun anew meanwhile, it would come last.
+    let pids = fs::read_to_string(user.path().join("cgroup.procs"))?;
+    let own = std::process::id();
+    let is_last = pids
+        .lines()
+        .any(|pid| pid.parse().is_ok_and(|pid: u32| pid < own));
+    let crowd = (!is_last).then_some(crowd);
+    let ends = || Ok(hoarded[0].ends().ok());
+    let bound = if is_last {
+        4 * patience()
+    } else {
+        Duration::ZERO
+    };
+    let ends = eventually("the reset of the hoard", bound, ends)?;
+    ends[0].assert_reset(Errno::ECONNRESET, &hoarded[0].opened, limit());
+    drop(crowd);
+    Ok(())
+}
+
+/// The largest memory that a process has had, unless it has ended.
+fn peak_kib(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    peak.trim().trim_end_matches(" kB").parse().ok()
+}
+
+/// The descriptors are those of a network namespace, of which the daemon once kept a path each.
+#[test]
+fn a_cgroup_with_very_many_descriptors_costs_no_other_cgroup_the_process_in_its_records()
+-> Result<()> {
+    let _turn = turn(module_path!());
+    const MAX_KIB: u64 = 60_000;
+    let lab = Lab::new(AGENT)?;
+    let [user, other] = [lab.cgroup.child()?, lab.cgroup.child()?];
+    let [hoard, listener] = [&user, &other].map(|cgroup| {
+        let agent = lab.at(&Place::here().in_cgroup(cgroup))?;
+        Ok::<_, anyhow::Error>((listen(&agent)?, agent))
+    });
+    let ((hoard, _users), (listener, _others)) = (hoard?, listener?);
+    let rules = of_port("hoard", &hoard, limit()) + &of_port("victims", &listener, limit());
+    let daemon = lab.daemon(&rules)?;
+    let crowd = Holders::of_descriptors_to("/proc/self/ns/net", 40)?;
+    crowd.enter(&user)?;
+    let mut victims = Vec::new();
+    let (mut hoarded, mut largest_kib) = (Vec::new(), 0);
+    for _ in 0..40 {
+        hoarded.push(Pair::open(&lab.outside, &hoard)?);
+        let Pair { client, server, .. } = Pair::open(&lab.outside, &listener)?;
+        let port = client.local_addr()?.port();
+        let mut holder = Place::here()
+            .in_cgroup(&other)
+            .command(lab.agent_binary(), "sleep");
+        let holder = holder.arg("60").stdin(OwnedFd::from(server)).spawn()?;
+        victims.push((client, port, Killed(holder)));
+        thread::sleep(Duration::from_millis(100));
+        for reaper in daemon.reapers()? {
+            largest_kib = largest_kib.max(peak_kib(reaper).unwrap_or(0));
+        }
+    }
+    let mut named = 0;
+    for (_, port, holder) in &victims {
+        let record = daemon.wait_for_termination_from(*port)?;
+        if let Some(pid) = record.at("process.pid").as_u64() {
+            assert_eq!(pid, u64::from(holder.0.id()), "{record:?}");
+            named += 1;
+        }
+    }
+    // On a busy machine a search can come too late. Mixed with those of the other cgroup none came in time.
+    assert!(named >= 30, "{named}");
+    assert!(largest_kib < MAX_KIB, "{largest_kib} KiB");
+    drop(crowd);
+    Ok(())
+}
+
 #[test]
 fn sessions_of_unknown_owner_with_many_listeners_delay_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
@@ -190,5 +313,93 @@ fn sessions_of_unknown_owner_with_many_listeners_delay_no_reset() -> Result<()> 
     let sessions = SESSIONS as f64;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "owned")], sessions)?;
     drop(many);
+    Ok(())
+}
+
+/// Any user can create network namespaces, and each takes some milliseconds to list.
+#[test]
+fn adopted_sessions_are_reset_while_other_namespaces_are_still_being_listed() -> Result<()> {
+    let _turn = turn(module_path!());
+    const NAMESPACES: usize = 1_200;
+    let lab = Lab::new(AGENT)?;
+    let _crowd = Holders::of_namespaces(NAMESPACES)?;
+    let listener = listen(&lab.inside)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.opened.wait(2 * limit());
+    let daemon = lab.daemon(&of_port("victims", &listener, limit()))?;
+    daemon.wait_for_termination_of(&pair)?;
+    // The record of the start follows the adoption.
+    let actions = daemon.audit()?;
+    let first = actions.first().map(|record| record.text("event.action"));
+    assert_eq!(first, Some("session-terminated"));
+    Ok(())
+}
+
+/// Root of a network namespace can make each of its RSTs pass a million rules, which takes some 15 ms of a processor.
+#[test]
+fn resets_that_take_long_in_a_namespace_delay_no_reset_in_another() -> Result<()> {
+    let _turn = turn(module_path!());
+    const SLOW: usize = 300;
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let jumps = |to: &str, count: usize| format!("jump {to}\n").repeat(count);
+    let rules = format!(
+        "table ip slow {{\nchain a {{\n{}}}\nchain b {{\n{}}}\nchain c {{\n{}}}\n\
+         chain out {{ type filter hook output priority 0; tcp flags & rst == rst jump c; }}\n}}\n",
+        "meta mark 1\n".repeat(100),
+        jumps("a", 100),
+        jumps("b", 100),
+    );
+    filter_packets(AGENT.as_ref(), &netns, &rules)?;
+    let (slow, victims) = (listen(&lab.inside_in(&netns)?)?, listen(&lab.inside)?);
+    let from = lab.outside_in(&netns)?;
+    let rules = of_port("slow", &slow, 2 * limit()) + &of_port("victims", &victims, limit());
+    let daemon = lab.daemon(&rules)?;
+    let slow: Vec<Pair> = (0..SLOW)
+        .map(|_| Pair::open(&from, &slow))
+        .collect::<Result<_>>()?;
+    thread::sleep(limit());
+    assert_in_time(&lab, &daemon, &victims, 20)?;
+    for pair in &slow {
+        daemon.wait_for_termination_of(pair)?;
+    }
+    Ok(())
+}
+
+/// A start reads which cgroups the daemon's cgroup covers, and then, with many descriptors on the host, takes a while
+/// until it lists the sockets.
+#[test]
+fn connections_in_cgroups_that_come_during_a_start_stay_tracked() -> Result<()> {
+    let _turn = turn(module_path!());
+    let lab = Lab::new(AGENT)?;
+    let _crowd = Holders::of_descriptors(8)?;
+    let listener = listen(&lab.outside)?;
+    let rules = idle_rule(
+        "r",
+        &format!("remote_ports = [{}]", listener.port()),
+        limit(),
+    );
+    let mut earlier = lab.pinned_daemon(&rules)?;
+    earlier.kill()?;
+    let stop = AtomicBool::new(false);
+    let (daemon, pairs) = thread::scope(|scope| {
+        let opening = scope.spawn(|| -> Result<Vec<(Pair, Agent)>> {
+            let mut pairs = Vec::new();
+            while !stop.load(Ordering::Relaxed) && pairs.len() < 200 {
+                let cgroup = lab.cgroup.path().join(format!("later-{}", pairs.len()));
+                fs::create_dir(&cgroup)?;
+                let agent = lab.at(&Place::here().in_directory(&cgroup))?;
+                pairs.push((Pair::open(&agent, &listener)?, agent));
+            }
+            Ok(pairs)
+        });
+        let daemon = lab.pinned_daemon(&rules);
+        stop.store(true, Ordering::Relaxed);
+        let pairs = opening.join().expect("the thread that opens")?;
+        anyhow::Ok((daemon?, pairs))
+    })?;
+    for (pair, _) in &pairs {
+        daemon.wait_for_termination_of(pair)?;
+    }
     Ok(())
 }

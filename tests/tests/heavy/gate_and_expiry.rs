@@ -311,6 +311,51 @@ fn many_late_packets_cause_one_event_for_each_expiry() -> Result<()> {
     Ok(())
 }
 
+/// A peer can send any number of FINs that the stack refuses, because data before them is missing.
+#[test]
+fn many_fins_cause_one_event_until_the_daemon_has_looked() -> Result<()> {
+    let _turn = turn(module_path!());
+    const STORM: usize = 2_000;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let _entered = runtime.enter();
+    let mut bench = Bench::new((Ipv4Addr::LOCALHOST, 0))?;
+    let mut events = bench.kernel.take_events()?;
+    bench.put(1, idle_for(LONG))?;
+    let pair = bench.open()?;
+    let cookie = cookie(&pair.server)?;
+    let raw = RawTcp::new(&bench.lab.outside)?;
+    let adopted = |session: Session| Session {
+        flags: flags::END_UNREPORTED,
+        ..session
+    };
+    bench.replace(cookie, &adopted(bench.session(&pair.server)?))?;
+    let at = Sequence::of(&pair.client)?;
+    let beyond_a_gap = Sequence {
+        to_send: at.to_send.wrapping_add(100_000),
+        ..at
+    };
+    for _ in 0..2 {
+        for _ in 0..STORM {
+            raw.send_fin(&pair.client, beyond_a_gap)?;
+        }
+        // Loopback delivers a packet before the send returns, except to a busy socket.
+        pair.round_trip()?;
+        let mut reports = 0;
+        while let Some(event) = events.read() {
+            let (kind, event) = event?;
+            reports += usize::from(kind == EventKind::MayEnd && event.cookie == cookie);
+        }
+        assert_eq!(reports, 1);
+        let session = bench.session(&pair.server)?;
+        assert_ne!(session.flags & flags::END_REPORTED, 0);
+        ensure!(bench.kernel.update(cookie, &adopted(session))?);
+    }
+    assert_eq!(bench.kernel.error_count(ErrorKind::EventLost)?, 0);
+    Ok(())
+}
+
 #[test]
 fn a_session_that_no_rule_matches_any_more_has_no_gate() -> Result<()> {
     let _turn = turn(module_path!());

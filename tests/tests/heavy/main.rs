@@ -2,7 +2,10 @@
 //! such load would disturb. The tests of one module run in parallel, and other modules wait. Each
 //! test begins with `let _turn = turn(module_path!());`.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::{
+    process::Child,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+};
 
 use session_enforcer::datapath::{Datapath, Options};
 use session_enforcer_tests::{Lab, Listener, Pair, reset_on_close};
@@ -52,6 +55,17 @@ impl Drop for Turn {
 
 fn lock() -> MutexGuard<'static, (&'static str, usize)> {
     NOW.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A process that is killed when this is dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // The process may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Opens and closes so many connections that their events overflow the ring buffer of a stopped daemon.

@@ -1,11 +1,6 @@
 //! A daemon that could not run for a while catches up and resets no session early.
 
-use std::{
-    net::Ipv4Addr,
-    process::{Child, Stdio},
-    thread,
-    time::Duration,
-};
+use std::{net::Ipv4Addr, process::Stdio, thread, time::Duration};
 
 use anyhow::Result;
 use nix::{
@@ -18,7 +13,7 @@ use session_enforcer_tests::{
     reset_on_close, unhurried,
 };
 
-use crate::{overflow_events, turn};
+use crate::{Killed, overflow_events, turn};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -117,15 +112,4 @@ fn a_log_that_nobody_reads_does_not_block_the_enforcement() -> Result<()> {
     assert_eq!(status.code(), Some(0));
     drop(reader);
     Ok(())
-}
-
-/// A process that is killed at the end of the test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        // The process may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -1,6 +1,6 @@
 //! `check`, `doctor`, `--help` and `--version`, which change nothing.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
 use anyhow::Result;
 use serde_json::Value;
@@ -84,6 +84,9 @@ fn check_reports_each_error_in_a_line() -> Result<()> {
     assert_eq!(report["errors"][1]["line"], 5);
     assert_eq!(report["errors"][1]["key"], "rule \"db\": idle_timeout");
     assert_eq!(report["errors"].as_array().map(Vec::len), Some(3));
+    for none in ["warnings", "refused_on_this_host"] {
+        assert_eq!(report[none].as_array().map(Vec::len), Some(0), "{none}");
+    }
     Ok(())
 }
 
@@ -95,6 +98,9 @@ fn check_warns_of_settings_that_run_refuses_on_this_host() -> Result<()> {
     // Each case has one wrong key among cgroup, pin directory, metrics address, audit and users.
     let (pins, users) = ("pin_dir = \"\"", "users = []");
     let (metrics, audit) = ("listen = \"\"", "path = \"-\"");
+    // The daemon opens the audit without the capability that lets root write here.
+    let read_only = tempfile::tempdir()?;
+    fs::set_permissions(read_only.path(), fs::Permissions::from_mode(0o555))?;
     for (keys, code, says) in [
         (
             [
@@ -115,8 +121,19 @@ fn check_warns_of_settings_that_run_refuses_on_this_host() -> Result<()> {
                 &format!("path = \"/{none}/a\""),
                 users,
             ],
-            1,
+            78,
             "there is no directory",
+        ),
+        (
+            [
+                &here,
+                pins,
+                metrics,
+                &format!("path = \"{}/a\"", read_only.path().display()),
+                users,
+            ],
+            78,
+            "Permission denied",
         ),
         (
             [
@@ -205,6 +222,27 @@ fn doctor_names_missing_capabilities() -> Result<()> {
         if let Ok(report) = serde_json::from_str::<Value>(&found.stdout) {
             assert_eq!(report["ok"], false);
         }
+    }
+    Ok(())
+}
+
+/// The kernel stamps packets by the host's clock.
+#[test]
+fn in_a_time_namespace_with_another_clock_the_daemon_does_not_start() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let run = format!(
+        "run --port 1 --idle-timeout 1h --cgroup {}",
+        lab.cgroup.path().display()
+    );
+    for words in ["doctor", &run] {
+        let mut command = Command::new("unshare");
+        command.args(["--time", "--boottime", "100000", "--fork"]);
+        command.arg(daemon_command()?.get_program());
+        command.args(words.split(' '));
+        let refused = run_to_end(command, patience())?;
+        let said = format!("{}{}", refused.stdout, refused.stderr);
+        assert_eq!(refused.code, 69, "{said}");
+        assert!(said.contains("time namespace"), "{said}");
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::{
     fs,
     io::{ErrorKind, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::net::UnixStream,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::unix::net::{UnixListener, UnixStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -205,4 +205,41 @@ fn a_metrics_address_that_others_can_reach_causes_a_warning() -> Result<()> {
     let log = quiet.log();
     ensure!(!log.contains("reads the metrics"), "{log}");
     Ok(())
+}
+
+/// Starts a daemon whose address of the metrics is in use, asserts that it enforces, frees the address, and
+/// waits until the metrics are served there.
+fn enforces_while_in_use(listen: &str, served: &str, taken: impl Sized) -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let args = ["--metrics-listen", listen];
+    let mut daemon = lab.launch().config(RULE).args(&args).spawn()?;
+    daemon.wait_for_log(&format!("metrics.listen: {listen}: Address already in use"))?;
+    daemon.wait_for_log("enforcing 1 rule(s)")?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    ensure!(!daemon.log().contains(served), "{}", daemon.log());
+    drop(taken);
+    daemon.wait_for_log(served)?;
+    daemon.stop()
+}
+
+#[test]
+fn while_another_program_has_the_metrics_port_the_daemon_enforces_without_metrics() -> Result<()> {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listen = taken.local_addr()?.to_string();
+    let served = format!("metrics at http://{listen}/metrics");
+    enforces_while_in_use(&listen, &served, taken)
+}
+
+#[test]
+fn while_another_program_has_the_metrics_socket_the_daemon_enforces_without_metrics() -> Result<()>
+{
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("metrics.sock");
+    let taken = UnixListener::bind(&path)?;
+    let listen = format!("unix:{}", path.display());
+    let served = format!("metrics at {}, a Unix socket", path.display());
+    enforces_while_in_use(&listen, &served, taken)
 }

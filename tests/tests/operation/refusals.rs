@@ -1,10 +1,26 @@
 //! Errors at the start: one line that says what is wrong, where, and what to do; the documented
 //! exit status; nothing attached.
 
-use std::{net::TcpListener, path::Path, process::Command};
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
-use anyhow::Result;
-use session_enforcer_tests::{Finished, Lab, Launch, daemon_command, patience, run_to_end};
+use anyhow::{Result, ensure};
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use session_enforcer_tests::{
+    Finished, Lab, Launch, Pair, daemon_command, die_with_parent, eventually, idle_rule, patience,
+    run_to_end,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"1m\"\n";
@@ -30,6 +46,7 @@ fn complaint(lab: &Lab, refused: &Finished, code: i32) -> String {
     let lines: Vec<_> = stderr.lines().collect();
     assert_eq!(lines.len(), 1, "{stderr}");
     assert!(lines[0].starts_with("session-enforcer: "), "{stderr}");
+    assert!(stderr.matches("(os error ").count() <= 1, "{stderr}");
     lines[0].to_owned()
 }
 
@@ -177,20 +194,25 @@ fn the_documented_capabilities_suffice() -> Result<()> {
 }
 
 #[test]
-fn a_metrics_port_in_use_is_an_error_before_anything_is_attached() -> Result<()> {
+fn a_metrics_address_that_cannot_be_bound_is_an_error_before_anything_is_attached() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let taken = TcpListener::bind("127.0.0.1:0")?;
-    let address = taken.local_addr()?.to_string();
-    let refused = lab
-        .launch()
-        .config(RULE)
-        .args(&["--metrics-listen", &address])
-        .refused()?;
-    let said = complaint(&lab, &refused, 1);
+    let refuse = |listen: &str| {
+        let args = ["--metrics-listen", listen];
+        lab.launch().config(RULE).args(&args).refused()
+    };
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("a-file");
+    fs::write(&file, "")?;
+    let listen = format!("unix:{}", file.display());
+    let said = complaint(&lab, &refuse(&listen)?, 1);
     assert!(
-        said.contains("metrics.listen") && said.contains(&address),
+        said.contains("metrics.listen") && said.contains(&listen),
         "{said}"
     );
+    // An address of TEST-NET-1 (RFC 5737). A warning says that others can reach it.
+    let refused = refuse("192.0.2.1:9847")?;
+    assert_eq!(refused.code, 1, "{}", refused.stderr);
+    assert_eq!(lab.cgroup.attached_programs()?, 0);
     Ok(())
 }
 
@@ -213,40 +235,45 @@ fn an_audit_file_that_cannot_be_opened_is_an_error_before_anything_is_attached()
     let lab = Lab::new(AGENT)?;
     let args = ["--audit", "/nonexistent/audit.json"];
     let refused = lab.launch().config(RULE).args(&args).refused()?;
-    let said = complaint(&lab, &refused, refused.code);
-    assert_ne!(refused.code, 0);
+    let said = complaint(&lab, &refused, 78);
     assert!(said.contains("/nonexistent/audit.json"), "{said}");
     Ok(())
 }
 
-/// The arguments of a start without a configuration file, with the lab's cgroup.
-fn quick_form(lab: &Lab) -> Vec<String> {
-    let cgroup = lab.cgroup.path().display().to_string();
-    [
-        "run",
-        "--cgroup",
-        &cgroup,
-        "--pin-dir",
-        "",
-        "--port",
-        "1",
-        "--idle-timeout",
-        "1h",
-    ]
-    .map(str::to_owned)
-    .into()
-}
-
 #[test]
-fn a_failed_trial_of_sock_destroy_is_an_error() -> Result<()> {
+fn a_new_file_with_an_audit_that_cannot_be_opened_leaves_the_last_good_one_in_force() -> Result<()>
+{
     let lab = Lab::new(AGENT)?;
-    // A new network namespace, in which the loopback interface is down, so the test reset of
-    // `SOCK_DESTROY` fails.
-    let mut command = Command::new("unshare");
-    command.arg("--net").arg(daemon_command()?.get_program());
-    command.args(quick_form(&lab));
-    let said = complaint(&lab, &run_to_end(command, patience())?, 69);
-    assert!(said.contains("SOCK_DESTROY: "), "{said}");
+    let directory = tempfile::tempdir()?;
+    let at = |name: &str| directory.path().join(name);
+    let (file, good) = (at("config.toml"), at("good.toml"));
+    let (cgroup, socket) = (lab.cgroup.path().display(), at("control.sock"));
+    let config = |audit: &Path| {
+        format!(
+            "[daemon]\ncgroup = \"{cgroup}\"\npin_dir = \"\"\n[metrics]\nlisten = \"\"\n[control]\n\
+             socket = \"{}\"\n[audit]\npath = \"{}\"\n{RULE}",
+            socket.display(),
+            audit.display()
+        )
+    };
+    fs::write(&good, config(&at("audit.json")))?;
+    fs::write(&file, config(Path::new("/nonexistent/audit.json")))?;
+    let mut command = daemon_command()?;
+    command.arg("run").arg("--config").arg(&file);
+    command.arg("--last-good").arg(&good).stdout(Stdio::null());
+    let mut daemon = die_with_parent(&mut command).spawn()?;
+    let status = eventually("the daemon serves", patience(), || {
+        let mut status = daemon_command()?;
+        status.args(["status", "--json", "--socket"]).arg(&socket);
+        let status = run_to_end(status, patience())?;
+        Ok((status.code == 0).then_some(status.stdout))
+    });
+    kill(Pid::from_raw(daemon.id().cast_signed()), Signal::SIGTERM)?;
+    daemon.wait()?;
+    let status: Value = serde_json::from_str(&status?)?;
+    let in_force = &status["config"];
+    assert_eq!(in_force["file"], *good.to_string_lossy(), "{status:#}");
+    assert_eq!(in_force["last_reload_successful"], false);
     Ok(())
 }
 
@@ -264,4 +291,28 @@ fn without_cgroup_v2_the_error_says_to_mount_it() -> Result<()> {
     let said = complaint(&lab, &run_to_end(command, patience())?, 69);
     assert!(said.contains("no cgroup2 file system is mounted"), "{said}");
     Ok(())
+}
+
+/// Gives the command a new network namespace. Its loopback interface is down, so no connection can be made.
+fn without_loopback(command: &mut Command) {
+    // SAFETY: the closure makes only a system call between fork and exec.
+    unsafe { command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNET)?)) };
+}
+
+#[test]
+fn a_trial_of_sock_destroy_that_cannot_be_made_is_a_warning() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let rule = idle_rule(Duration::from_secs(1));
+    let launch = lab.launch().config(&rule).prepared(without_loopback);
+    let mut daemon = launch.start_unready()?;
+    ensure!(
+        daemon.log().contains("SOCK_DESTROY: not tested: "),
+        "{}",
+        daemon.log()
+    );
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, Duration::from_secs(1));
+    daemon.stop()
 }

@@ -128,7 +128,9 @@ fn programs_that_a_killed_daemon_left_with_another_pin_directory_are_reported() 
     for other in [launch.pinned(&elsewhere), lab.launch().config(RULE)] {
         let refused = other.refused()?;
         assert!(
-            refused.stderr.contains("with another daemon.pin_dir"),
+            refused
+                .stderr
+                .contains("--pin-dir DIR` with its daemon.pin_dir"),
             "{refused:?}"
         );
     }

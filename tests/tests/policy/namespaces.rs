@@ -59,7 +59,7 @@ fn a_survey_knows_whether_a_namespace_has_tcp_sockets() -> Result<()> {
     let has_tcp_sockets = || {
         let mut found = Vec::new();
         let errors = visit_all(vec![netns.path()], |_, namespace| {
-            found.push(namespace.has_tcp_sockets);
+            found.push(namespace.has_tcp_sockets());
         });
         (found, errors.len())
     };
@@ -368,21 +368,36 @@ fn a_session_that_no_process_holds_stays_behind_the_gate_even_after_a_restart() 
 /// mount or process leads to its namespace.
 #[test]
 fn a_session_of_unknown_owner_has_the_limits_of_the_first_rule_that_could_apply() -> Result<()> {
+    of_unknown_owner(false)
+}
+
+/// The earlier daemon has not decided about it, and the next one cannot adopt it.
+#[test]
+fn a_session_of_unknown_owner_has_those_limits_after_a_restart_too() -> Result<()> {
+    of_unknown_owner(true)
+}
+
+fn of_unknown_owner(is_restarted: bool) -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let netns = Netns::new()?;
     let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
     let listener = outside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let seconds = limit().as_secs();
     let port = listener.port();
-    let daemon = lab.daemon(&format!(
+    let rules = format!(
         "[[rule]]\nname = \"free\"\nusers = [4711]\naction = \"exempt\"\n\
          [[rule]]\nname = \"ours\"\nusers = [0]\nremote_ports = [{port}]\nidle_timeout = \
          \"{seconds}s\"\n"
-    ))?;
+    );
+    let mut daemon = lab.pinned_daemon(&rules)?;
     let first = Pair::open(&inside, &listener)?;
     drop((inside, outside));
     netns.delete()?;
     let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
+    if is_restarted {
+        daemon.kill()?;
+        daemon = lab.pinned_daemon(&rules)?;
+    }
     let record = daemon.wait_for_termination_of(&again)?;
     assert_eq!(record.text("session_enforcer.result"), "reset");
     assert_eq!(record.text("rule.name"), "ours");

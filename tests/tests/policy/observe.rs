@@ -131,6 +131,23 @@ fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
     Ok(())
 }
 
+/// The socket of a connection that is older than the daemon is asked before it is recorded.
+#[test]
+fn an_older_session_that_a_reload_makes_late_is_observed_at_once() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let observing = "[daemon]\nmode = \"observe\"\n";
+    let hour = Duration::from_secs(3_600);
+    let daemon = lab.daemon(&format!("{observing}{}", idle_rule(hour)))?;
+    pair.opened.wait(2 * limit());
+    daemon.reload(&format!("{observing}{}", rule()))?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_eq!(record.text("event.action"), "session-would-terminate");
+    assert_eq!(record.text("event.reason"), "policy");
+    Ok(())
+}
+
 #[test]
 fn the_record_of_a_session_with_constant_traffic_has_no_negative_idle_time() -> Result<()> {
     let lab = Lab::new(AGENT)?;

@@ -6,17 +6,17 @@ use std::{
     io::Read as _,
     net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr},
     os::fd::AsRawFd as _,
-    path::Path,
     thread,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use session_enforcer::reaper::{
     diag::{Detail, DiagSocket, SocketId, state},
-    disconnect::{Answer, DisconnectError, Holders, reset_by_cookie, reset_tcp, socket_id},
-    protocol::{Disconnect, Held},
+    disconnect::{Answer, DisconnectError, reset_by_cookie, reset_tcp, socket_id},
+    processes::find_holders,
+    protocol::{Holder, Place, SocketKey},
 };
 use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
 
@@ -27,13 +27,21 @@ fn open(lab: &Lab, address: impl Into<SocketAddr>) -> Result<Pair> {
     Pair::open(&lab.outside, &lab.inside.listen(address)?)
 }
 
+/// Resets a connection as the daemon does: it searches for the holder if it is told to.
 fn reset(target: &SocketId) -> Result<Answer, DisconnectError> {
-    reset_tcp(
-        &mut DiagSocket::open()?,
-        target,
-        None,
-        &mut Holders::default(),
-    )
+    let mut diag = DiagSocket::open()?;
+    match reset_tcp(&mut diag, target, None) {
+        Err(DisconnectError::NeedsHolder(key)) => {
+            reset_tcp(&mut diag, target, holder(key, &HOST).as_ref())
+        }
+        other => other,
+    }
+}
+
+const HOST: Place = Place::Host { from: 0 };
+
+fn holder(key: SocketKey, place: &Place) -> Option<Holder> {
+    find_holders(vec![key], place, patience()).0.remove(&key)
 }
 
 #[test]
@@ -111,15 +119,18 @@ fn a_descriptor_that_refers_to_another_socket_now_is_not_used() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
     let target = socket_id(&pair.server)?;
-    let mut before = Holders::default();
-    before.scan_all();
+    let mut diag = DiagSocket::open()?;
+    let Err(DisconnectError::NeedsHolder(key)) = reset_tcp(&mut diag, &target, None) else {
+        anyhow::bail!("it is reset without a holder");
+    };
+    let before = holder(key, &HOST).context("a holder")?;
     // After the scan, the process closes its descriptor, and another socket gets the same number.
     let kept = pair.server.try_clone()?;
     // SAFETY: both descriptors are open and stay open; the second refers to another socket
     // afterwards.
     let status = unsafe { libc::dup2(other.server.as_raw_fd(), pair.server.as_raw_fd()) };
     ensure!(status >= 0, "dup2: {}", Errno::last());
-    let result = reset_tcp(&mut DiagSocket::open()?, &target, None, &mut before);
+    let result = reset_tcp(&mut diag, &target, Some(&before));
     assert!(
         matches!(result, Err(DisconnectError::Another { pid }) if pid == std::process::id()),
         "{result:?}"
@@ -154,28 +165,26 @@ fn a_connection_can_be_reset_only_once_a_process_has_accepted_it() -> Result<()>
 }
 
 #[test]
-fn a_connection_is_found_by_its_cookie_alone_in_its_cgroup_and_elsewhere() -> Result<()> {
+fn a_connection_is_found_by_its_cookie_alone_but_not_in_another_cgroup() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    for cgroup in [Some(lab.cgroup.path()), None] {
-        let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
-        let target = socket_id(&pair.server)?;
-        let reset = |everywhere| {
-            let held = Held {
-                target,
-                how: Disconnect::ByCookie { everywhere },
-                cgroup: cgroup.map(Path::to_owned),
-            };
-            reset_by_cookie(&held, &mut Holders::default())
-        };
-        // This process holds the descriptor, and it is in another cgroup than the searched one.
-        assert!(matches!(reset(false), Err(DisconnectError::NotHeld)));
-        let reset = || reset(true);
-        assert_eq!(reset()?, Answer::Reset);
-        assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
-        // The process still has the socket, which is not connected any more.
-        assert_eq!(reset()?, Answer::Gone);
-        other.round_trip()?;
-    }
+    let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
+    let cookie = socket_id(&pair.server)?.cookie;
+    let key = SocketKey::Cookie(cookie);
+    let needed = reset_by_cookie(cookie, None);
+    assert!(
+        matches!(needed, Err(DisconnectError::NeedsHolder(needed)) if needed == key),
+        "{needed:?}"
+    );
+    // This process holds the descriptor, and it is in another cgroup.
+    let cgroup = Place::Cgroup(lab.cgroup.path().to_owned());
+    assert_eq!(holder(key, &cgroup), None);
+    let holder = holder(key, &HOST).context("a holder")?;
+    let reset = || reset_by_cookie(cookie, Some(&holder));
+    assert_eq!(reset()?, Answer::Reset);
+    assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
+    // The process still has the socket, which is not connected any more.
+    assert_eq!(reset()?, Answer::Gone);
+    other.round_trip()?;
     Ok(())
 }
 

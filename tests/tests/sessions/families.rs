@@ -3,15 +3,19 @@
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use anyhow::Result;
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::socket::{SockaddrIn, SockaddrStorage, bind, connect},
+};
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, idle_rule,
-    longer_than_a_start, set_bytes_option, unhurried,
+    Agent, Daemon, Lab, Listener, Netns, Pair, Sniffer, Veth, bind_to_device, cookie, eventually,
+    idle_rule, longer_than_a_start, patience, set_bytes_option, set_option, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -286,5 +290,41 @@ fn sessions_of_older_sockets_bound_to_a_device_later_are_enforced() -> Result<()
         let repaired = "session_enforcer_reconcile_repaired_total";
         assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
     }
+    Ok(())
+}
+
+/// A socket that is bound to no interface may connect with the same addresses and ports. The kernel then finds the newer
+/// socket under the older one's name, so it does not reset the older one by that name.
+#[test]
+fn a_session_whose_socket_another_one_hides_is_reset_in_time() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    // Other tests use the same ports.
+    let netns = Netns::new()?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    let listener = outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let daemon = lab.daemon(&rule())?;
+    let older = inside.tcp(listener.address)?;
+    set_option(&older, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind_to_device(&older, "lo")?;
+    let pair = Pair::dial(older, &listener, listener.address)?;
+    let SocketAddr::V4(name) = pair.client_address else {
+        anyhow::bail!("IPv4")
+    };
+    let newer = inside.tcp(listener.address)?;
+    set_option(&newer, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind(newer.as_raw_fd(), &SockaddrIn::from(name))?;
+    fcntl(&newer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let dialled = connect(newer.as_raw_fd(), &SockaddrStorage::from(listener.address));
+    assert_eq!(dialled, Err(Errno::EINPROGRESS));
+    // The newer one may be established too, and is then reset under the same name.
+    let older = cookie(&pair.client)? as f64;
+    let of_older = || {
+        let mut records = daemon.terminations_of(&pair)?;
+        records.retain(|record| record.number("session_enforcer.id") == older);
+        Ok((!records.is_empty()).then_some(records))
+    };
+    let records = eventually("the reset of the older one", patience(), of_older)?;
+    assert_eq!(records.len(), 1, "{records:#?}");
+    records[0].assert_reset("idle_timeout", &pair.opened, limit());
     Ok(())
 }

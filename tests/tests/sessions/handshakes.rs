@@ -14,8 +14,8 @@ use nix::{
     sys::socket::{MsgFlags, SockaddrStorage, sendto},
 };
 use session_enforcer_tests::{
-    Agent, Lab, Listener, Moment, Netns, Pair, Saved, dial, ends_of, eventually, idle_rule,
-    longer_than_a_start, patience, set_option, tcp_info,
+    Agent, Lab, Listener, Moment, Netns, Pair, Saved, bind_to_device, dial, ends_of, eventually,
+    idle_rule, longer_than_a_start, patience, set_bytes_option, set_option, tcp_info,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -25,11 +25,22 @@ const RULE: &str = "[[rule]]\nname = \"idle\"\nidle_timeout = \"2s\"\n";
 /// `TCPI_OPT_SYN_DATA` of `linux/tcp.h`.
 const SYN_DATA: u8 = 32;
 
+/// `TCP_SYN_RECV` of `net/tcp_states.h`.
+const SYN_RECV: u8 = 3;
+
 fn listen_with(agent: &Agent, option: i32, value: i32) -> Result<Listener> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let socket = agent.tcp(address)?;
     set_option(&socket, libc::IPPROTO_TCP, option, value)?;
     Listener::on(socket, address)
+}
+
+/// A namespace with TCP Fast Open at both ends, and agents in it, inside and outside the watched cgroup.
+fn fast_open(lab: &Lab) -> Result<(Netns, Agent, Agent)> {
+    let netns = Netns::new()?;
+    netns.set_parameter("ipv4/tcp_fastopen", "3")?;
+    let (inside, outside) = (lab.inside_in(&netns)?, lab.outside_in(&netns)?);
+    Ok((netns, inside, outside))
 }
 
 #[test]
@@ -54,9 +65,7 @@ fn payload_that_completes_a_deferred_accept_is_counted() -> Result<()> {
 #[test]
 fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
-    netns.set_parameter("ipv4/tcp_fastopen", "3")?;
-    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let (_netns, inside, outside) = fast_open(&lab)?;
     let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
     let daemon = lab.daemon(RULE)?;
     // The first connection obtains the Fast Open cookie, with which the second sends payload in its
@@ -82,9 +91,7 @@ fn payload_in_the_packet_that_opens_the_connection_is_counted() -> Result<()> {
 #[test]
 fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
     let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
-    netns.set_parameter("ipv4/tcp_fastopen", "3")?;
-    let [inside, outside] = [lab.inside_in(&netns)?, lab.outside_in(&netns)?];
+    let (_netns, inside, outside) = fast_open(&lab)?;
     let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
     let deferred = listen_with(&inside, libc::TCP_DEFER_ACCEPT, 5)?;
     let daemon = lab.daemon(
@@ -104,6 +111,51 @@ fn a_request_in_the_handshake_is_owed_an_answer() -> Result<()> {
         assert_eq!(record.bytes(), [bytes, 0]);
     }
     Ok(())
+}
+
+/// With TCP Fast Open a socket is a session before the client has confirmed its SYN.
+#[test]
+fn a_session_in_an_incomplete_handshake_is_reset_under_its_new_name() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let (_netns, inside, outside) = fast_open(&lab)?;
+    let listener = listen_with(&inside, libc::TCP_FASTOPEN, 16)?;
+    let daemon = lab.daemon(RULE)?;
+    drop(dial_with(&outside, &listener, b"first")?);
+    // Accepted sockets take over the filter, which drops what completes the handshake.
+    accept_only_syn(&listener)?;
+    let pair = dial_with(&outside, &listener, b"second")?;
+    assert_eq!(tcp_info(&pair.server)?.tcpi_state, SYN_RECV);
+    bind_to_device(&pair.server, "lo")?;
+    let record = daemon.wait_for_termination_of(&pair)?;
+    record.assert_reset("idle_timeout", &pair.opened, LIMIT);
+    let repaired = "session_enforcer_reconcile_repaired_total";
+    assert_eq!(daemon.metric(repaired, &[("kind", "stale")])?, 0.0);
+    Ok(())
+}
+
+/// Attaches a socket filter that drops segments without the SYN flag.
+fn accept_only_syn(listener: &Listener) -> Result<()> {
+    let code = |operation: u32| operation as u16;
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let load_byte = code(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS);
+    let if_any_of = code(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K);
+    let keep = code(libc::BPF_RET | libc::BPF_K);
+    let mut program = [
+        // Byte 13 of the TCP header has the flags; 2 is SYN.
+        instruction(load_byte, 0, 0, 13),
+        instruction(if_any_of, 0, 1, 2),
+        instruction(keep, 0, 0, u32::MAX),
+        instruction(keep, 0, 0, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the structure is as long as the slice, and its pointer stays valid during the call.
+    let bytes = unsafe {
+        std::slice::from_raw_parts((&raw const program).cast::<u8>(), size_of_val(&program))
+    };
+    set_bytes_option(listener, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, bytes)
 }
 
 /// Connects and sends in one call (TCP Fast Open), so payload and establishment have one time.

@@ -11,7 +11,7 @@ use crate::config::{
     Rule, User, format_duration,
 };
 
-/// Builds the whole report. For an invalid file, only its errors.
+/// Builds the whole report. For an invalid file, only what is wrong with it.
 pub(super) fn report(
     file: &Path,
     loaded: &Result<Config, ConfigErrors>,
@@ -26,7 +26,13 @@ pub(super) fn report(
                 finding(location, problem)
             };
             let errors: Vec<_> = errors.iter().map(error).collect();
-            return json!({ "file": file, "valid": false, "errors": errors });
+            return json!({
+                "file": file,
+                "valid": false,
+                "errors": errors,
+                "warnings": [],
+                "refused_on_this_host": refused,
+            });
         }
     };
     let warnings = config.warnings.iter();

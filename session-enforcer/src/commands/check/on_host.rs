@@ -9,7 +9,7 @@ use crate::{
     config::{Config, User},
     datapath::PinDir,
     engine::owner_resolver as owners,
-    host::trust,
+    host::{privilege, trust},
     reaper::worker,
     report::{audit, control, http},
 };
@@ -34,7 +34,12 @@ pub(super) fn refusals(file: &Path, config: &Config) -> Vec<String> {
         }
     }
     note(daemon::open_cgroup(config).map(drop).map_err(Into::into));
-    note(audit::check(&config.audit).map_err(Into::into));
+    // As `run` opens it.
+    let audit = privilege::unprivileged(|| audit::check(&config.audit));
+    note(audit.map_or_else(
+        |error| Err(error.into()),
+        |checked| checked.map_err(Into::into),
+    ));
     if let Some(path) = &config.pin_dir {
         let refused = PinDir::check(path);
         note(refused.map_err(|error| format!("daemon.pin_dir: {error}").into()));

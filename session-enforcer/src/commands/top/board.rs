@@ -236,6 +236,7 @@ pub(super) mod tests {
                 sha256: None,
                 since: "2026-01-01T12:00:00Z".to_owned(),
                 last_reload_successful: true,
+                last_reload_error: None,
             },
             sessions: 214,
             max_sessions: 262_144,

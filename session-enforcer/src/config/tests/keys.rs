@@ -98,7 +98,7 @@ max_sessions = 500
             }),
         }],
         warnings: vec![],
-        is_stand_in: false,
+        stands_in_for: None,
         file: Some(SourceFile::new(Path::new("x.toml"), text)),
     };
     assert_eq!(config, expected);
@@ -129,7 +129,7 @@ fn what_is_not_said_has_its_default() {
         audit_sync: false,
         rules: vec![rule],
         warnings: vec![],
-        is_stand_in: false,
+        stands_in_for: None,
         file: Some(SourceFile::new(Path::new("x.toml"), text)),
     };
     assert_eq!(config, expected);

@@ -220,7 +220,7 @@ impl DiagSocket {
         let place = |(index, target): (usize, &SocketId)| (target.cookie, index);
         let places: HashMap<u64, usize> = targets.iter().enumerate().map(place).collect();
         let mut found = vec![None; targets.len()];
-        self.list(wire::state::SESSIONS, ports, &mut |sockets| {
+        self.list(wire::state::TRACKED, ports, &mut |sockets| {
             for socket in sockets {
                 if let Some(index) = places.get(&socket.target.cookie) {
                     found[*index] = Some(socket);
@@ -279,7 +279,9 @@ impl DiagSocket {
         take: &mut dyn FnMut(Vec<Socket>),
     ) -> Result<(), SockDiagError> {
         let mut bit = Vec::with_capacity(BIT);
-        for family in [Family::Ipv4, Family::Ipv6] {
+        // IPv6 first: a process can turn an IPv6 socket with IPv4-mapped addresses into an IPv4 socket (IPV6_ADDRFORM), and
+        // not back. It is then in the second list, if it was not in the first one.
+        for family in [Family::Ipv6, Family::Ipv4] {
             self.until_whole(|diag| {
                 diag.dump_once(family, states, ports, &mut |socket| {
                     bit.push(socket);

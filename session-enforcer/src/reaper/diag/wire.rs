@@ -25,6 +25,7 @@ const PLAIN: u32 = (HEADER + REQUEST) as u32;
 const MESSAGE: usize = 72;
 const ATTRIBUTE_HEADER: usize = 4;
 const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_SKV6ONLY: u16 = 11;
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 /// Attributes nested in the ULP attribute: the one of MPTCP and, within it, the local token of the connection
@@ -42,6 +43,8 @@ const TIMER_TIME_WAIT: u8 = 3;
 pub mod state {
     /// Open in both directions.
     pub const ESTABLISHED: u8 = 1;
+    /// The handshake is not complete. A socket of TCP Fast Open is a session already.
+    pub const SYN_RECV: u8 = 3;
     /// This host has sent its FIN; the peer has not acknowledged it.
     pub const FIN_WAIT1: u8 = 4;
     /// The peer has acknowledged this host's FIN and may still send.
@@ -64,6 +67,10 @@ pub mod state {
         | bit(CLOSE_WAIT)
         | bit(LAST_ACK)
         | bit(CLOSING);
+
+    /// The states in which a tracked socket can be. Most sockets in `SYN_RECV` are mini-sockets and no session, so a
+    /// list of connections to adopt leaves that state out.
+    pub const TRACKED: u32 = SESSIONS | bit(SYN_RECV);
 
     /// Whether the connection is closing, so that only an answer of the peer is outstanding.
     pub const fn is_closing(state: u8) -> bool {
@@ -161,6 +168,8 @@ pub struct Socket {
     pub queued: Queued,
     /// The ID of the socket's cgroup, if the kernel reported it.
     pub cgroup_id: Option<u64>,
+    /// Whether a listener accepts IPv6 only (`IPV6_V6ONLY`).
+    pub is_v6_only: bool,
     /// Data of `tcp_info`, if the kernel reported it.
     pub info: Option<Info>,
     /// For an MPTCP subflow: the token that identifies its connection within the namespace.
@@ -443,6 +452,7 @@ fn parse_socket(body: &[u8]) -> Result<Socket, WireError> {
         inode,
         queued: Queued::of(state, received, unacknowledged),
         cgroup_id: None,
+        is_v6_only: false,
         info: None,
         mptcp_token: None,
     };
@@ -470,6 +480,10 @@ fn read_attributes(
 ) -> Result<(), WireError> {
     while let Some((kind, mut value)) = next_attribute(&mut rest)? {
         match kind {
+            INET_DIAG_SKV6ONLY => {
+                need(value, 1)?;
+                socket.is_v6_only = value.get_u8() != 0;
+            }
             INET_DIAG_INFO => socket.info = Some(parse_info(value, unacknowledged)?),
             INET_DIAG_ULP_INFO => socket.mptcp_token = parse_mptcp_token(value)?,
             INET_DIAG_CGROUP_ID => {

@@ -12,7 +12,7 @@ use std::{
 use libsystemd::logging::{self, Priority};
 use serde_json::Value;
 
-use super::writer::Sink;
+use super::sink::Sink;
 
 /// The socket on which journald receives entries.
 pub(super) const SOCKET: &str = "/run/systemd/journal/socket";

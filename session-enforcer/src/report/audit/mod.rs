@@ -6,6 +6,7 @@
 
 mod journald;
 mod record;
+mod sink;
 mod subscription;
 mod writer;
 

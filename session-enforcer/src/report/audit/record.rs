@@ -231,7 +231,7 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
         last_sent: passed(session.bytes_sent, session.last_sent_ns),
         counted_from: t.limit.map(|limit| clock.at(before(t.deadline_ns, limit))),
         deadline: clock.at(t.deadline_ns),
-        limit_seconds: t.limit.map(|limit| limit.as_secs_f64()),
+        limit_seconds: t.limit.map(|limit| seconds(limit.as_nanos())),
         idle_seconds: seconds_between(t.idle_since_ns, t.answered_ns),
         lateness_seconds: seconds_between(t.deadline_ns, t.answered_ns),
         queued_bytes: match t.end {
@@ -288,9 +288,14 @@ fn before(deadline_ns: u64, limit: Duration) -> u64 {
     deadline_ns.saturating_sub(limit_ns)
 }
 
+/// `Duration::as_secs_f64` rounds twice and makes 1.5899999999999999 of 1.59 s.
+fn seconds(nanoseconds: u128) -> f64 {
+    nanoseconds as f64 / 1e9
+}
+
 /// Negative if `to_ns` is earlier than `from_ns`, so that a reset before its deadline shows.
 fn seconds_between(from_ns: u64, to_ns: u64) -> f64 {
-    let seconds = Duration::from_nanos(from_ns.abs_diff(to_ns)).as_secs_f64();
+    let seconds = seconds(from_ns.abs_diff(to_ns).into());
     if to_ns < from_ns { -seconds } else { seconds }
 }
 

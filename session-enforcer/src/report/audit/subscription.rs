@@ -13,7 +13,7 @@ const MAX_READERS: usize = 16;
 
 /// The maximum number of unread bytes of one reader. Readers share the memory of the records, so this also
 /// bounds all readers together.
-const MAX_WAITING_BYTES: usize = 4 << 20;
+const MAX_UNREAD_BYTES: usize = 4 << 20;
 
 /// The list of readers.
 #[derive(Debug, Default)]
@@ -76,7 +76,7 @@ impl Subscriber {
             .shared
             .waiting_bytes
             .fetch_add(records.len(), Ordering::Relaxed);
-        if before + records.len() > MAX_WAITING_BYTES {
+        if before + records.len() > MAX_UNREAD_BYTES {
             self.shared.is_cut_off.store(true, Ordering::Relaxed);
             return false;
         }
@@ -123,7 +123,7 @@ mod tests {
     async fn one_that_does_not_keep_up_is_cut_off_and_no_other() {
         let mut all = Subscribers::default();
         let (mut slow, mut quick) = (all.add().unwrap(), all.add().unwrap());
-        let records = vec![b'x'; MAX_WAITING_BYTES / 4];
+        let records = vec![b'x'; MAX_UNREAD_BYTES / 4];
         for _ in 0..8 {
             all.publish(&records);
             quick.next().await.unwrap();
@@ -133,7 +133,7 @@ mod tests {
         while let Some(records) = slow.next().await {
             rest += records.len();
         }
-        assert_eq!(rest, MAX_WAITING_BYTES);
+        assert_eq!(rest, MAX_UNREAD_BYTES);
     }
 
     #[test]

@@ -7,10 +7,7 @@ use std::{
 use proptest::prelude::*;
 use session_enforcer_common::{Address, Direction, Owner};
 
-use super::{
-    writer::{Output, Sink},
-    *,
-};
+use super::{sink::Sink, writer::Output, *};
 
 fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
@@ -208,6 +205,19 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
         year_before(before["@timestamp"].clone()),
         after["@timestamp"]
     );
+}
+
+#[test]
+fn seconds_have_no_more_digits_than_the_times() {
+    let session = session();
+    let line = line(&Termination {
+        limit: Some(Duration::from_millis(1_590)),
+        idle_since_ns: 901_004_000_000 - 4_988_000_000,
+        ..termination(&session)
+    });
+    for part in [r#""limit_seconds":1.59,"#, r#""idle_seconds":4.988,"#] {
+        assert!(line.contains(part), "{line}");
+    }
 }
 
 #[test]

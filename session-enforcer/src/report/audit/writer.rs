@@ -28,6 +28,7 @@ use tokio::sync::Notify;
 use super::{
     Pending,
     journald::{self, Journald},
+    sink::Sink,
 };
 use crate::{
     config::AuditTarget,
@@ -341,22 +342,6 @@ pub(super) struct Output {
     failing: Arc<AtomicBool>,
     /// Whether each write must reach the disk.
     is_synced: bool,
-}
-
-/// A target of records.
-pub(super) trait Sink: Write + Send {
-    /// Waits until everything is on the disk.
-    fn sync(&self) -> io::Result<()>;
-}
-
-impl Sink for File {
-    fn sync(&self) -> io::Result<()> {
-        match self.sync_data() {
-            // A pipe or a terminal does not support it (fsync(2)).
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
-            synced => synced,
-        }
-    }
 }
 
 impl Output {

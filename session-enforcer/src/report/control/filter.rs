@@ -1,13 +1,14 @@
 //! Filters and sort orders of sessions: parsing them and applying them.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use session_enforcer_common::Session;
 
 use super::row::{End, Listed, deadline};
 use crate::config::{
-    User, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix, parse_user,
+    User, format_duration, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix,
+    parse_user,
 };
 
 /// The filter keys of a query.
@@ -38,6 +39,27 @@ pub struct Filter {
     older_than: Option<Duration>,
     ends_within: Option<Duration>,
     text: Option<String>,
+}
+
+impl fmt::Display for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |value: &Option<String>| Some(value.as_ref()?.escape_debug().to_string());
+        let time = |value: Option<Duration>| value.map(format_duration);
+        let values = [
+            text(&self.rule),
+            self.remote.map(|net| net.to_string()),
+            self.local_port.map(|port| port.to_string()),
+            self.user.as_ref().map(ToString::to_string),
+            text(&self.cgroup),
+            time(self.idle_over),
+            time(self.older_than),
+            time(self.ends_within),
+            text(&self.text),
+        ];
+        let pairs = FILTER_KEYS.iter().zip(values);
+        let pairs = pairs.filter_map(|(key, value)| Some(format!("{key}={}", value?)));
+        f.write_str(&pairs.collect::<Vec<_>>().join(", "))
+    }
 }
 
 impl Filter {
@@ -95,6 +117,11 @@ impl Filter {
     /// Whether the filter has no condition.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Whether the filter names an owner.
+    pub fn names_owner(&self) -> bool {
+        self.user.is_some() || self.cgroup.is_some()
     }
 
     /// The rule that the filter names.

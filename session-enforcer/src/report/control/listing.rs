@@ -19,7 +19,7 @@ use super::{
 use crate::{
     datapath::{Cursor, SessionReader},
     host::clock::{WallClock, monotonic_ns},
-    report::http,
+    report::to_engine,
 };
 
 /// The number of bytes that are sent to a client at a time.
@@ -27,7 +27,7 @@ const CHUNK: usize = 32 << 10;
 
 /// A scan of the session table, in batches.
 pub(super) struct Scan {
-    engine: mpsc::Sender<http::Request>,
+    engine: mpsc::Sender<to_engine::Request>,
     sessions: Arc<SessionReader>,
     rules: Box<dyn Rules>,
     cgroups: HashMap<u64, (Option<String>, Option<Ancestors>)>,
@@ -47,7 +47,7 @@ impl Broken {
 impl Scan {
     /// Starts a scan with the rules in force.
     pub(super) async fn begin(
-        engine: mpsc::Sender<http::Request>,
+        engine: mpsc::Sender<to_engine::Request>,
         sessions: Arc<SessionReader>,
     ) -> Result<Self, Broken> {
         let rules = ask(&engine, Request::Rules).await;
@@ -64,6 +64,11 @@ impl Scan {
     /// Whether a rule has this name.
     pub(super) fn has_rule(&self, name: &str) -> bool {
         self.rules.has(name)
+    }
+
+    /// Whether the owners of sessions are known.
+    pub(super) fn knows_owners(&self) -> bool {
+        self.rules.name_owners()
     }
 
     /// Returns the next batch of sessions, or `None` at the end.
@@ -135,10 +140,10 @@ impl Scan {
 
 /// Sends a request to the engine. `None` if it does not answer.
 pub(super) async fn ask<T>(
-    engine: &mpsc::Sender<http::Request>,
+    engine: &mpsc::Sender<to_engine::Request>,
     request: impl FnOnce(tokio::sync::oneshot::Sender<T>) -> Request,
 ) -> Option<T> {
-    http::ask(engine, |reply| http::Request::Control(request(reply))).await
+    to_engine::ask(engine, |reply| to_engine::Request::Control(request(reply))).await
 }
 
 /// The lines of an answer to a client.

@@ -3,14 +3,11 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use session_enforcer_common::{Ancestors, Limits, Session};
+use session_enforcer_common::{Ancestors, Session};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
-use super::row::End;
-use crate::{
-    config::Mode,
-    report::audit::{Requester, Subscription},
-};
+use super::row::{End, RuleInForce};
+use crate::report::audit::{Requester, Subscription};
 
 /// A request of the HTTP thread to the engine.
 #[derive(Debug)]
@@ -48,19 +45,9 @@ pub trait Rules: Send + Sync + std::fmt::Debug {
 
     /// Whether a rule has this name.
     fn has(&self, name: &str) -> bool;
-}
 
-/// A rule in force.
-#[derive(Clone, Copy, Debug)]
-pub struct RuleInForce<'a> {
-    /// The rule's index.
-    pub place: u16,
-    /// The rule's name.
-    pub name: &'a str,
-    /// The rule's mode.
-    pub mode: Mode,
-    /// The rule's limits.
-    pub limits: &'a Limits,
+    /// Whether a rule names users or cgroups. Otherwise the owners of most sessions are not known.
+    fn name_owners(&self) -> bool;
 }
 
 /// The names that the engine knows of owners.
@@ -259,6 +246,9 @@ pub struct ConfigInForce {
     pub since: String,
     /// Whether the last configuration that was read is in force.
     pub last_reload_successful: bool,
+    /// Why it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_reload_error: Option<String>,
 }
 
 /// A rule with its counters.
@@ -285,4 +275,38 @@ pub struct TerminationCount {
     pub result: String,
     /// The count.
     pub count: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_shows_a_status() {
+        let page = include_str!("../../../docs/control.md");
+        let shown = page.split("### A status\n\n```json\n").nth(1).unwrap();
+        let shown: serde_json::Value =
+            serde_json::from_str(shown.split("```").next().unwrap()).unwrap();
+        let status: Status = serde_json::from_value(shown.clone()).unwrap();
+        assert_eq!(serde_json::to_value(status).unwrap(), shown);
+    }
+
+    #[test]
+    fn the_page_has_each_result_of_a_kill() {
+        let page = include_str!("../../../docs/control.md");
+        for outcome in [
+            "reset",
+            "gone",
+            "failed",
+            "not_found",
+            "pending",
+            "would_reset",
+        ] {
+            let outcome: Outcome = serde_json::from_value(outcome.into()).unwrap();
+            assert!(
+                page.contains(&format!("`{}`", outcome.name())),
+                "{outcome:?}"
+            );
+        }
+    }
 }

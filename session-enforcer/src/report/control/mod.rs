@@ -19,11 +19,11 @@ mod socket;
 pub use filter::{FILTER_KEYS, Filter, MAX_SORTED, Selection, SortKey};
 pub use messages::{
     ConfigInForce, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames, PolicyChange,
-    Refusal, ReloadRequest, ReloadResult, Request, RuleInForce, RuleStatus, Rules, Status,
-    StatusTrouble, TerminationCount,
+    Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status, StatusTrouble,
+    TerminationCount,
 };
 pub use order::Order;
 pub use peer::Admission;
-pub use row::{Carried, End, Owner, Row};
+pub use row::{Carried, End, Owner, Row, RuleInForce};
 pub use serve::{Server, serve};
 pub use socket::{ControlError, bind, check};

@@ -1,10 +1,13 @@
 //! Parses a request to reset sessions: its query and its body.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt};
 
 use serde_json::Value;
 
 use super::Selection;
+
+/// The maximum number of session IDs in the log.
+const SHOWN: usize = 100;
 
 /// The sessions to reset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,9 +83,50 @@ impl Order {
     }
 }
 
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the sessions")?;
+        if let Some(ids) = &self.ids {
+            let shown: Vec<String> = ids.iter().take(SHOWN).map(ToString::to_string).collect();
+            write!(f, " {}", shown.join(", "))?;
+            if ids.len() > SHOWN {
+                write!(f, " and {} more", ids.len() - SHOWN)?;
+            }
+        }
+        let filter = &self.selection.filter;
+        if !filter.is_empty() {
+            write!(f, " with {filter}")?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_order_is_told_in_plain_words() {
+        for (query, body, words) in [
+            ("", "{\"ids\":[4712,4711]}", "the sessions 4711, 4712"),
+            (
+                "rule=ssh&older_than=90s",
+                "",
+                "the sessions with rule=ssh, older_than=1m30s",
+            ),
+            (
+                "text=a%1bb&user=root",
+                "{\"ids\":[7]}",
+                "the sessions 7 with user=root, text=a\\u{1b}b",
+            ),
+        ] {
+            let order = Order::parse(query, body.as_bytes()).unwrap();
+            assert_eq!(order.to_string(), words);
+        }
+        let ids: Vec<u64> = (0..102).collect();
+        let order = Order::parse("", serde_json::json!({ "ids": ids }).to_string().as_bytes());
+        assert!(order.unwrap().to_string().ends_with(", 99 and 2 more"));
+    }
 
     #[test]
     fn ids_filters_or_both_are_an_order() {

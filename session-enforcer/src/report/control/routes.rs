@@ -36,9 +36,13 @@ use crate::{
     host::clock::{WallClock, monotonic_ns},
     report::{
         audit::{Requester, Subscription},
-        http,
+        to_engine,
     },
 };
+
+/// The answer to a filter by owner if no rule in force names owners.
+const NO_OWNERS: &str =
+    "user, cgroup: the owners of sessions are not known, because no rule names users or cgroups";
 
 /// The maximum length of a request body in bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -53,7 +57,7 @@ const WAITING_CHUNKS: usize = 4;
 const KILL_BATCH: usize = 128;
 
 /// The maximum number of sessions whose reset is unanswered.
-const MAX_UNANSWERED: usize = 1_024;
+const MAX_UNANSWERED_KILLS: usize = 1_024;
 
 /// After this time without an answer the remaining sessions are reported as pending. A session is reported as
 /// failed earlier if its reset hangs on a socket lock, or if too many resets of its cgroup hang already.
@@ -70,7 +74,7 @@ const CUT_OFF: &[u8] =
 #[derive(Clone)]
 pub(super) struct Client {
     pub(super) requester: Arc<Result<Requester, String>>,
-    pub(super) engine: mpsc::Sender<http::Request>,
+    pub(super) engine: mpsc::Sender<to_engine::Request>,
     pub(super) sessions: Arc<TableInUse>,
 }
 
@@ -144,9 +148,14 @@ impl Client {
     /// Starts a scan of the table for this selection.
     async fn scan_for(&self, selection: &Selection) -> Result<Scan, Box<Answer>> {
         let scan = self.scan().await?;
+        if selection.filter.names_owner() && !scan.knows_owners() {
+            return Err(Box::new(refusal(StatusCode::BAD_REQUEST, NO_OWNERS)));
+        }
         match selection.filter.rule() {
             Some(rule) if !scan.has_rule(rule) => {
-                let why = format!("rule: there is no rule \"{rule}\"; /v1/status has their names");
+                let why = format!(
+                    "rule: there is no rule \"{rule}\"; `session-enforcer status` shows the names of the rules"
+                );
                 Err(Box::new(refusal(StatusCode::NOT_FOUND, &why)))
             }
             _ => Ok(scan),
@@ -202,7 +211,7 @@ impl Client {
         };
         if !order.selection.dry_run {
             tracing::info!(
-                "user {}, process {} ({:?}) asks for sessions to be reset: {order:?}",
+                "user {}, process {} ({:?}) asks for a reset of {order}",
                 requester.uid,
                 requester.pid,
                 requester.command,
@@ -214,7 +223,7 @@ impl Client {
 
     async fn reload(&self, by: Requester) -> Answer {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let request = http::Request::Control(Request::Reload(ReloadRequest { by, reply }));
+        let request = to_engine::Request::Control(Request::Reload(ReloadRequest { by, reply }));
         if self.engine.send(request).await.is_err() {
             return stuck();
         }
@@ -322,7 +331,7 @@ async fn follow(mut subscription: Subscription, mut lines: Lines) {
 
 /// A kill request: the resets and their answers.
 struct Kill {
-    engine: mpsc::Sender<http::Request>,
+    engine: mpsc::Sender<to_engine::Request>,
     scan: Scan,
     order: Order,
     by: Arc<Requester>,
@@ -352,7 +361,7 @@ impl From<Gone> for Ended {
 
 impl Kill {
     fn new(
-        engine: mpsc::Sender<http::Request>,
+        engine: mpsc::Sender<to_engine::Request>,
         scan: Scan,
         order: Order,
         by: Requester,
@@ -431,7 +440,7 @@ impl Kill {
             self.answered(killed);
         }
         self.lines.pass_on().await?;
-        while self.unanswered.len() > MAX_UNANSWERED - KILL_BATCH {
+        while self.unanswered.len() > MAX_UNANSWERED_KILLS - KILL_BATCH {
             self.wait().await?;
         }
         Ok(ids)
@@ -446,7 +455,7 @@ impl Kill {
         for (line, _) in meant {
             self.unanswered.insert(line.id, line);
         }
-        let request = http::Request::Control(Request::Kill(request));
+        let request = to_engine::Request::Control(Request::Kill(request));
         let sent = self.engine.send(request).await;
         sent.map_err(|_| Broken("the daemon has stopped".to_owned()).into())
     }

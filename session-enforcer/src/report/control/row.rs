@@ -5,11 +5,24 @@ use std::{borrow::Cow, net::IpAddr, time::Duration};
 use serde::{Deserialize, Serialize};
 use session_enforcer_common::{Address, Direction, Expiry, Limits, Reason, Session, expiry};
 
-use super::messages::RuleInForce;
 use crate::{
+    config::Mode,
     host::clock::WallClock,
     report::audit::{mode_name, passed_ns, reason_name},
 };
+
+/// A rule in force.
+#[derive(Clone, Copy, Debug)]
+pub struct RuleInForce<'a> {
+    /// The rule's index.
+    pub place: u16,
+    /// The rule's name.
+    pub name: &'a str,
+    /// The rule's mode.
+    pub mode: Mode,
+    /// The rule's limits.
+    pub limits: &'a Limits,
+}
 
 /// A listed session. Unknown fields are omitted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

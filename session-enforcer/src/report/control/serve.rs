@@ -17,7 +17,7 @@ use crate::{
     datapath::TableInUse,
     report::{
         connections::{Connections, HasAsked, accept_failed, one_request},
-        http,
+        to_engine,
     },
 };
 
@@ -42,16 +42,20 @@ pub struct Server {
     pub sessions: Arc<TableInUse>,
 }
 
-/// Serves connections until the process ends.
+/// Serves connections until the engine has ended, and then gives them the rest of their answers.
 ///
 /// # Errors
 ///
 /// Fails if the runtime cannot watch the socket.
-pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::Result<()> {
+pub async fn serve(server: Server, engine: mpsc::Sender<to_engine::Request>) -> io::Result<()> {
     let listener = UnixListener::from_std(server.listener)?;
     let mut connections = Connections::at_most(MAX_CONNECTIONS);
     loop {
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = engine.closed() => break,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 accept_failed("control.socket", &error).await;
@@ -70,6 +74,8 @@ pub async fn serve(server: Server, engine: mpsc::Sender<http::Request>) -> io::R
         let serve = |has_asked| connection(stream, client, has_asked);
         connections.serve(serve).await;
     }
+    connections.finish().await;
+    Ok(())
 }
 
 async fn connection(stream: UnixStream, client: Client, has_asked: HasAsked) {

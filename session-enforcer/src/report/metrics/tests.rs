@@ -280,4 +280,7 @@ fn rules_and_dashboard_ask_for_metrics_that_there_are_and_the_page_has_each_aler
     for alert in alerts.filter_map(|line| line.strip_prefix("- alert: ")) {
         assert!(page.contains(&format!("`{alert}`")), "{alert}");
     }
+    for cause in Untracked::ALL.map(Untracked::name) {
+        assert!(pages[0].contains(&format!("{cause}: ")), "{cause}");
+    }
 }

@@ -1,0 +1,31 @@
+//! Has holders of sessions searched for.
+
+use super::{
+    context::Context,
+    holder_searches::{HOST, Name, Sought},
+    phase::Expired,
+    state::State,
+};
+use crate::reaper::protocol::SocketKey;
+
+/// Has the holder of a session searched for that cannot be reset without it.
+pub(super) fn seek(context: &Context, state: &mut State, expired: &Expired, key: SocketKey) {
+    // Its answer is outstanding until the search ends.
+    state.tracker.begin_reset(expired);
+    let sought = Sought {
+        key,
+        to_reset: Some(*expired),
+        has_begun: false,
+    };
+    let name = (expired.cookie, expired.session.established_ns);
+    let cgroup_id = expired.session.owner.cgroup_id;
+    add(context, state, cgroup_id, name, sought);
+}
+
+/// Adds a session to the searches of its cgroup or, if that is not known, of the host.
+pub(super) fn add(context: &Context, state: &State, cgroup_id: u64, name: Name, sought: Sought) {
+    let is_known = state.owner_resolver.cgroup_directory(cgroup_id).is_some();
+    let place = if is_known { cgroup_id } else { HOST };
+    let mut searches = context.holder_searches.borrow_mut();
+    searches.add(place, name, sought);
+}
