@@ -26,14 +26,32 @@ pub(crate) enum Profile {
     Debug,
 }
 
+impl Profile {
+    pub(crate) const fn debug_if(debug: bool) -> Self {
+        if debug { Self::Debug } else { Self::Release }
+    }
+
+    /// cargo's name of the profile.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Release => "release",
+            Self::Debug => "dev",
+        }
+    }
+
+    /// The folder of its binaries, below that of the target.
+    pub(crate) const fn folder(self) -> &'static str {
+        match self {
+            Self::Release => "release",
+            Self::Debug => "debug",
+        }
+    }
+}
+
 /// Builds the daemon and prints the path of its binary.
 pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
     setup(workspace)?;
-    let profile = if args.debug {
-        Profile::Debug
-    } else {
-        Profile::Release
-    };
+    let profile = Profile::debug_if(args.debug);
     println!("{}", daemon(workspace, profile)?.display());
     Ok(())
 }
@@ -42,15 +60,9 @@ pub(crate) fn build(workspace: &Workspace, args: &Args) -> Result<()> {
 pub(crate) fn daemon(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--package", "session-enforcer"]);
-    let folder = match profile {
-        Profile::Release => {
-            cargo.arg("--release");
-            "release"
-        }
-        Profile::Debug => "debug",
-    };
-    run(&mut cargo)?;
-    Ok(workspace.target().join(folder).join("session-enforcer"))
+    run(cargo.args(["--profile", profile.name()]))?;
+    let folder = workspace.target().join(profile.folder());
+    Ok(folder.join("session-enforcer"))
 }
 
 /// An integration test in the daemon's package.

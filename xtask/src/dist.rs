@@ -19,6 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use self::tools::Tool;
 use crate::arch::Arch;
+use crate::build::Profile;
 use crate::process::{output_of, run, say};
 use crate::rustc::Rustc;
 use crate::setup::setup;
@@ -38,6 +39,9 @@ pub(crate) struct Args {
     /// Install the Debian package in containers with systemd, and run the image in podman. Needs root.
     #[arg(long)]
     test: bool,
+    /// Build quickly and with debug assertions, as for the tests. The result is not meant to be published.
+    #[arg(long)]
+    debug: bool,
 }
 
 /// Builds the release in the target directory.
@@ -49,10 +53,15 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     setup(workspace)?;
     let out = workspace.target().join("dist");
     let tools = tools::ensure(workspace)?;
-    let epoch = source_date(workspace)?;
-    build(workspace, &tools, &archs, &epoch, &out)?;
+    let plan = Plan {
+        tools,
+        archs,
+        profile: Profile::debug_if(args.debug),
+        epoch: source_date(workspace)?,
+    };
+    plan.build(workspace, &out)?;
     if args.twice {
-        build_again(workspace, &tools, &archs, &epoch, &out)?;
+        plan.build_again(workspace, &out)?;
     }
     if args.test {
         trial::run_in_machines(workspace, &out)?;
@@ -61,57 +70,55 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the release of a checkout.
-fn build(
-    checkout: &Workspace,
-    tools: &tools::Tools,
-    archs: &[Arch],
-    epoch: &str,
-    out: &Path,
-) -> Result<()> {
-    renew(out)?;
-    let release = Release {
-        checkout,
-        tools,
-        epoch: epoch.to_owned(),
-        version: version(checkout)?,
-        // The stage folder is not published.
-        stage: checkout.target().join("dist-stage"),
-        out: out.to_owned(),
-    };
-    renew(&release.stage)?;
-    release.make(archs)
+/// What both builds of a release have in common.
+struct Plan {
+    tools: tools::Tools,
+    archs: Vec<Arch>,
+    profile: Profile,
+    /// The time stamp of all files and packages, in seconds since 1970.
+    epoch: String,
 }
 
-/// Builds a copy of the sources and compares the results.
-fn build_again(
-    workspace: &Workspace,
-    tools: &tools::Tools,
-    archs: &[Arch],
-    epoch: &str,
-    first: &Path,
-) -> Result<()> {
-    let folder = workspace.target().join("dist-again");
-    say!("building a second time, in {}", folder.display());
-    renew(&folder)?;
-    let checkout = workspace.copy_sources(&folder)?;
-    let second = folder.join("dist");
-    build(&checkout, tools, archs, epoch, &second)?;
-    let sums = |out: &Path| {
-        let path = out.join("SHA256SUMS");
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-    };
-    let (one, other) = (sums(first)?, sums(&second)?);
-    let differing = differing(&one, &other);
-    ensure!(
-        differing.is_empty(),
-        "two builds of the same sources differ in {}; compare the files of {} and {}",
-        differing.join(", "),
-        first.display(),
-        second.display()
-    );
-    say!("both builds are identical");
-    fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
+impl Plan {
+    /// Builds the release of a checkout.
+    fn build(&self, checkout: &Workspace, out: &Path) -> Result<()> {
+        renew(out)?;
+        let release = Release {
+            checkout,
+            plan: self,
+            version: version(checkout)?,
+            // The stage folder is not published.
+            stage: checkout.target().join("dist-stage"),
+            out: out.to_owned(),
+        };
+        renew(&release.stage)?;
+        release.make()
+    }
+
+    /// Builds a copy of the sources and compares the results.
+    fn build_again(&self, workspace: &Workspace, first: &Path) -> Result<()> {
+        let folder = workspace.target().join("dist-again");
+        say!("building a second time, in {}", folder.display());
+        renew(&folder)?;
+        let checkout = workspace.copy_sources(&folder)?;
+        let second = folder.join("dist");
+        self.build(&checkout, &second)?;
+        let sums = |out: &Path| {
+            let path = out.join("SHA256SUMS");
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        let (one, other) = (sums(first)?, sums(&second)?);
+        let differing = differing(&one, &other);
+        ensure!(
+            differing.is_empty(),
+            "two builds of the same sources differ in {}; compare the files of {} and {}",
+            differing.join(", "),
+            first.display(),
+            second.display()
+        );
+        say!("both builds are identical");
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
+    }
 }
 
 /// The files whose checksums differ between two lists, or that one list lacks.
@@ -127,20 +134,18 @@ fn differing<'a>(one: &'a str, other: &'a str) -> Vec<&'a str> {
 /// A release that is being built.
 struct Release<'a> {
     checkout: &'a Workspace,
-    tools: &'a tools::Tools,
-    /// The time stamp of all files and packages, in seconds since 1970.
-    epoch: String,
+    plan: &'a Plan,
     version: String,
     stage: PathBuf,
     out: PathBuf,
 }
 
 impl Release<'_> {
-    fn make(&self, archs: &[Arch]) -> Result<()> {
+    fn make(&self) -> Result<()> {
         say!("the manual pages and completions");
         let pages = self.stage.join("pages");
         self.pages(&pages)?;
-        for arch in archs {
+        for arch in &self.plan.archs {
             say!("the binary for {}", arch.name());
             self.one(*arch, &pages)?;
         }
@@ -167,7 +172,7 @@ impl Release<'_> {
     fn debian_changelog(&self) -> Result<String> {
         let mut date = Command::new("date");
         date.args(["--utc", "--rfc-email", "--date"]);
-        let date = output_of(date.arg(format!("@{}", self.epoch)).env("LC_ALL", "C"))?;
+        let date = output_of(date.arg(format!("@{}", self.plan.epoch)).env("LC_ALL", "C"))?;
         Ok(format!(
             "{NAME} ({}-1) unstable; urgency=medium\n\n  * What is new is in CHANGELOG.md.\n\n \
              -- {}  {}",
@@ -203,16 +208,24 @@ impl Release<'_> {
             remap(self.checkout.target(), "/target"),
             remap(self.checkout.root(), NAME),
         ];
+        let profile = self.plan.profile;
         let mut cargo = self.checkout.cargo();
         cargo
             .env("CARGO_PROFILE_RELEASE_LTO", "thin")
-            .args(["build", "--locked", "--release", "--package", NAME])
+            .args([
+                "build",
+                "--locked",
+                "--profile",
+                profile.name(),
+                "--package",
+                NAME,
+            ])
             .arg("--target")
             .arg(arch.triple())
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
         run(&mut cargo)?;
         let folder = self.checkout.target().join(arch.triple());
-        Ok(folder.join("release").join(NAME))
+        Ok(folder.join(profile.folder()).join(NAME))
     }
 
     /// Moves the debug information into a separate file that debuggers find beside the binary.
@@ -250,13 +263,13 @@ impl Release<'_> {
     }
 
     fn packager(&self, tool: Tool, arch: Arch) -> Command {
-        let mut packager = self.tools.command(tool);
+        let mut packager = self.plan.tools.command(tool);
         packager
             .args(["--package", NAME, "--target"])
             .arg(arch.triple())
             .current_dir(self.checkout.root())
             .env("CARGO_TARGET_DIR", &self.stage)
-            .env("SOURCE_DATE_EPOCH", &self.epoch);
+            .env("SOURCE_DATE_EPOCH", &self.plan.epoch);
         packager
     }
 
@@ -288,7 +301,7 @@ impl Release<'_> {
         let mut tar = Command::new("tar");
         tar.args(["--create", "--sort=name", "--owner=0", "--group=0"]);
         tar.args(["--numeric-owner", "--mode=u=rwX,go=rX"]);
-        tar.arg(format!("--mtime=@{}", self.epoch));
+        tar.arg(format!("--mtime=@{}", self.plan.epoch));
         tar.args(["--use-compress-program=gzip -9n", "--file"]);
         tar.arg(self.out.join(format!("{name}.tar.gz")));
         run(tar.arg("--directory").arg(&self.stage).arg(&name))
@@ -301,7 +314,7 @@ impl Release<'_> {
         let image = image::Image {
             arch,
             version: &self.version,
-            epoch: &self.epoch,
+            epoch: &self.plan.epoch,
             binary,
             source: &source,
             stage: &stage,
