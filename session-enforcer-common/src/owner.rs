@@ -34,8 +34,7 @@ pub const MAX_CGROUP_LEVELS: usize = 16;
 /// Maximum number of cgroups whose [`Ancestors`] the kernel remembers, more than a large host has with sockets at once.
 pub const MAX_CGROUPS: u32 = 8_192;
 
-/// The ids of a cgroup and its ancestors without the root, padded with zeros. Their order does not matter, since cgroup
-/// ids are unique.
+/// The ids of a cgroup and its ancestors without the root, from the top down, padded with zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Ancestors(pub [u64; MAX_CGROUP_LEVELS]);

@@ -128,7 +128,7 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
         }
     }
     if way == PacketDirection::Egress {
-        // Needed if the socket's state changes are not reported, or if the daemon was updating the record when one was.
+        // Needed if the socket's state changes are not reported.
         if is_half_closed(state(ctx)) {
             note_half_closed(session);
         }

@@ -15,10 +15,6 @@ use super::{
 };
 use crate::host::{clock::monotonic_ns, grace_period, sockets};
 
-/// Maximum number of comparisons of two tables that both change. Each time fewer sessions differ: those with a packet
-/// during the comparison.
-const MAX_TABLE_COMPARISONS: usize = 8;
-
 /// Capacity of the first table on an idle host: about 4 MB.
 const FIRST_CAPACITY: u32 = 16_384;
 
@@ -346,11 +342,19 @@ impl Datapath {
         let Some(previous) = self.pins.as_mut().and_then(|pins| pins.previous.take()) else {
             return Ok(());
         };
-        for _ in 0..MAX_TABLE_COMPARISONS {
-            // An earlier program may still be processing a packet.
-            grace_period::wait_for_programs();
-            if self.compare_once(&previous)? == 0 {
-                break;
+        // An earlier program may still be processing a packet.
+        grace_period::wait_for_programs();
+        for cookie in previous.sessions.cookies()? {
+            let Some(before) = previous.sessions.session(cookie)? else {
+                continue;
+            };
+            match self.session(cookie)? {
+                Some(now) => self.bring_forward(cookie, &now, &before)?,
+                None if !previous.copied.contains_key(&cookie) => {
+                    self.adopt(cookie, &before)?;
+                }
+                // The session has ended since.
+                None => {}
             }
         }
         for (cookie, established_ns) in &previous.copied {
@@ -359,35 +363,6 @@ impl Datapath {
             }
         }
         Ok(())
-    }
-
-    /// Compares the two tables once. Returns how many sessions differed.
-    fn compare_once(&mut self, previous: &PreviousTable) -> Result<usize, BpfError> {
-        let mut differed = 0;
-        for cookie in previous.sessions.cookies()? {
-            let Some(before) = previous.sessions.session(cookie)? else {
-                continue;
-            };
-            match self.session(cookie)? {
-                Some(now) => {
-                    // Each record has the stamps from the time in which its programs ran.
-                    let mut newest = now;
-                    if now.established_ns == before.established_ns {
-                        newest.merge_activity(&before.traffic());
-                    }
-                    if newest != now && self.update(cookie, &newest)? {
-                        differed += 1;
-                    }
-                }
-                None if !previous.copied.contains_key(&cookie) => {
-                    let adopted = self.adopt(cookie, &before)?;
-                    differed += usize::from(adopted == Adoption::Inserted);
-                }
-                // The session has ended since.
-                None => {}
-            }
-        }
-        Ok(differed)
     }
 
     /// Ends the take-over: this daemon's pins replace the earlier set, and all other daemons' pins and attachments are

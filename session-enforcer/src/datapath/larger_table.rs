@@ -2,6 +2,7 @@
 //! describes the steps and their reasons.
 
 use std::{
+    cmp::Ordering,
     collections::HashMap,
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
@@ -315,29 +316,40 @@ impl Datapath {
             .map_or(Ok(Vec::new()), |before| before.sessions.cookies())
     }
 
-    /// Merges the activity that the previous programs have recorded. Returns how many sessions differed. Must be called
-    /// when none of those programs runs any more.
+    /// Merges what the previous programs have recorded. Must be called when none of those programs runs any more.
     ///
     /// # Errors
     ///
     /// Fails if the kernel refuses an operation.
-    pub fn merge_previous(&mut self, cookies: &[u64]) -> Result<usize, BpfError> {
-        let Some(before) = &mut self.before else {
-            return Ok(0);
+    pub fn merge_previous(&mut self, cookies: &[u64]) -> Result<(), BpfError> {
+        let Some(before) = &self.before else {
+            return Ok(());
         };
         let from = before.sessions.sessions(cookies)?;
         let now = self.sessions.sessions(cookies)?;
-        let mut differed = 0;
         for ((cookie, from), now) in cookies.iter().zip(from).zip(now) {
-            let (Some(from), Some(now)) = (from, now) else {
-                continue;
-            };
-            let joined = merged(now, &from);
-            if joined != now && self.sessions.update(*cookie, &joined)? {
-                differed += 1;
+            if let (Some(from), Some(now)) = (from, now) {
+                self.bring_forward(*cookie, &now, &from)?;
             }
         }
-        Ok(differed)
+        Ok(())
+    }
+
+    /// Brings a record forward to what the previous programs have recorded since it was copied.
+    pub(super) fn bring_forward(
+        &self,
+        cookie: u64,
+        now: &Session,
+        before: &Session,
+    ) -> Result<(), BpfError> {
+        let joined = merged(*now, before);
+        if joined.established_ns != now.established_ns {
+            self.sessions.remove(cookie, now.established_ns)?;
+            self.sessions.adopt(&[(cookie, joined)])?;
+        } else if joined != *now {
+            self.sessions.update(cookie, &joined)?;
+        }
+        Ok(())
     }
 
     /// Drops the previous table.
@@ -378,10 +390,13 @@ impl Datapath {
     }
 }
 
-/// Merges the activity of another record of the same session.
-fn merged(mut now: Session, from: &Session) -> Session {
-    if now.established_ns == from.established_ns {
-        now.merge_activity(&from.traffic());
+/// Merges the record of the previous table. If the socket was connected again after its record was copied, the session
+/// of the previous table is the later one.
+fn merged(mut now: Session, before: &Session) -> Session {
+    match before.established_ns.cmp(&now.established_ns) {
+        Ordering::Less => {}
+        Ordering::Equal => now.merge_activity(&before.traffic()),
+        Ordering::Greater => now = *before,
     }
     now
 }

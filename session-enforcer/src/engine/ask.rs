@@ -3,6 +3,8 @@
 
 use std::{os::fd::OwnedFd, rc::Rc, time::Duration};
 
+use anyhow::Result;
+
 use super::context::Context;
 use crate::{
     host::clock::monotonic_ns,
@@ -212,6 +214,15 @@ impl Silent {
         let stuck = matches!(ended, Ok(End::Silent)).then_some(self.part.exchange);
         (answer.unwrap_or(Answer::Locked), stuck)
     }
+}
+
+/// Waits for a silent reaper whose answer does not matter, so that it counts among the reapers until it answers.
+pub(super) async fn outlast(context: Rc<Context>, silent: Silent) -> Result<()> {
+    if let (_, Some(exchange)) = silent.wait(&context).await {
+        is_diag_blocked(&context).await;
+        end_of(exchange).await;
+    }
+    Ok(())
 }
 
 /// A part of a query, handled by one reaper.

@@ -103,7 +103,10 @@ async fn note_ending(context: &Rc<Context>) -> Result<()> {
             let answers =
                 ask::query_until_silent(context, netns_cookie, &targets, Detail::Names).await;
             // An error is ignored here: it is reported when the sessions are reset.
-            let (answers, _) = answers.unwrap_or_default();
+            let (answers, silent) = answers.unwrap_or_default();
+            if let Some(silent) = silent {
+                context.spawn(ask::outlast(Rc::clone(context), silent));
+            }
             let sockets = answers.into_iter().map(|answer| match answer {
                 Some(Answer::Known(socket, _)) => socket.filter(|socket| !socket.is_mini),
                 _ => None,

@@ -6,7 +6,7 @@ use std::{rc::Rc, time::Duration};
 use anyhow::Result;
 use tokio::time::sleep;
 
-use super::{ask, context::Context, owner_search::MAX_COMPARISONS, reload};
+use super::{ask, context::Context, reload};
 use crate::{exit, reaper::diag::MAX_BATCH};
 
 /// Number of copies of the sessions before the larger table is used. The second copy transfers what passed during the
@@ -76,13 +76,9 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
         state.put_gates(false)?;
         state.datapath.change_over()?;
     }
-    for _ in 0..MAX_COMPARISONS {
-        // A program of the previous table may still be processing a packet.
-        ask::wait_for_programs(context).await;
-        if compare(context).await? == 0 {
-            break;
-        }
-    }
+    // A program of the previous table may still be processing a packet.
+    ask::wait_for_programs(context).await;
+    merge_previous(context).await?;
     {
         let mut state = context.state();
         state.datapath.end_growth()?;
@@ -97,12 +93,11 @@ async fn change_over(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-async fn compare(context: &Rc<Context>) -> Result<usize> {
+async fn merge_previous(context: &Rc<Context>) -> Result<()> {
     let cookies = context.state().datapath.cookies_before()?;
-    let mut differed = 0;
     for some in cookies.chunks(MAX_BATCH) {
-        differed += context.state().datapath.merge_previous(some)?;
+        context.state().datapath.merge_previous(some)?;
         tokio::task::yield_now().await;
     }
-    Ok(differed)
+    Ok(())
 }

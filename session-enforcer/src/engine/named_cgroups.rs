@@ -95,7 +95,7 @@ async fn have_come(context: &Rc<Context>, reload: &Reload, come: &[u64]) -> Resu
         adopts: true,
         ..sync::Aim::default()
     };
-    let adopted = sync::sync(context, aim).await?.adopted;
+    let adopted = sync::sync(context, aim).await?;
     tracing::info!(
         "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
          adopted"

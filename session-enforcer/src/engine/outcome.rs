@@ -177,8 +177,10 @@ impl State {
         }
         self.kills.failed(cookie, session, error);
         if !self.tracker.contains(cookie) {
-            // It has no slot in the table: the next sync finds it again.
+            // It has ended, or has no slot in the table; in the latter case the next sync finds it again.
             self.tracker.clear_phase(cookie);
+            self.holdings.remove(&cookie);
+            self.kills.forgotten(cookie);
         }
     }
 

@@ -29,10 +29,6 @@ use crate::{
     report::metrics::Untracked,
 };
 
-/// Maximum number of comparisons of records with their sockets while packets pass. Each time fewer differ: those with a
-/// packet during the comparison.
-pub(super) const MAX_COMPARISONS: usize = 8;
-
 /// Up to this number of ports the listeners are queried port by port; above it all listeners of the namespace are
 /// listed once.
 const MAX_PORTS: usize = 4;
@@ -73,7 +69,7 @@ async fn find_waiting(context: Rc<Context>) -> Result<()> {
 }
 
 /// Resolves the owners of sessions, and then their rules. The returned sessions are scheduled without a due time and
-/// can be judged: their records agree with their sockets.
+/// can be judged.
 ///
 /// # Errors
 ///
@@ -83,7 +79,7 @@ pub(super) async fn resolve(context: &Rc<Context>, sessions: Vec<Tracked>) -> Re
     for (netns_cookie, sessions) in by_namespace(sessions, |(_, session)| session) {
         resolved.extend(resolve_in(context, netns_cookie, sessions).await?);
     }
-    compare(context, resolved).await
+    Ok(resolved)
 }
 
 async fn resolve_in(
@@ -91,7 +87,7 @@ async fn resolve_in(
     netns_cookie: u64,
     sessions: Vec<Tracked>,
 ) -> Result<Vec<Tracked>> {
-    let found = sockets_of(context, netns_cookie, &sessions, Detail::Names).await;
+    let found = sockets_of(context, netns_cookie, &sessions).await;
     let found = match found {
         Ok(sockets) => {
             let open = sockets.iter().filter_map(|answer| match answer {
@@ -162,11 +158,10 @@ async fn sockets_of(
     context: &Rc<Context>,
     netns_cookie: u64,
     sessions: &[Tracked],
-    detail: Detail,
 ) -> Result<Vec<Answer>, String> {
     let target = |(cookie, session): &Tracked| SocketId::of(*cookie, session);
     let targets: Vec<SocketId> = sessions.iter().map(target).collect();
-    ask::query(context, netns_cookie, &targets, detail).await
+    ask::query(context, netns_cookie, &targets, Detail::Names).await
 }
 
 /// Queries the listeners on these ports of a namespace.
@@ -253,50 +248,6 @@ pub(super) fn find_cgroups(context: &Rc<Context>) {
     });
 }
 
-/// Compares updated records with their sockets until they agree. Sessions that have ended meanwhile are handled and not
-/// returned.
-async fn compare(context: &Rc<Context>, mut written: Vec<Tracked>) -> Result<Vec<Tracked>> {
-    let mut whole = Vec::new();
-    for _ in 0..MAX_COMPARISONS {
-        if written.is_empty() {
-            break;
-        }
-        // The socket may not have counted a packet yet that is still in the hook.
-        ask::wait_for_programs(context).await;
-        let differing = std::mem::take(&mut written);
-        for (netns_cookie, sessions) in by_namespace(differing, |(_, session)| session) {
-            let answers = sockets_of(context, netns_cookie, &sessions, Detail::Activity).await;
-            let answers = answers.unwrap_or_else(|error| {
-                tracing::warn!(
-                    "comparing {} sessions with their sockets: {error}",
-                    sessions.len()
-                );
-                vec![Answer::Locked; sessions.len()]
-            });
-            let mut state = context.state();
-            for ((cookie, session), answer) in sessions.into_iter().zip(answers) {
-                match state.catch_up(cookie, &session, answer)? {
-                    CaughtUp::Agrees(session) => whole.push((cookie, session)),
-                    CaughtUp::Written(session) => written.push((cookie, session)),
-                    CaughtUp::Ended => {}
-                }
-            }
-        }
-    }
-    whole.append(&mut written);
-    Ok(whole)
-}
-
-/// The result of comparing a session's record with its socket.
-pub(super) enum CaughtUp {
-    /// The record agrees with the socket.
-    Agrees(Session),
-    /// The record differed and was updated.
-    Written(Session),
-    /// The session has ended and was handled.
-    Ended,
-}
-
 impl State {
     /// Notes the path and the ancestors of a cgroup.
     fn note_cgroup(&mut self, cgroup: Cgroup) -> Result<()> {
@@ -336,8 +287,7 @@ impl State {
     }
 
     /// Writes the owner of a session, and the rule that results, into the session table. The returned session is
-    /// scheduled without a due time and must be compared with its socket before it is judged. Returns `None` if the
-    /// session must not be judged now; it is then already handled.
+    /// scheduled without a due time. Returns `None` if the session must not be judged now; it is then already handled.
     fn set_owner(
         &mut self,
         cookie: u64,
@@ -400,60 +350,62 @@ impl State {
         }
     }
 
-    /// Compares the record of a session with its socket, and updates the record if they differ.
+    /// Compares the record of a session with its socket, and updates the record if they differ. Returns whether it did.
     pub(super) fn catch_up(
         &mut self,
         cookie: u64,
         session: &Session,
         answer: Answer,
-    ) -> Result<CaughtUp> {
-        let mut session = *session;
+    ) -> Result<bool> {
         let (socket, at_ns) = match answer {
             Answer::Known(socket, at_ns) => (socket.filter(|socket| !socket.is_mini), at_ns),
             Answer::Locked => {
                 // A locked socket is in use.
-                return Ok(if self.count_as_active(cookie, &mut session)? {
-                    CaughtUp::Agrees(session)
-                } else {
-                    self.forget_unless_another(cookie, &session)?;
-                    CaughtUp::Ended
-                });
+                if self.count_as_active(cookie, session)?.is_none() {
+                    self.forget_unless_another(cookie, session)?;
+                }
+                return Ok(false);
             }
         };
         let Some(socket) = socket else {
-            self.release(cookie, &session)?;
-            return Ok(CaughtUp::Ended);
+            self.release(cookie, session)?;
+            return Ok(false);
         };
         // Read after the socket was queried: activity in between is only in the record.
-        let Some(now) = self.still_there(cookie, &session)? else {
-            self.forget_unless_another(cookie, &session)?;
-            return Ok(CaughtUp::Ended);
+        let Some(now) = self.still_there(cookie, session)? else {
+            self.forget_unless_another(cookie, session)?;
+            return Ok(false);
         };
         let limits = self.rule_set.rule(now.rule).map(|rule| rule.limits);
         let caught_up = adopt::caught_up(&now, &socket, limits.as_ref(), at_ns, self.lag_ns);
         if caught_up == now {
-            return Ok(CaughtUp::Agrees(now));
+            return Ok(false);
         }
-        if self.datapath.update(cookie, &caught_up)? {
-            return Ok(CaughtUp::Written(caught_up));
+        let is_updated = self.datapath.update(cookie, &caught_up)?;
+        if !is_updated {
+            self.forget_unless_another(cookie, session)?;
         }
-        self.forget_unless_another(cookie, &session)?;
-        Ok(CaughtUp::Ended)
+        Ok(is_updated)
     }
 
     /// Counts a session as active at this moment. That is later than any packet that was not stamped, so the session
-    /// does not end early. Returns whether the session still exists, and updates `session`.
-    pub(super) fn count_as_active(&mut self, cookie: u64, session: &mut Session) -> Result<bool> {
+    /// does not end early. Returns the session if it still exists.
+    pub(super) fn count_as_active(
+        &mut self,
+        cookie: u64,
+        session: &Session,
+    ) -> Result<Option<Session>> {
         // Taken before the record is read; later stamps are higher and are kept.
         let now_ns = monotonic_ns();
         let Some(found) = self.still_there(cookie, session)? else {
-            return Ok(false);
+            return Ok(None);
         };
-        *session = Session {
+        let active = Session {
             last_received_ns: found.last_received_ns.max(now_ns),
             last_sent_ns: found.last_sent_ns.max(now_ns),
             ..found
         };
-        Ok(self.datapath.update(cookie, session)?)
+        let is_updated = self.datapath.update(cookie, &active)?;
+        Ok(is_updated.then_some(active))
     }
 }

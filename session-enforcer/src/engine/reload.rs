@@ -159,7 +159,7 @@ pub(super) async fn adopt_by_change(context: &Rc<Context>) -> Result<usize> {
         by_change: true,
         ..Aim::default()
     };
-    Ok(sync(context, aim).await?.adopted)
+    sync(context, aim).await
 }
 
 /// Redecides all sessions. Late ones become due, and the following passes terminate them.

@@ -281,13 +281,15 @@ impl State {
             tracing::error!("the kernel reports a session of rule {}", event.rule);
             return;
         };
-        let due_ns = if event.generation == self.rule_set.generation as u16 {
+        let is_current =
+            event.generation != 0 && event.generation == self.rule_set.generation as u16;
+        let due_ns = if is_current {
             ahead_of(
                 rule.limits.first_deadline_ns(event.established_ns),
                 &rule.limits,
             )
         } else {
-            // Opened under an earlier policy: due at once, to be decided anew.
+            // Opened under an earlier policy, or not decided about yet: due at once.
             0
         };
         if due_ns == 0 && self.tracker.contains(event.cookie) {

@@ -19,7 +19,7 @@ use super::{
     backoff::Need,
     context::Context,
     holder_searches::ahead_of,
-    owner_search::{self, CaughtUp},
+    owner_search,
     phase::Phase,
     state::{RECHECK_NS, State},
     terminate,
@@ -83,15 +83,6 @@ impl Aim {
     }
 }
 
-/// The result of a sync.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Synced {
-    /// Number of connections adopted.
-    pub(super) adopted: usize,
-    /// Number of sessions that were updated or had ended.
-    pub(super) changed: usize,
-}
-
 /// A listening socket and a process that holds it.
 type Listening = (Socket, Option<Holder>);
 
@@ -119,7 +110,8 @@ struct Sync<'a> {
     /// When they are confirmed, if the list does not end before.
     confirmed_at: Instant,
     visited: HashSet<u64>,
-    synced: Synced,
+    /// Number of connections adopted.
+    adopted: usize,
 }
 
 /// The aim of a routine sync. It only searches every descriptor of the host if something is known to be wrong.
@@ -133,12 +125,13 @@ pub(super) fn routine(state: &State) -> Aim {
     }
 }
 
-/// Makes session table, schedule and sockets agree. A sync in progress is stopped, and its aims are added.
+/// Makes session table, schedule and sockets agree. A sync in progress is stopped, and its aims are added. Returns the
+/// number of adopted connections.
 ///
 /// # Errors
 ///
 /// Fails if the session table cannot be read or written. Sockets that cannot be listed are counted and logged instead.
-pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
+pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<usize> {
     let number = context.syncs.get() + 1;
     context.syncs.set(number);
     let stopped = context.sync_under_way.get();
@@ -185,14 +178,14 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
             unconfirmed: Vec::new(),
             confirmed_at: Instant::now(),
             visited: HashSet::new(),
-            synced: Synced::default(),
+            adopted: 0,
         }
     };
     let listed = sync.list().await;
     // Sessions that were inserted must be confirmed and counted even after an error.
     let confirmed = sync.confirm().await;
     let used = listed.and_then(|used| confirmed.map(|()| used))?;
-    let synced = sync.synced;
+    let adopted = sync.adopted;
     if sync.is_last() {
         context.sync_under_way.set(None);
         let mut state = context.state();
@@ -203,7 +196,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
         }
     }
     context.wake.notify_one();
-    Ok(synced)
+    Ok(adopted)
 }
 
 impl Sync<'_> {
@@ -481,9 +474,8 @@ impl Sync<'_> {
                 let Some(session) = state.datapath.session(target.cookie)? else {
                     continue;
                 };
-                if let CaughtUp::Written(_) = state.catch_up(target.cookie, &session, answer)? {
+                if state.catch_up(target.cookie, &session, answer)? {
                     state.records.metrics.repaired(Repair::Behind);
-                    self.synced.changed += 1;
                 }
             }
         }
@@ -548,8 +540,8 @@ impl Sync<'_> {
                     }
                     self.unconfirmed.push((cookie, session));
                 }
-                // Its event will follow.
-                Adoption::Known => {}
+                // Its event will follow, unless it was lost.
+                Adoption::Known => state.tracker.add(cookie, group_of(&session), 0),
                 Adoption::Full | Adoption::RuleFull => {
                     let is_growing = answer == Adoption::Full && state.datapath.can_grow();
                     if state.resets_untracked(session.rule) && !is_growing {
@@ -606,7 +598,7 @@ impl Sync<'_> {
         Ok(())
     }
 
-    fn confirm_one(&mut self, cookie: u64, mut session: Session, answer: Answer) -> Result<()> {
+    fn confirm_one(&mut self, cookie: u64, session: Session, answer: Answer) -> Result<()> {
         let mut state = self.context.state();
         let phase = state.tracker.phase(cookie, &session);
         let may_have_ended = matches!(
@@ -622,27 +614,26 @@ impl Sync<'_> {
         };
         // A FIN may have passed before the session was inserted, so no event reported it.
         let is_closing = open.is_some_and(|(socket, _)| state::is_closing(socket.state));
-        let is_there = match (answer, open) {
+        let confirmed = match (answer, open) {
             (Answer::Known(..), None) => {
                 // If the socket was connected again under the same cookie, the kernel programs track the new
                 // connection.
                 state.datapath.remove(cookie, session.established_ns)?;
-                false
+                None
             }
             (_, Some((socket, at_ns))) => {
                 let limits = self.limits_of_rules.get(usize::from(session.rule));
                 let told = adopt::caught_up(&session, &socket, limits, at_ns, self.lag_ns);
-                // Stamps since the first query are kept.
-                told == session
-                    || state.datapath.update(cookie, &told)?
-                        && state.count_as_active(cookie, &mut session)?
+                // An update keeps stamps since the first query.
+                let is_there = told == session || state.datapath.update(cookie, &told)?;
+                is_there.then_some(told)
             }
-            (Answer::Locked, None) => state.count_as_active(cookie, &mut session)?,
+            (Answer::Locked, None) => state.count_as_active(cookie, &session)?,
         };
-        if !is_there {
+        let Some(session) = confirmed else {
             return state.forget_unless_another(cookie, &session);
-        }
-        self.synced.adopted += 1;
+        };
+        self.adopted += 1;
         if self.aim.repairs {
             state.records.metrics.repaired(Repair::Missed);
         }
@@ -708,7 +699,6 @@ impl Sync<'_> {
                     // The kernel's report may have come first.
                     if state.still_there(*cookie, session)?.is_some() {
                         state.drop_stale(*cookie, session)?;
-                        self.synced.changed += 1;
                     }
                 }
             }

@@ -8,7 +8,6 @@ use anyhow::Result;
 use super::{
     ask,
     context::Context,
-    owner_search::MAX_COMPARISONS,
     reload,
     state::State,
     sync::{Aim, sync},
@@ -62,14 +61,9 @@ pub(super) async fn attach(context: &Rc<Context>) -> Result<usize> {
         write_rules(context).await?;
     }
     if is_stopped {
-        // Covers packets between the list of the sockets and the attachment, and stamps written while a record was
-        // being updated.
-        for _ in 0..MAX_COMPARISONS {
-            ask::wait_for_programs(context).await;
-            if catch_up(context).await? == 0 {
-                break;
-            }
-        }
+        // Covers packets between the list of the sockets and the attachment.
+        ask::wait_for_programs(context).await;
+        catch_up(context).await?;
         context.state().put_gates(true)?;
     }
     // Sessions that had ended are not counted.
@@ -100,13 +94,13 @@ async fn write_rules(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-async fn catch_up(context: &Rc<Context>) -> Result<usize> {
+async fn catch_up(context: &Rc<Context>) -> Result<()> {
     let aim = Aim {
         catches_up: true,
         is_thorough: true,
         ..Aim::default()
     };
-    Ok(sync(context, aim).await?.changed)
+    sync(context, aim).await.map(drop)
 }
 
 /// Adopts the untracked connections and makes this daemon's pins permanent.
@@ -123,7 +117,7 @@ pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
         releases_others: inherited != Inherited::Nothing,
         ..Aim::default()
     };
-    let adopted = sync(context, aim).await?.adopted;
+    let adopted = sync(context, aim).await?;
     context.state().datapath.commit()?;
     reload::narrow_ports(context).await?;
     let mut state = context.state();

@@ -39,6 +39,10 @@ use crate::{
 /// end about 6 % sooner on two processors.
 const AT_A_TIME: usize = 2;
 
+/// Maximum number of regular batches, for when a pass finds sessions of many namespaces. If all of them hang, so many
+/// reapers are left behind before the limits on hanging resets apply.
+const MAX_BATCHES: usize = 8;
+
 /// How long a socket may delay the ACK of what it has taken (`TCP_DELACK_MAX` of include/net/tcp.h).
 const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
 
@@ -325,9 +329,23 @@ pub(super) fn hand_over(
             Slot::InTurn { _turn: turn }
         } else {
             match lot.first() {
-                // Counts as possibly hanging from now on.
                 Some(first) if apart.is_some() => {
+                    // Lots of this pass may have taken the room meanwhile.
+                    let room = state.hanging.room(&culprit(state, &first.session));
+                    if let Room::Taken { since_ns } = room {
+                        for expired in &lot {
+                            state.has_no_room(expired, since_ns, now_ns);
+                        }
+                        continue;
+                    }
+                    // Counts as possibly hanging from now on.
                     Slot::Apart(Hangs::begin(context, state, &first.session))
+                }
+                _ if context.resets_under_way.get() >= MAX_BATCHES => {
+                    for expired in &lot {
+                        state.tracker.rearm(expired.cookie, 0);
+                    }
+                    continue;
                 }
                 _ => Slot::OfAll {
                     _waited: Waited::begin(context),
@@ -577,8 +595,8 @@ impl Attempt {
                     if state.tracker.contains(expired.cookie) {
                         state.tracker.rearm(expired.cookie, 0);
                     } else {
-                        // It has no slot in the table: the next sync finds it again.
-                        state.tracker.clear_phase(expired.cookie);
+                        // It has ended, or has no slot in the table; in the latter case the next sync finds it again.
+                        state.forget(expired.cookie);
                     }
                 }
             }
@@ -743,12 +761,14 @@ impl State {
         let mut records = self.datapath.shut(&named)?.into_iter();
         late.retain_mut(|expired| {
             let limits = &self.rule_set.rules[usize::from(expired.session.rule)].limits;
+            let is_decided_anew = self.in_force_since_ns >= expired.decided_ns;
             let still_late = records.next().flatten().filter(|session| {
                 expired.reason == Reason::Admin
-                    || matches!(
-                        expiry(session, limits, expired.decided_ns),
-                        Expiry::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
-                    )
+                    || !is_decided_anew
+                        && matches!(
+                            expiry(session, limits, expired.decided_ns),
+                            Expiry::Expired { deadline_ns, .. } if deadline_ns == expired.reached_ns
+                        )
             });
             match still_late {
                 Some(session) => {
@@ -836,9 +856,14 @@ impl State {
             self.tracker.rearm(cookie, 0);
             return Ok(None);
         }
-        let rule = expired.session.rule;
+        let Session { rule, owner, .. } = expired.session;
         let late = Expired {
-            session: Session { rule, ..confirmed },
+            idle_since_ns: limits.idle_since(&confirmed),
+            session: Session {
+                rule,
+                owner,
+                ..confirmed
+            },
             ..*expired
         };
         if is_enforced {

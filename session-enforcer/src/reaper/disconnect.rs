@@ -121,9 +121,14 @@ pub fn reset_tcp(
 /// # Errors
 ///
 /// Fails if the reset is not possible. The connection is then unchanged.
-pub fn reset_by_cookie(cookie: u64, holder: Option<&Holder>) -> Result<Answer, DisconnectError> {
+pub fn reset_by_cookie(
+    target: &SocketId,
+    holder: Option<&Holder>,
+) -> Result<Answer, DisconnectError> {
+    let cookie = target.cookie;
     let (pid, fd) = take(SocketKey::Cookie(cookie), cookie, holder)?;
-    if !is_session(&fd) {
+    // The process may have connected the socket to another address since.
+    if !is_session(&fd) || !is_named(&fd, target) {
         return Ok(Answer::Gone);
     }
     connect_to_nobody(&fd).map_err(|source| DisconnectError::Disconnect { pid, source })?;
@@ -138,6 +143,14 @@ fn is_session(socket: &OwnedFd) -> bool {
     let mut now = 0_u8;
     let told = option(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut now);
     told.is_ok() && state::TRACKED & state::bit(now) != 0
+}
+
+/// Whether a connected socket has the addresses and ports of the target.
+fn is_named(socket: &OwnedFd, target: &SocketId) -> bool {
+    let duplicate = socket.try_clone().map(TcpStream::from);
+    let found = duplicate.and_then(|stream| socket_id(&stream));
+    let ifindex = target.ifindex;
+    found.is_ok_and(|found| SocketId { ifindex, ..found } == *target)
 }
 
 /// Resets a subflow of an MPTCP connection in the namespace of `diag`, or the whole connection, as `extent`

@@ -281,7 +281,7 @@ impl Worker {
     ) -> Result<(), Broken> {
         if sessions.iter().all(|held| held.how == Disconnect::ByCookie) {
             return self.each(sessions, |held| {
-                disconnect::reset_by_cookie(held.target.cookie, held.holder.as_ref())
+                disconnect::reset_by_cookie(&held.target, held.holder.as_ref())
             });
         }
         self.with(netns, lent, |worker, diag| {
@@ -292,7 +292,7 @@ impl Worker {
                     Disconnect::Mptcp(extent) => {
                         disconnect::reset_mptcp(diag, target, extent, holder)
                     }
-                    Disconnect::ByCookie => disconnect::reset_by_cookie(target.cookie, holder),
+                    Disconnect::ByCookie => disconnect::reset_by_cookie(target, holder),
                 }
             })
         })

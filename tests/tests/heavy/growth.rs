@@ -14,8 +14,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use session_enforcer::{
+    datapath::{Datapath, Options, PinDir},
+    host::cgroup::Cgroup,
+};
+use session_enforcer_common::{Limits, MatchEntry};
 use session_enforcer_tests::{
-    Daemon, Lab, Listener, Pair, eventually, idle_rule, longer_than_a_start, patience,
+    Daemon, Lab, Listener, Pair, Pins, cookie, disconnect, eventually, idle_rule,
+    longer_than_a_start, patience,
 };
 
 use crate::turn;
@@ -241,4 +247,57 @@ fn a_daemon_killed_between_two_tables_leaves_all_sessions_to_the_next() -> Resul
         let is_between = lab.pins.names()?.iter().any(|name| name == "TORN");
         Ok(is_between || daemon.log().contains(DONE))
     })
+}
+
+/// Loads the programs with these pins, without a daemon.
+fn load_pinned(pins: &Pins, max_sessions: u32) -> Result<Datapath> {
+    let options = Options {
+        max_sessions,
+        only_netns: None,
+        notes_owners: false,
+        verbose: false,
+    };
+    Ok(Datapath::load(options, Some(PinDir::hold(pins.path())?))?)
+}
+
+/// The next daemon copies the table, and only then replaces the programs.
+#[test]
+fn a_socket_that_is_connected_again_after_its_session_was_copied_has_its_later_session()
+-> Result<()> {
+    let _turn = turn(module_path!());
+    let lab = Lab::new(AGENT)?;
+    let pins = Pins::new();
+    let cgroup = Cgroup::open(lab.cgroup.path())?;
+    let limits = Limits {
+        idle_timeout_ns: 3_600_000_000_000,
+        max_lifetime_ns: 0,
+        lifetime_jitter_ns: 0,
+        response_timeout_ns: 0,
+        half_closed_timeout_ns: 0,
+        min_answer: 0,
+        max_sessions: 0,
+        generation: 1,
+        min_payload: 1,
+        activity: 0,
+        gate: 0,
+        jitter_key: 0,
+    };
+    let mut before = load_pinned(&pins, 1_024)?;
+    before.put_policy(1, &[MatchEntry::any(0)], &[limits])?;
+    before.attach(&cgroup)?;
+    before.commit()?;
+    let listener = lab.outside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let first = Pair::open(&lab.inside, &listener)?;
+    let cookie = cookie(&first.client)?;
+    let copied = before.session(cookie)?.context("the first session")?;
+    drop(before);
+
+    let mut after = load_pinned(&pins, 2_048)?;
+    let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
+    after.attach(&cgroup)?;
+    after.compare_sessions()?;
+    let session = after.session(cookie)?.context("the second session")?;
+    assert!(session.established_ns > copied.established_ns);
+    assert_eq!(session.local_port, again.client.local_addr()?.port());
+    Ok(())
 }

@@ -17,7 +17,7 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Locked, Pair, Place, Record, eventually, patience,
+    Agent, Cgroup, Daemon, Lab, Listener, Locked, Netns, Pair, Place, Record, eventually, patience,
     scaled, state_of, unhurried,
 };
 
@@ -200,11 +200,54 @@ fn queries_of_locked_sockets_in_many_cgroups_delay_no_reset() -> Result<()> {
         record.assert_reset("max_lifetime", &victim.opened, lifetime());
         let late = record.number("session_enforcer.lateness_seconds");
         assert!(late < promptly().as_secs_f64(), "{late}");
+        record.text("session_enforcer.cgroup");
     }
-    let stuck = daemon.metric("session_enforcer_reapers", &[("state", "stuck")])?;
+    // Their resets hang, too.
+    for pair in &pairs {
+        daemon.wait_for_termination_of(pair)?;
+    }
     // At most four of each cgroup.
+    let stuck = daemon.metric("session_enforcer_reapers", &[("state", "stuck")])?;
     assert!(stuck <= (4 * CGROUPS) as f64, "{stuck}");
     drop((locks, pairs));
+    Ok(())
+}
+
+/// Each network namespace has its own batches, and any user can create many. All are due when the daemon continues.
+#[test]
+fn locked_sockets_in_many_namespaces_count_for_their_cgroup() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    const NAMESPACES: usize = 40;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let cgroup = lab.cgroup.child()?;
+    let due = 2 * limit();
+    let rules = format!(
+        "{}[[rule]]\nname = \"locked\"\ndirection = \"inbound\"\ncgroups = [\"{}\"]\n\
+         idle_timeout = \"{}s\"\n",
+        rule("others", &others, limit()),
+        cgroup.name()?,
+        due.as_secs()
+    );
+    let daemon = lab.daemon(&rules)?;
+    let held = (0..NAMESPACES).map(|_| {
+        let netns = Netns::new()?;
+        let place = Place::here().in_cgroup(&cgroup).in_netns(&netns);
+        let listener = listen(&lab.at(&place)?)?;
+        let pair = Pair::open(&lab.outside_in(&netns)?, &listener)?;
+        Ok((Locked::new(&pair.server)?, pair, netns))
+    });
+    let held = held.collect::<Result<Vec<_>>>()?;
+    daemon.freeze()?;
+    thread::sleep(due);
+    daemon.thaw()?;
+    daemon.wait_for_terminations(NAMESPACES)?;
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    // Four, and those that were in progress when the first one began to hang.
+    let stuck = daemon.metric("session_enforcer_reapers", &[("state", "stuck")])?;
+    assert!(stuck <= 16.0, "{stuck}");
+    drop(held);
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Connections that are older than the daemon are enforced with their true age.
 
 use std::{
+    io::Write as _,
     net::{Ipv4Addr, Shutdown, SocketAddr},
     os::fd::AsRawFd as _,
     sync::atomic::{AtomicBool, Ordering},
@@ -118,6 +119,27 @@ fn an_adopted_session_lives_while_it_is_busy_and_one_timeout_more() -> Result<()
     let last = pair.keep_busy(limit() + Duration::from_secs(1))?;
     assert_eq!(daemon.terminations()?.len(), 0);
     assert_reset_for(&daemon, &pair, &last)
+}
+
+/// Between the two queries of an adoption payload comes all the time.
+#[test]
+fn payload_that_does_not_count_leaves_the_clock_of_an_adopted_session() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let last = pair.to_client(b"out")?;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while (&pair.client).write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        last.wait(Duration::from_secs(2));
+        let daemon = lab.daemon(&(rule() + "activity = \"sent\"\n"))?;
+        let record = daemon.wait_for_termination_of(&pair)?;
+        record.assert_reset("idle_timeout", &last, limit());
+        Ok(())
+    })
 }
 
 #[test]

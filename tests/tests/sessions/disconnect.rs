@@ -18,7 +18,7 @@ use session_enforcer::reaper::{
     processes::find_holders,
     protocol::{Holder, Place, SocketKey},
 };
-use session_enforcer_tests::{Lab, Pair, cookie, dial, eventually, patience};
+use session_enforcer_tests::{Lab, Pair, cookie, dial, disconnect, eventually, patience};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
@@ -168,9 +168,9 @@ fn a_connection_can_be_reset_only_once_a_process_has_accepted_it() -> Result<()>
 fn a_connection_is_found_by_its_cookie_alone_but_not_in_another_cgroup() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [pair, other] = [open(&lab, LOOPBACK)?, open(&lab, LOOPBACK)?];
-    let cookie = socket_id(&pair.server)?.cookie;
-    let key = SocketKey::Cookie(cookie);
-    let needed = reset_by_cookie(cookie, None);
+    let target = socket_id(&pair.server)?;
+    let key = SocketKey::Cookie(target.cookie);
+    let needed = reset_by_cookie(&target, None);
     assert!(
         matches!(needed, Err(DisconnectError::NeedsHolder(needed)) if needed == key),
         "{needed:?}"
@@ -179,12 +179,30 @@ fn a_connection_is_found_by_its_cookie_alone_but_not_in_another_cgroup() -> Resu
     let cgroup = Place::Cgroup(lab.cgroup.path().to_owned());
     assert_eq!(holder(key, &cgroup), None);
     let holder = holder(key, &HOST).context("a holder")?;
-    let reset = || reset_by_cookie(cookie, Some(&holder));
+    let reset = || reset_by_cookie(&target, Some(&holder));
     assert_eq!(reset()?, Answer::Reset);
     assert_eq!(pair.ends()?[0].error, Some(Errno::ECONNRESET));
     // The process still has the socket, which is not connected any more.
     assert_eq!(reset()?, Answer::Gone);
     other.round_trip()?;
+    Ok(())
+}
+
+/// The socket keeps its cookie.
+#[test]
+fn a_socket_that_is_connected_again_is_not_reset_by_its_cookie() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let first = open(&lab, LOOPBACK)?;
+    let before = socket_id(&first.client)?;
+    let listener = lab.inside.listen(LOOPBACK)?;
+    let again = Pair::dial(disconnect(first.client)?, &listener, listener.address)?;
+    let now = socket_id(&again.client)?;
+    assert_eq!(now.cookie, before.cookie);
+    let holder = holder(SocketKey::Cookie(now.cookie), &HOST).context("a holder")?;
+    let reset = |target| reset_by_cookie(target, Some(&holder));
+    assert_eq!(reset(&before)?, Answer::Gone);
+    again.round_trip()?;
+    assert_eq!(reset(&now)?, Answer::Reset);
     Ok(())
 }
 
