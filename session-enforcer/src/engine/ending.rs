@@ -165,13 +165,14 @@ async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
         } => Some((found, next, Duration::from_nanos(used_ns))),
         _ => None,
     });
-    // A search without an answer counts as long as it took. That of the host goes on at the same process.
+    // A search without an answer counts by its duration. The next search of the host starts at the same process.
     let (found, next, used) = answer.unwrap_or_else(|| (Vec::new(), Some(from), began.elapsed()));
     let found: HashMap<SocketKey, Holder> = found.into_iter().collect();
     let mut not_held = Vec::new();
     let mut searches = context.holder_searches.borrow_mut();
     searches.rest(place, slice, used, Instant::now());
-    // A search that has found all begins anew at the same process: others may be held there.
+    // If the search ended because it found everything, the next one starts at the same process, which may hold other
+    // sockets.
     let is_found = |(_, sought): &(Name, Sought)| found.contains_key(&sought.key);
     if place == HOST && !sought.iter().all(is_found) {
         searches.from = next.unwrap_or(0);
@@ -188,8 +189,8 @@ async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
         if let Some(holder) = found.get(&sought.key) {
             state.note_holder(name, &sought, holder);
             if let Some(expired) = sought.to_reset.filter(|expired| state.answered(expired)) {
-                // It is judged again, because the search may have taken long; but not while another reset of it hangs, nor
-                // if the session table has no slot for it.
+                // Judge it again, since the search took time. Skip this while another reset hangs or if the session has
+                // no slot.
                 let is_free = !state.is_asked_of_another(&expired);
                 if is_free && state.tracker.contains(expired.cookie) {
                     state.tracker.rearm(expired.cookie, 0);
@@ -282,7 +283,7 @@ impl State {
                 pid: holder.pid,
                 name: holder.comm,
             }),
-            // The process may put the socket elsewhere, so only a reset that waits for it uses it.
+            // The descriptor may be reused, so only the waiting reset uses it.
             holder: sought.to_reset.map(|_| *holder),
         };
         self.holdings.insert(cookie, holding);

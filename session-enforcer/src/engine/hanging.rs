@@ -14,8 +14,8 @@ const MAX_OF_CGROUP: usize = 4;
 /// Maximum number of hanging resets in total.
 const MAX_IN_ALL: usize = 256;
 
-/// What a reset is counted under, from the top down: the cgroups above its session, that of the session, and the
-/// processes of that cgroup. Nothing if the cgroup is not known.
+/// The cgroups whose limits a reset counts against, topmost first: the cgroups above its session, that of the session, and
+/// the processes of that cgroup. Empty if the cgroup is not known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Culprit(Vec<Level>);
 
@@ -77,7 +77,7 @@ impl Occupancy {
 pub(super) struct Hanging {
     levels: HashMap<Level, Occupancy>,
     in_all: Occupancy,
-    /// The number of those, by cgroup, whose reapers are silent.
+    /// Number of silent reapers by cgroup.
     silent: HashMap<u64, usize>,
     /// Whether `sock_diag` as a whole does not answer.
     pub(super) is_diag_blocked: bool,
@@ -94,7 +94,7 @@ impl Hanging {
         self.in_all.begin(now_ns);
     }
 
-    /// Counts one that has returned.
+    /// Counts a reset or query that has returned.
     pub(super) fn end(&mut self, culprit: &Culprit, now_ns: u64) {
         for level in &culprit.0 {
             if let Some(occupancy) = self.levels.get_mut(level) {
@@ -107,7 +107,7 @@ impl Hanging {
         self.in_all.end(now_ns);
     }
 
-    /// Notes that the reaper of one of the cgroup is silent.
+    /// Notes that a reaper is silent at a socket of the cgroup.
     pub(super) fn note_silent(&mut self, cgroup_id: u64) {
         *self.silent.entry(cgroup_id).or_default() += 1;
     }
@@ -127,13 +127,13 @@ impl Hanging {
         cgroup_id != 0 && self.silent.contains_key(&cgroup_id)
     }
 
-    /// Whether another reset may be started for the culprit. A session whose cgroup is not known counts only in all: it
-    /// may be anybody's.
+    /// Whether another reset may be started for the culprit. A session whose cgroup is not known counts only
+    /// towards the total.
     pub(super) fn room(&self, culprit: &Culprit) -> Room {
         let (mut limit, mut above) = (MAX_IN_ALL, self.in_all);
         for level in &culprit.0 {
             let here = self.levels.get(level).copied().unwrap_or_default();
-            // Those that began before the cgroup's ancestors were known count here only.
+            // Resets that began before the ancestors were known count for this cgroup only.
             let of_others = above.count.saturating_sub(here.count);
             limit = limit.saturating_sub(of_others).div_ceil(2);
             if let Level::Of(_) = level {

@@ -1,4 +1,4 @@
-//! Has holders of sessions searched for.
+//! Adds sessions to the searches for their holders.
 
 use super::{
     context::Context,
@@ -8,9 +8,9 @@ use super::{
 };
 use crate::reaper::protocol::SocketKey;
 
-/// Has the holder of a session searched for that cannot be reset without it.
+/// Searches for the holder of a session that can be reset only through it.
 pub(super) fn seek(context: &Context, state: &mut State, expired: &Expired, key: SocketKey) {
-    // Its answer is outstanding until the search ends.
+    // The reset counts as unanswered until the search ends.
     state.tracker.begin_reset(expired);
     let sought = Sought {
         key,
