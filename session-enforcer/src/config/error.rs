@@ -291,12 +291,13 @@ pub enum Problem {
     NoPort(IpAddr),
     /// The path in double quotes has an escape that systemd uses literally in names.
     #[error(
-        "has \\x within double quotes, where it stands for another character; names of systemd have it \
-         as it is: write the path in single quotes"
+        "TOML replaces \\x within double quotes, and names of systemd contain it: write the path in single quotes"
     )]
     ByteEscape,
     /// The cgroup is deeper than the kernel programs can compare.
-    #[error("has {levels} levels; at most {MAX_CGROUP_LEVELS} are looked at, name one above it")]
+    #[error(
+        "has {levels} levels, and rules can name at most {MAX_CGROUP_LEVELS}; name a cgroup above it"
+    )]
     DeepCgroup {
         /// The number of levels.
         levels: usize,

@@ -58,7 +58,10 @@ pub(super) async fn query(
         let found = search(context, netns_cookie, of_missing)
             .await
             .unwrap_or_else(|error| {
-                tracing::warn!("searching for {} sockets: {error}", missing.len());
+                tracing::warn!(
+                    "{} sockets could not be searched for and count as locked: {error}",
+                    missing.len()
+                );
                 missing.iter().map(|index| Some(targets[*index])).collect()
             });
         let found = missing.iter().zip(found);

@@ -6,12 +6,12 @@ use super::backoff::{Backoff, Need};
 use crate::report::health::DegradedCause;
 
 /// The health message while a rule has its maximum of sessions.
-pub(super) const FULL_RULE: &str = "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are picked up when \
-     there is room";
+pub(super) const FULL_RULE: &str = "a rule has reached its max_sessions, so further sessions of it are not tracked until one ends: raise its \
+     max_sessions";
 
 /// The health message while new cgroups are not reported.
-const UNWATCHED: &str = "connections of a cgroup of the rules that comes are tracked a second late, the kernel gives no inotify watch: raise \
-     fs.inotify.max_user_instances or fs.inotify.max_user_watches";
+const UNWATCHED: &str = "the kernel allows no further inotify watch, so connections of a new cgroup that a rule names are tracked up to a \
+     second late: raise fs.inotify.max_user_instances or fs.inotify.max_user_watches";
 
 /// Known gaps in the tracking, and the state of their repair.
 #[derive(Debug)]
@@ -152,23 +152,22 @@ impl Backlog {
         let untracked = match (self.has_sessions(), has_room) {
             (false, _) if self.has_sessions_of_full_rules() => Some(FULL_RULE),
             (false, _) if self.has_left_out_cgroups => Some(
-                "sessions of cgroups that fit patterns of the rules are not tracked, the match table is full: name a \
-                 cgroup above them, or have fewer prefixes and ports in the rules; the log says how many cgroups",
+                "the match table is full, so sessions of some cgroups that match a pattern are not tracked: name a cgroup \
+                 above them, or use fewer prefixes and ports in the rules; the log has the number of cgroups",
             ),
             (false, _) if self.is_unwatched => Some(UNWATCHED),
             (false, _) => None,
             (true, true) => Some(
-                "sessions that a rule matches were refused by the session map and are not tracked; \
-                 they are picked up in a moment",
+                "some sessions had no slot in the session table and are not tracked; the daemon adopts them in a moment",
             ),
             (true, false) => Some(
-                "sessions that a rule matches are not tracked, the session map is full: raise \
-                 daemon.max_sessions; they are picked up when there is room",
+                "the session table is full, so some sessions are not tracked until there is room: raise \
+                 daemon.max_sessions",
             ),
         };
         let namespace = (self.unreached > 0).then_some(
-            "sockets of a network namespace cannot be listed, its sessions may not be tracked; the \
-             log says which and why",
+            "the sockets of a network namespace cannot be listed, so its sessions may not be tracked; the log has \
+             the namespace and the reason",
         );
         // While a sync is in progress, the messages of the previous one stay: the new sync may find the same problems.
         let is_over = self.under_way.is_none();

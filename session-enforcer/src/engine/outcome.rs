@@ -243,7 +243,7 @@ impl State {
             self.records.metrics.untracked(Untracked::Namespace);
         }
         tracing::error!(
-            "an expired session is not reset, it stays behind the gate and is tried again: {error}"
+            "a session could not be reset; it stays behind the gate, and the daemon tries again: {error}"
         );
         self.fail(expired, at_ns, error);
         Ok(())

@@ -134,8 +134,8 @@ impl NamedCgroups {
         }
         if left_out > self.left_out {
             tracing::warn!(
-                "{left_out} cgroups that fit patterns of the rules are left out: the match table is full; \
-                 name a cgroup above them, or have fewer prefixes and ports in the rules"
+                "{left_out} cgroups that match a pattern are ignored, because the match table is full: name a cgroup \
+                 above them, or use fewer prefixes and ports in the rules"
             );
         }
         self.left_out = left_out;

@@ -108,7 +108,7 @@ async fn resolve_in(
         Ok(found) => found,
         Err(error) => {
             tracing::warn!(
-                "looking for the owners of {} sessions: {error}",
+                "the owners of {} sessions could not be found; the daemon tries again: {error}",
                 sessions.len()
             );
             let mut state = context.state();

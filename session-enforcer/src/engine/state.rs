@@ -278,7 +278,10 @@ impl State {
     fn opened(&mut self, event: &Event) {
         self.owner_resolver.remember(event.cgroup_id);
         let Some(rule) = self.rule_set.rule(event.rule) else {
-            tracing::error!("the kernel reports a session of rule {}", event.rule);
+            tracing::error!(
+                "an event names rule {}, which does not exist; the event is ignored",
+                event.rule
+            );
             return;
         };
         let due_ns = if event.generation == self.rule_set.generation as u16 {
@@ -459,7 +462,7 @@ impl State {
             return Ok(None);
         };
         let Some(active) = self.rule_set.rule(rule) else {
-            anyhow::bail!("the session map names rule {rule}, which is none");
+            anyhow::bail!("the session table names rule {rule}, which does not exist");
         };
         let (limits, mode) = (active.limits, active.mode);
         let phase = self.tracker.phase(cookie, &session);

@@ -573,7 +573,7 @@ impl Sync<'_> {
         let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
         if refused > 0 && is_first && !state.datapath.can_grow() {
             tracing::error!(
-                "connections are not tracked, the session map is full: raise daemon.max_sessions"
+                "the session table is full, so connections are not tracked: raise daemon.max_sessions"
             );
         }
         state.backlog.left_out += refused;
@@ -741,7 +741,7 @@ mod tests {
             ..Aim::default()
         };
         assert_eq!(routine.in_place_of(routine), routine);
-        // What the routine one finds may be what the policy change has brought.
+        // A session found by the routine sync may be new because of the policy change.
         assert_eq!(routine.in_place_of(reload), reload);
     }
 }

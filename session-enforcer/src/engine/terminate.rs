@@ -73,7 +73,7 @@ pub(super) fn end_waiting(context: &Context) {
         for cookie in &next {
             state.tracker.rearm(*cookie, 0);
         }
-        // Sessions that have ended meanwhile become due no more, so others follow at once.
+        // If all of them have ended, take the next ones.
         if next.is_empty() || next.iter().any(|cookie| state.tracker.contains(*cookie)) {
             return;
         }
@@ -216,7 +216,10 @@ async fn confirm_lot(
         let asked =
             ask::query_until_silent(&context, netns_cookie, &targets, Detail::Activity).await;
         let (answers, silent) = asked.unwrap_or_else(|error| {
-            tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
+            tracing::warn!(
+                "{} sockets could not be queried before their sessions end, so the records decide: {error}",
+                lot.len()
+            );
             if may_live {
                 let mut state = context.state();
                 lot.retain(|expired| !state.waits_for_ack(expired));
@@ -609,7 +612,7 @@ impl Attempt {
             }
             Problem::Diag(error) | Problem::Cgroups(error) => {
                 tracing::warn!(
-                    "the kernel's answers broke off, the sessions are looked at again: {error}"
+                    "the kernel's answers broke off, so the sessions are checked again: {error}"
                 );
                 for expired in rest {
                     conclude(context, expired, None, at_ns)?;
@@ -780,8 +783,8 @@ impl State {
         )
     }
 
-    /// Puts off the end of a session whose socket cannot be asked until the ACK of its candidate must have passed.
-    /// Returns whether it did.
+    /// If a socket could not be queried, delays the reset until the ACK of the candidate must have arrived. Returns
+    /// whether it did.
     fn waits_for_ack(&mut self, expired: &Expired) -> bool {
         let (cookie, session) = (expired.cookie, &expired.session);
         let acked_ns = session.came_ns.max(session.went_ns) + LONGEST_ACK_DELAY_NS;

@@ -45,7 +45,10 @@ pub(super) async fn query_maybe_ended(
     let targets: Vec<SocketId> = sessions.iter().map(target).collect();
     let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
     let answers = answers.unwrap_or_else(|error| {
-        tracing::warn!("looking for {} sessions: {error}", sessions.len());
+        tracing::warn!(
+            "the sockets of {} sessions could not be queried; the daemon tries again: {error}",
+            sessions.len()
+        );
         vec![Answer::Locked; sessions.len()]
     });
     for (maybe_ended, answer) in sessions.into_iter().zip(answers) {

@@ -39,8 +39,7 @@ pub enum CgroupError {
     },
     /// The opened cgroup was removed.
     #[error(
-        "cgroup {0} was removed, and what may be under its name now is another one that nothing is \
-         attached to; restart the daemon"
+        "cgroup {0} was removed; the programs are not attached to a new cgroup of that name; restart the daemon"
     )]
     Gone(PathBuf),
     /// The directory is not in a cgroup-v2 file system.

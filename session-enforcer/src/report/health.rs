@@ -65,7 +65,7 @@ impl Health {
         match (&before, what) {
             (None, Some(what)) => tracing::error!("{what}"),
             (Some(_), None) if trouble != DegradedCause::NotAdopted => {
-                tracing::info!("mended: {}", trouble.name());
+                tracing::info!("no longer degraded: {}", trouble.name());
             }
             _ => {}
         }

@@ -152,7 +152,7 @@ fn a_table_that_cannot_grow_keeps_its_sessions() -> Result<()> {
     let mut in_the_way = set.clone().into_os_string();
     in_the_way.push("-next");
     fs::create_dir_all(Path::new(&in_the_way).join("other"))?;
-    let mut pairs = fill_until(&daemon, &lab, &long, "cannot be made larger")?;
+    let mut pairs = fill_until(&daemon, &lab, &long, "could not grow")?;
     fs::remove_dir_all(&in_the_way)?;
     assert_all_are_tracked(&daemon, &pairs)?;
     // The smaller table fills up, and the message says what to do.
