@@ -244,9 +244,6 @@ pub enum Problem {
         /// The header of the key's table.
         under: &'static str,
     },
-    /// A later version will support this key.
-    #[error("is not supported yet by this version; remove it")]
-    KeyNotSupportedYet,
     /// `audit.sync` together with `audit.path = "journald"`.
     #[error(
         "found true beside path = \"journald\", which itself decides when records are on the disk \

@@ -26,7 +26,6 @@ pub(super) static TABLES: [Keys; 6] = [
     Keys {
         header: "no header, at the top of the file",
         known: &["daemon", "metrics", "control", "audit", "rule"],
-        later: &[],
     },
     Keys {
         header: "[daemon]",
@@ -39,22 +38,18 @@ pub(super) static TABLES: [Keys; 6] = [
             "network_namespaces",
             "reconcile_interval",
         ],
-        later: &[],
     },
     Keys {
         header: "[metrics]",
         known: &["listen"],
-        later: &[],
     },
     Keys {
         header: "[audit]",
         known: &["path", "sync"],
-        later: &[],
     },
     Keys {
         header: "[control]",
         known: &["socket", "group"],
-        later: &[],
     },
     Keys {
         header: "[[rule]]",
@@ -78,7 +73,6 @@ pub(super) static TABLES: [Keys; 6] = [
             "min_answer",
             "max_sessions",
         ],
-        later: &[],
     },
 ];
 const ROOT: usize = 0;
