@@ -685,7 +685,7 @@ mod tests {
             if owes && received > sent {
                 s.answered_ns = 0;
             }
-            (s.came_ns, s.went_ns) = (now - waits.0, now - waits.1);
+            (s.received_candidate_ns, s.sent_candidate_ns) = (now - waits.0, now - waits.1);
             let p = Limits {
                 idle_timeout_ns: limits.0,
                 response_timeout_ns: limits.1,
@@ -693,8 +693,8 @@ mod tests {
                 ..Limits::default()
             };
             if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
-                s.came_ns *= u64::from(is_taken.0);
-                s.went_ns *= u64::from(is_taken.1);
+                s.received_candidate_ns *= u64::from(is_taken.0);
+                s.sent_candidate_ns *= u64::from(is_taken.1);
                 if let Expiry::Expired { deadline_ns, .. } = expiry(&s.with_candidate(), &p, u64::MAX - 1) {
                     prop_assert!(deadline_ns >= recheck_ns, "{deadline_ns} {recheck_ns}");
                 }

@@ -253,8 +253,8 @@ fn words<const N: usize>() -> Arc<[AtomicU64; N]> {
     Arc::new(array::from_fn(|_| AtomicU64::new(0)))
 }
 
-/// `activity::note_sent` and `activity::has_sent`: who sees the time sees the end. `activity::take` and
-/// `table::read_whole` are of the same kind: who sees the count sees the stamp.
+/// `activity::store_sent_candidate` and `activity::has_sent`: a reader of the time also sees the end.
+/// `activity::confirm_received` and `table::read_whole` are of the same kind: a reader of the count also sees the stamp.
 fn second_word_comes_with_the_first(order: Order) {
     loom::model(move || {
         let session = words::<2>();

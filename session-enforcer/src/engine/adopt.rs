@@ -100,10 +100,10 @@ impl Adopter<'_> {
             half_closed_ns: half_closed_ns(socket, now_ns),
             // The kernel does not show how much of it belongs to an answer.
             sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
-            went_is_answer: 0,
-            came_ns: 0,
-            went_ns: 0,
-            went_until: 0,
+            sent_candidate_completes_answer: 0,
+            received_candidate_ns: 0,
+            sent_candidate_ns: 0,
+            sent_candidate_end: 0,
         })
     }
 }
@@ -262,10 +262,10 @@ pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) ->
     let has_sent = sent > session.bytes_sent || is_counted && sent == session.bytes_sent;
     (now.bytes_received, now.bytes_sent) = (session.bytes_received + new, sent);
     if !has_received {
-        now.came_ns = 0;
+        now.received_candidate_ns = 0;
     }
     if !has_sent {
-        now.went_ns = 0;
+        now.sent_candidate_ns = 0;
     }
     now.with_candidate()
 }
@@ -286,16 +286,20 @@ pub fn caught_up(
     now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
     // For a packet that the programs have seen, their time is more accurate than the age.
-    let is_seen = session.came_ns <= received_ns && received_ns - session.came_ns <= 2 * lag_ns;
+    let is_seen = session.received_candidate_ns <= received_ns
+        && received_ns - session.received_candidate_ns <= 2 * lag_ns;
     let received_ns = if is_seen {
-        session.came_ns
+        session.received_candidate_ns
     } else {
         received_ns
     };
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
     if session.awaits_sent() && sent == session.bytes_sent {
-        now.stamp_sent(session.went_ns, session.went_is_answer == 1);
+        now.stamp_sent(
+            session.sent_candidate_ns,
+            session.sent_candidate_completes_answer == 1,
+        );
     }
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
     if has_received {
@@ -760,7 +764,7 @@ mod tests {
         let mut of = socket(state::ESTABLISHED, 5432, 1);
         let mut session = adopt(&[entry(0, 5432, 3)], &Scope::All, &[of])[0].1;
         let mut info = of.info.unwrap();
-        (session.came_ns, session.went_ns) = (9_000 * MS, 8_000 * MS);
+        (session.received_candidate_ns, session.sent_candidate_ns) = (9_000 * MS, 8_000 * MS);
         change(&mut session, &mut info);
         of.info = Some(info);
         let limits = Limits {

@@ -787,7 +787,8 @@ impl State {
     /// whether it did.
     fn waits_for_ack(&mut self, expired: &Expired) -> bool {
         let (cookie, session) = (expired.cookie, &expired.session);
-        let acked_ns = session.came_ns.max(session.went_ns) + LONGEST_ACK_DELAY_NS;
+        let acked_ns =
+            session.received_candidate_ns.max(session.sent_candidate_ns) + LONGEST_ACK_DELAY_NS;
         if monotonic_ns() >= acked_ns {
             return false;
         }
@@ -835,7 +836,7 @@ impl State {
             self.datapath.update(cookie, &confirmed)?;
         }
         // A packet after the query is not covered by the answer.
-        if lives || now.came_ns.max(now.went_ns) >= began_ns {
+        if lives || now.received_candidate_ns.max(now.sent_candidate_ns) >= began_ns {
             self.tracker.rearm(cookie, 0);
             return Ok(None);
         }

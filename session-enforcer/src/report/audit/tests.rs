@@ -39,11 +39,11 @@ pub(in crate::report) fn session() -> Session {
         },
         data_segments_sent: 0,
         sent_before_answer: 0,
-        went_is_answer: 0,
+        sent_candidate_completes_answer: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
-        came_ns: 0,
-        went_ns: 0,
-        went_until: 0,
+        received_candidate_ns: 0,
+        sent_candidate_ns: 0,
+        sent_candidate_end: 0,
     }
 }
 
