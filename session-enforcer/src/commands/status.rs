@@ -46,8 +46,12 @@ fn words(status: &Status) -> String {
         "session-enforcer {}, process {}, on Linux {}: {ready}\n",
         status.version, status.pid, status.kernel
     );
-    for trouble in &status.troubles {
-        text += &format!("  {}: {}\n", trouble.cause, printable(&trouble.what));
+    for degradation in &status.degraded {
+        text += &format!(
+            "  {}: {}\n",
+            degradation.cause,
+            printable(&degradation.what)
+        );
     }
     let mode = match &*status.mode {
         "observe" => "observe: nothing is reset at a limit",

@@ -145,7 +145,7 @@ impl Backlog {
     }
 
     /// The health messages for what is known to be missing.
-    pub(super) fn troubles(
+    pub(super) fn problems(
         &self,
         has_room: bool,
     ) -> impl Iterator<Item = (DegradedCause, Option<&'static str>)> + use<> {
@@ -238,20 +238,20 @@ mod tests {
             (DegradedCause::Untracked, None),
             (DegradedCause::Namespace, None),
         ];
-        assert!(backlog.troubles(true).eq(none));
+        assert!(backlog.problems(true).eq(none));
         backlog.refused = 1;
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("in a moment")));
         backlog.unreached = 1;
-        let said: Vec<_> = backlog.troubles(false).collect();
+        let said: Vec<_> = backlog.problems(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("is full")));
         assert!(said[1].1.is_some_and(|what| what.contains("namespace")));
         // During a sync only problems that still exist are reported.
         backlog.begin();
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(said.len() == 1 && said[0].0 == DegradedCause::Untracked);
         end(&mut backlog);
-        assert!(backlog.troubles(true).eq(none));
+        assert!(backlog.problems(true).eq(none));
     }
 
     #[test]
@@ -262,7 +262,7 @@ mod tests {
         end(&mut backlog);
         assert_eq!(backlog.need(false), Need::TryAgain);
         assert_eq!(backlog.need(true), Need::Mend);
-        let said: Vec<_> = backlog.troubles(false).collect();
+        let said: Vec<_> = backlog.problems(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("max_sessions")));
         assert_eq!(said[1], (DegradedCause::Namespace, None));
     }
@@ -272,7 +272,7 @@ mod tests {
         let mut backlog = Backlog::from(0);
         backlog.refused_by_rules = 2;
         assert_eq!(backlog.need(true), Need::TryAgain);
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(
             said[0]
                 .1
@@ -297,7 +297,7 @@ mod tests {
         let mut backlog = Backlog::from(0);
         backlog.has_left_out_cgroups = true;
         for _ in 0..2 {
-            let said: Vec<_> = backlog.troubles(true).collect();
+            let said: Vec<_> = backlog.problems(true).collect();
             let (cause, what) = said[0];
             assert_eq!(cause, DegradedCause::Untracked);
             assert!(what.is_some_and(|what| what.contains("match table is full")));
@@ -308,19 +308,19 @@ mod tests {
         end(&mut backlog);
         backlog.has_left_out_cgroups = false;
         assert_eq!(
-            backlog.troubles(true).next(),
+            backlog.problems(true).next(),
             Some((DegradedCause::Untracked, None))
         );
     }
 
     #[test]
-    fn what_is_to_be_reset_is_looked_for_soon_and_is_no_trouble() {
+    fn what_is_to_be_reset_is_looked_for_soon_and_is_no_problem() {
         for count in [Backlog::refused_of, Backlog::refused_by_rules_of] {
             let mut backlog = Backlog::from(0);
             backlog.resets = true;
             *count(&mut backlog) = 1;
             assert_eq!(backlog.need(false), Need::Mend);
-            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
+            assert!(backlog.problems(false).all(|(_, what)| what.is_none()));
             backlog.begin();
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::Routine);
@@ -329,7 +329,7 @@ mod tests {
             backlog.to_reset = 1;
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::TryAgain);
-            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
+            assert!(backlog.problems(false).all(|(_, what)| what.is_none()));
             // Sessions of observing rules are left out and not reset.
             backlog.begin();
             backlog.left_out = 1;
@@ -360,6 +360,6 @@ mod tests {
         assert_eq!(backlog.need(true), Need::TryAgain);
         // The earlier message stays until the next sync has ended.
         backlog.begin();
-        assert_eq!(backlog.troubles(true).count(), 0);
+        assert_eq!(backlog.problems(true).count(), 0);
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, SocketId},
         disconnect::DisconnectError,
-        protocol::{Holder, Place, Reply, Request, SocketKey},
+        protocol::{Holder, Reply, Request, SearchScope, SocketKey},
     },
     report::audit::Process,
 };
@@ -66,8 +66,8 @@ async fn find_waiting(context: Rc<Context>, of_host: bool) -> Result<()> {
         if !of_host {
             note_ending(&context).await?;
         }
-        if let Some((place, slice)) = next_place(&context, of_host) {
-            search(&context, place, slice).await?;
+        if let Some((scope, slice)) = next_scope(&context, of_host) {
+            search(&context, scope, slice).await?;
             find(&context);
         }
         tokio::time::sleep(PAUSE).await;
@@ -80,7 +80,7 @@ async fn find_waiting(context: Rc<Context>, of_host: bool) -> Result<()> {
     }
 }
 
-fn next_place(context: &Context, of_host: bool) -> Option<(u64, u64)> {
+fn next_scope(context: &Context, of_host: bool) -> Option<(u64, u64)> {
     let state = context.state();
     let slice_of = |cgroup_id| {
         let ancestors = state
@@ -89,8 +89,8 @@ fn next_place(context: &Context, of_host: bool) -> Option<(u64, u64)> {
         ancestors.filter(|slice| *slice != 0).unwrap_or(cgroup_id)
     };
     let mut searches = context.holder_searches.borrow_mut();
-    let place = searches.next(of_host, Instant::now(), slice_of)?;
-    Some((place, slice_of(place)))
+    let scope = searches.next(of_host, Instant::now(), slice_of)?;
+    Some((scope, slice_of(scope)))
 }
 
 /// Queries the owners of the sessions that will end soon, and adds those sessions to the searches.
@@ -136,23 +136,23 @@ async fn note_ending(context: &Rc<Context>) -> Result<()> {
 }
 
 /// Searches a cgroup's processes, or a part of the host's, for the holders of the sessions that wait for it.
-async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
-    let mut sought = context.holder_searches.borrow_mut().take(place);
+async fn search(context: &Rc<Context>, scope: u64, slice: u64) -> Result<()> {
+    let mut sought = context.holder_searches.borrow_mut().take(scope);
     let is_there = |cookie: u64| context.state().tracker.contains(cookie);
     sought.retain(|((cookie, _), sought)| sought.to_reset.is_some() || is_there(*cookie));
     if sought.is_empty() {
         return Ok(());
     }
     let from = context.holder_searches.borrow().from;
-    let directory = context.state().owner_resolver.cgroup_directory(place);
-    let (processes, budget) = match place {
-        HOST => (Place::Host { from }, BUDGET_OF_ALL),
+    let directory = context.state().owner_resolver.cgroup_directory(scope);
+    let (processes, budget) = match scope {
+        HOST => (SearchScope::Host { from }, BUDGET_OF_ALL),
         // A cgroup that is forgotten has no processes.
-        _ => (Place::Cgroup(directory.unwrap_or_default()), BUDGET),
+        _ => (SearchScope::Cgroup(directory.unwrap_or_default()), BUDGET),
     };
     let request = Request::Holders {
         sought: sought.iter().map(|(_, sought)| sought.key).collect(),
-        place: processes,
+        scope: processes,
         budget,
     };
     let began = Instant::now();
@@ -170,16 +170,16 @@ async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
     let found: HashMap<SocketKey, Holder> = found.into_iter().collect();
     let mut not_held = Vec::new();
     let mut searches = context.holder_searches.borrow_mut();
-    searches.rest(place, slice, used, Instant::now());
+    searches.rest(scope, slice, used, Instant::now());
     // If the search ended because it found everything, the next one starts at the same process, which may hold other
     // sockets.
     let is_found = |(_, sought): &(Name, Sought)| found.contains_key(&sought.key);
-    if place == HOST && !sought.iter().all(is_found) {
+    if scope == HOST && !sought.iter().all(is_found) {
         searches.from = next.unwrap_or(0);
     }
     for (name, sought) in &sought {
         let is_missing = !found.contains_key(&sought.key);
-        if is_missing && searches.missed(place, *name, *sought, (from, next)) {
+        if is_missing && searches.missed(scope, *name, *sought, (from, next)) {
             not_held.extend(sought.to_reset);
         }
     }

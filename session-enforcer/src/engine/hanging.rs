@@ -153,7 +153,7 @@ impl Hanging {
     }
 
     /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
-    pub(super) fn trouble(&self, quarantined: usize) -> Option<String> {
+    pub(super) fn problem(&self, quarantined: usize) -> Option<String> {
         if self.is_diag_blocked {
             return Some(
                 "the kernel's socket tables do not answer: a reset hangs on a socket that its process \
@@ -212,20 +212,20 @@ mod tests {
     #[test]
     fn what_hangs_is_said_and_what_blocks_everything_first() {
         let mut hanging = Hanging::default();
-        assert_eq!(hanging.trouble(0), None);
+        assert_eq!(hanging.problem(0), None);
         assert!(
             hanging
-                .trouble(1)
+                .problem(1)
                 .is_some_and(|what| what.contains("locked"))
         );
         hanging.is_short = true;
         assert!(
             hanging
-                .trouble(1)
+                .problem(1)
                 .is_some_and(|what| what.contains("TasksMax="))
         );
         hanging.is_diag_blocked = true;
-        assert!(hanging.trouble(0).is_some_and(|what| what.contains("6.9")));
+        assert!(hanging.problem(0).is_some_and(|what| what.contains("6.9")));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The searches for the processes that hold connections: what waits, for which place, and which place rests. Pure.
+//! The searches for the processes that hold connections: what waits, for which scope, and which scope rests. Pure.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -63,21 +63,21 @@ pub(super) struct HolderSearches {
 }
 
 impl HolderSearches {
-    pub(super) fn add(&mut self, place: u64, name: Name, sought: Sought) {
-        let place = self.waiting.entry(place).or_default();
-        let before = place.get(&name);
+    pub(super) fn add(&mut self, scope: u64, name: Name, sought: Sought) {
+        let waiting = self.waiting.entry(scope).or_default();
+        let before = waiting.get(&name);
         // A reset waits for the answer.
         if before.is_none_or(|before| before.to_reset.is_none()) {
-            place.insert(name, sought);
+            waiting.insert(name, sought);
         }
     }
 
     /// Whether sessions wait for one of the two tasks.
     pub(super) fn has(&self, of_host: bool) -> bool {
-        self.waiting.keys().any(|place| (*place == HOST) == of_host)
+        self.waiting.keys().any(|scope| (*scope == HOST) == of_host)
     }
 
-    /// The next place to search that does not rest. `slice_of` returns the second-level ancestor of a cgroup, a user's
+    /// The next scope to search that does not rest. `slice_of` returns the second-level ancestor of a cgroup, a user's
     /// slice or a service. Those whose searches took little come first, so that nobody delays others by many cgroups.
     pub(super) fn next(
         &mut self,
@@ -88,28 +88,28 @@ impl HolderSearches {
         self.rests.retain(|_, until| *until > now);
         let places = self.waiting.keys().copied();
         places
-            .filter(|place| (*place == HOST) == of_host && !self.rests.contains_key(place))
-            .min_by_key(|place| self.rests.get(&slice_of(*place)))
+            .filter(|scope| (*scope == HOST) == of_host && !self.rests.contains_key(scope))
+            .min_by_key(|scope| self.rests.get(&slice_of(*scope)))
     }
 
-    /// Takes sessions that wait for a search of this place.
-    pub(super) fn take(&mut self, place: u64) -> Vec<(Name, Sought)> {
-        let mut waiting = self.waiting.remove(&place).unwrap_or_default();
+    /// Takes sessions that wait for a search of this scope.
+    pub(super) fn take(&mut self, scope: u64) -> Vec<(Name, Sought)> {
+        let mut waiting = self.waiting.remove(&scope).unwrap_or_default();
         let names: Vec<Name> = waiting.keys().copied().take(MAX_SOUGHT).collect();
         let names = names.into_iter();
         let taken = names
             .filter_map(|name| waiting.remove_entry(&name))
             .collect();
         if !waiting.is_empty() {
-            self.waiting.insert(place, waiting);
+            self.waiting.insert(scope, waiting);
         }
         taken
     }
 
-    /// Has a place, and the slice that it is in, rest after a search.
-    pub(super) fn rest(&mut self, place: u64, slice: u64, used: Duration, now: Instant) {
-        let rest = if place == HOST { REST_OF_ALL } else { REST };
-        for id in [place, slice] {
+    /// Has a scope, and the slice that it is in, rest after a search.
+    pub(super) fn rest(&mut self, scope: u64, slice: u64, used: Duration, now: Instant) {
+        let rest = if scope == HOST { REST_OF_ALL } else { REST };
+        for id in [scope, slice] {
             let until = self.rests.entry(id).or_insert(now);
             *until = (*until).max(now + used * rest);
         }
@@ -119,12 +119,12 @@ impl HolderSearches {
     /// process `from`. Returns whether all of the host was searched.
     pub(super) fn missed(
         &mut self,
-        place: u64,
+        scope: u64,
         name: Name,
         sought: Sought,
         (from, next): (u32, Option<u32>),
     ) -> bool {
-        let has_begun = place == HOST && (sought.has_begun || from == 0);
+        let has_begun = scope == HOST && (sought.has_begun || from == 0);
         let is_over = has_begun && next.is_none();
         if !is_over {
             self.add(
@@ -183,9 +183,9 @@ mod tests {
         let mut searches = HolderSearches::default();
         let now = Instant::now();
         // Cgroups 11 to 13 are of one user's slice.
-        let slice_of = |place| if place > 10 && place < 20 { 10 } else { place };
-        for place in [11, 12, 13, 20, HOST] {
-            searches.add(place, (place, 1), SOUGHT);
+        let slice_of = |scope| if scope > 10 && scope < 20 { 10 } else { scope };
+        for scope in [11, 12, 13, 20, HOST] {
+            searches.add(scope, (scope, 1), SOUGHT);
         }
         assert_eq!(searches.next(false, now, slice_of), Some(11));
         assert_eq!(searches.take(11).len(), 1);

@@ -74,15 +74,15 @@ pub(super) struct Tried {
     /// Whether the reset hangs on the socket lock.
     pub(super) is_quarantined: bool,
     /// Its slot in the journal, if it has one.
-    pub(super) place: Option<Arc<JournalSlot>>,
+    pub(super) journal_slot: Option<Arc<JournalSlot>>,
 }
 
 impl Tried {
     /// An earlier daemon had asked for the reset, and its answer is lost.
-    pub(super) fn unanswered(expired: Expired, place: Arc<JournalSlot>) -> Self {
+    pub(super) fn unanswered(expired: Expired, journal_slot: Arc<JournalSlot>) -> Self {
         Self {
             unanswered: 1,
-            place: Some(place),
+            journal_slot: Some(journal_slot),
             ..Self::new(expired)
         }
     }
@@ -96,7 +96,7 @@ impl Tried {
             error: None,
             is_hidden: false,
             is_quarantined: false,
-            place: None,
+            journal_slot: None,
         }
     }
 }

@@ -25,7 +25,7 @@ pub(super) fn seek(context: &Context, state: &mut State, expired: &Expired, key:
 /// Adds a session to the searches of its cgroup or, if that is not known, of the host.
 pub(super) fn add(context: &Context, state: &State, cgroup_id: u64, name: Name, sought: Sought) {
     let is_known = state.owner_resolver.cgroup_directory(cgroup_id).is_some();
-    let place = if is_known { cgroup_id } else { HOST };
+    let scope = if is_known { cgroup_id } else { HOST };
     let mut searches = context.holder_searches.borrow_mut();
-    searches.add(place, name, sought);
+    searches.add(scope, name, sought);
 }

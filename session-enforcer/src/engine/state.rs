@@ -181,7 +181,7 @@ impl State {
             sessions: self.tracker.len(),
             resets: self.records.metrics.resets(),
             is_refused: self.records.metrics.is_config_refused(),
-            trouble: self.records.health.ready().err(),
+            problem: self.records.health.ready().err(),
         };
         standing.line()
     }
@@ -573,7 +573,7 @@ impl State {
             errors: self.datapath.errors()?,
             gate_drops: self.datapath.gate_drops()?,
             audit_lost: self.records.audit.lost(),
-            troubles: self.records.health.troubles(),
+            degraded: self.records.health.causes(),
             quarantined: self.tracker.quarantined(),
             reapers,
         })
@@ -612,16 +612,16 @@ impl State {
     pub(super) fn note_backlog(&mut self) {
         let has_room = self.has_room() || self.datapath.can_grow();
         self.backlog.has_left_out_cgroups = self.owner_resolver.has_left_out();
-        for (trouble, what) in self.backlog.troubles(has_room) {
+        for (cause, what) in self.backlog.problems(has_room) {
             match what {
                 Some(FULL_RULE) => {
                     let what = format!("{FULL_RULE}{}", self.full_rules());
-                    self.records.health.set(trouble, Some(&what));
+                    self.records.health.set(cause, Some(&what));
                 }
-                _ => self.records.health.set(trouble, what),
+                _ => self.records.health.set(cause, what),
             }
         }
-        let stuck = self.hanging.trouble(self.tracker.quarantined());
+        let stuck = self.hanging.problem(self.tracker.quarantined());
         self.records
             .health
             .set(DegradedCause::Stuck, stuck.as_deref());

@@ -58,13 +58,13 @@ pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
     let mut state = context.state();
     let recorded = state.records.audit.recorded();
     let before = state.records.audit.sequence();
-    for (place, entry) in left {
+    for (journal_slot, entry) in left {
         let id = state
             .records
             .audit
             .id_of_end(entry.cookie, entry.session.established_ns);
         if !recorded.contains(&id) {
-            state.recover(place, &entry)?;
+            state.recover(journal_slot, &entry)?;
         }
     }
     let count = state.records.audit.sequence() - before;
@@ -78,8 +78,8 @@ impl State {
     pub(super) fn note_reset(&mut self, expired: &Expired) {
         let rule = &self.rule_set.rules[usize::from(expired.session.rule)];
         let mut name = [0; MAX_RULE_NAME];
-        for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
-            *place = byte;
+        for (at, byte) in name.iter_mut().zip(rule.name.bytes()) {
+            *at = byte;
         }
         let entry = JournalEntry {
             session: expired.session,
@@ -96,13 +96,13 @@ impl State {
         };
         if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
             // Frees the slot of an earlier attempt first.
-            tried.place = None;
-            tried.place = self.datapath.journal().put(&entry);
+            tried.journal_slot = None;
+            tried.journal_slot = self.datapath.journal().put(&entry);
         }
     }
 
     /// Handles a journal entry of an earlier daemon. An invalid entry is dropped.
-    fn recover(&mut self, place: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
+    fn recover(&mut self, journal_slot: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
         let name = entry.rule.split(|byte| *byte == 0).next();
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
         let reason = REASONS.get(usize::from(entry.reason)).copied();
@@ -110,11 +110,11 @@ impl State {
             return Ok(());
         };
         if entry.answered_ns != 0 {
-            self.record_left(entry, (name, reason), entry.answered_ns, place);
+            self.record_left(entry, (name, reason), entry.answered_ns, journal_slot);
             return Ok(());
         }
         let Some(now) = self.still_there(entry.cookie, &entry.session)? else {
-            self.record_left(entry, (name, reason), monotonic_ns(), place);
+            self.record_left(entry, (name, reason), monotonic_ns(), journal_slot);
             return Ok(());
         };
         let is_end_seen =
@@ -142,7 +142,7 @@ impl State {
             idle_since_ns: entry.idle_since_ns,
         };
         // It counts as asked without an answer; a later query of its socket shows whether it was reset.
-        let tried = Phase::Tried(Box::new(Tried::unanswered(expired, place)));
+        let tried = Phase::Tried(Box::new(Tried::unanswered(expired, journal_slot)));
         self.tracker.set_phase(entry.cookie, &now, tried);
         Ok(())
     }
@@ -152,7 +152,7 @@ impl State {
         entry: &JournalEntry,
         (rule, reason): (&str, Reason),
         answered_ns: u64,
-        place: Arc<JournalSlot>,
+        journal_slot: Arc<JournalSlot>,
     ) {
         let was_reset = entry.answered_ns != 0 && entry.was_gone == 0;
         let session = &entry.session;
@@ -177,7 +177,7 @@ impl State {
             requested_by: None,
         };
         self.records
-            .termination(&termination, Some(Box::new(place)));
+            .termination(&termination, Some(Box::new(journal_slot)));
     }
 }
 

@@ -95,7 +95,7 @@ pub enum SocketKey {
 
 /// The processes that a search for holders scans.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Place {
+pub enum SearchScope {
     /// The processes of the cgroup with this directory.
     Cgroup(PathBuf),
     /// The processes of the host.
@@ -159,7 +159,7 @@ pub enum Request {
         /// The sockets, at most [`MAX_SOUGHT`].
         sought: Vec<SocketKey>,
         /// The processes to scan.
-        place: Place,
+        scope: SearchScope,
         /// The processor time after which the search ends.
         budget: Duration,
     },

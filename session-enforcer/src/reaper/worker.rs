@@ -25,7 +25,8 @@ use super::{
     processes::{Descriptors, find_holders},
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS,
-        MAX_PATHS, Netns, Place, Problem, Reach, Reply, Request, Search, SocketKey, decode, encode,
+        MAX_PATHS, Netns, Problem, Reach, Reply, Request, Search, SearchScope, SocketKey, decode,
+        encode,
     },
     shared::SharedPage,
     trial,
@@ -168,9 +169,9 @@ impl Worker {
             }
             Request::Holders {
                 sought,
-                place,
+                scope,
                 budget,
-            } => self.holders(&sought, &place, budget),
+            } => self.holders(&sought, &scope, budget),
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);
                 let found = self.with(&netns, lent, |_, diag| {
@@ -462,11 +463,11 @@ impl Worker {
     fn holders(
         &mut self,
         sought: &[SocketKey],
-        place: &Place,
+        scope: &SearchScope,
         budget: Duration,
     ) -> Result<(), Broken> {
         let began_ns = processor_ns();
-        let (found, next) = run_aside(|| find_holders(sought.to_vec(), place, budget));
+        let (found, next) = run_aside(|| find_holders(sought.to_vec(), scope, budget));
         let used_ns = processor_ns().saturating_sub(began_ns);
         let found = found.into_iter().collect();
         let reply = Reply::Holders {

@@ -9,7 +9,7 @@ use session_enforcer::{
     engine::RuleSet,
     host::clock::WallClock,
     reaper::diag::{Queued, SocketId, wire},
-    report::audit::{End, Place, Process, Termination},
+    report::audit::{End, Process, RecordId, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Expiry, Facts, Limits, MatchEntry, Reason, Session, expiry, matches,
@@ -141,13 +141,13 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         user: bytes.choice([None, Some(name.as_str())]),
         requested_by: None,
     };
-    let place = Place {
+    let record_id = RecordId {
         boot: "b007",
         run_ns: 1,
         sequence: 1,
     };
     let mut out = Vec::new();
-    termination.write_json(&place, &WallClock::now(), &mut out);
+    termination.write_json(&record_id, &WallClock::now(), &mut out);
     let line = String::from_utf8(out).expect("a record is text");
     assert_eq!(line.find('\n'), Some(line.len() - 1), "{line:?}");
     let record: Value = serde_json::from_str(&line).expect("a record is JSON");

@@ -127,7 +127,7 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
         fs::create_dir(slice.path().join(format!("box-{number}")))?;
     }
     daemon.wait_for_log("cgroups that match a pattern are ignored")?;
-    daemon.wait_for_trouble("untracked", true)?;
+    daemon.wait_for_degraded("untracked", true)?;
     let (_, said) = daemon.get("/readyz")?;
     ensure!(
         said.contains(
@@ -147,5 +147,5 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
     for number in 2..6 {
         fs::remove_dir(slice.path().join(format!("box-{number}")))?;
     }
-    daemon.wait_for_trouble("untracked", false)
+    daemon.wait_for_degraded("untracked", false)
 }

@@ -116,7 +116,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_delays_no_reset() 
     })?;
     assert_eq!(records[1].text("session_enforcer.result"), "reset");
     daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 0.0)?;
-    daemon.wait_for_trouble("stuck", false)?;
+    daemon.wait_for_degraded("stuck", false)?;
     daemon.wait_for_metric(
         TERMINATIONS,
         &[("rule", "locked"), ("result", "reset")],

@@ -117,11 +117,11 @@ fn a_full_disk_delays_no_reset_and_is_reported_until_there_is_room() -> Result<(
         let [reset, _] = reset_and_lost(&daemon)?;
         ensure!(reset < 20.0, "no record is lost on a full disk");
     }
-    daemon.wait_for_trouble("audit", true)?;
+    daemon.wait_for_degraded("audit", true)?;
     assert_eq!(daemon.get("/readyz")?.0, 503);
     fs::remove_file(filler)?;
     terminate_one(&lab, &listener)?;
-    daemon.wait_for_trouble("audit", false)?;
+    daemon.wait_for_degraded("audit", false)?;
     let [reset, lost] = reset_and_lost(&daemon)?;
     let text = fs::read_to_string(audit)?;
     let is_record = |line: &&str| line.contains("session-terminated") && line.ends_with('}');
@@ -135,7 +135,7 @@ fn an_audit_that_cannot_be_written_delays_no_reset() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let args = ["--audit", "/dev/full"];
     let daemon = lab.launch().config(RULE).args(&args).start_unready()?;
-    daemon.wait_for_trouble("audit", true)?;
+    daemon.wait_for_degraded("audit", true)?;
     terminate_one(&lab, &listener)?;
     daemon.wait_for_metric(
         "session_enforcer_terminations_total",

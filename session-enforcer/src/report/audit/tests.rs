@@ -75,10 +75,10 @@ pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
 /// Renders the record as if the kernel had answered at noon of the wall clock.
 fn line(termination: &Termination<'_>) -> String {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
-    written(|out| termination.write_json(&PLACE, &clock, out))
+    written(|out| termination.write_json(&RECORD_ID, &clock, out))
 }
 
-const PLACE: Place<'_> = Place {
+const RECORD_ID: RecordId<'_> = RecordId {
     boot: "b007",
     run_ns: 255,
     sequence: 7,
@@ -188,7 +188,7 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
     let (session, noon) = (session(), 1_767_268_800_000_000_000);
     let record = |realtime_ns| -> serde_json::Value {
         let clock = WallClock::pair(realtime_ns, 901_004_000_000);
-        let line = written(|out| termination(&session).write_json(&PLACE, &clock, out));
+        let line = written(|out| termination(&session).write_json(&RECORD_ID, &clock, out));
         serde_json::from_str(&line).unwrap()
     };
     let [before, after] = [record(noon), record(noon - YEAR)];
@@ -365,7 +365,7 @@ proptest! {
 fn the_daemon_s_own_records_name_version_and_rules() {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 0);
     let started =
-        written(|out| record::lifecycle("enforcer-started", "start", &PLACE, &clock, out));
+        written(|out| record::lifecycle("enforcer-started", "start", &RECORD_ID, &clock, out));
     let version = env!("CARGO_PKG_VERSION");
     assert!(
         started.contains(r#""id":"b007-ff-7","sequence":7}"#),
@@ -375,7 +375,8 @@ fn the_daemon_s_own_records_name_version_and_rules() {
         r#""session_enforcer":{{"version":"{version}"}}}}"#
     )));
     let rules = ["a".to_owned(), "b".to_owned()];
-    let policy = written(|out| record::policy(Mode::Observe, &rules, None, &PLACE, &clock, out));
+    let policy =
+        written(|out| record::policy(Mode::Observe, &rules, None, &RECORD_ID, &clock, out));
     assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
     assert!(
         policy.contains(r#""mode":"observe","rules":["a","b"]"#),

@@ -250,7 +250,7 @@ impl SortKey {
                 let bytes = session.bytes_received.saturating_add(session.bytes_sent);
                 (u64::MAX - bytes, found.id)
             }
-            Self::Rule => (u64::from(found.rule.place), ends_ns),
+            Self::Rule => (u64::from(found.rule.id), ends_ns),
             Self::Id => (found.id, 0),
         }
     }
@@ -336,7 +336,7 @@ mod tests {
             id: 7,
             session,
             rule: RuleInForce {
-                place: 0,
+                id: 0,
                 name: "postgres",
                 mode: Mode::Enforce,
                 limits: &limits,

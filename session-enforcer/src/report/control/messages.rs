@@ -196,7 +196,7 @@ pub struct Status {
     /// Whether the daemon enforces and records everything that it should.
     pub ready: bool,
     /// The reasons why it is not ready.
-    pub troubles: Vec<StatusTrouble>,
+    pub degraded: Vec<Degradation>,
     /// `enforce` or `observe`.
     pub mode: String,
     /// The cgroup that the programs are attached to.
@@ -226,7 +226,7 @@ pub struct Status {
 
 /// A reason why the daemon does not enforce or record everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StatusTrouble {
+pub struct Degradation {
     /// The cause's name in the metrics.
     pub cause: String,
     /// A description with a remedy.

@@ -18,8 +18,8 @@ mod socket;
 
 pub use filter::{FILTER_KEYS, Filter, MAX_SORTED, Selection, SortKey};
 pub use messages::{
-    ConfigInForce, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames, PolicyChange,
-    Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status, StatusTrouble,
+    ConfigInForce, Degradation, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames,
+    PolicyChange, Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status,
     TerminationCount,
 };
 pub use order::Order;

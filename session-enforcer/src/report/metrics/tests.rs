@@ -24,7 +24,7 @@ fn snapshot(opened: u64, closed: u64, map_full: u64) -> KernelSnapshot {
         errors,
         gate_drops: [0; PacketDirection::COUNT as usize],
         audit_lost: 0,
-        troubles: [false; DegradedCause::COUNT],
+        degraded: [false; DegradedCause::COUNT],
         quarantined: 0,
         reapers: Counts::default(),
     }
