@@ -463,8 +463,10 @@ impl RunArgs {
         if let Some(cgroup) = &self.cgroup {
             config.cgroup = Some(cgroup.into());
             // `--cgroup` replaces the file's cgroup, so its warning does not apply.
-            let beside = |doubt: &Doubt| matches!(doubt, Doubt::Beside { .. });
-            config.warnings.retain(|warning| !beside(&warning.doubt));
+            let is_outside = |doubt: &Doubt| matches!(doubt, Doubt::OutsideDaemonCgroup { .. });
+            config
+                .warnings
+                .retain(|warning| !is_outside(&warning.doubt));
         }
         if self.observe {
             config.mode = Mode::Observe;

@@ -124,7 +124,7 @@ pub enum Doubt {
         by: Vec<String>,
     },
     /// The rule's cgroups are neither below the watched cgroup nor above it.
-    Beside {
+    OutsideDaemonCgroup {
         /// The directory of the watched cgroup.
         watched: PathBuf,
     },
@@ -159,7 +159,7 @@ impl fmt::Display for Doubt {
                     list(by)
                 )
             }
-            Self::Beside { watched } => write!(
+            Self::OutsideDaemonCgroup { watched } => write!(
                 f,
                 "never decides, because its cgroups are neither below daemon.cgroup, {}, nor above it; \
                  name others, or remove it",

@@ -258,7 +258,7 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
     for (index, rule) in config.rules.iter().enumerate() {
         let watched = config.cgroup.clone();
         if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {
-            doubts.push((index, Doubt::Beside { watched }));
+            doubts.push((index, Doubt::OutsideDaemonCgroup { watched }));
         }
         doubts.extend(never::doubts(rule).into_iter().map(|doubt| (index, doubt)));
     }

@@ -26,7 +26,7 @@ use super::{
     phase::Expired,
     seek::add,
     state::State,
-    terminate::hand_over,
+    terminate::start_resets,
     tracker::by_namespace,
 };
 use crate::{
@@ -195,7 +195,7 @@ async fn search(context: &Rc<Context>, scope: u64, slice: u64) -> Result<()> {
                 if is_free && state.tracker.contains(expired.cookie) {
                     state.tracker.rearm(expired.cookie, 0);
                 } else {
-                    hand_over(context, &mut state, vec![expired])?;
+                    start_resets(context, &mut state, vec![expired])?;
                 }
             }
         }

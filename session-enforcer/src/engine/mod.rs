@@ -90,7 +90,7 @@ const CGROUPS_POLL: Duration = Duration::from_secs(1);
 const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Poll interval of that wait.
-const CGROUPS_LOOK: Duration = Duration::from_millis(2);
+const CGROUPS_WAIT_POLL: Duration = Duration::from_millis(2);
 
 /// The pause after answering requests is this multiple of the time that the answers took, because any user may send
 /// requests.
@@ -289,10 +289,10 @@ impl Engine {
             growth::begin_if_half_full(&self.context);
             ending::find(&self.context);
             owner_search::find(&self.context);
-            terminate::end_waiting(&self.context);
+            terminate::retry_waiting(&self.context);
             terminate::confirm_observed(&self.context);
             unreported::query_unreported(&self.context);
-            terminate::end_untracked(&self.context)?;
+            terminate::reset_waiting_untracked(&self.context)?;
             self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
             self.timer.set(next_ns).context("setting the timer")?;
@@ -312,7 +312,7 @@ impl Engine {
                 }
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
-                    terminate::end_due(&self.context)?;
+                    terminate::reset_due(&self.context)?;
                     self.sync_if_due();
                 }
                 ready = self.context.events() => {
@@ -428,7 +428,7 @@ async fn answer_scrapes_later(context: Rc<Context>) -> Result<()> {
     let until = Instant::now() + CGROUPS_PATIENCE;
     while context.state().owner_resolver.is_asking() && Instant::now() < until {
         owner_search::find_cgroups(&context);
-        tokio::time::sleep(CGROUPS_LOOK).await;
+        tokio::time::sleep(CGROUPS_WAIT_POLL).await;
     }
     context.state().answer_scrapes(context.pool.counts());
     Ok(())

@@ -38,7 +38,7 @@ pub(super) async fn follow(context: &Rc<Context>, reload: &Reload, watch: &Watch
             return Ok(());
         };
         found = looked_up;
-        match watch.set(&found.awaited) {
+        match watch.set(&found.watch_directories) {
             // Another one may have come before its directory was watched.
             Ok(is_new) => {
                 context.state().note_watch(None);

@@ -165,7 +165,7 @@ impl State {
             return;
         };
         tried.unanswered = 0;
-        tried.is_hidden = false;
+        tried.is_shadowed_by_socket = false;
         tried.journal_slot = None;
         let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
         tried.refusals += 1;

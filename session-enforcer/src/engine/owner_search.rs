@@ -229,10 +229,10 @@ pub(super) async fn look_up(context: &Rc<Context>, names: &[String]) -> Option<F
             .inspect_err(|error| tracing::warn!("cgroups of the rules are not looked up: {error}"));
         for (reply, _) in replies.ok()? {
             match reply {
-                Reply::Fitting { name, cgroups } => {
-                    found.fitting.entry(name).or_default().extend(cgroups);
+                Reply::Matching { name, cgroups } => {
+                    found.matching.entry(name).or_default().extend(cgroups);
                 }
-                Reply::Awaited(directories) => found.awaited.extend(directories),
+                Reply::WatchDirectories(directories) => found.watch_directories.extend(directories),
                 _ => {}
             }
         }

@@ -70,7 +70,7 @@ pub(super) struct Tried {
     /// The error that was recorded last.
     pub(super) error: Option<String>,
     /// Whether the kernel finds another socket under this one's name.
-    pub(super) is_hidden: bool,
+    pub(super) is_shadowed_by_socket: bool,
     /// Whether the reset hangs on the socket lock.
     pub(super) is_quarantined: bool,
     /// Its slot in the journal, if it has one.
@@ -94,7 +94,7 @@ impl Tried {
             unanswered: 0,
             refusals: 0,
             error: None,
-            is_hidden: false,
+            is_shadowed_by_socket: false,
             is_quarantined: false,
             journal_slot: None,
         }

@@ -15,7 +15,7 @@ use anyhow::Result;
 use session_enforcer_common::{Ancestors, Direction, Expiry, Limits, MatchEntry, Session, expiry};
 
 use super::{
-    ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
+    ask::{self, ATTEMPTS, Answer, POLL_INTERVAL, wait_out},
     backoff::Need,
     context::Context,
     holder_searches::ahead_of,
@@ -42,7 +42,7 @@ use crate::{
 const CONFIRMED_AFTER: Duration = Duration::from_millis(50);
 
 /// Number of sessions that are collected before other work gets its turn.
-const AT_ONCE: usize = 4_096;
+const YIELD_EVERY: usize = 4_096;
 
 /// How long a reaper may list without an answer; it may first search every descriptor of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -155,7 +155,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<Synced> {
             .collect()
     };
     let mut unseen: HashMap<u64, HashSet<u64>> = HashMap::new();
-    for some in scheduled.chunks(AT_ONCE) {
+    for some in scheduled.chunks(YIELD_EVERY) {
         for (netns_cookie, cookie) in some {
             unseen.entry(*netns_cookie).or_default().insert(*cookie);
         }
@@ -270,14 +270,14 @@ impl Sync<'_> {
         is_gone: bool,
     ) -> Result<Option<Duration>> {
         let mut listening: Vec<Listening> = Vec::new();
-        let mut silent_looks = 0;
+        let mut silent_polls = 0;
         while self.is_last() {
             if self.confirmed_at <= Instant::now() {
                 self.confirm().await?;
             }
-            let reply = match exchange.next(LOOK).await {
+            let reply = match exchange.next(POLL_INTERVAL).await {
                 Next::Reply(reply, handle) => {
-                    silent_looks = 0;
+                    silent_polls = 0;
                     if let (Reply::Namespace { cookie, path }, handle) = (&reply, handle) {
                         let mut state = self.context.state();
                         state.handles.keep(*cookie, path.clone(), handle);
@@ -286,10 +286,10 @@ impl Sync<'_> {
                 }
                 Next::Ended => return Ok(None),
                 Next::Silent => {
-                    silent_looks += 1;
+                    silent_polls += 1;
                     let is_stuck = exchange.condition() == Condition::Stuck;
                     let is_blocked = is_stuck && ask::is_diag_blocked(self.context).await;
-                    if LOOK * silent_looks < PATIENCE && !is_blocked {
+                    if POLL_INTERVAL * silent_polls < PATIENCE && !is_blocked {
                         continue;
                     }
                     wait_out(self.context, exchange);

@@ -13,12 +13,12 @@ use session_enforcer_common::{Expiry, Reason, Session, expiry, flags};
 
 use super::{
     adopt,
-    ask::{self, ATTEMPTS, Answer, LOOK, note_problem},
+    ask::{self, ATTEMPTS, Answer, POLL_INTERVAL, note_problem},
     batch::{Batch, ResetMethod},
     context::Context,
-    handles::Searching,
+    handles::SearchNeed,
     hanging::Room,
-    in_progress::{Hangs, SearchUnderWay, Slot, Turn, Waited, culprit},
+    in_progress::{HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
     outcome::{NO_ROOM_NS, UNANSWERED},
     phase::{Expired, Phase},
     seek::seek,
@@ -37,7 +37,7 @@ use crate::{
 
 /// Number of batches in progress at a time, besides hanging ones. The second one makes sessions that are due at once
 /// end about 6 % sooner on two processors.
-const AT_A_TIME: usize = 2;
+const MAX_BATCHES: usize = 2;
 
 /// How long a socket may delay the ACK of what it has taken (`TCP_DELACK_MAX` of include/net/tcp.h).
 const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
@@ -54,19 +54,19 @@ type Lot = (u64, ResetMethod, Option<u64>);
 /// # Errors
 ///
 /// Fails if the session table cannot be read.
-pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
+pub(super) fn reset_due(context: &Rc<Context>) -> Result<()> {
     let mut looked_at = 0;
     let mut state = context.state();
     while looked_at < super::state::MAX_PASS && may_end_more(context, &state) && state.is_due() {
         let (late, count) = state.take_due(MAX_BATCH)?;
         looked_at += count;
-        dispatch(context, &mut state, late)?;
+        confirm_or_reset(context, &mut state, late)?;
     }
     Ok(())
 }
 
 /// Has sessions judged again that have waited for the turn of their namespace.
-pub(super) fn end_waiting(context: &Context) {
+pub(super) fn retry_waiting(context: &Context) {
     let mut state = context.state();
     loop {
         let next = state.slow.next(MAX_BATCH);
@@ -83,7 +83,7 @@ pub(super) fn end_waiting(context: &Context) {
 /// Queries the sockets of observed sessions with a candidate.
 pub(super) fn confirm_observed(context: &Rc<Context>) {
     let mut state = context.state();
-    let candidates = std::mem::take(&mut state.candidates);
+    let candidates = std::mem::take(&mut state.observed_with_candidate);
     confirm_all(context, &state, candidates);
 }
 
@@ -94,11 +94,11 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     if audit.is_synced() {
         return under_way == 0 && audit.is_written();
     }
-    under_way < AT_A_TIME
+    under_way < MAX_BATCHES
 }
 
 /// Starts the resets of late sessions, or first queries the sockets of those with a candidate.
-fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
+fn confirm_or_reset(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let (mut candidates, mut confirmed) = (Vec::new(), Vec::new());
     for expired in state.shut(late)? {
         let is_tried = state
@@ -117,7 +117,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
         }
     }
     confirm_all(context, state, candidates);
-    hand_over(context, state, confirmed)
+    start_resets(context, state, confirmed)
 }
 
 /// Resets the sessions that their rules have no room for.
@@ -125,7 +125,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
 /// # Errors
 ///
 /// As [`reset_untracked`].
-pub(super) fn end_untracked(context: &Rc<Context>) -> Result<()> {
+pub(super) fn reset_waiting_untracked(context: &Rc<Context>) -> Result<()> {
     let mut state = context.state();
     let sessions = std::mem::take(&mut state.untracked);
     if sessions.is_empty() {
@@ -161,7 +161,7 @@ pub(super) fn reset_untracked(
         decided_ns: now_ns,
         limit_ns: 0,
     };
-    hand_over(
+    start_resets(
         context,
         state,
         sessions.into_iter().map(untracked).collect(),
@@ -201,14 +201,14 @@ async fn confirm_lot(
     }
     let mut lost_reapers = 0;
     while let Some(first) = lot.first() {
-        let culprit = culprit(&context.state(), &first.session);
-        let hangs = {
+        let hang_scope = hang_scope(&context.state(), &first.session);
+        let permit = {
             let mut state = context.state();
-            if let Room::Taken { since_ns } = state.hanging.room(&culprit) {
+            if let Room::Taken { since_ns } = state.hanging.room(&hang_scope) {
                 state.wait_for_room(&lot, since_ns);
                 return Ok(());
             }
-            Hangs::begin(&context, &mut state, &first.session)
+            HangPermit::begin(&context, &mut state, &first.session)
         };
         let began_ns = monotonic_ns();
         let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
@@ -242,7 +242,7 @@ async fn confirm_lot(
                 (None, _) => rest.push(*expired),
             }
         }
-        hand_over(&context, &mut state, late)?;
+        start_resets(&context, &mut state, late)?;
         state.records.audit.flush();
         drop(state);
         if let Some(silent) = silent {
@@ -252,7 +252,7 @@ async fn confirm_lot(
                 expired,
                 silent,
                 began_ns,
-                hangs.silent(),
+                permit.silent(),
             );
             context.spawn(confirmed);
         }
@@ -268,25 +268,25 @@ async fn confirm_silent(
     expired: Expired,
     silent: ask::Silent,
     began_ns: u64,
-    hangs: Hangs,
+    permit: HangPermit,
 ) -> Result<()> {
     let (answer, stuck) = silent.wait(&context).await;
     {
         let mut state = context.state();
         let late = state.confirm(&expired, answer, began_ns)?;
-        hand_over(&context, &mut state, late.into_iter().collect())?;
+        start_resets(&context, &mut state, late.into_iter().collect())?;
         state.records.audit.flush();
     }
     context.wake.notify_one();
     if let Some(exchange) = stuck {
         ask::end_of(exchange).await;
     }
-    drop(hangs);
+    drop(permit);
     Ok(())
 }
 
 /// Gives late sessions, whose gates are shut, to reapers.
-pub(super) fn hand_over(
+pub(super) fn start_resets(
     context: &Rc<Context>,
     state: &mut State,
     late: Vec<Expired>,
@@ -295,7 +295,7 @@ pub(super) fn hand_over(
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        let room = state.hanging.room(&culprit(state, &expired.session));
+        let room = state.hanging.room(&hang_scope(state, &expired.session));
         if let Room::Taken { since_ns } = room {
             state.has_no_room(&expired, since_ns, now_ns);
             continue;
@@ -309,11 +309,11 @@ pub(super) fn hand_over(
     for ((netns_cookie, method, apart), lot) in lots {
         let existed_ns = lot.iter().map(|expired| expired.session.established_ns);
         let existed_ns = existed_ns.min().unwrap_or(0);
-        let searching = match method {
-            ResetMethod::ByCookie => Searching::Not,
+        let search_need = match method {
+            ResetMethod::ByCookie => SearchNeed::None,
             _ => state.handles.search(netns_cookie, existed_ns, now_ns),
         };
-        if searching == Searching::Waits {
+        if search_need == SearchNeed::Wait {
             for expired in &lot {
                 state.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
             }
@@ -325,15 +325,15 @@ pub(super) fn hand_over(
                 state.slow.wait(netns_cookie, cookies);
                 continue;
             };
-            Slot::InTurn { _turn: turn }
+            Slot::SlowTurn { _turn: turn }
         } else {
             match lot.first() {
                 // Counts as possibly hanging from now on.
                 Some(first) if apart.is_some() => {
-                    Slot::Apart(Hangs::begin(context, state, &first.session))
+                    Slot::Separate(HangPermit::begin(context, state, &first.session))
                 }
-                _ => Slot::OfAll {
-                    _waited: Waited::begin(context),
+                _ => Slot::Regular {
+                    _batch: RegularBatch::begin(context),
                 },
             }
         };
@@ -341,8 +341,8 @@ pub(super) fn hand_over(
             state.tracker.begin_reset(expired);
             state.note_reset(expired);
         }
-        let search = match searching {
-            Searching::Begins(search) => Some(search),
+        let search = match search_need {
+            SearchNeed::Start(search) => Some(search),
             _ => None,
         };
         let batch = Batch {
@@ -384,7 +384,7 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
         began_ns,
     };
     let rest = attempt.run(&context, slot).await?;
-    give_away_again(&context, rest)
+    restart_unclaimed(&context, rest)
 }
 
 /// Notes that the batches of a namespace must not keep others waiting.
@@ -399,11 +399,11 @@ fn note_slow(context: &Rc<Context>, netns_cookie: u64) {
 }
 
 /// Gives sessions that a reaper has not claimed to others.
-fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
+fn restart_unclaimed(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
     let untouched = |expired: &Expired| state.answered(expired);
     let rest = rest.into_iter().filter(untouched).collect();
-    dispatch(context, &mut state, rest)
+    confirm_or_reset(context, &mut state, rest)
 }
 
 /// A reaper's work on a batch.
@@ -420,7 +420,7 @@ struct Attempt {
 }
 
 /// A reaper's answer about a session.
-enum Said {
+enum ReaperAnswer {
     /// The kernel's error code, and the unsent or unread data of the socket if known.
     Destroyed(i32, Option<Queued>),
     Outcome(Disconnected),
@@ -439,7 +439,7 @@ impl Attempt {
             match self.exchange.next(wait).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(context, reply, handle)? {
-                        let is_turn = matches!(slot, Some(Slot::InTurn { .. }));
+                        let is_turn = matches!(slot, Some(Slot::SlowTurn { .. }));
                         if is_turn && monotonic_ns() < self.began_ns + SLOW_NS {
                             context.state().slow.forget(self.netns_cookie);
                         }
@@ -450,7 +450,7 @@ impl Attempt {
                 Next::Silent => {
                     let claimed = self.exchange.claimed();
                     let searches = claimed == 0 && self.may_search;
-                    let is_regular = matches!(slot, Some(Slot::OfAll { .. }));
+                    let is_regular = matches!(slot, Some(Slot::Regular { .. }));
                     let is_slow = is_regular && claimed > 0 && self.is_slow(&mut ran_before);
                     if is_slow {
                         note_slow(context, self.netns_cookie);
@@ -462,7 +462,7 @@ impl Attempt {
                         // The reaper is searching for the namespace, or hangs before the first socket. Only sessions in
                         // that namespace wait for it.
                         drop(slot.take());
-                        wait = LOOK;
+                        wait = POLL_INTERVAL;
                         self.exchange.leave_behind();
                         self.exchange.condition();
                     } else {
@@ -473,11 +473,11 @@ impl Attempt {
                         let Some(hung) = self.sessions.last().copied() else {
                             return Ok(rest);
                         };
-                        let hangs = match slot.take() {
-                            Some(Slot::Apart(hangs)) => hangs,
-                            _ => Hangs::begin(context, &mut context.state(), &hung.session),
+                        let permit = match slot.take() {
+                            Some(Slot::Separate(permit)) => permit,
+                            _ => HangPermit::begin(context, &mut context.state(), &hung.session),
                         };
-                        context.spawn(self.wait_out(Rc::clone(context), hung, hangs.silent()));
+                        context.spawn(self.wait_out(Rc::clone(context), hung, permit.silent()));
                         return Ok(rest);
                     }
                 }
@@ -521,7 +521,7 @@ impl Attempt {
                 Ok(false)
             }
             Reply::Disconnected { outcome, at_ns } => {
-                self.conclude_next(context, Some(Said::Outcome(outcome)), at_ns)?;
+                self.conclude_next(context, Some(ReaperAnswer::Outcome(outcome)), at_ns)?;
                 Ok(false)
             }
             Reply::Done { at_ns, error, .. } => {
@@ -544,7 +544,7 @@ impl Attempt {
             .answered(self.concluded)
             .filter(|_| self.concluded < self.sessions.len())
         {
-            self.conclude_next(context, Some(Said::Destroyed(code, queued)), now_ns)?;
+            self.conclude_next(context, Some(ReaperAnswer::Destroyed(code, queued)), now_ns)?;
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
@@ -555,7 +555,7 @@ impl Attempt {
     fn conclude_next(
         &mut self,
         context: &Rc<Context>,
-        said: Option<Said>,
+        said: Option<ReaperAnswer>,
         at_ns: u64,
     ) -> Result<()> {
         let Some(expired) = self.sessions.get(self.concluded) else {
@@ -637,12 +637,17 @@ impl Attempt {
     }
 
     /// Waits for the end of a reset that hangs or is slow.
-    async fn wait_out(mut self, context: Rc<Context>, hung: Expired, hangs: Hangs) -> Result<()> {
-        let mut hangs = Some(hangs);
+    async fn wait_out(
+        mut self,
+        context: Rc<Context>,
+        hung: Expired,
+        permit: HangPermit,
+    ) -> Result<()> {
+        let mut permit = Some(permit);
         let mut is_recorded = false;
         let mut has_asked_again = false;
         loop {
-            match self.exchange.next(LOOK).await {
+            match self.exchange.next(POLL_INTERVAL).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(&context, reply, handle)? {
                         return Ok(());
@@ -650,7 +655,7 @@ impl Attempt {
                 }
                 Next::Ended => {
                     let rest = self.ended(&context)?;
-                    return give_away_again(&context, rest);
+                    return restart_unclaimed(&context, rest);
                 }
                 Next::Silent => {
                     let is_stuck = self.exchange.condition() == Condition::Stuck;
@@ -660,7 +665,7 @@ impl Attempt {
                             // Another socket may be the locked one, so the session is also reset by its cookie. The
                             // result of that attempt is recorded.
                             is_recorded = true;
-                            drop(hangs.take());
+                            drop(permit.take());
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
                                 method: ResetMethod::ByCookie,
@@ -686,7 +691,7 @@ impl Attempt {
 fn conclude(
     context: &Rc<Context>,
     expired: &Expired,
-    said: Option<Said>,
+    said: Option<ReaperAnswer>,
     at_ns: u64,
 ) -> Result<()> {
     let mut state = context.state();
@@ -695,33 +700,33 @@ fn conclude(
         return Ok(());
     }
     match said {
-        Some(Said::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
-        Some(Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
+        Some(ReaperAnswer::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
+        Some(ReaperAnswer::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
         // The other reaper may have reset it.
-        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone))
-            if state.is_asked_of_another(expired) =>
-        {
-            Ok(())
-        }
-        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone)) => {
-            state.not_found(expired)
-        }
-        Some(Said::Destroyed(libc::EOPNOTSUPP, _)) => {
+        Some(
+            ReaperAnswer::Destroyed(libc::ENOENT, _) | ReaperAnswer::Outcome(Disconnected::Gone),
+        ) if state.is_asked_of_another(expired) => Ok(()),
+        Some(
+            ReaperAnswer::Destroyed(libc::ENOENT, _) | ReaperAnswer::Outcome(Disconnected::Gone),
+        ) => state.not_found(expired),
+        Some(ReaperAnswer::Destroyed(libc::EOPNOTSUPP, _)) => {
             // The kernel lacks `SOCK_DESTROY`; it is not used from now on.
             state.has_no_destroy = true;
-            dispatch(context, &mut state, vec![*expired])
+            confirm_or_reset(context, &mut state, vec![*expired])
         }
-        Some(Said::Destroyed(code, _)) => {
+        Some(ReaperAnswer::Destroyed(code, _)) => {
             let text = format!("SOCK_DESTROY: {}", Errno::from_raw(code).desc());
             state.fail(expired, at_ns, &text);
             Ok(())
         }
-        Some(Said::Outcome(Disconnected::Failed(error))) => state.not_reset(expired, at_ns, &error),
-        Some(Said::Outcome(Disconnected::NeedsHolder(key))) => {
+        Some(ReaperAnswer::Outcome(Disconnected::Failed(error))) => {
+            state.not_reset(expired, at_ns, &error)
+        }
+        Some(ReaperAnswer::Outcome(Disconnected::NeedsHolder(key))) => {
             seek(context, &mut state, expired, key);
             Ok(())
         }
-        Some(Said::Outcome(Disconnected::Unknown)) | None => {
+        Some(ReaperAnswer::Outcome(Disconnected::Unknown)) | None => {
             state.unanswered(expired, at_ns, UNANSWERED);
             Ok(())
         }

@@ -106,7 +106,7 @@ impl State {
         match &maybe_ended.cause {
             Cause::NotFound(expired) => {
                 if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
-                    tried.is_hidden = true;
+                    tried.is_shadowed_by_socket = true;
                 }
                 self.unanswered(expired, now_ns, NOT_FOUND);
             }

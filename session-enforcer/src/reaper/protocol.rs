@@ -188,7 +188,7 @@ pub enum Request {
         /// The cgroup IDs.
         ids: Vec<u64>,
     },
-    /// Find the cgroups that rules name. Answered by [`Reply::Fitting`] and [`Reply::Awaited`], then
+    /// Find the cgroups that rules name. Answered by [`Reply::Matching`] and [`Reply::WatchDirectories`], then
     /// [`Reply::Done`].
     NamedCgroups {
         /// Paths from the root, or patterns.
@@ -349,14 +349,14 @@ pub enum Reply {
     /// The location of a cgroup.
     Cgroup(Cgroup),
     /// Some of the cgroups that match a name of the request: their paths from the root, and their IDs.
-    Fitting {
+    Matching {
         /// The name.
         name: String,
         /// The cgroups.
         cgroups: Vec<(String, u64)>,
     },
     /// Some of the directories to watch, because a cgroup that matches a name may appear there.
-    Awaited(Vec<PathBuf>),
+    WatchDirectories(Vec<PathBuf>),
     /// The message carries a descriptor (`None`), or the duplication failed for this reason.
     Duplicate(Option<String>),
     /// The results for the users, in the order of the names.

@@ -442,8 +442,8 @@ impl Worker {
                 let found = with_holders(some, holders);
                 let _ = self.reply(&Reply::Listeners(found), None);
             }
-            diag.list(state::SESSIONS, [0, 0], &mut |bit| {
-                for some in bit.chunks(MAX_BATCH) {
+            diag.list(state::SESSIONS, [0, 0], &mut |chunk| {
+                for some in chunk.chunks(MAX_BATCH) {
                     let _ = self.reply(&Reply::Sessions(some.to_vec()), None);
                 }
             })
@@ -521,10 +521,10 @@ impl Worker {
             let (found, awaited) = tree.fitting(&name);
             for some in found.chunks(MAX_PATHS) {
                 let (name, cgroups) = (name.clone(), some.to_vec());
-                self.reply(&Reply::Fitting { name, cgroups }, None)?;
+                self.reply(&Reply::Matching { name, cgroups }, None)?;
             }
             for some in awaited.chunks(MAX_PATHS) {
-                self.reply(&Reply::Awaited(some.to_vec()), None)?;
+                self.reply(&Reply::WatchDirectories(some.to_vec()), None)?;
             }
         }
         Ok(())

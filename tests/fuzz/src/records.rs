@@ -84,7 +84,7 @@ fn decide(session: &Session, limits: &Limits, now_ns: u64) {
 }
 
 /// Two rules. Made once, since that takes longer than all the rest.
-static BOOK: LazyLock<RuleSet> = LazyLock::new(|| {
+static RULE_SET: LazyLock<RuleSet> = LazyLock::new(|| {
     let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
                 [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
     let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
@@ -95,9 +95,9 @@ static BOOK: LazyLock<RuleSet> = LazyLock::new(|| {
 /// Whatever rule the record names, the one that decides is one that there is.
 fn find_rule(session: &Session, now_ns: u64) {
     let ancestors = |_| Some(Ancestors::UNKNOWN);
-    let rule = BOOK.rule_of(session, ancestors);
+    let rule = RULE_SET.rule_of(session, ancestors);
     assert!(rule.expect("the last rule matches everything") < 2);
-    BOOK.lets_live(session, now_ns, ancestors);
+    RULE_SET.lets_live(session, now_ns, ancestors);
 }
 
 fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {

@@ -105,7 +105,7 @@ pub struct KillLine {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<End>,
     /// The result.
-    pub result: Outcome,
+    pub result: KillOutcome,
     /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -114,7 +114,7 @@ pub struct KillLine {
 /// The result of a requested reset, for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum KillOutcome {
     /// The kernel reset the session.
     Reset,
     /// The session had ended before the reset.
@@ -129,7 +129,7 @@ pub enum Outcome {
     WouldReset,
 }
 
-impl Outcome {
+impl KillOutcome {
     /// The name in the answers.
     pub const fn name(self) -> &'static str {
         match self {
@@ -302,7 +302,7 @@ mod tests {
             "pending",
             "would_reset",
         ] {
-            let outcome: Outcome = serde_json::from_value(outcome.into()).unwrap();
+            let outcome: KillOutcome = serde_json::from_value(outcome.into()).unwrap();
             assert!(
                 page.contains(&format!("`{}`", outcome.name())),
                 "{outcome:?}"

@@ -18,7 +18,7 @@ mod socket;
 
 pub use filter::{FILTER_KEYS, Filter, MAX_SORTED, Selection, SortKey};
 pub use messages::{
-    ConfigInForce, Degradation, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames,
+    ConfigInForce, Degradation, KillLine, KillOutcome, KillRequest, KillResult, Killed, OwnerNames,
     PolicyChange, Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status,
     TerminationCount,
 };

@@ -26,7 +26,7 @@ use super::{
     Selection,
     listing::{self, Broken, Gone, Lines, Scan, ask},
     messages::{
-        KillLine, KillRequest, KillResult, Killed, Outcome, Refusal, ReloadRequest, Request,
+        KillLine, KillOutcome, KillRequest, KillResult, Killed, Refusal, ReloadRequest, Request,
     },
     order::Order,
     row::Listed,
@@ -468,7 +468,7 @@ impl Kill {
             _ => {
                 for (_, line) in self.unanswered.drain() {
                     self.lines.add(&KillLine {
-                        result: Outcome::Pending,
+                        result: KillOutcome::Pending,
                         ..line
                     });
                 }
@@ -482,9 +482,9 @@ impl Kill {
             return;
         };
         let (result, error) = match killed.result {
-            KillResult::Reset => (Outcome::Reset, None),
-            KillResult::Gone => (Outcome::Gone, None),
-            KillResult::Failed(why) => (Outcome::Failed, Some(why)),
+            KillResult::Reset => (KillOutcome::Reset, None),
+            KillResult::Gone => (KillOutcome::Gone, None),
+            KillResult::Failed(why) => (KillOutcome::Failed, Some(why)),
         };
         self.lines.add(&KillLine {
             result,
@@ -502,7 +502,7 @@ fn line(found: &Listed<'_>) -> KillLine {
         rule: Some(row.rule.into_owned()),
         local: Some(row.local),
         remote: Some(row.remote),
-        result: Outcome::WouldReset,
+        result: KillOutcome::WouldReset,
         error: None,
     }
 }
@@ -513,7 +513,7 @@ fn not_found(id: u64) -> KillLine {
         rule: None,
         local: None,
         remote: None,
-        result: Outcome::NotFound,
+        result: KillOutcome::NotFound,
         error: None,
     }
 }
