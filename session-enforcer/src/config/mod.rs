@@ -7,7 +7,7 @@
 mod document;
 mod entries;
 mod error;
-mod never;
+mod impossible_conditions;
 mod owners;
 mod read;
 mod rule;

@@ -10,7 +10,7 @@ use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
     NetworkNamespaces, OnFull, Problem, Warning,
 };
-use super::{entries, never, owners, rule, shadowed_rules};
+use super::{entries, impossible_conditions, owners, rule, shadowed_rules};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -260,7 +260,11 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
         if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {
             doubts.push((index, Doubt::OutsideDaemonCgroup { watched }));
         }
-        doubts.extend(never::doubts(rule).into_iter().map(|doubt| (index, doubt)));
+        doubts.extend(
+            impossible_conditions::doubts(rule)
+                .into_iter()
+                .map(|doubt| (index, doubt)),
+        );
     }
     doubts.sort_by_key(|(index, _)| *index);
     doubts

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use session_enforcer_common::{Ancestors, Session};
 
-use super::{context::Context, hanging::HangScope, state::State};
+use super::{context::Context, hang_limits::HangScope, state::State};
 use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
 
 pub(super) fn hang_scope(state: &State, session: &Session) -> HangScope {

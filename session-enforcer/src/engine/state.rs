@@ -11,14 +11,14 @@ use session_enforcer_common::{
 use super::{
     backlog::{Backlog, FULL_RULE},
     handles::Handles,
-    hanging::Hanging,
+    hang_limits::Hanging,
     holder_searches::{Holding, ahead_of},
     judge::{Judgement, judge},
     kills::Kills,
     phase::{Expired, Phase},
     records::Records,
     rule_set::RuleSet,
-    slow::SlowNamespaces,
+    slow_namespaces::SlowNamespaces,
     tracker::{Tracker, group_of, group_of_event},
 };
 use crate::{

@@ -17,11 +17,11 @@ use super::{
     batch::{Batch, ResetMethod},
     context::Context,
     handles::SearchNeed,
-    hanging::Room,
+    hang_limits::Room,
+    holder_search::search_holder_of,
     in_progress::{HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
     outcome::{NO_ROOM_NS, UNANSWERED},
     phase::{Expired, Phase},
-    seek::seek,
     state::State,
     unreported::query_unreported,
 };
@@ -723,7 +723,7 @@ fn conclude(
             state.not_reset(expired, at_ns, &error)
         }
         Some(ReaperAnswer::Outcome(Disconnected::NeedsHolder(key))) => {
-            seek(context, &mut state, expired, key);
+            search_holder_of(context, &mut state, expired, key);
             Ok(())
         }
         Some(ReaperAnswer::Outcome(Disconnected::Unknown)) | None => {

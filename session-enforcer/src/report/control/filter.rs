@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use session_enforcer_common::Session;
 
-use super::row::{End, Listed, deadline};
+use super::session_row::{End, Listed, deadline};
 use crate::config::{
     User, format_duration, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix,
     parse_user,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use session_enforcer_common::{Ancestors, Session};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
-use super::row::{End, RuleInForce};
+use super::session_row::{End, RuleInForce};
 use crate::report::audit::{Requester, Subscription};
 
 /// A request of the HTTP thread to the engine.

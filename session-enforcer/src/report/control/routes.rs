@@ -24,12 +24,12 @@ use tokio::{
 
 use super::{
     Selection,
+    kill_request::KillSelection,
     listing::{self, Broken, Gone, Lines, Scan, ask},
     messages::{
         KillLine, KillOutcome, KillRequest, KillResult, Killed, Refusal, ReloadRequest, Request,
     },
-    order::Order,
-    row::Listed,
+    session_row::Listed,
 };
 use crate::{
     datapath::TableInUse,
@@ -201,7 +201,7 @@ impl Client {
     }
 
     async fn kill(&self, query: &str, body: &[u8], requester: Requester) -> Answer {
-        let order = match Order::parse(query, body) {
+        let order = match KillSelection::parse(query, body) {
             Ok(order) => order,
             Err(why) => return refusal(StatusCode::BAD_REQUEST, &why),
         };
@@ -333,7 +333,7 @@ async fn follow(mut subscription: Subscription, mut lines: Lines) {
 struct Kill {
     engine: mpsc::Sender<to_engine::Request>,
     scan: Scan,
-    order: Order,
+    order: KillSelection,
     by: Arc<Requester>,
     lines: Lines,
     results: UnboundedReceiver<Killed>,
@@ -363,7 +363,7 @@ impl Kill {
     fn new(
         engine: mpsc::Sender<to_engine::Request>,
         scan: Scan,
-        order: Order,
+        order: KillSelection,
         by: Requester,
         lines: Lines,
     ) -> Self {
