@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn of_limits_that_end_at_once_it_is_not_the_lifetime_that_ends_the_session() {
+    fn equal_deadlines_are_not_attributed_to_the_lifetime() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         let p = Limits {
             response_timeout_ns: 8 * SECOND,
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_waits_is_looked_at_before_its_answer_can_have_gone_stale() {
+    fn a_session_that_owes_an_answer_is_checked_before_the_answer_can_be_too_old() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
@@ -600,7 +600,7 @@ mod tests {
 
         /// The programs remember `open_until_ns` and do not check the gate before that time.
         #[test]
-        fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
+        fn the_gate_stays_open_until_the_time_that_was_computed(
             times in (0..1_000u64, 0..1_000u64),
             owes: bool,
             limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
@@ -639,7 +639,7 @@ mod tests {
         /// The schedule relies on this: whatever passes after a check, no deadline is earlier than
         /// the time of the next check.
         #[test]
-        fn no_event_after_a_look_makes_a_deadline_before_the_next_look(
+        fn no_event_after_a_check_sets_a_deadline_before_the_next_check(
             received in 0..1_000u64,
             sent in 0..1_000u64,
             owes: bool,
@@ -671,7 +671,7 @@ mod tests {
 
         /// A candidate is stamped later, with the time at which it passed.
         #[test]
-        fn nothing_that_is_waited_for_makes_a_deadline_before_the_next_look(
+        fn no_confirmed_candidate_sets_a_deadline_before_the_next_check(
             received in 0..1_000u64,
             sent in 0..1_000u64,
             owes: bool,

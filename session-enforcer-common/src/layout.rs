@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn where_cookies_lie_is_in_the_hash() {
+    fn the_layout_covers_the_buckets_of_cookies() {
         let key = Key(7);
         let lie = (1..=64).flat_map(|cookie| key.buckets(cookie, 60_000));
         let hash = lie.fold(5, |hash, bucket| number(hash, bucket as usize));

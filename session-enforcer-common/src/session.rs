@@ -578,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn of_the_flags_only_the_peer_s_end_is_traffic() {
+    fn only_the_flag_of_the_peer_s_end_is_traffic() {
         let mut session = tests_support::session(1, 1, 1);
         session.flags = !flags::PEER_HAS_ENDED;
         assert_eq!(session.traffic().flags, 0);
@@ -639,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_does_not_move_the_share() {
+    fn traffic_does_not_change_the_share() {
         let mut session = tests_support::session(1, 1, 1);
         let share = session.jitter_share(KEY);
         session.stamp_received(5);
@@ -718,7 +718,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_records_the_later_activity_tells_who_owes_and_nothing_goes_back() {
+    fn merged_records_owe_by_the_later_activity_and_no_value_goes_back() {
         let mut read = tests_support::session(1, 4, 3);
         (read.bytes_received, read.bytes_sent) = (40, 30);
         read.answered_ns = 3;

@@ -163,13 +163,13 @@ fn found_record_is_whole(order: Order) {
 }
 
 #[test]
-fn who_finds_a_session_finds_its_record() {
+fn a_found_tag_shows_the_complete_record() {
     found_record_is_whole(Order::Full);
 }
 
 #[test]
 #[should_panic(expected = "assertion")]
-fn who_finds_a_session_finds_its_record_unordered() {
+fn a_found_tag_shows_the_complete_record_unordered() {
     found_record_is_whole(Order::Missing);
 }
 

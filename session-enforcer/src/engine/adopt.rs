@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn of_listeners_that_share_a_port_the_one_of_the_socket_s_cgroup_and_family_is_its_maker() {
+    fn a_listener_of_the_socket_s_cgroup_and_family_is_preferred_among_those_of_its_port() {
         let listener = |cgroup_id, local, uid| {
             let mut listener = socket(state::LISTEN, 5432, 0);
             listener.target.local = local;
@@ -534,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_locked_socket_nothing_is_counted_and_its_listener_tells_who_dialled() {
+    fn a_locked_socket_has_no_counts_and_its_listener_tells_the_direction() {
         let listener = socket(state::LISTEN, 5432, 0);
         let locked = in_use(&socket(state::ESTABLISHED, 5432, 1));
         for (sockets, direction, bits) in [
@@ -587,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_dialled_from_here_is_no_inbound_rule_s() {
+    fn an_outbound_connection_matches_no_inbound_rule() {
         let mut dialled = socket(state::ESTABLISHED, 5432, 50_000);
         let info = dialled.info.as_mut().unwrap();
         (info.numbers_acknowledged, info.numbers_sent) = (21, 21);
@@ -597,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_session_or_not_in_scope_is_left_alone() {
+    fn sockets_without_a_session_or_out_of_scope_are_left_alone() {
         let entries = [entry(0, 5432, 3)];
         let mini = Socket {
             is_mini: true,
@@ -630,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_kernel_does_not_tell_who_owes_the_session_lives_longer() {
+    fn if_the_kernel_does_not_tell_who_owes_an_answer_the_session_lives_longer() {
         let info = |received_ms, sent_ms| Info {
             last_data_received_ms: received_ms,
             last_data_sent_ms: sent_ms,
@@ -689,7 +689,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_dropped_before_it_left_was_not_sent() {
+    fn payload_that_was_dropped_before_it_left_was_not_sent() {
         let (before, now) = later(|info| {
             info.bytes_tried += 30;
             info.is_all_sent = false;
@@ -725,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_meanwhile_is_received_and_owed() {
+    fn payload_received_meanwhile_is_counted_and_owes_an_answer() {
         let (before, now) = later(|info| info.bytes_received += 1);
         let expected = Session {
             last_received_ns: 19_500 * MS,
@@ -737,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_meanwhile_is_sent_and_the_answer() {
+    fn payload_sent_meanwhile_is_counted_and_is_the_answer() {
         let (before, now) = later(|info| send(info, 1));
         let expected = Session {
             last_sent_ns: 19_600 * MS,
@@ -775,7 +775,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_socket_has_taken_counts_when_it_came_and_nothing_else_does() {
+    fn only_payload_that_the_socket_has_received_counts_at_its_candidate_s_time() {
         let taken = |bytes: u64, min_payload| {
             let [before, now] = asked(|_, info| info.bytes_received += bytes, min_payload);
             assert_eq!(now.bytes_received, before.bytes_received + bytes);
@@ -788,7 +788,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_socket_has_sent_counts_when_it_left_and_nothing_else_does() {
+    fn only_payload_that_the_socket_has_sent_counts_at_its_candidate_s_time() {
         let sent = |change: fn(&mut Session, &mut Info)| {
             let [before, now] = asked(change, 1);
             let stamp = now.last_sent_ns;

@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_and_taken_back_when_a_sync_has_ended() {
+    fn problems_are_reported_until_a_sync_has_ended_without_them() {
         let mut backlog = Backlog::from(0);
         let none = [
             (DegradedCause::Untracked, None),
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
+    fn sessions_left_out_are_tried_again_soon_if_there_is_room() {
         let mut backlog = Backlog::from(0);
         backlog.begin();
         backlog.left_out = 3;
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_reset_is_looked_for_soon_and_is_no_problem() {
+    fn refused_sessions_to_reset_are_searched_for_soon_and_are_no_problem() {
         for count in [Backlog::refused_of, Backlog::refused_by_rules_of] {
             let mut backlog = Backlog::from(0);
             backlog.resets = true;

@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_is_said_and_what_blocks_everything_first() {
+    fn a_blocked_sock_diag_is_reported_before_hanging_resets() {
         let mut hanging = Hanging::default();
         assert_eq!(hanging.problem(0), None);
         assert!(
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_makes_room_for_one_and_leaves_the_others() {
+    fn a_reset_that_ends_makes_room_for_one_other() {
         let mut hanging = Hanging::default();
         let of_one = hang_scope(&[1, 2, 3]);
         hanging.begin(&of_one, 1);
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_shares_a_cgroup_at_any_level_leaves_half_of_its_room_to_the_others() {
+    fn each_cgroup_at_any_level_leaves_half_of_the_room_to_its_siblings() {
         let mut hanging = Hanging::default();
         // One pod of a class, then another one, then another class, then a user, then a service.
         for above in [&[1, 2, 3][..], &[1, 2, 4], &[1, 5, 6], &[7, 8], &[9]] {
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn those_whose_cgroup_is_not_known_have_all_the_room() {
+    fn sessions_of_unknown_cgroup_are_limited_only_in_total() {
         let mut hanging = Hanging::default();
         let unknown = HangScope::of(0, &Ancestors::UNKNOWN);
         (1..MAX_IN_ALL).for_each(|_| hanging.begin(&unknown, 0));

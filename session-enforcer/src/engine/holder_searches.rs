@@ -162,7 +162,7 @@ mod tests {
     const S: u64 = 1_000_000_000;
 
     #[test]
-    fn a_session_is_looked_at_half_of_its_shortest_limit_ahead() {
+    fn the_holder_is_searched_half_of_the_shortest_limit_ahead() {
         let mut limits = Limits {
             idle_timeout_ns: 60 * S,
             ..Limits::default()

@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_session_belongs_to_and_when_it_is_due_are_known() {
+    fn the_group_and_the_due_time_of_a_session_are_known() {
         let mut tracker = Tracker::default();
         assert_eq!((tracker.next_due_ns(), tracker.len()), (None, 0));
         let group = group_of(&expired(100).session);

@@ -403,7 +403,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
-    fn of_many_descriptors_of_a_namespace_one_is_kept() {
+    fn one_of_many_descriptors_of_a_namespace_is_kept() {
         let netns = File::open("/proc/self/ns/net").unwrap();
         let _others: Vec<File> = (0..100).map(|_| netns.try_clone().unwrap()).collect();
         let path = format!("/proc/self/fd/{}", netns.as_raw_fd());
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_holders_the_lowest_number_is_told_whoever_looked_first() {
+    fn the_holder_with_the_lowest_pid_is_reported() {
         let holder = |pid| Holder {
             pid,
             thread: pid,
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_passed_over() {
+    fn a_descriptor_that_is_no_socket_is_skipped() {
         let of = |link, kind| inode(OsStr::new(link), kind);
         assert_eq!(of("net:[4026532300]", "net:["), Some(4_026_532_300));
         assert_eq!(of("mnt:[4026532301]", "net:["), None);

@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_of_another_version_or_cut_is_refused() {
+    fn a_message_that_is_too_long_or_truncated_or_of_another_version_is_refused() {
         assert!(matches!(
             encode(&request(4 * MAX_SOCKETS * MAX_SOCKETS)),
             Err(ProtocolError::TooLong(_))

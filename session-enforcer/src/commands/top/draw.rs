@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_in_the_first_line() {
+    fn top_shows_the_degraded_cause_first() {
         let mut board = board();
         let mut look = look(Instant::now(), 3, &[]);
         look.status.ready = false;

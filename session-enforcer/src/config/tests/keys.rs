@@ -105,7 +105,7 @@ max_sessions = 500
 }
 
 #[test]
-fn what_is_not_said_has_its_default() {
+fn a_missing_key_has_its_default() {
     let text = "[[rule]]\nname = 'a'\nidle_timeout = '1s'\n";
     let config = Config::parse("x.toml", text).unwrap();
     let rule = Rule {

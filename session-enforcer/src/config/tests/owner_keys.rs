@@ -20,7 +20,7 @@ fn paths_are_those_of_proc_and_users_are_names_or_numbers() {
 }
 
 #[test]
-fn what_is_no_cgroup_or_no_user_is_refused() {
+fn an_invalid_cgroup_or_user_is_refused() {
     let allowed = "allowed: a cgroup's path from the root of the hierarchy, as in \
                    /proc/PID/cgroup, such as \"/system.slice/postgresql.service\"";
     for path in [

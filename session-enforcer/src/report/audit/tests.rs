@@ -158,7 +158,7 @@ fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
 }
 
 #[test]
-fn what_is_not_known_of_the_owner_is_left_out() {
+fn unknown_fields_of_the_owner_are_left_out() {
     let unknown = Session {
         owner: Owner::UNKNOWN,
         ..session()
@@ -259,7 +259,7 @@ fn the_age_of_a_session_that_was_never_tracked_is_not_invented() {
 }
 
 #[test]
-fn what_has_never_passed_has_no_time() {
+fn a_direction_without_payload_has_no_time() {
     let silent = Session {
         last_received_ns: session().established_ns,
         bytes_received: 0,
@@ -277,7 +277,7 @@ fn what_has_never_passed_has_no_time() {
 }
 
 #[test]
-fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
+fn payload_before_another_socket_took_the_connection_over_keeps_its_time() {
     let restored = Session {
         bytes_received: 0,
         bytes_sent: 0,
@@ -288,7 +288,7 @@ fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
 }
 
 #[test]
-fn of_a_limit_the_beginning_is_told_and_of_a_policy_s_change_there_is_none() {
+fn a_limit_has_its_beginning_in_the_record_and_a_policy_change_has_none() {
     let session = session();
     let old = Termination {
         reason: Reason::MaxLifetime,
@@ -432,7 +432,7 @@ fn write_lines(room: usize, lines: &[&str]) -> (String, u64) {
 }
 
 #[test]
-fn what_fits_is_written_and_what_does_not_is_counted() {
+fn records_that_fit_are_written_and_the_others_are_counted() {
     assert_eq!(
         write_lines(100, &["one", "two"]),
         ("one\ntwo\n".to_owned(), 0)
@@ -442,7 +442,7 @@ fn what_fits_is_written_and_what_does_not_is_counted() {
 }
 
 #[test]
-fn of_a_batch_that_was_cut_only_the_rest_is_lost() {
+fn only_the_rest_of_a_truncated_batch_is_lost() {
     let disk = Disk::with_room(6);
     let mut output = Output::new(disk.clone(), None);
     output.write(b"one\ntwo\nthree\n", 3);
@@ -584,7 +584,7 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
 /// Without the bound, the records of 100,000 sessions that expire with one policy change would form one batch
 /// that exceeds the queue and is lost as a whole.
 #[test]
-fn what_waits_to_be_handed_over_is_bounded() {
+fn records_before_a_batch_is_handed_to_the_writer_are_bounded() {
     let disk = Disk::with_room(usize::MAX);
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
     let mut audit = Audit::of(writer, false);
@@ -686,7 +686,7 @@ fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
 }
 
 #[test]
-fn who_asked_for_an_end_is_named_as_far_as_that_is_known() {
+fn the_requester_of_a_reset_is_recorded_as_far_as_it_is_known() {
     let session = session();
     let by = |requester: &Requester, user: Option<&str>| {
         let record = line(&Termination {

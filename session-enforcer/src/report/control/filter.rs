@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn whose_owner_is_not_known_is_nobodys() {
+    fn a_session_of_unknown_owner_matches_no_user_or_cgroup() {
         let unknown = Session {
             owner: Owner::UNKNOWN,
             ..session()
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_refused_with_what_is_allowed() {
+    fn an_invalid_filter_is_refused_with_the_allowed_values() {
         for (query, message) in [
             (
                 "ruel=a",

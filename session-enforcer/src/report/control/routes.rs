@@ -201,24 +201,24 @@ impl Client {
     }
 
     async fn kill(&self, query: &str, body: &[u8], requester: Requester) -> Answer {
-        let order = match KillSelection::parse(query, body) {
-            Ok(order) => order,
+        let request = match KillSelection::parse(query, body) {
+            Ok(request) => request,
             Err(why) => return refusal(StatusCode::BAD_REQUEST, &why),
         };
-        let scan = match self.scan_for(&order.selection).await {
+        let scan = match self.scan_for(&request.selection).await {
             Ok(scan) => scan,
             Err(refused) => return *refused,
         };
-        if !order.selection.dry_run {
+        if !request.selection.dry_run {
             tracing::info!(
-                "user {}, process {} ({:?}) asks for a reset of {order}",
+                "user {}, process {} ({:?}) asks for a reset of {request}",
                 requester.uid,
                 requester.pid,
                 requester.command,
             );
         }
         let engine = self.engine.clone();
-        streamed(|lines| Kill::new(engine, scan, order, requester, lines).run())
+        streamed(|lines| Kill::new(engine, scan, request, requester, lines).run())
     }
 
     async fn reload(&self, by: Requester) -> Answer {
@@ -333,7 +333,7 @@ async fn follow(mut subscription: Subscription, mut lines: Lines) {
 struct Kill {
     engine: mpsc::Sender<to_engine::Request>,
     scan: Scan,
-    order: KillSelection,
+    request: KillSelection,
     by: Arc<Requester>,
     lines: Lines,
     results: UnboundedReceiver<Killed>,
@@ -363,7 +363,7 @@ impl Kill {
     fn new(
         engine: mpsc::Sender<to_engine::Request>,
         scan: Scan,
-        order: KillSelection,
+        request: KillSelection,
         by: Requester,
         lines: Lines,
     ) -> Self {
@@ -371,7 +371,7 @@ impl Kill {
         Self {
             engine,
             scan,
-            order,
+            request,
             by: Arc::new(by),
             lines,
             results,
@@ -388,7 +388,7 @@ impl Kill {
     }
 
     async fn reset_all(&mut self) -> Result<(), Ended> {
-        match self.order.ids.take() {
+        match self.request.ids.take() {
             Some(ids) => {
                 let ids: Vec<u64> = ids.into_iter().collect();
                 for some in ids.chunks(KILL_BATCH) {
@@ -425,13 +425,13 @@ impl Kill {
         let mut meant = Vec::new();
         for (id, session) in sessions {
             let found = self.scan.found(*id, session);
-            let found = found.filter(|found| self.order.selection.filter.matches(found, now_ns));
+            let found = found.filter(|found| self.request.selection.filter.matches(found, now_ns));
             if let Some(found) = found {
                 meant.push((line(&found), session.established_ns));
             }
         }
         let ids = meant.iter().map(|(line, _)| line.id).collect();
-        if self.order.selection.dry_run {
+        if self.request.selection.dry_run {
             meant.iter().for_each(|(line, _)| self.lines.add(line));
         } else if !meant.is_empty() {
             self.ask(meant).await?;
