@@ -79,6 +79,19 @@ pub enum Reason {
     Admin,
 }
 
+impl Reason {
+    /// Every reason, in the order of declaration.
+    pub const ALL: [Self; 7] = [
+        Self::IdleTimeout,
+        Self::MaxLifetime,
+        Self::ResponseTimeout,
+        Self::HalfClosedTimeout,
+        Self::Policy,
+        Self::Untracked,
+        Self::Admin,
+    ];
+}
+
 /// The result of [`expiry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expiry {
@@ -265,6 +278,22 @@ mod tests {
                 deadline_ns: at
             }
         );
+    }
+
+    /// A new reason does not compile here until it has a successor, and then must be in the list.
+    #[test]
+    fn the_list_has_every_reason() {
+        let next = |reason| match reason {
+            Reason::IdleTimeout => Some(Reason::MaxLifetime),
+            Reason::MaxLifetime => Some(Reason::ResponseTimeout),
+            Reason::ResponseTimeout => Some(Reason::HalfClosedTimeout),
+            Reason::HalfClosedTimeout => Some(Reason::Policy),
+            Reason::Policy => Some(Reason::Untracked),
+            Reason::Untracked => Some(Reason::Admin),
+            Reason::Admin => None,
+        };
+        let all = core::iter::successors(Some(Reason::IdleTimeout), |reason| next(*reason));
+        assert!(all.eq(Reason::ALL));
     }
 
     #[test]
@@ -538,6 +567,31 @@ mod tests {
         }
     }
 
+    /// A session that was established at 0, and received and sent within the first 1,000 ns.
+    fn any_session() -> impl Strategy<Value = Session> {
+        let times = (0..1_000u64, 0..1_000u64, any::<bool>());
+        times.prop_map(|(received, sent, owes)| {
+            let mut session = session(0, received, sent);
+            if owes && received > sent {
+                session.answered_ns = 0;
+            }
+            session
+        })
+    }
+
+    /// Limits below 500 ns, with a lifetime below 5,000 ns; 0 is no limit.
+    fn any_limits() -> impl Strategy<Value = Limits> {
+        let limits = (0..500u64, 0..500u64, 0..500u64, 0..500u64, 0..3u8);
+        limits.prop_map(|(idle, response, lifetime, half_closed, activity)| Limits {
+            idle_timeout_ns: idle,
+            response_timeout_ns: response,
+            half_closed_timeout_ns: half_closed,
+            max_lifetime_ns: lifetime * 10,
+            activity,
+            ..Limits::default()
+        })
+    }
+
     proptest! {
         /// The gate agrees with [`expiry`], with or without a remembered `open_until_ns`.
         #[test]
@@ -601,27 +655,13 @@ mod tests {
         /// The programs remember `open_until_ns` and do not check the gate before that time.
         #[test]
         fn the_gate_stays_open_until_the_time_that_was_computed(
-            times in (0..1_000u64, 0..1_000u64),
-            owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
-            activity in 0..3u8,
+            mut s in any_session(),
+            limits in any_limits(),
             now in 1_000..2_000u64,
             passes in prop::collection::vec((0..3u8, 0..300u64), 0..6),
             rest in 0..300u64,
         ) {
-            let mut s = session(0, times.0, times.1);
-            if owes && times.0 > times.1 {
-                s.answered_ns = 0;
-            }
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                half_closed_timeout_ns: limits.3,
-                max_lifetime_ns: limits.2 * 10,
-                activity,
-                gate: 1,
-                ..Limits::default()
-            };
+            let p = Limits { gate: 1, ..limits };
             let until = p.open_until_ns(&s, now);
             let mut at = now;
             for (what, later) in passes {
@@ -640,27 +680,12 @@ mod tests {
         /// the time of the next check.
         #[test]
         fn no_event_after_a_check_sets_a_deadline_before_the_next_check(
-            received in 0..1_000u64,
-            sent in 0..1_000u64,
-            owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
-            activity in 0..3u8,
+            mut s in any_session(),
+            p in any_limits(),
             now in 1_000..2_000u64,
             later in 0..2_000u64,
             then in 0..3u8,
         ) {
-            let mut s = session(0, received, sent);
-            if owes && received > sent {
-                s.answered_ns = 0;
-            }
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                half_closed_timeout_ns: limits.3,
-                max_lifetime_ns: limits.2 * 10,
-                activity,
-                ..Limits::default()
-            };
             if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
                 pass(&mut s, then, now + later);
                 if let Expiry::Expired { deadline_ns, .. } = expiry(&s, &p, u64::MAX - 1) {
@@ -672,26 +697,13 @@ mod tests {
         /// A candidate is stamped later, with the time at which it passed.
         #[test]
         fn no_confirmed_candidate_sets_a_deadline_before_the_next_check(
-            received in 0..1_000u64,
-            sent in 0..1_000u64,
-            owes: bool,
-            limits in (0..500u64, 0..500u64),
-            activity in 0..3u8,
+            mut s in any_session(),
+            p in any_limits(),
             now in 1_000..2_000u64,
             waits in (0..1_000u64, 0..1_000u64),
             is_taken in (any::<bool>(), any::<bool>()),
         ) {
-            let mut s = session(0, received, sent);
-            if owes && received > sent {
-                s.answered_ns = 0;
-            }
             (s.received_candidate_ns, s.sent_candidate_ns) = (now - waits.0, now - waits.1);
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                activity,
-                ..Limits::default()
-            };
             if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
                 s.received_candidate_ns *= u64::from(is_taken.0);
                 s.sent_candidate_ns *= u64::from(is_taken.1);

@@ -1,9 +1,9 @@
-//! Fixtures for the tests of the engine's pure modules.
+//! Fixtures for unit tests.
 
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
 /// An inbound session that was established at 0 and has carried no payload.
-pub(super) fn session() -> Session {
+pub(crate) fn session() -> Session {
     Session {
         last_received_ns: 0,
         last_sent_ns: 0,

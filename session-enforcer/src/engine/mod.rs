@@ -13,7 +13,7 @@ mod backoff;
 mod batch;
 mod context;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 mod growth;
 mod handles;
 mod hang_limits;

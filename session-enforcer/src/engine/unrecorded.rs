@@ -19,17 +19,6 @@ use crate::{
     report::audit::{End, Termination},
 };
 
-/// The reasons by their numbers in the journal.
-const REASONS: [Reason; 7] = [
-    Reason::IdleTimeout,
-    Reason::MaxLifetime,
-    Reason::ResponseTimeout,
-    Reason::Policy,
-    Reason::HalfClosedTimeout,
-    Reason::Untracked,
-    Reason::Admin,
-];
-
 /// The number of a reason in the journal.
 const fn number_of(reason: Reason) -> u16 {
     match reason {
@@ -41,6 +30,12 @@ const fn number_of(reason: Reason) -> u16 {
         Reason::Untracked => 5,
         Reason::Admin => 6,
     }
+}
+
+/// The reason with this number in the journal.
+fn reason_of(number: u16) -> Option<Reason> {
+    let mut all = Reason::ALL.into_iter();
+    all.find(|reason| number_of(*reason) == number)
 }
 
 /// Records the resets that an earlier daemon has made but not recorded. Must run before any reset.
@@ -105,8 +100,7 @@ impl State {
     fn recover(&mut self, journal_slot: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
         let name = entry.rule.split(|byte| *byte == 0).next();
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
-        let reason = REASONS.get(usize::from(entry.reason)).copied();
-        let (Some(name), Some(reason)) = (name, reason) else {
+        let (Some(name), Some(reason)) = (name, reason_of(entry.reason)) else {
             return Ok(());
         };
         if entry.answered_ns != 0 {
@@ -187,8 +181,21 @@ mod tests {
 
     #[test]
     fn each_reason_has_a_number_of_its_own() {
-        for (reason, number) in REASONS.into_iter().zip(0..) {
-            assert_eq!(number_of(reason), number);
+        for (number, reason) in [
+            Reason::IdleTimeout,
+            Reason::MaxLifetime,
+            Reason::ResponseTimeout,
+            Reason::Policy,
+            Reason::HalfClosedTimeout,
+            Reason::Untracked,
+            Reason::Admin,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!(number_of(reason), number as u16);
+            assert_eq!(reason_of(number as u16), Some(reason));
         }
+        assert_eq!(reason_of(Reason::ALL.len() as u16), None);
     }
 }

@@ -88,11 +88,11 @@ static RULE_SET: LazyLock<RuleSet> = LazyLock::new(|| {
     let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
                 [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
     let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
-    let book = RuleSet::default().next(&config, &Owners::default());
-    book.expect("two rules have places")
+    let rule_set = RuleSet::default().next(&config, &Owners::default());
+    rule_set.expect("two rules have ids")
 });
 
-/// Whatever rule the record names, the one that decides is one that there is.
+/// The rule that decides exists, whichever rule the record names.
 fn find_rule(session: &Session, now_ns: u64) {
     let ancestors = |_| Some(Ancestors::UNKNOWN);
     let rule = RULE_SET.rule_of(session, ancestors);
@@ -106,15 +106,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         cookie: bytes.value(),
         session,
         rule: &name,
-        reason: bytes.choice([
-            Reason::IdleTimeout,
-            Reason::MaxLifetime,
-            Reason::ResponseTimeout,
-            Reason::HalfClosedTimeout,
-            Reason::Policy,
-            Reason::Untracked,
-            Reason::Admin,
-        ]),
+        reason: bytes.choice(Reason::ALL),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),
         end: bytes.choice([
             End::Reset(None),

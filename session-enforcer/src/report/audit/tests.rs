@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use session_enforcer_common::{Address, Direction, Owner};
 
 use super::{sink::Sink, writer::Output, *};
+use crate::engine::fixtures;
 
 fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
@@ -20,30 +21,17 @@ pub(in crate::report) fn session() -> Session {
         answered_ns: 0,
         bytes_received: 120,
         bytes_sent: 4096,
-        open_until_ns: 0,
         established_ns: 1_000_000_000,
-        netns_cookie: 3,
         local: v4([10, 0, 0, 5]),
         remote: v4([10, 0, 0, 7]),
         local_port: 5432,
         remote_port: 51234,
-        ifindex: 0,
-        generation: 1,
-        rule: 0,
-        direction: Direction::Inbound as u8,
-        flags: 0,
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
             unused: 0,
         },
-        data_segments_sent: 0,
-        sent_before_answer: 0,
-        sent_candidate_completes_answer: 0,
-        half_closed_ns: Session::NOT_HALF_CLOSED,
-        received_candidate_ns: 0,
-        sent_candidate_ns: 0,
-        sent_candidate_end: 0,
+        ..fixtures::session()
     }
 }
 

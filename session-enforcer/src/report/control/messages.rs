@@ -7,7 +7,7 @@ use session_enforcer_common::{Ancestors, Session};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use super::session_row::{End, RuleInForce};
-use crate::report::audit::{Requester, Subscription};
+use crate::report::audit::{Outcome, Requester, Subscription};
 
 /// A request of the HTTP thread to the engine.
 #[derive(Debug)]
@@ -133,9 +133,9 @@ impl KillOutcome {
     /// The name in the answers.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Reset => "reset",
-            Self::Gone => "gone",
-            Self::Failed => "failed",
+            Self::Reset => Outcome::Reset.name(),
+            Self::Gone => Outcome::Gone.name(),
+            Self::Failed => Outcome::Failed.name(),
             Self::NotFound => "not_found",
             Self::Pending => "pending",
             Self::WouldReset => "would_reset",

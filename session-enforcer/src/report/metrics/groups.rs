@@ -197,18 +197,13 @@ impl Terminations {
             Mode::Enforce => RESET,
             Mode::Observe => &[Outcome::Observed],
         };
-        for reason in [
-            Reason::IdleTimeout,
-            Reason::MaxLifetime,
-            Reason::ResponseTimeout,
-            Reason::HalfClosedTimeout,
-            Reason::Policy,
-            Reason::Untracked,
-        ] {
-            self.begin_reason(rule, reason, mode, outcomes);
+        for reason in Reason::ALL {
+            match reason {
+                // A client can request a reset under a rule of any mode.
+                Reason::Admin => self.begin_reason(rule, reason, Mode::Enforce, RESET),
+                _ => self.begin_reason(rule, reason, mode, outcomes),
+            }
         }
-        // A client can request a reset under a rule of any mode.
-        self.begin_reason(rule, Reason::Admin, Mode::Enforce, RESET);
     }
 
     fn begin_reason(&self, rule: &str, reason: Reason, mode: Mode, outcomes: &[Outcome]) {
