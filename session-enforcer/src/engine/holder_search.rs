@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use super::{
     ask::{self, Answer},
     context::Context,
-    holder_searches::{HOST, Holding, Name, Sought},
+    holder_searches::{HOST, Holding, Name, ScanRange, Sought},
     judge::Judgement,
     owner_search,
     phase::Expired,
@@ -170,6 +170,40 @@ async fn search(context: &Rc<Context>, scope: u64, slice: u64) -> Result<()> {
         return Ok(());
     }
     let from = context.holder_searches.borrow().from;
+    let (found, next, used) = scan(context, scope, from, &sought).await;
+    let not_held = {
+        let mut searches = context.holder_searches.borrow_mut();
+        searches.rest(scope, slice, used, Instant::now());
+        searches.note_missing(scope, &sought, &found, ScanRange { from, next })
+    };
+    let mut state = context.state();
+    for (name, sought) in sought {
+        if let Some(holder) = found.get(&sought.key) {
+            state.note_holder(name, &sought, holder);
+            if let Some(expired) = sought.to_reset {
+                reset_through_holder(context, &mut state, expired)?;
+            }
+        }
+    }
+    for expired in not_held {
+        if state.answered(&expired) {
+            let error = DisconnectError::NotHeld.to_string();
+            state.not_reset(&expired, monotonic_ns(), &error)?;
+        }
+    }
+    state.records.audit.flush();
+    context.wake.notify_one();
+    Ok(())
+}
+
+/// Has a reaper scan the processes of a cgroup, or those of the host from a PID on. Returns the holders that it has
+/// found, the PID at which the next scan of the host goes on, and its processor time.
+async fn scan(
+    context: &Rc<Context>,
+    scope: u64,
+    from: u32,
+    sought: &[(Name, Sought)],
+) -> (HashMap<SocketKey, Holder>, Option<u32>, Duration) {
     let directory = context.state().owner_resolver.cgroup_directory(scope);
     let (processes, budget) = match scope {
         HOST => (SearchScope::Host { from }, BUDGET_OF_ALL),
@@ -188,53 +222,29 @@ async fn search(context: &Rc<Context>, scope: u64, slice: u64) -> Result<()> {
             found,
             next,
             used_ns,
-        } => Some((found, next, Duration::from_nanos(used_ns))),
+        } => Some((
+            found.into_iter().collect(),
+            next,
+            Duration::from_nanos(used_ns),
+        )),
         _ => None,
     });
     // A search without an answer counts by its duration. The next search of the host starts at the same process.
-    let (found, next, used) = answer.unwrap_or_else(|| (Vec::new(), Some(from), began.elapsed()));
-    let found: HashMap<SocketKey, Holder> = found.into_iter().collect();
-    let mut not_held = Vec::new();
-    let mut searches = context.holder_searches.borrow_mut();
-    searches.rest(scope, slice, used, Instant::now());
-    // If the search ended because it found everything, the next one starts at the same process, which may hold other
-    // sockets.
-    let is_found = |(_, sought): &(Name, Sought)| found.contains_key(&sought.key);
-    if scope == HOST && !sought.iter().all(is_found) {
-        searches.from = next.unwrap_or(0);
+    answer.unwrap_or_else(|| (HashMap::new(), Some(from), began.elapsed()))
+}
+
+/// Resets a session whose holder was found.
+fn reset_through_holder(context: &Rc<Context>, state: &mut State, expired: Expired) -> Result<()> {
+    if !state.answered(&expired) {
+        return Ok(());
     }
-    for (name, sought) in &sought {
-        let is_missing = !found.contains_key(&sought.key);
-        if is_missing && searches.missed(scope, *name, *sought, (from, next)) {
-            not_held.extend(sought.to_reset);
-        }
+    // Judge it again, since the search took time. Skip this while another reset hangs or if the session has no slot.
+    let is_free = !state.is_asked_of_another(&expired);
+    if is_free && state.tracker.contains(expired.cookie) {
+        state.tracker.rearm(expired.cookie, 0);
+        return Ok(());
     }
-    drop(searches);
-    let mut state = context.state();
-    for (name, sought) in sought {
-        if let Some(holder) = found.get(&sought.key) {
-            state.note_holder(name, &sought, holder);
-            if let Some(expired) = sought.to_reset.filter(|expired| state.answered(expired)) {
-                // Judge it again, since the search took time. Skip this while another reset hangs or if the session has
-                // no slot.
-                let is_free = !state.is_asked_of_another(&expired);
-                if is_free && state.tracker.contains(expired.cookie) {
-                    state.tracker.rearm(expired.cookie, 0);
-                } else {
-                    start_resets(context, &mut state, vec![expired])?;
-                }
-            }
-        }
-    }
-    for expired in not_held {
-        if state.answered(&expired) {
-            let error = DisconnectError::NotHeld.to_string();
-            state.not_reset(&expired, monotonic_ns(), &error)?;
-        }
-    }
-    state.records.audit.flush();
-    context.wake.notify_one();
-    Ok(())
+    start_resets(context, state, vec![expired])
 }
 
 impl Holding {

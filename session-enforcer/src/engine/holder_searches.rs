@@ -49,6 +49,15 @@ pub(super) struct Sought {
     pub(super) has_begun: bool,
 }
 
+/// The processes that a search of the host has scanned.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScanRange {
+    /// The PID at which it began.
+    pub(super) from: u32,
+    /// The PID at which the next search goes on; `None` if this one has seen the last process.
+    pub(super) next: Option<u32>,
+}
+
 /// The searches for holders. Pure.
 #[derive(Debug, Default)]
 pub(super) struct HolderSearches {
@@ -115,17 +124,34 @@ impl HolderSearches {
         }
     }
 
-    /// Handles a session that a search has not found; the host is searched next. A search of the host began at the
-    /// process `from`. Returns whether all of the host was searched.
-    pub(super) fn missed(
+    /// Handles the sessions that a search has not found. Returns those to reset that no process of the host holds.
+    pub(super) fn note_missing(
         &mut self,
         scope: u64,
-        name: Name,
-        sought: Sought,
-        (from, next): (u32, Option<u32>),
-    ) -> bool {
-        let has_begun = scope == HOST && (sought.has_begun || from == 0);
-        let is_over = has_begun && next.is_none();
+        sought: &[(Name, Sought)],
+        found: &HashMap<SocketKey, Holder>,
+        scanned: ScanRange,
+    ) -> Vec<Expired> {
+        let is_missing = |sought: &Sought| !found.contains_key(&sought.key);
+        // If the search ended because it found everything, the next one starts at the same process, which may hold other
+        // sockets.
+        if scope == HOST && sought.iter().any(|(_, sought)| is_missing(sought)) {
+            self.from = scanned.next.unwrap_or(0);
+        }
+        let mut not_held = Vec::new();
+        for (name, sought) in sought {
+            if is_missing(sought) && self.missed(scope, *name, *sought, scanned) {
+                not_held.extend(sought.to_reset);
+            }
+        }
+        not_held
+    }
+
+    /// Handles a session that a search has not found; the host is searched next. Returns whether all of the host was
+    /// searched.
+    fn missed(&mut self, scope: u64, name: Name, sought: Sought, scanned: ScanRange) -> bool {
+        let has_begun = scope == HOST && (sought.has_begun || scanned.from == 0);
+        let is_over = has_begun && scanned.next.is_none();
         if !is_over {
             self.add(
                 HOST,
@@ -213,20 +239,21 @@ mod tests {
         let mut searches = HolderSearches::default();
         let name = (7, 1);
         let taken = |searches: &mut HolderSearches| searches.take(HOST)[0].1;
+        let scanned = |from, next| ScanRange { from, next };
         // It is not in its cgroup.
-        assert!(!searches.missed(11, name, SOUGHT, (0, None)));
+        assert!(!searches.missed(11, name, SOUGHT, scanned(0, None)));
         let sought = taken(&mut searches);
         // The search of the host was under way.
-        assert!(!searches.missed(HOST, name, sought, (400, None)));
+        assert!(!searches.missed(HOST, name, sought, scanned(400, None)));
         let sought = taken(&mut searches);
-        assert!(!searches.missed(HOST, name, sought, (0, Some(300))));
+        assert!(!searches.missed(HOST, name, sought, scanned(0, Some(300))));
         let sought = taken(&mut searches);
-        assert!(!searches.missed(HOST, name, sought, (300, Some(400))));
+        assert!(!searches.missed(HOST, name, sought, scanned(300, Some(400))));
         let sought = taken(&mut searches);
-        assert!(searches.missed(HOST, name, sought, (400, None)));
+        assert!(searches.missed(HOST, name, sought, scanned(400, None)));
         assert!(!searches.has(true));
         // In one part.
-        assert!(searches.missed(HOST, name, SOUGHT, (0, None)));
+        assert!(searches.missed(HOST, name, SOUGHT, scanned(0, None)));
     }
 
     #[test]
