@@ -200,15 +200,9 @@ async fn confirm_lot(
         ask::wait_for_programs(&context).await;
     }
     let mut lost_reapers = 0;
-    while let Some(first) = lot.first() {
-        let hang_scope = hang_scope(&context.state(), &first.session);
-        let permit = {
-            let mut state = context.state();
-            if let Room::Taken { since_ns } = state.hanging.room(&hang_scope) {
-                state.wait_for_room(&lot, since_ns);
-                return Ok(());
-            }
-            HangPermit::begin(&context, &mut state, &first.session)
+    while !lot.is_empty() {
+        let Some(permit) = begin_query(&context, &lot) else {
+            return Ok(());
         };
         let began_ns = monotonic_ns();
         let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
@@ -229,19 +223,10 @@ async fn confirm_lot(
         let silent_at = silent.as_ref().map(|silent| silent.index);
         let is_lost = silent_at.is_none() && answers.contains(&None);
         lost_reapers += u32::from(is_lost);
-        let mut rest = Vec::new();
+        let has_given_up = lost_reapers > ATTEMPTS;
         let mut state = context.state();
-        let mut late = Vec::new();
-        for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
-            match (answer, silent_at) {
-                (Some(answer), _) => late.extend(state.confirm(expired, answer, began_ns)?),
-                (None, Some(silent_at)) if silent_at == index => {}
-                (None, None) if lost_reapers > ATTEMPTS => {
-                    late.extend(state.confirm(expired, Answer::Locked, began_ns)?);
-                }
-                (None, _) => rest.push(*expired),
-            }
-        }
+        let (late, rest) =
+            state.confirm_answers(&lot, answers, (silent_at, has_given_up), began_ns)?;
         start_resets(&context, &mut state, late)?;
         state.records.audit.flush();
         drop(state);
@@ -260,6 +245,18 @@ async fn confirm_lot(
         lot = rest;
     }
     Ok(())
+}
+
+/// Counts a query as possibly hanging. If no more may hang, the sessions wait for room.
+fn begin_query(context: &Rc<Context>, lot: &[Expired]) -> Option<HangPermit> {
+    let first = lot.first()?;
+    let mut state = context.state();
+    let scope = hang_scope(&state, &first.session);
+    if let Room::Taken { since_ns } = state.hanging.room(&scope) {
+        state.wait_for_room(lot, since_ns);
+        return None;
+    }
+    Some(HangPermit::begin(context, &mut state, &first.session))
 }
 
 /// Confirms a session at whose socket a reaper is silent, as soon as that answers or counts as stuck.
@@ -803,6 +800,32 @@ impl State {
         // The socket may have another session by now.
         self.tracker.hasten(cookie, acked_ns);
         true
+    }
+
+    /// Handles the answers about the sockets of late sessions. Returns the sessions that must be reset, and those that
+    /// must be queried again. The session at whose socket the reaper is silent is in neither list. After too many lost
+    /// reapers a socket without an answer counts as locked.
+    fn confirm_answers(
+        &mut self,
+        lot: &[Expired],
+        answers: Vec<Option<Answer>>,
+        (silent_at, has_given_up): (Option<usize>, bool),
+        began_ns: u64,
+    ) -> Result<(Vec<Expired>, Vec<Expired>)> {
+        let (mut late, mut rest) = (Vec::new(), Vec::new());
+        for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
+            let answer = match answer {
+                Some(answer) => answer,
+                None if silent_at == Some(index) => continue,
+                None if silent_at.is_none() && has_given_up => Answer::Locked,
+                None => {
+                    rest.push(*expired);
+                    continue;
+                }
+            };
+            late.extend(self.confirm(expired, answer, began_ns)?);
+        }
+        Ok((late, rest))
     }
 
     /// Handles the state of a late session's socket. Returns the session if it must be reset. A locked socket gives no
