@@ -79,6 +79,19 @@ pub enum Reason {
     Admin,
 }
 
+impl Reason {
+    /// Every reason, in the order of declaration.
+    pub const ALL: [Self; 7] = [
+        Self::IdleTimeout,
+        Self::MaxLifetime,
+        Self::ResponseTimeout,
+        Self::HalfClosedTimeout,
+        Self::Policy,
+        Self::Untracked,
+        Self::Admin,
+    ];
+}
+
 /// The result of [`expiry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expiry {
@@ -267,6 +280,22 @@ mod tests {
         );
     }
 
+    /// A new reason does not compile here until it has a successor, and then must be in the list.
+    #[test]
+    fn the_list_has_every_reason() {
+        let next = |reason| match reason {
+            Reason::IdleTimeout => Some(Reason::MaxLifetime),
+            Reason::MaxLifetime => Some(Reason::ResponseTimeout),
+            Reason::ResponseTimeout => Some(Reason::HalfClosedTimeout),
+            Reason::HalfClosedTimeout => Some(Reason::Policy),
+            Reason::Policy => Some(Reason::Untracked),
+            Reason::Untracked => Some(Reason::Admin),
+            Reason::Admin => None,
+        };
+        let all = core::iter::successors(Some(Reason::IdleTimeout), |reason| next(*reason));
+        assert!(all.eq(Reason::ALL));
+    }
+
     #[test]
     fn the_earlier_limit_names_the_reason() {
         let s = session(10 * SECOND, 12 * SECOND, 10 * SECOND);
@@ -281,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn of_limits_that_end_at_once_it_is_not_the_lifetime_that_ends_the_session() {
+    fn equal_deadlines_are_not_attributed_to_the_lifetime() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         let p = Limits {
             response_timeout_ns: 8 * SECOND,
@@ -497,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_waits_is_looked_at_before_its_answer_can_have_gone_stale() {
+    fn a_session_that_owes_an_answer_is_checked_before_the_answer_can_be_too_old() {
         let mut s = session(10 * SECOND, 12 * SECOND, 11 * SECOND);
         s.answered_ns = 0;
         let p = with_response(5, 60, Activity::Any);
@@ -536,6 +565,31 @@ mod tests {
             1 => session.stamp_sent(at_ns, true),
             _ => session.half_closed_ns = session.half_closed_ns.min(at_ns),
         }
+    }
+
+    /// A session that was established at 0, and received and sent within the first 1,000 ns.
+    fn any_session() -> impl Strategy<Value = Session> {
+        let times = (0..1_000u64, 0..1_000u64, any::<bool>());
+        times.prop_map(|(received, sent, owes)| {
+            let mut session = session(0, received, sent);
+            if owes && received > sent {
+                session.answered_ns = 0;
+            }
+            session
+        })
+    }
+
+    /// Limits below 500 ns, with a lifetime below 5,000 ns; 0 is no limit.
+    fn any_limits() -> impl Strategy<Value = Limits> {
+        let limits = (0..500u64, 0..500u64, 0..500u64, 0..500u64, 0..3u8);
+        limits.prop_map(|(idle, response, lifetime, half_closed, activity)| Limits {
+            idle_timeout_ns: idle,
+            response_timeout_ns: response,
+            half_closed_timeout_ns: half_closed,
+            max_lifetime_ns: lifetime * 10,
+            activity,
+            ..Limits::default()
+        })
     }
 
     proptest! {
@@ -600,28 +654,14 @@ mod tests {
 
         /// The programs remember `open_until_ns` and do not check the gate before that time.
         #[test]
-        fn whatever_passes_the_gate_is_open_until_it_was_said_to_be(
-            times in (0..1_000u64, 0..1_000u64),
-            owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
-            activity in 0..3u8,
+        fn the_gate_stays_open_until_the_time_that_was_computed(
+            mut s in any_session(),
+            limits in any_limits(),
             now in 1_000..2_000u64,
             passes in prop::collection::vec((0..3u8, 0..300u64), 0..6),
             rest in 0..300u64,
         ) {
-            let mut s = session(0, times.0, times.1);
-            if owes && times.0 > times.1 {
-                s.answered_ns = 0;
-            }
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                half_closed_timeout_ns: limits.3,
-                max_lifetime_ns: limits.2 * 10,
-                activity,
-                gate: 1,
-                ..Limits::default()
-            };
+            let p = Limits { gate: 1, ..limits };
             let until = p.open_until_ns(&s, now);
             let mut at = now;
             for (what, later) in passes {
@@ -639,28 +679,13 @@ mod tests {
         /// The schedule relies on this: whatever passes after a check, no deadline is earlier than
         /// the time of the next check.
         #[test]
-        fn no_event_after_a_look_makes_a_deadline_before_the_next_look(
-            received in 0..1_000u64,
-            sent in 0..1_000u64,
-            owes: bool,
-            limits in (0..500u64, 0..500u64, 0..500u64, 0..500u64),
-            activity in 0..3u8,
+        fn no_event_after_a_check_sets_a_deadline_before_the_next_check(
+            mut s in any_session(),
+            p in any_limits(),
             now in 1_000..2_000u64,
             later in 0..2_000u64,
             then in 0..3u8,
         ) {
-            let mut s = session(0, received, sent);
-            if owes && received > sent {
-                s.answered_ns = 0;
-            }
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                half_closed_timeout_ns: limits.3,
-                max_lifetime_ns: limits.2 * 10,
-                activity,
-                ..Limits::default()
-            };
             if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
                 pass(&mut s, then, now + later);
                 if let Expiry::Expired { deadline_ns, .. } = expiry(&s, &p, u64::MAX - 1) {
@@ -671,30 +696,17 @@ mod tests {
 
         /// A candidate is stamped later, with the time at which it passed.
         #[test]
-        fn nothing_that_is_waited_for_makes_a_deadline_before_the_next_look(
-            received in 0..1_000u64,
-            sent in 0..1_000u64,
-            owes: bool,
-            limits in (0..500u64, 0..500u64),
-            activity in 0..3u8,
+        fn no_confirmed_candidate_sets_a_deadline_before_the_next_check(
+            mut s in any_session(),
+            p in any_limits(),
             now in 1_000..2_000u64,
             waits in (0..1_000u64, 0..1_000u64),
             is_taken in (any::<bool>(), any::<bool>()),
         ) {
-            let mut s = session(0, received, sent);
-            if owes && received > sent {
-                s.answered_ns = 0;
-            }
-            (s.came_ns, s.went_ns) = (now - waits.0, now - waits.1);
-            let p = Limits {
-                idle_timeout_ns: limits.0,
-                response_timeout_ns: limits.1,
-                activity,
-                ..Limits::default()
-            };
+            (s.received_candidate_ns, s.sent_candidate_ns) = (now - waits.0, now - waits.1);
             if let Expiry::Alive { recheck_ns } = expiry(&s, &p, now) {
-                s.came_ns *= u64::from(is_taken.0);
-                s.went_ns *= u64::from(is_taken.1);
+                s.received_candidate_ns *= u64::from(is_taken.0);
+                s.sent_candidate_ns *= u64::from(is_taken.1);
                 if let Expiry::Expired { deadline_ns, .. } = expiry(&s.with_candidate(), &p, u64::MAX - 1) {
                     prop_assert!(deadline_ns >= recheck_ns, "{deadline_ns} {recheck_ns}");
                 }

@@ -10,18 +10,29 @@ use crate::{
 /// Must be raised if a field of a record below changes its meaning but keeps its name and offset.
 const MEANING: u32 = 4;
 
+/// The name under which a field is hashed. A field that was renamed without another change keeps its first name here, so
+/// that the sessions of the version before continue.
+macro_rules! hashed_name {
+    ($field:ident) => {
+        stringify!($field)
+    };
+    ($field:ident $first:literal) => {
+        $first
+    };
+}
+
 /// Extends a hash with a record's name, fields and size. Omitting a field is a compile error.
 macro_rules! layout {
-    ($hash:expr, $record:ident { $($field:ident),* $(,)? }) => {{
+    ($hash:expr, $record:ident { $($field:ident $(was $first:literal)?),* $(,)? }) => {{
         const _: fn(&$record) = |record| { let $record { $($field: _),* } = record; };
         let hash = text($hash, stringify!($record));
-        $(let hash = number(text(hash, stringify!($field)), offset_of!($record, $field));)*
+        $(let hash = number(text(hash, hashed_name!($field $($first)?)), offset_of!($record, $field));)*
         number(hash, size_of::<$record>())
     }};
 }
 
-/// Identifies the layout of the records in pinned maps. It changes if a field is added, moved, resized or renamed. A
-/// daemon only reads records of its own layout.
+/// Identifies the layout of the records in pinned maps. It changes if a field is added, moved or resized, or renamed
+/// without its first name. A daemon only reads records of its own layout.
 pub const LAYOUT: u32 = {
     let hash = number(0x811c_9dc5, MEANING as usize);
     let hash = layout!(
@@ -32,8 +43,8 @@ pub const LAYOUT: u32 = {
             answered_ns,
             bytes_received,
             bytes_sent,
-            came_ns,
-            went_ns,
+            received_candidate_ns was "came_ns",
+            sent_candidate_ns was "went_ns",
             open_until_ns,
             established_ns,
             netns_cookie,
@@ -50,8 +61,8 @@ pub const LAYOUT: u32 = {
             data_segments_sent,
             half_closed_ns,
             sent_before_answer,
-            went_is_answer,
-            went_until,
+            sent_candidate_completes_answer was "went_is_answer",
+            sent_candidate_end was "went_until",
         }
     );
     let hash = layout!(
@@ -161,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn where_cookies_lie_is_in_the_hash() {
+    fn the_layout_covers_the_buckets_of_cookies() {
         let key = Key(7);
         let lie = (1..=64).flat_map(|cookie| key.buckets(cookie, 60_000));
         let hash = lie.fold(5, |hash, bucket| number(hash, bucket as usize));

@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_of_the_owner_leaves_an_entry_open_and_does_not_exclude_it() {
+    fn an_unknown_owner_leaves_an_entry_undecided_and_does_not_exclude_it() {
         for (known, user_open, cgroup_open) in [
             (0, true, true),
             (Facts::UID, false, true),

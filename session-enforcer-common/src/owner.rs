@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_a_cgroup_is_known() {
+    fn an_owner_with_a_cgroup_is_known() {
         assert!(!Owner::UNKNOWN.is_known());
         let of = |cgroup_id| Owner {
             cgroup_id,

@@ -309,7 +309,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_an_entry_applies_to_is_never_denied(
+        fn ports_that_an_entry_can_match_are_never_denied(
             entries in prop::collection::vec(any_entry(), 0..8),
             local_port in any_port(),
             remote_port in any_port(),

@@ -45,8 +45,8 @@ impl Clocks {
     pub const fn of(session: &Session) -> Self {
         Self {
             established_ns: session.established_ns,
-            last_received_ns: later(session.last_received_ns, session.came_ns),
-            last_sent_ns: later(session.last_sent_ns, session.went_ns),
+            last_received_ns: later(session.last_received_ns, session.received_candidate_ns),
+            last_sent_ns: later(session.last_sent_ns, session.sent_candidate_ns),
             answered_ns: session.answered_ns,
             half_closed_ns: session.half_closed_ns,
             direction: session.direction as u64,
@@ -100,18 +100,18 @@ mod tests {
         assert_eq!(inherited(&after).direction, Direction::DIALLED_BEFORE);
         assert_eq!(inherited(&session(10, 20, 30)).direction, 1);
         // Unconfirmed candidates count.
-        let (came_ns, went_ns) = (40, 50);
+        let (received_candidate_ns, sent_candidate_ns) = (40, 50);
         let waiting = Session {
-            came_ns,
-            went_ns,
+            received_candidate_ns,
+            sent_candidate_ns,
             ..before
         };
         let after = inherited(&waiting);
         assert_eq!((after.last_received_ns, after.last_sent_ns), (40, 50));
         // Older candidates do not set the clocks back.
         let stale = Session {
-            came_ns: 5,
-            went_ns: 6,
+            received_candidate_ns: 5,
+            sent_candidate_ns: 6,
             ..before
         };
         assert_eq!(inherited(&stale), inherited(&before));

@@ -135,10 +135,10 @@ pub struct Session {
     pub bytes_sent: u64,
     /// The receive candidate: when possibly new payload last reached the hook. It becomes the stamp when the socket has
     /// received payload, that is, when [`bytes_received`](Self::bytes_received) advances. 0 if there is none.
-    pub came_ns: u64,
+    pub received_candidate_ns: u64,
     /// The send candidate: when new payload that counts last left. It becomes the stamp when the socket has sent it,
-    /// that is, when its `snd_nxt` has reached [`went_until`](Self::went_until).
-    pub went_ns: u64,
+    /// that is, when its `snd_nxt` has reached [`sent_candidate_end`](Self::sent_candidate_end).
+    pub sent_candidate_ns: u64,
     /// Until when the gate stays open without a new check; see [`Limits::open_until_ns`](crate::Limits::open_until_ns).
     /// 0 if it has not been checked under the policy of this generation. [`SHUT`](Self::SHUT) if the daemon has decided
     /// to reset the session.
@@ -170,16 +170,16 @@ pub struct Session {
     pub owner: Owner,
     /// The socket's count of segments with payload (including retransmissions, modulo 2^32) when its last packet left.
     pub data_segments_sent: u32,
-    /// Sequence number after the payload that left at [`went_ns`](Self::went_ns).
-    pub went_until: u32,
+    /// Sequence number after the payload that left at [`sent_candidate_ns`](Self::sent_candidate_ns).
+    pub sent_candidate_end: u32,
     /// When the first FIN passed, of either side; [`NOT_HALF_CLOSED`](Self::NOT_HALF_CLOSED) until then. The kernel
     /// does not keep this time: for a session that was adopted half-closed it is the time of adoption.
     pub half_closed_ns: u64,
     /// The lower half of [`bytes_sent`](Self::bytes_sent) when payload that counts was last received. Bytes sent beyond
     /// it belong to the answer.
     pub sent_before_answer: u32,
-    /// 1 if the payload that left at [`went_ns`](Self::went_ns) completes an answer, else 0.
-    pub went_is_answer: u32,
+    /// 1 if the payload that left at [`sent_candidate_ns`](Self::sent_candidate_ns) completes an answer, else 0.
+    pub sent_candidate_completes_answer: u32,
 }
 
 /// The fields of a [`Session`] from its generation to its flags, as one word. They determine the rule by which the
@@ -243,14 +243,14 @@ pub struct Traffic {
     pub bytes_received: u64,
     /// See [`Session::bytes_sent`].
     pub bytes_sent: u64,
-    /// See [`Session::came_ns`].
-    pub came_ns: u64,
-    /// See [`Session::went_ns`].
-    pub went_ns: u64,
-    /// See [`Session::went_until`].
-    pub went_until: u32,
-    /// See [`Session::went_is_answer`].
-    pub went_is_answer: u32,
+    /// See [`Session::received_candidate_ns`].
+    pub received_candidate_ns: u64,
+    /// See [`Session::sent_candidate_ns`].
+    pub sent_candidate_ns: u64,
+    /// See [`Session::sent_candidate_end`].
+    pub sent_candidate_end: u32,
+    /// See [`Session::sent_candidate_completes_answer`].
+    pub sent_candidate_completes_answer: u32,
     /// See [`Session::sent_before_answer`].
     pub sent_before_answer: u32,
     /// See [`Session::data_segments_sent`].
@@ -292,10 +292,10 @@ impl Session {
             answered_ns: self.answered_ns,
             bytes_received: self.bytes_received,
             bytes_sent: self.bytes_sent,
-            came_ns: self.came_ns,
-            went_ns: self.went_ns,
-            went_until: self.went_until,
-            went_is_answer: self.went_is_answer,
+            received_candidate_ns: self.received_candidate_ns,
+            sent_candidate_ns: self.sent_candidate_ns,
+            sent_candidate_end: self.sent_candidate_end,
+            sent_candidate_completes_answer: self.sent_candidate_completes_answer,
             sent_before_answer: self.sent_before_answer,
             data_segments_sent: self.data_segments_sent,
             half_closed_ns: self.half_closed_ns,
@@ -325,10 +325,11 @@ impl Session {
         self.last_sent_ns = self.last_sent_ns.max(other.last_sent_ns);
         self.bytes_received = self.bytes_received.max(other.bytes_received);
         self.bytes_sent = self.bytes_sent.max(other.bytes_sent);
-        self.came_ns = self.came_ns.max(other.came_ns);
-        if other.went_ns > self.went_ns {
-            (self.went_ns, self.went_until) = (other.went_ns, other.went_until);
-            self.went_is_answer = other.went_is_answer;
+        self.received_candidate_ns = self.received_candidate_ns.max(other.received_candidate_ns);
+        if other.sent_candidate_ns > self.sent_candidate_ns {
+            (self.sent_candidate_ns, self.sent_candidate_end) =
+                (other.sent_candidate_ns, other.sent_candidate_end);
+            self.sent_candidate_completes_answer = other.sent_candidate_completes_answer;
         }
         // The counter wraps around.
         let further = other
@@ -350,13 +351,13 @@ impl Session {
     /// Whether there is a receive candidate that no later packet has confirmed.
     #[inline(always)]
     pub const fn awaits_received(&self) -> bool {
-        self.came_ns > self.last_received_ns
+        self.received_candidate_ns > self.last_received_ns
     }
 
     /// Whether there is a send candidate that no later packet has confirmed.
     #[inline(always)]
     pub const fn awaits_sent(&self) -> bool {
-        self.went_ns > self.last_sent_ns
+        self.sent_candidate_ns > self.last_sent_ns
     }
 
     /// Whether the socket may have had activity that is not in the record.
@@ -369,10 +370,13 @@ impl Session {
     #[must_use]
     pub const fn with_candidate(mut self) -> Self {
         if self.awaits_sent() {
-            self.stamp_sent(self.went_ns, self.went_is_answer == 1);
+            self.stamp_sent(
+                self.sent_candidate_ns,
+                self.sent_candidate_completes_answer == 1,
+            );
         }
         if self.awaits_received() {
-            self.stamp_received(self.came_ns);
+            self.stamp_received(self.received_candidate_ns);
         }
         self
     }
@@ -382,11 +386,11 @@ impl Session {
     #[inline(always)]
     pub const fn next_stamp_ns(&self, now_ns: u64) -> u64 {
         let mut next_ns = now_ns;
-        if self.awaits_received() && is_recent(self.came_ns, next_ns, now_ns) {
-            next_ns = self.came_ns;
+        if self.awaits_received() && is_recent(self.received_candidate_ns, next_ns, now_ns) {
+            next_ns = self.received_candidate_ns;
         }
-        if self.awaits_sent() && is_recent(self.went_ns, next_ns, now_ns) {
-            next_ns = self.went_ns;
+        if self.awaits_sent() && is_recent(self.sent_candidate_ns, next_ns, now_ns) {
+            next_ns = self.sent_candidate_ns;
         }
         next_ns
     }
@@ -574,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn of_the_flags_only_the_peer_s_end_is_traffic() {
+    fn only_the_flag_of_the_peer_s_end_is_traffic() {
         let mut session = tests_support::session(1, 1, 1);
         session.flags = !flags::PEER_HAS_ENDED;
         assert_eq!(session.traffic().flags, 0);
@@ -635,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_does_not_move_the_share() {
+    fn traffic_does_not_change_the_share() {
         let mut session = tests_support::session(1, 1, 1);
         let share = session.jitter_share(KEY);
         session.stamp_received(5);
@@ -663,22 +667,22 @@ mod tests {
         let mut session = tests_support::session(1, 2, 2);
         assert!(!session.has_candidate());
         assert_eq!(session.with_candidate(), session);
-        (session.came_ns, session.went_ns) = (5, 4);
+        (session.received_candidate_ns, session.sent_candidate_ns) = (5, 4);
         assert!(session.awaits_received() && session.awaits_sent());
         let settled = session.with_candidate();
         assert_eq!((settled.last_received_ns, settled.last_sent_ns), (5, 4));
         assert!(settled.owes_answer() && !settled.has_candidate());
-        session.came_ns = 0;
+        session.received_candidate_ns = 0;
         assert!(session.has_candidate() && !session.with_candidate().owes_answer());
     }
 
     #[test]
     fn no_stamp_is_earlier_than_what_is_waited_for() {
         let now_ns = 5 * SHORTEST_LIMIT_NS;
-        let next = |came_ns, went_ns| {
+        let next = |received_candidate_ns, sent_candidate_ns| {
             let session = Session {
-                came_ns,
-                went_ns,
+                received_candidate_ns,
+                sent_candidate_ns,
                 ..tests_support::session(1, 2, 2)
             };
             session.next_stamp_ns(now_ns)
@@ -698,7 +702,10 @@ mod tests {
         session.stamp_received(2);
         let sent = session.bytes_sent + 99;
         assert!(session.is_answered_by(sent, 99) && !session.is_answered_by(sent, 100));
-        (session.went_ns, session.went_is_answer) = (3, 0);
+        (
+            session.sent_candidate_ns,
+            session.sent_candidate_completes_answer,
+        ) = (3, 0);
         let settled = session.with_candidate();
         assert_eq!((settled.owes_answer(), settled.last_sent_ns), (true, 3));
         session.stamp_sent(3, false);
@@ -711,7 +718,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_records_the_later_activity_tells_who_owes_and_nothing_goes_back() {
+    fn merged_records_owe_by_the_later_activity_and_no_value_goes_back() {
         let mut read = tests_support::session(1, 4, 3);
         (read.bytes_received, read.bytes_sent) = (40, 30);
         read.answered_ns = 3;
@@ -725,8 +732,12 @@ mod tests {
         answered.bytes_sent = 70;
         (owes.data_segments_sent, answered.data_segments_sent) = (u32::MAX, 1);
         read.data_segments_sent = u32::MAX - 1;
-        (read.came_ns, owes.came_ns, answered.came_ns) = (1, 6, 6);
-        (answered.went_ns, answered.went_until) = (7, 9);
+        (
+            read.received_candidate_ns,
+            owes.received_candidate_ns,
+            answered.received_candidate_ns,
+        ) = (1, 6, 6);
+        (answered.sent_candidate_ns, answered.sent_candidate_end) = (7, 9);
         for records in [[read, owes], [owes, answered], [read, answered]] {
             let [before, after] = records;
             for [mut joined, other] in [[before, after], [after, before]] {
@@ -749,8 +760,8 @@ mod tests {
         let mut joined = told;
         joined.merge_activity(&Traffic {
             sent_before_answer: 9,
-            went_until: 9,
-            went_is_answer: 0,
+            sent_candidate_end: 9,
+            sent_candidate_completes_answer: 0,
             ..owes.traffic()
         });
         assert_eq!(joined, told);
@@ -807,13 +818,13 @@ pub(crate) mod tests_support {
             direction: Direction::Inbound as u8,
             flags: 0,
             owner: Owner::UNKNOWN,
-            came_ns: 0,
-            went_ns: 0,
+            received_candidate_ns: 0,
+            sent_candidate_ns: 0,
             data_segments_sent: 0,
             half_closed_ns: Session::NOT_HALF_CLOSED,
-            went_until: 0,
+            sent_candidate_end: 0,
             sent_before_answer: 0,
-            went_is_answer: 1,
+            sent_candidate_completes_answer: 1,
         }
     }
 }

@@ -163,13 +163,13 @@ fn found_record_is_whole(order: Order) {
 }
 
 #[test]
-fn who_finds_a_session_finds_its_record() {
+fn a_found_tag_shows_the_complete_record() {
     found_record_is_whole(Order::Full);
 }
 
 #[test]
 #[should_panic(expected = "assertion")]
-fn who_finds_a_session_finds_its_record_unordered() {
+fn a_found_tag_shows_the_complete_record_unordered() {
     found_record_is_whole(Order::Missing);
 }
 
@@ -253,8 +253,8 @@ fn words<const N: usize>() -> Arc<[AtomicU64; N]> {
     Arc::new(array::from_fn(|_| AtomicU64::new(0)))
 }
 
-/// `activity::note_sent` and `activity::has_sent`: who sees the time sees the end. `activity::take` and
-/// `table::read_whole` are of the same kind: who sees the count sees the stamp.
+/// `activity::store_sent_candidate` and `activity::has_sent`: a reader of the time also sees the end.
+/// `activity::confirm_received` and `table::read_whole` are of the same kind: a reader of the count also sees the stamp.
 fn second_word_comes_with_the_first(order: Order) {
     loom::model(move || {
         let session = words::<2>();

@@ -52,7 +52,7 @@ impl Measure {
     }
 
     #[inline(always)]
-    fn comes_too_late(&self, session: &mut Session) -> bool {
+    fn is_past_deadline(&self, session: &mut Session) -> bool {
         match self.limits {
             Some(limits) => gate::is_shut(session, limits, self.now_ns),
             None => false,
@@ -61,7 +61,7 @@ impl Measure {
 
     /// Whether the daemon has shut the gate, that is, may have read the record before this packet's stamp.
     #[inline(always)]
-    fn came_too_late(&self, session: &Session) -> bool {
+    fn was_shut_meanwhile(&self, session: &Session) -> bool {
         // Orders the stamp before the read of the gate, and before the stack's update of its counters, by which a
         // packet on another processor confirms the stamp.
         words::order();
@@ -116,14 +116,14 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
     };
     if segment.payload > 0 {
         let measure = Measure::of(session);
-        if measure.comes_too_late(session) {
+        if measure.is_past_deadline(session) {
             return gate::drop_packet(session, cookie, way);
         }
         match way {
-            PacketDirection::Ingress => come(session, tcp, &segment, &measure),
-            PacketDirection::Egress => go(session, tcp, &segment, &measure),
+            PacketDirection::Ingress => note_received_candidate(session, tcp, &segment, &measure),
+            PacketDirection::Egress => note_sent_candidate(session, tcp, &segment, &measure),
         }
-        if measure.came_too_late(session) {
+        if measure.was_shut_meanwhile(session) {
             return gate::drop_packet(session, cookie, way);
         }
     }
@@ -158,21 +158,21 @@ fn unreadable(
     may_carry: bool,
 ) -> Verdict {
     let measure = Measure::of(session);
-    let mut is_late = measure.comes_too_late(session);
+    let mut is_late = measure.is_past_deadline(session);
     if way == PacketDirection::Egress {
         let sent = payload_sent(ctx, session, tcp);
         session.bytes_sent = session.bytes_sent.max(sent);
     }
     if !is_late {
         match way {
-            PacketDirection::Ingress => session.came_ns = measure.now_ns,
+            PacketDirection::Ingress => session.received_candidate_ns = measure.now_ns,
             PacketDirection::Egress if may_carry => {
                 session.flags |= flags::SENT_UNREAD;
-                note_sent(session, tcp.snd_nxt.wrapping_add(1), true, measure.now_ns);
+                store_sent_candidate(session, tcp.snd_nxt.wrapping_add(1), true, measure.now_ns);
             }
             PacketDirection::Egress => {}
         }
-        is_late = measure.came_too_late(session);
+        is_late = measure.was_shut_meanwhile(session);
     }
     if is_late && (may_carry || ctx.len() > MOST_HEADERS) {
         return gate::drop_packet(session, cookie, way);
@@ -215,11 +215,14 @@ fn confirm(
     segment: Option<&Segment>,
 ) {
     if session.awaits_sent() && has_sent(session, tcp, way, segment) {
-        session.stamp_sent(session.went_ns, session.went_is_answer == 1);
+        session.stamp_sent(
+            session.sent_candidate_ns,
+            session.sent_candidate_completes_answer == 1,
+        );
     }
     let received = payload_received(ctx, session, tcp);
     if received > session.bytes_received {
-        take(session, received);
+        confirm_received(session, received);
     }
 }
 
@@ -234,13 +237,13 @@ fn has_sent(
     way: PacketDirection,
     segment: Option<&Segment>,
 ) -> bool {
-    // Orders the read of `went_ns` before the read of `went_until`: see `note_sent`.
+    // Orders the read of `sent_candidate_ns` before the read of `sent_candidate_end`: see `store_sent_candidate`.
     words::order();
     if way == PacketDirection::Ingress && session.flags & flags::SENT_UNREAD != 0 {
         return false;
     }
-    let is_acknowledged = segment.is_some_and(|segment| segment.ack == session.went_until);
-    tcp.snd_nxt.wrapping_sub(session.went_until) <= MAX_WINDOW
+    let is_acknowledged = segment.is_some_and(|segment| segment.ack == session.sent_candidate_end);
+    tcp.snd_nxt.wrapping_sub(session.sent_candidate_end) <= MAX_WINDOW
         || way == PacketDirection::Ingress && is_acknowledged
 }
 
@@ -250,21 +253,21 @@ fn has_sent(
 ///
 /// `bytes_received` is written after the stamp: a reader between the two writes still sees a pending candidate.
 #[inline(never)]
-fn take(session: &mut Session, received: u64) {
+fn confirm_received(session: &mut Session, received: u64) {
     // Orders the read of the socket's counter before the read of the candidate.
     words::order();
     let new = received - session.bytes_received;
     let limits = policy_tables::of(session);
     if limits.is_some_and(|limits| new < u64::from(limits.min_payload)) {
-        session.came_ns = 0;
+        session.received_candidate_ns = 0;
     } else if session.awaits_received() {
-        session.stamp_received(session.came_ns);
+        session.stamp_received(session.received_candidate_ns);
     } else {
         let measure = Measure {
             limits,
             now_ns: now_ns(),
         };
-        if !measure.comes_too_late(session) {
+        if !measure.is_past_deadline(session) {
             session.stamp_received(measure.now_ns);
         }
     }
@@ -276,10 +279,15 @@ fn take(session: &mut Session, received: u64) {
 /// Notes a candidate if the payload ends after the socket's `rcv_nxt`. This excludes retransmissions, duplicates and
 /// keepalives with one old byte. The socket's counter later confirms or refutes the candidate.
 #[inline(always)]
-fn come(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
+fn note_received_candidate(
+    session: &mut Session,
+    tcp: &bpf_tcp_sock,
+    segment: &Segment,
+    measure: &Measure,
+) {
     let ahead = segment.end().wrapping_sub(tcp.rcv_nxt);
     if ahead != 0 && ahead <= MAX_WINDOW {
-        session.came_ns = measure.now_ns;
+        session.received_candidate_ns = measure.now_ns;
     }
 }
 
@@ -344,7 +352,12 @@ fn state(ctx: &SkBuffContext) -> u32 {
 /// Notes a candidate if the payload ends after the socket's `snd_nxt`. The stack advances `snd_nxt` after the packet
 /// has passed this hook, and does not advance it if the packet is dropped.
 #[inline(always)]
-fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Measure) {
+fn note_sent_candidate(
+    session: &mut Session,
+    tcp: &bpf_tcp_sock,
+    segment: &Segment,
+    measure: &Measure,
+) {
     let ahead = segment.end().wrapping_sub(tcp.snd_nxt);
     if ahead == 0 || ahead > MAX_WINDOW {
         return;
@@ -352,7 +365,7 @@ fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Me
     let total = sent_until(session, tcp, segment.end());
     if measure.counts(ahead.min(segment.payload)) {
         let is_answer = measure.is_answer(session, total);
-        note_sent(session, segment.end(), is_answer, measure.now_ns);
+        store_sent_candidate(session, segment.end(), is_answer, measure.now_ns);
     }
     session.bytes_sent = total;
     if session.flags & flags::SENT_UNREAD != 0 {
@@ -360,16 +373,16 @@ fn go(session: &mut Session, tcp: &bpf_tcp_sock, segment: &Segment, measure: &Me
     }
 }
 
-/// Records when payload left. The end (`went_until`) is written before the time: a packet on another processor that saw
+/// Records when payload left. The end (`sent_candidate_end`) is written before the time: a packet on another processor that saw
 /// the new time with the old end would count the payload as sent.
 #[inline(always)]
-fn note_sent(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
+fn store_sent_candidate(session: &mut Session, until: u32, is_answer: bool, now_ns: u64) {
     // SAFETY: derived from a reference. Volatile keeps the order of the writes.
     unsafe {
-        (&raw mut session.went_is_answer).write_volatile(u32::from(is_answer));
-        (&raw mut session.went_until).write_volatile(until);
+        (&raw mut session.sent_candidate_completes_answer).write_volatile(u32::from(is_answer));
+        (&raw mut session.sent_candidate_end).write_volatile(until);
         words::order();
-        (&raw mut session.went_ns).write_volatile(now_ns);
+        (&raw mut session.sent_candidate_ns).write_volatile(now_ns);
     }
 }
 

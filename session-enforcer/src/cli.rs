@@ -357,14 +357,14 @@ impl FromStr for PinDir {
     }
 }
 
-/// One end of a connection, as people and ss(8) write it. No connection has port 0. No rule asks for the
-/// interface that ss adds to link-local addresses and to sockets that are bound to one.
+/// Parses one end of a connection, as people and ss(8) write it. No connection has port 0. The interface (zone) that ss
+/// adds to link-local addresses and bound sockets is ignored, because no rule names interfaces.
 fn end(text: &str) -> Result<SocketAddr, &'static str> {
     let without_zone = text.split_once('%').and_then(|(address, rest)| {
-        // Within the brackets, or after them as ss has it.
+        // The zone is within the brackets, or behind them as ss prints it.
         let is_within = address.starts_with('[') && !address.ends_with(']');
         let end = if is_within { ']' } else { ':' };
-        // The last one ends it: the name of an interface may have the character, too.
+        // Split at the last one: interface names may contain it.
         let (zone, port) = rest.split_at(rest.rfind(end)?);
         (!zone.is_empty()).then(|| format!("{address}{port}"))
     });
@@ -380,7 +380,7 @@ fn direction() -> impl clap::builder::TypedValueParser<Value = Direction> {
     })
 }
 
-/// As in the file, but a path may be relative to where the command was typed.
+/// Parses an audit target as in the file; a path may also be relative to the working directory.
 fn audit(text: &str) -> Result<AuditTarget, Problem> {
     match parse_audit(text) {
         Err(Problem::NotAllowed { .. }) if !text.is_empty() => {
@@ -392,8 +392,7 @@ fn audit(text: &str) -> Result<AuditTarget, Problem> {
 }
 
 impl Cli {
-    /// Reads the command line. Where that ends the program (`--help`, `--version`, wrong usage), it
-    /// has printed what there is to say, and returns the exit code.
+    /// Reads the command line. For `--help`, `--version` and usage errors, prints the message and returns the exit code.
     ///
     /// # Errors
     ///
@@ -401,7 +400,7 @@ impl Cli {
     pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Self, ExitCode> {
         Self::try_parse_from(args).map_err(|error| {
             if is_help(&error) {
-                // Nobody is left to tell that the help cannot be printed.
+                // A failure to print the help cannot be reported.
                 let _ = error.print();
             } else {
                 eprintln!("session-enforcer: {}", usage_line(&error));
@@ -410,11 +409,11 @@ impl Cli {
         })
     }
 
-    /// What to log: as `--log-level` says, else as `RUST_LOG` says, else `info`.
+    /// The log filter: `--log-level`, or `RUST_LOG`, or `info`.
     ///
     /// # Errors
     ///
-    /// Where `RUST_LOG` is not a filter.
+    /// Fails if `RUST_LOG` is not a filter.
     pub fn log_filter(&self) -> Result<Targets, Failure> {
         self.log_filter_or(std::env::var("RUST_LOG").ok())
     }
@@ -423,7 +422,7 @@ impl Cli {
         let flag = self.log_level.as_ref().map(|level| level.0.clone());
         let text = flag.or(environment).filter(|text| !text.is_empty());
         let text = text.as_deref().unwrap_or(DEFAULT_LOG_LEVEL);
-        // The flag was tried when it was read: what fails here is the variable.
+        // clap has validated the flag, so only `RUST_LOG` can be invalid.
         Targets::from_str(text).map_err(|error| {
             let message = format!("RUST_LOG={text:?} is not a filter: {error}; try RUST_LOG=info");
             Failure::new(ExitStatus::Usage, message)
@@ -432,7 +431,7 @@ impl Cli {
 }
 
 impl RunArgs {
-    /// The file that the configuration comes from; none for the quick form.
+    /// The configuration file; `None` if `--port` replaces it.
     pub fn config_path(&self) -> Option<&Path> {
         if !self.port.is_empty() {
             return None;
@@ -441,20 +440,20 @@ impl RunArgs {
         Some(self.config.as_deref().unwrap_or(default))
     }
 
-    /// The configuration that these arguments ask for: a flag stands above the same key of the file.
+    /// The configuration of these arguments: a flag overrides the key of the file.
     ///
     /// # Errors
     ///
-    /// Where the file is wrong, somebody else could change it, or the ports are too many.
+    /// Fails if the file is invalid, if others could change it, or if there are too many ports.
     pub fn to_config(&self) -> anyhow::Result<Config> {
         self.config_from(self.config_path())
     }
 
-    /// The same with another file, if any.
+    /// The same with another file, or none.
     ///
     /// # Errors
     ///
-    /// As above.
+    /// As [`RunArgs::to_config`].
     pub fn config_from(&self, path: Option<&Path>) -> anyhow::Result<Config> {
         let mut config = match path {
             Some(path) => load_trusted(path)?,
@@ -463,9 +462,11 @@ impl RunArgs {
         };
         if let Some(cgroup) = &self.cgroup {
             config.cgroup = Some(cgroup.into());
-            // What the file says is watched is not.
-            let beside = |doubt: &Doubt| matches!(doubt, Doubt::Beside { .. });
-            config.warnings.retain(|warning| !beside(&warning.doubt));
+            // `--cgroup` replaces the file's cgroup, so its warning does not apply.
+            let is_outside = |doubt: &Doubt| matches!(doubt, Doubt::OutsideDaemonCgroup { .. });
+            config
+                .warnings
+                .retain(|warning| !is_outside(&warning.doubt));
         }
         if self.observe {
             config.mode = Mode::Observe;
@@ -497,7 +498,8 @@ impl RunArgs {
     }
 }
 
-/// What a trusted path holds does not change between the two but by those who are trusted.
+/// Reads a configuration file and refuses one that others could change. Only trusted users can change a trusted path, so
+/// the check may follow the read.
 fn load_trusted(path: &Path) -> anyhow::Result<Config> {
     let config = Config::load(path)?;
     let refused = |error: Untrusted| Failure::new(ExitStatus::Configuration, error.to_string());
@@ -505,7 +507,7 @@ fn load_trusted(path: &Path) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-/// Whether what clap has to say is what the user asked for, rather than an error.
+/// Whether clap's message is the requested output and not an error.
 fn is_help(error: &clap::Error) -> bool {
     use ErrorKind::{
         DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand as NothingAsked, DisplayVersion,
@@ -513,7 +515,7 @@ fn is_help(error: &clap::Error) -> bool {
     matches!(error.kind(), DisplayHelp | DisplayVersion | NothingAsked)
 }
 
-/// clap's message and tips in one line, without the usage that it adds.
+/// clap's message and tips in one line, without the usage.
 fn usage_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);

@@ -1,5 +1,5 @@
-//! How the program ends: the exit statuses that scripts and service managers rely on, and the one
-//! line on stderr that says what is wrong, where, and what to do.
+//! The exit statuses on which scripts and service managers rely, and the one line on stderr that says what is wrong,
+//! where, and what to do.
 
 use std::process::ExitCode;
 
@@ -8,8 +8,7 @@ use crate::config::{ConfigError, ConfigErrors};
 /// Begins each line on stderr.
 const PROGRAM: &str = "session-enforcer";
 
-/// Why the program did not do its work. The number is the exit status; the names of 69, 75, 77 and 78
-/// are those of `sysexits.h`, which systemd prints too.
+/// The exit status of a failure. The names of 69, 75, 77 and 78 are those of `sysexits.h`, which systemd prints too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ExitStatus {
@@ -43,7 +42,7 @@ impl ExitStatus {
         self as u8
     }
 
-    /// What `--help` says about it.
+    /// Its description in `--help`.
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Other => "any other error",
@@ -55,10 +54,9 @@ impl ExitStatus {
         }
     }
 
-    /// The status that an error carries: that of the outermost [`Failure`] or [`ConfigError`] in
-    /// it, else [`ExitStatus::Other`].
+    /// The status of an error: that of its outermost [`Failure`] or [`ConfigError`], or [`ExitStatus::Other`].
     pub fn of(error: &anyhow::Error) -> Self {
-        // The first look finds one that was attached with `context`, the others any of its sources.
+        // `downcast_ref` finds a failure attached with `context`; the chain finds one among the sources.
         if let Some(failure) = error.downcast_ref::<Failure>() {
             return failure.status;
         }
@@ -79,7 +77,7 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
-/// An error with the exit status that it asks for.
+/// An error with its exit status.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -99,11 +97,11 @@ impl Failure {
 
 /// Gives an exit status to the error of a result.
 pub trait OrExit<T> {
-    /// The same result, whose error ends the program with `status`.
+    /// Converts the error to a [`Failure`] with this status.
     ///
     /// # Errors
     ///
-    /// The same as before, with its causes in one line.
+    /// The error with its causes in one line.
     fn or_exit(self, status: ExitStatus) -> Result<T, Failure>;
 }
 
@@ -113,7 +111,7 @@ impl<T, E: Into<anyhow::Error>> OrExit<T> for Result<T, E> {
     }
 }
 
-/// The error with its causes. A cause that the text before it contains is left out: many messages name theirs.
+/// The error with its causes. A cause that the text before it contains is omitted, because many messages contain theirs.
 pub fn causes(error: &anyhow::Error) -> String {
     let all = error.chain().map(ToString::to_string);
     let joined = all.reduce(|text, cause| match text.contains(&cause) {
@@ -123,16 +121,15 @@ pub fn causes(error: &anyhow::Error) -> String {
     joined.unwrap_or_default()
 }
 
-/// The error, with its causes, in the one line that goes to stderr.
+/// The line on stderr: the error with its causes.
 pub fn line(error: &anyhow::Error) -> String {
     let text = causes(error);
-    // A cause that came from elsewhere may have several lines; a log reader expects one.
+    // A cause from a library may have several lines; a log reader expects one.
     let parts: Vec<&str> = text.lines().map(str::trim).collect();
     format!("{PROGRAM}: {}", parts.join(" ").trim_end())
 }
 
-/// Prints the error as one line on stderr, or all that is wrong in a file as one line each; the exit code
-/// that goes with it.
+/// Prints the error, or each error of a configuration, as one line on stderr. Returns the exit code.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     match error.downcast_ref::<ConfigErrors>() {
         Some(errors) => errors

@@ -24,7 +24,7 @@ use tracing_subscriber::{
 };
 
 fn main() -> ExitCode {
-    // Before anything that costs memory: there are several of them.
+    // First, so that reapers, of which there are several, use little memory.
     if std::env::args_os()
         .nth(1)
         .is_some_and(|arg| arg == pool::SUBCOMMAND)
@@ -43,7 +43,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         daemon::hold_hangups()?;
     }
     let filter = cli.log_filter()?;
-    // The thread that writes it is to have no more privileges than the engine after the start.
+    // The log's thread gets no privileges.
     let _log = if matches!(cli.command, Command::Run(_)) {
         privilege::unprivileged(|| start_log(filter))?
     } else {
@@ -93,7 +93,7 @@ fn run_daemon(args: &RunArgs) -> Result<()> {
     }
 }
 
-/// Where the configuration comes from at SIGHUP, if from a file.
+/// How SIGHUP reads the configuration; `None` without a file.
 fn source(args: &RunArgs) -> Option<Source> {
     args.config_path()?;
     let (read, keep) = (args.clone(), args.clone());
@@ -103,13 +103,11 @@ fn source(args: &RunArgs) -> Option<Source> {
     })
 }
 
-/// Lines of the log that wait for their reader before more are lost. Each takes memory from the
-/// start, which is why they are not the 128,000 of the library.
+/// Maximum number of waiting log lines. The memory is allocated at the start; the library's default is 128,000.
 const WAITING_LINES: usize = 4_096;
 
-/// Logs to stderr: stdout is the audit's. A thread writes, and loses lines rather than wait: a
-/// reader of the log that stands still must not hold up the enforcement. What is returned has the
-/// last lines written when it is dropped.
+/// Logs to stderr, because stdout is for the audit. A thread writes; if the reader of the log stops reading, lines are
+/// lost and the enforcement continues. Dropping the guard writes the last lines.
 fn start_log(filter: Targets) -> WorkerGuard {
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(WAITING_LINES)

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_null() {
+    fn a_missing_field_is_null() {
         let record = Record::parse(r#"{"event":{"action":"session-terminated"}}"#).unwrap();
         assert!(record.is_termination());
         assert!(record.at("source.ip").is_null() && record.text("rule.name").is_empty());

@@ -239,7 +239,7 @@ impl<'a> Launch<'a> {
         let mut daemon = self.prepared(ask_about_calls).spawn()?;
         let interposer = Interposer::of(daemon.pid())?;
         daemon.metrics = daemon.when_running("the daemon serves metrics", Daemon::served_at)?;
-        daemon.wait_for_trouble("not_adopted", false)?;
+        daemon.wait_for_degraded("not_adopted", false)?;
         Ok((daemon, interposer))
     }
 
@@ -631,7 +631,7 @@ impl Daemon {
         let after = self.metric(name, &[])?;
         ensure!(
             all != after || (status == 200) == (all == 0.0),
-            "{all} troubles, and {status} {body}"
+            "{all} causes, and {status} {body}"
         );
         Ok(degraded == 1.0)
     }
@@ -641,8 +641,8 @@ impl Daemon {
     /// # Errors
     ///
     /// Fails if that does not happen in time.
-    pub fn wait_for_trouble(&self, cause: &str, wanted: bool) -> Result<()> {
-        eventually("a trouble to begin or end", patience(), || {
+    pub fn wait_for_degraded(&self, cause: &str, wanted: bool) -> Result<()> {
+        eventually("a degraded cause to begin or end", patience(), || {
             Ok((self.is_degraded(cause)? == wanted).then_some(()))
         })
         .with_context(|| format!("{cause}: not {wanted}"))

@@ -1,15 +1,23 @@
 //! The common setup of nearly every test.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Result;
+use nix::errno::Errno;
 
 use crate::{
     agent::{Agent, Place},
+    audit::Record,
     cgroup::Cgroup,
+    clock::Moment,
     daemon::{Daemon, Launch},
     netns::Netns,
     pins::Pins,
+    tcp::{Listener, Pair},
 };
 
 /// A cgroup for the daemon to watch, with agents in it and outside.
@@ -105,5 +113,58 @@ impl Lab {
     /// Fails if it is not ready in time.
     pub fn daemon(&self, config: &str) -> Result<Daemon> {
         Launch::on(self.cgroup.path()).config(config).start()
+    }
+}
+
+/// A connection whose server's end a daemon tracks. The fields are dropped in this order.
+#[derive(Debug)]
+pub struct TrackedPair {
+    /// The connection.
+    pub pair: Pair,
+    /// The daemon, which was started before the connection was opened.
+    pub daemon: Daemon,
+    /// The server's listener.
+    pub listener: Listener,
+    /// The lab.
+    pub lab: Lab,
+}
+
+impl TrackedPair {
+    /// Starts a daemon with this configuration and opens a connection on loopback. `agent` is as in [`Lab::new`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the daemon is not ready in time.
+    pub fn open(agent: impl AsRef<Path>, config: &str) -> Result<Self> {
+        let lab = Lab::new(agent)?;
+        let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+        let daemon = lab.daemon(config)?;
+        let pair = Pair::open(&lab.outside, &listener)?;
+        Ok(Self {
+            pair,
+            daemon,
+            listener,
+            lab,
+        })
+    }
+
+    /// Waits until client and server get these errors, and returns the record. Checks that the reset was due by the idle
+    /// timeout and not early.
+    ///
+    /// # Errors
+    ///
+    /// See [`Pair::ends`] and [`Daemon::wait_for_termination_of`].
+    pub fn assert_reset_when_idle(
+        &self,
+        errors: [Errno; 2],
+        last: &Moment,
+        limit: Duration,
+    ) -> Result<Record> {
+        for (end, error) in self.pair.ends()?.iter().zip(errors) {
+            end.assert_reset(error, last, limit);
+        }
+        let record = self.daemon.wait_for_termination_of(&self.pair)?;
+        record.assert_reset("idle_timeout", last, limit);
+        Ok(record)
     }
 }

@@ -50,7 +50,7 @@ pub use daemon::{
 };
 pub use holders::{Cgroups, Holders};
 pub use interpose::{Call, Fate, Interposer, ask_about_calls};
-pub use lab::Lab;
+pub use lab::{Lab, TrackedPair};
 pub use locked::{Locked, is_kernel_before};
 pub use machine::Machine;
 pub use metrics::Metrics;

@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_committed_is_named() {
+    fn uncommitted_files_are_named() {
         let folder = repository(&[("a", "1"), ("Cargo.lock", "1")]);
         let root = folder.path();
         assert!(clean_tree(root).expect("clean").starts_with("clean, at "));

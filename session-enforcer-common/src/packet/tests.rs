@@ -211,7 +211,7 @@ fn a_tcp_header_may_end_with_the_packet_and_not_after_it() {
 }
 
 #[test]
-fn what_is_not_tcp_over_ip_is_refused() {
+fn a_packet_that_is_not_tcp_over_ip_is_refused() {
     let packet = ipv4(0, &plain().tcp());
     let arp = u32::from(0x0806_u16.to_be());
     assert_eq!(read(&packet, arp), None);

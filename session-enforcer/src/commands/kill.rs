@@ -18,7 +18,7 @@ use super::{
 use crate::{
     cli::KillArgs,
     exit::{ExitStatus, Failure},
-    report::control::{KillLine, Outcome, Row},
+    report::control::{KillLine, KillOutcome, Row},
 };
 
 /// The maximum number of session IDs in one request, whose length is limited.
@@ -161,8 +161,8 @@ async fn reset(
 
 fn print(line: &KillLine, out: &mut impl Write) -> io::Result<()> {
     let result = match line.result {
-        Outcome::NotFound => "not found",
-        Outcome::WouldReset => "would reset",
+        KillOutcome::NotFound => "not found",
+        KillOutcome::WouldReset => "would reset",
         result => result.name(),
     };
     write!(out, "{}\t{result}", line.id)?;

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_in_force_stands_in_for_a_wrong_file() {
+    fn the_last_valid_configuration_stands_in_for_a_wrong_file() {
         let host = Host::new();
         host.write(VALID);
         host.keep().unwrap();

@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_without_a_capability_is_said() {
+    fn the_features_that_a_missing_capability_disables_are_reported() {
         let missing = |capability, all| check(capability, &CapsHashSet::new(), all);
         for all in [true, false] {
             let unread = missing(Capability::CAP_DAC_READ_SEARCH, all);

@@ -25,13 +25,13 @@ pub fn status(args: &WatchArgs, out: &mut impl Write) -> Result<()> {
     let text = if args.json {
         serde_json::to_string_pretty(&status)? + "\n"
     } else {
-        words(&status)
+        format_status(&status)
     };
     out.write_all(text.as_bytes())
         .context("printing the status")
 }
 
-fn words(status: &Status) -> String {
+fn format_status(status: &Status) -> String {
     let config = match (&status.config.file, &status.config.sha256) {
         (Some(file), Some(sha256)) => format!("{} (SHA-256 {sha256})", printable(file)),
         _ => "from the command line".to_owned(),
@@ -46,8 +46,12 @@ fn words(status: &Status) -> String {
         "session-enforcer {}, process {}, on Linux {}: {ready}\n",
         status.version, status.pid, status.kernel
     );
-    for trouble in &status.troubles {
-        text += &format!("  {}: {}\n", trouble.cause, printable(&trouble.what));
+    for degradation in &status.degraded {
+        text += &format!(
+            "  {}: {}\n",
+            degradation.cause,
+            printable(&degradation.what)
+        );
     }
     let mode = match &*status.mode {
         "observe" => "observe: nothing is reset at a limit",

@@ -123,10 +123,8 @@ pub(super) fn position(text: &[u8], offset: usize) -> Position {
 pub(super) struct Keys {
     /// The table's header.
     pub(super) header: &'static str,
-    /// The keys that this version supports.
+    /// Its keys.
     pub(super) known: &'static [&'static str],
-    /// Documented keys that a later version will support.
-    pub(super) later: &'static [&'static str],
 }
 
 impl Keys {
@@ -134,9 +132,6 @@ impl Keys {
     fn problem(&self, key: &str, others: &'static [Self]) -> Option<Problem> {
         if self.known.contains(&key) {
             return None;
-        }
-        if self.later.contains(&key) {
-            return Some(Problem::KeyNotSupportedYet);
         }
         let elsewhere = others.iter().find(|other| other.known.contains(&key));
         Some(match elsewhere {

@@ -124,7 +124,7 @@ pub enum Doubt {
         by: Vec<String>,
     },
     /// The rule's cgroups are neither below the watched cgroup nor above it.
-    Beside {
+    OutsideDaemonCgroup {
         /// The directory of the watched cgroup.
         watched: PathBuf,
     },
@@ -159,7 +159,7 @@ impl fmt::Display for Doubt {
                     list(by)
                 )
             }
-            Self::Beside { watched } => write!(
+            Self::OutsideDaemonCgroup { watched } => write!(
                 f,
                 "never decides, because its cgroups are neither below daemon.cgroup, {}, nor above it; \
                  name others, or remove it",
@@ -244,9 +244,6 @@ pub enum Problem {
         /// The header of the key's table.
         under: &'static str,
     },
-    /// A later version will support this key.
-    #[error("is not supported yet by this version; remove it")]
-    KeyNotSupportedYet,
     /// `audit.sync` together with `audit.path = "journald"`.
     #[error(
         "found true beside path = \"journald\", which itself decides when records are on the disk \
@@ -291,12 +288,13 @@ pub enum Problem {
     NoPort(IpAddr),
     /// The path in double quotes has an escape that systemd uses literally in names.
     #[error(
-        "has \\x within double quotes, where it stands for another character; names of systemd have it \
-         as it is: write the path in single quotes"
+        "TOML replaces \\x within double quotes, and names of systemd contain it: write the path in single quotes"
     )]
     ByteEscape,
     /// The cgroup is deeper than the kernel programs can compare.
-    #[error("has {levels} levels; at most {MAX_CGROUP_LEVELS} are looked at, name one above it")]
+    #[error(
+        "has {levels} levels, and rules can name at most {MAX_CGROUP_LEVELS}; name a cgroup above it"
+    )]
     DeepCgroup {
         /// The number of levels.
         levels: usize,

@@ -7,7 +7,7 @@
 mod document;
 mod entries;
 mod error;
-mod never;
+mod impossible_conditions;
 mod owners;
 mod read;
 mod rule;
@@ -41,7 +41,7 @@ use document::Document;
 /// The default capacity of the session table.
 pub const DEFAULT_MAX_SESSIONS: u32 = 262_144;
 
-/// The maximum capacity of the session table. At 200 bytes per session it uses more than 3 GB of kernel
+/// The maximum capacity of the session table. At 230 bytes per session it uses nearly 4 GB of kernel
 /// memory.
 pub const MAX_MAX_SESSIONS: u32 = 16_777_216;
 

@@ -10,7 +10,7 @@ use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
     NetworkNamespaces, OnFull, Problem, Warning,
 };
-use super::{entries, never, owners, rule, shadowed_rules};
+use super::{entries, impossible_conditions, owners, rule, shadowed_rules};
 
 const ALLOWED_TABLE: &str = "one table, under its header in single brackets";
 const ALLOWED_CGROUP: &str = "the absolute path of a directory such as \"/sys/fs/cgroup\"";
@@ -26,7 +26,6 @@ pub(super) static TABLES: [Keys; 6] = [
     Keys {
         header: "no header, at the top of the file",
         known: &["daemon", "metrics", "control", "audit", "rule"],
-        later: &[],
     },
     Keys {
         header: "[daemon]",
@@ -39,22 +38,18 @@ pub(super) static TABLES: [Keys; 6] = [
             "network_namespaces",
             "reconcile_interval",
         ],
-        later: &[],
     },
     Keys {
         header: "[metrics]",
         known: &["listen"],
-        later: &[],
     },
     Keys {
         header: "[audit]",
         known: &["path", "sync"],
-        later: &[],
     },
     Keys {
         header: "[control]",
         known: &["socket", "group"],
-        later: &[],
     },
     Keys {
         header: "[[rule]]",
@@ -78,7 +73,6 @@ pub(super) static TABLES: [Keys; 6] = [
             "min_answer",
             "max_sessions",
         ],
-        later: &[],
     },
 ];
 const ROOT: usize = 0;
@@ -264,9 +258,13 @@ fn doubts(config: &Config) -> Vec<(usize, Doubt)> {
     for (index, rule) in config.rules.iter().enumerate() {
         let watched = config.cgroup.clone();
         if let Some(watched) = watched.filter(|watched| owners::all_beside(rule, watched)) {
-            doubts.push((index, Doubt::Beside { watched }));
+            doubts.push((index, Doubt::OutsideDaemonCgroup { watched }));
         }
-        doubts.extend(never::doubts(rule).into_iter().map(|doubt| (index, doubt)));
+        doubts.extend(
+            impossible_conditions::doubts(rule)
+                .into_iter()
+                .map(|doubt| (index, doubt)),
+        );
     }
     doubts.sort_by_key(|(index, _)| *index);
     doubts

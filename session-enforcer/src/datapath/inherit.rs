@@ -103,8 +103,8 @@ impl Pins {
         let is_counted = table.sessions == there as u64;
         if !is_counted {
             tracing::warn!(
-                "what is pinned in {} cannot be taken over: the session table says that it has {} \
-                 sessions and has {there}; connections are adopted anew",
+                "the pins in {} cannot be used: the session table counts {} sessions and has {there}; the daemon \
+                 adopts the connections again",
                 set.display(),
                 table.sessions
             );
@@ -116,8 +116,8 @@ impl Pins {
         for set in self.directory.others()? {
             if set != self.set {
                 tracing::warn!(
-                    "{} is of another version, whose records this one does not read: its sessions \
-                     are adopted anew",
+                    "{} is of another version, whose records this one does not read; the daemon adopts the \
+                     connections again",
                     set.display()
                 );
             }
@@ -310,7 +310,7 @@ impl Datapath {
             return Ok(());
         };
         tracing::info!(
-            "the session map is for {} sessions and was for {}: they are copied",
+            "the session table is for {} sessions and was for {}: they are copied",
             self.load_options.capacity,
             found.table.capacity
         );

@@ -190,7 +190,7 @@ impl Datapath {
         };
         let shared = larger_table::shared_maps(&ebpf)?;
         let sessions = table_of(&mut ebpf, capacity)?;
-        let mut kernel = Self {
+        let mut datapath = Self {
             shared,
             in_use: Arc::new(TableInUse::new(reader_of(&ebpf, &sessions, key)?)),
             sessions,
@@ -221,9 +221,9 @@ impl Datapath {
             before: None,
         };
         // Tests the session table before anything depends on it. A socket's cookie is never 0.
-        kernel.session(0)?;
-        kernel.copy_sessions()?;
-        Ok(kernel)
+        datapath.session(0)?;
+        datapath.copy_sessions()?;
+        Ok(datapath)
     }
 
     /// Puts a policy into force: the match table of this generation, and the limits by rule id. A connection or packet

@@ -176,7 +176,7 @@ pub(super) fn examine(set: &Path) -> Result<Option<PinnedSet>, PinError> {
         Ok(found) => Ok(Some(found)),
         Err(Refusal::Unusable(why)) => {
             tracing::warn!(
-                "what is pinned in {} cannot be taken over: {why}; connections are adopted anew",
+                "the pins in {} cannot be used: {why}; the daemon adopts the connections again",
                 set.display()
             );
             Ok(None)

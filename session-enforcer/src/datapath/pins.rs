@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_on_bpffs_is_refused_and_left_alone() {
+    fn a_pin_directory_outside_bpffs_is_refused_and_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let set = directory.path().join("layout-0123abcd");
         fs::create_dir(&set).unwrap();

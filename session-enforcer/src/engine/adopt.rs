@@ -100,10 +100,10 @@ impl Adopter<'_> {
             half_closed_ns: half_closed_ns(socket, now_ns),
             // The kernel does not show how much of it belongs to an answer.
             sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
-            went_is_answer: 0,
-            came_ns: 0,
-            went_ns: 0,
-            went_until: 0,
+            sent_candidate_completes_answer: 0,
+            received_candidate_ns: 0,
+            sent_candidate_ns: 0,
+            sent_candidate_end: 0,
         })
     }
 }
@@ -262,10 +262,10 @@ pub fn confirmed(session: &Session, socket: &Socket, limits: Option<&Limits>) ->
     let has_sent = sent > session.bytes_sent || is_counted && sent == session.bytes_sent;
     (now.bytes_received, now.bytes_sent) = (session.bytes_received + new, sent);
     if !has_received {
-        now.came_ns = 0;
+        now.received_candidate_ns = 0;
     }
     if !has_sent {
-        now.went_ns = 0;
+        now.sent_candidate_ns = 0;
     }
     now.with_candidate()
 }
@@ -286,16 +286,20 @@ pub fn caught_up(
     now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
     // For a packet that the programs have seen, their time is more accurate than the age.
-    let is_seen = session.came_ns <= received_ns && received_ns - session.came_ns <= 2 * lag_ns;
+    let is_seen = session.received_candidate_ns <= received_ns
+        && received_ns - session.received_candidate_ns <= 2 * lag_ns;
     let received_ns = if is_seen {
-        session.came_ns
+        session.received_candidate_ns
     } else {
         received_ns
     };
     let received = payload_received(socket, &info);
     let sent = payload_sent(socket, &info, session.direction);
     if session.awaits_sent() && sent == session.bytes_sent {
-        now.stamp_sent(session.went_ns, session.went_is_answer == 1);
+        now.stamp_sent(
+            session.sent_candidate_ns,
+            session.sent_candidate_completes_answer == 1,
+        );
     }
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
     if has_received {
@@ -455,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn of_listeners_that_share_a_port_the_one_of_the_socket_s_cgroup_and_family_is_its_maker() {
+    fn a_listener_of_the_socket_s_cgroup_and_family_is_preferred_among_those_of_its_port() {
         let listener = |cgroup_id, local, uid| {
             let mut listener = socket(state::LISTEN, 5432, 0);
             listener.target.local = local;
@@ -530,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_locked_socket_nothing_is_counted_and_its_listener_tells_who_dialled() {
+    fn a_locked_socket_has_no_counts_and_its_listener_tells_the_direction() {
         let listener = socket(state::LISTEN, 5432, 0);
         let locked = in_use(&socket(state::ESTABLISHED, 5432, 1));
         for (sockets, direction, bits) in [
@@ -583,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_dialled_from_here_is_no_inbound_rule_s() {
+    fn an_outbound_connection_matches_no_inbound_rule() {
         let mut dialled = socket(state::ESTABLISHED, 5432, 50_000);
         let info = dialled.info.as_mut().unwrap();
         (info.numbers_acknowledged, info.numbers_sent) = (21, 21);
@@ -593,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_session_or_not_in_scope_is_left_alone() {
+    fn sockets_without_a_session_or_out_of_scope_are_left_alone() {
         let entries = [entry(0, 5432, 3)];
         let mini = Socket {
             is_mini: true,
@@ -626,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_kernel_does_not_tell_who_owes_the_session_lives_longer() {
+    fn if_the_kernel_does_not_tell_who_owes_an_answer_the_session_lives_longer() {
         let info = |received_ms, sent_ms| Info {
             last_data_received_ms: received_ms,
             last_data_sent_ms: sent_ms,
@@ -685,7 +689,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_dropped_before_it_left_was_not_sent() {
+    fn payload_that_was_dropped_before_it_left_was_not_sent() {
         let (before, now) = later(|info| {
             info.bytes_tried += 30;
             info.is_all_sent = false;
@@ -721,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_received_meanwhile_is_received_and_owed() {
+    fn payload_received_meanwhile_is_counted_and_owes_an_answer() {
         let (before, now) = later(|info| info.bytes_received += 1);
         let expected = Session {
             last_received_ns: 19_500 * MS,
@@ -733,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_meanwhile_is_sent_and_the_answer() {
+    fn payload_sent_meanwhile_is_counted_and_is_the_answer() {
         let (before, now) = later(|info| send(info, 1));
         let expected = Session {
             last_sent_ns: 19_600 * MS,
@@ -760,7 +764,7 @@ mod tests {
         let mut of = socket(state::ESTABLISHED, 5432, 1);
         let mut session = adopt(&[entry(0, 5432, 3)], &Scope::All, &[of])[0].1;
         let mut info = of.info.unwrap();
-        (session.came_ns, session.went_ns) = (9_000 * MS, 8_000 * MS);
+        (session.received_candidate_ns, session.sent_candidate_ns) = (9_000 * MS, 8_000 * MS);
         change(&mut session, &mut info);
         of.info = Some(info);
         let limits = Limits {
@@ -771,7 +775,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_socket_has_taken_counts_when_it_came_and_nothing_else_does() {
+    fn only_payload_that_the_socket_has_received_counts_at_its_candidate_s_time() {
         let taken = |bytes: u64, min_payload| {
             let [before, now] = asked(|_, info| info.bytes_received += bytes, min_payload);
             assert_eq!(now.bytes_received, before.bytes_received + bytes);
@@ -784,7 +788,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_socket_has_sent_counts_when_it_left_and_nothing_else_does() {
+    fn only_payload_that_the_socket_has_sent_counts_at_its_candidate_s_time() {
         let sent = |change: fn(&mut Session, &mut Info)| {
             let [before, now] = asked(change, 1);
             let stamp = now.last_sent_ns;

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Longest poll interval of a silent reaper.
-pub(super) const LOOK: Duration = Duration::from_millis(20);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Maximum number of attempts if reapers end early.
 pub(super) const ATTEMPTS: u32 = 3;
@@ -60,7 +60,10 @@ pub(super) async fn query(
         let found = search(context, netns_cookie, of_missing)
             .await
             .unwrap_or_else(|error| {
-                tracing::warn!("searching for {} sockets: {error}", missing.len());
+                tracing::warn!(
+                    "{} sockets could not be searched for and count as locked: {error}",
+                    missing.len()
+                );
                 missing.iter().map(|index| Some(targets[*index])).collect()
             });
         let found = missing.iter().zip(found);
@@ -106,17 +109,17 @@ async fn query_by_name(
     }
     let mut answers: Vec<Option<Answer>> = vec![None; targets.len()];
     let mut left: Vec<usize> = (0..targets.len()).collect();
-    let mut behind: Vec<Part> = Vec::new();
+    let mut behind: Vec<PartialQuery> = Vec::new();
     let mut attempts = 0;
     loop {
         while !left.is_empty() {
             let some: Vec<usize> = left.drain(..left.len().min(MAX_BATCH)).collect();
             let of_some = some.iter().map(|index| targets[*index]).collect();
-            let mut part = Part::ask(context, netns_cookie, of_some, detail).await?;
+            let mut part = PartialQuery::ask(context, netns_cookie, of_some, detail).await?;
             part.indices = some;
-            match part.go_on(&mut answers, context, true).await? {
-                End::Done => {}
-                End::Silent => {
+            match part.receive(&mut answers, context, true).await? {
+                PartEnd::Done => {}
+                PartEnd::Silent => {
                     let claimed = part.exchange.stop();
                     left.splice(0..0, part.indices.drain(claimed.min(part.indices.len())..));
                     if part.answered < part.indices.len() {
@@ -124,7 +127,7 @@ async fn query_by_name(
                         behind.push(part);
                     }
                 }
-                End::Ended => {
+                PartEnd::Ended => {
                     note_lost(&mut attempts)?;
                     left.splice(0..0, part.indices.drain(part.answered..));
                 }
@@ -136,17 +139,17 @@ async fn query_by_name(
                 .map(|answer| answer.unwrap_or(Answer::Locked));
             return Ok(all.collect());
         };
-        match part.go_on(&mut answers, context, false).await? {
-            End::Done => {}
-            End::Ended => {
+        match part.receive(&mut answers, context, false).await? {
+            PartEnd::Done => {}
+            PartEnd::Ended => {
                 note_lost(&mut attempts)?;
                 left.extend(part.indices.drain(part.answered..));
             }
-            End::Silent if is_diag_blocked(context).await => {
+            PartEnd::Silent if is_diag_blocked(context).await => {
                 wait_out(context, part.exchange);
                 return Err(BLOCKED.to_owned());
             }
-            End::Silent => {
+            PartEnd::Silent => {
                 // The socket that was claimed last is locked. The others without an answer are queried again.
                 let locked = part.indices.pop();
                 left.extend(part.indices.drain(part.answered..));
@@ -184,23 +187,23 @@ pub(super) async fn query_until_silent(
         return Err(BLOCKED.to_owned());
     }
     let mut answers = vec![None; targets.len()];
-    let mut part = Part::ask(context, netns_cookie, targets.to_vec(), detail).await?;
+    let mut part = PartialQuery::ask(context, netns_cookie, targets.to_vec(), detail).await?;
     part.indices = (0..targets.len()).collect();
-    let silent = match part.go_on(&mut answers, context, true).await? {
-        End::Silent => {
+    let silent = match part.receive(&mut answers, context, true).await? {
+        PartEnd::Silent => {
             let claimed = part.exchange.stop().min(targets.len());
             part.exchange.leave_behind();
             let index = claimed.checked_sub(1);
             index.map(|index| Silent { part, index })
         }
-        End::Done | End::Ended => None,
+        PartEnd::Done | PartEnd::Ended => None,
     };
     Ok((answers, silent))
 }
 
 /// A reaper that is silent at a socket of its query.
 pub(super) struct Silent {
-    part: Part,
+    part: PartialQuery,
     /// The index of that socket among the targets.
     pub(super) index: usize,
 }
@@ -209,9 +212,9 @@ impl Silent {
     /// Waits until the reaper answers or counts as stuck. A stuck one is returned with the answer.
     pub(super) async fn wait(mut self, context: &Rc<Context>) -> (Answer, Option<Exchange>) {
         let mut answers = vec![None; self.part.indices.len()];
-        let ended = self.part.go_on(&mut answers, context, false).await;
+        let ended = self.part.receive(&mut answers, context, false).await;
         let answer = answers.get(self.index).copied().flatten();
-        let stuck = matches!(ended, Ok(End::Silent)).then_some(self.part.exchange);
+        let stuck = matches!(ended, Ok(PartEnd::Silent)).then_some(self.part.exchange);
         (answer.unwrap_or(Answer::Locked), stuck)
     }
 }
@@ -226,7 +229,7 @@ pub(super) async fn outlast(context: Rc<Context>, silent: Silent) -> Result<()> 
 }
 
 /// A part of a query, handled by one reaper.
-struct Part {
+struct PartialQuery {
     exchange: Exchange,
     netns_cookie: u64,
     began_ns: u64,
@@ -237,14 +240,14 @@ struct Part {
 }
 
 /// Why the handling of a part has stopped.
-enum End {
+enum PartEnd {
     Done,
     /// The reaper is silent or, if it was given more time, stuck.
     Silent,
     Ended,
 }
 
-impl Part {
+impl PartialQuery {
     async fn ask(
         context: &Rc<Context>,
         netns_cookie: u64,
@@ -271,14 +274,14 @@ impl Part {
     }
 
     /// Handles replies until the reaper is done, has ended, or is silent at a socket.
-    async fn go_on(
+    async fn receive(
         &mut self,
         answers: &mut [Option<Answer>],
         context: &Rc<Context>,
         is_first: bool,
-    ) -> Result<End, String> {
+    ) -> Result<PartEnd, String> {
         let mut silent = Duration::ZERO;
-        let mut wait = if is_first { STALL } else { LOOK };
+        let mut wait = if is_first { STALL } else { POLL_INTERVAL };
         let mut claimed_before = 0;
         loop {
             match self.exchange.next(wait).await {
@@ -296,7 +299,7 @@ impl Part {
                     state.handles.keep(self.netns_cookie, path, handle);
                     state.give_up_if_unused(self.netns_cookie);
                 }
-                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(End::Done),
+                Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(PartEnd::Done),
                 Next::Reply(
                     Reply::Done {
                         error: Some(problem),
@@ -308,16 +311,16 @@ impl Part {
                     return Err(problem.to_string());
                 }
                 Next::Reply(..) => return Err("a reaper answers something else".to_owned()),
-                Next::Ended => return Ok(End::Ended),
+                Next::Ended => return Ok(PartEnd::Ended),
                 Next::Silent => {
                     let condition = self.exchange.condition();
                     silent += wait;
-                    wait = LOOK.min(wait * 2);
+                    wait = POLL_INTERVAL.min(wait * 2);
                     let claimed = self.exchange.claimed();
                     let is_at_socket = claimed > self.answered;
                     let moves = std::mem::replace(&mut claimed_before, claimed) != claimed;
                     if condition == Condition::Stuck && is_at_socket {
-                        return Ok(End::Silent);
+                        return Ok(PartEnd::Silent);
                     }
                     if !is_at_socket && silent > PATIENCE {
                         return Err("the namespace is not found in time".to_owned());
@@ -325,7 +328,7 @@ impl Part {
                     // Another reaper would wait for a processor as long.
                     let is_busy = moves || self.exchange.can_run();
                     if is_first && is_at_socket && !is_busy {
-                        return Ok(End::Silent);
+                        return Ok(PartEnd::Silent);
                     }
                 }
             }
@@ -359,7 +362,7 @@ pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
 /// Returns when a reaper is done or has ended, however long it hangs.
 pub(super) async fn end_of(mut exchange: Exchange) {
     loop {
-        match exchange.next(LOOK).await {
+        match exchange.next(POLL_INTERVAL).await {
             Next::Reply(Reply::Done { .. }, _) | Next::Ended => return,
             Next::Reply(..) => {}
             Next::Silent => {
@@ -405,9 +408,9 @@ pub(super) async fn each(
         let asked = context.pool.ask(Purpose::Others, request, handle).await;
         let mut exchange = asked.map_err(|error| format!("{error:#}"))?;
         let mut index = 0;
-        let mut silent_looks = 0;
+        let mut silent_polls = 0;
         loop {
-            match exchange.next(LOOK).await {
+            match exchange.next(POLL_INTERVAL).await {
                 Next::Reply(Reply::Done { error: None, .. }, _) => return Ok(()),
                 Next::Reply(
                     Reply::Done {
@@ -419,15 +422,15 @@ pub(super) async fn each(
                     return Err(problem.to_string());
                 }
                 Next::Reply(reply, fd) => {
-                    silent_looks = 0;
+                    silent_polls = 0;
                     take(index, reply, fd);
                     index += 1;
                 }
                 Next::Ended => break,
                 Next::Silent => {
                     exchange.condition();
-                    silent_looks += 1;
-                    if LOOK * silent_looks > PATIENCE {
+                    silent_polls += 1;
+                    if POLL_INTERVAL * silent_polls > PATIENCE {
                         exchange.kill();
                         wait_out(context, exchange);
                         return Err("there is no answer".to_owned());
@@ -457,7 +460,7 @@ pub(super) async fn is_diag_blocked(context: &Rc<Context>) -> bool {
         return false;
     };
     loop {
-        match exchange.next(LOOK).await {
+        match exchange.next(POLL_INTERVAL).await {
             Next::Reply(Reply::Done { .. }, _) | Next::Ended => return false,
             Next::Reply(..) => {}
             Next::Silent => {

@@ -6,12 +6,12 @@ use super::backoff::{Backoff, Need};
 use crate::report::health::DegradedCause;
 
 /// The health message while a rule has its maximum of sessions.
-pub(super) const FULL_RULE: &str = "sessions of a rule are not tracked, it has as many as it allows: raise its max_sessions; they are picked up when \
-     there is room";
+pub(super) const FULL_RULE: &str = "a rule has reached its max_sessions, so further sessions of it are not tracked until one ends: raise its \
+     max_sessions";
 
 /// The health message while new cgroups are not reported.
-const UNWATCHED: &str = "connections of a cgroup of the rules that comes are tracked a second late, the kernel gives no inotify watch: raise \
-     fs.inotify.max_user_instances or fs.inotify.max_user_watches";
+const UNWATCHED: &str = "the kernel allows no further inotify watch, so connections of a new cgroup that a rule names are tracked up to a \
+     second late: raise fs.inotify.max_user_instances or fs.inotify.max_user_watches";
 
 /// Known gaps in the tracking, and the state of their repair.
 #[derive(Debug)]
@@ -145,30 +145,29 @@ impl Backlog {
     }
 
     /// The health messages for what is known to be missing.
-    pub(super) fn troubles(
+    pub(super) fn problems(
         &self,
         has_room: bool,
     ) -> impl Iterator<Item = (DegradedCause, Option<&'static str>)> + use<> {
         let untracked = match (self.has_sessions(), has_room) {
             (false, _) if self.has_sessions_of_full_rules() => Some(FULL_RULE),
             (false, _) if self.has_left_out_cgroups => Some(
-                "sessions of cgroups that fit patterns of the rules are not tracked, the match table is full: name a \
-                 cgroup above them, or have fewer prefixes and ports in the rules; the log says how many cgroups",
+                "the match table is full, so sessions of some cgroups that match a pattern are not tracked: name a cgroup \
+                 above them, or use fewer prefixes and ports in the rules; the log has the number of cgroups",
             ),
             (false, _) if self.is_unwatched => Some(UNWATCHED),
             (false, _) => None,
             (true, true) => Some(
-                "sessions that a rule matches were refused by the session map and are not tracked; \
-                 they are picked up in a moment",
+                "some sessions had no slot in the session table and are not tracked; the daemon adopts them in a moment",
             ),
             (true, false) => Some(
-                "sessions that a rule matches are not tracked, the session map is full: raise \
-                 daemon.max_sessions; they are picked up when there is room",
+                "the session table is full, so some sessions are not tracked until there is room: raise \
+                 daemon.max_sessions",
             ),
         };
         let namespace = (self.unreached > 0).then_some(
-            "sockets of a network namespace cannot be listed, its sessions may not be tracked; the \
-             log says which and why",
+            "the sockets of a network namespace cannot be listed, so its sessions may not be tracked; the log has \
+             the namespace and the reason",
         );
         // While a sync is in progress, the messages of the previous one stay: the new sync may find the same problems.
         let is_over = self.under_way.is_none();
@@ -233,37 +232,37 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_and_taken_back_when_a_sync_has_ended() {
+    fn problems_are_reported_until_a_sync_has_ended_without_them() {
         let mut backlog = Backlog::from(0);
         let none = [
             (DegradedCause::Untracked, None),
             (DegradedCause::Namespace, None),
         ];
-        assert!(backlog.troubles(true).eq(none));
+        assert!(backlog.problems(true).eq(none));
         backlog.refused = 1;
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("in a moment")));
         backlog.unreached = 1;
-        let said: Vec<_> = backlog.troubles(false).collect();
+        let said: Vec<_> = backlog.problems(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("is full")));
         assert!(said[1].1.is_some_and(|what| what.contains("namespace")));
         // During a sync only problems that still exist are reported.
         backlog.begin();
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(said.len() == 1 && said[0].0 == DegradedCause::Untracked);
         end(&mut backlog);
-        assert!(backlog.troubles(true).eq(none));
+        assert!(backlog.problems(true).eq(none));
     }
 
     #[test]
-    fn what_found_no_room_is_tried_again_and_soon_where_there_is_room() {
+    fn sessions_left_out_are_tried_again_soon_if_there_is_room() {
         let mut backlog = Backlog::from(0);
         backlog.begin();
         backlog.left_out = 3;
         end(&mut backlog);
         assert_eq!(backlog.need(false), Need::TryAgain);
         assert_eq!(backlog.need(true), Need::Mend);
-        let said: Vec<_> = backlog.troubles(false).collect();
+        let said: Vec<_> = backlog.problems(false).collect();
         assert!(said[0].1.is_some_and(|what| what.contains("max_sessions")));
         assert_eq!(said[1], (DegradedCause::Namespace, None));
     }
@@ -273,7 +272,7 @@ mod tests {
         let mut backlog = Backlog::from(0);
         backlog.refused_by_rules = 2;
         assert_eq!(backlog.need(true), Need::TryAgain);
-        let said: Vec<_> = backlog.troubles(true).collect();
+        let said: Vec<_> = backlog.problems(true).collect();
         assert!(
             said[0]
                 .1
@@ -298,7 +297,7 @@ mod tests {
         let mut backlog = Backlog::from(0);
         backlog.has_left_out_cgroups = true;
         for _ in 0..2 {
-            let said: Vec<_> = backlog.troubles(true).collect();
+            let said: Vec<_> = backlog.problems(true).collect();
             let (cause, what) = said[0];
             assert_eq!(cause, DegradedCause::Untracked);
             assert!(what.is_some_and(|what| what.contains("match table is full")));
@@ -309,19 +308,19 @@ mod tests {
         end(&mut backlog);
         backlog.has_left_out_cgroups = false;
         assert_eq!(
-            backlog.troubles(true).next(),
+            backlog.problems(true).next(),
             Some((DegradedCause::Untracked, None))
         );
     }
 
     #[test]
-    fn what_is_to_be_reset_is_looked_for_soon_and_is_no_trouble() {
+    fn refused_sessions_to_reset_are_searched_for_soon_and_are_no_problem() {
         for count in [Backlog::refused_of, Backlog::refused_by_rules_of] {
             let mut backlog = Backlog::from(0);
             backlog.resets = true;
             *count(&mut backlog) = 1;
             assert_eq!(backlog.need(false), Need::Mend);
-            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
+            assert!(backlog.problems(false).all(|(_, what)| what.is_none()));
             backlog.begin();
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::Routine);
@@ -330,7 +329,7 @@ mod tests {
             backlog.to_reset = 1;
             end(&mut backlog);
             assert_eq!(backlog.need(false), Need::TryAgain);
-            assert!(backlog.troubles(false).all(|(_, what)| what.is_none()));
+            assert!(backlog.problems(false).all(|(_, what)| what.is_none()));
             // Sessions of observing rules are left out and not reset.
             backlog.begin();
             backlog.left_out = 1;
@@ -361,6 +360,6 @@ mod tests {
         assert_eq!(backlog.need(true), Need::TryAgain);
         // The earlier message stays until the next sync has ended.
         backlog.begin();
-        assert_eq!(backlog.troubles(true).count(), 0);
+        assert_eq!(backlog.problems(true).count(), 0);
     }
 }

@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_is_wrong_the_interval_passes() {
+    fn without_a_problem_the_next_sync_comes_after_the_interval() {
         let mut backoff = backoff();
         assert_eq!(backoff.next_ns(Need::Routine), 700 * S);
         backoff.ended(701 * S, Duration::from_millis(5), true);
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_mended_soon_and_a_long_comparison_is_followed_by_a_long_rest() {
+    fn a_problem_is_repaired_soon_and_a_long_comparison_is_followed_by_a_long_rest() {
         let mut backoff = backoff();
         assert_eq!(backoff.next_ns(Need::Mend), 101 * S);
         backoff.ended(101 * S, Duration::from_millis(50), true);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_mended_is_tried_ever_less_often_up_to_the_interval() {
+    fn a_problem_that_stays_is_retried_at_growing_intervals_up_to_the_routine_one() {
         let mut backoff = backoff();
         let mut waits = Vec::new();
         let mut now_ns = 100 * S;

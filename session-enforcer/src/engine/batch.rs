@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, rc::Rc};
 use session_enforcer_common::{Expiry, Reason, expiry};
 
 use super::{
-    handles::Searching,
+    handles::SearchNeed,
     in_progress::SearchUnderWay,
     judge::only_lifetime,
     phase::{Expired, Phase},
@@ -43,8 +43,8 @@ impl State {
     pub(super) fn method_for(&self, expired: &Expired, now_ns: u64) -> ResetMethod {
         let session = &expired.session;
         let (netns_cookie, existed_ns) = (session.netns_cookie, session.established_ns);
-        let searching = self.handles.search(netns_cookie, existed_ns, now_ns);
-        if self.needs_search(expired) || searching == Searching::InVain {
+        let search_need = self.handles.search(netns_cookie, existed_ns, now_ns);
+        if self.needs_search(expired) || search_need == SearchNeed::FoundNothing {
             ResetMethod::ByCookie
         } else if self.has_no_destroy || session.is_mptcp_subflow() {
             ResetMethod::Disconnect
@@ -56,8 +56,9 @@ impl State {
     /// Whether `sock_diag` cannot reach the session's socket: it is blocked, or finds another socket under that name.
     fn needs_search(&self, expired: &Expired) -> bool {
         let phase = self.tracker.phase(expired.cookie, &expired.session);
-        let is_hidden = matches!(phase, Some(Phase::Tried(tried)) if tried.is_hidden);
-        is_hidden || self.hanging.is_diag_blocked
+        let is_shadowed_by_socket =
+            matches!(phase, Some(Phase::Tried(tried)) if tried.is_shadowed_by_socket);
+        is_shadowed_by_socket || self.hanging.is_diag_blocked
     }
 
     /// The request to reset a batch, the namespace descriptor that goes with it, and whether the reaper may search for

@@ -1,9 +1,9 @@
-//! Fixtures for the tests of the engine's pure modules.
+//! Fixtures for unit tests.
 
 use session_enforcer_common::{Address, Direction, Owner, Session};
 
 /// An inbound session that was established at 0 and has carried no payload.
-pub(super) fn session() -> Session {
+pub(crate) fn session() -> Session {
     Session {
         last_received_ns: 0,
         last_sent_ns: 0,
@@ -25,10 +25,10 @@ pub(super) fn session() -> Session {
         owner: Owner::UNKNOWN,
         data_segments_sent: 0,
         sent_before_answer: 0,
-        went_is_answer: 0,
+        sent_candidate_completes_answer: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED,
-        came_ns: 0,
-        went_ns: 0,
-        went_until: 0,
+        received_candidate_ns: 0,
+        sent_candidate_ns: 0,
+        sent_candidate_end: 0,
     }
 }

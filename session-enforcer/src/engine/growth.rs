@@ -32,11 +32,11 @@ pub(super) fn begin_if_half_full(context: &Rc<Context>) {
 async fn grow(context: Rc<Context>) -> Result<()> {
     while let Err(error) = fill_larger(&context).await {
         tracing::warn!(
-            "the session table cannot be made larger, which is tried again: {}",
+            "the session table could not grow; the daemon tries again in a minute: {}",
             exit::causes(&error)
         );
         if let Err(error) = context.state().datapath.give_up_growth() {
-            tracing::warn!("what was made of a larger session table is left: {error}");
+            tracing::warn!("the unfinished larger session table could not be removed: {error}");
         }
         // During the pause the table counts as one that cannot grow, so a full table is reported as full.
         sleep(REST).await;

@@ -38,15 +38,15 @@ pub(super) struct Handles {
 
 /// Whether a reset needs a search for its namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Searching {
+pub(super) enum SearchNeed {
     /// It needs none.
-    Not,
+    None,
     /// It starts this search.
-    Begins(Search),
+    Start(Search),
     /// It waits until the search in progress has ended, which may find its namespace too.
-    Waits,
+    Wait,
     /// A recent search has found nothing.
-    InVain,
+    FoundNothing,
 }
 
 impl Handles {
@@ -86,21 +86,21 @@ impl Handles {
     /// namespaces, also such that cannot be found. So there is only one search of each kind at a time, and it notes all
     /// that it meets. After a search of the host without result, namespaces that existed at its beginning (`existed_ns`)
     /// are not searched for again for [`SEARCH_AGAIN_NS`].
-    pub(super) fn search(&self, cookie: u64, existed_ns: u64, now_ns: u64) -> Searching {
+    pub(super) fn search(&self, cookie: u64, existed_ns: u64, now_ns: u64) -> SearchNeed {
         let was_missed = self.searched_ns.is_some_and(|began_ns| {
             existed_ns < began_ns && now_ns.saturating_sub(began_ns) < SEARCH_AGAIN_NS
         });
         let is_known = cookie == self.own || self.seen_at.contains_key(&cookie);
         let wanted = match self.is_missed(cookie) {
-            _ if self.held.contains_key(&cookie) => return Searching::Not,
-            true if was_missed => return Searching::InVain,
+            _ if self.held.contains_key(&cookie) => return SearchNeed::None,
+            true if was_missed => return SearchNeed::FoundNothing,
             true => Search::Everywhere,
-            false if is_known => return Searching::Not,
+            false if is_known => return SearchNeed::None,
             false => Search::Processes,
         };
         match self.searches[wanted as usize] {
-            0 => Searching::Begins(wanted),
-            _ => Searching::Waits,
+            0 => SearchNeed::Start(wanted),
+            _ => SearchNeed::Wait,
         }
     }
 
@@ -167,24 +167,24 @@ mod tests {
         let mut handles = Handles::new(3);
         assert_eq!(handles.netns(7).0.search, Search::Processes);
         assert_eq!(handles.netns(3).0.search, Search::Nowhere);
-        assert_eq!(handles.search(3, S, 2 * S), Searching::Not);
+        assert_eq!(handles.search(3, S, 2 * S), SearchNeed::None);
         let (of_processes, of_all) = (
-            Searching::Begins(Search::Processes),
-            Searching::Begins(Search::Everywhere),
+            SearchNeed::Start(Search::Processes),
+            SearchNeed::Start(Search::Everywhere),
         );
         assert_eq!(handles.search(7, S, 2 * S), of_processes);
         handles.searches[Search::Everywhere as usize] = 1;
         assert_eq!(handles.search(7, S, 2 * S), of_processes);
         handles.note_missed(7, Search::Processes, S);
         assert_eq!(handles.netns(7).0.search, Search::Nowhere);
-        assert_eq!(handles.search(7, S, 2 * S), Searching::Waits);
+        assert_eq!(handles.search(7, S, 2 * S), SearchNeed::Wait);
         handles.searches[Search::Everywhere as usize] = 0;
         assert_eq!(handles.search(7, S, 2 * S), of_all);
         handles.searches[Search::Processes as usize] = 1;
-        assert_eq!(handles.search(8, S, 2 * S), Searching::Waits);
+        assert_eq!(handles.search(8, S, 2 * S), SearchNeed::Wait);
         assert_eq!(handles.search(7, S, 2 * S), of_all);
         handles.note_missed(7, Search::Everywhere, 2 * S);
-        assert_eq!(handles.search(7, S, 3 * S), Searching::InVain);
+        assert_eq!(handles.search(7, S, 3 * S), SearchNeed::FoundNothing);
         assert_eq!(handles.search(7, S, 12 * S), of_all);
         // The namespace was created after the search.
         assert_eq!(handles.search(7, 3 * S, 3 * S), of_all);
@@ -193,7 +193,7 @@ mod tests {
         handles.note(7, "/x".into());
         assert_eq!(handles.name(7), "network namespace /x");
         assert_eq!(handles.name(3), "the daemon's own network namespace");
-        assert_eq!(handles.search(7, S, 12 * S), Searching::Not);
+        assert_eq!(handles.search(7, S, 12 * S), SearchNeed::None);
         assert_eq!(handles.netns(7).0.search, Search::Processes);
     }
 
@@ -205,9 +205,9 @@ mod tests {
         handles.note_missed(7, Search::Everywhere, 2 * S);
         assert_eq!(handles.netns(7).0.cookie, 7);
         let search = |existed_ns, now_ns| handles.search(7, existed_ns, now_ns);
-        let of_all = Searching::Begins(Search::Everywhere);
+        let of_all = SearchNeed::Start(Search::Everywhere);
         assert_eq!(search(2 * S, 2 * S), of_all);
-        assert_eq!(search(2 * S - 1, 12 * S - 1), Searching::InVain);
+        assert_eq!(search(2 * S - 1, 12 * S - 1), SearchNeed::FoundNothing);
         assert_eq!(search(2 * S - 1, 12 * S), of_all);
     }
 
@@ -241,7 +241,7 @@ mod tests {
         handles.keep(7, "/x".into(), Some(file()));
         handles.keep(3, "/own".into(), Some(file()));
         assert!(handles.netns(7).1.is_some() && handles.netns(3).1.is_none());
-        assert_eq!(handles.search(7, 0, 0), Searching::Not);
+        assert_eq!(handles.search(7, 0, 0), SearchNeed::None);
         handles.give_up(7);
         let (netns, handle) = handles.netns(7);
         assert_eq!((netns.seen_at, handle.is_none()), (Some("/x".into()), true));

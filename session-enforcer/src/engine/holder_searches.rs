@@ -1,4 +1,4 @@
-//! The searches for the processes that hold connections: what waits, for which place, and which place rests. Pure.
+//! The searches for the processes that hold connections: what waits, for which scope, and which scope rests. Pure.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -49,6 +49,15 @@ pub(super) struct Sought {
     pub(super) has_begun: bool,
 }
 
+/// The processes that a search of the host has scanned.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScanRange {
+    /// The PID at which it began.
+    pub(super) from: u32,
+    /// The PID at which the next search goes on; `None` if this one has seen the last process.
+    pub(super) next: Option<u32>,
+}
+
 /// The searches for holders. Pure.
 #[derive(Debug, Default)]
 pub(super) struct HolderSearches {
@@ -63,21 +72,21 @@ pub(super) struct HolderSearches {
 }
 
 impl HolderSearches {
-    pub(super) fn add(&mut self, place: u64, name: Name, sought: Sought) {
-        let place = self.waiting.entry(place).or_default();
-        let before = place.get(&name);
+    pub(super) fn add(&mut self, scope: u64, name: Name, sought: Sought) {
+        let waiting = self.waiting.entry(scope).or_default();
+        let before = waiting.get(&name);
         // A reset waits for the answer.
         if before.is_none_or(|before| before.to_reset.is_none()) {
-            place.insert(name, sought);
+            waiting.insert(name, sought);
         }
     }
 
     /// Whether sessions wait for one of the two tasks.
     pub(super) fn has(&self, of_host: bool) -> bool {
-        self.waiting.keys().any(|place| (*place == HOST) == of_host)
+        self.waiting.keys().any(|scope| (*scope == HOST) == of_host)
     }
 
-    /// The next place to search that does not rest. `slice_of` returns the second-level ancestor of a cgroup, a user's
+    /// The next scope to search that does not rest. `slice_of` returns the second-level ancestor of a cgroup, a user's
     /// slice or a service. Those whose searches took little come first, so that nobody delays others by many cgroups.
     pub(super) fn next(
         &mut self,
@@ -88,44 +97,61 @@ impl HolderSearches {
         self.rests.retain(|_, until| *until > now);
         let places = self.waiting.keys().copied();
         places
-            .filter(|place| (*place == HOST) == of_host && !self.rests.contains_key(place))
-            .min_by_key(|place| self.rests.get(&slice_of(*place)))
+            .filter(|scope| (*scope == HOST) == of_host && !self.rests.contains_key(scope))
+            .min_by_key(|scope| self.rests.get(&slice_of(*scope)))
     }
 
-    /// Takes sessions that wait for a search of this place.
-    pub(super) fn take(&mut self, place: u64) -> Vec<(Name, Sought)> {
-        let mut waiting = self.waiting.remove(&place).unwrap_or_default();
+    /// Takes sessions that wait for a search of this scope.
+    pub(super) fn take(&mut self, scope: u64) -> Vec<(Name, Sought)> {
+        let mut waiting = self.waiting.remove(&scope).unwrap_or_default();
         let names: Vec<Name> = waiting.keys().copied().take(MAX_SOUGHT).collect();
         let names = names.into_iter();
         let taken = names
             .filter_map(|name| waiting.remove_entry(&name))
             .collect();
         if !waiting.is_empty() {
-            self.waiting.insert(place, waiting);
+            self.waiting.insert(scope, waiting);
         }
         taken
     }
 
-    /// Has a place, and the slice that it is in, rest after a search.
-    pub(super) fn rest(&mut self, place: u64, slice: u64, used: Duration, now: Instant) {
-        let rest = if place == HOST { REST_OF_ALL } else { REST };
-        for id in [place, slice] {
+    /// Has a scope, and the slice that it is in, rest after a search.
+    pub(super) fn rest(&mut self, scope: u64, slice: u64, used: Duration, now: Instant) {
+        let rest = if scope == HOST { REST_OF_ALL } else { REST };
+        for id in [scope, slice] {
             let until = self.rests.entry(id).or_insert(now);
             *until = (*until).max(now + used * rest);
         }
     }
 
-    /// Handles a session that a search has not found; the host is searched next. A search of the host began at the
-    /// process `from`. Returns whether all of the host was searched.
-    pub(super) fn missed(
+    /// Handles the sessions that a search has not found. Returns those to reset that no process of the host holds.
+    pub(super) fn note_missing(
         &mut self,
-        place: u64,
-        name: Name,
-        sought: Sought,
-        (from, next): (u32, Option<u32>),
-    ) -> bool {
-        let has_begun = place == HOST && (sought.has_begun || from == 0);
-        let is_over = has_begun && next.is_none();
+        scope: u64,
+        sought: &[(Name, Sought)],
+        found: &HashMap<SocketKey, Holder>,
+        scanned: ScanRange,
+    ) -> Vec<Expired> {
+        let is_missing = |sought: &Sought| !found.contains_key(&sought.key);
+        // If the search ended because it found everything, the next one starts at the same process, which may hold other
+        // sockets.
+        if scope == HOST && sought.iter().any(|(_, sought)| is_missing(sought)) {
+            self.from = scanned.next.unwrap_or(0);
+        }
+        let mut not_held = Vec::new();
+        for (name, sought) in sought {
+            if is_missing(sought) && self.missed(scope, *name, *sought, scanned) {
+                not_held.extend(sought.to_reset);
+            }
+        }
+        not_held
+    }
+
+    /// Handles a session that a search has not found; the host is searched next. Returns whether all of the host was
+    /// searched.
+    fn missed(&mut self, scope: u64, name: Name, sought: Sought, scanned: ScanRange) -> bool {
+        let has_begun = scope == HOST && (sought.has_begun || scanned.from == 0);
+        let is_over = has_begun && scanned.next.is_none();
         if !is_over {
             self.add(
                 HOST,
@@ -162,7 +188,7 @@ mod tests {
     const S: u64 = 1_000_000_000;
 
     #[test]
-    fn a_session_is_looked_at_half_of_its_shortest_limit_ahead() {
+    fn the_holder_is_searched_half_of_the_shortest_limit_ahead() {
         let mut limits = Limits {
             idle_timeout_ns: 60 * S,
             ..Limits::default()
@@ -183,9 +209,9 @@ mod tests {
         let mut searches = HolderSearches::default();
         let now = Instant::now();
         // Cgroups 11 to 13 are of one user's slice.
-        let slice_of = |place| if place > 10 && place < 20 { 10 } else { place };
-        for place in [11, 12, 13, 20, HOST] {
-            searches.add(place, (place, 1), SOUGHT);
+        let slice_of = |scope| if scope > 10 && scope < 20 { 10 } else { scope };
+        for scope in [11, 12, 13, 20, HOST] {
+            searches.add(scope, (scope, 1), SOUGHT);
         }
         assert_eq!(searches.next(false, now, slice_of), Some(11));
         assert_eq!(searches.take(11).len(), 1);
@@ -213,20 +239,21 @@ mod tests {
         let mut searches = HolderSearches::default();
         let name = (7, 1);
         let taken = |searches: &mut HolderSearches| searches.take(HOST)[0].1;
+        let scanned = |from, next| ScanRange { from, next };
         // It is not in its cgroup.
-        assert!(!searches.missed(11, name, SOUGHT, (0, None)));
+        assert!(!searches.missed(11, name, SOUGHT, scanned(0, None)));
         let sought = taken(&mut searches);
         // The search of the host was under way.
-        assert!(!searches.missed(HOST, name, sought, (400, None)));
+        assert!(!searches.missed(HOST, name, sought, scanned(400, None)));
         let sought = taken(&mut searches);
-        assert!(!searches.missed(HOST, name, sought, (0, Some(300))));
+        assert!(!searches.missed(HOST, name, sought, scanned(0, Some(300))));
         let sought = taken(&mut searches);
-        assert!(!searches.missed(HOST, name, sought, (300, Some(400))));
+        assert!(!searches.missed(HOST, name, sought, scanned(300, Some(400))));
         let sought = taken(&mut searches);
-        assert!(searches.missed(HOST, name, sought, (400, None)));
+        assert!(searches.missed(HOST, name, sought, scanned(400, None)));
         assert!(!searches.has(true));
         // In one part.
-        assert!(searches.missed(HOST, name, SOUGHT, (0, None)));
+        assert!(searches.missed(HOST, name, SOUGHT, scanned(0, None)));
     }
 
     #[test]

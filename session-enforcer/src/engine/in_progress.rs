@@ -4,23 +4,23 @@ use std::rc::Rc;
 
 use session_enforcer_common::{Ancestors, Session};
 
-use super::{context::Context, hanging::Culprit, state::State};
+use super::{context::Context, hang_limits::HangScope, state::State};
 use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
 
-pub(super) fn culprit(state: &State, session: &Session) -> Culprit {
+pub(super) fn hang_scope(state: &State, session: &Session) -> HangScope {
     let cgroup_id = session.owner.cgroup_id;
     let ancestors = state.ancestors_of(cgroup_id);
-    Culprit::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
+    HangScope::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
 }
 
 /// What a batch occupies while it is in progress.
 pub(super) enum Slot {
     /// One of the regular batches.
-    OfAll { _waited: Waited },
+    Regular { _batch: RegularBatch },
     /// One of the hanging resets that its cgroup may have.
-    Apart(Hangs),
+    Separate(HangPermit),
     /// The turn of its network namespace, which is slow.
-    InTurn { _turn: Turn },
+    SlowTurn { _turn: Turn },
 }
 
 /// The turn of a slow network namespace until it is dropped.
@@ -51,9 +51,9 @@ impl Drop for Turn {
 }
 
 /// Counts a regular batch until it is dropped.
-pub(super) struct Waited(Rc<Context>);
+pub(super) struct RegularBatch(Rc<Context>);
 
-impl Waited {
+impl RegularBatch {
     pub(super) fn begin(context: &Rc<Context>) -> Self {
         let under_way = &context.resets_under_way;
         under_way.set(under_way.get() + 1);
@@ -61,7 +61,7 @@ impl Waited {
     }
 }
 
-impl Drop for Waited {
+impl Drop for RegularBatch {
     fn drop(&mut self) {
         let under_way = &self.0.resets_under_way;
         under_way.set(under_way.get() - 1);
@@ -92,20 +92,20 @@ impl Drop for SearchUnderWay {
 }
 
 /// Counts a reset or a query that hangs, or may hang, until it is dropped.
-pub(super) struct Hangs {
+pub(super) struct HangPermit {
     context: Rc<Context>,
-    culprit: Culprit,
+    hang_scope: HangScope,
     cgroup_id: u64,
     is_silent: bool,
 }
 
-impl Hangs {
+impl HangPermit {
     pub(super) fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
-        let culprit = culprit(state, session);
-        state.hanging.begin(&culprit, monotonic_ns());
+        let hang_scope = hang_scope(state, session);
+        state.hanging.begin(&hang_scope, monotonic_ns());
         Self {
             context: Rc::clone(context),
-            culprit,
+            hang_scope,
             cgroup_id: session.owner.cgroup_id,
             is_silent: false,
         }
@@ -120,10 +120,10 @@ impl Hangs {
     }
 }
 
-impl Drop for Hangs {
+impl Drop for HangPermit {
     fn drop(&mut self) {
         let mut state = self.context.state();
-        state.hanging.end(&self.culprit, monotonic_ns());
+        state.hanging.end(&self.hang_scope, monotonic_ns());
         if self.is_silent {
             state.hanging.note_returned(self.cgroup_id);
         }

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_policy_made_late_stays_late_by_the_policy_at_each_attempt() {
+    fn a_session_late_by_the_policy_keeps_that_reason_at_each_attempt() {
         let limits = (0, &idle(10));
         let first = late(judge(1, &session(), limits, None, 16 * S, |reached_ns| {
             assert_eq!(reached_ns, 10 * S);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_policy_only_the_lifetime_is_left() {
+    fn lifetime_only_drops_the_other_limits() {
         let lifetime = Limits {
             max_lifetime_ns: 3,
             ..Limits::default()
@@ -264,7 +264,7 @@ mod tests {
         /// Whatever was decided before: a session is alive exactly if [`expiry`] says so, and a deadline
         /// is never in the future.
         #[test]
-        fn what_was_decided_before_changes_the_cause_and_nothing_else(
+        fn an_earlier_decision_changes_only_the_cause(
             idle_s in 0_u64..20,
             lifetime_s in 1_u64..20,
             last_s in 0_u64..20,

@@ -12,12 +12,12 @@ mod backlog;
 mod backoff;
 mod batch;
 mod context;
-mod ending;
 #[cfg(test)]
-mod fixtures;
+pub(crate) mod fixtures;
 mod growth;
 mod handles;
-mod hanging;
+mod hang_limits;
+mod holder_search;
 mod holder_searches;
 mod in_progress;
 mod judge;
@@ -32,8 +32,7 @@ mod reload;
 mod requests;
 mod rule_set;
 mod schedule;
-mod seek;
-mod slow;
+mod slow_namespaces;
 mod state;
 mod sync;
 mod takeover;
@@ -90,7 +89,7 @@ const CGROUPS_POLL: Duration = Duration::from_secs(1);
 const CGROUPS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Poll interval of that wait.
-const CGROUPS_LOOK: Duration = Duration::from_millis(2);
+const CGROUPS_WAIT_POLL: Duration = Duration::from_millis(2);
 
 /// The pause after answering requests is this multiple of the time that the answers took, because any user may send
 /// requests.
@@ -287,12 +286,12 @@ impl Engine {
             let look_up_at = look_up_at.filter(|_| self.are_cgroups_wanted);
             owner_search::find_cgroups(&self.context);
             growth::begin_if_half_full(&self.context);
-            ending::find(&self.context);
+            holder_search::find(&self.context);
             owner_search::find(&self.context);
-            terminate::end_waiting(&self.context);
+            terminate::retry_waiting(&self.context);
             terminate::confirm_observed(&self.context);
             unreported::query_unreported(&self.context);
-            terminate::end_untracked(&self.context)?;
+            terminate::reset_waiting_untracked(&self.context)?;
             self.context.state().records.audit.flush();
             let next_ns = self.next_ns();
             self.timer.set(next_ns).context("setting the timer")?;
@@ -312,7 +311,7 @@ impl Engine {
                 }
                 expired = self.timer.expired() => {
                     expired.context("waiting for the timer")?;
-                    terminate::end_due(&self.context)?;
+                    terminate::reset_due(&self.context)?;
                     self.sync_if_due();
                 }
                 ready = self.context.events() => {
@@ -428,7 +427,7 @@ async fn answer_scrapes_later(context: Rc<Context>) -> Result<()> {
     let until = Instant::now() + CGROUPS_PATIENCE;
     while context.state().owner_resolver.is_asking() && Instant::now() < until {
         owner_search::find_cgroups(&context);
-        tokio::time::sleep(CGROUPS_LOOK).await;
+        tokio::time::sleep(CGROUPS_WAIT_POLL).await;
     }
     context.state().answer_scrapes(context.pool.counts());
     Ok(())

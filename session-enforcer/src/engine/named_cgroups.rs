@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{engine::owner_resolver::FoundCgroups, host::watch::Watch};
 
-/// Maximum number of lookups in a row until all places where a cgroup of the rules can appear are watched.
+/// Maximum number of lookups in a row until all directories in which such a cgroup can appear are watched.
 const MAX_ROUNDS: usize = 8;
 
 /// Looks up the cgroups of the active rules, watches for others, and handles those that have come.
@@ -38,7 +38,7 @@ pub(super) async fn follow(context: &Rc<Context>, reload: &Reload, watch: &Watch
             return Ok(());
         };
         found = looked_up;
-        match watch.set(&found.awaited) {
+        match watch.set(&found.watch_directories) {
             // Another one may have come before its directory was watched.
             Ok(is_new) => {
                 context.state().note_watch(None);
@@ -97,8 +97,7 @@ async fn have_come(context: &Rc<Context>, reload: &Reload, come: &[u64]) -> Resu
     };
     let adopted = sync::sync(context, aim).await?;
     tracing::info!(
-        "a cgroup of the rules has come; {redecided} connections decided about anew, {adopted} \
-         adopted"
+        "a cgroup that a rule names was created; {redecided} connections were matched again, {adopted} adopted"
     );
     Ok(())
 }

@@ -165,8 +165,8 @@ impl State {
             return;
         };
         tried.unanswered = 0;
-        tried.is_hidden = false;
-        tried.place = None;
+        tried.is_shadowed_by_socket = false;
+        tried.journal_slot = None;
         let pause_ns = RETRY_NS << tried.refusals.min(MAX_DOUBLINGS);
         tried.refusals += 1;
         let is_recorded = tried.error.as_deref() == Some(error);
@@ -245,7 +245,7 @@ impl State {
             self.records.metrics.untracked(Untracked::Namespace);
         }
         tracing::error!(
-            "an expired session is not reset, it stays behind the gate and is tried again: {error}"
+            "a session could not be reset; it stays behind the gate, and the daemon tries again: {error}"
         );
         self.fail(expired, at_ns, error);
         Ok(())
@@ -257,12 +257,12 @@ impl State {
     /// Records the outcome for a session.
     pub(super) fn record(&mut self, expired: &Expired, at_ns: u64, end: End<'_>) {
         let outcome = end.outcome();
-        let place = match outcome {
+        let journal_slot = match outcome {
             Outcome::Reset | Outcome::Gone => self.tracker.take_journal_slot(expired),
             Outcome::Failed | Outcome::Observed => None,
         };
-        if let Some(place) = &place {
-            place.answer(outcome == Outcome::Gone, at_ns);
+        if let Some(journal_slot) = &journal_slot {
+            journal_slot.answer(outcome == Outcome::Gone, at_ns);
         }
         let session = &expired.session;
         let holding = self.holding(expired.cookie, session);
@@ -293,7 +293,7 @@ impl State {
                 user: self.owner_resolver.user_name(kill.by.uid),
             }),
         };
-        let receipt = place.map(|place| Box::new(place) as Receipt);
+        let receipt = journal_slot.map(|journal_slot| Box::new(journal_slot) as Receipt);
         self.records.termination(&termination, receipt);
         if matches!(outcome, Outcome::Reset | Outcome::Gone) {
             self.holdings.remove(&expired.cookie);

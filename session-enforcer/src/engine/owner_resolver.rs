@@ -32,9 +32,9 @@ const MAX_UNKNOWN: usize = 16_384;
 #[derive(Debug, Default)]
 pub struct FoundCgroups {
     /// By path or pattern: the paths and ids of the cgroups that match it.
-    pub fitting: HashMap<String, Vec<(String, u64)>>,
+    pub matching: HashMap<String, Vec<(String, u64)>>,
     /// The directories where a cgroup that matches may appear.
-    pub awaited: Vec<PathBuf>,
+    pub watch_directories: Vec<PathBuf>,
 }
 
 /// Query results by user name.
@@ -113,17 +113,17 @@ impl NamedCgroups {
     /// The paths of all cgroups that exist or may be created, with the ids of those that exist. Known cgroups come
     /// first; those that exceed the available match entries are left out.
     fn wanted(&mut self, found: &FoundCgroups, known: &Owners) -> BTreeMap<String, Option<u64>> {
-        let of = |name: &str| found.fitting.get(name).into_iter().flatten();
-        let fitting = self.patterns.iter().flat_map(|(pattern, cost)| {
+        let of = |name: &str| found.matching.get(name).into_iter().flatten();
+        let matching = self.patterns.iter().flat_map(|(pattern, cost)| {
             let costly = |(path, id): &(String, u64)| (path.clone(), *id, *cost);
             of(pattern).map(costly)
         });
-        let mut fitting: Vec<_> = fitting.collect();
-        fitting.sort_by_key(|(path, ..)| !known.cgroups.contains_key(path));
+        let mut matching: Vec<_> = matching.collect();
+        matching.sort_by_key(|(path, ..)| !known.cgroups.contains_key(path));
         let named = |path: &String| (path.clone(), of(path).next().map(|(_, id)| *id));
         let mut wanted: BTreeMap<_, _> = self.paths.iter().map(named).collect();
         let (mut free, mut left_out) = (self.free_entries, 0);
-        for (path, id, cost) in fitting {
+        for (path, id, cost) in matching {
             match free.checked_sub(cost) {
                 Some(left) => {
                     free = left;
@@ -134,8 +134,8 @@ impl NamedCgroups {
         }
         if left_out > self.left_out {
             tracing::warn!(
-                "{left_out} cgroups that fit patterns of the rules are left out: the match table is full; \
-                 name a cgroup above them, or have fewer prefixes and ports in the rules"
+                "{left_out} cgroups that match a pattern are ignored, because the match table is full: name a cgroup \
+                 above them, or use fewer prefixes and ports in the rules"
             );
         }
         self.left_out = left_out;

@@ -87,33 +87,15 @@ async fn resolve_in(
     netns_cookie: u64,
     sessions: Vec<Tracked>,
 ) -> Result<Vec<Tracked>> {
-    let found = sockets_of(context, netns_cookie, &sessions).await;
-    let found = match found {
-        Ok(sockets) => {
-            let open = sockets.iter().filter_map(|answer| match answer {
-                Answer::Known(Some(socket), _) => Some(socket),
-                _ => None,
-            });
-            let ports: BTreeSet<u16> = open.map(|socket| socket.target.local_port).collect();
-            let listeners = listeners(context, netns_cookie, ports).await;
-            listeners.map(|listeners| (sockets, listeners))
-        }
-        Err(error) => Err(error),
-    };
+    let found = sockets_and_listeners(context, netns_cookie, &sessions).await;
     let (answers, listeners) = match found {
         Ok(found) => found,
         Err(error) => {
             tracing::warn!(
-                "looking for the owners of {} sessions: {error}",
+                "the owners of {} sessions could not be found; the daemon tries again: {error}",
                 sessions.len()
             );
-            let mut state = context.state();
-            for (cookie, session) in &sessions {
-                // If a rule already limits the session, its normal recheck applies; otherwise retry in 10 s.
-                if state.rule_set.needs_owner_of(session) {
-                    state.go_on_without_owner(*cookie, session)?;
-                }
-            }
+            context.state().postpone_all(&sessions)?;
             return Ok(Vec::new());
         }
     };
@@ -125,33 +107,49 @@ async fn resolve_in(
     let mut resolved = Vec::new();
     let mut state = context.state();
     for ((cookie, session), answer) in sessions.iter().zip(answers) {
-        let owner = match answer {
-            Answer::Known(socket, _) => match socket.filter(|socket| !socket.is_mini) {
-                Some(socket) => {
-                    let direction = Direction::from_number(session.direction);
-                    let direction = direction.unwrap_or(Direction::Inbound);
-                    adopt::owner(&socket, direction, &listeners)
-                }
-                None => {
-                    state.release(*cookie, session)?;
-                    continue;
-                }
-            },
-            Answer::Locked => Owner::UNKNOWN,
-        };
-        // The owner that the programs recorded is preferred, because it is the process that created the socket.
-        let owner = if session.owner.is_known() {
-            session.owner
-        } else {
-            owner
-        };
-        if !owner.is_known() {
-            state.go_on_without_owner(*cookie, session)?;
-            continue;
+        match owner_of(session, answer, &listeners) {
+            None => state.release(*cookie, session)?,
+            Some(owner) if owner.is_known() => {
+                resolved.extend(state.set_owner(*cookie, session, owner)?);
+            }
+            Some(_) => state.go_on_without_owner(*cookie, session)?,
         }
-        resolved.extend(state.set_owner(*cookie, session, owner)?);
     }
     Ok(resolved)
+}
+
+/// Queries the sockets of sessions, and the listeners of their ports.
+async fn sockets_and_listeners(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    sessions: &[Tracked],
+) -> Result<(Vec<Answer>, Listeners), String> {
+    let sockets = sockets_of(context, netns_cookie, sessions).await?;
+    let open = sockets.iter().filter_map(|answer| match answer {
+        Answer::Known(Some(socket), _) => Some(socket),
+        _ => None,
+    });
+    let ports: BTreeSet<u16> = open.map(|socket| socket.target.local_port).collect();
+    let listeners = listeners(context, netns_cookie, ports).await?;
+    Ok((sockets, listeners))
+}
+
+/// The owner of a session, by the answer about its socket; `None` if the socket is gone. The owner that the programs
+/// recorded is preferred, because it is the process that created the socket.
+fn owner_of(session: &Session, answer: Answer, listeners: &Listeners) -> Option<Owner> {
+    let owner = match answer {
+        Answer::Known(socket, _) => {
+            let socket = socket.filter(|socket| !socket.is_mini)?;
+            let direction = Direction::from_number(session.direction);
+            let direction = direction.unwrap_or(Direction::Inbound);
+            adopt::owner(&socket, direction, listeners)
+        }
+        Answer::Locked => Owner::UNKNOWN,
+    };
+    Some(match session.owner.is_known() {
+        true => session.owner,
+        false => owner,
+    })
 }
 
 async fn sockets_of(
@@ -224,10 +222,10 @@ pub(super) async fn look_up(context: &Rc<Context>, names: &[String]) -> Option<F
             .inspect_err(|error| tracing::warn!("cgroups of the rules are not looked up: {error}"));
         for (reply, _) in replies.ok()? {
             match reply {
-                Reply::Fitting { name, cgroups } => {
-                    found.fitting.entry(name).or_default().extend(cgroups);
+                Reply::Matching { name, cgroups } => {
+                    found.matching.entry(name).or_default().extend(cgroups);
                 }
-                Reply::Awaited(directories) => found.awaited.extend(directories),
+                Reply::WatchDirectories(directories) => found.watch_directories.extend(directories),
                 _ => {}
             }
         }
@@ -257,6 +255,17 @@ impl State {
             && let Some(ancestors) = self.owner_resolver.ancestors(id)
         {
             self.datapath.note_ancestors(id, &ancestors)?;
+        }
+        Ok(())
+    }
+
+    /// Postpones the search for the owners of sessions. If a rule already limits a session, its normal recheck applies;
+    /// otherwise retry in 10 s.
+    fn postpone_all(&mut self, sessions: &[Tracked]) -> Result<()> {
+        for (cookie, session) in sessions {
+            if self.rule_set.needs_owner_of(session) {
+                self.go_on_without_owner(*cookie, session)?;
+            }
         }
         Ok(())
     }

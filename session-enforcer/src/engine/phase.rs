@@ -70,19 +70,19 @@ pub(super) struct Tried {
     /// The error that was recorded last.
     pub(super) error: Option<String>,
     /// Whether the kernel finds another socket under this one's name.
-    pub(super) is_hidden: bool,
+    pub(super) is_shadowed_by_socket: bool,
     /// Whether the reset hangs on the socket lock.
     pub(super) is_quarantined: bool,
     /// Its slot in the journal, if it has one.
-    pub(super) place: Option<Arc<JournalSlot>>,
+    pub(super) journal_slot: Option<Arc<JournalSlot>>,
 }
 
 impl Tried {
     /// An earlier daemon had asked for the reset, and its answer is lost.
-    pub(super) fn unanswered(expired: Expired, place: Arc<JournalSlot>) -> Self {
+    pub(super) fn unanswered(expired: Expired, journal_slot: Arc<JournalSlot>) -> Self {
         Self {
             unanswered: 1,
-            place: Some(place),
+            journal_slot: Some(journal_slot),
             ..Self::new(expired)
         }
     }
@@ -94,9 +94,9 @@ impl Tried {
             unanswered: 0,
             refusals: 0,
             error: None,
-            is_hidden: false,
+            is_shadowed_by_socket: false,
             is_quarantined: false,
-            place: None,
+            journal_slot: None,
         }
     }
 }

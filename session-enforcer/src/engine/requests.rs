@@ -23,8 +23,8 @@ use crate::{
     report::{
         audit::mode_name,
         control::{
-            ConfigInForce, KillRequest, KillResult, Killed, OwnerNames, Request, RuleInForce,
-            RuleStatus, Rules, Status, StatusTrouble, TerminationCount,
+            ConfigInForce, Degradation, KillRequest, KillResult, Killed, OwnerNames, Request,
+            RuleInForce, RuleStatus, Rules, Status, TerminationCount,
         },
     },
 };
@@ -63,10 +63,10 @@ impl Rules for RuleSet {
         session: &Session,
         ancestors: &dyn Fn(u64) -> Option<Ancestors>,
     ) -> Option<RuleInForce<'_>> {
-        let place = RuleSet::rule_of(self, session, ancestors)?;
-        let rule = self.rule(place)?;
+        let rule_id = RuleSet::rule_of(self, session, ancestors)?;
+        let rule = self.rule(rule_id)?;
         Some(RuleInForce {
-            place,
+            id: rule_id,
             name: &rule.name,
             mode: rule.mode,
             limits: &rule.limits,
@@ -154,7 +154,7 @@ impl State {
         now_ns: u64,
     ) -> Option<Expired> {
         let asked_ns = self.kills.of(cookie, session)?.asked_ns;
-        let is_rule = |place: &u16| self.rule_set.rule(*place).is_some();
+        let is_rule = |rule_id: &u16| self.rule_set.rule(*rule_id).is_some();
         let rule = self
             .rule_of(session)
             .or(Some(session.rule).filter(is_rule))?;
@@ -180,7 +180,7 @@ impl State {
         self.records.note_audit();
         let clock = WallClock::now();
         let at = |ns| clock.at(ns).to_string();
-        let troubles = self.records.health.list();
+        let degraded = self.records.health.list();
         let audit = &self.records.audit;
         let counters = self.datapath.rule_counters()?;
         let (opened_total, closed_total) = self.records.metrics.turnover(&counters);
@@ -189,11 +189,11 @@ impl State {
             kernel: boot::kernel_release(),
             pid: std::process::id(),
             started: at(audit.began_ns()),
-            ready: troubles.is_empty(),
-            troubles: troubles
+            ready: degraded.is_empty(),
+            degraded: degraded
                 .into_iter()
-                .map(|(trouble, what)| StatusTrouble {
-                    cause: trouble.name().to_owned(),
+                .map(|(cause, what)| Degradation {
+                    cause: cause.name().to_owned(),
                     what: what.to_owned(),
                 })
                 .collect(),
@@ -225,7 +225,7 @@ impl State {
         let sessions = self.tracker.sessions_of();
         let rules = self.rule_set.rules.iter().enumerate();
         rules
-            .map(|(place, rule)| {
+            .map(|(rule_id, rule)| {
                 let configured = config.rules.iter().find(|known| known.name == rule.name);
                 let is_exempt =
                     configured.is_some_and(|r| r.action == crate::config::Action::Exempt);
@@ -235,7 +235,7 @@ impl State {
                     name: rule.name.clone(),
                     mode: if is_exempt { "exempt" } else { mode_name(mode) }.to_owned(),
                     in_force: configured.is_some(),
-                    sessions: sessions.get(place).copied().unwrap_or(0),
+                    sessions: sessions.get(rule_id).copied().unwrap_or(0),
                     terminations: counts
                         .into_iter()
                         .map(|(reason, result, count)| TerminationCount {

@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_decided_stands_where_nobody_remembers_the_cgroup() {
+    fn a_session_keeps_its_rule_if_its_cgroup_is_forgotten() {
         let rules = |name| {
             let text = format!(
                 "[[rule]]\nname = 'free'\ncgroups = ['/b']\naction = 'exempt'\n[[rule]]\nname = \

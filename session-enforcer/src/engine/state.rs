@@ -11,14 +11,14 @@ use session_enforcer_common::{
 use super::{
     backlog::{Backlog, FULL_RULE},
     handles::Handles,
-    hanging::Hanging,
+    hang_limits::Hanging,
     holder_searches::{Holding, ahead_of},
     judge::{Judgement, judge},
     kills::Kills,
     phase::{Expired, Phase},
     records::Records,
     rule_set::RuleSet,
-    slow::SlowNamespaces,
+    slow_namespaces::SlowNamespaces,
     tracker::{Tracker, group_of, group_of_event},
 };
 use crate::{
@@ -85,7 +85,7 @@ pub(super) struct State {
     /// Sessions to reset that their rules have no room for.
     pub(super) untracked: Vec<(u64, Session)>,
     /// Observed sessions that are late unless their sockets confirm a candidate.
-    pub(super) candidates: Vec<Expired>,
+    pub(super) observed_with_candidate: Vec<Expired>,
     /// Sessions that may have ended without a report of the kernel.
     pub(super) maybe_ended: Vec<MaybeEnded>,
     /// Number of lost events for which the repair was done.
@@ -162,7 +162,7 @@ impl State {
             is_enforcing: false,
             without_owner: Vec::new(),
             untracked: Vec::new(),
-            candidates: Vec::new(),
+            observed_with_candidate: Vec::new(),
             maybe_ended: Vec::new(),
             repaired_losses: 0,
             scrapes: Vec::new(),
@@ -181,7 +181,7 @@ impl State {
             sessions: self.tracker.len(),
             resets: self.records.metrics.resets(),
             is_refused: self.records.metrics.is_config_refused(),
-            trouble: self.records.health.ready().err(),
+            problem: self.records.health.ready().err(),
         };
         standing.line()
     }
@@ -278,7 +278,10 @@ impl State {
     fn opened(&mut self, event: &Event) {
         self.owner_resolver.remember(event.cgroup_id);
         let Some(rule) = self.rule_set.rule(event.rule) else {
-            tracing::error!("the kernel reports a session of rule {}", event.rule);
+            tracing::error!(
+                "an event names rule {}, which does not exist; the event is ignored",
+                event.rule
+            );
             return;
         };
         let is_current =
@@ -461,7 +464,7 @@ impl State {
             return Ok(None);
         };
         let Some(active) = self.rule_set.rule(rule) else {
-            anyhow::bail!("the session map names rule {rule}, which is none");
+            anyhow::bail!("the session table names rule {rule}, which does not exist");
         };
         let (limits, mode) = (active.limits, active.mode);
         let phase = self.tracker.phase(cookie, &session);
@@ -484,7 +487,7 @@ impl State {
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
             Judgement::Late(expired) if session.has_candidate() => {
-                self.candidates.push(expired);
+                self.observed_with_candidate.push(expired);
                 Ok(None)
             }
             Judgement::Late(expired) => {
@@ -572,7 +575,7 @@ impl State {
             errors: self.datapath.errors()?,
             gate_drops: self.datapath.gate_drops()?,
             audit_lost: self.records.audit.lost(),
-            troubles: self.records.health.troubles(),
+            degraded: self.records.health.causes(),
             quarantined: self.tracker.quarantined(),
             reapers,
         })
@@ -611,16 +614,16 @@ impl State {
     pub(super) fn note_backlog(&mut self) {
         let has_room = self.has_room() || self.datapath.can_grow();
         self.backlog.has_left_out_cgroups = self.owner_resolver.has_left_out();
-        for (trouble, what) in self.backlog.troubles(has_room) {
+        for (cause, what) in self.backlog.problems(has_room) {
             match what {
                 Some(FULL_RULE) => {
                     let what = format!("{FULL_RULE}{}", self.full_rules());
-                    self.records.health.set(trouble, Some(&what));
+                    self.records.health.set(cause, Some(&what));
                 }
-                _ => self.records.health.set(trouble, what),
+                _ => self.records.health.set(cause, what),
             }
         }
-        let stuck = self.hanging.trouble(self.tracker.quarantined());
+        let stuck = self.hanging.problem(self.tracker.quarantined());
         self.records
             .health
             .set(DegradedCause::Stuck, stuck.as_deref());

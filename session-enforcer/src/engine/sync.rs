@@ -7,6 +7,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    os::fd::OwnedFd,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -15,7 +16,7 @@ use anyhow::Result;
 use session_enforcer_common::{Ancestors, Direction, Expiry, Limits, MatchEntry, Session, expiry};
 
 use super::{
-    ask::{self, ATTEMPTS, Answer, LOOK, wait_out},
+    ask::{self, ATTEMPTS, Answer, POLL_INTERVAL, wait_out},
     backoff::Need,
     context::Context,
     holder_searches::ahead_of,
@@ -42,7 +43,7 @@ use crate::{
 const CONFIRMED_AFTER: Duration = Duration::from_millis(50);
 
 /// Number of sessions that are collected before other work gets its turn.
-const AT_ONCE: usize = 4_096;
+const YIELD_EVERY: usize = 4_096;
 
 /// How long a reaper may list without an answer; it may first search every descriptor of the host.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -80,6 +81,14 @@ impl Aim {
             by_change: self.by_change || other.by_change,
             releases_others: self.releases_others || other.releases_others,
         }
+    }
+}
+
+/// The socket, if it is open.
+fn open_socket(answer: &Answer) -> Option<&Socket> {
+    match answer {
+        Answer::Known(Some(socket), _) if !socket.is_mini => Some(socket),
+        _ => None,
     }
 }
 
@@ -148,7 +157,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<usize> {
             .collect()
     };
     let mut unseen: HashMap<u64, HashSet<u64>> = HashMap::new();
-    for some in scheduled.chunks(AT_ONCE) {
+    for some in scheduled.chunks(YIELD_EVERY) {
         for (netns_cookie, cookie) in some {
             unseen.entry(*netns_cookie).or_default().insert(*cookie);
         }
@@ -263,71 +272,86 @@ impl Sync<'_> {
         is_gone: bool,
     ) -> Result<Option<Duration>> {
         let mut listening: Vec<Listening> = Vec::new();
-        let mut silent_looks = 0;
+        let mut silent_polls = 0;
         while self.is_last() {
             if self.confirmed_at <= Instant::now() {
                 self.confirm().await?;
             }
-            let reply = match exchange.next(LOOK).await {
+            match exchange.next(POLL_INTERVAL).await {
                 Next::Reply(reply, handle) => {
-                    silent_looks = 0;
-                    if let (Reply::Namespace { cookie, path }, handle) = (&reply, handle) {
-                        let mut state = self.context.state();
-                        state.handles.keep(*cookie, path.clone(), handle);
+                    silent_polls = 0;
+                    let reply = (reply, handle);
+                    let used = self.take_reply(reply, &mut listening, is_gone).await?;
+                    if used.is_some() {
+                        return Ok(used);
                     }
-                    reply
                 }
                 Next::Ended => return Ok(None),
                 Next::Silent => {
-                    silent_looks += 1;
-                    let is_stuck = exchange.condition() == Condition::Stuck;
-                    let is_blocked = is_stuck && ask::is_diag_blocked(self.context).await;
-                    if LOOK * silent_looks < PATIENCE && !is_blocked {
-                        continue;
-                    }
-                    wait_out(self.context, exchange);
-                    let netns = self.context.state().handles.name(self.netns_cookie);
-                    self.unlisted(&format!("{netns}: {NO_LIST}"));
-                    return Ok(Some(Duration::ZERO));
-                }
-            };
-            match reply {
-                Reply::Scope { ids } if !is_gone => self.widen_scope(ids),
-                // The sync then only finds sessions that have ended.
-                Reply::NoScope(error) => tracing::warn!("connections are not adopted: {error}"),
-                Reply::Namespace { cookie, .. } => {
-                    self.netns_cookie = cookie;
-                    self.visited.insert(cookie);
-                    self.listeners = Listeners::default();
-                    listening.clear();
-                }
-                Reply::Listeners(sockets) => listening.extend(sockets),
-                Reply::Sessions(sockets) => {
-                    self.take_listeners(&mut listening).await?;
-                    self.take_sessions(sockets).await?;
-                }
-                Reply::WholeNamespace => {
-                    self.take_listeners(&mut listening).await?;
-                    self.adopt_wanted().await?;
-                    self.find_unseen().await?;
-                    if self.unconfirmed.is_empty() {
-                        self.context.state().give_up_if_unused(self.netns_cookie);
+                    silent_polls += 1;
+                    if self.is_list_stuck(&mut exchange, silent_polls).await {
+                        wait_out(self.context, exchange);
+                        let netns = self.context.state().handles.name(self.netns_cookie);
+                        self.unlisted(&format!("{netns}: {NO_LIST}"));
+                        return Ok(Some(Duration::ZERO));
                     }
                 }
-                Reply::Unlisted(error) => {
-                    self.adopt_wanted().await?;
-                    self.unlisted(&error);
-                }
-                Reply::Done { used_ns, error, .. } => {
-                    if let Some(problem) = error {
-                        self.unlisted(&problem.to_string());
-                    }
-                    return Ok(Some(Duration::from_nanos(used_ns)));
-                }
-                _ => {}
             }
         }
         Ok(Some(Duration::ZERO))
+    }
+
+    /// Whether a list must be given up: its reaper is silent for too long, or hangs because all of `sock_diag` does.
+    async fn is_list_stuck(&self, exchange: &mut Exchange, silent_polls: u32) -> bool {
+        let is_stuck = exchange.condition() == Condition::Stuck;
+        let is_blocked = is_stuck && ask::is_diag_blocked(self.context).await;
+        POLL_INTERVAL * silent_polls >= PATIENCE || is_blocked
+    }
+
+    /// Handles a part of the list. Returns the reaper's processor time if it was the last part.
+    async fn take_reply(
+        &mut self,
+        (reply, handle): (Reply, Option<OwnedFd>),
+        listening: &mut Vec<Listening>,
+        is_gone: bool,
+    ) -> Result<Option<Duration>> {
+        match reply {
+            Reply::Scope { ids } if !is_gone => self.widen_scope(ids),
+            // The sync then only finds sessions that have ended.
+            Reply::NoScope(error) => tracing::warn!("connections are not adopted: {error}"),
+            Reply::Namespace { cookie, path } => {
+                self.context.state().handles.keep(cookie, path, handle);
+                self.netns_cookie = cookie;
+                self.visited.insert(cookie);
+                self.listeners = Listeners::default();
+                listening.clear();
+            }
+            Reply::Listeners(sockets) => listening.extend(sockets),
+            Reply::Sessions(sockets) => {
+                self.take_listeners(listening).await?;
+                self.take_sessions(sockets).await?;
+            }
+            Reply::WholeNamespace => {
+                self.take_listeners(listening).await?;
+                self.adopt_wanted().await?;
+                self.find_unseen().await?;
+                if self.unconfirmed.is_empty() {
+                    self.context.state().give_up_if_unused(self.netns_cookie);
+                }
+            }
+            Reply::Unlisted(error) => {
+                self.adopt_wanted().await?;
+                self.unlisted(&error);
+            }
+            Reply::Done { used_ns, error, .. } => {
+                if let Some(problem) = error {
+                    self.unlisted(&problem.to_string());
+                }
+                return Ok(Some(Duration::from_nanos(used_ns)));
+            }
+            _ => {}
+        }
+        Ok(None)
     }
 
     fn widen_scope(&mut self, ids: Vec<u64>) {
@@ -565,7 +589,7 @@ impl Sync<'_> {
         let is_first = state.backlog.left_out == 0 && !self.aim.repairs;
         if refused > 0 && is_first && !state.datapath.can_grow() {
             tracing::error!(
-                "connections are not tracked, the session map is full: raise daemon.max_sessions"
+                "the session table is full, so connections are not tracked: raise daemon.max_sessions"
             );
         }
         state.backlog.left_out += refused;
@@ -598,6 +622,7 @@ impl Sync<'_> {
         Ok(())
     }
 
+    /// Updates an adopted session by the answer about its socket, and schedules it. Forgets it if its socket is gone.
     fn confirm_one(&mut self, cookie: u64, session: Session, answer: Answer) -> Result<()> {
         let mut state = self.context.state();
         let phase = state.tracker.phase(cookie, &session);
@@ -608,60 +633,74 @@ impl Sync<'_> {
             })
         );
         state.tracker.clear_phase(cookie);
-        let open = match answer {
-            Answer::Known(socket, at_ns) => socket.filter(|s| !s.is_mini).map(|s| (s, at_ns)),
-            Answer::Locked => None,
-        };
-        // A FIN may have passed before the session was inserted, so no event reported it.
-        let is_closing = open.is_some_and(|(socket, _)| state::is_closing(socket.state));
-        let confirmed = match (answer, open) {
-            (Answer::Known(..), None) => {
-                // If the socket was connected again under the same cookie, the kernel programs track the new
-                // connection.
-                state.datapath.remove(cookie, session.established_ns)?;
-                None
-            }
-            (_, Some((socket, at_ns))) => {
-                let limits = self.limits_of_rules.get(usize::from(session.rule));
-                let told = adopt::caught_up(&session, &socket, limits, at_ns, self.lag_ns);
-                // An update keeps stamps since the first query.
-                let is_there = told == session || state.datapath.update(cookie, &told)?;
-                is_there.then_some(told)
-            }
-            (Answer::Locked, None) => state.count_as_active(cookie, &session)?,
-        };
-        let Some(session) = confirmed else {
+        let Some(session) = self.updated_from(answer, &mut state, cookie, &session)? else {
             return state.forget_unless_another(cookie, &session);
         };
         self.adopted += 1;
         if self.aim.repairs {
             state.records.metrics.repaired(Repair::Missed);
         }
+        // A FIN may have passed before the session was inserted, so no event reported it.
+        let is_closing = open_socket(&answer).is_some_and(|socket| state::is_closing(socket.state));
+        self.schedule_adopted(&mut state, cookie, &session, may_have_ended || is_closing);
+        Ok(())
+    }
+
+    /// Updates the record of an adopted session by the answer about its socket. Returns the session if it exists.
+    fn updated_from(
+        &self,
+        answer: Answer,
+        state: &mut State,
+        cookie: u64,
+        session: &Session,
+    ) -> Result<Option<Session>> {
+        let Answer::Known(_, at_ns) = answer else {
+            return state.count_as_active(cookie, session);
+        };
+        let Some(socket) = open_socket(&answer) else {
+            // If the socket was connected again under the same cookie, the kernel programs track the new connection.
+            state.datapath.remove(cookie, session.established_ns)?;
+            return Ok(None);
+        };
+        let limits = self.limits_of_rules.get(usize::from(session.rule));
+        let told = adopt::caught_up(session, socket, limits, at_ns, self.lag_ns);
+        // An update keeps stamps since the first query.
+        let is_there = told == *session || state.datapath.update(cookie, &told)?;
+        Ok(is_there.then_some(told))
+    }
+
+    /// Schedules an adopted session. `may_have_ended` has its socket queried soon.
+    fn schedule_adopted(
+        &self,
+        state: &mut State,
+        cookie: u64,
+        session: &Session,
+        may_have_ended: bool,
+    ) {
         let rule = &state.rule_set.rules[usize::from(session.rule)];
         let limits = rule.limits;
         state.records.metrics.adopted(&rule.name);
-        let is_asked_for = state.kills.of(cookie, &session).is_some();
+        let is_asked_for = state.kills.of(cookie, session).is_some();
         let due_ns = if session.generation == state.rule_set.generation && !is_asked_for {
             ahead_of(limits.first_deadline_ns(session.established_ns), &limits)
         } else {
             // The policy has changed meanwhile, or a client has asked for the reset.
             0
         };
-        state.tracker.add(cookie, group_of(&session), due_ns);
-        if may_have_ended || is_closing {
+        state.tracker.add(cookie, group_of(session), due_ns);
+        if may_have_ended {
             state.tracker.hasten(cookie, monotonic_ns() + RECHECK_NS);
         }
         let changed_ns = monotonic_ns();
         if self.aim.by_change
-            && let Expiry::Expired { deadline_ns, .. } = expiry(&session, &limits, changed_ns)
+            && let Expiry::Expired { deadline_ns, .. } = expiry(session, &limits, changed_ns)
         {
             let late = Phase::LateByPolicy {
                 changed_ns,
                 reached_ns: deadline_ns,
             };
-            state.tracker.set_phase(cookie, &session, late);
+            state.tracker.set_phase(cookie, session, late);
         }
-        Ok(())
     }
 
     /// Queries the sockets of sessions that the complete list of their namespace did not contain. The kernel's list may
@@ -731,7 +770,7 @@ mod tests {
             ..Aim::default()
         };
         assert_eq!(routine.in_place_of(routine), routine);
-        // What the routine one finds may be what the policy change has brought.
+        // A session found by the routine sync may be new because of the policy change.
         assert_eq!(routine.in_place_of(reload), reload);
     }
 }

@@ -13,15 +13,15 @@ use session_enforcer_common::{Expiry, Reason, Session, expiry, flags};
 
 use super::{
     adopt,
-    ask::{self, ATTEMPTS, Answer, LOOK, note_problem},
+    ask::{self, ATTEMPTS, Answer, POLL_INTERVAL, note_problem},
     batch::{Batch, ResetMethod},
     context::Context,
-    handles::Searching,
-    hanging::Room,
-    in_progress::{Hangs, SearchUnderWay, Slot, Turn, Waited, culprit},
+    handles::SearchNeed,
+    hang_limits::Room,
+    holder_search::search_holder_of,
+    in_progress::{HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
     outcome::{NO_ROOM_NS, UNANSWERED},
     phase::{Expired, Phase},
-    seek::seek,
     state::State,
     unreported::query_unreported,
 };
@@ -37,11 +37,11 @@ use crate::{
 
 /// Number of batches in progress at a time, besides hanging ones. The second one makes sessions that are due at once
 /// end about 6 % sooner on two processors.
-const AT_A_TIME: usize = 2;
+const MAX_BATCHES: usize = 2;
 
 /// Maximum number of regular batches, for when a pass finds sessions of many namespaces. If all of them hang, so many
 /// reapers are left behind before the limits on hanging resets apply.
-const MAX_BATCHES: usize = 8;
+const MAX_REGULAR: usize = 8;
 
 /// How long a socket may delay the ACK of what it has taken (`TCP_DELACK_MAX` of include/net/tcp.h).
 const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
@@ -58,26 +58,26 @@ type Lot = (u64, ResetMethod, Option<u64>);
 /// # Errors
 ///
 /// Fails if the session table cannot be read.
-pub(super) fn end_due(context: &Rc<Context>) -> Result<()> {
+pub(super) fn reset_due(context: &Rc<Context>) -> Result<()> {
     let mut looked_at = 0;
     let mut state = context.state();
     while looked_at < super::state::MAX_PASS && may_end_more(context, &state) && state.is_due() {
         let (late, count) = state.take_due(MAX_BATCH)?;
         looked_at += count;
-        dispatch(context, &mut state, late)?;
+        confirm_or_reset(context, &mut state, late)?;
     }
     Ok(())
 }
 
 /// Has sessions judged again that have waited for the turn of their namespace.
-pub(super) fn end_waiting(context: &Context) {
+pub(super) fn retry_waiting(context: &Context) {
     let mut state = context.state();
     loop {
         let next = state.slow.next(MAX_BATCH);
         for cookie in &next {
             state.tracker.rearm(*cookie, 0);
         }
-        // Sessions that have ended meanwhile become due no more, so others follow at once.
+        // If all of them have ended, take the next ones.
         if next.is_empty() || next.iter().any(|cookie| state.tracker.contains(*cookie)) {
             return;
         }
@@ -87,7 +87,7 @@ pub(super) fn end_waiting(context: &Context) {
 /// Queries the sockets of observed sessions with a candidate.
 pub(super) fn confirm_observed(context: &Rc<Context>) {
     let mut state = context.state();
-    let candidates = std::mem::take(&mut state.candidates);
+    let candidates = std::mem::take(&mut state.observed_with_candidate);
     confirm_all(context, &state, candidates);
 }
 
@@ -98,11 +98,11 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     if audit.is_synced() {
         return under_way == 0 && audit.is_written();
     }
-    under_way < AT_A_TIME
+    under_way < MAX_BATCHES
 }
 
 /// Starts the resets of late sessions, or first queries the sockets of those with a candidate.
-fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
+fn confirm_or_reset(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
     let (mut candidates, mut confirmed) = (Vec::new(), Vec::new());
     for expired in state.shut(late)? {
         let is_tried = state
@@ -121,7 +121,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
         }
     }
     confirm_all(context, state, candidates);
-    hand_over(context, state, confirmed)
+    start_resets(context, state, confirmed)
 }
 
 /// Resets the sessions that their rules have no room for.
@@ -129,7 +129,7 @@ fn dispatch(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Res
 /// # Errors
 ///
 /// As [`reset_untracked`].
-pub(super) fn end_untracked(context: &Rc<Context>) -> Result<()> {
+pub(super) fn reset_waiting_untracked(context: &Rc<Context>) -> Result<()> {
     let mut state = context.state();
     let sessions = std::mem::take(&mut state.untracked);
     if sessions.is_empty() {
@@ -165,7 +165,7 @@ pub(super) fn reset_untracked(
         decided_ns: now_ns,
         limit_ns: 0,
     };
-    hand_over(
+    start_resets(
         context,
         state,
         sessions.into_iter().map(untracked).collect(),
@@ -204,15 +204,9 @@ async fn confirm_lot(
         ask::wait_for_programs(&context).await;
     }
     let mut lost_reapers = 0;
-    while let Some(first) = lot.first() {
-        let culprit = culprit(&context.state(), &first.session);
-        let hangs = {
-            let mut state = context.state();
-            if let Room::Taken { since_ns } = state.hanging.room(&culprit) {
-                state.wait_for_room(&lot, since_ns);
-                return Ok(());
-            }
-            Hangs::begin(&context, &mut state, &first.session)
+    while !lot.is_empty() {
+        let Some(permit) = begin_query(&context, &lot) else {
+            return Ok(());
         };
         let began_ns = monotonic_ns();
         let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
@@ -220,7 +214,10 @@ async fn confirm_lot(
         let asked =
             ask::query_until_silent(&context, netns_cookie, &targets, Detail::Activity).await;
         let (answers, silent) = asked.unwrap_or_else(|error| {
-            tracing::warn!("asking {} sockets what they have taken: {error}", lot.len());
+            tracing::warn!(
+                "{} sockets could not be queried before their sessions end, so the records decide: {error}",
+                lot.len()
+            );
             if may_live {
                 let mut state = context.state();
                 lot.retain(|expired| !state.waits_for_ack(expired));
@@ -230,20 +227,11 @@ async fn confirm_lot(
         let silent_at = silent.as_ref().map(|silent| silent.index);
         let is_lost = silent_at.is_none() && answers.contains(&None);
         lost_reapers += u32::from(is_lost);
-        let mut rest = Vec::new();
+        let has_given_up = lost_reapers > ATTEMPTS;
         let mut state = context.state();
-        let mut late = Vec::new();
-        for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
-            match (answer, silent_at) {
-                (Some(answer), _) => late.extend(state.confirm(expired, answer, began_ns)?),
-                (None, Some(silent_at)) if silent_at == index => {}
-                (None, None) if lost_reapers > ATTEMPTS => {
-                    late.extend(state.confirm(expired, Answer::Locked, began_ns)?);
-                }
-                (None, _) => rest.push(*expired),
-            }
-        }
-        hand_over(&context, &mut state, late)?;
+        let (late, rest) =
+            state.confirm_answers(&lot, answers, (silent_at, has_given_up), began_ns)?;
+        start_resets(&context, &mut state, late)?;
         state.records.audit.flush();
         drop(state);
         if let Some(silent) = silent {
@@ -253,7 +241,7 @@ async fn confirm_lot(
                 expired,
                 silent,
                 began_ns,
-                hangs.silent(),
+                permit.silent(),
             );
             context.spawn(confirmed);
         }
@@ -263,31 +251,43 @@ async fn confirm_lot(
     Ok(())
 }
 
+/// Counts a query as possibly hanging. If no more may hang, the sessions wait for room.
+fn begin_query(context: &Rc<Context>, lot: &[Expired]) -> Option<HangPermit> {
+    let first = lot.first()?;
+    let mut state = context.state();
+    let scope = hang_scope(&state, &first.session);
+    if let Room::Taken { since_ns } = state.hanging.room(&scope) {
+        state.wait_for_room(lot, since_ns);
+        return None;
+    }
+    Some(HangPermit::begin(context, &mut state, &first.session))
+}
+
 /// Confirms a session at whose socket a reaper is silent, as soon as that answers or counts as stuck.
 async fn confirm_silent(
     context: Rc<Context>,
     expired: Expired,
     silent: ask::Silent,
     began_ns: u64,
-    hangs: Hangs,
+    permit: HangPermit,
 ) -> Result<()> {
     let (answer, stuck) = silent.wait(&context).await;
     {
         let mut state = context.state();
         let late = state.confirm(&expired, answer, began_ns)?;
-        hand_over(&context, &mut state, late.into_iter().collect())?;
+        start_resets(&context, &mut state, late.into_iter().collect())?;
         state.records.audit.flush();
     }
     context.wake.notify_one();
     if let Some(exchange) = stuck {
         ask::end_of(exchange).await;
     }
-    drop(hangs);
+    drop(permit);
     Ok(())
 }
 
 /// Gives late sessions, whose gates are shut, to reapers.
-pub(super) fn hand_over(
+pub(super) fn start_resets(
     context: &Rc<Context>,
     state: &mut State,
     late: Vec<Expired>,
@@ -296,7 +296,7 @@ pub(super) fn hand_over(
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        let room = state.hanging.room(&culprit(state, &expired.session));
+        let room = state.hanging.room(&hang_scope(state, &expired.session));
         if let Room::Taken { since_ns } = room {
             state.has_no_room(&expired, since_ns, now_ns);
             continue;
@@ -310,11 +310,11 @@ pub(super) fn hand_over(
     for ((netns_cookie, method, apart), lot) in lots {
         let existed_ns = lot.iter().map(|expired| expired.session.established_ns);
         let existed_ns = existed_ns.min().unwrap_or(0);
-        let searching = match method {
-            ResetMethod::ByCookie => Searching::Not,
+        let search_need = match method {
+            ResetMethod::ByCookie => SearchNeed::None,
             _ => state.handles.search(netns_cookie, existed_ns, now_ns),
         };
-        if searching == Searching::Waits {
+        if search_need == SearchNeed::Wait {
             for expired in &lot {
                 state.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
             }
@@ -326,12 +326,12 @@ pub(super) fn hand_over(
                 state.slow.wait(netns_cookie, cookies);
                 continue;
             };
-            Slot::InTurn { _turn: turn }
+            Slot::SlowTurn { _turn: turn }
         } else {
             match lot.first() {
                 Some(first) if apart.is_some() => {
                     // Lots of this pass may have taken the room meanwhile.
-                    let room = state.hanging.room(&culprit(state, &first.session));
+                    let room = state.hanging.room(&hang_scope(state, &first.session));
                     if let Room::Taken { since_ns } = room {
                         for expired in &lot {
                             state.has_no_room(expired, since_ns, now_ns);
@@ -339,16 +339,16 @@ pub(super) fn hand_over(
                         continue;
                     }
                     // Counts as possibly hanging from now on.
-                    Slot::Apart(Hangs::begin(context, state, &first.session))
+                    Slot::Separate(HangPermit::begin(context, state, &first.session))
                 }
-                _ if context.resets_under_way.get() >= MAX_BATCHES => {
+                _ if context.resets_under_way.get() >= MAX_REGULAR => {
                     for expired in &lot {
                         state.tracker.rearm(expired.cookie, 0);
                     }
                     continue;
                 }
-                _ => Slot::OfAll {
-                    _waited: Waited::begin(context),
+                _ => Slot::Regular {
+                    _batch: RegularBatch::begin(context),
                 },
             }
         };
@@ -356,8 +356,8 @@ pub(super) fn hand_over(
             state.tracker.begin_reset(expired);
             state.note_reset(expired);
         }
-        let search = match searching {
-            Searching::Begins(search) => Some(search),
+        let search = match search_need {
+            SearchNeed::Start(search) => Some(search),
             _ => None,
         };
         let batch = Batch {
@@ -399,7 +399,7 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
         began_ns,
     };
     let rest = attempt.run(&context, slot).await?;
-    give_away_again(&context, rest)
+    restart_unclaimed(&context, rest)
 }
 
 /// Notes that the batches of a namespace must not keep others waiting.
@@ -414,11 +414,11 @@ fn note_slow(context: &Rc<Context>, netns_cookie: u64) {
 }
 
 /// Gives sessions that a reaper has not claimed to others.
-fn give_away_again(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
+fn restart_unclaimed(context: &Rc<Context>, rest: Vec<Expired>) -> Result<()> {
     let mut state = context.state();
     let untouched = |expired: &Expired| state.answered(expired);
     let rest = rest.into_iter().filter(untouched).collect();
-    dispatch(context, &mut state, rest)
+    confirm_or_reset(context, &mut state, rest)
 }
 
 /// A reaper's work on a batch.
@@ -435,7 +435,7 @@ struct Attempt {
 }
 
 /// A reaper's answer about a session.
-enum Said {
+enum ReaperAnswer {
     /// The kernel's error code, and the unsent or unread data of the socket if known.
     Destroyed(i32, Option<Queued>),
     Outcome(Disconnected),
@@ -454,7 +454,7 @@ impl Attempt {
             match self.exchange.next(wait).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(context, reply, handle)? {
-                        let is_turn = matches!(slot, Some(Slot::InTurn { .. }));
+                        let is_turn = matches!(slot, Some(Slot::SlowTurn { .. }));
                         if is_turn && monotonic_ns() < self.began_ns + SLOW_NS {
                             context.state().slow.forget(self.netns_cookie);
                         }
@@ -465,7 +465,7 @@ impl Attempt {
                 Next::Silent => {
                     let claimed = self.exchange.claimed();
                     let searches = claimed == 0 && self.may_search;
-                    let is_regular = matches!(slot, Some(Slot::OfAll { .. }));
+                    let is_regular = matches!(slot, Some(Slot::Regular { .. }));
                     let is_slow = is_regular && claimed > 0 && self.is_slow(&mut ran_before);
                     if is_slow {
                         note_slow(context, self.netns_cookie);
@@ -477,7 +477,7 @@ impl Attempt {
                         // The reaper is searching for the namespace, or hangs before the first socket. Only sessions in
                         // that namespace wait for it.
                         drop(slot.take());
-                        wait = LOOK;
+                        wait = POLL_INTERVAL;
                         self.exchange.leave_behind();
                         self.exchange.condition();
                     } else {
@@ -488,11 +488,11 @@ impl Attempt {
                         let Some(hung) = self.sessions.last().copied() else {
                             return Ok(rest);
                         };
-                        let hangs = match slot.take() {
-                            Some(Slot::Apart(hangs)) => hangs,
-                            _ => Hangs::begin(context, &mut context.state(), &hung.session),
+                        let permit = match slot.take() {
+                            Some(Slot::Separate(permit)) => permit,
+                            _ => HangPermit::begin(context, &mut context.state(), &hung.session),
                         };
-                        context.spawn(self.wait_out(Rc::clone(context), hung, hangs.silent()));
+                        context.spawn(self.wait_out(Rc::clone(context), hung, permit.silent()));
                         return Ok(rest);
                     }
                 }
@@ -536,7 +536,7 @@ impl Attempt {
                 Ok(false)
             }
             Reply::Disconnected { outcome, at_ns } => {
-                self.conclude_next(context, Some(Said::Outcome(outcome)), at_ns)?;
+                self.conclude_next(context, Some(ReaperAnswer::Outcome(outcome)), at_ns)?;
                 Ok(false)
             }
             Reply::Done { at_ns, error, .. } => {
@@ -559,7 +559,7 @@ impl Attempt {
             .answered(self.concluded)
             .filter(|_| self.concluded < self.sessions.len())
         {
-            self.conclude_next(context, Some(Said::Destroyed(code, queued)), now_ns)?;
+            self.conclude_next(context, Some(ReaperAnswer::Destroyed(code, queued)), now_ns)?;
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
@@ -570,7 +570,7 @@ impl Attempt {
     fn conclude_next(
         &mut self,
         context: &Rc<Context>,
-        said: Option<Said>,
+        said: Option<ReaperAnswer>,
         at_ns: u64,
     ) -> Result<()> {
         let Some(expired) = self.sessions.get(self.concluded) else {
@@ -627,7 +627,7 @@ impl Attempt {
             }
             Problem::Diag(error) | Problem::Cgroups(error) => {
                 tracing::warn!(
-                    "the kernel's answers broke off, the sessions are looked at again: {error}"
+                    "the kernel's answers broke off, so the sessions are checked again: {error}"
                 );
                 for expired in rest {
                     conclude(context, expired, None, at_ns)?;
@@ -652,12 +652,17 @@ impl Attempt {
     }
 
     /// Waits for the end of a reset that hangs or is slow.
-    async fn wait_out(mut self, context: Rc<Context>, hung: Expired, hangs: Hangs) -> Result<()> {
-        let mut hangs = Some(hangs);
+    async fn wait_out(
+        mut self,
+        context: Rc<Context>,
+        hung: Expired,
+        permit: HangPermit,
+    ) -> Result<()> {
+        let mut permit = Some(permit);
         let mut is_recorded = false;
         let mut has_asked_again = false;
         loop {
-            match self.exchange.next(LOOK).await {
+            match self.exchange.next(POLL_INTERVAL).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(&context, reply, handle)? {
                         return Ok(());
@@ -665,7 +670,7 @@ impl Attempt {
                 }
                 Next::Ended => {
                     let rest = self.ended(&context)?;
-                    return give_away_again(&context, rest);
+                    return restart_unclaimed(&context, rest);
                 }
                 Next::Silent => {
                     let is_stuck = self.exchange.condition() == Condition::Stuck;
@@ -675,7 +680,7 @@ impl Attempt {
                             // Another socket may be the locked one, so the session is also reset by its cookie. The
                             // result of that attempt is recorded.
                             is_recorded = true;
-                            drop(hangs.take());
+                            drop(permit.take());
                             let batch = Batch {
                                 netns_cookie: self.netns_cookie,
                                 method: ResetMethod::ByCookie,
@@ -701,7 +706,7 @@ impl Attempt {
 fn conclude(
     context: &Rc<Context>,
     expired: &Expired,
-    said: Option<Said>,
+    said: Option<ReaperAnswer>,
     at_ns: u64,
 ) -> Result<()> {
     let mut state = context.state();
@@ -710,33 +715,33 @@ fn conclude(
         return Ok(());
     }
     match said {
-        Some(Said::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
-        Some(Said::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
+        Some(ReaperAnswer::Destroyed(0, queued)) => state.was_reset(expired, at_ns, queued),
+        Some(ReaperAnswer::Outcome(Disconnected::Reset)) => state.was_reset(expired, at_ns, None),
         // The other reaper may have reset it.
-        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone))
-            if state.is_asked_of_another(expired) =>
-        {
-            Ok(())
-        }
-        Some(Said::Destroyed(libc::ENOENT, _) | Said::Outcome(Disconnected::Gone)) => {
-            state.not_found(expired)
-        }
-        Some(Said::Destroyed(libc::EOPNOTSUPP, _)) => {
+        Some(
+            ReaperAnswer::Destroyed(libc::ENOENT, _) | ReaperAnswer::Outcome(Disconnected::Gone),
+        ) if state.is_asked_of_another(expired) => Ok(()),
+        Some(
+            ReaperAnswer::Destroyed(libc::ENOENT, _) | ReaperAnswer::Outcome(Disconnected::Gone),
+        ) => state.not_found(expired),
+        Some(ReaperAnswer::Destroyed(libc::EOPNOTSUPP, _)) => {
             // The kernel lacks `SOCK_DESTROY`; it is not used from now on.
             state.has_no_destroy = true;
-            dispatch(context, &mut state, vec![*expired])
+            confirm_or_reset(context, &mut state, vec![*expired])
         }
-        Some(Said::Destroyed(code, _)) => {
+        Some(ReaperAnswer::Destroyed(code, _)) => {
             let text = format!("SOCK_DESTROY: {}", Errno::from_raw(code).desc());
             state.fail(expired, at_ns, &text);
             Ok(())
         }
-        Some(Said::Outcome(Disconnected::Failed(error))) => state.not_reset(expired, at_ns, &error),
-        Some(Said::Outcome(Disconnected::NeedsHolder(key))) => {
-            seek(context, &mut state, expired, key);
+        Some(ReaperAnswer::Outcome(Disconnected::Failed(error))) => {
+            state.not_reset(expired, at_ns, &error)
+        }
+        Some(ReaperAnswer::Outcome(Disconnected::NeedsHolder(key))) => {
+            search_holder_of(context, &mut state, expired, key);
             Ok(())
         }
-        Some(Said::Outcome(Disconnected::Unknown)) | None => {
+        Some(ReaperAnswer::Outcome(Disconnected::Unknown)) | None => {
             state.unanswered(expired, at_ns, UNANSWERED);
             Ok(())
         }
@@ -800,11 +805,12 @@ impl State {
         )
     }
 
-    /// Puts off the end of a session whose socket cannot be asked until the ACK of its candidate must have passed.
-    /// Returns whether it did.
+    /// If a socket could not be queried, delays the reset until the ACK of the candidate must have arrived. Returns
+    /// whether it did.
     fn waits_for_ack(&mut self, expired: &Expired) -> bool {
         let (cookie, session) = (expired.cookie, &expired.session);
-        let acked_ns = session.came_ns.max(session.went_ns) + LONGEST_ACK_DELAY_NS;
+        let acked_ns =
+            session.received_candidate_ns.max(session.sent_candidate_ns) + LONGEST_ACK_DELAY_NS;
         if monotonic_ns() >= acked_ns {
             return false;
         }
@@ -814,6 +820,32 @@ impl State {
         // The socket may have another session by now.
         self.tracker.hasten(cookie, acked_ns);
         true
+    }
+
+    /// Handles the answers about the sockets of late sessions. Returns the sessions that must be reset, and those that
+    /// must be queried again. The session at whose socket the reaper is silent is in neither list. After too many lost
+    /// reapers a socket without an answer counts as locked.
+    fn confirm_answers(
+        &mut self,
+        lot: &[Expired],
+        answers: Vec<Option<Answer>>,
+        (silent_at, has_given_up): (Option<usize>, bool),
+        began_ns: u64,
+    ) -> Result<(Vec<Expired>, Vec<Expired>)> {
+        let (mut late, mut rest) = (Vec::new(), Vec::new());
+        for (index, (expired, answer)) in lot.iter().zip(answers).enumerate() {
+            let answer = match answer {
+                Some(answer) => answer,
+                None if silent_at == Some(index) => continue,
+                None if silent_at.is_none() && has_given_up => Answer::Locked,
+                None => {
+                    rest.push(*expired);
+                    continue;
+                }
+            };
+            late.extend(self.confirm(expired, answer, began_ns)?);
+        }
+        Ok((late, rest))
     }
 
     /// Handles the state of a late session's socket. Returns the session if it must be reset. A locked socket gives no
@@ -852,7 +884,7 @@ impl State {
             self.datapath.update(cookie, &confirmed)?;
         }
         // A packet after the query is not covered by the answer.
-        if lives || now.came_ns.max(now.went_ns) >= began_ns {
+        if lives || now.received_candidate_ns.max(now.sent_candidate_ns) >= began_ns {
             self.tracker.rearm(cookie, 0);
             return Ok(None);
         }

@@ -32,11 +32,11 @@ pub(super) struct Tracker {
 impl Tracker {
     /// Schedules a session; replaces an earlier schedule of the same cookie.
     pub(super) fn add(&mut self, cookie: u64, group: Group, due_ns: u64) {
-        let place = usize::from(group.rule);
-        if self.sessions_of.len() <= place {
-            self.sessions_of.resize(place + 1, 0);
+        let rule_id = usize::from(group.rule);
+        if self.sessions_of.len() <= rule_id {
+            self.sessions_of.resize(rule_id + 1, 0);
         }
-        self.sessions_of[place] += 1;
+        self.sessions_of[rule_id] += 1;
         if let Some(before) = self.schedule.insert(cookie, group, due_ns) {
             self.sessions_of[usize::from(before.rule)] -= 1;
         }
@@ -144,7 +144,9 @@ impl Tracker {
 
     /// Takes the journal slot of a session for its audit record, so that nothing else frees it.
     pub(super) fn take_journal_slot(&mut self, expired: &Expired) -> Option<Arc<JournalSlot>> {
-        self.tried(expired.cookie, &expired.session)?.place.take()
+        self.tried(expired.cookie, &expired.session)?
+            .journal_slot
+            .take()
     }
 
     /// Whether an answer is outstanding, except from resets that hang.
@@ -332,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_session_belongs_to_and_when_it_is_due_are_known() {
+    fn the_group_and_the_due_time_of_a_session_are_known() {
         let mut tracker = Tracker::default();
         assert_eq!((tracker.next_due_ns(), tracker.len()), (None, 0));
         let group = group_of(&expired(100).session);

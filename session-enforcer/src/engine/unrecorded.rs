@@ -19,17 +19,6 @@ use crate::{
     report::audit::{End, Termination},
 };
 
-/// The reasons by their numbers in the journal.
-const REASONS: [Reason; 7] = [
-    Reason::IdleTimeout,
-    Reason::MaxLifetime,
-    Reason::ResponseTimeout,
-    Reason::Policy,
-    Reason::HalfClosedTimeout,
-    Reason::Untracked,
-    Reason::Admin,
-];
-
 /// The number of a reason in the journal.
 const fn number_of(reason: Reason) -> u16 {
     match reason {
@@ -41,6 +30,12 @@ const fn number_of(reason: Reason) -> u16 {
         Reason::Untracked => 5,
         Reason::Admin => 6,
     }
+}
+
+/// The reason with this number in the journal.
+fn reason_of(number: u16) -> Option<Reason> {
+    let mut all = Reason::ALL.into_iter();
+    all.find(|reason| number_of(*reason) == number)
 }
 
 /// Records the resets that an earlier daemon has made but not recorded. Must run before any reset.
@@ -58,13 +53,13 @@ pub(super) async fn recover(context: &Rc<Context>) -> Result<()> {
     let mut state = context.state();
     let recorded = state.records.audit.recorded();
     let before = state.records.audit.sequence();
-    for (place, entry) in left {
+    for (journal_slot, entry) in left {
         let id = state
             .records
             .audit
             .id_of_end(entry.cookie, entry.session.established_ns);
         if !recorded.contains(&id) {
-            state.recover(place, &entry)?;
+            state.recover(journal_slot, &entry)?;
         }
     }
     let count = state.records.audit.sequence() - before;
@@ -78,8 +73,8 @@ impl State {
     pub(super) fn note_reset(&mut self, expired: &Expired) {
         let rule = &self.rule_set.rules[usize::from(expired.session.rule)];
         let mut name = [0; MAX_RULE_NAME];
-        for (place, byte) in name.iter_mut().zip(rule.name.bytes()) {
-            *place = byte;
+        for (at, byte) in name.iter_mut().zip(rule.name.bytes()) {
+            *at = byte;
         }
         let entry = JournalEntry {
             session: expired.session,
@@ -96,25 +91,24 @@ impl State {
         };
         if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
             // Frees the slot of an earlier attempt first.
-            tried.place = None;
-            tried.place = self.datapath.journal().put(&entry);
+            tried.journal_slot = None;
+            tried.journal_slot = self.datapath.journal().put(&entry);
         }
     }
 
     /// Handles a journal entry of an earlier daemon. An invalid entry is dropped.
-    fn recover(&mut self, place: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
+    fn recover(&mut self, journal_slot: Arc<JournalSlot>, entry: &JournalEntry) -> Result<()> {
         let name = entry.rule.split(|byte| *byte == 0).next();
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
-        let reason = REASONS.get(usize::from(entry.reason)).copied();
-        let (Some(name), Some(reason)) = (name, reason) else {
+        let (Some(name), Some(reason)) = (name, reason_of(entry.reason)) else {
             return Ok(());
         };
         if entry.answered_ns != 0 {
-            self.record_left(entry, (name, reason), entry.answered_ns, place);
+            self.record_left(entry, (name, reason), entry.answered_ns, journal_slot);
             return Ok(());
         }
         let Some(now) = self.still_there(entry.cookie, &entry.session)? else {
-            self.record_left(entry, (name, reason), monotonic_ns(), place);
+            self.record_left(entry, (name, reason), monotonic_ns(), journal_slot);
             return Ok(());
         };
         let is_end_seen =
@@ -142,7 +136,7 @@ impl State {
             idle_since_ns: entry.idle_since_ns,
         };
         // It counts as asked without an answer; a later query of its socket shows whether it was reset.
-        let tried = Phase::Tried(Box::new(Tried::unanswered(expired, place)));
+        let tried = Phase::Tried(Box::new(Tried::unanswered(expired, journal_slot)));
         self.tracker.set_phase(entry.cookie, &now, tried);
         Ok(())
     }
@@ -152,7 +146,7 @@ impl State {
         entry: &JournalEntry,
         (rule, reason): (&str, Reason),
         answered_ns: u64,
-        place: Arc<JournalSlot>,
+        journal_slot: Arc<JournalSlot>,
     ) {
         let was_reset = entry.answered_ns != 0 && entry.was_gone == 0;
         let session = &entry.session;
@@ -177,7 +171,7 @@ impl State {
             requested_by: None,
         };
         self.records
-            .termination(&termination, Some(Box::new(place)));
+            .termination(&termination, Some(Box::new(journal_slot)));
     }
 }
 
@@ -187,8 +181,21 @@ mod tests {
 
     #[test]
     fn each_reason_has_a_number_of_its_own() {
-        for (reason, number) in REASONS.into_iter().zip(0..) {
-            assert_eq!(number_of(reason), number);
+        for (number, reason) in [
+            Reason::IdleTimeout,
+            Reason::MaxLifetime,
+            Reason::ResponseTimeout,
+            Reason::Policy,
+            Reason::HalfClosedTimeout,
+            Reason::Untracked,
+            Reason::Admin,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!(number_of(reason), number as u16);
+            assert_eq!(reason_of(number as u16), Some(reason));
         }
+        assert_eq!(reason_of(Reason::ALL.len() as u16), None);
     }
 }

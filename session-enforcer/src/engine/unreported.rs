@@ -45,7 +45,10 @@ pub(super) async fn query_maybe_ended(
     let targets: Vec<SocketId> = sessions.iter().map(target).collect();
     let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
     let answers = answers.unwrap_or_else(|error| {
-        tracing::warn!("looking for {} sessions: {error}", sessions.len());
+        tracing::warn!(
+            "the sockets of {} sessions could not be queried; the daemon tries again: {error}",
+            sessions.len()
+        );
         vec![Answer::Locked; sessions.len()]
     });
     for (maybe_ended, answer) in sessions.into_iter().zip(answers) {
@@ -103,7 +106,7 @@ impl State {
         match &maybe_ended.cause {
             Cause::NotFound(expired) => {
                 if let Some(tried) = self.tracker.tried(expired.cookie, &expired.session) {
-                    tried.is_hidden = true;
+                    tried.is_shadowed_by_socket = true;
                 }
                 self.unanswered(expired, now_ns, NOT_FOUND);
             }

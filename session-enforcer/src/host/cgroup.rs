@@ -39,8 +39,7 @@ pub enum CgroupError {
     },
     /// The opened cgroup was removed.
     #[error(
-        "cgroup {0} was removed, and what may be under its name now is another one that nothing is \
-         attached to; restart the daemon"
+        "cgroup {0} was removed; the programs are not attached to a new cgroup of that name; restart the daemon"
     )]
     Gone(PathBuf),
     /// The directory is not in a cgroup-v2 file system.
@@ -450,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_a_pattern_is_found_with_the_places_of_what_may_come() {
+    fn cgroups_that_match_a_pattern_are_found_with_the_directories_to_watch() {
         let mount = tempfile::tempdir().unwrap();
         for path in ["s/a-1/x", "s/a-1/y", "s/a-2", "s/b/x", "t/a-3/x"] {
             fs::create_dir_all(mount.path().join(path)).unwrap();
@@ -488,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_above_a_cgroup_is_not_known_where_it_is_no_more() {
+    fn the_ancestors_of_a_removed_cgroup_are_not_known() {
         let tree = Tree::open().unwrap();
         let root = fs::metadata(&tree.mount).unwrap().ino();
         assert_eq!(tree.ancestors(root), Some(Ancestors::of(&[root])));

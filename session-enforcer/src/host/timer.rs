@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn one_that_is_not_set_does_not_expire() {
+    async fn a_disarmed_timer_does_not_expire() {
         let mut timer = Timer::new().unwrap();
         timer.set(Some(monotonic_ns() + 5_000_000)).unwrap();
         timer.set(None).unwrap();

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_root_and_this_user_may_write_to_is_trusted_below_a_sticky_directory_too() {
+    fn a_file_that_only_root_and_this_user_can_change_is_trusted_below_a_sticky_directory_too() {
         let (top, file) = place();
         check(&file).unwrap();
         check(top.path()).unwrap();
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_write_to_is_refused_with_who_and_what_to_do() {
+    fn a_file_that_others_can_change_is_refused_with_their_name_and_a_remedy() {
         let (top, file) = place();
         let below = top.path().join("below");
         for (part, mode, bits) in [
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_somebody_else_is_refused() {
+    fn a_file_of_another_user_is_refused() {
         let (top, file) = place();
         // The walk of another user trusts only root's and that user's own files.
         if own() != 0 {
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_no_matter_and_its_directory_is() {
+    fn a_missing_file_is_accepted_if_its_directory_is_trusted() {
         let (top, _) = place();
         let missing = top.path().join("below/none/none");
         check(&missing).unwrap();
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_process_was_started_with_and_devices_are_trusted() {
+    fn inherited_descriptors_and_devices_are_trusted() {
         for path in [
             "/dev/stdin",
             "/dev/fd/0",

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_asked_for_any_more_is_not_watched() {
+    async fn a_directory_that_is_no_longer_requested_is_not_watched() {
         let (_above, top) = directory();
         let watch = Watch::default();
         watch.set(&[top.join("a")]).unwrap();

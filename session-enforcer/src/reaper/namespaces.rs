@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_namespace_is_refused_without_waiting() {
+    fn a_path_that_is_no_namespace_is_refused_without_waiting() {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_namespace_is_not_opened() {
+    fn a_path_that_is_no_namespace_is_not_opened() {
         // The writer's non-blocking open would succeed if the FIFO had a reader.
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");

@@ -26,7 +26,7 @@ use nix::fcntl::readlinkat;
 
 use super::{
     disconnect::{cookie, duplicate},
-    protocol::{Holder, Place, SocketKey},
+    protocol::{Holder, SearchScope, SocketKey},
 };
 use crate::host::{
     clock::{monotonic_ns, processor_ns},
@@ -116,13 +116,13 @@ fn until_ns(budget: Duration) -> u64 {
 /// Also returns the process at which a search of the whole host must go on, unless it has seen the last one.
 pub fn find_holders(
     keys: Vec<SocketKey>,
-    place: &Place,
+    scope: &SearchScope,
     budget: Duration,
 ) -> (HashMap<SocketKey, Holder>, Option<u32>) {
     let until_ns = until_ns(budget);
-    let pids = match place {
-        Place::Cgroup(directory) => processes_of_cgroup(directory),
-        Place::Host { from } => {
+    let pids = match scope {
+        SearchScope::Cgroup(directory) => processes_of_cgroup(directory),
+        SearchScope::Host { from } => {
             let mut pids = all_processes();
             pids.retain(|pid| pid >= from);
             pids
@@ -403,7 +403,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
-    fn of_many_descriptors_of_a_namespace_one_is_kept() {
+    fn one_of_many_descriptors_of_a_namespace_is_kept() {
         let netns = File::open("/proc/self/ns/net").unwrap();
         let _others: Vec<File> = (0..100).map(|_| netns.try_clone().unwrap()).collect();
         let path = format!("/proc/self/fd/{}", netns.as_raw_fd());
@@ -425,7 +425,7 @@ mod tests {
         let cgroup = tempfile::tempdir().unwrap();
         let pid = std::process::id().to_string();
         fs::write(cgroup.path().join("cgroup.procs"), pid).unwrap();
-        let (found, next) = find_holders(keys, &Place::Cgroup(cgroup.path().into()), LONG);
+        let (found, next) = find_holders(keys, &SearchScope::Cgroup(cgroup.path().into()), LONG);
         assert_eq!((found.len(), next), (2, None));
         assert_eq!(found[&by_inode].fd, one.as_raw_fd());
         assert_eq!(found[&by_cookie].fd, other.as_raw_fd());
@@ -437,7 +437,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let key = SocketKey::Inode(inode_of(&listener));
         let (mut from, mut parts) = (0, 0);
-        let search = |from, budget| find_holders(vec![key], &Place::Host { from }, budget);
+        let search = |from, budget| find_holders(vec![key], &SearchScope::Host { from }, budget);
         while let (found, Some(next)) = search(from, Duration::ZERO) {
             assert!(found.is_empty() && next > from);
             (from, parts) = (next, parts + 1);
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_holders_the_lowest_number_is_told_whoever_looked_first() {
+    fn the_holder_with_the_lowest_pid_is_reported() {
         let holder = |pid| Holder {
             pid,
             thread: pid,
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_passed_over() {
+    fn a_descriptor_that_is_no_socket_is_skipped() {
         let of = |link, kind| inode(OsStr::new(link), kind);
         assert_eq!(of("net:[4026532300]", "net:["), Some(4_026_532_300));
         assert_eq!(of("mnt:[4026532301]", "net:["), None);

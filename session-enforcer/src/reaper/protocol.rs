@@ -95,7 +95,7 @@ pub enum SocketKey {
 
 /// The processes that a search for holders scans.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Place {
+pub enum SearchScope {
     /// The processes of the cgroup with this directory.
     Cgroup(PathBuf),
     /// The processes of the host.
@@ -159,7 +159,7 @@ pub enum Request {
         /// The sockets, at most [`MAX_SOUGHT`].
         sought: Vec<SocketKey>,
         /// The processes to scan.
-        place: Place,
+        scope: SearchScope,
         /// The processor time after which the search ends.
         budget: Duration,
     },
@@ -188,7 +188,7 @@ pub enum Request {
         /// The cgroup IDs.
         ids: Vec<u64>,
     },
-    /// Find the cgroups that rules name. Answered by [`Reply::Fitting`] and [`Reply::Awaited`], then
+    /// Find the cgroups that rules name. Answered by [`Reply::Matching`] and [`Reply::WatchDirectories`], then
     /// [`Reply::Done`].
     NamedCgroups {
         /// Paths from the root, or patterns.
@@ -349,14 +349,14 @@ pub enum Reply {
     /// The location of a cgroup.
     Cgroup(Cgroup),
     /// Some of the cgroups that match a name of the request: their paths from the root, and their IDs.
-    Fitting {
+    Matching {
         /// The name.
         name: String,
         /// The cgroups.
         cgroups: Vec<(String, u64)>,
     },
     /// Some of the directories to watch, because a cgroup that matches a name may appear there.
-    Awaited(Vec<PathBuf>),
+    WatchDirectories(Vec<PathBuf>),
     /// The message carries a descriptor (`None`), or the duplication failed for this reason.
     Duplicate(Option<String>),
     /// The results for the users, in the order of the names.
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_of_another_version_or_cut_is_refused() {
+    fn a_message_that_is_too_long_or_truncated_or_of_another_version_is_refused() {
         assert!(matches!(
             encode(&request(4 * MAX_SOCKETS * MAX_SOCKETS)),
             Err(ProtocolError::TooLong(_))

@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_race_between_claim_and_stop_one_wins() {
+    fn either_claim_or_stop_wins_a_race() {
         for _ in 0..1_000 {
             let (engine, file) = SharedPage::create().unwrap();
             let reaper = SharedPage::map(&file).unwrap();

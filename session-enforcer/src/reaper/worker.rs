@@ -25,7 +25,8 @@ use super::{
     processes::{Descriptors, find_holders},
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS,
-        MAX_PATHS, Netns, Place, Problem, Reach, Reply, Request, Search, SocketKey, decode, encode,
+        MAX_PATHS, Netns, Problem, Reach, Reply, Request, Search, SearchScope, SocketKey, decode,
+        encode,
     },
     shared::SharedPage,
     trial,
@@ -168,9 +169,9 @@ impl Worker {
             }
             Request::Holders {
                 sought,
-                place,
+                scope,
                 budget,
-            } => self.holders(&sought, &place, budget),
+            } => self.holders(&sought, &scope, budget),
             Request::Listeners { netns, port } => {
                 let listening = state::bit(state::LISTEN);
                 let found = self.with(&netns, lent, |_, diag| {
@@ -441,8 +442,8 @@ impl Worker {
                 let found = with_holders(some, holders);
                 let _ = self.reply(&Reply::Listeners(found), None);
             }
-            diag.list(state::SESSIONS, [0, 0], &mut |bit| {
-                for some in bit.chunks(MAX_BATCH) {
+            diag.list(state::SESSIONS, [0, 0], &mut |chunk| {
+                for some in chunk.chunks(MAX_BATCH) {
                     let _ = self.reply(&Reply::Sessions(some.to_vec()), None);
                 }
             })
@@ -462,11 +463,11 @@ impl Worker {
     fn holders(
         &mut self,
         sought: &[SocketKey],
-        place: &Place,
+        scope: &SearchScope,
         budget: Duration,
     ) -> Result<(), Broken> {
         let began_ns = processor_ns();
-        let (found, next) = run_aside(|| find_holders(sought.to_vec(), place, budget));
+        let (found, next) = run_aside(|| find_holders(sought.to_vec(), scope, budget));
         let used_ns = processor_ns().saturating_sub(began_ns);
         let found = found.into_iter().collect();
         let reply = Reply::Holders {
@@ -520,10 +521,10 @@ impl Worker {
             let (found, awaited) = tree.fitting(&name);
             for some in found.chunks(MAX_PATHS) {
                 let (name, cgroups) = (name.clone(), some.to_vec());
-                self.reply(&Reply::Fitting { name, cgroups }, None)?;
+                self.reply(&Reply::Matching { name, cgroups }, None)?;
             }
             for some in awaited.chunks(MAX_PATHS) {
-                self.reply(&Reply::Awaited(some.to_vec()), None)?;
+                self.reply(&Reply::WatchDirectories(some.to_vec()), None)?;
             }
         }
         Ok(())

@@ -60,12 +60,12 @@ impl Health {
     }
 
     /// Sets or clears a cause. Logs when it begins and when it ends.
-    pub fn set(&mut self, trouble: DegradedCause, what: Option<&str>) {
-        let before = &mut self.now[trouble as usize];
+    pub fn set(&mut self, cause: DegradedCause, what: Option<&str>) {
+        let before = &mut self.now[cause as usize];
         match (&before, what) {
             (None, Some(what)) => tracing::error!("{what}"),
-            (Some(_), None) if trouble != DegradedCause::NotAdopted => {
-                tracing::info!("mended: {}", trouble.name());
+            (Some(_), None) if cause != DegradedCause::NotAdopted => {
+                tracing::info!("no longer degraded: {}", cause.name());
             }
             _ => {}
         }
@@ -75,14 +75,14 @@ impl Health {
     }
 
     /// The present causes, by discriminant.
-    pub fn troubles(&self) -> [bool; DegradedCause::COUNT] {
+    pub fn causes(&self) -> [bool; DegradedCause::COUNT] {
         std::array::from_fn(|number| self.now[number].is_some())
     }
 
     /// The present causes, each with a description and a remedy.
     pub fn list(&self) -> Vec<(DegradedCause, &str)> {
         let all = DegradedCause::ALL.into_iter().zip(&self.now);
-        all.filter_map(|(trouble, what)| Some((trouble, what.as_deref()?)))
+        all.filter_map(|(cause, what)| Some((cause, what.as_deref()?)))
             .collect()
     }
 
@@ -106,13 +106,13 @@ mod tests {
 
     #[test]
     fn the_list_is_in_the_order_of_the_numbers() {
-        for (number, trouble) in DegradedCause::ALL.into_iter().enumerate() {
-            assert_eq!(trouble as usize, number);
+        for (number, cause) in DegradedCause::ALL.into_iter().enumerate() {
+            assert_eq!(cause as usize, number);
         }
     }
 
     #[test]
-    fn every_trouble_is_said_until_it_is_mended() {
+    fn every_cause_is_reported_until_it_ends() {
         let mut health = Health::default();
         assert_eq!(health.ready(), Ok(()));
         health.set(DegradedCause::Audit, Some("the disk is full"));
@@ -121,20 +121,20 @@ mod tests {
             health.ready(),
             Err("the map is full; the disk is full".to_owned())
         );
-        assert!(health.troubles()[DegradedCause::Audit as usize]);
+        assert!(health.causes()[DegradedCause::Audit as usize]);
         health.set(DegradedCause::Untracked, None);
         health.set(DegradedCause::Audit, Some("the disk is gone"));
         assert_eq!(health.ready(), Err("the disk is gone".to_owned()));
         health.set(DegradedCause::Audit, None);
         assert_eq!(health.ready(), Ok(()));
-        assert_eq!(health.troubles(), [false; DegradedCause::COUNT]);
+        assert_eq!(health.causes(), [false; DegradedCause::COUNT]);
     }
 
     #[test]
     fn the_page_for_operators_says_what_to_do_about_each() {
         let page = include_str!("../../docs/operations.md");
-        for trouble in DegradedCause::ALL {
-            let row = format!("\n| `{}` | ", trouble.name());
+        for cause in DegradedCause::ALL {
+            let row = format!("\n| `{}` | ", cause.name());
             assert!(page.contains(&row), "{row}");
         }
     }

@@ -97,7 +97,7 @@ pub struct KernelSnapshot {
     /// Audit records that could not be written.
     pub audit_lost: u64,
     /// By [`DegradedCause`].
-    pub troubles: [bool; DegradedCause::COUNT],
+    pub degraded: [bool; DegradedCause::COUNT],
     /// Sessions whose reset hangs.
     pub quarantined: usize,
     /// The number of reapers by state.
@@ -306,7 +306,7 @@ impl Metrics {
     fn take_in_engine(&self, snapshot: &KernelSnapshot) {
         let (engine, reapers) = (&self.engine, &snapshot.reapers);
         raise(&engine.audit_lost, snapshot.audit_lost);
-        for (cause, is_degraded) in DegradedCause::ALL.into_iter().zip(snapshot.troubles) {
+        for (cause, is_degraded) in DegradedCause::ALL.into_iter().zip(snapshot.degraded) {
             engine.set_degraded(cause, is_degraded);
         }
         engine.quarantined.set(clamp(snapshot.quarantined as u64));

@@ -156,7 +156,7 @@ pub struct Standing {
     /// Whether the last configuration that was read was refused.
     pub is_refused: bool,
     /// The present degradations, if any.
-    pub trouble: Option<String>,
+    pub problem: Option<String>,
 }
 
 impl Standing {
@@ -173,9 +173,9 @@ impl Standing {
         if self.is_refused {
             line += "; the configuration file is refused, what was in force before stays";
         }
-        if let Some(trouble) = &self.trouble {
+        if let Some(problem) = &self.problem {
             // A newline would begin another field of the message.
-            line += &format!("; degraded: {}", trouble.replace('\n', " "));
+            line += &format!("; degraded: {}", problem.replace('\n', " "));
         }
         line
     }
@@ -260,12 +260,12 @@ mod tests {
             sessions: 120,
             resets: 7,
             is_refused: false,
-            trouble: None,
+            problem: None,
         };
         let line = "enforcing 2 rule(s), 120 session(s), 7 reset";
         assert_eq!(standing.line(), line);
         standing.is_refused = true;
-        standing.trouble = Some("the disk\nis full".to_owned());
+        standing.problem = Some("the disk\nis full".to_owned());
         let more = "; the configuration file is refused, what was in force before stays; \
                     degraded: the disk is full";
         assert_eq!(standing.line(), format!("{line}{more}"));

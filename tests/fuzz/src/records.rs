@@ -9,7 +9,7 @@ use session_enforcer::{
     engine::RuleSet,
     host::clock::WallClock,
     reaper::diag::{Queued, SocketId, wire},
-    report::audit::{End, Place, Process, Termination},
+    report::audit::{End, Process, RecordId, Termination},
 };
 use session_enforcer_common::{
     Ancestors, Event, Expiry, Facts, Limits, MatchEntry, Reason, Session, expiry, matches,
@@ -84,20 +84,20 @@ fn decide(session: &Session, limits: &Limits, now_ns: u64) {
 }
 
 /// Two rules. Made once, since that takes longer than all the rest.
-static BOOK: LazyLock<RuleSet> = LazyLock::new(|| {
+static RULE_SET: LazyLock<RuleSet> = LazyLock::new(|| {
     let text = "[[rule]]\nname = 'a'\nlocal_ports = [22]\nidle_timeout = '1s'\n\
                 [[rule]]\nname = 'b'\nmax_lifetime = '1s'\n";
     let config = Config::parse("fuzz.toml", text).expect("the configuration is valid");
-    let book = RuleSet::default().next(&config, &Owners::default());
-    book.expect("two rules have places")
+    let rule_set = RuleSet::default().next(&config, &Owners::default());
+    rule_set.expect("two rules have ids")
 });
 
-/// Whatever rule the record names, the one that decides is one that there is.
+/// The rule that decides exists, whichever rule the record names.
 fn find_rule(session: &Session, now_ns: u64) {
     let ancestors = |_| Some(Ancestors::UNKNOWN);
-    let rule = BOOK.rule_of(session, ancestors);
+    let rule = RULE_SET.rule_of(session, ancestors);
     assert!(rule.expect("the last rule matches everything") < 2);
-    BOOK.lets_live(session, now_ns, ancestors);
+    RULE_SET.lets_live(session, now_ns, ancestors);
 }
 
 fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
@@ -106,15 +106,7 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         cookie: bytes.value(),
         session,
         rule: &name,
-        reason: bytes.choice([
-            Reason::IdleTimeout,
-            Reason::MaxLifetime,
-            Reason::ResponseTimeout,
-            Reason::HalfClosedTimeout,
-            Reason::Policy,
-            Reason::Untracked,
-            Reason::Admin,
-        ]),
+        reason: bytes.choice(Reason::ALL),
         mode: bytes.choice([Mode::Enforce, Mode::Observe]),
         end: bytes.choice([
             End::Reset(None),
@@ -141,13 +133,13 @@ fn audit(session: &Session, bytes: &mut Bytes<'_>, answered_ns: u64) {
         user: bytes.choice([None, Some(name.as_str())]),
         requested_by: None,
     };
-    let place = Place {
+    let record_id = RecordId {
         boot: "b007",
         run_ns: 1,
         sequence: 1,
     };
     let mut out = Vec::new();
-    termination.write_json(&place, &WallClock::now(), &mut out);
+    termination.write_json(&record_id, &WallClock::now(), &mut out);
     let line = String::from_utf8(out).expect("a record is text");
     assert_eq!(line.find('\n'), Some(line.len() - 1), "{line:?}");
     let record: Value = serde_json::from_str(&line).expect("a record is JSON");

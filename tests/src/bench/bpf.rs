@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_spent_is_told_by_run() {
+    fn the_time_of_a_program_is_reported_per_run() {
         let spent = |nanoseconds, runs| Spent { nanoseconds, runs };
         let since = spent(1_000, 30).since(spent(400, 10));
         assert_eq!(since, spent(600, 20));

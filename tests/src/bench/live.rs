@@ -34,7 +34,7 @@ const SHARE: f64 = 5.0;
 const LATE: f64 = 5.0;
 
 /// The interval of reading the daemon's memory.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Measures lists of all sessions while sessions are due, and `top`.
 pub(crate) fn run(bench: &Bench) -> Result<Vec<Row>> {
@@ -118,7 +118,7 @@ fn list(daemon: &Daemon, all: usize) -> Result<(f64, u64)> {
     let mut most = 0;
     while !reader.is_finished() {
         most = most.max(daemon_bytes(daemon)?);
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
     let (lines, seconds) = reader.join().map_err(|_| anyhow::anyhow!("the reader"))?;
     ensure!(

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused() {
+    fn an_unknown_argument_is_refused() {
         assert!(parse("--fast").is_err());
         assert!(parse("--json").is_err());
     }

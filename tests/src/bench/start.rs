@@ -97,6 +97,6 @@ pub(crate) fn reload(bench: &Bench) -> Result<Vec<Row>> {
         ensure!(redecided == SESSIONS, "{redecided} of {SESSIONS} follow it");
     }
     Ok(taken
-        .rows(&format!("{SESSIONS} sessions decided about anew"))
+        .rows(&format!("{SESSIONS} sessions matched again"))
         .to_vec())
 }

@@ -340,7 +340,7 @@ impl<'a> Host<'a> {
         self.daemon = launch(self.lab, &book)?;
         let log = self.daemon.log();
         anyhow::ensure!(
-            !log.contains("adopted anew"),
+            !log.contains("adopts the connections again"),
             "nothing was taken over: {log}"
         );
         let to = self.start.elapsed();

@@ -194,7 +194,7 @@ fn a_namespace_that_cannot_be_entered_is_reported_and_enforced_through_its_proce
     let netns = Netns::new()?;
     let listener = lab.inside_in(&netns)?.listen((Ipv4Addr::LOCALHOST, 0))?;
     let pair = Pair::open(&lab.outside_in(&netns)?, &listener)?;
-    daemon.wait_for_trouble("namespace", true)?;
+    daemon.wait_for_degraded("namespace", true)?;
     let cause = [("cause", "namespace")];
     assert!(daemon.metric("session_enforcer_sessions_untracked_total", &cause)? >= 1.0);
     // The daemon resets the session through a descriptor from its process.
@@ -202,7 +202,7 @@ fn a_namespace_that_cannot_be_entered_is_reported_and_enforced_through_its_proce
     record.assert_reset("idle_timeout", &pair.opened, LIMIT);
     pair.ends()?[0].assert_not_early(&pair.opened, LIMIT);
     interposer.set(Call::EnterNamespace, Fate::Pass);
-    daemon.wait_for_trouble("namespace", false)
+    daemon.wait_for_degraded("namespace", false)
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn the_removal_of_the_watched_cgroup_is_reported_and_its_sessions_are_enforced()
     let pair = Pair::open(&lab.outside, &listener)?;
     // The sockets belong to the test process and outlive the cgroup.
     drop((agent, watched));
-    daemon.wait_for_trouble("detached", true)?;
+    daemon.wait_for_degraded("detached", true)?;
     let (status, body) = daemon.get("/readyz")?;
     assert_eq!(status, 503);
     assert!(body.contains("restart the daemon"), "{body}");

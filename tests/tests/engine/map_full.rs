@@ -58,7 +58,7 @@ fn assert_all_twenty_are_reset(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
         assert_eq!(record.text("session_enforcer.result"), "reset");
         assert_eq!(record.text("event.reason"), "idle_timeout");
     }
-    daemon.wait_for_trouble("untracked", false)?;
+    daemon.wait_for_degraded("untracked", false)?;
     let missed = [("kind", "missed")];
     assert_eq!(
         daemon.metric("session_enforcer_reconcile_repaired_total", &missed)?,
@@ -98,7 +98,7 @@ fn adopted_while_busy(lab: &Lab, daemon: &Daemon, listener: &Listener) -> Result
     let [Some(tracked), Some(refused)] = [pairs.next(), pairs.next()] else {
         anyhow::bail!("not two connections");
     };
-    daemon.wait_for_trouble("untracked", true)?;
+    daemon.wait_for_degraded("untracked", true)?;
     refused.keep_busy(short_limit() / 2)?;
     drop(tracked);
     let last = refused.keep_busy(2 * short_limit())?;
@@ -111,7 +111,7 @@ fn a_session_that_is_adopted_while_it_is_busy_is_not_reset_early() -> Result<()>
     let daemon = lab.daemon(&config(1, short_limit()))?;
     let listener = listen(&lab)?;
     let (pair, last) = adopted_while_busy(&lab, &daemon, &listener)?;
-    daemon.wait_for_trouble("untracked", false)?;
+    daemon.wait_for_degraded("untracked", false)?;
     daemon.assert_reset_of(&pair, "idle_timeout", &last, short_limit())?;
     Ok(())
 }
@@ -171,7 +171,7 @@ const MOST: &str = "idle_timeout = \"60s\"\nmax_sessions = 4";
 fn assert_four_are_tracked(daemon: &Daemon, rule: &str) -> Result<()> {
     wait_for_sessions(daemon, rule, 4.0)?;
     assert_eq!(daemon.metric("session_enforcer_map_entries", &[])?, 4.0);
-    daemon.wait_for_trouble("untracked", true)
+    daemon.wait_for_degraded("untracked", true)
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn max_sessions_of_a_rule_holds_across_a_new_daemon_and_a_new_name() -> Result<(
     // The first four were tracked. Once they close, the others are.
     pairs.drain(..4);
     wait_for_sessions(&second, "another", 3.0)?;
-    second.wait_for_trouble("untracked", false)
+    second.wait_for_degraded("untracked", false)
 }
 
 #[test]
@@ -251,7 +251,7 @@ fn with_on_full_reset_sessions_that_do_not_fit_are_reset() -> Result<()> {
         2.0
     );
     assert_eq!(sessions_of(&daemon, "observed")?, 2.0);
-    daemon.wait_for_trouble("untracked", true)
+    daemon.wait_for_degraded("untracked", true)
 }
 
 /// A socket that connects again has no known owner at first, so its session is decided about later.

@@ -239,7 +239,10 @@ fn a_pinned_map_of_another_kind_is_not_used() -> Result<()> {
             fs::remove_file(&path)?;
             plant_map(&path, map_type, key, value, entries)
         };
-        assert_adopted_anew(replace, &["SESSIONS", "instead of", "adopted anew"])?;
+        assert_adopted_anew(
+            replace,
+            &["SESSIONS", "instead of", "adopts the connections again"],
+        )?;
     }
     Ok(())
 }
@@ -251,7 +254,11 @@ fn a_session_table_whose_maps_do_not_fit_together_is_not_used() -> Result<()> {
         fs::remove_file(&path)?;
         plant_map(&path, 2, 4, size_of::<Session>() as u32, 16)
     };
-    let said = ["a session table for ", "16 records", "adopted anew"];
+    let said = [
+        "a session table for ",
+        "16 records",
+        "adopts the connections again",
+    ];
     assert_adopted_anew(replace, &said)
 }
 
@@ -272,7 +279,7 @@ fn a_session_table_with_a_wrong_count_is_not_used_after_a_stop() -> Result<()> {
         let second = lab.pinned_daemon(&idle())?;
         let log = second.log();
         assert!(
-            log.contains("and has 1; connections are adopted anew"),
+            log.contains("and has 1; the daemon adopts the connections again"),
             "{log}"
         );
         assert_reset_for(&second, &pair, &pair.opened)?;
@@ -285,7 +292,7 @@ fn a_session_table_with_a_wrong_count_is_not_used_after_a_stop() -> Result<()> {
 fn pins_with_a_missing_map_or_a_pin_of_another_kind_are_not_used() -> Result<()> {
     assert_adopted_anew(
         |set| Ok(fs::remove_file(set.join("SESSIONS"))?),
-        &["SESSIONS is missing", "adopted anew"],
+        &["SESSIONS is missing", "adopts the connections again"],
     )?;
     assert_adopted_anew(
         |set| {
@@ -294,7 +301,7 @@ fn pins_with_a_missing_map_or_a_pin_of_another_kind_are_not_used() -> Result<()>
                 set.join("MATCH_TABLES"),
             )?)
         },
-        &["MATCH_TABLES is a Link", "adopted anew"],
+        &["MATCH_TABLES is a Link", "adopts the connections again"],
     )?;
     assert_adopted_anew(
         |set| {
@@ -304,7 +311,7 @@ fn pins_with_a_missing_map_or_a_pin_of_another_kind_are_not_used() -> Result<()>
                 set.join("track_egress"),
             )?)
         },
-        &["SESSIONS is a Link", "adopted anew"],
+        &["SESSIONS is a Link", "adopts the connections again"],
     )
 }
 
@@ -312,7 +319,10 @@ fn pins_with_a_missing_map_or_a_pin_of_another_kind_are_not_used() -> Result<()>
 fn pins_of_another_version_are_removed_and_connections_are_adopted_anew() -> Result<()> {
     assert_adopted_anew(
         |set| Ok(fs::rename(set, set.with_file_name("layout-00000000"))?),
-        &["layout-00000000 is of another version", "adopted anew"],
+        &[
+            "layout-00000000 is of another version",
+            "adopts the connections again",
+        ],
     )
 }
 

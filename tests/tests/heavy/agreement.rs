@@ -607,9 +607,10 @@ impl Expected {
         }
         // These fields are internal to the gate and are not compared.
         session.open_until_ns = found.open_until_ns;
-        (session.came_ns, session.went_ns) = (found.came_ns, found.went_ns);
-        session.went_until = found.went_until;
-        session.went_is_answer = found.went_is_answer;
+        (session.received_candidate_ns, session.sent_candidate_ns) =
+            (found.received_candidate_ns, found.sent_candidate_ns);
+        session.sent_candidate_end = found.sent_candidate_end;
+        session.sent_candidate_completes_answer = found.sent_candidate_completes_answer;
         session.data_segments_sent = found.data_segments_sent;
         assert_eq!(found, session, "kernel (left) and host differ");
     }

@@ -126,11 +126,14 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
     for number in 0..6 {
         fs::create_dir(slice.path().join(format!("box-{number}")))?;
     }
-    daemon.wait_for_log("cgroups that fit patterns of the rules are left out")?;
-    daemon.wait_for_trouble("untracked", true)?;
+    daemon.wait_for_log("cgroups that match a pattern are ignored")?;
+    daemon.wait_for_degraded("untracked", true)?;
     let (_, said) = daemon.get("/readyz")?;
     ensure!(
-        said.contains("the match table is full: name a cgroup above them"),
+        said.contains(
+            "the match table is full, so sessions of some cgroups that match a pattern are not tracked: name a \
+             cgroup above them"
+        ),
         "{said}"
     );
     // A later rule is still in the table.
@@ -144,5 +147,5 @@ fn more_cgroups_than_the_match_table_holds_are_reported_and_stop_nothing() -> Re
     for number in 2..6 {
         fs::remove_dir(slice.path().join(format!("box-{number}")))?;
     }
-    daemon.wait_for_trouble("untracked", false)
+    daemon.wait_for_degraded("untracked", false)
 }

@@ -724,7 +724,7 @@ fn output_that_cannot_be_written_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn what_a_request_names_and_is_not_there_is_told_in_plain_words() -> Result<()> {
+fn an_unknown_rule_or_session_in_a_request_is_reported_in_plain_words() -> Result<()> {
     let _turn = turn(module_path!());
     let services = Services::new()?;
     let daemon = services.lab.daemon(&services.config())?;

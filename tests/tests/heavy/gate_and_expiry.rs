@@ -611,7 +611,7 @@ fn a_fin_is_no_payload_behind_unparsed_headers() -> Result<()> {
         assert_eq!(before.half_closed_ns, Session::NOT_HALF_CLOSED);
         // A FIN does not count as payload.
         let payload = |session: &Session| Traffic {
-            came_ns: 0,
+            received_candidate_ns: 0,
             flags: 0,
             half_closed_ns: 0,
             ..session.traffic()

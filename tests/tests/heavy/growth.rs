@@ -77,6 +77,15 @@ fn fill_until(daemon: &Daemon, lab: &Lab, listener: &Listener, said: &str) -> Re
     Ok(pairs)
 }
 
+/// A daemon with pins and its listeners. The rule `short` of the first one has this limit.
+fn start() -> Result<(Lab, [Listener; 2], Duration, Daemon)> {
+    let lab = Lab::new(AGENT)?;
+    let listeners = [listen(&lab)?, listen(&lab)?];
+    let limit = longer_than_a_start();
+    let daemon = lab.pinned_daemon(&config(limit, &listeners[0]))?;
+    Ok((lab, listeners, limit, daemon))
+}
+
 /// Asserts that every session of the rule `long` is tracked and none was refused.
 fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
     let both = 2.0 * pairs.len() as f64;
@@ -92,10 +101,7 @@ fn assert_all_are_tracked(daemon: &Daemon, pairs: &[Pair]) -> Result<()> {
 fn a_table_that_grows_loses_no_session_and_no_payload() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
-    let lab = Lab::new(AGENT)?;
-    let [short, long] = [listen(&lab)?, listen(&lab)?];
-    let limit = longer_than_a_start();
-    let daemon = lab.pinned_daemon(&config(limit, &short))?;
+    let (lab, [short, long], limit, daemon) = start()?;
     let silent = Pair::open(&lab.outside, &short)?;
     let busy = Pair::open(&lab.outside, &short)?;
     let is_over = AtomicBool::new(false);
@@ -147,10 +153,7 @@ fn a_table_that_grows_loses_no_session_and_no_payload() -> Result<()> {
 fn a_table_that_cannot_grow_keeps_its_sessions() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
-    let lab = Lab::new(AGENT)?;
-    let [short, long] = [listen(&lab)?, listen(&lab)?];
-    let limit = longer_than_a_start();
-    let daemon = lab.pinned_daemon(&config(limit, &short))?;
+    let (lab, [short, long], limit, daemon) = start()?;
     // A foreign directory where the daemon would pin the maps of the larger table.
     let [set] = &lab.pins.sets()?[..] else {
         anyhow::bail!("not one set of pins");
@@ -158,7 +161,7 @@ fn a_table_that_cannot_grow_keeps_its_sessions() -> Result<()> {
     let mut in_the_way = set.clone().into_os_string();
     in_the_way.push("-next");
     fs::create_dir_all(Path::new(&in_the_way).join("other"))?;
-    let mut pairs = fill_until(&daemon, &lab, &long, "cannot be made larger")?;
+    let mut pairs = fill_until(&daemon, &lab, &long, "could not grow")?;
     fs::remove_dir_all(&in_the_way)?;
     assert_all_are_tracked(&daemon, &pairs)?;
     // The smaller table fills up, and the message says what to do.

@@ -84,16 +84,23 @@ fn assert_others_are_reset(lab: &Lab, daemon: &Daemon, listener: &Listener) -> R
     Ok(())
 }
 
+/// A daemon with a rule for each of two listeners, and a connection to the first one whose server's socket is locked.
+fn locked_pair() -> Result<(Lab, [Listener; 2], Daemon, Pair, Locked)> {
+    let lab = Lab::new(AGENT)?;
+    let listeners = [listen(&lab.inside)?, listen(&lab.inside)?];
+    let [locked, others] = &listeners;
+    let rules = rule("locked", locked, limit()) + &rule("others", others, limit());
+    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
+    let pair = Pair::open(&lab.outside, locked)?;
+    let lock = Locked::new(&pair.server)?;
+    Ok((lab, listeners, daemon, pair, lock))
+}
+
 #[test]
 fn a_session_that_its_process_keeps_locked_is_quarantined_and_delays_no_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
-    let lab = Lab::new(AGENT)?;
-    let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
-    let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
-    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
-    let pair = Pair::open(&lab.outside, &locked)?;
-    let lock = Locked::new(&pair.server)?;
+    let (lab, [_locked, others], daemon, pair, lock) = locked_pair()?;
     // Once before and once after the locked session is due.
     for _ in 0..2 {
         assert_others_are_reset(&lab, &daemon, &others)?;
@@ -116,7 +123,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_delays_no_reset() 
     })?;
     assert_eq!(records[1].text("session_enforcer.result"), "reset");
     daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 0.0)?;
-    daemon.wait_for_trouble("stuck", false)?;
+    daemon.wait_for_degraded("stuck", false)?;
     daemon.wait_for_metric(
         TERMINATIONS,
         &[("rule", "locked"), ("result", "reset")],
@@ -134,12 +141,7 @@ fn a_session_that_its_process_keeps_locked_is_quarantined_and_delays_no_reset() 
 fn payload_that_waits_for_a_locked_socket_does_not_delay_the_reset() -> Result<()> {
     let _turn = turn(module_path!());
     let _alone = alone();
-    let lab = Lab::new(AGENT)?;
-    let [locked, others] = [listen(&lab.inside)?, listen(&lab.inside)?];
-    let rules = rule("locked", &locked, limit()) + &rule("others", &others, limit());
-    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
-    let pair = Pair::open(&lab.outside, &locked)?;
-    let lock = Locked::new(&pair.server)?;
+    let (lab, [_locked, others], daemon, pair, lock) = locked_pair()?;
     (&pair.client).write_all(b"x")?;
     assert_others_are_reset(&lab, &daemon, &others)?;
     let failed = daemon.wait_for_termination_of(&pair)?;

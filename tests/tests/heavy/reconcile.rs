@@ -117,14 +117,14 @@ fn a_missed_session_of_another_namespace_is_adopted() -> Result<()> {
     let outside_there = lab.outside_in(&netns)?;
     let tracked = Pair::open(&lab.outside, &listener)?;
     let refused = Pair::open(&outside_there, &listener_there)?;
-    daemon.wait_for_trouble("untracked", true)?;
+    daemon.wait_for_degraded("untracked", true)?;
     for pair in [&tracked, &refused] {
         pair.ends()?[0].assert_reset(Errno::ECONNRESET, &pair.opened, limit());
         let record = daemon.wait_for_termination_of(pair)?;
         // On a busy machine the deadline of an adopted session may be a little later.
         assert_eq!(record.text("session_enforcer.result"), "reset");
     }
-    daemon.wait_for_trouble("untracked", false)?;
+    daemon.wait_for_degraded("untracked", false)?;
     assert_eq!(daemon.repaired("missed")?, 1.0);
     Ok(())
 }

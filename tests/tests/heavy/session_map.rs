@@ -58,11 +58,11 @@ fn session(number: u64) -> Session {
         },
         data_segments_sent: number as u32,
         sent_before_answer: 0,
-        went_is_answer: 0,
+        sent_candidate_completes_answer: 0,
         half_closed_ns: Session::NOT_HALF_CLOSED - number,
-        came_ns: 0,
-        went_ns: 0,
-        went_until: 0,
+        received_candidate_ns: 0,
+        sent_candidate_ns: 0,
+        sent_candidate_end: 0,
     }
 }
 

@@ -18,7 +18,9 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use session_enforcer_tests::{Call, Daemon, Fate, Lab, Listener, Moment, Pair, Record};
+use session_enforcer_tests::{
+    Call, Daemon, Fate, Lab, Listener, Moment, Pair, Record, TrackedPair,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -74,25 +76,22 @@ fn reset_and_lost(daemon: &Daemon) -> Result<[f64; 2]> {
 
 #[test]
 fn the_queued_bytes_of_a_session_that_is_reset_are_in_its_record() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(RULE)?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let (last, ()) = Moment::of(|| Ok((&pair.client).write_all(b"unread")?))?;
+    let case = TrackedPair::open(AGENT, RULE)?;
+    let (last, ()) = Moment::of(|| Ok((&case.pair.client).write_all(b"unread")?))?;
     // The FIN must not count as a byte.
-    pair.client.shutdown(Shutdown::Write)?;
-    daemon.freeze()?;
+    case.pair.client.shutdown(Shutdown::Write)?;
+    case.daemon.freeze()?;
     last.wait(LIMIT);
     // After the deadline the gate drops all of this.
-    (&pair.server).write_all(b"unacknowledged")?;
-    daemon.thaw()?;
-    let record = daemon.wait_for_termination_of(&pair)?;
+    (&case.pair.server).write_all(b"unacknowledged")?;
+    case.daemon.thaw()?;
+    let record = case.daemon.wait_for_termination_of(&case.pair)?;
     record.assert_reset("idle_timeout", &last, LIMIT);
     let queued = |side| record.number(&format!("session_enforcer.queued_bytes.{side}"));
     assert_eq!([queued("send"), queued("receive")], [14.0, 6.0]);
     // Payload that arrived before the reset can still be read.
     let mut unread = [0; 6];
-    (&pair.server).read_exact(&mut unread)?;
+    (&case.pair.server).read_exact(&mut unread)?;
     assert_eq!(&unread, b"unread");
     Ok(())
 }
@@ -117,11 +116,11 @@ fn a_full_disk_delays_no_reset_and_is_reported_until_there_is_room() -> Result<(
         let [reset, _] = reset_and_lost(&daemon)?;
         ensure!(reset < 20.0, "no record is lost on a full disk");
     }
-    daemon.wait_for_trouble("audit", true)?;
+    daemon.wait_for_degraded("audit", true)?;
     assert_eq!(daemon.get("/readyz")?.0, 503);
     fs::remove_file(filler)?;
     terminate_one(&lab, &listener)?;
-    daemon.wait_for_trouble("audit", false)?;
+    daemon.wait_for_degraded("audit", false)?;
     let [reset, lost] = reset_and_lost(&daemon)?;
     let text = fs::read_to_string(audit)?;
     let is_record = |line: &&str| line.contains("session-terminated") && line.ends_with('}');
@@ -135,7 +134,7 @@ fn an_audit_that_cannot_be_written_delays_no_reset() -> Result<()> {
     let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
     let args = ["--audit", "/dev/full"];
     let daemon = lab.launch().config(RULE).args(&args).start_unready()?;
-    daemon.wait_for_trouble("audit", true)?;
+    daemon.wait_for_degraded("audit", true)?;
     terminate_one(&lab, &listener)?;
     daemon.wait_for_metric(
         "session_enforcer_terminations_total",

@@ -48,7 +48,7 @@ fn the_html_page_shows_the_readiness_and_no_addresses_or_users() -> Result<()> {
     // The table has room for one session.
     let _first = Pair::open(&lab.outside, &listener)?;
     let _second = Pair::open(&lab.outside, &listener)?;
-    daemon.wait_for_trouble("untracked", true)?;
+    daemon.wait_for_degraded("untracked", true)?;
     let (status, page) = daemon.get("/")?;
     assert_eq!(status, 200);
     ensure!(

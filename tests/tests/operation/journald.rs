@@ -89,11 +89,11 @@ fn records_are_counted_as_lost_while_journald_is_down() -> Result<()> {
     let lost = Pair::open(&lab.outside, &listener)?;
     lost.ends()?[0].assert_reset(Errno::ECONNRESET, &lost.opened, LIMIT);
     daemon.wait_for_metric("session_enforcer_audit_records_lost_total", &[], 1.0)?;
-    daemon.wait_for_trouble("audit", true)?;
+    daemon.wait_for_degraded("audit", true)?;
     journal.begin()?;
     let taken = Pair::open(&lab.outside, &listener)?;
     taken.ends()?[0].assert_reset(Errno::ECONNRESET, &taken.opened, LIMIT);
-    daemon.wait_for_trouble("audit", false)?;
+    daemon.wait_for_degraded("audit", false)?;
     let entry = journal.wait_for_entries(&[OF_RULE], 1)?.remove(0);
     // The gap in the sequence numbers shows a reader of the journal that a record was lost.
     assert_eq!(field(&entry, "SESSION_ENFORCER_EVENT_SEQUENCE")?, "4");

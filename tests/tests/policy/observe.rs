@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Call, Daemon, Fate, Lab, Moment, Pair, idle_rule, longer_than_a_start, unhurried,
+    Call, Daemon, Fate, Lab, Moment, Pair, TrackedPair, idle_rule, longer_than_a_start, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -58,26 +58,25 @@ fn assert_would_end(
 
 #[test]
 fn a_daemon_that_observes_resets_nothing_and_records_each_deadline_once() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&format!("[daemon]\nmode = \"observe\"\n{}", rule()))?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    assert_observed(&daemon, &pair)?;
+    let case = TrackedPair::open(AGENT, &format!("[daemon]\nmode = \"observe\"\n{}", rule()))?;
+    assert_observed(&case.daemon, &case.pair)?;
     let labels = [
         ("mode", "observe"),
         ("rule", "idle"),
         ("reason", "idle_timeout"),
     ];
     assert_eq!(
-        daemon.metric("session_enforcer_terminations_total", &labels)?,
+        case.daemon
+            .metric("session_enforcer_terminations_total", &labels)?,
         2.0
     );
     assert_eq!(
-        daemon.metric("session_enforcer_terminations_total", &[])?,
+        case.daemon
+            .metric("session_enforcer_terminations_total", &[])?,
         2.0
     );
-    assert_eq!(daemon.metric("session_enforcer_sessions", &[])?, 1.0);
-    pair.round_trip()?;
+    assert_eq!(case.daemon.metric("session_enforcer_sessions", &[])?, 1.0);
+    case.pair.round_trip()?;
     Ok(())
 }
 
@@ -121,13 +120,10 @@ fn an_observing_rule_and_an_enforcing_rule_work_side_by_side() -> Result<()> {
 
 #[test]
 fn a_busy_session_is_observed_once_when_it_is_too_old() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&observed_lifetime())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.keep_busy(3 * limit())?;
-    let record = daemon.wait_for_termination()?;
-    assert_would_end(&record, "max_lifetime", &pair.opened, limit());
+    let case = TrackedPair::open(AGENT, &observed_lifetime())?;
+    case.pair.keep_busy(3 * limit())?;
+    let record = case.daemon.wait_for_termination()?;
+    assert_would_end(&record, "max_lifetime", &case.pair.opened, limit());
     Ok(())
 }
 
@@ -150,15 +146,12 @@ fn an_older_session_that_a_reload_makes_late_is_observed_at_once() -> Result<()>
 
 #[test]
 fn the_record_of_a_session_with_constant_traffic_has_no_negative_idle_time() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&observed_lifetime())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
+    let case = TrackedPair::open(AGENT, &observed_lifetime())?;
     // More sessions to judge at one moment make that moment longer.
-    let open = |_| Pair::open(&lab.outside, &listener);
+    let open = |_| Pair::open(&case.lab.outside, &case.listener);
     let others = (0..100).map(open).collect::<Result<Vec<_>>>()?;
-    daemon.freeze()?;
-    let (mut client, mut server) = (&pair.client, &pair.server);
+    case.daemon.freeze()?;
+    let (mut client, mut server) = (&case.pair.client, &case.pair.server);
     let record = thread::scope(|scope| -> Result<_> {
         scope.spawn(move || while client.write_all(&[7; 512]).is_ok() {});
         scope.spawn(move || {
@@ -166,12 +159,12 @@ fn the_record_of_a_session_with_constant_traffic_has_no_negative_idle_time() -> 
             while server.read(&mut payload).is_ok_and(|read| read > 0) {}
         });
         others.last().context("the last")?.opened.wait(limit());
-        let thawed = daemon.thaw();
-        let record = thawed.and_then(|()| daemon.wait_for_termination_of(&pair));
-        pair.client.shutdown(Shutdown::Both)?;
+        let thawed = case.daemon.thaw();
+        let record = thawed.and_then(|()| case.daemon.wait_for_termination_of(&case.pair));
+        case.pair.client.shutdown(Shutdown::Both)?;
         record
     })?;
-    assert_would_end(&record, "max_lifetime", &pair.opened, limit());
+    assert_would_end(&record, "max_lifetime", &case.pair.opened, limit());
     assert!(
         record.number("session_enforcer.idle_seconds") >= 0.0,
         "{record:?}"

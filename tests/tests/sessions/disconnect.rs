@@ -16,7 +16,7 @@ use session_enforcer::reaper::{
     diag::{Detail, DiagSocket, SocketId, state},
     disconnect::{Answer, DisconnectError, reset_by_cookie, reset_tcp, socket_id},
     processes::find_holders,
-    protocol::{Holder, Place, SocketKey},
+    protocol::{Holder, SearchScope, SocketKey},
 };
 use session_enforcer_tests::{Lab, Pair, cookie, dial, disconnect, eventually, patience};
 
@@ -38,10 +38,10 @@ fn reset(target: &SocketId) -> Result<Answer, DisconnectError> {
     }
 }
 
-const HOST: Place = Place::Host { from: 0 };
+const HOST: SearchScope = SearchScope::Host { from: 0 };
 
-fn holder(key: SocketKey, place: &Place) -> Option<Holder> {
-    find_holders(vec![key], place, patience()).0.remove(&key)
+fn holder(key: SocketKey, scope: &SearchScope) -> Option<Holder> {
+    find_holders(vec![key], scope, patience()).0.remove(&key)
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn a_connection_is_found_by_its_cookie_alone_but_not_in_another_cgroup() -> Resu
         "{needed:?}"
     );
     // This process holds the descriptor, and it is in another cgroup.
-    let cgroup = Place::Cgroup(lab.cgroup.path().to_owned());
+    let cgroup = SearchScope::Cgroup(lab.cgroup.path().to_owned());
     assert_eq!(holder(key, &cgroup), None);
     let holder = holder(key, &HOST).context("a holder")?;
     let reset = || reset_by_cookie(&target, Some(&holder));

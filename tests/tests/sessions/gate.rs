@@ -16,8 +16,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use session_enforcer_tests::{
-    Call, Daemon, Fate, Lab, Listener, Moment, Netns, Pair, Random, Record, Veth, ends_of,
-    eventually, patience, reset_on_close, scaled, seed, tcp_info, unhurried,
+    Call, Daemon, Fate, Lab, Listener, Moment, Netns, Pair, Random, Record, TrackedPair, Veth,
+    ends_of, eventually, patience, reset_on_close, scaled, seed, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -406,16 +406,13 @@ fn quiet_rule(timeout: &str) -> String {
 
 #[test]
 fn a_session_that_a_new_policy_ends_has_that_reason_even_if_the_gate_drops_first() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&quiet_rule("1h"))?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.opened.wait(2 * LIMIT);
+    let case = TrackedPair::open(AGENT, &quiet_rule("1h"))?;
+    case.pair.opened.wait(2 * LIMIT);
     thread::scope(|scope| {
-        scope.spawn(|| chatter(&pair.client, patience()));
-        scope.spawn(|| chatter(&pair.server, patience()));
-        daemon.reload(&quiet_rule("1s"))?;
-        let record = daemon.wait_for_termination_of(&pair)?;
+        scope.spawn(|| chatter(&case.pair.client, patience()));
+        scope.spawn(|| chatter(&case.pair.server, patience()));
+        case.daemon.reload(&quiet_rule("1s"))?;
+        let record = case.daemon.wait_for_termination_of(&case.pair)?;
         assert_eq!(record.text("event.reason"), "policy");
         Ok(())
     })

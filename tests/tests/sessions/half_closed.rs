@@ -9,7 +9,9 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Daemon, Lab, Moment, Pair, ends_of, idle_rule, unhurried};
+use session_enforcer_tests::{
+    Daemon, Lab, Moment, Pair, TrackedPair, ends_of, idle_rule, unhurried,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -44,74 +46,52 @@ fn assert_half_closed(daemon: &Daemon, pair: &Pair, since: &Moment) -> Result<()
 
 #[test]
 fn a_session_that_the_client_half_closed_is_reset_when_idle() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
     // A FIN is no activity.
     last.wait(limit() / 4);
-    pair.client.shutdown(Shutdown::Write)?;
-    let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &last, limit());
-    server.assert_reset(Errno::ECONNABORTED, &last, limit());
-    daemon
-        .wait_for_termination_of(&pair)?
-        .assert_reset("idle_timeout", &last, limit());
+    case.pair.client.shutdown(Shutdown::Write)?;
+    case.assert_reset_when_idle([Errno::ECONNRESET, Errno::ECONNABORTED], &last, limit())?;
     Ok(())
 }
 
 #[test]
 fn a_session_that_the_server_half_closed_is_reset_when_idle() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
     last.wait(limit() / 4);
-    pair.server.shutdown(Shutdown::Write)?;
-    let [client, server] = pair.ends()?;
+    case.pair.server.shutdown(Shutdown::Write)?;
     // After a FIN from the peer, a reset is reported as EPIPE.
-    client.assert_reset(Errno::EPIPE, &last, limit());
-    server.assert_reset(Errno::ECONNABORTED, &last, limit());
-    daemon
-        .wait_for_termination_of(&pair)?
-        .assert_reset("idle_timeout", &last, limit());
+    case.assert_reset_when_idle([Errno::EPIPE, Errno::ECONNABORTED], &last, limit())?;
     Ok(())
 }
 
 #[test]
 fn a_half_closed_session_lives_while_the_other_direction_is_busy() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.client.shutdown(Shutdown::Write)?;
-    let mut last = pair.opened;
-    while pair.opened.elapsed() < 2 * limit() {
-        last = pair.to_client(b"x")?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    case.pair.client.shutdown(Shutdown::Write)?;
+    let mut last = case.pair.opened;
+    while case.pair.opened.elapsed() < 2 * limit() {
+        last = case.pair.to_client(b"x")?;
         thread::sleep(Duration::from_millis(50));
     }
-    assert_eq!(daemon.terminations()?.len(), 0);
-    pair.ends()?[1].assert_reset(Errno::ECONNABORTED, &last, limit());
-    daemon
-        .wait_for_termination_of(&pair)?
+    assert_eq!(case.daemon.terminations()?.len(), 0);
+    case.pair.ends()?[1].assert_reset(Errno::ECONNABORTED, &last, limit());
+    case.daemon
+        .wait_for_termination_of(&case.pair)?
         .assert_reset("idle_timeout", &last, limit());
     Ok(())
 }
 
 #[test]
 fn a_session_that_only_the_client_closed_is_reset_when_idle() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
-    let Pair { client, server, .. } = pair;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
+    let Pair { client, server, .. } = case.pair;
     drop(client);
     let end = ends_of(&[&server])?[0];
     end.assert_reset(Errno::ECONNABORTED, &last, limit());
-    daemon
+    case.daemon
         .wait_for_termination()?
         .assert_reset("idle_timeout", &last, limit());
     Ok(())
@@ -119,32 +99,32 @@ fn a_session_that_only_the_client_closed_is_reset_when_idle() -> Result<()> {
 
 #[test]
 fn fins_are_not_counted_as_bytes() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.to_server(b"hello")?;
-    pair.client.shutdown(Shutdown::Write)?;
-    pair.to_client(b"bye")?;
-    assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes(), [5, 3]);
+    let case = TrackedPair::open(AGENT, &rule())?;
+    case.pair.to_server(b"hello")?;
+    case.pair.client.shutdown(Shutdown::Write)?;
+    case.pair.to_client(b"bye")?;
+    assert_eq!(
+        case.daemon.wait_for_termination_of(&case.pair)?.bytes(),
+        [5, 3]
+    );
     Ok(())
 }
 
 #[test]
 fn the_fin_of_a_client_that_does_not_read_is_not_counted_as_a_byte() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.server.set_nonblocking(true)?;
-    while (&pair.server).write(&[0; 1 << 16]).is_ok() {}
+    let case = TrackedPair::open(AGENT, &rule())?;
+    case.pair.server.set_nonblocking(true)?;
+    while (&case.pair.server).write(&[0; 1 << 16]).is_ok() {}
     // The client does not read, so its receive window is full and the server's FIN cannot be sent.
     // The client's FIN comes first.
-    pair.server.shutdown(Shutdown::Write)?;
-    pair.server.set_nonblocking(false)?;
-    pair.to_server(b"hello")?;
-    pair.client.shutdown(Shutdown::Write)?;
-    assert_eq!(daemon.wait_for_termination_of(&pair)?.bytes()[0], 5);
+    case.pair.server.shutdown(Shutdown::Write)?;
+    case.pair.server.set_nonblocking(false)?;
+    case.pair.to_server(b"hello")?;
+    case.pair.client.shutdown(Shutdown::Write)?;
+    assert_eq!(
+        case.daemon.wait_for_termination_of(&case.pair)?.bytes()[0],
+        5
+    );
     Ok(())
 }
 
@@ -176,17 +156,14 @@ fn whichever_end_closes_first_the_limit_counts_from_its_fin_and_both_are_reset()
 
 #[test]
 fn payload_restarts_the_limit_of_a_half_closed_session() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&half_closed_rule(""))?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let fin = close(&pair.client)?;
-    let mut last = pair.to_client(b"x")?;
+    let case = TrackedPair::open(AGENT, &half_closed_rule(""))?;
+    let fin = close(&case.pair.client)?;
+    let mut last = case.pair.to_client(b"x")?;
     while fin.elapsed() < 2 * limit() {
         thread::sleep(Duration::from_millis(50));
-        last = pair.to_client(b"x")?;
+        last = case.pair.to_client(b"x")?;
     }
-    assert_half_closed(&daemon, &pair, &last)
+    assert_half_closed(&case.daemon, &case.pair, &last)
 }
 
 #[test]
@@ -238,14 +215,11 @@ fn no_payload_passes_a_half_closed_session_after_its_limit() -> Result<()> {
 
 #[test]
 fn a_half_closed_session_may_owe_the_answer() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&half_closed_rule("response_timeout = \"1h\""))?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    pair.to_server(b"query")?;
-    close(&pair.client)?.wait(2 * limit());
-    let answered = pair.to_client(b"answer")?;
-    assert_half_closed(&daemon, &pair, &answered)
+    let case = TrackedPair::open(AGENT, &half_closed_rule("response_timeout = \"1h\""))?;
+    case.pair.to_server(b"query")?;
+    close(&case.pair.client)?.wait(2 * limit());
+    let answered = case.pair.to_client(b"answer")?;
+    assert_half_closed(&case.daemon, &case.pair, &answered)
 }
 
 #[test]

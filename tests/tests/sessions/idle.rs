@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair, idle_rule, unhurried};
+use session_enforcer_tests::{Lab, Pair, TrackedPair, idle_rule, unhurried};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 
@@ -21,16 +21,10 @@ fn rule() -> String {
 
 #[test]
 fn an_idle_session_is_reset_at_the_deadline_where_the_server_is_tracked() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
-    let [client, server] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &last, limit());
-    server.assert_reset(Errno::ECONNABORTED, &last, limit());
-    let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &last, limit());
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
+    let record =
+        case.assert_reset_when_idle([Errno::ECONNRESET, Errno::ECONNABORTED], &last, limit())?;
     assert_eq!(record.text("network.direction"), "inbound");
     Ok(())
 }
@@ -84,14 +78,11 @@ fn an_idle_session_is_reset_at_the_deadline_where_both_ends_are_tracked() -> Res
 
 #[test]
 fn the_clock_of_a_session_that_never_carried_payload_starts_when_it_is_established() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let [client, _] = pair.ends()?;
-    client.assert_reset(Errno::ECONNRESET, &pair.opened, limit());
-    let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("idle_timeout", &pair.opened, limit());
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let [client, _] = case.pair.ends()?;
+    client.assert_reset(Errno::ECONNRESET, &case.pair.opened, limit());
+    let record = case.daemon.wait_for_termination_of(&case.pair)?;
+    record.assert_reset("idle_timeout", &case.pair.opened, limit());
     assert_eq!(record.bytes(), [0, 0]);
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use nix::errno::Errno;
-use session_enforcer_tests::{Lab, Pair, Record};
+use session_enforcer_tests::{Lab, Pair, Record, TrackedPair};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const SHORT: Duration = Duration::from_secs(1);
@@ -12,20 +12,17 @@ const LONG: Duration = Duration::from_secs(2);
 
 #[test]
 fn a_busy_session_is_reset_when_it_is_too_old() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon("[[rule]]\nname = \"old\"\nmax_lifetime = \"2s\"\n")?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let end = pair.keep_busy_until_end()?;
-    end.assert_not_early(&pair.opened, LONG);
+    let case = TrackedPair::open(AGENT, "[[rule]]\nname = \"old\"\nmax_lifetime = \"2s\"\n")?;
+    let end = case.pair.keep_busy_until_end()?;
+    end.assert_not_early(&case.pair.opened, LONG);
     // The client sees an error when it writes or reads, or the server sees one.
     let expected = [Errno::ECONNRESET, Errno::EPIPE, Errno::ECONNABORTED];
     assert!(
         end.error.is_some_and(|error| expected.contains(&error)),
         "{end:?}"
     );
-    let record = daemon.wait_for_termination_of(&pair)?;
-    record.assert_reset("max_lifetime", &pair.opened, LONG);
+    let record = case.daemon.wait_for_termination_of(&case.pair)?;
+    record.assert_reset("max_lifetime", &case.pair.opened, LONG);
     Ok(())
 }
 

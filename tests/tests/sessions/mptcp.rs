@@ -109,7 +109,7 @@ fn a_connection_that_is_older_than_the_daemon_is_reset_too() -> Result<()> {
 }
 
 #[test]
-fn of_two_connections_of_one_process_only_the_expired_one_is_reset() -> Result<()> {
+fn only_the_expired_one_of_two_connections_of_a_process_is_reset() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let listener = listen(&lab.inside, LOCALHOST)?;
     let plain = lab.inside.listen(LOCALHOST)?;

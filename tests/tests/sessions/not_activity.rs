@@ -10,8 +10,8 @@ use std::{
 use anyhow::Result;
 use session_enforcer_common::PacketDirection;
 use session_enforcer_tests::{
-    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, Veth, drop_packets,
-    eventually, idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
+    Agent, Daemon, Lab, Listener, Moment, Netns, Pair, RawTcp, Sequence, TrackedPair, Veth,
+    drop_packets, eventually, idle_rule, keep_alive, patience, set_option, tcp_info, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -75,11 +75,8 @@ fn forge(lab: &Lab, pair: &Pair, forged: impl Fn(Sequence) -> (Sequence, Vec<u8>
 
 #[test]
 fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
     // BSD's keepalive probes carry one old byte (RFC 9293 section 3.8.4).
     let probe = |at: Sequence| {
         (
@@ -90,17 +87,14 @@ fn keepalives_with_a_byte_of_old_payload_do_not_save_an_idle_session() -> Result
             vec![0],
         )
     };
-    forge(&lab, &pair, probe)?;
-    assert_reset_for(&daemon, &pair, &last)
+    forge(&case.lab, &case.pair, probe)?;
+    assert_reset_for(&case.daemon, &case.pair, &last)
 }
 
 #[test]
 fn a_duplicate_segment_does_not_save_an_idle_session() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.to_server(b"ping")?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.to_server(b"ping")?;
     let duplicate = |at: Sequence| {
         (
             Sequence {
@@ -110,31 +104,28 @@ fn a_duplicate_segment_does_not_save_an_idle_session() -> Result<()> {
             b"ping".to_vec(),
         )
     };
-    forge(&lab, &pair, duplicate)?;
-    assert_reset_for(&daemon, &pair, &last)
+    forge(&case.lab, &case.pair, duplicate)?;
+    assert_reset_for(&case.daemon, &case.pair, &last)
 }
 
 /// An attacker who knows only addresses and ports can, with four sequence numbers, hit one that may
 /// be ahead of the receiver's.
 #[test]
 fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
+    let case = TrackedPair::open(AGENT, &rule())?;
+    let last = case.pair.round_trip()?;
     let blind = |number: u32| {
         let at = Sequence {
             to_send: number << 30,
             to_receive: 0,
         };
-        RawTcp::new(&lab.outside)?.send(&pair.client, at, b"x")
+        RawTcp::new(&case.lab.outside)?.send(&case.pair.client, at, b"x")
     };
     (0..4).try_for_each(blind)?;
     last.wait(limit() / 2);
     (0..4).try_for_each(blind)?;
-    assert_reset_for(&daemon, &pair, &last)?;
-    let record = daemon.wait_for_termination_of(&pair)?;
+    assert_reset_for(&case.daemon, &case.pair, &last)?;
+    let record = case.daemon.wait_for_termination_of(&case.pair)?;
     assert_eq!(record.bytes(), [4, 4]);
     Ok(())
 }
@@ -143,43 +134,37 @@ fn segments_that_the_stack_refuses_do_not_save_an_idle_session() -> Result<()> {
 #[test]
 fn payload_that_another_program_drops_does_not_save_an_idle_session() -> Result<()> {
     for way in PacketDirection::ALL {
-        let lab = Lab::new(AGENT)?;
-        let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-        let daemon = lab.daemon(&rule())?;
-        let pair = Pair::open(&lab.outside, &listener)?;
-        let last = pair.round_trip()?;
-        let _other = drop_packets(&lab.cgroup, way)?;
+        let case = TrackedPair::open(AGENT, &rule())?;
+        let last = case.pair.round_trip()?;
+        let _other = drop_packets(&case.lab.cgroup, way)?;
         let mut from = match way {
-            PacketDirection::Ingress => &pair.client,
-            PacketDirection::Egress => &pair.server,
+            PacketDirection::Ingress => &case.pair.client,
+            PacketDirection::Egress => &case.pair.server,
         };
         let before = segments_sent(from)?;
         from.write_all(b"again")?;
         eventually("three retransmissions", patience(), || {
             Ok((segments_sent(from)?.1 >= before.1 + 3).then_some(()))
         })?;
-        let record = daemon.wait_for_termination_of(&pair)?;
+        let record = case.daemon.wait_for_termination_of(&case.pair)?;
         record.assert_reset("idle_timeout", &last, limit());
         assert_eq!(record.bytes(), [4, 4], "{way:?}");
     }
     Ok(())
 }
 
+/// The control of the tests above: forged segments reach the socket, and one that it accepts counts.
 #[test]
-fn a_forged_segment_with_new_payload_is_activity() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
-    let daemon = lab.daemon(&rule())?;
-    let mut pair = Pair::open(&lab.outside, &listener)?;
-    pair.round_trip()?.wait(Duration::from_secs(1));
-    // This shows that forged segments of the tests above reach the socket.
-    let at = Sequence::of(&pair.client)?;
-    let forge = || RawTcp::new(&lab.outside)?.send(&pair.client, at, b"new");
+fn an_accepted_forged_segment_is_activity() -> Result<()> {
+    let mut case = TrackedPair::open(AGENT, &rule())?;
+    case.pair.round_trip()?.wait(Duration::from_secs(1));
+    let at = Sequence::of(&case.pair.client)?;
+    let forge = || RawTcp::new(&case.lab.outside)?.send(&case.pair.client, at, b"new");
     let (last, ()) = Moment::of(forge)?;
     let mut received = [0; 3];
-    pair.server.read_exact(&mut received)?;
+    case.pair.server.read_exact(&mut received)?;
     assert_eq!(&received, b"new");
-    assert_reset_for(&daemon, &pair, &last)
+    assert_reset_for(&case.daemon, &case.pair, &last)
 }
 
 /// Fills the receiver's window until the sender would block.

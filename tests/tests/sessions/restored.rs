@@ -15,7 +15,7 @@ use nix::{
     sys::socket::{SockaddrStorage, bind},
 };
 use session_enforcer_tests::{
-    Daemon, End, Lab, Netns, Pair, Saved, ends_of, set_option, unhurried,
+    Daemon, End, Lab, Netns, Pair, Saved, TrackedPair, ends_of, set_option, unhurried,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -59,15 +59,12 @@ fn a_lifetime_goes_on_however_often_the_connection_is_re_created() -> Result<()>
 
 #[test]
 fn an_accepted_connection_that_is_restored_is_still_accepted_and_as_idle_as_it_was() -> Result<()> {
-    let lab = Lab::new(AGENT)?;
-    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
-    let daemon = lab.daemon(&rule("inbound", &seconds("idle_timeout", limit())))?;
-    let pair = Pair::open(&lab.outside, &listener)?;
-    let last = pair.round_trip()?;
+    let case = TrackedPair::open(AGENT, &rule("inbound", &seconds("idle_timeout", limit())))?;
+    let last = case.pair.round_trip()?;
     last.wait(limit() / 2);
-    let Pair { client, server, .. } = pair;
-    let server = Saved::of(server)?.restore(&lab.inside)?;
-    let record = daemon.wait_for_termination()?;
+    let Pair { client, server, .. } = case.pair;
+    let server = Saved::of(server)?.restore(&case.lab.inside)?;
+    let record = case.daemon.wait_for_termination()?;
     record.assert_reset("idle_timeout", &last, limit());
     assert_eq!(record.text("network.direction"), "inbound");
     assert_both_reset(&client, &server)

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_built_for_another_processor_cannot_be_tried() {
+    fn a_build_for_another_processor_cannot_be_tried() {
         includes(&Arch::ALL, Arch::X86_64).expect("it is among all");
         let error = includes(&[Arch::Aarch64], Arch::X86_64).expect_err("another one");
         assert!(

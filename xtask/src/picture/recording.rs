@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_named() {
+    fn a_recording_that_cannot_be_drawn_is_refused_with_the_reason() {
         let error = recorded("\x1b[38;5;123mx", 10).err().expect("no class");
         assert!(error.to_string().contains("Idx(123)"), "{error}");
         let error = recording("a\n", 10).part("b", "c").err().expect("no row");

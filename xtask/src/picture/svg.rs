@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_xml_would_read_as_markup_is_escaped() {
+    fn characters_of_xml_markup_are_escaped() {
         assert_eq!(
             escape("a<b> & \"c\"\u{7}"),
             "a&lt;b&gt; &amp; &quot;c&quot;"

@@ -52,7 +52,7 @@ pub(super) fn hidden_by(folder: &Path) -> Option<&'static str> {
 const OPEN_FILES: u64 = 65_536;
 
 /// The interval of checks for ended programs.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Runs the first process. Returns only if this is not the first process of such a machine.
 pub(crate) fn guest() -> Result<()> {
@@ -179,7 +179,7 @@ fn forget_destroy(shared: &Path) -> Result<()> {
             }
             bail!("cannot remove the destroy function from tcp_diag: {said}");
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
     bail!("the host did not remove the destroy function from tcp_diag")
 }
@@ -240,7 +240,7 @@ fn run_all(plan: &Plan, boot: &Boot, shared: &Path) -> Result<()> {
             };
             running.push(start(plan, program, shared)?);
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
         bury_orphans(&running);
         let mut still = Vec::new();
         for mut one in running {

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ldd_names_is_what_a_program_loads() {
+    fn the_libraries_of_a_program_are_those_that_ldd_names() {
         let shown = "\tlinux-vdso.so.1 (0x00007ffd0b7d5000)\n\
                      \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f1c2a000000)\n\
                      \t/lib64/ld-linux-x86-64.so.2 (0x00007f1c2a3a1000)\n";
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_built_in_needs_no_file() {
+    fn a_built_in_module_needs_no_file() {
         let shown = "builtin virtio_pci\ninsmod /k/virtio.ko \ninsmod /k/fuse.ko.xz \n";
         assert_eq!(
             files(shown),

@@ -19,7 +19,7 @@ use crate::packages::{self, VIRTIOFSD};
 use crate::process::{as_root, find_program, is_root, output_of, say};
 
 /// The interval of checks on the machine.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The number of console lines in an error.
 const CONSOLE_LINES: usize = 30;
@@ -177,7 +177,7 @@ impl Machine<'_> {
                 self.reset(&awaited)?;
             }
             debugger::serve(self.shared, &self.socket("debugger"));
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         };
         watch();
         if !ended.success() {
@@ -361,7 +361,7 @@ mod tests {
         let mut awaited = Awaited::new(start);
         let late = start + BOOT;
         assert!(!awaited.is_overdue(Some(0), start));
-        assert!(!awaited.is_overdue(Some(0), late - LOOK));
+        assert!(!awaited.is_overdue(Some(0), late - POLL_INTERVAL));
         // The boot has started and runs for long.
         assert!(!awaited.is_overdue(None, late));
         assert!(!awaited.is_overdue(None, late + BOOT));
@@ -369,7 +369,7 @@ mod tests {
         let start = late + BOOT;
         assert!(!awaited.is_overdue(Some(1), start));
         assert!(awaited.is_overdue(Some(1), start + BOOT));
-        assert!(!awaited.is_overdue(Some(1), start + BOOT + LOOK));
+        assert!(!awaited.is_overdue(Some(1), start + BOOT + POLL_INTERVAL));
         assert!(awaited.is_overdue(Some(1), start + 2 * BOOT));
         assert_eq!(awaited.overdue, 2);
         assert!(!awaited.is_overdue(Some(2), start + 3 * BOOT));

@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_in_another_way_than_its_tests_say_has_failed() {
+    fn a_program_whose_exit_contradicts_its_tests_has_failed() {
         let green = "test a_thing ... ok\n\ntest result: ok. 1 passed;\n";
         assert!(Ran::new(&outcome(End::Exit(0)), green).is_green());
         for (end, log) in [

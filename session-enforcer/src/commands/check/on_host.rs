@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_right_here_is_not_refused() {
+    fn a_valid_configuration_is_not_refused_on_this_host() {
         let text = "[daemon]\npin_dir = ''\n[audit]\npath = '/dev/null'\n";
         assert_eq!(refused(text, 0o755), Vec::<String>::new());
     }

@@ -184,7 +184,7 @@ fn directions_that_do_not_differ_are_explained_together() {
 }
 
 #[test]
-fn what_observes_and_what_limits_the_scope_is_said() {
+fn observing_rules_and_limits_of_the_scope_are_reported() {
     let ends = ends("10.0.0.5:22", "10.0.0.9:50000");
     let inbound = Some(Direction::Inbound);
     let text = described(RULES, &ends, inbound);

@@ -42,7 +42,7 @@ pub(super) struct Board {
     pub(super) last: Option<Fetched>,
     pub(super) rates: Rates,
     /// The error, if the daemon does not answer.
-    pub(super) trouble: Option<String>,
+    pub(super) error: Option<String>,
     /// The session that ended last, and the reason.
     pub(super) ended: Option<String>,
     /// The result of the user's last request.
@@ -62,7 +62,7 @@ impl Board {
             is_typing: false,
             last: None,
             rates: Rates::default(),
-            trouble: None,
+            error: None,
             ended: None,
             message: None,
             question: None,
@@ -88,11 +88,11 @@ impl Board {
         let now = match fetched {
             Ok(now) => now,
             Err(error) => {
-                self.trouble = Some(format!("{error:#}"));
+                self.error = Some(format!("{error:#}"));
                 return;
             }
         };
-        self.trouble = None;
+        self.error = None;
         if let Some(before) = &self.last {
             self.rates = rates(before, &now);
         }
@@ -227,7 +227,7 @@ pub(super) mod tests {
             pid: 7,
             started: "2026-01-01T12:00:00Z".to_owned(),
             ready: true,
-            troubles: Vec::new(),
+            degraded: Vec::new(),
             mode: "enforce".to_owned(),
             cgroup: "/sys/fs/cgroup".to_owned(),
             attached: true,
@@ -348,10 +348,10 @@ pub(super) mod tests {
         };
         assert_eq!(board.rates, rates);
         board.take(Err(anyhow::anyhow!("no daemon answers")));
-        assert_eq!(board.trouble.as_deref(), Some("no daemon answers"));
+        assert_eq!(board.error.as_deref(), Some("no daemon answers"));
         board.take(Ok(look(start, 1, &[1])));
         assert_eq!(
-            (board.trouble.as_deref(), board.rates),
+            (board.error.as_deref(), board.rates),
             (None, Rates::default())
         );
     }

@@ -70,8 +70,8 @@ fn head_line(board: &Board, paint: Paint) -> Line<'static> {
         return Line::from("session-enforcer");
     };
     let status = &last.status;
-    let what = match (&board.trouble, status.troubles.first()) {
-        (Some(trouble), _) => Span::styled(printable(trouble), paint.coloured(Color::Red)),
+    let what = match (&board.error, status.degraded.first()) {
+        (Some(error), _) => Span::styled(printable(error), paint.coloured(Color::Red)),
         (None, Some(first)) => {
             let text = format!("not ready: {}", printable(&first.what));
             Span::styled(text, paint.coloured(Color::Red))
@@ -181,7 +181,7 @@ mod tests {
     };
 
     use super::{super::board::tests::look, *};
-    use crate::report::control::{SortKey, StatusTrouble};
+    use crate::report::control::{Degradation, SortKey};
 
     fn board() -> Board {
         let start = Instant::now();
@@ -264,11 +264,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_in_the_first_line() {
+    fn top_shows_the_degraded_cause_first() {
         let mut board = board();
         let mut look = look(Instant::now(), 3, &[]);
         look.status.ready = false;
-        look.status.troubles.push(StatusTrouble {
+        look.status.degraded.push(Degradation {
             cause: "audit".to_owned(),
             what: "audit records are lost".to_owned(),
         });

@@ -55,7 +55,7 @@ fn each_example_is_in_the_cookbook_word_for_word() {
 }
 
 #[test]
-fn what_the_pages_show_is_valid_and_without_a_warning() {
+fn configurations_in_the_pages_are_valid_and_without_a_warning() {
     let shown = blocks(COOKBOOK).into_iter().chain(blocks(README));
     let configs = shown.map(|(_, block)| Config::parse("x.toml", block).unwrap());
     let configs: Vec<_> = configs.collect();
@@ -371,7 +371,7 @@ fn sources() -> Vec<(PathBuf, String)> {
 /// Code such as `judge::judge` or `Session::SHUT` in a note: the first name is that of a module's file or of a type,
 /// and a source that defines it, or uses it where it is a type, has the second.
 #[test]
-fn what_the_design_notes_name_is_in_the_code() {
+fn names_in_the_design_notes_are_in_the_code() {
     let sources = sources();
     let has = |text: &str, word: &str| {
         let is_part = |c: char| c.is_alphanumeric() || c == '_';

@@ -1,11 +1,11 @@
-//! Tests of unknown keys, keys of later versions, and values of the wrong type.
+//! Tests of unknown keys and values of the wrong type.
 
 use session_enforcer_common::Activity;
 
 use super::*;
 
 #[test]
-fn every_key_of_the_contract_that_this_version_knows_is_read() {
+fn every_key_of_the_contract_is_read() {
     let text = r#"
 [daemon]
 cgroup = "/sys/fs/cgroup"
@@ -105,7 +105,7 @@ max_sessions = 500
 }
 
 #[test]
-fn what_is_not_said_has_its_default() {
+fn a_missing_key_has_its_default() {
     let text = "[[rule]]\nname = 'a'\nidle_timeout = '1s'\n";
     let config = Config::parse("x.toml", text).unwrap();
     let rule = Rule {

@@ -269,7 +269,7 @@ fn count(conditions: &str) -> usize {
 }
 
 #[test]
-fn what_can_be_joined_costs_no_entry() {
+fn adjacent_ranges_are_joined_and_cost_no_entry() {
     assert_eq!(count("remote = ['0.0.0.0/0', '::/0']"), 1);
     assert_eq!(
         count("remote = ['0.0.0.0/1', '128.0.0.0/1', '::/1', '8000::/1']"),

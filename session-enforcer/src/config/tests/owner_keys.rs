@@ -20,7 +20,7 @@ fn paths_are_those_of_proc_and_users_are_names_or_numbers() {
 }
 
 #[test]
-fn what_is_no_cgroup_or_no_user_is_refused() {
+fn an_invalid_cgroup_or_user_is_refused() {
     let allowed = "allowed: a cgroup's path from the root of the hierarchy, as in \
                    /proc/PID/cgroup, such as \"/system.slice/postgresql.service\"";
     for path in [
@@ -53,7 +53,7 @@ fn what_is_no_cgroup_or_no_user_is_refused() {
     let text = format!("[[rule]]\nname = 'a'\nidle_timeout = '1s'\ncgroups = ['{deep}']\n");
     assert_eq!(
         refused(&text),
-        "x.toml:4:12: rule \"a\": cgroups: has 17 levels; at most 16 are looked at, name one above \
+        "x.toml:4:12: rule \"a\": cgroups: has 17 levels, and rules can name at most 16; name a cgroup above \
          it"
     );
 }
@@ -65,8 +65,8 @@ fn a_name_that_systemd_has_escaped_is_written_in_single_quotes() {
         let rule = rule(&format!("cgroups = [{written}]\nidle_timeout = '1s'"));
         assert_eq!(rule.cgroups, [escaped]);
     }
-    let said = "has \\x within double quotes, where it stands for another character; names of systemd \
-                have it as it is: write the path in single quotes";
+    let said = "TOML replaces \\x within double quotes, and names of systemd contain it: write the path in single \
+                quotes";
     let text = format!("[[rule]]\nname = 'a'\nidle_timeout = '1s'\ncgroups = [\"{escaped}\"]\n");
     assert_eq!(
         refused(&text),

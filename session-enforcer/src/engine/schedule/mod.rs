@@ -4,13 +4,13 @@
 //! when the entry is due, the engine reads the session and reschedules it. So a busy session costs one check per
 //! timeout, and a packet costs nothing here.
 
-mod groups;
 mod queue;
+mod session_groups;
 mod sessions;
 #[cfg(test)]
 mod tests;
 
-use self::{groups::Groups, queue::Queue, sessions::Sessions};
+use self::{queue::Queue, session_groups::Groups, sessions::Sessions};
 
 /// Sessions by due time. `u64::MAX` means never.
 ///

@@ -4,5 +4,5 @@
 mod netlink;
 pub mod wire;
 
-pub use netlink::{BIT, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
+pub use netlink::{CHUNK, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
 pub use wire::{Detail, Family, Info, Queued, Socket, SocketId, state};

@@ -39,7 +39,7 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 const DATAGRAM: usize = 1 << 16;
 
 /// A list hands over its sockets in chunks of this size.
-pub const BIT: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// A dump is repeated up to this often if the kernel's tables changed during it.
 const DUMP_ATTEMPTS: u32 = 4;
@@ -265,7 +265,7 @@ impl DiagSocket {
 
     /// Lists the TCP sockets of the namespace that are in one of the `states` (a set of
     /// [`wire::state::bit`]s) and have these ports (0 matches any). Passes them to `take` in chunks of at
-    /// most [`BIT`] while the dump runs. If the table changed during the dump, the dump is repeated, and
+    /// most [`CHUNK`] while the dump runs. If the table changed during the dump, the dump is repeated, and
     /// sockets are handed over again.
     ///
     /// # Errors
@@ -278,21 +278,21 @@ impl DiagSocket {
         ports: Ports,
         take: &mut dyn FnMut(Vec<Socket>),
     ) -> Result<(), SockDiagError> {
-        let mut bit = Vec::with_capacity(BIT);
+        let mut chunk = Vec::with_capacity(CHUNK);
         // IPv6 first: a process can turn an IPv6 socket with IPv4-mapped addresses into an IPv4 socket (IPV6_ADDRFORM), and
         // not back. It is then in the second list, if it was not in the first one.
         for family in [Family::Ipv6, Family::Ipv4] {
             self.until_whole(|diag| {
                 diag.dump_once(family, states, ports, &mut |socket| {
-                    bit.push(socket);
-                    if bit.len() == BIT {
-                        take(std::mem::replace(&mut bit, Vec::with_capacity(BIT)));
+                    chunk.push(socket);
+                    if chunk.len() == CHUNK {
+                        take(std::mem::replace(&mut chunk, Vec::with_capacity(CHUNK)));
                     }
                 })
             })?;
         }
-        if !bit.is_empty() {
-            take(bit);
+        if !chunk.is_empty() {
+            take(chunk);
         }
         Ok(())
     }
@@ -304,7 +304,7 @@ impl DiagSocket {
     /// Fails as [`DiagSocket::list`] does.
     pub fn listed(&mut self, states: u32, ports: Ports) -> Result<Vec<Socket>, SockDiagError> {
         let mut sockets = Vec::new();
-        self.list(states, ports, &mut |bit| sockets.extend(bit))?;
+        self.list(states, ports, &mut |chunk| sockets.extend(chunk))?;
         Ok(sockets)
     }
 
@@ -449,12 +449,12 @@ mod tests {
     #[test]
     fn a_list_has_every_socket_in_bits_and_without_what_takes_a_lock() {
         let listen = |_| std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let listeners: Vec<_> = (0..=BIT).map(listen).collect();
+        let listeners: Vec<_> = (0..=CHUNK).map(listen).collect();
         let listening = wire::state::bit(wire::state::LISTEN);
         let mut found = HashMap::new();
-        let mut take = |bit: Vec<Socket>| {
-            assert!(bit.len() <= BIT);
-            found.extend(bit.into_iter().map(|s| (s.target.local_port, s)));
+        let mut take = |chunk: Vec<Socket>| {
+            assert!(chunk.len() <= CHUNK);
+            found.extend(chunk.into_iter().map(|s| (s.target.local_port, s)));
         };
         let mut diag = DiagSocket::open().unwrap();
         diag.list(listening, [0, 0], &mut take).unwrap();

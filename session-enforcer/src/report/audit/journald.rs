@@ -258,14 +258,14 @@ mod tests {
         config::Mode,
         host::clock::WallClock,
         report::audit::{
-            End, Place, RequestedBy, Requester, Termination, record,
+            End, RecordId, RequestedBy, Requester, Termination, record,
             tests::{session, termination},
         },
     };
 
     const CATALOGUE: &str = include_str!("../../../packaging/session-enforcer.catalog");
     const CLOCK: WallClock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
-    const PLACE: Place<'_> = Place {
+    const RECORD_ID: RecordId<'_> = RecordId {
         boot: "b007",
         run_ns: 255,
         sequence: 7,
@@ -278,7 +278,7 @@ mod tests {
     }
 
     fn entry_of(termination: &Termination<'_>) -> Entry {
-        entry(|out| termination.write_json(&PLACE, &CLOCK, out))
+        entry(|out| termination.write_json(&RECORD_ID, &CLOCK, out))
     }
 
     /// One entry of each kind.
@@ -294,14 +294,15 @@ mod tests {
             pid: 12,
             command: "curl".to_owned(),
         };
-        let own = |action, kind| entry(|out| record::lifecycle(action, kind, &PLACE, &CLOCK, out));
+        let own =
+            |action, kind| entry(|out| record::lifecycle(action, kind, &RECORD_ID, &CLOCK, out));
         vec![
             entry_of(&termination(&session)),
             entry_of(&ended(End::Gone)),
             entry_of(&ended(End::Observed)),
             entry_of(&ended(End::Failed("EPERM"))),
             own("enforcer-started", "start"),
-            entry(|out| record::policy(Mode::Enforce, &rules, None, &PLACE, &CLOCK, out)),
+            entry(|out| record::policy(Mode::Enforce, &rules, None, &RECORD_ID, &CLOCK, out)),
             own("enforcer-stopped", "end"),
             entry_of(&Termination {
                 reason: Reason::Admin,

@@ -168,14 +168,14 @@ pub struct Termination<'a> {
 
 impl Termination<'_> {
     /// Appends the record as one line of JSON.
-    pub fn write_json(&self, place: &Place<'_>, clock: &WallClock, out: &mut Vec<u8>) {
-        record::termination(self, place, clock, out);
+    pub fn write_json(&self, record_id: &RecordId<'_>, clock: &WallClock, out: &mut Vec<u8>) {
+        record::termination(self, record_id, clock, out);
     }
 }
 
-/// Identifies a record: no two records have the same place.
+/// Identifies a record: no two records have the same id.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct RecordId<'a> {
     /// The kernel's boot ID.
     pub boot: &'a str,
     /// The start time of this daemon, in nanoseconds of `CLOCK_BOOTTIME`.
@@ -243,7 +243,7 @@ impl Audit {
     /// Records the end of a session. The receipt is dropped when the record is written or lost.
     pub fn termination(&mut self, termination: &Termination<'_>, receipt: Option<Receipt>) {
         self.pending.receipts.extend(receipt);
-        self.add(|place, clock, out| termination.write_json(place, clock, out));
+        self.add(|record_id, clock, out| termination.write_json(record_id, clock, out));
     }
 
     /// The ID of the record of a session's end.
@@ -269,8 +269,8 @@ impl Audit {
 
     /// Records that the enforcement has started.
     pub fn started(&mut self) {
-        self.add(|place, clock, out| {
-            record::lifecycle("enforcer-started", "start", place, clock, out);
+        self.add(|record_id, clock, out| {
+            record::lifecycle("enforcer-started", "start", record_id, clock, out);
         });
     }
 
@@ -281,13 +281,15 @@ impl Audit {
         rules: &[String],
         requested_by: Option<RequestedBy<'_>>,
     ) {
-        self.add(|place, clock, out| record::policy(mode, rules, requested_by, place, clock, out));
+        self.add(|record_id, clock, out| {
+            record::policy(mode, rules, requested_by, record_id, clock, out);
+        });
     }
 
     /// Records that the enforcement has stopped.
     pub fn stopped(&mut self) {
-        self.add(|place, clock, out| {
-            record::lifecycle("enforcer-stopped", "end", place, clock, out);
+        self.add(|record_id, clock, out| {
+            record::lifecycle("enforcer-stopped", "end", record_id, clock, out);
         });
     }
 
@@ -307,14 +309,14 @@ impl Audit {
     }
 
     /// Builds a record with `write` and adds it to the pending ones.
-    fn add(&mut self, write: impl FnOnce(&Place<'_>, &WallClock, &mut Vec<u8>)) {
+    fn add(&mut self, write: impl FnOnce(&RecordId<'_>, &WallClock, &mut Vec<u8>)) {
         self.sequence += 1;
-        let place = Place {
+        let record_id = RecordId {
             boot: &self.boot,
             run_ns: self.run_ns,
             sequence: self.sequence,
         };
-        write(&place, &WallClock::now(), &mut self.pending.bytes);
+        write(&record_id, &WallClock::now(), &mut self.pending.bytes);
         self.pending.records += 1;
         if self.pending.bytes.len() >= MAX_PENDING_BYTES {
             self.flush();

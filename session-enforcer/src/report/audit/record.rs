@@ -5,7 +5,7 @@ use std::{borrow::Cow, net::IpAddr, time::Duration};
 use serde::{Deserialize, Serialize, Serializer};
 use session_enforcer_common::{Direction, Reason, Session};
 
-use super::{End, Outcome, Place, Process, RequestedBy, Termination, mode_name, reason_name};
+use super::{End, Outcome, Process, RecordId, RequestedBy, Termination, mode_name, reason_name};
 use crate::{
     config::Mode,
     host::clock::{Moment, WallClock, monotonic_ns},
@@ -147,7 +147,7 @@ struct TerminationFields<'a> {
 /// Builds the record of a session's end.
 pub(super) fn termination(
     t: &Termination<'_>,
-    place: &Place<'_>,
+    record_id: &RecordId<'_>,
     clock: &WallClock,
     out: &mut Vec<u8>,
 ) {
@@ -173,8 +173,8 @@ pub(super) fn termination(
             outcome,
             reason: Some(reason_name(t.reason)),
             duration: established_ns(t).map(|then| t.answered_ns.saturating_sub(then)),
-            id: termination_id(place.boot, t.cookie, session.established_ns, number),
-            sequence: place.sequence,
+            id: termination_id(record_id.boot, t.cookie, session.established_ns, number),
+            sequence: record_id.sequence,
         },
         rule: Some(RuleFields { name: t.rule }),
         network: Some(network(session)),
@@ -338,14 +338,17 @@ fn ends(session: &Session) -> (EndFields, EndFields) {
 pub(super) fn lifecycle(
     action: &'static str,
     kind: &'static str,
-    place: &Place<'_>,
+    record_id: &RecordId<'_>,
     clock: &WallClock,
     out: &mut Vec<u8>,
 ) {
     let own = Own::Lifecycle {
         version: env!("CARGO_PKG_VERSION"),
     };
-    write(&own_record("process", action, kind, place, clock, own), out);
+    write(
+        &own_record("process", action, kind, record_id, clock, own),
+        out,
+    );
 }
 
 /// Builds the record of a policy that comes into force.
@@ -353,7 +356,7 @@ pub(super) fn policy(
     mode: Mode,
     rules: &[String],
     requested_by: Option<RequestedBy<'_>>,
-    place: &Place<'_>,
+    record_id: &RecordId<'_>,
     clock: &WallClock,
     out: &mut Vec<u8>,
 ) {
@@ -367,7 +370,7 @@ pub(super) fn policy(
         "configuration",
         "policy-loaded",
         "change",
-        place,
+        record_id,
         clock,
         own,
     );
@@ -378,7 +381,7 @@ fn own_record<'a>(
     category: &'static str,
     action: &'static str,
     kind: &'static str,
-    place: &Place<'_>,
+    record_id: &RecordId<'_>,
     clock: &WallClock,
     own: Own<'a>,
 ) -> Record<'a> {
@@ -392,8 +395,11 @@ fn own_record<'a>(
             outcome: Some("success"),
             reason: None,
             duration: None,
-            id: format!("{}-{:x}-{:x}", place.boot, place.run_ns, place.sequence),
-            sequence: place.sequence,
+            id: format!(
+                "{}-{:x}-{:x}",
+                record_id.boot, record_id.run_ns, record_id.sequence
+            ),
+            sequence: record_id.sequence,
         },
         rule: None,
         network: None,

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_does_not_keep_up_is_cut_off_and_no_other() {
+    async fn only_a_subscriber_that_does_not_keep_up_is_cut_off() {
         let mut all = Subscribers::default();
         let (mut slow, mut quick) = (all.add().unwrap(), all.add().unwrap());
         let records = vec![b'x'; MAX_UNREAD_BYTES / 4];

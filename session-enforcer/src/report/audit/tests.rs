@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use session_enforcer_common::{Address, Direction, Owner};
 
 use super::{sink::Sink, writer::Output, *};
+use crate::engine::fixtures;
 
 fn v4(octets: [u8; 4]) -> Address {
     Address::from_ipv4(u32::from_ne_bytes(octets))
@@ -20,30 +21,17 @@ pub(in crate::report) fn session() -> Session {
         answered_ns: 0,
         bytes_received: 120,
         bytes_sent: 4096,
-        open_until_ns: 0,
         established_ns: 1_000_000_000,
-        netns_cookie: 3,
         local: v4([10, 0, 0, 5]),
         remote: v4([10, 0, 0, 7]),
         local_port: 5432,
         remote_port: 51234,
-        ifindex: 0,
-        generation: 1,
-        rule: 0,
-        direction: Direction::Inbound as u8,
-        flags: 0,
         owner: Owner {
             cgroup_id: 77,
             uid: 113,
             unused: 0,
         },
-        data_segments_sent: 0,
-        sent_before_answer: 0,
-        went_is_answer: 0,
-        half_closed_ns: Session::NOT_HALF_CLOSED,
-        came_ns: 0,
-        went_ns: 0,
-        went_until: 0,
+        ..fixtures::session()
     }
 }
 
@@ -75,10 +63,10 @@ pub(in crate::report) fn termination(session: &Session) -> Termination<'_> {
 /// Renders the record as if the kernel had answered at noon of the wall clock.
 fn line(termination: &Termination<'_>) -> String {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 901_004_000_000);
-    written(|out| termination.write_json(&PLACE, &clock, out))
+    written(|out| termination.write_json(&RECORD_ID, &clock, out))
 }
 
-const PLACE: Place<'_> = Place {
+const RECORD_ID: RecordId<'_> = RecordId {
     boot: "b007",
     run_ns: 255,
     sequence: 7,
@@ -158,7 +146,7 @@ fn a_failure_names_its_cause_and_an_observation_has_no_outcome() {
 }
 
 #[test]
-fn what_is_not_known_of_the_owner_is_left_out() {
+fn unknown_fields_of_the_owner_are_left_out() {
     let unknown = Session {
         owner: Owner::UNKNOWN,
         ..session()
@@ -188,7 +176,7 @@ fn a_clock_that_is_set_moves_every_time_of_a_record_and_no_duration() {
     let (session, noon) = (session(), 1_767_268_800_000_000_000);
     let record = |realtime_ns| -> serde_json::Value {
         let clock = WallClock::pair(realtime_ns, 901_004_000_000);
-        let line = written(|out| termination(&session).write_json(&PLACE, &clock, out));
+        let line = written(|out| termination(&session).write_json(&RECORD_ID, &clock, out));
         serde_json::from_str(&line).unwrap()
     };
     let [before, after] = [record(noon), record(noon - YEAR)];
@@ -259,7 +247,7 @@ fn the_age_of_a_session_that_was_never_tracked_is_not_invented() {
 }
 
 #[test]
-fn what_has_never_passed_has_no_time() {
+fn a_direction_without_payload_has_no_time() {
     let silent = Session {
         last_received_ns: session().established_ns,
         bytes_received: 0,
@@ -277,7 +265,7 @@ fn what_has_never_passed_has_no_time() {
 }
 
 #[test]
-fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
+fn payload_before_another_socket_took_the_connection_over_keeps_its_time() {
     let restored = Session {
         bytes_received: 0,
         bytes_sent: 0,
@@ -288,7 +276,7 @@ fn what_passed_before_another_socket_took_the_connection_over_has_its_time() {
 }
 
 #[test]
-fn of_a_limit_the_beginning_is_told_and_of_a_policy_s_change_there_is_none() {
+fn a_limit_has_its_beginning_in_the_record_and_a_policy_change_has_none() {
     let session = session();
     let old = Termination {
         reason: Reason::MaxLifetime,
@@ -365,7 +353,7 @@ proptest! {
 fn the_daemon_s_own_records_name_version_and_rules() {
     let clock = WallClock::pair(1_767_268_800_000_000_000, 0);
     let started =
-        written(|out| record::lifecycle("enforcer-started", "start", &PLACE, &clock, out));
+        written(|out| record::lifecycle("enforcer-started", "start", &RECORD_ID, &clock, out));
     let version = env!("CARGO_PKG_VERSION");
     assert!(
         started.contains(r#""id":"b007-ff-7","sequence":7}"#),
@@ -375,7 +363,8 @@ fn the_daemon_s_own_records_name_version_and_rules() {
         r#""session_enforcer":{{"version":"{version}"}}}}"#
     )));
     let rules = ["a".to_owned(), "b".to_owned()];
-    let policy = written(|out| record::policy(Mode::Observe, &rules, None, &PLACE, &clock, out));
+    let policy =
+        written(|out| record::policy(Mode::Observe, &rules, None, &RECORD_ID, &clock, out));
     assert!(policy.contains(r#""action":"policy-loaded""#), "{policy}");
     assert!(
         policy.contains(r#""mode":"observe","rules":["a","b"]"#),
@@ -431,7 +420,7 @@ fn write_lines(room: usize, lines: &[&str]) -> (String, u64) {
 }
 
 #[test]
-fn what_fits_is_written_and_what_does_not_is_counted() {
+fn records_that_fit_are_written_and_the_others_are_counted() {
     assert_eq!(
         write_lines(100, &["one", "two"]),
         ("one\ntwo\n".to_owned(), 0)
@@ -441,7 +430,7 @@ fn what_fits_is_written_and_what_does_not_is_counted() {
 }
 
 #[test]
-fn of_a_batch_that_was_cut_only_the_rest_is_lost() {
+fn only_the_rest_of_a_truncated_batch_is_lost() {
     let disk = Disk::with_room(6);
     let mut output = Output::new(disk.clone(), None);
     output.write(b"one\ntwo\nthree\n", 3);
@@ -583,7 +572,7 @@ fn a_reader_that_stands_still_costs_bounded_memory_and_each_loss_is_counted() {
 /// Without the bound, the records of 100,000 sessions that expire with one policy change would form one batch
 /// that exceeds the queue and is lost as a whole.
 #[test]
-fn what_waits_to_be_handed_over_is_bounded() {
+fn records_before_a_batch_is_handed_to_the_writer_are_bounded() {
     let disk = Disk::with_room(usize::MAX);
     let writer = Writer::start(Output::new(disk.clone(), None)).unwrap();
     let mut audit = Audit::of(writer, false);
@@ -685,7 +674,7 @@ fn fields(path: &str, value: &serde_json::Value, found: &mut Vec<String>) {
 }
 
 #[test]
-fn who_asked_for_an_end_is_named_as_far_as_that_is_known() {
+fn the_requester_of_a_reset_is_recorded_as_far_as_it_is_known() {
     let session = session();
     let by = |requester: &Requester, user: Option<&str>| {
         let record = line(&Termination {

@@ -229,10 +229,10 @@ impl Writer {
         if is_full || !self.send(Task::Write(pending)) {
             self.lost.fetch_add(records, Ordering::Relaxed);
             if !std::mem::replace(&mut self.overflowing, true) {
-                tracing::error!("audit records are lost: nobody takes them, or not fast enough");
+                tracing::error!("audit records are lost: the reader of the audit does not keep up");
             }
         } else if std::mem::take(&mut self.overflowing) {
-            tracing::info!("audit records are taken again");
+            tracing::info!("audit records are written again");
         }
     }
 
@@ -258,7 +258,9 @@ impl Writer {
     pub(super) fn close(&mut self) {
         self.tasks = None;
         if self.done.recv_timeout(CLOSE_TIMEOUT).is_err() {
-            tracing::error!("the audit is not written to its end: its writer does not keep up");
+            tracing::error!(
+                "some audit records were not written before the stop: their reader does not keep up"
+            );
         }
     }
 

@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, time::Duration};
 use ipnet::IpNet;
 use session_enforcer_common::Session;
 
-use super::row::{End, Listed, deadline};
+use super::session_row::{End, Listed, deadline};
 use crate::config::{
     User, format_duration, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix,
     parse_user,
@@ -250,7 +250,7 @@ impl SortKey {
                 let bytes = session.bytes_received.saturating_add(session.bytes_sent);
                 (u64::MAX - bytes, found.id)
             }
-            Self::Rule => (u64::from(found.rule.place), ends_ns),
+            Self::Rule => (u64::from(found.rule.id), ends_ns),
             Self::Id => (found.id, 0),
         }
     }
@@ -336,7 +336,7 @@ mod tests {
             id: 7,
             session,
             rule: RuleInForce {
-                place: 0,
+                id: 0,
                 name: "postgres",
                 mode: Mode::Enforce,
                 limits: &limits,
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn whose_owner_is_not_known_is_nobodys() {
+    fn a_session_of_unknown_owner_matches_no_user_or_cgroup() {
         let unknown = Session {
             owner: Owner::UNKNOWN,
             ..session()
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_refused_with_what_is_allowed() {
+    fn an_invalid_filter_is_refused_with_the_allowed_values() {
         for (query, message) in [
             (
                 "ruel=a",

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     filter::{Selection, SortKey},
     messages::{OwnerNames, Request, Rules},
-    row::Listed,
+    session_row::Listed,
 };
 use crate::{
     datapath::{Cursor, SessionReader},

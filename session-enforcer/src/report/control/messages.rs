@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use session_enforcer_common::{Ancestors, Session};
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
-use super::row::{End, RuleInForce};
-use crate::report::audit::{Requester, Subscription};
+use super::session_row::{End, RuleInForce};
+use crate::report::audit::{Outcome, Requester, Subscription};
 
 /// A request of the HTTP thread to the engine.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ pub struct KillLine {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<End>,
     /// The result.
-    pub result: Outcome,
+    pub result: KillOutcome,
     /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -114,7 +114,7 @@ pub struct KillLine {
 /// The result of a requested reset, for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum KillOutcome {
     /// The kernel reset the session.
     Reset,
     /// The session had ended before the reset.
@@ -129,13 +129,13 @@ pub enum Outcome {
     WouldReset,
 }
 
-impl Outcome {
+impl KillOutcome {
     /// The name in the answers.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Reset => "reset",
-            Self::Gone => "gone",
-            Self::Failed => "failed",
+            Self::Reset => Outcome::Reset.name(),
+            Self::Gone => Outcome::Gone.name(),
+            Self::Failed => Outcome::Failed.name(),
             Self::NotFound => "not_found",
             Self::Pending => "pending",
             Self::WouldReset => "would_reset",
@@ -196,7 +196,7 @@ pub struct Status {
     /// Whether the daemon enforces and records everything that it should.
     pub ready: bool,
     /// The reasons why it is not ready.
-    pub troubles: Vec<StatusTrouble>,
+    pub degraded: Vec<Degradation>,
     /// `enforce` or `observe`.
     pub mode: String,
     /// The cgroup that the programs are attached to.
@@ -226,7 +226,7 @@ pub struct Status {
 
 /// A reason why the daemon does not enforce or record everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StatusTrouble {
+pub struct Degradation {
     /// The cause's name in the metrics.
     pub cause: String,
     /// A description with a remedy.
@@ -302,7 +302,7 @@ mod tests {
             "pending",
             "would_reset",
         ] {
-            let outcome: Outcome = serde_json::from_value(outcome.into()).unwrap();
+            let outcome: KillOutcome = serde_json::from_value(outcome.into()).unwrap();
             assert!(
                 page.contains(&format!("`{}`", outcome.name())),
                 "{outcome:?}"

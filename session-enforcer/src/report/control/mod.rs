@@ -6,24 +6,24 @@
 //! reading holds only its buffers and delays nobody.
 
 mod filter;
+mod kill_request;
 mod listing;
 mod messages;
-mod order;
-mod patient;
 mod peer;
 mod routes;
-mod row;
 mod serve;
+mod session_row;
 mod socket;
+mod write_timeout;
 
 pub use filter::{FILTER_KEYS, Filter, MAX_SORTED, Selection, SortKey};
+pub use kill_request::KillSelection;
 pub use messages::{
-    ConfigInForce, KillLine, KillRequest, KillResult, Killed, Outcome, OwnerNames, PolicyChange,
-    Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status, StatusTrouble,
+    ConfigInForce, Degradation, KillLine, KillOutcome, KillRequest, KillResult, Killed, OwnerNames,
+    PolicyChange, Refusal, ReloadRequest, ReloadResult, Request, RuleStatus, Rules, Status,
     TerminationCount,
 };
-pub use order::Order;
 pub use peer::Admission;
-pub use row::{Carried, End, Owner, Row, RuleInForce};
 pub use serve::{Server, serve};
+pub use session_row::{Carried, End, Owner, Row, RuleInForce};
 pub use socket::{ControlError, bind, check};

@@ -24,12 +24,12 @@ use tokio::{
 
 use super::{
     Selection,
+    kill_request::KillSelection,
     listing::{self, Broken, Gone, Lines, Scan, ask},
     messages::{
-        KillLine, KillRequest, KillResult, Killed, Outcome, Refusal, ReloadRequest, Request,
+        KillLine, KillOutcome, KillRequest, KillResult, Killed, Refusal, ReloadRequest, Request,
     },
-    order::Order,
-    row::Listed,
+    session_row::Listed,
 };
 use crate::{
     datapath::TableInUse,
@@ -201,24 +201,24 @@ impl Client {
     }
 
     async fn kill(&self, query: &str, body: &[u8], requester: Requester) -> Answer {
-        let order = match Order::parse(query, body) {
-            Ok(order) => order,
+        let request = match KillSelection::parse(query, body) {
+            Ok(request) => request,
             Err(why) => return refusal(StatusCode::BAD_REQUEST, &why),
         };
-        let scan = match self.scan_for(&order.selection).await {
+        let scan = match self.scan_for(&request.selection).await {
             Ok(scan) => scan,
             Err(refused) => return *refused,
         };
-        if !order.selection.dry_run {
+        if !request.selection.dry_run {
             tracing::info!(
-                "user {}, process {} ({:?}) asks for a reset of {order}",
+                "user {}, process {} ({:?}) asks for a reset of {request}",
                 requester.uid,
                 requester.pid,
                 requester.command,
             );
         }
         let engine = self.engine.clone();
-        streamed(|lines| Kill::new(engine, scan, order, requester, lines).run())
+        streamed(|lines| Kill::new(engine, scan, request, requester, lines).run())
     }
 
     async fn reload(&self, by: Requester) -> Answer {
@@ -333,7 +333,7 @@ async fn follow(mut subscription: Subscription, mut lines: Lines) {
 struct Kill {
     engine: mpsc::Sender<to_engine::Request>,
     scan: Scan,
-    order: Order,
+    request: KillSelection,
     by: Arc<Requester>,
     lines: Lines,
     results: UnboundedReceiver<Killed>,
@@ -363,7 +363,7 @@ impl Kill {
     fn new(
         engine: mpsc::Sender<to_engine::Request>,
         scan: Scan,
-        order: Order,
+        request: KillSelection,
         by: Requester,
         lines: Lines,
     ) -> Self {
@@ -371,7 +371,7 @@ impl Kill {
         Self {
             engine,
             scan,
-            order,
+            request,
             by: Arc::new(by),
             lines,
             results,
@@ -388,7 +388,7 @@ impl Kill {
     }
 
     async fn reset_all(&mut self) -> Result<(), Ended> {
-        match self.order.ids.take() {
+        match self.request.ids.take() {
             Some(ids) => {
                 let ids: Vec<u64> = ids.into_iter().collect();
                 for some in ids.chunks(KILL_BATCH) {
@@ -425,13 +425,13 @@ impl Kill {
         let mut meant = Vec::new();
         for (id, session) in sessions {
             let found = self.scan.found(*id, session);
-            let found = found.filter(|found| self.order.selection.filter.matches(found, now_ns));
+            let found = found.filter(|found| self.request.selection.filter.matches(found, now_ns));
             if let Some(found) = found {
                 meant.push((line(&found), session.established_ns));
             }
         }
         let ids = meant.iter().map(|(line, _)| line.id).collect();
-        if self.order.selection.dry_run {
+        if self.request.selection.dry_run {
             meant.iter().for_each(|(line, _)| self.lines.add(line));
         } else if !meant.is_empty() {
             self.ask(meant).await?;
@@ -468,7 +468,7 @@ impl Kill {
             _ => {
                 for (_, line) in self.unanswered.drain() {
                     self.lines.add(&KillLine {
-                        result: Outcome::Pending,
+                        result: KillOutcome::Pending,
                         ..line
                     });
                 }
@@ -482,9 +482,9 @@ impl Kill {
             return;
         };
         let (result, error) = match killed.result {
-            KillResult::Reset => (Outcome::Reset, None),
-            KillResult::Gone => (Outcome::Gone, None),
-            KillResult::Failed(why) => (Outcome::Failed, Some(why)),
+            KillResult::Reset => (KillOutcome::Reset, None),
+            KillResult::Gone => (KillOutcome::Gone, None),
+            KillResult::Failed(why) => (KillOutcome::Failed, Some(why)),
         };
         self.lines.add(&KillLine {
             result,
@@ -502,7 +502,7 @@ fn line(found: &Listed<'_>) -> KillLine {
         rule: Some(row.rule.into_owned()),
         local: Some(row.local),
         remote: Some(row.remote),
-        result: Outcome::WouldReset,
+        result: KillOutcome::WouldReset,
         error: None,
     }
 }
@@ -513,7 +513,7 @@ fn not_found(id: u64) -> KillLine {
         rule: None,
         local: None,
         remote: None,
-        result: Outcome::NotFound,
+        result: KillOutcome::NotFound,
         error: None,
     }
 }

@@ -12,7 +12,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Admission, patient::Patient, routes::Client};
+use super::{Admission, routes::Client, write_timeout::WriteTimeout};
 use crate::{
     datapath::TableInUse,
     report::{
@@ -84,7 +84,7 @@ async fn connection(stream: UnixStream, client: Client, has_asked: HasAsked) {
         let client = client.clone();
         async move { Ok::<_, Infallible>(client.answer(request).await) }
     });
-    let stream = Patient::new(stream, READ_PATIENCE);
+    let stream = WriteTimeout::new(stream, READ_PATIENCE);
     let served = one_request()
         .max_buf_size(BUFFER)
         .serve_connection(TokioIo::new(stream), service);

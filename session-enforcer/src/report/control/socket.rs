@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_had_is_named_with_its_key() {
+    fn an_unusable_control_socket_is_reported_with_its_key() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control.sock");
         let no_group = at(path.clone(), Some("no-such-group"));

@@ -197,18 +197,13 @@ impl Terminations {
             Mode::Enforce => RESET,
             Mode::Observe => &[Outcome::Observed],
         };
-        for reason in [
-            Reason::IdleTimeout,
-            Reason::MaxLifetime,
-            Reason::ResponseTimeout,
-            Reason::HalfClosedTimeout,
-            Reason::Policy,
-            Reason::Untracked,
-        ] {
-            self.begin_reason(rule, reason, mode, outcomes);
+        for reason in Reason::ALL {
+            match reason {
+                // A client can request a reset under a rule of any mode.
+                Reason::Admin => self.begin_reason(rule, reason, Mode::Enforce, RESET),
+                _ => self.begin_reason(rule, reason, mode, outcomes),
+            }
         }
-        // A client can request a reset under a rule of any mode.
-        self.begin_reason(rule, Reason::Admin, Mode::Enforce, RESET);
     }
 
     fn begin_reason(&self, rule: &str, reason: Reason, mode: Mode, outcomes: &[Outcome]) {
@@ -278,7 +273,7 @@ pub(super) struct Kernel {
 impl Kernel {
     pub(super) fn new(registrar: &Registrar<'_>) -> Result<Self> {
         Ok(Self {
-            map_entries: registrar.gauge("map_entries", "Sessions in the kernel's session map.")?,
+            map_entries: registrar.gauge("map_entries", "Sessions in the kernel's session table.")?,
             gate_dropped: registrar.counters_of(
                 "gate_dropped_packets_total",
                 "Packets with payload of sessions past their deadline that the gate dropped. direction: ingress (received by this host), egress (sent by it).",
@@ -314,7 +309,7 @@ impl Engine {
         Ok(Self {
             repaired: registrar.counters_of(
                 "reconcile_repaired_total",
-                "Differences between session map, schedule and sockets that were mended.",
+                "Differences between session table, schedule and sockets that were repaired.",
                 "kind",
                 &Repair::ALL.map(Repair::name),
             )?,
@@ -397,7 +392,7 @@ pub(super) fn register_constants(
 ) -> Result<()> {
     let capacity = registrar.gauge(
         "map_capacity",
-        "Sessions that the kernel's session map may come to hold: daemon.max_sessions.",
+        "The number of sessions to which the kernel's session table may grow: daemon.max_sessions.",
     )?;
     capacity.set(i64::from(map_capacity));
     let build = registrar.gauges(

@@ -24,7 +24,7 @@ fn snapshot(opened: u64, closed: u64, map_full: u64) -> KernelSnapshot {
         errors,
         gate_drops: [0; PacketDirection::COUNT as usize],
         audit_lost: 0,
-        troubles: [false; DegradedCause::COUNT],
+        degraded: [false; DegradedCause::COUNT],
         quarantined: 0,
         reapers: Counts::default(),
     }
@@ -91,7 +91,7 @@ fn processor_time_is_told_in_fractions_of_a_second() {
 }
 
 #[test]
-fn what_the_daemon_removed_has_closed() {
+fn sessions_that_the_daemon_removed_count_as_closed() {
     let mut metrics = metrics();
     for _ in 0..3 {
         metrics.adopted("pg");
@@ -143,7 +143,7 @@ fn counters_of_kernel_and_daemon_add_up_and_never_go_back() {
 }
 
 #[test]
-fn what_the_gate_dropped_is_told_by_direction() {
+fn dropped_packets_are_counted_by_direction() {
     let dropped = KernelSnapshot {
         gate_drops: [3, 5],
         ..snapshot(0, 0, 0)

@@ -1,6 +1,6 @@
-//! Network namespaces whose resets take much time of a processor. Whoever is root of a namespace can make each RST pass
-//! very many packet filter rules, or all of its sockets share one bucket of a hash table. Such a namespace has one batch
-//! at a time, beside the regular ones, so that those of others do not wait for it.
+//! Network namespaces whose resets take much processor time. Root of a namespace can make its resets slow: by many packet
+//! filter rules, or by a socket hash table with one bucket. Such a namespace has one batch at a time, beside the regular
+//! batches, so that other namespaces do not wait for it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -24,7 +24,7 @@ pub(super) struct SlowNamespaces {
     busy: HashSet<u64>,
     /// Cookies of the sessions that wait for a turn, by namespace. They have no due time.
     waiting: BTreeMap<u64, BTreeSet<u64>>,
-    /// The namespace whose sessions went on last.
+    /// The namespace whose sessions were released last.
     last: u64,
 }
 
@@ -83,9 +83,8 @@ impl SlowNamespaces {
         self.busy.remove(&netns_cookie);
     }
 
-    /// Returns up to `count` waiting sessions of one namespace that can have a turn; empty if there is none. The
-    /// namespaces follow one another. If the sessions begin no turn, because their namespace is not slow any more, the next
-    /// ones can be taken.
+    /// Returns up to `count` waiting sessions of one namespace that can have a turn; empty if there is none. Round robin
+    /// over the namespaces. A caller that does not begin a turn may call again.
     pub(super) fn next(&mut self, count: usize) -> Vec<u64> {
         if self.busy.len() == MAX_TURNS {
             return Vec::new();

@@ -14,13 +14,13 @@ use tokio::{
 };
 
 /// A stream whose writes fail after some time without progress.
-pub(super) struct Patient<S> {
+pub(super) struct WriteTimeout<S> {
     stream: S,
     patience: Duration,
     waiting: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Patient<S> {
+impl<S> WriteTimeout<S> {
     pub(super) fn new(stream: S, patience: Duration) -> Self {
         Self {
             stream,
@@ -51,7 +51,7 @@ impl<S> Patient<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -61,7 +61,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -88,17 +88,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_reads_is_waited_for_and_who_does_not_is_not() {
+    async fn a_write_fails_after_the_timeout_only_if_nobody_reads() {
         let (ours, mut theirs) = duplex(16);
-        let mut patient = Patient::new(ours, Duration::from_millis(50));
+        let mut stream = WriteTimeout::new(ours, Duration::from_millis(50));
         let reader = tokio::spawn(async move {
             let mut read = vec![0; 64];
             theirs.read_exact(&mut read).await.unwrap();
             theirs
         });
-        patient.write_all(&[7; 64]).await.unwrap();
+        stream.write_all(&[7; 64]).await.unwrap();
         let _theirs = reader.await.unwrap();
-        let error = patient.write_all(&[7; 64]).await.unwrap_err();
+        let error = stream.write_all(&[7; 64]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -14,28 +14,28 @@ const MAX_OF_CGROUP: usize = 4;
 /// Maximum number of hanging resets in total.
 const MAX_IN_ALL: usize = 256;
 
-/// What a reset is counted under, from the top down: the cgroups above its session, that of the session, and the
-/// processes of that cgroup. Nothing if the cgroup is not known.
+/// The cgroups whose limits a reset counts against, topmost first: the cgroups above its session, that of the session, and
+/// the processes of that cgroup. Empty if the cgroup is not known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Culprit(Vec<Level>);
+pub(super) struct HangScope(Vec<Level>);
 
 /// What shares the room of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Level {
     /// A cgroup with all below it.
-    Below(u64),
+    Subtree(u64),
     /// The processes of a cgroup.
-    Of(u64),
+    Own(u64),
 }
 
-impl Culprit {
-    /// The culprit for a session in this cgroup.
+impl HangScope {
+    /// The scope of a session in this cgroup.
     pub(super) fn of(cgroup_id: u64, ancestors: &Ancestors) -> Self {
         if cgroup_id == 0 {
             return Self(Vec::new());
         }
         let known = ancestors.0.into_iter().filter(|id| *id != 0);
-        let all = known.map(Level::Below).chain([Level::Of(cgroup_id)]);
+        let all = known.map(Level::Subtree).chain([Level::Own(cgroup_id)]);
         Self(all.collect())
     }
 }
@@ -77,7 +77,7 @@ impl Occupancy {
 pub(super) struct Hanging {
     levels: HashMap<Level, Occupancy>,
     in_all: Occupancy,
-    /// The number of those, by cgroup, whose reapers are silent.
+    /// Number of silent reapers by cgroup.
     silent: HashMap<u64, usize>,
     /// Whether `sock_diag` as a whole does not answer.
     pub(super) is_diag_blocked: bool,
@@ -87,16 +87,16 @@ pub(super) struct Hanging {
 
 impl Hanging {
     /// Counts a reset, or a query, that may hang from now on.
-    pub(super) fn begin(&mut self, culprit: &Culprit, now_ns: u64) {
-        for level in &culprit.0 {
+    pub(super) fn begin(&mut self, scope: &HangScope, now_ns: u64) {
+        for level in &scope.0 {
             self.levels.entry(*level).or_default().begin(now_ns);
         }
         self.in_all.begin(now_ns);
     }
 
-    /// Counts one that has returned.
-    pub(super) fn end(&mut self, culprit: &Culprit, now_ns: u64) {
-        for level in &culprit.0 {
+    /// Counts a reset or query that has returned.
+    pub(super) fn end(&mut self, scope: &HangScope, now_ns: u64) {
+        for level in &scope.0 {
             if let Some(occupancy) = self.levels.get_mut(level) {
                 occupancy.end(now_ns);
                 if occupancy.count == 0 {
@@ -107,7 +107,7 @@ impl Hanging {
         self.in_all.end(now_ns);
     }
 
-    /// Notes that the reaper of one of the cgroup is silent.
+    /// Notes that a reaper is silent at a socket of the cgroup.
     pub(super) fn note_silent(&mut self, cgroup_id: u64) {
         *self.silent.entry(cgroup_id).or_default() += 1;
     }
@@ -127,16 +127,16 @@ impl Hanging {
         cgroup_id != 0 && self.silent.contains_key(&cgroup_id)
     }
 
-    /// Whether another reset may be started for the culprit. A session whose cgroup is not known counts only in all: it
-    /// may be anybody's.
-    pub(super) fn room(&self, culprit: &Culprit) -> Room {
+    /// Whether another reset may be started in this scope. A session whose cgroup is not known counts only
+    /// towards the total.
+    pub(super) fn room(&self, scope: &HangScope) -> Room {
         let (mut limit, mut above) = (MAX_IN_ALL, self.in_all);
-        for level in &culprit.0 {
+        for level in &scope.0 {
             let here = self.levels.get(level).copied().unwrap_or_default();
-            // Those that began before the cgroup's ancestors were known count here only.
+            // Resets that began before the ancestors were known count for this cgroup only.
             let of_others = above.count.saturating_sub(here.count);
             limit = limit.saturating_sub(of_others).div_ceil(2);
-            if let Level::Of(_) = level {
+            if let Level::Own(_) = level {
                 limit = limit.min(MAX_OF_CGROUP);
             }
             above = here;
@@ -153,7 +153,7 @@ impl Hanging {
     }
 
     /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
-    pub(super) fn trouble(&self, quarantined: usize) -> Option<String> {
+    pub(super) fn problem(&self, quarantined: usize) -> Option<String> {
         if self.is_diag_blocked {
             return Some(
                 "the kernel's socket tables do not answer: a reset hangs on a socket that its process \
@@ -179,13 +179,13 @@ impl Hanging {
 mod tests {
     use super::*;
 
-    fn culprit(ids: &[u64]) -> Culprit {
-        Culprit::of(*ids.last().unwrap(), &Ancestors::of(ids))
+    fn hang_scope(ids: &[u64]) -> HangScope {
+        HangScope::of(*ids.last().unwrap(), &Ancestors::of(ids))
     }
 
     /// Starts resets that hang in new cgroups below these, until there is no room. Returns their number.
     fn take_all(hanging: &mut Hanging, above: &[u64]) -> usize {
-        let of = |id| culprit(&[above, &[id]].concat());
+        let of = |id| hang_scope(&[above, &[id]].concat());
         let first = 1_000 * (1 + hanging.in_all.count as u64);
         let taken = (first..).take_while(|id| {
             let is_free = hanging.room(&of(*id)) == Room::Free;
@@ -200,38 +200,38 @@ mod tests {
     #[test]
     fn resets_that_began_before_the_ancestors_were_known_count_for_their_cgroup() {
         let mut hanging = Hanging::default();
-        let of_unknown = Culprit::of(7, &Ancestors::UNKNOWN);
+        let of_unknown = HangScope::of(7, &Ancestors::UNKNOWN);
         for _ in 0..MAX_OF_CGROUP {
             hanging.begin(&of_unknown, 0);
         }
-        let of_known = culprit(&[1, 2, 7]);
+        let of_known = hang_scope(&[1, 2, 7]);
         assert!(matches!(hanging.room(&of_known), Room::Taken { .. }));
-        assert_eq!(hanging.room(&culprit(&[1, 2, 8])), Room::Free);
+        assert_eq!(hanging.room(&hang_scope(&[1, 2, 8])), Room::Free);
     }
 
     #[test]
-    fn what_hangs_is_said_and_what_blocks_everything_first() {
+    fn a_blocked_sock_diag_is_reported_before_hanging_resets() {
         let mut hanging = Hanging::default();
-        assert_eq!(hanging.trouble(0), None);
+        assert_eq!(hanging.problem(0), None);
         assert!(
             hanging
-                .trouble(1)
+                .problem(1)
                 .is_some_and(|what| what.contains("locked"))
         );
         hanging.is_short = true;
         assert!(
             hanging
-                .trouble(1)
+                .problem(1)
                 .is_some_and(|what| what.contains("TasksMax="))
         );
         hanging.is_diag_blocked = true;
-        assert!(hanging.trouble(0).is_some_and(|what| what.contains("6.9")));
+        assert!(hanging.problem(0).is_some_and(|what| what.contains("6.9")));
     }
 
     #[test]
-    fn what_ends_makes_room_for_one_and_leaves_the_others() {
+    fn a_reset_that_ends_makes_room_for_one_other() {
         let mut hanging = Hanging::default();
-        let of_one = culprit(&[1, 2, 3]);
+        let of_one = hang_scope(&[1, 2, 3]);
         hanging.begin(&of_one, 1);
         hanging.begin(&of_one, 2);
         hanging.end(&of_one, 3);
@@ -242,7 +242,7 @@ mod tests {
         assert!(hanging.is_suspect(3));
         hanging.note_returned(3);
         assert!(!hanging.is_suspect(3));
-        let above = hanging.levels[&Level::Below(2)];
+        let above = hanging.levels[&Level::Subtree(2)];
         assert_eq!((hanging.in_all.count, above.count), (1, 1));
         hanging.end(&of_one, 4);
         assert!(hanging.levels.is_empty());
@@ -252,19 +252,19 @@ mod tests {
     #[test]
     fn a_cgroup_has_so_much_room_of_its_own() {
         let mut hanging = Hanging::default();
-        let first = culprit(&[1, 2, 3, 10]);
+        let first = hang_scope(&[1, 2, 3, 10]);
         (0..MAX_OF_CGROUP as u64).for_each(|now_ns| hanging.begin(&first, now_ns));
         let since_ns = MAX_OF_CGROUP as u64 - 1;
         assert_eq!(hanging.room(&first), Room::Taken { since_ns });
         for other in [&[1, 2, 3, 11][..], &[1, 2, 3]] {
-            assert_eq!(hanging.room(&culprit(other)), Room::Free);
+            assert_eq!(hanging.room(&hang_scope(other)), Room::Free);
         }
         (0..MAX_OF_CGROUP).for_each(|_| hanging.end(&first, 0));
         assert_eq!(hanging.room(&first), Room::Free);
     }
 
     #[test]
-    fn whatever_shares_a_cgroup_at_any_level_leaves_half_of_its_room_to_the_others() {
+    fn each_cgroup_at_any_level_leaves_half_of_the_room_to_its_siblings() {
         let mut hanging = Hanging::default();
         // One pod of a class, then another one, then another class, then a user, then a service.
         for above in [&[1, 2, 3][..], &[1, 2, 4], &[1, 5, 6], &[7, 8], &[9]] {
@@ -274,13 +274,13 @@ mod tests {
     }
 
     #[test]
-    fn those_whose_cgroup_is_not_known_have_all_the_room() {
+    fn sessions_of_unknown_cgroup_are_limited_only_in_total() {
         let mut hanging = Hanging::default();
-        let unknown = Culprit::of(0, &Ancestors::UNKNOWN);
+        let unknown = HangScope::of(0, &Ancestors::UNKNOWN);
         (1..MAX_IN_ALL).for_each(|_| hanging.begin(&unknown, 0));
         assert_eq!(hanging.room(&unknown), Room::Free);
         hanging.begin(&unknown, 5);
         assert_eq!(hanging.room(&unknown), Room::Taken { since_ns: 5 });
-        assert_eq!(hanging.room(&culprit(&[1])), Room::Taken { since_ns: 0 });
+        assert_eq!(hanging.room(&hang_scope(&[1])), Room::Taken { since_ns: 0 });
     }
 }

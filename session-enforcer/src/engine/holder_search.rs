@@ -20,13 +20,12 @@ use tokio::time::Instant;
 use super::{
     ask::{self, Answer},
     context::Context,
-    holder_searches::{HOST, Holding, Name, Sought},
+    holder_searches::{HOST, Holding, Name, ScanRange, Sought},
     judge::Judgement,
     owner_search,
     phase::Expired,
-    seek::add,
     state::State,
-    terminate::hand_over,
+    terminate::start_resets,
     tracker::by_namespace,
 };
 use crate::{
@@ -34,7 +33,7 @@ use crate::{
     reaper::{
         diag::{Detail, MAX_BATCH, Socket, SocketId},
         disconnect::DisconnectError,
-        protocol::{Holder, Place, Reply, Request, SocketKey},
+        protocol::{Holder, Reply, Request, SearchScope, SocketKey},
     },
     report::audit::Process,
 };
@@ -47,6 +46,33 @@ const BUDGET_OF_ALL: Duration = Duration::from_secs(1);
 
 /// Minimum pause between two searches.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// Searches for the holder of a session that can be reset only through it.
+pub(super) fn search_holder_of(
+    context: &Context,
+    state: &mut State,
+    expired: &Expired,
+    key: SocketKey,
+) {
+    // The reset counts as unanswered until the search ends.
+    state.tracker.begin_reset(expired);
+    let sought = Sought {
+        key,
+        to_reset: Some(*expired),
+        has_begun: false,
+    };
+    let name = (expired.cookie, expired.session.established_ns);
+    let cgroup_id = expired.session.owner.cgroup_id;
+    add(context, state, cgroup_id, name, sought);
+}
+
+/// Adds a session to the searches of its cgroup or, if that is not known, of the host.
+fn add(context: &Context, state: &State, cgroup_id: u64, name: Name, sought: Sought) {
+    let is_known = state.owner_resolver.cgroup_directory(cgroup_id).is_some();
+    let scope = if is_known { cgroup_id } else { HOST };
+    let mut searches = context.holder_searches.borrow_mut();
+    searches.add(scope, name, sought);
+}
 
 /// Starts the tasks that search for the holders of waiting sessions, unless they run.
 pub(super) fn find(context: &Rc<Context>) {
@@ -66,8 +92,8 @@ async fn find_waiting(context: Rc<Context>, of_host: bool) -> Result<()> {
         if !of_host {
             note_ending(&context).await?;
         }
-        if let Some((place, slice)) = next_place(&context, of_host) {
-            search(&context, place, slice).await?;
+        if let Some((scope, slice)) = next_scope(&context, of_host) {
+            search(&context, scope, slice).await?;
             find(&context);
         }
         tokio::time::sleep(PAUSE).await;
@@ -80,7 +106,7 @@ async fn find_waiting(context: Rc<Context>, of_host: bool) -> Result<()> {
     }
 }
 
-fn next_place(context: &Context, of_host: bool) -> Option<(u64, u64)> {
+fn next_scope(context: &Context, of_host: bool) -> Option<(u64, u64)> {
     let state = context.state();
     let slice_of = |cgroup_id| {
         let ancestors = state
@@ -89,8 +115,8 @@ fn next_place(context: &Context, of_host: bool) -> Option<(u64, u64)> {
         ancestors.filter(|slice| *slice != 0).unwrap_or(cgroup_id)
     };
     let mut searches = context.holder_searches.borrow_mut();
-    let place = searches.next(of_host, Instant::now(), slice_of)?;
-    Some((place, slice_of(place)))
+    let scope = searches.next(of_host, Instant::now(), slice_of)?;
+    Some((scope, slice_of(scope)))
 }
 
 /// Queries the owners of the sessions that will end soon, and adds those sessions to the searches.
@@ -139,66 +165,26 @@ async fn note_ending(context: &Rc<Context>) -> Result<()> {
 }
 
 /// Searches a cgroup's processes, or a part of the host's, for the holders of the sessions that wait for it.
-async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
-    let mut sought = context.holder_searches.borrow_mut().take(place);
+async fn search(context: &Rc<Context>, scope: u64, slice: u64) -> Result<()> {
+    let mut sought = context.holder_searches.borrow_mut().take(scope);
     let is_there = |cookie: u64| context.state().tracker.contains(cookie);
     sought.retain(|((cookie, _), sought)| sought.to_reset.is_some() || is_there(*cookie));
     if sought.is_empty() {
         return Ok(());
     }
     let from = context.holder_searches.borrow().from;
-    let directory = context.state().owner_resolver.cgroup_directory(place);
-    let (processes, budget) = match place {
-        HOST => (Place::Host { from }, BUDGET_OF_ALL),
-        // A cgroup that is forgotten has no processes.
-        _ => (Place::Cgroup(directory.unwrap_or_default()), BUDGET),
+    let (found, next, used) = scan(context, scope, from, &sought).await;
+    let not_held = {
+        let mut searches = context.holder_searches.borrow_mut();
+        searches.rest(scope, slice, used, Instant::now());
+        searches.note_missing(scope, &sought, &found, ScanRange { from, next })
     };
-    let request = Request::Holders {
-        sought: sought.iter().map(|(_, sought)| sought.key).collect(),
-        place: processes,
-        budget,
-    };
-    let began = Instant::now();
-    let replies = ask::ask(context, &request, None).await.unwrap_or_default();
-    let answer = replies.into_iter().find_map(|(reply, _)| match reply {
-        Reply::Holders {
-            found,
-            next,
-            used_ns,
-        } => Some((found, next, Duration::from_nanos(used_ns))),
-        _ => None,
-    });
-    // A search without an answer counts as long as it took. That of the host goes on at the same process.
-    let (found, next, used) = answer.unwrap_or_else(|| (Vec::new(), Some(from), began.elapsed()));
-    let found: HashMap<SocketKey, Holder> = found.into_iter().collect();
-    let mut not_held = Vec::new();
-    let mut searches = context.holder_searches.borrow_mut();
-    searches.rest(place, slice, used, Instant::now());
-    // A search that has found all begins anew at the same process: others may be held there.
-    let is_found = |(_, sought): &(Name, Sought)| found.contains_key(&sought.key);
-    if place == HOST && !sought.iter().all(is_found) {
-        searches.from = next.unwrap_or(0);
-    }
-    for (name, sought) in &sought {
-        let is_missing = !found.contains_key(&sought.key);
-        if is_missing && searches.missed(place, *name, *sought, (from, next)) {
-            not_held.extend(sought.to_reset);
-        }
-    }
-    drop(searches);
     let mut state = context.state();
     for (name, sought) in sought {
         if let Some(holder) = found.get(&sought.key) {
             state.note_holder(name, &sought, holder);
-            if let Some(expired) = sought.to_reset.filter(|expired| state.answered(expired)) {
-                // It is judged again, because the search may have taken long; but not while another reset of it hangs, nor
-                // if the session table has no slot for it.
-                let is_free = !state.is_asked_of_another(&expired);
-                if is_free && state.tracker.contains(expired.cookie) {
-                    state.tracker.rearm(expired.cookie, 0);
-                } else {
-                    hand_over(context, &mut state, vec![expired])?;
-                }
+            if let Some(expired) = sought.to_reset {
+                reset_through_holder(context, &mut state, expired)?;
             }
         }
     }
@@ -211,6 +197,57 @@ async fn search(context: &Rc<Context>, place: u64, slice: u64) -> Result<()> {
     state.records.audit.flush();
     context.wake.notify_one();
     Ok(())
+}
+
+/// Has a reaper scan the processes of a cgroup, or those of the host from a PID on. Returns the holders that it has
+/// found, the PID at which the next scan of the host goes on, and its processor time.
+async fn scan(
+    context: &Rc<Context>,
+    scope: u64,
+    from: u32,
+    sought: &[(Name, Sought)],
+) -> (HashMap<SocketKey, Holder>, Option<u32>, Duration) {
+    let directory = context.state().owner_resolver.cgroup_directory(scope);
+    let (processes, budget) = match scope {
+        HOST => (SearchScope::Host { from }, BUDGET_OF_ALL),
+        // A cgroup that is forgotten has no processes.
+        _ => (SearchScope::Cgroup(directory.unwrap_or_default()), BUDGET),
+    };
+    let request = Request::Holders {
+        sought: sought.iter().map(|(_, sought)| sought.key).collect(),
+        scope: processes,
+        budget,
+    };
+    let began = Instant::now();
+    let replies = ask::ask(context, &request, None).await.unwrap_or_default();
+    let answer = replies.into_iter().find_map(|(reply, _)| match reply {
+        Reply::Holders {
+            found,
+            next,
+            used_ns,
+        } => Some((
+            found.into_iter().collect(),
+            next,
+            Duration::from_nanos(used_ns),
+        )),
+        _ => None,
+    });
+    // A search without an answer counts by its duration. The next search of the host starts at the same process.
+    answer.unwrap_or_else(|| (HashMap::new(), Some(from), began.elapsed()))
+}
+
+/// Resets a session whose holder was found.
+fn reset_through_holder(context: &Rc<Context>, state: &mut State, expired: Expired) -> Result<()> {
+    if !state.answered(&expired) {
+        return Ok(());
+    }
+    // Judge it again, since the search took time. Skip this while another reset hangs or if the session has no slot.
+    let is_free = !state.is_asked_of_another(&expired);
+    if is_free && state.tracker.contains(expired.cookie) {
+        state.tracker.rearm(expired.cookie, 0);
+        return Ok(());
+    }
+    start_resets(context, state, vec![expired])
 }
 
 impl Holding {
@@ -285,7 +322,7 @@ impl State {
                 pid: holder.pid,
                 name: holder.comm,
             }),
-            // The process may put the socket elsewhere, so only a reset that waits for it uses it.
+            // The descriptor may be reused, so only the waiting reset uses it.
             holder: sought.to_reset.map(|_| *holder),
         };
         self.holdings.insert(cookie, holding);

@@ -15,7 +15,7 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct RuleInForce<'a> {
     /// The rule's index.
-    pub place: u16,
+    pub id: u16,
     /// The rule's name.
     pub name: &'a str,
     /// The rule's mode.

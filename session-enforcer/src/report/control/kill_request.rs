@@ -11,14 +11,14 @@ const SHOWN: usize = 100;
 
 /// The sessions to reset.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Order {
+pub struct KillSelection {
     /// The filters of the request.
     pub selection: Selection,
     /// If given, only sessions with these IDs.
     pub ids: Option<BTreeSet<u64>>,
 }
 
-impl Order {
+impl KillSelection {
     /// Parses a request. The body may be empty, or an object with `ids`, `dry_run` and the filters of the
     /// query.
     ///
@@ -26,25 +26,25 @@ impl Order {
     ///
     /// Fails if a part is invalid, or if there are neither filters nor IDs: no request resets all sessions.
     pub fn parse(query: &str, body: &[u8]) -> Result<Self, String> {
-        let mut order = Self {
+        let mut kill = Self {
             selection: Selection::parse(query)?,
             ids: None,
         };
-        if order.selection.first.is_some() {
+        if kill.selection.first.is_some() {
             return Err("sort, limit: are not for a kill, which has no order".to_owned());
         }
         if !body.is_empty() {
             let body = serde_json::from_slice(body)
                 .map_err(|error| format!("the body is not JSON: {error}"))?;
-            order.read(body)?;
+            kill.read(body)?;
         }
-        if order.ids.is_none() && order.selection.filter.is_empty() {
+        if kill.ids.is_none() && kill.selection.filter.is_empty() {
             return Err(
                 "name sessions by \"ids\" or by a filter; \"older_than\": \"0s\" means all"
                     .to_owned(),
             );
         }
-        Ok(order)
+        Ok(kill)
     }
 
     fn read(&mut self, body: Value) -> Result<(), String> {
@@ -83,7 +83,7 @@ impl Order {
     }
 }
 
-impl fmt::Display for Order {
+impl fmt::Display for KillSelection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the sessions")?;
         if let Some(ids) = &self.ids {
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_order_is_told_in_plain_words() {
+    fn a_selection_prints_as_plain_words() {
         for (query, body, words) in [
             ("", "{\"ids\":[4712,4711]}", "the sessions 4711, 4712"),
             (
@@ -120,27 +120,28 @@ mod tests {
                 "the sessions 7 with user=root, text=a\\u{1b}b",
             ),
         ] {
-            let order = Order::parse(query, body.as_bytes()).unwrap();
-            assert_eq!(order.to_string(), words);
+            let kill = KillSelection::parse(query, body.as_bytes()).unwrap();
+            assert_eq!(kill.to_string(), words);
         }
         let ids: Vec<u64> = (0..102).collect();
-        let order = Order::parse("", serde_json::json!({ "ids": ids }).to_string().as_bytes());
-        assert!(order.unwrap().to_string().ends_with(", 99 and 2 more"));
+        let kill =
+            KillSelection::parse("", serde_json::json!({ "ids": ids }).to_string().as_bytes());
+        assert!(kill.unwrap().to_string().ends_with(", 99 and 2 more"));
     }
 
     #[test]
-    fn ids_filters_or_both_are_an_order() {
-        let ids = Order::parse("", b"{\"ids\":[7,3,7]}").unwrap();
+    fn ids_filters_or_both_are_a_selection() {
+        let ids = KillSelection::parse("", b"{\"ids\":[7,3,7]}").unwrap();
         assert_eq!(ids.ids, Some(BTreeSet::from([3, 7])));
         assert!(ids.selection.filter.is_empty() && !ids.selection.dry_run);
-        let filters = Order::parse("rule=ssh&dry_run=true", b"").unwrap();
+        let filters = KillSelection::parse("rule=ssh&dry_run=true", b"").unwrap();
         assert_eq!(
             (filters.selection.filter.rule(), filters.ids),
             (Some("ssh"), None)
         );
         assert!(filters.selection.dry_run);
         let body = b"{\"ids\":[1],\"rule\":\"ssh\",\"local_port\":22,\"dry_run\":true}";
-        let both = Order::parse("", body).unwrap();
+        let both = KillSelection::parse("", body).unwrap();
         let query = Selection::parse("rule=ssh&local_port=22&dry_run=true").unwrap();
         assert_eq!(
             (both.selection, both.ids),
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_chooses_nothing_or_is_not_understood_is_no_order() {
+    fn an_empty_or_invalid_selection_is_refused() {
         for (query, body, message) in [
             ("", "", "name sessions"),
             ("dry_run=true", "{}", "name sessions"),
@@ -165,7 +166,7 @@ mod tests {
             ("", "{\"ids\":[1],\"dry_run\":\"yes\"}", "dry_run: true or"),
             ("rule=a&limit=1", "", "sort, limit: "),
         ] {
-            let error = Order::parse(query, body.as_bytes()).unwrap_err();
+            let error = KillSelection::parse(query, body.as_bytes()).unwrap_err();
             assert!(error.starts_with(message), "{query} {body}: {error}");
         }
     }

@@ -43,7 +43,7 @@ mod tests {
     use super::super::Config;
 
     #[test]
-    fn what_never_matches_is_a_warning_and_what_may_is_none() {
+    fn a_rule_that_never_matches_is_a_warning_and_one_that_may_is_none() {
         let text = "[[rule]]\nname = 'a'\nidle_timeout = '1m'\n\
                     local = ['0.0.0.0', '10.0.0.0/8', '0.0.0.0/1', '239.1.0.0/16']\n\
                     remote = ['0.0.0.0/0', '192.0.2.255', '::', 'fe80::/10']\n\
