@@ -5,7 +5,12 @@ use std::{os::fd::OwnedFd, rc::Rc, time::Duration};
 
 use anyhow::Result;
 
-use super::context::Context;
+use super::{
+    context::Context,
+    hang_limits::Room,
+    in_progress::{HangPermit, hang_scope},
+    state::State,
+};
 use crate::{
     host::clock::monotonic_ns,
     reaper::{
@@ -36,7 +41,7 @@ pub(super) enum Answer {
     Locked,
 }
 
-/// Queries sockets of one namespace; returns the answers in their order.
+/// Queries sockets of one namespace for what takes no lock; returns the answers in their order.
 ///
 /// A socket is asked for by its addresses, ports and interface, which is cheap. One that is not found is searched for in
 /// the whole socket table: its process may have bound it to another interface since (`SO_BINDTODEVICE` depends on no
@@ -49,13 +54,52 @@ pub(super) async fn query(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],
-    detail: Detail,
 ) -> Result<Vec<Answer>, String> {
-    let mut answers = query_by_name(context, netns_cookie, targets, detail).await?;
+    query_or_search(context, netns_cookie, targets, None, MAX_BATCH).await
+}
+
+/// As [`query`], but a socket is searched for alone. A dump of many sockets can miss one while others close; a dump of
+/// one pair of ports does not.
+///
+/// # Errors
+///
+/// As [`query`].
+pub(super) async fn query_each(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[SocketId],
+) -> Result<Vec<Answer>, String> {
+    query_or_search(context, netns_cookie, targets, None, 1).await
+}
+
+/// As [`query`], with the activity of the sockets, for which the kernel takes their locks. `cgroups` has the cgroup of
+/// each socket. A query that hangs counts as a hanging reset, and the sockets for which there is no room then are not
+/// asked: they count as locked.
+///
+/// # Errors
+///
+/// As [`query`].
+pub(super) async fn query_activity(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[SocketId],
+    cgroups: &[u64],
+) -> Result<Vec<Answer>, String> {
+    query_or_search(context, netns_cookie, targets, Some(cgroups), MAX_BATCH).await
+}
+
+async fn query_or_search(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[SocketId],
+    cgroups: Option<&[u64]>,
+    searched_at_once: usize,
+) -> Result<Vec<Answer>, String> {
+    let mut answers = query_by_name(context, netns_cookie, targets, cgroups).await?;
     let missing =
         (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
     let missing: Vec<usize> = missing.collect();
-    for missing in missing.chunks(MAX_BATCH) {
+    for missing in missing.chunks(searched_at_once) {
         let of_missing = missing.iter().map(|index| targets[*index]).collect();
         let found = search(context, netns_cookie, of_missing)
             .await
@@ -70,7 +114,9 @@ pub(super) async fn query(
         let (indices, found): (Vec<usize>, Vec<SocketId>) = found
             .filter_map(|(index, target)| Some((*index, target?)))
             .unzip();
-        let again = query_by_name(context, netns_cookie, &found, detail).await?;
+        let cgroups: Option<Vec<u64>> =
+            cgroups.map(|cgroups| indices.iter().map(|index| cgroups[*index]).collect());
+        let again = query_by_name(context, netns_cookie, &found, cgroups.as_deref()).await?;
         for (index, answer) in indices.into_iter().zip(again) {
             // It was there, and is being bound again and again, or was not searched for.
             let is_lost = matches!(answer, Answer::Known(None, _));
@@ -97,23 +143,31 @@ async fn search(
     Ok(sockets.map(|socket| Some(socket?.target)).collect())
 }
 
-/// Queries sockets by their addresses, ports and interface.
+/// Queries sockets by their addresses, ports and interface; with their activity if their cgroups are given.
 async fn query_by_name(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],
-    detail: Detail,
+    cgroups: Option<&[u64]>,
 ) -> Result<Vec<Answer>, String> {
     if context.state().hanging.is_diag_blocked {
         return Err(BLOCKED.to_owned());
     }
+    let detail = cgroups.map_or(Detail::Names, |_| Detail::Activity);
+    let has_room = |index: usize| cgroups.is_none_or(|of| has_room(&context.state(), of[index]));
     let mut answers: Vec<Option<Answer>> = vec![None; targets.len()];
     let mut left: Vec<usize> = (0..targets.len()).collect();
-    let mut behind: Vec<PartialQuery> = Vec::new();
+    let mut without_room = Vec::new();
+    let mut behind: Vec<(PartialQuery, Option<HangPermit>)> = Vec::new();
     let mut attempts = 0;
     loop {
         while !left.is_empty() {
-            let some: Vec<usize> = left.drain(..left.len().min(MAX_BATCH)).collect();
+            let some = left.drain(..left.len().min(MAX_BATCH));
+            let (some, others): (Vec<usize>, Vec<usize>) = some.partition(|index| has_room(*index));
+            without_room.extend(others);
+            if some.is_empty() {
+                continue;
+            }
             let of_some = some.iter().map(|index| targets[*index]).collect();
             let mut part = PartialQuery::ask(context, netns_cookie, of_some, detail).await?;
             part.indices = some;
@@ -124,7 +178,12 @@ async fn query_by_name(
                     left.splice(0..0, part.indices.drain(claimed.min(part.indices.len())..));
                     if part.answered < part.indices.len() {
                         part.exchange.leave_behind();
-                        behind.push(part);
+                        // It hangs at the socket that was claimed last.
+                        let at = cgroups.zip(part.indices.last());
+                        let permit = at.map(|(of, index)| {
+                            HangPermit::in_cgroup(context, &mut context.state(), of[*index])
+                        });
+                        behind.push((part, permit));
                     }
                 }
                 PartEnd::Ended => {
@@ -133,12 +192,13 @@ async fn query_by_name(
                 }
             }
         }
-        let Some(mut part) = behind.pop() else {
+        let Some((mut part, permit)) = behind.pop() else {
             let all = answers
                 .into_iter()
                 .map(|answer| answer.unwrap_or(Answer::Locked));
             return Ok(all.collect());
         };
+        left.append(&mut without_room);
         match part.receive(&mut answers, context, false).await? {
             PartEnd::Done => {}
             PartEnd::Ended => {
@@ -146,7 +206,7 @@ async fn query_by_name(
                 left.extend(part.indices.drain(part.answered..));
             }
             PartEnd::Silent if is_diag_blocked(context).await => {
-                wait_out(context, part.exchange);
+                wait_out(context, part.exchange, permit);
                 return Err(BLOCKED.to_owned());
             }
             PartEnd::Silent => {
@@ -156,10 +216,15 @@ async fn query_by_name(
                 if let Some(locked) = locked {
                     answers[locked] = Some(Answer::Locked);
                 }
-                wait_out(context, part.exchange);
+                wait_out(context, part.exchange, permit);
             }
         }
     }
+}
+
+/// Whether another query may hang at a socket of this cgroup.
+fn has_room(state: &State, cgroup_id: u64) -> bool {
+    state.hanging.is_empty() || state.hanging.room(&hang_scope(state, cgroup_id)) == Room::Free
 }
 
 /// Counts an attempt whose reaper has ended early.
@@ -351,10 +416,11 @@ pub(super) fn note_problem(
 
 /// Waits in the background for the end of an exchange that is not needed any more. Meanwhile the reaper counts as
 /// stuck; afterwards it is used again.
-pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange) {
+pub(super) fn wait_out(context: &Rc<Context>, mut exchange: Exchange, permit: Option<HangPermit>) {
     exchange.leave_behind();
     context.spawn(async move {
         end_of(exchange).await;
+        drop(permit);
         Ok(())
     });
 }
@@ -432,7 +498,7 @@ pub(super) async fn each(
                     silent_polls += 1;
                     if POLL_INTERVAL * silent_polls > PATIENCE {
                         exchange.kill();
-                        wait_out(context, exchange);
+                        wait_out(context, exchange, None);
                         return Err("there is no answer".to_owned());
                     }
                 }

@@ -15,9 +15,12 @@ const MAX_OF_CGROUP: usize = 4;
 const MAX_IN_ALL: usize = 256;
 
 /// The cgroups whose limits a reset counts against, topmost first: the cgroups above its session, that of the session, and
-/// the processes of that cgroup. Empty if the cgroup is not known.
+/// the processes of that cgroup. Cgroups that are not known share one in place of those above them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct HangScope(Vec<Level>);
+
+/// In place of the id of a cgroup above those that are not known, or whose ancestors are not: one user can have many.
+const UNKNOWN: u64 = 0;
 
 /// What shares the room of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,12 +34,15 @@ enum Level {
 impl HangScope {
     /// The scope of a session in this cgroup.
     pub(super) fn of(cgroup_id: u64, ancestors: &Ancestors) -> Self {
-        if cgroup_id == 0 {
-            return Self(Vec::new());
-        }
         let known = ancestors.0.into_iter().filter(|id| *id != 0);
-        let all = known.map(Level::Subtree).chain([Level::Own(cgroup_id)]);
-        Self(all.collect())
+        let mut all: Vec<Level> = known.map(Level::Subtree).collect();
+        if all.is_empty() {
+            all.push(Level::Subtree(UNKNOWN));
+        }
+        if cgroup_id != 0 {
+            all.push(Level::Own(cgroup_id));
+        }
+        Self(all)
     }
 }
 
@@ -122,13 +128,17 @@ impl Hanging {
         }
     }
 
+    /// Whether nothing hangs.
+    pub(super) fn is_empty(&self) -> bool {
+        self.in_all.count == 0
+    }
+
     /// Whether a reaper is silent at a socket of the cgroup. Its sessions then go to separate reapers.
     pub(super) fn is_suspect(&self, cgroup_id: u64) -> bool {
         cgroup_id != 0 && self.silent.contains_key(&cgroup_id)
     }
 
-    /// Whether another reset may be started in this scope. A session whose cgroup is not known counts only
-    /// towards the total.
+    /// Whether another reset may be started in the scope.
     pub(super) fn room(&self, scope: &HangScope) -> Room {
         let (mut limit, mut above) = (MAX_IN_ALL, self.in_all);
         for level in &scope.0 {
@@ -273,14 +283,18 @@ mod tests {
         }
     }
 
+    /// One user can have many: sockets that are bound again, and cgroups that he has removed.
     #[test]
-    fn sessions_of_unknown_cgroup_are_limited_only_in_total() {
+    fn sessions_of_unknown_cgroups_share_half_of_the_room() {
         let mut hanging = Hanging::default();
         let unknown = HangScope::of(0, &Ancestors::UNKNOWN);
-        (1..MAX_IN_ALL).for_each(|_| hanging.begin(&unknown, 0));
-        assert_eq!(hanging.room(&unknown), Room::Free);
-        hanging.begin(&unknown, 5);
-        assert_eq!(hanging.room(&unknown), Room::Taken { since_ns: 5 });
-        assert_eq!(hanging.room(&hang_scope(&[1])), Room::Taken { since_ns: 0 });
+        (1..MAX_IN_ALL / 2).for_each(|_| hanging.begin(&unknown, 0));
+        let removed = HangScope::of(7, &Ancestors::UNKNOWN);
+        assert_eq!(hanging.room(&removed), Room::Free);
+        hanging.begin(&removed, 5);
+        for of in [&unknown, &removed, &HangScope::of(8, &Ancestors::UNKNOWN)] {
+            assert_eq!(hanging.room(of), Room::Taken { since_ns: 5 });
+        }
+        assert_eq!(hanging.room(&hang_scope(&[1])), Room::Free);
     }
 }

@@ -251,7 +251,7 @@ fn reset_through_holder(context: &Rc<Context>, state: &mut State, expired: Expir
 }
 
 impl Holding {
-    fn of(session: &Session, socket: &Socket) -> Self {
+    pub(super) fn of(session: &Session, socket: &Socket) -> Self {
         Self {
             established_ns: session.established_ns,
             owner: Owner {

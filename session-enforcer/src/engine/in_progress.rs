@@ -7,8 +7,8 @@ use session_enforcer_common::{Ancestors, Session};
 use super::{context::Context, hang_limits::HangScope, state::State};
 use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
 
-pub(super) fn hang_scope(state: &State, session: &Session) -> HangScope {
-    let cgroup_id = session.owner.cgroup_id;
+/// The limits on hanging resets that apply to a cgroup.
+pub(super) fn hang_scope(state: &State, cgroup_id: u64) -> HangScope {
     let ancestors = state.ancestors_of(cgroup_id);
     HangScope::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
 }
@@ -101,12 +101,16 @@ pub(super) struct HangPermit {
 
 impl HangPermit {
     pub(super) fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
-        let hang_scope = hang_scope(state, session);
+        Self::in_cgroup(context, state, session.owner.cgroup_id)
+    }
+
+    pub(super) fn in_cgroup(context: &Rc<Context>, state: &mut State, cgroup_id: u64) -> Self {
+        let hang_scope = hang_scope(state, cgroup_id);
         state.hanging.begin(&hang_scope, monotonic_ns());
         Self {
             context: Rc::clone(context),
             hang_scope,
-            cgroup_id: session.owner.cgroup_id,
+            cgroup_id,
             is_silent: false,
         }
     }

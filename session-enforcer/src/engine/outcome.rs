@@ -33,6 +33,9 @@ pub(super) const MAX_DOUBLINGS: u32 = 5;
 /// Retry interval while too many resets hang to start another.
 pub(super) const NO_ROOM_NS: u64 = 20_000_000;
 
+/// Retry interval after that was recorded.
+const NO_ROOM_RETRY_NS: u64 = 1_000_000_000;
+
 /// How long hanging resets may delay another one, without a change among them, before it counts as failed.
 pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 
@@ -40,8 +43,7 @@ pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 pub(super) const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
 pub(super) const LOCKED: &str =
     "the reset waits for the socket, which its process keeps locked in the kernel";
-const NO_ROOM: &str =
-    "too many resets of its cgroup hang on sockets that their processes keep locked";
+const NO_ROOM: &str = "too many resets hang on sockets that their processes keep locked";
 
 impl State {
     /// Counts the answer of a reaper. Returns false if the answer no longer matters, because another reaper has reset
@@ -208,6 +210,9 @@ impl State {
         let hindered_ns = now_ns.saturating_sub(expired.deadline_ns.max(since_ns));
         if hindered_ns > NO_ROOM_FOR_NS {
             self.fail(expired, now_ns, NO_ROOM);
+            // The socket has refused nothing.
+            self.tracker
+                .hasten(expired.cookie, now_ns + NO_ROOM_RETRY_NS);
         } else {
             self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
         }

@@ -23,7 +23,7 @@ use crate::{
     },
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Detail, MAX_BATCH, Socket, SocketId},
+        diag::{MAX_BATCH, Socket, SocketId},
         protocol::{Cgroup, MAX_PATHS, Reply, Request},
     },
     report::metrics::Untracked,
@@ -159,7 +159,7 @@ async fn sockets_of(
 ) -> Result<Vec<Answer>, String> {
     let target = |(cookie, session): &Tracked| SocketId::of(*cookie, session);
     let targets: Vec<SocketId> = sessions.iter().map(target).collect();
-    ask::query(context, netns_cookie, &targets, Detail::Names).await
+    ask::query(context, netns_cookie, &targets).await
 }
 
 /// Queries the listeners on these ports of a namespace.

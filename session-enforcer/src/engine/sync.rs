@@ -31,7 +31,7 @@ use crate::{
     engine::adopt::{self, Adopter, Listeners},
     host::{cgroup::Scope, clock::monotonic_ns},
     reaper::{
-        diag::{Detail, MAX_BATCH, Socket, SocketId, state},
+        diag::{MAX_BATCH, Socket, SocketId, state},
         pool::{Condition, Exchange, Next, Purpose},
         protocol::{Holder, Reach, Reply, Request},
     },
@@ -116,6 +116,8 @@ struct Sync<'a> {
     wanted: Vec<Socket>,
     /// Sessions that were inserted and are not confirmed yet.
     unconfirmed: Vec<(u64, Session)>,
+    /// Cookies of those whose sockets were locked.
+    locked: HashSet<u64>,
     /// When they are confirmed, if the list does not end before.
     confirmed_at: Instant,
     visited: HashSet<u64>,
@@ -185,6 +187,7 @@ pub(super) async fn sync(context: &Rc<Context>, aim: Aim) -> Result<usize> {
             listeners: Listeners::default(),
             wanted: Vec::new(),
             unconfirmed: Vec::new(),
+            locked: HashSet::new(),
             confirmed_at: Instant::now(),
             visited: HashSet::new(),
             adopted: 0,
@@ -290,7 +293,7 @@ impl Sync<'_> {
                 Next::Silent => {
                     silent_polls += 1;
                     if self.is_list_stuck(&mut exchange, silent_polls).await {
-                        wait_out(self.context, exchange);
+                        wait_out(self.context, exchange, None);
                         let netns = self.context.state().handles.name(self.netns_cookie);
                         self.unlisted(&format!("{netns}: {NO_LIST}"));
                         return Ok(Some(Duration::ZERO));
@@ -491,14 +494,14 @@ impl Sync<'_> {
             return Ok(());
         }
         for some in sockets.chunks(MAX_BATCH) {
-            let targets: Vec<SocketId> = some.iter().map(|socket| socket.target).collect();
-            let answers = self.query(&targets, Detail::Activity).await;
+            let answers = self.query_activity(some).await;
             let mut state = self.context.state();
-            for (target, answer) in targets.iter().zip(answers) {
-                let Some(session) = state.datapath.session(target.cookie)? else {
+            for (socket, answer) in some.iter().zip(answers) {
+                let cookie = socket.target.cookie;
+                let Some(session) = state.datapath.session(cookie)? else {
                     continue;
                 };
-                if state.catch_up(target.cookie, &session, answer)? {
+                if state.catch_up(cookie, &session, answer)? {
                     state.records.metrics.repaired(Repair::Behind);
                 }
             }
@@ -506,12 +509,18 @@ impl Sync<'_> {
         Ok(())
     }
 
-    /// Queries sockets of the namespace. Those that cannot be queried count as locked, that is, as in use.
-    async fn query(&mut self, targets: &[SocketId], detail: Detail) -> Vec<Answer> {
-        let asked = ask::query(self.context, self.netns_cookie, targets, detail).await;
+    /// Queries the activity of listed sockets. Those that cannot be queried count as locked, that is, as in use.
+    async fn query_activity(&mut self, sockets: &[Socket]) -> Vec<Answer> {
+        let targets: Vec<SocketId> = sockets.iter().map(|socket| socket.target).collect();
+        let cgroups: Vec<u64> = sockets.iter().map(|s| s.cgroup_id.unwrap_or(0)).collect();
+        let asked = ask::query_activity(self.context, self.netns_cookie, &targets, &cgroups).await;
+        self.known_or_locked(asked, targets.len())
+    }
+
+    fn known_or_locked(&mut self, asked: Result<Vec<Answer>, String>, count: usize) -> Vec<Answer> {
         asked.unwrap_or_else(|error| {
             self.unlisted(&error);
-            vec![Answer::Locked; targets.len()]
+            vec![Answer::Locked; count]
         })
     }
 
@@ -519,10 +528,12 @@ impl Sync<'_> {
     async fn adopt_wanted(&mut self) -> Result<()> {
         let wanted = std::mem::take(&mut self.wanted);
         for some in wanted.chunks(MAX_BATCH) {
-            let targets: Vec<SocketId> = some.iter().map(|socket| socket.target).collect();
-            let answers = self.query(&targets, Detail::Activity).await;
+            let answers = self.query_activity(some).await;
             let mut sessions = Vec::with_capacity(some.len());
             for (socket, answer) in some.iter().zip(answers) {
+                if answer == Answer::Locked {
+                    self.locked.insert(socket.target.cookie);
+                }
                 sessions.extend(self.session_of(socket, answer));
             }
             self.insert(sessions)?;
@@ -603,6 +614,13 @@ impl Sync<'_> {
         if unconfirmed.is_empty() {
             return Ok(());
         }
+        // A socket that was locked at the first query is not asked again: each query may occupy a reaper.
+        let is_locked = |(cookie, _): &(u64, Session)| self.locked.contains(cookie);
+        let (locked, unconfirmed): (Vec<_>, Vec<_>) = unconfirmed.into_iter().partition(is_locked);
+        for (cookie, session) in locked {
+            self.locked.remove(&cookie);
+            self.confirm_one(cookie, session, Answer::Locked)?;
+        }
         // The socket may not have counted such a packet yet.
         ask::wait_for_programs(self.context).await;
         let current = self.netns_cookie;
@@ -611,7 +629,10 @@ impl Sync<'_> {
             for some in sessions.chunks(MAX_BATCH) {
                 let target = |(cookie, session): &(u64, Session)| SocketId::of(*cookie, session);
                 let targets: Vec<SocketId> = some.iter().map(target).collect();
-                let answers = self.query(&targets, Detail::Activity).await;
+                let cgroups: Vec<u64> = some.iter().map(|(_, s)| s.owner.cgroup_id).collect();
+                let asked = ask::query_activity(self.context, netns_cookie, &targets, &cgroups);
+                let answers = asked.await;
+                let answers = self.known_or_locked(answers, targets.len());
                 for ((cookie, session), answer) in some.iter().zip(answers) {
                     self.confirm_one(*cookie, *session, answer)?;
                 }
@@ -728,7 +749,9 @@ impl Sync<'_> {
             };
             let targets: Vec<SocketId> =
                 sessions.iter().map(|(c, s)| SocketId::of(*c, s)).collect();
-            let answers = self.query(&targets, Detail::Names).await;
+            // A dump of many sockets can miss one again.
+            let asked = ask::query_each(self.context, self.netns_cookie, &targets).await;
+            let answers = self.known_or_locked(asked, targets.len());
             for ((cookie, session), answer) in sessions.iter().zip(answers) {
                 let Answer::Known(socket, _) = answer else {
                     continue;

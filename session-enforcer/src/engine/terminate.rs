@@ -255,7 +255,7 @@ async fn confirm_lot(
 fn begin_query(context: &Rc<Context>, lot: &[Expired]) -> Option<HangPermit> {
     let first = lot.first()?;
     let mut state = context.state();
-    let scope = hang_scope(&state, &first.session);
+    let scope = hang_scope(&state, first.session.owner.cgroup_id);
     if let Room::Taken { since_ns } = state.hanging.room(&scope) {
         state.wait_for_room(lot, since_ns);
         return None;
@@ -296,7 +296,7 @@ pub(super) fn start_resets(
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        let room = state.hanging.room(&hang_scope(state, &expired.session));
+        let room = state.hanging.room(&hang_scope(state, cgroup_id));
         if let Room::Taken { since_ns } = room {
             state.has_no_room(&expired, since_ns, now_ns);
             continue;
@@ -331,7 +331,9 @@ pub(super) fn start_resets(
             match lot.first() {
                 Some(first) if apart.is_some() => {
                     // Lots of this pass may have taken the room meanwhile.
-                    let room = state.hanging.room(&hang_scope(state, &first.session));
+                    let room = state
+                        .hanging
+                        .room(&hang_scope(state, first.session.owner.cgroup_id));
                     if let Room::Taken { since_ns } = room {
                         for expired in &lot {
                             state.has_no_room(expired, since_ns, now_ns);

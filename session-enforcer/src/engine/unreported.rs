@@ -8,12 +8,13 @@ use session_enforcer_common::Session;
 use super::{
     ask::{self, Answer},
     context::Context,
+    holder_searches::Holding,
     state::{Cause, MaybeEnded, RETRY_NS, State},
     tracker::by_namespace,
 };
 use crate::{
     host::clock::monotonic_ns,
-    reaper::diag::{Detail, Socket, SocketId, state},
+    reaper::diag::{Socket, SocketId, state},
 };
 
 /// Recheck interval of a session whose socket is closing.
@@ -41,9 +42,27 @@ pub(super) async fn query_maybe_ended(
     netns_cookie: u64,
     sessions: Vec<MaybeEnded>,
 ) -> Result<()> {
+    let is_due = |maybe_ended: &MaybeEnded| matches!(maybe_ended.cause, Cause::NotFound(_));
+    let (due, others): (Vec<_>, Vec<_>) = sessions.into_iter().partition(is_due);
+    let targets = targets_of(&others);
+    let answers = ask::query(&context, netns_cookie, &targets).await;
+    conclude(&context, others, answers)?;
+    // Who misses one of these frees it of its limit.
+    let targets = targets_of(&due);
+    let answers = ask::query_each(&context, netns_cookie, &targets).await;
+    conclude(&context, due, answers)
+}
+
+fn targets_of(sessions: &[MaybeEnded]) -> Vec<SocketId> {
     let target = |s: &MaybeEnded| SocketId::of(s.cookie, &s.session);
-    let targets: Vec<SocketId> = sessions.iter().map(target).collect();
-    let answers = ask::query(&context, netns_cookie, &targets, Detail::Names).await;
+    sessions.iter().map(target).collect()
+}
+
+fn conclude(
+    context: &Context,
+    sessions: Vec<MaybeEnded>,
+    answers: Result<Vec<Answer>, String>,
+) -> Result<()> {
     let answers = answers.unwrap_or_else(|error| {
         tracing::warn!(
             "the sockets of {} sessions could not be queried; the daemon tries again: {error}",
@@ -95,7 +114,12 @@ impl State {
             }
             Cause::Unreported => {}
             Cause::Observed(expired) => self.observe(expired),
-            Cause::NotFound(expired) => self.unanswered(expired, now_ns, NOT_FOUND),
+            Cause::NotFound(expired) => {
+                // The query before its deadline did not find it either.
+                let holding = || Holding::of(session, found);
+                self.holdings.entry(cookie).or_insert_with(holding);
+                self.unanswered(expired, now_ns, NOT_FOUND);
+            }
         }
         Ok(())
     }

@@ -199,9 +199,11 @@ impl Pool {
         }
     }
 
-    /// Whether no reaper is idle and the last one could not be started.
+    /// Whether no reaper is idle, and there are as many as there may be or the last one could not be started.
     pub fn is_short(&self) -> bool {
-        self.0.has_failed.get() && self.0.idle.borrow().is_empty()
+        let inner = &self.0;
+        let cannot_start = inner.has_failed.get() || inner.busy.get() >= MAX_REAPERS;
+        cannot_start && inner.idle.borrow().is_empty()
     }
 
     async fn take_arrivals(self, mut arrivals: mpsc::UnboundedReceiver<io::Result<Started>>) {

@@ -17,8 +17,8 @@ use nix::{
     unistd::Pid,
 };
 use session_enforcer_tests::{
-    Agent, Cgroup, Daemon, Lab, Listener, Locked, Netns, Pair, Place, Record, eventually, patience,
-    scaled, state_of, unhurried,
+    Agent, Cgroup, Daemon, Lab, Listener, Locked, Netns, Pair, Place, Record, bind_to_device,
+    disconnect, eventually, patience, scaled, state_of, unhurried,
 };
 
 use crate::turn;
@@ -246,9 +246,105 @@ fn locked_sockets_in_many_namespaces_count_for_their_cgroup() -> Result<()> {
     daemon.thaw()?;
     daemon.wait_for_terminations(NAMESPACES)?;
     assert_others_are_reset(&lab, &daemon, &others)?;
-    // Four, and those that were in progress when the first one began to hang.
+    assert_few_hang(&daemon)?;
+    drop(held);
+    Ok(())
+}
+
+/// Asserts that of so many locked sockets of one cgroup not many more than four occupy a reaper.
+fn assert_few_hang(daemon: &Daemon) -> Result<()> {
     let stuck = daemon.metric("session_enforcer_reapers", &[("state", "stuck")])?;
+    // Four, and those that were in progress when the first one began to hang.
     assert!(stuck <= 16.0, "{stuck}");
+    Ok(())
+}
+
+/// A socket that is bound to an interface after its connection is established is not found by its name.
+#[test]
+fn locked_sockets_that_are_not_found_by_name_count_for_their_cgroup() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    const SOCKETS: usize = 40;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let cgroup = lab.cgroup.child()?;
+    let rules = format!(
+        "{OWN}{}[[rule]]\nname = \"bound\"\ndirection = \"inbound\"\nidle_timeout = \"{}s\"\n",
+        rule("others", &others, limit()),
+        limit().as_secs()
+    );
+    let daemon = lab.daemon(&rules)?;
+    // The daemon knows the owners of listeners that are older than it.
+    let bound = listen(&lab.at(&Place::here().in_cgroup(&cgroup))?)?;
+    let held = (0..SOCKETS).map(|_| {
+        let pair = Pair::open(&lab.outside, &bound)?;
+        bind_to_device(&pair.server, "lo")?;
+        Ok((Locked::new(&pair.server)?, pair))
+    });
+    let held = held.collect::<Result<Vec<_>>>()?;
+    daemon.wait_for_terminations(SOCKETS)?;
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    assert_few_hang(&daemon)?;
+    drop(held);
+    Ok(())
+}
+
+/// The adoption asks each socket for its age, which takes its lock.
+#[test]
+fn a_start_hangs_at_few_of_the_locked_sockets_of_a_cgroup() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    const SOCKETS: usize = 40;
+    let lab = Lab::new(AGENT)?;
+    let cgroup = lab.cgroup.child()?;
+    let locked = listen(&lab.at(&Place::here().in_cgroup(&cgroup))?)?;
+    let others = listen(&lab.inside)?;
+    let held = (0..SOCKETS).map(|_| {
+        let pair = Pair::open(&lab.outside, &locked)?;
+        Ok((Locked::new(&pair.server)?, pair))
+    });
+    let held = held.collect::<Result<Vec<_>>>()?;
+    let older = Pair::open(&lab.outside, &others)?;
+    let hour = Duration::from_secs(3_600);
+    let rules = OWN.to_owned() + &rule("locked", &locked, hour) + &rule("others", &others, limit());
+    if Locked::blocks_socket_tables()? {
+        // The start adopts nothing until the locks are released.
+        return Ok(());
+    }
+    let daemon = lab.daemon(&rules)?;
+    let all = (SOCKETS + 1) as f64;
+    daemon.wait_for_metric("session_enforcer_sessions_adopted_total", &[], all)?;
+    older.ends()?[0].assert_reset(Errno::ECONNRESET, &older.opened, limit());
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    assert_few_hang(&daemon)?;
+    drop(held);
+    Ok(())
+}
+
+/// A socket that is connected a second time has no known owner, so the daemon asks for it.
+#[test]
+fn locked_sockets_without_a_known_owner_occupy_no_reaper_before_they_are_due() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    const SOCKETS: usize = 20;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let far = listen(&lab.outside)?;
+    let rules = rule("others", &others, limit())
+        + "[[rule]]\nname = \"service\"\nusers = [54321]\nidle_timeout = \"1h\"\n"
+        + "[[rule]]\nname = \"all\"\ndirection = \"outbound\"\nidle_timeout = \"1h\"\n";
+    let daemon = lab.daemon(&(OWN.to_owned() + &rules))?;
+    let held = (0..SOCKETS).map(|_| {
+        let first = Pair::open(&lab.inside, &far)?;
+        let again = Pair::dial(disconnect(first.client)?, &far, far.address)?;
+        Ok((Locked::new(&again.client)?, again))
+    });
+    let held = held.collect::<Result<Vec<_>>>()?;
+    let of_all = [("rule", "all")];
+    daemon.wait_for_metric("session_enforcer_sessions", &of_all, SOCKETS as f64)?;
+    assert_others_are_reset(&lab, &daemon, &others)?;
+    let stuck = daemon.metric("session_enforcer_reapers", &[("state", "stuck")])?;
+    assert_eq!(stuck, 0.0);
     drop(held);
     Ok(())
 }

@@ -11,14 +11,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::socket::{SockaddrStorage, bind},
+};
 use session_enforcer::reaper::{
-    diag::{Detail, DiagSocket, SocketId, state},
+    diag::{Detail, DiagSocket, SockDiagError, SocketId, state},
     disconnect::{Answer, DisconnectError, reset_by_cookie, reset_tcp, socket_id},
     processes::find_holders,
     protocol::{Holder, SearchScope, SocketKey},
 };
-use session_enforcer_tests::{Lab, Pair, cookie, dial, disconnect, eventually, patience};
+use session_enforcer_tests::{
+    Lab, Listener, Pair, cookie, dial, disconnect, eventually, patience, set_option,
+};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
@@ -204,6 +209,39 @@ fn a_socket_that_is_connected_again_is_not_reset_by_its_cookie() -> Result<()> {
     again.round_trip()?;
     assert_eq!(reset(&now)?, Answer::Reset);
     Ok(())
+}
+
+/// The kernel lists 16 sockets of a hash bucket at a time, and resumes by their number.
+#[test]
+fn a_socket_that_a_search_may_have_missed_is_not_taken_for_closed() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen(LOOPBACK)?;
+    let first = dial_from([127, 0, 0, 2], 0, &lab, &listener)?;
+    let target = socket_id(&first.server)?;
+    let port = first.client_address.port();
+    let gone = SocketId {
+        cookie: target.cookie + 1_000_000,
+        ..target
+    };
+    let mut diag = DiagSocket::open()?;
+    let mut search = |target: SocketId| diag.search(&[target]);
+    assert_eq!(search(gone)?, [None]);
+    let others = (3..20).map(|last| dial_from([127, 0, 0, last], port, &lab, &listener));
+    let others = others.collect::<Result<Vec<_>>>()?;
+    assert!(search(target)?[0].is_some());
+    let result = search(gone);
+    assert!(matches!(result, Err(SockDiagError::Crowded)), "{result:?}");
+    drop(others);
+    Ok(())
+}
+
+/// A connection from this address and port.
+fn dial_from(address: [u8; 4], port: u16, lab: &Lab, listener: &Listener) -> Result<Pair> {
+    let from = SocketAddr::from((address, port));
+    let socket = lab.outside.tcp(from)?;
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(from))?;
+    Pair::dial(socket, listener, listener.address)
 }
 
 /// The kernel destroys the `TIME_WAIT` socket and answers ENOENT, so the daemon counts no reset.

@@ -41,6 +41,10 @@ const DATAGRAM: usize = 1 << 16;
 /// A list hands over its sockets in chunks of this size.
 pub const CHUNK: usize = 256;
 
+/// The number of sockets that the kernel lists while it holds the lock of a hash bucket (`SKARR_SZ` of
+/// `net/ipv4/inet_diag.c`). Between two such groups it resumes by position, so it can miss a socket while others close.
+const AT_ONCE: usize = 16;
+
 /// A dump is repeated up to this often if the kernel's tables changed during it.
 const DUMP_ATTEMPTS: u32 = 4;
 
@@ -68,6 +72,9 @@ pub enum SockDiagError {
     /// No dump was complete: the table changed during each attempt.
     #[error("the kernel's socket table changed during each of {DUMP_ATTEMPTS} attempts to list it")]
     Interrupted,
+    /// So many sockets have the ports of a single target that the kernel may have missed it.
+    #[error("the kernel may have missed a socket among all that have its ports")]
+    Crowded,
     /// The cookie of the network namespace could not be read.
     #[error("reading the network namespace's cookie: {0}")]
     Cookie(io::Error),
@@ -205,11 +212,11 @@ impl DiagSocket {
     }
 
     /// Queries several sockets by cookie, whichever interface they are bound to now. The kernel walks its
-    /// whole table once.
+    /// whole table once. A single target is found for certain; one of several can be missed while other sockets close.
     ///
     /// # Errors
     ///
-    /// Fails as [`DiagSocket::query`] does.
+    /// Fails as [`DiagSocket::query`] does, and if the kernel may have missed a single target.
     pub fn search(&mut self, targets: &[SocketId]) -> Result<Vec<Option<Socket>>, SockDiagError> {
         // With the ports of a single target the kernel filters the dump itself. Nearly all searches have one
         // target.
@@ -220,13 +227,18 @@ impl DiagSocket {
         let place = |(index, target): (usize, &SocketId)| (target.cookie, index);
         let places: HashMap<u64, usize> = targets.iter().enumerate().map(place).collect();
         let mut found = vec![None; targets.len()];
+        let mut listed = 0;
         self.list(wire::state::TRACKED, ports, &mut |sockets| {
+            listed += sockets.len();
             for socket in sockets {
                 if let Some(index) = places.get(&socket.target.cookie) {
                     found[*index] = Some(socket);
                 }
             }
         })?;
+        if found == [None] && listed >= AT_ONCE {
+            return Err(SockDiagError::Crowded);
+        }
         Ok(found)
     }
 

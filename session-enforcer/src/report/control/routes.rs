@@ -60,7 +60,7 @@ const KILL_BATCH: usize = 128;
 const MAX_UNANSWERED_KILLS: usize = 1_024;
 
 /// After this time without an answer the remaining sessions are reported as pending. A session is reported as
-/// failed earlier if its reset hangs on a socket lock, or if too many resets of its cgroup hang already.
+/// failed earlier if its reset hangs on a socket lock, or if too many resets hang already.
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The time limit for a reload. With a million connections a reload takes about 10 s.
