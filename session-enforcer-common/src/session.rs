@@ -109,6 +109,11 @@ pub mod flags {
     /// The daemon has the event that this session may have ended ([`EventKind::MayEnd`](crate::EventKind::MayEnd)), and
     /// has not looked yet. Further packets that may end it send no event: a peer can send any number of them.
     pub const END_REPORTED: u8 = 32;
+    /// This host has sent its FIN, so it owes no answer any more. Not set if the FIN was sent before the session was tracked,
+    /// behind headers that the parser does not walk, or past the deadline.
+    pub const HAS_ENDED: u8 = 64;
+    /// The flags that packets set and that a record keeps.
+    pub const OF_PACKETS: u8 = PEER_HAS_ENDED | HAS_ENDED;
 }
 
 /// The record of a TCP session, from establishment to close. The packet path writes it. The daemon reads it, inserts
@@ -257,7 +262,7 @@ pub struct Traffic {
     pub data_segments_sent: u32,
     /// See [`Session::half_closed_ns`].
     pub half_closed_ns: u64,
-    /// The [`Session::flags`] that packets set: [`flags::PEER_HAS_ENDED`].
+    /// The [`Session::flags`] that packets set: [`flags::OF_PACKETS`].
     pub flags: u8,
 }
 
@@ -299,7 +304,7 @@ impl Session {
             sent_before_answer: self.sent_before_answer,
             data_segments_sent: self.data_segments_sent,
             half_closed_ns: self.half_closed_ns,
-            flags: self.flags & flags::PEER_HAS_ENDED,
+            flags: self.flags & flags::OF_PACKETS,
         }
     }
 
@@ -339,13 +344,23 @@ impl Session {
             self.data_segments_sent = other.data_segments_sent;
         }
         self.half_closed_ns = self.half_closed_ns.min(other.half_closed_ns);
-        self.flags |= other.flags & flags::PEER_HAS_ENDED;
+        self.flags |= other.flags & flags::OF_PACKETS;
     }
 
-    /// Whether this host owes an answer.
+    /// Whether this host owes an answer. It cannot give one after its FIN.
     #[inline]
     pub const fn owes_answer(&self) -> bool {
-        self.answered_ns == 0
+        self.answered_ns == 0 && self.flags & flags::HAS_ENDED == 0
+    }
+
+    /// Notes that this host has sent its FIN at `now_ns`, which must not be 0. The wait for an answer that is owed ends
+    /// with it.
+    #[inline(always)]
+    pub const fn note_ended(&mut self, now_ns: u64) {
+        if self.owes_answer() {
+            self.answered_ns = now_ns;
+        }
+        self.flags |= flags::HAS_ENDED;
     }
 
     /// Whether there is a receive candidate that no later packet has confirmed.
@@ -578,12 +593,29 @@ mod tests {
     }
 
     #[test]
-    fn only_the_flag_of_the_peer_s_end_is_traffic() {
+    fn only_the_flags_of_both_ends_are_traffic() {
         let mut session = tests_support::session(1, 1, 1);
-        session.flags = !flags::PEER_HAS_ENDED;
+        session.flags = !flags::OF_PACKETS;
         assert_eq!(session.traffic().flags, 0);
         session.flags = u8::MAX;
-        assert_eq!(session.traffic().flags, flags::PEER_HAS_ENDED);
+        assert_eq!(session.traffic().flags, flags::OF_PACKETS);
+    }
+
+    #[test]
+    fn after_its_fin_this_host_owes_no_answer() {
+        let mut session = tests_support::session(1, 4, 3);
+        session.stamp_received(6);
+        assert!(session.owes_answer());
+        session.note_ended(7);
+        assert!(!session.owes_answer());
+        assert_eq!(session.answered_ns, 7);
+        session.stamp_received(8);
+        assert!(!session.owes_answer());
+        // An answer that was given keeps its time.
+        let mut session = tests_support::session(1, 4, 3);
+        session.answered_ns = 5;
+        session.note_ended(7);
+        assert_eq!(session.answered_ns, 5);
     }
 
     #[test]
@@ -751,7 +783,7 @@ mod tests {
             flags: u8::MAX,
             ..read.traffic()
         });
-        assert_eq!(joined.flags, read.flags | flags::PEER_HAS_ENDED);
+        assert_eq!(joined.flags, read.flags | flags::OF_PACKETS);
         // With equal times this record's value is kept.
         let told = Session {
             answered_ns: 6,

@@ -128,8 +128,11 @@ pub(crate) fn track(ctx: &SkBuffContext, way: PacketDirection) -> Verdict {
         }
     }
     if way == PacketDirection::Egress {
-        // Needed if the socket's state changes are not reported.
-        if is_half_closed(state(ctx)) {
+        let state = state(ctx);
+        if segment.fin || state == BPF_TCP_FIN_WAIT2 {
+            note_ended(session);
+        } else if is_closed_there(state) {
+            // Needed if the socket's state changes are not reported.
             note_half_closed(session);
         }
     } else if segment.fin && segment.end().wrapping_sub(tcp.rcv_nxt) <= MAX_WINDOW {
@@ -319,16 +322,27 @@ fn payload_sent(ctx: &SkBuffContext, session: &Session, tcp: &bpf_tcp_sock) -> u
     sent_until(session, tcp, tcp.snd_nxt).saturating_sub(u64::from(fin))
 }
 
+/// Whether the peer's FIN was received.
 #[inline(always)]
-fn is_half_closed(state: u32) -> bool {
+fn is_closed_there(state: u32) -> bool {
     matches!(
         state,
-        BPF_TCP_FIN_WAIT1
-            | BPF_TCP_FIN_WAIT2
-            | BPF_TCP_CLOSE_WAIT
-            | BPF_TCP_CLOSING
-            | BPF_TCP_LAST_ACK
+        BPF_TCP_CLOSE_WAIT | BPF_TCP_CLOSING | BPF_TCP_LAST_ACK
     )
+}
+
+/// Notes that this host has sent its FIN. Past the deadline it does not count: it would revive a session that owes an
+/// answer.
+#[inline(never)]
+fn note_ended(session: &mut Session) {
+    if session.flags & flags::HAS_ENDED != 0 {
+        return;
+    }
+    note_half_closed(session);
+    let measure = Measure::of(session);
+    if !measure.is_past_deadline(session) {
+        session.note_ended(measure.now_ns);
+    }
 }
 
 /// Records the time of the first FIN, if none was recorded before.

@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT,
-        BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, bpf_sock_ops,
+        BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
@@ -49,18 +49,18 @@ fn opened(ctx: &SockOpsContext) {
     }
 }
 
-/// The first FIN moves a socket into one of these two half-closed states; later states need no further note
-/// (`net/ipv4/tcp_states.h`).
+/// The peer's FIN moves a socket into `CLOSE_WAIT` or `CLOSING`, the ACK of this host's FIN into `FIN_WAIT2`. `FIN_WAIT1`
+/// begins with the close(2), and the FIN may wait behind unsent payload: it is noted when it leaves.
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     match ctx.arg(1) {
         BPF_TCP_CLOSE => end(cookie(ctx), is_silent(ctx)),
-        BPF_TCP_CLOSE_WAIT | BPF_TCP_FIN_WAIT1 => half_closed(cookie(ctx)),
+        BPF_TCP_CLOSE_WAIT | BPF_TCP_FIN_WAIT2 | BPF_TCP_CLOSING => half_closed(cookie(ctx)),
         _ => {}
     }
 }
 
-/// Records the time of the first FIN, when the stack sends or receives it.
+/// Records the time of the first FIN, if none was recorded before.
 #[inline(never)]
 fn half_closed(cookie: u64) {
     let record = slots::scan(cookie).and_then(slots::Scanned::record);

@@ -102,7 +102,7 @@ pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
     }
     change(record, before, session);
     let choice = Choice::of(session);
-    if choose(slot, cookie, choice, flags::PEER_HAS_ENDED) {
+    if choose(slot, cookie, choice, flags::OF_PACKETS) {
         return true;
     }
     // The session has ended since. Another session may have reused the record, so the old words are restored.

@@ -72,10 +72,22 @@ impl Adopter<'_> {
         let (facts, owner, rule) = self.chosen(socket, listeners, direction)?;
         let limits = self.limits_of_rules.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns, self.lag_ns);
+        let has_ended = has_ended(socket, &info);
+        let mut flags = flags::END_UNREPORTED;
+        if socket.mptcp_token.is_some() {
+            flags |= flags::MPTCP_SUBFLOW;
+        }
+        if has_ended {
+            flags |= flags::HAS_ENDED;
+        }
         Some(Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: answered_ns(owes_answer(facts.direction, &info, limits), sent),
+            answered_ns: match owes_answer(facts.direction, &info, limits) {
+                // The FIN has ended the wait for an answer, at this time at the latest.
+                true if has_ended => now_ns,
+                owes => answered_ns(owes, sent),
+            },
             bytes_received: payload_received(socket, &info),
             bytes_sent: payload_sent(socket, &info, facts.direction as u8),
             open_until_ns: 0,
@@ -91,13 +103,10 @@ impl Adopter<'_> {
             generation: self.generation,
             rule,
             direction: facts.direction as u8,
-            flags: match socket.mptcp_token {
-                Some(_) => flags::END_UNREPORTED | flags::MPTCP_SUBFLOW,
-                None => flags::END_UNREPORTED,
-            },
+            flags,
             owner,
             data_segments_sent: info.data_segments_sent,
-            half_closed_ns: half_closed_ns(socket, now_ns),
+            half_closed_ns: half_closed_ns(socket, &info, now_ns),
             // The kernel does not show how much of it belongs to an answer.
             sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
             sent_candidate_completes_answer: 0,
@@ -201,8 +210,8 @@ fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
 }
 
 /// The value of [`Session::half_closed_ns`]: the latest possible time.
-fn half_closed_ns(socket: &Socket, now_ns: u64) -> u64 {
-    if state::is_closed_here(socket.state) || state::is_closed_there(socket.state) {
+fn half_closed_ns(socket: &Socket, info: &Info, now_ns: u64) -> u64 {
+    if has_ended(socket, info) || state::is_closed_there(socket.state) {
         now_ns
     } else {
         Session::NOT_HALF_CLOSED
@@ -228,7 +237,12 @@ fn payload_sent(socket: &Socket, info: &Info, direction: u8) -> u64 {
 
 /// The sequence number of this host's FIN, if the FIN has left.
 fn fin_sent(socket: &Socket, info: &Info) -> u64 {
-    u64::from(state::is_closed_here(socket.state) && info.is_all_sent)
+    u64::from(has_ended(socket, info))
+}
+
+/// Whether this host's FIN has left. It may wait behind unsent payload.
+fn has_ended(socket: &Socket, info: &Info) -> bool {
+    state::is_closed_here(socket.state) && info.is_all_sent
 }
 
 /// When payload was last received and sent, computed from ages that were read before `now_ns`. The kernel counts ages
@@ -283,7 +297,8 @@ pub fn caught_up(
         return *session;
     };
     let mut now = *session;
-    now.half_closed_ns = session.half_closed_ns.min(half_closed_ns(socket, now_ns));
+    let half_closed_ns = half_closed_ns(socket, &info, now_ns);
+    now.half_closed_ns = session.half_closed_ns.min(half_closed_ns);
     let (received_ns, sent_ns) = activity(&info, now_ns, lag_ns);
     // For a packet that the programs have seen, their time is more accurate than the age.
     let is_seen = session.received_candidate_ns <= received_ns
@@ -322,6 +337,9 @@ pub fn caught_up(
             (false, true) => answered_ns(false, now.last_sent_ns),
             (false, false) => now.answered_ns,
         };
+    }
+    if has_ended(socket, &info) && now.flags & flags::HAS_ENDED == 0 {
+        now.note_ended(now_ns);
     }
     now
 }

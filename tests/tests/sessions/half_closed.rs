@@ -1,7 +1,7 @@
 //! Half-closed sessions: they remain sessions, and `half_closed_timeout` limits them.
 
 use std::{
-    io::Write as _,
+    io::{Read as _, Write as _},
     net::{Shutdown, TcpStream},
     thread,
     time::Duration,
@@ -220,6 +220,68 @@ fn a_half_closed_session_may_owe_the_answer() -> Result<()> {
     close(&case.pair.client)?.wait(2 * limit());
     let answered = case.pair.to_client(b"answer")?;
     assert_half_closed(&case.daemon, &case.pair, &answered)
+}
+
+/// A host that has sent its FIN cannot answer any more, whatever it receives.
+#[test]
+fn a_fin_in_place_of_the_answer_ends_the_wait_for_it() -> Result<()> {
+    let limits = "response_timeout = \"1h\"\nidle_timeout = \"1h\"";
+    let case = TrackedPair::open(AGENT, &half_closed_rule(limits))?;
+    case.pair.to_server(b"query")?.wait(limit() / 4);
+    close(&case.pair.server)?.wait(limit() / 4);
+    let last = case.pair.to_server(b"more")?;
+    assert_half_closed(&case.daemon, &case.pair, &last)
+}
+
+#[test]
+fn an_adopted_session_whose_fin_was_sent_owes_no_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let pair = Pair::open(&lab.outside, &lab.inside.listen(([127, 0, 0, 1], 0))?)?;
+    pair.to_server(b"query")?;
+    close(&pair.server)?;
+    let rule = half_closed_rule("response_timeout = \"1h\"\nidle_timeout = \"1h\"");
+    let (started, daemon) = Moment::of(|| lab.daemon(&rule))?;
+    assert_half_closed(&daemon, &pair, &started)
+}
+
+/// A server has closed the connection, and a client that pauses has not read all. The FIN waits behind the rest.
+#[test]
+fn a_fin_that_waits_behind_unsent_payload_does_not_count_before_it_leaves() -> Result<()> {
+    for is_adopted in [false, true] {
+        let lab = Lab::new(AGENT)?;
+        let listener = lab.inside.listen(([127, 0, 0, 1], 0))?;
+        let rule = half_closed_rule("idle_timeout = \"1h\"");
+        let mut daemon = None;
+        if !is_adopted {
+            daemon = Some(lab.daemon(&rule)?);
+        }
+        let pair = Pair::open(&lab.outside, &listener)?;
+        pair.server.set_nonblocking(true)?;
+        let mut sent = 0;
+        while let Ok(count) = (&pair.server).write(&[0; 1 << 16]) {
+            sent += count;
+        }
+        let closed = close(&pair.server)?;
+        let daemon = match daemon {
+            Some(daemon) => daemon,
+            None => lab.daemon(&rule)?,
+        };
+        closed.wait(2 * limit());
+        let mut received = 0;
+        let mut buffer = vec![0; 1 << 16];
+        let end = loop {
+            match (&pair.client).read(&mut buffer)? {
+                0 => break Moment::of(|| Ok(()))?.0,
+                count => received += count,
+            }
+        };
+        assert_eq!(received, sent, "adopted: {is_adopted}");
+        // The FIN has left just before.
+        let record = daemon.wait_for_termination_of(&pair)?;
+        assert_eq!(record.text("event.reason"), "half_closed_timeout");
+        assert!(end.elapsed() + limit() / 4 > limit());
+    }
+    Ok(())
 }
 
 #[test]
