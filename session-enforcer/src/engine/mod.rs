@@ -3,8 +3,8 @@
 //! One loop waits for events, deadlines, signals and requests. Work that needs a reaper runs in separate tasks beside
 //! the loop ([`context`]): resets ([`terminate`]), the comparison of table, schedule and sockets ([`sync`]), owners
 //! ([`owner_search`]), policy changes ([`reload`]), the start ([`takeover`]), and growth ([`growth`]). The decisions
-//! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hanging`]. The engine makes no call that a process or
-//! a user can block; `docs/design/reapers.md` lists the files that it reads.
+//! are pure: [`judge`], [`tracker`], [`rule_set`], [`backlog`], [`hang_limits`]. The engine makes no call that a process
+//! or a user can block; `docs/design/reapers.md` lists the files that it reads.
 
 pub mod adopt;
 mod ask;
