@@ -166,6 +166,12 @@ impl Limits {
         self.gate == 1 && expired(session, self, now_ns)
     }
 
+    /// Whether the idle clock stands still because this host owes an answer.
+    #[inline]
+    pub const fn waits_for_answer(&self, session: &Session) -> bool {
+        self.response_timeout_ns != 0 && session.owes_answer()
+    }
+
     /// When the idle clock started, if it is running.
     #[inline]
     pub const fn idle_since(&self, session: &Session) -> u64 {
@@ -216,8 +222,7 @@ fn expired(session: &Session, limits: &Limits, now_ns: u64) -> bool {
 // ("cannot return stack pointer to the caller").
 #[inline(always)]
 pub fn expiry(session: &Session, limits: &Limits, now_ns: u64) -> Expiry {
-    let waiting = limits.response_timeout_ns != 0 && session.owes_answer();
-    let (clock, clock_reason) = if waiting {
+    let (clock, clock_reason) = if limits.waits_for_answer(session) {
         (
             limits.deadline(session.last_received_ns, limits.response_timeout_ns),
             Reason::ResponseTimeout,

@@ -432,12 +432,15 @@ impl Cli {
 
 impl RunArgs {
     /// The configuration file; `None` if `--port` replaces it.
-    pub fn config_path(&self) -> Option<&Path> {
+    /// Absolute, because clients of the daemon read it from other directories.
+    pub fn config_path(&self) -> Option<PathBuf> {
         if !self.port.is_empty() {
             return None;
         }
-        let default = Path::new(DEFAULT_CONFIG);
-        Some(self.config.as_deref().unwrap_or(default))
+        let path = self.config.as_deref();
+        let path = path.unwrap_or(Path::new(DEFAULT_CONFIG));
+        // Fails only for an empty path, which no file has.
+        Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
     }
 
     /// The configuration of these arguments: a flag overrides the key of the file.
@@ -446,7 +449,7 @@ impl RunArgs {
     ///
     /// Fails if the file is invalid, if others could change it, or if there are too many ports.
     pub fn to_config(&self) -> anyhow::Result<Config> {
-        self.config_from(self.config_path())
+        self.config_from(self.config_path().as_deref())
     }
 
     /// The same with another file, or none.

@@ -117,7 +117,10 @@ fn metrics_and_audit_can_be_turned_elsewhere_in_the_quick_form() {
 #[test]
 fn without_a_file_and_ports_the_default_file_is_read() {
     let args = run_args("session-enforcer run --observe");
-    assert_eq!(args.config_path(), Some(Path::new(DEFAULT_CONFIG)));
+    assert_eq!(args.config_path(), Some(DEFAULT_CONFIG.into()));
+    let args = run_args("session-enforcer run --config beside.toml");
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(args.config_path(), Some(here.join("beside.toml")));
     let Command::Check(check) = parse("session-enforcer check").unwrap().command else {
         panic!("must be check");
     };

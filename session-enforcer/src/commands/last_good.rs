@@ -20,7 +20,7 @@ pub fn keep(args: &RunArgs) {
     let (Some(path), Some(copy)) = (args.config_path(), args.last_good.clone()) else {
         return;
     };
-    let (args, path) = (args.clone(), path.to_owned());
+    let args = args.clone();
     let copying = thread::Builder::new().name("last-good".to_owned());
     let started =
         copying.spawn(move || copy_valid(&args, &path, &copy).unwrap_or_else(|error| warn(&error)));
@@ -118,7 +118,7 @@ mod tests {
 
         fn keep(&self) -> Result<()> {
             let copy = self.args.last_good.as_deref().unwrap();
-            copy_valid(&self.args, self.args.config_path().unwrap(), copy)
+            copy_valid(&self.args, &self.args.config_path().unwrap(), copy)
         }
     }
 

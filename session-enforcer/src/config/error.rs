@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use session_enforcer_common::{MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES, MAX_RULES};
 
 use super::DEFAULT_METRICS_PORT;
+use super::value::MAX_SOCKET_PATH;
 
 /// A position in the text of a file, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,6 +251,17 @@ pub enum Problem {
          (SyncIntervalSec= in journald.conf); remove it, or name a file as path"
     )]
     SyncedJournal,
+    /// The kernel takes no Unix socket with such a path.
+    #[error(
+        "the path has {length} bytes, and that of a Unix socket at most {MAX_SOCKET_PATH}; choose a shorter one"
+    )]
+    LongSocketPath {
+        /// The length of the path.
+        length: usize,
+    },
+    /// Both servers would listen at the same path.
+    #[error("metrics.listen has the same path; choose another one")]
+    SharedSocket,
 
     /// The value has the wrong type, is out of range, or is not one of the choices.
     #[error("found {found}; allowed: {allowed}")]
@@ -286,6 +298,9 @@ pub enum Problem {
         example = SocketAddr::new(*.0, DEFAULT_METRICS_PORT)
     )]
     NoPort(IpAddr),
+    /// An IPv6 address without brackets before its port.
+    #[error("an IPv6 address needs brackets before its port; write \"[{0}]:{1}\"")]
+    NoBrackets(Ipv6Addr, u16),
     /// The path in double quotes has an escape that systemd uses literally in names.
     #[error(
         "TOML replaces \\x within double quotes, and names of systemd contain it: write the path in single quotes"
@@ -306,10 +321,12 @@ pub enum Problem {
         number: String,
     },
     /// The limit is too short to be enforced precisely.
-    #[error("{found} is shorter than 1s, the shortest limit; for no limit, leave it out")]
+    #[error("{found} is shorter than 1s, the shortest limit; {otherwise}")]
     ShortLimit {
         /// The value.
         found: String,
+        /// What to do for less.
+        otherwise: &'static str,
     },
     /// The limit is so long that no connection reaches it.
     #[error("{found} is longer than 36500d, the longest limit; for no limit, leave it out")]

@@ -1,10 +1,10 @@
 //! Converts the document to the configuration: the daemon's tables and the list of rules.
 
 use super::document::{Document, Field, Keys, Section};
+use super::rule::read_time;
 use super::value::{
     ALLOWED_AUDIT, ALLOWED_CONTROL_SOCKET, ALLOWED_GROUP, ALLOWED_LISTEN, ALLOWED_PIN_DIR,
-    ALLOWED_TIME, is_absolute, parse_audit, parse_control_socket, parse_group, parse_limit,
-    parse_listen, parse_pin_dir,
+    is_absolute, parse_audit, parse_control_socket, parse_group, parse_listen, parse_pin_dir,
 };
 use super::{
     AuditTarget, Config, ConfigError, Doubt, MAX_MAX_SESSIONS, MetricsListen, Mode,
@@ -155,7 +155,7 @@ fn read_daemon(daemon: &Section<'_>, config: &mut Config) {
     if let Some(namespaces) = daemon.read("network_namespaces", namespaces) {
         config.network_namespaces = namespaces;
     }
-    let interval = |field: &Field<'_>| field.parse(ALLOWED_TIME, parse_limit);
+    let interval = |field: &Field<'_>| read_time(field, "for 15m, the default, leave it out");
     if let Some(interval) = daemon.read("reconcile_interval", interval) {
         config.reconcile_interval = interval;
     }
@@ -175,6 +175,15 @@ fn read_control(control: &Section<'_>, config: &mut Config) {
     let socket = |field: &Field<'_>| {
         field.check_path_is_literal()?;
         field.parse(ALLOWED_CONTROL_SOCKET, parse_control_socket)
+    };
+    let socket = |field: &Field<'_>| {
+        let socket = socket(field)?;
+        match &config.metrics_listen {
+            Some(MetricsListen::Unix(path)) if socket.path() == Some(path) => {
+                Err(field.error(Problem::SharedSocket))
+            }
+            _ => Ok(socket),
+        }
     };
     if let Some(socket) = control.read("socket", socket) {
         config.control.socket = socket;

@@ -10,7 +10,7 @@ use super::document::{Field, Keys, Section};
 use super::error::ALLOWED_RULES;
 use super::owners::{ALLOWED_CGROUP_PATH, ALLOWED_USER, parse_rule_cgroup, parse_user, uid};
 use super::value::{
-    ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, parse_limit, parse_ports, parse_prefix,
+    ALLOWED_PORT, ALLOWED_PREFIX, ALLOWED_TIME, NO_LIMIT, parse_ports, parse_prefix, parse_time,
 };
 use super::{
     Action, ConfigError, DEFAULT_MIN_ANSWER, DEFAULT_MIN_PAYLOAD, Location,
@@ -295,15 +295,28 @@ fn read_jitter(field: &Field<'_>, lifetime: Option<Duration>) -> Result<u8, Conf
     Ok(percent)
 }
 
+/// Reads a time of at least the shortest limit. `otherwise` says what to do for less.
+pub(super) fn read_time(
+    field: &Field<'_>,
+    otherwise: &'static str,
+) -> Result<Duration, ConfigError> {
+    match field.integer() {
+        Some(0) => Err(field.error(Problem::ShortLimit {
+            found: "0".to_owned(),
+            otherwise,
+        })),
+        Some(number) if number > 0 => Err(field.error(Problem::NoUnit {
+            number: number.to_string(),
+        })),
+        _ => field.parse(ALLOWED_TIME, |text| parse_time(text, otherwise)),
+    }
+}
+
 fn read_limit(section: &Section<'_>, key: &str, action: Action) -> Option<Duration> {
     section.read(key, |field| {
         if action == Action::Exempt {
             return Err(field.error(Problem::LimitOnExempt));
         }
-        if let Some(number) = field.integer().filter(|number| *number >= 0) {
-            let number = number.to_string();
-            return Err(field.error(Problem::NoUnit { number }));
-        }
-        field.parse(ALLOWED_TIME, parse_limit)
+        read_time(field, NO_LIMIT)
     })
 }

@@ -1,7 +1,7 @@
 //! Parses values that are written as text in the file and on the command line: ports, prefixes, times,
 //! addresses, and the target of the audit.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ pub(super) const ALLOWED_PIN_DIR: &str = "the absolute path of a directory on bp
 pub(super) const ALLOWED_CONTROL_SOCKET: &str = "the absolute path of a Unix socket such as \"/run/session-enforcer/control.sock\", or \"\" for none";
 pub(super) const ALLOWED_GROUP: &str = "the name of a group such as \"netops\", or \"\" for none";
 pub(super) const ALLOWED_AUDIT: &str = "\"-\" for standard output, \"journald\", or a file's absolute path such as \"/var/log/sessions.json\"";
+
+/// The longest path of a Unix socket: `sun_path` of unix(7) has 108 bytes, with a zero byte at the end.
+pub(super) const MAX_SOCKET_PATH: usize = 107;
 
 /// The shortest limit of a rule. Below it, the tick granularity of an adopted session's age would be
 /// noticeable.
@@ -145,16 +148,28 @@ fn split_at_first(text: &str, stop: impl Fn(char) -> bool) -> Option<(&str, &str
     (at > 0).then(|| text.split_at(at))
 }
 
+/// What to write for no limit.
+pub(super) const NO_LIMIT: &str = "for no limit, leave it out";
+
+/// Parses a limit.
+///
+/// # Errors
+///
+/// Fails as [`parse_time`] does.
+pub fn parse_limit(text: &str) -> Result<Duration, Problem> {
+    parse_time(text, NO_LIMIT)
+}
+
 /// Parses a time that is a valid limit of a rule: [`MIN_LIMIT`] to [`MAX_LIMIT`].
 ///
 /// # Errors
 ///
 /// Fails as [`parse_duration`] does, and if the time is shorter than [`MIN_LIMIT`].
-pub fn parse_limit(text: &str) -> Result<Duration, Problem> {
+pub(super) fn parse_time(text: &str, otherwise: &'static str) -> Result<Duration, Problem> {
     let duration = parse_duration(text)?;
     if duration < MIN_LIMIT {
         let found = quoted(text);
-        return Err(Problem::ShortLimit { found });
+        return Err(Problem::ShortLimit { found, otherwise });
     }
     Ok(duration)
 }
@@ -185,9 +200,15 @@ pub fn parse_listen(text: &str) -> Result<Option<MetricsListen>, Problem> {
         return Ok(None);
     }
     if let Some(path) = text.strip_prefix("unix:").filter(|path| is_absolute(path)) {
-        return Ok(Some(MetricsListen::Unix(path.into())));
+        return Ok(Some(MetricsListen::Unix(socket_path(path)?)));
     }
     let bare = text.trim_start_matches('[').trim_end_matches(']');
+    // Such as ::1:9847, which is an address, too.
+    if let Some((address, port)) = text.rsplit_once(':')
+        && let (Ok(address), Ok(port)) = (address.parse::<Ipv6Addr>(), port.parse::<u16>())
+    {
+        return Err(Problem::NoBrackets(address, port));
+    }
     if let Ok(address) = bare.parse::<IpAddr>() {
         return Err(Problem::NoPort(address));
     }
@@ -232,8 +253,16 @@ pub fn parse_pin_dir(text: &str) -> Result<Option<PathBuf>, Problem> {
 pub fn parse_control_socket(text: &str) -> Result<ControlSocket, Problem> {
     match text {
         "" => Ok(ControlSocket::Nowhere),
-        path if is_absolute(path) => Ok(ControlSocket::At(path.into())),
+        path if is_absolute(path) => Ok(ControlSocket::At(socket_path(path)?)),
         other => Err(not_allowed(other, ALLOWED_CONTROL_SOCKET)),
+    }
+}
+
+/// Checks the length of a Unix socket's path.
+fn socket_path(path: &str) -> Result<PathBuf, Problem> {
+    match path.len() {
+        length if length > MAX_SOCKET_PATH => Err(Problem::LongSocketPath { length }),
+        _ => Ok(path.into()),
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
     tracker::group_of,
 };
 use crate::{
-    config::{Config, Mode},
+    config::{Action, Config},
     host::{
         boot,
         clock::{WallClock, monotonic_ns},
@@ -66,7 +66,11 @@ impl Rules for RuleSet {
         let rule_id = RuleSet::rule_of(self, session, ancestors)?;
         let rule = self.rule(rule_id)?;
         Some(RuleInForce {
-            id: rule_id,
+            name_rank: self
+                .name_ranks
+                .get(usize::from(rule_id))
+                .copied()
+                .unwrap_or(0),
             name: &rule.name,
             mode: rule.mode,
             limits: &rule.limits,
@@ -221,31 +225,38 @@ impl State {
         })
     }
 
+    /// The rules of the configuration in their order, then those that it had before.
     fn rule_statuses(&self, config: &Config) -> Vec<RuleStatus> {
         let sessions = self.tracker.sessions_of();
-        let rules = self.rule_set.rules.iter().enumerate();
-        rules
-            .map(|(rule_id, rule)| {
-                let configured = config.rules.iter().find(|known| known.name == rule.name);
-                let is_exempt =
-                    configured.is_some_and(|r| r.action == crate::config::Action::Exempt);
-                let mode: Mode = rule.mode;
-                let counts = self.records.metrics.terminations_of(&rule.name);
-                RuleStatus {
-                    name: rule.name.clone(),
-                    mode: if is_exempt { "exempt" } else { mode_name(mode) }.to_owned(),
-                    in_force: configured.is_some(),
-                    sessions: sessions.get(rule_id).copied().unwrap_or(0),
-                    terminations: counts
-                        .into_iter()
-                        .map(|(reason, result, count)| TerminationCount {
-                            reason,
-                            result,
-                            count,
-                        })
-                        .collect(),
+        let mut statuses: Vec<(usize, RuleStatus)> = Vec::new();
+        for (rule_id, rule) in self.rule_set.rules.iter().enumerate() {
+            let mut configured = config.rules.iter();
+            let position = configured.position(|known| known.name == rule.name);
+            let is_exempt =
+                position.is_some_and(|position| config.rules[position].action == Action::Exempt);
+            let counts = self.records.metrics.terminations_of(&rule.name);
+            let counts = counts
+                .into_iter()
+                .map(|(reason, result, count)| TerminationCount {
+                    reason,
+                    result,
+                    count,
+                });
+            let status = RuleStatus {
+                name: rule.name.clone(),
+                mode: if is_exempt {
+                    "exempt"
+                } else {
+                    mode_name(rule.mode)
                 }
-            })
-            .collect()
+                .to_owned(),
+                in_force: position.is_some(),
+                sessions: sessions.get(rule_id).copied().unwrap_or(0),
+                terminations: counts.collect(),
+            };
+            statuses.push((position.unwrap_or(usize::MAX), status));
+        }
+        statuses.sort_by_key(|(position, _)| *position);
+        statuses.into_iter().map(|(_, status)| status).collect()
     }
 }

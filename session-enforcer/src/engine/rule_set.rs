@@ -51,10 +51,22 @@ pub struct RuleSet {
     pub(super) asks_owner: bool,
     /// The ids of the configured rules, in the order of the configuration.
     rule_ids: Vec<u16>,
+    /// By rule id: its place in the order of names.
+    pub(super) name_ranks: Vec<u16>,
     /// Number of the policy.
     pub(super) generation: u32,
     /// Key of the hash for the jitter.
     jitter_key: u64,
+}
+
+fn name_ranks(rules: &[ActiveRule]) -> Vec<u16> {
+    let mut by_name: Vec<usize> = (0..rules.len()).collect();
+    by_name.sort_by_key(|rule_id| &rules[*rule_id].name);
+    let mut ranks = vec![0; rules.len()];
+    for (rank, rule_id) in (0..).zip(by_name) {
+        ranks[rule_id] = rank;
+    }
+    ranks
 }
 
 impl RuleSet {
@@ -94,6 +106,7 @@ impl RuleSet {
             return Err(TooManyRules);
         }
         let mut next = Self {
+            name_ranks: name_ranks(&rules),
             rules,
             entries: Vec::new(),
             asks_owner: config.asks_owner(),

@@ -94,15 +94,7 @@ pub enum BindError {
 impl BindError {
     /// Whether another program listens at the address.
     pub fn is_in_use(&self) -> bool {
-        let Self::Bind { listen, source } = self else {
-            return false;
-        };
-        source.kind() == io::ErrorKind::AddrInUse
-            && match listen {
-                MetricsListen::Tcp(_) => true,
-                // The kernel gives the same error for a file that is no socket.
-                MetricsListen::Unix(path) => is_socket(path) || !path.exists(),
-            }
+        matches!(self, Self::Bind { source, .. } if source.kind() == io::ErrorKind::AddrInUse)
     }
 }
 
@@ -159,6 +151,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
 /// Creates a Unix socket with these permissions. An existing socket without a listener is left over from a
 /// daemon that has ended and is replaced.
 pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
+    check_place(path)?;
     if is_socket(path) && !has_listener(path) {
         fs::remove_file(path)?;
     }
@@ -166,6 +159,16 @@ pub(super) fn bind_unix(path: &Path, mode: u32) -> io::Result<StdUnixListener> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+/// Checks that a Unix socket can be at the path: its directory exists, and no other kind of file is there.
+pub(super) fn check_place(path: &Path) -> io::Result<()> {
+    fs::metadata(directory_of(path))?;
+    if fs::symlink_metadata(path).is_ok() && !is_socket(path) {
+        let what = "a file or directory that is no socket is there";
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
+    }
+    Ok(())
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -212,7 +215,7 @@ pub fn check(listen: &MetricsListen) -> Result<(), BindError> {
         }
         MetricsListen::Unix(path) => {
             trust::check(directory_of(path)).map_err(BindError::Untrusted)?;
-            fs::metadata(directory_of(path)).map(drop)
+            check_place(path)
         }
     };
     found.map_err(|source| BindError::Bind {

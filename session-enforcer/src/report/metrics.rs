@@ -192,17 +192,20 @@ impl Metrics {
         self.terminations.of(rule)
     }
 
-    /// The numbers of opened and of closed sessions of all rules.
+    /// The numbers of sessions of all rules that were opened, adopted or taken over, and that have ended or were released.
     pub fn turnover(&self, kernel: &[RuleCounters]) -> (u64, u64) {
-        let rules = kernel.iter().zip(&self.daemon);
-        let each = rules.map(|(kernel, daemon)| {
-            (
-                kernel.opened + daemon.opened,
-                kernel.closed + daemon.removed,
-            )
+        let opened = kernel.iter().map(|kernel| kernel.opened);
+        let closed = kernel.iter().map(|kernel| kernel.closed);
+        let by_daemon = self.daemon.iter().map(|daemon| daemon.opened);
+        let adopted = self.rules.iter().map(|rule| {
+            let adopted = &self.sessions.adopted;
+            adopted.with_label_values(&[rule]).get()
         });
-        let (opened, closed): (Vec<u64>, Vec<u64>) = each.unzip();
-        (opened.iter().sum(), closed.iter().sum())
+        let removed = self.daemon.iter().map(|daemon| daemon.removed);
+        (
+            opened.chain(by_daemon).chain(adopted).sum::<u64>() + self.sessions.taken_over.get(),
+            closed.chain(removed).sum(),
+        )
     }
 
     /// Counts the termination of a session, or what would have been its termination in enforce mode.

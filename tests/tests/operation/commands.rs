@@ -56,6 +56,47 @@ fn check_refuses_a_configuration_that_run_refuses() -> Result<()> {
 }
 
 #[test]
+fn check_warns_of_a_socket_s_path_at_which_another_kind_of_file_is() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("config.toml");
+    let place = directory.path().join("file");
+    fs::write(&place, "")?;
+    let place = place.to_string_lossy();
+    let rule = "[[rule]]\nname = \"db\"\nidle_timeout = \"5s\"\n";
+    for table in [
+        format!("[control]\nsocket = \"{place}\"\n"),
+        format!("[metrics]\nlisten = \"unix:{place}\"\n"),
+    ] {
+        fs::write(&path, table + rule)?;
+        let checked = run(&["check", "--config", &path.to_string_lossy()])?;
+        assert!(
+            checked.stdout.contains("run refuses this on this host")
+                && checked.stdout.contains("is no socket"),
+            "{checked:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Rules keep their numbers in the daemon, whatever their order.
+#[test]
+fn status_names_the_rules_in_the_order_of_the_file() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let rules = |names: &[&str]| {
+        let rule = |name: &&str| format!("[[rule]]\nname = \"{name}\"\nidle_timeout = \"1h\"\n");
+        names.iter().map(rule).collect::<String>()
+    };
+    let daemon = lab.daemon(&rules(&["c", "b", "a"]))?;
+    daemon.reload(&rules(&["a", "c"]))?;
+    let (_, status) = daemon.ask("GET", "/v1/status", "")?;
+    let status: Value = serde_json::from_str(&status)?;
+    let named = status["rules"].as_array().into_iter().flatten();
+    let names: Vec<_> = named.filter_map(|rule| rule["name"].as_str()).collect();
+    assert_eq!(names, ["a", "c", "b"]);
+    Ok(())
+}
+
+#[test]
 fn check_reports_each_error_in_a_line() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("config.toml");

@@ -52,7 +52,7 @@ fn the_html_page_shows_the_readiness_and_no_addresses_or_users() -> Result<()> {
     let (status, page) = daemon.get("/")?;
     assert_eq!(status, 200);
     ensure!(
-        page.contains("The daemon is not ready: sessions that"),
+        page.contains("The daemon is not ready: the session table is full"),
         "{page}"
     );
     let version = env!("CARGO_PKG_VERSION");

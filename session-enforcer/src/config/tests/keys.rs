@@ -353,6 +353,23 @@ fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
             "metrics.listen: \"::1\" has no port; write \"[::1]:9847\"".to_owned(),
         ),
         (
+            "[metrics]\nlisten = '::1:9847'",
+            "metrics.listen: an IPv6 address needs brackets before its port; write \"[::1]:9847\""
+                .to_owned(),
+        ),
+        (
+            &format!("[metrics]\nlisten = 'unix:/{}'", "x".repeat(107)),
+            "metrics.listen: the path has 108 bytes, and that of a Unix socket at most 107; choose a \
+             shorter one"
+                .to_owned(),
+        ),
+        (
+            "[daemon]\nreconcile_interval = '500ms'",
+            "daemon.reconcile_interval: \"500ms\" is shorter than 1s, the shortest limit; for 15m, the \
+             default, leave it out"
+                .to_owned(),
+        ),
+        (
             "[audit]\npath = ''",
             format!("audit.path: found \"\"; {path}"),
         ),
@@ -369,6 +386,15 @@ fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
         assert!(error.starts_with("x.toml:2:"), "{error}");
         assert!(error.ends_with(&message), "{error}\n{message}");
     }
+}
+
+#[test]
+fn metrics_and_control_socket_have_a_path_each() {
+    let text = "[metrics]\nlisten = 'unix:/run/a.sock'\n[control]\nsocket = '/run/a.sock'\n";
+    let error = refused(text);
+    let expected =
+        "x.toml:4:10: control.socket: metrics.listen has the same path; choose another one";
+    assert!(error.starts_with(expected), "{error}");
 }
 
 #[test]

@@ -200,7 +200,7 @@ fn a_wrong_limit_is_pointed_at() {
     let long = "is longer than 36500d, the longest limit; for no limit, leave it out";
     for (value, problem) in [
         ("900", no_unit(900)),
-        ("0", no_unit(0)),
+        ("0", format!("0 {short}")),
         ("'900'", no_unit(900)),
         ("-5", format!("found the number -5; {time}")),
         ("1.5", format!("found the number 1.5; {time}")),

@@ -7,8 +7,7 @@ use session_enforcer_common::Session;
 
 use super::session_row::{End, Listed, deadline};
 use crate::config::{
-    User, format_duration, is_below, parse_cgroup, parse_duration, parse_ports, parse_prefix,
-    parse_user,
+    User, format_duration, is_below, parse_cgroup, parse_duration, parse_prefix, parse_user,
 };
 
 /// The filter keys of a query.
@@ -77,11 +76,10 @@ impl Filter {
                 self.remote.replace(remote).is_some()
             }
             "local_port" => {
-                let ports = parse_ports(value).map_err(|e| wrong(e.to_string()))?;
-                if ports.first != ports.last {
-                    return Err(wrong("one port is allowed".to_owned()));
-                }
-                self.local_port.replace(ports.first).is_some()
+                let port = value.parse().ok().filter(|port| *port != 0);
+                let port =
+                    port.ok_or_else(|| wrong("allowed: a port from 1 to 65535".to_owned()))?;
+                self.local_port.replace(port).is_some()
             }
             "user" => {
                 let user = parse_user(value).map_err(|e| wrong(e.to_string()))?;
@@ -151,10 +149,9 @@ impl Filter {
                 .cgroup
                 .as_ref()
                 .is_none_or(|above| found.cgroup.is_some_and(|cgroup| is_below(cgroup, above)))
-            && self
-                .idle_over
-                .as_ref()
-                .is_none_or(|limit| longer(limits.idle_since(session), limit))
+            && self.idle_over.as_ref().is_none_or(|limit| {
+                !limits.waits_for_answer(session) && longer(limits.idle_since(session), limit)
+            })
             && self
                 .older_than
                 .as_ref()
@@ -250,7 +247,7 @@ impl SortKey {
                 let bytes = session.bytes_received.saturating_add(session.bytes_sent);
                 (u64::MAX - bytes, found.id)
             }
-            Self::Rule => (u64::from(found.rule.id), ends_ns),
+            Self::Rule => (u64::from(found.rule.name_rank), ends_ns),
             Self::Id => (found.id, 0),
         }
     }
@@ -331,12 +328,15 @@ mod tests {
     }
 
     fn is_meant(query: &str, session: &Session) -> bool {
-        let limits = limits();
+        is_meant_with(query, session, limits())
+    }
+
+    fn is_meant_with(query: &str, session: &Session, limits: Limits) -> bool {
         let found = Listed {
             id: 7,
             session,
             rule: RuleInForce {
-                id: 0,
+                name_rank: 0,
                 name: "postgres",
                 mode: Mode::Enforce,
                 limits: &limits,
@@ -393,6 +393,21 @@ mod tests {
     }
 
     #[test]
+    fn a_session_that_owes_an_answer_is_not_idle() {
+        let session = Session {
+            answered_ns: 0,
+            ..session()
+        };
+        let limits = limits();
+        assert!(is_meant_with("idle_over=29s", &session, limits));
+        let limits = Limits {
+            response_timeout_ns: 3_600 * S,
+            ..limits
+        };
+        assert!(!is_meant_with("idle_over=29s", &session, limits));
+    }
+
+    #[test]
     fn a_session_of_unknown_owner_matches_no_user_or_cgroup() {
         let unknown = Session {
             owner: Owner::UNKNOWN,
@@ -412,8 +427,14 @@ mod tests {
             ),
             ("remote=x", "remote: "),
             ("remote=10.0.0.1/8", "remote: "),
-            ("local_port=0", "local_port: "),
-            ("local_port=1-2", "local_port: one port is allowed"),
+            (
+                "local_port=1-2",
+                "local_port: allowed: a port from 1 to 65535",
+            ),
+            (
+                "local_port=0",
+                "local_port: allowed: a port from 1 to 65535",
+            ),
             ("cgroup=a", "cgroup: "),
             ("idle_over=5", "idle_over: "),
             ("older_than=", "older_than: "),

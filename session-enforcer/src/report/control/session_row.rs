@@ -14,8 +14,8 @@ use crate::{
 /// A rule in force.
 #[derive(Clone, Copy, Debug)]
 pub struct RuleInForce<'a> {
-    /// The rule's index.
-    pub id: u16,
+    /// The rule's place in the order of names.
+    pub name_rank: u16,
     /// The rule's name.
     pub name: &'a str,
     /// The rule's mode.

@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::{
     config::{Control, ControlSocket},
     host::trust::{self, Untrusted},
-    report::http::{bind_unix, directory_of},
+    report::http::{bind_unix, check_place, directory_of},
 };
 
 /// Permissions for root and the daemon's user.
@@ -119,8 +119,7 @@ pub fn check(control: &Control) -> Result<(), ControlError> {
         return Ok(());
     };
     trust::check(directory_of(path)).map_err(ControlError::Untrusted)?;
-    let found = fs::metadata(directory_of(path)).map(drop);
-    found.map_err(|source| ControlError::Bind {
+    check_place(path).map_err(|source| ControlError::Bind {
         path: path.clone(),
         source,
     })
