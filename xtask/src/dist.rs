@@ -39,7 +39,8 @@ pub(crate) struct Args {
     /// Install the Debian package in containers with systemd, and run the image in podman. Needs root.
     #[arg(long)]
     test: bool,
-    /// Build quickly and with debug assertions, as for the tests. The result is not meant to be published.
+    /// Build quickly and with debug assertions, and test in one Debian release only, as CI does. The result is not meant
+    /// to be published.
     #[arg(long)]
     debug: bool,
 }
@@ -52,11 +53,12 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     }
     setup(workspace)?;
     let out = workspace.target().join("dist");
-    let tools = tools::ensure(workspace)?;
+    let profile = Profile::debug_if(args.debug);
+    let tools = tools::ensure(workspace, profile)?;
     let plan = Plan {
         tools,
         archs,
-        profile: Profile::debug_if(args.debug),
+        profile,
         epoch: source_date(workspace)?,
     };
     plan.build(workspace, &out)?;
@@ -64,7 +66,7 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
         plan.build_again(workspace, &out)?;
     }
     if args.test {
-        trial::run_in_machines(workspace, &out)?;
+        trial::run_in_machines(workspace, &out, profile)?;
     }
     println!("{}", out.display());
     Ok(())

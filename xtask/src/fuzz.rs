@@ -11,6 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::build::Profile;
 use crate::process::{find_program, output_of, run, say};
 use crate::rustc::Rustc;
 use crate::setup::{lock, setup};
@@ -172,7 +173,7 @@ fn ensure_cargo_fuzz(workspace: &Workspace) -> Result<PathBuf> {
         .is_ok_and(|version| version.trim().ends_with(VERSION));
     if !stands {
         say!("building cargo-fuzz {VERSION}, which builds the fuzz targets (a minute or so)");
-        install("cargo-fuzz", VERSION, &folder)?;
+        install("cargo-fuzz", VERSION, &folder, Profile::Release)?;
     }
     Ok(program)
 }

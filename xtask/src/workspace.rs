@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::arch::Arch;
+use crate::build::Profile;
 use crate::process::{output_of, run};
 
 /// The checkout and its target directory.
@@ -134,10 +135,11 @@ pub(crate) fn cargo_install(name: &str, version: &str, folder: &Path, scratch: &
 }
 
 /// Builds such a program and removes the build files.
-pub(crate) fn install(name: &str, version: &str, folder: &Path) -> Result<()> {
+pub(crate) fn install(name: &str, version: &str, folder: &Path, profile: Profile) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let scratch = folder.join("build");
-    run(&mut cargo_install(name, version, folder, &scratch))
+    let mut install = cargo_install(name, version, folder, &scratch);
+    run(install.args(["--profile", profile.name()]))
         .with_context(|| format!("cannot build {name}, which comes from the crates registry"))?;
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))
 }

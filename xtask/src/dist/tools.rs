@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::build::Profile;
 use crate::process::{output_of, say};
 use crate::setup::lock;
 use crate::workspace::{Workspace, install};
@@ -52,8 +53,8 @@ impl Tools {
     }
 }
 
-/// Ensures that the programs are installed in the pinned versions.
-pub(super) fn ensure(workspace: &Workspace) -> Result<Tools> {
+/// Ensures that the programs are installed in the pinned versions. The profile is that of a build, if one is needed.
+pub(super) fn ensure(workspace: &Workspace, profile: Profile) -> Result<Tools> {
     let _lock = lock(workspace)?;
     let tools = Tools {
         folder: workspace.target().join("dist-tools"),
@@ -62,7 +63,7 @@ pub(super) fn ensure(workspace: &Workspace) -> Result<Tools> {
         if !tools.stands(tool) {
             let (name, version) = (tool.name(), tool.version());
             say!("building {name} {version}, which makes packages (some minutes)");
-            install(name, version, &tools.folder)?;
+            install(name, version, &tools.folder, profile)?;
         }
     }
     Ok(tools)

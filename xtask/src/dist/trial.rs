@@ -8,11 +8,12 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use super::{Arch, list};
+use crate::build::Profile;
 use crate::packages::{self, Missing};
 use crate::process::{is_root, run, say};
 use crate::workspace::Workspace;
 
-/// The Debian releases for the tests.
+/// The Debian releases for the tests, the newest first.
 const SUITES: [&str; 2] = ["trixie", "bookworm"];
 
 /// Packages that the tests need in the machine besides the base system.
@@ -47,7 +48,7 @@ fn own_arch() -> Result<Arch> {
 }
 
 /// Checks the package and runs its tests in each release.
-pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
+pub(super) fn run_in_machines(workspace: &Workspace, out: &Path, profile: Profile) -> Result<()> {
     let own = own_arch()?;
     let package = published(out, &format!("_{}.deb", own.debian()))?;
     let tarball = published(out, &format!("-{}.tar.gz", own.name()))?;
@@ -63,7 +64,11 @@ pub(super) fn run_in_machines(workspace: &Workspace, out: &Path) -> Result<()> {
     say!("testing the image in podman");
     let image = published(out, &format!("-{}.oci.tar", own.name()))?;
     run(tests(workspace, "image").env("SESSION_ENFORCER_IMAGE", &image))?;
-    for suite in SUITES {
+    let suites = match profile {
+        Profile::Release => &SUITES[..],
+        Profile::Debug => &SUITES[..1],
+    };
+    for suite in suites {
         let root = debian(workspace, suite)?;
         say!("testing the package in Debian {suite}");
         run(tests(workspace, "package")
