@@ -181,7 +181,7 @@ async fn query_by_name(
                         // It hangs at the socket that was claimed last.
                         let at = cgroups.zip(part.indices.last());
                         let permit = at.map(|(of, index)| {
-                            HangPermit::in_cgroup(context, &mut context.state(), of[*index])
+                            HangPermit::begin(context, &mut context.state(), of[*index])
                         });
                         behind.push((part, permit));
                     }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use session_enforcer_common::{Ancestors, Session};
+use session_enforcer_common::Ancestors;
 
 use super::{context::Context, hang_limits::HangScope, state::State};
 use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
@@ -100,11 +100,7 @@ pub(super) struct HangPermit {
 }
 
 impl HangPermit {
-    pub(super) fn begin(context: &Rc<Context>, state: &mut State, session: &Session) -> Self {
-        Self::in_cgroup(context, state, session.owner.cgroup_id)
-    }
-
-    pub(super) fn in_cgroup(context: &Rc<Context>, state: &mut State, cgroup_id: u64) -> Self {
+    pub(super) fn begin(context: &Rc<Context>, state: &mut State, cgroup_id: u64) -> Self {
         let hang_scope = hang_scope(state, cgroup_id);
         state.hanging.begin(&hang_scope, monotonic_ns());
         Self {

@@ -260,7 +260,11 @@ fn begin_query(context: &Rc<Context>, lot: &[Expired]) -> Option<HangPermit> {
         state.wait_for_room(lot, since_ns);
         return None;
     }
-    Some(HangPermit::begin(context, &mut state, &first.session))
+    Some(HangPermit::begin(
+        context,
+        &mut state,
+        first.session.owner.cgroup_id,
+    ))
 }
 
 /// Confirms a session at whose socket a reaper is silent, as soon as that answers or counts as stuck.
@@ -320,39 +324,8 @@ pub(super) fn start_resets(
             }
             continue;
         }
-        let slot = if state.slow.contains(netns_cookie, now_ns) {
-            let Some(turn) = Turn::begin(context, state, netns_cookie) else {
-                let cookies = lot.iter().map(|expired| expired.cookie);
-                state.slow.wait(netns_cookie, cookies);
-                continue;
-            };
-            Slot::SlowTurn { _turn: turn }
-        } else {
-            match lot.first() {
-                Some(first) if apart.is_some() => {
-                    // Lots of this pass may have taken the room meanwhile.
-                    let room = state
-                        .hanging
-                        .room(&hang_scope(state, first.session.owner.cgroup_id));
-                    if let Room::Taken { since_ns } = room {
-                        for expired in &lot {
-                            state.has_no_room(expired, since_ns, now_ns);
-                        }
-                        continue;
-                    }
-                    // Counts as possibly hanging from now on.
-                    Slot::Separate(HangPermit::begin(context, state, &first.session))
-                }
-                _ if context.resets_under_way.get() >= MAX_REGULAR => {
-                    for expired in &lot {
-                        state.tracker.rearm(expired.cookie, 0);
-                    }
-                    continue;
-                }
-                _ => Slot::Regular {
-                    _batch: RegularBatch::begin(context),
-                },
-            }
+        let Some(slot) = take_slot(context, state, (netns_cookie, apart), &lot, now_ns) else {
+            continue;
         };
         for expired in &lot {
             state.tracker.begin_reset(expired);
@@ -371,6 +344,45 @@ pub(super) fn start_resets(
         context.spawn(reset(Rc::clone(context), batch, Some(slot)));
     }
     Ok(())
+}
+
+/// Takes what a batch of this namespace occupies, or of this cgroup if its sessions are kept separate. If there is none,
+/// has the sessions wait and returns `None`.
+fn take_slot(
+    context: &Rc<Context>,
+    state: &mut State,
+    (netns_cookie, apart): (u64, Option<u64>),
+    lot: &[Expired],
+    now_ns: u64,
+) -> Option<Slot> {
+    if state.slow.contains(netns_cookie, now_ns) {
+        let turn = Turn::begin(context, state, netns_cookie);
+        if turn.is_none() {
+            let cookies = lot.iter().map(|expired| expired.cookie);
+            state.slow.wait(netns_cookie, cookies);
+        }
+        return turn.map(|turn| Slot::SlowTurn { _turn: turn });
+    }
+    if let Some(cgroup_id) = apart {
+        // Batches of this pass may have taken the room meanwhile.
+        if let Room::Taken { since_ns } = state.hanging.room(&hang_scope(state, cgroup_id)) {
+            for expired in lot {
+                state.has_no_room(expired, since_ns, now_ns);
+            }
+            return None;
+        }
+        // Counts as possibly hanging from now on.
+        let permit = HangPermit::begin(context, state, cgroup_id);
+        return Some(Slot::Separate(permit));
+    }
+    if context.resets_under_way.get() >= MAX_REGULAR {
+        for expired in lot {
+            state.tracker.rearm(expired.cookie, 0);
+        }
+        return None;
+    }
+    let batch = RegularBatch::begin(context);
+    Some(Slot::Regular { _batch: batch })
 }
 
 /// Resets a batch. Sessions that the reaper has not claimed when it hangs or ends go to other reapers.
@@ -492,7 +504,11 @@ impl Attempt {
                         };
                         let permit = match slot.take() {
                             Some(Slot::Separate(permit)) => permit,
-                            _ => HangPermit::begin(context, &mut context.state(), &hung.session),
+                            _ => HangPermit::begin(
+                                context,
+                                &mut context.state(),
+                                hung.session.owner.cgroup_id,
+                            ),
                         };
                         context.spawn(self.wait_out(Rc::clone(context), hung, permit.silent()));
                         return Ok(rest);

@@ -26,7 +26,7 @@ pub(super) struct Payload {
 pub(super) enum Event {
     Payload(Payload),
     /// Shut down the sending direction.
-    Finished(End),
+    Finished(End, Span),
     /// Closed the socket, with nothing unread.
     Closed(End, Span),
     /// Closed the socket in a way that resets the connection.
@@ -154,7 +154,7 @@ impl Connection {
     /// their direction and payload of the other is in flight: the kernel sends no RST from `LAST_ACK`.
     pub(super) fn may_stay_open(&self, end: End) -> bool {
         let is_finished = |by: End| {
-            let finished = |event: &Event| matches!(event, Event::Finished(end) if *end == by);
+            let finished = |event: &Event| matches!(event, Event::Finished(end, _) if *end == by);
             self.events.iter().any(finished) || matches!(self.fate(by), Fate::Closed(_))
         };
         End::BOTH.into_iter().all(is_finished) && self.has_pending(end.peer())

@@ -24,6 +24,9 @@ const UNCONFIRMED: Duration = Duration::from_millis(500);
 /// take the activity to be this much later than it was.
 const PICKED_UP: Duration = Duration::from_secs(1);
 
+/// The maximum time until a FIN has left: it may be dropped and sent again.
+const FIN_LEAVES: Duration = Duration::from_secs(1);
+
 /// What the model knows about a fact: it is false, possibly true, or true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Truth {
@@ -63,6 +66,8 @@ pub(super) struct Clocks {
     pub(super) sent: Span,
     answered: Span,
     owes: Truth,
+    /// Whether the end has closed its direction. From the FIN on it owes no answer.
+    has_ended: bool,
     /// Whether the session is older than its tracking.
     pub(super) adopted: Truth,
     /// The times of the last payload, counted or not.
@@ -83,6 +88,7 @@ impl Clocks {
             sent: opened,
             answered: opened,
             owes: Truth::No,
+            has_ended: false,
             adopted: Truth::No,
             passed: [opened, opened],
             came: opened,
@@ -218,7 +224,19 @@ impl Clocks {
     fn ask(&mut self, span: Span, counted: Truth) {
         let in_order = self.sent.to < span.from;
         if self.end == End::Server && counted != Truth::No && self.owes != Truth::Yes {
-            self.owes = if in_order { counted } else { Truth::Perhaps };
+            let is_certain = in_order && !self.has_ended;
+            self.owes = if is_certain { counted } else { Truth::Perhaps };
+        }
+    }
+
+    /// Applies the FIN of this end, which ends the wait for an answer. It may be dropped and sent again, or leave while no
+    /// program sees it.
+    fn finish(&mut self, span: Span) {
+        self.has_ended = true;
+        if self.end == End::Server && self.owes != Truth::No {
+            let to = span.to + FIN_LEAVES;
+            self.answered = self.answered.perhaps_later(Span { to, ..span });
+            self.owes = Truth::Perhaps;
         }
     }
 
@@ -268,6 +286,10 @@ impl Clocks {
             self.sent = self.sent.perhaps_later(sent);
         }
         self.answered.to = self.answered.to.max(sent.to);
+        if self.has_ended {
+            // The kernel does not tell when the FIN left.
+            self.answered.to = self.answered.to.max(window.to);
+        }
         if self.end == End::Server {
             self.owes = Truth::Perhaps;
         }
@@ -336,6 +358,7 @@ enum Step<'a> {
     Payload(&'a Payload),
     Adoption(&'a Adoption),
     Forged(End, Span),
+    Finished(End, Span),
     Restored(Span),
 }
 
@@ -388,6 +411,9 @@ impl<'a> Replay<'a> {
             Event::Payload(payload) => Some((payload.written.from, Step::Payload(payload))),
             Event::Forged(end, when) => Some((when.from, Step::Forged(*end, *when))),
             Event::Restored(when) => Some((when.from, Step::Restored(*when))),
+            Event::Finished(end, when) | Event::Closed(end, when) => {
+                Some((when.from, Step::Finished(*end, *when)))
+            }
             _ => None,
         });
         let adoptions = adoptions.iter().map(|a| (a.window.from, Step::Adoption(a)));
@@ -398,6 +424,9 @@ impl<'a> Replay<'a> {
                 Step::Payload(payload) => replay.pass(payload),
                 Step::Forged(end, when) => {
                     replay.change(end, |clocks| clocks.came = clocks.came.perhaps_later(when));
+                }
+                Step::Finished(end, when) => {
+                    replay.change(end, |clocks| clocks.finish(when));
                 }
                 Step::Restored(when) => replay.restore(End::Server, when),
                 Step::Adoption(adoption) => {

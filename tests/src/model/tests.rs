@@ -369,7 +369,7 @@ fn a_forged_segment_counts_where_another_socket_takes_the_connection_over_before
     };
     let wrong = "deadline that is not the session's";
     forged(Event::Restored(Span::at(ms(1_500)))).assert_right();
-    forged(Event::Finished(End::Client)).assert_wrong(wrong);
+    forged(Event::Finished(End::Client, Span::at(ms(1_500)))).assert_wrong(wrong);
 }
 
 /// A policy with this rule and a small table, or with the rule's `max_sessions`.

@@ -351,7 +351,7 @@ impl Live {
         match act {
             Act::Send(end, bytes) => self.send(end, bytes, start, looked),
             Act::Read(end) => self.read_all(end),
-            Act::Finish(end) => self.shut(end),
+            Act::Finish(end) => self.shut(end, start),
             Act::Close(end) => self.close(end, start),
             Act::Abort(end) => self.abort(end, start),
             // `Traffic::perform` handles these actions.
@@ -360,7 +360,7 @@ impl Live {
     }
 
     fn is_finished(&self, end: End) -> bool {
-        let finished = |event: &Event| matches!(event, Event::Finished(by) if *by == end);
+        let finished = |event: &Event| matches!(event, Event::Finished(by, _) if *by == end);
         self.history.events.iter().any(finished)
     }
 
@@ -471,17 +471,21 @@ impl Live {
         }
     }
 
-    fn shut(&mut self, end: End) -> Result<()> {
+    fn shut(&mut self, end: End, start: Instant) -> Result<()> {
         let Some(socket) = self.sockets[end as usize].as_ref() else {
             return Ok(());
         };
+        let from = start.elapsed();
         match socket.shutdown(Shutdown::Write) {
             Ok(()) => {}
             // The socket was just reset; the next check detects that.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(()),
             Err(error) => return Err(error).context("shutting one direction"),
         }
-        self.history.events.push(Event::Finished(end));
+        let to = start.elapsed();
+        self.history
+            .events
+            .push(Event::Finished(end, Span { from, to }));
         Ok(())
     }
 
