@@ -39,8 +39,8 @@ pub(crate) struct Args {
     /// Install the Debian package in containers with systemd, and run the image in podman. Needs root.
     #[arg(long)]
     test: bool,
-    /// Build quickly and with debug assertions, and test in one Debian release only, as CI does. The result is not meant
-    /// to be published.
+    /// Build quickly and with debug assertions, make no RPM, and test in one Debian release only, as CI does. The result
+    /// is not meant to be published.
     #[arg(long)]
     debug: bool,
 }
@@ -193,7 +193,9 @@ impl Release<'_> {
         self.strip(arch, &binary, &folder.join(NAME))?;
         run(Command::new("cp").arg("-r").arg(pages).arg(&folder))?;
         self.deb(arch)?;
-        self.rpm(arch)?;
+        if let Profile::Release = self.plan.profile {
+            self.rpm(arch)?;
+        }
         self.tarball(arch, &folder)?;
         self.image(arch, &folder.join(NAME))
     }

@@ -18,7 +18,13 @@ pub(super) enum Tool {
 }
 
 impl Tool {
-    const ALL: [Self; 2] = [Self::Deb, Self::Rpm];
+    /// The programs that a build of this profile needs. Only a release has an RPM: its program takes longest to build.
+    const fn of(profile: Profile) -> &'static [Self] {
+        match profile {
+            Profile::Release => &[Self::Deb, Self::Rpm],
+            Profile::Debug => &[Self::Deb],
+        }
+    }
 
     const fn name(self) -> &'static str {
         match self {
@@ -59,8 +65,8 @@ pub(super) fn ensure(workspace: &Workspace, profile: Profile) -> Result<Tools> {
     let tools = Tools {
         folder: workspace.target().join("dist-tools"),
     };
-    for tool in Tool::ALL {
-        if !tools.stands(tool) {
+    for tool in Tool::of(profile) {
+        if !tools.stands(*tool) {
             let (name, version) = (tool.name(), tool.version());
             say!("building {name} {version}, which makes packages (some minutes)");
             install(name, version, &tools.folder, profile)?;
