@@ -347,10 +347,10 @@ impl Session {
         self.flags |= other.flags & flags::OF_PACKETS;
     }
 
-    /// Whether this host owes an answer. It cannot give one after its FIN.
+    /// Whether this host owes an answer.
     #[inline]
     pub const fn owes_answer(&self) -> bool {
-        self.answered_ns == 0 && self.flags & flags::HAS_ENDED == 0
+        self.answered_ns == 0
     }
 
     /// Notes that this host has sent its FIN at `now_ns`, which must not be 0. The wait for an answer that is owed ends
@@ -417,7 +417,8 @@ impl Session {
         if now_ns > self.last_received_ns {
             self.last_received_ns = now_ns;
         }
-        if self.direction == Direction::Inbound as u8 {
+        // After its FIN this host cannot answer.
+        if self.direction == Direction::Inbound as u8 && self.flags & flags::HAS_ENDED == 0 {
             self.answered_ns = 0;
         }
         self.sent_before_answer = self.bytes_sent as u32;

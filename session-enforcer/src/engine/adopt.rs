@@ -332,7 +332,7 @@ pub fn caught_up(
             (true, true) => owes_answer(Direction::Inbound, &info, limits),
             (has_received, _) => has_received,
         };
-        now.answered_ns = match (owes, has_sent) {
+        now.answered_ns = match (owes && now.flags & flags::HAS_ENDED == 0, has_sent) {
             (true, _) => 0,
             (false, true) => answered_ns(false, now.last_sent_ns),
             (false, false) => now.answered_ns,
