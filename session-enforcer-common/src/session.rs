@@ -309,16 +309,18 @@ impl Session {
     }
 
     /// Merges the activity of another record of the same session. No value goes back: the later of two stamps is kept.
-    /// The record with the later activity determines whether an answer is owed; with equal times this record does.
+    /// The record with the later activity determines whether an answer is owed; with equal times this record does. After
+    /// its FIN this host owes none.
     #[inline]
     pub fn merge_activity(&mut self, other: &Traffic) {
+        self.flags |= other.flags & flags::OF_PACKETS;
         let other_ns = other.last_received_ns.max(other.last_sent_ns);
         let owes_answer = if other_ns > self.last_activity_ns() {
             other.answered_ns == 0
         } else {
             self.owes_answer()
         };
-        self.answered_ns = if owes_answer {
+        self.answered_ns = if owes_answer && self.flags & flags::HAS_ENDED == 0 {
             0
         } else {
             self.answered_ns.max(other.answered_ns)
@@ -344,7 +346,6 @@ impl Session {
             self.data_segments_sent = other.data_segments_sent;
         }
         self.half_closed_ns = self.half_closed_ns.min(other.half_closed_ns);
-        self.flags |= other.flags & flags::OF_PACKETS;
     }
 
     /// Whether this host owes an answer.
@@ -777,6 +778,13 @@ mod tests {
                 joined.merge_activity(&other.traffic());
                 assert_eq!(joined, after);
             }
+        }
+        // After this host's FIN no answer is owed, whichever record has it.
+        let mut ended = read;
+        ended.note_ended(5);
+        for [mut joined, other] in [[ended, owes], [owes, ended]] {
+            joined.merge_activity(&other.traffic());
+            assert_eq!((joined.owes_answer(), joined.last_received_ns), (false, 6));
         }
         // Other fields are not merged.
         let mut joined = read;
