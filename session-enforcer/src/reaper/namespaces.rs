@@ -9,6 +9,7 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -17,6 +18,7 @@ use thiserror::Error;
 
 use super::{
     diag::{DiagSocket, SockDiagError},
+    inspect::inspect_each,
     processes::open_namespaces,
     protocol::Search,
 };
@@ -101,87 +103,88 @@ pub fn find(
     search: Search,
     mut met: impl FnMut(u64, &Path),
 ) -> Result<FoundNamespace, NetnsError> {
-    if let Some(path) = seen_at
-        && let Ok((seen, found)) = enter(path)
-        && seen == cookie
-    {
-        return Ok(found);
-    }
-    let files = match search {
-        Search::Nowhere => Vec::new(),
-        Search::Processes => files(false),
-        Search::Everywhere => files(true),
+    let mut look = |files: Vec<PathBuf>| {
+        let mut wanted = None;
+        open_each(files, |path, opened| match enter(opened, &path) {
+            Ok((seen, found)) if seen == cookie => wanted = Some(found),
+            Ok((other, _)) => met(other, &path),
+            Err(_) => {}
+        });
+        wanted
     };
-    let (mut wanted, mut seen) = (None, Seen::none());
-    for path in files {
-        let Some(inode) = seen.unseen(&path) else {
-            continue;
-        };
-        let Ok((other, found)) = enter(&path) else {
-            continue;
-        };
-        seen.inodes.insert(inode);
-        if other == cookie {
-            wanted = Some(found);
-        } else {
-            met(other, &path);
-        }
-    }
-    wanted.ok_or(NetnsError::NotFound(cookie))
+    let there = look(seen_at.map(Path::to_owned).into_iter().collect());
+    let found = there.or_else(|| match search {
+        Search::Nowhere => None,
+        Search::Processes => look(files(false)),
+        Search::Everywhere => look(files(true)),
+    });
+    found.ok_or(NetnsError::NotFound(cookie))
 }
 
 /// Enters the namespaces of these files, each once and one after the other, and passes each with its cookie
-/// to `visit`. Returns the errors of those that could not be entered.
+/// to `visit`. Returns the errors of those that could not be entered, and the files at which the kernel hangs.
 pub fn visit_all(
     files: Vec<PathBuf>,
     mut visit: impl FnMut(u64, FoundNamespace),
-) -> Vec<NetnsError> {
+) -> (Vec<NetnsError>, Vec<PathBuf>) {
     let mut errors = Vec::new();
-    let mut seen = Seen::none();
-    for path in files {
-        let Some(inode) = seen.unseen(&path) else {
-            continue;
-        };
-        let entered = enter(&path);
-        // The process may have ended since it was listed. Another file may lead to the same namespace.
-        if matches!(&entered, Err(NetnsError::Open { source, .. }) if is_gone(source)) {
-            continue;
-        }
-        seen.inodes.insert(inode);
-        match entered {
-            Ok((cookie, found)) => visit(cookie, found),
-            Err(error) => errors.push(error),
-        }
-    }
-    errors
+    let hung = open_each(files, |path, opened| match enter(opened, &path) {
+        Ok((cookie, found)) => visit(cookie, found),
+        Err(error) => errors.push(error),
+    });
+    (errors, hung)
+}
+
+/// Opens the files of namespaces on another thread, each namespace once, and passes each to `take`. A file that is gone is
+/// skipped: another one may lead to the same namespace. Returns the files at which the kernel hangs.
+fn open_each(files: Vec<PathBuf>, mut take: impl FnMut(PathBuf, io::Result<File>)) -> Vec<PathBuf> {
+    let seen = Seen::none();
+    let open_new = move |path: &PathBuf| Some((path.clone(), seen.open_new(path)?));
+    inspect_each(files, 1, open_new, |(path, opened)| take(path, opened))
 }
 
 /// The namespaces that one search has visited, so that each is entered once.
 #[derive(Debug)]
-pub struct Seen {
+struct Seen {
     /// The device number of all namespace files (nsfs).
     device: Option<u64>,
-    inodes: HashSet<u64>,
+    inodes: Mutex<HashSet<u64>>,
 }
 
 impl Seen {
-    /// An empty set.
-    pub fn none() -> Self {
+    fn none() -> Self {
         Self {
             device: fs::metadata("/proc/self/ns/net")
                 .map(|file| file.dev())
                 .ok(),
-            inodes: HashSet::new(),
+            inodes: Mutex::default(),
         }
     }
 
-    /// Returns the inode number of the namespace that the file refers to, or `None` if it was visited before.
+    /// Opens the file if it is a namespace that was not visited before, and notes that it is visited now.
+    fn open_new(&self, path: &Path) -> Option<io::Result<File>> {
+        let inode = self.note_new(path)?;
+        let opened = open(path);
+        // The process may have ended since it was listed.
+        if matches!(&opened, Err(error) if is_gone(error)) {
+            self.with_inodes(|inodes| inodes.remove(&inode));
+            return None;
+        }
+        Some(opened)
+    }
+
+    /// Notes the namespace that the file refers to, and returns its inode number, or `None` if it was visited before.
     /// Inode numbers are unique among existing namespaces. Also `None` if the file is no longer a namespace:
     /// a descriptor may have been reused since it was listed.
-    fn unseen(&self, path: &Path) -> Option<u64> {
+    fn note_new(&self, path: &Path) -> Option<u64> {
         let file = fs::metadata(path).ok()?;
-        let is_unseen = Some(file.dev()) == self.device && !self.inodes.contains(&file.ino());
-        is_unseen.then(|| file.ino())
+        let is_namespace = Some(file.dev()) == self.device;
+        let is_new = is_namespace && self.with_inodes(|inodes| inodes.insert(file.ino()));
+        is_new.then(|| file.ino())
+    }
+
+    fn with_inodes<T>(&self, act: impl FnOnce(&mut HashSet<u64>) -> T) -> T {
+        act(&mut self.inodes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -189,9 +192,9 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// Enters the namespace that a file refers to. Returns its cookie and its data.
-fn enter(path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
-    let file = open(path).map_err(|source| NetnsError::Open {
+/// Enters the namespace of an opened file. Returns its cookie and its data.
+fn enter(opened: io::Result<File>, path: &Path) -> Result<(u64, FoundNamespace), NetnsError> {
+    let file = opened.map_err(|source| NetnsError::Open {
         path: path.to_owned(),
         source,
     })?;
@@ -335,15 +338,13 @@ mod tests {
 
     #[test]
     fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
-        let mut seen = Seen::none();
+        let seen = Seen::none();
         let own = Path::new("/proc/self/ns/net");
-        let inode = seen.unseen(own).unwrap();
-        assert_eq!(seen.unseen(own), Some(inode));
-        seen.inodes.insert(inode);
-        assert_eq!(seen.unseen(own), None);
+        assert!(seen.note_new(own).is_some());
+        assert_eq!(seen.note_new(own), None);
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
-        assert_eq!(seen.unseen(Path::new(&path)), None);
+        assert_eq!(seen.note_new(Path::new(&path)), None);
     }
 
     #[test]
@@ -374,11 +375,15 @@ mod tests {
     #[test]
     fn a_namespace_that_is_not_there_is_not_found() {
         let own = Path::new("/proc/self/ns/net");
-        for search in [Search::Nowhere, Search::Everywhere] {
+        for (seen_at, search, meets) in [
+            (None, Search::Nowhere, false),
+            (Some(own), Search::Nowhere, true),
+            (None, Search::Everywhere, true),
+        ] {
             let mut met = Vec::new();
-            let found = find(u64::MAX, Some(own), search, |cookie, _| met.push(cookie));
+            let found = find(u64::MAX, seen_at, search, |cookie, _| met.push(cookie));
             assert!(matches!(found, Err(NetnsError::NotFound(u64::MAX))));
-            assert_eq!(met.contains(&own_cookie()), search == Search::Everywhere);
+            assert_eq!(met.contains(&own_cookie()), meets);
         }
     }
 

@@ -327,6 +327,7 @@ impl Pool {
                 is_left_behind: false,
                 is_stuck: false,
                 claimed_before: 0,
+                used_before: None,
                 silent_since: Instant::now(),
                 asleep_since: None,
             };
@@ -399,7 +400,9 @@ pub struct Exchange {
     is_stuck: bool,
     /// The number of claimed sockets at the last check.
     claimed_before: usize,
-    /// The time of the last message or of the last check that found a new claim.
+    /// The processor time that the reaper had used at the last check, in clock ticks.
+    used_before: Option<u64>,
+    /// The time of the last message, or of the last check that found a new claim or processor time that was used.
     silent_since: Instant,
     /// The first check that found the reaper in its current uninterruptible sleep.
     asleep_since: Option<Instant>,
@@ -450,7 +453,11 @@ impl Exchange {
             return Condition::Slow;
         };
         let now = Instant::now();
-        let state = reaper.state();
+        let (state, used) = reaper.state_and_use().unzip();
+        // Its main thread may sleep while others inspect processes.
+        if used != std::mem::replace(&mut self.used_before, used) {
+            self.silent_since = now;
+        }
         if state != Some(UNINTERRUPTIBLE) {
             self.asleep_since = None;
             // A running reaper is not killed: it makes progress.
@@ -575,12 +582,21 @@ impl Reaper {
         }
     }
 
-    /// Reads the process state (proc(5), `/proc/pid/stat`). The read takes no lock that the reaper can hold.
+    /// The process state.
     fn state(&self) -> Option<u8> {
+        self.state_and_use().map(|(state, _)| state)
+    }
+
+    /// Reads the process state, and the processor time that all threads have used, in clock ticks (proc(5),
+    /// `/proc/pid/stat`). The read takes no lock that the reaper can hold.
+    fn state_and_use(&self) -> Option<(u8, u64)> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
         // The state follows the process name, which may contain any character.
         let (_, rest) = stat.rsplit_once(") ")?;
-        rest.bytes().next()
+        // `utime` and `stime` are the fields 14 and 15, the state is field 3.
+        let times = rest.split(' ').skip(11).take(2);
+        let used = times.filter_map(|time| time.parse::<u64>().ok()).sum();
+        Some((rest.bytes().next()?, used))
     }
 
     /// The processor time that it has used (`/proc/pid/schedstat`, Documentation/scheduler/sched-stats.rst); 0 if the

@@ -1,6 +1,6 @@
 //! Finds the processes that hold sockets, and the network namespaces that processes hold open. It reads no
-//! file whose lock the inspected process can hold for long (`mmap_lock` guards only `cmdline`, `environ` and
-//! `maps`).
+//! file that waits for the `mmap_lock` of the inspected process (`cmdline`, `environ` and `maps`). A process at which
+//! the kernel hangs all the same is passed over ([`inspect_each`]).
 //!
 //! Any user can have millions of descriptors. So a scan keeps what is wanted and nothing else, and a search
 //! for sockets ends when it has used its processor time.
@@ -10,12 +10,12 @@ use std::{
     collections::{HashMap, HashSet},
     ffi::OsStr,
     fs::{self, File},
-    iter,
+    iter, mem,
     num::NonZero,
     os::fd::RawFd,
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
@@ -26,12 +26,10 @@ use nix::fcntl::readlinkat;
 
 use super::{
     disconnect::{cookie, duplicate},
+    inspect::inspect_each,
     protocol::{Holder, SearchScope, SocketKey},
 };
-use crate::host::{
-    clock::{monotonic_ns, processor_ns},
-    threads::run_parallel,
-};
+use crate::host::clock::{monotonic_ns, processor_ns};
 
 /// The sockets and namespaces that the descriptors of processes referred to at one time.
 #[derive(Debug, Default)]
@@ -64,20 +62,29 @@ const BUDGET_OF_ALL: Duration = Duration::from_secs(5);
 /// The processor time is read after this number of descriptors.
 const CHECKED_EVERY: usize = 64;
 
+/// The result of a scan.
+#[derive(Debug, Default)]
+pub struct Scanned {
+    /// What was found.
+    pub found: Descriptors,
+    /// The first process that was not scanned, because the processor time was used up or all was found.
+    pub next: Option<u32>,
+    /// The processes that were passed over, because the kernel hangs at them.
+    pub hung: Vec<u32>,
+}
+
 impl Descriptors {
-    /// Scans the descriptors of every process. A process that cannot be inspected is skipped. Also returns whether the
-    /// processor time sufficed.
-    pub fn of_all_processes() -> (Self, bool) {
-        Self::kept(&Wanted::All)
+    /// Scans the descriptors of every process. A process that cannot be inspected is skipped.
+    pub fn of_all_processes() -> Scanned {
+        Self::kept(Wanted::All)
     }
 
-    fn kept(wanted: &Wanted) -> (Self, bool) {
+    fn kept(wanted: Wanted) -> Scanned {
         let mut pids = all_processes();
         // Another one comes first each time, so that several scans together reach all of them.
         let first = monotonic_ns() as usize % pids.len().max(1);
         pids.rotate_left(first);
-        let (found, next) = Scan::new(&pids, wanted, until_ns(BUDGET_OF_ALL)).run();
-        (found, next.is_none())
+        scan(&pids, wanted, until_ns(BUDGET_OF_ALL))
     }
 
     /// Returns a process that held the socket with this inode number.
@@ -102,8 +109,8 @@ impl Descriptors {
 /// Scans the descriptors of every process; returns a file for each network namespace that is held open, as far as the
 /// processor time sufficed.
 pub fn open_namespaces() -> impl Iterator<Item = PathBuf> {
-    let (found, _) = Descriptors::kept(&Wanted::Namespaces);
-    found.namespaces.into_values()
+    let scanned = Descriptors::kept(Wanted::Namespaces);
+    scanned.found.namespaces.into_values()
 }
 
 /// The processor time of this process when it has used this much more.
@@ -132,66 +139,60 @@ pub fn find_holders(
         has_cookies: keys.iter().any(|key| matches!(key, SocketKey::Cookie(_))),
         keys: keys.into_iter().collect(),
     };
-    let (found, next) = Scan::new(&pids, &wanted, until_ns).run();
-    (found.sockets, next)
+    let scanned = scan(&pids, wanted, until_ns);
+    (scanned.found.sockets, scanned.next)
+}
+
+/// A process that takes the whole processor time alone is passed over, so that the next scan reaches the others.
+fn scan(pids: &[u32], wanted: Wanted, until_ns: u64) -> Scanned {
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = processors.min(MAX_LOOKERS).min(pids.len());
+    let scan = Arc::new(Scan {
+        wanted,
+        until_ns,
+        not_scanned: AtomicUsize::new(usize::MAX),
+        found: Mutex::default(),
+    });
+    let shared = Arc::clone(&scan);
+    let look = move |(index, pid): &(usize, u32)| {
+        shared.look(*index, *pid);
+        None::<()>
+    };
+    let numbered = pids.iter().copied().enumerate().collect();
+    let hung = inspect_each(numbered, threads, look, |()| {});
+    let first = scan.not_scanned.load(Ordering::Relaxed);
+    Scanned {
+        found: scan.with_found(mem::take),
+        next: pids.get(first.max(1)).copied(),
+        hung: hung.into_iter().map(|(_, pid)| pid).collect(),
+    }
 }
 
 /// A scan in progress, shared by its threads.
-struct Scan<'a> {
-    pids: &'a [u32],
-    wanted: &'a Wanted,
+struct Scan {
+    wanted: Wanted,
     /// The processor time of this process at which the scan ends.
     until_ns: u64,
-    /// The index of the next process that no thread has taken.
-    next: AtomicUsize,
-    /// The lowest index of a process whose scan was broken off.
-    broken_off: AtomicUsize,
+    /// The lowest index of a process that was not scanned to its end.
+    not_scanned: AtomicUsize,
     found: Mutex<Descriptors>,
 }
 
-impl<'a> Scan<'a> {
-    fn new(pids: &'a [u32], wanted: &'a Wanted, until_ns: u64) -> Self {
-        Self {
-            pids,
-            wanted,
-            until_ns,
-            next: AtomicUsize::new(0),
-            broken_off: AtomicUsize::new(usize::MAX),
-            found: Mutex::default(),
+impl Scan {
+    /// Scans a process unless the scan is over. A process that was begun is scanned to its end even if all sockets are
+    /// found: it may have a lower PID.
+    fn look(&self, index: usize, pid: u32) {
+        let is_begun = !self.has_all() && !self.is_over();
+        if is_begun {
+            self.scan_process(pid);
         }
-    }
-
-    /// Also returns the first process that was not scanned to its end. A process that takes the whole processor time
-    /// alone is passed over, so that the next scan reaches the others.
-    fn run(self) -> (Descriptors, Option<u32>) {
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let others = processors.min(MAX_LOOKERS).min(self.pids.len().max(1)) - 1;
-        run_parallel("processes", others, || self.scan_some());
-        let first = self.broken_off.into_inner().min(self.next.into_inner());
-        let found = self.found.into_inner();
-        (
-            found.unwrap_or_else(PoisonError::into_inner),
-            self.pids.get(first.max(1)).copied(),
-        )
-    }
-
-    /// Scans the processes that no other thread has taken. A process that was begun is scanned to its end even if all
-    /// sockets are found: it may have a lower PID.
-    fn scan_some(&self) {
-        while !self.has_all() && !self.is_over() {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(pid) = self.pids.get(index) else {
-                return;
-            };
-            self.scan_process(*pid);
-            if self.is_over() {
-                self.broken_off.fetch_min(index, Ordering::Relaxed);
-            }
+        if !is_begun || self.is_over() {
+            self.not_scanned.fetch_min(index, Ordering::Relaxed);
         }
     }
 
     fn has_all(&self) -> bool {
-        let Wanted::Sockets { keys, .. } = self.wanted else {
+        let Wanted::Sockets { keys, .. } = &self.wanted else {
             return false;
         };
         self.with_found(|found| found.sockets.len() == keys.len())
@@ -357,7 +358,7 @@ mod tests {
     #[test]
     fn a_socket_leads_to_its_process_and_its_descriptor() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (found, _) = Descriptors::of_all_processes();
+        let found = Descriptors::of_all_processes().found;
         let holder = found.holder(inode_of(&listener)).unwrap();
         assert_eq!(
             (holder.pid, holder.fd),
@@ -383,7 +384,7 @@ mod tests {
             let _ = ended.recv();
         });
         let (inode, address) = told.recv().unwrap();
-        let (found, _) = Descriptors::of_all_processes();
+        let found = Descriptors::of_all_processes().found;
         let holder = found.holder(inode).unwrap();
         assert_eq!(holder.pid, std::process::id());
         assert_ne!(holder.thread, holder.pid);
@@ -408,7 +409,7 @@ mod tests {
         let _others: Vec<File> = (0..100).map(|_| netns.try_clone().unwrap()).collect();
         let path = format!("/proc/self/fd/{}", netns.as_raw_fd());
         let own = inode(fs::read_link(path).unwrap().as_os_str(), "net:[").unwrap();
-        let (found, _) = Descriptors::of_all_processes();
+        let found = Descriptors::of_all_processes().found;
         let file = fs::read_link(&found.namespaces[&own]).unwrap();
         assert_eq!(inode(file.as_os_str(), "net:["), Some(own));
         assert!(open_namespaces().any(|file| {

@@ -21,8 +21,9 @@ use super::{
     channel,
     diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, SocketId, state},
     disconnect::{self, Answer, DisconnectError},
+    inspect::{has_left_threads, inspect_each},
     namespaces::{self, FoundNamespace, NetnsError},
-    processes::{Descriptors, find_holders},
+    processes::{Descriptors, Scanned, find_holders},
     protocol::{
         Cgroup, Disconnect, Disconnected, FoundUser, Held, Holder, MAX_MESSAGE, MAX_NUMBERS,
         MAX_PATHS, Netns, Problem, Reach, Reply, Request, Search, SearchScope, SocketKey, decode,
@@ -139,7 +140,8 @@ impl Worker {
                 used_ns: processor_ns().saturating_sub(began_ns),
                 error,
             };
-            if self.failed || self.reply(&done, None).is_err() {
+            let is_sent = !self.failed && self.reply(&done, None).is_ok();
+            if !is_sent || has_left_threads() {
                 return ExitCode::SUCCESS;
             }
         }
@@ -353,6 +355,15 @@ impl Worker {
 const MANY_DESCRIPTORS: &str = "the processes have too many descriptors to read them all at once; a namespace that only a \
                                 descriptor keeps may be missing, the next comparison begins at another process";
 
+/// The error for a process at which the kernel hangs.
+const HUNG: &str = "its process executes a program and does not get on with it";
+
+/// The process of a file below `/proc`.
+fn pid_of(file: &Path) -> Option<u32> {
+    let pid = file.strip_prefix("/proc").ok()?.iter().next()?;
+    pid.to_str()?.parse().ok()
+}
+
 /// Requests about the host.
 impl Worker {
     fn survey(
@@ -364,7 +375,11 @@ impl Worker {
         self.tell_scope(cgroup)?;
         // The scan precedes the lists, so a socket that is opened in between has no known holder.
         let scan = with_holders.then(Descriptors::of_all_processes);
-        let (holders, is_whole) = scan.unwrap_or((Descriptors::default(), true));
+        let Scanned {
+            found: holders,
+            next,
+            mut hung,
+        } = scan.unwrap_or_default();
         if reach == Reach::Own {
             let diag = DiagSocket::open()?;
             let cookie = diag.netns_cookie()?;
@@ -387,15 +402,25 @@ impl Worker {
         } else {
             namespaces::files(reach == Reach::Every)
         };
-        let errors = namespaces::visit_all(files, |cookie, found| {
+        let (errors, hung_files) = namespaces::visit_all(files, |cookie, found| {
             if !self.failed && broken.is_ok() {
                 broken = self.visit(cookie, found, &holders);
             }
         });
         broken?;
+        hung.extend(hung_files.iter().filter_map(|file| pid_of(file)));
+        hung.sort_unstable();
+        hung.dedup();
         let errors = errors.iter().map(ToString::to_string);
-        let cut = (!is_whole).then(|| MANY_DESCRIPTORS.to_owned());
-        for error in errors.chain(cut) {
+        let cut = next.map(|_| MANY_DESCRIPTORS.to_owned());
+        let hung = hung.first().map(|first| {
+            format!(
+                "the kernel hangs at {} process(es) that execute a program, such as PID {first}: a namespace that \
+                 only they lead to may be missing; end them, or the file system that they wait for",
+                hung.len()
+            )
+        });
+        for error in errors.chain(cut).chain(hung) {
             self.reply(&Reply::Unlisted(error), None)?;
         }
         Ok(())
@@ -479,14 +504,25 @@ impl Worker {
     }
 
     fn duplicate(&mut self, sockets: &[(Holder, u64)]) -> Result<(), Broken> {
-        for (holder, cookie) in sockets {
-            let found = disconnect::duplicate(holder).and_then(|fd| {
+        let mut found: Vec<io::Result<OwnedFd>> = sockets
+            .iter()
+            .map(|_| Err(io::Error::other(HUNG)))
+            .collect();
+        let numbered = sockets.iter().copied().enumerate().collect();
+        let duplicate = |(index, (holder, cookie)): &(usize, (Holder, u64))| {
+            let duplicate = disconnect::duplicate(holder).and_then(|fd| {
                 // The descriptor number may meanwhile belong to another file.
                 if disconnect::cookie(&fd)? != *cookie {
                     return Err(io::Error::other("its descriptor is another's"));
                 }
                 Ok(fd)
             });
+            Some((*index, duplicate))
+        };
+        inspect_each(numbered, 1, duplicate, |(index, duplicate)| {
+            found[index] = duplicate;
+        });
+        for found in found {
             match found {
                 Ok(fd) => {
                     self.reply(&Reply::Duplicate(None), Some(&fd))?;

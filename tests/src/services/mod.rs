@@ -3,6 +3,7 @@
 //! Each server keeps all its files in a temporary directory and runs in the test's cgroup. Its children are
 //! killed with the cgroup, even after a panic of the test.
 
+mod hanging_exec;
 mod haproxy;
 mod hosts;
 mod journal;
@@ -29,6 +30,7 @@ use nix::sys::socket::{SockaddrStorage, bind, getsockname};
 
 use crate::{agent::Agent, options::set_option, process::output_of};
 
+pub use hanging_exec::HangingExec;
 pub use haproxy::haproxy;
 pub use hosts::{Host, Hosts};
 pub use journal::{Journal, enter_mounts};

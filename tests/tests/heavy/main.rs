@@ -17,6 +17,7 @@ mod crashes;
 mod crowd;
 mod gate_and_expiry;
 mod growth;
+mod hanging_process;
 mod many;
 mod owners;
 mod reapers;
