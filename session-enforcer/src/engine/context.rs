@@ -33,6 +33,8 @@ pub(super) struct Context {
     pub(super) all_namespaces: bool,
     /// Number of reset batches in progress.
     pub(super) resets_under_way: Cell<usize>,
+    /// Number of queries of candidates that wait for a grace period.
+    pub(super) confirm_rounds: Cell<usize>,
     /// Whether a task is resolving owners.
     pub(super) is_finding_owners: Cell<bool>,
     /// Whether a task is growing the session table.
@@ -64,6 +66,7 @@ impl Context {
             cgroup,
             all_namespaces,
             resets_under_way: Cell::new(0),
+            confirm_rounds: Cell::new(0),
             is_finding_owners: Cell::new(false),
             is_growing: Cell::new(false),
             holder_searches: RefCell::default(),

@@ -69,6 +69,29 @@ impl Drop for RegularBatch {
     }
 }
 
+/// Counts a query of candidates until it is dropped.
+pub(super) struct ConfirmRound {
+    pub(super) context: Rc<Context>,
+}
+
+impl ConfirmRound {
+    pub(super) fn begin(context: &Rc<Context>) -> Self {
+        let rounds = &context.confirm_rounds;
+        rounds.set(rounds.get() + 1);
+        Self {
+            context: Rc::clone(context),
+        }
+    }
+}
+
+impl Drop for ConfirmRound {
+    fn drop(&mut self) {
+        let rounds = &self.context.confirm_rounds;
+        rounds.set(rounds.get() - 1);
+        self.context.wake.notify_one();
+    }
+}
+
 /// Counts a search for a namespace until it is dropped.
 pub(super) struct SearchUnderWay {
     context: Rc<Context>,

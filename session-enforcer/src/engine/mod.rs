@@ -289,7 +289,7 @@ impl Engine {
             holder_search::find(&self.context);
             owner_search::find(&self.context);
             terminate::retry_waiting(&self.context);
-            terminate::confirm_observed(&self.context);
+            terminate::confirm_candidates(&self.context);
             unreported::query_unreported(&self.context);
             terminate::reset_waiting_untracked(&self.context)?;
             self.context.state().records.audit.flush();

@@ -84,8 +84,8 @@ pub(super) struct State {
     pub(super) without_owner: Vec<(u64, Session)>,
     /// Sessions to reset that their rules have no room for.
     pub(super) untracked: Vec<(u64, Session)>,
-    /// Observed sessions that are late unless their sockets confirm a candidate.
-    pub(super) observed_with_candidate: Vec<Expired>,
+    /// Sessions that are late unless their sockets confirm a candidate.
+    pub(super) candidates: Vec<Expired>,
     /// Sessions that may have ended without a report of the kernel.
     pub(super) maybe_ended: Vec<MaybeEnded>,
     /// Number of lost events for which the repair was done.
@@ -162,7 +162,7 @@ impl State {
             is_enforcing: false,
             without_owner: Vec::new(),
             untracked: Vec::new(),
-            observed_with_candidate: Vec::new(),
+            candidates: Vec::new(),
             maybe_ended: Vec::new(),
             repaired_losses: 0,
             scrapes: Vec::new(),
@@ -487,7 +487,7 @@ impl State {
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
             Judgement::Late(expired) if session.has_candidate() => {
-                self.observed_with_candidate.push(expired);
+                self.candidates.push(expired);
                 Ok(None)
             }
             Judgement::Late(expired) => {

@@ -19,7 +19,7 @@ use super::{
     handles::SearchNeed,
     hang_limits::Room,
     holder_search::search_holder_of,
-    in_progress::{HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
+    in_progress::{ConfirmRound, HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
     outcome::{NO_ROOM_NS, UNANSWERED},
     phase::{Expired, Phase},
     state::State,
@@ -49,6 +49,10 @@ const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
 /// A batch of ordinary resets takes some milliseconds. One that takes twice this long, and uses the processor for half
 /// of it, must not keep others waiting.
 const SLOW_NS: u64 = 5_000_000;
+
+/// Number of queries of candidates that wait for a grace period at a time: one could have to wait for the period of
+/// another one and for its own.
+const MAX_CONFIRM_ROUNDS: usize = 2;
 
 /// The key of a batch: namespace, method, and the cgroup if its sessions are kept separate.
 type Lot = (u64, ResetMethod, Option<u64>);
@@ -84,11 +88,13 @@ pub(super) fn retry_waiting(context: &Context) {
     }
 }
 
-/// Queries the sockets of observed sessions with a candidate.
-pub(super) fn confirm_observed(context: &Rc<Context>) {
-    let mut state = context.state();
-    let candidates = std::mem::take(&mut state.observed_with_candidate);
-    confirm_all(context, &state, candidates);
+/// Queries the sockets of the late sessions with a candidate. All that have come meanwhile share one query and one grace
+/// period, so that many such sessions of one user delay nobody.
+pub(super) fn confirm_candidates(context: &Rc<Context>) {
+    let is_free = context.confirm_rounds.get() < MAX_CONFIRM_ROUNDS;
+    if is_free && !context.state().candidates.is_empty() {
+        context.spawn(confirm_round(ConfirmRound::begin(context)));
+    }
 }
 
 /// Whether another batch may be started. The limit keeps the check of a session close to its reset. With a synced
@@ -101,9 +107,9 @@ pub(super) fn may_end_more(context: &Context, state: &State) -> bool {
     under_way < MAX_BATCHES
 }
 
-/// Starts the resets of late sessions, or first queries the sockets of those with a candidate.
+/// Starts the resets of late sessions, except of those with a candidate, whose sockets must first be queried.
 fn confirm_or_reset(context: &Rc<Context>, state: &mut State, late: Vec<Expired>) -> Result<()> {
-    let (mut candidates, mut confirmed) = (Vec::new(), Vec::new());
+    let mut confirmed = Vec::new();
     for expired in state.shut(late)? {
         let is_tried = state
             .tracker
@@ -115,12 +121,11 @@ fn confirm_or_reset(context: &Rc<Context>, state: &mut State, late: Vec<Expired>
         if expired.session.has_candidate() && may_live {
             let (cookie, session) = (expired.cookie, &expired.session);
             state.tracker.set_phase(cookie, session, Phase::Candidate);
-            candidates.push(expired);
+            state.candidates.push(expired);
         } else {
             confirmed.push(expired);
         }
     }
-    confirm_all(context, state, candidates);
     start_resets(context, state, confirmed)
 }
 
@@ -174,23 +179,38 @@ pub(super) fn reset_untracked(
     Ok(())
 }
 
+/// Queries whether the sockets of late sessions have received or sent the candidates. If a confirmation could let a
+/// session live, the query waits first until packets that have passed the hook have reached their sockets.
+async fn confirm_round(round: ConfirmRound) -> Result<()> {
+    let context = &round.context;
+    let (may_live, others) = {
+        let mut state = context.state();
+        let candidates = std::mem::take(&mut state.candidates).into_iter();
+        candidates.partition(|expired| state.would_live(expired, &expired.session.with_candidate()))
+    };
+    confirm_all(context, others, false);
+    if !may_live.is_empty() {
+        ask::wait_for_programs(context).await;
+        confirm_all(context, may_live, true);
+    }
+    Ok(())
+}
+
 /// Starts queries of the sockets of late sessions. Each cgroup has its own queries, so that a locked socket does not
 /// delay other cgroups.
-fn confirm_all(context: &Rc<Context>, state: &State, candidates: Vec<Expired>) {
-    let mut lots: BTreeMap<(u64, u64, bool), Vec<Expired>> = BTreeMap::new();
+fn confirm_all(context: &Rc<Context>, candidates: Vec<Expired>, may_live: bool) {
+    let mut lots: BTreeMap<(u64, u64), Vec<Expired>> = BTreeMap::new();
     for expired in candidates {
         let session = &expired.session;
-        let may_live = state.would_live(&expired, &session.with_candidate());
-        let lot = (session.netns_cookie, session.owner.cgroup_id, may_live);
+        let lot = (session.netns_cookie, session.owner.cgroup_id);
         lots.entry(lot).or_default().push(expired);
     }
-    for ((netns_cookie, _, may_live), lot) in lots {
+    for ((netns_cookie, _), lot) in lots {
         context.spawn(confirm_lot(Rc::clone(context), netns_cookie, may_live, lot));
     }
 }
 
-/// Queries whether sockets have received or sent the candidates of their sessions. If a confirmation could let a
-/// session live, the query waits first until packets that have passed the hook have reached their sockets.
+/// Queries the sockets of late sessions of one cgroup, one batch after the other.
 ///
 /// A socket that its process keeps locked does not answer. Its reaper is left behind and counts as a hanging reset;
 /// another reaper queries the remaining sockets at once, within the limits on those.
@@ -198,16 +218,15 @@ async fn confirm_lot(
     context: Rc<Context>,
     netns_cookie: u64,
     may_live: bool,
-    mut lot: Vec<Expired>,
+    mut waiting: Vec<Expired>,
 ) -> Result<()> {
-    if may_live {
-        ask::wait_for_programs(&context).await;
-    }
     let mut lost_reapers = 0;
-    while !lot.is_empty() {
-        let Some(permit) = begin_query(&context, &lot) else {
+    while !waiting.is_empty() {
+        let Some(permit) = begin_query(&context, &waiting) else {
             return Ok(());
         };
+        let batch = waiting.drain(..waiting.len().min(MAX_BATCH));
+        let mut lot: Vec<Expired> = batch.collect();
         let began_ns = monotonic_ns();
         let target = |expired: &Expired| SocketId::of(expired.cookie, &expired.session);
         let targets: Vec<SocketId> = lot.iter().map(target).collect();
@@ -246,7 +265,7 @@ async fn confirm_lot(
             context.spawn(confirmed);
         }
         context.wake.notify_one();
-        lot = rest;
+        waiting.splice(0..0, rest);
     }
     Ok(())
 }

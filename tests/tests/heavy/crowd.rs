@@ -13,8 +13,8 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Cgroups, Daemon, Holders, Lab, Listener, Netns, Pair, Place, dial, eventually, patience,
-    services::filter_packets, unhurried,
+    Agent, Cgroups, Daemon, Holders, Lab, Listener, Netns, Pair, Place, RawTcp, Sequence, dial,
+    eventually, patience, services::filter_packets, unhurried,
 };
 
 use crate::{Killed, turn};
@@ -332,6 +332,40 @@ fn adopted_sessions_are_reset_while_other_namespaces_are_still_being_listed() ->
     let actions = daemon.audit()?;
     let first = actions.first().map(|record| record.text("event.action"));
     assert_eq!(first, Some("session-terminated"));
+    Ok(())
+}
+
+/// The socket of each session must be queried before its reset, since a segment that it has not counted has come.
+#[test]
+fn refused_segments_for_many_sessions_delay_no_reset() -> Result<()> {
+    let _turn = turn(module_path!());
+    const SESSIONS: usize = 1_000;
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let daemon = lab.daemon(&of_port("victims", &listener, limit()))?;
+    let raw = RawTcp::new(&lab.outside)?;
+    let pairs: Vec<Pair> = (0..SESSIONS)
+        .map(|_| {
+            let pair = Pair::open(&lab.outside, &listener)?;
+            // One of these is in the window, and acknowledges what was not sent.
+            for number in 0..4 {
+                let at = Sequence {
+                    to_send: number << 30,
+                    to_receive: 0,
+                };
+                raw.send(&pair.client, at, b"x")?;
+            }
+            Ok(pair)
+        })
+        .collect::<Result<_>>()?;
+    let records = daemon.wait_for_terminations(SESSIONS)?;
+    let lates = records
+        .iter()
+        .map(|record| record.number("session_enforcer.lateness_seconds"));
+    let latest = lates.fold(0.0, f64::max);
+    let bound = unhurried(Duration::from_secs(1)).as_secs_f64() * LATE_SECONDS;
+    assert!(latest < bound, "{latest} s late");
+    drop(pairs);
     Ok(())
 }
 

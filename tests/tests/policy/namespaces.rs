@@ -61,7 +61,7 @@ fn a_survey_knows_whether_a_namespace_has_tcp_sockets() -> Result<()> {
         let errors = visit_all(vec![netns.path()], |_, namespace| {
             found.push(namespace.has_tcp_sockets());
         });
-        (found, errors.len())
+        (found, errors.0.len())
     };
     assert_eq!(has_tcp_sockets(), (vec![false], 0));
     let lab = Lab::new(AGENT)?;
