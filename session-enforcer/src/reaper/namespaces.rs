@@ -1,6 +1,7 @@
 //! Finds the network namespaces of the host and opens the socket table of each.
 
 use std::{
+    cell::RefCell,
     collections::HashSet,
     fs::{self, File},
     io,
@@ -104,13 +105,14 @@ pub fn find(
     mut met: impl FnMut(u64, &Path),
 ) -> Result<FoundNamespace, NetnsError> {
     let mut look = |files: Vec<PathBuf>| {
-        let mut wanted = None;
-        open_each(files, |path, opened| match enter(opened, &path) {
-            Ok((seen, found)) if seen == cookie => wanted = Some(found),
+        let wanted = RefCell::new(None);
+        let take = |path: PathBuf, opened| match enter(opened, &path) {
+            Ok((seen, found)) if seen == cookie => *wanted.borrow_mut() = Some(found),
             Ok((other, _)) => met(other, &path),
             Err(_) => {}
-        });
-        wanted
+        };
+        open_each(files, take, || wanted.borrow().is_none());
+        wanted.into_inner()
     };
     let there = look(seen_at.map(Path::to_owned).into_iter().collect());
     let found = there.or_else(|| match search {
@@ -128,19 +130,30 @@ pub fn visit_all(
     mut visit: impl FnMut(u64, FoundNamespace),
 ) -> (Vec<NetnsError>, Vec<PathBuf>) {
     let mut errors = Vec::new();
-    let hung = open_each(files, |path, opened| match enter(opened, &path) {
+    let take = |path: PathBuf, opened| match enter(opened, &path) {
         Ok((cookie, found)) => visit(cookie, found),
         Err(error) => errors.push(error),
-    });
+    };
+    let hung = open_each(files, take, || true);
     (errors, hung)
 }
 
 /// Opens the files of namespaces on another thread, each namespace once, and passes each to `take`. A file that is gone is
 /// skipped: another one may lead to the same namespace. Returns the files at which the kernel hangs.
-fn open_each(files: Vec<PathBuf>, mut take: impl FnMut(PathBuf, io::Result<File>)) -> Vec<PathBuf> {
+fn open_each(
+    files: Vec<PathBuf>,
+    mut take: impl FnMut(PathBuf, io::Result<File>),
+    is_wanted: impl Fn() -> bool,
+) -> Vec<PathBuf> {
     let seen = Seen::none();
     let open_new = move |path: &PathBuf| Some((path.clone(), seen.open_new(path)?));
-    inspect_each(files, 1, open_new, |(path, opened)| take(path, opened))
+    inspect_each(
+        files,
+        1,
+        open_new,
+        |(path, opened)| take(path, opened),
+        is_wanted,
+    )
 }
 
 /// The namespaces that one search has visited, so that each is entered once.

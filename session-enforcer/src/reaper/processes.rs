@@ -159,7 +159,7 @@ fn scan(pids: &[u32], wanted: Wanted, until_ns: u64) -> Scanned {
         None::<()>
     };
     let numbered = pids.iter().copied().enumerate().collect();
-    let hung = inspect_each(numbered, threads, look, |()| {});
+    let hung = inspect_each(numbered, threads, look, |()| {}, || !scan.has_all());
     let first = scan.not_scanned.load(Ordering::Relaxed);
     Scanned {
         found: scan.with_found(mem::take),

@@ -519,9 +519,8 @@ impl Worker {
             });
             Some((*index, duplicate))
         };
-        inspect_each(numbered, 1, duplicate, |(index, duplicate)| {
-            found[index] = duplicate;
-        });
+        let take = |(index, duplicate): (usize, _)| found[index] = duplicate;
+        inspect_each(numbered, 1, duplicate, take, || true);
         for found in found {
             match found {
                 Ok(fd) => {
