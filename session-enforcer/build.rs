@@ -27,7 +27,9 @@ fn main() -> Result<()> {
         // it since 5.12. `aya-build` sets RUSTFLAGS itself, so the flag goes into the profile.
         env::set_var("CARGO_UNSTABLE_PROFILE_RUSTFLAGS", "true");
         env::set_var("CARGO_PROFILE_RELEASE_RUSTFLAGS", "-Ctarget-cpu=v3");
-        // The programs are the same in each profile of the daemon.
+        // The programs are the same in each profile of the daemon, and whatever CARGO_INCREMENTAL is: the verifier
+        // refused what an incremental build made ("R5 !read_ok").
+        env::set_var("CARGO_INCREMENTAL", "0");
         env::set_var("CARGO_PROFILE_RELEASE_LTO", "thin");
         // The debug information of the programs names the same paths on every machine, so that a release can
         // be reproduced.
