@@ -4,8 +4,8 @@
 use std::{cmp::Ordering, collections::HashMap};
 
 use session_enforcer_common::{
-    Address, Ancestors, Direction, Facts, Limits, MatchEntry, Owner, RULE_EXEMPT, Session,
-    first_possible, flags,
+    Address, Ancestors, Direction, Expiry, Facts, Limits, MatchEntry, Owner, RULE_EXEMPT, Session,
+    expiry, first_possible, flags,
 };
 
 use crate::{
@@ -72,28 +72,21 @@ impl Adopter<'_> {
         let (facts, owner, rule) = self.chosen(socket, listeners, direction)?;
         let limits = self.limits_of_rules.get(usize::from(rule));
         let (received, sent) = activity(&info, now_ns, self.lag_ns);
-        let has_ended = has_ended(socket, &info);
+        // The kernel does not keep the time of establishment. Both ages start at the establishment, so the older one is
+        // a lower bound of the connection's age.
+        let established_ns = received.min(sent);
         let mut flags = flags::END_UNREPORTED;
         if socket.mptcp_token.is_some() {
             flags |= flags::MPTCP_SUBFLOW;
         }
-        if has_ended {
-            flags |= flags::HAS_ENDED;
-        }
-        Some(Session {
+        let mut session = Session {
             last_received_ns: received,
             last_sent_ns: sent,
-            answered_ns: match owes_answer(facts.direction, &info, limits) {
-                // The FIN has ended the wait for an answer, at this time at the latest.
-                true if has_ended => now_ns,
-                owes => answered_ns(owes, sent),
-            },
+            answered_ns: established_ns,
             bytes_received: payload_received(socket, &info),
             bytes_sent: payload_sent(socket, &info, facts.direction as u8),
             open_until_ns: 0,
-            // The kernel does not keep the time of establishment. Both ages start at the establishment, so the older
-            // one is a lower bound of the connection's age.
-            established_ns: received.min(sent),
+            established_ns,
             netns_cookie,
             local: facts.local,
             remote: facts.remote,
@@ -107,13 +100,22 @@ impl Adopter<'_> {
             owner,
             data_segments_sent: info.data_segments_sent,
             half_closed_ns: half_closed_ns(socket, &info, now_ns),
-            // The kernel does not show how much of it belongs to an answer.
-            sent_before_answer: payload_sent(socket, &info, facts.direction as u8) as u32,
+            sent_before_answer: 0,
             sent_candidate_completes_answer: 0,
             received_candidate_ns: 0,
             sent_candidate_ns: 0,
             sent_candidate_end: 0,
-        })
+        };
+        if session.bytes_received > 0 {
+            session.stamp_received(received);
+            if is_answered(&session, session.bytes_sent, &info, limits) {
+                session.stamp_sent(sent, true);
+            }
+        }
+        if has_ended(socket, &info) {
+            session.note_ended(now_ns);
+        }
+        Some(session)
     }
 }
 
@@ -189,24 +191,38 @@ fn facts(socket: &Socket, direction: Direction, owner: &Owner) -> Facts {
     }
 }
 
-/// Whether this host owes an answer. If both ages are equal, the kernel does not show which event was last; the
-/// alternative with the longer life is then assumed.
-fn owes_answer(direction: Direction, info: &Info, limits: Option<&Limits>) -> bool {
-    if direction != Direction::Inbound || info.bytes_received == 0 {
+/// Whether this host has answered a request that a session owes an answer to. It has sent at most `sent` bytes of the
+/// answer. The kernel shows neither how many of them came after the request, nor the order of events with equal ages. If
+/// that decides, the alternative with the longer life is assumed.
+fn is_answered(owing: &Session, sent: u64, info: &Info, limits: Option<&Limits>) -> bool {
+    let least = least_answer(limits);
+    if sent < u64::from(least) {
         return false;
     }
     match info.last_data_received_ms.cmp(&info.last_data_sent_ms) {
-        Ordering::Less => true,
-        Ordering::Greater => false,
-        Ordering::Equal => limits.is_some_and(|limits| {
-            limits.idle_timeout_ns != 0 && limits.response_timeout_ns >= limits.idle_timeout_ns
+        Ordering::Less => false,
+        Ordering::Greater if least <= 1 => true,
+        _ => limits.is_none_or(|limits| {
+            let answered = Session {
+                answered_ns: owing.last_sent_ns,
+                ..*owing
+            };
+            deadline_ns(&answered, limits) >= deadline_ns(owing, limits)
         }),
     }
 }
 
-/// The value of [`Session::answered_ns`].
-fn answered_ns(owes_answer: bool, sent_ns: u64) -> u64 {
-    if owes_answer { 0 } else { sent_ns.max(1) }
+/// The minimum size of an answer.
+fn least_answer(limits: Option<&Limits>) -> u32 {
+    limits.map_or(1, |limits| limits.min_answer)
+}
+
+/// The deadline of a session on which nothing more passes.
+fn deadline_ns(session: &Session, limits: &Limits) -> u64 {
+    match expiry(session, limits, u64::MAX) {
+        Expiry::Expired { deadline_ns, .. } => deadline_ns,
+        Expiry::Alive { .. } => u64::MAX,
+    }
 }
 
 /// The value of [`Session::half_closed_ns`]: the latest possible time.
@@ -247,11 +263,11 @@ fn has_ended(socket: &Socket, info: &Info) -> bool {
 
 /// When payload was last received and sent, computed from ages that were read before `now_ns`. The kernel counts ages
 /// in ticks, so an event may be up to `lag_ns` later than its age says. The later time is used, so no session ends
-/// early.
+/// early. It is not 0, which is no time in a record.
 fn activity(info: &Info, now_ns: u64, lag_ns: u64) -> (u64, u64) {
     let before = |age_ms: u32| {
         let age_ns = u64::from(age_ms) * 1_000_000;
-        now_ns.saturating_sub(age_ns.saturating_sub(lag_ns))
+        now_ns.saturating_sub(age_ns.saturating_sub(lag_ns)).max(1)
     };
     (
         before(info.last_data_received_ms),
@@ -317,26 +333,23 @@ pub fn caught_up(
         );
     }
     let [has_received, has_sent] = [received > session.bytes_received, sent > session.bytes_sent];
-    if has_received {
-        now.sent_before_answer = sent as u32;
-        now.bytes_received = received;
-        now.last_received_ns = received_ns.max(session.last_received_ns);
-    }
     if has_sent {
         now.bytes_sent = sent;
         now.data_segments_sent = info.data_segments_sent;
         now.last_sent_ns = sent_ns.max(now.last_sent_ns);
     }
-    if session.direction == Direction::Inbound as u8 && (has_received || has_sent) {
-        let owes = match (has_received, has_sent) {
-            (true, true) => owes_answer(Direction::Inbound, &info, limits),
-            (has_received, _) => has_received,
-        };
-        now.answered_ns = match (owes && now.flags & flags::HAS_ENDED == 0, has_sent) {
-            (true, _) => 0,
-            (false, true) => answered_ns(false, now.last_sent_ns),
-            (false, false) => now.answered_ns,
-        };
+    if has_received {
+        now.bytes_received = received;
+        now.stamp_received(received_ns);
+    }
+    let is_answer = if has_received {
+        // No byte that was sent before the last look belongs to the answer.
+        is_answered(&now, sent.saturating_sub(session.bytes_sent), &info, limits)
+    } else {
+        now.is_answered_by(sent, least_answer(limits))
+    };
+    if has_sent {
+        now.stamp_sent(now.last_sent_ns, is_answer);
     }
     if has_ended(socket, &info) && now.flags & flags::HAS_ENDED == 0 {
         now.note_ended(now_ns);
@@ -647,23 +660,68 @@ mod tests {
         assert_eq!(adopt(&two, &Scope::All, &sockets)[0].1.rule, 4);
     }
 
-    #[test]
-    fn if_the_kernel_does_not_tell_who_owes_an_answer_the_session_lives_longer() {
-        let info = |received_ms, sent_ms| Info {
-            last_data_received_ms: received_ms,
-            last_data_sent_ms: sent_ms,
-            ..socket(state::ESTABLISHED, 5432, 1).info.unwrap()
+    /// A session that is adopted from a socket under these limits.
+    fn adopted_under(limits: Limits, socket: &Socket) -> Session {
+        let adopter = Adopter {
+            entries: &[MatchEntry::any(0)],
+            limits_of_rules: &[limits],
+            generation: 1,
+            lag_ns: 0,
+            scope: &Scope::All,
+            ancestors: &HashMap::new(),
         };
-        let limits = |idle_timeout_ns, response_timeout_ns| Limits {
+        let session = adopter.session(socket, &Listeners::default(), 3, 10_000 * MS);
+        session.unwrap()
+    }
+
+    fn limits(idle_timeout_ns: u64, response_timeout_ns: u64, min_answer: u32) -> Limits {
+        Limits {
             idle_timeout_ns,
             response_timeout_ns,
+            min_answer,
             ..Limits::default()
+        }
+    }
+
+    /// Whether an adopted session owes an answer, by these ages. Its socket has sent 20 bytes.
+    fn owes(received_ms: u32, sent_ms: u32, limits: Limits) -> bool {
+        let mut socket = socket(state::ESTABLISHED, 5432, 1);
+        let info = socket.info.as_mut().unwrap();
+        (info.last_data_received_ms, info.last_data_sent_ms) = (received_ms, sent_ms);
+        adopted_under(limits, &socket).owes_answer()
+    }
+
+    #[test]
+    fn if_the_kernel_does_not_tell_who_owes_an_answer_the_session_lives_longer() {
+        assert!(owes(5, 6, limits(9, 1, 1)) && !owes(6, 5, limits(1, 9, 1)));
+        assert!(owes(5, 5, limits(1, 9, 1)) && !owes(5, 5, limits(9, 1, 1)));
+        assert!(!owes(5, 5, limits(0, 9, 1)));
+        // What was sent later may be too little for an answer.
+        let ms = |idle_ms, response_ms| limits(idle_ms * MS, response_ms * MS, 20);
+        assert!(owes(60, 50, ms(20, 31)) && !owes(60, 50, ms(20, 30)));
+        // After a FIN another limit takes the place of the idle timeout.
+        let half_closed_timeout_ns = 90 * MS;
+        let patient = Limits {
+            half_closed_timeout_ns,
+            ..ms(20, 31)
         };
-        let owes =
-            |info: Info, limits: Limits| owes_answer(Direction::Inbound, &info, Some(&limits));
-        assert!(owes(info(5, 6), limits(9, 1)) && !owes(info(6, 5), limits(1, 9)));
-        assert!(owes(info(5, 5), limits(1, 9)) && !owes(info(5, 5), limits(9, 1)));
-        assert!(!owes(info(5, 5), limits(0, 9)));
+        let closing = socket(state::CLOSE_WAIT, 5432, 1);
+        assert!(!adopted_under(patient, &closing).owes_answer());
+    }
+
+    #[test]
+    fn no_answer_is_complete_before_the_minimum_was_sent_at_all() {
+        assert!(owes(6, 5, limits(9, 1, 21)) && !owes(6, 5, limits(9, 1, 20)));
+    }
+
+    #[test]
+    fn an_adopted_session_that_has_received_no_payload_owes_no_answer() {
+        let mut socket = socket(state::CLOSE_WAIT, 5432, 1);
+        let info = socket.info.as_mut().unwrap();
+        // The FIN is counted as a byte.
+        (info.bytes_received, info.last_data_received_ms) = (1, 0);
+        let session = adopted_under(limits(1, 9, 1), &socket);
+        assert_eq!(session.answered_ns, session.established_ns);
     }
 
     #[test]
@@ -675,23 +733,19 @@ mod tests {
 
     /// An adopted session, and the same session caught up with a later state of its socket.
     fn later(change: impl FnOnce(&mut Info)) -> (Session, Session) {
-        let sockets = [
-            socket(state::LISTEN, 5432, 0),
-            socket(state::ESTABLISHED, 5432, 1),
-        ];
-        let before = adopt(&[entry(0, 5432, 3)], &Scope::All, &sockets)[0].1;
-        let mut later = sockets[1];
+        let socket = socket(state::ESTABLISHED, 5432, 1);
+        let before = adopted_under(limits(9, 1, 1), &socket);
+        let now = later_than(&before, limits(9, 1, 1), change);
+        (before, now)
+    }
+
+    fn later_than(before: &Session, limits: Limits, change: impl FnOnce(&mut Info)) -> Session {
+        let mut later = socket(state::ESTABLISHED, 5432, 1);
         let mut info = later.info.unwrap();
         (info.last_data_received_ms, info.last_data_sent_ms) = (500, 400);
         change(&mut info);
         later.info = Some(info);
-        let limits = Limits {
-            idle_timeout_ns: 9,
-            response_timeout_ns: 1,
-            ..Limits::default()
-        };
-        let now = caught_up(&before, &later, Some(&limits), 20_000 * MS, 0);
-        (before, now)
+        caught_up(before, &later, Some(&limits), 20_000 * MS, 0)
     }
 
     fn send(info: &mut Info, bytes: u32) {
@@ -748,6 +802,7 @@ mod tests {
         let expected = Session {
             last_received_ns: 19_500 * MS,
             bytes_received: before.bytes_received + 1,
+            sent_before_answer: 20,
             answered_ns: 0,
             ..before
         };
@@ -755,15 +810,24 @@ mod tests {
     }
 
     #[test]
-    fn payload_sent_meanwhile_is_counted_and_is_the_answer() {
+    fn payload_sent_meanwhile_is_counted_and_is_the_answer_that_was_owed() {
         let (before, now) = later(|info| send(info, 1));
-        let expected = Session {
+        let sent = |before: Session| Session {
             last_sent_ns: 19_600 * MS,
-            answered_ns: 19_600 * MS,
             bytes_sent: before.bytes_sent + 1,
             ..before
         };
-        assert_eq!(now, expected);
+        assert_eq!(now, sent(before));
+        let owing = Session {
+            answered_ns: 0,
+            ..before
+        };
+        let answered = Session {
+            answered_ns: 19_600 * MS,
+            ..sent(owing)
+        };
+        let now = later_than(&owing, limits(9, 1, 1), |info| send(info, 1));
+        assert_eq!(now, answered);
         // If payload passed both ways, the ages show which was last.
         let both = |info: &mut Info| {
             send(info, 1);
@@ -775,6 +839,27 @@ mod tests {
             info.last_data_received_ms = 300;
         });
         assert!(now.owes_answer());
+    }
+
+    #[test]
+    fn less_than_the_minimum_sent_meanwhile_is_no_answer() {
+        let owing = Session {
+            answered_ns: 0,
+            sent_before_answer: 15,
+            ..later(|_| {}).0
+        };
+        let owes = |min_answer, received, sent| {
+            let now = later_than(&owing, limits(9, 1, min_answer), |info| {
+                send(info, sent);
+                info.bytes_received += received;
+            });
+            assert_eq!(now.last_sent_ns, 19_600 * MS);
+            now.owes_answer()
+        };
+        // With what was sent before.
+        assert!(owes(10, 0, 4) && !owes(10, 0, 5));
+        // What was sent before a request is no part of its answer.
+        assert!(owes(10, 1, 9) && !owes(10, 1, 10));
     }
 
     /// A session with candidates, before and after the confirmation by its socket.
@@ -846,7 +931,7 @@ mod tests {
         assert_eq!(activity(&info, now, 8 * MS), (5_008 * MS, now));
         assert_eq!(activity(&info, now, 0), (5_000 * MS, 9_993 * MS));
         // An age before the boot.
-        assert_eq!(activity(&info, MS, 0).0, 0);
+        assert_eq!(activity(&info, MS, 0).0, 1);
     }
 
     #[test]

@@ -129,6 +129,48 @@ fn a_request_while_no_program_is_attached_is_owed_an_answer() -> Result<()> {
 }
 
 #[test]
+fn less_than_min_answer_while_no_program_is_attached_is_no_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = idle() + "response_timeout = \"1h\"\nmin_answer = 100\n";
+    let mut first = lab.pinned_daemon(&config)?;
+    let pairs = [
+        Pair::open(&lab.outside, &listener)?,
+        Pair::open(&lab.outside, &listener)?,
+    ];
+    let [asked_before, asked_meanwhile] = &pairs;
+    asked_before.to_server(b"query")?;
+    first.stop()?;
+    asked_meanwhile.to_server(b"query")?;
+    asked_before.to_client(&[b'x'; 50])?;
+    let last = asked_meanwhile.to_client(&[b'x'; 50])?;
+    let second = lab.pinned_daemon(&config)?;
+    last.wait(limit() + Duration::from_secs(1));
+    assert_eq!(second.terminations()?.len(), 0);
+    for pair in &pairs {
+        let answered = pair.to_client(&[b'x'; 100])?;
+        assert_reset_for(&second, pair, "idle_timeout", &answered)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn payload_sent_while_no_program_is_attached_is_no_answer_if_none_is_owed() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = idle() + "response_timeout = \"1h\"\nactivity = \"received\"\n";
+    let mut first = lab.pinned_daemon(&config)?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    pair.to_server(b"query")?;
+    let answered = pair.to_client(b"answer")?;
+    first.stop()?;
+    answered.wait(Duration::from_secs(2));
+    pair.to_client(b"push")?;
+    let second = lab.pinned_daemon(&config)?;
+    assert_reset_for(&second, &pair, "idle_timeout", &answered)
+}
+
+#[test]
 fn payload_that_could_not_leave_while_no_program_is_attached_is_no_activity() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [left, right] = [Netns::new()?, Netns::new()?];

@@ -202,7 +202,8 @@ fn a_half_closed_session_is_adopted() -> Result<()> {
     ];
     pairs[0].client.shutdown(Shutdown::Write)?;
     pairs[1].server.shutdown(Shutdown::Write)?;
-    let daemon = lab.daemon(&rule())?;
+    // A FIN is no request, so the idle timeout applies.
+    let daemon = lab.daemon(&(rule() + "response_timeout = \"1h\"\n"))?;
     assert_eq!(adopted(&daemon)?, 2.0);
     for pair in &pairs {
         assert_reset_for(&daemon, pair, &pair.opened)?;
@@ -275,6 +276,22 @@ fn an_adopted_session_has_the_longer_limit_if_the_last_sender_is_unknown() -> Re
     answered.round_trip()?;
     assert_eq!(daemon.terminations()?.len(), 0);
     Ok(())
+}
+
+#[test]
+fn an_adopted_session_that_has_sent_less_than_min_answer_owes_the_answer() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let pair = Pair::open(&lab.outside, &listener)?;
+    let asked = pair.to_server(b"query")?;
+    asked.wait(Duration::from_millis(100));
+    let last = pair.to_client(&[b'x'; 50])?;
+    let limits = "response_timeout = \"1h\"\nmin_answer = 100\n";
+    let daemon = lab.daemon(&(rule() + limits))?;
+    last.wait(limit() + Duration::from_secs(1));
+    assert_eq!(daemon.terminations()?.len(), 0);
+    let answered = pair.to_client(&[b'x'; 100])?;
+    assert_reset_for(&daemon, &pair, &answered)
 }
 
 /// No event reports the close of a socket that closes after it was listed and before it was
