@@ -259,9 +259,9 @@ pub enum Problem {
         /// The length of the path.
         length: usize,
     },
-    /// Both servers would listen at the same path.
-    #[error("metrics.listen has the same path; choose another one")]
-    SharedSocket,
+    /// The value of this other key has the same path.
+    #[error("{0} has the same path; choose another one")]
+    SharedPath(&'static str),
 
     /// The value has the wrong type, is out of range, or is not one of the choices.
     #[error("found {found}; allowed: {allowed}")]

@@ -1,5 +1,7 @@
 //! Converts the document to the configuration: the daemon's tables and the list of rules.
 
+use std::path::Path;
+
 use super::document::{Document, Field, Keys, Section};
 use super::rule::read_time;
 use super::value::{
@@ -106,7 +108,7 @@ pub(super) fn config(document: &Document<'_>) -> Config {
         read_control(&control, &mut config);
     }
     let audit = table(&root, "audit", AUDIT);
-    let path = |field: &Field<'_>| field.parse(ALLOWED_AUDIT, parse_audit);
+    let path = |field: &Field<'_>| read_audit(field, &config);
     if let Some(path) = audit.as_ref().and_then(|audit| audit.read("path", path)) {
         config.audit = path;
     }
@@ -178,9 +180,9 @@ fn read_control(control: &Section<'_>, config: &mut Config) {
     };
     let socket = |field: &Field<'_>| {
         let socket = socket(field)?;
-        match &config.metrics_listen {
-            Some(MetricsListen::Unix(path)) if socket.path() == Some(path) => {
-                Err(field.error(Problem::SharedSocket))
+        match socket.path() {
+            Some(path) if Some(path) == metrics_socket(config) => {
+                Err(field.error(Problem::SharedPath("metrics.listen")))
             }
             _ => Ok(socket),
         }
@@ -192,6 +194,31 @@ fn read_control(control: &Section<'_>, config: &mut Config) {
     if let Some(group) = control.read("group", group) {
         config.control.group = group;
     }
+}
+
+/// The Unix socket of the metrics.
+fn metrics_socket(config: &Config) -> Option<&Path> {
+    match &config.metrics_listen {
+        Some(MetricsListen::Unix(path)) => Some(path),
+        _ => None,
+    }
+}
+
+/// Reads the audit's target. A file must not have the path of a socket.
+fn read_audit(field: &Field<'_>, config: &Config) -> Result<AuditTarget, ConfigError> {
+    let target = field.parse(ALLOWED_AUDIT, parse_audit)?;
+    let sockets = [
+        ("metrics.listen", metrics_socket(config)),
+        ("control.socket", config.control.socket.path()),
+    ];
+    if let AuditTarget::File(file) = &target
+        && let Some((key, _)) = sockets
+            .iter()
+            .find(|(_, path)| *path == Some(file.as_path()))
+    {
+        return Err(field.error(Problem::SharedPath(key)));
+    }
+    Ok(target)
 }
 
 /// Reads the metrics' address, with a possible warning.

@@ -95,6 +95,25 @@ mod tests {
     }
 
     #[test]
+    fn an_audit_that_is_a_fifo_is_refused_while_nobody_reads_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let path = fifo.display();
+        let text = format!("[daemon]\npin_dir = ''\n[audit]\npath = '{path}'\n");
+        let nobody = format!("audit.path: {path}: nobody reads this FIFO or socket");
+        let found = refused(&text, 0o755);
+        assert!(
+            found.len() == 1 && found[0].starts_with(&nobody),
+            "{found:?}"
+        );
+        // Opened for both, since a reader alone would wait for a writer.
+        let reader = fs::File::options().read(true).write(true).open(&fifo);
+        assert_eq!(refused(&text, 0o755), Vec::<String>::new());
+        drop(reader);
+    }
+
+    #[test]
     fn an_audit_that_is_a_directory_is_refused() {
         let refused = refused("[daemon]\npin_dir = ''\n[audit]\npath = '/'\n", 0o755);
         assert!(

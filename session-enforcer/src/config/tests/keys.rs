@@ -389,12 +389,21 @@ fn a_wrong_place_for_metrics_or_audit_is_pointed_at() {
 }
 
 #[test]
-fn metrics_and_control_socket_have_a_path_each() {
-    let text = "[metrics]\nlisten = 'unix:/run/a.sock'\n[control]\nsocket = '/run/a.sock'\n";
-    let error = refused(text);
-    let expected =
-        "x.toml:4:10: control.socket: metrics.listen has the same path; choose another one";
-    assert!(error.starts_with(expected), "{error}");
+fn metrics_control_socket_and_audit_have_a_path_each() {
+    let [metrics, control, audit] = [
+        "[metrics]\nlisten = 'unix:/run/a.sock'\n",
+        "[control]\nsocket = '/run/a.sock'\n",
+        "[audit]\npath = '/run/a.sock'\n",
+    ];
+    for (first, second, expected) in [
+        (metrics, control, "4:10: control.socket: metrics.listen"),
+        (metrics, audit, "4:8: audit.path: metrics.listen"),
+        (control, audit, "4:8: audit.path: control.socket"),
+    ] {
+        let error = refused(&format!("{first}{second}"));
+        let expected = format!("x.toml:{expected} has the same path; choose another one");
+        assert!(error.starts_with(&expected), "{error}");
+    }
 }
 
 #[test]

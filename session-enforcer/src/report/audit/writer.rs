@@ -18,7 +18,6 @@ use std::{
 };
 
 use nix::{
-    errno::Errno,
     fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl},
     unistd::{AccessFlags, faccessat},
 };
@@ -129,13 +128,16 @@ fn check_journald() -> Result<(), AuditError> {
 fn check_file(path: &Path) -> Result<(), AuditError> {
     trust::check(path).map_err(AuditError::Untrusted)?;
     let refused = |source| AuditError::of(path, source);
-    let written_to = match fs::metadata(path) {
-        Ok(found) if found.is_dir() => return Err(refused(Errno::EISDIR.into())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => path.parent().unwrap_or(path),
-        found => found.map(|_| path).map_err(refused)?,
+    let checked = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let directory = path.parent().unwrap_or(path);
+            let access = AtFlags::AT_EACCESS;
+            faccessat(AT_FDCWD, directory, AccessFlags::W_OK, access).map_err(Into::into)
+        }
+        // Only opening a FIFO shows whether a process reads it.
+        found => found.and_then(|_| open(path)).map(drop),
     };
-    let access = AtFlags::AT_EACCESS;
-    faccessat(AT_FDCWD, written_to, AccessFlags::W_OK, access).map_err(|e| refused(e.into()))
+    checked.map_err(refused)
 }
 
 enum Task {
