@@ -26,7 +26,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use nix::{
     errno::Errno,
-    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, listen, socket},
 };
 use thiserror::Error;
 use tokio::{
@@ -144,6 +144,9 @@ pub(super) fn directory_of(socket: &Path) -> &Path {
 
 fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     let listener = std::net::TcpListener::bind(address)?;
+    // The standard library asks for a queue of 128, which one process that only connects keeps full. A second listen(2)
+    // changes the length, here to the most that `net.core.somaxconn` allows.
+    listen(&listener, Backlog::MAXALLOWABLE)?;
     listener.set_nonblocking(true)?;
     Ok(Listener::Tcp(listener))
 }
@@ -446,7 +449,6 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 mod tests {
     use std::iter;
 
-    use nix::sys::socket::Backlog;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::{TcpStream, UnixStream},
@@ -463,6 +465,16 @@ mod tests {
         };
         let address = tcp.local_addr().unwrap();
         (listener, address)
+    }
+
+    #[test]
+    fn more_connections_can_wait_than_the_standard_library_asks_for() {
+        let (_listener, address) = listen();
+        // The kernel drops a SYN for which the queue has no place. The next one follows after 1 s.
+        let connect =
+            |_| std::net::TcpStream::connect_timeout(&address, Duration::from_millis(900));
+        let waiting: io::Result<Vec<_>> = (0..200).map(connect).collect();
+        waiting.unwrap();
     }
 
     /// Starts a server with an engine that gives these answers.
