@@ -2,17 +2,20 @@
 //!
 //! While a process executes another program (`execve(2)`), the kernel holds its `exec_update_lock`. The links below its
 //! `/proc` directory, `pidfd_getfd(2)` and `kcmp(2)` wait for that lock. With a file of a FUSE file system of their own,
-//! any user can make an `execve` last as long as they like.
+//! any user can make an `execve` last as long as they like, again and again.
 //!
-//! So other threads inspect. If one sleeps for long, others inspect the rest, and in the end it is left behind. It ends
-//! with the reaper, since a fatal signal interrupts that wait.
+//! So other threads inspect. The more they sleep, the more of them there are, and one that sleeps for long at one item is
+//! left behind. It ends with the reaper, since a fatal signal interrupts that wait.
 
 use std::{
-    fs,
+    fs, mem,
     panic::resume_unwind,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{
+            AtomicBool, AtomicI32, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
         mpsc,
     },
     thread::{self, JoinHandle, ThreadId},
@@ -21,18 +24,20 @@ use std::{
 
 use nix::unistd::gettid;
 
-/// After this time in one sleep a thread is not relied on: others inspect the rest.
+/// After so much sleep in all, a thread is not relied on: two others are started.
 const DOUBTED_AFTER: Duration = Duration::from_millis(50);
 
-/// A thread counts as hanging after this time in one sleep. A process that waits for a processor while it executes a
-/// program lets a thread sleep for some 0.1 s on a busy host.
+/// After so much sleep at one item, a thread counts as hanging. An `execve` on a busy host takes some 0.1 s.
 const HANGS_AFTER: Duration = Duration::from_secs(1);
 
 /// The interval between checks of the threads.
 const CHECKED_EVERY: Duration = Duration::from_millis(10);
 
-/// The maximum number of threads that inspect, besides those that hang.
-const MAX_THREADS: usize = 64;
+/// The maximum number of threads that inspect and are not doubted.
+const MAX_RELIABLE: usize = 64;
+
+/// The maximum number of threads. The tasks of the daemon may be limited (`TasksMax=`, `podPidsLimit`).
+const MAX_THREADS: usize = 256;
 
 static HAS_LEFT_THREADS: AtomicBool = AtomicBool::new(false);
 
@@ -42,10 +47,8 @@ pub(super) fn has_left_threads() -> bool {
 }
 
 /// Calls `inspect` for each item, on up to `threads` other threads, and `take` on this thread for each result. Returns the
-/// items at which threads hang. While `is_wanted`, it waits until it is certain that they do.
-///
-/// For each thread that sleeps for long, two others are started, so that many items that hang one after the other take
-/// little time. If no thread can be started, this thread inspects.
+/// items at which threads hang, and those for which there were not enough threads. While `is_wanted`, it waits until it is
+/// certain that a thread hangs.
 pub(super) fn inspect_each<I, O>(
     items: Vec<I>,
     threads: usize,
@@ -66,17 +69,19 @@ where
     let (reports, received) = mpsc::sync_channel(1);
     let mut inspectors: Vec<Inspector> = Vec::new();
     let start = |inspectors: &mut Vec<Inspector>, count: usize| {
-        let at_work = inspectors.iter().filter(|inspector| !inspector.is_doubted);
-        let room = MAX_THREADS.saturating_sub(at_work.count());
+        let reliable = inspectors
+            .iter()
+            .filter(|inspector| !inspector.is_doubted());
+        let room = MAX_RELIABLE.saturating_sub(reliable.count());
+        let room = room.min(MAX_THREADS.saturating_sub(inspectors.len()));
         let started = (0..count.min(room)).map_while(|_| Inspector::start(&work, &reports).ok());
         inspectors.extend(started);
     };
     start(&mut inspectors, threads);
     let mut checked = Instant::now();
-    while inspectors
-        .iter()
-        .any(|inspector| !inspector.is_doubted || is_wanted() && inspector.slept() < HANGS_AFTER)
-    {
+    while inspectors.iter().any(|inspector| {
+        !inspector.is_doubted() || is_wanted() && inspector.slept_here < HANGS_AFTER
+    }) {
         match received.recv_timeout(CHECKED_EVERY) {
             Ok(Report::Result(result)) => take(result),
             Ok(Report::End(thread)) => {
@@ -90,19 +95,23 @@ where
         }
         if checked.elapsed() >= CHECKED_EVERY {
             checked = Instant::now();
-            let newly_doubted = inspectors.iter_mut().filter_map(Inspector::check);
-            let count = newly_doubted.count();
+            let doubted = inspectors.iter_mut().filter_map(Inspector::check);
+            let count = doubted.count();
             start(&mut inspectors, 2 * count);
         }
     }
-    let hung = inspectors
+    let left = inspectors
         .iter()
-        .map(|inspector| work.items[inspector.leave()].clone());
-    let hung = hung.collect();
-    while let Some((_, item)) = work.next() {
-        (work.inspect)(item).into_iter().for_each(&mut take);
-    }
-    hung
+        .filter_map(|inspector| inspector.place.leave());
+    let left: Vec<usize> = left.collect();
+    // Results that came meanwhile.
+    received.try_iter().for_each(|report| match report {
+        Report::Result(result) => take(result),
+        Report::End(_) => {}
+    });
+    let rest = std::iter::from_fn(|| work.next());
+    let left = left.into_iter().chain(rest);
+    left.map(|index| work.items[index].clone()).collect()
 }
 
 /// The items that threads share.
@@ -113,9 +122,10 @@ struct Work<I, F> {
 }
 
 impl<I, F> Work<I, F> {
-    fn next(&self) -> Option<(usize, &I)> {
-        let index = self.next.fetch_add(1, SeqCst);
-        Some((index, self.items.get(index)?))
+    /// The index of the next item.
+    fn next(&self) -> Option<usize> {
+        let index = self.next.fetch_add(1, Relaxed);
+        (index < self.items.len()).then_some(index)
     }
 }
 
@@ -139,21 +149,53 @@ impl<O> Drop for AtEnd<O> {
 #[derive(Default)]
 struct Place {
     tid: AtomicI32,
-    /// The index of its item.
-    index: AtomicUsize,
-    /// Whether it inspects the item; otherwise it waits until its result is taken.
-    is_inspecting: AtomicBool,
-    is_left: AtomicBool,
+    now: Mutex<Now>,
+}
+
+#[derive(Default)]
+struct Now {
+    /// The index of the item that the thread inspects.
+    item: Option<usize>,
+    is_left: bool,
+}
+
+impl Place {
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins with the next item, unless the thread was left behind.
+    fn begin(&self, next: impl FnOnce() -> Option<usize>) -> Option<usize> {
+        let mut now = self.now();
+        now.item = if now.is_left { None } else { next() };
+        now.item
+    }
+
+    /// Ends with the item. Returns false if the thread was left behind at it.
+    fn end(&self) -> bool {
+        let mut now = self.now();
+        now.item = None;
+        !now.is_left
+    }
+
+    /// Leaves the thread behind; returns the index of its item.
+    fn leave(&self) -> Option<usize> {
+        HAS_LEFT_THREADS.store(true, SeqCst);
+        let mut now = self.now();
+        now.is_left = true;
+        now.item
+    }
 }
 
 /// A thread that inspects.
 struct Inspector {
     place: Arc<Place>,
     thread: JoinHandle<()>,
-    /// The sleep in which it was found, and since when.
-    sleep: Option<(u64, Instant)>,
-    /// Whether it has slept for long.
-    is_doubted: bool,
+    /// The last check: its time, the item, and how long the thread had been runnable until then.
+    last: (Instant, Option<usize>, Duration),
+    /// How long it has slept at its item, and at all items.
+    slept_here: Duration,
+    slept: Duration,
 }
 
 impl Inspector {
@@ -171,12 +213,9 @@ impl Inspector {
         let own = Arc::clone(&place);
         let run = move || {
             own.tid.store(gettid().as_raw(), SeqCst);
-            while let Some((index, item)) = work.next() {
-                own.index.store(index, SeqCst);
-                own.is_inspecting.store(true, SeqCst);
-                let result = (work.inspect)(item);
-                own.is_inspecting.store(false, SeqCst);
-                if own.is_left.load(SeqCst) {
+            while let Some(index) = own.begin(|| work.next()) {
+                let result = (work.inspect)(&work.items[index]);
+                if !own.end() {
                     return;
                 }
                 let report = result.map(Report::Result);
@@ -191,48 +230,49 @@ impl Inspector {
         Ok(Self {
             place,
             thread,
-            sleep: None,
-            is_doubted: false,
+            last: (Instant::now(), None, Duration::ZERO),
+            slept_here: Duration::ZERO,
+            slept: Duration::ZERO,
         })
     }
 
-    /// Checks whether it sleeps. Returns a value if it is doubted from now on.
+    fn is_doubted(&self) -> bool {
+        self.slept >= DOUBTED_AFTER
+    }
+
+    /// Adds what it has slept since the last check. Returns a value if it is doubted from now on.
     fn check(&mut self) -> Option<()> {
-        let place = &self.place;
-        let is_inspecting = place.is_inspecting.load(SeqCst);
-        let now = is_inspecting
-            .then(|| sleep_of(place.tid.load(SeqCst)))
-            .flatten();
-        if self.sleep.map(|(sleep, _)| sleep) != now {
-            self.sleep = now.map(|sleep| (sleep, Instant::now()));
+        let was_doubted = self.is_doubted();
+        let item = self.place.now().item;
+        let runnable = runnable_time(self.place.tid.load(SeqCst));
+        let (at, item_before, runnable_before) =
+            mem::replace(&mut self.last, (Instant::now(), item, runnable));
+        let slept = (self.last.0 - at).saturating_sub(runnable.saturating_sub(runnable_before));
+        // Without an item it waits until its result is taken.
+        match item {
+            Some(_) if item == item_before => {
+                self.slept_here += slept;
+                self.slept += slept;
+            }
+            Some(_) if item_before.is_some() => {
+                self.slept_here = Duration::ZERO;
+                self.slept += slept;
+            }
+            _ => self.slept_here = Duration::ZERO,
         }
-        let is_doubted = self.slept() >= DOUBTED_AFTER;
-        let was_doubted = std::mem::replace(&mut self.is_doubted, is_doubted);
-        (self.is_doubted && !was_doubted).then_some(())
-    }
-
-    /// How long it is known to sleep.
-    fn slept(&self) -> Duration {
-        self.sleep
-            .map_or(Duration::ZERO, |(_, since)| since.elapsed())
-    }
-
-    /// Leaves the thread behind; returns the index of its item.
-    fn leave(&self) -> usize {
-        HAS_LEFT_THREADS.store(true, SeqCst);
-        self.place.is_left.store(true, SeqCst);
-        self.place.index.load(SeqCst)
+        (self.is_doubted() && !was_doubted).then_some(())
     }
 }
 
-/// If a thread of this process sleeps, the number of the sleep: each one has another number (proc(5),
-/// `/proc/pid/status`).
-fn sleep_of(tid: i32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/self/task/{tid}/status")).ok()?;
-    let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let runs = value("State:")?.trim_start().starts_with('R');
-    let sleeps = value("voluntary_ctxt_switches:")?;
-    (!runs).then(|| sleeps.trim().parse().ok())?
+/// How long a thread of this process has run or waited for a processor (`/proc/pid/schedstat`,
+/// Documentation/scheduler/sched-stats.rst); 0 if the kernel does not report it.
+fn runnable_time(tid: i32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/self/task/{tid}/schedstat")).unwrap_or_default();
+    let times = stat
+        .split(' ')
+        .take(2)
+        .filter_map(|time| time.parse::<u64>().ok());
+    Duration::from_nanos(times.sum())
 }
 
 #[cfg(test)]
@@ -292,6 +332,49 @@ mod tests {
             );
             assert!(has_left_threads());
         }
+    }
+
+    #[test]
+    fn many_short_sleeps_do_not_add_up() {
+        let began = Instant::now();
+        let inspect = |number: &u32| {
+            sleep_for(DOUBTED_AFTER * 4 / 5);
+            Some(*number)
+        };
+        let mut taken = BTreeSet::new();
+        let hung = inspect_each(
+            (0..200).collect(),
+            1,
+            inspect,
+            |number| {
+                assert!(taken.insert(number));
+            },
+            || true,
+        );
+        assert_eq!((taken.len(), hung.len()), (200, 0));
+        // One after the other they take 8 s.
+        assert!(
+            began.elapsed() < Duration::from_secs(4),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+
+    #[test]
+    fn what_there_are_no_threads_for_is_not_inspected() {
+        let inspect = |number: &u32| {
+            sleep_for(3 * HANGS_AFTER);
+            Some(*number)
+        };
+        let mut left = inspect_each(
+            (0..400).collect(),
+            1,
+            inspect,
+            |_| panic!("none is done"),
+            || true,
+        );
+        left.sort_unstable();
+        assert!(left.into_iter().eq(0..400));
     }
 
     /// `CLONE_VFORK` suspends the calling thread until the child has ended, as `exec_update_lock` does.

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::host::{
     cgroup::{mountinfo, unescape},
+    clock::monotonic_ns,
     sockets::has_tcp_sockets,
 };
 
@@ -145,6 +146,10 @@ fn open_each(
     mut take: impl FnMut(PathBuf, io::Result<File>),
     is_wanted: impl Fn() -> bool,
 ) -> Vec<PathBuf> {
+    let mut files = files;
+    // Another one comes first each time: there may be threads for a part of them only.
+    let first = monotonic_ns() as usize % files.len().max(1);
+    files.rotate_left(first);
     let seen = Seen::none();
     let open_new = move |path: &PathBuf| Some((path.clone(), seen.open_new(path)?));
     inspect_each(
@@ -176,24 +181,25 @@ impl Seen {
 
     /// Opens the file if it is a namespace that was not visited before, and notes that it is visited now.
     fn open_new(&self, path: &Path) -> Option<io::Result<File>> {
-        let inode = self.note_new(path)?;
+        let inode = self.unseen(path)?;
         let opened = open(path);
         // The process may have ended since it was listed.
         if matches!(&opened, Err(error) if is_gone(error)) {
-            self.with_inodes(|inodes| inodes.remove(&inode));
             return None;
         }
-        Some(opened)
+        // Another thread may have opened it meanwhile. Noted after the opening, at which the kernel may hang.
+        self.with_inodes(|inodes| inodes.insert(inode))
+            .then_some(opened)
     }
 
-    /// Notes the namespace that the file refers to, and returns its inode number, or `None` if it was visited before.
+    /// Returns the inode number of the namespace that the file refers to, or `None` if it was visited before.
     /// Inode numbers are unique among existing namespaces. Also `None` if the file is no longer a namespace:
     /// a descriptor may have been reused since it was listed.
-    fn note_new(&self, path: &Path) -> Option<u64> {
+    fn unseen(&self, path: &Path) -> Option<u64> {
         let file = fs::metadata(path).ok()?;
         let is_namespace = Some(file.dev()) == self.device;
-        let is_new = is_namespace && self.with_inodes(|inodes| inodes.insert(file.ino()));
-        is_new.then(|| file.ino())
+        let is_unseen = is_namespace && !self.with_inodes(|inodes| inodes.contains(&file.ino()));
+        is_unseen.then(|| file.ino())
     }
 
     fn with_inodes<T>(&self, act: impl FnOnce(&mut HashSet<u64>) -> T) -> T {
@@ -303,7 +309,9 @@ fn processes() -> Vec<PathBuf> {
 fn namespaces_of_threads(process: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(process.join("task"));
     let entries = entries.into_iter().flatten().flatten();
-    entries.map(|entry| entry.path().join("ns/net")).collect()
+    // The main thread's namespace is that of the process.
+    let others = entries.filter(|entry| Some(&*entry.file_name()) != process.file_name());
+    others.map(|entry| entry.path().join("ns/net")).collect()
 }
 
 /// Lists namespaces that are bound to a file (as `ip netns add` does) in the daemon's mount namespace.
@@ -353,11 +361,11 @@ mod tests {
     fn a_namespace_is_new_once_and_what_a_descriptor_has_come_to_stand_for_never() {
         let seen = Seen::none();
         let own = Path::new("/proc/self/ns/net");
-        assert!(seen.note_new(own).is_some());
-        assert_eq!(seen.note_new(own), None);
+        assert!(seen.open_new(own).unwrap().is_ok());
+        assert_eq!(seen.unseen(own), None);
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&socket));
-        assert_eq!(seen.note_new(Path::new(&path)), None);
+        assert_eq!(seen.unseen(Path::new(&path)), None);
     }
 
     #[test]

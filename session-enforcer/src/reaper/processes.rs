@@ -1,6 +1,6 @@
 //! Finds the processes that hold sockets, and the network namespaces that processes hold open. It reads no
 //! file that waits for the `mmap_lock` of the inspected process (`cmdline`, `environ` and `maps`). A process at which
-//! the kernel hangs all the same is passed over ([`inspect_each`]).
+//! the kernel hangs all the same is passed over (`inspect_each`).
 //!
 //! Any user can have millions of descriptors. So a scan keeps what is wanted and nothing else, and a search
 //! for sockets ends when it has used its processor time.
@@ -84,7 +84,7 @@ impl Descriptors {
         // Another one comes first each time, so that several scans together reach all of them.
         let first = monotonic_ns() as usize % pids.len().max(1);
         pids.rotate_left(first);
-        scan(&pids, wanted, until_ns(BUDGET_OF_ALL))
+        scan(&pids, wanted, until_ns(BUDGET_OF_ALL), true)
     }
 
     /// Returns a process that held the socket with this inode number.
@@ -139,12 +139,13 @@ pub fn find_holders(
         has_cookies: keys.iter().any(|key| matches!(key, SocketKey::Cookie(_))),
         keys: keys.into_iter().collect(),
     };
-    let scanned = scan(&pids, wanted, until_ns);
+    let scanned = scan(&pids, wanted, until_ns, false);
     (scanned.found.sockets, scanned.next)
 }
 
-/// A process that takes the whole processor time alone is passed over, so that the next scan reaches the others.
-fn scan(pids: &[u32], wanted: Wanted, until_ns: u64) -> Scanned {
+/// A process that takes the whole processor time alone is passed over, so that the next scan reaches the others. A patient
+/// scan waits until it is certain that the kernel hangs at a process.
+fn scan(pids: &[u32], wanted: Wanted, until_ns: u64, is_patient: bool) -> Scanned {
     let processors = thread::available_parallelism().map_or(1, NonZero::get);
     let threads = processors.min(MAX_LOOKERS).min(pids.len());
     let scan = Arc::new(Scan {
@@ -159,7 +160,7 @@ fn scan(pids: &[u32], wanted: Wanted, until_ns: u64) -> Scanned {
         None::<()>
     };
     let numbered = pids.iter().copied().enumerate().collect();
-    let hung = inspect_each(numbered, threads, look, |()| {}, || !scan.has_all());
+    let hung = inspect_each(numbered, threads, look, |()| {}, || is_patient);
     let first = scan.not_scanned.load(Ordering::Relaxed);
     Scanned {
         found: scan.with_found(mem::take),

@@ -394,7 +394,7 @@ impl Worker {
             return self.list(&path, diag, &holders);
         }
         let mut broken = Ok(());
-        let files = if reach == Reach::Every && with_holders {
+        let mut files = if reach == Reach::Every && with_holders {
             // The scan for holders has read every descriptor already.
             let mut files = namespaces::unopened_files();
             files.extend(holders.namespaces());
@@ -402,6 +402,8 @@ impl Worker {
         } else {
             namespaces::files(reach == Reach::Every)
         };
+        let is_hung = |file: &PathBuf| pid_of(file).is_some_and(|pid| hung.contains(&pid));
+        files.retain(|file| !is_hung(file));
         let (errors, hung_files) = namespaces::visit_all(files, |cookie, found| {
             if !self.failed && broken.is_ok() {
                 broken = self.visit(cookie, found, &holders);

@@ -6,7 +6,7 @@ use std::{
     os::fd::AsRawFd as _,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -16,7 +16,7 @@ use nix::{
 };
 use session_enforcer_tests::{
     Daemon, Lab, Listener, Moment, Netns, Pair, Random, Veth, idle_rule,
-    longer_than_a_start as limit, reset_on_close, seed, set_option,
+    longer_than_a_start as limit, patience, reset_on_close, seed, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -130,7 +130,9 @@ fn payload_that_does_not_count_leaves_the_clock_of_an_adopted_session() -> Resul
     let last = pair.to_client(b"out")?;
     thread::scope(|scope| {
         scope.spawn(|| {
-            while (&pair.client).write_all(b"x").is_ok() {
+            // Bounded, so that a daemon that does not start fails the test.
+            let began = Instant::now();
+            while began.elapsed() < patience() && (&pair.client).write_all(b"x").is_ok() {
                 thread::sleep(Duration::from_millis(5));
             }
         });
