@@ -88,12 +88,23 @@ pub(super) fn retry_waiting(context: &Context) {
     }
 }
 
-/// Queries the sockets of the late sessions with a candidate. All that have come meanwhile share one query and one grace
-/// period, so that many such sessions of one user delay nobody.
+/// Queries the sockets of the late sessions with a candidate. If a confirmation could let a session live, the query waits
+/// first until packets that have passed the hook have reached their sockets. All that have come meanwhile share one wait
+/// and one query, so that many such sessions of one user delay nobody.
 pub(super) fn confirm_candidates(context: &Rc<Context>) {
-    let is_free = context.confirm_rounds.get() < MAX_CONFIRM_ROUNDS;
-    if is_free && !context.state().candidates.is_empty() {
-        context.spawn(confirm_round(ConfirmRound::begin(context)));
+    let (may_live, others): (Vec<Expired>, Vec<Expired>) = {
+        let mut state = context.state();
+        let candidates = std::mem::take(&mut state.candidates).into_iter();
+        candidates.partition(|expired| state.would_live(expired, &expired.session.with_candidate()))
+    };
+    confirm_all(context, others, false);
+    if may_live.is_empty() {
+        return;
+    }
+    if context.confirm_rounds.get() < MAX_CONFIRM_ROUNDS {
+        context.spawn(confirm_round(ConfirmRound::begin(context), may_live));
+    } else {
+        context.state().candidates = may_live;
     }
 }
 
@@ -179,20 +190,10 @@ pub(super) fn reset_untracked(
     Ok(())
 }
 
-/// Queries whether the sockets of late sessions have received or sent the candidates. If a confirmation could let a
-/// session live, the query waits first until packets that have passed the hook have reached their sockets.
-async fn confirm_round(round: ConfirmRound) -> Result<()> {
-    let context = &round.context;
-    let (may_live, others) = {
-        let mut state = context.state();
-        let candidates = std::mem::take(&mut state.candidates).into_iter();
-        candidates.partition(|expired| state.would_live(expired, &expired.session.with_candidate()))
-    };
-    confirm_all(context, others, false);
-    if !may_live.is_empty() {
-        ask::wait_for_programs(context).await;
-        confirm_all(context, may_live, true);
-    }
+/// Waits until packets that have passed the hook have reached their sockets, and then queries these.
+async fn confirm_round(round: ConfirmRound, candidates: Vec<Expired>) -> Result<()> {
+    ask::wait_for_programs(&round.context).await;
+    confirm_all(&round.context, candidates, true);
     Ok(())
 }
 
@@ -265,6 +266,9 @@ async fn confirm_lot(
             context.spawn(confirmed);
         }
         context.wake.notify_one();
+        if rest.is_empty() {
+            lost_reapers = 0;
+        }
         waiting.splice(0..0, rest);
     }
     Ok(())

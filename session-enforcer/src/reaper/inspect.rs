@@ -24,7 +24,7 @@ use std::{
 
 use nix::unistd::gettid;
 
-/// After so much sleep in all, a thread is not relied on: two others are started.
+/// After so much sleep in all, a thread is not relied on: two others are started. Waiting for a processor is no sleep.
 const DOUBTED_AFTER: Duration = Duration::from_millis(50);
 
 /// After so much sleep at one item, a thread counts as hanging. An `execve` on a busy host takes some 0.1 s.
@@ -46,16 +46,24 @@ pub(super) fn has_left_threads() -> bool {
     HAS_LEFT_THREADS.load(SeqCst)
 }
 
+/// The items that were not inspected.
+#[derive(Debug)]
+pub struct Missed<I> {
+    /// Threads hang at these.
+    pub hung: Vec<I>,
+    /// There were not enough threads for these, the last ones in the list.
+    pub rest: Vec<I>,
+}
+
 /// Calls `inspect` for each item, on up to `threads` other threads, and `take` on this thread for each result. Returns the
-/// items at which threads hang, and those for which there were not enough threads. While `is_wanted`, it waits until it is
-/// certain that a thread hangs.
+/// items that were not inspected. While `is_wanted`, it waits until it is certain that a thread hangs.
 pub(super) fn inspect_each<I, O>(
     items: Vec<I>,
     threads: usize,
     inspect: impl Fn(&I) -> Option<O> + Send + Sync + 'static,
     mut take: impl FnMut(O),
     is_wanted: impl Fn() -> bool,
-) -> Vec<I>
+) -> Missed<I>
 where
     I: Clone + Send + Sync + 'static,
     O: Send + 'static,
@@ -68,6 +76,7 @@ where
     // Threads wait until their results are taken, so that few descriptors are open at a time.
     let (reports, received) = mpsc::sync_channel(1);
     let mut inspectors: Vec<Inspector> = Vec::new();
+    let mut hung = Vec::new();
     let start = |inspectors: &mut Vec<Inspector>, count: usize| {
         let reliable = inspectors
             .iter()
@@ -79,9 +88,7 @@ where
     };
     start(&mut inspectors, threads);
     let mut checked = Instant::now();
-    while inspectors.iter().any(|inspector| {
-        !inspector.is_doubted() || is_wanted() && inspector.slept_here < HANGS_AFTER
-    }) {
+    while !inspectors.is_empty() {
         match received.recv_timeout(CHECKED_EVERY) {
             Ok(Report::Result(result)) => take(result),
             Ok(Report::End(thread)) => {
@@ -93,25 +100,36 @@ where
             }
             Err(_) => {}
         }
-        if checked.elapsed() >= CHECKED_EVERY {
-            checked = Instant::now();
-            let doubted = inspectors.iter_mut().filter_map(Inspector::check);
-            let count = doubted.count();
-            start(&mut inspectors, 2 * count);
+        if checked.elapsed() < CHECKED_EVERY {
+            continue;
+        }
+        checked = Instant::now();
+        let doubted = inspectors.iter_mut().filter_map(Inspector::check);
+        let count = doubted.count();
+        start(&mut inspectors, 2 * count);
+        let bound = if is_wanted() {
+            HANGS_AFTER
+        } else {
+            DOUBTED_AFTER
+        };
+        if inspectors
+            .iter()
+            .all(|inspector| inspector.slept_here >= bound)
+        {
+            inspectors.retain_mut(|inspector| match inspector.status.leave() {
+                Some(index) => {
+                    hung.push(work.items[index].clone());
+                    false
+                }
+                None => true,
+            });
         }
     }
-    let left = inspectors
-        .iter()
-        .filter_map(|inspector| inspector.place.leave());
-    let left: Vec<usize> = left.collect();
-    // Results that came meanwhile.
-    received.try_iter().for_each(|report| match report {
-        Report::Result(result) => take(result),
-        Report::End(_) => {}
-    });
     let rest = std::iter::from_fn(|| work.next());
-    let left = left.into_iter().chain(rest);
-    left.map(|index| work.items[index].clone()).collect()
+    Missed {
+        hung,
+        rest: rest.map(|index| work.items[index].clone()).collect(),
+    }
 }
 
 /// The items that threads share.
@@ -145,9 +163,9 @@ impl<O> Drop for AtEnd<O> {
     }
 }
 
-/// What a thread tells about itself.
+/// The status of a thread.
 #[derive(Default)]
-struct Place {
+struct Status {
     tid: AtomicI32,
     now: Mutex<Now>,
 }
@@ -159,7 +177,7 @@ struct Now {
     is_left: bool,
 }
 
-impl Place {
+impl Status {
     fn now(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,21 +196,21 @@ impl Place {
         !now.is_left
     }
 
-    /// Leaves the thread behind; returns the index of its item.
+    /// Leaves the thread behind at its item and returns that. Returns `None` if the thread has none: it is reporting.
     fn leave(&self) -> Option<usize> {
-        HAS_LEFT_THREADS.store(true, SeqCst);
         let mut now = self.now();
-        now.is_left = true;
+        now.is_left = now.item.is_some();
+        HAS_LEFT_THREADS.fetch_or(now.is_left, SeqCst);
         now.item
     }
 }
 
 /// A thread that inspects.
 struct Inspector {
-    place: Arc<Place>,
+    status: Arc<Status>,
     thread: JoinHandle<()>,
-    /// The last check: its time, the item, and how long the thread had been runnable until then.
-    last: (Instant, Option<usize>, Duration),
+    /// The last check: its time, the item, and the sleep in which it was found.
+    last: (Instant, Option<usize>, Option<u64>),
     /// How long it has slept at its item, and at all items.
     slept_here: Duration,
     slept: Duration,
@@ -209,8 +227,8 @@ impl Inspector {
         F: Fn(&I) -> Option<O> + Send + Sync + 'static,
     {
         let (work, reports) = (Arc::clone(work), AtEnd(reports.clone()));
-        let place = Arc::new(Place::default());
-        let own = Arc::clone(&place);
+        let status = Arc::new(Status::default());
+        let own = Arc::clone(&status);
         let run = move || {
             own.tid.store(gettid().as_raw(), SeqCst);
             while let Some(index) = own.begin(|| work.next()) {
@@ -228,9 +246,9 @@ impl Inspector {
             .name("inspect".to_owned())
             .spawn(run)?;
         Ok(Self {
-            place,
+            status,
             thread,
-            last: (Instant::now(), None, Duration::ZERO),
+            last: (Instant::now(), None, None),
             slept_here: Duration::ZERO,
             slept: Duration::ZERO,
         })
@@ -240,39 +258,33 @@ impl Inspector {
         self.slept >= DOUBTED_AFTER
     }
 
-    /// Adds what it has slept since the last check. Returns a value if it is doubted from now on.
+    /// Adds the time since the last check if it has slept since then. Returns a value if it is doubted from now on.
     fn check(&mut self) -> Option<()> {
         let was_doubted = self.is_doubted();
-        let item = self.place.now().item;
-        let runnable = runnable_time(self.place.tid.load(SeqCst));
-        let (at, item_before, runnable_before) =
-            mem::replace(&mut self.last, (Instant::now(), item, runnable));
-        let slept = (self.last.0 - at).saturating_sub(runnable.saturating_sub(runnable_before));
+        let item = self.status.now().item;
         // Without an item it waits until its result is taken.
-        match item {
-            Some(_) if item == item_before => {
-                self.slept_here += slept;
-                self.slept += slept;
-            }
-            Some(_) if item_before.is_some() => {
-                self.slept_here = Duration::ZERO;
-                self.slept += slept;
-            }
-            _ => self.slept_here = Duration::ZERO,
+        let sleep = item.and_then(|_| sleep_of(self.status.tid.load(SeqCst)));
+        let (at, item_before, sleep_before) =
+            mem::replace(&mut self.last, (Instant::now(), item, sleep));
+        if item != item_before {
+            self.slept_here = Duration::ZERO;
+        } else if sleep.is_some() && sleep == sleep_before {
+            let time = self.last.0 - at;
+            self.slept_here += time;
+            self.slept += time;
         }
         (self.is_doubted() && !was_doubted).then_some(())
     }
 }
 
-/// How long a thread of this process has run or waited for a processor (`/proc/pid/schedstat`,
-/// Documentation/scheduler/sched-stats.rst); 0 if the kernel does not report it.
-fn runnable_time(tid: i32) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/self/task/{tid}/schedstat")).unwrap_or_default();
-    let times = stat
-        .split(' ')
-        .take(2)
-        .filter_map(|time| time.parse::<u64>().ok());
-    Duration::from_nanos(times.sum())
+/// If a thread of this process sleeps, the number of the sleep: each one has another number (proc(5),
+/// `/proc/pid/status`).
+fn sleep_of(tid: i32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/self/task/{tid}/status")).ok()?;
+    let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+    let is_runnable = value("State:")?.trim_start().starts_with('R');
+    let number = value("voluntary_ctxt_switches:")?.trim().parse().ok()?;
+    (!is_runnable).then_some(number)
 }
 
 #[cfg(test)]
@@ -287,8 +299,8 @@ mod tests {
             let mut taken = BTreeSet::new();
             let half = |number: &u32| number.is_multiple_of(2).then_some(*number / 2);
             let take = |half| assert!(taken.insert(half));
-            let hung = inspect_each((0..1_000).collect(), threads, half, take, || true);
-            assert!(hung.is_empty());
+            let missed = inspect_each((0..1_000).collect(), threads, half, take, || true);
+            assert!(missed.hung.is_empty() && missed.rest.is_empty());
             assert!(taken.into_iter().eq(0..500));
         }
     }
@@ -318,7 +330,7 @@ mod tests {
         for is_wanted in [true, false] {
             let mut taken = BTreeSet::new();
             let take = |number| assert!(taken.insert(number));
-            let hung = inspect_each((0..20).collect(), 1, inspect, take, || is_wanted);
+            let hung = inspect_each((0..20).collect(), 1, inspect, take, || is_wanted).hung;
             let mut hung = BTreeSet::from_iter(hung);
             // Nobody waits for a slow one whose result is not wanted.
             assert!(!is_wanted || !hung.contains(&7));
@@ -342,39 +354,25 @@ mod tests {
             Some(*number)
         };
         let mut taken = BTreeSet::new();
-        let hung = inspect_each(
-            (0..200).collect(),
-            1,
-            inspect,
-            |number| {
-                assert!(taken.insert(number));
-            },
-            || true,
-        );
-        assert_eq!((taken.len(), hung.len()), (200, 0));
+        let take = |number| assert!(taken.insert(number));
+        let missed = inspect_each((0..200).collect(), 1, inspect, take, || false);
+        assert!(missed.hung.is_empty() && missed.rest.is_empty());
+        assert_eq!(taken.len(), 200);
         // One after the other they take 8 s.
-        assert!(
-            began.elapsed() < Duration::from_secs(4),
-            "{:?}",
-            began.elapsed()
-        );
+        let time = began.elapsed();
+        assert!(time < Duration::from_secs(4), "{time:?}");
     }
 
     #[test]
-    fn what_there_are_no_threads_for_is_not_inspected() {
-        let inspect = |number: &u32| {
+    fn items_for_which_there_are_no_threads_are_the_last_ones() {
+        let inspect = |number: &usize| {
             sleep_for(3 * HANGS_AFTER);
             Some(*number)
         };
-        let mut left = inspect_each(
-            (0..400).collect(),
-            1,
-            inspect,
-            |_| panic!("none is done"),
-            || true,
-        );
-        left.sort_unstable();
-        assert!(left.into_iter().eq(0..400));
+        let take = |number| panic!("{number} is done");
+        let missed = inspect_each((0..400).collect(), 1, inspect, take, || true);
+        assert_eq!(missed.hung.len(), MAX_THREADS);
+        assert!(missed.rest.into_iter().eq(MAX_THREADS..400));
     }
 
     /// `CLONE_VFORK` suspends the calling thread until the child has ended, as `exec_update_lock` does.

@@ -10,7 +10,7 @@
 pub mod channel;
 pub mod diag;
 pub mod disconnect;
-mod inspect;
+pub mod inspect;
 pub mod namespaces;
 pub mod pool;
 pub mod processes;

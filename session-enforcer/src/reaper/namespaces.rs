@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use super::{
     diag::{DiagSocket, SockDiagError},
-    inspect::inspect_each,
+    inspect::{Missed, inspect_each},
     processes::open_namespaces,
     protocol::Search,
 };
@@ -105,7 +105,7 @@ pub fn find(
     search: Search,
     mut met: impl FnMut(u64, &Path),
 ) -> Result<FoundNamespace, NetnsError> {
-    let mut look = |files: Vec<PathBuf>| {
+    let mut search_in = |files: Vec<PathBuf>| {
         let wanted = RefCell::new(None);
         let take = |path: PathBuf, opened| match enter(opened, &path) {
             Ok((seen, found)) if seen == cookie => *wanted.borrow_mut() = Some(found),
@@ -115,37 +115,37 @@ pub fn find(
         open_each(files, take, || wanted.borrow().is_none());
         wanted.into_inner()
     };
-    let there = look(seen_at.map(Path::to_owned).into_iter().collect());
+    let there = search_in(seen_at.map(Path::to_owned).into_iter().collect());
     let found = there.or_else(|| match search {
         Search::Nowhere => None,
-        Search::Processes => look(files(false)),
-        Search::Everywhere => look(files(true)),
+        Search::Processes => search_in(files(false)),
+        Search::Everywhere => search_in(files(true)),
     });
     found.ok_or(NetnsError::NotFound(cookie))
 }
 
 /// Enters the namespaces of these files, each once and one after the other, and passes each with its cookie
-/// to `visit`. Returns the errors of those that could not be entered, and the files at which the kernel hangs.
+/// to `visit`. Returns the errors of those that could not be entered, and the files that were not opened.
 pub fn visit_all(
     files: Vec<PathBuf>,
     mut visit: impl FnMut(u64, FoundNamespace),
-) -> (Vec<NetnsError>, Vec<PathBuf>) {
+) -> (Vec<NetnsError>, Missed<PathBuf>) {
     let mut errors = Vec::new();
     let take = |path: PathBuf, opened| match enter(opened, &path) {
         Ok((cookie, found)) => visit(cookie, found),
         Err(error) => errors.push(error),
     };
-    let hung = open_each(files, take, || true);
-    (errors, hung)
+    let missed = open_each(files, take, || true);
+    (errors, missed)
 }
 
 /// Opens the files of namespaces on another thread, each namespace once, and passes each to `take`. A file that is gone is
-/// skipped: another one may lead to the same namespace. Returns the files at which the kernel hangs.
+/// skipped: another one may lead to the same namespace. Returns the files that were not opened.
 fn open_each(
     files: Vec<PathBuf>,
     mut take: impl FnMut(PathBuf, io::Result<File>),
     is_wanted: impl Fn() -> bool,
-) -> Vec<PathBuf> {
+) -> Missed<PathBuf> {
     let mut files = files;
     // Another one comes first each time: there may be threads for a part of them only.
     let first = monotonic_ns() as usize % files.len().max(1);

@@ -394,7 +394,7 @@ pub struct Exchange {
     reaper: Option<Reaper>,
     progress: Progress,
     /// Whether the request is long. The reaper has then lowered its priority, cannot raise it again, and is
-    /// not reused.
+    /// not reused. The same if the reaper ends by itself.
     is_long: bool,
     is_left_behind: bool,
     is_stuck: bool,
@@ -419,8 +419,9 @@ impl Exchange {
             Err(_elapsed) => Next::Silent,
             Ok(Ok(Some((reply, fd)))) => {
                 self.awake();
-                if matches!(reply, Reply::Done { .. }) {
+                if let Reply::Done { ends, .. } = reply {
                     self.progress = Progress::Done;
+                    self.is_long |= ends;
                 }
                 Next::Reply(reply, fd)
             }

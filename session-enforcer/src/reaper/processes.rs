@@ -67,7 +67,7 @@ const CHECKED_EVERY: usize = 64;
 pub struct Scanned {
     /// What was found.
     pub found: Descriptors,
-    /// The first process that was not scanned, because the processor time was used up or all was found.
+    /// The first process that was not scanned, because the processor time or the threads were used up, or all was found.
     pub next: Option<u32>,
     /// The processes that were passed over, because the kernel hangs at them.
     pub hung: Vec<u32>,
@@ -155,17 +155,21 @@ fn scan(pids: &[u32], wanted: Wanted, until_ns: u64, is_patient: bool) -> Scanne
         found: Mutex::default(),
     });
     let shared = Arc::clone(&scan);
-    let look = move |(index, pid): &(usize, u32)| {
-        shared.look(*index, *pid);
+    let scan_one = move |(index, pid): &(usize, u32)| {
+        shared.scan_unless_over(*index, *pid);
         None::<()>
     };
     let numbered = pids.iter().copied().enumerate().collect();
-    let hung = inspect_each(numbered, threads, look, |()| {}, || is_patient);
+    let missed = inspect_each(numbered, threads, scan_one, |()| {}, || is_patient);
     let first = scan.not_scanned.load(Ordering::Relaxed);
+    let first = missed
+        .rest
+        .first()
+        .map_or(first, |(index, _)| first.min(*index));
     Scanned {
         found: scan.with_found(mem::take),
         next: pids.get(first.max(1)).copied(),
-        hung: hung.into_iter().map(|(_, pid)| pid).collect(),
+        hung: missed.hung.into_iter().map(|(_, pid)| pid).collect(),
     }
 }
 
@@ -182,7 +186,7 @@ struct Scan {
 impl Scan {
     /// Scans a process unless the scan is over. A process that was begun is scanned to its end even if all sockets are
     /// found: it may have a lower PID.
-    fn look(&self, index: usize, pid: u32) {
+    fn scan_unless_over(&self, index: usize, pid: u32) {
         let is_begun = !self.has_all() && !self.is_over();
         if is_begun {
             self.scan_process(pid);

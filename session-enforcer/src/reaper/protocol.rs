@@ -286,6 +286,8 @@ pub enum Reply {
         at_ns: u64,
         /// The processor time of the request, in nanoseconds.
         used_ns: u64,
+        /// Whether the reaper ends now.
+        ends: bool,
         /// The reason if the request was aborted.
         error: Option<Problem>,
     },

@@ -135,13 +135,15 @@ impl Worker {
                 Err(Broken::Problem(problem)) => Some(problem),
                 Err(Broken::Channel) => return ExitCode::SUCCESS,
             };
+            let ends = has_left_threads();
             let done = Reply::Done {
                 at_ns: monotonic_ns(),
                 used_ns: processor_ns().saturating_sub(began_ns),
+                ends,
                 error,
             };
             let is_sent = !self.failed && self.reply(&done, None).is_ok();
-            if !is_sent || has_left_threads() {
+            if !is_sent || ends {
                 return ExitCode::SUCCESS;
             }
         }
@@ -351,9 +353,9 @@ impl Worker {
     }
 }
 
-/// Told when a scan of all descriptors has used up its processor time.
-const MANY_DESCRIPTORS: &str = "the processes have too many descriptors to read them all at once; a namespace that only a \
-                                descriptor keeps may be missing, the next comparison begins at another process";
+/// Told when the processes were not all inspected.
+const TOO_MUCH: &str = "the processes have too many descriptors to read them all at once, or the kernel hangs at too many of \
+                        them; a namespace may be missing, the next comparison begins at another process";
 
 /// The error for a process at which the kernel hangs.
 const HUNG: &str = "its process executes a program and does not get on with it";
@@ -404,17 +406,18 @@ impl Worker {
         };
         let is_hung = |file: &PathBuf| pid_of(file).is_some_and(|pid| hung.contains(&pid));
         files.retain(|file| !is_hung(file));
-        let (errors, hung_files) = namespaces::visit_all(files, |cookie, found| {
+        let (errors, missed) = namespaces::visit_all(files, |cookie, found| {
             if !self.failed && broken.is_ok() {
                 broken = self.visit(cookie, found, &holders);
             }
         });
         broken?;
-        hung.extend(hung_files.iter().filter_map(|file| pid_of(file)));
+        hung.extend(missed.hung.iter().filter_map(|file| pid_of(file)));
         hung.sort_unstable();
         hung.dedup();
         let errors = errors.iter().map(ToString::to_string);
-        let cut = next.map(|_| MANY_DESCRIPTORS.to_owned());
+        let is_cut = next.is_some() || !missed.rest.is_empty();
+        let cut = is_cut.then(|| TOO_MUCH.to_owned());
         let hung = hung.first().map(|first| {
             format!(
                 "the kernel hangs at {} process(es) that execute a program, such as PID {first}: a namespace that \
