@@ -1,6 +1,6 @@
 //! What resets occupy while they are in progress. Each value gives it back when it is dropped.
 
-use std::rc::Rc;
+use std::{cell::Cell, rc::Rc};
 
 use session_enforcer_common::Ancestors;
 
@@ -16,7 +16,7 @@ pub(super) fn hang_scope(state: &State, cgroup_id: u64) -> HangScope {
 /// What a batch occupies while it is in progress.
 pub(super) enum Slot {
     /// One of the regular batches.
-    Regular { _batch: RegularBatch },
+    Regular { _batch: Counted },
     /// One of the hanging resets that its cgroup may have.
     Separate(HangPermit),
     /// The turn of its network namespace, which is slow.
@@ -50,44 +50,25 @@ impl Drop for Turn {
     }
 }
 
-/// Counts a regular batch until it is dropped.
-pub(super) struct RegularBatch(Rc<Context>);
-
-impl RegularBatch {
-    pub(super) fn begin(context: &Rc<Context>) -> Self {
-        let under_way = &context.resets_under_way;
-        under_way.set(under_way.get() + 1);
-        Self(Rc::clone(context))
-    }
-}
-
-impl Drop for RegularBatch {
-    fn drop(&mut self) {
-        let under_way = &self.0.resets_under_way;
-        under_way.set(under_way.get() - 1);
-        self.0.wake.notify_one();
-    }
-}
-
-/// Counts a query of candidates until it is dropped.
-pub(super) struct ConfirmRound {
+/// Counts something in a counter of the context until it is dropped.
+pub(super) struct Counted {
     pub(super) context: Rc<Context>,
+    counter: fn(&Context) -> &Cell<usize>,
 }
 
-impl ConfirmRound {
-    pub(super) fn begin(context: &Rc<Context>) -> Self {
-        let rounds = &context.confirm_rounds;
-        rounds.set(rounds.get() + 1);
+impl Counted {
+    pub(super) fn begin(context: &Rc<Context>, counter: fn(&Context) -> &Cell<usize>) -> Self {
+        counter(context).update(|count| count + 1);
         Self {
             context: Rc::clone(context),
+            counter,
         }
     }
 }
 
-impl Drop for ConfirmRound {
+impl Drop for Counted {
     fn drop(&mut self) {
-        let rounds = &self.context.confirm_rounds;
-        rounds.set(rounds.get() - 1);
+        (self.counter)(&self.context).update(|count| count - 1);
         self.context.wake.notify_one();
     }
 }

@@ -86,6 +86,8 @@ pub(super) struct State {
     pub(super) untracked: Vec<(u64, Session)>,
     /// Sessions that are late unless their sockets confirm a candidate.
     pub(super) candidates: Vec<Expired>,
+    /// Late sessions that no candidate can save; their sockets only tell the byte counts.
+    pub(super) only_counts: Vec<Expired>,
     /// Sessions that may have ended without a report of the kernel.
     pub(super) maybe_ended: Vec<MaybeEnded>,
     /// Number of lost events for which the repair was done.
@@ -163,6 +165,7 @@ impl State {
             without_owner: Vec::new(),
             untracked: Vec::new(),
             candidates: Vec::new(),
+            only_counts: Vec::new(),
             maybe_ended: Vec::new(),
             repaired_losses: 0,
             scrapes: Vec::new(),
@@ -487,7 +490,7 @@ impl State {
             }
             Judgement::Late(expired) if mode == Mode::Enforce => Ok(Some(expired)),
             Judgement::Late(expired) if session.has_candidate() => {
-                self.candidates.push(expired);
+                self.add_candidate(expired);
                 Ok(None)
             }
             Judgement::Late(expired) => {

@@ -19,7 +19,7 @@ use super::{
     handles::SearchNeed,
     hang_limits::Room,
     holder_search::search_holder_of,
-    in_progress::{ConfirmRound, HangPermit, RegularBatch, SearchUnderWay, Slot, Turn, hang_scope},
+    in_progress::{Counted, HangPermit, SearchUnderWay, Slot, Turn, hang_scope},
     outcome::{NO_ROOM_NS, UNANSWERED},
     phase::{Expired, Phase},
     state::State,
@@ -92,19 +92,15 @@ pub(super) fn retry_waiting(context: &Context) {
 /// first until packets that have passed the hook have reached their sockets. All that have come meanwhile share one wait
 /// and one query, so that many such sessions of one user delay nobody.
 pub(super) fn confirm_candidates(context: &Rc<Context>) {
-    let (may_live, others): (Vec<Expired>, Vec<Expired>) = {
-        let mut state = context.state();
-        let candidates = std::mem::take(&mut state.candidates).into_iter();
-        candidates.partition(|expired| state.would_live(expired, &expired.session.with_candidate()))
-    };
-    confirm_all(context, others, false);
-    if may_live.is_empty() {
+    let only_counts = std::mem::take(&mut context.state().only_counts);
+    confirm_all(context, only_counts, false);
+    if context.confirm_rounds.get() == MAX_CONFIRM_ROUNDS {
         return;
     }
-    if context.confirm_rounds.get() < MAX_CONFIRM_ROUNDS {
-        context.spawn(confirm_round(ConfirmRound::begin(context), may_live));
-    } else {
-        context.state().candidates = may_live;
+    let candidates = std::mem::take(&mut context.state().candidates);
+    if !candidates.is_empty() {
+        let round = Counted::begin(context, |context| &context.confirm_rounds);
+        context.spawn(confirm_round(round, candidates));
     }
 }
 
@@ -132,7 +128,7 @@ fn confirm_or_reset(context: &Rc<Context>, state: &mut State, late: Vec<Expired>
         if expired.session.has_candidate() && may_live {
             let (cookie, session) = (expired.cookie, &expired.session);
             state.tracker.set_phase(cookie, session, Phase::Candidate);
-            state.candidates.push(expired);
+            state.add_candidate(expired);
         } else {
             confirmed.push(expired);
         }
@@ -191,7 +187,7 @@ pub(super) fn reset_untracked(
 }
 
 /// Waits until packets that have passed the hook have reached their sockets, and then queries these.
-async fn confirm_round(round: ConfirmRound, candidates: Vec<Expired>) -> Result<()> {
+async fn confirm_round(round: Counted, candidates: Vec<Expired>) -> Result<()> {
     ask::wait_for_programs(&round.context).await;
     confirm_all(&round.context, candidates, true);
     Ok(())
@@ -404,7 +400,7 @@ fn take_slot(
         }
         return None;
     }
-    let batch = RegularBatch::begin(context);
+    let batch = Counted::begin(context, |context| &context.resets_under_way);
     Some(Slot::Regular { _batch: batch })
 }
 
@@ -835,6 +831,15 @@ impl State {
             still_late.is_some()
         });
         Ok(late)
+    }
+
+    /// Has the socket of a late session with a candidate queried.
+    pub(super) fn add_candidate(&mut self, expired: Expired) {
+        let candidates = match self.would_live(&expired, &expired.session.with_candidate()) {
+            true => &mut self.candidates,
+            false => &mut self.only_counts,
+        };
+        candidates.push(expired);
     }
 
     /// Whether a late session would be within its limits with this record.

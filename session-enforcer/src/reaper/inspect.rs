@@ -27,7 +27,8 @@ use nix::unistd::gettid;
 /// After so much sleep in all, a thread is not relied on: two others are started. Waiting for a processor is no sleep.
 const DOUBTED_AFTER: Duration = Duration::from_millis(50);
 
-/// After so much sleep at one item, a thread counts as hanging. An `execve` on a busy host takes some 0.1 s.
+/// After so much sleep at one item, a thread counts as hanging. A process that executes a program may wait for a
+/// processor.
 const HANGS_AFTER: Duration = Duration::from_secs(1);
 
 /// The interval between checks of the threads.

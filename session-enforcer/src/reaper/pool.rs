@@ -323,7 +323,7 @@ impl Pool {
                 pool: self.clone(),
                 reaper: Some(reaper),
                 progress: Progress::UnderWay,
-                is_long: request.is_long(),
+                is_spent: request.is_long(),
                 is_left_behind: false,
                 is_stuck: false,
                 claimed_before: 0,
@@ -393,9 +393,9 @@ pub struct Exchange {
     /// `Some` until the exchange is dropped.
     reaper: Option<Reaper>,
     progress: Progress,
-    /// Whether the request is long. The reaper has then lowered its priority, cannot raise it again, and is
-    /// not reused. The same if the reaper ends by itself.
-    is_long: bool,
+    /// Whether the reaper is not used again: it ends by itself, or the request is long and it has lowered its priority,
+    /// which it cannot raise again.
+    is_spent: bool,
     is_left_behind: bool,
     is_stuck: bool,
     /// The number of claimed sockets at the last check.
@@ -421,7 +421,7 @@ impl Exchange {
                 self.awake();
                 if let Reply::Done { ends, .. } = reply {
                     self.progress = Progress::Done;
-                    self.is_long |= ends;
+                    self.is_spent |= ends;
                 }
                 Next::Reply(reply, fd)
             }
@@ -534,7 +534,7 @@ impl Drop for Exchange {
         }
         let reaper = self.reaper.take();
         let reaper = reaper.filter(|_| self.progress == Progress::Done);
-        if let (Some(reaper), false) = (reaper, self.is_long) {
+        if let (Some(reaper), false) = (reaper, self.is_spent) {
             self.pool.give_back(reaper);
         } else if self.progress == Progress::Done {
             self.pool.0.spent.set(self.pool.0.spent.get() + 1);
