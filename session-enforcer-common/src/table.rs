@@ -23,12 +23,11 @@ pub const IN_A_ROW: u32 = 4;
 /// some down from 2^64 - 1 (`gen_cookie_next` in `linux/cookie.h`).
 pub const CLAIMED: u64 = 1 << 63;
 
-/// 1 if both tags are equal, else 0. Computed with a carry, because the compiler would turn a comparison into a branch.
+/// 1 if the tag is that of a free slot, else 0. Computed with a borrow, because the compiler would turn a comparison
+/// into a branch.
 #[inline(always)]
-pub const fn is_same(tag: u64, other: u64) -> u32 {
-    let difference = tag ^ other;
-    let differs = (difference & !CLAIMED).wrapping_add(!CLAIMED) | difference;
-    (differs >> 63) as u32 ^ 1
+pub const fn is_free(tag: u64) -> u32 {
+    ((tag.wrapping_sub(1) & !tag) >> 63) as u32
 }
 
 /// The tags of one bucket.
@@ -178,26 +177,11 @@ mod tests {
     ];
 
     #[test]
-    fn a_tag_is_the_same_as_itself_alone() {
-        let tags = [
-            0,
-            1,
-            2,
-            1 << 32,
-            CLAIMED - 1,
-            CLAIMED,
-            CLAIMED + 1,
-            u64::MAX,
-        ];
-        for tag in tags {
-            for other in tags {
-                assert_eq!(
-                    is_same(tag, other),
-                    u32::from(tag == other),
-                    "{tag} {other}"
-                );
-            }
+    fn only_the_tag_0_is_free() {
+        for tag in [1, 2, 1 << 32, CLAIMED - 1, CLAIMED, CLAIMED + 1, u64::MAX] {
+            assert_eq!(is_free(tag), 0, "{tag}");
         }
+        assert_eq!(is_free(0), 1);
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl Slot {
         })
     }
 
-    /// `table::put_once`
+    /// `slots::put_once`
     fn put(&self, cookie: u64, record: Record) -> bool {
         if !exchange(&self.tag, 0, CLAIMED) {
             return false;
@@ -99,19 +99,19 @@ impl Slot {
         true
     }
 
-    /// `table::clear`
+    /// `slots::clear`
     fn clear(&self, cookie: u64) {
         if exchange(&self.tag, cookie, CLAIMED) {
             swap(&self.tag, 0);
         }
     }
 
-    /// `table::is_at`
+    /// `slots::is_at`
     fn is_at(&self, cookie: u64) -> bool {
         self.tag.load(Relaxed) == cookie
     }
 
-    /// `table::find`, `table::look`
+    /// `slots::find`, `slots::slot_or_none`
     fn find(&self, cookie: u64) -> bool {
         let is_found = self.is_at(cookie);
         self.order.order();
@@ -126,7 +126,7 @@ impl Slot {
         }
     }
 
-    /// The end of `table::read_whole`, and of `SessionReader::session`.
+    /// The end of `slots::read_whole`, and of `SessionReader::session`.
     fn read(&self, cookie: u64, found: Order) -> Option<Record> {
         let is_found = self.is_at(cookie);
         found.order();
@@ -135,7 +135,7 @@ impl Slot {
         (is_found && self.is_at(cookie)).then_some(copy)
     }
 
-    /// `table::set_gate`
+    /// `slots::set_gate`
     fn shut(&self, cookie: u64, established_ns: u64, tag_first: bool) {
         let is_meant = || self.established_ns.load(Relaxed) == established_ns;
         if !self.find(cookie) || !is_meant() {
@@ -254,7 +254,7 @@ fn words<const N: usize>() -> Arc<[AtomicU64; N]> {
 }
 
 /// `activity::store_sent_candidate` and `activity::has_sent`: a reader of the time also sees the end.
-/// `activity::confirm_received` and `table::read_whole` are of the same kind: a reader of the count also sees the stamp.
+/// `activity::confirm_received` and `slots::read_whole` are of the same kind: a reader of the count also sees the stamp.
 fn second_word_comes_with_the_first(order: Order) {
     loom::model(move || {
         let session = words::<2>();
@@ -282,7 +282,7 @@ fn a_time_is_seen_with_the_end_that_it_belongs_to_unordered() {
     second_word_comes_with_the_first(Order::Missing);
 }
 
-/// A packet counts, stamp first; `table::read_whole` takes a copy that it reads twice.
+/// A packet counts, stamp first; `slots::read_whole` takes a copy that it reads twice.
 fn copy_is_of_one_moment(order: Order) {
     loom::model(move || {
         let session = words::<2>();

@@ -63,7 +63,7 @@ fn state_changed(ctx: &SockOpsContext) {
 /// Records the time of the first FIN, if none was recorded before.
 #[inline(never)]
 fn half_closed(cookie: u64) {
-    let record = slots::scan(cookie).and_then(slots::Scanned::record);
+    let record = slots::search(cookie).and_then(slots::record);
     if let Some(session) = record {
         // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
         activity::note_half_closed(unsafe { &mut *session });
@@ -167,10 +167,7 @@ fn insert(ctx: &SockOpsContext, cookie: u64, session: &Session) -> Result<(), Re
 /// and aborts.
 #[inline(never)]
 fn end(cookie: u64, is_silent: bool) {
-    let Some(scanned) = slots::scan(cookie) else {
-        return;
-    };
-    let Some(session) = scanned.record() else {
+    let Some(session) = slots::search(cookie).and_then(slots::record) else {
         return;
     };
     // SAFETY: the map lookup returned the pointer, which is valid while the program runs. The event is built before the
@@ -183,7 +180,7 @@ fn end(cookie: u64, is_silent: bool) {
     if session.generation < FIRST_GENERATION.load() {
         event.rule = rule_anew(session);
     }
-    let cleared = slots::clear_all(scanned, cookie);
+    let cleared = slots::clear_all(cookie);
     if cleared == slots::NONE_CLEARED {
         return;
     }

@@ -18,7 +18,7 @@ use core::{
 
 use session_enforcer_common::{
     Choice, Session, flags,
-    table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_same, prefers_second},
+    table::{Bucket, CLAIMED, IN_A_ROW, WAYS, is_free, prefers_second},
 };
 
 use crate::{
@@ -42,15 +42,33 @@ pub(crate) fn find(cookie: u64) -> Option<*mut Session> {
     SESSIONS.get_ptr_mut(slot)
 }
 
-/// Finds the slot of a session without a branch for each tag, because the verifier would follow all their combinations.
-/// For the rare operations of a session's life.
+/// Finds the slot of a session. For the rare operations of a session's life.
 #[inline(always)]
-pub(crate) fn scan(cookie: u64) -> Option<Scanned> {
-    if cookie == 0 {
-        return None;
-    }
-    let scanned = Scanned::into(buckets_of(cookie), cookie);
-    scanned.slot().is_some().then_some(scanned)
+pub(crate) fn search(cookie: u64) -> Option<u32> {
+    let slot = slot_or_none(cookie);
+    (slot != NO_SLOT).then_some(slot)
+}
+
+/// The record in a slot; valid while the program runs.
+#[inline(always)]
+pub(crate) fn record(slot: u32) -> Option<*mut Session> {
+    SESSIONS.get_ptr_mut(slot)
+}
+
+/// Returned by [`slot_or_none`] if the cookie has no session. A table has fewer slots.
+const NO_SLOT: u32 = u32::MAX;
+
+/// Finds the slot of a session.
+///
+/// The exported name makes this a global function, which the verifier checks once. Inlined it would follow each
+/// comparison with a tag to the end of the program.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn slot_or_none(cookie: u64) -> u32 {
+    let slot = slot_of(cookie);
+    // Orders the read of the tag before the reads of the record.
+    words::order();
+    slot.unwrap_or(NO_SLOT)
 }
 
 /// Inserts a session whose cookie is not in the table.
@@ -61,13 +79,12 @@ pub(crate) fn insert(cookie: u64, session: &Session) -> Result<(), Refusal> {
     if matches!(cookie, 0 | CLAIMED | u64::MAX) {
         return Err(Refusal::Full);
     }
-    let scanned = Scanned::into(buckets_of(cookie), cookie);
-    if scanned.slot().is_some() {
+    if search(cookie).is_some() {
         return Err(Refusal::Present);
     }
     let choice = Choice::of(session);
     capacity::take(choice)?;
-    if put(scanned, cookie, session) {
+    if put(cookie, session) {
         return Ok(());
     }
     capacity::give_back(choice);
@@ -84,7 +101,7 @@ const CHOICE: usize = offset_of!(Session, generation) / size_of::<u64>();
 /// value, and activity since the daemon read the record is merged. Returns whether the session still exists.
 #[inline(never)]
 pub(crate) fn update(cookie: u64, session: &mut Session) -> bool {
-    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
+    let Some(slot) = search(cookie) else {
         return false;
     };
     let Some(record) = SESSIONS.get_ptr_mut(slot) else {
@@ -184,7 +201,7 @@ extern "C" fn choose_once(slot: u32, cookie: u64, choice: u64, kept: u8) -> u32 
 /// rule.
 #[inline(never)]
 pub(crate) fn decide(cookie: u64, established_ns: u64, rule: u16, generation: u32) -> bool {
-    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
+    let Some(slot) = search(cookie) else {
         return false;
     };
     let Some(record) = SESSIONS.get_ptr_mut(slot) else {
@@ -239,7 +256,7 @@ fn is_at(slot: u32, cookie: u64) -> bool {
 /// succeeds, the session is busy, and each copy shows that it is not idle.
 #[inline(never)]
 pub(crate) fn read_whole(cookie: u64, into: *mut Session) -> bool {
-    let Some(slot) = scan(cookie).and_then(Scanned::slot) else {
+    let Some(slot) = search(cookie) else {
         return false;
     };
     let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr(slot)) else {
@@ -278,10 +295,10 @@ fn agrees(record: *const Session, copy: *const Session) -> bool {
 /// Shuts or reopens the gate of the session established at `established_ns`. Returns whether that session exists.
 #[inline(never)]
 pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool {
-    let Some(scanned) = scan(cookie) else {
+    let Some(slot) = search(cookie) else {
         return false;
     };
-    let (Some(slot), Some(session)) = (scanned.slot(), scanned.record()) else {
+    let Some(session) = record(slot) else {
         return false;
     };
     // SAFETY: the map lookups returned the pointers, which are valid while the program runs. Volatile: others change
@@ -306,25 +323,30 @@ pub(crate) fn set_gate(cookie: u64, established_ns: u64, is_open: bool) -> bool 
     }
 }
 
-/// Returned by [`clear_all`] if no slot still belonged to the session.
+/// Removes the session established at `established_ns`, but not a later session of the same cookie. Returns whether
+/// that session existed.
+#[inline(never)]
+pub(crate) fn remove(cookie: u64, established_ns: u64) -> bool {
+    let Some(slot) = search(cookie) else {
+        return false;
+    };
+    is_session(slot, cookie, established_ns) && clear(slot, cookie) != NONE_CLEARED
+}
+
+/// Returned by [`clear_all`] if no slot still belonged to the socket.
 pub(crate) const NONE_CLEARED: u64 = u64::MAX;
 
-/// Frees the slots of a session. There are two if the daemon adopted a socket at the moment in which it was connected
-/// again.
+/// Frees the slots of a socket that closes. There are two if the daemon adopted the socket at the moment in which it
+/// was connected again. The socket is locked, so it cannot get another session meanwhile.
 ///
 /// Returns the generation and, in the lower 16 bits, the rule of the session at its end; of two sessions those of the
 /// older generation.
 #[inline(never)]
-pub(crate) fn clear_all(scanned: Scanned, cookie: u64) -> u64 {
+pub(crate) fn clear_all(cookie: u64) -> u64 {
     let mut oldest = NONE_CLEARED;
-    for index in 0..2 {
-        let mut ways = of_cookie(scanned.ways[index]);
-        for _ in 0..2 {
-            if ways != 0 {
-                let slot = scanned.buckets[index] * WAYS + lowest(ways);
-                oldest = oldest.min(clear(slot, cookie));
-                ways &= ways - 1;
-            }
+    for _ in 0..2 {
+        if let Some(slot) = search(cookie) {
+            oldest = oldest.min(clear(slot, cookie));
         }
     }
     oldest
@@ -352,12 +374,9 @@ fn clear(slot: u32, cookie: u64) -> u64 {
 
 /// Inserts a session into a free slot. Returns whether there was one.
 #[inline(never)]
-fn put(mut scanned: Scanned, cookie: u64, session: &Session) -> bool {
+fn put(cookie: u64, session: &Session) -> bool {
     for attempt in 0..ATTEMPTS {
-        if attempt != 0 {
-            scanned = Scanned::into(scanned.buckets, cookie);
-        }
-        if put_once(scanned, cookie, session, attempt) {
+        if put_once(cookie, session, attempt) {
             return true;
         }
     }
@@ -367,14 +386,16 @@ fn put(mut scanned: Scanned, cookie: u64, session: &Session) -> bool {
 /// Inserts a session into a free slot of the preferred bucket. Fails if both buckets are full or another program takes
 /// the slot first; the next attempt starts at another slot.
 #[inline(always)]
-fn put_once(scanned: Scanned, cookie: u64, session: &Session, attempt: u32) -> bool {
-    let [first, second] = scanned.buckets;
-    let [free, others] = scanned.ways.map(free_of);
-    let (bucket, free) = if prefers_second(free.count_ones(), others.count_ones()) {
-        (second, others)
-    } else {
-        (first, free)
-    };
+fn put_once(cookie: u64, session: &Session, attempt: u32) -> bool {
+    let [first, second] = buckets_of(cookie);
+    let (mut bucket, mut free) = (first, free_in(first));
+    // The second bucket is read only if it could be preferred at all.
+    if prefers_second(free.count_ones(), WAYS) {
+        let others = free_in(second);
+        if prefers_second(free.count_ones(), others.count_ones()) {
+            (bucket, free) = (second, others);
+        }
+    }
     if free == 0 {
         return false;
     }
@@ -427,71 +448,17 @@ fn slot_in(bucket: u32, cookie: u64) -> Option<u32> {
         .map(|way| bucket * WAYS + way)
 }
 
-/// The result of a scan of a cookie's two buckets.
-#[derive(Clone, Copy)]
-pub(crate) struct Scanned {
-    buckets: [u32; 2],
-    ways: [u32; 2],
-}
-
-impl Scanned {
-    #[inline(always)]
-    fn into(buckets: [u32; 2], cookie: u64) -> Self {
-        let [first, second] = buckets;
-        Self {
-            buckets,
-            ways: [scan_bucket(first, cookie), scan_bucket(second, cookie)],
-        }
-    }
-
-    /// The record of the session; valid while the program runs.
-    #[inline(always)]
-    pub(crate) fn record(self) -> Option<*mut Session> {
-        SESSIONS.get_ptr_mut(self.slot()?)
-    }
-
-    #[inline(always)]
-    fn slot(self) -> Option<u32> {
-        let ([first, second], [here, there]) = (self.buckets, self.ways.map(of_cookie));
-        if here != 0 {
-            Some(first * WAYS + lowest(here))
-        } else if there != 0 {
-            Some(second * WAYS + lowest(there))
-        } else {
-            None
-        }
-    }
-}
-
-/// Scans a bucket. Returns one bit for each slot: the lower half marks free slots, the upper half slots with this
-/// cookie. Without branches: see `scan`.
+/// The free slots of a bucket, one bit for each. Without branches, because the verifier would follow all their
+/// combinations.
 ///
 /// The exported name makes this a global function, which the verifier checks once instead of at each call.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub(crate) extern "C" fn scan_bucket(bucket: u32, cookie: u64) -> u32 {
+extern "C" fn free_in(bucket: u32) -> u32 {
     let Some(tags) = tags_of(bucket) else {
         return 0;
     };
-    let mut ways = 0;
-    for way in 0..WAYS {
-        // Each tag is read twice, because keeping sixteen tags would take much of the stack.
-        ways |= is_same(read(tags, way), 0) << way;
-        ways |= is_same(read(tags, way), cookie) << (WAYS + way);
-    }
-    // Orders the reads of the tags before the reads of a record.
-    words::order();
-    ways
-}
-
-#[inline(always)]
-fn free_of(ways: u32) -> u32 {
-    ways & ((1 << WAYS) - 1)
-}
-
-#[inline(always)]
-fn of_cookie(ways: u32) -> u32 {
-    ways >> WAYS
+    (0..WAYS).fold(0, |free, way| free | is_free(read(tags, way)) << way)
 }
 
 /// Index of the lowest bit that is set; `ways` must not be 0.

@@ -38,7 +38,7 @@ fn answer_to(request: &mut TableRequest) -> u32 {
         };
     }
     let is_done = if request.op == TableOp::Remove as u32 {
-        remove(cookie, request.session.established_ns)
+        slots::remove(cookie, request.session.established_ns)
     } else if request.op == TableOp::Update as u32 {
         slots::update(cookie, &mut request.session)
     } else if request.op == TableOp::Decide as u32 {
@@ -56,18 +56,4 @@ fn answer_to(request: &mut TableRequest) -> u32 {
     } else {
         answer::MISSING
     }
-}
-
-/// Removes the session established at `established_ns`, but not a later session of the same cookie.
-#[inline(always)]
-fn remove(cookie: u64, established_ns: u64) -> bool {
-    let Some(scanned) = slots::scan(cookie) else {
-        return false;
-    };
-    let Some(session) = scanned.record() else {
-        return false;
-    };
-    // SAFETY: the map lookup returned the pointer, which is valid while the program runs.
-    let is_meant = unsafe { (*session).established_ns == established_ns };
-    is_meant && slots::clear_all(scanned, cookie) != slots::NONE_CLEARED
 }
