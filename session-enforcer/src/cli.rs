@@ -148,11 +148,14 @@ pub struct RunArgs {
     port: Vec<PortRange>,
 
     /// With --port: reset a connection after this time without new payload
+    // clap does not require `port` beside arguments that conflict with it, so each limit names them too.
     #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
+    #[arg(conflicts_with_all = ["config", "last_good"])]
     idle_timeout: Option<Duration>,
 
     /// With --port: reset a connection this long after it was established
     #[arg(long, value_name = "DUR", value_parser = parse_limit, group = "limits")]
+    #[arg(conflicts_with_all = ["config", "last_good"])]
     max_lifetime: Option<Duration>,
 
     /// Serve metrics at ADDR:PORT or unix:PATH, or nowhere ("") [default: 127.0.0.1:9847]

@@ -209,7 +209,15 @@ fn wrong_usage_is_one_line() {
         ),
         (
             "run --config a --port 22 --idle-timeout 15m",
-            "the argument '--config <FILE>' cannot be used with '--port <LIST>'",
+            "the argument '--config <FILE>' cannot be used with: --port <LIST> --idle-timeout <DUR>",
+        ),
+        (
+            "run --config a --idle-timeout 15m",
+            "the argument '--config <FILE>' cannot be used with '--idle-timeout <DUR>'",
+        ),
+        (
+            "run --last-good a --max-lifetime 12h",
+            "the argument '--last-good <FILE>' cannot be used with '--max-lifetime <DUR>'",
         ),
         (
             "run --port 0 --idle-timeout 15m",

@@ -105,9 +105,12 @@ async fn serve(
 ) -> Result<()> {
     let signals = Signals::new().context("taking over signals")?;
     unblock_signals();
-    // While SIGCHLD is ignored, the kernel itself reaps child processes that have ended.
-    // SAFETY: ignoring a signal installs no handler code.
-    let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+    // While SIGCHLD is ignored, the kernel itself reaps child processes that have ended. While SIGXFSZ is ignored, a
+    // write beyond RLIMIT_FSIZE fails like one to a full disk.
+    for name in [Signal::SIGCHLD, Signal::SIGXFSZ] {
+        // SAFETY: ignoring a signal installs no handler code.
+        let _ = unsafe { signal(name, SigHandler::SigIgn) };
+    }
     let pool = Pool::start()?;
     try_a_reset(&pool).await?;
     let own_netns = own_netns()?;

@@ -17,10 +17,12 @@ use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+    sys::resource::{Resource, setrlimit},
 };
 use session_enforcer_tests::{
     Call, Daemon, Fate, Lab, Listener, Moment, Pair, Record, TrackedPair,
 };
+use tempfile::TempDir;
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
 const LIMIT: Duration = Duration::from_secs(1);
@@ -39,6 +41,13 @@ fn on_a_small_disk(command: &mut Command) {
         mount(kind, DISK, kind, MsFlags::empty(), options)?;
         Ok(())
     };
+    // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Limits the size of the command's files to 8 KiB.
+fn limit_files(command: &mut Command) {
+    let prepare = || Ok(setrlimit(Resource::RLIMIT_FSIZE, 8192, 8192)?);
     // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
     unsafe { command.pre_exec(prepare) };
 }
@@ -145,6 +154,26 @@ fn an_audit_that_cannot_be_written_delays_no_reset() -> Result<()> {
     daemon.wait_for_metric("session_enforcer_audit_records_lost_total", &[], 3.0)?;
     daemon.wait_for_log("audit records are lost")?;
     Ok(())
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_delays_no_reset() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let audit = TempDir::new()?;
+    let args = [
+        "--audit",
+        &audit.path().join("audit.json").display().to_string(),
+    ];
+    let launch = lab.launch().config(RULE).args(&args);
+    let daemon = launch.prepared(limit_files).start()?;
+    while reset_and_lost(&daemon)?[1] == 0.0 {
+        terminate_one(&lab, &listener)?;
+        let [reset, _] = reset_and_lost(&daemon)?;
+        ensure!(reset < 20.0, "no record is lost beyond the limit");
+    }
+    daemon.wait_for_degraded("audit", true)?;
+    terminate_one(&lab, &listener)
 }
 
 /// Asserts that the deadline of the record is `counted_from` plus the limit.
