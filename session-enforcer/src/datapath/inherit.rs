@@ -292,6 +292,13 @@ impl Datapath {
         pins.map_or(Inherited::Nothing, |pins| pins.state)
     }
 
+    /// Whether this daemon has the table of an earlier daemon. Otherwise it has copied the sessions for which there was
+    /// room.
+    pub fn keeps_table(&self) -> bool {
+        let found = self.pins.as_ref().and_then(|pins| pins.found.as_ref());
+        found.is_some_and(|found| found.fits(self.load_options.capacity))
+    }
+
     /// A lower bound for this daemon's generations: no policy of an earlier daemon had a higher one. 0 if there was no
     /// earlier daemon.
     ///

@@ -109,11 +109,15 @@ async fn catch_up(context: &Rc<Context>) -> Result<()> {
 ///
 /// Fails if the kernel refuses a program, a map or a pin.
 pub(super) async fn adopt(context: &Rc<Context>) -> Result<usize> {
-    let inherited = context.state().datapath.inherited();
+    let (inherited, keeps_table) = {
+        let state = context.state();
+        (state.datapath.inherited(), state.datapath.keeps_table())
+    };
     let aim = Aim {
         adopts: true,
         is_thorough: true,
-        repairs: inherited == Inherited::Running,
+        // No program has counted a session for which a smaller table has no room.
+        repairs: inherited == Inherited::Running && keeps_table,
         releases_others: inherited != Inherited::Nothing,
         ..Aim::default()
     };

@@ -232,6 +232,33 @@ fn a_session_map_of_another_size_takes_over_the_sessions_of_a_killed_daemon() ->
 }
 
 #[test]
+fn a_smaller_session_map_counts_the_sessions_for_which_it_has_no_room() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let listener = lab.inside.listen((Ipv4Addr::LOCALHOST, 0))?;
+    let config = |size: u32| {
+        format!(
+            "[daemon]\nmax_sessions = {size}\n{}",
+            idle_rule(Duration::from_secs(60))
+        )
+    };
+    let mut first = lab.pinned_daemon(&config(8))?;
+    let pairs = [0; 4].map(|_| Pair::open(&lab.outside, &listener));
+    first.kill()?;
+    let config = config(3);
+    let launch = lab.launch().pinned(&lab.pins).config(&config);
+    let second = launch.start_unready()?;
+    second.wait_for_degraded("untracked", true)?;
+    assert_eq!(taken_over(&second)?, 3.0);
+    let full = [("cause", "map_full")];
+    second.wait_for_metric("session_enforcer_sessions_untracked_total", &full, 1.0)?;
+    second.wait_for_log("raise daemon.max_sessions")?;
+    for pair in pairs {
+        pair?.round_trip()?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_daemon_of_another_cgroup_takes_over_the_sessions_in_that_cgroup() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let child = lab.cgroup.child()?;
