@@ -172,16 +172,22 @@ impl Limits {
         self.response_timeout_ns != 0 && session.owes_answer()
     }
 
-    /// When the idle clock started, if it is running.
+    /// The last payload that resets the idle clock.
     #[inline]
-    pub const fn idle_since(&self, session: &Session) -> u64 {
-        let activity = if self.activity == Activity::Received as u8 {
+    const fn last_activity(&self, session: &Session) -> u64 {
+        if self.activity == Activity::Received as u8 {
             session.last_received_ns
         } else if self.activity == Activity::Sent as u8 {
             session.last_sent_ns
         } else {
             session.last_activity_ns()
-        };
+        }
+    }
+
+    /// When the idle clock started, if it is running.
+    #[inline]
+    pub const fn idle_since(&self, session: &Session) -> u64 {
+        let activity = self.last_activity(session);
         // The clock stood still until the answer and restarted with it.
         if self.response_timeout_ns != 0 && session.answered_ns > activity {
             return session.answered_ns;
@@ -223,10 +229,10 @@ fn expired(session: &Session, limits: &Limits, now_ns: u64) -> bool {
 #[inline(always)]
 pub fn expiry(session: &Session, limits: &Limits, now_ns: u64) -> Expiry {
     let (clock, clock_reason) = if limits.waits_for_answer(session) {
-        (
-            limits.deadline(session.last_received_ns, limits.response_timeout_ns),
-            Reason::ResponseTimeout,
-        )
+        // What this host sends is no answer if it is less than `min_answer`, but it can be activity.
+        let since_ns = later(session.last_received_ns, limits.last_activity(session));
+        let response_ns = limits.deadline(since_ns, limits.response_timeout_ns);
+        (response_ns, Reason::ResponseTimeout)
     } else {
         limits.idle_deadline(session)
     };
@@ -520,6 +526,21 @@ mod tests {
         // Without a response timeout an owed answer has no effect.
         let p = with_response(5, 0, Activity::Any);
         assert_eq!(expires(&s, &p, 17), Some(Reason::IdleTimeout));
+    }
+
+    #[test]
+    fn less_than_an_answer_restarts_the_response_clock_where_sending_is_activity() {
+        let mut s = session(10 * SECOND, 12 * SECOND, 20 * SECOND);
+        s.answered_ns = 0;
+        for (activity, deadline) in [
+            (Activity::Any, 30),
+            (Activity::Sent, 30),
+            (Activity::Received, 22),
+        ] {
+            let p = with_response(5, 10, activity);
+            assert_eq!(expires(&s, &p, deadline - 1), None);
+            assert_eq!(expires(&s, &p, deadline), Some(Reason::ResponseTimeout));
+        }
     }
 
     #[test]

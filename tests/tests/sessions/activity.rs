@@ -179,10 +179,49 @@ fn an_answer_below_the_minimum_is_none_and_its_parts_since_the_last_request_add_
     let record = daemon.wait_for_termination_of(&answered)?;
     record.assert_reset("idle_timeout", &last, idle());
     let never = Pair::open(&lab.outside, &listener)?;
-    let asked = ping(&never)?;
-    small(&never)?;
+    ping(&never)?;
+    let last = small(&never)?;
     let record = daemon.wait_for_termination_of(&never)?;
+    record.assert_reset("response_timeout", &last, limit);
+    Ok(())
+}
+
+/// Events that are pushed add up to less than an answer. Each restarts the response clock where sent payload is
+/// activity, so no session ends in the middle of them.
+#[test]
+fn short_messages_that_are_no_answer_are_activity_all_the_same() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [pushed, received] = [0; 2].map(|_| lab.inside.listen(([127, 0, 0, 1], 0)));
+    let (pushed, received) = (pushed?, received?);
+    let (limit, response) = response();
+    let rule = |name: &str, port: u16, more: &str| {
+        format!(
+            "[[rule]]\nname = \"{name}\"\ndirection = \"inbound\"\nlocal_ports = [{port}]\n\
+             idle_timeout = \"{}s\"\n{response}min_answer = 1024\n{more}",
+            idle().as_secs()
+        )
+    };
+    let daemon = lab.daemon(&format!(
+        "{}{}",
+        rule("pushed", pushed.port(), ""),
+        rule("received", received.port(), "activity = \"received\"\n")
+    ))?;
+    let kept = Pair::open(&lab.outside, &pushed)?;
+    let silent = Pair::open(&lab.outside, &received)?;
+    let asked = ping(&silent)?;
+    ping(&kept)?;
+    let push = || {
+        // The one whose client is silent is reset meanwhile.
+        let _ = silent.to_client(b"event");
+        kept.to_client(b"event")
+    };
+    let (last, result) = repeat(limit + idle(), push);
+    result?;
+    let last = last.context("an event was pushed")?;
+    let record = daemon.wait_for_termination_of(&silent)?;
     record.assert_reset("response_timeout", &asked, limit);
+    let record = daemon.wait_for_termination_of(&kept)?;
+    record.assert_reset("response_timeout", &last, limit);
     Ok(())
 }
 
