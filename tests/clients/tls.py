@@ -1,6 +1,8 @@
-"""A TLS 1.3 server that answers late, and a client that is in a hurry: server PORT CERTIFICATE SECONDS, or client PORT.
+"""A TLS 1.3 server that answers late, and a client that is in a hurry: server PORT CERTIFICATE SECONDS, or client
+PORT [CERTIFICATE].
 
 The client's first request is in the packet that ends its handshake, so the server's session tickets leave after it.
+They contain the certificate of the client, if it has one.
 """
 
 import socket
@@ -8,13 +10,15 @@ import ssl
 import sys
 import time
 
-ANSWER = b"x" * 4000
+ANSWER = b"x" * 16384
 
 
 def serve(port, certificate, seconds):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(certificate)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    context.load_verify_locations(certificate)
     listener = socket.create_server(("127.0.0.1", int(port)))
     print("ready", flush=True)
     while True:
@@ -27,9 +31,11 @@ def serve(port, certificate, seconds):
                 print(error, flush=True)
 
 
-def ask(port):
+def ask(port, certificate=None):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if certificate:
+        context.load_cert_chain(certificate)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     stream = context.wrap_bio(incoming, outgoing)
     connection = socket.create_connection(("127.0.0.1", int(port)))

@@ -1,6 +1,11 @@
 //! A TLS 1.3 server in the distribution's Python that answers with a delay.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::Result;
 use tempfile::TempDir;
@@ -21,6 +26,8 @@ pub struct TlsServer {
     /// The lab whose cgroup contains the server.
     pub lab: Lab,
     port: ReservedPort,
+    /// The certificate of both ends.
+    certificate: PathBuf,
     _directory: TempDir,
 }
 
@@ -48,6 +55,7 @@ impl TlsServer {
             _server: server,
             lab,
             port,
+            certificate,
             _directory: directory,
         })
     }
@@ -63,9 +71,24 @@ impl TlsServer {
     ///
     /// Fails if Python is not installed.
     pub fn client(&self) -> Result<Program> {
+        Program::client("the TLS client", self.python_client()?)
+    }
+
+    /// The same, with a certificate of the client.
+    ///
+    /// # Errors
+    ///
+    /// See [`client`](Self::client).
+    pub fn client_with_certificate(&self) -> Result<Program> {
+        let mut python = self.python_client()?;
+        python.arg(&self.certificate);
+        Program::client("the TLS client with a certificate", python)
+    }
+
+    fn python_client(&self) -> Result<Command> {
         let mut python = Command::new(program::find(PYTHON, "python3", &[])?);
         python.args(["-c", SCRIPT, "client", &self.port.number.to_string()]);
-        Program::client("the TLS client", python)
+        Ok(python)
     }
 }
 

@@ -189,7 +189,7 @@ fn an_ftp_control_connection_lives_through_a_transfer_only_with_a_minimum() -> R
     // Longer than the transfer.
     let response = 2 * long();
     let more = format!(
-        "response_timeout = \"{}s\"\nmin_answer = 100",
+        "response_timeout = \"{}s\"\nmin_answer = 1024",
         response.as_secs()
     );
     let daemon = daemon(&server.lab, 21, &more)?;

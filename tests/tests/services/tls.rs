@@ -43,3 +43,18 @@ fn with_a_minimum_session_tickets_are_no_answer_and_the_slow_answer_arrives() ->
     record.assert_due("idle_timeout", &answered, limit());
     Ok(())
 }
+
+/// The tickets then contain the client's certificate.
+#[test]
+fn session_tickets_for_a_client_with_a_certificate_need_a_larger_minimum() -> Result<()> {
+    let (server, daemon) = start("min_answer = 1024")?;
+    let mut client = server.client_with_certificate()?;
+    client.wait_for("ConnectionResetError")?;
+    assert!(!client.output().contains("answered"));
+    let record = daemon.wait_for_termination()?;
+    assert_eq!(record.text("event.reason"), "idle_timeout");
+    drop(daemon);
+    drop(server);
+    let (server, _daemon) = start("min_answer = 8192")?;
+    server.client_with_certificate()?.wait_for("answered")
+}

@@ -273,6 +273,10 @@ fn the_examples_decide_as_the_cookbook_says() {
             "observed pod-databases",
         ),
         (
+            "kubernetes-node in 10.244.1.2:3306 10.244.2.2:1",
+            "observed pod-mysql",
+        ),
+        (
             "kubernetes-node out 10.244.1.2:1 10.96.7.7:5432",
             "exempt cluster-internal",
         ),
