@@ -4,12 +4,13 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use session_enforcer_common::{MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES, MAX_RULES};
 
 use super::DEFAULT_METRICS_PORT;
-use super::value::MAX_SOCKET_PATH;
+use super::value::{MAX_SOCKET_PATH, format_duration};
 
 /// A position in the text of a file, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +142,13 @@ pub enum Doubt {
         /// The prefix.
         net: IpNet,
     },
+    /// No session lives long enough for this limit.
+    BeyondLifetime {
+        /// The key of the limit.
+        key: &'static str,
+        /// The rule's `max_lifetime`.
+        lifetime: Duration,
+    },
     /// A cgroup name contains a character of other pattern languages, which is literal here.
     NoPattern {
         /// The path.
@@ -191,6 +199,12 @@ impl fmt::Display for Doubt {
                     ),
                 }
             }
+            Self::BeyondLifetime { key, lifetime } => write!(
+                f,
+                "{key} is never reached, because no session lives longer than max_lifetime, {}; shorten it, \
+                 lengthen max_lifetime, or remove one of them",
+                format_duration(*lifetime)
+            ),
             Self::NoPattern { path } => write!(
                 f,
                 "cgroups: {} hardly matches what it is meant to: only a single * within one name is a \

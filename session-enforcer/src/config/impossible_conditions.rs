@@ -1,4 +1,4 @@
-//! Finds conditions of a rule that no connection can meet, independent of other rules.
+//! Finds conditions of a rule that no connection can meet, and limits that none can reach, independent of other rules.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -21,7 +21,7 @@ const NO_ENDS: [IpNet; 5] = [
 /// Characters of other pattern languages that systemd and container runtimes never use in cgroup names.
 const PATTERN: [&str; 5] = ["**", "?", "[", "]", "{"];
 
-/// The rule's conditions that can never match.
+/// The rule's conditions that can never match, and its limits that no session reaches.
 pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
     let ends = [("local", &rule.local), ("remote", &rule.remote)];
     let ends = ends.into_iter().flat_map(|(key, nets)| {
@@ -31,7 +31,16 @@ pub(super) fn doubts(rule: &Rule) -> Vec<Doubt> {
     let has_pattern = |path: &&String| PATTERN.iter().any(|part| path.contains(part));
     let patterns = rule.cgroups.iter().filter(has_pattern);
     let patterns = patterns.map(|path| Doubt::NoPattern { path: path.clone() });
-    ends.chain(patterns).collect()
+    let limits = [
+        ("idle_timeout", rule.idle_timeout),
+        ("response_timeout", rule.response_timeout),
+        ("half_closed_timeout", rule.half_closed_timeout),
+    ];
+    let beyond = limits.into_iter().filter_map(|(key, limit)| {
+        let lifetime = rule.max_lifetime?;
+        (limit? >= lifetime).then_some(Doubt::BeyondLifetime { key, lifetime })
+    });
+    ends.chain(patterns).chain(beyond).collect()
 }
 
 fn is_no_end(net: &IpNet) -> bool {
@@ -64,6 +73,24 @@ mod tests {
                 "x.toml:1:1: rule \"a\": cgroups: \"/a/**\" hardly matches what it is meant to: only a \
                  single * within one name is a pattern, other characters stand for themselves",
             ]
+        );
+    }
+
+    #[test]
+    fn a_limit_that_the_lifetime_hides_is_a_warning() {
+        let text = "[[rule]]\nname = 'a'\nidle_timeout = '1h'\nresponse_timeout = '59m'\n\
+                    half_closed_timeout = '2h'\nmax_lifetime = '1h'\n";
+        let config = Config::parse("x.toml", text).unwrap();
+        let warnings: Vec<_> = config.warnings.iter().map(ToString::to_string).collect();
+        let warning = |key| {
+            format!(
+                "x.toml:1:1: rule \"a\": {key} is never reached, because no session lives longer than \
+                 max_lifetime, 1h; shorten it, lengthen max_lifetime, or remove one of them"
+            )
+        };
+        assert_eq!(
+            warnings,
+            [warning("idle_timeout"), warning("half_closed_timeout")]
         );
     }
 }

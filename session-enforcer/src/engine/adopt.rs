@@ -399,7 +399,7 @@ impl Listeners {
 mod tests {
     use std::collections::HashSet;
 
-    use session_enforcer_common::PortRange;
+    use session_enforcer_common::{Activity, PortRange};
 
     use super::*;
     use crate::reaper::diag::{Queued, SocketId};
@@ -698,15 +698,21 @@ mod tests {
         assert!(!owes(5, 5, limits(0, 9, 1)));
         // What was sent later may be too little for an answer.
         let ms = |idle_ms, response_ms| limits(idle_ms * MS, response_ms * MS, 20);
-        assert!(owes(60, 50, ms(20, 31)) && !owes(60, 50, ms(20, 30)));
-        // After a FIN another limit takes the place of the idle timeout.
-        let half_closed_timeout_ns = 90 * MS;
-        let patient = Limits {
-            half_closed_timeout_ns,
-            ..ms(20, 31)
+        assert!(owes(60, 50, ms(20, 21)) && !owes(60, 50, ms(20, 20)));
+        // It does not restart the response clock then.
+        let received = |idle_ms, response_ms| Limits {
+            activity: Activity::Received as u8,
+            ..ms(idle_ms, response_ms)
         };
+        assert!(owes(60, 50, received(20, 31)) && !owes(60, 50, received(20, 30)));
+        // After a FIN another limit takes the place of the idle timeout.
         let closing = socket(state::CLOSE_WAIT, 5432, 1);
-        assert!(!adopted_under(patient, &closing).owes_answer());
+        let closes = |half_closed_timeout_ns| Limits {
+            half_closed_timeout_ns,
+            ..ms(4_000, 5_000)
+        };
+        assert!(adopted_under(closes(0), &closing).owes_answer());
+        assert!(!adopted_under(closes(6_000 * MS), &closing).owes_answer());
     }
 
     #[test]
