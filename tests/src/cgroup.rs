@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::MetadataExt as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Once,
     time::Duration,
@@ -54,6 +54,21 @@ impl Cgroup {
         let path = parent.join(names::unique());
         fs::create_dir(&path).with_context(|| format!("making the cgroup {}", path.display()))?;
         Ok(Self { path })
+    }
+
+    /// Creates a chain of cgroups with this name below this one and opens the innermost.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the kernel refuses.
+    pub fn chain(&self, name: &str, levels: usize) -> Result<File> {
+        let mut innermost = File::open(&self.path)?;
+        for _ in 0..levels {
+            let next = path_of(&innermost).join(name);
+            fs::create_dir(&next)?;
+            innermost = File::open(next)?;
+        }
+        Ok(innermost)
     }
 
     /// The path from the root of the hierarchy, as in the configuration.
@@ -118,11 +133,20 @@ impl Drop for Cgroup {
     }
 }
 
+/// A path to an open directory, for every process. It is short even if the directory is nested deeper than a path can
+/// express.
+pub fn path_of(directory: &File) -> PathBuf {
+    let fd = directory.as_raw_fd();
+    format!("/proc/{}/fd/{fd}", std::process::id()).into()
+}
+
 /// Kills the processes of the cgroup and removes it with its children. A killed process leaves the cgroup
 /// only when its teardown is complete, which takes a moment.
 fn remove(path: &Path) -> Result<()> {
-    fs::write(path.join("cgroup.kill"), "1")?;
-    for entry in fs::read_dir(path)? {
+    let directory = File::open(path)?;
+    let opened = path_of(&directory);
+    fs::write(opened.join("cgroup.kill"), "1")?;
+    for entry in fs::read_dir(opened)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             remove(&entry.path())?;

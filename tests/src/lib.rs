@@ -42,7 +42,7 @@ mod terminal;
 pub use agent::{Agent, Place, enter, serve};
 pub use audit::Record;
 pub use big_tcp::{allow_big_tcp, has_ipv4_big_tcp};
-pub use cgroup::{Cgroup, PROGRAMS};
+pub use cgroup::{Cgroup, PROGRAMS, path_of};
 pub use clock::{Moment, Time, eventually};
 pub use containers::ContainerHost;
 pub use daemon::{

@@ -23,6 +23,13 @@ use crate::config::{fits, is_pattern};
 /// The maximum number of cgroups of one level that match a pattern. The match table has no room for more.
 const MAX_FITTING: usize = MAX_MATCH_ENTRIES as usize;
 
+/// The maximum length of a cgroup's path, as JSON writes it. Users choose the names of their cgroups, and the path is in
+/// each record of their sessions.
+const MAX_PATH: usize = 1024;
+
+/// The end of a path that was cut. The path of a cgroup has no empty name.
+const CUT: &str = "//...";
+
 /// Errors about a cgroup.
 #[derive(Debug, Error)]
 pub enum CgroupError {
@@ -225,6 +232,22 @@ fn open_directory(at: &fs::File, name: &OsStr) -> io::Result<fs::File> {
     Ok(openat(at, name, flags, Mode::empty())?.into())
 }
 
+/// Cuts a path behind one of its names if JSON takes more than [`MAX_PATH`] bytes for it.
+fn bounded(path: &str) -> String {
+    let mut length = 0;
+    let names = path.split('/').skip(1).take_while(|name| {
+        // The quotation marks do not count, the slash does.
+        length += serde_json::to_string(name).map_or(0, |text| text.len() - 1);
+        length <= MAX_PATH
+    });
+    let kept: String = names.flat_map(|name| ["/", name]).collect();
+    if kept.len() == path.len() {
+        kept
+    } else {
+        kept + CUT
+    }
+}
+
 /// Lists the child directories with their inode numbers.
 fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
     let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?.flatten();
@@ -316,11 +339,12 @@ impl Tree {
             .collect()
     }
 
-    /// The path from the root of the cgroup with this ID. `None` if it no longer exists.
+    /// The path from the root of the cgroup with this ID. If JSON takes more than [`MAX_PATH`] bytes for it, it is cut and
+    /// ends in [`CUT`]. `None` if the cgroup no longer exists.
     pub fn path(&self, id: u64) -> Option<String> {
         let directory = self.find(id)?;
         let path = directory.strip_prefix(&self.mount).ok()?;
-        Some(format!("/{}", path.to_string_lossy()))
+        Some(bounded(&format!("/{}", path.to_string_lossy())))
     }
 
     /// The directory of the cgroup with this ID.
@@ -492,6 +516,22 @@ mod tests {
         let root = fs::metadata(&tree.mount).unwrap().ino();
         assert_eq!(tree.ancestors(root), Some(Ancestors::of(&[root])));
         assert_eq!(tree.ancestors(u64::MAX), None);
+    }
+
+    #[test]
+    fn a_long_path_is_cut_behind_a_name_and_marked() {
+        let usual = "/system.slice/docker-x.scope";
+        assert_eq!(bounded(usual), usual);
+        assert_eq!(bounded("/"), "/");
+        let full = format!("/{}", "n".repeat(MAX_PATH - 1));
+        assert_eq!(bounded(&full), full);
+        assert_eq!(bounded(&format!("{full}n")), "//...");
+        assert_eq!(bounded(&format!("{full}/n")), format!("{full}//..."));
+        // JSON writes these with more bytes.
+        for name in ["\u{1}", "\"", "\\", "\n"] {
+            let cut = bounded(&format!("{usual}/{}/b", name.repeat(MAX_PATH - 1)));
+            assert_eq!(cut, format!("{usual}//..."));
+        }
     }
 
     #[test]

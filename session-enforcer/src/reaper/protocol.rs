@@ -242,7 +242,7 @@ pub struct Holder {
 pub struct Cgroup {
     /// The cgroup ID.
     pub id: u64,
-    /// The path from the root of the hierarchy. `None` if the cgroup no longer exists.
+    /// The path from the root of the hierarchy, cut if it is long. `None` if the cgroup no longer exists.
     pub path: Option<String>,
     /// The IDs of the cgroup and of its ancestors, from the root down, zero-padded. Empty if the cgroup no
     /// longer exists.

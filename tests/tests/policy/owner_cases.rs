@@ -4,7 +4,8 @@
 use std::{
     fs,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
-    path::{Path, PathBuf},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
     process::Command,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use session_enforcer_tests::{
     Agent, Cgroup, Daemon, Lab, Listener, Pair, Place, Record, bind_to_device, daemon_command,
-    disconnect, eventually, patience, run_to_end, set_option,
+    disconnect, eventually, path_of, patience, run_to_end, set_option,
 };
 
 const AGENT: &str = env!("CARGO_BIN_EXE_session-enforcer-test-agent");
@@ -241,21 +242,14 @@ fn a_socket_that_connects_again_and_is_bound_to_an_interface_keeps_its_owner() -
     Ok(())
 }
 
-/// Creates a chain of cgroups and returns the innermost.
-fn deep_below(cgroup: &Cgroup) -> Result<PathBuf> {
-    let mut path = cgroup.path().to_owned();
-    for _ in 0..DEEP {
-        path.push("d");
-        fs::create_dir(&path)?;
-    }
-    Ok(path)
-}
-
 #[test]
 fn a_rule_of_a_cgroup_applies_to_deeper_cgroups_than_rules_can_name() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
-    let at = |cgroup: &Cgroup| lab.at(&Place::here().in_directory(&deep_below(cgroup)?));
+    let at = |cgroup: &Cgroup| {
+        let innermost = cgroup.chain("d", DEEP)?;
+        lab.at(&Place::here().in_directory(&path_of(&innermost)))
+    };
     let [inner, other] = [at(&named)?, at(&beside)?];
     let listener = listen(&inner)?;
     let older = Pair::open(&lab.outside, &listener)?;
@@ -275,6 +269,32 @@ fn a_rule_of_a_cgroup_applies_to_deeper_cgroups_than_rules_can_name() -> Result<
         said.contains("decided: enforced by rule \"owned\""),
         "{said}"
     );
+    Ok(())
+}
+
+#[test]
+fn the_names_of_a_users_cgroups_do_not_enlarge_records_and_lists() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let user = lab.cgroup.child()?;
+    // JSON writes each byte as six.
+    let innermost = user.chain(&"\u{1}".repeat(250), 14)?;
+    let inner = lab.at(&Place::here().in_directory(&path_of(&innermost)))?;
+    let daemon = lab.daemon(&of_cgroup(&user)?)?;
+    let pair = Pair::open(&lab.outside, &listen(&inner)?)?;
+    // A filter for the cgroup above still selects the session.
+    let selected = format!("/v1/sessions?cgroup={}", user.name()?);
+    let row = eventually("the cgroup is known", patience(), || {
+        let (_, row) = daemon.ask("GET", &selected, "")?;
+        Ok((!row.is_empty()).then_some(row))
+    })?;
+    let record = assert_owned(&daemon, &pair)?;
+    let line = fs::read_to_string(daemon.audit_path())?;
+    let longest = line.lines().map(str::len).max();
+    assert!(longest < Some(2048) && row.len() < 2048, "{row}{line}");
+    let path = record.text("session_enforcer.cgroup");
+    assert_eq!(path, user.name()? + "//...");
+    let id = record.at("session_enforcer.cgroup_id").as_u64();
+    assert_eq!(id, Some(innermost.metadata()?.ino()));
     Ok(())
 }
 

@@ -126,6 +126,8 @@ struct TerminationFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     cgroup: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup_id: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     established: Option<Moment>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last_received: Option<Moment>,
@@ -226,6 +228,7 @@ fn termination_fields<'a>(t: &Termination<'a>, clock: &WallClock) -> Termination
         result: t.end.outcome().name(),
         netns: session.netns_cookie,
         cgroup: t.cgroup,
+        cgroup_id: (session.owner.cgroup_id != 0).then_some(session.owner.cgroup_id),
         established: established_ns.map(|then| clock.at(then)),
         last_received: passed(session.bytes_received, session.last_received_ns),
         last_sent: passed(session.bytes_sent, session.last_sent_ns),

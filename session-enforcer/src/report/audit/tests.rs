@@ -96,7 +96,7 @@ fn an_inbound_ipv4_session_is_this_line() {
             r#""destination":{"ip":"10.0.0.5","port":5432,"bytes":4096},"#,
             r#""process":{"pid":812,"name":"postgres"},"user":{"id":"113","name":"postgres"},"#,
             r#""session_enforcer":{"id":4711,"mode":"enforce","result":"reset","netns":3,"#,
-            r#""cgroup":"/system.slice/postgresql.service","#,
+            r#""cgroup":"/system.slice/postgresql.service","cgroup_id":77,"#,
             r#""established":"2026-01-01T11:44:59.996000000Z","#,
             r#""last_received":"2026-01-01T11:44:59.999000000Z","#,
             r#""counted_from":"2026-01-01T11:44:59.999000000Z","#,
