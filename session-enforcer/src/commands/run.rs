@@ -135,10 +135,9 @@ async fn serve(
         })
     });
     let control = control.transpose()?;
-    let owner_resolver = OwnerResolver::new().or_exit(ExitStatus::Unavailable)?;
     let parts = Parts {
         datapath,
-        owner_resolver,
+        owner_resolver: OwnerResolver::default(),
         audit,
         metrics: metrics(config)?,
         lag_ns: clock::coarse_lag_ns(),

@@ -68,7 +68,7 @@ pub(super) fn search_holder_of(
 
 /// Adds a session to the searches of its cgroup or, if that is not known, of the host.
 fn add(context: &Context, state: &State, cgroup_id: u64, name: Name, sought: Sought) {
-    let is_known = state.owner_resolver.cgroup_directory(cgroup_id).is_some();
+    let is_known = state.owner_resolver.path(cgroup_id).is_some();
     let scope = if is_known { cgroup_id } else { HOST };
     let mut searches = context.holder_searches.borrow_mut();
     searches.add(scope, name, sought);
@@ -207,11 +207,9 @@ async fn scan(
     from: u32,
     sought: &[(Name, Sought)],
 ) -> (HashMap<SocketKey, Holder>, Option<u32>, Duration) {
-    let directory = context.state().owner_resolver.cgroup_directory(scope);
     let (processes, budget) = match scope {
         HOST => (SearchScope::Host { from }, BUDGET_OF_ALL),
-        // A cgroup that is forgotten has no processes.
-        _ => (SearchScope::Cgroup(directory.unwrap_or_default()), BUDGET),
+        _ => (SearchScope::Cgroup(scope), BUDGET),
     };
     let request = Request::Holders {
         sought: sought.iter().map(|(_, sought)| sought.key).collect(),

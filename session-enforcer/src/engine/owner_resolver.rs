@@ -11,10 +11,7 @@ use thiserror::Error;
 
 use crate::{
     config::{Config, Location, Owners, User, is_pattern},
-    host::{
-        cgroup::{CgroupError, Tree},
-        users::Names,
-    },
+    host::users::Names,
     reaper::protocol::{Cgroup, FoundUser},
 };
 
@@ -64,9 +61,8 @@ pub enum UserError {
 }
 
 /// What is known about owners on this host.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct OwnerResolver {
-    tree: Tree,
     names: Names,
     /// Cgroups by id. A session may outlive its cgroup.
     cgroups: HashMap<u64, Cgroup>,
@@ -144,24 +140,6 @@ impl NamedCgroups {
 }
 
 impl OwnerResolver {
-    /// Creates a resolver without owners.
-    ///
-    /// # Errors
-    ///
-    /// Fails if cgroup v2 is not mounted.
-    pub fn new() -> Result<Self, CgroupError> {
-        Ok(Self {
-            tree: Tree::open()?,
-            names: Names::default(),
-            cgroups: HashMap::new(),
-            noted: VecDeque::new(),
-            unknown: HashSet::new(),
-            is_asking: false,
-            owners: Owners::default(),
-            named: NamedCgroups::default(),
-        })
-    }
-
     /// Resolves the owners that the rules name, and the names of all users. Nothing changes before the result is
     /// [kept](Self::keep). Without `cgroups` those that are known stay.
     ///
@@ -276,14 +254,9 @@ impl OwnerResolver {
         }
     }
 
-    /// The current or last path of a cgroup.
+    /// The current or last path of a cgroup. A long one is cut.
     pub fn path(&self, cgroup_id: u64) -> Option<&str> {
         self.cgroups.get(&cgroup_id)?.path.as_deref()
-    }
-
-    /// The directory of a cgroup.
-    pub fn cgroup_directory(&self, cgroup_id: u64) -> Option<PathBuf> {
-        Some(self.tree.directory(self.path(cgroup_id)?))
     }
 
     /// The name of a user.

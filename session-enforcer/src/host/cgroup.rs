@@ -3,7 +3,8 @@
 use std::{
     collections::HashSet,
     ffi::{OsStr, OsString},
-    fs, io,
+    fs::{self, File},
+    io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::fs::{DirEntryExt as _, MetadataExt as _},
@@ -12,8 +13,11 @@ use std::{
 };
 
 use nix::{
-    fcntl::{OFlag, openat},
-    sys::{stat::Mode, statfs},
+    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2},
+    sys::{
+        stat::{Mode, fstatat},
+        statfs,
+    },
 };
 use session_enforcer_common::{Ancestors, MAX_CGROUP_LEVELS, MAX_MATCH_ENTRIES};
 use thiserror::Error;
@@ -29,6 +33,12 @@ const MAX_PATH: usize = 1024;
 
 /// The end of a path that was cut. The path of a cgroup has no empty name.
 const CUT: &str = "//...";
+
+/// The file with the processes of a cgroup.
+const PROCESSES: &str = "cgroup.procs";
+
+/// The number of levels that are passed at a time on the way up from a deep cgroup.
+const LEAP: usize = 64;
 
 /// Errors about a cgroup.
 #[derive(Debug, Error)]
@@ -107,7 +117,7 @@ pub(crate) fn unescape(field: &str) -> String {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    file: fs::File,
+    file: File,
     /// Whether this is the root cgroup, which contains every socket, also those of removed cgroups.
     is_root: bool,
 }
@@ -119,7 +129,7 @@ impl Cgroup {
     ///
     /// Fails if the directory does not exist or is not in a cgroup-v2 file system.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
-        let file = fs::File::open(path).map_err(io_error(path))?;
+        let file = File::open(path).map_err(io_error(path))?;
         let kind = statfs::fstatfs(&file).map_err(|e| io_error(path)(e.into()))?;
         let is_directory = file.metadata().map_err(io_error(path))?.is_dir();
         if kind.filesystem_type() != statfs::CGROUP2_SUPER_MAGIC || !is_directory {
@@ -135,7 +145,7 @@ impl Cgroup {
     }
 
     /// The open directory, for attaching programs.
-    pub fn file(&self) -> &fs::File {
+    pub fn file(&self) -> &File {
         &self.file
     }
 
@@ -182,58 +192,63 @@ impl Scope {
     ///
     /// Fails if the directory cannot be read.
     pub fn below(directory: &Path) -> Result<Self, CgroupError> {
-        let root = fs::metadata(directory).map_err(io_error(directory))?.ino();
-        let mut ids = HashSet::from([root]);
-        walk(directory, |id, _| {
+        Self::list(directory).map_err(io_error(directory))
+    }
+
+    fn list(directory: &Path) -> io::Result<Self> {
+        let root = File::open(directory)?;
+        let mut ids = HashSet::from([root.metadata()?.ino()]);
+        walk(&root, |id, _, _| {
             ids.insert(id);
             false
-        })
-        .map_err(io_error(directory))?;
+        })?;
         Ok(Self::Only(ids))
     }
 }
 
 /// Calls `take` for every cgroup below a directory until it returns true. Its arguments are the cgroup ID
-/// (the inode number of the directory) and the names of the path. The walk opens each directory relative to
+/// (the inode number of the directory), the parent and the name. The walk opens each directory relative to
 /// the previous one and holds only one open at a time, because users can nest cgroups deeper than a path can
 /// express. A cgroup that is removed during the walk is skipped.
-fn walk(root: &Path, mut take: impl FnMut(u64, &[OsString]) -> bool) -> io::Result<()> {
-    let mut here = fs::File::open(root)?;
-    let (mut way, mut waiting) = (Vec::new(), vec![below(&here)?]);
+fn walk(root: &File, mut take: impl FnMut(u64, &File, &OsStr) -> bool) -> io::Result<()> {
+    let mut here = root.try_clone()?;
+    let mut waiting = vec![below(&here)?];
     while let Some(siblings) = waiting.last_mut() {
         let Some((name, id)) = siblings.pop() else {
             waiting.pop();
-            if way.pop().is_some() {
+            if !waiting.is_empty() {
                 here = open_directory(&here, OsStr::new(".."))?;
             }
             continue;
         };
-        way.push(name);
-        if take(id, &way) {
+        if take(id, &here, &name) {
             return Ok(());
         }
-        let entered = way.last().map(|name| open_directory(&here, name));
-        match entered
-            .and_then(Result::ok)
-            .map(|next| (below(&next), next))
-        {
-            Some((Ok(children), next)) => {
-                here = next;
-                waiting.push(children);
-            }
-            _ => drop(way.pop()),
+        let entered = open_directory(&here, &name);
+        if let Ok((children, next)) = entered.and_then(|next| Ok((below(&next)?, next))) {
+            here = next;
+            waiting.push(children);
         }
     }
     Ok(())
 }
 
-fn open_directory(at: &fs::File, name: &OsStr) -> io::Result<fs::File> {
+fn open_directory(at: &File, name: &OsStr) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(openat(at, name, flags, Mode::empty())?.into())
 }
 
+/// Opens the ancestor this many levels above a cgroup. Fails if that is above the root.
+fn open_above(cgroup: &File, levels: usize) -> io::Result<File> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let how = OpenHow::new()
+        .flags(flags)
+        .resolve(ResolveFlag::RESOLVE_NO_XDEV);
+    Ok(openat2(cgroup, &*"../".repeat(levels), how)?.into())
+}
+
 /// Cuts a path behind one of its names if JSON takes more than [`MAX_PATH`] bytes for it.
-fn bounded(path: &str) -> String {
+fn bounded(path: &str, is_whole: bool) -> String {
     let mut length = 0;
     let names = path.split('/').skip(1).take_while(|name| {
         // The quotation marks do not count, the slash does.
@@ -241,7 +256,7 @@ fn bounded(path: &str) -> String {
         length <= MAX_PATH
     });
     let kept: String = names.flat_map(|name| ["/", name]).collect();
-    if kept.len() == path.len() {
+    if is_whole && kept.len() == path.len() {
         kept
     } else {
         kept + CUT
@@ -249,7 +264,7 @@ fn bounded(path: &str) -> String {
 }
 
 /// Lists the child directories with their inode numbers.
-fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
+fn below(directory: &File) -> io::Result<Vec<(OsString, u64)>> {
     let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?.flatten();
     let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     Ok(directories
@@ -261,7 +276,16 @@ fn below(directory: &fs::File) -> io::Result<Vec<(OsString, u64)>> {
 #[derive(Debug)]
 pub struct Tree {
     mount: PathBuf,
-    root: fs::File,
+    root: File,
+}
+
+/// A cgroup's place in the hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The path from the root. If JSON takes more than [`MAX_PATH`] bytes for it, it is cut and ends in [`CUT`].
+    pub path: String,
+    /// The IDs of the cgroup and of its ancestors, without the root (the root itself has only its own ID).
+    pub ancestors: Ancestors,
 }
 
 /// A `struct file_handle` for a cgroup (`linux/fcntl.h`, `linux/exportfs.h`). `id` is the cgroup ID.
@@ -286,7 +310,7 @@ impl Tree {
     }
 
     fn at(mount: PathBuf) -> Result<Self, CgroupError> {
-        let root = fs::File::open(&mount).map_err(io_error(&mount))?;
+        let root = File::open(&mount).map_err(io_error(&mount))?;
         Ok(Self { mount, root })
     }
 
@@ -339,36 +363,64 @@ impl Tree {
             .collect()
     }
 
-    /// The path from the root of the cgroup with this ID. If JSON takes more than [`MAX_PATH`] bytes for it, it is cut and
-    /// ends in [`CUT`]. `None` if the cgroup no longer exists.
-    pub fn path(&self, id: u64) -> Option<String> {
-        let directory = self.find(id)?;
-        let path = directory.strip_prefix(&self.mount).ok()?;
-        Some(bounded(&format!("/{}", path.to_string_lossy())))
-    }
-
-    /// The directory of the cgroup with this ID.
-    fn find(&self, id: u64) -> Option<PathBuf> {
-        let found = match self.link(id) {
-            // Without `CAP_DAC_READ_SEARCH` the process may not open by handle; then search the whole tree.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                let is_root = self.root.metadata().is_ok_and(|root| root.ino() == id);
-                if is_root {
-                    Some(self.mount.clone())
-                } else {
-                    search(&self.mount, id)
-                }
+    /// Finds the place of the cgroup with this ID.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the cgroup no longer exists.
+    pub fn locate(&self, id: u64) -> io::Result<Located> {
+        let root = self.root.metadata()?.ino();
+        let mut here = self.open_cgroup(id)?;
+        let mut path = self.path(&here).map(|path| bounded(&path, true));
+        // A removed cgroup has no files, and the kernel appends " (deleted)" to its path.
+        fstatat(&here, PROCESSES, AtFlags::empty())?;
+        // Users can nest cgroups thousands deep. Rules name the levels next to the root only.
+        while open_above(&here, LEAP + MAX_CGROUP_LEVELS).is_ok() {
+            here = open_above(&here, LEAP)?;
+        }
+        let mut ids = Vec::new();
+        loop {
+            // The kernel does not tell a path longer than `PATH_MAX`.
+            path = path.or_else(|| self.path(&here).map(|path| bounded(&path, false)));
+            let found = here.metadata()?.ino();
+            if found == root {
+                break;
             }
-            other => other.ok(),
-        };
-        // The kernel appends " (deleted)" to the name of a removed cgroup. A real name can end like that too,
-        // so compare the inode number.
-        let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.ino() == id);
-        found.filter(is_it)
+            ids.push(found);
+            here = open_above(&here, 1)?;
+        }
+        if ids.is_empty() {
+            ids.push(root);
+        }
+        ids.reverse();
+        Ok(Located {
+            path: path.ok_or(io::ErrorKind::NotFound)?,
+            ancestors: Ancestors::of(&ids),
+        })
     }
 
-    /// Resolves the cgroup ID to the kernel's path.
-    fn link(&self, id: u64) -> io::Result<PathBuf> {
+    /// Reads `cgroup.procs` of the cgroup with this ID.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the cgroup no longer exists.
+    pub fn processes(&self, id: u64) -> io::Result<String> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let cgroup = self.open_cgroup(id)?;
+        let file = openat(&cgroup, PROCESSES, flags, Mode::empty())?;
+        io::read_to_string(File::from(file))
+    }
+
+    fn open_cgroup(&self, id: u64) -> io::Result<File> {
+        let opened = self.open_by_handle(id);
+        // Without `CAP_DAC_READ_SEARCH` the process may not open by handle; then search the whole tree.
+        match &opened {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => self.search(id),
+            _ => opened,
+        }
+    }
+
+    fn open_by_handle(&self, id: u64) -> io::Result<File> {
         let handle = CgroupHandle {
             bytes: size_of::<u64>() as u32,
             kind: HANDLE_OF_KERNFS,
@@ -385,39 +437,29 @@ impl Tree {
         };
         let fd = nix::errno::Errno::result(fd)?;
         // SAFETY: the system call has just opened the descriptor for this process.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
-        fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }.into())
     }
 
-    /// The IDs of the cgroup and of its ancestors, without the root (the root itself has only its own ID).
-    /// `None` if the cgroup no longer exists.
-    pub fn ancestors(&self, id: u64) -> Option<Ancestors> {
-        let directory = self.find(id)?;
-        let path = directory.strip_prefix(&self.mount).ok()?;
-        if path.as_os_str().is_empty() {
-            return Some(Ancestors::of(&[id]));
+    fn search(&self, wanted: u64) -> io::Result<File> {
+        if self.root.metadata()?.ino() == wanted {
+            return self.root.try_clone();
         }
-        // For a deep cgroup only the levels next to the root are kept, as in the eBPF programs.
-        let mut above = self.mount.clone();
-        let mut ids = Vec::new();
-        for name in path.components().take(MAX_CGROUP_LEVELS) {
-            above.push(name);
-            ids.extend(fs::metadata(&above).map(|metadata| metadata.ino()));
-        }
-        Some(Ancestors::of(&ids))
+        let mut found = Err(io::ErrorKind::NotFound.into());
+        walk(&self.root, |id, parent, name| {
+            if id == wanted {
+                found = open_directory(parent, name);
+            }
+            id == wanted
+        })?;
+        found
     }
-}
 
-/// Searches a directory tree for the cgroup with this ID.
-fn search(directory: &Path, wanted: u64) -> Option<PathBuf> {
-    let mut found = None;
-    let searched = walk(directory, |id, way| {
-        if id == wanted {
-            found = Some(directory.join(way.iter().collect::<PathBuf>()));
-        }
-        id == wanted
-    });
-    searched.ok().and(found)
+    /// The path from the root of an open cgroup. `None` if it is longer than `PATH_MAX`.
+    fn path(&self, cgroup: &File) -> Option<String> {
+        let path = fs::read_link(format!("/proc/self/fd/{}", cgroup.as_raw_fd())).ok()?;
+        let below = path.strip_prefix(&self.mount).ok()?;
+        Some(format!("/{}", below.to_string_lossy()))
+    }
 }
 
 /// The cgroups that an attachment covers.
@@ -442,6 +484,8 @@ impl Scope {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::mkdirat;
+
     use super::*;
 
     #[test]
@@ -514,24 +558,50 @@ mod tests {
     fn the_ancestors_of_a_removed_cgroup_are_not_known() {
         let tree = Tree::open().unwrap();
         let root = fs::metadata(&tree.mount).unwrap().ino();
-        assert_eq!(tree.ancestors(root), Some(Ancestors::of(&[root])));
-        assert_eq!(tree.ancestors(u64::MAX), None);
+        let located = Located {
+            path: "/".to_owned(),
+            ancestors: Ancestors::of(&[root]),
+        };
+        assert_eq!(tree.locate(root).unwrap(), located);
+        assert!(tree.locate(u64::MAX).is_err());
     }
 
     #[test]
     fn a_long_path_is_cut_behind_a_name_and_marked() {
         let usual = "/system.slice/docker-x.scope";
-        assert_eq!(bounded(usual), usual);
-        assert_eq!(bounded("/"), "/");
+        assert_eq!(bounded(usual, true), usual);
+        assert_eq!(bounded(usual, false), format!("{usual}//..."));
+        assert_eq!(bounded("/", true), "/");
         let full = format!("/{}", "n".repeat(MAX_PATH - 1));
-        assert_eq!(bounded(&full), full);
-        assert_eq!(bounded(&format!("{full}n")), "//...");
-        assert_eq!(bounded(&format!("{full}/n")), format!("{full}//..."));
+        assert_eq!(bounded(&full, true), full);
+        assert_eq!(bounded(&format!("{full}n"), true), "//...");
+        assert_eq!(bounded(&format!("{full}/n"), true), format!("{full}//..."));
         // JSON writes these with more bytes.
         for name in ["\u{1}", "\"", "\\", "\n"] {
-            let cut = bounded(&format!("{usual}/{}/b", name.repeat(MAX_PATH - 1)));
+            let cut = bounded(&format!("{usual}/{}/b", name.repeat(MAX_PATH - 1)), true);
             assert_eq!(cut, format!("{usual}//..."));
         }
+    }
+
+    #[test]
+    fn a_cgroup_that_is_deeper_than_a_path_can_express_is_found_by_a_search() {
+        let mount = tempfile::tempdir().unwrap();
+        let tree = Tree::at(mount.path().to_owned()).unwrap();
+        let mut here = tree.root.try_clone().unwrap();
+        let name = "n".repeat(250);
+        for _ in 0..20 {
+            mkdirat(&here, &*name, Mode::S_IRWXU).unwrap();
+            here = open_directory(&here, OsStr::new(&name)).unwrap();
+        }
+        let id = here.metadata().unwrap().ino();
+        let found = tree.search(id).unwrap();
+        assert_eq!(found.metadata().unwrap().ino(), id);
+        assert_eq!(tree.path(&found), None);
+        let Scope::Only(ids) = Scope::below(mount.path()).unwrap() else {
+            panic!("a directory has a list");
+        };
+        assert!(ids.len() == 21 && ids.contains(&id));
+        assert!(tree.search(u64::MAX).is_err());
     }
 
     #[test]

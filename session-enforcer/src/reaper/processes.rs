@@ -13,7 +13,7 @@ use std::{
     iter, mem,
     num::NonZero,
     os::fd::RawFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -29,7 +29,10 @@ use super::{
     inspect::inspect_each,
     protocol::{Holder, SearchScope, SocketKey},
 };
-use crate::host::clock::{monotonic_ns, processor_ns};
+use crate::host::{
+    cgroup::Tree,
+    clock::{monotonic_ns, processor_ns},
+};
 
 /// The sockets and namespaces that the descriptors of processes referred to at one time.
 #[derive(Debug, Default)]
@@ -128,7 +131,7 @@ pub fn find_holders(
 ) -> (HashMap<SocketKey, Holder>, Option<u32>) {
     let until_ns = until_ns(budget);
     let pids = match scope {
-        SearchScope::Cgroup(directory) => processes_of_cgroup(directory),
+        SearchScope::Cgroup(id) => processes_of_cgroup(*id),
         SearchScope::Host { from } => {
             let mut pids = all_processes();
             pids.retain(|pid| pid >= from);
@@ -299,8 +302,10 @@ fn all_processes() -> Vec<u32> {
 }
 
 /// Lists the processes of a cgroup in ascending order, without those of its child cgroups. A removed cgroup has none.
-fn processes_of_cgroup(directory: &Path) -> Vec<u32> {
-    let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+fn processes_of_cgroup(id: u64) -> Vec<u32> {
+    let tree = Tree::open().ok();
+    let text = tree.and_then(|tree| tree.processes(id).ok());
+    let text = text.unwrap_or_default();
     // A process of another PID namespace is shown as 0.
     let pids = text.lines().filter_map(|line| line.parse().ok());
     let mut pids: Vec<u32> = pids.filter(|pid| *pid != 0).collect();
@@ -428,10 +433,10 @@ mod tests {
         let by_inode = SocketKey::Inode(inode_of(&one));
         let by_cookie = SocketKey::Cookie(cookie(&other).unwrap());
         let keys = vec![by_inode, by_cookie, SocketKey::Cookie(u64::MAX)];
-        let cgroup = tempfile::tempdir().unwrap();
-        let pid = std::process::id().to_string();
-        fs::write(cgroup.path().join("cgroup.procs"), pid).unwrap();
-        let (found, next) = find_holders(keys, &SearchScope::Cgroup(cgroup.path().into()), LONG);
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own.lines().find_map(|line| line.strip_prefix("0::"));
+        let cgroup = Tree::open().unwrap().id(own.unwrap()).unwrap();
+        let (found, next) = find_holders(keys, &SearchScope::Cgroup(cgroup), LONG);
         assert_eq!((found.len(), next), (2, None));
         assert_eq!(found[&by_inode].fd, one.as_raw_fd());
         assert_eq!(found[&by_cookie].fd, other.as_raw_fd());

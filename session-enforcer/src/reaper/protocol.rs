@@ -96,8 +96,8 @@ pub enum SocketKey {
 /// The processes that a search for holders scans.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SearchScope {
-    /// The processes of the cgroup with this directory.
-    Cgroup(PathBuf),
+    /// The processes of the cgroup with this ID.
+    Cgroup(u64),
     /// The processes of the host.
     Host {
         /// The lowest PID to scan: a long search is made in parts.

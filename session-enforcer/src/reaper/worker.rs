@@ -541,13 +541,14 @@ impl Worker {
     fn cgroups(&mut self, ids: &[u64]) -> Result<(), Broken> {
         let tree = Tree::open().ok();
         for id in ids {
-            let tree = tree.as_ref();
-            let path = tree.and_then(|tree| tree.path(*id));
-            let ancestors = tree.and_then(|tree| tree.ancestors(*id));
+            let located = tree.as_ref().and_then(|tree| tree.locate(*id).ok());
+            let (path, ancestors) = located
+                .map(|located| (located.path, located.ancestors.0.to_vec()))
+                .unzip();
             let found = Cgroup {
                 id: *id,
                 path,
-                ancestors: ancestors.map_or(Vec::new(), |found| found.0.to_vec()),
+                ancestors: ancestors.unwrap_or_default(),
             };
             self.reply(&Reply::Cgroup(found), None)?;
         }

@@ -273,6 +273,33 @@ fn a_rule_of_a_cgroup_applies_to_deeper_cgroups_than_rules_can_name() -> Result<
 }
 
 #[test]
+fn a_rule_applies_to_cgroups_that_are_deeper_than_a_path_can_express() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let [named, beside] = [lab.cgroup.child()?, lab.cgroup.child()?];
+    // 20 levels exceed `PATH_MAX`; 100 levels are passed several at a time.
+    for levels in [DEEP, 5 * DEEP] {
+        let name = "n".repeat(250);
+        let top = named.child()?;
+        let innermost = top.chain(&name, levels)?;
+        let inner = lab.at(&Place::here().in_directory(&path_of(&innermost)))?;
+        let listener = listen(&inner)?;
+        let older = Pair::open(&lab.outside, &listener)?;
+        let other = rule("other", &format!("cgroups = [\"{}\"]", beside.name()?));
+        let daemon = lab.daemon(&(other + &of_cgroup(&named)?))?;
+        let newer = Pair::open(&lab.outside, &listener)?;
+        for pair in [&older, &newer] {
+            let record = assert_owned(&daemon, pair)?;
+            let path = record.text("session_enforcer.cgroup");
+            assert!(path.starts_with(&named.name()?), "{path}");
+            assert!(path.ends_with(&format!("/{name}//...")), "{path}");
+            let id = record.at("session_enforcer.cgroup_id").as_u64();
+            assert_eq!(id, Some(innermost.metadata()?.ino()));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_names_of_a_users_cgroups_do_not_enlarge_records_and_lists() -> Result<()> {
     let lab = Lab::new(AGENT)?;
     let user = lab.cgroup.child()?;

@@ -181,7 +181,7 @@ fn a_connection_is_found_by_its_cookie_alone_but_not_in_another_cgroup() -> Resu
         "{needed:?}"
     );
     // This process holds the descriptor, and it is in another cgroup.
-    let cgroup = SearchScope::Cgroup(lab.cgroup.path().to_owned());
+    let cgroup = SearchScope::Cgroup(lab.cgroup.id()?);
     assert_eq!(holder(key, &cgroup), None);
     let holder = holder(key, &HOST).context("a holder")?;
     let reset = || reset_by_cookie(&target, Some(&holder));
