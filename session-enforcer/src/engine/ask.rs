@@ -55,11 +55,12 @@ pub(super) async fn query(
     netns_cookie: u64,
     targets: &[SocketId],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, None, MAX_BATCH).await
+    query_or_search(context, netns_cookie, targets, None, &[MAX_BATCH]).await
 }
 
-/// As [`query`], but a socket is searched for alone. A dump of many sockets can miss one while others close; a dump of
-/// one pair of ports does not.
+/// As [`query`], but a socket that is not found among others is searched for alone. A dump of many sockets can miss one
+/// while others close; a dump of one pair of ports does not. Users can bind all of their sockets at once, so a search for
+/// each alone would take seconds.
 ///
 /// # Errors
 ///
@@ -69,7 +70,7 @@ pub(super) async fn query_each(
     netns_cookie: u64,
     targets: &[SocketId],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, None, 1).await
+    query_or_search(context, netns_cookie, targets, None, &[MAX_BATCH, 1]).await
 }
 
 /// As [`query`], with the activity of the sockets, for which the kernel takes their locks. `cgroups` has the cgroup of
@@ -85,42 +86,45 @@ pub(super) async fn query_activity(
     targets: &[SocketId],
     cgroups: &[u64],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, Some(cgroups), MAX_BATCH).await
+    query_or_search(context, netns_cookie, targets, Some(cgroups), &[MAX_BATCH]).await
 }
 
+/// Queries sockets by name. Those that are not found are searched for, in each of `searches` so many at a time.
 async fn query_or_search(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],
     cgroups: Option<&[u64]>,
-    searched_at_once: usize,
+    searches: &[usize],
 ) -> Result<Vec<Answer>, String> {
     let mut answers = query_by_name(context, netns_cookie, targets, cgroups).await?;
-    let missing =
-        (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
-    let missing: Vec<usize> = missing.collect();
-    for missing in missing.chunks(searched_at_once) {
-        let of_missing = missing.iter().map(|index| targets[*index]).collect();
-        let found = search(context, netns_cookie, of_missing)
-            .await
-            .unwrap_or_else(|error| {
-                tracing::warn!(
-                    "{} sockets could not be searched for and count as locked: {error}",
-                    missing.len()
-                );
-                missing.iter().map(|index| Some(targets[*index])).collect()
-            });
-        let found = missing.iter().zip(found);
-        let (indices, found): (Vec<usize>, Vec<SocketId>) = found
-            .filter_map(|(index, target)| Some((*index, target?)))
-            .unzip();
-        let cgroups: Option<Vec<u64>> =
-            cgroups.map(|cgroups| indices.iter().map(|index| cgroups[*index]).collect());
-        let again = query_by_name(context, netns_cookie, &found, cgroups.as_deref()).await?;
-        for (index, answer) in indices.into_iter().zip(again) {
-            // It was there, and is being bound again and again, or was not searched for.
-            let is_lost = matches!(answer, Answer::Known(None, _));
-            answers[index] = if is_lost { Answer::Locked } else { answer };
+    for searched_at_once in searches {
+        let missing =
+            (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
+        let missing: Vec<usize> = missing.collect();
+        for missing in missing.chunks(*searched_at_once) {
+            let of_missing = missing.iter().map(|index| targets[*index]).collect();
+            let found = search(context, netns_cookie, of_missing)
+                .await
+                .unwrap_or_else(|error| {
+                    tracing::warn!(
+                        "{} sockets could not be searched for and count as locked: {error}",
+                        missing.len()
+                    );
+                    missing.iter().map(|index| Some(targets[*index])).collect()
+                });
+            let found = missing.iter().zip(found);
+            let (indices, found): (Vec<usize>, Vec<SocketId>) = found
+                .filter_map(|(index, target)| Some((*index, target?)))
+                .unzip();
+            let cgroups: Option<Vec<u64>> =
+                cgroups.map(|cgroups| indices.iter().map(|index| cgroups[*index]).collect());
+            let again = query_by_name(context, netns_cookie, &found, cgroups.as_deref()).await?;
+            for (index, answer) in indices.into_iter().zip(again) {
+                // It was there, and is being bound again and again, or was not searched for.
+                let is_lost = matches!(answer, Answer::Known(None, _));
+                answers[index] = if is_lost { Answer::Locked } else { answer };
+            }
         }
     }
     Ok(answers)

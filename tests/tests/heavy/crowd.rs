@@ -13,8 +13,8 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::errno::Errno;
 use session_enforcer_tests::{
-    Agent, Cgroups, Daemon, Holders, Lab, Listener, Netns, Pair, Place, RawTcp, Sequence, dial,
-    eventually, patience, services::filter_packets, unhurried,
+    Agent, Cgroups, Daemon, Holders, Lab, Listener, Netns, Pair, Place, RawTcp, Record, Sequence,
+    bind_to_device, dial, eventually, patience, services::filter_packets, unhurried,
 };
 
 use crate::{Killed, turn};
@@ -366,6 +366,32 @@ fn refused_segments_for_many_sessions_delay_no_reset() -> Result<()> {
     let bound = unhurried(Duration::from_secs(1)).as_secs_f64() * LATE_SECONDS;
     assert!(latest < bound, "{latest} s late");
     drop(pairs);
+    Ok(())
+}
+
+/// The kernel finds none of the sockets by the interface in its record. Some 200 searches for a single socket take a
+/// second.
+#[test]
+fn sockets_that_are_bound_to_an_interface_are_searched_for_together() -> Result<()> {
+    let _turn = turn(module_path!());
+    const SESSIONS: usize = 3_000;
+    let lab = Lab::new(AGENT)?;
+    let listener = listen(&lab.inside)?;
+    let daemon = lab.daemon(&of_port("bound", &listener, limit()))?;
+    let open_bound = |_| {
+        let pair = Pair::open(&lab.outside, &listener)?;
+        bind_to_device(&pair.server, "lo")?;
+        Ok(pair)
+    };
+    let pairs = (0..SESSIONS).map(open_bound);
+    let pairs = pairs.collect::<Result<Vec<Pair>>>()?;
+    let records = daemon.wait_for_terminations(pairs.len())?;
+    let late = |record: &Record| record.number("session_enforcer.lateness_seconds");
+    let latest = records.iter().map(late).fold(0.0, f64::max);
+    assert!(
+        latest < unhurried(Duration::from_secs(6)).as_secs_f64(),
+        "{latest} s late"
+    );
     Ok(())
 }
 
