@@ -39,6 +39,17 @@ pub struct PinDir {
     path: PathBuf,
     /// A lock on the directory itself. The kernel releases it however the process ends.
     lock: Flock<File>,
+    /// Whether this process has made the directory.
+    is_new: bool,
+}
+
+/// A start that fails leaves no directory that it has made. One with pins is not empty, so it stays.
+impl Drop for PinDir {
+    fn drop(&mut self) {
+        if self.is_new {
+            let _ = fs::remove_dir(&self.path);
+        }
+    }
 }
 
 impl PinDir {
@@ -51,9 +62,11 @@ impl PinDir {
     pub fn hold(path: &Path) -> Result<Self, PinError> {
         check_above(path)?;
         loop {
+            let found = fs::symlink_metadata(path);
             bpffs::make_directory(path)?;
             // `detach` may remove the directory between the two calls.
-            if let Some(held) = Self::hold_as(path, &[])? {
+            if let Some(mut held) = Self::hold_as(path, &[])? {
+                held.is_new = found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
                 return Ok(held);
             }
         }
@@ -115,6 +128,7 @@ impl PinDir {
         Ok(Some(Self {
             path: path.to_owned(),
             lock,
+            is_new: false,
         }))
     }
 

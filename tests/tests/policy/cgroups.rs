@@ -134,6 +134,7 @@ fn programs_that_a_killed_daemon_left_with_another_pin_directory_are_reported() 
             "{refused:?}"
         );
     }
+    assert!(!elsewhere.path().exists());
     // With the pin directory of the killed daemon the start succeeds.
     lab.pinned_daemon(RULE)?;
     Ok(())
