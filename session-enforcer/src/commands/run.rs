@@ -20,7 +20,7 @@ use crate::{
         Begun, Channels, Engine, Parts, Reloading, Signals, Source,
         owner_resolver::{OwnerResolver, UserError},
     },
-    exit::{ExitStatus, Failure, OrExit as _},
+    exit::{ExitStatus, Failure, OrExit as _, causes},
     host::{
         boot,
         cgroup::{self, Cgroup},
@@ -91,7 +91,13 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
         audit,
         is_forced,
     );
-    LocalSet::new().block_on(&runtime, serving)
+    let served = LocalSet::new().block_on(&runtime, serving);
+    served.map_err(
+        |error| match is_shortage(error.as_ref()) && !error.is::<Failure>() {
+            true => shortage(&causes(&error)).into(),
+            false => error,
+        },
+    )
 }
 
 async fn serve(
@@ -395,20 +401,28 @@ fn load_failure(error: &BpfError) -> Failure {
         let message = format!("{error}; CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are needed");
         return Failure::new(ExitStatus::NoPermission, message);
     }
-    if has_errno(error, |errno| SHORTAGES.contains(&errno)) {
-        let message = format!(
-            "{error}; raise the limit: LimitNOFILE=, LimitMEMLOCK=, or the memory of the service's cgroup"
-        );
-        return Failure::new(ExitStatus::Other, message);
+    if is_shortage(error) {
+        return shortage(&error.to_string());
     }
     let message = format!(
-        "{error}; Linux 6.1 or newer is needed; `session-enforcer doctor` shows the details"
+        "{error}; Linux 6.1 or newer with CONFIG_BPF_EVENTS is needed; `session-enforcer doctor` shows the details"
     );
     Failure::new(ExitStatus::Unavailable, message)
 }
 
-/// The errors of a kernel that lacks no feature, but descriptors or memory.
-const SHORTAGES: [i32; 3] = [libc::EMFILE, libc::ENFILE, libc::ENOMEM];
+/// Whether the kernel lacks no feature, but descriptors or memory.
+fn is_shortage(error: &(dyn std::error::Error + 'static)) -> bool {
+    has_errno(error, |errno| {
+        [libc::EMFILE, libc::ENFILE, libc::ENOMEM].contains(&errno)
+    })
+}
+
+fn shortage(error: &str) -> Failure {
+    let message = format!(
+        "{error}; raise the limit: LimitNOFILE=, LimitMEMLOCK=, or the memory of the service's cgroup"
+    );
+    Failure::new(ExitStatus::Other, message)
+}
 
 fn has_errno(error: &(dyn std::error::Error + 'static), is_meant: impl Fn(i32) -> bool) -> bool {
     std::iter::successors(Some(error), |error| error.source()).any(|cause| {

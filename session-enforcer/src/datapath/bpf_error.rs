@@ -53,8 +53,8 @@ pub enum BpfError {
         source: MapError,
     },
     /// The session table could not be read, or `table_ops` could not be run.
-    #[error("the session table cannot be worked with (CONFIG_BPF_EVENTS is needed): {0}")]
-    Table(io::Error),
+    #[error("the session table cannot be worked with: {0}")]
+    Table(#[source] io::Error),
     /// `table_ops` gave an answer that does not belong to the operation.
     #[error("the session table: {op:?} was answered by {answer}, which is no answer to it")]
     NoAnswer {

@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::{
     sched::{CloneFlags, unshare},
-    sys::signal::{Signal, kill},
+    sys::{
+        resource::{Resource, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 use serde_json::Value;
@@ -315,4 +318,25 @@ fn a_trial_of_sock_destroy_that_cannot_be_made_is_a_warning() -> Result<()> {
     let record = daemon.wait_for_termination_of(&pair)?;
     record.assert_reset("idle_timeout", &pair.opened, Duration::from_secs(1));
     daemon.stop()
+}
+
+fn with_few_descriptors<const COUNT: u64>(command: &mut Command) {
+    // SAFETY: setrlimit(2) is safe between fork and exec.
+    unsafe { command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_NOFILE, COUNT, COUNT)?)) };
+}
+
+#[test]
+fn too_few_descriptors_are_named_as_the_cause() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let launch = || lab.launch().config(RULE);
+    for few in [
+        launch().prepared(with_few_descriptors::<40>),
+        launch().prepared(with_few_descriptors::<50>),
+        launch().prepared(with_few_descriptors::<60>),
+    ] {
+        let said = complaint(&lab, &few.refused()?, 1);
+        assert!(said.contains("Too many open files"), "{said}");
+        assert!(said.contains("LimitNOFILE="), "{said}");
+    }
+    Ok(())
 }
