@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::{
+    signal::{SigHandler, SigSet, Signal, signal},
+    stat::{self, umask},
+};
 use tokio::{runtime, sync::mpsc, task::LocalSet};
 
 use crate::{
@@ -67,6 +70,7 @@ pub fn run(config: &Config, source: Option<Source>, is_forced: bool) -> Result<(
     let all_namespaces = config.network_namespaces == NetworkNamespaces::All;
     probe::require(all_namespaces)?;
     raise_file_limit();
+    keep_own_rights();
     let cgroup = open_cgroup(config)?;
     // Take the lock of the pins before any other shared resource: its error names the other daemon.
     let pins = config.pin_dir.as_deref().map(PinDir::hold).transpose();
@@ -170,6 +174,12 @@ async fn serve(
     // An error means that the thread has ended, that a client does not read, or that nothing was served.
     let _ = answers.recv_timeout(ANSWERS_PATIENCE);
     result
+}
+
+/// Takes the owner's rights out of the umask: the daemon could not open again what it makes.
+fn keep_own_rights() {
+    let mask = umask(stat::Mode::empty());
+    umask(mask & (stat::Mode::S_IRWXG | stat::Mode::S_IRWXO));
 }
 
 /// Refuses to start beside another daemon: each would reset the other's sessions and record them as gone.

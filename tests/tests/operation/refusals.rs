@@ -4,8 +4,8 @@
 use std::{
     fs,
     net::Ipv4Addr,
-    os::unix::process::CommandExt as _,
-    path::Path,
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -16,6 +16,7 @@ use nix::{
     sys::{
         resource::{Resource, setrlimit},
         signal::{Signal, kill},
+        stat::{Mode, umask},
     },
     unistd::Pid,
 };
@@ -338,5 +339,33 @@ fn too_few_descriptors_are_named_as_the_cause() -> Result<()> {
         assert!(said.contains("Too many open files"), "{said}");
         assert!(said.contains("LimitNOFILE="), "{said}");
     }
+    Ok(())
+}
+
+fn without_own_rights(command: &mut Command) {
+    // SAFETY: umask(2) is safe between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            umask(Mode::all());
+            Ok(())
+        })
+    };
+}
+
+#[test]
+fn a_umask_without_own_rights_keeps_no_later_daemon_from_the_pins() -> Result<()> {
+    let lab = Lab::new(AGENT)?;
+    let launch = lab.launch().config(RULE).pinned(&lab.pins);
+    drop(launch.prepared(without_own_rights).start()?);
+    for directory in lab
+        .pins
+        .sets()?
+        .iter()
+        .map(PathBuf::as_path)
+        .chain([lab.pins.path()])
+    {
+        assert_eq!(fs::metadata(directory)?.mode() & 0o777, 0o700);
+    }
+    lab.pinned_daemon(RULE)?;
     Ok(())
 }
