@@ -7,9 +7,7 @@ use anyhow::Result;
 
 use super::{
     context::Context,
-    hang_limits::Room,
-    in_progress::{HangPermit, hang_scope},
-    state::State,
+    in_progress::{HangPermit, full_part},
 };
 use crate::{
     host::clock::monotonic_ns,
@@ -158,7 +156,9 @@ async fn query_by_name(
         return Err(BLOCKED.to_owned());
     }
     let detail = cgroups.map_or(Detail::Names, |_| Detail::Activity);
-    let has_room = |index: usize| cgroups.is_none_or(|of| has_room(&context.state(), of[index]));
+    // Whether another query may hang at a socket of this cgroup.
+    let has_room =
+        |index: usize| cgroups.is_none_or(|of| full_part(&context.state(), of[index]).is_none());
     let mut answers: Vec<Option<Answer>> = vec![None; targets.len()];
     let mut left: Vec<usize> = (0..targets.len()).collect();
     let mut without_room = Vec::new();
@@ -224,11 +224,6 @@ async fn query_by_name(
             }
         }
     }
-}
-
-/// Whether another query may hang at a socket of this cgroup.
-fn has_room(state: &State, cgroup_id: u64) -> bool {
-    state.hanging.is_empty() || state.hanging.room(&hang_scope(state, cgroup_id)) == Room::Free
 }
 
 /// Counts an attempt whose reaper has ended early.

@@ -16,14 +16,14 @@ const MAX_IN_ALL: usize = 256;
 
 /// The cgroups whose limits a reset counts against, topmost first: the cgroups above its session, that of the session, and
 /// the processes of that cgroup. Cgroups that are not known share one in place of those above them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct HangScope(Vec<Level>);
 
 /// In place of the id of a cgroup above those that are not known, or whose ancestors are not: one user can have many.
 const UNKNOWN: u64 = 0;
 
 /// What shares the room of a cgroup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Level {
     /// A cgroup with all below it.
     Subtree(u64),
@@ -46,43 +46,12 @@ impl HangScope {
     }
 }
 
-/// Whether another reset may be started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Room {
-    /// A reset may be started.
-    Free,
-    /// A limit is reached.
-    Taken {
-        /// When a reset began or ended last within this limit.
-        since_ns: u64,
-    },
-}
-
-/// The hanging resets within a limit.
-#[derive(Clone, Copy, Debug, Default)]
-struct Occupancy {
-    count: usize,
-    /// When a reset began or ended last.
-    changed_ns: u64,
-}
-
-impl Occupancy {
-    fn begin(&mut self, now_ns: u64) {
-        self.count += 1;
-        self.changed_ns = now_ns;
-    }
-
-    fn end(&mut self, now_ns: u64) {
-        self.count -= 1;
-        self.changed_ns = now_ns;
-    }
-}
-
 /// The resets that do not return at once.
 #[derive(Debug, Default)]
 pub(super) struct Hanging {
-    levels: HashMap<Level, Occupancy>,
-    in_all: Occupancy,
+    /// Number of them by level.
+    levels: HashMap<Level, usize>,
+    in_all: usize,
     /// Number of silent reapers by cgroup.
     silent: HashMap<u64, usize>,
     /// Whether `sock_diag` as a whole does not answer.
@@ -93,24 +62,24 @@ pub(super) struct Hanging {
 
 impl Hanging {
     /// Counts a reset, or a query, that may hang from now on.
-    pub(super) fn begin(&mut self, scope: &HangScope, now_ns: u64) {
+    pub(super) fn begin(&mut self, scope: &HangScope) {
         for level in &scope.0 {
-            self.levels.entry(*level).or_default().begin(now_ns);
+            *self.levels.entry(*level).or_default() += 1;
         }
-        self.in_all.begin(now_ns);
+        self.in_all += 1;
     }
 
     /// Counts a reset or query that has returned.
-    pub(super) fn end(&mut self, scope: &HangScope, now_ns: u64) {
+    pub(super) fn end(&mut self, scope: &HangScope) {
         for level in &scope.0 {
-            if let Some(occupancy) = self.levels.get_mut(level) {
-                occupancy.end(now_ns);
-                if occupancy.count == 0 {
+            if let Some(count) = self.levels.get_mut(level) {
+                *count -= 1;
+                if *count == 0 {
                     self.levels.remove(level);
                 }
             }
         }
-        self.in_all.end(now_ns);
+        self.in_all -= 1;
     }
 
     /// Notes that a reaper is silent at a socket of the cgroup.
@@ -130,7 +99,7 @@ impl Hanging {
 
     /// Whether nothing hangs.
     pub(super) fn is_empty(&self) -> bool {
-        self.in_all.count == 0
+        self.in_all == 0
     }
 
     /// Whether a reaper is silent at a socket of the cgroup. Its sessions then go to separate reapers.
@@ -139,27 +108,29 @@ impl Hanging {
     }
 
     /// Whether another reset may be started in the scope.
-    pub(super) fn room(&self, scope: &HangScope) -> Room {
+    pub(super) fn has_room(&self, scope: &HangScope) -> bool {
+        self.full_part(scope).is_none()
+    }
+
+    /// The part of the scope in which no other reset may be started: down to the lowest level that is full and has hanging
+    /// resets, so that there are at most as many such parts as hanging resets. `None` if one may be started.
+    pub(super) fn full_part(&self, scope: &HangScope) -> Option<HangScope> {
         let (mut limit, mut above) = (MAX_IN_ALL, self.in_all);
-        for level in &scope.0 {
-            let here = self.levels.get(level).copied().unwrap_or_default();
+        let mut full = (above >= limit).then_some(0);
+        for (index, level) in scope.0.iter().enumerate() {
+            let here = self.levels.get(level).copied().unwrap_or(0);
             // Resets that began before the ancestors were known count for this cgroup only.
-            let of_others = above.count.saturating_sub(here.count);
+            let of_others = above.saturating_sub(here);
             limit = limit.saturating_sub(of_others).div_ceil(2);
             if let Level::Own(_) = level {
                 limit = limit.min(MAX_OF_CGROUP);
             }
-            above = here;
-            if here.count >= limit {
-                break;
+            if here >= limit && (here > 0 || full.is_none()) {
+                full = Some(index + 1);
             }
+            above = here;
         }
-        if above.count < limit && self.in_all.count < MAX_IN_ALL {
-            return Room::Free;
-        }
-        Room::Taken {
-            since_ns: above.changed_ns,
-        }
+        full.map(|count| HangScope(scope.0[..count].to_vec()))
     }
 
     /// Describes the problem for people, if there is one; `quarantined` is the number of sessions whose reset is stuck.
@@ -196,11 +167,11 @@ mod tests {
     /// Starts resets that hang in new cgroups below these, until there is no room. Returns their number.
     fn take_all(hanging: &mut Hanging, above: &[u64]) -> usize {
         let of = |id| hang_scope(&[above, &[id]].concat());
-        let first = 1_000 * (1 + hanging.in_all.count as u64);
+        let first = 1_000 * (1 + hanging.in_all as u64);
         let taken = (first..).take_while(|id| {
-            let is_free = hanging.room(&of(*id)) == Room::Free;
+            let is_free = hanging.has_room(&of(*id));
             if is_free {
-                hanging.begin(&of(*id), 0);
+                hanging.begin(&of(*id));
             }
             is_free
         });
@@ -212,11 +183,11 @@ mod tests {
         let mut hanging = Hanging::default();
         let of_unknown = HangScope::of(7, &Ancestors::UNKNOWN);
         for _ in 0..MAX_OF_CGROUP {
-            hanging.begin(&of_unknown, 0);
+            hanging.begin(&of_unknown);
         }
         let of_known = hang_scope(&[1, 2, 7]);
-        assert!(matches!(hanging.room(&of_known), Room::Taken { .. }));
-        assert_eq!(hanging.room(&hang_scope(&[1, 2, 8])), Room::Free);
+        assert!(!hanging.has_room(&of_known));
+        assert!(hanging.has_room(&hang_scope(&[1, 2, 8])));
     }
 
     #[test]
@@ -242,9 +213,9 @@ mod tests {
     fn a_reset_that_ends_makes_room_for_one_other() {
         let mut hanging = Hanging::default();
         let of_one = hang_scope(&[1, 2, 3]);
-        hanging.begin(&of_one, 1);
-        hanging.begin(&of_one, 2);
-        hanging.end(&of_one, 3);
+        hanging.begin(&of_one);
+        hanging.begin(&of_one);
+        hanging.end(&of_one);
         assert!(!hanging.is_suspect(3));
         hanging.note_silent(3);
         hanging.note_silent(3);
@@ -253,24 +224,23 @@ mod tests {
         hanging.note_returned(3);
         assert!(!hanging.is_suspect(3));
         let above = hanging.levels[&Level::Subtree(2)];
-        assert_eq!((hanging.in_all.count, above.count), (1, 1));
-        hanging.end(&of_one, 4);
+        assert_eq!((hanging.in_all, above), (1, 1));
+        hanging.end(&of_one);
         assert!(hanging.levels.is_empty());
-        assert_eq!(hanging.in_all.count, 0);
+        assert_eq!(hanging.in_all, 0);
     }
 
     #[test]
     fn a_cgroup_has_so_much_room_of_its_own() {
         let mut hanging = Hanging::default();
         let first = hang_scope(&[1, 2, 3, 10]);
-        (0..MAX_OF_CGROUP as u64).for_each(|now_ns| hanging.begin(&first, now_ns));
-        let since_ns = MAX_OF_CGROUP as u64 - 1;
-        assert_eq!(hanging.room(&first), Room::Taken { since_ns });
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.begin(&first));
+        assert_eq!(hanging.full_part(&first), Some(first.clone()));
         for other in [&[1, 2, 3, 11][..], &[1, 2, 3]] {
-            assert_eq!(hanging.room(&hang_scope(other)), Room::Free);
+            assert!(hanging.has_room(&hang_scope(other)));
         }
-        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(&first, 0));
-        assert_eq!(hanging.room(&first), Room::Free);
+        (0..MAX_OF_CGROUP).for_each(|_| hanging.end(&first));
+        assert!(hanging.has_room(&first));
     }
 
     #[test]
@@ -288,13 +258,16 @@ mod tests {
     fn sessions_of_unknown_cgroups_share_half_of_the_room() {
         let mut hanging = Hanging::default();
         let unknown = HangScope::of(0, &Ancestors::UNKNOWN);
-        (1..MAX_IN_ALL / 2).for_each(|_| hanging.begin(&unknown, 0));
+        (1..MAX_IN_ALL / 2).for_each(|_| hanging.begin(&unknown));
         let removed = HangScope::of(7, &Ancestors::UNKNOWN);
-        assert_eq!(hanging.room(&removed), Room::Free);
-        hanging.begin(&removed, 5);
+        assert!(hanging.has_room(&removed));
+        hanging.begin(&removed);
         for of in [&unknown, &removed, &HangScope::of(8, &Ancestors::UNKNOWN)] {
-            assert_eq!(hanging.room(of), Room::Taken { since_ns: 5 });
+            // They wait together, also those whose cgroup has no hanging reset.
+            let is_own = hanging.levels.contains_key(of.0.last().unwrap());
+            let full = if is_own { of } else { &unknown };
+            assert_eq!(hanging.full_part(of).as_ref(), Some(full));
         }
-        assert_eq!(hanging.room(&hang_scope(&[1])), Room::Free);
+        assert!(hanging.has_room(&hang_scope(&[1])));
     }
 }

@@ -5,12 +5,21 @@ use std::{cell::Cell, rc::Rc};
 use session_enforcer_common::Ancestors;
 
 use super::{context::Context, hang_limits::HangScope, state::State};
-use crate::{host::clock::monotonic_ns, reaper::protocol::Search};
+use crate::reaper::protocol::Search;
 
 /// The limits on hanging resets that apply to a cgroup.
 pub(super) fn hang_scope(state: &State, cgroup_id: u64) -> HangScope {
     let ancestors = state.ancestors_of(cgroup_id);
     HangScope::of(cgroup_id, &ancestors.unwrap_or(Ancestors::UNKNOWN))
+}
+
+/// The part of those limits that is reached; `None` if another reset may hang.
+pub(super) fn full_part(state: &State, cgroup_id: u64) -> Option<Rc<HangScope>> {
+    if state.hanging.is_empty() {
+        return None;
+    }
+    let full = state.hanging.full_part(&hang_scope(state, cgroup_id));
+    full.map(Rc::new)
 }
 
 /// What a batch occupies while it is in progress.
@@ -106,7 +115,7 @@ pub(super) struct HangPermit {
 impl HangPermit {
     pub(super) fn begin(context: &Rc<Context>, state: &mut State, cgroup_id: u64) -> Self {
         let hang_scope = hang_scope(state, cgroup_id);
-        state.hanging.begin(&hang_scope, monotonic_ns());
+        state.hanging.begin(&hang_scope);
         Self {
             context: Rc::clone(context),
             hang_scope,
@@ -127,7 +136,7 @@ impl HangPermit {
 impl Drop for HangPermit {
     fn drop(&mut self) {
         let mut state = self.context.state();
-        state.hanging.end(&self.hang_scope, monotonic_ns());
+        state.hanging.end(&self.hang_scope);
         if self.is_silent {
             state.hanging.note_returned(self.cgroup_id);
         }

@@ -40,6 +40,7 @@ mod terminate;
 mod tracker;
 mod unrecorded;
 mod unreported;
+mod waiting;
 
 use std::{cell::Cell, io, rc::Rc, sync::Arc, time::Duration};
 

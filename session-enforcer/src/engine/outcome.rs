@@ -1,11 +1,12 @@
 //! What follows from the result of a reset: a record, another attempt, or a quarantine.
 
-use std::time::Duration;
+use std::{rc::Rc, time::Duration};
 
 use anyhow::Result;
 use session_enforcer_common::Reason;
 
 use super::{
+    hang_limits::HangScope,
     judge::next_observation,
     phase::{Expired, Phase},
     state::{Cause, RECHECK_NS, RETRY_NS, State},
@@ -30,14 +31,12 @@ pub(super) const MAX_UNANSWERED: u32 = 5;
 /// Maximum number of doublings of the retry interval: from 10 s to 320 s.
 pub(super) const MAX_DOUBLINGS: u32 = 5;
 
-/// Retry interval while too many resets hang to start another.
-pub(super) const NO_ROOM_NS: u64 = 20_000_000;
+/// How long hanging resets may delay another one before it counts as failed.
+const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
 
-/// Retry interval after that was recorded.
-const NO_ROOM_RETRY_NS: u64 = 1_000_000_000;
-
-/// How long hanging resets may delay another one, without a change among them, before it counts as failed.
-pub(super) const NO_ROOM_FOR_NS: u64 = 5_000_000_000;
+/// By how much later it counts as failed for each session that waits, too: one user can have very many, and their
+/// failures must not delay others.
+const NO_ROOM_SPREAD_NS: u64 = 200_000;
 
 /// The recorded errors of sessions that were not reset.
 pub(super) const UNANSWERED: &str = "SOCK_DESTROY: the kernel cannot be asked, the log says why";
@@ -204,30 +203,36 @@ impl State {
         self.note_backlog();
     }
 
-    /// Delays a reset because too many hang, the last change among them at `since_ns`. If they are only slow, they end
-    /// soon. The deadline can be long past without a fault of theirs: the daemon was stopped, or the host suspended.
-    pub(super) fn has_no_room(&mut self, expired: &Expired, since_ns: u64, now_ns: u64) {
-        let hindered_ns = now_ns.saturating_sub(expired.deadline_ns.max(since_ns));
-        if hindered_ns > NO_ROOM_FOR_NS {
-            self.fail(expired, now_ns, NO_ROOM);
-            // The socket has refused nothing.
-            self.tracker
-                .hasten(expired.cookie, now_ns + NO_ROOM_RETRY_NS);
-        } else {
-            self.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
+    /// Has a session wait because no other reset may hang in this scope. If the hanging ones are only slow, they end soon;
+    /// after a while the reset counts as failed, and the session waits on. The deadline can be long past without a fault
+    /// of theirs: the daemon was stopped, or the host suspended.
+    pub(super) fn has_no_room(&mut self, expired: &Expired, full: Rc<HangScope>, now_ns: u64) {
+        let (cookie, deadline_ns) = (expired.cookie, expired.deadline_ns);
+        if !self.tracker.contains(cookie) {
+            // The next sync finds it again.
+            return;
         }
+        let since_ns = self.without_room.add(full, cookie, deadline_ns, now_ns);
+        let spread_ns = NO_ROOM_SPREAD_NS * self.without_room.len() as u64;
+        let mut due_ns = since_ns + NO_ROOM_FOR_NS + spread_ns;
+        if now_ns >= since_ns + NO_ROOM_FOR_NS {
+            self.fail(expired, now_ns, NO_ROOM);
+            due_ns = u64::MAX;
+        }
+        self.tracker.rearm(cookie, due_ns);
     }
 
-    /// Delays the confirmation of sessions for the same reason.
-    pub(super) fn wait_for_room(&mut self, candidates: &[Expired], since_ns: u64) {
+    /// Has sessions whose sockets must be queried wait for the same reason.
+    pub(super) fn query_has_no_room(&mut self, candidates: &[Expired], full: &Rc<HangScope>) {
         let now_ns = monotonic_ns();
         for expired in candidates {
-            let cookie = expired.cookie;
+            let (cookie, deadline_ns) = (expired.cookie, expired.deadline_ns);
             if let Some(Phase::Candidate) = self.tracker.phase(cookie, &expired.session) {
                 self.tracker.clear_phase(cookie);
-                self.has_no_room(expired, since_ns, now_ns);
-            } else {
-                self.tracker.rearm(cookie, now_ns + NO_ROOM_NS);
+                self.has_no_room(expired, Rc::clone(full), now_ns);
+            } else if self.tracker.contains(cookie) {
+                let full = Rc::clone(full);
+                self.without_room.add(full, cookie, deadline_ns, now_ns);
             }
         }
     }

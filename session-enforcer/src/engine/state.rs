@@ -1,7 +1,10 @@
 //! The engine's state and the actions that need no reaper: events, due sessions, HTTP requests. Tasks in other modules
 //! do what takes a reaper.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    rc::Rc,
+};
 
 use anyhow::{Context as _, Result};
 use session_enforcer_common::{
@@ -11,7 +14,7 @@ use session_enforcer_common::{
 use super::{
     backlog::{Backlog, FULL_RULE},
     handles::Handles,
-    hang_limits::Hanging,
+    hang_limits::{HangScope, Hanging},
     holder_searches::{Holding, ahead_of},
     judge::{Judgement, judge},
     kills::Kills,
@@ -20,6 +23,7 @@ use super::{
     rule_set::RuleSet,
     slow_namespaces::SlowNamespaces,
     tracker::{Tracker, group_of, group_of_event},
+    waiting::Waiting,
 };
 use crate::{
     config::{Config, Mode},
@@ -75,6 +79,8 @@ pub(super) struct State {
     pub(super) backlog: Backlog,
     pub(super) handles: Handles,
     pub(super) hanging: Hanging,
+    /// The sessions that wait for room among the hanging resets.
+    pub(super) without_room: Waiting<Rc<HangScope>>,
     pub(super) slow: SlowNamespaces,
     /// Whether the kernel was found to lack `SOCK_DESTROY`.
     pub(super) has_no_destroy: bool,
@@ -159,6 +165,7 @@ impl State {
             backlog: Backlog::from(monotonic_ns()),
             handles: Handles::new(own_netns),
             hanging: Hanging::default(),
+            without_room: Waiting::default(),
             slow: SlowNamespaces::default(),
             has_no_destroy: false,
             is_enforcing: false,
@@ -315,6 +322,7 @@ impl State {
             self.record_gone(&expired);
         }
         self.tracker.forget(cookie);
+        self.without_room.remove(cookie);
         // If a reset is outstanding, its record still needs these.
         if self.tracker.phase_of_cookie(cookie).is_none() {
             if !self.holdings.is_empty() {
@@ -478,6 +486,7 @@ impl State {
             Judgement::Alive { recheck_ns } => {
                 // If a reset was requested, it was not done.
                 self.tracker.clear_phase(cookie);
+                self.without_room.remove(cookie);
                 if session.is_shut() {
                     self.datapath.reopen(cookie, session.established_ns)?;
                 }

@@ -17,10 +17,9 @@ use super::{
     batch::{Batch, ResetMethod},
     context::Context,
     handles::SearchNeed,
-    hang_limits::Room,
     holder_search::search_holder_of,
-    in_progress::{Counted, HangPermit, SearchUnderWay, Slot, Turn, hang_scope},
-    outcome::{NO_ROOM_NS, UNANSWERED},
+    in_progress::{Counted, HangPermit, SearchUnderWay, Slot, Turn, full_part},
+    outcome::UNANSWERED,
     phase::{Expired, Phase},
     state::State,
     unreported::query_unreported,
@@ -50,6 +49,12 @@ const LONGEST_ACK_DELAY_NS: u64 = 200_000_000;
 /// of it, must not keep others waiting.
 const SLOW_NS: u64 = 5_000_000;
 
+/// Number of sessions that go on at a time after they have waited for room. If the first one hangs, the others wait again.
+const MAX_RELEASED: usize = 32;
+
+/// Retry interval while a search for other namespaces is in progress.
+const SEARCH_POLL_NS: u64 = 20_000_000;
+
 /// Number of queries of candidates that wait for a grace period at a time: one could have to wait for the period of
 /// another one and for its own.
 const MAX_CONFIRM_ROUNDS: usize = 2;
@@ -73,9 +78,21 @@ pub(super) fn reset_due(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// Has sessions judged again that have waited for the turn of their namespace.
+/// Has sessions judged again that have waited for room, or for the turn of their namespace.
 pub(super) fn retry_waiting(context: &Context) {
     let mut state = context.state();
+    // Sessions that are due come first. They include those that were released last.
+    if !state.is_due() {
+        let State {
+            without_room,
+            hanging,
+            tracker,
+            ..
+        } = &mut *state;
+        for cookie in without_room.release(MAX_RELEASED, |scope| hanging.has_room(scope)) {
+            tracker.rearm(cookie, 0);
+        }
+    }
     loop {
         let next = state.slow.next(MAX_BATCH);
         for cookie in &next {
@@ -274,9 +291,8 @@ async fn confirm_lot(
 fn begin_query(context: &Rc<Context>, lot: &[Expired]) -> Option<HangPermit> {
     let first = lot.first()?;
     let mut state = context.state();
-    let scope = hang_scope(&state, first.session.owner.cgroup_id);
-    if let Room::Taken { since_ns } = state.hanging.room(&scope) {
-        state.wait_for_room(lot, since_ns);
+    if let Some(full) = full_part(&state, first.session.owner.cgroup_id) {
+        state.query_has_no_room(lot, &full);
         return None;
     }
     Some(HangPermit::begin(
@@ -319,9 +335,8 @@ pub(super) fn start_resets(
     let now_ns = monotonic_ns();
     for expired in late {
         let cgroup_id = expired.session.owner.cgroup_id;
-        let room = state.hanging.room(&hang_scope(state, cgroup_id));
-        if let Room::Taken { since_ns } = room {
-            state.has_no_room(&expired, since_ns, now_ns);
+        if let Some(full) = full_part(state, cgroup_id) {
+            state.has_no_room(&expired, full, now_ns);
             continue;
         }
         let method = state.method_for(&expired, now_ns);
@@ -339,7 +354,7 @@ pub(super) fn start_resets(
         };
         if search_need == SearchNeed::Wait {
             for expired in &lot {
-                state.tracker.rearm(expired.cookie, now_ns + NO_ROOM_NS);
+                state.tracker.rearm(expired.cookie, now_ns + SEARCH_POLL_NS);
             }
             continue;
         }
@@ -384,9 +399,9 @@ fn take_slot(
     }
     if let Some(cgroup_id) = apart {
         // Batches of this pass may have taken the room meanwhile.
-        if let Room::Taken { since_ns } = state.hanging.room(&hang_scope(state, cgroup_id)) {
+        if let Some(full) = full_part(state, cgroup_id) {
             for expired in lot {
-                state.has_no_room(expired, since_ns, now_ns);
+                state.has_no_room(expired, Rc::clone(&full), now_ns);
             }
             return None;
         }

@@ -498,6 +498,55 @@ fn locked_sessions_of_many_cgroups_are_bounded_and_delay_no_reset() -> Result<()
     Ok(())
 }
 
+/// The processor time of the thread that decides (`/proc/PID/schedstat`).
+fn ran(daemon: &Daemon) -> Result<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{}/schedstat", daemon.pid()))?;
+    let ran_ns = text.split(' ').next().context("a number")?.parse()?;
+    Ok(Duration::from_nanos(ran_ns))
+}
+
+/// A user can have very many idle sessions beside a few locked sockets.
+#[test]
+fn very_many_sessions_without_room_for_their_resets_cost_no_processor_time() -> Result<()> {
+    let _turn = turn(module_path!());
+    let _alone = alone();
+    const SESSIONS: usize = 8_000;
+    const LOCKED: usize = 8;
+    let lab = Lab::new(AGENT)?;
+    let others = listen(&lab.inside)?;
+    let cgroup = lab.cgroup.child()?;
+    let listener = listen(&lab.at(&Place::here().in_cgroup(&cgroup))?)?;
+    // Rules that name an owner make the daemon learn the cgroups of all sessions.
+    let conditions = format!("cgroups = [\"{}\"]\nlocal_ports", cgroup.name()?);
+    let of_user = rule("user", &listener, 4 * limit()).replace("local_ports", &conditions);
+    let daemon = lab.daemon(&(OWN.to_owned() + &rule("others", &others, limit()) + &of_user))?;
+    let open = |_| Pair::open(&lab.outside, &listener);
+    let pairs = (0..SESSIONS).map(open).collect::<Result<Vec<_>>>()?;
+    let sessions = [("rule", "user")];
+    daemon.wait_for_metric("session_enforcer_sessions", &sessions, SESSIONS as f64)?;
+    // All are due when the daemon continues, the locked ones first.
+    daemon.freeze()?;
+    thread::sleep(4 * limit());
+    let lock = |pair: &Pair| Locked::new(&pair.server);
+    let locks = pairs[..LOCKED]
+        .iter()
+        .map(lock)
+        .collect::<Result<Vec<_>>>()?;
+    daemon.thaw()?;
+    // The limit of a cgroup.
+    daemon.wait_for_metric("session_enforcer_quarantined_sessions", &[], 4.0)?;
+    let (ran_before, asked) = (ran(&daemon)?, Instant::now());
+    thread::sleep(Duration::from_secs(1));
+    let (ran, passed) = (ran(&daemon)? - ran_before, asked.elapsed());
+    assert!(ran < passed / 4, "{ran:?} of {passed:?}");
+    drop(locks);
+    for pair in &pairs {
+        pair.ends()?[0].assert_not_early(&pair.opened, 4 * limit());
+    }
+    daemon.wait_for_metric("session_enforcer_sessions", &sessions, 0.0)?;
+    assert_others_are_reset(&lab, &daemon, &others)
+}
+
 /// The deadlines are long past when the daemon resumes, but the hanging resets have delayed nothing yet.
 #[test]
 fn sessions_that_became_due_in_a_stopped_daemon_wait_for_hanging_resets_before_they_count_as_failed()
