@@ -29,12 +29,10 @@ const WIDTH: usize = 80;
 ///
 /// Fails if no daemon answers, an argument is invalid, or `out` cannot be written.
 pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<()> {
-    let limit = args.limit.map(|limit| limit.to_string());
+    let few = args.limit.filter(|limit| *limit <= MAX_SORTED as u64);
+    let few = few.map(|limit| limit.to_string());
     let mut pairs = args.filter.pairs();
-    if let Some(limit) = limit
-        .as_deref()
-        .filter(|_| args.limit.is_some_and(|n| n <= MAX_SORTED as u64))
-    {
+    if let Some(limit) = &few {
         pairs.extend([("sort", args.sort.name()), ("limit", limit)]);
     }
     let path = with_query("/v1/sessions", &pairs);
@@ -43,7 +41,10 @@ pub fn list(args: &ListArgs, out: &mut (impl Write + TerminalOrNot)) -> Result<(
         let lines = client.lines(Method::GET, &path, Bytes::new()).await?;
         collect(lines).await
     })?;
-    listed.sort_unstable_by(|a, b| compare(args.sort, &a.numbers, &b.numbers));
+    // The daemon sorts by nanoseconds, of which its answer has only milliseconds.
+    if few.is_none() {
+        listed.sort_unstable_by(|a, b| compare(args.sort, &a.numbers, &b.numbers));
+    }
     let most = args.limit.and_then(|limit| usize::try_from(limit).ok());
     listed.truncate(most.unwrap_or(usize::MAX));
     print(args, &listed, out)
